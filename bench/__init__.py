@@ -1,0 +1,1 @@
+"""linmem's microbenchmarks: ratios from interleaved runs in one process."""

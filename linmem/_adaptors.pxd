@@ -1,0 +1,61 @@
+# Creators over an upstream creator. Floor 4.
+
+from linmem._atomic cimport word
+from linmem._memory cimport NativeCreator, failure, memory, memory_spec
+
+
+# Shared by a LimitingCreator and the hooks of its memories; wasmtime may outlive the creator.
+cdef struct budget:
+    word refs
+    word used           # bytes charged now
+    word peak           # the most that was ever charged
+    long long limit     # bytes
+
+
+cdef class LimitingCreator(NativeCreator):
+    cdef readonly NativeCreator upstream
+    cdef budget* budget
+    cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil
+
+
+# What happened to one memory; sizes in bytes.
+cdef struct record:
+    record* next
+    record* previous        # of the live list only
+    memory* m               # NULL once it is dropped
+    size_t first_size
+    size_t size
+    size_t peak_resident    # sampled when the report is made and when the memory is dropped
+    size_t growths
+    size_t refused
+    long long grow_ns
+    long long started_ns    # of the growth under way
+
+
+# Shared by a StatisticsCreator and the hooks of its memories.
+cdef struct ledger:
+    word refs
+    word lock
+    record* live
+    record* dropped         # newest first
+    size_t n_live
+    size_t n_dropped        # in the list
+    size_t history          # at most so many dropped records are kept
+    size_t current_bytes
+    size_t peak_bytes
+    size_t total_bytes
+    size_t peak_count
+    size_t total_count
+    size_t failures
+
+
+cdef class StatisticsCreator(NativeCreator):
+    cdef readonly NativeCreator upstream
+    cdef ledger* ledger
+    cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil
+
+
+cdef class PythonCreator(NativeCreator):
+    cdef readonly object creator
+    cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil
+    cdef int make_in_python(self, const memory_spec* spec, memory** out) except -1

@@ -1,0 +1,537 @@
+# cython: language_level=3
+"""Creators over an upstream creator: a budget, statistics, and a Python class as a creator."""
+
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_INCREF
+from libc.stdint cimport SIZE_MAX
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcpy
+
+from linmem._atomic cimport add, load, store, swap_if, word
+from linmem._memory cimport (
+    NO_MAXIMUM, UNCHOSEN, Memory, NativeCreator, acquire, check_size, drop_object, fail, fail_python, failure,
+    memory, memory_hang, memory_hook, memory_ops, memory_release, memory_resident, memory_retain, memory_spec,
+    python_is_ending, unlock,
+)
+from linmem._os cimport pages
+from linmem._units cimport E_EXPORTED, E_LIMIT, E_NO_MEMORY, E_UNSUPPORTED, round_up
+
+from linmem import abc as _abc
+
+
+cdef inline size_t committed(size_t size) noexcept nogil:
+    """Bytes that a memory of `size` bytes commits."""
+    cdef size_t out
+    return SIZE_MAX >> 1 if round_up(size, pages.capabilities().page_size, &out) else out
+
+
+# -- a budget --------------------------------------------------------------------------------------
+
+cdef struct limit_hook:
+    memory_hook head
+    budget* budget
+    size_t charged
+
+
+cdef int charge(budget* b, size_t size, failure* why) noexcept nogil:
+    """All of it or nothing; exact under threads."""
+    cdef long long used, peak
+    while True:
+        used = load(&b.used)
+        if size > <size_t>(b.limit - used):
+            return fail(why, E_LIMIT, "limit", size, <size_t>used, <size_t>b.limit)
+        if swap_if(&b.used, used, used + <long long>size):
+            break
+    used += <long long>size
+    while True:
+        peak = load(&b.peak)
+        if used <= peak or swap_if(&b.peak, peak, used):
+            return 0
+
+
+cdef void refund(budget* b, size_t size) noexcept nogil:
+    add(&b.used, -<long long>size)
+
+
+cdef void release_budget(budget* b) noexcept nogil:
+    if add(&b.refs, -1) == 0:
+        free(b)
+
+
+cdef int limit_before_grow(memory_hook* head, memory* m, size_t new_size, failure* why) noexcept nogil:
+    cdef limit_hook* hook = <limit_hook*>head
+    cdef size_t need = committed(new_size)
+    cdef int code
+    if need <= hook.charged:
+        return 0
+    code = charge(hook.budget, need - hook.charged, why)
+    if code == 0:
+        hook.charged = need
+    return code
+
+
+cdef void limit_after_grow(memory_hook* head, memory* m, size_t old_size, size_t new_size, int code) noexcept nogil:
+    cdef limit_hook* hook = <limit_hook*>head
+    cdef size_t kept = committed(old_size)
+    if code and hook.charged > kept:
+        refund(hook.budget, hook.charged - kept)
+        hook.charged = kept
+
+
+cdef void limit_drop(memory_hook* head, memory* m) noexcept nogil:
+    cdef limit_hook* hook = <limit_hook*>head
+    refund(hook.budget, hook.charged)
+    release_budget(hook.budget)
+    free(hook)
+
+
+cdef class LimitingCreator(NativeCreator):
+    """One budget of committed bytes over all memories that come through it.
+
+    Charged (in whole host pages) when a memory is made and when it grows, refunded when it is
+    dropped; exact under threads. Over it: `LimitError`, in wasm -1 from ``memory.grow``. Limits
+    nest: each takes the next as its upstream. As rmm's ``LimitingResourceAdaptor``.
+
+    Parameters
+    ----------
+    upstream : NativeCreator
+        Who makes the memories.
+    limit_bytes : int
+        The budget in bytes.
+    """
+
+    def __cinit__(self, NativeCreator upstream not None, limit_bytes):
+        cdef size_t limit
+        check_size(limit_bytes, "limit_bytes", &limit)
+        self.upstream = upstream
+        self.budget = <budget*>calloc(1, sizeof(budget))
+        if self.budget == NULL:
+            raise MemoryError("no memory for a budget")
+        self.budget.refs = 1
+        self.budget.limit = <long long>(limit if limit < SIZE_MAX >> 1 else SIZE_MAX >> 1)
+
+    def __dealloc__(self):
+        if self.budget != NULL:
+            release_budget(self.budget)
+
+    cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
+        cdef size_t size = committed(spec.minimum)
+        cdef limit_hook* hook
+        cdef int code = charge(self.budget, size, why)
+        if code:
+            return code
+        hook = <limit_hook*>calloc(1, sizeof(limit_hook))
+        if hook == NULL:
+            code = fail(why, E_NO_MEMORY, "calloc", sizeof(limit_hook))
+        else:
+            code = self.upstream.make(spec, out, why)
+        if code:
+            free(hook)
+            refund(self.budget, size)
+            return code
+        add(&self.budget.refs, 1)
+        hook.head.before_grow = limit_before_grow
+        hook.head.after_grow = limit_after_grow
+        hook.head.drop = limit_drop
+        hook.budget = self.budget
+        hook.charged = size
+        memory_hang(out[0], &hook.head)
+        return 0
+
+    @property
+    def limit_bytes(self):
+        return self.budget.limit
+
+    @property
+    def used_bytes(self):
+        return load(&self.budget.used)
+
+    @property
+    def peak_bytes(self):
+        return load(&self.budget.peak)
+
+    def __repr__(self):
+        return f"LimitingCreator({self.upstream!r}, limit_bytes={self.limit_bytes}, used_bytes={self.used_bytes})"
+
+
+# -- statistics --------------------------------------------------------------------------------------
+
+cdef struct statistics_hook:
+    memory_hook head
+    ledger* ledger
+    record* record
+
+
+cdef void free_records(record* r) noexcept nogil:
+    cdef record* next
+    while r != NULL:
+        next = r.next
+        free(r)
+        r = next
+
+
+cdef void release_ledger(ledger* l) noexcept nogil:
+    if add(&l.refs, -1) == 0:
+        free_records(l.live)
+        free_records(l.dropped)
+        free(l)
+
+
+cdef void sample_resident(record* r) noexcept nogil:
+    cdef failure why
+    cdef size_t resident
+    if memory_resident(r.m, &resident, &why) == 0 and resident > r.peak_resident:
+        r.peak_resident = resident
+
+
+cdef int statistics_before_grow(memory_hook* head, memory* m, size_t new_size, failure* why) noexcept nogil:
+    (<statistics_hook*>head).record.started_ns = pages.clock_ns()
+    return 0
+
+
+cdef void statistics_after_grow(memory_hook* head, memory* m, size_t old_size, size_t new_size,
+                                int code) noexcept nogil:
+    cdef statistics_hook* hook = <statistics_hook*>head
+    cdef ledger* l = hook.ledger
+    cdef record* r = hook.record
+    cdef long long spent = pages.clock_ns() - r.started_ns
+    acquire(&l.lock)
+    r.grow_ns += spent
+    if code:
+        r.refused += 1
+        l.failures += 1
+    else:
+        r.growths += 1
+        r.size = new_size
+        l.current_bytes += new_size - old_size
+        l.total_bytes += new_size - old_size
+        if l.current_bytes > l.peak_bytes:
+            l.peak_bytes = l.current_bytes
+    unlock(&l.lock)
+
+
+cdef void statistics_drop(memory_hook* head, memory* m) noexcept nogil:
+    cdef statistics_hook* hook = <statistics_hook*>head
+    cdef ledger* l = hook.ledger
+    cdef record* r = hook.record
+    cdef record* last
+    acquire(&l.lock)
+    sample_resident(r)
+    r.m = NULL
+    if r.previous != NULL:
+        r.previous.next = r.next
+    else:
+        l.live = r.next
+    if r.next != NULL:
+        r.next.previous = r.previous
+    l.n_live -= 1
+    l.current_bytes -= r.size
+    r.previous = NULL
+    r.next = l.dropped
+    l.dropped = r
+    l.n_dropped += 1
+    if l.n_dropped > l.history:
+        # The list is newest first; history is short.
+        if l.history == 0:
+            last = l.dropped
+            l.dropped = NULL
+        else:
+            r = l.dropped
+            while r.next.next != NULL:
+                r = r.next
+            last = r.next
+            r.next = NULL
+        free(last)
+        l.n_dropped -= 1
+    unlock(&l.lock)
+    release_ledger(l)
+    free(hook)
+
+
+cdef class StatisticsCreator(NativeCreator):
+    """Counts and times what happens to the memories that come through it.
+
+    As rmm's ``StatisticsResourceAdaptor``, with a record of each memory beside the sums.
+
+    Parameters
+    ----------
+    upstream : NativeCreator
+        Who makes the memories.
+    history : int
+        How many records of dropped memories are kept, the newest.
+    """
+
+    def __cinit__(self, NativeCreator upstream not None, history=256):
+        cdef size_t kept
+        check_size(history, "history", &kept)
+        self.upstream = upstream
+        self.ledger = <ledger*>calloc(1, sizeof(ledger))
+        if self.ledger == NULL:
+            raise MemoryError("no memory for a ledger")
+        self.ledger.refs = 1
+        self.ledger.history = kept
+
+    def __dealloc__(self):
+        if self.ledger != NULL:
+            release_ledger(self.ledger)
+
+    cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
+        cdef ledger* l = self.ledger
+        cdef statistics_hook* hook = <statistics_hook*>calloc(1, sizeof(statistics_hook))
+        cdef record* r = <record*>calloc(1, sizeof(record))
+        cdef int code
+        if hook == NULL or r == NULL:
+            code = fail(why, E_NO_MEMORY, "calloc", sizeof(record))
+        else:
+            code = self.upstream.make(spec, out, why)
+        if code:
+            free(hook)
+            free(r)
+            acquire(&l.lock)
+            l.failures += 1
+            unlock(&l.lock)
+            return code
+        add(&l.refs, 1)
+        hook.head.before_grow = statistics_before_grow
+        hook.head.after_grow = statistics_after_grow
+        hook.head.drop = statistics_drop
+        hook.ledger = l
+        hook.record = r
+        r.m = out[0]
+        r.first_size = r.size = spec.minimum
+        acquire(&l.lock)
+        r.next = l.live
+        if l.live != NULL:
+            l.live.previous = r
+        l.live = r
+        l.n_live += 1
+        l.total_count += 1
+        l.current_bytes += spec.minimum
+        l.total_bytes += spec.minimum
+        if l.n_live > l.peak_count:
+            l.peak_count = l.n_live
+        if l.current_bytes > l.peak_bytes:
+            l.peak_bytes = l.current_bytes
+        unlock(&l.lock)
+        memory_hang(out[0], &hook.head)
+        return 0
+
+    def statistics(self):
+        """The sums, as a dict: bytes are byte_size; failures are refused creations and growths."""
+        cdef ledger l
+        with nogil:
+            acquire(&self.ledger.lock)
+            l = self.ledger[0]
+            unlock(&self.ledger.lock)
+        return {"current_bytes": l.current_bytes, "peak_bytes": l.peak_bytes, "total_bytes": l.total_bytes,
+                "current_count": l.n_live, "peak_count": l.peak_count, "total_count": l.total_count,
+                "failures": l.failures}
+
+    def memories(self):
+        """A dict for each memory, live ones first, then the newest dropped ones.
+
+        Keys: alive, first_size, size, growths, refused, grow_ns, peak_resident. peak_resident is
+        sampled now and when a memory is dropped: exact for one that never gives pages back, as wasm's.
+        """
+        cdef record* copy = NULL
+        cdef size_t n = 0, room = 0, i
+        with nogil:
+            while True:
+                acquire(&self.ledger.lock)
+                n = self.ledger.n_live + self.ledger.n_dropped
+                if n <= room:
+                    break
+                unlock(&self.ledger.lock)
+                free(copy)
+                room = n + 8
+                copy = <record*>malloc(room * sizeof(record))
+                if copy == NULL:
+                    break
+            if copy != NULL or n == 0:
+                copy_records(self.ledger, copy)
+                unlock(&self.ledger.lock)
+        if copy == NULL and n:
+            raise MemoryError(f"no memory for {n} records")
+        try:
+            return [{"alive": copy[i].m != NULL, "first_size": copy[i].first_size, "size": copy[i].size,
+                     "growths": copy[i].growths, "refused": copy[i].refused, "grow_ns": copy[i].grow_ns,
+                     "peak_resident": copy[i].peak_resident} for i in range(n)]
+        finally:
+            free(copy)
+
+    def __repr__(self):
+        return f"StatisticsCreator({self.upstream!r})"
+
+
+cdef void copy_records(ledger* l, record* to) noexcept nogil:
+    cdef record* r = l.live
+    while r != NULL:
+        sample_resident(r)
+        memcpy(to, r, sizeof(record))
+        to += 1
+        r = r.next
+    r = l.dropped
+    while r != NULL:
+        memcpy(to, r, sizeof(record))
+        to += 1
+        r = r.next
+
+
+# -- a Python class as a creator ------------------------------------------------------------------------
+
+cdef struct python_memory:
+    memory head
+    size_t reservation      # what wasm was promised, whatever the capacity
+    PyObject* object        # the LinearMemory; dropped through drop_object, never touched without the GIL
+
+
+cdef int read_python_memory(python_memory* p, size_t size) except -1:
+    """Ask the Python memory where and how large it is, and believe only what can be true."""
+    cdef size_t base, byte_size, capacity, covered
+    cdef size_t reservation = p.reservation, guard = p.head.guard
+    memory = <object>p.object
+    name = type(memory).__name__
+    check_size(memory.as_ptr(), "as_ptr()", &base)
+    check_size(memory.byte_size(), "byte_size()", &byte_size)
+    check_size(memory.byte_capacity(), "byte_capacity()", &capacity)
+    accessible = memory.wasm_accessible()
+    if base == 0 or base & (pages.capabilities().page_size - 1):
+        raise ValueError(f"{name}.as_ptr() must be a non-zero multiple of the host page"
+                         f" ({pages.capabilities().page_size}), got {base:#x}")
+    if byte_size != size:
+        raise ValueError(f"{name}.byte_size() must be what was asked for ({size}), got {byte_size}")
+    if capacity < byte_size:
+        raise ValueError(f"{name}.byte_capacity() must be >= byte_size() ({byte_size}), got {capacity}")
+    covered = capacity if capacity > reservation else reservation
+    if covered > SIZE_MAX - base or guard > SIZE_MAX - base - covered:
+        raise ValueError(f"{name}.byte_capacity() does not fit an address: {capacity}")
+    covered += guard
+    # Native code is compiled on the promise that all of this is accessible or faults.
+    if not (accessible.start <= base and base + covered <= accessible.stop):
+        raise ValueError(f"{name}.wasm_accessible() must cover {base:#x} .. {base + covered:#x}: its capacity of"
+                         f" {capacity} (reservation asked for: {reservation}) and a guard of {guard} bytes;"
+                         f" got {accessible.start:#x} .. {accessible.stop:#x}")
+    p.head.base = <char*>base
+    p.head.accessible = byte_size
+    p.head.capacity = capacity
+    p.head.covered = covered
+    store(&p.head.size, <long long>byte_size)
+    return 0
+
+
+cdef int python_grow(memory* m, size_t new_size, failure* why) noexcept nogil:
+    if new_size > m.capacity and load(&m.pins) > 0:
+        return fail(why, E_EXPORTED, "grow_to", new_size, <size_t>load(&m.pins), m.capacity)
+    if python_is_ending():
+        return fail(why, E_UNSUPPORTED, "grow_to while the interpreter shuts down", new_size)
+    return python_grow_with_gil(<python_memory*>m, new_size, why)
+
+
+cdef int python_grow_with_gil(python_memory* p, size_t new_size, failure* why) noexcept with gil:
+    cdef char* base = p.head.base
+    cdef size_t capacity = p.head.capacity
+    try:
+        (<object>p.object).grow_to(new_size)
+        read_python_memory(p, new_size)
+        if p.head.base != base and new_size <= capacity:
+            raise RuntimeError(f"{type(<object>p.object).__name__}.grow_to({new_size}) moved the base within its"
+                               f" byte_capacity() ({capacity})")
+        return 0
+    except BaseException as error:
+        return fail_python(why, error)
+
+
+cdef void python_free(memory* m) noexcept nogil:
+    drop_object((<python_memory*>m).object)
+    free(m)
+
+
+cdef memory_ops python_ops
+python_ops.kind = "python"
+python_ops.grow = python_grow
+python_ops.resident = NULL
+python_ops.free = python_free
+python_ops.pages_are_ours = False
+
+
+cdef class PythonCreator(NativeCreator):
+    """Lets a Python class that implements the two traits stand wherever a native creator does.
+
+    Its exceptions reach whoever asked: as they are in Python, as their text through wasmtime. Each
+    creation and growth takes the GIL; reading where the memory is does not.
+
+    Parameters
+    ----------
+    creator : MemoryCreator
+        Its `new_memory` returns a `LinearMemory`, or a `Memory` that linmem made.
+    """
+
+    def __cinit__(self, creator):
+        if not callable(getattr(creator, "new_memory", None)):
+            raise TypeError(f"creator must be a MemoryCreator, got {type(creator).__name__}")
+        self.creator = creator
+
+    cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
+        if python_is_ending():
+            return fail(why, E_UNSUPPORTED, "new_memory while the interpreter shuts down", spec.minimum)
+        with gil:
+            try:
+                return self.make_in_python(spec, out)
+            except BaseException as error:
+                return fail_python(why, error)
+
+    cdef int make_in_python(self, const memory_spec* spec, memory** out) except -1:
+        cdef python_memory* p
+        cdef size_t reservation = 0 if spec.reservation == UNCHOSEN else spec.reservation
+        ty = _abc.MemoryType(
+            minimum=spec.minimum // spec.page_size,
+            maximum=None if spec.maximum == NO_MAXIMUM else spec.maximum // spec.page_size,
+            is_64=spec.is_64, is_shared=spec.is_shared, page_size=spec.page_size)
+        made = self.creator.new_memory(
+            ty, spec.minimum, None if spec.maximum == NO_MAXIMUM else spec.maximum,
+            None if spec.reservation == UNCHOSEN else spec.reservation, spec.guard)
+        if isinstance(made, Memory):
+            return adopt(<Memory>made, spec.minimum, reservation, spec.guard, out)
+        for method in ("as_ptr", "byte_size", "byte_capacity", "wasm_accessible", "grow_to"):
+            if not callable(getattr(made, method, None)):
+                raise TypeError(f"{type(self.creator).__name__}.new_memory() must return a LinearMemory, got"
+                                f" {type(made).__name__} without {method}()")
+        p = <python_memory*>calloc(1, sizeof(python_memory))
+        if p == NULL:
+            raise MemoryError("no memory for a memory's bookkeeping")
+        p.object = <PyObject*>made
+        p.reservation = reservation
+        p.head.guard = spec.guard
+        try:
+            read_python_memory(p, spec.minimum)
+        except BaseException:
+            free(p)
+            raise
+        Py_INCREF(made)
+        p.head.ops = &python_ops
+        p.head.refs = 1
+        p.head.maximum = spec.maximum
+        p.head.is_shared = spec.is_shared
+        out[0] = &p.head
+        return 0
+
+    def __repr__(self):
+        return f"PythonCreator({self.creator!r})"
+
+
+cdef int adopt(Memory made, size_t minimum, size_t reservation, size_t guard, memory** out) except -1:
+    """A native memory that a Python creator hands on: its struct serves as it is."""
+    cdef memory* m = made.enter()
+    try:
+        size = <size_t>load(&m.size)
+        if size != minimum:
+            raise ValueError(f"new_memory() must return a memory of {minimum} bytes, got {size}")
+        if m.capacity < reservation or m.covered < max(m.capacity, reservation) + guard:
+            raise ValueError(f"new_memory() must return a memory with a reservation of {reservation} and a guard of"
+                             f" {guard} bytes, got {m.capacity} and {m.covered - m.capacity}")
+        if not swap_if(&m.refs, 1, 2):
+            raise ValueError("new_memory() returned a memory that is already in use elsewhere")
+        out[0] = m
+        return 0
+    finally:
+        made.leave()

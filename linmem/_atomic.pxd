@@ -1,0 +1,35 @@
+# Atomic words for structs that threads share without the GIL. Floor 0: imports nothing of ours.
+#
+# Every operation is sequentially consistent: they guard page calls that cost a thousand times more,
+# so the weakest correct order is not worth a reader's time.
+
+cdef extern from *:
+    """
+    #ifndef LINMEM_ATOMIC_H
+    #define LINMEM_ATOMIC_H
+    #if defined(_MSC_VER) && !defined(__clang__)
+    #include <intrin.h>
+    typedef volatile __int64 linmem_word;
+    static __inline __int64 linmem_load(linmem_word *w) { return _InterlockedOr64(w, 0); }
+    static __inline void linmem_store(linmem_word *w, __int64 v) { (void)_InterlockedExchange64(w, v); }
+    static __inline __int64 linmem_add(linmem_word *w, __int64 v) { return _InterlockedExchangeAdd64(w, v) + v; }
+    static __inline int linmem_swap_if(linmem_word *w, __int64 was, __int64 now)
+    { return _InterlockedCompareExchange64(w, now, was) == was; }
+    static __inline void linmem_touch(char *p) { (void)_InterlockedOr8(p, 0); }
+    #else
+    typedef long long linmem_word;
+    static inline long long linmem_load(linmem_word *w) { return __atomic_load_n(w, __ATOMIC_SEQ_CST); }
+    static inline void linmem_store(linmem_word *w, long long v) { __atomic_store_n(w, v, __ATOMIC_SEQ_CST); }
+    static inline long long linmem_add(linmem_word *w, long long v) { return __atomic_add_fetch(w, v, __ATOMIC_SEQ_CST); }
+    static inline int linmem_swap_if(linmem_word *w, long long was, long long now)
+    { return __atomic_compare_exchange_n(w, &was, now, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST); }
+    static inline void linmem_touch(char *p) { (void)__atomic_fetch_or(p, 0, __ATOMIC_SEQ_CST); }
+    #endif
+    #endif
+    """
+    ctypedef long long word "linmem_word"
+    long long load "linmem_load"(word* w) noexcept nogil
+    void store "linmem_store"(word* w, long long value) noexcept nogil
+    long long add "linmem_add"(word* w, long long value) noexcept nogil           # -> the new value
+    bint swap_if "linmem_swap_if"(word* w, long long was, long long now) noexcept nogil
+    void touch "linmem_touch"(char* p) noexcept nogil       # faults a page in for writing, changes no byte

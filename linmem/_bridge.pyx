@@ -1,0 +1,191 @@
+# cython: language_level=3
+"""linmem's creators as wasmtime's C callbacks. Floor 4.
+
+Nothing is linked: the addresses of the C functions come from the library that wasmtime-py loaded.
+Mirrors ``wasmtime_memory_creator_t`` and ``wasmtime_linear_memory_t`` of wasmtime's ``config.h``.
+No callback takes the GIL, unless a Python creator raised and its text is wanted.
+"""
+
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_DECREF, Py_INCREF
+from libc.stdint cimport uint8_t, uint64_t
+
+from linmem._atomic cimport load, store, word
+from linmem._memory cimport (
+    OWNER_PYTHON, OWNER_WASMTIME, UNCHOSEN, NativeCreator, acquire, drop_object, failure, failure_text, memory,
+    memory_grow_to, memory_release, memory_retain, memory_spec, unlock, wrap,
+)
+from linmem._units cimport E_PYTHON
+
+ctypedef void wasmtime_error_t
+ctypedef void wasm_memorytype_t
+ctypedef void wasm_config_t
+
+cdef struct wasmtime_linear_memory_t:
+    void* env
+    uint8_t* (*get_memory)(void* env, size_t* byte_size, size_t* byte_capacity) noexcept nogil
+    wasmtime_error_t* (*grow_memory)(void* env, size_t new_size) noexcept nogil
+    void (*finalizer)(void* env) noexcept nogil
+
+cdef struct wasmtime_memory_creator_t:
+    void* env
+    wasmtime_error_t* (*new_memory)(void* env, const wasm_memorytype_t* ty, size_t minimum, size_t maximum,
+                                    size_t reserved, size_t guard,
+                                    wasmtime_linear_memory_t* out) noexcept nogil
+    void (*finalizer)(void* env) noexcept nogil
+
+# The C functions of wasmtime that are called from here; filled once by bind().
+cdef struct wasmtime_functions:
+    void (*set_creator)(wasm_config_t* config, wasmtime_memory_creator_t* creator) noexcept nogil
+    wasmtime_error_t* (*error_new)(const char* message) noexcept nogil
+    unsigned char (*is_64)(const wasm_memorytype_t* ty) noexcept nogil
+    unsigned char (*is_shared)(const wasm_memorytype_t* ty) noexcept nogil
+    uint64_t (*page_size)(const wasm_memorytype_t* ty) noexcept nogil       # NULL before custom page sizes
+
+cdef wasmtime_functions wasmtime
+
+
+# -- the table of memories that wasmtime holds, by base address ------------------------------------
+
+cdef enum:
+    BUCKETS = 1 << 12
+
+cdef memory* table[BUCKETS]
+cdef word table_lock
+
+
+cdef inline memory** bucket(char* base) noexcept nogil:
+    # Bases differ above the 64 KiB of the smallest memory with its guard; the rest is folded in.
+    cdef size_t key = <size_t>base >> 12
+    return &table[(key ^ (key >> 12) ^ (key >> 24)) & (BUCKETS - 1)]
+
+
+cdef void enter_table(memory* m) noexcept nogil:
+    cdef memory** head = bucket(m.base)
+    acquire(&table_lock)
+    m.registry_next = head[0]
+    head[0] = m
+    unlock(&table_lock)
+
+
+cdef void leave_table(memory* m, char* base) noexcept nogil:
+    cdef memory** link = bucket(base)
+    acquire(&table_lock)
+    while link[0] != NULL:
+        if link[0] == m:
+            link[0] = m.registry_next
+            break
+        link = &link[0].registry_next
+    unlock(&table_lock)
+
+
+# -- callbacks -----------------------------------------------------------------------------------------
+
+cdef wasmtime_error_t* to_error(failure* why) noexcept nogil:
+    cdef char text[512]
+    if why.code == E_PYTHON:
+        return python_error(why)
+    failure_text(why, text, sizeof(text))
+    return wasmtime.error_new(text)
+
+
+cdef wasmtime_error_t* python_error(failure* why) noexcept with gil:
+    cdef object error = <object>why.exception
+    cdef bytes text
+    Py_DECREF(error)
+    try:
+        text = f"{type(error).__name__}: {error}".encode("utf-8", "replace")
+    except BaseException:
+        text = type(error).__name__.encode("utf-8", "replace")
+    return wasmtime.error_new(<const char*>text)
+
+
+cdef uint8_t* get_memory(void* env, size_t* byte_size, size_t* byte_capacity) noexcept nogil:
+    cdef memory* m = <memory*>env
+    byte_size[0] = <size_t>load(&m.size)
+    byte_capacity[0] = m.capacity
+    return <uint8_t*>m.base
+
+
+cdef wasmtime_error_t* grow_memory(void* env, size_t new_size) noexcept nogil:
+    cdef memory* m = <memory*>env
+    cdef char* base = m.base
+    cdef failure why
+    cdef int code = memory_grow_to(m, new_size, &why)
+    if m.base != base:
+        leave_table(m, base)
+        enter_table(m)
+    return to_error(&why) if code else NULL
+
+
+cdef void finalize_memory(void* env) noexcept nogil:
+    cdef memory* m = <memory*>env
+    leave_table(m, m.base)
+    store(&m.owner, OWNER_PYTHON)
+    memory_release(m)
+
+
+cdef wasmtime_error_t* new_memory(void* env, const wasm_memorytype_t* ty, size_t minimum, size_t maximum,
+                                  size_t reserved, size_t guard, wasmtime_linear_memory_t* out) noexcept nogil:
+    cdef memory_spec spec
+    cdef failure why
+    cdef memory* m = NULL
+    spec.minimum = minimum
+    spec.maximum = maximum                                  # no maximum arrives as SIZE_MAX, ours too
+    spec.reservation = reserved if reserved else UNCHOSEN   # the Config's 0 is "none given"
+    spec.guard = guard
+    spec.is_64 = wasmtime.is_64(ty)
+    spec.is_shared = wasmtime.is_shared(ty)
+    spec.page_size = 65536 if wasmtime.page_size == NULL else wasmtime.page_size(ty)
+    if (<NativeCreator>env).make(&spec, &m, &why):
+        return to_error(&why)
+    store(&m.owner, OWNER_WASMTIME)
+    enter_table(m)
+    out.env = m
+    out.get_memory = get_memory
+    out.grow_memory = grow_memory
+    out.finalizer = finalize_memory
+    return NULL
+
+
+cdef void finalize_creator(void* env) noexcept nogil:
+    drop_object(<PyObject*>env)
+
+
+# -- what Python calls ------------------------------------------------------------------------------------
+
+def bind(size_t set_creator, size_t error_new, size_t is_64, size_t is_shared, size_t page_size):
+    """Take the addresses of wasmtime's C functions; only the last may be missing (0)."""
+    wasmtime.set_creator = <void (*)(wasm_config_t*, wasmtime_memory_creator_t*) noexcept nogil>set_creator
+    wasmtime.error_new = <wasmtime_error_t* (*)(const char*) noexcept nogil>error_new
+    wasmtime.is_64 = <unsigned char (*)(const wasm_memorytype_t*) noexcept nogil>is_64
+    wasmtime.is_shared = <unsigned char (*)(const wasm_memorytype_t*) noexcept nogil>is_shared
+    wasmtime.page_size = <uint64_t (*)(const wasm_memorytype_t*) noexcept nogil>page_size
+
+
+def set_creator(size_t config, NativeCreator creator not None):
+    """Make `creator` the host memory creator of the wasm_config_t at the address `config`.
+
+    The Config, then each Engine made from it, holds a reference on the creator.
+    """
+    cdef wasmtime_memory_creator_t c
+    if wasmtime.set_creator == NULL:
+        raise RuntimeError("bind() comes first")
+    Py_INCREF(creator)
+    c.env = <void*>creator
+    c.new_memory = new_memory
+    c.finalizer = finalize_creator
+    wasmtime.set_creator(<wasm_config_t*>config, &c)
+
+
+def find(size_t base):
+    """The Memory that wasmtime holds at `base`, or None."""
+    cdef memory* m
+    acquire(&table_lock)
+    m = bucket(<char*>base)[0]
+    while m != NULL and <size_t>m.base != base:
+        m = m.registry_next
+    if m != NULL:
+        memory_retain(m)
+    unlock(&table_lock)
+    return None if m == NULL else wrap(m)

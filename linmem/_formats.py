@@ -1,0 +1,84 @@
+"""Element formats: what `Memory.view` accepts, as what the buffer protocol wants. Floor 0."""
+
+from __future__ import annotations
+
+import re
+import struct
+import sys
+
+__all__ = ["resolve"]
+
+_TYPESTR = re.compile(r"([<>=|]?)([biufc?])(\d+)$")
+_CHARS = {"b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I", "u8": "Q",
+          "f2": "e", "f4": "f", "f8": "d", "c8": "Zf", "c16": "Zd"}
+_COMPLEX = {"Zf": 8, "Zd": 16}
+_PYTHON_TYPES = {bool: "?", int: "q", float: "d"}
+_ORDER = "<" if sys.byteorder == "little" else ">"
+_CASTABLE = frozenset("bBhHiIlLqQnNfd?ce")
+
+
+def resolve(format: object) -> tuple[str, int, bool]:
+    """Turn an element format into what the buffer protocol carries.
+
+    Parameters
+    ----------
+    format : str or type or dtype
+        A `struct` format ("d", ">I", "<2if"), a NumPy type string ("<f8"), a NumPy dtype or
+        scalar type, or `bool`, `int` (64 bits), `float`.
+
+    Returns
+    -------
+    format : str
+        As in PEP 3118.
+    itemsize : int
+        Bytes in one element.
+    castable : bool
+        Whether `memoryview.cast` knows the format.
+    """
+    if isinstance(format, str):
+        text = format
+    elif isinstance(format, type) and format in _PYTHON_TYPES:
+        text = _PYTHON_TYPES[format]
+    else:
+        text, size = _from_dtype(format)
+        if size is not None:
+            return text, size, False
+    match = _TYPESTR.match(text)
+    if match:
+        order, kind, size = match.groups()
+        char = _CHARS.get(kind + size)
+        if char is None:
+            raise ValueError(f"format must be a struct format or a NumPy type, got {format!r}")
+        if order in ("=", "|", _ORDER) or size == "1":
+            order = ""
+        text = order + char
+    elif text[:1] in ("@", "=", _ORDER) and len(text) == 2 and text[1] in "bBhHiIqQfd?ce":
+        text = text[1]      # those letters mean the same size in the native and the standard set
+    bare = text.lstrip("<>")
+    if bare in _COMPLEX:
+        return text, _COMPLEX[bare], False
+    try:
+        size = struct.calcsize(text)
+    except struct.error as error:
+        raise ValueError(f"format must be a struct format or a NumPy type, got {format!r}: {error}") from None
+    if size == 0:
+        raise ValueError(f"format must have a size, got {format!r}")
+    return text, size, text in _CASTABLE
+
+
+def _from_dtype(format: object) -> tuple[str, int | None]:
+    # Whoever holds a NumPy object has imported NumPy; linmem itself never does.
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        try:
+            dtype = numpy.dtype(format)
+        except TypeError:
+            dtype = None
+        if dtype is not None:
+            if _TYPESTR.match(dtype.str):
+                return dtype.str, None
+            try:
+                return memoryview(numpy.empty(0, dtype)).format, dtype.itemsize
+            except ValueError:
+                raise ValueError(f"format has no buffer form: {format!r}") from None
+    raise TypeError(f"format must be a str, a Python number type or a NumPy dtype, got {type(format).__name__}")

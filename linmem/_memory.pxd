@@ -1,0 +1,119 @@
+# Memories and creators: the structs that threads share, and the classes that hand them out. Floor 2.
+#
+#  |<- pre_guard ->|<------------- capacity (reserved) ------------->|<- guard ->|
+#  +---------------+----------------------+---------------------------+-----------+
+#  | inaccessible  | accessible           | reserved, inaccessible    | inaccess. |
+#  +---------------+----------------------+---------------------------+-----------+
+#                  ^base     ^byte_size   ^accessible                 ^base+byte_capacity
+#  base is page-aligned and fixed; byte_size <= accessible <= byte_capacity; accessible is a page multiple
+
+from cpython.object cimport PyObject
+
+from linmem._atomic cimport word
+
+# Why a nogil call failed. Filled only on failure; the text is made from it in one place.
+cdef struct failure:
+    int code                    # what the call returned: an OS code, or an E_ constant
+    const char* call            # static text: the page call or the operation
+    size_t size                 # bytes that it asked for
+    size_t used                 # bytes (or buffers) that stand in the way
+    size_t limit                # the bound that was hit
+    char detail[240]            # more words; may be empty
+    PyObject* exception         # E_PYTHON only: a reference that whoever ends the failure must drop
+
+# A request, in bytes; already checked against each other (minimum <= maximum).
+cdef struct memory_spec:
+    size_t minimum
+    size_t maximum              # SIZE_MAX: none
+    size_t reservation          # base stays put up to here; UNCHOSEN: the creator chooses
+    size_t guard
+    size_t page_size            # wasm page: 1 or 65536
+    bint is_64
+    bint is_shared              # never moves
+
+cdef enum:
+    OWNER_PYTHON = 0
+    OWNER_WASMTIME = 1
+
+ctypedef memory* memory_ptr
+
+# What one kind of memory can do. `grow` is called with the memory's lock held.
+cdef struct memory_ops:
+    const char* kind
+    int (*grow)(memory* m, size_t new_size, failure* why) noexcept nogil
+    int (*resident)(memory* m, size_t* bytes, failure* why) noexcept nogil     # NULL: not ours to ask for
+    void (*free)(memory* m) noexcept nogil      # the last reference is gone: pages and struct
+    bint pages_are_ours                         # protect, discard and prefault make sense
+
+# What an adaptor hangs on each memory that comes through it. Outermost adaptor first.
+cdef struct memory_hook:
+    memory_hook* next
+    # Before a growth, the lock held: 0, or a failure that stops it.
+    int (*before_grow)(memory_hook* hook, memory* m, size_t new_size, failure* why) noexcept nogil
+    # After it, the lock held, for each hook whose before_grow returned 0; code: how it ended.
+    void (*after_grow)(memory_hook* hook, memory* m, size_t old_size, size_t new_size, int code) noexcept nogil
+    # The pages are about to go. Frees the hook itself.
+    void (*drop)(memory_hook* hook, memory* m) noexcept nogil
+
+# The head of every memory, whatever its kind. Reference-counted, because wasmtime frees memories on
+# any thread with no GIL: nothing in here is a Python object.
+cdef struct memory:
+    const memory_ops* ops
+    memory_hook* hooks
+    word refs                   # handles that are not closed, and wasmtime
+    word pins                   # exported buffers and byte accesses under way; -1: the base is moving
+    word lock                   # one growth (or drop of a hook chain) at a time
+    word owner                  # OWNER_
+    word size                   # byte_size; written under the lock, read anywhere
+    char* base
+    size_t accessible
+    size_t capacity             # bytes
+    size_t maximum              # SIZE_MAX: none
+    size_t pre_guard
+    size_t guard
+    size_t covered              # base .. base+covered is ours or faults: what wasm may touch
+    bint is_shared
+    bint protected_pages        # protect() was used: pages differ, so the mapping cannot move as one
+    bint moved                  # the mapping has moved once: what it grew since is a second mapping
+    memory* registry_next       # the bridge's table of memories that wasmtime holds
+
+
+cdef size_t UNCHOSEN            # of a reservation
+cdef size_t NO_MAXIMUM
+
+cdef int memory_grow_to(memory* m, size_t new_size, failure* why) noexcept nogil
+cdef void memory_retain(memory* m) noexcept nogil
+cdef void memory_release(memory* m) noexcept nogil
+cdef void memory_hang(memory* m, memory_hook* hook) noexcept nogil
+cdef int memory_resident(memory* m, size_t* bytes, failure* why) noexcept nogil
+
+cdef int fail(failure* why, int code, const char* call, size_t size, size_t used=*, size_t limit=*) noexcept nogil
+cdef int fail_python(failure* why, object error) noexcept
+cdef void failure_text(const failure* why, char* text, size_t room) noexcept nogil
+cdef int raise_failure(const failure* why) except -1
+cdef void acquire(word* lock) noexcept nogil
+cdef void unlock(word* lock) noexcept nogil
+cdef void drop_object(PyObject* object) noexcept nogil
+cdef bint python_is_ending() noexcept nogil
+cdef int check_size(object value, str name, size_t* out) except -1
+cdef object wrap(memory* m)
+
+
+cdef class NativeCreator:
+    cdef object __weakref__
+    # 0 and *out holds one reference, or a code and nothing is left behind.
+    cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil
+    cdef object make_checked(self, const memory_spec* spec, str guard_name)
+
+
+cdef class MmapCreator(NativeCreator):
+    pass
+
+
+cdef class Memory:
+    cdef memory* m
+    cdef word users             # exported buffers and calls under way; CLOSED: closed
+    cdef object __weakref__
+    cdef memory* enter(self) except NULL
+    cdef memory* enter_pages(self, str call) except NULL
+    cdef void leave(self) noexcept

@@ -1,0 +1,73 @@
+# The page floor's contract. posix.pyx and windows.pyx implement it; setup.py builds one of them as
+# linmem._os.pages. Above this floor nothing asks which OS it runs on: it asks `capabilities()`.
+#
+# Every function is nogil, returns 0 or the OS's own code (errno, GetLastError) read on the line
+# after the call, and either does all of what it says or nothing. `at` and `size` are multiples of
+# capabilities().page_size and size > 0, unless said otherwise; the caller rounds, these check nothing.
+
+cdef enum:
+    ACCESS_NONE = 0
+    ACCESS_READ = 1
+    ACCESS_READ_WRITE = 2
+
+cdef struct capabilities_t:
+    size_t page_size                # bytes in a host page (the override of LINMEM_PAGE_SIZE, if any)
+    size_t granularity              # reserve() returns multiples of this
+    int address_bits                # user addresses are below 2 ** address_bits
+    bint moves                      # move() works, and release() takes a part of a reservation
+    bint names                      # the mappings carry a name that tools show
+    bint discard_any_protection     # discard() works on pages of any protection and keeps it
+    bint populates                  # prefault() reports pages that cannot be written instead of faulting
+
+cdef const capabilities_t* capabilities() noexcept nogil
+
+# -> base: `size` fresh inaccessible bytes at a multiple of granularity, charged to nothing but
+# address space.
+cdef int reserve(size_t size, char** base) noexcept nogil
+
+# [at, at+size) lies in one reservation and was never committed, or was decommitted.
+# -> readable, writable, zero.
+cdef int commit(char* at, size_t size) noexcept nogil
+
+# [at, at+size) lies in one reservation. -> inaccessible; contents and their charge are gone.
+cdef int decommit(char* at, size_t size) noexcept nogil
+
+# [at, at+size) is committed, and readable and writable unless discard_any_protection.
+# -> reads as zero, protection kept, physical pages given back.
+cdef int discard(char* at, size_t size) noexcept nogil
+
+# [at, at+size) is committed. access: an ACCESS_ constant.
+cdef int protect(char* at, size_t size, int access) noexcept nogil
+
+# [at, at+size) is committed and writable. -> every page is resident, no byte has changed.
+cdef int prefault(char* at, size_t size) noexcept nogil
+
+# Only where `moves`. [at, at+size) is committed and one mapping (committed in one run, never
+# protected otherwise); [to, to+new_size) lies in another reservation, new_size >= size.
+# -> the pages stand at `to` with the same bytes, zero after them, readable and writable; the range
+# at `at` belongs to no one.
+cdef int move(char* at, size_t size, char* to, size_t new_size) noexcept nogil
+
+# -> bytes: how much of [at, at+size) is in physical memory.
+cdef int resident(char* at, size_t size, size_t* bytes) noexcept nogil
+
+# [at, at+size) is a whole reservation (where `moves`: or a part of one). -> not ours any more.
+cdef int release(char* at, size_t size) noexcept nogil
+
+# The address space of this process: `total` bytes, of which `left` may still be reserved under the
+# limits in force now (left == total where none is).
+cdef void address_space(size_t* total, size_t* left) noexcept nogil
+
+# Plain words for a code; static text.
+cdef const char* code_text(int code) noexcept nogil
+
+# Writes into `text` (room bytes, always terminated) which limit refused `size` bytes with `code`,
+# as far as the OS lets it be known; else the empty string.
+cdef void limit_text(int code, size_t size, char* text, size_t room) noexcept nogil
+
+# Gives the processor to another thread; monotonic nanoseconds.
+cdef void relax() noexcept nogil
+cdef long long clock_ns() noexcept nogil
+
+# Tests only: every page call of this floor asks `injected()` first and fails with what it returns.
+cdef int injected() noexcept nogil

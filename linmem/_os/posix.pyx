@@ -1,0 +1,452 @@
+# cython: language_level=3
+"""The page floor on POSIX: mmap(2), mprotect(2), madvise(2), and on Linux mremap(2)."""
+
+cimport linmem._os.pages        # noqa: F401  a rebuild follows an edit of the contract
+from linmem cimport _atomic
+from linmem._units cimport is_power_of_two
+
+from libc.stdio cimport snprintf
+
+import os as _os
+
+cdef extern from *:
+    """
+    #include <errno.h>
+    #include <fcntl.h>
+    #include <sched.h>
+    #include <stdint.h>
+    #include <stdlib.h>
+    #include <string.h>
+    #include <sys/mman.h>
+    #include <sys/resource.h>
+    #include <time.h>
+    #include <unistd.h>
+    #if defined(__linux__)
+    #include <sys/prctl.h>
+    #endif
+
+    #ifndef MAP_ANONYMOUS
+    #define MAP_ANONYMOUS MAP_ANON
+    #endif
+    #ifndef PR_SET_VMA
+    #define PR_SET_VMA 0x53564d41
+    #define PR_SET_VMA_ANON_NAME 0
+    #endif
+    #ifndef MADV_POPULATE_WRITE
+    #define MADV_POPULATE_WRITE 23
+    #endif
+    static const char linmem_name[] = "linmem";
+
+    static int linmem_set_name(void *at, size_t size) {
+    #if defined(__linux__)
+        return prctl(PR_SET_VMA, PR_SET_VMA_ANON_NAME, (unsigned long)at, (unsigned long)size,
+                     (unsigned long)linmem_name);
+    #else
+        (void)at; (void)size; return -1;
+    #endif
+    }
+
+    static void *linmem_map(void *at, size_t size, int protection, int fixed) {
+        return mmap(at, size, protection, MAP_PRIVATE | MAP_ANONYMOUS | (fixed ? MAP_FIXED : 0), -1, 0);
+    }
+
+    static int linmem_discard(void *at, size_t size) {
+    #if defined(__linux__)
+        return madvise(at, size, MADV_DONTNEED);
+    #else   /* elsewhere DONTNEED is a hint that may keep the bytes: a fresh mapping does not */
+        return linmem_map(at, size, PROT_READ | PROT_WRITE, 1) == MAP_FAILED ? -1 : 0;
+    #endif
+    }
+
+    static int linmem_move(void *at, size_t size, void *to, size_t new_size) {
+    #if defined(__linux__)
+        return mremap(at, size, new_size, MREMAP_MAYMOVE | MREMAP_FIXED, to) == MAP_FAILED ? -1 : 0;
+    #else
+        (void)at; (void)size; (void)to; (void)new_size; errno = ENOTSUP; return -1;
+    #endif
+    }
+
+    static int linmem_populate(void *at, size_t size) {
+    #if defined(__linux__)
+        return madvise(at, size, MADV_POPULATE_WRITE);
+    #else
+        (void)at; (void)size; errno = EINVAL; return -1;
+    #endif
+    }
+
+    static int linmem_mincore(void *at, size_t size, unsigned char *vector) {
+    #if defined(__linux__)
+        return mincore(at, size, vector);
+    #else
+        return mincore(at, size, (char *)vector);
+    #endif
+    }
+
+    /* One number out of a small file of the kernel's: the field'th word, or -1. */
+    static long long linmem_file_number(const char *path, int field) {
+        char text[256], *p = text, *end;
+        long long value;
+        int fd = open(path, O_RDONLY | O_CLOEXEC);
+        ssize_t n;
+        if (fd < 0) return -1;
+        n = read(fd, text, sizeof text - 1);
+        close(fd);
+        if (n <= 0) return -1;
+        text[n] = 0;
+        for (;;) {
+            value = strtoll(p, &end, 10);
+            if (end == p) return -1;
+            if (field-- == 0) return value;
+            p = end;
+        }
+    }
+
+    /* Lines of /proc/self/maps, which is how many mappings this process has; -1 where unknown. */
+    static long long linmem_count_mappings(void) {
+        char text[4096];
+        long long lines = 0;
+        ssize_t n, i;
+        int fd = open("/proc/self/maps", O_RDONLY | O_CLOEXEC);
+        if (fd < 0) return -1;
+        while ((n = read(fd, text, sizeof text)) > 0)
+            for (i = 0; i < n; i++) lines += text[i] == '\\n';
+        close(fd);
+        return lines;
+    }
+
+    static unsigned long long linmem_rlimit(int which) {
+        struct rlimit r;
+        if (getrlimit(which, &r) != 0 || r.rlim_cur == RLIM_INFINITY) return ~0ull;
+        return (unsigned long long)r.rlim_cur;
+    }
+
+    static long long linmem_clock(void) {
+        struct timespec t;
+        clock_gettime(CLOCK_MONOTONIC, &t);
+        return (long long)t.tv_sec * 1000000000 + t.tv_nsec;
+    }
+
+    #if defined(__linux__)
+    #define LINMEM_LINUX 1
+    #else
+    #define LINMEM_LINUX 0
+    #endif
+    #ifndef RLIMIT_AS           /* OpenBSD has RLIMIT_DATA only */
+    #define RLIMIT_AS RLIMIT_DATA
+    #endif
+    """
+    int errno
+    int EINVAL, ENOMEM, EAGAIN, EACCES, EPERM, EFAULT, EEXIST, ENOSYS, EBUSY
+    int PROT_NONE, PROT_READ, PROT_WRITE
+    int RLIMIT_AS, RLIMIT_DATA
+    void* MAP_FAILED
+    bint ON_LINUX "LINMEM_LINUX"
+    void* map_ "linmem_map"(void* at, size_t size, int protection, bint fixed) noexcept nogil
+    int munmap(void* at, size_t size) noexcept nogil
+    int mprotect(void* at, size_t size, int protection) noexcept nogil
+    int set_name "linmem_set_name"(void* at, size_t size) noexcept nogil
+    int discard_ "linmem_discard"(void* at, size_t size) noexcept nogil
+    int move_ "linmem_move"(void* at, size_t size, void* to, size_t new_size) noexcept nogil
+    int populate_ "linmem_populate"(void* at, size_t size) noexcept nogil
+    int mincore_ "linmem_mincore"(void* at, size_t size, unsigned char* vector) noexcept nogil
+    long long file_number "linmem_file_number"(const char* path, int field) noexcept nogil
+    long long count_mappings "linmem_count_mappings"() noexcept nogil
+    unsigned long long rlimit "linmem_rlimit"(int which) noexcept nogil
+    long long clock_ "linmem_clock"() noexcept nogil
+    int sched_yield() noexcept nogil
+
+
+cdef capabilities_t caps
+cdef size_t real_page           # what the kernel counts in, whatever caps.page_size says
+cdef bint can_populate
+cdef long long fail_in = 0      # injected(): 0 = off, 1 = the next page call fails
+cdef int fail_code = 0
+
+
+cdef const capabilities_t* capabilities() noexcept nogil:
+    return &caps
+
+
+cdef int injected() noexcept nogil:
+    global fail_in
+    if fail_in == 0:
+        return 0
+    fail_in -= 1
+    return fail_code if fail_in == 0 else 0
+
+
+cdef int reserve(size_t size, char** base) noexcept nogil:
+    cdef int code = injected()
+    cdef void* p
+    cdef size_t extra, lead
+    if code:
+        return code
+    # The kernel aligns to its own page; a larger (overridden) host page is cut out of a longer run.
+    extra = caps.page_size - real_page
+    p = map_(NULL, size + extra, PROT_NONE, False)
+    if p == MAP_FAILED:
+        return errno
+    if extra:
+        lead = (caps.page_size - (<size_t>p & (caps.page_size - 1))) & (caps.page_size - 1)
+        if lead:
+            munmap(p, lead)
+        if extra - lead:
+            munmap(<char*>p + lead + size, extra - lead)
+        p = <char*>p + lead
+    if caps.names:
+        set_name(p, size)       # decoration: a refusal changes nothing that anyone relies on
+    base[0] = <char*>p
+    return 0
+
+
+cdef int commit(char* at, size_t size) noexcept nogil:
+    cdef int code = injected()
+    if code:
+        return code
+    return errno if mprotect(at, size, PROT_READ | PROT_WRITE) else 0
+
+
+cdef int decommit(char* at, size_t size) noexcept nogil:
+    # A fresh mapping, not mprotect(PROT_NONE): that would keep the charge, and would put the range
+    # into core dumps because it once had pages.
+    cdef int code = injected()
+    if code:
+        return code
+    if map_(at, size, PROT_NONE, True) == MAP_FAILED:
+        return errno
+    if caps.names:
+        set_name(at, size)
+    return 0
+
+
+cdef int discard(char* at, size_t size) noexcept nogil:
+    cdef int code = injected()
+    if code:
+        return code
+    return errno if discard_(at, size) else 0
+
+
+cdef int protect(char* at, size_t size, int access) noexcept nogil:
+    cdef int code = injected()
+    cdef int protection = PROT_NONE
+    if code:
+        return code
+    if access == ACCESS_READ:
+        protection = PROT_READ
+    elif access == ACCESS_READ_WRITE:
+        protection = PROT_READ | PROT_WRITE
+    return errno if mprotect(at, size, protection) else 0
+
+
+cdef int prefault(char* at, size_t size) noexcept nogil:
+    cdef int code = injected()
+    cdef size_t offset = 0
+    if code:
+        return code
+    if can_populate:
+        return errno if populate_(at, size) else 0
+    while offset < size:
+        _atomic.touch(at + offset)
+        offset += real_page
+    return 0
+
+
+cdef int move(char* at, size_t size, char* to, size_t new_size) noexcept nogil:
+    cdef int code = injected()
+    if code:
+        return code
+    return errno if move_(at, size, to, new_size) else 0
+
+
+cdef int resident(char* at, size_t size, size_t* bytes) noexcept nogil:
+    cdef int code = injected()
+    cdef unsigned char vector[4096]
+    cdef size_t offset = 0, step, i, pages = 0
+    if code:
+        return code
+    while offset < size:
+        step = size - offset
+        if step > sizeof(vector) * real_page:
+            step = sizeof(vector) * real_page
+        if mincore_(at + offset, step, vector):
+            return errno
+        for i in range(step // real_page):
+            pages += vector[i] & 1
+        offset += step
+    bytes[0] = pages * real_page
+    return 0
+
+
+cdef int release(char* at, size_t size) noexcept nogil:
+    cdef int code = injected()
+    if code:
+        return code
+    return errno if munmap(at, size) else 0
+
+
+cdef void address_space(size_t* total, size_t* left) noexcept nogil:
+    cdef unsigned long long limit = rlimit(RLIMIT_AS)
+    cdef long long used_pages = 0
+    total[0] = <size_t>1 << caps.address_bits
+    left[0] = total[0]
+    if limit < total[0]:
+        used_pages = file_number("/proc/self/statm", 0)
+        if used_pages < 0:
+            used_pages = 0
+        left[0] = limit - <size_t>used_pages * real_page if limit > <size_t>used_pages * real_page else 0
+
+
+cdef const char* code_text(int code) noexcept nogil:
+    if code == ENOMEM:
+        return "the operating system has no memory or address space for it (ENOMEM)"
+    if code == EAGAIN:
+        return "the pages are locked or the lock limit is reached (EAGAIN)"
+    if code == EACCES:
+        return "access denied (EACCES)"
+    if code == EPERM:
+        return "not permitted (EPERM)"
+    if code == EINVAL:
+        return "invalid argument (EINVAL)"
+    if code == EFAULT:
+        return "a page in the range cannot be written (EFAULT)"
+    if code == EBUSY:
+        return "busy (EBUSY)"
+    if code == ENOSYS:
+        return "not implemented by this kernel (ENOSYS)"
+    return "refused by the operating system"
+
+
+cdef void limit_text(int code, size_t size, char* text, size_t room) noexcept nogil:
+    cdef unsigned long long limit
+    cdef long long used, most
+    text[0] = 0
+    if code != ENOMEM:
+        return
+    if size >> caps.address_bits:
+        snprintf(text, room, "user addresses have %d bits", caps.address_bits)
+        return
+    used = file_number("/proc/self/statm", 0)
+    limit = rlimit(RLIMIT_AS)
+    if limit != ~0ull and (used < 0 or <unsigned long long>used * real_page + size > limit):
+        snprintf(text, room, "RLIMIT_AS (ulimit -v) is %llu bytes and %llu are in use",
+                 limit, <unsigned long long>(used if used > 0 else 0) * real_page)
+        return
+    limit = rlimit(RLIMIT_DATA)
+    used = file_number("/proc/self/statm", 5)
+    if limit != ~0ull and (used < 0 or <unsigned long long>used * real_page + size > limit):
+        snprintf(text, room, "RLIMIT_DATA (ulimit -d) is %llu bytes", limit)
+        return
+    used = count_mappings()
+    most = file_number("/proc/sys/vm/max_map_count", 0)
+    if most > 0 and used + 4 > most:
+        snprintf(text, room, "vm.max_map_count is %lld and %lld mappings exist", most, used)
+        return
+    most = file_number("/proc/sys/vm/overcommit_memory", 0)
+    if most == 2:
+        snprintf(text, room, "vm.overcommit_memory is 2: the commit limit is reached")
+    elif most == 0:
+        snprintf(text, room, "no limit of this process is in the way: more than the machine has"
+                             " (vm.overcommit_memory is 0), or the address space is full")
+
+
+cdef void relax() noexcept nogil:
+    sched_yield()
+
+
+cdef long long clock_ns() noexcept nogil:
+    return clock_()
+
+
+# -- what Python sees ------------------------------------------------------------------------
+
+def os_error_args(int code, text):
+    """The arguments that make an OSError carry `code` the way this OS does (errno here)."""
+    return code, text
+
+
+def count_calls_to_failure(long long nth, int code):
+    """Make the nth page call from now on fail with `code`; 0 switches it off. Tests only.
+
+    Returns how many calls were still to go before an earlier setting would have failed.
+    """
+    global fail_in, fail_code
+    if nth < 0 or (nth and code <= 0):
+        raise ValueError(f"nth must be >= 0 and code > 0, got nth={nth} code={code}")
+    cdef long long left = fail_in
+    fail_code = code
+    fail_in = nth
+    return left
+
+
+def describe():
+    """What this machine's page floor can do, as a dict; `linmem info` prints it."""
+    cdef size_t total, left
+    address_space(&total, &left)
+    return {
+        "page_size": caps.page_size,
+        "granularity": caps.granularity,
+        "address_bits": caps.address_bits,
+        "address_space": total,
+        "address_space_left": left,
+        "capabilities": {
+            "moves": bool(caps.moves),
+            "names": bool(caps.names),
+            "discard_any_protection": bool(caps.discard_any_protection),
+            "populates": bool(caps.populates),
+        },
+        "limits": _limits(),
+    }
+
+
+def _limits():
+    found = {}
+    if rlimit(RLIMIT_AS) != ~0ull:
+        found["RLIMIT_AS"] = rlimit(RLIMIT_AS)
+    if rlimit(RLIMIT_DATA) != ~0ull:
+        found["RLIMIT_DATA"] = rlimit(RLIMIT_DATA)
+    for name, path in (("vm.max_map_count", b"/proc/sys/vm/max_map_count"),
+                       ("vm.overcommit_memory", b"/proc/sys/vm/overcommit_memory")):
+        if file_number(path, 0) >= 0:
+            found[name] = file_number(path, 0)
+    return found
+
+
+def _page_size_wanted(size_t real):
+    """The host page, or the multiple of it that LINMEM_PAGE_SIZE asks for (to prove the rounding)."""
+    text = _os.environ.get("LINMEM_PAGE_SIZE", "")
+    if not text:
+        return real
+    try:
+        size = int(text)
+    except ValueError:
+        size = 0
+    if size < real or size > 1 << 30 or not is_power_of_two(size):
+        raise ValueError(f"LINMEM_PAGE_SIZE must be a power of two from {real} to {1 << 30}, got {text!r}")
+    return size
+
+
+cdef _start():
+    global real_page, can_populate
+    cdef void* p
+    cdef size_t top
+    real_page = _os.sysconf("SC_PAGE_SIZE")
+    caps.page_size = _page_size_wanted(real_page)
+    caps.granularity = caps.page_size
+    caps.moves = ON_LINUX
+    caps.discard_any_protection = ON_LINUX
+    p = map_(NULL, real_page, PROT_READ | PROT_WRITE, False)
+    if p == MAP_FAILED:
+        raise OSError(errno, "linmem cannot map one page")
+    # Linux places mappings from the top down, so an address tells how many bits there are.
+    top = <size_t>p if ON_LINUX else <size_t>1 << 46
+    caps.address_bits = 0
+    while top:
+        caps.address_bits += 1
+        top >>= 1
+    caps.names = set_name(p, real_page) == 0
+    can_populate = populate_(p, real_page) == 0
+    caps.populates = can_populate
+    munmap(p, real_page)
+
+
+_start()

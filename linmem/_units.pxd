@@ -1,0 +1,100 @@
+# Sizes and codes: pure arithmetic, no system call. Floor 0: imports nothing of ours.
+
+from libc.stdint cimport SIZE_MAX
+
+
+# What a nogil function returns when the reason is ours and not the OS's. Positive numbers are
+# OS codes (errno, GetLastError); 0 is success.
+cdef enum:
+    E_NO_MEMORY = -1        # malloc refused
+    E_OVERFLOW = -2         # the sum of the sizes does not fit an address
+    E_SHRINK = -3           # grow_to below byte_size
+    E_MAXIMUM = -4          # growth past the declared maximum
+    E_CAPACITY = -5         # growth past the capacity of a memory that must not move
+    E_EXPORTED = -6         # growth past the capacity while a buffer is exported
+    E_LIMIT = -7            # a LimitingCreator's budget is used up
+    E_UNSUPPORTED = -8      # this kind of memory does not have the operation
+    E_PYTHON = -9           # a Python creator or memory raised; the exception is in the failure
+
+
+cdef inline bint is_power_of_two(size_t n) noexcept nogil:
+    return n != 0 and (n & (n - 1)) == 0
+
+
+cdef inline size_t round_down(size_t n, size_t unit) noexcept nogil:
+    """unit: a power of two."""
+    return n & ~(unit - 1)
+
+
+cdef inline int round_up(size_t n, size_t unit, size_t* out) noexcept nogil:
+    """unit: a power of two. Checks before it rounds: a size that wraps to a small number would
+    "succeed", and the next access would be a crash."""
+    if n > SIZE_MAX - (unit - 1):
+        return E_OVERFLOW
+    out[0] = (n + unit - 1) & ~(unit - 1)
+    return 0
+
+
+cdef inline int add_up(size_t a, size_t b, size_t* out) noexcept nogil:
+    if a > SIZE_MAX - b:
+        return E_OVERFLOW
+    out[0] = a + b
+    return 0
+
+
+#  |<- pre_guard ->|<------------- capacity (reserved) ------------->|<- guard ->|
+#  +---------------+----------------------+---------------------------+-----------+
+#  | inaccessible  | accessible           | reserved, inaccessible    | inaccess. |
+#  +---------------+----------------------+---------------------------+-----------+
+#                  ^base     ^byte_size   ^accessible                 ^base+byte_capacity
+cdef struct layout:
+    size_t pre_guard        # bytes, >= 1 host page
+    size_t accessible       # bytes, minimum rounded up
+    size_t capacity         # bytes, >= 1 host page, so that a base is never another memory's
+    size_t guard            # bytes, may be 0
+    size_t total            # pre_guard + capacity + guard
+
+
+cdef inline int lay_out(size_t minimum, size_t reservation, size_t guard, size_t page,
+                        layout* out) noexcept nogil:
+    """Round a request to host pages of `page` bytes (a power of two).
+
+    base .. max(capacity, reservation) + guard is what JIT code may touch, so both are rounded up,
+    never down. The guard is mirrored before the base, as wasmtime does: a sign-extended 32-bit
+    offset then lands in it too.
+    """
+    cdef size_t want = minimum if minimum > reservation else reservation
+    if want == 0:
+        want = 1
+    if (round_up(minimum, page, &out.accessible) or round_up(want, page, &out.capacity)
+            or round_up(guard, page, &out.guard)):
+        return E_OVERFLOW
+    out.pre_guard = out.guard if out.guard > page else page
+    if add_up(out.capacity, out.guard, &out.total) or add_up(out.total, out.pre_guard, &out.total):
+        return E_OVERFLOW
+    if out.total > SIZE_MAX >> 1:       # a Python buffer's length is a signed word
+        return E_OVERFLOW
+    return 0
+
+
+cdef inline size_t first_reservation(size_t minimum, size_t maximum, bint bounded,
+                                     size_t space, size_t left) noexcept nogil:
+    """Bytes to try first where the caller named no reservation.
+
+    space: the whole user address space; left: what RLIMIT_AS and its kin leave of it (== space
+    where there is no limit). A known maximum is reserved whole where a quarter of the space holds
+    it; an unknown one gets 1/128 of the space. Where a limit is in force, no memory takes more
+    than an eighth of what is left beyond what it needs at once, so that others find room.
+    """
+    cdef size_t cap = space >> 2 if bounded else space >> 7
+    if left < space and cap > left >> 3:
+        cap = left >> 3
+    if bounded and cap > maximum:
+        cap = maximum
+    return cap if cap > minimum else minimum
+
+
+cdef inline size_t next_reservation(size_t tried, size_t minimum) noexcept nogil:
+    """The next step down after the OS refused `tried` bytes; `minimum` is the last one."""
+    cdef size_t half = tried >> 1
+    return half if half > minimum else minimum

@@ -1,0 +1,140 @@
+"""The two traits of wasmtime's memory interface, for Python, and the plain records beside them.
+
+`LinearMemory` mirrors ``wasmtime::LinearMemory`` and `MemoryCreator` mirrors
+``wasmtime::MemoryCreator``; the names and the meaning of every argument are theirs. Anyone may
+implement them: `linmem.PythonCreator` lets such a class stand wherever a native creator does.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+__all__ = ["LinearMemory", "MemoryCreator", "MemoryInfo", "MemoryType"]
+
+
+@dataclass(frozen=True)
+class MemoryType:
+    """A WebAssembly memory type, as ``wasmtime::MemoryType``.
+
+    Parameters
+    ----------
+    minimum, maximum : int
+        In wasm pages of `page_size` bytes; no maximum is None.
+    is_64 : bool
+        64-bit addresses (the memory64 proposal).
+    is_shared : bool
+        Shared between threads; such a memory never moves.
+    page_size : int
+        Bytes in a wasm page: 65536, or 1 with the custom-page-sizes proposal.
+    """
+
+    minimum: int
+    maximum: int | None = None
+    is_64: bool = False
+    is_shared: bool = False
+    page_size: int = 65536
+
+    def __post_init__(self) -> None:
+        if self.page_size not in (1, 65536):
+            raise ValueError(f"page_size must be 1 or 65536, got {self.page_size}")
+        if self.minimum < 0:
+            raise ValueError(f"minimum must be >= 0, got {self.minimum}")
+        if self.maximum is not None and self.maximum < self.minimum:
+            raise ValueError(f"maximum must be >= minimum ({self.minimum}), got {self.maximum}")
+
+
+@dataclass(frozen=True)
+class MemoryInfo:
+    """What a memory holds at this moment; every size is in bytes.
+
+    Attributes
+    ----------
+    base : int
+        Address of byte 0.
+    byte_size, byte_capacity, maximum_byte_size : int
+        As the trait's methods; no maximum is None.
+    reserved : int
+        Address space taken, guards included.
+    committed : int
+        Accessible bytes, whole host pages: what may become resident without another page call.
+    resident : int or None
+        Of these, how many are in physical memory now, as the OS says; None where the pages are not ours to ask for.
+    pre_guard, guard : int
+        Inaccessible bytes before the base and after the capacity.
+    page_size : int
+        Bytes in a host page.
+    exports : int
+        Buffers exported from the memory, through any handle.
+    kind : str
+        "mmap", "python", ...
+    owner : str
+        "wasmtime" while a store owns it, else "python".
+    """
+
+    base: int
+    byte_size: int
+    byte_capacity: int
+    maximum_byte_size: int | None
+    reserved: int
+    committed: int
+    resident: int | None
+    pre_guard: int
+    guard: int
+    page_size: int
+    exports: int
+    kind: str
+    owner: str
+
+
+class LinearMemory(ABC):
+    """A linear memory, as the trait ``wasmtime::LinearMemory``.
+
+    Sizes are in bytes. Implementations must be usable from any thread.
+    """
+
+    @abstractmethod
+    def byte_size(self) -> int:
+        """Bytes accessible now."""
+
+    @abstractmethod
+    def byte_capacity(self) -> int:
+        """Bytes up to which growth never moves the base; at least `byte_size()`."""
+
+    def maximum_byte_size(self) -> int | None:
+        """The most that `grow_to` will ever accept; None is no bound."""
+        return None
+
+    @abstractmethod
+    def grow_to(self, new_size: int) -> None:
+        """Make `new_size` bytes accessible, the new ones zero; raise and change nothing otherwise."""
+
+    @abstractmethod
+    def as_ptr(self) -> int:
+        """Address of byte 0."""
+
+    def wasm_accessible(self) -> range:
+        """Addresses that wasm may touch natively: accessible bytes, or a fault that is a trap."""
+        base = self.as_ptr()
+        return range(base, base + self.byte_capacity())
+
+
+class MemoryCreator(ABC):
+    """A factory of linear memories, as the trait ``wasmtime::MemoryCreator``. Thread-safe."""
+
+    @abstractmethod
+    def new_memory(self, ty: MemoryType, minimum: int, maximum: int | None,
+                   reserved_size_in_bytes: int | None, guard_size_in_bytes: int) -> LinearMemory:
+        """Make a memory.
+
+        Parameters
+        ----------
+        ty : MemoryType
+            The type that asks for it.
+        minimum, maximum : int
+            In bytes; no maximum is None. Not necessarily a multiple of any page.
+        reserved_size_in_bytes : int or None
+            Growth up to here must not move the base. None: the creator chooses.
+        guard_size_in_bytes : int
+            Inaccessible bytes wanted after the capacity (or the reservation, if larger).
+        """

@@ -1,0 +1,92 @@
+"""The factory: creators by name, memories in one call. Floor 5."""
+
+from __future__ import annotations
+
+from linmem._adaptors import LimitingCreator, PythonCreator, StatisticsCreator
+from linmem._memory import Memory, MmapCreator, NativeCreator
+from linmem.abc import MemoryCreator
+
+__all__ = ["as_native", "create", "creator"]
+
+_KINDS = {"mmap": MmapCreator, "limiting": LimitingCreator, "statistics": StatisticsCreator}
+_DEFAULT = MmapCreator()
+
+
+def creator(kind: str = "mmap", **options) -> NativeCreator:
+    """Make a creator by the name of its kind.
+
+    Parameters
+    ----------
+    kind : str
+        "mmap": each memory is a mapping of its own (`MmapCreator`).
+        "limiting": one budget over all memories (`LimitingCreator`; options `limit_bytes`, `upstream`).
+        "statistics": counts and times what happens (`StatisticsCreator`; options `upstream`, `history`).
+    **options
+        The constructor's own. An `upstream` that is left out is an `MmapCreator`.
+
+    Raises
+    ------
+    ValueError
+        For a kind that does not exist; the message lists those that do.
+    TypeError
+        For an option that the kind does not have.
+    """
+    try:
+        made = _KINDS[kind]
+    except (KeyError, TypeError):
+        raise ValueError(f"kind must be one of {', '.join(map(repr, _KINDS))}, got {kind!r}") from None
+    if made is not MmapCreator:
+        options["upstream"] = as_native(options.get("upstream") or _DEFAULT)
+    return made(**options)
+
+
+def create(minimum: int, maximum: int | None = None, *, creator: MemoryCreator | None = None,
+           reserve: int | None = None, guard: int | None = None) -> Memory:
+    """Make a linear memory.
+
+    Parameters
+    ----------
+    minimum : int
+        Bytes accessible at once, all zero.
+    maximum : int, optional
+        Bytes that growth will never exceed. None: only the machine bounds it.
+    creator : MemoryCreator, optional
+        Who makes it; an `MmapCreator` by default. A Python class that implements the trait will do.
+    reserve : int, optional
+        Bytes of address space to reserve at least: growth up to there never moves the base. None:
+        the maximum where it is known and affordable, else the largest sensible reservation, in
+        smaller steps where the OS refuses.
+    guard : int, optional
+        Inaccessible bytes after the capacity (and before the base), a multiple of the host page.
+        65536 by default.
+
+    Returns
+    -------
+    Memory
+
+    Raises
+    ------
+    ValueError, TypeError, OverflowError
+        For an argument that is no size, naming it, its value and the bound.
+    PageError
+        The OS refused; the message names the limit in the way.
+    GrowError
+        The creator's own bound refused (`LimitError` for a budget).
+
+    Examples
+    --------
+    >>> mem = linmem.create(65536, maximum=1 << 30)
+    >>> view = memoryview(mem)
+    >>> mem.grow_to(1 << 20)
+    >>> view[0] = 1
+    >>> mem[0]
+    1
+    """
+    return (_DEFAULT if creator is None else as_native(creator)).create(minimum, maximum, reserve, guard)
+
+
+def as_native(creator: MemoryCreator) -> NativeCreator:
+    """The creator itself, or a `PythonCreator` around one that is written in Python."""
+    if isinstance(creator, NativeCreator):
+        return creator
+    return PythonCreator(creator)

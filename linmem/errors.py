@@ -1,0 +1,85 @@
+"""Every exception of linmem, and the one funnel that turns a failed page call into one of them."""
+
+from __future__ import annotations
+
+__all__ = ["GrowError", "LimitError", "OwnedError", "PageError"]
+
+
+class GrowError(MemoryError):
+    """A growth (or creation) that the memory's own bounds refuse: its maximum or its capacity."""
+
+
+class LimitError(GrowError):
+    """A `LimitingCreator`'s budget does not cover the request.
+
+    Attributes
+    ----------
+    limit, used, requested : int
+        Bytes: the budget, what is charged to it, and what was asked for on top.
+    """
+
+    def __init__(self, message: str, *, limit: int, used: int, requested: int) -> None:
+        super().__init__(message)
+        self.limit = limit
+        self.used = used
+        self.requested = requested
+
+    def __reduce__(self):
+        return _rebuild_limit_error, (self.args[0], self.limit, self.used, self.requested)
+
+
+def _rebuild_limit_error(message: str, limit: int, used: int, requested: int) -> LimitError:
+    return LimitError(message, limit=limit, used=used, requested=requested)
+
+
+# OSError first: the other order loses .errno and .winerror.
+class PageError(OSError, MemoryError):
+    """The operating system refused a page call.
+
+    Attributes
+    ----------
+    errno, winerror : int
+        The OS's own code, as in any `OSError`.
+    call : str
+        The page call: "reserve", "commit", "discard", "protect" ...
+    size : int
+        Bytes that it was asked for.
+    """
+
+    call: str = ""
+    size: int = 0
+
+
+class OwnedError(RuntimeError):
+    """A memory that a wasmtime store owns was asked to do what only its owner may do."""
+
+
+def from_failure(reason: str, text: str, *, os_error_args: tuple, call: str, size: int,
+                 used: int, limit: int) -> BaseException:
+    """The exception for a failure that came up from nogil code.
+
+    Parameters
+    ----------
+    reason : str
+        "os", or the name of one of our own codes in `_units.pxd`, without its ``E_``.
+    text : str
+        The whole message.
+    os_error_args : tuple
+        What makes an `OSError` carry the code the way this OS does.
+    """
+    if reason == "os":
+        error = PageError(*os_error_args)
+        error.call = call
+        error.size = size
+        return error
+    if reason == "LIMIT":
+        return LimitError(text, limit=limit, used=used, requested=size)
+    return {
+        "NO_MEMORY": MemoryError,
+        "OVERFLOW": OverflowError,
+        "SHRINK": ValueError,
+        "MAXIMUM": GrowError,
+        "CAPACITY": GrowError,
+        "EXPORTED": BufferError,
+        "UNSUPPORTED": TypeError,
+    }[reason](text)

@@ -1,0 +1,179 @@
+"""linmem memories under a real wasmtime engine. Floor 5.
+
+>>> import wasmtime, linmem.wasmtime
+>>> config = wasmtime.Config()
+>>> linmem.wasmtime.install(config)
+>>> engine = wasmtime.Engine(config)        # every memory of this engine is linmem's
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+
+try:
+    import wasmtime
+except ImportError as error:
+    raise ImportError("linmem.wasmtime needs wasmtime-py: pip install 'linmem[wasmtime]'") from error
+from wasmtime import _ffi as ffi
+
+from linmem import _bridge
+from linmem._memory import Memory, MmapCreator
+from linmem._os import pages as _pages
+from linmem.abc import MemoryCreator
+from linmem.creators import as_native
+
+__all__ = ["install", "linear_memory", "new_memory"]
+
+_WASM32_SPACE = 1 << 32
+_SHORT_SPACE = 1 << 40      # bytes left below which wasmtime's defaults (4 GiB a memory) run out soon
+_NEEDED = ("wasmtime_config_host_memory_creator_set", "wasmtime_config_memory_init_cow_set", "wasmtime_error_new",
+           "wasmtime_memorytype_is64", "wasmtime_memorytype_isshared")
+_TUNABLE = ("wasmtime_config_memory_reservation_set", "wasmtime_config_memory_guard_size_set",
+            "wasmtime_config_memory_reservation_for_growth_set")
+_bound = False
+_modules: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()     # engine -> {wat: module}
+
+
+def install(config: wasmtime.Config, creator: MemoryCreator | None = None, *, tune: bool = True) -> None:
+    """Make every memory of the engines built from `config` come from `creator`.
+
+    Mirrors ``wasmtime::Config::with_host_memory``. Memories of modules, their GC heaps and
+    module-defined shared memories come from it; ``wasmtime.Memory(store, ty)`` and
+    ``wasmtime.SharedMemory`` do not ask it (`new_memory` does). Copy-on-write initialisation is
+    switched off: with a host creator it would abort the process.
+
+    Parameters
+    ----------
+    config : wasmtime.Config
+        Not yet given to an Engine.
+    creator : MemoryCreator, optional
+        An `MmapCreator` by default. It lives as long as the config or an engine needs it.
+    tune : bool
+        Where this process has little address space (a limit, or few address bits), lower the
+        config's memory reservation and guard so that memories can be made at all. Set your own
+        with ``tune=False``.
+
+    Raises
+    ------
+    TypeError
+        If `config` is no `wasmtime.Config` or `creator` no creator.
+    ValueError
+        If the config was given to an engine already.
+    RuntimeError
+        If this wasmtime-py has no host memory creators.
+
+    Notes
+    -----
+    With the pooling allocation strategy wasmtime ignores host creators in silence, and a Config
+    cannot be asked for its strategy: `linear_memory` and `new_memory` then raise and say so.
+    """
+    if not isinstance(config, wasmtime.Config):
+        raise TypeError(f"config must be a wasmtime.Config, got {type(config).__name__}")
+    try:
+        pointer = config.ptr()
+    except ValueError:
+        raise ValueError("config was given to an Engine already (or closed): install() comes before Engine(config)"
+                         ) from None
+    native = as_native(MmapCreator() if creator is None else creator)
+    _bind()
+    if tune:
+        _tune(pointer)
+    ffi.wasmtime_config_memory_init_cow_set(pointer, False)
+    _bridge.set_creator(ctypes.addressof(pointer.contents), native)
+
+
+def linear_memory(store: wasmtime.Store, memory: wasmtime.Memory) -> Memory:
+    """The linmem memory behind a wasm memory.
+
+    Its views survive ``memory.grow`` and ``store.close()``. While the store owns it, growing and
+    closing are wasmtime's to do, and `Memory.grow_to` and `Memory.close` raise `OwnedError`.
+
+    Parameters
+    ----------
+    store : wasmtime.Store
+        Or a Caller; the one that `memory` belongs to. Not looked at for a shared memory.
+    memory : wasmtime.Memory or wasmtime.SharedMemory
+
+    Raises
+    ------
+    TypeError
+        If `memory` is neither.
+    ValueError
+        If linmem does not own the memory; the message lists the reasons there are.
+    """
+    if isinstance(memory, wasmtime.Memory):
+        pointer = memory.data_ptr(store)
+    elif isinstance(memory, wasmtime.SharedMemory):
+        pointer = memory.data_ptr()
+    else:
+        raise TypeError(f"memory must be a wasmtime.Memory or a wasmtime.SharedMemory, got {type(memory).__name__}")
+    found = _bridge.find(ctypes.cast(pointer, ctypes.c_void_p).value or 0)
+    if found is None:
+        raise ValueError(
+            "memory is not linmem's: linmem.wasmtime.install(config) was not called for this engine, or the config"
+            " uses the pooling allocation strategy (which ignores host creators), or the memory was made by"
+            " wasmtime.Memory() or wasmtime.SharedMemory() (use linmem.wasmtime.new_memory)")
+    return found
+
+
+def new_memory(store: wasmtime.Store, memory_type: wasmtime.MemoryType) -> wasmtime.Memory | wasmtime.SharedMemory:
+    """A host-made wasm memory that linmem owns, to be imported by modules.
+
+    ``wasmtime.Memory(store, ty)`` bypasses host creators; a module that exports a memory does not,
+    and that is how this works. The memory lives as long as the store.
+
+    Raises
+    ------
+    ValueError
+        If the store's engine does not make its memories with linmem.
+    wasmtime.WasmtimeError
+        If the memory cannot be made; the creator's own text.
+    """
+    if not isinstance(memory_type, wasmtime.MemoryType):
+        raise TypeError(f"memory_type must be a wasmtime.MemoryType, got {type(memory_type).__name__}")
+    limits = memory_type.limits
+    words = ["i64"] if memory_type.is_64 else []
+    words += [str(limits.min)] if limits.max is None else [str(limits.min), str(limits.max)]
+    words += ["shared"] if memory_type.is_shared else []
+    page_size = getattr(memory_type, "page_size", 65536)
+    words += [] if page_size == 65536 else [f"(pagesize {page_size})"]
+    wat = f'(module (memory (export "memory") {" ".join(words)}))'
+    modules = _modules.setdefault(store.engine, {})
+    module = modules.get(wat)
+    if module is None:
+        module = modules[wat] = wasmtime.Module(store.engine, wat)
+    memory = wasmtime.Instance(store, module, []).exports(store)["memory"]
+    linear_memory(store, memory)
+    return memory
+
+
+def _bind() -> None:
+    global _bound
+    if _bound:
+        return
+    missing = [name for name in _NEEDED if not hasattr(ffi.dll, name)]
+    if missing:
+        raise RuntimeError(f"wasmtime {getattr(wasmtime, '__version__', '(unknown version)')} has no host memory"
+                           f" creators: {', '.join(missing)} missing")
+    _bridge.bind(_address("wasmtime_config_host_memory_creator_set"), _address("wasmtime_error_new"),
+                 _address("wasmtime_memorytype_is64"), _address("wasmtime_memorytype_isshared"),
+                 _address("wasmtime_memorytype_page_size"))
+    _bound = True
+
+
+def _address(name: str) -> int:
+    function = getattr(ffi.dll, name, None)
+    return 0 if function is None else ctypes.cast(function, ctypes.c_void_p).value
+
+
+def _tune(pointer) -> None:
+    left = _pages.describe()["address_space_left"]
+    if left >= _SHORT_SPACE or not all(hasattr(ffi, name) for name in _TUNABLE):
+        return
+    # A sixty-fourth of what is left for each memory, as a power of two; never less than a wasm page.
+    reservation = min(_WASM32_SPACE, max(65536, 1 << max(0, (left // 64).bit_length() - 1)))
+    guard = 65536
+    ffi.wasmtime_config_memory_reservation_set(pointer, reservation)
+    ffi.wasmtime_config_memory_reservation_for_growth_set(pointer, reservation)
+    ffi.wasmtime_config_memory_guard_size_set(pointer, guard)

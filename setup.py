@@ -1,0 +1,55 @@
+"""Builds the extensions. The only file of the project that knows the operating system."""
+
+import os
+import sys
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+PAGES = "windows" if sys.platform == "win32" else "posix"
+STRICT = os.environ.get("LINMEM_STRICT") == "1"     # CI: a compiler warning is an error
+FLAGS = {
+    "unix": ["-O3", "-fvisibility=hidden"],
+    "mingw32": ["-O3"],
+    "msvc": ["/O2"],
+}
+STRICT_FLAGS = {
+    "unix": ["-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-Wno-missing-field-initializers",
+             "-Wno-cast-function-type", "-Wno-sign-compare"],
+    "mingw32": ["-Werror=incompatible-pointer-types", "-Werror=int-conversion"],
+    "msvc": ["/WX"],
+}
+
+extensions = [
+    Extension("linmem._os.pages", [f"linmem/_os/{PAGES}.pyx"]),
+    Extension("linmem._memory", ["linmem/_memory.pyx"]),
+    Extension("linmem._adaptors", ["linmem/_adaptors.pyx"]),
+    Extension("linmem._bridge", ["linmem/_bridge.pyx"]),
+    Extension("linmem.bench._raw", ["bench/_raw.pyx"]),
+]
+directives = {
+    "language_level": 3,
+    "boundscheck": False,
+    "wraparound": False,
+    "cdivision": True,                  # else // in nogil code hides a path that takes the GIL
+    "embedsignature": False,            # it misprints keyword-only arguments; the .pyi files say them
+    "freethreading_compatible": True,
+}
+
+
+class BuildExt(build_ext):
+    def build_extensions(self):
+        kind = self.compiler.compiler_type
+        for extension in self.extensions:
+            extension.extra_compile_args += FLAGS.get(kind, [])
+            if STRICT:
+                extension.extra_compile_args += STRICT_FLAGS.get(kind, [])
+        super().build_extensions()
+
+
+setup(
+    ext_modules=cythonize(extensions, compiler_directives=directives,
+                          build_dir=os.environ.get("LINMEM_BUILD_DIR", "build/cython")),
+    cmdclass={"build_ext": BuildExt},
+)
