@@ -83,14 +83,13 @@ cdef inline size_t first_reservation(size_t minimum, size_t maximum, bint bounde
 
     space: the whole user address space; left: what RLIMIT_AS and its kin leave of it (== space
     where there is no limit). A known maximum is reserved whole where a quarter of the space holds
-    it; an unknown one gets 1/128 of the space. Where a limit is in force, no memory takes more
-    than an eighth of what is left beyond what it needs at once, so that others find room.
+    it; one beyond that, as good as none, and an unknown one get 1/128 of the space. Where a limit
+    is in force, no memory takes more than an eighth of what is left beyond what it needs at once,
+    so that others find room.
     """
-    cdef size_t cap = space >> 2 if bounded else space >> 7
+    cdef size_t cap = maximum if bounded and maximum <= space >> 2 else space >> 7
     if left < space and cap > left >> 3:
         cap = left >> 3
-    if bounded and cap > maximum:
-        cap = maximum
     return cap if cap > minimum else minimum
 
 
