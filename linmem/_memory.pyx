@@ -366,7 +366,7 @@ cdef void give_back(char* at, size_t size) noexcept nogil:
 cdef int mapped_grow(memory* m, size_t new_size, failure* why) noexcept nogil:
     cdef size_t page = pages.capabilities().page_size
     cdef size_t size = <size_t>load(&m.size)
-    cdef size_t need, end
+    cdef size_t need
     cdef int code
     if round_up(new_size, page, &need):
         return fail(why, E_OVERFLOW, "grow_to", new_size)
@@ -380,8 +380,7 @@ cdef int mapped_grow(memory* m, size_t new_size, failure* why) noexcept nogil:
             return fail_page_call(why, code, "commit", need - m.accessible)
     if size & (page - 1):
         # Fresh bytes read as zero, also those that native code could already reach.
-        end = round_down(size, page) + page
-        memset(m.base + size, 0, (end if end < new_size else new_size) - size)
+        memset(m.base + size, 0, round_down(size, page) + page - size)
     m.accessible = need
     store(&m.size, <long long>new_size)
     return 0
@@ -414,11 +413,10 @@ cdef int move_to_larger(memory* m, size_t need, failure* why) noexcept nogil:
     if code:
         return code
     base = region + to.pre_guard
-    if pages.capabilities().moves and m.accessible and not m.moved:
-        code = pages.move(m.base, m.accessible, base, need)
-        if code:
-            give_back(region, to.total)
-            return fail_page_call(why, code, "move", need)
+    # What looks like one mapping may be several (a fork, or someone's madvise, splits them): then
+    # it does not move, but it can be copied.
+    if (pages.capabilities().moves and m.accessible and not m.moved
+            and pages.move(m.base, m.accessible, base, need) == 0):
         give_back(old, m.pre_guard)
         give_back(m.base + m.accessible, old_total - m.pre_guard - m.accessible)
         m.moved = True

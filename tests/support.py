@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import mmap
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ FLOOR = pages.describe()
 PAGE = FLOOR["page_size"]
 GRANULARITY = FLOOR["granularity"]
 NAME = "[anon:linmem]"
+REAL_PAGE = mmap.PAGESIZE
 ROOT = Path(__file__).resolve().parent.parent
 WORD = 2**64
 
@@ -128,8 +130,21 @@ def resident(mem) -> int:
 
 
 def live_bytes() -> int:
-    """Bytes of address space in mappings that carry linmem's name."""
-    return sum(m.size for m in mappings() if m.name == NAME)
+    """Bytes of address space that memories keep inaccessible: every memory has some of them.
+
+    Where mappings carry no name: all private inaccessible ones without a file, but for the single
+    pages that guard the stacks of threads.
+    """
+    unnamed = not NEEDS["names"][0]
+    return sum(m.size for m in mappings() if m.access == "---p" and (
+        m.name == "" and m.size > REAL_PAGE if unnamed else m.name == NAME))
+
+
+def inaccessible(mem) -> int:
+    """What one memory adds to `live_bytes`."""
+    info = mem.info()
+    alone = NEEDS["names"][0] or info.pre_guard > REAL_PAGE
+    return info.reserved - info.committed - (0 if alone else info.pre_guard)
 
 
 def is_mapped(address: int) -> bool:
