@@ -10,13 +10,11 @@ from libc.string cimport memcpy
 from linmem._atomic cimport add, load, store, swap_if, word
 from linmem._memory cimport (
     NO_MAXIMUM, UNCHOSEN, Memory, NativeCreator, acquire, check_size, drop_object, fail, fail_python, failure,
-    memory, memory_hang, memory_hook, memory_ops, memory_release, memory_resident, memory_retain, memory_spec,
+    memory, memory_hang, memory_hook, memory_ops, memory_release, memory_resident, memory_retain, memory_size, memory_spec,
     python_is_ending, unlock,
 )
 from linmem._os cimport pages
 from linmem._units cimport E_EXPORTED, E_LIMIT, E_NO_MEMORY, E_UNSUPPORTED, round_up
-
-from linmem import abc as _abc
 
 
 cdef inline size_t committed(size_t size) noexcept nogil:
@@ -483,7 +481,8 @@ cdef class PythonCreator(NativeCreator):
     cdef int make_in_python(self, const memory_spec* spec, memory** out) except -1:
         cdef python_memory* p
         cdef size_t reservation = 0 if spec.reservation == UNCHOSEN else spec.reservation
-        ty = _abc.MemoryType(
+        from linmem.records import MemoryType
+        ty = MemoryType(
             minimum=spec.minimum // spec.page_size,
             maximum=None if spec.maximum == NO_MAXIMUM else spec.maximum // spec.page_size,
             is_64=spec.is_64, is_shared=spec.is_shared, page_size=spec.page_size)
@@ -523,7 +522,7 @@ cdef int adopt(Memory made, size_t minimum, size_t reservation, size_t guard, me
     """A native memory that a Python creator hands on: its struct serves as it is."""
     cdef memory* m = made.enter()
     try:
-        size = <size_t>load(&m.size)
+        size = memory_size(m)
         if size != minimum:
             raise ValueError(f"new_memory() must return a memory of {minimum} bytes, got {size}")
         if m.capacity < reservation or m.covered < max(m.capacity, reservation) + guard:

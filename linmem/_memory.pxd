@@ -9,7 +9,7 @@
 
 from cpython.object cimport PyObject
 
-from linmem._atomic cimport word
+from linmem._atomic cimport load, word
 
 # Why a nogil call failed. Filled only on failure; the text is made from it in one place.
 cdef struct failure:
@@ -76,6 +76,10 @@ cdef struct memory:
     bint protected_pages        # protect() was used: pages differ, so the mapping cannot move as one
     bint moved                  # the mapping has moved once: what it grew since is a second mapping
     memory* registry_next       # the bridge's table of memories that wasmtime holds
+
+
+cdef inline size_t memory_size(memory* m) noexcept nogil:
+    return <size_t>load(&m.size)
 
 
 cdef size_t UNCHOSEN            # of a reservation
