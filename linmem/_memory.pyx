@@ -288,16 +288,20 @@ cdef void memory_retain(memory* m) noexcept nogil:
 
 
 cdef void memory_release(memory* m) noexcept nogil:
+    cdef memory_hook* hooks
     cdef memory_hook* hook
-    cdef memory_hook* next
     if add(&m.refs, -1):
         return
-    hook = m.hooks
+    hook = hooks = m.hooks
     while hook != NULL:
-        next = hook.next
-        hook.drop(hook, m)
-        hook = next
+        if hook.before_drop != NULL:
+            hook.before_drop(hook, m)
+        hook = hook.next
     m.ops.free(m)
+    while hooks != NULL:
+        hook = hooks
+        hooks = hook.next
+        hook.dropped(hook)
 
 
 cdef int memory_resident(memory* m, size_t* bytes, failure* why) noexcept nogil:
