@@ -84,7 +84,8 @@ cdef void failure_text(const failure* why, char* text, size_t room) noexcept nog
     elif code == E_NO_MEMORY:
         snprintf(text, room, "no memory for the bookkeeping of a memory (%zu bytes)", why.size)
     elif code == E_OVERFLOW:
-        snprintf(text, room, "%s of %zu bytes with its guards does not fit an address", why.call, why.size)
+        snprintf(text, room, "%s must fit an address, in whole host pages and with its guards (together below"
+                             " 2**63 bytes), got %zu", why.call, why.size)
     elif code == E_SHRINK:
         snprintf(text, room, "new_size must be >= byte_size() (%zu), got %zu: a memory never shrinks",
                  why.limit, why.size)
@@ -120,13 +121,17 @@ cdef int raise_failure(const failure* why) except -1:
 cdef int check_size(object value, str name, size_t* out) except -1:
     cdef unsigned long long n
     try:
-        n = value.__index__() if not isinstance(value, int) else value
+        number = value.__index__() if not isinstance(value, int) else value
     except (AttributeError, TypeError):
         raise TypeError(f"{name} must be an integer number of bytes, got {type(value).__name__}") from None
+    try:
+        n = number
     except OverflowError:
-        if value < 0:
-            raise ValueError(f"{name} must be >= 0, got {value}") from None
-        raise OverflowError(f"{name} must be below 2**64, got {value}") from None
+        # Hexadecimal has no limit on its digits, as decimal has.
+        text = number if abs(number) < 1 << 256 else hex(number)[:20] + "..."
+        if number < 0:
+            raise ValueError(f"{name} must be >= 0, got {text}") from None
+        raise OverflowError(f"{name} must be below 2**64, got {text}") from None
     out[0] = <size_t>n
     return 0
 
@@ -373,7 +378,7 @@ cdef int mapped_grow(memory* m, size_t new_size, failure* why) noexcept nogil:
     cdef size_t need
     cdef int code
     if round_up(new_size, page, &need):
-        return fail(why, E_OVERFLOW, "grow_to", new_size)
+        return fail(why, E_OVERFLOW, "new_size", new_size)
     if need > m.capacity:
         code = grow_by_moving(m, new_size, need, why)
         if code:
@@ -414,6 +419,8 @@ cdef int move_to_larger(memory* m, size_t need, failure* why) noexcept nogil:
     cdef char* old = m.base - m.pre_guard
     cdef size_t old_total = m.pre_guard + m.capacity + m.guard
     cdef int code = reserve_in_steps(need, m.maximum, m.guard, &to, &region, why)
+    if code == E_OVERFLOW:
+        why.call = "new_size"
     if code:
         return code
     base = region + to.pre_guard
@@ -458,7 +465,10 @@ cdef int reserve_exactly(size_t minimum, size_t reservation, size_t guard, layou
                          failure* why) noexcept nogil:
     cdef int code
     if lay_out(minimum, reservation, guard, pages.capabilities().page_size, out):
-        return fail(why, E_OVERFLOW, "reserve", minimum if minimum > reservation else reservation)
+        if guard > minimum and guard > reservation:
+            return fail(why, E_OVERFLOW, "guard", guard)
+        return fail(why, E_OVERFLOW, "minimum" if minimum >= reservation else "reserve",
+                    minimum if minimum > reservation else reservation)
     code = pages.reserve(out.total, region)
     return fail_page_call(why, code, "reserve", out.total) if code else 0
 
@@ -538,12 +548,15 @@ cdef class NativeCreator:
         check_optional_size(maximum, "maximum", &spec.maximum)
         check_optional_size(reserved_size_in_bytes, "reserved_size_in_bytes", &spec.reservation)
         check_size(guard_size_in_bytes, "guard_size_in_bytes", &spec.guard)
+        check_reservation(reserved_size_in_bytes, "reserved_size_in_bytes", spec.reservation)
         try:
             spec.page_size = ty.page_size
             spec.is_64 = ty.is_64
             spec.is_shared = ty.is_shared
-        except AttributeError:
+        except (AttributeError, TypeError, OverflowError):
             raise TypeError(f"ty must be a MemoryType, got {type(ty).__name__}") from None
+        if spec.page_size != 1 and spec.page_size != 65536:
+            raise ValueError(f"ty.page_size must be 1 or 65536, got {spec.page_size}")
         return self.make_checked(&spec, "guard_size_in_bytes")
 
     def create(self, minimum, maximum=None, reserve=None, guard=None):
@@ -551,6 +564,7 @@ cdef class NativeCreator:
         check_size(minimum, "minimum", &spec.minimum)
         check_optional_size(maximum, "maximum", &spec.maximum)
         check_optional_size(reserve, "reserve", &spec.reservation)
+        check_reservation(reserve, "reserve", spec.reservation)
         check_size(DEFAULT_GUARD if guard is None else guard, "guard", &spec.guard)
         if guard is None:
             round_up(spec.guard, pages.capabilities().page_size, &spec.guard)
@@ -582,11 +596,21 @@ cdef int check_optional_size(object value, str name, size_t* out) except -1:
     return check_size(value, name, out)
 
 
+cdef int check_reservation(object value, str name, size_t size) except -1:
+    if value is not None and size == UNCHOSEN:
+        raise OverflowError(f"{name} must be below 2**64 - 1, got {value}")
+    return 0
+
+
 cdef class MmapCreator(NativeCreator):
     """Memories that are each one mapping of their own: reserve, commit as they grow, release.
 
     Mirrors ``wasmtime::MemoryCreator``. Thread-safe; holds nothing.
     """
+
+    def __init__(self):
+        # Only here to refuse arguments: without it Python takes any and forgets them.
+        pass
 
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
         return mapped_make(spec, out, why)
@@ -786,7 +810,12 @@ cdef class Memory:
         cdef Py_ssize_t byte
         if isinstance(key, slice):
             with memoryview(self) as whole, whole[key] as part:
-                with memoryview(value) as given, given.cast("B") as data:
+                try:
+                    flat = memoryview(value).cast("B")
+                except TypeError as error:
+                    raise TypeError(f"data must be a contiguous buffer of bytes, got {type(value).__name__}:"
+                                    f" {error}") from None
+                with flat as data:
                     if len(data) != len(part):
                         raise ValueError(f"the slice has {len(part)} bytes and the data {len(data)}: a memory"
                                          " cannot be resized by assignment")
@@ -797,6 +826,8 @@ cdef class Memory:
             byte = value
         except OverflowError:
             byte = -1
+        except TypeError:
+            raise TypeError(f"a byte must be an integer in 0 .. 255, got {type(value).__name__}") from None
         if byte < 0 or byte > 255:
             raise ValueError(f"a byte must be in 0 .. 255, got {value}")
         m = self.enter()
@@ -836,7 +867,10 @@ cdef class Memory:
         cdef memory* m
         cdef Py_buffer given
         check_size(offset, "offset", &start)
-        PyObject_GetBuffer(data, &given, PyBUF_SIMPLE)
+        try:
+            PyObject_GetBuffer(data, &given, PyBUF_SIMPLE)
+        except (TypeError, ValueError, BufferError) as error:
+            raise TypeError(f"data must be a contiguous buffer of bytes, got {type(data).__name__}: {error}") from None
         try:
             n = <size_t>given.len
             m = self.enter()
@@ -864,9 +898,10 @@ cdef class Memory:
         cdef failure why
         check_size(offset, "offset", &start)
         check_size(size, "size", &n)
-        if access not in _ACCESSES:
-            raise ValueError(f"access must be one of {', '.join(map(repr, _ACCESSES))}, got {access!r}")
-        how = _ACCESSES[access]
+        try:
+            how = _ACCESSES[access]
+        except (KeyError, TypeError):
+            raise ValueError(f"access must be one of {', '.join(map(repr, _ACCESSES))}, got {access!r}") from None
         for name, value in (("offset", start), ("size", n)):
             if value & (page - 1):
                 raise ValueError(f"{name} must be a multiple of the host page ({page}), got {value}")
@@ -874,11 +909,12 @@ cdef class Memory:
         try:
             check_span(start, n, memory_size(m))
             if n:
-                m.protected_pages = True
                 with nogil:
                     code = pages.protect(m.base + start, n, how)
                     if code:
                         fail_page_call(&why, code, "protect", n)
+                    else:
+                        m.protected_pages = True
         finally:
             unpin(m)
             self.leave()
