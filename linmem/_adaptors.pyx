@@ -139,14 +139,17 @@ cdef class LimitingCreator(NativeCreator):
 
     @property
     def limit_bytes(self):
+        """The budget in bytes."""
         return self.budget.limit
 
     @property
     def used_bytes(self):
+        """Bytes charged to the budget now, whole host pages."""
         return load(&self.budget.used)
 
     @property
     def peak_bytes(self):
+        """The most bytes that were ever charged at once."""
         return load(&self.budget.peak)
 
     def __repr__(self):

@@ -543,6 +543,32 @@ cdef class NativeCreator:
         return fail(why, E_UNSUPPORTED, "new_memory", spec.minimum)
 
     def new_memory(self, ty, minimum, maximum, reserved_size_in_bytes, guard_size_in_bytes):
+        """Make a memory, as wasmtime asks for one; mirrors ``wasmtime::MemoryCreator::new_memory``.
+
+        Parameters
+        ----------
+        ty : MemoryType
+            The wasm type. A shared memory never moves.
+        minimum, maximum : int
+            In bytes; no maximum is None. Not necessarily a multiple of any page.
+        reserved_size_in_bytes : int or None
+            Growth up to here never moves the base. None: the creator chooses.
+        guard_size_in_bytes : int
+            Inaccessible bytes after the capacity, a multiple of the host page.
+
+        Returns
+        -------
+        Memory
+
+        Raises
+        ------
+        ValueError, TypeError, OverflowError
+            For an argument that cannot be, by its name.
+        PageError
+            The OS refused; the message names the limit in the way.
+        GrowError
+            The creator's own bound refused.
+        """
         cdef memory_spec spec
         check_size(minimum, "minimum", &spec.minimum)
         check_optional_size(maximum, "maximum", &spec.maximum)
@@ -560,6 +586,7 @@ cdef class NativeCreator:
         return self.make_checked(&spec, "guard_size_in_bytes")
 
     def create(self, minimum, maximum=None, reserve=None, guard=None):
+        """Make a memory for Python; `linmem.create` says what each argument means (all in bytes)."""
         cdef memory_spec spec
         check_size(minimum, "minimum", &spec.minimum)
         check_optional_size(maximum, "maximum", &spec.maximum)
@@ -663,6 +690,17 @@ cdef class Memory:
         add(&self.users, -1)
 
     def close(self):
+        """Give up this handle; the pages go when wasmtime holds them no longer either.
+
+        Closing twice is closing once. Afterwards every other call is `ValueError`.
+
+        Raises
+        ------
+        BufferError
+            While buffers are exported from this handle; it says how many.
+        OwnedError
+            While a wasmtime store owns the memory.
+        """
         cdef memory* m
         cdef long long users
         try:
@@ -684,6 +722,7 @@ cdef class Memory:
 
     @property
     def closed(self):
+        """Whether `close` was called."""
         return load(&self.users) < 0 or self.m == NULL
 
     def __enter__(self):
@@ -697,24 +736,51 @@ cdef class Memory:
     # -- the trait
 
     def byte_size(self):
+        """Bytes accessible now; mirrors ``wasmtime::LinearMemory::byte_size``."""
         cdef memory* m = self.enter()
         size = memory_size(m)
         self.leave()
         return size
 
     def byte_capacity(self):
+        """Bytes up to which growth never moves the base; ``wasmtime::LinearMemory::byte_capacity``."""
         cdef memory* m = self.enter()
         capacity = m.capacity
         self.leave()
         return capacity
 
     def maximum_byte_size(self):
+        """The most bytes that `grow_to` will ever accept, or None."""
         cdef memory* m = self.enter()
         maximum = None if m.maximum == NO_MAXIMUM else m.maximum
         self.leave()
         return maximum
 
     def grow_to(self, new_size):
+        """Make `new_size` bytes accessible, the new ones zero; mirrors ``wasmtime::LinearMemory::grow_to``.
+
+        It happens whole or changes nothing. Up to `byte_capacity` the base stays and every view remains
+        valid; past it the memory moves, which it does only while nothing is exported. Uses mprotect(2),
+        and mremap(2) to move.
+
+        Parameters
+        ----------
+        new_size : int
+            In bytes. The size it has is a no-op.
+
+        Raises
+        ------
+        ValueError
+            Smaller than `byte_size`, or the memory is closed.
+        GrowError
+            Past the maximum, or past the capacity of a memory that cannot move (`LimitError`: a budget).
+        BufferError
+            Past the capacity while a buffer is exported.
+        PageError
+            The OS refused.
+        OwnedError
+            A wasmtime store owns the memory: it grows by ``wasmtime.Memory.grow``.
+        """
         cdef size_t size
         cdef failure why
         cdef int code
@@ -732,12 +798,17 @@ cdef class Memory:
             raise_failure(&why)
 
     def as_ptr(self):
+        """Address of byte 0, a multiple of the host page; mirrors ``wasmtime::LinearMemory::as_ptr``."""
         cdef memory* m = self.enter()
         address = <size_t>m.base
         self.leave()
         return address
 
     def wasm_accessible(self):
+        """Addresses that native code may touch: base .. capacity + guard, accessible or a fault.
+
+        Mirrors ``wasmtime::LinearMemory::wasm_accessible``.
+        """
         cdef memory* m = self.enter()
         cdef size_t base = <size_t>m.base
         cdef size_t end = base + m.covered
@@ -767,6 +838,30 @@ cdef class Memory:
         self.leave()
 
     def view(self, format="B", offset=0, count=None):
+        """Export a part of the memory as elements of a type, without a copy.
+
+        The view stays valid through every growth; it keeps the memory open. Its length is fixed now.
+
+        Parameters
+        ----------
+        format : str or type or dtype
+            A `struct` format ("d", ">I"), a NumPy type string ("<f8"), a NumPy dtype or scalar type, or
+            `bool`, `int` (64 bits), `float`.
+        offset : int
+            In bytes, of any alignment.
+        count : int, optional
+            In elements. All whole ones up to `byte_size` by default.
+
+        Returns
+        -------
+        memoryview
+            One dimension, writable.
+
+        Raises
+        ------
+        ValueError, TypeError
+            For no such format, or for a part that is not within `byte_size`.
+        """
         cdef size_t start, n, itemsize, size
         text, itemsize, castable = _resolve_format(format)
         check_size(offset, "offset", &start)
@@ -840,6 +935,7 @@ cdef class Memory:
             self.leave()
 
     def read(self, offset, size):
+        """Copy `size` bytes from `offset` out, as `bytes`; ValueError past `byte_size`."""
         cdef size_t start, n
         cdef memory* m
         cdef bytes out
@@ -863,6 +959,10 @@ cdef class Memory:
             self.leave()
 
     def write(self, offset, data):
+        """Copy a contiguous buffer in at `offset` and return its length in bytes.
+
+        Past `byte_size` it is `ValueError`, and nothing is written.
+        """
         cdef size_t start, n
         cdef memory* m
         cdef Py_buffer given
@@ -892,6 +992,25 @@ cdef class Memory:
     # -- pages
 
     def protect(self, offset, size, access):
+        """Set what may be done with whole host pages; mprotect(2). A touch against it is a fault.
+
+        A memory with protected pages never moves.
+
+        Parameters
+        ----------
+        offset, size : int
+            In bytes, multiples of the host page, within `byte_size`.
+        access : {"rw", "r", "none"}
+
+        Raises
+        ------
+        ValueError
+            For another access, or a range that is not whole pages of the memory.
+        PageError
+            The OS refused; the protection is what it was.
+        TypeError
+            The pages are not linmem's (a memory made in Python).
+        """
         cdef size_t start, n, page = pages.capabilities().page_size
         cdef int how, code = 0
         cdef memory* m
@@ -922,6 +1041,23 @@ cdef class Memory:
             raise_failure(&why)
 
     def discard(self, offset=0, size=None):
+        """Give the pages back to the OS; the bytes read as zero afterwards. madvise(2), MADV_DONTNEED.
+
+        Parameters
+        ----------
+        offset, size : int
+            In bytes; to the end by default. Parts of a page are set to zero. With protected pages in the
+            memory, whole host pages only.
+
+        Raises
+        ------
+        ValueError
+            For a range that is not within `byte_size`.
+        PageError
+            The OS refused; no byte has changed.
+        TypeError
+            The pages are not linmem's, or are protected where the OS cannot discard such.
+        """
         cdef size_t start, n, head, tail, page = pages.capabilities().page_size
         cdef int code = 0
         cdef memory* m
@@ -957,6 +1093,22 @@ cdef class Memory:
             raise_failure(&why)
 
     def prefault(self, offset=0, size=None):
+        """Make the pages of a range resident now; no byte changes. madvise(2), MADV_POPULATE_WRITE.
+
+        Parameters
+        ----------
+        offset, size : int
+            In bytes; to the end by default. Rounded outwards to host pages.
+
+        Raises
+        ------
+        ValueError
+            For a range that is not within `byte_size`.
+        PageError
+            The OS refused, or a page cannot be written.
+        TypeError
+            The pages are not linmem's, or are protected where the OS would fault.
+        """
         cdef size_t start, n, first, end = 0, page = pages.capabilities().page_size
         cdef int code = 0
         cdef memory* m
@@ -991,6 +1143,10 @@ cdef class Memory:
         return m
 
     def info(self):
+        """What the memory holds at this moment, as a `MemoryInfo`; asks the OS what is resident (mincore(2)).
+
+        A page that was only read counts as resident, as the kernel's page of zeros is.
+        """
         cdef memory* m = self.enter()
         cdef size_t resident = 0
         cdef failure why

@@ -50,7 +50,8 @@ def test_over_the_budget_is_a_limit_error_with_the_figures():
         with pytest.raises(linmem.LimitError) as caught:
             limit.create(5 * PAGE)
         assert (caught.value.limit, caught.value.used, caught.value.requested) == (10 * PAGE, 6 * PAGE, 5 * PAGE)
-        assert str(caught.value) == f"limit of {10 * PAGE} bytes reached: {6 * PAGE} in use and {5 * PAGE} more asked for"
+        assert str(caught.value) == (f"limit of {10 * PAGE} bytes reached: {6 * PAGE} in use and {5 * PAGE} more"
+                                     " asked for")
         with pytest.raises(linmem.GrowError) as caught:
             mem.grow_to(11 * PAGE)
         assert (caught.value.limit, caught.value.used, caught.value.requested) == (10 * PAGE, 6 * PAGE, 5 * PAGE)
@@ -420,9 +421,8 @@ def test_a_native_memory_that_is_not_what_was_asked_for_is_refused(make, asked, 
 def test_a_native_memory_cannot_be_handed_on_twice():
     one = linmem.create(PAGE)
     creator = linmem.PythonCreator(Hands(lambda minimum: one))
-    with creator.create(PAGE):
-        with pytest.raises(ValueError, match="already in use"):
-            creator.create(PAGE)
+    with creator.create(PAGE), pytest.raises(ValueError, match="already in use"):
+        creator.create(PAGE)
     one.close()
 
 

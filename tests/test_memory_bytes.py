@@ -162,7 +162,7 @@ def test_structured_dtypes_keep_their_fields(mem):
 @requires("numpy")
 @pytest.mark.parametrize("spelling", ["M8[s]", "m8[ns]"])
 def test_a_dtype_without_a_buffer_form_is_refused(mem, spelling):
-    with pytest.raises(ValueError, match="^format has no buffer form"):
+    with pytest.raises(ValueError, match=r"^format has no buffer form"):
         mem.view(np.dtype(spelling))
     assert mem.info().exports == 0
 

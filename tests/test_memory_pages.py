@@ -30,7 +30,8 @@ def test_a_memory_of_nothing_faults_at_its_first_byte():
 
 
 def test_after_a_move_the_guards_stand_at_the_new_place():
-    moved = f"import ctypes, linmem; mem = linmem.create({PAGE}, {9 * PAGE}, reserve=0); mem[0] = 1; mem.grow_to({2 * PAGE})"
+    moved = (f"import ctypes, linmem; mem = linmem.create({PAGE}, {9 * PAGE}, reserve=0); mem[0] = 1;"
+             f" mem.grow_to({2 * PAGE})")
     dies_at(moved, "ctypes.string_at(mem.as_ptr() - 1, 1)")
     dies_at(moved, f"ctypes.string_at(mem.as_ptr() + {2 * PAGE}, 1)")
     dies_at(moved, "i = mem.info(); ctypes.string_at(i.base + i.byte_capacity + i.guard - 1, 1)")
