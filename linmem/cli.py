@@ -10,12 +10,9 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import linmem
-
-if TYPE_CHECKING:
-    import wasmtime
 
 __all__ = ["main"]
 
@@ -52,7 +49,7 @@ hold. Exit code 0 if they do, else 1."""
 
 BENCH_DESCRIPTION = "Measure linmem against the same system calls in C, against wasmtime's own memories and NumPy."
 
-UNITS = {"": 1, "b": 1}
+UNITS: dict[str, int] = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
     UNITS[_letter] = UNITS[_letter + "ib"] = 1024 ** _power
     UNITS[_letter + "b"] = 1000 ** _power
@@ -163,9 +160,10 @@ def parse_size(text: str) -> int:
     unit = UNITS.get(match[3].lower()) if match else None
     if match is None or unit is None or (unit == 1 and match[2]):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no size: bytes, or a number with KiB, MiB, GiB, TiB, KB, MB, GB or TB, such as 65536 or 1.5GiB")
+            f"{text!r} is no size: bytes, or a number with KiB, MiB, GiB, TiB, KB, MB, GB or TB, as 65536 or 1.5GiB")
     fraction = match[2] or ""
-    size = int(match[1] + fraction) * unit // 10 ** len(fraction)
+    parts: int = 10 ** len(fraction)
+    size = int(match[1] + fraction) * unit // parts
     if size >= 1 << 63:
         raise argparse.ArgumentTypeError(f"{text!r} is more than any memory can have: below 8 EiB (2**63 bytes)")
     return size
@@ -365,7 +363,7 @@ def execute(program: str, code: bytes, argv: list[str], environment: list[tuple[
     return 0
 
 
-def compile_program(wasmtime: Any, engine: wasmtime.Engine, program: str, code: bytes) -> wasmtime.Module:
+def compile_program(wasmtime: Any, engine: Any, program: str, code: bytes) -> Any:
     try:
         binary = code if code.startswith(b"\0asm") else bytes(wasmtime.wat2wasm(code.decode()))
         # The second half of the version is the layer: 0 a module, 1 a component.
@@ -386,7 +384,7 @@ def compile_program(wasmtime: Any, engine: wasmtime.Engine, program: str, code: 
 
 
 def wasi_config(wasmtime: Any, argv: list[str], environment: list[tuple[str, str]],
-                directories: list[tuple[str, str]]) -> wasmtime.WasiConfig:
+                directories: list[tuple[str, str]]) -> Any:
     wasi = wasmtime.WasiConfig()
     try:
         wasi.argv = argv
@@ -546,7 +544,7 @@ def demo_program(numpy: Any, wasmtime: Any, check: Checks) -> None:
     address, start = memory.as_ptr(), exports["table"](store)
     early = numpy.asarray(memory)[start:start + FIRST_LIMIT + 1]
     early_address = address_of(early)
-    print(f"   A NumPy array now looks at its table, in {show_size(memory.byte_size())} of memory. The program goes on:")
+    print(f"   A NumPy array looks at its table, in {show_size(memory.byte_size())} of memory. The program goes on:")
     check(f"primes up to {LIMIT:,}, says the program", PRIMES[LIMIT], exports["count_primes"](store, LIMIT))
     (record,) = statistics.memories()
     print(f"   Its memory went from {show_size(record['first_size'])} to {show_size(memory.byte_size())} in"
