@@ -355,7 +355,7 @@ def execute(program: str, code: bytes, argv: list[str], environment: list[tuple[
     except wasmtime.ExitTrap as end:
         return int(end.code)
     except wasmtime.Trap as trap:
-        where = str(trap).partition("Caused by:")[0].rstrip()
+        where = str(trap).partition("Stack backtrace:")[0].partition("Caused by:")[0].rstrip()
         print(f"linmem run: {program} trapped: {one_line(trap)}\n{where}", file=sys.stderr)
         return EXIT_TRAP
     except wasmtime.WasmtimeError as error:
@@ -403,8 +403,8 @@ def wasi_config(wasmtime: Any, argv: list[str], environment: list[tuple[str, str
 
 
 def one_line(error: Exception) -> str:
-    """wasmtime's message and its causes, without backtrace and source excerpt."""
-    head, _, causes = str(error).partition("Caused by:")
+    """wasmtime's message and its causes, without source excerpt and backtraces (its own too: RUST_BACKTRACE)."""
+    head, _, causes = str(error).partition("Stack backtrace:")[0].partition("Caused by:")
     lines = head.strip().splitlines()
     said = [] if not lines or "wasm backtrace" in lines[0] else [lines[0]]
     said += [re.sub(r"^\d+: ", "", line.strip()) for line in causes.splitlines() if line.strip()]

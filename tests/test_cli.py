@@ -212,9 +212,10 @@ def test_the_program_cannot_open_a_file_outside_its_directories(program, tmp_pat
     assert (done.returncode, done.stdout) == (9, b"")
 
 
-def test_a_trap_ends_with_134_and_says_what_and_where(wat):
+@pytest.mark.parametrize("backtrace", ["0", "1"])
+def test_a_trap_ends_with_134_and_says_what_and_where(wat, backtrace):
     path = wat(TRAPS)
-    done = linmem_process("run", path)
+    done = linmem_process("run", path, env={"RUST_BACKTRACE": backtrace})
     assert (done.returncode, done.stdout) == (134, b"")
     lines = done.stderr.decode().splitlines()
     assert lines[0] == f"linmem run: {path} trapped: wasm trap: wasm `unreachable` instruction executed"
