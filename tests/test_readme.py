@@ -19,7 +19,7 @@ BLOCK = re.compile(r"^(<!-- dies -->\n)?```python\n(.*?)^```$", re.MULTILINE | r
 # A segmentation fault, or a bus error (macOS); on Windows the access violation is the exit code.
 DEATHS = {-11, -10, -7, 0xC0000005, 0xC0000005 - (1 << 32)}
 BLOCKS = [
-    pytest.param(block[2], bool(block[1]), id=f"{page.name}:{page.read_text('utf-8').count(chr(10), 0, block.start()) + 1}")
+    pytest.param(block[2], bool(block[1]), id=f"{page.name}:{block.string.count(chr(10), 0, block.start()) + 1}")
     for page in PAGES for block in BLOCK.finditer(page.read_text("utf-8"))
 ]
 
@@ -53,6 +53,7 @@ def test_the_array_that_grows_under_a_live_view_takes_at_most_fifteen_lines():
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "CHANGELOG.md"],
                          ids=lambda page: page.name)
 def test_a_link_to_a_file_of_this_project_leads_somewhere(page):
-    targets = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text("utf-8"))
+    text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    targets = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", text)
     missing = [target for target in targets if not (page.parent / target).exists()]
     assert missing == []
