@@ -1,0 +1,115 @@
+"""What is shipped: the installed package, the wheel, the sdist, and the C face that the guide shows."""
+
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import linmem
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(linmem.__file__).resolve().parent
+ENV = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+
+needs_sources = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="the sources are not beside the tests")
+
+
+def test_the_package_under_test_is_the_one_that_is_installed():
+    try:
+        installed = importlib.metadata.distribution("linmem")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("linmem is not installed; it was imported from PYTHONPATH")
+    origin = json.loads(installed.read_text("direct_url.json") or "{}")
+    if origin.get("dir_info", {}).get("editable"):
+        assert PACKAGE == ROOT / "linmem"
+    else:
+        assert Path(str(installed.locate_file("linmem"))).resolve() == PACKAGE
+
+
+def test_the_version_is_the_one_of_the_changelog():
+    assert re.search(r"^## \[([^]]+)\]", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)[1] == \
+        linmem.__version__
+
+
+def test_types_and_the_c_face_are_beside_the_code():
+    for name in ("py.typed", "_memory.pxd", "_adaptors.pxd", "_units.pxd", "_atomic.pxd", "_os/pages.pxd", "_demo.c",
+                 "_demo.wasm"):
+        assert (PACKAGE / name).is_file(), name
+
+
+def build(kind: str, folder: Path) -> Path:
+    source = folder / "source"
+    # A copy without what earlier builds left: a stale build/ would end up in the wheel.
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(
+        ".git", ".venv", ".cache", "build", "dist", "*.egg-info", "*.so", "*.pyd", "__pycache__", ".*_cache"))
+    subprocess.run([sys.executable, "-m", "build", "--no-isolation", f"--{kind}", "--outdir", str(folder), str(source)],
+                   check=True, timeout=600, stdout=subprocess.DEVNULL)
+    return next(folder.glob("linmem-*"))
+
+
+@needs_sources
+@pytest.mark.slow
+def test_the_sdist_has_all_sources_and_no_generated_c(tmp_path):
+    pytest.importorskip("build")
+    pytest.importorskip("Cython")
+    with tarfile.open(build("sdist", tmp_path)) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {path.relative_to(ROOT).as_posix() for folder in ("linmem", "bench", "tests", "docs")
+               for path in (ROOT / folder).rglob("*")
+               if path.suffix in {".py", ".pyx", ".pxd", ".pxi", ".pyi", ".md"} and "_build" not in path.parts}
+    for name in {*sources, "linmem/_os/posix.pyx", "linmem/_os/windows.pyx", "linmem/py.typed", "setup.py",
+                 "pyproject.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE"}:
+        assert name in names, name
+    assert {name for name in names if name.endswith(".c") and not name.startswith("tests/")} == {"linmem/_demo.c"}
+    assert not [name for name in names if name.endswith((".so", ".pyd", ".pyc")) or "__pycache__" in name]
+
+
+@needs_sources
+@pytest.mark.slow
+def test_the_wheel_has_types_the_c_face_and_the_license_and_no_sources(tmp_path):
+    pytest.importorskip("build")
+    pytest.importorskip("Cython")
+    with zipfile.ZipFile(build("wheel", tmp_path)) as archive:
+        names = set(archive.namelist())
+    stubs = {path.relative_to(ROOT).as_posix() for path in (ROOT / "linmem").rglob("*.py[i]")}
+    headers = {path.relative_to(ROOT).as_posix() for path in (ROOT / "linmem").rglob("*.pxd")}
+    assert stubs | headers | {"linmem/py.typed", "linmem/_demo.c", "linmem/_demo.wasm"} <= names
+    assert [name for name in names if name.endswith("/LICENSE")]
+    assert {name.partition("/")[0] for name in names} == {"linmem", f"linmem-{linmem.__version__}.dist-info"}
+    assert not [name for name in names if name.endswith((".pyx", ".pxi")) or re.search(r"/(tests|docs)/", name)]
+    assert [name for name in names if name.endswith(".c")] == ["linmem/_demo.c"]
+
+
+@pytest.mark.slow
+def test_the_cython_example_of_the_guide_compiles_against_the_package_and_works(tmp_path):
+    pytest.importorskip("Cython")
+    pytest.importorskip("setuptools")
+    code = re.search(r"^```cython\n(.*?)^```$", (ROOT / "docs" / "guide.md").read_text("utf-8"),
+                     re.MULTILINE | re.DOTALL)[1]
+    (tmp_path / "example.pyx").write_text(code, "utf-8")
+    subprocess.run([sys.executable, "-m", "Cython.Build.Cythonize", "--inplace", "example.pyx"], cwd=tmp_path, env=ENV,
+                   check=True, timeout=300, stdout=subprocess.DEVNULL)
+    child = subprocess.run([sys.executable, "-W", "error", "-c", """if True:
+        import sys
+        sys.path.insert(0, "")
+        import example, linmem
+        mem = linmem.create(1000, creator=example.RoomyCreator(linmem.creator(), 1 << 24))
+        mem[5], mem[999] = 7, 8
+        assert mem.byte_capacity() >= 1 << 24
+        example.double(mem)
+        assert len(mem) == 2000 and example.total(mem) == 15
+        bounded = linmem.create(1000, maximum=1000)
+        try:
+            example.double(bounded)
+        except linmem.GrowError:
+            print("refused")
+        """], cwd=tmp_path, env=ENV, timeout=120, text=True, capture_output=True)
+    assert (child.returncode, child.stdout.strip()) == (0, "refused"), child.stderr
