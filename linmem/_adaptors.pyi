@@ -1,7 +1,8 @@
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, final
 
 from linmem._memory import NativeCreator
 
+@final
 class LimitingCreator(NativeCreator):
     def __init__(self, upstream: NativeCreator, limit_bytes: SupportsIndex) -> None: ...
     @property
@@ -13,6 +14,7 @@ class LimitingCreator(NativeCreator):
     @property
     def peak_bytes(self) -> int: ...
 
+@final
 class StatisticsCreator(NativeCreator):
     def __init__(self, upstream: NativeCreator, history: SupportsIndex = 256) -> None: ...
     @property
@@ -20,6 +22,7 @@ class StatisticsCreator(NativeCreator):
     def statistics(self) -> dict[str, int]: ...
     def memories(self) -> list[dict[str, Any]]: ...
 
+@final
 class PythonCreator(NativeCreator):
     # creator: a MemoryCreator, or whatever has its new_memory.
     def __init__(self, creator: Any) -> None: ...

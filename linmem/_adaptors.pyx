@@ -1,6 +1,7 @@
 # cython: language_level=3
 """Creators over an upstream creator: a budget, statistics, and a Python class as a creator."""
 
+cimport cython
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_INCREF
 from libc.stdint cimport SIZE_MAX
@@ -9,12 +10,12 @@ from libc.string cimport memcpy
 
 from linmem._atomic cimport add, load, store, swap_if, word
 from linmem._memory cimport (
-    NO_MAXIMUM, UNCHOSEN, Memory, NativeCreator, acquire, check_size, drop_object, fail, fail_python, failure,
-    memory, memory_hang, memory_hook, memory_ops, memory_release, memory_resident, memory_retain, memory_size, memory_spec,
-    python_is_ending, unlock,
+    NO_MAXIMUM, UNCHOSEN, Memory, NativeCreator, acquire, begin_move, check_size, drop_object, end_move, fail,
+    fail_python, failure, memory, memory_hang, memory_hook, memory_ops, memory_resident, memory_retain, memory_size,
+    memory_spec, python_is_ending, unlock,
 )
 from linmem._os cimport pages
-from linmem._units cimport E_EXPORTED, E_LIMIT, E_NO_MEMORY, E_UNSUPPORTED, round_up
+from linmem._units cimport E_LIMIT, E_NO_MEMORY, E_UNSUPPORTED, round_up
 
 
 cdef inline size_t committed(size_t size) noexcept nogil:
@@ -84,6 +85,7 @@ cdef void limit_dropped(memory_hook* head) noexcept nogil:
     free(hook)
 
 
+@cython.final
 cdef class LimitingCreator(NativeCreator):
     """One budget of committed bytes over all memories that come through it.
 
@@ -256,6 +258,7 @@ cdef void statistics_dropped(memory_hook* head) noexcept nogil:
     free(head)
 
 
+@cython.final
 cdef class StatisticsCreator(NativeCreator):
     """Counts and times what happens to the memories that come through it.
 
@@ -396,7 +399,7 @@ cdef struct python_memory:
 
 cdef int read_python_memory(python_memory* p, size_t size) except -1:
     """Ask the Python memory where and how large it is, and believe only what can be true."""
-    cdef size_t base, byte_size, capacity, covered
+    cdef size_t base, byte_size, capacity, covered, bound
     cdef size_t reservation = p.reservation, guard = p.head.guard
     memory = <object>p.object
     name = type(memory).__name__
@@ -420,6 +423,16 @@ cdef int read_python_memory(python_memory* p, size_t size) except -1:
         raise ValueError(f"{name}.wasm_accessible() must cover {base:#x} .. {base + covered:#x}: its capacity of"
                          f" {capacity} (reservation asked for: {reservation}) and a guard of {guard} bytes;"
                          f" got {accessible.start:#x} .. {accessible.stop:#x}")
+    maximum = memory.maximum_byte_size() if hasattr(memory, "maximum_byte_size") else None
+    if maximum is not None:
+        check_size(maximum, "maximum_byte_size()", &bound)
+        if bound < byte_size:
+            raise ValueError(f"{name}.maximum_byte_size() must be >= byte_size() ({byte_size}), got {bound}")
+        if bound < p.head.maximum:
+            p.head.maximum = bound
+    if p.head.base != NULL and base != <size_t>p.head.base and byte_size <= p.head.capacity:
+        raise RuntimeError(f"{name}.grow_to({byte_size}) moved the base within its byte_capacity()"
+                           f" ({p.head.capacity})")
     p.head.base = <char*>base
     p.head.accessible = byte_size
     p.head.capacity = capacity
@@ -429,22 +442,24 @@ cdef int read_python_memory(python_memory* p, size_t size) except -1:
 
 
 cdef int python_grow(memory* m, size_t new_size, failure* why) noexcept nogil:
-    if new_size > m.capacity and load(&m.pins) > 0:
-        return fail(why, E_EXPORTED, "grow_to", new_size, <size_t>load(&m.pins), m.capacity)
+    cdef int code
+    cdef bint may_move = new_size > m.capacity
     if python_is_ending():
         return fail(why, E_UNSUPPORTED, "grow_to while the interpreter shuts down", new_size)
-    return python_grow_with_gil(<python_memory*>m, new_size, why)
+    if may_move:
+        code = begin_move(m, new_size, why)
+        if code:
+            return code
+    code = python_grow_with_gil(<python_memory*>m, new_size, why)
+    if may_move:
+        end_move(m)
+    return code
 
 
 cdef int python_grow_with_gil(python_memory* p, size_t new_size, failure* why) noexcept with gil:
-    cdef char* base = p.head.base
-    cdef size_t capacity = p.head.capacity
     try:
         (<object>p.object).grow_to(new_size)
         read_python_memory(p, new_size)
-        if p.head.base != base and new_size <= capacity:
-            raise RuntimeError(f"{type(<object>p.object).__name__}.grow_to({new_size}) moved the base within its"
-                               f" byte_capacity() ({capacity})")
         return 0
     except BaseException as error:
         return fail_python(why, error)
@@ -463,6 +478,7 @@ python_ops.free = python_free
 python_ops.pages_are_ours = False
 
 
+@cython.final
 cdef class PythonCreator(NativeCreator):
     """Lets a Python class that implements the two traits stand wherever a native creator does.
 
@@ -512,6 +528,7 @@ cdef class PythonCreator(NativeCreator):
         p.object = <PyObject*>made
         p.reservation = reservation
         p.head.guard = spec.guard
+        p.head.maximum = spec.maximum
         try:
             read_python_memory(p, spec.minimum)
         except BaseException:
@@ -520,7 +537,6 @@ cdef class PythonCreator(NativeCreator):
         Py_INCREF(made)
         p.head.ops = &python_ops
         p.head.refs = 1
-        p.head.maximum = spec.maximum
         p.head.is_shared = spec.is_shared
         out[0] = &p.head
         return 0
@@ -540,8 +556,9 @@ cdef int adopt(Memory made, size_t minimum, size_t maximum, bint is_shared, size
         if m.capacity < reservation or m.covered < max(m.capacity, reservation) + guard:
             raise ValueError(f"new_memory() must return a memory with a reservation of {reservation} and a guard of"
                              f" {guard} bytes, got {m.capacity} and {m.covered - m.capacity}")
-        if not swap_if(&m.refs, 1, 2):
-            raise ValueError("new_memory() returned a memory that is already in use elsewhere")
+        if not swap_if(&m.handed_on, 0, 1):
+            raise ValueError("new_memory() returned a memory that it has returned before")
+        memory_retain(m)
         # What was asked for binds it, whatever its maker asked for.
         if is_shared:
             m.is_shared = True

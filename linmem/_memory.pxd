@@ -48,7 +48,8 @@ cdef struct memory_ops:
 # What an adaptor hangs on each memory that comes through it. Outermost adaptor first.
 cdef struct memory_hook:
     memory_hook* next
-    # Before a growth, the lock held: 0, or a failure that stops it.
+    # Before a growth, the lock held: 0, or a failure that stops it (after_grow is then not called:
+    # a hook that fails undoes its own part).
     int (*before_grow)(memory_hook* hook, memory* m, size_t new_size, failure* why) noexcept nogil
     # After it, the lock held, for each hook whose before_grow returned 0; code: how it ended.
     void (*after_grow)(memory_hook* hook, memory* m, size_t old_size, size_t new_size, int code) noexcept nogil
@@ -66,6 +67,7 @@ cdef struct memory:
     word pins                   # exported buffers and byte accesses under way; -1: the base is moving
     word lock                   # one growth (or drop of a hook chain) at a time
     word owner                  # OWNER_
+    word handed_on              # 1 once a Python creator has handed it on: fresh memories are handed on once
     word size                   # byte_size; written under the lock, read anywhere
     char* base
     size_t accessible
@@ -90,6 +92,8 @@ cdef size_t NO_MAXIMUM
 cdef int memory_grow_to(memory* m, size_t new_size, failure* why) noexcept nogil
 cdef void memory_retain(memory* m) noexcept nogil
 cdef void memory_release(memory* m) noexcept nogil
+cdef int begin_move(memory* m, size_t new_size, failure* why) noexcept nogil
+cdef void end_move(memory* m) noexcept nogil
 cdef void memory_hang(memory* m, memory_hook* hook) noexcept nogil
 cdef int memory_resident(memory* m, size_t* bytes, failure* why) noexcept nogil
 

@@ -26,6 +26,7 @@ class NativeCreator(MemoryCreator):  # registered with the trait
         guard: SupportsIndex | None = None,
     ) -> Memory: ...
 
+@final
 class MmapCreator(NativeCreator):
     def __init__(self) -> None: ...
 

@@ -235,13 +235,28 @@ cdef void unlock(word* lock) noexcept nogil:
     store(lock, 0)
 
 
-def _forked():
+# A child must not inherit a memory that is half way to another address: fork waits for movers.
+cdef word moving_lock
+
+
+def _before_fork():
+    with nogil:
+        acquire(&moving_lock)
+
+
+def _after_fork_in_parent():
+    unlock(&moving_lock)
+
+
+def _after_fork_in_child():
     global generation
     generation += 1
+    unlock(&moving_lock)
 
 
 if hasattr(_os, "register_at_fork"):
-    _os.register_at_fork(after_in_child=_forked)
+    _os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent,
+                         after_in_child=_after_fork_in_child)
 
 
 cdef int memory_grow_to(memory* m, size_t new_size, failure* why) noexcept nogil:
@@ -315,19 +330,37 @@ cdef int memory_resident(memory* m, size_t* bytes, failure* why) noexcept nogil:
     return m.ops.resident(m, bytes, why)
 
 
-cdef void pin(memory* m) noexcept nogil:
-    """The base stays where it is until unpin()."""
+cdef void pin(memory* m) noexcept:
+    """The base stays where it is until unpin(). With the GIL held, but for the wait: a Python memory
+    needs it to move."""
     cdef long long pins
     while True:
         pins = load(&m.pins)
         if pins == MOVING:
-            pages.relax()       # the mover needs no GIL, so this ends
+            with nogil:
+                pages.relax()
         elif swap_if(&m.pins, pins, pins + 1):
             return
 
 
 cdef inline void unpin(memory* m) noexcept nogil:
     add(&m.pins, -1)
+
+
+cdef int begin_move(memory* m, size_t new_size, failure* why) noexcept nogil:
+    """The base may change until end_move(): nobody points into the memory, and nobody begins to."""
+    if m.is_shared or m.protected_pages:
+        fail(why, E_CAPACITY, "grow_to", new_size, 0, m.capacity)
+        snprintf(why.detail, sizeof(why.detail),
+                 "shared memories never do" if m.is_shared else "some of its pages have their own protection")
+        return E_CAPACITY
+    if not swap_if(&m.pins, 0, MOVING):
+        return fail(why, E_EXPORTED, "grow_to", new_size, <size_t>load(&m.pins), m.capacity)
+    return 0
+
+
+cdef void end_move(memory* m) noexcept nogil:
+    store(&m.pins, 0)
 
 
 # -- the mapped kind ---------------------------------------------------------------------------
@@ -397,18 +430,13 @@ cdef int mapped_grow(memory* m, size_t new_size, failure* why) noexcept nogil:
 
 cdef int grow_by_moving(memory* m, size_t new_size, size_t need, failure* why) noexcept nogil:
     """Past the capacity, where nobody can notice. All that can fail comes before anything is lost."""
-    cdef long long pins
-    cdef int code
-    if m.is_shared or m.protected_pages:
-        fail(why, E_CAPACITY, "grow_to", new_size, 0, m.capacity)
-        snprintf(why.detail, sizeof(why.detail),
-                 "shared memories never do" if m.is_shared else "some of its pages have their own protection")
-        return E_CAPACITY
-    if not swap_if(&m.pins, 0, MOVING):
-        pins = load(&m.pins)
-        return fail(why, E_EXPORTED, "grow_to", new_size, <size_t>pins, m.capacity)
+    cdef int code = begin_move(m, new_size, why)
+    if code:
+        return code
+    acquire(&moving_lock)
     code = move_to_larger(m, need, why)
-    store(&m.pins, 0)
+    unlock(&moving_lock)
+    end_move(m)
     return code
 
 
@@ -537,7 +565,10 @@ cdef int mapped_make(const memory_spec* spec, memory** out, failure* why) noexce
 # -- creators ------------------------------------------------------------------------------------
 
 cdef class NativeCreator:
-    """Base of the creators that wasmtime can call with no GIL. Not for direct use."""
+    """Base of the creators that wasmtime can call with no GIL; extended in Cython, by `make`.
+
+    A creator in Python implements `linmem.MemoryCreator` instead.
+    """
 
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
         return fail(why, E_UNSUPPORTED, "new_memory", spec.minimum)
@@ -629,6 +660,7 @@ cdef int check_reservation(object value, str name, size_t size) except -1:
     return 0
 
 
+@cython.final
 cdef class MmapCreator(NativeCreator):
     """Memories that are each one mapping of their own: reserve, commit as they grow, release.
 

@@ -351,9 +351,11 @@ def test_a_base_that_moves_within_the_capacity_is_an_error():
             self.old, self.map = self.map, mmap.mmap(-1, self.capacity)
             self.size = new_size
 
-    with linmem.create(PAGE, reserve=4 * PAGE, guard=0, creator=MappedCreator(Moves)) as mem, \
-            pytest.raises(RuntimeError, match=r"grow_to\(\d+\) moved the base within its byte_capacity\(\)"):
-        mem.grow_to(2 * PAGE)
+    with linmem.create(PAGE, reserve=4 * PAGE, guard=0, creator=MappedCreator(Moves)) as mem:
+        base = mem.as_ptr()
+        with pytest.raises(RuntimeError, match=r"grow_to\(\d+\) moved the base within its byte_capacity\(\)"):
+            mem.grow_to(2 * PAGE)
+        assert (len(mem), mem.as_ptr()) == (PAGE, base)
 
 
 @pytest.mark.parametrize("made", [None, 5, object()])
@@ -418,12 +420,101 @@ def test_a_native_memory_that_is_not_what_was_asked_for_is_refused(make, asked, 
         linmem.create(PAGE, creator=Hands(make), **asked)
 
 
-def test_a_native_memory_cannot_be_handed_on_twice():
+def test_a_native_memory_cannot_be_handed_on_twice_not_even_when_its_taker_is_gone():
     one = linmem.create(PAGE)
-    creator = linmem.PythonCreator(Hands(lambda minimum: one))
-    with creator.create(PAGE), pytest.raises(ValueError, match="already in use"):
+    creator = limiting(100 * PAGE, linmem.PythonCreator(Hands(lambda minimum: one)))
+    with creator.create(PAGE) as taken:
+        taken[0] = 1
+        with pytest.raises(ValueError, match="returned a memory that it has returned before"):
+            creator.create(PAGE)
+    with pytest.raises(ValueError, match="returned a memory that it has returned before"):
         creator.create(PAGE)
+    assert creator.used_bytes == PAGE       # of the one that its maker still holds
     one.close()
+    assert creator.used_bytes == 0
+
+
+class MovingMemory(MappedMemory):
+    """Keeps its bytes in a map that each growth past the capacity replaces by another."""
+
+    during_growth = staticmethod(lambda: None)
+
+    def grow_to(self, new_size):
+        self.during_growth()
+        if new_size > self.capacity:
+            # Two maps alive at once, so that the new one is somewhere else.
+            other = mmap.mmap(-1, new_size)
+            other[:self.size] = self.map[:self.size]
+            self.old, self.map, self.capacity = self.map, other, new_size
+        self.size = new_size
+
+
+@requires("real_pages")
+def test_a_memory_in_python_moves_only_while_nobody_points_into_it():
+    creator = MappedCreator(MovingMemory)
+    with linmem.create(PAGE, guard=0, reserve=0, creator=creator) as mem:
+        base = mem.as_ptr()
+        mem[3] = 7
+        with memoryview(mem) as view:
+            with pytest.raises(BufferError, match="1 exported"):
+                mem.grow_to(2 * PAGE)
+            assert (len(mem), mem.as_ptr(), view[3]) == (PAGE, base, 7)
+        mem.grow_to(2 * PAGE)
+        assert (len(mem), mem[3]) == (2 * PAGE, 7)
+        assert mem.as_ptr() != base
+
+
+@requires("real_pages")
+def test_an_export_waits_for_a_memory_in_python_that_is_moving():
+    creator = MappedCreator(MovingMemory)
+    with linmem.create(PAGE, guard=0, reserve=0, creator=creator) as mem:
+        seen, moving = [], threading.Event()
+
+        def export():
+            moving.wait(30)
+            with memoryview(mem) as view:
+                seen.append((len(view), ctypes.addressof(ctypes.c_char.from_buffer(view))))
+
+        def during():
+            moving.set()
+            thread.join(0.05)           # the other thread runs, and cannot get in
+            assert seen == []
+
+        creator.made[0]().during_growth = during
+        thread = threading.Thread(target=export)
+        thread.start()
+        mem.grow_to(2 * PAGE)
+        thread.join(30)
+        assert seen == [(2 * PAGE, mem.as_ptr())]
+
+
+@requires("real_pages")
+def test_a_shared_memory_in_python_never_moves():
+    creator = linmem.PythonCreator(MappedCreator(MovingMemory))
+    ty = linmem.MemoryType(1, is_shared=True)
+    with creator.new_memory(ty, PAGE, None, 0, 0) as mem:
+        with pytest.raises(linmem.GrowError, match="shared memories never do"):
+            mem.grow_to(2 * PAGE)
+        assert len(mem) == PAGE
+
+
+@requires("real_pages")
+def test_a_memory_in_python_may_know_a_smaller_maximum_of_its_own():
+    class Bounded(MappedMemory):
+        def maximum_byte_size(self):
+            return 2 * PAGE
+
+    with linmem.create(PAGE, maximum=8 * PAGE, reserve=4 * PAGE, guard=0, creator=MappedCreator(Bounded)) as mem:
+        assert mem.maximum_byte_size() == 2 * PAGE
+        with pytest.raises(linmem.GrowError, match=rf"maximum_byte_size\(\) \({2 * PAGE}\)"):
+            mem.grow_to(3 * PAGE)
+
+
+@pytest.mark.parametrize("kind", [linmem.MmapCreator, linmem.LimitingCreator, linmem.StatisticsCreator,
+                                  linmem.PythonCreator])
+def test_a_native_creator_has_no_python_subclass_whose_override_would_be_passed_by(kind):
+    with pytest.raises(TypeError, match="not an acceptable base type"):
+        type("Sub", (kind,), {})
 
 
 # -- the factory ---------------------------------------------------------------------------------------

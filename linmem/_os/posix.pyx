@@ -319,7 +319,7 @@ cdef const char* code_text(int code) noexcept nogil:
     if code == EPERM:
         return "not permitted (EPERM)"
     if code == EINVAL:
-        return "invalid argument (EINVAL)"
+        return "invalid argument, or pages whose protection forbids it (EINVAL)"
     if code == EFAULT:
         return "a page in the range cannot be written (EFAULT)"
     if code == EBUSY:
