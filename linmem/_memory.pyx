@@ -729,6 +729,9 @@ cdef class Memory:
         self.leave()
         return maximum
 
+    @cython.binding(False)      # a plain method descriptor: two calls less per call
+    @cython.embedsignature(True)
+    @cython.embedsignature.format("clinic")
     def grow_to(self, new_size):
         cdef size_t size
         cdef failure why
