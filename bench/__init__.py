@@ -21,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--suite", choices=SUITES, default="core", help="what to measure (default: core)")
     parser.add_argument("--quick", action="store_true", help="short runs and few rounds: a look, not a figure")
     parser.add_argument("--rounds", type=at_least_two, metavar="N",
-                        help=f"interleaved rounds (default: {ROUNDS}, with --quick {QUICK_ROUNDS})")
+                        help=f"interleaved rounds (default: {ROUNDS}, with --quick {QUICK_ROUNDS}); rows with long runs"
+                             " take half, rows with tight goals two or three times as many")
     parser.add_argument("--json", metavar="FILE", help="write every raw figure and the machine's facts")
     parser.add_argument("--picture", metavar="FILE", help="draw the ratios (.png, .svg, .pdf)")
     parser.add_argument("--check", action="store_true", help="exit with 1 when a goal is missed")
@@ -71,4 +72,5 @@ def main(args: argparse.Namespace) -> int:
 
 
 def shared(rounds: int, group) -> int:
+    """The rounds that a group takes of those asked for."""
     return max(2, round(rounds * group.share))

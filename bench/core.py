@@ -15,7 +15,7 @@ GIB = 1 << 30
 STEP = 64 * KIB
 SPACE = 4 * GIB
 BLOCK = 256 * KIB       # what the view rows read and write: fits a second-level cache
-ITEMS = 4096            # bytes that the element row visits
+ITEMS = 1024            # bytes that the element row visits
 
 
 def groups(quick: bool) -> list[Group]:
@@ -82,7 +82,7 @@ def grow_by_a_step() -> Group:
          Contender("c", "the same commits from a C loop", make_raw_grow),
          Contender("mmap", "mmap.mmap.resize(size)", make_mmap_grow)),
         (Goal("c", 1.2), Goal("mmap", None)),
-        "mmap.mmap may move, and refuses while a view is live", most=SPACE // STEP - 1)
+        "mmap.mmap may move, and refuses while a view is live", most=SPACE // STEP - 1, share=2)
 
 
 def sizes(n: int) -> list[int]:
@@ -154,7 +154,7 @@ def grow_inside_wasm() -> Group:
         (Contender("linmem", "with linmem.wasmtime.install(config)", lambda: make_wasm_grow(True)),
          Contender("wasmtime", "wasmtime's own memory, same module", lambda: make_wasm_grow(False))),
         (Goal("wasmtime", 1.1),),
-        "one call into wasm grows in a loop; instantiation is not counted", operations=4096)
+        "one call into wasm grows in a loop; instantiation is not counted", operations=4096, share=2)
 
 
 def make_wasm_grow(with_linmem: bool) -> Run:
@@ -319,7 +319,7 @@ def read_in_bulk() -> Group:
         "read", "read 256 KiB through the view (sum of float64)",
         (Contender("linmem", "np.frombuffer(mem)", lambda: make_read(linmem_doubles())),
          Contender("numpy", "a NumPy array", lambda: make_read(numpy_doubles()))),
-        (Goal("numpy", 1.02),))
+        (Goal("numpy", 1.02),), share=3)
 
 
 def write_in_bulk() -> Group:
@@ -327,7 +327,7 @@ def write_in_bulk() -> Group:
         "write", "write 256 KiB through the view (fill of float64)",
         (Contender("linmem", "np.frombuffer(mem)", lambda: make_write(linmem_doubles())),
          Contender("numpy", "a NumPy array", lambda: make_write(numpy_doubles()))),
-        (Goal("numpy", 1.02),))
+        (Goal("numpy", 1.02),), share=3)
 
 
 def read_elements() -> Group:
@@ -335,7 +335,7 @@ def read_elements() -> Group:
         "element", "read and write single elements through the view",
         (Contender("linmem", "np.asarray(mem)[i]", lambda: make_elements(linmem_bytes())),
          Contender("numpy", "a NumPy array's [i]", lambda: make_elements(numpy_bytes()))),
-        (Goal("numpy", 1.02),))
+        (Goal("numpy", 1.02),), share=3)
 
 
 def linmem_doubles():

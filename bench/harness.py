@@ -58,7 +58,7 @@ class Group:
     note: str = ""
     operations: int | None = None       # in one run; None: calibrated
     most: int = 1 << 20                 # operations in one run
-    share: float = 1.0                  # of the rounds: less for a group whose runs are long
+    share: float = 1.0                  # of the rounds: less where runs are long, more where a goal is tight
 
 
 @dataclass

@@ -115,7 +115,7 @@ def show(results: list[Result], facts: dict, *, quick: bool) -> None:
         for i, row in enumerate(result.rows):
             low, high = row.ratio_quartiles or (None, None)
             style = {True: "green", False: "bold red", None: "dim"}[row.holds]
-            table.add_row(row.operation if i == 0 else "", row.against, Text(times(row.ratio_p10), style),
+            table.add_row(Text(row.operation if i == 0 else ""), Text(row.against), Text(times(row.ratio_p10), style),
                           times(row.ratio_median), f"{low:.2g} .. {high:.2g}" if row.ratio_quartiles else "",
                           "" if row.goal is None else f"<= {row.goal:g} x", Text(verdict(row), style),
                           end_section=row is result.rows[-1])
@@ -169,9 +169,10 @@ def draw(path: str, results: list[Result], facts: dict, *, quick: bool) -> None:
     lowest = min([row.ratio_quartiles[0] for row in rows] + [row.ratio_p10 for row in rows], default=0.1)
     highest = max([row.ratio_quartiles[1] for row in rows] + [row.goal or 1 for row in rows], default=1)
     left, right = lowest / 1.6, max(2.0, highest * 1.25)
+    keys = list(dict.fromkeys(row.operation for row in rows))
     for at, row in enumerate(rows):
         color = {True: GOOD, False: BAD, None: PLAIN}[row.holds]
-        if at % 2 == 0:
+        if keys.index(row.operation) % 2 == 0:
             axes.axhspan(at - 0.5, at + 0.5, color="#f5f7f9", zorder=0, linewidth=0)
         if row.goal is not None:
             axes.plot([row.goal, row.goal], [at - 0.34, at + 0.34], color="#222222", linewidth=2.2, zorder=4,
@@ -194,6 +195,7 @@ def draw(path: str, results: list[Result], facts: dict, *, quick: bool) -> None:
     axes.set_xticks([], minor=True)
     axes.set_yticks(range(len(rows)), [f"{row.operation}\nvs {row.against}" for row in rows], fontsize=8.6,
                     linespacing=1.25)
+    axes.tick_params(axis="x", labelsize=9, labelcolor="#44505c")
     axes.tick_params(length=0, pad=6)
     axes.grid(axis="x", color="#e3e8ed", linewidth=0.8, zorder=0)
     axes.set_axisbelow(True)
