@@ -107,16 +107,17 @@ def show(results: list[Result], facts: dict, *, quick: bool) -> None:
     table.add_column("operation", ratio=3)
     table.add_column("against", ratio=3)
     table.add_column("ratio", justify="right", no_wrap=True)
-    table.add_column("median", justify="right", no_wrap=True)
     table.add_column("quartiles", justify="right", no_wrap=True)
+    table.add_column("at best", justify="right", no_wrap=True)
     table.add_column("goal", justify="right", no_wrap=True)
     table.add_column("verdict")
     for result in results:
         for i, row in enumerate(result.rows):
             low, high = row.ratio_quartiles or (None, None)
             style = {True: "green", False: "bold red", None: "dim"}[row.holds]
-            table.add_row(Text(row.operation if i == 0 else ""), Text(row.against), Text(times(row.ratio_p10), style),
-                          times(row.ratio_median), f"{low:.2g} .. {high:.2g}" if row.ratio_quartiles else "",
+            table.add_row(Text(row.operation if i == 0 else ""), Text(row.against),
+                          Text(times(row.ratio_median), style),
+                          f"{low:.2g} .. {high:.2g}" if row.ratio_quartiles else "", times(row.ratio_p10),
                           "" if row.goal is None else f"<= {row.goal:g} x", Text(verdict(row), style),
                           end_section=row is result.rows[-1])
     console.print(table)
@@ -124,8 +125,8 @@ def show(results: list[Result], facts: dict, *, quick: bool) -> None:
         if result.group.note:
             console.print(Text(f"{result.group.key}: {result.group.note}", "dim"))
     console.print(Text(in_short(facts), "dim"))
-    console.print(Text("ratio: of the tenth percentiles over all rounds; median and quartiles: of the ratios within a"
-                       " round" + ("; --quick: a look, not a figure" if quick else ""), "dim"))
+    console.print(Text("ratio: the median of the ratios within a round, and their quartiles; at best: the ratio of the"
+                       " tenth percentiles" + ("; --quick: a look, not a figure" if quick else ""), "dim"))
     rows = [row for result in results for row in result.rows if row.goal is not None]
     console.print(f"{sum(row.holds is True for row in rows)} of {len(rows)} goals hold")
 
@@ -162,7 +163,7 @@ def draw(path: str, results: list[Result], facts: dict, *, quick: bool) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = [row for result in results for row in result.rows if row.ratio_p10 is not None]
+    rows = [row for result in results for row in result.rows if row.ratio_median is not None]
     figure = Figure(figsize=(11, 1.9 + 0.52 * len(rows)), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -179,11 +180,12 @@ def draw(path: str, results: list[Result], facts: dict, *, quick: bool) -> None:
                       solid_capstyle="butt")
             axes.barh(at, right - row.goal, left=row.goal, height=0.68, color=BAD, alpha=0.07, zorder=1, linewidth=0)
         low, high = row.ratio_quartiles
-        axes.plot([left, row.ratio_p10], [at, at], color=color, linewidth=1, alpha=0.35, zorder=2)
+        axes.plot([left, row.ratio_median], [at, at], color=color, linewidth=1, alpha=0.35, zorder=2)
         axes.plot([low, high], [at, at], color=color, linewidth=7, alpha=0.35, zorder=3, solid_capstyle="round")
-        axes.plot(row.ratio_p10, at, "o", color=color, markersize=8.5, markeredgecolor="white", markeredgewidth=1.3,
+        axes.plot(row.ratio_p10, at + 0.27, "^", color=color, markersize=4.5, alpha=0.75, markeredgewidth=0, zorder=4)
+        axes.plot(row.ratio_median, at, "o", color=color, markersize=8.5, markeredgecolor="white", markeredgewidth=1.3,
                   zorder=5)
-        text = times(row.ratio_p10) + ("" if row.goal is None else f"  (goal {row.goal:g} x)")
+        text = times(row.ratio_median) + ("" if row.goal is None else f"  (goal {row.goal:g} x)")
         axes.annotate(text, (1.0, at), xycoords=("axes fraction", "data"), xytext=(8, 0), textcoords="offset points",
                       va="center", color=color, fontsize=9.5, fontweight="normal" if row.goal is None else "bold")
     axes.axvline(1.0, color="#9aa5b1", linewidth=1, linestyle=(0, (4, 3)), zorder=2)
@@ -201,8 +203,8 @@ def draw(path: str, results: list[Result], facts: dict, *, quick: bool) -> None:
     axes.set_axisbelow(True)
     for side in axes.spines.values():
         side.set_visible(False)
-    axes.set_xlabel("linmem's time over the other's (logarithmic, left is better)  ·  dot: best state (p10), bar:"
-                    " quartiles of the rounds, black: goal", fontsize=8.8, color="#44505c", labelpad=8)
+    axes.set_xlabel("linmem's time over the other's (logarithmic, left is better)  ·  dot and bar: median and quartiles"
+                    " of the rounds, triangle: at best (p10), black: goal", fontsize=8.8, color="#44505c", labelpad=8)
     figure.suptitle("linmem bench" + ("  (--quick)" if quick else ""), x=0.012, ha="left", fontsize=14,
                     fontweight="bold")
     axes.set_title(in_short(facts), loc="right", fontsize=8.2, color="#6b7785", pad=10)
