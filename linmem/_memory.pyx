@@ -271,7 +271,7 @@ cdef inline int grow_locked(memory* m, size_t new_size, failure* why) noexcept n
     cdef size_t size
     if not swap_if(&m.lock, 0, generation):
         acquire(&m.lock)
-    size = <size_t>load(&m.size)
+    size = memory_size(m)
     if new_size < size or new_size > m.maximum:
         code = refuse_size(m, size, new_size, why)
     elif new_size > size:
@@ -322,16 +322,20 @@ cdef void memory_retain(memory* m) noexcept nogil:
 
 
 cdef void memory_release(memory* m) noexcept nogil:
+    cdef memory_hook* hooks
     cdef memory_hook* hook
-    cdef memory_hook* next
     if add(&m.refs, -1):
         return
-    hook = m.hooks
+    hook = hooks = m.hooks
     while hook != NULL:
-        next = hook.next
-        hook.drop(hook, m)
-        hook = next
+        if hook.before_drop != NULL:
+            hook.before_drop(hook, m)
+        hook = hook.next
     m.ops.free(m)
+    while hooks != NULL:
+        hook = hooks
+        hooks = hook.next
+        hook.dropped(hook)
 
 
 cdef int memory_resident(memory* m, size_t* bytes, failure* why) noexcept nogil:
@@ -398,7 +402,7 @@ cdef void give_back(char* at, size_t size) noexcept nogil:
 
 
 cdef int mapped_grow(memory* m, size_t new_size, failure* why) noexcept nogil:
-    return mapped_grow_by(m, <size_t>load(&m.size), new_size, why)
+    return mapped_grow_by(m, memory_size(m), new_size, why)
 
 
 cdef inline int mapped_grow_by(memory* m, size_t size, size_t new_size, failure* why) noexcept nogil:
@@ -713,7 +717,7 @@ cdef class Memory:
 
     def byte_size(self):
         cdef memory* m = self.enter()
-        size = <size_t>load(&m.size)
+        size = memory_size(m)
         self.leave()
         return size
 
@@ -765,7 +769,7 @@ cdef class Memory:
 
     def __len__(self):
         cdef memory* m = self.enter()
-        cdef Py_ssize_t size = <Py_ssize_t>load(&m.size)
+        cdef Py_ssize_t size = <Py_ssize_t>memory_size(m)
         self.leave()
         return size
 
@@ -773,7 +777,7 @@ cdef class Memory:
         cdef memory* m = self.enter()
         pin(m)
         try:
-            PyBuffer_FillInfo(buffer, self, m.base, <Py_ssize_t>load(&m.size), 0, flags)
+            PyBuffer_FillInfo(buffer, self, m.base, <Py_ssize_t>memory_size(m), 0, flags)
         except BaseException:
             unpin(m)
             self.leave()
@@ -815,7 +819,7 @@ cdef class Memory:
         m = self.enter()
         pin(m)
         try:
-            size = <Py_ssize_t>load(&m.size)
+            size = <Py_ssize_t>memory_size(m)
             return (<unsigned char*>m.base)[check_range(i, size)]
         finally:
             unpin(m)
@@ -843,7 +847,7 @@ cdef class Memory:
         m = self.enter()
         pin(m)
         try:
-            size = <Py_ssize_t>load(&m.size)
+            size = <Py_ssize_t>memory_size(m)
             (<unsigned char*>m.base)[check_range(i, size)] = <unsigned char>byte
         finally:
             unpin(m)
@@ -859,7 +863,7 @@ cdef class Memory:
         m = self.enter()
         pin(m)
         try:
-            check_span(start, n, <size_t>load(&m.size))
+            check_span(start, n, memory_size(m))
             out = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>n)
             to = PyBytes_AS_STRING(out)
             if n < RELEASE_GIL_FROM:
@@ -883,7 +887,7 @@ cdef class Memory:
             m = self.enter()
             pin(m)
             try:
-                check_span(start, n, <size_t>load(&m.size))
+                check_span(start, n, memory_size(m))
                 if n < RELEASE_GIL_FROM:
                     memmove(m.base + start, given.buf, n)
                 else:
@@ -913,7 +917,7 @@ cdef class Memory:
                 raise ValueError(f"{name} must be a multiple of the host page ({page}), got {value}")
         m = self.enter_pages("protect")
         try:
-            check_span(start, n, <size_t>load(&m.size))
+            check_span(start, n, memory_size(m))
             if n:
                 m.protected_pages = True
                 with nogil:
@@ -934,11 +938,11 @@ cdef class Memory:
         check_size(offset, "offset", &start)
         m = self.enter_pages("discard")
         try:
-            n = check_rest(start, size, <size_t>load(&m.size))
+            n = check_rest(start, size, memory_size(m))
             if m.protected_pages:
                 if not pages.capabilities().discard_any_protection:
                     raise TypeError("discard is not supported here on a memory with protected pages")
-                if start & (page - 1) or (n & (page - 1) and start + n != <size_t>load(&m.size)):
+                if start & (page - 1) or (n & (page - 1) and start + n != memory_size(m)):
                     raise ValueError(f"offset and size must be multiples of the host page ({page}) in a memory"
                                      f" with protected pages, got {start} and {n}")
             with nogil:
@@ -969,7 +973,7 @@ cdef class Memory:
         check_size(offset, "offset", &start)
         m = self.enter_pages("prefault")
         try:
-            n = check_rest(start, size, <size_t>load(&m.size))
+            n = check_rest(start, size, memory_size(m))
             if m.protected_pages and not pages.capabilities().populates:
                 raise TypeError("prefault is not supported here on a memory with protected pages")
             if n:
@@ -1001,6 +1005,7 @@ cdef class Memory:
         cdef failure why
         cdef int code = 0
         cdef bint known = m.ops.resident != NULL
+        from linmem.records import MemoryInfo
         pin(m)
         try:
             exports = load(&m.pins) - 1
@@ -1009,9 +1014,9 @@ cdef class Memory:
                     code = memory_resident(m, &resident, &why)
                 if code:
                     raise_failure(&why)
-            return _abc.MemoryInfo(
+            return MemoryInfo(
                 base=<size_t>m.base,
-                byte_size=<size_t>load(&m.size),
+                byte_size=memory_size(m),
                 byte_capacity=m.capacity,
                 maximum_byte_size=None if m.maximum == NO_MAXIMUM else m.maximum,
                 reserved=m.pre_guard + m.capacity + m.guard,
