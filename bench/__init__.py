@@ -1,1 +1,76 @@
-"""linmem's microbenchmarks: ratios from interleaved runs in one process."""
+"""linmem's microbenchmarks: ratios from interleaved runs in one process. Floor 6.
+
+``linmem bench``, or ``python -m linmem.bench``. Needs the extra ``linmem[bench]``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+
+__all__ = ["add_arguments", "main"]
+
+SUITES = ("core",)
+ROUNDS, QUICK_ROUNDS = 40, 5
+RUN_NS, QUICK_RUN_NS = 3_000_000, 300_000       # how long one run of a contender shall take
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options that `main` reads."""
+    parser.add_argument("--suite", choices=SUITES, default="core", help="what to measure (default: core)")
+    parser.add_argument("--quick", action="store_true", help="short runs and few rounds: a look, not a figure")
+    parser.add_argument("--rounds", type=at_least_two, metavar="N",
+                        help=f"interleaved rounds (default: {ROUNDS}, with --quick {QUICK_ROUNDS}); rows with long runs"
+                             " take half, rows with tight goals two or three times as many")
+    parser.add_argument("--json", metavar="FILE", help="write every raw figure and the machine's facts")
+    parser.add_argument("--picture", metavar="FILE", help="draw the ratios (.png, .svg, .pdf)")
+    parser.add_argument("--check", action="store_true", help="exit with 1 when a goal is missed")
+
+
+def at_least_two(text: str) -> int:
+    rounds = int(text)
+    if rounds < 2:
+        raise argparse.ArgumentTypeError(f"must be >= 2 (a spread needs two figures), got {rounds}")
+    return rounds
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measure, show, write.
+
+    Returns
+    -------
+    int
+        0 when measured, also where a goal is missed; with ``--check`` 1 for a missed goal or for
+        one that could not be measured; 2 when a library that was asked for is not installed.
+    """
+    needed = ["rich"] + (["matplotlib"] if args.picture else [])
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"linmem bench needs {' and '.join(missing)}: pip install 'linmem[bench]'", file=sys.stderr)
+        return 2
+
+    from linmem.bench import core, harness, report
+
+    rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
+    groups = {"core": core.groups}[args.suite](args.quick)
+    results = []
+    with report.progress() as advance:
+        total = sum(shared(rounds, group) for group in groups)
+        for group in groups:
+            n, series = harness.measure(group, shared(rounds, group), QUICK_RUN_NS if args.quick else RUN_NS,
+                                        lambda group=group: advance(group.operation, total))
+            results.append(report.Result(group, n, series, list(harness.compare(group, series))))
+    facts = report.machine()
+    report.show(results, facts, quick=args.quick)
+    if args.json:
+        report.write_json(args.json, results, facts, suite=args.suite, quick=args.quick)
+    if args.picture:
+        report.draw(args.picture, results, facts, quick=args.quick)
+    failed = any(row.goal is not None and not row.holds for result in results for row in result.rows)
+    return 1 if args.check and failed else 0
+
+
+def shared(rounds: int, group) -> int:
+    """The rounds that a group takes of those asked for."""
+    return max(2, round(rounds * group.share))

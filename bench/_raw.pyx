@@ -1,4 +1,70 @@
 # cython: language_level=3
-"""The same page calls as linmem's, from a C loop: what the operating system alone costs."""
+"""The page calls that linmem makes, from a C loop: what the operating system alone costs."""
 
 from linmem._os cimport pages
+
+from linmem._os import pages as _pages
+
+
+def create_close(size_t total, size_t pre_guard, size_t accessible, long long n):
+    """Reserve `total` bytes, commit `accessible` of them after `pre_guard`, release: `n` times.
+
+    All sizes are multiples of the host page and fit each other. Returns the nanoseconds taken.
+    """
+    cdef long long i, took
+    cdef char* base
+    cdef int code = 0
+    with nogil:
+        took = -pages.clock_ns()
+        for i in range(n):
+            code = pages.reserve(total, &base)
+            if code:
+                break
+            if accessible:
+                code = pages.commit(base + pre_guard, accessible)
+            if code:
+                pages.release(base, total)
+                break
+            code = pages.release(base, total)
+            if code:
+                break
+        took += pages.clock_ns()
+    return checked(took, code)
+
+
+def grow_steps(size_t total, size_t pre_guard, size_t accessible, size_t step, long long n):
+    """In one reservation of `total` bytes, commit `step` bytes more, `n` times, from `accessible` on.
+
+    All sizes are multiples of the host page and fit each other. Returns the nanoseconds that the
+    `n` commits took; reserving before and releasing after are not in them.
+    """
+    cdef long long i, took = 0
+    cdef char* base
+    cdef char* end
+    cdef int code, undo
+    with nogil:
+        code = pages.reserve(total, &base)
+        if code == 0:
+            end = base + pre_guard
+            if accessible:
+                code = pages.commit(end, accessible)
+                end += accessible
+            if code == 0:
+                took = -pages.clock_ns()
+                for i in range(n):
+                    code = pages.commit(end, step)
+                    if code:
+                        break
+                    end += step
+                took += pages.clock_ns()
+            undo = pages.release(base, total)
+            if code == 0:
+                code = undo
+    return checked(took, code)
+
+
+cdef object checked(long long took, int code):
+    if code:
+        text = pages.code_text(code).decode()
+        raise OSError(*_pages.os_error_args(code, text))
+    return took

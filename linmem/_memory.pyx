@@ -5,6 +5,7 @@ cimport cython
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_SIMPLE, PyBUF_STRIDES, \
     PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.exc cimport PyErr_Clear, PyErr_Occurred
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport SIZE_MAX
@@ -12,7 +13,7 @@ from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memmove, memset
 
-from linmem._atomic cimport add, load, store, swap_if, word
+from linmem._atomic cimport add, add_with_gil, load, publish, store, swap_if, word
 from linmem._os cimport pages
 from linmem._units cimport (
     E_CAPACITY, E_EXPORTED, E_LIMIT, E_MAXIMUM, E_NO_MEMORY, E_OVERFLOW, E_PYTHON, E_SHRINK, E_UNSUPPORTED,
@@ -118,7 +119,26 @@ cdef int raise_failure(const failure* why) except -1:
         call=why.call.decode(), size=why.size, used=why.used, limit=why.limit)
 
 
+cdef extern from *:
+    bint PyLong_CheckExact(object value) noexcept
+    # An error is looked for by the caller: only this value can mean one.
+    unsigned long long as_unsigned "PyLong_AsUnsignedLongLong"(object value) noexcept
+    unsigned long long ULLONG_MAX
+
+
 cdef int check_size(object value, str name, size_t* out) except -1:
+    cdef unsigned long long n
+    if PyLong_CheckExact(value):
+        n = as_unsigned(value)
+        if n != ULLONG_MAX or not PyErr_Occurred():
+            out[0] = <size_t>n
+            return 0
+        PyErr_Clear()
+    return check_size_at_length(value, name, out)
+
+
+cdef int check_size_at_length(object value, str name, size_t* out) except -1:
+    """What is no exact int, or no size: converted, or the exception that says why not."""
     cdef unsigned long long n
     try:
         number = value.__index__() if not isinstance(value, int) else value
@@ -232,7 +252,7 @@ cdef void acquire(word* lock) noexcept nogil:
 
 
 cdef void unlock(word* lock) noexcept nogil:
-    store(lock, 0)
+    publish(lock, 0)
 
 
 # A child must not inherit a memory that is half way to another address: fork waits for movers.
@@ -260,21 +280,35 @@ if hasattr(_os, "register_at_fork"):
 
 
 cdef int memory_grow_to(memory* m, size_t new_size, failure* why) noexcept nogil:
+    return grow_locked(m, new_size, why)
+
+
+# The path of a growth is one function for the C compiler (hence the inlines, and the mapped kind by
+# name): after a system call the processor has forgotten where calls return to, and every frame on
+# the way back costs as much as all that is checked in it.
+cdef inline int grow_locked(memory* m, size_t new_size, failure* why) noexcept nogil:
     cdef int code = 0
     cdef size_t size
-    acquire(&m.lock)
+    if not swap_if(&m.lock, 0, generation):
+        acquire(&m.lock)
     size = memory_size(m)
-    if new_size < size:
-        code = fail(why, E_SHRINK, "grow_to", new_size, 0, size)
-    elif new_size > m.maximum:
-        code = fail(why, E_MAXIMUM, "grow_to", new_size, 0, m.maximum)
+    if new_size < size or new_size > m.maximum:
+        code = refuse_size(m, size, new_size, why)
     elif new_size > size:
-        if m.hooks == NULL:
-            code = m.ops.grow(m, new_size, why)
-        else:
+        if m.hooks != NULL:
             code = grow_with_hooks(m, size, new_size, why)
+        elif m.ops == &mapped_ops:
+            code = mapped_grow_by(m, size, new_size, why)
+        else:
+            code = m.ops.grow(m, new_size, why)
     unlock(&m.lock)
     return code
+
+
+cdef int refuse_size(memory* m, size_t size, size_t new_size, failure* why) noexcept nogil:
+    if new_size < size:
+        return fail(why, E_SHRINK, "grow_to", new_size, 0, size)
+    return fail(why, E_MAXIMUM, "grow_to", new_size, 0, m.maximum)
 
 
 cdef int grow_with_hooks(memory* m, size_t size, size_t new_size, failure* why) noexcept nogil:
@@ -406,8 +440,11 @@ cdef void give_back(char* at, size_t size) noexcept nogil:
 
 
 cdef int mapped_grow(memory* m, size_t new_size, failure* why) noexcept nogil:
+    return mapped_grow_by(m, memory_size(m), new_size, why)
+
+
+cdef inline int mapped_grow_by(memory* m, size_t size, size_t new_size, failure* why) noexcept nogil:
     cdef size_t page = pages.capabilities().page_size
-    cdef size_t size = memory_size(m)
     cdef size_t need
     cdef int code
     if round_up(new_size, page, &need):
@@ -424,7 +461,7 @@ cdef int mapped_grow(memory* m, size_t new_size, failure* why) noexcept nogil:
         # Fresh bytes read as zero, also those that native code could already reach.
         memset(m.base + size, 0, round_down(size, page) + page - size)
     m.accessible = need
-    store(&m.size, <long long>new_size)
+    publish(&m.size, <long long>new_size)
     return 0
 
 
@@ -713,13 +750,13 @@ cdef class Memory:
 
     # The gate. Whoever is inside keeps the reference on m; close() gets in only when nobody is.
     cdef memory* enter(self) except NULL:
-        if add(&self.users, 1) < 0 or self.m == NULL:
-            add(&self.users, -1)
+        if add_with_gil(&self.users, 1) < 0 or self.m == NULL:
+            add_with_gil(&self.users, -1)
             raise ValueError("the memory is closed")
         return self.m
 
     cdef void leave(self) noexcept:
-        add(&self.users, -1)
+        add_with_gil(&self.users, -1)
 
     def close(self):
         """Give up this handle; the pages go when wasmtime holds them no longer either.
@@ -788,6 +825,9 @@ cdef class Memory:
         self.leave()
         return maximum
 
+    @cython.binding(False)      # a plain method descriptor: two calls less per call
+    @cython.embedsignature(True)
+    @cython.embedsignature.format("clinic")
     def grow_to(self, new_size):
         """Make `new_size` bytes accessible, the new ones zero; mirrors ``wasmtime::LinearMemory::grow_to``.
 
@@ -821,10 +861,9 @@ cdef class Memory:
         m = self.enter()
         if load(&m.owner) == OWNER_WASMTIME:
             self.leave()
-            raise _errors.OwnedError(
-                "a wasmtime store owns this memory: grow it with wasmtime.Memory.grow(store, delta) instead")
+            refuse_to_grow()
         with nogil:
-            code = memory_grow_to(m, size, &why)
+            code = grow_locked(m, size, &why)
         self.leave()
         if code:
             raise_failure(&why)
@@ -1220,6 +1259,11 @@ cdef class Memory:
 
     def __reduce__(self):
         raise TypeError("a Memory cannot be pickled or copied: it is an address in this process")
+
+
+cdef int refuse_to_grow() except -1:
+    raise _errors.OwnedError(
+        "a wasmtime store owns this memory: grow it with wasmtime.Memory.grow(store, delta) instead")
 
 
 _ACCESSES = {"none": pages.ACCESS_NONE, "r": pages.ACCESS_READ, "rw": pages.ACCESS_READ_WRITE}

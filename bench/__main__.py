@@ -1,0 +1,11 @@
+"""``python -m linmem.bench``."""
+
+import argparse
+import sys
+
+from linmem.bench import add_arguments, main
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser("python -m linmem.bench", description="Measure linmem against what it stands on.")
+    add_arguments(parser)
+    sys.exit(main(parser.parse_args()))
