@@ -139,14 +139,17 @@ cdef class LimitingCreator(NativeCreator):
 
     @property
     def limit_bytes(self):
+        """The budget in bytes."""
         return self.budget.limit
 
     @property
     def used_bytes(self):
+        """Bytes charged to the budget now, whole host pages."""
         return load(&self.budget.used)
 
     @property
     def peak_bytes(self):
+        """The most bytes that were ever charged at once."""
         return load(&self.budget.peak)
 
     def __repr__(self):
@@ -409,7 +412,7 @@ cdef int read_python_memory(python_memory* p, size_t size) except -1:
     if capacity < byte_size:
         raise ValueError(f"{name}.byte_capacity() must be >= byte_size() ({byte_size}), got {capacity}")
     covered = capacity if capacity > reservation else reservation
-    if covered > SIZE_MAX - base or guard > SIZE_MAX - base - covered:
+    if covered > SIZE_MAX >> 1 or covered > SIZE_MAX - base or guard > SIZE_MAX - base - covered:
         raise ValueError(f"{name}.byte_capacity() does not fit an address: {capacity}")
     covered += guard
     # Native code is compiled on the promise that all of this is accessible or faults.
@@ -498,7 +501,7 @@ cdef class PythonCreator(NativeCreator):
             ty, spec.minimum, None if spec.maximum == NO_MAXIMUM else spec.maximum,
             None if spec.reservation == UNCHOSEN else spec.reservation, spec.guard)
         if isinstance(made, Memory):
-            return adopt(<Memory>made, spec.minimum, reservation, spec.guard, out)
+            return adopt(<Memory>made, spec.minimum, spec.maximum, spec.is_shared, reservation, spec.guard, out)
         for method in ("as_ptr", "byte_size", "byte_capacity", "wasm_accessible", "grow_to"):
             if not callable(getattr(made, method, None)):
                 raise TypeError(f"{type(self.creator).__name__}.new_memory() must return a LinearMemory, got"
@@ -526,7 +529,8 @@ cdef class PythonCreator(NativeCreator):
         return f"PythonCreator({self.creator!r})"
 
 
-cdef int adopt(Memory made, size_t minimum, size_t reservation, size_t guard, memory** out) except -1:
+cdef int adopt(Memory made, size_t minimum, size_t maximum, bint is_shared, size_t reservation, size_t guard,
+               memory** out) except -1:
     """A native memory that a Python creator hands on: its struct serves as it is."""
     cdef memory* m = made.enter()
     try:
@@ -538,6 +542,11 @@ cdef int adopt(Memory made, size_t minimum, size_t reservation, size_t guard, me
                              f" {guard} bytes, got {m.capacity} and {m.covered - m.capacity}")
         if not swap_if(&m.refs, 1, 2):
             raise ValueError("new_memory() returned a memory that is already in use elsewhere")
+        # What was asked for binds it, whatever its maker asked for.
+        if is_shared:
+            m.is_shared = True
+        if m.maximum > maximum:
+            m.maximum = maximum
         out[0] = m
         return 0
     finally:

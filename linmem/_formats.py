@@ -12,7 +12,7 @@ _CHARS = {"b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2"
 _COMPLEX = {"Zf": 8, "Zd": 16}
 _PYTHON_TYPES = {bool: "?", int: "q", float: "d"}
 _ORDER = "<" if sys.byteorder == "little" else ">"
-_CASTABLE = frozenset("bBhHiIlLqQnNfd?ce")
+_CASTABLE = frozenset("bBhHiIlLqQnNfd?c" + ("e" if sys.version_info >= (3, 12) else ""))
 
 
 def resolve(format: object) -> tuple[str, int, bool]:
@@ -54,7 +54,7 @@ def resolve(format: object) -> tuple[str, int, bool]:
         return text, _COMPLEX[bare], False
     try:
         size = struct.calcsize(text)
-    except struct.error as error:
+    except (struct.error, ValueError) as error:
         raise ValueError(f"format must be a struct format or a NumPy type, got {format!r}: {error}") from None
     if size == 0:
         raise ValueError(f"format must have a size, got {format!r}")
@@ -72,6 +72,12 @@ def _from_dtype(format: object) -> tuple[str, int | None]:
         if dtype is not None:
             if dtype.str[1:] in _CHARS:
                 return dtype.str, None
+            # Bytes read as objects would be followed as addresses; an element of no bytes has no
+            # count; a sub-array's format is that of its parts.
+            for wrong, why in ((dtype.hasobject, "holds Python objects"), (dtype.itemsize == 0, "has no size"),
+                               (dtype.subdtype is not None, "is a sub-array: view its base and reshape")):
+                if wrong:
+                    raise ValueError(f"format must be a plain element type, got {format!r}, which {why}")
             try:
                 return memoryview(numpy.empty(0, dtype)).format, dtype.itemsize
             except ValueError:

@@ -84,7 +84,8 @@ cdef void failure_text(const failure* why, char* text, size_t room) noexcept nog
     elif code == E_NO_MEMORY:
         snprintf(text, room, "no memory for the bookkeeping of a memory (%zu bytes)", why.size)
     elif code == E_OVERFLOW:
-        snprintf(text, room, "%s of %zu bytes with its guards does not fit an address", why.call, why.size)
+        snprintf(text, room, "%s must fit an address, in whole host pages and with its guards (together below"
+                             " 2**63 bytes), got %zu", why.call, why.size)
     elif code == E_SHRINK:
         snprintf(text, room, "new_size must be >= byte_size() (%zu), got %zu: a memory never shrinks",
                  why.limit, why.size)
@@ -120,13 +121,17 @@ cdef int raise_failure(const failure* why) except -1:
 cdef int check_size(object value, str name, size_t* out) except -1:
     cdef unsigned long long n
     try:
-        n = value.__index__() if not isinstance(value, int) else value
+        number = value.__index__() if not isinstance(value, int) else value
     except (AttributeError, TypeError):
         raise TypeError(f"{name} must be an integer number of bytes, got {type(value).__name__}") from None
+    try:
+        n = number
     except OverflowError:
-        if value < 0:
-            raise ValueError(f"{name} must be >= 0, got {value}") from None
-        raise OverflowError(f"{name} must be below 2**64, got {value}") from None
+        # Hexadecimal has no limit on its digits, as decimal has.
+        text = number if abs(number) < 1 << 256 else hex(number)[:20] + "..."
+        if number < 0:
+            raise ValueError(f"{name} must be >= 0, got {text}") from None
+        raise OverflowError(f"{name} must be below 2**64, got {text}") from None
     out[0] = <size_t>n
     return 0
 
@@ -370,10 +375,10 @@ cdef void give_back(char* at, size_t size) noexcept nogil:
 cdef int mapped_grow(memory* m, size_t new_size, failure* why) noexcept nogil:
     cdef size_t page = pages.capabilities().page_size
     cdef size_t size = memory_size(m)
-    cdef size_t need, end
+    cdef size_t need
     cdef int code
     if round_up(new_size, page, &need):
-        return fail(why, E_OVERFLOW, "grow_to", new_size)
+        return fail(why, E_OVERFLOW, "new_size", new_size)
     if need > m.capacity:
         code = grow_by_moving(m, new_size, need, why)
         if code:
@@ -384,8 +389,7 @@ cdef int mapped_grow(memory* m, size_t new_size, failure* why) noexcept nogil:
             return fail_page_call(why, code, "commit", need - m.accessible)
     if size & (page - 1):
         # Fresh bytes read as zero, also those that native code could already reach.
-        end = round_down(size, page) + page
-        memset(m.base + size, 0, (end if end < new_size else new_size) - size)
+        memset(m.base + size, 0, round_down(size, page) + page - size)
     m.accessible = need
     store(&m.size, <long long>new_size)
     return 0
@@ -415,14 +419,15 @@ cdef int move_to_larger(memory* m, size_t need, failure* why) noexcept nogil:
     cdef char* old = m.base - m.pre_guard
     cdef size_t old_total = m.pre_guard + m.capacity + m.guard
     cdef int code = reserve_in_steps(need, m.maximum, m.guard, &to, &region, why)
+    if code == E_OVERFLOW:
+        why.call = "new_size"
     if code:
         return code
     base = region + to.pre_guard
-    if pages.capabilities().moves and m.accessible and not m.moved:
-        code = pages.move(m.base, m.accessible, base, need)
-        if code:
-            give_back(region, to.total)
-            return fail_page_call(why, code, "move", need)
+    # What looks like one mapping may be several (a fork, or someone's madvise, splits them): then
+    # it does not move, but it can be copied.
+    if (pages.capabilities().moves and m.accessible and not m.moved
+            and pages.move(m.base, m.accessible, base, need) == 0):
         give_back(old, m.pre_guard)
         give_back(m.base + m.accessible, old_total - m.pre_guard - m.accessible)
         m.moved = True
@@ -460,7 +465,10 @@ cdef int reserve_exactly(size_t minimum, size_t reservation, size_t guard, layou
                          failure* why) noexcept nogil:
     cdef int code
     if lay_out(minimum, reservation, guard, pages.capabilities().page_size, out):
-        return fail(why, E_OVERFLOW, "reserve", minimum if minimum > reservation else reservation)
+        if guard > minimum and guard > reservation:
+            return fail(why, E_OVERFLOW, "guard", guard)
+        return fail(why, E_OVERFLOW, "minimum" if minimum >= reservation else "reserve",
+                    minimum if minimum > reservation else reservation)
     code = pages.reserve(out.total, region)
     return fail_page_call(why, code, "reserve", out.total) if code else 0
 
@@ -535,24 +543,55 @@ cdef class NativeCreator:
         return fail(why, E_UNSUPPORTED, "new_memory", spec.minimum)
 
     def new_memory(self, ty, minimum, maximum, reserved_size_in_bytes, guard_size_in_bytes):
+        """Make a memory, as wasmtime asks for one; mirrors ``wasmtime::MemoryCreator::new_memory``.
+
+        Parameters
+        ----------
+        ty : MemoryType
+            The wasm type. A shared memory never moves.
+        minimum, maximum : int
+            In bytes; no maximum is None. Not necessarily a multiple of any page.
+        reserved_size_in_bytes : int or None
+            Growth up to here never moves the base. None: the creator chooses.
+        guard_size_in_bytes : int
+            Inaccessible bytes after the capacity, a multiple of the host page.
+
+        Returns
+        -------
+        Memory
+
+        Raises
+        ------
+        ValueError, TypeError, OverflowError
+            For an argument that cannot be, by its name.
+        PageError
+            The OS refused; the message names the limit in the way.
+        GrowError
+            The creator's own bound refused.
+        """
         cdef memory_spec spec
         check_size(minimum, "minimum", &spec.minimum)
         check_optional_size(maximum, "maximum", &spec.maximum)
         check_optional_size(reserved_size_in_bytes, "reserved_size_in_bytes", &spec.reservation)
         check_size(guard_size_in_bytes, "guard_size_in_bytes", &spec.guard)
+        check_reservation(reserved_size_in_bytes, "reserved_size_in_bytes", spec.reservation)
         try:
             spec.page_size = ty.page_size
             spec.is_64 = ty.is_64
             spec.is_shared = ty.is_shared
-        except AttributeError:
+        except (AttributeError, TypeError, OverflowError):
             raise TypeError(f"ty must be a MemoryType, got {type(ty).__name__}") from None
+        if spec.page_size != 1 and spec.page_size != 65536:
+            raise ValueError(f"ty.page_size must be 1 or 65536, got {spec.page_size}")
         return self.make_checked(&spec, "guard_size_in_bytes")
 
     def create(self, minimum, maximum=None, reserve=None, guard=None):
+        """Make a memory for Python; `linmem.create` says what each argument means (all in bytes)."""
         cdef memory_spec spec
         check_size(minimum, "minimum", &spec.minimum)
         check_optional_size(maximum, "maximum", &spec.maximum)
         check_optional_size(reserve, "reserve", &spec.reservation)
+        check_reservation(reserve, "reserve", spec.reservation)
         check_size(DEFAULT_GUARD if guard is None else guard, "guard", &spec.guard)
         if guard is None:
             round_up(spec.guard, pages.capabilities().page_size, &spec.guard)
@@ -584,11 +623,21 @@ cdef int check_optional_size(object value, str name, size_t* out) except -1:
     return check_size(value, name, out)
 
 
+cdef int check_reservation(object value, str name, size_t size) except -1:
+    if value is not None and size == UNCHOSEN:
+        raise OverflowError(f"{name} must be below 2**64 - 1, got {value}")
+    return 0
+
+
 cdef class MmapCreator(NativeCreator):
     """Memories that are each one mapping of their own: reserve, commit as they grow, release.
 
     Mirrors ``wasmtime::MemoryCreator``. Thread-safe; holds nothing.
     """
+
+    def __init__(self):
+        # Only here to refuse arguments: without it Python takes any and forgets them.
+        pass
 
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
         return mapped_make(spec, out, why)
@@ -641,6 +690,17 @@ cdef class Memory:
         add(&self.users, -1)
 
     def close(self):
+        """Give up this handle; the pages go when wasmtime holds them no longer either.
+
+        Closing twice is closing once. Afterwards every other call is `ValueError`.
+
+        Raises
+        ------
+        BufferError
+            While buffers are exported from this handle; it says how many.
+        OwnedError
+            While a wasmtime store owns the memory.
+        """
         cdef memory* m
         cdef long long users
         try:
@@ -662,6 +722,7 @@ cdef class Memory:
 
     @property
     def closed(self):
+        """Whether `close` was called."""
         return load(&self.users) < 0 or self.m == NULL
 
     def __enter__(self):
@@ -675,24 +736,51 @@ cdef class Memory:
     # -- the trait
 
     def byte_size(self):
+        """Bytes accessible now; mirrors ``wasmtime::LinearMemory::byte_size``."""
         cdef memory* m = self.enter()
         size = memory_size(m)
         self.leave()
         return size
 
     def byte_capacity(self):
+        """Bytes up to which growth never moves the base; ``wasmtime::LinearMemory::byte_capacity``."""
         cdef memory* m = self.enter()
         capacity = m.capacity
         self.leave()
         return capacity
 
     def maximum_byte_size(self):
+        """The most bytes that `grow_to` will ever accept, or None."""
         cdef memory* m = self.enter()
         maximum = None if m.maximum == NO_MAXIMUM else m.maximum
         self.leave()
         return maximum
 
     def grow_to(self, new_size):
+        """Make `new_size` bytes accessible, the new ones zero; mirrors ``wasmtime::LinearMemory::grow_to``.
+
+        It happens whole or changes nothing. Up to `byte_capacity` the base stays and every view remains
+        valid; past it the memory moves, which it does only while nothing is exported. Uses mprotect(2),
+        and mremap(2) to move.
+
+        Parameters
+        ----------
+        new_size : int
+            In bytes. The size it has is a no-op.
+
+        Raises
+        ------
+        ValueError
+            Smaller than `byte_size`, or the memory is closed.
+        GrowError
+            Past the maximum, or past the capacity of a memory that cannot move (`LimitError`: a budget).
+        BufferError
+            Past the capacity while a buffer is exported.
+        PageError
+            The OS refused.
+        OwnedError
+            A wasmtime store owns the memory: it grows by ``wasmtime.Memory.grow``.
+        """
         cdef size_t size
         cdef failure why
         cdef int code
@@ -710,12 +798,17 @@ cdef class Memory:
             raise_failure(&why)
 
     def as_ptr(self):
+        """Address of byte 0, a multiple of the host page; mirrors ``wasmtime::LinearMemory::as_ptr``."""
         cdef memory* m = self.enter()
         address = <size_t>m.base
         self.leave()
         return address
 
     def wasm_accessible(self):
+        """Addresses that native code may touch: base .. capacity + guard, accessible or a fault.
+
+        Mirrors ``wasmtime::LinearMemory::wasm_accessible``.
+        """
         cdef memory* m = self.enter()
         cdef size_t base = <size_t>m.base
         cdef size_t end = base + m.covered
@@ -745,6 +838,30 @@ cdef class Memory:
         self.leave()
 
     def view(self, format="B", offset=0, count=None):
+        """Export a part of the memory as elements of a type, without a copy.
+
+        The view stays valid through every growth; it keeps the memory open. Its length is fixed now.
+
+        Parameters
+        ----------
+        format : str or type or dtype
+            A `struct` format ("d", ">I"), a NumPy type string ("<f8"), a NumPy dtype or scalar type, or
+            `bool`, `int` (64 bits), `float`.
+        offset : int
+            In bytes, of any alignment.
+        count : int, optional
+            In elements. All whole ones up to `byte_size` by default.
+
+        Returns
+        -------
+        memoryview
+            One dimension, writable.
+
+        Raises
+        ------
+        ValueError, TypeError
+            For no such format, or for a part that is not within `byte_size`.
+        """
         cdef size_t start, n, itemsize, size
         text, itemsize, castable = _resolve_format(format)
         check_size(offset, "offset", &start)
@@ -788,7 +905,12 @@ cdef class Memory:
         cdef Py_ssize_t byte
         if isinstance(key, slice):
             with memoryview(self) as whole, whole[key] as part:
-                with memoryview(value) as given, given.cast("B") as data:
+                try:
+                    flat = memoryview(value).cast("B")
+                except TypeError as error:
+                    raise TypeError(f"data must be a contiguous buffer of bytes, got {type(value).__name__}:"
+                                    f" {error}") from None
+                with flat as data:
                     if len(data) != len(part):
                         raise ValueError(f"the slice has {len(part)} bytes and the data {len(data)}: a memory"
                                          " cannot be resized by assignment")
@@ -799,6 +921,8 @@ cdef class Memory:
             byte = value
         except OverflowError:
             byte = -1
+        except TypeError:
+            raise TypeError(f"a byte must be an integer in 0 .. 255, got {type(value).__name__}") from None
         if byte < 0 or byte > 255:
             raise ValueError(f"a byte must be in 0 .. 255, got {value}")
         m = self.enter()
@@ -811,6 +935,7 @@ cdef class Memory:
             self.leave()
 
     def read(self, offset, size):
+        """Copy `size` bytes from `offset` out, as `bytes`; ValueError past `byte_size`."""
         cdef size_t start, n
         cdef memory* m
         cdef bytes out
@@ -834,11 +959,18 @@ cdef class Memory:
             self.leave()
 
     def write(self, offset, data):
+        """Copy a contiguous buffer in at `offset` and return its length in bytes.
+
+        Past `byte_size` it is `ValueError`, and nothing is written.
+        """
         cdef size_t start, n
         cdef memory* m
         cdef Py_buffer given
         check_size(offset, "offset", &start)
-        PyObject_GetBuffer(data, &given, PyBUF_SIMPLE)
+        try:
+            PyObject_GetBuffer(data, &given, PyBUF_SIMPLE)
+        except (TypeError, ValueError, BufferError) as error:
+            raise TypeError(f"data must be a contiguous buffer of bytes, got {type(data).__name__}: {error}") from None
         try:
             n = <size_t>given.len
             m = self.enter()
@@ -860,15 +992,35 @@ cdef class Memory:
     # -- pages
 
     def protect(self, offset, size, access):
+        """Set what may be done with whole host pages; mprotect(2). A touch against it is a fault.
+
+        A memory with protected pages never moves.
+
+        Parameters
+        ----------
+        offset, size : int
+            In bytes, multiples of the host page, within `byte_size`.
+        access : {"rw", "r", "none"}
+
+        Raises
+        ------
+        ValueError
+            For another access, or a range that is not whole pages of the memory.
+        PageError
+            The OS refused; the protection is what it was.
+        TypeError
+            The pages are not linmem's (a memory made in Python).
+        """
         cdef size_t start, n, page = pages.capabilities().page_size
         cdef int how, code = 0
         cdef memory* m
         cdef failure why
         check_size(offset, "offset", &start)
         check_size(size, "size", &n)
-        if access not in _ACCESSES:
-            raise ValueError(f"access must be one of {', '.join(map(repr, _ACCESSES))}, got {access!r}")
-        how = _ACCESSES[access]
+        try:
+            how = _ACCESSES[access]
+        except (KeyError, TypeError):
+            raise ValueError(f"access must be one of {', '.join(map(repr, _ACCESSES))}, got {access!r}") from None
         for name, value in (("offset", start), ("size", n)):
             if value & (page - 1):
                 raise ValueError(f"{name} must be a multiple of the host page ({page}), got {value}")
@@ -876,11 +1028,12 @@ cdef class Memory:
         try:
             check_span(start, n, memory_size(m))
             if n:
-                m.protected_pages = True
                 with nogil:
                     code = pages.protect(m.base + start, n, how)
                     if code:
                         fail_page_call(&why, code, "protect", n)
+                    else:
+                        m.protected_pages = True
         finally:
             unpin(m)
             self.leave()
@@ -888,6 +1041,23 @@ cdef class Memory:
             raise_failure(&why)
 
     def discard(self, offset=0, size=None):
+        """Give the pages back to the OS; the bytes read as zero afterwards. madvise(2), MADV_DONTNEED.
+
+        Parameters
+        ----------
+        offset, size : int
+            In bytes; to the end by default. Parts of a page are set to zero. With protected pages in the
+            memory, whole host pages only.
+
+        Raises
+        ------
+        ValueError
+            For a range that is not within `byte_size`.
+        PageError
+            The OS refused; no byte has changed.
+        TypeError
+            The pages are not linmem's, or are protected where the OS cannot discard such.
+        """
         cdef size_t start, n, head, tail, page = pages.capabilities().page_size
         cdef int code = 0
         cdef memory* m
@@ -923,6 +1093,22 @@ cdef class Memory:
             raise_failure(&why)
 
     def prefault(self, offset=0, size=None):
+        """Make the pages of a range resident now; no byte changes. madvise(2), MADV_POPULATE_WRITE.
+
+        Parameters
+        ----------
+        offset, size : int
+            In bytes; to the end by default. Rounded outwards to host pages.
+
+        Raises
+        ------
+        ValueError
+            For a range that is not within `byte_size`.
+        PageError
+            The OS refused, or a page cannot be written.
+        TypeError
+            The pages are not linmem's, or are protected where the OS would fault.
+        """
         cdef size_t start, n, first, end = 0, page = pages.capabilities().page_size
         cdef int code = 0
         cdef memory* m
@@ -957,6 +1143,10 @@ cdef class Memory:
         return m
 
     def info(self):
+        """What the memory holds at this moment, as a `MemoryInfo`; asks the OS what is resident (mincore(2)).
+
+        A page that was only read counts as resident, as the kernel's page of zeros is.
+        """
         cdef memory* m = self.enter()
         cdef size_t resident = 0
         cdef failure why

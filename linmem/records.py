@@ -34,6 +34,10 @@ class MemoryType:
     page_size: int = 65536
 
     def __post_init__(self) -> None:
+        for name in ("minimum", "maximum"):
+            value = getattr(self, name)
+            if not isinstance(value, int) and not (name == "maximum" and value is None):
+                raise TypeError(f"{name} must be an integer number of wasm pages, got {type(value).__name__}")
         if self.page_size not in (1, 65536):
             raise ValueError(f"page_size must be 1 or 65536, got {self.page_size}")
         if self.minimum < 0:

@@ -32,6 +32,9 @@ cdef extern from *:
     #define PR_SET_VMA 0x53564d41
     #define PR_SET_VMA_ANON_NAME 0
     #endif
+    #ifndef MAP_FIXED_NOREPLACE
+    #define MAP_FIXED_NOREPLACE 0x100000
+    #endif
     #ifndef MADV_POPULATE_WRITE
     #define MADV_POPULATE_WRITE 23
     #endif
@@ -60,7 +63,17 @@ cdef extern from *:
 
     static int linmem_move(void *at, size_t size, void *to, size_t new_size) {
     #if defined(__linux__)
-        return mremap(at, size, new_size, MREMAP_MAYMOVE | MREMAP_FIXED, to) == MAP_FAILED ? -1 : 0;
+        int code;
+        if (mremap(at, size, new_size, MREMAP_MAYMOVE | MREMAP_FIXED, to) != MAP_FAILED) return 0;
+        /* The kernel may have emptied the destination before it refused. Fill the hole, lest another
+           thread maps there and the caller's release() takes that away; where there is none, this
+           changes nothing. */
+        code = errno;
+        if (mmap(to, new_size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0)
+                != MAP_FAILED)
+            (void)linmem_set_name(to, new_size);
+        errno = code;
+        return -1;
     #else
         (void)at; (void)size; (void)to; (void)new_size; errno = ENOTSUP; return -1;
     #endif

@@ -1,0 +1,35 @@
+"""Fixtures of the whole suite."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+
+import pytest
+import support
+from hypothesis import HealthCheck, settings
+
+# A machine under load must not fail a test: no deadline. Profile "ci" looks longer.
+settings.register_profile("default", max_examples=50, stateful_step_count=20, deadline=None,
+                          suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", parent=settings.get_profile("default"), max_examples=500, stateful_step_count=50)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+# Each arena of glibc's malloc holds inaccessible address space, which would pass for a memory's.
+M_ARENA_MAX = -8
+if hasattr(ctypes.pythonapi, "mallopt"):
+    ctypes.pythonapi.mallopt(M_ARENA_MAX, 1)
+
+
+@pytest.fixture(autouse=True)
+def every_mapping_is_given_back():
+    """The OS must show no more bytes of linmem's mappings after a test than before it."""
+    if not support.NEEDS["maps"][0]:
+        yield
+        return
+    before = support.live_bytes()
+    yield
+    if support.live_bytes() != before:
+        gc.collect()
+        assert support.live_bytes() == before, "the test left mappings of linmem behind"

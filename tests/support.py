@@ -1,0 +1,211 @@
+"""What the tests share: capabilities, the OS's own word on mappings, and children that may die."""
+
+from __future__ import annotations
+
+import functools
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from linmem._os import pages
+
+FLOOR = pages.describe()
+PAGE = FLOOR["page_size"]
+GRANULARITY = FLOOR["granularity"]
+NAME = "[anon:linmem]"
+REAL_PAGE = mmap.PAGESIZE
+ROOT = Path(__file__).resolve().parent.parent
+WORD = 2**64
+
+MAPS = Path("/proc/self/maps")
+SMAPS = Path("/proc/self/smaps")
+CORE_PATTERN = Path("/proc/sys/kernel/core_pattern")
+
+
+def _has_module(name: str) -> bool:
+    try:
+        __import__(name)
+    except ImportError:
+        return False
+    return True
+
+
+def _core_is_a_file() -> bool:
+    try:
+        pattern = CORE_PATTERN.read_text().strip()
+    except OSError:
+        return False
+    return bool(pattern) and "|" not in pattern and "/" not in pattern and "%" not in pattern
+
+
+# The one list of what a test may need and a machine may lack. name -> (there?, what is missing).
+NEEDS = {
+    "maps": (MAPS.exists(), "no /proc/self/maps to ask"),
+    "names": (MAPS.exists() and FLOOR["capabilities"]["names"], "mappings carry no names here"),
+    "smaps": (SMAPS.exists(), "no /proc/self/smaps to ask"),
+    "moves": (FLOOR["capabilities"]["moves"], "this OS cannot move mappings"),
+    "discard_any_protection": (FLOOR["capabilities"]["discard_any_protection"],
+                               "discard needs readable and writable pages here"),
+    "populates": (FLOOR["capabilities"]["populates"], "prefault cannot report a page that cannot be written"),
+    "rlimits": (_has_module("resource"), "this OS has no resource limits"),
+    "fork": (hasattr(os, "fork"), "this OS has no fork"),
+    "core_files": (_core_is_a_file(), "core_pattern is not a plain file name"),
+    "real_pages": ("LINMEM_PAGE_SIZE" not in os.environ, "the host page is overridden in this run"),
+    "numpy": (_has_module("numpy"), "NumPy is not installed"),
+}
+
+
+def requires(*needs: str) -> pytest.MarkDecorator:
+    """Skip where the machine lacks one of the needs. No test skips in another way: so they can be counted."""
+    missing = [NEEDS[need][1] for need in needs if not NEEDS[need][0]]
+    return pytest.mark.skipif(bool(missing), reason="; ".join(missing))
+
+
+# -- what the OS says --------------------------------------------------------------------------
+
+@dataclass
+class Mapping:
+    """A line of maps, with its figures where it comes from smaps (bytes)."""
+
+    start: int
+    end: int
+    access: str
+    name: str
+    figures: dict[str, int] = field(default_factory=dict)
+    flags: frozenset[str] = frozenset()
+
+    @property
+    def size(self) -> int:
+        return self.end - self.start
+
+
+def _mapping(line: str) -> Mapping:
+    span, access, *rest = line.split(maxsplit=5)
+    start, end = (int(part, 16) for part in span.split("-"))
+    return Mapping(start, end, access, rest[3].strip() if len(rest) > 3 else "")
+
+
+def mappings(start: int = 0, end: int = WORD) -> list[Mapping]:
+    """The mappings that touch [start, end), cut to it."""
+    found = []
+    for line in MAPS.read_text().splitlines():
+        m = _mapping(line)
+        if m.start < end and m.end > start:
+            m.start, m.end = max(m.start, start), min(m.end, end)
+            found.append(m)
+    return found
+
+
+def smaps(start: int, end: int) -> list[Mapping]:
+    """The mappings that lie within [start, end), with their figures."""
+    found: list[Mapping] = []
+    for line in SMAPS.read_text().splitlines():
+        head, _, tail = line.partition(":")
+        if "-" in head.split(" ")[0]:
+            found.append(_mapping(line))
+        elif head == "VmFlags":
+            found[-1].flags = frozenset(tail.split())
+        elif tail.strip().endswith(" kB"):
+            found[-1].figures[head] = int(tail.split()[0]) * 1024
+    return [m for m in found if m.start >= start and m.end <= end]
+
+
+def whole(mem) -> tuple[int, int]:
+    """First and past-the-last address of everything that the memory reserved."""
+    info = mem.info()
+    return info.base - info.pre_guard, info.base - info.pre_guard + info.reserved
+
+
+def resident(mem) -> int:
+    """What smaps says is resident of the memory's accessible bytes."""
+    info = mem.info()
+    return sum(m.figures["Rss"] for m in smaps(info.base, info.base + info.committed))
+
+
+def live_bytes() -> int:
+    """Bytes of address space that memories keep inaccessible: every memory has some of them.
+
+    Where mappings carry no name: all private inaccessible ones without a file, but for the single
+    pages that guard the stacks of threads.
+    """
+    unnamed = not NEEDS["names"][0]
+    return sum(m.size for m in mappings() if m.access == "---p" and (
+        m.name == "" and m.size > REAL_PAGE if unnamed else m.name == NAME))
+
+
+def inaccessible(mem) -> int:
+    """What one memory adds to `live_bytes`."""
+    info = mem.info()
+    alone = NEEDS["names"][0] or info.pre_guard > REAL_PAGE
+    return info.reserved - info.committed - (0 if alone else info.pre_guard)
+
+
+def is_mapped(address: int) -> bool:
+    return any(m.start <= address < m.end for m in mappings())
+
+
+def round_up(n: int, unit: int = PAGE) -> int:
+    return -(-n // unit) * unit
+
+
+# -- children ------------------------------------------------------------------------------------
+
+def run_child(code: str, *, limits: dict[str, int] | None = None, env: dict[str, str] | None = None,
+              cwd: Path | None = None, timeout: float = 120) -> subprocess.CompletedProcess:
+    """Run Python code in a child: `limits` are soft and hard resource limits by name; no core is written."""
+    limits = {"RLIMIT_CORE": 0, **(limits or {})}
+    head = ""
+    if NEEDS["rlimits"][0]:
+        head = "import resource\n" + "".join(
+            f"resource.setrlimit(resource.{name}, ({size}, {size}))\n" for name, size in limits.items())
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", head + textwrap.dedent(code)], capture_output=True, text=True,
+        timeout=timeout, cwd=cwd,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **(env or {})})
+
+
+def answer(code: str, **how) -> str:
+    """What a child that must end well printed."""
+    done = run_child(code, **how)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.strip()
+
+
+@functools.cache
+def _fault_codes() -> frozenset[int]:
+    found = {0xC0000005, 0xC0000005 - (1 << 32)}        # Windows: access violation
+    for name in ("SIGSEGV", "SIGBUS"):
+        if hasattr(signal, name):
+            found.add(-getattr(signal, name))
+    return frozenset(found)
+
+
+def dies_at(setup: str, fatal: str) -> None:
+    """The child lives through `setup` and dies by a memory fault at `fatal`."""
+    done = run_child(textwrap.dedent(setup) + "\nprint('alive', flush=True)\n" + textwrap.dedent(fatal)
+                     + "\nprint('survived', flush=True)\n")
+    assert done.stdout.strip() == "alive", f"{done.stdout}{done.stderr}"
+    assert done.returncode in _fault_codes(), (done.returncode, done.stderr)
+
+
+# -- failing page calls ------------------------------------------------------------------------------
+
+class failing:
+    """Within it, the nth page call fails with `code`; `happened` says afterwards whether it came to that."""
+
+    def __init__(self, nth: int, code: int) -> None:
+        self.nth, self.code, self.happened = nth, code, False
+
+    def __enter__(self) -> failing:
+        pages.count_calls_to_failure(self.nth, self.code)
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.happened = pages.count_calls_to_failure(0, 0) == 0

@@ -1,0 +1,181 @@
+"""The house: floors, the one room that knows the operating system, stubs, docstrings, import budget."""
+
+import importlib.metadata
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import ROOT, answer
+
+import linmem
+from linmem import errors
+
+PACKAGE = Path(linmem.__file__).parent
+SOURCES = sorted(path for path in [*PACKAGE.glob("*.p*"), *PACKAGE.glob("_os/*.p*")]
+                 if path.suffix in (".py", ".pyx", ".pxd"))
+
+# DESIGN 3. Rooms on one floor are strangers; the package's face may know all below the command line.
+FLOORS = {
+    "_units": 0, "_atomic": 0, "_formats": 0, "errors": 0, "abc": 0, "records": 0,
+    "_os.pages": 1, "_os.posix": 1, "_os.windows": 1, "_os": 1,
+    "_memory": 2,
+    "_pool": 4, "_adaptors": 4, "_image": 4, "_bridge": 4,
+    "creators": 5, "wasmtime": 5,
+    "": 5.5,
+    "cli": 6, "__main__": 6, "bench": 6,
+}
+# A floor may lean on these, which hold no state, from the same floor.
+SAME_FLOOR = {("abc", "records"), ("_os.posix", "_os.pages"), ("_os.windows", "_os.pages"), ("wasmtime", "creators"),
+              ("__main__", "cli"), ("cli", "bench")}
+
+
+def room_of(path):
+    name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    return "" if name == "__init__" else name.removesuffix(".__init__")
+
+
+def code_of(path):
+    """The source without comments and docstrings."""
+    text = re.sub(r'("""|\'\'\')(?:(?!\1).)*?>>>.*?\1', "", path.read_text(), flags=re.S)
+    return re.sub(r"(^|\s)#.*", "", text)
+
+
+def imports_of(path):
+    for line in re.findall(r"^\s*((?:from|import|cimport)\s+linmem[^\n]*)", code_of(path), flags=re.M):
+        words = re.match(r"(?:from\s+(\S+)\s+c?import\s+(.*)|c?import\s+(\S+))", line)
+        base, names, plain = words.groups()
+        if plain:
+            yield plain.removeprefix("linmem").lstrip(".")
+            continue
+        base = base.removeprefix("linmem").lstrip(".")
+        for name in re.findall(r"(\w+)(?:\s+as\s+\w+)?", names) or [""]:
+            inner = f"{base}.{name}".lstrip(".")
+            yield inner if inner in FLOORS else base
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_only_point_down_and_siblings_are_strangers(path):
+    room = room_of(path)
+    assert room in FLOORS, f"{room} stands on no floor"
+    for other in imports_of(path):
+        if other == room or (room, other) in SAME_FLOOR:
+            continue
+        assert other in FLOORS, f"{room} imports {other!r}, which stands on no floor"
+        assert FLOORS[other] < FLOORS[room], f"{room} may not know {other}"
+
+
+def test_the_layering_test_sees_imports():
+    assert {"_units", "_os.pages", "errors"} <= set(imports_of(PACKAGE / "_memory.pyx"))
+    assert "_memory" in set(imports_of(PACKAGE / "_adaptors.pyx"))
+
+
+OS_WORDS = re.compile(r"sys\.platform|os\.name|platform\.system|\bmmap\s*\(|\bmunmap\b|\bmprotect\b|\bmadvise\b"
+                      r"|VirtualAlloc|VirtualProtect|VirtualFree|sys/mman\.h|windows\.h")
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path.parent.name != "_os"],
+                         ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_the_page_floor_says_the_operating_systems_words(path):
+    text = re.sub(r'""".*?"""', "", code_of(path), flags=re.S)
+    text = re.sub(r'"(?:[^"\n\\]|\\.)*"', '""', text)      # a message may name a call
+    assert OS_WORDS.findall(text) == []
+
+
+def test_the_word_test_sees_the_page_floor():
+    assert OS_WORDS.search((PACKAGE / "_os" / "posix.pyx").read_text())
+
+
+def codes():
+    return re.findall(r"^\s+(E_\w+) = -\d+", (PACKAGE / "_units.pxd").read_text(), flags=re.M)
+
+
+def test_every_code_of_ours_has_a_text_and_an_exception():
+    source = (PACKAGE / "_memory.pyx").read_text()
+    texts = source[source.index("cdef void failure_text("):source.index("cdef int raise_failure(")]
+    reasons = source[source.index("cdef const char* reason("):source.index("cdef void failure_text(")]
+    assert len(codes()) >= 9
+    for code in codes():
+        if code == "E_PYTHON":      # carries its own exception
+            continue
+        name = code.removeprefix("E_")
+        error = errors.from_failure(name, "text", os_error_args=(), call="", size=1, used=2, limit=3)
+        assert isinstance(error, Exception)
+        assert str(error) == "text"
+        assert f'"{name}"' in reasons
+        if code != "E_UNSUPPORTED":     # the last of each chain
+            assert f"why.code == {code}" in texts or f"code == {code}:" in texts
+
+
+STUBBED = ["linmem._memory", "linmem._adaptors", "linmem._bridge", "linmem._os.pages"]
+
+
+def test_the_stubs_agree_with_the_runtime(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy.stubtest", *STUBBED, "--concise", "--ignore-unused-allowlist",
+         "--allowlist", str(ROOT / "tests" / "stubtest_allowlist.txt"),
+         "--mypy-config-file", str(ROOT / "pyproject.toml")],
+        capture_output=True, text=True, timeout=300, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)})
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_import_brings_neither_numpy_nor_wasmtime_and_few_modules():
+    loaded = answer("""
+        import sys, ctypes
+        before = set(sys.modules)
+        import linmem
+        print(*sorted(set(sys.modules) - before))
+        """).split()
+    assert not {name.split(".")[0] for name in loaded} & {"numpy", "wasmtime", "dataclasses", "re", "inspect"}
+    assert "linmem._memory" in loaded
+    assert len([name for name in loaded if not name.startswith("linmem")]) <= 10, loaded
+
+
+def test_the_version_is_the_one_of_the_installed_package():
+    assert re.fullmatch(r"\d+\.\d+\.\d+", linmem.__version__)
+    try:
+        installed = importlib.metadata.version("linmem")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    assert installed == linmem.__version__
+
+
+def public_things():
+    for name in linmem.__all__:
+        if name == "wasmtime":
+            continue
+        thing = getattr(linmem, name)
+        yield name, thing
+        if inspect.isclass(thing):
+            for part, value in inspect.getmembers(thing):
+                ours = getattr(value, "__module__", "") or getattr(value, "__objclass__", thing).__module__
+                public = not part.startswith("_") and part not in dir(Exception) and ours.startswith("linmem")
+                if public and (callable(value) or inspect.isdatadescriptor(value)):
+                    yield f"{name}.{part}", value
+
+
+# Plain data: what they are stands in the docstring of their class.
+FIELDS = {"MemoryType", "MemoryInfo", "LimitError", "PageError"}
+
+
+@pytest.mark.parametrize(("name", "thing"), [pytest.param(*pair, id=pair[0]) for pair in public_things()])
+def test_every_public_thing_says_what_it_does(name, thing):
+    owner, _, part = name.partition(".")
+    bare = type(thing).__name__ in ("getset_descriptor", "member_descriptor") and not inspect.getdoc(thing)
+    if part and (owner in FIELDS or bare):
+        assert re.search(rf"\b{part}\b", inspect.getdoc(getattr(linmem, owner)))
+    else:
+        assert (inspect.getdoc(thing) or "").strip(), f"{name} has no docstring"
+
+
+def test_the_public_names_are_the_ones_promised():
+    assert set(linmem.__all__) <= set(dir(linmem)) | {"wasmtime"}
+    for name in linmem.__all__:
+        if name != "wasmtime":
+            assert getattr(linmem, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        linmem.nothing  # noqa: B018

@@ -1,0 +1,199 @@
+"""Bytes: indexing, slices, read and write, and views in every element format."""
+
+import array
+import struct
+
+import pytest
+from support import NEEDS, PAGE, requires
+
+import linmem
+
+if NEEDS["numpy"][0]:
+    import numpy as np
+else:
+    np = None
+
+
+@pytest.fixture
+def mem():
+    with linmem.create(4 * PAGE, maximum=64 * PAGE) as mem:
+        yield mem
+
+
+def test_a_memoryview_is_one_dimension_of_writable_bytes(mem):
+    with memoryview(mem) as view:
+        assert (view.format, view.ndim, view.itemsize, view.shape, view.strides) == ("B", 1, 1, (4 * PAGE,), (1,))
+        assert view.readonly is False
+        assert view.contiguous
+        assert view.obj is mem
+        view[5] = 200
+        assert mem[5] == 200
+        mem[6] = 201
+        assert view[6] == 201
+
+
+def test_indexing_and_slicing_read_and_write_as_a_bytearray_does(mem):
+    model = bytearray(4 * PAGE)
+    for index, byte in ((0, 1), (-1, 2), (PAGE, 3), (-PAGE, 4)):
+        mem[index] = model[index] = byte
+        assert mem[index] == byte
+    for part in (slice(3, 9), slice(-6, None), slice(0, 0), slice(2, 20, 3), slice(20, 2, -3), slice(None, None, PAGE)):
+        data = bytes(range(len(model[part])))
+        mem[part] = data
+        model[part] = data
+        assert mem[part] == model[part]
+    assert bytes(mem) == model
+    assert mem[4 * PAGE:] == mem[9:3] == b""
+
+
+def test_a_slice_takes_any_contiguous_buffer_and_overlapping_parts_of_itself(mem):
+    mem[0:8] = array.array("I", [1, 2])
+    assert mem[0:8] == struct.pack("=2I", 1, 2)
+    mem.write(0, bytes(range(100)))
+    with memoryview(mem) as view:
+        mem[1:51] = view[0:50]
+        assert mem.write(0, view[1:51]) == 50
+    assert mem[0:51] == bytes(range(50)) + b"\x31"
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000, 65535, 65536, 3 * PAGE])
+def test_read_and_write_copy_runs_of_any_length(mem, size):
+    mem.grow_to(2 * 65536 + 3 * PAGE)
+    data = bytes(i % 253 for i in range(size))
+    assert mem.write(7, data) == size
+    assert mem.read(7, size) == data
+    assert mem.read(0, 7) == bytes(7)
+    assert mem.read(7 + size, 50) == bytes(50)
+
+
+def test_a_write_past_the_size_writes_nothing(mem):
+    with pytest.raises(ValueError, match=r"offset \+ size must be <= byte_size\(\)"):
+        mem.write(4 * PAGE - 3, b"1234")
+    assert not any(mem[-4:])
+
+
+FORMATS = ["b", "B", "h", "H", "i", "I", "l", "L", "q", "Q", "n", "N", "f", "d", "?", "@d", "=i", "<i", "<d", "<Q"]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_native_formats_read_and_write_elements(mem, format):
+    size = struct.calcsize(format)
+    one = struct.unpack(format, struct.pack(format, 1))[0]
+    with mem.view(format, offset=3, count=5) as view:
+        assert (len(view), view.itemsize, view.nbytes) == (5, size, 5 * size)
+        view[1] = one
+        assert view[1] == one
+    assert mem.read(3, 5 * size) == bytes(size) + struct.pack(format, one) + bytes(3 * size)
+
+
+@pytest.mark.parametrize("format", [">i", ">d", "<2if", "5s", ">f8", "c16", "e", "<e"])
+def test_formats_that_memoryview_cannot_cast_to_are_exported_as_they_are(mem, format):
+    mem.write(0, bytes(range(64)))
+    with mem.view(format, offset=8, count=2) as view:
+        assert (len(view), view.ndim) == (2, 1)
+        assert bytes(view) == mem.read(8, 2 * view.itemsize)
+        assert mem.info().exports == 1
+    assert mem.info().exports == 0
+
+
+@pytest.mark.parametrize(("kind", "format"), [(bool, "?"), (int, "q"), (float, "d")])
+def test_python_number_types_are_formats(mem, kind, format):
+    with mem.view(kind) as view:
+        assert view.format == format
+
+
+@pytest.mark.parametrize("format", ["d", ">d"])
+def test_a_view_without_a_count_holds_all_whole_elements_from_its_offset(format):
+    with linmem.create(100) as mem:
+        for offset, count in ((0, 12), (4, 12), (5, 11), (93, 0), (100, 0)):
+            with mem.view(format, offset) as view:
+                assert len(view) == count
+
+
+@requires("numpy")
+def test_numpy_arrays_are_views(mem):
+    array = np.asarray(mem)
+    assert (array.dtype, array.shape) == (np.uint8, (4 * PAGE,))
+    assert array.flags.writeable
+    assert array.__array_interface__["data"][0] == mem.as_ptr()
+    array[10:20] = 7
+    assert mem[10:20] == bytes([7] * 10)
+    del array
+
+
+DTYPES = ["?", "i1", "<i2", ">i2", "<u4", ">u4", "<i8", ">f8", "<f2", "<f4", "<c8", ">c16", "S5", "<U3"]
+
+
+@requires("numpy")
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("spelling", ["string", "dtype", "type"])
+def test_numpy_dtypes_are_formats_in_every_spelling(mem, name, spelling):
+    dtype = np.dtype(name)
+    if spelling == "type" and not dtype.isnative:
+        dtype = dtype.newbyteorder("=")
+    if dtype.kind in "SU" and spelling != "dtype":
+        format = dtype
+    else:
+        format = {"string": dtype.str, "dtype": dtype, "type": dtype.type}[spelling]
+    array = np.asarray(mem.view(format, offset=dtype.itemsize, count=3))
+    assert array.dtype == dtype
+    array[1] = 1
+    expected = np.zeros(3, dtype)
+    expected[1] = 1
+    assert mem.read(dtype.itemsize, 3 * dtype.itemsize) == expected.tobytes()
+    del array
+
+
+@requires("numpy")
+def test_structured_dtypes_keep_their_fields(mem):
+    dtype = np.dtype([("id", "<i4"), ("at", ">f8", (2,)), ("tag", "S3")])
+    array = np.asarray(mem.view(dtype, offset=16, count=4))
+    assert array.dtype == dtype
+    array["id"][2] = -5
+    array["at"][2] = (1.5, 2.5)
+    array["tag"][2] = b"abc"
+    one = np.frombuffer(mem.read(16 + 2 * dtype.itemsize, dtype.itemsize), dtype)[0]
+    assert one["id"] == -5
+    assert list(one["at"]) == [1.5, 2.5]
+    assert one["tag"] == b"abc"
+    del array
+
+
+@requires("numpy")
+@pytest.mark.parametrize("spelling", ["M8[s]", "m8[ns]"])
+def test_a_dtype_without_a_buffer_form_is_refused(mem, spelling):
+    with pytest.raises(ValueError, match=r"^format has no buffer form"):
+        mem.view(np.dtype(spelling))
+    assert mem.info().exports == 0
+
+
+@requires("numpy")
+def test_views_of_every_kind_survive_growth(mem):
+    array, foreign, plain = np.asarray(mem), np.asarray(mem.view(">f8")), memoryview(mem)
+    mem.grow_to(64 * PAGE)
+    array[0] = 1
+    foreign[1] = 2.5
+    plain[16] = 9
+    assert mem.read(0, 17) == b"\1" + bytes(7) + struct.pack(">d", 2.5) + b"\t"
+    assert (len(array), len(foreign), len(plain)) == (4 * PAGE, PAGE // 2, 4 * PAGE)
+    assert len(np.asarray(mem)) == 64 * PAGE
+    plain.release()
+    del array, foreign
+
+
+def test_a_memory_of_nothing_has_empty_views():
+    with linmem.create(0) as mem:
+        assert bytes(mem) == mem[:] == mem.read(0, 0) == b""
+        assert mem.write(0, b"") == 0
+        assert len(mem.view("d")) == 0
+        assert len(mem.view(">d")) == 0
+        with pytest.raises(IndexError):
+            mem[0]
+        mem.discard()
+        mem.prefault()
+
+
+def test_a_memory_is_true_to_its_length_and_not_hashable_by_content(mem):
+    assert len(mem) == mem.byte_size()
+    assert mem == mem
+    assert mem in {mem}

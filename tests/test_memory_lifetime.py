@@ -1,0 +1,250 @@
+"""Lifetime: close, exports, the last view, children of a fork, threads."""
+
+import copy
+import gc
+import pickle
+import threading
+import weakref
+
+import pytest
+from support import NEEDS, PAGE, answer, is_mapped, live_bytes, requires
+
+import linmem
+
+
+def test_close_with_exports_says_how_many_and_changes_nothing():
+    mem = linmem.create(PAGE)
+    views = [memoryview(mem), mem.view("d"), mem.view(">d"), memoryview(mem)[5:9]]
+    with pytest.raises(BufferError, match=r"4 exported buffer\(s\)"):
+        mem.close()
+    assert not mem.closed
+    assert mem.info().exports == 4
+    mem[0] = 3
+    assert views[0][0] == 3
+    for left, view in zip((3, 2, 1), views, strict=False):
+        view.release()
+        with pytest.raises(BufferError, match=rf"{left} exported"):
+            mem.close()
+    del view, views
+    mem.close()
+    assert mem.closed
+
+
+CALLS = {
+    "byte_size": lambda mem: mem.byte_size(),
+    "byte_capacity": lambda mem: mem.byte_capacity(),
+    "maximum_byte_size": lambda mem: mem.maximum_byte_size(),
+    "grow_to": lambda mem: mem.grow_to(2 * PAGE),
+    "as_ptr": lambda mem: mem.as_ptr(),
+    "wasm_accessible": lambda mem: mem.wasm_accessible(),
+    "memoryview": lambda mem: memoryview(mem),
+    "view": lambda mem: mem.view(),
+    "view of a foreign format": lambda mem: mem.view(">d"),
+    "len": lambda mem: len(mem),
+    "index": lambda mem: mem[0],
+    "index assignment": lambda mem: mem.__setitem__(0, 1),
+    "slice": lambda mem: mem[0:1],
+    "slice with a step": lambda mem: mem[0:4:2],
+    "slice assignment": lambda mem: mem.__setitem__(slice(0, 1), b"1"),
+    "read": lambda mem: mem.read(0, 1),
+    "write": lambda mem: mem.write(0, b"1"),
+    "protect": lambda mem: mem.protect(0, PAGE, "r"),
+    "discard": lambda mem: mem.discard(),
+    "prefault": lambda mem: mem.prefault(),
+    "info": lambda mem: mem.info(),
+    "with": lambda mem: mem.__enter__(),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_call_on_a_closed_memory_is_a_value_error(name):
+    mem = linmem.create(PAGE)
+    mem.close()
+    with pytest.raises(ValueError, match="the memory is closed"):
+        CALLS[name](mem)
+    assert mem.closed
+    mem.close()
+    assert repr(mem) == "<linmem.Memory, closed>"
+
+
+def test_a_memory_that_no_creator_made_is_closed():
+    mem = linmem.Memory.__new__(linmem.Memory)
+    assert mem.closed
+    with pytest.raises(ValueError, match="closed"):
+        mem[0]
+
+
+def test_a_context_closes_its_memory():
+    with linmem.create(PAGE) as mem:
+        assert not mem.closed
+        base = mem.as_ptr()
+        if NEEDS["maps"][0]:
+            assert is_mapped(base)
+    assert mem.closed
+
+
+@requires("maps")
+def test_close_gives_everything_back():
+    before = live_bytes()
+    mem = linmem.create(PAGE, reserve=1 << 30)
+    assert live_bytes() - before >= (1 << 30) - PAGE
+    mem.close()
+    assert live_bytes() == before
+
+
+@requires("maps")
+@pytest.mark.parametrize("format", ["B", "d", ">d"])
+def test_a_view_outlives_the_handle_and_the_pages_go_with_the_last_view(format):
+    before = live_bytes()
+    mem = linmem.create(PAGE, reserve=1 << 30)
+    mem.write(0, b"12345678")
+    gone = weakref.ref(mem)
+    view = mem.view(format)
+    part = view[0:1]
+    del mem
+    gc.collect()
+    assert gone() is not None           # the view holds the handle
+    view.release()
+    assert bytes(part) == b"12345678"[:part.nbytes]
+    assert live_bytes() > before
+    del part, view
+    gc.collect()
+    assert gone() is None
+    assert live_bytes() == before
+
+
+@requires("maps", "numpy")
+def test_a_numpy_array_outlives_the_handle():
+    import numpy as np
+
+    before = live_bytes()
+    array = np.asarray(linmem.create(PAGE, reserve=1 << 30).view("<u4"))
+    gc.collect()
+    array[:] = 7
+    assert array.sum() == 7 * PAGE // 4
+    assert live_bytes() > before
+    del array
+    gc.collect()
+    assert live_bytes() == before
+
+
+def test_a_memory_is_an_instance_of_the_trait_and_its_creators_of_theirs():
+    with linmem.create(1) as mem:
+        assert isinstance(mem, linmem.LinearMemory)
+    for creator in (linmem.MmapCreator(), linmem.creator("limiting", limit_bytes=1), linmem.creator("statistics")):
+        assert isinstance(creator, linmem.MemoryCreator)
+
+
+@pytest.mark.parametrize("clone", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_memory_cannot_be_copied_or_pickled(clone):
+    with linmem.create(1) as mem, pytest.raises(TypeError, match="cannot be pickled or copied"):
+        clone(mem)
+
+
+def test_a_memory_shows_its_size_and_address():
+    with linmem.create(5, reserve=PAGE) as mem:
+        assert repr(mem) == f"<linmem.Memory: 5 bytes at {mem.as_ptr():#x}, capacity {PAGE}>"
+
+
+def test_memories_that_live_on_at_the_end_of_the_interpreter_do_no_harm():
+    assert answer("""
+        import linmem, sys
+        keep = linmem.create(1 << 20)
+        view = memoryview(keep)
+        sys.keep = linmem.creator("statistics", upstream=linmem.creator("limiting", limit_bytes=1 << 30)).create(5)
+        print("end")
+        """) == "end"
+
+
+@requires("fork")
+def test_a_forked_child_has_its_own_copy_and_may_close_it():
+    assert answer(f"""
+        import linmem, os
+        mem = linmem.create({PAGE}, maximum={4 * PAGE})
+        mem[0] = 1
+        child = os.fork()
+        if child == 0:
+            mem[0] = 2
+            mem.grow_to({2 * PAGE})
+            mem.close()
+            linmem.create(5).close()
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        print(mem[0], mem.byte_size())
+        """) == f"1 {PAGE}"
+
+
+def run_threads(*jobs):
+    errors = []
+
+    def guarded(job):
+        try:
+            job()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(job,)) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert errors == []
+
+
+def test_threads_that_grow_one_memory_leave_it_at_the_largest_size():
+    steps = 200
+    with linmem.create(PAGE, maximum=(steps + 1) * PAGE) as mem:
+        base = mem.as_ptr()
+
+        def grow():
+            for n in range(2, steps + 2):
+                try:
+                    mem.grow_to(n * PAGE)
+                except ValueError:      # another thread was ahead
+                    assert mem.byte_size() > n * PAGE
+
+        run_threads(*[grow] * 4)
+        assert mem.byte_size() == (steps + 1) * PAGE
+        assert mem.as_ptr() == base
+        assert not any(mem[::PAGE])
+
+
+def test_a_memory_that_moves_under_readers_never_shows_them_a_wrong_byte():
+    with linmem.create(PAGE, reserve=0) as mem:
+        mem.write(0, b"x" * PAGE)
+        done = threading.Event()
+
+        def read():
+            while not done.is_set():
+                assert mem.read(0, PAGE) == b"x" * PAGE
+                assert mem[PAGE - 1] == 120
+
+        def move():
+            try:
+                size = mem.byte_capacity()
+                for _ in range(200):
+                    try:
+                        mem.grow_to(size + PAGE)
+                        break
+                    except BufferError:     # a reader was inside
+                        continue
+            finally:
+                done.set()
+
+        run_threads(read, read, move)
+
+
+def test_of_many_threads_that_close_one_memory_none_fails():
+    for _ in range(50):
+        mem = linmem.create(PAGE, reserve=0)
+
+        def close(mem=mem):
+            while not mem.closed:
+                try:
+                    mem.close()
+                except BufferError:     # another thread is inside a call
+                    continue
+
+        run_threads(*[close] * 4)
+        assert mem.closed

@@ -1,0 +1,206 @@
+"""Pages: guards, protection, discard, prefault, info, the kernel's own view of a memory."""
+
+import pytest
+from support import NAME, PAGE, REAL_PAGE, dies_at, inaccessible, mappings, requires, resident, run_child, smaps, whole
+
+import linmem
+
+TOUCH = """
+import ctypes, linmem
+mem = linmem.create({minimum}, maximum={maximum}, guard={guard})
+info = mem.info()
+peek = lambda address: ctypes.string_at(address, 1)
+poke = lambda address: ctypes.memset(address, 1, 1)
+first, last = info.base - info.pre_guard, info.base - info.pre_guard + info.reserved - 1
+assert peek(info.base) == bytes(1)
+poke(info.base + info.committed - 1)
+"""
+SETUP = TOUCH.format(minimum=PAGE + 5, maximum=8 * PAGE, guard=2 * PAGE)
+
+
+@pytest.mark.parametrize("touch", ["peek", "poke"])
+@pytest.mark.parametrize("where", ["info.base - 1", "first", "info.base + info.committed",
+                                   "info.base + info.byte_capacity - 1", "info.base + info.byte_capacity", "last"])
+def test_a_touch_of_what_is_not_accessible_is_a_fault(touch, where):
+    dies_at(SETUP, f"{touch}({where})")
+
+
+def test_a_memory_of_nothing_faults_at_its_first_byte():
+    dies_at("import ctypes, linmem; mem = linmem.create(0)", "ctypes.string_at(mem.as_ptr(), 1)")
+
+
+def test_after_a_move_the_guards_stand_at_the_new_place():
+    moved = (f"import ctypes, linmem; mem = linmem.create({PAGE}, {9 * PAGE}, reserve=0); mem[0] = 1;"
+             f" mem.grow_to({2 * PAGE})")
+    dies_at(moved, "ctypes.string_at(mem.as_ptr() - 1, 1)")
+    dies_at(moved, f"ctypes.string_at(mem.as_ptr() + {2 * PAGE}, 1)")
+    dies_at(moved, "i = mem.info(); ctypes.string_at(i.base + i.byte_capacity + i.guard - 1, 1)")
+    dies_at(f"old = 0\n{moved.replace('; mem[0] = 1', '; old = mem.as_ptr()')}", "ctypes.string_at(old, 1)")
+
+
+@requires("maps")
+def test_everything_promised_to_native_code_is_ours_and_faults_or_is_accessible():
+    for minimum, maximum, guard in ((0, None, 0), (PAGE + 1, 5 * PAGE, 3 * PAGE), (PAGE, PAGE, PAGE)):
+        with linmem.create(minimum, maximum, guard=guard) as mem:
+            accessible = mem.wasm_accessible()
+            info = mem.info()
+            assert accessible == range(info.base, info.base + info.byte_capacity + guard)
+            found = mappings(*whole(mem))
+            assert sum(m.size for m in found) == info.reserved      # no hole
+            for m in found:
+                inside = info.base <= m.start < info.base + info.committed
+                assert m.access == ("rw-p" if inside else "---p")
+
+
+@requires("maps")
+def test_a_memory_is_at_most_two_kernel_mappings_more_than_its_accessible_one():
+    with linmem.create(PAGE, maximum=512 * PAGE) as mem:
+        for n in range(2, 200):
+            mem.grow_to(n * PAGE)
+            mem[(n - 1) * PAGE] = n % 256
+            assert len(mappings(*whole(mem))) <= 3
+        mem.discard(PAGE, 20 * PAGE)
+        assert len(mappings(*whole(mem))) <= 3
+        mem.grow_to(512 * PAGE)
+        assert len(mappings(*whole(mem))) <= 3
+
+
+@requires("maps")
+def test_a_memory_that_moved_is_one_mapping_more_and_never_two():
+    with linmem.create(PAGE, maximum=512 * PAGE, reserve=0) as mem:
+        mem[0] = 1
+        for n in range(2, 200):
+            mem.grow_to(n * PAGE)
+            mem[(n - 1) * PAGE] = n % 256
+            assert len(mappings(*whole(mem))) <= 4
+
+
+@requires("names")
+def test_the_mappings_of_a_memory_carry_a_name():
+    with linmem.create(PAGE, maximum=4 * PAGE) as mem:
+        mem.grow_to(2 * PAGE)
+        assert {m.name for m in mappings(*whole(mem))} == {NAME}
+
+
+# -- protect ---------------------------------------------------------------------------------------
+
+@requires("maps")
+def test_protection_is_what_the_kernel_shows():
+    with linmem.create(4 * PAGE) as mem:
+        base = mem.as_ptr()
+        mem.write(PAGE, b"kept")
+        for access, shown in (("r", "r--p"), ("none", "---p"), ("rw", "rw-p")):
+            mem.protect(PAGE, 2 * PAGE, access)
+            assert {m.access for m in mappings(base + PAGE, base + 3 * PAGE)} == {shown}
+            for edge in (base, base + 3 * PAGE):
+                assert {m.access for m in mappings(edge, edge + PAGE)} == {"rw-p"}
+        assert mem.read(PAGE, 4) == b"kept"
+        mem.grow_to(8 * PAGE)
+        assert mem.read(PAGE, 5) == b"kept\0"
+
+
+@pytest.mark.parametrize(("access", "fatal"), [("r", "mem[0] = 1"), ("none", "mem[0]"), ("none", "mem.read(0, 1)"),
+                                               ("r", "memoryview(mem)[5] = 1")])
+def test_a_touch_against_the_protection_is_a_fault(access, fatal):
+    dies_at(f"import linmem; mem = linmem.create({2 * PAGE}); mem.protect(0, {PAGE}, '{access}'); mem[{PAGE}] = 1",
+            fatal)
+
+
+@requires("discard_any_protection")
+def test_protected_pages_can_be_discarded_and_keep_their_protection():
+    with linmem.create(3 * PAGE + 10) as mem:
+        mem.write(0, b"x" * (3 * PAGE + 10))
+        mem.protect(PAGE, PAGE, "r")
+        with pytest.raises(ValueError, match="offset and size must be multiples"):
+            mem.discard(1, 2 * PAGE)
+        assert mem[1] == ord("x")
+        mem.discard()
+        assert not any(mem)
+        mem.protect(PAGE, PAGE, "rw")
+        mem[PAGE] = 1
+
+
+@requires("populates")
+@pytest.mark.parametrize("access", ["r", "none"])
+def test_prefault_of_pages_that_cannot_be_written_is_an_error_and_no_fault(access):
+    with linmem.create(3 * PAGE) as mem:
+        mem.protect(PAGE, PAGE, access)
+        with pytest.raises(linmem.PageError) as caught:
+            mem.prefault()
+        assert (caught.value.call, caught.value.size) == ("prefault", 3 * PAGE)
+
+
+# -- what is resident --------------------------------------------------------------------------------
+
+@requires("smaps")
+def test_discard_gives_the_pages_back_and_they_read_as_zero():
+    pages = 64
+    with linmem.create(pages * PAGE + 9) as mem:
+        mem.write(0, b"x" * len(mem))
+        assert resident(mem) >= pages * PAGE
+        assert mem.info().resident == resident(mem)
+        mem.discard(PAGE // 2, 32 * PAGE)
+        assert resident(mem) <= (pages - 31) * PAGE + PAGE
+        assert mem.read(PAGE // 2, 32 * PAGE) == bytes(32 * PAGE)
+        assert mem.read(0, PAGE // 2) == b"x" * (PAGE // 2)
+        assert mem.read(PAGE // 2 + 32 * PAGE, 8) == b"x" * 8
+        mem.discard()
+        assert not any(mem)
+        assert mem.byte_size() == pages * PAGE + 9
+
+
+@pytest.mark.parametrize(("offset", "size"), [(0, 0), (5, 0), (1, 1), (PAGE - 1, 2), (3, PAGE), (PAGE, PAGE),
+                                              (0, PAGE + 1), (PAGE - 1, 2 * PAGE + 2), (3 * PAGE, 7)])
+def test_discard_zeroes_exactly_the_bytes_named(offset, size):
+    with linmem.create(3 * PAGE + 7) as mem:
+        model = bytearray(b"x" * len(mem))
+        mem.write(0, model)
+        with memoryview(mem) as view:
+            mem.discard(offset, size)
+            model[offset:offset + size] = bytes(size)
+            assert view == model
+        mem.discard(2 * PAGE)
+        model[2 * PAGE:] = bytes(PAGE + 7)
+        assert bytes(mem) == model
+
+
+@requires("smaps")
+def test_prefault_makes_pages_resident_and_changes_no_byte():
+    with linmem.create(64 * PAGE) as mem:
+        assert resident(mem) == mem.info().resident == 0
+        mem.write(3 * PAGE, b"kept")
+        mem.prefault(2 * PAGE + 1, PAGE)
+        assert resident(mem) == mem.info().resident == 2 * PAGE
+        mem.prefault()
+        assert resident(mem) == mem.info().resident == 64 * PAGE
+        assert mem.read(3 * PAGE, 5) == b"kept\0"
+
+
+@requires("smaps")
+def test_info_agrees_with_the_kernel():
+    with linmem.create(10 * PAGE + 1, maximum=100 * PAGE, guard=4 * PAGE) as mem:
+        mem.write(0, b"x" * (2 * PAGE + 1))
+        with memoryview(mem):
+            info = mem.info()
+        found = mappings(*whole(mem))
+        assert info.reserved == sum(m.size for m in found) == info.pre_guard + info.byte_capacity + info.guard
+        assert info.committed == sum(m.size for m in found if m.access == "rw-p") == 11 * PAGE
+        assert info.resident == resident(mem) >= 2 * PAGE + REAL_PAGE
+        assert sum(m.size for m in smaps(*whole(mem)) if m.access == "---p") >= inaccessible(mem) - info.pre_guard
+        assert (info.base, info.byte_size, info.byte_capacity) == (mem.as_ptr(), 10 * PAGE + 1, 100 * PAGE)
+        assert (info.maximum_byte_size, info.guard, info.pre_guard) == (100 * PAGE, 4 * PAGE, 4 * PAGE)
+        assert (info.page_size, info.exports, info.kind, info.owner) == (PAGE, 1, "mmap", "python")
+
+
+@requires("core_files", "rlimits")
+def test_a_core_dump_leaves_out_what_is_not_accessible(tmp_path):
+    done = run_child("""
+        import linmem, os
+        mem = linmem.create(64 << 20, reserve=64 << 30)
+        mem.write(0, b"x" * (1 << 20))
+        os.abort()
+        """, limits={"RLIMIT_CORE": 8 << 30}, cwd=tmp_path)
+    assert done.returncode < 0
+    cores = list(tmp_path.glob("core*"))
+    assert len(cores) == 1
+    assert cores[0].stat().st_size < 1 << 30
