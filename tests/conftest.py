@@ -22,6 +22,16 @@ if hasattr(ctypes.pythonapi, "mallopt"):
     ctypes.pythonapi.mallopt(M_ARENA_MAX, 1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def the_sources_are_out_of_reach(tmp_path_factory):
+    """Children put their working directory before the installed package: it must not be the source tree."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "PYTHONPATH" in os.environ:
+            patch.setenv("PYTHONPATH", os.pathsep.join(map(os.path.abspath, os.environ["PYTHONPATH"].split(os.pathsep))))
+        patch.chdir(tmp_path_factory.mktemp("elsewhere"))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def every_mapping_is_given_back():
     """The OS must show no more bytes of linmem's mappings after a test than before it."""
