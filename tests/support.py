@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import signal
@@ -56,6 +57,7 @@ NEEDS = {
     "fork": (hasattr(os, "fork"), "this OS has no fork"),
     "core_files": (_core_is_a_file(), "core_pattern is not a plain file name"),
     "real_pages": ("LINMEM_PAGE_SIZE" not in os.environ, "the host page is overridden in this run"),
+    "kernel32": (hasattr(ctypes, "WinDLL"), "no kernel32 to ask"),
     "numpy": (_has_module("numpy"), "NumPy is not installed"),
 }
 
@@ -142,6 +144,15 @@ def round_up(n: int, unit: int = PAGE) -> int:
 
 # -- children ------------------------------------------------------------------------------------
 
+# A crash of a child is what a test asks for: Windows shall start no debugger and report to nobody, only
+# end the child with the code of the exception.
+QUIET_DEATH = """\
+import ctypes
+quiet = ctypes.WINFUNCTYPE(ctypes.c_long, ctypes.c_void_p)(lambda about: 1)
+ctypes.WinDLL("kernel32").SetUnhandledExceptionFilter(quiet)
+"""
+
+
 def run_child(code: str, *, limits: dict[str, int] | None = None, env: dict[str, str] | None = None,
               cwd: Path | None = None, timeout: float = 120) -> subprocess.CompletedProcess:
     """Run Python code in a child: `limits` are soft and hard resource limits by name; no core is written."""
@@ -150,6 +161,8 @@ def run_child(code: str, *, limits: dict[str, int] | None = None, env: dict[str,
     if NEEDS["rlimits"][0]:
         head = "import resource\n" + "".join(
             f"resource.setrlimit(resource.{name}, ({size}, {size}))\n" for name, size in limits.items())
+    if NEEDS["kernel32"][0]:
+        head += QUIET_DEATH
     return subprocess.run(
         [sys.executable, "-W", "error", "-c", head + textwrap.dedent(code)], capture_output=True, text=True,
         timeout=timeout, cwd=cwd,
