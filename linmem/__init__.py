@@ -12,7 +12,7 @@ them, read and written through the buffer protocol with no copy, behind wasmtime
 
 from linmem._adaptors import LimitingCreator, PythonCreator, StatisticsCreator
 from linmem._memory import Memory, MmapCreator
-from linmem.abc import LinearMemory, MemoryCreator, MemoryInfo, MemoryType
+from linmem.abc import LinearMemory, MemoryCreator
 from linmem.creators import create, creator
 from linmem.errors import GrowError, LimitError, OwnedError, PageError
 
@@ -38,10 +38,19 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
-    # linmem.wasmtime needs wasmtime-py, which `import linmem` must not.
-    if name == "wasmtime":
-        import importlib
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from linmem.records import MemoryInfo, MemoryType
 
-        return importlib.import_module("linmem.wasmtime")
+
+def __getattr__(name: str):
+    # Imported when first used: linmem.wasmtime needs wasmtime-py, the records need `dataclasses`.
+    if name == "wasmtime":
+        import linmem.wasmtime
+
+        return linmem.wasmtime
+    if name in ("MemoryInfo", "MemoryType"):
+        from linmem import records
+
+        return globals().setdefault(name, getattr(records, name))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

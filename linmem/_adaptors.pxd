@@ -21,7 +21,7 @@ cdef class LimitingCreator(NativeCreator):
 # What happened to one memory; sizes in bytes.
 cdef struct record:
     record* next
-    record* previous        # of the live list only
+    record* previous        # the newer neighbour in its list
     memory* m               # NULL once it is dropped
     size_t first_size
     size_t size
@@ -38,6 +38,7 @@ cdef struct ledger:
     word lock
     record* live
     record* dropped         # newest first
+    record* oldest          # the last of them
     size_t n_live
     size_t n_dropped        # in the list
     size_t history          # at most so many dropped records are kept

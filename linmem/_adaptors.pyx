@@ -10,13 +10,11 @@ from libc.string cimport memcpy
 from linmem._atomic cimport add, load, store, swap_if, word
 from linmem._memory cimport (
     NO_MAXIMUM, UNCHOSEN, Memory, NativeCreator, acquire, check_size, drop_object, fail, fail_python, failure,
-    memory, memory_hang, memory_hook, memory_ops, memory_release, memory_resident, memory_retain, memory_spec,
+    memory, memory_hang, memory_hook, memory_ops, memory_release, memory_resident, memory_retain, memory_size, memory_spec,
     python_is_ending, unlock,
 )
 from linmem._os cimport pages
 from linmem._units cimport E_EXPORTED, E_LIMIT, E_NO_MEMORY, E_UNSUPPORTED, round_up
-
-from linmem import abc as _abc
 
 
 cdef inline size_t committed(size_t size) noexcept nogil:
@@ -78,7 +76,8 @@ cdef void limit_after_grow(memory_hook* head, memory* m, size_t old_size, size_t
         hook.charged = kept
 
 
-cdef void limit_drop(memory_hook* head, memory* m) noexcept nogil:
+cdef void limit_dropped(memory_hook* head) noexcept nogil:
+    # Refunded now and not before: the budget never allows more than is committed.
     cdef limit_hook* hook = <limit_hook*>head
     refund(hook.budget, hook.charged)
     release_budget(hook.budget)
@@ -132,7 +131,7 @@ cdef class LimitingCreator(NativeCreator):
         add(&self.budget.refs, 1)
         hook.head.before_grow = limit_before_grow
         hook.head.after_grow = limit_after_grow
-        hook.head.drop = limit_drop
+        hook.head.dropped = limit_dropped
         hook.budget = self.budget
         hook.charged = size
         memory_hang(out[0], &hook.head)
@@ -210,11 +209,10 @@ cdef void statistics_after_grow(memory_hook* head, memory* m, size_t old_size, s
     unlock(&l.lock)
 
 
-cdef void statistics_drop(memory_hook* head, memory* m) noexcept nogil:
+cdef void statistics_before_drop(memory_hook* head, memory* m) noexcept nogil:
     cdef statistics_hook* hook = <statistics_hook*>head
     cdef ledger* l = hook.ledger
     cdef record* r = hook.record
-    cdef record* last
     acquire(&l.lock)
     sample_resident(r)
     r.m = NULL
@@ -228,24 +226,31 @@ cdef void statistics_drop(memory_hook* head, memory* m) noexcept nogil:
     l.current_bytes -= r.size
     r.previous = NULL
     r.next = l.dropped
+    if l.dropped != NULL:
+        l.dropped.previous = r
+    else:
+        l.oldest = r
     l.dropped = r
     l.n_dropped += 1
     if l.n_dropped > l.history:
-        # The list is newest first; history is short.
-        if l.history == 0:
-            last = l.dropped
-            l.dropped = NULL
-        else:
-            r = l.dropped
-            while r.next.next != NULL:
-                r = r.next
-            last = r.next
-            r.next = NULL
-        free(last)
-        l.n_dropped -= 1
+        forget_oldest(l)
     unlock(&l.lock)
-    release_ledger(l)
-    free(hook)
+
+
+cdef void forget_oldest(ledger* l) noexcept nogil:
+    cdef record* r = l.oldest
+    l.oldest = r.previous
+    if l.oldest != NULL:
+        l.oldest.next = NULL
+    else:
+        l.dropped = NULL
+    l.n_dropped -= 1
+    free(r)
+
+
+cdef void statistics_dropped(memory_hook* head) noexcept nogil:
+    release_ledger((<statistics_hook*>head).ledger)
+    free(head)
 
 
 cdef class StatisticsCreator(NativeCreator):
@@ -294,7 +299,8 @@ cdef class StatisticsCreator(NativeCreator):
         add(&l.refs, 1)
         hook.head.before_grow = statistics_before_grow
         hook.head.after_grow = statistics_after_grow
-        hook.head.drop = statistics_drop
+        hook.head.before_drop = statistics_before_drop
+        hook.head.dropped = statistics_dropped
         hook.ledger = l
         hook.record = r
         r.m = out[0]
@@ -483,7 +489,8 @@ cdef class PythonCreator(NativeCreator):
     cdef int make_in_python(self, const memory_spec* spec, memory** out) except -1:
         cdef python_memory* p
         cdef size_t reservation = 0 if spec.reservation == UNCHOSEN else spec.reservation
-        ty = _abc.MemoryType(
+        from linmem.records import MemoryType
+        ty = MemoryType(
             minimum=spec.minimum // spec.page_size,
             maximum=None if spec.maximum == NO_MAXIMUM else spec.maximum // spec.page_size,
             is_64=spec.is_64, is_shared=spec.is_shared, page_size=spec.page_size)
@@ -523,7 +530,7 @@ cdef int adopt(Memory made, size_t minimum, size_t reservation, size_t guard, me
     """A native memory that a Python creator hands on: its struct serves as it is."""
     cdef memory* m = made.enter()
     try:
-        size = <size_t>load(&m.size)
+        size = memory_size(m)
         if size != minimum:
             raise ValueError(f"new_memory() must return a memory of {minimum} bytes, got {size}")
         if m.capacity < reservation or m.covered < max(m.capacity, reservation) + guard:

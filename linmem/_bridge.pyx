@@ -13,7 +13,7 @@ from libc.stdint cimport uint8_t, uint64_t
 from linmem._atomic cimport load, store, word
 from linmem._memory cimport (
     OWNER_PYTHON, OWNER_WASMTIME, UNCHOSEN, NativeCreator, acquire, drop_object, failure, failure_text, memory,
-    memory_grow_to, memory_release, memory_retain, memory_spec, unlock, wrap,
+    memory_grow_to, memory_release, memory_retain, memory_size, memory_spec, unlock, wrap,
 )
 from linmem._units cimport E_PYTHON
 
@@ -102,7 +102,7 @@ cdef wasmtime_error_t* python_error(failure* why) noexcept with gil:
 
 cdef uint8_t* get_memory(void* env, size_t* byte_size, size_t* byte_capacity) noexcept nogil:
     cdef memory* m = <memory*>env
-    byte_size[0] = <size_t>load(&m.size)
+    byte_size[0] = memory_size(m)
     byte_capacity[0] = m.capacity
     return <uint8_t*>m.base
 

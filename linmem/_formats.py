@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import struct
 import sys
 
 __all__ = ["resolve"]
 
-_TYPESTR = re.compile(r"([<>=|]?)([biufc?])(\d+)$")
 _CHARS = {"b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I", "u8": "Q",
           "f2": "e", "f4": "f", "f8": "d", "c8": "Zf", "c16": "Zd"}
 _COMPLEX = {"Zf": 8, "Zd": 16}
@@ -43,13 +41,10 @@ def resolve(format: object) -> tuple[str, int, bool]:
         text, size = _from_dtype(format)
         if size is not None:
             return text, size, False
-    match = _TYPESTR.match(text)
-    if match:
-        order, kind, size = match.groups()
-        char = _CHARS.get(kind + size)
-        if char is None:
-            raise ValueError(f"format must be a struct format or a NumPy type, got {format!r}")
-        if order in ("=", "|", _ORDER) or size == "1":
+    order, name = (text[:1], text[1:]) if text[:1] in ("<", ">", "=", "|") else ("", text)
+    char = _CHARS.get(name)
+    if char is not None:
+        if order in ("=", "|", _ORDER) or name[1:] == "1":
             order = ""
         text = order + char
     elif text[:1] in ("@", "=", _ORDER) and len(text) == 2 and text[1] in "bBhHiIqQfd?ce":
@@ -69,13 +64,13 @@ def resolve(format: object) -> tuple[str, int, bool]:
 def _from_dtype(format: object) -> tuple[str, int | None]:
     # Whoever holds a NumPy object has imported NumPy; linmem itself never does.
     numpy = sys.modules.get("numpy")
-    if numpy is not None:
+    if numpy is not None and format is not None:
         try:
             dtype = numpy.dtype(format)
         except TypeError:
             dtype = None
         if dtype is not None:
-            if _TYPESTR.match(dtype.str):
+            if dtype.str[1:] in _CHARS:
                 return dtype.str, None
             try:
                 return memoryview(numpy.empty(0, dtype)).format, dtype.itemsize

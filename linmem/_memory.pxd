@@ -9,7 +9,7 @@
 
 from cpython.object cimport PyObject
 
-from linmem._atomic cimport word
+from linmem._atomic cimport load, word
 
 # Why a nogil call failed. Filled only on failure; the text is made from it in one place.
 cdef struct failure:
@@ -52,8 +52,10 @@ cdef struct memory_hook:
     int (*before_grow)(memory_hook* hook, memory* m, size_t new_size, failure* why) noexcept nogil
     # After it, the lock held, for each hook whose before_grow returned 0; code: how it ended.
     void (*after_grow)(memory_hook* hook, memory* m, size_t old_size, size_t new_size, int code) noexcept nogil
-    # The pages are about to go. Frees the hook itself.
-    void (*drop)(memory_hook* hook, memory* m) noexcept nogil
+    # The pages are about to go; NULL: not interested.
+    void (*before_drop)(memory_hook* hook, memory* m) noexcept nogil
+    # They are gone, and so is the memory. Frees the hook itself.
+    void (*dropped)(memory_hook* hook) noexcept nogil
 
 # The head of every memory, whatever its kind. Reference-counted, because wasmtime frees memories on
 # any thread with no GIL: nothing in here is a Python object.
@@ -76,6 +78,10 @@ cdef struct memory:
     bint protected_pages        # protect() was used: pages differ, so the mapping cannot move as one
     bint moved                  # the mapping has moved once: what it grew since is a second mapping
     memory* registry_next       # the bridge's table of memories that wasmtime holds
+
+
+cdef inline size_t memory_size(memory* m) noexcept nogil:
+    return <size_t>load(&m.size)
 
 
 cdef size_t UNCHOSEN            # of a reservation

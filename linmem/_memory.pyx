@@ -243,7 +243,7 @@ cdef int memory_grow_to(memory* m, size_t new_size, failure* why) noexcept nogil
     cdef int code = 0
     cdef size_t size
     acquire(&m.lock)
-    size = <size_t>load(&m.size)
+    size = memory_size(m)
     if new_size < size:
         code = fail(why, E_SHRINK, "grow_to", new_size, 0, size)
     elif new_size > m.maximum:
@@ -288,16 +288,20 @@ cdef void memory_retain(memory* m) noexcept nogil:
 
 
 cdef void memory_release(memory* m) noexcept nogil:
+    cdef memory_hook* hooks
     cdef memory_hook* hook
-    cdef memory_hook* next
     if add(&m.refs, -1):
         return
-    hook = m.hooks
+    hook = hooks = m.hooks
     while hook != NULL:
-        next = hook.next
-        hook.drop(hook, m)
-        hook = next
+        if hook.before_drop != NULL:
+            hook.before_drop(hook, m)
+        hook = hook.next
     m.ops.free(m)
+    while hooks != NULL:
+        hook = hooks
+        hooks = hook.next
+        hook.dropped(hook)
 
 
 cdef int memory_resident(memory* m, size_t* bytes, failure* why) noexcept nogil:
@@ -365,7 +369,7 @@ cdef void give_back(char* at, size_t size) noexcept nogil:
 
 cdef int mapped_grow(memory* m, size_t new_size, failure* why) noexcept nogil:
     cdef size_t page = pages.capabilities().page_size
-    cdef size_t size = <size_t>load(&m.size)
+    cdef size_t size = memory_size(m)
     cdef size_t need, end
     cdef int code
     if round_up(new_size, page, &need):
@@ -672,7 +676,7 @@ cdef class Memory:
 
     def byte_size(self):
         cdef memory* m = self.enter()
-        size = <size_t>load(&m.size)
+        size = memory_size(m)
         self.leave()
         return size
 
@@ -722,7 +726,7 @@ cdef class Memory:
 
     def __len__(self):
         cdef memory* m = self.enter()
-        cdef Py_ssize_t size = <Py_ssize_t>load(&m.size)
+        cdef Py_ssize_t size = <Py_ssize_t>memory_size(m)
         self.leave()
         return size
 
@@ -730,7 +734,7 @@ cdef class Memory:
         cdef memory* m = self.enter()
         pin(m)
         try:
-            PyBuffer_FillInfo(buffer, self, m.base, <Py_ssize_t>load(&m.size), 0, flags)
+            PyBuffer_FillInfo(buffer, self, m.base, <Py_ssize_t>memory_size(m), 0, flags)
         except BaseException:
             unpin(m)
             self.leave()
@@ -772,7 +776,7 @@ cdef class Memory:
         m = self.enter()
         pin(m)
         try:
-            size = <Py_ssize_t>load(&m.size)
+            size = <Py_ssize_t>memory_size(m)
             return (<unsigned char*>m.base)[check_range(i, size)]
         finally:
             unpin(m)
@@ -800,7 +804,7 @@ cdef class Memory:
         m = self.enter()
         pin(m)
         try:
-            size = <Py_ssize_t>load(&m.size)
+            size = <Py_ssize_t>memory_size(m)
             (<unsigned char*>m.base)[check_range(i, size)] = <unsigned char>byte
         finally:
             unpin(m)
@@ -816,7 +820,7 @@ cdef class Memory:
         m = self.enter()
         pin(m)
         try:
-            check_span(start, n, <size_t>load(&m.size))
+            check_span(start, n, memory_size(m))
             out = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>n)
             to = PyBytes_AS_STRING(out)
             if n < RELEASE_GIL_FROM:
@@ -840,7 +844,7 @@ cdef class Memory:
             m = self.enter()
             pin(m)
             try:
-                check_span(start, n, <size_t>load(&m.size))
+                check_span(start, n, memory_size(m))
                 if n < RELEASE_GIL_FROM:
                     memmove(m.base + start, given.buf, n)
                 else:
@@ -870,7 +874,7 @@ cdef class Memory:
                 raise ValueError(f"{name} must be a multiple of the host page ({page}), got {value}")
         m = self.enter_pages("protect")
         try:
-            check_span(start, n, <size_t>load(&m.size))
+            check_span(start, n, memory_size(m))
             if n:
                 m.protected_pages = True
                 with nogil:
@@ -891,11 +895,11 @@ cdef class Memory:
         check_size(offset, "offset", &start)
         m = self.enter_pages("discard")
         try:
-            n = check_rest(start, size, <size_t>load(&m.size))
+            n = check_rest(start, size, memory_size(m))
             if m.protected_pages:
                 if not pages.capabilities().discard_any_protection:
                     raise TypeError("discard is not supported here on a memory with protected pages")
-                if start & (page - 1) or (n & (page - 1) and start + n != <size_t>load(&m.size)):
+                if start & (page - 1) or (n & (page - 1) and start + n != memory_size(m)):
                     raise ValueError(f"offset and size must be multiples of the host page ({page}) in a memory"
                                      f" with protected pages, got {start} and {n}")
             with nogil:
@@ -926,7 +930,7 @@ cdef class Memory:
         check_size(offset, "offset", &start)
         m = self.enter_pages("prefault")
         try:
-            n = check_rest(start, size, <size_t>load(&m.size))
+            n = check_rest(start, size, memory_size(m))
             if m.protected_pages and not pages.capabilities().populates:
                 raise TypeError("prefault is not supported here on a memory with protected pages")
             if n:
@@ -958,6 +962,7 @@ cdef class Memory:
         cdef failure why
         cdef int code = 0
         cdef bint known = m.ops.resident != NULL
+        from linmem.records import MemoryInfo
         pin(m)
         try:
             exports = load(&m.pins) - 1
@@ -966,9 +971,9 @@ cdef class Memory:
                     code = memory_resident(m, &resident, &why)
                 if code:
                     raise_failure(&why)
-            return _abc.MemoryInfo(
+            return MemoryInfo(
                 base=<size_t>m.base,
-                byte_size=<size_t>load(&m.size),
+                byte_size=memory_size(m),
                 byte_capacity=m.capacity,
                 maximum_byte_size=None if m.maximum == NO_MAXIMUM else m.maximum,
                 reserved=m.pre_guard + m.capacity + m.guard,

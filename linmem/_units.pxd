@@ -82,14 +82,18 @@ cdef inline size_t first_reservation(size_t minimum, size_t maximum, bint bounde
     """Bytes to try first where the caller named no reservation.
 
     space: the whole user address space; left: what RLIMIT_AS and its kin leave of it (== space
-    where there is no limit). A known maximum is reserved whole where a quarter of the space holds
-    it; one beyond that, as good as none, and an unknown one get 1/128 of the space. Where a limit
-    is in force, no memory takes more than an eighth of what is left beyond what it needs at once,
-    so that others find room.
+    where there is no limit). A known maximum is reserved whole where a quarter of the space and
+    half of what is left hold it. One beyond that, and an unknown one, get 1/128 of the space, and
+    where a limit is in force at most an eighth of what is left, so that others find room.
     """
-    cdef size_t cap = maximum if bounded and maximum <= space >> 2 else space >> 7
+    cdef size_t cap
+    if bounded and maximum <= space >> 2 and maximum <= left >> 1:
+        return maximum if maximum > minimum else minimum
+    cap = space >> 7
     if left < space and cap > left >> 3:
         cap = left >> 3
+    if bounded and cap > maximum:
+        cap = maximum
     return cap if cap > minimum else minimum
 
 

@@ -1,4 +1,4 @@
-"""The two traits of wasmtime's memory interface, for Python, and the plain records beside them.
+"""The two traits of wasmtime's memory interface, for Python. Floor 0.
 
 `LinearMemory` mirrors ``wasmtime::LinearMemory`` and `MemoryCreator` mirrors
 ``wasmtime::MemoryCreator``; the names and the meaning of every argument are theirs. Anyone may
@@ -8,83 +8,11 @@ implement them: `linmem.PythonCreator` lets such a class stand wherever a native
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+TYPE_CHECKING = False
+if TYPE_CHECKING:       # `typing` costs as much to import as linmem itself
+    from linmem.records import MemoryType
 
-__all__ = ["LinearMemory", "MemoryCreator", "MemoryInfo", "MemoryType"]
-
-
-@dataclass(frozen=True)
-class MemoryType:
-    """A WebAssembly memory type, as ``wasmtime::MemoryType``.
-
-    Parameters
-    ----------
-    minimum, maximum : int
-        In wasm pages of `page_size` bytes; no maximum is None.
-    is_64 : bool
-        64-bit addresses (the memory64 proposal).
-    is_shared : bool
-        Shared between threads; such a memory never moves.
-    page_size : int
-        Bytes in a wasm page: 65536, or 1 with the custom-page-sizes proposal.
-    """
-
-    minimum: int
-    maximum: int | None = None
-    is_64: bool = False
-    is_shared: bool = False
-    page_size: int = 65536
-
-    def __post_init__(self) -> None:
-        if self.page_size not in (1, 65536):
-            raise ValueError(f"page_size must be 1 or 65536, got {self.page_size}")
-        if self.minimum < 0:
-            raise ValueError(f"minimum must be >= 0, got {self.minimum}")
-        if self.maximum is not None and self.maximum < self.minimum:
-            raise ValueError(f"maximum must be >= minimum ({self.minimum}), got {self.maximum}")
-
-
-@dataclass(frozen=True)
-class MemoryInfo:
-    """What a memory holds at this moment; every size is in bytes.
-
-    Attributes
-    ----------
-    base : int
-        Address of byte 0.
-    byte_size, byte_capacity, maximum_byte_size : int
-        As the trait's methods; no maximum is None.
-    reserved : int
-        Address space taken, guards included.
-    committed : int
-        Accessible bytes, whole host pages: what may become resident without another page call.
-    resident : int or None
-        Of these, how many are in physical memory now, as the OS says; None where the pages are not ours to ask for.
-    pre_guard, guard : int
-        Inaccessible bytes before the base and after the capacity.
-    page_size : int
-        Bytes in a host page.
-    exports : int
-        Buffers exported from the memory, through any handle.
-    kind : str
-        "mmap", "python", ...
-    owner : str
-        "wasmtime" while a store owns it, else "python".
-    """
-
-    base: int
-    byte_size: int
-    byte_capacity: int
-    maximum_byte_size: int | None
-    reserved: int
-    committed: int
-    resident: int | None
-    pre_guard: int
-    guard: int
-    page_size: int
-    exports: int
-    kind: str
-    owner: str
+__all__ = ["LinearMemory", "MemoryCreator"]
 
 
 class LinearMemory(ABC):

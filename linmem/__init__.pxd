@@ -1,0 +1,22 @@
+# What `cimport linmem` offers to other Cython modules, all of it usable without the GIL.
+#
+#     cimport linmem
+#
+#     def fill(linmem.Memory mem not None, size_t size):
+#         cdef linmem.failure why
+#         cdef linmem.memory* m = mem.enter()     # keeps the pages; mem.leave() lets go
+#         cdef int code
+#         with nogil:
+#             code = linmem.memory_grow_to(m, size, &why)
+#             if code == 0:
+#                 memset(m.base, 1, linmem.memory_size(m))
+#         mem.leave()
+#         if code:
+#             linmem.raise_failure(&why)
+#
+# m.base may change when memory_grow_to() goes past m.capacity; read it again then.
+
+from linmem._memory cimport (
+    NO_MAXIMUM, UNCHOSEN, Memory, MmapCreator, NativeCreator, failure, memory, memory_grow_to, memory_hang,
+    memory_hook, memory_release, memory_retain, memory_size, memory_spec, raise_failure, wrap,
+)

@@ -1,0 +1,79 @@
+"""Another Cython module builds on the installed .pxd files and works without the GIL."""
+
+import importlib.util
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+import linmem
+
+MODULE = """
+# cython: language_level=3
+cimport linmem
+from libc.string cimport memset
+
+
+def fill(linmem.Memory mem not None, size_t size, int byte):
+    cdef linmem.failure why
+    cdef linmem.memory* m = mem.enter()
+    cdef int code
+    with nogil:
+        code = linmem.memory_grow_to(m, size, &why)
+        if code == 0:
+            memset(m.base, byte, linmem.memory_size(m))
+    mem.leave()
+    if code:
+        linmem.raise_failure(&why)
+
+
+cdef class Half(linmem.NativeCreator):
+    '''A creator of memories half as large as asked for.'''
+
+    cdef linmem.NativeCreator upstream
+
+    def __cinit__(self, linmem.NativeCreator upstream not None):
+        self.upstream = upstream
+
+    cdef int make(self, const linmem.memory_spec* spec, linmem.memory** out, linmem.failure* why) noexcept nogil:
+        cdef linmem.memory_spec half = spec[0]
+        half.minimum = half.minimum // 2
+        return self.upstream.make(&half, out, why)
+"""
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("client")
+    (folder / "client.pyx").write_text(MODULE)
+    (folder / "setup.py").write_text(textwrap.dedent("""
+        from Cython.Build import cythonize
+        from setuptools import Extension, setup
+        setup(name="client", ext_modules=cythonize([Extension("client", ["client.pyx"])]))
+    """))
+    subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=folder, check=True, timeout=300,
+                   capture_output=True)
+    (path,) = (p for p in folder.iterdir() if p.name.startswith("client.") and p.suffix in (".so", ".pyd"))
+    spec = importlib.util.spec_from_file_location("client", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_cython_client_grows_and_fills_a_memory_without_the_gil(client):
+    with linmem.create(10, 1 << 20) as mem:
+        client.fill(mem, 5000, 3)
+        assert bytes(mem) == b"\3" * 5000
+        with pytest.raises(linmem.GrowError, match="maximum_byte_size"):
+            client.fill(mem, 1 << 21, 3)
+        with pytest.raises(ValueError, match="new_size must be >="):
+            client.fill(mem, 1, 3)
+    with pytest.raises(ValueError, match="closed"):
+        client.fill(mem, 5000, 3)
+
+
+def test_a_creator_written_in_cython_joins_a_chain(client):
+    budget = linmem.LimitingCreator(client.Half(linmem.MmapCreator()), 1 << 20)
+    with linmem.create(1000, creator=budget) as mem:
+        assert len(mem) == 500

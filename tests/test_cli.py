@@ -1,0 +1,633 @@
+"""The command line, as processes that are started, fed, interrupted and read."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+
+import linmem
+from linmem import cli
+
+SECONDS = 120
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(
+    part for part in (str(pathlib.Path(linmem.__file__).parent.parent), os.environ.get("PYTHONPATH", "")) if part)}
+
+PROGRAM_C = r"""
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static int copy(FILE *from, FILE *to)
+{
+    char buffer[4096];
+    size_t n;
+    if (!from || !to)
+        return 9;
+    while ((n = fread(buffer, 1, sizeof buffer, from)) > 0)
+        fwrite(buffer, 1, n, to);
+    return fclose(to) ? 8 : 0;
+}
+
+int main(int argc, char **argv)
+{
+    const char *what = argc > 1 ? argv[1] : "args";
+    if (!strcmp(what, "exit"))
+        return atoi(argv[2]);
+    if (!strcmp(what, "cat"))
+        return copy(stdin, stdout);
+    if (!strcmp(what, "complain")) {
+        fprintf(stderr, "a complaint\n");
+        return 0;
+    }
+    if (!strcmp(what, "env")) {
+        for (int i = 2; i < argc; i++)
+            printf("%s=%s\n", argv[i], getenv(argv[i]) ? getenv(argv[i]) : "(none)");
+        return 0;
+    }
+    if (!strcmp(what, "copy"))
+        return copy(fopen(argv[2], "rb"), fopen(argv[3], "wb"));
+    if (!strcmp(what, "allocate")) {
+        size_t size = strtoul(argv[2], 0, 10);
+        char *volatile p = malloc(size);
+        if (!p) {
+            printf("refused\n");
+            return 3;
+        }
+        memset(p, 7, size);
+        printf("got %d\n", p[size - 1]);
+        return 0;
+    }
+    if (!strcmp(what, "wait")) {
+        printf("waiting\n");
+        fflush(stdout);
+        return getchar() == EOF;
+    }
+    for (int i = 0; i < argc; i++)
+        printf("[%s]", argv[i]);
+    return 0;
+}
+"""
+
+GROWS_THREE_TIMES = """
+(module (memory (export "memory") 1 10)
+  (func (export "_start")
+    (drop (memory.grow (i32.const 1)))
+    (drop (memory.grow (i32.const 2)))
+    (drop (memory.grow (i32.const 3)))))
+"""
+# Exits with how many of five growths by one page were refused.
+COUNTS_REFUSALS = """
+(module
+  (import "wasi_snapshot_preview1" "proc_exit" (func $exit (param i32)))
+  (memory (export "memory") 1)
+  (func (export "_start") (local $i i32) (local $refused i32)
+    (loop $again
+      (if (i32.eq (memory.grow (i32.const 1)) (i32.const -1))
+        (then (local.set $refused (i32.add (local.get $refused) (i32.const 1)))))
+      (br_if $again (i32.lt_u (local.tee $i (i32.add (local.get $i) (i32.const 1))) (i32.const 5))))
+    (call $exit (local.get $refused))))
+"""
+TRAPS = '(module (memory (export "memory") 1) (func $deep unreachable) (func (export "_start") call $deep))'
+TOUCHES_THE_GUARD = """
+(module (memory (export "memory") 1)
+  (func (export "_start") (drop (i32.load (i32.const 65536)))))
+"""
+NEVER_ENDS = '(module (memory (export "memory") 3) (func (export "_start") (loop $l (br $l))))'
+
+
+def linmem_process(*arguments, stdin=b"", env=None, cwd=None, python=()):
+    return subprocess.run([sys.executable, *python, "-m", "linmem", *map(str, arguments)], input=stdin,
+                          capture_output=True, timeout=SECONDS, env={**ENVIRONMENT, **(env or {})}, cwd=cwd)
+
+
+def refusal(done, code):
+    """The one line that a refused command says."""
+    text = done.stderr.decode()
+    assert done.returncode == code, text
+    assert done.stdout == b""
+    assert text.count("\n") == 1, text
+    assert text.startswith("linmem"), text
+    return text
+
+
+def report_of(done):
+    return json.loads(done.stderr.decode().splitlines()[-1])
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory):
+    if importlib.util.find_spec("ziglang") is None:
+        pytest.fail("ziglang is not installed: pip install 'linmem[test]'")
+    folder = tmp_path_factory.mktemp("program")
+    (folder / "program.c").write_text(PROGRAM_C)
+    subprocess.run([sys.executable, "-m", "ziglang", "cc", "-target", "wasm32-wasi", "-O1", "-o", "program.wasm",
+                    "program.c"], cwd=folder, check=True, timeout=300)
+    return folder / "program.wasm"
+
+
+@pytest.fixture
+def wat(tmp_path):
+    def write(text, name="module.wat"):
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+    return write
+
+
+# -- run: what passes through ------------------------------------------------------------------------
+
+@pytest.mark.parametrize("code", [0, 1, 42, 125])
+def test_the_programs_exit_code_is_linmems(program, code):
+    done = linmem_process("run", program, "exit", code)
+    assert (done.returncode, done.stdout, done.stderr) == (code, b"", b"")
+
+
+def test_standard_input_reaches_the_program_and_its_output_comes_back_byte_by_byte(program):
+    data = bytes(range(256)) * 1000
+    done = linmem_process("run", program, "cat", stdin=data)
+    assert (done.returncode, done.stdout, done.stderr) == (0, data, b"")
+
+
+def test_standard_error_is_the_programs(program):
+    done = linmem_process("run", program, "complain")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"a complaint\n")
+
+
+def test_arguments_are_the_programs_and_the_first_is_its_file_name(program):
+    done = linmem_process("run", program, "args", "--report", "-x", "--", "a b", "")
+    assert done.stdout == b"[program.wasm][args][--report][-x][--][a b][]"
+    assert done.stderr == b""
+
+
+@pytest.mark.parametrize("words", [
+    ["--json", "PROGRAM", "args", "--json"],
+    ["PROGRAM", "--json", "args", "--json"],
+    ["PROGRAM", "--json", "--", "args", "--json"],
+    ["--json", "--", "PROGRAM", "args", "--json"],
+    ["--env", "A=-1", "PROGRAM", "--max-memory", "1GiB", "--json", "--dir=.", "args", "--json"],
+])
+def test_options_stand_before_the_program_and_directly_after_it(program, words):
+    done = linmem_process("run", *[str(program) if word == "PROGRAM" else word for word in words])
+    assert done.stdout == b"[program.wasm][args][--json]"
+    assert report_of(done)["exit_code"] == 0
+
+
+def test_after_two_dashes_a_word_with_a_dash_is_the_programs_first_argument(program):
+    done = linmem_process("run", program, "--", "--report")
+    assert (done.stdout, done.stderr) == (b"[program.wasm][--report]", b"")
+
+
+def test_the_program_sees_only_the_variables_it_is_given(program):
+    done = linmem_process("run", program, "--env", "A=1=2", "--env=B=", "--env", "FROM_HERE", "env",
+                          "A", "B", "FROM_HERE", "NOT_GIVEN", env={"FROM_HERE": "here", "NOT_GIVEN": "there"})
+    assert done.stdout.decode().splitlines() == ["A=1=2", "B=", "FROM_HERE=here", "NOT_GIVEN=(none)"]
+
+
+def test_the_program_reads_and_writes_files_in_the_directories_it_is_given(program, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+    (one / "in.bin").write_bytes(b"\x00text\xff")
+    done = linmem_process("run", program, "--dir", "one", f"--dir={two}::/out", "copy", "one/in.bin", "/out/copy.bin",
+                          cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (two / "copy.bin").read_bytes() == b"\x00text\xff"
+
+
+def test_the_program_cannot_open_a_file_outside_its_directories(program, tmp_path):
+    (tmp_path / "in.bin").write_bytes(b"secret")
+    (tmp_path / "given").mkdir()
+    done = linmem_process("run", program, "--dir", tmp_path / "given", "copy", tmp_path / "in.bin",
+                          tmp_path / "given" / "out.bin")
+    assert (done.returncode, done.stdout) == (9, b"")
+
+
+@pytest.mark.parametrize("backtrace", ["0", "1"])
+def test_a_trap_ends_with_134_and_says_what_and_where(wat, backtrace):
+    path = wat(TRAPS)
+    done = linmem_process("run", path, env={"RUST_BACKTRACE": backtrace})
+    assert (done.returncode, done.stdout) == (134, b"")
+    lines = done.stderr.decode().splitlines()
+    assert lines[0] == f"linmem run: {path} trapped: wasm trap: wasm `unreachable` instruction executed"
+    assert any("deep" in line for line in lines[1:])
+    assert "Traceback" not in done.stderr.decode()
+
+
+def test_an_access_past_the_memory_is_a_trap_and_kills_nothing(wat):
+    done = linmem_process("run", wat(TOUCHES_THE_GUARD))
+    assert done.returncode == 134
+    assert b"out of bounds memory access" in done.stderr
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="this system cannot send a process an interrupt")
+@pytest.mark.parametrize(("source", "report"), [("wait", False), ("loop", False), ("loop", True)])
+def test_an_interrupt_ends_the_program_with_130(program, wat, source, report):
+    words = [str(program), "wait"] if source == "wait" else [str(wat(NEVER_ENDS))]
+    process = subprocess.Popen([sys.executable, "-m", "linmem", "run", *(["--json"] if report else []), *words],
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
+    try:
+        if source == "wait":
+            assert process.stdout.readline() == b"waiting\n"
+        else:
+            spins(process.pid)
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=SECONDS)
+    finally:
+        process.kill()
+        process.wait()
+    assert (process.returncode, out) == (130, b"")
+    if report:
+        figures = json.loads(error)
+        assert figures["exit_code"] == 130
+        assert [memory["first_size"] for memory in figures["memories"]] == [3 * 65536]
+    else:
+        assert error == b""
+
+
+def spins(pid):
+    """Wait until the process runs its program: the thread that linmem starts for it is there."""
+    tasks = pathlib.Path(f"/proc/{pid}/task")
+    if not tasks.exists():
+        pytest.skip("this system does not show the threads of another process in /proc")
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        for task in tasks.iterdir():
+            try:
+                fields = (task / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            # Not the main thread, and a second of processor time: the loop and nothing else.
+            if task.name != str(pid) and int(fields[11]) >= os.sysconf("SC_CLK_TCK"):
+                return
+    pytest.fail("the program did not begin to run")
+
+
+# -- run: budget and report ----------------------------------------------------------------------------
+
+def test_without_a_budget_no_growth_is_refused(wat):
+    assert linmem_process("run", wat(COUNTS_REFUSALS)).returncode == 0
+
+
+def test_a_budget_refuses_growth_and_the_program_sees_minus_one(wat):
+    done = linmem_process("run", "--max-memory", "192KiB", "--json", wat(COUNTS_REFUSALS))
+    assert done.returncode == 3                 # of five pages more, two fit
+    figures = report_of(done)
+    assert figures["max_memory"] == 192 * 1024
+    assert figures["all"]["failures"] == 3
+    (memory,) = figures["memories"]
+    assert (memory["growths"], memory["refused_growths"], memory["peak_size"]) == (2, 3, 192 * 1024)
+
+
+# Far apart, because the C library of the program rounds a large allocation up as it likes.
+@pytest.mark.parametrize(("budget", "answer"), [("48MiB", b"refused\n"), ("512MiB", b"got 7\n")])
+def test_malloc_in_a_real_program_feels_the_budget(program, budget, answer):
+    assert linmem_process("run", program, f"--max-memory={budget}", "allocate", 64 << 20).stdout == answer
+
+
+def test_a_program_that_does_not_fit_its_budget_is_refused_with_the_figures(wat):
+    text = refusal(linmem_process("run", "--max-memory", "64KiB", wat(NEVER_ENDS)), 1)
+    assert "limit of 65536 bytes reached" in text
+    assert "196608" in text
+
+
+def test_the_report_of_a_program_that_could_not_be_run_comes_too(wat):
+    done = linmem_process("run", "--max-memory", "64KiB", "--json", wat(NEVER_ENDS))
+    assert done.returncode == 1
+    figures = report_of(done)
+    assert (figures["exit_code"], figures["memories"], figures["all"]["failures"]) == (1, [], 1)
+
+
+def test_the_report_counts_what_the_program_did(wat):
+    path = wat(GROWS_THREE_TIMES)
+    done = linmem_process("run", "--json", path)
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert done.stderr.count(b"\n") == 1
+    figures = report_of(done)
+    assert figures["program"] == str(path)
+    assert figures["creator"] == "mmap"
+    assert figures["max_memory"] is None
+    (memory,) = figures["memories"]
+    assert (memory["first_size"], memory["peak_size"]) == (65536, 7 * 65536)
+    assert (memory["growths"], memory["refused_growths"]) == (3, 0)
+    assert memory["grow_ns"] > 0
+    assert figures["all"]["peak_bytes"] == 7 * 65536
+
+
+def test_the_reports_resident_peak_is_what_the_program_touched(program):
+    (memory,) = report_of(linmem_process("run", "--json", program, "allocate", 32 << 20))["memories"]
+    assert 32 << 20 <= memory["peak_resident"] <= memory["peak_size"]
+
+
+def test_the_report_in_words_says_the_same_figures_on_standard_error(wat):
+    done = linmem_process("run", wat(GROWS_THREE_TIMES), "--report")
+    assert (done.returncode, done.stdout) == (0, b"")
+    head, line = done.stderr.decode().splitlines()
+    assert head == "linmem: 1 memory by mmap, 448 KiB at the peak; 0 requests refused"
+    assert re.fullmatch(r"  memory 1: 64 KiB at first, 448 KiB at the peak, \S+ \S+ resident;"
+                        r" 3 growths in [\d.]+ (us|ms|s), 0 refused", line)
+
+
+def test_the_report_comes_after_a_trap_too(wat):
+    done = linmem_process("run", wat(TRAPS), "--json")
+    assert (done.returncode, report_of(done)["exit_code"]) == (134, 134)
+
+
+def test_every_memory_of_the_program_has_its_line(wat):
+    path = wat('(module (memory 2) (memory 5) (func (export "_start") (drop (memory.grow 1 (i32.const 1)))))')
+    memories = report_of(linmem_process("run", "--json", path))["memories"]
+    assert [(m["first_size"] >> 16, m["peak_size"] >> 16, m["growths"]) for m in memories] == [(2, 2, 0), (5, 6, 1)]
+
+
+def test_a_program_without_memory_has_a_report_that_says_so(wat):
+    done = linmem_process("run", "--report", wat('(module (func (export "_start")))'))
+    assert (done.returncode, done.stderr) == (0, b"linmem: no memory was asked for\n")
+
+
+def test_a_creator_is_chosen_by_its_name(wat):
+    figures = report_of(linmem_process("run", "--creator", "statistics", "--json", wat(GROWS_THREE_TIMES)))
+    assert figures["creator"] == "statistics"
+    assert figures["memories"][0]["growths"] == 3
+
+
+# -- run: what is refused ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("text", "size"), [
+    ("65536", 65536), ("0", 0), ("64MiB", 64 << 20), ("64 mib", 64 << 20), ("64M", 64 << 20), ("1GiB", 1 << 30),
+    ("1.5GiB", 3 << 29), ("64KB", 64000), ("0.001KB", 1), ("2TB", 2 * 10 ** 12), ("7b", 7),
+])
+def test_sizes_are_read_as_people_write_them(text, size):
+    assert cli.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "MiB", "64XB", "-1", "1.5", "1e9", "0x10", "1..5GiB", "nan", "8EiB", "٣MiB",
+                                  "9223372036854775808", "8388608TiB"])
+def test_a_wrong_size_is_named_in_one_line(text):
+    said = refusal(linmem_process("run", f"--max-memory={text}", "program.wasm"), 2)
+    assert repr(text) in said
+    assert "--max-memory" in said
+
+
+@pytest.mark.parametrize(("words", "code", "expected"), [
+    (["run"], 2, "PROGRAM is missing"),
+    (["run", "--"], 2, "PROGRAM is missing"),
+    (["run", "--dir"], 2, "expected one argument"),
+    (["run", "missing.wasm"], 2, "No such file"),
+    (["run", "."], 2, "cannot read '.'"),
+    (["run", "ok.wat", "--no-such-option"], 2, "no such option: --no-such-option; the program's own come after --"),
+    (["run", "--rep", "ok.wat"], 2, "no such option: --rep"),
+    (["run", "--env", "=x", "ok.wat"], 2, "the name is missing"),
+    (["run", "--env", "NOT_SET_ANYWHERE", "ok.wat"], 2, "NOT_SET_ANYWHERE: no such variable"),
+    (["run", "--dir", "missing", "ok.wat"], 2, "'missing' does not exist"),
+    (["run", "--dir", "ok.wat::/x", "ok.wat"], 2, "'ok.wat' is no directory"),
+    (["run", "--creator", "paper", "ok.wat"], 2, "kind must be one of 'mmap'"),
+    (["run", "--creator", "limiting", "ok.wat"], 2, "--max-memory"),
+    (["run", "empty.wasm"], 1, "not a WebAssembly module"),
+    (["run", "image.png"], 1, "not a WebAssembly module"),
+    (["run", "broken.wasm"], 1, "malformed section id"),
+    (["run", "cut.wasm"], 1, "cut.wasm: "),
+    (["run", "component.wasm"], 1, "is a component"),
+    (["run", "component.wat"], 1, "is a component"),
+    (["run", "typo.wat"], 1, "(line 2, column "),
+    (["run", "latin.wat"], 1, "no text of a WebAssembly module"),
+    (["run", "library.wat"], 1, "exports no function _start"),
+    (["run", "global.wat"], 1, "exports no function _start"),
+    (["run", "odd.wat"], 1, "_start takes or returns something"),
+    (["run", "imports.wat"], 1, "unknown import: `env::missing`"),
+    (["run", "exit200.wat"], 1, "exit with invalid exit status outside of [0..126)"),
+    (["demo", "--fast"], 2, "--fast"),
+    (["info", "extra"], 2, "extra"),
+    (["fly"], 2, "fly"),
+])
+def test_what_cannot_be_done_is_refused_in_one_line(tmp_path, words, code, expected):
+    ok = '(module (func (export "_start")))'
+    files = {
+        "ok.wat": ok, "empty.wasm": b"", "image.png": b"\x89PNG\r\n\x1a\n" + bytes(64),
+        "broken.wasm": b"\0asm\x01\0\0\0\xff\xff\xff", "cut.wasm": b"\0asm\x01", "component.wasm": b"\0asm\x0d\0\x01\0",
+        "component.wat": "(component)", "typo.wat": "(module\n  (funk))", "latin.wat": b"(module) ;; \xe9",
+        "library.wat": '(module (func (export "add")))',
+        "global.wat": '(module (global (export "_start") i32 i32.const 1))',
+        "odd.wat": '(module (func (export "_start") (param i32)))',
+        "imports.wat": '(module (import "env" "missing" (func)) (func (export "_start")))',
+        "exit200.wat": '(module (import "wasi_snapshot_preview1" "proc_exit" (func $exit (param i32)))'
+                       ' (memory (export "memory") 1) (func (export "_start") (call $exit (i32.const 200))))',
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert expected in refusal(linmem_process(*words, cwd=tmp_path), code)
+
+
+@pytest.mark.parametrize(("words", "missing", "advice"), [
+    (["run", "PROGRAM"], "wasmtime", "pip install 'linmem[wasmtime]'"),
+    (["demo"], "wasmtime", "pip install 'linmem[demo]'"),
+    (["demo"], "numpy", "pip install 'linmem[demo]'"),
+])
+def test_a_missing_package_is_named_with_what_installs_it(tmp_path, wat, words, missing, advice):
+    # A package of the same name that says what Python says of one that is not installed.
+    (tmp_path / "hidden" / missing).mkdir(parents=True)
+    (tmp_path / "hidden" / missing / "__init__.py").write_text(
+        f"raise ModuleNotFoundError(\"No module named '{missing}'\", name='{missing}')")
+    path = os.pathsep.join([str(tmp_path / "hidden"), ENVIRONMENT["PYTHONPATH"]])
+    words = [str(wat('(module (func (export "_start")))')) if word == "PROGRAM" else word for word in words]
+    assert advice in refusal(linmem_process(*words, env={"PYTHONPATH": path}), 1)
+
+
+def test_a_bare_linmem_prints_its_help_and_is_a_usage_error():
+    done = linmem_process()
+    assert (done.returncode, done.stdout) == (2, b"")
+    for command in (b"run", b"demo", b"info", b"bench"):
+        assert command in done.stderr
+
+
+def test_the_version_is_the_packages():
+    assert linmem_process("--version").stdout.decode().split() == ["linmem", linmem.__version__]
+
+
+@pytest.mark.parametrize("command", ["run", "demo", "info"])
+def test_each_command_explains_itself(command):
+    done = linmem_process(command, "--help")
+    assert done.returncode == 0
+    assert f"linmem {command}".encode() in done.stdout
+
+
+def test_importing_the_command_line_loads_neither_numpy_nor_wasmtime_nor_json():
+    script = ("import sys; before = set(sys.modules); import linmem.cli;"
+              "print(*sorted({'numpy', 'wasmtime', 'json', 'subprocess', 'rich'} & (set(sys.modules) - before)))")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=SECONDS, env=ENVIRONMENT,
+                          check=True)
+    assert done.stdout.strip() == b""
+
+
+# -- demo ---------------------------------------------------------------------------------------------------
+
+def test_the_demo_holds_and_its_addresses_are_the_same_before_and_after():
+    done = linmem_process("demo")
+    text = done.stdout.decode()
+    assert (done.returncode, done.stderr) == (0, b""), text
+    pairs = re.findall(r"(0x[0-9a-f]+) before, (0x[0-9a-f]+) after", text)
+    assert len(pairs) == 3
+    assert all(before == after for before, after in pairs)
+    assert pairs[1] != pairs[0]
+    assert "153 growths" in text
+    assert text.count("664579") == 2
+    assert "FAILED" not in text
+    assert len(text.splitlines()) <= 36
+
+
+def test_the_demo_writes_plain_ascii():
+    assert linmem_process("demo").stdout.isascii()
+
+
+@pytest.mark.parametrize(("name", "value", "said"), [
+    ("PRIMES", {cli.FIRST_LIMIT: 1229, cli.LIMIT: 664_580}, "expected 664580, found 664579"),
+    ("PRIMES", {cli.FIRST_LIMIT: 1230, cli.LIMIT: 664_579}, "expected 1230, found 1229"),
+    ("LARGEST_PRIME", 9_999_992, "expected 9999992, found 9999991"),
+    ("TWIN_PRIMES", 58_981, "expected 58981, found 58980"),
+])
+def test_a_figure_of_the_demo_that_does_not_hold_is_said_and_fails_it(monkeypatch, capsys, name, value, said):
+    monkeypatch.setattr(cli, name, value)
+    assert cli.main(["demo"]) == 1
+    out = capsys.readouterr().out
+    assert said in out
+    assert "FAILED." in out.splitlines()[-1]
+
+
+def test_an_address_that_moved_fails_the_demo(monkeypatch, capsys):
+    addresses = iter([65536, 131072, 65536, 65536])
+    monkeypatch.setattr(cli, "address_of", lambda array: next(addresses))
+    assert cli.main(["demo"]) == 1
+    assert "[FAILED] address: 0x10000 before, 0x20000 after" in capsys.readouterr().out
+
+
+def test_the_demo_runs_where_the_address_space_is_short():
+    resource = pytest.importorskip("resource", reason="this system has no limit on address space")
+    limit = 3_000_000 * 1024
+    done = subprocess.run([sys.executable, "-m", "linmem", "demo"], capture_output=True, timeout=SECONDS,
+                          env={**ENVIRONMENT, "OPENBLAS_NUM_THREADS": "1"},
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))
+    assert (done.returncode, done.stderr) == (0, b""), done.stdout
+
+
+# -- info ---------------------------------------------------------------------------------------------------
+
+def test_info_says_what_the_page_floor_says_and_the_guards_kill(tmp_path):
+    from importlib.metadata import version
+
+    from linmem._os import pages
+
+    done = linmem_process("info", "--json", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, b"")
+    figures = json.loads(done.stdout)
+    floor = pages.describe()
+    assert {name: figures[name] for name in ("page_size", "granularity", "capabilities", "limits")} == {
+        name: floor[name] for name in ("page_size", "granularity", "capabilities", "limits")}
+    assert figures["linmem"] == linmem.__version__
+    assert 30 < figures["address_bits"] <= 64
+    assert (figures["wasmtime"]["version"], figures["wasmtime"]["works"]) == (version("wasmtime"), True)
+    children = figures["self_test"]["children"]
+    assert figures["self_test"]["passed"] is True
+    assert [child["must_fault"] for child in children] == [False, True, True, True]
+    assert [child["died_of"] for child in children[:1]] == [None]
+    assert all(child["died_of"].startswith(("SIGSEGV", "SIGBUS", "access violation")) for child in children[1:])
+    assert list(tmp_path.glob("core*")) == []
+
+
+def test_info_in_words_names_the_signal_of_each_child():
+    done = linmem_process("info")
+    text = done.stdout.decode()
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert len(re.findall(r"\[ok\] .*: died of (?:SIGSEGV|SIGBUS|access violation)", text)) == 3
+    assert "The guards hold." in text
+    assert "linmem.wasmtime works" in text
+
+
+@pytest.mark.parametrize(("script", "why"), [
+    ("print('ready'); print(0)", "a byte that may not be touched was read"),
+    ("raise SystemExit('boom')", "the child never came to the access"),
+    ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", "it died of something else"),
+    ("import ctypes; ctypes.c_ubyte.from_address(1).value", "it died before it was ready"),
+])
+def test_the_self_test_can_fail(monkeypatch, capsys, script, why):
+    monkeypatch.setattr(cli, "GUARD_CHILD", script)
+    assert cli.main(["info"]) == 1, why
+    out = capsys.readouterr().out
+    assert "FAILED" in out
+    assert "THE GUARDS DO NOT HOLD" in out
+
+
+def test_info_says_why_the_installer_does_not_work(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "WASMTIME_CHILD", "raise RuntimeError('no host memory creators')")
+    assert cli.main(["info", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)["wasmtime"]
+    assert figures["works"] is False
+    assert figures["detail"] == "RuntimeError: no host memory creators (exit code 1)"
+
+
+@pytest.mark.parametrize(("returncode", "name"), [
+    (3221225477, "access violation (0xC0000005)"), (-1073741819, "access violation (0xC0000005)"),
+    (0, None), (1, None), (None, None), (-15, None), (139, None),
+])
+def test_only_a_memory_fault_counts_as_one(returncode, name):
+    assert cli.death(returncode) == name
+
+
+def test_a_reader_that_goes_away_is_no_traceback():
+    process = subprocess.Popen([sys.executable, "-m", "linmem", "info", "--json"], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, env=ENVIRONMENT)
+    process.stdout.close()
+    with process.stderr:
+        error = process.stderr.read()
+    assert process.wait(SECONDS) == 1
+    assert error == b""
+
+
+# -- bench --------------------------------------------------------------------------------------------------
+
+def bench_module(main):
+    module = types.ModuleType("linmem.bench")
+    module.add_arguments = lambda parser: parser.add_argument("--quick", action="store_true")
+    module.main = main
+    return module
+
+
+def test_bench_gets_its_arguments_and_its_exit_code_is_ours(monkeypatch):
+    seen = []
+    module = bench_module(lambda args: seen.append(args.quick) or 7)
+    monkeypatch.setitem(sys.modules, "linmem.bench", module)
+    monkeypatch.setattr(linmem, "bench", module, raising=False)
+    assert cli.main(["bench", "--quick"]) == 7
+    assert seen == [True]
+
+
+@pytest.mark.parametrize(("missing", "advice"), [
+    ("matplotlib.pyplot", "linmem[bench]"), ("linmem.bench", "pip install -e ."),
+])
+def test_bench_names_what_is_missing(monkeypatch, capsys, missing, advice):
+    def main(args):
+        raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+
+    module = bench_module(main)
+    monkeypatch.setitem(sys.modules, "linmem.bench", module)
+    monkeypatch.setattr(linmem, "bench", module, raising=False)
+    assert cli.main(["bench"]) == 1
+    assert advice in capsys.readouterr().err
+
+
+def test_an_import_error_of_another_kind_is_not_hidden(monkeypatch):
+    def main(args):
+        raise ModuleNotFoundError("No module named 'left_pad'", name="left_pad")
+
+    module = bench_module(main)
+    monkeypatch.setitem(sys.modules, "linmem.bench", module)
+    monkeypatch.setattr(linmem, "bench", module, raising=False)
+    with pytest.raises(ModuleNotFoundError, match="left_pad"):
+        cli.main(["bench"])

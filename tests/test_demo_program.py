@@ -1,0 +1,73 @@
+"""The program that `linmem demo` runs: what ships is what its source says."""
+
+from __future__ import annotations
+
+import importlib.util
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import wasmtime
+
+import linmem
+
+PACKAGE = pathlib.Path(linmem.__file__).parent
+SOURCE = PACKAGE / "_demo.c"
+SHIPPED = PACKAGE / "_demo.wasm"
+# Of the number of primes up to n: the known values, and the edges of the first two wasm pages.
+KNOWN = {0: 0, 1: 0, 2: 1, 3: 2, 100: 25, 65535: 6542, 65536: 6542, 65537: 6543, 131071: 12251, 10 ** 6: 78498}
+
+
+@pytest.fixture(scope="module")
+def rebuilt(tmp_path_factory):
+    if importlib.util.find_spec("ziglang") is None:
+        pytest.fail("ziglang is not installed: pip install 'linmem[test]'")
+    out = tmp_path_factory.mktemp("demo") / "demo.wasm"
+    command = re.search(r"^ \*   (python -m ziglang .*?_demo\.c)$", SOURCE.read_text(), re.MULTILINE | re.DOTALL)[1]
+    words = shlex.split(command.replace("\\\n *", " "))
+    assert words[0] == "python"
+    assert words[-3:] == ["-o", "linmem/_demo.wasm", "linmem/_demo.c"]
+    subprocess.run([sys.executable, *words[1:-3], "-o", out, SOURCE], check=True, timeout=300)
+    return out
+
+
+class Program:
+    def __init__(self, path):
+        self.engine = wasmtime.Engine()
+        self.store = wasmtime.Store(self.engine)
+        self.module = wasmtime.Module(self.engine, path.read_bytes())
+        self.exports = wasmtime.Instance(self.store, self.module, []).exports(self.store)
+
+    def count_primes(self, limit):
+        return self.exports["count_primes"](self.store, limit)
+
+    def numbers(self):
+        memory = self.exports["memory"]
+        return bytes(memory.read(self.store, self.exports["table"](self.store), memory.data_len(self.store)))
+
+
+def test_the_shipped_program_knows_how_many_primes_there_are():
+    program = Program(SHIPPED)
+    assert {limit: program.count_primes(limit) for limit in KNOWN} == KNOWN
+
+
+def test_the_shipped_program_imports_nothing_and_says_minus_one_where_the_table_cannot_be():
+    program = Program(SHIPPED)
+    assert [entry.name for entry in program.module.imports] == []
+    assert program.count_primes((1 << 30) + 1) == -1
+    program.store.set_limits(memory_size=2 << 20)
+    assert program.count_primes(10 ** 7) == -1
+    assert program.count_primes(100) == 25
+
+
+def test_a_build_from_the_source_by_its_own_command_behaves_as_the_shipped_program(rebuilt):
+    shipped, fresh = Program(SHIPPED), Program(rebuilt)
+    names = [sorted(entry.name for entry in program.module.exports) for program in (fresh, shipped)]
+    assert names[0] == names[1]
+    for limit in KNOWN:
+        assert fresh.count_primes(limit) == shipped.count_primes(limit) == KNOWN[limit]
+    assert fresh.numbers() == shipped.numbers()
+    assert fresh.exports["memory"].size(fresh.store) == shipped.exports["memory"].size(shipped.store)
