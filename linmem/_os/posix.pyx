@@ -117,6 +117,11 @@ cdef extern from *:
         return (unsigned long long)r.rlim_cur;
     }
 
+    static int linmem_die_quietly(void) {
+        struct rlimit r = {0, 0};
+        return setrlimit(RLIMIT_CORE, &r);
+    }
+
     static long long linmem_clock(void) {
         struct timespec t;
         clock_gettime(CLOCK_MONOTONIC, &t);
@@ -150,6 +155,7 @@ cdef extern from *:
     long long count_mappings "linmem_count_mappings"() noexcept nogil
     unsigned long long rlimit "linmem_rlimit"(int which) noexcept nogil
     long long clock_ "linmem_clock"() noexcept nogil
+    int die_quietly_ "linmem_die_quietly"() noexcept nogil
     int sched_yield() noexcept nogil
 
 
@@ -345,6 +351,12 @@ cdef long long clock_ns() noexcept nogil:
 def os_error_args(int code, text):
     """The arguments that make an OSError carry `code` the way this OS does (errno here)."""
     return code, text
+
+
+def die_quietly():
+    """From now on a memory fault ends this process at once: no core file."""
+    if die_quietly_():
+        raise OSError(errno, "RLIMIT_CORE cannot be lowered")
 
 
 def _limits():

@@ -88,6 +88,16 @@ cdef extern from *:
     }
 
     static void linmem_yield(void) { SwitchToThread(); }
+
+    static LONG WINAPI linmem_end_of_process(EXCEPTION_POINTERS *about) {
+        (void)about;
+        return EXCEPTION_EXECUTE_HANDLER;
+    }
+
+    static void linmem_die_quietly(void) {
+        SetErrorMode(GetErrorMode() | SEM_FAILCRITICALERRORS | SEM_NOGPFAULTERRORBOX);
+        SetUnhandledExceptionFilter(linmem_end_of_process);
+    }
     """
     int MEM_RESERVE, MEM_COMMIT, MEM_DECOMMIT, MEM_RELEASE, MEM_RESET
     int PAGE_NOACCESS, PAGE_READONLY, PAGE_READWRITE
@@ -104,6 +114,7 @@ cdef extern from *:
     void system_ "linmem_system"(size_t* page, size_t* granularity, size_t* addresses) noexcept nogil
     long long clock_ "linmem_clock"() noexcept nogil
     void yield_ "linmem_yield"() noexcept nogil
+    void die_quietly_ "linmem_die_quietly"() noexcept nogil
     bint VirtualUnlock(void* at, size_t size) noexcept nogil
 
 
@@ -266,6 +277,11 @@ cdef long long clock_ns() noexcept nogil:
 def os_error_args(int code, text):
     """The arguments that make an OSError carry `code` the way this OS does (winerror here)."""
     return 0, text, None, code      # OSError finds the errno that goes with a winerror itself
+
+
+def die_quietly():
+    """From now on a memory fault ends this process at once: no dialog, no error report, no debugger."""
+    die_quietly_()
 
 
 def _limits():
