@@ -26,6 +26,9 @@ WORD = 2**64
 MAPS = Path("/proc/self/maps")
 SMAPS = Path("/proc/self/smaps")
 CORE_PATTERN = Path("/proc/sys/kernel/core_pattern")
+# Where kernel32 runs on another system's kernel, that one's /proc may show, and is not what was asked for.
+HAS_KERNEL32 = hasattr(ctypes, "WinDLL")
+HAS_PROC = MAPS.exists() and not HAS_KERNEL32
 
 
 def _has_module(name: str) -> bool:
@@ -46,9 +49,9 @@ def _core_is_a_file() -> bool:
 
 # The one list of what a test may need and a machine may lack. name -> (there?, what is missing).
 NEEDS = {
-    "maps": (MAPS.exists(), "no /proc/self/maps to ask"),
-    "names": (MAPS.exists() and FLOOR["capabilities"]["names"], "mappings carry no names here"),
-    "smaps": (SMAPS.exists(), "no /proc/self/smaps to ask"),
+    "maps": (HAS_PROC, "no /proc/self/maps to ask"),
+    "names": (HAS_PROC and FLOOR["capabilities"]["names"], "mappings carry no names here"),
+    "smaps": (HAS_PROC and SMAPS.exists(), "no /proc/self/smaps to ask"),
     "moves": (FLOOR["capabilities"]["moves"], "this OS cannot move mappings"),
     "discard_any_protection": (FLOOR["capabilities"]["discard_any_protection"],
                                "discard needs readable and writable pages here"),
@@ -57,7 +60,7 @@ NEEDS = {
     "fork": (hasattr(os, "fork"), "this OS has no fork"),
     "core_files": (_core_is_a_file(), "core_pattern is not a plain file name"),
     "real_pages": ("LINMEM_PAGE_SIZE" not in os.environ, "the host page is overridden in this run"),
-    "kernel32": (hasattr(ctypes, "WinDLL"), "no kernel32 to ask"),
+    "kernel32": (HAS_KERNEL32, "no kernel32 to ask"),
     "numpy": (_has_module("numpy"), "NumPy is not installed"),
 }
 

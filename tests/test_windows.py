@@ -5,6 +5,9 @@ from __future__ import annotations
 import ctypes
 import gc
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import support
@@ -214,13 +217,12 @@ GUARDED = f"""
     import linmem
     mem = linmem.create({PAGE}, reserve={GIB}, guard={1 << 20})
     info = mem.info()
-    at = ctypes.pythonapi.PyMemoryView_FromMemory
-    at.restype, at.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
-    # memoryview touches the byte with no handler in between; ctypes makes an exception of a fault
+    # The getter and setter of a ctypes value touch the byte themselves; a foreign call, as ctypes.memset,
+    # would make an exception of the fault.
     def read(address):
-        return at(address, 1, 0x200)[0]
+        return ctypes.c_ubyte.from_address(address).value
     def write(address):
-        at(address, 1, 0x200)[0] = 1
+        ctypes.c_ubyte.from_address(address).value = 1
     write(info.base)
     write(info.base + info.committed - 1)
     assert read(info.base) == 1
@@ -346,6 +348,14 @@ def test_a_commit_limit_is_named_in_figures_where_it_is_the_reason():
     with support.failing(2, 1455), pytest.raises(linmem.PageError) as caught:
         linmem.create(PAGE, reserve=1 << 20)
     assert f"the commit limit is {commit_status().commit} bytes" in str(caught.value)
+
+
+def test_a_process_that_is_to_die_quietly_ends_at_once_with_the_code_of_its_fault():
+    done = subprocess.run([sys.executable, "-c", "import ctypes\nfrom linmem._os import pages\npages.die_quietly()\n"
+                           "ctypes.c_ubyte.from_address(8).value"], capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
+    assert done.returncode & 0xFFFFFFFF == ACCESS_VIOLATION
+    assert done.stderr == ""
 
 
 def test_describe_names_the_commit_limit_and_no_limit_on_addresses():
