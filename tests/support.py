@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import mmap
 import os
@@ -27,6 +28,9 @@ WORD = 2**64
 MAPS = Path("/proc/self/maps")
 SMAPS = Path("/proc/self/smaps")
 CORE_PATTERN = Path("/proc/sys/kernel/core_pattern")
+# Where kernel32 runs on another system's kernel, that one's /proc may show, and is not what was asked for.
+HAS_KERNEL32 = hasattr(ctypes, "WinDLL")
+HAS_PROC = MAPS.exists() and not HAS_KERNEL32
 
 
 def _has_module(name: str) -> bool:
@@ -47,9 +51,9 @@ def _core_is_a_file() -> bool:
 
 # The one list of what a test may need and a machine may lack. name -> (there?, what is missing).
 NEEDS = {
-    "maps": (MAPS.exists(), "no /proc/self/maps to ask"),
-    "names": (MAPS.exists() and FLOOR["capabilities"]["names"], "mappings carry no names here"),
-    "smaps": (SMAPS.exists(), "no /proc/self/smaps to ask"),
+    "maps": (HAS_PROC, "no /proc/self/maps to ask"),
+    "names": (HAS_PROC and FLOOR["capabilities"]["names"], "mappings carry no names here"),
+    "smaps": (HAS_PROC and SMAPS.exists(), "no /proc/self/smaps to ask"),
     "moves": (FLOOR["capabilities"]["moves"], "this OS cannot move mappings"),
     "discard_any_protection": (FLOOR["capabilities"]["discard_any_protection"],
                                "discard needs readable and writable pages here"),
@@ -58,6 +62,7 @@ NEEDS = {
     "fork": (hasattr(os, "fork"), "this OS has no fork"),
     "core_files": (_core_is_a_file(), "core_pattern is not a plain file name"),
     "real_pages": ("LINMEM_PAGE_SIZE" not in os.environ, "the host page is overridden in this run"),
+    "kernel32": (HAS_KERNEL32, "no kernel32 to ask"),
     "numpy": (_has_module("numpy"), "NumPy is not installed"),
 }
 
@@ -157,6 +162,15 @@ def round_up(n: int, unit: int = PAGE) -> int:
 
 # -- children ------------------------------------------------------------------------------------
 
+# A crash of a child is what a test asks for: Windows shall start no debugger and report to nobody, only
+# end the child with the code of the exception.
+QUIET_DEATH = """\
+import ctypes
+quiet = ctypes.WINFUNCTYPE(ctypes.c_long, ctypes.c_void_p)(lambda about: 1)
+ctypes.WinDLL("kernel32").SetUnhandledExceptionFilter(quiet)
+"""
+
+
 def run_child(code: str, *, limits: dict[str, int] | None = None, env: dict[str, str] | None = None,
               cwd: Path | None = None, timeout: float = 120) -> subprocess.CompletedProcess:
     """Run Python code in a child: `limits` are soft and hard resource limits by name; no core is written."""
@@ -165,6 +179,8 @@ def run_child(code: str, *, limits: dict[str, int] | None = None, env: dict[str,
     if NEEDS["rlimits"][0]:
         head = "import resource\n" + "".join(
             f"resource.setrlimit(resource.{name}, ({size}, {size}))\n" for name, size in limits.items())
+    if NEEDS["kernel32"][0]:
+        head += QUIET_DEATH
     return subprocess.run(
         [sys.executable, "-W", "error", "-c", head + textwrap.dedent(code)], capture_output=True, text=True,
         timeout=timeout, cwd=cwd,

@@ -3,11 +3,8 @@
 
 cimport linmem._os.pages        # noqa: F401  a rebuild follows an edit of the contract
 from linmem cimport _atomic
-from linmem._units cimport is_power_of_two
 
 from libc.stdio cimport snprintf
-
-import os as _os
 
 cdef extern from *:
     """
@@ -152,6 +149,11 @@ cdef extern from *:
         return (unsigned long long)r.rlim_cur;
     }
 
+    static int linmem_die_quietly(void) {
+        struct rlimit r = {0, 0};
+        return setrlimit(RLIMIT_CORE, &r);
+    }
+
     static long long linmem_clock(void) {
         struct timespec t;
         clock_gettime(CLOCK_MONOTONIC, &t);
@@ -186,26 +188,13 @@ cdef extern from *:
     bint too_much "linmem_too_much"(size_t size) noexcept nogil
     unsigned long long rlimit "linmem_rlimit"(int which) noexcept nogil
     long long clock_ "linmem_clock"() noexcept nogil
+    int die_quietly_ "linmem_die_quietly"() noexcept nogil
     int sched_yield() noexcept nogil
 
 
-cdef capabilities_t caps
-cdef size_t real_page           # what the kernel counts in, whatever caps.page_size says
+include "common.pxi"
+
 cdef bint can_populate
-cdef long long fail_in = 0      # injected(): 0 = off, 1 = the next page call fails
-cdef int fail_code = 0
-
-
-cdef const capabilities_t* capabilities() noexcept nogil:
-    return &caps
-
-
-cdef int injected() noexcept nogil:
-    global fail_in
-    if fail_in == 0:
-        return 0
-    fail_in -= 1
-    return fail_code if fail_in == 0 else 0
 
 
 cdef int reserve(size_t size, char** base) noexcept nogil:
@@ -401,38 +390,10 @@ def os_error_args(int code, text):
     return code, text
 
 
-def count_calls_to_failure(long long nth, int code):
-    """Make the nth page call from now on fail with `code`; 0 switches it off. Tests only.
-
-    Returns how many calls were still to go before an earlier setting would have failed.
-    """
-    global fail_in, fail_code
-    if nth < 0 or (nth and code <= 0):
-        raise ValueError(f"nth must be >= 0 and code > 0, got nth={nth} code={code}")
-    cdef long long left = fail_in
-    fail_code = code
-    fail_in = nth
-    return left
-
-
-def describe():
-    """What this machine's page floor can do, as a dict; `linmem info` prints it."""
-    cdef size_t total, left
-    address_space(&total, &left)
-    return {
-        "page_size": caps.page_size,
-        "granularity": caps.granularity,
-        "address_bits": caps.address_bits,
-        "address_space": total,
-        "address_space_left": left,
-        "capabilities": {
-            "moves": bool(caps.moves),
-            "names": bool(caps.names),
-            "discard_any_protection": bool(caps.discard_any_protection),
-            "populates": bool(caps.populates),
-        },
-        "limits": _limits(),
-    }
+def die_quietly():
+    """From now on a memory fault ends this process at once: no core file."""
+    if die_quietly_():
+        raise OSError(errno, "RLIMIT_CORE cannot be lowered")
 
 
 def _limits():
@@ -446,20 +407,6 @@ def _limits():
         if file_number(path, 0) >= 0:
             found[name] = file_number(path, 0)
     return found
-
-
-def _page_size_wanted(size_t real):
-    """The host page, or the multiple of it that LINMEM_PAGE_SIZE asks for (to prove the rounding)."""
-    text = _os.environ.get("LINMEM_PAGE_SIZE", "")
-    if not text:
-        return real
-    try:
-        size = int(text)
-    except ValueError:
-        size = 0
-    if size < real or size > 1 << 30 or not is_power_of_two(size):
-        raise ValueError(f"LINMEM_PAGE_SIZE must be a power of two from {real} to {1 << 30}, got {text!r}")
-    return size
 
 
 cdef _start():

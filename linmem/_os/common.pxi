@@ -1,0 +1,73 @@
+# The half of the page floor that no operating system differs in; posix.pyx and windows.pyx include it.
+# They fill `caps` and `real_page` when the module starts, and bring address_space() and _limits().
+
+from linmem._units cimport is_power_of_two
+
+import os as _os
+
+cdef capabilities_t caps
+cdef size_t real_page           # what the kernel counts in, whatever caps.page_size says
+cdef long long fail_in = 0      # injected(): 0 = off, 1 = the next page call fails
+cdef int fail_code = 0
+
+
+cdef const capabilities_t* capabilities() noexcept nogil:
+    return &caps
+
+
+cdef int injected() noexcept nogil:
+    global fail_in
+    if fail_in == 0:
+        return 0
+    fail_in -= 1
+    return fail_code if fail_in == 0 else 0
+
+
+# -- what Python sees ------------------------------------------------------------------------
+
+def count_calls_to_failure(long long nth, int code):
+    """Make the nth page call from now on fail with `code`; 0 switches it off. Tests only.
+
+    Returns how many calls were still to go before an earlier setting would have failed.
+    """
+    global fail_in, fail_code
+    if nth < 0 or (nth and code <= 0):
+        raise ValueError(f"nth must be >= 0 and code > 0, got nth={nth} code={code}")
+    cdef long long left = fail_in
+    fail_code = code
+    fail_in = nth
+    return left
+
+
+def describe():
+    """What this machine's page floor can do, as a dict; `linmem info` prints it."""
+    cdef size_t total, left
+    address_space(&total, &left)
+    return {
+        "page_size": caps.page_size,
+        "granularity": caps.granularity,
+        "address_bits": caps.address_bits,
+        "address_space": total,
+        "address_space_left": left,
+        "capabilities": {
+            "moves": bool(caps.moves),
+            "names": bool(caps.names),
+            "discard_any_protection": bool(caps.discard_any_protection),
+            "populates": bool(caps.populates),
+        },
+        "limits": _limits(),
+    }
+
+
+def _page_size_wanted(size_t real):
+    """The host page, or the multiple of it that LINMEM_PAGE_SIZE asks for (to prove the rounding)."""
+    text = _os.environ.get("LINMEM_PAGE_SIZE", "")
+    if not text:
+        return real
+    try:
+        size = int(text)
+    except ValueError:
+        size = 0
+    if size < real or size > 1 << 30 or not is_power_of_two(size):
+        raise ValueError(f"LINMEM_PAGE_SIZE must be a power of two from {real} to {1 << 30}, got {text!r}")
+    return size

@@ -1,0 +1,309 @@
+# cython: language_level=3
+"""The page floor on Windows: VirtualAlloc, VirtualProtect, VirtualFree and their kin."""
+
+cimport linmem._os.pages        # noqa: F401  a rebuild follows an edit of the contract
+from linmem cimport _atomic
+
+from libc.stdio cimport snprintf
+from libc.string cimport memset
+
+cdef extern from *:
+    """
+    #ifndef WIN32_LEAN_AND_MEAN
+    #define WIN32_LEAN_AND_MEAN
+    #endif
+    #ifndef NOMINMAX
+    #define NOMINMAX
+    #endif
+    #include <windows.h>
+    #define PSAPI_VERSION 2         /* QueryWorkingSetEx is kernel32's, no other library to link */
+    #include <psapi.h>
+
+    /* Every function returns 0 or the code of the one call that failed, read on the next line. 0 is
+       success to whoever reads it, so a call that fails and names no reason gets one. */
+    static int linmem_last_error(void) {
+        DWORD code = GetLastError();
+        return code == 0 || code > 0x7fffffff ? ERROR_GEN_FAILURE : (int)code;
+    }
+
+    static int linmem_alloc(void *at, size_t size, int type, int protection, char **base) {
+        void *p = VirtualAlloc(at, size, (DWORD)type, (DWORD)protection);
+        if (p == NULL) return linmem_last_error();
+        *base = (char *)p;
+        return 0;
+    }
+
+    static int linmem_free(void *at, size_t size, int type) {
+        return VirtualFree(at, size, (DWORD)type) ? 0 : linmem_last_error();
+    }
+
+    /* The whole reservation that `at` lies in: MEM_RELEASE takes its base and nothing else. */
+    static int linmem_release(void *at) {
+        MEMORY_BASIC_INFORMATION about;
+        if (VirtualQuery(at, &about, sizeof about) == 0) return linmem_last_error();
+        if (about.State == MEM_FREE) return ERROR_INVALID_ADDRESS;
+        return linmem_free(about.AllocationBase, 0, MEM_RELEASE);
+    }
+
+    static int linmem_protect(void *at, size_t size, int protection) {
+        DWORD before;
+        return VirtualProtect(at, size, (DWORD)protection, &before) ? 0 : linmem_last_error();
+    }
+
+    /* How many of the next pages, at most LINMEM_ASK, are in the working set. */
+    #define LINMEM_ASK 256
+    static int linmem_count_resident(char *at, size_t n, size_t page, size_t *pages) {
+        PSAPI_WORKING_SET_EX_INFORMATION asked[LINMEM_ASK];
+        size_t i;
+        for (i = 0; i < n; i++) asked[i].VirtualAddress = at + i * page;
+        if (!QueryWorkingSetEx(GetCurrentProcess(), asked, (DWORD)(n * sizeof asked[0]))) return linmem_last_error();
+        for (i = 0; i < n; i++) *pages += (size_t)(asked[i].VirtualAttributes.Flags & 1);
+        return 0;
+    }
+
+    /* The commit limit of this process or of the machine, whichever is smaller; 0, 0 where unknown. */
+    static void linmem_commit_limit(unsigned long long *total, unsigned long long *left) {
+        MEMORYSTATUSEX status;
+        status.dwLength = sizeof status;
+        *total = *left = 0;
+        if (!GlobalMemoryStatusEx(&status)) return;
+        *total = status.ullTotalPageFile;
+        *left = status.ullAvailPageFile;
+    }
+
+    static void linmem_system(size_t *page, size_t *granularity, size_t *addresses) {
+        SYSTEM_INFO info;
+        GetSystemInfo(&info);
+        *page = info.dwPageSize;
+        *granularity = info.dwAllocationGranularity;
+        *addresses = (size_t)info.lpMaximumApplicationAddress;
+    }
+
+    static long long linmem_clock(void) {
+        LARGE_INTEGER now, rate;
+        QueryPerformanceCounter(&now);
+        QueryPerformanceFrequency(&rate);       /* neither fails since Windows XP */
+        return now.QuadPart / rate.QuadPart * 1000000000
+            + now.QuadPart % rate.QuadPart * 1000000000 / rate.QuadPart;
+    }
+
+    static void linmem_yield(void) { SwitchToThread(); }
+
+    static LONG WINAPI linmem_end_of_process(EXCEPTION_POINTERS *about) {
+        (void)about;
+        return EXCEPTION_EXECUTE_HANDLER;
+    }
+
+    static void linmem_die_quietly(void) {
+        SetErrorMode(GetErrorMode() | SEM_FAILCRITICALERRORS | SEM_NOGPFAULTERRORBOX);
+        SetUnhandledExceptionFilter(linmem_end_of_process);
+    }
+    """
+    int MEM_RESERVE, MEM_COMMIT, MEM_DECOMMIT, MEM_RELEASE, MEM_RESET
+    int PAGE_NOACCESS, PAGE_READONLY, PAGE_READWRITE
+    int ERROR_ACCESS_DENIED, ERROR_NOT_ENOUGH_MEMORY, ERROR_OUTOFMEMORY, ERROR_GEN_FAILURE, ERROR_NOT_SUPPORTED
+    int ERROR_INVALID_PARAMETER, ERROR_INVALID_ADDRESS, ERROR_NOACCESS, ERROR_NO_SYSTEM_RESOURCES
+    int ERROR_WORKING_SET_QUOTA, ERROR_COMMITMENT_LIMIT, ERROR_NOT_ENOUGH_QUOTA
+    size_t ASK "LINMEM_ASK"
+    int alloc "linmem_alloc"(void* at, size_t size, int type, int protection, char** base) noexcept nogil
+    int free_ "linmem_free"(void* at, size_t size, int type) noexcept nogil
+    int release_ "linmem_release"(void* at) noexcept nogil
+    int protect_ "linmem_protect"(void* at, size_t size, int protection) noexcept nogil
+    int count_resident "linmem_count_resident"(char* at, size_t n, size_t page, size_t* pages) noexcept nogil
+    void commit_limit "linmem_commit_limit"(unsigned long long* total, unsigned long long* left) noexcept nogil
+    void system_ "linmem_system"(size_t* page, size_t* granularity, size_t* addresses) noexcept nogil
+    long long clock_ "linmem_clock"() noexcept nogil
+    void yield_ "linmem_yield"() noexcept nogil
+    void die_quietly_ "linmem_die_quietly"() noexcept nogil
+    bint VirtualUnlock(void* at, size_t size) noexcept nogil
+
+
+include "common.pxi"
+
+cdef size_t real_granularity
+cdef size_t DISCARD_STEP = 1 << 20      # bytes that discard() holds in physical memory at a time
+
+
+cdef int reserve(size_t size, char** base) noexcept nogil:
+    cdef int code = injected()
+    cdef size_t extra = caps.granularity - real_granularity
+    cdef char* p = NULL
+    if code:
+        return code
+    # A part of a reservation cannot be given back: what a larger (overridden) host page needs for its
+    # alignment stays, inaccessible, in front of or behind it, until release() frees all of it.
+    code = alloc(NULL, size + extra, MEM_RESERVE, PAGE_NOACCESS, &p)
+    if code == 0:
+        base[0] = <char*>((<size_t>p + extra) & ~(caps.granularity - 1))
+    return code
+
+
+cdef int commit(char* at, size_t size) noexcept nogil:
+    cdef int code = injected()
+    cdef char* p = NULL
+    if code:
+        return code
+    code = alloc(at, size, MEM_COMMIT, PAGE_READWRITE, &p)
+    if code:
+        # Nothing says that a commit which runs out half way leaves the first half alone.
+        free_(at, size, MEM_DECOMMIT)
+    return code
+
+
+cdef int decommit(char* at, size_t size) noexcept nogil:
+    cdef int code = injected()
+    return code if code else free_(at, size, MEM_DECOMMIT)
+
+
+cdef int discard(char* at, size_t size) noexcept nogil:
+    # Not decommit and commit: between the two another thread's access would be a fault, and where the
+    # commit is refused (somebody took the charge meanwhile) pages with live views on them would be gone
+    # for good. MEM_RESET keeps pages and charge, and the documentation of MEM_RESET_UNDO says what may
+    # become of the bytes: they stay intact, or they are replaced with zeroes. Zeroed first, both are zero.
+    # VirtualUnlock of pages that are not locked takes them out of the working set; it says
+    # ERROR_NOT_LOCKED when it has. Step by step, so that a large range is never resident as a whole.
+    # Should MEM_RESET refuse, the bytes from there on are as they were or zero, and no page is lost.
+    cdef int code = injected()
+    cdef size_t offset = 0, step
+    cdef char* p = NULL
+    while code == 0 and offset < size:
+        step = size - offset if size - offset < DISCARD_STEP else DISCARD_STEP
+        memset(at + offset, 0, step)
+        code = alloc(at + offset, step, MEM_RESET, PAGE_NOACCESS, &p)
+        if code == 0:
+            VirtualUnlock(at + offset, step)
+        offset += step
+    return code
+
+
+cdef int protect(char* at, size_t size, int access) noexcept nogil:
+    cdef int code = injected()
+    cdef int protection = PAGE_NOACCESS
+    if code:
+        return code
+    if access == ACCESS_READ:
+        protection = PAGE_READONLY
+    elif access == ACCESS_READ_WRITE:
+        protection = PAGE_READWRITE
+    return protect_(at, size, protection)
+
+
+cdef int prefault(char* at, size_t size) noexcept nogil:
+    # PrefetchVirtualMemory reads from files; it does not make fresh pages resident.
+    cdef int code = injected()
+    cdef size_t offset = 0
+    if code:
+        return code
+    while offset < size:
+        _atomic.touch(at + offset)
+        offset += real_page
+    return 0
+
+
+cdef int move(char* at, size_t size, char* to, size_t new_size) noexcept nogil:
+    cdef int code = injected()
+    return code if code else ERROR_NOT_SUPPORTED
+
+
+cdef int resident(char* at, size_t size, size_t* bytes) noexcept nogil:
+    cdef int code = injected()
+    cdef size_t left = size // real_page, n, pages = 0
+    while code == 0 and left:
+        n = left if left < ASK else ASK
+        code = count_resident(at + size - left * real_page, n, real_page, &pages)
+        left -= n
+    if code == 0:
+        bytes[0] = pages * real_page
+    return code
+
+
+cdef int release(char* at, size_t size) noexcept nogil:
+    cdef int code = injected()
+    return code if code else release_(at)
+
+
+cdef void address_space(size_t* total, size_t* left) noexcept nogil:
+    # No limit is put on addresses here: a job object limits what is committed.
+    total[0] = left[0] = <size_t>1 << caps.address_bits
+
+
+cdef const char* code_text(int code) noexcept nogil:
+    if code == ERROR_COMMITMENT_LIMIT:
+        return "the commit limit is reached; a larger paging file raises it (ERROR_COMMITMENT_LIMIT)"
+    if code == ERROR_NOT_ENOUGH_MEMORY:
+        return "the operating system has no memory or address space for it (ERROR_NOT_ENOUGH_MEMORY)"
+    if code == ERROR_OUTOFMEMORY:
+        return "the operating system has no memory for it (ERROR_OUTOFMEMORY)"
+    if code == ERROR_NO_SYSTEM_RESOURCES:
+        return "the operating system has no resources for it (ERROR_NO_SYSTEM_RESOURCES)"
+    if code == ERROR_NOT_ENOUGH_QUOTA:
+        return "the quota of this process is used up (ERROR_NOT_ENOUGH_QUOTA)"
+    if code == ERROR_WORKING_SET_QUOTA:
+        return "the working set of this process is too small (ERROR_WORKING_SET_QUOTA)"
+    if code == ERROR_ACCESS_DENIED:
+        return "access denied (ERROR_ACCESS_DENIED)"
+    if code == ERROR_INVALID_PARAMETER:
+        return "invalid parameter (ERROR_INVALID_PARAMETER)"
+    if code == ERROR_INVALID_ADDRESS:
+        return "not an address of this reservation (ERROR_INVALID_ADDRESS)"
+    if code == ERROR_NOACCESS:
+        return "a page in the range cannot be accessed (ERROR_NOACCESS)"
+    if code == ERROR_NOT_SUPPORTED:
+        return "not supported by this operating system (ERROR_NOT_SUPPORTED)"
+    return "refused by the operating system"
+
+
+cdef void limit_text(int code, size_t size, char* text, size_t room) noexcept nogil:
+    cdef unsigned long long total, left
+    text[0] = 0
+    if size >> caps.address_bits:
+        snprintf(text, room, "user addresses have %d bits", caps.address_bits)
+        return
+    if code != ERROR_COMMITMENT_LIMIT and code != ERROR_NOT_ENOUGH_MEMORY and code != ERROR_OUTOFMEMORY:
+        return
+    commit_limit(&total, &left)
+    if total and (code == ERROR_COMMITMENT_LIMIT or size > left):
+        snprintf(text, room, "the commit limit is %llu bytes and %llu are left", total, left)
+
+
+cdef void relax() noexcept nogil:
+    yield_()
+
+
+cdef long long clock_ns() noexcept nogil:
+    return clock_()
+
+
+def os_error_args(int code, text):
+    """The arguments that make an OSError carry `code` the way this OS does (winerror here)."""
+    return 0, text, None, code      # OSError finds the errno that goes with a winerror itself
+
+
+def die_quietly():
+    """From now on a memory fault ends this process at once: no dialog, no error report, no debugger."""
+    die_quietly_()
+
+
+def _limits():
+    cdef unsigned long long total, left
+    commit_limit(&total, &left)
+    return {"commit limit": total, "commit left": left} if total else {}
+
+
+cdef _start():
+    global real_page, real_granularity
+    cdef size_t top
+    system_(&real_page, &real_granularity, &top)
+    caps.page_size = _page_size_wanted(real_page)
+    caps.granularity = max(real_granularity, caps.page_size)
+    caps.address_bits = 0
+    while top:
+        caps.address_bits += 1
+        top >>= 1
+    caps.moves = False
+    caps.names = False
+    caps.discard_any_protection = False
+    caps.populates = False
+
+
+_start()

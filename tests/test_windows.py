@@ -1,0 +1,364 @@
+"""The page floor on Windows, by the word of kernel32: VirtualQuery, the commit charge, a child's exit status."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import support
+from support import GRANULARITY, PAGE, requires, whole
+
+import linmem
+from linmem._os import pages
+
+pytestmark = requires("kernel32")
+
+GIB = 1 << 30
+ACCESS_VIOLATION = 0xC0000005
+MEM_COMMIT, MEM_RESERVE, MEM_FREE = 0x1000, 0x2000, 0x10000
+PAGE_NOACCESS, PAGE_READONLY, PAGE_READWRITE = 1, 2, 4
+ERROR_INVALID_ADDRESS = 487
+# What Windows says when commit charge or addresses run out; Wine has access denied (5) for the former.
+NO_CHARGE = {5, 8, 14, 1455}
+NO_ADDRESSES = {8, 14, 87}
+
+
+class Region(ctypes.Structure):
+    _fields_ = [("base", ctypes.c_size_t), ("allocation", ctypes.c_size_t), ("first_access", ctypes.c_uint32),
+                ("partition", ctypes.c_uint32), ("size", ctypes.c_size_t), ("state", ctypes.c_uint32),
+                ("access", ctypes.c_uint32), ("type", ctypes.c_uint32)]
+
+
+class MemoryStatus(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_uint32), ("load", ctypes.c_uint32)] + [
+        (name, ctypes.c_uint64) for name in ("physical", "physical_left", "commit", "commit_left",
+                                             "addresses", "addresses_left", "extended")]
+
+
+class WorkingSetEntry(ctypes.Structure):
+    _fields_ = [("address", ctypes.c_size_t), ("flags", ctypes.c_size_t)]
+
+
+def kernel32():
+    return ctypes.WinDLL("kernel32", use_last_error=True)
+
+
+def query(address):
+    region = Region()
+    assert kernel32().VirtualQuery(ctypes.c_void_p(address), ctypes.byref(region),
+                                   ctypes.c_size_t(ctypes.sizeof(region)))
+    return region
+
+
+def regions(start, end):
+    """(size, state, access, allocation) of the regions in [start, end), cut to it."""
+    found = []
+    while start < end:
+        r = query(start)
+        size = min(r.base + r.size, end) - start
+        found.append((size, r.state, r.access, r.allocation))
+        start += size
+    return found
+
+
+def committed(mem):
+    return sum(size for size, state, _, _ in regions(*whole(mem)) if state == MEM_COMMIT)
+
+
+def resident(start, size):
+    entries = (WorkingSetEntry * (size // PAGE))(*((start + at, 0) for at in range(0, size, PAGE)))
+    k = kernel32()
+    k.GetCurrentProcess.restype = ctypes.c_void_p
+    assert k.K32QueryWorkingSetEx(ctypes.c_void_p(k.GetCurrentProcess()), entries, ctypes.sizeof(entries))
+    return sum(entry.flags & 1 for entry in entries) * PAGE
+
+
+def commit_status():
+    status = MemoryStatus(ctypes.sizeof(MemoryStatus))
+    assert kernel32().GlobalMemoryStatusEx(ctypes.byref(status))
+    return status
+
+
+def addresses_in_use():
+    end = 1 << support.FLOOR["address_bits"]
+    at, used = 0x10000, 0
+    while at < end - 0x20000:
+        r = query(at)
+        used += r.size if r.state != MEM_FREE else 0
+        at = r.base + r.size
+    return used
+
+
+# -- what is reserved, what is charged --------------------------------------------------------------
+
+def test_sixty_four_memories_of_four_gibibytes_and_guards_are_charged_for_nothing_but_their_bytes():
+    before = commit_status().commit_left
+    memories = [linmem.create(PAGE, reserve=4 * GIB, guard=32 << 20) for _ in range(64)]
+    spans = sorted(whole(mem) for mem in memories)
+    assert all(end - start == 4 * GIB + (64 << 20) for start, end in spans)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+    for mem in memories:
+        found = regions(*whole(mem))
+        assert len({allocation for *_, allocation in found}) == 1
+        assert {state for _, state, _, _ in found} == {MEM_RESERVE, MEM_COMMIT}
+        assert committed(mem) == PAGE
+    # 260 GiB stand reserved; other programs may take some charge meanwhile.
+    assert before - commit_status().commit_left < 4 * GIB
+    for mem in memories:
+        mem.close()
+
+
+def test_a_reservation_starts_at_the_granularity_and_its_base_at_a_page():
+    with linmem.create(1, guard=PAGE) as mem:
+        start, _ = whole(mem)
+        assert start % GRANULARITY == 0
+        assert mem.as_ptr() == start + PAGE
+        assert mem.wasm_accessible().start == mem.as_ptr()
+
+
+@pytest.mark.parametrize("page", [8192, 65536, 131072, 1 << 20])
+def test_an_overridden_page_aligns_base_and_guards_and_is_released_whole(page):
+    with_page = support.answer(f"""
+        import ctypes, sys
+        sys.path.insert(0, {str(support.ROOT / "tests")!r})
+        import linmem, support, test_windows
+        mem = linmem.create(1, 1 << 20)
+        start, end = support.whole(mem)
+        info = mem.info()
+        assert info.page_size == {page} and info.base % {page} == 0 and start % 65536 == 0
+        assert info.guard % {page} == 0 and info.pre_guard % {page} == 0
+        assert test_windows.committed(mem) == {page}
+        allocation = test_windows.query(start).allocation
+        mem.close()
+        assert test_windows.query(allocation).state == test_windows.MEM_FREE
+        assert test_windows.query(end - 1).state == test_windows.MEM_FREE
+        print("released")
+        """, env={"LINMEM_PAGE_SIZE": str(page)})
+    assert with_page == "released"
+
+
+def test_growth_commits_the_difference_and_close_frees_every_address():
+    mem = linmem.create(PAGE, 1 << 20)
+    start, end = whole(mem)
+    mem.grow_to(10 * PAGE + 1)
+    assert committed(mem) == 11 * PAGE
+    info = mem.info()
+    assert regions(info.base, info.base + info.committed) == [(11 * PAGE, MEM_COMMIT, PAGE_READWRITE, start)]
+    assert query(info.base + info.committed).state == MEM_RESERVE
+    mem.close()
+    assert all(state == MEM_FREE for _, state, _, _ in regions(start, end))
+
+
+def test_growth_past_the_capacity_moves_the_bytes_and_frees_the_old_reservation_whole():
+    with linmem.create(PAGE, reserve=PAGE) as mem:
+        old = whole(mem)
+        mem.write(0, b"first")
+        mem.grow_to(1 << 20)
+        assert mem.read(0, 5) == b"first"
+        assert mem.read(PAGE, 5) == bytes(5)
+        assert whole(mem) != old
+        assert all(state == MEM_FREE for _, state, _, _ in regions(*old))
+
+
+def test_protect_is_what_virtual_query_says():
+    with linmem.create(4 * PAGE) as mem:
+        base = mem.as_ptr()
+        for access, expected in (("r", PAGE_READONLY), ("none", PAGE_NOACCESS), ("rw", PAGE_READWRITE)):
+            mem.protect(PAGE, PAGE, access)
+            assert [query(base + i * PAGE).access for i in range(3)] == [PAGE_READWRITE, expected, PAGE_READWRITE]
+
+
+# -- discard --------------------------------------------------------------------------------------------
+
+def test_discard_zeroes_gives_the_pages_back_and_keeps_the_charge():
+    size = 3 << 20
+    with linmem.create(size) as mem:
+        base = mem.as_ptr()
+        view = memoryview(mem)
+        view[:] = b"\xff" * size
+        assert resident(base, size) == size
+        mem.discard()
+        assert resident(base, size) == 0
+        assert regions(base, base + size) == [(size, MEM_COMMIT, PAGE_READWRITE, whole(mem)[0])]
+        assert view.tobytes() == bytes(size)
+        view.release()
+
+
+def test_a_view_read_by_another_thread_never_faults_while_pages_are_discarded():
+    # discard lets go of the GIL, so the reader runs in the midst of it.
+    assert support.answer("""
+        import threading
+        import linmem
+        mem = linmem.create(1 << 20)
+        view = memoryview(mem)
+        done = threading.Event()
+        def read():
+            while not done.is_set():
+                bytes(view)
+        reader = threading.Thread(target=read)
+        reader.start()
+        for _ in range(300):
+            mem.discard()
+        done.set()
+        reader.join()
+        print(any(view))
+        """) == "False"
+
+
+# -- faults ---------------------------------------------------------------------------------------------
+
+GUARDED = f"""
+    import ctypes
+    import linmem
+    mem = linmem.create({PAGE}, reserve={GIB}, guard={1 << 20})
+    info = mem.info()
+    # The getter and setter of a ctypes value touch the byte themselves; a foreign call, as ctypes.memset,
+    # would make an exception of the fault.
+    def read(address):
+        return ctypes.c_ubyte.from_address(address).value
+    def write(address):
+        ctypes.c_ubyte.from_address(address).value = 1
+    write(info.base)
+    write(info.base + info.committed - 1)
+    assert read(info.base) == 1
+    print("alive", flush=True)
+    """
+
+
+@pytest.mark.parametrize("touch", ["read", "write"])
+@pytest.mark.parametrize("where", [
+    "info.base - 1",
+    "info.base - info.pre_guard",
+    "info.base + info.committed",
+    "info.base + info.byte_capacity - 1",
+    "info.base + info.byte_capacity",
+    "info.base + info.byte_capacity + info.guard - 1",
+])
+def test_a_child_that_touches_a_guard_dies_of_an_access_violation(touch, where):
+    done = support.run_child(support.textwrap.dedent(GUARDED) + f"{touch}({where})\nprint('survived', flush=True)\n")
+    assert done.stdout.strip() == "alive", done.stdout + done.stderr
+    assert done.returncode & 0xFFFFFFFF == ACCESS_VIOLATION, done.stderr
+
+
+def test_a_child_that_writes_a_protected_page_dies_of_an_access_violation():
+    done = support.run_child(support.textwrap.dedent(GUARDED)
+                             + f"mem.protect(0, {PAGE}, 'r')\nread(info.base)\nmemoryview(mem)[0] = 2\n")
+    assert done.stdout.strip() == "alive", done.stdout + done.stderr
+    assert done.returncode & 0xFFFFFFFF == ACCESS_VIOLATION, done.stderr
+
+
+def test_an_out_of_bounds_access_of_wasm_traps_in_a_memory_that_linmem_owns():
+    wasmtime = pytest.importorskip("wasmtime")
+    config = wasmtime.Config()
+    linmem.wasmtime.install(config)
+    store = wasmtime.Store(wasmtime.Engine(config))
+    module = wasmtime.Module(store.engine, """(module
+      (memory (export "memory") 1 3)
+      (func (export "load") (param i32) (result i32) (i32.load (local.get 0)))
+      (func (export "store") (param i32) (i32.store (local.get 0) (i32.const 7))))""")
+    exports = wasmtime.Instance(store, module, []).exports(store)
+    mem = linmem.wasmtime.linear_memory(store, exports["memory"])
+    for at in (65533, 65536, 1 << 20, -4) * 10:
+        for name in ("load", "store"):
+            with pytest.raises(wasmtime.Trap, match="out of bounds memory access"):
+                exports[name](store, at)
+    exports["memory"].grow(store, 1)
+    exports["store"](store, 65536)
+    assert mem[65536] == 7
+    with pytest.raises(wasmtime.Trap, match="out of bounds memory access"):
+        exports["store"](store, 131072)
+    start, end = whole(mem)
+    del exports
+    store.close()
+    mem.close()
+    assert all(state == MEM_FREE for _, state, _, _ in regions(start, end))
+
+
+# -- refusals ---------------------------------------------------------------------------------------------
+
+def test_windows_refuses_to_commit_past_the_end_of_a_reservation():
+    with linmem.create(PAGE, reserve=1 << 20, guard=PAGE) as mem:
+        _, end = whole(mem)
+        k = kernel32()
+        k.VirtualAlloc.restype = ctypes.c_void_p
+        last = end - PAGE
+        assert k.VirtualAlloc(ctypes.c_void_p(last), ctypes.c_size_t(GRANULARITY + PAGE), MEM_COMMIT,
+                              PAGE_READWRITE) is None
+        assert ctypes.get_last_error() == ERROR_INVALID_ADDRESS
+        assert query(last).state == MEM_RESERVE
+
+
+@pytest.mark.parametrize("reserve", [1 << 47, 1 << 52, (1 << 62)])
+def test_a_reservation_that_no_address_space_holds_is_a_page_error_and_leaves_nothing(reserve):
+    before = addresses_in_use()
+    with pytest.raises(linmem.PageError, match="user addresses have 47 bits") as caught:
+        linmem.create(PAGE, reserve=reserve)
+    assert caught.value.winerror in NO_ADDRESSES
+    assert caught.value.call == "reserve"
+    assert caught.value.size > reserve
+    assert isinstance(caught.value, MemoryError)
+    gc.collect()
+    assert addresses_in_use() - before < GIB
+
+
+def test_a_creation_past_the_commit_limit_is_a_page_error_and_releases_its_reservation():
+    size = commit_status().commit * 2 // GRANULARITY * GRANULARITY
+    before = addresses_in_use()
+    with pytest.raises(linmem.PageError) as caught:
+        linmem.create(size, size)
+    assert caught.value.winerror in NO_CHARGE
+    assert (caught.value.call, caught.value.size) == ("commit", size)
+    assert addresses_in_use() - before < size // 2
+
+
+def test_a_growth_past_the_commit_limit_changes_nothing_and_a_smaller_one_still_works():
+    size = commit_status().commit * 2 // GRANULARITY * GRANULARITY
+    with linmem.create(PAGE, reserve=size) as mem:
+        view = memoryview(mem)
+        view[0] = 5
+        with pytest.raises(linmem.PageError) as caught:
+            mem.grow_to(size)
+        assert caught.value.winerror in NO_CHARGE
+        assert caught.value.call == "commit"
+        assert mem.byte_size() == committed(mem) == PAGE
+        mem.grow_to(1 << 20)
+        assert (view[0], mem[PAGE], committed(mem)) == (5, 0, 1 << 20)
+        view.release()
+
+
+@pytest.mark.parametrize(("code", "name"), [(8, "ERROR_NOT_ENOUGH_MEMORY"), (14, "ERROR_OUTOFMEMORY"),
+                                            (1455, "ERROR_COMMITMENT_LIMIT"), (487, "ERROR_INVALID_ADDRESS")])
+@pytest.mark.parametrize(("nth", "call"), [(1, "reserve"), (2, "commit")])
+def test_a_page_error_carries_the_code_of_windows_as_winerror(nth, call, code, name):
+    with support.failing(nth, code) as failure, pytest.raises(linmem.PageError, match=name) as caught:
+        linmem.create(PAGE, reserve=1 << 20)
+    assert failure.happened
+    error = caught.value
+    assert (error.winerror, error.call) == (code, call)
+    assert error.errno == OSError(0, "", None, code).errno
+    assert isinstance(error, MemoryError)
+
+
+def test_a_commit_limit_is_named_in_figures_where_it_is_the_reason():
+    with support.failing(2, 1455), pytest.raises(linmem.PageError) as caught:
+        linmem.create(PAGE, reserve=1 << 20)
+    assert f"the commit limit is {commit_status().commit} bytes" in str(caught.value)
+
+
+def test_a_process_that_is_to_die_quietly_ends_at_once_with_the_code_of_its_fault():
+    done = subprocess.run([sys.executable, "-c", "import ctypes\nfrom linmem._os import pages\npages.die_quietly()\n"
+                           "ctypes.c_ubyte.from_address(8).value"], capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
+    assert done.returncode & 0xFFFFFFFF == ACCESS_VIOLATION
+    assert done.stderr == ""
+
+
+def test_describe_names_the_commit_limit_and_no_limit_on_addresses():
+    found = pages.describe()
+    assert found["limits"]["commit limit"] == commit_status().commit
+    assert found["address_space_left"] == found["address_space"] == 1 << found["address_bits"]
