@@ -63,6 +63,7 @@ NEEDS = {
     "core_files": (_core_is_a_file(), "core_pattern is not a plain file name"),
     "real_pages": ("LINMEM_PAGE_SIZE" not in os.environ, "the host page is overridden in this run"),
     "kernel32": (HAS_KERNEL32, "no kernel32 to ask"),
+    "sources": ((ROOT / "linmem" / "_memory.pyx").exists(), "the sources are not beside the tests"),
     "numpy": (_has_module("numpy"), "NumPy is not installed"),
 }
 
