@@ -64,6 +64,7 @@ NEEDS = {
     "real_pages": ("LINMEM_PAGE_SIZE" not in os.environ, "the host page is overridden in this run"),
     "kernel32": (HAS_KERNEL32, "no kernel32 to ask"),
     "sources": ((ROOT / "linmem" / "_memory.pyx").exists(), "the sources are not beside the tests"),
+    "interrupts": (hasattr(signal, "pthread_kill"), "a process cannot be sent an interrupt here"),
     "numpy": (_has_module("numpy"), "NumPy is not installed"),
 }
 
@@ -204,12 +205,16 @@ def _fault_codes() -> frozenset[int]:
     return frozenset(found)
 
 
+def died_of_a_fault(done: subprocess.CompletedProcess) -> bool:
+    return done.returncode in _fault_codes()
+
+
 def dies_at(setup: str, fatal: str) -> None:
     """The child lives through `setup` and dies by a memory fault at `fatal`."""
     done = run_child(textwrap.dedent(setup) + "\nprint('alive', flush=True)\n" + textwrap.dedent(fatal)
                      + "\nprint('survived', flush=True)\n")
     assert done.stdout.strip() == "alive", f"{done.stdout}{done.stderr}"
-    assert done.returncode in _fault_codes(), (done.returncode, done.stderr)
+    assert died_of_a_fault(done), (done.returncode, done.stderr)
 
 
 # -- failing page calls ------------------------------------------------------------------------------
