@@ -136,6 +136,10 @@ def resident(mem) -> int:
     return sum(m.figures["Rss"] for m in smaps(info.base, info.base + info.committed))
 
 
+# AddressSanitizer keeps terabytes inaccessible below here, and takes from them whenever it allocates.
+SANITIZER_END = 0x640000000000 if "libasan" in os.environ.get("LD_PRELOAD", "") else 0
+
+
 def live_bytes() -> int:
     """Bytes of address space that memories keep inaccessible: every memory has some of them.
 
@@ -143,7 +147,7 @@ def live_bytes() -> int:
     pages that guard the stacks of threads.
     """
     unnamed = not NEEDS["names"][0]
-    return sum(m.size for m in mappings() if m.access == "---p" and (
+    return sum(m.size for m in mappings(SANITIZER_END) if m.access == "---p" and (
         m.name == "" and m.size > REAL_PAGE if unnamed else m.name == NAME))
 
 
