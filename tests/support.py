@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +66,7 @@ NEEDS = {
     "kernel32": (HAS_KERNEL32, "no kernel32 to ask"),
     "sources": ((ROOT / "linmem" / "_memory.pyx").exists(), "the sources are not beside the tests"),
     "interrupts": (hasattr(signal, "pthread_kill"), "a process cannot be sent an interrupt here"),
+    "docstrings": (sysconfig.get_config_var("WITH_DOC_STRINGS") != 0, "this Python was built without docstrings"),
     "numpy": (_has_module("numpy"), "NumPy is not installed"),
 }
 

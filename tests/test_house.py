@@ -168,6 +168,7 @@ def public_things():
 FIELDS = {"MemoryType", "MemoryInfo", "LimitError", "PageError"}
 
 
+@requires("docstrings")
 @pytest.mark.parametrize(("name", "thing"), [pytest.param(*pair, id=pair[0]) for pair in public_things()])
 def test_every_public_thing_says_what_it_does(name, thing):
     owner, _, part = name.partition(".")
