@@ -11,12 +11,12 @@ def create_close(size_t total, size_t pre_guard, size_t accessible, long long n)
 
     All sizes are multiples of the host page and fit each other. Returns the nanoseconds taken.
     """
-    cdef long long i, took
+    cdef long long _, took
     cdef char* base
     cdef int code = 0
     with nogil:
         took = -pages.clock_ns()
-        for i in range(n):
+        for _ in range(n):
             code = pages.reserve(total, &base)
             if code:
                 break
@@ -38,7 +38,7 @@ def grow_steps(size_t total, size_t pre_guard, size_t accessible, size_t step, l
     All sizes are multiples of the host page and fit each other. Returns the nanoseconds that the
     `n` commits took; reserving before and releasing after are not in them.
     """
-    cdef long long i, took = 0
+    cdef long long _, took = 0
     cdef char* base
     cdef char* end
     cdef int code, undo
@@ -51,7 +51,7 @@ def grow_steps(size_t total, size_t pre_guard, size_t accessible, size_t step, l
                 end += accessible
             if code == 0:
                 took = -pages.clock_ns()
-                for i in range(n):
+                for _ in range(n):
                     code = pages.commit(end, step)
                     if code:
                         break

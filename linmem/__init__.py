@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from linmem.records import MemoryInfo, MemoryType
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     # Imported when first used: linmem.wasmtime needs wasmtime-py, the records need `dataclasses`.
     if name == "wasmtime":
         import linmem.wasmtime

@@ -8,7 +8,7 @@ from libc.stdint cimport SIZE_MAX
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
 
-from linmem._atomic cimport add, load, store, swap_if, word
+from linmem._atomic cimport add, load, store, swap_if
 from linmem._memory cimport (
     NO_MAXIMUM, UNCHOSEN, Memory, NativeCreator, acquire, begin_move, check_size, drop_object, end_move, fail,
     fail_python, failure, memory, memory_hang, memory_hook, memory_ops, memory_resident, memory_retain, memory_size,
@@ -174,11 +174,11 @@ cdef void free_records(record* r) noexcept nogil:
         r = next
 
 
-cdef void release_ledger(ledger* l) noexcept nogil:
-    if add(&l.refs, -1) == 0:
-        free_records(l.live)
-        free_records(l.dropped)
-        free(l)
+cdef void release_ledger(ledger* book) noexcept nogil:
+    if add(&book.refs, -1) == 0:
+        free_records(book.live)
+        free_records(book.dropped)
+        free(book)
 
 
 cdef void sample_resident(record* r) noexcept nogil:
@@ -196,60 +196,60 @@ cdef int statistics_before_grow(memory_hook* head, memory* m, size_t new_size, f
 cdef void statistics_after_grow(memory_hook* head, memory* m, size_t old_size, size_t new_size,
                                 int code) noexcept nogil:
     cdef statistics_hook* hook = <statistics_hook*>head
-    cdef ledger* l = hook.ledger
+    cdef ledger* book = hook.ledger
     cdef record* r = hook.record
     cdef long long spent = pages.clock_ns() - r.started_ns
-    acquire(&l.lock)
+    acquire(&book.lock)
     r.grow_ns += spent
     if code:
         r.refused += 1
-        l.failures += 1
+        book.failures += 1
     else:
         r.growths += 1
         r.size = new_size
-        l.current_bytes += new_size - old_size
-        l.total_bytes += new_size - old_size
-        if l.current_bytes > l.peak_bytes:
-            l.peak_bytes = l.current_bytes
-    unlock(&l.lock)
+        book.current_bytes += new_size - old_size
+        book.total_bytes += new_size - old_size
+        if book.current_bytes > book.peak_bytes:
+            book.peak_bytes = book.current_bytes
+    unlock(&book.lock)
 
 
 cdef void statistics_before_drop(memory_hook* head, memory* m) noexcept nogil:
     cdef statistics_hook* hook = <statistics_hook*>head
-    cdef ledger* l = hook.ledger
+    cdef ledger* book = hook.ledger
     cdef record* r = hook.record
-    acquire(&l.lock)
+    acquire(&book.lock)
     sample_resident(r)
     r.m = NULL
     if r.previous != NULL:
         r.previous.next = r.next
     else:
-        l.live = r.next
+        book.live = r.next
     if r.next != NULL:
         r.next.previous = r.previous
-    l.n_live -= 1
-    l.current_bytes -= r.size
+    book.n_live -= 1
+    book.current_bytes -= r.size
     r.previous = NULL
-    r.next = l.dropped
-    if l.dropped != NULL:
-        l.dropped.previous = r
+    r.next = book.dropped
+    if book.dropped != NULL:
+        book.dropped.previous = r
     else:
-        l.oldest = r
-    l.dropped = r
-    l.n_dropped += 1
-    if l.n_dropped > l.history:
-        forget_oldest(l)
-    unlock(&l.lock)
+        book.oldest = r
+    book.dropped = r
+    book.n_dropped += 1
+    if book.n_dropped > book.history:
+        forget_oldest(book)
+    unlock(&book.lock)
 
 
-cdef void forget_oldest(ledger* l) noexcept nogil:
-    cdef record* r = l.oldest
-    l.oldest = r.previous
-    if l.oldest != NULL:
-        l.oldest.next = NULL
+cdef void forget_oldest(ledger* book) noexcept nogil:
+    cdef record* r = book.oldest
+    book.oldest = r.previous
+    if book.oldest != NULL:
+        book.oldest.next = NULL
     else:
-        l.dropped = NULL
-    l.n_dropped -= 1
+        book.dropped = NULL
+    book.n_dropped -= 1
     free(r)
 
 
@@ -287,7 +287,7 @@ cdef class StatisticsCreator(NativeCreator):
             release_ledger(self.ledger)
 
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
-        cdef ledger* l = self.ledger
+        cdef ledger* book = self.ledger
         cdef statistics_hook* hook = <statistics_hook*>calloc(1, sizeof(statistics_hook))
         cdef record* r = <record*>calloc(1, sizeof(record))
         cdef int code
@@ -298,46 +298,46 @@ cdef class StatisticsCreator(NativeCreator):
         if code:
             free(hook)
             free(r)
-            acquire(&l.lock)
-            l.failures += 1
-            unlock(&l.lock)
+            acquire(&book.lock)
+            book.failures += 1
+            unlock(&book.lock)
             return code
-        add(&l.refs, 1)
+        add(&book.refs, 1)
         hook.head.before_grow = statistics_before_grow
         hook.head.after_grow = statistics_after_grow
         hook.head.before_drop = statistics_before_drop
         hook.head.dropped = statistics_dropped
-        hook.ledger = l
+        hook.ledger = book
         hook.record = r
         r.m = out[0]
         r.first_size = r.size = spec.minimum
-        acquire(&l.lock)
-        r.next = l.live
-        if l.live != NULL:
-            l.live.previous = r
-        l.live = r
-        l.n_live += 1
-        l.total_count += 1
-        l.current_bytes += spec.minimum
-        l.total_bytes += spec.minimum
-        if l.n_live > l.peak_count:
-            l.peak_count = l.n_live
-        if l.current_bytes > l.peak_bytes:
-            l.peak_bytes = l.current_bytes
-        unlock(&l.lock)
+        acquire(&book.lock)
+        r.next = book.live
+        if book.live != NULL:
+            book.live.previous = r
+        book.live = r
+        book.n_live += 1
+        book.total_count += 1
+        book.current_bytes += spec.minimum
+        book.total_bytes += spec.minimum
+        if book.n_live > book.peak_count:
+            book.peak_count = book.n_live
+        if book.current_bytes > book.peak_bytes:
+            book.peak_bytes = book.current_bytes
+        unlock(&book.lock)
         memory_hang(out[0], &hook.head)
         return 0
 
     def statistics(self):
         """The sums, as a dict: bytes are byte_size; failures are refused creations and growths."""
-        cdef ledger l
+        cdef ledger book
         with nogil:
             acquire(&self.ledger.lock)
-            l = self.ledger[0]
+            book = self.ledger[0]
             unlock(&self.ledger.lock)
-        return {"current_bytes": l.current_bytes, "peak_bytes": l.peak_bytes, "total_bytes": l.total_bytes,
-                "current_count": l.n_live, "peak_count": l.peak_count, "total_count": l.total_count,
-                "failures": l.failures}
+        return {"current_bytes": book.current_bytes, "peak_bytes": book.peak_bytes, "total_bytes": book.total_bytes,
+                "current_count": book.n_live, "peak_count": book.peak_count, "total_count": book.total_count,
+                "failures": book.failures}
 
     def memories(self):
         """A dict for each memory, live ones first, then the newest dropped ones.
@@ -375,14 +375,14 @@ cdef class StatisticsCreator(NativeCreator):
         return f"StatisticsCreator({self.upstream!r})"
 
 
-cdef void copy_records(ledger* l, record* to) noexcept nogil:
-    cdef record* r = l.live
+cdef void copy_records(ledger* book, record* to) noexcept nogil:
+    cdef record* r = book.live
     while r != NULL:
         sample_resident(r)
         memcpy(to, r, sizeof(record))
         to += 1
         r = r.next
-    r = l.dropped
+    r = book.dropped
     while r != NULL:
         memcpy(to, r, sizeof(record))
         to += 1
@@ -401,12 +401,12 @@ cdef int read_python_memory(python_memory* p, size_t size) except -1:
     """Ask the Python memory where and how large it is, and believe only what can be true."""
     cdef size_t base, byte_size, capacity, covered, bound
     cdef size_t reservation = p.reservation, guard = p.head.guard
-    memory = <object>p.object
-    name = type(memory).__name__
-    check_size(memory.as_ptr(), "as_ptr()", &base)
-    check_size(memory.byte_size(), "byte_size()", &byte_size)
-    check_size(memory.byte_capacity(), "byte_capacity()", &capacity)
-    accessible = memory.wasm_accessible()
+    made = <object>p.object
+    name = type(made).__name__
+    check_size(made.as_ptr(), "as_ptr()", &base)
+    check_size(made.byte_size(), "byte_size()", &byte_size)
+    check_size(made.byte_capacity(), "byte_capacity()", &capacity)
+    accessible = made.wasm_accessible()
     if base == 0 or base & (pages.capabilities().page_size - 1):
         raise ValueError(f"{name}.as_ptr() must be a non-zero multiple of the host page"
                          f" ({pages.capabilities().page_size}), got {base:#x}")
@@ -423,7 +423,7 @@ cdef int read_python_memory(python_memory* p, size_t size) except -1:
         raise ValueError(f"{name}.wasm_accessible() must cover {base:#x} .. {base + covered:#x}: its capacity of"
                          f" {capacity} (reservation asked for: {reservation}) and a guard of {guard} bytes;"
                          f" got {accessible.start:#x} .. {accessible.stop:#x}")
-    maximum = memory.maximum_byte_size() if hasattr(memory, "maximum_byte_size") else None
+    maximum = made.maximum_byte_size() if hasattr(made, "maximum_byte_size") else None
     if maximum is not None:
         check_size(maximum, "maximum_byte_size()", &bound)
         if bound < byte_size:

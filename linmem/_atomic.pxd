@@ -23,7 +23,8 @@ cdef extern from *:
     static inline long long linmem_load(linmem_word *w) { return __atomic_load_n(w, __ATOMIC_SEQ_CST); }
     static inline void linmem_store(linmem_word *w, long long v) { __atomic_store_n(w, v, __ATOMIC_SEQ_CST); }
     static inline void linmem_publish(linmem_word *w, long long v) { __atomic_store_n(w, v, __ATOMIC_RELEASE); }
-    static inline long long linmem_add(linmem_word *w, long long v) { return __atomic_add_fetch(w, v, __ATOMIC_SEQ_CST); }
+    static inline long long linmem_add(linmem_word *w, long long v)
+    { return __atomic_add_fetch(w, v, __ATOMIC_SEQ_CST); }
     static inline int linmem_swap_if(linmem_word *w, long long was, long long now)
     { return __atomic_compare_exchange_n(w, &was, now, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST); }
     static inline void linmem_touch(char *p) { (void)__atomic_fetch_or(p, 0, __ATOMIC_SEQ_CST); }

@@ -10,7 +10,7 @@ from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport uint8_t, uint64_t
 
-from linmem._atomic cimport load, store, word
+from linmem._atomic cimport store, word
 from linmem._memory cimport (
     OWNER_PYTHON, OWNER_WASMTIME, UNCHOSEN, NativeCreator, acquire, drop_object, failure, failure_text, memory,
     memory_grow_to, memory_release, memory_retain, memory_size, memory_spec, unlock, wrap,

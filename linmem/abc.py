@@ -8,6 +8,7 @@ implement them: `linmem.PythonCreator` lets such a class stand wherever a native
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:       # `typing` costs as much to import as linmem itself
     from linmem.records import MemoryType

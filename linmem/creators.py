@@ -6,13 +6,18 @@ from linmem._adaptors import LimitingCreator, PythonCreator, StatisticsCreator
 from linmem._memory import Memory, MmapCreator, NativeCreator
 from linmem.abc import MemoryCreator
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 __all__ = ["as_native", "create", "creator"]
 
-_KINDS = {"mmap": MmapCreator, "limiting": LimitingCreator, "statistics": StatisticsCreator}
+_KINDS: dict[str, type[NativeCreator]] = {
+    "mmap": MmapCreator, "limiting": LimitingCreator, "statistics": StatisticsCreator}
 _DEFAULT = MmapCreator()
 
 
-def creator(kind: str = "mmap", **options) -> NativeCreator:
+def creator(kind: str = "mmap", **options: Any) -> NativeCreator:
     """Make a creator by the name of its kind.
 
     Parameters

@@ -24,7 +24,7 @@ class LimitError(GrowError):
         self.used = used
         self.requested = requested
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[object, ...]:
         return _rebuild_limit_error, (self.args[0], self.limit, self.used, self.requested)
 
 
@@ -54,7 +54,7 @@ class OwnedError(RuntimeError):
     """A memory that a wasmtime store owns was asked to do what only its owner may do."""
 
 
-def from_failure(reason: str, text: str, *, os_error_args: tuple, call: str, size: int,
+def from_failure(reason: str, text: str, *, os_error_args: tuple[object, ...], call: str, size: int,
                  used: int, limit: int) -> BaseException:
     """The exception for a failure that came up from nogil code.
 

@@ -32,7 +32,7 @@ _NEEDED = ("wasmtime_config_host_memory_creator_set", "wasmtime_config_memory_in
 _TUNABLE = ("wasmtime_config_memory_reservation_set", "wasmtime_config_memory_guard_size_set",
             "wasmtime_config_memory_reservation_for_growth_set")
 _bound = False
-_modules: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()     # engine -> {wat: module}
+_modules: weakref.WeakKeyDictionary[wasmtime.Engine, dict[str, wasmtime.Module]] = weakref.WeakKeyDictionary()
 
 
 def install(config: wasmtime.Config, creator: MemoryCreator | None = None, *, tune: bool = True) -> None:
@@ -83,7 +83,7 @@ def install(config: wasmtime.Config, creator: MemoryCreator | None = None, *, tu
     _bridge.set_creator(ctypes.addressof(pointer.contents), native)
 
 
-def linear_memory(store: wasmtime.Store, memory: wasmtime.Memory) -> Memory:
+def linear_memory(store: wasmtime.Store, memory: wasmtime.Memory | wasmtime.SharedMemory) -> Memory:
     """The linmem memory behind a wasm memory.
 
     Its views survive ``memory.grow`` and ``store.close()``. While the store owns it, growing and
@@ -144,6 +144,7 @@ def new_memory(store: wasmtime.Store, memory_type: wasmtime.MemoryType) -> wasmt
     if module is None:
         module = modules[wat] = wasmtime.Module(store.engine, wat)
     memory = wasmtime.Instance(store, module, []).exports(store)["memory"]
+    assert isinstance(memory, (wasmtime.Memory, wasmtime.SharedMemory))
     linear_memory(store, memory)
     return memory
 
@@ -164,10 +165,10 @@ def _bind() -> None:
 
 def _address(name: str) -> int:
     function = getattr(ffi.dll, name, None)
-    return 0 if function is None else ctypes.cast(function, ctypes.c_void_p).value
+    return 0 if function is None else ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
-def _tune(pointer) -> None:
+def _tune(pointer: ctypes._Pointer[ffi.wasm_config_t]) -> None:
     left = _pages.describe()["address_space_left"]
     if left >= _SHORT_SPACE or not all(hasattr(ffi, name) for name in _TUNABLE):
         return

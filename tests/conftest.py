@@ -27,7 +27,8 @@ def the_sources_are_out_of_reach(tmp_path_factory):
     """Children put their working directory before the installed package: it must not be the source tree."""
     with pytest.MonkeyPatch.context() as patch:
         if "PYTHONPATH" in os.environ:
-            patch.setenv("PYTHONPATH", os.pathsep.join(map(os.path.abspath, os.environ["PYTHONPATH"].split(os.pathsep))))
+            parts = os.environ["PYTHONPATH"].split(os.pathsep)
+            patch.setenv("PYTHONPATH", os.pathsep.join(map(os.path.abspath, parts)))
         patch.chdir(tmp_path_factory.mktemp("elsewhere"))
         yield
 

@@ -14,6 +14,7 @@ import time
 import types
 
 import pytest
+from support import requires
 
 from support import NEEDS
 
@@ -233,7 +234,7 @@ def test_an_access_past_the_memory_is_a_trap_and_kills_nothing(wat):
     assert b"out of bounds memory access" in done.stderr
 
 
-@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="this system cannot send a process an interrupt")
+@requires("interrupts")
 @pytest.mark.parametrize(("source", "report"), [("wait", False), ("loop", False), ("loop", True)])
 def test_an_interrupt_ends_the_program_with_130(program, wat, source, report):
     words = [str(program), "wait"] if source == "wait" else [str(wat(NEVER_ENDS))]
@@ -512,8 +513,10 @@ def test_an_address_that_moved_fails_the_demo(monkeypatch, capsys):
     assert "[FAILED] address: 0x10000 before, 0x20000 after" in capsys.readouterr().out
 
 
+@requires("rlimits")
 def test_the_demo_runs_where_the_address_space_is_short():
-    resource = pytest.importorskip("resource", reason="this system has no limit on address space")
+    import resource
+
     limit = 3_000_000 * 1024
     done = subprocess.run([sys.executable, "-m", "linmem", "demo"], capture_output=True, timeout=SECONDS,
                           env={**ENVIRONMENT, "OPENBLAS_NUM_THREADS": "1"},

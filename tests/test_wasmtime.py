@@ -493,8 +493,7 @@ def test_an_exception_of_a_python_creator_arrives_through_wasmtime_with_its_text
     module = wasmtime.Module(engine, GROWING.format(limits="1"))
     store = wasmtime.Store(engine)
     wasmtime.Instance(store, module, [])
-    with pytest.raises(wasmtime.WasmtimeError, match="LookupError: 'call 2 of 65536 bytes, señor'|"
-                                                     "LookupError: call 2 of 65536 bytes, señor"):
+    with pytest.raises(wasmtime.WasmtimeError, match="LookupError: call 2 of 65536 bytes, señor"):
         wasmtime.Instance(store, module, [])
     assert budget.used_bytes == PAGE
     wasmtime.Instance(store, module, [])

@@ -1,12 +1,9 @@
 """What decides over a process: the scripts that kill one without linmem, limits, fork, the last second."""
 
-import os
-import signal
-import subprocess
-import sys
 import textwrap
 
 import pytest
+from support import died_of_a_fault, requires, run_child
 
 SETUP = """
 import sys, numpy as np, wasmtime
@@ -26,15 +23,6 @@ store = wasmtime.Store(engine)
 exports = wasmtime.Instance(store, wasmtime.Module(engine, WAT), []).exports(store)
 memory = exports["memory"]
 """
-
-
-def run_child(code, *, before=""):
-    return subprocess.run([sys.executable, "-X", "faulthandler=0", "-c", before + textwrap.dedent(code)],
-                          capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
-
-
-def died_of_a_fault(result):
-    return result.returncode in (-signal.SIGSEGV, -getattr(signal, "SIGBUS", signal.SIGSEGV), 0xC0000005)
 
 
 def script(code, *, linmem, reservation=1 << 32):
@@ -100,9 +88,7 @@ def test_a_view_that_is_too_long_kills_without_linmem_and_is_an_exception_with_i
 
 # -- limits ---------------------------------------------------------------------------------------------------
 
-resource = pytest.importorskip("resource", reason="no resource limits on this system")
-
-
+@requires("rlimits")
 def test_under_a_limit_of_3_gb_memories_work_out_of_the_box():
     result = run_child("""
         import resource
@@ -128,6 +114,7 @@ def test_under_a_limit_of_3_gb_memories_work_out_of_the_box():
     assert (result.returncode, result.stdout) == (0, "trap\n" * 3), result.stderr
 
 
+@requires("rlimits")
 def test_without_tuning_the_error_names_the_limit():
     result = run_child("""
         import resource
@@ -148,7 +135,7 @@ def test_without_tuning_the_error_names_the_limit():
 # -- fork -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@requires("fork")
 def test_a_forked_child_reads_writes_grows_and_drops_everything_on_its_own():
     result = run_child(script("""
         import gc, os, threading
