@@ -31,7 +31,6 @@ cdef size_t UNCHOSEN = SIZE_MAX
 cdef size_t NO_MAXIMUM = SIZE_MAX
 cdef size_t WASM32_SPACE = <size_t>1 << 32
 cdef long long CLOSED = -(<long long>1 << 62)       # of Memory.users: far below what threads can add to it
-cdef long long MOVING = -1                          # of memory.pins
 cdef size_t RELEASE_GIL_FROM = 1 << 16              # bytes; a shorter copy costs less than letting go
 
 DEFAULT_GUARD = 65536
@@ -364,13 +363,23 @@ cdef int memory_resident(memory* m, size_t* bytes, failure* why) noexcept nogil:
     return m.ops.resident(m, bytes, why)
 
 
+cdef long long pins_now(memory* m) noexcept nogil:
+    """How many point into the memory; negative: it is moving. A mover of the parent moves nothing in
+    a forked child, as with the locks."""
+    cdef long long pins = load(&m.pins)
+    if pins < 0 and pins != -generation:
+        swap_if(&m.pins, pins, 0)
+        pins = load(&m.pins)
+    return pins
+
+
 cdef void pin(memory* m) noexcept:
     """The base stays where it is until unpin(). With the GIL held, but for the wait: a Python memory
     needs it to move."""
     cdef long long pins
     while True:
-        pins = load(&m.pins)
-        if pins == MOVING:
+        pins = pins_now(m)
+        if pins < 0:
             with nogil:
                 pages.relax()
         elif swap_if(&m.pins, pins, pins + 1):
@@ -383,13 +392,15 @@ cdef inline void unpin(memory* m) noexcept nogil:
 
 cdef int begin_move(memory* m, size_t new_size, failure* why) noexcept nogil:
     """The base may change until end_move(): nobody points into the memory, and nobody begins to."""
+    cdef long long pins
     if m.is_shared or m.protected_pages:
         fail(why, E_CAPACITY, "grow_to", new_size, 0, m.capacity)
         snprintf(why.detail, sizeof(why.detail),
                  "shared memories never do" if m.is_shared else "some of its pages have their own protection")
         return E_CAPACITY
-    if not swap_if(&m.pins, 0, MOVING):
-        return fail(why, E_EXPORTED, "grow_to", new_size, <size_t>load(&m.pins), m.capacity)
+    pins = pins_now(m)
+    if pins or not swap_if(&m.pins, 0, -generation):
+        return fail(why, E_EXPORTED, "grow_to", new_size, <size_t>(pins if pins > 0 else 1), m.capacity)
     return 0
 
 
@@ -467,13 +478,13 @@ cdef inline int mapped_grow_by(memory* m, size_t size, size_t new_size, failure*
 
 cdef int grow_by_moving(memory* m, size_t new_size, size_t need, failure* why) noexcept nogil:
     """Past the capacity, where nobody can notice. All that can fail comes before anything is lost."""
-    cdef int code = begin_move(m, new_size, why)
-    if code:
-        return code
+    cdef int code
     acquire(&moving_lock)
-    code = move_to_larger(m, need, why)
+    code = begin_move(m, new_size, why)
+    if code == 0:
+        code = move_to_larger(m, need, why)
+        end_move(m)
     unlock(&moving_lock)
-    end_move(m)
     return code
 
 
