@@ -6,6 +6,7 @@ Nothing but argparse is imported before a subcommand is known: each takes what i
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 import sys
@@ -114,7 +115,10 @@ def main(argv: list[str] | None = None) -> int:
         return refusal.code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
+    except OSError as error:
+        # A pipe that nobody reads is an invalid argument to some systems.
+        if not isinstance(error, BrokenPipeError) and (type(error) is not OSError or error.errno != errno.EINVAL):
+            raise
         # The reader of our output has gone (`linmem info | head -1`). At exit Python would flush
         # into the pipe once more and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -575,14 +579,9 @@ def demo_program(numpy: Any, wasmtime: Any, check: Checks) -> None:
 # Read by ctypes' own getter: on some systems a foreign function's call turns the fault into an exception.
 GUARD_CHILD = """
 import ctypes, sys
-try:
-    import resource
-except ImportError:
-    pass
-else:
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 import linmem
 from linmem._os import pages
+pages.die_quietly()
 unit = max(65536, pages.describe()["page_size"])
 memory = linmem.create(unit, maximum=4 * unit, reserve=4 * unit, guard=unit)
 base = memory.as_ptr()

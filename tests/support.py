@@ -6,6 +6,7 @@ import ctypes
 import functools
 import mmap
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,6 +64,10 @@ NEEDS = {
     "fork": (hasattr(os, "fork"), "this OS has no fork"),
     "core_files": (_core_is_a_file(), "core_pattern is not a plain file name"),
     "real_pages": ("LINMEM_PAGE_SIZE" not in os.environ, "the host page is overridden in this run"),
+    "compiler": (any(map(shutil.which, ("cc", "gcc", "clang", "cl"))), "no C compiler"),
+    # Their absence is a failure where they can be had; Wine's kernel32 does not run them.
+    "zig": (not HAS_KERNEL32 or _has_module("ziglang"), "ziglang is not installed"),
+    "mypy": (not HAS_KERNEL32 or _has_module("mypy"), "mypy is not installed"),
     "kernel32": (HAS_KERNEL32, "no kernel32 to ask"),
     "sources": ((ROOT / "linmem" / "_memory.pyx").exists(), "the sources are not beside the tests"),
     "interrupts": (hasattr(signal, "pthread_kill"), "a process cannot be sent an interrupt here"),
@@ -224,6 +229,11 @@ def dies_at(setup: str, fatal: str) -> None:
 
 
 # -- failing page calls ------------------------------------------------------------------------------
+
+def os_code(error: OSError) -> int:
+    """The code that the OS gave, by the name that it goes by there."""
+    return error.errno if getattr(error, "winerror", None) is None else error.winerror
+
 
 class failing:
     """Within it, the nth page call fails with `code`; `happened` says afterwards whether it came to that."""

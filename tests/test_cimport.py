@@ -6,8 +6,11 @@ import sys
 import textwrap
 
 import pytest
+from support import requires
 
 import linmem
+
+pytestmark = requires("compiler")
 
 MODULE = """
 # cython: language_level=3

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import wasmtime
+from support import NEEDS
 
 import linmem
 
@@ -23,6 +24,8 @@ KNOWN = {0: 0, 1: 0, 2: 1, 3: 2, 100: 25, 65535: 6542, 65536: 6542, 65537: 6543,
 
 @pytest.fixture(scope="module")
 def rebuilt(tmp_path_factory):
+    if not NEEDS["zig"][0]:
+        pytest.skip(NEEDS["zig"][1])
     if importlib.util.find_spec("ziglang") is None:
         pytest.fail("ziglang is not installed: pip install 'linmem[test]'")
     out = tmp_path_factory.mktemp("demo") / "demo.wasm"

@@ -119,6 +119,7 @@ def test_every_code_of_ours_has_a_text_and_an_exception():
 STUBBED = ["linmem._memory", "linmem._adaptors", "linmem._bridge", "linmem._os.pages"]
 
 
+@requires("mypy")
 def test_the_stubs_agree_with_the_runtime(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "mypy.stubtest", *STUBBED, "--concise", "--ignore-unused-allowlist",

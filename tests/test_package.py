@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from support import requires
 
 import linmem
 
@@ -73,6 +74,7 @@ def test_the_sdist_has_all_sources_and_no_generated_c(tmp_path):
 
 
 @needs_sources
+@requires("compiler")
 @pytest.mark.slow
 def test_the_wheel_has_types_the_c_face_and_the_license_and_no_sources(tmp_path):
     pytest.importorskip("build")
@@ -88,6 +90,7 @@ def test_the_wheel_has_types_the_c_face_and_the_license_and_no_sources(tmp_path)
     assert [name for name in names if name.endswith(".c")] == ["linmem/_demo.c"]
 
 
+@requires("compiler")
 @pytest.mark.slow
 def test_the_cython_example_of_the_guide_compiles_against_the_package_and_works(tmp_path):
     pytest.importorskip("Cython")

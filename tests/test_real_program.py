@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import wasmtime
+from support import NEEDS
 
 import linmem
 import linmem.wasmtime
@@ -16,6 +17,8 @@ SOURCE = pathlib.Path(__file__).parent / "programs" / "heap.c"
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
     """The program as a native executable and as a WASI module."""
+    if not NEEDS["zig"][0]:
+        pytest.skip(NEEDS["zig"][1])
     folder = tmp_path_factory.mktemp("programs")
     paths = folder / "heap.exe", folder / "heap.wasm"
     for path, target in zip(paths, ([], ["-target", "wasm32-wasi"]), strict=True):
