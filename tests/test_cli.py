@@ -14,9 +14,7 @@ import time
 import types
 
 import pytest
-from support import requires
-
-from support import NEEDS
+from support import NEEDS, requires
 
 import linmem
 from linmem import cli
