@@ -64,7 +64,7 @@ cdef struct memory:
     const memory_ops* ops
     memory_hook* hooks
     word refs                   # handles that are not closed, and wasmtime
-    word pins                   # exported buffers and byte accesses under way; -1: the base is moving
+    word pins                   # exported buffers and byte accesses under way; negative: the base is moving
     word lock                   # one growth (or drop of a hook chain) at a time
     word owner                  # OWNER_
     word handed_on              # 1 once a Python creator has handed it on: fresh memories are handed on once

@@ -1,0 +1,133 @@
+# Failures: one way down to a code, one way up to a text and an exception; a part of _memory.pyx.
+
+from cpython.exc cimport PyErr_Clear, PyErr_Occurred
+from cpython.ref cimport Py_INCREF
+
+from linmem._units cimport E_LIMIT, E_PYTHON
+
+from linmem import errors as _errors
+from linmem._os import pages as _pages
+
+
+cdef int fail(failure* why, int code, const char* call, size_t size, size_t used=0, size_t limit=0) noexcept nogil:
+    why.code = code
+    why.call = call
+    why.size = size
+    why.used = used
+    why.limit = limit
+    why.detail[0] = 0
+    why.exception = NULL
+    return code
+
+
+cdef int fail_page_call(failure* why, int code, const char* call, size_t size) noexcept nogil:
+    fail(why, code, call, size)
+    pages.limit_text(code, size, why.detail, sizeof(why.detail))
+    return code
+
+
+cdef const char* reason(int code) noexcept nogil:
+    if code > 0:
+        return "os"
+    if code == E_NO_MEMORY:
+        return "NO_MEMORY"
+    if code == E_OVERFLOW:
+        return "OVERFLOW"
+    if code == E_SHRINK:
+        return "SHRINK"
+    if code == E_MAXIMUM:
+        return "MAXIMUM"
+    if code == E_CAPACITY:
+        return "CAPACITY"
+    if code == E_EXPORTED:
+        return "EXPORTED"
+    if code == E_LIMIT:
+        return "LIMIT"
+    return "UNSUPPORTED"
+
+
+cdef void failure_text(const failure* why, char* text, size_t room) noexcept nogil:
+    cdef int code = why.code
+    cdef const char* between = "; " if why.detail[0] else ""
+    if code > 0:
+        snprintf(text, room, "%s of %zu bytes failed with code %d: %s%s%s", why.call, why.size, code,
+                 pages.code_text(code), between, why.detail)
+    elif code == E_NO_MEMORY:
+        snprintf(text, room, "no memory for the bookkeeping of a memory (%zu bytes)", why.size)
+    elif code == E_OVERFLOW:
+        snprintf(text, room, "%s must fit an address, in whole host pages and with its guards (together below"
+                             " 2**63 bytes), got %zu", why.call, why.size)
+    elif code == E_SHRINK:
+        snprintf(text, room, "new_size must be >= byte_size() (%zu), got %zu: a memory never shrinks",
+                 why.limit, why.size)
+    elif code == E_MAXIMUM:
+        snprintf(text, room, "new_size must be <= maximum_byte_size() (%zu), got %zu", why.limit, why.size)
+    elif code == E_CAPACITY:
+        snprintf(text, room, "new_size must be <= byte_capacity() (%zu), got %zu, because the memory cannot move%s%s",
+                 why.limit, why.size, between, why.detail)
+    elif code == E_EXPORTED:
+        snprintf(text, room, "growing to %zu bytes would move the memory (its capacity is %zu), and %zu exported"
+                             " buffer(s) point into it", why.size, why.limit, why.used)
+    elif code == E_LIMIT:
+        snprintf(text, room, "limit of %zu bytes reached: %zu in use and %zu more asked for",
+                 why.limit, why.used, why.size)
+    else:
+        snprintf(text, room, "%s is not supported by this kind of memory%s%s", why.call, between, why.detail)
+
+
+cdef int raise_failure(const failure* why) except -1:
+    cdef char text[512]
+    cdef object error
+    if why.code == E_PYTHON:
+        error = <object>why.exception
+        Py_DECREF(error)
+        raise error
+    failure_text(why, text, sizeof(text))
+    message = text.decode("utf-8", "replace")
+    raise _errors.from_failure(
+        reason(why.code).decode(), message, os_error_args=_pages.os_error_args(why.code, message),
+        call=why.call.decode(), size=why.size, used=why.used, limit=why.limit)
+
+
+cdef extern from *:
+    bint PyLong_CheckExact(object value) noexcept
+    # An error is looked for by the caller: only this value can mean one.
+    unsigned long long as_unsigned "PyLong_AsUnsignedLongLong"(object value) noexcept
+    unsigned long long ULLONG_MAX
+
+
+cdef int check_size(object value, str name, size_t* out) except -1:
+    cdef unsigned long long n
+    if PyLong_CheckExact(value):
+        n = as_unsigned(value)
+        if n != ULLONG_MAX or not PyErr_Occurred():
+            out[0] = <size_t>n
+            return 0
+        PyErr_Clear()
+    return check_size_at_length(value, name, out)
+
+
+cdef int check_size_at_length(object value, str name, size_t* out) except -1:
+    """What is no exact int, or no size: converted, or the exception that says why not."""
+    cdef unsigned long long n
+    try:
+        number = value.__index__() if not isinstance(value, int) else value
+    except (AttributeError, TypeError):
+        raise TypeError(f"{name} must be an integer number of bytes, got {type(value).__name__}") from None
+    try:
+        n = number
+    except OverflowError:
+        # Hexadecimal has no limit on its digits, as decimal has.
+        text = number if abs(number) < 1 << 256 else hex(number)[:20] + "..."
+        if number < 0:
+            raise ValueError(f"{name} must be >= 0, got {text}") from None
+        raise OverflowError(f"{name} must be below 2**64, got {text}") from None
+    out[0] = <size_t>n
+    return 0
+
+
+cdef int fail_python(failure* why, object error) noexcept:
+    fail(why, E_PYTHON, "python", 0)
+    Py_INCREF(error)
+    why.exception = <PyObject*>error
+    return E_PYTHON

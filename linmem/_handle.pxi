@@ -1,0 +1,634 @@
+# The Python handle on a memory of any kind; a part of _memory.pyx.
+
+from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_SIMPLE, PyBUF_STRIDES, \
+    PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from libc.string cimport memmove
+
+from linmem._atomic cimport add_with_gil
+
+from linmem._formats import resolve as _resolve_format
+
+cdef long long CLOSED = -(<long long>1 << 62)       # of Memory.users: far below what threads can add to it
+cdef size_t RELEASE_GIL_FROM = 1 << 16              # bytes; a shorter copy costs less than letting go
+
+
+cdef object wrap(memory* m):
+    """A handle that takes over one reference, also when it cannot be made."""
+    cdef Memory handle
+    try:
+        handle = Memory.__new__(Memory)
+    except BaseException:
+        with nogil:
+            memory_release(m)
+        raise
+    handle.m = m
+    return handle
+
+
+@cython.final
+cdef class Memory:
+    """A linear memory: bytes at an address that never moves while they grow.
+
+    Made by a creator (`linmem.create`, `linmem.MmapCreator`, `linmem.wasmtime.linear_memory`), not
+    by calling the class. It is a writable buffer of `len(mem)` bytes: ``memoryview(mem)``,
+    ``numpy.asarray(mem)``. Sizes and offsets are in bytes.
+    """
+
+    def __init__(self):
+        if self.m == NULL:
+            raise TypeError("a Memory is made by a creator: linmem.create(minimum)")
+
+    def __dealloc__(self):
+        if self.m != NULL:
+            with nogil:
+                memory_release(self.m)
+
+    # The gate. Whoever is inside keeps the reference on m; close() gets in only when nobody is.
+    cdef memory* enter(self) except NULL:
+        if add_with_gil(&self.users, 1) < 0 or self.m == NULL:
+            add_with_gil(&self.users, -1)
+            raise ValueError("the memory is closed")
+        return self.m
+
+    cdef void leave(self) noexcept:
+        add_with_gil(&self.users, -1)
+
+    def close(self):
+        """Give up this handle; the pages go when wasmtime holds them no longer either.
+
+        Closing twice is closing once. Afterwards every other call is `ValueError`.
+
+        Raises
+        ------
+        BufferError
+            While buffers are exported from this handle; it says how many.
+        OwnedError
+            While a wasmtime store owns the memory.
+        """
+        cdef memory* m
+        cdef long long users
+        try:
+            m = self.enter()
+        except ValueError:
+            return
+        owned = load(&m.owner) == OWNER_WASMTIME
+        self.leave()
+        if owned:
+            raise _errors.OwnedError("a wasmtime store owns this memory: close the store (store.close()) instead")
+        if not swap_if(&self.users, 0, CLOSED):
+            users = load(&self.users)
+            if users < 0:
+                return
+            raise BufferError(f"cannot close the memory: {users} exported buffer(s) still point into it")
+        self.m = NULL
+        with nogil:
+            memory_release(m)
+
+    @property
+    def closed(self):
+        """Whether `close` was called."""
+        return load(&self.users) < 0 or self.m == NULL
+
+    def __enter__(self):
+        self.enter()
+        self.leave()
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+    # -- the trait
+
+    def byte_size(self):
+        """Bytes accessible now; mirrors ``wasmtime::LinearMemory::byte_size``."""
+        cdef memory* m = self.enter()
+        size = memory_size(m)
+        self.leave()
+        return size
+
+    def byte_capacity(self):
+        """Bytes up to which growth never moves the base; ``wasmtime::LinearMemory::byte_capacity``."""
+        cdef memory* m = self.enter()
+        capacity = m.capacity
+        self.leave()
+        return capacity
+
+    def maximum_byte_size(self):
+        """The most bytes that `grow_to` will ever accept, or None."""
+        cdef memory* m = self.enter()
+        maximum = None if m.maximum == NO_MAXIMUM else m.maximum
+        self.leave()
+        return maximum
+
+    @cython.binding(False)      # a plain method descriptor: two calls less per call
+    @cython.embedsignature(True)
+    @cython.embedsignature.format("clinic")
+    def grow_to(self, new_size):
+        """Make `new_size` bytes accessible, the new ones zero; mirrors ``wasmtime::LinearMemory::grow_to``.
+
+        It happens whole or changes nothing. Up to `byte_capacity` the base stays and every view remains
+        valid; past it the memory moves, which it does only while nothing is exported. Uses mprotect(2),
+        and mremap(2) to move.
+
+        Parameters
+        ----------
+        new_size : int
+            In bytes. The size it has is a no-op.
+
+        Raises
+        ------
+        ValueError
+            Smaller than `byte_size`, or the memory is closed.
+        GrowError
+            Past the maximum, or past the capacity of a memory that cannot move (`LimitError`: a budget).
+        BufferError
+            Past the capacity while a buffer is exported.
+        PageError
+            The OS refused.
+        OwnedError
+            A wasmtime store owns the memory: it grows by ``wasmtime.Memory.grow``.
+        """
+        cdef size_t size
+        cdef failure why
+        cdef int code
+        cdef memory* m
+        check_size(new_size, "new_size", &size)
+        m = self.enter()
+        if load(&m.owner) == OWNER_WASMTIME:
+            self.leave()
+            refuse_to_grow()
+        with nogil:
+            code = grow_locked(m, size, &why)
+        self.leave()
+        if code:
+            raise_failure(&why)
+
+    def as_ptr(self):
+        """Address of byte 0, a multiple of the host page; mirrors ``wasmtime::LinearMemory::as_ptr``."""
+        cdef memory* m = self.enter()
+        address = <size_t>m.base
+        self.leave()
+        return address
+
+    def wasm_accessible(self):
+        """Addresses that native code may touch: base .. capacity + guard, accessible or a fault.
+
+        Mirrors ``wasmtime::LinearMemory::wasm_accessible``.
+        """
+        cdef memory* m = self.enter()
+        cdef size_t base = <size_t>m.base
+        cdef size_t end = base + m.covered
+        self.leave()
+        return range(base, end)
+
+    # -- bytes
+
+    def __len__(self):
+        cdef memory* m = self.enter()
+        cdef Py_ssize_t size = <Py_ssize_t>memory_size(m)
+        self.leave()
+        return size
+
+    def __getbuffer__(self, Py_buffer* buffer, int flags):
+        cdef memory* m = self.enter()
+        pin(m)
+        try:
+            PyBuffer_FillInfo(buffer, self, m.base, <Py_ssize_t>memory_size(m), 0, flags)
+        except BaseException:
+            unpin(m)
+            self.leave()
+            raise
+
+    def __releasebuffer__(self, Py_buffer* buffer):
+        unpin(self.m)
+        self.leave()
+
+    def view(self, format="B", offset=0, count=None):
+        """Export a part of the memory as elements of a type, without a copy.
+
+        The view stays valid through every growth; it keeps the memory open. Its length is fixed now.
+
+        Parameters
+        ----------
+        format : str or type or dtype
+            A `struct` format ("d", ">I"), a NumPy type string ("<f8"), a NumPy dtype or scalar type, or
+            `bool`, `int` (64 bits), `float`.
+        offset : int
+            In bytes, of any alignment.
+        count : int, optional
+            In elements. All whole ones up to `byte_size` by default.
+
+        Returns
+        -------
+        memoryview
+            One dimension, writable.
+
+        Raises
+        ------
+        ValueError, TypeError
+            For no such format, or for a part that is not within `byte_size`.
+        """
+        cdef size_t start, n, itemsize, size
+        text, itemsize, castable = _resolve_format(format)
+        check_size(offset, "offset", &start)
+        size = <size_t>self.byte_size()
+        if start > size:
+            raise ValueError(f"offset must be <= byte_size() ({size}), got {start}")
+        if count is None:
+            n = (size - start) // itemsize
+        else:
+            check_size(count, "count", &n)
+            if n > (size - start) // itemsize:
+                raise ValueError(f"count must be <= {(size - start) // itemsize} elements of {itemsize} bytes"
+                                 f" from offset {start} in {size} bytes, got {n}")
+        if castable:
+            return memoryview(self)[start:start + n * itemsize].cast(text)
+        return memoryview(Window(self, start, n, text.encode(), itemsize))
+
+    def __getitem__(self, key):
+        cdef Py_ssize_t i, size
+        cdef memory* m
+        if isinstance(key, slice):
+            if key.step is None or key.step == 1:
+                size = len(self)
+                start, stop, _ = key.indices(size)
+                return self.read(start, stop - start if stop > start else 0)
+            with memoryview(self) as whole:
+                return whole[key].tobytes()
+        i = check_index(key)
+        m = self.enter()
+        pin(m)
+        try:
+            size = <Py_ssize_t>memory_size(m)
+            return (<unsigned char*>m.base)[check_range(i, size)]
+        finally:
+            unpin(m)
+            self.leave()
+
+    def __setitem__(self, key, value):
+        cdef Py_ssize_t i, size
+        cdef memory* m
+        cdef Py_ssize_t byte
+        if isinstance(key, slice):
+            with memoryview(self) as whole, whole[key] as part:
+                try:
+                    flat = memoryview(value).cast("B")
+                except TypeError as error:
+                    raise TypeError(f"data must be a contiguous buffer of bytes, got {type(value).__name__}:"
+                                    f" {error}") from None
+                with flat as data:
+                    if len(data) != len(part):
+                        raise ValueError(f"the slice has {len(part)} bytes and the data {len(data)}: a memory"
+                                         " cannot be resized by assignment")
+                    part[:] = data
+            return
+        i = check_index(key)
+        try:
+            byte = value
+        except OverflowError:
+            byte = -1
+        except TypeError:
+            raise TypeError(f"a byte must be an integer in 0 .. 255, got {type(value).__name__}") from None
+        if byte < 0 or byte > 255:
+            raise ValueError(f"a byte must be in 0 .. 255, got {value}")
+        m = self.enter()
+        pin(m)
+        try:
+            size = <Py_ssize_t>memory_size(m)
+            (<unsigned char*>m.base)[check_range(i, size)] = <unsigned char>byte
+        finally:
+            unpin(m)
+            self.leave()
+
+    def read(self, offset, size):
+        """Copy `size` bytes from `offset` out, as `bytes`; ValueError past `byte_size`."""
+        cdef size_t start, n
+        cdef memory* m
+        cdef bytes out
+        cdef char* to
+        check_size(offset, "offset", &start)
+        check_size(size, "size", &n)
+        m = self.enter()
+        pin(m)
+        try:
+            check_span(start, n, memory_size(m))
+            out = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>n)
+            to = PyBytes_AS_STRING(out)
+            if n < RELEASE_GIL_FROM:
+                memcpy(to, m.base + start, n)
+            else:
+                with nogil:
+                    memcpy(to, m.base + start, n)
+            return out
+        finally:
+            unpin(m)
+            self.leave()
+
+    def write(self, offset, data):
+        """Copy a contiguous buffer in at `offset` and return its length in bytes.
+
+        Past `byte_size` it is `ValueError`, and nothing is written.
+        """
+        cdef size_t start, n
+        cdef memory* m
+        cdef Py_buffer given
+        check_size(offset, "offset", &start)
+        try:
+            PyObject_GetBuffer(data, &given, PyBUF_SIMPLE)
+        except (TypeError, ValueError, BufferError) as error:
+            raise TypeError(f"data must be a contiguous buffer of bytes, got {type(data).__name__}: {error}") from None
+        try:
+            n = <size_t>given.len
+            m = self.enter()
+            pin(m)
+            try:
+                check_span(start, n, memory_size(m))
+                if n < RELEASE_GIL_FROM:
+                    memmove(m.base + start, given.buf, n)
+                else:
+                    with nogil:
+                        memmove(m.base + start, given.buf, n)
+                return n
+            finally:
+                unpin(m)
+                self.leave()
+        finally:
+            PyBuffer_Release(&given)
+
+    # -- pages
+
+    def protect(self, offset, size, access):
+        """Set what may be done with whole host pages; mprotect(2). A touch against it is a fault.
+
+        A memory with protected pages never moves.
+
+        Parameters
+        ----------
+        offset, size : int
+            In bytes, multiples of the host page, within `byte_size`.
+        access : {"rw", "r", "none"}
+
+        Raises
+        ------
+        ValueError
+            For another access, or a range that is not whole pages of the memory.
+        PageError
+            The OS refused; the protection is what it was.
+        TypeError
+            The pages are not linmem's (a memory made in Python).
+        """
+        cdef size_t start, n, page = pages.capabilities().page_size
+        cdef int how, code = 0
+        cdef memory* m
+        cdef failure why
+        check_size(offset, "offset", &start)
+        check_size(size, "size", &n)
+        try:
+            how = _ACCESSES[access]
+        except (KeyError, TypeError):
+            raise ValueError(f"access must be one of {', '.join(map(repr, _ACCESSES))}, got {access!r}") from None
+        for name, value in (("offset", start), ("size", n)):
+            if value & (page - 1):
+                raise ValueError(f"{name} must be a multiple of the host page ({page}), got {value}")
+        m = self.enter_pages("protect")
+        try:
+            check_span(start, n, memory_size(m))
+            if n:
+                with nogil:
+                    code = pages.protect(m.base + start, n, how)
+                    if code:
+                        fail_page_call(&why, code, "protect", n)
+                    else:
+                        m.protected_pages = True
+        finally:
+            unpin(m)
+            self.leave()
+        if code:
+            raise_failure(&why)
+
+    def discard(self, offset=0, size=None):
+        """Give the pages back to the OS; the bytes read as zero afterwards. madvise(2), MADV_DONTNEED.
+
+        Parameters
+        ----------
+        offset, size : int
+            In bytes; to the end by default. Parts of a page are set to zero. With protected pages in the
+            memory, whole host pages only.
+
+        Raises
+        ------
+        ValueError
+            For a range that is not within `byte_size`.
+        PageError
+            The OS refused; no byte has changed.
+        TypeError
+            The pages are not linmem's, or are protected where the OS cannot discard such.
+        """
+        cdef size_t start, n, head, tail, page = pages.capabilities().page_size
+        cdef int code = 0
+        cdef memory* m
+        cdef failure why
+        check_size(offset, "offset", &start)
+        m = self.enter_pages("discard")
+        try:
+            n = check_rest(start, size, memory_size(m))
+            if m.protected_pages:
+                if not pages.capabilities().discard_any_protection:
+                    raise TypeError("discard is not supported here on a memory with protected pages")
+                if start & (page - 1) or (n & (page - 1) and start + n != memory_size(m)):
+                    raise ValueError(f"offset and size must be multiples of the host page ({page}) in a memory"
+                                     f" with protected pages, got {start} and {n}")
+            with nogil:
+                # Whole pages go back to the OS; what is left of the first and the last is zeroed.
+                head = start
+                round_up(start, page, &head)
+                tail = round_down(start + n, page)
+                if head >= tail:
+                    memset(m.base + start, 0, n)
+                else:
+                    code = pages.discard(m.base + head, tail - head)
+                    if code:
+                        fail_page_call(&why, code, "discard", tail - head)
+                    else:
+                        memset(m.base + start, 0, head - start)
+                        memset(m.base + tail, 0, start + n - tail)
+        finally:
+            unpin(m)
+            self.leave()
+        if code:
+            raise_failure(&why)
+
+    def prefault(self, offset=0, size=None):
+        """Make the pages of a range resident now; no byte changes. madvise(2), MADV_POPULATE_WRITE.
+
+        Parameters
+        ----------
+        offset, size : int
+            In bytes; to the end by default. Rounded outwards to host pages.
+
+        Raises
+        ------
+        ValueError
+            For a range that is not within `byte_size`.
+        PageError
+            The OS refused, or a page cannot be written.
+        TypeError
+            The pages are not linmem's, or are protected where the OS would fault.
+        """
+        cdef size_t start, n, first, end = 0, page = pages.capabilities().page_size
+        cdef int code = 0
+        cdef memory* m
+        cdef failure why
+        check_size(offset, "offset", &start)
+        m = self.enter_pages("prefault")
+        try:
+            n = check_rest(start, size, memory_size(m))
+            if m.protected_pages and not pages.capabilities().populates:
+                raise TypeError("prefault is not supported here on a memory with protected pages")
+            if n:
+                with nogil:
+                    first = round_down(start, page)
+                    round_up(start + n, page, &end)
+                    code = pages.prefault(m.base + first, end - first)
+                    if code:
+                        fail_page_call(&why, code, "prefault", end - first)
+        finally:
+            unpin(m)
+            self.leave()
+        if code:
+            raise_failure(&why)
+
+    cdef memory* enter_pages(self, str call) except NULL:
+        """enter() and pin(), for the calls that only a memory of our own pages has."""
+        cdef memory* m = self.enter()
+        if not m.ops.pages_are_ours:
+            kind = m.ops.kind.decode()
+            self.leave()
+            raise TypeError(f"{call} is not supported by a memory of kind {kind!r}: its pages are not linmem's")
+        pin(m)
+        return m
+
+    def info(self):
+        """What the memory holds at this moment, as a `MemoryInfo`; asks the OS what is resident (mincore(2)).
+
+        A page that was only read counts as resident, as the kernel's page of zeros is.
+        """
+        cdef memory* m = self.enter()
+        cdef size_t resident = 0
+        cdef failure why
+        cdef int code = 0
+        cdef bint known = m.ops.resident != NULL
+        from linmem.records import MemoryInfo
+        pin(m)
+        try:
+            exports = load(&m.pins) - 1
+            if known:
+                with nogil:
+                    code = memory_resident(m, &resident, &why)
+                if code:
+                    raise_failure(&why)
+            return MemoryInfo(
+                base=<size_t>m.base,
+                byte_size=memory_size(m),
+                byte_capacity=m.capacity,
+                maximum_byte_size=None if m.maximum == NO_MAXIMUM else m.maximum,
+                reserved=m.pre_guard + m.capacity + m.guard,
+                committed=m.accessible,
+                resident=resident if known else None,
+                pre_guard=m.pre_guard,
+                guard=m.guard,
+                page_size=pages.capabilities().page_size,
+                exports=exports,
+                kind=m.ops.kind.decode(),
+                owner="wasmtime" if load(&m.owner) == OWNER_WASMTIME else "python",
+            )
+        finally:
+            unpin(m)
+            self.leave()
+
+    def __repr__(self):
+        if self.closed:
+            return "<linmem.Memory, closed>"
+        return (f"<linmem.Memory: {self.byte_size()} bytes at {self.as_ptr():#x},"
+                f" capacity {self.byte_capacity()}>")
+
+    def __reduce__(self):
+        raise TypeError("a Memory cannot be pickled or copied: it is an address in this process")
+
+
+cdef int refuse_to_grow() except -1:
+    raise _errors.OwnedError(
+        "a wasmtime store owns this memory: grow it with wasmtime.Memory.grow(store, delta) instead")
+
+
+_ACCESSES = {"none": pages.ACCESS_NONE, "r": pages.ACCESS_READ, "rw": pages.ACCESS_READ_WRITE}
+
+
+cdef Py_ssize_t check_index(object key) except? -1:
+    try:
+        return key.__index__()
+    except (AttributeError, TypeError):
+        raise TypeError(f"a memory is indexed by an integer or a slice, got {type(key).__name__}") from None
+    except OverflowError:
+        raise IndexError(f"index out of range: {key}") from None
+
+
+cdef Py_ssize_t check_range(Py_ssize_t i, Py_ssize_t size) except -1:
+    cdef Py_ssize_t at = i + size if i < 0 else i
+    if at < 0 or at >= size:
+        raise IndexError(f"index must be in {-size} .. {size - 1}, got {i}")
+    return at
+
+
+cdef int check_span(size_t offset, size_t size, size_t byte_size) except -1:
+    if offset > byte_size or size > byte_size - offset:
+        raise ValueError(f"offset + size must be <= byte_size() ({byte_size}), got offset={offset} size={size}")
+    return 0
+
+
+cdef size_t check_rest(size_t offset, object size, size_t byte_size) except? 0:
+    """The size meant: the one given, or all from the offset on."""
+    cdef size_t n = byte_size - offset if offset <= byte_size else 0
+    if size is not None:
+        check_size(size, "size", &n)
+    check_span(offset, n, byte_size)
+    return n
+
+
+@cython.final
+cdef class Window:
+    """Exports a typed part of a memory in a format that memoryview.cast() does not know."""
+
+    cdef Memory memory
+    cdef size_t offset
+    cdef bytes format
+    cdef Py_ssize_t shape[1]
+    cdef Py_ssize_t strides[1]
+
+    def __cinit__(self, Memory memory not None, size_t offset, size_t count, bytes format not None,
+                  size_t itemsize):
+        self.memory = memory
+        self.offset = offset
+        self.format = format
+        self.shape[0] = <Py_ssize_t>count
+        self.strides[0] = <Py_ssize_t>itemsize
+
+    def __getbuffer__(self, Py_buffer* buffer, int flags):
+        cdef memory* m = self.memory.enter()
+        pin(m)
+        buffer.buf = m.base + self.offset
+        buffer.obj = self
+        buffer.len = self.shape[0] * self.strides[0]
+        buffer.readonly = 0
+        buffer.itemsize = self.strides[0]
+        buffer.format = PyBytes_AS_STRING(self.format) if flags & PyBUF_FORMAT else NULL
+        buffer.ndim = 1
+        buffer.shape = self.shape if flags & PyBUF_ND else NULL
+        buffer.strides = self.strides if (flags & PyBUF_STRIDES) == PyBUF_STRIDES else NULL
+        buffer.suboffsets = NULL
+        buffer.internal = NULL
+
+    def __releasebuffer__(self, Py_buffer* buffer):
+        unpin(self.memory.m)
+        self.memory.leave()
