@@ -68,6 +68,7 @@ NEEDS = {
     # Their absence is a failure where they can be had; Wine's kernel32 does not run them.
     "zig": (not HAS_KERNEL32 or _has_module("ziglang"), "ziglang is not installed"),
     "mypy": (not HAS_KERNEL32 or _has_module("mypy"), "mypy is not installed"),
+    "matplotlib": (not HAS_KERNEL32 or _has_module("matplotlib"), "matplotlib is not installed"),
     "kernel32": (HAS_KERNEL32, "no kernel32 to ask"),
     "sources": ((ROOT / "linmem" / "_memory.pyx").exists(), "the sources are not beside the tests"),
     "interrupts": (hasattr(signal, "pthread_kill"), "a process cannot be sent an interrupt here"),

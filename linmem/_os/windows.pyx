@@ -287,7 +287,7 @@ def die_quietly():
 def _limits():
     cdef unsigned long long total, left
     commit_limit(&total, &left)
-    return {"commit limit": total, "commit left": left} if total else {}
+    return {"commit limit": total} if total else {}
 
 
 cdef _start():
