@@ -14,11 +14,12 @@ from linmem._adaptors import LimitingCreator, PythonCreator, StatisticsCreator
 from linmem._memory import Memory, MmapCreator
 from linmem.abc import LinearMemory, MemoryCreator
 from linmem.creators import create, creator
-from linmem.errors import GrowError, LimitError, OwnedError, PageError
+from linmem.errors import FileFormatError, GrowError, LimitError, OwnedError, PageError
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FileFormatError",
     "GrowError",
     "LimitError",
     "LimitingCreator",
