@@ -1,7 +1,7 @@
-"""The files of images and deltas: how they are written, and how one is read that may be anybody's. Floor 1.
+"""The files of images and deltas: how they are written, and how one is read that may be anybody's. Floor 0.
 
-docs/file-format.md describes the same bytes. This room knows buffers and files only: what is made of
-them is for `Image` and `Delta` to say, which import it when a file is first named.
+docs/file-format.md describes the same bytes. `Image` and `Delta`, whose methods the functions of the last
+section are, import this room when a file is first named.
 
 ::
 
@@ -11,7 +11,8 @@ them is for `Image` and `Delta` to say, which import it when a file is first nam
     |          |            |                                     | each group           |
     +----------+------------+-------------------------------------+----------------------+
 
-A page is 4096 bytes and a group 16 pages, whatever the host's own are: a file fits every host.
+A page is 4096 bytes and a group 16 pages, whatever the host's own are: a file fits every host. Where
+something stands ("start") is counted from the memory's first byte, not from the image's.
 """
 
 from __future__ import annotations
@@ -29,8 +30,32 @@ from typing import BinaryIO
 
 from linmem.errors import FileFormatError
 
-__all__ = ["DELTA", "DIGEST_SIZE", "GROUP", "IMAGE", "IN_PLACE", "PACKED", "PAGE", "TEMPORARY", "Contents", "check",
-           "nonzero_runs", "pieces", "read", "write"]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Protocol
+
+    # What of Image and Delta, which stand above, this room needs to know.
+    class AnImage(Protocol):
+        @property
+        def offset(self) -> int: ...
+        @property
+        def size(self) -> int: ...
+        @property
+        def digest(self) -> str: ...
+        def runs(self) -> list[tuple[int, int]]: ...
+        def fileno(self) -> int: ...
+        def __buffer__(self, flags: int, /) -> memoryview: ...
+
+    class ADelta(Protocol):
+        base: str
+        base_size: int
+        size: int
+        target: str | None
+        def pieces(self) -> Iterator[Run]: ...
+
+__all__ = ["DELTA", "GROUP", "IMAGE", "IN_PLACE", "PACKED", "PAGE", "TEMPORARY", "VERSION", "Contents", "check",
+           "nonzero_runs", "open_delta", "open_file", "open_image", "pieces", "read", "round_up", "save_delta",
+           "save_image", "verify_image", "write"]
 
 MAGIC = b"\x89LINMEM\n"     # a byte that no text has, and a line end that a transfer as text would change
 VERSION = 1
@@ -53,12 +78,21 @@ ZEROS = bytes(PAGE)
 TABLE_STEP = 4096 * ENTRY.size
 READ_STEP = 1 << 20
 
+# (start, size, bytes), or None for bytes that are zero.
+Run = tuple[int, int, "memoryview | None"]
+
 # Recognisable, and as short for a long name as for a short one.
 TEMPORARY = (".linmem-", ".tmp")
 
 
 def round_up(n: int, unit: int) -> int:
     return -(-n // unit) * unit
+
+
+def _span(offset: int, size: int) -> tuple[int, int]:
+    """The groups that the content touches: where they begin and end."""
+    first = offset - offset % GROUP
+    return first, round_up(offset + size, GROUP) if size else first
 
 
 @lru_cache(maxsize=4096)
@@ -97,6 +131,18 @@ def nonzero_runs(view: memoryview, start: int = 0) -> Iterator[tuple[int, memory
 
 # -- writing -------------------------------------------------------------------------------------
 
+def _whole_pages(runs: Iterable[Run]) -> Iterator[Run]:
+    """The same runs, none of which begins within a page."""
+    for start, size, run in runs:
+        lead = start % PAGE
+        if lead:
+            rest = min(PAGE - lead, size)
+            yield start - lead, lead + rest, None if run is None else memoryview(bytes(lead) + run[:rest])
+            start, size, run = start + rest, size - rest, None if run is None else run[rest:]
+        if size:
+            yield start, size, run
+
+
 class _Group:
     """The pages of one group that a file mentions, as they come in."""
 
@@ -110,39 +156,51 @@ class _Group:
         return ENTRY.pack(self.number, self.mentioned, self.stored, self.crc)
 
 
-def _write_data(file: BinaryIO, layout: int, kind: int, runs: Iterable[tuple[int, memoryview]],
-                table: bytearray) -> int:
-    """Write the pages of `runs`, which ascend; -> how many are stored."""
-    group = _Group(-1)
-    stored = 0
-    at = -1                         # where the file stands
-    for run_start, run in runs:
-        for cut in range(run_start - run_start % GROUP, run_start + len(run), GROUP):
-            if cut // GROUP != group.number:
-                if group.mentioned:
-                    table += group.entry()
-                group = _Group(cut // GROUP)
-            begin, end = max(cut, run_start), min(cut + GROUP, run_start + len(run))
-            part = run[begin - run_start:end - run_start]
-            if kind == DELTA:
-                pages = round_up(len(part), PAGE) // PAGE
-                group.mentioned |= ((1 << pages) - 1) << (begin - cut) // PAGE
-            for start, data in nonzero_runs(part, begin):
-                pages = round_up(len(data), PAGE) // PAGE
-                group.stored |= ((1 << pages) - 1) << (start - cut) // PAGE
-                padding = ZEROS[:pages * PAGE - len(data)]
-                group.crc = zlib.crc32(padding, zlib.crc32(data, group.crc))
-                to = DATA_OFFSET + (start if layout == IN_PLACE else stored * PAGE)
-                if to != at:
-                    file.seek(to)
-                file.write(data)
-                file.write(padding)
-                stored += pages
-                at = to + pages * PAGE
-            group.mentioned |= group.stored
-    if group.mentioned:
-        table += group.entry()
-    return stored
+class _Data:
+    """The data of a file, and its table, as the runs of the content come in."""
+
+    def __init__(self, file: BinaryIO, first: int | None) -> None:
+        """`first` is what stands at the begin of the data; None: packed."""
+        self.file = file
+        self.first = first
+        self.at = -1                # where the file stands
+        self.stored = 0             # pages
+        self.table = bytearray()
+        self.group = _Group(-1)
+
+    def add(self, start: int, size: int, run: memoryview | None, *, zeros_too: bool) -> None:
+        for cut in range(start - start % GROUP, start + size, GROUP):
+            if cut // GROUP != self.group.number:
+                self.end_group()
+                self.group = _Group(cut // GROUP)
+            begin, end = max(cut, start), min(cut + GROUP, start + size)
+            if zeros_too:
+                self.group.mentioned |= _mask(begin - cut, end - cut)
+            if run is not None:
+                for at, data in nonzero_runs(run[begin - start:end - start], begin):
+                    self._store(at, data)
+                    self.group.stored |= _mask(at - cut, at - cut + len(data))
+                self.group.mentioned |= self.group.stored
+
+    def _store(self, start: int, data: memoryview) -> None:
+        padding = ZEROS[:-len(data) % PAGE]
+        self.group.crc = zlib.crc32(padding, zlib.crc32(data, self.group.crc))
+        to = DATA_OFFSET + (self.stored * PAGE if self.first is None else start - self.first)
+        if to != self.at:
+            self.file.seek(to)
+        self.file.write(data)
+        self.file.write(padding)
+        self.at = to + len(data) + len(padding)
+        self.stored += (len(data) + len(padding)) // PAGE
+
+    def end_group(self) -> None:
+        if self.group.mentioned:
+            self.table += self.group.entry()
+
+
+def _mask(begin: int, end: int) -> int:
+    """The bits of the pages of begin .. end within a group."""
+    return (1 << round_up(end, PAGE) // PAGE) - (1 << begin // PAGE)
 
 
 def _temporary_file(folder: str) -> tuple[int, str]:
@@ -166,23 +224,27 @@ def _sync_folder(folder: str) -> None:
             os.close(fd)
 
 
-def write(path: str | os.PathLike[str], kind: int, runs: Iterable[tuple[int, memoryview]], *, size: int,
+def write(path: str | bytes | os.PathLike[str], kind: int, runs: Iterable[Run], *, size: int,
           digest: bytes, layout: int = PACKED, offset: int = 0, base_size: int = 0,
           base_digest: bytes = NO_DIGEST) -> None:
     """Put a file at `path` that is there whole or not at all, whenever the process or the machine stops.
 
-    `runs` ascend and do not overlap; each begins at a multiple of `PAGE`, and so does its end but
-    for the last. An image's pages that no run covers are zero; a delta's are unchanged.
+    `runs` ascend and do not overlap; each is whole pages, but for the ends of the content. An image's pages
+    that no run covers are zero; a delta's are unchanged.
     """
     # Through a symbolic link, as an open() for writing would.
-    target = os.path.realpath(path)
+    target = os.path.realpath(os.fsdecode(path))
     folder = os.path.dirname(target)
     fd, temporary = _temporary_file(folder)
     try:
         with open(fd, "wb") as file:
-            table = bytearray()
-            stored = _write_data(file, layout, kind, runs, table)
-            data_size = round_up(size, GROUP) if layout == IN_PLACE else stored * PAGE
+            first, end = _span(offset, size)
+            data = _Data(file, first if layout == IN_PLACE else None)
+            for run in _whole_pages(runs):
+                data.add(*run, zeros_too=kind == DELTA)
+            data.end_group()
+            table = data.table
+            data_size = end - first if layout == IN_PLACE else data.stored * PAGE
             table_offset = DATA_OFFSET + data_size
             file.seek(table_offset)
             file.write(table)
@@ -235,16 +297,25 @@ class Contents:
 
     def position(self, number: int, page: int, packed_at: int) -> int:
         """Where the file has a page of a group whose pages before it end at `packed_at`."""
-        return DATA_OFFSET + number * GROUP + page * PAGE if self.layout == IN_PLACE else packed_at
+        return self.in_place(number * GROUP + page * PAGE) if self.layout == IN_PLACE else packed_at
+
+    def in_place(self, start: int) -> int:
+        """Where an IN_PLACE file has a byte."""
+        return DATA_OFFSET + start - _span(self.offset, self.size)[0]
 
 
-def read(file: BinaryIO, path: str | os.PathLike[str], kind: int | None = None,
+def open_file(path: str | bytes | os.PathLike[str]) -> BinaryIO:
+    """Open for reading, without waiting for whoever is to write into a pipe of that name."""
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+
+
+def read(file: BinaryIO, path: str | bytes | os.PathLike[str], kind: int | None = None,
          max_size: int | None = None) -> Contents:
     """The header and the table, or `FileFormatError`. Memory follows the bytes that are in the file.
 
     `file` stands at its begin and is unbuffered or not read from otherwise.
     """
-    name = os.fspath(path)
+    name = os.fsdecode(path)
     status = os.fstat(file.fileno())
     if not stat.S_ISREG(status.st_mode):
         raise FileFormatError(name, "file", "no regular file", "one")
@@ -287,19 +358,20 @@ def _checked(file: BinaryIO, path: str, file_size: int, values: tuple[int | byte
     if max_size is not None:
         at_most("size", max_size, ", which is the max_size that was asked for")
     at_most("offset", MAX_SIZE)
-    if number["offset"] % PAGE:
-        raise FileFormatError(path, "offset", number["offset"], f"a multiple of {PAGE}")
+    if not is_image:
+        must_be("offset", 0)
     at_most("base_size", 0 if is_image else MAX_SIZE)
     if is_image and field["base_digest"] != NO_DIGEST:
         raise FileFormatError(path, "base_digest", "set", "zero in an image")
     size, data_size, count = number["size"], number["data_size"], number["count"]
+    first, last = _span(number["offset"], size)
     must_be("data_offset", DATA_OFFSET)
     if number["layout"] == IN_PLACE:
-        must_be("data_size", round_up(size, GROUP), why=", the size in whole groups")
+        must_be("data_size", last - first, why=", the groups that the content touches")
     else:
-        at_most("data_size", round_up(size, PAGE), ", the size in whole pages")
+        at_most("data_size", last - first, ", the groups that the content touches")
     must_be("table_offset", DATA_OFFSET + data_size, why=", where the data ends")
-    at_most("count", round_up(size, GROUP) // GROUP, ", the groups in its size")
+    at_most("count", (last - first) // GROUP, ", the groups that the content touches")
     end = number["table_offset"] + count * ENTRY.size
     if file_size != end:
         raise FileFormatError(path, "file size", file_size, f"{end}, where the table ends")
@@ -310,39 +382,43 @@ def _checked(file: BinaryIO, path: str, file_size: int, values: tuple[int | byte
     found.digest, found.base_digest = bytes(values[-4]), bytes(values[-3])
     found.file_size = file_size
     if found.layout == IN_PLACE:
-        _check_tail(file, path, size)
+        _check_ends(file, found)
     file.seek(number["table_offset"])
-    found.table = _read_table(file, path, count, size, is_image, bytes(values[-2]))
+    found.table = _read_table(file, found, bytes(values[-2]))
     found.stored = sum(stored.bit_count() for _, _, stored, _ in ENTRY.iter_unpack(found.table)) * PAGE
     if found.layout == PACKED and found.stored != data_size:
         raise FileFormatError(path, "data_size", data_size, f"{found.stored}, the pages that the table counts")
     return found
 
 
-def _check_tail(file: BinaryIO, path: str, size: int) -> None:
-    # A memory that starts from a mapping of the file sees these bytes once it grows, verified or not.
-    file.seek(DATA_OFFSET + size)
-    tail = file.read(round_up(size, GROUP) - size)
-    if tail.strip(b"\0"):
-        raise FileFormatError(path, "padding", "set", "zero after the last byte")
+def _check_ends(file: BinaryIO, contents: Contents) -> None:
+    # A memory that starts from a mapping of the file may see these bytes, now or once it grows, verified or not.
+    first, last = _span(contents.offset, contents.size)
+    end = contents.offset + contents.size
+    for start, size in ((first, contents.offset - first), (end, last - end)):
+        file.seek(contents.in_place(start))
+        if contents.size and file.read(size).strip(b"\0"):
+            raise FileFormatError(contents.path, "padding", "set", "zero before and after the content")
 
 
-def _read_table(file: BinaryIO, path: str, count: int, size: int, is_image: bool, digest: bytes) -> bytes:
+def _read_table(file: BinaryIO, contents: Contents, digest: bytes) -> bytes:
     table = bytearray()
     running = hashlib.blake2b(digest_size=DIGEST_SIZE)
-    previous = -1
-    groups = round_up(size, GROUP) // GROUP
-    # The pages of the last group that begin before the end of the content.
-    last_mask = (1 << (round_up(size, PAGE) - (groups - 1) * GROUP) // PAGE) - 1
-    while len(table) < count * ENTRY.size:
+    path, is_image, size = contents.path, contents.kind == IMAGE, contents.count * ENTRY.size
+    first, last = (edge // GROUP for edge in _span(contents.offset, contents.size))
+    # Of the first and the last group, the pages that hold some of the content.
+    first_mask = 0xFFFF << contents.offset % GROUP // PAGE
+    last_mask = (1 << (round_up(contents.offset + contents.size, PAGE) - (last - 1) * GROUP) // PAGE) - 1
+    previous = first - 1
+    while len(table) < size:
         # Step by step: a table that is one large hole is refused at its first entry.
-        step = file.read(min(TABLE_STEP, count * ENTRY.size - len(table)))
+        step = file.read(min(TABLE_STEP, size - len(table)))
         if not step or len(step) % ENTRY.size:
-            raise FileFormatError(path, "table", f"{len(table) + len(step)} bytes", f"{count * ENTRY.size} bytes")
+            raise FileFormatError(path, "table", f"{len(table) + len(step)} bytes", f"{size} bytes")
         for i, (number, mentioned, stored, crc) in enumerate(ENTRY.iter_unpack(step), len(table) // ENTRY.size):
-            if not previous < number < groups:
-                raise FileFormatError(path, f"table[{i}].group", number, f"more than {previous} and below {groups}")
-            allowed = last_mask if number == groups - 1 else 0xFFFF
+            if not previous < number < last:
+                raise FileFormatError(path, f"table[{i}].group", number, f"more than {previous} and below {last}")
+            allowed = ((first_mask if number == first else 0xFFFF) & (last_mask if number == last - 1 else 0xFFFF))
             if not mentioned or mentioned & ~allowed:
                 raise FileFormatError(path, f"table[{i}].mentioned", f"{mentioned:#06x}",
                                       f"some bits of {allowed:#06x}")
@@ -364,8 +440,8 @@ def _wrong_crc(path: str, number: int, found: int, crc: int) -> FileFormatError:
                            f"{found:#010x}", f"{crc:#010x}: the content is damaged")
 
 
-def pieces(file: BinaryIO, contents: Contents) -> Iterator[tuple[int, int, memoryview | None]]:
-    """(start, size, bytes) of each run of pages that the file mentions; None for bytes that are zero.
+def pieces(file: BinaryIO, contents: Contents) -> Iterator[Run]:
+    """The pages that the file mentions.
 
     Each group is checked before its bytes are handed out. They are the caller's to keep.
     """
@@ -380,14 +456,20 @@ def pieces(file: BinaryIO, contents: Contents) -> Iterator[tuple[int, int, memor
             filled += count * PAGE
         if (found := zlib.crc32(data)) != crc:
             raise _wrong_crc(contents.path, number, found, crc)
+        for page in range(0, len(data), PAGE):
+            # Else a hole could pass for any amount of content.
+            if data[page:page + PAGE].tobytes() == ZEROS:
+                raise FileFormatError(contents.path, f"page {page // PAGE} of those stored in group {number}",
+                                      "all zero", "something else: such a page is not stored")
         parts = [(page, count, data[place[page]:place[page] + count * PAGE]) for page, count in _bit_runs(stored)]
         parts += [(page, count, None) for page, count in _bit_runs(mentioned & ~stored)]
         for page, count, part in sorted(parts, key=lambda part: part[0]):
             start = number * GROUP + page * PAGE
-            size = min(count * PAGE, contents.size - start)
-            if part is not None and part[size:].tobytes().strip(b"\0"):
-                raise FileFormatError(contents.path, "padding", "set", "zero after the last byte")
-            yield start, size, None if part is None else part[:size]
+            head = max(contents.offset - start, 0)
+            tail = min(count * PAGE, contents.offset + contents.size - start)
+            if part is not None and (part[:head].tobytes().strip(b"\0") or part[tail:].tobytes().strip(b"\0")):
+                raise FileFormatError(contents.path, "padding", "set", "zero before and after the content")
+            yield start + head, tail - head, None if part is None else part[head:tail]
 
 
 def _fill(file: BinaryIO, room: memoryview, path: str) -> None:
@@ -399,36 +481,122 @@ def _fill(file: BinaryIO, room: memoryview, path: str) -> None:
 
 
 def check(view: memoryview, contents: Contents, fd: int) -> None:
-    """Compare a mapping of an IN_PLACE file, through its read-only `view`, with the table.
+    """Compare a mapping of an IN_PLACE file, through the read-only `view` of its content, with the table.
 
     Pages that the table does not mention must be zero: they are what a mapping shows of the file's holes.
     """
-    clear = 0                       # so far the file's word holds
+    offset, end = contents.offset, contents.offset + contents.size
+    clear = offset                  # so far the table's word holds
     for number, _, stored, crc, _ in contents.groups():
         found = 0
         for page, count in _bit_runs(stored):
             start = number * GROUP + page * PAGE
-            _check_hole(view, contents, fd, clear, start)
-            clear = start + count * PAGE
-            part = view[start:clear]
-            found = zlib.crc32(ZEROS[:count * PAGE - len(part)], zlib.crc32(part, found))
+            low, high = max(start, offset), min(start + count * PAGE, end)
+            _check_hole(view, contents, fd, clear, low)
+            clear = high
+            for part in (ZEROS[:low - start], view[low - offset:high - offset], ZEROS[:start + count * PAGE - high]):
+                found = zlib.crc32(part, found)
         if found != crc:
             raise _wrong_crc(contents.path, number, found, crc)
-    _check_hole(view, contents, fd, clear, contents.size)
+    _check_hole(view, contents, fd, clear, end)
 
 
-def _check_hole(view: memoryview, contents: Contents, fd: int, start: int, end: int) -> None:
-    at = start
+def _check_hole(view: memoryview, contents: Contents, fd: int, at: int, end: int) -> None:
+    to_file = contents.in_place(0)
     while at < end:
         if hasattr(os, "SEEK_DATA"):
             # A hole need not be read, which would fill the page cache with it.
             try:
-                at = max(at, os.lseek(fd, DATA_OFFSET + at, os.SEEK_DATA) - DATA_OFFSET)
+                at = max(at, os.lseek(fd, to_file + at, os.SEEK_DATA) - to_file)
             except OSError as error:
                 if error.errno == errno.ENXIO:      # nothing but a hole up to the end
                     return
                 raise
-        part = view[at:min(at + READ_STEP, end)]
-        if at < end and (wrong := next(nonzero_runs(part, at), None)):
+        if at >= end:
+            return
+        part = view[at - contents.offset:min(at + READ_STEP, end) - contents.offset]
+        if wrong := next(nonzero_runs(part, at), None):
             raise FileFormatError(contents.path, f"page at {wrong[0]}", "set", "zero: the table does not mention it")
         at += READ_STEP
+
+
+# -- what Image and Delta do with files --------------------------------------------------------------
+
+def save_image(image: AnImage, path: str | bytes | os.PathLike[str], *, packed: bool) -> None:
+    view = memoryview(image)
+    write(path, IMAGE, ((start, len(data), data) for start, data in own_runs(image, view)), size=image.size,
+          digest=bytes.fromhex(image.digest), layout=PACKED if packed else IN_PLACE, offset=image.offset)
+
+
+def own_runs(image: AnImage, view: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Where an image is not zero and its bytes there, from its first to its last byte."""
+    offset, end = image.offset, image.offset + image.size
+    for start, size in image.runs():
+        low, high = max(start, offset), min(start + size, end)
+        yield low, view[low - offset:high - offset]
+
+
+def open_image(make: Any, path: str | bytes | os.PathLike[str], *, verify: bool, mapped: bool,
+               max_size: int | None, host_page: int) -> tuple[Any, Contents | None]:
+    """The image, and what its file says of it where it is a mapping of that file."""
+    with open_file(path) as file:
+        contents = read(file, path, IMAGE, max_size)
+        if contents.layout == IN_PLACE and mapped and contents.size:
+            runs = _joined((number * GROUP + page * PAGE, count * PAGE)
+                           for number, _, stored, _, _ in contents.groups() for page, count in _bit_runs(stored))
+            image = make.from_fd(file.fileno(), contents.size, contents.offset, runs=runs,
+                                 position=contents.in_place(contents.offset - contents.offset % host_page))
+            if verify:
+                verify_image(image, contents)
+            return image, contents
+        found = ((start, data) for start, _, data in pieces(file, contents) if data is not None)
+        image = make.from_pieces(found, contents.size, contents.offset)
+    if verify:
+        _check_digest(image, contents)
+    return image, None
+
+
+def _joined(runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    joined: list[tuple[int, int]] = []
+    for start, size in runs:
+        if joined and sum(joined[-1]) == start:
+            joined[-1] = (joined[-1][0], joined[-1][1] + size)
+        else:
+            joined.append((start, size))
+    return joined
+
+
+def verify_image(image: AnImage, contents: Contents) -> None:
+    check(memoryview(image), contents, image.fileno())
+    _check_digest(image, contents)
+
+
+def _check_digest(image: AnImage, contents: Contents) -> None:
+    if image.digest != contents.digest.hex():
+        raise FileFormatError(contents.path, "digest", contents.digest.hex(), f"{image.digest}, that of the content")
+
+
+def save_delta(delta: ADelta, path: str | bytes | os.PathLike[str]) -> None:
+    for start, size, _ in delta.pieces():
+        if start % PAGE or ((start + size) % PAGE and start + size != delta.size):
+            raise ValueError(f"only deltas of whole pages of {PAGE} bytes can be saved, and this one has"
+                             f" {size} bytes at {start}")
+    write(path, DELTA, delta.pieces(), size=delta.size, digest=bytes.fromhex(delta.target or NO_DIGEST.hex()),
+          base_size=delta.base_size, base_digest=bytes.fromhex(delta.base))
+
+
+def open_delta(make: Any, path: str | bytes | os.PathLike[str], *, max_size: int | None) -> Any:
+    ranges: list[tuple[int, int]] = []
+    zeros: list[tuple[int, int]] = []
+    data = bytearray()
+    with open_file(path) as file:
+        contents = read(file, path, DELTA, max_size)
+        for start, size, part in pieces(file, contents):
+            if part is None:
+                zeros.append((start, size))
+            else:
+                ranges.append((start, size))
+                data += part
+    target = None if contents.digest == NO_DIGEST else contents.digest.hex()
+    return make(contents.base_digest.hex(), contents.base_size, contents.size, _joined(ranges), _joined(zeros),
+                memoryview(data).toreadonly(), target)
