@@ -11,6 +11,8 @@ them, read and written through the buffer protocol with no copy, behind wasmtime
 """
 
 from linmem._adaptors import LimitingCreator, PythonCreator, StatisticsCreator
+from linmem._delta import Delta
+from linmem._image import Image
 from linmem._memory import Memory, MmapCreator
 from linmem.abc import LinearMemory, MemoryCreator
 from linmem.creators import create, creator
@@ -19,8 +21,11 @@ from linmem.errors import FileFormatError, GrowError, LimitError, OwnedError, Pa
 __version__ = "0.1.0"
 
 __all__ = [
+    "Delta",
     "FileFormatError",
     "GrowError",
+    "Image",
+    "ImageInfo",
     "LimitError",
     "LimitingCreator",
     "LinearMemory",
@@ -41,7 +46,7 @@ __all__ = [
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from linmem.records import MemoryInfo, MemoryType
+    from linmem.records import ImageInfo, MemoryInfo, MemoryType
 
 
 def __getattr__(name: str) -> object:
@@ -50,7 +55,7 @@ def __getattr__(name: str) -> object:
         import linmem.wasmtime
 
         return linmem.wasmtime
-    if name in ("MemoryInfo", "MemoryType"):
+    if name in ("ImageInfo", "MemoryInfo", "MemoryType"):
         from linmem import records
 
         return globals().setdefault(name, getattr(records, name))
