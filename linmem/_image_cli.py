@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from linmem import _files
-from linmem._image import Delta, Image
+from linmem._delta import Delta
+from linmem._image import Image
 from linmem.cli import EXIT_REFUSED, Refused, count, show_size
 from linmem.errors import FileFormatError
 

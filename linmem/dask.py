@@ -26,10 +26,10 @@ try:
 except ImportError as error:
     raise ImportError(f"linmem.dask needs Dask's distributed: pip install 'linmem[dask]' ({error})") from error
 
-import linmem
 from linmem._delta import Delta
 from linmem._image import Image
 from linmem._memory import Memory, NativeCreator
+from linmem.creators import creator
 
 __all__ = ["LinmemPlugin", "memory", "setup", "traffic", "worker_pool"]
 
@@ -141,7 +141,7 @@ def worker_pool(image: Image, **options: Any) -> NativeCreator:
     with _lock:
         pool = _pools.get(key)
         if pool is None:
-            pool = _pools[key] = linmem.creator("pool", image=image, **options)
+            pool = _pools[key] = creator("pool", image=image, **options)
             if len(_pools) > _POOLS:
                 _pools.popitem(last=False)
         _pools.move_to_end(key)
