@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     diff.add_argument("old", metavar="OLD")
     diff.add_argument("new", metavar="NEW")
     diff.add_argument("--output", "-o", metavar="FILE", help="save the delta that makes NEW of OLD")
-    diff.add_argument("--map", action="store_true", help="show which pages differ, also where the output is no terminal")
+    diff.add_argument("--map", action="store_true", help="show which pages differ, on a terminal or not")
     diff.add_argument("--picture", metavar="PNG", help="draw which pages differ (or an SVG or PDF, by the name)")
     diff.add_argument("--exit-code", action="store_true", help=f"exit with {EXIT_DIFFERS} if they differ")
     diff.add_argument("--json", **json)
@@ -125,7 +125,8 @@ def figures_of(path: str) -> dict[str, Any]:
         "digest": contents.digest.hex(),
     }
     if is_delta:
-        figures["zero_pages"] = sum((mentioned & ~stored).bit_count() for _, mentioned, stored, _, _ in contents.groups())
+        figures["zero_pages"] = sum((mentioned & ~stored).bit_count()
+                                    for _, mentioned, stored, _, _ in contents.groups())
         figures["base_size"] = contents.base_size
         figures["base_digest"] = contents.base_digest.hex()
     return figures
@@ -276,7 +277,8 @@ def draw(path: str, pages: bytearray, title: str) -> None:
     axes.set_yticks(range(0, len(rows), step),
                     [show_offset(row * columns * per_cell * _files.PAGE) for row in range(0, len(rows), step)])
     axes.set_xticks([])
-    axes.set_xlabel(f"{show_size(columns * per_cell * _files.PAGE)} in a row, {show_size(per_cell * _files.PAGE)} in a cell")
+    cell = per_cell * _files.PAGE
+    axes.set_xlabel(f"{show_size(columns * cell)} in a row, {show_size(cell)} in a cell")
     axes.set_title(title, loc="left", fontsize=10)
     figure.legend(handles=[Patch(facecolor=color, edgecolor="#8894a0", label=name) for _, name, _, color, _ in CLASSES],
                   loc="outside lower left", ncols=len(CLASSES), frameon=False, fontsize=9)
