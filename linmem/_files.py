@@ -53,9 +53,9 @@ if TYPE_CHECKING:
         target: str | None
         def pieces(self) -> Iterator[Run]: ...
 
-__all__ = ["DELTA", "GROUP", "IMAGE", "IN_PLACE", "PACKED", "PAGE", "TEMPORARY", "VERSION", "Contents", "check",
-           "nonzero_runs", "open_delta", "open_file", "open_image", "pieces", "read", "round_up", "save_delta",
-           "save_image", "verify_image", "write"]
+__all__ = ["DELTA", "GROUP", "IMAGE", "IN_PLACE", "NO_DIGEST", "PACKED", "PAGE", "TEMPORARY", "VERSION", "Contents",
+           "check", "nonzero_runs", "open_delta", "open_file", "open_image", "pieces", "read", "round_up",
+           "save_delta", "save_image", "verify_image", "write"]
 
 MAGIC = b"\x89LINMEM\n"     # a byte that no text has, and a line end that a transfer as text would change
 VERSION = 1

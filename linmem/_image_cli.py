@@ -95,14 +95,16 @@ def info(args: argparse.Namespace) -> int:
         kind = figures["kind"]
         print(f"{figures['path']}: {kind}, {show_size(figures['size'])}"
               + (f" at {figures['offset']}" if figures["offset"] else ""))
-        zero = f", {count(figures['zero_pages'], 'page')} became zero" if kind == "delta" else ""
+        zero = f"; {count(figures['zero_pages'], 'page')} became zero" if kind == "delta" else ""
         print(f"  stored    {show_size(figures['stored'])} in {count(figures['groups'], 'group')},"
               f" {figures['layout']}{zero}")
         on_disk = "" if figures["on_disk"] is None else f", of which {show_size(figures['on_disk'])} on the disk"
         print(f"  file      {show_size(figures['file_size'])}{on_disk}; version {figures['version']}")
-        print(f"  digest    {figures['digest']}")
-        if kind == "delta":
-            print(f"  applies   to {show_size(figures['base_size'])} with the digest {figures['base_digest']}")
+        if kind == "image":
+            print(f"  digest    {figures['digest']}")
+        else:
+            print(f"  from      {show_size(figures['base_size'])}, digest {figures['base_digest']}")
+            print(f"  to        {show_size(figures['size'])}, digest {figures['digest'] or 'unknown'}")
     return 0
 
 
@@ -122,7 +124,7 @@ def figures_of(path: str) -> dict[str, Any]:
         "groups": contents.count,
         "file_size": contents.file_size,
         "on_disk": None if blocks is None else blocks * 512,
-        "digest": contents.digest.hex(),
+        "digest": None if contents.digest == _files.NO_DIGEST else contents.digest.hex(),
     }
     if is_delta:
         figures["zero_pages"] = sum((mentioned & ~stored).bit_count()
@@ -152,7 +154,10 @@ def why_wrong(path: str) -> str | None:
     try:
         with _files.open_file(path) as file:
             kind = _files.read(file, path).kind
-        (Delta if kind == _files.DELTA else Image).open(path, verify=True)
+        if kind == _files.DELTA:
+            Delta.open(path)
+        else:
+            Image.open(path, verify=True)
     except FileFormatError as error:
         return str(error)
     except OSError as error:
@@ -185,14 +190,14 @@ def diff(args: argparse.Namespace) -> int:
         delta.save(args.output)
     if args.picture:
         draw(args.picture, pages, f"{os.path.basename(args.old)} and {os.path.basename(args.new)}: "
-             f"{count(differing, 'page')} of {len(pages)} differ")
+             f"{differing} of {count(len(pages), 'page')} differ")
     if args.json:
         print_json(figures)
     else:
         share = f" ({100 * differing / len(pages):.2g} %)" if differing else ""
         print(f"{args.old}: {show_size(old.size)}\n{args.new}: {show_size(new.size)}")
-        print(f"{count(differing, 'page')} of {len(pages)} differ{share}: {figures['changed']} changed,"
-              f" {figures['was_zero']} were zero, {figures['became_zero']} became zero")
+        print(f"{differing} of {count(len(pages), 'page')} differ{share}: changed {figures['changed']},"
+              f" was zero {figures['was_zero']}, became zero {figures['became_zero']}")
         if args.map or sys.stdout.isatty():
             show_map(pages, asked=args.map)
     return EXIT_DIFFERS if args.exit_code and not figures["same"] else 0
