@@ -26,6 +26,7 @@ extensions = [
     Extension("linmem._memory", ["linmem/_memory.pyx"]),
     Extension("linmem._image", ["linmem/_image.pyx"]),
     Extension("linmem._adaptors", ["linmem/_adaptors.pyx"]),
+    Extension("linmem._pool", ["linmem/_pool.pyx"]),
     Extension("linmem._bridge", ["linmem/_bridge.pyx"]),
     Extension("linmem.bench._raw", ["bench/_raw.pyx"]),
 ]

@@ -14,9 +14,10 @@ from linmem._adaptors import LimitingCreator, PythonCreator, StatisticsCreator
 from linmem._delta import Delta
 from linmem._image import Image
 from linmem._memory import Memory, MmapCreator
+from linmem._pool import PoolingCreator
 from linmem.abc import LinearMemory, MemoryCreator
 from linmem.creators import create, creator
-from linmem.errors import FileFormatError, GrowError, LimitError, OwnedError, PageError
+from linmem.errors import FileFormatError, GrowError, LimitError, OwnedError, PageError, PoolError
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,8 @@ __all__ = [
     "MmapCreator",
     "OwnedError",
     "PageError",
+    "PoolError",
+    "PoolingCreator",
     "PythonCreator",
     "StatisticsCreator",
     "create",

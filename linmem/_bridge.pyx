@@ -14,7 +14,8 @@ from libc.stdlib cimport free, malloc
 from linmem._atomic cimport store, word
 from linmem._memory cimport (
     OWNER_LEFT, OWNER_WASMTIME, UNCHOSEN, ImageHandle, NativeCreator, acquire, drop_object, failure, failure_text,
-    image, image_release, image_retain, memory, memory_grow_to, memory_release, memory_retain, memory_size, memory_spec, unlock, wrap,
+    image, image_release, image_retain, memory, memory_grow_to, memory_release, memory_retain, memory_size,
+    memory_spec, unlock, wrap,
 )
 from linmem._units cimport E_PYTHON
 

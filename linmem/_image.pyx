@@ -116,7 +116,6 @@ cdef class Image(ImageHandle):
         cdef long long where
         cdef int code, descriptor
         cdef image* it
-        cdef failure why
         cdef ImageHandle handle = ImageHandle()
         check_size(offset, "offset", &start)
         check_size(size, "size", &n)
@@ -216,7 +215,7 @@ cdef class Image(ImageHandle):
             offset=self.offset, size=self.size,
             stored=sum(size for _, size in self.runs()) if self.it.runs_known else None,
             kind=_pages.IMAGE_KINDS[self.it.content.kind] if self.it.content.size else "none",
-            shares_pages=bool(self.it.content.maps), memories=load(&self.it.refs) - 1)
+            shares_pages=bool(self.it.content.maps), memories=load(&self.it.memories))
 
     # -- what it is for
 
@@ -430,14 +429,14 @@ cdef char* start_of(image* it, size_t offset) noexcept nogil:
 cdef class Content:
     """All of an image's host pages, as a read-only buffer."""
 
-    cdef Image image
+    cdef Image of
 
-    def __cinit__(self, Image image not None):
-        self.image = image
+    def __cinit__(self, Image of not None):
+        self.of = of
 
     def __getbuffer__(self, Py_buffer* buffer, int flags):
-        PyBuffer_FillInfo(buffer, self, start_of(self.image.it, self.image.it.offset),
-                          <Py_ssize_t>self.image.it.content.size, 1, flags)
+        PyBuffer_FillInfo(buffer, self, start_of(self.of.it, self.of.it.offset),
+                          <Py_ssize_t>self.of.it.content.size, 1, flags)
 
 
 cdef Image wrap_image(ImageHandle handle, size_t offset, size_t size):

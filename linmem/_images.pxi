@@ -139,9 +139,22 @@ cdef int start_from_image(memory* m, image* it, failure* why) noexcept nogil:
         m.image_state = IMAGE_MAPPED
     else:
         image_copy(it, m.base)
-    image_retain(it)
-    m.image = it
+    hold_image(m, it)
     return 0
+
+
+cdef void hold_image(memory* m, image* it) noexcept nogil:
+    image_retain(it)
+    add(&it.memories, 1)
+    leave_image(m)
+    m.image = it
+
+
+cdef void leave_image(memory* m) noexcept nogil:
+    if m.image != NULL:
+        add(&m.image.memories, -1)
+        image_release(m.image)
+    m.image = NULL
 
 
 # -- back to an image ------------------------------------------------------------------------------
@@ -226,10 +239,104 @@ cdef void memory_restore(memory* m, image* to) noexcept nogil:
     zero_bytes(m, m.base, low)
     zero_bytes(m, m.base + high, end - high)
     if m.image != to and m.image_state != IMAGE_BROKEN:
-        image_retain(to)
-        image_release(m.image)
-        m.image = to
+        hold_image(m, to)
         m.started = 0
+
+
+# -- for a pool, whose memories come back to what they started from --------------------------------
+
+cdef int memory_turn_to(memory* m, image* to) noexcept nogil:
+    """Nobody else looks at `m`, and it is none of `to` (NULL: of none), or some of its pages are no longer.
+    -> 0: it is, and its bytes are put back to an image's; those of none may be anything. Else a code."""
+    cdef int code
+    if to != NULL:
+        memory_restore(m, to)
+        return 0 if m.image == to and m.image_state != IMAGE_BROKEN else E_IMAGE
+    if m.image_state != IMAGE_COPIED:
+        code = pages.blank(m.base + m.image.offset + m.image.low, m.image.high - m.image.low)
+        if code:
+            return code
+        m.image_state = IMAGE_COPIED
+    leave_image(m)
+    return 0
+
+
+cdef size_t memory_border(memory* m, size_t at, size_t end, bint* over_image) noexcept nogil:
+    """Of at .. end, up to where the pages are a mapped image's all, or none: which of them they are."""
+    cdef size_t low, high
+    over_image[0] = False
+    if m.image_state != IMAGE_MAPPED:
+        return end
+    low = m.image.offset + m.image.low
+    high = m.image.offset + m.image.high
+    if at >= high:
+        return end
+    if at < low:
+        return low if low < end else end
+    over_image[0] = True
+    return high if high < end else end
+
+
+cdef void memory_refill(memory* m, size_t at, size_t size) noexcept nogil:
+    """Those bytes become the mapped image's, and zero where there is none."""
+    cdef size_t end = at + size, stop
+    cdef bint over_image
+    while at < end:
+        stop = memory_border(m, at, end, &over_image)
+        if over_image:
+            memcpy(m.base + at, m.image.content.bytes + (at - m.image.offset), stop - at)
+        else:
+            memset(m.base + at, 0, stop - at)
+        at = stop
+
+
+cdef bint memory_is_filled(memory* m, size_t size) noexcept nogil:
+    """Whether the first `size` bytes are what memory_refill() makes them, or its image's that was copied."""
+    cdef size_t page = pages.capabilities().page_size
+    cdef size_t at = 0
+    cdef const char* there
+    while at < size:
+        there = NULL
+        if m.image != NULL:
+            there = image_at(m.image, at)
+        if there == NULL:
+            if not is_zero(m.base + at, page):
+                return False
+        elif memcmp(m.base + at, there, page):
+            return False
+        at += page
+    return True
+
+
+cdef int memory_renew(memory* m, size_t size) noexcept nogil:
+    """The pages of the first `size` bytes are given back: they become the mapped image's, and zeros. As
+    pages.renew() otherwise."""
+    cdef size_t at = 0, stop
+    cdef bint over_image
+    cdef int code = 0
+    while at < size and code == 0:
+        stop = memory_border(m, at, size, &over_image)
+        if over_image:
+            code = pages.image_renew(&m.image.content, at - m.image.offset, m.base + at, stop - at)
+        else:
+            code = pages.renew(m.base + at, stop - at)
+        at = stop
+    return code
+
+
+cdef int memory_start_again(memory* m, image* to) noexcept nogil:
+    """Its pages have been decommitted and committed, and are zero. -> they are the image's."""
+    cdef int code = 0
+    m.image_state = IMAGE_COPIED
+    if to == NULL:
+        return 0
+    if to.content.maps and to.high > to.low:
+        code = pages.image_map(&to.content, to.low, m.base + to.offset + to.low, to.high - to.low)
+        if code == 0:
+            m.image_state = IMAGE_MAPPED
+    else:
+        image_copy(to, m.base)
+    return code
 
 
 # -- what differs ----------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ ctypedef struct run:
 # any thread, and is reference-counted like the memories that hold it.
 cdef struct image:
     word refs
+    word memories               # that hold it: some of the references
     pages.image_pages content
     size_t offset               # of the content in a memory, whole host pages
     size_t end                  # a memory of it has at least so many bytes
@@ -154,6 +155,12 @@ cdef void image_release(image* it) noexcept nogil
 cdef void image_copy(const image* it, char* base) noexcept nogil
 cdef bint is_zero(const char* at, size_t size) noexcept nogil
 cdef void memory_restore(memory* m, image* to) noexcept nogil
+cdef int memory_turn_to(memory* m, image* to) noexcept nogil
+cdef size_t memory_border(memory* m, size_t at, size_t end, bint* over_image) noexcept nogil
+cdef void memory_refill(memory* m, size_t at, size_t size) noexcept nogil
+cdef bint memory_is_filled(memory* m, size_t size) noexcept nogil
+cdef int memory_renew(memory* m, size_t size) noexcept nogil
+cdef int memory_start_again(memory* m, image* to) noexcept nogil
 cdef int memory_snapshot(memory* m, image** out, failure* why) noexcept nogil
 cdef int compare(memory* m, image* now, image* base, changes* out, failure* why) noexcept nogil
 
@@ -166,6 +173,7 @@ cdef void unlock(word* lock) noexcept nogil
 cdef void drop_object(PyObject* object) noexcept nogil
 cdef bint python_is_ending() noexcept nogil
 cdef int check_size(object value, str name, size_t* out) except -1
+cdef int check_flag(object value, str name) except -1
 cdef object wrap(memory* m)
 
 
@@ -178,6 +186,8 @@ cdef class NativeCreator:
     cdef object __weakref__
     # 0 and *out holds one reference, or a code and nothing is left behind.
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil
+    cdef int fill_spec(self, memory_spec* spec, ty, minimum, maximum, reserved_size_in_bytes,
+                       guard_size_in_bytes) except -1
     cdef object make_checked(self, const memory_spec* spec, str guard_name)
 
 

@@ -7,8 +7,9 @@ from linmem.abc import LinearMemory, MemoryCreator
 from linmem.records import MemoryInfo, MemoryType
 
 if TYPE_CHECKING:
-    from linmem._image import Image
     from typing_extensions import Buffer, Self
+
+    from linmem._image import Image
 
 DEFAULT_GUARD: int
 

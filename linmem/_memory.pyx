@@ -12,8 +12,8 @@ from libc.string cimport memcmp, memcpy, memset
 from linmem._atomic cimport add, load, publish, store, swap_if, word
 from linmem._os cimport pages
 from linmem._units cimport (
-    E_CAPACITY, E_EXPORTED, E_IMAGE, E_MAXIMUM, E_NO_MEMORY, E_OVERFLOW, E_SHRINK, E_UNSUPPORTED, add_up, first_reservation,
-    lay_out, layout, next_reservation, round_down, round_up,
+    E_CAPACITY, E_EXPORTED, E_IMAGE, E_MAXIMUM, E_NO_MEMORY, E_OVERFLOW, E_SHRINK, E_UNSUPPORTED, add_up,
+    first_reservation, lay_out, layout, next_reservation, round_down, round_up,
 )
 
 import os as _os
@@ -447,7 +447,7 @@ cdef int mapped_resident(memory* m, size_t* bytes, failure* why) noexcept nogil:
 
 cdef void mapped_free(memory* m) noexcept nogil:
     give_back(m.base - m.pre_guard, m.pre_guard + m.capacity + m.guard)
-    image_release(m.image)
+    leave_image(m)
     free(m)
 
 
@@ -533,7 +533,7 @@ cdef int mapped_make(const memory_spec* spec, bint prefault, bint huge_pages, me
                 fail_page_call(why, code, "prefault", at.accessible)
         if code:
             give_back(region, at.total)
-            image_release(m.image)
+            leave_image(m)
             free(m)
             return code
     m.ops = &prefaulting_ops if prefault else &mapped_ops
@@ -590,6 +590,11 @@ cdef class NativeCreator:
             The creator's own bound refused.
         """
         cdef memory_spec spec
+        self.fill_spec(&spec, ty, minimum, maximum, reserved_size_in_bytes, guard_size_in_bytes)
+        return self.make_checked(&spec, "guard_size_in_bytes")
+
+    cdef int fill_spec(self, memory_spec* spec, ty, minimum, maximum, reserved_size_in_bytes,
+                       guard_size_in_bytes) except -1:
         spec.image = NULL
         check_size(minimum, "minimum", &spec.minimum)
         check_optional_size(maximum, "maximum", &spec.maximum)
@@ -604,7 +609,7 @@ cdef class NativeCreator:
             raise TypeError(f"ty must be a MemoryType, got {type(ty).__name__}") from None
         if spec.page_size != 1 and spec.page_size != 65536:
             raise ValueError(f"ty.page_size must be 1 or 65536, got {spec.page_size}")
-        return self.make_checked(&spec, "guard_size_in_bytes")
+        return 0
 
     def create(self, minimum, maximum=None, reserve=None, guard=None, *, image=None):
         """Make a memory for Python; `linmem.create` says what each argument means (all in bytes).

@@ -67,7 +67,7 @@ NEEDS = {
     "discard_any_protection": (FLOOR["capabilities"]["discard_any_protection"],
                                "discard needs readable and writable pages here"),
     "populates": (FLOOR["capabilities"]["populates"], "prefault cannot report a page that cannot be written"),
-    "images": (FLOOR["capabilities"]["maps_images"], "memories copy their images here"),
+    "maps_images": (FLOOR["capabilities"]["maps_images"], "images cannot be mapped into memories here"),
     "holes": (_files_have_holes(), "the file system has no holes, or does not say"),
     "rlimits": (_has_module("resource"), "this OS has no resource limits"),
     "fork": (hasattr(os, "fork"), "this OS has no fork"),

@@ -812,7 +812,7 @@ def look(handle, connection):
     connection.close()
 
 
-@requires("fork", "images")
+@requires("fork", "maps_images")
 @pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
 @pytest.mark.parametrize("source", ["made", "opened"])
 def test_an_image_crosses_to_another_process_by_its_handle(tmp_path, method, source):
@@ -844,7 +844,7 @@ def echo(connection):
     connection.close()
 
 
-@requires("fork", "images")
+@requires("fork", "maps_images")
 def test_a_handle_goes_through_a_pipe_to_a_process_that_runs_already(image):
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
@@ -861,7 +861,7 @@ def test_a_handle_goes_through_a_pipe_to_a_process_that_runs_already(image):
     assert child.exitcode == 0
 
 
-@requires("images")
+@requires("maps_images")
 def test_a_private_image_has_no_handle(image):
     from linmem._os import pages
 

@@ -279,6 +279,12 @@ cdef int image_map(const image_pages* it, size_t offset, char* at, size_t size) 
     return errno if image_view(<int>it.handle, it.position + <long long>offset, size, at) == MAP_FAILED else 0
 
 
+cdef int image_renew(const image_pages* it, size_t offset, char* at, size_t size) noexcept nogil:
+    if not ON_LINUX:
+        return image_map(it, offset, at, size)
+    return discard(at, size)        # MADV_DONTNEED, which for a file's pages means just this
+
+
 cdef int blank(char* at, size_t size) noexcept nogil:
     cdef int code = injected()
     if code:

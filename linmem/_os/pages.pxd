@@ -117,8 +117,12 @@ cdef void image_drop(image_pages* it) noexcept nogil
 
 # Only where it->maps. [at, at+size) is committed (or an image's already). -> readable and writable, the
 # image's bytes from `offset` (a multiple of page_size) on; what is written there is the process's own.
-# discard() gives those pages back, and then the image is seen again.
+# discard() and renew() are not for such pages: what is read there afterwards differs among systems.
 cdef int image_map(const image_pages* it, size_t offset, char* at, size_t size) noexcept nogil
+
+# [at, at+size) is what image_map() made of `offset`, of any protection where discard_any_protection.
+# -> what was written there is given back, and the image is seen again.
+cdef int image_renew(const image_pages* it, size_t offset, char* at, size_t size) noexcept nogil
 
 # Only where maps_images. [at, at+size) is committed. -> zero, readable and writable, and no image's any more.
 cdef int blank(char* at, size_t size) noexcept nogil

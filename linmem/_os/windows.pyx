@@ -388,6 +388,11 @@ cdef int image_map(const image_pages* it, size_t offset, char* at, size_t size) 
     return code if code else ERROR_NOT_SUPPORTED
 
 
+cdef int image_renew(const image_pages* it, size_t offset, char* at, size_t size) noexcept nogil:
+    cdef int code = injected()
+    return code if code else ERROR_NOT_SUPPORTED
+
+
 cdef int blank(char* at, size_t size) noexcept nogil:
     cdef int code = injected()
     return code if code else ERROR_NOT_SUPPORTED
