@@ -29,6 +29,7 @@ WORD = 2**64
 
 MAPS = Path("/proc/self/maps")
 SMAPS = Path("/proc/self/smaps")
+FDS = Path("/proc/self/fd")
 CORE_PATTERN = Path("/proc/sys/kernel/core_pattern")
 # Where kernel32 runs on another system's kernel, that one's /proc may show, and is not what was asked for.
 HAS_KERNEL32 = hasattr(ctypes, "WinDLL")
@@ -60,6 +61,8 @@ NEEDS = {
     "discard_any_protection": (FLOOR["capabilities"]["discard_any_protection"],
                                "discard needs readable and writable pages here"),
     "populates": (FLOOR["capabilities"]["populates"], "prefault cannot report a page that cannot be written"),
+    "maps_images": (FLOOR["capabilities"]["maps_images"], "images cannot be mapped into memories here"),
+    "descriptors": (HAS_PROC and FDS.exists(), "no /proc/self/fd to ask"),
     "rlimits": (_has_module("resource"), "this OS has no resource limits"),
     "fork": (hasattr(os, "fork"), "this OS has no fork"),
     "core_files": (_core_is_a_file(), "core_pattern is not a plain file name"),
@@ -164,6 +167,25 @@ def inaccessible(mem) -> int:
     info = mem.info()
     alone = NEEDS["names"][0] or info.pre_guard > REAL_PAGE
     return info.reserved - info.committed - (0 if alone else info.pre_guard)
+
+
+def descriptors() -> int:
+    """How many descriptors are open. One of them is what lists them."""
+    return len(list(FDS.iterdir()))
+
+
+def image_kinds() -> list[str]:
+    """What the pages of images can be made of here."""
+    usual = pages.describe()["images"]
+    found = []
+    for kind in pages.IMAGE_KINDS.values():
+        try:
+            pages.choose_image(kind)
+        except ValueError:
+            continue
+        found.append(kind)
+    pages.choose_image(usual)
+    return found
 
 
 def is_mapped(address: int) -> bool:
