@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 # function: of an Image and a pickle protocol, what __reduce_ex__ returns.
-def reduces_by(function: Callable[[Image, SupportsIndex], str | tuple[Any, ...]]) -> None: ...
+_Reduce = Callable[["Image", SupportsIndex], "str | tuple[Any, ...]"]
+
+def reduces_by(function: _Reduce | None) -> _Reduce | None: ...
 
 @final
 class Image(ImageHandle):

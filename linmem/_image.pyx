@@ -25,9 +25,14 @@ cdef object reduce_ = None
 
 
 def reduces_by(function):
-    """From now on an Image is pickled by what `function` returns for it; the room of files calls this."""
+    """From now on an Image is pickled by what `function` returns for it; the room of files calls this.
+
+    Returns what it was before.
+    """
     global reduce_
+    before = reduce_
     reduce_ = function
+    return before
 
 
 @cython.final

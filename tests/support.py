@@ -52,6 +52,20 @@ def _core_is_a_file() -> bool:
     return bool(pattern) and "|" not in pattern and "/" not in pattern and "%" not in pattern
 
 
+def image_kinds() -> list[str]:
+    """What the pages of images can be made of here."""
+    usual = pages.describe()["images"]
+    found = []
+    for kind in pages.IMAGE_KINDS.values():
+        try:
+            pages.choose_image(kind)
+        except ValueError:
+            continue
+        found.append(kind)
+    pages.choose_image(usual)
+    return found
+
+
 # The one list of what a test may need and a machine may lack. name -> (there?, what is missing).
 NEEDS = {
     "maps": (HAS_PROC, "no /proc/self/maps to ask"),
@@ -61,6 +75,9 @@ NEEDS = {
     "discard_any_protection": (FLOOR["capabilities"]["discard_any_protection"],
                                "discard needs readable and writable pages here"),
     "populates": (FLOOR["capabilities"]["populates"], "prefault cannot report a page that cannot be written"),
+    "scans": (FLOOR["capabilities"]["scans"], "touched pages cannot be found here"),
+    "sealed": ("sealed" in image_kinds(), "memory cannot be sealed here"),
+    "unnamed_files": ("file" in image_kinds(), "images are not kept in files here"),
     "maps_images": (FLOOR["capabilities"]["maps_images"], "images cannot be mapped into memories here"),
     "descriptors": (HAS_PROC and FDS.exists(), "no /proc/self/fd to ask"),
     "rlimits": (_has_module("resource"), "this OS has no resource limits"),
@@ -172,20 +189,6 @@ def inaccessible(mem) -> int:
 def descriptors() -> int:
     """How many descriptors are open. One of them is what lists them."""
     return len(list(FDS.iterdir()))
-
-
-def image_kinds() -> list[str]:
-    """What the pages of images can be made of here."""
-    usual = pages.describe()["images"]
-    found = []
-    for kind in pages.IMAGE_KINDS.values():
-        try:
-            pages.choose_image(kind)
-        except ValueError:
-            continue
-        found.append(kind)
-    pages.choose_image(usual)
-    return found
 
 
 def is_mapped(address: int) -> bool:
