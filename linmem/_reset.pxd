@@ -28,8 +28,9 @@ cdef enum:
     FIRST_BACKOFF = 4
     MOST_BACKOFF = 128
     MOST_DISTRUST = 64
-    SCANLESS = 256          # pages: up to here, zeroing all beats a scan once three quarters of them are
-                            # resident; beyond, once seven eighths are
+    # Pages: up to here, zeroing all beats a scan once three quarters of them are resident; beyond, once
+    # seven eighths are.
+    SCANLESS = 256
     ANY = 1 << 30           # pages or uses: no bound
 
 # What this machine's calls cost, in zeroings of one page in the cache.
