@@ -4,6 +4,7 @@
 cimport cython
 from libc.stdint cimport SIZE_MAX
 from libc.stdlib cimport calloc, free
+from libc.string cimport memset
 
 from linmem._atomic cimport add, load, store, touch
 from linmem._memory cimport (

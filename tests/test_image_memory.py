@@ -503,7 +503,7 @@ def test_threads_make_restore_and_drop_memories_of_one_image(kind):
 
 def test_restoring_growing_and_comparing_at_once_leaves_a_memory_whole(kind):
     img = Image.from_bytes(b"x" * 20 * PAGE)
-    mem = img.new_memory(reserve=MIB)
+    mem = img.new_memory(reserve=100 * PAGE)
     stop = threading.Event()
 
     def again(act):
@@ -514,9 +514,11 @@ def test_restoring_growing_and_comparing_at_once_leaves_a_memory_whole(kind):
             lambda: mem.discard(5 * PAGE, 5 * PAGE)]
     with ThreadPoolExecutor(len(acts)) as threads:
         done = [threads.submit(again, act) for act in acts]
-        for size in range(21, 60):
-            mem.grow_to(size * PAGE)
-        stop.set()
+        try:
+            for size in range(21, 60):
+                mem.grow_to(size * PAGE)
+        finally:
+            stop.set()
         for one in done:
             one.result()
     mem.restore(img, zero_grown=True)
