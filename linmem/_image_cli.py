@@ -211,11 +211,20 @@ def classes_of(old: Image, new: Image, delta: Delta) -> bytearray:
     mark(there, new.runs())
     mark(differs, delta.ranges + delta.zeros)
     for page, (before, after, changed) in enumerate(zip(was, there, differs, strict=True)):
-        if changed:
-            pages[page] = CHANGED if before and after else NEW if after else GONE
-        else:
-            pages[page] = SAME if before else NOTHING
+        if before != after:
+            pages[page] = NEW if after else GONE
+        elif before:
+            # A delta speaks of the host's pages, which may be larger.
+            pages[page] = CHANGED if changed and page_of(old, page) != page_of(new, page) else SAME
     return pages
+
+
+def page_of(image: Image, page: int) -> bytes:
+    low, high = (min(max(at * _files.PAGE - image.offset, 0), image.size) for at in (page, page + 1))
+    # What an image has not is zero, before it and after it.
+    missing = max(image.offset - page * _files.PAGE, 0)
+    with memoryview(image) as view:
+        return (bytes(missing) + view[low:high]).ljust(_files.PAGE, b"\0")
 
 
 def mark(marks: bytearray, runs: Iterable[tuple[int, int]]) -> None:

@@ -37,6 +37,13 @@ def sparse(size, places, offset=0):
                               for place in places], size, offset)
 
 
+def blocks(delta):
+    """What a delta does to each page. Where the host's are larger its own ranges may hold pages of zeros."""
+    return {at + i: part if part is None or any(part) else None
+            for at, size, data in delta.pieces() for i in range(0, size, PAGE)
+            for part in [None if data is None else bytes(data[i:i + PAGE])]}
+
+
 @pytest.fixture
 def image():
     return sparse(5 * GROUP, [0, PAGE, 3 * PAGE, GROUP, 3 * GROUP + 5 * PAGE])
@@ -111,8 +118,8 @@ def test_a_delta_comes_back_as_it_was_saved(tmp_path_factory, size, contents, ch
             path = tmp_path_factory.mktemp("there") / "delta"
             delta.save(path)
             back = Delta.open(path)
-            assert back == delta
-            assert (back.target, back.size, back.base_size) == (delta.target, delta.size, delta.base_size)
+            assert blocks(back) == blocks(delta)
+            assert (back.base, back.target, back.size, back.base_size) == (delta.base, delta.target, delta.size, delta.base_size)
             assert before.apply(back) == mem.snapshot()
 
 
@@ -122,7 +129,7 @@ def test_a_file_can_be_named_in_any_way_that_python_knows(tmp_path, image, delta
         image.save(name)
         assert Image.open(name) == image
         delta.save(name)
-        assert Delta.open(name) == delta
+        assert blocks(Delta.open(name)) == blocks(delta)
     with pytest.raises(TypeError):
         image.save(7.5)
 
@@ -691,7 +698,7 @@ def test_ten_thousand_mutations_never_crash_never_cost_and_never_yield_wrong_byt
             if kind == "delta":
                 found = Delta.open(path, max_size=1 << 24)
                 # A delta has no digest of its own: with every checksum made anew it is another delta.
-                right = found == delta or harm[:HEADER] != data[:HEADER]
+                right = blocks(found) == blocks(delta) or harm[:HEADER] != data[:HEADER]
             else:
                 found = Image.open(path, verify=True, max_size=1 << 24)
                 right = found == image and bytes(found) == bytes(image)
@@ -731,7 +738,7 @@ def test_a_page_that_became_zero_takes_no_space_in_a_delta(tmp_path, image):
         delta = image.diff(mem)
     delta.save(tmp_path / "delta")
     assert (tmp_path / "delta").stat().st_size == GROUP + 3 * 16
-    assert Delta.open(tmp_path / "delta").zeros == delta.zeros
+    assert blocks(Delta.open(tmp_path / "delta")) == blocks(delta)
 
 
 def test_a_chain_of_saved_deltas_leads_to_the_last_snapshot(tmp_path, image):
