@@ -91,6 +91,10 @@ class Delta:
             raise ValueError(f"later must start from what this delta leads to ({self.size} bytes, digest"
                              f" {self.target}), and starts from {later.base_size} bytes, digest {later.base}")
         over = list(later.pieces())
+        # What the memory in between has not, and the base and what comes out have, is zero in the end.
+        lost = min(self.base_size, later.size) - self.size
+        if lost > 0:
+            over = sorted([*_outside([(self.size, lost, None)], over, later.size), *over], key=lambda piece: piece[0])
         pieces = sorted([*_outside(self.pieces(), over, later.size), *over], key=lambda piece: piece[0])
         ranges: list[tuple[int, int]] = []
         zeros: list[tuple[int, int]] = []

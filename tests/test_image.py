@@ -493,6 +493,18 @@ def test_deltas_that_do_not_follow_one_another_do_not_compose():
     assert (a.diff(b) | b.diff(c)).target == c.digest
 
 
+def test_bytes_that_were_cut_off_in_between_are_zero_when_deltas_are_composed():
+    a, b = Image.from_bytes(b"a" * 3 * PAGE), Image.from_bytes(b"a" * PAGE)
+    for end in (bytes(2 * PAGE), bytes(PAGE) + b"c" * PAGE, b"c" * PAGE + bytes(PAGE), b"c" * PAGE):
+        c = Image.from_bytes(b"a" * PAGE + end)
+        both = a.diff(b) | b.diff(c)
+        if c.size == a.size:
+            assert a.apply(both) == c
+        else:
+            assert both.size == c.size
+            assert (both.ranges, both.zeros) == (((PAGE, PAGE),), ())
+
+
 step = st.one_of(
     st.tuples(st.just("write"), st.integers(0, 1 << 20), st.binary(min_size=1, max_size=3 * PAGE)),
     st.tuples(st.just("zero"), st.integers(0, 1 << 20), st.integers(1, 4 * PAGE)),
