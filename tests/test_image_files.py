@@ -119,7 +119,8 @@ def test_a_delta_comes_back_as_it_was_saved(tmp_path_factory, size, contents, ch
             delta.save(path)
             back = Delta.open(path)
             assert blocks(back) == blocks(delta)
-            assert (back.base, back.target, back.size, back.base_size) == (delta.base, delta.target, delta.size, delta.base_size)
+            for name in ("base", "base_size", "size", "target"):
+                assert getattr(back, name) == getattr(delta, name)
             assert before.apply(back) == mem.snapshot()
 
 
