@@ -112,6 +112,7 @@ cdef void unlock(word* lock) noexcept nogil
 cdef void drop_object(PyObject* object) noexcept nogil
 cdef bint python_is_ending() noexcept nogil
 cdef int check_size(object value, str name, size_t* out) except -1
+cdef int check_flag(object value, str name) except -1
 cdef object wrap(memory* m)
 
 
@@ -119,6 +120,8 @@ cdef class NativeCreator:
     cdef object __weakref__
     # 0 and *out holds one reference, or a code and nothing is left behind.
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil
+    cdef int fill_spec(self, memory_spec* spec, ty, minimum, maximum, reserved_size_in_bytes,
+                       guard_size_in_bytes) except -1
     cdef object make_checked(self, const memory_spec* spec, str guard_name)
 
 

@@ -578,6 +578,11 @@ cdef class NativeCreator:
             The creator's own bound refused.
         """
         cdef memory_spec spec
+        self.fill_spec(&spec, ty, minimum, maximum, reserved_size_in_bytes, guard_size_in_bytes)
+        return self.make_checked(&spec, "guard_size_in_bytes")
+
+    cdef int fill_spec(self, memory_spec* spec, ty, minimum, maximum, reserved_size_in_bytes,
+                       guard_size_in_bytes) except -1:
         check_size(minimum, "minimum", &spec.minimum)
         check_optional_size(maximum, "maximum", &spec.maximum)
         check_optional_size(reserved_size_in_bytes, "reserved_size_in_bytes", &spec.reservation)
@@ -591,7 +596,7 @@ cdef class NativeCreator:
             raise TypeError(f"ty must be a MemoryType, got {type(ty).__name__}") from None
         if spec.page_size != 1 and spec.page_size != 65536:
             raise ValueError(f"ty.page_size must be 1 or 65536, got {spec.page_size}")
-        return self.make_checked(&spec, "guard_size_in_bytes")
+        return 0
 
     def create(self, minimum, maximum=None, reserve=None, guard=None):
         """Make a memory for Python; `linmem.create` says what each argument means (all in bytes)."""
