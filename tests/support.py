@@ -201,6 +201,13 @@ def check_fresh(mem, minimum: int) -> None:
     assert ctypes.string_at(info.base, info.committed).count(0) == info.committed, "a byte of someone else"
 
 
+def resident_within(start: int, end: int) -> int:
+    """Bytes of [start, end) that are in physical memory, whatever their protection: mincore(2)."""
+    vector = (ctypes.c_ubyte * ((end - start) // REAL_PAGE))()
+    assert LIBC.mincore(ctypes.c_void_p(start), ctypes.c_size_t(end - start), vector) == 0
+    return sum(byte & 1 for byte in vector) * REAL_PAGE
+
+
 # AddressSanitizer keeps terabytes inaccessible below here, and takes from them whenever it allocates.
 SANITIZER_END = 0x640000000000 if "libasan" in os.environ.get("LD_PRELOAD", "") else 0
 
