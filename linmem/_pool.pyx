@@ -735,8 +735,8 @@ cdef class PoolingCreator(NativeCreator):
         try:
             minimum = ty.minimum * ty.page_size
             maximum = None if ty.maximum is None else ty.maximum * ty.page_size
-            if maximum is None and ty.is_64:
-                maximum = 2**64 - 65536         # what wasmtime says for "none"
+            if maximum is None:                 # what wasmtime says then
+                maximum = 2**64 - ty.page_size if ty.is_64 else 2**32
         except (AttributeError, TypeError):
             raise TypeError(f"ty must be a MemoryType, got {type(ty).__name__}") from None
         self.fill_spec(&spec, ty, minimum, maximum, reserved_size_in_bytes, guard_size_in_bytes)
@@ -760,6 +760,10 @@ cdef class PoolingCreator(NativeCreator):
                         break
                     made += 1
                 taken += 1
+            acquire(&p.lock)        # nobody has asked for these yet
+            p.hits -= taken - made
+            p.misses -= made
+            unlock(&p.lock)
             while taken:
                 taken -= 1
                 memory_release(memories[taken])
