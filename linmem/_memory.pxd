@@ -84,6 +84,7 @@ cdef struct memory:
     bint is_shared
     bint protected_pages        # protect() was used: pages differ, so the mapping cannot move as one
     bint moved                  # the mapping has moved once: what it grew since is a second mapping
+    bint huge_pages             # the OS was asked for them; a decommit may have made it forget
     bint growth_is_watched      # a hook has before_grow or after_grow
     memory* registry_next       # the bridge's table of memories that wasmtime holds
 
