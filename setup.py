@@ -27,6 +27,7 @@ extensions = [
     Extension("linmem._adaptors", ["linmem/_adaptors.pyx"]),
     Extension("linmem._bridge", ["linmem/_bridge.pyx"]),
     Extension("linmem.bench._raw", ["bench/_raw.pyx"]),
+    Extension("linmem.bench._loops", ["bench/_loops.pyx"]),
 ]
 directives = {
     "language_level": 3,
