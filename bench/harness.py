@@ -80,11 +80,11 @@ class Group:
     goals: tuple[Goal, ...]
     note: str = ""
     operations: int | None = None       # in one run; None: calibrated
-    most: int = 1 << 20                 # operations in one run
+    least: int = 1                      # operations in one run, and at most:
+    most: int = 1 << 20
     share: float = 1.0                  # of the rounds: less where runs are long, more where a goal is tight
     alike: bool = True                  # all do as many operations in a run as linmem; else each has its own number
     disturbances: Callable[[], int] | None = None       # counts what spoils a run; None: `preemptions`
-    run_ns: int | None = None           # how long a run shall take, whatever the suite says
     table: str = ""                     # the title of a table of times that the group is a line of
 
 
@@ -168,13 +168,12 @@ def measure(group: Group, rounds: int, target_ns: int, tick: Callable[[], object
         for _ in range(rounds):
             tick()
         return series
-    target_ns = group.run_ns or target_ns
     alike = group.operations
     for s in able:
         if s.contender.operations:
             s.operations = s.contender.operations
         else:
-            s.operations = alike or calibrate(s.run, target_ns, group.most)
+            s.operations = alike or max(group.least, calibrate(s.run, target_ns, group.most))
             if group.alike:
                 alike = s.operations
     with quiet():

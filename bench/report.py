@@ -19,10 +19,16 @@ from linmem._os import pages as _pages
 from linmem.bench.harness import P10, SPEED, TIME, Result, Row
 
 GOOD, BAD, PLAIN, INK, FAINT = "#1a7f5a", "#c0392b", "#5b6b7b", "#22303c", "#6b7785"      # of the picture
-# linmem is green wherever it is; the others take these in turn.
-OURS = {"linmem": "#1a7f5a", "plain": "#7cc4a6", "adaptive": "#1a7f5a", "two threads": "#1a7f5a"}
-OTHERS = ("#2d4a7c", "#d98324", "#7a5ba8", "#3e93b8", "#c9629a", "#9a8a3c", "#5d7f9e", "#8d6e63", "#c0392b")
-SHAPES = "sDv^<>PXp"
+# A family of contenders has one hue: linmem is green, wasmtime's pooling purple. (color, shape, size)
+STYLES = {
+    "linmem": ("#1a7f5a", "o", 11), "adaptive": ("#1a7f5a", "o", 11), "two threads": ("#1a7f5a", "o", 11),
+    "plain": ("#79c5a5", "o", 8.5), "default": ("#22456f", "s", 8), "one thread": ("#22456f", "s", 8),
+    "discard": ("#22456f", "s", 8), "zero": ("#d98324", "D", 7), "ctypes": ("#c0392b", "X", 8.5),
+    "pooling": ("#5b3f8f", "D", 7.5),
+}
+MORE_STYLES = tuple(zip(("#8e6fc0", "#6f7fd0", "#a85fb0", "#4f9fc9", "#b58ad6", "#7b93a8", "#c77fae", "#8a8f3c"),
+                        "v^<>PpdH", strict=True))
+WIDE = 100          # columns of a terminal, from which on the quartiles have room too
 HEADINGS = {TIME: "linmem's time over the other's, less is better",
             SPEED: "times faster than the other, more is better"}
 
@@ -121,6 +127,11 @@ def bound(row: Row) -> str:
     return "" if row.goal is None else f"{'<=' if row.sense == TIME else '>='} {row.goal:g} x"
 
 
+def sentence(text: str) -> str:
+    """With a capital, but for the name, which has none."""
+    return text if text.startswith("linmem") else text[0].upper() + text[1:]
+
+
 def microseconds(ns: float | None) -> str:
     if ns is None:
         return "-"
@@ -155,10 +166,24 @@ def tables(results: list[Result]) -> list[Times]:
     return found
 
 
-def reasons(results: list[Result]) -> dict[str, str]:
-    """Why a contender did not run, by what it is."""
-    return {s.contender.what: s.unavailable for result in results for s in result.series
-            if s.unavailable and not any(s.contender.key == other.contender.less for other in result.series)}
+def reasons(results: list[Result]) -> dict[str, list[str]]:
+    """Why contenders did not run, and which: by what they are, or where they ran elsewhere, by their group."""
+    everywhere: dict[str, bool] = {}
+    for s in (s for result in results for s in result.series):
+        everywhere[s.contender.what] = everywhere.get(s.contender.what, True) and s.unavailable is not None
+    found: dict[str, dict[str, None]] = {}
+    for result in results:
+        taken_off = {s.contender.less for s in result.series}
+        for s in result.series:
+            if s.unavailable and s.contender.key not in taken_off:
+                name = s.contender.what if everywhere[s.contender.what] else result.group.operation
+                found.setdefault(s.unavailable, {})[name] = None
+    return {why: list(names) for why, names in found.items()}
+
+
+def in_a_row(row: Row, told: dict[str, list[str]]) -> str:
+    """The verdict, without a reason that is told elsewhere."""
+    return "not measured" if row.unavailable in told else verdict(row)
 
 
 def show(results: list[Result], about: About) -> None:
@@ -177,8 +202,9 @@ def show(results: list[Result], about: About) -> None:
         for what, figures in times_table.lines:
             table.add_row(Text(what), *map(microseconds, figures))
         console.print(table)
-    for what, why in reasons(results).items():
-        console.print(Text(f"{what}: {why}", "dim"))
+    told = reasons(results)
+    for why, names in told.items():
+        console.print(Text(f"not measured: {'; '.join(names)}: {why}", "dim"))
 
     rows = [row for result in results for row in result.rows]
     senses = [sense for sense in HEADINGS if any(row.sense == sense for row in rows)]
@@ -186,7 +212,8 @@ def show(results: list[Result], about: About) -> None:
         table = Table(title=f"linmem bench: {HEADINGS[sense]}", box=box.SIMPLE_HEAD, title_justify="left")
         table.add_column("operation", ratio=3)
         table.add_column("against", ratio=3)
-        for heading in ("ratio", "quartiles", "at best", "goal"):
+        wide = console.width >= WIDE
+        for heading in ("ratio", *["quartiles"] * wide, "at best", "goal"):
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("verdict")
         for result in results:
@@ -196,8 +223,8 @@ def show(results: list[Result], about: About) -> None:
                 median, best = (Text(times(ratio), style if row.by == by else "dim")
                                 for by, ratio in (("median", row.ratio_median), (P10, row.ratio_p10)))
                 same = i > 0 and of_sense[i - 1].operation == row.operation
-                table.add_row(Text("" if same else row.operation), Text(row.against), median, spread(row), best,
-                              bound(row), Text(verdict(row), style), end_section=row is of_sense[-1])
+                table.add_row(Text("" if same else row.operation), Text(row.against), median, *[spread(row)] * wide,
+                              best, bound(row), Text(in_a_row(row, told), style), end_section=row is of_sense[-1])
         console.print(table)
     for note, keys in notes(results).items():
         console.print(Text(f"{', '.join(keys)}: {note}", "dim"))
@@ -277,13 +304,14 @@ def markdown(results: list[Result], about: About) -> Iterator[str]:
     yield f"{in_short(about.machine)}; {about.rounds} rounds{'; --quick: a look, not a figure' if about.quick else ''}."
     for table in tables(results):
         yield ""
-        yield f"{table.title[0].upper()}{table.title[1:]}, microseconds at best:"
+        yield f"{sentence(table.title)}, microseconds at best:"
         yield ""
         yield from lines(["", *table.columns], "-" + ":" * len(table.columns),
                          [[what, *map(microseconds, figures)] for what, figures in table.lines])
-    for what, why in reasons(results).items():
+    told = reasons(results)
+    for why, names in told.items():
         yield ""
-        yield f"Not measured: {what} ({why})."
+        yield f"Not measured: {'; '.join(names)} ({why})."
     for sense, heading in HEADINGS.items():
         found = []
         for result in results:
@@ -292,18 +320,16 @@ def markdown(results: list[Result], about: About) -> Iterator[str]:
                 if row.sense != sense:
                     continue
                 key = f"`{row.key.split('/')[0]}`"
-                strong = ["**" if row.holds is not None and row.by == by else "" for by in ("median", P10)]
-                found.append(["" if key == last else key, row.against,
-                              *(f"{mark}{times(ratio)}{mark}" if ratio is not None else ""
-                                for mark, ratio in zip(strong, (row.ratio_median,), strict=False)),
-                              spread(row), f"{strong[1]}{times(row.ratio_p10)}{strong[1]}" if row.ratio_p10 else "",
-                              bound(row), verdict(row)])
+                median, best = (f"**{times(ratio)}**" if row.holds is not None and row.by == by else times(ratio)
+                                for by, ratio in (("median", row.ratio_median), (P10, row.ratio_p10)))
+                found.append(["" if key == last else key, row.against, median, spread(row), best, bound(row),
+                              in_a_row(row, told)])
                 last = key
         if found:
             yield ""
-            yield f"{heading[0].upper()}{heading[1:]}:"
+            yield f"{sentence(heading)}:"
             yield ""
-            yield from lines(["row", "against", "ratio", "quartiles", "at best", "goal", ""], "--:::::"[:6] + "-", found)
+            yield from lines(["row", "against", "ratio", "quartiles", "at best", "goal", ""], "--::::-", found)
 
 
 def lines(head: list[str], align: str, body: list[list[str]]) -> Iterator[str]:
@@ -361,14 +387,14 @@ def label_ticks(axes, left: float, right: float, unit: str) -> None:
 
 
 def band(axes, at: int) -> None:
-    axes.axhspan(at - 0.5, at + 0.5, color="#f5f7f9", zorder=0, linewidth=0)
+    axes.axhspan(at - 0.5, at + 0.5, color="#f7f9fa", zorder=0, linewidth=0)
 
 
 def draw_times(axes, title: str, results: list[Result]) -> None:
     """A line for each group, and on it a mark for each contender."""
     of_groups = [result for result in results if result.group.table == title]
-    colors = iter(zip(OTHERS, SHAPES, strict=True))
-    styles: dict[str, tuple[str, str]] = {}
+    more = iter(MORE_STYLES)
+    styles: dict[str, tuple[str, str, float]] = {}
     low, high = math.inf, 0.0
     for at, result in enumerate(of_groups):
         if at % 2 == 0:
@@ -378,17 +404,14 @@ def draw_times(axes, title: str, results: list[Result]) -> None:
             key = s.contender.key
             if key in {other.contender.less for other in result.series} or s.why_not():
                 continue
-            ours = key in OURS
+            label = None
             if key not in styles:
-                styles[key] = (OURS[key], "o") if ours else next(colors)
+                styles[key] = STYLES[key] if key in STYLES else (*next(more), 7)
                 label = s.contender.what
-            else:
-                label = None
-            color, shape = styles[key]
+            color, shape, size = styles[key]
             figures.append(s.p10() / 1000)
-            axes.plot(figures[-1], at, shape, color=color, markersize=10.5 if ours else 7.5, markeredgecolor="white",
-                      markeredgewidth=1.2, zorder=6 if ours else 5, label=label, alpha=1 if ours else 0.88,
-                      linestyle="none")
+            axes.plot(figures[-1], at, shape, color=color, markersize=size, markeredgecolor="white", label=label,
+                      markeredgewidth=1.2, zorder=5 + size / 20, linestyle="none")
         if figures:
             axes.plot([min(figures), max(figures)], [at, at], color="#c3ccd5", linewidth=1.4, zorder=2)
             low, high = min(low, *figures), max(high, *figures)
@@ -397,7 +420,7 @@ def draw_times(axes, title: str, results: list[Result]) -> None:
     label_ticks(axes, low / 1.4, high * 1.4, "µs")
     axes.set_ylim(len(of_groups) - 0.5, -0.5)
     axes.set_yticks(range(len(of_groups)), [result.group.operation for result in of_groups], fontsize=9)
-    axes.set_title(f"{title[0].upper()}{title[1:]}  (at best, logarithmic, left is better)", loc="left", fontsize=10.5,
+    axes.set_title(f"{sentence(title)}  (at best, logarithmic, left is better)", loc="left", fontsize=10.5,
                    color=INK, pad=10, fontweight="bold")
     if styles:
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8.4, labelcolor=INK,
@@ -437,7 +460,7 @@ def draw_ratios(axes, rows: list[Row]) -> None:
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_yticks(range(len(rows)), [f"{row.operation}\nvs {row.against}" for row in rows], fontsize=8.6,
                     linespacing=1.25)
-    axes.set_title(f"{HEADINGS[sense][0].upper()}{HEADINGS[sense][1:]}", loc="left", fontsize=10.5, color=INK, pad=10,
+    axes.set_title(sentence(HEADINGS[sense]), loc="left", fontsize=10.5, color=INK, pad=10,
                    fontweight="bold")
     ways = {row.by for row in rows}
     dot, triangle = ("ratio of p10", "median") if ways == {P10} else ("median", "ratio of p10")

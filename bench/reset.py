@@ -19,7 +19,8 @@ STEP = 64 * KIB
 SPACE = 4 * GIB
 SEED = 20_240_229
 USES, QUICK_USES = 512, 64
-LARGE = 4096                # pages; with more, a run has half as many uses
+PERIOD = 16                 # uses after which every pattern has shown all that it does
+LARGE = 4096                # pages; with more, a run has half as many uses, and one period where all is zeroed
 # So much stays resident in each of the three pools: what is compared is the ways, not their bounds.
 KEEP = GIB
 SIMPLE = ("discard", "zero")
@@ -136,8 +137,8 @@ PATTERNS = {
     "same": "the same pages in every use",
     "redrawn": "other pages in every use",
     "alternating": "two sets of pages, taking turns",
-    "bursty": "the same pages, and in each sixteenth use eight times as many, drawn anew",
-    "80-20": "four of five touches go to a fifth of the pages, drawn anew",
+    "bursty": f"the same pages, and in each {PERIOD}th use eight times as many, drawn anew",
+    "80-20": "so many touches in every use, four of five of them to a fifth of the pages",
 }
 CASES = tuple(Case(pattern, dirty, total, AGAINST_DISCARD.get((dirty, total)) if pattern == "same" else None)
               for pattern in PATTERNS for dirty, total in SIZES)
@@ -146,10 +147,11 @@ NEVER_WORSE = 0.85
 
 def in_c(case: Case, uses: int) -> Group:
     size = case.total * _pages.describe()["page_size"]
-    n = uses // 2 if case.total > LARGE else uses
+    large = case.total > LARGE
+    n = uses // 2 if large else uses
     draws = functools.cache(lambda: draw(case, n))      # one sequence for all three
 
-    def contender(reset: str, what: str, operations: int | None) -> Contender:
+    def contender(reset: str, what: str, operations: int) -> Contender:
         def make() -> Run:
             creator = pool(reset=reset, keep_resident=KEEP)
             touches, ends = draws()
@@ -159,11 +161,11 @@ def in_c(case: Case, uses: int) -> Group:
 
     return Group(
         f"{case.pattern}_{case.dirty}_of_{case.total}", f"{case.pattern}: {case.dirty} of {case.total} pages",
-        (contender("adaptive", "adaptive", n), contender("discard", "discard everything", None),
-         contender("zero", "zero everything", None)),
+        (contender("adaptive", "adaptive", n), contender("discard", "discard everything", n),
+         contender("zero", "zero everything", PERIOD if large else n)),
         (Goal("discard", case.discard, sense=SPEED, by=P10, drawn=case.discard is not None),
          Goal(SIMPLE, NEVER_WORSE, sense=SPEED, by=P10, called="better_simple", drawn=False)),
-        PATTERNS[case.pattern], alike=False, most=n, table="use + reset in a C loop, by the pool's way to reset")
+        PATTERNS[case.pattern], table="use + reset in a C loop, by the pool's way to reset")
 
 
 def draw(case: Case, uses: int):
@@ -172,8 +174,8 @@ def draw(case: Case, uses: int):
 
     random = np.random.default_rng([SEED, case.dirty, case.total, list(PATTERNS).index(case.pattern)])
 
-    def some(count: int, first: int = 0, last: int = case.total):
-        return random.choice(last - first, min(count, last - first), replace=False) + first
+    def some(count: int):
+        return random.choice(case.total, min(count, case.total), replace=False)
 
     fixed, other = some(case.dirty), some(case.dirty)
     hot = max(1, case.total // 5)
@@ -186,10 +188,11 @@ def draw(case: Case, uses: int):
         elif case.pattern == "alternating":
             pages = other if use % 2 else fixed
         elif case.pattern == "bursty":
-            pages = some(8 * case.dirty) if use % 16 == 15 else fixed
+            pages = some(8 * case.dirty) if use % PERIOD == PERIOD - 1 else fixed
         else:
-            often = max(1, round(case.dirty * 0.8))
-            pages = np.concatenate([some(often, 0, hot), some(case.dirty - often, hot)])
+            often = round(case.dirty * 0.8)
+            pages = np.concatenate([random.integers(0, hot, often),
+                                    random.integers(hot, case.total, case.dirty - often)])
         drawn.append(pages)
     ends = np.cumsum([len(pages) for pages in drawn], dtype=np.uint64)
     return np.concatenate(drawn).astype(np.uint64) * np.uint64(_pages.describe()["page_size"]), ends
