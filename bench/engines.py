@@ -28,7 +28,7 @@ EVERYTHING = 1 << 62
 # many ends the process.
 BOUNDS = {"total_core_instances": 16, "total_memories": 16, "total_tables": 16, "total_stacks": 1,
           "total_gc_heaps": 16, "total_component_instances": 1}
-BOUNDED_SPACE = TIB
+BOUNDED_SPACE = 256 * GIB
 UNBOUNDED_SPACE = 16 * TIB
 UNBOUNDED_MAPPINGS = 8192
 
@@ -96,7 +96,7 @@ def check_room(space: int, mappings: int) -> None:
     floor = _pages.describe()
     left, most = floor["address_space_left"], floor["limits"].get("vm.max_map_count")
     if left < space:
-        raise Unavailable(f"a pooling engine takes up to {space >> 40} TiB of addresses: {left >> 30} GiB are left")
+        raise Unavailable(f"such an engine takes up to {space >> 30} GiB of addresses: {left >> 30} GiB are left")
     if most is not None and most < mappings:
         raise Unavailable(f"such an engine takes thousands of mappings: vm.max_map_count is {most}")
 

@@ -109,6 +109,9 @@ class Series:
     def rounds(self) -> list[float]:
         return [a - b for a, b in zip(self.ns, self.base.ns, strict=True)] if self.base else self.ns
 
+    def timed(self) -> bool:
+        return bool(self.ns) and (self.base is None or bool(self.base.ns))
+
     def why_not(self) -> str | None:
         """Why there is no time to compare with."""
         if self.unavailable or (self.base and self.base.unavailable):

@@ -28,6 +28,7 @@ STYLES = {
 }
 MORE_STYLES = tuple(zip(("#8e6fc0", "#6f7fd0", "#a85fb0", "#4f9fc9", "#b58ad6", "#7b93a8", "#c77fae", "#8a8f3c"),
                         "v^<>PpdH", strict=True))
+MANY = 20           # rows in a picture, beyond which those without a goal are left to the tables
 WIDE = 100          # columns of a terminal, from which on the quartiles have room too
 HEADINGS = {TIME: "linmem's time over the other's, less is better",
             SPEED: "times faster than the other, more is better"}
@@ -267,8 +268,8 @@ def write_json(path: str, results: list[Result], about: About) -> None:
                 "operations_per_run": s.operations,
                 "disturbed_rounds": s.disturbed,
                 "less": s.contender.less or None,
-                "ns_p10": s.p10() if s.ns else None,
-                "ns_median": s.median() if s.ns else None,
+                "ns_p10": s.p10() if s.timed() else None,
+                "ns_median": s.median() if s.timed() else None,
                 "ns": s.ns,
             } for s in result.series],
         } for result in results if result.series],
@@ -348,7 +349,7 @@ def draw(path: str, results: list[Result], about: About) -> None:
     from matplotlib.figure import Figure
 
     rows = [row for result in results for row in result.rows if row.judged() is not None and row.drawn]
-    if any(result.group.table for result in results):
+    if len(rows) > MANY:
         rows = [row for row in rows if row.goal is not None]
     panels = [(0.9 + 0.42 * len({result.group.key for result in results if result.group.table == table.title}),
                lambda axes, table=table: draw_times(axes, table.title, results)) for table in tables(results)]

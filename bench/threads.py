@@ -12,7 +12,7 @@ import linmem
 from linmem._os import pages as _pages
 from linmem.bench import _loops, _raw, engines, wasm
 from linmem.bench.engines import DEFAULT, KIB, LINMEM_POOL, Engines, Setting, pool
-from linmem.bench.harness import P10, SPEED, Contender, Goal, Group, Result, Run, clock, preemptions
+from linmem.bench.harness import P10, SPEED, Contender, Goal, Group, Result, Row, Run, clock, preemptions
 
 ROUNDS = 25
 RUN_NS, QUICK_RUN_NS = 8_000_000, 1_500_000
@@ -94,7 +94,7 @@ class Spoilt:
 
 
 def on_threads(loop: Loop, workers: int, spoilt: Spoilt) -> Run:
-    """A run in which each worker does its part of n operations, from the first one's beginning to the last one's end."""
+    """A run in which each worker does its part of n operations: from the first one's start to the last one's end."""
     def run(n: int) -> int:
         part = -(-n // workers)
         spans, preempted = together(loop, part, workers)
@@ -140,5 +140,8 @@ def conclude(results: list[Result]) -> list[Result]:
     if control.ratio_p10 is None or control.ratio_p10 >= CONTROL:
         return results
     why = f"the control scales only {control.ratio_p10:.2f} x here"
-    return [replace(result, rows=[row if row.goal is None else replace(row, holds=None, unavailable=row.unavailable or why)
-                                  for row in result.rows]) for result in results]
+    return [replace(result, rows=[unjudged(row, why) for row in result.rows]) for result in results]
+
+
+def unjudged(row: Row, why: str) -> Row:
+    return row if row.goal is None else replace(row, holds=None, unavailable=row.unavailable or why)
