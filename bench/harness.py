@@ -253,10 +253,13 @@ def compare(group: Group, series: list[Series]) -> Iterator[Row]:
     by_key = {s.contender.key: s for s in series}
     for goal in group.goals:
         ours = by_key[goal.ours] if goal.ours else series[0]
-        other = fastest([by_key[key] for key in ([goal.against] if isinstance(goal.against, str) else goal.against)])
+        others = [by_key[key] for key in ([goal.against] if isinstance(goal.against, str) else goal.against)]
+        other = fastest(others)
+        able = sum(s.why_not() is None for s in others)
         name = goal.called or other.contender.key
         row = {"key": "/".join(filter(None, (group.key, goal.ours, name))), "operation": group.operation,
-               "ours": ours.contender.what, "against": other.contender.what, "goal": goal.bound,
+               "ours": ours.contender.what, "goal": goal.bound,
+               "against": other.contender.what + (f" (best of {able})" if able > 1 else ""),
                "sense": goal.sense, "by": goal.by, "note": group.note, "drawn": goal.drawn}
         missing = ours.why_not() or other.why_not()
         if missing:

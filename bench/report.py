@@ -286,7 +286,7 @@ def marks(suite: str) -> tuple[str, str]:
 def write_markdown(path: str, results: list[Result], about: About) -> None:
     """Write the tables, and leave alone what stands around the suite's marks."""
     begin, end = marks(about.suite)
-    text = "\n".join([begin, *markdown(results, about), end])
+    text = "\n".join([begin, "", *markdown(results, about), "", end])
     try:
         with open(path, encoding="utf-8") as there:
             old = there.read()

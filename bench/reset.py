@@ -10,6 +10,7 @@ from itertools import repeat
 import linmem
 from linmem._os import pages as _pages
 from linmem.bench import _loops
+from linmem.bench.core import make_raw_create
 from linmem.bench.engines import GIB, KIB, pool
 from linmem.bench.harness import P10, SPEED, Contender, Goal, Group, Result, Row, Run, clock, together
 
@@ -45,9 +46,10 @@ def bare(touched: bool) -> Group:
          Contender("bytearray", "bytearray", functools.partial(make_arrays, lambda: bytearray, page, ones, touched)),
          Contender("numpy", "numpy.zeros", functools.partial(make_arrays, numpy_zeros, page, ones, touched)),
          Contender("plain", "linmem without a pool",
-                   functools.partial(make_memories, linmem.MmapCreator, page, ones, touched))),
+                   functools.partial(make_memories, linmem.MmapCreator, page, ones, touched)),
+         *([] if touched else [Contender("c", "linmem's system calls from a C loop", make_raw_create)])),
         (Goal("mmap", 0.06 if touched else 0.2, by=P10), Goal("bytearray", None, by=P10),
-         Goal("numpy", None, by=P10), Goal("plain", None, by=P10)),
+         Goal("numpy", None, by=P10), Goal("plain", None, by=P10), *([] if touched else [Goal("c", None, by=P10)])),
         "made, touched through a memoryview where it says so, closed; bytearray and numpy have neither guards nor"
         " room to grow")
 

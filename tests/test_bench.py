@@ -558,7 +558,7 @@ def test_of_several_contenders_the_fastest_of_this_run_is_the_one_to_beat():
         (harness.Goal(("b", "c", "x"), 2.5, sense=SPEED, by=P10, called="best"),
          harness.Goal(("x",), 1, sense=SPEED, called="none")), operations=1)
     best, none = harness.compare(group, harness.measure(group, 2, 0, lambda: None))
-    assert (best.key, best.against, best.ratio_p10, best.holds) == ("g/best", "c", 2.0, False)
+    assert (best.key, best.against, best.ratio_p10, best.holds) == ("g/best", "c (best of 2)", 2.0, False)
     assert (none.key, none.unavailable, none.holds) == ("g/none", "no", None)
 
 
