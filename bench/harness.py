@@ -257,7 +257,8 @@ def compare(group: Group, series: list[Series]) -> Iterator[Row]:
         other = fastest(others)
         able = sum(s.why_not() is None for s in others)
         name = goal.called or other.contender.key
-        row = {"key": "/".join(filter(None, (group.key, goal.ours, name))), "operation": group.operation,
+        row = {"key": "/".join(filter(None, (group.key, goal.ours, name))),
+               "operation": group.operation + (f", {ours.contender.what}" if goal.ours else ""),
                "ours": ours.contender.what, "goal": goal.bound,
                "against": other.contender.what + (f" (best of {able})" if able > 1 else ""),
                "sense": goal.sense, "by": goal.by, "note": group.note, "drawn": goal.drawn}

@@ -320,7 +320,7 @@ def markdown(results: list[Result], about: About) -> Iterator[str]:
             for row in result.rows:
                 if row.sense != sense:
                     continue
-                key = f"`{row.key.split('/')[0]}`"
+                key = f"`{row.key.rpartition('/')[0]}`"
                 median, best = (f"**{times(ratio)}**" if row.holds is not None and row.by == by else times(ratio)
                                 for by, ratio in (("median", row.ratio_median), (P10, row.ratio_p10)))
                 found.append(["" if key == last else key, row.against, median, spread(row), best, bound(row),

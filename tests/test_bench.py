@@ -146,7 +146,7 @@ def test_the_markdown_has_every_row_between_the_marks_of_its_suite(quick_run):
     body = [line for line in text.splitlines() if line.count("|") == 8 and not line.startswith(("| row ", "|---"))]
     assert len(body) == len(figures["rows"])
     for row in figures["rows"]:
-        assert f"`{row['key'].split('/')[0]}`" in text
+        assert f"`{row['key'].rpartition('/')[0]}`" in text
         assert row["against"] in text
 
 
@@ -546,6 +546,14 @@ def test_what_another_contender_costs_is_taken_off_before_times_are_compared():
     measured, nothing_left = harness.compare(group, series)
     assert (measured.ratio_p10, measured.ratio_median, measured.holds) == (5.0, 5.0, True)
     assert nothing_left.unavailable == "what is left is less than the noise"
+
+
+def test_a_row_whose_subject_is_not_the_first_contender_says_so():
+    group = harness.Group("g", "operation", (contender("a", 10), contender("b", 30), contender("c", 60)),
+                          (harness.Goal("c", None), harness.Goal("c", None, ours="b")), operations=1)
+    first, second = harness.compare(group, harness.measure(group, 2, 0, lambda: None))
+    assert (first.key, first.operation, first.ours) == ("g/c", "operation", "a")
+    assert (second.key, second.operation, second.ours, second.ratio_p10) == ("g/b/c", "operation, b", "b", 0.5)
 
 
 def test_of_several_contenders_the_fastest_of_this_run_is_the_one_to_beat():
