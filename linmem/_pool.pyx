@@ -109,12 +109,12 @@ cdef void measure_costs() noexcept nogil:
     cdef pages.span runs[4]
     cdef size_t n
     cdef size_t offset
-    cdef int i, _, code
+    cdef int _, code
     if costs.fault:
         return
     if pages.reserve(size, &base) == 0:
         if pages.commit(base, size) == 0:
-            for i in range(SAMPLES):
+            for _ in range(SAMPLES):
                 start = pages.clock_ns()
                 offset = 0
                 while offset < size:

@@ -171,7 +171,10 @@ cdef inline bint reset_end(reset_policy* p, const reset_costs* costs, unsigned i
         if p.burst_age <= worth(costs, touched) and p.distrust:
             p.distrust -= 1
         elif p.burst_age <= worth(costs, touched):
+            # Long enough to see whether the next one dirties the same pages.
             p.burst_patience = 4 * p.burst_patience if p.burst_patience else 8
+            if p.burst_patience < 2 * p.burst_age + 2:
+                p.burst_patience = 2 * p.burst_age + 2
             if p.burst_patience > MOST_PATIENCE:
                 p.burst_patience = MOST_PATIENCE
         else:
