@@ -111,12 +111,12 @@ cdef void measure_costs() noexcept nogil:
     cdef pages.span runs[4]
     cdef size_t n
     cdef size_t offset
-    cdef int i, _, code
+    cdef int _, code
     if costs.fault:
         return
     if pages.reserve(size, &base) == 0:
         if pages.commit(base, size) == 0:
-            for i in range(SAMPLES):
+            for _ in range(SAMPLES):
                 start = pages.clock_ns()
                 offset = 0
                 while offset < size:
@@ -183,62 +183,49 @@ cdef void remove_shelf(pool* p, shelf* gone) noexcept nogil:
     link[0] = gone.next
 
 
+cdef inline slot** shelf_of(slot* s, int state) noexcept nogil:
+    return &s.shelf.warm if state == WARM else &s.shelf.cold
+
+
 cdef inline void put_idle(pool* p, slot* s, int state) noexcept nogil:
-    """Warm ones on top and as the newest; cold ones below all others and as the oldest."""
-    cdef slot* last
+    cdef slot** top = shelf_of(s, state)
     s.state = state
     p.resident += s.resident
     if state == WARM:
         p.n_warm += 1
-        s.above = NULL
-        s.below = s.shelf.top
-        s.newer = NULL
-        s.older = p.newest
-        if p.newest != NULL:
-            p.newest.newer = s
-        else:
-            p.oldest = s
-        p.newest = s
-        if s.below != NULL:
-            s.below.above = s
-        s.shelf.top = s
-        return
-    p.n_cold += 1
-    s.older = NULL
-    s.newer = p.oldest
-    if p.oldest != NULL:
-        p.oldest.older = s
     else:
-        p.newest = s
-    p.oldest = s
-    s.below = NULL
+        p.n_cold += 1
     s.above = NULL
-    last = s.shelf.top
-    if last == NULL:
-        s.shelf.top = s
-        return
-    while last.below != NULL:
-        last = last.below
-    last.below = s
-    s.above = last
+    s.below = top[0]
+    if s.below != NULL:
+        s.below.above = s
+    top[0] = s
+    s.newer = NULL
+    s.older = p.newest[state]
+    if s.older != NULL:
+        s.older.newer = s
+    else:
+        p.oldest[state] = s
+    p.newest[state] = s
 
 
 cdef inline void take_idle(pool* p, slot* s) noexcept nogil:
+    cdef int state = s.state
     if s.above != NULL:
         s.above.below = s.below
     else:
-        s.shelf.top = s.below
+        shelf_of(s, state)[0] = s.below
     if s.below != NULL:
         s.below.above = s.above
     if s.newer != NULL:
         s.newer.older = s.older
     else:
-        p.newest = s.older
+        p.newest[state] = s.older
     if s.older != NULL:
         s.older.newer = s.newer
     else:
-        p.oldest = s.newer
-    if s.state == WARM:
+        p.oldest[state] = s.newer
+    if state == WARM:
         p.n_warm -= 1
     else:
         p.n_cold -= 1
@@ -246,11 +233,8 @@ cdef inline void take_idle(pool* p, slot* s) noexcept nogil:
     s.state = LIVE
 
 
-cdef slot* oldest_warm(pool* p) noexcept nogil:
-    cdef slot* s = p.oldest
-    while s != NULL and s.state != WARM:
-        s = s.newer
-    return s
+cdef inline slot* least_wanted(pool* p) noexcept nogil:
+    return p.oldest[COLD] if p.oldest[COLD] != NULL else p.oldest[WARM]
 
 
 # -- resetting a slot, outside every lock --------------------------------------------------------------------
@@ -373,10 +357,25 @@ cdef int reset(slot* s, memory* m) noexcept nogil:
         if pages.protect(s.base + s.least, used - s.least, pages.ACCESS_NONE):
             return -1
         m.accessible = s.least
+    elif used < s.least:        # a pool above had made it cold
+        if pages.commit(s.base + used, s.least - used) or memory_start_again(m, s.image):
+            return -1
+        m.accessible = s.least
     return how
 
 
 # -- a slot's life ------------------------------------------------------------------------------------------------
+
+cdef bint let_go(slot* s, memory* m) noexcept nogil:
+    """The memory is upstream's again, and may be freed before the slot is: stats() must not look at it."""
+    # A pool below knows nothing of what is hidden here. Refused, the pages are zero all the same.
+    if m.base == s.base and m.capacity == s.capacity and s.high > m.accessible and s.head.next != NULL:
+        pages.decommit(s.base + m.accessible, s.high - m.accessible)
+    acquire(&s.pool.lock)
+    s.m = NULL
+    unlock(&s.pool.lock)
+    return False
+
 
 cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
     cdef slot* s = <slot*>head
@@ -384,7 +383,7 @@ cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
     cdef slot* out = NULL
     cdef int how = -1
     if s.doomed or load(&p.closed):
-        return False
+        return let_go(s, m)
     if m.base == s.base and m.capacity == s.capacity:       # else it has moved, and is of another shape
         how = reset(s, m)
         if how < 0:
@@ -392,7 +391,7 @@ cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
             p.rejected += 1
             unlock(&p.lock)
     if how < 0:
-        return False
+        return let_go(s, m)
     m.hooks = head
     m.growth_is_watched = s.growth_is_watched
     m.handed_on = 0
@@ -400,11 +399,11 @@ cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
     acquire(&p.lock)
     if load(&p.closed):
         unlock(&p.lock)
-        return False
+        return let_go(s, m)
     p.resets[how] += 1
     put_idle(p, s, WARM)
     if p.n_warm > p.most_warm or p.resident > p.resident_bound:
-        out = oldest_warm(p)
+        out = p.oldest[WARM]
         take_idle(p, out)
     unlock(&p.lock)
     if out != NULL:
@@ -414,6 +413,7 @@ cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
 
 cdef void make_cold(pool* p, slot* s) noexcept nogil:
     """Give back the pages of one warm slot after the other, until the bounds hold."""
+    add(&p.refs, 1)         # a slot that is dropped here may have held the last one
     while s != NULL:
         if s.high and pages.decommit(s.base, s.high):
             drop(s)
@@ -428,10 +428,11 @@ cdef void make_cold(pool* p, slot* s) noexcept nogil:
             put_idle(p, s, COLD)
         s = NULL
         if p.n_warm > p.most_warm or p.resident > p.resident_bound:
-            s = oldest_warm(p)
+            s = p.oldest[WARM]
             if s != NULL:
                 take_idle(p, s)
         unlock(&p.lock)
+    release_pool(p)
 
 
 cdef void drop(slot* s) noexcept nogil:
@@ -465,13 +466,13 @@ cdef void slot_dropped(memory_hook* head) noexcept nogil:
 
 
 cdef size_t release_idle(pool* p, size_t target) noexcept nogil:
-    """Drop idle slots, the oldest first, until at most `target` bytes of the others are resident.
+    """Drop idle slots, cold ones and then the oldest first, until at most `target` bytes of the others are resident.
     Returns the bytes that were."""
     cdef slot* s
     cdef size_t released = 0
     while True:
         acquire(&p.lock)
-        s = p.oldest
+        s = least_wanted(p)
         if s != NULL and s.state == WARM and target and p.resident <= target:
             s = NULL
         if s != NULL:
@@ -481,6 +482,10 @@ cdef size_t release_idle(pool* p, size_t target) noexcept nogil:
             return released
         released += s.resident
         drop(s)
+
+
+cdef bint is_slot_of(pool* p, memory* m) noexcept nogil:
+    return m.hooks != NULL and m.hooks.keep == slot_keep and (<slot*>m.hooks).pool == p
 
 
 cdef inline void key_of(const memory_spec* spec, shape* key) noexcept nogil:
@@ -605,8 +610,9 @@ cdef class PoolingCreator(NativeCreator):
         cdef bint cold = False
         acquire(&p.lock)
         here = find_shelf(p, key)
-        if here != NULL and here.top != NULL:
-            s = here.top
+        if here != NULL:
+            s = here.warm if here.warm != NULL else here.cold
+        if s != NULL:
             cold = s.state == COLD
             take_idle(p, s)
             p.hits += 1
@@ -614,6 +620,8 @@ cdef class PoolingCreator(NativeCreator):
         if s == NULL:
             return NULL
         if cold and s.least:
+            if s.m.huge_pages:
+                pages.advise_huge(s.base, s.capacity)
             if pages.commit(s.base, s.least) or memory_start_again(s.m, s.image):
                 drop(s)         # and a new one may be had where this one's pages may not
                 acquire(&p.lock)
@@ -621,8 +629,8 @@ cdef class PoolingCreator(NativeCreator):
                 unlock(&p.lock)
                 return NULL
             s.m.accessible = s.high = s.least
-        store(&s.m.size, <long long>key.minimum)
-        s.m.started = key.minimum
+        store(&s.m.size, s.first_size)
+        s.m.started = <size_t>s.first_size
         store(&s.m.refs, 1)
         return s.m
 
@@ -638,7 +646,7 @@ cdef class PoolingCreator(NativeCreator):
         while True:
             acquire(&p.lock)
             room = p.n_slots < p.most_slots
-            victim = NULL if room else p.oldest
+            victim = NULL if room else least_wanted(p)
             if room:
                 p.n_slots += 1
                 p.misses += 1
@@ -660,7 +668,7 @@ cdef class PoolingCreator(NativeCreator):
             code = fail(why, E_NO_MEMORY, "calloc", sizeof(slot))
         else:
             code = self.upstream.make(spec, out, why)
-            if code and (code > 0 or code == E_LIMIT or code == E_NO_MEMORY) and p.oldest != NULL:
+            if code and (code > 0 or code == E_LIMIT or code == E_NO_MEMORY) and least_wanted(p) != NULL:
                 # What idle slots hold may be what is missing.
                 release_idle(p, 0)
                 code = self.upstream.make(spec, out, why)
@@ -679,6 +687,7 @@ cdef class PoolingCreator(NativeCreator):
         s.base = s.m.base
         s.capacity = s.m.capacity
         s.least = s.high = s.m.accessible
+        s.first_size = load(&s.m.size)
         s.growth_is_watched = s.m.growth_is_watched
         s.image = spec.image
         image_retain(s.image)
@@ -743,11 +752,14 @@ cdef class PoolingCreator(NativeCreator):
         try:
             minimum = ty.minimum * ty.page_size
             maximum = None if ty.maximum is None else ty.maximum * ty.page_size
-            if maximum is None and ty.is_64:
-                maximum = 2**64 - 65536         # what wasmtime says for "none"
+            if maximum is None:                 # what wasmtime says then
+                maximum = 2**64 - ty.page_size if ty.is_64 else 2**32
         except (AttributeError, TypeError):
             raise TypeError(f"ty must be a MemoryType, got {type(ty).__name__}") from None
         self.fill_spec(&spec, ty, minimum, maximum, reserved_size_in_bytes, guard_size_in_bytes)
+        if spec.guard & (pages.capabilities().page_size - 1):
+            raise ValueError("guard_size_in_bytes must be a multiple of the host page"
+                             f" ({pages.capabilities().page_size}), got {spec.guard}")
         if self.image is not None:
             spec.image = self.image.it
         key_of(&spec, &key)
@@ -761,12 +773,16 @@ cdef class PoolingCreator(NativeCreator):
                     code = self.make_slot(p, &key, &spec, &memories[taken], &why)
                     if code:
                         break
-                    if memories[taken].hooks == NULL or memories[taken].hooks.keep != slot_keep:
+                    if not is_slot_of(p, memories[taken]):
                         memory_release(memories[taken])
                         code = fail(&why, E_EXHAUSTED, "warm", spec.minimum, p.most_slots, p.most_slots)
                         break
                     made += 1
                 taken += 1
+            acquire(&p.lock)        # nobody has asked for these yet
+            p.hits -= taken - made
+            p.misses -= made
+            unlock(&p.lock)
             while taken:
                 taken -= 1
                 memory_release(memories[taken])
@@ -817,7 +833,7 @@ cdef class PoolingCreator(NativeCreator):
             now = p[0]
             s = p.slots
             while s != NULL:
-                pinned += s.state == LIVE and load(&s.m.owner) == OWNER_LEFT
+                pinned += s.state == LIVE and s.m != NULL and load(&s.m.owner) == OWNER_LEFT
                 s = s.next
             unlock(&p.lock)
         return {
