@@ -33,7 +33,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__all__ = ["Hoisted", "Outline", "Run", "expose", "hoist", "outline"]
+__all__ = ["Hoisted", "Malformed", "Outline", "Run", "expose", "hoist", "outline"]
 
 Run = tuple[int, bytes]
 
@@ -118,9 +118,11 @@ def hoist(wasm: bytes) -> Hoisted:
 
     Raises
     ------
+    Malformed
+        If a part that must be understood is malformed; with the offset where. Other parts are
+        copied as they are: `hoist` does not validate.
     ValueError
-        If `wasm` is no core module, or a part that must be understood is malformed; with the
-        offset where. Other parts are copied as they are: `hoist` does not validate.
+        If `wasm` is a component.
     """
     module = _Module(wasm)
     try:
@@ -193,8 +195,12 @@ class _Unknown(Exception):
     """Well-formed as far as one can tell, but of a kind that came after this code."""
 
 
-def _malformed(at: int, what: str) -> ValueError:
-    return ValueError(f"wasm module is malformed at byte {at}: {what}")
+class Malformed(ValueError):
+    """Bytes that no engine takes for a wasm module."""
+
+
+def _malformed(at: int, what: str) -> Malformed:
+    return Malformed(f"wasm module is malformed at byte {at}: {what}")
 
 
 class _Reader:
@@ -350,7 +356,7 @@ class _Module:
     def __init__(self, wasm: bytes) -> None:
         self.wasm = wasm = bytes(wasm)
         if wasm[:4] != b"\0asm":
-            raise ValueError("not a wasm module in the binary format: it does not start with \\0asm"
+            raise Malformed("not a wasm module in the binary format: it does not start with \\0asm"
                              " (wasmtime.wat2wasm makes it from text)")
         if wasm[4:8] != b"\1\0\0\0":
             if len(wasm) >= 8 and wasm[6:8] == b"\1\0":

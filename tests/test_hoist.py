@@ -262,6 +262,17 @@ def test_a_function_left_in_a_table_sees_the_data_before_the_segment_that_failed
     assert "all after data segment 1" in made.skipped[1]
 
 
+@pytest.mark.parametrize(("element", "taken"), [
+    ("(struct.new $s (i32.const 1))", False), ("(array.new_fixed $a 1 (i32.const 1))", False),
+    ("(ref.i31 (i32.const 1))", True), ("(ref.null any)", True)])
+def test_an_element_that_must_be_allocated_may_fail(element, taken):
+    made = hoist(binary(f"""(module (type $s (struct (field i32))) (type $a (array i32))
+        (import "e" "t" (table 1 anyref)) (memory 1)
+        (elem (table 0) (i32.const 0) anyref {element}) (data (i32.const 0) "x"))"""))
+    assert made.images == [((0, b"x"),) if taken else None]
+    assert ["an element segment may trap" in reason for reason in made.skipped] == [True] * (not taken)
+
+
 def test_element_segments_that_cannot_fail_hinder_nothing():
     made = same(f"""(module (import "e" "t" (table 1 funcref)) (table $own 2 funcref) (memory 1) {PEEK}
         (elem (i32.const 0) $peek) (elem (table $own) (i32.const 0) func $peek $peek)
