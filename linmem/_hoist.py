@@ -62,12 +62,15 @@ class Hoisted:
         For each memory that the module defines, its minimum in bytes.
     skipped : list of str
         Why segments were left where they are; empty if none was.
+    unknown : bool
+        The module uses what is not known here, so that nothing can be said about it.
     """
 
     module: bytes
     images: list[tuple[Run, ...] | None]
     minima: list[int]
     skipped: list[str]
+    unknown: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ def hoist(wasm: bytes) -> Hoisted:
     try:
         return _hoist(module)
     except _Unknown as reason:
-        return Hoisted(module.wasm, [], [], [f"nothing is hoisted: {reason}"])
+        return Hoisted(module.wasm, [], [], [f"nothing is hoisted: {reason}"], unknown=True)
 
 
 def outline(wasm: bytes) -> Outline:

@@ -1,0 +1,215 @@
+"""Modules whose memories start from images. Floor 5."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.metadata
+import warnings
+import weakref
+from collections.abc import Sequence
+
+import wasmtime
+
+from linmem import _bridge, _hoist
+from linmem._cache import Cache
+from linmem._image import Image
+from linmem._memory import MmapCreator
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import os
+
+    from wasmtime._exportable import AsExtern
+
+__all__ = ["NOT_OURS", "Prepared", "prepare"]
+
+NOT_OURS = ("linmem.wasmtime.install(config) was not called for this engine, or the config uses the pooling"
+            " allocation strategy (which ignores host creators)")
+
+_FORMAT = 1         # of what is cached, other than wasmtime's own
+_ASKS: weakref.WeakKeyDictionary[wasmtime.Engine, bool] = weakref.WeakKeyDictionary()
+_DENSE = 1 << 20    # bytes up to which gaps between data are not worth a thought
+
+
+class Prepared:
+    """A module whose data comes from images. Made by `prepare`; immutable and usable from any thread.
+
+    Attributes
+    ----------
+    module : wasmtime.Module
+        What is instantiated: its hoisted data segments are empty. Use it for its imports and exports;
+        instances that something else makes of it lack the data.
+    images : tuple
+        For each memory that the module defines, an `Image` of its data, or None.
+    skipped : tuple of str
+        Why data segments were left in the module; empty if none was.
+    added : frozenset of str
+        The exports that ``expose=True`` added.
+    outline : linmem._hoist.Outline or None
+        What state instances have; None where the module uses what linmem does not know.
+    """
+
+    __slots__ = ("__weakref__", "_offer", "added", "images", "module", "outline", "skipped")
+
+    def __init__(self, module: wasmtime.Module, images: Sequence[Image | None], minima: Sequence[int],
+                 skipped: Sequence[str], added: frozenset[str], outline: _hoist.Outline | None) -> None:
+        self.module = module
+        self.images = tuple(images)
+        self.skipped = tuple(skipped)
+        self.added = added
+        self.outline = outline
+        self._offer = (list(zip(minima, images, strict=True))
+                       if any(image is not None for image in images) else None)
+
+    def instantiate(self, store: wasmtime.Store,
+                    imports: Sequence[AsExtern] | wasmtime.Linker = ()) -> wasmtime.Instance:
+        """Make an instance, whose memories share the images' pages until they write to them.
+
+        Parameters
+        ----------
+        store : wasmtime.Store
+            Of the engine that the module was prepared for.
+        imports : sequence or wasmtime.Linker
+            As for ``wasmtime.Instance``; or a linker that knows them.
+
+        Raises
+        ------
+        wasmtime.WasmtimeError, wasmtime.Trap
+            As ``wasmtime.Instance`` would for the original module.
+        """
+        offer = self._offer
+        if offer is not None:
+            _bridge.offer_images(offer)
+        try:
+            if isinstance(imports, wasmtime.Linker):
+                instance = imports.instantiate(store, self.module)
+            else:
+                instance = wasmtime.Instance(store, self.module, imports)
+        except BaseException:
+            if offer is not None:
+                _bridge.take_back_images()
+            raise
+        if offer is not None:
+            missing = _bridge.take_back_images()
+            if missing:
+                raise RuntimeError(f"{missing} memories were made without their data: the engine did not ask linmem for"
+                                   " them")
+        instance._linmem_prepared = self        # type: ignore[attr-defined]
+        return instance
+
+    def __repr__(self) -> str:
+        return f"<linmem.wasmtime.Prepared: {sum(image is not None for image in self.images)} images>"
+
+
+def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
+            cache: str | os.PathLike[str] | None = None, expose: bool = False) -> Prepared:
+    """Compile a module such that its instances start from images of its data.
+
+    The active data segments of the module's own memories are taken out of the module and put into
+    an `Image` for each memory. `Prepared.instantiate` then hands out memories that share the
+    image's pages until they write to them, where wasmtime would copy all data each time. Nothing
+    else about the instances changes. What cannot be taken out without a change stays in the module,
+    and `Prepared.skipped` says why.
+
+    Parameters
+    ----------
+    engine : wasmtime.Engine
+        Of a config that linmem is installed in.
+    wasm : bytes or str
+        A core module in the binary format, or its text.
+    cache : path, optional
+        A directory to keep wasmtime's compiled module in, made where it is missing. What is in it
+        is run as code, so it has to be the user's own, and nobody else may be able to write to it.
+    expose : bool
+        Also export the module's hidden memories and mutable globals, under names in
+        `Prepared.added`, so that a `Snapshot` can hold them.
+
+    Raises
+    ------
+    wasmtime.WasmtimeError
+        If wasmtime refuses the module.
+    ValueError
+        If `wasm` is a component, or if the engine does not make its memories with linmem.
+    PermissionError
+        If others may write to the cache's directory.
+    """
+    if not isinstance(engine, wasmtime.Engine):
+        raise TypeError(f"engine must be a wasmtime.Engine, got {type(engine).__name__}")
+    if not isinstance(wasm, (str, bytes, bytearray)):
+        raise TypeError(f"wasm must be bytes or str, got {type(wasm).__name__}")
+    wasm = wasm if isinstance(wasm, str) else bytes(wasm)
+    if isinstance(wasm, str) or wasm[:1] not in (b"", b"\0"):
+        wasm = bytes(wasmtime.wat2wasm(wasm))
+    if not _asks(engine):
+        raise ValueError(f"the engine does not make its memories with linmem: {NOT_OURS}")
+    added: frozenset[str] = frozenset()
+    outline = None
+    try:
+        if expose:
+            wasm, added = _hoist.expose(wasm)
+        hoisted = _hoist.hoist(wasm)
+        if not hoisted.unknown:
+            outline = _hoist.outline(hoisted.module)
+    except _hoist.Malformed as error:       # wasmtime has the last word, and better ones
+        hoisted = _hoist.Hoisted(wasm, [], [], [f"nothing is hoisted: {error}"])
+    module = _compiled(engine, hoisted.module, cache)
+    images = [None if runs is None else _image(runs) for runs in hoisted.images]
+    return Prepared(module, images, hoisted.minima, hoisted.skipped, added, outline)
+
+
+def _asks(engine: wasmtime.Engine) -> bool:
+    """Whether the engine has its memories made by linmem; tried once for each engine."""
+    found = _ASKS.get(engine)
+    if found is None:
+        store = wasmtime.Store(engine)
+        module = wasmtime.Module(engine, '(module (memory (export "memory") 0))')
+        memory = wasmtime.Instance(store, module, []).exports(store)["memory"]
+        assert isinstance(memory, wasmtime.Memory)
+        base = ctypes.cast(memory.data_ptr(store), ctypes.c_void_p).value or 0
+        found = _ASKS[engine] = _bridge.find(base) is not None
+        store.close()
+    return found
+
+
+def _image(runs: Sequence[_hoist.Run]) -> Image:
+    start, (last, data) = runs[0][0], runs[-1]
+    end = last + len(data)
+    if end - start <= _DENSE + 2 * sum(len(data) for _, data in runs):
+        content = bytearray(end - start)
+        for offset, data in runs:
+            content[offset - start:offset - start + len(data)] = data
+        return Image.from_bytes(content, start)
+    with MmapCreator().create(end) as memory:       # far apart: what lies between was never touched
+        for offset, data in runs:
+            memory.write(offset, data)
+        return memory.snapshot()
+
+
+@functools.cache
+def _version() -> str:
+    try:
+        return importlib.metadata.version("wasmtime")
+    except importlib.metadata.PackageNotFoundError:     # wasmtime checks its own version too
+        return ""
+
+
+def _compiled(engine: wasmtime.Engine, wasm: bytes, directory: str | os.PathLike[str] | None) -> wasmtime.Module:
+    if directory is None:
+        return wasmtime.Module(engine, wasm)
+    cache = Cache(directory)
+    key = hashlib.sha256(f"linmem {_FORMAT}, wasmtime {_version()}\n".encode() + wasm).hexdigest()
+    for path in cache.entries(key, ".cwasm"):
+        try:
+            return wasmtime.Module.deserialize_file(engine, path)
+        except wasmtime.WasmtimeError:      # compiled for an engine of other settings, or of another build
+            continue
+    module = wasmtime.Module(engine, wasm)
+    try:
+        cache.add(key, ".cwasm", module.serialize())
+    except PermissionError:
+        raise
+    except OSError as error:
+        warnings.warn(f"the compiled module was not cached: {error}", RuntimeWarning, stacklevel=3)
+    return module
