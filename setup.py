@@ -25,6 +25,7 @@ extensions = [
     Extension("linmem._os.pages", [f"linmem/_os/{PAGES}.pyx"]),
     Extension("linmem._memory", ["linmem/_memory.pyx"]),
     Extension("linmem._adaptors", ["linmem/_adaptors.pyx"]),
+    Extension("linmem._pool", ["linmem/_pool.pyx"]),
     Extension("linmem._bridge", ["linmem/_bridge.pyx"]),
     Extension("linmem.bench._raw", ["bench/_raw.pyx"]),
 ]

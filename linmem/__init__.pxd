@@ -20,3 +20,4 @@ from linmem._memory cimport (
     NO_MAXIMUM, UNCHOSEN, Memory, MmapCreator, NativeCreator, failure, memory, memory_grow_to, memory_hang,
     memory_hook, memory_release, memory_retain, memory_size, memory_spec, raise_failure, wrap,
 )
+from linmem._pool cimport PoolingCreator

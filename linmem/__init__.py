@@ -12,9 +12,10 @@ them, read and written through the buffer protocol with no copy, behind wasmtime
 
 from linmem._adaptors import LimitingCreator, PythonCreator, StatisticsCreator
 from linmem._memory import Memory, MmapCreator
+from linmem._pool import PoolingCreator
 from linmem.abc import LinearMemory, MemoryCreator
 from linmem.creators import create, creator
-from linmem.errors import GrowError, LimitError, OwnedError, PageError
+from linmem.errors import GrowError, LimitError, OwnedError, PageError, PoolError
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,8 @@ __all__ = [
     "MmapCreator",
     "OwnedError",
     "PageError",
+    "PoolError",
+    "PoolingCreator",
     "PythonCreator",
     "StatisticsCreator",
     "create",

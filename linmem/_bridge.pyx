@@ -12,7 +12,7 @@ from libc.stdint cimport uint8_t, uint64_t
 
 from linmem._atomic cimport store, word
 from linmem._memory cimport (
-    OWNER_PYTHON, OWNER_WASMTIME, UNCHOSEN, NativeCreator, acquire, drop_object, failure, failure_text, memory,
+    OWNER_LEFT, OWNER_WASMTIME, UNCHOSEN, NativeCreator, acquire, drop_object, failure, failure_text, memory,
     memory_grow_to, memory_release, memory_retain, memory_size, memory_spec, unlock, wrap,
 )
 from linmem._units cimport E_PYTHON
@@ -121,7 +121,7 @@ cdef wasmtime_error_t* grow_memory(void* env, size_t new_size) noexcept nogil:
 cdef void finalize_memory(void* env) noexcept nogil:
     cdef memory* m = <memory*>env
     leave_table(m, m.base)
-    store(&m.owner, OWNER_PYTHON)
+    store(&m.owner, OWNER_LEFT)
     memory_release(m)
 
 

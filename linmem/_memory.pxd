@@ -34,6 +34,7 @@ cdef struct memory_spec:
 cdef enum:
     OWNER_PYTHON = 0
     OWNER_WASMTIME = 1
+    OWNER_LEFT = 2              # wasmtime has dropped it, and Python still holds it
 
 ctypedef memory* memory_ptr
 
@@ -45,7 +46,8 @@ cdef struct memory_ops:
     void (*free)(memory* m) noexcept nogil      # the last reference is gone: pages and struct
     bint pages_are_ours                         # protect, discard and prefault make sense
 
-# What an adaptor hangs on each memory that comes through it. Outermost adaptor first.
+# What an adaptor hangs on each memory that comes through it. Outermost adaptor first. NULL: not
+# interested, but for `dropped`.
 cdef struct memory_hook:
     memory_hook* next
     # Before a growth, the lock held: 0, or a failure that stops it (after_grow is then not called:
@@ -53,8 +55,11 @@ cdef struct memory_hook:
     int (*before_grow)(memory_hook* hook, memory* m, size_t new_size, failure* why) noexcept nogil
     # After it, the lock held, for each hook whose before_grow returned 0; code: how it ended.
     void (*after_grow)(memory_hook* hook, memory* m, size_t old_size, size_t new_size, int code) noexcept nogil
-    # The pages are about to go; NULL: not interested.
+    # The last reference is gone, and whoever held one is done with the memory.
     void (*before_drop)(memory_hook* hook, memory* m) noexcept nogil
+    # Next: true takes the memory over, with this hook and those of the adaptors below, to be handed
+    # out again. The adaptors above see it dropped.
+    bint (*keep)(memory_hook* hook, memory* m) noexcept nogil
     # They are gone, and so is the memory. Frees the hook itself.
     void (*dropped)(memory_hook* hook) noexcept nogil
 
@@ -79,6 +84,7 @@ cdef struct memory:
     bint is_shared
     bint protected_pages        # protect() was used: pages differ, so the mapping cannot move as one
     bint moved                  # the mapping has moved once: what it grew since is a second mapping
+    bint growth_is_watched      # a hook has before_grow or after_grow
     memory* registry_next       # the bridge's table of memories that wasmtime holds
 
 
@@ -106,6 +112,7 @@ cdef void unlock(word* lock) noexcept nogil
 cdef void drop_object(PyObject* object) noexcept nogil
 cdef bint python_is_ending() noexcept nogil
 cdef int check_size(object value, str name, size_t* out) except -1
+cdef int check_flag(object value, str name) except -1
 cdef object wrap(memory* m)
 
 
@@ -113,11 +120,14 @@ cdef class NativeCreator:
     cdef object __weakref__
     # 0 and *out holds one reference, or a code and nothing is left behind.
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil
+    cdef int fill_spec(self, memory_spec* spec, ty, minimum, maximum, reserved_size_in_bytes,
+                       guard_size_in_bytes) except -1
     cdef object make_checked(self, const memory_spec* spec, str guard_name)
 
 
 cdef class MmapCreator(NativeCreator):
-    pass
+    cdef readonly bint prefault
+    cdef readonly bint huge_pages
 
 
 cdef class Memory:

@@ -15,6 +15,7 @@ cdef enum:
     E_LIMIT = -7            # a LimitingCreator's budget is used up
     E_UNSUPPORTED = -8      # this kind of memory does not have the operation
     E_PYTHON = -9           # a Python creator or memory raised; the exception is in the failure
+    E_EXHAUSTED = -10       # every slot of a pool is in use
 
 
 cdef inline bint is_power_of_two(size_t n) noexcept nogil:

@@ -699,6 +699,7 @@ CAPABILITY_WORDS = {
     "names": "memories carry a name in the system's maps",
     "discard_any_protection": "protected pages can be discarded",
     "populates": "prefault reports pages that cannot be written",
+    "scans": "a pool learns which pages were touched",
 }
 
 

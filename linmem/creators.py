@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from linmem._adaptors import LimitingCreator, PythonCreator, StatisticsCreator
 from linmem._memory import Memory, MmapCreator, NativeCreator
+from linmem._pool import PoolingCreator
 from linmem.abc import MemoryCreator
 
 TYPE_CHECKING = False
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["as_native", "create", "creator"]
 
 _KINDS: dict[str, type[NativeCreator]] = {
-    "mmap": MmapCreator, "limiting": LimitingCreator, "statistics": StatisticsCreator}
+    "mmap": MmapCreator, "pool": PoolingCreator, "limiting": LimitingCreator, "statistics": StatisticsCreator}
 _DEFAULT = MmapCreator()
 
 
@@ -23,7 +24,8 @@ def creator(kind: str = "mmap", **options: Any) -> NativeCreator:
     Parameters
     ----------
     kind : str
-        "mmap": each memory is a mapping of its own (`MmapCreator`).
+        "mmap": each memory is a mapping of its own (`MmapCreator`; options `prefault`, `huge_pages`).
+        "pool": memories are reset and handed out again (`PoolingCreator`; good with no option at all).
         "limiting": one budget over all memories (`LimitingCreator`; options `limit_bytes`, `upstream`).
         "statistics": counts and times what happens (`StatisticsCreator`; options `upstream`, `history`).
     **options

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["GrowError", "LimitError", "OwnedError", "PageError"]
+__all__ = ["GrowError", "LimitError", "OwnedError", "PageError", "PoolError"]
 
 
 class GrowError(MemoryError):
@@ -30,6 +30,27 @@ class LimitError(GrowError):
 
 def _rebuild_limit_error(message: str, limit: int, used: int, requested: int) -> LimitError:
     return LimitError(message, limit=limit, used=used, requested=requested)
+
+
+class PoolError(GrowError):
+    """Every slot of a pool is in use, and it was told not to go beyond them.
+
+    Attributes
+    ----------
+    slots : int
+        The bound.
+    """
+
+    def __init__(self, message: str, *, slots: int) -> None:
+        super().__init__(message)
+        self.slots = slots
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild_pool_error, (self.args[0], self.slots)
+
+
+def _rebuild_pool_error(message: str, slots: int) -> PoolError:
+    return PoolError(message, slots=slots)
 
 
 # OSError first: the other order loses .errno and .winerror.
@@ -74,6 +95,8 @@ def from_failure(reason: str, text: str, *, os_error_args: tuple[object, ...], c
         return error
     if reason == "LIMIT":
         return LimitError(text, limit=limit, used=used, requested=size)
+    if reason == "EXHAUSTED":
+        return PoolError(text, slots=limit)
     return {
         "NO_MEMORY": MemoryError,
         "OVERFLOW": OverflowError,

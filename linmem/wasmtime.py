@@ -18,8 +18,9 @@ except ImportError as error:
 from wasmtime import _ffi as ffi
 
 from linmem import _bridge
-from linmem._memory import Memory, MmapCreator
+from linmem._memory import Memory
 from linmem._os import pages as _pages
+from linmem._pool import PoolingCreator
 from linmem._prepared import NOT_OURS, Prepared, prepare
 from linmem._snapshot import Snapshot, behind
 from linmem.abc import MemoryCreator
@@ -50,7 +51,7 @@ def install(config: wasmtime.Config, creator: MemoryCreator | None = None, *, tu
     config : wasmtime.Config
         Not yet given to an Engine.
     creator : MemoryCreator, optional
-        An `MmapCreator` by default. It lives as long as the config or an engine needs it.
+        A `PoolingCreator` of its own by default. It lives as long as the config or an engine needs it.
     tune : bool
         Where this process has little address space (a limit, or few address bits), lower the
         config's memory reservation and guard so that memories can be made at all. Set your own
@@ -77,7 +78,7 @@ def install(config: wasmtime.Config, creator: MemoryCreator | None = None, *, tu
     except ValueError:
         raise ValueError("config was given to an Engine already (or closed): install() comes before Engine(config)"
                          ) from None
-    native = as_native(MmapCreator() if creator is None else creator)
+    native = as_native(PoolingCreator() if creator is None else creator)
     _bind()
     if tune:
         _tune(pointer)

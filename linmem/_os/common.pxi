@@ -54,7 +54,11 @@ def describe():
             "names": bool(caps.names),
             "discard_any_protection": bool(caps.discard_any_protection),
             "populates": bool(caps.populates),
+            "scans": bool(caps.scans),
         },
+        "huge_page": caps.huge_page,
+        "memory": caps.memory,
+        "mappings": caps.mappings,
         "limits": _limits(),
     }
 

@@ -18,6 +18,22 @@ cdef struct capabilities_t:
     bint names                      # the mappings carry a name that tools show
     bint discard_any_protection     # discard() works on pages of any protection and keeps it
     bint populates                  # prefault() reports pages that cannot be written instead of faulting
+    bint scans                      # touched() works
+    size_t huge_page                # bytes in a huge page that advise_huge() asks for; 0: there are none
+    size_t memory                   # bytes of physical memory that this process may use; 0: unknown
+    size_t mappings                 # how many mappings a process may have; 0: not limited, or unknown
+
+# A run of pages.
+cdef extern from *:
+    """
+    #ifndef LINMEM_SPAN_H
+    #define LINMEM_SPAN_H
+    typedef struct { char *at; size_t size; } linmem_span;
+    #endif
+    """
+    ctypedef struct span "linmem_span":
+        char* at
+        size_t size
 
 cdef const capabilities_t* capabilities() noexcept nogil
 
@@ -25,8 +41,9 @@ cdef const capabilities_t* capabilities() noexcept nogil
 # address space.
 cdef int reserve(size_t size, char** base) noexcept nogil
 
-# [at, at+size) lies in one reservation and was never committed, or was decommitted.
-# -> readable, writable, zero.
+# [at, at+size) lies in one reservation; each page was never committed, or was decommitted, or has
+# been hidden by protect(ACCESS_NONE). -> readable, writable; a hidden page has the bytes that it had,
+# any other is zero. Refused, hidden pages may be decommitted.
 cdef int commit(char* at, size_t size) noexcept nogil
 
 # [at, at+size) lies in one reservation. -> inaccessible; contents and their charge are gone.
@@ -35,6 +52,19 @@ cdef int decommit(char* at, size_t size) noexcept nogil
 # [at, at+size) is committed, and readable and writable unless discard_any_protection.
 # -> reads as zero, protection kept, physical pages given back.
 cdef int discard(char* at, size_t size) noexcept nogil
+
+# [at, at+size) is committed, readable and writable, and nobody else looks at it. -> reads as zero,
+# physical pages given back; the cheapest way to that. Refused, it may have become inaccessible.
+cdef int renew(char* at, size_t size) noexcept nogil
+
+# Only where `scans`. [at, at+size) is committed. In: the room in `runs` (*n > 0). -> *n runs, in order,
+# and *next: each page before it that may hold a byte which is not zero (over_image: which is not the
+# mapped image's) lies in one of them. *next == at + size: that was all. A page that the kernel has
+# swapped out or is moving about is one that may.
+cdef int touched(char* at, size_t size, bint over_image, span* runs, size_t* n, char** next) noexcept nogil
+
+# [at, at+size) lies in one reservation. The kernel may use huge pages there from now on; a wish.
+cdef int advise_huge(char* at, size_t size) noexcept nogil
 
 # [at, at+size) is committed. access: an ACCESS_ constant.
 cdef int protect(char* at, size_t size, int access) noexcept nogil

@@ -90,6 +90,14 @@ cdef extern from *:
     #endif
     }
 
+    static int linmem_advise_huge(void *at, size_t size) {
+    #if defined(__linux__)
+        return madvise(at, size, MADV_HUGEPAGE);
+    #else
+        (void)at; (void)size; errno = ENOTSUP; return -1;
+    #endif
+    }
+
     static int linmem_mincore(void *at, size_t size, unsigned char *vector) {
     #if defined(__linux__)
         return mincore(at, size, vector);
@@ -154,6 +162,31 @@ cdef extern from *:
         return setrlimit(RLIMIT_CORE, &r);
     }
 
+    /* Bytes in a transparent huge page, where the kernel gives any out on request. */
+    static long long linmem_huge_page(void) {
+        char text[64];
+        ssize_t n;
+        int fd = open("/sys/kernel/mm/transparent_hugepage/enabled", O_RDONLY | O_CLOEXEC);
+        if (fd < 0) return 0;
+        n = read(fd, text, sizeof text - 1);
+        close(fd);
+        if (n <= 0) return 0;
+        text[n] = 0;
+        if (strstr(text, "[never]")) return 0;
+        return linmem_file_number("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size", 0);
+    }
+
+    /* Physical memory, or what a control group leaves of it; 0: unknown. */
+    static unsigned long long linmem_memory(size_t page) {
+        long long pages = 0, limit;
+    #if defined(_SC_PHYS_PAGES)
+        pages = sysconf(_SC_PHYS_PAGES);
+    #endif
+        unsigned long long bytes = pages > 0 ? (unsigned long long)pages * page : 0;
+        limit = linmem_file_number("/sys/fs/cgroup/memory.max", 0);
+        return limit > 0 && (bytes == 0 || (unsigned long long)limit < bytes) ? (unsigned long long)limit : bytes;
+    }
+
     static long long linmem_clock(void) {
         struct timespec t;
         clock_gettime(CLOCK_MONOTONIC, &t);
@@ -182,6 +215,9 @@ cdef extern from *:
     int discard_ "linmem_discard"(void* at, size_t size) noexcept nogil
     int move_ "linmem_move"(void* at, size_t size, void* to, size_t new_size) noexcept nogil
     int populate_ "linmem_populate"(void* at, size_t size) noexcept nogil
+    int advise_huge_ "linmem_advise_huge"(void* at, size_t size) noexcept nogil
+    long long huge_page "linmem_huge_page"() noexcept nogil
+    unsigned long long memory_ "linmem_memory"(size_t page) noexcept nogil
     int mincore_ "linmem_mincore"(void* at, size_t size, unsigned char* vector) noexcept nogil
     long long file_number "linmem_file_number"(const char* path, int field) noexcept nogil
     long long count_mappings "linmem_count_mappings"() noexcept nogil
@@ -193,6 +229,7 @@ cdef extern from *:
 
 
 include "common.pxi"
+include "pagemap.pxi"
 
 cdef bint can_populate
 
@@ -248,6 +285,17 @@ cdef int discard(char* at, size_t size) noexcept nogil:
     if code:
         return code
     return errno if discard_(at, size) else 0
+
+
+cdef int renew(char* at, size_t size) noexcept nogil:
+    return discard(at, size)
+
+
+cdef int advise_huge(char* at, size_t size) noexcept nogil:
+    cdef int code = injected()
+    if code:
+        return code
+    return errno if advise_huge_(at, size) else 0
 
 
 cdef int protect(char* at, size_t size, int access) noexcept nogil:
@@ -396,6 +444,21 @@ def die_quietly():
         raise OSError(errno, "RLIMIT_CORE cannot be lowered")
 
 
+def choose_scan(way):
+    """How touched() finds pages from now on: "ioctl", "reading" or None; returns how it did. Tests only.
+
+    ValueError where that does not work here.
+    """
+    global scan_way
+    ways = {"ioctl": 2, "reading": 1, None: 0}
+    if ways.get(way, 3) > best_scan_way:
+        raise ValueError(f"way must be one that works here, got {way!r}")
+    before = {n: name for name, n in ways.items()}[scan_way]
+    scan_way = ways[way]
+    caps.scans = scan_way != 0
+    return before
+
+
 def _limits():
     found = {}
     if rlimit(RLIMIT_AS) != ~0ull:
@@ -410,7 +473,7 @@ def _limits():
 
 
 cdef _start():
-    global real_page, can_populate
+    global real_page, can_populate, scan_way, best_scan_way
     cdef void* p
     cdef size_t top
     real_page = _os.sysconf("SC_PAGE_SIZE")
@@ -431,6 +494,11 @@ cdef _start():
     can_populate = populate_(p, real_page) == 0
     caps.populates = can_populate
     munmap(p, real_page)
+    scan_way = best_scan_way = scan_start(real_page)
+    caps.scans = scan_way != 0
+    caps.huge_page = max(0, huge_page())
+    caps.memory = memory_(real_page)
+    caps.mappings = max(0, file_number("/proc/sys/vm/max_map_count", 0))
 
 
 _start()

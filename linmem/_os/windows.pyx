@@ -79,6 +79,12 @@ cdef extern from *:
         *addresses = (size_t)info.lpMaximumApplicationAddress;
     }
 
+    static unsigned long long linmem_memory(void) {
+        MEMORYSTATUSEX status;
+        status.dwLength = sizeof status;
+        return GlobalMemoryStatusEx(&status) ? status.ullTotalPhys : 0;
+    }
+
     static long long linmem_clock(void) {
         LARGE_INTEGER now, rate;
         QueryPerformanceCounter(&now);
@@ -111,6 +117,7 @@ cdef extern from *:
     int protect_ "linmem_protect"(void* at, size_t size, int protection) noexcept nogil
     int count_resident "linmem_count_resident"(char* at, size_t n, size_t page, size_t* pages) noexcept nogil
     void commit_limit "linmem_commit_limit"(unsigned long long* total, unsigned long long* left) noexcept nogil
+    unsigned long long memory_ "linmem_memory"() noexcept nogil
     void system_ "linmem_system"(size_t* page, size_t* granularity, size_t* addresses) noexcept nogil
     long long clock_ "linmem_clock"() noexcept nogil
     void yield_ "linmem_yield"() noexcept nogil
@@ -174,6 +181,29 @@ cdef int discard(char* at, size_t size) noexcept nogil:
             VirtualUnlock(at + offset, step)
         offset += step
     return code
+
+
+cdef int renew(char* at, size_t size) noexcept nogil:
+    # Nobody looks, so what discard() must not do is allowed, and touches no page.
+    cdef int code = injected()
+    cdef char* p = NULL
+    if code == 0:
+        code = free_(at, size, MEM_DECOMMIT)
+    if code == 0:
+        code = alloc(at, size, MEM_COMMIT, PAGE_READWRITE, &p)
+    return code
+
+
+cdef int touched(char* at, size_t size, bint over_image, span* runs, size_t* n, char** next) noexcept nogil:
+    # QueryWorkingSetEx does not know of pages that went to the paging file, and GetWriteWatch only of
+    # reservations that were made to be watched.
+    cdef int code = injected()
+    return code if code else ERROR_NOT_SUPPORTED
+
+
+cdef int advise_huge(char* at, size_t size) noexcept nogil:
+    cdef int code = injected()
+    return code if code else ERROR_NOT_SUPPORTED
 
 
 cdef int protect(char* at, size_t size, int access) noexcept nogil:
@@ -279,6 +309,12 @@ def os_error_args(int code, text):
     return 0, text, None, code      # OSError finds the errno that goes with a winerror itself
 
 
+def choose_scan(way):
+    """How touched() finds pages from now on: None, for here nothing does. Tests only."""
+    if way is not None:
+        raise ValueError(f"way must be None here, got {way!r}")
+
+
 def die_quietly():
     """From now on a memory fault ends this process at once: no dialog, no error report, no debugger."""
     die_quietly_()
@@ -304,6 +340,10 @@ cdef _start():
     caps.names = False
     caps.discard_any_protection = False
     caps.populates = False
+    caps.scans = False
+    caps.huge_page = 0
+    caps.memory = memory_()
+    caps.mappings = 0
 
 
 _start()

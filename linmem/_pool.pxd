@@ -1,0 +1,96 @@
+# The pool: slots that memories are handed out from again and again. Floor 4.
+#
+#  |<- pre_guard ->|<------------------- capacity (reserved) ------------------->|<- guard ->|
+#  +---------------+----------------+------------------------+--------------------+-----------+
+#  | inaccessible  | accessible     | hidden: zero, resident | never committed    | inaccess. |
+#  +---------------+----------------+------------------------+--------------------+-----------+
+#                  ^base            ^base+least              ^base+high
+#  An idle slot. Its last user had grown to `high` or less; growing again up to there finds the pages
+#  where they were, and zero.
+
+from linmem._atomic cimport word
+from linmem._memory cimport NativeCreator, failure, memory, memory_hook, memory_spec
+from linmem._reset cimport reset_policy
+
+# What a slot was made for; it serves equal requests only.
+cdef struct shape:
+    size_t minimum
+    size_t maximum
+    size_t reservation
+    size_t guard
+    bint is_64
+    bint is_shared
+
+cdef struct shelf:
+    shelf* next             # in its bucket
+    shape shape
+    slot* top               # its idle slots, the last one given back first
+    size_t slots            # live and idle
+
+cdef enum:
+    LIVE = 0                # handed out, or between two states
+    WARM = 1                # idle, accessible, pages kept
+    COLD = 2                # idle, nothing but address space
+
+cdef struct slot:
+    memory_hook head        # hangs on the memory; below it what upstream hung there
+    pool* pool
+    shelf* shelf
+    memory* m
+    slot* below             # on its shelf, idle only
+    slot* above
+    slot* older             # of the idle slots of the pool
+    slot* newer
+    slot* next              # of all slots of the pool
+    slot* previous
+    int state
+    bint doomed             # not to be kept again
+    bint growth_is_watched  # by upstream's hooks
+    char* base
+    size_t capacity
+    size_t least            # bytes accessible when it is handed out
+    size_t high             # bytes that have been committed; beyond `accessible` they are hidden
+    size_t hidden           # of these, how many may be resident
+    size_t resident         # bytes that may be resident while it is idle
+    reset_policy policy
+
+cdef enum:
+    BUCKETS = 64
+
+# Shared by a PoolingCreator and its slots; wasmtime may outlive the creator.
+cdef struct pool:
+    word refs
+    word closed
+    word lock               # of all that follows, but for what never changes
+    pool* next              # in the list of all pools
+    pool* previous
+    slot* slots
+    slot* newest            # idle slots by when they were given back
+    slot* oldest
+    shelf* buckets[BUCKETS]
+    size_t n_slots
+    size_t n_warm
+    size_t n_cold
+    size_t resident         # bytes, of all idle slots
+    size_t hits
+    size_t misses
+    size_t fallbacks
+    size_t rejected
+    size_t resets[3]        # by kind
+    # These never change.
+    size_t most_slots
+    size_t keep_resident
+    size_t most_warm
+    size_t resident_bound
+    int reset               # a kind of reset, or ADAPTIVE
+    bint fall_back
+    bint check
+
+
+cdef class PoolingCreator(NativeCreator):
+    cdef readonly NativeCreator upstream
+    cdef pool* pool
+    cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil
+    cdef memory* take(self, pool* p, const shape* key) noexcept nogil
+    cdef int make_slot(self, pool* p, const shape* key, const memory_spec* spec, memory** out,
+                       failure* why) noexcept nogil

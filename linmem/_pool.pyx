@@ -1,0 +1,746 @@
+# cython: language_level=3
+"""A creator that hands the same memories out again and again."""
+
+cimport cython
+from libc.stdint cimport SIZE_MAX
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcmp, memset
+
+from linmem._atomic cimport add, load, store
+from linmem._memory cimport (
+    OWNER_LEFT, OWNER_PYTHON, MmapCreator, NativeCreator, acquire, check_flag, check_size, fail, failure,
+    memory, memory_hang, memory_hook, memory_release, memory_spec, raise_failure, unlock,
+)
+from linmem._os cimport pages
+from linmem._reset cimport (
+    ANY, RESET_DISCARD, RESET_SCAN, RESET_ZERO, reset_begin, reset_bound, reset_end, reset_given_back,
+    reset_start,
+)
+from linmem._units cimport E_EXHAUSTED, E_LIMIT, E_NO_MEMORY
+
+import os as _os
+
+cdef enum:
+    ADAPTIVE = 3
+    PAGE_BITS = 12              # what reset_policy counts in
+
+cdef size_t ZERO_UNSEEN = 1 << 18       # bytes: up to here, zeroing all is no worse than giving back what was not seen
+
+_RESETS = {"scan": RESET_SCAN, "zero": RESET_ZERO, "discard": RESET_DISCARD, "adaptive": ADAPTIVE}
+
+
+# -- all pools, for fork -------------------------------------------------------------------------------
+
+cdef pool* pools = NULL
+cdef word pools_lock
+
+
+def _before_fork():
+    """No thread is in the middle of a pool's lists when the child takes them over."""
+    cdef pool* p
+    with nogil:
+        acquire(&pools_lock)
+        p = pools
+        while p != NULL:
+            acquire(&p.lock)
+            p = p.next
+
+
+def _after_fork():
+    cdef pool* p = pools
+    while p != NULL:
+        unlock(&p.lock)
+        p = p.next
+    unlock(&pools_lock)
+
+
+if hasattr(_os, "register_at_fork"):
+    _os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
+
+
+cdef void release_pool(pool* p) noexcept nogil:
+    if add(&p.refs, -1):
+        return
+    acquire(&pools_lock)
+    if p.next != NULL:
+        p.next.previous = p.previous
+    if p.previous != NULL:
+        p.previous.next = p.next
+    else:
+        unlist_first(p)
+    unlock(&pools_lock)
+    free(p)
+
+
+cdef void unlist_first(pool* p) noexcept nogil:
+    global pools
+    pools = p.next
+
+
+cdef void list_pool(pool* p) noexcept nogil:
+    global pools
+    acquire(&pools_lock)
+    p.next = pools
+    if pools != NULL:
+        pools.previous = p
+    pools = p
+    unlock(&pools_lock)
+
+
+# -- shelves; the pool's lock is held in all of these ----------------------------------------------------
+
+cdef inline shelf** bucket(pool* p, const shape* key) noexcept nogil:
+    cdef size_t h = key.minimum * 31 + key.maximum * 17 + key.reservation + key.guard * 5
+    return &p.buckets[(h ^ (h >> 16) ^ (h >> 32)) & (BUCKETS - 1)]
+
+
+cdef inline shelf* find_shelf(pool* p, const shape* key) noexcept nogil:
+    cdef shelf* here = bucket(p, key)[0]
+    while here != NULL and not (
+            here.shape.minimum == key.minimum and here.shape.maximum == key.maximum
+            and here.shape.reservation == key.reservation and here.shape.guard == key.guard
+            and here.shape.is_64 == key.is_64 and here.shape.is_shared == key.is_shared):
+        here = here.next
+    return here
+
+
+cdef void remove_shelf(pool* p, shelf* gone) noexcept nogil:
+    cdef shelf** link = bucket(p, &gone.shape)
+    while link[0] != gone:
+        link = &link[0].next
+    link[0] = gone.next
+
+
+cdef inline void put_idle(pool* p, slot* s, int state) noexcept nogil:
+    """Warm ones on top and as the newest; cold ones below all others and as the oldest."""
+    cdef slot* last
+    s.state = state
+    p.resident += s.resident
+    if state == WARM:
+        p.n_warm += 1
+        s.above = NULL
+        s.below = s.shelf.top
+        s.newer = NULL
+        s.older = p.newest
+        if p.newest != NULL:
+            p.newest.newer = s
+        else:
+            p.oldest = s
+        p.newest = s
+        if s.below != NULL:
+            s.below.above = s
+        s.shelf.top = s
+        return
+    p.n_cold += 1
+    s.older = NULL
+    s.newer = p.oldest
+    if p.oldest != NULL:
+        p.oldest.older = s
+    else:
+        p.newest = s
+    p.oldest = s
+    s.below = NULL
+    s.above = NULL
+    last = s.shelf.top
+    if last == NULL:
+        s.shelf.top = s
+        return
+    while last.below != NULL:
+        last = last.below
+    last.below = s
+    s.above = last
+
+
+cdef inline void take_idle(pool* p, slot* s) noexcept nogil:
+    if s.above != NULL:
+        s.above.below = s.below
+    else:
+        s.shelf.top = s.below
+    if s.below != NULL:
+        s.below.above = s.above
+    if s.newer != NULL:
+        s.newer.older = s.older
+    else:
+        p.newest = s.older
+    if s.older != NULL:
+        s.older.newer = s.newer
+    else:
+        p.oldest = s.newer
+    if s.state == WARM:
+        p.n_warm -= 1
+    else:
+        p.n_cold -= 1
+    p.resident -= s.resident
+    s.state = LIVE
+
+
+cdef slot* oldest_warm(pool* p) noexcept nogil:
+    cdef slot* s = p.oldest
+    while s != NULL and s.state != WARM:
+        s = s.newer
+    return s
+
+
+# -- resetting a slot, outside every lock --------------------------------------------------------------------
+
+cdef bint all_zero(const char* at, size_t size) noexcept nogil:
+    return size == 0 or (at[0] == 0 and memcmp(at, at + 1, size - 1) == 0)
+
+
+cdef inline unsigned int in_pages(size_t size) noexcept nogil:
+    size >>= PAGE_BITS
+    return <unsigned int>size if size < ANY else ANY
+
+
+cdef bint zero_touched(slot* s, size_t used, size_t bound, size_t* low, size_t* high) noexcept nogil:
+    """Zero what was touched of `used` bytes; low, high: how many bytes of that lie below and beyond
+    `least`. False where that cannot be told, or is more than `bound`: then anything may be left."""
+    cdef pages.span runs[64]
+    cdef char* at = s.base
+    cdef char* end = s.base + used
+    cdef char* border = s.base + s.least
+    cdef char* next
+    cdef size_t n, i, size, total = 0
+    low[0] = high[0] = 0
+    while at < end:
+        n = 64
+        if pages.touched(at, <size_t>(end - at), False, runs, &n, &next):
+            return False
+        for i in range(n):
+            total += runs[i].size
+        if total > bound:
+            high[0] = total
+            return False
+        for i in range(n):
+            size = runs[i].size
+            memset(runs[i].at, 0, size)
+            if runs[i].at >= border:
+                high[0] += size
+            elif runs[i].at + size <= border:
+                low[0] += size
+            else:
+                low[0] += <size_t>(border - runs[i].at)
+                high[0] += <size_t>(runs[i].at + size - border)
+        at = next
+    return True
+
+
+cdef int give_back_all(slot* s, size_t used) noexcept nogil:
+    """Every page of the slot, hidden ones included, is given back and reads as zero."""
+    cdef int code
+    if pages.capabilities().discard_any_protection:
+        code = pages.renew(s.base, s.high if s.hidden else used)
+    else:
+        code = pages.renew(s.base, used)
+        if code == 0 and s.hidden:
+            code = pages.decommit(s.base + used, s.high - used)
+            s.high = used
+    s.hidden = 0
+    s.resident = 0
+    reset_given_back(&s.policy)
+    return code
+
+
+cdef int clear(slot* s, size_t used) noexcept nogil:
+    """Zero the first `used` bytes. Returns the kind of reset that did it, or -1."""
+    cdef pool* p = s.pool
+    cdef size_t low, high, bound = SIZE_MAX, hidden
+    cdef int how = p.reset
+    cdef bint kept
+    if how == ADAPTIVE:
+        if pages.capabilities().scans:
+            how = reset_begin(&s.policy, in_pages(used))
+            bound = <size_t>reset_bound(&s.policy, in_pages(used)) << PAGE_BITS
+        else:
+            how = RESET_ZERO if used <= ZERO_UNSEEN else RESET_DISCARD
+    # What earlier users left beyond `used`, as far as it is not part of that now.
+    hidden = s.high - used if s.hidden > s.high - used else s.hidden
+    if how == RESET_SCAN:
+        if bound > p.keep_resident:
+            bound = p.keep_resident
+        kept = zero_touched(s, used, bound, &low, &high)
+        if p.reset == ADAPTIVE and (kept or high):
+            kept = reset_end(&s.policy, in_pages(used), in_pages(low + high + hidden),
+                             in_pages(p.keep_resident)) and kept
+        if kept:
+            s.hidden = high + hidden
+            s.resident = low + high + hidden
+            if s.resident <= p.keep_resident:
+                return RESET_SCAN
+    elif how == RESET_ZERO and used + hidden <= p.keep_resident:
+        memset(s.base, 0, used)
+        s.hidden = used - s.least + hidden
+        s.resident = used + hidden
+        return RESET_ZERO
+    return -1 if give_back_all(s, used) else RESET_DISCARD
+
+
+cdef int reset(slot* s, memory* m) noexcept nogil:
+    """Make the slot as it was when it was new. Returns the kind of reset, or -1: it cannot be used again."""
+    cdef size_t used = m.accessible
+    cdef int how = RESET_SCAN
+    if used > s.high:
+        s.high = used
+    if m.protected_pages:
+        if pages.protect(s.base, used, pages.ACCESS_READ_WRITE):
+            return -1
+        m.protected_pages = False
+    if used:
+        how = clear(s, used)
+        if how < 0:
+            return -1
+        if s.pool.check and not all_zero(s.base, used):
+            return -1
+    if used > s.least:
+        if pages.protect(s.base + s.least, used - s.least, pages.ACCESS_NONE):
+            return -1
+        m.accessible = s.least
+    return how
+
+
+# -- a slot's life ------------------------------------------------------------------------------------------------
+
+cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
+    cdef slot* s = <slot*>head
+    cdef pool* p = s.pool
+    cdef slot* out = NULL
+    cdef int how = -1
+    if s.doomed or load(&p.closed):
+        return False
+    if m.base == s.base and m.capacity == s.capacity:       # else it has moved, and is of another shape
+        how = reset(s, m)
+        if how < 0:
+            acquire(&p.lock)
+            p.rejected += 1
+            unlock(&p.lock)
+    if how < 0:
+        return False
+    m.hooks = head
+    m.growth_is_watched = s.growth_is_watched
+    m.handed_on = 0
+    store(&m.owner, OWNER_PYTHON)
+    acquire(&p.lock)
+    if load(&p.closed):
+        unlock(&p.lock)
+        return False
+    p.resets[how] += 1
+    put_idle(p, s, WARM)
+    if p.n_warm > p.most_warm or p.resident > p.resident_bound:
+        out = oldest_warm(p)
+        take_idle(p, out)
+    unlock(&p.lock)
+    if out != NULL:
+        make_cold(p, out)
+    return True
+
+
+cdef void make_cold(pool* p, slot* s) noexcept nogil:
+    """Give back the pages of one warm slot after the other, until the bounds hold."""
+    while s != NULL:
+        if s.high and pages.decommit(s.base, s.high):
+            drop(s)
+            s = NULL
+        else:
+            s.m.accessible = 0
+            s.high = s.hidden = s.resident = 0
+            reset_given_back(&s.policy)
+        acquire(&p.lock)
+        if s != NULL:
+            put_idle(p, s, COLD)
+        s = NULL
+        if p.n_warm > p.most_warm or p.resident > p.resident_bound:
+            s = oldest_warm(p)
+            if s != NULL:
+                take_idle(p, s)
+        unlock(&p.lock)
+
+
+cdef void drop(slot* s) noexcept nogil:
+    """Of a slot that is on no list of idle ones: back to upstream."""
+    s.doomed = True
+    store(&s.m.refs, 1)
+    memory_release(s.m)
+
+
+cdef void slot_dropped(memory_hook* head) noexcept nogil:
+    cdef slot* s = <slot*>head
+    cdef pool* p = s.pool
+    cdef shelf* empty = NULL
+    acquire(&p.lock)
+    if s.next != NULL:
+        s.next.previous = s.previous
+    if s.previous != NULL:
+        s.previous.next = s.next
+    else:
+        p.slots = s.next
+    p.n_slots -= 1
+    s.shelf.slots -= 1
+    if s.shelf.slots == 0:
+        empty = s.shelf
+        remove_shelf(p, empty)
+    unlock(&p.lock)
+    free(empty)
+    free(s)
+    release_pool(p)
+
+
+cdef size_t release_idle(pool* p, size_t target) noexcept nogil:
+    """Drop idle slots, the oldest first, until at most `target` bytes of the others are resident.
+    Returns the bytes that were."""
+    cdef slot* s
+    cdef size_t released = 0
+    while True:
+        acquire(&p.lock)
+        s = p.oldest
+        if s != NULL and s.state == WARM and target and p.resident <= target:
+            s = NULL
+        if s != NULL:
+            take_idle(p, s)
+        unlock(&p.lock)
+        if s == NULL:
+            return released
+        released += s.resident
+        drop(s)
+
+
+cdef inline void key_of(const memory_spec* spec, shape* key) noexcept nogil:
+    key.minimum = spec.minimum
+    key.maximum = spec.maximum
+    key.reservation = spec.reservation
+    key.guard = spec.guard
+    key.is_64 = spec.is_64
+    key.is_shared = spec.is_shared
+
+
+@cython.final
+cdef class PoolingCreator(NativeCreator):
+    """Memories that are reset and handed out again instead of being made anew.
+
+    A slot (a memory of the upstream creator) is kept when the last reference on it is gone: wasmtime's,
+    Python handles', and exported buffers'. It is then reset on that thread, with no lock and no GIL, and
+    serves the next request of the same shape (minimum, maximum, reservation, guard), the last one given
+    back first. What is dear stays: the mapping, its protection, and the resident pages. As wasmtime's
+    pooling allocator, which Python cannot reach, and as rmm's ``PoolMemoryResource``.
+
+    Parameters
+    ----------
+    upstream : NativeCreator, optional
+        Who makes the slots; an `MmapCreator` by default. Memories of a `PythonCreator` are passed on
+        and not kept.
+    slots : int, optional
+        The most slots, in use and idle. By default as many as take half of the mappings that a process
+        may have (``vm.max_map_count``).
+    keep_resident : int
+        Bytes that one idle slot may keep resident. Of one that has more, all pages go back to the OS.
+    max_unused_warm : int
+        Idle slots that keep their pages. The least recently used beyond them become cold: they keep
+        address space only. All warm slots together keep at most ``max_unused_warm * keep_resident``
+        bytes resident, and never more than a quarter of the machine's memory.
+    reset : {"adaptive", "scan", "zero", "discard"}
+        How a slot becomes zero again. "scan": the OS says which pages were touched (PAGEMAP_SCAN, or
+        /proc/self/pagemap), and those are zeroed. "zero": all of it is. "discard": all pages go back to
+        the OS (MADV_DONTNEED; on Windows decommitted). "adaptive": whichever of these costs least for
+        what each slot's users do, as measured while they do it.
+    when_full : {"fallback", "error"}
+        With every slot in use: a memory straight from upstream, or `PoolError`.
+    check : bool
+        Compare all of a slot with zero after each reset. One with a byte left is thrown away and
+        counted as rejected. For tests and for distrust; costs more than all the rest.
+
+    Notes
+    -----
+    Thread-safe. When the creator is collected, idle slots are released, and those in use when they are
+    given back.
+    """
+
+    def __cinit__(self, NativeCreator upstream=None, *, slots=None, keep_resident=64 << 20, max_unused_warm=100,
+                  reset="adaptive", when_full="fallback", check=False):
+        cdef pool* p
+        cdef const pages.capabilities_t* caps = pages.capabilities()
+        cdef size_t most_slots = caps.mappings // 6 if caps.mappings else 10000
+        cdef size_t keep, warm
+        if slots is not None:
+            check_size(slots, "slots", &most_slots)
+        if most_slots < 1:
+            raise ValueError(f"slots must be >= 1, got {slots}")
+        check_size(keep_resident, "keep_resident", &keep)
+        check_size(max_unused_warm, "max_unused_warm", &warm)
+        check_choice(reset, "reset", _RESETS)
+        check_choice(when_full, "when_full", ("fallback", "error"))
+        check_flag(check, "check")
+        if reset == "scan" and not caps.scans:
+            raise ValueError("reset must not be 'scan' here: this OS does not say which pages were touched")
+        self.upstream = MmapCreator() if upstream is None else upstream
+        p = <pool*>calloc(1, sizeof(pool))
+        if p == NULL:
+            raise MemoryError("no memory for a pool")
+        p.refs = 1
+        p.most_slots = most_slots
+        p.keep_resident = keep
+        p.most_warm = warm
+        p.resident_bound = keep * warm if warm == 0 or keep <= SIZE_MAX // warm else SIZE_MAX
+        if caps.memory and p.resident_bound > caps.memory // 4:
+            p.resident_bound = caps.memory // 4
+        p.reset = _RESETS[reset]
+        p.fall_back = when_full == "fallback"
+        p.check = check
+        with nogil:
+            list_pool(p)
+        self.pool = p
+
+    def __dealloc__(self):
+        if self.pool != NULL:
+            with nogil:
+                store(&self.pool.closed, 1)
+                release_idle(self.pool, 0)
+                release_pool(self.pool)
+
+    cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
+        cdef shape key
+        key_of(spec, &key)
+        out[0] = self.take(self.pool, &key)
+        if out[0] != NULL:
+            return 0
+        return self.make_slot(self.pool, &key, spec, out, why)
+
+    cdef memory* take(self, pool* p, const shape* key) noexcept nogil:
+        """An idle slot of that shape, or NULL."""
+        cdef shelf* here
+        cdef slot* s = NULL
+        cdef bint cold = False
+        acquire(&p.lock)
+        here = find_shelf(p, key)
+        if here != NULL and here.top != NULL:
+            s = here.top
+            cold = s.state == COLD
+            take_idle(p, s)
+            p.hits += 1
+        unlock(&p.lock)
+        if s == NULL:
+            return NULL
+        if cold and s.least:
+            if pages.commit(s.base, s.least):
+                drop(s)         # and a new one may be had where this one's pages may not
+                acquire(&p.lock)
+                p.hits -= 1
+                unlock(&p.lock)
+                return NULL
+            s.m.accessible = s.high = s.least
+        store(&s.m.size, <long long>key.minimum)
+        store(&s.m.refs, 1)
+        return s.m
+
+    cdef int make_slot(self, pool* p, const shape* key, const memory_spec* spec, memory** out,
+                       failure* why) noexcept nogil:
+        """A memory of upstream's, which becomes a slot where there is room for one."""
+        cdef slot* s
+        cdef slot* victim
+        cdef shelf* here
+        cdef shelf* spare
+        cdef int code
+        cdef bint room
+        while True:
+            acquire(&p.lock)
+            room = p.n_slots < p.most_slots
+            victim = NULL if room else p.oldest
+            if room:
+                p.n_slots += 1
+                p.misses += 1
+            elif victim != NULL:
+                take_idle(p, victim)
+            elif p.fall_back:
+                p.fallbacks += 1
+            unlock(&p.lock)
+            if victim == NULL:
+                break
+            drop(victim)
+        if not room:
+            if not p.fall_back:
+                return fail(why, E_EXHAUSTED, "new_memory", spec.minimum, p.most_slots, p.most_slots)
+            return self.upstream.make(spec, out, why)
+        s = <slot*>calloc(1, sizeof(slot))
+        spare = <shelf*>calloc(1, sizeof(shelf))
+        if s == NULL or spare == NULL:
+            code = fail(why, E_NO_MEMORY, "calloc", sizeof(slot))
+        else:
+            code = self.upstream.make(spec, out, why)
+            if code and (code > 0 or code == E_LIMIT or code == E_NO_MEMORY) and p.oldest != NULL:
+                # What idle slots hold may be what is missing.
+                release_idle(p, 0)
+                code = self.upstream.make(spec, out, why)
+        if code or not out[0].ops.pages_are_ours:
+            free(s)
+            free(spare)
+            acquire(&p.lock)
+            p.n_slots -= 1
+            p.misses -= 1
+            if code == 0:
+                p.fallbacks += 1
+            unlock(&p.lock)
+            return code
+        s.pool = p
+        s.m = out[0]
+        s.base = s.m.base
+        s.capacity = s.m.capacity
+        s.least = s.high = s.m.accessible
+        s.growth_is_watched = s.m.growth_is_watched
+        s.head.keep = slot_keep
+        s.head.dropped = slot_dropped
+        reset_start(&s.policy)
+        add(&p.refs, 1)
+        acquire(&p.lock)
+        here = find_shelf(p, key)
+        if here == NULL:
+            here = spare
+            spare = NULL
+            here.shape = key[0]
+            here.next = bucket(p, key)[0]
+            bucket(p, key)[0] = here
+        here.slots += 1
+        s.shelf = here
+        s.next = p.slots
+        if p.slots != NULL:
+            p.slots.previous = s
+        p.slots = s
+        unlock(&p.lock)
+        free(spare)
+        memory_hang(s.m, &s.head)
+        return 0
+
+    def warm(self, n, ty, *, reserved_size_in_bytes=4 << 30, guard_size_in_bytes=32 << 20):
+        """Make slots ahead, so that the next `n` requests of a type are hits.
+
+        The pages of the minimum are accessible and not yet resident: the first user faults them in.
+
+        Parameters
+        ----------
+        n : int
+            Idle slots of that shape that there shall be at least.
+        ty : MemoryType
+        reserved_size_in_bytes, guard_size_in_bytes : int
+            As in `new_memory`; by default what wasmtime asks for in its default configuration.
+
+        Returns
+        -------
+        int
+            How many slots were made; those that were idle already are not counted.
+
+        Raises
+        ------
+        PoolError
+            There are not enough slots that are not in use, or upstream's memories cannot be kept.
+        PageError, GrowError
+            Upstream refused; the slots made until then remain.
+        """
+        cdef size_t wanted, taken = 0, made = 0
+        cdef pool* p = self.pool
+        cdef memory** memories
+        cdef memory_spec spec
+        cdef shape key
+        cdef failure why
+        cdef int code = 0
+        check_size(n, "n", &wanted)
+        if wanted > p.most_slots:
+            raise ValueError(f"n must be <= the slots of the pool ({p.most_slots}), got {wanted}")
+        try:
+            minimum = ty.minimum * ty.page_size
+            maximum = None if ty.maximum is None else ty.maximum * ty.page_size
+            if maximum is None and ty.is_64:
+                maximum = 2**64 - 65536         # what wasmtime says for "none"
+        except (AttributeError, TypeError):
+            raise TypeError(f"ty must be a MemoryType, got {type(ty).__name__}") from None
+        self.fill_spec(&spec, ty, minimum, maximum, reserved_size_in_bytes, guard_size_in_bytes)
+        key_of(&spec, &key)
+        memories = <memory**>calloc(wanted + 1, sizeof(memory*))
+        if memories == NULL:
+            raise MemoryError(f"no memory for a list of {wanted} slots")
+        with nogil:
+            while code == 0 and taken < wanted:
+                memories[taken] = self.take(p, &key)
+                if memories[taken] == NULL:
+                    code = self.make_slot(p, &key, &spec, &memories[taken], &why)
+                    if code:
+                        break
+                    if memories[taken].hooks == NULL or memories[taken].hooks.keep != slot_keep:
+                        memory_release(memories[taken])
+                        code = fail(&why, E_EXHAUSTED, "warm", spec.minimum, p.most_slots, p.most_slots)
+                        break
+                    made += 1
+                taken += 1
+            while taken:
+                taken -= 1
+                memory_release(memories[taken])
+            free(memories)
+        if code:
+            raise_failure(&why)
+        return made
+
+    def trim(self, target=0):
+        """Release idle slots, cold ones first, then the least recently used.
+
+        Parameters
+        ----------
+        target : int
+            Bytes that idle slots may keep resident. 0: every idle slot is released.
+
+        Returns
+        -------
+        int
+            Bytes that the released slots had kept resident, at most.
+        """
+        cdef size_t most, released
+        check_size(target, "target", &most)
+        with nogil:
+            released = release_idle(self.pool, most)
+        return released
+
+    def stats(self):
+        """What the pool holds and what it did, as a dict of numbers.
+
+        Returns
+        -------
+        dict
+            slots: the most there may be. live, warm, cold: how many are in use; idle with their pages;
+            idle without. pinned: of the live ones, those that wasmtime has dropped and a `Memory` or an
+            exported buffer still holds. hits, misses: requests served by a slot that was there, and by a
+            new one. fallbacks: requests passed to upstream, and not kept. rejected: slots thrown away
+            because their reset failed, or left a byte (``check=True``). resets: how many of each kind.
+            resident: bytes that idle slots keep resident, at most. resident_bound: what that never exceeds
+            for long.
+        """
+        cdef pool* p = self.pool
+        cdef pool now
+        cdef slot* s
+        cdef size_t pinned = 0
+        with nogil:
+            acquire(&p.lock)
+            now = p[0]
+            s = p.slots
+            while s != NULL:
+                pinned += s.state == LIVE and load(&s.m.owner) == OWNER_LEFT
+                s = s.next
+            unlock(&p.lock)
+        return {
+            "slots": now.most_slots,
+            "live": now.n_slots - now.n_warm - now.n_cold,
+            "warm": now.n_warm,
+            "cold": now.n_cold,
+            "pinned": pinned,
+            "hits": now.hits,
+            "misses": now.misses,
+            "fallbacks": now.fallbacks,
+            "rejected": now.rejected,
+            "resets": {"scan": now.resets[RESET_SCAN], "zero": now.resets[RESET_ZERO],
+                       "discard": now.resets[RESET_DISCARD]},
+            "resident": now.resident,
+            "resident_bound": now.resident_bound,
+        }
+
+    def __repr__(self):
+        return f"PoolingCreator({self.upstream!r}, slots={self.pool.most_slots})"
+
+
+cdef int check_choice(object value, str name, object choices) except -1:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return 0
