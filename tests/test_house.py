@@ -31,7 +31,8 @@ FLOORS = {
     "cli": 6, "__main__": 6, "bench": 6,
 }
 # A floor may lean on these, which hold no state, from the same floor.
-SAME_FLOOR = {("abc", "records"), ("_os.posix", "_os.pages"), ("_os.windows", "_os.pages"), ("__main__", "cli"), ("cli", "bench")}
+SAME_FLOOR = {("abc", "records"), ("_os.posix", "_os.pages"), ("_os.windows", "_os.pages"), ("__main__", "cli"),
+              ("cli", "bench")}
 
 
 def room_of(path):
