@@ -24,6 +24,7 @@ STRICT_FLAGS = {
 extensions = [
     Extension("linmem._os.pages", [f"linmem/_os/{PAGES}.pyx"]),
     Extension("linmem._memory", ["linmem/_memory.pyx"]),
+    Extension("linmem._image", ["linmem/_image.pyx"]),
     Extension("linmem._adaptors", ["linmem/_adaptors.pyx"]),
     Extension("linmem._pool", ["linmem/_pool.pyx"]),
     Extension("linmem._bridge", ["linmem/_bridge.pyx"]),

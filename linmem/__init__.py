@@ -11,6 +11,8 @@ them, read and written through the buffer protocol with no copy, behind wasmtime
 """
 
 from linmem._adaptors import LimitingCreator, PythonCreator, StatisticsCreator
+from linmem._delta import Delta
+from linmem._image import Image
 from linmem._memory import Memory, MmapCreator
 from linmem._pool import PoolingCreator
 from linmem.abc import LinearMemory, MemoryCreator
@@ -20,7 +22,10 @@ from linmem.errors import GrowError, LimitError, OwnedError, PageError, PoolErro
 __version__ = "0.1.0"
 
 __all__ = [
+    "Delta",
     "GrowError",
+    "Image",
+    "ImageInfo",
     "LimitError",
     "LimitingCreator",
     "LinearMemory",
@@ -43,7 +48,7 @@ __all__ = [
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from linmem.records import MemoryInfo, MemoryType
+    from linmem.records import ImageInfo, MemoryInfo, MemoryType
 
 
 def __getattr__(name: str) -> object:
@@ -52,7 +57,7 @@ def __getattr__(name: str) -> object:
         import linmem.wasmtime
 
         return linmem.wasmtime
-    if name in ("MemoryInfo", "MemoryType"):
+    if name in ("ImageInfo", "MemoryInfo", "MemoryType"):
         from linmem import records
 
         return globals().setdefault(name, getattr(records, name))

@@ -11,8 +11,8 @@ from libc.string cimport memcpy
 from linmem._atomic cimport add, load, store, swap_if
 from linmem._memory cimport (
     NO_MAXIMUM, UNCHOSEN, Memory, NativeCreator, acquire, begin_move, check_size, drop_object, end_move, fail,
-    fail_python, failure, memory, memory_hang, memory_hook, memory_ops, memory_resident, memory_retain, memory_size,
-    memory_spec, python_is_ending, unlock,
+    fail_python, failure, image_copy, memory, memory_hang, memory_hook, memory_ops, memory_resident, memory_retain,
+    memory_size, memory_spec, python_is_ending, unlock,
 )
 from linmem._os cimport pages
 from linmem._units cimport E_LIMIT, E_NO_MEMORY, E_UNSUPPORTED, round_up
@@ -509,6 +509,8 @@ cdef class PythonCreator(NativeCreator):
         cdef python_memory* p
         cdef size_t reservation = 0 if spec.reservation == UNCHOSEN else spec.reservation
         from linmem.records import MemoryType
+        if spec.image != NULL and spec.image.end > spec.minimum:
+            raise ValueError(f"minimum must be >= the end of the image ({spec.image.end}), got {spec.minimum}")
         ty = MemoryType(
             minimum=spec.minimum // spec.page_size,
             maximum=None if spec.maximum == NO_MAXIMUM else spec.maximum // spec.page_size,
@@ -517,7 +519,10 @@ cdef class PythonCreator(NativeCreator):
             ty, spec.minimum, None if spec.maximum == NO_MAXIMUM else spec.maximum,
             None if spec.reservation == UNCHOSEN else spec.reservation, spec.guard)
         if isinstance(made, Memory):
-            return adopt(<Memory>made, spec.minimum, spec.maximum, spec.is_shared, reservation, spec.guard, out)
+            adopt(<Memory>made, spec.minimum, spec.maximum, spec.is_shared, reservation, spec.guard, out)
+            if spec.image != NULL:
+                image_copy(spec.image, out[0].base)
+            return 0
         for method in ("as_ptr", "byte_size", "byte_capacity", "wasm_accessible", "grow_to"):
             if not callable(getattr(made, method, None)):
                 raise TypeError(f"{type(self.creator).__name__}.new_memory() must return a LinearMemory, got"
@@ -534,6 +539,8 @@ cdef class PythonCreator(NativeCreator):
         except BaseException:
             free(p)
             raise
+        if spec.image != NULL:
+            image_copy(spec.image, p.head.base)
         Py_INCREF(made)
         p.head.ops = &python_ops
         p.head.refs = 1

@@ -9,11 +9,13 @@ No callback takes the GIL, unless a Python creator raised and its text is wanted
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport uint8_t, uint64_t
+from libc.stdlib cimport free, malloc
 
 from linmem._atomic cimport store, word
 from linmem._memory cimport (
-    OWNER_LEFT, OWNER_WASMTIME, UNCHOSEN, NativeCreator, acquire, drop_object, failure, failure_text, memory,
-    memory_grow_to, memory_release, memory_retain, memory_size, memory_spec, unlock, wrap,
+    OWNER_LEFT, OWNER_WASMTIME, UNCHOSEN, ImageHandle, NativeCreator, acquire, drop_object, failure, failure_text,
+    image, image_release, image_retain, memory, memory_grow_to, memory_release, memory_retain, memory_size,
+    memory_spec, unlock, wrap,
 )
 from linmem._units cimport E_PYTHON
 
@@ -79,6 +81,35 @@ cdef void leave_table(memory* m, char* base) noexcept nogil:
     unlock(&table_lock)
 
 
+# -- images for the memories that this thread will ask for next ------------------------------------
+
+cdef extern from *:
+    """
+    #if defined(_MSC_VER) && !defined(__clang__)
+    #define LINMEM_OF_THREAD __declspec(thread)
+    #else
+    #define LINMEM_OF_THREAD __thread
+    #endif
+    typedef struct { void **images; size_t n, taken; } linmem_queue;
+    static LINMEM_OF_THREAD linmem_queue linmem_offered;
+    static linmem_queue *linmem_of_thread(void) { return &linmem_offered; }
+    """
+    ctypedef struct queue "linmem_queue":
+        void** images
+        size_t n
+        size_t taken
+
+    queue* offered "linmem_of_thread"() noexcept nogil
+
+
+cdef void next_image(image** out) noexcept nogil:
+    """The next that is offered on this thread, with its reference, or NULL."""
+    cdef queue* q = offered()
+    if q.taken < q.n:
+        out[0] = <image*>q.images[q.taken]
+        q.taken += 1
+
+
 # -- callbacks -----------------------------------------------------------------------------------------
 
 cdef wasmtime_error_t* to_error(failure* why) noexcept nogil:
@@ -130,14 +161,19 @@ cdef wasmtime_error_t* new_memory(void* env, const wasm_memorytype_t* ty, size_t
     cdef memory_spec spec
     cdef failure why
     cdef memory* m = NULL
+    cdef int code
     spec.minimum = minimum
     spec.maximum = maximum                                  # no maximum arrives as SIZE_MAX, ours too
     spec.reservation = reserved if reserved else UNCHOSEN   # the Config's 0 is "none given"
     spec.guard = guard
     spec.is_64 = wasmtime.is_64(ty)
     spec.is_shared = wasmtime.is_shared(ty)
+    spec.image = NULL
     spec.page_size = 65536 if wasmtime.page_size == NULL else wasmtime.page_size(ty)
-    if (<NativeCreator>env).make(&spec, &m, &why):
+    next_image(&spec.image)
+    code = (<NativeCreator>env).make(&spec, &m, &why)
+    image_release(spec.image)
+    if code:
         return to_error(&why)
     store(&m.owner, OWNER_WASMTIME)
     enter_table(m)
@@ -189,3 +225,41 @@ def find(size_t base):
         memory_retain(m)
     unlock(&table_lock)
     return None if m == NULL else wrap(m)
+
+
+def offer_images(images):
+    """Offer images (or None) to the memories that wasmtime will make on this thread, in their order.
+
+    Each call of a creator takes the next. Once all are taken, memories start as zeros, as ever. Whoever
+    offers calls take_back_images() afterwards, on the same thread.
+    """
+    cdef queue* q = offered()
+    cdef list given = list(images)
+    cdef size_t i, n = <size_t>len(given)
+    for one in given:
+        if one is not None and not isinstance(one, ImageHandle):
+            raise TypeError(f"images must be Images or None, got {type(one).__name__}")
+    if q.images != NULL:
+        raise RuntimeError("images are on offer on this thread already: take_back_images() comes first")
+    q.images = <void**>malloc((n + 1) * sizeof(void*))
+    if q.images == NULL:
+        raise MemoryError("no memory for a queue of images")
+    for i in range(n):
+        q.images[i] = NULL
+        if given[i] is not None:
+            q.images[i] = (<ImageHandle>given[i]).it
+            image_retain(<image*>q.images[i])
+    q.n = n
+    q.taken = 0
+
+
+def take_back_images():
+    """End the offer on this thread; how many of its images (None among them) no memory has taken."""
+    cdef queue* q = offered()
+    cdef size_t i, left = q.n - q.taken
+    for i in range(q.taken, q.n):
+        image_release(<image*>q.images[i])
+    free(q.images)
+    q.images = NULL
+    q.n = q.taken = 0
+    return left

@@ -3,7 +3,7 @@
 from cpython.exc cimport PyErr_Clear, PyErr_Occurred
 from cpython.ref cimport Py_INCREF
 
-from linmem._units cimport E_EXHAUSTED, E_LIMIT, E_PYTHON
+from linmem._units cimport E_EXHAUSTED, E_IMAGE, E_LIMIT, E_PYTHON
 
 from linmem import errors as _errors
 from linmem._os import pages as _pages
@@ -45,6 +45,8 @@ cdef const char* reason(int code) noexcept nogil:
         return "LIMIT"
     if code == E_EXHAUSTED:
         return "EXHAUSTED"
+    if code == E_IMAGE:
+        return "IMAGE"
     return "UNSUPPORTED"
 
 
@@ -76,6 +78,8 @@ cdef void failure_text(const failure* why, char* text, size_t room) noexcept nog
     elif code == E_EXHAUSTED:
         snprintf(text, room, "all %zu slots of the pool are in use, and %zu bytes more are asked for",
                  why.limit, why.size)
+    elif code == E_IMAGE:
+        snprintf(text, room, "minimum must be >= the end of the image (%zu), got %zu", why.limit, why.size)
     else:
         snprintf(text, room, "%s is not supported by this kind of memory%s%s", why.call, between, why.detail)
 

@@ -7,6 +7,7 @@ from libc.string cimport memmove
 
 from linmem._atomic cimport add_with_gil
 
+from linmem._delta import Delta as _Delta
 from linmem._formats import resolve as _resolve_format
 
 cdef long long CLOSED = -(<long long>1 << 62)       # of Memory.users: far below what threads can add to it
@@ -356,6 +357,205 @@ cdef class Memory:
         finally:
             PyBuffer_Release(&given)
 
+    # -- images
+
+    def snapshot(self):
+        """What the memory holds now, as an immutable `Image`.
+
+        Takes time and space for the pages that are not zero; the others are skipped, most of them unseen.
+        The bytes are copied one after the other: what other threads write meanwhile is in it, or
+        is not, or is in part.
+
+        Returns
+        -------
+        Image
+            Its `offset` is 0 and its `size` this memory's `byte_size`.
+
+        Raises
+        ------
+        PageError
+            The OS has no room for it.
+        TypeError
+            For a memory with protected pages.
+        """
+        cdef image* it = NULL
+        cdef failure why
+        cdef int code
+        cdef ImageHandle handle = ImageHandle()
+        cdef memory* m = self.enter_bytes("snapshot")
+        try:
+            with nogil:
+                acquire(&m.lock)
+                code = memory_snapshot(m, &it, &why)
+                unlock(&m.lock)
+        finally:
+            unpin(m)
+            self.leave()
+        if code:
+            raise_failure(&why)
+        handle.it = it
+        return _image_of(handle)
+
+    def restore(self, image not None, *, zero_grown=False):
+        """Put every byte back to what an image holds, and to zero where it holds nothing.
+
+        Views stay valid and see the restored bytes. A memory that started from the image, or was restored to
+        it before, takes time for the pages that were written since; any other is mapped or copied anew.
+
+        The size stays: code that runs on the memory has been told it, and cannot be told less. One that is larger
+        than what the image knows of is therefore refused, since the image's own idea of how large its memory is
+        (an allocator's, most of all) would be wrong.
+
+        Parameters
+        ----------
+        image : Image
+        zero_grown : bool
+            Accept a memory that has grown, and zero what it has grown by.
+
+        Raises
+        ------
+        ValueError
+            The memory is smaller than the image, or larger without `zero_grown`. One that was made from
+            this image with a larger minimum has its right size as long as it does not grow.
+        OwnedError
+            A wasmtime store owns the memory and is growing it now, in another thread: a call runs in that store.
+            No other call can be known of from here.
+        TypeError
+            For a memory with protected pages.
+        """
+        cdef ImageHandle handle
+        cdef size_t size, right
+        cdef bint grown = zero_grown
+        if not isinstance(image, ImageHandle):
+            raise TypeError(f"image must be an Image, got {type(image).__name__}")
+        handle = <ImageHandle>image
+        cdef memory* m = self.enter_bytes("restore")
+        try:
+            if load(&m.owner) == OWNER_WASMTIME:
+                if not swap_if(&m.lock, 0, generation):
+                    raise _errors.OwnedError("the wasmtime store that owns this memory is growing it: restore it when"
+                                             " no call runs in that store")
+            else:
+                with nogil:
+                    acquire(&m.lock)
+            size = memory_size(m)
+            right = handle.it.end
+            if m.image == handle.it and m.started > right:
+                right = m.started
+            if size < right or (size > right and not grown):
+                unlock(&m.lock)
+                raise ValueError(
+                    f"the memory has {size} bytes and the image {right}: grow it before" if size < right else
+                    f"the memory has grown to {size} bytes since, the image knows of {right}: zero_grown=True"
+                    " keeps the size and zeroes the rest")
+            with nogil:
+                memory_restore(m, handle.it)
+                unlock(&m.lock)
+        finally:
+            unpin(m)
+            self.leave()
+
+    def dirty_pages(self, since not None, *, as_array=False):
+        """Where the memory differs from an image, as ranges of whole host pages.
+
+        Exact: a page that was written and holds the image's bytes again is not among them. A page that the
+        image does not reach is compared with zeros.
+
+        Parameters
+        ----------
+        since : Image
+        as_array : bool
+            Return a NumPy array of shape (n, 2) and type uint64.
+
+        Returns
+        -------
+        list of (int, int)
+            Offset and size in bytes, in order; neighbours are one range, and the last ends at `byte_size`.
+
+        Raises
+        ------
+        TypeError
+            For a memory with protected pages.
+        """
+        cdef changes found
+        cdef size_t i, n
+        cdef size_t* pairs
+        memory_changes(self, since, "since", &found)
+        try:
+            n = 0
+            for i in range(found.n):        # zeros or not is nothing to whoever asks here
+                if n and found.list[n - 1].offset + found.list[n - 1].size == found.list[i].offset:
+                    found.list[n - 1].size += found.list[i].size
+                else:
+                    found.list[n] = found.list[i]
+                    n += 1
+            if not as_array:
+                return [(found.list[i].offset, found.list[i].size) for i in range(n)]
+            import numpy
+            array = numpy.empty((n, 2), numpy.uint64)
+            pairs = <size_t*><size_t>array.ctypes.data
+            for i in range(n):
+                pairs[2 * i] = found.list[i].offset
+                pairs[2 * i + 1] = found.list[i].size
+            return array
+        finally:
+            free(found.list)
+
+    def apply(self, delta not None):
+        """Write what a `Delta` says into the memory, which holds what the delta's base held.
+
+        A memory that is smaller than the delta's is grown first. That the bytes are the base's is not
+        looked at, only that the size can be: it is the base's, the delta's, or between.
+
+        Parameters
+        ----------
+        delta : Delta
+
+        Raises
+        ------
+        ValueError
+            The memory is smaller than the delta's base, or larger than the delta's memory.
+        OwnedError
+            It had to grow, and a wasmtime store owns it. Nothing was written.
+        GrowError, PageError
+            It cannot grow so far. Nothing was written.
+        TypeError
+            For a memory with protected pages.
+        """
+        if not isinstance(delta, _Delta):
+            raise TypeError(f"delta must be a Delta, got {type(delta).__name__}")
+        cdef size_t start, n
+        cdef memory* m
+        size = self.byte_size()
+        if size < min(delta.base_size, delta.size) or size > delta.size:
+            raise ValueError(f"the memory has {size} bytes, and the delta is for one of {delta.base_size} that becomes"
+                             f" one of {delta.size}")
+        if size < delta.size:
+            self.grow_to(delta.size)
+        m = self.enter_bytes("apply")
+        try:
+            for offset, length, data in delta.pieces():
+                start, n = offset, length
+                check_span(start, n, memory_size(m))
+                if data is not None:
+                    self.write(offset, data)
+                else:
+                    with nogil:
+                        memset(m.base + start, 0, n)
+        finally:
+            unpin(m)
+            self.leave()
+
+    cdef memory* enter_bytes(self, str call) except NULL:
+        """enter() and pin(), for the calls that reach for every byte by themselves."""
+        cdef memory* m = self.enter()
+        if m.protected_pages:
+            self.leave()
+            raise TypeError(f"{call} is not supported on a memory with protected pages: give all of it back its"
+                            f" access with protect(0, {memory_size(m)}, 'rw')")
+        pin(m)
+        return m
+
     # -- pages
 
     def protect(self, offset, size, access):
@@ -400,7 +600,8 @@ cdef class Memory:
                     if code:
                         fail_page_call(&why, code, "protect", n)
                     else:
-                        m.protected_pages = True
+                        # The same for all of them is a memory as any other.
+                        m.protected_pages = how != pages.ACCESS_READ_WRITE or start != 0 or n != m.accessible
         finally:
             unpin(m)
             self.leave()
@@ -409,6 +610,8 @@ cdef class Memory:
 
     def discard(self, offset=0, size=None):
         """Give the pages back to the OS; the bytes read as zero afterwards. madvise(2), MADV_DONTNEED.
+
+        In a memory that started from an image they read as zero, too, and no longer as the image.
 
         Parameters
         ----------
@@ -423,7 +626,8 @@ cdef class Memory:
         PageError
             The OS refused; no byte has changed.
         TypeError
-            The pages are not linmem's, or are protected where the OS cannot discard such.
+            The pages are not linmem's, or are protected where the OS cannot discard such, or are
+            protected and an image's.
         """
         cdef size_t start, n, head, tail, page = pages.capabilities().page_size
         cdef int code = 0
@@ -447,10 +651,8 @@ cdef class Memory:
                 if head >= tail:
                     memset(m.base + start, 0, n)
                 else:
-                    code = pages.discard(m.base + head, tail - head)
-                    if code:
-                        fail_page_call(&why, code, "discard", tail - head)
-                    else:
+                    code = discard_pages(m, m.base + head, tail - head, &why)
+                    if code == 0:
                         memset(m.base + start, 0, head - start)
                         memset(m.base + tail, 0, start + n - tail)
         finally:
@@ -555,6 +757,48 @@ cdef class Memory:
 
     def __reduce__(self):
         raise TypeError("a Memory cannot be pickled or copied: it is an address in this process")
+
+
+# linmem._image says how: it stands above.
+_image_of = None
+
+
+def image_class_is(of):
+    """Called once, by the room of images: `of` makes an Image of an ImageHandle that it takes over."""
+    global _image_of
+    _image_of = of
+
+
+cdef class ImageHandle:
+    """What an `Image` is made of."""
+
+    def __dealloc__(self):
+        if self.it != NULL:
+            with nogil:
+                image_release(self.it)
+
+
+cdef int memory_changes(Memory mem, object since, str name, changes* out) except -1:
+    """`out.list` is the caller's to free."""
+    cdef failure why
+    cdef ImageHandle base
+    cdef memory* m
+    cdef int code
+    if not isinstance(since, ImageHandle):
+        raise TypeError(f"{name} must be an Image, got {type(since).__name__}")
+    base = <ImageHandle>since
+    memset(out, 0, sizeof(changes))
+    m = mem.enter_bytes("dirty_pages")
+    with nogil:
+        acquire(&m.lock)
+        code = compare(m, NULL, base.it, out, &why)
+        unlock(&m.lock)
+    unpin(m)
+    mem.leave()
+    if code:
+        free(out.list)
+        raise_failure(&why)
+    return 0
 
 
 cdef int refuse_to_grow() except -1:

@@ -10,6 +10,7 @@
 from cpython.object cimport PyObject
 
 from linmem._atomic cimport load, word
+from linmem._os cimport pages
 
 # Why a nogil call failed. Filled only on failure; the text is made from it in one place.
 cdef struct failure:
@@ -21,6 +22,45 @@ cdef struct failure:
     char detail[240]            # more words; may be empty
     PyObject* exception         # E_PYTHON only: a reference that whoever ends the failure must drop
 
+ctypedef struct run:
+    size_t offset
+    size_t size
+
+# What a memory holds at the start, or held once: a page here and there, and zeros. Never changes, may be used by
+# any thread, and is reference-counted like the memories that hold it.
+cdef struct image:
+    word refs
+    word memories               # that hold it: some of the references
+    pages.image_pages content
+    size_t offset               # of the content in a memory, whole host pages
+    size_t end                  # a memory of it has at least so many bytes
+    size_t low                  # within the content, whole host pages: what is not zero lies in low .. high,
+    size_t high
+    run* runs                   # and there in these, in order and apart, multiples of GRANULE
+    size_t n_runs
+    size_t room                 # for runs
+    bint runs_known             # else they are one, of all there is
+
+cdef enum:
+    GRANULE = 4096              # of what is zero and what is not, whatever the host page
+
+# How the bytes of a memory's image got there.
+cdef enum:
+    IMAGE_COPIED = 0            # copied; or there is none
+    IMAGE_MAPPED = 1            # its pages low .. high are the image's own until they are written
+    IMAGE_BROKEN = 2            # some of these have been given back for zeros
+
+# A part of a memory that is not as in an image.
+ctypedef struct change:
+    size_t offset
+    size_t size
+    bint zero                   # it holds zeros now
+
+ctypedef struct changes:
+    change* list
+    size_t n
+    size_t room
+
 # A request, in bytes; already checked against each other (minimum <= maximum).
 cdef struct memory_spec:
     size_t minimum
@@ -30,6 +70,7 @@ cdef struct memory_spec:
     size_t page_size            # wasm page: 1 or 65536
     bint is_64
     bint is_shared              # never moves
+    image* image                # what it holds at the start; NULL: zeros
 
 cdef enum:
     OWNER_PYTHON = 0
@@ -85,6 +126,9 @@ cdef struct memory:
     bint protected_pages        # protect() was used: pages differ, so the mapping cannot move as one
     bint moved                  # the mapping has moved once: what it grew since is a second mapping
     bint growth_is_watched      # a hook has before_grow or after_grow
+    int image_state             # IMAGE_
+    image* image                # a reference on what it held at the start, or was last restored to; NULL: zeros
+    size_t started              # byte_size then
     memory* registry_next       # the bridge's table of memories that wasmtime holds
 
 
@@ -103,6 +147,23 @@ cdef void end_move(memory* m) noexcept nogil
 cdef void memory_hang(memory* m, memory_hook* hook) noexcept nogil
 cdef int memory_resident(memory* m, size_t* bytes, failure* why) noexcept nogil
 
+cdef image* image_new(size_t offset, size_t size, failure* why) noexcept nogil
+cdef int image_put(image* it, size_t at, const char* bytes, size_t size, failure* why) noexcept nogil
+cdef int image_finish(image* it, failure* why) noexcept nogil
+cdef void image_retain(image* it) noexcept nogil
+cdef void image_release(image* it) noexcept nogil
+cdef void image_copy(const image* it, char* base) noexcept nogil
+cdef bint is_zero(const char* at, size_t size) noexcept nogil
+cdef void memory_restore(memory* m, image* to) noexcept nogil
+cdef int memory_turn_to(memory* m, image* to) noexcept nogil
+cdef size_t memory_border(memory* m, size_t at, size_t end, bint* over_image) noexcept nogil
+cdef void memory_refill(memory* m, size_t at, size_t size) noexcept nogil
+cdef bint memory_is_filled(memory* m, size_t size) noexcept nogil
+cdef int memory_renew(memory* m, size_t size) noexcept nogil
+cdef int memory_start_again(memory* m, image* to) noexcept nogil
+cdef int memory_snapshot(memory* m, image** out, failure* why) noexcept nogil
+cdef int compare(memory* m, image* now, image* base, changes* out, failure* why) noexcept nogil
+
 cdef int fail(failure* why, int code, const char* call, size_t size, size_t used=*, size_t limit=*) noexcept nogil
 cdef int fail_python(failure* why, object error) noexcept
 cdef void failure_text(const failure* why, char* text, size_t room) noexcept nogil
@@ -114,6 +175,11 @@ cdef bint python_is_ending() noexcept nogil
 cdef int check_size(object value, str name, size_t* out) except -1
 cdef int check_flag(object value, str name) except -1
 cdef object wrap(memory* m)
+
+
+# What Python's Image is made of.
+cdef class ImageHandle:
+    cdef image* it
 
 
 cdef class NativeCreator:
@@ -136,4 +202,8 @@ cdef class Memory:
     cdef object __weakref__
     cdef memory* enter(self) except NULL
     cdef memory* enter_pages(self, str call) except NULL
+    cdef memory* enter_bytes(self, str call) except NULL
     cdef void leave(self) noexcept
+
+
+cdef int memory_changes(Memory mem, object since, str name, changes* out) except -1

@@ -6,14 +6,14 @@ from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF
 from libc.stdint cimport SIZE_MAX
 from libc.stdio cimport snprintf
-from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcpy, memset
+from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.string cimport memcmp, memcpy, memset
 
 from linmem._atomic cimport add, load, publish, store, swap_if, word
 from linmem._os cimport pages
 from linmem._units cimport (
-    E_CAPACITY, E_EXPORTED, E_MAXIMUM, E_NO_MEMORY, E_OVERFLOW, E_SHRINK, E_UNSUPPORTED, add_up, first_reservation,
-    lay_out, layout, next_reservation, round_down, round_up,
+    E_CAPACITY, E_EXPORTED, E_IMAGE, E_MAXIMUM, E_NO_MEMORY, E_OVERFLOW, E_SHRINK, E_UNSUPPORTED, add_up,
+    first_reservation, lay_out, layout, next_reservation, round_down, round_up,
 )
 
 import os as _os
@@ -378,7 +378,7 @@ cdef int move_to_larger(memory* m, size_t need, failure* why) noexcept nogil:
     base = region + to.pre_guard
     # What looks like one mapping may be several (a fork, or someone's madvise, splits them): then
     # it does not move, but it can be copied.
-    if (pages.capabilities().moves and m.accessible and not m.moved
+    if (pages.capabilities().moves and m.accessible and not m.moved and m.image_state == IMAGE_COPIED
             and pages.move(m.base, m.accessible, base, need) == 0):
         give_back(old, m.pre_guard)
         give_back(m.base + m.accessible, old_total - m.pre_guard - m.accessible)
@@ -391,6 +391,7 @@ cdef int move_to_larger(memory* m, size_t need, failure* why) noexcept nogil:
         memcpy(base, m.base, m.accessible)
         give_back(old, old_total)
         m.moved = False
+        m.image_state = IMAGE_COPIED
     m.base = base
     m.pre_guard = to.pre_guard
     m.capacity = to.capacity
@@ -446,6 +447,7 @@ cdef int mapped_resident(memory* m, size_t* bytes, failure* why) noexcept nogil:
 
 cdef void mapped_free(memory* m) noexcept nogil:
     give_back(m.base - m.pre_guard, m.pre_guard + m.capacity + m.guard)
+    leave_image(m)
     free(m)
 
 
@@ -491,6 +493,9 @@ prefaulting_ops.free = mapped_free
 prefaulting_ops.pages_are_ours = True
 
 
+include "_images.pxi"
+
+
 cdef int mapped_make(const memory_spec* spec, bint prefault, bint huge_pages, memory** out,
                      failure* why) noexcept nogil:
     cdef layout at
@@ -498,7 +503,10 @@ cdef int mapped_make(const memory_spec* spec, bint prefault, bint huge_pages, me
     cdef int code
     cdef size_t bound = spec.maximum
     cdef size_t huge = pages.capabilities().huge_page if huge_pages else 0
-    cdef memory* m = <memory*>calloc(1, sizeof(memory))
+    cdef memory* m
+    if spec.image != NULL and spec.image.end > spec.minimum:
+        return fail(why, E_IMAGE, "new_memory", spec.minimum, 0, spec.image.end)
+    m = <memory*>calloc(1, sizeof(memory))
     if m == NULL:
         return fail(why, E_NO_MEMORY, "calloc", sizeof(memory))
     if spec.reservation == UNCHOSEN:
@@ -517,17 +525,21 @@ cdef int mapped_make(const memory_spec* spec, bint prefault, bint huge_pages, me
         code = pages.commit(m.base, at.accessible)
         if code:
             fail_page_call(why, code, "commit", at.accessible)
-        elif prefault:
+        elif spec.image != NULL:
+            code = start_from_image(m, spec.image, why)
+        if code == 0 and prefault:
             code = pages.prefault(m.base, at.accessible)
             if code:
                 fail_page_call(why, code, "prefault", at.accessible)
         if code:
             give_back(region, at.total)
+            leave_image(m)
             free(m)
             return code
     m.ops = &prefaulting_ops if prefault else &mapped_ops
     m.refs = 1
     m.size = <long long>spec.minimum
+    m.started = spec.minimum
     m.accessible = at.accessible
     m.capacity = at.capacity
     m.maximum = spec.maximum
@@ -583,6 +595,7 @@ cdef class NativeCreator:
 
     cdef int fill_spec(self, memory_spec* spec, ty, minimum, maximum, reserved_size_in_bytes,
                        guard_size_in_bytes) except -1:
+        spec.image = NULL
         check_size(minimum, "minimum", &spec.minimum)
         check_optional_size(maximum, "maximum", &spec.maximum)
         check_optional_size(reserved_size_in_bytes, "reserved_size_in_bytes", &spec.reservation)
@@ -598,13 +611,21 @@ cdef class NativeCreator:
             raise ValueError(f"ty.page_size must be 1 or 65536, got {spec.page_size}")
         return 0
 
-    def create(self, minimum, maximum=None, reserve=None, guard=None):
-        """Make a memory for Python; `linmem.create` says what each argument means (all in bytes)."""
+    def create(self, minimum, maximum=None, reserve=None, guard=None, *, image=None):
+        """Make a memory for Python; `linmem.create` says what each argument means (all in bytes).
+
+        It starts as the `image` says, if one is given.
+        """
         cdef memory_spec spec
         check_size(minimum, "minimum", &spec.minimum)
         check_optional_size(maximum, "maximum", &spec.maximum)
         check_optional_size(reserve, "reserve", &spec.reservation)
         check_reservation(reserve, "reserve", spec.reservation)
+        spec.image = NULL
+        if image is not None:
+            if not isinstance(image, ImageHandle):
+                raise TypeError(f"image must be an Image, got {type(image).__name__}")
+            spec.image = (<ImageHandle>image).it
         check_size(DEFAULT_GUARD if guard is None else guard, "guard", &spec.guard)
         if guard is None:
             round_up(spec.guard, pages.capabilities().page_size, &spec.guard)

@@ -6,10 +6,10 @@
 #  +---------------+----------------+------------------------+--------------------+-----------+
 #                  ^base            ^base+least              ^base+high
 #  An idle slot. Its last user had grown to `high` or less; growing again up to there finds the pages
-#  where they were, and zero.
+#  where they were, and zero. Where "zero" is said of accessible bytes, those of an image are the image's.
 
 from linmem._atomic cimport word
-from linmem._memory cimport NativeCreator, failure, memory, memory_hook, memory_spec
+from linmem._memory cimport ImageHandle, NativeCreator, failure, image, memory, memory_hook, memory_spec
 from linmem._reset cimport reset_policy
 
 # What a slot was made for; it serves equal requests only.
@@ -20,6 +20,7 @@ cdef struct shape:
     size_t guard
     bint is_64
     bint is_shared
+    image* image            # that they start from; a slot of the shelf holds a reference
 
 cdef struct shelf:
     shelf* next             # in its bucket
@@ -46,6 +47,7 @@ cdef struct slot:
     int state
     bint doomed             # not to be kept again
     bint growth_is_watched  # by upstream's hooks
+    image* image            # a reference on what its memories start from; NULL: zeros
     char* base
     size_t capacity
     size_t least            # bytes accessible when it is handed out
@@ -89,8 +91,10 @@ cdef struct pool:
 
 cdef class PoolingCreator(NativeCreator):
     cdef readonly NativeCreator upstream
+    cdef readonly ImageHandle image
     cdef pool* pool
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil
+    cdef int make_of(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil
     cdef memory* take(self, pool* p, const shape* key) noexcept nogil
     cdef int make_slot(self, pool* p, const shape* key, const memory_spec* spec, memory** out,
                        failure* why) noexcept nogil

@@ -1,6 +1,6 @@
 from typing import Any, SupportsIndex, final
 
-from linmem._memory import NativeCreator
+from linmem._memory import ImageHandle, NativeCreator
 from linmem.records import MemoryType
 
 @final
@@ -16,9 +16,12 @@ class PoolingCreator(NativeCreator):
         reset: str = "adaptive",
         when_full: str = "fallback",
         check: bool = False,
+        image: ImageHandle | None = None,
     ) -> None: ...
     @property
     def upstream(self) -> NativeCreator: ...
+    @property
+    def image(self) -> ImageHandle | None: ...
     def warm(
         self,
         n: SupportsIndex,

@@ -4,12 +4,13 @@
 cimport cython
 from libc.stdint cimport SIZE_MAX
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcmp, memset
 
 from linmem._atomic cimport add, load, store
 from linmem._memory cimport (
-    OWNER_LEFT, OWNER_PYTHON, MmapCreator, NativeCreator, acquire, check_flag, check_size, fail, failure,
-    memory, memory_hang, memory_hook, memory_release, memory_spec, raise_failure, unlock,
+    IMAGE_BROKEN, IMAGE_COPIED, OWNER_LEFT, OWNER_PYTHON, ImageHandle, MmapCreator, NativeCreator,
+    acquire, check_flag, check_size, fail, failure, image_release, image_retain, memory, memory_border, memory_hang,
+    memory_hook, memory_is_filled, memory_refill, memory_release, memory_renew, memory_restore, memory_spec,
+    memory_start_again, memory_turn_to, raise_failure, unlock,
 )
 from linmem._os cimport pages
 from linmem._reset cimport (
@@ -90,7 +91,7 @@ cdef void list_pool(pool* p) noexcept nogil:
 # -- shelves; the pool's lock is held in all of these ----------------------------------------------------
 
 cdef inline shelf** bucket(pool* p, const shape* key) noexcept nogil:
-    cdef size_t h = key.minimum * 31 + key.maximum * 17 + key.reservation + key.guard * 5
+    cdef size_t h = key.minimum * 31 + key.maximum * 17 + key.reservation + key.guard * 5 + (<size_t>key.image >> 4)
     return &p.buckets[(h ^ (h >> 16) ^ (h >> 32)) & (BUCKETS - 1)]
 
 
@@ -99,7 +100,8 @@ cdef inline shelf* find_shelf(pool* p, const shape* key) noexcept nogil:
     while here != NULL and not (
             here.shape.minimum == key.minimum and here.shape.maximum == key.maximum
             and here.shape.reservation == key.reservation and here.shape.guard == key.guard
-            and here.shape.is_64 == key.is_64 and here.shape.is_shared == key.is_shared):
+            and here.shape.is_64 == key.is_64 and here.shape.is_shared == key.is_shared
+            and here.shape.image == key.image):
         here = here.next
     return here
 
@@ -183,10 +185,6 @@ cdef slot* oldest_warm(pool* p) noexcept nogil:
 
 # -- resetting a slot, outside every lock --------------------------------------------------------------------
 
-cdef bint all_zero(const char* at, size_t size) noexcept nogil:
-    return size == 0 or (at[0] == 0 and memcmp(at, at + 1, size - 1) == 0)
-
-
 cdef inline unsigned int in_pages(size_t size) noexcept nogil:
     size >>= PAGE_BITS
     return <unsigned int>size if size < ANY else ANY
@@ -200,11 +198,13 @@ cdef bint zero_touched(slot* s, size_t used, size_t bound, size_t* low, size_t* 
     cdef char* end = s.base + used
     cdef char* border = s.base + s.least
     cdef char* next
-    cdef size_t n, i, size, total = 0
+    cdef size_t n, i, size, stop, total = 0
+    cdef bint over_image
     low[0] = high[0] = 0
     while at < end:
         n = 64
-        if pages.touched(at, <size_t>(end - at), False, runs, &n, &next):
+        stop = memory_border(s.m, <size_t>(at - s.base), used, &over_image)
+        if pages.touched(at, stop - <size_t>(at - s.base), over_image, runs, &n, &next):
             return False
         for i in range(n):
             total += runs[i].size
@@ -213,7 +213,7 @@ cdef bint zero_touched(slot* s, size_t used, size_t bound, size_t* low, size_t* 
             return False
         for i in range(n):
             size = runs[i].size
-            memset(runs[i].at, 0, size)
+            memory_refill(s.m, <size_t>(runs[i].at - s.base), size)
             if runs[i].at >= border:
                 high[0] += size
             elif runs[i].at + size <= border:
@@ -229,9 +229,9 @@ cdef int give_back_all(slot* s, size_t used) noexcept nogil:
     """Every page of the slot, hidden ones included, is given back and reads as zero."""
     cdef int code
     if pages.capabilities().discard_any_protection:
-        code = pages.renew(s.base, s.high if s.hidden else used)
+        code = memory_renew(s.m, s.high if s.hidden else used)
     else:
-        code = pages.renew(s.base, used)
+        code = memory_renew(s.m, used)
         if code == 0 and s.hidden:
             code = pages.decommit(s.base + used, s.high - used)
             s.high = used
@@ -255,6 +255,12 @@ cdef int clear(slot* s, size_t used) noexcept nogil:
             how = RESET_ZERO if used <= ZERO_UNSEEN else RESET_DISCARD
     # What earlier users left beyond `used`, as far as it is not part of that now.
     hidden = s.high - used if s.hidden > s.high - used else s.hidden
+    if s.image != NULL and s.m.image_state == IMAGE_COPIED:
+        # Nothing tells which pages are still the image's, and given back they would be zeros.
+        memory_restore(s.m, s.image)
+        s.hidden = used - s.least + hidden
+        s.resident = used + hidden
+        return RESET_ZERO
     if how == RESET_SCAN:
         if bound > p.keep_resident:
             bound = p.keep_resident
@@ -268,7 +274,7 @@ cdef int clear(slot* s, size_t used) noexcept nogil:
             if s.resident <= p.keep_resident:
                 return RESET_SCAN
     elif how == RESET_ZERO and used + hidden <= p.keep_resident:
-        memset(s.base, 0, used)
+        memory_refill(s.m, 0, used)
         s.hidden = used - s.least + hidden
         s.resident = used + hidden
         return RESET_ZERO
@@ -285,11 +291,13 @@ cdef int reset(slot* s, memory* m) noexcept nogil:
         if pages.protect(s.base, used, pages.ACCESS_READ_WRITE):
             return -1
         m.protected_pages = False
+    if (m.image != s.image or m.image_state == IMAGE_BROKEN) and memory_turn_to(m, s.image):
+        return -1       # a user has turned it to another image, or given pages of its own back
     if used:
         how = clear(s, used)
         if how < 0:
             return -1
-        if s.pool.check and not all_zero(s.base, used):
+        if s.pool.check and not memory_is_filled(m, used):
             return -1
     if used > s.least:
         if pages.protect(s.base + s.least, used - s.least, pages.ACCESS_NONE):
@@ -342,6 +350,7 @@ cdef void make_cold(pool* p, slot* s) noexcept nogil:
             s = NULL
         else:
             s.m.accessible = 0
+            s.m.image_state = IMAGE_COPIED
             s.high = s.hidden = s.resident = 0
             reset_given_back(&s.policy)
         acquire(&p.lock)
@@ -379,6 +388,7 @@ cdef void slot_dropped(memory_hook* head) noexcept nogil:
         empty = s.shelf
         remove_shelf(p, empty)
     unlock(&p.lock)
+    image_release(s.image)
     free(empty)
     free(s)
     release_pool(p)
@@ -410,6 +420,7 @@ cdef inline void key_of(const memory_spec* spec, shape* key) noexcept nogil:
     key.guard = spec.guard
     key.is_64 = spec.is_64
     key.is_shared = spec.is_shared
+    key.image = spec.image
 
 
 @cython.final
@@ -432,6 +443,10 @@ cdef class PoolingCreator(NativeCreator):
         may have (``vm.max_map_count``).
     keep_resident : int
         Bytes that one idle slot may keep resident. Of one that has more, all pages go back to the OS.
+    image : Image, optional
+        What every memory starts from that is asked for without an image of its own; one that is too small for
+        it is refused. Each slot stays with its image: reset, it gets back what was written, no more. A request
+        with another image (``img.new_memory(creator=pool)``) is of another shape.
     max_unused_warm : int
         Idle slots that keep their pages. The least recently used beyond them become cold: they keep
         address space only. All warm slots together keep at most ``max_unused_warm * keep_resident``
@@ -454,7 +469,7 @@ cdef class PoolingCreator(NativeCreator):
     """
 
     def __cinit__(self, NativeCreator upstream=None, *, slots=None, keep_resident=64 << 20, max_unused_warm=100,
-                  reset="adaptive", when_full="fallback", check=False):
+                  reset="adaptive", when_full="fallback", check=False, ImageHandle image=None):
         cdef pool* p
         cdef const pages.capabilities_t* caps = pages.capabilities()
         cdef size_t most_slots = caps.mappings // 6 if caps.mappings else 10000
@@ -471,6 +486,7 @@ cdef class PoolingCreator(NativeCreator):
         if reset == "scan" and not caps.scans:
             raise ValueError("reset must not be 'scan' here: this OS does not say which pages were touched")
         self.upstream = MmapCreator() if upstream is None else upstream
+        self.image = image
         p = <pool*>calloc(1, sizeof(pool))
         if p == NULL:
             raise MemoryError("no memory for a pool")
@@ -496,6 +512,14 @@ cdef class PoolingCreator(NativeCreator):
                 release_pool(self.pool)
 
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
+        cdef memory_spec ours
+        if spec.image == NULL and self.image is not None:
+            ours = spec[0]
+            ours.image = self.image.it
+            return self.make_of(&ours, out, why)
+        return self.make_of(spec, out, why)
+
+    cdef int make_of(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
         cdef shape key
         key_of(spec, &key)
         out[0] = self.take(self.pool, &key)
@@ -519,7 +543,7 @@ cdef class PoolingCreator(NativeCreator):
         if s == NULL:
             return NULL
         if cold and s.least:
-            if pages.commit(s.base, s.least):
+            if pages.commit(s.base, s.least) or memory_start_again(s.m, s.image):
                 drop(s)         # and a new one may be had where this one's pages may not
                 acquire(&p.lock)
                 p.hits -= 1
@@ -527,6 +551,7 @@ cdef class PoolingCreator(NativeCreator):
                 return NULL
             s.m.accessible = s.high = s.least
         store(&s.m.size, <long long>key.minimum)
+        s.m.started = key.minimum
         store(&s.m.refs, 1)
         return s.m
 
@@ -584,6 +609,8 @@ cdef class PoolingCreator(NativeCreator):
         s.capacity = s.m.capacity
         s.least = s.high = s.m.accessible
         s.growth_is_watched = s.m.growth_is_watched
+        s.image = spec.image
+        image_retain(s.image)
         s.head.keep = slot_keep
         s.head.dropped = slot_dropped
         reset_start(&s.policy)
@@ -650,6 +677,8 @@ cdef class PoolingCreator(NativeCreator):
         except (AttributeError, TypeError):
             raise TypeError(f"ty must be a MemoryType, got {type(ty).__name__}") from None
         self.fill_spec(&spec, ty, minimum, maximum, reserved_size_in_bytes, guard_size_in_bytes)
+        if self.image is not None:
+            spec.image = self.image.it
         key_of(&spec, &key)
         memories = <memory**>calloc(wanted + 1, sizeof(memory*))
         if memories == NULL:

@@ -16,6 +16,7 @@ cdef enum:
     E_UNSUPPORTED = -8      # this kind of memory does not have the operation
     E_PYTHON = -9           # a Python creator or memory raised; the exception is in the failure
     E_EXHAUSTED = -10       # every slot of a pool is in use
+    E_IMAGE = -11           # the memory is smaller than its image
 
 
 cdef inline bint is_power_of_two(size_t n) noexcept nogil:

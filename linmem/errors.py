@@ -104,5 +104,6 @@ def from_failure(reason: str, text: str, *, os_error_args: tuple[object, ...], c
         "MAXIMUM": GrowError,
         "CAPACITY": GrowError,
         "EXPORTED": BufferError,
+        "IMAGE": ValueError,
         "UNSUPPORTED": TypeError,
     }[reason](text)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["MemoryInfo", "MemoryType"]
+__all__ = ["ImageInfo", "MemoryInfo", "MemoryType"]
 
 
 @dataclass(frozen=True)
@@ -87,3 +87,31 @@ class MemoryInfo:
     exports: int
     kind: str
     owner: str
+
+
+@dataclass(frozen=True)
+class ImageInfo:
+    """How an image is kept; every size is in bytes.
+
+    Attributes
+    ----------
+    offset, size : int
+        Where its bytes lie in a memory.
+    stored : int or None
+        Of these, how many take space: those that are not zero, in blocks of 4096. None where it is not known
+        without reading all of a file.
+    kind : str
+        "sealed" memory, a "file", a "section" object, "private" pages of this process, or "none" for an
+        image of no bytes.
+    shares_pages : bool
+        Whether memories share its pages until they write them; else they copy.
+    memories : int
+        How many memories hold it now.
+    """
+
+    offset: int
+    size: int
+    stored: int | None
+    kind: str
+    shares_pages: bool
+    memories: int

@@ -7,8 +7,12 @@ import os as _os
 
 cdef capabilities_t caps
 cdef size_t real_page           # what the kernel counts in, whatever caps.page_size says
+cdef int image_kind = 0         # IMAGE_: what image_begin() makes, if the OS grants it
 cdef long long fail_in = 0      # injected(): 0 = off, 1 = the next page call fails
 cdef int fail_code = 0
+
+
+IMAGE_KINDS = {IMAGE_SEALED: "sealed", IMAGE_FILE: "file", IMAGE_SECTION: "section", IMAGE_PRIVATE: "private"}
 
 
 cdef const capabilities_t* capabilities() noexcept nogil:
@@ -55,7 +59,9 @@ def describe():
             "discard_any_protection": bool(caps.discard_any_protection),
             "populates": bool(caps.populates),
             "scans": bool(caps.scans),
+            "maps_images": bool(caps.maps_images),
         },
+        "images": IMAGE_KINDS[image_kind],
         "huge_page": caps.huge_page,
         "memory": caps.memory,
         "mappings": caps.mappings,

@@ -19,6 +19,7 @@ cdef struct capabilities_t:
     bint discard_any_protection     # discard() works on pages of any protection and keeps it
     bint populates                  # prefault() reports pages that cannot be written instead of faulting
     bint scans                      # touched() works
+    bint maps_images                # an image's pages can be mapped into a reservation, copied when written
     size_t huge_page                # bytes in a huge page that advise_huge() asks for; 0: there are none
     size_t memory                   # bytes of physical memory that this process may use; 0: unknown
     size_t mappings                 # how many mappings a process may have; 0: not limited, or unknown
@@ -77,6 +78,54 @@ cdef int prefault(char* at, size_t size) noexcept nogil
 # -> the pages stand at `to` with the same bytes, zero after them, readable and writable; the range
 # at `at` belongs to no one.
 cdef int move(char* at, size_t size, char* to, size_t new_size) noexcept nogil
+
+# The pages of an image: filled once, then never written again by anyone.
+#   image_begin()  -> `size` bytes of zeros, which image_write() may fill. The best kind that the OS grants.
+#   image_end()    -> immutable; `bytes` can be read. Nothing that was not written takes space until it is read.
+#   image_open()   -> the bytes of a file from `position` (a multiple of page_size) on, immutable at once.
+#   image_drop()   after any of these, also where image_write() or image_end() failed; bytes are unmapped.
+# Refused, image_begin() and image_open() leave nothing behind. image_open() says IMAGE_SHORT where the file ends
+# before position + size, and IMAGE_OPEN where somebody may still write to it: neither is a code of the OS.
+cdef enum:
+    IMAGE_SEALED = 1                # memory that nobody can write any more, whoever has the descriptor
+    IMAGE_FILE = 2                  # a file, without a name where it is ours
+    IMAGE_SECTION = 3               # a section object
+    IMAGE_PRIVATE = 4               # pages of this process alone
+    IMAGE_SHORT = -1000
+    IMAGE_OPEN = -1001
+
+cdef extern from *:
+    """
+    #ifndef LINMEM_IMAGE_PAGES_H
+    #define LINMEM_IMAGE_PAGES_H
+    typedef struct { int kind, maps; long long handle, position; char *bytes; size_t size; } linmem_image_pages;
+    #endif
+    """
+    ctypedef struct image_pages "linmem_image_pages":
+        int kind
+        bint maps                   # image_map() works with it
+        long long handle            # a descriptor or handle of this process that shows the same bytes; -1: none
+        long long position          # of the first byte in what the handle shows
+        char* bytes
+        size_t size
+
+cdef int image_begin(size_t size, image_pages* out) noexcept nogil
+cdef int image_write(image_pages* into, size_t offset, const char* bytes, size_t size) noexcept nogil
+cdef int image_end(image_pages* it) noexcept nogil
+cdef int image_open(int descriptor, long long position, size_t size, image_pages* out) noexcept nogil
+cdef void image_drop(image_pages* it) noexcept nogil
+
+# Only where it->maps. [at, at+size) is committed (or an image's already). -> readable and writable, the
+# image's bytes from `offset` (a multiple of page_size) on; what is written there is the process's own.
+# discard() and renew() are not for such pages: what is read there afterwards differs among systems.
+cdef int image_map(const image_pages* it, size_t offset, char* at, size_t size) noexcept nogil
+
+# [at, at+size) is what image_map() made of `offset`, of any protection where discard_any_protection.
+# -> what was written there is given back, and the image is seen again.
+cdef int image_renew(const image_pages* it, size_t offset, char* at, size_t size) noexcept nogil
+
+# Only where maps_images. [at, at+size) is committed. -> zero, readable and writable, and no image's any more.
+cdef int blank(char* at, size_t size) noexcept nogil
 
 # -> bytes: how much of [at, at+size) is in physical memory.
 cdef int resident(char* at, size_t size, size_t* bytes) noexcept nogil

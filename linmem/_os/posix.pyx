@@ -230,6 +230,7 @@ cdef extern from *:
 
 include "common.pxi"
 include "pagemap.pxi"
+include "images.pxi"
 
 cdef bint can_populate
 
@@ -496,6 +497,7 @@ cdef _start():
     munmap(p, real_page)
     scan_way = best_scan_way = scan_start(real_page)
     caps.scans = scan_way != 0
+    _start_images()
     caps.huge_page = max(0, huge_page())
     caps.memory = memory_(real_page)
     caps.mappings = max(0, file_number("/proc/sys/vm/max_map_count", 0))

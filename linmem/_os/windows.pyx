@@ -5,7 +5,7 @@ cimport linmem._os.pages        # noqa: F401  a rebuild follows an edit of the c
 from linmem cimport _atomic
 
 from libc.stdio cimport snprintf
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 cdef extern from *:
     """
@@ -100,6 +100,50 @@ cdef extern from *:
         return EXCEPTION_EXECUTE_HANDLER;
     }
 
+    #include <io.h>
+
+    /* A section object of the paging file's, or of a file's; the caller keeps what it means by `file`. */
+    static int linmem_section(void *file, size_t size, int protection, void **out) {
+        HANDLE section = CreateFileMappingW((HANDLE)file, NULL, (DWORD)protection,
+                                            (DWORD)((unsigned long long)size >> 32), (DWORD)size, NULL);
+        if (section == NULL) return linmem_last_error();
+        *out = section;
+        return 0;
+    }
+
+    static int linmem_view(void *section, long long position, size_t size, int access, char **out) {
+        void *p = MapViewOfFile((HANDLE)section, (DWORD)access, (DWORD)((unsigned long long)position >> 32),
+                                (DWORD)position, size);
+        if (p == NULL) return linmem_last_error();
+        *out = (char *)p;
+        return 0;
+    }
+
+    static void linmem_unview(void *at) { (void)UnmapViewOfFile(at); }
+    static void linmem_close(void *handle) { (void)CloseHandle((HANDLE)handle); }
+
+    /* The same section by a handle that can do nothing but read. */
+    static int linmem_for_reading(void *section, void **out) {
+        HANDLE reader;
+        if (!DuplicateHandle(GetCurrentProcess(), (HANDLE)section, GetCurrentProcess(), &reader, FILE_MAP_READ, FALSE,
+                             0))
+            return linmem_last_error();
+        *out = reader;
+        return 0;
+    }
+
+    /* A descriptor of the C library's -> the file's handle and size. */
+    static int linmem_file_of(int descriptor, void **file, unsigned long long *size) {
+        LARGE_INTEGER length;
+        HANDLE handle = (HANDLE)_get_osfhandle(descriptor);
+        if (handle == INVALID_HANDLE_VALUE) return ERROR_INVALID_HANDLE;
+        if (GetFileType(handle) != FILE_TYPE_DISK) return ERROR_NOT_SUPPORTED;
+        if (!GetFileSizeEx(handle, &length)) return linmem_last_error();
+        *file = handle;
+        *size = (unsigned long long)length.QuadPart;
+        return 0;
+    }
+
     static void linmem_die_quietly(void) {
         SetErrorMode(GetErrorMode() | SEM_FAILCRITICALERRORS | SEM_NOGPFAULTERRORBOX);
         SetUnhandledExceptionFilter(linmem_end_of_process);
@@ -122,6 +166,14 @@ cdef extern from *:
     long long clock_ "linmem_clock"() noexcept nogil
     void yield_ "linmem_yield"() noexcept nogil
     void die_quietly_ "linmem_die_quietly"() noexcept nogil
+    int FILE_MAP_READ, FILE_MAP_WRITE
+    void* INVALID_HANDLE_VALUE
+    int section_ "linmem_section"(void* file, size_t size, int protection, void** out) noexcept nogil
+    int view_ "linmem_view"(void* section, long long position, size_t size, int access, char** out) noexcept nogil
+    void unview "linmem_unview"(void* at) noexcept nogil
+    void close_ "linmem_close"(void* handle) noexcept nogil
+    int for_reading "linmem_for_reading"(void* section, void** out) noexcept nogil
+    int file_of "linmem_file_of"(int descriptor, void** file, unsigned long long* size) noexcept nogil
     bint VirtualUnlock(void* at, size_t size) noexcept nogil
 
 
@@ -235,6 +287,117 @@ cdef int move(char* at, size_t size, char* to, size_t new_size) noexcept nogil:
     return code if code else ERROR_NOT_SUPPORTED
 
 
+# -- images: section objects, which memories copy from. A view of one could stand inside a reservation only
+# in a placeholder, which not every Windows has, and which would make two allocations of one memory.
+
+cdef int image_begin(size_t size, image_pages* out) noexcept nogil:
+    cdef int code = injected()
+    cdef void* section = NULL
+    cdef char* p = NULL
+    memset(out, 0, sizeof(image_pages))
+    out.handle = -1
+    out.size = size
+    if code:
+        return code
+    if image_kind == IMAGE_SECTION:
+        code = section_(INVALID_HANDLE_VALUE, size, PAGE_READWRITE, &section)
+        if code:
+            return code
+        code = view_(section, 0, size, FILE_MAP_WRITE, &p)
+        if code:
+            close_(section)
+            return code
+        out.handle = <long long>section
+    else:
+        code = alloc(NULL, size, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE, &p)
+        if code:
+            return code
+    out.kind = image_kind
+    out.bytes = p
+    return 0
+
+
+cdef int image_write(image_pages* into, size_t offset, const char* bytes, size_t size) noexcept nogil:
+    cdef int code = injected()
+    if code == 0:
+        memcpy(into.bytes + offset, bytes, size)
+    return code
+
+
+cdef int image_end(image_pages* it) noexcept nogil:
+    cdef int code = injected()
+    cdef void* reader = NULL
+    if code:
+        return code
+    if it.kind == IMAGE_PRIVATE:
+        return protect_(it.bytes, it.size, PAGE_READONLY)
+    # The pages stay where they are, and the only handle on them that is left cannot write.
+    code = for_reading(<void*>it.handle, &reader)
+    if code == 0:
+        code = protect_(it.bytes, it.size, PAGE_READONLY)
+        if code:
+            close_(reader)
+    if code == 0:
+        close_(<void*>it.handle)
+        it.handle = <long long>reader
+    return code
+
+
+cdef int image_open(int descriptor, long long position, size_t size, image_pages* out) noexcept nogil:
+    cdef int code = injected()
+    cdef void* file = NULL
+    cdef void* section = NULL
+    cdef char* p = NULL
+    cdef unsigned long long length = 0
+    cdef size_t lead = <size_t>position & (real_granularity - 1)
+    memset(out, 0, sizeof(image_pages))
+    if code:
+        return code
+    code = file_of(descriptor, &file, &length)
+    if code:
+        return code
+    if <unsigned long long>position > length or size > length - <unsigned long long>position:
+        return IMAGE_SHORT
+    code = section_(file, 0, PAGE_READONLY, &section)
+    if code:
+        return code
+    code = view_(section, position - <long long>lead, lead + size, FILE_MAP_READ, &p)
+    if code:
+        close_(section)
+        return code
+    out.kind = IMAGE_FILE
+    out.handle = <long long>section
+    out.position = position
+    out.bytes = p + lead
+    out.size = size
+    return 0
+
+
+cdef void image_drop(image_pages* it) noexcept nogil:
+    if it.bytes != NULL:
+        if it.kind == IMAGE_PRIVATE:
+            release_(it.bytes)
+        else:       # a view begins at a multiple of the granularity, and so does position 0
+            unview(it.bytes - (<size_t>it.position & (real_granularity - 1)))
+    if it.handle != -1:
+        close_(<void*>it.handle)
+
+
+cdef int image_map(const image_pages* it, size_t offset, char* at, size_t size) noexcept nogil:
+    cdef int code = injected()
+    return code if code else ERROR_NOT_SUPPORTED
+
+
+cdef int image_renew(const image_pages* it, size_t offset, char* at, size_t size) noexcept nogil:
+    cdef int code = injected()
+    return code if code else ERROR_NOT_SUPPORTED
+
+
+cdef int blank(char* at, size_t size) noexcept nogil:
+    cdef int code = injected()
+    return code if code else ERROR_NOT_SUPPORTED
+
+
 cdef int resident(char* at, size_t size, size_t* bytes) noexcept nogil:
     cdef int code = injected()
     cdef size_t left = size // real_page, n, pages = 0
@@ -315,6 +478,17 @@ def choose_scan(way):
         raise ValueError(f"way must be None here, got {way!r}")
 
 
+def choose_image(kind):
+    """What image_begin() makes from now on: "section" or "private"; returns what it did. Tests only."""
+    global image_kind
+    before = IMAGE_KINDS[image_kind]
+    kinds = {"section": IMAGE_SECTION, "private": IMAGE_PRIVATE}
+    if kind not in kinds:
+        raise ValueError(f"kind must be one that works here, got {kind!r}")
+    image_kind = kinds[kind]
+    return before
+
+
 def die_quietly():
     """From now on a memory fault ends this process at once: no dialog, no error report, no debugger."""
     die_quietly_()
@@ -327,7 +501,8 @@ def _limits():
 
 
 cdef _start():
-    global real_page, real_granularity
+    global real_page, real_granularity, image_kind
+    image_kind = IMAGE_SECTION
     cdef size_t top
     system_(&real_page, &real_granularity, &top)
     caps.page_size = _page_size_wanted(real_page)
@@ -341,6 +516,7 @@ cdef _start():
     caps.discard_any_protection = False
     caps.populates = False
     caps.scans = False
+    caps.maps_images = False
     caps.huge_page = 0
     caps.memory = memory_()
     caps.mappings = 0

@@ -1,0 +1,159 @@
+"""What changed from one image to the next: plain bytes and offsets. Floor 0."""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from typing import Any
+
+    Piece = tuple[int, int, "memoryview | None"]
+
+__all__ = ["Delta"]
+
+
+class Delta:
+    """What must be written over a base to get from it to something else; immutable.
+
+    Made by `Image.diff`, used by `Memory.apply` and `Image.apply`. Deltas compose: ``a | b`` does what
+    `a` and then `b` do.
+
+    Attributes
+    ----------
+    base : str
+        The digest of the image that it is relative to.
+    base_size : int
+        Bytes of a memory of that image.
+    size : int
+        Bytes of the memory after it.
+    target : str or None
+        The digest of the image that comes out, where it is known.
+    ranges : tuple of (int, int)
+        Offset and size in bytes of what is written, in order and apart.
+    zeros : tuple of (int, int)
+        The same of what becomes zero.
+    data : memoryview
+        The bytes of all `ranges`, one after the other; read-only.
+    """
+
+    __slots__ = ("base", "base_size", "data", "ranges", "size", "target", "zeros")
+
+    base: str
+    base_size: int
+    size: int
+    target: str | None
+    ranges: tuple[tuple[int, int], ...]
+    zeros: tuple[tuple[int, int], ...]
+    data: memoryview
+
+    def __init__(self, base: str, base_size: int, size: int, ranges: Iterable[tuple[int, int]],
+                 zeros: Iterable[tuple[int, int]], data: Any, target: str | None = None) -> None:
+        kept = memoryview(data)
+        if not kept.readonly:
+            kept = memoryview(bytes(kept))
+        for name, value in (("base", base), ("base_size", base_size), ("size", size), ("target", target),
+                            ("ranges", _checked("ranges", ranges, size)), ("zeros", _checked("zeros", zeros, size)),
+                            ("data", kept.cast("B"))):
+            object.__setattr__(self, name, value)
+        total = sum(length for _, length in self.ranges)
+        if total != self.data.nbytes:
+            raise ValueError(f"data must have the {total} bytes of the ranges, got {self.data.nbytes}")
+        end = 0
+        for offset, length in sorted(self.ranges + self.zeros):
+            if offset < end:
+                raise ValueError(f"ranges and zeros must not overlap, and do at {offset}")
+            end = offset + length
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"a Delta is immutable: cannot set {name!r}")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"a Delta is immutable: cannot delete {name!r}")
+
+    def pieces(self) -> Iterator[Piece]:
+        """Offset, size, and the bytes (None: zeros) of every part, in order."""
+        written = list(_with_bytes(self.ranges, self.data))
+        return iter(sorted([*written, *((offset, size, None) for offset, size in self.zeros)],
+                           key=lambda piece: piece[0]))
+
+    def then(self, later: Delta) -> Delta:
+        """One delta for this one and then `later`.
+
+        Raises
+        ------
+        ValueError
+            If `later` is known to start from something else than what this one leads to.
+        """
+        if not isinstance(later, Delta):
+            raise TypeError(f"later must be a Delta, got {type(later).__name__}")
+        if later.base_size != self.size or (self.target is not None and self.target != later.base):
+            raise ValueError(f"later must start from what this delta leads to ({self.size} bytes, digest"
+                             f" {self.target}), and starts from {later.base_size} bytes, digest {later.base}")
+        over = list(later.pieces())
+        pieces = sorted([*_outside(self.pieces(), over, later.size), *over], key=lambda piece: piece[0])
+        ranges, zeros, parts = [], [], []
+        for offset, size, data in pieces:
+            where = zeros if data is None else ranges
+            if data is not None:
+                parts.append(data)
+            if where and where[-1][0] + where[-1][1] == offset:
+                where[-1] = (where[-1][0], where[-1][1] + size)
+            else:
+                where.append((offset, size))
+        return Delta(self.base, self.base_size, later.size, ranges, zeros, b"".join(parts), later.target)
+
+    def __or__(self, later: object) -> Delta:
+        return self.then(later) if isinstance(later, Delta) else NotImplemented
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it carries."""
+        return self.data.nbytes
+
+    def _key(self) -> tuple[object, ...]:
+        return self.base, self.base_size, self.size, self.ranges, self.zeros, self.data.tobytes()
+
+    def __eq__(self, other: object) -> bool:
+        return self._key() == other._key() if isinstance(other, Delta) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash((self.base, self.base_size, self.size, self.ranges, self.zeros))
+
+    def __repr__(self) -> str:
+        return (f"<linmem.Delta: {len(self.ranges) + len(self.zeros)} ranges, {self.nbytes} bytes, of a memory of"
+                f" {self.size} bytes>")
+
+
+def _checked(name: str, given: Iterable[tuple[int, int]], bound: int) -> tuple[tuple[int, int], ...]:
+    kept = tuple((int(offset), int(size)) for offset, size in given)
+    end = 0
+    for offset, size in kept:
+        if size <= 0 or offset < end or offset + size > bound:
+            raise ValueError(f"{name} must be in order, apart and within {bound} bytes, got {(offset, size)}")
+        end = offset + size
+    return kept
+
+
+def _with_bytes(ranges: tuple[tuple[int, int], ...], data: memoryview) -> Iterator[Piece]:
+    at = 0
+    for offset, size in ranges:
+        yield offset, size, data[at:at + size]
+        at += size
+
+
+def _outside(pieces: Iterable[Piece], over: list[Piece], bound: int) -> Iterator[Piece]:
+    """What is left of the pieces where nothing of `over` lies, below `bound`; both in order and apart."""
+    i = 0
+    for offset, size, data in pieces:
+        at, end = offset, min(offset + size, bound)
+        while i and over[i - 1][0] + over[i - 1][1] > at:
+            i -= 1
+        while at < end:
+            while i < len(over) and over[i][0] + over[i][1] <= at:
+                i += 1
+            stop = min(end, over[i][0]) if i < len(over) else end
+            if stop > at:
+                yield at, stop - at, None if data is None else data[at - offset:stop - offset]
+            at = max(at, stop)
+            if i < len(over) and stop == over[i][0] and at < end:
+                at = over[i][0] + over[i][1]

@@ -1,0 +1,11 @@
+# Images in Python. Floor 3.
+
+from linmem._memory cimport ImageHandle, image
+
+
+cdef class Image(ImageHandle):
+    cdef object __weakref__
+    cdef readonly size_t offset
+    cdef readonly size_t size
+    cdef object _digest         # or None: not computed yet
+    cdef object _runs           # the same

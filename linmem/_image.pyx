@@ -1,0 +1,515 @@
+# cython: language_level=3
+"""Images: what a memory held, to start others from and to come back to. Floor 3."""
+
+cimport cython
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
+from libc.stdint cimport SIZE_MAX
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memset
+
+from linmem._atomic cimport load
+from linmem._memory cimport (
+    GRANULE, ImageHandle, Memory, NativeCreator, changes, check_size, compare, failure, image, image_finish,
+    image_new, image_put, is_zero, memory_changes, raise_failure, run,
+)
+from linmem._os cimport pages
+from linmem._units cimport round_down, round_up
+
+from linmem import _memory
+from linmem import errors as _errors
+from linmem._delta import Delta as _Delta
+from linmem._os import pages as _pages
+
+cdef NativeCreator default_creator = _memory.MmapCreator()
+cdef object reduce_ = None
+
+
+def reduces_by(function):
+    """From now on an Image is pickled by what `function` returns for it; the room of files calls this."""
+    global reduce_
+    reduce_ = function
+
+
+@cython.final
+cdef class Image(ImageHandle):
+    """Bytes at an offset of a memory, and zeros everywhere else; immutable.
+
+    Made by `Memory.snapshot` and `Image.from_bytes`. Memories of an image share its pages until they write
+    them, where the OS can do that (`linmem info` says); elsewhere they copy. Zeros take no space. It is a
+    read-only buffer of `size` bytes, equal to every image of the same bytes at the same offset, lives as
+    long as anything uses it, and may be used by any thread.
+
+    Attributes
+    ----------
+    offset, size : int
+        Where its bytes lie in a memory.
+    """
+
+    def __init__(self):
+        raise TypeError("an Image is made by mem.snapshot() or Image.from_bytes(data, offset)")
+
+    # -- making one
+
+    @staticmethod
+    def from_bytes(data, offset=0):
+        """Copy a buffer into a new image.
+
+        Parameters
+        ----------
+        data : buffer
+            Contiguous; its bytes.
+        offset : int
+            Where they lie in a memory; any byte.
+
+        Raises
+        ------
+        PageError
+            The OS has no room for it.
+        """
+        cdef Py_buffer given
+        cdef size_t start
+        check_size(offset, "offset", &start)
+        take_buffer(data, &given)
+        try:
+            return from_pieces(start, <size_t>given.len, [(start, memoryview(data))])
+        finally:
+            PyBuffer_Release(&given)
+
+    @staticmethod
+    def from_pieces(pieces, size, offset=0):
+        """An image of `size` bytes at `offset`, of buffers with zeros between them.
+
+        Parameters
+        ----------
+        pieces : iterable of (int, buffer)
+            Each with its offset in a memory, in order and apart.
+        size, offset : int
+            In bytes; all pieces lie within.
+        """
+        cdef size_t start, n
+        check_size(offset, "offset", &start)
+        check_size(size, "size", &n)
+        return from_pieces(start, n, list(pieces))
+
+    @staticmethod
+    def from_fd(fd, size, offset=0, *, position=0, runs=None, digest=None):
+        """An image whose pages are those of a file, read when they are first needed.
+
+        The bytes from `position` on are those of whole host pages, from the one of `offset` on; around the
+        image's own they must be zero. The descriptor is duplicated and may be closed. Nothing protects
+        from somebody who later writes to a file, or cuts it short: then bytes change, and accesses
+        fault. Memory that was sealed (memfd_create(2)) nobody can change.
+
+        Parameters
+        ----------
+        fd : int
+            A descriptor of a file, open for reading only, or of sealed memory.
+        size, offset : int
+            As of any image.
+        position : int
+            In the file, a multiple of the host page.
+        runs : iterable of (int, int), optional
+            As `runs()` returns them, where they are known: without, nothing is known to be zero.
+        digest : str, optional
+            As `digest`, where it is known; not verified.
+
+        Raises
+        ------
+        ValueError
+            The file is too short or can still be written to, or what is given for it cannot be.
+        PageError
+            The OS refused.
+        """
+        cdef size_t start, n, first, end = 0, at, page = pages.capabilities().page_size
+        cdef long long where
+        cdef int code, descriptor
+        cdef image* it
+        cdef ImageHandle handle = ImageHandle()
+        check_size(offset, "offset", &start)
+        check_size(size, "size", &n)
+        check_size(position, "position", &at)
+        descriptor = fd
+        if at & (page - 1) or at > SIZE_MAX >> 1:
+            raise ValueError(f"position must be a multiple of the host page ({page}), got {position}")
+        if n == 0 or n > SIZE_MAX >> 1 or start > SIZE_MAX >> 2:
+            raise ValueError(f"size must be from 1 on and fit an address, got {size}")
+        where = <long long>at
+        first = round_down(start, page)
+        round_up(start + n, page, &end)
+        it = <image*>malloc(sizeof(image))
+        if it == NULL:
+            raise MemoryError("no memory for an image's bookkeeping")
+        memset(it, 0, sizeof(image))
+        it.refs = 1
+        it.offset = first
+        it.end = start + n
+        with nogil:
+            code = pages.image_open(descriptor, where, end - first, &it.content)
+        if code:
+            free(it)
+            if code == pages.IMAGE_SHORT:
+                raise ValueError(f"the file must have {end - first} bytes from position {position} on, whole host"
+                                 f" pages around the image's {size}")
+            if code == pages.IMAGE_OPEN:
+                raise ValueError("fd must be sealed memory, or a file that is open for reading only: this one can"
+                                 " be written to")
+            text = f"image_open of {end - first} bytes failed with code {code}"
+            raise _errors.from_failure("os", text, os_error_args=_pages.os_error_args(code, text), call="image_open",
+                                       size=end - first, used=0, limit=0)
+        handle.it = it
+        take_runs(it, runs, start, n)
+        made = wrap_image(handle, start, n)
+        made._digest = digest
+        return made
+
+    # -- what it is
+
+    @property
+    def digest(self):
+        """What tells images apart, as hexadecimal digits; the same on every machine.
+
+        BLAKE2b of 32 bytes over the offset and the size, and then for each run of blocks of 4096 bytes
+        (counted from a memory's first byte) with anything but zeros in them its offset, its size and
+        its bytes; numbers in 8 bytes, least significant first. Computed when first asked for.
+        """
+        if self._digest is None:
+            from hashlib import blake2b
+            state = blake2b(self.offset.to_bytes(8, "little") + self.size.to_bytes(8, "little"), digest_size=32)
+            content = memoryview(Content(self))
+            for offset, size in self.runs():
+                state.update(offset.to_bytes(8, "little") + size.to_bytes(8, "little"))
+                start = offset - self.it.offset
+                state.update(content[start:start + size])
+            self._digest = state.hexdigest()
+        return self._digest
+
+    def runs(self):
+        """Where the image is not zero, as a list of (offset, size) in a memory.
+
+        In order and apart, in multiples of 4096 bytes, which may reach beyond the image's own on both sides
+        (where it is zero).
+        """
+        cdef size_t i
+        cdef list found
+        if self._runs is None:
+            if self.it.runs_known:
+                found = [(self.it.offset + self.it.runs[i].offset, self.it.runs[i].size)
+                         for i in range(self.it.n_runs)]
+            else:
+                found = find_runs(self.it)
+            self._runs = found
+        return list(self._runs)
+
+    def __len__(self):
+        return self.size
+
+    def __getbuffer__(self, Py_buffer* buffer, int flags):
+        PyBuffer_FillInfo(buffer, self, start_of(self.it, self.offset), <Py_ssize_t>self.size, 1, flags)
+
+    def fileno(self):
+        """The descriptor (a handle on Windows) that shows the image's whole host pages to another process.
+
+        It stays the image's: duplicate it to keep it. ``Image.from_fd(fd, img.size, img.offset)`` is how it
+        is opened there. OSError where there is none.
+        """
+        if self.it.content.handle == -1:
+            raise OSError("the pages of this image are private: no descriptor shows them")
+        return self.it.content.handle
+
+    def info(self):
+        """How the image is kept, as an `ImageInfo`."""
+        from linmem.records import ImageInfo
+        return ImageInfo(
+            offset=self.offset, size=self.size,
+            stored=sum(size for _, size in self.runs()) if self.it.runs_known else None,
+            kind=_pages.IMAGE_KINDS[self.it.content.kind] if self.it.content.size else "none",
+            shares_pages=bool(self.it.content.maps), memories=load(&self.it.memories))
+
+    # -- what it is for
+
+    def new_memory(self, maximum=None, *, minimum=None, creator=None, reserve=None, guard=None):
+        """A memory that starts with the image's bytes, and shares its pages until it writes them.
+
+        Parameters
+        ----------
+        maximum, reserve, guard
+            As of `linmem.create`.
+        minimum : int, optional
+            In bytes; the end of the image (offset + size) by default and at least.
+        creator : NativeCreator, optional
+            Who makes it; an `MmapCreator` by default. A creator in Python is given as a `PythonCreator`; its
+            memories get a copy.
+
+        Raises
+        ------
+        ValueError
+            For a minimum below the end of the image.
+        PageError, GrowError
+            As of `linmem.create`.
+        """
+        cdef NativeCreator by = default_creator
+        if creator is not None:
+            if not isinstance(creator, NativeCreator):
+                raise TypeError(f"creator must be a NativeCreator (a PythonCreator for one in Python), got"
+                                f" {type(creator).__name__}")
+            by = <NativeCreator>creator
+        return by.create(self.offset + self.size if minimum is None else minimum, maximum, reserve, guard, image=self)
+
+    def diff(self, other not None):
+        """What changed from this image to a memory or to another image, as a `Delta`.
+
+        Parameters
+        ----------
+        other : Memory or Image
+
+        Raises
+        ------
+        TypeError
+            For a memory with protected pages.
+        """
+        cdef changes found
+        cdef failure why
+        cdef int code
+        cdef Image image_
+        target = None
+        if isinstance(other, Memory):
+            memory_changes(<Memory>other, self, "base", &found)
+            size = len(other)
+        elif isinstance(other, Image):
+            image_ = <Image>other
+            memset(&found, 0, sizeof(changes))
+            with nogil:
+                code = compare(NULL, image_.it, self.it, &found, &why)
+            if code:
+                free(found.list)
+                raise_failure(&why)
+            size = image_.offset + image_.size
+            target = image_.digest
+        else:
+            raise TypeError(f"other must be a Memory or an Image, got {type(other).__name__}")
+        cdef size_t i
+        try:
+            ranges = [(found.list[i].offset, found.list[i].size) for i in range(found.n) if not found.list[i].zero]
+            zeros = [(found.list[i].offset, found.list[i].size) for i in range(found.n) if found.list[i].zero]
+        finally:
+            free(found.list)
+        if isinstance(other, Memory):
+            parts = [other.read(offset, n) for offset, n in ranges]
+            data = parts[0] if len(parts) == 1 else b"".join(parts)
+        else:
+            content = memoryview(Content(image_))
+            data = b"".join(content[offset - image_.it.offset:offset - image_.it.offset + n] for offset, n in ranges)
+        return _Delta(self.digest, self.offset + self.size, size, ranges, zeros, data, target)
+
+    def apply(self, delta not None):
+        """The image that a memory of this one holds after `Memory.apply`.
+
+        Raises
+        ------
+        ValueError
+            The delta's base is another image.
+        """
+        if not isinstance(delta, _Delta):
+            raise TypeError(f"delta must be a Delta, got {type(delta).__name__}")
+        if delta.base != self.digest:
+            raise ValueError(f"the delta is for the image {delta.base}, and this one is {self.digest}")
+        with self.new_memory() as mem:
+            if delta.size >= len(mem):
+                mem.apply(delta)
+                return mem.snapshot()
+        raise ValueError(f"the delta is for a memory that shrinks from {delta.base_size} bytes to {delta.size}")
+
+    def __eq__(self, other):
+        if not isinstance(other, Image):
+            return NotImplemented
+        return self is other or (self.offset == (<Image>other).offset and self.size == (<Image>other).size
+                                 and self.digest == other.digest)
+
+    def __hash__(self):
+        return hash(self.digest)
+
+    def __repr__(self):
+        return f"<linmem.Image: {self.size} bytes at offset {self.offset}>"
+
+    def __reduce_ex__(self, protocol):
+        if reduce_ is None:
+            raise TypeError("an Image is pickled by linmem's room of files, which is not there")
+        return reduce_(self, protocol)
+
+
+cdef char[1] nothing
+
+
+cdef char* start_of(image* it, size_t offset) noexcept nogil:
+    return it.content.bytes + (offset - it.offset) if it.content.size else nothing
+
+
+@cython.final
+cdef class Content:
+    """All of an image's host pages, as a read-only buffer."""
+
+    cdef Image of
+
+    def __cinit__(self, Image of not None):
+        self.of = of
+
+    def __getbuffer__(self, Py_buffer* buffer, int flags):
+        PyBuffer_FillInfo(buffer, self, start_of(self.of.it, self.of.it.offset),
+                          <Py_ssize_t>self.of.it.content.size, 1, flags)
+
+
+cdef Image wrap_image(ImageHandle handle, size_t offset, size_t size):
+    cdef Image made = Image.__new__(Image)
+    made.it = handle.it
+    handle.it = NULL
+    made.offset = offset
+    made.size = size
+    return made
+
+
+def _of_snapshot(ImageHandle handle not None):
+    return wrap_image(handle, 0, handle.it.end)
+
+
+cdef int take_buffer(object data, Py_buffer* out) except -1:
+    try:
+        PyObject_GetBuffer(data, out, PyBUF_SIMPLE)
+    except (TypeError, ValueError, BufferError) as error:
+        raise TypeError(f"data must be a contiguous buffer of bytes, got {type(data).__name__}: {error}") from None
+    return 0
+
+
+cdef Image from_pieces(size_t offset, size_t size, list pieces):
+    cdef ImageHandle handle = ImageHandle()
+    cdef image* it
+    cdef failure why
+    cdef Py_buffer given
+    cdef size_t start, reached
+    cdef int code
+    cdef builder b
+    if size > SIZE_MAX - offset:
+        raise OverflowError(f"offset + size must be below 2**64, got {offset} + {size}")
+    with nogil:
+        it = image_new(offset, size, &why)
+    if it == NULL:
+        raise_failure(&why)
+    handle.it = it
+    b.it = it
+    b.filled = 0
+    b.block = 0
+    reached = offset
+    for where, data in pieces:
+        check_size(where, "offset", &start)
+        take_buffer(data, &given)
+        try:
+            if start < reached or start > offset + size or <size_t>given.len > offset + size - start:
+                raise ValueError(f"pieces must be in order, apart and within {offset} .. {offset + size}, got"
+                                 f" {given.len} bytes at {start}")
+            reached = start + <size_t>given.len
+            with nogil:
+                code = add_piece(&b, start - it.offset, <const char*>given.buf, <size_t>given.len, &why)
+        finally:
+            PyBuffer_Release(&given)
+        if code:
+            raise_failure(&why)
+    with nogil:
+        code = end_block(&b, &why)
+        if code == 0:
+            code = image_finish(it, &why)
+    if code:
+        raise_failure(&why)
+    return wrap_image(handle, offset, size)
+
+
+# image_put() wants whole blocks from a block's beginning on; what pieces begin and end within is put together here.
+cdef struct builder:
+    image* it
+    size_t block            # the one that is being filled begins here
+    size_t filled           # bytes of it; 0: none is
+    char bytes[GRANULE]
+
+
+cdef int end_block(builder* b, failure* why) noexcept nogil:
+    cdef size_t n = b.filled
+    b.filled = 0
+    return image_put(b.it, b.block, b.bytes, n, why) if n else 0
+
+
+cdef int add_piece(builder* b, size_t at, const char* bytes, size_t size, failure* why) noexcept nogil:
+    cdef size_t block, lead, step
+    cdef int code = 0
+    while size and code == 0:
+        block = round_down(at, GRANULE)
+        lead = at - block
+        if b.filled and b.block != block:
+            code = end_block(b, why)
+            continue
+        if lead == 0 and b.filled == 0 and size >= GRANULE:
+            step = round_down(size, GRANULE)
+            code = image_put(b.it, at, bytes, step, why)
+        else:
+            if b.filled == 0:
+                memset(b.bytes, 0, GRANULE)
+                b.block = block
+            step = GRANULE - lead if size > GRANULE - lead else size
+            memcpy(b.bytes + lead, bytes, step)
+            b.filled = lead + step
+        at += step
+        bytes += step
+        size -= step
+    return code
+
+
+cdef list find_runs(image* it):
+    cdef list found = []
+    cdef size_t at = 0, first
+    cdef const char* bytes_ = it.content.bytes
+    while at < it.content.size:
+        with nogil:
+            while at < it.content.size and is_zero_block(bytes_ + at):
+                at += GRANULE
+            first = at
+            while at < it.content.size and not is_zero_block(bytes_ + at):
+                at += GRANULE
+        if at > first:
+            found.append((it.offset + first, at - first))
+    return found
+
+
+cdef inline bint is_zero_block(const char* at) noexcept nogil:
+    return is_zero(at, GRANULE)
+
+
+cdef int take_runs(image* it, object given, size_t start, size_t size) except -1:
+    """Of an opened file: those that are said, or one that is all of it."""
+    cdef size_t n, i, offset, length, end = 0, page = pages.capabilities().page_size
+    cdef size_t lead = start - it.offset, tail = lead + size
+    if not is_zero(it.content.bytes, lead) or not is_zero(it.content.bytes + tail, it.content.size - tail):
+        raise ValueError(f"the file must hold zeros around the image's {size} bytes, to whole host pages")
+    pairs = [(it.offset, it.content.size)] if given is None else list(given)
+    n = <size_t>len(pairs)
+    it.runs_known = given is not None
+    if n == 0:
+        return 0
+    it.runs = <run*>malloc(n * sizeof(run))
+    if it.runs == NULL:
+        raise MemoryError("no memory for the runs of an image")
+    it.room = n
+    for i in range(n):
+        check_size(pairs[i][0], "runs", &offset)
+        check_size(pairs[i][1], "runs", &length)
+        if (offset < it.offset or (offset - it.offset) & (GRANULE - 1) or length & (GRANULE - 1) or length == 0
+                or offset - it.offset < end or offset - it.offset > it.content.size
+                or length > it.content.size - (offset - it.offset)):
+            raise ValueError(f"runs must be in order, apart, multiples of {GRANULE} bytes and within the image's host"
+                             f" pages, got {pairs[i]!r}")
+        end = offset - it.offset + length
+        it.runs[i].offset = offset - it.offset
+        it.runs[i].size = length
+    it.n_runs = n
+    it.low = round_down(it.runs[0].offset, page)
+    round_up(end, page, &it.high)
+    return 0
+
+
+_memory.image_class_is(_of_snapshot)

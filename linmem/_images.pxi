@@ -1,0 +1,545 @@
+# Images: what memories start from and are put back to; a part of _memory.pyx.
+#
+#   |<------------------------- content (host pages) -------------------------->|
+#   +------------------+-----------------------------------+--------------------+
+#   | zeros            | runs of bytes, zeros between them | zeros              |
+#   +------------------+-----------------------------------+--------------------+
+#   ^offset            ^offset+low                         ^offset+high       end^ (<= offset + content.size)
+#
+# Outside offset+low .. offset+high a memory of the image holds zeros, and its pages are those of any memory.
+
+cdef char[GRANULE] zeros
+
+
+cdef bint is_zero(const char* at, size_t size) noexcept nogil:
+    while size > GRANULE:
+        if memcmp(at, zeros, GRANULE):
+            return False
+        at += GRANULE
+        size -= GRANULE
+    return memcmp(at, zeros, size) == 0
+
+
+cdef image* image_new(size_t offset, size_t size, failure* why) noexcept nogil:
+    """An image of zeros that image_put() may fill, until image_finish(). NULL: it failed."""
+    cdef size_t page = pages.capabilities().page_size
+    cdef size_t end, first = round_down(offset, page)
+    cdef image* it
+    cdef int code
+    if add_up(offset, size, &end) or round_up(end, page, &end) or end > SIZE_MAX >> 1:
+        fail(why, E_OVERFLOW, "size", size)
+        return NULL
+    it = <image*>calloc(1, sizeof(image))
+    if it == NULL:
+        fail(why, E_NO_MEMORY, "calloc", sizeof(image))
+        return NULL
+    it.refs = 1
+    it.offset = first
+    it.end = offset + size
+    it.content.handle = -1
+    it.runs_known = True
+    if end > first:
+        code = pages.image_begin(end - first, &it.content)
+        if code:
+            fail_page_call(why, code, "image_begin", end - first)
+            free(it)
+            return NULL
+    return it
+
+
+cdef int image_put(image* it, size_t at, const char* bytes, size_t size, failure* why) noexcept nogil:
+    """Bytes to stand at `at` (a multiple of GRANULE) in the content, behind all that stands there already.
+    Zeros among them take no space."""
+    cdef size_t first, step, end = 0
+    cdef int code
+    while end < size:
+        first = end
+        while first < size:
+            step = size - first if size - first < GRANULE else <size_t>GRANULE
+            if memcmp(bytes + first, zeros, step):
+                break
+            first += step
+        end = first
+        while end < size:
+            step = size - end if size - end < GRANULE else <size_t>GRANULE
+            if memcmp(bytes + end, zeros, step) == 0:
+                break
+            end += step
+        if end > first:
+            code = image_put_run(it, at + first, bytes + first, end - first, why)
+            if code:
+                return code
+    return 0
+
+
+cdef int image_put_run(image* it, size_t at, const char* bytes, size_t size, failure* why) noexcept nogil:
+    cdef size_t room, n = it.n_runs
+    cdef run* more
+    cdef int code = pages.image_write(&it.content, at, bytes, size)
+    if code:
+        return fail_page_call(why, code, "image_write", size)
+    round_up(size, GRANULE, &size)
+    if n and it.runs[n - 1].offset + it.runs[n - 1].size == at:
+        it.runs[n - 1].size += size
+        return 0
+    if n == it.room:
+        room = n + (n >> 1) + 8
+        more = <run*>realloc(it.runs, room * sizeof(run))
+        if more == NULL:
+            return fail(why, E_NO_MEMORY, "realloc", room * sizeof(run))
+        it.runs = more
+        it.room = room
+    it.runs[n].offset = at
+    it.runs[n].size = size
+    it.n_runs = n + 1
+    return 0
+
+
+cdef int image_finish(image* it, failure* why) noexcept nogil:
+    cdef size_t page = pages.capabilities().page_size
+    cdef int code = 0
+    if it.content.size:
+        code = pages.image_end(&it.content)
+        if code:
+            return fail_page_call(why, code, "image_end", it.content.size)
+    if it.n_runs:
+        it.low = round_down(it.runs[0].offset, page)
+        round_up(it.runs[it.n_runs - 1].offset + it.runs[it.n_runs - 1].size, page, &it.high)
+    return 0
+
+
+cdef void image_retain(image* it) noexcept nogil:
+    if it != NULL:
+        add(&it.refs, 1)
+
+
+cdef void image_release(image* it) noexcept nogil:
+    if it == NULL or add(&it.refs, -1):
+        return
+    if it.content.size:
+        pages.image_drop(&it.content)
+    free(it.runs)
+    free(it)
+
+
+cdef void image_copy(const image* it, char* base) noexcept nogil:
+    """Into a memory at `base` that holds zeros."""
+    cdef size_t i
+    for i in range(it.n_runs):
+        memcpy(base + it.offset + it.runs[i].offset, it.content.bytes + it.runs[i].offset, it.runs[i].size)
+
+
+cdef int start_from_image(memory* m, image* it, failure* why) noexcept nogil:
+    """The pages of `m` are fresh."""
+    cdef int code
+    if it.content.maps and it.high > it.low:
+        code = pages.image_map(&it.content, it.low, m.base + it.offset + it.low, it.high - it.low)
+        if code:
+            return fail_page_call(why, code, "image_map", it.high - it.low)
+        m.image_state = IMAGE_MAPPED
+    else:
+        image_copy(it, m.base)
+    hold_image(m, it)
+    return 0
+
+
+cdef void hold_image(memory* m, image* it) noexcept nogil:
+    image_retain(it)
+    add(&it.memories, 1)
+    leave_image(m)
+    m.image = it
+
+
+cdef void leave_image(memory* m) noexcept nogil:
+    if m.image != NULL:
+        add(&m.image.memories, -1)
+        image_release(m.image)
+    m.image = NULL
+
+
+# -- back to an image ------------------------------------------------------------------------------
+
+cdef enum:
+    RUNS = 64           # that the kernel is asked for at a time
+
+
+cdef bint refill_touched(char* at, size_t size, const char* bytes) noexcept nogil:
+    """Put the touched pages back to `bytes` (of the image that is mapped there), or to zeros (NULL).
+    False: they cannot be found, and some may have been."""
+    cdef pages.span[RUNS] runs
+    cdef size_t n, i
+    cdef char* here = at
+    cdef char* end = at + size
+    while here < end:
+        n = RUNS
+        if pages.touched(here, <size_t>(end - here), bytes != NULL, runs, &n, &here):
+            return False
+        for i in range(n):
+            if bytes == NULL:
+                memset(runs[i].at, 0, runs[i].size)
+            else:
+                memcpy(runs[i].at, bytes + (runs[i].at - at), runs[i].size)
+    return True
+
+
+cdef void zero_pages(char* at, size_t size) noexcept nogil:
+    """Of no image, whole host pages."""
+    if size == 0 or (pages.capabilities().scans and refill_touched(at, size, NULL)):
+        return
+    if pages.discard(at, size):
+        memset(at, 0, size)
+
+
+cdef void zero_bytes(memory* m, char* at, size_t size) noexcept nogil:
+    """Of no image, any bytes."""
+    cdef size_t page = pages.capabilities().page_size
+    cdef size_t first = 0, last = round_down(<size_t>at + size, page)
+    if (not m.ops.pages_are_ours or m.image_state == IMAGE_BROKEN or round_up(<size_t>at, page, &first)
+            or first >= last):
+        memset(at, 0, size)
+        return
+    memset(at, 0, first - <size_t>at)
+    zero_pages(<char*>first, last - first)
+    memset(<char*>last, 0, <size_t>at + size - last)
+
+
+cdef void memory_restore(memory* m, image* to) noexcept nogil:
+    """Every byte of `m` becomes the image's, or zero where it has none; the size stays. With the lock held and
+    the base pinned; no page is protected, and the image is within byte_size. What the OS refuses
+    is done by copying, so this cannot fail."""
+    cdef bint mapped = m.image_state == IMAGE_MAPPED and m.image == to
+    cdef size_t end = m.accessible if m.ops.pages_are_ours else memory_size(m)
+    cdef size_t low = to.offset + to.low, high = to.offset + to.high, before, i
+    cdef char* at
+    if mapped:
+        if not (pages.capabilities().scans
+                and refill_touched(m.base + low, high - low, to.content.bytes + to.low)) \
+                and pages.image_map(&to.content, to.low, m.base + low, high - low):
+            memcpy(m.base + low, to.content.bytes + to.low, high - low)
+    else:
+        if m.image_state != IMAGE_COPIED:
+            # Whatever has become of them, these pages are not to show the other image.
+            at = m.base + m.image.offset + m.image.low
+            if pages.blank(at, m.image.high - m.image.low):
+                memset(at, 0, m.image.high - m.image.low)
+                m.image_state = IMAGE_BROKEN
+            else:
+                m.image_state = IMAGE_COPIED
+        if (to.content.maps and to.high > to.low and m.ops == &mapped_ops and m.image_state == IMAGE_COPIED
+                and pages.image_map(&to.content, to.low, m.base + low, high - low) == 0):
+            m.image_state = IMAGE_MAPPED
+        else:
+            before = low
+            for i in range(to.n_runs):
+                at = m.base + to.offset + to.runs[i].offset
+                zero_bytes(m, m.base + before, <size_t>(at - m.base) - before)
+                memcpy(at, to.content.bytes + to.runs[i].offset, to.runs[i].size)
+                before = <size_t>(at - m.base) + to.runs[i].size
+            zero_bytes(m, m.base + before, high - before)
+    zero_bytes(m, m.base, low)
+    zero_bytes(m, m.base + high, end - high)
+    if m.image != to and m.image_state != IMAGE_BROKEN:
+        hold_image(m, to)
+        m.started = 0
+
+
+# -- for a pool, whose memories come back to what they started from --------------------------------
+
+cdef int memory_turn_to(memory* m, image* to) noexcept nogil:
+    """Nobody else looks at `m`, and it is none of `to` (NULL: of none), or some of its pages are no longer.
+    -> 0: it is, and its bytes are put back to an image's; those of none may be anything. Else a code."""
+    cdef int code
+    if to != NULL:
+        memory_restore(m, to)
+        return 0 if m.image == to and m.image_state != IMAGE_BROKEN else E_IMAGE
+    if m.image_state != IMAGE_COPIED:
+        code = pages.blank(m.base + m.image.offset + m.image.low, m.image.high - m.image.low)
+        if code:
+            return code
+        m.image_state = IMAGE_COPIED
+    leave_image(m)
+    return 0
+
+
+cdef size_t memory_border(memory* m, size_t at, size_t end, bint* over_image) noexcept nogil:
+    """Of at .. end, up to where the pages are a mapped image's all, or none: which of them they are."""
+    cdef size_t low, high
+    over_image[0] = False
+    if m.image_state != IMAGE_MAPPED:
+        return end
+    low = m.image.offset + m.image.low
+    high = m.image.offset + m.image.high
+    if at >= high:
+        return end
+    if at < low:
+        return low if low < end else end
+    over_image[0] = True
+    return high if high < end else end
+
+
+cdef void memory_refill(memory* m, size_t at, size_t size) noexcept nogil:
+    """Those bytes become the mapped image's, and zero where there is none."""
+    cdef size_t end = at + size, stop
+    cdef bint over_image
+    while at < end:
+        stop = memory_border(m, at, end, &over_image)
+        if over_image:
+            memcpy(m.base + at, m.image.content.bytes + (at - m.image.offset), stop - at)
+        else:
+            memset(m.base + at, 0, stop - at)
+        at = stop
+
+
+cdef bint memory_is_filled(memory* m, size_t size) noexcept nogil:
+    """Whether the first `size` bytes are what memory_refill() makes them, or its image's that was copied."""
+    cdef size_t page = pages.capabilities().page_size
+    cdef size_t at = 0
+    cdef const char* there
+    while at < size:
+        there = NULL
+        if m.image != NULL:
+            there = image_at(m.image, at)
+        if there == NULL:
+            if not is_zero(m.base + at, page):
+                return False
+        elif memcmp(m.base + at, there, page):
+            return False
+        at += page
+    return True
+
+
+cdef int memory_renew(memory* m, size_t size) noexcept nogil:
+    """The pages of the first `size` bytes are given back: they become the mapped image's, and zeros. As
+    pages.renew() otherwise."""
+    cdef size_t at = 0, stop
+    cdef bint over_image
+    cdef int code = 0
+    while at < size and code == 0:
+        stop = memory_border(m, at, size, &over_image)
+        if over_image:
+            code = pages.image_renew(&m.image.content, at - m.image.offset, m.base + at, stop - at)
+        else:
+            code = pages.renew(m.base + at, stop - at)
+        at = stop
+    return code
+
+
+cdef int memory_start_again(memory* m, image* to) noexcept nogil:
+    """Its pages have been decommitted and committed, and are zero. -> they are the image's."""
+    cdef int code = 0
+    m.image_state = IMAGE_COPIED
+    if to == NULL:
+        return 0
+    if to.content.maps and to.high > to.low:
+        code = pages.image_map(&to.content, to.low, m.base + to.offset + to.low, to.high - to.low)
+        if code == 0:
+            m.image_state = IMAGE_MAPPED
+    else:
+        image_copy(to, m.base)
+    return code
+
+
+# -- what differs ----------------------------------------------------------------------------------
+
+cdef int mark_touched(memory* m, size_t first, size_t size, bint over_image, unsigned char* marks) noexcept nogil:
+    """marks: one for each host page from the base on."""
+    cdef pages.span[RUNS] runs
+    cdef size_t n, i, page = pages.capabilities().page_size
+    cdef size_t from_, to
+    cdef char* here = m.base + first
+    cdef char* end = here + size
+    cdef int code
+    while here < end:
+        n = RUNS
+        code = pages.touched(here, <size_t>(end - here), over_image, runs, &n, &here)
+        if code:
+            return code
+        for i in range(n):
+            from_ = <size_t>(runs[i].at - m.base) // page
+            to = (<size_t>(runs[i].at - m.base) + runs[i].size + page - 1) // page
+            memset(marks + from_, 1, to - from_)
+    return 0
+
+
+cdef void mark_runs(const image* it, unsigned char* marks, size_t n) noexcept nogil:
+    cdef size_t i, first, last, page = pages.capabilities().page_size
+    for i in range(it.n_runs):
+        first = (it.offset + it.runs[i].offset) // page
+        last = (it.offset + it.runs[i].offset + it.runs[i].size + page - 1) // page
+        if last > n:
+            last = n
+        if first < last:
+            memset(marks + first, 1, last - first)
+
+
+cdef int memory_marks(memory* m, image* over, unsigned char* marks, size_t n) noexcept nogil:
+    """Mark, of the first `n` host pages, all that may hold something else than the image `over` (NULL: than zeros).
+    marks: all 0. With the lock held and the base pinned."""
+    cdef size_t page = pages.capabilities().page_size
+    cdef size_t end = n * page, low = 0, high = 0
+    cdef bint mapped = m.image_state == IMAGE_MAPPED
+    cdef int code = 0
+    if mapped:
+        low = m.image.offset + m.image.low
+        high = m.image.offset + m.image.high
+    if (not m.ops.pages_are_ours or not pages.capabilities().scans or m.image_state == IMAGE_BROKEN
+            or high > end or end > m.accessible):
+        memset(marks, 1, n)
+        return 0
+    if mapped:
+        if low:
+            code = mark_touched(m, 0, low, False, marks)
+        if code == 0:
+            code = mark_touched(m, low, high - low, True, marks)
+    if code == 0 and end > high:
+        code = mark_touched(m, high, end - high, False, marks)
+    if code:
+        return code
+    # What is not touched is the mapped image's, or zero: which `over` may not be.
+    if over != m.image or not mapped:
+        if mapped:
+            mark_runs(m.image, marks, n)
+        if over != NULL:
+            mark_runs(over, marks, n)
+    return 0
+
+
+cdef inline const char* image_at(const image* it, size_t at) noexcept nogil:
+    """The page of an image that stands at `at` in a memory; NULL: zeros."""
+    if at < it.offset + it.low or at >= it.offset + it.high:
+        return NULL
+    return it.content.bytes + (at - it.offset)
+
+
+cdef int compare(memory* m, image* now, image* base, changes* out, failure* why) noexcept nogil:
+    """What differs from `base` in `m` (the lock held, the base pinned; no page inaccessible), or in `now`."""
+    cdef size_t page = pages.capabilities().page_size
+    cdef size_t size = memory_size(m) if m != NULL else now.end
+    cdef size_t n = size // page + (1 if size % page else 0)
+    cdef size_t i, step
+    cdef const char* here
+    cdef const char* there
+    cdef bint zero
+    cdef int code = 0
+    cdef unsigned char* marks = <unsigned char*>calloc(n + 1, 1)
+    if marks == NULL:
+        return fail(why, E_NO_MEMORY, "calloc", n)
+    if m != NULL:
+        code = memory_marks(m, base, marks, n)
+        if code:        # the kernel does not say: each page is looked at
+            memset(marks, 1, n)
+            code = 0
+    else:
+        mark_runs(now, marks, n)
+        mark_runs(base, marks, n)
+    for i in range(n):
+        if not marks[i]:
+            continue
+        step = page if size - i * page > page else size - i * page
+        if m != NULL:
+            here = m.base + i * page
+        else:
+            here = image_at(now, i * page)
+        there = image_at(base, i * page)
+        if here == NULL:
+            if there == NULL or is_zero(there, step):
+                continue
+            zero = True
+        elif there == NULL:
+            if is_zero(here, step):
+                continue
+            zero = False
+        else:
+            if memcmp(here, there, step) == 0:
+                continue
+            zero = is_zero(here, step)
+        code = add_change(out, i * page, step, zero, why)
+        if code:
+            break
+    free(marks)
+    return code
+
+
+cdef int add_change(changes* to, size_t offset, size_t size, bint zero, failure* why) noexcept nogil:
+    cdef size_t room
+    cdef change* more
+    cdef change* last = to.list + to.n - 1
+    if to.n and last.zero == zero and last.offset + last.size == offset:
+        last.size += size
+        return 0
+    if to.n == to.room:
+        room = to.n * 2 + 16
+        more = <change*>realloc(to.list, room * sizeof(change))
+        if more == NULL:
+            return fail(why, E_NO_MEMORY, "realloc", room * sizeof(change))
+        to.list = more
+        to.room = room
+    to.list[to.n].offset = offset
+    to.list[to.n].size = size
+    to.list[to.n].zero = zero
+    to.n += 1
+    return 0
+
+
+cdef int memory_snapshot(memory* m, image** out, failure* why) noexcept nogil:
+    """With the lock held and the base pinned; no page is inaccessible."""
+    cdef size_t page = pages.capabilities().page_size
+    cdef size_t size = memory_size(m)
+    cdef size_t n = size // page + (1 if size % page else 0)
+    cdef size_t first = 0, last, end
+    cdef int code = 0
+    cdef image* it
+    cdef unsigned char* marks = <unsigned char*>calloc(n + 1, 1)
+    if marks == NULL:
+        return fail(why, E_NO_MEMORY, "calloc", n)
+    it = image_new(0, size, why)
+    if it == NULL:
+        free(marks)
+        return why.code
+    if memory_marks(m, NULL, marks, n):
+        memset(marks, 1, n)
+    while first < n and code == 0:
+        if not marks[first]:
+            first += 1
+            continue
+        last = first
+        while last < n and marks[last]:
+            last += 1
+        end = last * page if last * page < size else size
+        code = image_put(it, first * page, m.base + first * page, end - first * page, why)
+        first = last
+    free(marks)
+    if code == 0:
+        code = image_finish(it, why)
+    if code:
+        image_release(it)
+        return code
+    out[0] = it
+    return 0
+
+
+cdef int discard_pages(memory* m, char* at, size_t size, failure* why) noexcept nogil:
+    """Whole pages to zeros, given back. Those that show an image stop doing so: the next restore maps it anew."""
+    cdef char* low
+    cdef char* high
+    cdef char* end = at + size
+    cdef int code = 0
+    acquire(&m.lock)
+    low = high = end
+    if m.image_state != IMAGE_COPIED:
+        low = m.base + m.image.offset + m.image.low
+        high = m.base + m.image.offset + m.image.high
+        low = at if low < at else end if low > end else low
+        high = low if high < low else end if high > end else high
+    if high > low and m.protected_pages:
+        code = fail(why, E_UNSUPPORTED, "discard", size)
+        snprintf(why.detail, sizeof(why.detail), "with protected pages and an image in the range")
+    if code == 0 and low > at:
+        code = pages.discard(at, <size_t>(low - at))
+    if code == 0 and high > low:
+        m.image_state = IMAGE_BROKEN
+        code = pages.blank(low, <size_t>(high - low))
+    if code == 0 and end > high:
+        code = pages.discard(high, <size_t>(end - high))
+    unlock(&m.lock)
+    return fail_page_call(why, code, "discard", size) if code > 0 else code
