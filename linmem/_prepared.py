@@ -6,6 +6,7 @@ import ctypes
 import functools
 import hashlib
 import importlib.metadata
+import sys
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -15,7 +16,6 @@ import wasmtime
 from linmem import _bridge, _hoist
 from linmem._cache import Cache
 from linmem._image import Image
-from linmem._memory import MmapCreator
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ NOT_OURS = ("linmem.wasmtime.install(config) was not called for this engine, or 
 
 _FORMAT = 1         # of what is cached, other than wasmtime's own
 _ASKS: weakref.WeakKeyDictionary[wasmtime.Engine, bool] = weakref.WeakKeyDictionary()
-_DENSE = 1 << 20    # bytes up to which gaps between data are not worth a thought
+_LARGEST = 2 * sys.maxsize + 1
 
 
 class Prepared:
@@ -60,8 +60,9 @@ class Prepared:
         self.skipped = tuple(skipped)
         self.added = added
         self.outline = outline
-        self._offer = (list(zip(minima, images, strict=True))
-                       if any(image is not None for image in images) else None)
+        # A minimum that no machine has is not asked for: wasmtime itself refuses to instantiate then.
+        places = [(min(minimum, _LARGEST), image) for minimum, image in zip(minima, images, strict=True)]
+        self._offer = _bridge.Offer(places) if any(image is not None for image in images) else None
 
     def instantiate(self, store: wasmtime.Store,
                     imports: Sequence[AsExtern] | wasmtime.Linker = ()) -> wasmtime.Instance:
@@ -81,7 +82,7 @@ class Prepared:
         """
         offer = self._offer
         if offer is not None:
-            _bridge.offer_images(offer)
+            offer.make()
         try:
             if isinstance(imports, wasmtime.Linker):
                 instance = imports.instantiate(store, self.module)
@@ -89,10 +90,10 @@ class Prepared:
                 instance = wasmtime.Instance(store, self.module, imports)
         except BaseException:
             if offer is not None:
-                _bridge.take_back_images()
+                offer.take_back()
             raise
         if offer is not None:
-            missing = _bridge.take_back_images()
+            missing = offer.take_back()
             if missing:
                 raise RuntimeError(f"{missing} memories were made without their data: the engine did not ask linmem for"
                                    " them")
@@ -175,16 +176,7 @@ def _asks(engine: wasmtime.Engine) -> bool:
 
 def _image(runs: Sequence[_hoist.Run]) -> Image:
     start, (last, data) = runs[0][0], runs[-1]
-    end = last + len(data)
-    if end - start <= _DENSE + 2 * sum(len(data) for _, data in runs):
-        content = bytearray(end - start)
-        for offset, data in runs:
-            content[offset - start:offset - start + len(data)] = data
-        return Image.from_bytes(content, start)
-    with MmapCreator().create(end) as memory:       # far apart: what lies between was never touched
-        for offset, data in runs:
-            memory.write(offset, data)
-        return memory.snapshot()
+    return Image.from_pieces(runs, last + len(data) - start, start)
 
 
 @functools.cache

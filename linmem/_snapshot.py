@@ -58,7 +58,7 @@ class Snapshot:
     globals: tuple[str, ...]
     unseen: tuple[str, ...]
     _store: weakref.ref[wasmtime.Store]
-    _memories: list[tuple[wasmtime.Memory | wasmtime.SharedMemory, Image]]
+    _memories: list[tuple[str, wasmtime.Memory | wasmtime.SharedMemory, int, Image]]
     _globals: list[tuple[Any, Any]]
     _tables: list[tuple[str, wasmtime.Table, int]]
 
@@ -115,7 +115,7 @@ class Snapshot:
                 base = memory.as_ptr()
                 if base not in known:
                     known[base] = memory.snapshot()
-                    self._memories.append((thing, known[base]))
+                    self._memories.append((name, thing, memory.byte_size(), known[base]))
                 memories[name] = known[base]
             elif isinstance(thing, wasmtime.Global) and thing.type(store).mutable:
                 self._globals.append(_value_of(context, name, thing))
@@ -127,21 +127,24 @@ class Snapshot:
         self.unseen = (*hidden, *_unseen(outline, prepared is not None))
         return self
 
-    def restore(self, store: wasmtime.Store) -> None:
+    def restore(self, store: wasmtime.Store, *, zero_grown: bool = False) -> None:
         """Put back what the instance held, in time that follows what changed since.
 
-        A memory that has grown keeps its size, since wasm was told so; the bytes it gained are zero.
+        A memory that has grown since is refused: it cannot shrink, and the guest's allocator, put back to
+        what it was, would not know of the rest and grow the memory anew each time. Make a new instance then.
 
         Parameters
         ----------
         store : wasmtime.Store
             The one that the snapshot was taken in. Nothing of it may be running.
+        zero_grown : bool
+            Accept memories that have grown: they keep their size, and what they gained is zeroed.
 
         Raises
         ------
         ValueError
-            If it is another store or a closed one, or if an exported table was resized since: its
-            elements are not the snapshot's, and nothing is restored.
+            If it is another store or a closed one, or, before anything is restored, if a memory has
+            grown or an exported table was resized since.
         RuntimeError
             If a call into the store is running on this thread.
         """
@@ -152,10 +155,16 @@ class Snapshot:
             if table.size(store) != size:
                 raise ValueError(f"exported table {name!r} had {size} elements and has {table.size(store)}: a snapshot"
                                  " does not hold tables")
-        for memory, image in self._memories:
+        memories = []
+        for name, memory, size, image in self._memories:
             found = behind(store, memory)
             assert found is not None        # wasmtime holds it as long as the store lives
-            found.restore(image)
+            if found.byte_size() != size and not zero_grown:
+                raise ValueError(f"exported memory {name!r} has grown from {size} to {found.byte_size()} bytes, which a"
+                                 " guest that is put back does not know: make a new instance, or pass zero_grown=True")
+            memories.append((found, image))
+        for found, image in memories:
+            found.restore(image, zero_grown=True)
         for place, value in self._globals:
             error = ffi.wasmtime_global_set(context, place, value)
             if error:
