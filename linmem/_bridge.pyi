@@ -1,4 +1,5 @@
 from collections.abc import Iterable
+from typing import final
 
 from linmem._memory import ImageHandle, Memory, NativeCreator
 
@@ -6,6 +7,7 @@ def bind(set_creator: int, error_new: int, is_64: int, is_shared: int, page_size
 def set_creator(config: int, creator: NativeCreator) -> None: ...
 def find(base: int) -> Memory | None: ...
 
+@final
 class Offer:
     def __init__(self, places: Iterable[tuple[int, ImageHandle | None]]) -> None: ...
     def make(self) -> None: ...

@@ -6,6 +6,7 @@ Mirrors ``wasmtime_memory_creator_t`` and ``wasmtime_linear_memory_t`` of wasmti
 No callback takes the GIL, unless a Python creator raised and its text is wanted.
 """
 
+cimport cython
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport uint8_t, uint64_t
@@ -237,6 +238,7 @@ def find(size_t base):
     return None if m == NULL else wrap(m)
 
 
+@cython.final
 cdef class Offer:
     """Images for the memories of one instance: what each of them starts from.
 
@@ -251,7 +253,6 @@ cdef class Offer:
     cdef place* places
     cdef size_t n
     cdef tuple images       # holds them
-    cdef object __weakref__
 
     def __init__(self, places):
         cdef size_t i
