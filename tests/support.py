@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +52,12 @@ def _core_is_a_file() -> bool:
     return bool(pattern) and "|" not in pattern and "/" not in pattern and "%" not in pattern
 
 
+def _files_have_holes() -> bool:
+    with tempfile.TemporaryFile() as file:
+        file.truncate(1 << 24)
+        return getattr(os.fstat(file.fileno()), "st_blocks", 1 << 24) * 512 < 1 << 20
+
+
 # The one list of what a test may need and a machine may lack. name -> (there?, what is missing).
 NEEDS = {
     "maps": (HAS_PROC, "no /proc/self/maps to ask"),
@@ -60,6 +67,8 @@ NEEDS = {
     "discard_any_protection": (FLOOR["capabilities"]["discard_any_protection"],
                                "discard needs readable and writable pages here"),
     "populates": (FLOOR["capabilities"]["populates"], "prefault cannot report a page that cannot be written"),
+    "maps_images": (FLOOR["capabilities"]["maps_images"], "images cannot be mapped into memories here"),
+    "holes": (_files_have_holes(), "the file system has no holes, or does not say"),
     "rlimits": (_has_module("resource"), "this OS has no resource limits"),
     "fork": (hasattr(os, "fork"), "this OS has no fork"),
     "core_files": (_core_is_a_file(), "core_pattern is not a plain file name"),
