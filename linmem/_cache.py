@@ -12,14 +12,17 @@ import hashlib
 import os
 import stat
 import tempfile
+import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 __all__ = ["Cache"]
 
 _MOST = 8           # entries of one key
+_NEW = "new-"       # how the names of files begin that are being written
+_ABANDONED = 3600   # seconds after which nobody is writing them any more
 _CHUNK = 1 << 20
 
 
@@ -50,25 +53,28 @@ class Cache:
             if not name.endswith(suffix):
                 continue
             path = os.path.join(place, name)
-            found = _digest_of(path)
-            if found == name.removesuffix(suffix):
+            try:
+                whole = _digest_of(path) == name.removesuffix(suffix)
+            except OSError:         # another process made room, or it cannot be read: it cannot be used either
+                continue
+            if whole:
                 yield path
-            elif found is not None:
+            else:
                 _remove(path)
 
-    def add(self, key: str, suffix: str, content: bytes | bytearray) -> str:
-        """Make an entry; its path."""
+    def add(self, key: str, suffix: str, write: Callable[[str], object]) -> str:
+        """Make an entry of what ``write(path)`` writes; where it is."""
         place = os.path.join(self.directory, key)
         os.makedirs(place, mode=0o700, exist_ok=True)
         _must_be_private(place)
-        path = os.path.join(place, hashlib.sha256(content).hexdigest() + suffix)
-        self._make_room(place, suffix)
-        number, temporary = tempfile.mkstemp(prefix="new-", dir=place)      # for its owner alone
+        _make_room(place, suffix)
+        number, temporary = tempfile.mkstemp(prefix=_NEW, dir=place)    # for its owner alone
+        os.close(number)
         try:
-            with os.fdopen(number, "wb") as file:
-                file.write(content)
-                file.flush()
+            write(temporary)
+            with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
+            path = os.path.join(place, _digest_of(temporary) + suffix)
             os.replace(temporary, path)
         except BaseException:
             _remove(temporary)
@@ -76,11 +82,21 @@ class Cache:
         _sync_directory(place)
         return path
 
-    @staticmethod
-    def _make_room(place: str, suffix: str) -> None:
-        entries = [entry for entry in os.scandir(place) if entry.name.endswith(suffix)]
-        for entry in sorted(entries, key=lambda entry: entry.stat().st_mtime)[:max(0, len(entries) - _MOST + 1)]:
+
+def _make_room(place: str, suffix: str) -> None:
+    """Remove the oldest entries of too many, and what writers that died have left."""
+    entries = []
+    for entry in os.scandir(place):
+        try:
+            about = entry.stat()
+        except FileNotFoundError:       # another process removed it
+            continue
+        if entry.name.startswith(_NEW) and about.st_mtime < time.time() - _ABANDONED:
             _remove(entry.path)
+        elif entry.name.endswith(suffix):
+            entries.append((about.st_mtime, entry.path))
+    for _, path in sorted(entries)[:max(0, len(entries) - _MOST + 1)]:
+        _remove(path)
 
 
 def _must_be_private(path: str) -> None:
@@ -96,14 +112,11 @@ def _must_be_private(path: str) -> None:
                               " user's own")
 
 
-def _digest_of(path: str) -> str | None:
+def _digest_of(path: str) -> str:
     digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-    except FileNotFoundError:       # another process made room
-        return None
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
@@ -111,6 +124,8 @@ def _remove(path: str) -> None:
     try:
         os.unlink(path)
     except FileNotFoundError:
+        pass
+    except PermissionError:     # in use, where that keeps a file, or not ours to remove: it stays unused
         pass
 
 

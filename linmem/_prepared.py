@@ -9,13 +9,14 @@ import importlib.metadata
 import sys
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import wasmtime
 
 from linmem import _bridge, _hoist
 from linmem._cache import Cache
 from linmem._image import Image
+from linmem.errors import FileFormatError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -121,8 +122,9 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
     wasm : bytes or str
         A core module in the binary format, or its text.
     cache : path, optional
-        A directory to keep wasmtime's compiled module in, made where it is missing. What is in it
-        is run as code, so it has to be the user's own, and nobody else may be able to write to it.
+        A directory to keep the images and wasmtime's compiled module in, made where it is missing. What
+        is in it is run as code, so it has to be the user's own, and nobody else may be able to write
+        to it. Processes that use one cache share the pages of the images.
     expose : bool
         Also export the module's hidden memories and mutable globals, under names in
         `Prepared.added`, so that a `Snapshot` can hold them.
@@ -155,8 +157,11 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
             outline = _hoist.outline(hoisted.module)
     except _hoist.Malformed as error:       # wasmtime has the last word, and better ones
         hoisted = _hoist.Hoisted(wasm, [], [], [f"nothing is hoisted: {error}"])
-    module = _compiled(engine, hoisted.module, cache)
-    images = [None if runs is None else _image(runs) for runs in hoisted.images]
+    directory = None if cache is None else Cache(cache)
+    module = _compiled(engine, hoisted.module, directory)
+    images: list[Image | None] = []
+    for runs in hoisted.images:
+        images.append(None if runs is None else _image(runs, directory))
     return Prepared(module, images, hoisted.minima, hoisted.skipped, added, outline)
 
 
@@ -174,9 +179,23 @@ def _asks(engine: wasmtime.Engine) -> bool:
     return found
 
 
-def _image(runs: Sequence[_hoist.Run]) -> Image:
+def _image(runs: Sequence[_hoist.Run], cache: Cache | None) -> Image:
     start, (last, data) = runs[0][0], runs[-1]
-    return Image.from_pieces(runs, last + len(data) - start, start)
+    if cache is None:
+        return Image.from_pieces(runs, last + len(data) - start, start)
+    digest = hashlib.sha256(f"linmem {_FORMAT}, image\n".encode())
+    for offset, data in runs:
+        digest.update(f"{offset} {len(data)}\n".encode())
+        digest.update(data)
+    key = digest.hexdigest()
+    for path in cache.entries(key, ".image"):
+        try:
+            return Image.open(path)
+        except FileFormatError:     # of another version
+            continue
+    image = Image.from_pieces(runs, last + len(data) - start, start)
+    _add(cache, key, ".image", image.save)
+    return image
 
 
 @functools.cache
@@ -187,10 +206,9 @@ def _version() -> str:
         return ""
 
 
-def _compiled(engine: wasmtime.Engine, wasm: bytes, directory: str | os.PathLike[str] | None) -> wasmtime.Module:
-    if directory is None:
+def _compiled(engine: wasmtime.Engine, wasm: bytes, cache: Cache | None) -> wasmtime.Module:
+    if cache is None:
         return wasmtime.Module(engine, wasm)
-    cache = Cache(directory)
     key = hashlib.sha256(f"linmem {_FORMAT}, wasmtime {_version()}\n".encode() + wasm).hexdigest()
     for path in cache.entries(key, ".cwasm"):
         try:
@@ -198,10 +216,18 @@ def _compiled(engine: wasmtime.Engine, wasm: bytes, directory: str | os.PathLike
         except wasmtime.WasmtimeError:      # compiled for an engine of other settings, or of another build
             continue
     module = wasmtime.Module(engine, wasm)
-    try:
-        cache.add(key, ".cwasm", module.serialize())
-    except PermissionError:
-        raise
-    except OSError as error:
-        warnings.warn(f"the compiled module was not cached: {error}", RuntimeWarning, stacklevel=3)
+
+    def write(path: str) -> None:
+        with open(path, "wb") as file:
+            file.write(module.serialize())
+
+    _add(cache, key, ".cwasm", write)
     return module
+
+
+def _add(cache: Cache, key: str, suffix: str, write: Callable[[str], object]) -> None:
+    """What cannot be cached is made anew the next time: no reason to fail, but one to say so."""
+    try:
+        cache.add(key, suffix, write)
+    except OSError as error:
+        warnings.warn(f"not cached: {error}", RuntimeWarning, stacklevel=4)

@@ -178,7 +178,8 @@ def _value_of(context: Any, name: str, thing: wasmtime.Global) -> tuple[Any, Any
     """Where a global is and what it holds, both as wasmtime_global_set takes them."""
     place, value = ctypes.byref(thing._global), ffi.wasmtime_val_t()
     ffi.wasmtime_global_get(context, place, ctypes.byref(value))
-    if value.kind not in _PLAIN:
+    kind: Any = value.kind
+    if kind not in _PLAIN:
         unroot = ffi.dll.wasmtime_val_unroot        # older ones want the context too
         unroot(*[context, ctypes.byref(value)][-len(unroot.argtypes or ()):])
         raise ValueError(f"mutable global {name!r} is a reference to an object, which a snapshot cannot hold")

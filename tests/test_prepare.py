@@ -1,5 +1,6 @@
 """Modules that start from images: the same instances as ever, faster."""
 
+import hashlib
 import os
 import stat
 import subprocess
@@ -17,6 +18,7 @@ from wasmtime import _ffi as ffi
 import linmem
 import linmem.wasmtime
 from linmem import _prepared
+from linmem._cache import Cache
 from linmem.wasmtime import prepare
 
 PAGE = 65536
@@ -398,8 +400,8 @@ def works(engine, cache):
     return memory_of(store, prepare(engine, HELLO, cache=cache).instantiate(store)) == of(PAGE, filled=GREETED)
 
 
-def entries(cache):
-    return sorted(path for path in cache.rglob("*") if path.is_file())
+def entries(cache, suffix=".cwasm"):
+    return sorted(path for path in cache.rglob("*") if path.is_file() and path.name.endswith(suffix))
 
 
 def test_a_module_is_compiled_once_and_then_read(tmp_path, compilations):
@@ -407,7 +409,7 @@ def test_a_module_is_compiled_once_and_then_read(tmp_path, compilations):
     cache = tmp_path / "new" / "cache"
     assert works(engine, cache)
     assert len(compilations) == 1
-    assert len(entries(cache)) == 1
+    assert len(entries(cache)) == len(entries(cache, ".image")) == 1
     for _ in range(3):
         assert works(engine, str(cache))
     assert len(compilations) == 1
@@ -426,45 +428,78 @@ def test_engines_of_other_settings_have_entries_of_their_own(tmp_path, compilati
 
 
 def damaged(how, content):
-    return {"flipped": content[:5000] + bytes([content[5000] ^ 1]) + content[5001:], "truncated": content[:-1],
+    return {"flipped": content[:100] + bytes([content[100] ^ 1]) + content[101:], "truncated": content[:-1],
             "emptied": b"", "longer": content + b"x"}[how]
 
 
 @pytest.mark.parametrize("how", ["flipped", "truncated", "emptied", "longer"])
-def test_a_damaged_entry_is_never_used_and_is_written_anew(tmp_path, compilations, how):
+@pytest.mark.parametrize("suffix", [".cwasm", ".image"])
+def test_a_damaged_entry_is_never_used_and_is_written_anew(tmp_path, compilations, suffix, how):
     assert works(MMAP, tmp_path)
-    [entry] = entries(tmp_path)
+    [entry] = entries(tmp_path, suffix)
     content = entry.read_bytes()
-    entry.chmod(0o600)
+    entry.unlink()
     entry.write_bytes(damaged(how, content))
     assert works(MMAP, tmp_path)
-    assert len(compilations) == 2
-    assert entries(tmp_path) == [entry]
+    assert len(compilations) == 1 + (suffix == ".cwasm")
+    assert entries(tmp_path, suffix) == [entry]
     assert entry.read_bytes() == content
 
 
+@requires("smaps", "real_pages")
+def test_processes_share_the_pages_of_a_cached_image(tmp_path):
+    data = os.urandom(16 * PAGE)
+    wasm = b"".join(wasm_with(data))
+    prepare(MMAP, wasm, cache=tmp_path)
+    store = wasmtime.Store(MMAP)
+    memory = prepare(MMAP, wasm, cache=tmp_path).instantiate(store).exports(store)["m"]
+    ours = linmem.wasmtime.linear_memory(store, memory)
+    assert ours.read(0, len(data)) == data
+    [entry] = entries(tmp_path, ".image")
+    assert {m.name for m in smaps(ours.as_ptr(), ours.as_ptr() + len(data))} == {str(entry)}
+    ours[0] = data[0] ^ 1
+    assert prepare(MMAP, wasm, cache=tmp_path).images[0].runs() == [(0, len(data))]
+    store = wasmtime.Store(MMAP)
+    assert memory_of(store, prepare(MMAP, wasm, cache=tmp_path).instantiate(store)) == data
+
+
 def test_an_entry_that_is_whole_but_not_wasmtimes_is_passed_over(tmp_path, compilations):
-    import hashlib
     assert works(MMAP, tmp_path)
     [entry] = entries(tmp_path)
     foreign = b"\x7fELF what is this?" * 100
     entry.unlink()
     (entry.parent / f"{hashlib.sha256(foreign).hexdigest()}.cwasm").write_bytes(foreign)
     (entry.parent / "notes.txt").write_text("not an entry")
+    [image] = entries(tmp_path, ".image")
+    image.unlink()
+    (image.parent / f"{hashlib.sha256(foreign).hexdigest()}.image").write_bytes(foreign)
     assert works(MMAP, tmp_path)
     assert works(MMAP, tmp_path)
     assert len(compilations) == 2
     assert entry in entries(tmp_path)
+    assert image in entries(tmp_path, ".image")
+
+
+def writes(content):
+    def write(path):
+        with open(path, "wb") as file:
+            file.write(content)
+    return write
 
 
 def test_the_entries_of_one_module_are_bounded(tmp_path):
-    from linmem._cache import Cache
     cache = Cache(tmp_path)
-    paths = [cache.add("key", ".x", bytes([n])) for n in range(20)]
+    paths = [cache.add("key", ".x", writes(bytes([n]))) for n in range(20)]
+    left = tmp_path / "key" / "new-left"
+    left.touch()
+    os.utime(left, (1, 1))
+    (tmp_path / "key" / "new-writing").touch()
     for turn, path in enumerate(paths):
         if os.path.exists(path):
             os.utime(path, (turn, turn))
-    cache.add("key", ".x", b"newest")
+    cache.add("key", ".x", writes(b"newest"))
+    assert not left.exists()
+    assert (tmp_path / "key" / "new-writing").exists()
     assert len(list(cache.entries("key", ".x"))) == 8
     assert os.path.exists(paths[-1])
     assert list(cache.entries("another", ".x")) == []
@@ -500,23 +535,25 @@ def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.warns(RuntimeWarning, match="the compiled module was not cached: .*No space left on device"):
+    with pytest.warns(RuntimeWarning, match=r"^not cached: .*No space left on device") as warned:
         assert works(MMAP, tmp_path)
-    assert entries(tmp_path) == []
+    assert {os.path.basename(warning.filename) for warning in warned} == {os.path.basename(__file__)}
+    assert entries(tmp_path, "") == []
 
 
 def test_a_writer_that_is_killed_leaves_nothing_that_is_used(tmp_path):
     child = textwrap.dedent(f"""
-        import os, signal, sys
+        import shutil
         from linmem._cache import Cache
         cache = Cache({str(tmp_path)!r})
         print("go", flush=True)
         n = 0
         while True:
-            cache.add("key", ".x", n.to_bytes(4, "little") * (1 << 16))
+            with open({str(tmp_path / "content")!r}, "wb") as file:
+                file.write(n.to_bytes(4, "little") * (1 << 16))
+            cache.add("key", ".x", lambda path: shutil.copyfile({str(tmp_path / "content")!r}, path))
             n += 1
         """)
-    from linmem._cache import Cache
     for delay in (0.0, 0.003, 0.01, 0.02):
         process = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE,
                                    env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
