@@ -115,6 +115,26 @@ def test_data_survives_growth_and_grown_bytes_are_zero(kind):
 
 
 @with_every_creator
+def test_an_instance_finds_nothing_of_those_that_were_before_it(kind):
+    engine = engine_of(kind)
+    bare = '(module (memory (export "m") 1))'
+    plain = wasmtime.Module(engine, bare)
+    prepared = [prepare(engine, HELLO), prepare(engine, bare[:-1] + '(data (i32.const 17) "other"))')]
+    expected = [of(PAGE, filled=GREETED), of(PAGE, filled={17: b"other"}), bytes(PAGE)]
+    for turn in range(24):
+        which = (0, 0, 1, 0, 2, 1, 1, 2)[turn % 8]
+        store = wasmtime.Store(engine)
+        instance = wasmtime.Instance(store, plain, []) if which == 2 else prepared[which].instantiate(store)
+        memory = instance.exports(store)["m"]
+        assert bytes(memory.read(store)) == expected[which]
+        if turn % 3:
+            memory.grow(store, turn % 3)
+        memory.write(store, b"\xff" * (turn % 5 * 13000), turn * 7)
+        memory.write(store, b"\xff" * (memory.data_len(store) - PAGE), PAGE - 1)
+        store.close()
+
+
+@with_every_creator
 def test_segments_out_of_bounds_trap_as_ever_and_what_follows_is_not_disturbed(kind):
     engine = engine_of(kind)
     bad = prepare(engine, '(module (memory 1) (data (i32.const 0) "a") (data (i32.const 65535) "too long"))')

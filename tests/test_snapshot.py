@@ -9,9 +9,9 @@ import pytest
 import wasmtime
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from test_hoist import all_features, needs_gc, number, table
+from test_hoist import needs_gc, number, table
+from test_prepare import engine_of, with_every_creator
 
-import linmem
 import linmem.wasmtime
 from linmem.wasmtime import Snapshot, prepare
 
@@ -28,13 +28,7 @@ COUNTER = """(module
   (func (export "grow") (param i32) (result i32) (memory.grow (local.get 0))))"""
 
 
-def make_engine(kind="mmap"):
-    config = all_features()
-    linmem.wasmtime.install(config, linmem.creator(kind))
-    return wasmtime.Engine(config)
-
-
-ENGINE = make_engine()
+ENGINE = engine_of()        # of mmap, which keeps nothing
 
 
 def start(wat, imports=(), engine=ENGINE, **how):
@@ -50,8 +44,9 @@ def contents(store, exports, name="memory"):
 # -- what goes back ----------------------------------------------------------------------------------
 
 
-def test_memories_and_globals_go_back_as_often_as_wanted():
-    store, instance, exports = start(COUNTER)
+@with_every_creator
+def test_memories_and_globals_go_back_as_often_as_wanted(kind):
+    store, instance, exports = start(COUNTER, engine=engine_of(kind))
     exports["step"](store, 5)
     before = contents(store, exports)
     snapshot = Snapshot.take(store, instance)
@@ -175,12 +170,24 @@ def test_an_instance_that_was_not_prepared_can_be_held_too():
 
 
 class Histories(RuleBasedStateMachine):
-    """Steps, growth, snapshots and restores against a model."""
+    """Steps, growth, new instances, snapshots and restores against a model."""
 
-    @initialize()
-    def begin(self):
-        self.store, self.instance, self.exports = start(COUNTER)
-        self.model = bytearray(contents(self.store, self.exports))
+    @initialize(kind=st.sampled_from(["mmap", "pool"]))
+    def begin(self, kind):
+        self.engine = engine_of(kind)
+        self.store = wasmtime.Store(self.engine)
+        self.prepared = prepare(self.engine, COUNTER)
+        self.enter()
+
+    @rule()
+    def enter(self):
+        """In another store: the memory of the last one may be handed out again."""
+        self.store.close()
+        self.store = wasmtime.Store(self.engine)
+        self.instance = self.prepared.instantiate(self.store)
+        self.exports = self.instance.exports(self.store)
+        self.model = bytearray(2 * PAGE)
+        self.model[8:12] = b"seed"
         self.count = 100
         self.taken = []
 
