@@ -1,0 +1,208 @@
+"""Images under wasmtime: the bridge's offers, and a store's memory put back."""
+
+import sys
+import threading
+
+import pytest
+import wasmtime
+
+import linmem.wasmtime
+from linmem import Image, _bridge
+
+TWO = """(module (memory (export "a") 2 4) (memory (export "b") 1)
+           (func (export "load") (param i32) (result i32) (i32.load8_u (local.get 0)))
+           (func (export "grow") (result i32) (memory.grow (i32.const 1))))"""
+
+
+@pytest.fixture(params=["mmap", "pool"])
+def engine(request):
+    config = wasmtime.Config()
+    linmem.wasmtime.install(config, linmem.creator(request.param))
+    made = wasmtime.Engine(config)
+    yield made
+    made.close()
+
+
+def offer(*images):
+    """For the memories of TWO, and one more."""
+    return _bridge.Offer(list(zip((131072, 65536, 65536), images, strict=False)))
+
+
+def instantiate(engine, images, wat=TWO):
+    store = wasmtime.Store(engine)
+    module = wasmtime.Module(engine, wat)
+    offered = offer(*images)
+    offered.make()
+    try:
+        exports = wasmtime.Instance(store, module, []).exports(store)
+    finally:
+        left = offered.take_back()
+    return store, exports, left
+
+
+def test_each_memory_takes_the_next_image_in_order(engine):
+    img = Image.from_bytes(b"\x2a", 70000)
+    other = Image.from_bytes(b"b", 5)
+    for images, left in (([img, other], 0), ([img], 0), ([None, other], 0), ([img, None, other], 1),
+                         ([img, None, None], 0), ([], 0)):
+        store, exports, remained = instantiate(engine, images)
+        assert remained == left
+        assert exports["load"](store, 70000) == (42 if images and images[0] is img else 0)
+        second = linmem.wasmtime.linear_memory(store, exports["b"])
+        assert second[5] == (ord("b") if images[1:2] == [other] else 0)
+        second[5] = exports["a"].data_len(store) & 1
+        store.close()
+
+
+def test_a_memory_of_another_minimum_takes_nothing_and_leaves_the_offer_as_it_is(engine):
+    img = Image.from_bytes(b"x", 5)
+    store, exports, left = instantiate(engine, [None, img], """(module
+        (memory 0) (memory (export "a") 2) (memory 3) (memory (export "b") 1))""")
+    assert left == 0
+    assert exports["b"].read(store, 5, 6) == b"x"
+    assert exports["a"].read(store, 5, 6) == b"\0"
+    _, _, left = instantiate(engine, [None, img], '(module (memory (export "b") 1))')
+    assert left == 1
+
+
+def test_an_image_that_does_not_fit_is_an_error_with_its_bounds(engine):
+    img = Image.from_bytes(b"x", 65536)
+    with pytest.raises(wasmtime.WasmtimeError, match=r"minimum must be >= the end of the image \(65537\), got 65536"):
+        instantiate(engine, [None, img])
+    assert instantiate(engine, [])[2] == 0
+
+
+def test_an_offer_is_seen_by_its_own_thread_only(engine):
+    img = Image.from_bytes(b"\x2a", 70000)
+    seen = []
+
+    def other():
+        store, exports, left = instantiate(engine, [])
+        seen.append((exports["load"](store, 70000), left, offered.take_back()))
+
+    offered = offer(img, None)
+    offered.make()
+    try:
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    finally:
+        assert offered.take_back() == 1
+    assert seen == [(0, 0, 0)]
+
+
+def test_an_offer_is_made_again_and_again_but_not_within_one_that_is_not_used_up(engine):
+    img = Image.from_bytes(b"\x2a", 70000)
+    first, second = offer(img, None, img), offer(img, img)
+    for _ in range(3):
+        first.make()
+        try:
+            with pytest.raises(RuntimeError, match="on offer on this thread already"):
+                second.make()
+            assert second.take_back() == 0
+        finally:
+            assert first.take_back() == 2
+    assert first.take_back() == 0
+    # One that is used up is ended by the next: instances made by a start function come in between.
+    store = wasmtime.Store(engine)
+    module = wasmtime.Module(engine, TWO)
+    outer = offer(img, None)
+    outer.make()
+    wasmtime.Instance(store, module, [])
+    second.make()
+    assert second.take_back() == 2
+    assert outer.take_back() == 0
+
+
+def test_an_offer_lives_as_long_as_it_is_on_offer_and_holds_its_images():
+    img = Image.from_bytes(b"x" * 5000)
+    offered = offer(img)
+    before = sys.getrefcount(offered)
+    offered.make()
+    assert sys.getrefcount(offered) == before + 1
+    assert offered.take_back() == 1
+    assert sys.getrefcount(offered) == before
+    assert sys.getrefcount(img) > 2
+    held = sys.getrefcount(img)
+    del offered
+    assert sys.getrefcount(img) == held - 1
+
+
+@pytest.mark.parametrize(("wrong", "error"), [
+    ([(1, b"x")], TypeError), ([(1, 5)], TypeError), (5, TypeError), ([5], TypeError), ([("1", None)], TypeError),
+    ([(-1, None)], OverflowError), ([(1 << 64, None)], OverflowError), ([(1, None, None)], ValueError)])
+def test_an_offer_of_something_else_is_refused(wrong, error):
+    with pytest.raises(error):
+        _bridge.Offer(wrong)
+
+
+def test_a_stores_memory_is_restored_and_the_program_sees_it(engine):
+    store, exports, _ = instantiate(engine, [])
+    mem = linmem.wasmtime.linear_memory(store, exports["a"])
+    mem[70000] = 7
+    img = mem.snapshot()
+    mem[70000] = 8
+    mem[3] = 1
+    assert exports["load"](store, 70000) == 8
+    mem.restore(img)
+    assert exports["load"](store, 70000) == 7
+    assert exports["load"](store, 3) == 0
+    exports["grow"](store)
+    with pytest.raises(ValueError, match="grown"):
+        mem.restore(img)
+    mem.restore(img, zero_grown=True)
+    assert exports["load"](store, 70000) == 7
+    assert exports["a"].size(store) == 3
+
+
+def test_a_delta_that_grows_a_stores_memory_is_refused_before_anything_is_written(engine):
+    store, exports, _ = instantiate(engine, [])
+    mem = linmem.wasmtime.linear_memory(store, exports["a"])
+    img = mem.snapshot()
+    larger = img.new_memory()
+    larger.grow_to(3 * 65536)
+    larger[5] = 1
+    with pytest.raises(linmem.OwnedError):
+        mem.apply(img.diff(larger))
+    assert mem[5] == 0
+    exports["grow"](store)
+    mem.apply(img.diff(larger))
+    assert exports["load"](store, 5) == 1
+
+
+def test_restoring_while_the_store_grows_the_memory_is_refused():
+    told = []
+
+    class Growing:
+        def __init__(self, minimum, reserved, guard):
+            self.inner = linmem.MmapCreator().create(minimum, reserve=reserved, guard=guard)
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+        def grow_to(self, size):
+            with pytest.raises(linmem.OwnedError, match="growing"):
+                self.handle.restore(self.image)
+            told.append(size)
+            self.inner.grow_to(size)
+
+    class Creator:
+        def new_memory(self, ty, minimum, maximum, reserved, guard):
+            made.append(Growing(minimum, reserved, guard))
+            return made[-1]
+
+    made = []
+    config = wasmtime.Config()
+    linmem.wasmtime.install(config, Creator())
+    engine = wasmtime.Engine(config)
+    store, exports, _ = instantiate(engine, [])
+    first = made[0]
+    first.handle = linmem.wasmtime.linear_memory(store, exports["a"])
+    first.image = first.handle.snapshot()
+    assert exports["grow"](store) == 2
+    assert told == [3 * 65536]
+    first.handle.restore(first.image, zero_grown=True)
+    assert first.handle.dirty_pages(first.image) == []
+    store.close()
+    first.handle.close()        # memory and handle hold one another
+    engine.close()
