@@ -1,7 +1,10 @@
 """Snapshots of instances: what goes back, what cannot, and that it is said."""
 
 import gc
+import pathlib
 import struct
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -9,6 +12,7 @@ import pytest
 import wasmtime
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from support import NEEDS
 from test_hoist import needs_gc, number, table
 from test_prepare import engine_of, with_every_creator
 
@@ -406,3 +410,67 @@ def test_a_snapshot_keeps_no_store_alive_and_may_be_dropped_anywhere():
     thread.start()
     thread.join(30)
     assert box == []
+
+
+# -- a real program --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def forth(tmp_path_factory):
+    """An interpreter in C, as a compiler makes it."""
+    if not NEEDS["zig"][0]:
+        pytest.skip(NEEDS["zig"][1])
+    source = pathlib.Path(__file__).parent / "programs" / "forth.c"
+    path = tmp_path_factory.mktemp("programs") / "forth.wasm"
+    subprocess.run([sys.executable, "-m", "ziglang", "cc", "-target", "wasm32-wasi", "-mexec-model=reactor", "-O2",
+                    "-o", str(path), str(source)], check=True, timeout=600, capture_output=True)
+    return path.read_bytes()
+
+
+class Forth:
+    def __init__(self, engine, instantiate):
+        self.store = wasmtime.Store(engine)
+        self.store.set_wasi(wasmtime.WasiConfig())
+        linker = wasmtime.Linker(engine)
+        linker.define_wasi()
+        self.instance = instantiate(linker, self.store)
+        self.exports = self.instance.exports(self.store)
+        self.call("_initialize")
+        self.call("init", 500)
+
+    def call(self, name, *args):
+        return self.exports[name](self.store, *args)
+
+    def eval(self, text):
+        self.exports["memory"].write(self.store, text.encode() + b"\0", self.call("request"))
+        try:
+            return self.call("eval")
+        except wasmtime.Trap as trap:
+            return str(trap.trap_code)
+
+
+REQUESTS = [
+    "5 square", "3 poly", "2 quad cube", "1 0 /", "7 double double double", "4095 table 500000 table + 1048575 table *",
+    "1000000 fill 9 square", "square square square", "1 0 / 1", "6 poly quad", " ".join(["2"] * 200 + ["+"] * 199)]
+
+
+@pytest.mark.parametrize("kind", ["mmap", "pool"])
+def test_an_interpreter_that_is_put_back_answers_like_a_new_one(forth, kind):
+    engine = engine_of(kind)
+    module = wasmtime.Module(engine, forth)
+    expected = [Forth(engine, lambda linker, store: linker.instantiate(store, module)).eval(text) for text in REQUESTS]
+    assert expected[:4] == [25, 36, 512, "TrapCode.INTEGER_DIVISION_BY_ZERO"]
+    assert expected[5] == (2 + 3) * 4
+
+    prepared = prepare(engine, forth, expose=True)
+    assert prepared.skipped == ()
+    assert prepared.images[0].size > 1 << 20
+    assert prepared.added
+    program = Forth(engine, lambda linker, store: prepared.instantiate(store, linker))
+    program.call("init", 2000)      # room on the heap for what is to come
+    snapshot = Snapshot.take(program.store, program.instance)
+    assert all("tables" in text for text in snapshot.unseen)
+    for turn in range(3):
+        for text, answer in zip(REQUESTS, expected, strict=True):
+            assert program.eval(text) == answer, (turn, text)
+            snapshot.restore(program.store, zero_grown=True)
