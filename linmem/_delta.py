@@ -92,7 +92,9 @@ class Delta:
                              f" {self.target}), and starts from {later.base_size} bytes, digest {later.base}")
         over = list(later.pieces())
         pieces = sorted([*_outside(self.pieces(), over, later.size), *over], key=lambda piece: piece[0])
-        ranges, zeros, parts = [], [], []
+        ranges: list[tuple[int, int]] = []
+        zeros: list[tuple[int, int]] = []
+        parts: list[memoryview] = []
         for offset, size, data in pieces:
             where = zeros if data is None else ranges
             if data is not None:

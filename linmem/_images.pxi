@@ -161,11 +161,12 @@ cdef void leave_image(memory* m) noexcept nogil:
 
 cdef enum:
     RUNS = 64           # that the kernel is asked for at a time
+    FEW = 1 << 18       # bytes that are put back in next to no time
 
 
-cdef bint refill_touched(char* at, size_t size, const char* bytes) noexcept nogil:
-    """Put the touched pages back to `bytes` (of the image that is mapped there), or to zeros (NULL).
-    False: they cannot be found, and some may have been."""
+cdef bint refill_touched(char* at, size_t size, const char* bytes, size_t bound, size_t* total) noexcept nogil:
+    """Put the touched pages back to `bytes` (of the image that is mapped there), or to zeros (NULL), and
+    add their size to `total`. False: they cannot be found, or are more than `bound`; some may have been put back."""
     cdef pages.span[RUNS] runs
     cdef size_t n, i
     cdef char* here = at
@@ -173,6 +174,10 @@ cdef bint refill_touched(char* at, size_t size, const char* bytes) noexcept nogi
     while here < end:
         n = RUNS
         if pages.touched(here, <size_t>(end - here), bytes != NULL, runs, &n, &here):
+            return False
+        for i in range(n):
+            total[0] += runs[i].size
+        if total[0] > bound:
             return False
         for i in range(n):
             if bytes == NULL:
@@ -184,7 +189,8 @@ cdef bint refill_touched(char* at, size_t size, const char* bytes) noexcept nogi
 
 cdef void zero_pages(char* at, size_t size) noexcept nogil:
     """Of no image, whole host pages."""
-    if size == 0 or (pages.capabilities().scans and refill_touched(at, size, NULL)):
+    cdef size_t total = 0
+    if size == 0 or (pages.capabilities().scans and refill_touched(at, size, NULL, SIZE_MAX, &total)):
         return
     if pages.discard(at, size):
         memset(at, 0, size)
@@ -207,40 +213,66 @@ cdef void memory_restore(memory* m, image* to) noexcept nogil:
     """Every byte of `m` becomes the image's, or zero where it has none; the size stays. With the lock held and
     the base pinned; no page is protected, and the image is within byte_size. What the OS refuses
     is done by copying, so this cannot fail."""
-    cdef bint mapped = m.image_state == IMAGE_MAPPED and m.image == to
     cdef size_t end = m.accessible if m.ops.pages_are_ours else memory_size(m)
-    cdef size_t low = to.offset + to.low, high = to.offset + to.high, before, i
-    cdef char* at
-    if mapped:
-        if not (pages.capabilities().scans
-                and refill_touched(m.base + low, high - low, to.content.bytes + to.low)) \
-                and pages.image_map(&to.content, to.low, m.base + low, high - low):
-            memcpy(m.base + low, to.content.bytes + to.low, high - low)
-    else:
-        if m.image_state != IMAGE_COPIED:
-            # Whatever has become of them, these pages are not to show the other image.
-            at = m.base + m.image.offset + m.image.low
-            if pages.blank(at, m.image.high - m.image.low):
-                memset(at, 0, m.image.high - m.image.low)
-                m.image_state = IMAGE_BROKEN
-            else:
-                m.image_state = IMAGE_COPIED
-        if (to.content.maps and to.high > to.low and m.ops == &mapped_ops and m.image_state == IMAGE_COPIED
-                and pages.image_map(&to.content, to.low, m.base + low, high - low) == 0):
-            m.image_state = IMAGE_MAPPED
-        else:
-            before = low
-            for i in range(to.n_runs):
-                at = m.base + to.offset + to.runs[i].offset
-                zero_bytes(m, m.base + before, <size_t>(at - m.base) - before)
-                memcpy(at, to.content.bytes + to.runs[i].offset, to.runs[i].size)
-                before = <size_t>(at - m.base) + to.runs[i].size
-            zero_bytes(m, m.base + before, high - before)
+    cdef size_t low = to.offset + to.low, high = to.offset + to.high
+    if m.image_state == IMAGE_MAPPED and m.image == to:
+        restore_mapped(m, low, high, end)
+        return
+    turn_hull(m, to, low, high)
     zero_bytes(m, m.base, low)
     zero_bytes(m, m.base + high, end - high)
-    if m.image != to and m.image_state != IMAGE_BROKEN:
-        hold_image(m, to)
-        m.started = 0
+    if m.image_state != IMAGE_BROKEN:
+        if m.image != to:
+            hold_image(m, to)
+            m.started = 0
+        m.dirtied = 0
+
+
+cdef void restore_mapped(memory* m, size_t low, size_t high, size_t end) noexcept nogil:
+    """Pages that were put back stay the memory's own, and are found and put back the next time, too. That is
+    cheaper than the faults that giving them back would cost, as long as mostly the same are written. So
+    the first restore after a giving back tells how many they are, and with four times as many, they all go."""
+    cdef size_t total = 0, bound = m.dirtied << 2 if m.dirtied else SIZE_MAX
+    cdef const char* bytes = m.image.content.bytes + (low - m.image.offset)
+    if (pages.capabilities().scans
+            and refill_touched(m.base + low, high - low, bytes, bound, &total)
+            and refill_touched(m.base, low, NULL, bound, &total)
+            and refill_touched(m.base + high, end - high, NULL, bound, &total)):
+        if m.dirtied == 0:
+            m.dirtied = total if total > FEW else FEW
+        return
+    m.dirtied = 0
+    if (pages.image_renew(&m.image.content, low - m.image.offset, m.base + low, high - low)
+            and pages.image_map(&m.image.content, low - m.image.offset, m.base + low, high - low)):
+        memcpy(m.base + low, bytes, high - low)
+    if low and pages.discard(m.base, low):
+        memset(m.base, 0, low)
+    if end > high and pages.discard(m.base + high, end - high):
+        memset(m.base + high, 0, end - high)
+
+
+cdef void turn_hull(memory* m, image* to, size_t low, size_t high) noexcept nogil:
+    """low .. high, of no image, of another, or broken: to the image's bytes."""
+    cdef size_t before = low, i
+    cdef char* at
+    if m.image_state != IMAGE_COPIED:
+        # Whatever has become of them, these pages are not to show the other image.
+        at = m.base + m.image.offset + m.image.low
+        if pages.blank(at, m.image.high - m.image.low):
+            memset(at, 0, m.image.high - m.image.low)
+            m.image_state = IMAGE_BROKEN
+        else:
+            m.image_state = IMAGE_COPIED
+    if (to.content.maps and high > low and m.ops == &mapped_ops and m.image_state == IMAGE_COPIED
+            and pages.image_map(&to.content, to.low, m.base + low, high - low) == 0):
+        m.image_state = IMAGE_MAPPED
+        return
+    for i in range(to.n_runs):
+        at = m.base + to.offset + to.runs[i].offset
+        zero_bytes(m, m.base + before, <size_t>(at - m.base) - before)
+        memcpy(at, to.content.bytes + to.runs[i].offset, to.runs[i].size)
+        before = <size_t>(at - m.base) + to.runs[i].size
+    zero_bytes(m, m.base + before, high - before)
 
 
 # -- for a pool, whose memories come back to what they started from --------------------------------
@@ -314,6 +346,7 @@ cdef int memory_renew(memory* m, size_t size) noexcept nogil:
     cdef size_t at = 0, stop
     cdef bint over_image
     cdef int code = 0
+    m.dirtied = 0
     while at < size and code == 0:
         stop = memory_border(m, at, size, &over_image)
         if over_image:

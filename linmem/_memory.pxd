@@ -128,7 +128,8 @@ cdef struct memory:
     bint growth_is_watched      # a hook has before_grow or after_grow
     int image_state             # IMAGE_
     image* image                # a reference on what it held at the start, or was last restored to; NULL: zeros
-    size_t started              # byte_size then
+    size_t started              # byte_size at the start; 0: it was restored to another image
+    size_t dirtied              # bytes that a restore found written, the first since pages were given back; or 0
     memory* registry_next       # the bridge's table of memories that wasmtime holds
 
 

@@ -4,8 +4,9 @@
 cimport cython
 from libc.stdint cimport SIZE_MAX
 from libc.stdlib cimport calloc, free
+from libc.string cimport memset
 
-from linmem._atomic cimport add, load, store
+from linmem._atomic cimport add, load, store, touch
 from linmem._memory cimport (
     IMAGE_BROKEN, IMAGE_COPIED, OWNER_LEFT, OWNER_PYTHON, ImageHandle, MmapCreator, NativeCreator,
     acquire, check_flag, check_size, fail, failure, image_release, image_retain, memory, memory_border, memory_hang,
@@ -14,8 +15,8 @@ from linmem._memory cimport (
 )
 from linmem._os cimport pages
 from linmem._reset cimport (
-    ANY, RESET_DISCARD, RESET_SCAN, RESET_ZERO, reset_begin, reset_bound, reset_end, reset_given_back,
-    reset_start,
+    ANY, RESET_DISCARD, RESET_SCAN, RESET_ZERO, reset_begin, reset_bound, reset_costs, reset_end, reset_given_back,
+    reset_policy, reset_start,
 )
 from linmem._units cimport E_EXHAUSTED, E_LIMIT, E_NO_MEMORY
 
@@ -86,6 +87,75 @@ cdef void list_pool(pool* p) noexcept nogil:
         pools.previous = p
     pools = p
     unlock(&pools_lock)
+
+
+# -- what this machine's calls cost ------------------------------------------------------------------------
+
+cdef reset_costs costs          # fault == 0: not measured yet
+costs.fault = costs.scan = 0
+
+cdef enum:
+    SAMPLE = 64                 # pages
+    SAMPLES = 5
+    SCANS = 8
+
+
+cdef void measure_costs() noexcept nogil:
+    """Once in a process, in well below a millisecond. Where it cannot be done, or the processor was taken
+    away in each sample, what comes out is still sane."""
+    cdef size_t page = pages.capabilities().page_size
+    cdef size_t size = SAMPLE * page
+    cdef long long start, zero = 0, fault = 0, scan = 0
+    cdef char* base
+    cdef char* next
+    cdef pages.span runs[4]
+    cdef size_t n
+    cdef size_t offset
+    cdef int i, _, code
+    if costs.fault:
+        return
+    if pages.reserve(size, &base) == 0:
+        if pages.commit(base, size) == 0:
+            for i in range(SAMPLES):
+                start = pages.clock_ns()
+                offset = 0
+                while offset < size:
+                    touch(base + offset)
+                    offset += page
+                code = pages.renew(base, size)
+                fault = shorter(fault, start, code)
+                memset(base, 0, size)
+                start = pages.clock_ns()
+                memset(base, 0, size)
+                zero = shorter(zero, start, 0)
+                code = pages.renew(base, size)
+                if code:
+                    break
+                touch(base)
+                for _ in range(SCANS):      # all but the first as in a busy pool: the kernel's code is in the cache
+                    n = 4
+                    start = pages.clock_ns()
+                    code = pages.touched(base, size, False, runs, &n, &next)
+                    scan = shorter(scan, start, code)
+                if pages.renew(base, size):
+                    break
+        pages.release(base, size)
+    set_costs(fault, zero if zero > 0 else 1, scan)
+
+
+cdef long long shorter(long long best, long long start, int code) noexcept nogil:
+    cdef long long took = pages.clock_ns() - start
+    return took if code == 0 and (best == 0 or took < best) else best
+
+
+cdef void set_costs(long long fault, long long zero, long long scan) noexcept nogil:
+    """fault and zero: of the whole sample."""
+    costs.scan = <unsigned int>within(scan * SAMPLE // zero, 4, 64)
+    costs.fault = <unsigned int>within(fault // zero, 8, 64)
+
+
+cdef long long within(long long n, long long least, long long most) noexcept nogil:
+    return least if n < least else most if n > most else n
 
 
 # -- shelves; the pool's lock is held in all of these ----------------------------------------------------
@@ -249,8 +319,8 @@ cdef int clear(slot* s, size_t used) noexcept nogil:
     cdef bint kept
     if how == ADAPTIVE:
         if pages.capabilities().scans:
-            how = reset_begin(&s.policy, in_pages(used))
-            bound = <size_t>reset_bound(&s.policy, in_pages(used)) << PAGE_BITS
+            how = reset_begin(&s.policy, &costs, in_pages(used))
+            bound = <size_t>reset_bound(&s.policy, &costs, in_pages(used)) << PAGE_BITS
         else:
             how = RESET_ZERO if used <= ZERO_UNSEEN else RESET_DISCARD
     # What earlier users left beyond `used`, as far as it is not part of that now.
@@ -266,7 +336,7 @@ cdef int clear(slot* s, size_t used) noexcept nogil:
             bound = p.keep_resident
         kept = zero_touched(s, used, bound, &low, &high)
         if p.reset == ADAPTIVE and (kept or high):
-            kept = reset_end(&s.policy, in_pages(used), in_pages(low + high + hidden),
+            kept = reset_end(&s.policy, &costs, in_pages(used), in_pages(low + high + hidden),
                              in_pages(p.keep_resident)) and kept
         if kept:
             s.hidden = high + hidden
@@ -501,6 +571,7 @@ cdef class PoolingCreator(NativeCreator):
         p.fall_back = when_full == "fallback"
         p.check = check
         with nogil:
+            measure_costs()
             list_pool(p)
         self.pool = p
 
@@ -773,3 +844,36 @@ cdef int check_choice(object value, str name, object choices) except -1:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
     return 0
+
+
+# -- for the tests: the pure functions, alone --------------------------------------------------
+
+cdef class _Policy:
+    """One slot's policy, for ranges of `n` pages of which `touched` were found."""
+
+    cdef reset_policy policy
+    cdef reset_costs costs
+
+    def __cinit__(self, unsigned int fault, unsigned int scan):
+        self.costs.fault = fault
+        self.costs.scan = scan
+        reset_start(&self.policy)
+
+    def begin(self, unsigned int n):
+        return {RESET_SCAN: "scan", RESET_ZERO: "zero", RESET_DISCARD: "discard"}[
+            reset_begin(&self.policy, &self.costs, n)]
+
+    def bound(self, unsigned int n):
+        return reset_bound(&self.policy, &self.costs, n)
+
+    def end(self, unsigned int n, unsigned int touched, unsigned int most):
+        return bool(reset_end(&self.policy, &self.costs, n, touched, most))
+
+    def given_back(self):
+        reset_given_back(&self.policy)
+
+
+def _costs():
+    """What measure_costs() found here."""
+    measure_costs()
+    return {"fault": costs.fault, "scan": costs.scan}

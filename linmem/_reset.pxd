@@ -2,15 +2,16 @@
 # arithmetic, no system call. Floor 0: imports nothing of ours.
 #
 # A page that was given back costs its next user a fault; a page that is kept costs a zeroing at every
-# reset. A fault is worth 12 zeroings of pages in the cache, 6 or 3 of pages that fall out of it. So
-# pages are kept, and only those that may hold bytes are zeroed (a scan finds them), as long as they are
-# used again. Three things tell that they are not:
+# reset. A fault is worth 12 to 70 zeroings, as measured on the machine (reset_costs). So pages are kept,
+# and only those that may hold bytes are zeroed (a scan finds them), as long as they are used again.
+# Three things tell that they are not:
 #
 #   churn   each use dirties other pages: use after use, more than half of what one use dirties is new.
 #           Then every reset gives all back, without a look, for 4 .. 128 uses; then it looks again.
 #   burst   one use dirtied far more than the slot's users come back to. What is kept of it would be
 #           zeroed for nobody: all is given back at once. Where bursts return before the zeroing would
-#           have cost as much as the faults, that was wrong: they are then kept, for longer each time.
+#           have cost as much as the faults, that was wrong: they are then kept, for longer each time,
+#           unless each burst dirties other pages.
 #   age     what was dirtied once and never again cannot be seen: a kept page looks the same. So
 #           now and then (after 32, 128, 512 .. uses) all is given back, and half of it must come back
 #           before keeping it would have cost as much; else less is believed of this slot.
@@ -26,9 +27,16 @@ cdef enum:
     MOST_PATIENCE = 4096
     FIRST_BACKOFF = 4
     MOST_BACKOFF = 128
-    SMALL = 16              # pages: zeroing all of them costs about one fault
-    SCANLESS = 256          # pages: up to here, zeroing all beats a scan once three quarters are resident
+    MOST_DISTRUST = 64
+    # Pages: up to here, zeroing all beats a scan once three quarters of them are resident; beyond, once
+    # seven eighths are.
+    SCANLESS = 256
     ANY = 1 << 30           # pages or uses: no bound
+
+# What this machine's calls cost, in zeroings of one page in the cache.
+cdef struct reset_costs:
+    unsigned int fault              # of a page, its giving back included
+    unsigned int scan               # of a range with little in it
 
 cdef struct reset_policy:
     unsigned int resident           # pages, when the slot was handed out
@@ -39,6 +47,9 @@ cdef struct reset_policy:
     unsigned int patience           # uses until that is tried again
     unsigned int burst_age          # uses since a burst was given back
     unsigned int burst_patience     # uses to keep the next one for
+    unsigned int burst_size         # pages that the burst which is kept has added
+    unsigned int distrust           # bursts that will be given back though they return soon
+    unsigned int next_distrust
     unsigned int skip               # uses left of a churn, in which nobody looks
     unsigned int backoff            # uses that the next churn will take
     unsigned int strikes            # uses in a row that dirtied other pages
@@ -50,7 +61,8 @@ cdef struct reset_policy:
 
 cdef inline void reset_start(reset_policy* p) noexcept nogil:
     p.resident = p.dirty = p.level = p.before = p.age = p.burst_patience = 0
-    p.skip = p.strikes = p.scanless = 0
+    p.skip = p.strikes = p.scanless = p.burst_size = p.distrust = 0
+    p.next_distrust = 4
     p.patience = FIRST_PATIENCE
     p.burst_age = ANY
     p.backoff = FIRST_BACKOFF
@@ -58,14 +70,16 @@ cdef inline void reset_start(reset_policy* p) noexcept nogil:
     p.empty = True
 
 
-cdef inline unsigned int zeroings_in_a_fault(unsigned int n) noexcept nogil:
-    """For n pages: what fits a cache is zeroed faster. Also for how many uses n pages are worth keeping."""
-    return 12 if n <= 512 else 6 if n <= 4096 else 3
+cdef inline unsigned int worth(const reset_costs* costs, unsigned int n) noexcept nogil:
+    """Zeroings that a fault is worth among n pages: those that fall out of the caches take longer. Also
+    the uses for which n pages are worth keeping for the next one."""
+    return costs.fault if n <= 1024 else costs.fault * 2 / 3 if n <= 4096 else costs.fault / 3
 
 
-cdef inline bint worth_keeping_whole(const reset_policy* p, unsigned int n) noexcept nogil:
-    """Even if all n pages stayed resident, zeroing them costs less than the faults of one use."""
-    return n <= SMALL or n <= p.dirty * zeroings_in_a_fault(n)
+cdef inline bint worth_keeping_whole(const reset_policy* p, const reset_costs* costs, unsigned int n) noexcept nogil:
+    """Even if all n pages stayed resident, zeroing them costs less than the faults of one use, or next to
+    nothing."""
+    return n <= (p.dirty if p.dirty > 2 else 2) * worth(costs, n)
 
 
 cdef inline void reset_given_back(reset_policy* p) noexcept nogil:
@@ -73,11 +87,14 @@ cdef inline void reset_given_back(reset_policy* p) noexcept nogil:
     p.resident = 0
     p.age = 0
     p.scanless = 0
+    p.burst_size = 0
     p.empty = True
 
 
-cdef inline int reset_begin(reset_policy* p, unsigned int n) noexcept nogil:
+cdef inline int reset_begin(reset_policy* p, const reset_costs* costs, unsigned int n) noexcept nogil:
     """How to reset a range of n pages after a use."""
+    if n <= costs.scan:
+        return RESET_ZERO
     if p.skip:
         p.skip -= 1
         return RESET_DISCARD
@@ -91,19 +108,19 @@ cdef inline int reset_begin(reset_policy* p, unsigned int n) noexcept nogil:
     return RESET_SCAN
 
 
-cdef inline unsigned int reset_bound(const reset_policy* p, unsigned int n) noexcept nogil:
+cdef inline unsigned int reset_bound(const reset_policy* p, const reset_costs* costs, unsigned int n) noexcept nogil:
     """Of more touched pages than this, reset_end() has all given back: no need to zero them, or to count on."""
-    if (not p.known or p.burst_patience or p.burst_age <= zeroings_in_a_fault(n) or worth_keeping_whole(p, n)
-            or p.strikes):
+    if (not p.known or p.burst_patience or p.burst_age <= worth(costs, 1) or p.strikes
+            or worth_keeping_whole(p, costs, n)):
         return ANY
     return 2 * p.level + 8
 
 
-cdef inline bint reset_end(reset_policy* p, unsigned int n, unsigned int touched, unsigned int most) noexcept nogil:
+cdef inline bint reset_end(reset_policy* p, const reset_costs* costs, unsigned int n, unsigned int touched,
+                           unsigned int most) noexcept nogil:
     """After a scan that found `touched` of n pages: whether they are kept. most: the bound on what a slot
     may keep."""
     cdef unsigned int fresh = 0
-    cdef unsigned int horizon = zeroings_in_a_fault(touched)
     if p.empty:
         p.dirty = touched
         if not p.known:
@@ -111,7 +128,7 @@ cdef inline bint reset_end(reset_policy* p, unsigned int n, unsigned int touched
             p.known = True
     else:
         fresh = touched - p.resident if touched > p.resident else 0
-        if 2 * fresh > p.dirty and not worth_keeping_whole(p, n):
+        if 2 * fresh > p.dirty and not worth_keeping_whole(p, costs, n):
             p.strikes += 1
         else:
             p.strikes = 0
@@ -128,10 +145,10 @@ cdef inline bint reset_end(reset_policy* p, unsigned int n, unsigned int touched
         if 2 * touched >= p.before:
             p.patience = 4 * p.patience if p.patience < MOST_PATIENCE / 4 else MOST_PATIENCE
             p.before = 0
-        elif p.age > zeroings_in_a_fault(p.before):
+        elif p.age > worth(costs, p.before):
             p.level = touched
             p.patience = FIRST_PATIENCE
-            p.burst_patience = 0
+            p.burst_patience = p.burst_size = 0
             p.before = 0
 
     if touched > most or p.strikes >= (2 if p.probing else 3):
@@ -142,8 +159,18 @@ cdef inline bint reset_end(reset_policy* p, unsigned int n, unsigned int touched
         p.probing = True
         p.before = 0
         return False
-    if touched > 2 * p.level + 8 and not worth_keeping_whole(p, n):
-        if p.burst_age <= horizon:
+    if p.burst_size and 2 * fresh > p.burst_size:
+        p.burst_size = p.burst_patience = 0
+        p.distrust = p.next_distrust
+        if p.next_distrust < MOST_DISTRUST:
+            p.next_distrust *= 2
+        p.burst_age = 0
+        p.level = p.dirty
+        return False
+    if touched > 2 * p.level + 8 and not worth_keeping_whole(p, costs, n):
+        if p.burst_age <= worth(costs, touched) and p.distrust:
+            p.distrust -= 1
+        elif p.burst_age <= worth(costs, touched):
             p.burst_patience = 4 * p.burst_patience if p.burst_patience else 8
             if p.burst_patience > MOST_PATIENCE:
                 p.burst_patience = MOST_PATIENCE
@@ -152,6 +179,7 @@ cdef inline bint reset_end(reset_policy* p, unsigned int n, unsigned int touched
         if p.burst_patience == 0:
             p.burst_age = 0
             return False
+        p.burst_size = touched - p.level
         p.level = touched
         p.patience = p.burst_patience
         p.age = 0
@@ -160,7 +188,7 @@ cdef inline bint reset_end(reset_policy* p, unsigned int n, unsigned int touched
         return False
     p.resident = touched
     p.empty = False
-    if n <= SCANLESS and 4 * touched >= 3 * n:
+    if 4 * touched >= 3 * n and n <= SCANLESS or 8 * touched >= 7 * n:
         p.scanless = n
         p.resident = n
     return True

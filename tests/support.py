@@ -30,6 +30,7 @@ WORD = 2**64
 
 MAPS = Path("/proc/self/maps")
 SMAPS = Path("/proc/self/smaps")
+FDS = Path("/proc/self/fd")
 CORE_PATTERN = Path("/proc/sys/kernel/core_pattern")
 # Where kernel32 runs on another system's kernel, that one's /proc may show, and is not what was asked for.
 HAS_KERNEL32 = hasattr(ctypes, "WinDLL")
@@ -58,6 +59,20 @@ def _files_have_holes() -> bool:
         return getattr(os.fstat(file.fileno()), "st_blocks", 1 << 24) * 512 < 1 << 20
 
 
+def image_kinds() -> list[str]:
+    """What the pages of images can be made of here."""
+    usual = pages.describe()["images"]
+    found = []
+    for kind in pages.IMAGE_KINDS.values():
+        try:
+            pages.choose_image(kind)
+        except ValueError:
+            continue
+        found.append(kind)
+    pages.choose_image(usual)
+    return found
+
+
 # The one list of what a test may need and a machine may lack. name -> (there?, what is missing).
 NEEDS = {
     "maps": (HAS_PROC, "no /proc/self/maps to ask"),
@@ -67,7 +82,11 @@ NEEDS = {
     "discard_any_protection": (FLOOR["capabilities"]["discard_any_protection"],
                                "discard needs readable and writable pages here"),
     "populates": (FLOOR["capabilities"]["populates"], "prefault cannot report a page that cannot be written"),
+    "scans": (FLOOR["capabilities"]["scans"], "touched pages cannot be found here"),
+    "sealed": ("sealed" in image_kinds(), "memory cannot be sealed here"),
+    "unnamed_files": ("file" in image_kinds(), "images are not kept in files here"),
     "maps_images": (FLOOR["capabilities"]["maps_images"], "images cannot be mapped into memories here"),
+    "descriptors": (HAS_PROC and FDS.exists(), "no /proc/self/fd to ask"),
     "holes": (_files_have_holes(), "the file system has no holes, or does not say"),
     "rlimits": (_has_module("resource"), "this OS has no resource limits"),
     "fork": (hasattr(os, "fork"), "this OS has no fork"),
@@ -173,6 +192,11 @@ def inaccessible(mem) -> int:
     info = mem.info()
     alone = NEEDS["names"][0] or info.pre_guard > REAL_PAGE
     return info.reserved - info.committed - (0 if alone else info.pre_guard)
+
+
+def descriptors() -> int:
+    """How many descriptors are open. One of them is what lists them."""
+    return len(list(FDS.iterdir()))
 
 
 def is_mapped(address: int) -> bool:
