@@ -147,7 +147,8 @@ class Delta:
         """
         from linmem import _files
 
-        return _files.open_delta(Delta, path, max_size=max_size)
+        found: Delta = _files.open_delta(Delta, path, max_size=max_size)
+        return found
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         # From protocol 5 on whoever pickles may leave the bytes where they are.

@@ -461,9 +461,8 @@ def pieces(file: BinaryIO, contents: Contents) -> Iterator[Run]:
             if data[page:page + PAGE].tobytes() == ZEROS:
                 raise FileFormatError(contents.path, f"page {page // PAGE} of those stored in group {number}",
                                       "all zero", "something else: such a page is not stored")
-        parts = [(page, count, data[place[page]:place[page] + count * PAGE]) for page, count in _bit_runs(stored)]
-        parts += [(page, count, None) for page, count in _bit_runs(mentioned & ~stored)]
-        for page, count, part in sorted(parts, key=lambda part: part[0]):
+        for page, count in sorted(_bit_runs(stored) + _bit_runs(mentioned & ~stored)):
+            part = data[place[page]:place[page] + count * PAGE] if page in place else None
             start = number * GROUP + page * PAGE
             head = max(contents.offset - start, 0)
             tail = min(count * PAGE, contents.offset + contents.size - start)

@@ -22,6 +22,7 @@ from linmem._os import pages as _pages
 
 cdef NativeCreator default_creator = _memory.MmapCreator()
 
+
 @cython.final
 cdef class Image(ImageHandle):
     """Bytes at an offset of a memory, and zeros everywhere else; immutable.

@@ -38,15 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=type(parser))
     # Written out for each: a parent's own options do not show in the help of its subcommands.
-    json = {"action": "store_true", "help": "print it as one line of JSON; sizes are bytes"}
+    json = "print it as one line of JSON; sizes are bytes"
 
     info = actions.add_parser("info", help="what files hold, by their own word", allow_abbrev=False)
     info.add_argument("files", nargs="+", metavar="FILE")
-    info.add_argument("--json", **json)
+    info.add_argument("--json", action="store_true", help=json)
 
     verify = actions.add_parser("verify", help="check every byte of files", allow_abbrev=False)
     verify.add_argument("files", nargs="+", metavar="FILE")
-    verify.add_argument("--json", **json)
+    verify.add_argument("--json", action="store_true", help=json)
 
     diff = actions.add_parser("diff", help="which pages of two images differ", allow_abbrev=False)
     diff.add_argument("old", metavar="OLD")
@@ -55,14 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     diff.add_argument("--map", action="store_true", help="show which pages differ, on a terminal or not")
     diff.add_argument("--picture", metavar="PNG", help="draw which pages differ (or an SVG or PDF, by the name)")
     diff.add_argument("--exit-code", action="store_true", help=f"exit with {EXIT_DIFFERS} if they differ")
-    diff.add_argument("--json", **json)
+    diff.add_argument("--json", action="store_true", help=json)
 
     apply = actions.add_parser("apply", help="apply deltas to an image, one after the other", allow_abbrev=False)
     apply.add_argument("base", metavar="IMAGE")
     apply.add_argument("deltas", nargs="+", metavar="DELTA")
     apply.add_argument("--output", "-o", metavar="FILE", required=True, help="where the image that results goes")
     apply.add_argument("--packed", action="store_true", help="write it without holes, as long as what it holds")
-    apply.add_argument("--json", **json)
+    apply.add_argument("--json", action="store_true", help=json)
 
 
 def main(args: argparse.Namespace) -> int:

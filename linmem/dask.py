@@ -19,10 +19,10 @@ from collections.abc import Iterator
 from typing import Any
 
 try:
+    import dask.sizeof
+    import dask.tokenize
     import distributed
-    from dask.sizeof import sizeof
-    from dask.tokenize import normalize_token
-    from distributed.protocol import dask_deserialize, dask_serialize
+    import distributed.protocol
 except ImportError as error:
     raise ImportError(f"linmem.dask needs Dask's distributed: pip install 'linmem[dask]' ({error})") from error
 
@@ -43,7 +43,6 @@ _traffic = {"images_sent": 0, "images_received": 0, "deltas_sent": 0, "deltas_re
 
 # -- across the cluster ------------------------------------------------------------------------------
 
-@dask_serialize.register((Image, Delta))        # type: ignore[untyped-decorator]
 def _serialize(thing: Image | Delta) -> tuple[dict[str, Any], list[memoryview]]:
     buffers: list[pickle.PickleBuffer] = []
     # The frames are the thing's own pages; what pickle writes is where they belong.
@@ -53,7 +52,6 @@ def _serialize(thing: Image | Delta) -> tuple[dict[str, Any], list[memoryview]]:
     return {"head": head}, frames
 
 
-@dask_deserialize.register((Image, Delta))      # type: ignore[untyped-decorator]
 def _deserialize(header: dict[str, Any], frames: list[Any]) -> Image | Delta:
     thing: Image | Delta = pickle.loads(header["head"], buffers=frames)
     _count(thing, "received", len(header["head"]) + sum(memoryview(frame).nbytes for frame in frames))
@@ -64,6 +62,14 @@ def _count(thing: Image | Delta, way: str, size: int) -> None:
     with _lock:
         _traffic[f"{'images' if isinstance(thing, Image) else 'deltas'}_{way}"] += 1
         _traffic[f"bytes_{way}"] += size
+
+
+def _register(dask: Any, protocol: Any) -> None:
+    protocol.dask_serialize.register((Image, Delta), _serialize)
+    protocol.dask_deserialize.register((Image, Delta), _deserialize)
+    for kind, token, size in ((Image, _token_of_image, _size_of_image), (Delta, _token_of_delta, _size_of_delta)):
+        dask.tokenize.normalize_token.register(kind, token)
+        dask.sizeof.sizeof.register(kind, size)
 
 
 def traffic() -> dict[str, int]:
@@ -79,25 +85,24 @@ def traffic() -> dict[str, int]:
         return dict(_traffic)
 
 
-@normalize_token.register(Image)                # type: ignore[untyped-decorator]
 def _token_of_image(image: Image) -> tuple[object, ...]:
     return "linmem.Image", image.digest
 
 
-@normalize_token.register(Delta)                # type: ignore[untyped-decorator]
 def _token_of_delta(delta: Delta) -> tuple[object, ...]:
     return "linmem.Delta", delta.base, delta.base_size, delta.size, delta.ranges, delta.zeros, bytes(delta.data)
 
 
-@sizeof.register(Image)                         # type: ignore[untyped-decorator]
 def _size_of_image(image: Image) -> int:
     # Zeros take no space: the scheduler weighs what an image costs to hold and to send.
     return sum(size for _, size in image.runs())
 
 
-@sizeof.register(Delta)                         # type: ignore[untyped-decorator]
 def _size_of_delta(delta: Delta) -> int:
     return delta.nbytes
+
+
+_register(dask, distributed.protocol)
 
 
 class LinmemPlugin(distributed.WorkerPlugin):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import mmap
 import os
 import shutil
@@ -102,6 +103,8 @@ NEEDS = {
     "interrupts": (hasattr(signal, "pthread_kill"), "a process cannot be sent an interrupt here"),
     "docstrings": (sysconfig.get_config_var("WITH_DOC_STRINGS") != 0, "this Python was built without docstrings"),
     "numpy": (_has_module("numpy"), "NumPy is not installed"),
+    # Not imported to know: it takes longer than the rest of a test run's start.
+    "dask": (all(map(importlib.util.find_spec, ("distributed", "numpy"))), "Dask's distributed is not installed"),
 }
 
 

@@ -90,7 +90,8 @@ def test_verify_names_each_file_that_is_damaged_and_why(there):
     assert "No such file" in lines[2]
     done = linmem_image("verify", "--json", "old.image", "new.image")
     assert done.returncode == 1
-    assert [(each["path"], each["ok"]) for each in json.loads(done.stdout)] == [("old.image", False), ("new.image", True)]
+    answers = [(each["path"], each["ok"]) for each in json.loads(done.stdout)]
+    assert answers == [("old.image", False), ("new.image", True)]
 
 
 def test_diff_counts_the_pages_that_differ(there):
@@ -128,7 +129,8 @@ def test_the_map_has_plain_signs_where_the_terminal_has_no_others(there):
     assert "=-#" + " " * 45 + "++" in done.stdout
 
 
-@pytest.mark.parametrize(("pages", "cells", "per_cell"), [(1, 1, 1), (1024, 1024, 1), (1025, 513, 2), (16384, 1024, 16)])
+@pytest.mark.parametrize(("pages", "cells", "per_cell"), [
+    (1, 1, 1), (1024, 1024, 1), (1025, 513, 2), (16384, 1024, 16)])
 def test_a_cell_of_the_map_shows_what_says_most_of_its_pages(pages, cells, per_cell):
     marks = bytearray(pages)
     marks[-1] = _image_cli.CHANGED
@@ -182,7 +184,8 @@ def test_what_cannot_be_done_is_refused_in_one_line(there, words, expected):
     assert not (there / "x").exists()
 
 
-@pytest.mark.parametrize("words", [[], ["fly"], ["info"], ["diff", "one"], ["apply", "one", "two"], ["diff", "--outp", "x"]])
+@pytest.mark.parametrize("words", [
+    [], ["fly"], ["info"], ["diff", "one"], ["apply", "one", "two"], ["diff", "--outp", "x"]])
 def test_a_wrong_command_line_is_refused_in_one_line(words):
     assert "linmem image" in refusal(*words, code=2)
 
