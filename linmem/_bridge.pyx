@@ -275,15 +275,19 @@ cdef class Offer:
         free(self.places)
 
     def make(self):
-        """Offer the images on this thread, once. The caller sees to it that take_back() follows."""
+        """Offer the images on this thread, once. The caller sees to it that take_back() follows.
+
+        False: others are on offer here that are not used up, and stay so.
+        """
         cdef queue* q = offered()
         if q.next < q.end:
-            raise RuntimeError("images are on offer on this thread already, to an instance that is being made")
+            return False
         end_offer(q)
         Py_INCREF(self)
         q.of = <void*>self
         q.next = self.places
         q.end = self.places + self.n
+        return True
 
     def take_back(self):
         """End the offer; how many of its images no memory has taken."""

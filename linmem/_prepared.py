@@ -82,9 +82,10 @@ class Prepared:
             As ``wasmtime.Instance`` would for the original module.
         """
         offer = self._offer
-        if offer is not None:
-            offer.make()
-        try:
+        try:        # from the first moment: an interrupt may come as make() returns
+            if offer is not None and not offer.make():
+                offer = None        # what is on offer is not ours to take back
+                raise RuntimeError("an instance is being made on this thread, and has not taken its images yet")
             if isinstance(imports, wasmtime.Linker):
                 instance = imports.instantiate(store, self.module)
             else:

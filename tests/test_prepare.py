@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -328,6 +329,35 @@ def test_data_that_nobody_took_is_an_error_and_is_offered_to_nobody_else(monkeyp
     store = wasmtime.Store(engine)
     module = wasmtime.Module(engine, '(module (memory (export "m") 1))')
     assert not any(memory_of(store, wasmtime.Instance(store, module, [])))
+
+
+def test_an_instance_in_between_is_refused_and_takes_nothing_from_the_one_that_is_being_made(monkeypatch):
+    prepared = prepare(MMAP, HELLO)
+    make, refused = wasmtime.Instance.__init__, []
+
+    def interrupted(self, *args):           # as a signal handler could
+        monkeypatch.undo()
+        with pytest.raises(RuntimeError, match="is being made on this thread"):
+            prepared.instantiate(wasmtime.Store(MMAP))
+        refused.append(True)
+        make(self, *args)
+
+    monkeypatch.setattr(wasmtime.Instance, "__init__", interrupted)
+    store = wasmtime.Store(MMAP)
+    assert memory_of(store, prepared.instantiate(store)) == of(PAGE, filled=GREETED)
+    assert refused == [True]
+
+
+def test_an_interrupt_leaves_no_image_on_offer(monkeypatch):
+    prepared = prepare(MMAP, HELLO)
+    with monkeypatch.context() as patch:
+        patch.setattr(wasmtime.Instance, "__init__", lambda *args: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            prepared.instantiate(wasmtime.Store(MMAP))
+    store = wasmtime.Store(MMAP)
+    plain = wasmtime.Instance(store, wasmtime.Module(MMAP, '(module (memory (export "m") 1))'), [])
+    assert not any(memory_of(store, plain))
+    assert memory_of(store, prepared.instantiate(store)) == of(PAGE, filled=GREETED)
 
 
 def test_a_store_of_another_engine_is_refused_by_wasmtime():
