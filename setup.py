@@ -29,6 +29,7 @@ extensions = [
     Extension("linmem._pool", ["linmem/_pool.pyx"]),
     Extension("linmem._bridge", ["linmem/_bridge.pyx"]),
     Extension("linmem.bench._raw", ["bench/_raw.pyx"]),
+    Extension("linmem.bench._loops", ["bench/_loops.pyx"]),
 ]
 directives = {
     "language_level": 3,

@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import sys
 
 __all__ = ["add_arguments", "main"]
 
-SUITES = ("core",)
-ROUNDS, QUICK_ROUNDS = 40, 5
-RUN_NS, QUICK_RUN_NS = 3_000_000, 300_000       # how long one run of a contender shall take
+SUITES = ("core", "wasm", "reset", "threads")       # each is the module of that name
+QUICK_ROUNDS = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,10 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--suite", choices=SUITES, default="core", help="what to measure (default: core)")
     parser.add_argument("--quick", action="store_true", help="short runs and few rounds: a look, not a figure")
     parser.add_argument("--rounds", type=at_least_two, metavar="N",
-                        help=f"interleaved rounds (default: {ROUNDS}, with --quick {QUICK_ROUNDS}); rows with long runs"
-                             " take half, rows with tight goals two or three times as many")
+                        help=f"interleaved rounds (default: the suite's own, 25 or 40; with --quick {QUICK_ROUNDS});"
+                             " rows with long runs take half, rows with tight goals two or three times as many")
     parser.add_argument("--json", metavar="FILE", help="write every raw figure and the machine's facts")
     parser.add_argument("--picture", metavar="FILE", help="draw the ratios (.png, .svg, .pdf)")
+    parser.add_argument("--markdown", metavar="FILE",
+                        help="write the tables; in a file that has the suite's marks, between them")
     parser.add_argument("--check", action="store_true", help="exit with 1 when a goal is missed")
 
 
@@ -50,23 +52,29 @@ def main(args: argparse.Namespace) -> int:
         print(f"linmem bench needs {' and '.join(missing)}: pip install 'linmem[bench]'", file=sys.stderr)
         return 2
 
-    from linmem.bench import core, harness, report
+    from linmem.bench import harness, report
 
-    rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
-    groups = {"core": core.groups}[args.suite](args.quick)
+    suite = importlib.import_module(f"linmem.bench.{args.suite}")
+    rounds = args.rounds or (QUICK_ROUNDS if args.quick else suite.ROUNDS)
+    run_ns = suite.QUICK_RUN_NS if args.quick else suite.RUN_NS
+    groups = suite.groups(args.quick)
     results = []
     with report.progress() as advance:
         total = sum(shared(rounds, group) for group in groups)
         for group in groups:
-            n, series = harness.measure(group, shared(rounds, group), QUICK_RUN_NS if args.quick else RUN_NS,
-                                        lambda group=group: advance(group.operation, total))
-            results.append(report.Result(group, n, series, list(harness.compare(group, series))))
-    facts = report.machine()
-    report.show(results, facts, quick=args.quick)
+            series = harness.measure(group, shared(rounds, group), run_ns,
+                                     lambda group=group: advance(group.operation, total))
+            results.append(harness.Result(group, series, list(harness.compare(group, series))))
+    if hasattr(suite, "conclude"):
+        results = suite.conclude(results)
+    about = report.About(args.suite, report.machine(), rounds, args.quick)
+    report.show(results, about)
     if args.json:
-        report.write_json(args.json, results, facts, suite=args.suite, quick=args.quick)
+        report.write_json(args.json, results, about)
     if args.picture:
-        report.draw(args.picture, results, facts, quick=args.quick)
+        report.draw(args.picture, results, about)
+    if args.markdown:
+        report.write_markdown(args.markdown, results, about)
     failed = any(row.goal is not None and not row.holds for result in results for row in result.rows)
     return 1 if args.check and failed else 0
 

@@ -7,11 +7,11 @@ from itertools import repeat
 
 import linmem
 from linmem.bench import _raw
+from linmem.bench.engines import DEFAULT, GIB, INSTALLED, KIB, LINMEM_PLAIN, MIB, Kept, Setting
 from linmem.bench.harness import Contender, Goal, Group, Run, Unavailable, clock
 
-KIB = 1 << 10
-MIB = 1 << 20
-GIB = 1 << 30
+ROUNDS = 40
+RUN_NS, QUICK_RUN_NS = 3_000_000, 300_000       # how long one run of a contender shall take
 STEP = 64 * KIB
 SPACE = 4 * GIB
 BLOCK = 256 * KIB       # what the view rows read and write: fits a second-level cache
@@ -151,24 +151,21 @@ GROW_IN_A_LOOP = """
 def grow_inside_wasm() -> Group:
     return Group(
         "wasm_grow", "memory.grow inside wasm, by one page",
-        (Contender("linmem", "with linmem.wasmtime.install(config)", lambda: make_wasm_grow(True)),
-         Contender("wasmtime", "wasmtime's own memory, same module", lambda: make_wasm_grow(False))),
-        (Goal("wasmtime", 1.1),),
+        (Contender("linmem", "with linmem.MmapCreator()", lambda: make_wasm_grow(LINMEM_PLAIN)),
+         Contender("installed", "with linmem.wasmtime.install(config)", lambda: make_wasm_grow(INSTALLED)),
+         Contender("wasmtime", "wasmtime's own memory, same module", lambda: make_wasm_grow(DEFAULT))),
+        (Goal("wasmtime", 1.1), Goal("wasmtime", None, ours="installed")),
         "one call into wasm grows in a loop; instantiation is not counted", operations=4096, share=2)
 
 
-def make_wasm_grow(with_linmem: bool) -> Run:
+def make_wasm_grow(setting: Setting) -> Run:
     import wasmtime
 
-    config = wasmtime.Config()
-    if with_linmem:
-        from linmem.wasmtime import install
-
-        install(config)
-    engine = wasmtime.Engine(config)
+    kept = Kept(setting)
+    engine = kept.engine
     module = wasmtime.Module(engine, GROW_IN_A_LOOP)
 
-    def run(n: int) -> int:
+    def run(n: int, alive=kept) -> int:
         store = wasmtime.Store(engine)
         grow = wasmtime.Instance(store, module, []).exports(store)["grow"]
         began = clock()

@@ -2,9 +2,10 @@
 
 The contenders of a group take turns in one process, in a new order every round, so that whatever
 slows the machine down slows all of them. What is kept is each contender's time per operation in
-every round. A goal is held against the median of the ratios within a round: a machine that switches
-between a fast and a slow state cancels out of it. The ratio of the tenth percentiles (the machine
-at its best) stands beside it; it errs where the fast state is so rare that it may miss a contender.
+every round. Two ratios come of it. The median of the ratios within a round: a machine that switches
+between a fast and a slow state cancels out of it. The ratio of the tenth percentiles, the machine at
+its best: it errs where the fast state is so rare that it may miss a contender. Both are shown, and
+each goal says which of them it is held against.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ Run = Callable[[int], int]
 TRIES = 5                   # of one run that was preempted
 LONG_RUN = 50_000_000       # ns; a run this long is always preempted on a busy machine: never repeated
 
+TIME = "time"               # linmem's time over the other's: less is better
+SPEED = "speed"             # the other's time over linmem's, "times faster": more is better
+MEDIAN = "median"           # of the ratios within a round
+P10 = "p10"                 # the ratio of the tenth percentiles
+
 
 class Unavailable(Exception):
     """This contender cannot run here; the text says why."""
@@ -38,14 +44,30 @@ class Contender:
     key: str
     what: str
     make: Callable[[], Run]
+    less: str = ""                      # key of the contender whose time is taken off this one's
+    operations: int | None = None       # in one run, whatever the group says
 
 
 @dataclass(frozen=True)
 class Goal:
-    """linmem's time (the group's first contender) against another's, and what it may be at most."""
+    """One contender against another, and what their ratio shall be at most, or at least.
 
-    against: str
-    at_most: float | None       # None: shown for comparison
+    Without a bound it is shown for comparison. Of several names in `against`, the fastest of this
+    run is meant.
+    """
+
+    against: str | tuple[str, ...]
+    bound: float | None = None
+    ours: str = ""              # empty: the group's first contender
+    sense: str = TIME
+    by: str = MEDIAN
+    called: str = ""            # the row's name where `against` does not give it
+    drawn: bool = True          # False: another row of the picture speaks for it
+
+    def holds(self, ratio: float) -> bool | None:
+        if self.bound is None:
+            return None
+        return ratio <= self.bound if self.sense == TIME else ratio >= self.bound
 
 
 @dataclass(frozen=True)
@@ -58,8 +80,12 @@ class Group:
     goals: tuple[Goal, ...]
     note: str = ""
     operations: int | None = None       # in one run; None: calibrated
-    most: int = 1 << 20                 # operations in one run
+    least: int = 1                      # operations in one run, and at most:
+    most: int = 1 << 20
     share: float = 1.0                  # of the rounds: less where runs are long, more where a goal is tight
+    alike: bool = True                  # all do as many operations in a run as linmem; else each has its own number
+    disturbances: Callable[[], int] | None = None       # counts what spoils a run; None: `preemptions`
+    table: str = ""                     # the title of a table of times that the group is a line of
 
 
 @dataclass
@@ -69,58 +95,104 @@ class Series:
     contender: Contender
     run: Run | None = None
     unavailable: str | None = None
+    operations: int = 0                 # in one run
     ns: list[float] = field(default_factory=list)
     disturbed: int = 0                  # rounds in which every try was preempted
+    base: Series | None = None          # whose time is taken off
 
     def p10(self) -> float:
-        return statistics.quantiles(self.ns, n=10, method="inclusive")[0]
+        return tenth(self.ns) - (tenth(self.base.ns) if self.base else 0)
 
     def median(self) -> float:
-        return statistics.median(self.ns)
+        return statistics.median(self.ns) - (statistics.median(self.base.ns) if self.base else 0)
+
+    def rounds(self) -> list[float]:
+        return [a - b for a, b in zip(self.ns, self.base.ns, strict=True)] if self.base else self.ns
+
+    def timed(self) -> bool:
+        return bool(self.ns) and (self.base is None or bool(self.base.ns))
+
+    def why_not(self) -> str | None:
+        """Why there is no time to compare with."""
+        if self.unavailable or (self.base and self.base.unavailable):
+            return self.unavailable or self.base.unavailable
+        return "what is left is less than the noise" if self.p10() <= 0 else None
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: linmem's time over another contender's."""
+    """One line of the table: one contender's time next to another's."""
 
     key: str
     operation: str
     ours: str
     against: str
     goal: float | None
-    ratio_median: float | None = None       # of the ratios within a round: what the goal is held against
+    sense: str = TIME
+    by: str = MEDIAN
+    ratio_median: float | None = None       # of the ratios within a round
     ratio_quartiles: tuple[float, float] | None = None
     ratio_p10: float | None = None          # of the tenth percentiles
     holds: bool | None = None
-    unavailable: str | None = None
+    unavailable: str | None = None          # why there is no ratio, or no verdict on it
     note: str = ""
+    drawn: bool = True
+
+    def judged(self) -> float | None:
+        """The ratio that the goal is held against."""
+        return self.ratio_p10 if self.by == P10 else self.ratio_median
 
 
-def measure(group: Group, rounds: int, target_ns: int, tick: Callable[[], object]) -> tuple[int, list[Series]]:
-    """Run the group. Returns the operations in one run, and a series for each contender.
+@dataclass(frozen=True)
+class Result:
+    """A group, measured and compared."""
 
-    `tick` is called after each round. `target_ns` is how long one run of linmem's shall take where
-    the group does not fix the number of operations.
+    group: Group
+    series: list[Series]
+    rows: list[Row]
+
+
+def tenth(figures: list[float]) -> float:
+    return statistics.quantiles(figures, n=10, method="inclusive")[0]
+
+
+def measure(group: Group, rounds: int, target_ns: int, tick: Callable[[], object]) -> list[Series]:
+    """Run the group. Returns a series for each contender; what they ran is let go of.
+
+    `tick` is called after each round. `target_ns` is how long one run shall take where the group
+    does not fix the number of operations.
     """
     series = [prepare(contender) for contender in group.contenders]
+    by_key = {s.contender.key: s for s in series}
+    for s in series:
+        s.base = by_key[s.contender.less] if s.contender.less else None
     able = [s for s in series if s.run is not None]
-    if series[0].run is None:
+    if not able:
         for _ in range(rounds):
             tick()
-        return 0, series
-    n = group.operations or calibrate(series[0].run, target_ns, group.most)
+        return series
+    alike = group.operations
+    for s in able:
+        if s.contender.operations:
+            s.operations = s.contender.operations
+        else:
+            s.operations = alike or max(group.least, calibrate(s.run, target_ns, group.most))
+            if group.alike:
+                alike = s.operations
     with quiet():
         for s in able:
-            s.run(n)                    # the first run also warms caches, and is not kept
+            s.run(s.operations)         # the first run also warms caches, and is not kept
         for i in range(rounds):
             start = i % len(able)
             turn = able[start:] + able[:start]
             for s in turn if i // len(able) % 2 == 0 else reversed(turn):
-                took, undisturbed = run_undisturbed(s.run, n)
-                s.ns.append(took / n)
+                took, undisturbed = run_undisturbed(s.run, s.operations, group.disturbances)
+                s.ns.append(took / s.operations)
                 s.disturbed += not undisturbed
             tick()
-    return n, series
+    for s in series:
+        s.run = None
+    return series
 
 
 def prepare(contender: Contender) -> Series:
@@ -140,13 +212,14 @@ def calibrate(run: Run, target_ns: int, most: int) -> int:
     return min(n, most)
 
 
-def run_undisturbed(run: Run, n: int) -> tuple[int, bool]:
+def run_undisturbed(run: Run, n: int, disturbances: Callable[[], int] | None = None) -> tuple[int, bool]:
     """Time a run; again where the thread was preempted in it. The fastest, and whether one was left alone."""
+    count = disturbances or preemptions
     best = 0
     for _ in range(TRIES):
-        before = preemptions()
+        before = count()
         took = run(n)
-        if preemptions() == before:
+        if count() == before:
             return took, True
         best = min(best, took) if best else took
         if took > LONG_RUN:
@@ -178,19 +251,49 @@ class quiet:
 def compare(group: Group, series: list[Series]) -> Iterator[Row]:
     """The group's lines of the table."""
     by_key = {s.contender.key: s for s in series}
-    ours = series[0]
     for goal in group.goals:
-        other = by_key[goal.against]
-        row = {"key": f"{group.key}/{goal.against}", "operation": group.operation, "ours": ours.contender.what,
-               "against": other.contender.what, "goal": goal.at_most, "note": group.note}
-        missing = ours.unavailable or other.unavailable
+        ours = by_key[goal.ours] if goal.ours else series[0]
+        others = [by_key[key] for key in ([goal.against] if isinstance(goal.against, str) else goal.against)]
+        other = fastest(others)
+        able = sum(s.why_not() is None for s in others)
+        name = goal.called or other.contender.key
+        row = {"key": "/".join(filter(None, (group.key, goal.ours, name))),
+               "operation": group.operation + (f", {ours.contender.what}" if goal.ours else ""),
+               "ours": ours.contender.what, "goal": goal.bound,
+               "against": other.contender.what + (f" (best of {able})" if able > 1 else ""),
+               "sense": goal.sense, "by": goal.by, "note": group.note, "drawn": goal.drawn}
+        missing = ours.why_not() or other.why_not()
         if missing:
             yield Row(**row, unavailable=missing)
             continue
-        ratios = [a / b for a, b in zip(ours.ns, other.ns, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        yield Row(**row, ratio_median=middle, ratio_quartiles=(low, high), ratio_p10=ours.p10() / other.p10(),
-                  holds=None if goal.at_most is None else middle <= goal.at_most)
+        above, below = (ours, other) if goal.sense == TIME else (other, ours)
+        best = above.p10() / below.p10()
+        # Where a round's noise is larger than what is left after the subtraction, it has no ratio.
+        ratios = [a / b for a, b in zip(above.rounds(), below.rounds(), strict=True) if a > 0 and b > 0]
+        middle = spread = None
+        if len(ratios) >= 2:
+            low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+            spread = low, high
+        judged = best if goal.by == P10 else middle
+        yield Row(**row, ratio_median=middle, ratio_quartiles=spread, ratio_p10=best,
+                  holds=None if judged is None else goal.holds(judged),
+                  unavailable="what is left is less than the noise" if judged is None else None)
+
+
+def fastest(series: list[Series]) -> Series:
+    """The one with the least time; the first where none has a time."""
+    return min((s for s in series if s.why_not() is None), key=Series.p10, default=series[0])
+
+
+def together(key: str, operation: str, rows: list[Row], ours: str, against: str, bound: float | None = None) -> Row:
+    """The geometric mean of the p10 ratios of some rows, which are all of one sense, as a row of its own."""
+    row = {"key": key, "operation": operation, "ours": ours, "against": against, "goal": bound, "by": P10,
+           "sense": rows[0].sense}
+    missing = [r for r in rows if r.ratio_p10 is None]
+    if missing:
+        return Row(**row, unavailable=missing[0].unavailable)
+    mean = statistics.geometric_mean([r.ratio_p10 for r in rows])
+    return Row(**row, ratio_p10=mean, holds=Goal("", bound, sense=rows[0].sense).holds(mean))
 
 
 clock = time.perf_counter_ns

@@ -1,10 +1,11 @@
-"""What the figures look like: a table, a JSON file, a picture."""
+"""What the figures look like: tables, a JSON file, a picture."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -15,17 +16,32 @@ from dataclasses import asdict, dataclass
 
 import linmem
 from linmem._os import pages as _pages
-from linmem.bench.harness import Group, Row, Series
+from linmem.bench.harness import P10, SPEED, TIME, Result, Row
 
-GOOD, BAD, PLAIN = "#1a7f5a", "#c0392b", "#5b6b7b"      # of the picture
+GOOD, BAD, PLAIN, INK, FAINT = "#1a7f5a", "#c0392b", "#5b6b7b", "#22303c", "#6b7785"      # of the picture
+# A family of contenders has one hue: linmem is green, wasmtime's pooling purple. (color, shape, size)
+STYLES = {
+    "linmem": ("#1a7f5a", "o", 11), "adaptive": ("#1a7f5a", "o", 11), "two threads": ("#1a7f5a", "o", 11),
+    "plain": ("#79c5a5", "o", 8.5), "default": ("#22456f", "s", 8), "one thread": ("#22456f", "s", 8),
+    "discard": ("#22456f", "s", 8), "zero": ("#d98324", "D", 7), "ctypes": ("#c0392b", "X", 8.5),
+    "pooling": ("#5b3f8f", "D", 7.5),
+}
+MORE_STYLES = tuple(zip(("#8e6fc0", "#6f7fd0", "#a85fb0", "#4f9fc9", "#b58ad6", "#7b93a8", "#c77fae", "#8a8f3c"),
+                        "v^<>PpdH", strict=True))
+MANY = 20           # rows in a picture, beyond which those without a goal are left to the tables
+WIDE = 100          # columns of a terminal, from which on the quartiles have room too
+HEADINGS = {TIME: "linmem's time over the other's, less is better",
+            SPEED: "times faster than the other, more is better"}
 
 
 @dataclass(frozen=True)
-class Result:
-    group: Group
-    operations: int         # in one run
-    series: list[Series]
-    rows: list[Row]
+class About:
+    """What a report is of."""
+
+    suite: str
+    machine: dict
+    rounds: int
+    quick: bool
 
 
 def machine() -> dict:
@@ -79,6 +95,8 @@ def progress() -> Iterator[Callable[[str, int], None]]:
         yield advance
 
 
+# -- words and figures ---------------------------------------------------------------------------------
+
 def verdict(row: Row) -> str:
     if row.unavailable:
         return f"not measured: {row.unavailable}"
@@ -91,121 +109,361 @@ def times(ratio: float | None) -> str:
     """A ratio with the digits that it deserves."""
     if ratio is None:
         return ""
+    if ratio >= 100:
+        return f"{ratio:.0f} x"
+    if ratio >= 10:
+        return f"{ratio:.1f} x"
     return f"{ratio:.2f} x" if ratio >= 0.1 else f"{ratio:.2g} x"
 
 
-def show(results: list[Result], facts: dict, *, quick: bool) -> None:
-    """Print the table."""
+def spread(row: Row) -> str:
+    if row.ratio_quartiles is None:
+        return ""
+    low, high = row.ratio_quartiles
+    return f"{low:.2g} .. {high:.2g}"
+
+
+def bound(row: Row) -> str:
+    """What the ratio shall be."""
+    return "" if row.goal is None else f"{'<=' if row.sense == TIME else '>='} {row.goal:g} x"
+
+
+def sentence(text: str) -> str:
+    """With a capital, but for the name, which has none."""
+    return text if text.startswith("linmem") else text[0].upper() + text[1:]
+
+
+def microseconds(ns: float | None) -> str:
+    if ns is None:
+        return "-"
+    figure = ns / 1000
+    return f"{figure:.0f}" if figure >= 100 else f"{figure:.1f}" if figure >= 10 else f"{figure:.2f}"
+
+
+@dataclass(frozen=True)
+class Times:
+    """A table of times: a line for each of `lines`, and in it a time for each of `columns`."""
+
+    title: str
+    columns: list[str]
+    lines: list[tuple[str, list[float | None]]]
+
+
+def tables(results: list[Result]) -> list[Times]:
+    """p10 of every contender in groups that share a title. The longer side makes the lines."""
+    found = []
+    for title in dict.fromkeys(result.group.table for result in results if result.group.table):
+        of_groups = [result for result in results if result.group.table == title]
+        # Those that only serve to be taken off have no column.
+        taken_off = {s.contender.less for result in of_groups for s in result.series}
+        series = [[s for s in result.series if s.contender.key not in taken_off] for result in of_groups]
+        figures = [[None if s.why_not() else s.p10() for s in line] for line in series]
+        if len(series[0]) > len(series):
+            lines = [(s.contender.what, [line[i] for line in figures]) for i, s in enumerate(series[0])]
+            found.append(Times(title, [result.group.key for result in of_groups], lines))
+        else:
+            lines = [(result.group.operation, line) for result, line in zip(of_groups, figures, strict=True)]
+            found.append(Times(title, [s.contender.key for s in series[0]], lines))
+    return found
+
+
+def reasons(results: list[Result]) -> dict[str, list[str]]:
+    """Why contenders did not run, and which: by what they are, or where they ran elsewhere, by their group."""
+    everywhere: dict[str, bool] = {}
+    for s in (s for result in results for s in result.series):
+        everywhere[s.contender.what] = everywhere.get(s.contender.what, True) and s.unavailable is not None
+    found: dict[str, dict[str, None]] = {}
+    for result in results:
+        taken_off = {s.contender.less for s in result.series}
+        for s in result.series:
+            if s.unavailable and s.contender.key not in taken_off:
+                name = s.contender.what if everywhere[s.contender.what] else result.group.operation
+                found.setdefault(s.unavailable, {})[name] = None
+    return {why: list(names) for why, names in found.items()}
+
+
+def in_a_row(row: Row, told: dict[str, list[str]]) -> str:
+    """The verdict, without a reason that is told elsewhere."""
+    return "not measured" if row.unavailable in told else verdict(row)
+
+
+def show(results: list[Result], about: About) -> None:
+    """Print the tables."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console(file=sys.stdout)
-    table = Table(title="linmem bench: linmem's time over another's, less is better", box=box.SIMPLE_HEAD,
-                  title_justify="left")
-    table.add_column("operation", ratio=3)
-    table.add_column("against", ratio=3)
-    table.add_column("ratio", justify="right", no_wrap=True)
-    table.add_column("quartiles", justify="right", no_wrap=True)
-    table.add_column("at best", justify="right", no_wrap=True)
-    table.add_column("goal", justify="right", no_wrap=True)
-    table.add_column("verdict")
-    for result in results:
-        for i, row in enumerate(result.rows):
-            low, high = row.ratio_quartiles or (None, None)
-            style = {True: "green", False: "bold red", None: "dim"}[row.holds]
-            table.add_row(Text(row.operation if i == 0 else ""), Text(row.against),
-                          Text(times(row.ratio_median), style),
-                          f"{low:.2g} .. {high:.2g}" if row.ratio_quartiles else "", times(row.ratio_p10),
-                          "" if row.goal is None else f"<= {row.goal:g} x", Text(verdict(row), style),
-                          end_section=row is result.rows[-1])
-    console.print(table)
+    for times_table in tables(results):
+        table = Table(title=f"{times_table.title}: microseconds at best", box=box.SIMPLE_HEAD, title_justify="left")
+        table.add_column("")
+        for column in times_table.columns:
+            table.add_column(column, justify="right", no_wrap=True)
+        for what, figures in times_table.lines:
+            table.add_row(Text(what), *map(microseconds, figures))
+        console.print(table)
+    told = reasons(results)
+    for why, names in told.items():
+        console.print(Text(f"not measured: {'; '.join(names)}: {why}", "dim"))
+
+    rows = [row for result in results for row in result.rows]
+    senses = [sense for sense in HEADINGS if any(row.sense == sense for row in rows)]
+    for sense in senses:
+        table = Table(title=f"linmem bench: {HEADINGS[sense]}", box=box.SIMPLE_HEAD, title_justify="left")
+        table.add_column("operation", ratio=3)
+        table.add_column("against", ratio=3)
+        wide = console.width >= WIDE
+        for heading in ("ratio", *["quartiles"] * wide, "at best", "goal"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column("verdict")
+        for result in results:
+            of_sense = [row for row in result.rows if row.sense == sense]
+            for i, row in enumerate(of_sense):
+                style = {True: "green", False: "bold red", None: "dim"}[row.holds]
+                median, best = (Text(times(ratio), style if row.by == by else "dim")
+                                for by, ratio in (("median", row.ratio_median), (P10, row.ratio_p10)))
+                same = i > 0 and of_sense[i - 1].operation == row.operation
+                table.add_row(Text("" if same else row.operation), Text(row.against), median, *[spread(row)] * wide,
+                              best, bound(row), Text(in_a_row(row, told), style), end_section=row is of_sense[-1])
+        console.print(table)
+    for note, keys in notes(results).items():
+        console.print(Text(f"{', '.join(keys)}: {note}", "dim"))
+    console.print(Text(in_short(about.machine), "dim"))
+    judged = " and ".join({row.by: "the ratio" if row.by != P10 else "at best" for row in rows if row.goal is not None}
+                          .values())
+    console.print(Text("ratio: the median of the ratios within a round, and their quartiles; at best: the ratio of the"
+                       f" tenth percentiles. Goals are held against {judged or 'neither'}"
+                       + ("; --quick: a look, not a figure" if about.quick else ""), "dim"))
+    goals = [row for row in rows if row.goal is not None]
+    console.print(f"{sum(row.holds is True for row in goals)} of {len(goals)} goals hold")
+
+
+def notes(results: list[Result]) -> dict[str, list[str]]:
+    """The groups' notes, and the keys of those that share one."""
+    found: dict[str, list[str]] = {}
     for result in results:
         if result.group.note:
-            console.print(Text(f"{result.group.key}: {result.group.note}", "dim"))
-    console.print(Text(in_short(facts), "dim"))
-    console.print(Text("ratio: the median of the ratios within a round, and their quartiles; at best: the ratio of the"
-                       " tenth percentiles" + ("; --quick: a look, not a figure" if quick else ""), "dim"))
-    rows = [row for result in results for row in result.rows if row.goal is not None]
-    console.print(f"{sum(row.holds is True for row in rows)} of {len(rows)} goals hold")
+            found.setdefault(result.group.note, []).append(result.group.key)
+    return {note: keys if len(keys) < 4 else [f"{keys[0]} .. {keys[-1]}"] for note, keys in found.items()}
 
 
-def write_json(path: str, results: list[Result], facts: dict, *, suite: str, quick: bool) -> None:
+# -- files ---------------------------------------------------------------------------------------------
+
+def write_json(path: str, results: list[Result], about: About) -> None:
     """Write every figure. Times are nanoseconds for one operation, one for each round."""
     figures = {
-        "suite": suite,
-        "quick": quick,
-        "machine": facts,
+        "suite": about.suite,
+        "quick": about.quick,
+        "rounds": about.rounds,
+        "machine": about.machine,
         "rows": [asdict(row) for result in results for row in result.rows],
         "groups": [{
             "key": result.group.key,
             "operation": result.group.operation,
-            "operations_per_run": result.operations,
             "contenders": [{
                 "key": s.contender.key,
                 "what": s.contender.what,
                 "unavailable": s.unavailable,
+                "operations_per_run": s.operations,
                 "disturbed_rounds": s.disturbed,
-                "ns_p10": s.p10() if s.ns else None,
-                "ns_median": s.median() if s.ns else None,
+                "less": s.contender.less or None,
+                "ns_p10": s.p10() if s.timed() else None,
+                "ns_median": s.median() if s.timed() else None,
                 "ns": s.ns,
             } for s in result.series],
-        } for result in results],
+        } for result in results if result.series],
     }
     with open(path, "w", encoding="utf-8") as out:
         json.dump(figures, out, indent=1)
         out.write("\n")
 
 
-def draw(path: str, results: list[Result], facts: dict, *, quick: bool) -> None:
-    """Draw each ratio, its quartiles and its goal on one logarithmic axis."""
+def marks(suite: str) -> tuple[str, str]:
+    return f"<!-- bench: {suite} -->", f"<!-- bench: end of {suite} -->"
+
+
+def write_markdown(path: str, results: list[Result], about: About) -> None:
+    """Write the tables, and leave alone what stands around the suite's marks."""
+    begin, end = marks(about.suite)
+    text = "\n".join([begin, "", *markdown(results, about), "", end])
+    try:
+        with open(path, encoding="utf-8") as there:
+            old = there.read()
+    except FileNotFoundError:
+        old = ""
+    if begin in old and end in old:
+        head, _, rest = old.partition(begin)
+        text = head + text + rest.partition(end)[2]
+    else:
+        text = old + ("\n" if old else "") + text + "\n"
+    with open(path, "w", encoding="utf-8") as out:
+        out.write(text)
+
+
+def markdown(results: list[Result], about: About) -> Iterator[str]:
+    yield f"{in_short(about.machine)}; {about.rounds} rounds{'; --quick: a look, not a figure' if about.quick else ''}."
+    for table in tables(results):
+        yield ""
+        yield f"{sentence(table.title)}, microseconds at best:"
+        yield ""
+        yield from lines(["", *table.columns], "-" + ":" * len(table.columns),
+                         [[what, *map(microseconds, figures)] for what, figures in table.lines])
+    told = reasons(results)
+    for why, names in told.items():
+        yield ""
+        yield f"Not measured: {'; '.join(names)} ({why})."
+    for sense, heading in HEADINGS.items():
+        found = []
+        for result in results:
+            last = ""
+            for row in result.rows:
+                if row.sense != sense:
+                    continue
+                key = f"`{row.key.rpartition('/')[0]}`"
+                median, best = (f"**{times(ratio)}**" if row.holds is not None and row.by == by else times(ratio)
+                                for by, ratio in (("median", row.ratio_median), (P10, row.ratio_p10)))
+                found.append(["" if key == last else key, row.against, median, spread(row), best, bound(row),
+                              in_a_row(row, told)])
+                last = key
+        if found:
+            yield ""
+            yield f"{sentence(heading)}:"
+            yield ""
+            yield from lines(["row", "against", "ratio", "quartiles", "at best", "goal", ""], "--::::-", found)
+
+
+def lines(head: list[str], align: str, body: list[list[str]]) -> Iterator[str]:
+    """A Markdown table; in `align` a colon is a column of figures."""
+    yield f"| {' | '.join(head)} |"
+    yield f"|{'|'.join('---:' if side == ':' else '---' for side in align)}|"
+    for line in body:
+        yield f"| {' | '.join(line)} |"
+
+
+# -- the picture ---------------------------------------------------------------------------------------
+
+def draw(path: str, results: list[Result], about: About) -> None:
+    """Draw the times where there is a table of them, then each ratio with its quartiles and its goal."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = [row for result in results for row in result.rows if row.ratio_median is not None]
-    figure = Figure(figsize=(11, 1.9 + 0.52 * len(rows)), facecolor="white", layout="constrained")
+    rows = [row for result in results for row in result.rows if row.judged() is not None and row.drawn]
+    if len(rows) > MANY:
+        rows = [row for row in rows if row.goal is not None]
+    panels = [(0.9 + 0.42 * len({result.group.key for result in results if result.group.table == table.title}),
+               lambda axes, table=table: draw_times(axes, table.title, results)) for table in tables(results)]
+    for sense in HEADINGS:
+        of_sense = [row for row in rows if row.sense == sense]
+        if of_sense:
+            panels.append((0.9 + 0.5 * len(of_sense), lambda axes, rows=of_sense: draw_ratios(axes, rows)))
+    heights = [height for height, _ in panels] or [1.0]
+    figure = Figure(figsize=(11.5, 1.0 + sum(heights)), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    lowest = min([row.ratio_quartiles[0] for row in rows] + [row.ratio_p10 for row in rows], default=0.1)
-    highest = max([row.ratio_quartiles[1] for row in rows] + [row.goal or 1 for row in rows], default=1)
-    left, right = lowest / 1.6, max(2.0, highest * 1.25)
-    keys = list(dict.fromkeys(row.operation for row in rows))
-    for at, row in enumerate(rows):
+    figure.get_layout_engine().set(h_pad=0.12, hspace=0.02)
+    all_axes = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for axes, (_, paint) in zip(all_axes, panels, strict=False):
+        for side in axes.spines.values():
+            side.set_visible(False)
+        axes.tick_params(axis="x", labelsize=9, labelcolor="#44505c")
+        axes.tick_params(length=0, pad=6)
+        axes.set_xscale("log")
+        axes.set_axisbelow(True)
+        paint(axes)
+        axes.grid(axis="x", color="#e3e8ed", linewidth=0.8, zorder=0)
+    figure.suptitle(f"linmem bench, {about.suite}{'  (--quick)' if about.quick else ''}", x=0.012, ha="left",
+                    fontsize=15, fontweight="bold", color=INK)
+    figure.text(0.988, 0.998, f"{in_short(about.machine)}\n{about.rounds} interleaved rounds", ha="right", va="top",
+                fontsize=8.2, color=FAINT, linespacing=1.4)
+    figure.savefig(path, dpi=150)
+
+
+def label_ticks(axes, left: float, right: float, unit: str) -> None:
+    axes.set_xlim(left, right)
+    steps = (1, 2, 5) if right / left < 300 else (1,)
+    every = [step * 10.0**power for power in range(-4, 9) for step in steps]
+    ticks = [tick for tick in every if left <= tick <= right]
+    axes.set_xticks(ticks, [f"{tick:,.12g} {unit}" for tick in ticks])
+    axes.set_xticks([], minor=True)
+
+
+def band(axes, at: int) -> None:
+    axes.axhspan(at - 0.5, at + 0.5, color="#f7f9fa", zorder=0, linewidth=0)
+
+
+def draw_times(axes, title: str, results: list[Result]) -> None:
+    """A line for each group, and on it a mark for each contender."""
+    of_groups = [result for result in results if result.group.table == title]
+    more = iter(MORE_STYLES)
+    styles: dict[str, tuple[str, str, float]] = {}
+    low, high = math.inf, 0.0
+    for at, result in enumerate(of_groups):
+        if at % 2 == 0:
+            band(axes, at)
+        figures = []
+        for s in result.series:
+            key = s.contender.key
+            if key in {other.contender.less for other in result.series} or s.why_not():
+                continue
+            label = None
+            if key not in styles:
+                styles[key] = STYLES[key] if key in STYLES else (*next(more), 7)
+                label = s.contender.what
+            color, shape, size = styles[key]
+            figures.append(s.p10() / 1000)
+            axes.plot(figures[-1], at, shape, color=color, markersize=size, markeredgecolor="white", label=label,
+                      markeredgewidth=1.2, zorder=5 + size / 20, linestyle="none")
+        if figures:
+            axes.plot([min(figures), max(figures)], [at, at], color="#c3ccd5", linewidth=1.4, zorder=2)
+            low, high = min(low, *figures), max(high, *figures)
+    if not styles:
+        low, high = 1.0, 10.0
+    label_ticks(axes, low / 1.4, high * 1.4, "µs")
+    axes.set_ylim(len(of_groups) - 0.5, -0.5)
+    axes.set_yticks(range(len(of_groups)), [result.group.operation for result in of_groups], fontsize=9)
+    axes.set_title(f"{sentence(title)}  (at best, logarithmic, left is better)", loc="left", fontsize=10.5,
+                   color=INK, pad=10, fontweight="bold")
+    if styles:
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8.4, labelcolor=INK,
+                    handletextpad=0.3, borderaxespad=0.2)
+
+
+def draw_ratios(axes, rows: list[Row]) -> None:
+    """Each ratio, its quartiles and its goal on one logarithmic axis; the bad side of a goal is shaded."""
+    sense = rows[0].sense
+    spreads = [row.ratio_quartiles or (row.judged(), row.judged()) for row in rows]
+    others = [ratio for row in rows for ratio in (row.ratio_p10, row.goal) if ratio is not None]
+    left = min([low for low, _ in spreads] + others) / 1.6
+    right = max(2.0, max([high for _, high in spreads] + others) * 1.25)
+    operations = list(dict.fromkeys(row.operation for row in rows))
+    for at, (row, (low, high)) in enumerate(zip(rows, spreads, strict=True)):
         color = {True: GOOD, False: BAD, None: PLAIN}[row.holds]
-        if keys.index(row.operation) % 2 == 0:
-            axes.axhspan(at - 0.5, at + 0.5, color="#f5f7f9", zorder=0, linewidth=0)
+        if operations.index(row.operation) % 2 == 0:
+            band(axes, at)
         if row.goal is not None:
             axes.plot([row.goal, row.goal], [at - 0.34, at + 0.34], color="#222222", linewidth=2.2, zorder=4,
                       solid_capstyle="butt")
-            axes.barh(at, right - row.goal, left=row.goal, height=0.68, color=BAD, alpha=0.07, zorder=1, linewidth=0)
-        low, high = row.ratio_quartiles
-        axes.plot([left, row.ratio_median], [at, at], color=color, linewidth=1, alpha=0.35, zorder=2)
+            worse = (row.goal, right) if sense == TIME else (left, row.goal)
+            axes.barh(at, worse[1] - worse[0], left=worse[0], height=0.68, color=BAD, alpha=0.07, zorder=1, linewidth=0)
+        axes.plot([left, row.judged()], [at, at], color=color, linewidth=1, alpha=0.35, zorder=2)
         axes.plot([low, high], [at, at], color=color, linewidth=7, alpha=0.35, zorder=3, solid_capstyle="round")
-        axes.plot(row.ratio_p10, at + 0.27, "^", color=color, markersize=4.5, alpha=0.75, markeredgewidth=0, zorder=4)
-        axes.plot(row.ratio_median, at, "o", color=color, markersize=8.5, markeredgecolor="white", markeredgewidth=1.3,
+        median, best = row.ratio_median, row.ratio_p10
+        minor = median if row.by == P10 else best
+        if minor is not None:
+            axes.plot(minor, at + 0.27, "^", color=color, markersize=4.5, alpha=0.75, markeredgewidth=0, zorder=4)
+        axes.plot(row.judged(), at, "o", color=color, markersize=8.5, markeredgecolor="white", markeredgewidth=1.3,
                   zorder=5)
-        text = times(row.ratio_median) + ("" if row.goal is None else f"  (goal {row.goal:g} x)")
+        text = times(row.judged()) + ("" if row.goal is None else f"  (goal {bound(row)})")
         axes.annotate(text, (1.0, at), xycoords=("axes fraction", "data"), xytext=(8, 0), textcoords="offset points",
                       va="center", color=color, fontsize=9.5, fontweight="normal" if row.goal is None else "bold")
     axes.axvline(1.0, color="#9aa5b1", linewidth=1, linestyle=(0, (4, 3)), zorder=2)
-    axes.set_xscale("log")
-    axes.set_xlim(left, right)
+    label_ticks(axes, left, right, "x")
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    ticks = [t for t in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if left <= t <= right]
-    axes.set_xticks(ticks, [f"{t:g} x" for t in ticks])
-    axes.set_xticks([], minor=True)
     axes.set_yticks(range(len(rows)), [f"{row.operation}\nvs {row.against}" for row in rows], fontsize=8.6,
                     linespacing=1.25)
-    axes.tick_params(axis="x", labelsize=9, labelcolor="#44505c")
-    axes.tick_params(length=0, pad=6)
-    axes.grid(axis="x", color="#e3e8ed", linewidth=0.8, zorder=0)
-    axes.set_axisbelow(True)
-    for side in axes.spines.values():
-        side.set_visible(False)
-    axes.set_xlabel("linmem's time over the other's (logarithmic, left is better)  ·  dot and bar: median and quartiles"
-                    " of the rounds, triangle: at best (p10), black: goal", fontsize=8.8, color="#44505c", labelpad=8)
-    figure.suptitle("linmem bench" + ("  (--quick)" if quick else ""), x=0.012, ha="left", fontsize=14,
-                    fontweight="bold")
-    axes.set_title(in_short(facts), loc="right", fontsize=8.2, color="#6b7785", pad=10)
-    figure.savefig(path, dpi=150)
+    axes.set_title(sentence(HEADINGS[sense]), loc="left", fontsize=10.5, color=INK, pad=10,
+                   fontweight="bold")
+    ways = {row.by for row in rows}
+    dot, triangle = ("ratio of p10", "median") if ways == {P10} else ("median", "ratio of p10")
+    axes.set_xlabel(f"logarithmic  ·  dot: {dot}, triangle: {triangle}, bar: quartiles of the rounds, black: goal",
+                    fontsize=8.8, color="#44505c", labelpad=8)

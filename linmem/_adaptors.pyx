@@ -29,7 +29,8 @@ cdef inline size_t committed(size_t size) noexcept nogil:
 cdef struct limit_hook:
     memory_hook head
     budget* budget
-    size_t charged
+    size_t charged          # a pool above hands the memory out anew: then this is what it has been at most
+    size_t before           # the growth under way
 
 
 cdef int charge(budget* b, size_t size, failure* why) noexcept nogil:
@@ -61,6 +62,7 @@ cdef int limit_before_grow(memory_hook* head, memory* m, size_t new_size, failur
     cdef limit_hook* hook = <limit_hook*>head
     cdef size_t need = committed(new_size)
     cdef int code
+    hook.before = hook.charged
     if need <= hook.charged:
         return 0
     code = charge(hook.budget, need - hook.charged, why)
@@ -71,10 +73,9 @@ cdef int limit_before_grow(memory_hook* head, memory* m, size_t new_size, failur
 
 cdef void limit_after_grow(memory_hook* head, memory* m, size_t old_size, size_t new_size, int code) noexcept nogil:
     cdef limit_hook* hook = <limit_hook*>head
-    cdef size_t kept = committed(old_size)
-    if code and hook.charged > kept:
-        refund(hook.budget, hook.charged - kept)
-        hook.charged = kept
+    if code and hook.charged > hook.before:
+        refund(hook.budget, hook.charged - hook.before)
+        hook.charged = hook.before
 
 
 cdef void limit_dropped(memory_hook* head) noexcept nogil:
@@ -199,6 +200,8 @@ cdef void statistics_after_grow(memory_hook* head, memory* m, size_t old_size, s
     cdef ledger* book = hook.ledger
     cdef record* r = hook.record
     cdef long long spent = pages.clock_ns() - r.started_ns
+    # A pool above hands the memory out anew, smaller: what it has been already is counted.
+    cdef size_t more = new_size - r.size if new_size > r.size else 0
     acquire(&book.lock)
     r.grow_ns += spent
     if code:
@@ -206,9 +209,9 @@ cdef void statistics_after_grow(memory_hook* head, memory* m, size_t old_size, s
         book.failures += 1
     else:
         r.growths += 1
-        r.size = new_size
-        book.current_bytes += new_size - old_size
-        book.total_bytes += new_size - old_size
+        r.size += more
+        book.current_bytes += more
+        book.total_bytes += more
         if book.current_bytes > book.peak_bytes:
             book.peak_bytes = book.current_bytes
     unlock(&book.lock)

@@ -125,6 +125,7 @@ cdef struct memory:
     bint is_shared
     bint protected_pages        # protect() was used: pages differ, so the mapping cannot move as one
     bint moved                  # the mapping has moved once: what it grew since is a second mapping
+    bint huge_pages             # the OS was asked for them; a decommit may have made it forget
     bint growth_is_watched      # a hook has before_grow or after_grow
     int image_state             # IMAGE_
     image* image                # a reference on what it held at the start, or was last restored to; NULL: zeros

@@ -370,12 +370,15 @@ cdef int move_to_larger(memory* m, size_t need, failure* why) noexcept nogil:
     cdef char* base
     cdef char* old = m.base - m.pre_guard
     cdef size_t old_total = m.pre_guard + m.capacity + m.guard
-    cdef int code = reserve_in_steps(need, m.maximum, m.guard, 0, &to, &region, why)
+    cdef size_t huge = pages.capabilities().huge_page if m.huge_pages else 0
+    cdef int code = reserve_in_steps(need, m.maximum, m.guard, huge, &to, &region, why)
     if code == E_OVERFLOW:
         why.call = "new_size"
     if code:
         return code
     base = region + to.pre_guard
+    if huge:
+        pages.advise_huge(base, to.capacity)
     # What looks like one mapping may be several (a fork, or someone's madvise, splits them): then
     # it does not move, but it can be copied.
     if (pages.capabilities().moves and m.accessible and not m.moved and m.image_state == IMAGE_COPIED
@@ -537,6 +540,7 @@ cdef int mapped_make(const memory_spec* spec, bint prefault, bint huge_pages, me
             free(m)
             return code
     m.ops = &prefaulting_ops if prefault else &mapped_ops
+    m.huge_pages = huge != 0
     m.refs = 1
     m.size = <long long>spec.minimum
     m.started = spec.minimum

@@ -51,6 +51,7 @@ cdef struct slot:
     char* base
     size_t capacity
     size_t least            # bytes accessible when it is handed out
+    long long first_size    # byte_size then: what upstream made, which may be less than was asked for
     size_t high             # bytes that have been committed; beyond `accessible` they are hidden
     size_t hidden           # of these, how many may be resident
     size_t resident         # bytes that may be resident while it is idle

@@ -111,12 +111,12 @@ cdef void measure_costs() noexcept nogil:
     cdef pages.span runs[4]
     cdef size_t n
     cdef size_t offset
-    cdef int i, _, code
+    cdef int _, code
     if costs.fault:
         return
     if pages.reserve(size, &base) == 0:
         if pages.commit(base, size) == 0:
-            for i in range(SAMPLES):
+            for _ in range(SAMPLES):
                 start = pages.clock_ns()
                 offset = 0
                 while offset < size:
@@ -373,10 +373,25 @@ cdef int reset(slot* s, memory* m) noexcept nogil:
         if pages.protect(s.base + s.least, used - s.least, pages.ACCESS_NONE):
             return -1
         m.accessible = s.least
+    elif used < s.least:        # a pool above had made it cold
+        if pages.commit(s.base + used, s.least - used):
+            return -1
+        m.accessible = s.least
     return how
 
 
 # -- a slot's life ------------------------------------------------------------------------------------------------
+
+cdef bint let_go(slot* s, memory* m) noexcept nogil:
+    """The memory is upstream's again, and may be freed before the slot is: stats() must not look at it."""
+    # A pool below knows nothing of what is hidden here. Refused, the pages are zero all the same.
+    if m.base == s.base and m.capacity == s.capacity and s.high > m.accessible and s.head.next != NULL:
+        pages.decommit(s.base + m.accessible, s.high - m.accessible)
+    acquire(&s.pool.lock)
+    s.m = NULL
+    unlock(&s.pool.lock)
+    return False
+
 
 cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
     cdef slot* s = <slot*>head
@@ -384,7 +399,7 @@ cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
     cdef slot* out = NULL
     cdef int how = -1
     if s.doomed or load(&p.closed):
-        return False
+        return let_go(s, m)
     if m.base == s.base and m.capacity == s.capacity:       # else it has moved, and is of another shape
         how = reset(s, m)
         if how < 0:
@@ -392,7 +407,7 @@ cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
             p.rejected += 1
             unlock(&p.lock)
     if how < 0:
-        return False
+        return let_go(s, m)
     m.hooks = head
     m.growth_is_watched = s.growth_is_watched
     m.handed_on = 0
@@ -400,7 +415,7 @@ cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
     acquire(&p.lock)
     if load(&p.closed):
         unlock(&p.lock)
-        return False
+        return let_go(s, m)
     p.resets[how] += 1
     put_idle(p, s, WARM)
     if p.n_warm > p.most_warm or p.resident > p.resident_bound:
@@ -481,6 +496,10 @@ cdef size_t release_idle(pool* p, size_t target) noexcept nogil:
             return released
         released += s.resident
         drop(s)
+
+
+cdef bint is_slot_of(pool* p, memory* m) noexcept nogil:
+    return m.hooks != NULL and m.hooks.keep == slot_keep and (<slot*>m.hooks).pool == p
 
 
 cdef inline void key_of(const memory_spec* spec, shape* key) noexcept nogil:
@@ -614,6 +633,8 @@ cdef class PoolingCreator(NativeCreator):
         if s == NULL:
             return NULL
         if cold and s.least:
+            if s.m.huge_pages:
+                pages.advise_huge(s.base, s.capacity)
             if pages.commit(s.base, s.least) or memory_start_again(s.m, s.image):
                 drop(s)         # and a new one may be had where this one's pages may not
                 acquire(&p.lock)
@@ -621,8 +642,8 @@ cdef class PoolingCreator(NativeCreator):
                 unlock(&p.lock)
                 return NULL
             s.m.accessible = s.high = s.least
-        store(&s.m.size, <long long>key.minimum)
-        s.m.started = key.minimum
+        store(&s.m.size, s.first_size)
+        s.m.started = <size_t>s.first_size
         store(&s.m.refs, 1)
         return s.m
 
@@ -679,6 +700,7 @@ cdef class PoolingCreator(NativeCreator):
         s.base = s.m.base
         s.capacity = s.m.capacity
         s.least = s.high = s.m.accessible
+        s.first_size = load(&s.m.size)
         s.growth_is_watched = s.m.growth_is_watched
         s.image = spec.image
         image_retain(s.image)
@@ -743,11 +765,14 @@ cdef class PoolingCreator(NativeCreator):
         try:
             minimum = ty.minimum * ty.page_size
             maximum = None if ty.maximum is None else ty.maximum * ty.page_size
-            if maximum is None and ty.is_64:
-                maximum = 2**64 - 65536         # what wasmtime says for "none"
+            if maximum is None:                 # what wasmtime says then
+                maximum = 2**64 - ty.page_size if ty.is_64 else 2**32
         except (AttributeError, TypeError):
             raise TypeError(f"ty must be a MemoryType, got {type(ty).__name__}") from None
         self.fill_spec(&spec, ty, minimum, maximum, reserved_size_in_bytes, guard_size_in_bytes)
+        if spec.guard & (pages.capabilities().page_size - 1):
+            raise ValueError("guard_size_in_bytes must be a multiple of the host page"
+                             f" ({pages.capabilities().page_size}), got {spec.guard}")
         if self.image is not None:
             spec.image = self.image.it
         key_of(&spec, &key)
@@ -761,12 +786,16 @@ cdef class PoolingCreator(NativeCreator):
                     code = self.make_slot(p, &key, &spec, &memories[taken], &why)
                     if code:
                         break
-                    if memories[taken].hooks == NULL or memories[taken].hooks.keep != slot_keep:
+                    if not is_slot_of(p, memories[taken]):
                         memory_release(memories[taken])
                         code = fail(&why, E_EXHAUSTED, "warm", spec.minimum, p.most_slots, p.most_slots)
                         break
                     made += 1
                 taken += 1
+            acquire(&p.lock)        # nobody has asked for these yet
+            p.hits -= taken - made
+            p.misses -= made
+            unlock(&p.lock)
             while taken:
                 taken -= 1
                 memory_release(memories[taken])
@@ -817,7 +846,7 @@ cdef class PoolingCreator(NativeCreator):
             now = p[0]
             s = p.slots
             while s != NULL:
-                pinned += s.state == LIVE and load(&s.m.owner) == OWNER_LEFT
+                pinned += s.state == LIVE and s.m != NULL and load(&s.m.owner) == OWNER_LEFT
                 s = s.next
             unlock(&p.lock)
         return {

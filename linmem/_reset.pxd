@@ -73,7 +73,7 @@ cdef inline void reset_start(reset_policy* p) noexcept nogil:
 cdef inline unsigned int worth(const reset_costs* costs, unsigned int n) noexcept nogil:
     """Zeroings that a fault is worth among n pages: those that fall out of the caches take longer. Also
     the uses for which n pages are worth keeping for the next one."""
-    return costs.fault if n <= 1024 else costs.fault * 2 / 3 if n <= 4096 else costs.fault / 3
+    return costs.fault if n <= 1024 else costs.fault * 2 // 3 if n <= 4096 else costs.fault // 3
 
 
 cdef inline bint worth_keeping_whole(const reset_policy* p, const reset_costs* costs, unsigned int n) noexcept nogil:
@@ -143,7 +143,7 @@ cdef inline bint reset_end(reset_policy* p, const reset_costs* costs, unsigned i
         return True
     if p.before:
         if 2 * touched >= p.before:
-            p.patience = 4 * p.patience if p.patience < MOST_PATIENCE / 4 else MOST_PATIENCE
+            p.patience = 4 * p.patience if p.patience < MOST_PATIENCE // 4 else MOST_PATIENCE
             p.before = 0
         elif p.age > worth(costs, p.before):
             p.level = touched
@@ -171,11 +171,14 @@ cdef inline bint reset_end(reset_policy* p, const reset_costs* costs, unsigned i
         if p.burst_age <= worth(costs, touched) and p.distrust:
             p.distrust -= 1
         elif p.burst_age <= worth(costs, touched):
+            # Long enough to see whether the next one dirties the same pages.
             p.burst_patience = 4 * p.burst_patience if p.burst_patience else 8
+            if p.burst_patience < 2 * p.burst_age + 2:
+                p.burst_patience = 2 * p.burst_age + 2
             if p.burst_patience > MOST_PATIENCE:
                 p.burst_patience = MOST_PATIENCE
         else:
-            p.burst_patience /= 4
+            p.burst_patience //= 4
         if p.burst_patience == 0:
             p.burst_age = 0
             return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import mmap
 import os
 import shutil
@@ -66,6 +67,25 @@ def image_kinds() -> list[str]:
     return found
 
 
+def _scan_ways() -> frozenset[str]:
+    """The ways of finding touched pages that work here."""
+    found = set()
+    before = pages.choose_scan(None)
+    for way in ("ioctl", "reading"):
+        try:
+            pages.choose_scan(way)
+        except ValueError:
+            continue
+        found.add(way)
+    pages.choose_scan(before)
+    return frozenset(found)
+
+
+SCAN_WAYS = _scan_ways()
+# The C library's own functions, by name; a call holds the GIL.
+LIBC = ctypes.PyDLL(None, use_errno=True) if HAS_PROC else None
+
+
 # The one list of what a test may need and a machine may lack. name -> (there?, what is missing).
 NEEDS = {
     "maps": (HAS_PROC, "no /proc/self/maps to ask"),
@@ -80,6 +100,11 @@ NEEDS = {
     "unnamed_files": ("file" in image_kinds(), "images are not kept in files here"),
     "maps_images": (FLOOR["capabilities"]["maps_images"], "images cannot be mapped into memories here"),
     "descriptors": (HAS_PROC and FDS.exists(), "no /proc/self/fd to ask"),
+    "scan_ioctl": ("ioctl" in SCAN_WAYS, "this kernel has no PAGEMAP_SCAN"),
+    "scan_reading": ("reading" in SCAN_WAYS, "pagemap cannot be read here"),
+    "huge_pages": (HAS_PROC and FLOOR["huge_page"] > 0, "no huge pages on request"),
+    "bare_fork": (hasattr(LIBC, "_Fork"), "no fork(2) that runs no handlers"),
+    "mallinfo": (hasattr(LIBC, "mallinfo2"), "malloc does not say how much it gave out"),
     "rlimits": (_has_module("resource"), "this OS has no resource limits"),
     "fork": (hasattr(os, "fork"), "this OS has no fork"),
     "core_files": (_core_is_a_file(), "core_pattern is not a plain file name"),
@@ -162,6 +187,44 @@ def resident(mem) -> int:
     """What smaps says is resident of the memory's accessible bytes."""
     info = mem.info()
     return sum(m.figures["Rss"] for m in smaps(info.base, info.base + info.committed))
+
+
+def accessible_parts(mem) -> list[tuple[int, int, str]]:
+    """What may be touched of all that the memory reserved: (start, end, access), offsets from the base.
+
+    Neighbours of one access are one part. Fails where a part of the reservation is not mapped at all.
+    """
+    start, end = whole(mem)
+    base = mem.as_ptr()
+    found: list[tuple[int, int, str]] = []
+    reached = start
+    for m in mappings(start, end):
+        assert m.start == reached, f"nothing is mapped at {reached:#x}"
+        reached = m.end
+        if m.access == "---p":
+            continue
+        if found and found[-1][1:] == (m.start - base, m.access):
+            found[-1] = (found[-1][0], m.end - base, m.access)
+        else:
+            found.append((m.start - base, m.end - base, m.access))
+    assert reached == end, f"nothing is mapped at {reached:#x}"
+    return found
+
+
+def check_fresh(mem, minimum: int) -> None:
+    """What is promised of every memory that is handed out: the size, the protection, every byte zero."""
+    info = mem.info()
+    assert (info.byte_size, info.committed, info.exports) == (minimum, round_up(minimum), 0)
+    if NEEDS["maps"][0]:
+        assert accessible_parts(mem) == ([(0, info.committed, "rw-p")] if info.committed else [])
+    assert ctypes.string_at(info.base, info.committed).count(0) == info.committed, "a byte of someone else"
+
+
+def resident_within(start: int, end: int) -> int:
+    """Bytes of [start, end) that are in physical memory, whatever their protection: mincore(2)."""
+    vector = (ctypes.c_ubyte * ((end - start) // REAL_PAGE))()
+    assert LIBC.mincore(ctypes.c_void_p(start), ctypes.c_size_t(end - start), vector) == 0
+    return sum(byte & 1 for byte in vector) * REAL_PAGE
 
 
 # AddressSanitizer keeps terabytes inaccessible below here, and takes from them whenever it allocates.
@@ -273,3 +336,38 @@ class failing:
 
     def __exit__(self, *exc) -> None:
         self.happened = pages.count_calls_to_failure(0, 0) == 0
+
+
+class scanning:
+    """Within it, touched pages are found in one way: "ioctl", "reading", or None for not at all."""
+
+    def __init__(self, way: str | None) -> None:
+        self.way = way
+
+    def __enter__(self) -> None:
+        self.before = pages.choose_scan(self.way)
+
+    def __exit__(self, *exc) -> None:
+        pages.choose_scan(self.before)
+
+
+# -- a client in Cython ---------------------------------------------------------------------------------
+
+def build_extension(folder: Path, name: str, source: str) -> None:
+    """Compile a Cython module into `folder`, against the package's .pxd files."""
+    (folder / f"{name}.pyx").write_text(source)
+    (folder / "setup.py").write_text(textwrap.dedent(f"""
+        from Cython.Build import cythonize
+        from setuptools import Extension, setup
+        setup(name="{name}", ext_modules=cythonize([Extension("{name}", ["{name}.pyx"])]))
+    """))
+    subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=folder, check=True, timeout=300,
+                   capture_output=True)
+
+
+def load_extension(folder: Path, name: str):
+    (path,) = (p for p in folder.iterdir() if p.name.startswith(name + ".") and p.suffix in (".so", ".pyd"))
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

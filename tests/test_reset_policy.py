@@ -87,7 +87,7 @@ def patterns(n, d, rng):
 
 
 SIZES = [(2, 1), (16, 1), (16, 16), (32, 2), (256, 4), (256, 64), (256, 256), (1024, 16), (1024, 160), (4096, 256),
-         (16384, 16)]
+         (16384, 16), (16384, 160)]
 
 
 @pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES)

@@ -13,6 +13,7 @@ cdef extern from *:
     #if defined(__linux__)
     #include <pthread.h>
     #include <sys/ioctl.h>
+    #include <sys/stat.h>
 
     #ifndef MADV_WIPEONFORK
     #define MADV_WIPEONFORK 18
@@ -32,6 +33,13 @@ cdef extern from *:
     typedef struct { int lock; int fd_and_1; } linmem_pagemap_t;
     static linmem_pagemap_t linmem_pagemap_static;
     static linmem_pagemap_t *linmem_pagemap = &linmem_pagemap_static;
+    static struct stat linmem_pagemap_file;     /* what was opened: its number may have become another file's */
+
+    static int linmem_pagemap_is(int fd) {
+        struct stat file;
+        return fstat(fd, &file) == 0 && file.st_ino == linmem_pagemap_file.st_ino
+               && file.st_dev == linmem_pagemap_file.st_dev;
+    }
 
     static void linmem_pagemap_lock(void) {
         while (__atomic_exchange_n(&linmem_pagemap->lock, 1, __ATOMIC_ACQUIRE)) sched_yield();
@@ -42,7 +50,7 @@ cdef extern from *:
     /* The parent's descriptor is known to be ours only here; another way of forking leaves it open. */
     static void linmem_pagemap_in_child(void) {
         int fd = __atomic_load_n(&linmem_pagemap_static.fd_and_1, __ATOMIC_ACQUIRE) - 1;
-        if (fd >= 0) close(fd);
+        if (fd >= 0 && linmem_pagemap_is(fd)) close(fd);
         linmem_pagemap_static.fd_and_1 = 0;
         linmem_pagemap->fd_and_1 = 0;
         linmem_pagemap->lock = 0;
@@ -56,6 +64,12 @@ cdef extern from *:
         fd = __atomic_load_n(&linmem_pagemap->fd_and_1, __ATOMIC_ACQUIRE) - 1;
         if (fd < 0) {
             fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+            if (fd >= 0 && fstat(fd, &linmem_pagemap_file) != 0) {
+                int code = errno;
+                close(fd);
+                errno = code;
+                fd = -1;
+            }
             if (fd >= 0) {
                 linmem_pagemap_static.fd_and_1 = fd + 1;
                 __atomic_store_n(&linmem_pagemap->fd_and_1, fd + 1, __ATOMIC_RELEASE);
@@ -89,7 +103,7 @@ cdef extern from *:
         got = ioctl(fd, LINMEM_SCAN, &scan);
         if (got < 0) {
             int code = errno;
-            if (code == EBADF || code == ENOTTY) linmem_pagemap_forget(fd);
+            if (!linmem_pagemap_is(fd)) linmem_pagemap_forget(fd);
             return code;
         }
         for (i = 0; i < got; i++) {
@@ -107,16 +121,16 @@ cdef extern from *:
         size_t room = *n, found = 0, offset = 0, count, i;
         int fd = linmem_pagemap_fd();
         if (fd < 0) return errno;
+        if (!linmem_pagemap_is(fd)) {       /* any file can be read, and its bytes would pass for entries */
+            linmem_pagemap_forget(fd);
+            return EBADF;
+        }
         while (offset < size) {
             ssize_t got;
             count = (size - offset) / page;
             if (count > 512) count = 512;
             got = pread(fd, entries, count * 8, (off_t)((uintptr_t)(at + offset) / page * 8));
-            if (got != (ssize_t)(count * 8)) {
-                int code = got < 0 ? errno : EIO;
-                if (code == EBADF || code == ESPIPE) linmem_pagemap_forget(fd);
-                return code;
-            }
+            if (got != (ssize_t)(count * 8)) return got < 0 ? errno : EIO;
             for (i = 0; i < count; i++, offset += page) {
                 int there = (entries[i] >> 62) != 0;            /* 63: present, 62: swapped */
                 if (!there || (over_image && (entries[i] >> 61 & 1))) continue;     /* 61: the file's own page */

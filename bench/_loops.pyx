@@ -1,0 +1,199 @@
+# cython: language_level=3
+"""Loops over memories and instances with no Python and no GIL in them: what Python adds is not there.
+
+Nothing of wasmtime is linked: `bind` takes the addresses of its C functions.
+"""
+
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from libc.stdint cimport uint8_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memset
+
+from linmem._memory cimport (
+    UNCHOSEN, NativeCreator, failure, memory, memory_release, memory_spec, raise_failure,
+)
+from linmem._os cimport pages
+
+
+# -- memories --------------------------------------------------------------------------------------
+
+def use_memories(NativeCreator creator not None, size_t size, touches not None, ends not None, long long n):
+    """Make a memory of `size` bytes, write one byte at each touch, let go of the memory: `n` times.
+
+    `touches` and `ends` are contiguous arrays of 64-bit integers: use i writes at the offsets
+    touches[ends[i - 1]:ends[i]]; after the last use of `ends` comes the first again. Returns the
+    nanoseconds taken.
+    """
+    cdef Py_buffer at, end
+    cdef long long took
+    cdef failure why
+    cdef int code
+    PyObject_GetBuffer(touches, &at, PyBUF_SIMPLE)
+    try:
+        PyObject_GetBuffer(ends, &end, PyBUF_SIMPLE)
+        try:
+            check_touches(<const uint64_t*>at.buf, at.len // 8, <const uint64_t*>end.buf, end.len // 8, size)
+            with nogil:
+                code = use(creator, size, <const uint64_t*>at.buf, <const uint64_t*>end.buf, end.len // 8, n,
+                           &took, &why)
+        finally:
+            PyBuffer_Release(&end)
+    finally:
+        PyBuffer_Release(&at)
+    if code:
+        raise_failure(&why)
+    return took
+
+
+cdef int check_touches(const uint64_t* at, size_t touches, const uint64_t* ends, size_t uses, size_t size) except -1:
+    # The loop trusts them: a write past a memory would end the process, or worse, not.
+    cdef size_t i
+    cdef uint64_t last = 0
+    if uses == 0:
+        raise ValueError("ends must have one use at least")
+    for i in range(uses):
+        if ends[i] < last or ends[i] > touches:
+            raise ValueError(f"ends must ascend up to {touches}, got {ends[i]} after {last}")
+        last = ends[i]
+    for i in range(touches):
+        if at[i] >= size:
+            raise ValueError(f"touches must be below {size}, got {at[i]}")
+    return 0
+
+
+cdef int use(NativeCreator creator, size_t size, const uint64_t* at, const uint64_t* ends, size_t uses, long long n,
+             long long* took, failure* why) noexcept nogil:
+    cdef memory_spec spec
+    cdef memory* m
+    cdef volatile char* base        # else the writes to a memory that is let go might be left out
+    cdef size_t i = 0
+    cdef uint64_t k = 0
+    cdef long long _
+    cdef int code
+    spec.minimum = size
+    spec.maximum = size
+    spec.reservation = UNCHOSEN
+    spec.guard = 65536
+    spec.page_size = 1
+    spec.is_64 = True
+    spec.is_shared = False
+    took[0] = -pages.clock_ns()
+    for _ in range(n):
+        code = creator.make(&spec, &m, why)
+        if code:
+            return code
+        base = <volatile char*>m.base
+        while k < ends[i]:
+            base[at[k]] = 1
+            k += 1
+        memory_release(m)
+        i += 1
+        if i == uses:
+            i = 0
+            k = 0
+    took[0] += pages.clock_ns()
+    return 0
+
+
+def fill(size_t size, long long n):
+    """Fill `size` private bytes, `n` times: work that shares nothing. Returns the nanoseconds taken."""
+    cdef uint8_t* at = <uint8_t*>malloc(size)
+    cdef volatile uint8_t* seen = at        # one look at each filling, so that it is not left out
+    cdef long long i, took
+    cdef size_t total = 0
+    if at == NULL:
+        raise MemoryError
+    with nogil:
+        took = -pages.clock_ns()
+        for i in range(n):
+            memset(at, <int>(i & 127), size)
+            total += seen[<size_t>i % size]
+        took += pages.clock_ns()
+    free(at)
+    return took
+
+
+# -- instances -------------------------------------------------------------------------------------
+
+cdef struct byte_vec:       # wasm_byte_vec_t
+    size_t size
+    char* data
+
+cdef struct wasmtime_functions:
+    void* (*store_new)(void* engine, void* data, void* finalizer) noexcept nogil
+    void* (*store_context)(void* store) noexcept nogil
+    void (*store_delete)(void* store) noexcept nogil
+    void* (*instance_new)(void* context, const void* module, const void* imports, size_t n, void* out,
+                          void** trap) noexcept nogil
+    void (*error_message)(const void* error, byte_vec* out) noexcept nogil
+    void (*error_delete)(void* error) noexcept nogil
+    void (*trap_message)(const void* trap, byte_vec* out) noexcept nogil
+    void (*trap_delete)(void* trap) noexcept nogil
+    void (*bytes_delete)(byte_vec* bytes) noexcept nogil
+
+cdef wasmtime_functions wasmtime
+
+FUNCTIONS = ("wasmtime_store_new", "wasmtime_store_context", "wasmtime_store_delete", "wasmtime_instance_new",
+             "wasmtime_error_message", "wasmtime_error_delete", "wasm_trap_message", "wasm_trap_delete",
+             "wasm_byte_vec_delete")
+
+
+def bind(dict addresses not None):
+    """Take the address of each of FUNCTIONS."""
+    cdef size_t[9] at
+    cdef size_t i
+    for i in range(9):
+        at[i] = addresses[FUNCTIONS[i]]
+        if at[i] == 0:
+            raise ValueError(f"{FUNCTIONS[i]} has no address")
+    wasmtime.store_new = <void* (*)(void*, void*, void*) noexcept nogil>at[0]
+    wasmtime.store_context = <void* (*)(void*) noexcept nogil>at[1]
+    wasmtime.store_delete = <void (*)(void*) noexcept nogil>at[2]
+    wasmtime.instance_new = <void* (*)(void*, const void*, const void*, size_t, void*, void**) noexcept nogil>at[3]
+    wasmtime.error_message = <void (*)(const void*, byte_vec*) noexcept nogil>at[4]
+    wasmtime.error_delete = <void (*)(void*) noexcept nogil>at[5]
+    wasmtime.trap_message = <void (*)(const void*, byte_vec*) noexcept nogil>at[6]
+    wasmtime.trap_delete = <void (*)(void*) noexcept nogil>at[7]
+    wasmtime.bytes_delete = <void (*)(byte_vec*) noexcept nogil>at[8]
+
+
+def instantiate(size_t engine, size_t module, long long n):
+    """A store, an instance of a module without imports, and the store dropped: `n` times.
+
+    `engine` and `module` are the addresses of the wasm_engine_t and the wasmtime_module_t. Returns the
+    nanoseconds taken; a wasm trap or an error of wasmtime is a RuntimeError with its text.
+    """
+    cdef long long _, took
+    cdef void* store
+    cdef void* error = NULL
+    cdef void* trap = NULL
+    cdef uint64_t[8] instance       # wasmtime_instance_t takes two of them
+    if wasmtime.store_new == NULL:
+        raise RuntimeError("bind() comes first")
+    with nogil:
+        took = -pages.clock_ns()
+        for _ in range(n):
+            store = wasmtime.store_new(<void*>engine, NULL, NULL)
+            error = wasmtime.instance_new(wasmtime.store_context(store), <const void*>module, NULL, 0, instance, &trap)
+            wasmtime.store_delete(store)
+            if error != NULL or trap != NULL:
+                break
+        took += pages.clock_ns()
+    if error != NULL or trap != NULL:
+        raise RuntimeError(text_of(error, trap))
+    return took
+
+
+cdef str text_of(void* error, void* trap):
+    """What an error, or else a trap, says. Frees it."""
+    cdef byte_vec text
+    if error != NULL:
+        wasmtime.error_message(error, &text)
+        wasmtime.error_delete(error)
+    else:
+        wasmtime.trap_message(trap, &text)
+        wasmtime.trap_delete(trap)
+    try:
+        return text.data[:text.size].rstrip(b"\0").decode("utf-8", "replace")
+    finally:
+        wasmtime.bytes_delete(&text)
