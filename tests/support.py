@@ -53,20 +53,6 @@ def _core_is_a_file() -> bool:
     return bool(pattern) and "|" not in pattern and "/" not in pattern and "%" not in pattern
 
 
-def image_kinds() -> list[str]:
-    """What the pages of images can be made of here."""
-    usual = pages.describe()["images"]
-    found = []
-    for kind in pages.IMAGE_KINDS.values():
-        try:
-            pages.choose_image(kind)
-        except ValueError:
-            continue
-        found.append(kind)
-    pages.choose_image(usual)
-    return found
-
-
 def _scan_ways() -> frozenset[str]:
     """The ways of finding touched pages that work here."""
     found = set()
@@ -86,6 +72,20 @@ SCAN_WAYS = _scan_ways()
 LIBC = ctypes.PyDLL(None, use_errno=True) if HAS_PROC else None
 
 
+def image_kinds() -> list[str]:
+    """What the pages of images can be made of here."""
+    usual = pages.describe()["images"]
+    found = []
+    for kind in pages.IMAGE_KINDS.values():
+        try:
+            pages.choose_image(kind)
+        except ValueError:
+            continue
+        found.append(kind)
+    pages.choose_image(usual)
+    return found
+
+
 # The one list of what a test may need and a machine may lack. name -> (there?, what is missing).
 NEEDS = {
     "maps": (HAS_PROC, "no /proc/self/maps to ask"),
@@ -96,15 +96,17 @@ NEEDS = {
                                "discard needs readable and writable pages here"),
     "populates": (FLOOR["capabilities"]["populates"], "prefault cannot report a page that cannot be written"),
     "scans": (FLOOR["capabilities"]["scans"], "touched pages cannot be found here"),
-    "sealed": ("sealed" in image_kinds(), "memory cannot be sealed here"),
-    "unnamed_files": ("file" in image_kinds(), "images are not kept in files here"),
-    "maps_images": (FLOOR["capabilities"]["maps_images"], "images cannot be mapped into memories here"),
-    "descriptors": (HAS_PROC and FDS.exists(), "no /proc/self/fd to ask"),
     "scan_ioctl": ("ioctl" in SCAN_WAYS, "this kernel has no PAGEMAP_SCAN"),
     "scan_reading": ("reading" in SCAN_WAYS, "pagemap cannot be read here"),
     "huge_pages": (HAS_PROC and FLOOR["huge_page"] > 0, "no huge pages on request"),
     "bare_fork": (hasattr(LIBC, "_Fork"), "no fork(2) that runs no handlers"),
     "mallinfo": (hasattr(LIBC, "mallinfo2"), "malloc does not say how much it gave out"),
+
+
+    "sealed": ("sealed" in image_kinds(), "memory cannot be sealed here"),
+    "unnamed_files": ("file" in image_kinds(), "images are not kept in files here"),
+    "maps_images": (FLOOR["capabilities"]["maps_images"], "images cannot be mapped into memories here"),
+    "descriptors": (HAS_PROC and FDS.exists(), "no /proc/self/fd to ask"),
     "rlimits": (_has_module("resource"), "this OS has no resource limits"),
     "fork": (hasattr(os, "fork"), "this OS has no fork"),
     "core_files": (_core_is_a_file(), "core_pattern is not a plain file name"),
