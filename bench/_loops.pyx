@@ -9,6 +9,7 @@ from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
+from linmem._bridge cimport Offer
 from linmem._memory cimport (
     UNCHOSEN, NativeCreator, failure, memory, memory_release, memory_spec, raise_failure,
 )
@@ -157,13 +158,16 @@ def bind(dict addresses not None):
     wasmtime.bytes_delete = <void (*)(byte_vec*) noexcept nogil>at[8]
 
 
-def instantiate(size_t engine, size_t module, long long n):
+def instantiate(size_t engine, size_t module, long long n, Offer offer=None):
     """A store, an instance of a module without imports, and the store dropped: `n` times.
 
-    `engine` and `module` are the addresses of the wasm_engine_t and the wasmtime_module_t. Returns the
-    nanoseconds taken; a wasm trap or an error of wasmtime is a RuntimeError with its text.
+    `engine` and `module` are the addresses of the wasm_engine_t and the wasmtime_module_t; each instance's
+    memories start from the images of `offer`. Returns the nanoseconds taken; a wasm trap or an error of wasmtime is
+    a RuntimeError with its text, and so are images that no memory took.
     """
     cdef long long _, took
+    cdef size_t left = 0
+    cdef bint offering = offer is not None
     cdef void* store
     cdef void* error = NULL
     cdef void* trap = NULL
@@ -174,13 +178,21 @@ def instantiate(size_t engine, size_t module, long long n):
         took = -pages.clock_ns()
         for _ in range(n):
             store = wasmtime.store_new(<void*>engine, NULL, NULL)
-            error = wasmtime.instance_new(wasmtime.store_context(store), <const void*>module, NULL, 0, instance, &trap)
+            if offering and not offer.begin():
+                left = 1
+            else:
+                error = wasmtime.instance_new(wasmtime.store_context(store), <const void*>module, NULL, 0, instance,
+                                              &trap)
+                if offering:
+                    left = offer.end()
             wasmtime.store_delete(store)
-            if error != NULL or trap != NULL:
+            if error != NULL or trap != NULL or left:
                 break
         took += pages.clock_ns()
     if error != NULL or trap != NULL:
         raise RuntimeError(text_of(error, trap))
+    if left:
+        raise RuntimeError("an instance was made without its images")
     return took
 
 

@@ -91,19 +91,14 @@ cdef extern from *:
     #else
     #define LINMEM_OF_THREAD __thread
     #endif
-    typedef struct { size_t minimum; void *image; } linmem_place;
-    typedef struct { linmem_place *next, *end; void *of; } linmem_queue;
+    typedef struct { void *next, *end, *of; } linmem_queue;
     static LINMEM_OF_THREAD linmem_queue linmem_offered;
     static linmem_queue *linmem_of_thread(void) { return &linmem_offered; }
     """
-    ctypedef struct place "linmem_place":
-        size_t minimum      # of the memory, in bytes
-        void* image         # NULL: it starts as zeros
-
     ctypedef struct queue "linmem_queue":
-        place* next
-        place* end
-        void* of            # the Offer, with a reference; NULL: there is none
+        void* next          # place* of memories yet to come
+        void* end
+        void* of            # the Offer, with a reference; NULL: there is none, or its maker holds it
 
     queue* offered "linmem_of_thread"() noexcept nogil
 
@@ -115,9 +110,10 @@ cdef void next_image(size_t minimum, image** out) noexcept nogil:
     too. Its minimum is 0; that of a memory that takes an image is not, so nothing can be taken by the wrong one.
     """
     cdef queue* q = offered()
-    if q.next < q.end and q.next.minimum == minimum:
-        out[0] = <image*>q.next.image
-        q.next += 1
+    cdef place* its = <place*>q.next
+    if q.next < q.end and its.minimum == minimum:
+        out[0] = its.image
+        q.next = its + 1
         image_retain(out[0])
 
 
@@ -250,10 +246,6 @@ cdef class Offer:
         For each memory that will be asked for, in that order, its minimum in bytes and its image.
     """
 
-    cdef place* places
-    cdef size_t n
-    cdef tuple images       # holds them
-
     def __init__(self, places):
         cdef size_t i
         cdef list given = list(places)
@@ -285,20 +277,34 @@ cdef class Offer:
         end_offer(q)
         Py_INCREF(self)
         q.of = <void*>self
-        q.next = self.places
-        q.end = self.places + self.n
-        return True
+        return self.begin()
 
     def take_back(self):
         """End the offer; how many of its images no memory has taken."""
         cdef queue* q = offered()
-        cdef size_t left = 0
+        cdef size_t left
         if q.of != <void*>self:     # all were taken, and an instance that was made meanwhile had an offer of its own
             return 0
-        while q.next < q.end:
-            left += q.next.image != NULL
-            q.next += 1
+        left = self.end()
         end_offer(q)
+        return left
+
+    cdef bint begin(self) noexcept nogil:
+        cdef queue* q = offered()
+        if q.next < q.end:
+            return False
+        q.next = self.places
+        q.end = self.places + self.n
+        return True
+
+    cdef size_t end(self) noexcept nogil:
+        cdef queue* q = offered()
+        cdef place* its = <place*>q.next
+        cdef size_t left = 0
+        while its < <place*>q.end:
+            left += its.image != NULL
+            its += 1
+        q.next = q.end
         return left
 
 
