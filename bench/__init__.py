@@ -12,7 +12,7 @@ import sys
 
 __all__ = ["add_arguments", "main"]
 
-SUITES = ("core", "wasm", "reset", "threads")       # each is the module of that name
+SUITES = ("core", "wasm", "reset", "threads", "image")       # each is the module of that name
 QUICK_ROUNDS = 5
 
 

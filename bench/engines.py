@@ -219,35 +219,54 @@ class Kept:
         self.engine = wasmtime.Engine(config)
 
 
-def native(engines: Engines, setting: Setting, module: Callable[[], str | bytes]) -> Callable[[], Run]:
-    """Instantiate and drop in C, with no Python for an instance."""
+def native(engines: Engines, setting: Setting, module: Callable[[], str | bytes], *,
+           prepared: bool = False) -> Callable[[], Run]:
+    """Instantiate and drop in C, with no Python for an instance. Prepared: with the module's data in images."""
     def make() -> Run:
         import wasmtime
 
         bind()
         kept = engines.get(setting)
-        compiled = wasmtime.Module(kept.engine, module())
+        if prepared:
+            made = prepare(kept.engine, module())
+            compiled, offer = made.module, made._offer
+        else:
+            compiled, offer = wasmtime.Module(kept.engine, module()), None
         at = address(kept.engine.ptr()), address(compiled.ptr())
         try:
-            _loops.instantiate(*at, 1)
+            _loops.instantiate(*at, 1, offer)
         except RuntimeError as error:
             raise Unavailable(str(error)) from error
 
         def run(n: int, alive=(kept, compiled)) -> int:
-            return _loops.instantiate(*at, n)
+            return _loops.instantiate(*at, n, offer)
 
         return run
 
     return make
 
 
-def python(engines: Engines, setting: Setting, module: Callable[[], str | bytes]) -> Callable[[], Run]:
-    """Instantiate and drop as a program with wasmtime-py does."""
+def python(engines: Engines, setting: Setting, module: Callable[[], str | bytes], *,
+           prepared: bool = False) -> Callable[[], Run]:
+    """Instantiate and drop as a program with wasmtime-py does. Prepared: with the module's data in images."""
     def make() -> Run:
         import wasmtime
         from wasmtime import Instance, Store
 
         kept = engines.get(setting)
+        if prepared:
+            instantiate = prepare(kept.engine, module()).instantiate
+
+            def run_prepared(n: int) -> int:
+                engine = kept.engine
+                began = clock()
+                for _ in repeat(None, n):
+                    store = Store(engine)
+                    instantiate(store, [])
+                    store.close()
+                return clock() - began
+
+            return run_prepared
         compiled = wasmtime.Module(kept.engine, module())
 
         def run(n: int) -> int:
@@ -264,11 +283,21 @@ def python(engines: Engines, setting: Setting, module: Callable[[], str | bytes]
     return make
 
 
+def prepare(engine: wasmtime.Engine, module: str | bytes) -> linmem.wasmtime.Prepared:
+    from linmem.wasmtime import prepare
+
+    made = prepare(engine, module)
+    if made.skipped:
+        raise Unavailable(f"the module keeps its data: {'; '.join(made.skipped)}")
+    return made
+
+
 def native_contenders(engines: Engines, settings: tuple[Setting, ...], module: Callable[[], str | bytes],
-                      empty: Callable[[], str | bytes]) -> tuple[Contender, ...]:
+                      empty: Callable[[], str | bytes], *, prepared: bool = False) -> tuple[Contender, ...]:
     """For each setting the module's loop, less that of a module without a memory on the same engine."""
-    return tuple(
-        Contender(s.key, s.what, native(engines, s, module), less=f"{s.key}/empty") for s in settings) + tuple(
+    return tuple(Contender(s.key, f"{s.what}, data in an image" if prepared else s.what,
+                           native(engines, s, module, prepared=prepared), less=f"{s.key}/empty")
+                 for s in settings) + tuple(
         Contender(f"{s.key}/empty", f"{s.what}, no memory", native(engines, s, empty)) for s in settings)
 
 

@@ -13,8 +13,10 @@ from __future__ import annotations
 import gc
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 try:
     import resource
@@ -29,8 +31,10 @@ LONG_RUN = 50_000_000       # ns; a run this long is always preempted on a busy 
 
 TIME = "time"               # linmem's time over the other's: less is better
 SPEED = "speed"             # the other's time over linmem's, "times faster": more is better
+SIZE = "size"               # linmem's bytes over the other's: less is better
 MEDIAN = "median"           # of the ratios within a round
 P10 = "p10"                 # the ratio of the tenth percentiles
+EXACT = "exact"             # one ratio, of what was counted: it is in the median's place, and there are no others
 
 
 class Unavailable(Exception):
@@ -67,7 +71,7 @@ class Goal:
     def holds(self, ratio: float) -> bool | None:
         if self.bound is None:
             return None
-        return ratio <= self.bound if self.sense == TIME else ratio >= self.bound
+        return ratio >= self.bound if self.sense == SPEED else ratio <= self.bound
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,24 @@ class Group:
     alike: bool = True                  # all do as many operations in a run as linmem; else each has its own number
     disturbances: Callable[[], int] | None = None       # counts what spoils a run; None: `preemptions`
     table: str = ""                     # the title of a table of times that the group is a line of
+
+
+T = TypeVar("T")
+
+
+class Shared(Generic[T]):
+    """What is made once for the contenders of a group, and lives as long as one of them holds it."""
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self.make = make
+        self.made: Callable[[], T | None] = lambda: None
+
+    def __call__(self) -> T:
+        made = self.made()
+        if made is None:
+            made = self.make()
+            self.made = weakref.ref(made)
+        return made
 
 
 @dataclass

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 
 import linmem
 from linmem._os import pages as _pages
-from linmem.bench.harness import P10, SPEED, TIME, Result, Row
+from linmem.bench.harness import EXACT, P10, SIZE, SPEED, TIME, Result, Row
 
 GOOD, BAD, PLAIN, INK, FAINT = "#1a7f5a", "#c0392b", "#5b6b7b", "#22303c", "#6b7785"      # of the picture
 # A family of contenders has one hue: linmem is green, wasmtime's pooling purple. (color, shape, size)
@@ -31,7 +31,8 @@ MORE_STYLES = tuple(zip(("#8e6fc0", "#6f7fd0", "#a85fb0", "#4f9fc9", "#b58ad6", 
 MANY = 20           # rows in a picture, beyond which those without a goal are left to the tables
 WIDE = 100          # columns of a terminal, from which on the quartiles have room too
 HEADINGS = {TIME: "linmem's time over the other's, less is better",
-            SPEED: "times faster than the other, more is better"}
+            SPEED: "times faster than the other, more is better",
+            SIZE: "linmem's bytes over the other's, less is better"}
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,14 @@ def times(ratio: float | None) -> str:
     return f"{ratio:.2f} x" if ratio >= 0.1 else f"{ratio:.2g} x"
 
 
+def two_ratios(row: Row) -> tuple[tuple[bool, float | None], tuple[bool, float | None]]:
+    """The row's two ratios, each with whether it is the one that a goal is held against."""
+    return (row.by != P10, row.ratio_median), (row.by == P10, row.ratio_p10)
+
+
 def spread(row: Row) -> str:
+    if row.by == EXACT:
+        return "exact"
     if row.ratio_quartiles is None:
         return ""
     low, high = row.ratio_quartiles
@@ -125,7 +133,7 @@ def spread(row: Row) -> str:
 
 def bound(row: Row) -> str:
     """What the ratio shall be."""
-    return "" if row.goal is None else f"{'<=' if row.sense == TIME else '>='} {row.goal:g} x"
+    return "" if row.goal is None else f"{'>=' if row.sense == SPEED else '<='} {row.goal:g} x"
 
 
 def sentence(text: str) -> str:
@@ -156,14 +164,18 @@ def tables(results: list[Result]) -> list[Times]:
         of_groups = [result for result in results if result.group.table == title]
         # Those that only serve to be taken off have no column.
         taken_off = {s.contender.less for result in of_groups for s in result.series}
-        series = [[s for s in result.series if s.contender.key not in taken_off] for result in of_groups]
-        figures = [[None if s.why_not() else s.p10() for s in line] for line in series]
-        if len(series[0]) > len(series):
-            lines = [(s.contender.what, [line[i] for line in figures]) for i, s in enumerate(series[0])]
+        figures = [{s.contender.key: None if s.why_not() else s.p10() for s in result.series} for result in of_groups]
+        # Groups may have contenders that others lack. The one with most of them gives the order.
+        longest = max((result.series for result in of_groups), key=len)
+        what = {s.contender.key: s.contender.what for series in (longest, *(result.series for result in of_groups))
+                for s in series if s.contender.key not in taken_off}
+        if len(what) > len(of_groups):
+            lines = [(name, [line.get(key) for line in figures]) for key, name in what.items()]
             found.append(Times(title, [result.group.key for result in of_groups], lines))
         else:
-            lines = [(result.group.operation, line) for result, line in zip(of_groups, figures, strict=True)]
-            found.append(Times(title, [s.contender.key for s in series[0]], lines))
+            lines = [(result.group.operation, [line.get(key) for key in what])
+                     for result, line in zip(of_groups, figures, strict=True)]
+            found.append(Times(title, list(what), lines))
     return found
 
 
@@ -221,8 +233,7 @@ def show(results: list[Result], about: About) -> None:
             of_sense = [row for row in result.rows if row.sense == sense]
             for i, row in enumerate(of_sense):
                 style = {True: "green", False: "bold red", None: "dim"}[row.holds]
-                median, best = (Text(times(ratio), style if row.by == by else "dim")
-                                for by, ratio in (("median", row.ratio_median), (P10, row.ratio_p10)))
+                median, best = (Text(times(ratio), style if judged else "dim") for judged, ratio in two_ratios(row))
                 same = i > 0 and of_sense[i - 1].operation == row.operation
                 table.add_row(Text("" if same else row.operation), Text(row.against), median, *[spread(row)] * wide,
                               best, bound(row), Text(in_a_row(row, told), style), end_section=row is of_sense[-1])
@@ -230,8 +241,8 @@ def show(results: list[Result], about: About) -> None:
     for note, keys in notes(results).items():
         console.print(Text(f"{', '.join(keys)}: {note}", "dim"))
     console.print(Text(in_short(about.machine), "dim"))
-    judged = " and ".join({row.by: "the ratio" if row.by != P10 else "at best" for row in rows if row.goal is not None}
-                          .values())
+    judged = " and ".join({row.by: "the ratio" if row.by != P10 else "at best" for row in rows
+                           if row.goal is not None and row.by != EXACT}.values())
     console.print(Text("ratio: the median of the ratios within a round, and their quartiles; at best: the ratio of the"
                        f" tenth percentiles. Goals are held against {judged or 'neither'}"
                        + ("; --quick: a look, not a figure" if about.quick else ""), "dim"))
@@ -321,8 +332,8 @@ def markdown(results: list[Result], about: About) -> Iterator[str]:
                 if row.sense != sense:
                     continue
                 key = f"`{row.key.rpartition('/')[0]}`"
-                median, best = (f"**{times(ratio)}**" if row.holds is not None and row.by == by else times(ratio)
-                                for by, ratio in (("median", row.ratio_median), (P10, row.ratio_p10)))
+                median, best = (f"**{times(ratio)}**" if judged and row.holds is not None else times(ratio)
+                                for judged, ratio in two_ratios(row))
                 found.append(["" if key == last else key, row.against, median, spread(row), best, bound(row),
                               in_a_row(row, told)])
                 last = key
@@ -443,7 +454,7 @@ def draw_ratios(axes, rows: list[Row]) -> None:
         if row.goal is not None:
             axes.plot([row.goal, row.goal], [at - 0.34, at + 0.34], color="#222222", linewidth=2.2, zorder=4,
                       solid_capstyle="butt")
-            worse = (row.goal, right) if sense == TIME else (left, row.goal)
+            worse = (left, row.goal) if sense == SPEED else (row.goal, right)
             axes.barh(at, worse[1] - worse[0], left=worse[0], height=0.68, color=BAD, alpha=0.07, zorder=1, linewidth=0)
         axes.plot([left, row.judged()], [at, at], color=color, linewidth=1, alpha=0.35, zorder=2)
         axes.plot([low, high], [at, at], color=color, linewidth=7, alpha=0.35, zorder=3, solid_capstyle="round")
@@ -465,5 +476,5 @@ def draw_ratios(axes, rows: list[Row]) -> None:
                    fontweight="bold")
     ways = {row.by for row in rows}
     dot, triangle = ("ratio of p10", "median") if ways == {P10} else ("median", "ratio of p10")
-    axes.set_xlabel(f"logarithmic  ·  dot: {dot}, triangle: {triangle}, bar: quartiles of the rounds, black: goal",
-                    fontsize=8.8, color="#44505c", labelpad=8)
+    legend = "dot: exact" if ways == {EXACT} else f"dot: {dot}, triangle: {triangle}, bar: quartiles of the rounds"
+    axes.set_xlabel(f"logarithmic  ·  {legend}, black: goal", fontsize=8.8, color="#44505c", labelpad=8)

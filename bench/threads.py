@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import threading
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -12,7 +11,7 @@ import linmem
 from linmem._os import pages as _pages
 from linmem.bench import _loops, _raw, engines, wasm
 from linmem.bench.engines import DEFAULT, KIB, LINMEM_POOL, Engines, Setting, pool
-from linmem.bench.harness import P10, SPEED, Contender, Goal, Group, Result, Row, Run, clock, preemptions
+from linmem.bench.harness import P10, SPEED, Contender, Goal, Group, Result, Row, Run, Shared, clock, preemptions
 
 ROUNDS = 25
 RUN_NS, QUICK_RUN_NS = 8_000_000, 1_500_000
@@ -69,21 +68,6 @@ def scaling(key: str, what: str, make: Callable[[], Loop], bound: float | None =
     return Group(key, what, (contender("two threads", 2), contender("one thread", 1)),
                  (Goal("one thread", bound, sense=SPEED, by=P10, called="one"),), disturbances=lambda: spoilt.count,
                  alike=False, table="time for one operation, all threads together")
-
-
-class Shared:
-    """What is made once for the contenders of a group, and lives as long as one of them holds it."""
-
-    def __init__(self, make: Callable[[], Loop]) -> None:
-        self.make = make
-        self.made: Callable[[], Loop | None] = lambda: None
-
-    def __call__(self) -> Loop:
-        loop = self.made()
-        if loop is None:
-            loop = self.make()
-            self.made = weakref.ref(loop)
-        return loop
 
 
 class Spoilt:

@@ -28,6 +28,7 @@ class Module:
     pooling: float | None = None        # than the best pooling setting
     ctypes: float | None = None
     python: float | None = None         # than wasmtime's default, Python loop, everything counted
+    prepared: bool = False              # also with its data in an image
 
 
 def text(memory: str, start: str, more: str = "") -> Callable[[], str]:
@@ -84,7 +85,7 @@ MODULES = (
     Module("growtouch", "growtouch: the same, a store into each new page", text("1", GROW.format(store=STORE)),
            1.8, 1.7),
     Module("sparse", "sparse: 16 scattered pages of 64 MiB", text("1024", SCATTER), 2.5, 2),
-    Module("data4m", "data4m: 4 MiB of data, 1 % touched", four_mebibytes),
+    Module("data4m", "data4m: 4 MiB of data, 1 % touched", four_mebibytes, prepared=True),
 )
 MEAN_DEFAULT, MEAN_POOLING = 3.3, 1.3
 
@@ -99,11 +100,21 @@ def groups(quick: bool) -> list[Group]:
 def in_c(module: Module, least: int) -> Group:
     best = tuple(setting.key for setting in POOLING)
     by_ctypes = (Goal("ctypes", module.ctypes, sense=SPEED, by=P10),) if module.ctypes else ()
+    live = Engines()
+    contenders = engines.native_contenders(live, NATIVE, module.source, empty)
+    by_image = ()
+    if module.prepared:
+        image = Contender("image", f"{LINMEM_POOL.what}, data in an image",
+                          engines.native(live, LINMEM_POOL, module.source, prepared=True),
+                          less=f"{LINMEM_POOL.key}/empty")
+        contenders = (contenders[0], image, *contenders[1:])
+        by_image = (Goal("default", None, ours="image", sense=SPEED, by=P10),
+                    Goal(best, None, ours="image", sense=SPEED, by=P10, called="best_pooling"))
     return Group(
-        module.key, module.what, engines.native_contenders(Engines(), NATIVE, module.source, empty),
+        module.key, module.what, contenders,
         (Goal("default", module.default, sense=SPEED, by=P10),
          Goal(best, module.pooling, sense=SPEED, by=P10, called="best_pooling"),
-         *by_ctypes),
+         *by_ctypes, *by_image),
         least=least, alike=False, table=TABLE)
 
 

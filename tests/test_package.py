@@ -69,7 +69,9 @@ def test_the_sdist_has_all_sources_and_no_generated_c(tmp_path):
     for name in {*sources, "linmem/_os/posix.pyx", "linmem/_os/windows.pyx", "linmem/py.typed", "setup.py",
                  "pyproject.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE"}:
         assert name in names, name
-    assert {name for name in names if name.endswith(".c") and not name.startswith("tests/")} == {"linmem/_demo.c"}
+    assert {name for name in names if name.endswith(".c") and not name.startswith("tests/")} == {
+        "bench/_forth.c", "linmem/_demo.c"}
+    assert {"bench/_forth.fs", "bench/_forth.wasm"} <= names
     assert not [name for name in names if name.endswith((".so", ".pyd", ".pyc")) or "__pycache__" in name]
 
 
@@ -83,11 +85,11 @@ def test_the_wheel_has_types_the_c_face_and_the_license_and_no_sources(tmp_path)
         names = set(archive.namelist())
     stubs = {path.relative_to(ROOT).as_posix() for path in (ROOT / "linmem").rglob("*.py[i]")}
     headers = {path.relative_to(ROOT).as_posix() for path in (ROOT / "linmem").rglob("*.pxd")}
-    assert stubs | headers | {"linmem/py.typed", "linmem/_demo.c", "linmem/_demo.wasm"} <= names
+    assert stubs | headers | {"linmem/py.typed", "linmem/_demo.wasm", "linmem/bench/_forth.wasm"} <= names
     assert [name for name in names if name.endswith("/LICENSE")]
     assert {name.partition("/")[0] for name in names} == {"linmem", f"linmem-{linmem.__version__}.dist-info"}
     assert not [name for name in names if name.endswith((".pyx", ".pxi")) or re.search(r"/(tests|docs)/", name)]
-    assert [name for name in names if name.endswith(".c")] == ["linmem/_demo.c"]
+    assert {name for name in names if name.endswith(".c")} == {"linmem/_demo.c", "linmem/bench/_forth.c"}
 
 
 @requires("compiler")
