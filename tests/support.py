@@ -7,6 +7,8 @@ import functools
 import importlib.util
 import mmap
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -361,6 +363,25 @@ class scanning:
 
     def __exit__(self, *exc) -> None:
         pages.choose_scan(self.before)
+
+
+# -- a program for wasm, shipped as source and as what was made of it --------------------------------------
+
+def rebuilt(source: Path, folder: Path) -> Path:
+    """The module that the command in the source's first comment makes now."""
+    if not NEEDS["zig"][0]:
+        pytest.skip(NEEDS["zig"][1])
+    if importlib.util.find_spec("ziglang") is None:
+        pytest.fail("ziglang is not installed: pip install 'linmem[test]'")
+    text = source.read_text("utf-8")
+    words = shlex.split(re.search(r"^ \*   (python -m ziglang .*?\.c)$", text, re.MULTILINE | re.DOTALL)[1]
+                        .replace("\\\n *", " "))
+    shipped = source.with_suffix(".wasm")
+    parts = [Path(word).name for word in words[-2:]]
+    assert (words[0], words[-3], parts) == ("python", "-o", [shipped.name, source.name])
+    out = folder / shipped.name
+    subprocess.run([sys.executable, *words[1:-3], "-o", out, source], check=True, timeout=300)
+    return out
 
 
 # -- a client in Cython ---------------------------------------------------------------------------------

@@ -7,21 +7,25 @@ import json
 import math
 import mmap
 import os
+import pathlib
 import re
 import subprocess
 import sys
 import weakref
+import zlib
 
 import pytest
+import support
 from support import NEEDS, PAGE, ROOT, mappings, requires, run_child
 
 pytest.importorskip("linmem.bench._raw")
 import linmem
 from linmem import bench
-from linmem.bench import _loops, _raw, core, engines, harness, report, reset, threads, wasm
+from linmem.bench import _loops, _raw, core, engines, harness, image, report, reset, threads, wasm
 
 PNG = b"\x89PNG\r\n\x1a\n"
-TIME, SPEED, MEDIAN, P10 = harness.TIME, harness.SPEED, harness.MEDIAN, harness.P10
+TIME, SPEED, SIZE = harness.TIME, harness.SPEED, harness.SIZE
+MEDIAN, P10, EXACT = harness.MEDIAN, harness.P10, harness.EXACT
 # What issues ask for: (bound, sense, which ratio is held against it).
 GOALS = {
     "core": {key: (goal, TIME, MEDIAN) for key, goal in {
@@ -42,6 +46,11 @@ GOALS = {
            for pattern in ("same", "redrawn", "alternating", "bursty", "80-20")
            for size in ("4_of_16", "16_of_16", "64_of_256", "16_of_1024", "160_of_16384")}},
     "threads": {"pool/one": (1.8, SPEED, P10)},
+    "image": {
+        "restore_16/copy": (0.01, TIME, P10), "restore_1600/copy": (0.35, TIME, P10),
+        "new_memory/copy": (0.005, TIME, P10), "instantiate/best": (0.25, TIME, P10),
+        "python_instantiate/default": (0.45, TIME, P10), "interpreter/default": (0.02, TIME, P10),
+        "pickle/size": (0.02, SIZE, EXACT)},
 }
 # Rows that some machines cannot judge, and say so.
 MAY_LACK = {"pool/one": r"the control scales only \d\.\d\d x here"}
@@ -86,7 +95,7 @@ def test_a_quick_run_measures_every_row_that_has_a_goal(quick_run):
         for ratio in (judged, *(row["ratio_quartiles"] or ())):
             assert math.isfinite(ratio)
             assert ratio > 0
-        assert row["holds"] is (judged <= goal if sense == TIME else judged >= goal)
+        assert row["holds"] is (judged >= goal if sense == SPEED else judged <= goal)
 
 
 def test_a_contender_without_a_goal_has_a_ratio_or_says_why_not(quick_run):
@@ -327,6 +336,175 @@ def test_a_kind_of_pool_that_does_not_exist_is_a_reason_and_not_an_error(monkeyp
     monkeypatch.setattr(linmem, "creator", refuse)
     with pytest.raises(harness.Unavailable, match="no pool"):
         engines.pool()
+
+
+WITH_DATA = """(module (memory 2) (data (i32.const 70000) "linmem")
+  (func $start (if (i32.ne (i32.load8_u (i32.const 70005)) (i32.const 109)) (then unreachable))) (start $start))"""
+
+
+@pytest.mark.usefixtures("with_wasmtime")
+@pytest.mark.parametrize("setting", [engines.LINMEM_POOL, engines.LINMEM_PLAIN], ids=lambda setting: setting.key)
+def test_the_native_loop_offers_each_instance_its_image(setting):
+    import wasmtime
+
+    kept = engines.Kept(setting)
+    made = engines.prepare(kept.engine, WITH_DATA)
+    at = engines.address(kept.engine.ptr()), engines.address(made.module.ptr())
+    assert _loops.instantiate(*at, 5, made._offer) > 0
+    with pytest.raises(RuntimeError, match="unreachable"):
+        _loops.instantiate(*at, 5)
+    nothing = wasmtime.Module(kept.engine, "(module)")
+    with pytest.raises(RuntimeError, match="an instance was made without its images"):
+        _loops.instantiate(at[0], engines.address(nothing.ptr()), 5, made._offer)
+    assert _loops.instantiate(*at, 5, made._offer) > 0
+
+
+@pytest.mark.usefixtures("with_wasmtime")
+def test_the_native_loop_leaves_alone_what_another_has_on_offer():
+    kept = engines.Kept(engines.LINMEM_POOL)
+    made, other = (engines.prepare(kept.engine, WITH_DATA) for _ in range(2))
+    at = engines.address(kept.engine.ptr()), engines.address(made.module.ptr())
+    assert _loops.instantiate(*at, 1, made._offer) > 0      # binds, too
+    assert other._offer.make()
+    with pytest.raises(RuntimeError, match="an instance was made without its images"):
+        _loops.instantiate(*at, 5, made._offer)
+    assert other._offer.take_back() == 1
+    assert _loops.instantiate(*at, 5, made._offer) > 0
+
+
+@pytest.mark.usefixtures("with_wasmtime")
+def test_a_module_that_keeps_data_is_not_measured_as_one_without():
+    kept = engines.Kept(engines.LINMEM_POOL)
+    with pytest.raises(harness.Unavailable, match="the module keeps its data: .+"):
+        engines.prepare(kept.engine, '(module (memory 1) (data (i32.const 65536) "x"))')
+
+
+@pytest.mark.usefixtures("with_wasmtime")
+def test_only_big_modules_have_a_line_for_their_data_in_an_image():
+    lines = {group.key: [c.what for c in group.contenders if c.key == "image"] for group in wasm.groups(True)}
+    assert {key: found for key, found in lines.items() if found} == {"data4m": ["linmem's pool, data in an image"]}
+
+
+# -- images ------------------------------------------------------------------------------------------------
+
+@requires("numpy")
+@pytest.mark.parametrize("count", image.RESTORE)
+def test_pages_to_write_differ_and_are_the_same_in_every_run(count):
+    drawn = image.draw(count, 3)
+    assert [list(offsets) for offsets in drawn] == [list(offsets) for offsets in image.draw(count, 3)]
+    for offsets_of_pages in drawn:
+        assert len(set(offsets_of_pages)) == count
+        assert not (offsets_of_pages % PAGE).any()
+        assert offsets_of_pages.max() < image.SPACE
+    assert list(drawn[0]) != list(drawn[1])
+
+
+def test_the_pages_of_a_new_memory_that_are_written_are_as_many_as_it_says():
+    where, zeros = image.strided()
+    assert len(range(image.SPACE)[where]) == len(zeros) == 16
+
+
+def test_the_image_of_the_bare_rows_has_no_page_of_zeros():
+    full = image.full_image()
+    assert len(full) == image.SPACE
+    assert full.runs() == [(0, image.SPACE)]
+
+
+def test_a_memory_that_was_not_put_back_is_noticed():
+    some = linmem.Image.from_bytes(b"some" * PAGE)
+    with some.new_memory() as mem:
+        image.check_restored(mem, some)
+        mem[PAGE] = 0
+        with pytest.raises(RuntimeError, match="not the image"):
+            image.check_restored(mem, some)
+
+
+@pytest.fixture
+def of_one_mebibyte(monkeypatch):
+    monkeypatch.setattr(image, "SPACE", 1 << 20)
+
+
+@requires("numpy")
+@pytest.mark.usefixtures("of_one_mebibyte")
+@pytest.mark.parametrize("build", [lambda full: image.restore(16, full, 2), image.new_memory], ids=["restore", "new"])
+def test_every_way_to_come_to_an_images_bytes_runs(build):
+    for one in build(harness.Shared(image.full_image)).contenders:
+        assert one.make()(3) > 0, one.what
+
+
+@requires("numpy")
+def test_the_bytes_of_a_pickle_are_counted_and_the_report_says_that_they_are_exact():
+    result, = image.conclude([])
+    row, = result.rows
+    assert 0.009 < row.ratio_median < 0.011
+    assert (row.judged(), row.holds, report.spread(row), report.bound(row)) == (
+        row.ratio_median, True, "exact", "<= 0.02 x")
+    about = report.About("image", report.machine(), 2, False)
+    text = "\n".join(report.markdown([result], about))
+    assert "Linmem's bytes" not in text
+    assert report.HEADINGS[SIZE] in text
+    assert "| `pickle` | its size | **0.01 x** | exact |  | <= 0.02 x | holds |" in text
+
+
+# -- the interpreter of the suite "image" ------------------------------------------------------------------
+
+INTERPRETER = pathlib.Path(image.__file__).with_name("_forth.c")
+ANSWERS = {
+    "3 4 +": 7, "10 fact": 3628800, "30 fib": 832040, "1000000 isqrt": 1000, "99 isqrt": 9, "2 10 **": 1024,
+    "12 18 gcd": 6, "4 6 lcm": 12, "27 collatz": 111, "10 3 choose": 120, "1000 log2": 9, "12345 digits": 5,
+    "12345 digit-sum": 15, "3 200 13 powmod": pow(3, 200, 13), "255 popcount": 8, "1 31 rotl32": 1 << 31,
+    "5 8 align-up": 8, "4096 primes-below": 564, "2000 leap": -1, "1900 leap": 0, "2024 2 days-in-month": 29,
+    "2000 days-before-year": 730119, "&eacute": 0xe9, "256 sin": 65536, "768 sin": -65536, "3 4 norm": 5,
+    "here 49 over c! 50 over 1+ c! 2 crc32": zlib.crc32(b"12"), "5 3 8 within": -1, "8 3 8 within": 0,
+    "100 celsius": 212, "3 0 10 clamp": 3, "variable x 5 x ! x inc x @": 6, "5 here 10 rot fill here 10 sum-bytes": 50,
+    "( a comment ) : twice dup + ; 21 twice": 42, "no-such-word": -7, "drop": -2, ": f recurse ; f": -3,
+    "1 0 /": "INTEGER_DIVISION_BY_ZERO"}
+
+
+class Interpreter:
+    def __init__(self, path):
+        import wasmtime
+
+        self.engine = wasmtime.Engine()
+        self.module = wasmtime.Module(self.engine, path.read_bytes())
+
+    def answer(self, text):
+        import wasmtime
+
+        guest = image.Interpreter(self.engine, lambda store: wasmtime.Instance(store, self.module, []))
+        at = guest.exports["request"](guest.store)
+        guest.exports["memory"].write(guest.store, text.encode() + b"\0", at)
+        try:
+            return guest.exports["eval"](guest.store)
+        except wasmtime.Trap as trap:
+            return trap.trap_code.name
+
+
+@pytest.mark.usefixtures("with_wasmtime")
+def test_the_words_of_the_interpreters_library_compute_what_their_names_say():
+    shipped = Interpreter(INTERPRETER.with_suffix(".wasm"))
+    assert shipped.module.imports == []
+    assert {text: shipped.answer(text) for text in ANSWERS} == ANSWERS
+
+
+@pytest.mark.usefixtures("with_wasmtime")
+def test_the_interpreter_built_from_its_source_by_its_own_command_answers_as_the_shipped_one(tmp_path):
+    fresh = Interpreter(support.rebuilt(INTERPRETER, tmp_path))
+    shipped = Interpreter(INTERPRETER.with_suffix(".wasm"))
+    names = [sorted(entry.name for entry in program.module.exports) for program in (fresh, shipped)]
+    assert names[0] == names[1]
+    assert {text: fresh.answer(text) for text in ANSWERS} == ANSWERS
+
+
+@pytest.mark.usefixtures("with_wasmtime")
+@pytest.mark.parametrize("setting", [engines.LINMEM_POOL, engines.LINMEM_PLAIN], ids=lambda setting: setting.key)
+def test_an_interpreter_that_is_put_back_or_started_again_serves_every_request(setting, monkeypatch):
+    for make in (image.put_back, image.start_again):
+        assert make(engines.Engines(), setting)()(4) > 0
+        with monkeypatch.context() as patch:
+            patch.setattr(image, "REQUEST", (b"1\0", 2))
+            with pytest.raises(RuntimeError, match="answers 1 instead of 2"):
+                make(engines.Engines(), setting)()(1)
 
 
 # -- patterns of touches ----------------------------------------------------------------------------------
@@ -579,6 +757,30 @@ def test_a_geometric_mean_is_of_every_row_or_of_none():
     assert (mean.sense, mean.by) == (SPEED, P10)
     lacking = harness.together("m", "mean", [row(2.0), row(None, "why")], "a", "b", 4)
     assert (lacking.ratio_p10, lacking.unavailable, lacking.holds) == (None, "why", None)
+
+
+def test_a_contender_that_only_some_groups_of_a_table_have_is_a_dash_for_the_others():
+    def result(key, *contenders):
+        group = harness.Group(key, key, contenders, (), operations=1, table="t")
+        return harness.Result(group, harness.measure(group, 2, 0, lambda: None), [])
+
+    table, = report.tables([result("g", contender("a", 1), contender("c", 3)),
+                            result("h", contender("a", 4), contender("b", 5), contender("c", 6))])
+    assert table.columns == ["g", "h"]
+    assert table.lines == [("a", [1.0, 4.0]), ("b", [None, 5.0]), ("c", [3.0, 6.0])]
+
+
+def test_what_a_group_shares_is_made_once_and_lives_as_long_as_somebody_holds_it():
+    class Big:
+        pass
+
+    shared = harness.Shared(Big)
+    first = shared()
+    assert shared() is first
+    gone = weakref.ref(first)
+    del first
+    assert gone() is None
+    assert isinstance(shared(), Big)
 
 
 def test_the_worst_of_all_patterns_is_the_row_that_speaks_for_them():

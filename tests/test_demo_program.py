@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import pathlib
-import re
-import shlex
-import subprocess
-import sys
 
 import pytest
+import support
 import wasmtime
-from support import NEEDS
 
 import linmem
 
@@ -24,17 +19,7 @@ KNOWN = {0: 0, 1: 0, 2: 1, 3: 2, 100: 25, 65535: 6542, 65536: 6542, 65537: 6543,
 
 @pytest.fixture(scope="module")
 def rebuilt(tmp_path_factory):
-    if not NEEDS["zig"][0]:
-        pytest.skip(NEEDS["zig"][1])
-    if importlib.util.find_spec("ziglang") is None:
-        pytest.fail("ziglang is not installed: pip install 'linmem[test]'")
-    out = tmp_path_factory.mktemp("demo") / "demo.wasm"
-    command = re.search(r"^ \*   (python -m ziglang .*?_demo\.c)$", SOURCE.read_text(), re.MULTILINE | re.DOTALL)[1]
-    words = shlex.split(command.replace("\\\n *", " "))
-    assert words[0] == "python"
-    assert words[-3:] == ["-o", "linmem/_demo.wasm", "linmem/_demo.c"]
-    subprocess.run([sys.executable, *words[1:-3], "-o", out, SOURCE], check=True, timeout=300)
-    return out
+    return support.rebuilt(SOURCE, tmp_path_factory.mktemp("demo"))
 
 
 class Program:
