@@ -27,7 +27,6 @@ NEW_MEMORY = 0.005
 INSTANTIATE, FROM_PYTHON = 0.25, 0.45
 RESTORE_INSTANCE = 0.02
 PICKLE = 0.02
-TABLE = "memory's part of instantiate + drop, native loop, 4 MiB of data"
 DATA = next(module for module in wasm.MODULES if module.key == "data4m")
 
 
@@ -195,32 +194,34 @@ def instantiate(least: int) -> Group:
     live = Engines()
     best = (DEFAULT, *POOLING)
     return Group(
-        "instantiate", "instantiate 4 MiB of data, 1 % touched, native loop",
+        "instantiate", "4 MiB of data, 1 % touched, native loop",
         (*engines.native_contenders(live, (LINMEM_POOL, LINMEM_PLAIN), DATA.source, wasm.empty, prepared=True),
          *engines.native_contenders(live, best, DATA.source, wasm.empty)),
         (Goal(tuple(setting.key for setting in best), INSTANTIATE, by=P10, called="best"),
          Goal(tuple(setting.key for setting in best), None, ours="plain", by=P10, called="best"),
          Goal("default", None, by=P10)),
-        "what a module without a memory costs on the same engine is taken off", least=least, alike=False, table=TABLE)
+        "what a module without a memory costs on the same engine is taken off", least=least, alike=False,
+        table=wasm.TABLE)
 
 
 def instantiate_from_python(least: int) -> Group:
     live = Engines()
     return Group(
-        "python_instantiate", "the same from Python: Store, instance, close",
-        (*(Contender(s.key, f"prepared.instantiate, {s.what}", engines.python(live, s, DATA.source, prepared=True))
+        "python_instantiate", "the same module from Python",
+        (*(Contender(s.key, f"{s.what}, data in an image", engines.python(live, s, DATA.source, prepared=True))
            for s in (LINMEM_POOL, LINMEM_PLAIN)),
          *(Contender(s.key, s.what, engines.python(live, s, DATA.source)) for s in (DEFAULT, POOLING[0]))),
         (Goal("default", FROM_PYTHON, by=P10), Goal("default", None, ours="plain", by=P10),
          Goal("pooling", None, by=P10)),
-        "with wasmtime-py; everything is counted", least=least, alike=False)
+        "Store, instance and close with wasmtime-py; everything is counted", least=least, alike=False)
 
 
 # -- an interpreter ----------------------------------------------------------------------------------------
 
 # (what a request evaluates, what it leaves): definitions of its own, arithmetic, and a dirty heap.
 REQUEST = (b"variable total  : area sq 355 113 */ ;  : areas 200 0 do i area total +! loop ;  areas"
-           b"  here 4096 7 fill  total @ 30 fib + &eacute +\0", sum(i * i * 355 // 113 for i in range(200)) + 832040 + 233)
+           b"  here 4096 7 fill  total @ 30 fib + &eacute +\0",
+           sum(i * i * 355 // 113 for i in range(200)) + 832040 + 233)
 WORDS = 400                 # of the interpreter's library, at least
 
 
@@ -320,5 +321,6 @@ def conclude(results: list[Result]) -> list[Result]:
     ratio = len(pickle.dumps(image, 5)) / image.size
     row = Row("pickle/size", "an image of 64 MiB with 1 % of its pages not zero", "its pickle", "its size", PICKLE,
               sense=SIZE, by=EXACT, ratio_median=ratio, holds=ratio <= PICKLE)
-    group = Group("pickle", row.operation, (), (), "bytes of pickle.dumps(image, 5), buffers included; counted, not timed")
+    group = Group("pickle", row.operation, (), (),
+                  "bytes of pickle.dumps(image, 5), buffers included; counted, not timed")
     return [*results, Result(group, [], [row])]

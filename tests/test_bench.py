@@ -375,7 +375,7 @@ def test_the_native_loop_leaves_alone_what_another_has_on_offer():
 @pytest.mark.usefixtures("with_wasmtime")
 def test_a_module_that_keeps_data_is_not_measured_as_one_without():
     kept = engines.Kept(engines.LINMEM_POOL)
-    with pytest.raises(harness.Unavailable, match="the module keeps its data: .+"):
+    with pytest.raises(harness.Unavailable, match=r"the module keeps its data: .+"):
         engines.prepare(kept.engine, '(module (memory 1) (data (i32.const 65536) "x"))')
 
 
