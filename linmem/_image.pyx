@@ -453,9 +453,9 @@ def _unpickled(size, offset, starts, *parts):
     return Image.from_pieces(zip(starts, parts, strict=True), size, offset)
 
 
-def _parts(Image image not None):
+def _parts(Image image_ not None):
     """What `Image.from_fd` takes, but for the descriptor."""
-    return image.size, image.offset, image.it.content.position, image.runs(), image._digest
+    return image_.size, image_.offset, image_.it.content.position, image_.runs(), image_._digest
 
 
 def _of_parts(descriptor, size, offset, position, runs, digest):

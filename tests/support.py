@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from linmem._os import pages
 
@@ -140,6 +141,11 @@ def requires(*needs: str) -> pytest.MarkDecorator:
     """Skip where the machine lacks one of the needs. No test skips in another way: so they can be counted."""
     missing = [NEEDS[need][1] for need in needs if not NEEDS[need][0]]
     return pytest.mark.skipif(bool(missing), reason="; ".join(missing))
+
+
+def fewer_examples(share: int) -> settings:
+    """For properties that run in many variants: together they look as long as one."""
+    return settings(max_examples=max(10, settings.default.max_examples // share))
 
 
 # -- what the OS says --------------------------------------------------------------------------
