@@ -311,6 +311,15 @@ def died_of_a_fault(done: subprocess.CompletedProcess) -> bool:
     return done.returncode in _fault_codes()
 
 
+# For children. The getter and the setter touch the byte themselves: a foreign call may make an exception of
+# the fault.
+TOUCH = """
+import ctypes
+peek = lambda address: ctypes.c_char.from_address(address).value
+poke = lambda address: setattr(ctypes.c_char.from_address(address), "value", 1)
+"""
+
+
 def dies_at(setup: str, fatal: str) -> None:
     """The child lives through `setup` and dies by a memory fault at `fatal`."""
     done = run_child(textwrap.dedent(setup) + "\nprint('alive', flush=True)\n" + textwrap.dedent(fatal)

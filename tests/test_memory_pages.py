@@ -1,22 +1,31 @@
 """Pages: guards, protection, discard, prefault, info, the kernel's own view of a memory."""
 
 import pytest
-from support import NAME, PAGE, REAL_PAGE, dies_at, inaccessible, mappings, requires, resident, run_child, smaps, whole
+from support import (
+    NAME,
+    PAGE,
+    REAL_PAGE,
+    TOUCH,
+    dies_at,
+    inaccessible,
+    mappings,
+    requires,
+    resident,
+    run_child,
+    smaps,
+    whole,
+)
 
 import linmem
 
-TOUCH = """
-import ctypes, linmem
-mem = linmem.create({minimum}, maximum={maximum}, guard={guard})
+SETUP = TOUCH + f"""
+import linmem
+mem = linmem.create({PAGE + 5}, maximum={8 * PAGE}, guard={2 * PAGE})
 info = mem.info()
-# The getter and the setter touch the byte themselves: a foreign call may make an exception of the fault.
-peek = lambda address: ctypes.c_char.from_address(address).value
-poke = lambda address: setattr(ctypes.c_char.from_address(address), 'value', 1)
 first, last = info.base - info.pre_guard, info.base - info.pre_guard + info.reserved - 1
 assert peek(info.base) == bytes(1)
 poke(info.base + info.committed - 1)
 """
-SETUP = TOUCH.format(minimum=PAGE + 5, maximum=8 * PAGE, guard=2 * PAGE)
 
 
 @pytest.mark.parametrize("touch", ["peek", "poke"])

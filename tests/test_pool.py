@@ -16,6 +16,7 @@ from support import (
     NEEDS,
     PAGE,
     SCAN_WAYS,
+    TOUCH,
     accessible_parts,
     answer,
     build_extension,
@@ -490,8 +491,8 @@ class Pool(RuleBasedStateMachine):
 
 TestPool = Pool.TestCase
 
-REUSED = f"""
-import ctypes, linmem
+REUSED = f"""{TOUCH}
+import linmem
 P = {PAGE}
 how = dict(maximum=32 * P, reserve=32 * P, guard=4 * P)
 pool = linmem.PoolingCreator()
@@ -508,9 +509,8 @@ ctypes.memset(base, 1, 2 * P)
 
 
 @pytest.mark.parametrize("fatal", [
-    "ctypes.string_at(base + 2 * P, 1)", "ctypes.memset(base + 2 * P, 0, 1)", "ctypes.string_at(base + 31 * P, 1)",
-    "ctypes.string_at(base + 32 * P, 1)", "ctypes.memset(base + 36 * P - 1, 0, 1)", "ctypes.string_at(base - 1, 1)",
-    "ctypes.memset(base - 4 * P, 0, 1)",
+    "peek(base + 2 * P)", "poke(base + 2 * P)", "peek(base + 31 * P)", "peek(base + 32 * P)",
+    "poke(base + 36 * P - 1)", "peek(base - 1)", "poke(base - 4 * P)",
 ])
 def test_a_touch_beyond_the_minimum_or_in_a_guard_of_a_reused_memory_is_death(fatal):
     dies_at(REUSED, fatal)
@@ -519,7 +519,19 @@ def test_a_touch_beyond_the_minimum_or_in_a_guard_of_a_reused_memory_is_death(fa
 @pytest.mark.parametrize("warm", [0, 100])
 def test_a_touch_of_an_idle_slot_past_the_minimum_is_death_too(warm):
     dies_at(REUSED.replace("PoolingCreator()", f"PoolingCreator(max_unused_warm={warm})") + "mem.close()",
-            "ctypes.string_at(base + 2 * P, 1)")
+            "peek(base + 2 * P)")
+
+
+@pytest.mark.parametrize("larger", [3, 11, 32])
+def test_a_slot_whose_user_grew_over_all_that_was_kept_beyond_the_minimum_is_kept(larger):
+    pool = linmem.PoolingCreator(reset="zero", keep_resident=4 * PAGE)
+    for uses, pages_used in enumerate((3, larger, 3, larger)):
+        with pool.create(PAGE, **SHAPE) as mem:
+            check_fresh(mem, PAGE)
+            mem.grow_to(pages_used * PAGE)
+            mem.write(0, b"x" * pages_used * PAGE)
+        stats = pool.stats()
+        assert (stats["hits"], stats["rejected"], stats["warm"]) == (uses, 0, 1)
 
 
 def test_a_slot_that_its_user_moved_is_thrown_away():

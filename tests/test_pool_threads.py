@@ -175,7 +175,7 @@ if {way!r}:
     pages.choose_scan({way!r})
 P = {page}
 how = dict(maximum=16 * P, reserve=16 * P, guard=P)
-libc = ctypes.PyDLL(None)
+libc = ctypes.PyDLL(None) if hasattr(os, "fork") else None
 
 def child(fork, work):
     pid = fork()
