@@ -101,8 +101,6 @@ NEEDS = {
     "huge_pages": (HAS_PROC and FLOOR["huge_page"] > 0, "no huge pages on request"),
     "bare_fork": (hasattr(LIBC, "_Fork"), "no fork(2) that runs no handlers"),
     "mallinfo": (hasattr(LIBC, "mallinfo2"), "malloc does not say how much it gave out"),
-
-
     "sealed": ("sealed" in image_kinds(), "memory cannot be sealed here"),
     "unnamed_files": ("file" in image_kinds(), "images are not kept in files here"),
     "maps_images": (FLOOR["capabilities"]["maps_images"], "images cannot be mapped into memories here"),
@@ -128,6 +126,20 @@ def requires(*needs: str) -> pytest.MarkDecorator:
     """Skip where the machine lacks one of the needs. No test skips in another way: so they can be counted."""
     missing = [NEEDS[need][1] for need in needs if not NEEDS[need][0]]
     return pytest.mark.skipif(bool(missing), reason="; ".join(missing))
+
+
+def file_requires(*needs: str) -> None:
+    """As `requires`, of all that a file tests, and counted as one skip."""
+    missing = [NEEDS[need][1] for need in needs if not NEEDS[need][0]]
+    if missing:
+        pytest.skip("; ".join(missing), allow_module_level=True)
+
+
+def whichever(*choices: tuple) -> list:
+    """Parameters, each (need, value, ...), of which those are taken that can be had; the first one is skipped
+    where that is none."""
+    found = [pytest.param(*values) for need, *values in choices if NEEDS[need][0]]
+    return found or [pytest.param(*choices[0][1:], marks=requires(choices[0][0]))]
 
 
 # -- what the OS says --------------------------------------------------------------------------
