@@ -17,12 +17,13 @@ from linmem._memory import Memory, MmapCreator
 from linmem._pool import PoolingCreator
 from linmem.abc import LinearMemory, MemoryCreator
 from linmem.creators import create, creator
-from linmem.errors import GrowError, LimitError, OwnedError, PageError, PoolError
+from linmem.errors import FileFormatError, GrowError, LimitError, OwnedError, PageError, PoolError
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Delta",
+    "FileFormatError",
     "GrowError",
     "Image",
     "ImageInfo",

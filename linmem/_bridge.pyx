@@ -6,10 +6,11 @@ Mirrors ``wasmtime_memory_creator_t`` and ``wasmtime_linear_memory_t`` of wasmti
 No callback takes the GIL, unless a Python creator raised and its text is wanted.
 """
 
+cimport cython
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport uint8_t, uint64_t
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport calloc, free
 
 from linmem._atomic cimport store, word
 from linmem._memory cimport (
@@ -90,24 +91,34 @@ cdef extern from *:
     #else
     #define LINMEM_OF_THREAD __thread
     #endif
-    typedef struct { void **images; size_t n, taken; } linmem_queue;
+    typedef struct { size_t minimum; void *image; } linmem_place;
+    typedef struct { linmem_place *next, *end; void *of; } linmem_queue;
     static LINMEM_OF_THREAD linmem_queue linmem_offered;
     static linmem_queue *linmem_of_thread(void) { return &linmem_offered; }
     """
+    ctypedef struct place "linmem_place":
+        size_t minimum      # of the memory, in bytes
+        void* image         # NULL: it starts as zeros
+
     ctypedef struct queue "linmem_queue":
-        void** images
-        size_t n
-        size_t taken
+        place* next
+        place* end
+        void* of            # the Offer, with a reference; NULL: there is none
 
     queue* offered "linmem_of_thread"() noexcept nogil
 
 
-cdef void next_image(image** out) noexcept nogil:
-    """The next that is offered on this thread, with its reference, or NULL."""
+cdef void next_image(size_t minimum, image** out) noexcept nogil:
+    """What is offered on this thread for the next memory, with its reference, or NULL.
+
+    wasmtime makes a store's GC heap before the memories of the first module that needs it, out of this creator
+    too. Its minimum is 0; that of a memory that takes an image is not, so nothing can be taken by the wrong one.
+    """
     cdef queue* q = offered()
-    if q.taken < q.n:
-        out[0] = <image*>q.images[q.taken]
-        q.taken += 1
+    if q.next < q.end and q.next.minimum == minimum:
+        out[0] = <image*>q.next.image
+        q.next += 1
+        image_retain(out[0])
 
 
 # -- callbacks -----------------------------------------------------------------------------------------
@@ -170,7 +181,7 @@ cdef wasmtime_error_t* new_memory(void* env, const wasm_memorytype_t* ty, size_t
     spec.is_shared = wasmtime.is_shared(ty)
     spec.image = NULL
     spec.page_size = 65536 if wasmtime.page_size == NULL else wasmtime.page_size(ty)
-    next_image(&spec.image)
+    next_image(minimum, &spec.image)
     code = (<NativeCreator>env).make(&spec, &m, &why)
     image_release(spec.image)
     if code:
@@ -227,39 +238,73 @@ def find(size_t base):
     return None if m == NULL else wrap(m)
 
 
-def offer_images(images):
-    """Offer images (or None) to the memories that wasmtime will make on this thread, in their order.
+@cython.final
+cdef class Offer:
+    """Images for the memories of one instance: what each of them starts from.
 
-    Each call of a creator takes the next. Once all are taken, memories start as zeros, as ever. Whoever
-    offers calls take_back_images() afterwards, on the same thread.
+    Between make() and take_back() the creators that wasmtime asks on this thread follow it.
+
+    Parameters
+    ----------
+    places : iterable of (int, Image or None)
+        For each memory that will be asked for, in that order, its minimum in bytes and its image.
     """
-    cdef queue* q = offered()
-    cdef list given = list(images)
-    cdef size_t i, n = <size_t>len(given)
-    for one in given:
-        if one is not None and not isinstance(one, ImageHandle):
-            raise TypeError(f"images must be Images or None, got {type(one).__name__}")
-    if q.images != NULL:
-        raise RuntimeError("images are on offer on this thread already: take_back_images() comes first")
-    q.images = <void**>malloc((n + 1) * sizeof(void*))
-    if q.images == NULL:
-        raise MemoryError("no memory for a queue of images")
-    for i in range(n):
-        q.images[i] = NULL
-        if given[i] is not None:
-            q.images[i] = (<ImageHandle>given[i]).it
-            image_retain(<image*>q.images[i])
-    q.n = n
-    q.taken = 0
+
+    cdef place* places
+    cdef size_t n
+    cdef tuple images       # holds them
+
+    def __init__(self, places):
+        cdef size_t i
+        cdef list given = list(places)
+        if self.places != NULL:
+            raise RuntimeError("an Offer is made once")
+        for _, one in given:
+            if one is not None and not isinstance(one, ImageHandle):
+                raise TypeError(f"images must be Images or None, got {type(one).__name__}")
+        self.places = <place*>calloc(<size_t>len(given) + 1, sizeof(place))
+        if self.places == NULL:
+            raise MemoryError("no memory for an offer of images")
+        for i in range(<size_t>len(given)):
+            self.places[i].minimum = given[i][0]
+            self.places[i].image = NULL if given[i][1] is None else (<ImageHandle>given[i][1]).it
+        self.images = tuple(given)
+        self.n = <size_t>len(given)
+
+    def __dealloc__(self):
+        free(self.places)
+
+    def make(self):
+        """Offer the images on this thread, once. The caller sees to it that take_back() follows.
+
+        False: others are on offer here that are not used up, and stay so.
+        """
+        cdef queue* q = offered()
+        if q.next < q.end:
+            return False
+        end_offer(q)
+        Py_INCREF(self)
+        q.of = <void*>self
+        q.next = self.places
+        q.end = self.places + self.n
+        return True
+
+    def take_back(self):
+        """End the offer; how many of its images no memory has taken."""
+        cdef queue* q = offered()
+        cdef size_t left = 0
+        if q.of != <void*>self:     # all were taken, and an instance that was made meanwhile had an offer of its own
+            return 0
+        while q.next < q.end:
+            left += q.next.image != NULL
+            q.next += 1
+        end_offer(q)
+        return left
 
 
-def take_back_images():
-    """End the offer on this thread; how many of its images (None among them) no memory has taken."""
-    cdef queue* q = offered()
-    cdef size_t i, left = q.n - q.taken
-    for i in range(q.taken, q.n):
-        image_release(<image*>q.images[i])
-    free(q.images)
-    q.images = NULL
-    q.n = q.taken = 0
-    return left
+cdef void end_offer(queue* q) noexcept:
+    cdef object of
+    if q.of != NULL:
+        of = <object>q.of
+        q.of = q.next = q.end = NULL
+        Py_DECREF(of)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterable, Iterator
-    from typing import Any
+    from typing import Any, SupportsIndex
 
     Piece = tuple[int, int, "memoryview | None"]
 
@@ -90,6 +91,10 @@ class Delta:
             raise ValueError(f"later must start from what this delta leads to ({self.size} bytes, digest"
                              f" {self.target}), and starts from {later.base_size} bytes, digest {later.base}")
         over = list(later.pieces())
+        # What the memory in between has not, and the base and what comes out have, is zero in the end.
+        lost = min(self.base_size, later.size) - self.size
+        if lost > 0:
+            over = sorted([*_outside([(self.size, lost, None)], over, later.size), *over], key=lambda piece: piece[0])
         pieces = sorted([*_outside(self.pieces(), over, later.size), *over], key=lambda piece: piece[0])
         ranges: list[tuple[int, int]] = []
         zeros: list[tuple[int, int]] = []
@@ -111,6 +116,53 @@ class Delta:
     def nbytes(self) -> int:
         """Bytes that it carries."""
         return self.data.nbytes
+
+    def save(self, path: str | bytes | os.PathLike[str]) -> None:
+        """Write the delta to a file, which is there whole or not at all, whenever the process is killed.
+
+        Raises
+        ------
+        ValueError
+            If its ranges are not whole blocks of 4096 bytes; those of `Image.diff` are.
+        OSError
+            The old file, if there is one, is still there.
+        """
+        from linmem import _files
+
+        _files.save_delta(self, path)
+
+    @staticmethod
+    def open(path: str | bytes | os.PathLike[str], *, max_size: int | None = None) -> Delta:
+        """The delta that a file holds, read and checked as a whole.
+
+        Parameters
+        ----------
+        path : path-like
+            Written by `save`, on any machine.
+        max_size : int, optional
+            Bytes; a delta for a larger memory is refused.
+
+        Raises
+        ------
+        FileFormatError
+            It is no such file, or damaged.
+        OSError
+            It cannot be read.
+        """
+        from linmem import _files
+
+        found: Delta = _files.open_delta(Delta, path, max_size=max_size)
+        return found
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
+        # From protocol 5 on whoever pickles may leave the bytes where they are.
+        if int(protocol) >= 5:
+            from pickle import PickleBuffer
+
+            data: object = PickleBuffer(self.data)
+        else:
+            data = bytes(self.data)
+        return Delta, (self.base, self.base_size, self.size, self.ranges, self.zeros, data, self.target)
 
     def _key(self) -> tuple[object, ...]:
         return self.base, self.base_size, self.size, self.ranges, self.zeros, self.data.tobytes()

@@ -9,3 +9,4 @@ cdef class Image(ImageHandle):
     cdef readonly size_t size
     cdef object _digest         # or None: not computed yet
     cdef object _runs           # the same
+    cdef object _contents       # of the file that this is a mapping of, else None

@@ -21,18 +21,6 @@ from linmem._delta import Delta as _Delta
 from linmem._os import pages as _pages
 
 cdef NativeCreator default_creator = _memory.MmapCreator()
-cdef object reduce_ = None
-
-
-def reduces_by(function):
-    """From now on an Image is pickled by what `function` returns for it; the room of files calls this.
-
-    Returns what it was before.
-    """
-    global reduce_
-    before = reduce_
-    reduce_ = function
-    return before
 
 
 @cython.final
@@ -94,7 +82,7 @@ cdef class Image(ImageHandle):
         cdef size_t start, n
         check_size(offset, "offset", &start)
         check_size(size, "size", &n)
-        return from_pieces(start, n, list(pieces))
+        return from_pieces(start, n, pieces)
 
     @staticmethod
     def from_fd(fd, size, offset=0, *, position=0, runs=None, digest=None):
@@ -336,10 +324,99 @@ cdef class Image(ImageHandle):
     def __repr__(self):
         return f"<linmem.Image: {self.size} bytes at offset {self.offset}>"
 
+    # -- to other days and other processes
+
+    def save(self, path, *, packed=False):
+        """Write the image to a file, which is there whole or not at all, whenever the process is killed.
+
+        An image that was opened from the file before keeps the old one.
+
+        Parameters
+        ----------
+        path : path-like
+        packed : bool
+            As long as what it holds, without holes, for an upload or an archive; read into memory when it
+            is opened. By default the file can be mapped, is as long as the image, and has holes for zeros.
+
+        Raises
+        ------
+        OSError
+            The old file, if there is one, is still there.
+        """
+        from linmem import _files
+        _files.save_image(self, path, packed=bool(packed))
+
+    @staticmethod
+    def open(path, verify=False, *, map=True, max_size=None):
+        """The image that a file holds.
+
+        Parameters
+        ----------
+        path : path-like
+            Written by `save`, on any machine.
+        verify : bool
+            As `verify()` at once. Without it the header and the table are checked, and each byte that is read
+            instead of mapped.
+        map : bool
+            Pages come from the file when they are first needed, if it is not packed: nobody must change it
+            in place. False: everything is read now.
+        max_size : int, optional
+            Bytes; a larger image is refused.
+
+        Raises
+        ------
+        FileFormatError
+            It is no such file, or damaged.
+        OSError, PageError
+            It cannot be read, or there is no room for it.
+        """
+        from linmem import _files
+        cdef size_t bound
+        if max_size is not None:
+            check_size(max_size, "max_size", &bound)
+        image_, contents = _files.open_image(Image, path, verify=bool(verify), mapped=bool(map), max_size=max_size,
+                                             host_page=pages.capabilities().page_size)
+        (<Image>image_)._contents = contents
+        return image_
+
+    def verify(self):
+        """Compare every byte with the checksums of the file that the image is a mapping of.
+
+        An image that is none has nothing to compare: what was read from a file was checked then.
+
+        Raises
+        ------
+        FileFormatError
+            The file is damaged.
+        """
+        from linmem import _files
+        if self._contents is not None:
+            _files.verify_image(self, self._contents)
+
+    def handle(self):
+        """What `multiprocessing` can send to another process of this machine without a copy of the bytes.
+
+        As an argument of a Process or through a Queue or a Pipe; there, ``handle.image`` is the image, of
+        the same pages.
+
+        Raises
+        ------
+        OSError
+            No descriptor shows the pages, as `fileno`.
+        """
+        from linmem._handles import Handle
+        self.fileno()
+        return Handle(self, _parts, _of_parts)
+
     def __reduce_ex__(self, protocol):
-        if reduce_ is None:
-            raise TypeError("an Image is pickled by linmem's room of files, which is not there")
-        return reduce_(self, protocol)
+        # The pages that are not zero, where they lie: from protocol 5 on whoever pickles may leave them there.
+        from pickle import PickleBuffer
+
+        from linmem._files import own_runs
+        runs = list(own_runs(self, memoryview(self)))
+        wrap_part = PickleBuffer if protocol >= 5 else bytes
+        return _unpickled, (self.size, self.offset, tuple([start for start, _ in runs]),
+                            *[wrap_part(data) for _, data in runs])
 
 
 cdef char[1] nothing
@@ -372,6 +449,24 @@ cdef Image wrap_image(ImageHandle handle, size_t offset, size_t size):
     return made
 
 
+def _unpickled(size, offset, starts, *parts):
+    return Image.from_pieces(zip(starts, parts, strict=True), size, offset)
+
+
+def _parts(Image image not None):
+    """What `Image.from_fd` takes, but for the descriptor."""
+    return image.size, image.offset, image.it.content.position, image.runs(), image._digest
+
+
+def _of_parts(descriptor, size, offset, position, runs, digest):
+    from os import close
+    fd = descriptor.detach()
+    try:
+        return Image.from_fd(fd, size, offset, position=position, runs=runs, digest=digest)
+    finally:
+        close(fd)
+
+
 def _of_snapshot(ImageHandle handle not None):
     return wrap_image(handle, 0, handle.it.end)
 
@@ -384,7 +479,7 @@ cdef int take_buffer(object data, Py_buffer* out) except -1:
     return 0
 
 
-cdef Image from_pieces(size_t offset, size_t size, list pieces):
+cdef Image from_pieces(size_t offset, size_t size, object pieces):
     cdef ImageHandle handle = ImageHandle()
     cdef image* it
     cdef failure why

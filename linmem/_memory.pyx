@@ -482,7 +482,8 @@ cdef int prefaulting_grow(memory* m, size_t new_size, failure* why) noexcept nog
     code = pages.prefault(base + accessible, end - accessible)
     if code:
         fail_page_call(why, code, "prefault", end - accessible)
-        pages.decommit(base + accessible, end - accessible)
+        if pages.decommit(base + accessible, end - accessible):
+            m.accessible = end      # the next growth finds them, zero as they are
         return code
     m.accessible = end
     return mapped_grow(m, new_size, why)

@@ -25,7 +25,8 @@ cdef struct shape:
 cdef struct shelf:
     shelf* next             # in its bucket
     shape shape
-    slot* top               # its idle slots, the last one given back first
+    slot* warm              # its idle slots, the last one given back first
+    slot* cold
     size_t slots            # live and idle
 
 cdef enum:
@@ -40,7 +41,7 @@ cdef struct slot:
     memory* m
     slot* below             # on its shelf, idle only
     slot* above
-    slot* older             # of the idle slots of the pool
+    slot* older             # of the pool's warm slots, or of its cold ones
     slot* newer
     slot* next              # of all slots of the pool
     slot* previous
@@ -68,8 +69,8 @@ cdef struct pool:
     pool* next              # in the list of all pools
     pool* previous
     slot* slots
-    slot* newest            # idle slots by when they were given back
-    slot* oldest
+    slot* newest[3]         # idle slots by when they became WARM, and COLD
+    slot* oldest[3]
     shelf* buckets[BUCKETS]
     size_t n_slots
     size_t n_warm

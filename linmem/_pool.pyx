@@ -183,62 +183,49 @@ cdef void remove_shelf(pool* p, shelf* gone) noexcept nogil:
     link[0] = gone.next
 
 
+cdef inline slot** shelf_of(slot* s, int state) noexcept nogil:
+    return &s.shelf.warm if state == WARM else &s.shelf.cold
+
+
 cdef inline void put_idle(pool* p, slot* s, int state) noexcept nogil:
-    """Warm ones on top and as the newest; cold ones below all others and as the oldest."""
-    cdef slot* last
+    cdef slot** top = shelf_of(s, state)
     s.state = state
     p.resident += s.resident
     if state == WARM:
         p.n_warm += 1
-        s.above = NULL
-        s.below = s.shelf.top
-        s.newer = NULL
-        s.older = p.newest
-        if p.newest != NULL:
-            p.newest.newer = s
-        else:
-            p.oldest = s
-        p.newest = s
-        if s.below != NULL:
-            s.below.above = s
-        s.shelf.top = s
-        return
-    p.n_cold += 1
-    s.older = NULL
-    s.newer = p.oldest
-    if p.oldest != NULL:
-        p.oldest.older = s
     else:
-        p.newest = s
-    p.oldest = s
-    s.below = NULL
+        p.n_cold += 1
     s.above = NULL
-    last = s.shelf.top
-    if last == NULL:
-        s.shelf.top = s
-        return
-    while last.below != NULL:
-        last = last.below
-    last.below = s
-    s.above = last
+    s.below = top[0]
+    if s.below != NULL:
+        s.below.above = s
+    top[0] = s
+    s.newer = NULL
+    s.older = p.newest[state]
+    if s.older != NULL:
+        s.older.newer = s
+    else:
+        p.oldest[state] = s
+    p.newest[state] = s
 
 
 cdef inline void take_idle(pool* p, slot* s) noexcept nogil:
+    cdef int state = s.state
     if s.above != NULL:
         s.above.below = s.below
     else:
-        s.shelf.top = s.below
+        shelf_of(s, state)[0] = s.below
     if s.below != NULL:
         s.below.above = s.above
     if s.newer != NULL:
         s.newer.older = s.older
     else:
-        p.newest = s.older
+        p.newest[state] = s.older
     if s.older != NULL:
         s.older.newer = s.newer
     else:
-        p.oldest = s.newer
-    if s.state == WARM:
+        p.oldest[state] = s.newer
+    if state == WARM:
         p.n_warm -= 1
     else:
         p.n_cold -= 1
@@ -246,11 +233,8 @@ cdef inline void take_idle(pool* p, slot* s) noexcept nogil:
     s.state = LIVE
 
 
-cdef slot* oldest_warm(pool* p) noexcept nogil:
-    cdef slot* s = p.oldest
-    while s != NULL and s.state != WARM:
-        s = s.newer
-    return s
+cdef inline slot* least_wanted(pool* p) noexcept nogil:
+    return p.oldest[COLD] if p.oldest[COLD] != NULL else p.oldest[WARM]
 
 
 # -- resetting a slot, outside every lock --------------------------------------------------------------------
@@ -419,7 +403,7 @@ cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
     p.resets[how] += 1
     put_idle(p, s, WARM)
     if p.n_warm > p.most_warm or p.resident > p.resident_bound:
-        out = oldest_warm(p)
+        out = p.oldest[WARM]
         take_idle(p, out)
     unlock(&p.lock)
     if out != NULL:
@@ -429,6 +413,7 @@ cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
 
 cdef void make_cold(pool* p, slot* s) noexcept nogil:
     """Give back the pages of one warm slot after the other, until the bounds hold."""
+    add(&p.refs, 1)         # a slot that is dropped here may have held the last one
     while s != NULL:
         if s.high and pages.decommit(s.base, s.high):
             drop(s)
@@ -443,10 +428,11 @@ cdef void make_cold(pool* p, slot* s) noexcept nogil:
             put_idle(p, s, COLD)
         s = NULL
         if p.n_warm > p.most_warm or p.resident > p.resident_bound:
-            s = oldest_warm(p)
+            s = p.oldest[WARM]
             if s != NULL:
                 take_idle(p, s)
         unlock(&p.lock)
+    release_pool(p)
 
 
 cdef void drop(slot* s) noexcept nogil:
@@ -480,13 +466,13 @@ cdef void slot_dropped(memory_hook* head) noexcept nogil:
 
 
 cdef size_t release_idle(pool* p, size_t target) noexcept nogil:
-    """Drop idle slots, the oldest first, until at most `target` bytes of the others are resident.
+    """Drop idle slots, cold ones and then the oldest first, until at most `target` bytes of the others are resident.
     Returns the bytes that were."""
     cdef slot* s
     cdef size_t released = 0
     while True:
         acquire(&p.lock)
-        s = p.oldest
+        s = least_wanted(p)
         if s != NULL and s.state == WARM and target and p.resident <= target:
             s = NULL
         if s != NULL:
@@ -624,8 +610,9 @@ cdef class PoolingCreator(NativeCreator):
         cdef bint cold = False
         acquire(&p.lock)
         here = find_shelf(p, key)
-        if here != NULL and here.top != NULL:
-            s = here.top
+        if here != NULL:
+            s = here.warm if here.warm != NULL else here.cold
+        if s != NULL:
             cold = s.state == COLD
             take_idle(p, s)
             p.hits += 1
@@ -659,7 +646,7 @@ cdef class PoolingCreator(NativeCreator):
         while True:
             acquire(&p.lock)
             room = p.n_slots < p.most_slots
-            victim = NULL if room else p.oldest
+            victim = NULL if room else least_wanted(p)
             if room:
                 p.n_slots += 1
                 p.misses += 1
@@ -681,7 +668,7 @@ cdef class PoolingCreator(NativeCreator):
             code = fail(why, E_NO_MEMORY, "calloc", sizeof(slot))
         else:
             code = self.upstream.make(spec, out, why)
-            if code and (code > 0 or code == E_LIMIT or code == E_NO_MEMORY) and p.oldest != NULL:
+            if code and (code > 0 or code == E_LIMIT or code == E_NO_MEMORY) and least_wanted(p) != NULL:
                 # What idle slots hold may be what is missing.
                 release_idle(p, 0)
                 code = self.upstream.make(spec, out, why)

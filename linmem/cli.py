@@ -1,4 +1,4 @@
-"""The command line: ``linmem run | demo | info | bench``. Floor 6.
+"""The command line: ``linmem run | demo | info | image | bench``. Floor 6.
 
 Nothing but argparse is imported before a subcommand is known: each takes what it needs.
 """
@@ -103,6 +103,8 @@ def main(argv: list[str] | None = None) -> int:
             return run(args, program, arguments)
         if command == "bench":
             return bench(parser, commands["bench"], words)
+        if command == "image":
+            return image(parser, commands["image"], words)
         args = parser.parse_args(words)
         if args.command is None:
             parser.print_help(sys.stderr)
@@ -154,8 +156,10 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
                                  description=INFO_DESCRIPTION)
     info.add_argument("--json", action="store_true", help="print it as JSON")
 
+    image = subparsers.add_parser("image", help="look at the files of images and deltas", allow_abbrev=False)
     bench = subparsers.add_parser("bench", help="the benchmarks", allow_abbrev=False, description=BENCH_DESCRIPTION)
-    return parser, {"run": run, "demo": subparsers.choices["demo"], "info": info, "bench": bench}
+    return parser, {"run": run, "demo": subparsers.choices["demo"], "info": info, "image": image,
+                    "bench": bench}
 
 
 def parse_size(text: str) -> int:
@@ -731,6 +735,17 @@ def print_info(figures: dict[str, Any]) -> None:
         if child["stderr"]:
             print("    " + child["stderr"].replace("\n", "\n    "))
     print("The guards hold." if figures["self_test"]["passed"] else "THE GUARDS DO NOT HOLD on this machine.")
+
+
+# -- image ---------------------------------------------------------------------------------------
+
+def image(parser: Parser, own_parser: Parser, words: list[str]) -> int:
+    from linmem import _image_cli
+
+    _image_cli.add_arguments(own_parser)
+    code = _image_cli.main(parser.parse_args(words))
+    sys.stdout.flush()
+    return code
 
 
 # -- bench ---------------------------------------------------------------------------------------

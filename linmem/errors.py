@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["GrowError", "LimitError", "OwnedError", "PageError", "PoolError"]
+__all__ = ["FileFormatError", "GrowError", "LimitError", "OwnedError", "PageError", "PoolError"]
 
 
 class GrowError(MemoryError):
@@ -73,6 +73,30 @@ class PageError(OSError, MemoryError):
 
 class OwnedError(RuntimeError):
     """A memory that a wasmtime store owns was asked to do what only its owner may do."""
+
+
+class FileFormatError(ValueError):
+    """A file that is no image or delta of linmem's, is damaged, or lies about what it holds.
+
+    Attributes
+    ----------
+    path : str
+        The file.
+    field : str
+        The part of it that is wrong, by the name that the description of the format gives it.
+    value, bound : object
+        What stands there, and what had to.
+    """
+
+    def __init__(self, path: str, field: str, value: object, bound: object) -> None:
+        super().__init__(f"{path}: {field} is {value}, must be {bound}")
+        self.path = path
+        self.field = field
+        self.value = value
+        self.bound = bound
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return FileFormatError, (self.path, self.field, self.value, self.bound)
 
 
 def from_failure(reason: str, text: str, *, os_error_args: tuple[object, ...], call: str, size: int,

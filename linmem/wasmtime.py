@@ -1,4 +1,4 @@
-"""linmem memories under a real wasmtime engine. Floor 5.
+"""linmem memories under a real wasmtime engine. Floor 5.2.
 
 >>> import wasmtime, linmem.wasmtime
 >>> config = wasmtime.Config()
@@ -21,10 +21,12 @@ from linmem import _bridge
 from linmem._memory import Memory
 from linmem._os import pages as _pages
 from linmem._pool import PoolingCreator
+from linmem._prepared import NOT_OURS, Prepared, prepare
+from linmem._snapshot import Snapshot, behind
 from linmem.abc import MemoryCreator
 from linmem.creators import as_native
 
-__all__ = ["install", "linear_memory", "new_memory"]
+__all__ = ["Prepared", "Snapshot", "install", "linear_memory", "new_memory", "prepare"]
 
 _WASM32_SPACE = 1 << 32
 _SHORT_SPACE = 1 << 40      # bytes left below which wasmtime's defaults (4 GiB a memory) run out soon
@@ -103,18 +105,12 @@ def linear_memory(store: wasmtime.Store, memory: wasmtime.Memory | wasmtime.Shar
     ValueError
         If linmem does not own the memory; the message lists the reasons there are.
     """
-    if isinstance(memory, wasmtime.Memory):
-        pointer = memory.data_ptr(store)
-    elif isinstance(memory, wasmtime.SharedMemory):
-        pointer = memory.data_ptr()
-    else:
+    if not isinstance(memory, (wasmtime.Memory, wasmtime.SharedMemory)):
         raise TypeError(f"memory must be a wasmtime.Memory or a wasmtime.SharedMemory, got {type(memory).__name__}")
-    found = _bridge.find(ctypes.cast(pointer, ctypes.c_void_p).value or 0)
+    found = behind(store, memory)
     if found is None:
-        raise ValueError(
-            "memory is not linmem's: linmem.wasmtime.install(config) was not called for this engine, or the config"
-            " uses the pooling allocation strategy (which ignores host creators), or the memory was made by"
-            " wasmtime.Memory() or wasmtime.SharedMemory() (use linmem.wasmtime.new_memory)")
+        raise ValueError(f"memory is not linmem's: {NOT_OURS}, or the memory was made by wasmtime.Memory() or"
+                         " wasmtime.SharedMemory() (use linmem.wasmtime.new_memory)")
     return found
 
 

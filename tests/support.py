@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +52,12 @@ def _core_is_a_file() -> bool:
     except OSError:
         return False
     return bool(pattern) and "|" not in pattern and "/" not in pattern and "%" not in pattern
+
+
+def _files_have_holes() -> bool:
+    with tempfile.TemporaryFile() as file:
+        file.truncate(1 << 24)
+        return getattr(os.fstat(file.fileno()), "st_blocks", 1 << 24) * 512 < 1 << 20
 
 
 def _scan_ways() -> frozenset[str]:
@@ -105,6 +112,7 @@ NEEDS = {
     "unnamed_files": ("file" in image_kinds(), "images are not kept in files here"),
     "maps_images": (FLOOR["capabilities"]["maps_images"], "images cannot be mapped into memories here"),
     "descriptors": (HAS_PROC and FDS.exists(), "no /proc/self/fd to ask"),
+    "holes": (_files_have_holes(), "the file system has no holes, or does not say"),
     "rlimits": (_has_module("resource"), "this OS has no resource limits"),
     "fork": (hasattr(os, "fork"), "this OS has no fork"),
     "core_files": (_core_is_a_file(), "core_pattern is not a plain file name"),
@@ -119,6 +127,8 @@ NEEDS = {
     "interrupts": (hasattr(signal, "pthread_kill"), "a process cannot be sent an interrupt here"),
     "docstrings": (sysconfig.get_config_var("WITH_DOC_STRINGS") != 0, "this Python was built without docstrings"),
     "numpy": (_has_module("numpy"), "NumPy is not installed"),
+    # Not imported to know: it takes longer than the rest of a test run's start.
+    "dask": (all(map(importlib.util.find_spec, ("distributed", "numpy"))), "Dask's distributed is not installed"),
 }
 
 

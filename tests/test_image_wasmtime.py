@@ -1,5 +1,6 @@
-"""Images under wasmtime: the bridge's queue, and a store's memory put back."""
+"""Images under wasmtime: the bridge's offers, and a store's memory put back."""
 
+import sys
 import threading
 
 import pytest
@@ -22,21 +23,28 @@ def engine(request):
     made.close()
 
 
+def offer(*images):
+    """For the memories of TWO, and one more."""
+    return _bridge.Offer(list(zip((131072, 65536, 65536), images, strict=False)))
+
+
 def instantiate(engine, images, wat=TWO):
     store = wasmtime.Store(engine)
     module = wasmtime.Module(engine, wat)
-    _bridge.offer_images(images)
+    offered = offer(*images)
+    offered.make()
     try:
         exports = wasmtime.Instance(store, module, []).exports(store)
     finally:
-        left = _bridge.take_back_images()
+        left = offered.take_back()
     return store, exports, left
 
 
 def test_each_memory_takes_the_next_image_in_order(engine):
     img = Image.from_bytes(b"\x2a", 70000)
     other = Image.from_bytes(b"b", 5)
-    for images, left in (([img, other], 0), ([img], 0), ([None, other], 0), ([img, None, other], 1), ([], 0)):
+    for images, left in (([img, other], 0), ([img], 0), ([None, other], 0), ([img, None, other], 1),
+                         ([img, None, None], 0), ([], 0)):
         store, exports, remained = instantiate(engine, images)
         assert remained == left
         assert exports["load"](store, 70000) == (42 if images and images[0] is img else 0)
@@ -44,14 +52,23 @@ def test_each_memory_takes_the_next_image_in_order(engine):
         assert second[5] == (ord("b") if images[1:2] == [other] else 0)
         second[5] = exports["a"].data_len(store) & 1
         store.close()
-    assert _bridge.take_back_images() == 0
+
+
+def test_a_memory_of_another_minimum_takes_nothing_and_leaves_the_offer_as_it_is(engine):
+    img = Image.from_bytes(b"x", 5)
+    store, exports, left = instantiate(engine, [None, img], """(module
+        (memory 0) (memory (export "a") 2) (memory 3) (memory (export "b") 1))""")
+    assert left == 0
+    assert exports["b"].read(store, 5, 6) == b"x"
+    assert exports["a"].read(store, 5, 6) == b"\0"
+    _, _, left = instantiate(engine, [None, img], '(module (memory (export "b") 1))')
+    assert left == 1
 
 
 def test_an_image_that_does_not_fit_is_an_error_with_its_bounds(engine):
     img = Image.from_bytes(b"x", 65536)
     with pytest.raises(wasmtime.WasmtimeError, match=r"minimum must be >= the end of the image \(65537\), got 65536"):
         instantiate(engine, [None, img])
-    assert _bridge.take_back_images() == 0
     assert instantiate(engine, [])[2] == 0
 
 
@@ -61,30 +78,62 @@ def test_an_offer_is_seen_by_its_own_thread_only(engine):
 
     def other():
         store, exports, left = instantiate(engine, [])
-        seen.append((exports["load"](store, 70000), left, _bridge.take_back_images()))
+        seen.append((exports["load"](store, 70000), left, offered.take_back()))
 
-    _bridge.offer_images([img, None])
+    offered = offer(img, None)
+    offered.make()
     try:
         thread = threading.Thread(target=other)
         thread.start()
         thread.join()
     finally:
-        assert _bridge.take_back_images() == 2
+        assert offered.take_back() == 1
     assert seen == [(0, 0, 0)]
 
 
-def test_an_offer_is_taken_back_before_the_next_and_holds_its_images():
-    img = Image.from_bytes(b"x")
-    _bridge.offer_images([img, None, img])
-    try:
-        with pytest.raises(RuntimeError, match="take_back_images"):
-            _bridge.offer_images([])
-    finally:
-        assert _bridge.take_back_images() == 3
-    for wrong in ([b"x"], [img, 5], 5):
-        with pytest.raises(TypeError):
-            _bridge.offer_images(wrong)
-    assert _bridge.take_back_images() == 0
+def test_an_offer_is_made_again_and_again_but_not_within_one_that_is_not_used_up(engine):
+    img = Image.from_bytes(b"\x2a", 70000)
+    first, second = offer(img, None, img), offer(img, img)
+    for _ in range(3):
+        assert first.make()
+        try:
+            assert not second.make()
+            assert not first.make()
+            assert second.take_back() == 0
+        finally:
+            assert first.take_back() == 2
+    assert first.take_back() == 0
+    # One that is used up is ended by the next: instances made by a start function come in between.
+    store = wasmtime.Store(engine)
+    module = wasmtime.Module(engine, TWO)
+    outer = offer(img, None)
+    outer.make()
+    wasmtime.Instance(store, module, [])
+    assert second.make()
+    assert second.take_back() == 2
+    assert outer.take_back() == 0
+
+
+def test_an_offer_lives_as_long_as_it_is_on_offer_and_holds_its_images():
+    img = Image.from_bytes(b"x" * 5000)
+    offered = offer(img)
+    before = sys.getrefcount(offered)
+    offered.make()
+    assert sys.getrefcount(offered) == before + 1
+    assert offered.take_back() == 1
+    assert sys.getrefcount(offered) == before
+    assert sys.getrefcount(img) > 2
+    held = sys.getrefcount(img)
+    del offered
+    assert sys.getrefcount(img) == held - 1
+
+
+@pytest.mark.parametrize(("wrong", "error"), [
+    ([(1, b"x")], TypeError), ([(1, 5)], TypeError), (5, TypeError), ([5], TypeError), ([("1", None)], TypeError),
+    ([(-1, None)], OverflowError), ([(1 << 64, None)], OverflowError), ([(1, None, None)], ValueError)])
+def test_an_offer_of_something_else_is_refused(wrong, error):
+    with pytest.raises(error):
+        _bridge.Offer(wrong)
 
 
 def test_a_stores_memory_is_restored_and_the_program_sees_it(engine):

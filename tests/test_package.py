@@ -63,7 +63,7 @@ def test_the_sdist_has_all_sources_and_no_generated_c(tmp_path):
     pytest.importorskip("Cython")
     with tarfile.open(build("sdist", tmp_path)) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    sources = {path.relative_to(ROOT).as_posix() for folder in ("linmem", "bench", "tests", "docs")
+    sources = {path.relative_to(ROOT).as_posix() for folder in ("linmem", "bench", "tests", "docs", "examples")
                for path in (ROOT / folder).rglob("*")
                if path.suffix in {".py", ".pyx", ".pxd", ".pxi", ".pyi", ".md"} and "_build" not in path.parts}
     for name in {*sources, "linmem/_os/posix.pyx", "linmem/_os/windows.pyx", "linmem/py.typed", "setup.py",

@@ -1,0 +1,619 @@
+"""Modules that start from images: the same instances as ever, faster."""
+
+import hashlib
+import os
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+import wasmtime
+from hypothesis import given
+from support import REAL_PAGE, requires, smaps
+from test_hoist import Prefilled, all_features, binary, modules, needs_gc, number, observe, said, table
+from wasmtime import _ffi as ffi
+
+import linmem
+import linmem.wasmtime
+from linmem import _prepared
+from linmem._cache import Cache
+from linmem.wasmtime import prepare
+
+PAGE = 65536
+CREATORS = {
+    "mmap": linmem.creator,
+    "pool": lambda: linmem.creator("pool"),
+    "limited pool": lambda: linmem.creator("limiting", limit_bytes=1 << 40, upstream=linmem.creator("pool")),
+    "limiting": lambda: linmem.creator("limiting", limit_bytes=1 << 40),
+    "statistics": lambda: linmem.creator("statistics"),
+    "python": Prefilled,
+}
+HELLO = '(module (memory (export "m") 1) (data (i32.const 16) "hello") (data (i32.const 60000) "world"))'
+GREETED = {16: b"hello", 60000: b"world"}
+
+
+def engine_of(kind="mmap", **settings):
+    config = all_features()
+    for name, value in settings.items():
+        setattr(config, name, value)
+    linmem.wasmtime.install(config, CREATORS[kind]())
+    return wasmtime.Engine(config)
+
+
+MMAP = engine_of()      # shared by many tests: it keeps nothing
+PLAIN = wasmtime.Engine(all_features())
+
+
+# Each test makes its own engine, whose end gives back what a pool has kept.
+with_every_creator = pytest.mark.parametrize("kind", CREATORS)
+
+
+def of(wasm, *, filled):
+    """The bytes of a memory that holds `filled` and zeros."""
+    out = bytearray(wasm)
+    for offset, data in filled.items():
+        out[offset:offset + len(data)] = data
+    return bytes(out)
+
+
+def memory_of(store, instance, name="m"):
+    return bytes(instance.exports(store)[name].read(store))
+
+
+# -- the same instances ----------------------------------------------------------------------------
+
+
+def same(engine, wat, world=lambda store: [], calls=()):
+    """Compare a prepared module with wasmtime's own, twice; the prepared one."""
+    prepared = prepare(engine, wat)
+    module = wasmtime.Module(engine, wat)
+    expected = observe(engine, lambda store, imports: wasmtime.Instance(store, module, imports), world, calls)
+    for _ in range(2):
+        assert observe(engine, prepared.instantiate, world, calls) == expected
+    return prepared
+
+
+@with_every_creator
+def test_a_prepared_module_is_the_module(kind):
+    engine = engine_of(kind)
+
+    @given(modules())
+    def check(module):
+        same(engine, *module)
+
+    check()
+
+
+@with_every_creator
+def test_the_data_is_there_and_each_instance_has_its_own(kind):
+    engine = engine_of(kind)
+    prepared = prepare(engine, HELLO)
+    stores = [wasmtime.Store(engine) for _ in range(3)]
+    instances = [prepared.instantiate(store, []) for store in stores]
+    for turn, (store, instance) in enumerate(zip(stores, instances, strict=True)):
+        memory = instance.exports(store)["m"]
+        assert bytes(memory.read(store)) == of(PAGE, filled=GREETED)
+        memory.write(store, bytes([turn]) * 5, 16)
+    assert memory_of(stores[0], instances[0])[16:21] == bytes(5)
+    assert memory_of(stores[1], instances[1])[16:21] == b"\1" * 5
+    assert [image is not None for image in prepared.images] == [True]
+    assert prepared.skipped == ()
+    store = wasmtime.Store(engine)
+    assert memory_of(store, prepared.instantiate(store)) == of(PAGE, filled=GREETED)
+
+
+@with_every_creator
+def test_data_survives_growth_and_grown_bytes_are_zero(kind):
+    engine = engine_of(kind)
+    prepared = prepare(engine, HELLO)
+    store = wasmtime.Store(engine)
+    memory = prepared.instantiate(store).exports(store)["m"]
+    assert memory.grow(store, 3) == 1
+    assert bytes(memory.read(store)) == of(4 * PAGE, filled=GREETED)
+
+
+@with_every_creator
+def test_an_instance_finds_nothing_of_those_that_were_before_it(kind):
+    engine = engine_of(kind)
+    bare = '(module (memory (export "m") 1))'
+    plain = wasmtime.Module(engine, bare)
+    prepared = [prepare(engine, HELLO), prepare(engine, bare[:-1] + '(data (i32.const 17) "other"))')]
+    expected = [of(PAGE, filled=GREETED), of(PAGE, filled={17: b"other"}), bytes(PAGE)]
+    for turn in range(24):
+        which = (0, 0, 1, 0, 2, 1, 1, 2)[turn % 8]
+        store = wasmtime.Store(engine)
+        instance = wasmtime.Instance(store, plain, []) if which == 2 else prepared[which].instantiate(store)
+        memory = instance.exports(store)["m"]
+        assert bytes(memory.read(store)) == expected[which]
+        if turn % 3:
+            memory.grow(store, turn % 3)
+        memory.write(store, b"\xff" * (turn % 5 * 13000), turn * 7)
+        memory.write(store, b"\xff" * (memory.data_len(store) - PAGE), PAGE - 1)
+        store.close()
+
+
+@with_every_creator
+def test_segments_out_of_bounds_trap_as_ever_and_what_follows_is_not_disturbed(kind):
+    engine = engine_of(kind)
+    bad = prepare(engine, '(module (memory 1) (data (i32.const 0) "a") (data (i32.const 65535) "too long"))')
+    assert "does not fit" in bad.skipped[0]
+    good = wasmtime.Module(engine, '(module (memory (export "m") 1))')
+    store = wasmtime.Store(engine)
+    with pytest.raises(wasmtime.Trap, match="out of bounds memory access"):
+        bad.instantiate(store)
+    assert not any(memory_of(store, wasmtime.Instance(store, good, [])))
+
+
+@with_every_creator
+def test_data_drop_and_memory_init_of_many_memories(kind):
+    engine = engine_of(kind)
+    prepared = same(engine, """(module (memory (export "a") 1) (memory (export "b") i64 2)
+        (data (i32.const 1) "first") (data (memory 1) (i64.const 65536) "second") (data "passive")
+        (func (export "init") (memory.init 2 (i32.const 9) (i32.const 0) (i32.const 7)))
+        (func (export "drop") (data.drop 0) (data.drop 2))
+        (func (export "again") (memory.init 0 (i32.const 9) (i32.const 0) (i32.const 1))))""",
+        calls=["again", "init", "drop", "drop", "init", "again"])
+    assert None not in prepared.images
+
+
+@with_every_creator
+def test_imports_may_be_a_sequence_or_a_linker(kind):
+    engine = engine_of(kind)
+    wat = """(module (import "e" "g" (global i32)) (memory (export "m") 1)
+        (data (i32.const 0) "data") (global (export "g") i32 (global.get 0)))"""
+    prepared = prepare(engine, wat)
+    store = wasmtime.Store(engine)
+    linker = wasmtime.Linker(engine)
+    linker.define(store, "e", "g", number(store, 7))
+    for imports in ([number(store, 7)], linker):
+        instance = prepared.instantiate(store, imports)
+        assert memory_of(store, instance) == of(PAGE, filled={0: b"data"})
+        assert instance.exports(store)["g"].value(store) == 7
+    with pytest.raises(wasmtime.WasmtimeError, match="expected 1 imports, found 0"):
+        prepared.instantiate(store)
+
+
+@with_every_creator
+def test_host_functions_of_a_start_function_may_make_instances(kind):
+    engine = engine_of(kind)
+    inner = prepare(engine, '(module (memory (export "m") 1) (data (i32.const 0) "inner"))')
+    plain = wasmtime.Module(engine, '(module (memory (export "m") 1))')
+    outer = prepare(engine, """(module (import "e" "f" (func $f)) (memory (export "m") 1) (memory (export "n") 1)
+        (start $f) (data (i32.const 0) "outer") (data (memory 1) (i32.const 1) "too"))""")
+    store = wasmtime.Store(engine)
+    made = []
+
+    def host():
+        made.append(memory_of(store, wasmtime.Instance(store, plain, [])))
+        made.append(memory_of(store, inner.instantiate(store)))
+
+    instance = outer.instantiate(store, [wasmtime.Func(store, wasmtime.FuncType([], []), host)])
+    assert made == [bytes(PAGE), of(PAGE, filled={0: b"inner"})]
+    assert memory_of(store, instance) == of(PAGE, filled={0: b"outer"})
+    assert memory_of(store, instance, "n") == of(PAGE, filled={1: b"too"})
+    store.close()       # the function knows the store, and wasmtime-py the function
+
+
+@needs_gc
+@with_every_creator
+def test_a_heap_that_wasmtime_makes_first_does_not_take_an_image(kind):
+    engine = engine_of(kind)
+    # Instantiating asks for the store's GC heap before the module's memories, once for each store.
+    prepared = prepare(engine, """(module (type $s (struct (field i32))) (memory (export "a") 1) (memory (export "b") 1)
+        (memory (export "c") 0) (memory (export "d") 1)
+        (global (ref $s) (struct.new $s (i32.const 1)))
+        (data (memory 1) (i32.const 0) "b") (data (memory 3) (i32.const 0) "d"))""")
+    store = wasmtime.Store(engine)
+    for _ in range(2):
+        instance = prepared.instantiate(store)
+        for name in "abd":
+            assert memory_of(store, instance, name) == of(PAGE, filled={} if name == "a" else {0: name.encode()})
+        assert instance.exports(store)["c"].data_len(store) == 0
+
+
+def test_an_instantiation_that_fails_half_way_leaves_no_image_to_others():
+    config = all_features()
+    linmem.wasmtime.install(config, linmem.creator("limiting", limit_bytes=3 * PAGE))
+    engine = wasmtime.Engine(config)
+    prepared = prepare(engine, """(module (memory 1) (memory 4) (memory (export "m") 1)
+        (data (memory 0) (i32.const 0) "0") (data (memory 1) (i32.const 0) "1") (data (memory 2) (i32.const 0) "2"))""")
+    store = wasmtime.Store(engine)
+    with pytest.raises(wasmtime.WasmtimeError, match="limit"):
+        prepared.instantiate(store)
+    good = wasmtime.Module(engine, '(module (memory (export "m") 1))')
+    assert not any(memory_of(store, wasmtime.Instance(store, good, [])))
+
+
+@with_every_creator
+def test_threads_make_instances_of_different_modules_at_once(kind):
+    engine = engine_of(kind)
+    prepared = [prepare(engine, f'(module (memory (export "m") 1) (memory 1) (data (i32.const {at}) "x"))')
+                for at in range(4)]
+    wrong = []
+
+    def work(turn):
+        for _ in range(25):
+            store = wasmtime.Store(engine)
+            if memory_of(store, prepared[turn].instantiate(store)) != of(PAGE, filled={turn: b"x"}):
+                wrong.append(turn)
+            store.close()
+
+    threads = [threading.Thread(target=work, args=(turn,)) for turn in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert wrong == []
+
+
+@requires("smaps", "real_pages")
+def test_instances_share_the_pages_of_their_data_until_they_write():
+    engine = MMAP
+    data = os.urandom(64 * PAGE)
+    prepared = prepare(engine, b"".join(wasm_with(data)))
+    stores = [wasmtime.Store(engine) for _ in range(2)]
+    memories = [prepared.instantiate(store).exports(store)["m"] for store in stores]
+    for store, memory in zip(stores, memories, strict=True):
+        ours = linmem.wasmtime.linear_memory(store, memory)
+        assert ours.read(0, len(data)) == data
+        ours[5 * REAL_PAGE] = 1
+        own = sum(m.figures["Anonymous"] for m in smaps(ours.as_ptr(), ours.as_ptr() + len(data)))
+        assert 0 < own <= 4 * REAL_PAGE
+
+
+def wasm_with(data):
+    """A module of one memory and one segment; as text it would be slow to parse."""
+    def leb(n):
+        out = b""
+        while n > 127:
+            out += bytes([n & 127 | 128])
+            n >>= 7
+        return out + bytes([n])
+
+    def section(kind, content):
+        return bytes([kind]) + leb(len(content)) + content
+
+    pages = leb(-(-len(data) // PAGE))
+    yield b"\0asm\1\0\0\0"
+    yield section(5, b"\1\0" + pages)
+    yield section(7, b"\1\1m\2\0")
+    yield section(11, b"\1\0\x41\0\x0b" + leb(len(data)) + data)
+
+
+@requires("smaps")
+def test_data_at_both_ends_of_a_large_memory_costs_its_two_pages():
+    engine = MMAP
+    prepared = prepare(engine, """(module (memory (export "m") 16384)
+        (data (i32.const 0) "low") (data (i32.const 0x3fffff00) "high"))""")
+    store = wasmtime.Store(engine)
+    memory = linmem.wasmtime.linear_memory(store, prepared.instantiate(store).exports(store)["m"])
+    assert memory.read(0, 4) == b"low\0"
+    assert memory.read(0x3FFFFF00, 5) == b"high\0"
+    assert sum(m.figures["Rss"] for m in smaps(memory.as_ptr(), memory.as_ptr() + len(memory))) <= 8 * REAL_PAGE
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+def pooling():
+    config = all_features()
+    settings = ffi.wasmtime_pooling_allocation_config_new()
+    for what in ("memories", "stacks", "tables"):
+        getattr(ffi, f"wasmtime_pooling_allocation_config_total_{what}_set")(settings, 2)
+    ffi.wasmtime_pooling_allocation_strategy_set(config.ptr(), settings)
+    ffi.wasmtime_pooling_allocation_config_delete(settings)
+    linmem.wasmtime.install(config)
+    return wasmtime.Engine(config)
+
+
+@pytest.mark.skipif(not hasattr(ffi, "wasmtime_pooling_allocation_strategy_set"), reason="no pooling strategy here")
+def test_an_engine_that_never_asks_linmem_is_refused():
+    for engine in (PLAIN, pooling()):
+        with pytest.raises(ValueError, match=r"does not make its memories with linmem.*pooling"):
+            prepare(engine, HELLO)
+        with pytest.raises(ValueError, match="does not make its memories with linmem"):
+            prepare(engine, "(module)")
+
+
+@with_every_creator
+def test_data_that_nobody_took_is_an_error_and_is_offered_to_nobody_else(monkeypatch, kind):
+    engine = engine_of(kind)
+    monkeypatch.setattr(_prepared, "_asks", lambda engine: True)
+    prepared = prepare(PLAIN, HELLO)
+    with pytest.raises(RuntimeError, match="1 memories were made without their data"):
+        prepared.instantiate(wasmtime.Store(PLAIN))
+    store = wasmtime.Store(engine)
+    module = wasmtime.Module(engine, '(module (memory (export "m") 1))')
+    assert not any(memory_of(store, wasmtime.Instance(store, module, [])))
+
+
+def test_an_instance_in_between_is_refused_and_takes_nothing_from_the_one_that_is_being_made(monkeypatch):
+    prepared = prepare(MMAP, HELLO)
+    make, refused = wasmtime.Instance.__init__, []
+
+    def interrupted(self, *args):           # as a signal handler could
+        monkeypatch.undo()
+        with pytest.raises(RuntimeError, match="is being made on this thread"):
+            prepared.instantiate(wasmtime.Store(MMAP))
+        refused.append(True)
+        make(self, *args)
+
+    monkeypatch.setattr(wasmtime.Instance, "__init__", interrupted)
+    store = wasmtime.Store(MMAP)
+    assert memory_of(store, prepared.instantiate(store)) == of(PAGE, filled=GREETED)
+    assert refused == [True]
+
+
+def test_an_interrupt_leaves_no_image_on_offer(monkeypatch):
+    prepared = prepare(MMAP, HELLO)
+    with monkeypatch.context() as patch:
+        patch.setattr(wasmtime.Instance, "__init__", lambda *args: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            prepared.instantiate(wasmtime.Store(MMAP))
+    store = wasmtime.Store(MMAP)
+    plain = wasmtime.Instance(store, wasmtime.Module(MMAP, '(module (memory (export "m") 1))'), [])
+    assert not any(memory_of(store, plain))
+    assert memory_of(store, prepared.instantiate(store)) == of(PAGE, filled=GREETED)
+
+
+def test_a_store_of_another_engine_is_refused_by_wasmtime():
+    prepared = prepare(MMAP, HELLO)
+    with pytest.raises(wasmtime.WasmtimeError, match="cross-`Engine`"):
+        prepared.instantiate(wasmtime.Store(engine_of("statistics")))
+
+
+def test_what_is_no_module_is_refused_as_by_wasmtime():
+    engine = MMAP
+    for wasm in (b"", b"\0asm\1\0\0\0\5", b"\0asm\1\0\0\0\5\1\1", "(module (memory 1) (data", "(module (bad))",
+                 binary(HELLO)[:-1], b"\0asm\1\0\0\0\x63\0"):
+        with pytest.raises(wasmtime.WasmtimeError) as plain:
+            wasmtime.Module(engine, wasm)
+        with pytest.raises(wasmtime.WasmtimeError) as ours:
+            prepare(engine, wasm)
+        assert said(ours.value) == said(plain.value)
+    with pytest.raises(ValueError, match="a WebAssembly component, not a core module"):
+        prepare(engine, b"\0asm\x0d\0\1\0")
+
+
+def test_arguments_are_checked():
+    with pytest.raises(TypeError, match=r"engine must be a wasmtime.Engine, got str"):
+        prepare("engine", HELLO)
+    with pytest.raises(TypeError, match="wasm must be bytes or str, got int"):
+        prepare(MMAP, 7)
+
+
+def test_text_and_every_kind_of_bytes_will_do():
+    for wasm in (HELLO, HELLO.encode(), binary(HELLO), bytearray(binary(HELLO))):
+        store = wasmtime.Store(MMAP)
+        assert memory_of(store, prepare(MMAP, wasm).instantiate(store)) == of(PAGE, filled=GREETED)
+
+
+def test_a_memory_too_large_for_any_machine_is_refused_as_by_wasmtime():
+    engine = MMAP
+    for pages in (1 << 32, (1 << 48) - 1, 1 << 48):
+        wat = f'(module (memory i64 {pages}) (data (i64.const 5) "x"))'
+        try:
+            wasmtime.Instance(wasmtime.Store(engine), wasmtime.Module(engine, wat), [])
+        except wasmtime.WasmtimeError as error:
+            expected = said(error)
+        with pytest.raises(wasmtime.WasmtimeError) as ours:
+            prepare(engine, wat).instantiate(wasmtime.Store(engine))
+        assert said(ours.value) == expected
+
+
+def test_the_types_of_a_prepared_module_are_those_of_the_original():
+    wat = '(module (import "e" "t" (table 1 funcref)) (memory (export "m") 1 3) (data (i32.const 0) "x"))'
+    ours, plain = prepare(MMAP, wat).module, wasmtime.Module(MMAP, wat)
+    assert [(e.name, type(e.type)) for e in ours.exports] == [(e.name, type(e.type)) for e in plain.exports]
+    assert [(i.module, i.name) for i in ours.imports] == [(i.module, i.name) for i in plain.imports]
+
+
+def test_what_stays_in_the_module_is_said():
+    prepared = same(MMAP, """(module (import "e" "g" (global i32)) (import "e" "t" (table 0 funcref))
+        (memory (export "m") 1) (data (global.get 0) "stays"))""", lambda store: [number(store, 9), table(store)])
+    assert prepared.images == (None,)
+    assert prepared.skipped == (
+        "data segment 0 and all after it of memory 0: its offset is not a constant of the module",)
+
+
+def test_hidden_state_is_exported_on_demand():
+    wat = '(module (memory 1) (global (mut i32) (i32.const 5)) (data (i32.const 0) "x"))'
+    engine = MMAP
+    assert prepare(engine, wat).added == frozenset()
+    prepared = prepare(engine, wat, expose=True)
+    assert prepared.added == {"linmem:memory:0", "linmem:global:0"}
+    store = wasmtime.Store(engine)
+    exports = prepared.instantiate(store).exports(store)
+    assert set(exports) == prepared.added
+    assert exports["linmem:global:0"].value(store) == 5
+    assert bytes(exports["linmem:memory:0"].read(store, 0, 2)) == b"x\0"
+
+
+# -- the cache -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """Counts how often wasmtime compiles."""
+    counted = []
+    compile = wasmtime.Module.__init__
+    monkeypatch.setattr(wasmtime.Module, "__init__", lambda self, *args: (counted.append(1), compile(self, *args))[1])
+    return counted
+
+
+def works(engine, cache):
+    store = wasmtime.Store(engine)
+    return memory_of(store, prepare(engine, HELLO, cache=cache).instantiate(store)) == of(PAGE, filled=GREETED)
+
+
+def entries(cache, suffix=".cwasm"):
+    return sorted(path for path in cache.rglob("*") if path.is_file() and path.name.endswith(suffix))
+
+
+def test_a_module_is_compiled_once_and_then_read(tmp_path, compilations):
+    engine = MMAP
+    cache = tmp_path / "new" / "cache"
+    assert works(engine, cache)
+    assert len(compilations) == 1
+    assert len(entries(cache)) == len(entries(cache, ".image")) == 1
+    for _ in range(3):
+        assert works(engine, str(cache))
+    assert len(compilations) == 1
+    prepare(engine, HELLO.replace("world", "WORLD"), cache=cache)      # the same code: its data is elsewhere
+    assert len(compilations) == 1
+    prepare(engine, HELLO.replace("60000", "50000"), cache=cache)
+    assert len(compilations) == 2
+
+
+def test_engines_of_other_settings_have_entries_of_their_own(tmp_path, compilations):
+    other = engine_of(consume_fuel=True)
+    for engine in (MMAP, other) * 2:
+        prepare(engine, HELLO, cache=tmp_path)
+    assert len(entries(tmp_path)) == 2
+    assert len(compilations) == 2 + 1       # and one to find out whether the new engine asks linmem
+
+
+def damaged(how, content):
+    return {"flipped": content[:100] + bytes([content[100] ^ 1]) + content[101:], "truncated": content[:-1],
+            "emptied": b"", "longer": content + b"x"}[how]
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated", "emptied", "longer"])
+@pytest.mark.parametrize("suffix", [".cwasm", ".image"])
+def test_a_damaged_entry_is_never_used_and_is_written_anew(tmp_path, compilations, suffix, how):
+    assert works(MMAP, tmp_path)
+    [entry] = entries(tmp_path, suffix)
+    content = entry.read_bytes()
+    entry.unlink()
+    entry.write_bytes(damaged(how, content))
+    assert works(MMAP, tmp_path)
+    assert len(compilations) == 1 + (suffix == ".cwasm")
+    assert entries(tmp_path, suffix) == [entry]
+    assert entry.read_bytes() == content
+
+
+@requires("smaps", "real_pages")
+def test_processes_share_the_pages_of_a_cached_image(tmp_path):
+    data = os.urandom(16 * PAGE)
+    wasm = b"".join(wasm_with(data))
+    prepare(MMAP, wasm, cache=tmp_path)
+    store = wasmtime.Store(MMAP)
+    memory = prepare(MMAP, wasm, cache=tmp_path).instantiate(store).exports(store)["m"]
+    ours = linmem.wasmtime.linear_memory(store, memory)
+    assert ours.read(0, len(data)) == data
+    [entry] = entries(tmp_path, ".image")
+    assert {m.name for m in smaps(ours.as_ptr(), ours.as_ptr() + len(data))} == {str(entry)}
+    ours[0] = data[0] ^ 1
+    assert prepare(MMAP, wasm, cache=tmp_path).images[0].runs() == [(0, len(data))]
+    store = wasmtime.Store(MMAP)
+    assert memory_of(store, prepare(MMAP, wasm, cache=tmp_path).instantiate(store)) == data
+
+
+def test_an_entry_that_is_whole_but_not_wasmtimes_is_passed_over(tmp_path, compilations):
+    assert works(MMAP, tmp_path)
+    [entry] = entries(tmp_path)
+    foreign = b"\x7fELF what is this?" * 100
+    entry.unlink()
+    (entry.parent / f"{hashlib.sha256(foreign).hexdigest()}.cwasm").write_bytes(foreign)
+    (entry.parent / "notes.txt").write_text("not an entry")
+    [image] = entries(tmp_path, ".image")
+    image.unlink()
+    (image.parent / f"{hashlib.sha256(foreign).hexdigest()}.image").write_bytes(foreign)
+    assert works(MMAP, tmp_path)
+    assert works(MMAP, tmp_path)
+    assert len(compilations) == 2
+    assert entry in entries(tmp_path)
+    assert image in entries(tmp_path, ".image")
+
+
+def writes(content):
+    def write(path):
+        with open(path, "wb") as file:
+            file.write(content)
+    return write
+
+
+def test_the_entries_of_one_module_are_bounded(tmp_path):
+    cache = Cache(tmp_path)
+    paths = [cache.add("key", ".x", writes(bytes([n]))) for n in range(20)]
+    left = tmp_path / "key" / "new-left"
+    left.touch()
+    os.utime(left, (1, 1))
+    (tmp_path / "key" / "new-writing").touch()
+    for turn, path in enumerate(paths):
+        if os.path.exists(path):
+            os.utime(path, (turn, turn))
+    cache.add("key", ".x", writes(b"newest"))
+    assert not left.exists()
+    assert (tmp_path / "key" / "new-writing").exists()
+    assert len(list(cache.entries("key", ".x"))) == 8
+    assert os.path.exists(paths[-1])
+    assert list(cache.entries("another", ".x")) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no owners and modes here")
+def test_a_directory_that_others_may_write_to_is_refused(tmp_path):
+    cache = tmp_path / "cache"
+    cache.mkdir(mode=0o700)
+    for mode in (0o770, 0o707, 0o777):
+        cache.chmod(mode)
+        with pytest.raises(PermissionError, match=f"may be written by others .mode {mode:o}.: what is in it is run as"):
+            prepare(MMAP, HELLO, cache=cache)
+    cache.chmod(0o755)
+    assert works(MMAP, cache)
+    [entry] = entries(cache)
+    assert stat.S_IMODE(entry.stat().st_mode) & 0o077 == 0
+    assert stat.S_IMODE(entry.parent.stat().st_mode) & 0o022 == 0
+    entry.parent.chmod(0o777)
+    with pytest.raises(PermissionError, match="may be written by others"):
+        prepare(MMAP, HELLO, cache=cache)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no owners and modes here")
+def test_a_directory_of_another_user_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
+    with pytest.raises(PermissionError, match="belongs to user"):
+        prepare(MMAP, HELLO, cache=tmp_path)
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
+    def full(number):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.warns(RuntimeWarning, match=r"^not cached: .*No space left on device") as warned:
+        assert works(MMAP, tmp_path)
+    assert {os.path.basename(warning.filename) for warning in warned} == {os.path.basename(__file__)}
+    assert entries(tmp_path, "") == []
+
+
+def test_a_writer_that_is_killed_leaves_nothing_that_is_used(tmp_path):
+    child = textwrap.dedent(f"""
+        import shutil
+        from linmem._cache import Cache
+        cache = Cache({str(tmp_path)!r})
+        print("go", flush=True)
+        n = 0
+        while True:
+            with open({str(tmp_path / "content")!r}, "wb") as file:
+                file.write(n.to_bytes(4, "little") * (1 << 16))
+            cache.add("key", ".x", lambda path: shutil.copyfile({str(tmp_path / "content")!r}, path))
+            n += 1
+        """)
+    for delay in (0.0, 0.003, 0.01, 0.02):
+        process = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE,
+                                   env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
+        assert process.stdout.readline().strip() == b"go"
+        threading.Event().wait(delay)
+        process.kill()
+        process.wait(30)
+        process.stdout.close()
+        for path in Cache(tmp_path).entries("key", ".x"):
+            with open(path, "rb") as file:
+                content = file.read()
+            assert len(content) == 4 << 16
+            assert content == content[:4] * (1 << 16)

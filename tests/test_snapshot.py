@@ -1,0 +1,476 @@
+"""Snapshots of instances: what goes back, what cannot, and that it is said."""
+
+import gc
+import pathlib
+import struct
+import subprocess
+import sys
+import threading
+import weakref
+
+import pytest
+import wasmtime
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from support import NEEDS
+from test_hoist import needs_gc, number, table
+from test_prepare import engine_of, with_every_creator
+
+import linmem.wasmtime
+from linmem.wasmtime import Snapshot, prepare
+
+PAGE = 65536
+
+COUNTER = """(module
+  (memory (export "memory") 2 10)
+  (global $count (export "count") (mut i32) (i32.const 100))
+  (data (i32.const 8) "seed")
+  (func (export "step") (param i32)
+    (global.set $count (i32.add (global.get $count) (i32.const 1)))
+    (i32.store8 (local.get 0) (global.get $count)))
+  (func (export "fail") (global.set $count (i32.const -1)) (i32.store (i32.const 8) (i32.const 0)) unreachable)
+  (func (export "grow") (param i32) (result i32) (memory.grow (local.get 0))))"""
+
+
+ENGINE = engine_of()        # of mmap, which keeps nothing
+
+
+def start(wat, imports=(), engine=ENGINE, **how):
+    store = wasmtime.Store(engine)
+    instance = prepare(engine, wat, **how).instantiate(store, list(imports))
+    return store, instance, instance.exports(store)
+
+
+def contents(store, exports, name="memory"):
+    return bytes(exports[name].read(store))
+
+
+# -- what goes back ----------------------------------------------------------------------------------
+
+
+@with_every_creator
+def test_memories_and_globals_go_back_as_often_as_wanted(kind):
+    store, instance, exports = start(COUNTER, engine=engine_of(kind))
+    exports["step"](store, 5)
+    before = contents(store, exports)
+    snapshot = Snapshot.take(store, instance)
+    assert list(snapshot.memories) == ["memory"]
+    assert snapshot.globals == ("count",)
+    assert snapshot.unseen == ()
+    for turn in range(3):
+        for address in range(turn, 2 * PAGE, 5000):
+            exports["step"](store, address)
+        assert contents(store, exports) != before
+        snapshot.restore(store)
+        assert contents(store, exports) == before
+        assert exports["count"].value(store) == 101
+    exports["step"](store, 9)
+    assert exports["memory"].read(store, 9, 10) == bytes([102])
+
+
+def test_an_instance_is_whole_again_after_a_trap():
+    store, instance, exports = start(COUNTER)
+    snapshot = Snapshot.take(store, instance)
+    with pytest.raises(wasmtime.Trap, match="unreachable"):
+        exports["fail"](store)
+    assert exports["count"].value(store) == -1
+    snapshot.restore(store)
+    assert exports["count"].value(store) == 100
+    assert exports["memory"].read(store, 8, 12) == b"seed"
+
+
+def test_a_memory_that_has_grown_is_refused_before_anything_is_touched():
+    store, instance, exports = start(COUNTER)
+    snapshot = Snapshot.take(store, instance)
+    assert exports["grow"](store, 3) == 2
+    exports["step"](store, 8)
+    with pytest.raises(ValueError, match="exported memory 'memory' has grown from 131072 to 327680 bytes"):
+        snapshot.restore(store)
+    assert exports["count"].value(store) == 101
+    assert exports["memory"].read(store, 8, 9) == bytes([101])
+
+
+def test_a_memory_that_has_grown_keeps_its_size_and_what_it_gained_is_zeroed_on_demand():
+    store, instance, exports = start(COUNTER)
+    snapshot = Snapshot.take(store, instance)
+    before = contents(store, exports)
+    assert exports["grow"](store, 3) == 2
+    exports["step"](store, 5 * PAGE - 1)
+    exports["step"](store, 2 * PAGE)
+    snapshot.restore(store, zero_grown=True)
+    assert exports["grow"](store, 0) == 5
+    assert contents(store, exports) == before + bytes(3 * PAGE)
+    exports["step"](store, 5 * PAGE - 1)
+    assert exports["grow"](store, 5) == 5
+
+
+def test_globals_of_every_number_type_and_functions_go_back_bit_by_bit():
+    kinds = {"i32": "(i32.const -5)", "i64": "(i64.const 0x8123456789abcdef)",
+             "f32": "(f32.const nan:0x200001)", "f64": "(f64.const -nan:0x4000000000001)",
+             "v128": "(v128.const i64x2 -1 0x123456789abcdef)", "funcref": "(ref.func $f)"}
+    globals = "".join(f'(global $g{k} (export "g{k}") (mut {kind}) {value})'
+                      for k, (kind, value) in enumerate(kinds.items()))
+    store, instance, exports = start(f"""(module (memory (export "memory") 1)
+        (func $f (result i32) (i32.const 42)) (elem declare func $f) (table 1 funcref) {globals}
+        (func (export "clear")
+          (global.set 0 (i32.const 0)) (global.set 1 (i64.const 0)) (global.set 2 (f32.const 0))
+          (global.set 3 (f64.const 0)) (global.set 4 (v128.const i64x2 0 0)) (global.set 5 (ref.null func)))
+        (func (export "show")
+          (i32.store (i32.const 0) (global.get 0)) (i64.store (i32.const 4) (global.get 1))
+          (f32.store (i32.const 12) (global.get 2)) (f64.store (i32.const 16) (global.get 3))
+          (v128.store (i32.const 24) (global.get 4))
+          (table.set 0 (i32.const 0) (global.get 5))
+          (i32.store (i32.const 40) (call_indirect (result i32) (i32.const 0)))))""")
+    snapshot = Snapshot.take(store, instance)
+    assert snapshot.globals == tuple(f"g{k}" for k in range(len(kinds)))
+    exports["clear"](store)
+    with pytest.raises(wasmtime.Trap, match="uninitialized element"):
+        exports["show"](store)
+    snapshot.restore(store)
+    exports["show"](store)
+    assert exports["memory"].read(store, 0, 44) == struct.pack(
+        "<iQIQqqi", -5, 0x8123456789ABCDEF, 0x7FA00001, 0xFFF4000000000001, -1, 0x123456789ABCDEF, 42)
+
+
+def test_every_memory_goes_back_and_one_under_two_names_is_held_once():
+    store, instance, exports = start("""(module
+        (memory (export "a") (export "again") 1) (memory (export "b") i64 1) (data (i32.const 0) "a"))""")
+    exports["b"].write(store, b"bbb", 100)
+    snapshot = Snapshot.take(store, instance)
+    assert snapshot.memories["a"] is snapshot.memories["again"]
+    exports["a"].write(store, b"xxx", 0)
+    exports["b"].write(store, b"xxx", 100)
+    snapshot.restore(store)
+    assert exports["a"].read(store, 0, 3) == b"a\0\0"
+    assert exports["b"].read(store, 100, 103) == b"bbb"
+
+
+def test_imported_memories_and_globals_that_are_exported_go_back():
+    store = wasmtime.Store(ENGINE)
+    memory = linmem.wasmtime.new_memory(store, wasmtime.MemoryType(wasmtime.Limits(1, None)))
+    counter = wasmtime.Global(store, wasmtime.GlobalType(wasmtime.ValType.i64(), True), 5)
+    instance = prepare(ENGINE, """(module (import "e" "m" (memory 1)) (import "e" "g" (global (mut i64)))
+        (export "m" (memory 0)) (export "g" (global 0)))""").instantiate(store, [memory, counter])
+    memory.write(store, b"before", 0)
+    snapshot = Snapshot.take(store, instance)
+    assert snapshot.unseen == ()
+    memory.write(store, b"after!", 0)
+    counter.set_value(store, 6)
+    snapshot.restore(store)
+    assert memory.read(store, 0, 6) == b"before"
+    assert counter.value(store) == 5
+
+
+def test_an_instance_that_was_not_prepared_can_be_held_too():
+    store = wasmtime.Store(ENGINE)
+    instance = wasmtime.Instance(store, wasmtime.Module(ENGINE, COUNTER), [])
+    exports = instance.exports(store)
+    snapshot = Snapshot.take(store, instance)
+    assert snapshot.unseen == ("what it does not export: it is not known, since the module was not made by prepare",)
+    exports["step"](store, 8)
+    snapshot.restore(store)
+    assert exports["memory"].read(store, 8, 12) == b"seed"
+    assert exports["count"].value(store) == 100
+
+
+class Histories(RuleBasedStateMachine):
+    """Steps, growth, new instances, snapshots and restores against a model."""
+
+    @initialize(kind=st.sampled_from(["mmap", "pool"]))
+    def begin(self, kind):
+        self.engine = engine_of(kind)
+        self.store = wasmtime.Store(self.engine)
+        self.prepared = prepare(self.engine, COUNTER)
+        self.enter()
+
+    @rule()
+    def enter(self):
+        """In another store: the memory of the last one may be handed out again."""
+        self.store.close()
+        self.store = wasmtime.Store(self.engine)
+        self.instance = self.prepared.instantiate(self.store)
+        self.exports = self.instance.exports(self.store)
+        self.model = bytearray(2 * PAGE)
+        self.model[8:12] = b"seed"
+        self.count = 100
+        self.taken = []
+
+    @rule(address=st.integers(0, 10 * PAGE))
+    def step(self, address):
+        self.count += 1
+        if address < len(self.model):
+            self.exports["step"](self.store, address)
+            self.model[address] = self.count & 0xFF
+        else:
+            with pytest.raises(wasmtime.Trap):
+                self.exports["step"](self.store, address)
+
+    @rule(pages=st.integers(0, 3))
+    def grow(self, pages):
+        if self.exports["grow"](self.store, pages) != -1:
+            self.model.extend(bytes(pages * PAGE))
+
+    @rule()
+    def take(self):
+        self.taken.append((Snapshot.take(self.store, self.instance), bytes(self.model), self.count))
+
+    @rule(which=st.integers(0, 100))
+    def restore(self, which):
+        if self.taken:
+            snapshot, memory, self.count = self.taken[which % len(self.taken)]
+            if len(memory) != len(self.model):
+                with pytest.raises(ValueError, match="has grown"):
+                    snapshot.restore(self.store)
+            snapshot.restore(self.store, zero_grown=True)
+            self.model[:] = memory + bytes(len(self.model) - len(memory))
+
+    @invariant()
+    def agrees(self):
+        assert contents(self.store, self.exports) == self.model
+        assert self.exports["count"].value(self.store) == self.count
+
+    def teardown(self):
+        self.store.close()
+
+
+TestHistories = Histories.TestCase
+
+
+# -- what cannot go back -----------------------------------------------------------------------------
+
+SECRETIVE = """(module (memory (export "memory") 1) (memory 1) (global $stack (mut i32) (i32.const 4096))
+  (func (export "fail") (global.set $stack (i32.const 1)) (i32.store8 1 (i32.const 0) (i32.const 1)) unreachable)
+  (func (export "stack") (result i32) (i32.add (global.get $stack) (i32.load8_u 1 (i32.const 0)))))"""
+
+
+def test_hidden_memories_and_globals_are_refused_unless_they_are_exposed():
+    store, instance, exports = start(SECRETIVE)
+    with pytest.raises(ValueError, match=r"does not export memory 1, mutable global 0 of its own.*expose=True"):
+        Snapshot.take(store, instance)
+    partial = Snapshot.take(store, instance, partial=True)
+    assert partial.unseen == ("memory 1", "mutable global 0")
+    with pytest.raises(wasmtime.Trap):
+        exports["fail"](store)
+    partial.restore(store)
+    assert exports["stack"](store) == 2
+
+    store, instance, exports = start(SECRETIVE, expose=True)
+    whole = Snapshot.take(store, instance)
+    assert whole.unseen == ()
+    with pytest.raises(wasmtime.Trap):
+        exports["fail"](store)
+    whole.restore(store)
+    assert exports["stack"](store) == 4096
+
+
+def test_what_is_not_held_is_named():
+    store = wasmtime.Store(ENGINE)
+    imports = [wasmtime.Memory(store, wasmtime.MemoryType(wasmtime.Limits(1, None))), table(store), number(store, 1),
+               wasmtime.Global(store, wasmtime.GlobalType(wasmtime.ValType.i32(), True), 1)]
+    instance = prepare(ENGINE, """(module (import "e" "m" (memory 1)) (import "e" "t" (table 1 funcref))
+        (import "e" "g" (global i32)) (import "e" "h" (global (mut i32)))
+        (memory (export "memory") 1) (table 1 funcref) (table (export "t") 2 funcref)
+        (data "passive") (elem func) (elem func))""").instantiate(store, imports)
+    snapshot = Snapshot.take(store, instance)
+    assert snapshot.unseen == (
+        "the elements of 2 tables", "which of 1 passive data segments and 2 passive element segments were dropped",
+        "what it imports and does not export: a memory", "what it imports and does not export: a table",
+        "what it imports and does not export: a mutable global")
+
+
+def test_a_table_that_has_been_resized_is_told_before_anything_is_touched():
+    store, instance, exports = start(COUNTER.replace("(memory", '(table (export "table") 2 funcref) (memory', 1))
+    snapshot = Snapshot.take(store, instance)
+    exports["step"](store, 8)
+    exports["table"].grow(store, 1, None)
+    with pytest.raises(ValueError, match="exported table 'table' had 2 elements and has 3"):
+        snapshot.restore(store)
+    assert exports["count"].value(store) == 101
+    assert exports["memory"].read(store, 8, 9) == bytes([101])
+
+
+@pytest.mark.parametrize("kind", ["extern", pytest.param("any", marks=needs_gc)])
+def test_a_mutable_reference_to_an_object_is_refused(kind):
+    store, instance, _ = start(f'(module (global (export "g") (mut {kind}ref) (ref.null {kind})))')
+    with pytest.raises(ValueError, match="mutable global 'g' is a reference to an object"):
+        Snapshot.take(store, instance)
+
+
+def test_a_memory_that_is_not_linmems_is_refused():
+    store = wasmtime.Store(ENGINE)
+    memory = wasmtime.Memory(store, wasmtime.MemoryType(wasmtime.Limits(1, None)))
+    prepared = prepare(ENGINE, '(module (import "e" "m" (memory 1)) (export "m" (memory 0)))')
+    instance = prepared.instantiate(store, [memory])
+    with pytest.raises(ValueError, match="exported memory 'm' is not linmem's"):
+        Snapshot.take(store, instance)
+
+
+def test_another_store_and_a_closed_store_are_refused():
+    store, instance, _ = start(COUNTER)
+    snapshot = Snapshot.take(store, instance)
+    other, _, _ = start(COUNTER)
+    with pytest.raises(ValueError, match="taken in another store"):
+        snapshot.restore(other)
+    store.close()
+    with pytest.raises(ValueError, match="closed"):
+        snapshot.restore(store)
+    with pytest.raises(ValueError, match="closed"):
+        Snapshot.take(store, instance)
+    image = snapshot.memories["memory"]
+    assert bytes(memoryview(image))[8:12] == b"seed"        # the image outlives the store
+
+
+def test_arguments_are_checked():
+    store, instance, _ = start(COUNTER)
+    with pytest.raises(TypeError, match=r"store must be a wasmtime.Store, got str"):
+        Snapshot.take("store", instance)
+    with pytest.raises(TypeError, match=r"instance must be a wasmtime.Instance, got Module"):
+        Snapshot.take(store, wasmtime.Module(ENGINE, "(module)"))
+    with pytest.raises(TypeError, match=r"made by Snapshot.take"):
+        Snapshot()
+
+
+CALLING = """(module (import "e" "f" (func $f)) (memory (export "memory") 1)
+  (func (export "call") (call $f)) (func (export "nothing")) {start})"""
+
+
+def outcome(action, *args):
+    try:
+        action(*args)
+    except (RuntimeError, TypeError, ValueError) as error:
+        return type(error), str(error)
+    return None
+
+
+def test_nothing_is_taken_or_restored_while_a_call_into_the_store_runs():
+    store = wasmtime.Store(ENGINE)
+    other, other_instance, _ = start(COUNTER)
+    other_snapshot = Snapshot.take(other, other_instance)
+    seen = {}
+
+    def host(caller):
+        seen["caller"] = outcome(Snapshot.take, caller, instance)
+        seen["take"] = outcome(Snapshot.take, store, instance)
+        seen["restore"] = outcome(snapshot.restore, store)
+        seen["other"] = outcome(Snapshot.take, other, other_instance), outcome(other_snapshot.restore, other)
+
+    function = wasmtime.Func(store, wasmtime.FuncType([], []), host, access_caller=True)
+    instance = prepare(ENGINE, CALLING.format(start="")).instantiate(store, [function])
+    exports = instance.exports(store)
+    exports["nothing"](store)
+    snapshot = Snapshot.take(store, instance)
+    exports["call"](store)
+    assert seen.pop("other") == (None, None)
+    assert seen == {
+        "caller": (TypeError, "store must be a wasmtime.Store, got Caller: a snapshot cannot be taken while wasm runs"),
+        "take": (RuntimeError, "a snapshot cannot be taken while a call into its store is running"),
+        "restore": (RuntimeError, "a snapshot cannot be restored while a call into its store is running")}
+    snapshot.restore(store)
+    store.close()       # the function knows the store, and wasmtime-py the function
+
+
+@pytest.mark.parametrize("way", ["instance", "linker", "prepared", "by a caller"])
+def test_a_start_function_and_a_nested_call_are_calls_too(way):
+    store, instance, _ = start(COUNTER)
+    seen = []
+
+    def host(caller):
+        seen.append(outcome(Snapshot.take, store, instance))
+        if way == "by a caller" and len(seen) == 1:
+            started.exports(caller)["call"](caller)
+
+    function = wasmtime.Func(store, wasmtime.FuncType([], []), host, access_caller=True)
+    prepared = prepare(ENGINE, CALLING.format(start="" if way == "by a caller" else "(start $f)"))
+    if way == "linker":
+        linker = wasmtime.Linker(ENGINE)
+        linker.define(store, "e", "f", function)
+        linker.instantiate(store, prepared.module)
+    elif way == "instance":
+        wasmtime.Instance(store, prepared.module, [function])
+    else:
+        started = prepared.instantiate(store, [function])
+        if way == "by a caller":
+            started.exports(store)["call"](store)
+    assert len(seen) == 1 + (way == "by a caller")
+    assert {kind for kind, _ in seen} == {RuntimeError}
+    Snapshot.take(store, instance)
+    store.close()
+
+
+def test_a_snapshot_keeps_no_store_alive_and_may_be_dropped_anywhere():
+    store, instance, exports = start(COUNTER)
+    snapshot = Snapshot.take(store, instance)
+    gone = weakref.ref(store)
+    del store, instance, exports
+    gc.collect()
+    assert gone() is None
+    box = [snapshot]
+    del snapshot
+    thread = threading.Thread(target=box.clear)
+    thread.start()
+    thread.join(30)
+    assert box == []
+
+
+# -- a real program --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def forth(tmp_path_factory):
+    """An interpreter in C, as a compiler makes it."""
+    if not NEEDS["zig"][0]:
+        pytest.skip(NEEDS["zig"][1])
+    source = pathlib.Path(__file__).parent / "programs" / "forth.c"
+    path = tmp_path_factory.mktemp("programs") / "forth.wasm"
+    subprocess.run([sys.executable, "-m", "ziglang", "cc", "-target", "wasm32-wasi", "-mexec-model=reactor", "-O2",
+                    "-o", str(path), str(source)], check=True, timeout=600, capture_output=True)
+    return path.read_bytes()
+
+
+class Forth:
+    def __init__(self, engine, instantiate):
+        self.store = wasmtime.Store(engine)
+        self.store.set_wasi(wasmtime.WasiConfig())
+        linker = wasmtime.Linker(engine)
+        linker.define_wasi()
+        self.instance = instantiate(linker, self.store)
+        self.exports = self.instance.exports(self.store)
+        self.call("_initialize")
+        self.call("init", 500)
+
+    def call(self, name, *args):
+        return self.exports[name](self.store, *args)
+
+    def eval(self, text):
+        self.exports["memory"].write(self.store, text.encode() + b"\0", self.call("request"))
+        try:
+            return self.call("eval")
+        except wasmtime.Trap as trap:
+            return str(trap.trap_code)
+
+
+REQUESTS = [
+    "5 square", "3 poly", "2 quad cube", "1 0 /", "7 double double double", "4095 table 500000 table + 1048575 table *",
+    "1000000 fill 9 square", "square square square", "1 0 / 1", "6 poly quad", " ".join(["2"] * 200 + ["+"] * 199)]
+
+
+@pytest.mark.parametrize("kind", ["mmap", "pool"])
+def test_an_interpreter_that_is_put_back_answers_like_a_new_one(forth, kind):
+    engine = engine_of(kind)
+    module = wasmtime.Module(engine, forth)
+    expected = [Forth(engine, lambda linker, store: linker.instantiate(store, module)).eval(text) for text in REQUESTS]
+    assert expected[:4] == [25, 36, 512, "TrapCode.INTEGER_DIVISION_BY_ZERO"]
+    assert expected[5] == (2 + 3) * 4
+
+    prepared = prepare(engine, forth, expose=True)
+    assert prepared.skipped == ()
+    assert prepared.images[0].size > 1 << 20
+    assert prepared.added
+    program = Forth(engine, lambda linker, store: prepared.instantiate(store, linker))
+    program.call("init", 2000)      # room on the heap for what is to come
+    snapshot = Snapshot.take(program.store, program.instance)
+    assert all("tables" in text for text in snapshot.unseen)
+    for turn in range(3):
+        for text, answer in zip(REQUESTS, expected, strict=True):
+            assert program.eval(text) == answer, (turn, text)
+            snapshot.restore(program.store, zero_grown=True)
