@@ -432,7 +432,7 @@ cdef class Memory:
         cdef memory* m = self.enter_bytes("restore")
         try:
             if load(&m.owner) == OWNER_WASMTIME:
-                if not swap_if(&m.lock, 0, generation):
+                if not try_acquire(&m.lock):
                     raise _errors.OwnedError("the wasmtime store that owns this memory is growing it: restore it when"
                                              " no call runs in that store")
             else:

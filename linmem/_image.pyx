@@ -453,9 +453,9 @@ def _unpickled(size, offset, starts, *parts):
     return Image.from_pieces(zip(starts, parts, strict=True), size, offset)
 
 
-def _parts(Image image not None):
+def _parts(Image of not None):
     """What `Image.from_fd` takes, but for the descriptor."""
-    return image.size, image.offset, image.it.content.position, image.runs(), image._digest
+    return of.size, of.offset, of.it.content.position, of.runs(), of._digest
 
 
 def _of_parts(descriptor, size, offset, position, runs, digest):

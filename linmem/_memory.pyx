@@ -118,6 +118,15 @@ cdef void acquire(word* lock) noexcept nogil:
         pages.relax()
 
 
+cdef bint try_acquire(word* lock) noexcept nogil:
+    cdef long long holder = load(lock)
+    while holder != generation:
+        if swap_if(lock, holder, generation):
+            return True
+        holder = load(lock)
+    return False
+
+
 cdef void unlock(word* lock) noexcept nogil:
     publish(lock, 0)
 
