@@ -115,6 +115,7 @@ NEEDS = {
     "holes": (_files_have_holes(), "the file system has no holes, or does not say"),
     "rlimits": (_has_module("resource"), "this OS has no resource limits"),
     "fork": (hasattr(os, "fork"), "this OS has no fork"),
+    "owners": (hasattr(os, "geteuid"), "files have no owners and modes here"),
     "core_files": (_core_is_a_file(), "core_pattern is not a plain file name"),
     "real_pages": ("LINMEM_PAGE_SIZE" not in os.environ, "the host page is overridden in this run"),
     "compiler": (any(map(shutil.which, ("cc", "gcc", "clang", "cl"))), "no C compiler"),

@@ -29,7 +29,8 @@ def rebuilt(tmp_path_factory):
     if importlib.util.find_spec("ziglang") is None:
         pytest.fail("ziglang is not installed: pip install 'linmem[test]'")
     out = tmp_path_factory.mktemp("demo") / "demo.wasm"
-    command = re.search(r"^ \*   (python -m ziglang .*?_demo\.c)$", SOURCE.read_text(), re.MULTILINE | re.DOTALL)[1]
+    source = SOURCE.read_text("utf-8")
+    command = re.search(r"^ \*   (python -m ziglang .*?_demo\.c)$", source, re.MULTILINE | re.DOTALL)[1]
     words = shlex.split(command.replace("\\\n *", " "))
     assert words[0] == "python"
     assert words[-3:] == ["-o", "linmem/_demo.wasm", "linmem/_demo.c"]
