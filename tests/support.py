@@ -96,6 +96,7 @@ def image_kinds() -> list[str]:
 # The one list of what a test may need and a machine may lack. name -> (there?, what is missing).
 NEEDS = {
     "maps": (HAS_PROC, "no /proc/self/maps to ask"),
+    "regions": (HAS_PROC or HAS_KERNEL32, "the OS does not say what is mapped, and how it may be touched"),
     "names": (HAS_PROC and FLOOR["capabilities"]["names"], "mappings carry no names here"),
     "smaps": (HAS_PROC and SMAPS.exists(), "no /proc/self/smaps to ask"),
     "moves": (FLOOR["capabilities"]["moves"], "this OS cannot move mappings"),
@@ -177,8 +178,44 @@ def _mapping(line: str) -> Mapping:
     return Mapping(start, end, access, rest[3].strip() if len(rest) > 3 else "")
 
 
+class Region(ctypes.Structure):
+    """MEMORY_BASIC_INFORMATION."""
+
+    _fields_ = [("base", ctypes.c_size_t), ("allocation", ctypes.c_size_t), ("first_access", ctypes.c_uint32),
+                ("partition", ctypes.c_uint32), ("size", ctypes.c_size_t), ("state", ctypes.c_uint32),
+                ("access", ctypes.c_uint32), ("type", ctypes.c_uint32)]
+
+
+MEM_COMMIT, MEM_RESERVE, MEM_FREE = 0x1000, 0x2000, 0x10000
+PAGE_NOACCESS, PAGE_READONLY, PAGE_READWRITE = 1, 2, 4
+_AS_IN_MAPS = {(MEM_RESERVE, 0): "---p", (MEM_COMMIT, PAGE_NOACCESS): "---p", (MEM_COMMIT, PAGE_READONLY): "r--p",
+               (MEM_COMMIT, PAGE_READWRITE): "rw-p"}
+
+
+def query(address: int) -> Region:
+    region = Region()
+    assert ctypes.WinDLL("kernel32").VirtualQuery(ctypes.c_void_p(address), ctypes.byref(region),
+                                                  ctypes.c_size_t(ctypes.sizeof(region)))
+    return region
+
+
+def _regions(start: int, end: int) -> list[Mapping]:
+    """What VirtualQuery says of [start, end), as maps would. Only of memory such as linmem makes."""
+    found = []
+    while start < end:
+        region = query(start)
+        stop = min(region.base + region.size, end)
+        if region.state != MEM_FREE:
+            access = region.access if region.state == MEM_COMMIT else 0
+            found.append(Mapping(start, stop, _AS_IN_MAPS[region.state, access], ""))
+        start = stop
+    return found
+
+
 def mappings(start: int = 0, end: int = WORD) -> list[Mapping]:
     """The mappings that touch [start, end), cut to it."""
+    if HAS_KERNEL32:
+        return _regions(start, end)
     found = []
     for line in MAPS.read_text().splitlines():
         m = _mapping(line)
@@ -240,7 +277,7 @@ def check_fresh(mem, minimum: int) -> None:
     """What is promised of every memory that is handed out: the size, the protection, every byte zero."""
     info = mem.info()
     assert (info.byte_size, info.committed, info.exports) == (minimum, round_up(minimum), 0)
-    if NEEDS["maps"][0]:
+    if NEEDS["regions"][0]:
         assert accessible_parts(mem) == ([(0, info.committed, "rw-p")] if info.committed else [])
     assert ctypes.string_at(info.base, info.committed).count(0) == info.committed, "a byte of someone else"
 
@@ -280,7 +317,7 @@ def descriptors() -> int:
 
 
 def is_mapped(address: int) -> bool:
-    return any(m.start <= address < m.end for m in mappings())
+    return bool(mappings(address, address + 1))
 
 
 def round_up(n: int, unit: int = PAGE) -> int:

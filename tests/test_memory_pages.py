@@ -49,7 +49,7 @@ def test_after_a_move_the_guards_stand_at_the_new_place():
     dies_at(f"old = 0\n{moved.replace('; mem[0] = 1', '; old = mem.as_ptr()')}", fatal)
 
 
-@requires("maps")
+@requires("regions")
 def test_everything_promised_to_native_code_is_ours_and_faults_or_is_accessible():
     for minimum, maximum, guard in ((0, None, 0), (PAGE + 1, 5 * PAGE, 3 * PAGE), (PAGE, PAGE, PAGE)):
         with linmem.create(minimum, maximum, guard=guard) as mem:
@@ -95,7 +95,7 @@ def test_the_mappings_of_a_memory_carry_a_name():
 
 # -- protect ---------------------------------------------------------------------------------------
 
-@requires("maps")
+@requires("regions")
 def test_protection_is_what_the_kernel_shows():
     with linmem.create(4 * PAGE) as mem:
         base = mem.as_ptr()

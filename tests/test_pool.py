@@ -458,7 +458,7 @@ class Pool(RuleBasedStateMachine):
             return
         for mem, model, _ in self.alive:
             assert bytes(mem) == model
-            if NEEDS["maps"][0]:
+            if NEEDS["regions"][0]:
                 end = round_up(len(model))
                 assert accessible_parts(mem) == ([(0, end, "rw-p")] if end else [])
         spans = sorted(whole(mem) for mem, _, _ in self.alive)
@@ -600,7 +600,7 @@ def test_when_the_creator_goes_idle_slots_are_released_and_live_memories_stay():
     gone.close()
     del pool
     gc.collect()
-    if NEEDS["maps"][0]:
+    if NEEDS["regions"][0]:
         assert not is_mapped(gone_at)
     mem.grow_to(20 * PAGE)
     assert mem[5] == 9
@@ -611,7 +611,7 @@ def test_when_the_creator_goes_idle_slots_are_released_and_live_memories_stay():
     view.release()
     del view
     gc.collect()
-    if NEEDS["maps"][0]:
+    if NEEDS["regions"][0]:
         assert not is_mapped(base)
     assert live() == start
 
@@ -629,7 +629,7 @@ def test_beyond_its_slots_a_pool_falls_back_to_upstream():
     for mem in mems[2:]:
         base = mem.as_ptr()
         mem.close()
-        if NEEDS["maps"][0]:
+        if NEEDS["regions"][0]:
             assert not is_mapped(base)      # not a slot: gone at once
     assert idle(pool) == 0
     for mem in mems[:2]:
@@ -800,7 +800,7 @@ def test_without_unused_warm_slots_every_idle_one_is_cold():
         assert (stats["warm"], stats["cold"], stats["resident"]) == (0, 1, 0)
 
 
-@requires("maps")
+@requires("regions")
 def test_trim_releases_cold_slots_then_the_least_recently_used_until_the_target_holds():
     pool = linmem.PoolingCreator(max_unused_warm=4, reset="zero")
     mems = [pool.create(8 * PAGE, **SHAPE) for _ in range(6)]
@@ -845,7 +845,7 @@ def test_idle_slots_never_keep_more_resident_than_the_pool_says(reset, users):
         assert stats["resident"] <= stats["resident_bound"] == 3 * 16 * PAGE
 
 
-@requires("maps")
+@requires("regions")
 def test_warm_makes_slots_ahead_and_the_next_requests_are_hits():
     pool = linmem.PoolingCreator()
     ty = linmem.MemoryType(2, 10)
