@@ -453,9 +453,9 @@ def _unpickled(size, offset, starts, *parts):
     return Image.from_pieces(zip(starts, parts, strict=True), size, offset)
 
 
-def _parts(Image of not None):
+def _parts(Image image_ not None):
     """What `Image.from_fd` takes, but for the descriptor."""
-    return of.size, of.offset, of.it.content.position, of.runs(), of._digest
+    return image_.size, image_.offset, image_.it.content.position, image_.runs(), image_._digest
 
 
 def _of_parts(descriptor, size, offset, position, runs, digest):

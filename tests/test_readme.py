@@ -42,8 +42,8 @@ def test_a_python_block_does_what_the_page_says(code, dies, tmp_path):
 
 def test_the_readme_shows_one_script_that_dies_and_the_same_that_lives():
     blocks = [(bool(block[1]), block[2]) for block in BLOCK.finditer(PAGES[0].read_text("utf-8"))]
-    assert [dies for dies, _ in blocks] == [False, False, True, False]
-    assert all("store.close()" in code for _, code in blocks[2:])
+    assert [dies for dies, _ in blocks] == [False, False, True, False, False]
+    assert all("store.close()" in code for _, code in blocks[2:4])
 
 
 def test_the_array_that_grows_under_a_live_view_takes_at_most_fifteen_lines():
