@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from linmem._os import pages
 
@@ -152,6 +153,11 @@ def whichever(*choices: tuple) -> list:
     where that is none."""
     found = [pytest.param(*values) for need, *values in choices if NEEDS[need][0]]
     return found or [pytest.param(*choices[0][1:], marks=requires(choices[0][0]))]
+
+
+def fewer_examples(share: int) -> settings:
+    """For properties that run in many variants: together they look as long as one."""
+    return settings(max_examples=max(10, settings.default.max_examples // share))
 
 
 # -- what the OS says --------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from support import (
     check_fresh,
     dies_at,
     failing,
+    fewer_examples,
     is_mapped,
     live_bytes,
     load_extension,
@@ -308,6 +309,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(("reset", "way"), HOW)
+@fewer_examples(5)
 @given(users=st.lists(st.tuples(st.sampled_from(SHAPES), st.lists(USES, max_size=6)), min_size=2, max_size=12),
        check=st.booleans(), warm=st.sampled_from([0, 1, 100]), keep=st.sampled_from([0, 3 * PAGE, 64 << 20]))
 def test_whatever_the_last_user_did_the_next_gets_a_fresh_memory(reset, way, users, check, warm, keep):
@@ -489,6 +491,7 @@ class Pool(RuleBasedStateMachine):
 
 
 TestPool = Pool.TestCase
+TestPool.settings = fewer_examples(5)
 
 REUSED = f"""{TOUCH}
 import linmem
@@ -830,6 +833,7 @@ def test_trim_leaves_live_memories_alone():
 
 @requires("maps")
 @pytest.mark.parametrize("reset", RESETS)
+@fewer_examples(4)
 @given(users=st.lists(st.tuples(st.sampled_from(SHAPES), st.lists(USES, max_size=5)), min_size=1, max_size=20))
 def test_idle_slots_never_keep_more_resident_than_the_pool_says(reset, users):
     pool = linmem.PoolingCreator(reset=reset, max_unused_warm=3, keep_resident=16 * PAGE)

@@ -12,7 +12,7 @@ import threading
 import pytest
 import wasmtime
 from hypothesis import given
-from support import REAL_PAGE, requires, smaps
+from support import REAL_PAGE, fewer_examples, requires, smaps
 from test_hoist import Prefilled, all_features, binary, modules, needs_gc, number, observe, said, table
 from wasmtime import _ffi as ffi
 
@@ -80,6 +80,7 @@ def same(engine, wat, world=lambda store: [], calls=()):
 def test_a_prepared_module_is_the_module(kind):
     engine = engine_of(kind)
 
+    @fewer_examples(6)
     @given(modules())
     def check(module):
         same(engine, *module)
