@@ -286,7 +286,7 @@ cdef int give_back_all(slot* s, size_t used) noexcept nogil:
         code = memory_renew(s.m, s.high if s.hidden else used)
     else:
         code = memory_renew(s.m, used)
-        if code == 0 and s.hidden:
+        if code == 0 and s.hidden and s.high > used:    # else this user has grown over all that was hidden
             code = pages.decommit(s.base + used, s.high - used)
             s.high = used
     s.hidden = 0

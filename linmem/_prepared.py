@@ -212,10 +212,9 @@ def _compiled(engine: wasmtime.Engine, wasm: bytes, cache: Cache | None) -> wasm
         return wasmtime.Module(engine, wasm)
     key = hashlib.sha256(f"linmem {_FORMAT}, wasmtime {_version()}\n".encode() + wasm).hexdigest()
     for path in cache.entries(key, ".cwasm"):
-        try:
-            return wasmtime.Module.deserialize_file(engine, path)
-        except wasmtime.WasmtimeError:      # compiled for an engine of other settings, or of another build
-            continue
+        module = _read(engine, path)
+        if module is not None:
+            return module
     module = wasmtime.Module(engine, wasm)
 
     def write(path: str) -> None:
@@ -224,6 +223,19 @@ def _compiled(engine: wasmtime.Engine, wasm: bytes, cache: Cache | None) -> wasm
 
     _add(cache, key, ".cwasm", write)
     return module
+
+
+def _read(engine: wasmtime.Engine, path: str) -> wasmtime.Module | None:
+    """The module, or None: compiled for an engine of other settings, or of another build."""
+    try:
+        return wasmtime.Module.deserialize_file(engine, path)
+    except wasmtime.WasmtimeError:      # or its file system forbids to map files as code (noexec), but not to read them
+        pass
+    try:
+        with open(path, "rb") as file:
+            return wasmtime.Module.deserialize(engine, file.read())
+    except (wasmtime.WasmtimeError, OSError):       # another process may have made room
+        return None
 
 
 def _add(cache: Cache, key: str, suffix: str, write: Callable[[str], object]) -> None:

@@ -99,6 +99,7 @@ def image_kinds() -> list[str]:
 # The one list of what a test may need and a machine may lack. name -> (there?, what is missing).
 NEEDS = {
     "maps": (HAS_PROC, "no /proc/self/maps to ask"),
+    "regions": (HAS_PROC or HAS_KERNEL32, "the OS does not say what is mapped, and how it may be touched"),
     "names": (HAS_PROC and FLOOR["capabilities"]["names"], "mappings carry no names here"),
     "smaps": (HAS_PROC and SMAPS.exists(), "no /proc/self/smaps to ask"),
     "moves": (FLOOR["capabilities"]["moves"], "this OS cannot move mappings"),
@@ -111,8 +112,6 @@ NEEDS = {
     "huge_pages": (HAS_PROC and FLOOR["huge_page"] > 0, "no huge pages on request"),
     "bare_fork": (hasattr(LIBC, "_Fork"), "no fork(2) that runs no handlers"),
     "mallinfo": (hasattr(LIBC, "mallinfo2"), "malloc does not say how much it gave out"),
-
-
     "sealed": ("sealed" in image_kinds(), "memory cannot be sealed here"),
     "unnamed_files": ("file" in image_kinds(), "images are not kept in files here"),
     "maps_images": (FLOOR["capabilities"]["maps_images"], "images cannot be mapped into memories here"),
@@ -120,6 +119,7 @@ NEEDS = {
     "holes": (_files_have_holes(), "the file system has no holes, or does not say"),
     "rlimits": (_has_module("resource"), "this OS has no resource limits"),
     "fork": (hasattr(os, "fork"), "this OS has no fork"),
+    "owners": (hasattr(os, "geteuid"), "files have no owners and modes here"),
     "core_files": (_core_is_a_file(), "core_pattern is not a plain file name"),
     "real_pages": ("LINMEM_PAGE_SIZE" not in os.environ, "the host page is overridden in this run"),
     "compiler": (any(map(shutil.which, ("cc", "gcc", "clang", "cl"))), "no C compiler"),
@@ -141,6 +141,20 @@ def requires(*needs: str) -> pytest.MarkDecorator:
     """Skip where the machine lacks one of the needs. No test skips in another way: so they can be counted."""
     missing = [NEEDS[need][1] for need in needs if not NEEDS[need][0]]
     return pytest.mark.skipif(bool(missing), reason="; ".join(missing))
+
+
+def file_requires(*needs: str) -> None:
+    """As `requires`, of all that a file tests, and counted as one skip."""
+    missing = [NEEDS[need][1] for need in needs if not NEEDS[need][0]]
+    if missing:
+        pytest.skip("; ".join(missing), allow_module_level=True)
+
+
+def whichever(*choices: tuple) -> list:
+    """Parameters, each (need, value, ...), of which those are taken that can be had; the first one is skipped
+    where that is none."""
+    found = [pytest.param(*values) for need, *values in choices if NEEDS[need][0]]
+    return found or [pytest.param(*choices[0][1:], marks=requires(choices[0][0]))]
 
 
 def fewer_examples(share: int) -> settings:
@@ -172,8 +186,44 @@ def _mapping(line: str) -> Mapping:
     return Mapping(start, end, access, rest[3].strip() if len(rest) > 3 else "")
 
 
+class Region(ctypes.Structure):
+    """MEMORY_BASIC_INFORMATION."""
+
+    _fields_ = [("base", ctypes.c_size_t), ("allocation", ctypes.c_size_t), ("first_access", ctypes.c_uint32),
+                ("partition", ctypes.c_uint32), ("size", ctypes.c_size_t), ("state", ctypes.c_uint32),
+                ("access", ctypes.c_uint32), ("type", ctypes.c_uint32)]
+
+
+MEM_COMMIT, MEM_RESERVE, MEM_FREE = 0x1000, 0x2000, 0x10000
+PAGE_NOACCESS, PAGE_READONLY, PAGE_READWRITE = 1, 2, 4
+_AS_IN_MAPS = {(MEM_RESERVE, 0): "---p", (MEM_COMMIT, PAGE_NOACCESS): "---p", (MEM_COMMIT, PAGE_READONLY): "r--p",
+               (MEM_COMMIT, PAGE_READWRITE): "rw-p"}
+
+
+def query(address: int) -> Region:
+    region = Region()
+    assert ctypes.WinDLL("kernel32").VirtualQuery(ctypes.c_void_p(address), ctypes.byref(region),
+                                                  ctypes.c_size_t(ctypes.sizeof(region)))
+    return region
+
+
+def _regions(start: int, end: int) -> list[Mapping]:
+    """What VirtualQuery says of [start, end), as maps would. Only of memory such as linmem makes."""
+    found = []
+    while start < end:
+        region = query(start)
+        stop = min(region.base + region.size, end)
+        if region.state != MEM_FREE:
+            access = region.access if region.state == MEM_COMMIT else 0
+            found.append(Mapping(start, stop, _AS_IN_MAPS[region.state, access], ""))
+        start = stop
+    return found
+
+
 def mappings(start: int = 0, end: int = WORD) -> list[Mapping]:
     """The mappings that touch [start, end), cut to it."""
+    if HAS_KERNEL32:
+        return _regions(start, end)
     found = []
     for line in MAPS.read_text().splitlines():
         m = _mapping(line)
@@ -235,7 +285,7 @@ def check_fresh(mem, minimum: int) -> None:
     """What is promised of every memory that is handed out: the size, the protection, every byte zero."""
     info = mem.info()
     assert (info.byte_size, info.committed, info.exports) == (minimum, round_up(minimum), 0)
-    if NEEDS["maps"][0]:
+    if NEEDS["regions"][0]:
         assert accessible_parts(mem) == ([(0, info.committed, "rw-p")] if info.committed else [])
     assert ctypes.string_at(info.base, info.committed).count(0) == info.committed, "a byte of someone else"
 
@@ -275,7 +325,7 @@ def descriptors() -> int:
 
 
 def is_mapped(address: int) -> bool:
-    return any(m.start <= address < m.end for m in mappings())
+    return bool(mappings(address, address + 1))
 
 
 def round_up(n: int, unit: int = PAGE) -> int:
@@ -327,6 +377,15 @@ def _fault_codes() -> frozenset[int]:
 
 def died_of_a_fault(done: subprocess.CompletedProcess) -> bool:
     return done.returncode in _fault_codes()
+
+
+# For children. The getter and the setter touch the byte themselves: a foreign call may make an exception of
+# the fault.
+TOUCH = """
+import ctypes
+peek = lambda address: ctypes.c_char.from_address(address).value
+poke = lambda address: setattr(ctypes.c_char.from_address(address), "value", 1)
+"""
 
 
 def dies_at(setup: str, fatal: str) -> None:

@@ -16,7 +16,7 @@ import zlib
 
 import pytest
 import support
-from support import NEEDS, PAGE, ROOT, mappings, requires, run_child
+from support import PAGE, ROOT, mappings, requires, run_child, whichever
 
 pytest.importorskip("linmem.bench._raw")
 import linmem
@@ -56,11 +56,9 @@ GOALS = {
 MAY_LACK = {"pool/one": r"the control scales only \d\.\d\d x here"}
 
 
-@pytest.fixture(scope="module", params=bench.SUITES)
+@pytest.fixture(scope="module", params=whichever(*(("matplotlib", suite) for suite in bench.SUITES)))
 def quick_run(request, tmp_path_factory):
     """One run of a whole suite in a process of its own, whose allocator and clock nobody else uses."""
-    if not NEEDS["matplotlib"][0]:
-        pytest.skip(NEEDS["matplotlib"][1])
     folder = tmp_path_factory.mktemp(request.param)
     done = subprocess.run(
         [sys.executable, "-m", "linmem.bench", "--suite", request.param, "--quick", "--rounds", "2",

@@ -8,11 +8,11 @@ import subprocess
 import sys
 
 import pytest
-from support import ROOT, requires, run_child
+from support import ROOT, file_requires, requires, run_child
 
 from linmem import Image
 
-pytestmark = requires("dask")
+file_requires("dask")
 
 PAGE = 4096
 

@@ -44,7 +44,7 @@ def room_of(path):
 
 def code_of(path):
     """The source without comments and docstrings."""
-    text = re.sub(r'("""|\'\'\')(?:(?!\1).)*?>>>.*?\1', "", path.read_text(), flags=re.S)
+    text = re.sub(r'("""|\'\'\')(?:(?!\1).)*?>>>.*?\1', "", path.read_text("utf-8"), flags=re.S)
     return re.sub(r"(^|\s)#.*", "", text)
 
 
@@ -94,16 +94,16 @@ def test_only_the_page_floor_says_the_operating_systems_words(path):
 
 @requires("sources")
 def test_the_word_test_sees_the_page_floor():
-    assert OS_WORDS.search((HOUSE / "_os" / "posix.pyx").read_text())
+    assert OS_WORDS.search((HOUSE / "_os" / "posix.pyx").read_text("utf-8"))
 
 
 def codes():
-    return re.findall(r"^\s+(E_\w+) = -\d+", (HOUSE / "_units.pxd").read_text(), flags=re.M)
+    return re.findall(r"^\s+(E_\w+) = -\d+", (HOUSE / "_units.pxd").read_text("utf-8"), flags=re.M)
 
 
 @requires("sources")
 def test_every_code_of_ours_has_a_text_and_an_exception():
-    source = (HOUSE / "_failures.pxi").read_text()
+    source = (HOUSE / "_failures.pxi").read_text("utf-8")
     texts = source[source.index("cdef void failure_text("):source.index("cdef int raise_failure(")]
     reasons = source[source.index("cdef const char* reason("):source.index("cdef void failure_text(")]
     assert len(codes()) >= 9

@@ -137,7 +137,7 @@ def test_a_file_can_be_named_in_any_way_that_python_knows(tmp_path, image, delta
 
 @requires("sources")
 def test_the_header_is_the_one_that_the_page_describes(saved, image):
-    page = (ROOT / "docs" / "file-format.md").read_text()
+    page = (ROOT / "docs" / "file-format.md").read_text("utf-8")
     rows = re.findall(r"^\| (\d+) \| (\d+) \| `?(\w+)`? \|", page, flags=re.M)
     header, entry = rows[:rows.index(("0", "8", "group"))], rows[rows.index(("0", "8", "group")):]
     for table, size in ((header, HEADER), (entry, 16)):

@@ -287,7 +287,7 @@ def test_private_pages_have_no_descriptor():
         img.fileno()
 
 
-@requires("maps", "numpy")
+@requires("regions", "numpy")
 def test_the_images_own_view_is_read_only_to_the_processor(kind):
     img = Image.from_bytes(b"abc" * 10000)
     import numpy

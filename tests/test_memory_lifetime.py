@@ -78,7 +78,7 @@ def test_a_context_closes_its_memory():
     with linmem.create(PAGE) as mem:
         assert not mem.closed
         base = mem.as_ptr()
-        if NEEDS["maps"][0]:
+        if NEEDS["regions"][0]:
             assert is_mapped(base)
     assert mem.closed
 

@@ -1,22 +1,31 @@
 """Pages: guards, protection, discard, prefault, info, the kernel's own view of a memory."""
 
 import pytest
-from support import NAME, PAGE, REAL_PAGE, dies_at, inaccessible, mappings, requires, resident, run_child, smaps, whole
+from support import (
+    NAME,
+    PAGE,
+    REAL_PAGE,
+    TOUCH,
+    dies_at,
+    inaccessible,
+    mappings,
+    requires,
+    resident,
+    run_child,
+    smaps,
+    whole,
+)
 
 import linmem
 
-TOUCH = """
-import ctypes, linmem
-mem = linmem.create({minimum}, maximum={maximum}, guard={guard})
+SETUP = TOUCH + f"""
+import linmem
+mem = linmem.create({PAGE + 5}, maximum={8 * PAGE}, guard={2 * PAGE})
 info = mem.info()
-# The getter and the setter touch the byte themselves: a foreign call may make an exception of the fault.
-peek = lambda address: ctypes.c_char.from_address(address).value
-poke = lambda address: setattr(ctypes.c_char.from_address(address), 'value', 1)
 first, last = info.base - info.pre_guard, info.base - info.pre_guard + info.reserved - 1
 assert peek(info.base) == bytes(1)
 poke(info.base + info.committed - 1)
 """
-SETUP = TOUCH.format(minimum=PAGE + 5, maximum=8 * PAGE, guard=2 * PAGE)
 
 
 @pytest.mark.parametrize("touch", ["peek", "poke"])
@@ -40,7 +49,7 @@ def test_after_a_move_the_guards_stand_at_the_new_place():
     dies_at(f"old = 0\n{moved.replace('; mem[0] = 1', '; old = mem.as_ptr()')}", fatal)
 
 
-@requires("maps")
+@requires("regions")
 def test_everything_promised_to_native_code_is_ours_and_faults_or_is_accessible():
     for minimum, maximum, guard in ((0, None, 0), (PAGE + 1, 5 * PAGE, 3 * PAGE), (PAGE, PAGE, PAGE)):
         with linmem.create(minimum, maximum, guard=guard) as mem:
@@ -86,7 +95,7 @@ def test_the_mappings_of_a_memory_carry_a_name():
 
 # -- protect ---------------------------------------------------------------------------------------
 
-@requires("maps")
+@requires("regions")
 def test_protection_is_what_the_kernel_shows():
     with linmem.create(4 * PAGE) as mem:
         base = mem.as_ptr()

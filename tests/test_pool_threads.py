@@ -9,18 +9,20 @@ import pytest
 from support import (
     NEEDS,
     PAGE,
+    SCAN_WAYS,
     answer,
     check_fresh,
     live_bytes,
     requires,
     round_up,
     run_child,
+    whichever,
 )
 
 import linmem
 
 SHAPE = {"maximum": 16 * PAGE, "reserve": 16 * PAGE, "guard": PAGE}
-WAYS = [pytest.param(way, marks=requires(f"scan_{way}")) for way in ("ioctl", "reading")] + [None]
+WAYS = [*sorted(SCAN_WAYS), None]
 
 
 def live():
@@ -175,7 +177,7 @@ if {way!r}:
     pages.choose_scan({way!r})
 P = {page}
 how = dict(maximum=16 * P, reserve=16 * P, guard=P)
-libc = ctypes.PyDLL(None)
+libc = ctypes.PyDLL(None) if hasattr(os, "fork") else None
 
 def child(fork, work):
     pid = fork()
@@ -221,12 +223,12 @@ def script(way, code):
     return HEAD.format(way=way, page=PAGE) + textwrap.dedent(code)
 
 
-FORKS = [pytest.param("os.fork", marks=requires("fork")), pytest.param("libc._Fork", marks=requires("bare_fork"))]
+FORKS = whichever(("fork", "os.fork"), ("bare_fork", "libc._Fork"))
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("fork", FORKS)
-@pytest.mark.parametrize("reset", [pytest.param("scan", marks=requires("scans")), "adaptive", "discard"])
+@pytest.mark.parametrize("reset", ["scan", "adaptive", "discard"])
 def test_a_forked_child_resets_its_own_guests_pages(way, fork, reset):
     """The parent has a warm slot and the descriptor of its pagemap open; the child's guest writes other pages of
     that slot, which only the child's own pagemap shows. With the inherited descriptor the scan would describe the

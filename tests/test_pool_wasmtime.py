@@ -119,7 +119,7 @@ def test_what_one_guest_grew_by_is_out_of_the_next_ones_bounds():
         with pytest.raises(wasmtime.Trap, match="out of bounds"):
             two.store(address, 1)
     memory = two.linear()
-    if NEEDS["maps"][0]:
+    if NEEDS["regions"][0]:
         assert accessible_parts(memory) == [(0, 2 * PAGE, "rw-p")]
     for size in range(3, 63):
         assert two.grow(1) == size - 1
@@ -159,12 +159,12 @@ def test_install_without_a_creator_pools():
         del memory
         one.close()
     assert len(set(bases)) == 1
-    if NEEDS["maps"][0]:
+    if NEEDS["regions"][0]:
         assert is_mapped(bases[0])
     engine.close()
     del engine, module, one
     gc.collect()
-    if NEEDS["maps"][0]:
+    if NEEDS["regions"][0]:
         assert not is_mapped(bases[0])
 
 

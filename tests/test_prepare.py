@@ -470,6 +470,16 @@ def test_a_module_is_compiled_once_and_then_read(tmp_path, compilations):
     assert len(compilations) == 2
 
 
+def test_what_cannot_be_mapped_as_code_is_read(tmp_path, compilations, monkeypatch):
+    def refused(engine, path):
+        raise wasmtime.WasmtimeError(f"{path} is on a file system that is mounted noexec")
+
+    monkeypatch.setattr(wasmtime.Module, "deserialize_file", refused)
+    for _ in range(3):
+        assert works(MMAP, tmp_path)
+    assert len(compilations) == 1
+
+
 def test_engines_of_other_settings_have_entries_of_their_own(tmp_path, compilations):
     other = engine_of(consume_fuel=True)
     for engine in (MMAP, other) * 2:
@@ -556,7 +566,7 @@ def test_the_entries_of_one_module_are_bounded(tmp_path):
     assert list(cache.entries("another", ".x")) == []
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no owners and modes here")
+@requires("owners")
 def test_a_directory_that_others_may_write_to_is_refused(tmp_path):
     cache = tmp_path / "cache"
     cache.mkdir(mode=0o700)
@@ -574,7 +584,7 @@ def test_a_directory_that_others_may_write_to_is_refused(tmp_path):
         prepare(MMAP, HELLO, cache=cache)
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no owners and modes here")
+@requires("owners")
 def test_a_directory_of_another_user_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
     with pytest.raises(PermissionError, match="belongs to user"):

@@ -8,12 +8,24 @@ import textwrap
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import LIBC, PAGE, REAL_PAGE, answer, build_extension, failing, load_extension, requires, scanning
+from support import (
+    LIBC,
+    PAGE,
+    REAL_PAGE,
+    answer,
+    build_extension,
+    failing,
+    file_requires,
+    load_extension,
+    requires,
+    scanning,
+    whichever,
+)
 
 import linmem
 from linmem._os import pages
 
-pytestmark = requires("scans", "compiler")
+file_requires("scans", "compiler")
 
 SPOTTER = """
 # cython: language_level=3
@@ -45,7 +57,7 @@ def all_touched(size_t at, size_t size, bint over_image=False, size_t room=64):
     return found
 """
 
-WAYS = [pytest.param(way, marks=requires(f"scan_{way}")) for way in ("ioctl", "reading")]
+WAYS = whichever(("scan_ioctl", "ioctl"), ("scan_reading", "reading"))
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +258,7 @@ def run(folder, way, code):
     return answer(HEAD.format(folder=str(folder), way=way, page=REAL_PAGE) + textwrap.dedent(code))
 
 
-FORKS = [pytest.param("os.fork", marks=requires("fork")), pytest.param("libc._Fork", marks=requires("bare_fork"))]
+FORKS = whichever(("fork", "os.fork"), ("bare_fork", "libc._Fork"))
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import itertools
@@ -11,7 +12,19 @@ import sys
 
 import pytest
 import support
-from support import GRANULARITY, PAGE, requires, whole
+from support import (
+    GRANULARITY,
+    MEM_COMMIT,
+    MEM_FREE,
+    MEM_RESERVE,
+    PAGE,
+    PAGE_NOACCESS,
+    PAGE_READONLY,
+    PAGE_READWRITE,
+    query,
+    requires,
+    whole,
+)
 
 import linmem
 from linmem._os import pages
@@ -20,18 +33,11 @@ pytestmark = requires("kernel32")
 
 GIB = 1 << 30
 ACCESS_VIOLATION = 0xC0000005
-MEM_COMMIT, MEM_RESERVE, MEM_FREE = 0x1000, 0x2000, 0x10000
-PAGE_NOACCESS, PAGE_READONLY, PAGE_READWRITE = 1, 2, 4
-ERROR_INVALID_ADDRESS = 487
+ERROR_NOT_ENOUGH_MEMORY, ERROR_INVALID_ADDRESS = 8, 487
+MEM_MAPPED = 0x40000
 # What Windows says when commit charge or addresses run out; Wine has access denied (5) for the former.
 NO_CHARGE = {5, 8, 14, 1455}
 NO_ADDRESSES = {8, 14, 87}
-
-
-class Region(ctypes.Structure):
-    _fields_ = [("base", ctypes.c_size_t), ("allocation", ctypes.c_size_t), ("first_access", ctypes.c_uint32),
-                ("partition", ctypes.c_uint32), ("size", ctypes.c_size_t), ("state", ctypes.c_uint32),
-                ("access", ctypes.c_uint32), ("type", ctypes.c_uint32)]
 
 
 class MemoryStatus(ctypes.Structure):
@@ -46,13 +52,6 @@ class WorkingSetEntry(ctypes.Structure):
 
 def kernel32():
     return ctypes.WinDLL("kernel32", use_last_error=True)
-
-
-def query(address):
-    region = Region()
-    assert kernel32().VirtualQuery(ctypes.c_void_p(address), ctypes.byref(region),
-                                   ctypes.c_size_t(ctypes.sizeof(region)))
-    return region
 
 
 def regions(start, end):
@@ -76,6 +75,12 @@ def resident(start, size):
     k.GetCurrentProcess.restype = ctypes.c_void_p
     assert k.K32QueryWorkingSetEx(ctypes.c_void_p(k.GetCurrentProcess()), entries, ctypes.sizeof(entries))
     return sum(entry.flags & 1 for entry in entries) * PAGE
+
+
+def handles():
+    """Those that are open, by asking of each number: not every kernel32 counts them."""
+    about, k = ctypes.c_uint32(), kernel32()
+    return {n for n in range(4, 1 << 13, 4) if k.GetHandleInformation(ctypes.c_void_p(n), ctypes.byref(about))}
 
 
 def commit_status():
@@ -255,7 +260,7 @@ def test_a_child_that_writes_a_protected_page_dies_of_an_access_violation():
 def test_an_out_of_bounds_access_of_wasm_traps_in_a_memory_that_linmem_owns():
     wasmtime = pytest.importorskip("wasmtime")
     config = wasmtime.Config()
-    linmem.wasmtime.install(config)
+    linmem.wasmtime.install(config, linmem.MmapCreator())       # which keeps nothing once the store is closed
     store = wasmtime.Store(wasmtime.Engine(config))
     module = wasmtime.Module(store.engine, """(module
       (memory (export "memory") 1 3)
@@ -362,3 +367,112 @@ def test_describe_names_the_commit_limit_and_no_limit_on_addresses():
     found = pages.describe()
     assert found["limits"]["commit limit"] == commit_status().commit
     assert found["address_space_left"] == found["address_space"] == 1 << found["address_bits"]
+
+
+# -- images ---------------------------------------------------------------------------------------------
+
+def mapped():
+    """Bytes of section views, of images and of whatever else the process has mapped."""
+    end = 1 << support.FLOOR["address_bits"]
+    at, found = 0x10000, 0
+    while at < end - 0x20000:
+        r = query(at)
+        found += r.size if r.type == MEM_MAPPED else 0
+        at = r.base + r.size
+    return found
+
+
+IMAGE = 16 << 20
+IMAGE_ACTS = {
+    "make": lambda img, mem: linmem.Image.from_bytes(b"x" * IMAGE),
+    "take": lambda img, mem: mem.snapshot(),
+    "start from": lambda img, mem: img.new_memory().close(),
+    "restore": lambda img, mem: mem.restore(img),
+    "pool": lambda img, mem: img.new_memory(creator=linmem.creator("pool")).close(),
+}
+
+
+@pytest.mark.parametrize("kind", ["section", "private"])
+@pytest.mark.parametrize("act", IMAGE_ACTS)
+def test_a_refused_page_call_of_an_image_leaves_no_handle_no_view_and_no_addresses(act, kind):
+    before = pages.choose_image(kind)
+    try:
+        img = linmem.Image.from_bytes(b"x" * IMAGE)
+        mem = img.new_memory()
+        IMAGE_ACTS[act](img, mem)
+        opened, views, addresses = handles(), mapped(), addresses_in_use()
+        for nth in range(1, 60):
+            with support.failing(nth, ERROR_NOT_ENOUGH_MEMORY) as calls, contextlib.suppress(linmem.PageError):
+                IMAGE_ACTS[act](img, mem)
+            linmem.create(1).close()        # what a refused release has left is released with the next
+            gc.collect()
+            assert (handles(), mapped()) == (opened, views), nth
+            assert addresses_in_use() - addresses < IMAGE, nth
+            if not calls.happened:
+                return
+        raise AssertionError("ever more page calls")
+    finally:
+        pages.choose_image(before)
+
+
+@pytest.mark.parametrize("kind", ["section", "private"])
+def test_a_child_that_writes_to_an_image_dies_of_an_access_violation(kind):
+    support.dies_at(support.TOUCH + f"""
+import linmem
+from linmem._os import pages
+pages.choose_image({kind!r})
+img = linmem.Image.from_bytes(b"x" * 10000)
+view = memoryview(img)
+holder = ctypes.py_object(view)
+class Buffer(ctypes.Structure):
+    _fields_ = [("buf", ctypes.c_size_t), ("rest", ctypes.c_size_t * 12)]
+buffer = Buffer()
+assert ctypes.pythonapi.PyObject_GetBuffer(holder, ctypes.byref(buffer), 0) == 0
+assert peek(buffer.buf) == b"x"
+""", "poke(buffer.buf)")
+
+
+def test_an_image_is_one_section_and_one_view_of_it_which_go_with_the_image():
+    before = pages.choose_image("section")
+    try:
+        opened, views = handles(), mapped()
+        img = linmem.Image.from_bytes(b"x" * IMAGE)
+        assert (len(handles() - opened), mapped() - views) == (1, IMAGE)
+        with img.new_memory() as mem:
+            assert (len(handles() - opened), mapped() - views) == (1, IMAGE)      # a memory copies from it
+            del img
+            gc.collect()
+            assert (mem[0], mem[IMAGE - 1]) == (ord("x"), ord("x"))
+        gc.collect()
+        assert (handles(), mapped()) == (opened, views)
+    finally:
+        pages.choose_image(before)
+
+
+# -- the pool -------------------------------------------------------------------------------------------
+
+def test_a_cold_slot_is_charged_for_nothing_and_a_released_one_is_gone():
+    pool = linmem.PoolingCreator(max_unused_warm=0)
+    for uses in range(3):
+        with pool.create(4 * PAGE, reserve=64 * PAGE, guard=PAGE) as mem:
+            assert committed(mem) == 4 * PAGE
+            mem.grow_to(9 * PAGE)
+            mem.write(0, b"x" * 9 * PAGE)
+            start, end = whole(mem)
+        assert (pool.stats()["hits"], pool.stats()["cold"]) == (uses, 1)
+        assert {(state, allocation) for _, state, _, allocation in regions(start, end)} == {(MEM_RESERVE, start)}
+    pool.trim()
+    assert all(state == MEM_FREE for _, state, _, _ in regions(start, end))
+
+
+@pytest.mark.parametrize("reset", ["zero", "discard"])
+def test_a_warm_slot_is_inaccessible_beyond_its_minimum(reset):
+    pool = linmem.PoolingCreator(reset=reset)
+    for uses in range(3):
+        with pool.create(4 * PAGE, reserve=64 * PAGE, guard=PAGE) as mem:
+            base, (start, end) = mem.as_ptr(), whole(mem)
+            mem.grow_to(9 * PAGE)
+        assert (pool.stats()["hits"], pool.stats()["warm"]) == (uses, 1)
+        assert regions(base, base + 4 * PAGE) == [(4 * PAGE, MEM_COMMIT, PAGE_READWRITE, start)]
+        assert all(state == MEM_RESERVE or access == PAGE_NOACCESS
+                   for _, state, access, _ in regions(start, base) + regions(base + 4 * PAGE, end))
