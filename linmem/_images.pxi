@@ -496,10 +496,12 @@ cdef int compare(memory* m, image* now, image* base, changes* out, failure* why)
 cdef int add_change(changes* to, size_t offset, size_t size, bint zero, failure* why) noexcept nogil:
     cdef size_t room
     cdef change* more
-    cdef change* last = to.list + to.n - 1
-    if to.n and last.zero == zero and last.offset + last.size == offset:
-        last.size += size
-        return 0
+    cdef change* last
+    if to.n:
+        last = to.list + (to.n - 1)
+        if last.zero == zero and last.offset + last.size == offset:
+            last.size += size
+            return 0
     if to.n == to.room:
         room = to.n * 2 + 16
         more = <change*>realloc(to.list, room * sizeof(change))
