@@ -206,3 +206,4 @@ def test_restoring_while_the_store_grows_the_memory_is_refused():
     store.close()
     first.handle.close()        # memory and handle hold one another
     engine.close()
+    made.clear()

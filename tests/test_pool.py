@@ -1303,6 +1303,7 @@ def test_a_limit_on_address_space_is_met_by_releasing_idle_slots():
         """.replace("import resource", "import re, resource")) == "named 1"
 
 
+@requires("docstrings")
 def test_the_docstring_names_every_option_and_every_figure():
     text = linmem.PoolingCreator.__doc__ or ""
     for name in ("slots", "keep_resident", "max_unused_warm", "reset", "when_full", "check", "upstream"):
