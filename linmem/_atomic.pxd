@@ -18,6 +18,11 @@ cdef extern from *:
     static __inline int linmem_swap_if(linmem_word *w, __int64 was, __int64 now)
     { return _InterlockedCompareExchange64(w, now, was) == was; }
     static __inline void linmem_touch(char *p) { (void)_InterlockedOr8(p, 0); }
+    #if defined(_M_ARM64)
+    static __inline void linmem_pause(void) { __yield(); }
+    #else
+    static __inline void linmem_pause(void) { _mm_pause(); }
+    #endif
     #else
     typedef long long linmem_word;
     static inline long long linmem_load(linmem_word *w) { return __atomic_load_n(w, __ATOMIC_SEQ_CST); }
@@ -28,6 +33,13 @@ cdef extern from *:
     static inline int linmem_swap_if(linmem_word *w, long long was, long long now)
     { return __atomic_compare_exchange_n(w, &was, now, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST); }
     static inline void linmem_touch(char *p) { (void)__atomic_fetch_or(p, 0, __ATOMIC_SEQ_CST); }
+    static inline void linmem_pause(void) {
+    #if defined(__x86_64__) || defined(__i386__)
+        __builtin_ia32_pause();
+    #elif defined(__aarch64__)
+        __asm__ __volatile__("yield");
+    #endif
+    }
     #endif
     #ifdef Py_GIL_DISABLED
     #define linmem_add_with_gil linmem_add
@@ -43,4 +55,5 @@ cdef extern from *:
     long long add_with_gil "linmem_add_with_gil"(word* w, long long value) noexcept   # -> the new value
     long long add "linmem_add"(word* w, long long value) noexcept nogil           # -> the new value
     bint swap_if "linmem_swap_if"(word* w, long long was, long long now) noexcept nogil
+    void pause "linmem_pause"() noexcept nogil          # between two looks at a word that another thread will change
     void touch "linmem_touch"(char* p) noexcept nogil       # faults a page in for writing, changes no byte

@@ -9,7 +9,7 @@ from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memset
 
-from linmem._atomic cimport add, load, publish, store, swap_if, word
+from linmem._atomic cimport add, load, pause, publish, store, swap_if, word
 from linmem._os cimport pages
 from linmem._units cimport (
     E_CAPACITY, E_EXPORTED, E_IMAGE, E_MAXIMUM, E_NO_MEMORY, E_OVERFLOW, E_SHRINK, E_UNSUPPORTED, add_up,
@@ -107,15 +107,23 @@ cdef int bury(void* unused) noexcept:
 # parent are gone, so a lock that one of them held is nobody's: the child takes it over.
 cdef long long generation = 1
 
+cdef enum:
+    LOOKS = 64      # at a lock, before the processor is given to another thread
+
 
 cdef void acquire(word* lock) noexcept nogil:
     # Held for a page call or two, and for a Python creator's grow_to: never wait here with the GIL.
     cdef long long holder
+    cdef int looks = 0
     while not swap_if(lock, 0, generation):
         holder = load(lock)
         if holder != 0 and holder != generation and swap_if(lock, holder, generation):
             return
-        pages.relax()
+        looks += 1
+        if looks < LOOKS:       # most are held for less than a system call takes
+            pause()
+        else:
+            pages.relax()
 
 
 cdef bint try_acquire(word* lock) noexcept nogil:

@@ -46,6 +46,7 @@ cdef struct slot:
     slot* next              # of all slots of the pool
     slot* previous
     int state
+    const void* thread      # that gave it back
     bint doomed             # not to be kept again
     bint growth_is_watched  # by upstream's hooks
     image* image            # a reference on what its memories start from; NULL: zeros

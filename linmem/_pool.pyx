@@ -26,6 +26,17 @@ cdef enum:
     ADAPTIVE = 3
     PAGE_BITS = 12              # what reset_policy counts in
 
+cdef extern from *:
+    """
+    #if defined(_MSC_VER) && !defined(__clang__)
+    static __declspec(thread) char linmem_thread;
+    #else
+    static __thread char linmem_thread;
+    #endif
+    static const void *linmem_this_thread(void) { return &linmem_thread; }
+    """
+    const void* this_thread "linmem_this_thread"() noexcept nogil
+
 cdef size_t ZERO_UNSEEN = 1 << 18       # bytes: up to here, zeroing all is no worse than giving back what was not seen
 
 _RESETS = {"scan": RESET_SCAN, "zero": RESET_ZERO, "discard": RESET_DISCARD, "adaptive": ADAPTIVE}
@@ -401,6 +412,7 @@ cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
         unlock(&p.lock)
         return let_go(s, m)
     p.resets[how] += 1
+    s.thread = this_thread()
     put_idle(p, s, WARM)
     if p.n_warm > p.most_warm or p.resident > p.resident_bound:
         out = p.oldest[WARM]
@@ -608,10 +620,14 @@ cdef class PoolingCreator(NativeCreator):
         cdef shelf* here
         cdef slot* s = NULL
         cdef bint cold = False
+        cdef const void* me = this_thread()
         acquire(&p.lock)
         here = find_shelf(p, key)
         if here != NULL:
             s = here.warm if here.warm != NULL else here.cold
+            # Of the last two, rather the one whose pages are in this processor's cache.
+            if s != NULL and s.state == WARM and s.below != NULL and s.thread != me and s.below.thread == me:
+                s = s.below
         if s != NULL:
             cold = s.state == COLD
             take_idle(p, s)
