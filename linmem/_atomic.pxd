@@ -9,6 +9,7 @@ cdef extern from *:
     #ifndef LINMEM_ATOMIC_H
     #define LINMEM_ATOMIC_H
     #if defined(_MSC_VER) && !defined(__clang__)
+    #define LINMEM_OF_THREAD __declspec(thread)
     #include <intrin.h>
     typedef volatile __int64 linmem_word;
     static __inline __int64 linmem_load(linmem_word *w) { return _InterlockedOr64(w, 0); }
@@ -24,6 +25,7 @@ cdef extern from *:
     static __inline void linmem_pause(void) { _mm_pause(); }
     #endif
     #else
+    #define LINMEM_OF_THREAD __thread
     typedef long long linmem_word;
     static inline long long linmem_load(linmem_word *w) { return __atomic_load_n(w, __ATOMIC_SEQ_CST); }
     static inline void linmem_store(linmem_word *w, long long v) { __atomic_store_n(w, v, __ATOMIC_SEQ_CST); }

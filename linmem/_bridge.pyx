@@ -86,11 +86,6 @@ cdef void leave_table(memory* m, char* base) noexcept nogil:
 
 cdef extern from *:
     """
-    #if defined(_MSC_VER) && !defined(__clang__)
-    #define LINMEM_OF_THREAD __declspec(thread)
-    #else
-    #define LINMEM_OF_THREAD __thread
-    #endif
     typedef struct { void *next, *end, *of; } linmem_queue;
     static LINMEM_OF_THREAD linmem_queue linmem_offered;
     static linmem_queue *linmem_of_thread(void) { return &linmem_offered; }

@@ -28,11 +28,7 @@ cdef enum:
 
 cdef extern from *:
     """
-    #if defined(_MSC_VER) && !defined(__clang__)
-    static __declspec(thread) char linmem_thread;
-    #else
-    static __thread char linmem_thread;
-    #endif
+    static LINMEM_OF_THREAD char linmem_thread;
     static const void *linmem_this_thread(void) { return &linmem_thread; }
     """
     const void* this_thread "linmem_this_thread"() noexcept nogil
