@@ -451,6 +451,22 @@ def rebuilt(source: Path, folder: Path) -> Path:
 
 # -- a client in Cython ---------------------------------------------------------------------------------
 
+HALF_CREATOR = """
+cdef class Half(linmem.NativeCreator):
+    '''A creator of memories half as large as asked for.'''
+
+    cdef linmem.NativeCreator upstream
+
+    def __cinit__(self, linmem.NativeCreator upstream not None):
+        self.upstream = upstream
+
+    cdef int make(self, const linmem.memory_spec* spec, linmem.memory** out, linmem.failure* why) noexcept nogil:
+        cdef linmem.memory_spec half = spec[0]
+        half.minimum = half.minimum // 2
+        return self.upstream.make(&half, out, why)
+"""
+
+
 def build_extension(folder: Path, name: str, source: str) -> None:
     """Compile a Cython module into `folder`, against the package's .pxd files."""
     (folder / f"{name}.pyx").write_text(source)

@@ -6,7 +6,7 @@ import sys
 import textwrap
 
 import pytest
-from support import requires
+from support import HALF_CREATOR, requires
 
 import linmem
 
@@ -31,19 +31,7 @@ def fill(linmem.Memory mem not None, size_t size, int byte):
         linmem.raise_failure(&why)
 
 
-cdef class Half(linmem.NativeCreator):
-    '''A creator of memories half as large as asked for.'''
-
-    cdef linmem.NativeCreator upstream
-
-    def __cinit__(self, linmem.NativeCreator upstream not None):
-        self.upstream = upstream
-
-    cdef int make(self, const linmem.memory_spec* spec, linmem.memory** out, linmem.failure* why) noexcept nogil:
-        cdef linmem.memory_spec half = spec[0]
-        half.minimum = half.minimum // 2
-        return self.upstream.make(&half, out, why)
-"""
+""" + HALF_CREATOR
 
 
 @pytest.fixture(scope="module")

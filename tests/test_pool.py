@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from support import (
+    HALF_CREATOR,
     NEEDS,
     PAGE,
     SCAN_WAYS,
@@ -1125,19 +1126,7 @@ HALF = """
 cimport linmem
 
 
-cdef class Half(linmem.NativeCreator):
-    '''A creator of memories half as large as asked for.'''
-
-    cdef linmem.NativeCreator upstream
-
-    def __cinit__(self, linmem.NativeCreator upstream not None):
-        self.upstream = upstream
-
-    cdef int make(self, const linmem.memory_spec* spec, linmem.memory** out, linmem.failure* why) noexcept nogil:
-        cdef linmem.memory_spec half = spec[0]
-        half.minimum = half.minimum // 2
-        return self.upstream.make(&half, out, why)
-"""
+""" + HALF_CREATOR
 
 
 @requires("compiler")
