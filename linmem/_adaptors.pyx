@@ -10,7 +10,7 @@ from libc.string cimport memcpy
 
 from linmem._atomic cimport add, load, store, swap_if
 from linmem._memory cimport (
-    NO_MAXIMUM, UNCHOSEN, Memory, NativeCreator, acquire, begin_move, check_size, drop_object, end_move, fail,
+    NO_MAXIMUM, UNCHOSEN, Memory, NativeCreator, acquire, begin_move, check_count, check_size, drop_object, end_move, fail,
     fail_python, failure, image_copy, memory, memory_hang, memory_hook, memory_ops, memory_resident, memory_retain,
     memory_size, memory_spec, python_is_ending, unlock,
 )
@@ -277,7 +277,7 @@ cdef class StatisticsCreator(NativeCreator):
 
     def __cinit__(self, NativeCreator upstream not None, history=256):
         cdef size_t kept
-        check_size(history, "history", &kept)
+        check_count(history, "history", &kept)
         self.upstream = upstream
         self.ledger = <ledger*>calloc(1, sizeof(ledger))
         if self.ledger == NULL:

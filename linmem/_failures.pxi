@@ -113,16 +113,20 @@ cdef int check_size(object value, str name, size_t* out) except -1:
             out[0] = <size_t>n
             return 0
         PyErr_Clear()
-    return check_size_at_length(value, name, out)
+    return check_at_length(value, name, "an integer number of bytes", out)
 
 
-cdef int check_size_at_length(object value, str name, size_t* out) except -1:
+cdef int check_count(object value, str name, size_t* out) except -1:
+    return check_at_length(value, name, "an integer", out)
+
+
+cdef int check_at_length(object value, str name, str what, size_t* out) except -1:
     """What is no exact int, or no size: converted, or the exception that says why not."""
     cdef unsigned long long n
     try:
         number = value.__index__() if not isinstance(value, int) else value
     except (AttributeError, TypeError):
-        raise TypeError(f"{name} must be an integer number of bytes, got {type(value).__name__}") from None
+        raise TypeError(f"{name} must be {what}, got {type(value).__name__}") from None
     try:
         n = number
     except OverflowError:

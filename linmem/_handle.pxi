@@ -239,7 +239,7 @@ cdef class Memory:
         if count is None:
             n = (size - start) // itemsize
         else:
-            check_size(count, "count", &n)
+            check_count(count, "count", &n)
             if n > (size - start) // itemsize:
                 raise ValueError(f"count must be <= {(size - start) // itemsize} elements of {itemsize} bytes"
                                  f" from offset {start} in {size} bytes, got {n}")

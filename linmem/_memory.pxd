@@ -176,6 +176,7 @@ cdef void drop_object(PyObject* object) noexcept nogil
 cdef bint python_is_ending() noexcept nogil
 cdef int check_size(object value, str name, size_t* out) except -1
 cdef int check_flag(object value, str name) except -1
+cdef int check_count(object value, str name, size_t* out) except -1
 cdef object wrap(memory* m)
 
 

@@ -9,7 +9,7 @@ from libc.string cimport memset
 from linmem._atomic cimport add, load, store, touch
 from linmem._memory cimport (
     IMAGE_BROKEN, IMAGE_COPIED, OWNER_LEFT, OWNER_PYTHON, ImageHandle, MmapCreator, NativeCreator,
-    acquire, check_flag, check_size, fail, failure, image_release, image_retain, memory, memory_border, memory_hang,
+    acquire, check_count, check_flag, check_size, fail, failure, give_back, image_release, image_retain, memory, memory_border, memory_hang,
     memory_hook, memory_is_filled, memory_refill, memory_release, memory_renew, memory_restore, memory_spec,
     memory_start_again, memory_turn_to, raise_failure, unlock,
 )
@@ -558,11 +558,11 @@ cdef class PoolingCreator(NativeCreator):
         cdef size_t most_slots = caps.mappings // 6 if caps.mappings else 10000
         cdef size_t keep, warm
         if slots is not None:
-            check_size(slots, "slots", &most_slots)
+            check_count(slots, "slots", &most_slots)
         if most_slots < 1:
             raise ValueError(f"slots must be >= 1, got {slots}")
         check_size(keep_resident, "keep_resident", &keep)
-        check_size(max_unused_warm, "max_unused_warm", &warm)
+        check_count(max_unused_warm, "max_unused_warm", &warm)
         check_choice(reset, "reset", _RESETS)
         check_choice(when_full, "when_full", ("fallback", "error"))
         check_flag(check, "check")
@@ -758,7 +758,7 @@ cdef class PoolingCreator(NativeCreator):
         cdef shape key
         cdef failure why
         cdef int code = 0
-        check_size(n, "n", &wanted)
+        check_count(n, "n", &wanted)
         if wanted > p.most_slots:
             raise ValueError(f"n must be <= the slots of the pool ({p.most_slots}), got {wanted}")
         try:
