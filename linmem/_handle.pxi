@@ -561,7 +561,8 @@ cdef class Memory:
     def protect(self, offset, size, access):
         """Set what may be done with whole host pages; mprotect(2). A touch against it is a fault.
 
-        A memory with protected pages never moves.
+        A memory with protected pages never moves. What the OS refuses half way is undone; where that is refused too,
+        or pages had a protection of their own before, the memory counts as one with protected pages.
 
         Parameters
         ----------
@@ -574,7 +575,8 @@ cdef class Memory:
         ValueError
             For another access, or a range that is not whole pages of the memory.
         PageError
-            The OS refused; the protection is what it was.
+            The OS refused. The protection is what it was, in a memory that had no protected pages; in
+            another, some of the range may have the new one.
         TypeError
             The pages are not linmem's (a memory made in Python).
         """
@@ -599,6 +601,9 @@ cdef class Memory:
                     code = pages.protect(m.base + start, n, how)
                     if code:
                         fail_page_call(&why, code, "protect", n)
+                        if (not m.protected_pages
+                                and pages.protect(m.base + start, n, pages.ACCESS_READ_WRITE)):
+                            m.protected_pages = True
                     else:
                         # The same for all of them is a memory as any other.
                         m.protected_pages = how != pages.ACCESS_READ_WRITE or start != 0 or n != m.accessible

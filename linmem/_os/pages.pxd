@@ -67,7 +67,8 @@ cdef int touched(char* at, size_t size, bint over_image, span* runs, size_t* n, 
 # [at, at+size) lies in one reservation. The kernel may use huge pages there from now on; a wish.
 cdef int advise_huge(char* at, size_t size) noexcept nogil
 
-# [at, at+size) is committed. access: an ACCESS_ constant.
+# [at, at+size) is committed. access: an ACCESS_ constant. Refused, a part of it may have it already, where
+# the pages differed in protection before.
 cdef int protect(char* at, size_t size, int access) noexcept nogil
 
 # [at, at+size) is committed and writable. -> every page is resident, no byte has changed.

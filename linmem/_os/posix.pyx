@@ -265,7 +265,13 @@ cdef int commit(char* at, size_t size) noexcept nogil:
         return code
     if too_much(size):
         return ENOMEM
-    return errno if mprotect(at, size, PROT_READ | PROT_WRITE) else 0
+    if mprotect(at, size, PROT_READ | PROT_WRITE) == 0:
+        return 0
+    # Of several mappings (what was hidden is one of its own) those before the one that was refused are
+    # accessible now. None was, and where the guard begins decides what wasm may do.
+    code = errno
+    mprotect(at, size, PROT_NONE)
+    return code
 
 
 cdef int decommit(char* at, size_t size) noexcept nogil:
