@@ -554,7 +554,8 @@ cdef int memory_snapshot(memory* m, image** out, failure* why) noexcept nogil:
 
 
 cdef int discard_pages(memory* m, char* at, size_t size, failure* why) noexcept nogil:
-    """Whole pages to zeros, given back. Those that show an image stop doing so: the next restore maps it anew."""
+    """Whole pages to zeros, given back. Those that show an image stop doing so: the next restore maps it anew.
+    All or nothing: what is refused when other pages have gone already is zeroed instead."""
     cdef char* low
     cdef char* high
     cdef char* end = at + size
@@ -572,9 +573,16 @@ cdef int discard_pages(memory* m, char* at, size_t size, failure* why) noexcept 
     if code == 0 and low > at:
         code = pages.discard(at, <size_t>(low - at))
     if code == 0 and high > low:
-        m.image_state = IMAGE_BROKEN
         code = pages.blank(low, <size_t>(high - low))
+        if code and low > at:
+            memset(low, 0, <size_t>(high - low))
+            code = 0
+        if code == 0:
+            m.image_state = IMAGE_BROKEN
     if code == 0 and end > high:
         code = pages.discard(high, <size_t>(end - high))
+        if code and high > at:
+            memset(high, 0, <size_t>(end - high))
+            code = 0
     unlock(&m.lock)
     return fail_page_call(why, code, "discard", size) if code > 0 else code
