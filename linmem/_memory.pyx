@@ -499,9 +499,11 @@ cdef int prefaulting_grow(memory* m, size_t new_size, failure* why) noexcept nog
     code = pages.prefault(base + accessible, end - accessible)
     if code:
         fail_page_call(why, code, "prefault", end - accessible)
-        if pages.decommit(base + accessible, end - accessible):
-            m.accessible = end      # the next growth finds them, zero as they are
-        return code
+        # Hidden, they are as if they had never been committed. Left accessible behind the size they must not be:
+        # wasm would write there, and the next growth show it. So what cannot be undone is done.
+        if (pages.decommit(base + accessible, end - accessible) == 0
+                or pages.protect(base + accessible, end - accessible, pages.ACCESS_NONE) == 0):
+            return code
     m.accessible = end
     return mapped_grow(m, new_size, why)
 
