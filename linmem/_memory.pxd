@@ -148,6 +148,7 @@ cdef int begin_move(memory* m, size_t new_size, failure* why) noexcept nogil
 cdef void end_move(memory* m) noexcept nogil
 cdef void memory_hang(memory* m, memory_hook* hook) noexcept nogil
 cdef int memory_resident(memory* m, size_t* bytes, failure* why) noexcept nogil
+cdef void give_back(char* at, size_t size) noexcept nogil
 
 cdef image* image_new(size_t offset, size_t size, failure* why) noexcept nogil
 cdef int image_put(image* it, size_t at, const char* bytes, size_t size, failure* why) noexcept nogil
@@ -175,8 +176,8 @@ cdef void unlock(word* lock) noexcept nogil
 cdef void drop_object(PyObject* object) noexcept nogil
 cdef bint python_is_ending() noexcept nogil
 cdef int check_size(object value, str name, size_t* out) except -1
-cdef int check_flag(object value, str name) except -1
 cdef int check_count(object value, str name, size_t* out) except -1
+cdef int check_flag(object value, str name) except -1
 cdef object wrap(memory* m)
 
 

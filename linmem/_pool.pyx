@@ -146,7 +146,7 @@ cdef void measure_costs() noexcept nogil:
                     scan = shorter(scan, start, code)
                 if pages.renew(base, size):
                     break
-        pages.release(base, size)
+        give_back(base, size)
     set_costs(fault, zero if zero > 0 else 1, scan)
 
 
@@ -357,11 +357,13 @@ cdef int reset(slot* s, memory* m) noexcept nogil:
     if used:
         how = clear(s, used)
         if how < 0:
+            m.protected_pages = True        # it may be inaccessible: a pool below sees to that first
             return -1
         if s.pool.check and not memory_is_filled(m, used):
             return -1
     if used > s.least:
         if pages.protect(s.base + s.least, used - s.least, pages.ACCESS_NONE):
+            m.protected_pages = True        # the same
             return -1
         m.accessible = s.least
     elif used < s.least:        # a pool above had made it cold
@@ -664,8 +666,6 @@ cdef class PoolingCreator(NativeCreator):
                 p.misses += 1
             elif victim != NULL:
                 take_idle(p, victim)
-            elif p.fall_back:
-                p.fallbacks += 1
             unlock(&p.lock)
             if victim == NULL:
                 break
@@ -673,7 +673,12 @@ cdef class PoolingCreator(NativeCreator):
         if not room:
             if not p.fall_back:
                 return fail(why, E_EXHAUSTED, "new_memory", spec.minimum, p.most_slots, p.most_slots)
-            return self.upstream.make(spec, out, why)
+            code = self.upstream.make(spec, out, why)
+            if code == 0:
+                acquire(&p.lock)
+                p.fallbacks += 1
+                unlock(&p.lock)
+            return code
         s = <slot*>calloc(1, sizeof(slot))
         spare = <shelf*>calloc(1, sizeof(shelf))
         if s == NULL or spare == NULL:
@@ -901,7 +906,9 @@ cdef class _Policy:
         reset_given_back(&self.policy)
 
 
-def _costs():
+def _costs(anew=False):
     """What measure_costs() found here."""
+    if anew:
+        costs.fault = 0
     measure_costs()
     return {"fault": costs.fault, "scan": costs.scan}
