@@ -133,7 +133,9 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
     Raises
     ------
     wasmtime.WasmtimeError
-        If wasmtime refuses the module.
+        If wasmtime refuses the module, or the engine's creator a memory to try it with.
+    PageError
+        The OS has no room for the images.
     ValueError
         If `wasm` is a component, or if the engine does not make its memories with linmem.
     PermissionError
