@@ -309,9 +309,11 @@ def live_bytes() -> int:
     pages that guard the stacks of threads.
     """
     unnamed = not NEEDS["names"][0]
-    here = mappings(SANITIZER_END) if HAS_KERNEL32 else [        # many tests ask: only those that count are parsed
-        m for line in MAPS.read_text().splitlines() if " ---p " in line and (m := _mapping(line)).start >= SANITIZER_END]
-    return sum(m.size for m in here if m.access == "---p" and (
+    if HAS_KERNEL32:
+        hidden = [m for m in mappings() if m.access == "---p"]
+    else:       # many tests ask: only the lines that count are parsed
+        hidden = [_mapping(line) for line in MAPS.read_text().splitlines() if " ---p " in line]
+    return sum(m.size for m in hidden if m.start >= SANITIZER_END and (
         m.name == "" and m.size > REAL_PAGE if unnamed else m.name == NAME))
 
 

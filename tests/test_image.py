@@ -1,6 +1,5 @@
 """Images: what they hold, what they are equal to, and what differs between them. No question to the OS."""
 
-import contextlib
 import hashlib
 import random
 import struct
@@ -8,7 +7,7 @@ import struct
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import PAGE, failing, image_kinds, requires, round_up
+from support import PAGE, image_kinds, requires, round_up
 
 import linmem
 from linmem import Delta, Image
@@ -547,65 +546,3 @@ def test_a_chain_of_deltas_is_the_full_snapshot(data, offset, rounds):
         for delta in reversed(deltas[:-1]):
             associated = delta | associated
         assert associated == total
-
-
-# -- when the OS refuses --------------------------------------------------------------------------------------
-
-def all_calls(act, check=lambda: None, most=60):
-    """Fail each page call of `act` in turn: it raises what is documented, or needed no such call."""
-    for nth in range(1, most):
-        with failing(nth, ENOMEM) as calls, contextlib.suppress(linmem.PageError):
-            act()
-        check()
-        if not calls.happened:
-            return
-    raise AssertionError("more page calls than expected")
-
-
-def test_whatever_call_is_refused_images_are_made_or_not(kind):
-    data = random.Random(3).randbytes(3 * PAGE) + bytes(2 * PAGE) + b"z"
-    all_calls(lambda: Image.from_bytes(data))
-    mem = Image.from_bytes(data).new_memory()
-    all_calls(mem.snapshot)
-    img = mem.snapshot()
-    all_calls(lambda: img.new_memory().close())
-
-
-def test_whatever_call_is_refused_restore_restores(kind):
-    chance = random.Random(4)
-    a, b = Image.from_bytes(chance.randbytes(4 * PAGE), PAGE), Image.from_bytes(chance.randbytes(5 * PAGE))
-    for start, to in ((a, a), (a, b), (b, a)):
-        mem = start.new_memory()
-
-        def act(mem=mem, start=start, to=to):
-            mem.restore(start)
-            mem[PAGE] = mem[4 * PAGE] = 1
-            mem.restore(to)
-
-        def check(mem=mem, to=to):
-            assert mem[:] == bytes(to.offset) + bytes(to)
-            assert mem.dirty_pages(to) == []
-
-        all_calls(act, check)
-
-
-def test_whatever_call_is_refused_dirty_pages_are_exact(kind):
-    img = Image.from_bytes(b"x" * 8 * PAGE, 2 * PAGE)
-    mem = img.new_memory()
-    mem[PAGE] = mem[5 * PAGE] = 1
-    found = []
-    all_calls(lambda: found.append(mem.dirty_pages(img)))
-    assert set(map(tuple, found)) == {((PAGE, PAGE), (5 * PAGE, PAGE))}
-
-
-def test_whatever_call_is_refused_a_pools_slot_is_fresh_or_gone(kind):
-    img = Image.from_bytes(b"x" * 8 * PAGE, 2 * PAGE)
-    for options in ({}, {"max_unused_warm": 0}, {"reset": "discard"}):
-        pool = linmem.creator("pool", image=img, **options)
-
-        def act(pool=pool):
-            with pool.create(20 * PAGE) as mem:
-                assert mem.dirty_pages(img) == []
-                mem[3 * PAGE] = mem[15 * PAGE] = 1
-
-        all_calls(act)

@@ -1,7 +1,6 @@
 """Images and the OS: which pages are shared, which descriptors are open, what other processes and threads see."""
 
 import contextlib
-import gc
 import mmap
 import os
 import random
@@ -15,7 +14,6 @@ from support import (
     REAL_PAGE,
     answer,
     descriptors,
-    failing,
     image_kinds,
     mappings,
     requires,
@@ -189,31 +187,6 @@ def test_an_image_has_at_most_one_descriptor_and_closes_it_with_the_last_that_ho
     assert view[0] == ord("x")
     view.release()
     assert descriptors() == before
-
-
-@requires("descriptors", "maps")
-@pytest.mark.parametrize("act", [
-    lambda img, mem: Image.from_bytes(b"x" * 5 * PAGE), lambda img, mem: mem.snapshot(),
-    lambda img, mem: img.new_memory().close(), lambda img, mem: mem.restore(img),
-    lambda img, mem: img.new_memory(creator=linmem.creator("pool")).close()])
-def test_a_refused_page_call_leaves_no_descriptor_and_no_mapping(act, kind):
-    img = Image.from_bytes(b"x" * 3 * PAGE)
-    mem = img.new_memory()
-
-    def state():
-        gc.collect()
-        linmem.create(1).close()        # what a refused release has left is released with the next
-        return descriptors(), sum(m.size for m in mappings() if "linmem" in m.name and "image" not in m.name)
-
-    act(img, mem)
-    before = state()
-    for nth in range(1, 60):
-        with failing(nth, 12) as calls, contextlib.suppress(linmem.PageError):
-            act(img, mem)
-        assert state() == before, nth
-        if not calls.happened:
-            return
-    raise AssertionError("more page calls than expected")
 
 
 @requires("rlimits", "descriptors")
