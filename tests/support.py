@@ -309,11 +309,8 @@ def live_bytes() -> int:
     pages that guard the stacks of threads.
     """
     unnamed = not NEEDS["names"][0]
-    if HAS_KERNEL32:
-        hidden = [m for m in mappings() if m.access == "---p"]
-    else:       # many tests ask: only the lines that count are parsed
-        hidden = [_mapping(line) for line in MAPS.read_text().splitlines() if " ---p " in line]
-    return sum(m.size for m in hidden if m.start >= SANITIZER_END and (
+    hidden = (_mapping(line) for line in MAPS.read_text().splitlines() if " ---p " in line)
+    return sum(m.end - max(m.start, SANITIZER_END) for m in hidden if m.end > SANITIZER_END and (
         m.name == "" and m.size > REAL_PAGE if unnamed else m.name == NAME))
 
 
