@@ -29,7 +29,6 @@ cdef struct record:
     size_t growths
     size_t refused
     long long grow_ns
-    long long started_ns    # of the growth under way
 
 
 # Shared by a StatisticsCreator and the hooks of its memories.

@@ -8,7 +8,7 @@ from libc.stdint cimport SIZE_MAX
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
 
-from linmem._atomic cimport add, load, store, swap_if
+from linmem._atomic cimport add, load, poke, poke_address, store, swap_if
 from linmem._memory cimport (
     NO_MAXIMUM, UNCHOSEN, Memory, NativeCreator, acquire, begin_move, check_size, drop_object, end_move, fail,
     fail_python, failure, image_copy, memory, memory_hang, memory_hook, memory_ops, memory_resident, memory_retain,
@@ -165,6 +165,7 @@ cdef struct statistics_hook:
     memory_hook head
     ledger* ledger
     record* record
+    long long started_ns    # of the growth under way
 
 
 cdef void free_records(record* r) noexcept nogil:
@@ -190,7 +191,7 @@ cdef void sample_resident(record* r) noexcept nogil:
 
 
 cdef int statistics_before_grow(memory_hook* head, memory* m, size_t new_size, failure* why) noexcept nogil:
-    (<statistics_hook*>head).record.started_ns = pages.clock_ns()
+    (<statistics_hook*>head).started_ns = pages.clock_ns()
     return 0
 
 
@@ -199,7 +200,7 @@ cdef void statistics_after_grow(memory_hook* head, memory* m, size_t old_size, s
     cdef statistics_hook* hook = <statistics_hook*>head
     cdef ledger* book = hook.ledger
     cdef record* r = hook.record
-    cdef long long spent = pages.clock_ns() - r.started_ns
+    cdef long long spent = pages.clock_ns() - hook.started_ns
     # A pool above hands the memory out anew, smaller: what it has been already is counted.
     cdef size_t more = new_size - r.size if new_size > r.size else 0
     acquire(&book.lock)
@@ -432,14 +433,14 @@ cdef int read_python_memory(python_memory* p, size_t size) except -1:
         if bound < byte_size:
             raise ValueError(f"{name}.maximum_byte_size() must be >= byte_size() ({byte_size}), got {bound}")
         if bound < p.head.maximum:
-            p.head.maximum = bound
+            poke(&p.head.maximum, bound)
     if p.head.base != NULL and base != <size_t>p.head.base and byte_size <= p.head.capacity:
         raise RuntimeError(f"{name}.grow_to({byte_size}) moved the base within its byte_capacity()"
                            f" ({p.head.capacity})")
-    p.head.base = <char*>base
-    p.head.accessible = byte_size
-    p.head.capacity = capacity
-    p.head.covered = covered
+    poke_address(&p.head.base, <char*>base)
+    poke(&p.head.accessible, byte_size)
+    poke(&p.head.capacity, capacity)
+    poke(&p.head.covered, covered)
     store(&p.head.size, <long long>byte_size)
     return 0
 
@@ -522,10 +523,7 @@ cdef class PythonCreator(NativeCreator):
             ty, spec.minimum, None if spec.maximum == NO_MAXIMUM else spec.maximum,
             None if spec.reservation == UNCHOSEN else spec.reservation, spec.guard)
         if isinstance(made, Memory):
-            adopt(<Memory>made, spec.minimum, spec.maximum, spec.is_shared, reservation, spec.guard, out)
-            if spec.image != NULL:
-                image_copy(spec.image, out[0].base)
-            return 0
+            return adopt(<Memory>made, spec, reservation, out)
         for method in ("as_ptr", "byte_size", "byte_capacity", "wasm_accessible", "grow_to"):
             if not callable(getattr(made, method, None)):
                 raise TypeError(f"{type(self.creator).__name__}.new_memory() must return a LinearMemory, got"
@@ -555,26 +553,36 @@ cdef class PythonCreator(NativeCreator):
         return f"PythonCreator({self.creator!r})"
 
 
-cdef int adopt(Memory made, size_t minimum, size_t maximum, bint is_shared, size_t reservation, size_t guard,
-               memory** out) except -1:
+cdef int adopt(Memory made, const memory_spec* spec, size_t reservation, memory** out) except -1:
     """A native memory that a Python creator hands on: its struct serves as it is."""
     cdef memory* m = made.enter()
-    try:
-        size = memory_size(m)
-        if size != minimum:
-            raise ValueError(f"new_memory() must return a memory of {minimum} bytes, got {size}")
-        if m.capacity < reservation or m.covered < max(m.capacity, reservation) + guard:
-            raise ValueError(f"new_memory() must return a memory with a reservation of {reservation} and a guard of"
-                             f" {guard} bytes, got {m.capacity} and {m.covered - m.capacity}")
-        if not swap_if(&m.handed_on, 0, 1):
-            raise ValueError("new_memory() returned a memory that it has returned before")
-        memory_retain(m)
-        # What was asked for binds it, whatever its maker asked for.
-        if is_shared:
-            m.is_shared = True
-        if m.maximum > maximum:
-            m.maximum = maximum
-        out[0] = m
-        return 0
-    finally:
-        made.leave()
+    cdef size_t size, capacity, covered
+    cdef bint fits, fresh = False
+    with nogil:
+        # The creator may have kept it, and other threads of its may use it.
+        acquire(&m.lock)
+        size, capacity, covered = memory_size(m), m.capacity, m.covered
+        fits = (size == spec.minimum and capacity >= reservation
+                and covered >= (capacity if capacity > reservation else reservation) + spec.guard)
+        if fits:
+            fresh = swap_if(&m.handed_on, 0, 1)
+        if fresh:
+            memory_retain(m)
+            # What was asked for binds it, whatever its maker asked for.
+            if spec.is_shared:
+                m.is_shared = True
+            if m.maximum > spec.maximum:
+                poke(&m.maximum, spec.maximum)
+            if spec.image != NULL:
+                image_copy(spec.image, m.base)
+        unlock(&m.lock)
+    made.leave()
+    if size != spec.minimum:
+        raise ValueError(f"new_memory() must return a memory of {spec.minimum} bytes, got {size}")
+    if not fits:
+        raise ValueError(f"new_memory() must return a memory with a reservation of {reservation} and a guard of"
+                         f" {spec.guard} bytes, got {capacity} and {covered - capacity}")
+    if not fresh:
+        raise ValueError("new_memory() returned a memory that it has returned before")
+    out[0] = m
+    return 0

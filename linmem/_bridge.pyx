@@ -66,13 +66,14 @@ cdef inline memory** bucket(char* base) noexcept nogil:
 cdef void enter_table(memory* m) noexcept nogil:
     cdef memory** head = bucket(m.base)
     acquire(&table_lock)
+    m.registered = m.base
     m.registry_next = head[0]
     head[0] = m
     unlock(&table_lock)
 
 
-cdef void leave_table(memory* m, char* base) noexcept nogil:
-    cdef memory** link = bucket(base)
+cdef void leave_table(memory* m) noexcept nogil:
+    cdef memory** link = bucket(m.registered)
     acquire(&table_lock)
     while link[0] != NULL:
         if link[0] == m:
@@ -142,18 +143,17 @@ cdef uint8_t* get_memory(void* env, size_t* byte_size, size_t* byte_capacity) no
 
 cdef wasmtime_error_t* grow_memory(void* env, size_t new_size) noexcept nogil:
     cdef memory* m = <memory*>env
-    cdef char* base = m.base
     cdef failure why
     cdef int code = memory_grow_to(m, new_size, &why)
-    if m.base != base:
-        leave_table(m, base)
+    if m.base != m.registered:
+        leave_table(m)
         enter_table(m)
     return to_error(&why) if code else NULL
 
 
 cdef void finalize_memory(void* env) noexcept nogil:
     cdef memory* m = <memory*>env
-    leave_table(m, m.base)
+    leave_table(m)
     store(&m.owner, OWNER_LEFT)
     memory_release(m)
 
@@ -177,7 +177,9 @@ cdef wasmtime_error_t* new_memory(void* env, const wasm_memorytype_t* ty, size_t
     image_release(spec.image)
     if code:
         return to_error(&why)
+    acquire(&m.lock)        # a growth from Python is over, or finds who owns it now
     store(&m.owner, OWNER_WASMTIME)
+    unlock(&m.lock)
     enter_table(m)
     out.env = m
     out.get_memory = get_memory
@@ -221,7 +223,7 @@ def find(size_t base):
     cdef memory* m
     acquire(&table_lock)
     m = bucket(<char*>base)[0]
-    while m != NULL and <size_t>m.base != base:
+    while m != NULL and <size_t>m.registered != base:
         m = m.registry_next
     if m != NULL:
         memory_retain(m)

@@ -106,11 +106,14 @@ cdef struct memory_hook:
 
 # The head of every memory, whatever its kind. Reference-counted, because wasmtime frees memories on
 # any thread with no GIL: nothing in here is a Python object.
+#
+# What is no word is written under the lock. Where it is read without: base, accessible, capacity, maximum and
+# covered by peek() (and written by poke()); base and covered fit together only for who has pinned the memory.
 cdef struct memory:
     const memory_ops* ops
     memory_hook* hooks
     word refs                   # handles that are not closed, and wasmtime
-    word pins                   # exported buffers and byte accesses under way; negative: the base is moving
+    word pins                   # exported buffers, and accesses under way (pin()); negative: the base is moving
     word lock                   # one growth (or drop of a hook chain) at a time
     word owner                  # OWNER_
     word handed_on              # 1 once a Python creator has handed it on: fresh memories are handed on once
@@ -131,7 +134,8 @@ cdef struct memory:
     image* image                # a reference on what it held at the start, or was last restored to; NULL: zeros
     size_t started              # byte_size at the start; 0: it was restored to another image
     size_t dirtied              # bytes that a restore found written, the first since pages were given back; or 0
-    memory* registry_next       # the bridge's table of memories that wasmtime holds
+    memory* registry_next       # the bridge's table of memories that wasmtime holds, by the base that they had when
+    char* registered            # they were put there
 
 
 cdef inline size_t memory_size(memory* m) noexcept nogil:
@@ -204,7 +208,6 @@ cdef class Memory:
     cdef object __weakref__
     cdef memory* enter(self) except NULL
     cdef memory* enter_pages(self, str call) except NULL
-    cdef memory* enter_bytes(self, str call) except NULL
     cdef void leave(self) noexcept
 
 

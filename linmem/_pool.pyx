@@ -6,7 +6,7 @@ from libc.stdint cimport SIZE_MAX
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from linmem._atomic cimport add, load, store, touch
+from linmem._atomic cimport add, load, poke, store, touch, word
 from linmem._memory cimport (
     IMAGE_BROKEN, IMAGE_COPIED, OWNER_LEFT, OWNER_PYTHON, ImageHandle, MmapCreator, NativeCreator,
     acquire, check_flag, check_size, fail, failure, image_release, image_retain, memory, memory_border, memory_hang,
@@ -99,6 +99,7 @@ cdef void list_pool(pool* p) noexcept nogil:
 # -- what this machine's calls cost ------------------------------------------------------------------------
 
 cdef reset_costs costs          # fault == 0: not measured yet
+cdef word costs_lock            # of the first pool's maker; nobody has a pool before
 costs.fault = costs.scan = 0
 
 cdef enum:
@@ -119,8 +120,6 @@ cdef void measure_costs() noexcept nogil:
     cdef size_t n
     cdef size_t offset
     cdef int _, code
-    if costs.fault:
-        return
     if pages.reserve(size, &base) == 0:
         if pages.commit(base, size) == 0:
             for _ in range(SAMPLES):
@@ -148,6 +147,13 @@ cdef void measure_costs() noexcept nogil:
                     break
         pages.release(base, size)
     set_costs(fault, zero if zero > 0 else 1, scan)
+
+
+cdef void need_costs() noexcept nogil:
+    acquire(&costs_lock)
+    if costs.fault == 0:
+        measure_costs()
+    unlock(&costs_lock)
 
 
 cdef long long shorter(long long best, long long start, int code) noexcept nogil:
@@ -363,11 +369,11 @@ cdef int reset(slot* s, memory* m) noexcept nogil:
     if used > s.least:
         if pages.protect(s.base + s.least, used - s.least, pages.ACCESS_NONE):
             return -1
-        m.accessible = s.least
+        poke(&m.accessible, s.least)        # upstream may have someone who watches, here and below
     elif used < s.least:        # a pool above had made it cold
         if pages.commit(s.base + used, s.least - used) or memory_start_again(m, s.image):
             return -1
-        m.accessible = s.least
+        poke(&m.accessible, s.least)
     return how
 
 
@@ -427,7 +433,7 @@ cdef void make_cold(pool* p, slot* s) noexcept nogil:
             drop(s)
             s = NULL
         else:
-            s.m.accessible = 0
+            poke(&s.m.accessible, 0)
             s.m.image_state = IMAGE_COPIED
             s.high = s.hidden = s.resident = 0
             reset_given_back(&s.policy)
@@ -490,6 +496,14 @@ cdef size_t release_idle(pool* p, size_t target) noexcept nogil:
             return released
         released += s.resident
         drop(s)
+
+
+cdef bint has_idle(pool* p) noexcept nogil:
+    cdef bint found
+    acquire(&p.lock)
+    found = least_wanted(p) != NULL
+    unlock(&p.lock)
+    return found
 
 
 cdef bint is_slot_of(pool* p, memory* m) noexcept nogil:
@@ -584,7 +598,7 @@ cdef class PoolingCreator(NativeCreator):
         p.fall_back = when_full == "fallback"
         p.check = check
         with nogil:
-            measure_costs()
+            need_costs()
             list_pool(p)
         self.pool = p
 
@@ -640,7 +654,8 @@ cdef class PoolingCreator(NativeCreator):
                 p.hits -= 1
                 unlock(&p.lock)
                 return NULL
-            s.m.accessible = s.high = s.least
+            s.high = s.least
+            poke(&s.m.accessible, s.least)
         store(&s.m.size, s.first_size)
         s.m.started = <size_t>s.first_size
         store(&s.m.refs, 1)
@@ -680,7 +695,7 @@ cdef class PoolingCreator(NativeCreator):
             code = fail(why, E_NO_MEMORY, "calloc", sizeof(slot))
         else:
             code = self.upstream.make(spec, out, why)
-            if code and (code > 0 or code == E_LIMIT or code == E_NO_MEMORY) and least_wanted(p) != NULL:
+            if code and (code > 0 or code == E_LIMIT or code == E_NO_MEMORY) and has_idle(p):
                 # What idle slots hold may be what is missing.
                 release_idle(p, 0)
                 code = self.upstream.make(spec, out, why)
@@ -903,5 +918,5 @@ cdef class _Policy:
 
 def _costs():
     """What measure_costs() found here."""
-    measure_costs()
+    need_costs()
     return {"fault": costs.fault, "scan": costs.scan}

@@ -33,12 +33,14 @@ cdef extern from *:
     typedef struct { int lock; int fd_and_1; } linmem_pagemap_t;
     static linmem_pagemap_t linmem_pagemap_static;
     static linmem_pagemap_t *linmem_pagemap = &linmem_pagemap_static;
-    static struct stat linmem_pagemap_file;     /* what was opened: its number may have become another file's */
+    /* What was opened: its number may have become another file's. Read while another thread opens it anew. */
+    static uint64_t linmem_pagemap_node, linmem_pagemap_device;
 
     static int linmem_pagemap_is(int fd) {
         struct stat file;
-        return fstat(fd, &file) == 0 && file.st_ino == linmem_pagemap_file.st_ino
-               && file.st_dev == linmem_pagemap_file.st_dev;
+        return fstat(fd, &file) == 0
+               && (uint64_t)file.st_ino == __atomic_load_n(&linmem_pagemap_node, __ATOMIC_RELAXED)
+               && (uint64_t)file.st_dev == __atomic_load_n(&linmem_pagemap_device, __ATOMIC_RELAXED);
     }
 
     static void linmem_pagemap_lock(void) {
@@ -63,14 +65,17 @@ cdef extern from *:
         linmem_pagemap_lock();
         fd = __atomic_load_n(&linmem_pagemap->fd_and_1, __ATOMIC_ACQUIRE) - 1;
         if (fd < 0) {
+            struct stat file;
             fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-            if (fd >= 0 && fstat(fd, &linmem_pagemap_file) != 0) {
+            if (fd >= 0 && fstat(fd, &file) != 0) {
                 int code = errno;
                 close(fd);
                 errno = code;
                 fd = -1;
             }
             if (fd >= 0) {
+                __atomic_store_n(&linmem_pagemap_node, (uint64_t)file.st_ino, __ATOMIC_RELAXED);
+                __atomic_store_n(&linmem_pagemap_device, (uint64_t)file.st_dev, __ATOMIC_RELAXED);
                 linmem_pagemap_static.fd_and_1 = fd + 1;
                 __atomic_store_n(&linmem_pagemap->fd_and_1, fd + 1, __ATOMIC_RELEASE);
             }
