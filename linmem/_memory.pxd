@@ -160,6 +160,7 @@ cdef void image_retain(image* it) noexcept nogil
 cdef void image_release(image* it) noexcept nogil
 cdef void image_copy(const image* it, char* base) noexcept nogil
 cdef bint is_zero(const char* at, size_t size) noexcept nogil
+cdef void leave_image(memory* m) noexcept nogil
 cdef void memory_restore(memory* m, image* to) noexcept nogil
 cdef int memory_turn_to(memory* m, image* to) noexcept nogil
 cdef size_t memory_border(memory* m, size_t at, size_t end, bint* over_image) noexcept nogil
