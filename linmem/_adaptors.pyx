@@ -11,8 +11,8 @@ from libc.string cimport memcpy
 from linmem._atomic cimport add, load, poke, poke_address, store, swap_if
 from linmem._memory cimport (
     NO_MAXIMUM, UNCHOSEN, Memory, NativeCreator, acquire, begin_move, check_size, drop_object, end_move, fail,
-    fail_python, failure, image_copy, leave_image, memory, memory_hang, memory_hook, memory_ops, memory_resident, memory_retain,
-    memory_size, memory_spec, python_is_ending, unlock,
+    fail_python, failure, guard, image_copy, leave_image, memory, memory_hang, memory_hook, memory_ops,
+    memory_resident, memory_retain, memory_size, memory_spec, python_is_ending, unguard, unlock,
 )
 from linmem._os cimport pages
 from linmem._units cimport E_LIMIT, E_NO_MEMORY, E_UNSUPPORTED, round_up
@@ -178,6 +178,7 @@ cdef void free_records(record* r) noexcept nogil:
 
 cdef void release_ledger(ledger* book) noexcept nogil:
     if add(&book.refs, -1) == 0:
+        unguard(&book.guard)
         free_records(book.live)
         free_records(book.dropped)
         free(book)
@@ -203,7 +204,7 @@ cdef void statistics_after_grow(memory_hook* head, memory* m, size_t old_size, s
     cdef long long spent = pages.clock_ns() - hook.started_ns
     # A pool above hands the memory out anew, smaller: what it has been already is counted.
     cdef size_t more = new_size - r.size if new_size > r.size else 0
-    acquire(&book.lock)
+    acquire(&book.guard.lock)
     r.grow_ns += spent
     if code:
         r.refused += 1
@@ -215,14 +216,14 @@ cdef void statistics_after_grow(memory_hook* head, memory* m, size_t old_size, s
         book.total_bytes += more
         if book.current_bytes > book.peak_bytes:
             book.peak_bytes = book.current_bytes
-    unlock(&book.lock)
+    unlock(&book.guard.lock)
 
 
 cdef void statistics_before_drop(memory_hook* head, memory* m) noexcept nogil:
     cdef statistics_hook* hook = <statistics_hook*>head
     cdef ledger* book = hook.ledger
     cdef record* r = hook.record
-    acquire(&book.lock)
+    acquire(&book.guard.lock)
     sample_resident(r)
     r.m = NULL
     if r.previous != NULL:
@@ -243,7 +244,7 @@ cdef void statistics_before_drop(memory_hook* head, memory* m) noexcept nogil:
     book.n_dropped += 1
     if book.n_dropped > book.history:
         forget_oldest(book)
-    unlock(&book.lock)
+    unlock(&book.guard.lock)
 
 
 cdef void forget_oldest(ledger* book) noexcept nogil:
@@ -285,6 +286,8 @@ cdef class StatisticsCreator(NativeCreator):
             raise MemoryError("no memory for a ledger")
         self.ledger.refs = 1
         self.ledger.history = kept
+        with nogil:
+            guard(&self.ledger.guard)
 
     def __dealloc__(self):
         if self.ledger != NULL:
@@ -302,9 +305,9 @@ cdef class StatisticsCreator(NativeCreator):
         if code:
             free(hook)
             free(r)
-            acquire(&book.lock)
+            acquire(&book.guard.lock)
             book.failures += 1
-            unlock(&book.lock)
+            unlock(&book.guard.lock)
             return code
         add(&book.refs, 1)
         hook.head.before_grow = statistics_before_grow
@@ -315,7 +318,7 @@ cdef class StatisticsCreator(NativeCreator):
         hook.record = r
         r.m = out[0]
         r.first_size = r.size = spec.minimum
-        acquire(&book.lock)
+        acquire(&book.guard.lock)
         r.next = book.live
         if book.live != NULL:
             book.live.previous = r
@@ -328,7 +331,7 @@ cdef class StatisticsCreator(NativeCreator):
             book.peak_count = book.n_live
         if book.current_bytes > book.peak_bytes:
             book.peak_bytes = book.current_bytes
-        unlock(&book.lock)
+        unlock(&book.guard.lock)
         memory_hang(out[0], &hook.head)
         return 0
 
@@ -336,9 +339,9 @@ cdef class StatisticsCreator(NativeCreator):
         """The sums, as a dict: bytes are byte_size; failures are refused creations and growths."""
         cdef ledger book
         with nogil:
-            acquire(&self.ledger.lock)
+            acquire(&self.ledger.guard.lock)
             book = self.ledger[0]
-            unlock(&self.ledger.lock)
+            unlock(&self.ledger.guard.lock)
         return {"current_bytes": book.current_bytes, "peak_bytes": book.peak_bytes, "total_bytes": book.total_bytes,
                 "current_count": book.n_live, "peak_count": book.peak_count, "total_count": book.total_count,
                 "failures": book.failures}
@@ -353,11 +356,11 @@ cdef class StatisticsCreator(NativeCreator):
         cdef size_t n = 0, room = 0, i
         with nogil:
             while True:
-                acquire(&self.ledger.lock)
+                acquire(&self.ledger.guard.lock)
                 n = self.ledger.n_live + self.ledger.n_dropped
                 if n <= room:
                     break
-                unlock(&self.ledger.lock)
+                unlock(&self.ledger.guard.lock)
                 free(copy)
                 room = n + 8
                 copy = <record*>malloc(room * sizeof(record))
@@ -365,7 +368,7 @@ cdef class StatisticsCreator(NativeCreator):
                     break
             if copy != NULL or n == 0:
                 copy_records(self.ledger, copy)
-                unlock(&self.ledger.lock)
+                unlock(&self.ledger.guard.lock)
         if copy == NULL and n:
             raise MemoryError(f"no memory for {n} records")
         try:

@@ -12,10 +12,10 @@ from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport calloc, free
 
-from linmem._atomic cimport store, word
+from linmem._atomic cimport store
 from linmem._memory cimport (
     OWNER_LEFT, OWNER_WASMTIME, UNCHOSEN, ImageHandle, NativeCreator, acquire, drop_object, failure, failure_text,
-    image, image_release, image_retain, memory, memory_grow_to, memory_release, memory_retain, memory_size,
+    guard, guarded, image, image_release, image_retain, memory, memory_grow_to, memory_release, memory_retain, memory_size,
     memory_spec, unlock, wrap,
 )
 from linmem._units cimport E_PYTHON
@@ -54,7 +54,8 @@ cdef enum:
     BUCKETS = 1 << 12
 
 cdef memory* table[BUCKETS]
-cdef word table_lock
+cdef guarded tabling
+guard(&tabling)
 
 
 cdef inline memory** bucket(char* base) noexcept nogil:
@@ -65,22 +66,22 @@ cdef inline memory** bucket(char* base) noexcept nogil:
 
 cdef void enter_table(memory* m) noexcept nogil:
     cdef memory** head = bucket(m.base)
-    acquire(&table_lock)
+    acquire(&tabling.lock)
     m.registered = m.base
     m.registry_next = head[0]
     head[0] = m
-    unlock(&table_lock)
+    unlock(&tabling.lock)
 
 
 cdef void leave_table(memory* m) noexcept nogil:
     cdef memory** link = bucket(m.registered)
-    acquire(&table_lock)
+    acquire(&tabling.lock)
     while link[0] != NULL:
         if link[0] == m:
             link[0] = m.registry_next
             break
         link = &link[0].registry_next
-    unlock(&table_lock)
+    unlock(&tabling.lock)
 
 
 # -- images for the memories that this thread will ask for next ------------------------------------
@@ -221,13 +222,13 @@ def set_creator(size_t config, NativeCreator creator not None):
 def find(size_t base):
     """The Memory that wasmtime holds at `base`, or None."""
     cdef memory* m
-    acquire(&table_lock)
+    acquire(&tabling.lock)
     m = bucket(<char*>base)[0]
     while m != NULL and <size_t>m.registered != base:
         m = m.registry_next
     if m != NULL:
         memory_retain(m)
-    unlock(&table_lock)
+    unlock(&tabling.lock)
     return None if m == NULL else wrap(m)
 
 

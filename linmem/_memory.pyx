@@ -16,8 +16,6 @@ from linmem._units cimport (
     first_reservation, lay_out, layout, next_reservation, round_down, round_up,
 )
 
-import os as _os
-
 from linmem import abc as _abc
 
 cdef size_t UNCHOSEN = SIZE_MAX
@@ -53,7 +51,7 @@ cdef struct grave:
     PyObject* object
 
 cdef grave* graves = NULL
-cdef word graves_lock
+cdef guarded burying
 
 
 cdef void drop_object(PyObject* object) noexcept nogil:
@@ -74,10 +72,10 @@ cdef void drop_object(PyObject* object) noexcept nogil:
     if g == NULL:
         return
     g.object = object
-    acquire(&graves_lock)
+    acquire(&burying.lock)
     g.next = graves
     graves = g
-    unlock(&graves_lock)
+    unlock(&burying.lock)
     Py_AddPendingCall(bury, NULL)       # a full queue: the next drop's call buries this one too
 
 
@@ -89,10 +87,10 @@ cdef int bury(void* unused) noexcept:
     global graves
     cdef grave* g
     cdef grave* next
-    acquire(&graves_lock)
+    acquire(&burying.lock)
     g = graves
     graves = NULL
-    unlock(&graves_lock)
+    unlock(&burying.lock)
     while g != NULL:
         next = g.next
         Py_DECREF(<object>g.object)
@@ -101,7 +99,7 @@ cdef int bury(void* unused) noexcept:
     return 0
 
 
-# -- every memory, whatever its kind -----------------------------------------------------------
+# -- locks, and fork ----------------------------------------------------------------------------
 
 # A lock holds the generation of the process that took it. In a forked child the threads of the
 # parent are gone, so a lock that one of them held is nobody's: the child takes it over.
@@ -139,29 +137,70 @@ cdef void unlock(word* lock) noexcept nogil:
     publish(lock, 0)
 
 
-# A child must not inherit a memory that is half way to another address: fork waits for movers.
-cdef word moving_lock
+cdef guarded* guards = NULL
+cdef word guards_lock
+cdef guarded moving             # a memory is half way to another address
+cdef guarded orphaning          # orphans
 
 
-def _before_fork():
-    with nogil:
-        acquire(&moving_lock)
+cdef void guard(guarded* it) noexcept nogil:
+    global guards
+    acquire(&guards_lock)
+    it.previous = NULL
+    it.next = guards
+    if guards != NULL:
+        guards.previous = it
+    guards = it
+    unlock(&guards_lock)
 
 
-def _after_fork_in_parent():
-    unlock(&moving_lock)
+cdef void unguard(guarded* it) noexcept nogil:
+    global guards
+    acquire(&guards_lock)
+    if it.next != NULL:
+        it.next.previous = it.previous
+    if it.previous != NULL:
+        it.previous.next = it.next
+    else:
+        guards = it.next
+    unlock(&guards_lock)
 
 
-def _after_fork_in_child():
+# The C library calls these around every fork, also one that Python knows nothing of (but not around clone(2), in
+# whose child not even malloc() works if another thread was in it). The thread that forks may hold the GIL.
+
+cdef void before_fork() noexcept nogil:
+    cdef guarded* it
+    acquire(&guards_lock)
+    it = guards
+    while it != NULL:
+        acquire(&it.lock)
+        it = it.next
+
+
+cdef void after_fork() noexcept nogil:
+    cdef guarded* it = guards
+    while it != NULL:
+        unlock(&it.lock)
+        it = it.next
+    unlock(&guards_lock)
+
+
+cdef void after_fork_in_child() noexcept nogil:
     global generation
     generation += 1
-    unlock(&moving_lock)
+    after_fork()
 
 
-if hasattr(_os, "register_at_fork"):
-    _os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent,
-                         after_in_child=_after_fork_in_child)
+# The last is waited for first: whoever moves a memory may wait for `orphaning`, so that comes after it.
+guard(&burying)
+guard(&orphaning)
+guard(&moving)
+if pages.at_fork(before_fork, after_fork, after_fork_in_child):
+    raise MemoryError("no memory for what linmem does at a fork")
 
+
+# -- every memory, whatever its kind -----------------------------------------------------------
 
 cdef int memory_grow_to(memory* m, size_t new_size, failure* why) noexcept nogil:
     return grow_locked(m, new_size, False, why)
@@ -322,7 +361,6 @@ cdef struct orphan:
 
 cdef orphan* orphans = NULL     # ranges that the OS refused to take back, tried again at the next release
 cdef word n_orphans
-cdef word orphans_lock
 
 
 cdef void give_back(char* at, size_t size) noexcept nogil:
@@ -338,20 +376,20 @@ cdef void give_back(char* at, size_t size) noexcept nogil:
             return              # no bytes for a note: this address range stays taken
         o.at = at
         o.size = size
-        acquire(&orphans_lock)
+        acquire(&orphaning.lock)
         o.next = orphans
         orphans = o
         add(&n_orphans, 1)
-        unlock(&orphans_lock)
+        unlock(&orphaning.lock)
         return
     if load(&n_orphans) == 0:
         return
-    acquire(&orphans_lock)
+    acquire(&orphaning.lock)
     retry = orphans
     if retry != NULL:
         orphans = retry.next
         add(&n_orphans, -1)
-    unlock(&orphans_lock)
+    unlock(&orphaning.lock)
     if retry != NULL:
         at, size = retry.at, retry.size
         free(retry)
@@ -389,10 +427,10 @@ cdef int grow_by_moving(memory* m, size_t new_size, size_t need, failure* why) n
     cdef int code = begin_move(m, new_size, why)
     if code:
         return code
-    acquire(&moving_lock)
+    acquire(&moving.lock)
     code = move_to_larger(m, need, why)
     end_move(m)
-    unlock(&moving_lock)
+    unlock(&moving.lock)
     return code
 
 

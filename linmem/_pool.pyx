@@ -9,9 +9,9 @@ from libc.string cimport memset
 from linmem._atomic cimport add, load, poke, store, touch, word
 from linmem._memory cimport (
     IMAGE_BROKEN, IMAGE_COPIED, OWNER_LEFT, OWNER_PYTHON, ImageHandle, MmapCreator, NativeCreator,
-    acquire, check_flag, check_size, fail, failure, image_release, image_retain, memory, memory_border, memory_hang,
+    acquire, check_flag, check_size, fail, failure, guard, image_release, image_retain, memory, memory_border, memory_hang,
     memory_hook, memory_is_filled, memory_refill, memory_release, memory_renew, memory_restore, memory_spec,
-    memory_start_again, memory_turn_to, raise_failure, unlock,
+    memory_start_again, memory_turn_to, raise_failure, unguard, unlock,
 )
 from linmem._os cimport pages
 from linmem._reset cimport (
@@ -19,8 +19,6 @@ from linmem._reset cimport (
     reset_policy, reset_start,
 )
 from linmem._units cimport E_EXHAUSTED, E_LIMIT, E_NO_MEMORY
-
-import os as _os
 
 cdef enum:
     ADAPTIVE = 3
@@ -38,62 +36,11 @@ cdef size_t ZERO_UNSEEN = 1 << 18       # bytes: up to here, zeroing all is no w
 _RESETS = {"scan": RESET_SCAN, "zero": RESET_ZERO, "discard": RESET_DISCARD, "adaptive": ADAPTIVE}
 
 
-# -- all pools, for fork -------------------------------------------------------------------------------
-
-cdef pool* pools = NULL
-cdef word pools_lock
-
-
-def _before_fork():
-    """No thread is in the middle of a pool's lists when the child takes them over."""
-    cdef pool* p
-    with nogil:
-        acquire(&pools_lock)
-        p = pools
-        while p != NULL:
-            acquire(&p.lock)
-            p = p.next
-
-
-def _after_fork():
-    cdef pool* p = pools
-    while p != NULL:
-        unlock(&p.lock)
-        p = p.next
-    unlock(&pools_lock)
-
-
-if hasattr(_os, "register_at_fork"):
-    _os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
-
-
 cdef void release_pool(pool* p) noexcept nogil:
     if add(&p.refs, -1):
         return
-    acquire(&pools_lock)
-    if p.next != NULL:
-        p.next.previous = p.previous
-    if p.previous != NULL:
-        p.previous.next = p.next
-    else:
-        unlist_first(p)
-    unlock(&pools_lock)
+    unguard(&p.guard)
     free(p)
-
-
-cdef void unlist_first(pool* p) noexcept nogil:
-    global pools
-    pools = p.next
-
-
-cdef void list_pool(pool* p) noexcept nogil:
-    global pools
-    acquire(&pools_lock)
-    p.next = pools
-    if pools != NULL:
-        pools.previous = p
-    pools = p
-    unlock(&pools_lock)
 
 
 # -- what this machine's calls cost ------------------------------------------------------------------------
@@ -384,9 +331,9 @@ cdef bint let_go(slot* s, memory* m) noexcept nogil:
     # A pool below knows nothing of what is hidden here. Refused, the pages are zero all the same.
     if m.base == s.base and m.capacity == s.capacity and s.high > m.accessible and s.head.next != NULL:
         pages.decommit(s.base + m.accessible, s.high - m.accessible)
-    acquire(&s.pool.lock)
+    acquire(&s.pool.guard.lock)
     s.m = NULL
-    unlock(&s.pool.lock)
+    unlock(&s.pool.guard.lock)
     return False
 
 
@@ -400,18 +347,18 @@ cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
     if m.base == s.base and m.capacity == s.capacity:       # else it has moved, and is of another shape
         how = reset(s, m)
         if how < 0:
-            acquire(&p.lock)
+            acquire(&p.guard.lock)
             p.rejected += 1
-            unlock(&p.lock)
+            unlock(&p.guard.lock)
     if how < 0:
         return let_go(s, m)
     m.hooks = head
     m.growth_is_watched = s.growth_is_watched
     m.handed_on = 0
     store(&m.owner, OWNER_PYTHON)
-    acquire(&p.lock)
+    acquire(&p.guard.lock)
     if load(&p.closed):
-        unlock(&p.lock)
+        unlock(&p.guard.lock)
         return let_go(s, m)
     p.resets[how] += 1
     s.thread = this_thread()
@@ -419,7 +366,7 @@ cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
     if p.n_warm > p.most_warm or p.resident > p.resident_bound:
         out = p.oldest[WARM]
         take_idle(p, out)
-    unlock(&p.lock)
+    unlock(&p.guard.lock)
     if out != NULL:
         make_cold(p, out)
     return True
@@ -437,7 +384,7 @@ cdef void make_cold(pool* p, slot* s) noexcept nogil:
             s.m.image_state = IMAGE_COPIED
             s.high = s.hidden = s.resident = 0
             reset_given_back(&s.policy)
-        acquire(&p.lock)
+        acquire(&p.guard.lock)
         if s != NULL:
             put_idle(p, s, COLD)
         s = NULL
@@ -445,7 +392,7 @@ cdef void make_cold(pool* p, slot* s) noexcept nogil:
             s = p.oldest[WARM]
             if s != NULL:
                 take_idle(p, s)
-        unlock(&p.lock)
+        unlock(&p.guard.lock)
     release_pool(p)
 
 
@@ -460,7 +407,7 @@ cdef void slot_dropped(memory_hook* head) noexcept nogil:
     cdef slot* s = <slot*>head
     cdef pool* p = s.pool
     cdef shelf* empty = NULL
-    acquire(&p.lock)
+    acquire(&p.guard.lock)
     if s.next != NULL:
         s.next.previous = s.previous
     if s.previous != NULL:
@@ -472,7 +419,7 @@ cdef void slot_dropped(memory_hook* head) noexcept nogil:
     if s.shelf.slots == 0:
         empty = s.shelf
         remove_shelf(p, empty)
-    unlock(&p.lock)
+    unlock(&p.guard.lock)
     image_release(s.image)
     free(empty)
     free(s)
@@ -485,13 +432,13 @@ cdef size_t release_idle(pool* p, size_t target) noexcept nogil:
     cdef slot* s
     cdef size_t released = 0
     while True:
-        acquire(&p.lock)
+        acquire(&p.guard.lock)
         s = least_wanted(p)
         if s != NULL and s.state == WARM and target and p.resident <= target:
             s = NULL
         if s != NULL:
             take_idle(p, s)
-        unlock(&p.lock)
+        unlock(&p.guard.lock)
         if s == NULL:
             return released
         released += s.resident
@@ -500,9 +447,9 @@ cdef size_t release_idle(pool* p, size_t target) noexcept nogil:
 
 cdef bint has_idle(pool* p) noexcept nogil:
     cdef bint found
-    acquire(&p.lock)
+    acquire(&p.guard.lock)
     found = least_wanted(p) != NULL
-    unlock(&p.lock)
+    unlock(&p.guard.lock)
     return found
 
 
@@ -599,7 +546,7 @@ cdef class PoolingCreator(NativeCreator):
         p.check = check
         with nogil:
             need_costs()
-            list_pool(p)
+            guard(&p.guard)
         self.pool = p
 
     def __dealloc__(self):
@@ -631,7 +578,7 @@ cdef class PoolingCreator(NativeCreator):
         cdef slot* s = NULL
         cdef bint cold = False
         cdef const void* me = this_thread()
-        acquire(&p.lock)
+        acquire(&p.guard.lock)
         here = find_shelf(p, key)
         if here != NULL:
             s = here.warm if here.warm != NULL else here.cold
@@ -642,7 +589,7 @@ cdef class PoolingCreator(NativeCreator):
             cold = s.state == COLD
             take_idle(p, s)
             p.hits += 1
-        unlock(&p.lock)
+        unlock(&p.guard.lock)
         if s == NULL:
             return NULL
         if cold and s.least:
@@ -650,9 +597,9 @@ cdef class PoolingCreator(NativeCreator):
                 pages.advise_huge(s.base, s.capacity)
             if pages.commit(s.base, s.least) or memory_start_again(s.m, s.image):
                 drop(s)         # and a new one may be had where this one's pages may not
-                acquire(&p.lock)
+                acquire(&p.guard.lock)
                 p.hits -= 1
-                unlock(&p.lock)
+                unlock(&p.guard.lock)
                 return NULL
             s.high = s.least
             poke(&s.m.accessible, s.least)
@@ -671,7 +618,7 @@ cdef class PoolingCreator(NativeCreator):
         cdef int code
         cdef bint room
         while True:
-            acquire(&p.lock)
+            acquire(&p.guard.lock)
             room = p.n_slots < p.most_slots
             victim = NULL if room else least_wanted(p)
             if room:
@@ -681,7 +628,7 @@ cdef class PoolingCreator(NativeCreator):
                 take_idle(p, victim)
             elif p.fall_back:
                 p.fallbacks += 1
-            unlock(&p.lock)
+            unlock(&p.guard.lock)
             if victim == NULL:
                 break
             drop(victim)
@@ -702,12 +649,12 @@ cdef class PoolingCreator(NativeCreator):
         if code or not out[0].ops.pages_are_ours:
             free(s)
             free(spare)
-            acquire(&p.lock)
+            acquire(&p.guard.lock)
             p.n_slots -= 1
             p.misses -= 1
             if code == 0:
                 p.fallbacks += 1
-            unlock(&p.lock)
+            unlock(&p.guard.lock)
             return code
         s.pool = p
         s.m = out[0]
@@ -722,7 +669,7 @@ cdef class PoolingCreator(NativeCreator):
         s.head.dropped = slot_dropped
         reset_start(&s.policy)
         add(&p.refs, 1)
-        acquire(&p.lock)
+        acquire(&p.guard.lock)
         here = find_shelf(p, key)
         if here == NULL:
             here = spare
@@ -736,7 +683,7 @@ cdef class PoolingCreator(NativeCreator):
         if p.slots != NULL:
             p.slots.previous = s
         p.slots = s
-        unlock(&p.lock)
+        unlock(&p.guard.lock)
         free(spare)
         memory_hang(s.m, &s.head)
         return 0
@@ -806,10 +753,10 @@ cdef class PoolingCreator(NativeCreator):
                         break
                     made += 1
                 taken += 1
-            acquire(&p.lock)        # nobody has asked for these yet
+            acquire(&p.guard.lock)        # nobody has asked for these yet
             p.hits -= taken - made
             p.misses -= made
-            unlock(&p.lock)
+            unlock(&p.guard.lock)
             while taken:
                 taken -= 1
                 memory_release(memories[taken])
@@ -856,13 +803,13 @@ cdef class PoolingCreator(NativeCreator):
         cdef slot* s
         cdef size_t pinned = 0
         with nogil:
-            acquire(&p.lock)
+            acquire(&p.guard.lock)
             now = p[0]
             s = p.slots
             while s != NULL:
                 pinned += s.state == LIVE and s.m != NULL and load(&s.m.owner) == OWNER_LEFT
                 s = s.next
-            unlock(&p.lock)
+            unlock(&p.guard.lock)
         return {
             "slots": now.most_slots,
             "live": now.n_slots - now.n_warm - now.n_cold,

@@ -11,7 +11,6 @@
 cdef extern from *:
     """
     #if defined(__linux__)
-    #include <pthread.h>
     #include <sys/ioctl.h>
     #include <sys/stat.h>
 
