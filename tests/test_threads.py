@@ -25,6 +25,9 @@ SECONDS = float(os.environ.get("LINMEM_HAMMER_SECONDS", 3 if os.environ.get("HYP
 # memory with a large reservation that is left behind is larger.
 SLACK = 64 << 20
 LARGE = 1 << 30
+# Bytes are not synchronised: what is written while a snapshot is taken is, to the sanitizer, what it is. And its own
+# books of all addresses grow.
+SANITIZED = "libtsan" in os.environ.get("LD_PRELOAD", "")
 
 # What the calls below are documented to raise when another thread was faster, and the words that tell that from
 # the same exception for another reason.
@@ -105,7 +108,7 @@ def all_is_given_back():
     after = what_the_os_shows()
     if before is not None:
         assert after[:3] == before[:3], "(bytes kept inaccessible, mappings, descriptors)"
-        assert after[3] - before[3] < SLACK, f"{after[3] - before[3]} bytes more of address space"
+        assert SANITIZED or after[3] - before[3] < SLACK, f"{after[3] - before[3]} bytes more of address space"
 
 
 class Delegate(linmem.LinearMemory):
@@ -268,7 +271,7 @@ def use_in_common(chains, cells, n, rng):
             assert info.resident is None or info.resident <= info.byte_capacity
             reach = mem.wasm_accessible()
             assert len(reach) >= info.byte_size + PAGE
-        case 8:
+        case 8 if not SANITIZED:
             held = bytes(mem.snapshot())[at:at + 32]
             assert set(held) <= {0, n + 1} or chains.image.offset < at + 32
         case 9:

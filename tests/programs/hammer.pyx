@@ -363,6 +363,28 @@ def run(creators, ImageHandle image_ not None, int threads, double seconds, watc
     return done
 
 
+cdef void* count_up(void* argument) noexcept nogil:
+    cdef long long* count = <long long*>argument
+    cdef int _
+    for _ in range(1000):
+        count[0] += 1
+        pages.relax()
+    return NULL
+
+
+def race():
+    """What a sanitizer that works reports."""
+    cdef pthread_t others[2]
+    cdef long long count = 0
+    cdef int n
+    for n in range(2):
+        if pthread_create(&others[n], NULL, count_up, &count):
+            raise RuntimeError("a thread could not be started")
+    with nogil:
+        for n in range(2):
+            pthread_join(others[n], NULL)
+
+
 def main(int threads, double seconds):
     """Through every creator and adaptor; prints the figures."""
     import linmem
