@@ -165,7 +165,9 @@ cdef class Image(ImageHandle):
         (counted from a memory's first byte) with anything but zeros in them its offset, its size and
         its bytes; numbers in 8 bytes, least significant first. Computed when first asked for.
         """
-        if self._digest is None:
+        with cython.critical_section(self):
+            digest = self._digest
+        if digest is None:
             from hashlib import blake2b
             state = blake2b(self.offset.to_bytes(8, "little") + self.size.to_bytes(8, "little"), digest_size=32)
             content = memoryview(Content(self))
@@ -173,8 +175,10 @@ cdef class Image(ImageHandle):
                 state.update(offset.to_bytes(8, "little") + size.to_bytes(8, "little"))
                 start = offset - self.it.offset
                 state.update(content[start:start + size])
-            self._digest = state.hexdigest()
-        return self._digest
+            digest = state.hexdigest()
+            with cython.critical_section(self):
+                self._digest = digest
+        return digest
 
     def runs(self):
         """Where the image is not zero, as a list of (offset, size) in a memory.
@@ -184,14 +188,17 @@ cdef class Image(ImageHandle):
         """
         cdef size_t i
         cdef list found
-        if self._runs is None:
+        with cython.critical_section(self):
+            found = self._runs
+        if found is None:
             if self.it.runs_known:
                 found = [(self.it.offset + self.it.runs[i].offset, self.it.runs[i].size)
                          for i in range(self.it.n_runs)]
             else:
                 found = find_runs(self.it)
-            self._runs = found
-        return list(self._runs)
+            with cython.critical_section(self):
+                self._runs = found
+        return list(found)
 
     def __len__(self):
         return self.size
@@ -455,7 +462,9 @@ def _unpickled(size, offset, starts, *parts):
 
 def _parts(Image image_ not None):
     """What `Image.from_fd` takes, but for the descriptor."""
-    return image_.size, image_.offset, image_.it.content.position, image_.runs(), image_._digest
+    with cython.critical_section(image_):
+        digest = image_._digest
+    return image_.size, image_.offset, image_.it.content.position, image_.runs(), digest
 
 
 def _of_parts(descriptor, size, offset, position, runs, digest):

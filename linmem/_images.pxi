@@ -210,9 +210,9 @@ cdef void zero_bytes(memory* m, char* at, size_t size) noexcept nogil:
 
 
 cdef void memory_restore(memory* m, image* to) noexcept nogil:
-    """Every byte of `m` becomes the image's, or zero where it has none; the size stays. With the lock held and
-    the base pinned; no page is protected, and the image is within byte_size. What the OS refuses
-    is done by copying, so this cannot fail."""
+    """Every byte of `m` becomes the image's, or zero where it has none; the size stays. With the lock held;
+    no page is protected, and the image is within byte_size. What the OS refuses is done by copying, so
+    this cannot fail."""
     cdef size_t end = m.accessible if m.ops.pages_are_ours else memory_size(m)
     cdef size_t low = to.offset + to.low, high = to.offset + to.high
     if m.image_state == IMAGE_MAPPED and m.image == to:
@@ -407,7 +407,7 @@ cdef void mark_runs(const image* it, unsigned char* marks, size_t n) noexcept no
 
 cdef int memory_marks(memory* m, image* over, unsigned char* marks, size_t n) noexcept nogil:
     """Mark, of the first `n` host pages, all that may hold something else than the image `over` (NULL: than zeros).
-    marks: all 0. With the lock held and the base pinned."""
+    marks: all 0. With the lock held."""
     cdef size_t page = pages.capabilities().page_size
     cdef size_t end = n * page, low = 0, high = 0
     cdef bint mapped = m.image_state == IMAGE_MAPPED
@@ -445,7 +445,7 @@ cdef inline const char* image_at(const image* it, size_t at) noexcept nogil:
 
 
 cdef int compare(memory* m, image* now, image* base, changes* out, failure* why) noexcept nogil:
-    """What differs from `base` in `m` (the lock held, the base pinned; no page inaccessible), or in `now`."""
+    """What differs from `base` in `m` (the lock held; no page inaccessible), or in `now`."""
     cdef size_t page = pages.capabilities().page_size
     cdef size_t size = memory_size(m) if m != NULL else now.end
     cdef size_t n = size // page + (1 if size % page else 0)
@@ -517,7 +517,7 @@ cdef int add_change(changes* to, size_t offset, size_t size, bint zero, failure*
 
 
 cdef int memory_snapshot(memory* m, image** out, failure* why) noexcept nogil:
-    """With the lock held and the base pinned; no page is inaccessible."""
+    """With the lock held; no page is inaccessible."""
     cdef size_t page = pages.capabilities().page_size
     cdef size_t size = memory_size(m)
     cdef size_t n = size // page + (1 if size % page else 0)
@@ -554,13 +554,12 @@ cdef int memory_snapshot(memory* m, image** out, failure* why) noexcept nogil:
 
 
 cdef int discard_pages(memory* m, char* at, size_t size, failure* why) noexcept nogil:
-    """Whole pages to zeros, given back. Those that show an image stop doing so: the next restore maps it anew.
-    All or nothing: what is refused when other pages have gone already is zeroed instead."""
+    """Whole pages to zeros, given back, with the lock held. Those that show an image stop doing so: the next restore
+    maps it anew. All or nothing: what is refused when other pages have gone already is zeroed instead."""
     cdef char* low
     cdef char* high
     cdef char* end = at + size
     cdef int code = 0
-    acquire(&m.lock)
     low = high = end
     if m.image_state != IMAGE_COPIED:
         low = m.base + m.image.offset + m.image.low
@@ -584,5 +583,4 @@ cdef int discard_pages(memory* m, char* at, size_t size, failure* why) noexcept 
         if code and high > at:
             memset(high, 0, <size_t>(end - high))
             code = 0
-    unlock(&m.lock)
     return fail_page_call(why, code, "discard", size) if code > 0 else code

@@ -129,5 +129,6 @@ def from_failure(reason: str, text: str, *, os_error_args: tuple[object, ...], c
         "CAPACITY": GrowError,
         "EXPORTED": BufferError,
         "IMAGE": ValueError,
+        "OWNED": OwnedError,
         "UNSUPPORTED": TypeError,
     }[reason](text)

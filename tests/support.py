@@ -298,8 +298,9 @@ def resident_within(start: int, end: int) -> int:
     return sum(byte & 1 for byte in vector) * REAL_PAGE
 
 
-# AddressSanitizer keeps terabytes inaccessible below here, and takes from them whenever it allocates.
-SANITIZER_END = 0x640000000000 if "libasan" in os.environ.get("LD_PRELOAD", "") else 0
+# Sanitizers keep terabytes inaccessible below here, and take from them whenever they allocate.
+SANITIZER_END = next((end for name, end in {"libasan": 0x640000000000, "libtsan": 0x7e8000000000}.items()
+                      if name in os.environ.get("LD_PRELOAD", "")), 0)
 
 
 def live_bytes() -> int:

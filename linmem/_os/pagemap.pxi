@@ -11,7 +11,6 @@
 cdef extern from *:
     """
     #if defined(__linux__)
-    #include <pthread.h>
     #include <sys/ioctl.h>
 
     #ifndef MADV_WIPEONFORK
@@ -36,7 +35,9 @@ cdef extern from *:
        else's is, and where nothing of ours reads: to ask for that takes a third of the time that fstat(2) takes. */
     static off_t linmem_pagemap_mark;
 
-    static int linmem_pagemap_is(int fd) { return lseek(fd, 0, SEEK_CUR) == linmem_pagemap_mark; }
+    static int linmem_pagemap_is(int fd) {
+        return lseek(fd, 0, SEEK_CUR) == __atomic_load_n(&linmem_pagemap_mark, __ATOMIC_RELAXED);
+    }
 
     static void linmem_pagemap_lock(void) {
         while (__atomic_exchange_n(&linmem_pagemap->lock, 1, __ATOMIC_ACQUIRE)) sched_yield();
@@ -63,7 +64,7 @@ cdef extern from *:
             fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
             if (fd >= 0) {
                 off_t mark = ((off_t)getpid() << 32) + 0x6c696e6d;
-                if (linmem_pagemap_mark != mark) linmem_pagemap_mark = mark;    /* others may be looking at it */
+                __atomic_store_n(&linmem_pagemap_mark, mark, __ATOMIC_RELAXED);
                 if (lseek(fd, mark, SEEK_SET) != mark || !linmem_pagemap_is(fd)) {
                     close(fd);
                     errno = ENOSYS;

@@ -145,6 +145,11 @@ cdef const char* code_text(int code) noexcept nogil
 # as far as the OS lets it be known; else the empty string.
 cdef void limit_text(int code, size_t size, char* text, size_t room) noexcept nogil
 
+# From now on called around every fork: in the thread that forks before it, and there after it in the parent and in
+# the child. Where there is no fork: nothing.
+cdef int at_fork(void (*before)() noexcept nogil, void (*in_parent)() noexcept nogil,
+                 void (*in_child)() noexcept nogil) noexcept nogil
+
 # Gives the processor to another thread; monotonic nanoseconds.
 cdef void relax() noexcept nogil
 cdef long long clock_ns() noexcept nogil
