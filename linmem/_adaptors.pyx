@@ -11,8 +11,8 @@ from libc.string cimport memcpy
 from linmem._atomic cimport add, load, store, swap_if
 from linmem._memory cimport (
     NO_MAXIMUM, UNCHOSEN, Memory, NativeCreator, acquire, begin_move, check_size, drop_object, end_move, fail,
-    fail_python, failure, image_copy, memory, memory_hang, memory_hook, memory_ops, memory_resident, memory_retain,
-    memory_size, memory_spec, python_is_ending, unlock,
+    fail_python, failure, image_copy, leave_image, memory, memory_hang, memory_hook, memory_ops, memory_resident,
+    memory_retain, memory_size, memory_spec, python_is_ending, unlock,
 )
 from linmem._os cimport pages
 from linmem._units cimport E_LIMIT, E_NO_MEMORY, E_UNSUPPORTED, round_up
@@ -470,6 +470,7 @@ cdef int python_grow_with_gil(python_memory* p, size_t new_size, failure* why) n
 
 cdef void python_free(memory* m) noexcept nogil:
     drop_object((<python_memory*>m).object)
+    leave_image(m)
     free(m)
 
 

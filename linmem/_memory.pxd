@@ -155,6 +155,7 @@ cdef int image_finish(image* it, failure* why) noexcept nogil
 cdef void image_retain(image* it) noexcept nogil
 cdef void image_release(image* it) noexcept nogil
 cdef void image_copy(const image* it, char* base) noexcept nogil
+cdef void leave_image(memory* m) noexcept nogil
 cdef bint is_zero(const char* at, size_t size) noexcept nogil
 cdef void memory_restore(memory* m, image* to) noexcept nogil
 cdef int memory_turn_to(memory* m, image* to) noexcept nogil
