@@ -582,10 +582,17 @@ cdef int discard_pages(memory* m, char* at, size_t size, failure* why) noexcept 
         snprintf(why.detail, sizeof(why.detail), "with protected pages and an image in the range")
     if code == 0 and low > at:
         code = pages.discard(at, <size_t>(low - at))
+    # With the first of them all is decided: what the OS refuses then is zeroed.
     if code == 0 and high > low:
         m.image_state = IMAGE_BROKEN
         code = pages.blank(low, <size_t>(high - low))
+        if code and low > at:
+            memset(low, 0, <size_t>(high - low))
+            code = 0
     if code == 0 and end > high:
         code = pages.discard(high, <size_t>(end - high))
+        if code and high > at:
+            memset(high, 0, <size_t>(end - high))
+            code = 0
     unlock(&m.lock)
     return fail_page_call(why, code, "discard", size) if code > 0 else code

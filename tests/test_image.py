@@ -621,6 +621,34 @@ def test_whatever_call_is_refused_restore_restores(kind):
         all_calls(act, check)
 
 
+@pytest.mark.parametrize(("first", "last"), [(0, 12), (1, 5), (5, 12), (3, 7), (0, 2)])
+def test_whatever_call_is_refused_discard_discards_all_or_nothing(kind, first, last):
+    """Before, in and behind the image's pages the OS is asked in different ways."""
+    img = Image.from_bytes(b"i" * 6 * PAGE, 2 * PAGE)
+    outcomes = []
+    for nth in range(1, 9):
+        with img.new_memory(minimum=12 * PAGE) as mem:
+            for page in (0, 1, 3, 9, 11):
+                mem[page * PAGE] = ord("w")
+            before = mem[:]
+            after = before[:first * PAGE + 5] + bytes((last - first) * PAGE - 5) + before[last * PAGE:]
+            with failing(nth, ENOMEM) as calls:
+                try:
+                    mem.discard(first * PAGE + 5, (last - first) * PAGE - 5)
+                except linmem.PageError:
+                    outcomes.append("refused")
+                    assert mem[:] == before
+                else:
+                    outcomes.append("done")
+                    assert mem[:] == after
+            mem.restore(img)
+            assert mem[:] == bytes(2 * PAGE) + bytes(img) + bytes(4 * PAGE)
+        if not calls.happened:
+            break
+    assert outcomes[0] == "refused"
+    assert outcomes[-1] == "done"
+
+
 def test_whatever_call_is_refused_dirty_pages_are_exact(kind):
     img = Image.from_bytes(b"x" * 8 * PAGE, 2 * PAGE)
     mem = img.new_memory()
