@@ -36,6 +36,12 @@ def pytest_collection_modifyitems(config, items):
         items[:] = kept
 
 
+def pytest_collection_finish():
+    """What lives as long as the run need not be looked through by each of the thousands of gc.collect()."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def the_sources_are_out_of_reach(tmp_path_factory):
     """Children put their working directory before the installed package: it must not be the source tree."""
