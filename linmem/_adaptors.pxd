@@ -1,7 +1,7 @@
 # Creators over an upstream creator. Floor 4.
 
 from linmem._atomic cimport word
-from linmem._memory cimport NativeCreator, failure, memory, memory_spec
+from linmem._memory cimport NativeCreator, failure, fork_wait, memory, memory_spec
 
 
 # Shared by a LimitingCreator and the hooks of its memories; wasmtime may outlive the creator.
@@ -36,6 +36,7 @@ cdef struct record:
 cdef struct ledger:
     word refs
     word lock
+    fork_wait wait          # for that lock
     record* live
     record* dropped         # newest first
     record* oldest          # the last of them

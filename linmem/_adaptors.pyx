@@ -11,8 +11,8 @@ from libc.string cimport memcpy
 from linmem._atomic cimport add, load, store, swap_if
 from linmem._memory cimport (
     NO_MAXIMUM, UNCHOSEN, Memory, NativeCreator, acquire, begin_move, check_size, drop_object, end_move, fail,
-    fail_python, failure, image_copy, leave_image, memory, memory_hang, memory_hook, memory_ops, memory_resident,
-    memory_retain, memory_size, memory_spec, python_is_ending, unlock,
+    fail_python, failure, fork_waits_for, fork_waits_no_more, image_copy, leave_image, memory, memory_hang,
+    memory_hook, memory_ops, memory_resident, memory_retain, memory_size, memory_spec, python_is_ending, unlock,
 )
 from linmem._os cimport pages
 from linmem._units cimport E_LIMIT, E_NO_MEMORY, E_UNSUPPORTED, round_up
@@ -177,6 +177,7 @@ cdef void free_records(record* r) noexcept nogil:
 
 cdef void release_ledger(ledger* book) noexcept nogil:
     if add(&book.refs, -1) == 0:
+        fork_waits_no_more(&book.wait)
         free_records(book.live)
         free_records(book.dropped)
         free(book)
@@ -284,10 +285,13 @@ cdef class StatisticsCreator(NativeCreator):
             raise MemoryError("no memory for a ledger")
         self.ledger.refs = 1
         self.ledger.history = kept
+        with nogil:
+            fork_waits_for(&self.ledger.wait, &self.ledger.lock)
 
     def __dealloc__(self):
         if self.ledger != NULL:
-            release_ledger(self.ledger)
+            with nogil:
+                release_ledger(self.ledger)
 
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
         cdef ledger* book = self.ledger

@@ -134,6 +134,13 @@ cdef struct memory:
     memory* registry_next       # the bridge's table of memories that wasmtime holds
 
 
+# A lock that a fork waits for.
+cdef struct fork_wait:
+    word* lock
+    fork_wait* next
+    fork_wait* previous
+
+
 cdef inline size_t memory_size(memory* m) noexcept nogil:
     return <size_t>load(&m.size)
 
@@ -173,6 +180,8 @@ cdef void failure_text(const failure* why, char* text, size_t room) noexcept nog
 cdef int raise_failure(const failure* why) except -1
 cdef void acquire(word* lock) noexcept nogil
 cdef void unlock(word* lock) noexcept nogil
+cdef void fork_waits_for(fork_wait* w, word* lock) noexcept nogil
+cdef void fork_waits_no_more(fork_wait* w) noexcept nogil
 cdef void drop_object(PyObject* object) noexcept nogil
 cdef bint python_is_ending() noexcept nogil
 cdef int check_size(object value, str name, size_t* out) except -1

@@ -139,23 +139,63 @@ cdef void unlock(word* lock) noexcept nogil:
     publish(lock, 0)
 
 
-# A child must not inherit a memory that is half way to another address: fork waits for movers.
+# A child must not inherit a memory that is half way to another address, nor lists that another thread is in
+# the middle of: a fork waits for movers, and for whoever holds one of these locks.
 cdef word moving_lock
+cdef word waits_lock
+cdef fork_wait* waits = NULL
+
+
+cdef void fork_waits_for(fork_wait* w, word* lock) noexcept nogil:
+    """From now on until fork_waits_no_more(); both never with the GIL, which a fork needs to go on. Whoever holds the
+    lock waits for no other such lock."""
+    global waits
+    w.lock = lock
+    acquire(&waits_lock)
+    w.previous = NULL
+    w.next = waits
+    if waits != NULL:
+        waits.previous = w
+    waits = w
+    unlock(&waits_lock)
+
+
+cdef void fork_waits_no_more(fork_wait* w) noexcept nogil:
+    global waits
+    acquire(&waits_lock)
+    if w.next != NULL:
+        w.next.previous = w.previous
+    if w.previous != NULL:
+        w.previous.next = w.next
+    else:
+        waits = w.next
+    unlock(&waits_lock)
 
 
 def _before_fork():
+    cdef fork_wait* w
     with nogil:
+        acquire(&waits_lock)
+        w = waits
+        while w != NULL:
+            acquire(w.lock)
+            w = w.next
         acquire(&moving_lock)
 
 
 def _after_fork_in_parent():
+    cdef fork_wait* w = waits
     unlock(&moving_lock)
+    while w != NULL:
+        unlock(w.lock)
+        w = w.next
+    unlock(&waits_lock)
 
 
 def _after_fork_in_child():
     global generation
     generation += 1
-    unlock(&moving_lock)
+    _after_fork_in_parent()
 
 
 if hasattr(_os, "register_at_fork"):

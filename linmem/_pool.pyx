@@ -9,9 +9,9 @@ from libc.string cimport memset
 from linmem._atomic cimport add, load, store, touch
 from linmem._memory cimport (
     IMAGE_BROKEN, IMAGE_COPIED, OWNER_LEFT, OWNER_PYTHON, ImageHandle, MmapCreator, NativeCreator,
-    acquire, check_flag, check_size, fail, failure, image_release, image_retain, memory, memory_border, memory_hang,
-    memory_hook, memory_is_filled, memory_refill, memory_release, memory_renew, memory_restore, memory_spec,
-    memory_start_again, memory_turn_to, raise_failure, unlock,
+    acquire, check_flag, check_size, fail, failure, fork_waits_for, fork_waits_no_more, image_release, image_retain,
+    memory, memory_border, memory_hang, memory_hook, memory_is_filled, memory_refill, memory_release, memory_renew,
+    memory_restore, memory_spec, memory_start_again, memory_turn_to, raise_failure, unlock,
 )
 from linmem._os cimport pages
 from linmem._reset cimport (
@@ -19,8 +19,6 @@ from linmem._reset cimport (
     reset_policy, reset_start,
 )
 from linmem._units cimport E_EXHAUSTED, E_LIMIT, E_NO_MEMORY
-
-import os as _os
 
 cdef enum:
     ADAPTIVE = 3
@@ -38,62 +36,11 @@ cdef size_t ZERO_UNSEEN = 1 << 18       # bytes: up to here, zeroing all is no w
 _RESETS = {"scan": RESET_SCAN, "zero": RESET_ZERO, "discard": RESET_DISCARD, "adaptive": ADAPTIVE}
 
 
-# -- all pools, for fork -------------------------------------------------------------------------------
-
-cdef pool* pools = NULL
-cdef word pools_lock
-
-
-def _before_fork():
-    """No thread is in the middle of a pool's lists when the child takes them over."""
-    cdef pool* p
-    with nogil:
-        acquire(&pools_lock)
-        p = pools
-        while p != NULL:
-            acquire(&p.lock)
-            p = p.next
-
-
-def _after_fork():
-    cdef pool* p = pools
-    while p != NULL:
-        unlock(&p.lock)
-        p = p.next
-    unlock(&pools_lock)
-
-
-if hasattr(_os, "register_at_fork"):
-    _os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
-
-
 cdef void release_pool(pool* p) noexcept nogil:
     if add(&p.refs, -1):
         return
-    acquire(&pools_lock)
-    if p.next != NULL:
-        p.next.previous = p.previous
-    if p.previous != NULL:
-        p.previous.next = p.next
-    else:
-        unlist_first(p)
-    unlock(&pools_lock)
+    fork_waits_no_more(&p.wait)
     free(p)
-
-
-cdef void unlist_first(pool* p) noexcept nogil:
-    global pools
-    pools = p.next
-
-
-cdef void list_pool(pool* p) noexcept nogil:
-    global pools
-    acquire(&pools_lock)
-    p.next = pools
-    if pools != NULL:
-        pools.previous = p
-    pools = p
-    unlock(&pools_lock)
 
 
 # -- what this machine's calls cost ------------------------------------------------------------------------
@@ -585,7 +532,7 @@ cdef class PoolingCreator(NativeCreator):
         p.check = check
         with nogil:
             measure_costs()
-            list_pool(p)
+            fork_waits_for(&p.wait, &p.lock)
         self.pool = p
 
     def __dealloc__(self):
