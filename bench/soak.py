@@ -57,6 +57,7 @@ PHASES = 8                  # of a run; all threads rest between two of them
 TICK = 0.05                 # seconds between two looks at the threads,
 LOOK = 0.25                 # and between two looks at the figures
 FAULTS = 0.1                # share of the steps that inject a fault, into whatever thread calls for pages next
+LAST_WORDS = 3.0            # seconds that the other threads have to end after a finding
 PATIENCE = 200              # tries of a call that only an injected fault may stop
 AT_HAND = 6                 # memories of one thread
 
@@ -1070,9 +1071,11 @@ class Soak:
                 with self.turn:
                     self.ended = self.resting = True
                     self.turn.notify_all()
+                faulthandler.cancel_dump_traceback_later()
+                deadline = time.monotonic() + (min(self.hang, LAST_WORDS) if self.failure else self.hang)
                 for worker in self.workers:
-                    worker.join(self.hang)
-                    if worker.is_alive() and not self.failure:
+                    worker.join(max(0.0, deadline - time.monotonic()))
+                    if worker.is_alive():
                         self.fails(worker, Wrong("a thread does not end"))
         self.took = time.monotonic() - self.began
 
@@ -1294,7 +1297,6 @@ def main(arguments: list[str] | None = None, *, more: tuple[Maker, ...] = ()) ->
             with progress() as show:
                 soak.run(show)
         finally:
-            faulthandler.cancel_dump_traceback_later()
             if collected:
                 gc.enable()
     figures = soak.summary()
