@@ -36,12 +36,6 @@ def pytest_collection_modifyitems(config, items):
         items[:] = kept
 
 
-def pytest_collection_finish():
-    """What lives as long as the run need not be looked through by each of the thousands of gc.collect()."""
-    gc.collect()
-    gc.freeze()
-
-
 @pytest.fixture(autouse=True, scope="session")
 def the_sources_are_out_of_reach(tmp_path_factory):
     """Children put their working directory before the installed package: it must not be the source tree."""
@@ -51,6 +45,13 @@ def the_sources_are_out_of_reach(tmp_path_factory):
             patch.setenv("PYTHONPATH", os.pathsep.join(map(os.path.abspath, parts)))
         patch.chdir(tmp_path_factory.mktemp("elsewhere"))
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_stays_is_not_garbage():
+    """What is there before a file's first test, and stays, need not be looked through by each of its gc.collect()."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
