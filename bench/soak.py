@@ -237,7 +237,8 @@ def chain(creator: object) -> Iterator[object]:
 
 
 # minimum, maximum, reserve in host pages; few, so that pools see them again
-SHAPES = ((0, None, 0), (1, None, 0), (1, 8, 8), (2, 32, 32), (4, 40, 4), (7, None, 64), (12, 64, None), (1, None, None))
+SHAPES = ((0, None, 0), (1, None, 0), (1, 8, 8), (2, 32, 32), (4, 40, 4), (7, None, 64), (12, 64, None),
+          (1, None, None))
 
 
 # -- a memory, and what it must hold -----------------------------------------------------------------------
@@ -1120,7 +1121,8 @@ class Soak:
                 seen[worker] = worker.steps, now
             elif now - since > self.hang:
                 faulthandler.dump_traceback(all_threads=True)
-                raise Wrong(f"{worker.name} hangs: for {now - since:.0f} s in step {worker.steps}, doing {worker.doing}")
+                raise Wrong(f"{worker.name} hangs: for {now - since:.0f} s in step {worker.steps}, doing"
+                            f" {worker.doing}")
         if now - self.looked >= LOOK:
             self.looked = now
             for name, value in vars(Figures.now()).items():
@@ -1201,7 +1203,8 @@ def in_words(name: str, value: int | None) -> str:
 
 def tables(figures: dict) -> Iterator[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
     """Title, headings and lines of each table."""
-    yield "operations", ("kind", "times"), [(name.replace("_", " "), f"{n:,}") for name, n in figures["operations"].items()]
+    yield "operations", ("kind", "times"), [(name.replace("_", " "), f"{n:,}")
+                                            for name, n in figures["operations"].items()]
     yield "in all", ("what", "times"), [(name.replace("_", " "), f"{figures[name]:,}") for name in (
         "operations_in_all", "faults_injected", "faults_raised_and_survived", "traps", "forks", "refused_by_a_bound",
         "damaged_files_refused")]

@@ -1,7 +1,6 @@
 """A short soak ends well, and each kind of fault that it is there for is found and named."""
 
 import json
-import sys
 
 import pytest
 from support import NEEDS, requires, run_child
