@@ -61,11 +61,14 @@ LAST_WORDS = 3.0            # seconds that the other threads have to end after a
 PATIENCE = 200              # tries of a call that only an injected fault may stop
 AT_HAND = 6                 # memories of one thread
 
+HAS_GIL = getattr(sys, "_is_gil_enabled", lambda: True)()
+
 # What the process may have more of, while all rest, than when they first did. Python, malloc and wasmtime keep some
-# of what they once needed; linmem keeps nothing, so address space and descriptors have no slack.
-RESIDENT_SLACK = 16 * MIB
-GROWTH_SLACK = 8 * MIB      # from a quarter of the time on
-MAPPINGS_SLACK = 64
+# of what they once needed, and more where each thread has a heap of its own; linmem keeps nothing, so address space
+# and descriptors have no slack.
+RESIDENT_SLACK = (16 if HAS_GIL else 96) * MIB
+GROWTH_SLACK = (8 if HAS_GIL else 48) * MIB     # from a quarter of the time on
+MAPPINGS_SLACK = 64 if HAS_GIL else 512
 
 GuestError = wasmtime.WasmtimeError if wasmtime else ()
 Trap = wasmtime.Trap if wasmtime else ()
@@ -342,7 +345,7 @@ class Worker(threading.Thread):
         self.rng = random.Random(f"{soak.seed} {number}")
         self.held: list[Held] = []
         self.guests: list[Guest] = []
-        self.in_wasm = threading.Lock()     # taken by whoever forks: a child could not take wasmtime's own locks
+        self.busy = threading.Lock()        # in wasmtime. Whoever forks takes it: a child cannot take wasmtime's locks
         self.counts: collections.Counter[str] = collections.Counter()
         self.doing, self.steps = "waiting", 0
         able = [name for name in self.WEIGHTS if (wasmtime or not name.startswith("guest"))
@@ -370,8 +373,9 @@ class Worker(threading.Thread):
         if self.soak.faults and self.rng.random() < FAULTS:
             self.soak.inject(self.rng.randrange(1, 12))
         try:
-            if name.startswith("guest") or name == "collect":
-                with self.in_wasm:
+            # Without a GIL, Python's own locks are no more a child's to take than wasmtime's.
+            if name.startswith("guest") or name == "collect" or not (HAS_GIL or name == "fork"):
+                with self.busy:
                     getattr(self, name)()
             else:
                 getattr(self, name)()
@@ -409,7 +413,7 @@ class Worker(threading.Thread):
             for view in held.views:
                 view.release()
             held.mem.close()
-        with self.in_wasm:
+        with self.busy:
             while self.guests:
                 self.guests[-1].check()
                 self.guests.pop()
@@ -912,7 +916,7 @@ class Worker(threading.Thread):
     def fork(self) -> None:
         with self.soak.forking, contextlib.ExitStack() as still:
             for worker in self.soak.workers:
-                still.enter_context(worker.in_wasm)
+                still.enter_context(worker.busy)
             pid = os.fork()
             if pid == 0:
                 self.be_a_child()
@@ -1142,7 +1146,8 @@ class Soak:
         creators = [one for maker in self.makers for one in chain(maker.creator)]
         self.image = self.common = None
         self.countries.clear()
-        gc.collect()
+        for _ in range(3):      # without a GIL what another thread's object held may go only with the next one
+            gc.collect()
         for one in creators:
             if isinstance(one, linmem.PoolingCreator):
                 one.trim()

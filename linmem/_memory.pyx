@@ -16,8 +16,6 @@ from linmem._units cimport (
     first_reservation, lay_out, layout, next_reservation, round_down, round_up,
 )
 
-import os as _os
-
 from linmem import abc as _abc
 
 cdef size_t UNCHOSEN = SIZE_MAX
@@ -147,8 +145,8 @@ cdef fork_wait* waits = NULL
 
 
 cdef void fork_waits_for(fork_wait* w, word* lock) noexcept nogil:
-    """From now on until fork_waits_no_more(); both never with the GIL, which a fork needs to go on. Whoever holds the
-    lock waits for no other such lock."""
+    """From now on until fork_waits_no_more(). Whoever holds the lock waits for no other such lock, and not for the
+    GIL, which the thread that forks may have."""
     global waits
     w.lock = lock
     acquire(&waits_lock)
@@ -172,18 +170,17 @@ cdef void fork_waits_no_more(fork_wait* w) noexcept nogil:
     unlock(&waits_lock)
 
 
-def _before_fork():
+cdef void before_fork() noexcept nogil:
     cdef fork_wait* w
-    with nogil:
-        acquire(&waits_lock)
-        w = waits
-        while w != NULL:
-            acquire(w.lock)
-            w = w.next
-        acquire(&moving_lock)
+    acquire(&waits_lock)
+    w = waits
+    while w != NULL:
+        acquire(w.lock)
+        w = w.next
+    acquire(&moving_lock)
 
 
-def _after_fork_in_parent():
+cdef void after_fork_in_parent() noexcept nogil:
     cdef fork_wait* w = waits
     unlock(&moving_lock)
     while w != NULL:
@@ -192,15 +189,16 @@ def _after_fork_in_parent():
     unlock(&waits_lock)
 
 
-def _after_fork_in_child():
+cdef void after_fork_in_child() noexcept nogil:
     global generation
     generation += 1
-    _after_fork_in_parent()
+    after_fork_in_parent()
 
 
-if hasattr(_os, "register_at_fork"):
-    _os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent,
-                         after_in_child=_after_fork_in_child)
+# Not os.register_at_fork: before it comes to those handlers a child of Python drops what the threads held that it
+# has not, and that needs the locks.
+if pages.at_fork(before_fork, after_fork_in_parent, after_fork_in_child):
+    raise MemoryError("no memory for the handlers of forks")
 
 
 cdef int memory_grow_to(memory* m, size_t new_size, failure* why) noexcept nogil:

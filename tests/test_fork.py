@@ -369,3 +369,35 @@ def test_a_fork_while_threads_snapshot_restore_and_refuse_leaves_a_child_that_wo
         statistics.upstream.trim()
         print(limit.used_bytes, statistics.statistics()["current_count"])
         """) == "0 0"
+
+
+def test_a_child_drops_what_the_threads_held_that_it_has_not():
+    """Python drops their thread-locals in the child before it calls anyone's handlers."""
+    assert scene("""
+        pool = linmem.PoolingCreator()
+        statistics = linmem.StatisticsCreator(linmem.LimitingCreator(pool, 1 << 30))
+        own = threading.local()
+        ready, stop = threading.Barrier(4), threading.Event()
+        def hold():
+            own.held = [statistics.create(P, **how), pool.create(P, **how), linmem.StatisticsCreator(pool)]
+            own.held.append(memoryview(own.held[0]))
+            ready.wait()
+            stop.wait()
+        threads = [threading.Thread(target=hold) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        ready.wait()
+        assert (pool.stats()["live"], statistics.statistics()["current_count"]) == (6, 3)
+        def work():
+            assert (pool.stats()["live"], statistics.statistics()["current_count"]) == (0, 0)
+            assert statistics.upstream.used_bytes == 0
+            with pool.create(P, **how) as mem:
+                assert not any(mem)
+        child(os.fork, work)
+        child(os.fork, lambda: child(os.fork, work))
+        assert (pool.stats()["live"], statistics.statistics()["current_count"]) == (6, 3)
+        stop.set()
+        for thread in threads:
+            thread.join()
+        print("dropped")
+        """, timeout=20) == "dropped"

@@ -144,6 +144,11 @@ cdef const char* code_text(int code) noexcept nogil
 # as far as the OS lets it be known; else the empty string.
 cdef void limit_text(int code, size_t size, char* text, size_t room) noexcept nogil
 
+# From now on, whoever forks by fork(3): `before` is called in the thread that forks, and then one of the others, each
+# before that thread does anything else. `before` may wait for what needs nothing that this thread has.
+ctypedef void (*fork_handler)() noexcept nogil
+cdef int at_fork(fork_handler before, fork_handler in_parent, fork_handler in_child) noexcept nogil
+
 # Gives the processor to another thread; monotonic nanoseconds.
 cdef void relax() noexcept nogil
 cdef long long clock_ns() noexcept nogil

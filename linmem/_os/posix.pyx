@@ -424,6 +424,14 @@ cdef void limit_text(int code, size_t size, char* text, size_t room) noexcept no
                              " (vm.overcommit_memory is 0), or the address space is full")
 
 
+cdef extern from "<pthread.h>" nogil:
+    int pthread_atfork(fork_handler before, fork_handler in_parent, fork_handler in_child) noexcept
+
+
+cdef int at_fork(fork_handler before, fork_handler in_parent, fork_handler in_child) noexcept nogil:
+    return pthread_atfork(before, in_parent, in_child)
+
+
 cdef void relax() noexcept nogil:
     sched_yield()
 

@@ -459,6 +459,10 @@ cdef void limit_text(int code, size_t size, char* text, size_t room) noexcept no
         snprintf(text, room, "the commit limit is %llu bytes and %llu are left", total, left)
 
 
+cdef int at_fork(fork_handler before, fork_handler in_parent, fork_handler in_child) noexcept nogil:
+    return 0            # nothing forks here
+
+
 cdef void relax() noexcept nogil:
     yield_()
 
