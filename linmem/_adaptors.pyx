@@ -291,7 +291,8 @@ cdef class StatisticsCreator(NativeCreator):
 
     def __dealloc__(self):
         if self.ledger != NULL:
-            release_ledger(self.ledger)
+            with nogil:
+                release_ledger(self.ledger)
 
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
         cdef ledger* book = self.ledger

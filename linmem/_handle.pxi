@@ -870,6 +870,8 @@ cdef size_t check_rest(size_t offset, object size, size_t byte_size) except? 0:
     return n
 
 
+# A memory is in no cycle. Taken apart as a part of one, a Window would lose it before its buffers are released.
+@cython.no_gc
 @cython.final
 cdef class Window:
     """Exports a typed part of a memory in a format that memoryview.cast() does not know."""

@@ -122,11 +122,22 @@ cdef void image_release(image* it) noexcept nogil:
     free(it)
 
 
+cdef inline size_t image_copy_run(const image* it, size_t i, char* base) noexcept nogil:
+    """Copy the i-th run into a memory at `base`; up to where, counted from there. The rest of its last granule is
+    zero, and in a memory whose pages are not ours it may be somebody else's."""
+    cdef size_t start = it.offset + it.runs[i].offset
+    cdef size_t end = start + it.runs[i].size
+    if end > it.end:
+        end = it.end
+    memcpy(base + start, it.content.bytes + it.runs[i].offset, end - start)
+    return end
+
+
 cdef void image_copy(const image* it, char* base) noexcept nogil:
     """Into a memory at `base` that holds zeros."""
     cdef size_t i
     for i in range(it.n_runs):
-        memcpy(base + it.offset + it.runs[i].offset, it.content.bytes + it.runs[i].offset, it.runs[i].size)
+        image_copy_run(it, i, base)
 
 
 cdef int start_from_image(memory* m, image* it, failure* why) noexcept nogil:
@@ -218,6 +229,8 @@ cdef void memory_restore(memory* m, image* to) noexcept nogil:
     if m.image_state == IMAGE_MAPPED and m.image == to:
         restore_mapped(m, low, high, end)
         return
+    if high > end:          # within the last page of a memory whose pages are not ours
+        high = end
     turn_hull(m, to, low, high)
     zero_bytes(m, m.base, low)
     zero_bytes(m, m.base + high, end - high)
@@ -268,10 +281,8 @@ cdef void turn_hull(memory* m, image* to, size_t low, size_t high) noexcept nogi
         m.image_state = IMAGE_MAPPED
         return
     for i in range(to.n_runs):
-        at = m.base + to.offset + to.runs[i].offset
-        zero_bytes(m, m.base + before, <size_t>(at - m.base) - before)
-        memcpy(at, to.content.bytes + to.runs[i].offset, to.runs[i].size)
-        before = <size_t>(at - m.base) + to.runs[i].size
+        zero_bytes(m, m.base + before, to.offset + to.runs[i].offset - before)
+        before = image_copy_run(to, i, m.base)
     zero_bytes(m, m.base + before, high - before)
 
 

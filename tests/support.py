@@ -369,6 +369,40 @@ def answer(code: str, **how) -> str:
     return done.stdout.strip()
 
 
+# For children that fork: `child` runs `work` in a forked process, which must end well; `descriptors` says what
+# this process has open. That a fork in a process with threads may hang is what is tested, and not worth a warning.
+FORKING = """
+import ctypes, os, sys, threading, traceback, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+libc = ctypes.PyDLL(None) if hasattr(os, "fork") else None
+
+def child(fork, work):
+    pid = fork()
+    if pid == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+    assert os.waitpid(pid, 0)[1] == 0
+
+def descriptors():
+    # number -> what it is
+    names = {}
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            names[int(number)] = os.readlink("/proc/self/fd/" + number)
+        except OSError:
+            pass
+    return names
+"""
+FORKS = whichever(("fork", "os.fork"), ("bare_fork", "libc._Fork"))     # `_Fork` runs no handlers, as raw clone(2)
+
+
 @functools.cache
 def _fault_codes() -> frozenset[int]:
     found = {0xC0000005, 0xC0000005 - (1 << 32)}        # Windows: access violation

@@ -413,6 +413,38 @@ def test_a_memory_whose_pages_are_not_ours_is_filled_restored_and_compared(kind)
     assert mem[:] == bytes(PAGE) + bytes(img)
 
 
+class PartOfAPage:
+    """A memory that ends within a page, of which the rest is somebody else's."""
+
+    def __init__(self, size):
+        self.whole, self.size = linmem.create(round_up(size)), size
+        self.whole.write(size, b"s" * (round_up(size) - size))
+
+    def byte_size(self): return self.size
+    def byte_capacity(self): return self.size
+    def as_ptr(self): return self.whole.as_ptr()
+    def wasm_accessible(self): return range(self.as_ptr(), self.as_ptr() + self.size)
+    def grow_to(self, new_size): raise linmem.GrowError("never")
+
+
+@pytest.mark.parametrize("size", [1, 4095, 4097, 2 * PAGE - 5])
+def test_an_image_writes_nothing_beyond_a_memory_whose_pages_are_not_ours(kind, size):
+    made = []
+
+    class Creator:
+        def new_memory(self, ty, minimum, *rest):
+            made.append(PartOfAPage(minimum))
+            return made[-1]
+
+    one, two = Image.from_bytes(b"1" * size), Image.from_bytes(b"2" * size)
+    with one.new_memory(creator=linmem.PythonCreator(Creator()), guard=0) as mem:
+        for img in (one, two, one):
+            assert bytes(mem) == bytes(img)
+            (under,) = made
+            assert under.whole[size:] == b"s" * (len(under.whole) - size)
+            mem.restore(two if img is one else one)
+
+
 # -- deltas ---------------------------------------------------------------------------------------------------
 
 def test_a_delta_leads_from_an_image_to_a_memory(kind):

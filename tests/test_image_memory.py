@@ -189,6 +189,26 @@ def test_an_image_has_at_most_one_descriptor_and_closes_it_with_the_last_that_ho
     assert descriptors() == before
 
 
+@requires("descriptors")
+def test_a_memory_whose_pages_are_not_ours_lets_go_of_the_image_that_it_was_restored_to(kind):
+    class Handing:
+        def __init__(self): self.under = linmem.create(PAGE)
+        def __getattr__(self, name): return getattr(self.under, name)
+
+    class Creator:
+        def new_memory(self, *asked): return Handing()
+
+    before = descriptors()
+    img = Image.from_bytes(b"x" * PAGE)
+    with linmem.create(PAGE, creator=Creator(), reserve=0, guard=0) as mem:
+        mem.restore(img)
+        assert mem[:] == bytes(img)
+        assert img.info().memories == 1
+    assert img.info().memories == 0
+    del img
+    assert descriptors() == before
+
+
 @requires("rlimits", "descriptors")
 def test_an_image_without_a_descriptor_left_has_private_pages():
     assert answer("""

@@ -128,6 +128,24 @@ def test_a_numpy_array_outlives_the_handle():
     assert live_bytes() == before
 
 
+@pytest.mark.parametrize("format", ["B", "d", ">d"])
+def test_views_in_a_garbage_cycle_are_collected_with_their_memory(format):
+    # In a child: what the collector takes apart first decides whether it lives.
+    assert answer(f"""
+        import gc, linmem, weakref
+        gc.disable()
+        gone = []
+        for turn in range(20):
+            mem = linmem.create({PAGE})
+            gone.append(weakref.ref(mem))
+            cycle = [mem, mem.view({format!r}), mem.view({format!r})[1:]]
+            cycle[turn % 3:0] = [cycle]
+            del mem, cycle
+            gc.collect()
+        print([one() for one in gone] == [None] * 20)
+        """) == "True"
+
+
 def test_a_memory_is_an_instance_of_the_trait_and_its_creators_of_theirs():
     with linmem.create(1) as mem:
         assert isinstance(mem, linmem.LinearMemory)

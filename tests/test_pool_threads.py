@@ -7,6 +7,8 @@ import threading
 
 import pytest
 from support import (
+    FORKING,
+    FORKS,
     NEEDS,
     PAGE,
     SCAN_WAYS,
@@ -16,7 +18,6 @@ from support import (
     requires,
     round_up,
     run_child,
-    whichever,
 )
 
 import linmem
@@ -169,38 +170,13 @@ def test_a_creator_may_go_while_other_threads_still_use_its_memories():
 # -- fork -----------------------------------------------------------------------------------------------------
 
 HEAD = """
-import ctypes, gc, os, sys, threading, traceback, warnings
+import gc
 import linmem
 from linmem._os import pages
-warnings.simplefilter("ignore", DeprecationWarning)     # that a fork with threads is not safe is what is tested
 if {way!r}:
     pages.choose_scan({way!r})
 P = {page}
 how = dict(maximum=16 * P, reserve=16 * P, guard=P)
-libc = ctypes.PyDLL(None) if hasattr(os, "fork") else None
-
-def child(fork, work):
-    pid = fork()
-    if pid == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            os._exit(status)
-    assert os.waitpid(pid, 0)[1] == 0
-
-def descriptors():
-    names = {{}}
-    for number in os.listdir("/proc/self/fd"):
-        try:
-            names[int(number)] = os.readlink("/proc/self/fd/" + number)
-        except OSError:
-            pass
-    return names
 
 def secret_stays(pool, mark, at=(3, 5)):
     '''Two guests in a row: the second must not see a byte of the first. Returns the base.'''
@@ -220,10 +196,7 @@ def secret_stays(pool, mark, at=(3, 5)):
 
 
 def script(way, code):
-    return HEAD.format(way=way, page=PAGE) + textwrap.dedent(code)
-
-
-FORKS = whichever(("fork", "os.fork"), ("bare_fork", "libc._Fork"))
+    return FORKING + HEAD.format(way=way, page=PAGE) + textwrap.dedent(code)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import (
+    FORKING,
+    FORKS,
     LIBC,
     PAGE,
     REAL_PAGE,
@@ -211,54 +213,22 @@ def test_a_way_that_is_none_is_refused_and_none_finds_nothing(spotter):
 # -- the descriptor ----------------------------------------------------------------------------------
 
 HEAD = """
-import ctypes, os, sys
 sys.path.insert(0, {folder!r})
 import linmem, spotter
 from linmem._os import pages
 pages.choose_scan({way!r})
 P = {page}
-libc = ctypes.PyDLL(None)
 mem = linmem.create(8 * P)
 base = mem.as_ptr()
 
 def found():
     return [((at - base) // P, size // P) for at, size in spotter.all_touched(base, 8 * P)]
-
-def descriptors():
-    '''number -> what it is, of all that this process has open'''
-    names = {{}}
-    for number in os.listdir("/proc/self/fd"):
-        try:
-            names[int(number)] = os.readlink("/proc/self/fd/" + number)
-        except OSError:
-            pass
-    return names
-
-def ends_well(pid):
-    assert os.waitpid(pid, 0)[1] == 0
-
-def child(fork, work):
-    pid = fork()
-    if pid == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    ends_well(pid)
 """
 
 
 def run(folder, way, code):
     """What a child prints that runs `code` after the head."""
-    return answer(HEAD.format(folder=str(folder), way=way, page=REAL_PAGE) + textwrap.dedent(code))
-
-
-FORKS = whichever(("fork", "os.fork"), ("bare_fork", "libc._Fork"))
+    return answer(FORKING + HEAD.format(folder=str(folder), way=way, page=REAL_PAGE) + textwrap.dedent(code))
 
 
 @pytest.mark.parametrize("way", WAYS)
