@@ -10,9 +10,9 @@ from libc.string cimport memcpy
 
 from linmem._atomic cimport add, load, store, swap_if
 from linmem._memory cimport (
-    NO_MAXIMUM, UNCHOSEN, Memory, NativeCreator, acquire, begin_move, check_count, check_size, drop_object, end_move, fail,
-    fail_python, failure, image_copy, memory, memory_hang, memory_hook, memory_ops, memory_resident, memory_retain,
-    memory_size, memory_spec, python_is_ending, unlock,
+    NO_MAXIMUM, UNCHOSEN, Memory, NativeCreator, acquire, begin_move, check_count, check_size, drop_object, end_move,
+    fail, fail_python, failure, image_copy, memory, memory_hang, memory_hook, memory_ops, memory_resident,
+    memory_retain, memory_size, memory_spec, python_is_ending, unlock,
 )
 from linmem._os cimport pages
 from linmem._units cimport E_LIMIT, E_NO_MEMORY, E_UNSUPPORTED, round_up

@@ -8,10 +8,10 @@ from libc.string cimport memset
 
 from linmem._atomic cimport add, load, store, touch
 from linmem._memory cimport (
-    IMAGE_BROKEN, IMAGE_COPIED, OWNER_LEFT, OWNER_PYTHON, ImageHandle, MmapCreator, NativeCreator,
-    acquire, check_count, check_flag, check_size, fail, failure, give_back, image_release, image_retain, memory, memory_border, memory_hang,
-    memory_hook, memory_is_filled, memory_refill, memory_release, memory_renew, memory_restore, memory_spec,
-    memory_start_again, memory_turn_to, raise_failure, unlock,
+    IMAGE_BROKEN, IMAGE_COPIED, OWNER_LEFT, OWNER_PYTHON, ImageHandle, MmapCreator, NativeCreator, acquire,
+    check_count, check_flag, check_size, fail, failure, give_back, image_release, image_retain, memory, memory_border,
+    memory_hang, memory_hook, memory_is_filled, memory_refill, memory_release, memory_renew, memory_restore,
+    memory_spec, memory_start_again, memory_turn_to, raise_failure, unlock,
 )
 from linmem._os cimport pages
 from linmem._reset cimport (
