@@ -54,6 +54,8 @@ OUT_OF_MEMORY, OTHER = (8, 1455) if HAS_KERNEL32 else (12, 11)
 FOR_GOOD = 1 << 40
 WAYS = {"once": (OUT_OF_MEMORY, 1), "another code": (OTHER, 1), "twice": (OUT_OF_MEMORY, 2),
         "for good": (OUT_OF_MEMORY, FOR_GOOD)}
+if HAS_KERNEL32:
+    WAYS = {"once": (OUT_OF_MEMORY, 1), "for good": (OTHER, FOR_GOOD)}
 MOST_CALLS = 80         # of any operation here
 
 SHAPE = {"maximum": 32 * PAGE, "reserve": 32 * PAGE, "guard": PAGE}
@@ -169,9 +171,11 @@ def chain_of(creator):
 
 
 def left_behind():
+    if not NEEDS["descriptors"][0]:     # who could tell
+        return None
     for _ in range(3):      # what the OS refused to take back goes with the next releases
         linmem.create(PAGE).close()
-    return (live_bytes() if NEEDS["maps"][0] else 0, descriptors() if NEEDS["descriptors"][0] else 0)
+    return live_bytes(), descriptors()
 
 
 # -- the table ------------------------------------------------------------------------------------------
@@ -187,14 +191,17 @@ class Row:
     error: type                     # what it then raises
     within: object                  # () -> context manager
     again: bool                     # the same as another row, with other means
+    calls: bool                     # it makes page calls here
 
 
 ROWS = []
 
 
 def row(name, covers, make, act, check, refused="", error=linmem.PageError, within=contextlib.nullcontext,
-        again=False):
-    ROWS.append(Row(name, covers, make, act, check, frozenset(refused.split()), error, within, again))
+        again=False, calls=True):
+    # A page call of Windows' under Wine takes a hundred times as long: there each thing is tried by one row.
+    if not (again and HAS_KERNEL32):
+        ROWS.append(Row(name, covers, make, act, check, frozenset(refused.split()), error, within, again, calls))
 
 
 def nothing(scene, result):
@@ -491,7 +498,7 @@ for how in HOW:
 # -- images, with each kind of pages
 
 DATA = b"image" * PAGE
-FOLDER = tempfile.TemporaryDirectory(prefix="linmem-test-")
+FOLDER = tempfile.TemporaryDirectory(prefix="linmem-test-", ignore_cleanup_errors=True)
 
 
 @contextlib.contextmanager
@@ -586,9 +593,10 @@ def image_rows(kind):
     of("copy", "Image.__reduce_ex__", an_image, lambda scene: copy.copy(scene.img), check_image, filling)
     of("snapshot", "Memory.snapshot", written, lambda scene: scene.mem.snapshot(), check_applied, filling)
     of("dirty_pages", "Memory.dirty_pages", written, lambda scene: scene.mem.dirty_pages(scene.img),
-       holds(lambda scene, found: found == [(n * PAGE, PAGE) for n in (1, 5, 10)]))
+       holds(lambda scene, found: found == [(n * PAGE, PAGE) for n in (1, 5, 10)]),
+       calls=NEEDS["scans"][0])
     of("diff", "Image.diff", written, lambda scene: scene.img.diff(scene.mem),
-       holds(lambda scene, delta: delta == scene.delta))
+       holds(lambda scene, delta: delta == scene.delta), calls=NEEDS["scans"][0])
     of("apply to an image", "Image.apply", written, lambda scene: scene.img.apply(scene.delta), check_applied,
        "reserve commit image_map " + filling)
     for how, needs in ((SHAPE, "commit"), (MOVING, "reserve commit")):
@@ -839,7 +847,7 @@ def descriptor_rows():
 
     check = holds(lambda scene, img: (img.offset, bytes(img)) == (3 * PAGE, DATA))
     row("from_fd", "Image.from_fd", a_file, from_fd, check, "image_open")
-    if not HAS_KERNEL32:        # multiprocessing passes no descriptors there
+    if not HAS_KERNEL32:
         row("a handle that arrives", "Handle.__reduce__", lambda: Scene(img=Image.from_bytes(DATA, 3 * PAGE)), arrive,
             check, "image_open")
 
@@ -904,8 +912,9 @@ def trial(one, code, times):
             happened, refused = attempt(one, nth, code, times)
             found = left_behind()
             if found != start:
-                gc.collect()
+                gc.collect()        # of what earlier tests have left in cycles, too
                 found = left_behind()
+                start = tuple(map(min, start, found))
             assert found == start, f"left behind by refusal {nth}"
             if not happened:
                 return told, nth - 1
@@ -930,9 +939,9 @@ def only_the_operation_itself_makes_page_calls():
 def test_whichever_page_call_is_refused_nothing_is_lost_and_nothing_is_left(one):
     for way, (code, times) in WAYS.items():
         told, faults = trial(one, code, times)
-        assert faults > 0, "a row is of an operation that makes a page call"
+        assert bool(faults) == one.calls, "a row is of an operation that makes a page call"
         assert {call for call in told.values() if call} <= one.refused, way
-    assert bool(told[1]) == bool(one.refused)       # where all is refused
+    assert bool(told.get(1)) == bool(one.refused)       # where all is refused
 
 
 # -- what the OS itself refuses half way ----------------------------------------------------------------
@@ -1023,7 +1032,6 @@ print([pool.stats()["rejected"] for pool in (above, below)])
 """) == "[1, 1]"
 
 
-@requires("moves")
 def test_a_protection_whose_undoing_is_refused_too_keeps_the_memory_from_moving():
     with linmem.create(2 * PAGE, maximum=32 * PAGE, reserve=0) as mem:
         mem.write(0, b"kept")
@@ -1101,7 +1109,7 @@ QUIET = {
     "Image.runs": lambda scene: (scene.img.runs(), scene.file.runs(), memoryview(scene.img)),
     "Image.fileno": lambda scene: scene.file.fileno(),
     "Image.info": lambda scene: scene.img.info(),
-    "Image.save": lambda scene: (scene.img.save(scene.path + " again"), scene.img.save(scene.path, packed=True)),
+    "Image.save": lambda scene: [scene.img.save(f"{scene.path} {packed}", packed=packed) for packed in (True, False)],
     "Image.verify": lambda scene: scene.file.verify(),
     "Image.handle": lambda scene: scene.file.handle(),
     **attributes("img Image", "offset", "size", "digest"),
@@ -1150,8 +1158,15 @@ QUIET = {
     "ImageInfo": lambda scene: linmem.ImageInfo(*range(6)),
 }
 
+for cls, where in ((linmem.Memory, "mem"), (Image, "img")):
+    for name in ("__buffer__", "__release_buffer__"):       # there from Python 3.12 on
+        if name in vars(cls):
+            QUIET[f"{cls.__name__}.{name}"] = lambda scene, where=where: memoryview(getattr(scene, where)).release()
+if HAS_KERNEL32:        # multiprocessing passes no descriptors
+    QUIET["Handle.__reduce__"] = refuses(TypeError, lambda scene: scene.img.handle().__reduce__())
+
 OF_PYTHON = {"__dict__", "__weakref__", "__new__", "__init__", "__setstate__", "__lt__", "__le__", "__ne__", "__gt__",
-             "__ge__", "__reduce_cython__", "__setstate_cython__"}
+             "__ge__", "__reduce_cython__", "__setstate_cython__", "__annotate__", "__annotate_func__"}
 
 
 def public_names():
