@@ -176,10 +176,10 @@ cdef class Memory:
         """
         cdef memory* m = self.enter()
         cdef size_t base, end
-        pin(m, TOUCH)
+        begin_access(m)
         base = <size_t>peek_address(&m.base)
         end = base + peek(&m.covered)
-        unpin(m, TOUCH)
+        end_access(m)
         self.leave()
         return range(base, end)
 
@@ -193,16 +193,16 @@ cdef class Memory:
 
     def __getbuffer__(self, Py_buffer* buffer, int flags):
         cdef memory* m = self.enter()
-        pin(m, EXPORT)
+        pin(m)
         try:
             PyBuffer_FillInfo(buffer, self, m.base, <Py_ssize_t>memory_size(m), 0, flags)
         except BaseException:
-            unpin(m, EXPORT)
+            unpin(m)
             self.leave()
             raise
 
     def __releasebuffer__(self, Py_buffer* buffer):
-        unpin(self.m, EXPORT)
+        unpin(self.m)
         self.leave()
 
     def view(self, format="B", offset=0, count=None):
@@ -262,9 +262,9 @@ cdef class Memory:
         m = self.enter()
         try:
             i = check_range(i, <Py_ssize_t>memory_size(m))      # it never becomes less
-            pin(m, TOUCH)
+            begin_access(m)
             byte = (<unsigned char*>m.base)[i]
-            unpin(m, TOUCH)
+            end_access(m)
             return byte
         finally:
             self.leave()
@@ -298,9 +298,9 @@ cdef class Memory:
         m = self.enter()
         try:
             i = check_range(i, <Py_ssize_t>memory_size(m))
-            pin(m, TOUCH)
+            begin_access(m)
             (<unsigned char*>m.base)[i] = <unsigned char>byte
-            unpin(m, TOUCH)
+            end_access(m)
         finally:
             self.leave()
 
@@ -317,14 +317,14 @@ cdef class Memory:
             check_span(start, n, memory_size(m))
             out = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>n)
             to = PyBytes_AS_STRING(out)
-            pin(m, TOUCH)
+            begin_access(m)
             if n < RELEASE_GIL_FROM:
                 memcpy(to, m.base + start, n)
-                unpin(m, TOUCH)
+                end_access(m)
             else:
                 with nogil:
                     memcpy(to, m.base + start, n)
-                    unpin(m, TOUCH)
+                    end_access(m)
             return out
         finally:
             self.leave()
@@ -347,14 +347,14 @@ cdef class Memory:
             m = self.enter()
             try:
                 check_span(start, n, memory_size(m))
-                pin(m, TOUCH)
+                begin_access(m)
                 if n < RELEASE_GIL_FROM:
                     memmove(m.base + start, given.buf, n)
-                    unpin(m, TOUCH)
+                    end_access(m)
                 else:
                     with nogil:
                         memmove(m.base + start, given.buf, n)
-                        unpin(m, TOUCH)
+                        end_access(m)
                 return n
             finally:
                 self.leave()
@@ -554,10 +554,10 @@ cdef class Memory:
                 if data is not None:
                     self.write(offset, data)
                     continue
-                pin(m, TOUCH)
+                begin_access(m)
                 with nogil:
                     memset(m.base + start, 0, n)
-                    unpin(m, TOUCH)
+                    end_access(m)
         finally:
             self.leave()
 
@@ -743,15 +743,15 @@ cdef class Memory:
         cdef size_t base, size, capacity, maximum, committed, pre_guard, guard
         cdef long long exports
         from linmem.records import MemoryInfo
-        pin(m, TOUCH)
+        begin_access(m)
         with nogil:
             if known:
                 code = memory_resident(m, &resident, &why)
-            exports = load(&m.pins) // EXPORT
+            exports = max(pins_now(m), 0)
             base, capacity, maximum = <size_t>peek_address(&m.base), peek(&m.capacity), peek(&m.maximum)
             size, pre_guard, guard = memory_size(m), m.pre_guard, m.guard
             committed = peek(&m.accessible)
-            unpin(m, TOUCH)
+            end_access(m)
         try:
             if code:
                 raise_failure(&why)
@@ -892,7 +892,7 @@ cdef class Window:
 
     def __getbuffer__(self, Py_buffer* buffer, int flags):
         cdef memory* m = self.memory.enter()
-        pin(m, EXPORT)
+        pin(m)
         buffer.buf = m.base + self.offset
         buffer.obj = self
         buffer.len = self.shape[0] * self.strides[0]
@@ -906,5 +906,5 @@ cdef class Window:
         buffer.internal = NULL
 
     def __releasebuffer__(self, Py_buffer* buffer):
-        unpin(self.memory.m, EXPORT)
+        unpin(self.memory.m)
         self.memory.leave()

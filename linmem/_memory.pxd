@@ -115,12 +115,13 @@ cdef struct memory_hook:
 # any thread with no GIL: nothing in here is a Python object.
 #
 # What is no word is written under the lock. Where it is read without: base, accessible, capacity, maximum and
-# covered by peek() (and written by poke()); base and covered fit together only for who has pinned the memory.
+# covered by peek() (and written by poke()); base and covered fit together only during an access.
 cdef struct memory:
     const memory_ops* ops
     memory_hook* hooks
     word refs                   # handles that are not closed, and wasmtime
-    word pins                   # exported buffers, and accesses under way (pin()); negative: the base is moving
+    word pins                   # exported buffers; negative: the base is moving, or will when `accesses` has ended
+    word accesses               # under way, each for a moment; in the upper half the generation that they are of
     word lock                   # one growth (or drop of a hook chain) at a time
     word owner                  # OWNER_
     word handed_on              # 1 once a Python creator has handed it on: fresh memories are handed on once

@@ -307,27 +307,44 @@ cdef long long pins_now(memory* m) noexcept nogil:
     return pins
 
 
-# Of memory.pins.
-cdef long long EXPORT = <long long>1 << 32
-cdef long long TOUCH = 1
-
-
-cdef void pin(memory* m, long long what) noexcept:
-    """The base stays where it is until unpin(). With the GIL held, but for the wait: a Python memory
-    needs it to move. what: EXPORT, or TOUCH for an access, which whoever wants to move waits for: it ends by itself,
-    and until then waits for nothing, neither a lock nor the GIL."""
+cdef void pin(memory* m) noexcept:
+    """The base stays where it is until unpin(), for a buffer that is exported. With the GIL held, but for the wait: a
+    Python memory needs it to move."""
     cdef long long pins
     while True:
         pins = pins_now(m)
         if pins < 0:
             with nogil:
                 pages.relax()
-        elif swap_if(&m.pins, pins, pins + what):
+        elif swap_if(&m.pins, pins, pins + 1):
             return
 
 
-cdef inline void unpin(memory* m, long long what) noexcept nogil:
-    add(&m.pins, -what)
+cdef inline void unpin(memory* m) noexcept nogil:
+    add(&m.pins, -1)
+
+
+cdef inline long long accesses_of_now(long long accesses) noexcept nogil:
+    """Those of the parent's threads never end in a forked child, and are none."""
+    return accesses if accesses >> 32 == generation else generation << 32
+
+
+cdef void begin_access(memory* m) noexcept:
+    """The base stays where it is until end_access(). Whoever wants to move waits for that, so it comes soon: until
+    then the caller waits for nothing, neither a lock nor the GIL."""
+    cdef long long accesses
+    while True:
+        accesses = load(&m.accesses)
+        if swap_if(&m.accesses, accesses, accesses_of_now(accesses) + 1):
+            if pins_now(m) >= 0:        # looked at after: who moves looks the other way round
+                return
+            end_access(m)
+            with nogil:
+                pages.relax()
+
+
+cdef inline void end_access(memory* m) noexcept nogil:
+    add(&m.accesses, -1)
 
 
 cdef int begin_move(memory* m, size_t new_size, failure* why) noexcept nogil:
@@ -341,10 +358,10 @@ cdef int begin_move(memory* m, size_t new_size, failure* why) noexcept nogil:
         return E_CAPACITY
     while not swap_if(&m.pins, 0, -generation):
         pins = pins_now(m)
-        if pins >= EXPORT:
-            return fail(why, E_EXPORTED, "grow_to", new_size, <size_t>(pins // EXPORT), m.capacity)
-        if pins:
-            pages.relax()
+        if pins > 0:
+            return fail(why, E_EXPORTED, "grow_to", new_size, <size_t>pins, m.capacity)
+    while accesses_of_now(load(&m.accesses)) != generation << 32:
+        pages.relax()
     return 0
 
 
