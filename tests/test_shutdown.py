@@ -16,7 +16,8 @@ how = dict(maximum=16 * P, reserve=16 * P, guard=P)
 
 
 # wasmtime-py's own finalisers may meet their module emptied already, and say so. Nobody else says anything.
-NOT_OURS = re.compile(r"Exception ignored .*\bManaged\.__del__ .*\nTraceback .*\n(  .*\n)+AttributeError: 'NoneType' .*\n")
+NOT_OURS = re.compile(r"Exception ignored .*\bManaged\.__del__ .*\nTraceback .*\n(  .*\n)+"
+                      r"AttributeError: 'NoneType' .*\n")
 
 
 def scene(code, status=0):

@@ -114,13 +114,13 @@ def test_a_thread_that_hangs_is_found_and_where():
 @pytest.mark.slow
 @requires("maps")
 def test_memories_that_are_never_let_go_of_are_a_leak():
-    assert "a leak: reserved was " in planted("leak")
+    assert "a leak: reserved was " in planted("leak", minutes="0.06")
 
 
 @pytest.mark.slow
 @requires("descriptors", "sealed")
 def test_descriptors_that_are_never_let_go_of_are_a_leak():
-    assert "a leak: descriptors was " in planted("descriptor")
+    assert "a leak: descriptors was " in planted("descriptor", minutes="0.06")
 
 
 @pytest.mark.slow
