@@ -1,5 +1,6 @@
 """The order in which things go: any order, in cycles and finalisers, and in the interpreter's last second."""
 
+import re
 import textwrap
 
 import pytest
@@ -14,11 +15,16 @@ how = dict(maximum=16 * P, reserve=16 * P, guard=P)
 """
 
 
+# wasmtime-py's own finalisers may meet their module emptied already, and say so. Nobody else says anything.
+NOT_OURS = re.compile(r"Exception ignored .*\bManaged\.__del__ .*\nTraceback .*\n(  .*\n)+"
+                      r"AttributeError: 'NoneType' .*\n")
+
+
 def scene(code, status=0):
     """What a process prints that runs `code`, ends with `status`, and has nothing to say on stderr."""
     # Each arena of glibc's malloc holds inaccessible address space, which would pass for a memory's.
     done = run_child(HEAD + textwrap.dedent(code), env={"MALLOC_ARENA_MAX": "1"})
-    assert (done.returncode, done.stderr) == (status, ""), done.stdout
+    assert (done.returncode, NOT_OURS.sub("", done.stderr)) == (status, ""), done.stdout
     return done.stdout.strip()
 
 

@@ -1,6 +1,7 @@
 """A short soak ends well, and each kind of fault that it is there for is found and named."""
 
 import json
+import re
 
 import pytest
 from support import NEEDS, requires, run_child
@@ -95,32 +96,31 @@ def test_a_short_soak_finds_nothing_and_says_what_it_did(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("wrong", "said"), [
-    ("dirty", "Wrong: byte 3999 of a fresh memory of 'planted' is 7, must be 0 (worker "),
-    ("undocumented", "RuntimeError: never heard of (worker "),
+    ("dirty", r"Wrong: byte 3999 of a (fresh |guest's |)memory of 'planted' is 7, must be "),
+    ("undocumented", "RuntimeError: never heard of"),
     ("shared", "Wrong: byte 100 of "),
 ])
 def test_a_planted_fault_is_found_and_named(wrong, said):
-    assert said in planted(wrong)
+    assert re.search(said, planted(wrong))
 
 
 @pytest.mark.slow
 def test_a_thread_that_hangs_is_found_and_where():
     said = planted("hang", "--hang", "1.5")
-    assert "Wrong: worker " in said
-    assert "hangs: for " in said
-    assert "in hang" in said        # the thread's own frames
+    assert re.search(r"Wrong: (worker \d hangs: for|a forked child hung for)", said)
+    assert "in hang" in said        # the frames of whoever it is
 
 
 @pytest.mark.slow
 @requires("maps")
 def test_memories_that_are_never_let_go_of_are_a_leak():
-    assert "a leak: reserved was " in planted("leak")
+    assert "a leak: reserved was " in planted("leak", minutes="0.06")
 
 
 @pytest.mark.slow
 @requires("descriptors", "sealed")
 def test_descriptors_that_are_never_let_go_of_are_a_leak():
-    assert "a leak: descriptors was " in planted("descriptor")
+    assert "a leak: descriptors was " in planted("descriptor", minutes="0.06")
 
 
 @pytest.mark.slow
