@@ -16,7 +16,7 @@ import wasmtime
 from linmem import _bridge, _hoist
 from linmem._cache import Cache
 from linmem._image import Image
-from linmem.errors import FileFormatError
+from linmem.errors import FileFormatError, PageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -159,10 +159,13 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
     except _hoist.Malformed as error:       # wasmtime has the last word, and better ones
         hoisted = _hoist.Hoisted(wasm, [], [], [f"nothing is hoisted: {error}"])
     directory = None if cache is None else Cache(cache)
+    try:
+        images = [None if runs is None else _image(runs, directory) for runs in hoisted.images]
+    except (PageError, OverflowError) as error:     # segments as far apart as no machine has memory for
+        hoisted = _hoist.Hoisted(wasm, [None] * len(hoisted.images), hoisted.minima,
+                                 [f"nothing is hoisted, there is no room for an image: {error}"])
+        images = [None] * len(hoisted.images)
     module = _compiled(engine, hoisted.module, directory)
-    images: list[Image | None] = []
-    for runs in hoisted.images:
-        images.append(None if runs is None else _image(runs, directory))
     return Prepared(module, images, hoisted.minima, hoisted.skipped, added, outline)
 
 
