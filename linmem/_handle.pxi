@@ -772,8 +772,11 @@ def image_class_is(of):
 cdef class ImageHandle:
     """What an `Image` is made of."""
 
+    def __cinit__(self):
+        self.it = &no_image
+
     def __dealloc__(self):
-        if self.it != NULL:
+        if self.it != NULL and self.it != &no_image:
             with nogil:
                 image_release(self.it)
 

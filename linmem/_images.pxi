@@ -10,6 +10,12 @@
 
 cdef char[GRANULE] zeros
 
+# Of no bytes: what a handle has that nobody gave an image to, so that none is ever without. Never released.
+cdef image no_image
+no_image.refs = 1
+no_image.content.handle = -1
+no_image.runs_known = True
+
 
 cdef bint is_zero(const char* at, size_t size) noexcept nogil:
     while size > GRANULE:

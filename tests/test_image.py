@@ -8,7 +8,7 @@ import struct
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import PAGE, failing, image_kinds, requires, round_up
+from support import PAGE, answer, failing, image_kinds, requires, round_up
 
 import linmem
 from linmem import Delta, Image
@@ -609,3 +609,17 @@ def test_whatever_call_is_refused_a_pools_slot_is_fresh_or_gone(kind):
                 mem[3 * PAGE] = mem[15 * PAGE] = 1
 
         all_calls(act)
+
+
+def test_an_image_that_was_not_made_is_one_of_no_bytes():
+    # It once was followed to where no image is, which ended the process.
+    assert answer("""
+        import linmem
+        img = linmem.Image.__new__(linmem.Image)
+        assert img == linmem.Image.from_bytes(b"") and bytes(img) == b"" and img.runs() == [] and len(img) == 0
+        with img.new_memory(minimum=8) as mem:
+            mem[0] = 1
+            mem.restore(img, zero_grown=True)
+            assert mem[0] == 0 and mem.dirty_pages(img) == [] and img.diff(mem).nbytes == 0
+        print(img.info().kind)
+        """) == "none"
