@@ -122,7 +122,9 @@ cdef int check_size_at_length(object value, str name, size_t* out) except -1:
     try:
         number = value.__index__() if not isinstance(value, int) else value
     except (AttributeError, TypeError):
-        raise TypeError(f"{name} must be an integer number of bytes, got {type(value).__name__}") from None
+        number = None
+    if not isinstance(number, int):
+        raise TypeError(f"{name} must be an integer number of bytes, got {type(value).__name__}")
     try:
         n = number
     except OverflowError:

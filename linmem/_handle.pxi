@@ -292,7 +292,7 @@ cdef class Memory:
         except TypeError:
             raise TypeError(f"a byte must be an integer in 0 .. 255, got {type(value).__name__}") from None
         if byte < 0 or byte > 255:
-            raise ValueError(f"a byte must be in 0 .. 255, got {value}")
+            raise ValueError(f"a byte must be in 0 .. 255, got {_shown(value)}")
         m = self.enter()
         pin(m)
         try:
@@ -301,6 +301,9 @@ cdef class Memory:
         finally:
             unpin(m)
             self.leave()
+
+    def __delitem__(self, key):
+        raise TypeError("a memory's bytes cannot be deleted")
 
     def read(self, offset, size):
         """Copy `size` bytes from `offset` out, as `bytes`; ValueError past `byte_size`."""
@@ -425,9 +428,10 @@ cdef class Memory:
         """
         cdef ImageHandle handle
         cdef size_t size, right
-        cdef bint grown = zero_grown
         if not isinstance(image, ImageHandle):
             raise TypeError(f"image must be an Image, got {type(image).__name__}")
+        check_flag(zero_grown, "zero_grown")
+        cdef bint grown = zero_grown
         handle = <ImageHandle>image
         cdef memory* m = self.enter_bytes("restore")
         try:
@@ -480,6 +484,7 @@ cdef class Memory:
         cdef changes found
         cdef size_t i, n
         cdef size_t* pairs
+        check_flag(as_array, "as_array")
         memory_changes(self, since, "since", &found)
         try:
             n = 0
@@ -584,10 +589,9 @@ cdef class Memory:
         cdef failure why
         check_size(offset, "offset", &start)
         check_size(size, "size", &n)
-        try:
-            how = _ACCESSES[access]
-        except (KeyError, TypeError):
-            raise ValueError(f"access must be one of {', '.join(map(repr, _ACCESSES))}, got {access!r}") from None
+        if not isinstance(access, str) or access not in _ACCESSES:
+            raise ValueError(f"access must be one of {', '.join(map(repr, _ACCESSES))}, got {_shown(access)}")
+        how = _ACCESSES[access]
         for name, value in (("offset", start), ("size", n)):
             if value & (page - 1):
                 raise ValueError(f"{name} must be a multiple of the host page ({page}), got {value}")
@@ -818,7 +822,7 @@ cdef Py_ssize_t check_index(object key) except? -1:
     except (AttributeError, TypeError):
         raise TypeError(f"a memory is indexed by an integer or a slice, got {type(key).__name__}") from None
     except OverflowError:
-        raise IndexError(f"index out of range: {key}") from None
+        raise IndexError(f"index out of range: {_shown(key)}") from None
 
 
 cdef Py_ssize_t check_range(Py_ssize_t i, Py_ssize_t size) except -1:

@@ -22,6 +22,8 @@ from linmem._units cimport E_EXHAUSTED, E_LIMIT, E_NO_MEMORY
 
 import os as _os
 
+from linmem._checks import shown as _shown
+
 cdef enum:
     ADAPTIVE = 3
     PAGE_BITS = 12              # what reset_policy counts in
@@ -870,7 +872,7 @@ cdef class PoolingCreator(NativeCreator):
 
 cdef int check_choice(object value, str name, object choices) except -1:
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {_shown(value)}")
     return 0
 
 

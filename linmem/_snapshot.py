@@ -11,6 +11,7 @@ import wasmtime
 from wasmtime import _ffi as ffi
 
 from linmem import _bridge
+from linmem._checks import check_flag
 from linmem._image import Image
 from linmem._memory import Memory
 
@@ -34,6 +35,12 @@ def behind(store: wasmtime.Store, memory: wasmtime.Memory | wasmtime.SharedMemor
     """The linmem memory behind a wasm memory; None if there is none."""
     pointer = memory.data_ptr(store) if isinstance(memory, wasmtime.Memory) else memory.data_ptr()
     return _bridge.find(ctypes.cast(pointer, ctypes.c_void_p).value or 0)
+
+
+def check_store(store: object) -> None:
+    """A store, or what a host function gets of one."""
+    if not isinstance(store, wasmtime.Store) and not callable(getattr(store, "_context", None)):
+        raise TypeError(f"store must be a wasmtime.Store, got {type(store).__name__}")
 
 
 class Snapshot:
@@ -90,6 +97,7 @@ class Snapshot:
         """
         if not isinstance(instance, wasmtime.Instance):
             raise TypeError(f"instance must be a wasmtime.Instance, got {type(instance).__name__}")
+        check_flag(partial, "partial")
         context = _idle(store, "taken")
         prepared = getattr(instance, "_linmem_prepared", None)
         exports = instance.exports(store)
@@ -148,6 +156,7 @@ class Snapshot:
         RuntimeError
             If a call into the store is running on this thread.
         """
+        check_flag(zero_grown, "zero_grown")
         if self._store() is not store:
             raise ValueError("the snapshot was taken in another store")
         context = _idle(store, "restored")
