@@ -1,5 +1,6 @@
 """Every argument of every public callable takes garbage: a clear exception each, and all is as it was before."""
 
+import argparse
 import array
 import ast
 import contextlib
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from support import NEEDS, PAGE
 
 import linmem
+from linmem import _image_cli, cli
 
 PATTERN = bytes(range(1, 251))
 TYPE = linmem.MemoryType(1, page_size=1)
@@ -754,3 +756,76 @@ def test_a_path_that_acts_is_a_path(path, worlds):
     with pytest.raises(OSError):
         what(world)(acting, *[] if len(arguments) < 3 else [False])
     assert world.mem.closed
+
+
+# -- the command line ----------------------------------------------------------------------------------------
+
+WORDS = ["", " ", "-", "--", "-1", "--no-such", "0x10", "nan", "inf", "1e999", "9" * 5000, str(2**63), str(2**64),
+         "text", "\u00e9", "\udc80", "a\nb", "a\0b", "a=b", "=", "::", "::::", ".", "no/such/file", "x" * 5000]
+COMMANDS = {
+    "run": ["{wat}"], "demo": None, "info": [], "image info": ["{image}"], "image verify": ["{image}"],
+    "image diff": ["{image}", "{other}"], "image apply": ["{image}", "{delta}", "--output", "{new}"],
+    "image": None, "bench": None,       # the first has only subcommands; the second is tried where it lives
+}
+
+
+def parsers():
+    """Every command: its words -> its parser."""
+    _, found = cli.build_parser()
+    _image_cli.add_arguments(found["image"])
+    (actions,) = (action for action in found["image"]._actions if isinstance(action, argparse._SubParsersAction))
+    return found | {f"image {name}": parser for name, parser in actions.choices.items()}
+
+
+def values_of(parser):
+    """The arguments of a command that take a value: an option, or the place of a word."""
+    place = 0
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction) or action.nargs == 0:
+            continue
+        if action.option_strings:
+            yield action.option_strings[0]
+        else:
+            yield place
+            place += 1
+    if "PROGRAM" in (parser.usage or ""):       # which argparse is not told of
+        yield 0
+
+
+def test_every_command_is_in_the_table():
+    assert set(parsers()) == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", [command for command, words in COMMANDS.items() if words is not None])
+def test_every_word_of_the_command_line_may_be_garbage(command, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "program.wat").write_text('(module (memory 1) (func (export "_start")))')
+    old, new = linmem.Image.from_bytes(bytes(PAGE)), linmem.Image.from_bytes(b"x" * PAGE)
+    old.save(tmp_path / "image")
+    new.save(tmp_path / "other")
+    old.diff(new).save(tmp_path / "delta")
+    good = [word.format(wat=tmp_path / "program.wat", image=tmp_path / "image", other=tmp_path / "other",
+                        delta=tmp_path / "delta", new=tmp_path / "new") for word in COMMANDS[command]]
+    places = list(values_of(parsers()[command]))
+    for place, word in itertools.product([*places, None], WORDS):
+        if place == "--picture" and word != "no/such/file":        # Matplotlib takes its time
+            continue
+        words = list(good)
+        if isinstance(place, int):
+            words[place] = word
+        elif place is None:                     # one word more
+            words.append(word)
+        else:
+            words += [f"{place}={word}"]
+        # An option comes before the program, whose arguments are its own.
+        words = words[::-1] if command == "run" and isinstance(place, str) else words
+        try:
+            code = cli.main([*command.split(), *words])
+        except SystemExit as ended:
+            code = ended.code
+        said = capfd.readouterr()
+        assert isinstance(code, int), (place, word)
+        assert "Traceback" not in said.err, (place, word)
+        assert code == 0 or said.err.strip(), (place, word)
+        assert len(said.err) < 20_000
+        DONE["words"] += 1
