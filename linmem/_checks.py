@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_flag", "check_pairs", "check_path", "check_size", "shown"]
 
+_WORD = 1 << 64
 _MOST = 100     # characters of a value in a message
 
 
@@ -38,7 +39,7 @@ def check_size(value: object, name: str) -> int:
         raise TypeError(f"{name} must be an integer number of bytes, got {type(value).__name__}")
     if number < 0:
         raise ValueError(f"{name} must be >= 0, got {shown(number)}")
-    if number >= 1 << 64:
+    if number >= _WORD:
         raise OverflowError(f"{name} must be below 2**64, got {shown(number)}")
     return number
 
@@ -49,6 +50,9 @@ def check_pairs(given: Iterable[tuple[object, object]], name: str) -> list[tuple
         pairs = [(offset, size) for offset, size in given]
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be pairs of an offset and a size, got {shown(given)}: {error}") from None
+    if all(type(offset) is type(size) is int and 0 <= offset < _WORD and 0 <= size < _WORD
+           for offset, size in pairs):
+        return pairs                    # type: ignore[return-value]
     return [(check_size(offset, name), check_size(size, name)) for offset, size in pairs]
 
 

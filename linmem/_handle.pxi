@@ -537,9 +537,10 @@ cdef class Memory:
                              f" one of {delta.size}")
         if size < delta.size:
             self.grow_to(delta.size)
+        pieces = list(delta.pieces())       # nothing of a class of the caller's runs from here on
         m = self.enter_bytes("apply")
         try:
-            for offset, length, data in delta.pieces():
+            for offset, length, data in pieces:
                 start, n = offset, length
                 check_span(start, n, memory_size(m))
                 if data is not None:

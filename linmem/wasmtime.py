@@ -105,12 +105,13 @@ def linear_memory(store: wasmtime.Store, memory: wasmtime.Memory | wasmtime.Shar
     TypeError
         If `memory` is neither.
     ValueError
-        If linmem does not own the memory; the message lists the reasons there are.
+        If linmem does not own the memory (the message lists the reasons there are), or if `store` is another
+        one than the memory's.
     """
     if not isinstance(memory, (wasmtime.Memory, wasmtime.SharedMemory)):
         raise TypeError(f"memory must be a wasmtime.Memory or a wasmtime.SharedMemory, got {type(memory).__name__}")
     if isinstance(memory, wasmtime.Memory):
-        check_store(store)
+        check_store(store, "memory", memory._memory)
     found = behind(store, memory)
     if found is None:
         raise ValueError(f"memory is not linmem's: {NOT_OURS}, or the memory was made by wasmtime.Memory() or"

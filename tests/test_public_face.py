@@ -18,7 +18,7 @@ import pytest
 import wasmtime
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import NEEDS, PAGE
+from support import NEEDS, PAGE, answer
 
 import linmem
 from linmem import _image_cli, cli
@@ -756,6 +756,43 @@ def test_a_path_that_acts_is_a_path(path, worlds):
     with pytest.raises(OSError):
         what(world)(acting, *[] if len(arguments) < 3 else [False])
     assert world.mem.closed
+
+
+# -- what would end the process ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", ["linmem.wasmtime.linear_memory(other, memory)",
+                                  "linmem.wasmtime.Snapshot.take(other, instance)"])
+def test_a_store_that_a_thing_does_not_belong_to_is_refused(call):
+    # In a child: wasmtime itself ends the process.
+    assert answer(f"""
+        import linmem.wasmtime, wasmtime
+        config = wasmtime.Config()
+        linmem.wasmtime.install(config)
+        engine = wasmtime.Engine(config)
+        store, other = wasmtime.Store(engine), wasmtime.Store(engine)
+        instance = wasmtime.Instance(store, wasmtime.Module(engine, {WAT!r}), [])
+        memory = instance.exports(store)["m"]
+        assert linmem.wasmtime.linear_memory(store, memory).byte_size() == 65536
+        try:
+            {call}
+        except ValueError as error:
+            print(error)
+        """).startswith("store must be the one that the ")
+
+
+def test_a_delta_of_the_callers_own_class_is_no_way_to_write_where_nobody_may(worlds):
+    mem = worlds().mem
+
+    class Hostile(linmem.Delta):
+        def pieces(self):
+            mem.protect(0, PAGE, "none")
+            yield 0, 5, None
+
+    with pytest.raises(TypeError, match="apply is not supported on a memory with protected pages"):
+        mem.apply(Hostile("0" * 64, 2 * PAGE, 2 * PAGE, [], [], b""))
+    mem.protect(0, PAGE, "rw")
+    assert mem.read(0, len(PATTERN)) == PATTERN
 
 
 # -- the command line ----------------------------------------------------------------------------------------
