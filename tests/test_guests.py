@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import wasmtime
-from hypothesis import given, note, settings
+from hypothesis import example, given, note, settings
 from hypothesis import strategies as st
 from support import fewer_examples
 from test_hoist import CUSTOM_PAGES, EVERYTHING, Prefilled, all_features, binary, contents, judged
@@ -197,8 +197,8 @@ def guests(draw, most_calls=60):
 
     segments = draw(st.integers(0, 4))
     for segment in range(segments):
-        content = "".join(f"\\{byte:02x}" for byte in draw(st.binary(max_size=40)))
-        if found and draw(st.integers(0, 2)):
+        content = "".join(f"\\{byte:02x}" for byte in draw(st.binary(min_size=1, max_size=40) | st.just(b"")))
+        if found and draw(st.integers(0, 3)):
             index = draw(st.integers(0, len(found) - 1))
             kind = found[index]
             end = kind.minimum * kind.page_size
@@ -436,11 +436,23 @@ class Compared:
                 self.done["of them in bounds"] += 1
 
 
+# One that surely does what the others do by chance.
+KNOWN = Guest(f"""(module (memory (export "m0") 1 4) (data (i32.const 65530) "known")
+    (func (export "size 0") (result i32) (memory.size 0)) {hashing(Kind(), 0)}
+    (func (export "grow 0") (param i32) (result i32) (memory.grow 0 (local.get 0)))
+    (func (export "store 0") (param $a i32) (param $x i64) (i64.store offset=8 (local.get $a) (local.get $x))))""",
+    [Kind(maximum=4)], [
+        ("store 0", [(False, Border(0, -16)), (True, 2**64 - 2)]), ("store 0", [(False, Border(0, -15)), (True, 1)]),
+        ("grow 0", [(False, 2)]), ("grow 0", [(False, 2**32 - 1)]), ("grow 0", [(False, 2)]),
+        ("store 0", [(False, Border(0, -16)), (True, 1)]), ("store 0", [(False, Border(0, -8)), (True, 1)])])
+
+
 def test_what_a_guest_does_in_linmems_memories_is_what_it_does_in_wasmtimes_own():
     compared = Compared()
 
     @settings(parent=fewer_examples(2))
     @given(guests())
+    @example(KNOWN)
     def check(guest):
         note(guest.wat)
         compared.same(guest)
@@ -541,6 +553,8 @@ def test_mutated_modules_are_refused_by_prepare_or_behave_as_wasmtime_has_it():
         for _ in range(15):
             compare(mutated(wasm, chance))
 
+    compare(binary(KNOWN.wat))
+    compare(binary(KNOWN.wat)[:-1])
     check()
     print(dict(done))
     assert all(done[what] for what in ("refused", "valid", "instances"))
