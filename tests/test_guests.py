@@ -10,7 +10,7 @@ import pytest
 import wasmtime
 from hypothesis import example, given, note, settings
 from hypothesis import strategies as st
-from support import fewer_examples
+from support import answer, fewer_examples, requires
 from test_hoist import CUSTOM_PAGES, EVERYTHING, Prefilled, all_features, binary, contents, judged
 
 import linmem
@@ -377,9 +377,9 @@ def ours():
 class Compared:
     """Guests under wasmtime's own memory and under every creator of linmem's, and what came of them."""
 
-    def __init__(self):
+    def __init__(self, engines=None):
         self.own = engine_of("default")
-        self.engines = ours()
+        self.engines = ours() if engines is None else engines
         self.done = Counter()
 
     def same(self, guest):
@@ -463,6 +463,23 @@ def test_what_a_guest_does_in_linmems_memories_is_what_it_does_in_wasmtimes_own(
     for what in ("prepared runs", "images", "growths", "growths refused", "of them in bounds",
                  "traps MEMORY_OUT_OF_BOUNDS"):
         assert compared.done[what], what
+
+
+@pytest.mark.slow
+@requires("rlimits")
+def test_it_is_the_same_in_a_short_address_space_for_which_the_engine_is_tuned():
+    assert answer("""
+        from test_guests import *
+        limiting = linmem.creator("limiting", limit_bytes=1 << 33)
+        compared = Compared({"default": [("mmap", engine_of("default", linmem.creator(), tune=True), None),
+                                         ("limiting", engine_of("default", limiting, tune=True), None)]})
+        store = wasmtime.Store(compared.engines["default"][0][1])
+        memory = linmem.wasmtime.new_memory(store, wasmtime.MemoryType(wasmtime.Limits(1, None)))
+        assert linmem.wasmtime.linear_memory(store, memory).info().reserved < 2**30, "it was not tuned"
+        check = settings(max_examples=15, deadline=None, database=None)(given(guests())(compared.same))
+        check()
+        print("the same")
+        """, limits={"RLIMIT_AS": 1 << 35}) == "the same"
 
 
 # -- hostile bytes -----------------------------------------------------------------------------------
