@@ -244,7 +244,7 @@ def given_by(name):
     return lambda world: getattr(world, name)
 
 
-# The public face: name -> (what to call, for each argument: (what it may be, a good one)).
+# The public face: name -> (what to call, for each argument: (what it may be, a good one)). The traits are abstract.
 # A good one that is a function makes it, of the world.
 FACE = {
     "linmem.create": (lambda w: linmem.create, {
@@ -357,14 +357,6 @@ FACE = {
     "linmem.wasmtime.Snapshot.restore": (lambda w: w.snapshot.restore, {
         "store": (of(wasmtime.Store), given_by("store")), "zero_grown": (flag, False)}),
 }
-DASK = {
-    "linmem.dask.setup": ["client"],
-    "linmem.dask.worker_pool": ["image", "options"],
-    "linmem.dask.memory": ["image", "maximum", "options"],
-    "linmem.dask.LinmemPlugin.setup": ["worker"],
-}
-# Written down, and not called with garbage: what is abstract, and what takes no argument that means anything.
-ABSTRACT = {"linmem.LinearMemory", "linmem.MemoryCreator"}
 
 
 def of_dask(world):
@@ -441,6 +433,8 @@ def refused_as_promised(error, labels):
         return True
     if isinstance(error, IndexError):
         return "key" in names
+    if isinstance(error, ImportError):
+        return "as_array" in names and not NEEDS["numpy"][0]
     if isinstance(error, (Own, linmem.GrowError, linmem.PageError, linmem.OwnedError, linmem.FileFormatError)):
         return True
     # What else there is to say of a file, or of a module, its own library says.
@@ -566,8 +560,6 @@ def is_the_same(name):
     home, _, method = name.rpartition(".")
     if method in ("new_memory", "create") and home.endswith("Creator"):
         return f"linmem.MmapCreator.{method}"
-    if name in ("linmem.LimitError.__init__", "linmem.PoolError.__init__"):
-        return name.removesuffix(".__init__")
     return name
 
 
@@ -600,7 +592,7 @@ def test_no_public_callable_is_out_of_sight():
                     assert getattr(attribute, "fset", None) is None
                 elif callable(getattr(thing, method)):
                     assert method in stubs, f"{home}.{name}.{method} is in no stub"
-    assert len(seen) > 60
+    assert len(seen) > 50
 
 
 # -- the tests ---------------------------------------------------------------------------------------------
@@ -630,6 +622,8 @@ def problem_of(world, name, labels):
     error = result = None
     try:
         result = called(world, name, bad)
+    except KeyboardInterrupt:
+        raise
     except BaseException as caught:
         error = caught
     which = f"{name} with {', '.join(f'{argument}: {label}' for argument, label in labels.items())}"
@@ -648,6 +642,12 @@ def problem_of(world, name, labels):
 
 
 DONE = Counter()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def figures():
+    yield
+    print(dict(DONE))
 
 
 @pytest.mark.parametrize("name", [name for name, (_, arguments) in FACE.items() if arguments])
