@@ -455,7 +455,7 @@ ALSO = {
     "value": ("a byte", "data"), "options": ("bogus",),
     "pieces": ("offset", "data"), "imports": ("expected a Func",), "offset": ("pieces",),
     "size": ("the file must have", "ranges", "zeros", "pieces", "data"),
-    "reserved_size_in_bytes": ("reserve",), "guard_size_in_bytes": ("guard",),
+    "fd": ("the file",), "reserved_size_in_bytes": ("reserve",), "guard_size_in_bytes": ("guard",),
 }
 
 
