@@ -10,9 +10,9 @@ from libc.string cimport memcpy
 
 from linmem._atomic cimport add, load, poke, poke_address, store, swap_if
 from linmem._memory cimport (
-    NO_MAXIMUM, UNCHOSEN, Memory, NativeCreator, acquire, begin_move, check_count, check_size, drop_object, end_move,
-    fail, fail_python, failure, guard, image_copy, leave_image, memory, memory_hang, memory_hook, memory_ops,
-    memory_resident, memory_retain, memory_size, memory_spec, python_is_ending, unguard, unlock,
+    NO_MAXIMUM, UNCHOSEN, ImageHandle, Memory, NativeCreator, acquire, begin_move, check_count, check_size,
+    drop_object, end_move, fail, fail_python, failure, guard, image_copy, leave_image, memory, memory_hang, memory_hook,
+    memory_ops, memory_resident, memory_retain, memory_size, memory_spec, python_is_ending, unguard, unlock,
 )
 from linmem._os cimport pages
 from linmem._units cimport E_LIMIT, E_NO_MEMORY, E_UNSUPPORTED, round_up
@@ -501,7 +501,8 @@ cdef class PythonCreator(NativeCreator):
     """
 
     def __cinit__(self, creator):
-        if not callable(getattr(creator, "new_memory", None)):
+        # An Image makes memories too, and out of other arguments.
+        if isinstance(creator, ImageHandle) or not callable(getattr(creator, "new_memory", None)):
             raise TypeError(f"creator must be a MemoryCreator, got {type(creator).__name__}")
         self.creator = creator
 

@@ -135,7 +135,9 @@ cdef int check_at_length(object value, str name, str what, size_t* out) except -
     try:
         number = value.__index__() if not isinstance(value, int) else value
     except (AttributeError, TypeError):
-        raise TypeError(f"{name} must be {what}, got {type(value).__name__}") from None
+        number = None
+    if not isinstance(number, int):
+        raise TypeError(f"{name} must be {what}, got {type(value).__name__}")
     try:
         n = number
     except OverflowError:

@@ -294,7 +294,7 @@ cdef class Memory:
         except TypeError:
             raise TypeError(f"a byte must be an integer in 0 .. 255, got {type(value).__name__}") from None
         if byte < 0 or byte > 255:
-            raise ValueError(f"a byte must be in 0 .. 255, got {value}")
+            raise ValueError(f"a byte must be in 0 .. 255, got {_shown(value)}")
         m = self.enter()
         try:
             i = check_range(i, <Py_ssize_t>memory_size(m))
@@ -303,6 +303,9 @@ cdef class Memory:
             end_access(m)
         finally:
             self.leave()
+
+    def __delitem__(self, key):
+        raise TypeError("a memory's bytes cannot be deleted")
 
     def read(self, offset, size):
         """Copy `size` bytes from `offset` out, as `bytes`; ValueError past `byte_size`."""
@@ -430,9 +433,10 @@ cdef class Memory:
         cdef failure why
         cdef int code
         cdef size_t size, right
-        cdef bint grown = zero_grown
         if not isinstance(image, ImageHandle):
             raise TypeError(f"image must be an Image, got {type(image).__name__}")
+        check_flag(zero_grown, "zero_grown")
+        cdef bint grown = zero_grown
         handle = <ImageHandle>image
         cdef memory* m = self.enter()
         if load(&m.owner) == OWNER_WASMTIME:
@@ -486,6 +490,7 @@ cdef class Memory:
         cdef changes found
         cdef size_t i, n
         cdef size_t* pairs
+        check_flag(as_array, "as_array")
         memory_changes(self, since, "since", &found)
         try:
             n = 0
@@ -540,6 +545,7 @@ cdef class Memory:
                              f" one of {delta.size}")
         if size < delta.size:
             self.grow_to(delta.size)
+        pieces = list(delta.pieces())       # nothing of a class of the caller's runs from here on
         m = self.enter()
         try:
             with nogil:
@@ -548,7 +554,7 @@ cdef class Memory:
                 unlock(&m.lock)
             if code:
                 raise_failure(&why)
-            for offset, length, data in delta.pieces():
+            for offset, length, data in pieces:
                 start, n = offset, length
                 check_span(start, n, memory_size(m))
                 if data is not None:
@@ -591,10 +597,9 @@ cdef class Memory:
         cdef failure why
         check_size(offset, "offset", &start)
         check_size(size, "size", &n)
-        try:
-            how = _ACCESSES[access]
-        except (KeyError, TypeError):
-            raise ValueError(f"access must be one of {', '.join(map(repr, _ACCESSES))}, got {access!r}") from None
+        if not isinstance(access, str) or access not in _ACCESSES:
+            raise ValueError(f"access must be one of {', '.join(map(repr, _ACCESSES))}, got {_shown(access)}")
+        how = _ACCESSES[access]
         for name, value in (("offset", start), ("size", n)):
             if value & (page - 1):
                 raise ValueError(f"{name} must be a multiple of the host page ({page}), got {value}")
@@ -796,8 +801,11 @@ def image_class_is(of):
 cdef class ImageHandle:
     """What an `Image` is made of."""
 
+    def __cinit__(self):
+        self.it = &no_image
+
     def __dealloc__(self):
-        if self.it != NULL:
+        if self.it != NULL and self.it != &no_image:
             with nogil:
                 image_release(self.it)
 
@@ -845,7 +853,7 @@ cdef Py_ssize_t check_index(object key) except? -1:
     except (AttributeError, TypeError):
         raise TypeError(f"a memory is indexed by an integer or a slice, got {type(key).__name__}") from None
     except OverflowError:
-        raise IndexError(f"index out of range: {key}") from None
+        raise IndexError(f"index out of range: {_shown(key)}") from None
 
 
 cdef Py_ssize_t check_range(Py_ssize_t i, Py_ssize_t size) except -1:

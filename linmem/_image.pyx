@@ -9,7 +9,7 @@ from libc.string cimport memcpy, memset
 
 from linmem._atomic cimport load
 from linmem._memory cimport (
-    GRANULE, ImageHandle, Memory, NativeCreator, changes, check_size, compare, failure, image, image_finish,
+    GRANULE, ImageHandle, Memory, NativeCreator, changes, check_flag, check_size, compare, failure, image, image_finish,
     image_new, image_put, is_zero, memory_changes, raise_failure, run,
 )
 from linmem._os cimport pages
@@ -17,6 +17,8 @@ from linmem._units cimport round_down, round_up
 
 from linmem import _memory
 from linmem import errors as _errors
+from linmem._checks import check_pairs as _check_pairs, check_path as _check_path, check_size as _check_size, \
+    shown as _shown
 from linmem._delta import Delta as _Delta
 from linmem._os import pages as _pages
 
@@ -121,11 +123,22 @@ cdef class Image(ImageHandle):
         check_size(offset, "offset", &start)
         check_size(size, "size", &n)
         check_size(position, "position", &at)
-        descriptor = fd
+        try:
+            descriptor = fd if isinstance(fd, int) else fd.__index__()
+        except (AttributeError, TypeError):
+            raise TypeError(f"fd must be a file descriptor, got {type(fd).__name__}") from None
+        except OverflowError:
+            raise ValueError(f"fd must be a file descriptor, got {_shown(fd)}") from None
+        if runs is not None:
+            runs = _check_pairs(runs, "runs")
+        if digest is not None:
+            check_digest(digest)
         if at & (page - 1) or at > SIZE_MAX >> 1:
             raise ValueError(f"position must be a multiple of the host page ({page}), got {position}")
-        if n == 0 or n > SIZE_MAX >> 1 or start > SIZE_MAX >> 2:
-            raise ValueError(f"size must be from 1 on and fit an address, got {size}")
+        if n == 0 or n > SIZE_MAX >> 1:
+            raise ValueError(f"size must be from 1 on and fit an address, got {n}")
+        if start > SIZE_MAX >> 2:
+            raise ValueError(f"offset must fit an address, got {start}")
         where = <long long>at
         first = round_down(start, page)
         round_up(start + n, page, &end)
@@ -351,7 +364,8 @@ cdef class Image(ImageHandle):
             The old file, if there is one, is still there.
         """
         from linmem import _files
-        _files.save_image(self, path, packed=bool(packed))
+        check_flag(packed, "packed")
+        _files.save_image(self, _check_path(path), packed=packed)
 
     @staticmethod
     def open(path, verify=False, *, map=True, max_size=None):
@@ -378,10 +392,11 @@ cdef class Image(ImageHandle):
             It cannot be read, or there is no room for it.
         """
         from linmem import _files
-        cdef size_t bound
+        check_flag(verify, "verify")
+        check_flag(map, "map")
         if max_size is not None:
-            check_size(max_size, "max_size", &bound)
-        image_, contents = _files.open_image(Image, path, verify=bool(verify), mapped=bool(map), max_size=max_size,
+            max_size = _check_size(max_size, "max_size")
+        image_, contents = _files.open_image(Image, _check_path(path), verify=verify, mapped=map, max_size=max_size,
                                              host_page=pages.capabilities().page_size)
         (<Image>image_)._contents = contents
         return image_
@@ -507,7 +522,15 @@ cdef Image from_pieces(size_t offset, size_t size, object pieces):
     b.filled = 0
     b.block = 0
     reached = offset
-    for where, data in pieces:
+    try:
+        pairs = iter(pieces)
+    except TypeError as error:
+        raise TypeError(f"pieces must be pairs of an offset and a buffer, got {_shown(pieces)}: {error}") from None
+    for pair in pairs:
+        try:
+            where, data = pair
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"pieces must be pairs of an offset and a buffer, got {_shown(pair)}: {error}") from None
         check_size(where, "offset", &start)
         take_buffer(data, &given)
         try:
@@ -569,6 +592,14 @@ cdef int add_piece(builder* b, size_t at, const char* bytes, size_t size, failur
     return code
 
 
+cdef int check_digest(object digest) except -1:
+    if not isinstance(digest, str):
+        raise TypeError(f"digest must be a str of hexadecimal digits, got {type(digest).__name__}")
+    if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+        raise ValueError(f"digest must be 64 hexadecimal digits, got {_shown(digest)}")
+    return 0
+
+
 cdef list find_runs(image* it):
     cdef list found = []
     cdef size_t at = 0, first
@@ -595,7 +626,7 @@ cdef int take_runs(image* it, object given, size_t start, size_t size) except -1
     cdef size_t lead = start - it.offset, tail = lead + size
     if not is_zero(it.content.bytes, lead) or not is_zero(it.content.bytes + tail, it.content.size - tail):
         raise ValueError(f"the file must hold zeros around the image's {size} bytes, to whole host pages")
-    pairs = [(it.offset, it.content.size)] if given is None else list(given)
+    cdef list pairs = [(it.offset, it.content.size)] if given is None else given
     n = <size_t>len(pairs)
     it.runs_known = given is not None
     if n == 0:

@@ -10,6 +10,12 @@
 
 cdef char[GRANULE] zeros
 
+# Of no bytes: what a handle has that nobody gave an image to, so that none is ever without. Never released.
+cdef image no_image
+no_image.refs = 1
+no_image.content.handle = -1
+no_image.runs_known = True
+
 
 cdef bint is_zero(const char* at, size_t size) noexcept nogil:
     while size > GRANULE:
@@ -27,7 +33,10 @@ cdef image* image_new(size_t offset, size_t size, failure* why) noexcept nogil:
     cdef image* it
     cdef int code
     if add_up(offset, size, &end) or round_up(end, page, &end) or end > SIZE_MAX >> 1:
-        fail(why, E_OVERFLOW, "size", size)
+        if offset > size:
+            fail(why, E_OVERFLOW, "offset", offset)
+        else:
+            fail(why, E_OVERFLOW, "size", size)
         return NULL
     it = <image*>calloc(1, sizeof(image))
     if it == NULL:

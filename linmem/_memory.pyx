@@ -17,6 +17,7 @@ from linmem._units cimport (
 )
 
 from linmem import abc as _abc
+from linmem._checks import shown as _shown
 
 cdef size_t UNCHOSEN = SIZE_MAX
 cdef size_t NO_MAXIMUM = SIZE_MAX
@@ -800,7 +801,7 @@ cdef class MmapCreator(NativeCreator):
 
 cdef int check_flag(object value, str name) except -1:
     if value is not True and value is not False:
-        raise TypeError(f"{name} must be True or False, got {value!r}")
+        raise TypeError(f"{name} must be True or False, got {_shown(value)}")
     return 0
 
 

@@ -20,6 +20,8 @@ from linmem._reset cimport (
 )
 from linmem._units cimport E_EXHAUSTED, E_LIMIT, E_NO_MEMORY
 
+from linmem._checks import shown as _shown
+
 cdef enum:
     ADAPTIVE = 3
     PAGE_BITS = 12              # what reset_policy counts in
@@ -837,7 +839,7 @@ cdef class PoolingCreator(NativeCreator):
 
 cdef int check_choice(object value, str name, object choices) except -1:
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {_shown(value)}")
     return 0
 
 

@@ -7,7 +7,7 @@ import struct
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import PAGE, image_kinds, requires, round_up
+from support import PAGE, answer, image_kinds, requires, round_up
 
 import linmem
 from linmem import Delta, Image
@@ -578,3 +578,17 @@ def test_a_chain_of_deltas_is_the_full_snapshot(data, offset, rounds):
         for delta in reversed(deltas[:-1]):
             associated = delta | associated
         assert associated == total
+
+
+def test_an_image_that_was_not_made_is_one_of_no_bytes():
+    # It once was followed to where no image is, which ended the process.
+    assert answer("""
+        import linmem
+        img = linmem.Image.__new__(linmem.Image)
+        assert img == linmem.Image.from_bytes(b"") and bytes(img) == b"" and img.runs() == [] and len(img) == 0
+        with img.new_memory(minimum=8) as mem:
+            mem[0] = 1
+            mem.restore(img, zero_grown=True)
+            assert mem[0] == 0 and mem.dirty_pages(img) == [] and img.diff(mem).nbytes == 0
+        print(img.info().kind)
+        """) == "none"
