@@ -49,6 +49,9 @@ class Delta:
 
     def __init__(self, base: str, base_size: int, size: int, ranges: Iterable[tuple[int, int]],
                  zeros: Iterable[tuple[int, int]], data: Any, target: str | None = None) -> None:
+        for name, number in (("base_size", base_size), ("size", size)):
+            if number < 0:
+                raise ValueError(f"{name} must be >= 0, got {number}")
         kept = memoryview(data)
         if not kept.readonly:
             kept = memoryview(bytes(kept))
