@@ -557,7 +557,11 @@ cdef class PythonCreator(NativeCreator):
 
 cdef int adopt(Memory made, size_t minimum, size_t maximum, bint is_shared, size_t reservation, size_t guard,
                memory** out) except -1:
-    """A native memory that a Python creator hands on: its struct serves as it is."""
+    """A native memory that a Python creator hands on: its struct serves as it is.
+
+    What may be done once is counted for each handle and not for the struct: where one Python creator has another
+    one upstream, each hands on the handle that the other made for it.
+    """
     cdef memory* m = made.enter()
     try:
         size = memory_size(m)
@@ -566,7 +570,7 @@ cdef int adopt(Memory made, size_t minimum, size_t maximum, bint is_shared, size
         if m.capacity < reservation or m.covered < max(m.capacity, reservation) + guard:
             raise ValueError(f"new_memory() must return a memory with a reservation of {reservation} and a guard of"
                              f" {guard} bytes, got {m.capacity} and {m.covered - m.capacity}")
-        if not swap_if(&m.handed_on, 0, 1):
+        if not swap_if(&made.fresh, 1, 0):
             raise ValueError("new_memory() returned a memory that it has returned before")
         memory_retain(m)
         # What was asked for binds it, whatever its maker asked for.
