@@ -415,8 +415,8 @@ cdef class Memory:
         Raises
         ------
         ValueError
-            The memory is smaller than the image, or larger without `zero_grown`. One that was made from
-            this image with a larger minimum has its right size as long as it does not grow.
+            The memory is smaller than the image, or larger without `zero_grown`. One that a native creator made
+            from this image with a larger minimum has its right size as long as it does not grow.
         OwnedError
             A wasmtime store owns the memory and is growing it now, in another thread: a call runs in that store.
             No other call can be known of from here.
@@ -549,10 +549,12 @@ cdef class Memory:
     cdef memory* enter_bytes(self, str call) except NULL:
         """enter() and pin(), for the calls that reach for every byte by themselves."""
         cdef memory* m = self.enter()
+        cdef size_t whole
         if m.protected_pages:
+            whole = round_down(memory_size(m), pages.capabilities().page_size)
             self.leave()
             raise TypeError(f"{call} is not supported on a memory with protected pages: give all of it back its"
-                            f" access with protect(0, {memory_size(m)}, 'rw')")
+                            f" access with protect(0, {whole}, 'rw')")
         pin(m)
         return m
 
@@ -578,7 +580,7 @@ cdef class Memory:
         TypeError
             The pages are not linmem's (a memory made in Python).
         """
-        cdef size_t start, n, page = pages.capabilities().page_size
+        cdef size_t start, n, whole, page = pages.capabilities().page_size
         cdef int how, code = 0
         cdef memory* m
         cdef failure why
@@ -600,8 +602,10 @@ cdef class Memory:
                     if code:
                         fail_page_call(&why, code, "protect", n)
                     else:
-                        # The same for all of them is a memory as any other.
-                        m.protected_pages = how != pages.ACCESS_READ_WRITE or start != 0 or n != m.accessible
+                        # The same for all of them is a memory as any other. A last one that byte_size ends
+                        # within cannot be protected.
+                        whole = round_down(memory_size(m), page)
+                        m.protected_pages = how != pages.ACCESS_READ_WRITE or start != 0 or n != whole
         finally:
             unpin(m)
             self.leave()
