@@ -47,6 +47,13 @@ def the_sources_are_out_of_reach(tmp_path_factory):
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def what_stays_is_not_garbage():
+    """What is there before a file's first test, and stays, need not be looked through by each of its gc.collect()."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def every_mapping_is_given_back():
     """The OS must show no more bytes of linmem's mappings after a test than before it."""

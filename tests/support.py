@@ -226,8 +226,9 @@ def mappings(start: int = 0, end: int = WORD) -> list[Mapping]:
         return _regions(start, end)
     found = []
     for line in MAPS.read_text().splitlines():
-        m = _mapping(line)
-        if m.start < end and m.end > start:
+        first, _, rest = line.partition("-")
+        if int(first, 16) < end and int(rest[:rest.index(" ")], 16) > start:
+            m = _mapping(line)
             m.start, m.end = max(m.start, start), min(m.end, end)
             found.append(m)
     return found
@@ -308,7 +309,8 @@ def live_bytes() -> int:
     pages that guard the stacks of threads.
     """
     unnamed = not NEEDS["names"][0]
-    return sum(m.size for m in mappings(SANITIZER_END) if m.access == "---p" and (
+    hidden = (_mapping(line) for line in MAPS.read_text().splitlines() if " ---p " in line)
+    return sum(m.end - max(m.start, SANITIZER_END) for m in hidden if m.end > SANITIZER_END and (
         m.name == "" and m.size > REAL_PAGE if unnamed else m.name == NAME))
 
 

@@ -13,6 +13,7 @@ AGAIN = ["test_layout.py", "test_memory_growth.py", "test_memory_bytes.py", "tes
          "test_adaptors.py", "test_stateful.py"]
 
 
+@pytest.mark.slow
 @requires("real_pages")
 @pytest.mark.parametrize("page", [size for size in (16384, 65536) if size > REAL_PAGE])
 def test_the_suite_of_the_memories_passes_on_larger_host_pages(page, tmp_path):
