@@ -19,6 +19,7 @@ LIMIT = 1 << 20                     # bytes that a LimitingCreator allows
 SOME = 64 * PAGE                    # no memory grows further
 NOWHERE = 1 << 48                   # bytes: what is larger than that no address space has
 REFUSED = (ValueError, TypeError, OverflowError, IndexError, BufferError, MemoryError)
+MAY_MOVE = True                     # memories that grow past their capacity
 MAPS = Path("/proc/self/maps")
 # AddressSanitizer keeps terabytes inaccessible below here.
 SANITIZER_END = 0x640000000000 if "asan" in os.environ.get("LD_PRELOAD", "") else 0
@@ -243,6 +244,8 @@ class History:
         if SOME <= new < NOWHERE:
             return
         before = held.mem.info()
+        if new > before.byte_capacity and not MAY_MOVE:
+            return
         try:
             held.mem.grow_to(new)
         except (ValueError, OverflowError) as error:
@@ -575,6 +578,8 @@ class History:
     def apply(self) -> None:
         held, delta = self.pick_memory(), self.c.pick(self.deltas)
         size, before = len(held.content), held.mem.info()
+        if delta.size > before.byte_capacity and not MAY_MOVE:
+            return
         try:
             held.mem.apply(delta)
         except TypeError:

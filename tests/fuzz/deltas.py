@@ -13,7 +13,8 @@ DIGESTS = ("00" * 32, "11" * 32, "22" * 32)
 
 def in_order_and_apart(parts, bound):
     ends = [0, *(offset + size for offset, size in parts)]
-    return (all(size > 0 for _, size in parts) and all(offset >= end for (offset, _), end in zip(parts, ends, strict=False))
+    return (all(size > 0 for _, size in parts)
+            and all(offset >= end for (offset, _), end in zip(parts, ends, strict=False))
             and ends[-1] <= bound)
 
 

@@ -1,4 +1,7 @@
-"""Replay the corpus without atheris:   python tests/fuzz/replay.py [HARNESS ...]"""
+"""Replay the corpus without atheris:   python tests/fuzz/replay.py [--stay] [HARNESS ...]
+
+With --stay no memory moves: valgrind loses track of what mremap(2) makes larger.
+"""
 
 from __future__ import annotations
 
@@ -30,5 +33,8 @@ def replay(harness: str) -> int:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(CORPUS.parent.parent))
+    if "--stay" in sys.argv:
+        sys.argv.remove("--stay")
+        importlib.import_module("fuzz.calls").MAY_MOVE = False
     for name in sys.argv[1:] or importlib.import_module("fuzz").HARNESSES:
         print(f"{name}: {replay(name)} entries, no finding", flush=True)
