@@ -8,6 +8,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 PAGES = "windows" if sys.platform == "win32" else "posix"
+CHOSEN = any(flag.startswith("-O") for flag in os.environ.get("CFLAGS", "").split())   # ours would come later, and win
 STRICT = os.environ.get("LINMEM_STRICT") == "1"     # CI: a compiler warning is an error
 FLAGS = {
     "unix": ["-O3", "-fvisibility=hidden"],
@@ -45,7 +46,7 @@ class BuildExt(build_ext):
     def build_extensions(self):
         kind = self.compiler.compiler_type
         for extension in self.extensions:
-            extension.extra_compile_args += FLAGS.get(kind, [])
+            extension.extra_compile_args += [flag for flag in FLAGS.get(kind, []) if not (flag == "-O3" and CHOSEN)]
             if STRICT:
                 extension.extra_compile_args += STRICT_FLAGS.get(kind, [])
         super().build_extensions()

@@ -560,7 +560,11 @@ cdef class PythonCreator(NativeCreator):
 
 
 cdef int adopt(Memory made, const memory_spec* spec, size_t reservation, memory** out) except -1:
-    """A native memory that a Python creator hands on: its struct serves as it is."""
+    """A native memory that a Python creator hands on: its struct serves as it is.
+
+    What may be done once is counted for each handle and not for the struct: where one Python creator has another
+    one upstream, each hands on the handle that the other made for it.
+    """
     cdef memory* m = made.enter()
     cdef size_t size, capacity, covered
     cdef bint fits, fresh = False
@@ -571,7 +575,7 @@ cdef int adopt(Memory made, const memory_spec* spec, size_t reservation, memory*
         fits = (size == spec.minimum and capacity >= reservation
                 and covered >= (capacity if capacity > reservation else reservation) + spec.guard)
         if fits:
-            fresh = swap_if(&m.handed_on, 0, 1)
+            fresh = swap_if(&made.fresh, 1, 0)
         if fresh:
             memory_retain(m)
             # What was asked for binds it, whatever its maker asked for.

@@ -24,7 +24,7 @@ import secrets
 import stat
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import BinaryIO
 
@@ -440,6 +440,11 @@ def _wrong_crc(path: str, number: int, found: int, crc: int) -> FileFormatError:
                            f"{found:#010x}", f"{crc:#010x}: the content is damaged")
 
 
+def _stored_zeros(contents: Contents, number: int, nth: int) -> FileFormatError:
+    return FileFormatError(contents.path, f"page {nth} of those stored in group {number}", "all zero",
+                           "something else: such a page is not stored")
+
+
 def pieces(file: BinaryIO, contents: Contents) -> Iterator[Run]:
     """The pages that the file mentions.
 
@@ -459,8 +464,7 @@ def pieces(file: BinaryIO, contents: Contents) -> Iterator[Run]:
         for page in range(0, len(data), PAGE):
             # Else a hole could pass for any amount of content.
             if data[page:page + PAGE].tobytes() == ZEROS:
-                raise FileFormatError(contents.path, f"page {page // PAGE} of those stored in group {number}",
-                                      "all zero", "something else: such a page is not stored")
+                raise _stored_zeros(contents, number, page // PAGE)
         for page, count in sorted(_bit_runs(stored) + _bit_runs(mentioned & ~stored)):
             part = data[place[page]:place[page] + count * PAGE] if page in place else None
             start = number * GROUP + page * PAGE
@@ -480,27 +484,37 @@ def _fill(file: BinaryIO, room: memoryview, path: str) -> None:
 
 
 def check(view: memoryview, contents: Contents, fd: int) -> None:
-    """Compare a mapping of an IN_PLACE file, through the read-only `view` of its content, with the table.
-
-    Pages that the table does not mention must be zero: they are what a mapping shows of the file's holes.
-    """
+    """Compare a mapping of an IN_PLACE file, through the read-only `view` of its content, with the table."""
     offset, end = contents.offset, contents.offset + contents.size
-    clear = offset                  # so far the table's word holds
     for number, _, stored, crc, _ in contents.groups():
         found = 0
         for page, count in _bit_runs(stored):
             start = number * GROUP + page * PAGE
             low, high = max(start, offset), min(start + count * PAGE, end)
-            _check_hole(view, contents, fd, clear, low)
-            clear = high
             for part in (ZEROS[:low - start], view[low - offset:high - offset], ZEROS[:start + count * PAGE - high]):
                 found = zlib.crc32(part, found)
         if found != crc:
             raise _wrong_crc(contents.path, number, found, crc)
-    _check_hole(view, contents, fd, clear, end)
+        for page in (page for page in range(GROUP // PAGE) if stored >> page & 1):
+            start = number * GROUP + page * PAGE
+            part = view[max(start, offset) - offset:min(start + PAGE, end) - offset]
+            if part.tobytes() == ZEROS[:len(part)]:
+                raise _stored_zeros(contents, number, (stored & ((1 << page) - 1)).bit_count())
+    _check_holes(lambda at, size: view[at - offset:at - offset + size], contents, fd)
 
 
-def _check_hole(view: memoryview, contents: Contents, fd: int, at: int, end: int) -> None:
+def _check_holes(bytes_at: Callable[[int, int], memoryview], contents: Contents, fd: int) -> None:
+    """Pages of an IN_PLACE file that the table does not mention must be zero: a mapping shows them."""
+    clear, end = contents.offset, contents.offset + contents.size       # so far the table's word holds
+    for number, _, stored, _, _ in contents.groups():
+        for page, count in _bit_runs(stored):
+            start = number * GROUP + page * PAGE
+            _check_hole(bytes_at, contents, fd, clear, start)
+            clear = start + count * PAGE
+    _check_hole(bytes_at, contents, fd, clear, end)
+
+
+def _check_hole(bytes_at: Callable[[int, int], memoryview], contents: Contents, fd: int, at: int, end: int) -> None:
     to_file = contents.in_place(0)
     while at < end:
         if hasattr(os, "SEEK_DATA"):
@@ -513,7 +527,7 @@ def _check_hole(view: memoryview, contents: Contents, fd: int, at: int, end: int
                 raise
         if at >= end:
             return
-        part = view[at - contents.offset:min(at + READ_STEP, end) - contents.offset]
+        part = bytes_at(at, min(READ_STEP, end - at))
         if wrong := next(nonzero_runs(part, at), None):
             raise FileFormatError(contents.path, f"page at {wrong[0]}", "set", "zero: the table does not mention it")
         at += READ_STEP
@@ -550,9 +564,18 @@ def open_image(make: Any, path: str | bytes | os.PathLike[str], *, verify: bool,
             return image, contents
         found = ((start, data) for start, _, data in pieces(file, contents) if data is not None)
         image = make.from_pieces(found, contents.size, contents.offset)
-    if verify:
-        _check_digest(image, contents)
+        if verify:
+            if contents.layout == IN_PLACE:
+                _check_holes(lambda at, size: _read_at(file, contents, at, size), contents, file.fileno())
+            _check_digest(image, contents)
     return image, None
+
+
+def _read_at(file: BinaryIO, contents: Contents, at: int, size: int) -> memoryview:
+    room = memoryview(bytearray(size))
+    file.seek(contents.in_place(at))
+    _fill(file, room, contents.path)
+    return room
 
 
 def _joined(runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

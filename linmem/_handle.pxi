@@ -421,8 +421,8 @@ cdef class Memory:
         Raises
         ------
         ValueError
-            The memory is smaller than the image, or larger without `zero_grown`. One that was made from
-            this image with a larger minimum has its right size as long as it does not grow.
+            The memory is smaller than the image, or larger without `zero_grown`. One that a native creator made
+            from this image with a larger minimum has its right size as long as it does not grow.
         OwnedError
             A wasmtime store owns the memory and is growing it now, in another thread: a call runs in that store.
             No other call can be known of from here.
@@ -591,7 +591,7 @@ cdef class Memory:
         TypeError
             The pages are not linmem's (a memory made in Python).
         """
-        cdef size_t start, n, page = pages.capabilities().page_size
+        cdef size_t start, n, whole, page = pages.capabilities().page_size
         cdef int how, code = 0
         cdef memory* m
         cdef failure why
@@ -616,8 +616,10 @@ cdef class Memory:
                                 and pages.protect(m.base + start, n, pages.ACCESS_READ_WRITE)):
                             m.protected_pages = True
                     else:
-                        # The same for all of them is a memory as any other.
-                        m.protected_pages = how != pages.ACCESS_READ_WRITE or start != 0 or n != m.accessible
+                        # The same for all of them is a memory as any other. A last one that byte_size ends
+                        # within cannot be protected.
+                        whole = round_down(memory_size(m), page)
+                        m.protected_pages = how != pages.ACCESS_READ_WRITE or start != 0 or n != whole
                     unlock(&m.lock)
         finally:
             self.leave()
@@ -840,7 +842,7 @@ cdef int refuse_protected(memory* m, const char* call, failure* why) noexcept no
         return 0
     fail(why, E_UNSUPPORTED, call, 0)
     snprintf(why.detail, sizeof(why.detail), "with protected pages: give all of it back its access with"
-             " protect(0, %zu, 'rw')", memory_size(m))
+             " protect(0, %zu, 'rw')", round_down(memory_size(m), pages.capabilities().page_size))
     return E_UNSUPPORTED
 
 

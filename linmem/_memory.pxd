@@ -124,7 +124,6 @@ cdef struct memory:
     word accesses               # under way, each for a moment; in the upper half the generation that they are of
     word lock                   # one growth (or drop of a hook chain) at a time
     word owner                  # OWNER_
-    word handed_on              # 1 once a Python creator has handed it on: fresh memories are handed on once
     word size                   # byte_size; written under the lock, read anywhere
     char* base
     size_t accessible
@@ -218,6 +217,7 @@ cdef class MmapCreator(NativeCreator):
 cdef class Memory:
     cdef memory* m
     cdef word users             # exported buffers and calls under way; CLOSED: closed
+    cdef word fresh             # 1: as a creator made it; a Python creator hands a fresh one on, once
     cdef object __weakref__
     cdef memory* enter(self) except NULL
     cdef memory* enter_pages(self, str call) except NULL

@@ -738,6 +738,7 @@ cdef class NativeCreator:
 
     cdef object make_checked(self, const memory_spec* spec, str guard_name):
         cdef memory* m = NULL
+        cdef Memory made
         cdef failure why
         cdef int code
         cdef size_t page = pages.capabilities().page_size
@@ -749,7 +750,9 @@ cdef class NativeCreator:
             code = self.make(spec, &m, &why)
         if code:
             raise_failure(&why)
-        return wrap(m)
+        made = <Memory>wrap(m)
+        made.fresh = 1
+        return made
 
 
 cdef int check_optional_size(object value, str name, size_t* out) except -1:

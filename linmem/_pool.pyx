@@ -358,7 +358,6 @@ cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
         return let_go(s, m)
     m.hooks = head
     m.growth_is_watched = s.growth_is_watched
-    m.handed_on = 0
     store(&m.owner, OWNER_PYTHON)
     acquire(&p.guard.lock)
     if load(&p.closed):

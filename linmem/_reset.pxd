@@ -109,7 +109,8 @@ cdef inline int reset_begin(reset_policy* p, const reset_costs* costs, unsigned 
 
 
 cdef inline unsigned int reset_bound(const reset_policy* p, const reset_costs* costs, unsigned int n) noexcept nogil:
-    """Of more touched pages than this, reset_end() has all given back: no need to zero them, or to count on."""
+    """More touched pages than this are given back: no need to zero them, or to count on. Mostly reset_end() says so,
+    too; now and then this very use tells it that they are worth keeping, and comes too late."""
     if (not p.known or p.burst_patience or p.burst_age <= worth(costs, 1) or p.strikes
             or worth_keeping_whole(p, costs, n)):
         return ANY

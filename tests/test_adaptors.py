@@ -434,6 +434,18 @@ def test_a_native_memory_cannot_be_handed_on_twice_not_even_when_its_taker_is_go
     assert creator.used_bytes == 0
 
 
+def test_a_python_creator_may_have_another_one_upstream():
+    def over(upstream):
+        return linmem.PythonCreator(Hands(upstream.create))
+
+    native = linmem.MmapCreator()
+    with over(over(over(native))).create(PAGE) as mem:
+        assert mem.info().kind == "mmap"
+        mem[0] = 1
+    with over(over(native)).create(PAGE) as mem:
+        assert mem[0] == 0
+
+
 class MovingMemory(MappedMemory):
     """Keeps its bytes in a map that each growth past the capacity replaces by another."""
 

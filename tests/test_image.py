@@ -487,6 +487,12 @@ def test_a_delta_of_impossible_ranges_is_refused(ranges, zeros, data):
         Delta("00", 100, 100, ranges, zeros, data)
 
 
+@pytest.mark.parametrize("sizes", [(-1, 0), (0, -1)])
+def test_a_delta_of_a_negative_size_is_refused(sizes):
+    with pytest.raises(ValueError, match="size must be >= 0, got -1"):
+        Delta("00", *sizes, (), (), b"")
+
+
 def test_a_delta_for_another_size_is_refused_and_nothing_is_written():
     base = Image.from_bytes(b"x" * 2 * PAGE)
     mem = base.new_memory()

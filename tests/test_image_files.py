@@ -570,7 +570,8 @@ def test_a_hole_that_is_none_is_found_when_the_image_is_verified(tmp_path, image
         data[GROUP + page * PAGE + 4000] = 1
         harm = tmp_path / f"harm{page}"         # a new one: not every system lets a mapped file be replaced
         harm.write_bytes(data)
-        assert refused(harm, verify=True).field == f"page at {page * PAGE}"
+        for mapped in (True, False):
+            assert refused(harm, verify=True, map=mapped).field == f"page at {page * PAGE}"
         assert Image.open(harm, map=False) == image         # only what is stored is read
 
 
@@ -591,6 +592,21 @@ def test_a_stored_page_of_zeros_is_refused(tmp_path):
     struct.pack_into("<I", data, field(path, 64) + 12, zlib.crc32(bytes(PAGE)))
     path.write_bytes(seal(data))
     assert refused(path).value == "all zero"
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_a_stored_page_of_zeros_is_refused_even_where_the_digest_counts_it(tmp_path, mapped):
+    path = tmp_path / "image"
+    Image.from_bytes(b"x" + bytes(PAGE) + b"x").save(path)
+    data = bytearray(path.read_bytes())
+    data[GROUP] = 0
+    size = 2 + PAGE
+    content = bytes(data[GROUP:GROUP + 2 * PAGE])
+    struct.pack_into("<I", data, field(path, 64) + 12, zlib.crc32(content))
+    head = struct.pack("<QQQQ", 0, size, 0, 2 * PAGE)
+    data[96:128] = hashlib.blake2b(head[8:16].rjust(16, b"\0") + head[16:] + content, digest_size=32).digest()
+    path.write_bytes(seal(data))
+    assert refused(path, verify=True, map=mapped).value == "all zero"
 
 
 def peak(function, *args, **named):

@@ -110,6 +110,17 @@ def test_protection_is_what_the_kernel_shows():
         assert mem.read(PAGE, 5) == b"kept\0"
 
 
+def test_a_memory_whose_pages_all_have_their_access_back_is_as_any_other():
+    for size in (2 * PAGE, 2 * PAGE + 10):
+        with linmem.create(size) as mem:
+            image = mem.snapshot()
+            mem.protect(0, PAGE, "r")
+            with pytest.raises(TypeError, match=rf"protect\(0, {2 * PAGE}, 'rw'\)"):
+                mem.snapshot()
+            mem.protect(0, 2 * PAGE, "rw")
+            assert mem.snapshot() == image
+
+
 @pytest.mark.parametrize(("access", "fatal"), [("r", "mem[0] = 1"), ("none", "mem[0]"), ("none", "mem.read(0, 1)"),
                                                ("r", "memoryview(mem)[5] = 1")])
 def test_a_touch_against_the_protection_is_a_fault(access, fatal):

@@ -1,0 +1,130 @@
+"""The pure functions: the layout of memories, the steps of a reservation, the pool's policy, element formats."""
+
+from __future__ import annotations
+
+import re
+import struct
+
+import linmem
+from linmem._formats import resolve
+from linmem._memory import _lay_out, _reservation_steps
+from linmem._pool import _Policy
+
+from .choices import TOP, Choices
+
+
+def up(n, unit):
+    return -(-n // unit) * unit
+
+
+def layout(c: Choices) -> None:
+    minimum, reservation, guard = c.word(), c.word(), c.word()
+    page = c.pick((4096, 16384, 65536))
+    after = up(guard, page)
+    before = max(after, page)
+    capacity = up(max(minimum, reservation, 1), page)
+    found = _lay_out(minimum, reservation, guard, page)
+    if before + capacity + after > 2**63 - 1:
+        assert found is None
+    else:
+        assert found == {"pre_guard": before, "accessible": up(minimum, page), "capacity": capacity, "guard": after,
+                         "total": before + capacity + after}
+
+
+def reservation(c: Choices) -> None:
+    minimum, maximum = c.word(), c.word()
+    space = 1 << c.pick((38, 39, 46, 47, 56))
+    left = min(c.word(), space)
+    bounded = maximum != TOP
+    if bounded and maximum <= space // 4 and maximum <= left // 2:
+        first = maximum
+    else:
+        first = min(space // 128, left // 8) if left < space else space // 128
+        first = min(first, maximum) if bounded else first
+    expected = [max(first, minimum)]
+    while expected[-1] != minimum:
+        expected.append(max(expected[-1] // 2, minimum))
+    assert _reservation_steps(minimum, maximum if bounded else None, space, left) == expected
+
+
+def policy(c: Choices) -> None:
+    """Any history, then one use over and over: nothing dirty is ever handed out, and what is used again is kept."""
+    fault, scan = 8 + c.below(57), 4 + c.below(61)
+    slot = _Policy(fault, scan)
+    n = 1 + c.below(4096)
+    most = c.pick((1 << 30, 0, 16, n))
+    resident: set[int] = set()
+    blind = 0           # discards in a row without a look
+
+    def use(dirty: set[int], most: int) -> bool:
+        nonlocal resident, blind
+        resident |= dirty
+        how = slot.begin(n)
+        if how == "discard":
+            blind += 1
+            assert blind <= 128, "nobody looks any more"
+        else:
+            blind = 0
+        if how == "zero":
+            assert n <= scan or most >= n or len(resident) > most, "kept more than it may"
+            resident = set(range(n))
+            return True
+        if how == "scan":
+            assert n > scan
+            bound = slot.bound(n)
+            found = min(len(resident), bound + 1)
+            if slot.end(n, found, most) and found <= bound:
+                assert found == len(resident), "kept pages that were not zeroed"
+                assert found <= most, "kept more than it may"
+                return True
+        slot.given_back()
+        resident = set()
+        return False
+
+    for _ in range(64):
+        if not c.more:
+            break
+        first, count, step = c.below(n), c.below(min(n, 256) + 1), 1 + c.below(4)
+        for _ in range(1 + c.below(8)):
+            use({(first + i * step) % n for i in range(count)}, most)
+    same = set(range(min(n, 1 + c.below(16))))
+    kept = [use(same, 1 << 30) for _ in range(600)]
+    assert sum(kept[-200:]) >= 180, "pages that are used again and again are given back"
+
+
+NUMBERS = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248]|c8|c16)\Z")
+
+
+def formats(c: Choices) -> None:
+    import numpy
+
+    text = c.bytes(1 + c.below(24)).decode("latin-1")
+    if c.flag():
+        text = c.pick("<>=|@!") + text
+    try:
+        given, size, castable = resolve(text)
+    except (ValueError, TypeError):
+        assert not NUMBERS.match(text)
+        return
+    assert size > 0
+    assert given.lstrip("<>") in ("Zf", "Zd") or struct.calcsize(given) == size
+    if NUMBERS.match(text):
+        assert numpy.dtype(text).itemsize == size
+    if size <= 4096:
+        raw = bytes(range(256)) * (-(-2 * size // 256))
+        with linmem.create(len(raw), reserve=0) as mem:
+            mem.write(0, raw)
+            with mem.view(text, 1, 1) as view:
+                assert (view.itemsize, view.nbytes, len(view), view.format) == (size, size, 1, given)
+                assert view.tobytes() == raw[1:1 + size]
+                if castable:
+                    assert view.tolist()[0] in (struct.unpack(given, raw[1:1 + size])[0], view[0])
+                if NUMBERS.match(text):
+                    found = numpy.asarray(view)
+                    assert found.tobytes() == raw[1:1 + size]
+                    assert found.dtype == numpy.dtype(text)
+
+
+def one(data: bytes) -> None:
+    c = Choices(data)
+    c.pick((layout, reservation, policy, formats))(c)

@@ -1,0 +1,96 @@
+"""A cache directory to which anything happens between two calls: what it hands out is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+
+from linmem._cache import Cache
+
+from .choices import Choices
+
+SUFFIXES = (".wasm", ".image")
+
+
+def one(data: bytes) -> None:
+    c = Choices(data)
+    with tempfile.TemporaryDirectory() as folder:
+        root = os.path.join(folder, "cache")
+        cache = Cache(root)
+        content: dict[str, bytes] = {}      # by path, of those that are whole
+        for _ in range(24):
+            if not c.more:
+                break
+            what, key, suffix = c.below(6), c.pick("ab"), c.pick(SUFFIXES)
+            place = os.path.join(root, key)
+            names = sorted(os.listdir(place)) if os.path.isdir(place) else []
+            if what == 0:
+                path = add(cache, key, suffix, c.bytes(c.below(8)))
+                with open(path, "rb") as file:
+                    content[path] = file.read()
+                assert len([name for name in os.listdir(place) if name.endswith(suffix)]) <= 8
+            elif what == 1:
+                found = list(cache.entries(key, suffix))
+                whole = sorted(path for path in content if os.path.exists(path) and path.startswith(place + os.sep)
+                               and path.endswith(suffix))
+                assert found == whole
+                for path in found:
+                    with open(path, "rb") as file:
+                        assert file.read() == content[path]
+                left = [name for name in os.listdir(place) if name.endswith(suffix)] if os.path.isdir(place) else []
+                assert sorted(left) == [os.path.basename(path) for path in whole], "what is not whole was not removed"
+            elif what == 2:
+                refused(cache, key, suffix, c.bytes(c.below(8)))
+                now = os.listdir(place) if os.path.isdir(place) else []
+                assert set(now) <= set(names), "a writer that failed left a file"
+            elif what == 3 and names:       # a disk that forgets, or a process that dies
+                path = os.path.join(place, c.pick(names))
+                with open(path, "r+b") as file:
+                    file.truncate(c.below(8))
+                    file.seek(c.below(8))
+                    file.write(c.bytes(1))
+                with open(path, "rb") as file:
+                    now = file.read()
+                if hashlib.sha256(now).hexdigest() + os.path.splitext(path)[1] == os.path.basename(path):
+                    content[path] = now
+                else:
+                    content.pop(path, None)
+            elif what == 4 and names:
+                os.unlink(os.path.join(place, c.pick(names)))
+            elif what == 5:
+                os.makedirs(place, mode=0o700, exist_ok=True)
+                name = c.pick(("new-left", hashlib.sha256(b"x").hexdigest() + suffix, suffix, "0" * 64 + suffix))
+                path, now = os.path.join(place, name), c.pick((b"", b"x", b"y"))
+                with open(path, "wb") as file:
+                    file.write(now)
+                if hashlib.sha256(now).hexdigest() + suffix == name:
+                    content[path] = now
+                else:
+                    content.pop(path, None)
+
+
+def add(cache: Cache, key: str, suffix: str, content: bytes) -> str:
+    def write(path):
+        with open(path, "wb") as file:
+            file.write(content)
+
+    path = cache.add(key, suffix, write)
+    assert os.path.basename(path) == hashlib.sha256(content).hexdigest() + suffix
+    return path
+
+
+def refused(cache: Cache, key: str, suffix: str, content: bytes) -> None:
+    class Refused(Exception):
+        pass
+
+    def write(path):
+        with open(path, "wb") as file:
+            file.write(content)
+        raise Refused
+
+    try:
+        cache.add(key, suffix, write)
+    except Refused:
+        return
+    raise AssertionError("the writer's error was lost")

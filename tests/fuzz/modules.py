@@ -1,0 +1,126 @@
+"""Any bytes as a wasm module: the rewriter against wasmtime."""
+
+from __future__ import annotations
+
+import functools
+
+from linmem._hoist import Malformed, expose, hoist, outline
+
+from .choices import Choices
+
+MAGIC = b"\0asm\1\0\0\0"
+
+
+@functools.cache
+def engine():
+    """wasmtime's, with all that it can do, or None where it is not installed."""
+    try:
+        import wasmtime
+    except ImportError:
+        return None
+    config = wasmtime.Config()
+    for name in ("memory64", "multi_memory", "threads", "reference_types", "gc", "function_references",
+                 "custom_page_sizes", "exceptions", "bulk_memory", "multi_value", "simd"):
+        if hasattr(wasmtime.Config, f"wasm_{name}"):
+            setattr(config, f"wasm_{name}", True)
+    return wasmtime.Engine(config)
+
+
+def is_valid(wasm: bytes) -> bool:
+    import wasmtime
+
+    try:
+        wasmtime.Module.validate(engine(), wasm)
+    except wasmtime.WasmtimeError:
+        return False
+    return True
+
+
+def contents(wasm: bytes, names, images=()) -> list[bytes] | None:
+    """What the memories of those names hold once there is an instance; None if there is none."""
+    import wasmtime
+
+    store = wasmtime.Store(engine())
+    store.set_limits(memory_size=1 << 22, table_elements=1000, instances=1, tables=10, memories=10)
+    try:
+        exports = wasmtime.Instance(store, wasmtime.Module(engine(), wasm), []).exports(store)
+    except (wasmtime.WasmtimeError, wasmtime.Trap):
+        return None
+    found = []
+    for name, runs in zip(names, images or [None] * len(names), strict=True):
+        memory = exports[name]
+        if not isinstance(memory, wasmtime.Memory):
+            return None
+        now = bytearray(memory.read(store, 0, memory.data_len(store)))
+        for offset, data in runs or ():
+            assert not any(now[offset:offset + len(data)]), "a hoisted segment was written all the same"
+            now[offset:offset + len(data)] = data
+        found.append(bytes(now))
+    return found
+
+
+def one(data: bytes) -> None:
+    c = Choices(data)
+    wasm = (b"" if c.flag() else MAGIC) + c.bytes(1 << 16)
+    results = []
+    for call in (hoist, outline, expose):
+        try:
+            results.append(call(wasm))
+        except ValueError as error:
+            results.append(error)
+    hoisted, outlined, exposed = results
+    if engine() is None:
+        return
+    valid = is_valid(wasm)
+    if isinstance(hoisted, ValueError):
+        assert not valid, f"refused a module that wasmtime takes: {hoisted}"
+        return
+    assert not any(isinstance(other, Malformed) for other in (outlined, exposed)) or not valid
+    assert is_valid(hoisted.module) == valid
+    if hoisted.unknown:
+        assert hoisted.module == wasm
+        return
+    again = hoist(hoisted.module)
+    assert again.module == hoisted.module
+    assert again.minima == hoisted.minima
+    assert not any(again.images)
+    for minimum, runs in zip(hoisted.minima, hoisted.images, strict=True):
+        end = -1
+        for offset, content in runs or ():
+            assert offset > end, "runs must have gaps"
+            assert content
+            end = offset + len(content)
+            assert end <= minimum
+    if isinstance(exposed, ValueError):
+        return
+    wider, names = exposed
+    assert is_valid(wider) == valid
+    if not valid or isinstance(outlined, ValueError):
+        return
+    known = outline(wider)
+    assert known.hidden_memories() == known.hidden_globals() == []
+    assert (known.memories, known.tables, known.globals) == (outlined.memories, outlined.tables, outlined.globals)
+    assert set(known.exports.values()) >= set(names)
+    has_start_or_imports = known.imported_memories or known.imported_tables or known.imported_globals
+    if not has_start_or_imports and not _starts(wider) and sum(hoisted.minima) <= 1 << 20 and any(hoisted.images):
+        own = [known.exports["memory", i] for i in range(known.memories)]
+        expected = contents(wider, own)
+        if expected is not None:
+            assert contents(hoist(wider).module, own, hoisted.images) == expected
+
+
+def _starts(wasm: bytes) -> bool:
+    """Whether a function runs at instantiation: it may write, or never return."""
+    at = 8
+    while at < len(wasm):
+        kind, at, size, shift = wasm[at], at + 1, 0, 0
+        while True:
+            byte = wasm[at]
+            size |= (byte & 0x7F) << shift
+            shift, at = shift + 7, at + 1
+            if byte < 0x80:
+                break
+        if kind == 8:
+            return True
+        at += size
+    return False
