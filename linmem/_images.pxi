@@ -554,7 +554,8 @@ cdef int memory_snapshot(memory* m, image** out, failure* why) noexcept nogil:
 
 
 cdef int discard_pages(memory* m, char* at, size_t size, failure* why) noexcept nogil:
-    """Whole pages to zeros, given back, with the lock held. Those that show an image stop doing so: the next restore maps it anew."""
+    """Whole pages to zeros, given back, with the lock held. Those that show an image stop doing so: the next
+    restore maps it anew."""
     cdef char* low
     cdef char* high
     cdef char* end = at + size

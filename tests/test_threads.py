@@ -15,9 +15,11 @@ import time
 from pathlib import Path
 
 import pytest
+import wasmtime
 from support import NEEDS, PAGE, answer, build_extension, descriptors, live_bytes, mappings, requires, round_up
 
 import linmem
+import linmem.wasmtime
 
 THREADS = 8
 SECONDS = float(os.environ.get("LINMEM_HAMMER_SECONDS", 3 if os.environ.get("HYPOTHESIS_PROFILE") == "ci" else 0.7))
@@ -563,11 +565,8 @@ def wasm_creators():
             "a creator in Python": (Delegating(), None, None)}
 
 
-@pytest.mark.parametrize("kind", ["the pool", "adaptors", "a creator in Python"])
-def test_one_engine_and_eight_threads_of_stores_whose_memories_others_end(kind):
-    wasmtime = pytest.importorskip("wasmtime") if NEEDS["kernel32"][0] else __import__("wasmtime")
-    import linmem.wasmtime
-    creator, pool, budget = wasm_creators()[kind]
+def strike_stores(creator):
+    """Until time is over, stores of one engine in each thread; the last reference on many is another thread's."""
     config = wasmtime.Config()
     linmem.wasmtime.install(config, creator)
     for name, value in (("memory_reservation", 1 << 28), ("memory_guard_size", 1 << 16)):
@@ -632,7 +631,12 @@ def test_one_engine_and_eight_threads_of_stores_whose_memories_others_end(kind):
     assert calls > THREADS
     while heirs:
         end(random.Random(0))
-    del prepared, plain, engine, config, work, end
+
+
+@pytest.mark.parametrize("kind", ["the pool", "adaptors", "a creator in Python"])
+def test_one_engine_and_eight_threads_of_stores_whose_memories_others_end(kind):
+    creator, pool, budget = wasm_creators()[kind]
+    strike_stores(creator)
     gc.collect()
     if pool is not None:
         stats = pool.stats()
@@ -645,8 +649,6 @@ def test_one_engine_and_eight_threads_of_stores_whose_memories_others_end(kind):
 
 def test_a_growth_from_python_does_not_move_a_memory_that_wasm_has_meanwhile():
     """A creator in Python hands on a memory that another thread of its grows: until wasm has it, and not after."""
-    wasmtime = __import__("wasmtime") if not NEEDS["kernel32"][0] else pytest.importorskip("wasmtime")
-    import linmem.wasmtime
     made = []
 
     class Keeping(linmem.MemoryCreator):
