@@ -12,6 +12,7 @@ import re
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -387,6 +388,25 @@ def test_a_growth_that_moves_waits_for_others_and_only_an_exported_buffer_refuse
         cell[0].grow_to(9 * PAGE)
     cell.clear()
     assert book.statistics()["current_count"] == 0
+
+
+def test_threads_that_grow_one_memory_leave_it_at_the_largest_size():
+    steps = 200
+    with linmem.create(PAGE, maximum=(steps + 1) * PAGE) as mem:
+        base = mem.as_ptr()
+
+        def grow(_):
+            for n in range(2, steps + 2):
+                try:
+                    mem.grow_to(n * PAGE)
+                except ValueError:      # another thread was ahead
+                    assert mem.byte_size() > n * PAGE
+
+        with ThreadPoolExecutor(THREADS) as threads:
+            assert len(list(threads.map(grow, range(THREADS)))) == THREADS
+        assert mem.byte_size() == (steps + 1) * PAGE
+        assert mem.as_ptr() == base
+        assert not any(mem[::PAGE])
 
 
 def test_one_grows_while_others_view_and_another_closes():
