@@ -11,8 +11,9 @@ from libc.string cimport memcpy
 from linmem._atomic cimport add, load, poke, poke_address, store, swap_if
 from linmem._memory cimport (
     NO_MAXIMUM, UNCHOSEN, ImageHandle, Memory, NativeCreator, acquire, begin_move, check_count, check_size,
-    drop_object, end_move, fail, fail_python, failure, guard, image_copy, leave_image, memory, memory_hang, memory_hook,
-    memory_ops, memory_resident, memory_retain, memory_size, memory_spec, python_is_ending, unguard, unlock,
+    drop_object, end_move, fail, fail_python, failure, image_copy, leave_image, list_lock, memory, memory_hang,
+    memory_hook, memory_ops, memory_resident, memory_retain, memory_size, memory_spec, python_is_ending, unlist_lock,
+    unlock,
 )
 from linmem._os cimport pages
 from linmem._units cimport E_LIMIT, E_NO_MEMORY, E_UNSUPPORTED, round_up
@@ -178,7 +179,7 @@ cdef void free_records(record* r) noexcept nogil:
 
 cdef void release_ledger(ledger* book) noexcept nogil:
     if add(&book.refs, -1) == 0:
-        unguard(&book.guard)
+        unlist_lock(&book.guard)
         free_records(book.live)
         free_records(book.dropped)
         free(book)
@@ -287,7 +288,7 @@ cdef class StatisticsCreator(NativeCreator):
         self.ledger.refs = 1
         self.ledger.history = kept
         with nogil:
-            guard(&self.ledger.guard)
+            list_lock(&self.ledger.guard)
 
     def __dealloc__(self):
         if self.ledger != NULL:

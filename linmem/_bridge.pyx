@@ -15,8 +15,8 @@ from libc.stdlib cimport calloc, free
 from linmem._atomic cimport store
 from linmem._memory cimport (
     OWNER_LEFT, OWNER_WASMTIME, UNCHOSEN, ImageHandle, NativeCreator, acquire, drop_object, failure, failure_text,
-    guard, guarded, image, image_release, image_retain, memory, memory_grow_to, memory_release, memory_retain, memory_size,
-    memory_spec, unlock, wrap,
+    guarded, image, image_release, image_retain, list_lock, memory, memory_grow_to, memory_release, memory_retain,
+    memory_size, memory_spec, unlock, wrap,
 )
 from linmem._units cimport E_PYTHON
 
@@ -55,7 +55,7 @@ cdef enum:
 
 cdef memory* table[BUCKETS]
 cdef guarded tabling
-guard(&tabling)
+list_lock(&tabling)
 
 
 cdef inline memory** bucket(char* base) noexcept nogil:

@@ -23,7 +23,7 @@ cdef struct failure:
     PyObject* exception         # E_PYTHON only: a reference that whoever ends the failure must drop
 
 # A lock under which lists and tables change that a forked child must not find half changed: fork waits for those
-# that are listed by guard(). Whoever holds one waits for nothing but for `orphans`, and never for the GIL.
+# that are listed by list_lock(). Whoever holds one waits for nothing but for `orphans`, and never for the GIL.
 cdef struct guarded:
     word lock
     guarded* next
@@ -185,8 +185,8 @@ cdef void failure_text(const failure* why, char* text, size_t room) noexcept nog
 cdef int raise_failure(const failure* why) except -1
 cdef void acquire(word* lock) noexcept nogil
 cdef void unlock(word* lock) noexcept nogil
-cdef void guard(guarded* it) noexcept nogil
-cdef void unguard(guarded* it) noexcept nogil
+cdef void list_lock(guarded* it) noexcept nogil
+cdef void unlist_lock(guarded* it) noexcept nogil
 cdef void drop_object(PyObject* object) noexcept nogil
 cdef bint python_is_ending() noexcept nogil
 cdef int check_size(object value, str name, size_t* out) except -1

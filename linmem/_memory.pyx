@@ -144,7 +144,7 @@ cdef guarded moving             # a memory is half way to another address
 cdef guarded orphaning          # orphans
 
 
-cdef void guard(guarded* it) noexcept nogil:
+cdef void list_lock(guarded* it) noexcept nogil:
     global guards
     acquire(&guards_lock)
     it.previous = NULL
@@ -155,7 +155,7 @@ cdef void guard(guarded* it) noexcept nogil:
     unlock(&guards_lock)
 
 
-cdef void unguard(guarded* it) noexcept nogil:
+cdef void unlist_lock(guarded* it) noexcept nogil:
     global guards
     acquire(&guards_lock)
     if it.next != NULL:
@@ -194,9 +194,9 @@ cdef void after_fork_in_child() noexcept nogil:
 
 
 # The last is waited for first: whoever moves a memory may wait for `orphaning`, so that comes after it.
-guard(&burying)
-guard(&orphaning)
-guard(&moving)
+list_lock(&burying)
+list_lock(&orphaning)
+list_lock(&moving)
 if pages.at_fork(before_fork, after_fork, after_fork_in_child):
     raise MemoryError("no memory for what linmem does at a fork")
 

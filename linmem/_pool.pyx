@@ -9,9 +9,9 @@ from libc.string cimport memset
 from linmem._atomic cimport add, load, poke, store, touch, word
 from linmem._memory cimport (
     IMAGE_BROKEN, IMAGE_COPIED, OWNER_LEFT, OWNER_PYTHON, ImageHandle, MmapCreator, NativeCreator,
-    acquire, check_count, check_flag, check_size, fail, failure, give_back, guard, image_release, image_retain, memory,
-    memory_border, memory_hang, memory_hook, memory_is_filled, memory_refill, memory_release, memory_renew,
-    memory_restore, memory_spec, memory_start_again, memory_turn_to, raise_failure, unguard, unlock,
+    acquire, check_count, check_flag, check_size, fail, failure, give_back, image_release, image_retain, list_lock,
+    memory, memory_border, memory_hang, memory_hook, memory_is_filled, memory_refill, memory_release, memory_renew,
+    memory_restore, memory_spec, memory_start_again, memory_turn_to, raise_failure, unlist_lock, unlock,
 )
 from linmem._os cimport pages
 from linmem._reset cimport (
@@ -41,7 +41,7 @@ _RESETS = {"scan": RESET_SCAN, "zero": RESET_ZERO, "discard": RESET_DISCARD, "ad
 cdef void release_pool(pool* p) noexcept nogil:
     if add(&p.refs, -1):
         return
-    unguard(&p.guard)
+    unlist_lock(&p.guard)
     free(p)
 
 
@@ -549,7 +549,7 @@ cdef class PoolingCreator(NativeCreator):
         p.check = check
         with nogil:
             need_costs()
-            guard(&p.guard)
+            list_lock(&p.guard)
         self.pool = p
 
     def __dealloc__(self):
