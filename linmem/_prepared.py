@@ -135,7 +135,7 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
     an `Image` for each memory. `Prepared.instantiate` then hands out memories that share the
     image's pages until they write to them, where wasmtime would copy all data each time. Nothing
     else about the instances changes. What cannot be taken out without a change stays in the module,
-    and `Prepared.skipped` says why.
+    and so does all where the OS has no room for the images; `Prepared.skipped` says why.
 
     Parameters
     ----------
@@ -155,8 +155,6 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
     ------
     wasmtime.WasmtimeError
         If wasmtime refuses the module, or the engine's creator a memory to try it with.
-    PageError
-        The OS has no room for the images.
     ValueError
         If `wasm` is a component, or if the engine does not make its memories with linmem.
     PermissionError
