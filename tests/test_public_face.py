@@ -789,7 +789,7 @@ def test_a_delta_of_the_callers_own_class_is_no_way_to_write_where_nobody_may(wo
             mem.protect(0, PAGE, "none")
             yield 0, 5, None
 
-    with pytest.raises(TypeError, match="apply is not supported on a memory with protected pages"):
+    with pytest.raises(TypeError, match="apply is not supported with protected pages"):
         mem.apply(Hostile("0" * 64, 2 * PAGE, 2 * PAGE, [], [], b""))
     mem.protect(0, PAGE, "rw")
     assert mem.read(0, len(PATTERN)) == PATTERN
