@@ -225,7 +225,7 @@ def _image(runs: Sequence[_hoist.Run], cache: Cache | None) -> Image:
     for path in cache.entries(key, ".image"):
         try:
             return Image.open(path)
-        except FileFormatError:     # of another version
+        except (FileFormatError, FileNotFoundError):     # of another version, or another process has made room
             continue
     image = Image.from_pieces(runs, last + len(data) - start, start)
     _add(cache, key, ".image", image.save)
