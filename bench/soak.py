@@ -18,6 +18,7 @@ import ctypes
 import errno
 import faulthandler
 import gc
+import hashlib  # noqa: F401
 import importlib.util
 import json
 import mmap
@@ -35,6 +36,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import linmem
+
+# What linmem imports when it first needs it, as hashlib: a child would wait for ever for a module that another thread
+# was importing when it was forked.
+import linmem._files
+import linmem.records
 from linmem._os import pages as _pages
 from linmem.bench import report
 

@@ -324,6 +324,7 @@ def test_a_fork_while_threads_snapshot_restore_and_refuse_leaves_a_child_that_wo
     """Each thread has memories of its own; the child uses others, of the same creators and the same image."""
     assert scene("""
         image = linmem.Image.from_bytes(b"i" * 4 * P)
+        image.digest        # imports hashlib: what another thread is importing at a fork a child can never import
         limit = linmem.LimitingCreator(linmem.MmapCreator(), 64 * P)
         statistics = linmem.StatisticsCreator(linmem.PoolingCreator(limit, max_unused_warm=1), history=4)
         stop = threading.Event()
