@@ -1,7 +1,7 @@
 # Creators over an upstream creator. Floor 4.
 
 from linmem._atomic cimport word
-from linmem._memory cimport NativeCreator, failure, guarded, memory, memory_spec
+from linmem._memory cimport NativeCreator, failure, fork_lock, memory, memory_spec
 
 
 # Shared by a LimitingCreator and the hooks of its memories; wasmtime may outlive the creator.
@@ -34,7 +34,7 @@ cdef struct record:
 # Shared by a StatisticsCreator and the hooks of its memories.
 cdef struct ledger:
     word refs
-    guarded guard
+    fork_lock lock
     record* live
     record* dropped         # newest first
     record* oldest          # the last of them

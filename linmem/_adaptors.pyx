@@ -179,7 +179,7 @@ cdef void free_records(record* r) noexcept nogil:
 
 cdef void release_ledger(ledger* book) noexcept nogil:
     if add(&book.refs, -1) == 0:
-        unlist_lock(&book.guard)
+        unlist_lock(&book.lock)
         free_records(book.live)
         free_records(book.dropped)
         free(book)
@@ -205,7 +205,7 @@ cdef void statistics_after_grow(memory_hook* head, memory* m, size_t old_size, s
     cdef long long spent = pages.clock_ns() - hook.started_ns
     # A pool above hands the memory out anew, smaller: what it has been already is counted.
     cdef size_t more = new_size - r.size if new_size > r.size else 0
-    acquire(&book.guard.lock)
+    acquire(&book.lock.held)
     r.grow_ns += spent
     if code:
         r.refused += 1
@@ -217,14 +217,14 @@ cdef void statistics_after_grow(memory_hook* head, memory* m, size_t old_size, s
         book.total_bytes += more
         if book.current_bytes > book.peak_bytes:
             book.peak_bytes = book.current_bytes
-    unlock(&book.guard.lock)
+    unlock(&book.lock.held)
 
 
 cdef void statistics_before_drop(memory_hook* head, memory* m) noexcept nogil:
     cdef statistics_hook* hook = <statistics_hook*>head
     cdef ledger* book = hook.ledger
     cdef record* r = hook.record
-    acquire(&book.guard.lock)
+    acquire(&book.lock.held)
     sample_resident(r)
     r.m = NULL
     if r.previous != NULL:
@@ -245,7 +245,7 @@ cdef void statistics_before_drop(memory_hook* head, memory* m) noexcept nogil:
     book.n_dropped += 1
     if book.n_dropped > book.history:
         forget_oldest(book)
-    unlock(&book.guard.lock)
+    unlock(&book.lock.held)
 
 
 cdef void forget_oldest(ledger* book) noexcept nogil:
@@ -288,7 +288,7 @@ cdef class StatisticsCreator(NativeCreator):
         self.ledger.refs = 1
         self.ledger.history = kept
         with nogil:
-            list_lock(&self.ledger.guard)
+            list_lock(&self.ledger.lock)
 
     def __dealloc__(self):
         if self.ledger != NULL:
@@ -307,9 +307,9 @@ cdef class StatisticsCreator(NativeCreator):
         if code:
             free(hook)
             free(r)
-            acquire(&book.guard.lock)
+            acquire(&book.lock.held)
             book.failures += 1
-            unlock(&book.guard.lock)
+            unlock(&book.lock.held)
             return code
         add(&book.refs, 1)
         hook.head.before_grow = statistics_before_grow
@@ -320,7 +320,7 @@ cdef class StatisticsCreator(NativeCreator):
         hook.record = r
         r.m = out[0]
         r.first_size = r.size = spec.minimum
-        acquire(&book.guard.lock)
+        acquire(&book.lock.held)
         r.next = book.live
         if book.live != NULL:
             book.live.previous = r
@@ -333,7 +333,7 @@ cdef class StatisticsCreator(NativeCreator):
             book.peak_count = book.n_live
         if book.current_bytes > book.peak_bytes:
             book.peak_bytes = book.current_bytes
-        unlock(&book.guard.lock)
+        unlock(&book.lock.held)
         memory_hang(out[0], &hook.head)
         return 0
 
@@ -341,9 +341,9 @@ cdef class StatisticsCreator(NativeCreator):
         """The sums, as a dict: bytes are byte_size; failures are refused creations and growths."""
         cdef ledger book
         with nogil:
-            acquire(&self.ledger.guard.lock)
+            acquire(&self.ledger.lock.held)
             book = self.ledger[0]
-            unlock(&self.ledger.guard.lock)
+            unlock(&self.ledger.lock.held)
         return {"current_bytes": book.current_bytes, "peak_bytes": book.peak_bytes, "total_bytes": book.total_bytes,
                 "current_count": book.n_live, "peak_count": book.peak_count, "total_count": book.total_count,
                 "failures": book.failures}
@@ -358,11 +358,11 @@ cdef class StatisticsCreator(NativeCreator):
         cdef size_t n = 0, room = 0, i
         with nogil:
             while True:
-                acquire(&self.ledger.guard.lock)
+                acquire(&self.ledger.lock.held)
                 n = self.ledger.n_live + self.ledger.n_dropped
                 if n <= room:
                     break
-                unlock(&self.ledger.guard.lock)
+                unlock(&self.ledger.lock.held)
                 free(copy)
                 room = n + 8
                 copy = <record*>malloc(room * sizeof(record))
@@ -370,7 +370,7 @@ cdef class StatisticsCreator(NativeCreator):
                     break
             if copy != NULL or n == 0:
                 copy_records(self.ledger, copy)
-                unlock(&self.ledger.guard.lock)
+                unlock(&self.ledger.lock.held)
         if copy == NULL and n:
             raise MemoryError(f"no memory for {n} records")
         try:

@@ -15,7 +15,7 @@ from libc.stdlib cimport calloc, free
 from linmem._atomic cimport store
 from linmem._memory cimport (
     OWNER_LEFT, OWNER_WASMTIME, UNCHOSEN, ImageHandle, NativeCreator, acquire, drop_object, failure, failure_text,
-    guarded, image, image_release, image_retain, list_lock, memory, memory_grow_to, memory_release, memory_retain,
+    fork_lock, image, image_release, image_retain, list_lock, memory, memory_grow_to, memory_release, memory_retain,
     memory_size, memory_spec, unlock, wrap,
 )
 from linmem._units cimport E_PYTHON
@@ -54,8 +54,8 @@ cdef enum:
     BUCKETS = 1 << 12
 
 cdef memory* table[BUCKETS]
-cdef guarded tabling
-list_lock(&tabling)
+cdef fork_lock table_lock
+list_lock(&table_lock)
 
 
 cdef inline memory** bucket(char* base) noexcept nogil:
@@ -66,22 +66,22 @@ cdef inline memory** bucket(char* base) noexcept nogil:
 
 cdef void enter_table(memory* m) noexcept nogil:
     cdef memory** head = bucket(m.base)
-    acquire(&tabling.lock)
+    acquire(&table_lock.held)
     m.registered = m.base
     m.registry_next = head[0]
     head[0] = m
-    unlock(&tabling.lock)
+    unlock(&table_lock.held)
 
 
 cdef void leave_table(memory* m) noexcept nogil:
     cdef memory** link = bucket(m.registered)
-    acquire(&tabling.lock)
+    acquire(&table_lock.held)
     while link[0] != NULL:
         if link[0] == m:
             link[0] = m.registry_next
             break
         link = &link[0].registry_next
-    unlock(&tabling.lock)
+    unlock(&table_lock.held)
 
 
 # -- images for the memories that this thread will ask for next ------------------------------------
@@ -222,13 +222,13 @@ def set_creator(size_t config, NativeCreator creator not None):
 def find(size_t base):
     """The Memory that wasmtime holds at `base`, or None."""
     cdef memory* m
-    acquire(&tabling.lock)
+    acquire(&table_lock.held)
     m = bucket(<char*>base)[0]
     while m != NULL and <size_t>m.registered != base:
         m = m.registry_next
     if m != NULL:
         memory_retain(m)
-    unlock(&tabling.lock)
+    unlock(&table_lock.held)
     return None if m == NULL else wrap(m)
 
 

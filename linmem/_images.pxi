@@ -164,17 +164,23 @@ cdef int start_from_image(memory* m, image* it, failure* why) noexcept nogil:
 
 
 cdef void hold_image(memory* m, image* it) noexcept nogil:
+    cdef image* before = m.image
     image_retain(it)
     add(&it.memories, 1)
-    leave_image(m)
     m.image = it
+    let_image_go(before)
 
 
 cdef void leave_image(memory* m) noexcept nogil:
-    if m.image != NULL:
-        add(&m.image.memories, -1)
-        image_release(m.image)
+    cdef image* before = m.image
     m.image = NULL
+    let_image_go(before)
+
+
+cdef void let_image_go(image* it) noexcept nogil:
+    if it != NULL:
+        add(&it.memories, -1)
+        image_release(it)
 
 
 # -- back to an image ------------------------------------------------------------------------------
@@ -274,21 +280,30 @@ cdef void restore_mapped(memory* m, size_t low, size_t high, size_t end) noexcep
 
 
 cdef void turn_hull(memory* m, image* to, size_t low, size_t high) noexcept nogil:
-    """low .. high, of no image, of another, or broken: to the image's bytes."""
+    """low .. high, of no image, of another, or broken: to the image's bytes.
+
+    Around each page call the memory is broken: a child forked just then has it as it is then, and what it
+    restores it to must not be taken for what is mapped.
+    """
     cdef size_t before = low, i
     cdef char* at
     if m.image_state != IMAGE_COPIED:
         # Whatever has become of them, these pages are not to show the other image.
         at = m.base + m.image.offset + m.image.low
+        m.image_state = IMAGE_BROKEN
         if pages.blank(at, m.image.high - m.image.low):
             memset(at, 0, m.image.high - m.image.low)
-            m.image_state = IMAGE_BROKEN
         else:
             m.image_state = IMAGE_COPIED
-    if (to.content.maps and high > low and m.ops == &mapped_ops and m.image_state == IMAGE_COPIED
-            and pages.image_map(&to.content, to.low, m.base + low, high - low) == 0):
-        m.image_state = IMAGE_MAPPED
-        return
+    if to.content.maps and high > low and m.ops == &mapped_ops and m.image_state == IMAGE_COPIED:
+        m.image_state = IMAGE_BROKEN
+        if pages.image_map(&to.content, to.low, m.base + low, high - low) == 0:
+            if m.image != to:
+                hold_image(m, to)
+                m.started = 0
+            publish(&m.image_state, IMAGE_MAPPED)       # after the image
+            return
+        m.image_state = IMAGE_COPIED
     for i in range(to.n_runs):
         zero_bytes(m, m.base + before, to.offset + to.runs[i].offset - before)
         before = image_copy_run(to, i, m.base)
@@ -579,6 +594,7 @@ cdef int discard_pages(memory* m, char* at, size_t size, failure* why) noexcept 
     cdef char* low
     cdef char* high
     cdef char* end = at + size
+    cdef word shown
     cdef int code = 0
     low = high = end
     if m.image_state != IMAGE_COPIED:
@@ -592,12 +608,14 @@ cdef int discard_pages(memory* m, char* at, size_t size, failure* why) noexcept 
     if code == 0 and low > at:
         code = pages.discard(at, <size_t>(low - at))
     if code == 0 and high > low:
+        shown = m.image_state
+        m.image_state = IMAGE_BROKEN        # before: a child may be forked just then
         code = pages.blank(low, <size_t>(high - low))
         if code and low > at:
             memset(low, 0, <size_t>(high - low))
             code = 0
-        if code == 0:
-            m.image_state = IMAGE_BROKEN
+        if code:
+            m.image_state = shown
     if code == 0 and end > high:
         code = pages.discard(high, <size_t>(end - high))
         if code and high > at:

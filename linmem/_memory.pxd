@@ -23,11 +23,11 @@ cdef struct failure:
     PyObject* exception         # E_PYTHON only: a reference that whoever ends the failure must drop
 
 # A lock under which lists and tables change that a forked child must not find half changed: fork waits for those
-# that are listed by list_lock(). Whoever holds one waits for nothing but for `orphans`, and never for the GIL.
-cdef struct guarded:
-    word lock
-    guarded* next
-    guarded* previous
+# that are listed by list_lock(). Whoever holds one waits for nothing but for orphans_lock, and never for the GIL.
+cdef struct fork_lock:
+    word held
+    fork_lock* next
+    fork_lock* previous
 
 ctypedef struct run:
     size_t offset
@@ -137,7 +137,7 @@ cdef struct memory:
     bint moved                  # the mapping has moved once: what it grew since is a second mapping
     bint huge_pages             # the OS was asked for them; a decommit may have made it forget
     bint growth_is_watched      # a hook has before_grow or after_grow
-    int image_state             # IMAGE_
+    word image_state            # IMAGE_; written under the lock
     image* image                # a reference on what it held at the start, or was last restored to; NULL: zeros
     size_t started              # byte_size at the start; 0: it was restored to another image
     size_t dirtied              # bytes that a restore found written, the first since pages were given back; or 0
@@ -185,8 +185,8 @@ cdef void failure_text(const failure* why, char* text, size_t room) noexcept nog
 cdef int raise_failure(const failure* why) except -1
 cdef void acquire(word* lock) noexcept nogil
 cdef void unlock(word* lock) noexcept nogil
-cdef void list_lock(guarded* it) noexcept nogil
-cdef void unlist_lock(guarded* it) noexcept nogil
+cdef void list_lock(fork_lock* it) noexcept nogil
+cdef void unlist_lock(fork_lock* it) noexcept nogil
 cdef void drop_object(PyObject* object) noexcept nogil
 cdef bint python_is_ending() noexcept nogil
 cdef int check_size(object value, str name, size_t* out) except -1

@@ -52,7 +52,7 @@ cdef struct grave:
     PyObject* object
 
 cdef grave* graves = NULL
-cdef guarded burying
+cdef fork_lock burial_lock
 
 
 cdef void drop_object(PyObject* object) noexcept nogil:
@@ -73,10 +73,10 @@ cdef void drop_object(PyObject* object) noexcept nogil:
     if g == NULL:
         return
     g.object = object
-    acquire(&burying.lock)
+    acquire(&burial_lock.held)
     g.next = graves
     graves = g
-    unlock(&burying.lock)
+    unlock(&burial_lock.held)
     Py_AddPendingCall(bury, NULL)       # a full queue: the next drop's call buries this one too
 
 
@@ -88,10 +88,10 @@ cdef int bury(void* unused) noexcept:
     global graves
     cdef grave* g
     cdef grave* next
-    acquire(&burying.lock)
+    acquire(&burial_lock.held)
     g = graves
     graves = NULL
-    unlock(&burying.lock)
+    unlock(&burial_lock.held)
     while g != NULL:
         next = g.next
         Py_DECREF(<object>g.object)
@@ -138,53 +138,53 @@ cdef void unlock(word* lock) noexcept nogil:
     publish(lock, 0)
 
 
-cdef guarded* guards = NULL
-cdef word guards_lock
-cdef guarded moving             # a memory is half way to another address
-cdef guarded orphaning          # orphans
+cdef fork_lock* listed = NULL
+cdef word listed_lock
+cdef fork_lock moving_lock      # a memory is half way to another address
+cdef fork_lock orphans_lock     # orphans
 
 
-cdef void list_lock(guarded* it) noexcept nogil:
-    global guards
-    acquire(&guards_lock)
+cdef void list_lock(fork_lock* it) noexcept nogil:
+    global listed
+    acquire(&listed_lock)
     it.previous = NULL
-    it.next = guards
-    if guards != NULL:
-        guards.previous = it
-    guards = it
-    unlock(&guards_lock)
+    it.next = listed
+    if listed != NULL:
+        listed.previous = it
+    listed = it
+    unlock(&listed_lock)
 
 
-cdef void unlist_lock(guarded* it) noexcept nogil:
-    global guards
-    acquire(&guards_lock)
+cdef void unlist_lock(fork_lock* it) noexcept nogil:
+    global listed
+    acquire(&listed_lock)
     if it.next != NULL:
         it.next.previous = it.previous
     if it.previous != NULL:
         it.previous.next = it.next
     else:
-        guards = it.next
-    unlock(&guards_lock)
+        listed = it.next
+    unlock(&listed_lock)
 
 
 # The C library calls these around every fork, also one that Python knows nothing of (but not around clone(2), in
 # whose child not even malloc() works if another thread was in it). The thread that forks may hold the GIL.
 
 cdef void before_fork() noexcept nogil:
-    cdef guarded* it
-    acquire(&guards_lock)
-    it = guards
+    cdef fork_lock* it
+    acquire(&listed_lock)
+    it = listed
     while it != NULL:
-        acquire(&it.lock)
+        acquire(&it.held)
         it = it.next
 
 
 cdef void after_fork() noexcept nogil:
-    cdef guarded* it = guards
+    cdef fork_lock* it = listed
     while it != NULL:
-        unlock(&it.lock)
+        unlock(&it.held)
         it = it.next
-    unlock(&guards_lock)
+    unlock(&listed_lock)
 
 
 cdef void after_fork_in_child() noexcept nogil:
@@ -193,10 +193,10 @@ cdef void after_fork_in_child() noexcept nogil:
     after_fork()
 
 
-# The last is waited for first: whoever moves a memory may wait for `orphaning`, so that comes after it.
-list_lock(&burying)
-list_lock(&orphaning)
-list_lock(&moving)
+# The last is waited for first: whoever moves a memory may wait for `orphans_lock`, so that comes after it.
+list_lock(&burial_lock)
+list_lock(&orphans_lock)
+list_lock(&moving_lock)
 if pages.at_fork(before_fork, after_fork, after_fork_in_child):
     raise MemoryError("no memory for what linmem does at a fork")
 
@@ -394,20 +394,20 @@ cdef void give_back(char* at, size_t size) noexcept nogil:
             return              # no bytes for a note: this address range stays taken
         o.at = at
         o.size = size
-        acquire(&orphaning.lock)
+        acquire(&orphans_lock.held)
         o.next = orphans
         orphans = o
         add(&n_orphans, 1)
-        unlock(&orphaning.lock)
+        unlock(&orphans_lock.held)
         return
     if load(&n_orphans) == 0:
         return
-    acquire(&orphaning.lock)
+    acquire(&orphans_lock.held)
     retry = orphans
     if retry != NULL:
         orphans = retry.next
         add(&n_orphans, -1)
-    unlock(&orphaning.lock)
+    unlock(&orphans_lock.held)
     if retry != NULL:
         at, size = retry.at, retry.size
         free(retry)
@@ -445,10 +445,10 @@ cdef int grow_by_moving(memory* m, size_t new_size, size_t need, failure* why) n
     cdef int code = begin_move(m, new_size, why)
     if code:
         return code
-    acquire(&moving.lock)
+    acquire(&moving_lock.held)
     code = move_to_larger(m, need, why)
     end_move(m)
-    unlock(&moving.lock)
+    unlock(&moving_lock.held)
     return code
 
 

@@ -41,7 +41,7 @@ _RESETS = {"scan": RESET_SCAN, "zero": RESET_ZERO, "discard": RESET_DISCARD, "ad
 cdef void release_pool(pool* p) noexcept nogil:
     if add(&p.refs, -1):
         return
-    unlist_lock(&p.guard)
+    unlist_lock(&p.lock)
     free(p)
 
 
@@ -335,9 +335,9 @@ cdef bint let_go(slot* s, memory* m) noexcept nogil:
     # A pool below knows nothing of what is hidden here. Refused, the pages are zero all the same.
     if m.base == s.base and m.capacity == s.capacity and s.high > m.accessible and s.head.next != NULL:
         pages.decommit(s.base + m.accessible, s.high - m.accessible)
-    acquire(&s.pool.guard.lock)
+    acquire(&s.pool.lock.held)
     s.m = NULL
-    unlock(&s.pool.guard.lock)
+    unlock(&s.pool.lock.held)
     return False
 
 
@@ -351,17 +351,17 @@ cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
     if m.base == s.base and m.capacity == s.capacity:       # else it has moved, and is of another shape
         how = reset(s, m)
         if how < 0:
-            acquire(&p.guard.lock)
+            acquire(&p.lock.held)
             p.rejected += 1
-            unlock(&p.guard.lock)
+            unlock(&p.lock.held)
     if how < 0:
         return let_go(s, m)
     m.hooks = head
     m.growth_is_watched = s.growth_is_watched
     store(&m.owner, OWNER_PYTHON)
-    acquire(&p.guard.lock)
+    acquire(&p.lock.held)
     if load(&p.closed):
-        unlock(&p.guard.lock)
+        unlock(&p.lock.held)
         return let_go(s, m)
     p.resets[how] += 1
     s.thread = this_thread()
@@ -369,7 +369,7 @@ cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
     if p.n_warm > p.most_warm or p.resident > p.resident_bound:
         out = p.oldest[WARM]
         take_idle(p, out)
-    unlock(&p.guard.lock)
+    unlock(&p.lock.held)
     if out != NULL:
         make_cold(p, out)
     return True
@@ -387,7 +387,7 @@ cdef void make_cold(pool* p, slot* s) noexcept nogil:
             s.m.image_state = IMAGE_COPIED
             s.high = s.hidden = s.resident = 0
             reset_given_back(&s.policy)
-        acquire(&p.guard.lock)
+        acquire(&p.lock.held)
         if s != NULL:
             put_idle(p, s, COLD)
         s = NULL
@@ -395,7 +395,7 @@ cdef void make_cold(pool* p, slot* s) noexcept nogil:
             s = p.oldest[WARM]
             if s != NULL:
                 take_idle(p, s)
-        unlock(&p.guard.lock)
+        unlock(&p.lock.held)
     release_pool(p)
 
 
@@ -410,7 +410,7 @@ cdef void slot_dropped(memory_hook* head) noexcept nogil:
     cdef slot* s = <slot*>head
     cdef pool* p = s.pool
     cdef shelf* empty = NULL
-    acquire(&p.guard.lock)
+    acquire(&p.lock.held)
     if s.next != NULL:
         s.next.previous = s.previous
     if s.previous != NULL:
@@ -422,7 +422,7 @@ cdef void slot_dropped(memory_hook* head) noexcept nogil:
     if s.shelf.slots == 0:
         empty = s.shelf
         remove_shelf(p, empty)
-    unlock(&p.guard.lock)
+    unlock(&p.lock.held)
     image_release(s.image)
     free(empty)
     free(s)
@@ -435,13 +435,13 @@ cdef size_t release_idle(pool* p, size_t target) noexcept nogil:
     cdef slot* s
     cdef size_t released = 0
     while True:
-        acquire(&p.guard.lock)
+        acquire(&p.lock.held)
         s = least_wanted(p)
         if s != NULL and s.state == WARM and target and p.resident <= target:
             s = NULL
         if s != NULL:
             take_idle(p, s)
-        unlock(&p.guard.lock)
+        unlock(&p.lock.held)
         if s == NULL:
             return released
         released += s.resident
@@ -450,9 +450,9 @@ cdef size_t release_idle(pool* p, size_t target) noexcept nogil:
 
 cdef bint has_idle(pool* p) noexcept nogil:
     cdef bint found
-    acquire(&p.guard.lock)
+    acquire(&p.lock.held)
     found = least_wanted(p) != NULL
-    unlock(&p.guard.lock)
+    unlock(&p.lock.held)
     return found
 
 
@@ -549,7 +549,7 @@ cdef class PoolingCreator(NativeCreator):
         p.check = check
         with nogil:
             need_costs()
-            list_lock(&p.guard)
+            list_lock(&p.lock)
         self.pool = p
 
     def __dealloc__(self):
@@ -581,7 +581,7 @@ cdef class PoolingCreator(NativeCreator):
         cdef slot* s = NULL
         cdef bint cold = False
         cdef const void* me = this_thread()
-        acquire(&p.guard.lock)
+        acquire(&p.lock.held)
         here = find_shelf(p, key)
         if here != NULL:
             s = here.warm if here.warm != NULL else here.cold
@@ -592,7 +592,7 @@ cdef class PoolingCreator(NativeCreator):
             cold = s.state == COLD
             take_idle(p, s)
             p.hits += 1
-        unlock(&p.guard.lock)
+        unlock(&p.lock.held)
         if s == NULL:
             return NULL
         if cold and s.least:
@@ -600,9 +600,9 @@ cdef class PoolingCreator(NativeCreator):
                 pages.advise_huge(s.base, s.capacity)
             if pages.commit(s.base, s.least) or memory_start_again(s.m, s.image):
                 drop(s)         # and a new one may be had where this one's pages may not
-                acquire(&p.guard.lock)
+                acquire(&p.lock.held)
                 p.hits -= 1
-                unlock(&p.guard.lock)
+                unlock(&p.lock.held)
                 return NULL
             s.high = s.least
             poke(&s.m.accessible, s.least)
@@ -621,7 +621,7 @@ cdef class PoolingCreator(NativeCreator):
         cdef int code
         cdef bint room
         while True:
-            acquire(&p.guard.lock)
+            acquire(&p.lock.held)
             room = p.n_slots < p.most_slots
             victim = NULL if room else least_wanted(p)
             if room:
@@ -629,7 +629,7 @@ cdef class PoolingCreator(NativeCreator):
                 p.misses += 1
             elif victim != NULL:
                 take_idle(p, victim)
-            unlock(&p.guard.lock)
+            unlock(&p.lock.held)
             if victim == NULL:
                 break
             drop(victim)
@@ -638,9 +638,9 @@ cdef class PoolingCreator(NativeCreator):
                 return fail(why, E_EXHAUSTED, "new_memory", spec.minimum, p.most_slots, p.most_slots)
             code = self.upstream.make(spec, out, why)
             if code == 0:
-                acquire(&p.guard.lock)
+                acquire(&p.lock.held)
                 p.fallbacks += 1
-                unlock(&p.guard.lock)
+                unlock(&p.lock.held)
             return code
         s = <slot*>calloc(1, sizeof(slot))
         spare = <shelf*>calloc(1, sizeof(shelf))
@@ -655,12 +655,12 @@ cdef class PoolingCreator(NativeCreator):
         if code or not out[0].ops.pages_are_ours:
             free(s)
             free(spare)
-            acquire(&p.guard.lock)
+            acquire(&p.lock.held)
             p.n_slots -= 1
             p.misses -= 1
             if code == 0:
                 p.fallbacks += 1
-            unlock(&p.guard.lock)
+            unlock(&p.lock.held)
             return code
         s.pool = p
         s.m = out[0]
@@ -675,7 +675,7 @@ cdef class PoolingCreator(NativeCreator):
         s.head.dropped = slot_dropped
         reset_start(&s.policy)
         add(&p.refs, 1)
-        acquire(&p.guard.lock)
+        acquire(&p.lock.held)
         here = find_shelf(p, key)
         if here == NULL:
             here = spare
@@ -689,7 +689,7 @@ cdef class PoolingCreator(NativeCreator):
         if p.slots != NULL:
             p.slots.previous = s
         p.slots = s
-        unlock(&p.guard.lock)
+        unlock(&p.lock.held)
         free(spare)
         memory_hang(s.m, &s.head)
         return 0
@@ -759,10 +759,10 @@ cdef class PoolingCreator(NativeCreator):
                         break
                     made += 1
                 taken += 1
-            acquire(&p.guard.lock)        # nobody has asked for these yet
+            acquire(&p.lock.held)        # nobody has asked for these yet
             p.hits -= taken - made
             p.misses -= made
-            unlock(&p.guard.lock)
+            unlock(&p.lock.held)
             while taken:
                 taken -= 1
                 memory_release(memories[taken])
@@ -809,13 +809,13 @@ cdef class PoolingCreator(NativeCreator):
         cdef slot* s
         cdef size_t pinned = 0
         with nogil:
-            acquire(&p.guard.lock)
+            acquire(&p.lock.held)
             now = p[0]
             s = p.slots
             while s != NULL:
                 pinned += s.state == LIVE and s.m != NULL and load(&s.m.owner) == OWNER_LEFT
                 s = s.next
-            unlock(&p.guard.lock)
+            unlock(&p.lock.held)
         return {
             "slots": now.most_slots,
             "live": now.n_slots - now.n_warm - now.n_cold,
