@@ -1,7 +1,7 @@
 # Creators over an upstream creator. Floor 4.
 
 from linmem._atomic cimport word
-from linmem._memory cimport NativeCreator, failure, memory, memory_spec
+from linmem._memory cimport NativeCreator, failure, guarded, memory, memory_spec
 
 
 # Shared by a LimitingCreator and the hooks of its memories; wasmtime may outlive the creator.
@@ -29,13 +29,12 @@ cdef struct record:
     size_t growths
     size_t refused
     long long grow_ns
-    long long started_ns    # of the growth under way
 
 
 # Shared by a StatisticsCreator and the hooks of its memories.
 cdef struct ledger:
     word refs
-    word lock
+    guarded guard
     record* live
     record* dropped         # newest first
     record* oldest          # the last of them

@@ -8,11 +8,12 @@ from libc.stdint cimport SIZE_MAX
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
 
-from linmem._atomic cimport add, load, store, swap_if
+from linmem._atomic cimport add, load, poke, poke_address, store, swap_if
 from linmem._memory cimport (
-    NO_MAXIMUM, UNCHOSEN, Memory, NativeCreator, acquire, begin_move, check_size, drop_object, end_move, fail,
-    fail_python, failure, image_copy, memory, memory_hang, memory_hook, memory_ops, memory_resident, memory_retain,
-    memory_size, memory_spec, python_is_ending, unlock,
+    NO_MAXIMUM, UNCHOSEN, ImageHandle, Memory, NativeCreator, acquire, begin_move, check_count, check_size,
+    drop_object, end_move, fail, fail_python, failure, image_copy, leave_image, list_lock, memory, memory_hang,
+    memory_hook, memory_ops, memory_resident, memory_retain, memory_size, memory_spec, python_is_ending, unlist_lock,
+    unlock,
 )
 from linmem._os cimport pages
 from linmem._units cimport E_LIMIT, E_NO_MEMORY, E_UNSUPPORTED, round_up
@@ -165,6 +166,7 @@ cdef struct statistics_hook:
     memory_hook head
     ledger* ledger
     record* record
+    long long started_ns    # of the growth under way
 
 
 cdef void free_records(record* r) noexcept nogil:
@@ -177,6 +179,7 @@ cdef void free_records(record* r) noexcept nogil:
 
 cdef void release_ledger(ledger* book) noexcept nogil:
     if add(&book.refs, -1) == 0:
+        unlist_lock(&book.guard)
         free_records(book.live)
         free_records(book.dropped)
         free(book)
@@ -190,7 +193,7 @@ cdef void sample_resident(record* r) noexcept nogil:
 
 
 cdef int statistics_before_grow(memory_hook* head, memory* m, size_t new_size, failure* why) noexcept nogil:
-    (<statistics_hook*>head).record.started_ns = pages.clock_ns()
+    (<statistics_hook*>head).started_ns = pages.clock_ns()
     return 0
 
 
@@ -199,10 +202,10 @@ cdef void statistics_after_grow(memory_hook* head, memory* m, size_t old_size, s
     cdef statistics_hook* hook = <statistics_hook*>head
     cdef ledger* book = hook.ledger
     cdef record* r = hook.record
-    cdef long long spent = pages.clock_ns() - r.started_ns
+    cdef long long spent = pages.clock_ns() - hook.started_ns
     # A pool above hands the memory out anew, smaller: what it has been already is counted.
     cdef size_t more = new_size - r.size if new_size > r.size else 0
-    acquire(&book.lock)
+    acquire(&book.guard.lock)
     r.grow_ns += spent
     if code:
         r.refused += 1
@@ -214,14 +217,14 @@ cdef void statistics_after_grow(memory_hook* head, memory* m, size_t old_size, s
         book.total_bytes += more
         if book.current_bytes > book.peak_bytes:
             book.peak_bytes = book.current_bytes
-    unlock(&book.lock)
+    unlock(&book.guard.lock)
 
 
 cdef void statistics_before_drop(memory_hook* head, memory* m) noexcept nogil:
     cdef statistics_hook* hook = <statistics_hook*>head
     cdef ledger* book = hook.ledger
     cdef record* r = hook.record
-    acquire(&book.lock)
+    acquire(&book.guard.lock)
     sample_resident(r)
     r.m = NULL
     if r.previous != NULL:
@@ -242,7 +245,7 @@ cdef void statistics_before_drop(memory_hook* head, memory* m) noexcept nogil:
     book.n_dropped += 1
     if book.n_dropped > book.history:
         forget_oldest(book)
-    unlock(&book.lock)
+    unlock(&book.guard.lock)
 
 
 cdef void forget_oldest(ledger* book) noexcept nogil:
@@ -277,17 +280,20 @@ cdef class StatisticsCreator(NativeCreator):
 
     def __cinit__(self, NativeCreator upstream not None, history=256):
         cdef size_t kept
-        check_size(history, "history", &kept)
+        check_count(history, "history", &kept)
         self.upstream = upstream
         self.ledger = <ledger*>calloc(1, sizeof(ledger))
         if self.ledger == NULL:
             raise MemoryError("no memory for a ledger")
         self.ledger.refs = 1
         self.ledger.history = kept
+        with nogil:
+            list_lock(&self.ledger.guard)
 
     def __dealloc__(self):
         if self.ledger != NULL:
-            release_ledger(self.ledger)
+            with nogil:
+                release_ledger(self.ledger)
 
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
         cdef ledger* book = self.ledger
@@ -301,9 +307,9 @@ cdef class StatisticsCreator(NativeCreator):
         if code:
             free(hook)
             free(r)
-            acquire(&book.lock)
+            acquire(&book.guard.lock)
             book.failures += 1
-            unlock(&book.lock)
+            unlock(&book.guard.lock)
             return code
         add(&book.refs, 1)
         hook.head.before_grow = statistics_before_grow
@@ -314,7 +320,7 @@ cdef class StatisticsCreator(NativeCreator):
         hook.record = r
         r.m = out[0]
         r.first_size = r.size = spec.minimum
-        acquire(&book.lock)
+        acquire(&book.guard.lock)
         r.next = book.live
         if book.live != NULL:
             book.live.previous = r
@@ -327,7 +333,7 @@ cdef class StatisticsCreator(NativeCreator):
             book.peak_count = book.n_live
         if book.current_bytes > book.peak_bytes:
             book.peak_bytes = book.current_bytes
-        unlock(&book.lock)
+        unlock(&book.guard.lock)
         memory_hang(out[0], &hook.head)
         return 0
 
@@ -335,9 +341,9 @@ cdef class StatisticsCreator(NativeCreator):
         """The sums, as a dict: bytes are byte_size; failures are refused creations and growths."""
         cdef ledger book
         with nogil:
-            acquire(&self.ledger.lock)
+            acquire(&self.ledger.guard.lock)
             book = self.ledger[0]
-            unlock(&self.ledger.lock)
+            unlock(&self.ledger.guard.lock)
         return {"current_bytes": book.current_bytes, "peak_bytes": book.peak_bytes, "total_bytes": book.total_bytes,
                 "current_count": book.n_live, "peak_count": book.peak_count, "total_count": book.total_count,
                 "failures": book.failures}
@@ -352,11 +358,11 @@ cdef class StatisticsCreator(NativeCreator):
         cdef size_t n = 0, room = 0, i
         with nogil:
             while True:
-                acquire(&self.ledger.lock)
+                acquire(&self.ledger.guard.lock)
                 n = self.ledger.n_live + self.ledger.n_dropped
                 if n <= room:
                     break
-                unlock(&self.ledger.lock)
+                unlock(&self.ledger.guard.lock)
                 free(copy)
                 room = n + 8
                 copy = <record*>malloc(room * sizeof(record))
@@ -364,7 +370,7 @@ cdef class StatisticsCreator(NativeCreator):
                     break
             if copy != NULL or n == 0:
                 copy_records(self.ledger, copy)
-                unlock(&self.ledger.lock)
+                unlock(&self.ledger.guard.lock)
         if copy == NULL and n:
             raise MemoryError(f"no memory for {n} records")
         try:
@@ -432,14 +438,14 @@ cdef int read_python_memory(python_memory* p, size_t size) except -1:
         if bound < byte_size:
             raise ValueError(f"{name}.maximum_byte_size() must be >= byte_size() ({byte_size}), got {bound}")
         if bound < p.head.maximum:
-            p.head.maximum = bound
+            poke(&p.head.maximum, bound)
     if p.head.base != NULL and base != <size_t>p.head.base and byte_size <= p.head.capacity:
         raise RuntimeError(f"{name}.grow_to({byte_size}) moved the base within its byte_capacity()"
                            f" ({p.head.capacity})")
-    p.head.base = <char*>base
-    p.head.accessible = byte_size
-    p.head.capacity = capacity
-    p.head.covered = covered
+    poke_address(&p.head.base, <char*>base)
+    poke(&p.head.accessible, byte_size)
+    poke(&p.head.capacity, capacity)
+    poke(&p.head.covered, covered)
     store(&p.head.size, <long long>byte_size)
     return 0
 
@@ -469,6 +475,7 @@ cdef int python_grow_with_gil(python_memory* p, size_t new_size, failure* why) n
 
 
 cdef void python_free(memory* m) noexcept nogil:
+    leave_image(m)      # that it was restored to
     drop_object((<python_memory*>m).object)
     free(m)
 
@@ -495,7 +502,8 @@ cdef class PythonCreator(NativeCreator):
     """
 
     def __cinit__(self, creator):
-        if not callable(getattr(creator, "new_memory", None)):
+        # An Image makes memories too, and out of other arguments.
+        if isinstance(creator, ImageHandle) or not callable(getattr(creator, "new_memory", None)):
             raise TypeError(f"creator must be a MemoryCreator, got {type(creator).__name__}")
         self.creator = creator
 
@@ -522,10 +530,7 @@ cdef class PythonCreator(NativeCreator):
             ty, spec.minimum, None if spec.maximum == NO_MAXIMUM else spec.maximum,
             None if spec.reservation == UNCHOSEN else spec.reservation, spec.guard)
         if isinstance(made, Memory):
-            adopt(<Memory>made, spec.minimum, spec.maximum, spec.is_shared, reservation, spec.guard, out)
-            if spec.image != NULL:
-                image_copy(spec.image, out[0].base)
-            return 0
+            return adopt(<Memory>made, spec, reservation, out)
         for method in ("as_ptr", "byte_size", "byte_capacity", "wasm_accessible", "grow_to"):
             if not callable(getattr(made, method, None)):
                 raise TypeError(f"{type(self.creator).__name__}.new_memory() must return a LinearMemory, got"
@@ -555,30 +560,40 @@ cdef class PythonCreator(NativeCreator):
         return f"PythonCreator({self.creator!r})"
 
 
-cdef int adopt(Memory made, size_t minimum, size_t maximum, bint is_shared, size_t reservation, size_t guard,
-               memory** out) except -1:
+cdef int adopt(Memory made, const memory_spec* spec, size_t reservation, memory** out) except -1:
     """A native memory that a Python creator hands on: its struct serves as it is.
 
     What may be done once is counted for each handle and not for the struct: where one Python creator has another
     one upstream, each hands on the handle that the other made for it.
     """
     cdef memory* m = made.enter()
-    try:
-        size = memory_size(m)
-        if size != minimum:
-            raise ValueError(f"new_memory() must return a memory of {minimum} bytes, got {size}")
-        if m.capacity < reservation or m.covered < max(m.capacity, reservation) + guard:
-            raise ValueError(f"new_memory() must return a memory with a reservation of {reservation} and a guard of"
-                             f" {guard} bytes, got {m.capacity} and {m.covered - m.capacity}")
-        if not swap_if(&made.fresh, 1, 0):
-            raise ValueError("new_memory() returned a memory that it has returned before")
-        memory_retain(m)
-        # What was asked for binds it, whatever its maker asked for.
-        if is_shared:
-            m.is_shared = True
-        if m.maximum > maximum:
-            m.maximum = maximum
-        out[0] = m
-        return 0
-    finally:
-        made.leave()
+    cdef size_t size, capacity, covered
+    cdef bint fits, fresh = False
+    with nogil:
+        # The creator may have kept it, and other threads of its may use it.
+        acquire(&m.lock)
+        size, capacity, covered = memory_size(m), m.capacity, m.covered
+        fits = (size == spec.minimum and capacity >= reservation
+                and covered >= (capacity if capacity > reservation else reservation) + spec.guard)
+        if fits:
+            fresh = swap_if(&made.fresh, 1, 0)
+        if fresh:
+            memory_retain(m)
+            # What was asked for binds it, whatever its maker asked for.
+            if spec.is_shared:
+                m.is_shared = True
+            if m.maximum > spec.maximum:
+                poke(&m.maximum, spec.maximum)
+            if spec.image != NULL:
+                image_copy(spec.image, m.base)
+        unlock(&m.lock)
+    made.leave()
+    if size != spec.minimum:
+        raise ValueError(f"new_memory() must return a memory of {spec.minimum} bytes, got {size}")
+    if not fits:
+        raise ValueError(f"new_memory() must return a memory with a reservation of {reservation} and a guard of"
+                         f" {spec.guard} bytes, got {capacity} and {covered - capacity}")
+    if not fresh:
+        raise ValueError("new_memory() returned a memory that it has returned before")
+    out[0] = m
+    return 0

@@ -3,6 +3,9 @@
 # Every operation is sequentially consistent, but for publish(), which only releases: what was written
 # before it is seen by whoever loads the word. It ends a locked stretch at a tenth of store()'s cost.
 # add_with_gil() is for a word that only code holding the GIL touches: atomic where there is no GIL.
+#
+# peek() and poke() are for a size or an address that one thread at a time writes, under a lock, and that others
+# may read without it. They cost as much as a plain access; a peek sees all that came before the poke it sees.
 
 cdef extern from *:
     """
@@ -19,6 +22,13 @@ cdef extern from *:
     static __inline int linmem_swap_if(linmem_word *w, __int64 was, __int64 now)
     { return _InterlockedCompareExchange64(w, now, was) == was; }
     static __inline void linmem_touch(char *p) { (void)_InterlockedOr8(p, 0); }
+    static __inline size_t linmem_peek_size(size_t *at) { return (size_t)_InterlockedOr64((__int64 *)at, 0); }
+    static __inline void linmem_poke_size(size_t *at, size_t v)
+    { (void)_InterlockedExchange64((__int64 *)at, (__int64)v); }
+    static __inline char *linmem_peek_address(char **at)
+    { return (char *)_InterlockedCompareExchangePointer((void **)at, 0, 0); }
+    static __inline void linmem_poke_address(char **at, char *v)
+    { (void)_InterlockedExchangePointer((void **)at, v); }
     #if defined(_M_ARM64)
     static __inline void linmem_pause(void) { __yield(); }
     #else
@@ -35,6 +45,10 @@ cdef extern from *:
     static inline int linmem_swap_if(linmem_word *w, long long was, long long now)
     { return __atomic_compare_exchange_n(w, &was, now, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST); }
     static inline void linmem_touch(char *p) { (void)__atomic_fetch_or(p, 0, __ATOMIC_SEQ_CST); }
+    static inline size_t linmem_peek_size(size_t *at) { return __atomic_load_n(at, __ATOMIC_ACQUIRE); }
+    static inline void linmem_poke_size(size_t *at, size_t v) { __atomic_store_n(at, v, __ATOMIC_RELEASE); }
+    static inline char *linmem_peek_address(char **at) { return __atomic_load_n(at, __ATOMIC_ACQUIRE); }
+    static inline void linmem_poke_address(char **at, char *v) { __atomic_store_n(at, v, __ATOMIC_RELEASE); }
     static inline void linmem_pause(void) {
     #if defined(__x86_64__) || defined(__i386__)
         __builtin_ia32_pause();
@@ -57,5 +71,9 @@ cdef extern from *:
     long long add_with_gil "linmem_add_with_gil"(word* w, long long value) noexcept   # -> the new value
     long long add "linmem_add"(word* w, long long value) noexcept nogil           # -> the new value
     bint swap_if "linmem_swap_if"(word* w, long long was, long long now) noexcept nogil
+    size_t peek "linmem_peek_size"(size_t* at) noexcept nogil
+    void poke "linmem_poke_size"(size_t* at, size_t value) noexcept nogil
+    char* peek_address "linmem_peek_address"(char** at) noexcept nogil
+    void poke_address "linmem_poke_address"(char** at, char* value) noexcept nogil
     void pause "linmem_pause"() noexcept nogil          # between two looks at a word that another thread will change
     void touch "linmem_touch"(char* p) noexcept nogil       # faults a page in for writing, changes no byte

@@ -12,11 +12,11 @@ from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport calloc, free
 
-from linmem._atomic cimport store, word
+from linmem._atomic cimport store
 from linmem._memory cimport (
     OWNER_LEFT, OWNER_WASMTIME, UNCHOSEN, ImageHandle, NativeCreator, acquire, drop_object, failure, failure_text,
-    image, image_release, image_retain, memory, memory_grow_to, memory_release, memory_retain, memory_size,
-    memory_spec, unlock, wrap,
+    guarded, image, image_release, image_retain, list_lock, memory, memory_grow_to, memory_release, memory_retain,
+    memory_size, memory_spec, unlock, wrap,
 )
 from linmem._units cimport E_PYTHON
 
@@ -54,7 +54,8 @@ cdef enum:
     BUCKETS = 1 << 12
 
 cdef memory* table[BUCKETS]
-cdef word table_lock
+cdef guarded tabling
+list_lock(&tabling)
 
 
 cdef inline memory** bucket(char* base) noexcept nogil:
@@ -65,21 +66,22 @@ cdef inline memory** bucket(char* base) noexcept nogil:
 
 cdef void enter_table(memory* m) noexcept nogil:
     cdef memory** head = bucket(m.base)
-    acquire(&table_lock)
+    acquire(&tabling.lock)
+    m.registered = m.base
     m.registry_next = head[0]
     head[0] = m
-    unlock(&table_lock)
+    unlock(&tabling.lock)
 
 
-cdef void leave_table(memory* m, char* base) noexcept nogil:
-    cdef memory** link = bucket(base)
-    acquire(&table_lock)
+cdef void leave_table(memory* m) noexcept nogil:
+    cdef memory** link = bucket(m.registered)
+    acquire(&tabling.lock)
     while link[0] != NULL:
         if link[0] == m:
             link[0] = m.registry_next
             break
         link = &link[0].registry_next
-    unlock(&table_lock)
+    unlock(&tabling.lock)
 
 
 # -- images for the memories that this thread will ask for next ------------------------------------
@@ -142,18 +144,17 @@ cdef uint8_t* get_memory(void* env, size_t* byte_size, size_t* byte_capacity) no
 
 cdef wasmtime_error_t* grow_memory(void* env, size_t new_size) noexcept nogil:
     cdef memory* m = <memory*>env
-    cdef char* base = m.base
     cdef failure why
     cdef int code = memory_grow_to(m, new_size, &why)
-    if m.base != base:
-        leave_table(m, base)
+    if m.base != m.registered:
+        leave_table(m)
         enter_table(m)
     return to_error(&why) if code else NULL
 
 
 cdef void finalize_memory(void* env) noexcept nogil:
     cdef memory* m = <memory*>env
-    leave_table(m, m.base)
+    leave_table(m)
     store(&m.owner, OWNER_LEFT)
     memory_release(m)
 
@@ -177,7 +178,9 @@ cdef wasmtime_error_t* new_memory(void* env, const wasm_memorytype_t* ty, size_t
     image_release(spec.image)
     if code:
         return to_error(&why)
+    acquire(&m.lock)        # a growth from Python is over, or finds who owns it now
     store(&m.owner, OWNER_WASMTIME)
+    unlock(&m.lock)
     enter_table(m)
     out.env = m
     out.get_memory = get_memory
@@ -219,13 +222,13 @@ def set_creator(size_t config, NativeCreator creator not None):
 def find(size_t base):
     """The Memory that wasmtime holds at `base`, or None."""
     cdef memory* m
-    acquire(&table_lock)
+    acquire(&tabling.lock)
     m = bucket(<char*>base)[0]
-    while m != NULL and <size_t>m.base != base:
+    while m != NULL and <size_t>m.registered != base:
         m = m.registry_next
     if m != NULL:
         memory_retain(m)
-    unlock(&table_lock)
+    unlock(&tabling.lock)
     return None if m == NULL else wrap(m)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from linmem._checks import check_pairs, check_path, check_size
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import os
@@ -47,17 +49,23 @@ class Delta:
     zeros: tuple[tuple[int, int], ...]
     data: memoryview
 
-    def __init__(self, base: str, base_size: int, size: int, ranges: Iterable[tuple[int, int]],
-                 zeros: Iterable[tuple[int, int]], data: Any, target: str | None = None) -> None:
-        for name, number in (("base_size", base_size), ("size", size)):
-            if number < 0:
-                raise ValueError(f"{name} must be >= 0, got {number}")
-        kept = memoryview(data)
-        if not kept.readonly:
-            kept = memoryview(bytes(kept))
+    # In __new__, so that none is ever half made, or made twice.
+    def __new__(cls, base: str, base_size: int, size: int, ranges: Iterable[tuple[int, int]],
+                zeros: Iterable[tuple[int, int]], data: Any, target: str | None = None) -> Delta:
+        if not isinstance(base, str):
+            raise TypeError(f"base must be a str, got {type(base).__name__}")
+        if target is not None and not isinstance(target, str):
+            raise TypeError(f"target must be a str or None, got {type(target).__name__}")
+        base_size, size = check_size(base_size, "base_size"), check_size(size, "size")
+        try:
+            kept = memoryview(data)
+            kept = (kept if kept.readonly else memoryview(bytes(kept))).cast("B")
+        except (TypeError, ValueError, BufferError) as error:
+            raise TypeError(f"data must be a contiguous buffer of bytes, got {type(data).__name__}: {error}") from None
+        self = super().__new__(cls)
         for name, value in (("base", base), ("base_size", base_size), ("size", size), ("target", target),
                             ("ranges", _checked("ranges", ranges, size)), ("zeros", _checked("zeros", zeros, size)),
-                            ("data", kept.cast("B"))):
+                            ("data", kept)):
             object.__setattr__(self, name, value)
         total = sum(length for _, length in self.ranges)
         if total != self.data.nbytes:
@@ -67,6 +75,7 @@ class Delta:
             if offset < end:
                 raise ValueError(f"ranges and zeros must not overlap, and do at {offset}")
             end = offset + length
+        return self
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a Delta is immutable: cannot set {name!r}")
@@ -132,7 +141,7 @@ class Delta:
         """
         from linmem import _files
 
-        _files.save_delta(self, path)
+        _files.save_delta(self, check_path(path))
 
     @staticmethod
     def open(path: str | bytes | os.PathLike[str], *, max_size: int | None = None) -> Delta:
@@ -154,7 +163,8 @@ class Delta:
         """
         from linmem import _files
 
-        found: Delta = _files.open_delta(Delta, path, max_size=max_size)
+        bound = None if max_size is None else check_size(max_size, "max_size")
+        found: Delta = _files.open_delta(Delta, check_path(path), max_size=bound)
         return found
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
@@ -182,7 +192,7 @@ class Delta:
 
 
 def _checked(name: str, given: Iterable[tuple[int, int]], bound: int) -> tuple[tuple[int, int], ...]:
-    kept = tuple((int(offset), int(size)) for offset, size in given)
+    kept = tuple(check_pairs(given, name))
     end = 0
     for offset, size in kept:
         if size <= 0 or offset < end or offset + size > bound:

@@ -3,7 +3,7 @@
 from cpython.exc cimport PyErr_Clear, PyErr_Occurred
 from cpython.ref cimport Py_INCREF
 
-from linmem._units cimport E_EXHAUSTED, E_IMAGE, E_LIMIT, E_PYTHON
+from linmem._units cimport E_EXHAUSTED, E_IMAGE, E_LIMIT, E_OWNED, E_PYTHON
 
 from linmem import errors as _errors
 from linmem._os import pages as _pages
@@ -47,6 +47,8 @@ cdef const char* reason(int code) noexcept nogil:
         return "EXHAUSTED"
     if code == E_IMAGE:
         return "IMAGE"
+    if code == E_OWNED:
+        return "OWNED"
     return "UNSUPPORTED"
 
 
@@ -80,8 +82,15 @@ cdef void failure_text(const failure* why, char* text, size_t room) noexcept nog
                  why.limit, why.size)
     elif code == E_IMAGE:
         snprintf(text, room, "minimum must be >= the end of the image (%zu), got %zu", why.limit, why.size)
+    elif code == E_OWNED:
+        snprintf(text, room, "a wasmtime store owns this memory: grow it with wasmtime.Memory.grow(store, delta)"
+                             " instead")
     else:
-        snprintf(text, room, "%s is not supported by this kind of memory%s%s", why.call, between, why.detail)
+        if why.detail[0] == 0:
+            between = "by this kind of memory"
+        else:
+            between = ""
+        snprintf(text, room, "%s is not supported %s%s", why.call, between, why.detail)
 
 
 cdef int raise_failure(const failure* why) except -1:
@@ -113,16 +122,22 @@ cdef int check_size(object value, str name, size_t* out) except -1:
             out[0] = <size_t>n
             return 0
         PyErr_Clear()
-    return check_size_at_length(value, name, out)
+    return check_at_length(value, name, "an integer number of bytes", out)
 
 
-cdef int check_size_at_length(object value, str name, size_t* out) except -1:
+cdef int check_count(object value, str name, size_t* out) except -1:
+    return check_at_length(value, name, "an integer", out)
+
+
+cdef int check_at_length(object value, str name, str what, size_t* out) except -1:
     """What is no exact int, or no size: converted, or the exception that says why not."""
     cdef unsigned long long n
     try:
         number = value.__index__() if not isinstance(value, int) else value
     except (AttributeError, TypeError):
-        raise TypeError(f"{name} must be an integer number of bytes, got {type(value).__name__}") from None
+        number = None
+    if not isinstance(number, int):
+        raise TypeError(f"{name} must be {what}, got {type(value).__name__}")
     try:
         n = number
     except OverflowError:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import struct
 import sys
 
+from linmem._checks import shown
+
 __all__ = ["resolve"]
 
 _CHARS = {"b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I", "u8": "Q",
@@ -55,9 +57,9 @@ def resolve(format: object) -> tuple[str, int, bool]:
     try:
         size = struct.calcsize(text)
     except (struct.error, ValueError) as error:
-        raise ValueError(f"format must be a struct format or a NumPy type, got {format!r}: {error}") from None
+        raise ValueError(f"format must be a struct format or a NumPy type, got {shown(format)}: {error}") from None
     if size == 0:
-        raise ValueError(f"format must have a size, got {format!r}")
+        raise ValueError(f"format must have a size, got {shown(format)}")
     return text, size, text in _CASTABLE
 
 
@@ -67,7 +69,7 @@ def _from_dtype(format: object) -> tuple[str, int | None]:
     if numpy is not None and format is not None:
         try:
             dtype = numpy.dtype(format)
-        except TypeError:
+        except Exception:       # whatever it says of what it can make no type of
             dtype = None
         if dtype is not None:
             if dtype.str[1:] in _CHARS:
@@ -77,9 +79,9 @@ def _from_dtype(format: object) -> tuple[str, int | None]:
             for wrong, why in ((dtype.hasobject, "holds Python objects"), (dtype.itemsize == 0, "has no size"),
                                (dtype.subdtype is not None, "is a sub-array: view its base and reshape")):
                 if wrong:
-                    raise ValueError(f"format must be a plain element type, got {format!r}, which {why}")
+                    raise ValueError(f"format must be a plain element type, got {shown(format)}, which {why}")
             try:
                 return memoryview(numpy.empty(0, dtype)).format, dtype.itemsize
             except ValueError:
-                raise ValueError(f"format has no buffer form: {format!r}") from None
+                raise ValueError(f"format has no buffer form: {shown(format)}") from None
     raise TypeError(f"format must be a str, a Python number type or a NumPy dtype, got {type(format).__name__}")

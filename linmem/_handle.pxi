@@ -41,11 +41,12 @@ cdef class Memory:
             raise TypeError("a Memory is made by a creator: linmem.create(minimum)")
 
     def __dealloc__(self):
-        if self.m != NULL:
+        if self.m != NULL and load(&self.users) >= 0:
             with nogil:
                 memory_release(self.m)
 
-    # The gate. Whoever is inside keeps the reference on m; close() gets in only when nobody is.
+    # The gate. Whoever is inside keeps the reference on m; close() gets in only when nobody is. m itself is written
+    # once, by who made the handle: nobody looks at it after close().
     cdef memory* enter(self) except NULL:
         if add_with_gil(&self.users, 1) < 0 or self.m == NULL:
             add_with_gil(&self.users, -1)
@@ -82,7 +83,6 @@ cdef class Memory:
             if users < 0:
                 return
             raise BufferError(f"cannot close the memory: {users} exported buffer(s) still point into it")
-        self.m = NULL
         with nogil:
             memory_release(m)
 
@@ -111,16 +111,16 @@ cdef class Memory:
     def byte_capacity(self):
         """Bytes up to which growth never moves the base; ``wasmtime::LinearMemory::byte_capacity``."""
         cdef memory* m = self.enter()
-        capacity = m.capacity
+        capacity = peek(&m.capacity)
         self.leave()
         return capacity
 
     def maximum_byte_size(self):
         """The most bytes that `grow_to` will ever accept, or None."""
         cdef memory* m = self.enter()
-        maximum = None if m.maximum == NO_MAXIMUM else m.maximum
+        cdef size_t maximum = peek(&m.maximum)
         self.leave()
-        return maximum
+        return None if maximum == NO_MAXIMUM else maximum
 
     @cython.binding(False)      # a plain method descriptor: two calls less per call
     @cython.embedsignature(True)
@@ -156,11 +156,8 @@ cdef class Memory:
         cdef memory* m
         check_size(new_size, "new_size", &size)
         m = self.enter()
-        if load(&m.owner) == OWNER_WASMTIME:
-            self.leave()
-            refuse_to_grow()
         with nogil:
-            code = grow_locked(m, size, &why)
+            code = grow_locked(m, size, True, &why)
         self.leave()
         if code:
             raise_failure(&why)
@@ -168,7 +165,7 @@ cdef class Memory:
     def as_ptr(self):
         """Address of byte 0, a multiple of the host page; mirrors ``wasmtime::LinearMemory::as_ptr``."""
         cdef memory* m = self.enter()
-        address = <size_t>m.base
+        address = <size_t>peek_address(&m.base)
         self.leave()
         return address
 
@@ -178,8 +175,11 @@ cdef class Memory:
         Mirrors ``wasmtime::LinearMemory::wasm_accessible``.
         """
         cdef memory* m = self.enter()
-        cdef size_t base = <size_t>m.base
-        cdef size_t end = base + m.covered
+        cdef size_t base, end
+        begin_access(m)
+        base = <size_t>peek_address(&m.base)
+        end = base + peek(&m.covered)
+        end_access(m)
         self.leave()
         return range(base, end)
 
@@ -239,7 +239,7 @@ cdef class Memory:
         if count is None:
             n = (size - start) // itemsize
         else:
-            check_size(count, "count", &n)
+            check_count(count, "count", &n)
             if n > (size - start) // itemsize:
                 raise ValueError(f"count must be <= {(size - start) // itemsize} elements of {itemsize} bytes"
                                  f" from offset {start} in {size} bytes, got {n}")
@@ -250,6 +250,7 @@ cdef class Memory:
     def __getitem__(self, key):
         cdef Py_ssize_t i, size
         cdef memory* m
+        cdef unsigned char byte
         if isinstance(key, slice):
             if key.step is None or key.step == 1:
                 size = len(self)
@@ -259,16 +260,17 @@ cdef class Memory:
                 return whole[key].tobytes()
         i = check_index(key)
         m = self.enter()
-        pin(m)
         try:
-            size = <Py_ssize_t>memory_size(m)
-            return (<unsigned char*>m.base)[check_range(i, size)]
+            i = check_range(i, <Py_ssize_t>memory_size(m))      # it never becomes less
+            begin_access(m)
+            byte = (<unsigned char*>m.base)[i]
+            end_access(m)
+            return byte
         finally:
-            unpin(m)
             self.leave()
 
     def __setitem__(self, key, value):
-        cdef Py_ssize_t i, size
+        cdef Py_ssize_t i
         cdef memory* m
         cdef Py_ssize_t byte
         if isinstance(key, slice):
@@ -292,15 +294,18 @@ cdef class Memory:
         except TypeError:
             raise TypeError(f"a byte must be an integer in 0 .. 255, got {type(value).__name__}") from None
         if byte < 0 or byte > 255:
-            raise ValueError(f"a byte must be in 0 .. 255, got {value}")
+            raise ValueError(f"a byte must be in 0 .. 255, got {_shown(value)}")
         m = self.enter()
-        pin(m)
         try:
-            size = <Py_ssize_t>memory_size(m)
-            (<unsigned char*>m.base)[check_range(i, size)] = <unsigned char>byte
+            i = check_range(i, <Py_ssize_t>memory_size(m))
+            begin_access(m)
+            (<unsigned char*>m.base)[i] = <unsigned char>byte
+            end_access(m)
         finally:
-            unpin(m)
             self.leave()
+
+    def __delitem__(self, key):
+        raise TypeError("a memory's bytes cannot be deleted")
 
     def read(self, offset, size):
         """Copy `size` bytes from `offset` out, as `bytes`; ValueError past `byte_size`."""
@@ -311,19 +316,20 @@ cdef class Memory:
         check_size(offset, "offset", &start)
         check_size(size, "size", &n)
         m = self.enter()
-        pin(m)
         try:
             check_span(start, n, memory_size(m))
             out = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>n)
             to = PyBytes_AS_STRING(out)
+            begin_access(m)
             if n < RELEASE_GIL_FROM:
                 memcpy(to, m.base + start, n)
+                end_access(m)
             else:
                 with nogil:
                     memcpy(to, m.base + start, n)
+                    end_access(m)
             return out
         finally:
-            unpin(m)
             self.leave()
 
     def write(self, offset, data):
@@ -342,17 +348,18 @@ cdef class Memory:
         try:
             n = <size_t>given.len
             m = self.enter()
-            pin(m)
             try:
                 check_span(start, n, memory_size(m))
+                begin_access(m)
                 if n < RELEASE_GIL_FROM:
                     memmove(m.base + start, given.buf, n)
+                    end_access(m)
                 else:
                     with nogil:
                         memmove(m.base + start, given.buf, n)
+                        end_access(m)
                 return n
             finally:
-                unpin(m)
                 self.leave()
         finally:
             PyBuffer_Release(&given)
@@ -382,15 +389,14 @@ cdef class Memory:
         cdef failure why
         cdef int code
         cdef ImageHandle handle = ImageHandle()
-        cdef memory* m = self.enter_bytes("snapshot")
-        try:
-            with nogil:
-                acquire(&m.lock)
+        cdef memory* m = self.enter()
+        with nogil:
+            acquire(&m.lock)
+            code = refuse_protected(m, "snapshot", &why)
+            if code == 0:
                 code = memory_snapshot(m, &it, &why)
-                unlock(&m.lock)
-        finally:
-            unpin(m)
-            self.leave()
+            unlock(&m.lock)
+        self.leave()
         if code:
             raise_failure(&why)
         handle.it = it
@@ -424,36 +430,40 @@ cdef class Memory:
             For a memory with protected pages.
         """
         cdef ImageHandle handle
+        cdef failure why
+        cdef int code
         cdef size_t size, right
-        cdef bint grown = zero_grown
         if not isinstance(image, ImageHandle):
             raise TypeError(f"image must be an Image, got {type(image).__name__}")
+        check_flag(zero_grown, "zero_grown")
+        cdef bint grown = zero_grown
         handle = <ImageHandle>image
-        cdef memory* m = self.enter_bytes("restore")
-        try:
-            if load(&m.owner) == OWNER_WASMTIME:
-                if not try_acquire(&m.lock):
-                    raise _errors.OwnedError("the wasmtime store that owns this memory is growing it: restore it when"
-                                             " no call runs in that store")
-            else:
-                with nogil:
-                    acquire(&m.lock)
+        cdef memory* m = self.enter()
+        if load(&m.owner) == OWNER_WASMTIME:
+            if not try_acquire(&m.lock):
+                self.leave()
+                raise _errors.OwnedError("the wasmtime store that owns this memory is growing it: restore it when"
+                                         " no call runs in that store")
+        else:
+            with nogil:
+                acquire(&m.lock)
+        with nogil:
             size = memory_size(m)
             right = handle.it.end
             if m.image == handle.it and m.started > right:
                 right = m.started
-            if size < right or (size > right and not grown):
-                unlock(&m.lock)
-                raise ValueError(
-                    f"the memory has {size} bytes and the image {right}: grow it before" if size < right else
-                    f"the memory has grown to {size} bytes since, the image knows of {right}: zero_grown=True"
-                    " keeps the size and zeroes the rest")
-            with nogil:
+            code = refuse_protected(m, "restore", &why)
+            if code == 0 and (size == right or (size > right and grown)):
                 memory_restore(m, handle.it)
-                unlock(&m.lock)
-        finally:
-            unpin(m)
-            self.leave()
+            unlock(&m.lock)
+        self.leave()
+        if code:
+            raise_failure(&why)
+        if size < right:
+            raise ValueError(f"the memory has {size} bytes and the image {right}: grow it before")
+        if size > right and not grown:
+            raise ValueError(f"the memory has grown to {size} bytes since, the image knows of {right}: zero_grown=True"
+                             " keeps the size and zeroes the rest")
 
     def dirty_pages(self, since not None, *, as_array=False):
         """Where the memory differs from an image, as ranges of whole host pages.
@@ -480,6 +490,7 @@ cdef class Memory:
         cdef changes found
         cdef size_t i, n
         cdef size_t* pairs
+        check_flag(as_array, "as_array")
         memory_changes(self, since, "since", &found)
         try:
             n = 0
@@ -525,6 +536,8 @@ cdef class Memory:
         if not isinstance(delta, _Delta):
             raise TypeError(f"delta must be a Delta, got {type(delta).__name__}")
         cdef size_t start, n
+        cdef failure why
+        cdef int code
         cdef memory* m
         size = self.byte_size()
         if size < min(delta.base_size, delta.size) or size > delta.size:
@@ -532,38 +545,35 @@ cdef class Memory:
                              f" one of {delta.size}")
         if size < delta.size:
             self.grow_to(delta.size)
-        m = self.enter_bytes("apply")
+        pieces = list(delta.pieces())       # nothing of a class of the caller's runs from here on
+        m = self.enter()
         try:
-            for offset, length, data in delta.pieces():
+            with nogil:
+                acquire(&m.lock)
+                code = refuse_protected(m, "apply", &why)
+                unlock(&m.lock)
+            if code:
+                raise_failure(&why)
+            for offset, length, data in pieces:
                 start, n = offset, length
                 check_span(start, n, memory_size(m))
                 if data is not None:
                     self.write(offset, data)
-                else:
-                    with nogil:
-                        memset(m.base + start, 0, n)
+                    continue
+                begin_access(m)
+                with nogil:
+                    memset(m.base + start, 0, n)
+                    end_access(m)
         finally:
-            unpin(m)
             self.leave()
-
-    cdef memory* enter_bytes(self, str call) except NULL:
-        """enter() and pin(), for the calls that reach for every byte by themselves."""
-        cdef memory* m = self.enter()
-        cdef size_t whole
-        if m.protected_pages:
-            whole = round_down(memory_size(m), pages.capabilities().page_size)
-            self.leave()
-            raise TypeError(f"{call} is not supported on a memory with protected pages: give all of it back its"
-                            f" access with protect(0, {whole}, 'rw')")
-        pin(m)
-        return m
 
     # -- pages
 
     def protect(self, offset, size, access):
         """Set what may be done with whole host pages; mprotect(2). A touch against it is a fault.
 
-        A memory with protected pages never moves.
+        A memory with protected pages never moves. What the OS refuses half way is undone; where that is refused too,
+        or pages had a protection of their own before, the memory counts as one with protected pages.
 
         Parameters
         ----------
@@ -576,7 +586,8 @@ cdef class Memory:
         ValueError
             For another access, or a range that is not whole pages of the memory.
         PageError
-            The OS refused; the protection is what it was.
+            The OS refused. The protection is what it was, in a memory that had no protected pages; in
+            another, some of the range may have the new one.
         TypeError
             The pages are not linmem's (a memory made in Python).
         """
@@ -586,10 +597,9 @@ cdef class Memory:
         cdef failure why
         check_size(offset, "offset", &start)
         check_size(size, "size", &n)
-        try:
-            how = _ACCESSES[access]
-        except (KeyError, TypeError):
-            raise ValueError(f"access must be one of {', '.join(map(repr, _ACCESSES))}, got {access!r}") from None
+        if not isinstance(access, str) or access not in _ACCESSES:
+            raise ValueError(f"access must be one of {', '.join(map(repr, _ACCESSES))}, got {_shown(access)}")
+        how = _ACCESSES[access]
         for name, value in (("offset", start), ("size", n)):
             if value & (page - 1):
                 raise ValueError(f"{name} must be a multiple of the host page ({page}), got {value}")
@@ -598,16 +608,20 @@ cdef class Memory:
             check_span(start, n, memory_size(m))
             if n:
                 with nogil:
+                    acquire(&m.lock)
                     code = pages.protect(m.base + start, n, how)
                     if code:
                         fail_page_call(&why, code, "protect", n)
+                        if (not m.protected_pages
+                                and pages.protect(m.base + start, n, pages.ACCESS_READ_WRITE)):
+                            m.protected_pages = True
                     else:
                         # The same for all of them is a memory as any other. A last one that byte_size ends
                         # within cannot be protected.
                         whole = round_down(memory_size(m), page)
                         m.protected_pages = how != pages.ACCESS_READ_WRITE or start != 0 or n != whole
+                    unlock(&m.lock)
         finally:
-            unpin(m)
             self.leave()
         if code:
             raise_failure(&why)
@@ -634,6 +648,7 @@ cdef class Memory:
             protected and an image's.
         """
         cdef size_t start, n, head, tail, page = pages.capabilities().page_size
+        cdef bint is_split
         cdef int code = 0
         cdef memory* m
         cdef failure why
@@ -641,29 +656,34 @@ cdef class Memory:
         m = self.enter_pages("discard")
         try:
             n = check_rest(start, size, memory_size(m))
-            if m.protected_pages:
-                if not pages.capabilities().discard_any_protection:
-                    raise TypeError("discard is not supported here on a memory with protected pages")
-                if start & (page - 1) or (n & (page - 1) and start + n != memory_size(m)):
-                    raise ValueError(f"offset and size must be multiples of the host page ({page}) in a memory"
-                                     f" with protected pages, got {start} and {n}")
             with nogil:
                 # Whole pages go back to the OS; what is left of the first and the last is zeroed.
                 head = start
                 round_up(start, page, &head)
                 tail = round_down(start + n, page)
-                if head >= tail:
+                acquire(&m.lock)
+                is_split = m.protected_pages and (start & (page - 1) != 0 or (
+                    n & (page - 1) != 0 and start + n != memory_size(m)))
+                if m.protected_pages and not pages.capabilities().discard_any_protection:
+                    code = fail(&why, E_UNSUPPORTED, "discard", n)
+                    snprintf(why.detail, sizeof(why.detail), "with protected pages, on this system")
+                elif is_split:
+                    pass
+                elif head >= tail:
                     memset(m.base + start, 0, n)
                 else:
                     code = discard_pages(m, m.base + head, tail - head, &why)
                     if code == 0:
                         memset(m.base + start, 0, head - start)
                         memset(m.base + tail, 0, start + n - tail)
+                unlock(&m.lock)
         finally:
-            unpin(m)
             self.leave()
         if code:
             raise_failure(&why)
+        if is_split:
+            raise ValueError(f"offset and size must be multiples of the host page ({page}) in a memory with protected"
+                             f" pages, got {start} and {n}")
 
     def prefault(self, offset=0, size=None):
         """Make the pages of a range resident now; no byte changes. madvise(2), MADV_POPULATE_WRITE.
@@ -690,29 +710,31 @@ cdef class Memory:
         m = self.enter_pages("prefault")
         try:
             n = check_rest(start, size, memory_size(m))
-            if m.protected_pages and not pages.capabilities().populates:
-                raise TypeError("prefault is not supported here on a memory with protected pages")
             if n:
                 with nogil:
                     first = round_down(start, page)
                     round_up(start + n, page, &end)
-                    code = pages.prefault(m.base + first, end - first)
-                    if code:
-                        fail_page_call(&why, code, "prefault", end - first)
+                    acquire(&m.lock)
+                    if m.protected_pages and not pages.capabilities().populates:
+                        code = fail(&why, E_UNSUPPORTED, "prefault", n)
+                        snprintf(why.detail, sizeof(why.detail), "with protected pages, on this system")
+                    else:
+                        code = pages.prefault(m.base + first, end - first)
+                        if code:
+                            fail_page_call(&why, code, "prefault", end - first)
+                    unlock(&m.lock)
         finally:
-            unpin(m)
             self.leave()
         if code:
             raise_failure(&why)
 
     cdef memory* enter_pages(self, str call) except NULL:
-        """enter() and pin(), for the calls that only a memory of our own pages has."""
+        """enter(), for the calls that only a memory of our own pages has."""
         cdef memory* m = self.enter()
         if not m.ops.pages_are_ours:
             kind = m.ops.kind.decode()
             self.leave()
             raise TypeError(f"{call} is not supported by a memory of kind {kind!r}: its pages are not linmem's")
-        pin(m)
         return m
 
     def info(self):
@@ -725,32 +747,37 @@ cdef class Memory:
         cdef failure why
         cdef int code = 0
         cdef bint known = m.ops.resident != NULL
+        cdef size_t base, size, capacity, maximum, committed, pre_guard, guard
+        cdef long long exports
         from linmem.records import MemoryInfo
-        pin(m)
-        try:
-            exports = load(&m.pins) - 1
+        begin_access(m)
+        with nogil:
             if known:
-                with nogil:
-                    code = memory_resident(m, &resident, &why)
-                if code:
-                    raise_failure(&why)
+                code = memory_resident(m, &resident, &why)
+            exports = max(pins_now(m), 0)
+            base, capacity, maximum = <size_t>peek_address(&m.base), peek(&m.capacity), peek(&m.maximum)
+            size, pre_guard, guard = memory_size(m), m.pre_guard, m.guard
+            committed = peek(&m.accessible)
+            end_access(m)
+        try:
+            if code:
+                raise_failure(&why)
             return MemoryInfo(
-                base=<size_t>m.base,
-                byte_size=memory_size(m),
-                byte_capacity=m.capacity,
-                maximum_byte_size=None if m.maximum == NO_MAXIMUM else m.maximum,
-                reserved=m.pre_guard + m.capacity + m.guard,
-                committed=m.accessible,
+                base=base,
+                byte_size=size,
+                byte_capacity=capacity,
+                maximum_byte_size=None if maximum == NO_MAXIMUM else maximum,
+                reserved=pre_guard + capacity + guard,
+                committed=committed,
                 resident=resident if known else None,
-                pre_guard=m.pre_guard,
-                guard=m.guard,
+                pre_guard=pre_guard,
+                guard=guard,
                 page_size=pages.capabilities().page_size,
                 exports=exports,
                 kind=m.ops.kind.decode(),
                 owner="wasmtime" if load(&m.owner) == OWNER_WASMTIME else "python",
             )
         finally:
-            unpin(m)
             self.leave()
 
     def __repr__(self):
@@ -776,8 +803,11 @@ def image_class_is(of):
 cdef class ImageHandle:
     """What an `Image` is made of."""
 
+    def __cinit__(self):
+        self.it = &no_image
+
     def __dealloc__(self):
-        if self.it != NULL:
+        if self.it != NULL and self.it != &no_image:
             with nogil:
                 image_release(self.it)
 
@@ -792,12 +822,13 @@ cdef int memory_changes(Memory mem, object since, str name, changes* out) except
         raise TypeError(f"{name} must be an Image, got {type(since).__name__}")
     base = <ImageHandle>since
     memset(out, 0, sizeof(changes))
-    m = mem.enter_bytes("dirty_pages")
+    m = mem.enter()
     with nogil:
         acquire(&m.lock)
-        code = compare(m, NULL, base.it, out, &why)
+        code = refuse_protected(m, "dirty_pages", &why)
+        if code == 0:
+            code = compare(m, NULL, base.it, out, &why)
         unlock(&m.lock)
-    unpin(m)
     mem.leave()
     if code:
         free(out.list)
@@ -805,9 +836,14 @@ cdef int memory_changes(Memory mem, object since, str name, changes* out) except
     return 0
 
 
-cdef int refuse_to_grow() except -1:
-    raise _errors.OwnedError(
-        "a wasmtime store owns this memory: grow it with wasmtime.Memory.grow(store, delta) instead")
+cdef int refuse_protected(memory* m, const char* call, failure* why) noexcept nogil:
+    """For the calls that reach for every byte by themselves; with the lock held."""
+    if not m.protected_pages:
+        return 0
+    fail(why, E_UNSUPPORTED, call, 0)
+    snprintf(why.detail, sizeof(why.detail), "with protected pages: give all of it back its access with"
+             " protect(0, %zu, 'rw')", round_down(memory_size(m), pages.capabilities().page_size))
+    return E_UNSUPPORTED
 
 
 _ACCESSES = {"none": pages.ACCESS_NONE, "r": pages.ACCESS_READ, "rw": pages.ACCESS_READ_WRITE}
@@ -819,7 +855,7 @@ cdef Py_ssize_t check_index(object key) except? -1:
     except (AttributeError, TypeError):
         raise TypeError(f"a memory is indexed by an integer or a slice, got {type(key).__name__}") from None
     except OverflowError:
-        raise IndexError(f"index out of range: {key}") from None
+        raise IndexError(f"index out of range: {_shown(key)}") from None
 
 
 cdef Py_ssize_t check_range(Py_ssize_t i, Py_ssize_t size) except -1:
@@ -844,6 +880,8 @@ cdef size_t check_rest(size_t offset, object size, size_t byte_size) except? 0:
     return n
 
 
+# A memory is in no cycle. Taken apart as a part of one, a Window would lose it before its buffers are released.
+@cython.no_gc
 @cython.final
 cdef class Window:
     """Exports a typed part of a memory in a format that memoryview.cast() does not know."""

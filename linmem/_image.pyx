@@ -9,7 +9,7 @@ from libc.string cimport memcpy, memset
 
 from linmem._atomic cimport load
 from linmem._memory cimport (
-    GRANULE, ImageHandle, Memory, NativeCreator, changes, check_size, compare, failure, image, image_finish,
+    GRANULE, ImageHandle, Memory, NativeCreator, changes, check_flag, check_size, compare, failure, image, image_finish,
     image_new, image_put, is_zero, memory_changes, raise_failure, run,
 )
 from linmem._os cimport pages
@@ -17,6 +17,8 @@ from linmem._units cimport round_down, round_up
 
 from linmem import _memory
 from linmem import errors as _errors
+from linmem._checks import check_pairs as _check_pairs, check_path as _check_path, check_size as _check_size, \
+    shown as _shown
 from linmem._delta import Delta as _Delta
 from linmem._os import pages as _pages
 
@@ -121,11 +123,22 @@ cdef class Image(ImageHandle):
         check_size(offset, "offset", &start)
         check_size(size, "size", &n)
         check_size(position, "position", &at)
-        descriptor = fd
+        try:
+            descriptor = fd if isinstance(fd, int) else fd.__index__()
+        except (AttributeError, TypeError):
+            raise TypeError(f"fd must be a file descriptor, got {type(fd).__name__}") from None
+        except OverflowError:
+            raise ValueError(f"fd must be a file descriptor, got {_shown(fd)}") from None
+        if runs is not None:
+            runs = _check_pairs(runs, "runs")
+        if digest is not None:
+            check_digest(digest)
         if at & (page - 1) or at > SIZE_MAX >> 1:
             raise ValueError(f"position must be a multiple of the host page ({page}), got {position}")
-        if n == 0 or n > SIZE_MAX >> 1 or start > SIZE_MAX >> 2:
-            raise ValueError(f"size must be from 1 on and fit an address, got {size}")
+        if n == 0 or n > SIZE_MAX >> 1:
+            raise ValueError(f"size must be from 1 on and fit an address, got {n}")
+        if start > SIZE_MAX >> 2:
+            raise ValueError(f"offset must fit an address, got {start}")
         where = <long long>at
         first = round_down(start, page)
         round_up(start + n, page, &end)
@@ -165,7 +178,9 @@ cdef class Image(ImageHandle):
         (counted from a memory's first byte) with anything but zeros in them its offset, its size and
         its bytes; numbers in 8 bytes, least significant first. Computed when first asked for.
         """
-        if self._digest is None:
+        with cython.critical_section(self):
+            digest = self._digest
+        if digest is None:
             from hashlib import blake2b
             state = blake2b(self.offset.to_bytes(8, "little") + self.size.to_bytes(8, "little"), digest_size=32)
             content = memoryview(Content(self))
@@ -173,8 +188,10 @@ cdef class Image(ImageHandle):
                 state.update(offset.to_bytes(8, "little") + size.to_bytes(8, "little"))
                 start = offset - self.it.offset
                 state.update(content[start:start + size])
-            self._digest = state.hexdigest()
-        return self._digest
+            digest = state.hexdigest()
+            with cython.critical_section(self):
+                self._digest = digest
+        return digest
 
     def runs(self):
         """Where the image is not zero, as a list of (offset, size) in a memory.
@@ -184,14 +201,17 @@ cdef class Image(ImageHandle):
         """
         cdef size_t i
         cdef list found
-        if self._runs is None:
+        with cython.critical_section(self):
+            found = self._runs
+        if found is None:
             if self.it.runs_known:
                 found = [(self.it.offset + self.it.runs[i].offset, self.it.runs[i].size)
                          for i in range(self.it.n_runs)]
             else:
                 found = find_runs(self.it)
-            self._runs = found
-        return list(self._runs)
+            with cython.critical_section(self):
+                self._runs = found
+        return list(found)
 
     def __len__(self):
         return self.size
@@ -344,7 +364,8 @@ cdef class Image(ImageHandle):
             The old file, if there is one, is still there.
         """
         from linmem import _files
-        _files.save_image(self, path, packed=bool(packed))
+        check_flag(packed, "packed")
+        _files.save_image(self, _check_path(path), packed=packed)
 
     @staticmethod
     def open(path, verify=False, *, map=True, max_size=None):
@@ -371,10 +392,11 @@ cdef class Image(ImageHandle):
             It cannot be read, or there is no room for it.
         """
         from linmem import _files
-        cdef size_t bound
+        check_flag(verify, "verify")
+        check_flag(map, "map")
         if max_size is not None:
-            check_size(max_size, "max_size", &bound)
-        image_, contents = _files.open_image(Image, path, verify=bool(verify), mapped=bool(map), max_size=max_size,
+            max_size = _check_size(max_size, "max_size")
+        image_, contents = _files.open_image(Image, _check_path(path), verify=verify, mapped=map, max_size=max_size,
                                              host_page=pages.capabilities().page_size)
         (<Image>image_)._contents = contents
         return image_
@@ -455,7 +477,9 @@ def _unpickled(size, offset, starts, *parts):
 
 def _parts(Image image_ not None):
     """What `Image.from_fd` takes, but for the descriptor."""
-    return image_.size, image_.offset, image_.it.content.position, image_.runs(), image_._digest
+    with cython.critical_section(image_):
+        digest = image_._digest
+    return image_.size, image_.offset, image_.it.content.position, image_.runs(), digest
 
 
 def _of_parts(descriptor, size, offset, position, runs, digest):
@@ -498,7 +522,15 @@ cdef Image from_pieces(size_t offset, size_t size, object pieces):
     b.filled = 0
     b.block = 0
     reached = offset
-    for where, data in pieces:
+    try:
+        pairs = iter(pieces)
+    except TypeError as error:
+        raise TypeError(f"pieces must be pairs of an offset and a buffer, got {_shown(pieces)}: {error}") from None
+    for pair in pairs:
+        try:
+            where, data = pair
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"pieces must be pairs of an offset and a buffer, got {_shown(pair)}: {error}") from None
         check_size(where, "offset", &start)
         take_buffer(data, &given)
         try:
@@ -560,6 +592,14 @@ cdef int add_piece(builder* b, size_t at, const char* bytes, size_t size, failur
     return code
 
 
+cdef int check_digest(object digest) except -1:
+    if not isinstance(digest, str):
+        raise TypeError(f"digest must be a str of hexadecimal digits, got {type(digest).__name__}")
+    if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+        raise ValueError(f"digest must be 64 hexadecimal digits, got {_shown(digest)}")
+    return 0
+
+
 cdef list find_runs(image* it):
     cdef list found = []
     cdef size_t at = 0, first
@@ -586,7 +626,7 @@ cdef int take_runs(image* it, object given, size_t start, size_t size) except -1
     cdef size_t lead = start - it.offset, tail = lead + size
     if not is_zero(it.content.bytes, lead) or not is_zero(it.content.bytes + tail, it.content.size - tail):
         raise ValueError(f"the file must hold zeros around the image's {size} bytes, to whole host pages")
-    pairs = [(it.offset, it.content.size)] if given is None else list(given)
+    cdef list pairs = [(it.offset, it.content.size)] if given is None else given
     n = <size_t>len(pairs)
     it.runs_known = given is not None
     if n == 0:

@@ -10,6 +10,12 @@
 
 cdef char[GRANULE] zeros
 
+# Of no bytes: what a handle has that nobody gave an image to, so that none is ever without. Never released.
+cdef image no_image
+no_image.refs = 1
+no_image.content.handle = -1
+no_image.runs_known = True
+
 
 cdef bint is_zero(const char* at, size_t size) noexcept nogil:
     while size > GRANULE:
@@ -27,7 +33,10 @@ cdef image* image_new(size_t offset, size_t size, failure* why) noexcept nogil:
     cdef image* it
     cdef int code
     if add_up(offset, size, &end) or round_up(end, page, &end) or end > SIZE_MAX >> 1:
-        fail(why, E_OVERFLOW, "size", size)
+        if offset > size:
+            fail(why, E_OVERFLOW, "offset", offset)
+        else:
+            fail(why, E_OVERFLOW, "size", size)
         return NULL
     it = <image*>calloc(1, sizeof(image))
     if it == NULL:
@@ -122,11 +131,22 @@ cdef void image_release(image* it) noexcept nogil:
     free(it)
 
 
+cdef inline size_t image_copy_run(const image* it, size_t i, char* base) noexcept nogil:
+    """Copy the i-th run into a memory at `base`; up to where, counted from there. The rest of its last granule is
+    zero, and in a memory whose pages are not ours it may be somebody else's."""
+    cdef size_t start = it.offset + it.runs[i].offset
+    cdef size_t end = start + it.runs[i].size
+    if end > it.end:
+        end = it.end
+    memcpy(base + start, it.content.bytes + it.runs[i].offset, end - start)
+    return end
+
+
 cdef void image_copy(const image* it, char* base) noexcept nogil:
     """Into a memory at `base` that holds zeros."""
     cdef size_t i
     for i in range(it.n_runs):
-        memcpy(base + it.offset + it.runs[i].offset, it.content.bytes + it.runs[i].offset, it.runs[i].size)
+        image_copy_run(it, i, base)
 
 
 cdef int start_from_image(memory* m, image* it, failure* why) noexcept nogil:
@@ -210,14 +230,16 @@ cdef void zero_bytes(memory* m, char* at, size_t size) noexcept nogil:
 
 
 cdef void memory_restore(memory* m, image* to) noexcept nogil:
-    """Every byte of `m` becomes the image's, or zero where it has none; the size stays. With the lock held and
-    the base pinned; no page is protected, and the image is within byte_size. What the OS refuses
-    is done by copying, so this cannot fail."""
+    """Every byte of `m` becomes the image's, or zero where it has none; the size stays. With the lock held;
+    no page is protected, and the image is within byte_size. What the OS refuses is done by copying, so
+    this cannot fail."""
     cdef size_t end = m.accessible if m.ops.pages_are_ours else memory_size(m)
     cdef size_t low = to.offset + to.low, high = to.offset + to.high
     if m.image_state == IMAGE_MAPPED and m.image == to:
         restore_mapped(m, low, high, end)
         return
+    if high > end:          # within the last page of a memory whose pages are not ours
+        high = end
     turn_hull(m, to, low, high)
     zero_bytes(m, m.base, low)
     zero_bytes(m, m.base + high, end - high)
@@ -268,10 +290,8 @@ cdef void turn_hull(memory* m, image* to, size_t low, size_t high) noexcept nogi
         m.image_state = IMAGE_MAPPED
         return
     for i in range(to.n_runs):
-        at = m.base + to.offset + to.runs[i].offset
-        zero_bytes(m, m.base + before, <size_t>(at - m.base) - before)
-        memcpy(at, to.content.bytes + to.runs[i].offset, to.runs[i].size)
-        before = <size_t>(at - m.base) + to.runs[i].size
+        zero_bytes(m, m.base + before, to.offset + to.runs[i].offset - before)
+        before = image_copy_run(to, i, m.base)
     zero_bytes(m, m.base + before, high - before)
 
 
@@ -407,7 +427,7 @@ cdef void mark_runs(const image* it, unsigned char* marks, size_t n) noexcept no
 
 cdef int memory_marks(memory* m, image* over, unsigned char* marks, size_t n) noexcept nogil:
     """Mark, of the first `n` host pages, all that may hold something else than the image `over` (NULL: than zeros).
-    marks: all 0. With the lock held and the base pinned."""
+    marks: all 0. With the lock held."""
     cdef size_t page = pages.capabilities().page_size
     cdef size_t end = n * page, low = 0, high = 0
     cdef bint mapped = m.image_state == IMAGE_MAPPED
@@ -445,7 +465,7 @@ cdef inline const char* image_at(const image* it, size_t at) noexcept nogil:
 
 
 cdef int compare(memory* m, image* now, image* base, changes* out, failure* why) noexcept nogil:
-    """What differs from `base` in `m` (the lock held, the base pinned; no page inaccessible), or in `now`."""
+    """What differs from `base` in `m` (the lock held; no page inaccessible), or in `now`."""
     cdef size_t page = pages.capabilities().page_size
     cdef size_t size = memory_size(m) if m != NULL else now.end
     cdef size_t n = size // page + (1 if size % page else 0)
@@ -517,7 +537,7 @@ cdef int add_change(changes* to, size_t offset, size_t size, bint zero, failure*
 
 
 cdef int memory_snapshot(memory* m, image** out, failure* why) noexcept nogil:
-    """With the lock held and the base pinned; no page is inaccessible."""
+    """With the lock held; no page is inaccessible."""
     cdef size_t page = pages.capabilities().page_size
     cdef size_t size = memory_size(m)
     cdef size_t n = size // page + (1 if size % page else 0)
@@ -554,12 +574,12 @@ cdef int memory_snapshot(memory* m, image** out, failure* why) noexcept nogil:
 
 
 cdef int discard_pages(memory* m, char* at, size_t size, failure* why) noexcept nogil:
-    """Whole pages to zeros, given back. Those that show an image stop doing so: the next restore maps it anew."""
+    """Whole pages to zeros, given back, with the lock held. Those that show an image stop doing so: the next restore
+    maps it anew. All or nothing: what is refused when other pages have gone already is zeroed instead."""
     cdef char* low
     cdef char* high
     cdef char* end = at + size
     cdef int code = 0
-    acquire(&m.lock)
     low = high = end
     if m.image_state != IMAGE_COPIED:
         low = m.base + m.image.offset + m.image.low
@@ -572,9 +592,15 @@ cdef int discard_pages(memory* m, char* at, size_t size, failure* why) noexcept 
     if code == 0 and low > at:
         code = pages.discard(at, <size_t>(low - at))
     if code == 0 and high > low:
-        m.image_state = IMAGE_BROKEN
         code = pages.blank(low, <size_t>(high - low))
+        if code and low > at:
+            memset(low, 0, <size_t>(high - low))
+            code = 0
+        if code == 0:
+            m.image_state = IMAGE_BROKEN
     if code == 0 and end > high:
         code = pages.discard(high, <size_t>(end - high))
-    unlock(&m.lock)
+        if code and high > at:
+            memset(high, 0, <size_t>(end - high))
+            code = 0
     return fail_page_call(why, code, "discard", size) if code > 0 else code

@@ -22,6 +22,13 @@ cdef struct failure:
     char detail[240]            # more words; may be empty
     PyObject* exception         # E_PYTHON only: a reference that whoever ends the failure must drop
 
+# A lock under which lists and tables change that a forked child must not find half changed: fork waits for those
+# that are listed by list_lock(). Whoever holds one waits for nothing but for `orphans`, and never for the GIL.
+cdef struct guarded:
+    word lock
+    guarded* next
+    guarded* previous
+
 ctypedef struct run:
     size_t offset
     size_t size
@@ -106,11 +113,15 @@ cdef struct memory_hook:
 
 # The head of every memory, whatever its kind. Reference-counted, because wasmtime frees memories on
 # any thread with no GIL: nothing in here is a Python object.
+#
+# What is no word is written under the lock. Where it is read without: base, accessible, capacity, maximum and
+# covered by peek() (and written by poke()); base and covered fit together only during an access.
 cdef struct memory:
     const memory_ops* ops
     memory_hook* hooks
     word refs                   # handles that are not closed, and wasmtime
-    word pins                   # exported buffers and byte accesses under way; negative: the base is moving
+    word pins                   # exported buffers; negative: the base is moving, or will when `accesses` has ended
+    word accesses               # under way, each for a moment; in the upper half the generation that they are of
     word lock                   # one growth (or drop of a hook chain) at a time
     word owner                  # OWNER_
     word size                   # byte_size; written under the lock, read anywhere
@@ -130,7 +141,8 @@ cdef struct memory:
     image* image                # a reference on what it held at the start, or was last restored to; NULL: zeros
     size_t started              # byte_size at the start; 0: it was restored to another image
     size_t dirtied              # bytes that a restore found written, the first since pages were given back; or 0
-    memory* registry_next       # the bridge's table of memories that wasmtime holds
+    memory* registry_next       # the bridge's table of memories that wasmtime holds, by the base that they had when
+    char* registered            # they were put there
 
 
 cdef inline size_t memory_size(memory* m) noexcept nogil:
@@ -147,6 +159,7 @@ cdef int begin_move(memory* m, size_t new_size, failure* why) noexcept nogil
 cdef void end_move(memory* m) noexcept nogil
 cdef void memory_hang(memory* m, memory_hook* hook) noexcept nogil
 cdef int memory_resident(memory* m, size_t* bytes, failure* why) noexcept nogil
+cdef void give_back(char* at, size_t size) noexcept nogil
 
 cdef image* image_new(size_t offset, size_t size, failure* why) noexcept nogil
 cdef int image_put(image* it, size_t at, const char* bytes, size_t size, failure* why) noexcept nogil
@@ -155,6 +168,7 @@ cdef void image_retain(image* it) noexcept nogil
 cdef void image_release(image* it) noexcept nogil
 cdef void image_copy(const image* it, char* base) noexcept nogil
 cdef bint is_zero(const char* at, size_t size) noexcept nogil
+cdef void leave_image(memory* m) noexcept nogil
 cdef void memory_restore(memory* m, image* to) noexcept nogil
 cdef int memory_turn_to(memory* m, image* to) noexcept nogil
 cdef size_t memory_border(memory* m, size_t at, size_t end, bint* over_image) noexcept nogil
@@ -171,9 +185,12 @@ cdef void failure_text(const failure* why, char* text, size_t room) noexcept nog
 cdef int raise_failure(const failure* why) except -1
 cdef void acquire(word* lock) noexcept nogil
 cdef void unlock(word* lock) noexcept nogil
+cdef void list_lock(guarded* it) noexcept nogil
+cdef void unlist_lock(guarded* it) noexcept nogil
 cdef void drop_object(PyObject* object) noexcept nogil
 cdef bint python_is_ending() noexcept nogil
 cdef int check_size(object value, str name, size_t* out) except -1
+cdef int check_count(object value, str name, size_t* out) except -1
 cdef int check_flag(object value, str name) except -1
 cdef object wrap(memory* m)
 
@@ -204,7 +221,6 @@ cdef class Memory:
     cdef object __weakref__
     cdef memory* enter(self) except NULL
     cdef memory* enter_pages(self, str call) except NULL
-    cdef memory* enter_bytes(self, str call) except NULL
     cdef void leave(self) noexcept
 
 

@@ -9,16 +9,15 @@ from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memset
 
-from linmem._atomic cimport add, load, pause, publish, store, swap_if, word
+from linmem._atomic cimport add, load, pause, peek, peek_address, poke, poke_address, publish, store, swap_if, word
 from linmem._os cimport pages
 from linmem._units cimport (
-    E_CAPACITY, E_EXPORTED, E_IMAGE, E_MAXIMUM, E_NO_MEMORY, E_OVERFLOW, E_SHRINK, E_UNSUPPORTED, add_up,
+    E_CAPACITY, E_EXPORTED, E_IMAGE, E_MAXIMUM, E_NO_MEMORY, E_OVERFLOW, E_OWNED, E_SHRINK, E_UNSUPPORTED, add_up,
     first_reservation, lay_out, layout, next_reservation, round_down, round_up,
 )
 
-import os as _os
-
 from linmem import abc as _abc
+from linmem._checks import shown as _shown
 
 cdef size_t UNCHOSEN = SIZE_MAX
 cdef size_t NO_MAXIMUM = SIZE_MAX
@@ -53,7 +52,7 @@ cdef struct grave:
     PyObject* object
 
 cdef grave* graves = NULL
-cdef word graves_lock
+cdef guarded burying
 
 
 cdef void drop_object(PyObject* object) noexcept nogil:
@@ -74,10 +73,10 @@ cdef void drop_object(PyObject* object) noexcept nogil:
     if g == NULL:
         return
     g.object = object
-    acquire(&graves_lock)
+    acquire(&burying.lock)
     g.next = graves
     graves = g
-    unlock(&graves_lock)
+    unlock(&burying.lock)
     Py_AddPendingCall(bury, NULL)       # a full queue: the next drop's call buries this one too
 
 
@@ -89,10 +88,10 @@ cdef int bury(void* unused) noexcept:
     global graves
     cdef grave* g
     cdef grave* next
-    acquire(&graves_lock)
+    acquire(&burying.lock)
     g = graves
     graves = NULL
-    unlock(&graves_lock)
+    unlock(&burying.lock)
     while g != NULL:
         next = g.next
         Py_DECREF(<object>g.object)
@@ -101,7 +100,7 @@ cdef int bury(void* unused) noexcept:
     return 0
 
 
-# -- every memory, whatever its kind -----------------------------------------------------------
+# -- locks, and fork ----------------------------------------------------------------------------
 
 # A lock holds the generation of the process that took it. In a forked child the threads of the
 # parent are gone, so a lock that one of them held is nobody's: the child takes it over.
@@ -139,44 +138,87 @@ cdef void unlock(word* lock) noexcept nogil:
     publish(lock, 0)
 
 
-# A child must not inherit a memory that is half way to another address: fork waits for movers.
-cdef word moving_lock
+cdef guarded* guards = NULL
+cdef word guards_lock
+cdef guarded moving             # a memory is half way to another address
+cdef guarded orphaning          # orphans
 
 
-def _before_fork():
-    with nogil:
-        acquire(&moving_lock)
+cdef void list_lock(guarded* it) noexcept nogil:
+    global guards
+    acquire(&guards_lock)
+    it.previous = NULL
+    it.next = guards
+    if guards != NULL:
+        guards.previous = it
+    guards = it
+    unlock(&guards_lock)
 
 
-def _after_fork_in_parent():
-    unlock(&moving_lock)
+cdef void unlist_lock(guarded* it) noexcept nogil:
+    global guards
+    acquire(&guards_lock)
+    if it.next != NULL:
+        it.next.previous = it.previous
+    if it.previous != NULL:
+        it.previous.next = it.next
+    else:
+        guards = it.next
+    unlock(&guards_lock)
 
 
-def _after_fork_in_child():
+# The C library calls these around every fork, also one that Python knows nothing of (but not around clone(2), in
+# whose child not even malloc() works if another thread was in it). The thread that forks may hold the GIL.
+
+cdef void before_fork() noexcept nogil:
+    cdef guarded* it
+    acquire(&guards_lock)
+    it = guards
+    while it != NULL:
+        acquire(&it.lock)
+        it = it.next
+
+
+cdef void after_fork() noexcept nogil:
+    cdef guarded* it = guards
+    while it != NULL:
+        unlock(&it.lock)
+        it = it.next
+    unlock(&guards_lock)
+
+
+cdef void after_fork_in_child() noexcept nogil:
     global generation
     generation += 1
-    unlock(&moving_lock)
+    after_fork()
 
 
-if hasattr(_os, "register_at_fork"):
-    _os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent,
-                         after_in_child=_after_fork_in_child)
+# The last is waited for first: whoever moves a memory may wait for `orphaning`, so that comes after it.
+list_lock(&burying)
+list_lock(&orphaning)
+list_lock(&moving)
+if pages.at_fork(before_fork, after_fork, after_fork_in_child):
+    raise MemoryError("no memory for what linmem does at a fork")
 
+
+# -- every memory, whatever its kind -----------------------------------------------------------
 
 cdef int memory_grow_to(memory* m, size_t new_size, failure* why) noexcept nogil:
-    return grow_locked(m, new_size, why)
+    return grow_locked(m, new_size, False, why)
 
 
 # The path of a growth is one function for the C compiler (hence the inlines, and the mapped kind by
 # name): after a system call the processor has forgotten where calls return to, and every frame on
 # the way back costs as much as all that is checked in it.
-cdef inline int grow_locked(memory* m, size_t new_size, failure* why) noexcept nogil:
+cdef inline int grow_locked(memory* m, size_t new_size, bint by_python, failure* why) noexcept nogil:
     cdef int code = 0
     cdef size_t size
     if not swap_if(&m.lock, 0, generation):
         acquire(&m.lock)
     size = memory_size(m)
-    if new_size < size or new_size > m.maximum:
+    if by_python and load(&m.owner) == OWNER_WASMTIME:
+        code = fail(why, E_OWNED, "grow_to", new_size)
+    elif new_size < size or new_size > m.maximum:
         code = refuse_size(m, size, new_size, why)
     elif new_size > size:
         if m.growth_is_watched:
@@ -267,8 +309,8 @@ cdef long long pins_now(memory* m) noexcept nogil:
 
 
 cdef void pin(memory* m) noexcept:
-    """The base stays where it is until unpin(). With the GIL held, but for the wait: a Python memory
-    needs it to move."""
+    """The base stays where it is until unpin(), for a buffer that is exported. With the GIL held, but for the wait: a
+    Python memory needs it to move."""
     cdef long long pins
     while True:
         pins = pins_now(m)
@@ -283,17 +325,44 @@ cdef inline void unpin(memory* m) noexcept nogil:
     add(&m.pins, -1)
 
 
+cdef inline long long accesses_of_now(long long accesses) noexcept nogil:
+    """Those of the parent's threads never end in a forked child, and are none."""
+    return accesses if accesses >> 32 == generation else generation << 32
+
+
+cdef void begin_access(memory* m) noexcept:
+    """The base stays where it is until end_access(). Whoever wants to move waits for that, so it comes soon: until
+    then the caller waits for nothing, neither a lock nor the GIL."""
+    cdef long long accesses
+    while True:
+        accesses = load(&m.accesses)
+        if swap_if(&m.accesses, accesses, accesses_of_now(accesses) + 1):
+            if pins_now(m) >= 0:        # looked at after: who moves looks the other way round
+                return
+            end_access(m)
+            with nogil:
+                pages.relax()
+
+
+cdef inline void end_access(memory* m) noexcept nogil:
+    add(&m.accesses, -1)
+
+
 cdef int begin_move(memory* m, size_t new_size, failure* why) noexcept nogil:
-    """The base may change until end_move(): nobody points into the memory, and nobody begins to."""
+    """The base may change until end_move(): nobody points into the memory, and nobody begins to. With the lock
+    held; waits for accesses under way."""
     cdef long long pins
     if m.is_shared or m.protected_pages:
         fail(why, E_CAPACITY, "grow_to", new_size, 0, m.capacity)
         snprintf(why.detail, sizeof(why.detail),
                  "shared memories never do" if m.is_shared else "some of its pages have their own protection")
         return E_CAPACITY
-    pins = pins_now(m)
-    if pins or not swap_if(&m.pins, 0, -generation):
-        return fail(why, E_EXPORTED, "grow_to", new_size, <size_t>(pins if pins > 0 else 1), m.capacity)
+    while not swap_if(&m.pins, 0, -generation):
+        pins = pins_now(m)
+        if pins > 0:
+            return fail(why, E_EXPORTED, "grow_to", new_size, <size_t>pins, m.capacity)
+    while accesses_of_now(load(&m.accesses)) != generation << 32:
+        pages.relax()
     return 0
 
 
@@ -309,7 +378,7 @@ cdef struct orphan:
     size_t size
 
 cdef orphan* orphans = NULL     # ranges that the OS refused to take back, tried again at the next release
-cdef word orphans_lock
+cdef word n_orphans
 
 
 cdef void give_back(char* at, size_t size) noexcept nogil:
@@ -325,18 +394,20 @@ cdef void give_back(char* at, size_t size) noexcept nogil:
             return              # no bytes for a note: this address range stays taken
         o.at = at
         o.size = size
-        acquire(&orphans_lock)
+        acquire(&orphaning.lock)
         o.next = orphans
         orphans = o
-        unlock(&orphans_lock)
+        add(&n_orphans, 1)
+        unlock(&orphaning.lock)
         return
-    if orphans == NULL:
+    if load(&n_orphans) == 0:
         return
-    acquire(&orphans_lock)
+    acquire(&orphaning.lock)
     retry = orphans
     if retry != NULL:
         orphans = retry.next
-    unlock(&orphans_lock)
+        add(&n_orphans, -1)
+    unlock(&orphaning.lock)
     if retry != NULL:
         at, size = retry.at, retry.size
         free(retry)
@@ -364,20 +435,20 @@ cdef inline int mapped_grow_by(memory* m, size_t size, size_t new_size, failure*
     if size & (page - 1):
         # Fresh bytes read as zero, also those that native code could already reach.
         memset(m.base + size, 0, round_down(size, page) + page - size)
-    m.accessible = need
+    poke(&m.accessible, need)
     publish(&m.size, <long long>new_size)
     return 0
 
 
 cdef int grow_by_moving(memory* m, size_t new_size, size_t need, failure* why) noexcept nogil:
     """Past the capacity, where nobody can notice. All that can fail comes before anything is lost."""
-    cdef int code
-    acquire(&moving_lock)
-    code = begin_move(m, new_size, why)
-    if code == 0:
-        code = move_to_larger(m, need, why)
-        end_move(m)
-    unlock(&moving_lock)
+    cdef int code = begin_move(m, new_size, why)
+    if code:
+        return code
+    acquire(&moving.lock)
+    code = move_to_larger(m, need, why)
+    end_move(m)
+    unlock(&moving.lock)
     return code
 
 
@@ -412,11 +483,11 @@ cdef int move_to_larger(memory* m, size_t need, failure* why) noexcept nogil:
         give_back(old, old_total)
         m.moved = False
         m.image_state = IMAGE_COPIED
-    m.base = base
+    poke_address(&m.base, base)
     m.pre_guard = to.pre_guard
-    m.capacity = to.capacity
+    poke(&m.capacity, to.capacity)
     m.guard = to.guard
-    m.covered = to.capacity + to.guard
+    poke(&m.covered, to.capacity + to.guard)
     return 0
 
 
@@ -457,12 +528,19 @@ cdef int reserve_exactly(size_t minimum, size_t reservation, size_t guard, size_
 
 
 cdef int mapped_resident(memory* m, size_t* bytes, failure* why) noexcept nogil:
+    # Asked with no lock and no pin, by those who watch while others grow. The size is read first: it is written
+    # after the base, so from the base on that is read then, at least so much is the memory's. Once it has
+    # moved, what was counted may be somebody else's.
+    cdef size_t size
+    cdef char* base
     cdef int code
-    bytes[0] = 0
-    if m.accessible == 0:
-        return 0
-    code = pages.resident(m.base, m.accessible, bytes)
-    return fail_page_call(why, code, "resident", m.accessible) if code else 0
+    while True:
+        bytes[0] = 0
+        size = peek(&m.accessible)
+        base = peek_address(&m.base)
+        code = pages.resident(base, size, bytes) if size else 0
+        if peek_address(&m.base) == base:
+            return fail_page_call(why, code, "resident", size) if code else 0
 
 
 cdef void mapped_free(memory* m) noexcept nogil:
@@ -499,10 +577,12 @@ cdef int prefaulting_grow(memory* m, size_t new_size, failure* why) noexcept nog
     code = pages.prefault(base + accessible, end - accessible)
     if code:
         fail_page_call(why, code, "prefault", end - accessible)
-        if pages.decommit(base + accessible, end - accessible):
-            m.accessible = end      # the next growth finds them, zero as they are
-        return code
-    m.accessible = end
+        # Hidden, they are as if they had never been committed. Left accessible behind the size they must not be:
+        # wasm would write there, and the next growth show it. So what cannot be undone is done.
+        if (pages.decommit(base + accessible, end - accessible) == 0
+                or pages.protect(base + accessible, end - accessible, pages.ACCESS_NONE) == 0):
+            return code
+    poke(&m.accessible, end)
     return mapped_grow(m, new_size, why)
 
 
@@ -724,7 +804,7 @@ cdef class MmapCreator(NativeCreator):
 
 cdef int check_flag(object value, str name) except -1:
     if value is not True and value is not False:
-        raise TypeError(f"{name} must be True or False, got {value!r}")
+        raise TypeError(f"{name} must be True or False, got {_shown(value)}")
     return 0
 
 

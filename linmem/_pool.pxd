@@ -9,7 +9,7 @@
 #  where they were, and zero. Where "zero" is said of accessible bytes, those of an image are the image's.
 
 from linmem._atomic cimport word
-from linmem._memory cimport ImageHandle, NativeCreator, failure, image, memory, memory_hook, memory_spec
+from linmem._memory cimport ImageHandle, NativeCreator, failure, guarded, image, memory, memory_hook, memory_spec
 from linmem._reset cimport reset_policy
 
 # What a slot was made for; it serves equal requests only.
@@ -66,9 +66,7 @@ cdef enum:
 cdef struct pool:
     word refs
     word closed
-    word lock               # of all that follows, but for what never changes
-    pool* next              # in the list of all pools
-    pool* previous
+    guarded guard           # of all that follows, but for what never changes
     slot* slots
     slot* newest[3]         # idle slots by when they became WARM, and COLD
     slot* oldest[3]

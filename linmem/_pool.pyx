@@ -6,12 +6,12 @@ from libc.stdint cimport SIZE_MAX
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from linmem._atomic cimport add, load, store, touch
+from linmem._atomic cimport add, load, poke, store, touch, word
 from linmem._memory cimport (
     IMAGE_BROKEN, IMAGE_COPIED, OWNER_LEFT, OWNER_PYTHON, ImageHandle, MmapCreator, NativeCreator,
-    acquire, check_flag, check_size, fail, failure, image_release, image_retain, memory, memory_border, memory_hang,
-    memory_hook, memory_is_filled, memory_refill, memory_release, memory_renew, memory_restore, memory_spec,
-    memory_start_again, memory_turn_to, raise_failure, unlock,
+    acquire, check_count, check_flag, check_size, fail, failure, give_back, image_release, image_retain, list_lock,
+    memory, memory_border, memory_hang, memory_hook, memory_is_filled, memory_refill, memory_release, memory_renew,
+    memory_restore, memory_spec, memory_start_again, memory_turn_to, raise_failure, unlist_lock, unlock,
 )
 from linmem._os cimport pages
 from linmem._reset cimport (
@@ -20,7 +20,7 @@ from linmem._reset cimport (
 )
 from linmem._units cimport E_EXHAUSTED, E_LIMIT, E_NO_MEMORY
 
-import os as _os
+from linmem._checks import shown as _shown
 
 cdef enum:
     ADAPTIVE = 3
@@ -38,67 +38,17 @@ cdef size_t ZERO_UNSEEN = 1 << 18       # bytes: up to here, zeroing all is no w
 _RESETS = {"scan": RESET_SCAN, "zero": RESET_ZERO, "discard": RESET_DISCARD, "adaptive": ADAPTIVE}
 
 
-# -- all pools, for fork -------------------------------------------------------------------------------
-
-cdef pool* pools = NULL
-cdef word pools_lock
-
-
-def _before_fork():
-    """No thread is in the middle of a pool's lists when the child takes them over."""
-    cdef pool* p
-    with nogil:
-        acquire(&pools_lock)
-        p = pools
-        while p != NULL:
-            acquire(&p.lock)
-            p = p.next
-
-
-def _after_fork():
-    cdef pool* p = pools
-    while p != NULL:
-        unlock(&p.lock)
-        p = p.next
-    unlock(&pools_lock)
-
-
-if hasattr(_os, "register_at_fork"):
-    _os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
-
-
 cdef void release_pool(pool* p) noexcept nogil:
     if add(&p.refs, -1):
         return
-    acquire(&pools_lock)
-    if p.next != NULL:
-        p.next.previous = p.previous
-    if p.previous != NULL:
-        p.previous.next = p.next
-    else:
-        unlist_first(p)
-    unlock(&pools_lock)
+    unlist_lock(&p.guard)
     free(p)
-
-
-cdef void unlist_first(pool* p) noexcept nogil:
-    global pools
-    pools = p.next
-
-
-cdef void list_pool(pool* p) noexcept nogil:
-    global pools
-    acquire(&pools_lock)
-    p.next = pools
-    if pools != NULL:
-        pools.previous = p
-    pools = p
-    unlock(&pools_lock)
 
 
 # -- what this machine's calls cost ------------------------------------------------------------------------
 
 cdef reset_costs costs          # fault == 0: not measured yet
+cdef word costs_lock            # of the first pool's maker; nobody has a pool before
 costs.fault = costs.scan = 0
 
 cdef enum:
@@ -119,8 +69,6 @@ cdef void measure_costs() noexcept nogil:
     cdef size_t n
     cdef size_t offset
     cdef int _, code
-    if costs.fault:
-        return
     if pages.reserve(size, &base) == 0:
         if pages.commit(base, size) == 0:
             for _ in range(SAMPLES):
@@ -146,8 +94,15 @@ cdef void measure_costs() noexcept nogil:
                     scan = shorter(scan, start, code)
                 if pages.renew(base, size):
                     break
-        pages.release(base, size)
+        give_back(base, size)
     set_costs(fault, zero if zero > 0 else 1, scan)
+
+
+cdef void need_costs() noexcept nogil:
+    acquire(&costs_lock)
+    if costs.fault == 0:
+        measure_costs()
+    unlock(&costs_lock)
 
 
 cdef long long shorter(long long best, long long start, int code) noexcept nogil:
@@ -357,17 +312,19 @@ cdef int reset(slot* s, memory* m) noexcept nogil:
     if used:
         how = clear(s, used)
         if how < 0:
+            m.protected_pages = True        # it may be inaccessible: a pool below sees to that first
             return -1
         if s.pool.check and not memory_is_filled(m, used):
             return -1
     if used > s.least:
         if pages.protect(s.base + s.least, used - s.least, pages.ACCESS_NONE):
+            m.protected_pages = True        # the same
             return -1
-        m.accessible = s.least
+        poke(&m.accessible, s.least)        # upstream may have someone who watches, here and below
     elif used < s.least:        # a pool above had made it cold
         if pages.commit(s.base + used, s.least - used) or memory_start_again(m, s.image):
             return -1
-        m.accessible = s.least
+        poke(&m.accessible, s.least)
     return how
 
 
@@ -378,9 +335,9 @@ cdef bint let_go(slot* s, memory* m) noexcept nogil:
     # A pool below knows nothing of what is hidden here. Refused, the pages are zero all the same.
     if m.base == s.base and m.capacity == s.capacity and s.high > m.accessible and s.head.next != NULL:
         pages.decommit(s.base + m.accessible, s.high - m.accessible)
-    acquire(&s.pool.lock)
+    acquire(&s.pool.guard.lock)
     s.m = NULL
-    unlock(&s.pool.lock)
+    unlock(&s.pool.guard.lock)
     return False
 
 
@@ -394,17 +351,17 @@ cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
     if m.base == s.base and m.capacity == s.capacity:       # else it has moved, and is of another shape
         how = reset(s, m)
         if how < 0:
-            acquire(&p.lock)
+            acquire(&p.guard.lock)
             p.rejected += 1
-            unlock(&p.lock)
+            unlock(&p.guard.lock)
     if how < 0:
         return let_go(s, m)
     m.hooks = head
     m.growth_is_watched = s.growth_is_watched
     store(&m.owner, OWNER_PYTHON)
-    acquire(&p.lock)
+    acquire(&p.guard.lock)
     if load(&p.closed):
-        unlock(&p.lock)
+        unlock(&p.guard.lock)
         return let_go(s, m)
     p.resets[how] += 1
     s.thread = this_thread()
@@ -412,7 +369,7 @@ cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
     if p.n_warm > p.most_warm or p.resident > p.resident_bound:
         out = p.oldest[WARM]
         take_idle(p, out)
-    unlock(&p.lock)
+    unlock(&p.guard.lock)
     if out != NULL:
         make_cold(p, out)
     return True
@@ -426,11 +383,11 @@ cdef void make_cold(pool* p, slot* s) noexcept nogil:
             drop(s)
             s = NULL
         else:
-            s.m.accessible = 0
+            poke(&s.m.accessible, 0)
             s.m.image_state = IMAGE_COPIED
             s.high = s.hidden = s.resident = 0
             reset_given_back(&s.policy)
-        acquire(&p.lock)
+        acquire(&p.guard.lock)
         if s != NULL:
             put_idle(p, s, COLD)
         s = NULL
@@ -438,7 +395,7 @@ cdef void make_cold(pool* p, slot* s) noexcept nogil:
             s = p.oldest[WARM]
             if s != NULL:
                 take_idle(p, s)
-        unlock(&p.lock)
+        unlock(&p.guard.lock)
     release_pool(p)
 
 
@@ -453,7 +410,7 @@ cdef void slot_dropped(memory_hook* head) noexcept nogil:
     cdef slot* s = <slot*>head
     cdef pool* p = s.pool
     cdef shelf* empty = NULL
-    acquire(&p.lock)
+    acquire(&p.guard.lock)
     if s.next != NULL:
         s.next.previous = s.previous
     if s.previous != NULL:
@@ -465,7 +422,7 @@ cdef void slot_dropped(memory_hook* head) noexcept nogil:
     if s.shelf.slots == 0:
         empty = s.shelf
         remove_shelf(p, empty)
-    unlock(&p.lock)
+    unlock(&p.guard.lock)
     image_release(s.image)
     free(empty)
     free(s)
@@ -478,17 +435,25 @@ cdef size_t release_idle(pool* p, size_t target) noexcept nogil:
     cdef slot* s
     cdef size_t released = 0
     while True:
-        acquire(&p.lock)
+        acquire(&p.guard.lock)
         s = least_wanted(p)
         if s != NULL and s.state == WARM and target and p.resident <= target:
             s = NULL
         if s != NULL:
             take_idle(p, s)
-        unlock(&p.lock)
+        unlock(&p.guard.lock)
         if s == NULL:
             return released
         released += s.resident
         drop(s)
+
+
+cdef bint has_idle(pool* p) noexcept nogil:
+    cdef bint found
+    acquire(&p.guard.lock)
+    found = least_wanted(p) != NULL
+    unlock(&p.guard.lock)
+    return found
 
 
 cdef bint is_slot_of(pool* p, memory* m) noexcept nogil:
@@ -557,11 +522,11 @@ cdef class PoolingCreator(NativeCreator):
         cdef size_t most_slots = caps.mappings // 6 if caps.mappings else 10000
         cdef size_t keep, warm
         if slots is not None:
-            check_size(slots, "slots", &most_slots)
+            check_count(slots, "slots", &most_slots)
         if most_slots < 1:
             raise ValueError(f"slots must be >= 1, got {slots}")
         check_size(keep_resident, "keep_resident", &keep)
-        check_size(max_unused_warm, "max_unused_warm", &warm)
+        check_count(max_unused_warm, "max_unused_warm", &warm)
         check_choice(reset, "reset", _RESETS)
         check_choice(when_full, "when_full", ("fallback", "error"))
         check_flag(check, "check")
@@ -583,8 +548,8 @@ cdef class PoolingCreator(NativeCreator):
         p.fall_back = when_full == "fallback"
         p.check = check
         with nogil:
-            measure_costs()
-            list_pool(p)
+            need_costs()
+            list_lock(&p.guard)
         self.pool = p
 
     def __dealloc__(self):
@@ -616,7 +581,7 @@ cdef class PoolingCreator(NativeCreator):
         cdef slot* s = NULL
         cdef bint cold = False
         cdef const void* me = this_thread()
-        acquire(&p.lock)
+        acquire(&p.guard.lock)
         here = find_shelf(p, key)
         if here != NULL:
             s = here.warm if here.warm != NULL else here.cold
@@ -627,7 +592,7 @@ cdef class PoolingCreator(NativeCreator):
             cold = s.state == COLD
             take_idle(p, s)
             p.hits += 1
-        unlock(&p.lock)
+        unlock(&p.guard.lock)
         if s == NULL:
             return NULL
         if cold and s.least:
@@ -635,11 +600,12 @@ cdef class PoolingCreator(NativeCreator):
                 pages.advise_huge(s.base, s.capacity)
             if pages.commit(s.base, s.least) or memory_start_again(s.m, s.image):
                 drop(s)         # and a new one may be had where this one's pages may not
-                acquire(&p.lock)
+                acquire(&p.guard.lock)
                 p.hits -= 1
-                unlock(&p.lock)
+                unlock(&p.guard.lock)
                 return NULL
-            s.m.accessible = s.high = s.least
+            s.high = s.least
+            poke(&s.m.accessible, s.least)
         store(&s.m.size, s.first_size)
         s.m.started = <size_t>s.first_size
         store(&s.m.refs, 1)
@@ -655,7 +621,7 @@ cdef class PoolingCreator(NativeCreator):
         cdef int code
         cdef bint room
         while True:
-            acquire(&p.lock)
+            acquire(&p.guard.lock)
             room = p.n_slots < p.most_slots
             victim = NULL if room else least_wanted(p)
             if room:
@@ -663,35 +629,38 @@ cdef class PoolingCreator(NativeCreator):
                 p.misses += 1
             elif victim != NULL:
                 take_idle(p, victim)
-            elif p.fall_back:
-                p.fallbacks += 1
-            unlock(&p.lock)
+            unlock(&p.guard.lock)
             if victim == NULL:
                 break
             drop(victim)
         if not room:
             if not p.fall_back:
                 return fail(why, E_EXHAUSTED, "new_memory", spec.minimum, p.most_slots, p.most_slots)
-            return self.upstream.make(spec, out, why)
+            code = self.upstream.make(spec, out, why)
+            if code == 0:
+                acquire(&p.guard.lock)
+                p.fallbacks += 1
+                unlock(&p.guard.lock)
+            return code
         s = <slot*>calloc(1, sizeof(slot))
         spare = <shelf*>calloc(1, sizeof(shelf))
         if s == NULL or spare == NULL:
             code = fail(why, E_NO_MEMORY, "calloc", sizeof(slot))
         else:
             code = self.upstream.make(spec, out, why)
-            if code and (code > 0 or code == E_LIMIT or code == E_NO_MEMORY) and least_wanted(p) != NULL:
+            if code and (code > 0 or code == E_LIMIT or code == E_NO_MEMORY) and has_idle(p):
                 # What idle slots hold may be what is missing.
                 release_idle(p, 0)
                 code = self.upstream.make(spec, out, why)
         if code or not out[0].ops.pages_are_ours:
             free(s)
             free(spare)
-            acquire(&p.lock)
+            acquire(&p.guard.lock)
             p.n_slots -= 1
             p.misses -= 1
             if code == 0:
                 p.fallbacks += 1
-            unlock(&p.lock)
+            unlock(&p.guard.lock)
             return code
         s.pool = p
         s.m = out[0]
@@ -706,7 +675,7 @@ cdef class PoolingCreator(NativeCreator):
         s.head.dropped = slot_dropped
         reset_start(&s.policy)
         add(&p.refs, 1)
-        acquire(&p.lock)
+        acquire(&p.guard.lock)
         here = find_shelf(p, key)
         if here == NULL:
             here = spare
@@ -720,7 +689,7 @@ cdef class PoolingCreator(NativeCreator):
         if p.slots != NULL:
             p.slots.previous = s
         p.slots = s
-        unlock(&p.lock)
+        unlock(&p.guard.lock)
         free(spare)
         memory_hang(s.m, &s.head)
         return 0
@@ -757,7 +726,7 @@ cdef class PoolingCreator(NativeCreator):
         cdef shape key
         cdef failure why
         cdef int code = 0
-        check_size(n, "n", &wanted)
+        check_count(n, "n", &wanted)
         if wanted > p.most_slots:
             raise ValueError(f"n must be <= the slots of the pool ({p.most_slots}), got {wanted}")
         try:
@@ -790,10 +759,10 @@ cdef class PoolingCreator(NativeCreator):
                         break
                     made += 1
                 taken += 1
-            acquire(&p.lock)        # nobody has asked for these yet
+            acquire(&p.guard.lock)        # nobody has asked for these yet
             p.hits -= taken - made
             p.misses -= made
-            unlock(&p.lock)
+            unlock(&p.guard.lock)
             while taken:
                 taken -= 1
                 memory_release(memories[taken])
@@ -840,13 +809,13 @@ cdef class PoolingCreator(NativeCreator):
         cdef slot* s
         cdef size_t pinned = 0
         with nogil:
-            acquire(&p.lock)
+            acquire(&p.guard.lock)
             now = p[0]
             s = p.slots
             while s != NULL:
                 pinned += s.state == LIVE and s.m != NULL and load(&s.m.owner) == OWNER_LEFT
                 s = s.next
-            unlock(&p.lock)
+            unlock(&p.guard.lock)
         return {
             "slots": now.most_slots,
             "live": now.n_slots - now.n_warm - now.n_cold,
@@ -869,7 +838,7 @@ cdef class PoolingCreator(NativeCreator):
 
 cdef int check_choice(object value, str name, object choices) except -1:
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {_shown(value)}")
     return 0
 
 
@@ -900,7 +869,9 @@ cdef class _Policy:
         reset_given_back(&self.policy)
 
 
-def _costs():
+def _costs(anew=False):
     """What measure_costs() found here."""
-    measure_costs()
+    if anew:
+        costs.fault = 0
+    need_costs()
     return {"fault": costs.fault, "scan": costs.scan}

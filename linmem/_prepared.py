@@ -6,6 +6,7 @@ import ctypes
 import functools
 import hashlib
 import importlib.metadata
+import os
 import sys
 import warnings
 import weakref
@@ -15,13 +16,12 @@ import wasmtime
 
 from linmem import _bridge, _hoist
 from linmem._cache import Cache
+from linmem._checks import check_flag, check_path
 from linmem._image import Image
-from linmem.errors import FileFormatError
+from linmem.errors import FileFormatError, PageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import os
-
     from wasmtime._exportable import AsExtern
 
 __all__ = ["NOT_OURS", "Prepared", "prepare"]
@@ -54,8 +54,20 @@ class Prepared:
 
     __slots__ = ("__weakref__", "_offer", "added", "images", "module", "outline", "skipped")
 
-    def __init__(self, module: wasmtime.Module, images: Sequence[Image | None], minima: Sequence[int],
-                 skipped: Sequence[str], added: frozenset[str], outline: _hoist.Outline | None) -> None:
+    module: wasmtime.Module
+    images: tuple[Image | None, ...]
+    skipped: tuple[str, ...]
+    added: frozenset[str]
+    outline: _hoist.Outline | None
+    _offer: _bridge.Offer | None
+
+    def __init__(self) -> None:
+        raise TypeError("a Prepared is made by linmem.wasmtime.prepare(engine, wasm)")
+
+    @classmethod
+    def _of(cls, module: wasmtime.Module, images: Sequence[Image | None], minima: Sequence[int],
+            skipped: Sequence[str], added: frozenset[str], outline: _hoist.Outline | None) -> Prepared:
+        self = object.__new__(cls)
         self.module = module
         self.images = tuple(images)
         self.skipped = tuple(skipped)
@@ -64,6 +76,7 @@ class Prepared:
         # A minimum that no machine has is not asked for: wasmtime itself refuses to instantiate then.
         places = [(min(minimum, _LARGEST), image) for minimum, image in zip(minima, images, strict=True)]
         self._offer = _bridge.Offer(places) if any(image is not None for image in images) else None
+        return self
 
     def instantiate(self, store: wasmtime.Store,
                     imports: Sequence[AsExtern] | wasmtime.Linker = ()) -> wasmtime.Instance:
@@ -81,6 +94,14 @@ class Prepared:
         wasmtime.WasmtimeError, wasmtime.Trap
             As ``wasmtime.Instance`` would for the original module.
         """
+        if not isinstance(store, wasmtime.Store) and not callable(getattr(store, "_context", None)):    # or a Caller
+            raise TypeError(f"store must be a wasmtime.Store, got {type(store).__name__}")
+        if not isinstance(imports, wasmtime.Linker):
+            try:
+                imports = list(imports)
+            except TypeError:
+                raise TypeError("imports must be a sequence or a wasmtime.Linker, got"
+                                f" {type(imports).__name__}") from None
         offer = self._offer
         try:        # from the first moment: an interrupt may come as make() returns
             if offer is not None and not offer.make():
@@ -114,7 +135,7 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
     an `Image` for each memory. `Prepared.instantiate` then hands out memories that share the
     image's pages until they write to them, where wasmtime would copy all data each time. Nothing
     else about the instances changes. What cannot be taken out without a change stays in the module,
-    and `Prepared.skipped` says why.
+    and so does all where the OS has no room for the images; `Prepared.skipped` says why.
 
     Parameters
     ----------
@@ -133,7 +154,7 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
     Raises
     ------
     wasmtime.WasmtimeError
-        If wasmtime refuses the module.
+        If wasmtime refuses the module, or the engine's creator a memory to try it with.
     ValueError
         If `wasm` is a component, or if the engine does not make its memories with linmem.
     PermissionError
@@ -143,8 +164,15 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
         raise TypeError(f"engine must be a wasmtime.Engine, got {type(engine).__name__}")
     if not isinstance(wasm, (str, bytes, bytearray)):
         raise TypeError(f"wasm must be bytes or str, got {type(wasm).__name__}")
-    wasm = wasm if isinstance(wasm, str) else bytes(wasm)
-    if isinstance(wasm, str) or wasm[:1] not in (b"", b"\0"):
+    check_flag(expose, "expose")
+    if cache is not None:
+        cache = os.fsdecode(check_path(cache, "cache"))
+    is_text = isinstance(wasm, str)
+    try:
+        wasm = wasm.encode() if isinstance(wasm, str) else bytes(wasm)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"wasm must be text that UTF-8 can encode: {error}") from None
+    if is_text or wasm[:1] not in (b"", b"\0"):
         wasm = bytes(wasmtime.wat2wasm(wasm))
     if not _asks(engine):
         raise ValueError(f"the engine does not make its memories with linmem: {NOT_OURS}")
@@ -159,11 +187,16 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
     except _hoist.Malformed as error:       # wasmtime has the last word, and better ones
         hoisted = _hoist.Hoisted(wasm, [], [], [f"nothing is hoisted: {error}"])
     directory = None if cache is None else Cache(cache)
-    module = _compiled(engine, hoisted.module, directory)
     images: list[Image | None] = []
-    for runs in hoisted.images:
-        images.append(None if runs is None else _image(runs, directory))
-    return Prepared(module, images, hoisted.minima, hoisted.skipped, added, outline)
+    try:
+        for runs in hoisted.images:
+            images.append(None if runs is None else _image(runs, directory))
+    except (PageError, OverflowError) as error:     # segments as far apart as no machine has memory for
+        hoisted = _hoist.Hoisted(wasm, [None] * len(hoisted.images), hoisted.minima,
+                                 [f"nothing is hoisted, there is no room for an image: {error}"])
+        images = [None] * len(hoisted.images)
+    module = _compiled(engine, hoisted.module, directory)
+    return Prepared._of(module, images, hoisted.minima, hoisted.skipped, added, outline)
 
 
 def _asks(engine: wasmtime.Engine) -> bool:
@@ -192,7 +225,7 @@ def _image(runs: Sequence[_hoist.Run], cache: Cache | None) -> Image:
     for path in cache.entries(key, ".image"):
         try:
             return Image.open(path)
-        except FileFormatError:     # of another version
+        except (FileFormatError, FileNotFoundError):     # of another version, or another process has made room
             continue
     image = Image.from_pieces(runs, last + len(data) - start, start)
     _add(cache, key, ".image", image.save)

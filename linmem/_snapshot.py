@@ -11,6 +11,7 @@ import wasmtime
 from wasmtime import _ffi as ffi
 
 from linmem import _bridge
+from linmem._checks import check_flag
 from linmem._image import Image
 from linmem._memory import Memory
 
@@ -27,6 +28,7 @@ __all__ = ["Snapshot", "behind"]
 # by way of wasmtime-py what it is: at v128 that aborts the process.)
 _PLAIN = range(ffi.WASMTIME_I32.value, ffi.WASMTIME_FUNCREF.value + 1)
 _WASMTIME = os.path.dirname(wasmtime.__file__) + os.sep
+_numbers: weakref.WeakKeyDictionary[wasmtime.Store, int] = weakref.WeakKeyDictionary()
 _ENTRIES = frozenset(("__call__", "__init__", "instantiate", "call_async"))
 
 
@@ -34,6 +36,24 @@ def behind(store: wasmtime.Store, memory: wasmtime.Memory | wasmtime.SharedMemor
     """The linmem memory behind a wasm memory; None if there is none."""
     pointer = memory.data_ptr(store) if isinstance(memory, wasmtime.Memory) else memory.data_ptr()
     return _bridge.find(ctypes.cast(pointer, ctypes.c_void_p).value or 0)
+
+
+def check_store(store: Any, name: str, handle: ctypes.Structure) -> None:
+    """Refuse what is no store (or a Caller), and the store that a thing is not of: wasmtime would end the process."""
+    if not isinstance(store, wasmtime.Store):
+        if not callable(getattr(store, "_context", None)):
+            raise TypeError(f"store must be a wasmtime.Store, got {type(store).__name__}")
+        return
+    number = _numbers.get(store)
+    if number is None:      # what is made in it says which one it is
+        mark = wasmtime.Global(store, wasmtime.GlobalType(wasmtime.ValType.i32(), False), 0)
+        number = _numbers[store] = _number_in(mark._global)
+    if _number_in(handle) != number:
+        raise ValueError(f"store must be the one that the {name} belongs to, got another")
+
+
+def _number_in(handle: ctypes.Structure) -> int:
+    return ctypes.c_uint64.from_buffer(handle).value        # store_id, by whatever name
 
 
 class Snapshot:
@@ -90,7 +110,9 @@ class Snapshot:
         """
         if not isinstance(instance, wasmtime.Instance):
             raise TypeError(f"instance must be a wasmtime.Instance, got {type(instance).__name__}")
+        check_flag(partial, "partial")
         context = _idle(store, "taken")
+        check_store(store, "instance", instance._instance)
         prepared = getattr(instance, "_linmem_prepared", None)
         exports = instance.exports(store)
         outline = None if prepared is None else prepared.outline
@@ -148,6 +170,7 @@ class Snapshot:
         RuntimeError
             If a call into the store is running on this thread.
         """
+        check_flag(zero_grown, "zero_grown")
         if self._store() is not store:
             raise ValueError("the snapshot was taken in another store")
         context = _idle(store, "restored")

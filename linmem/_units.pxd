@@ -17,6 +17,7 @@ cdef enum:
     E_PYTHON = -9           # a Python creator or memory raised; the exception is in the failure
     E_EXHAUSTED = -10       # every slot of a pool is in use
     E_IMAGE = -11           # the memory is smaller than its image
+    E_OWNED = -12           # a wasmtime store owns the memory, and Python is to leave it alone
 
 
 cdef inline bint is_power_of_two(size_t n) noexcept nogil:

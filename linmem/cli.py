@@ -70,6 +70,15 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        found, unknown = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            # Some Pythons' argparse takes the value of "--option=--" for the word that ends the options.
+            value = getattr(found, action.dest, None) if action.option_strings and action.nargs is None else None
+            if isinstance(value, list) and ([] in value or action.default is None):
+                self.error(f"argument {action.option_strings[0]}: -- is no value")
+        return found, unknown
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line.
@@ -93,6 +102,9 @@ def main(argv: list[str] | None = None) -> int:
     command = words[0] if words else ""
     try:
         parser, commands = build_parser()
+        for word in words:
+            if "\0" in word:        # never of a shell's
+                parser.error(f"{word!r:.60} has a NUL in it")
         if command == "run":
             words, program, arguments = split_run(commands["run"], words[1:])
             args, unknown = commands["run"].parse_known_args(words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from linmem._adaptors import LimitingCreator, PythonCreator, StatisticsCreator
+from linmem._checks import shown
 from linmem._memory import Memory, MmapCreator, NativeCreator
 from linmem._pool import PoolingCreator
 from linmem.abc import MemoryCreator
@@ -38,10 +39,9 @@ def creator(kind: str = "mmap", **options: Any) -> NativeCreator:
     TypeError
         For an option that the kind does not have.
     """
-    try:
-        made = _KINDS[kind]
-    except (KeyError, TypeError):
-        raise ValueError(f"kind must be one of {', '.join(map(repr, _KINDS))}, got {kind!r}") from None
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise ValueError(f"kind must be one of {', '.join(map(repr, _KINDS))}, got {shown(kind)}")
+    made = _KINDS[kind]
     if made is not MmapCreator:
         options["upstream"] = as_native(options.get("upstream") or _DEFAULT)
     return made(**options)

@@ -121,6 +121,8 @@ def setup(client: distributed.Client) -> None:
     Without it a worker that has not imported this module cannot read what one that has sent to it.
     A cluster whose workers are started with ``--preload linmem.dask`` needs no setup.
     """
+    if not isinstance(client, distributed.Client):
+        raise TypeError(f"client must be a distributed.Client, got {type(client).__name__}")
     client.register_plugin(LinmemPlugin())
 
 
@@ -143,6 +145,10 @@ def worker_pool(image: Image, **options: Any) -> NativeCreator:
     if not isinstance(image, Image):
         raise TypeError(f"image must be an Image, got {type(image).__name__}")
     key = (image.digest, *sorted(options.items()))
+    try:
+        hash(key)
+    except Exception:       # no option is one that cannot be a key: whose it is, the pool says
+        return creator("pool", image=image, **options)
     with _lock:
         pool = _pools.get(key)
         if pool is None:
@@ -165,5 +171,6 @@ def memory(image: Image, maximum: int | None = None, **options: Any) -> Iterator
     **options
         As of `worker_pool`.
     """
-    with image.new_memory(maximum, creator=worker_pool(image, **options)) as mem:
+    pool = worker_pool(image, **options)
+    with image.new_memory(maximum, creator=pool) as mem:
         yield mem

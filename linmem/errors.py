@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from linmem._checks import shown
+
 __all__ = ["FileFormatError", "GrowError", "LimitError", "OwnedError", "PageError", "PoolError"]
 
 
@@ -89,7 +91,8 @@ class FileFormatError(ValueError):
     """
 
     def __init__(self, path: str, field: str, value: object, bound: object) -> None:
-        super().__init__(f"{path}: {field} is {value}, must be {bound}")
+        texts = (part if isinstance(part, str) else shown(part) for part in (path, field, value, bound))
+        super().__init__("{}: {} is {}, must be {}".format(*texts))
         self.path = path
         self.field = field
         self.value = value
@@ -129,5 +132,6 @@ def from_failure(reason: str, text: str, *, os_error_args: tuple[object, ...], c
         "CAPACITY": GrowError,
         "EXPORTED": BufferError,
         "IMAGE": ValueError,
+        "OWNED": OwnedError,
         "UNSUPPORTED": TypeError,
     }[reason](text)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from linmem._checks import check_flag, shown
+
 __all__ = ["ImageInfo", "MemoryInfo", "MemoryType"]
 
 
@@ -38,12 +40,14 @@ class MemoryType:
             value = getattr(self, name)
             if not isinstance(value, int) and not (name == "maximum" and value is None):
                 raise TypeError(f"{name} must be an integer number of wasm pages, got {type(value).__name__}")
-        if self.page_size not in (1, 65536):
-            raise ValueError(f"page_size must be 1 or 65536, got {self.page_size}")
+        check_flag(self.is_64, "is_64")
+        check_flag(self.is_shared, "is_shared")
+        if not isinstance(self.page_size, int) or self.page_size not in (1, 65536):
+            raise ValueError(f"page_size must be 1 or 65536, got {shown(self.page_size)}")
         if self.minimum < 0:
-            raise ValueError(f"minimum must be >= 0, got {self.minimum}")
+            raise ValueError(f"minimum must be >= 0, got {shown(self.minimum)}")
         if self.maximum is not None and self.maximum < self.minimum:
-            raise ValueError(f"maximum must be >= minimum ({self.minimum}), got {self.maximum}")
+            raise ValueError(f"maximum must be >= minimum ({shown(self.minimum)}), got {shown(self.maximum)}")
 
 
 @dataclass(frozen=True)

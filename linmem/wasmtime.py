@@ -18,11 +18,12 @@ except ImportError as error:
 from wasmtime import _ffi as ffi
 
 from linmem import _bridge
+from linmem._checks import check_flag
 from linmem._memory import Memory
 from linmem._os import pages as _pages
 from linmem._pool import PoolingCreator
 from linmem._prepared import NOT_OURS, Prepared, prepare
-from linmem._snapshot import Snapshot, behind
+from linmem._snapshot import Snapshot, behind, check_store
 from linmem.abc import MemoryCreator
 from linmem.creators import as_native
 
@@ -78,6 +79,7 @@ def install(config: wasmtime.Config, creator: MemoryCreator | None = None, *, tu
     except ValueError:
         raise ValueError("config was given to an Engine already (or closed): install() comes before Engine(config)"
                          ) from None
+    check_flag(tune, "tune")
     native = as_native(PoolingCreator() if creator is None else creator)
     _bind()
     if tune:
@@ -103,10 +105,13 @@ def linear_memory(store: wasmtime.Store, memory: wasmtime.Memory | wasmtime.Shar
     TypeError
         If `memory` is neither.
     ValueError
-        If linmem does not own the memory; the message lists the reasons there are.
+        If linmem does not own the memory (the message lists the reasons there are), or if `store` is another
+        one than the memory's.
     """
     if not isinstance(memory, (wasmtime.Memory, wasmtime.SharedMemory)):
         raise TypeError(f"memory must be a wasmtime.Memory or a wasmtime.SharedMemory, got {type(memory).__name__}")
+    if isinstance(memory, wasmtime.Memory):
+        check_store(store, "memory", memory._memory)
     found = behind(store, memory)
     if found is None:
         raise ValueError(f"memory is not linmem's: {NOT_OURS}, or the memory was made by wasmtime.Memory() or"
@@ -127,6 +132,8 @@ def new_memory(store: wasmtime.Store, memory_type: wasmtime.MemoryType) -> wasmt
     wasmtime.WasmtimeError
         If the memory cannot be made; the creator's own text.
     """
+    if not isinstance(store, wasmtime.Store):
+        raise TypeError(f"store must be a wasmtime.Store, got {type(store).__name__}")
     if not isinstance(memory_type, wasmtime.MemoryType):
         raise TypeError(f"memory_type must be a wasmtime.MemoryType, got {type(memory_type).__name__}")
     limits = memory_type.limits

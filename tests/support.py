@@ -298,8 +298,9 @@ def resident_within(start: int, end: int) -> int:
     return sum(byte & 1 for byte in vector) * REAL_PAGE
 
 
-# AddressSanitizer keeps terabytes inaccessible below here, and takes from them whenever it allocates.
-SANITIZER_END = 0x640000000000 if "libasan" in os.environ.get("LD_PRELOAD", "") else 0
+# Sanitizers keep terabytes inaccessible below here, and take from them whenever they allocate.
+SANITIZER_END = next((end for name, end in {"libasan": 0x640000000000, "libtsan": 0x7e8000000000}.items()
+                      if name in os.environ.get("LD_PRELOAD", "")), 0)
 
 
 def live_bytes() -> int:
@@ -368,6 +369,40 @@ def answer(code: str, **how) -> str:
     return done.stdout.strip()
 
 
+# For children that fork: `child` runs `work` in a forked process, which must end well; `descriptors` says what
+# this process has open. That a fork in a process with threads may hang is what is tested, and not worth a warning.
+FORKING = """
+import ctypes, os, sys, threading, traceback, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+libc = ctypes.PyDLL(None) if hasattr(os, "fork") else None
+
+def child(fork, work):
+    pid = fork()
+    if pid == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+    assert os.waitpid(pid, 0)[1] == 0
+
+def descriptors():
+    # number -> what it is
+    names = {}
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            names[int(number)] = os.readlink("/proc/self/fd/" + number)
+        except OSError:
+            pass
+    return names
+"""
+FORKS = whichever(("fork", "os.fork"), ("bare_fork", "libc._Fork"))     # `_Fork` runs no handlers, as raw clone(2)
+
+
 @functools.cache
 def _fault_codes() -> frozenset[int]:
     found = {0xC0000005, 0xC0000005 - (1 << 32)}        # Windows: access violation
@@ -406,17 +441,31 @@ def os_code(error: OSError) -> int:
 
 
 class failing:
-    """Within it, the nth page call fails with `code`; `happened` says afterwards whether it came to that."""
+    """Within it, the nth page call and the `times` - 1 behind it fail with `code`; `happened` says afterwards
+    whether it came to that."""
 
-    def __init__(self, nth: int, code: int) -> None:
-        self.nth, self.code, self.happened = nth, code, False
+    def __init__(self, nth: int, code: int, times: int = 1) -> None:
+        self.nth, self.code, self.times, self.happened = nth, code, times, False
 
     def __enter__(self) -> failing:
-        pages.count_calls_to_failure(self.nth, self.code)
+        pages.count_calls_to_failure(self.nth, self.code, self.times)
         return self
 
     def __exit__(self, *exc) -> None:
         self.happened = pages.count_calls_to_failure(0, 0) == 0
+
+
+class counting:
+    """Within it, page calls are counted; `calls` says afterwards how many there were."""
+
+    MANY = 1 << 40
+
+    def __enter__(self) -> counting:
+        pages.count_calls_to_failure(self.MANY, 1)
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.calls = self.MANY - pages.count_calls_to_failure(0, 0)
 
 
 class scanning:

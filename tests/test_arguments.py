@@ -69,6 +69,22 @@ def test_none_is_no_size_where_it_means_nothing(name):
             calls[name](None)
 
 
+COUNT_ARGUMENTS = {
+    "slots": lambda bad: linmem.PoolingCreator(slots=bad),
+    "max_unused_warm": lambda bad: linmem.PoolingCreator(max_unused_warm=bad),
+    "n": lambda bad: linmem.PoolingCreator().warm(bad, TYPE),
+    "history": lambda bad: linmem.StatisticsCreator(linmem.MmapCreator(), bad),
+    "count": lambda bad: linmem.create(PAGE).view("B", 0, bad),
+}
+
+
+@pytest.mark.parametrize("name", COUNT_ARGUMENTS)
+def test_what_is_no_count_is_refused_as_no_integer_and_not_as_no_number_of_bytes(name):
+    for bad in NO_SIZE:
+        with pytest.raises(REFUSED, match=rf"^{name} must be (?!.*number of bytes)"):
+            COUNT_ARGUMENTS[name](bad)
+
+
 @pytest.mark.parametrize("huge", [2**63, 2**63 - 1, WORD - 1, WORD - PAGE])
 @pytest.mark.parametrize("name", ["minimum", "reserve", "guard"])
 def test_a_size_beyond_every_address_is_refused_by_name(name, huge):

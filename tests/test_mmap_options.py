@@ -118,55 +118,6 @@ def test_a_prefaulted_memory_that_moves_is_resident_where_it_went():
         assert bytes(mem) == b"kept" * PAGE + bytes(60 * PAGE)
 
 
-def prefaulted(**how):
-    mem = linmem.MmapCreator(prefault=True).create(2 * PAGE + 5, **{"maximum": 32 * PAGE, **how})
-    mem.write(0, b"kept" * 10)
-    return mem
-
-
-def test_a_refused_growth_changes_nothing_whichever_call_was_refused():
-    calls = []
-    for nth in range(1, 10):
-        with prefaulted() as mem:
-            content, before = bytes(mem), mem.info()
-            parts = accessible_parts(mem) if NEEDS["regions"][0] else None
-            caught = None
-            with failing(nth, errno.ENOMEM) as injected:
-                try:
-                    mem.grow_to(20 * PAGE)
-                except linmem.PageError as error:
-                    caught = error
-            if not injected.happened:
-                assert caught is None
-                assert mem.byte_size() == 20 * PAGE
-                break
-            calls.append(caught.call)
-            assert (mem.info(), bytes(mem)) == (before, content)
-            if parts is not None:
-                assert accessible_parts(mem) == parts
-            mem.grow_to(20 * PAGE)
-            assert bytes(mem) == content + bytes(20 * PAGE - len(content))
-    assert calls == ["commit", "prefault"]
-
-
-def test_a_refused_creation_leaves_nothing_behind():
-    calls = []
-    for nth in range(1, 10):
-        start = live()
-        caught = None
-        with failing(nth, errno.ENOMEM) as injected:
-            try:
-                prefaulted(reserve=32 * PAGE).close()
-            except linmem.PageError as error:
-                caught = error
-        linmem.create(PAGE).close()     # a refused release is tried again with the next
-        assert live() == start
-        if not injected.happened:
-            break
-        calls.append(caught.call if caught else None)
-    assert calls == ["reserve", "commit", "prefault", None]     # at last, the release of a memory that was made
-
-
 # -- huge pages --------------------------------------------------------------------------------------------
 
 @requires("huge_pages")

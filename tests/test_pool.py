@@ -1,6 +1,5 @@
 """A pool: the same memories again and again, each time as if they were new."""
 
-import contextlib
 import ctypes
 import errno
 import gc
@@ -1141,79 +1140,6 @@ def test_an_upstream_that_makes_smaller_memories_than_asked_for_is_believed(tmp_
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
-
-def make_pool(**options):
-    return linmem.PoolingCreator(**{"max_unused_warm": 1, **options})
-
-
-def dirty(mem):
-    mem.grow_to(12 * PAGE)
-    mem.write(0, b"s" * 12 * PAGE)
-    mem.protect(2 * PAGE, 3 * PAGE, "none")
-
-
-TYPE = linmem.MemoryType(1, 4)
-TYPE_SIZES = {"reserved_size_in_bytes": 1 << 18, "guard_size_in_bytes": round_up(65536)}
-
-
-def with_idle(pool):
-    for mem in [pool.create(3 * PAGE, **SHAPE) for _ in range(3)]:
-        mem.write(0, b"s" * 3 * PAGE)
-        mem.close()
-
-
-def with_dirty(pool):
-    mem = pool.create(3 * PAGE, **SHAPE)
-    dirty(mem)
-    return mem
-
-
-SCENES = {      # what is there before, what is done with every page call failing in turn
-    "create": (lambda pool: None, lambda pool, mem: pool.create(3 * PAGE, **SHAPE).close()),
-    "create another shape": (with_idle, lambda pool, mem: pool.create(4 * PAGE, **SHAPE).close()),
-    "reuse warm and cold": (with_idle, lambda pool, mem: [pool.create(3 * PAGE, **SHAPE) for _ in range(3)].clear()),
-    "grow after reuse": (with_dirty, lambda pool, mem: (
-        mem.close(), pool.create(3 * PAGE, **SHAPE).grow_to(12 * PAGE))),
-    "drop": (with_dirty, lambda pool, mem: mem.close()),
-    "drop two": (lambda pool: [with_dirty(pool), with_dirty(pool)], lambda pool, mems: [m.close() for m in mems]),
-    "trim": (with_idle, lambda pool, mem: pool.trim()),
-    "trim some": (with_idle, lambda pool, mem: pool.trim(PAGE)),
-    "warm": (with_idle, lambda pool, mem: pool.warm(3, TYPE, **TYPE_SIZES)),
-    "warm what is cold": (lambda pool: pool.warm(3, TYPE, **TYPE_SIZES),
-                          lambda pool, mem: pool.warm(3, TYPE, **TYPE_SIZES)),
-}
-
-
-@pytest.mark.parametrize(("reset", "way"), HOW)
-@pytest.mark.parametrize("scene", SCENES)
-def test_each_page_call_may_be_refused_and_no_byte_and_no_page_is_lost(scene, reset, way):
-    prepare, act = SCENES[scene]
-    with scanning(way):
-        for nth in range(1, 60):
-            start = live()
-            pool = make_pool(reset=reset)
-            mem = prepare(pool)
-            with failing(nth, errno.ENOMEM) as injected, contextlib.suppress(linmem.PageError):
-                act(pool, mem)
-            mem = None
-            gc.collect()
-            stats = pool.stats()
-            assert (stats["live"], stats["pinned"]) == (0, 0)
-            for minimum in (3 * PAGE, 3 * PAGE, 4 * PAGE):
-                with pool.create(minimum, **SHAPE) as mem:
-                    check_fresh(mem, minimum)
-                    mem.grow_to(12 * PAGE)
-                    assert bytes(mem).count(0) == 12 * PAGE
-                    assert pool.stats()["live"] == 1
-            pool.trim()
-            del pool, mem
-            for _ in range(3):          # what the OS refused to take back goes with the next releases
-                linmem.create(PAGE).close()
-            assert live() == start
-            if not injected.happened:
-                return
-    raise AssertionError("ever more page calls")
-
 
 @requires("scans")
 def test_where_touched_pages_cannot_be_had_the_pages_are_given_back():

@@ -591,6 +591,20 @@ def test_a_directory_of_another_user_is_refused(tmp_path, monkeypatch):
         prepare(MMAP, HELLO, cache=tmp_path)
 
 
+def test_an_image_that_another_process_removes_from_the_cache_as_it_is_opened_is_made_anew(tmp_path, monkeypatch):
+    whole = Cache.entries
+
+    def then_removed(self, key, suffix):
+        for path in whole(self, key, suffix):
+            os.unlink(path)
+            yield path
+
+    assert works(MMAP, tmp_path)
+    monkeypatch.setattr(Cache, "entries", then_removed)
+    assert works(MMAP, tmp_path)
+    assert len(entries(tmp_path, ".image")) == 1
+
+
 def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
     def full(number):
         raise OSError(28, "No space left on device")

@@ -574,30 +574,3 @@ def test_a_python_memory_that_does_not_cover_its_guard_never_reaches_wasm():
 
     with pytest.raises(wasmtime.WasmtimeError, match=r"ValueError: Liar.wasm_accessible\(\) must cover"):
         instantiate(GROWING.format(limits="1"), LyingCreator())
-
-
-def test_a_page_call_that_fails_in_wasm_growth_is_minus_one_and_the_memory_goes_on():
-    store, exports = instantiate(GROWING.format(limits="1"))
-    memory = linmem.wasmtime.linear_memory(store, exports["memory"])
-    pages.count_calls_to_failure(1, 12)
-    try:
-        assert exports["grow"](store, 1) == -1
-    finally:
-        assert pages.count_calls_to_failure(0, 0) == 0
-    assert len(memory) == PAGE
-    assert exports["grow"](store, 1) == 1
-    assert exports["load"](store, 2 * PAGE - 1) == 0
-
-
-@pytest.mark.parametrize("nth", [1, 2])
-def test_a_page_call_that_fails_at_instantiation_is_an_error_that_names_it(nth):
-    engine = wasmtime.Engine(make_config())
-    module = wasmtime.Module(engine, GROWING.format(limits="1"))
-    store = wasmtime.Store(engine)
-    pages.count_calls_to_failure(nth, 12)
-    try:
-        with pytest.raises(wasmtime.WasmtimeError, match=f"{['reserve', 'commit'][nth - 1]} of .* failed with code 12"):
-            wasmtime.Instance(store, module, [])
-    finally:
-        pages.count_calls_to_failure(0, 0)
-    wasmtime.Instance(store, module, [])

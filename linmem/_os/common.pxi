@@ -8,7 +8,8 @@ import os as _os
 cdef capabilities_t caps
 cdef size_t real_page           # what the kernel counts in, whatever caps.page_size says
 cdef int image_kind = 0         # IMAGE_: what image_begin() makes, if the OS grants it
-cdef long long fail_in = 0      # injected(): 0 = off, 1 = the next page call fails
+cdef long long fail_in = 0      # injected(): 1 = the next page call fails, and 0 = so it does
+cdef long long fail_times = 0   # how many fail, one after the other; 0 = off
 cdef int fail_code = 0
 
 
@@ -20,26 +21,32 @@ cdef const capabilities_t* capabilities() noexcept nogil:
 
 
 cdef int injected() noexcept nogil:
-    global fail_in
-    if fail_in == 0:
+    global fail_in, fail_times
+    if fail_times == 0:
         return 0
-    fail_in -= 1
-    return fail_code if fail_in == 0 else 0
+    if fail_in > 1:
+        fail_in -= 1
+        return 0
+    fail_in = 0
+    fail_times -= 1
+    return fail_code
 
 
 # -- what Python sees ------------------------------------------------------------------------
 
-def count_calls_to_failure(long long nth, int code):
-    """Make the nth page call from now on fail with `code`; 0 switches it off. Tests only.
+def count_calls_to_failure(long long nth, int code, long long times=1):
+    """Make the nth page call from now on, and the times - 1 calls behind it, fail with `code`; 0 switches
+    it off. Tests only.
 
     Returns how many calls were still to go before an earlier setting would have failed.
     """
-    global fail_in, fail_code
-    if nth < 0 or (nth and code <= 0):
-        raise ValueError(f"nth must be >= 0 and code > 0, got nth={nth} code={code}")
+    global fail_in, fail_times, fail_code
+    if nth < 0 or (nth and (code <= 0 or times <= 0)):
+        raise ValueError(f"nth must be >= 0, code and times > 0, got nth={nth} code={code} times={times}")
     cdef long long left = fail_in
     fail_code = code
     fail_in = nth
+    fail_times = times if nth else 0
     return left
 
 

@@ -67,7 +67,8 @@ cdef int touched(char* at, size_t size, bint over_image, span* runs, size_t* n, 
 # [at, at+size) lies in one reservation. The kernel may use huge pages there from now on; a wish.
 cdef int advise_huge(char* at, size_t size) noexcept nogil
 
-# [at, at+size) is committed. access: an ACCESS_ constant.
+# [at, at+size) is committed. access: an ACCESS_ constant. Refused, a part of it may have it already, where
+# the pages differed in protection before.
 cdef int protect(char* at, size_t size, int access) noexcept nogil
 
 # [at, at+size) is committed and writable. -> every page is resident, no byte has changed.
@@ -143,6 +144,11 @@ cdef const char* code_text(int code) noexcept nogil
 # Writes into `text` (room bytes, always terminated) which limit refused `size` bytes with `code`,
 # as far as the OS lets it be known; else the empty string.
 cdef void limit_text(int code, size_t size, char* text, size_t room) noexcept nogil
+
+# From now on called around every fork: in the thread that forks before it, and there after it in the parent and in
+# the child. Where there is no fork: nothing.
+cdef int at_fork(void (*before)() noexcept nogil, void (*in_parent)() noexcept nogil,
+                 void (*in_child)() noexcept nogil) noexcept nogil
 
 # Gives the processor to another thread; monotonic nanoseconds.
 cdef void relax() noexcept nogil

@@ -10,6 +10,7 @@ cdef extern from *:
     """
     #include <errno.h>
     #include <fcntl.h>
+    #include <pthread.h>
     #include <sched.h>
     #include <stdint.h>
     #include <stdlib.h>
@@ -226,6 +227,8 @@ cdef extern from *:
     long long clock_ "linmem_clock"() noexcept nogil
     int die_quietly_ "linmem_die_quietly"() noexcept nogil
     int sched_yield() noexcept nogil
+    int pthread_atfork(void (*before)() noexcept nogil, void (*in_parent)() noexcept nogil,
+                       void (*in_child)() noexcept nogil) noexcept nogil
 
 
 include "common.pxi"
@@ -265,7 +268,13 @@ cdef int commit(char* at, size_t size) noexcept nogil:
         return code
     if too_much(size):
         return ENOMEM
-    return errno if mprotect(at, size, PROT_READ | PROT_WRITE) else 0
+    if mprotect(at, size, PROT_READ | PROT_WRITE) == 0:
+        return 0
+    # Of several mappings (what was hidden is one of its own) those before the one that was refused are
+    # accessible now. None was, and where the guard begins decides what wasm may do.
+    code = errno
+    mprotect(at, size, PROT_NONE)
+    return code
 
 
 cdef int decommit(char* at, size_t size) noexcept nogil:
@@ -422,6 +431,11 @@ cdef void limit_text(int code, size_t size, char* text, size_t room) noexcept no
     elif most == 0:
         snprintf(text, room, "no limit of this process is in the way: more than the machine has"
                              " (vm.overcommit_memory is 0), or the address space is full")
+
+
+cdef int at_fork(void (*before)() noexcept nogil, void (*in_parent)() noexcept nogil,
+                 void (*in_child)() noexcept nogil) noexcept nogil:
+    return pthread_atfork(before, in_parent, in_child)
 
 
 cdef void relax() noexcept nogil:

@@ -459,6 +459,11 @@ cdef void limit_text(int code, size_t size, char* text, size_t room) noexcept no
         snprintf(text, room, "the commit limit is %llu bytes and %llu are left", total, left)
 
 
+cdef int at_fork(void (*before)() noexcept nogil, void (*in_parent)() noexcept nogil,
+                 void (*in_child)() noexcept nogil) noexcept nogil:
+    return 0
+
+
 cdef void relax() noexcept nogil:
     yield_()
 

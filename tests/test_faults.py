@@ -1,0 +1,1214 @@
+"""Every public operation, with every page call that it makes refused in turn.
+
+A row of the table is an operation. It is tried with its 1st, 2nd ... page call refused, until it makes no more calls;
+with one refusal, with two in a row (the undoing of the first is refused, too), and with every call from there on
+refused; with more than one code. Each time it is the exception that is documented and all is as it was, or the
+operation has done all that it promises. Then it works again, and nothing is left behind.
+
+The table is complete: a public name that is in no row, and not among those that are seen to make no page call, fails
+a test.
+"""
+
+import contextlib
+import copy
+import ctypes
+import dataclasses
+import functools
+import gc
+import inspect
+import os
+import pickle
+import re
+import tempfile
+from dataclasses import dataclass
+
+import pytest
+import wasmtime
+from support import (
+    HAS_KERNEL32,
+    NEEDS,
+    PAGE,
+    SCAN_WAYS,
+    accessible_parts,
+    answer,
+    check_fresh,
+    counting,
+    descriptors,
+    failing,
+    image_kinds,
+    live_bytes,
+    os_code,
+    requires,
+    scanning,
+)
+
+import linmem
+import linmem.wasmtime
+from linmem import Image, _pool
+from linmem._handles import Handle
+from linmem._memory import NativeCreator
+from linmem._os import pages
+
+# Out of memory and, as it were, a second opinion: nothing may depend on which code it is.
+OUT_OF_MEMORY, OTHER = (8, 1455) if HAS_KERNEL32 else (12, 11)
+FOR_GOOD = 1 << 40
+WAYS = {"once": (OUT_OF_MEMORY, 1), "another code": (OTHER, 1), "twice": (OUT_OF_MEMORY, 2),
+        "for good": (OUT_OF_MEMORY, FOR_GOOD)}
+if HAS_KERNEL32:
+    WAYS = {"once": (OUT_OF_MEMORY, 1), "for good": (OTHER, FOR_GOOD)}
+MOST_CALLS = 80         # of any operation here
+
+SHAPE = {"maximum": 32 * PAGE, "reserve": 32 * PAGE, "guard": PAGE}
+MOVING = {"maximum": 32 * PAGE, "reserve": 0, "guard": PAGE}
+WASM_PAGE = 65536
+BUDGET = 64 * max(PAGE, WASM_PAGE)
+
+
+class MinusOne(Exception):
+    """What memory.grow returned to the guest."""
+
+
+# -- what is looked at before and after ------------------------------------------------------------------
+
+def look_at_memory(mem):
+    if mem.closed:
+        return "closed"
+    info = mem.info()
+    told = (info.base, info.byte_size, info.byte_capacity, info.maximum_byte_size, info.reserved, info.committed,
+            info.pre_guard, info.guard, info.exports, info.kind, info.owner)
+    if not NEEDS["regions"][0] or info.kind == "python":
+        return told, None, bytes(mem)
+    parts = accessible_parts(mem)
+    return told, parts, [ctypes.string_at(info.base + start, end - start) for start, end, access in parts
+                         if access.startswith("r")]
+
+
+def look_at_creators(creator, counts):
+    """Down to the first pool: it may release idle slots for a request, and what is charged for them below."""
+    found = []
+    for one in chain_of(creator):
+        if isinstance(one, linmem.PoolingCreator):
+            stats = one.stats()
+            names = ("live", "pinned", "hits", "misses", "fallbacks") if counts else ("live", "pinned")
+            return [*found, [stats[name] for name in names]]
+        if isinstance(one, linmem.LimitingCreator):
+            found.append(one.used_bytes)
+        if isinstance(one, linmem.StatisticsCreator):
+            sums = one.statistics()
+            found.append([sums[name] for name in ("current_bytes", "current_count", "total_count", "total_bytes")])
+    return found
+
+
+def look_at_image(img, has_pool):
+    return img.offset, img.size, bytes(img), None if has_pool else img.info().memories
+
+
+class Scene:
+    """What an operation finds: memories, creators, images, a store, and whatever its row puts here."""
+
+    creator = None
+    store = None
+    counts = True       # what a pool has counted stays, too
+
+    def __init__(self, **things):
+        self.__dict__.update(things)
+
+    def state(self):
+        found = {"creator": look_at_creators(self.creator, self.counts)}
+        for name, thing in vars(self).items():
+            for n, one in enumerate(thing if isinstance(thing, list) else [thing]):
+                if isinstance(one, linmem.Memory):
+                    found[name, n] = look_at_memory(one)
+                elif isinstance(one, Image):
+                    found[name, n] = look_at_image(one, self.creator is not None)
+        if self.store is not None:
+            found["guest"] = self.size(self.store), self.load(self.store, 16), self.load(self.store, WASM_PAGE - 1)
+        return found
+
+    def close(self, *more):
+        """Give up everything, and see that nobody holds a part of it."""
+        for thing in (*more, *vars(self).values()):
+            close_memories(thing if isinstance(thing, list) else [thing])
+        creator, store = self.creator, self.store
+        vars(self).clear()
+        if store is not None:
+            store.close()
+        return creator
+
+
+def close_memories(things):
+    for mem in things:
+        if isinstance(mem, linmem.Memory) and not (mem.closed or mem.info().owner == "wasmtime"):
+            mem.close()
+
+
+def prove_idle(creator):
+    """Nothing that came out of the creator is alive, and what it hands out next is as new."""
+    if creator is None:
+        return
+    with creator.create(3 * PAGE, **SHAPE) as mem:
+        check_fresh(mem, 3 * PAGE)
+        mem.grow_to(12 * PAGE)
+        assert bytes(mem) == bytes(12 * PAGE)
+    pools = [one for one in chain_of(creator) if isinstance(one, linmem.PoolingCreator)]
+    for pool in pools:
+        pool.trim()
+    for one in chain_of(creator):
+        if one in pools:
+            stats = one.stats()
+            assert [stats[name] for name in ("live", "pinned", "warm", "cold", "resident")] == [0] * 5
+        elif isinstance(one, linmem.LimitingCreator):
+            assert one.used_bytes == 0
+        elif isinstance(one, linmem.StatisticsCreator):
+            sums = one.statistics()
+            assert (sums["current_bytes"], sums["current_count"]) == (0, 0)
+
+
+def chain_of(creator):
+    while creator is not None:
+        yield creator
+        creator = getattr(creator, "upstream", None)
+
+
+def left_behind():
+    if not NEEDS["descriptors"][0]:     # who could tell
+        return None
+    for _ in range(3):      # what the OS refused to take back goes with the next releases
+        linmem.create(PAGE).close()
+    return live_bytes(), descriptors()
+
+
+# -- the table ------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    covers: str                     # public names
+    make: object                    # () -> Scene
+    act: object                     # (scene) -> result
+    check: object                   # (scene, result), where it was not refused
+    refused: frozenset              # the page calls that it cannot do without
+    error: type                     # what it then raises
+    within: object                  # () -> context manager
+    again: bool                     # the same as another row, with other means
+    calls: bool                     # it makes page calls here
+
+
+ROWS = []
+
+
+def row(name, covers, make, act, check, refused="", error=linmem.PageError, within=contextlib.nullcontext,
+        again=False, calls=True):
+    # A page call of Windows' under Wine takes a hundred times as long: there each thing is tried by one row.
+    if not (again and HAS_KERNEL32):
+        ROWS.append(Row(name, covers, make, act, check, frozenset(refused.split()), error, within, again, calls))
+
+
+def nothing(scene, result):
+    """What an operation leaves behind is looked at when the scene is closed."""
+
+
+def holds(true):
+    def check(scene, result):
+        assert true(scene, result)
+    return check
+
+
+# -- creators, and what they make
+
+MMAP = linmem.MmapCreator
+
+
+class InPython(linmem.LinearMemory):
+    """A linear memory in Python, over one of linmem's."""
+
+    def __init__(self, mem):
+        self.mem = mem
+        for name in ("byte_size", "byte_capacity", "maximum_byte_size", "as_ptr", "wasm_accessible", "grow_to"):
+            setattr(self, name, getattr(mem, name))
+
+    def byte_size(self): ...
+    def byte_capacity(self): ...
+    def as_ptr(self): ...
+    def grow_to(self, new_size): ...
+
+
+class PythonMemories(linmem.MemoryCreator):
+    def __init__(self, wrap):
+        self.wrap = wrap
+
+    def new_memory(self, *how):
+        return self.wrap(MMAP().new_memory(*how))
+
+
+def full(pool, state):
+    """The one slot of the pool, live or idle and of another shape."""
+    mem = pool.create(5 * PAGE, **SHAPE)
+    if state == "idle":
+        mem.close()
+    return mem
+
+
+def used(pool):
+    """A pool with a slot that has seen use."""
+    with pool.create(3 * PAGE, **SHAPE) as mem:
+        dirty(mem)
+    return pool
+
+
+def dirty(mem):
+    mem.grow_to(12 * PAGE)
+    mem.write(0, b"s" * 12 * PAGE)
+    mem.protect(2 * PAGE, 3 * PAGE, "none")
+
+
+CREATORS = {        # name -> (one, the page calls that a creation needs, and that a growth needs)
+    "mmap": (MMAP, "reserve commit", "commit"),
+    "prefaulting": (lambda: MMAP(prefault=True), "reserve commit prefault", "commit prefault"),
+    "huge pages": (lambda: MMAP(huge_pages=True), "reserve commit", "commit"),
+    "huge and prefaulting": (lambda: MMAP(prefault=True, huge_pages=True), "reserve commit prefault",
+                             "commit prefault"),
+    "a pool": (linmem.PoolingCreator, "reserve commit", "commit"),
+    "a pool with an idle slot": (lambda: used(linmem.PoolingCreator(max_unused_warm=0)), "reserve commit",
+                                 "commit protect"),
+    "limiting": (lambda: linmem.LimitingCreator(MMAP(), BUDGET), "reserve commit", "commit"),
+    "statistics": (lambda: linmem.StatisticsCreator(MMAP()), "reserve commit", "commit"),
+    "limits above and below a pool": (
+        lambda: linmem.LimitingCreator(linmem.StatisticsCreator(used(linmem.PoolingCreator(
+            linmem.LimitingCreator(linmem.StatisticsCreator(MMAP()), BUDGET), max_unused_warm=0))), BUDGET),
+        "reserve commit", "commit"),
+    "a pool above a pool": (lambda: used(linmem.PoolingCreator(used(linmem.PoolingCreator()), max_unused_warm=0)),
+                            "reserve commit", "commit"),
+    "native memories from Python": (lambda: linmem.PythonCreator(PythonMemories(lambda mem: mem)), "reserve commit",
+                                    "commit"),
+    "memories in Python": (lambda: linmem.PythonCreator(PythonMemories(InPython)), "reserve commit", "commit"),
+    "a pool above memories in Python": (
+        lambda: linmem.PoolingCreator(linmem.PythonCreator(PythonMemories(InPython))), "reserve commit", "commit"),
+}
+
+
+def check_made(scene, mem):
+    check_fresh_or_python(mem, 3 * PAGE)
+
+
+def check_fresh_or_python(mem, size):
+    if mem.info().kind == "python":
+        assert bytes(mem) == bytes(size)
+    else:
+        check_fresh(mem, size)
+
+
+def check_grown(scene, result):
+    assert scene.mem.byte_size() == 20 * PAGE
+    assert bytes(scene.mem) == scene.content + bytes(20 * PAGE - len(scene.content))
+
+
+def with_memory(make, how=SHAPE, size=2 * PAGE + 5, grown=0):
+    creator = make()
+    mem = creator.create(size, **how)
+    if grown:
+        mem.grow_to(grown)
+    mem.write(0, b"kept" * 10)
+    return Scene(creator=creator, mem=mem, content=bytes(mem))
+
+
+def check_started(scene, mem):
+    img = scene.img
+    assert mem[:img.offset] == bytes(img.offset)
+    assert mem[img.offset:] == bytes(img)
+    assert mem.dirty_pages(img) == []
+    mem.close()
+    assert img.info().memories == 0 or scene.creator is not None     # a pool's slots keep it
+
+
+def creator_rows():
+    for name, (make, creation, growth) in CREATORS.items():
+        row(f"create: {name}", "create NativeCreator.create", lambda make=make: Scene(creator=make()),
+            lambda scene: linmem.create(3 * PAGE, creator=scene.creator, **SHAPE), check_made, creation)
+        row(f"new_memory: {name}", "NativeCreator.new_memory", lambda make=make: Scene(creator=make()),
+            lambda scene: scene.creator.new_memory(linmem.MemoryType(1, 4), 3 * PAGE, 32 * PAGE, 32 * PAGE, PAGE),
+            check_made, creation)
+        row(f"grow in place: {name}", "Memory.grow_to", functools.partial(with_memory, make),
+            lambda scene: scene.mem.grow_to(20 * PAGE), check_grown, growth)
+        row(f"grow past the capacity: {name}", "Memory.grow_to", functools.partial(with_memory, make, MOVING),
+            lambda scene: scene.mem.grow_to(20 * PAGE), check_grown, "reserve commit")
+        row(f"close: {name}", "Memory.close Memory.__exit__", functools.partial(with_memory, make, grown=20 * PAGE),
+            lambda scene: scene.mem.close(), holds(lambda scene, result: scene.mem.closed))
+
+
+creator_rows()
+row("create with a chosen reservation", "create", Scene, lambda scene: linmem.create(3 * PAGE, maximum=1 << 30),
+    check_made, "reserve commit")
+def check_costs(scene, found):
+    assert 8 <= found["fault"] <= 64
+    assert 4 <= found["scan"] <= 64
+    _pool._costs(anew=True)
+
+
+row("a pool is made when costs are not known", "PoolingCreator creator", Scene,
+    lambda scene: (_pool._costs(anew=True), linmem.creator("pool"))[0], check_costs)
+
+
+# -- a memory's pages
+
+def plain(**how):
+    return with_memory(MMAP, how or SHAPE)
+
+
+def patchwork():
+    """Some of its pages have a protection of their own."""
+    scene = with_memory(MMAP, SHAPE, 12 * PAGE)
+    scene.mem.protect(2 * PAGE, 2 * PAGE, "r")
+    scene.mem.protect(6 * PAGE, 2 * PAGE, "none")
+    return scene
+
+
+def over_image():
+    """Its pages are an image's in the middle."""
+    img = Image.from_bytes(b"image" * PAGE, 3 * PAGE)
+    mem = img.new_memory(minimum=12 * PAGE, **SHAPE)
+    mem.write(0, b"before")
+    mem.write(9 * PAGE, b"behind")
+    return Scene(img=img, mem=mem)
+
+
+def check_protected(access, start, end):
+    def check(scene, result):
+        if NEEDS["regions"][0]:
+            base = scene.mem.as_ptr()
+            found = [part for part in accessible_parts(scene.mem) if part[0] < end and part[1] > start]
+            wanted = {"rw": "rw-p", "r": "r--p"}
+            if access == "none":
+                assert found == []
+            else:
+                assert [(max(a, start), min(b, end), how) for a, b, how in found] == [(start, end, wanted[access])]
+            assert base == scene.mem.as_ptr()
+        scene.mem.protect(0, 12 * PAGE, "rw") if len(scene.mem) >= 12 * PAGE else scene.mem.protect(0, 2 * PAGE, "rw")
+        assert scene.mem.read(0, 4) in (b"kept", b"befo")
+    return check
+
+
+def check_zero(scene, result):
+    assert bytes(scene.mem) == bytes(len(scene.mem))
+    if hasattr(scene, "img"):
+        scene.mem.restore(scene.img)
+        assert bytes(scene.mem) == bytes(scene.img.offset) + bytes(scene.img) + bytes(4 * PAGE)
+
+
+for access in ("rw", "r", "none"):
+    row(f"protect {access}", "Memory.protect", plain,
+        lambda scene, access=access: scene.mem.protect(0, 2 * PAGE, access), check_protected(access, 0, 2 * PAGE),
+        "protect")
+    row(f"protect {access} over several mappings", "Memory.protect", patchwork,
+        lambda scene, access=access: scene.mem.protect(PAGE, 10 * PAGE, access),
+        check_protected(access, PAGE, 11 * PAGE), "protect")
+    row(f"protect {access} over an image", "Memory.protect", over_image,
+        lambda scene, access=access: scene.mem.protect(2 * PAGE, 8 * PAGE, access),
+        check_protected(access, 2 * PAGE, 10 * PAGE), "protect")
+row("discard", "Memory.discard", plain, lambda scene: scene.mem.discard(), check_zero, "discard")
+row("discard over an image", "Memory.discard", over_image, lambda scene: scene.mem.discard(), check_zero,
+    "discard blank")
+row("discard from within an image on", "Memory.discard", over_image, lambda scene: scene.mem.discard(4 * PAGE),
+    holds(lambda scene, result: scene.mem[4 * PAGE:] == bytes(8 * PAGE)), "discard blank")
+row("prefault", "Memory.prefault", plain, lambda scene: scene.mem.prefault(),
+    holds(lambda scene, result: bytes(scene.mem) == scene.content), "prefault")
+row("info", "Memory.info", plain, lambda scene: scene.mem.info(),
+    holds(lambda scene, info: info.committed == 3 * PAGE), "resident")
+row("records", "StatisticsCreator.memories", functools.partial(with_memory, lambda: linmem.StatisticsCreator(MMAP())),
+    lambda scene: scene.creator.memories(), holds(lambda scene, found: len(found) == 1))
+
+
+# -- pools, with each way to reset and to find what was touched
+
+HOW = [(reset, way) for reset in ("adaptive", "scan") for way in sorted(SCAN_WAYS)]
+HOW += [(reset, None) for reset in ("adaptive", "zero", "discard")]
+TYPE = linmem.MemoryType(1, 4)
+TYPE_SIZES = {"reserved_size_in_bytes": 1 << 18, "guard_size_in_bytes": -(-65536 // PAGE) * PAGE}
+
+
+def pool_rows(reset, way):
+    def a_pool(**options):
+        return linmem.PoolingCreator(**{"keep_resident": 1 << 20, "reset": reset, "check": True, **options})
+
+    def idle(states="warm cold"):
+        pool = a_pool(max_unused_warm={"warm": 9, "cold": 0, "warm cold": 1}[states])
+        for mem in [pool.create(3 * PAGE, **SHAPE) for _ in range(3)]:
+            mem.write(0, b"s" * 3 * PAGE)
+            mem.close()
+        return Scene(creator=pool)
+
+    def in_use(memories=1, **options):
+        pool = a_pool(**options)
+        scene = Scene(creator=pool, mems=[pool.create(3 * PAGE, **SHAPE) for _ in range(memories)])
+        for mem in scene.mems:
+            dirty(mem)
+        return scene
+
+    def check_fallback(scene, mem):
+        check_fresh(mem, 4 * PAGE)
+        assert scene.creator.stats()["fallbacks"] == 1
+        mem.close()
+
+    def check_closed(scene, result):
+        assert all(mem.closed for mem in scene.mems)
+        assert scene.creator.stats()["live"] == 0
+
+    def of(name, covers, *how, **more):
+        row(f"{name} ({reset}, {way})", covers, *how, within=lambda: scanning(way),
+            again=(reset, way) not in (HOW[0], HOW[-1]), **more)
+
+    of("a pool's cold slot", "PoolingCreator", functools.partial(idle, "cold"),
+       lambda scene: scene.creator.create(3 * PAGE, **SHAPE), check_made, "reserve commit")
+    of("another shape from a pool", "PoolingCreator", idle,
+       lambda scene: scene.creator.create(4 * PAGE, **SHAPE),
+       lambda scene, mem: check_fresh(mem, 4 * PAGE), "reserve commit")
+    of("a full pool, an idle slot of another shape", "PoolingCreator",
+       lambda: Scene(creator=(pool := a_pool(slots=1)), used=full(pool, "idle")),
+       lambda scene: scene.creator.create(4 * PAGE, **SHAPE), lambda scene, mem: check_fresh(mem, 4 * PAGE),
+       "reserve commit")
+    of("a full pool that falls back", "PoolingCreator",
+       lambda: Scene(creator=(pool := a_pool(slots=1)), used=full(pool, "live")),
+       lambda scene: scene.creator.create(4 * PAGE, **SHAPE), check_fallback, "reserve commit")
+    of("close of a slot", "Memory.close", in_use, lambda scene: [mem.close() for mem in scene.mems], check_closed)
+    of("close of two slots, of which one stays warm", "Memory.close",
+       functools.partial(in_use, 2, max_unused_warm=1), lambda scene: [mem.close() for mem in scene.mems],
+       check_closed)
+    of("grow in a slot that was used", "Memory.grow_to",
+       lambda: Scene(creator=(pool := used(a_pool())), mem=(mem := pool.create(3 * PAGE, **SHAPE)),
+                     content=bytes(mem)),
+       lambda scene: scene.mem.grow_to(20 * PAGE), check_grown, "commit")
+    of("trim", "PoolingCreator.trim", idle, lambda scene: scene.creator.trim(), nothing)
+    of("trim some", "PoolingCreator.trim", idle, lambda scene: scene.creator.trim(PAGE), nothing)
+    of("warm", "PoolingCreator.warm", idle, lambda scene: scene.creator.warm(3, TYPE, **TYPE_SIZES),
+       holds(lambda scene, made: scene.creator.stats()["warm"] >= 1), "reserve commit")
+    of("warm what is cold", "PoolingCreator.warm",
+       lambda: Scene(creator=(pool := a_pool(max_unused_warm=1)), made=pool.warm(3, TYPE, **TYPE_SIZES)),
+       lambda scene: scene.creator.warm(3, TYPE, **TYPE_SIZES), nothing, "reserve commit")
+
+    def drop_the_pool(scene):
+        scene.creator = None
+
+    of("a pool is dropped with idle slots", "PoolingCreator", idle, drop_the_pool, nothing)
+
+
+for how in HOW:
+    pool_rows(*how)
+
+
+# -- images, with each kind of pages
+
+DATA = b"image" * PAGE
+FOLDER = tempfile.TemporaryDirectory(prefix="linmem-test-", ignore_cleanup_errors=True)
+
+
+@contextlib.contextmanager
+def images_of(kind):
+    before = pages.choose_image(kind)
+    try:
+        yield
+    finally:
+        pages.choose_image(before)
+
+
+class Duplicate:
+    """What `multiprocessing` makes of a descriptor on its way, as it is in the other process."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def detach(self):
+        return os.dup(self.number)
+
+
+def image_rows(kind):
+    def an_image():
+        return Scene(img=Image.from_bytes(DATA, 3 * PAGE))
+
+    def restored_from(other):
+        def make():
+            img = Image.from_bytes(DATA, 3 * PAGE)
+            was = {"the same": img, "another": Image.from_bytes(b"y" * 4 * PAGE, PAGE), "none": None}[other]
+            mem = linmem.create(8 * PAGE, **SHAPE) if was is None else was.new_memory(minimum=8 * PAGE, **SHAPE)
+            mem[PAGE] = mem[4 * PAGE] = 1
+            return Scene(img=img, mem=mem)
+        return make
+
+    def check_restored(scene, result):
+        assert scene.mem[:] == bytes(3 * PAGE) + DATA
+        assert scene.mem.dirty_pages(scene.img) == []
+
+    def written():
+        scene = an_image()
+        scene.mem = scene.img.new_memory(minimum=12 * PAGE, **SHAPE)
+        scene.mem[PAGE] = scene.mem[5 * PAGE] = scene.mem[10 * PAGE] = 1
+        scene.delta = scene.img.diff(scene.mem)
+        return scene
+
+    def check_image(scene, img):
+        assert (img.offset, bytes(img)) == (3 * PAGE, DATA)
+
+    def check_applied(scene, img):
+        assert bytes(img) == scene.mem[:]
+
+    def pooled(**options):
+        scene = an_image()
+        scene.creator = linmem.PoolingCreator(**(options or {"max_unused_warm": 0}))
+        for mem in [scene.img.new_memory(creator=scene.creator, **SHAPE) for _ in range(2)]:
+            mem[4 * PAGE] = mem[0] = 1
+            mem.close()
+        return scene
+
+    def slot_of_image(**options):
+        scene = pooled(**options)
+        scene.mem = scene.img.new_memory(creator=scene.creator, **SHAPE)
+        scene.mem.grow_to(12 * PAGE)
+        scene.mem[4 * PAGE] = scene.mem[11 * PAGE] = 1
+        return scene
+
+    def stored():
+        path = os.path.join(FOLDER.name, f"{kind}.linmem")
+        if not os.path.exists(path):
+            Image.from_bytes(DATA, 3 * PAGE).save(path)
+        return Scene(path=path)
+
+    def grown_image(how):
+        def make():
+            scene = an_image()
+            scene.mem = scene.img.new_memory(**how)
+            scene.mem[4 * PAGE] = 1
+            scene.content = bytes(scene.mem)
+            return scene
+        return make
+
+    def of(name, covers, *how, **more):
+        row(f"{name} ({kind})", covers, *how, within=lambda: images_of(kind), again=kind != image_kinds()[0], **more)
+
+    filling = "image_begin image_write image_end"
+    pieces = [(3 * PAGE, DATA[:PAGE + 7]), (6 * PAGE + 1, b"x" * PAGE)]
+    of("from_bytes", "Image.from_bytes", Scene, lambda scene: Image.from_bytes(DATA, 3 * PAGE), check_image, filling)
+    of("from_pieces", "Image.from_pieces", Scene, lambda scene: Image.from_pieces(pieces, 5 * PAGE, 3 * PAGE),
+       holds(lambda scene, img: bytes(img)[:PAGE + 8] == DATA[:PAGE + 7] + b"\0"), filling)
+    of("unpickle", "Image.__reduce_ex__", an_image, lambda scene: pickle.loads(pickle.dumps(scene.img, 5)),
+       check_image, filling)
+    of("copy", "Image.__reduce_ex__", an_image, lambda scene: copy.copy(scene.img), check_image, filling)
+    of("snapshot", "Memory.snapshot", written, lambda scene: scene.mem.snapshot(), check_applied, filling)
+    of("dirty_pages", "Memory.dirty_pages", written, lambda scene: scene.mem.dirty_pages(scene.img),
+       holds(lambda scene, found: found == [(n * PAGE, PAGE) for n in (1, 5, 10)]),
+       calls=NEEDS["scans"][0])
+    of("diff", "Image.diff", written, lambda scene: scene.img.diff(scene.mem),
+       holds(lambda scene, delta: delta == scene.delta), calls=NEEDS["scans"][0])
+    of("apply to an image", "Image.apply", written, lambda scene: scene.img.apply(scene.delta), check_applied,
+       "reserve commit image_map " + filling)
+    for how, needs in ((SHAPE, "commit"), (MOVING, "reserve commit")):
+        of(f"apply a delta that grows the memory, {needs}", "Memory.apply",
+           lambda how=how, written=written: Scene(
+               **{**vars(scene := written()), "other": scene.img.new_memory(**how)}),
+           lambda scene: scene.other.apply(scene.delta),
+           holds(lambda scene, result: scene.other[:] == scene.mem[:]), needs)
+    of("new_memory of an image", "Image.new_memory", an_image, lambda scene: scene.img.new_memory(), check_started,
+       "reserve commit image_map")
+    of("create with image=", "NativeCreator.create", an_image,
+       lambda scene: MMAP(prefault=True).create(8 * PAGE, image=scene.img, **SHAPE), check_started,
+       "reserve commit image_map prefault")
+    of("new_memory of an image, with limits", "Image.new_memory",
+       lambda: Scene(**vars(an_image()), creator=linmem.StatisticsCreator(linmem.LimitingCreator(MMAP(), BUDGET))),
+       lambda scene: scene.img.new_memory(creator=scene.creator), check_started, "reserve commit image_map")
+    of("new_memory of an image, from Python", "Image.new_memory",
+       lambda: Scene(**vars(an_image()), creator=linmem.PythonCreator(PythonMemories(InPython))),
+       lambda scene: scene.img.new_memory(creator=scene.creator, **SHAPE), check_started, "reserve commit")
+    of("a cold slot of an image", "Image.new_memory PoolingCreator", pooled,
+       lambda scene: scene.img.new_memory(creator=scene.creator, **SHAPE), check_started, "reserve commit image_map")
+    for options in ({"max_unused_warm": 0}, {"max_unused_warm": 1}, {"reset": "discard"}):
+        of(f"close of a slot of an image, {options}", "Memory.close", functools.partial(slot_of_image, **options),
+           lambda scene: scene.mem.close(), holds(lambda scene, result: scene.mem.closed))
+    of("a slot that was turned to an image", "Memory.close",
+       lambda: Scene(img=Image.from_bytes(DATA, 3 * PAGE), creator=(pool := linmem.PoolingCreator()),
+                     mem=pool.create(8 * PAGE, **SHAPE)),
+       lambda scene: (scene.mem.restore(scene.img), scene.mem.close()),
+       holds(lambda scene, result: scene.mem.closed))
+    for other in ("the same", "another", "none"):
+        of(f"restore, from {other}", "Memory.restore", restored_from(other), lambda scene: scene.mem.restore(scene.img),
+           check_restored)
+    of("grow a memory of an image in place", "Memory.grow_to", grown_image({**SHAPE, "minimum": 8 * PAGE}),
+       lambda scene: scene.mem.grow_to(20 * PAGE), check_grown, "commit")
+    of("grow a memory of an image past the capacity", "Memory.grow_to", grown_image(MOVING),
+       lambda scene: scene.mem.grow_to(20 * PAGE), check_grown, "reserve commit")
+    of("open", "Image.open", stored, lambda scene: Image.open(scene.path), check_image, "image_open")
+    of("open and verify", "Image.open", stored, lambda scene: Image.open(scene.path, verify=True), check_image,
+       "image_open")
+    of("open without mapping", "Image.open", stored, lambda scene: Image.open(scene.path, map=False), check_image,
+       filling)
+
+
+# -- under wasmtime
+
+GUEST = """(module
+  (memory (export "memory") 1 8)
+  (data (i32.const 16) "hello")
+  (global (export "count") (mut i32) (i32.const 7))
+  (func (export "grow") (param i32) (result i32) (memory.grow (local.get 0)))
+  (func (export "size") (result i32) (memory.size))
+  (func (export "load") (param i32) (result i32) (i32.load8_u (local.get 0)))
+  (func (export "store") (param i32 i32) (i32.store8 (local.get 0) (local.get 1))))"""
+
+
+def engine_of(creator, **settings):
+    config = wasmtime.Config()
+    config.wasm_threads = True
+    for name, value in {**settings, "shared_memory": True}.items():
+        getattr(wasmtime._ffi, f"wasmtime_config_{name}_set")(config.ptr(), value)
+    linmem.wasmtime.install(config, creator, tune=False)
+    return wasmtime.Engine(config)
+
+
+def module_of(make=MMAP, **settings):
+    creator = make()
+    engine = engine_of(creator, **settings)
+    return Scene(creator=creator, engine=engine, module=wasmtime.Module(engine, GUEST), others=[])
+
+
+def instantiate(scene):
+    store = wasmtime.Store(scene.engine)
+    scene.others.append(store)
+    return store, wasmtime.Instance(store, scene.module, []).exports(store)
+
+
+def check_instance(scene, made):
+    store, exports = made
+    check_guest(store, exports)
+    for one in scene.others:
+        one.close()
+
+
+def check_guest(store, exports):
+    assert [exports["load"](store, at) for at in (15, 16, 20, 21, WASM_PAGE - 1)] == [0, *b"ho", 0, 0]
+    assert exports["grow"](store, 2) == 1
+    assert exports["load"](store, 3 * WASM_PAGE - 1) == 0
+    assert traps(exports["load"], store, 3 * WASM_PAGE)
+
+
+def running(make=MMAP, prepared=False, grown=0, **settings):
+    scene = module_of(make, **settings)
+    scene.store = wasmtime.Store(scene.engine)
+    if prepared:
+        scene.prepared = linmem.wasmtime.prepare(scene.engine, GUEST)
+        scene.instance = scene.prepared.instantiate(scene.store)
+    else:
+        scene.instance = wasmtime.Instance(scene.store, scene.module, [])
+    scene.exports = scene.instance.exports(scene.store)
+    scene.size, scene.load, scene.grow = (scene.exports[name] for name in ("size", "load", "grow"))
+    scene.mem = linmem.wasmtime.linear_memory(scene.store, scene.exports["memory"])
+    scene.grow(scene.store, grown)
+    return scene
+
+
+def guest_grows(scene):
+    if scene.grow(scene.store, 3) == -1:
+        raise MinusOne
+
+
+def check_guest_has_grown(scene, result):
+    assert scene.size(scene.store) == 4
+    assert scene.load(scene.store, 16) == ord("h")
+    assert scene.load(scene.store, 4 * WASM_PAGE - 1) == 0
+    assert scene.mem[WASM_PAGE:] == bytes(3 * WASM_PAGE)
+    assert traps(scene.load, scene.store, 4 * WASM_PAGE)
+
+
+def traps(function, *arguments):
+    try:
+        function(*arguments)
+    except (wasmtime.Trap, wasmtime.WasmtimeError):
+        return True
+    return False
+
+
+def close_store(scene):
+    store, scene.store = scene.store, None
+    for name in ("instance", "exports", "size", "load", "grow"):
+        delattr(scene, name)
+    del scene.mem
+    store.close()
+
+
+def wasm_rows():
+    error = wasmtime.WasmtimeError
+    for name, (make, creation, _) in CREATORS.items():
+        row(f"instantiate: {name}", "install", functools.partial(module_of, make), instantiate,
+            check_instance, creation, error=error)
+        row(f"memory.grow: {name}", "install", functools.partial(running, make), guest_grows,
+            check_guest_has_grown, "-1", error=MinusOne)
+        row(f"store.close: {name}", "install", functools.partial(running, make, grown=3), close_store,
+            nothing)
+    for name in ("mmap", "prefaulting", "limiting", "memories in Python"):
+        make = CREATORS[name][0]
+        row(f"memory.grow that moves: {name}", "install",
+            functools.partial(running, make, memory_reservation=WASM_PAGE, memory_guard_size=65536), guest_grows,
+            check_guest_has_grown, "-1", error=MinusOne)
+    row("install and instantiate with the default", "install",
+        lambda: Scene(others=[]),
+        lambda scene: (setattr(scene, "engine", engine_of(None)),
+                       setattr(scene, "module", wasmtime.Module(scene.engine, GUEST)), instantiate(scene))[-1],
+        check_instance, "reserve commit", error=error)
+
+
+def image_wasm_rows(kind):
+    error = wasmtime.WasmtimeError
+
+    def of(name, covers, *how, **more):
+        row(f"{name} ({kind})", covers, *how, within=lambda: images_of(kind), again=kind != image_kinds()[0], **more)
+
+    def preparable(make):
+        creator = make()
+        return Scene(creator=creator, engine=engine_of(creator), others=[], counts=False)
+
+    def prepared(make):
+        scene = preparable(make)
+        scene.prepared = linmem.wasmtime.prepare(scene.engine, GUEST)
+        scene.img = scene.prepared.images[0]
+        return scene
+
+    def instantiate_prepared(scene):
+        store = wasmtime.Store(scene.engine)
+        scene.others.append(store)
+        return store, scene.prepared.instantiate(store).exports(store)
+
+    def snapshot_of(scene):
+        return linmem.wasmtime.Snapshot.take(scene.store, scene.instance)
+
+    def check_snapshot(scene, snapshot):
+        assert bytes(snapshot.memories["memory"]) == scene.mem[:]
+
+    def spoilt(make):
+        scene = running(make, True)
+        scene.snapshot = snapshot_of(scene)
+        scene.mem[16] = scene.mem[WASM_PAGE - 1] = 1
+        scene.exports["count"].set_value(scene.store, 8)
+        return scene
+
+    def check_restored(scene, result):
+        assert bytes(scene.snapshot.memories["memory"]) == scene.mem[:]
+        assert scene.exports["count"].value(scene.store) == 7
+        assert scene.load(scene.store, 16) == ord("h")
+
+    def new_memory(scene, shared=False):
+        store = wasmtime.Store(scene.engine)
+        scene.others.append(store)
+        ty = wasmtime.MemoryType(wasmtime.Limits(1, 4), shared=shared)
+        return store, linmem.wasmtime.new_memory(store, ty)
+
+    def check_new_memory(scene, made):
+        store, memory = made
+        mem = linmem.wasmtime.linear_memory(store, memory)
+        check_fresh(mem, WASM_PAGE)
+        del mem, memory
+        for one in scene.others:
+            one.close()
+
+    def check_prepared(scene, made):
+        assert made.images == (None,) or not made.skipped
+        assert made.images[0] or "there is no room for an image: " in made.skipped[0]
+
+    for name in ("mmap", "a pool"):
+        make = CREATORS[name][0]
+        of(f"prepare: {name}", "prepare Prepared", functools.partial(preparable, make),
+           lambda scene: linmem.wasmtime.prepare(scene.engine, GUEST),
+           check_prepared, "reserve commit", error=error)
+        of(f"prepare with a cache: {name}", "prepare", functools.partial(preparable, make),
+           lambda scene: linmem.wasmtime.prepare(scene.engine, GUEST, cache=os.path.join(FOLDER.name, "cache")),
+           check_prepared, "reserve commit", error=error)
+        of(f"Prepared.instantiate: {name}", "Prepared.instantiate", functools.partial(prepared, make),
+           instantiate_prepared, check_instance, "reserve commit image_map", error=error)
+        of(f"Snapshot.take: {name}", "Snapshot.take", functools.partial(running, make, True), snapshot_of,
+           check_snapshot, "image_begin image_write image_end")
+        of(f"Snapshot.restore: {name}", "Snapshot.restore", functools.partial(spoilt, make),
+           lambda scene: scene.snapshot.restore(scene.store), check_restored)
+        if kind == image_kinds()[0]:
+            for shared in (False, True):
+                row(f"wasmtime.new_memory: {name}, {shared=}", "new_memory",
+                    functools.partial(module_of, make), functools.partial(new_memory, shared=shared),
+                    check_new_memory, "reserve commit", error=error)
+
+
+def descriptor_rows():
+    def a_file():
+        path = os.path.join(FOLDER.name, "plain")
+        with open(path, "wb") as file:
+            file.write(bytes(PAGE) + DATA)
+        return Scene(path=path)
+
+    def from_fd(scene):
+        fd = os.open(scene.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        try:
+            return Image.from_fd(fd, len(DATA), 3 * PAGE, position=PAGE)
+        finally:
+            os.close(fd)
+
+    def arrive(scene):
+        handle = scene.img.handle()
+        return handle._together(Duplicate(scene.img.fileno()), *handle._apart(scene.img))
+
+    check = holds(lambda scene, img: (img.offset, bytes(img)) == (3 * PAGE, DATA))
+    row("from_fd", "Image.from_fd", a_file, from_fd, check, "image_open")
+    if not HAS_KERNEL32:
+        row("a handle that arrives", "Handle.__reduce__", lambda: Scene(img=Image.from_bytes(DATA, 3 * PAGE)), arrive,
+            check, "image_open")
+
+
+for kind in image_kinds():
+    image_rows(kind)
+    image_wasm_rows(kind)
+descriptor_rows()
+wasm_rows()
+
+
+# -- the trial ----------------------------------------------------------------------------------------------
+
+def call_refused(error, code):
+    """Which page call an error is about, by the attributes that are promised, or by wasmtime's text."""
+    if isinstance(error, MinusOne):
+        return "-1"
+    if isinstance(error, linmem.PageError):
+        assert isinstance(error, OSError)
+        assert isinstance(error, MemoryError)
+        assert os_code(error) == code
+        assert error.size > 0
+        assert error.strerror.startswith(f"{error.call} of {error.size} bytes failed with code {code}")
+        again = pickle.loads(pickle.dumps(error))
+        assert (again.errno, os_code(again), again.call, again.size, str(again)) == \
+            (error.errno, code, error.call, error.size, str(error))
+        return error.call
+    return re.search(rf"(\w+) of \d+ bytes failed with code {code}\b", str(error))[1]
+
+
+def attempt(one, nth, code, times):
+    """One scene, one refusal. -> whether it came to that, and what was raised."""
+    scene = one.make()
+    before = scene.state()
+    result = refused = None
+    with failing(nth, code, times) as injected:
+        try:
+            result = one.act(scene)
+        except one.error as error:
+            refused = call_refused(error, code)
+            error.__traceback__ = None
+    if refused is not None:
+        assert scene.state() == before
+        result = one.act(scene)
+    one.check(scene, result)
+    engine = hasattr(scene, "engine")
+    creator = scene.close(result)
+    del result, scene
+    if engine and creator is None:
+        gc.collect()        # the default pool goes with the engine, and a trap leaves a cycle of wasmtime's
+    prove_idle(creator)
+    return injected.happened, refused
+
+
+def trial(one, code, times):
+    """Every k. -> the page calls whose refusal was told, and how many faults there were."""
+    told = {}
+    with one.within():
+        attempt(one, MOST_CALLS, code, 1)       # what is made once is made: descriptors, imports
+        start = left_behind()
+        for nth in range(1, MOST_CALLS):
+            happened, refused = attempt(one, nth, code, times)
+            found = left_behind()
+            if found != start:
+                gc.collect()        # of what earlier tests have left in cycles, too
+                found = left_behind()
+                start = tuple(map(min, start, found))
+            assert found == start, f"left behind by refusal {nth}"
+            if not happened:
+                return told, nth - 1
+            told[nth] = refused
+    raise AssertionError("the operation makes ever more page calls")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_others_left_is_gone():
+    gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def only_the_operation_itself_makes_page_calls():
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("one", [
+    pytest.param(one, id=one.name, marks=[pytest.mark.slow] * one.again) for one in ROWS])
+def test_whichever_page_call_is_refused_nothing_is_lost_and_nothing_is_left(one):
+    for way, (code, times) in WAYS.items():
+        told, faults = trial(one, code, times)
+        assert bool(faults) == one.calls, "a row is of an operation that makes a page call"
+        assert {call for call in told.values() if call} <= one.refused, way
+    assert bool(told.get(1)) == bool(one.refused)       # where all is refused
+
+
+# -- what the OS itself refuses half way ----------------------------------------------------------------
+
+# mprotect(2) goes from mapping to mapping, and stops at a hole with what comes before it done.
+CUT = f"""
+import ctypes
+import linmem
+from support import LIBC, PAGE, accessible_parts
+SHAPE = {SHAPE}
+
+def cut(mem, page):
+    assert LIBC.munmap(ctypes.c_void_p(mem.as_ptr() + page * PAGE), ctypes.c_size_t(PAGE)) == 0
+
+def mend(mem, page):
+    LIBC.mmap.restype = ctypes.c_void_p
+    at = mem.as_ptr() + page * PAGE
+    assert LIBC.mmap(ctypes.c_void_p(at), ctypes.c_size_t(PAGE), 0, 0x32, -1, ctypes.c_long(0)) == at
+
+def parts(mem):
+    return [(start // PAGE, end // PAGE, access) for start, end, access in accessible_parts(mem)]
+"""
+
+
+@requires("maps")
+def test_a_protection_that_is_refused_half_way_is_undone_and_the_memory_counts_as_protected():
+    assert answer(CUT + """
+mem = linmem.create(8 * PAGE, maximum=64 * PAGE, reserve=8 * PAGE)
+mem.write(0, b"kept")
+cut(mem, 5)
+try:
+    mem.protect(0, 8 * PAGE, "r")
+except linmem.PageError as error:
+    assert error.call == "protect", error
+else:
+    raise AssertionError("a hole was protected")
+mend(mem, 5)
+assert parts(mem) == [(0, 5, "rw-p"), (6, 8, "rw-p")], parts(mem)
+mem.write(0, b"more")
+for call, refused in ((mem.snapshot, TypeError), (lambda: mem.grow_to(64 * PAGE), linmem.GrowError)):
+    try:
+        call()
+    except refused as error:
+        assert "protect" in str(error), error
+    else:
+        raise AssertionError("nobody knows how its pages are protected")
+mem.protect(0, 8 * PAGE, "rw")
+assert bytes(mem.snapshot()) == b"more" + bytes(8 * PAGE - 4)
+mem.grow_to(64 * PAGE)
+print("undone")
+""") == "undone"
+
+
+@requires("maps")
+def test_a_growth_that_is_refused_half_way_leaves_nothing_accessible_behind_the_size():
+    assert answer(CUT + """
+pool = linmem.PoolingCreator(reset="zero")
+with pool.create(2 * PAGE, **SHAPE) as mem:
+    mem.grow_to(6 * PAGE)       # what is hidden when the slot comes back is a mapping of its own
+with pool.create(2 * PAGE, **SHAPE) as mem:
+    cut(mem, 8)
+    try:
+        mem.grow_to(12 * PAGE)
+    except linmem.PageError as error:
+        assert error.call == "commit", error
+    else:
+        raise AssertionError("grown over a hole")
+    mend(mem, 8)
+    assert parts(mem) == [(0, 2, "rw-p")], parts(mem)
+    mem.grow_to(12 * PAGE)
+    assert parts(mem) == [(0, 12, "rw-p")], parts(mem)
+    assert bytes(mem) == bytes(12 * PAGE)
+print("hidden")
+""") == "hidden"
+
+
+@requires("maps", "scans")
+def test_a_slot_that_cannot_be_hidden_is_not_touched_by_the_pool_below():
+    assert answer(CUT + """
+below = linmem.PoolingCreator(reset="zero")
+above = linmem.PoolingCreator(below, reset="scan")
+mem = above.create(3 * PAGE, **SHAPE)
+mem.grow_to(12 * PAGE)
+mem.write(0, b"x" * 12 * PAGE)
+cut(mem, 11)
+mem.close()
+print([pool.stats()["rejected"] for pool in (above, below)])
+""") == "[1, 1]"
+
+
+def test_a_protection_whose_undoing_is_refused_too_keeps_the_memory_from_moving():
+    with linmem.create(2 * PAGE, maximum=32 * PAGE, reserve=0) as mem:
+        mem.write(0, b"kept")
+        with failing(1, OUT_OF_MEMORY, 2), pytest.raises(linmem.PageError, match="protect"):
+            mem.protect(0, PAGE, "r")
+        with pytest.raises(linmem.GrowError, match="protection"):
+            mem.grow_to(10 * PAGE)
+        mem.protect(0, 2 * PAGE, "rw")
+        mem.grow_to(10 * PAGE)
+        assert mem.read(0, 4) == b"kept"
+
+
+def test_what_can_be_neither_made_resident_nor_hidden_again_has_grown():
+    with MMAP(prefault=True).create(2 * PAGE, **SHAPE) as mem:
+        with failing(2, OUT_OF_MEMORY, 3) as injected:      # prefault, decommit and protect
+            mem.grow_to(5 * PAGE)
+        assert injected.happened
+        check_fresh(mem, 5 * PAGE)
+
+
+# -- completeness ---------------------------------------------------------------------------------------
+
+def quiet_scene():
+    scene = running(prepared=True)
+    img = Image.from_bytes(DATA, 3 * PAGE)
+    mem = linmem.create(12 * PAGE, **SHAPE)
+    path = os.path.join(FOLDER.name, "quiet")
+    img.save(path)
+    vars(scene).update(
+        guest=scene.mem, mem=mem, img=img, delta=img.diff(mem), path=path, file=Image.open(path),
+        pool=linmem.PoolingCreator(), limit=linmem.LimitingCreator(MMAP(), BUDGET),
+        sums=linmem.StatisticsCreator(MMAP()), mmap=MMAP(), python=linmem.PythonCreator(MMAP()), native=NativeCreator(),
+        snapshot=linmem.wasmtime.Snapshot.take(scene.store, scene.instance))
+    scene.pool.create(3 * PAGE, **SHAPE).close()
+    return scene
+
+
+def refuses(error, call):
+    """What is refused before anything else is done."""
+    def act(scene):
+        with pytest.raises(error):
+            call(scene)
+    return act
+
+
+def attributes(what, *names):
+    where, cls = what.split()
+    return {f"{cls}.{name}": lambda scene, name=name: getattr(getattr(scene, where), name) for name in names}
+
+
+# What makes no page call, whatever it is asked.
+QUIET = {
+    "Memory": refuses(TypeError, lambda scene: linmem.Memory()),
+    "Memory.byte_size": lambda scene: scene.mem.byte_size(),
+    "Memory.byte_capacity": lambda scene: scene.mem.byte_capacity(),
+    "Memory.maximum_byte_size": lambda scene: scene.mem.maximum_byte_size(),
+    "Memory.as_ptr": lambda scene: scene.mem.as_ptr(),
+    "Memory.wasm_accessible": lambda scene: scene.mem.wasm_accessible(),
+    "Memory.read": lambda scene: scene.mem.read(0, 9 * PAGE),
+    "Memory.write": lambda scene: scene.mem.write(0, b"x" * 9 * PAGE),
+    "Memory.view": lambda scene: (scene.mem.view("d"), scene.mem.view("<H", 1), memoryview(scene.mem)),
+    "Memory.__enter__": lambda scene: scene.mem.__enter__(),
+    "Memory.__len__": lambda scene: len(scene.mem),
+    "Memory.__getitem__": lambda scene: (scene.mem[5], scene.mem[:], scene.mem[::2]),
+    "Memory.__setitem__": lambda scene: (scene.mem.__setitem__(5, 1), scene.mem.__setitem__(slice(0, 2), b"ab")),
+    "Memory.__delitem__": refuses(TypeError, lambda scene: scene.mem.__delitem__(0)),
+    "Memory.__repr__": lambda scene: repr(scene.mem),
+    "Memory.__reduce__": refuses(TypeError, lambda scene: pickle.dumps(scene.mem)),
+    **attributes("mem Memory", "closed"),
+    "Image": refuses(TypeError, lambda scene: Image()),
+    "Image.__len__": lambda scene: len(scene.img),
+    "Image.__eq__": lambda scene: scene.img == scene.file,
+    "Image.__hash__": lambda scene: hash(scene.img),
+    "Image.__repr__": lambda scene: repr(scene.img),
+    "Image.runs": lambda scene: (scene.img.runs(), scene.file.runs(), memoryview(scene.img)),
+    "Image.fileno": lambda scene: scene.file.fileno(),
+    "Image.info": lambda scene: scene.img.info(),
+    "Image.save": lambda scene: [scene.img.save(f"{scene.path} {packed}", packed=packed) for packed in (True, False)],
+    "Image.verify": lambda scene: scene.file.verify(),
+    "Image.handle": lambda scene: scene.file.handle(),
+    **attributes("img Image", "offset", "size", "digest"),
+    "Handle": lambda scene: Handle(scene.img, None, None),
+    "Delta": lambda scene: linmem.Delta(scene.img.digest, PAGE, PAGE, [(0, 1)], [], b"x"),
+    "Delta.pieces": lambda scene: list(scene.delta.pieces()),
+    "Delta.then": lambda scene: scene.delta.then(linmem.Delta("", scene.delta.size, scene.delta.size, [], [], b"")),
+    "Delta.__or__": lambda scene: scene.delta | linmem.Delta("", scene.delta.size, scene.delta.size, [], [], b""),
+    "Delta.save": lambda scene: scene.delta.save(scene.path + " delta"),
+    "Delta.open": lambda scene: (scene.delta.save(scene.path + " delta"), linmem.Delta.open(scene.path + " delta")),
+    "Delta.nbytes": lambda scene: scene.delta.nbytes,
+    "Delta.__reduce_ex__": lambda scene: pickle.loads(pickle.dumps(scene.delta)),
+    "Delta.__eq__": lambda scene: scene.delta == copy.copy(scene.delta),
+    "Delta.__hash__": lambda scene: hash(scene.delta),
+    "Delta.__repr__": lambda scene: repr(scene.delta),
+    "Delta.__setattr__": refuses(AttributeError, lambda scene: setattr(scene.delta, "size", 1)),
+    "Delta.__delattr__": refuses(AttributeError, lambda scene: delattr(scene.delta, "size")),
+    "NativeCreator": lambda scene: NativeCreator(),
+    "NativeCreator.__reduce__": lambda scene: scene.native.__reduce__(),
+    "MmapCreator": lambda scene: MMAP(prefault=True, huge_pages=True),
+    **attributes("mmap MmapCreator", "prefault", "huge_pages"),
+    "LimitingCreator": lambda scene: linmem.LimitingCreator(scene.mmap, 0),
+    **attributes("limit LimitingCreator", "limit_bytes", "used_bytes", "peak_bytes", "upstream"),
+    "StatisticsCreator": lambda scene: linmem.StatisticsCreator(scene.mmap),
+    "StatisticsCreator.statistics": lambda scene: scene.sums.statistics(),
+    **attributes("sums StatisticsCreator", "upstream"),
+    "PythonCreator": lambda scene: linmem.PythonCreator(scene.mmap),
+    **attributes("python PythonCreator", "creator"),
+    "PoolingCreator.stats": lambda scene: scene.pool.stats(),
+    **attributes("pool PoolingCreator", "upstream", "image"),
+    **{f"{cls}.__repr__": lambda scene, name=name: repr(getattr(scene, name)) for cls, name in (
+        ("MmapCreator", "mmap"), ("LimitingCreator", "limit"), ("StatisticsCreator", "sums"),
+        ("PythonCreator", "python"), ("PoolingCreator", "pool"), ("Prepared", "prepared"), ("Snapshot", "snapshot"))},
+    **{f"{cls}.__reduce__": refuses(TypeError, lambda scene, name=name: pickle.dumps(getattr(scene, name)))
+       for cls, name in (("MmapCreator", "mmap"), ("LimitingCreator", "limit"), ("StatisticsCreator", "sums"),
+                         ("PythonCreator", "python"), ("PoolingCreator", "pool"))},
+    "Snapshot": refuses(TypeError, lambda scene: linmem.wasmtime.Snapshot()),
+    "linear_memory": lambda scene: linmem.wasmtime.linear_memory(scene.store, scene.exports["memory"]),
+    # Plain Python: the traits, and records of what was found.
+    "LinearMemory": lambda scene: InPython(scene.mem),
+    "LinearMemory.maximum_byte_size": lambda scene: linmem.LinearMemory.maximum_byte_size(scene.mem),
+    "LinearMemory.wasm_accessible": lambda scene: linmem.LinearMemory.wasm_accessible(scene.mem),
+    "MemoryCreator": lambda scene: PythonMemories(None),
+    "MemoryType": lambda scene: linmem.MemoryType(1, 2),
+    "MemoryInfo": lambda scene: linmem.MemoryInfo(*range(13)),
+    "ImageInfo": lambda scene: linmem.ImageInfo(*range(6)),
+}
+
+for cls, where in ((linmem.Memory, "mem"), (Image, "img")):
+    for name in ("__buffer__", "__release_buffer__"):       # there from Python 3.12 on
+        if name in vars(cls):
+            QUIET[f"{cls.__name__}.{name}"] = lambda scene, where=where: memoryview(getattr(scene, where)).release()
+if HAS_KERNEL32:        # multiprocessing passes no descriptors
+    QUIET["Handle.__reduce__"] = refuses(TypeError, lambda scene: scene.img.handle().__reduce__())
+
+OF_PYTHON = {"__dict__", "__weakref__", "__new__", "__init__", "__setstate__", "__lt__", "__le__", "__ne__", "__gt__",
+             "__ge__", "__reduce_cython__", "__setstate_cython__", "__annotate__", "__annotate_func__"}
+
+
+def public_names():
+    """Of all that can be called, or is computed when it is asked for."""
+    things = [getattr(room, name) for room in (linmem, linmem.wasmtime) for name in room.__all__]
+    for thing in [*things, NativeCreator, Handle]:
+        if inspect.ismodule(thing) or (inspect.isclass(thing) and issubclass(thing, BaseException)):
+            continue
+        yield thing.__name__
+        if not inspect.isclass(thing) or dataclasses.is_dataclass(thing):
+            continue
+        for name, value in vars(thing).items():
+            hidden = name in OF_PYTHON or (name.startswith("_") and not name.endswith("__"))
+            abstract = getattr(value, "__isabstractmethod__", False)
+            if not hidden and not abstract and (callable(value) or inspect.isgetsetdescriptor(value) or isinstance(
+                    value, (property, staticmethod, classmethod))):
+                yield f"{thing.__name__}.{name}"
+
+
+def test_every_public_name_is_in_a_row_or_makes_no_page_call():
+    in_rows = {name for one in ROWS for name in one.covers.split()}
+    assert in_rows & QUIET.keys() == set()
+    assert sorted(public_names()) == sorted(in_rows | QUIET.keys())
+
+
+def test_what_makes_no_page_call_makes_none():
+    scene = quiet_scene()
+    scene.mem.discard()     # and the count works
+    with counting() as counted:
+        scene.mem.discard()
+    assert counted.calls == 1
+    for name, act in QUIET.items():
+        with counting() as counted:
+            act(scene)
+        assert counted.calls == 0, name
+    with counting() as counted:
+        mem = scene.pool.create(3 * PAGE, **SHAPE)      # a warm slot
+        mem.grow_to(3 * PAGE)
+    assert counted.calls == 0
+    mem.close()
+    scene.guest = None
+    scene.close()
