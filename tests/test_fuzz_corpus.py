@@ -13,6 +13,7 @@ def test_no_entry_of_the_corpus_is_a_finding(harness):
     assert replay.replay(harness) >= 5
 
 
+@requires("numpy")
 @pytest.mark.parametrize("harness", HARNESSES)
 def test_a_harness_takes_any_bytes(harness):
     one = importlib.import_module(f"fuzz.{harness}").one
