@@ -231,6 +231,7 @@ cdef class Memory:
             For no such format, or for a part that is not within `byte_size`.
         """
         cdef size_t start, n, itemsize, size
+        cdef Window window
         text, itemsize, castable = _resolve_format(format)
         check_size(offset, "offset", &start)
         size = <size_t>self.byte_size()
@@ -245,7 +246,13 @@ cdef class Memory:
                                  f" from offset {start} in {size} bytes, got {n}")
         if castable:
             return memoryview(self)[start:start + n * itemsize].cast(text)
-        return memoryview(Window(self, start, n, text.encode(), itemsize))
+        window = <Window>Window.__new__(Window)
+        window.memory = self
+        window.offset = start
+        window.format = text.encode()
+        window.shape[0] = <Py_ssize_t>n
+        window.strides[0] = <Py_ssize_t>itemsize
+        return memoryview(window)
 
     def __getitem__(self, key):
         cdef Py_ssize_t i, size
@@ -424,7 +431,8 @@ cdef class Memory:
             The memory is smaller than the image, or larger without `zero_grown`. One that a native creator made
             from this image with a larger minimum has its right size as long as it does not grow.
         OwnedError
-            A wasmtime store owns the memory and is growing it now, in another thread: a call runs in that store.
+            A wasmtime store owns the memory, and another thread is growing it now (a call runs in that store), or is
+            in another call that looks at all of it.
             No other call can be known of from here.
         TypeError
             For a memory with protected pages.
@@ -442,8 +450,8 @@ cdef class Memory:
         if load(&m.owner) == OWNER_WASMTIME:
             if not try_acquire(&m.lock):
                 self.leave()
-                raise _errors.OwnedError("the wasmtime store that owns this memory is growing it: restore it when"
-                                         " no call runs in that store")
+                raise _errors.OwnedError("another thread is growing this memory, which a wasmtime store owns, or"
+                                         " looks at all of it: restore it when no call runs in that store")
         else:
             with nogil:
                 acquire(&m.lock)
@@ -892,15 +900,9 @@ cdef class Window:
     cdef Py_ssize_t shape[1]
     cdef Py_ssize_t strides[1]
 
-    def __cinit__(self, Memory memory not None, size_t offset, size_t count, bytes format not None,
-                  size_t itemsize):
-        self.memory = memory
-        self.offset = offset
-        self.format = format
-        self.shape[0] = <Py_ssize_t>count
-        self.strides[0] = <Py_ssize_t>itemsize
-
     def __getbuffer__(self, Py_buffer* buffer, int flags):
+        if self.memory is None:
+            raise TypeError("a Window is made by Memory.view()")
         cdef memory* m = self.memory.enter()
         pin(m)
         buffer.buf = m.base + self.offset

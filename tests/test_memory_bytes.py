@@ -197,3 +197,11 @@ def test_a_memory_is_true_to_its_length_and_not_hashable_by_content(mem):
     assert len(mem) == mem.byte_size()
     assert mem == mem
     assert mem in {mem}
+
+
+def test_what_exports_a_typed_view_cannot_be_made_by_hand():
+    with linmem.create(PAGE) as mem, mem.view(">d") as view:
+        window = type(view.obj)
+        for arguments in ((), (mem, 10 * PAGE, 1, b">d", 8)):
+            with pytest.raises(TypeError, match=r"made by Memory\.view"):
+                memoryview(window(*arguments))
