@@ -92,6 +92,8 @@ def run(client: Any, partitions: int = 16) -> tuple[int, linmem.Image]:
 
     linmem.dask.setup(client)
     image = initialised()
+    # It drops copies that no task waits for, every two seconds; a worker with a later task would get its own again.
+    client.amm.stop()
     # Directly: else it goes through the scheduler, which is once more over the network.
     everywhere = client.scatter(image, broadcast=True, direct=True)
     numbers = dask.array.arange(BELOW, chunks=BELOW // partitions, dtype="uint32")

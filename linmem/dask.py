@@ -2,6 +2,7 @@
 
 >>> import linmem.dask
 >>> linmem.dask.setup(client)                               # and on every worker, also those that come later
+>>> client.amm.stop()                                       # which drops copies that no task waits for just now
 >>> image = client.scatter(snapshot, broadcast=True)        # once to each worker
 >>> def task(part, image):
 ...     with linmem.dask.memory(image) as mem:              # copy-on-write, from this worker's pool

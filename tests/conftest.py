@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 # A machine under load must not fail a test: no deadline. Profile "ci" looks longer, "few" where each look is slow.
 settings.register_profile("default", max_examples=50, stateful_step_count=20, deadline=None,
                           suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("ci", parent=settings.get_profile("default"), max_examples=500, stateful_step_count=50)
+settings.register_profile("ci", parent=settings.get_profile("default"), max_examples=300, stateful_step_count=50)
 settings.register_profile("few", parent=settings.get_profile("default"), max_examples=10, stateful_step_count=10)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
