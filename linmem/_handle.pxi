@@ -395,7 +395,7 @@ cdef class Memory:
         cdef image* it = NULL
         cdef failure why
         cdef int code
-        cdef ImageHandle handle = ImageHandle()
+        cdef ImageHandle handle = ImageHandle.__new__(ImageHandle)
         cdef memory* m = self.enter()
         with nogil:
             acquire(&m.lock)

@@ -119,7 +119,7 @@ cdef class Image(ImageHandle):
         cdef long long where
         cdef int code, descriptor
         cdef image* it
-        cdef ImageHandle handle = ImageHandle()
+        cdef ImageHandle handle = ImageHandle.__new__(ImageHandle)
         check_size(offset, "offset", &start)
         check_size(size, "size", &n)
         check_size(position, "position", &at)
@@ -504,7 +504,7 @@ cdef int take_buffer(object data, Py_buffer* out) except -1:
 
 
 cdef Image from_pieces(size_t offset, size_t size, object pieces):
-    cdef ImageHandle handle = ImageHandle()
+    cdef ImageHandle handle = ImageHandle.__new__(ImageHandle)
     cdef image* it
     cdef failure why
     cdef Py_buffer given

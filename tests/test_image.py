@@ -427,20 +427,22 @@ class PartOfAPage:
     def grow_to(self, new_size): raise linmem.GrowError("never")
 
 
+class PartsCreator:
+    def __init__(self): self.made = []
+
+    def new_memory(self, ty, minimum, *rest):
+        self.made.append(PartOfAPage(minimum))
+        return self.made[-1]
+
+
 @pytest.mark.parametrize("size", [1, 4095, 4097, 2 * PAGE - 5])
 def test_an_image_writes_nothing_beyond_a_memory_whose_pages_are_not_ours(kind, size):
-    made = []
-
-    class Creator:
-        def new_memory(self, ty, minimum, *rest):
-            made.append(PartOfAPage(minimum))
-            return made[-1]
-
+    creator = PartsCreator()
     one, two = Image.from_bytes(b"1" * size), Image.from_bytes(b"2" * size)
-    with one.new_memory(creator=linmem.PythonCreator(Creator()), guard=0) as mem:
+    with one.new_memory(creator=linmem.PythonCreator(creator), guard=0) as mem:
         for img in (one, two, one):
             assert bytes(mem) == bytes(img)
-            (under,) = made
+            (under,) = creator.made
             assert under.whole[size:] == b"s" * (len(under.whole) - size)
             mem.restore(two if img is one else one)
 
