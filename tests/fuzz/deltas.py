@@ -28,11 +28,11 @@ def make(c: Choices, base: str, base_size: int, number) -> Delta | None:
     total = sum(n for _, n in ranges)
     data = (c.bytes(min(max(total, 0), 64)) or b"\1") * 64
     data = data[:min(max(total, 0), 64) + (c.byte() == 255)]
-    valid = (min(size, base_size) >= 0 and len(data) == total
+    valid = (min(size, base_size) >= 0 and max(size, base_size) < 1 << 64 and len(data) == total
              and all(in_order_and_apart(parts, size) for parts in (ranges, zeros, sorted(ranges + zeros))))
     try:
         made = Delta(base, base_size, size, ranges, zeros, data, c.pick((None, *DIGESTS)))
-    except ValueError:
+    except (ValueError, OverflowError):
         assert not valid
         return None
     assert valid
