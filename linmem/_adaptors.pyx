@@ -154,7 +154,9 @@ cdef class LimitingCreator(NativeCreator):
     @property
     def peak_bytes(self):
         """The most bytes that were ever charged at once."""
-        return load(&self.budget.peak)
+        # Whoever charges them notes it afterwards, and in a forked child perhaps never.
+        cdef long long used = load(&self.budget.used), peak = load(&self.budget.peak)
+        return peak if peak > used else used
 
     def __repr__(self):
         return f"LimitingCreator({self.upstream!r}, limit_bytes={self.limit_bytes}, used_bytes={self.used_bytes})"
