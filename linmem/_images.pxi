@@ -296,12 +296,12 @@ cdef void turn_hull(memory* m, image* to, size_t low, size_t high) noexcept nogi
         else:
             m.image_state = IMAGE_COPIED
     if to.content.maps and high > low and m.ops == &mapped_ops and m.image_state == IMAGE_COPIED:
-        m.image_state = IMAGE_BROKEN
+        if m.image != to:
+            hold_image(m, to)
+            m.started = 0
+        publish(&m.image_state, IMAGE_BROKEN)       # after the image, of which it is broken
         if pages.image_map(&to.content, to.low, m.base + low, high - low) == 0:
-            if m.image != to:
-                hold_image(m, to)
-                m.started = 0
-            publish(&m.image_state, IMAGE_MAPPED)       # after the image
+            m.image_state = IMAGE_MAPPED
             return
         m.image_state = IMAGE_COPIED
     for i in range(to.n_runs):

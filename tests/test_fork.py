@@ -373,14 +373,18 @@ def test_a_fork_while_threads_snapshot_restore_and_refuse_leaves_a_child_that_wo
 
 
 @requires("maps_images")
-def test_a_child_forked_in_the_middle_of_a_restore_may_restore_to_either_image():
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_child_forked_in_the_middle_of_a_restore_may_restore_to_either_image(fresh):
     """What the pages show and what the memory says that they show must not come apart."""
-    assert scene("""
+    assert scene(f"""
         images = [linmem.Image.from_bytes(mark * 4 * P) for mark in (b"a", b"b")]
         mem = images[0].new_memory()
         ready, done = threading.Event(), threading.Event()
         def turn():
+            global mem
             while not done.is_set():
+                if {fresh}:         # of no image yet
+                    mem = linmem.create(4 * P)
                 for img in images:
                     mem.restore(img)
                     ready.set()
@@ -388,13 +392,15 @@ def test_a_child_forked_in_the_middle_of_a_restore_may_restore_to_either_image()
             for img in (images[n % 2], images[1 - n % 2]):
                 mem.restore(img)
                 assert mem[:] == bytes(img), n
-        thread = threading.Thread(target=turn, daemon=True)
-        thread.start()
+        threads = [threading.Thread(target=turn, daemon=True) for _ in range(4 if {fresh} else 1)]
+        for thread in threads:
+            thread.start()
         ready.wait()
         for n in range(150):
             child(os.fork, lambda: either(n))
         done.set()
-        thread.join()
+        for thread in threads:
+            thread.join()
         print("either")
         """) == "either"
 
