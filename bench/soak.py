@@ -954,6 +954,8 @@ class Worker(threading.Thread):
             os._exit(status)
 
     def use_all(self) -> None:
+        # Whoever would end a child that hangs may itself have ended by then, with a finding or a crash.
+        signal.setitimer(signal.ITIMER_REAL, 2 * self.soak.hang)
         self.check()
         for held in self.held:
             held.mem.write(0, b"child"[:len(held.model)])
@@ -1314,6 +1316,8 @@ def main(arguments: list[str] | None = None, *, more: tuple[Maker, ...] = ()) ->
     if wasmtime is None:
         print("soak: without guests: wasmtime is not installed", file=sys.stderr)
     faulthandler.enable()
+    if hasattr(signal, "SIGALRM"):      # which ends children that hang; see Worker.use_all
+        faulthandler.register(signal.SIGALRM, chain=True)
     # Each arena of glibc's malloc holds inaccessible address space, which would pass for a memory's.
     m_arena_max = -8
     _call_malloc("mallopt", m_arena_max, 1)

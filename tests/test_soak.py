@@ -9,7 +9,7 @@ from support import NEEDS, requires, run_child
 pytest.importorskip("linmem.bench._raw")
 
 PLANTED = """
-import sys, threading, time
+import os, sys, threading, time
 import linmem
 from linmem.bench import soak
 
@@ -54,11 +54,19 @@ def child(creator, mem):
     if len(mem) and threading.active_count() == 1:      # only where one thread was forked off
         mem[0] = 1
 
-everything = []
+def orphan(creator, mem):       # a child hangs, and its parent ends with a finding of its own
+    if os.getpid() != parent:
+        threading.Event().wait()
+    if forked:
+        raise RuntimeError("never heard of")
+
+everything, forked, parent = [], [], os.getpid()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_parent=lambda: forked.append(True))
 more = (soak.Maker("planted", linmem.PythonCreator(Planted({wrong}))),) * 3
 status = soak.main({arguments!r}, more=more)
 sys.stdout.flush()
-import os; os._exit(status)
+os._exit(status)
 """
 
 
@@ -109,6 +117,14 @@ def test_a_thread_that_hangs_is_found_and_where():
     said = planted("hang", "--hang", "1.5")
     assert re.search(r"Wrong: (worker \d hangs: for|a forked child hung for)", said)
     assert "in hang" in said        # the frames of whoever it is
+
+
+@pytest.mark.slow
+@requires("fork")
+def test_a_child_that_hangs_ends_though_its_parent_has_ended_before():
+    said = planted("orphan", "--hang", "6", minutes="0.5")      # and not before all that holds its output has ended
+    assert "RuntimeError: never heard of" in said
+    assert "in orphan" in said.rpartition("soak: FAILED")[2]        # the frames of the child, which comes last
 
 
 @pytest.mark.slow
