@@ -3,7 +3,9 @@
 #
 # A page that was given back costs its next user a fault; a page that is kept costs a zeroing at every
 # reset. A fault is worth 12 to 70 zeroings, as measured on the machine (reset_costs). So pages are kept,
-# and only those that may hold bytes are zeroed (a scan finds them), as long as they are used again.
+# and only those that may hold bytes are zeroed (a scan finds them), as long as they are used again. A small
+# range is zeroed whole, for that is cheaper than a scan; but the first time it faults in what nobody has
+# touched, so a slot must have been used as often as it has pages before.
 # Three things tell that they are not:
 #
 #   churn   each use dirties other pages: use after use, more than half of what one use dirties is new.
@@ -36,9 +38,10 @@ cdef enum:
 # What this machine's calls cost, in zeroings of one page in the cache.
 cdef struct reset_costs:
     unsigned int fault              # of a page, its giving back included
-    unsigned int scan               # of a range with little in it
+    unsigned int scan               # of a range with little in it, in the cheapest zeroings
 
 cdef struct reset_policy:
+    unsigned int uses               # as many as count
     unsigned int resident           # pages, when the slot was handed out
     unsigned int dirty              # pages dirtied by the last use that found nothing resident
     unsigned int level              # pages that its users have been seen to come back to
@@ -60,7 +63,7 @@ cdef struct reset_policy:
 
 
 cdef inline void reset_start(reset_policy* p) noexcept nogil:
-    p.resident = p.dirty = p.level = p.before = p.age = p.burst_patience = 0
+    p.uses = p.resident = p.dirty = p.level = p.before = p.age = p.burst_patience = 0
     p.skip = p.strikes = p.scanless = p.burst_size = p.distrust = 0
     p.next_distrust = 4
     p.patience = FIRST_PATIENCE
@@ -94,7 +97,9 @@ cdef inline void reset_given_back(reset_policy* p) noexcept nogil:
 cdef inline int reset_begin(reset_policy* p, const reset_costs* costs, unsigned int n) noexcept nogil:
     """How to reset a range of n pages after a use."""
     if n <= costs.scan:
-        return RESET_ZERO
+        if p.uses >= n:
+            return RESET_ZERO
+        p.uses += 1
     if p.skip:
         p.skip -= 1
         return RESET_DISCARD

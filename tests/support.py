@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+import linmem
 from linmem._os import pages
 
 FLOOR = pages.describe()
@@ -520,11 +521,14 @@ cdef class Half(linmem.NativeCreator):
 
 def build_extension(folder: Path, name: str, source: str) -> None:
     """Compile a Cython module into `folder`, against the package's .pxd files."""
+    # An editable install is found by an import hook, which Cython does not ask.
+    home = str(Path(linmem.__file__).parent.parent)
+    beyond = [] if home in sys.path else [home]
     (folder / f"{name}.pyx").write_text(source)
     (folder / "setup.py").write_text(textwrap.dedent(f"""
         from Cython.Build import cythonize
         from setuptools import Extension, setup
-        setup(name="{name}", ext_modules=cythonize([Extension("{name}", ["{name}.pyx"])]))
+        setup(name="{name}", ext_modules=cythonize([Extension("{name}", ["{name}.pyx"])], include_path={beyond!r}))
     """))
     subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=folder, check=True, timeout=300,
                    capture_output=True)

@@ -1,12 +1,7 @@
 """Another Cython module builds on the installed .pxd files and works without the GIL."""
 
-import importlib.util
-import subprocess
-import sys
-import textwrap
-
 import pytest
-from support import HALF_CREATOR, requires
+from support import HALF_CREATOR, build_extension, load_extension, requires
 
 import linmem
 
@@ -37,19 +32,8 @@ def fill(linmem.Memory mem not None, size_t size, int byte):
 @pytest.fixture(scope="module")
 def client(tmp_path_factory):
     folder = tmp_path_factory.mktemp("client")
-    (folder / "client.pyx").write_text(MODULE)
-    (folder / "setup.py").write_text(textwrap.dedent("""
-        from Cython.Build import cythonize
-        from setuptools import Extension, setup
-        setup(name="client", ext_modules=cythonize([Extension("client", ["client.pyx"])]))
-    """))
-    subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=folder, check=True, timeout=300,
-                   capture_output=True)
-    (path,) = (p for p in folder.iterdir() if p.name.startswith("client.") and p.suffix in (".so", ".pyd"))
-    spec = importlib.util.spec_from_file_location("client", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    build_extension(folder, "client", MODULE)
+    return load_extension(folder, "client")
 
 
 def test_a_cython_client_grows_and_fills_a_memory_without_the_gil(client):

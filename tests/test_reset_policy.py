@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from linmem._pool import _costs, _Policy
+import linmem
+from linmem._pool import _costs, _Policy, _zero_wide
 
 UNBOUNDED = 1 << 30
 USES = 800
@@ -134,12 +135,27 @@ def test_what_a_slot_may_not_keep_is_given_back():
     assert policy.begin(1000) == "discard"      # and the next ones are not looked at
 
 
-def test_a_small_range_is_zeroed_without_a_look():
+def test_a_small_range_is_zeroed_without_a_look_once_that_may_pay_for_the_faults():
     policy = _Policy(12, 4)
-    assert [policy.begin(4), policy.begin(5)] == ["zero", "scan"]
+    asked = []
+    for _ in range(6):
+        asked.append(policy.begin(4))
+        if asked[-1] == "scan":
+            policy.end(4, 1, UNBOUNDED)
+    assert asked == ["scan"] * 4 + ["zero"] * 2
+    assert policy.begin(5) == "scan"
 
 
 def test_the_costs_of_this_machine_are_sane():
     costs = _costs()
     assert 8 <= costs["fault"] <= 64
     assert 4 <= costs["scan"] <= 64
+
+
+@pytest.mark.parametrize("size", [0, 128, 4096, 65536 + 128])
+def test_wide_stores_zero_what_they_shall_and_not_a_byte_more(size):
+    with linmem.create(2 * 65536) as mem:
+        mem[:] = b"\xab" * len(mem)
+        if not _zero_wide(mem.as_ptr() + 4096, size):
+            pytest.skip("this processor has no wide stores that linmem knows")
+        assert bytes(mem) == b"\xab" * 4096 + bytes(size) + b"\xab" * (len(mem) - 4096 - size)
