@@ -18,6 +18,7 @@ from support import NEEDS, requires
 
 import linmem
 from linmem import cli
+from linmem._cli import demo, info, words
 
 SECONDS = 120
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(
@@ -369,7 +370,7 @@ def test_a_creator_is_chosen_by_its_name(wat):
     ("1.5GiB", 3 << 29), ("64KB", 64000), ("0.001KB", 1), ("2TB", 2 * 10 ** 12), ("7b", 7),
 ])
 def test_sizes_are_read_as_people_write_them(text, size):
-    assert cli.parse_size(text) == size
+    assert words.parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "MiB", "64XB", "-1", "1.5", "1e9", "0x10", "1..5GiB", "nan", "8EiB", "٣MiB",
@@ -491,13 +492,13 @@ def test_the_demo_writes_plain_ascii():
 
 
 @pytest.mark.parametrize(("name", "value", "said"), [
-    ("PRIMES", {cli.FIRST_LIMIT: 1229, cli.LIMIT: 664_580}, "expected 664580, found 664579"),
-    ("PRIMES", {cli.FIRST_LIMIT: 1230, cli.LIMIT: 664_579}, "expected 1230, found 1229"),
+    ("PRIMES", {demo.FIRST_LIMIT: 1229, demo.LIMIT: 664_580}, "expected 664580, found 664579"),
+    ("PRIMES", {demo.FIRST_LIMIT: 1230, demo.LIMIT: 664_579}, "expected 1230, found 1229"),
     ("LARGEST_PRIME", 9_999_992, "expected 9999992, found 9999991"),
     ("TWIN_PRIMES", 58_981, "expected 58981, found 58980"),
 ])
 def test_a_figure_of_the_demo_that_does_not_hold_is_said_and_fails_it(monkeypatch, capsys, name, value, said):
-    monkeypatch.setattr(cli, name, value)
+    monkeypatch.setattr(demo, name, value)
     assert cli.main(["demo"]) == 1
     out = capsys.readouterr().out
     assert said in out
@@ -506,7 +507,7 @@ def test_a_figure_of_the_demo_that_does_not_hold_is_said_and_fails_it(monkeypatc
 
 def test_an_address_that_moved_fails_the_demo(monkeypatch, capsys):
     addresses = iter([65536, 131072, 65536, 65536])
-    monkeypatch.setattr(cli, "address_of", lambda array: next(addresses))
+    monkeypatch.setattr(demo, "address_of", lambda array: next(addresses))
     assert cli.main(["demo"]) == 1
     assert "[FAILED] address: 0x10000 before, 0x20000 after" in capsys.readouterr().out
 
@@ -563,7 +564,7 @@ def test_info_in_words_names_the_signal_of_each_child():
      "it died before it was ready"),
 ])
 def test_the_self_test_can_fail(monkeypatch, capsys, script, why):
-    monkeypatch.setattr(cli, "GUARD_CHILD", script)
+    monkeypatch.setattr(info, "GUARD_CHILD", script)
     assert cli.main(["info"]) == 1, why
     out = capsys.readouterr().out
     assert "FAILED" in out
@@ -571,7 +572,7 @@ def test_the_self_test_can_fail(monkeypatch, capsys, script, why):
 
 
 def test_info_says_why_the_installer_does_not_work(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "WASMTIME_CHILD", "raise RuntimeError('no host memory creators')")
+    monkeypatch.setattr(info, "WASMTIME_CHILD", "raise RuntimeError('no host memory creators')")
     assert cli.main(["info", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)["wasmtime"]
     assert figures["works"] is False
@@ -583,7 +584,7 @@ def test_info_says_why_the_installer_does_not_work(monkeypatch, capsys):
     (0, None), (1, None), (None, None), (-15, None), (139, None),
 ])
 def test_only_a_memory_fault_counts_as_one(returncode, name):
-    assert cli.death(returncode) == name
+    assert info.death(returncode) == name
 
 
 def test_a_reader_that_goes_away_is_no_traceback():

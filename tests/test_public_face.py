@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from support import NEEDS, PAGE, answer
 
 import linmem
-from linmem import _image_cli, cli
+from linmem import cli
+from linmem._cli import image as image_cli
 
 PATTERN = bytes(range(1, 251))
 TYPE = linmem.MemoryType(1, page_size=1)
@@ -809,7 +810,7 @@ COMMANDS = {
 def parsers():
     """Every command: its words -> its parser."""
     _, found = cli.build_parser()
-    _image_cli.add_arguments(found["image"])
+    image_cli.add_arguments(found["image"])
     (actions,) = (action for action in found["image"]._actions if isinstance(action, argparse._SubParsersAction))
     return found | {f"image {name}": parser for name, parser in actions.choices.items()}
 

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from linmem import _files
+from linmem._cli.words import EXIT_REFUSED, Refused, count, show_size
 from linmem._delta import Delta
 from linmem._image import Image
-from linmem.cli import EXIT_REFUSED, Refused, count, show_size
 from linmem.errors import FileFormatError
 
 __all__ = ["add_arguments", "main"]

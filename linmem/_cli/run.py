@@ -1,0 +1,278 @@
+"""``linmem run``: a WASI program in memories of linmem's."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import linmem
+from linmem._cli.words import (
+    EXIT_INTERRUPTED,
+    EXIT_TRAP,
+    EXIT_USAGE,
+    Parser,
+    Refused,
+    count,
+    one_line,
+    show_size,
+    show_time,
+)
+
+
+def main(parser: Parser, words: list[str]) -> int:
+    """Run ``linmem run`` with these words; returns the exit code."""
+    options, program, arguments = split_run(parser, words)
+    args, unknown = parser.parse_known_args(options)
+    if unknown:
+        parser.error(f"no such option: {unknown[0]}; the program's own come after --")
+    if program is None:
+        parser.error("PROGRAM is missing")
+    return run(args, program, arguments)
+
+
+def split_run(parser: Parser, words: list[str]) -> tuple[list[str], str | None, list[str]]:
+    """linmem's options, the program, and the program's arguments.
+
+    argparse has no word for "options on both sides of the first positional, and none after it".
+    """
+    takes_value = {name for action in parser._actions if action.nargs != 0 for name in action.option_strings}
+    options: list[str] = []
+    program = None
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            if program is None and rest:
+                program = rest.pop(0)
+            return options, program, rest
+        if word.startswith("-") and word != "-":
+            options.append(word)
+            if word in takes_value and rest:
+                # Joined, so that a value that begins with a dash is still one.
+                options[-1] = f"{word}={rest.pop(0)}"
+        elif program is None:
+            program = word
+        else:
+            return options, program, [word, *rest]
+    return options, program, []
+
+
+def run(args: argparse.Namespace, program: str, arguments: list[str]) -> int:
+    environment = [split_env(text) for text in args.env]
+    directories = [split_dir(text) for text in args.dir]
+    code = read_program(program)
+    report = args.report or args.json
+    creator, statistics = compose_creator(args.creator, args.max_memory, report)
+
+    def work() -> int:
+        return execute(program, code, [os.path.basename(program), *arguments], environment, directories, creator)
+
+    try:
+        status, running = in_a_thread(work)
+    except Refused as refusal:
+        print(f"linmem run: {refusal}", file=sys.stderr)
+        status, running = refusal.code, False
+    if statistics is not None:
+        print_report(report_figures(program, args, status, statistics), as_json=args.json)
+    if running:
+        # The program is still in its endless loop, or waits for input: there is no way to come
+        # back from there but the end of the process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def split_env(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name:
+        raise Refused(f"--env {text!r}: the name is missing (NAME=VALUE)", EXIT_USAGE)
+    if not equals:
+        if name not in os.environ:
+            raise Refused(f"--env {name}: no such variable in this environment (NAME=VALUE sets one)", EXIT_USAGE)
+        value = os.environ[name]
+    return name, value
+
+
+def split_dir(text: str) -> tuple[str, str]:
+    host, _, guest = text.partition("::")
+    if not os.path.isdir(host):
+        what = "is no directory" if os.path.exists(host) else "does not exist"
+        raise Refused(f"--dir {text}: {host!r} {what}", EXIT_USAGE)
+    return host, guest or host
+
+
+def read_program(path: str) -> bytes:
+    """The bytes of a wasm module or of its text; anything else is refused here, by name."""
+    try:
+        with open(path, "rb") as file:
+            code = file.read()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise Refused(f"cannot read {path!r}: {reason}", EXIT_USAGE) from None
+    is_text = path.lower().endswith(".wat") or code.lstrip().startswith((b"(", b";;"))
+    if not code.startswith(b"\0asm") and not is_text:
+        raise Refused(f"{path!r} is not a WebAssembly module (neither wasm nor wat)")
+    return code
+
+
+def compose_creator(kind: str, max_memory: int | None, report: bool) -> tuple[Any, linmem.StatisticsCreator | None]:
+    try:
+        creator = linmem.creator(kind)
+    except (TypeError, ValueError) as error:
+        hint = " (for a budget: --max-memory)" if kind == "limiting" else ""
+        raise Refused(f"--creator {kind}: {error}{hint}", EXIT_USAGE) from None
+    if max_memory is not None:
+        creator = linmem.LimitingCreator(creator, max_memory)
+    if not report:
+        return creator, None
+    # Over the budget, so that it sees what the budget refuses.
+    statistics = linmem.StatisticsCreator(creator)
+    return statistics, statistics
+
+
+def in_a_thread(work: Callable[[], int]) -> tuple[int, bool]:
+    """The exit code of `work`, and whether it still runs: Ctrl-C does not wait for native code.
+
+    Python's signal handler runs between bytecodes of the main thread, which therefore must not be
+    the one inside the program.
+    """
+    import threading
+
+    status: list[int] = []
+    errors: list[BaseException] = []
+
+    def target() -> None:
+        try:
+            status.append(work())
+        except BaseException as error:      # raised again below, in the main thread
+            errors.append(error)
+
+    threading.stack_size(8 << 20)           # some systems give a second thread less than wasm's own stack
+    thread = threading.Thread(target=target, name="linmem run", daemon=True)
+    thread.start()
+    threading.stack_size(0)
+    try:
+        while thread.is_alive():
+            thread.join(0.2)                # where a wait without an end cannot be interrupted
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED, thread.is_alive()
+    if errors:
+        raise errors[0]
+    return status[0], False
+
+
+def import_wasmtime() -> tuple[Any, Any]:
+    """wasmtime and linmem.wasmtime."""
+    try:
+        import wasmtime
+
+        import linmem.wasmtime as installer
+    except (ImportError, OSError) as error:         # OSError: its library does not load here
+        raise Refused(f"needs wasmtime-py: pip install 'linmem[wasmtime]' ({error})") from None
+    return wasmtime, installer
+
+
+def execute(program: str, code: bytes, argv: list[str], environment: list[tuple[str, str]],
+            directories: list[tuple[str, str]], creator: Any) -> int:
+    wasmtime, installer = import_wasmtime()
+    config = wasmtime.Config()
+    try:
+        installer.install(config, creator)
+    except RuntimeError as error:
+        raise Refused(str(error)) from None
+    engine = wasmtime.Engine(config)
+    module = compile_program(wasmtime, engine, program, code)
+    store = wasmtime.Store(engine)
+    store.set_wasi(wasi_config(wasmtime, argv, environment, directories))
+    linker = wasmtime.Linker(engine)
+    linker.define_wasi()
+    try:
+        instance = linker.instantiate(store, module)
+        instance.exports(store)["_start"](store)
+    except wasmtime.ExitTrap as end:
+        return int(end.code)
+    except wasmtime.Trap as trap:
+        where = str(trap).partition("Stack backtrace:")[0].partition("Caused by:")[0].rstrip()
+        print(f"linmem run: {program} trapped: {one_line(trap)}\n{where}", file=sys.stderr)
+        return EXIT_TRAP
+    except wasmtime.WasmtimeError as error:
+        raise Refused(f"{program}: {one_line(error)}") from None
+    return 0
+
+
+def compile_program(wasmtime: Any, engine: Any, program: str, code: bytes) -> Any:
+    try:
+        binary = code if code.startswith(b"\0asm") else bytes(wasmtime.wat2wasm(code.decode()))
+        # The second half of the version is the layer: 0 a module, 1 a component.
+        if binary[6:8] == b"\1\0":
+            raise Refused(f"{program} is a component; linmem runs WASI preview 1 command modules"
+                          " (compile it for wasm32-wasip1)")
+        module = wasmtime.Module(engine, binary)
+    except wasmtime.WasmtimeError as error:
+        raise Refused(f"{program}: {one_line(error)}") from None
+    except UnicodeDecodeError as error:
+        raise Refused(f"{program} is no text of a WebAssembly module: {error}") from None
+    start = next((export.type for export in module.exports if export.name == "_start"), None)
+    if not isinstance(start, wasmtime.FuncType):
+        raise Refused(f"{program} exports no function _start: it is a library, not a WASI command")
+    if start.params or start.results:
+        raise Refused(f"{program}: _start takes or returns something, so it is not a WASI command's")
+    return module
+
+
+def wasi_config(wasmtime: Any, argv: list[str], environment: list[tuple[str, str]],
+                directories: list[tuple[str, str]]) -> Any:
+    wasi = wasmtime.WasiConfig()
+    try:
+        wasi.argv = argv
+        wasi.env = environment
+        for host, guest in directories:
+            try:
+                wasi.preopen_dir(host, guest)
+            except wasmtime.WasmtimeError:
+                raise Refused(f"--dir {host}: the directory cannot be opened", EXIT_USAGE) from None
+    except UnicodeEncodeError as error:
+        raise Refused(f"{error.object!r} is no UTF-8, and WASI has no other text", EXIT_USAGE) from None
+    wasi.inherit_stdin()
+    wasi.inherit_stdout()
+    wasi.inherit_stderr()
+    return wasi
+
+
+def report_figures(program: str, args: argparse.Namespace, status: int,
+                   statistics: linmem.StatisticsCreator) -> dict[str, Any]:
+    memories = [{
+        "first_size": memory["first_size"],
+        "peak_size": memory["size"],        # a wasm memory never shrinks
+        "growths": memory["growths"],
+        "refused_growths": memory["refused"],
+        "grow_ns": memory["grow_ns"],
+        "peak_resident": memory["peak_resident"],
+    } for memory in reversed(statistics.memories())]
+    return {"program": program, "exit_code": status, "creator": args.creator, "max_memory": args.max_memory,
+            "memories": memories, "all": statistics.statistics()}
+
+
+def print_report(figures: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        import json
+
+        print(json.dumps(figures), file=sys.stderr, flush=True)
+        return
+    everything = figures["all"]
+    if not everything["total_count"] and not everything["failures"]:
+        print("linmem: no memory was asked for", file=sys.stderr)
+        return
+    budget = "" if figures["max_memory"] is None else f", of at most {show_size(figures['max_memory'])}"
+    print(f"linmem: {count(everything['total_count'], 'memory')} by {figures['creator']},"
+          f" {show_size(everything['peak_bytes'])} at the peak{budget};"
+          f" {count(everything['failures'], 'request')} refused", file=sys.stderr)
+    for number, memory in enumerate(figures["memories"], start=1):
+        print(f"  memory {number}: {show_size(memory['first_size'])} at first, {show_size(memory['peak_size'])} at the"
+              f" peak, {show_size(memory['peak_resident'])} resident;"
+              f" {count(memory['growths'], 'growth')} in {show_time(memory['grow_ns'])},"
+              f" {memory['refused_growths']} refused", file=sys.stderr, flush=True)
