@@ -17,7 +17,7 @@ def create_close(size_t total, size_t pre_guard, size_t accessible, long long n)
     with nogil:
         took = -pages.clock_ns()
         for _ in range(n):
-            code = pages.reserve(total, &base)
+            code = pages.reserve(total, False, &base)
             if code:
                 break
             if accessible:
@@ -43,7 +43,7 @@ def grow_steps(size_t total, size_t pre_guard, size_t accessible, size_t step, l
     cdef char* end
     cdef int code, undo
     with nogil:
-        code = pages.reserve(total, &base)
+        code = pages.reserve(total, False, &base)
         if code == 0:
             end = base + pre_guard
             if accessible:

@@ -78,6 +78,7 @@ cdef struct memory_spec:
     bint is_64
     bint is_shared              # never moves
     image* image                # what it holds at the start; NULL: zeros
+    bint watched                # the OS will be asked which pages were touched, many times
 
 cdef enum:
     OWNER_PYTHON = 0

@@ -459,7 +459,7 @@ cdef int move_to_larger(memory* m, size_t need, failure* why) noexcept nogil:
     cdef char* old = m.base - m.pre_guard
     cdef size_t old_total = m.pre_guard + m.capacity + m.guard
     cdef size_t huge = pages.capabilities().huge_page if m.huge_pages else 0
-    cdef int code = reserve_in_steps(need, m.maximum, m.guard, huge, &to, &region, why)
+    cdef int code = reserve_in_steps(need, m.maximum, m.guard, huge, False, &to, &region, why)
     if code == E_OVERFLOW:
         why.call = "new_size"
     if code:
@@ -491,22 +491,22 @@ cdef int move_to_larger(memory* m, size_t need, failure* why) noexcept nogil:
     return 0
 
 
-cdef int reserve_in_steps(size_t minimum, size_t bound, size_t guard, size_t alignment, layout* out, char** region,
-                          failure* why) noexcept nogil:
+cdef int reserve_in_steps(size_t minimum, size_t bound, size_t guard, size_t alignment, bint watched, layout* out,
+                          char** region, failure* why) noexcept nogil:
     """The reservation that linmem chooses: as much as is sensible, then less until the OS agrees."""
     cdef size_t space, left, want
     cdef int code
     pages.address_space(&space, &left)
     want = first_reservation(minimum, bound, bound != NO_MAXIMUM, space, left)
     while True:
-        code = reserve_exactly(minimum, want, guard, alignment, out, region, why)
+        code = reserve_exactly(minimum, want, guard, alignment, watched, out, region, why)
         if code == 0 or want == minimum:
             return code
         want = next_reservation(want, minimum)
 
 
-cdef int reserve_exactly(size_t minimum, size_t reservation, size_t guard, size_t alignment, layout* out,
-                         char** region, failure* why) noexcept nogil:
+cdef int reserve_exactly(size_t minimum, size_t reservation, size_t guard, size_t alignment, bint watched,
+                         layout* out, char** region, failure* why) noexcept nogil:
     """alignment: of the base, a power of two; 0 for a host page. What it takes is inaccessible."""
     cdef size_t lead
     cdef int code
@@ -517,7 +517,7 @@ cdef int reserve_exactly(size_t minimum, size_t reservation, size_t guard, size_
                     minimum if minimum > reservation else reservation)
     if alignment and add_up(out.total, alignment, &out.total):
         return fail(why, E_OVERFLOW, "reserve", reservation)
-    code = pages.reserve(out.total, region)
+    code = pages.reserve(out.total, watched, region)
     if code:
         return fail_page_call(why, code, "reserve", out.total)
     if alignment:
@@ -613,9 +613,9 @@ cdef int mapped_make(const memory_spec* spec, bint prefault, bint huge_pages, me
     if spec.reservation == UNCHOSEN:
         if bound == NO_MAXIMUM and not spec.is_64:
             bound = WASM32_SPACE
-        code = reserve_in_steps(spec.minimum, bound, spec.guard, huge, &at, &region, why)
+        code = reserve_in_steps(spec.minimum, bound, spec.guard, huge, spec.watched, &at, &region, why)
     else:
-        code = reserve_exactly(spec.minimum, spec.reservation, spec.guard, huge, &at, &region, why)
+        code = reserve_exactly(spec.minimum, spec.reservation, spec.guard, huge, spec.watched, &at, &region, why)
     if code:
         free(m)
         return code
@@ -698,6 +698,7 @@ cdef class NativeCreator:
     cdef int fill_spec(self, memory_spec* spec, ty, minimum, maximum, reserved_size_in_bytes,
                        guard_size_in_bytes) except -1:
         spec.image = NULL
+        spec.watched = False
         check_size(minimum, "minimum", &spec.minimum)
         check_optional_size(maximum, "maximum", &spec.maximum)
         check_optional_size(reserved_size_in_bytes, "reserved_size_in_bytes", &spec.reservation)
@@ -724,6 +725,7 @@ cdef class NativeCreator:
         check_optional_size(reserve, "reserve", &spec.reservation)
         check_reservation(reserve, "reserve", spec.reservation)
         spec.image = NULL
+        spec.watched = False
         if image is not None:
             if not isinstance(image, ImageHandle):
                 raise TypeError(f"image must be an Image, got {type(image).__name__}")

@@ -74,7 +74,7 @@ cdef void measure_costs() noexcept nogil:
     cdef size_t n
     cdef size_t offset
     cdef int _, code
-    if pages.reserve(2 * size, &base) == 0:
+    if pages.reserve(2 * size, True, &base) == 0:
         sparse = base + size
         if pages.commit(base, 2 * size) == 0:
             touch(sparse)
@@ -516,8 +516,8 @@ cdef class PoolingCreator(NativeCreator):
         address space only. All warm slots together keep at most ``max_unused_warm * keep_resident``
         bytes resident, and never more than a quarter of the machine's memory.
     reset : {"adaptive", "scan", "zero", "discard"}
-        How a slot becomes zero again. "scan": the OS says which pages were touched (PAGEMAP_SCAN, or
-        /proc/self/pagemap), and those are zeroed. "zero": all of it is. "discard": all pages go back to
+        How a slot becomes zero again. "scan": the OS says which pages were touched (PAGEMAP_SCAN,
+        /proc/self/pagemap, GetWriteWatch), and those are zeroed. "zero": all of it is. "discard": all pages go back to
         the OS (MADV_DONTNEED; on Windows decommitted). "adaptive": whichever of these costs least for
         what each slot's users do, as measured while they do it.
     when_full : {"fallback", "error"}
@@ -637,6 +637,7 @@ cdef class PoolingCreator(NativeCreator):
         cdef shelf* spare
         cdef int code
         cdef bint room
+        cdef memory_spec watched = spec[0]
         while True:
             acquire(&p.lock.held)
             room = p.n_slots < p.most_slots
@@ -659,16 +660,17 @@ cdef class PoolingCreator(NativeCreator):
                 p.fallbacks += 1
                 unlock(&p.lock.held)
             return code
+        watched.watched = p.reset == RESET_SCAN or p.reset == ADAPTIVE
         s = <slot*>calloc(1, sizeof(slot))
         spare = <shelf*>calloc(1, sizeof(shelf))
         if s == NULL or spare == NULL:
             code = fail(why, E_NO_MEMORY, "calloc", sizeof(slot))
         else:
-            code = self.upstream.make(spec, out, why)
+            code = self.upstream.make(&watched, out, why)
             if code and (code > 0 or code == E_LIMIT or code == E_NO_MEMORY) and has_idle(p):
                 # What idle slots hold may be what is missing.
                 release_idle(p, 0)
-                code = self.upstream.make(spec, out, why)
+                code = self.upstream.make(&watched, out, why)
         if code or not out[0].ops.pages_are_ours:
             free(s)
             free(spare)

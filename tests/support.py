@@ -68,7 +68,7 @@ def _scan_ways() -> frozenset[str]:
     """The ways of finding touched pages that work here."""
     found = set()
     before = pages.choose_scan(None)
-    for way in ("ioctl", "reading"):
+    for way in ("ioctl", "reading", "watch"):
         try:
             pages.choose_scan(way)
         except ValueError:
@@ -470,7 +470,7 @@ class counting:
 
 
 class scanning:
-    """Within it, touched pages are found in one way: "ioctl", "reading", or None for not at all."""
+    """Within it, touched pages are found in one way of SCAN_WAYS, or None for not at all."""
 
     def __init__(self, way: str | None) -> None:
         self.way = way

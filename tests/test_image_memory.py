@@ -1,6 +1,5 @@
 """Images and the OS: which pages are shared, which descriptors are open, what other processes and threads see."""
 
-import contextlib
 import mmap
 import os
 import random
@@ -12,12 +11,14 @@ import pytest
 from support import (
     PAGE,
     REAL_PAGE,
+    SCAN_WAYS,
     answer,
     descriptors,
     image_kinds,
     mappings,
     requires,
     resident,
+    scanning,
     smaps,
     whole,
 )
@@ -139,20 +140,9 @@ def test_zeros_take_no_space_in_the_images_own_pages():
     assert os.fstat(img.fileno()).st_blocks * 512 <= 16 * REAL_PAGE
 
 
-def scan_ways():
-    """All that work here; choosing one that does not is a ValueError."""
-    found = []
-    for way in ("ioctl", "reading", None):
-        with contextlib.suppress(ValueError):
-            pages.choose_scan(pages.choose_scan(way))
-            found.append(way)
-    return found
-
-
-@pytest.mark.parametrize("way", scan_ways())
+@pytest.mark.parametrize("way", [*sorted(SCAN_WAYS), None])
 def test_restore_and_dirty_pages_are_right_whatever_finds_the_touched_pages(way, kind):
-    before = pages.choose_scan(way)
-    try:
+    with scanning(way):
         chance = random.Random(9)
         img = Image.from_bytes(b"x" * 40 * PAGE, 7 * PAGE)
         mem = img.new_memory(minimum=80 * PAGE)
@@ -164,8 +154,6 @@ def test_restore_and_dirty_pages_are_right_whatever_finds_the_touched_pages(way,
             assert bytes(mem.snapshot()) == mem[:]
             mem.restore(img)
             assert mem[:] == bytes(7 * PAGE) + bytes(img) + bytes(33 * PAGE)
-    finally:
-        pages.choose_scan(before)
 
 
 # -- descriptors and mappings ------------------------------------------------------------------------------

@@ -56,6 +56,20 @@ def idle(pool):
     return stats["warm"] + stats["cold"]
 
 
+@pytest.mark.parametrize("reset", RESETS)
+def test_what_the_system_itself_wrote_into_a_memory_is_gone_too(reset, tmp_path):
+    path = tmp_path / "bytes"
+    path.write_bytes(b"\xab" * 40 * PAGE)
+    pool = linmem.PoolingCreator(reset=reset, check=True)
+    for at in (0, 3 * PAGE + 1, 200 * PAGE):
+        with pool.create(256 * PAGE) as mem, path.open("rb", buffering=0) as file:
+            assert mem[:] == bytes(len(mem))
+            assert file.readinto(memoryview(mem)[at:]) == 40 * PAGE
+            assert mem[at:at + 40 * PAGE] == path.read_bytes()
+    stats = pool.stats()
+    assert (stats["misses"], stats["rejected"], sum(stats["resets"].values())) == (1, 0, 3)
+
+
 # -- the face ------------------------------------------------------------------------------------------
 
 def test_a_pool_needs_no_option_and_has_the_figures_promised():

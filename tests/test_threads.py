@@ -816,6 +816,7 @@ def fork(linmem.NativeCreator creator not None, size_t page):
     spec.is_64 = True
     spec.is_shared = False
     spec.image = NULL
+    spec.watched = False
     with nogil:
         pid = c_fork()
         if pid == 0:

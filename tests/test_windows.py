@@ -476,3 +476,53 @@ def test_a_warm_slot_is_inaccessible_beyond_its_minimum(reset):
         assert regions(base, base + 4 * PAGE) == [(4 * PAGE, MEM_COMMIT, PAGE_READWRITE, start)]
         assert all(state == MEM_RESERVE or access == PAGE_NOACCESS
                    for _, state, access, _ in regions(start, base) + regions(base + 4 * PAGE, end))
+
+
+# -- write watch -------------------------------------------------------------------------------------------
+
+def written(mem):
+    """The pages of a memory that GetWriteWatch lists, or None where it does not watch."""
+    k = kernel32()
+    most = len(mem) // PAGE
+    found, count, unit = (ctypes.c_size_t * most)(), ctypes.c_size_t(most), ctypes.c_uint32()
+    k.GetWriteWatch.argtypes = [ctypes.c_uint32, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p,
+                                ctypes.c_void_p]
+    if k.GetWriteWatch(0, mem.as_ptr(), len(mem), found, ctypes.byref(count), ctypes.byref(unit)):
+        return None
+    return [(at - mem.as_ptr()) // PAGE for at in found[:count.value]]
+
+
+@requires("scans")
+def test_a_pool_that_asks_which_pages_were_written_has_them_watched_and_no_other_memory_is():
+    for watched, creator in [(True, linmem.PoolingCreator()), (True, linmem.PoolingCreator(reset="scan")),
+                             (False, linmem.PoolingCreator(reset="zero")), (False, linmem.MmapCreator())]:
+        with creator.create(1024 * PAGE) as mem:
+            mem[7 * PAGE] = 1
+            assert written(mem) == ([7] if watched else None)
+
+
+@requires("scans")
+def test_watched_pages_are_kept_through_a_reset_and_forgotten_when_they_are_given_back():
+    pool = linmem.PoolingCreator(reset="scan", check=True)
+    for pages_written in ([3, 900], [3], [4]):
+        with pool.create(1024 * PAGE) as mem:
+            for page in pages_written:
+                mem[page * PAGE + 5] = 1
+    with pool.create(1024 * PAGE) as mem:
+        assert written(mem) == [3, 4, 900]
+        assert resident(mem.as_ptr() + 3 * PAGE, 2 * PAGE) == 2 * PAGE
+    assert pool.stats()["resets"] == {"scan": 4, "zero": 0, "discard": 0}
+    few = linmem.PoolingCreator(reset="scan", keep_resident=2 * PAGE)
+    for pages_written, left in (([1, 2], [1, 2]), ([3], [])):
+        with few.create(1024 * PAGE) as mem:
+            for page in pages_written:
+                mem[page * PAGE] = 1
+        with few.create(1024 * PAGE) as mem:
+            assert written(mem) == left
+
+
+@requires("scans")
+def test_a_page_that_was_only_read_is_not_listed():
+    with linmem.PoolingCreator().create(64 * PAGE) as mem:
+        assert mem[::PAGE] == bytes(64)
+        assert written(mem) == []

@@ -18,7 +18,7 @@ cdef struct capabilities_t:
     bint names                      # the mappings carry a name that tools show
     bint discard_any_protection     # discard() works on pages of any protection and keeps it
     bint populates                  # prefault() reports pages that cannot be written instead of faulting
-    bint scans                      # touched() works
+    bint scans                      # touched() works, if need be only in what was reserved to be `watched`
     bint maps_images                # an image's pages can be mapped into a reservation, copied when written
     size_t huge_page                # bytes in a huge page that advise_huge() asks for; 0: there are none
     size_t memory                   # bytes of physical memory that this process may use; 0: unknown
@@ -39,8 +39,8 @@ cdef extern from *:
 cdef const capabilities_t* capabilities() noexcept nogil
 
 # -> base: `size` fresh inaccessible bytes at a multiple of granularity, charged to nothing but
-# address space.
-cdef int reserve(size_t size, char** base) noexcept nogil
+# address space. watched: touched() will be asked about them, and they may cost more for that; a wish.
+cdef int reserve(size_t size, bint watched, char** base) noexcept nogil
 
 # [at, at+size) lies in one reservation; each page was never committed, or was decommitted, or has
 # been hidden by protect(ACCESS_NONE). -> readable, writable; a hidden page has the bytes that it had,
@@ -61,7 +61,7 @@ cdef int renew(char* at, size_t size) noexcept nogil
 # Only where `scans`. [at, at+size) is committed. In: the room in `runs` (*n > 0). -> *n runs, in order,
 # and *next: each page before it that may hold a byte which is not zero (over_image: which is not the
 # mapped image's) lies in one of them. *next == at + size: that was all. A page that the kernel has
-# swapped out or is moving about is one that may.
+# swapped out or is moving about is one that may. Where it cannot be told, any code.
 cdef int touched(char* at, size_t size, bint over_image, span* runs, size_t* n, char** next) noexcept nogil
 
 # [at, at+size) lies in one reservation. The kernel may use huge pages there from now on; a wish.

@@ -238,7 +238,7 @@ include "images.pxi"
 cdef bint can_populate
 
 
-cdef int reserve(size_t size, char** base) noexcept nogil:
+cdef int reserve(size_t size, bint watched, char** base) noexcept nogil:
     cdef int code = injected()
     cdef void* p
     cdef size_t extra, lead

@@ -93,6 +93,63 @@ cdef extern from *:
             + now.QuadPart % rate.QuadPart * 1000000000 / rate.QuadPart;
     }
 
+    /* The pages that were written since they were reserved, or since linmem_forget(), in runs. What is listed as
+       written may be zero (a MEM_DECOMMIT forgets nothing by itself); what is not has never been anything else. */
+    #define LINMEM_LISTED 256
+    static int linmem_written(char *at, size_t size, size_t page, linmem_span *runs, size_t *n, char **next) {
+        void *found[LINMEM_LISTED];
+        ULONG_PTR count = LINMEM_LISTED, i;
+        DWORD unit;
+        size_t room = *n, used = 0;
+        if (GetWriteWatch(0, at, size, found, &count, &unit) != 0) return ERROR_NOT_SUPPORTED;
+        for (i = 0; i < count; i++) {
+            char *here = (char *)found[i];
+            if (used && runs[used - 1].at + runs[used - 1].size == here) {
+                runs[used - 1].size += page;
+                continue;
+            }
+            if (used == room) break;
+            runs[used].at = here;
+            runs[used++].size = page;
+        }
+        *n = used;
+        *next = i < count ? (char *)found[i] : count < LINMEM_LISTED ? at + size : (char *)found[count - 1] + page;
+        return 0;
+    }
+
+    /* Nobody writes there meanwhile, and every byte is zero. Refused (it is not watched), nothing changes. */
+    static void linmem_forget(void *at, size_t size) { (void)ResetWriteWatch(at, size); }
+
+    /* Asked of three pages: the first is only read, the second written by this thread, the third by the system, as
+       a guest's WASI calls do. Where one of the writes were not seen, a guest would find another's bytes. */
+    static int linmem_writes_are_seen(size_t page) {
+        linmem_span runs[3];
+        size_t n = 3;
+        char *next = NULL, *p = (char *)VirtualAlloc(NULL, 3 * page, MEM_RESERVE | MEM_COMMIT | MEM_WRITE_WATCH,
+                                                     PAGE_READWRITE);
+        HANDLE out, in;
+        DWORD moved = 0;
+        int seen = 0;
+        if (p == NULL) return 0;
+        if (CreatePipe(&out, &in, NULL, 0)) {
+            (void)*(volatile char *)p;
+            *(volatile char *)(p + page) = 1;
+            if (WriteFile(in, "x", 1, &moved, NULL) && ReadFile(out, p + 2 * page, 1, &moved, NULL) && moved == 1
+                    && linmem_written(p, 3 * page, page, runs, &n, &next) == 0)
+                seen = n == 1 && next == p + 3 * page && runs[0].size == 2 * page && runs[0].at == p + page;
+            CloseHandle(out);
+            CloseHandle(in);
+        }
+        if (seen) {     /* and forgotten when they are asked to be */
+            n = 3;
+            seen = VirtualFree(p, 3 * page, MEM_DECOMMIT) && ResetWriteWatch(p, 3 * page) == 0
+                && VirtualAlloc(p, 3 * page, MEM_COMMIT, PAGE_READWRITE) == p
+                && linmem_written(p, 3 * page, page, runs, &n, &next) == 0 && n == 0;
+        }
+        VirtualFree(p, 0, MEM_RELEASE);
+        return seen;
+    }
+
     static void linmem_yield(void) { SwitchToThread(); }
 
     static LONG WINAPI linmem_end_of_process(EXCEPTION_POINTERS *about) {
@@ -149,7 +206,7 @@ cdef extern from *:
         SetUnhandledExceptionFilter(linmem_end_of_process);
     }
     """
-    int MEM_RESERVE, MEM_COMMIT, MEM_DECOMMIT, MEM_RELEASE, MEM_RESET
+    int MEM_RESERVE, MEM_COMMIT, MEM_DECOMMIT, MEM_RELEASE, MEM_RESET, MEM_WRITE_WATCH
     int PAGE_NOACCESS, PAGE_READONLY, PAGE_READWRITE
     int ERROR_ACCESS_DENIED, ERROR_NOT_ENOUGH_MEMORY, ERROR_OUTOFMEMORY, ERROR_GEN_FAILURE, ERROR_NOT_SUPPORTED
     int ERROR_INVALID_PARAMETER, ERROR_INVALID_ADDRESS, ERROR_NOACCESS, ERROR_NO_SYSTEM_RESOURCES
@@ -164,6 +221,9 @@ cdef extern from *:
     unsigned long long memory_ "linmem_memory"() noexcept nogil
     void system_ "linmem_system"(size_t* page, size_t* granularity, size_t* addresses) noexcept nogil
     long long clock_ "linmem_clock"() noexcept nogil
+    int written "linmem_written"(char* at, size_t size, size_t page, span* runs, size_t* n, char** next) noexcept nogil
+    void forget "linmem_forget"(void* at, size_t size) noexcept nogil
+    bint writes_are_seen "linmem_writes_are_seen"(size_t page) noexcept nogil
     void yield_ "linmem_yield"() noexcept nogil
     void die_quietly_ "linmem_die_quietly"() noexcept nogil
     int FILE_MAP_READ, FILE_MAP_WRITE
@@ -180,10 +240,11 @@ cdef extern from *:
 include "common.pxi"
 
 cdef size_t real_granularity
+cdef bint can_watch = False             # reservations can be watched, and every write is seen
 cdef size_t DISCARD_STEP = 1 << 20      # bytes that discard() holds in physical memory at a time
 
 
-cdef int reserve(size_t size, char** base) noexcept nogil:
+cdef int reserve(size_t size, bint watched, char** base) noexcept nogil:
     cdef int code = injected()
     cdef size_t extra = caps.granularity - real_granularity
     cdef char* p = NULL
@@ -191,7 +252,9 @@ cdef int reserve(size_t size, char** base) noexcept nogil:
         return code
     # A part of a reservation cannot be given back: what a larger (overridden) host page needs for its
     # alignment stays, inaccessible, in front of or behind it, until release() frees all of it.
-    code = alloc(NULL, size + extra, MEM_RESERVE, PAGE_NOACCESS, &p)
+    # The system keeps a bit for each page of what it watches; where there is no room for them, nothing is watched.
+    if not (watched and can_watch and alloc(NULL, size + extra, MEM_RESERVE | MEM_WRITE_WATCH, PAGE_NOACCESS, &p) == 0):
+        code = alloc(NULL, size + extra, MEM_RESERVE, PAGE_NOACCESS, &p)
     if code == 0:
         base[0] = <char*>((<size_t>p + extra) & ~(caps.granularity - 1))
     return code
@@ -211,7 +274,11 @@ cdef int commit(char* at, size_t size) noexcept nogil:
 
 cdef int decommit(char* at, size_t size) noexcept nogil:
     cdef int code = injected()
-    return code if code else free_(at, size, MEM_DECOMMIT)
+    if code == 0:
+        code = free_(at, size, MEM_DECOMMIT)
+    if code == 0 and can_watch:
+        forget(at, size)
+    return code
 
 
 cdef int discard(char* at, size_t size) noexcept nogil:
@@ -242,15 +309,18 @@ cdef int renew(char* at, size_t size) noexcept nogil:
     if code == 0:
         code = free_(at, size, MEM_DECOMMIT)
     if code == 0:
+        if can_watch:
+            forget(at, size)    # before the commit, which makes that dearer
         code = alloc(at, size, MEM_COMMIT, PAGE_READWRITE, &p)
     return code
 
 
 cdef int touched(char* at, size_t size, bint over_image, span* runs, size_t* n, char** next) noexcept nogil:
-    # QueryWorkingSetEx does not know of pages that went to the paging file, and GetWriteWatch only of
-    # reservations that were made to be watched.
+    # QueryWorkingSetEx does not know of pages that went to the paging file, and nothing knows of an image's.
     cdef int code = injected()
-    return code if code else ERROR_NOT_SUPPORTED
+    if code == 0:
+        code = ERROR_NOT_SUPPORTED if over_image or not caps.scans else written(at, size, real_page, runs, n, next)
+    return code
 
 
 cdef int advise_huge(char* at, size_t size) noexcept nogil:
@@ -478,9 +548,12 @@ def os_error_args(int code, text):
 
 
 def choose_scan(way):
-    """How touched() finds pages from now on: None, for here nothing does. Tests only."""
-    if way is not None:
-        raise ValueError(f"way must be None here, got {way!r}")
+    """How touched() finds pages from now on: "watch" or None; returns how it did. Tests only."""
+    before = "watch" if caps.scans else None
+    if way is not None and not (way == "watch" and can_watch):
+        raise ValueError(f"way must be one that works here, got {way!r}")
+    caps.scans = way is not None
+    return before
 
 
 def choose_image(kind):
@@ -506,7 +579,7 @@ def _limits():
 
 
 cdef _start():
-    global real_page, real_granularity, image_kind
+    global real_page, real_granularity, image_kind, can_watch
     image_kind = IMAGE_SECTION
     cdef size_t top
     system_(&real_page, &real_granularity, &top)
@@ -520,7 +593,8 @@ cdef _start():
     caps.names = False
     caps.discard_any_protection = False
     caps.populates = False
-    caps.scans = False
+    can_watch = writes_are_seen(real_page)
+    caps.scans = can_watch
     caps.maps_images = False
     caps.huge_page = 0
     caps.memory = memory_()

@@ -55,10 +55,12 @@ def policy(c: Choices) -> None:
     most = c.pick((1 << 30, 0, 16, n))
     resident: set[int] = set()
     blind = 0           # discards in a row without a look
+    uses = 0
 
     def use(dirty: set[int], most: int) -> bool:
-        nonlocal resident, blind
+        nonlocal resident, blind, uses
         resident |= dirty
+        uses += 1
         how = slot.begin(n)
         if how == "discard":
             blind += 1
@@ -70,7 +72,7 @@ def policy(c: Choices) -> None:
             resident = set(range(n))
             return True
         if how == "scan":
-            assert n > scan
+            assert n > scan or uses <= n, "a small range is looked at for ever"
             bound = slot.bound(n)
             found = min(len(resident), bound + 1)
             if slot.end(n, found, most) and found <= bound:
