@@ -22,6 +22,9 @@ cdef struct failure:
     char detail[240]            # more words; may be empty
     PyObject* exception         # E_PYTHON only: a reference that whoever ends the failure must drop
 
+cdef enum:
+    CACHE_LINE = 64
+
 # A lock under which lists and tables change that a forked child must not find half changed: fork waits for those
 # that are listed by list_lock(). Whoever holds one waits for nothing but for orphans_lock, and never for the GIL.
 cdef struct fork_lock:
@@ -144,6 +147,7 @@ cdef struct memory:
     size_t dirtied              # bytes that a restore found written, the first since pages were given back; or 0
     memory* registry_next       # the bridge's table of memories that wasmtime holds, by the base that they had when
     char* registered            # they were put there
+    char apart[CACHE_LINE]      # another thread's memory may come next
 
 
 cdef inline size_t memory_size(memory* m) noexcept nogil:

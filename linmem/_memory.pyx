@@ -114,9 +114,11 @@ cdef void acquire(word* lock) noexcept nogil:
     # Held for a page call or two, and for a Python creator's grow_to: never wait here with the GIL.
     cdef long long holder
     cdef int looks = 0
-    while not swap_if(lock, 0, generation):
-        holder = load(lock)
-        if holder != 0 and holder != generation and swap_if(lock, holder, generation):
+    if swap_if(lock, 0, generation):
+        return
+    while True:
+        holder = load(lock)     # only looking, it stays in the holder's cache
+        if holder != generation and swap_if(lock, holder, generation):
             return
         looks += 1
         if looks < LOOKS:       # most are held for less than a system call takes

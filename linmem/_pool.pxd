@@ -9,7 +9,9 @@
 #  where they were, and zero. Where "zero" is said of accessible bytes, those of an image are the image's.
 
 from linmem._atomic cimport word
-from linmem._memory cimport ImageHandle, NativeCreator, failure, fork_lock, image, memory, memory_hook, memory_spec
+from linmem._memory cimport (
+    CACHE_LINE, ImageHandle, NativeCreator, failure, fork_lock, image, memory, memory_hook, memory_spec,
+)
 from linmem._reset cimport reset_policy
 
 # What a slot was made for; it serves equal requests only.
@@ -25,9 +27,13 @@ cdef struct shape:
 cdef struct shelf:
     shelf* next             # in its bucket
     shape shape
+    char apart[CACHE_LINE]  # the shape is only read
     slot* warm              # its idle slots, the last one given back first
     slot* cold
     size_t slots            # live and idle
+
+cdef enum:
+    BUCKETS = 64
 
 cdef enum:
     LIVE = 0                # handed out, or between two states
@@ -57,30 +63,21 @@ cdef struct slot:
     size_t high             # bytes that have been committed; beyond `accessible` they are hidden
     size_t hidden           # of these, how many may be resident
     size_t resident         # bytes that may be resident while it is idle
-    reset_policy policy
-
-cdef enum:
-    BUCKETS = 64
-
-# Shared by a PoolingCreator and its slots; wasmtime may outlive the creator.
-cdef struct pool:
-    word refs
-    word closed
-    fork_lock lock          # of all that follows, but for what never changes
-    slot* slots
-    slot* newest[3]         # idle slots by when they became WARM, and COLD
-    slot* oldest[3]
-    shelf* buckets[BUCKETS]
-    size_t n_slots
-    size_t n_warm
-    size_t n_cold
-    size_t resident         # bytes, of all idle slots
-    size_t hits
-    size_t misses
-    size_t fallbacks
-    size_t rejected
+    size_t hits             # how often it was handed out again
     size_t resets[3]        # by kind
+    reset_policy policy
+    char apart[CACHE_LINE]  # another thread's slot may come next
+
+# Idle slots by when they became so.
+cdef struct line:
+    slot* newest
+    slot* oldest
+
+# Shared by a PoolingCreator and its slots; wasmtime may outlive the creator. What every thread writes for each
+# memory is one line of the caches, and what is only read is in another: it stays in each processor's own.
+cdef struct pool:
     # These never change.
+    void* block             # what the pool lies in
     size_t most_slots
     size_t keep_resident
     size_t most_warm
@@ -88,6 +85,24 @@ cdef struct pool:
     int reset               # a kind of reset, or ADAPTIVE
     bint fall_back
     bint check
+    word closed
+    char apart[CACHE_LINE]
+    fork_lock lock          # of all that follows; at the start of a line
+    size_t n_warm
+    size_t resident         # bytes, of all idle slots
+    line warm
+    line cold
+    size_t n_cold
+    size_t n_slots
+    size_t misses
+    size_t fallbacks
+    size_t rejected
+    size_t hits             # without those of the slots that there are
+    size_t resets[3]        # by kind; the same
+    slot* slots
+    word refs
+    char apart_too[CACHE_LINE]
+    shelf* buckets[BUCKETS]
 
 
 cdef class PoolingCreator(NativeCreator):

@@ -8,7 +8,7 @@ from libc.string cimport memset
 
 from linmem._atomic cimport add, load, poke, store, touch, word
 from linmem._memory cimport (
-    IMAGE_BROKEN, IMAGE_COPIED, OWNER_LEFT, OWNER_PYTHON, ImageHandle, MmapCreator, NativeCreator,
+    CACHE_LINE, IMAGE_BROKEN, IMAGE_COPIED, OWNER_LEFT, OWNER_PYTHON, ImageHandle, MmapCreator, NativeCreator,
     acquire, check_count, check_flag, check_size, fail, failure, give_back, image_release, image_retain, list_lock,
     memory, memory_border, memory_hang, memory_hook, memory_is_filled, memory_refill, memory_release, memory_renew,
     memory_restore, memory_spec, memory_start_again, memory_turn_to, raise_failure, unlist_lock, unlock,
@@ -40,11 +40,17 @@ cdef size_t ZERO_UNSEEN = 1 << 18       # bytes: up to here, zeroing all is no w
 _RESETS = {"scan": RESET_SCAN, "zero": RESET_ZERO, "discard": RESET_DISCARD, "adaptive": ADAPTIVE}
 
 
+cdef inline void* lock_on_a_line(void* block) noexcept nogil:
+    """Where a pool lies in a block that is a line longer."""
+    cdef size_t lock = <size_t>&(<pool*>block).lock
+    return <char*>block + ((0 - lock) & (CACHE_LINE - 1))
+
+
 cdef void release_pool(pool* p) noexcept nogil:
     if add(&p.refs, -1):
         return
     unlist_lock(&p.lock)
-    free(p)
+    free(p.block)
 
 
 # -- what this machine's calls cost ------------------------------------------------------------------------
@@ -162,8 +168,13 @@ cdef inline slot** shelf_of(slot* s, int state) noexcept nogil:
     return &s.shelf.warm if state == WARM else &s.shelf.cold
 
 
+cdef inline line* line_of(pool* p, int state) noexcept nogil:
+    return &p.warm if state == WARM else &p.cold
+
+
 cdef inline void put_idle(pool* p, slot* s, int state) noexcept nogil:
     cdef slot** top = shelf_of(s, state)
+    cdef line* idle = line_of(p, state)
     s.state = state
     p.resident += s.resident
     if state == WARM:
@@ -176,16 +187,17 @@ cdef inline void put_idle(pool* p, slot* s, int state) noexcept nogil:
         s.below.above = s
     top[0] = s
     s.newer = NULL
-    s.older = p.newest[state]
+    s.older = idle.newest
     if s.older != NULL:
         s.older.newer = s
     else:
-        p.oldest[state] = s
-    p.newest[state] = s
+        idle.oldest = s
+    idle.newest = s
 
 
 cdef inline void take_idle(pool* p, slot* s) noexcept nogil:
     cdef int state = s.state
+    cdef line* idle = line_of(p, state)
     if s.above != NULL:
         s.above.below = s.below
     else:
@@ -195,11 +207,11 @@ cdef inline void take_idle(pool* p, slot* s) noexcept nogil:
     if s.newer != NULL:
         s.newer.older = s.older
     else:
-        p.newest[state] = s.older
+        idle.newest = s.older
     if s.older != NULL:
         s.older.newer = s.newer
     else:
-        p.oldest[state] = s.newer
+        idle.oldest = s.newer
     if state == WARM:
         p.n_warm -= 1
     else:
@@ -209,7 +221,7 @@ cdef inline void take_idle(pool* p, slot* s) noexcept nogil:
 
 
 cdef inline slot* least_wanted(pool* p) noexcept nogil:
-    return p.oldest[COLD] if p.oldest[COLD] != NULL else p.oldest[WARM]
+    return p.cold.oldest if p.cold.oldest != NULL else p.warm.oldest
 
 
 # -- resetting a slot, outside every lock --------------------------------------------------------------------
@@ -380,11 +392,11 @@ cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
     if load(&p.closed):
         unlock(&p.lock.held)
         return let_go(s, m)
-    p.resets[how] += 1
+    s.resets[how] += 1
     s.thread = this_thread()
     put_idle(p, s, WARM)
     if p.n_warm > p.most_warm or p.resident > p.resident_bound:
-        out = p.oldest[WARM]
+        out = p.warm.oldest
         take_idle(p, out)
     unlock(&p.lock.held)
     if out != NULL:
@@ -409,7 +421,7 @@ cdef void make_cold(pool* p, slot* s) noexcept nogil:
             put_idle(p, s, COLD)
         s = NULL
         if p.n_warm > p.most_warm or p.resident > p.resident_bound:
-            s = p.oldest[WARM]
+            s = p.warm.oldest
             if s != NULL:
                 take_idle(p, s)
         unlock(&p.lock.held)
@@ -421,6 +433,14 @@ cdef void drop(slot* s) noexcept nogil:
     s.doomed = True
     store(&s.m.refs, 1)
     memory_release(s.m)
+
+
+cdef void add_up(pool* p, const slot* s) noexcept nogil:
+    """What a slot has counted."""
+    cdef int how
+    p.hits += s.hits
+    for how in range(3):
+        p.resets[how] += s.resets[how]
 
 
 cdef void slot_dropped(memory_hook* head) noexcept nogil:
@@ -435,6 +455,7 @@ cdef void slot_dropped(memory_hook* head) noexcept nogil:
     else:
         p.slots = s.next
     p.n_slots -= 1
+    add_up(p, s)
     s.shelf.slots -= 1
     if s.shelf.slots == 0:
         empty = s.shelf
@@ -535,6 +556,7 @@ cdef class PoolingCreator(NativeCreator):
     def __cinit__(self, NativeCreator upstream=None, *, slots=None, keep_resident=64 << 20, max_unused_warm=100,
                   reset="adaptive", when_full="fallback", check=False, ImageHandle image=None):
         cdef pool* p
+        cdef void* block
         cdef const pages.capabilities_t* caps = pages.capabilities()
         cdef size_t most_slots = caps.mappings // 6 if caps.mappings else 10000
         cdef size_t keep, warm
@@ -551,9 +573,11 @@ cdef class PoolingCreator(NativeCreator):
             raise ValueError("reset must not be 'scan' here: this OS does not say which pages were touched")
         self.upstream = MmapCreator() if upstream is None else upstream
         self.image = image
-        p = <pool*>calloc(1, sizeof(pool))
-        if p == NULL:
+        block = calloc(1, sizeof(pool) + CACHE_LINE)
+        if block == NULL:
             raise MemoryError("no memory for a pool")
+        p = <pool*>lock_on_a_line(block)
+        p.block = block
         p.refs = 1
         p.most_slots = most_slots
         p.keep_resident = keep
@@ -608,7 +632,7 @@ cdef class PoolingCreator(NativeCreator):
         if s != NULL:
             cold = s.state == COLD
             take_idle(p, s)
-            p.hits += 1
+            s.hits += 1
         unlock(&p.lock.held)
         if s == NULL:
             return NULL
@@ -832,6 +856,7 @@ cdef class PoolingCreator(NativeCreator):
             now = p[0]
             s = p.slots
             while s != NULL:
+                add_up(&now, s)
                 pinned += s.state == LIVE and s.m != NULL and load(&s.m.owner) == OWNER_LEFT
                 s = s.next
             unlock(&p.lock.held)
