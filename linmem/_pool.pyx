@@ -435,8 +435,8 @@ cdef void drop(slot* s) noexcept nogil:
     memory_release(s.m)
 
 
-cdef void add_up(pool* p, const slot* s) noexcept nogil:
-    """What a slot has counted."""
+cdef void count_in(pool* p, const slot* s) noexcept nogil:
+    """What a slot has counted becomes the pool's."""
     cdef int how
     p.hits += s.hits
     for how in range(3):
@@ -455,7 +455,7 @@ cdef void slot_dropped(memory_hook* head) noexcept nogil:
     else:
         p.slots = s.next
     p.n_slots -= 1
-    add_up(p, s)
+    count_in(p, s)
     s.shelf.slots -= 1
     if s.shelf.slots == 0:
         empty = s.shelf
@@ -856,7 +856,7 @@ cdef class PoolingCreator(NativeCreator):
             now = p[0]
             s = p.slots
             while s != NULL:
-                add_up(&now, s)
+                count_in(&now, s)
                 pinned += s.state == LIVE and s.m != NULL and load(&s.m.owner) == OWNER_LEFT
                 s = s.next
             unlock(&p.lock.held)
