@@ -848,12 +848,17 @@ cdef class PoolingCreator(NativeCreator):
             for long.
         """
         cdef pool* p = self.pool
-        cdef pool now
+        cdef pool now               # only what is counted
         cdef slot* s
         cdef size_t pinned = 0
+        cdef int how
         with nogil:
             acquire(&p.lock.held)
-            now = p[0]
+            now.n_slots, now.n_warm, now.n_cold = p.n_slots, p.n_warm, p.n_cold
+            now.hits, now.misses, now.fallbacks, now.rejected = p.hits, p.misses, p.fallbacks, p.rejected
+            now.resident = p.resident
+            for how in range(3):
+                now.resets[how] = p.resets[how]
             s = p.slots
             while s != NULL:
                 count_in(&now, s)
@@ -861,7 +866,7 @@ cdef class PoolingCreator(NativeCreator):
                 s = s.next
             unlock(&p.lock.held)
         return {
-            "slots": now.most_slots,
+            "slots": p.most_slots,
             "live": now.n_slots - now.n_warm - now.n_cold,
             "warm": now.n_warm,
             "cold": now.n_cold,
@@ -873,7 +878,7 @@ cdef class PoolingCreator(NativeCreator):
             "resets": {"scan": now.resets[RESET_SCAN], "zero": now.resets[RESET_ZERO],
                        "discard": now.resets[RESET_DISCARD]},
             "resident": now.resident,
-            "resident_bound": now.resident_bound,
+            "resident_bound": p.resident_bound,
         }
 
     def __repr__(self):
