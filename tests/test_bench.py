@@ -694,7 +694,8 @@ def test_a_goal_in_times_faster_is_the_others_time_over_ours_and_holds_from_its_
     assert [report.bound(row) for row in rows] == [">= 2 x", ">= 2.1 x", ">= 0.8 x", "<= 0.5 x"]
 
 
-def test_a_goal_by_p10_looks_at_the_machines_best_state_and_one_by_median_at_every_round():
+def test_a_goal_by_p10_looks_at_the_machines_best_state_and_one_by_median_at_every_round(monkeypatch):
+    monkeypatch.setattr(harness, "preemptions", lambda: 0)      # else a run is repeated, and its figure used up
     figures = {"a": iter([100] * 9), "b": iter([100] + [150] * 8)}
 
     def given(key):
