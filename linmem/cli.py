@@ -82,17 +82,21 @@ def main(argv: list[str] | None = None) -> int:
 
             image.add_arguments(commands["image"])
             code = image.main(parser.parse_args(words))
-        elif parser.parse_args(words).command is None:
-            parser.print_help(sys.stderr)
-            return EXIT_USAGE
-        elif command == "demo":
-            from linmem._cli import demo
-
-            code = demo.main()
         else:
-            from linmem._cli import info
+            args = parser.parse_args(words)
+            if args.command is None:
+                parser.print_help(sys.stderr)
+                return EXIT_USAGE
+            if args.command == "demo":
+                from linmem._cli import demo
 
-            code = info.main(parser.parse_args(words))
+                code = demo.main()
+            elif args.command == "info":
+                from linmem._cli import info
+
+                code = info.main(args)
+            else:
+                parser.error(f"{args.command} must be the first word, got {command!r}")
         sys.stdout.flush()
         return code
     except Refused as refusal:

@@ -512,6 +512,20 @@ def test_an_address_that_moved_fails_the_demo(monkeypatch, capsys):
     assert "[FAILED] address: 0x10000 before, 0x20000 after" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["demo", "info", "run", "image", "bench"])
+def test_a_subcommand_behind_two_dashes_is_itself_or_a_wrong_command_line(monkeypatch, command):
+    """Pythons differ in whether that is a choice."""
+    monkeypatch.setattr(demo, "main", lambda: 7)
+    monkeypatch.setattr(info, "main", lambda args: 7 + args.json)
+    def ended():
+        try:
+            return cli.main(["--", command])
+        except SystemExit as end:
+            return end.code
+
+    assert ended() in ((2, 7) if command in ("demo", "info") else (2,))
+
+
 @requires("rlimits")
 def test_the_demo_runs_where_the_address_space_is_short():
     import resource
