@@ -14,7 +14,7 @@ from linmem._adaptors import LimitingCreator, PythonCreator, StatisticsCreator
 from linmem._delta import Delta
 from linmem._image import Image
 from linmem._memory import Memory, MmapCreator
-from linmem._pool import PoolingCreator
+from linmem._pool import PoolingCreator, set_pool_limits
 from linmem.abc import LinearMemory, MemoryCreator
 from linmem.creators import create, creator
 from linmem.errors import FileFormatError, GrowError, LimitError, OwnedError, PageError, PoolError
@@ -43,6 +43,7 @@ __all__ = [
     "StatisticsCreator",
     "create",
     "creator",
+    "set_pool_limits",
     "wasmtime",
 ]
 
@@ -58,6 +59,10 @@ def __getattr__(name: str) -> object:
         import linmem.wasmtime
 
         return linmem.wasmtime
+    if name == "metrics":
+        import linmem.metrics
+
+        return linmem.metrics
     if name in ("ImageInfo", "MemoryInfo", "MemoryType"):
         from linmem import records
 

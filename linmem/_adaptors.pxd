@@ -25,6 +25,7 @@ cdef struct record:
     memory* m               # NULL once it is dropped
     size_t first_size
     size_t size
+    word sampling           # a lock: the memory stays until it is open
     size_t peak_resident    # sampled when the report is made and when the memory is dropped
     size_t growths
     size_t refused

@@ -10,10 +10,10 @@ from libc.string cimport memcpy
 
 from linmem._atomic cimport add, load, poke, poke_address, store, swap_if
 from linmem._memory cimport (
-    NO_MAXIMUM, UNCHOSEN, ImageHandle, Memory, NativeCreator, acquire, begin_move, check_count, check_size,
-    drop_object, end_move, fail, fail_python, failure, image_copy, leave_image, list_lock, memory, memory_hang,
-    memory_hook, memory_ops, memory_resident, memory_retain, memory_size, memory_spec, python_is_ending, unlist_lock,
-    unlock,
+    NO_MAXIMUM, RELIEF_BUDGET, UNCHOSEN, ImageHandle, Memory, NativeCreator, acquire, begin_move, check_count,
+    check_size, drop_object, end_move, fail, fail_python, failure, image_copy, leave_image, list_lock, memory,
+    memory_hang, memory_hook, memory_ops, memory_resident, memory_retain, memory_size, memory_spec, python_is_ending,
+    relieve, try_acquire, unlist_lock, unlock,
 )
 from linmem._os cimport pages
 from linmem._units cimport E_LIMIT, E_NO_MEMORY, E_UNSUPPORTED, round_up
@@ -30,16 +30,19 @@ cdef inline size_t committed(size_t size) noexcept nogil:
 cdef struct limit_hook:
     memory_hook head
     budget* budget
-    size_t charged          # a pool above hands the memory out anew: then this is what it has been at most
+    size_t charged          # whole host pages that the guest has accessible
     size_t before           # the growth under way
 
 
 cdef int charge(budget* b, size_t size, failure* why) noexcept nogil:
-    """All of it or nothing; exact under threads."""
+    """All of it or nothing; exact under threads. Idle slots of pools over this budget give up what is missing first. The
+    caller holds no fork_lock."""
     cdef long long used, peak
     while True:
         used = load(&b.used)
         if size > <size_t>(b.limit - used):
+            if size <= <size_t>b.limit and relieve(RELIEF_BUDGET, b, size - <size_t>(b.limit - used)):
+                continue
             return fail(why, E_LIMIT, "limit", size, <size_t>used, <size_t>b.limit)
         if swap_if(&b.used, used, used + <long long>size):
             break
@@ -77,6 +80,23 @@ cdef void limit_after_grow(memory_hook* head, memory* m, size_t old_size, size_t
     if code and hook.charged > hook.before:
         refund(hook.budget, hook.charged - hook.before)
         hook.charged = hook.before
+
+
+cdef int limit_resized(memory_hook* head, memory* m, size_t size, size_t accessible, failure* why) noexcept nogil:
+    cdef limit_hook* hook = <limit_hook*>head
+    cdef int code = 0
+    if accessible > hook.charged:
+        code = charge(hook.budget, accessible - hook.charged, why)
+    elif accessible < hook.charged:
+        refund(hook.budget, hook.charged - accessible)
+    if code == 0:
+        hook.charged = accessible
+    return code
+
+
+cdef size_t limit_charged(memory_hook* head, const void* budget) noexcept nogil:
+    cdef limit_hook* hook = <limit_hook*>head
+    return hook.charged if hook.budget == budget else 0
 
 
 cdef void limit_dropped(memory_hook* head) noexcept nogil:
@@ -136,6 +156,8 @@ cdef class LimitingCreator(NativeCreator):
         hook.head.before_grow = limit_before_grow
         hook.head.after_grow = limit_after_grow
         hook.head.dropped = limit_dropped
+        hook.head.resized = limit_resized
+        hook.head.charged = limit_charged
         hook.budget = self.budget
         hook.charged = size
         memory_hang(out[0], &hook.head)
@@ -187,11 +209,30 @@ cdef void release_ledger(ledger* book) noexcept nogil:
         free(book)
 
 
-cdef void sample_resident(record* r) noexcept nogil:
+cdef size_t resident_now(memory* m) noexcept nogil:
     cdef failure why
     cdef size_t resident
-    if memory_resident(r.m, &resident, &why) == 0 and resident > r.peak_resident:
-        r.peak_resident = resident
+    return resident if memory_resident(m, &resident, &why) == 0 else 0
+
+
+cdef void sample_all(ledger* book) noexcept nogil:
+    """Sample what is resident of each live memory. The lock is held between the system calls only: they take long for
+    large memories, and each growth of another memory needs the lock."""
+    cdef size_t resident
+    cdef record* r
+    acquire(&book.lock.held)
+    r = book.live
+    while r != NULL:
+        # A memory that is being dropped, or that another thread samples, is left out.
+        if try_acquire(&r.sampling):
+            unlock(&book.lock.held)
+            resident = resident_now(r.m)        # its drop waits for `sampling`, so the record stays in its list, too
+            acquire(&book.lock.held)
+            if resident > r.peak_resident:
+                r.peak_resident = resident
+            unlock(&r.sampling)
+        r = r.next
+    unlock(&book.lock.held)
 
 
 cdef int statistics_before_grow(memory_hook* head, memory* m, size_t new_size, failure* why) noexcept nogil:
@@ -205,8 +246,7 @@ cdef void statistics_after_grow(memory_hook* head, memory* m, size_t old_size, s
     cdef ledger* book = hook.ledger
     cdef record* r = hook.record
     cdef long long spent = pages.clock_ns() - hook.started_ns
-    # A pool above hands the memory out anew, smaller: what it has been already is counted.
-    cdef size_t more = new_size - r.size if new_size > r.size else 0
+    cdef size_t more = new_size - r.size
     acquire(&book.lock.held)
     r.grow_ns += spent
     if code:
@@ -226,8 +266,12 @@ cdef void statistics_before_drop(memory_hook* head, memory* m) noexcept nogil:
     cdef statistics_hook* hook = <statistics_hook*>head
     cdef ledger* book = hook.ledger
     cdef record* r = hook.record
+    cdef size_t resident
+    acquire(&r.sampling)        # for good
+    resident = resident_now(m)
     acquire(&book.lock.held)
-    sample_resident(r)
+    if resident > r.peak_resident:
+        r.peak_resident = resident
     r.m = NULL
     if r.previous != NULL:
         r.previous.next = r.next
@@ -248,6 +292,18 @@ cdef void statistics_before_drop(memory_hook* head, memory* m) noexcept nogil:
     if book.n_dropped > book.history:
         forget_oldest(book)
     unlock(&book.lock.held)
+
+
+cdef int statistics_resized(memory_hook* head, memory* m, size_t size, size_t accessible, failure* why) noexcept nogil:
+    cdef ledger* book = (<statistics_hook*>head).ledger
+    cdef record* r = (<statistics_hook*>head).record
+    acquire(&book.lock.held)
+    book.current_bytes += size - r.size         # modulo the word: it may become less
+    r.size = size
+    if book.current_bytes > book.peak_bytes:
+        book.peak_bytes = book.current_bytes
+    unlock(&book.lock.held)
+    return 0
 
 
 cdef void forget_oldest(ledger* book) noexcept nogil:
@@ -318,6 +374,7 @@ cdef class StatisticsCreator(NativeCreator):
         hook.head.after_grow = statistics_after_grow
         hook.head.before_drop = statistics_before_drop
         hook.head.dropped = statistics_dropped
+        hook.head.resized = statistics_resized
         hook.ledger = book
         hook.record = r
         r.m = out[0]
@@ -359,6 +416,7 @@ cdef class StatisticsCreator(NativeCreator):
         cdef record* copy = NULL
         cdef size_t n = 0, room = 0, i
         with nogil:
+            sample_all(self.ledger)
             while True:
                 acquire(&self.ledger.lock.held)
                 n = self.ledger.n_live + self.ledger.n_dropped
@@ -389,7 +447,6 @@ cdef class StatisticsCreator(NativeCreator):
 cdef void copy_records(ledger* book, record* to) noexcept nogil:
     cdef record* r = book.live
     while r != NULL:
-        sample_resident(r)
         memcpy(to, r, sizeof(record))
         to += 1
         r = r.next

@@ -77,6 +77,8 @@ cdef void failure_text(const failure* why, char* text, size_t room) noexcept nog
     elif code == E_LIMIT:
         snprintf(text, room, "limit of %zu bytes reached: %zu in use and %zu more asked for",
                  why.limit, why.used, why.size)
+    elif code == E_EXHAUSTED and why.detail[0]:
+        snprintf(text, room, "%s, and %zu bytes more are asked for", why.detail, why.size)
     elif code == E_EXHAUSTED:
         snprintf(text, room, "all %zu slots of the pool are in use, and %zu bytes more are asked for",
                  why.limit, why.size)

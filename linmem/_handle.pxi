@@ -808,6 +808,16 @@ def image_class_is(of):
     _image_of = of
 
 
+cdef void (*tell_forgotten)(image* it) noexcept nogil
+tell_forgotten = NULL
+
+
+cdef void forgotten_is(void (*tell)(image* it) noexcept nogil) noexcept nogil:
+    """Called once, by the pool: `tell` hears of each image that has slots and that nobody can ask for any more."""
+    global tell_forgotten
+    tell_forgotten = tell
+
+
 cdef class ImageHandle:
     """What an `Image` is made of."""
 
@@ -817,6 +827,9 @@ cdef class ImageHandle:
     def __dealloc__(self):
         if self.it != NULL and self.it != &no_image:
             with nogil:
+                store(&self.it.forgotten, 1)
+                if load(&self.it.slots) and tell_forgotten != NULL:
+                    tell_forgotten(self.it)
                 image_release(self.it)
 
 

@@ -240,12 +240,12 @@ cdef class Image(ImageHandle):
 
     # -- what it is for
 
-    def new_memory(self, maximum=None, *, minimum=None, creator=None, reserve=None, guard=None):
+    def new_memory(self, maximum=None, *, minimum=None, creator=None, reserve=None, guard=None, domain=None):
         """A memory that starts with the image's bytes, and shares its pages until it writes them.
 
         Parameters
         ----------
-        maximum, reserve, guard
+        maximum, reserve, guard, domain
             As of `linmem.create`.
         minimum : int, optional
             In bytes; the end of the image (offset + size) by default and at least.
@@ -266,7 +266,8 @@ cdef class Image(ImageHandle):
                 raise TypeError(f"creator must be a NativeCreator (a PythonCreator for one in Python), got"
                                 f" {type(creator).__name__}")
             by = <NativeCreator>creator
-        return by.create(self.offset + self.size if minimum is None else minimum, maximum, reserve, guard, image=self)
+        return by.create(self.offset + self.size if minimum is None else minimum, maximum, reserve, guard, image=self,
+                         domain=domain)
 
     def diff(self, other not None):
         """What changed from this image to a memory or to another image, as a `Delta`.

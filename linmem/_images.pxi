@@ -186,37 +186,50 @@ cdef void let_image_go(image* it) noexcept nogil:
 # -- back to an image ------------------------------------------------------------------------------
 
 cdef enum:
-    RUNS = 64           # that the kernel is asked for at a time
     FEW = 1 << 18       # bytes that are put back in next to no time
 
 
-cdef bint refill_touched(char* at, size_t size, const char* bytes, size_t bound, size_t* total) noexcept nogil:
-    """Put the touched pages back to `bytes` (of the image that is mapped there), or to zeros (NULL), and
-    add their size to `total`. False: they cannot be found, or are more than `bound`; some may have been put back."""
-    cdef pages.span[RUNS] runs
-    cdef size_t n, i
-    cdef char* here = at
-    cdef char* end = at + size
-    while here < end:
-        n = RUNS
-        if pages.touched(here, <size_t>(end - here), bytes != NULL, runs, &n, &here):
-            return False
-        for i in range(n):
-            total[0] += runs[i].size
-        if total[0] > bound:
-            return False
-        for i in range(n):
-            if bytes == NULL:
-                memset(runs[i].at, 0, runs[i].size)
-            else:
-                memcpy(runs[i].at, bytes + (runs[i].at - at), runs[i].size)
+cdef void touched_begin(touched_runs* runs, memory* m, size_t at, size_t end) noexcept nogil:
+    runs.m = m
+    runs.at = at
+    runs.end = end
+    runs.code = 0
+
+
+cdef bint touched_next(touched_runs* runs) noexcept nogil:
+    cdef size_t stop
+    cdef char* next
+    if runs.at >= runs.end:
+        return False
+    stop = memory_border(runs.m, runs.at, runs.end, &runs.over_image)
+    runs.n = RUNS
+    runs.code = pages.touched(runs.m.base + runs.at, stop - runs.at, runs.over_image, runs.runs, &runs.n, &next)
+    if runs.code:
+        return False
+    runs.at = <size_t>(next - runs.m.base)
     return True
 
 
-cdef void zero_pages(char* at, size_t size) noexcept nogil:
+cdef bint refill_touched(memory* m, size_t at, size_t end, size_t bound, size_t* total) noexcept nogil:
+    """Put the touched pages of at .. end back to the mapped image's bytes, and to zeros where there is none, and
+    add their size to `total`. False: they cannot be found, or are more than `bound`; some may have been put back."""
+    cdef touched_runs found
+    cdef size_t i
+    touched_begin(&found, m, at, end)
+    while touched_next(&found):
+        for i in range(found.n):
+            total[0] += found.runs[i].size
+        if total[0] > bound:
+            return False
+        for i in range(found.n):
+            memory_refill(m, <size_t>(found.runs[i].at - m.base), found.runs[i].size)
+    return found.code == 0
+
+
+cdef void zero_pages(memory* m, char* at, size_t size) noexcept nogil:
     """Of no image, whole host pages."""
-    cdef size_t total = 0
-    if size == 0 or (pages.capabilities().scans and refill_touched(at, size, NULL, SIZE_MAX, &total)):
+    cdef size_t total = 0, first = <size_t>(at - m.base)
+    if size == 0 or (pages.capabilities().scans and refill_touched(m, first, first + size, SIZE_MAX, &total)):
         return
     if pages.discard(at, size):
         memset(at, 0, size)
@@ -231,7 +244,7 @@ cdef void zero_bytes(memory* m, char* at, size_t size) noexcept nogil:
         memset(at, 0, size)
         return
     memset(at, 0, first - <size_t>at)
-    zero_pages(<char*>first, last - first)
+    zero_pages(m, <char*>first, last - first)
     memset(<char*>last, 0, <size_t>at + size - last)
 
 
@@ -263,9 +276,7 @@ cdef void restore_mapped(memory* m, size_t low, size_t high, size_t end) noexcep
     cdef size_t total = 0, bound = m.dirtied << 2 if m.dirtied else SIZE_MAX
     cdef const char* bytes = m.image.content.bytes + (low - m.image.offset)
     if (pages.capabilities().scans
-            and refill_touched(m.base + low, high - low, bytes, bound, &total)
-            and refill_touched(m.base, low, NULL, bound, &total)
-            and refill_touched(m.base + high, end - high, NULL, bound, &total)):
+            and refill_touched(m, 0, end, bound, &total)):
         if m.dirtied == 0:
             m.dirtied = total if total > FEW else FEW
         return
@@ -396,6 +407,12 @@ cdef int memory_start_again(memory* m, image* to) noexcept nogil:
     """Its pages have been decommitted and committed, and are zero. -> they are the image's."""
     cdef int code = 0
     m.image_state = IMAGE_COPIED
+    m.dirtied = 0
+    if m.image != to:
+        if to == NULL:
+            leave_image(m)
+        else:
+            hold_image(m, to)
     if to == NULL:
         return 0
     if to.content.maps and to.high > to.low:
@@ -409,24 +426,18 @@ cdef int memory_start_again(memory* m, image* to) noexcept nogil:
 
 # -- what differs ----------------------------------------------------------------------------------
 
-cdef int mark_touched(memory* m, size_t first, size_t size, bint over_image, unsigned char* marks) noexcept nogil:
+cdef int mark_touched(memory* m, size_t end, unsigned char* marks) noexcept nogil:
     """marks: one for each host page from the base on."""
-    cdef pages.span[RUNS] runs
-    cdef size_t n, i, page = pages.capabilities().page_size
+    cdef touched_runs found
+    cdef size_t i, page = pages.capabilities().page_size
     cdef size_t from_, to
-    cdef char* here = m.base + first
-    cdef char* end = here + size
-    cdef int code
-    while here < end:
-        n = RUNS
-        code = pages.touched(here, <size_t>(end - here), over_image, runs, &n, &here)
-        if code:
-            return code
-        for i in range(n):
-            from_ = <size_t>(runs[i].at - m.base) // page
-            to = (<size_t>(runs[i].at - m.base) + runs[i].size + page - 1) // page
+    touched_begin(&found, m, 0, end)
+    while touched_next(&found):
+        for i in range(found.n):
+            from_ = <size_t>(found.runs[i].at - m.base) // page
+            to = (<size_t>(found.runs[i].at - m.base) + found.runs[i].size + page - 1) // page
             memset(marks + from_, 1, to - from_)
-    return 0
+    return found.code
 
 
 cdef void mark_runs(const image* it, unsigned char* marks, size_t n) noexcept nogil:
@@ -444,23 +455,16 @@ cdef int memory_marks(memory* m, image* over, unsigned char* marks, size_t n) no
     """Mark, of the first `n` host pages, all that may hold something else than the image `over` (NULL: than zeros).
     marks: all 0. With the lock held."""
     cdef size_t page = pages.capabilities().page_size
-    cdef size_t end = n * page, low = 0, high = 0
+    cdef size_t end = n * page, high = 0
     cdef bint mapped = m.image_state == IMAGE_MAPPED
     cdef int code = 0
     if mapped:
-        low = m.image.offset + m.image.low
         high = m.image.offset + m.image.high
     if (not m.ops.pages_are_ours or not pages.capabilities().scans or m.image_state == IMAGE_BROKEN
             or high > end or end > m.accessible):
         memset(marks, 1, n)
         return 0
-    if mapped:
-        if low:
-            code = mark_touched(m, 0, low, False, marks)
-        if code == 0:
-            code = mark_touched(m, low, high - low, True, marks)
-    if code == 0 and end > high:
-        code = mark_touched(m, high, end - high, False, marks)
+    code = mark_touched(m, end, marks)
     if code:
         return code
     # What is not touched is the mapped image's, or zero: which `over` may not be.

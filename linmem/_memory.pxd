@@ -46,6 +46,8 @@ cdef struct image:
     size_t end                  # a memory of it has at least so many bytes
     size_t low                  # within the content, whole host pages: what is not zero lies in low .. high,
     size_t high
+    word forgotten              # 1: its Python object is gone, so nobody can ask for a memory of it any more
+    word slots                  # of pools that start from it
     run* runs                   # and there in these, in order and apart, multiples of GRANULE
     size_t n_runs
     size_t room                 # for runs
@@ -97,6 +99,7 @@ cdef struct memory_ops:
     int (*resident)(memory* m, size_t* bytes, failure* why) noexcept nogil     # NULL: not ours to ask for
     void (*free)(memory* m) noexcept nogil      # the last reference is gone: pages and struct
     bint pages_are_ours                         # protect, discard and prefault make sense
+    bint prefaults                              # every accessible page is resident when a guest gets it
 
 # What an adaptor hangs on each memory that comes through it. Outermost adaptor first. NULL: not
 # interested, but for `dropped`.
@@ -114,6 +117,12 @@ cdef struct memory_hook:
     bint (*keep)(memory_hook* hook, memory* m) noexcept nogil
     # They are gone, and so is the memory. Frees the hook itself.
     void (*dropped)(memory_hook* hook) noexcept nogil
+    # A pool above changes the memory while no guest has it: to `size` bytes, `committed` of which (whole host pages)
+    # are accessible. Called before more becomes accessible and after less has become so. 0, or a failure that
+    # stops an increase; a decrease is never refused. The hooks above this one are then told the old figures again.
+    int (*resized)(memory_hook* hook, memory* m, size_t size, size_t committed, failure* why) noexcept nogil
+    # How many bytes of the memory are charged to the budget at that address. NULL: to none.
+    size_t (*charged)(memory_hook* hook, const void* budget) noexcept nogil
 
 # The head of every memory, whatever its kind. Reference-counted, because wasmtime frees memories on
 # any thread with no GIL: nothing in here is a Python object.
@@ -150,6 +159,36 @@ cdef struct memory:
     char apart[CACHE_LINE]      # another thread's memory may come next
 
 
+# The touched runs of a memory's bytes at .. end, some at a time. After touched_next() was True: n runs, all of them
+# over the mapped image or none. After False: the end, or `code` says why it cannot be told.
+cdef enum:
+    RUNS = 64           # that the kernel is asked for at a time
+
+cdef struct touched_runs:
+    memory* m
+    size_t at
+    size_t end
+    bint over_image
+    int code
+    size_t n
+    pages.span runs[RUNS]
+
+
+# What is missing when something is refused, and may be had from idle slots of pools.
+cdef enum:
+    RELIEF_PAGES = 0            # pages could not be committed
+    RELIEF_SPACE = 1            # address space could not be reserved
+    RELIEF_BUDGET = 2           # a budget does not cover the bytes
+
+# A name that keeps the pages of some users of a pool from the others; reference-counted, equal names are one struct.
+cdef struct domain:
+    word refs
+    domain* next
+    size_t hash
+    size_t size
+    char* name                  # UTF-8; none after it
+
+
 cdef inline size_t memory_size(memory* m) noexcept nogil:
     return <size_t>load(&m.size)
 
@@ -177,6 +216,8 @@ cdef void leave_image(memory* m) noexcept nogil
 cdef void memory_restore(memory* m, image* to) noexcept nogil
 cdef int memory_turn_to(memory* m, image* to) noexcept nogil
 cdef size_t memory_border(memory* m, size_t at, size_t end, bint* over_image) noexcept nogil
+cdef void touched_begin(touched_runs* runs, memory* m, size_t at, size_t end) noexcept nogil
+cdef bint touched_next(touched_runs* runs) noexcept nogil
 cdef void memory_refill(memory* m, size_t at, size_t size) noexcept nogil
 cdef bint memory_is_filled(memory* m, size_t size) noexcept nogil
 cdef int memory_renew(memory* m, size_t size) noexcept nogil
@@ -189,9 +230,18 @@ cdef int fail_python(failure* why, object error) noexcept
 cdef void failure_text(const failure* why, char* text, size_t room) noexcept nogil
 cdef int raise_failure(const failure* why) except -1
 cdef void acquire(word* lock) noexcept nogil
+cdef bint try_acquire(word* lock) noexcept nogil
 cdef void unlock(word* lock) noexcept nogil
 cdef void list_lock(fork_lock* it) noexcept nogil
 cdef void unlist_lock(fork_lock* it) noexcept nogil
+cdef void relief_is(bint (*give)(int what, const void* budget, size_t size) noexcept nogil) noexcept nogil
+cdef bint relieve(int what, const void* budget, size_t size) noexcept nogil
+cdef int commit_pages(char* at, size_t size) noexcept nogil
+cdef void forgotten_is(void (*tell)(image* it) noexcept nogil) noexcept nogil
+cdef domain* current_domain() noexcept nogil
+cdef domain* domain_of(object name) except? NULL
+cdef void domain_retain(domain* d) noexcept nogil
+cdef void domain_release(domain* d) noexcept nogil
 cdef void drop_object(PyObject* object) noexcept nogil
 cdef bint python_is_ending() noexcept nogil
 cdef int check_size(object value, str name, size_t* out) except -1
@@ -211,7 +261,7 @@ cdef class NativeCreator:
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil
     cdef int fill_spec(self, memory_spec* spec, ty, minimum, maximum, reserved_size_in_bytes,
                        guard_size_in_bytes) except -1
-    cdef object make_checked(self, const memory_spec* spec, str guard_name)
+    cdef object make_checked(self, const memory_spec* spec, str guard_name, object domain=*)
 
 
 cdef class MmapCreator(NativeCreator):

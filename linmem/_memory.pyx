@@ -7,7 +7,7 @@ from cpython.ref cimport Py_DECREF
 from libc.stdint cimport SIZE_MAX
 from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free, malloc, realloc
-from libc.string cimport memcmp, memcpy, memset
+from libc.string cimport memcmp, memcpy, memset, strcmp
 
 from linmem._atomic cimport add, load, pause, peek, peek_address, poke, poke_address, publish, store, swap_if, word
 from linmem._os cimport pages
@@ -433,7 +433,9 @@ cdef inline int mapped_grow_by(memory* m, size_t size, size_t new_size, failure*
     elif need > m.accessible:
         code = pages.commit(m.base + m.accessible, need - m.accessible)
         if code:
-            return fail_page_call(why, code, "commit", need - m.accessible)
+            code = commit_again(m.base + m.accessible, need - m.accessible, code)
+            if code:
+                return fail_page_call(why, code, "commit", need - m.accessible)
     if size & (page - 1):
         # Fresh bytes read as zero, also those that native code could already reach.
         memset(m.base + size, 0, round_down(size, page) + page - size)
@@ -447,10 +449,14 @@ cdef int grow_by_moving(memory* m, size_t new_size, size_t need, failure* why) n
     cdef int code = begin_move(m, new_size, why)
     if code:
         return code
-    acquire(&moving_lock.held)
-    code = move_to_larger(m, need, why)
+    while True:
+        acquire(&moving_lock.held)
+        code = move_to_larger(m, need, why)
+        unlock(&moving_lock.held)
+        # Pools may only be asked with no fork_lock held: theirs come before it.
+        if code <= 0 or not relieve(RELIEF_SPACE if strcmp(why.call, "reserve") == 0 else RELIEF_PAGES, NULL, need):
+            break
     end_move(m)
-    unlock(&moving_lock.held)
     return code
 
 
@@ -529,6 +535,34 @@ cdef int reserve_exactly(size_t minimum, size_t reservation, size_t guard, size_
     return 0
 
 
+cdef bint (*give_relief)(int what, const void* budget, size_t size) noexcept nogil
+give_relief = NULL
+
+
+cdef void relief_is(bint (*give)(int what, const void* budget, size_t size) noexcept nogil) noexcept nogil:
+    """Called once, by the pool: `give` is asked before something is refused that idle slots may stand in the way of."""
+    global give_relief
+    give_relief = give
+
+
+cdef bint relieve(int what, const void* budget, size_t size) noexcept nogil:
+    """`size` bytes were refused. True: idle slots of pools have given something up, so the caller tries again. False:
+    nothing that pools could give up would be enough, and nothing was given up. The caller holds no fork_lock."""
+    return give_relief != NULL and give_relief(what, budget, size)
+
+
+cdef int commit_again(char* at, size_t size, int code) noexcept nogil:
+    while code and relieve(RELIEF_PAGES, NULL, size):
+        code = pages.commit(at, size)
+    return code
+
+
+cdef int commit_pages(char* at, size_t size) noexcept nogil:
+    """pages.commit(); idle slots give up their pages before it is refused. The caller holds no fork_lock."""
+    cdef int code = pages.commit(at, size)
+    return commit_again(at, size, code) if code else 0
+
+
 cdef int mapped_resident(memory* m, size_t* bytes, failure* why) noexcept nogil:
     # Asked with no lock and no pin, by those who watch while others grow. The size is read first: it is written
     # after the base, so from the base on that is read then, at least so much is the memory's. Once it has
@@ -573,7 +607,7 @@ cdef int prefaulting_grow(memory* m, size_t new_size, failure* why) noexcept nog
             return code
         pages.prefault(m.base + first, m.accessible - first)    # moved already: what is refused now faults in later
         return 0
-    code = pages.commit(base + accessible, end - accessible)
+    code = commit_pages(base + accessible, end - accessible)
     if code:
         return fail_page_call(why, code, "commit", end - accessible)
     code = pages.prefault(base + accessible, end - accessible)
@@ -594,6 +628,7 @@ prefaulting_ops.grow = prefaulting_grow
 prefaulting_ops.resident = mapped_resident
 prefaulting_ops.free = mapped_free
 prefaulting_ops.pages_are_ours = True
+prefaulting_ops.prefaults = True
 
 
 include "_images.pxi"
@@ -625,7 +660,7 @@ cdef int mapped_make(const memory_spec* spec, bint prefault, bint huge_pages, me
     if huge:
         pages.advise_huge(m.base, at.capacity)      # a wish: without it the memory only has small pages
     if at.accessible:
-        code = pages.commit(m.base, at.accessible)
+        code = commit_pages(m.base, at.accessible)
         if code:
             fail_page_call(why, code, "commit", at.accessible)
         elif spec.image != NULL:
@@ -655,6 +690,102 @@ cdef int mapped_make(const memory_spec* spec, bint prefault, bint huge_pages, me
     return 0
 
 
+# -- whose pages are whose -----------------------------------------------------------------------
+
+ctypedef domain* domain_ptr
+
+cdef enum:
+    DOMAIN_BUCKETS = 256
+
+cdef domain* domains[DOMAIN_BUCKETS]
+cdef fork_lock domains_lock
+list_lock(&domains_lock)
+
+cdef extern from *:
+    """
+    static LINMEM_OF_THREAD void *linmem_domain;
+    static void *linmem_get_domain(void) { return linmem_domain; }
+    static void linmem_put_domain(void *domain) { linmem_domain = domain; }
+    """
+    void* get_domain "linmem_get_domain"() noexcept nogil
+    void put_domain "linmem_put_domain"(void* domain) noexcept nogil
+
+
+cdef domain* current_domain() noexcept nogil:
+    """Of the memory that this thread is making; NULL: none was named. A borrowed reference."""
+    return <domain*>get_domain()
+
+
+cdef domain* set_domain(domain* d) noexcept nogil:
+    """Returns the one that was there."""
+    cdef domain* before = <domain*>get_domain()
+    put_domain(d)
+    return before
+
+
+cdef domain* domain_of(object name) except? NULL:
+    """A reference on the domain of that name; NULL: of None."""
+    cdef bytes text
+    cdef domain* d
+    cdef domain* fresh
+    cdef domain** head
+    cdef size_t size, hashed
+    if name is None:
+        return NULL
+    if not isinstance(name, str):
+        raise TypeError(f"domain must be a str or None, got {type(name).__name__}")
+    text = (<str>name).encode("utf-8", "surrogatepass")
+    size = <size_t>len(text)
+    hashed = <size_t>hash(text)
+    fresh = <domain*>calloc(1, sizeof(domain) + size + 1)
+    if fresh == NULL:
+        raise MemoryError("no memory for the name of a domain")
+    fresh.refs = 1
+    fresh.hash = hashed
+    fresh.size = size
+    fresh.name = <char*>fresh + sizeof(domain)
+    memcpy(fresh.name, <const char*>text, size)
+    with nogil:
+        acquire(&domains_lock.held)
+        head = &domains[hashed % DOMAIN_BUCKETS]
+        d = head[0]
+        while d != NULL and not (d.hash == hashed and d.size == size and memcmp(d.name, fresh.name, size) == 0):
+            d = d.next
+        if d != NULL:
+            d.refs += 1
+        else:
+            fresh.next = head[0]
+            head[0] = fresh
+        unlock(&domains_lock.held)
+        if d != NULL:
+            free(fresh)
+    return fresh if d == NULL else d
+
+
+cdef void domain_retain(domain* d) noexcept nogil:
+    if d != NULL:
+        acquire(&domains_lock.held)
+        d.refs += 1
+        unlock(&domains_lock.held)
+
+
+cdef void domain_release(domain* d) noexcept nogil:
+    cdef domain** link
+    if d == NULL:
+        return
+    acquire(&domains_lock.held)
+    d.refs -= 1
+    if d.refs:
+        d = NULL
+    else:
+        link = &domains[d.hash % DOMAIN_BUCKETS]
+        while link[0] != d:
+            link = &link[0].next
+        link[0] = d.next
+    unlock(&domains_lock.held)
+    free(d)
+
+
 # -- creators ------------------------------------------------------------------------------------
 
 cdef class NativeCreator:
@@ -666,7 +797,7 @@ cdef class NativeCreator:
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
         return fail(why, E_UNSUPPORTED, "new_memory", spec.minimum)
 
-    def new_memory(self, ty, minimum, maximum, reserved_size_in_bytes, guard_size_in_bytes):
+    def new_memory(self, ty, minimum, maximum, reserved_size_in_bytes, guard_size_in_bytes, *, domain=None):
         """Make a memory, as wasmtime asks for one; mirrors ``wasmtime::MemoryCreator::new_memory``.
 
         Parameters
@@ -679,6 +810,8 @@ cdef class NativeCreator:
             Growth up to here never moves the base. None: the creator chooses.
         guard_size_in_bytes : int
             Inaccessible bytes after the capacity, a multiple of the host page.
+        domain : str or None
+            Whose pages a pool may hand to this user: only those of the same domain. None is a domain of its own.
 
         Returns
         -------
@@ -695,7 +828,7 @@ cdef class NativeCreator:
         """
         cdef memory_spec spec
         self.fill_spec(&spec, ty, minimum, maximum, reserved_size_in_bytes, guard_size_in_bytes)
-        return self.make_checked(&spec, "guard_size_in_bytes")
+        return self.make_checked(&spec, "guard_size_in_bytes", domain)
 
     cdef int fill_spec(self, memory_spec* spec, ty, minimum, maximum, reserved_size_in_bytes,
                        guard_size_in_bytes) except -1:
@@ -716,7 +849,7 @@ cdef class NativeCreator:
             raise ValueError(f"ty.page_size must be 1 or 65536, got {spec.page_size}")
         return 0
 
-    def create(self, minimum, maximum=None, reserve=None, guard=None, *, image=None):
+    def create(self, minimum, maximum=None, reserve=None, guard=None, *, image=None, domain=None):
         """Make a memory for Python; `linmem.create` says what each argument means (all in bytes).
 
         It starts as the `image` says, if one is given.
@@ -738,10 +871,11 @@ cdef class NativeCreator:
         spec.page_size = 1
         spec.is_64 = True
         spec.is_shared = False
-        return self.make_checked(&spec, "guard")
+        return self.make_checked(&spec, "guard", domain)
 
-    cdef object make_checked(self, const memory_spec* spec, str guard_name):
+    cdef object make_checked(self, const memory_spec* spec, str guard_name, object domain=None):
         cdef memory* m = NULL
+        cdef domain_ptr before, ours
         cdef Memory made
         cdef failure why
         cdef int code
@@ -750,8 +884,12 @@ cdef class NativeCreator:
             raise ValueError(f"minimum must be <= maximum ({spec.maximum}), got {spec.minimum}")
         if spec.guard & (page - 1):
             raise ValueError(f"{guard_name} must be a multiple of the host page ({page}), got {spec.guard}")
+        ours = domain_of(domain)
         with nogil:
+            before = set_domain(ours)
             code = self.make(spec, &m, &why)
+            set_domain(before)
+            domain_release(ours)
         if code:
             raise_failure(&why)
         made = <Memory>wrap(m)

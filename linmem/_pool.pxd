@@ -5,14 +5,45 @@
 #  | inaccessible  | accessible     | hidden: zero, resident | never committed    | inaccess. |
 #  +---------------+----------------+------------------------+--------------------+-----------+
 #                  ^base            ^base+least              ^base+high
-#  An idle slot. Its last user had grown to `high` or less; growing again up to there finds the pages
+#  A warm slot. Its last guest had grown to `high` or less; growing again up to there finds the pages
 #  where they were, and zero. Where "zero" is said of accessible bytes, those of an image are the image's.
 
 from linmem._atomic cimport word
 from linmem._memory cimport (
-    CACHE_LINE, ImageHandle, NativeCreator, failure, fork_lock, image, memory, memory_hook, memory_spec,
+    CACHE_LINE, ImageHandle, NativeCreator, domain, failure, fork_lock, image, memory, memory_hook, memory_spec,
 )
 from linmem._reset cimport reset_policy
+
+# The states of a slot. move_slot() is the only function that changes one.
+#
+#            +------------------------ take -----------------------+
+#            v                                                     |
+#   made -> LIVE -- last reference gone --> RESETTING -- reset --> WARM -- chosen --> COOLING -- done --> COLD
+#            ^                                 |                   |                    |                  |
+#            +------------- take --------------|-------------------|--------------------|------------------+
+#                                              v                   v                    v                  v
+#                                           DROPPING  (from each of them; then the slot is freed)
+cdef enum:
+    LIVE = 0                # a guest has it, or is about to get it
+    RESETTING = 1           # its last guest is gone
+    WARM = 2                # idle; accessible as when it is handed out, pages kept
+    COLD = 3                # idle; nothing but address space
+    COOLING = 4             # its pages are being given back
+    DROPPING = 5            # on its way back to upstream
+
+# Why an idle slot lost its pages or was dropped.
+cdef enum:
+    EVICTED_COUNT = 0       # max_unused_warm
+    EVICTED_RESIDENT = 1    # what the pool's idle slots may keep resident
+    EVICTED_PROCESS = 2     # what all pools may keep resident, or reserved
+    EVICTED_SLOTS = 3       # room for a new slot
+    EVICTED_RESERVED = 4    # max_reserved
+    EVICTED_REFUSED = 5     # a budget or the OS had refused what the slot held
+    EVICTED_IMAGE = 6       # nobody can ask for the slot's image any more
+    EVICTED_TRIM = 7        # trim()
+    EVICTED_IDLE = 8        # idle_seconds
+    EVICTED_PURGE = 9       # purge()
+    CAUSES = 10
 
 # What a slot was made for; it serves equal requests only.
 cdef struct shape:
@@ -22,50 +53,102 @@ cdef struct shape:
     size_t guard
     bint is_64
     bint is_shared
-    image* image            # that they start from; a slot of the shelf holds a reference
+    image* image            # asked for; a slot of the shape holds a reference
 
+# What is counted for a slot, and for a kind, a tenant and the pool of the slots that are gone.
+cdef struct counts:
+    size_t hits_warm
+    size_t hits_cold
+    size_t misses
+    size_t resets[3]        # by kind of reset
+    size_t zeroed           # bytes
+    size_t reset_ns         # sampled: one reset of sixteen, times sixteen
+    size_t evictions[CAUSES]
+
+# All slots of one shape.
+cdef struct kind:
+    kind* next              # in its bucket
+    shape shape
+    slot* cold              # its cold slots, of whatever domain the last guest was: they have no pages
+    size_t slots
+    size_t shelves
+    counts gone
+    size_t row              # of a report that is being made
+
+# All slots whose pages were touched by guests of one domain.
+cdef struct tenant:
+    tenant* next            # of the pool's
+    domain* domain          # a reference; NULL: no domain was named
+    size_t slots
+    size_t shelves
+    size_t n_warm
+    size_t held             # bytes that its warm slots keep, page tables included
+    counts gone
+    size_t row
+
+# The slots of one shape and one domain.
 cdef struct shelf:
     shelf* next             # in its bucket
-    shape shape
-    char apart[CACHE_LINE]  # the shape is only read
-    slot* warm              # its idle slots, the last one given back first
-    slot* cold
+    kind* kind
+    tenant* tenant
+    domain* domain          # the tenant's
+    shape shape             # the kind's
+    char apart[CACHE_LINE]  # what is above is only read
+    slot* warm              # its warm slots, the last one given back first
     size_t slots            # live and idle
 
-cdef enum:
-    BUCKETS = 64
+# Which part of a slot is what, in bytes from the base on; whole host pages. While it is idle:
+#   WARM   accessible == least,  least <= high,  hidden <= high - least
+#   COLD   accessible == high == hidden == 0
+cdef struct extent:
+    size_t least            # accessible when it is handed out
+    size_t accessible       # now
+    size_t high             # committed; beyond `accessible` it is hidden
+    size_t hidden           # how many of the hidden bytes may be resident
 
-cdef enum:
-    LIVE = 0                # handed out, or between two states
-    WARM = 1                # idle, accessible, pages kept
-    COLD = 2                # idle, nothing but address space
+# What the memory was when upstream made it, restored whole whenever it is handed out.
+cdef struct handed_out:
+    long long size          # byte_size: what upstream made may be less than was asked for
+    size_t maximum
+    size_t pre_guard
+    size_t guard
+    size_t covered
+    bint is_shared
+    bint moved
+    bint huge_pages
+    bint growth_is_watched  # by upstream's hooks
 
 cdef struct slot:
     memory_hook head        # hangs on the memory; below it what upstream hung there
     pool* pool
     shelf* shelf
     memory* m
-    slot* below             # on its shelf, idle only
+    slot* below             # on its stack, idle only
     slot* above
     slot* older             # of the pool's warm slots, or of its cold ones
     slot* newer
     slot* next              # of all slots of the pool
     slot* previous
-    int state
+    word state
     const void* thread      # that gave it back
-    bint doomed             # not to be kept again
-    bint growth_is_watched  # by upstream's hooks
-    image* image            # a reference on what its memories start from; NULL: zeros
+    image* image            # a reference on what it starts from; NULL: zeros
     char* base
     size_t capacity
-    size_t least            # bytes accessible when it is handed out
-    long long first_size    # byte_size then: what upstream made, which may be less than was asked for
-    size_t high             # bytes that have been committed; beyond `accessible` they are hidden
-    size_t hidden           # of these, how many may be resident
+    handed_out given
+    extent pages
     size_t resident         # bytes that may be resident while it is idle
-    size_t hits             # how often it was handed out again
-    size_t resets[3]        # by kind
+    size_t tables           # bytes of page tables that it may have, idle or not
+    size_t old_tables       # of these, from before the pages were last given back
+    size_t reserved         # bytes of address space, guards included
+    size_t mappings         # that it takes, at most
+    bint unfilled           # a prefaulted memory whose pages have been given back
+    bint forgotten          # nobody can ask for its image any more
+    long long since         # when it became idle, or was handed out: of the coarse clock
+    long long grown         # when a guest last grew beyond `least`
+    long long emptied       # when all its pages were last given back
+    unsigned int uses       # since then
     reset_policy policy
+    counts counts
     char apart[CACHE_LINE]  # another thread's slot may come next
 
 # Idle slots by when they became so.
@@ -73,36 +156,59 @@ cdef struct line:
     slot* newest
     slot* oldest
 
+cdef enum:
+    SHELVES = 256
+    KINDS = 64
+
 # Shared by a PoolingCreator and its slots; wasmtime may outlive the creator. What every thread writes for each
 # memory is one line of the caches, and what is only read is in another: it stays in each processor's own.
 cdef struct pool:
     # These never change.
     void* block             # what the pool lies in
     size_t most_slots
+    size_t most_mappings
     size_t keep_resident
     size_t most_warm
     size_t resident_bound
+    size_t reserved_bound
+    long long idle_ns       # 0: idle slots are not purged by time
+    long long reset_ns      # 0: a reset may take as long as it does
+    long long wait_ns       # -1: without an end
     int reset               # a kind of reset, or ADAPTIVE
     bint fall_back
+    bint wait
     bint check
-    word closed
     char apart[CACHE_LINE]
-    fork_lock lock          # of all that follows; at the start of a line
+    fork_lock lock          # of all that follows but for refs; at the start of a line
     size_t n_warm
     size_t resident         # bytes, of all idle slots
+    size_t tables           # bytes of their page tables
     line warm
     line cold
     size_t n_cold
     size_t n_slots
-    size_t misses
+    size_t peak_live
+    size_t told             # of resident + tables, what the sum over all pools has heard; never less than they are
+    bint closed
+    size_t reserved         # bytes, of all slots
+    size_t idle_reserved
+    size_t mappings
+    size_t n_busy           # tenants with warm slots
     size_t fallbacks
     size_t rejected
-    size_t hits             # without those of the slots that there are
-    size_t resets[3]        # by kind; the same
+    counts gone             # of slots that are gone, and all misses and evictions
     slot* slots
+    tenant* tenants
+    size_t n_tenants
+    size_t n_kinds
+    size_t empty_tenants    # without a slot
+    size_t empty_kinds
     word refs
+    pool* next_pool         # of all pools, under their lock
+    pool* previous_pool
     char apart_too[CACHE_LINE]
-    shelf* buckets[BUCKETS]
+    shelf* shelves[SHELVES]
+    kind* kinds[KINDS]
 
 
 cdef class PoolingCreator(NativeCreator):
@@ -110,7 +216,7 @@ cdef class PoolingCreator(NativeCreator):
     cdef readonly ImageHandle image
     cdef pool* pool
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil
-    cdef int make_of(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil
-    cdef memory* take(self, pool* p, const shape* key) noexcept nogil
-    cdef int make_slot(self, pool* p, const shape* key, const memory_spec* spec, memory** out,
-                       failure* why) noexcept nogil
+    cdef int make_of(self, const memory_spec* spec, bint counted, memory** out, failure* why) noexcept nogil
+    cdef int make_slot(self, pool* p, const shape* key, domain* whose, const memory_spec* spec, bint counted,
+                       memory** out, failure* why) noexcept nogil
+    cdef int pass_on(self, pool* p, const memory_spec* spec, memory** out, failure* why) noexcept nogil

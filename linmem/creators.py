@@ -48,7 +48,7 @@ def creator(kind: str = "mmap", **options: Any) -> NativeCreator:
 
 
 def create(minimum: int, maximum: int | None = None, *, creator: MemoryCreator | None = None,
-           reserve: int | None = None, guard: int | None = None) -> Memory:
+           reserve: int | None = None, guard: int | None = None, domain: str | None = None) -> Memory:
     """Make a linear memory.
 
     Parameters
@@ -66,6 +66,8 @@ def create(minimum: int, maximum: int | None = None, *, creator: MemoryCreator |
     guard : int, optional
         Inaccessible bytes after the capacity (and before the base), a multiple of the host page.
         65536 by default.
+    domain : str, optional
+        Whose pages a pool may hand to this user: only those of the same domain, and None is one of its own.
 
     Returns
     -------
@@ -89,7 +91,8 @@ def create(minimum: int, maximum: int | None = None, *, creator: MemoryCreator |
     >>> mem[0]
     1
     """
-    return (_DEFAULT if creator is None else as_native(creator)).create(minimum, maximum, reserve, guard)
+    native = _DEFAULT if creator is None else as_native(creator)
+    return native.create(minimum, maximum, reserve, guard, domain=domain)
 
 
 def as_native(creator: MemoryCreator) -> NativeCreator:

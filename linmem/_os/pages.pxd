@@ -19,6 +19,7 @@ cdef struct capabilities_t:
     bint discard_any_protection     # discard() works on pages of any protection and keeps it
     bint populates                  # prefault() reports pages that cannot be written instead of faulting
     bint scans                      # touched() works, if need be only in what was reserved to be `watched`
+    int locked                      # what renew() says where pages are locked in memory; 0: it does not refuse them
     bint maps_images                # an image's pages can be mapped into a reservation, copied when written
     size_t huge_page                # bytes in a huge page that advise_huge() asks for; 0: there are none
     size_t memory                   # bytes of physical memory that this process may use; 0: unknown
@@ -150,9 +151,10 @@ cdef void limit_text(int code, size_t size, char* text, size_t room) noexcept no
 cdef int at_fork(void (*before)() noexcept nogil, void (*in_parent)() noexcept nogil,
                  void (*in_child)() noexcept nogil) noexcept nogil
 
-# Gives the processor to another thread; monotonic nanoseconds.
+# Gives the processor to another thread; monotonic nanoseconds; the same clock's, a few milliseconds old, for much less.
 cdef void relax() noexcept nogil
 cdef long long clock_ns() noexcept nogil
+cdef long long coarse_ns() noexcept nogil
 
 # Tests only: every page call of this floor asks `injected()` first and fails with what it returns.
 cdef int injected() noexcept nogil

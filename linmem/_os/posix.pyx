@@ -194,6 +194,16 @@ cdef extern from *:
         return (long long)t.tv_sec * 1000000000 + t.tv_nsec;
     }
 
+    static long long linmem_coarse_clock(void) {
+    #if defined(CLOCK_MONOTONIC_COARSE)
+        struct timespec t;
+        clock_gettime(CLOCK_MONOTONIC_COARSE, &t);
+        return (long long)t.tv_sec * 1000000000 + t.tv_nsec;
+    #else
+        return linmem_clock();
+    #endif
+    }
+
     #if defined(__linux__)
     #define LINMEM_LINUX 1
     #else
@@ -225,6 +235,7 @@ cdef extern from *:
     bint too_much "linmem_too_much"(size_t size) noexcept nogil
     unsigned long long rlimit "linmem_rlimit"(int which) noexcept nogil
     long long clock_ "linmem_clock"() noexcept nogil
+    long long coarse_clock "linmem_coarse_clock"() noexcept nogil
     int die_quietly_ "linmem_die_quietly"() noexcept nogil
     int sched_yield() noexcept nogil
     int pthread_atfork(void (*before)() noexcept nogil, void (*in_parent)() noexcept nogil,
@@ -446,6 +457,10 @@ cdef long long clock_ns() noexcept nogil:
     return clock_()
 
 
+cdef long long coarse_ns() noexcept nogil:
+    return coarse_clock()
+
+
 # -- what Python sees ------------------------------------------------------------------------
 
 def os_error_args(int code, text):
@@ -496,6 +511,7 @@ cdef _start():
     caps.granularity = caps.page_size
     caps.moves = ON_LINUX
     caps.discard_any_protection = ON_LINUX
+    caps.locked = EINVAL if ON_LINUX else 0
     p = map_(NULL, real_page, PROT_READ | PROT_WRITE, False)
     if p == MAP_FAILED:
         raise OSError(errno, "linmem cannot map one page")

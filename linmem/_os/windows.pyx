@@ -542,6 +542,10 @@ cdef long long clock_ns() noexcept nogil:
     return clock_()
 
 
+cdef long long coarse_ns() noexcept nogil:
+    return clock_()
+
+
 def os_error_args(int code, text):
     """The arguments that make an OSError carry `code` the way this OS does (winerror here)."""
     return 0, text, None, code      # OSError finds the errno that goes with a winerror itself

@@ -1,0 +1,113 @@
+"""What pools hold and have done, for a program and for Prometheus. Floor 5.
+
+>>> import linmem.metrics, prometheus_client
+>>> prometheus_client.REGISTRY.register(linmem.metrics.collector(pool))
+"""
+
+from __future__ import annotations
+
+from linmem._pool import PoolingCreator, pool_totals, read_metrics
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from typing import Any
+
+__all__ = ["collector", "read", "totals"]
+
+_COUNTERS = {"misses": "Requests that a new slot served.", "purges": "Slots that gave their pages back by time.",
+             "bytes_zeroed": "Bytes that resets have zeroed."}
+_GAUGES = {"live": "Slots in use.", "warm": "Idle slots that keep their pages.", "cold": "Idle slots without pages.",
+           "resident": "Bytes that idle slots keep resident, at most.",
+           "page_tables": "Bytes of page tables of idle slots, at most.",
+           "reserved": "Bytes of address space of all slots, guards included."}
+_OF_A_POOL = {"peak_live": "The most slots that were ever in use at once.", "slots": "The most slots there may be.",
+              "resident_bound": "What resident and page_tables never exceed for long.",
+              "image_bytes": "Bytes of the images that slots start from.",
+              "image_descriptors": "Descriptors of these images."}
+
+
+def read(pool: PoolingCreator) -> dict[str, Any]:
+    """What a pool holds and has done. Counters never go down.
+
+    Returns
+    -------
+    dict
+        Counters: hits_warm, hits_cold, misses, evictions (by cause), purges, resets (by kind), reset_ns (sampled: one
+        reset of sixteen), bytes_zeroed, fallbacks, rejected. Gauges: live, peak_live, warm, cold, resident, page_tables,
+        reserved, slots, resident_bound, reserved_bound, images, image_bytes, image_descriptors. shapes: a list of
+        such dicts, each with its `shape`; domains: one for each domain, by name. Of shapes and domains
+        without slots, the pool forgets all at once when there are more than 256.
+    """
+    return read_metrics(pool)
+
+
+def totals() -> dict[str, int | None]:
+    """What the pools of this process hold together, and the bounds of `linmem.set_pool_limits`."""
+    return pool_totals()
+
+
+def collector(*pools: PoolingCreator, names: Iterable[str] | None = None, per_domain: bool = True) -> Any:
+    """A collector for ``prometheus_client``, which the extra ``linmem[metrics]`` installs.
+
+    Parameters
+    ----------
+    *pools : PoolingCreator
+        The collector keeps them alive.
+    names : iterable of str, optional
+        The label ``pool`` of each; "0", "1" ... by default.
+    per_domain : bool
+        Hits, misses and what is held of each domain, too. A label for each tenant: for hundreds, not for millions.
+    """
+    for pool in pools:
+        if not isinstance(pool, PoolingCreator):
+            raise TypeError(f"pools must be PoolingCreators, got {type(pool).__name__}")
+    labels = [str(i) for i in range(len(pools))] if names is None else [str(name) for name in names]
+    if len(labels) != len(pools) or len(set(labels)) != len(labels):
+        raise ValueError(f"names must be {len(pools)} different names, got {labels}")
+    try:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+    except ImportError as error:
+        raise ImportError("linmem.metrics.collector needs prometheus_client: pip install 'linmem[metrics]'") from error
+
+    class Collector:
+        def collect(self) -> Iterator[Any]:
+            found = [(label, read(pool)) for label, pool in zip(labels, pools, strict=True)]
+            yield from families(found, "linmem_pool", ["pool"], lambda label, figures: [([label], figures)])
+            if per_domain:
+                # No domain is "", which a str may be too: that one is shown in quotes.
+                yield from families(found, "linmem_pool_domain", ["pool", "domain"], lambda label, figures: [
+                    ([label, "" if name is None else name or '""'], row) for name, row in figures["domains"].items()])
+            for name, text in _OF_A_POOL.items():
+                yield gauge(f"linmem_pool_{name}", text, ["pool"], [([label], of[name]) for label, of in found])
+            for name in ("fallbacks", "rejected"):
+                yield counter(f"linmem_pool_{name}", f"Memories: {name}.", ["pool"],
+                              [([label], of[name]) for label, of in found])
+
+    def families(found: Any, prefix: str, keys: list[str], rows_of: Any) -> Iterator[Any]:
+        rows = [row for label, figures in found for row in rows_of(label, figures)]
+        for name, text in _COUNTERS.items():
+            yield counter(f"{prefix}_{name}", text, keys, [(at, row[name]) for at, row in rows])
+        for name, text in _GAUGES.items():
+            yield gauge(f"{prefix}_{name}", text, keys, [(at, row[name]) for at, row in rows])
+        yield counter(f"{prefix}_hits", "Requests that an idle slot served.", [*keys, "state"], [
+            ([*at, state], row[f"hits_{state}"]) for at, row in rows for state in ("warm", "cold")])
+        yield counter(f"{prefix}_evictions", "Idle slots that lost their pages or were dropped.", [*keys, "cause"], [
+            ([*at, cause], n) for at, row in rows for cause, n in row["evictions"].items()])
+        yield counter(f"{prefix}_resets", "Resets by kind.", [*keys, "kind"], [
+            ([*at, how], n) for at, row in rows for how, n in row["resets"].items()])
+        yield counter(f"{prefix}_reset_seconds", "Time in resets, sampled.", keys, [
+            (at, row["reset_ns"] / 1e9) for at, row in rows])
+
+    def filled(family: Any, samples: list[tuple[list[str], float]]) -> Any:
+        for at, value in samples:
+            family.add_metric(at, value)
+        return family
+
+    def counter(name: str, text: str, keys: list[str], samples: list[tuple[list[str], float]]) -> Any:
+        return filled(CounterMetricFamily(name, text, labels=keys), samples)
+
+    def gauge(name: str, text: str, keys: list[str], samples: list[tuple[list[str], float]]) -> Any:
+        return filled(GaugeMetricFamily(name, text, labels=keys), samples)
+
+    return Collector()
