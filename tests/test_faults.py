@@ -478,6 +478,7 @@ def pool_rows(reset, way):
                      content=bytes(mem)),
        lambda scene: scene.mem.grow_to(20 * PAGE), check_grown, "commit")
     of("trim", "PoolingCreator.trim", idle, lambda scene: scene.creator.trim(), nothing)
+    of("purge", "PoolingCreator.purge", idle, lambda scene: scene.creator.purge(), nothing)
     of("trim some", "PoolingCreator.trim", idle, lambda scene: scene.creator.trim(PAGE), nothing)
     of("warm", "PoolingCreator.warm", idle, lambda scene: scene.creator.warm(3, TYPE, **TYPE_SIZES),
        holds(lambda scene, made: scene.creator.stats()["warm"] >= 1), "reserve commit")
@@ -1142,6 +1143,7 @@ QUIET = {
     "PythonCreator": lambda scene: linmem.PythonCreator(scene.mmap),
     **attributes("python PythonCreator", "creator"),
     "PoolingCreator.stats": lambda scene: scene.pool.stats(),
+    "set_pool_limits": lambda scene: linmem.set_pool_limits(),
     **attributes("pool PoolingCreator", "upstream", "image"),
     **{f"{cls}.__repr__": lambda scene, name=name: repr(getattr(scene, name)) for cls, name in (
         ("MmapCreator", "mmap"), ("LimitingCreator", "limit"), ("StatisticsCreator", "sums"),

@@ -27,7 +27,7 @@ FLOORS = {
     "_memory": 2, "_failures": 2, "_handle": 2, "_images": 2,
     "_image": 3,
     "_pool": 4, "_adaptors": 4, "_bridge": 4,
-    "creators": 5, "_prepared": 5, "_snapshot": 5, "wasmtime": 5.2, "dask": 5,
+    "creators": 5, "_prepared": 5, "_snapshot": 5, "wasmtime": 5.2, "dask": 5, "metrics": 5,
     "": 5.5,
     "_cli": 5.5, "_cli.words": 5.6, "_cli.run": 5.7, "_cli.demo": 5.7, "_cli.info": 5.7, "_cli.image": 5.7,
     "bench": 5.6, "_cli.bench": 5.7, "cli": 6, "__main__": 6.1,

@@ -123,6 +123,16 @@ trait = either(native, lambda value: isinstance(value, Upstream))
 image = of(linmem.Image)
 delta = of(linmem.Delta)
 text = of(str)
+text_or_none = either(text, nothing)
+
+
+def seconds(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+
+
+def limits_for_a_moment(*limits, **more):
+    linmem.set_pool_limits(*limits, **more)
+    linmem.set_pool_limits()
 
 
 class Upstream(linmem.MemoryCreator):
@@ -250,19 +260,25 @@ def given_by(name):
 FACE = {
     "linmem.create": (lambda w: linmem.create, {
         "minimum": (size, PAGE), "maximum": (size_or_none, None), "creator": (either(trait, nothing), None),
-        "reserve": (size_or_none, None), "guard": (size_or_none, None)}),
+        "reserve": (size_or_none, None), "guard": (size_or_none, None), "domain": (text_or_none, None)}),
     "linmem.creator": (lambda w: linmem.creator, {
         "kind": (one_of("mmap", "pool"), "mmap"), "options": (lambda value: False, None)}),
     "linmem.MmapCreator": (lambda w: linmem.MmapCreator, {"prefault": (flag, False), "huge_pages": (flag, False)}),
     "linmem.PoolingCreator": (lambda w: linmem.PoolingCreator, {
         "upstream": (native_or_none, None), "slots": (size_or_none, None), "keep_resident": (size, PAGE),
-        "max_unused_warm": (size, 1), "reset": (one_of("adaptive", "scan", "zero", "discard"), "zero"),
-        "when_full": (one_of("fallback", "error"), "error"), "check": (flag, True),
+        "max_unused_warm": (size, 1), "max_resident": (size_or_none, None), "max_reserved": (size_or_none, None),
+        "idle_seconds": (either(seconds, nothing), 5), "max_reset_seconds": (either(seconds, nothing), None),
+        "reset": (one_of("adaptive", "scan", "zero", "discard"), "zero"),
+        "when_full": (one_of("fallback", "error", "wait"), "error"), "timeout": (nothing, None), "check": (flag, True),
         "image": (either(image, nothing), None)}),
     "linmem.PoolingCreator.warm": (lambda w: w.pool.warm, {
         "n": (size, 1), "ty": (of(linmem.MemoryType), linmem.MemoryType(1)),
-        "reserved_size_in_bytes": (size_or_none, 0), "guard_size_in_bytes": (size, 0)}),
+        "reserved_size_in_bytes": (size_or_none, 0), "guard_size_in_bytes": (size, 0),
+        "domain": (text_or_none, None)}),
     "linmem.PoolingCreator.trim": (lambda w: w.pool.trim, {"target": (size, 0)}),
+    "linmem.PoolingCreator.purge": (lambda w: w.pool.purge, {"target": (size, 0), "older_than": (seconds, 0)}),
+    "linmem.set_pool_limits": (lambda w: limits_for_a_moment, {
+        "max_resident": (size_or_none, None), "max_reserved": (size_or_none, None)}),
     "linmem.LimitingCreator": (lambda w: linmem.LimitingCreator, {
         "upstream": (native, given_by("mmap")), "limit_bytes": (size, PAGE)}),
     "linmem.StatisticsCreator": (lambda w: linmem.StatisticsCreator, {
@@ -271,8 +287,10 @@ FACE = {
         "creator": (lambda value: callable(getattr(value, "new_memory", None)), Upstream())}),
     "linmem.MmapCreator.new_memory": (lambda w: w.mmap.new_memory, {
         "ty": (of(linmem.MemoryType), TYPE), "minimum": (size, PAGE), "maximum": (size_or_none, None),
-        "reserved_size_in_bytes": (size_or_none, 0), "guard_size_in_bytes": (size, 0)}),
-    "linmem.MmapCreator.create": (lambda w: w.limiting.create, {**MAKE, "image": (either(image, nothing), None)}),
+        "reserved_size_in_bytes": (size_or_none, 0), "guard_size_in_bytes": (size, 0),
+        "domain": (text_or_none, None)}),
+    "linmem.MmapCreator.create": (lambda w: w.limiting.create, {
+        **MAKE, "image": (either(image, nothing), None), "domain": (text_or_none, None)}),
     "linmem.MemoryType": (lambda w: linmem.MemoryType, {
         "minimum": (lambda value: isinstance(value, int) and value >= 0, 1),
         "maximum": (lambda value: value is None or (isinstance(value, int) and value > 0), None),
@@ -320,7 +338,7 @@ FACE = {
         "digest": (nothing, None)}),
     "linmem.Image.new_memory": (lambda w: w.image.new_memory, {
         "maximum": (size_or_none, None), "minimum": (size_or_none, None), "creator": (native_or_none, None),
-        "reserve": (size_or_none, None), "guard": (size_or_none, None)}),
+        "reserve": (size_or_none, None), "guard": (size_or_none, None), "domain": (text_or_none, None)}),
     "linmem.Image.diff": (lambda w: w.image.diff, {"other": (of(linmem.Image, linmem.Memory), given_by("image"))}),
     "linmem.Image.apply": (lambda w: w.image.apply, {"delta": (delta, given_by("delta"))}),
     "linmem.Image.save": (lambda w: w.image.save, {

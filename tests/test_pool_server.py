@@ -1,0 +1,641 @@
+"""A pool of a server that runs for long: exact accounts, memory given back, bounds, and tenants kept apart."""
+
+import errno
+import gc
+import random
+import threading
+import time
+
+import pytest
+from support import NEEDS, PAGE, answer, descriptors, failing, live_bytes, requires, resident_within, whole
+
+import linmem
+import linmem.metrics
+from linmem import _pool
+
+MMAP = linmem.MmapCreator()
+SHAPE = {"maximum": 64 * PAGE, "reserve": 64 * PAGE, "guard": PAGE}
+
+
+@pytest.fixture(autouse=True)
+def _limits_of_the_process_stay():
+    yield
+    linmem.set_pool_limits()
+
+
+def used(pool, pages_written=1, minimum=1, **how):
+    """A memory of the pool whose first pages are written, dropped; its whole reservation."""
+    with pool.create(minimum * PAGE, **{**SHAPE, **how}) as mem:
+        if pages_written > minimum:
+            mem.grow_to(pages_written * PAGE)
+        mem.write(0, b"x" * pages_written * PAGE)
+        return whole(mem)
+
+
+def idle(pool):
+    stats = pool.stats()
+    return stats["warm"] + stats["cold"]
+
+
+# -- what the memory was when handed out --------------------------------------------------------------------------
+
+@pytest.mark.parametrize("warm", [0, 100])
+def test_every_field_of_the_struct_is_as_when_it_was_handed_out_first(warm):
+    class Lowering(linmem.MemoryCreator):
+        def new_memory(self, *arguments):
+            return pool.new_memory(*arguments)
+
+    pool = linmem.PoolingCreator(max_unused_warm=warm)
+    ty = linmem.MemoryType(PAGE, 64 * PAGE, page_size=1)
+    image = linmem.Image.from_bytes(b"i" * PAGE)
+
+    def first():
+        mem = pool.new_memory(ty, PAGE, 64 * PAGE, 64 * PAGE, PAGE)
+        mem.read(0, 1)
+        return mem
+
+    mem = first()
+    before, base = _pool._struct_of(mem), mem.as_ptr()
+    mem.close()
+    python = linmem.PythonCreator(Lowering())
+    for abuse in (lambda m: m.grow_to(9 * PAGE), lambda m: m.protect(0, PAGE, "r"), lambda m: m.restore(image),
+                  lambda m: m.discard(0, PAGE), lambda m: m.write(0, b"x")):
+        mem = first()
+        abuse(mem)
+        mem.close()
+        mem = first()
+        assert (mem.as_ptr(), _pool._struct_of(mem)) == (base, before)
+        mem.close()
+    python.new_memory(ty, PAGE, 64 * PAGE, 64 * PAGE, PAGE).close()
+    mem = first()
+    assert _pool._struct_of(mem) == before
+
+
+# -- faults -----------------------------------------------------------------------------------------------------------
+
+def test_a_pool_that_closes_while_a_slot_is_made_cold_leaks_no_slot():
+    start = live_bytes() if NEEDS["maps"][0] else 0
+    for _ in range(60):
+        pool = linmem.PoolingCreator(max_unused_warm=0)
+        mems = [pool.create(PAGE, reserve=1 << 24) for _ in range(4)]
+        gate = threading.Barrier(2)
+
+        def close(mems=mems, gate=gate):
+            gate.wait()
+            while mems:
+                mems.pop().close()
+
+        thread = threading.Thread(target=close)
+        thread.start()
+        gate.wait()
+        del pool
+        thread.join()
+        del close, thread
+    gc.collect()
+    if NEEDS["maps"][0]:
+        assert live_bytes() == start
+
+
+@requires("descriptors", "maps_images")
+def test_slots_of_an_image_that_nobody_can_ask_for_any_more_go_with_it():
+    pool = linmem.PoolingCreator()
+    before = descriptors()
+    for n in range(40):
+        image = linmem.Image.from_bytes(bytes([n + 1]) * (4 * PAGE))
+        image.new_memory(creator=pool).close()
+        assert idle(pool) == 1
+        assert linmem.metrics.read(pool)["image_bytes"] == 4 * PAGE
+        live = image.new_memory(creator=pool)
+        del image
+        live.close()
+        assert idle(pool) == 0
+    assert descriptors() == before
+    assert linmem.metrics.read(pool)["evictions"]["image"] == 40
+    assert linmem.metrics.read(pool)["image_descriptors"] == 0
+
+
+@pytest.mark.parametrize("above", [linmem.StatisticsCreator, linmem.PoolingCreator, lambda upstream: upstream])
+def test_a_request_that_cannot_succeed_takes_nothing_from_others(above):
+    budget = linmem.LimitingCreator(MMAP, 40 * PAGE)
+    pool = linmem.PoolingCreator(above(budget))
+    for mem in [pool.create(10 * PAGE, **SHAPE) for _ in range(3)]:
+        mem.close()
+    with pool.create(10 * PAGE, **SHAPE):
+        before = pool.stats()
+        for size in (31 * PAGE, 60 * PAGE):
+            with pytest.raises(linmem.LimitError):
+                pool.create(size, **SHAPE)
+        after = pool.stats()
+        assert [after[key] for key in ("warm", "cold", "live")] == [before[key] for key in ("warm", "cold", "live")]
+        # As much as is missing, and the oldest first.
+        with pool.create(15 * PAGE, **SHAPE):
+            assert (pool.stats()["warm"], pool.stats()["cold"]) == (1, 1)
+
+
+def test_a_module_that_asks_for_a_terabyte_takes_nothing_from_others():
+    pool = linmem.PoolingCreator()
+    for mem in [pool.create(PAGE, **SHAPE) for _ in range(3)]:
+        mem.close()
+    for size in (1 << 46, 1 << 60):
+        with pytest.raises((linmem.PageError, OverflowError)):
+            pool.create(size)
+    assert pool.stats()["warm"] == 3
+
+
+@pytest.mark.parametrize("pools", [1, 2])
+def test_a_growth_makes_idle_slots_of_every_pool_over_its_budget_give_up_what_is_missing(pools):
+    budget = linmem.LimitingCreator(MMAP, 40 * PAGE)
+    over = [linmem.PoolingCreator(linmem.StatisticsCreator(budget)) for _ in range(pools)]
+    for pool in over:
+        for mem in [pool.create(10 * PAGE, **SHAPE) for _ in range(4 // pools - (pool is over[0]))]:
+            mem.close()
+    mem = over[0].create(5 * PAGE, **SHAPE)
+    assert budget.used_bytes == 35 * PAGE
+    mem.grow_to(20 * PAGE)
+    assert budget.used_bytes == 40 * PAGE
+    mem.grow_to(40 * PAGE)
+    assert budget.used_bytes == 40 * PAGE
+    with pytest.raises(linmem.LimitError):
+        mem.grow_to(41 * PAGE)
+    assert sum(pool.stats()["cold"] for pool in over) == 3
+    assert over[0].upstream.statistics()["failures"] == 1
+
+
+def test_a_growth_that_the_os_refuses_is_tried_again_with_what_idle_slots_give_up():
+    pool = linmem.PoolingCreator()
+    for mem in [pool.create(4 * PAGE, **SHAPE) for _ in range(2)]:
+        mem.close()
+    with linmem.create(PAGE, 64 * PAGE) as mem:
+        with failing(1, errno.ENOMEM):
+            mem.grow_to(2 * PAGE)
+        assert (pool.stats()["warm"], pool.stats()["cold"]) == (1, 1)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_budgets_and_sums_below_are_exact_under_any_churn(seed):
+    rng = random.Random(seed)
+    inner = linmem.LimitingCreator(MMAP, 1 << 40)
+    sums = linmem.StatisticsCreator(inner)
+    first = linmem.PoolingCreator(sums, max_unused_warm=rng.choice([0, 2, 100]), slots=6,
+                                  reset=rng.choice(["adaptive", "zero", "discard"]))
+    pools = [first]
+    if seed % 2:
+        pools.append(linmem.PoolingCreator(first, max_unused_warm=rng.choice([0, 1, 100]), slots=5))
+    pool = pools[-1]
+    alive = []
+    for _ in range(400):
+        act = rng.random()
+        if act < 0.4 and len(alive) < 5:
+            alive.append(pool.create(rng.choice([0, 1, 3 * PAGE + 5]), **SHAPE))
+        elif act < 0.7 and alive:
+            mem = rng.choice(alive)
+            mem.grow_to(min(64 * PAGE, len(mem) + rng.randrange(9 * PAGE)))
+        elif alive:
+            alive.pop(rng.randrange(len(alive))).close()
+        if rng.random() < 0.05:
+            pool.purge()
+        if rng.random() < 0.03:
+            pool.trim()
+        # Live memories as they are, warm slots as they are handed out next, cold ones nothing.
+        records = [record for record in sums.memories() if record["alive"]]
+        live = sorted(len(mem) for mem in alive)
+        sizes = sorted(record["size"] for record in records)
+        assert sums.statistics()["current_bytes"] == sum(sizes)
+        for size in live:
+            sizes.remove(size)
+        minima = [0, 1, 3 * PAGE + 5]
+        assert all(size in minima for size in sizes)
+        charged = sum(-(-size // PAGE) * PAGE for size in live + sizes)
+        assert inner.used_bytes == charged
+    del mem
+    alive.clear()
+    while pools:
+        pools.pop().trim()
+        del pool
+        pool = pools[-1] if pools else None
+    del first
+    gc.collect()
+    assert (inner.used_bytes, sums.statistics()["current_bytes"]) == (0, 0)
+
+
+def test_a_slot_that_grew_once_is_charged_what_its_guest_has():
+    budget = linmem.LimitingCreator(MMAP, 200 * PAGE)
+    pool = linmem.PoolingCreator(budget, max_unused_warm=1)
+    used(pool, 60)
+    with pool.create(PAGE, **SHAPE) as mem:
+        assert budget.used_bytes == PAGE
+        mem.grow_to(60 * PAGE)
+        assert budget.used_bytes == 60 * PAGE
+    pool.purge()
+    assert (pool.stats()["cold"], budget.used_bytes) == (1, 0)
+
+
+@requires("maps_images")
+@pytest.mark.parametrize("warm", [0, 100])
+def test_a_pool_over_a_pool_of_an_image_gives_every_tenant_the_image(warm):
+    image = linmem.Image.from_bytes(b"image" * 1000)
+    below = linmem.PoolingCreator(image=image)
+    above = linmem.PoolingCreator(below, max_unused_warm=warm)
+    for _ in range(4):
+        with above.create(65536) as mem:
+            assert mem.read(0, 5000) == b"image" * 1000
+            mem.write(0, b"x" * 65536)
+        if _ == 2:
+            above.trim()
+    above.trim()
+    with above.create(65536) as mem:
+        assert mem.read(0, 5000) == b"image" * 1000
+
+
+def test_a_pool_over_an_image_pool_that_keeps_nothing_warm_survives_trim():
+    assert answer("""
+        import linmem
+        image = linmem.Image.from_bytes(b"image" * 1000)
+        above = linmem.PoolingCreator(linmem.PoolingCreator(image=image), max_unused_warm=0)
+        above.create(65536).close()
+        above.trim()
+        with above.create(65536) as mem:
+            print(bytes(mem.read(0, 5)))
+        """) == "b'image'"
+
+
+@requires("maps")
+def test_a_discard_gives_pages_back_also_where_the_image_is_all_zeros():
+    image = linmem.Image.from_bytes(bytes(16 * PAGE))
+    pool = linmem.PoolingCreator(image=image, reset="discard", keep_resident=PAGE)
+    span = used(pool, 16, 16)
+    assert resident_within(*span) == 0
+    assert pool.stats()["resets"]["discard"] == 1
+
+
+@requires("maps", "huge_pages")
+def test_what_the_os_may_make_huge_pages_of_counts_as_such():
+    pool = linmem.PoolingCreator(linmem.MmapCreator(huge_pages=True), reset="scan")
+    with pool.create(16 << 20, reserve=16 << 20) as mem:
+        span = whole(mem)
+        for at in range(0, 16 << 20, 4 << 20):
+            mem[at] = 1
+    assert resident_within(*span) <= pool.stats()["resident"] <= 16 << 20
+    assert pool.stats()["resident"] >= 4 * min(2 << 20, FLOOR_HUGE)
+
+
+FLOOR_HUGE = linmem._os.pages.describe()["huge_page"] or PAGE
+
+
+@requires("maps", "scans")
+def test_page_tables_of_sparse_slots_are_counted_and_bounded():
+    pool = linmem.PoolingCreator(reset="scan", max_resident=900 << 10)
+    with pool.create(1 << 30, reserve=1 << 30) as mem:
+        for at in range(0, 1 << 28, 2 << 20):
+            mem[at] = 1
+    figures = linmem.metrics.read(pool)
+    assert (figures["warm"], figures["cold"], figures["page_tables"]) == (0, 1, 0)
+    pool = linmem.PoolingCreator(reset="scan")
+    with pool.create(1 << 30, reserve=1 << 30) as mem:
+        for at in range(0, 1 << 28, 2 << 20):
+            mem[at] = 1
+    assert linmem.metrics.read(pool)["page_tables"] >= 128 * 4096
+
+
+def test_the_pools_of_a_process_have_one_bound_together():
+    pools = [linmem.PoolingCreator(reset="zero") for _ in range(5)]
+    linmem.set_pool_limits(max_resident=40 * PAGE + 20 * 8192)
+    spans = [used(pool, 10, 10) for pool in pools for _ in range(3)]
+    if NEEDS["maps"][0]:
+        assert 10 * PAGE <= sum(resident_within(*span) for span in set(spans)) <= 40 * PAGE + 20 * 8192
+    linmem.set_pool_limits(max_resident=0)
+    assert sum(pool.stats()["warm"] for pool in pools) == 0
+    assert linmem.metrics.totals()["resident"] == 0
+
+
+@requires("maps")
+@pytest.mark.parametrize("options", [{"reset": "discard"}, {"max_unused_warm": 0}])
+def test_a_prefaulted_memory_is_resident_whenever_it_is_handed_out(options):
+    pool = linmem.PoolingCreator(linmem.MmapCreator(prefault=True), **options)
+    for _ in range(3):
+        with pool.create(8 * PAGE, **SHAPE) as mem:
+            assert resident_within(mem.as_ptr(), mem.as_ptr() + 8 * PAGE) == 8 * PAGE
+    assert pool.stats()["hits"] == 2
+
+
+@requires("maps", "scans")
+def test_a_report_of_memories_does_not_hold_back_an_unrelated_growth():
+    sums = linmem.StatisticsCreator(MMAP)
+    large = sums.create(8 << 30)
+    view = memoryview(large)
+    for at in range(0, 8 << 30, 4096 * 64):
+        view[at]
+    view.release()
+    small = sums.create(PAGE, 1 << 30)
+    waits, takes = [], []
+    done = threading.Event()
+
+    def report():
+        for _ in range(7):
+            began = time.perf_counter()
+            sums.memories()
+            takes.append(time.perf_counter() - began)
+        done.set()
+
+    thread = threading.Thread(target=report)
+    thread.start()
+    while not done.is_set():
+        began = time.perf_counter()
+        small.grow_to(len(small) + PAGE)
+        waits.append(time.perf_counter() - began)
+        time.sleep(0.0005)
+    thread.join()
+    assert sorted(waits)[len(waits) // 2] < 0.4 * sorted(takes)[3]
+
+
+def test_counters_never_go_down_during_warm():
+    pool = linmem.PoolingCreator()
+    ty = linmem.MemoryType(1, 2)
+    stop, seen = threading.Event(), []
+
+    def watch():
+        last = (0, 0)
+        while not stop.is_set():
+            stats = pool.stats()
+            now = stats["hits"], stats["misses"]
+            seen.append(now[0] >= last[0] and now[1] >= last[1])
+            last = now
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    for n in range(200):
+        pool.warm(n % 5, ty, reserved_size_in_bytes=1 << 18, guard_size_in_bytes=0)
+        if n % 20 == 0:
+            pool.trim()
+    stop.set()
+    thread.join()
+    assert all(seen)
+    assert (pool.stats()["hits"], pool.stats()["misses"]) == (0, 0)
+
+
+@requires("maps", "maps_images")
+@pytest.mark.parametrize("kind", ["plain", "huge", "image", "hidden"])
+def test_a_full_pool_takes_at_most_half_of_the_mappings(kind):
+    most = linmem._os.pages.describe()["mappings"]
+    if not 0 < most <= 1 << 17:
+        pytest.skip("more mappings than a test can make")
+    assert answer(f"""
+        import linmem
+        P = {PAGE}
+        kind = {kind!r}
+        image = linmem.Image.from_pieces([(2 * P, b"x" * P)], 8 * P) if kind == "image" else None
+        upstream = linmem.MmapCreator(huge_pages=kind == "huge")
+        pool = linmem.PoolingCreator(upstream, image=image, when_full="error", max_unused_warm=1 << 20)
+        def count():
+            with open("/proc/self/maps") as file:
+                return sum(1 for _ in file)
+        start = count()
+        mems = []
+        try:
+            while True:
+                mems.append(pool.create(8 * P, reserve=64 * P, guard=P))
+                if kind == "hidden":
+                    mems[-1].grow_to(20 * P)
+                    mems[-1].write(0, b"x" * 20 * P)
+        except linmem.PoolError:
+            pass
+        live = count() - start
+        mems.clear()
+        print(max(live, count() - start) <= {most} // 2, count() - start > {most} // 8)
+        """, timeout=300) == "True True"
+
+
+@requires("maps", "rlimits")
+def test_a_pool_goes_on_where_pages_are_locked():
+    import ctypes
+
+    pool = linmem.PoolingCreator(reset="discard")
+    libc = ctypes.CDLL(None, use_errno=True)
+    for n in range(3):
+        with pool.create(8 * PAGE, **SHAPE) as mem:
+            assert mem.read(0, 8 * PAGE) == bytes(8 * PAGE)
+            mem.write(0, b"x" * 8 * PAGE)
+            if libc.mlock(ctypes.c_void_p(mem.as_ptr() + 2 * PAGE), ctypes.c_size_t(2 * PAGE)):
+                pytest.skip("pages cannot be locked here")
+        stats = pool.stats()
+        assert (stats["rejected"], stats["hits"], stats["warm"]) == (0, n, 1)
+
+
+def test_an_upstream_in_python_that_uses_the_pool_itself_is_not_refused():
+    class Reentrant(linmem.MemoryCreator):
+        deep = False
+
+        def new_memory(self, *arguments):
+            if not self.deep:
+                self.deep = True
+                pool.create(PAGE, **SHAPE).close()
+                self.deep = False
+            return MMAP.new_memory(*arguments)
+
+    pool = linmem.PoolingCreator(linmem.PythonCreator(Reentrant()), slots=1, when_full="error")
+    with pool.create(2 * PAGE, **SHAPE) as mem:
+        assert len(mem) == 2 * PAGE
+        assert pool.stats()["live"] == 1
+
+
+# -- given back by time, and on request ----------------------------------------------------------------------------
+
+@requires("maps")
+def test_slots_that_are_idle_for_long_lose_their_pages_at_later_give_backs():
+    pool = linmem.PoolingCreator(idle_seconds=0.05, reset="zero")
+    mems = [pool.create(32 * PAGE, **SHAPE) for _ in range(20)]
+    spans = [whole(mem) for mem in mems]
+    for mem in mems:
+        mem.write(0, b"x" * 32 * PAGE)
+        mem.close()
+    assert pool.stats()["warm"] == 20
+    time.sleep(0.2)
+    for _ in range(30):
+        used(pool)
+    assert pool.stats()["warm"] <= 2
+    assert sum(resident_within(*span) for span in spans) <= 32 * PAGE
+    assert linmem.metrics.read(pool)["purges"] >= 19
+
+
+@requires("maps")
+def test_hidden_pages_that_nobody_grows_into_go_too():
+    pool = linmem.PoolingCreator(idle_seconds=0.05, reset="zero")
+    span = used(pool, 40)
+    assert resident_within(*span) == 40 * PAGE
+    time.sleep(0.2)
+    assert used(pool) == span
+    assert resident_within(*span) == PAGE
+
+
+def test_purge_leaves_mappings_and_what_is_young_or_within_the_target():
+    pool = linmem.PoolingCreator(reset="zero")
+    mems = [pool.create(8 * PAGE, **SHAPE) for _ in range(4)]
+    for mem in mems:
+        mem.close()
+    assert pool.purge(older_than=1000) == 0
+    assert pool.purge(16 * PAGE) == 16 * PAGE
+    assert (pool.stats()["warm"], pool.stats()["cold"]) == (2, 2)
+    assert pool.purge() == 16 * PAGE
+    assert (pool.stats()["cold"], pool.stats()["resident"]) == (4, 0)
+    assert linmem.metrics.read(pool)["purges"] == 4
+
+
+# -- bounds, and waiting -----------------------------------------------------------------------------------------------
+
+def test_max_reserved_bounds_live_and_idle_slots_with_their_guards():
+    with linmem.create(PAGE, **SHAPE) as mem:
+        one = whole(mem)[1] - whole(mem)[0]
+    pool = linmem.PoolingCreator(max_reserved=3 * one, when_full="error")
+    mems = [pool.create(PAGE, **SHAPE) for _ in range(3)]
+    assert pool.stats()["reserved"] == 3 * one
+    with pytest.raises(linmem.PoolError, match="max_reserved"):
+        pool.create(PAGE, **SHAPE)
+    mems.pop().close()
+    mems.append(pool.create(2 * PAGE, **SHAPE))         # the idle one makes room
+    mems.pop().close()
+    with pytest.raises(linmem.PoolError):
+        pool.create(PAGE, reserve=1 << 30)              # cannot succeed, and takes nothing
+    assert idle(pool) == 1
+
+
+def test_one_bound_of_the_process_holds_for_what_all_pools_reserve():
+    with linmem.create(PAGE, **SHAPE) as mem:
+        one = whole(mem)[1] - whole(mem)[0]
+    pools = [linmem.PoolingCreator(when_full="error") for _ in range(2)]
+    linmem.set_pool_limits(max_reserved=linmem.metrics.totals()["reserved"] + 2 * one)
+    pools[0].create(PAGE, **SHAPE).close()
+    held = [pools[1].create(PAGE, **SHAPE) for _ in range(2)]
+    assert idle(pools[0]) == 0
+    with pytest.raises(linmem.PoolError, match="set_pool_limits"):
+        pools[0].create(PAGE, **SHAPE)
+    held.clear()
+
+
+def test_a_full_pool_that_waits_hands_out_what_is_given_back_and_gives_up_after_its_timeout():
+    pool = linmem.PoolingCreator(slots=1, when_full="wait", timeout=30)
+    mem = pool.create(PAGE, **SHAPE)
+    base = mem.as_ptr()
+    got = []
+    thread = threading.Thread(target=lambda: got.append(pool.create(PAGE, **SHAPE).as_ptr()))
+    thread.start()
+    time.sleep(0.05)
+    assert got == []
+    mem.close()
+    thread.join()
+    assert got == [base]
+    pool = linmem.PoolingCreator(slots=1, when_full="wait", timeout=0.01)
+    with pool.create(PAGE, **SHAPE), pytest.raises(linmem.PoolError):
+        pool.create(PAGE, **SHAPE)
+
+
+@requires("interrupts")
+def test_a_wait_for_a_slot_answers_an_interrupt():
+    assert answer(f"""
+        import linmem, signal, threading, os
+        pool = linmem.PoolingCreator(slots=1, when_full="wait")
+        mem = pool.create({PAGE})
+        threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        try:
+            pool.create({PAGE})
+        except KeyboardInterrupt:
+            print("interrupted", pool.stats()["live"])
+        """) == "interrupted 1"
+
+
+@requires("maps")
+def test_what_takes_too_long_to_zero_is_given_back_instead():
+    pool = linmem.PoolingCreator(reset="zero", max_reset_seconds=1e-9)
+    with pool.create(2048 * PAGE, reserve=2048 * PAGE) as mem:
+        mem.write(0, b"x" * 2048 * PAGE)
+        span = whole(mem)
+    assert pool.stats()["resets"] == {"scan": 0, "zero": 0, "discard": 1}
+    assert resident_within(*span) == 0
+    with pool.create(2048 * PAGE, reserve=2048 * PAGE) as mem:
+        assert whole(mem) == span
+        assert bytes(mem).count(0) == 2048 * PAGE
+
+
+# -- tenants -----------------------------------------------------------------------------------------------------------
+
+@requires("maps")
+@pytest.mark.parametrize("options", [{}, {"slots": 1}, {"max_unused_warm": 0}])
+def test_no_page_that_one_domain_touched_is_resident_for_another(options):
+    pool = linmem.PoolingCreator(reset="zero", **options)
+    names = [None, "", "a", "b", "a\0b", "\udc80"]
+    for name in names * 3:
+        with pool.create(PAGE, domain=name, **SHAPE) as mem:
+            (start, end) = whole(mem)
+            if options:
+                assert resident_within(start, end) == 0
+            mem.grow_to(20 * PAGE)
+            mem.write(0, b"x" * 20 * PAGE)
+    if not options:
+        assert (pool.stats()["misses"], pool.stats()["hits"]) == (len(names), 2 * len(names))
+    assert set(linmem.metrics.read(pool)["domains"]) == set(names)
+
+
+def test_one_domain_cannot_evict_the_warm_slots_of_another_below_its_share():
+    pool = linmem.PoolingCreator(max_unused_warm=10, slots=20)
+    for n in range(600):
+        pool.create(PAGE + n % 100, domain="many", **SHAPE).close()
+        if n % 50 == 0:
+            pool.create(PAGE, domain="one", **SHAPE).close()
+    one = linmem.metrics.read(pool)["domains"]["one"]
+    assert (one["misses"], one["hits_cold"], one["hits_warm"], one["warm"]) == (1, 0, 11, 1)
+
+
+@pytest.mark.parametrize("bad", [1, b"a", ["a"]])
+def test_a_domain_is_a_text_or_none(bad):
+    with pytest.raises(TypeError, match="domain must be a str or None"):
+        linmem.create(PAGE, domain=bad)
+
+
+def test_thousands_of_domains_leave_no_more_than_some_bookkeeping():
+    pool = linmem.PoolingCreator(slots=4)
+    for n in range(3000):
+        pool.create(PAGE, domain=f"tenant {n}", **SHAPE).close()
+    figures = linmem.metrics.read(pool)
+    assert len(figures["domains"]) <= 300
+    assert figures["misses"] == pool.stats()["misses"] == 3000 - pool.stats()["hits"]
+
+
+# -- figures ---------------------------------------------------------------------------------------------------------
+
+def test_what_is_read_adds_up():
+    pool = linmem.PoolingCreator(max_unused_warm=2, reset="zero")
+    for n in range(50):
+        pool.create(PAGE * (1 + n % 4), domain=("a", "b")[n % 2], **SHAPE).close()
+    figures = linmem.metrics.read(pool)
+    stats = pool.stats()
+    assert figures["hits_warm"] + figures["hits_cold"] == stats["hits"]
+    assert figures["misses"] + stats["hits"] == 50
+    for key in ("hits_warm", "hits_cold", "misses", "bytes_zeroed", "reserved", "resident", "purges"):
+        assert sum(row[key] for row in figures["shapes"]) == figures[key]
+        assert sum(row[key] for row in figures["domains"].values()) == figures[key]
+    assert figures["evictions"]["count"] > 0
+    assert (figures["peak_live"], figures["live"]) == (1, 0)
+    assert figures["bytes_zeroed"] == sum(PAGE * (1 + n % 4) for n in range(50))
+
+
+def test_a_scraped_exporter_shows_the_figures():
+    client = pytest.importorskip("prometheus_client")
+    import urllib.request
+
+    pool = linmem.PoolingCreator()
+    for name in ("a", "a", None):
+        pool.create(PAGE, domain=name, **SHAPE).close()
+    registry = client.CollectorRegistry()
+    registry.register(linmem.metrics.collector(pool, names=["guests"]))
+    server, thread = client.start_http_server(0, addr="127.0.0.1", registry=registry)
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.server_port}/metrics") as reply:
+            text = reply.read().decode()
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+    assert 'linmem_pool_hits_total{pool="guests",state="warm"} 1.0' in text
+    assert 'linmem_pool_misses_total{pool="guests"} 2.0' in text
+    assert 'linmem_pool_domain_hits_total{domain="a",pool="guests",state="warm"} 1.0' in text
+    assert 'linmem_pool_peak_live{pool="guests"} 1.0' in text
+
