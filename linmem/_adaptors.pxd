@@ -25,6 +25,7 @@ cdef struct record:
     memory* m               # NULL once it is dropped
     size_t first_size
     size_t size
+    size_t counted          # in current_bytes: the size, or 0 while a pool above has the memory without pages
     word sampling           # a lock: the memory stays until it is open
     size_t peak_resident    # sampled when the report is made and when the memory is dropped
     size_t growths

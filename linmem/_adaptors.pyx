@@ -246,7 +246,7 @@ cdef void statistics_after_grow(memory_hook* head, memory* m, size_t old_size, s
     cdef ledger* book = hook.ledger
     cdef record* r = hook.record
     cdef long long spent = pages.clock_ns() - hook.started_ns
-    cdef size_t more = new_size - r.size
+    cdef size_t more = new_size - r.counted
     acquire(&book.lock.held)
     r.grow_ns += spent
     if code:
@@ -254,7 +254,7 @@ cdef void statistics_after_grow(memory_hook* head, memory* m, size_t old_size, s
         book.failures += 1
     else:
         r.growths += 1
-        r.size += more
+        r.size = r.counted = new_size
         book.current_bytes += more
         book.total_bytes += more
         if book.current_bytes > book.peak_bytes:
@@ -280,7 +280,7 @@ cdef void statistics_before_drop(memory_hook* head, memory* m) noexcept nogil:
     if r.next != NULL:
         r.next.previous = r.previous
     book.n_live -= 1
-    book.current_bytes -= r.size
+    book.current_bytes -= r.counted
     r.previous = NULL
     r.next = book.dropped
     if book.dropped != NULL:
@@ -298,8 +298,9 @@ cdef int statistics_resized(memory_hook* head, memory* m, size_t size, size_t ac
     cdef ledger* book = (<statistics_hook*>head).ledger
     cdef record* r = (<statistics_hook*>head).record
     acquire(&book.lock.held)
-    book.current_bytes += size - r.size         # modulo the word: it may become less
-    r.size = size
+    book.current_bytes += size - r.counted          # modulo the word: it may become less
+    r.counted = size
+    r.size = size if accessible else r.first_size
     if book.current_bytes > book.peak_bytes:
         book.peak_bytes = book.current_bytes
     unlock(&book.lock.held)
@@ -378,7 +379,7 @@ cdef class StatisticsCreator(NativeCreator):
         hook.ledger = book
         hook.record = r
         r.m = out[0]
-        r.first_size = r.size = spec.minimum
+        r.first_size = r.size = r.counted = memory_size(out[0])
         acquire(&book.lock.held)
         r.next = book.live
         if book.live != NULL:
@@ -386,8 +387,8 @@ cdef class StatisticsCreator(NativeCreator):
         book.live = r
         book.n_live += 1
         book.total_count += 1
-        book.current_bytes += spec.minimum
-        book.total_bytes += spec.minimum
+        book.current_bytes += r.size
+        book.total_bytes += r.size
         if book.n_live > book.peak_count:
             book.peak_count = book.n_live
         if book.current_bytes > book.peak_bytes:
