@@ -35,8 +35,8 @@ cdef struct limit_hook:
 
 
 cdef int charge(budget* b, size_t size, failure* why) noexcept nogil:
-    """All of it or nothing; exact under threads. Idle slots of pools over this budget give up what is missing first. The
-    caller holds no fork_lock."""
+    """All of it or nothing; exact under threads. Idle slots of pools over this budget give up what is missing first.
+    The caller holds no fork_lock."""
     cdef long long used, peak
     while True:
         used = load(&b.used)

@@ -716,11 +716,8 @@ cdef domain* current_domain() noexcept nogil:
     return <domain*>get_domain()
 
 
-cdef domain* set_domain(domain* d) noexcept nogil:
-    """Returns the one that was there."""
-    cdef domain* before = <domain*>get_domain()
+cdef inline void set_domain(domain* d) noexcept nogil:
     put_domain(d)
-    return before
 
 
 cdef domain* domain_of(object name) except? NULL:
@@ -884,12 +881,16 @@ cdef class NativeCreator:
             raise ValueError(f"minimum must be <= maximum ({spec.maximum}), got {spec.minimum}")
         if spec.guard & (page - 1):
             raise ValueError(f"{guard_name} must be a multiple of the host page ({page}), got {spec.guard}")
-        ours = domain_of(domain)
+        ours = NULL if domain is None else domain_of(domain)
         with nogil:
-            before = set_domain(ours)
+            before = current_domain()
+            if before != ours:
+                set_domain(ours)
             code = self.make(spec, &m, &why)
-            set_domain(before)
-            domain_release(ours)
+            if before != ours:
+                set_domain(before)
+            if ours != NULL:
+                domain_release(ours)
         if code:
             raise_failure(&why)
         made = <Memory>wrap(m)

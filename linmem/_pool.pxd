@@ -185,6 +185,7 @@ cdef struct pool:
     size_t tables           # bytes of their page tables
     line warm
     line cold
+    long long look          # no slot has been idle for too long before then: of the coarse clock
     size_t n_cold
     size_t n_slots
     size_t peak_live

@@ -10,24 +10,24 @@ from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport SIZE_MAX
 from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy, memset, strcmp
+from libc.string cimport memset, strcmp
 
 from linmem._atomic cimport add, load, poke, publish, store, swap_if, touch, word
 from linmem._memory cimport (
     CACHE_LINE, IMAGE_BROKEN, IMAGE_COPIED, NO_MAXIMUM, OWNER_LEFT, OWNER_PYTHON, RELIEF_BUDGET, RELIEF_PAGES,
     RELIEF_SPACE, UNCHOSEN, ImageHandle, Memory, MmapCreator, NativeCreator, acquire, check_count, check_flag,
-    check_size, commit_pages, current_domain, domain, domain_of, domain_release, domain_retain, fail, fail_python,
-    failure, forgotten_is, give_back, image, image_copy, image_release, image_retain, list_lock, memory, memory_hang,
-    memory_hook, memory_is_filled, memory_refill, memory_release, memory_renew, memory_restore, memory_spec,
-    memory_start_again, memory_turn_to, python_is_ending, raise_failure, relief_is, relieve, touched_begin,
-    touched_next, touched_runs, unlist_lock, unlock,
+    check_size, commit_pages, current_domain, domain as domain_t, domain_of, domain_release, domain_retain, fail,
+    fail_python, failure, forgotten_is, give_back, image as image_t, image_copy, image_release, image_retain,
+    list_lock, memory, memory_hang, memory_hook, memory_is_filled, memory_refill, memory_release, memory_renew,
+    memory_restore, memory_spec, memory_start_again, memory_turn_to, python_is_ending, raise_failure, relief_is,
+    relieve, touched_begin, touched_next, touched_runs, unlist_lock, unlock,
 )
 from linmem._os cimport pages
 from linmem._reset cimport (
     ANY, RESET_DISCARD, RESET_SCAN, RESET_ZERO, reset_begin, reset_bound, reset_costs, reset_end, reset_given_back,
     reset_policy, reset_start,
 )
-from linmem._units cimport E_EXHAUSTED, E_LIMIT, E_NO_MEMORY, lay_out, layout, round_down
+from linmem._units cimport E_EXHAUSTED, E_NO_MEMORY, lay_out, layout, round_down
 from linmem._wide cimport has_wide_stores, zero_wide
 
 from time import sleep as _sleep
@@ -264,12 +264,12 @@ cdef inline bint same_shape(const shape* a, const shape* b) noexcept nogil:
             and a.guard == b.guard and a.is_64 == b.is_64 and a.is_shared == b.is_shared and a.image == b.image)
 
 
-cdef inline shelf** shelf_bucket(pool* p, const shape* key, const domain* whose) noexcept nogil:
+cdef inline shelf** shelf_bucket(pool* p, const shape* key, const domain_t* whose) noexcept nogil:
     cdef size_t h = <size_t>whose
     return &p.shelves[(hash_of(key) ^ (h >> 5) ^ (h >> 13)) & (SHELVES - 1)]
 
 
-cdef inline shelf* find_shelf(pool* p, const shape* key, const domain* whose) noexcept nogil:
+cdef inline shelf* find_shelf(pool* p, const shape* key, const domain_t* whose) noexcept nogil:
     cdef shelf* here = shelf_bucket(p, key, whose)[0]
     while here != NULL and not (here.domain == whose and same_shape(&here.shape, key)):
         here = here.next
@@ -283,7 +283,7 @@ cdef kind* find_kind(pool* p, const shape* key) noexcept nogil:
     return here
 
 
-cdef tenant* find_tenant(pool* p, const domain* whose) noexcept nogil:
+cdef tenant* find_tenant(pool* p, const domain_t* whose) noexcept nogil:
     cdef tenant* here = p.tenants
     while here != NULL and here.domain != whose:
         here = here.next
@@ -298,7 +298,7 @@ cdef struct parts:
     tenant* tenant
 
 
-cdef bint get_parts(parts* new, domain* whose, bint with_slot) noexcept nogil:
+cdef bint get_parts(parts* new, domain_t* whose, bint with_slot) noexcept nogil:
     new.slot = <slot*>calloc(1, sizeof(slot)) if with_slot else NULL
     new.shelf = <shelf*>calloc(1, sizeof(shelf))
     new.kind = <kind*>calloc(1, sizeof(kind))
@@ -322,7 +322,7 @@ cdef void free_parts(parts* new) noexcept nogil:
     memset(new, 0, sizeof(parts))
 
 
-cdef shelf* need_shelf(pool* p, const shape* key, const domain* whose, parts* new) noexcept nogil:
+cdef shelf* need_shelf(pool* p, const shape* key, const domain_t* whose, parts* new) noexcept nogil:
     cdef shelf* here = find_shelf(p, key, whose)
     cdef kind* k
     cdef tenant* t
@@ -536,7 +536,7 @@ cdef inline void count_mappings(pool* p, slot* s) noexcept nogil:
     s.mappings = n
 
 
-cdef bint move_slot(pool* p, slot* s, int to) noexcept nogil:
+cdef inline bint move_slot(pool* p, slot* s, int to) noexcept nogil:
     """The one function that changes a slot's state, with all lists and counts that follow from it. The pool's lock is
     held, but for RESETTING, which changes no list and no count. False: the pool is closed, so the slot does not
     become idle; the caller drops it."""
@@ -619,9 +619,14 @@ cdef slot* surplus(pool* p, long long now, int* cause) noexcept nogil:
     if p.mappings > p.most_mappings and oldest != NULL:
         cause[0] = EVICTED_SLOTS
         return fair_victim(p, True)
-    if oldest != NULL and p.idle_ns and now - oldest.since > p.idle_ns:
-        cause[0] = EVICTED_IDLE
-        return oldest
+    if p.idle_ns and now > p.look:
+        if oldest == NULL:
+            p.look = now + p.idle_ns        # what becomes idle from now on
+        elif now - oldest.since > p.idle_ns:
+            cause[0] = EVICTED_IDLE
+            return oldest
+        else:
+            p.look = oldest.since + p.idle_ns
     return NULL
 
 
@@ -886,7 +891,7 @@ cdef int reset(slot* s, memory* m, long long now) noexcept nogil:
         m.protected_pages = False
     if (m.image != s.image or m.image_state == IMAGE_BROKEN) and memory_turn_to(m, s.image):
         return -1       # a user has turned it to another image, or given pages of its own back
-    memset(&what, 0, sizeof(finding))
+    what.low = what.high = what.kept = what.kept_high = what.tables = what.zeroed = 0
     what.how = RESET_SCAN
     if used:
         decide(s, used, now, &to)
@@ -1314,7 +1319,7 @@ cdef void tell_sum_anew() noexcept nogil:
         p = pool_after(p)
 
 
-cdef void forget_image(image* it) noexcept nogil:
+cdef void forget_image(image_t* it) noexcept nogil:
     """Nobody can ask for a memory of that image any more: its idle slots go, of every pool."""
     cdef pool* p = pool_after(NULL)
     cdef slot* s
@@ -1376,7 +1381,8 @@ cdef int room_for(pool* p, size_t reserved, size_t mappings, int* cause) noexcep
     return FITS
 
 
-cdef int make_room(pool* p, const shape* key, size_t reserved, size_t mappings, bint* again, failure* why) noexcept nogil:
+cdef int make_room(pool* p, const shape* key, size_t reserved, size_t mappings, bint* again,
+                   failure* why) noexcept nogil:
     """Drop idle slots until one more fits. *again: one of them is of this shape, and has become cold instead."""
     cdef slot* s
     cdef int room, cause = 0
@@ -1435,7 +1441,7 @@ cdef size_t least_reserved(const memory_spec* spec) noexcept nogil:
     return at.total
 
 
-cdef int take(pool* p, const shape* key, domain* whose, bint counted, memory** out, failure* why) noexcept nogil:
+cdef int take(pool* p, const shape* key, domain_t* whose, bint counted, memory** out, failure* why) noexcept nogil:
     """An idle slot of that shape: of the domain, else a cold one of any. *out == NULL: there is none."""
     cdef shelf* here
     cdef kind* k
@@ -1523,7 +1529,7 @@ cdef void move_house(pool* p, slot* s, shelf* here) noexcept nogil:
 cdef enum:
     TAKE_AGAIN = -100       # of make_slot() alone: no failure
 
-ctypedef domain* domain_ptr
+ctypedef domain_t* domain_ptr
 
 
 cdef size_t least_mappings(const memory_spec* spec) noexcept nogil:
@@ -1730,7 +1736,7 @@ cdef class PoolingCreator(NativeCreator):
 
     cdef int make_of(self, const memory_spec* spec, bint counted, memory** out, failure* why) noexcept nogil:
         cdef shape key
-        cdef domain* whose = current_domain()
+        cdef domain_t* whose = current_domain()
         cdef long long start = 0
         cdef int code
         key_of(spec, &key)
@@ -1751,7 +1757,7 @@ cdef class PoolingCreator(NativeCreator):
             if code:
                 return code
 
-    cdef int make_slot(self, pool* p, const shape* key, domain* whose, const memory_spec* spec, bint counted,
+    cdef int make_slot(self, pool* p, const shape* key, domain_t* whose, const memory_spec* spec, bint counted,
                        memory** out, failure* why) noexcept nogil:
         """A memory of upstream's, which becomes a slot where there is room for one. TAKE_AGAIN: an idle slot of that
         shape has been made fit for this domain."""
@@ -2038,8 +2044,8 @@ ctypedef pool* pool_ptr
 
 cdef struct row:
     shape shape             # of a kind
-    domain* domain          # of a tenant; a reference
-    image* image            # of a kind; compared, never followed
+    domain_t* domain          # of a tenant; a reference
+    image_t* image            # of a kind; compared, never followed
     counts counts
     size_t image_bytes
     bint image_descriptor

@@ -92,6 +92,8 @@ def create(minimum: int, maximum: int | None = None, *, creator: MemoryCreator |
     1
     """
     native = _DEFAULT if creator is None else as_native(creator)
+    if domain is None:      # a keyword takes a twentieth of the time of a pooled memory
+        return native.create(minimum, maximum, reserve, guard)
     return native.create(minimum, maximum, reserve, guard, domain=domain)
 
 
