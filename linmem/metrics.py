@@ -33,11 +33,11 @@ def read(pool: PoolingCreator) -> dict[str, Any]:
     Returns
     -------
     dict
-        Counters: hits_warm, hits_cold, misses, evictions (by cause), purges, resets (by kind), reset_ns (sampled: one
-        reset of sixteen), bytes_zeroed, fallbacks, rejected. Gauges: live, peak_live, warm, cold, resident,
-        page_tables, reserved, slots, resident_bound, reserved_bound, images, image_bytes, image_descriptors. shapes: a list of
-        such dicts, each with its `shape`; domains: one for each domain, by name. Of shapes and domains
-        without slots, the pool forgets all at once when there are more than 256.
+        Counters: hits_warm, hits_cold, misses, evictions (by cause), purges, resets (by kind), reset_ns (sampled:
+        one reset of sixteen), bytes_zeroed, fallbacks, rejected. Gauges: live, peak_live, warm, cold, resident,
+        page_tables, reserved, slots, resident_bound, reserved_bound, images, image_bytes, image_descriptors.
+        shapes: a list of such dicts, each with its `shape`; domains: one for each domain, by name. Of shapes and
+        domains without slots, the pool forgets all at once when there are more than 256.
     """
     return read_metrics(pool)
 
