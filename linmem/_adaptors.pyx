@@ -10,13 +10,15 @@ from libc.string cimport memcpy
 
 from linmem._atomic cimport add, load, poke, poke_address, store, swap_if
 from linmem._memory cimport (
-    NO_MAXIMUM, UNCHOSEN, ImageHandle, Memory, NativeCreator, acquire, begin_move, check_count, check_size,
-    drop_object, end_move, fail, fail_python, failure, image_copy, leave_image, list_lock, memory, memory_hang,
+    NO_MAXIMUM, UNCHOSEN, ImageHandle, Memory, NativeCreator, acquire, begin_move, check_count, check_native,
+    check_size, drop_object, end_move, fail, fail_python, failure, image_copy, leave_image, list_lock, memory, memory_hang,
     memory_hook, memory_ops, memory_resident, memory_retain, memory_size, memory_spec, python_is_ending, unlist_lock,
     unlock,
 )
 from linmem._os cimport pages
 from linmem._units cimport E_LIMIT, E_NO_MEMORY, E_UNSUPPORTED, round_up
+
+from linmem._checks import given as _given
 
 
 cdef inline size_t committed(size_t size) noexcept nogil:
@@ -103,15 +105,18 @@ cdef class LimitingCreator(NativeCreator):
         The budget in bytes.
     """
 
-    def __cinit__(self, NativeCreator upstream not None, limit_bytes):
+    def __cinit__(self, *args, **kwargs):
         cdef size_t limit
+        upstream, limit_bytes = _given("LimitingCreator", ("upstream", "limit_bytes"), {}, args, kwargs)
+        self.upstream = check_native(upstream, "upstream")
         check_size(limit_bytes, "limit_bytes", &limit)
-        self.upstream = upstream
+        if limit > SIZE_MAX >> 1:
+            raise OverflowError(f"limit_bytes must be below 2**63, got {limit}")
         self.budget = <budget*>calloc(1, sizeof(budget))
         if self.budget == NULL:
             raise MemoryError("no memory for a budget")
         self.budget.refs = 1
-        self.budget.limit = <long long>(limit if limit < SIZE_MAX >> 1 else SIZE_MAX >> 1)
+        self.budget.limit = <long long>limit
 
     def __dealloc__(self):
         if self.budget != NULL:
@@ -280,10 +285,11 @@ cdef class StatisticsCreator(NativeCreator):
         How many records of dropped memories are kept, the newest.
     """
 
-    def __cinit__(self, NativeCreator upstream not None, history=256):
+    def __cinit__(self, *args, **kwargs):
         cdef size_t kept
+        upstream, history = _given("StatisticsCreator", ("upstream", "history"), {"history": 256}, args, kwargs)
+        self.upstream = check_native(upstream, "upstream")
         check_count(history, "history", &kept)
-        self.upstream = upstream
         self.ledger = <ledger*>calloc(1, sizeof(ledger))
         if self.ledger == NULL:
             raise MemoryError("no memory for a ledger")
@@ -503,11 +509,9 @@ cdef class PythonCreator(NativeCreator):
         Its `new_memory` returns a `LinearMemory`, or a `Memory` that linmem made.
     """
 
-    def __cinit__(self, creator):
-        # An Image makes memories too, and out of other arguments.
-        if isinstance(creator, ImageHandle) or not callable(getattr(creator, "new_memory", None)):
-            raise TypeError(f"creator must be a MemoryCreator, got {type(creator).__name__}")
-        self.creator = creator
+    def __cinit__(self, *args, **kwargs):
+        self.creator, = _given("PythonCreator", ("creator",), {}, args, kwargs)
+        check_trait(self.creator, "creator")
 
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
         if python_is_ending():
@@ -560,6 +564,15 @@ cdef class PythonCreator(NativeCreator):
 
     def __repr__(self):
         return f"PythonCreator({self.creator!r})"
+
+
+def check_trait(creator, str name):
+    """TypeError if `creator`, the argument `name`, is not one that memories can be had from."""
+    if isinstance(creator, type):
+        raise TypeError(f"{name} must be a MemoryCreator, got the class {creator.__name__} itself: call it")
+    # An Image makes memories too, and out of other arguments.
+    if isinstance(creator, ImageHandle) or not callable(getattr(creator, "new_memory", None)):
+        raise TypeError(f"{name} must be a MemoryCreator, got {type(creator).__name__}")
 
 
 cdef int adopt(Memory made, const memory_spec* spec, size_t reservation, memory** out) except -1:

@@ -20,6 +20,8 @@ from linmem._memory cimport (
 )
 from linmem._units cimport E_PYTHON
 
+from linmem._checks import given as _given
+
 ctypedef void wasmtime_error_t
 ctypedef void wasm_memorytype_t
 ctypedef void wasm_config_t
@@ -245,8 +247,9 @@ cdef class Offer:
         For each memory that will be asked for, in that order, its minimum in bytes and its image.
     """
 
-    def __init__(self, places):
+    def __init__(self, *args, **kwargs):
         cdef size_t i
+        places, = _given("Offer", ("places",), {}, args, kwargs)
         cdef list given = list(places)
         if self.places != NULL:
             raise RuntimeError("an Offer is made once")
@@ -264,6 +267,9 @@ cdef class Offer:
 
     def __dealloc__(self):
         free(self.places)
+
+    def __reduce__(self):
+        raise TypeError("an Offer cannot be pickled or copied: it belongs to a thread of this process")
 
     def make(self):
         """Offer the images on this thread, once. The caller sees to it that take_back() follows.

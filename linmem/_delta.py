@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from linmem._checks import check_pairs, check_path, check_size
+from linmem._checks import check_bytes, check_pairs, check_path, check_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -57,11 +57,9 @@ class Delta:
         if target is not None and not isinstance(target, str):
             raise TypeError(f"target must be a str or None, got {type(target).__name__}")
         base_size, size = check_size(base_size, "base_size"), check_size(size, "size")
-        try:
-            kept = memoryview(data)
-            kept = (kept if kept.readonly else memoryview(bytes(kept))).cast("B")
-        except (TypeError, ValueError, BufferError) as error:
-            raise TypeError(f"data must be a contiguous buffer of bytes, got {type(data).__name__}: {error}") from None
+        kept = check_bytes(data, "data")
+        if not kept.readonly:
+            kept = memoryview(bytes(kept))
         self = super().__new__(cls)
         for name, value in (("base", base), ("base_size", base_size), ("size", size), ("target", target),
                             ("ranges", _checked("ranges", ranges, size)), ("zeros", _checked("zeros", zeros, size)),

@@ -3,14 +3,19 @@
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_SIMPLE, PyBUF_STRIDES, \
     PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.exc cimport PyErr_CheckSignals
 from libc.string cimport memmove
 
 from linmem._atomic cimport add_with_gil
 
 from linmem._delta import Delta as _Delta
-from linmem._formats import resolve as _resolve_format
+from linmem._checks import check_bytes as _check_bytes, given as _given, refuse_buffer as _refuse_buffer
+from linmem._formats import array_on as _array_on, resolve as _resolve_format
 
-cdef long long CLOSED = -(<long long>1 << 62)       # of Memory.users: far below what threads can add to it
+# Of Memory.users, far apart and far below what threads can add to it.
+cdef long long CLOSING = -(<long long>1 << 61)      # __exit__ closed it; its last user releases the memory
+cdef long long CLOSED = -(<long long>1 << 62)       # the handle has released its reference
+cdef size_t SEARCH_STEP = 1 << 20                   # bytes that `in` copies at a time
 cdef size_t RELEASE_GIL_FROM = 1 << 16              # bytes; a shorter copy costs less than letting go
 
 
@@ -36,8 +41,8 @@ cdef class Memory:
     ``numpy.asarray(mem)``. Sizes and offsets are in bytes.
     """
 
-    def __init__(self):
-        if self.m == NULL:
+    def __init__(self, *args, **kwargs):
+        if self.m == NULL or args or kwargs:
             raise TypeError("a Memory is made by a creator: linmem.create(minimum)")
 
     def __dealloc__(self):
@@ -49,24 +54,32 @@ cdef class Memory:
     # once, by who made the handle: nobody looks at it after close().
     cdef memory* enter(self) except NULL:
         if add_with_gil(&self.users, 1) < 0 or self.m == NULL:
-            add_with_gil(&self.users, -1)
+            self.leave()
             raise ValueError("the memory is closed")
         return self.m
 
     cdef void leave(self) noexcept:
-        add_with_gil(&self.users, -1)
+        if add_with_gil(&self.users, -1) == CLOSING:
+            self.end_closing()
+
+    # Called by each thread that finds no user left in a handle that is closing. The swap lets exactly one of them
+    # release the memory. It fails if another thread is at the door of enter(): that thread is refused, leaves, and
+    # calls this method again.
+    cdef void end_closing(self) noexcept:
+        if swap_if(&self.users, CLOSING, CLOSED):
+            with nogil:
+                memory_release(self.m)
 
     def close(self):
-        """Give up this handle; the pages go when wasmtime holds them no longer either.
+        """Give up this handle; the pages go with the memory's last handle, and not before wasmtime has dropped it.
 
-        Closing twice is closing once. Afterwards every other call is `ValueError`.
+        Closing twice is closing once. Afterwards every other call is `ValueError`. On a memory that a wasmtime store
+        owns, this handle alone is closed: the program goes on, and `linmem.wasmtime.linear_memory` gives a new handle.
 
         Raises
         ------
         BufferError
             While buffers are exported from this handle; it says how many.
-        OwnedError
-            While a wasmtime store owns the memory.
         """
         cdef memory* m
         cdef long long users
@@ -74,10 +87,7 @@ cdef class Memory:
             m = self.enter()
         except ValueError:
             return
-        owned = load(&m.owner) == OWNER_WASMTIME
         self.leave()
-        if owned:
-            raise _errors.OwnedError("a wasmtime store owns this memory: close the store (store.close()) instead")
         if not swap_if(&self.users, 0, CLOSED):
             users = load(&self.users)
             if users < 0:
@@ -88,7 +98,7 @@ cdef class Memory:
 
     @property
     def closed(self):
-        """Whether `close` was called."""
+        """Whether the handle was closed, by `close` or at the end of a ``with`` block."""
         return load(&self.users) < 0 or self.m == NULL
 
     def __enter__(self):
@@ -97,7 +107,27 @@ cdef class Memory:
         return self
 
     def __exit__(self, *exc):
-        self.close()
+        """Close the handle, also while buffers are exported: the pages then go with the last of these.
+
+        It raises nothing, so that an error of the block is seen.
+        """
+        cdef long long users = load(&self.users)
+        while users >= 0 and self.m != NULL:
+            if swap_if(&self.users, users, CLOSING + users):
+                if users == 0:
+                    self.end_closing()
+                return
+            users = load(&self.users)
+
+    # Handles on the same memory are equal while both are open: afterwards the address may be another memory's. The
+    # hash is that of the address, which a handle never changes.
+    def __eq__(self, other):
+        if not isinstance(other, Memory):
+            return NotImplemented
+        return self is other or (self.m == (<Memory>other).m and not self.closed and not other.closed)
+
+    def __hash__(self):
+        return hash(<size_t>self.m)
 
     # -- the trait
 
@@ -191,6 +221,36 @@ cdef class Memory:
         self.leave()
         return size
 
+    def __bool__(self):
+        return True         # a handle, as a file: whether it has bytes now is what len() says
+
+    def __contains__(self, item):
+        """Whether the bytes of a buffer stand somewhere in the memory, one after the other; of an integer: the byte.
+
+        Copies at most 1 MiB (or twice as much as is looked for) at a time. Bytes that others write meanwhile may be
+        found or not.
+        """
+        cdef size_t at = 0, size = <size_t>len(self), n, step
+        try:
+            byte = item.__index__()
+        except (AttributeError, TypeError):     # an array has the method, and is a number only without dimensions
+            byte = None
+        if isinstance(byte, int):
+            if not 0 <= byte <= 255:
+                raise ValueError(f"a byte must be in 0 .. 255, got {_shown(item)}")
+            item = bytes((byte,))
+        with _check_bytes(item, "what is looked for") as wanted:
+            n = <size_t>len(wanted)
+            step = max(n, SEARCH_STEP)
+            while n <= size - at:
+                if self.read(at, min(step + n, size - at)).find(wanted) >= 0:
+                    return True
+                if size - at <= step:
+                    break
+                at += step
+                PyErr_CheckSignals()
+        return False
+
     def __getbuffer__(self, Py_buffer* buffer, int flags):
         cdef memory* m = self.enter()
         pin(m)
@@ -213,8 +273,8 @@ cdef class Memory:
         Parameters
         ----------
         format : str or type or dtype
-            A `struct` format ("d", ">I"), a NumPy type string ("<f8"), a NumPy dtype or scalar type, or
-            `bool`, `int` (64 bits), `float`.
+            A `struct` format ("d", ">I"), a NumPy type string or name ("<f8", "float64"), a NumPy dtype or
+            scalar type, or `bool`, `int` (64 bits), `float`. `array` takes the dtypes that have no such format.
         offset : int
             In bytes, of any alignment.
         count : int, optional
@@ -254,6 +314,35 @@ cdef class Memory:
         window.strides[0] = <Py_ssize_t>itemsize
         return memoryview(window)
 
+    def array(self, dtype, offset=0, shape=None):
+        """A NumPy array on a part of the memory, without a copy, of any dtype that NumPy can view bytes as.
+
+        The array stays valid through every growth; it keeps the memory open. Its shape is fixed now.
+
+        Parameters
+        ----------
+        dtype : dtype
+            Or what NumPy makes one of: also dates, records, sub-arrays and the other byte order. One that holds
+            Python objects is refused.
+        offset : int
+            In bytes, of any alignment.
+        shape : int or tuple of int, optional
+            In elements. One number may be -1: as many as there are whole up to `byte_size`. None is -1.
+
+        Returns
+        -------
+        numpy.ndarray
+            Writable, unless the memory is read-only.
+
+        Raises
+        ------
+        ValueError, TypeError
+            For no such dtype, or for a part that is not within `byte_size`.
+        ImportError
+            NumPy is not installed.
+        """
+        return _array_on(self, dtype, offset, shape)
+
     def __getitem__(self, key):
         cdef Py_ssize_t i, size
         cdef memory* m
@@ -277,21 +366,26 @@ cdef class Memory:
             self.leave()
 
     def __setitem__(self, key, value):
-        cdef Py_ssize_t i
+        cdef Py_ssize_t i, n
         cdef memory* m
         cdef Py_ssize_t byte
+        cdef Py_buffer given
         if isinstance(key, slice):
-            with memoryview(self) as whole, whole[key] as part:
-                try:
-                    flat = memoryview(value).cast("B")
-                except TypeError as error:
-                    raise TypeError(f"data must be a contiguous buffer of bytes, got {type(value).__name__}:"
-                                    f" {error}") from None
-                with flat as data:
-                    if len(data) != len(part):
-                        raise ValueError(f"the slice has {len(part)} bytes and the data {len(data)}: a memory"
-                                         " cannot be resized by assignment")
-                    part[:] = data
+            start, stop, step = key.indices(len(self))
+            n = len(range(start, stop, step))
+            take_bytes(value, "data", &given)
+            try:        # the buffer is held, so that its length stays what is compared here
+                if given.len != n:
+                    raise ValueError(f"the slice has {n} bytes and the data {given.len}: a memory cannot be resized by"
+                                     " assignment")
+                if step == 1:
+                    self.write(start, value)
+                elif n:
+                    with memoryview(self) as whole:
+                        whole[start:stop if stop >= 0 else None:step] = PyBytes_FromStringAndSize(
+                            <char*>given.buf, given.len)
+            finally:
+                PyBuffer_Release(&given)
             return
         i = check_index(key)
         try:
@@ -348,10 +442,7 @@ cdef class Memory:
         cdef memory* m
         cdef Py_buffer given
         check_size(offset, "offset", &start)
-        try:
-            PyObject_GetBuffer(data, &given, PyBUF_SIMPLE)
-        except (TypeError, ValueError, BufferError) as error:
-            raise TypeError(f"data must be a contiguous buffer of bytes, got {type(data).__name__}: {error}") from None
+        take_bytes(data, "data", &given)
         try:
             n = <size_t>given.len
             m = self.enter()
@@ -795,7 +886,7 @@ cdef class Memory:
                 f" capacity {self.byte_capacity()}>")
 
     def __reduce__(self):
-        raise TypeError("a Memory cannot be pickled or copied: it is an address in this process")
+        raise TypeError("a Memory cannot be pickled or copied: it is an address in this process (mem.snapshot() can)")
 
 
 # linmem._image says how: it stands above.
@@ -813,6 +904,9 @@ cdef class ImageHandle:
 
     def __cinit__(self):
         self.it = &no_image
+
+    def __reduce__(self):
+        raise TypeError(f"{type(self).__name__} objects cannot be pickled or copied: they are of this process")
 
     def __dealloc__(self):
         if self.it != NULL and self.it != &no_image:
@@ -857,6 +951,15 @@ cdef int refuse_protected(memory* m, const char* call, failure* why) noexcept no
 _ACCESSES = {"none": pages.ACCESS_NONE, "r": pages.ACCESS_READ, "rw": pages.ACCESS_READ_WRITE}
 
 
+cdef int take_bytes(object data, str name, Py_buffer* out) except -1:
+    """The contiguous bytes of a buffer; the caller releases it."""
+    try:
+        PyObject_GetBuffer(data, out, PyBUF_SIMPLE)
+    except (TypeError, ValueError, BufferError) as error:
+        _refuse_buffer(data, name, error)
+    return 0
+
+
 cdef Py_ssize_t check_index(object key) except? -1:
     try:
         return key.__index__()
@@ -899,6 +1002,9 @@ cdef class Window:
     cdef bytes format
     cdef Py_ssize_t shape[1]
     cdef Py_ssize_t strides[1]
+
+    def __reduce__(self):
+        raise TypeError("a Window cannot be pickled or copied: it is a part of a memory of this process")
 
     def __getbuffer__(self, Py_buffer* buffer, int flags):
         if self.memory is None:

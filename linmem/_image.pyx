@@ -2,15 +2,15 @@
 """Images: what a memory held, to start others from and to come back to. Floor 3."""
 
 cimport cython
-from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBuffer_FillInfo, PyBuffer_Release
 from libc.stdint cimport SIZE_MAX
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from linmem._atomic cimport load
 from linmem._memory cimport (
-    GRANULE, ImageHandle, Memory, NativeCreator, changes, check_flag, check_size, compare, failure, image, image_finish,
-    image_new, image_put, is_zero, memory_changes, raise_failure, run,
+    GRANULE, ImageHandle, Memory, NativeCreator, changes, check_flag, check_native, check_size, compare, failure,
+    image, image_finish, image_new, image_put, is_zero, memory_changes, raise_failure, run, take_bytes,
 )
 from linmem._os cimport pages
 from linmem._units cimport round_down, round_up
@@ -40,7 +40,7 @@ cdef class Image(ImageHandle):
         Where its bytes lie in a memory.
     """
 
-    def __init__(self):
+    def __init__(self, *args, **kwargs):
         raise TypeError("an Image is made by mem.snapshot() or Image.from_bytes(data, offset)")
 
     # -- making one
@@ -64,9 +64,9 @@ cdef class Image(ImageHandle):
         cdef Py_buffer given
         cdef size_t start
         check_size(offset, "offset", &start)
-        take_buffer(data, &given)
+        take_bytes(data, "data", &given)
         try:
-            return from_pieces(start, <size_t>given.len, [(start, memoryview(data))])
+            return from_pieces(start, <size_t>given.len, [(start, data)])
         finally:
             PyBuffer_Release(&given)
 
@@ -262,10 +262,7 @@ cdef class Image(ImageHandle):
         """
         cdef NativeCreator by = default_creator
         if creator is not None:
-            if not isinstance(creator, NativeCreator):
-                raise TypeError(f"creator must be a NativeCreator (a PythonCreator for one in Python), got"
-                                f" {type(creator).__name__}")
-            by = <NativeCreator>creator
+            by = check_native(creator, "creator")
         return by.create(self.offset + self.size if minimum is None else minimum, maximum, reserve, guard, image=self)
 
     def diff(self, other not None):
@@ -457,6 +454,9 @@ cdef class Content:
     def __cinit__(self, Image of not None):
         self.of = of
 
+    def __reduce__(self):
+        raise TypeError("the content of an image cannot be pickled or copied: its Image can")
+
     def __getbuffer__(self, Py_buffer* buffer, int flags):
         PyBuffer_FillInfo(buffer, self, start_of(self.of.it, self.of.it.offset),
                           <Py_ssize_t>self.of.it.content.size, 1, flags)
@@ -495,14 +495,6 @@ def _of_snapshot(ImageHandle handle not None):
     return wrap_image(handle, 0, handle.it.end)
 
 
-cdef int take_buffer(object data, Py_buffer* out) except -1:
-    try:
-        PyObject_GetBuffer(data, out, PyBUF_SIMPLE)
-    except (TypeError, ValueError, BufferError) as error:
-        raise TypeError(f"data must be a contiguous buffer of bytes, got {type(data).__name__}: {error}") from None
-    return 0
-
-
 cdef Image from_pieces(size_t offset, size_t size, object pieces):
     cdef ImageHandle handle = ImageHandle.__new__(ImageHandle)
     cdef image* it
@@ -532,7 +524,7 @@ cdef Image from_pieces(size_t offset, size_t size, object pieces):
         except (TypeError, ValueError) as error:
             raise TypeError(f"pieces must be pairs of an offset and a buffer, got {_shown(pair)}: {error}") from None
         check_size(where, "offset", &start)
-        take_buffer(data, &given)
+        take_bytes(data, "data", &given)
         try:
             if start < reached or start > offset + size or <size_t>given.len > offset + size - start:
                 raise ValueError(f"pieces must be in order, apart and within {offset} .. {offset + size}, got"

@@ -197,6 +197,8 @@ cdef bint python_is_ending() noexcept nogil
 cdef int check_size(object value, str name, size_t* out) except -1
 cdef int check_count(object value, str name, size_t* out) except -1
 cdef int check_flag(object value, str name) except -1
+cdef int take_bytes(object data, str name, Py_buffer* out) except -1
+cdef NativeCreator check_native(object value, str name)
 cdef object wrap(memory* m)
 
 
@@ -227,6 +229,7 @@ cdef class Memory:
     cdef memory* enter(self) except NULL
     cdef memory* enter_pages(self, str call) except NULL
     cdef void leave(self) noexcept
+    cdef void end_closing(self) noexcept
 
 
 cdef int memory_changes(Memory mem, object since, str name, changes* out) except -1

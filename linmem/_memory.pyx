@@ -2,7 +2,7 @@
 """Native memories: the mapped kind, its creator, and the Python handle on every kind."""
 
 cimport cython
-from cpython.object cimport PyObject
+from cpython.object cimport PyObject, PyTypeObject
 from cpython.ref cimport Py_DECREF
 from libc.stdint cimport SIZE_MAX
 from libc.stdio cimport snprintf
@@ -657,11 +657,28 @@ cdef int mapped_make(const memory_spec* spec, bint prefault, bint huge_pages, me
 
 # -- creators ------------------------------------------------------------------------------------
 
+class _InPython:
+    """What tells a class of Python's from an extension class: all of them have one destructor, which is CPython's."""
+
+
 cdef class NativeCreator:
     """Base of the creators that wasmtime can call with no GIL; extended in Cython, by `make`.
 
     A creator in Python implements `linmem.MemoryCreator` instead.
     """
+
+    def __cinit__(self, *args, **kwargs):
+        cls = type(self)
+        if cls is NativeCreator:
+            raise TypeError("a NativeCreator makes no memories by itself: linmem.creator(kind) makes one that does")
+        # wasmtime and the other creators call `make`, whatever methods a subclass in Python has.
+        if (<PyTypeObject*>cls).tp_dealloc == (<PyTypeObject*>_InPython).tp_dealloc:
+            raise TypeError(f"{cls.__name__} cannot extend a native creator in Python, because its methods would not be"
+                            " called: implement linmem.MemoryCreator, with a creator inside where one is needed")
+
+    def __reduce__(self):
+        raise TypeError(f"{type(self).__name__} objects cannot be pickled or copied: their memories are of this"
+                        " process. Make one where it is needed")
 
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
         return fail(why, E_UNSUPPORTED, "new_memory", spec.minimum)
@@ -705,7 +722,6 @@ cdef class NativeCreator:
         check_optional_size(maximum, "maximum", &spec.maximum)
         check_optional_size(reserved_size_in_bytes, "reserved_size_in_bytes", &spec.reservation)
         check_size(guard_size_in_bytes, "guard_size_in_bytes", &spec.guard)
-        check_reservation(reserved_size_in_bytes, "reserved_size_in_bytes", spec.reservation)
         try:
             spec.page_size = ty.page_size
             spec.is_64 = ty.is_64
@@ -725,7 +741,6 @@ cdef class NativeCreator:
         check_size(minimum, "minimum", &spec.minimum)
         check_optional_size(maximum, "maximum", &spec.maximum)
         check_optional_size(reserve, "reserve", &spec.reservation)
-        check_reservation(reserve, "reserve", spec.reservation)
         spec.image = NULL
         spec.watched = False
         if image is not None:
@@ -763,13 +778,17 @@ cdef int check_optional_size(object value, str name, size_t* out) except -1:
     if value is None:
         out[0] = SIZE_MAX       # UNCHOSEN, or no maximum
         return 0
-    return check_size(value, name, out)
-
-
-cdef int check_reservation(object value, str name, size_t size) except -1:
-    if value is not None and size == UNCHOSEN:
-        raise OverflowError(f"{name} must be below 2**64 - 1, got {value}")
+    check_size(value, name, out)
+    if out[0] == SIZE_MAX:      # which would pass for None
+        raise OverflowError(f"{name} must be below 2**64 - 1, got {_shown(value)}")
     return 0
+
+
+cdef NativeCreator check_native(object value, str name):
+    if not isinstance(value, NativeCreator):
+        what = f"the class {value.__name__} itself: call it" if isinstance(value, type) else type(value).__name__
+        raise TypeError(f"{name} must be a NativeCreator (a PythonCreator for one in Python), got {what}")
+    return <NativeCreator>value
 
 
 @cython.final
@@ -792,7 +811,9 @@ cdef class MmapCreator(NativeCreator):
         steps, where the OS has no huge pages to give, and in memories that stay below that size.
     """
 
-    def __cinit__(self, *, prefault=False, huge_pages=False):
+    def __cinit__(self, *args, **kwargs):
+        prefault, huge_pages = _given("MmapCreator", ("prefault", "huge_pages"),
+                                      {"prefault": False, "huge_pages": False}, args, kwargs, 0)
         check_flag(prefault, "prefault")
         check_flag(huge_pages, "huge_pages")
         self.prefault = prefault

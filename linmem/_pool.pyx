@@ -9,7 +9,8 @@ from libc.string cimport memset
 from linmem._atomic cimport add, load, poke, store, touch, word
 from linmem._memory cimport (
     CACHE_LINE, IMAGE_BROKEN, IMAGE_COPIED, OWNER_LEFT, OWNER_PYTHON, ImageHandle, MmapCreator, NativeCreator,
-    acquire, check_count, check_flag, check_size, fail, failure, give_back, image_release, image_retain, list_lock,
+    acquire, check_count, check_flag, check_native, check_size, fail, failure,
+    give_back, image_release, image_retain, list_lock,
     memory, memory_border, memory_hang, memory_hook, memory_is_filled, memory_refill, memory_release, memory_renew,
     memory_restore, memory_spec, memory_start_again, memory_turn_to, raise_failure, unlist_lock, unlock,
 )
@@ -21,7 +22,7 @@ from linmem._reset cimport (
 from linmem._units cimport E_EXHAUSTED, E_LIMIT, E_NO_MEMORY
 from linmem._wide cimport has_wide_stores, zero_wide
 
-from linmem._checks import shown as _shown
+from linmem._checks import given as _given, shown as _shown
 
 cdef enum:
     ADAPTIVE = 3
@@ -37,6 +38,8 @@ cdef extern from *:
 cdef size_t WIDE_MOST = 1 << 18         # bytes: up to here, all of a memory may well be in the cache
 cdef size_t ZERO_UNSEEN = 1 << 18       # bytes: up to here, zeroing all is no worse than giving back what was not seen
 
+_OPTIONS = {"upstream": None, "slots": None, "keep_resident": 64 << 20, "max_unused_warm": 100, "reset": "adaptive",
+            "when_full": "fallback", "check": False, "image": None}
 _RESETS = {"scan": RESET_SCAN, "zero": RESET_ZERO, "discard": RESET_DISCARD, "adaptive": ADAPTIVE}
 
 
@@ -553,13 +556,18 @@ cdef class PoolingCreator(NativeCreator):
     given back.
     """
 
-    def __cinit__(self, NativeCreator upstream=None, *, slots=None, keep_resident=64 << 20, max_unused_warm=100,
-                  reset="adaptive", when_full="fallback", check=False, ImageHandle image=None):
+    def __cinit__(self, *args, **kwargs):
         cdef pool* p
         cdef void* block
         cdef const pages.capabilities_t* caps = pages.capabilities()
         cdef size_t most_slots = caps.mappings // 6 if caps.mappings else 10000
         cdef size_t keep, warm
+        upstream, slots, keep_resident, max_unused_warm, reset, when_full, check, image = _given(
+            "PoolingCreator", tuple(_OPTIONS), _OPTIONS, args, kwargs, 1)
+        self.upstream = check_native(MmapCreator() if upstream is None else upstream, "upstream")
+        if image is not None and not isinstance(image, ImageHandle):
+            raise TypeError(f"image must be an Image, got {type(image).__name__}")
+        self.image = image
         if slots is not None:
             check_count(slots, "slots", &most_slots)
         if most_slots < 1:
@@ -571,8 +579,6 @@ cdef class PoolingCreator(NativeCreator):
         check_flag(check, "check")
         if reset == "scan" and not caps.scans:
             raise ValueError("reset must not be 'scan' here: this OS does not say which pages were touched")
-        self.upstream = MmapCreator() if upstream is None else upstream
-        self.image = image
         block = calloc(1, sizeof(pool) + CACHE_LINE)
         if block == NULL:
             raise MemoryError("no memory for a pool")

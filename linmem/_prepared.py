@@ -22,6 +22,8 @@ from linmem.errors import FileFormatError, PageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import NoReturn
+
     from wasmtime._exportable import AsExtern
 
 __all__ = ["NOT_OURS", "Prepared", "prepare"]
@@ -63,6 +65,10 @@ class Prepared:
 
     def __init__(self) -> None:
         raise TypeError("a Prepared is made by linmem.wasmtime.prepare(engine, wasm)")
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Prepared cannot be pickled or copied: it belongs to an engine of this process. prepare()"
+                        " with cache= is quick in the next one")
 
     @classmethod
     def _of(cls, module: wasmtime.Module, images: Sequence[Image | None], minima: Sequence[int],

@@ -18,7 +18,7 @@ from linmem._memory import Memory
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from typing import Any
+    from typing import Any, NoReturn
 
     from linmem._hoist import Outline
 
@@ -84,6 +84,10 @@ class Snapshot:
 
     def __init__(self) -> None:
         raise TypeError("snapshots are made by Snapshot.take(store, instance)")
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Snapshot cannot be pickled or copied: it belongs to a store of this process. The Images in"
+                        " its `memories` can")
 
     @classmethod
     def take(cls, store: wasmtime.Store, instance: wasmtime.Instance, *, partial: bool = False) -> Snapshot:

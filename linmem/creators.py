@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from linmem._adaptors import LimitingCreator, PythonCreator, StatisticsCreator
+from linmem._adaptors import LimitingCreator, PythonCreator, StatisticsCreator, check_trait
 from linmem._checks import shown
 from linmem._memory import Memory, MmapCreator, NativeCreator
 from linmem._pool import PoolingCreator
@@ -26,24 +26,26 @@ def creator(kind: str = "mmap", **options: Any) -> NativeCreator:
     ----------
     kind : str
         "mmap": each memory is a mapping of its own (`MmapCreator`; options `prefault`, `huge_pages`).
-        "pool": memories are reset and handed out again (`PoolingCreator`; good with no option at all).
+        "pool": memories are reset and handed out again (`PoolingCreator`; good with no option at all; options
+        `slots`, `keep_resident`, `max_unused_warm`, `reset`, `when_full`, `check`, `image`, `upstream`).
         "limiting": one budget over all memories (`LimitingCreator`; options `limit_bytes`, `upstream`).
         "statistics": counts and times what happens (`StatisticsCreator`; options `upstream`, `history`).
     **options
-        The constructor's own. An `upstream` that is left out is an `MmapCreator`.
+        The constructor's own. An `upstream` that is left out (or None) is an `MmapCreator`.
 
     Raises
     ------
     ValueError
         For a kind that does not exist; the message lists those that do.
     TypeError
-        For an option that the kind does not have.
+        For an option that the kind does not have or that is missing, or an `upstream` that is no creator.
     """
     if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(f"kind must be one of {', '.join(map(repr, _KINDS))}, got {shown(kind)}")
     made = _KINDS[kind]
     if made is not MmapCreator:
-        options["upstream"] = as_native(options.get("upstream") or _DEFAULT)
+        upstream = options.get("upstream")
+        options["upstream"] = _DEFAULT if upstream is None else as_native(upstream, "upstream")
     return made(**options)
 
 
@@ -92,8 +94,9 @@ def create(minimum: int, maximum: int | None = None, *, creator: MemoryCreator |
     return (_DEFAULT if creator is None else as_native(creator)).create(minimum, maximum, reserve, guard)
 
 
-def as_native(creator: MemoryCreator) -> NativeCreator:
-    """The creator itself, or a `PythonCreator` around one that is written in Python."""
+def as_native(creator: MemoryCreator, name: str = "creator") -> NativeCreator:
+    """The creator itself, or a `PythonCreator` around one that is written in Python; `name` is the argument's."""
     if isinstance(creator, NativeCreator):
         return creator
+    check_trait(creator, name)
     return PythonCreator(creator)

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 import weakref
 
 try:
@@ -36,7 +37,10 @@ _NEEDED = ("wasmtime_config_host_memory_creator_set", "wasmtime_config_memory_in
 _TUNABLE = ("wasmtime_config_memory_reservation_set", "wasmtime_config_memory_guard_size_set",
             "wasmtime_config_memory_reservation_for_growth_set")
 _bound = False
+# The modules that new_memory() made last, by their text. Each takes memory and address space.
+_MODULES = 8
 _modules: weakref.WeakKeyDictionary[wasmtime.Engine, dict[str, wasmtime.Module]] = weakref.WeakKeyDictionary()
+_modules_lock = threading.Lock()
 
 
 def install(config: wasmtime.Config, creator: MemoryCreator | None = None, *, tune: bool = True) -> None:
@@ -91,8 +95,8 @@ def install(config: wasmtime.Config, creator: MemoryCreator | None = None, *, tu
 def linear_memory(store: wasmtime.Store, memory: wasmtime.Memory | wasmtime.SharedMemory) -> Memory:
     """The linmem memory behind a wasm memory.
 
-    Its views survive ``memory.grow`` and ``store.close()``. While the store owns it, growing and
-    closing are wasmtime's to do, and `Memory.grow_to` and `Memory.close` raise `OwnedError`.
+    Its views survive ``memory.grow`` and ``store.close()``. While the store owns it, it grows by
+    ``wasmtime.Memory.grow``, and `Memory.grow_to` raises `OwnedError`. `Memory.close` closes the handle only.
 
     Parameters
     ----------
@@ -143,10 +147,16 @@ def new_memory(store: wasmtime.Store, memory_type: wasmtime.MemoryType) -> wasmt
     page_size = getattr(memory_type, "page_size", 65536)
     words += [] if page_size == 65536 else [f"(pagesize {page_size})"]
     wat = f'(module (memory (export "memory") {" ".join(words)}))'
-    modules = _modules.setdefault(store.engine, {})
-    module = modules.get(wat)
+    with _modules_lock:
+        module = _modules.get(store.engine, {}).get(wat)
     if module is None:
-        module = modules[wat] = wasmtime.Module(store.engine, wat)
+        module = wasmtime.Module(store.engine, wat)
+    with _modules_lock:
+        modules = _modules.setdefault(store.engine, {})
+        modules.pop(wat, None)
+        modules[wat] = module               # the last one now
+        while len(modules) > _MODULES:
+            del modules[next(iter(modules))]
     memory = wasmtime.Instance(store, module, []).exports(store)["memory"]
     assert isinstance(memory, (wasmtime.Memory, wasmtime.SharedMemory))
     linear_memory(store, memory)

@@ -361,18 +361,37 @@ def test_a_view_outlives_the_store_the_engine_and_the_handle():
     array[0] = 1
 
 
-def test_python_may_neither_grow_nor_close_what_a_store_owns_until_the_store_is_gone():
+def test_python_may_not_grow_what_a_store_owns_and_closes_only_its_own_handle():
     store, exports = instantiate(GROWING.format(limits="1"))
     memory = linmem.wasmtime.linear_memory(store, exports["memory"])
     with pytest.raises(linmem.OwnedError, match=r"wasmtime.Memory.grow\(store, delta\)"):
         memory.grow_to(2 * PAGE)
-    with pytest.raises(linmem.OwnedError, match=r"store.close\(\)"):
+    with linmem.wasmtime.linear_memory(store, exports["memory"]) as other:
+        assert other == memory
+    assert other.closed
+    assert not memory.closed
+    memory.write(7, b"x")
+    with memoryview(memory), pytest.raises(BufferError, match="1 exported buffer"):
         memory.close()
-    assert exports["size"](store) == 1
-    store.close()
-    memory.grow_to(2 * PAGE)
     memory.close()
     assert memory.closed
+    assert exports["grow"](store, 1) == 1
+    memory = linmem.wasmtime.linear_memory(store, exports["memory"])
+    assert (memory.byte_size(), memory[7]) == (2 * PAGE, ord("x"))
+    store.close()
+    memory.grow_to(3 * PAGE)
+    memory.close()
+
+
+def test_a_with_block_on_what_a_store_owns_may_leave_a_view_behind():
+    store, exports = instantiate(GROWING.format(limits="1"))
+    with linmem.wasmtime.linear_memory(store, exports["memory"]) as memory:
+        view = memoryview(memory)
+    assert memory.closed
+    view[5] = 5
+    assert linmem.wasmtime.linear_memory(store, exports["memory"])[5] == 5
+    store.close()
+    assert view[5] == 5
 
 
 def test_two_handles_on_one_memory_are_closed_apart():

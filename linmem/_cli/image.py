@@ -186,9 +186,9 @@ def diff(args: argparse.Namespace) -> int:
         "became_zero": pages.count(GONE),
         "same": old.digest == new.digest,
     }
-    if args.output:
+    if args.output is not None:
         delta.save(args.output)
-    if args.picture:
+    if args.picture is not None:
         draw(args.picture, pages, f"{os.path.basename(args.old)} and {os.path.basename(args.new)}: "
              f"{differing} of {count(len(pages), 'page')} differ")
     if args.json:

@@ -134,6 +134,7 @@ CAPABILITY_WORDS = {
     "discard_any_protection": "protected pages can be discarded",
     "populates": "prefault reports pages that cannot be written",
     "scans": "a pool learns which pages were touched",
+    "maps_images": "memories share the pages of their image until they write them",
 }
 
 
