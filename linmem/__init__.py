@@ -23,9 +23,9 @@ except ModuleNotFoundError as _error:
     if not (_error.name or "").startswith("linmem."):
         raise
     raise ImportError(
-        f"linmem was imported from the folder {__path__[0]!r}, where its extension modules are not built for this Python"
-        f" ({_error}). If that is a copy of the sources, it hides an installed linmem: build the extensions in it"
-        " (pip install -e .), or start Python in another folder", name="linmem", path=__file__) from _error
+        f"linmem was imported from the folder {__path__[0]!r}, where its extension modules are not built for this"
+        f" Python ({_error}). If that is a copy of the sources, it hides an installed linmem: build the extensions in"
+        " it (pip install -e .), or start Python in another folder", name="linmem", path=__file__) from _error
 
 __version__ = "0.1.0"
 

@@ -11,7 +11,8 @@ from libc.string cimport memcpy
 from linmem._atomic cimport add, load, poke, poke_address, store, swap_if
 from linmem._memory cimport (
     NO_MAXIMUM, UNCHOSEN, ImageHandle, Memory, NativeCreator, acquire, begin_move, check_count, check_native,
-    check_size, drop_object, end_move, fail, fail_python, failure, image_copy, leave_image, list_lock, memory, memory_hang,
+    check_size, drop_object, end_move, fail, fail_python, failure, image_copy, leave_image, list_lock, memory,
+    memory_hang,
     memory_hook, memory_ops, memory_resident, memory_retain, memory_size, memory_spec, python_is_ending, unlist_lock,
     unlock,
 )

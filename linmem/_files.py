@@ -603,7 +603,8 @@ def save_delta(delta: ADelta, path: str | bytes | os.PathLike[str]) -> None:
         if start % PAGE or ((start + size) % PAGE and start + size != delta.size):
             raise ValueError(f"only deltas of whole pages of {PAGE} bytes can be saved, and this one has"
                              f" {size} bytes at {start}")
-    write(path, DELTA, delta.pieces(), size=delta.size, digest=NO_DIGEST if delta.target is None else bytes.fromhex(delta.target),
+    write(path, DELTA, delta.pieces(), size=delta.size,
+          digest=NO_DIGEST if delta.target is None else bytes.fromhex(delta.target),
           base_size=delta.base_size, base_digest=bytes.fromhex(delta.base))
 
 

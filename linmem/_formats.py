@@ -16,7 +16,10 @@ __all__ = ["array_on", "resolve"]
 _CHARS = {"b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I", "u8": "Q",
           "f2": "e", "f4": "f", "f8": "d", "c8": "Zf", "c16": "Zd"}
 # NumPy's names of the types above, none of which is a struct format.
-_NAMES = {"bool": "?", "half": "e", "single": "f", "double": "d", "intp": "n", "uintp": "N",
+_NAMES = {"bool": "?", "bool_": "?", "byte": "b", "ubyte": "B", "short": "h", "ushort": "H", "intc": "i", "uintc": "I",
+          "long": "l", "ulong": "L", "longlong": "q", "ulonglong": "Q", "int": "q", "uint": "Q", "intp": "n",
+          "uintp": "N", "half": "e", "single": "f", "double": "d", "float": "d", "csingle": "Zf", "cdouble": "Zd",
+          "complex": "Zd",
           **{f"{name}{8 * int(text[1:])}": char for kind, name in (("i", "int"), ("u", "uint"), ("f", "float"),
                                                                    ("c", "complex"))
              for text, char in _CHARS.items() if text[0] == kind}}
@@ -124,13 +127,13 @@ def array_on(mem: Any, dtype: Any, offset: Any, shape: Any) -> Any:
         known *= 1 if length is None else length
     if None in lengths and known == 0:
         raise ValueError(f"shape must have no -1 beside a 0, got {shown(shape)}")
-    if known > most:
+    if None not in lengths and known > most:
         raise ValueError(f"shape must hold <= {most} elements of {element.itemsize} bytes from offset {start} in"
                          f" {size} bytes, got {shown(shape)}")
     whole = [most // known if length is None else length for length in lengths]
     try:
-        # Of a memoryview numpy.ndarray keeps the memory, and not the buffer that pins it. An array on it keeps the buffer.
-        # It is in no variable: the traceback of an error would keep it.
+        # Of a memoryview numpy.ndarray keeps the memory, and not the buffer that pins it; an array on a memoryview
+        # keeps the memoryview. No variable holds it, because the traceback of an error would hold the variable.
         return numpy.ndarray(whole, element, numpy.asarray(memoryview(mem)), start)
     except (ValueError, OverflowError) as error:        # too many dimensions, or one that is too long beside a 0
         raise ValueError(f"shape must be one that NumPy takes, got {shown(shape)}: {error}") from None

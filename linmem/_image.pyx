@@ -216,6 +216,9 @@ cdef class Image(ImageHandle):
     def __len__(self):
         return self.size
 
+    def __bool__(self):
+        return True         # also one of no bytes: it is there
+
     def __getbuffer__(self, Py_buffer* buffer, int flags):
         PyBuffer_FillInfo(buffer, self, start_of(self.it, self.offset), <Py_ssize_t>self.size, 1, flags)
 

@@ -781,8 +781,11 @@ cdef class PoolingCreator(NativeCreator):
         try:
             minimum = ty.minimum * ty.page_size
             maximum = None if ty.maximum is None else ty.maximum * ty.page_size
-            if maximum is None:                 # what wasmtime says then
-                maximum = 2**64 - ty.page_size if ty.is_64 else 2**32
+            for name, value in (("minimum", minimum), ("maximum", maximum)):
+                if value is not None and value >= 2**64 - 1:
+                    raise OverflowError(f"ty.{name} * ty.page_size must be below 2**64 - 1, got {_shown(value)}")
+            if maximum is None:                 # what wasmtime says then; its 2**64 - 1 is none
+                maximum = 2**32 if not ty.is_64 else None if ty.page_size == 1 else 2**64 - ty.page_size
         except (AttributeError, TypeError):
             raise TypeError(f"ty must be a MemoryType, got {type(ty).__name__}") from None
         self.fill_spec(&spec, ty, minimum, maximum, reserved_size_in_bytes, guard_size_in_bytes)

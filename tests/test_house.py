@@ -158,8 +158,6 @@ def test_the_version_is_the_one_of_the_installed_package():
 
 def public_things():
     for name in linmem.__all__:
-        if name == "wasmtime":
-            continue
         thing = getattr(linmem, name)
         yield name, thing
         if inspect.isclass(thing):
@@ -186,9 +184,8 @@ def test_every_public_thing_says_what_it_does(name, thing):
 
 
 def test_the_public_names_are_the_ones_promised():
-    assert set(linmem.__all__) <= set(dir(linmem)) | {"wasmtime"}
+    assert set(linmem.__all__) <= set(dir(linmem))
     for name in linmem.__all__:
-        if name != "wasmtime":
-            assert getattr(linmem, name) is not None
+        assert getattr(linmem, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         linmem.nothing  # noqa: B018

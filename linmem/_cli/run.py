@@ -67,7 +67,8 @@ def run(args: argparse.Namespace, program: str, arguments: list[str]) -> int:
     creator, statistics = compose_creator(args.creator, args.max_memory, report)
 
     def work() -> int:
-        return execute(program, read_program(program), [os.path.basename(program), *arguments], environment, directories, creator)
+        return execute(program, read_program(program), [os.path.basename(program), *arguments], environment,
+                       directories, creator)
 
     try:
         status, running = in_a_thread(work)
