@@ -46,6 +46,50 @@ def test_types_and_the_c_face_are_beside_the_code():
         assert (PACKAGE / name).is_file(), name
 
 
+def test_a_star_import_takes_what_is_public_and_leaves_wasmtime_alone():
+    # The module may also be missing: whatever is imported by that name is not there.
+    child = subprocess.run([sys.executable, "-W", "error", "-c", """if True:
+        import sys
+        sys.modules["wasmtime"] = None
+        wasmtime = "the user's own"
+        from linmem import *
+        print(wasmtime, create(1).byte_size(), MemoryType.__name__)
+        """], env=ENV, timeout=120, text=True, capture_output=True)
+    assert (child.returncode, child.stdout.strip()) == (0, "the user's own 1 MemoryType"), child.stderr
+
+
+@pytest.mark.parametrize("missing", ["all", "_os/pages", "_memory", "_adaptors"])
+def test_sources_without_their_extensions_say_so_and_what_to_do(tmp_path, missing):
+    kept = [] if missing == "all" else [f"{missing}."]
+    shutil.copytree(PACKAGE, tmp_path / "linmem", ignore=lambda folder, names: [
+        name for name in names if name == "__pycache__" or (name.endswith((".so", ".pyd")) and (
+            not kept or f"{Path(folder).relative_to(PACKAGE) / name}".replace(os.sep, "/").startswith(kept[0])))])
+    # Without site-packages, where the import hook of an editable install would find the extensions.
+    child = subprocess.run([sys.executable, "-S", "-W", "error", "-c", "import linmem"], cwd=tmp_path, timeout=120,
+                           text=True, env={**ENV, "PYTHONPATH": str(tmp_path)}, capture_output=True)
+    assert child.returncode == 1
+    said = child.stderr.strip().splitlines()[-1]
+    assert said.startswith(f"ImportError: linmem was imported from the folder {str(tmp_path / 'linmem')!r}, where its"
+                           " extension modules are not built for this Python (No module named 'linmem.")
+    assert "pip install -e ." in said
+
+
+def test_an_import_error_that_is_not_of_the_extensions_stays_what_it_is(tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / "linmem", ignore=shutil.ignore_patterns("__pycache__"))
+    with open(tmp_path / "linmem" / "abc.py", "a", encoding="utf-8") as file:
+        file.write("import no_such_module\n")
+    child = subprocess.run([sys.executable, "-c", "import linmem"], cwd=tmp_path, timeout=120, text=True,
+                           env={**ENV, "PYTHONPATH": str(tmp_path)}, capture_output=True)
+    assert child.stderr.strip().splitlines()[-1] == "ModuleNotFoundError: No module named 'no_such_module'"
+
+
+def test_the_commands_of_the_readme_leave_a_clone_in_which_linmem_can_be_imported():
+    commands = re.findall(r"^<!-- ci: (\w+) -->\n```sh\n(.*)\n```$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
+    assert [name for name, _ in commands] == ["demo", "test"]
+    for name, command in commands:
+        assert re.search(rf"pip install -e '\.\[{name}\]'", command)
+
+
 def build(kind: str, folder: Path) -> Path:
     source = folder / "source"
     # A copy without what earlier builds left: a stale build/ would end up in the wheel.

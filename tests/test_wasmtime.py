@@ -1,6 +1,8 @@
 """linmem under a real wasmtime engine: what wasm sees, what Python sees, and who owns what."""
 
+import copy
 import gc
+import pickle
 import threading
 import weakref
 
@@ -593,3 +595,60 @@ def test_a_python_memory_that_does_not_cover_its_guard_never_reaches_wasm():
 
     with pytest.raises(wasmtime.WasmtimeError, match=r"ValueError: Liar.wasm_accessible\(\) must cover"):
         instantiate(GROWING.format(limits="1"), LyingCreator())
+
+
+def test_handles_on_one_memory_are_equal_and_of_one_hash():
+    store, exports = instantiate(GROWING.format(limits="1"))
+    other, others = instantiate(GROWING.format(limits="1"))
+    one, two = (linmem.wasmtime.linear_memory(store, exports["memory"]) for _ in range(2))
+    assert one is not two
+    assert one == two
+    assert len({one, two}) == 1
+    assert one != linmem.wasmtime.linear_memory(other, others["memory"])
+    two.close()
+    assert one != two
+    assert one == linmem.wasmtime.linear_memory(store, exports["memory"])
+    store.close()
+    other.close()
+
+
+def test_new_memory_keeps_few_compiled_modules_and_those_that_were_used_last(monkeypatch):
+    config = wasmtime.Config()
+    linmem.wasmtime.install(config)
+    engine = wasmtime.Engine(config)
+    compiled = []
+
+    class Module(wasmtime.Module):
+        def __init__(self, engine, wat):
+            compiled.append(wat)
+            super().__init__(engine, wat)
+
+    monkeypatch.setattr(linmem.wasmtime.wasmtime, "Module", Module)
+    store = wasmtime.Store(engine)
+
+    def make(n):
+        before = len(compiled)
+        memory = linmem.wasmtime.new_memory(store, wasmtime.MemoryType(wasmtime.Limits(0, n)))
+        assert memory.size(store) == 0
+        return len(compiled) - before
+
+    most = linmem.wasmtime._MODULES
+    assert sum(make(n) for n in range(40)) == 40
+    assert len(linmem.wasmtime._modules[engine]) == most
+    assert [make(39), make(40 - most), make(39 - most)] == [0, 0, 1]
+    assert make(40 - most) == 0             # it was used after the others
+    store.close()
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_prepared_modules_and_snapshots_say_that_they_cannot_be_pickled_or_copied(duplicate):
+    config = wasmtime.Config()
+    linmem.wasmtime.install(config)
+    engine = wasmtime.Engine(config)
+    store = wasmtime.Store(engine)
+    prepared = linmem.wasmtime.prepare(engine, '(module (memory (export "m") 1) (data (i32.const 0) "x"))')
+    snapshot = linmem.wasmtime.Snapshot.take(store, prepared.instantiate(store))
+    for thing in (prepared, snapshot):
+        with pytest.raises(TypeError, match=r"^a (Prepared|Snapshot) cannot be pickled or copied: "):
+            duplicate(thing)
+    store.close()
