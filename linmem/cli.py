@@ -35,7 +35,7 @@ it is one line, the last, also if PROGRAM could not be run; sizes are bytes, tim
 "resident" is the physical memory at the end, which is its peak: wasm memories give nothing back.
 
 Exit codes: the program's (0 to 125, as wasmtime allows); 134 if it trapped; 130 on Ctrl-C; 2 if
-the command line is wrong; 1 if PROGRAM cannot be run, with one line that says why."""
+the command line is wrong; 1 if PROGRAM cannot be read or run, with one line that says why."""
 
 DEMO_DESCRIPTION = """\
 Show a NumPy view that stays valid while its memory grows, in Python and under a WebAssembly

@@ -303,7 +303,7 @@ def test_an_upstream_that_is_no_creator_is_refused_by_name(kind, bad):
     options = {"limit_bytes": 1} if kind == "limiting" else {}
     with pytest.raises(TypeError, match=r"^upstream must be a MemoryCreator, got"):
         linmem.creator(kind, upstream=bad, **options)
-    with pytest.raises(TypeError, match=r"^upstream must be a NativeCreator \(a PythonCreator for one in Python\), got"):
+    with pytest.raises(TypeError, match=r"^upstream must be a NativeCreator \(a PythonCreator for .*\), got"):
         {"statistics": linmem.StatisticsCreator, "limiting": linmem.LimitingCreator,
          "pool": linmem.PoolingCreator}[kind](bad, **options)
 
@@ -421,7 +421,7 @@ def test_a_type_of_bytes_without_a_maximum_can_be_warmed():
     (lambda: linmem.creator("mmap", option=1),
      r"MmapCreator\(\) has no argument 'option'; its arguments are: prefault, huge_pages"),
     (lambda: linmem.creator("mmap", upstream=None), r"MmapCreator\(\) has no argument 'upstream'"),
-    (lambda: linmem.creator("pool", option=1), r"PoolingCreator\(\) has no argument 'option'; .* upstream, slots, .* im"),
+    (lambda: linmem.creator("pool", option=1), r"PoolingCreator\(\) has no argument 'option'; .* upstream, slots, "),
     (lambda: linmem.MmapCreator(True), r"MmapCreator\(\) takes no arguments without a name, got 1"),
     (lambda: linmem.PoolingCreator(None, 5), r"PoolingCreator\(\) takes at most 1 arguments without a name, got 2"),
     (lambda: linmem.LimitingCreator(), r"LimitingCreator\(\) needs the argument 'upstream'"),
@@ -485,7 +485,8 @@ def test_the_factory_names_every_option_of_every_kind():
     said = inspect.getdoc(linmem.creator)
     options = {"mmap": ["prefault", "huge_pages"], "limiting": ["upstream", "limit_bytes"],
                "statistics": ["upstream", "history"],
-               "pool": ["upstream", "slots", "keep_resident", "max_unused_warm", "reset", "when_full", "check", "image"]}
+               "pool": ["upstream", "slots", "keep_resident", "max_unused_warm", "reset", "when_full", "check",
+                        "image"]}
     assert set(options) == set(creators._KINDS)
     for kind, names in options.items():
         paragraph = said[said.index(f'"{kind}"'):].partition('\n    "')[0]
@@ -573,7 +574,7 @@ def test_an_array_of_objects_or_of_nothing_is_refused(dtype):
     import numpy as np
 
     with linmem.create(PAGE) as mem:
-        with pytest.raises(ValueError, match=r"^dtype must be that of plain bytes, got .*which (holds Python|has no size)"):
+        with pytest.raises(ValueError, match=r"^dtype must be that of plain bytes, got .*which (holds Py|has no size)"):
             mem.array(dtype)
         if hasattr(np.dtypes, "StringDType") if hasattr(np, "dtypes") else False:
             with pytest.raises(ValueError, match="holds Python objects"):
@@ -584,7 +585,7 @@ def test_an_array_of_objects_or_of_nothing_is_refused(dtype):
 @requires("numpy")
 @pytest.mark.parametrize("dtype", [None, 5, "no dtype", object()])
 def test_what_is_no_dtype_is_refused(dtype):
-    with linmem.create(PAGE) as mem, pytest.raises(TypeError, match="^dtype must be a NumPy dtype, got"):
+    with linmem.create(PAGE) as mem, pytest.raises(TypeError, match=r"^dtype must be a NumPy dtype, got"):
         mem.array(dtype)
 
 
@@ -593,11 +594,11 @@ def test_what_is_no_dtype_is_refused(dtype):
     (PAGE + 1, None, ValueError, rf"offset must be <= byte_size\(\) \({PAGE}\), got {PAGE + 1}"),
     (-1, None, ValueError, "offset must be >= 0, got -1"), (1.5, None, TypeError, "offset must be an integer"),
     (WORD, None, OverflowError, "offset must be below"),
-    (0, PAGE // 4 + 1, ValueError, rf"shape must hold <= {PAGE // 4} elements of 4 bytes from offset 0 in {PAGE} bytes"),
+    (0, PAGE // 4 + 1, ValueError, rf"shape must hold <= {PAGE // 4} elements of 4 bytes from offset 0 in {PAGE} b"),
     (1, PAGE // 4, ValueError, rf"shape must hold <= {PAGE // 4 - 1} elements of 4 bytes from offset 1"),
     (0, (2, PAGE), ValueError, "shape must hold <= "), (0, 1 << 100, ValueError, "shape must hold <= "),
     (0, -2, ValueError, "shape must be >= -1, got -2"), (0, (2, -3), ValueError, "shape must be >= -1, got -3"),
-    (0, (-1, -1), ValueError, "shape must have at most one -1"), (0, (0, -1), ValueError, "shape must have no -1 beside"),
+    (0, (-1, -1), ValueError, "shape must have at most one -1"), (0, (0, -1), ValueError, "shape must have no -1"),
     (0, "2", TypeError, "shape must be an integer or a tuple of integers, got str"),
     (0, (1, 1.5), TypeError, "shape must be an integer or a tuple of integers, got float"),
     (0, (1,) * 100, ValueError, "shape must be one that NumPy takes"),

@@ -243,10 +243,9 @@ def test_a_with_block_closes_the_handle_and_the_pages_go_with_the_last_view(expo
 def test_an_error_in_a_with_block_is_seen_where_an_array_is_left(export):
     before = live_bytes()
     array = None
-    with pytest.raises(KeyError) as caught:     # noqa: PT012
-        with linmem.create(PAGE) as mem:
-            array = export(mem)
-            raise KeyError("the body's own")
+    with pytest.raises(KeyError) as caught, linmem.create(PAGE) as mem:     # noqa: PT012
+        array = export(mem)
+        raise KeyError("the body's own")
     assert caught.value.__context__ is None
     assert mem.closed
     array[:1] = array[1:2]

@@ -84,7 +84,8 @@ def test_an_import_error_that_is_not_of_the_extensions_stays_what_it_is(tmp_path
 
 
 def test_the_commands_of_the_readme_leave_a_clone_in_which_linmem_can_be_imported():
-    commands = re.findall(r"^<!-- ci: (\w+) -->\n```sh\n(.*)\n```$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
+    readme = (ROOT / "README.md").read_text("utf-8")
+    commands = re.findall(r"^<!-- ci: (\w+) -->\n```sh\n(.*)\n```$", readme, re.MULTILINE)
     assert [name for name, _ in commands] == ["demo", "test"]
     for name, command in commands:
         assert re.search(rf"pip install -e '\.\[{name}\]'", command)
