@@ -212,7 +212,8 @@ def test_what_exports_a_typed_view_cannot_be_made_by_hand():
 
 
 NAMES = ["bool", "bool_", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16",
-         "float32", "float64", "complex64", "complex128", "byte", "ubyte", "short", "ushort", "intc", "uintc", "long", "ulong",
+         "float32", "float64", "complex64", "complex128", "byte", "ubyte", "short", "ushort", "intc", "uintc", "long",
+         "ulong",
          "longlong", "ulonglong", "intp", "uintp", "half", "single", "double", "csingle", "cdouble", "int", "float",
          "complex"]
 
