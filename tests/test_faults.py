@@ -1066,7 +1066,7 @@ def quiet_scene():
     vars(scene).update(
         guest=scene.mem, mem=mem, img=img, delta=img.diff(mem), path=path, file=Image.open(path),
         pool=linmem.PoolingCreator(), limit=linmem.LimitingCreator(MMAP(), BUDGET),
-        sums=linmem.StatisticsCreator(MMAP()), mmap=MMAP(), python=linmem.PythonCreator(MMAP()), native=NativeCreator(),
+        sums=linmem.StatisticsCreator(MMAP()), mmap=MMAP(), python=linmem.PythonCreator(MMAP()),
         snapshot=linmem.wasmtime.Snapshot.take(scene.store, scene.instance))
     scene.pool.create(3 * PAGE, **SHAPE).close()
     return scene
@@ -1096,6 +1096,12 @@ QUIET = {
     "Memory.read": lambda scene: scene.mem.read(0, 9 * PAGE),
     "Memory.write": lambda scene: scene.mem.write(0, b"x" * 9 * PAGE),
     "Memory.view": lambda scene: (scene.mem.view("d"), scene.mem.view("<H", 1), memoryview(scene.mem)),
+    "Memory.array": (lambda scene: scene.mem.array("M8[s]", 1)) if NEEDS["numpy"][0] else refuses(
+        ImportError, lambda scene: scene.mem.array("u1")),
+    "Memory.__bool__": lambda scene: bool(scene.mem),
+    "Memory.__contains__": lambda scene: (b"not there" in scene.mem, 255 in scene.mem),
+    "Memory.__eq__": lambda scene: scene.mem == scene.guest,
+    "Memory.__hash__": lambda scene: hash(scene.mem),
     "Memory.__enter__": lambda scene: scene.mem.__enter__(),
     "Memory.__len__": lambda scene: len(scene.mem),
     "Memory.__getitem__": lambda scene: (scene.mem[5], scene.mem[:], scene.mem[::2]),
@@ -1105,6 +1111,7 @@ QUIET = {
     "Memory.__reduce__": refuses(TypeError, lambda scene: pickle.dumps(scene.mem)),
     **attributes("mem Memory", "closed"),
     "Image": refuses(TypeError, lambda scene: Image()),
+    "Image.__bool__": lambda scene: bool(scene.img),
     "Image.__len__": lambda scene: len(scene.img),
     "Image.__eq__": lambda scene: scene.img == scene.file,
     "Image.__hash__": lambda scene: hash(scene.img),
@@ -1130,8 +1137,7 @@ QUIET = {
     "Delta.__repr__": lambda scene: repr(scene.delta),
     "Delta.__setattr__": refuses(AttributeError, lambda scene: setattr(scene.delta, "size", 1)),
     "Delta.__delattr__": refuses(AttributeError, lambda scene: delattr(scene.delta, "size")),
-    "NativeCreator": lambda scene: NativeCreator(),
-    "NativeCreator.__reduce__": lambda scene: scene.native.__reduce__(),
+    "NativeCreator": refuses(TypeError, lambda scene: NativeCreator()),
     "MmapCreator": lambda scene: MMAP(prefault=True, huge_pages=True),
     **attributes("mmap MmapCreator", "prefault", "huge_pages"),
     "LimitingCreator": lambda scene: linmem.LimitingCreator(scene.mmap, 0),
@@ -1147,8 +1153,7 @@ QUIET = {
         ("MmapCreator", "mmap"), ("LimitingCreator", "limit"), ("StatisticsCreator", "sums"),
         ("PythonCreator", "python"), ("PoolingCreator", "pool"), ("Prepared", "prepared"), ("Snapshot", "snapshot"))},
     **{f"{cls}.__reduce__": refuses(TypeError, lambda scene, name=name: pickle.dumps(getattr(scene, name)))
-       for cls, name in (("MmapCreator", "mmap"), ("LimitingCreator", "limit"), ("StatisticsCreator", "sums"),
-                         ("PythonCreator", "python"), ("PoolingCreator", "pool"))},
+       for cls, name in (("NativeCreator", "pool"), ("Prepared", "prepared"), ("Snapshot", "snapshot"))},
     "Snapshot": refuses(TypeError, lambda scene: linmem.wasmtime.Snapshot()),
     "linear_memory": lambda scene: linmem.wasmtime.linear_memory(scene.store, scene.exports["memory"]),
     # Plain Python: the traits, and records of what was found.
