@@ -15,8 +15,8 @@ from libc.stdlib cimport calloc, free
 from linmem._atomic cimport store
 from linmem._memory cimport (
     OWNER_LEFT, OWNER_WASMTIME, UNCHOSEN, ImageHandle, NativeCreator, acquire, drop_object, failure, failure_text,
-    fork_lock, image, image_release, image_retain, list_lock, memory, memory_grow_to, memory_release, memory_retain,
-    memory_size, memory_spec, unlock, wrap,
+    fork_lock, image, image_release, image_retain, list_lock, lock_memory, memory, memory_grow_to, memory_release,
+    memory_retain, memory_size, memory_spec, unlock, wrap,
 )
 from linmem._units cimport E_PYTHON
 
@@ -214,7 +214,10 @@ cdef wasmtime_error_t* new_memory(void* env, const wasm_memorytype_t* ty, size_t
     image_release(spec.image)
     if code:
         return to_error(&why)
-    acquire(&m.lock)        # a growth from Python is over, or finds who owns it now
+    code = lock_memory(m, &why)     # a growth from Python is over, or finds who owns it now
+    if code:
+        memory_release(m)
+        return to_error(&why)
     store(&m.owner, OWNER_WASMTIME)
     unlock(&m.lock)
     enter_table(m)

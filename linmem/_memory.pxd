@@ -176,7 +176,7 @@ cdef size_t NO_MAXIMUM
 cdef int memory_grow_to(memory* m, size_t new_size, failure* why) noexcept nogil
 cdef void memory_retain(memory* m) noexcept nogil
 cdef void memory_release(memory* m) noexcept nogil
-cdef int lock_memory(memory* m, bint by_python, failure* why) noexcept nogil
+cdef int lock_memory(memory* m, failure* why) noexcept nogil
 cdef int begin_move(memory* m, size_t new_size, failure* why) noexcept nogil
 cdef void end_move(memory* m) noexcept nogil
 cdef void memory_hang(memory* m, memory_hook* hook) noexcept nogil

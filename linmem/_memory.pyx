@@ -141,13 +141,15 @@ cdef int interrupted(failure* why) noexcept with gil:
         return fail_python(why, error)
 
 
-cdef int wait_in_call(int* looks, long long* since, failure* why) noexcept nogil:
-    """wait_a_moment(), for a thread that Python knows and that does not hold the GIL: Ctrl-C ends the wait."""
+cdef int wait_for_signals(int* looks, long long* since, failure* why) noexcept nogil:
+    """wait_a_moment(), where the wait may be long and the GIL is not held: on a thread that Python knows, Ctrl-C ends
+    it. looks and since are 0 at the start."""
     cdef long long now
     wait_a_moment(looks[0])
     looks[0] += 1
-    if looks[0] < LOOKS + YIELDS:
+    if looks[0] < LOOKS + YIELDS or PyGILState_GetThisThreadState() == NULL or is_finalizing():
         return 0
+    looks[0] = LOOKS + 2 * YIELDS if looks[0] > LOOKS + 2 * YIELDS else looks[0]
     now = pages.clock_ns()
     if now - since[0] < SIGNALS_EACH:
         return 0
@@ -362,9 +364,9 @@ cdef void unlist_memory(memory* m) noexcept nogil:
     unlock(&live_lock.held)
 
 
-cdef int lock_memory(memory* m, bint by_python, failure* why) noexcept nogil:
-    """Where the holder may be running a Python memory's grow_to. by_python: of a thread that Python knows, in a call
-    of Python's; Ctrl-C ends the wait. 0: unlock(&m.lock) follows."""
+cdef int lock_memory(memory* m, failure* why) noexcept nogil:
+    """acquire() of a memory's lock, whose holder may be in a Python memory's grow_to for long. 0: unlock(&m.lock)
+    follows."""
     cdef long long holder
     cdef long long since = 0
     cdef int looks = 0, code = 0
@@ -376,11 +378,7 @@ cdef int lock_memory(memory* m, bint by_python, failure* why) noexcept nogil:
         holder = load(&m.lock)
         if holder != generation and swap_if(&m.lock, holder, generation):
             return 0
-        if by_python:
-            code = wait_in_call(&looks, &since, why)
-        else:
-            wait_a_moment(looks)
-            looks += 1
+        code = wait_for_signals(&looks, &since, why)
     return code
 
 
@@ -391,7 +389,7 @@ cdef int lock_in_call(memory* m) except -1:
     if swap_if(&m.lock, 0, generation):
         return 0
     with nogil:
-        code = lock_memory(m, True, &why)
+        code = lock_memory(m, &why)
         if code == 0 and m.broken:
             unlock(&m.lock)
             code = fail(&why, E_BROKEN, "wait", 0)
@@ -411,7 +409,7 @@ cdef inline int grow_locked(memory* m, size_t new_size, bint by_python, failure*
     cdef int code = 0
     cdef size_t size
     if not swap_if(&m.lock, 0, generation):
-        code = lock_memory(m, by_python, why)
+        code = lock_memory(m, why)
         if code:
             return code
     size = memory_size(m)
@@ -533,7 +531,7 @@ cdef int wait_for_mover(memory* m) except -1:
         if is_own_growth(m):
             code = fail(&why, E_OWN_GROWTH, "wait", 0)
         while code == 0 and pins_now(m) < 0:
-            code = wait_in_call(&looks, &since, &why)
+            code = wait_for_signals(&looks, &since, &why)
         if code == 0 and m.broken:
             code = fail(&why, E_BROKEN, "wait", 0)
     if code:
@@ -571,7 +569,8 @@ cdef int begin_move(memory* m, size_t new_size, failure* why) noexcept nogil:
     """The base may change until end_move(): nobody points into the memory, and nobody begins to. With the lock
     held; waits for accesses under way."""
     cdef long long pins
-    cdef int looks = 0
+    cdef long long since = 0
+    cdef int looks = 0, code = 0
     if m.is_shared or m.protected_pages:
         fail(why, E_CAPACITY, "grow_to", new_size, 0, m.capacity)
         snprintf(why.detail, sizeof(why.detail),
@@ -581,10 +580,11 @@ cdef int begin_move(memory* m, size_t new_size, failure* why) noexcept nogil:
         pins = pins_now(m)
         if pins > 0:
             return fail(why, E_EXPORTED, "grow_to", new_size, <size_t>pins, m.capacity)
-    while accesses_of_now(load(&m.accesses)) != generation << 32:
-        wait_a_moment(looks)
-        looks += 1
-    return 0
+    while code == 0 and accesses_of_now(load(&m.accesses)) != generation << 32:
+        code = wait_for_signals(&looks, &since, why)
+    if code:
+        end_move(m)
+    return code
 
 
 cdef void end_move(memory* m) noexcept nogil:
