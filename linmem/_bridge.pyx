@@ -15,8 +15,8 @@ from libc.stdlib cimport calloc, free
 from linmem._atomic cimport store
 from linmem._memory cimport (
     OWNER_LEFT, OWNER_WASMTIME, UNCHOSEN, ImageHandle, NativeCreator, acquire, drop_object, failure, failure_text,
-    fork_lock, image, image_release, image_retain, list_lock, memory, memory_grow_to, memory_release, memory_retain,
-    memory_size, memory_spec, unlock, wrap,
+    fork_lock, image, image_release, image_retain, list_lock, lock_memory, memory, memory_grow_to, memory_release,
+    memory_retain, memory_size, memory_spec, unlock, wrap,
 )
 from linmem._units cimport E_PYTHON
 
@@ -67,23 +67,39 @@ cdef inline memory** bucket(char* base) noexcept nogil:
 
 
 cdef void enter_table(memory* m) noexcept nogil:
-    cdef memory** head = bucket(m.base)
     acquire(&table_lock.held)
-    m.registered = m.base
-    m.registry_next = head[0]
-    head[0] = m
+    put_in_table(m)
     unlock(&table_lock.held)
 
 
 cdef void leave_table(memory* m) noexcept nogil:
-    cdef memory** link = bucket(m.registered)
     acquire(&table_lock.held)
+    take_out_of_table(m)
+    unlock(&table_lock.held)
+
+
+cdef void move_in_table(memory* m) noexcept nogil:
+    """At once: a child that is forked meanwhile finds the memory, too."""
+    acquire(&table_lock.held)
+    take_out_of_table(m)
+    put_in_table(m)
+    unlock(&table_lock.held)
+
+
+cdef inline void put_in_table(memory* m) noexcept nogil:
+    cdef memory** head = bucket(m.base)
+    m.registered = m.base
+    m.registry_next = head[0]
+    head[0] = m
+
+
+cdef inline void take_out_of_table(memory* m) noexcept nogil:
+    cdef memory** link = bucket(m.registered)
     while link[0] != NULL:
         if link[0] == m:
             link[0] = m.registry_next
             break
         link = &link[0].registry_next
-    unlock(&table_lock.held)
 
 
 # -- images for the memories that this thread will ask for next ------------------------------------
@@ -121,12 +137,13 @@ cdef void next_image(size_t minimum, image** out) noexcept nogil:
 cdef wasmtime_error_t* to_error(failure* why) noexcept nogil:
     cdef char text[512]
     if why.code == E_PYTHON:
-        return python_error(why)
+        return python_error(why, PyGILState_GetThisThreadState() != NULL)
     failure_text(why, text, sizeof(text))
     return wasmtime.error_new(text)
 
 
-cdef wasmtime_error_t* python_error(failure* why) noexcept with gil:
+cdef wasmtime_error_t* python_error(failure* why, bint is_pythons) noexcept with gil:
+    """is_pythons: Python called wasmtime on this thread, and goes on when that returns."""
     cdef object error = <object>why.exception
     cdef bytes text
     Py_DECREF(error)
@@ -134,7 +151,26 @@ cdef wasmtime_error_t* python_error(failure* why) noexcept with gil:
         text = f"{type(error).__name__}: {error}".encode("utf-8", "replace")
     except BaseException:
         text = type(error).__name__.encode("utf-8", "replace")
+    if not isinstance(error, Exception):
+        raise_later(error, is_pythons)
     return wasmtime.error_new(<const char*>text)
+
+
+cdef extern from *:
+    void* PyGILState_GetThisThreadState() noexcept nogil
+    unsigned long PyThread_get_thread_ident() noexcept nogil
+    int PyThreadState_SetAsyncExc(unsigned long thread, PyObject* exception) except -1
+
+
+cdef void raise_later(object error, bint is_pythons) noexcept:
+    """KeyboardInterrupt, SystemExit and their like are not for the guest: the next Python code that this thread runs
+    raises `error` itself. That is the caller of wasm, or a host function or a creator that wasm calls before; from there
+    it comes up the same way again."""
+    if not is_pythons:
+        raise error             # Cython prints what a function that cannot raise has raised
+    # A class is asked for, and called for the exception. Where it is not the exception's own, it is one for `except`.
+    again = type(type(error).__name__, (type(error),), {"__new__": lambda *_, **__: error})
+    PyThreadState_SetAsyncExc(PyThread_get_thread_ident(), <PyObject*>again)
 
 
 cdef uint8_t* get_memory(void* env, size_t* byte_size, size_t* byte_capacity) noexcept nogil:
@@ -149,8 +185,7 @@ cdef wasmtime_error_t* grow_memory(void* env, size_t new_size) noexcept nogil:
     cdef failure why
     cdef int code = memory_grow_to(m, new_size, &why)
     if m.base != m.registered:
-        leave_table(m)
-        enter_table(m)
+        move_in_table(m)
     return to_error(&why) if code else NULL
 
 
@@ -181,7 +216,10 @@ cdef wasmtime_error_t* new_memory(void* env, const wasm_memorytype_t* ty, size_t
     image_release(spec.image)
     if code:
         return to_error(&why)
-    acquire(&m.lock)        # a growth from Python is over, or finds who owns it now
+    code = lock_memory(m, &why)     # a growth from Python is over, or finds who owns it now
+    if code:
+        memory_release(m)
+        return to_error(&why)
     store(&m.owner, OWNER_WASMTIME)
     unlock(&m.lock)
     enter_table(m)

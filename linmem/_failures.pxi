@@ -3,7 +3,7 @@
 from cpython.exc cimport PyErr_Clear, PyErr_Occurred
 from cpython.ref cimport Py_INCREF
 
-from linmem._units cimport E_EXHAUSTED, E_IMAGE, E_LIMIT, E_OWNED, E_PYTHON
+from linmem._units cimport E_BROKEN, E_EXHAUSTED, E_IMAGE, E_LIMIT, E_OWNED, E_OWN_GROWTH, E_PYTHON
 
 from linmem import errors as _errors
 from linmem._os import pages as _pages
@@ -49,6 +49,10 @@ cdef const char* reason(int code) noexcept nogil:
         return "IMAGE"
     if code == E_OWNED:
         return "OWNED"
+    if code == E_OWN_GROWTH:
+        return "OWN_GROWTH"
+    if code == E_BROKEN:
+        return "BROKEN"
     return "UNSUPPORTED"
 
 
@@ -85,6 +89,12 @@ cdef void failure_text(const failure* why, char* text, size_t room) noexcept nog
     elif code == E_OWNED:
         snprintf(text, room, "a wasmtime store owns this memory: grow it with wasmtime.Memory.grow(store, delta)"
                              " instead")
+    elif code == E_OWN_GROWTH:
+        snprintf(text, room, "this thread is in a growth of this memory already, and would wait for itself: the"
+                             " grow_to() of a memory in Python must not use linmem's handle on that memory")
+    elif code == E_BROKEN:
+        snprintf(text, room, "the memory is lost: its grow_to() failed, or broke off, and the object behind it no longer"
+                             " says where its bytes are")
     else:
         if why.detail[0] == 0:
             between = "by this kind of memory"
@@ -105,6 +115,12 @@ cdef int raise_failure(const failure* why) except -1:
     raise _errors.from_failure(
         reason(why.code).decode(), message, os_error_args=_pages.os_error_args(why.code, message),
         call=why.call.decode(), size=why.size, used=why.used, limit=why.limit)
+
+
+cdef int raise_code(int code) except -1:
+    cdef failure why
+    fail(&why, code, "use", 0)
+    return raise_failure(&why)
 
 
 cdef extern from *:

@@ -12,10 +12,25 @@ from linmem._delta import Delta as _Delta
 from linmem._checks import check_bytes as _check_bytes, given as _given, refuse_buffer as _refuse_buffer
 from linmem._formats import array_on as _array_on, resolve as _resolve_format
 
-# Of Memory.users, far apart and far below what threads can add to it.
-cdef long long CLOSING = -(<long long>1 << 61)      # __exit__ closed it; its last user releases the memory
-cdef long long CLOSED = -(<long long>1 << 62)       # the handle has released its reference
 cdef size_t SEARCH_STEP = 1 << 20                   # bytes that `in` copies at a time
+
+# Memory.users, from the top. One word, so that close() sees all of it at once.
+#
+#   63      62           49 .. 61                               20 .. 48           0 .. 19
+#   closed  given back   the generation that the calls are of   exported buffers   calls under way
+#
+# Calls are those of threads, and a forked child does not have the parent's: there those of an older generation are none.
+# Exported buffers are objects, and the child has them.
+cdef enum:
+    ONE_CALL = 1
+    CALLS = (1 << 20) - 1
+    EXPORTS_SHIFT = 20
+    TAG_SHIFT = 49
+cdef long long ONE_EXPORT = 1 << EXPORTS_SHIFT
+cdef long long EXPORTS = ((<long long>1 << (TAG_SHIFT - EXPORTS_SHIFT)) - 1) << EXPORTS_SHIFT
+cdef long long TAG = <long long>TAGS << TAG_SHIFT
+cdef long long GIVEN_BACK = <long long>1 << 62
+cdef long long CLOSED = -GIVEN_BACK - GIVEN_BACK
 cdef size_t RELEASE_GIL_FROM = 1 << 16              # bytes; a shorter copy costs less than letting go
 
 
@@ -29,6 +44,7 @@ cdef object wrap(memory* m):
             memory_release(m)
         raise
     handle.m = m
+    handle.users = gate_tag << TAG_SHIFT
     return handle
 
 
@@ -46,60 +62,102 @@ cdef class Memory:
             raise TypeError("a Memory is made by a creator: linmem.create(minimum)")
 
     def __dealloc__(self):
-        if self.m != NULL and load(&self.users) >= 0:
+        if self.m != NULL and load(&self.users) & GIVEN_BACK == 0:
             with nogil:
                 memory_release(self.m)
 
-    # The gate. Whoever is inside keeps the reference on m; close() gets in only when nobody is. m itself is written
-    # once, by who made the handle: nobody looks at it after close().
+    # The gate. Whoever is inside keeps the reference on m. close() shuts the gate, and the last one that leaves gives m
+    # back. m itself is written once, by who made the handle: nobody looks at it from outside.
+    #
+    # Between enter() and leave() nothing may raise, unless a `try` stands right behind enter(); and no Python code of
+    # others runs there, but for the grow_to of a memory in Python.
     cdef memory* enter(self) except NULL:
-        if add_with_gil(&self.users, 1) < 0 or self.m == NULL:
-            self.leave()
-            raise ValueError("the memory is closed")
+        cdef long long now = add_with_gil(&self.users, ONE_CALL)
+        if now >> TAG_SHIFT != gate_tag or self.m.broken:
+            self.refuse_entry(now)
         return self.m
 
-    cdef void leave(self) noexcept:
-        if add_with_gil(&self.users, -1) == CLOSING:
-            self.end_closing()
+    cdef int refuse_entry(self, long long now) except -1:
+        """Raises, or it was the first look in a forked child, and all is well."""
+        while now >= 0 and now >> TAG_SHIFT != gate_tag and self.m != NULL:
+            self.settle()           # forgets the call that was counted, too
+            now = add_with_gil(&self.users, ONE_CALL)
+        if now < 0 or self.m == NULL:
+            self.leave()
+            raise ValueError("the memory is closed")
+        if self.m.broken:
+            self.leave()
+            raise_code(E_BROKEN)
+        return 0
 
-    # Called by each thread that finds no user left in a handle that is closing. The swap lets exactly one of them
-    # release the memory. It fails if another thread is at the door of enter(): that thread is refused, leaves, and
-    # calls this method again.
-    cdef void end_closing(self) noexcept:
-        if swap_if(&self.users, CLOSING, CLOSED):
+    cdef void settle(self) noexcept:
+        cdef long long was, now
+        while True:
+            was = load(&self.users)
+            now = (was & ~(TAG | CALLS)) | gate_tag << TAG_SHIFT
+            if was & TAG == now & TAG:
+                return
+            if swap_if(&self.users, was, now):
+                break
+        if now < 0:
+            self.last_left(now)
+
+    cdef void leave(self) noexcept:
+        cdef long long now = add_with_gil(&self.users, -ONE_CALL)
+        if now < 0 or now & CALLS == CALLS:
+            self.last_left(now)
+
+    cdef void last_left(self, long long now) noexcept:
+        cdef memory* m = self.m
+        if now & CALLS == CALLS:        # who left had entered before this process was forked, and was forgotten
+            add_with_gil(&self.users, ONE_CALL)
+        elif now & (GIVEN_BACK | EXPORTS | CALLS) == 0 and swap_if(&self.users, now, now | GIVEN_BACK):
             with nogil:
-                memory_release(self.m)
+                memory_release(m)
 
     def close(self):
         """Give up this handle; the pages go with the memory's last handle, and not before wasmtime has dropped it.
 
-        Closing twice is closing once. Afterwards every other call is `ValueError`. On a memory that a wasmtime store
-        owns, this handle alone is closed: the program goes on, and `linmem.wasmtime.linear_memory` gives a new handle.
+        Closing twice is closing once, in whatever threads. Afterwards every other call is `ValueError`. Calls that
+        are under way in other threads end as if they had come before; the pages go with the last of them. On a memory
+        that a wasmtime store owns, this handle alone is closed: the program goes on, and
+        `linmem.wasmtime.linear_memory` gives a new handle.
 
         Raises
         ------
         BufferError
             While buffers are exported from this handle; it says how many.
+        RuntimeError
+            In the grow_to of the memory in Python that is behind this handle.
         """
-        cdef memory* m
-        cdef long long users
-        try:
-            m = self.enter()
-        except ValueError:
+        cdef memory* m = self.m
+        cdef long long now
+        cdef bint own
+        if m == NULL:
             return
+        self.settle()
+        now = add_with_gil(&self.users, ONE_CALL)
+        if now < 0:
+            self.leave()
+            return
+        own = is_own_growth(m)
+        while now >= 0 and now & EXPORTS == 0 and not own:
+            if swap_if(&self.users, now, now | CLOSED):
+                now |= CLOSED
+            else:
+                now = load(&self.users)
         self.leave()
-        if not swap_if(&self.users, 0, CLOSED):
-            users = load(&self.users)
-            if users < 0:
-                return
-            raise BufferError(f"cannot close the memory: {users} exported buffer(s) still point into it")
-        with nogil:
-            memory_release(m)
+        if now < 0:
+            return
+        if own:
+            raise_code(E_OWN_GROWTH)
+        raise BufferError(f"cannot close the memory: {(now & EXPORTS) >> EXPORTS_SHIFT} exported buffer(s) still point"
+                          " into it")
 
     @property
     def closed(self):
         """Whether the handle was closed, by `close` or at the end of a ``with`` block."""
-        return load(&self.users) < 0 or self.m == NULL
+        return self.m == NULL or load(&self.users) < 0
 
     def __enter__(self):
         self.enter()
@@ -111,13 +169,14 @@ cdef class Memory:
 
         It raises nothing, so that an error of the block is seen.
         """
-        cdef long long users = load(&self.users)
-        while users >= 0 and self.m != NULL:
-            if swap_if(&self.users, users, CLOSING + users):
-                if users == 0:
-                    self.end_closing()
-                return
-            users = load(&self.users)
+        cdef long long now
+        if self.m == NULL:
+            return
+        now = load(&self.users)
+        while now >= 0 and not swap_if(&self.users, now, now | CLOSED):
+            now = load(&self.users)
+        if now >= 0:
+            self.last_left(now | CLOSED)
 
     # Handles on the same memory are equal while both are open: afterwards the address may be another memory's. The
     # hash is that of the address, which a handle never changes.
@@ -134,14 +193,14 @@ cdef class Memory:
     def byte_size(self):
         """Bytes accessible now; mirrors ``wasmtime::LinearMemory::byte_size``."""
         cdef memory* m = self.enter()
-        size = memory_size(m)
+        cdef size_t size = memory_size(m)
         self.leave()
         return size
 
     def byte_capacity(self):
         """Bytes up to which growth never moves the base; ``wasmtime::LinearMemory::byte_capacity``."""
         cdef memory* m = self.enter()
-        capacity = peek(&m.capacity)
+        cdef size_t capacity = peek(&m.capacity)
         self.leave()
         return capacity
 
@@ -195,7 +254,7 @@ cdef class Memory:
     def as_ptr(self):
         """Address of byte 0, a multiple of the host page; mirrors ``wasmtime::LinearMemory::as_ptr``."""
         cdef memory* m = self.enter()
-        address = <size_t>peek_address(&m.base)
+        cdef size_t address = <size_t>peek_address(&m.base)
         self.leave()
         return address
 
@@ -206,11 +265,13 @@ cdef class Memory:
         """
         cdef memory* m = self.enter()
         cdef size_t base, end
-        begin_access(m)
-        base = <size_t>peek_address(&m.base)
-        end = base + peek(&m.covered)
-        end_access(m)
-        self.leave()
+        try:
+            begin_access(m)
+            base = <size_t>peek_address(&m.base)
+            end = base + peek(&m.covered)
+            end_access(m)
+        finally:
+            self.leave()
         return range(base, end)
 
     # -- bytes
@@ -253,17 +314,31 @@ cdef class Memory:
 
     def __getbuffer__(self, Py_buffer* buffer, int flags):
         cdef memory* m = self.enter()
-        pin(m)
+        cdef bint pinned = False
         try:
+            pin(m)
+            pinned = True
             PyBuffer_FillInfo(buffer, self, m.base, <Py_ssize_t>memory_size(m), 0, flags)
         except BaseException:
-            unpin(m)
+            if pinned:
+                unpin(m)
             self.leave()
             raise
+        self.call_becomes_export()
 
     def __releasebuffer__(self, Py_buffer* buffer):
+        self.release_export()
+
+    cdef void call_becomes_export(self) noexcept:
+        add_with_gil(&self.users, ONE_EXPORT - ONE_CALL)
+
+    cdef void release_export(self) noexcept:
+        cdef long long now
         unpin(self.m)
-        self.leave()
+        now = add_with_gil(&self.users, -ONE_EXPORT)
+        if now < 0:
+            self.settle()       # in a forked child, calls of the parent's threads keep nothing
+            self.last_left(load(&self.users))
 
     def view(self, format="B", offset=0, count=None):
         """Export a part of the memory as elements of a type, without a copy.
@@ -487,9 +562,8 @@ cdef class Memory:
         cdef failure why
         cdef int code
         cdef ImageHandle handle = ImageHandle.__new__(ImageHandle)
-        cdef memory* m = self.enter()
+        cdef memory* m = self.enter_locked()
         with nogil:
-            acquire(&m.lock)
             code = refuse_protected(m, "snapshot", &why)
             if code == 0:
                 code = memory_snapshot(m, &it, &why)
@@ -538,14 +612,13 @@ cdef class Memory:
         cdef bint grown = zero_grown
         handle = <ImageHandle>image
         cdef memory* m = self.enter()
-        if load(&m.owner) == OWNER_WASMTIME:
-            if not try_acquire(&m.lock):
-                self.leave()
-                raise _errors.OwnedError("another thread is growing this memory, which a wasmtime store owns, or"
-                                         " looks at all of it: restore it when no call runs in that store")
-        else:
-            with nogil:
-                acquire(&m.lock)
+        if load(&m.owner) != OWNER_WASMTIME:
+            self.leave()
+            m = self.enter_locked()
+        elif not try_acquire(&m.lock):
+            self.leave()
+            raise _errors.OwnedError("another thread is growing this memory, which a wasmtime store owns, or"
+                                     " looks at all of it: restore it when no call runs in that store")
         with nogil:
             size = memory_size(m)
             right = handle.it.end
@@ -647,8 +720,8 @@ cdef class Memory:
         pieces = list(delta.pieces())       # nothing of a class of the caller's runs from here on
         m = self.enter()
         try:
+            lock_in_call(m)
             with nogil:
-                acquire(&m.lock)
                 code = refuse_protected(m, "apply", &why)
                 unlock(&m.lock)
             if code:
@@ -706,8 +779,8 @@ cdef class Memory:
         try:
             check_span(start, n, memory_size(m))
             if n:
+                lock_in_call(m)
                 with nogil:
-                    acquire(&m.lock)
                     code = pages.protect(m.base + start, n, how)
                     if code:
                         fail_page_call(&why, code, "protect", n)
@@ -755,12 +828,12 @@ cdef class Memory:
         m = self.enter_pages("discard")
         try:
             n = check_rest(start, size, memory_size(m))
+            lock_in_call(m)
             with nogil:
                 # Whole pages go back to the OS; what is left of the first and the last is zeroed.
                 head = start
                 round_up(start, page, &head)
                 tail = round_down(start + n, page)
-                acquire(&m.lock)
                 is_split = m.protected_pages and (start & (page - 1) != 0 or (
                     n & (page - 1) != 0 and start + n != memory_size(m)))
                 if m.protected_pages and not pages.capabilities().discard_any_protection:
@@ -810,10 +883,10 @@ cdef class Memory:
         try:
             n = check_rest(start, size, memory_size(m))
             if n:
+                lock_in_call(m)
                 with nogil:
                     first = round_down(start, page)
                     round_up(start + n, page, &end)
-                    acquire(&m.lock)
                     if m.protected_pages and not pages.capabilities().populates:
                         code = fail(&why, E_UNSUPPORTED, "prefault", n)
                         snprintf(why.detail, sizeof(why.detail), "with protected pages, on this system")
@@ -830,10 +903,20 @@ cdef class Memory:
     cdef memory* enter_pages(self, str call) except NULL:
         """enter(), for the calls that only a memory of our own pages has."""
         cdef memory* m = self.enter()
+        cdef const char* kind = m.ops.kind
         if not m.ops.pages_are_ours:
-            kind = m.ops.kind.decode()
             self.leave()
-            raise TypeError(f"{call} is not supported by a memory of kind {kind!r}: its pages are not linmem's")
+            raise TypeError(f"{call} is not supported by a memory of kind {kind.decode()!r}: its pages are not linmem's")
+        return m
+
+    cdef memory* enter_locked(self) except NULL:
+        """enter(), and the memory's lock. unlock() and leave() follow, and nothing between may raise."""
+        cdef memory* m = self.enter()
+        try:
+            lock_in_call(m)
+        except BaseException:
+            self.leave()
+            raise
         return m
 
     def info(self):
@@ -841,24 +924,25 @@ cdef class Memory:
 
         A page that was only read counts as resident, as the kernel's page of zeros is.
         """
-        cdef memory* m = self.enter()
+        from linmem.records import MemoryInfo
         cdef size_t resident = 0
         cdef failure why
         cdef int code = 0
-        cdef bint known = m.ops.resident != NULL
+        cdef bint known
         cdef size_t base, size, capacity, maximum, committed, pre_guard, guard
         cdef long long exports
-        from linmem.records import MemoryInfo
-        begin_access(m)
-        with nogil:
-            if known:
-                code = memory_resident(m, &resident, &why)
-            exports = max(pins_now(m), 0)
-            base, capacity, maximum = <size_t>peek_address(&m.base), peek(&m.capacity), peek(&m.maximum)
-            size, pre_guard, guard = memory_size(m), m.pre_guard, m.guard
-            committed = peek(&m.accessible)
-            end_access(m)
+        cdef memory* m = self.enter()
         try:
+            begin_access(m)
+            with nogil:
+                known = m.ops.resident != NULL
+                if known:
+                    code = memory_resident(m, &resident, &why)
+                exports = max(pins_now(m), 0)
+                base, capacity, maximum = <size_t>peek_address(&m.base), peek(&m.capacity), peek(&m.maximum)
+                size, pre_guard, guard = memory_size(m), m.pre_guard, m.guard
+                committed = peek(&m.accessible)
+                end_access(m)
             if code:
                 raise_failure(&why)
             return MemoryInfo(
@@ -882,8 +966,11 @@ cdef class Memory:
     def __repr__(self):
         if self.closed:
             return "<linmem.Memory, closed>"
-        return (f"<linmem.Memory: {self.byte_size()} bytes at {self.as_ptr():#x},"
-                f" capacity {self.byte_capacity()}>")
+        try:
+            return (f"<linmem.Memory: {self.byte_size()} bytes at {self.as_ptr():#x},"
+                    f" capacity {self.byte_capacity()}>")
+        except RuntimeError:
+            return "<linmem.Memory, lost>"
 
     def __reduce__(self):
         raise TypeError("a Memory cannot be pickled or copied: it is an address in this process (mem.snapshot() can)")
@@ -924,9 +1011,8 @@ cdef int memory_changes(Memory mem, object since, str name, changes* out) except
         raise TypeError(f"{name} must be an Image, got {type(since).__name__}")
     base = <ImageHandle>since
     memset(out, 0, sizeof(changes))
-    m = mem.enter()
+    m = mem.enter_locked()
     with nogil:
-        acquire(&m.lock)
         code = refuse_protected(m, "dirty_pages", &why)
         if code == 0:
             code = compare(m, NULL, base.it, out, &why)
@@ -1010,7 +1096,12 @@ cdef class Window:
         if self.memory is None:
             raise TypeError("a Window is made by Memory.view()")
         cdef memory* m = self.memory.enter()
-        pin(m)
+        try:
+            pin(m)
+        except BaseException:
+            self.memory.leave()
+            raise
+        self.memory.call_becomes_export()
         buffer.buf = m.base + self.offset
         buffer.obj = self
         buffer.len = self.shape[0] * self.strides[0]
@@ -1024,5 +1115,4 @@ cdef class Window:
         buffer.internal = NULL
 
     def __releasebuffer__(self, Py_buffer* buffer):
-        unpin(self.memory.m)
-        self.memory.leave()
+        self.memory.release_export()

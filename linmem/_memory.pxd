@@ -90,12 +90,19 @@ cdef enum:
 
 ctypedef memory* memory_ptr
 
+# A growth that runs Python code: this thread is in it, and would wait for itself if that code waited for the memory.
+cdef struct own_growth:
+    own_growth* outer
+    memory* m
+
 # What one kind of memory can do. `grow` is called with the memory's lock held.
 cdef struct memory_ops:
     const char* kind
     int (*grow)(memory* m, size_t new_size, failure* why) noexcept nogil
     int (*resident)(memory* m, size_t* bytes, failure* why) noexcept nogil     # NULL: not ours to ask for
     void (*free)(memory* m) noexcept nogil      # the last reference is gone: pages and struct
+    # In a forked child, which does not have the thread that was moving the memory. NULL: a fork waits for a move.
+    void (*lose)(memory* m) noexcept nogil
     bint pages_are_ours                         # protect, discard and prefault make sense
 
 # What an adaptor hangs on each memory that comes through it. Outermost adaptor first. NULL: not
@@ -136,6 +143,7 @@ cdef struct memory:
     size_t pre_guard
     size_t guard
     size_t covered              # base .. base+covered is ours or faults: what wasm may touch
+    bint broken                 # of a memory in Python: nobody knows where it is any more
     bint is_shared
     bint protected_pages        # protect() was used: pages differ, so the mapping cannot move as one
     bint moved                  # the mapping has moved once: what it grew since is a second mapping
@@ -147,6 +155,14 @@ cdef struct memory:
     size_t dirtied              # bytes that a restore found written, the first since pages were given back; or 0
     memory* registry_next       # the bridge's table of memories that wasmtime holds, by the base that they had when
     char* registered            # they were put there
+    # For a child that is forked in the middle of a growth, and does not have the thread that was in it:
+    size_t opening              # up to here, pages beyond the size may be accessible already; 0: no growth is under way
+    size_t growing_from         # with hooks: what the growth is from, and to; to 0: none is under way
+    size_t growing_to
+    memory_hook* tell_from      # whose after_grow is still to be called: from the one up to the other
+    memory_hook* tell_to
+    memory* live_next           # of all memories of this process that a child must look through
+    memory* live_previous
     char apart[CACHE_LINE]      # another thread's memory may come next
 
 
@@ -160,9 +176,14 @@ cdef size_t NO_MAXIMUM
 cdef int memory_grow_to(memory* m, size_t new_size, failure* why) noexcept nogil
 cdef void memory_retain(memory* m) noexcept nogil
 cdef void memory_release(memory* m) noexcept nogil
+cdef int lock_memory(memory* m, failure* why) noexcept nogil
 cdef int begin_move(memory* m, size_t new_size, failure* why) noexcept nogil
 cdef void end_move(memory* m) noexcept nogil
 cdef void memory_hang(memory* m, memory_hook* hook) noexcept nogil
+cdef void begin_own_growth(own_growth* growth, memory* m) noexcept nogil
+cdef void end_own_growth(own_growth* growth) noexcept nogil
+cdef void list_memory(memory* m) noexcept nogil
+cdef void unlist_memory(memory* m) noexcept nogil
 cdef int memory_resident(memory* m, size_t* bytes, failure* why) noexcept nogil
 cdef void give_back(char* at, size_t size) noexcept nogil
 
@@ -223,13 +244,18 @@ cdef class MmapCreator(NativeCreator):
 
 cdef class Memory:
     cdef memory* m
-    cdef word users             # exported buffers and calls under way; CLOSED: closed
+    cdef word users             # exported buffers and calls under way, as _handle.pxi lays them out
     cdef word fresh             # 1: as a creator made it; a Python creator hands a fresh one on, once
     cdef object __weakref__
     cdef memory* enter(self) except NULL
+    cdef memory* enter_locked(self) except NULL
     cdef memory* enter_pages(self, str call) except NULL
     cdef void leave(self) noexcept
-    cdef void end_closing(self) noexcept
+    cdef int refuse_entry(self, long long now) except -1
+    cdef void settle(self) noexcept
+    cdef void last_left(self, long long now) noexcept
+    cdef void call_becomes_export(self) noexcept
+    cdef void release_export(self) noexcept
 
 
 cdef int memory_changes(Memory mem, object since, str name, changes* out) except -1

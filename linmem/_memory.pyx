@@ -12,8 +12,8 @@ from libc.string cimport memcmp, memcpy, memset
 from linmem._atomic cimport add, load, pause, peek, peek_address, poke, poke_address, publish, store, swap_if, word
 from linmem._os cimport pages
 from linmem._units cimport (
-    E_CAPACITY, E_EXPORTED, E_IMAGE, E_MAXIMUM, E_NO_MEMORY, E_OVERFLOW, E_OWNED, E_SHRINK, E_UNSUPPORTED, add_up,
-    first_reservation, lay_out, layout, next_reservation, round_down, round_up,
+    E_BROKEN, E_CAPACITY, E_EXPORTED, E_IMAGE, E_MAXIMUM, E_NO_MEMORY, E_OVERFLOW, E_OWN_GROWTH, E_OWNED, E_SHRINK,
+    E_UNSUPPORTED, add_up, first_reservation, lay_out, layout, next_reservation, round_down, round_up,
 )
 
 from linmem import abc as _abc
@@ -40,6 +40,7 @@ cdef extern from *:
     #endif
     """
     bint is_finalizing "linmem_is_finalizing"() noexcept nogil
+    int PyErr_CheckSignals() except -1
     int Py_AddPendingCall(int (*call)(void*), void* argument) noexcept nogil
     void* PyGILState_GetThisThreadState() noexcept nogil
 
@@ -107,11 +108,57 @@ cdef int bury(void* unused) noexcept:
 cdef long long generation = 1
 
 cdef enum:
-    LOOKS = 64      # at a lock, before the processor is given to another thread
+    TAGS = 8191
+# The generation where there are few bits for it: 1 .. TAGS. Nothing that a thread counts is as old as that many forks.
+cdef long long gate_tag = 1
+
+cdef enum:
+    LOOKS = 64              # at a lock, before the processor is given to another thread
+    YIELDS = 64             # before the thread sleeps
+    FIRST_SLEEP = 50000     # nanoseconds
+    LONGEST_SLEEP = 1000000
+    SIGNALS_EACH = 50000000     # nanoseconds between two looks for Ctrl-C
+
+
+cdef void wait_a_moment(int looks) noexcept nogil:
+    """Between two looks at a word that another thread will change; looks: how many there were."""
+    if looks < LOOKS:       # most locks are held for less than a system call takes
+        pause()
+    elif looks < LOOKS + YIELDS:
+        pages.relax()
+    elif looks < LOOKS + 2 * YIELDS:
+        pages.sleep_ns(FIRST_SLEEP)
+    else:
+        pages.sleep_ns(LONGEST_SLEEP)
+
+
+cdef int interrupted(failure* why) noexcept with gil:
+    """Runs the handlers of signals that have come; E_PYTHON if one raised (Ctrl-C). In the main thread only."""
+    try:
+        PyErr_CheckSignals()
+        return 0
+    except BaseException as error:
+        return fail_python(why, error)
+
+
+cdef int wait_for_signals(int* looks, long long* since, failure* why) noexcept nogil:
+    """wait_a_moment(), where the wait may be long and the GIL is not held: on a thread that Python knows, Ctrl-C ends
+    it. looks and since are 0 at the start."""
+    cdef long long now
+    wait_a_moment(looks[0])
+    looks[0] += 1
+    if looks[0] < LOOKS + YIELDS or PyGILState_GetThisThreadState() == NULL or is_finalizing():
+        return 0
+    looks[0] = LOOKS + 2 * YIELDS if looks[0] > LOOKS + 2 * YIELDS else looks[0]
+    now = pages.clock_ns()
+    if now - since[0] < SIGNALS_EACH:
+        return 0
+    since[0] = now
+    return interrupted(why)
 
 
 cdef void acquire(word* lock) noexcept nogil:
-    # Held for a page call or two, and for a Python creator's grow_to: never wait here with the GIL.
+    # Held for a page call or two, and a memory's for a Python memory's grow_to: never wait here with the GIL.
     cdef long long holder
     cdef int looks = 0
     if swap_if(lock, 0, generation):
@@ -120,11 +167,8 @@ cdef void acquire(word* lock) noexcept nogil:
         holder = load(lock)     # only looking, it stays in the holder's cache
         if holder != generation and swap_if(lock, holder, generation):
             return
+        wait_a_moment(looks)
         looks += 1
-        if looks < LOOKS:       # most are held for less than a system call takes
-            pause()
-        else:
-            pages.relax()
 
 
 cdef bint try_acquire(word* lock) noexcept nogil:
@@ -144,6 +188,8 @@ cdef fork_lock* listed = NULL
 cdef word listed_lock
 cdef fork_lock moving_lock      # a memory is half way to another address
 cdef fork_lock orphans_lock     # orphans
+cdef fork_lock live_lock        # the list of memories; whoever holds it waits for nothing
+cdef memory* live = NULL
 
 
 cdef void list_lock(fork_lock* it) noexcept nogil:
@@ -190,12 +236,73 @@ cdef void after_fork() noexcept nogil:
 
 
 cdef void after_fork_in_child() noexcept nogil:
-    global generation
+    global generation, gate_tag
+    cdef own_growth* own = <own_growth*>own_growths()[0]
+    cdef memory* m
     generation += 1
+    gate_tag = 1 + (generation - 1) % TAGS
+    while own != NULL:      # this thread forked in the middle of them, and goes on
+        store(&own.m.lock, generation)
+        if load(&own.m.pins) < 0:
+            store(&own.m.pins, -generation)
+        own = own.outer
+    m = live
+    while m != NULL:        # before any other code of the child runs, be it wasm
+        repair(m)
+        m = m.live_next
     after_fork()
+    m = live
+    while m != NULL:        # hooks may take listed locks
+        end_lost_growth(m)
+        m = m.live_next
+
+
+cdef bint was_lost(memory* m) noexcept nogil:
+    """In a forked child: the thread that holds the memory's lock is not there."""
+    cdef long long holder = load(&m.lock)
+    return holder != 0 and holder != generation
+
+
+cdef void repair(memory* m) noexcept nogil:
+    """In a forked child: `m` as if the growth that a lost thread was in had not begun, or was over.
+
+    Pages between the size and `opening` may be accessible. The size is written when all else is done, so that it
+    tells which of the two it is.
+    """
+    cdef size_t end
+    if not was_lost(m):
+        return
+    if load(&m.pins) < 0:
+        if m.ops.lose != NULL:
+            m.ops.lose(m)
+        store(&m.pins, 0)
+    if m.opening:
+        end = 0
+        round_up(memory_size(m), pages.capabilities().page_size, &end)
+        if end < m.opening and pages.protect(m.base + end, m.opening - end, pages.ACCESS_NONE):
+            pages.decommit(m.base + end, m.opening - end)
+        poke(&m.accessible, end)
+        m.opening = 0
+
+
+cdef void end_lost_growth(memory* m) noexcept nogil:
+    """Of a lost thread: the hooks that were told of its beginning, and not of its end, are told how it ended."""
+    cdef memory_hook* hook = m.tell_from
+    cdef size_t size = memory_size(m)
+    cdef int code = 0 if size >= m.growing_to else E_UNSUPPORTED
+    if not was_lost(m):
+        return
+    if m.growing_to:
+        while hook != m.tell_to:
+            if hook.after_grow != NULL:
+                hook.after_grow(hook, m, m.growing_from, m.growing_to, code)
+            hook = hook.next
+        m.growing_to = 0
+    store(&m.lock, 0)
 
 
 # The last is waited for first: whoever moves a memory may wait for `orphans_lock`, so that comes after it.
+list_lock(&live_lock)
 list_lock(&burial_lock)
 list_lock(&orphans_lock)
 list_lock(&moving_lock)
@@ -203,7 +310,93 @@ if pages.at_fork(before_fork, after_fork, after_fork_in_child):
     raise MemoryError("no memory for what linmem does at a fork")
 
 
+# -- what a thread is growing by Python code --------------------------------------------------------
+
+cdef extern from *:
+    """
+    static LINMEM_OF_THREAD void *linmem_own_growths;
+    static void **linmem_own_growths_of_thread(void) { return &linmem_own_growths; }
+    """
+    void** own_growths "linmem_own_growths_of_thread"() noexcept nogil
+
+
+cdef void begin_own_growth(own_growth* growth, memory* m) noexcept nogil:
+    """The lock of `m` is held, and Python code will run until end_own_growth(). They nest."""
+    growth.m = m
+    growth.outer = <own_growth*>own_growths()[0]
+    own_growths()[0] = growth
+
+
+cdef void end_own_growth(own_growth* growth) noexcept nogil:
+    own_growths()[0] = growth.outer
+
+
+cdef bint is_own_growth(memory* m) noexcept nogil:
+    cdef own_growth* own = <own_growth*>own_growths()[0]
+    while own != NULL and own.m != m:
+        own = own.outer
+    return own != NULL
+
+
 # -- every memory, whatever its kind -----------------------------------------------------------
+
+cdef void list_memory(memory* m) noexcept nogil:
+    """From now on a forked child repairs it. By who makes it, as the last thing."""
+    global live
+    acquire(&live_lock.held)
+    m.live_previous = NULL
+    m.live_next = live
+    if live != NULL:
+        live.live_previous = m
+    live = m
+    unlock(&live_lock.held)
+
+
+cdef void unlist_memory(memory* m) noexcept nogil:
+    global live
+    acquire(&live_lock.held)
+    if m.live_next != NULL:
+        m.live_next.live_previous = m.live_previous
+    if m.live_previous != NULL:
+        m.live_previous.live_next = m.live_next
+    else:
+        live = m.live_next
+    unlock(&live_lock.held)
+
+
+cdef int lock_memory(memory* m, failure* why) noexcept nogil:
+    """acquire() of a memory's lock, whose holder may be in a Python memory's grow_to for long. 0: unlock(&m.lock)
+    follows."""
+    cdef long long holder
+    cdef long long since = 0
+    cdef int looks = 0, code = 0
+    if swap_if(&m.lock, 0, generation):
+        return 0
+    if is_own_growth(m):
+        return fail(why, E_OWN_GROWTH, "wait", 0)
+    while code == 0:
+        holder = load(&m.lock)
+        if holder != generation and swap_if(&m.lock, holder, generation):
+            return 0
+        code = wait_for_signals(&looks, &since, why)
+    return code
+
+
+cdef int lock_in_call(memory* m) except -1:
+    """lock_memory(), with the GIL held."""
+    cdef failure why
+    cdef int code
+    if swap_if(&m.lock, 0, generation):
+        return 0
+    with nogil:
+        code = lock_memory(m, &why)
+        if code == 0 and m.broken:
+            unlock(&m.lock)
+            code = fail(&why, E_BROKEN, "wait", 0)
+    if code:
+        raise_failure(&why)
+    return 0
+
 
 cdef int memory_grow_to(memory* m, size_t new_size, failure* why) noexcept nogil:
     return grow_locked(m, new_size, False, why)
@@ -216,7 +409,9 @@ cdef inline int grow_locked(memory* m, size_t new_size, bint by_python, failure*
     cdef int code = 0
     cdef size_t size
     if not swap_if(&m.lock, 0, generation):
-        acquire(&m.lock)
+        code = lock_memory(m, why)
+        if code:
+            return code
     size = memory_size(m)
     if by_python and load(&m.owner) == OWNER_WASMTIME:
         code = fail(why, E_OWNED, "grow_to", new_size)
@@ -243,20 +438,26 @@ cdef int grow_with_hooks(memory* m, size_t size, size_t new_size, failure* why) 
     cdef memory_hook* hook = m.hooks
     cdef memory_hook* end
     cdef int code = 0
+    m.tell_from = m.tell_to = hook
+    m.growing_from = size
+    poke(&m.growing_to, new_size)
     while hook != NULL:
         if hook.before_grow != NULL:
             code = hook.before_grow(hook, m, new_size, why)
             if code:
                 break
         hook = hook.next
+        m.tell_to = hook
     end = hook
     if code == 0:
         code = m.ops.grow(m, new_size, why)
     hook = m.hooks
     while hook != end:
+        m.tell_from = hook.next
         if hook.after_grow != NULL:
             hook.after_grow(hook, m, size, new_size, code)
         hook = hook.next
+    poke(&m.growing_to, 0)
     return code
 
 
@@ -310,17 +511,32 @@ cdef long long pins_now(memory* m) noexcept nogil:
     return pins
 
 
-cdef void pin(memory* m) noexcept:
+cdef int pin(memory* m) except -1:
     """The base stays where it is until unpin(), for a buffer that is exported. With the GIL held, but for the wait: a
     Python memory needs it to move."""
     cdef long long pins
     while True:
         pins = pins_now(m)
         if pins < 0:
-            with nogil:
-                pages.relax()
+            wait_for_mover(m)
         elif swap_if(&m.pins, pins, pins + 1):
-            return
+            return 0
+
+
+cdef int wait_for_mover(memory* m) except -1:
+    cdef failure why
+    cdef long long since = 0
+    cdef int looks = 0, code = 0
+    with nogil:
+        if is_own_growth(m):
+            code = fail(&why, E_OWN_GROWTH, "wait", 0)
+        while code == 0 and pins_now(m) < 0:
+            code = wait_for_signals(&looks, &since, &why)
+        if code == 0 and m.broken:
+            code = fail(&why, E_BROKEN, "wait", 0)
+    if code:
+        raise_failure(&why)
+    return 0
 
 
 cdef inline void unpin(memory* m) noexcept nogil:
@@ -332,7 +548,7 @@ cdef inline long long accesses_of_now(long long accesses) noexcept nogil:
     return accesses if accesses >> 32 == generation else generation << 32
 
 
-cdef void begin_access(memory* m) noexcept:
+cdef int begin_access(memory* m) except -1:
     """The base stays where it is until end_access(). Whoever wants to move waits for that, so it comes soon: until
     then the caller waits for nothing, neither a lock nor the GIL."""
     cdef long long accesses
@@ -340,10 +556,9 @@ cdef void begin_access(memory* m) noexcept:
         accesses = load(&m.accesses)
         if swap_if(&m.accesses, accesses, accesses_of_now(accesses) + 1):
             if pins_now(m) >= 0:        # looked at after: who moves looks the other way round
-                return
+                return 0
             end_access(m)
-            with nogil:
-                pages.relax()
+            wait_for_mover(m)
 
 
 cdef inline void end_access(memory* m) noexcept nogil:
@@ -354,6 +569,8 @@ cdef int begin_move(memory* m, size_t new_size, failure* why) noexcept nogil:
     """The base may change until end_move(): nobody points into the memory, and nobody begins to. With the lock
     held; waits for accesses under way."""
     cdef long long pins
+    cdef long long since = 0
+    cdef int looks = 0, code = 0
     if m.is_shared or m.protected_pages:
         fail(why, E_CAPACITY, "grow_to", new_size, 0, m.capacity)
         snprintf(why.detail, sizeof(why.detail),
@@ -363,9 +580,11 @@ cdef int begin_move(memory* m, size_t new_size, failure* why) noexcept nogil:
         pins = pins_now(m)
         if pins > 0:
             return fail(why, E_EXPORTED, "grow_to", new_size, <size_t>pins, m.capacity)
-    while accesses_of_now(load(&m.accesses)) != generation << 32:
-        pages.relax()
-    return 0
+    while code == 0 and accesses_of_now(load(&m.accesses)) != generation << 32:
+        code = wait_for_signals(&looks, &since, why)
+    if code:
+        end_move(m)
+    return code
 
 
 cdef void end_move(memory* m) noexcept nogil:
@@ -431,14 +650,17 @@ cdef inline int mapped_grow_by(memory* m, size_t size, size_t new_size, failure*
         if code:
             return code
     elif need > m.accessible:
+        poke(&m.opening, need)
         code = pages.commit(m.base + m.accessible, need - m.accessible)
         if code:
+            m.opening = 0
             return fail_page_call(why, code, "commit", need - m.accessible)
     if size & (page - 1):
         # Fresh bytes read as zero, also those that native code could already reach.
         memset(m.base + size, 0, round_down(size, page) + page - size)
     poke(&m.accessible, need)
     publish(&m.size, <long long>new_size)
+    poke(&m.opening, 0)
     return 0
 
 
@@ -449,6 +671,8 @@ cdef int grow_by_moving(memory* m, size_t new_size, size_t need, failure* why) n
         return code
     acquire(&moving_lock.held)
     code = move_to_larger(m, need, why)
+    if code == 0:
+        poke(&m.opening, need)
     end_move(m)
     unlock(&moving_lock.held)
     return code
@@ -546,6 +770,7 @@ cdef int mapped_resident(memory* m, size_t* bytes, failure* why) noexcept nogil:
 
 
 cdef void mapped_free(memory* m) noexcept nogil:
+    unlist_memory(m)
     give_back(m.base - m.pre_guard, m.pre_guard + m.capacity + m.guard)
     leave_image(m)
     free(m)
@@ -573,8 +798,10 @@ cdef int prefaulting_grow(memory* m, size_t new_size, failure* why) noexcept nog
             return code
         pages.prefault(m.base + first, m.accessible - first)    # moved already: what is refused now faults in later
         return 0
+    poke(&m.opening, end)
     code = pages.commit(base + accessible, end - accessible)
     if code:
+        m.opening = 0
         return fail_page_call(why, code, "commit", end - accessible)
     code = pages.prefault(base + accessible, end - accessible)
     if code:
@@ -583,6 +810,7 @@ cdef int prefaulting_grow(memory* m, size_t new_size, failure* why) noexcept nog
         # wasm would write there, and the next growth show it. So what cannot be undone is done.
         if (pages.decommit(base + accessible, end - accessible) == 0
                 or pages.protect(base + accessible, end - accessible, pages.ACCESS_NONE) == 0):
+            m.opening = 0
             return code
     poke(&m.accessible, end)
     return mapped_grow(m, new_size, why)
@@ -651,6 +879,7 @@ cdef int mapped_make(const memory_spec* spec, bint prefault, bint huge_pages, me
     m.guard = at.guard
     m.covered = at.capacity + at.guard
     m.is_shared = spec.is_shared
+    list_memory(m)
     out[0] = m
     return 0
 

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 import threading
 from collections import OrderedDict
@@ -37,6 +38,8 @@ __all__ = ["LinmemPlugin", "memory", "setup", "traffic", "worker_pool"]
 _POOLS = 8                      # that a worker keeps; each holds the pages of its image
 
 _lock = threading.Lock()
+if hasattr(os, "register_at_fork"):     # a forked child would wait for a thread that it does not have
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 _pools: OrderedDict[tuple[object, ...], NativeCreator] = OrderedDict()
 _traffic = {"images_sent": 0, "images_received": 0, "deltas_sent": 0, "deltas_received": 0,
             "bytes_sent": 0, "bytes_received": 0}

@@ -133,5 +133,7 @@ def from_failure(reason: str, text: str, *, os_error_args: tuple[object, ...], c
         "EXPORTED": BufferError,
         "IMAGE": ValueError,
         "OWNED": OwnedError,
+        "OWN_GROWTH": RuntimeError,
+        "BROKEN": RuntimeError,
         "UNSUPPORTED": TypeError,
     }[reason](text)

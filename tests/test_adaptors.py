@@ -352,10 +352,10 @@ def test_a_base_that_moves_within_the_capacity_is_an_error():
             self.size = new_size
 
     with linmem.create(PAGE, reserve=4 * PAGE, guard=0, creator=MappedCreator(Moves)) as mem:
-        base = mem.as_ptr()
         with pytest.raises(RuntimeError, match=r"grow_to\(\d+\) moved the base within its byte_capacity\(\)"):
             mem.grow_to(2 * PAGE)
-        assert (len(mem), mem.as_ptr()) == (PAGE, base)
+        with pytest.raises(RuntimeError, match="the memory is lost"):
+            mem.as_ptr()            # what native code was told of it is true no longer
 
 
 @pytest.mark.parametrize("made", [None, 5, object()])

@@ -679,12 +679,12 @@ def test_one_engine_and_eight_threads_of_stores_whose_memories_others_end(kind):
 
 def test_a_growth_from_python_does_not_move_a_memory_that_wasm_has_meanwhile():
     """A creator in Python hands on a memory that another thread of its grows: until wasm has it, and not after."""
-    made = []
+    newest = [None]             # never empty once there was one: the others look while this changes
 
     class Keeping(linmem.MemoryCreator):
         def new_memory(self, *request):
-            made.append(linmem.MmapCreator().new_memory(*request))
-            return made[-1]
+            newest[0] = linmem.MmapCreator().new_memory(*request)
+            return newest[0]
 
     config = wasmtime.Config()
     linmem.wasmtime.install(config, Keeping())
@@ -693,10 +693,11 @@ def test_a_growth_from_python_does_not_move_a_memory_that_wasm_has_meanwhile():
     owned = [0]
 
     def meddle(rng):
-        if not made:
+        mem = newest[0]
+        if mem is None:
             return
         try:
-            made[-1].grow_to(65536)             # the size that it has: changes nothing, as long as it may
+            mem.grow_to(65536)                  # the size that it has: changes nothing, as long as it may
         except linmem.OwnedError:
             owned[0] += 1
         except ValueError:                      # wasm has grown it, and is gone
@@ -705,16 +706,16 @@ def test_a_growth_from_python_does_not_move_a_memory_that_wasm_has_meanwhile():
     def instantiate(rng):
         store = wasmtime.Store(engine)
         exports = wasmtime.Instance(store, module, []).exports(store)
+        mem = newest[0]
         base = linmem.wasmtime.linear_memory(store, exports["memory"]).as_ptr()
         assert exports["grow"](store, 1) == 1
-        assert made[-1].as_ptr() == base
+        assert mem.as_ptr() == base
         store.close()
-        while len(made) > 1:
-            made.pop(0).close()
+        mem.close()
 
     hammer(instantiate, meddle, meddle)
     assert owned[0] > 0
-    made.clear()
+    newest.clear()
 
 
 # -- fork ----------------------------------------------------------------------------------------------------------

@@ -150,8 +150,10 @@ cdef void limit_text(int code, size_t size, char* text, size_t room) noexcept no
 cdef int at_fork(void (*before)() noexcept nogil, void (*in_parent)() noexcept nogil,
                  void (*in_child)() noexcept nogil) noexcept nogil
 
-# Gives the processor to another thread; monotonic nanoseconds.
+# Gives the processor to another thread; sleeps for about so many nanoseconds (at least a tick of the system's clock);
+# monotonic nanoseconds.
 cdef void relax() noexcept nogil
+cdef void sleep_ns(long long ns) noexcept nogil
 cdef long long clock_ns() noexcept nogil
 
 # Tests only: every page call of this floor asks `injected()` first and fails with what it returns.

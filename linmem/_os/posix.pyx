@@ -194,6 +194,13 @@ cdef extern from *:
         return (long long)t.tv_sec * 1000000000 + t.tv_nsec;
     }
 
+    static void linmem_sleep(long long ns) {
+        struct timespec t;
+        t.tv_sec = (time_t)(ns / 1000000000);
+        t.tv_nsec = (long)(ns % 1000000000);
+        (void)nanosleep(&t, NULL);      /* a signal ends it early: the caller looks again anyway */
+    }
+
     #if defined(__linux__)
     #define LINMEM_LINUX 1
     #else
@@ -225,6 +232,7 @@ cdef extern from *:
     bint too_much "linmem_too_much"(size_t size) noexcept nogil
     unsigned long long rlimit "linmem_rlimit"(int which) noexcept nogil
     long long clock_ "linmem_clock"() noexcept nogil
+    void sleep_ "linmem_sleep"(long long ns) noexcept nogil
     int die_quietly_ "linmem_die_quietly"() noexcept nogil
     int sched_yield() noexcept nogil
     int pthread_atfork(void (*before)() noexcept nogil, void (*in_parent)() noexcept nogil,
@@ -440,6 +448,10 @@ cdef int at_fork(void (*before)() noexcept nogil, void (*in_parent)() noexcept n
 
 cdef void relax() noexcept nogil:
     sched_yield()
+
+
+cdef void sleep_ns(long long ns) noexcept nogil:
+    sleep_(ns)
 
 
 cdef long long clock_ns() noexcept nogil:

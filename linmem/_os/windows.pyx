@@ -152,6 +152,8 @@ cdef extern from *:
 
     static void linmem_yield(void) { SwitchToThread(); }
 
+    static void linmem_sleep(long long ns) { Sleep(ns < 1000000 ? 1 : (DWORD)(ns / 1000000)); }
+
     static LONG WINAPI linmem_end_of_process(EXCEPTION_POINTERS *about) {
         (void)about;
         return EXCEPTION_EXECUTE_HANDLER;
@@ -225,6 +227,7 @@ cdef extern from *:
     void forget "linmem_forget"(void* at, size_t size) noexcept nogil
     bint writes_are_seen "linmem_writes_are_seen"(size_t page) noexcept nogil
     void yield_ "linmem_yield"() noexcept nogil
+    void sleep_ "linmem_sleep"(long long ns) noexcept nogil
     void die_quietly_ "linmem_die_quietly"() noexcept nogil
     int FILE_MAP_READ, FILE_MAP_WRITE
     void* INVALID_HANDLE_VALUE
@@ -536,6 +539,10 @@ cdef int at_fork(void (*before)() noexcept nogil, void (*in_parent)() noexcept n
 
 cdef void relax() noexcept nogil:
     yield_()
+
+
+cdef void sleep_ns(long long ns) noexcept nogil:
+    sleep_(ns)
 
 
 cdef long long clock_ns() noexcept nogil:
