@@ -10,10 +10,10 @@ from libc.string cimport memcpy
 
 from linmem._atomic cimport add, load, poke, poke_address, store, swap_if
 from linmem._memory cimport (
-    NO_MAXIMUM, UNCHOSEN, ImageHandle, Memory, NativeCreator, acquire, begin_move, check_count, check_size,
+    NO_MAXIMUM, PROTECTION_NONE, UNCHOSEN, ImageHandle, Memory, NativeCreator, acquire, begin_move, check_count, check_size,
     drop_object, end_move, fail, fail_python, failure, image_copy, leave_image, list_lock, memory, memory_hang,
-    memory_hook, memory_ops, memory_resident, memory_retain, memory_size, memory_spec, python_is_ending, unlist_lock,
-    unlock,
+    memory_hook, memory_ops, memory_resident, memory_retain, memory_size, memory_spec, python_is_ending, raise_failure, refuse_foreign,
+    unlist_lock, unlock,
 )
 from linmem._os cimport pages
 from linmem._units cimport E_LIMIT, E_NO_MEMORY, E_UNSUPPORTED, round_up
@@ -520,6 +520,7 @@ cdef class PythonCreator(NativeCreator):
 
     cdef int make_in_python(self, const memory_spec* spec, memory** out) except -1:
         cdef python_memory* p
+        cdef failure why
         cdef size_t reservation = 0 if spec.reservation == UNCHOSEN else spec.reservation
         from linmem.records import MemoryType
         if spec.image != NULL and spec.image.end > spec.minimum:
@@ -546,6 +547,8 @@ cdef class PythonCreator(NativeCreator):
         p.head.maximum = spec.maximum
         try:
             read_python_memory(p, spec.minimum)
+            if refuse_foreign(p.head.base, spec.minimum, 1 << pages.ACCESS_READ_WRITE, "new_memory", &why):
+                raise_failure(&why)
         except BaseException:
             free(p)
             raise
@@ -570,14 +573,15 @@ cdef int adopt(Memory made, const memory_spec* spec, size_t reservation, memory*
     """
     cdef memory* m = made.enter()
     cdef size_t size, capacity, covered
-    cdef bint fits, fresh = False
+    cdef bint fits, is_protected, fresh = False
     with nogil:
         # The creator may have kept it, and other threads of its may use it.
         acquire(&m.lock)
         size, capacity, covered = memory_size(m), m.capacity, m.covered
         fits = (size == spec.minimum and capacity >= reservation
                 and covered >= (capacity if capacity > reservation else reservation) + spec.guard)
-        if fits:
+        is_protected = load(&m.protection) != PROTECTION_NONE
+        if fits and not is_protected:
             fresh = swap_if(&made.fresh, 1, 0)
         if fresh:
             memory_retain(m)
@@ -595,6 +599,9 @@ cdef int adopt(Memory made, const memory_spec* spec, size_t reservation, memory*
     if not fits:
         raise ValueError(f"new_memory() must return a memory with a reservation of {reservation} and a guard of"
                          f" {spec.guard} bytes, got {capacity} and {covered - capacity}")
+    if is_protected:
+        raise ValueError("new_memory() must return a memory whose pages are all readable and writable, got one with"
+                         " protected pages")
     if not fresh:
         raise ValueError("new_memory() returned a memory that it has returned before")
     out[0] = m

@@ -3,7 +3,7 @@
 from cpython.exc cimport PyErr_Clear, PyErr_Occurred
 from cpython.ref cimport Py_INCREF
 
-from linmem._units cimport E_EXHAUSTED, E_IMAGE, E_LIMIT, E_OWNED, E_PYTHON
+from linmem._units cimport E_EXHAUSTED, E_IMAGE, E_LIMIT, E_OWNED, E_PROTECTED, E_PYTHON
 
 from linmem import errors as _errors
 from linmem._os import pages as _pages
@@ -49,6 +49,8 @@ cdef const char* reason(int code) noexcept nogil:
         return "IMAGE"
     if code == E_OWNED:
         return "OWNED"
+    if code == E_PROTECTED:
+        return "PROTECTED"
     return "UNSUPPORTED"
 
 
@@ -83,8 +85,12 @@ cdef void failure_text(const failure* why, char* text, size_t room) noexcept nog
     elif code == E_IMAGE:
         snprintf(text, room, "minimum must be >= the end of the image (%zu), got %zu", why.limit, why.size)
     elif code == E_OWNED:
-        snprintf(text, room, "a wasmtime store owns this memory: grow it with wasmtime.Memory.grow(store, delta)"
-                             " instead")
+        snprintf(text, room, "a wasmtime store owns this memory: %s", why.detail)
+        if why.detail[0] == 0:
+            snprintf(text, room, "a wasmtime store owns this memory: grow it with wasmtime.Memory.grow(store, delta)"
+                                 " instead")
+    elif code == E_PROTECTED:
+        snprintf(text, room, "%s is refused for %zu bytes at offset %zu: %s", why.call, why.size, why.used, why.detail)
     else:
         if why.detail[0] == 0:
             between = "by this kind of memory"

@@ -9,7 +9,7 @@ from libc.string cimport memcpy, memset
 
 from linmem._atomic cimport load
 from linmem._memory cimport (
-    GRANULE, ImageHandle, Memory, NativeCreator, changes, check_flag, check_size, compare, failure, image, image_finish,
+    GRANULE, ImageHandle, Memory, NativeCreator, changes, check_flag, check_readable, check_size, compare, failure, image, image_finish,
     image_new, image_put, is_zero, memory_changes, raise_failure, run,
 )
 from linmem._os cimport pages
@@ -278,7 +278,7 @@ cdef class Image(ImageHandle):
         Raises
         ------
         TypeError
-            For a memory with protected pages.
+            For a memory with a page that is inaccessible (`Memory.protect`).
         """
         cdef changes found
         cdef failure why
@@ -500,6 +500,11 @@ cdef int take_buffer(object data, Py_buffer* out) except -1:
         PyObject_GetBuffer(data, out, PyBUF_SIMPLE)
     except (TypeError, ValueError, BufferError) as error:
         raise TypeError(f"data must be a contiguous buffer of bytes, got {type(data).__name__}: {error}") from None
+    try:
+        check_readable(out)
+    except BaseException:
+        PyBuffer_Release(out)
+        raise
     return 0
 
 

@@ -83,6 +83,14 @@ cdef struct memory_spec:
     image* image                # what it holds at the start; NULL: zeros
     bint watched                # the OS will be asked which pages were touched, many times
 
+# Whether pages of a memory have another access than "rw". Such a memory does not move: it is several mappings.
+cdef enum:
+    PROTECTION_NONE = 0
+    PROTECTION_KNOWN = 1
+    PROTECTION_UNKNOWN = 2
+
+cdef struct protections
+
 cdef enum:
     OWNER_PYTHON = 0
     OWNER_WASMTIME = 1
@@ -130,6 +138,7 @@ cdef struct memory:
     word owner                  # OWNER_
     word size                   # byte_size; written under the lock, read anywhere
     char* base
+    word protection             # PROTECTION_; written under the lock
     size_t accessible
     size_t capacity             # bytes
     size_t maximum              # SIZE_MAX: none
@@ -137,7 +146,6 @@ cdef struct memory:
     size_t guard
     size_t covered              # base .. base+covered is ours or faults: what wasm may touch
     bint is_shared
-    bint protected_pages        # protect() was used: pages differ, so the mapping cannot move as one
     bint moved                  # the mapping has moved once: what it grew since is a second mapping
     bint huge_pages             # the OS was asked for them; a decommit may have made it forget
     bint growth_is_watched      # a hook has before_grow or after_grow
@@ -145,6 +153,7 @@ cdef struct memory:
     image* image                # a reference on what it held at the start, or was last restored to; NULL: zeros
     size_t started              # byte_size at the start; 0: it was restored to another image
     size_t dirtied              # bytes that a restore found written, the first since pages were given back; or 0
+    protections* protections    # which pages have which access; NULL: all are "rw"
     memory* registry_next       # the bridge's table of memories that wasmtime holds, by the base that they had when
     char* registered            # they were put there
     char apart[CACHE_LINE]      # another thread's memory may come next
@@ -163,6 +172,9 @@ cdef void memory_release(memory* m) noexcept nogil
 cdef int begin_move(memory* m, size_t new_size, failure* why) noexcept nogil
 cdef void end_move(memory* m) noexcept nogil
 cdef void memory_hang(memory* m, memory_hook* hook) noexcept nogil
+cdef int memory_unprotect(memory* m, size_t size) noexcept nogil
+cdef void memory_doubt(memory* m) noexcept nogil
+cdef int refuse_foreign(const char* at, size_t size, int allowed, const char* call, failure* why) noexcept nogil
 cdef int memory_resident(memory* m, size_t* bytes, failure* why) noexcept nogil
 cdef void give_back(char* at, size_t size) noexcept nogil
 
@@ -196,6 +208,7 @@ cdef void drop_object(PyObject* object) noexcept nogil
 cdef bint python_is_ending() noexcept nogil
 cdef int check_size(object value, str name, size_t* out) except -1
 cdef int check_count(object value, str name, size_t* out) except -1
+cdef int check_readable(const Py_buffer* given) except -1
 cdef int check_flag(object value, str name) except -1
 cdef object wrap(memory* m)
 
@@ -227,6 +240,10 @@ cdef class Memory:
     cdef memory* enter(self) except NULL
     cdef memory* enter_pages(self, str call) except NULL
     cdef void leave(self) noexcept
+    cdef bint is_protected(self) except -1
+    cdef int set_items(self, items, data) except -1
+    cdef int check_access(self, size_t start, size_t n, int allowed, const char* call) except -1
+    cdef int check_apply(self, size_t start, size_t n, data) except -1
 
 
 cdef int memory_changes(Memory mem, object since, str name, changes* out) except -1

@@ -7,12 +7,12 @@ from cpython.ref cimport Py_DECREF
 from libc.stdint cimport SIZE_MAX
 from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free, malloc, realloc
-from libc.string cimport memcmp, memcpy, memset
+from libc.string cimport memcmp, memcpy, memmove, memset, strlen
 
 from linmem._atomic cimport add, load, pause, peek, peek_address, poke, poke_address, publish, store, swap_if, word
 from linmem._os cimport pages
 from linmem._units cimport (
-    E_CAPACITY, E_EXPORTED, E_IMAGE, E_MAXIMUM, E_NO_MEMORY, E_OVERFLOW, E_OWNED, E_SHRINK, E_UNSUPPORTED, add_up,
+    E_CAPACITY, E_EXPORTED, E_IMAGE, E_MAXIMUM, E_NO_MEMORY, E_OVERFLOW, E_OWNED, E_PROTECTED, E_SHRINK, E_UNSUPPORTED, add_up,
     first_reservation, lay_out, layout, next_reservation, round_down, round_up,
 )
 
@@ -354,7 +354,7 @@ cdef int begin_move(memory* m, size_t new_size, failure* why) noexcept nogil:
     """The base may change until end_move(): nobody points into the memory, and nobody begins to. With the lock
     held; waits for accesses under way."""
     cdef long long pins
-    if m.is_shared or m.protected_pages:
+    if m.is_shared or load(&m.protection) != PROTECTION_NONE:
         fail(why, E_CAPACITY, "grow_to", new_size, 0, m.capacity)
         snprintf(why.detail, sizeof(why.detail),
                  "shared memories never do" if m.is_shared else "some of its pages have their own protection")
@@ -363,9 +363,14 @@ cdef int begin_move(memory* m, size_t new_size, failure* why) noexcept nogil:
         pins = pins_now(m)
         if pins > 0:
             return fail(why, E_EXPORTED, "grow_to", new_size, <size_t>pins, m.capacity)
+    wait_for_accesses(m)
+    return 0
+
+
+cdef void wait_for_accesses(memory* m) noexcept nogil:
+    """Until all have ended that had begun. Who begins one then sees what the caller wrote before."""
     while accesses_of_now(load(&m.accesses)) != generation << 32:
         pages.relax()
-    return 0
 
 
 cdef void end_move(memory* m) noexcept nogil:
@@ -546,6 +551,7 @@ cdef int mapped_resident(memory* m, size_t* bytes, failure* why) noexcept nogil:
 
 
 cdef void mapped_free(memory* m) noexcept nogil:
+    drop_protections(m, load(&m.protection) == PROTECTION_KNOWN)
     give_back(m.base - m.pre_guard, m.pre_guard + m.capacity + m.guard)
     leave_image(m)
     free(m)
@@ -596,6 +602,7 @@ prefaulting_ops.free = mapped_free
 prefaulting_ops.pages_are_ours = True
 
 
+include "_protection.pxi"
 include "_images.pxi"
 
 

@@ -18,6 +18,7 @@ cdef enum:
     E_EXHAUSTED = -10       # every slot of a pool is in use
     E_IMAGE = -11           # the memory is smaller than its image
     E_OWNED = -12           # a wasmtime store owns the memory, and Python is to leave it alone
+    E_PROTECTED = -13       # the bytes lie in pages whose access does not allow it
 
 
 cdef inline bint is_power_of_two(size_t n) noexcept nogil:

@@ -133,5 +133,6 @@ def from_failure(reason: str, text: str, *, os_error_args: tuple[object, ...], c
         "EXPORTED": BufferError,
         "IMAGE": ValueError,
         "OWNED": OwnedError,
+        "PROTECTED": ValueError,
         "UNSUPPORTED": TypeError,
     }[reason](text)
