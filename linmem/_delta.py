@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from linmem import _checks
 from linmem._checks import check_pairs, check_path, check_size
 
 TYPE_CHECKING = False
@@ -59,7 +60,12 @@ class Delta:
         base_size, size = check_size(base_size, "base_size"), check_size(size, "size")
         try:
             kept = memoryview(data)
-            kept = (kept if kept.readonly else memoryview(bytes(kept))).cast("B")
+        except (TypeError, ValueError, BufferError) as error:
+            raise TypeError(f"data must be a contiguous buffer of bytes, got {type(data).__name__}: {error}") from None
+        # The buffer of a memory is read-only as long as no page can be written: the delta must not change later.
+        is_fixed = not _checks.shows_protected(kept) and kept.readonly
+        try:
+            kept = (kept if is_fixed else memoryview(bytes(kept))).cast("B")
         except (TypeError, ValueError, BufferError) as error:
             raise TypeError(f"data must be a contiguous buffer of bytes, got {type(data).__name__}: {error}") from None
         self = super().__new__(cls)

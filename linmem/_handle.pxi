@@ -5,6 +5,7 @@ from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_SIMPLE, PyBUF_STRIDES,
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from linmem._atomic cimport add_with_gil
 
+from linmem import _checks
 from linmem._delta import Delta as _Delta
 from linmem._formats import resolve as _resolve_format
 
@@ -1001,6 +1002,27 @@ cdef int check_readable(const Py_buffer* given) except -1:
         code = refuse_foreign(at, size, READABLE, "reading the data, which lie in a linmem memory,", &why)
     return raise_failure(&why) if code else 0
 
+
+def shows_protected(data):
+    """What linmem._checks says that it is."""
+    cdef Py_buffer given
+    cdef bint answer = False
+    if load(&n_protections) == 0:
+        return False
+    try:
+        PyObject_GetBuffer(data, &given, PyBUF_SIMPLE)
+    except BufferError:         # not contiguous
+        return False
+    try:
+        check_readable(&given)
+        with nogil:
+            answer = find_protected(<const char*>given.buf, <size_t>given.len) != NULL
+        return answer
+    finally:
+        PyBuffer_Release(&given)
+
+
+_checks.shows_protected = shows_protected
 
 _ACCESSES = {"none": pages.ACCESS_NONE, "r": pages.ACCESS_READ, "rw": pages.ACCESS_READ_WRITE,
              "rx": pages.ACCESS_READ_EXECUTE}

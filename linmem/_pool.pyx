@@ -8,7 +8,7 @@ from libc.string cimport memset
 
 from linmem._atomic cimport add, load, poke, store, touch, word
 from linmem._memory cimport (
-    CACHE_LINE, IMAGE_BROKEN, IMAGE_COPIED, OWNER_LEFT, OWNER_PYTHON, ImageHandle, MmapCreator, NativeCreator,
+    CACHE_LINE, IMAGE_BROKEN, IMAGE_COPIED, OWNER_LEFT, OWNER_PYTHON, PROTECTION_NONE, ImageHandle, MmapCreator, NativeCreator,
     acquire, check_count, check_flag, check_size, fail, failure, give_back, image_release, image_retain, list_lock,
     memory, memory_border, memory_doubt, memory_hang, memory_hook, memory_is_filled, memory_refill, memory_release, memory_renew,
     memory_restore, memory_spec, memory_start_again, memory_turn_to, memory_unprotect, raise_failure, unlist_lock, unlock,
@@ -332,7 +332,7 @@ cdef int reset(slot* s, memory* m) noexcept nogil:
     cdef int how = RESET_SCAN
     if used > s.high:
         s.high = used
-    if memory_unprotect(m, used):
+    if (load(&m.protection) != PROTECTION_NONE or not m.ops.pages_are_ours) and memory_unprotect(m, used):
         return -1
     if (m.image != s.image or m.image_state == IMAGE_BROKEN) and memory_turn_to(m, s.image):
         return -1       # a user has turned it to another image, or given pages of its own back

@@ -208,24 +208,29 @@ cdef bint is_read_only(memory* m) noexcept nogil:
     return not writable
 
 
+cdef memory* find_protected(const char* at, size_t size) noexcept nogil:
+    """The memory with protected pages that holds a byte of the range, or NULL. Who keeps the bytes keeps the memory."""
+    cdef protections* p
+    cdef memory* m = NULL
+    if load(&n_protections) == 0 or size == 0:
+        return NULL
+    acquire(&protections_lock.held)
+    p = all_protections
+    while p != NULL and m == NULL:
+        if at < p.of.base + peek(&p.of.accessible) and p.of.base < at + size:
+            m = p.of
+        p = p.next
+    unlock(&protections_lock.held)
+    return m
+
+
 cdef int refuse_foreign(const char* at, size_t size, int allowed, const char* call, failure* why) noexcept nogil:
     """For bytes that came from anywhere, as a buffer of any kind or the base of a Python memory: a failure where they
     are protected pages of one of linmem's memories. The caller sees to it that the bytes stay, does not hold
     that memory's lock, and leaves it to its user that nobody protects them meanwhile."""
-    cdef protections* p
-    cdef memory* m = NULL
+    cdef memory* m = find_protected(at, size)
     cdef size_t start
     cdef int code
-    if load(&n_protections) == 0 or size == 0:
-        return 0
-    acquire(&protections_lock.held)
-    p = all_protections
-    while p != NULL:
-        if at < p.of.base + peek(&p.of.accessible) and p.of.base < at + size:
-            m = p.of
-            break
-        p = p.next
-    unlock(&protections_lock.held)
     if m == NULL:
         return 0
     acquire(&m.lock)
@@ -354,7 +359,10 @@ cdef int memory_unprotect(memory* m, size_t size) noexcept nogil:
     """For who owns the memory alone: the first `size` bytes, which are all that can be protected, are "rw" again. Or a
     code, and the memory says that its protection is unknown."""
     cdef long long was = load(&m.protection)
+    cdef failure why
     cdef int code
+    if not m.ops.pages_are_ours:        # nor is what their memory's user does with them
+        return refuse_foreign(m.base, size, WRITABLE, "reset", &why)
     if was == PROTECTION_NONE:
         return 0
     code = pages.protect(m.base, size, pages.ACCESS_READ_WRITE)
