@@ -10,10 +10,11 @@ from libc.string cimport memcpy
 
 from linmem._atomic cimport add, load, poke, poke_address, store, swap_if
 from linmem._memory cimport (
-    NO_MAXIMUM, UNCHOSEN, ImageHandle, Memory, NativeCreator, acquire, begin_move, begin_own_growth, check_count,
-    check_native, check_size, drop_object, end_move, end_own_growth, fail, fail_python, failure, give_back, image_copy,
-    leave_image, list_lock, list_memory, memory, memory_hang, memory_hook, memory_ops, memory_resident, memory_retain,
-    memory_size, memory_spec, own_growth, python_is_ending, unlist_lock, unlist_memory, unlock,
+    NO_MAXIMUM, PROTECTION_NONE, UNCHOSEN, ImageHandle, Memory, NativeCreator, acquire, begin_move, begin_own_growth,
+    check_count, check_native, check_size, drop_object, end_move, end_own_growth, fail, fail_python, failure, give_back,
+    image_copy, leave_image, list_lock, list_memory, memory, memory_hang, memory_hook, memory_ops, memory_resident,
+    memory_retain, memory_size, memory_spec, own_growth, python_is_ending, raise_failure, refuse_foreign, unlist_lock,
+    unlist_memory, unlock,
 )
 from linmem._os cimport pages
 from linmem._units cimport E_BROKEN, E_LIMIT, E_NO_MEMORY, E_UNSUPPORTED, round_up
@@ -608,6 +609,7 @@ cdef class PythonCreator(NativeCreator):
     cdef int make_in_python(self, const memory_spec* spec, memory** out) except -1:
         cdef python_memory* p
         cdef answers got
+        cdef failure why
         cdef size_t reservation = 0 if spec.reservation == UNCHOSEN else spec.reservation
         from linmem.records import MemoryType
         if spec.image != NULL and spec.image.end > spec.minimum:
@@ -634,6 +636,9 @@ cdef class PythonCreator(NativeCreator):
         p.head.maximum = spec.maximum
         try:
             ask_python_memory(p, spec.minimum, &got)
+            if refuse_foreign(<char*>got.base, spec.minimum, 1 << pages.ACCESS_READ_WRITE, "new_memory",
+                              &why):
+                raise_failure(&why)
         except BaseException:
             free(p)
             raise
@@ -669,12 +674,13 @@ cdef int adopt(Memory made, const memory_spec* spec, size_t reservation, memory*
     """
     cdef memory* m = made.enter_locked()     # the creator may have kept it, and other threads of its may use it
     cdef size_t size, capacity, covered
-    cdef bint fits, fresh = False
+    cdef bint fits, is_protected, fresh = False
     with nogil:
         size, capacity, covered = memory_size(m), m.capacity, m.covered
         fits = (size == spec.minimum and capacity >= reservation
                 and covered >= (capacity if capacity > reservation else reservation) + spec.guard)
-        if fits:
+        is_protected = load(&m.protection) != PROTECTION_NONE
+        if fits and not is_protected:
             fresh = swap_if(&made.fresh, 1, 0)
         if fresh:
             memory_retain(m)
@@ -692,6 +698,9 @@ cdef int adopt(Memory made, const memory_spec* spec, size_t reservation, memory*
     if not fits:
         raise ValueError(f"new_memory() must return a memory with a reservation of {reservation} and a guard of"
                          f" {spec.guard} bytes, got {capacity} and {covered - capacity}")
+    if is_protected:
+        raise ValueError("new_memory() must return a memory whose pages are all readable and writable, got one with"
+                         " protected pages")
     if not fresh:
         raise ValueError("new_memory() returned a memory that it has returned before")
     out[0] = m

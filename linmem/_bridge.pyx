@@ -10,15 +10,16 @@ cimport cython
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport uint8_t, uint64_t
+from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free
 
-from linmem._atomic cimport store
+from linmem._atomic cimport load, store
 from linmem._memory cimport (
-    OWNER_LEFT, OWNER_WASMTIME, UNCHOSEN, ImageHandle, NativeCreator, acquire, drop_object, failure, failure_text,
-    fork_lock, image, image_release, image_retain, list_lock, lock_memory, memory, memory_grow_to, memory_release,
-    memory_retain, memory_size, memory_spec, unlock, wrap,
+    OWNER_LEFT, OWNER_WASMTIME, PROTECTION_NONE, UNCHOSEN, ImageHandle, NativeCreator, acquire, drop_object, fail,
+    failure, failure_text, fork_lock, image, image_release, image_retain, list_lock, lock_memory, memory,
+    memory_grow_to, memory_release, memory_retain, memory_size, memory_spec, unlock, wrap,
 )
-from linmem._units cimport E_PYTHON
+from linmem._units cimport E_PYTHON, E_UNSUPPORTED
 
 from linmem._checks import given as _given
 
@@ -220,8 +221,16 @@ cdef wasmtime_error_t* new_memory(void* env, const wasm_memorytype_t* ty, size_t
     if code:
         memory_release(m)
         return to_error(&why)
-    store(&m.owner, OWNER_WASMTIME)
+    if load(&m.protection) != PROTECTION_NONE:      # a Python creator kept a handle, and has used it since
+        code = fail(&why, E_UNSUPPORTED, "new_memory", minimum)
+        snprintf(why.detail, sizeof(why.detail), "with protected pages: a creator protected pages of the memory that it"
+                 " returned")
+    else:
+        store(&m.owner, OWNER_WASMTIME)
     unlock(&m.lock)
+    if code:
+        memory_release(m)
+        return to_error(&why)
     enter_table(m)
     out.env = m
     out.get_memory = get_memory

@@ -6,16 +6,20 @@ import os
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from typing import Any, NoReturn
 
 __all__ = ["check_bytes", "check_count", "check_flag", "check_pairs", "check_path", "check_size", "given",
-           "refuse_buffer", "shown"]
+           "refuse_buffer", "shown", "shows_protected"]
 
 REQUIRED = object()     # of an argument that has no default
 
 _WORD = 1 << 64
 _MOST = 100     # characters of a value in a message
+
+# Whether a buffer shows bytes of a memory that has protected pages; ValueError where one of these bytes cannot be read.
+# Memories bring the function when they are imported: before, there are none.
+shows_protected: Callable[[object], bool] = lambda data: False  # noqa: E731
 
 
 def shown(value: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from linmem import _checks
 from linmem._checks import check_bytes, check_pairs, check_path, check_size
 
 TYPE_CHECKING = False
@@ -58,7 +59,8 @@ class Delta:
             raise TypeError(f"target must be a str or None, got {type(target).__name__}")
         base_size, size = check_size(base_size, "base_size"), check_size(size, "size")
         kept = check_bytes(data, "data")
-        if not kept.readonly:
+        # The buffer of a memory is read-only as long as no page can be written: the delta must not change later.
+        if _checks.shows_protected(kept) or not kept.readonly:
             kept = memoryview(bytes(kept))
         self = super().__new__(cls)
         for name, value in (("base", base), ("base_size", base_size), ("size", size), ("target", target),

@@ -3,7 +3,7 @@
 from cpython.exc cimport PyErr_Clear, PyErr_Occurred
 from cpython.ref cimport Py_INCREF
 
-from linmem._units cimport E_BROKEN, E_EXHAUSTED, E_IMAGE, E_LIMIT, E_OWNED, E_OWN_GROWTH, E_PYTHON
+from linmem._units cimport E_BROKEN, E_EXHAUSTED, E_IMAGE, E_LIMIT, E_OWNED, E_OWN_GROWTH, E_PROTECTED, E_PYTHON
 
 from linmem import errors as _errors
 from linmem._os import pages as _pages
@@ -53,6 +53,8 @@ cdef const char* reason(int code) noexcept nogil:
         return "OWN_GROWTH"
     if code == E_BROKEN:
         return "BROKEN"
+    if code == E_PROTECTED:
+        return "PROTECTED"
     return "UNSUPPORTED"
 
 
@@ -87,14 +89,18 @@ cdef void failure_text(const failure* why, char* text, size_t room) noexcept nog
     elif code == E_IMAGE:
         snprintf(text, room, "minimum must be >= the end of the image (%zu), got %zu", why.limit, why.size)
     elif code == E_OWNED:
-        snprintf(text, room, "a wasmtime store owns this memory: grow it with wasmtime.Memory.grow(store, delta)"
-                             " instead")
+        snprintf(text, room, "a wasmtime store owns this memory: %s", why.detail)
+        if why.detail[0] == 0:
+            snprintf(text, room, "a wasmtime store owns this memory: grow it with wasmtime.Memory.grow(store, delta)"
+                                 " instead")
     elif code == E_OWN_GROWTH:
         snprintf(text, room, "this thread is in a growth of this memory already, and would wait for itself: the"
                              " grow_to() of a memory in Python must not use linmem's handle on that memory")
     elif code == E_BROKEN:
         snprintf(text, room, "the memory is lost: its grow_to() failed, or broke off, and the object behind it no longer"
                              " says where its bytes are")
+    elif code == E_PROTECTED:
+        snprintf(text, room, "%s is refused for %zu bytes at offset %zu: %s", why.call, why.size, why.used, why.detail)
     else:
         if why.detail[0] == 0:
             between = "by this kind of memory"

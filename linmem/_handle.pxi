@@ -1,6 +1,6 @@
 # The Python handle on a memory of any kind; a part of _memory.pyx.
 
-from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_SIMPLE, PyBUF_STRIDES, \
+from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_SIMPLE, PyBUF_STRIDES, PyBUF_WRITABLE, \
     PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
@@ -8,6 +8,7 @@ from libc.string cimport memmove
 
 from linmem._atomic cimport add_with_gil
 
+from linmem import _checks
 from linmem._delta import Delta as _Delta
 from linmem._checks import check_bytes as _check_bytes, given as _given, refuse_buffer as _refuse_buffer
 from linmem._formats import array_on as _array_on, resolve as _resolve_format
@@ -301,6 +302,7 @@ cdef class Memory:
                 raise ValueError(f"a byte must be in 0 .. 255, got {_shown(item)}")
             item = bytes((byte,))
         with _check_bytes(item, "what is looked for") as wanted:
+            shows_protected(wanted)     # raises if a byte of it cannot be read
             n = <size_t>len(wanted)
             step = max(n, SEARCH_STEP)
             while n <= size - at:
@@ -314,11 +316,14 @@ cdef class Memory:
 
     def __getbuffer__(self, Py_buffer* buffer, int flags):
         cdef memory* m = self.enter()
-        cdef bint pinned = False
+        cdef bint pinned = False, read_only = False
         try:
             pin(m)
             pinned = True
-            PyBuffer_FillInfo(buffer, self, m.base, <Py_ssize_t>memory_size(m), 0, flags)
+            if load(&m.protection) != PROTECTION_NONE:
+                with nogil:
+                    read_only = is_read_only(m)
+            PyBuffer_FillInfo(buffer, self, m.base, <Py_ssize_t>memory_size(m), read_only, flags)
         except BaseException:
             if pinned:
                 unpin(m)
@@ -427,6 +432,8 @@ cdef class Memory:
                 size = len(self)
                 start, stop, _ = key.indices(size)
                 return self.read(start, stop - start if stop > start else 0)
+            if self.is_protected():
+                return bytes([self[n] for n in range(*key.indices(len(self)))])
             with memoryview(self) as whole:
                 return whole[key].tobytes()
         i = check_index(key)
@@ -434,6 +441,10 @@ cdef class Memory:
         try:
             i = check_range(i, <Py_ssize_t>memory_size(m))      # it never becomes less
             begin_access(m)
+            if is_guarded(m):
+                end_access(m)
+                read_protected(m, <size_t>i, 1, <char*>&byte)
+                return byte
             byte = (<unsigned char*>m.base)[i]
             end_access(m)
             return byte
@@ -444,10 +455,12 @@ cdef class Memory:
         cdef Py_ssize_t i, n
         cdef memory* m
         cdef Py_ssize_t byte
+        cdef char as_char
         cdef Py_buffer given
         if isinstance(key, slice):
             start, stop, step = key.indices(len(self))
-            n = len(range(start, stop, step))
+            items = range(start, stop, step)
+            n = len(items)
             take_bytes(value, "data", &given)
             try:        # the buffer is held, so that its length stays what is compared here
                 if given.len != n:
@@ -456,9 +469,7 @@ cdef class Memory:
                 if step == 1:
                     self.write(start, value)
                 elif n:
-                    with memoryview(self) as whole:
-                        whole[start:stop if stop >= 0 else None:step] = PyBytes_FromStringAndSize(
-                            <char*>given.buf, given.len)
+                    self.set_items(items, PyBytes_FromStringAndSize(<char*>given.buf, given.len))
             finally:
                 PyBuffer_Release(&given)
             return
@@ -475,16 +486,55 @@ cdef class Memory:
         try:
             i = check_range(i, <Py_ssize_t>memory_size(m))
             begin_access(m)
+            if is_guarded(m):
+                end_access(m)
+                as_char = <char>byte
+                write_protected(m, <size_t>i, 1, &as_char)
+                return
             (<unsigned char*>m.base)[i] = <unsigned char>byte
             end_access(m)
         finally:
             self.leave()
 
+    cdef bint is_protected(self) except -1:
+        cdef memory* m = self.enter()
+        cdef bint answer = is_guarded(m)
+        self.leave()
+        return answer
+
+    cdef int set_items(self, items, bytes values) except -1:
+        """Write a byte at each offset of a range whose step is not 1."""
+        if self.is_protected():
+            for i in items:
+                self.check_access(i, 1, WRITABLE, b"write")
+            for i, value in zip(items, values):
+                self[i] = value
+            return 0
+        with memoryview(self) as whole:
+            whole[items.start:items.stop if items.stop >= 0 else None:items.step] = values
+        return 0
+
+    cdef int check_access(self, size_t start, size_t n, int allowed, const char* call) except -1:
+        """The range lies within byte_size."""
+        cdef failure why
+        cdef int code
+        cdef memory* m = self.enter_locked()
+        with nogil:
+            code = refuse_access(m, start, n, allowed, call, &why)
+            unlock(&m.lock)
+        self.leave()
+        if code:
+            raise_failure(&why)
+        return 0
+
     def __delitem__(self, key):
         raise TypeError("a memory's bytes cannot be deleted")
 
     def read(self, offset, size):
-        """Copy `size` bytes from `offset` out, as `bytes`; ValueError past `byte_size`."""
+        """Copy `size` bytes from `offset` out, as `bytes`.
+
+        ValueError past `byte_size`, and where a page cannot be read (`protect`).
+        """
         cdef size_t start, n
         cdef memory* m
         cdef bytes out
@@ -497,7 +547,10 @@ cdef class Memory:
             out = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>n)
             to = PyBytes_AS_STRING(out)
             begin_access(m)
-            if n < RELEASE_GIL_FROM:
+            if is_guarded(m):
+                end_access(m)
+                read_protected(m, start, n, to)
+            elif n < RELEASE_GIL_FROM:
                 memcpy(to, m.base + start, n)
                 end_access(m)
             else:
@@ -511,7 +564,8 @@ cdef class Memory:
     def write(self, offset, data):
         """Copy a contiguous buffer in at `offset` and return its length in bytes.
 
-        Past `byte_size` it is `ValueError`, and nothing is written.
+        Past `byte_size` it is `ValueError`, and so where a page cannot be written, or the data lie in a memory where
+        a page cannot be read (`protect`). Nothing is written then.
         """
         cdef size_t start, n
         cdef memory* m
@@ -524,7 +578,10 @@ cdef class Memory:
             try:
                 check_span(start, n, memory_size(m))
                 begin_access(m)
-                if n < RELEASE_GIL_FROM:
+                if is_guarded(m):
+                    end_access(m)
+                    write_protected(m, start, n, <const char*>given.buf)
+                elif n < RELEASE_GIL_FROM:
                     memmove(m.base + start, given.buf, n)
                     end_access(m)
                 else:
@@ -556,7 +613,7 @@ cdef class Memory:
         PageError
             The OS has no room for it.
         TypeError
-            For a memory with protected pages.
+            A page is inaccessible.
         """
         cdef image* it = NULL
         cdef failure why
@@ -564,7 +621,7 @@ cdef class Memory:
         cdef ImageHandle handle = ImageHandle.__new__(ImageHandle)
         cdef memory* m = self.enter_locked()
         with nogil:
-            code = refuse_protected(m, "snapshot", &why)
+            code = refuse_protected(m, READABLE, "snapshot", &why)
             if code == 0:
                 code = memory_snapshot(m, &it, &why)
             unlock(&m.lock)
@@ -600,7 +657,7 @@ cdef class Memory:
             in another call that looks at all of it.
             No other call can be known of from here.
         TypeError
-            For a memory with protected pages.
+            A page cannot be written.
         """
         cdef ImageHandle handle
         cdef failure why
@@ -624,7 +681,7 @@ cdef class Memory:
             right = handle.it.end
             if m.image == handle.it and m.started > right:
                 right = m.started
-            code = refuse_protected(m, "restore", &why)
+            code = refuse_protected(m, WRITABLE, "restore", &why)
             if code == 0 and (size == right or (size > right and grown)):
                 memory_restore(m, handle.it)
             unlock(&m.lock)
@@ -657,7 +714,7 @@ cdef class Memory:
         Raises
         ------
         TypeError
-            For a memory with protected pages.
+            A page is inaccessible.
         """
         cdef changes found
         cdef size_t i, n
@@ -703,29 +760,25 @@ cdef class Memory:
         GrowError, PageError
             It cannot grow so far. Nothing was written.
         TypeError
-            For a memory with protected pages.
+            A page that it would write cannot be written. Nothing was written, and the memory has not grown.
         """
         if not isinstance(delta, _Delta):
             raise TypeError(f"delta must be a Delta, got {type(delta).__name__}")
         cdef size_t start, n
-        cdef failure why
-        cdef int code
         cdef memory* m
+        pieces = list(delta.pieces())       # nothing of a class of the caller's runs from here on
         size = self.byte_size()
         if size < min(delta.base_size, delta.size) or size > delta.size:
             raise ValueError(f"the memory has {size} bytes, and the delta is for one of {delta.base_size} that becomes"
                              f" one of {delta.size}")
+        if self.is_protected() or load(&n_protections):
+            for offset, length, data in pieces:
+                start, n = offset, length
+                self.check_apply(start, n, data)
         if size < delta.size:
             self.grow_to(delta.size)
-        pieces = list(delta.pieces())       # nothing of a class of the caller's runs from here on
         m = self.enter()
         try:
-            lock_in_call(m)
-            with nogil:
-                code = refuse_protected(m, "apply", &why)
-                unlock(&m.lock)
-            if code:
-                raise_failure(&why)
             for offset, length, data in pieces:
                 start, n = offset, length
                 check_span(start, n, memory_size(m))
@@ -733,37 +786,74 @@ cdef class Memory:
                     self.write(offset, data)
                     continue
                 begin_access(m)
+                if is_guarded(m):
+                    end_access(m)
+                    write_protected(m, start, n, NULL)
+                    continue
                 with nogil:
                     memset(m.base + start, 0, n)
                     end_access(m)
         finally:
             self.leave()
 
+    cdef int check_apply(self, size_t start, size_t n, data) except -1:
+        """Of a piece of a delta: its bytes can be read, and what of it lies in the memory now can be written."""
+        cdef Py_buffer given
+        cdef failure why
+        cdef size_t size, at
+        cdef int access, code = 0
+        cdef memory* m = self.enter_locked()
+        with nogil:
+            size = memory_size(m)
+            if start < size and memory_has_other(m, start, n if n < size - start else size - start, WRITABLE, &at,
+                                                 &access):
+                code = unsupported_protection(m, at, access, "apply", &why)
+            unlock(&m.lock)
+        self.leave()
+        if code:
+            raise_failure(&why)
+        if data is not None:
+            PyObject_GetBuffer(data, &given, PyBUF_SIMPLE)
+            try:
+                check_readable(&given)
+            finally:
+                PyBuffer_Release(&given)
+        return 0
+
     # -- pages
 
     def protect(self, offset, size, access):
-        """Set what may be done with whole host pages; mprotect(2). A touch against it is a fault.
+        """Set what may be done with whole host pages; mprotect(2).
 
-        A memory with protected pages never moves. What the OS refuses half way is undone; where that is refused too,
-        or pages had a protection of their own before, the memory counts as one with protected pages.
+        Calls of linmem that would touch a page against its access raise: `read`, `write`, ``mem[...]`` ValueError,
+        calls on the whole memory (`snapshot`, `restore` ...) TypeError. Code that touches it through a view, or by its
+        address, faults, which ends the process. A memory of which no byte can be written exports read-only buffers;
+        views that exist already stay writable and fault.
+
+        A memory with protected pages never moves. "rx" is for machine code that was written before: pages are never
+        writable and executable at once. New pages of a growth are "rw".
 
         Parameters
         ----------
         offset, size : int
             In bytes, multiples of the host page, within `byte_size`.
-        access : {"rw", "r", "none"}
+        access : {"none", "r", "rw", "rx"}
 
         Raises
         ------
         ValueError
             For another access, or a range that is not whole pages of the memory.
         PageError
-            The OS refused. The protection is what it was, in a memory that had no protected pages; in
-            another, some of the range may have the new one.
+            The OS refused, as some hosts do refuse "rx". Every page has the access that it had. Where the OS refuses
+            that too, the access of a page is unknown, and calls raise as if it were inaccessible, until it is
+            protected anew. So it is in a child that was forked while another thread was in this call.
+        OwnedError
+            A wasmtime store owns the memory, and access is not "rw". A plain load or store of the guest would trap, but
+            ``memory.fill``, ``memory.copy`` and WASI calls run in native code, where a fault ends the process.
         TypeError
             The pages are not linmem's (a memory made in Python).
         """
-        cdef size_t start, n, whole, page = pages.capabilities().page_size
+        cdef size_t start, n, page = pages.capabilities().page_size
         cdef int how, code = 0
         cdef memory* m
         cdef failure why
@@ -781,17 +871,13 @@ cdef class Memory:
             if n:
                 lock_in_call(m)
                 with nogil:
-                    code = pages.protect(m.base + start, n, how)
-                    if code:
-                        fail_page_call(&why, code, "protect", n)
-                        if (not m.protected_pages
-                                and pages.protect(m.base + start, n, pages.ACCESS_READ_WRITE)):
-                            m.protected_pages = True
+                    if load(&m.owner) == OWNER_WASMTIME and how != pages.ACCESS_READ_WRITE:
+                        code = fail(&why, E_OWNED, "protect", n)
+                        snprintf(why.detail, sizeof(why.detail), "its pages stay \"rw\", because memory.fill,"
+                                 " memory.copy and WASI calls of the guest run in native code, where a fault ends the"
+                                 " process")
                     else:
-                        # The same for all of them is a memory as any other. A last one that byte_size ends
-                        # within cannot be protected.
-                        whole = round_down(memory_size(m), page)
-                        m.protected_pages = how != pages.ACCESS_READ_WRITE or start != 0 or n != whole
+                        code = memory_protect(m, start, n, how, &why)
                     unlock(&m.lock)
         finally:
             self.leave()
@@ -807,7 +893,7 @@ cdef class Memory:
         ----------
         offset, size : int
             In bytes; to the end by default. Parts of a page are set to zero. With protected pages in the
-            memory, whole host pages only.
+            range, whole host pages only.
 
         Raises
         ------
@@ -816,12 +902,12 @@ cdef class Memory:
         PageError
             The OS refused; no byte has changed.
         TypeError
-            The pages are not linmem's, or are protected where the OS cannot discard such, or are
-            protected and an image's.
+            The pages are not linmem's, or some are protected where the OS cannot discard such, or some are
+            protected and some an image's.
         """
-        cdef size_t start, n, head, tail, page = pages.capabilities().page_size
-        cdef bint is_split
-        cdef int code = 0
+        cdef size_t start, n, head, tail, at, page = pages.capabilities().page_size
+        cdef bint is_split, is_protected
+        cdef int access, code = 0
         cdef memory* m
         cdef failure why
         check_size(offset, "offset", &start)
@@ -834,11 +920,11 @@ cdef class Memory:
                 head = start
                 round_up(start, page, &head)
                 tail = round_down(start + n, page)
-                is_split = m.protected_pages and (start & (page - 1) != 0 or (
+                is_protected = memory_has_other(m, start, n, WRITABLE, &at, &access)
+                is_split = is_protected and (start & (page - 1) != 0 or (
                     n & (page - 1) != 0 and start + n != memory_size(m)))
-                if m.protected_pages and not pages.capabilities().discard_any_protection:
-                    code = fail(&why, E_UNSUPPORTED, "discard", n)
-                    snprintf(why.detail, sizeof(why.detail), "with protected pages, on this system")
+                if is_protected and not pages.capabilities().discard_any_protection:
+                    code = unsupported_protection(m, at, access, "discard, on this system,", &why)
                 elif is_split:
                     pass
                 elif head >= tail:
@@ -854,7 +940,7 @@ cdef class Memory:
         if code:
             raise_failure(&why)
         if is_split:
-            raise ValueError(f"offset and size must be multiples of the host page ({page}) in a memory with protected"
+            raise ValueError(f"offset and size must be multiples of the host page ({page}) in a range with protected"
                              f" pages, got {start} and {n}")
 
     def prefault(self, offset=0, size=None):
@@ -874,8 +960,8 @@ cdef class Memory:
         TypeError
             The pages are not linmem's, or are protected where the OS would fault.
         """
-        cdef size_t start, n, first, end = 0, page = pages.capabilities().page_size
-        cdef int code = 0
+        cdef size_t start, n, first, at, end = 0, page = pages.capabilities().page_size
+        cdef int access, code = 0
         cdef memory* m
         cdef failure why
         check_size(offset, "offset", &start)
@@ -887,9 +973,9 @@ cdef class Memory:
                 with nogil:
                     first = round_down(start, page)
                     round_up(start + n, page, &end)
-                    if m.protected_pages and not pages.capabilities().populates:
-                        code = fail(&why, E_UNSUPPORTED, "prefault", n)
-                        snprintf(why.detail, sizeof(why.detail), "with protected pages, on this system")
+                    if (not pages.capabilities().populates
+                            and memory_has_other(m, start, n, WRITABLE, &at, &access)):
+                        code = unsupported_protection(m, at, access, "prefault, on this system,", &why)
                     else:
                         code = pages.prefault(m.base + first, end - first)
                         if code:
@@ -1013,7 +1099,7 @@ cdef int memory_changes(Memory mem, object since, str name, changes* out) except
     memset(out, 0, sizeof(changes))
     m = mem.enter_locked()
     with nogil:
-        code = refuse_protected(m, "dirty_pages", &why)
+        code = refuse_protected(m, READABLE, "dirty_pages", &why)
         if code == 0:
             code = compare(m, NULL, base.it, out, &why)
         unlock(&m.lock)
@@ -1024,17 +1110,90 @@ cdef int memory_changes(Memory mem, object since, str name, changes* out) except
     return 0
 
 
-cdef int refuse_protected(memory* m, const char* call, failure* why) noexcept nogil:
-    """For the calls that reach for every byte by themselves; with the lock held."""
-    if not m.protected_pages:
-        return 0
-    fail(why, E_UNSUPPORTED, call, 0)
-    snprintf(why.detail, sizeof(why.detail), "with protected pages: give all of it back its access with"
-             " protect(0, %zu, 'rw')", round_down(memory_size(m), pages.capabilities().page_size))
-    return E_UNSUPPORTED
+cdef int read_protected(memory* m, size_t start, size_t n, char* to) except -1:
+    """Copy out of a memory that is_guarded()."""
+    cdef failure why
+    cdef int code = begin_guarded(m, start, n, READABLE, "read", &why)
+    if code:
+        raise_failure(&why)
+    with nogil:
+        memcpy(to, m.base + start, n)
+        end_guarded(m)
+    return 0
 
 
-_ACCESSES = {"none": pages.ACCESS_NONE, "r": pages.ACCESS_READ, "rw": pages.ACCESS_READ_WRITE}
+cdef int write_protected(memory* m, size_t start, size_t n, const char* data) except -1:
+    """Copy into a memory that is_guarded(); NULL: zeros."""
+    cdef failure why
+    cdef int code = begin_guarded(m, start, n, WRITABLE, "write", &why)
+    if code:
+        raise_failure(&why)
+    with nogil:
+        if data != NULL:
+            memmove(m.base + start, data, n)
+        else:
+            memset(m.base + start, 0, n)
+        end_guarded(m)
+    return 0
+
+
+cdef int begin_guarded(memory* m, size_t start, size_t n, int allowed, const char* call, failure* why) noexcept:
+    """0, and no page of the range changes its access until end_guarded(), or a failure. The pages of a Python memory may
+    be another linmem memory's: there it holds as long as nobody protects that one at this moment."""
+    cdef int code
+    if m.ops.pages_are_ours:
+        with nogil:
+            acquire(&m.lock)
+    else:
+        begin_access(m)
+    with nogil:
+        code = refuse_access(m, start, n, allowed, call, why)
+        if code:
+            end_guarded(m)
+    return code
+
+
+cdef void end_guarded(memory* m) noexcept nogil:
+    if m.ops.pages_are_ours:
+        unlock(&m.lock)
+    else:
+        end_access(m)
+
+
+cdef int check_readable(const Py_buffer* given) except -1:
+    """Refuse a buffer that shows protected pages of a linmem memory which cannot be read."""
+    cdef failure why
+    cdef int code
+    cdef const char* at = <const char*>given.buf
+    cdef size_t size = <size_t>given.len
+    with nogil:
+        code = refuse_foreign(at, size, READABLE, "reading the data, which lie in a linmem memory,", &why)
+    return raise_failure(&why) if code else 0
+
+
+def shows_protected(data):
+    """What linmem._checks says that it is."""
+    cdef Py_buffer given
+    cdef bint answer = False
+    if load(&n_protections) == 0:
+        return False
+    try:
+        PyObject_GetBuffer(data, &given, PyBUF_SIMPLE)
+    except BufferError:         # not contiguous
+        return False
+    try:
+        check_readable(&given)
+        with nogil:
+            answer = find_protected(<const char*>given.buf, <size_t>given.len) != NULL
+        return answer
+    finally:
+        PyBuffer_Release(&given)
+
+
+_checks.shows_protected = shows_protected
+
+_ACCESSES = {"none": pages.ACCESS_NONE, "r": pages.ACCESS_READ, "rw": pages.ACCESS_READ_WRITE,
+             "rx": pages.ACCESS_READ_EXECUTE}
 
 
 cdef int take_bytes(object data, str name, Py_buffer* out) except -1:
@@ -1043,6 +1202,12 @@ cdef int take_bytes(object data, str name, Py_buffer* out) except -1:
         PyObject_GetBuffer(data, out, PyBUF_SIMPLE)
     except (TypeError, ValueError, BufferError) as error:
         _refuse_buffer(data, name, error)
+    if load(&n_protections):
+        try:
+            check_readable(out)
+        except BaseException:
+            PyBuffer_Release(out)
+            raise
     return 0
 
 
@@ -1096,16 +1261,25 @@ cdef class Window:
         if self.memory is None:
             raise TypeError("a Window is made by Memory.view()")
         cdef memory* m = self.memory.enter()
+        cdef bint pinned = False, read_only = False
         try:
             pin(m)
+            pinned = True
+            if load(&m.protection) != PROTECTION_NONE:
+                with nogil:
+                    read_only = is_read_only(m)
+            if read_only and flags & PyBUF_WRITABLE:
+                raise BufferError("no page of the memory can be written (protect)")
         except BaseException:
+            if pinned:
+                unpin(m)
             self.memory.leave()
             raise
         self.memory.call_becomes_export()
         buffer.buf = m.base + self.offset
         buffer.obj = self
         buffer.len = self.shape[0] * self.strides[0]
-        buffer.readonly = 0
+        buffer.readonly = read_only
         buffer.itemsize = self.strides[0]
         buffer.format = PyBytes_AS_STRING(self.format) if flags & PyBUF_FORMAT else NULL
         buffer.ndim = 1

@@ -278,7 +278,7 @@ cdef class Image(ImageHandle):
         Raises
         ------
         TypeError
-            For a memory with protected pages.
+            For a memory with a page that is inaccessible (`Memory.protect`).
         """
         cdef changes found
         cdef failure why

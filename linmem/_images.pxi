@@ -595,16 +595,16 @@ cdef int discard_pages(memory* m, char* at, size_t size, failure* why) noexcept 
     cdef char* high
     cdef char* end = at + size
     cdef word shown
-    cdef int code = 0
+    cdef size_t other
+    cdef int access, code = 0
     low = high = end
     if m.image_state != IMAGE_COPIED:
         low = m.base + m.image.offset + m.image.low
         high = m.base + m.image.offset + m.image.high
         low = at if low < at else end if low > end else low
         high = low if high < low else end if high > end else high
-    if high > low and m.protected_pages:
-        code = fail(why, E_UNSUPPORTED, "discard", size)
-        snprintf(why.detail, sizeof(why.detail), "with protected pages and an image in the range")
+    if high > low and memory_has_other(m, <size_t>(at - m.base), size, WRITABLE, &other, &access):
+        code = unsupported_protection(m, other, access, "discard, where the range holds pages of an image,", why)
     if code == 0 and low > at:
         code = pages.discard(at, <size_t>(low - at))
     if code == 0 and high > low:

@@ -83,6 +83,14 @@ cdef struct memory_spec:
     image* image                # what it holds at the start; NULL: zeros
     bint watched                # the OS will be asked which pages were touched, many times
 
+# Whether pages of a memory have another access than "rw". Such a memory does not move: it is several mappings.
+cdef enum:
+    PROTECTION_NONE = 0
+    PROTECTION_KNOWN = 1
+    PROTECTION_UNKNOWN = 2
+
+cdef struct protections
+
 cdef enum:
     OWNER_PYTHON = 0
     OWNER_WASMTIME = 1
@@ -137,6 +145,7 @@ cdef struct memory:
     word owner                  # OWNER_
     word size                   # byte_size; written under the lock, read anywhere
     char* base
+    word protection             # PROTECTION_; written under the lock
     size_t accessible
     size_t capacity             # bytes
     size_t maximum              # SIZE_MAX: none
@@ -145,7 +154,6 @@ cdef struct memory:
     size_t covered              # base .. base+covered is ours or faults: what wasm may touch
     bint broken                 # of a memory in Python: nobody knows where it is any more
     bint is_shared
-    bint protected_pages        # protect() was used: pages differ, so the mapping cannot move as one
     bint moved                  # the mapping has moved once: what it grew since is a second mapping
     bint huge_pages             # the OS was asked for them; a decommit may have made it forget
     bint growth_is_watched      # a hook has before_grow or after_grow
@@ -153,6 +161,7 @@ cdef struct memory:
     image* image                # a reference on what it held at the start, or was last restored to; NULL: zeros
     size_t started              # byte_size at the start; 0: it was restored to another image
     size_t dirtied              # bytes that a restore found written, the first since pages were given back; or 0
+    protections* protections    # which pages have which access; NULL: all are "rw"
     memory* registry_next       # the bridge's table of memories that wasmtime holds, by the base that they had when
     char* registered            # they were put there
     # For a child that is forked in the middle of a growth, and does not have the thread that was in it:
@@ -184,6 +193,9 @@ cdef void begin_own_growth(own_growth* growth, memory* m) noexcept nogil
 cdef void end_own_growth(own_growth* growth) noexcept nogil
 cdef void list_memory(memory* m) noexcept nogil
 cdef void unlist_memory(memory* m) noexcept nogil
+cdef int memory_unprotect(memory* m, size_t size) noexcept nogil
+cdef void memory_doubt(memory* m) noexcept nogil
+cdef int refuse_foreign(const char* at, size_t size, int allowed, const char* call, failure* why) noexcept nogil
 cdef int memory_resident(memory* m, size_t* bytes, failure* why) noexcept nogil
 cdef void give_back(char* at, size_t size) noexcept nogil
 
@@ -217,6 +229,7 @@ cdef void drop_object(PyObject* object) noexcept nogil
 cdef bint python_is_ending() noexcept nogil
 cdef int check_size(object value, str name, size_t* out) except -1
 cdef int check_count(object value, str name, size_t* out) except -1
+cdef int check_readable(const Py_buffer* given) except -1
 cdef int check_flag(object value, str name) except -1
 cdef int take_bytes(object data, str name, Py_buffer* out) except -1
 cdef NativeCreator check_native(object value, str name)
@@ -256,6 +269,10 @@ cdef class Memory:
     cdef void last_left(self, long long now) noexcept
     cdef void call_becomes_export(self) noexcept
     cdef void release_export(self) noexcept
+    cdef bint is_protected(self) except -1
+    cdef int set_items(self, items, bytes values) except -1
+    cdef int check_access(self, size_t start, size_t n, int allowed, const char* call) except -1
+    cdef int check_apply(self, size_t start, size_t n, data) except -1
 
 
 cdef int memory_changes(Memory mem, object since, str name, changes* out) except -1

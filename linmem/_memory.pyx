@@ -7,13 +7,13 @@ from cpython.ref cimport Py_DECREF
 from libc.stdint cimport SIZE_MAX
 from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free, malloc, realloc
-from libc.string cimport memcmp, memcpy, memset
+from libc.string cimport memcmp, memcpy, memmove, memset, strlen
 
 from linmem._atomic cimport add, load, pause, peek, peek_address, poke, poke_address, publish, store, swap_if, word
 from linmem._os cimport pages
 from linmem._units cimport (
-    E_BROKEN, E_CAPACITY, E_EXPORTED, E_IMAGE, E_MAXIMUM, E_NO_MEMORY, E_OVERFLOW, E_OWN_GROWTH, E_OWNED, E_SHRINK,
-    E_UNSUPPORTED, add_up, first_reservation, lay_out, layout, next_reservation, round_down, round_up,
+    E_BROKEN, E_CAPACITY, E_EXPORTED, E_IMAGE, E_MAXIMUM, E_NO_MEMORY, E_OVERFLOW, E_OWN_GROWTH, E_OWNED, E_PROTECTED,
+    E_SHRINK, E_UNSUPPORTED, add_up, first_reservation, lay_out, layout, next_reservation, round_down, round_up,
 )
 
 from linmem import abc as _abc
@@ -571,7 +571,7 @@ cdef int begin_move(memory* m, size_t new_size, failure* why) noexcept nogil:
     cdef long long pins
     cdef long long since = 0
     cdef int looks = 0, code = 0
-    if m.is_shared or m.protected_pages:
+    if m.is_shared or load(&m.protection) != PROTECTION_NONE:
         fail(why, E_CAPACITY, "grow_to", new_size, 0, m.capacity)
         snprintf(why.detail, sizeof(why.detail),
                  "shared memories never do" if m.is_shared else "some of its pages have their own protection")
@@ -585,6 +585,12 @@ cdef int begin_move(memory* m, size_t new_size, failure* why) noexcept nogil:
     if code:
         end_move(m)
     return code
+
+
+cdef void wait_for_accesses(memory* m) noexcept nogil:
+    """Until all have ended that had begun. Who begins one then sees what the caller wrote before."""
+    while accesses_of_now(load(&m.accesses)) != generation << 32:
+        pages.relax()
 
 
 cdef void end_move(memory* m) noexcept nogil:
@@ -771,6 +777,7 @@ cdef int mapped_resident(memory* m, size_t* bytes, failure* why) noexcept nogil:
 
 cdef void mapped_free(memory* m) noexcept nogil:
     unlist_memory(m)
+    drop_protections(m, load(&m.protection) == PROTECTION_KNOWN)
     give_back(m.base - m.pre_guard, m.pre_guard + m.capacity + m.guard)
     leave_image(m)
     free(m)
@@ -824,6 +831,7 @@ prefaulting_ops.free = mapped_free
 prefaulting_ops.pages_are_ours = True
 
 
+include "_protection.pxi"
 include "_images.pxi"
 
 

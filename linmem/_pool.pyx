@@ -8,11 +8,11 @@ from libc.string cimport memset
 
 from linmem._atomic cimport add, load, poke, store, touch, word
 from linmem._memory cimport (
-    CACHE_LINE, IMAGE_BROKEN, IMAGE_COPIED, OWNER_LEFT, OWNER_PYTHON, ImageHandle, MmapCreator, NativeCreator,
-    acquire, check_count, check_flag, check_native, check_size, fail, failure,
-    give_back, image_release, image_retain, list_lock,
-    memory, memory_border, memory_hang, memory_hook, memory_is_filled, memory_refill, memory_release, memory_renew,
-    memory_restore, memory_spec, memory_start_again, memory_turn_to, raise_failure, unlist_lock, unlock,
+    CACHE_LINE, IMAGE_BROKEN, IMAGE_COPIED, OWNER_LEFT, OWNER_PYTHON, PROTECTION_NONE, ImageHandle, MmapCreator,
+    NativeCreator, acquire, check_count, check_flag, check_native, check_size, fail, failure, give_back, image_release,
+    image_retain, list_lock, memory, memory_border, memory_doubt, memory_hang, memory_hook, memory_is_filled,
+    memory_refill, memory_release, memory_renew, memory_restore, memory_spec, memory_start_again, memory_turn_to,
+    memory_unprotect, raise_failure, unlist_lock, unlock,
 )
 from linmem._os cimport pages
 from linmem._reset cimport (
@@ -335,22 +335,20 @@ cdef int reset(slot* s, memory* m) noexcept nogil:
     cdef int how = RESET_SCAN
     if used > s.high:
         s.high = used
-    if m.protected_pages:
-        if pages.protect(s.base, used, pages.ACCESS_READ_WRITE):
-            return -1
-        m.protected_pages = False
+    if (load(&m.protection) != PROTECTION_NONE or not m.ops.pages_are_ours) and memory_unprotect(m, used):
+        return -1
     if (m.image != s.image or m.image_state == IMAGE_BROKEN) and memory_turn_to(m, s.image):
         return -1       # a user has turned it to another image, or given pages of its own back
     if used:
         how = clear(s, used)
         if how < 0:
-            m.protected_pages = True        # it may be inaccessible: a pool below sees to that first
+            memory_doubt(m)     # it may be inaccessible: a pool below sees to that first
             return -1
         if s.pool.check and not memory_is_filled(m, used):
             return -1
     if used > s.least:
         if pages.protect(s.base + s.least, used - s.least, pages.ACCESS_NONE):
-            m.protected_pages = True        # the same
+            memory_doubt(m)     # the same
             return -1
         poke(&m.accessible, s.least)        # upstream may have someone who watches, here and below
     elif used < s.least:        # a pool above had made it cold

@@ -18,8 +18,9 @@ cdef enum:
     E_EXHAUSTED = -10       # every slot of a pool is in use
     E_IMAGE = -11           # the memory is smaller than its image
     E_OWNED = -12           # a wasmtime store owns the memory, and Python is to leave it alone
-    E_OWN_GROWTH = -20      # this thread is growing the memory, and would wait for itself
-    E_BROKEN = -21          # a memory in Python no longer says where it is
+    E_PROTECTED = -13       # the bytes lie in pages whose access does not allow it
+    E_OWN_GROWTH = -14      # this thread is growing the memory, and would wait for itself
+    E_BROKEN = -15          # a memory in Python no longer says where it is
 
 
 cdef inline bint is_power_of_two(size_t n) noexcept nogil:

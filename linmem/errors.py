@@ -135,5 +135,6 @@ def from_failure(reason: str, text: str, *, os_error_args: tuple[object, ...], c
         "OWNED": OwnedError,
         "OWN_GROWTH": RuntimeError,
         "BROKEN": RuntimeError,
+        "PROTECTED": ValueError,
         "UNSUPPORTED": TypeError,
     }[reason](text)

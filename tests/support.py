@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import mmap
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -78,6 +79,15 @@ def _scan_ways() -> frozenset[str]:
     return frozenset(found)
 
 
+def _code_is_allowed() -> bool:
+    with linmem.create(PAGE) as mem:
+        try:
+            mem.protect(0, PAGE, "rx")
+        except linmem.PageError:
+            return False
+        return True
+
+
 SCAN_WAYS = _scan_ways()
 # The C library's own functions, by name; a call holds the GIL.
 LIBC = ctypes.PyDLL(None, use_errno=True) if HAS_PROC else None
@@ -120,6 +130,8 @@ NEEDS = {
     "holes": (_files_have_holes(), "the file system has no holes, or does not say"),
     "rlimits": (_has_module("resource"), "this OS has no resource limits"),
     "fork": (hasattr(os, "fork"), "this OS has no fork"),
+    "code": (_code_is_allowed(), "this host does not allow memory that was written to become code"),
+    "x86_64": (platform.machine() in ("x86_64", "AMD64"), "the machine code of the tests is for x86-64"),
     "owners": (hasattr(os, "geteuid"), "files have no owners and modes here"),
     "core_files": (_core_is_a_file(), "core_pattern is not a plain file name"),
     "real_pages": ("LINMEM_PAGE_SIZE" not in os.environ, "the host page is overridden in this run"),
@@ -197,9 +209,9 @@ class Region(ctypes.Structure):
 
 
 MEM_COMMIT, MEM_RESERVE, MEM_FREE = 0x1000, 0x2000, 0x10000
-PAGE_NOACCESS, PAGE_READONLY, PAGE_READWRITE = 1, 2, 4
+PAGE_NOACCESS, PAGE_READONLY, PAGE_READWRITE, PAGE_EXECUTE_READ = 1, 2, 4, 0x20
 _AS_IN_MAPS = {(MEM_RESERVE, 0): "---p", (MEM_COMMIT, PAGE_NOACCESS): "---p", (MEM_COMMIT, PAGE_READONLY): "r--p",
-               (MEM_COMMIT, PAGE_READWRITE): "rw-p"}
+               (MEM_COMMIT, PAGE_READWRITE): "rw-p", (MEM_COMMIT, PAGE_EXECUTE_READ): "r-xp"}
 
 
 def query(address: int) -> Region:

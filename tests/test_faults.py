@@ -377,7 +377,7 @@ def check_protected(access, start, end):
         if NEEDS["regions"][0]:
             base = scene.mem.as_ptr()
             found = [part for part in accessible_parts(scene.mem) if part[0] < end and part[1] > start]
-            wanted = {"rw": "rw-p", "r": "r--p"}
+            wanted = {"rw": "rw-p", "r": "r--p", "rx": "r-xp"}
             if access == "none":
                 assert found == []
             else:
@@ -395,7 +395,7 @@ def check_zero(scene, result):
         assert bytes(scene.mem) == bytes(scene.img.offset) + bytes(scene.img) + bytes(4 * PAGE)
 
 
-for access in ("rw", "r", "none"):
+for access in ("rw", "r", "none", *(["rx"] if NEEDS["code"][0] else [])):
     row(f"protect {access}", "Memory.protect", plain,
         lambda scene, access=access: scene.mem.protect(0, 2 * PAGE, access), check_protected(access, 0, 2 * PAGE),
         "protect")

@@ -24,7 +24,7 @@ FLOORS = {
     "_units": 0, "_atomic": 0, "_reset": 0, "_wide": 0, "_formats": 0, "errors": 0, "abc": 0, "records": 0, "_delta": 0,
     "_files": 0, "_handles": 0, "_hoist": 0, "_cache": 0, "_checks": 0,
     "_os.common": 1, "_os.images": 1, "_os.pagemap": 1, "_os.pages": 1, "_os.posix": 1, "_os.windows": 1, "_os": 1,
-    "_memory": 2, "_failures": 2, "_handle": 2, "_images": 2,
+    "_memory": 2, "_failures": 2, "_handle": 2, "_images": 2, "_protection": 2,
     "_image": 3,
     "_pool": 4, "_adaptors": 4, "_bridge": 4,
     "creators": 5, "_prepared": 5, "_snapshot": 5, "wasmtime": 5.2, "dask": 5,

@@ -314,17 +314,16 @@ def test_a_memory_smaller_than_the_image_is_not_restored_to_it():
 
 @pytest.mark.parametrize("call", [
     lambda mem, img: mem.snapshot(), lambda mem, img: mem.restore(img), lambda mem, img: mem.dirty_pages(img),
-    lambda mem, img: img.diff(mem), lambda mem, img: mem.apply(img.diff(img))])
-def test_protected_pages_are_refused_until_all_have_their_access_back(call):
+    lambda mem, img: img.diff(mem),
+    lambda mem, img: mem.apply(img.diff(Image.from_bytes(b"y" * 3 * PAGE)))])
+def test_inaccessible_pages_are_refused_until_they_have_their_access_back(call):
     img = Image.from_bytes(b"x" * 3 * PAGE)
     mem = img.new_memory()
+    mem.write(PAGE, b"changed")
     mem.protect(PAGE, PAGE, "none")
     with pytest.raises(TypeError, match=r"protected pages.*protect\(0, "):
         call(mem, img)
     mem.protect(PAGE, PAGE, "rw")
-    with pytest.raises(TypeError, match="protected pages"):
-        call(mem, img)
-    mem.protect(0, 3 * PAGE, "rw")
     call(mem, img)
 
 

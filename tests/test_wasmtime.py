@@ -114,16 +114,23 @@ def test_the_trap_boundary_is_the_byte_after_the_last(grown):
         exports["load"](store, -1)
 
 
-def test_a_store_to_a_page_that_python_made_read_only_is_a_trap_and_the_store_lives_on():
+@pytest.mark.parametrize("access", ["none", "r", "rx"])
+def test_pages_of_a_memory_that_a_store_owns_stay_readable_and_writable(access):
     store, exports = instantiate(GROWING.format(limits="2"))
     memory = linmem.wasmtime.linear_memory(store, exports["memory"])
-    memory.protect(PAGE, PAGE, "r")
-    assert exports["load"](store, PAGE) == 0
-    with pytest.raises(wasmtime.Trap):
-        exports["store"](store, PAGE, 1)
+    for offset, size in ((0, PAGE), (PAGE, PAGE), (0, len(memory))):
+        with pytest.raises(linmem.OwnedError, match=r"memory\.fill.*native code"):
+            memory.protect(offset, size, access)
+    assert not memoryview(memory).readonly
     memory.protect(PAGE, PAGE, "rw")
+    memory.protect(PAGE, 0, access)
     exports["store"](store, PAGE, 1)
     assert memory[PAGE] == 1
+    store.close()
+    memory.protect(PAGE, PAGE, "r")
+    assert memory[PAGE] == 1
+    with pytest.raises(ValueError, match="write is refused"):
+        memory[PAGE] = 2
 
 
 def test_an_empty_memory_has_an_address_and_grows_from_nothing():

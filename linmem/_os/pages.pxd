@@ -9,6 +9,7 @@ cdef enum:
     ACCESS_NONE = 0
     ACCESS_READ = 1
     ACCESS_READ_WRITE = 2
+    ACCESS_READ_EXECUTE = 3
 
 cdef struct capabilities_t:
     size_t page_size                # bytes in a host page (the override of LINMEM_PAGE_SIZE, if any)
@@ -67,8 +68,9 @@ cdef int touched(char* at, size_t size, bint over_image, span* runs, size_t* n, 
 # [at, at+size) lies in one reservation. The kernel may use huge pages there from now on; a wish.
 cdef int advise_huge(char* at, size_t size) noexcept nogil
 
-# [at, at+size) is committed. access: an ACCESS_ constant. Refused, a part of it may have it already, where
-# the pages differed in protection before.
+# [at, at+size) is committed. access: an ACCESS_ constant. Code that was written there before it became
+# ACCESS_READ_EXECUTE is what is executed. Refused, a part of it may have the access already, where the pages
+# differed in protection before; and a host may refuse ACCESS_READ_EXECUTE as such.
 cdef int protect(char* at, size_t size, int access) noexcept nogil
 
 # [at, at+size) is committed and writable. -> every page is resident, no byte has changed.

@@ -99,6 +99,15 @@ cdef extern from *:
     #endif
     }
 
+    /* Where the processor does not watch what is written to code, it is told. */
+    static void linmem_flush_code(char *at, size_t size) {
+    #if defined(__x86_64__) || defined(__i386__)
+        (void)at; (void)size;
+    #else
+        __builtin___clear_cache(at, at + size);
+    #endif
+    }
+
     static int linmem_mincore(void *at, size_t size, unsigned char *vector) {
     #if defined(__linux__)
         return mincore(at, size, vector);
@@ -212,7 +221,7 @@ cdef extern from *:
     """
     int errno
     int EINVAL, ENOMEM, EAGAIN, EACCES, EPERM, EFAULT, EEXIST, ENOSYS, EBUSY
-    int PROT_NONE, PROT_READ, PROT_WRITE
+    int PROT_NONE, PROT_READ, PROT_WRITE, PROT_EXEC
     int RLIMIT_AS, RLIMIT_DATA
     void* MAP_FAILED
     bint ON_LINUX "LINMEM_LINUX"
@@ -222,6 +231,7 @@ cdef extern from *:
     int set_name "linmem_set_name"(void* at, size_t size) noexcept nogil
     int discard_ "linmem_discard"(void* at, size_t size) noexcept nogil
     int move_ "linmem_move"(void* at, size_t size, void* to, size_t new_size) noexcept nogil
+    void flush_code "linmem_flush_code"(char* at, size_t size) noexcept nogil
     int populate_ "linmem_populate"(void* at, size_t size) noexcept nogil
     int advise_huge_ "linmem_advise_huge"(void* at, size_t size) noexcept nogil
     long long huge_page "linmem_huge_page"() noexcept nogil
@@ -325,7 +335,13 @@ cdef int protect(char* at, size_t size, int access) noexcept nogil:
         protection = PROT_READ
     elif access == ACCESS_READ_WRITE:
         protection = PROT_READ | PROT_WRITE
-    return errno if mprotect(at, size, protection) else 0
+    elif access == ACCESS_READ_EXECUTE:
+        protection = PROT_READ | PROT_EXEC
+    if mprotect(at, size, protection):
+        return errno
+    if access == ACCESS_READ_EXECUTE:
+        flush_code(at, size)
+    return 0
 
 
 cdef int prefault(char* at, size_t size) noexcept nogil:

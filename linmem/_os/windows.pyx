@@ -45,6 +45,11 @@ cdef extern from *:
         return linmem_free(about.AllocationBase, 0, MEM_RELEASE);
     }
 
+    /* Where the processor does not watch what is written to code, it is told. */
+    static void linmem_flush_code(void *at, size_t size) {
+        (void)FlushInstructionCache(GetCurrentProcess(), at, size);
+    }
+
     static int linmem_protect(void *at, size_t size, int protection) {
         DWORD before;
         return VirtualProtect(at, size, (DWORD)protection, &before) ? 0 : linmem_last_error();
@@ -340,7 +345,12 @@ cdef int protect(char* at, size_t size, int access) noexcept nogil:
         protection = PAGE_READONLY
     elif access == ACCESS_READ_WRITE:
         protection = PAGE_READWRITE
-    return protect_(at, size, protection)
+    elif access == ACCESS_READ_EXECUTE:
+        protection = PAGE_EXECUTE_READ
+    code = protect_(at, size, protection)
+    if code == 0 and access == ACCESS_READ_EXECUTE:
+        flush_code(at, size)
+    return code
 
 
 cdef int prefault(char* at, size_t size) noexcept nogil:
