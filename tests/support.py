@@ -521,9 +521,10 @@ cdef class Half(linmem.NativeCreator):
 
 def build_extension(folder: Path, name: str, source: str) -> None:
     """Compile a Cython module into `folder`, against the package's .pxd files."""
-    # An editable install is found by an import hook, which Cython does not ask.
+    # Cython looks where packages are installed. It does not ask the import hook of an editable install, and the child
+    # does not have what this process has on its path.
     home = str(Path(linmem.__file__).parent.parent)
-    beyond = [] if home in sys.path else [home]
+    beyond = [] if home in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")} else [home]
     (folder / f"{name}.pyx").write_text(source)
     (folder / "setup.py").write_text(textwrap.dedent(f"""
         from Cython.Build import cythonize
