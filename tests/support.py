@@ -64,6 +64,14 @@ def _files_have_holes() -> bool:
         return getattr(os.fstat(file.fileno()), "st_blocks", 1 << 24) * 512 < 1 << 20
 
 
+def _pages_can_be_locked() -> bool:
+    if not HAS_PROC:
+        return False
+    with mmap.mmap(-1, 1 << 16) as memory:
+        place = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(memory)))
+        return LIBC.mlock(place, ctypes.c_size_t(1 << 16)) == 0
+
+
 def _scan_ways() -> frozenset[str]:
     """The ways of finding touched pages that work here."""
     found = set()
@@ -118,6 +126,11 @@ NEEDS = {
     "maps_images": (FLOOR["capabilities"]["maps_images"], "images cannot be mapped into memories here"),
     "descriptors": (HAS_PROC and FDS.exists(), "no /proc/self/fd to ask"),
     "holes": (_files_have_holes(), "the file system has no holes, or does not say"),
+    "few_mappings": (HAS_PROC and 0 < FLOOR["mappings"] <= 1 << 18, "a process may have too many mappings to make all"),
+    "overcommit_is_guessed": (FLOOR["limits"].get("vm.overcommit_memory") == 0 and 0 < FLOOR["memory"] < 1 << 41,
+                              "vm.overcommit_memory is not 0, or the machine has terabytes"),
+    "overcommit_is_not_strict": (FLOOR["limits"].get("vm.overcommit_memory") in (0, 1), "vm.overcommit_memory is 2"),
+    "memory_locks": (_pages_can_be_locked(), "no page may be locked in memory"),
     "rlimits": (_has_module("resource"), "this OS has no resource limits"),
     "fork": (hasattr(os, "fork"), "this OS has no fork"),
     "owners": (hasattr(os, "geteuid"), "files have no owners and modes here"),

@@ -62,7 +62,8 @@ def test_a_checkout_in_which_nothing_was_built_does_not_hide_the_installed_packa
     (tmp_path / "linmem" / "__init__.py").write_text("raise ImportError('nothing was built here')")
     for name in ("conftest.py", "support.py"):
         (tmp_path / "tests" / name).write_bytes((HERE / name).read_bytes())
-    (tmp_path / "tests" / "test_import.py").write_text("import linmem\n\ndef test_import():\n    linmem.create(1).close()\n")
+    (tmp_path / "tests" / "test_import.py").write_text(
+        "import linmem\n\ndef test_import():\n    linmem.create(1).close()\n")
     path = [entry for entry in sys.path if entry and Path(entry).resolve() != HERE]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"], capture_output=True, text=True,
