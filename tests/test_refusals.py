@@ -5,13 +5,13 @@ done before it stopped, and the words about the limit are the operating system's
 """
 
 import pytest
-from support import NEEDS, answer, image_kinds, requires
+from support import answer, image_kinds, requires
 
 TOOLS = """
 import ctypes, os, re, resource, subprocess, sys
 import linmem
 from linmem._os import pages
-from support import FLOOR, LIBC, NAME, PAGE, REAL_PAGE, accessible_parts, check_fresh, live_bytes, mappings, smaps, whole
+from support import FLOOR, LIBC, PAGE, REAL_PAGE, accessible_parts, check_fresh, live_bytes, smaps, whole
 
 ENOMEM, EINVAL = 12, 22
 SHAPE = {"maximum": 32 * PAGE, "reserve": 32 * PAGE, "guard": PAGE}
