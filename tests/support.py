@@ -65,6 +65,14 @@ def _files_have_holes() -> bool:
         return getattr(os.fstat(file.fileno()), "st_blocks", 1 << 24) * 512 < 1 << 20
 
 
+def _pages_can_be_locked() -> bool:
+    if not HAS_PROC:
+        return False
+    with mmap.mmap(-1, 1 << 16) as memory:
+        place = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(memory)))
+        return LIBC.mlock(place, ctypes.c_size_t(1 << 16)) == 0
+
+
 def _scan_ways() -> frozenset[str]:
     """The ways of finding touched pages that work here."""
     found = set()
@@ -128,6 +136,11 @@ NEEDS = {
     "maps_images": (FLOOR["capabilities"]["maps_images"], "images cannot be mapped into memories here"),
     "descriptors": (HAS_PROC and FDS.exists(), "no /proc/self/fd to ask"),
     "holes": (_files_have_holes(), "the file system has no holes, or does not say"),
+    "few_mappings": (HAS_PROC and 0 < FLOOR["mappings"] <= 1 << 18, "a process may have too many mappings to make all"),
+    "overcommit_is_guessed": (FLOOR["limits"].get("vm.overcommit_memory") == 0 and 0 < FLOOR["memory"] < 1 << 41,
+                              "vm.overcommit_memory is not 0, or the machine has terabytes"),
+    "overcommit_is_not_strict": (FLOOR["limits"].get("vm.overcommit_memory") in (0, 1), "vm.overcommit_memory is 2"),
+    "memory_locks": (_pages_can_be_locked(), "no page may be locked in memory"),
     "rlimits": (_has_module("resource"), "this OS has no resource limits"),
     "fork": (hasattr(os, "fork"), "this OS has no fork"),
     "code": (_code_is_allowed(), "this host does not allow memory that was written to become code"),
@@ -534,9 +547,10 @@ cdef class Half(linmem.NativeCreator):
 
 def build_extension(folder: Path, name: str, source: str) -> None:
     """Compile a Cython module into `folder`, against the package's .pxd files."""
-    # An editable install is found by an import hook, which Cython does not ask.
+    # Cython looks where packages are installed. It does not ask the import hook of an editable install, and the child
+    # does not have what this process has on its path.
     home = str(Path(linmem.__file__).parent.parent)
-    beyond = [] if home in sys.path else [home]
+    beyond = [] if home in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")} else [home]
     (folder / f"{name}.pyx").write_text(source)
     (folder / "setup.py").write_text(textwrap.dedent(f"""
         from Cython.Build import cythonize

@@ -109,7 +109,6 @@ HELD = {
 }
 
 
-@pytest.mark.slow
 @requires("compiler")
 @pytest.mark.parametrize("what", HELD)
 def test_a_fork_while_another_thread_is_in_the_middle_of(holder, what):

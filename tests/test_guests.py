@@ -465,7 +465,6 @@ def test_what_a_guest_does_in_linmems_memories_is_what_it_does_in_wasmtimes_own(
         assert compared.done[what], what
 
 
-@pytest.mark.slow
 @requires("rlimits")
 def test_it_is_the_same_in_a_short_address_space_for_which_the_engine_is_tuned():
     assert answer("""

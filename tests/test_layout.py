@@ -12,7 +12,8 @@ from linmem._memory import _lay_out, _reservation_steps
 TOP = 2**64 - 1
 PAGES = st.sampled_from([4096, 16384, 65536])
 EDGES = [0, 1, 4095, 4096, 4097, 65535, 65536, 65537, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**47, 2**62,
-         2**63 - 65536, 2**63 - 1, 2**63, 2**63 + 1, TOP - 65536, TOP - 65535, TOP - 4096, TOP - 4095, TOP]
+         2**63 - 65536, 2**63 - 1, 2**63, 2**63 + 1, TOP - 65536, TOP - 65535, TOP - 65534, TOP - 4096, TOP - 4095,
+         TOP - 4094, TOP]
 SIZES = st.one_of(st.sampled_from(EDGES), st.integers(0, 2**22), st.integers(0, 2**48), st.integers(0, TOP))
 
 
@@ -35,6 +36,28 @@ def test_the_layout_is_the_exact_arithmetic_or_a_refusal(minimum, reservation, g
     else:
         assert at == {"pre_guard": before, "accessible": accessible, "capacity": capacity, "guard": after,
                       "total": total}
+
+
+@pytest.mark.parametrize("page", [4096, 16384, 65536])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_size_that_wraps_when_it_is_rounded_up_is_refused_from_the_first_one_on(place, page):
+    for size in (2**64 - page + 1, 2**64 - page + 2, TOP):      # one less would be rounded to 2**64 - page
+        sizes = [0, 0, 0]
+        sizes[place] = size
+        assert _lay_out(*sizes, page) is None
+
+
+@pytest.mark.parametrize("page", [4096, 16384, 65536])
+def test_the_largest_layout_has_a_length_that_python_can_say_and_one_page_more_is_refused(page):
+    largest = 2**63 - 2 * page      # with a page before the base, the largest multiple of pages below 2**63
+    assert _lay_out(0, largest, 0, page)["total"] == 2**63 - page
+    assert _lay_out(largest, 0, 0, page)["total"] == 2**63 - page
+    assert _lay_out(0, largest + 1, 0, page) is None
+    assert _lay_out(largest + 1, 0, 0, page) is None
+    guard = 2**62 - page            # twice: before the base and behind the capacity
+    assert _lay_out(0, page, guard, page)["total"] == 2**63 - page
+    assert _lay_out(0, page, guard + 1, page) is None
+    assert _lay_out(0, 2**63, 2**62, page) is None      # the sum wraps, and is small again
 
 
 @given(SIZES, SIZES, SIZES, PAGES)

@@ -244,7 +244,7 @@ LAST_SECONDS = {
 
 
 @pytest.mark.parametrize("what", LAST_SECONDS)
-@pytest.mark.parametrize("things", ["THINGS", pytest.param("GUESTS", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("things", ["THINGS", "GUESTS"])
 def test_the_interpreter_ends_cleanly_when(things, what):
     assert scene({"THINGS": THINGS, "GUESTS": GUESTS}[things] + "\nthings = make()\n"
                  + textwrap.dedent(LAST_SECONDS[what]) + "\nprint('end')\n") == "end"

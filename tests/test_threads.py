@@ -844,7 +844,6 @@ def fork(linmem.NativeCreator creator not None, size_t page):
 
 
 @requires("fork", "compiler")
-@pytest.mark.slow
 def test_a_fork_by_c_code_that_python_knows_nothing_of_leaves_no_lock_held(tmp_path):
     build_extension(tmp_path, "forking", FORKING)
     assert answer(f"""
