@@ -468,27 +468,34 @@ def test_every_truncation_is_refused_with_the_place_or_judged_as_by_wasmtime():
         judged(wasm[:size])
 
 
+HOSTILE = [0, 1, 2, 0x0B, 0x23, 0x40, 0x41, 0x7F, 0x80, 0xFB, 0xFD, 0xFF]
+
+
+def mutated(wasm, chance):
+    """The module with some bytes replaced, removed or added."""
+    bad = bytearray(wasm)
+    for _ in range(chance.choice((1, 1, 1, 2, 5))):
+        at = chance.randrange(8, len(bad))
+        action = chance.randrange(4)
+        if action == 0:
+            bad[at] ^= 1 << chance.randrange(8)
+        elif action == 1:
+            bad[at] = chance.choice(HOSTILE)
+        elif action == 2:
+            del bad[at:at + chance.randrange(1, 4)]
+        else:
+            bad[at:at] = bytes(chance.choice(HOSTILE) for _ in range(chance.randrange(1, 4)))
+        if len(bad) < 9:
+            break
+    return bytes(bad)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_mutated_modules_are_refused_or_judged_as_by_wasmtime(seed):
     wasm = binary(EVERYTHING)
     chance = random.Random(seed)
-    hostile = [0, 1, 2, 0x0B, 0x23, 0x40, 0x41, 0x7F, 0x80, 0xFB, 0xFD, 0xFF]
     for _ in range(1000):
-        bad = bytearray(wasm)
-        for _ in range(chance.choice((1, 1, 1, 2, 5))):
-            at = chance.randrange(8, len(bad))
-            action = chance.randrange(4)
-            if action == 0:
-                bad[at] ^= 1 << chance.randrange(8)
-            elif action == 1:
-                bad[at] = chance.choice(hostile)
-            elif action == 2:
-                del bad[at:at + chance.randrange(1, 4)]
-            else:
-                bad[at:at] = bytes(chance.choice(hostile) for _ in range(chance.randrange(1, 4)))
-            if len(bad) < 9:
-                break
-        judged(bytes(bad))
+        judged(mutated(wasm, chance))
 
 
 @given(st.binary(max_size=60))
