@@ -659,40 +659,11 @@ cdef class Memory:
         TypeError
             A page cannot be written.
         """
-        cdef ImageHandle handle
-        cdef failure why
-        cdef int code
-        cdef size_t size, right
         if not isinstance(image, ImageHandle):
             raise TypeError(f"image must be an Image, got {type(image).__name__}")
         check_flag(zero_grown, "zero_grown")
-        cdef bint grown = zero_grown
-        handle = <ImageHandle>image
-        cdef memory* m = self.enter()
-        if load(&m.owner) != OWNER_WASMTIME:
-            self.leave()
-            m = self.enter_locked()
-        elif not try_acquire(&m.lock):
-            self.leave()
-            raise _errors.OwnedError("another thread is growing this memory, which a wasmtime store owns, or"
-                                     " looks at all of it: restore it when no call runs in that store")
-        with nogil:
-            size = memory_size(m)
-            right = handle.it.end
-            if m.image == handle.it and m.started > right:
-                right = m.started
-            code = refuse_protected(m, WRITABLE, "restore", &why)
-            if code == 0 and (size == right or (size > right and grown)):
-                memory_restore(m, handle.it)
-            unlock(&m.lock)
-        self.leave()
-        if code:
-            raise_failure(&why)
-        if size < right:
-            raise ValueError(f"the memory has {size} bytes and the image {right}: grow it before")
-        if size > right and not grown:
-            raise ValueError(f"the memory has grown to {size} bytes since, the image knows of {right}: zero_grown=True"
-                             " keeps the size and zeroes the rest")
+        begin_restore(self, <ImageHandle>image, zero_grown)
+        end_restore(self, <ImageHandle>image, True)
 
     def dirty_pages(self, since not None, *, as_array=False):
         """Where the memory differs from an image, as ranges of whole host pages.
@@ -1108,6 +1079,67 @@ cdef int memory_changes(Memory mem, object since, str name, changes* out) except
         free(out.list)
         raise_failure(&why)
     return 0
+
+
+cdef int begin_restore(Memory self, ImageHandle to, bint zero_grown) except -1:
+    """Lock the memory for end_restore, which cannot fail. An exception: it would fail, and nothing is locked."""
+    cdef failure why
+    cdef int code
+    cdef size_t size, right
+    cdef memory* m = self.enter()
+    if load(&m.owner) != OWNER_WASMTIME:
+        self.leave()
+        m = self.enter_locked()
+    elif not try_acquire(&m.lock):
+        self.leave()
+        raise _errors.OwnedError("another thread is growing this memory, which a wasmtime store owns, or"
+                                 " looks at all of it: restore it when no call runs in that store")
+    size = memory_size(m)
+    right = to.it.end
+    if m.image == to.it and m.started > right:
+        right = m.started
+    code = refuse_protected(m, WRITABLE, "restore", &why)
+    if code == 0 and (size == right or (size > right and zero_grown)):
+        return 0
+    unlock(&m.lock)
+    self.leave()
+    if code:
+        raise_failure(&why)
+    if size < right:
+        raise ValueError(f"the memory has {size} bytes and the image {right}: grow it before")
+    raise ValueError(f"the memory has grown to {size} bytes since, the image knows of {right}: zero_grown=True"
+                     " keeps the size and zeroes the rest")
+
+
+cdef int end_restore(Memory self, ImageHandle to, bint act) except -1:
+    """Restore the memory that begin_restore has locked, or leave it as it is (`act`); unlock it."""
+    cdef memory* m = self.m
+    with nogil:
+        if act:
+            memory_restore(m, to.it)
+        unlock(&m.lock)
+    self.leave()
+    return 0
+
+
+def restore_all(list memories not None, list images not None):
+    """Restore each of some different memories to its image, accepting those that have grown: all of them, or none.
+
+    Raises
+    ------
+    OwnedError, TypeError, ValueError
+        As `Memory.restore`, for the first memory that cannot be restored; no memory has changed then.
+    """
+    cdef Py_ssize_t begun = 0, i
+    cdef bint act = False
+    try:
+        while begun < len(memories):
+            begin_restore(<Memory?>memories[begun], <ImageHandle?>images[begun], True)
+            begun += 1
+        act = True
+    finally:
+        for i in range(begun):
+            end_restore(<Memory>memories[i], <ImageHandle>images[i], act)
 
 
 cdef int read_protected(memory* m, size_t start, size_t n, char* to) except -1:

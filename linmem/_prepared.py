@@ -31,13 +31,16 @@ __all__ = ["NOT_OURS", "Prepared", "prepare"]
 NOT_OURS = ("linmem.wasmtime.install(config) was not called for this engine, or the config uses the pooling"
             " allocation strategy (which ignores host creators)")
 
-_FORMAT = 1         # of what is cached, other than wasmtime's own
+_FORMAT = 2         # of what is cached, other than wasmtime's own
 _ASKS: weakref.WeakKeyDictionary[wasmtime.Engine, bool] = weakref.WeakKeyDictionary()
 _LARGEST = 2 * sys.maxsize + 1
 
 
 class Prepared:
     """A module whose data comes from images. Made by `prepare`; immutable and usable from any thread.
+
+    An instance costs no more fuel than the original module's instance costs in an engine without linmem, and meets no
+    epoch deadline that the other one does not, as long as `skipped` is empty.
 
     Attributes
     ----------
@@ -47,7 +50,7 @@ class Prepared:
     images : tuple
         For each memory that the module defines, an `Image` of its data, or None.
     skipped : tuple of str
-        Why data segments were left in the module; empty if none was.
+        Why data segments were left in the module, or why `expose` did nothing; empty if all was done.
     added : frozenset of str
         The exports that ``expose=True`` added.
     outline : linmem._hoist.Outline or None
@@ -154,15 +157,16 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
         is in it is run as code, so it has to be the user's own, and nobody else may be able to write
         to it. Processes that use one cache share the pages of the images.
     expose : bool
-        Also export the module's hidden memories and mutable globals, under names in
-        `Prepared.added`, so that a `Snapshot` can hold them.
+        Also export the memories, mutable globals and tables that the module hides, own and imported, under names
+        in `Prepared.added`, so that a `Snapshot` can hold them.
 
     Raises
     ------
     wasmtime.WasmtimeError
-        If wasmtime refuses the module, or the engine's creator a memory to try it with.
+        If wasmtime refuses the module (or component), with wasmtime's own text; or if the engine's creator
+        refuses a memory to try it with.
     ValueError
-        If `wasm` is a component, or if the engine does not make its memories with linmem.
+        If the engine does not make its memories with linmem.
     PermissionError
         If others may write to the cache's directory.
     """
@@ -182,15 +186,20 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
         wasm = bytes(wasmtime.wat2wasm(wasm))
     if not _asks(engine):
         raise ValueError(f"the engine does not make its memories with linmem: {NOT_OURS}")
+    original = wasm
     added: frozenset[str] = frozenset()
     outline = None
+    skipped = []
     try:
         if expose:
             wasm, added = _hoist.expose(wasm)
+        outline = _hoist.outline(wasm)
+    except ValueError as error:     # malformed, or of a kind that is not known here: wasmtime has the last word
+        if expose:
+            skipped.append(f"nothing is exposed: {error}")
+    try:
         hoisted = _hoist.hoist(wasm)
-        if not hoisted.unknown:
-            outline = _hoist.outline(hoisted.module)
-    except _hoist.Malformed as error:       # wasmtime has the last word, and better ones
+    except _hoist.Malformed as error:
         hoisted = _hoist.Hoisted(wasm, [], [], [f"nothing is hoisted: {error}"])
     directory = None if cache is None else Cache(cache)
     images: list[Image | None] = []
@@ -201,8 +210,16 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
         hoisted = _hoist.Hoisted(wasm, [None] * len(hoisted.images), hoisted.minima,
                                  [f"nothing is hoisted, there is no room for an image: {error}"])
         images = [None] * len(hoisted.images)
-    module = _compiled(engine, hoisted.module, directory)
-    return Prepared._of(module, images, hoisted.minima, hoisted.skipped, added, outline)
+    skipped += hoisted.skipped
+    try:
+        module = _compiled(engine, hoisted.module, directory)
+    except wasmtime.WasmtimeError as error:
+        images, added, outline = [None] * len(images), frozenset(), None
+        skipped = [f"nothing is hoisted or exposed, wasmtime takes the module only as it is: {error}"]
+        module = None
+    if module is None:      # the original is refused too, with the text that belongs to it; or it is taken
+        module = _compiled(engine, original, directory)
+    return Prepared._of(module, images, hoisted.minima, skipped, added, outline)
 
 
 def _asks(engine: wasmtime.Engine) -> bool:

@@ -135,6 +135,8 @@ def setup(client: distributed.Client) -> None:
 def worker_pool(image: Image, **options: Any) -> NativeCreator:
     """This process's pool of memories that start from `image`: the same for every task that asks.
 
+    It is not for `linmem.wasmtime.install`, which refuses a pool with an image.
+
     Parameters
     ----------
     image : Image

@@ -20,7 +20,7 @@ from wasmtime import _ffi as ffi
 
 from linmem import _bridge
 from linmem._checks import check_flag
-from linmem._memory import Memory
+from linmem._memory import Memory, NativeCreator
 from linmem._os import pages as _pages
 from linmem._pool import PoolingCreator
 from linmem._prepared import NOT_OURS, Prepared, prepare
@@ -56,7 +56,8 @@ def install(config: wasmtime.Config, creator: MemoryCreator | None = None, *, tu
     config : wasmtime.Config
         Not yet given to an Engine.
     creator : MemoryCreator, optional
-        A `PoolingCreator` of its own by default. It lives as long as the config or an engine needs it.
+        A `PoolingCreator` of its own by default. It lives as long as the config or an engine needs it. No pool in
+        it may have an ``image=``.
     tune : bool
         Where this process has little address space (a limit, or few address bits), lower the
         config's memory reservation and guard so that memories can be made at all. Set your own
@@ -67,12 +68,19 @@ def install(config: wasmtime.Config, creator: MemoryCreator | None = None, *, tu
     TypeError
         If `config` is no `wasmtime.Config` or `creator` no creator.
     ValueError
-        If the config was given to an engine already.
+        If the config was given to an engine already, or if a pool in `creator` starts its memories from an image:
+        every memory of the engine would get that image, also those of other modules, and a module's own data
+        would then be copied over it.
     RuntimeError
         If this wasmtime-py has no host memory creators.
 
     Notes
     -----
+    Without copy-on-write initialisation wasmtime copies a module's data by start-up code. In an engine with
+    ``consume_fuel`` that code costs about one unit of fuel for each byte, and in one with ``epoch_interruption``
+    it checks the deadline: add the fuel and set the deadline before the instance is made. Instances of modules
+    that were made by `prepare` have no such code.
+
     With the pooling allocation strategy wasmtime ignores host creators in silence, and a Config
     cannot be asked for its strategy: `linear_memory` and `new_memory` then raise and say so.
     """
@@ -85,6 +93,13 @@ def install(config: wasmtime.Config, creator: MemoryCreator | None = None, *, tu
                          ) from None
     check_flag(tune, "tune")
     native = as_native(PoolingCreator() if creator is None else creator)
+    part: object = native
+    while isinstance(part, NativeCreator):      # down the chain
+        if getattr(part, "image", None) is not None:
+            raise ValueError("creator must not have a pool with an image: every memory of the engine would start from"
+                             " that image, and the data of a module would be copied over it. Leave image= out, and"
+                             " restore() each instance's memory to the image, or prepare() the module")
+        part = getattr(part, "upstream", getattr(part, "creator", None))
     _bind()
     if tune:
         _tune(pointer)

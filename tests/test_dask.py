@@ -100,6 +100,30 @@ def test_images_of_the_same_bytes_share_a_pool_and_eight_are_kept(image):
     linmem.dask._pools.clear()
 
 
+def test_the_oldest_pool_is_kept_if_it_is_used_again_before_the_ninth_is_made():
+    import linmem.dask
+
+    images = [Image.from_bytes(bytes([i + 1])) for i in range(9)]
+    pools = [linmem.dask.worker_pool(image) for image in images[:8]]
+    assert linmem.dask.worker_pool(images[0]) is pools[0]
+    linmem.dask.worker_pool(images[8])
+    assert linmem.dask.worker_pool(images[0]) is pools[0]
+    for kept in range(2, 8):
+        assert linmem.dask.worker_pool(images[kept]) is pools[kept]
+    assert linmem.dask.worker_pool(images[1]) is not pools[1]       # the one that was used longest ago
+    linmem.dask._pools.clear()
+
+
+def test_a_pool_with_an_image_is_not_for_an_engine(image):
+    wasmtime = pytest.importorskip("wasmtime")
+    import linmem.dask
+    import linmem.wasmtime
+
+    with pytest.raises(ValueError, match="creator must not have a pool with an image"):
+        linmem.wasmtime.install(wasmtime.Config(), linmem.dask.worker_pool(image))
+    linmem.dask._pools.clear()
+
+
 def test_a_memory_starts_from_the_image_again_each_time(image):
     import linmem.dask
 
@@ -151,8 +175,11 @@ def written():
 def everywhere(client):
     return written() + sum(client.run(written).values())
 
+def compile_once():
+    dask_wasm.prepared()            # before two threads of a worker do it at the same moment
+
 def pools():
-    return [pool.stats() for pool in linmem.dask._pools.values()]
+    return [dask_wasm.prepared()[2].stats()]
 
 def alone(tag, image):
     """Whether the task's memory holds the image at first, and then, while others write theirs, what it wrote."""
@@ -174,6 +201,7 @@ def main():
     cluster = distributed.LocalCluster(n_workers=2, threads_per_worker=2, processes=True, dashboard_address=None)
     with cluster, distributed.Client(cluster) as client:
         client.run(count_writes)
+        client.run(compile_once)
         before = everywhere(client)
         found["primes"], image = dask_wasm.run(client, PARTITIONS)
         found["travelled"] = everywhere(client) - before
