@@ -150,14 +150,16 @@ def test_a_build_for_a_free_threaded_windows_says_so_to_the_compiler(platform, w
 
 @requires("zig")
 @pytest.mark.parametrize(("target", "fits"), [
-    ("x86_64-linux-musl", True), ("aarch64-linux-musl", True), ("x86-linux-musl", False), ("arm-linux-musleabihf", False)])
+    ("x86_64-linux-musl", True), ("aarch64-linux-musl", True), ("x86-linux-musl", False),
+    ("arm-linux-musleabihf", False)])
 def test_a_32_bit_build_is_refused_by_the_compiler_in_words(target, fits, tmp_path):
     header = re.search(r'"""\n(.*?)"""', (PACKAGE / "_atomic.pxd").read_text("utf-8"), re.DOTALL)[1]
     (tmp_path / "atomic.c").write_text(header, "utf-8")
-    done = subprocess.run([sys.executable, "-m", "ziglang", "cc", "-target", target, "-c", "atomic.c", "-o", "atomic.o"],
+    done = subprocess.run([sys.executable, "-m", "ziglang", "cc", "-target", target, "-c", "atomic.c",
+                           "-o", "atomic.o"],
                           cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert (done.returncode == 0) is fits, done.stderr
-    assert ("linmem needs a 64-bit Python" in done.stderr) is not fits
+    assert (done.returncode == 0) == fits, done.stderr
+    assert ("linmem needs a 64-bit Python" in done.stderr) != fits
 
 
 @needs_sources
