@@ -88,7 +88,7 @@ def test_an_image_of_zeros_costs_no_mapping_in_its_memories():
     assert len(mappings(*whole(mem))) == len(mappings(*whole(plain)))
 
 
-@requires("smaps", "maps_images", "real_pages")
+@requires("smaps", "maps_images", "scans", "real_pages")
 def test_restored_pages_stay_the_memorys_own_while_they_are_written_again():
     img = Image.from_bytes(b"x" * 4 * MIB)
     mem = img.new_memory()

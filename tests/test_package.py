@@ -4,10 +4,13 @@ import importlib.metadata
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import types
 import zipfile
 from pathlib import Path
 
@@ -163,3 +166,49 @@ def test_the_cython_example_of_the_guide_compiles_against_the_package_and_works(
             print("refused")
         """], cwd=tmp_path, env=ENV, timeout=120, text=True, capture_output=True)
     assert (child.returncode, child.stdout.strip()) == (0, "refused"), child.stderr
+
+
+@pytest.mark.parametrize(("platform", "without_gil", "defined"), [
+    ("win32", 1, [("Py_GIL_DISABLED", "1")]), ("win32", 0, []), ("win32", None, []), ("linux", 1, [])])
+@needs_sources
+def test_a_build_for_a_free_threaded_windows_says_so_to_the_compiler(platform, without_gil, defined, monkeypatch):
+    """pyconfig.h of CPython for Windows does not; elsewhere it does."""
+    pytest.importorskip("Cython")
+    setuptools = pytest.importorskip("setuptools")
+    import Cython.Build
+    from setuptools.command.build_ext import build_ext
+
+    given = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **how: given.update(how))
+    monkeypatch.setattr(Cython.Build, "cythonize", lambda extensions, **how: extensions)
+    monkeypatch.setattr(build_ext, "build_extensions", lambda self: None)
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(sysconfig, "get_config_var", lambda name: without_gil if name == "Py_GIL_DISABLED" else None)
+    runpy.run_path(str(ROOT / "setup.py"))
+    command = given["cmdclass"]["build_ext"].__new__(given["cmdclass"]["build_ext"])
+    command.compiler = types.SimpleNamespace(compiler_type="msvc")
+    command.extensions = given["ext_modules"]
+    command.build_extensions()
+    assert len(command.extensions) >= 6
+    assert [extension.define_macros for extension in command.extensions] == [defined] * len(command.extensions)
+
+
+@requires("zig")
+@pytest.mark.parametrize(("target", "fits"), [
+    ("x86_64-linux-musl", True), ("aarch64-linux-musl", True), ("x86-linux-musl", False),
+    ("arm-linux-musleabihf", False)])
+def test_a_32_bit_build_is_refused_by_the_compiler_in_words(target, fits, tmp_path):
+    header = re.search(r'"""\n(.*?)"""', (PACKAGE / "_atomic.pxd").read_text("utf-8"), re.DOTALL)[1]
+    (tmp_path / "atomic.c").write_text(header, "utf-8")
+    done = subprocess.run([sys.executable, "-m", "ziglang", "cc", "-target", target, "-c", "atomic.c",
+                           "-o", "atomic.o"],
+                          cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert (done.returncode == 0) == fits, done.stderr
+    assert ("linmem needs a 64-bit Python" in done.stderr) != fits
+
+
+@needs_sources
+def test_every_extension_includes_what_refuses_a_32_bit_build():
+    for path in [*(ROOT / "linmem").glob("_*.pyx"), *(ROOT / "linmem" / "_os").glob("*.pyx")]:
+        assert re.search(r"^(from linmem\._atomic cimport|from linmem cimport _atomic|from linmem\._memory cimport)",
+                         path.read_text("utf-8"), re.MULTILINE), path

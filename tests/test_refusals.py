@@ -129,7 +129,7 @@ print(pool.stats()["live"])
 
 # -- memory --------------------------------------------------------------------------------------------------
 
-@requires("overcommit_is_guessed", "real_pages")
+@requires("overcommit_is_guessed", "moves", "real_pages")
 def test_a_growth_to_more_than_the_machine_has_is_refused_though_the_address_space_holds_it():
     assert child("""
 mem = linmem.create(3 * PAGE, maximum=1 << 43, reserve=1 << 43)
@@ -193,7 +193,7 @@ print("stayed")
 """) == "stayed"
 
 
-@requires("maps", "memory_locks")
+@requires("maps", "memory_locks", "discard_any_protection")
 def test_pages_that_are_locked_in_memory_cannot_be_discarded_and_a_pool_clears_them_all_the_same():
     assert child("""
 mem = linmem.create(4 * PAGE, **SHAPE)
@@ -224,8 +224,8 @@ mem = linmem.create(3 * PAGE, **SHAPE)
 check(mem, "made")
 mem.grow_to(9 * PAGE)
 check(mem, "grown")
-mem.protect(PAGE, PAGE, "none")
-mem.protect(PAGE, PAGE, "rw")
+mem.protect(0, 9 * PAGE, "none")
+mem.protect(0, 9 * PAGE, "rw")
 mem.discard(0, 2 * PAGE)
 check(mem, "discarded")
 mem = linmem.create(3 * PAGE, maximum=64 * PAGE, reserve=0)
@@ -263,7 +263,7 @@ images[0].save("saved")
 images += [linmem.Image.open("saved"), linmem.Image.open("saved", map=False)]
 with open("saved", "rb") as file:
     images.append(linmem.Image.from_fd(file.fileno(), PAGE, position=PAGE))
-pool = linmem.PoolingCreator(reset="scan")
+pool = linmem.PoolingCreator()
 mems = [image.new_memory(creator=pool) for image in images]
 mems[0].write(0, b"x")
 assert mems[0].dirty_pages(images[0]) == [(0, PAGE)]

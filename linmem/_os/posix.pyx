@@ -174,6 +174,7 @@ cdef extern from *:
 
     /* Bytes in a transparent huge page, where the kernel gives any out on request. */
     static long long linmem_huge_page(void) {
+    #if defined(__linux__)
         char text[64];
         ssize_t n;
         int fd = open("/sys/kernel/mm/transparent_hugepage/enabled", O_RDONLY | O_CLOEXEC);
@@ -184,6 +185,9 @@ cdef extern from *:
         text[n] = 0;
         if (strstr(text, "[never]")) return 0;
         return linmem_file_number("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size", 0);
+    #else
+        return 0;
+    #endif
     }
 
     /* Physical memory, or what a control group leaves of it; 0: unknown. */

@@ -7,6 +7,8 @@ from linmem cimport _atomic
 from libc.stdio cimport snprintf
 from libc.string cimport memcpy, memset
 
+import errno as _errno
+
 cdef extern from *:
     """
     #ifndef WIN32_LEAN_AND_MEAN
@@ -561,7 +563,10 @@ cdef long long clock_ns() noexcept nogil:
 
 def os_error_args(int code, text):
     """The arguments that make an OSError carry `code` the way this OS does (winerror here)."""
-    return 0, text, None, code      # OSError finds the errno that goes with a winerror itself
+    # OSError finds the errno of most codes itself, and knows no errno for the commit limit and some quotas.
+    no_memory = code in (ERROR_NOT_ENOUGH_MEMORY, ERROR_OUTOFMEMORY, ERROR_COMMITMENT_LIMIT, ERROR_NO_SYSTEM_RESOURCES,
+                         ERROR_NOT_ENOUGH_QUOTA, ERROR_WORKING_SET_QUOTA)
+    return _errno.ENOMEM if no_memory else 0, text, None, code
 
 
 def choose_scan(way):
