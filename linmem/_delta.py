@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Delta"]
 
+_PAGE = 4096        # of a file
+
 
 class Delta:
     """What must be written over a base to get from it to something else; immutable.
@@ -31,6 +33,8 @@ class Delta:
         Bytes of the memory after it.
     target : str or None
         The digest of the image that comes out, where it is known.
+    offset : int
+        Where the image that comes out begins in that memory; it ends where the memory does.
     ranges : tuple of (int, int)
         Offset and size in bytes of what is written, in order and apart.
     zeros : tuple of (int, int)
@@ -39,24 +43,29 @@ class Delta:
         The bytes of all `ranges`, one after the other; read-only.
     """
 
-    __slots__ = ("base", "base_size", "data", "ranges", "size", "target", "zeros")
+    __slots__ = ("base", "base_size", "data", "offset", "ranges", "size", "target", "zeros")
 
     base: str
     base_size: int
     size: int
     target: str | None
+    offset: int
     ranges: tuple[tuple[int, int], ...]
     zeros: tuple[tuple[int, int], ...]
     data: memoryview
 
     # In __new__, so that none is ever half made, or made twice.
     def __new__(cls, base: str, base_size: int, size: int, ranges: Iterable[tuple[int, int]],
-                zeros: Iterable[tuple[int, int]], data: Any, target: str | None = None) -> Delta:
+                zeros: Iterable[tuple[int, int]], data: Any, target: str | None = None,
+                offset: int = 0) -> Delta:
         if not isinstance(base, str):
             raise TypeError(f"base must be a str, got {type(base).__name__}")
         if target is not None and not isinstance(target, str):
             raise TypeError(f"target must be a str or None, got {type(target).__name__}")
         base_size, size = check_size(base_size, "base_size"), check_size(size, "size")
+        offset = check_size(offset, "offset")
+        if offset > size:
+            raise ValueError(f"offset must be within the memory's {size} bytes, got {offset}")
         try:
             kept = memoryview(data)
             kept = (kept if kept.readonly else memoryview(bytes(kept))).cast("B")
@@ -64,6 +73,7 @@ class Delta:
             raise TypeError(f"data must be a contiguous buffer of bytes, got {type(data).__name__}: {error}") from None
         self = super().__new__(cls)
         for name, value in (("base", base), ("base_size", base_size), ("size", size), ("target", target),
+                            ("offset", offset),
                             ("ranges", _checked("ranges", ranges, size)), ("zeros", _checked("zeros", zeros, size)),
                             ("data", kept)):
             object.__setattr__(self, name, value)
@@ -71,10 +81,10 @@ class Delta:
         if total != self.data.nbytes:
             raise ValueError(f"data must have the {total} bytes of the ranges, got {self.data.nbytes}")
         end = 0
-        for offset, length in sorted(self.ranges + self.zeros):
-            if offset < end:
-                raise ValueError(f"ranges and zeros must not overlap, and do at {offset}")
-            end = offset + length
+        for start, length in sorted(self.ranges + self.zeros):
+            if start < end:
+                raise ValueError(f"ranges and zeros must not overlap, and do at {start}")
+            end = start + length
         return self
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -112,6 +122,14 @@ class Delta:
         zeros: list[tuple[int, int]] = []
         parts: list[memoryview] = []
         for offset, size, data in pieces:
+            if data is None and ranges and sum(ranges[-1]) == offset and offset % _PAGE:
+                # Files know of whole pages: zeros that follow written bytes in a page are written, too.
+                lead = min(size, _PAGE - offset % _PAGE)
+                parts.append(memoryview(bytes(lead)))
+                ranges[-1] = (ranges[-1][0], ranges[-1][1] + lead)
+                offset, size = offset + lead, size - lead
+            if not size:
+                continue
             where = zeros if data is None else ranges
             if data is not None:
                 parts.append(data)
@@ -119,7 +137,27 @@ class Delta:
                 where[-1] = (where[-1][0], where[-1][1] + size)
             else:
                 where.append((offset, size))
-        return Delta(self.base, self.base_size, later.size, ranges, zeros, b"".join(parts), later.target)
+        return Delta(self.base, self.base_size, later.size, ranges, zeros, b"".join(parts), later.target, later.offset)
+
+    def over(self, base: Iterable[tuple[int, memoryview]]) -> Iterator[tuple[int, memoryview]]:
+        """The bytes of the image that comes out of a base with the bytes `base`: (offset, bytes), in order and apart.
+
+        Raises
+        ------
+        ValueError
+            Bytes before the image that comes out would not be zero.
+        """
+        written = list(self.pieces())
+        kept = _outside(((start, len(data), data) for start, data in base), written, self.size)
+        for start, size, data in sorted([*kept, *written], key=lambda piece: piece[0]):
+            if data is None:
+                continue
+            lead = min(max(self.offset - start, 0), size)
+            if data[:lead].tobytes().strip(b"\0"):
+                raise ValueError(f"the delta leaves bytes that are not zero at {start}, before the image that it leads"
+                                 f" to, which begins at {self.offset}")
+            if lead < size:
+                yield start + lead, data[lead:]
 
     def __or__(self, later: object) -> Delta:
         return self.then(later) if isinstance(later, Delta) else NotImplemented
@@ -175,16 +213,18 @@ class Delta:
             data: object = PickleBuffer(self.data)
         else:
             data = bytes(self.data)
-        return Delta, (self.base, self.base_size, self.size, self.ranges, self.zeros, data, self.target)
+        return Delta, (self.base, self.base_size, self.size, self.ranges, self.zeros, data, self.target,
+                       self.offset)
 
     def _key(self) -> tuple[object, ...]:
-        return self.base, self.base_size, self.size, self.ranges, self.zeros, self.data.tobytes()
+        return (self.base, self.base_size, self.size, self.target, self.offset, self.ranges, self.zeros,
+                self.data.tobytes())
 
     def __eq__(self, other: object) -> bool:
         return self._key() == other._key() if isinstance(other, Delta) else NotImplemented
 
     def __hash__(self) -> int:
-        return hash((self.base, self.base_size, self.size, self.ranges, self.zeros))
+        return hash((self.base, self.base_size, self.size, self.target, self.offset, self.ranges, self.zeros))
 
     def __repr__(self) -> str:
         return (f"<linmem.Delta: {len(self.ranges) + len(self.zeros)} ranges, {self.nbytes} bytes, of a memory of"
