@@ -78,6 +78,14 @@ def _scan_ways() -> frozenset[str]:
     return frozenset(found)
 
 
+def _can_mount() -> bool:
+    """Whether a child may have file systems of its own."""
+    if not HAS_PROC or os.geteuid():
+        return False
+    code = "import ctypes; raise SystemExit(ctypes.CDLL(None).unshare(0x20000) != 0)"
+    return subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
 SCAN_WAYS = _scan_ways()
 # The C library's own functions, by name; a call holds the GIL.
 LIBC = ctypes.PyDLL(None, use_errno=True) if HAS_PROC else None
@@ -117,9 +125,11 @@ NEEDS = {
     "unnamed_files": ("file" in image_kinds(), "images are not kept in files here"),
     "maps_images": (FLOOR["capabilities"]["maps_images"], "images cannot be mapped into memories here"),
     "descriptors": (HAS_PROC and FDS.exists(), "no /proc/self/fd to ask"),
+    "mounts": (_can_mount(), "a process may not mount file systems of its own"),
     "holes": (_files_have_holes(), "the file system has no holes, or does not say"),
     "rlimits": (_has_module("resource"), "this OS has no resource limits"),
     "fork": (hasattr(os, "fork"), "this OS has no fork"),
+    "root": (hasattr(os, "geteuid") and os.geteuid() == 0, "only root can give files to another user"),
     "owners": (hasattr(os, "geteuid"), "files have no owners and modes here"),
     "core_files": (_core_is_a_file(), "core_pattern is not a plain file name"),
     "real_pages": ("LINMEM_PAGE_SIZE" not in os.environ, "the host page is overridden in this run"),
