@@ -168,7 +168,7 @@ class Delta:
         return self.data.nbytes
 
     def save(self, path: str | bytes | os.PathLike[str]) -> None:
-        """Write the delta to a file, which is there whole or not at all, whenever the process is killed.
+        """Write the delta to a file, as `Image.save` does an image.
 
         Raises
         ------

@@ -361,7 +361,8 @@ cdef class Image(ImageHandle):
     def save(self, path, *, packed=False):
         """Write the image to a file, which is there whole or not at all, whenever the process is killed.
 
-        An image that was opened from the file before keeps the old one.
+        An image that was opened from the file before keeps the old one. A file that is replaced keeps its owner and
+        its rights. A pipe or a character device is written to, packed.
 
         Parameters
         ----------
@@ -373,7 +374,7 @@ cdef class Image(ImageHandle):
         Raises
         ------
         OSError
-            The old file, if there is one, is still there.
+            It names `path`. The old file, if there is one, is still there.
         """
         from linmem import _files
         check_flag(packed, "packed")
@@ -388,11 +389,12 @@ cdef class Image(ImageHandle):
         path : path-like
             Written by `save`, on any machine.
         verify : bool
-            As `verify()` at once. Without it the header and the table are checked, and each byte that is read
-            instead of mapped.
+            As `verify()` at once. Without it the header and the table are checked, each byte that is read instead of
+            mapped, and that nothing stands where the table says zeros.
         map : bool
-            Pages come from the file when they are first needed, if it is not packed: nobody must change it
-            in place. False: everything is read now.
+            Pages come from the file when they are first needed, if it is not packed. A foreign program that changes
+            the file later changes the image, so this is for files that no stranger can write. False: everything is
+            read now.
         max_size : int, optional
             Bytes; a larger image is refused.
 

@@ -584,6 +584,68 @@ def test_a_hole_that_is_none_is_found_when_the_file_is_mapped_or_verified(tmp_pa
         assert Image.open(harm, map=False) == image         # only what is stored is read
 
 
+STEP = _files.READ_STEP
+
+
+@pytest.mark.parametrize("at", [0, 1, STEP - 1, STEP, STEP + 1, 2 * STEP - 1, 2 * STEP, 3 * STEP - PAGE - 1])
+def test_one_byte_in_a_hole_is_found_wherever_it_stands(tmp_path, at):
+    # The hole of 3 steps and a page begins with the second page. All of it is written: it is read, step by step.
+    image = sparse(3 * STEP + 3 * PAGE, [0, 3 * STEP + 2 * PAGE])
+    image.save(tmp_path / "image")
+    with open(tmp_path / "image", "r+b") as file:
+        file.seek(GROUP + PAGE)
+        file.write(bytes(3 * STEP + PAGE))
+    assert Image.open(tmp_path / "image") == image
+    (tmp_path / "harm").write_bytes((tmp_path / "image").read_bytes())
+    with open(tmp_path / "harm", "r+b") as file:
+        file.seek(GROUP + PAGE + at)
+        file.write(b"\1")
+    for verify, mapped in ((False, True), (True, True), (True, False)):
+        assert refused(tmp_path / "harm", verify=verify, map=mapped).field == f"page at {(PAGE + at) // PAGE * PAGE}"
+    assert Image.open(tmp_path / "harm", map=False) == image
+
+
+@given(offset=st.sampled_from([0, 1, PAGE, GROUP + 5, 3 * GROUP - 1]), size=st.integers(1, 4 * GROUP),
+       harms=st.lists(st.tuples(st.integers(0, 5 * GROUP), st.integers(1, 255)), max_size=3))
+def test_whatever_stands_in_a_file_an_image_that_opens_is_what_its_digest_says(tmp_path_factory, offset, size, harms):
+    path = tmp_path_factory.mktemp("harm") / "image"
+    Image.from_pieces([(offset, b"first"[:size])], size, offset).save(path)
+    end = field(path, 64)
+    with open(path, "r+b") as file:
+        for at, value in harms:
+            file.seek(min(GROUP + at, end - 1))
+            file.write(bytes([value]))
+    try:
+        opened = Image.open(path)
+    except FileFormatError:
+        return
+    assert opened == Image.from_bytes(bytes(opened), offset)
+    assert opened.digest == Image.from_bytes(bytes(opened), offset).digest
+    assert bytes(pickle.loads(pickle.dumps(opened))) == bytes(opened)
+    with opened.new_memory() as mem:
+        assert mem.read(0, offset) == bytes(offset)
+        assert mem.read(offset, size) == bytes(opened)
+
+
+@requires("holes")
+def test_a_file_that_claims_much_is_opened_in_time_that_follows_what_it_holds(tmp_path, monkeypatch):
+    image = sparse(1 << 38, [0, 1 << 30, (1 << 38) - PAGE])
+    image.save(tmp_path / "image")
+    asked = []
+    whole = _files._read_fd
+    monkeypatch.setattr(_files, "_read_fd", lambda fd, at, size: asked.append(size) or whole(fd, at, size))
+    other = Image.open(tmp_path / "image", verify=True)
+    assert other == image
+    assert sum(asked) < 1 << 20
+    # A walk of one page after the other, or a mark for each, would not end in time.
+    for _ in range(100):
+        assert other.diff(image).ranges == ()
+    changed = sparse(1 << 38, [0, 1 << 31])
+    assert (other.diff(changed).ranges, other.diff(changed).zeros) == (
+        ((1 << 31, PAGE),), ((1 << 30, PAGE), ((1 << 38) - PAGE, PAGE)))
+    assert other.apply(other.diff(changed)) == changed
+
+
 def test_content_that_is_not_the_digests_is_found_when_the_image_is_verified(saved, image):
     data = bytearray(saved.read_bytes())
     data[96] ^= 1
@@ -766,6 +828,105 @@ def test_a_page_that_became_zero_takes_no_space_in_a_delta(tmp_path, image):
     delta.save(tmp_path / "delta")
     assert (tmp_path / "delta").stat().st_size == HEADER + 3 * 16
     assert blocks(Delta.open(tmp_path / "delta")) == blocks(delta)
+
+
+def test_a_delta_of_one_page_is_a_file_of_little_more(tmp_path):
+    a, b = sparse(1 << 20, [0]), sparse(1 << 20, [0, 5 * PAGE])
+    a.diff(b).save(tmp_path / "delta")
+    sparse(PAGE, [0]).save(tmp_path / "image", packed=True)
+    for name in ("delta", "image"):
+        assert (tmp_path / name).stat().st_size == HEADER + PAGE + 16
+
+
+places = st.one_of(st.just(0), st.integers(0, 5), st.integers(0, 6).map(lambda n: n * PAGE), st.integers(0, 6 * PAGE),
+                   st.sampled_from([GROUP - 1, GROUP, GROUP + 1, 1 << 40, (1 << 50) + 3]))
+
+
+@st.composite
+def any_images(draw):
+    offset, size = draw(places), draw(st.one_of(st.just(0), st.integers(0, 5 * PAGE)))
+    data = bytearray(size)
+    for at, n, value in draw(contents):
+        data[at:at + n] = bytes([value]) * len(data[at:at + n])
+    return Image.from_bytes(data, offset)
+
+
+@given(images=st.lists(any_images(), min_size=2, max_size=4))
+def test_a_delta_leads_to_the_image_that_it_was_made_for_and_so_does_a_chain(tmp_path_factory, images):
+    folder = tmp_path_factory.mktemp("chain")
+    whole = None
+    for i, (a, b) in enumerate(itertools.pairwise(images)):
+        step = a.diff(b)
+        assert (step.offset, step.size, step.target) == (b.offset, b.offset + b.size, b.digest)
+        assert a.apply(step) == b
+        whole = step if whole is None else whole | step
+        for name, delta, base in ((f"step{i}", step, a), (f"whole{i}", whole, images[0])):
+            assert base.apply(delta) == b
+            delta.save(folder / name)
+            back = Delta.open(folder / name)
+            assert base.apply(back) == b
+            for copy in (back, pickle.loads(pickle.dumps(delta))):
+                assert (copy.target, copy.offset, copy.size) == (delta.target, delta.offset, delta.size)
+            assert pickle.loads(pickle.dumps(delta)) == delta
+
+
+def test_deltas_that_differ_in_their_target_only_are_not_equal(image, delta):
+    parts = (delta.base, delta.base_size, delta.size, delta.ranges, delta.zeros, delta.data)
+    known, unknown = Delta(*parts, image.digest), Delta(*parts)
+    assert known != unknown
+    assert pickle.loads(pickle.dumps(known)).target == image.digest
+    assert len({known, unknown, Delta(*parts, None, 1)}) == 3
+
+
+def old_file(data):
+    """The file of version 2 as version 1 had it."""
+    data = bytearray(data)
+    data[8:10] = (1).to_bytes(2, "little")
+    struct.pack_into("<Q", data, 48, GROUP)
+    struct.pack_into("<Q", data, 64, struct.unpack_from("<Q", data, 64)[0] + GROUP - HEADER)
+    data[HEADER:HEADER] = bytes(GROUP - HEADER)
+    return seal(data)
+
+
+def test_files_of_version_one_are_read(tmp_path, image, delta):
+    image.save(tmp_path / "image", packed=True)
+    delta.save(tmp_path / "delta")
+    for name in ("image", "delta"):
+        (tmp_path / name).write_bytes(old_file((tmp_path / name).read_bytes()))
+    assert Image.open(tmp_path / "image", verify=True) == image
+    assert Delta.open(tmp_path / "delta") == delta
+    image.save(tmp_path / "in place")
+    data = bytearray((tmp_path / "in place").read_bytes())
+    data[8:10] = (2).to_bytes(2, "little")
+    (tmp_path / "in place").write_bytes(seal(data, table=False))
+    assert Image.open(tmp_path / "in place", verify=True) == image
+
+
+def test_a_target_that_begins_behind_its_end_is_refused(tmp_path, delta):
+    delta.save(tmp_path / "delta")
+    data = bytearray((tmp_path / "delta").read_bytes())
+    struct.pack_into("<Q", data, 88, delta.size + 1)
+    (tmp_path / "delta").write_bytes(seal(data))
+    with pytest.raises(FileFormatError, match="target_offset is"):
+        Delta.open(tmp_path / "delta")
+    with pytest.raises(ValueError, match="offset must be within"):
+        Delta(delta.base, 0, 5, (), (), b"", None, 6)
+
+
+def test_many_runs_make_few_parts_of_a_pickle():
+    image = sparse(40_000 * PAGE, range(0, 40_000 * PAGE, 4 * PAGE), 5)
+    buffers = []
+    head = pickle.dumps(image, protocol=5, buffer_callback=buffers.append)
+    assert len(image.runs()) >= 10_000
+    assert len(buffers) == 1
+    # A large run is not copied, and the gaps are not sent.
+    stored = sum(size for _, size in image.runs())
+    assert sum(buffer.raw().nbytes for buffer in buffers) <= stored
+    assert pickle.loads(head, buffers=buffers) == image
+    assert pickle.loads(pickle.dumps(image, 2)) == image
+    make, arguments = image.__reduce_ex__(2)
+    with pytest.raises(ValueError, match="must be all of its runs"):
+        make(*arguments[:-1], arguments[-1] + b"x")
 
 
 def test_a_chain_of_saved_deltas_leads_to_the_last_snapshot(tmp_path, image):
