@@ -113,10 +113,14 @@ class Delta:
             raise ValueError(f"later must start from what this delta leads to ({self.size} bytes, digest"
                              f" {self.target}), and starts from {later.base_size} bytes, digest {later.base}")
         over = list(later.pieces())
-        # What the memory in between has not, and the base and what comes out have, is zero in the end.
-        lost = min(self.base_size, later.size) - self.size
-        if lost > 0:
-            over = sorted([*_outside([(self.size, lost, None)], over, later.size), *over], key=lambda piece: piece[0])
+        # What the memory in between has not, and the base and what comes out have, is zero in the end. Behind the base
+        # all is zero: the pages can be named whole, which is what a file needs.
+        reached = self.size in (sum(part) for part in self.ranges[-1:] + self.zeros[-1:])
+        if self.base_size > self.size or reached:
+            end = min(-(-max(self.base_size, self.size) // _PAGE) * _PAGE, later.size)
+            if end > self.size:
+                over = sorted([*_outside([(self.size, end - self.size, None)], over, later.size), *over],
+                              key=lambda piece: piece[0])
         pieces = sorted([*_outside(self.pieces(), over, later.size), *over], key=lambda piece: piece[0])
         ranges: list[tuple[int, int]] = []
         zeros: list[tuple[int, int]] = []
@@ -173,7 +177,8 @@ class Delta:
         Raises
         ------
         ValueError
-            If its ranges are not whole blocks of 4096 bytes; those of `Image.diff` are.
+            If its ranges are not whole blocks of 4096 bytes. Those of `Image.diff` are; those of a chain over an image
+            that ends within such a block may not be.
         OSError
             The old file, if there is one, is still there.
         """

@@ -118,7 +118,7 @@ def from_failure(reason: str, text: str, *, os_error_args: tuple[object, ...], c
     if reason == "os":
         error = PageError(*os_error_args)
         if os_error_args[0]:        # some systems' OSError puts another in its place
-            error.errno = os_error_args[0]
+            error.errno = os_error_args[0]      # type: ignore[assignment]
         error.call = call
         error.size = size
         return error

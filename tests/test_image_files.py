@@ -862,7 +862,12 @@ def test_a_delta_leads_to_the_image_that_it_was_made_for_and_so_does_a_chain(tmp
         whole = step if whole is None else whole | step
         for name, delta, base in ((f"step{i}", step, a), (f"whole{i}", whole, images[0])):
             assert base.apply(delta) == b
-            delta.save(folder / name)
+            try:
+                delta.save(folder / name)
+            except ValueError:      # a chain over an image that ends within a page
+                assert delta is not step
+                assert any((image.offset + image.size) % PAGE for image in images)
+                continue
             back = Delta.open(folder / name)
             assert base.apply(back) == b
             for copy in (back, pickle.loads(pickle.dumps(delta))):
