@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     Piece = tuple[int, int, "memoryview | None"]
 
-__all__ = ["Delta"]
+__all__ = ["Delta", "bytes_after"]
 
 _PAGE = 4096        # of a file
 
@@ -143,26 +143,6 @@ class Delta:
                 where.append((offset, size))
         return Delta(self.base, self.base_size, later.size, ranges, zeros, b"".join(parts), later.target, later.offset)
 
-    def over(self, base: Iterable[tuple[int, memoryview]]) -> Iterator[tuple[int, memoryview]]:
-        """The bytes of the image that comes out of a base with the bytes `base`: (offset, bytes), in order and apart.
-
-        Raises
-        ------
-        ValueError
-            Bytes before the image that comes out would not be zero.
-        """
-        written = list(self.pieces())
-        kept = _outside(((start, len(data), data) for start, data in base), written, self.size)
-        for start, size, data in sorted([*kept, *written], key=lambda piece: piece[0]):
-            if data is None:
-                continue
-            lead = min(max(self.offset - start, 0), size)
-            if data[:lead].tobytes().strip(b"\0"):
-                raise ValueError(f"the delta leaves bytes that are not zero at {start}, before the image that it leads"
-                                 f" to, which begins at {self.offset}")
-            if lead < size:
-                yield start + lead, data[lead:]
-
     def __or__(self, later: object) -> Delta:
         return self.then(later) if isinstance(later, Delta) else NotImplemented
 
@@ -269,3 +249,24 @@ def _outside(pieces: Iterable[Piece], over: list[Piece], bound: int) -> Iterator
             at = max(at, stop)
             if i < len(over) and stop == over[i][0] and at < end:
                 at = over[i][0] + over[i][1]
+
+
+def bytes_after(delta: Delta, base: Iterable[tuple[int, memoryview]]) -> Iterator[tuple[int, memoryview]]:
+    """The bytes of the image that comes out of a base with the bytes `base`: (offset, bytes), in order and apart.
+
+    Raises
+    ------
+    ValueError
+        Bytes before the image that comes out would not be zero.
+    """
+    written = list(delta.pieces())
+    kept = _outside(((start, len(data), data) for start, data in base), written, delta.size)
+    for start, size, data in sorted([*kept, *written], key=lambda piece: piece[0]):
+        if data is None:
+            continue
+        lead = min(max(delta.offset - start, 0), size)
+        if data[:lead].tobytes().strip(b"\0"):
+            raise ValueError(f"the delta leaves bytes that are not zero at {start}, before the image that it leads"
+                             f" to, which begins at {delta.offset}")
+        if lead < size:
+            yield start + lead, data[lead:]

@@ -19,7 +19,7 @@ from linmem import _memory
 from linmem import errors as _errors
 from linmem._checks import check_pairs as _check_pairs, check_path as _check_path, check_size as _check_size, \
     shown as _shown
-from linmem._delta import Delta as _Delta
+from linmem._delta import Delta as _Delta, bytes_after as _bytes_after
 from linmem._os import pages as _pages
 
 cdef NativeCreator default_creator = _memory.MmapCreator()
@@ -339,7 +339,8 @@ cdef class Image(ImageHandle):
         if delta.base != self.digest:
             raise ValueError(f"the delta is for the image {delta.base}, and this one is {self.digest}")
         from linmem._files import own_runs
-        made = Image.from_pieces(delta.over(own_runs(self, memoryview(self))), delta.size - delta.offset, delta.offset)
+        made = Image.from_pieces(_bytes_after(delta, own_runs(self, memoryview(self))), delta.size - delta.offset,
+                                 delta.offset)
         if delta.target is not None and made.digest != delta.target:
             raise ValueError(f"the delta led to the image {made.digest}, and was to lead to {delta.target}")
         return made

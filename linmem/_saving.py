@@ -86,8 +86,8 @@ def _unused(folder: str) -> str:
 
 def _open(made: Draft) -> bool:
     """Create and lock the file. False: another writer took it for abandoned before the lock was held."""
-    file = open(made.path, "x+b", opener=lambda name, _: os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | _FLAGS,
-                                                                 0o666))
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _FLAGS
+    file = open(made.path, "x+b", opener=lambda name, _: os.open(name, flags, 0o666))     # noqa: SIM115  it stays open
     try:
         fd = file.fileno()
         made.mode = stat.S_IMODE(os.fstat(fd).st_mode)

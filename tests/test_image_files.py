@@ -698,7 +698,8 @@ def test_a_file_of_holes_that_claims_a_huge_table_costs_nothing(tmp_path, packed
     count = 1 << 28
     data = bytearray(path.read_bytes()[:HEADER])
     struct.pack_into("<Q", data, 24, count * GROUP)
-    struct.pack_into("<QQQ", data, 56, 0 if packed else count * GROUP, (HEADER if packed else GROUP + count * GROUP), count)
+    data_size = 0 if packed else count * GROUP
+    struct.pack_into("<QQQ", data, 56, data_size, (HEADER if packed else GROUP) + data_size, count)
     path.write_bytes(seal(data, table=False))
     try:
         os.truncate(path, (HEADER if packed else GROUP + count * GROUP) + 16 * count)

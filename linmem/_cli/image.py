@@ -26,8 +26,9 @@ EPILOG = """\
 Where FILE of --output is a pipe or a device (/dev/stdout, /dev/null) it is written to, packed, and is not
 replaced. If it is the standard output, what else there is to say goes to standard error.
 
-Exit codes: 0 if it was done and all is well; 1 if a file cannot be read or written, or is damaged, or is
-larger than there is room for, with one line each that says why; 2 if the command line is wrong; 3 if `diff --exit-code` found a difference."""
+Exit codes: 0 if it was done and all is well; 1 if a file cannot be read or written, is damaged, or is
+larger than there is room for, with one line each that says why; 2 if the command line is wrong; 3 if
+`diff --exit-code` found a difference."""
 
 # What a page is, in the order of what is shown where many share a place in the map.
 NOTHING, SAME, GONE, NEW, CHANGED = range(5)
