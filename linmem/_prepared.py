@@ -17,12 +17,13 @@ import wasmtime
 from linmem import _bridge, _hoist
 from linmem._cache import Cache
 from linmem._checks import check_flag, check_path
+from linmem._files import write_image
 from linmem._image import Image
 from linmem.errors import FileFormatError, PageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import NoReturn
+    from typing import BinaryIO, NoReturn
 
     from wasmtime._exportable import AsExtern
 
@@ -251,7 +252,7 @@ def _image(runs: Sequence[_hoist.Run], cache: Cache | None) -> Image:
         except (FileFormatError, FileNotFoundError):     # of another version, or another process has made room
             continue
     image = Image.from_pieces(runs, last + len(data) - start, start)
-    _add(cache, key, ".image", image.save)
+    _add(cache, key, ".image", functools.partial(write_image, image))
     return image
 
 
@@ -273,9 +274,8 @@ def _compiled(engine: wasmtime.Engine, wasm: bytes, cache: Cache | None) -> wasm
             return module
     module = wasmtime.Module(engine, wasm)
 
-    def write(path: str) -> None:
-        with open(path, "wb") as file:
-            file.write(module.serialize())
+    def write(file: BinaryIO) -> None:
+        file.write(module.serialize())
 
     _add(cache, key, ".cwasm", write)
     return module
@@ -294,7 +294,7 @@ def _read(engine: wasmtime.Engine, path: str) -> wasmtime.Module | None:
         return None
 
 
-def _add(cache: Cache, key: str, suffix: str, write: Callable[[str], object]) -> None:
+def _add(cache: Cache, key: str, suffix: str, write: Callable[[BinaryIO], object]) -> None:
     """What cannot be cached is made anew the next time: no reason to fail, but one to say so."""
     try:
         cache.add(key, suffix, write)

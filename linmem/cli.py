@@ -15,6 +15,9 @@ from linmem._cli.words import EXIT_INTERRUPTED, EXIT_REFUSED, EXIT_USAGE, Parser
 
 __all__ = ["main"]
 
+# What a write says where there is no room, or no more of it for this user or process.
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC))
+
 DESCRIPTION = "Linear memories for Python: run WebAssembly in them, see them at work, ask what this machine allows."
 
 RUN_USAGE = """linmem run [options] PROGRAM [options] [--] [ARGS ...]"""
@@ -116,8 +119,11 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except OSError as error:
         # A pipe that nobody reads is an invalid argument to some systems.
-        if not isinstance(error, BrokenPipeError) and (type(error) is not OSError or error.errno != errno.EINVAL):
+        if not isinstance(error, BrokenPipeError) and (type(error) is not OSError or error.filename is not None
+                                                       or error.errno not in (errno.EINVAL, *FULL)):
             raise
+        if error.errno in FULL:
+            print(f"linmem {command}: standard output: {error.strerror}", file=sys.stderr)
         # The reader of our output has gone (`linmem info | head -1`). At exit Python would flush
         # into the pipe once more and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

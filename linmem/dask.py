@@ -94,7 +94,8 @@ def _token_of_image(image: Image) -> tuple[object, ...]:
 
 
 def _token_of_delta(delta: Delta) -> tuple[object, ...]:
-    return "linmem.Delta", delta.base, delta.base_size, delta.size, delta.ranges, delta.zeros, bytes(delta.data)
+    return ("linmem.Delta", delta.base, delta.base_size, delta.size, delta.offset, delta.ranges, delta.zeros,
+            bytes(delta.data))
 
 
 def _size_of_image(image: Image) -> int:

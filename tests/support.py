@@ -96,6 +96,14 @@ def _code_is_allowed() -> bool:
         return True
 
 
+def _can_mount() -> bool:
+    """Whether a child may have file systems of its own."""
+    if not HAS_PROC or os.geteuid():
+        return False
+    code = "import ctypes; raise SystemExit(ctypes.CDLL(None).unshare(0x20000) != 0)"
+    return subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
 SCAN_WAYS = _scan_ways()
 # The C library's own functions, by name; a call holds the GIL.
 LIBC = ctypes.PyDLL(None, use_errno=True) if HAS_PROC else None
@@ -135,6 +143,7 @@ NEEDS = {
     "unnamed_files": ("file" in image_kinds(), "images are not kept in files here"),
     "maps_images": (FLOOR["capabilities"]["maps_images"], "images cannot be mapped into memories here"),
     "descriptors": (HAS_PROC and FDS.exists(), "no /proc/self/fd to ask"),
+    "mounts": (_can_mount(), "a process may not mount file systems of its own"),
     "holes": (_files_have_holes(), "the file system has no holes, or does not say"),
     "few_mappings": (HAS_PROC and 0 < FLOOR["mappings"] <= 1 << 18, "a process may have too many mappings to make all"),
     "overcommit_is_guessed": (FLOOR["limits"].get("vm.overcommit_memory") == 0 and 0 < FLOOR["memory"] < 1 << 41,
@@ -145,6 +154,7 @@ NEEDS = {
     "fork": (hasattr(os, "fork"), "this OS has no fork"),
     "code": (_code_is_allowed(), "this host does not allow memory that was written to become code"),
     "x86_64": (platform.machine() in ("x86_64", "AMD64"), "the machine code of the tests is for x86-64"),
+    "root": (hasattr(os, "geteuid") and os.geteuid() == 0, "only root can give files to another user"),
     "owners": (hasattr(os, "geteuid"), "files have no owners and modes here"),
     "core_files": (_core_is_a_file(), "core_pattern is not a plain file name"),
     "real_pages": ("LINMEM_PAGE_SIZE" not in os.environ, "the host page is overridden in this run"),

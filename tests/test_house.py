@@ -22,7 +22,7 @@ SOURCES = sorted(path for path in [*HOUSE.glob("*.p*"), *HOUSE.glob("_os/*.p*")]
 # DESIGN 3. Rooms on one floor are strangers; the package's face may know all below the command line.
 FLOORS = {
     "_units": 0, "_atomic": 0, "_reset": 0, "_wide": 0, "_formats": 0, "errors": 0, "abc": 0, "records": 0, "_delta": 0,
-    "_files": 0, "_handles": 0, "_hoist": 0, "_cache": 0, "_checks": 0,
+    "_files": 0, "_handles": 0, "_hoist": 0, "_cache": 0, "_checks": 0, "_saving": 0,
     "_os.common": 1, "_os.images": 1, "_os.pagemap": 1, "_os.pages": 1, "_os.posix": 1, "_os.windows": 1, "_os": 1,
     "_memory": 2, "_failures": 2, "_handle": 2, "_images": 2, "_protection": 2,
     "_image": 3,
@@ -35,6 +35,7 @@ FLOORS = {
 # A floor may lean on these, which hold no state, from the same floor.
 SAME_FLOOR = {("abc", "records"), ("_os.posix", "_os.pages"), ("_os.windows", "_os.pages"),
               ("dask", "creators"), ("_files", "errors"), ("_delta", "_files"),
+              ("_files", "_saving"), ("_cache", "_files"), ("_cache", "_saving"),
               *((room, "_checks") for room in ("errors", "records", "_delta", "_formats"))}
 
 

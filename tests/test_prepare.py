@@ -22,7 +22,7 @@ from wasmtime import _ffi as ffi
 
 import linmem
 import linmem.wasmtime
-from linmem import _hoist, _prepared
+from linmem import _files, _hoist, _prepared
 from linmem._cache import Cache
 from linmem.wasmtime import prepare
 
@@ -728,28 +728,48 @@ def test_an_entry_that_is_whole_but_not_wasmtimes_is_passed_over(tmp_path, compi
 
 
 def writes(content):
-    def write(path):
-        with open(path, "wb") as file:
-            file.write(content)
-    return write
+    return lambda file: file.write(content)
 
 
 def test_the_entries_of_one_module_are_bounded(tmp_path):
     cache = Cache(tmp_path)
     paths = [cache.add("key", ".x", writes(bytes([n]))) for n in range(20)]
-    left = tmp_path / "key" / "new-left"
-    left.touch()
-    os.utime(left, (1, 1))
-    (tmp_path / "key" / "new-writing").touch()
     for turn, path in enumerate(paths):
         if os.path.exists(path):
             os.utime(path, (turn, turn))
     cache.add("key", ".x", writes(b"newest"))
-    assert not left.exists()
-    assert (tmp_path / "key" / "new-writing").exists()
     assert len(list(cache.entries("key", ".x"))) == 8
     assert os.path.exists(paths[-1])
     assert list(cache.entries("another", ".x")) == []
+
+
+@requires("owners")
+def test_an_entry_is_its_owners_alone_while_it_is_written_and_afterwards(tmp_path):
+    seen = []
+
+    def write(file):
+        seen.append(os.fstat(file.fileno()).st_mode)
+        file.write(b"x")
+
+    before = os.umask(0)
+    try:
+        path = Cache(tmp_path).add("key", ".x", write)
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE(mode) for mode in (*seen, os.stat(path).st_mode)] == [0o600, 0o600]
+
+
+@requires("holes")
+def test_a_cache_takes_time_for_the_data_of_a_module_and_not_for_the_memory_between(tmp_path, monkeypatch):
+    wasm = '(module (memory (export "m") 65536) (data (i32.const 0) "low") (data (i32.const 0xfffffff0) "high"))'
+    asked = []
+    whole = _files._read_fd
+    monkeypatch.setattr(_files, "_read_fd", lambda fd, at, size: asked.append(size) or whole(fd, at, size))
+    for _ in range(2):              # cold and warm
+        [image] = prepare(MMAP, wasm, cache=tmp_path).images
+        assert [size for _, size in image.runs()] == [4096, 4096]
+        assert image.size == (1 << 32) - 12
+    assert 0 < sum(asked) < 1 << 24
 
 
 @requires("owners")
@@ -804,7 +824,6 @@ def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
 
 def test_a_writer_that_is_killed_leaves_nothing_that_is_used(tmp_path):
     child = textwrap.dedent(f"""
-        import shutil
         from linmem._cache import Cache
         cache = Cache({str(tmp_path)!r})
         print("go", flush=True)
@@ -812,7 +831,7 @@ def test_a_writer_that_is_killed_leaves_nothing_that_is_used(tmp_path):
         while True:
             with open({str(tmp_path / "content")!r}, "wb") as file:
                 file.write(n.to_bytes(4, "little") * (1 << 16))
-            cache.add("key", ".x", lambda path: shutil.copyfile({str(tmp_path / "content")!r}, path))
+            cache.add("key", ".x", lambda file: file.write(open({str(tmp_path / "content")!r}, "rb").read()))
             n += 1
         """)
     for delay in (0.0, 0.003, 0.01, 0.02):

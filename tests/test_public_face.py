@@ -349,7 +349,7 @@ FACE = {
     "linmem.Delta": (lambda w: linmem.Delta, {
         "base": (text, "0" * 64), "base_size": (size, 8), "size": (size, 8),
         "ranges": (nothing_in, [(0, 4)]), "zeros": (nothing_in, [(4, 4)]),
-        "data": (is_buffer, b"abcd"), "target": (either(text, nothing), None)}),
+        "data": (is_buffer, b"abcd"), "target": (either(text, nothing), None), "offset": (size, 0)}),
     "linmem.Delta.then": (lambda w: w.delta.then, {"later": (delta, given_by("delta"))}),
     "linmem.Delta.save": (lambda w: w.delta.save, {"path": (is_path, lambda w: w.folder / "saved")}),
     "linmem.Delta.open": (lambda w: linmem.Delta.open, {

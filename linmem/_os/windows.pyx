@@ -166,7 +166,10 @@ cdef extern from *:
         return EXCEPTION_EXECUTE_HANDLER;
     }
 
+    #include <errno.h>
     #include <io.h>
+    #include <stdint.h>
+    #include <stdlib.h>
 
     /* A section object of the paging file's, or of a file's; the caller keeps what it means by `file`. */
     static int linmem_section(void *file, size_t size, int protection, void **out) {
@@ -199,9 +202,22 @@ cdef extern from *:
     }
 
     /* A descriptor of the C library's -> the file's handle and size. */
+    #if defined(__MINGW32__)        /* whose headers do not have it everywhere; its C library does */
+    _CRTIMP _invalid_parameter_handler __cdecl
+    _set_thread_local_invalid_parameter_handler(_invalid_parameter_handler handler);
+    #endif
+
+    static void linmem_no_handler(const wchar_t *expression, const wchar_t *function, const wchar_t *file,
+                                  unsigned int line, uintptr_t reserved) {
+        (void)expression; (void)function; (void)file; (void)line; (void)reserved;
+    }
+
     static int linmem_file_of(int descriptor, void **file, unsigned long long *size) {
         LARGE_INTEGER length;
+        /* A number that is no descriptor goes to the C library's handler, whose default ends the process. */
+        _invalid_parameter_handler before = _set_thread_local_invalid_parameter_handler(linmem_no_handler);
         HANDLE handle = (HANDLE)_get_osfhandle(descriptor);
+        _set_thread_local_invalid_parameter_handler(before);
         if (handle == INVALID_HANDLE_VALUE) return ERROR_INVALID_HANDLE;
         if (GetFileType(handle) != FILE_TYPE_DISK) return ERROR_NOT_SUPPORTED;
         if (!GetFileSizeEx(handle, &length)) return linmem_last_error();
