@@ -15,9 +15,9 @@ from libc.stdlib cimport calloc, free
 
 from linmem._atomic cimport load, store
 from linmem._memory cimport (
-    OWNER_LEFT, OWNER_WASMTIME, PROTECTION_NONE, UNCHOSEN, ImageHandle, NativeCreator, acquire, drop_object, fail, failure, failure_text,
-    fork_lock, image, image_release, image_retain, list_lock, memory, memory_grow_to, memory_release, memory_retain,
-    memory_size, memory_spec, unlock, wrap,
+    OWNER_LEFT, OWNER_WASMTIME, PROTECTION_NONE, UNCHOSEN, ImageHandle, NativeCreator, acquire, drop_object, fail,
+    failure, failure_text, fork_lock, image, image_release, image_retain, list_lock, memory, memory_grow_to,
+    memory_release, memory_retain, memory_size, memory_spec, unlock, wrap,
 )
 from linmem._units cimport E_PYTHON, E_UNSUPPORTED
 

@@ -9,8 +9,8 @@ from libc.string cimport memcpy, memset
 
 from linmem._atomic cimport load
 from linmem._memory cimport (
-    GRANULE, ImageHandle, Memory, NativeCreator, changes, check_flag, check_readable, check_size, compare, failure, image, image_finish,
-    image_new, image_put, is_zero, memory_changes, raise_failure, run,
+    GRANULE, ImageHandle, Memory, NativeCreator, changes, check_flag, check_readable, check_size, compare, failure,
+    image, image_finish, image_new, image_put, is_zero, memory_changes, raise_failure, run,
 )
 from linmem._os cimport pages
 from linmem._units cimport round_down, round_up

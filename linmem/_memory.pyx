@@ -12,8 +12,8 @@ from libc.string cimport memcmp, memcpy, memmove, memset, strlen
 from linmem._atomic cimport add, load, pause, peek, peek_address, poke, poke_address, publish, store, swap_if, word
 from linmem._os cimport pages
 from linmem._units cimport (
-    E_CAPACITY, E_EXPORTED, E_IMAGE, E_MAXIMUM, E_NO_MEMORY, E_OVERFLOW, E_OWNED, E_PROTECTED, E_SHRINK, E_UNSUPPORTED, add_up,
-    first_reservation, lay_out, layout, next_reservation, round_down, round_up,
+    E_CAPACITY, E_EXPORTED, E_IMAGE, E_MAXIMUM, E_NO_MEMORY, E_OVERFLOW, E_OWNED, E_PROTECTED, E_SHRINK, E_UNSUPPORTED,
+    add_up, first_reservation, lay_out, layout, next_reservation, round_down, round_up,
 )
 
 from linmem import abc as _abc

@@ -8,10 +8,11 @@ from libc.string cimport memset
 
 from linmem._atomic cimport add, load, poke, store, touch, word
 from linmem._memory cimport (
-    CACHE_LINE, IMAGE_BROKEN, IMAGE_COPIED, OWNER_LEFT, OWNER_PYTHON, PROTECTION_NONE, ImageHandle, MmapCreator, NativeCreator,
-    acquire, check_count, check_flag, check_size, fail, failure, give_back, image_release, image_retain, list_lock,
-    memory, memory_border, memory_doubt, memory_hang, memory_hook, memory_is_filled, memory_refill, memory_release, memory_renew,
-    memory_restore, memory_spec, memory_start_again, memory_turn_to, memory_unprotect, raise_failure, unlist_lock, unlock,
+    CACHE_LINE, IMAGE_BROKEN, IMAGE_COPIED, OWNER_LEFT, OWNER_PYTHON, PROTECTION_NONE, ImageHandle, MmapCreator,
+    NativeCreator, acquire, check_count, check_flag, check_size, fail, failure, give_back, image_release, image_retain,
+    list_lock, memory, memory_border, memory_doubt, memory_hang, memory_hook, memory_is_filled, memory_refill,
+    memory_release, memory_renew, memory_restore, memory_spec, memory_start_again, memory_turn_to, memory_unprotect,
+    raise_failure, unlist_lock, unlock,
 )
 from linmem._os cimport pages
 from linmem._reset cimport (
