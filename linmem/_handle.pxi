@@ -1170,8 +1170,8 @@ cdef int write_protected(memory* m, size_t start, size_t n, const char* data) ex
 
 
 cdef int begin_guarded(memory* m, size_t start, size_t n, int allowed, const char* call, failure* why) noexcept:
-    """0, and no page of the range changes its access until end_guarded(), or a failure. The pages of a Python memory may
-    be another linmem memory's: there it holds as long as nobody protects that one at this moment."""
+    """0, and no page of the range changes its access until end_guarded(), or a failure. The pages of a Python memory
+    may be another linmem memory's: there it holds as long as nobody protects that one at this moment."""
     cdef int code
     if m.ops.pages_are_ours:
         with nogil:

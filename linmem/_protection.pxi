@@ -138,7 +138,8 @@ cdef bint memory_has_other(memory* m, size_t offset, size_t size, int allowed, s
     return find_other(m.protections, offset, offset + size, allowed, at, access)
 
 
-cdef int refuse_access(memory* m, size_t offset, size_t size, int allowed, const char* call, failure* why) noexcept nogil:
+cdef int refuse_access(memory* m, size_t offset, size_t size, int allowed, const char* call,
+                       failure* why) noexcept nogil:
     """0, or a failure: a page of the range has none of the accesses that the call needs."""
     cdef size_t at
     cdef int access

@@ -1,5 +1,6 @@
 """Protected pages: what every call of linmem does on them, and what is known of them."""
 
+import contextlib
 import ctypes
 import io
 import operator
@@ -94,8 +95,8 @@ CALLS = {
     "__exit__": {"neither": lambda mem: mem.__exit__(None, None, None)},
     "__len__": {"neither": len},
     "__repr__": {"neither": repr},
-    "__delitem__": {"neither": lambda mem: pytest.raises(TypeError, operator.delitem, mem, 0)},
-    "__reduce__": {"neither": lambda mem: pytest.raises(TypeError, mem.__reduce__)},
+    "__delitem__": {"neither": lambda mem: impossible(operator.delitem, mem, 0)},
+    "__reduce__": {"neither": lambda mem: impossible(mem.__reduce__)},
     "write of a protected source": {"reads": lambda mem: with_another(lambda other: refused_all(
         lambda: other.write(0, mem), lambda: other.write(0, memoryview(mem)[AT:AT + 1]),
         lambda: operator.setitem(other, slice(None), mem),
@@ -125,6 +126,11 @@ def refused_all(*calls):
     if errors:
         assert len(errors) == len(calls), errors
         raise errors[0]
+
+
+def impossible(call, *arguments):
+    with pytest.raises(TypeError):
+        call(*arguments)
 
 
 def with_another(call):
@@ -172,11 +178,10 @@ def test_the_refusal_names_the_call_the_range_and_the_access(mem):
 
 def test_an_iteration_ends_at_the_page_that_cannot_be_read(mem):
     mem.protect(PAGE, PAGE, "none")
-    seen = 0
+    seen = []
     with pytest.raises(ValueError, match="read is refused"):
-        for _ in mem:
-            seen += 1
-    assert seen == PAGE
+        seen.extend(mem)
+    assert len(seen) == PAGE
 
 
 def test_a_delta_that_is_refused_has_not_grown_the_memory(mem):
@@ -246,12 +251,8 @@ def check_known(mem, model):
         for call, works in ((lambda at: mem.read(at, 1), access != "none"),
                             (lambda at: operator.setitem(mem, at, 0), access == "rw")):
             for at in (page * PAGE, (page + 1) * PAGE - 1):
-                try:
+                with contextlib.nullcontext() if works else pytest.raises(ValueError, match=f"access '{access}'"):
                     call(at)
-                except ValueError as error:
-                    assert not works, error
-                else:
-                    assert works, (page, access)
     try:
         mem.snapshot()
     except TypeError:

@@ -232,7 +232,7 @@ cdef extern from *:
     }
     """
     int MEM_RESERVE, MEM_COMMIT, MEM_DECOMMIT, MEM_RELEASE, MEM_RESET, MEM_WRITE_WATCH
-    int PAGE_NOACCESS, PAGE_READONLY, PAGE_READWRITE
+    int PAGE_NOACCESS, PAGE_READONLY, PAGE_READWRITE, PAGE_EXECUTE_READ
     int ERROR_ACCESS_DENIED, ERROR_NOT_ENOUGH_MEMORY, ERROR_OUTOFMEMORY, ERROR_GEN_FAILURE, ERROR_NOT_SUPPORTED
     int ERROR_INVALID_PARAMETER, ERROR_INVALID_ADDRESS, ERROR_NOACCESS, ERROR_NO_SYSTEM_RESOURCES
     int ERROR_WORKING_SET_QUOTA, ERROR_COMMITMENT_LIMIT, ERROR_NOT_ENOUGH_QUOTA
@@ -240,6 +240,7 @@ cdef extern from *:
     int alloc "linmem_alloc"(void* at, size_t size, int type, int protection, char** base) noexcept nogil
     int free_ "linmem_free"(void* at, size_t size, int type) noexcept nogil
     int release_ "linmem_release"(void* at) noexcept nogil
+    void flush_code "linmem_flush_code"(void* at, size_t size) noexcept nogil
     int protect_ "linmem_protect"(void* at, size_t size, int protection) noexcept nogil
     int count_resident "linmem_count_resident"(char* at, size_t n, size_t page, size_t* pages) noexcept nogil
     void commit_limit "linmem_commit_limit"(unsigned long long* total, unsigned long long* left) noexcept nogil
