@@ -166,8 +166,10 @@ cdef void raise_later(object error, bint is_pythons) noexcept:
     it comes up the same way again."""
     if not is_pythons:
         raise error             # Cython prints what a function that cannot raise has raised
-    # A class is asked for, and called for the exception. Where it is not the exception's own, it is one for `except`.
-    again = type(type(error).__name__, (type(error),), {"__new__": lambda *_, **__: error})
+    # A class is asked for, and called once for the exception; it must be one that `except` knows. It may live for ever
+    # (classes do in some builds without a GIL), so that it must not hold the exception any longer.
+    kept = [error]
+    again = type(type(error).__name__, (type(error),), {"__new__": lambda *_, **__: kept.pop()})
     PyThreadState_SetAsyncExc(PyThread_get_thread_ident(), <PyObject*>again)
 
 

@@ -277,13 +277,21 @@ def test_a_handle_is_not_handed_on_in_the_middle_of_its_own_growth():
 
 # -- no wait is deaf ------------------------------------------------------------------------------------------------
 
+@pytest.fixture
+def interruptible():
+    """A run in the background has SIGINT ignored, and Python then leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 WAITING = {**OWN, "memoryview": memoryview, "read": lambda mem: mem.read(0, 1), "info": lambda mem: mem.info(),
            "view": lambda mem: mem.view(">d"), "index": lambda mem: mem[0]}
 
 
 @requires("interrupts")
 @pytest.mark.parametrize("name", [name for name in WAITING if name != "close"])
-def test_ctrl_c_ends_a_wait_for_another_threads_growth_and_changes_nothing(name):
+def test_ctrl_c_ends_a_wait_for_another_threads_growth_and_changes_nothing(name, interruptible):
     inside, go_on = threading.Event(), threading.Event()
     mem, made, size = delegated(moves=True)
     mem[0] = 9
@@ -305,7 +313,7 @@ def test_ctrl_c_ends_a_wait_for_another_threads_growth_and_changes_nothing(name)
 
 
 @requires("interrupts")
-def test_ctrl_c_ends_two_growths_in_python_that_wait_for_each_other():
+def test_ctrl_c_ends_two_growths_in_python_that_wait_for_each_other(interruptible):
     first, second = delegated(moves=False), delegated(moves=False)
     both = threading.Barrier(2)
     ended = []
