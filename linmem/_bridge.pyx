@@ -162,8 +162,8 @@ cdef extern from *:
 
 cdef void raise_later(object error, bint is_pythons) noexcept:
     """KeyboardInterrupt, SystemExit and their like are not for the guest: the next Python code that this thread runs
-    raises `error` itself. That is the caller of wasm, or a host function or a creator that wasm calls before; from there
-    it comes up the same way again."""
+    raises `error` itself. That is the caller of wasm, or a host function or a creator that wasm calls before; from
+    there it comes up the same way again."""
     if not is_pythons:
         raise error             # Cython prints what a function that cannot raise has raised
     # A class is asked for, and called once for the exception; it must be one that `except` knows. It may live for ever
