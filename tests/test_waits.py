@@ -95,7 +95,8 @@ CALLS = {
     "read": lambda mem: mem.read(0, PAGE), "read beyond": lambda mem: mem.read(1 << 40, 3),
     "write": lambda mem: mem.write(0, b"1" * PAGE), "write beyond": lambda mem: mem.write(1 << 40, b"1"),
     "protect": lambda mem: mem.protect(0, PAGE, "rw"), "protect beyond": lambda mem: mem.protect(0, 1 << 40, "rw"),
-    "discard": lambda mem: mem.discard(), "prefault": lambda mem: mem.prefault(), "snapshot": lambda mem: mem.snapshot(),
+    "discard": lambda mem: mem.discard(), "prefault": lambda mem: mem.prefault(),
+    "snapshot": lambda mem: mem.snapshot(),
     "restore": lambda mem: mem.restore(IMAGE, zero_grown=True), "dirty_pages": lambda mem: mem.dirty_pages(IMAGE),
     "apply": lambda mem: mem.apply(IMAGE.diff(IMAGE)), "with": lambda mem: mem.__enter__(),
 }
