@@ -492,7 +492,8 @@ cdef void break_memory(memory* m) noexcept nogil:
     if m.broken:
         return
     m.broken = True
-    if round_up(m.covered + 1, pages.capabilities().granularity, &size) == 0 and pages.reserve(size, False, &nowhere) == 0:
+    if (round_up(m.covered + 1, pages.capabilities().granularity, &size) == 0
+            and pages.reserve(size, False, &nowhere) == 0):
         p.shelter = size
     poke_address(&m.base, nowhere)
     poke(&m.accessible, 0)

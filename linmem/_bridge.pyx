@@ -165,12 +165,14 @@ cdef extern from *:
 
 cdef void raise_later(object error, bint is_pythons) noexcept:
     """KeyboardInterrupt, SystemExit and their like are not for the guest: the next Python code that this thread runs
-    raises `error` itself. That is the caller of wasm, or a host function or a creator that wasm calls before; from there
-    it comes up the same way again."""
+    raises `error` itself. That is the caller of wasm, or a host function or a creator that wasm calls before; from
+    there it comes up the same way again."""
     if not is_pythons:
         raise error             # Cython prints what a function that cannot raise has raised
-    # A class is asked for, and called for the exception. Where it is not the exception's own, it is one for `except`.
-    again = type(type(error).__name__, (type(error),), {"__new__": lambda *_, **__: error})
+    # A class is asked for, and called once for the exception; it must be one that `except` knows. It may live for ever
+    # (classes do in some builds without a GIL), so that it must not hold the exception any longer.
+    kept = [error]
+    again = type(type(error).__name__, (type(error),), {"__new__": lambda *_, **__: kept.pop()})
     PyThreadState_SetAsyncExc(PyThread_get_thread_ident(), <PyObject*>again)
 
 

@@ -20,7 +20,7 @@ cdef size_t SEARCH_STEP = 1 << 20                   # bytes that `in` copies at 
 #   63      62           49 .. 61                               20 .. 48           0 .. 19
 #   closed  given back   the generation that the calls are of   exported buffers   calls under way
 #
-# Calls are those of threads, and a forked child does not have the parent's: there those of an older generation are none.
+# Calls are those of threads, and a forked child does not have the parent's: there an older generation's are none.
 # Exported buffers are objects, and the child has them.
 cdef enum:
     ONE_CALL = 1
@@ -960,10 +960,11 @@ cdef class Memory:
     cdef memory* enter_pages(self, str call) except NULL:
         """enter(), for the calls that only a memory of our own pages has."""
         cdef memory* m = self.enter()
-        cdef const char* kind = m.ops.kind
+        cdef const char* text = m.ops.kind
         if not m.ops.pages_are_ours:
             self.leave()
-            raise TypeError(f"{call} is not supported by a memory of kind {kind.decode()!r}: its pages are not linmem's")
+            kind = text.decode()
+            raise TypeError(f"{call} is not supported by a memory of kind {kind!r}: its pages are not linmem's")
         return m
 
     cdef memory* enter_locked(self) except NULL:

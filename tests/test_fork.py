@@ -486,7 +486,8 @@ GROWTHS = {
     "into the hidden pages of a pool's slot":
         "linmem.PoolingCreator(reset='zero'), dict(maximum=1 << 30, reserve=1 << 30, guard=P)",
     "that moves": "linmem.MmapCreator(), dict(maximum=1 << 30, reserve=0, guard=P)",
-    "that is counted": "linmem.StatisticsCreator(linmem.MmapCreator()), dict(maximum=1 << 30, reserve=1 << 30, guard=P)",
+    "that is counted":
+        "linmem.StatisticsCreator(linmem.MmapCreator()), dict(maximum=1 << 30, reserve=1 << 30, guard=P)",
 }
 
 
@@ -525,7 +526,7 @@ def test_a_child_that_is_forked_in_the_middle_of_a_growth_has_exact_guards(kind)
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in GROWTHS if kind != "that moves"])
 def test_a_growth_that_a_fork_breaks_off_after_its_page_call_has_not_begun_in_the_child(kind, tmp_path):
-    """As the loop above, at the one place that a loop finds now and then: the pages are accessible, and not published."""
+    """At the one place that the loop above finds now and then: the pages are accessible, and not published."""
     build_extension(tmp_path, "half", HALF_DONE)
     assert scene(f"""
         sys.path.insert(0, {str(tmp_path)!r})
