@@ -240,12 +240,12 @@ cdef class Image(ImageHandle):
 
     # -- what it is for
 
-    def new_memory(self, maximum=None, *, minimum=None, creator=None, reserve=None, guard=None):
+    def new_memory(self, maximum=None, *, minimum=None, creator=None, reserve=None, guard=None, may_move=False):
         """A memory that starts with the image's bytes, and shares its pages until it writes them.
 
         Parameters
         ----------
-        maximum, reserve, guard
+        maximum, reserve, guard, may_move
             As of `linmem.create`.
         minimum : int, optional
             In bytes; the end of the image (offset + size) by default and at least.
@@ -266,7 +266,8 @@ cdef class Image(ImageHandle):
                 raise TypeError(f"creator must be a NativeCreator (a PythonCreator for one in Python), got"
                                 f" {type(creator).__name__}")
             by = <NativeCreator>creator
-        return by.create(self.offset + self.size if minimum is None else minimum, maximum, reserve, guard, image=self)
+        return by.create(self.offset + self.size if minimum is None else minimum, maximum, reserve, guard, image=self,
+                         may_move=may_move)
 
     def diff(self, other not None):
         """What changed from this image to a memory or to another image, as a `Delta`.
@@ -326,7 +327,7 @@ cdef class Image(ImageHandle):
             raise TypeError(f"delta must be a Delta, got {type(delta).__name__}")
         if delta.base != self.digest:
             raise ValueError(f"the delta is for the image {delta.base}, and this one is {self.digest}")
-        with self.new_memory() as mem:
+        with self.new_memory(may_move=True) as mem:
             if delta.size >= len(mem):
                 mem.apply(delta)
                 return mem.snapshot()

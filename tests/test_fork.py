@@ -148,7 +148,7 @@ views = [memoryview(mem) for mem in mems]
 image = linmem.Image.from_bytes(b"i" * 3 * P)
 kept = image.new_memory(maximum=16 * P)
 kept[0] = ord("w")
-moving = linmem.create(P, reserve=0)
+moving = linmem.create(P, reserve=0, may_move=True)
 
 def use():
     for mem, view in zip(mems, views, strict=True):
@@ -266,7 +266,7 @@ def test_multiprocessing_runs_tasks_on_images_while_threads_grow_and_move_memori
         stop = threading.Event()
         def churn():
             while not stop.is_set():
-                with linmem.create(P, reserve=0) as mem:
+                with linmem.create(P, reserve=0, may_move=True) as mem:
                     mem.write(0, b"mine")
                     mem.grow_to(1 << 20)
                     assert mem.read(0, 4) == b"mine"
@@ -299,7 +299,7 @@ def test_programs_are_started_while_threads_grow_and_move_memories():
         wrong = []
         def churn(n):
             while not stop.is_set():
-                with linmem.create(P, reserve=0) as mem:
+                with linmem.create(P, reserve=0, may_move=True) as mem:
                     mem.write(0, bytes([n]) * P)
                     mem.grow_to(1 << 18)
                     if bytes(mem) != bytes([n]) * P + bytes((1 << 18) - P):

@@ -170,9 +170,12 @@ cdef int image_begin(size_t size, image_pages* out) noexcept nogil:
     out.kind = IMAGE_PRIVATE
     if too_much(size):
         return ENOMEM
+    count_reserved(size)
     cdef void* p = map_(NULL, size, PROT_READ | PROT_WRITE, False)
     if p == MAP_FAILED:
-        return errno
+        code = errno
+        count_released(size)
+        return code
     if caps.names:
         set_name(p, size)
     out.bytes = <char*>p
@@ -222,9 +225,11 @@ cdef int image_end(image_pages* it) noexcept nogil:
         close_descriptor(<int>it.handle)
         it.handle = it.position
         it.position = 0
+    count_reserved(it.size)
     p = image_view(<int>it.handle, 0, it.size, NULL)
     if p == MAP_FAILED:
         code = errno
+        count_released(it.size)
         if it.kind == IMAGE_FILE:       # image_drop() looks for a reader: there is but one descriptor now
             it.position = -1
         return code
@@ -248,9 +253,11 @@ cdef int image_open(int descriptor, long long position, size_t size, image_pages
     elif kind and image_too_short(fd, position, size, &code) and code == 0:
         code = IMAGE_SHORT
     if code == 0:
+        count_reserved(size)
         p = image_view(fd, position, size, NULL)
         if p == MAP_FAILED:
             code = errno
+            count_released(size)
     if code:
         close_descriptor(fd)
         return code
@@ -265,7 +272,8 @@ cdef int image_open(int descriptor, long long position, size_t size, image_pages
 
 cdef void image_drop(image_pages* it) noexcept nogil:
     if it.bytes != NULL:
-        munmap(it.bytes, it.size)       # a whole mapping: it splits none, so it cannot be refused
+        if munmap(it.bytes, it.size) == 0:      # a whole mapping: it splits none, so it should not be refused
+            count_released(it.size)
     elif it.kind == IMAGE_FILE and it.position >= 0:
         close_descriptor(<int>it.position)
     if it.handle >= 0:
