@@ -147,7 +147,7 @@ cdef struct memory:
     size_t pre_guard
     size_t guard
     size_t covered              # base .. base+covered is ours or faults: what wasm may touch
-    size_t chosen               # bytes of the reservation that linmem chose itself and counts; 0: none
+    size_t chosen               # bytes of the reservation, if linmem chose its size; else 0
     bint is_shared
     bint may_move               # past its capacity the base may change
     bint protected_pages        # protect() was used: pages differ, so the mapping cannot move as one

@@ -507,8 +507,8 @@ cdef int move_to_larger(memory* m, size_t need, const layout* to, char* region, 
 
 # -- address space: how much of it linmem chooses to take, and who gives some back when the OS refuses --------------
 
-cdef word chosen_bytes          # what linmem chose to reserve beyond the minimums of memories
-cdef word chosen_memories       # how many memories have a share in that
+cdef word chosen_bytes          # of the reservations whose size linmem chose, whole
+cdef word chosen_memories       # how many they are
 
 cdef relief* reliefs = NULL     # the newest first: a pool comes before the pool that is its upstream
 cdef long long last_round = 0
@@ -579,28 +579,28 @@ cdef inline void forget_chosen(size_t chosen) noexcept nogil:
 
 cdef size_t claim_reservation(size_t minimum, size_t bound, size_t guard, size_t alignment,
                               size_t* chosen) noexcept nogil:
-    """The size that linmem chooses, and *chosen: how many bytes are counted for it, guards included, until
-    forget_chosen(); 0: nothing but the minimum. Threads that choose at once do not exceed the half together."""
+    """The size that linmem chooses, and *chosen: how many bytes are counted for all of the reservation until
+    forget_chosen(); 0: it is the minimum, which the caller chose. Threads that choose at once do not exceed the half
+    together."""
     cdef size_t page = pages.capabilities().page_size
-    cdef size_t space, left, room, around, want, capacity
+    cdef size_t space, left, room, want, capacity
     cdef long long now
     cdef layout least
     chosen[0] = 0
     if lay_out(minimum, 0, guard, page, &least) or add_up(least.total, alignment, &least.total):
         return minimum          # reserve_exactly() finds the same, and says so
-    around = least.total - least.capacity
     pages.address_space(&space, &left)
     while True:
         now = load(&chosen_bytes)
         room = room_to_choose(space, left, pages.reserved(), <size_t>now)
-        room = room - around if room > around else 0
+        room = room - least.total if room > least.total else 0
         want = choose_reservation(minimum, bound, bound != NO_MAXIMUM, room, <size_t>load(&chosen_memories),
                                   pages.capabilities().memory)
         if round_up(want, page, &capacity) or capacity <= least.capacity:
             return minimum
-        if swap_if(&chosen_bytes, now, now + <long long>(around + capacity - least.capacity)):
+        if swap_if(&chosen_bytes, now, now + <long long>(least.total - least.capacity + capacity)):
             add(&chosen_memories, 1)
-            chosen[0] = around + capacity - least.capacity
+            chosen[0] = least.total - least.capacity + capacity
             return want
 
 

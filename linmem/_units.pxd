@@ -80,10 +80,10 @@ cdef inline int lay_out(size_t minimum, size_t reservation, size_t guard, size_t
     return 0
 
 
-# How large a reservation is where the caller named no size. Callers asked for `asked` bytes of the address space
-# (minimums, and whole reservations of a size that they named); linmem chose all the rest of what it holds, `chosen`
-# bytes. A new choice is made out of `room`: what is missing until `chosen` is half of what callers did not ask for.
-# So the choices together never exceed that half, however many memories there are.
+# How large a reservation is where the caller named no size. Of what linmem holds, `chosen` bytes are reservations
+# whose size it chose itself, guards and minimums included; callers asked for the rest. A new choice is made out of
+# `room`: what is missing until `chosen` is half of all that callers did not ask for. So the choices together never
+# exceed that half, however many memories there are.
 
 cdef enum:
     SMALL_RESERVATION = 1 << 20     # bytes: the least that linmem chooses beyond the minimum while there is room
@@ -105,9 +105,9 @@ cdef inline size_t choose_reservation(size_t minimum, size_t maximum, bint bound
                                       size_t memory) noexcept nogil:
     """Bytes to reserve; `minimum`: nothing beyond it.
 
-    A known maximum is reserved whole where half of the room holds it. Otherwise the minimum gets a share of the room
-    on top, an eighth of it for the first memory and less for each of the `others` that hold a choice already.
-    memory: bytes of the machine's memory; 0: unknown.
+    A known maximum is reserved whole where half of the room holds what exceeds the minimum. Otherwise the minimum gets
+    a share of the room on top: an eighth for the first memory, and less the more `others` of a chosen size there are.
+    room: with the minimum and the guards taken from it; memory: bytes of the machine's memory, 0: unknown.
     """
     cdef size_t share = room // 4 // (others + 2)
     if bounded and maximum - minimum <= room >> 1:

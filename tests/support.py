@@ -118,6 +118,9 @@ NEEDS = {
     "maps_images": (FLOOR["capabilities"]["maps_images"], "images cannot be mapped into memories here"),
     "descriptors": (HAS_PROC and FDS.exists(), "no /proc/self/fd to ask"),
     "holes": (_files_have_holes(), "the file system has no holes, or does not say"),
+    "many_mappings": (HAS_PROC and (FLOOR["mappings"] or 65530) >= 65530, "a process may have but few mappings here"),
+    "large_space": (HAS_PROC and FLOOR["address_bits"] >= 47 and FLOOR["address_space_left"] == FLOOR["address_space"]
+                    and "LD_PRELOAD" not in os.environ, "addresses are short, limited, or taken by a sanitizer"),
     "rlimits": (_has_module("resource"), "this OS has no resource limits"),
     "fork": (hasattr(os, "fork"), "this OS has no fork"),
     "owners": (hasattr(os, "geteuid"), "files have no owners and modes here"),
