@@ -11,9 +11,9 @@ from libc.string cimport memcpy
 from linmem._atomic cimport add, load, poke, poke_address, store, swap_if
 from linmem._memory cimport (
     NO_MAXIMUM, UNCHOSEN, ImageHandle, Memory, NativeCreator, acquire, answer_request, begin_move, check_count,
-    check_size, drop_object, end_move, fail, fail_python, failure, image_copy, leave_image, list_lock, memory, memory_hang,
-    memory_hook, memory_ops, memory_resident, memory_retain, memory_size, memory_spec, python_is_ending, unlist_lock,
-    unlock,
+    check_size, drop_object, end_move, fail, fail_python, failure, image_copy, leave_image, list_lock, memory,
+    memory_hang, memory_hook, memory_ops, memory_resident, memory_retain, memory_size, memory_spec,
+    python_is_ending, unlist_lock, unlock,
 )
 from linmem._os cimport pages
 from linmem._units cimport E_LIMIT, E_NO_MEMORY, E_UNSUPPORTED, round_up

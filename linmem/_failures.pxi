@@ -31,6 +31,8 @@ cdef int fail_page_call(failure* why, int code, const char* call, size_t size) n
 cdef int fail_reserve(failure* why, int code, size_t size) noexcept nogil:
     cdef size_t n
     fail_page_call(why, code, "reserve", size)
+    if size >> pages.capabilities().address_bits:
+        return code             # no process ever has so much, whatever linmem holds
     n = strlen(why.detail)
     snprintf(why.detail + n, sizeof(why.detail) - n, "%slinmem holds %zu bytes of address space already, and a smaller"
              " maximum= or reserve= asks for less", "; " if n else "", pages.reserved())

@@ -545,7 +545,7 @@ cdef inline bint retain_if_alive(word* refs) noexcept nogil:
 
 
 cdef bint give_back_idle(size_t wanted) noexcept nogil:
-    """The OS refused to reserve `wanted` bytes: each pool gives its idle slots back, once. True: some were given back.
+    """The OS refused a memory `wanted` bytes: each pool gives its idle slots back, once. True: some were given back.
     The caller holds no listed lock, because pools take theirs."""
     global last_round
     cdef relief* it
@@ -943,7 +943,13 @@ cdef class MmapCreator(NativeCreator):
         self.huge_pages = huge_pages
 
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
-        return mapped_make(spec, self.prefault, self.huge_pages, out, why)
+        cdef size_t memory = pages.capabilities().memory
+        cdef int code = mapped_make(spec, self.prefault, self.huge_pages, out, why)
+        # Idle slots also hold what the other page calls need: memory, and mappings. They do not help where the
+        # machine is too small.
+        if code > 0 and (memory == 0 or why.size <= memory) and give_back_idle(why.size):
+            code = mapped_make(spec, self.prefault, self.huge_pages, out, why)
+        return code
 
     def __repr__(self):
         options = [f"{name}=True" for name, on in (("prefault", self.prefault), ("huge_pages", self.huge_pages)) if on]

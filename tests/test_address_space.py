@@ -182,6 +182,25 @@ def test_all_pools_give_idle_slots_back_before_a_memory_is_refused(how):
         """) == "reserve True True"
 
 
+@requires("rlimits", "maps")
+def test_pools_give_back_what_a_new_memory_is_refused_after_its_reservation_too():
+    assert answer("""
+        import linmem, re, resource
+        pool = linmem.PoolingCreator(reset="zero", keep_resident=1 << 30)
+        pool.create(300 << 20).close()
+        used = int(re.search(r"VmData:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) << 10
+        resource.setrlimit(resource.RLIMIT_DATA, (used + (64 << 20), used + (64 << 20)))
+        with linmem.create(200 << 20) as mem:
+            mem[-1] = 1
+        assert pool.stats()["warm"] == 0
+        pool.create(4096).close()
+        try:
+            linmem.create(1 << 45)
+        except linmem.PageError as error:
+            print(error.call, pool.stats()["warm"])     # no machine has so much: nothing is given back for that
+        """) == "commit 1"
+
+
 def test_a_size_that_no_process_has_takes_no_idle_slot_away():
     pool = linmem.PoolingCreator()
     pool.create(PAGE, reserve=PAGE).close()

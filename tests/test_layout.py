@@ -76,7 +76,8 @@ def test_there_is_room_for_choices_until_they_are_half_of_what_callers_did_not_a
     assert room == max(unasked // 2 - chosen, 0)
 
 
-@given(st.integers(0, 2**48), st.integers(0, TOP - 1), st.integers(0, 2**56), st.integers(0, 2**40), st.integers(0, 2**61))
+@given(st.integers(0, 2**48), st.integers(0, TOP - 1), st.integers(0, 2**56), st.integers(0, 2**40),
+       st.integers(0, 2**61))
 def test_a_known_maximum_is_reserved_whole_where_half_of_the_room_holds_what_exceeds_the_minimum(
         minimum, more, room, others, memory):
     maximum = min(minimum + more, TOP - 1)

@@ -271,7 +271,8 @@ FACE = {
         "creator": (lambda value: callable(getattr(value, "new_memory", None)), Upstream())}),
     "linmem.MmapCreator.new_memory": (lambda w: w.mmap.new_memory, {
         "ty": (of(linmem.MemoryType), TYPE), "minimum": (size, PAGE), "maximum": (size_or_none, None),
-        "reserved_size_in_bytes": (size_or_none, 0), "guard_size_in_bytes": (size, 0), "may_move": (either(flag, nothing), None)}),
+        "reserved_size_in_bytes": (size_or_none, 0), "guard_size_in_bytes": (size, 0),
+        "may_move": (either(flag, nothing), None)}),
     "linmem.MmapCreator.create": (lambda w: w.limiting.create, {
         **MAKE, "image": (either(image, nothing), None), "may_move": (flag, False)}),
     "linmem.MemoryType": (lambda w: linmem.MemoryType, {

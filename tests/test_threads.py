@@ -774,7 +774,7 @@ def test_nothing_that_threads_do_while_another_forks_is_half_done_in_the_child()
 
     def work():
         for _ in range(5):
-            mems = [pool.create(P, 99 * P, 0, P, may_move=True) for _ in range(4)] + [book.create(P, 99 * P, 0, P, may_move=True)]
+            mems = [by.create(P, 99 * P, 0, P, may_move=True) for by in (pool, pool, pool, pool, book)]
             for mem in mems:
                 assert bytes(mem).count(0) == P
                 mem.grow_to(5 * P)
