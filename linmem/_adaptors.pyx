@@ -10,11 +10,11 @@ from libc.string cimport memcpy
 
 from linmem._atomic cimport add, load, poke, poke_address, store, swap_if
 from linmem._memory cimport (
-    NO_MAXIMUM, PROTECTION_NONE, UNCHOSEN, ImageHandle, Memory, NativeCreator, acquire, begin_move, begin_own_growth,
-    check_count, check_native, check_size, drop_object, end_move, end_own_growth, fail, fail_python, failure, give_back,
-    image_copy, leave_image, list_lock, list_memory, memory, memory_hang, memory_hook, memory_ops, memory_resident,
-    memory_retain, memory_size, memory_spec, own_growth, python_is_ending, raise_failure, refuse_foreign, unlist_lock,
-    unlist_memory, unlock,
+    NO_MAXIMUM, PROTECTION_NONE, UNCHOSEN, ImageHandle, Memory, NativeCreator, acquire, answer_request, begin_move,
+    begin_own_growth, check_count, check_native, check_size, drop_object, end_move, end_own_growth, fail, fail_python,
+    failure, give_back, image_copy, leave_image, list_lock, list_memory, memory, memory_hang, memory_hook, memory_ops,
+    memory_resident, memory_retain, memory_size, memory_spec, own_growth, python_is_ending, raise_failure,
+    refuse_foreign, unlist_lock, unlist_memory, unlock,
 )
 from linmem._os cimport pages
 from linmem._units cimport E_BROKEN, E_LIMIT, E_NO_MEMORY, E_UNSUPPORTED, round_up
@@ -611,6 +611,7 @@ cdef class PythonCreator(NativeCreator):
         cdef python_memory* p
         cdef answers got
         cdef failure why
+        cdef bint before
         cdef size_t reservation = 0 if spec.reservation == UNCHOSEN else spec.reservation
         from linmem.records import MemoryType
         if spec.image != NULL and spec.image.end > spec.minimum:
@@ -619,9 +620,13 @@ cdef class PythonCreator(NativeCreator):
             minimum=spec.minimum // spec.page_size,
             maximum=None if spec.maximum == NO_MAXIMUM else spec.maximum // spec.page_size,
             is_64=spec.is_64, is_shared=spec.is_shared, page_size=spec.page_size)
-        made = self.creator.new_memory(
-            ty, spec.minimum, None if spec.maximum == NO_MAXIMUM else spec.maximum,
-            None if spec.reservation == UNCHOSEN else spec.reservation, spec.guard)
+        before = answer_request(spec.may_move)
+        try:
+            made = self.creator.new_memory(
+                ty, spec.minimum, None if spec.maximum == NO_MAXIMUM else spec.maximum,
+                None if spec.reservation == UNCHOSEN else spec.reservation, spec.guard)
+        finally:
+            answer_request(before)
         if isinstance(made, Memory):
             return adopt(<Memory>made, spec, reservation, out)
         for method in ("as_ptr", "byte_size", "byte_capacity", "wasm_accessible", "grow_to"):
@@ -650,6 +655,7 @@ cdef class PythonCreator(NativeCreator):
         p.head.ops = &python_ops
         p.head.refs = 1
         p.head.is_shared = spec.is_shared
+        p.head.may_move = spec.may_move
         list_memory(&p.head)
         out[0] = &p.head
         return 0
@@ -688,6 +694,7 @@ cdef int adopt(Memory made, const memory_spec* spec, size_t reservation, memory*
             # What was asked for binds it, whatever its maker asked for.
             if spec.is_shared:
                 m.is_shared = True
+            m.may_move = spec.may_move
             if m.maximum > spec.maximum:
                 poke(&m.maximum, spec.maximum)
             if spec.image != NULL:

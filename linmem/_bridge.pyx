@@ -213,6 +213,7 @@ cdef wasmtime_error_t* new_memory(void* env, const wasm_memorytype_t* ty, size_t
     spec.is_shared = wasmtime.is_shared(ty)
     spec.image = NULL
     spec.watched = False
+    spec.may_move = True        # wasmtime refuses itself what its config's memory_may_move forbids
     spec.page_size = 65536 if wasmtime.page_size == NULL else wasmtime.page_size(ty)
     next_image(minimum, &spec.image)
     code = (<NativeCreator>env).make(&spec, &m, &why)

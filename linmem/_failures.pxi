@@ -3,6 +3,8 @@
 from cpython.exc cimport PyErr_Clear, PyErr_Occurred
 from cpython.ref cimport Py_INCREF
 
+from libc.string cimport strlen
+
 from linmem._units cimport E_BROKEN, E_EXHAUSTED, E_IMAGE, E_LIMIT, E_OWNED, E_OWN_GROWTH, E_PROTECTED, E_PYTHON
 
 from linmem import errors as _errors
@@ -23,6 +25,17 @@ cdef int fail(failure* why, int code, const char* call, size_t size, size_t used
 cdef int fail_page_call(failure* why, int code, const char* call, size_t size) noexcept nogil:
     fail(why, code, call, size)
     pages.limit_text(code, size, why.detail, sizeof(why.detail))
+    return code
+
+
+cdef int fail_reserve(failure* why, int code, size_t size) noexcept nogil:
+    cdef size_t n
+    fail_page_call(why, code, "reserve", size)
+    if size >> pages.capabilities().address_bits:
+        return code             # no process ever has so much, whatever linmem holds
+    n = strlen(why.detail)
+    snprintf(why.detail + n, sizeof(why.detail) - n, "%slinmem holds %zu bytes of address space already, and a smaller"
+             " maximum= or reserve= asks for less", "; " if n else "", pages.reserved())
     return code
 
 

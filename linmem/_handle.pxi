@@ -219,8 +219,8 @@ cdef class Memory:
         """Make `new_size` bytes accessible, the new ones zero; mirrors ``wasmtime::LinearMemory::grow_to``.
 
         It happens whole or changes nothing. Up to `byte_capacity` the base stays and every view remains
-        valid; past it the memory moves, which it does only while nothing is exported. Uses mprotect(2),
-        and mremap(2) to move.
+        valid. Past it only a memory that was made with ``may_move=True`` grows: it moves, which it does only
+        while nothing is exported. Uses mprotect(2), and mremap(2) to move.
 
         Parameters
         ----------

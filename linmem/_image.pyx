@@ -253,12 +253,12 @@ cdef class Image(ImageHandle):
 
     # -- what it is for
 
-    def new_memory(self, maximum=None, *, minimum=None, creator=None, reserve=None, guard=None):
+    def new_memory(self, maximum=None, *, minimum=None, creator=None, reserve=None, guard=None, may_move=False):
         """A memory that starts with the image's bytes, and shares its pages until it writes them.
 
         Parameters
         ----------
-        maximum, reserve, guard
+        maximum, reserve, guard, may_move
             As of `linmem.create`.
         minimum : int, optional
             In bytes; the end of the image (offset + size) by default and at least.
@@ -276,7 +276,8 @@ cdef class Image(ImageHandle):
         cdef NativeCreator by = default_creator
         if creator is not None:
             by = check_native(creator, "creator")
-        return by.create(self.offset + self.size if minimum is None else minimum, maximum, reserve, guard, image=self)
+        return by.create(self.offset + self.size if minimum is None else minimum, maximum, reserve, guard, image=self,
+                         may_move=may_move)
 
     def diff(self, other not None):
         """What changed from this image to a memory or to another image, as a `Delta`.

@@ -19,7 +19,7 @@ cdef struct failure:
     size_t size                 # bytes that it asked for
     size_t used                 # bytes (or buffers) that stand in the way
     size_t limit                # the bound that was hit
-    char detail[240]            # more words; may be empty
+    char detail[320]            # more words; may be empty
     PyObject* exception         # E_PYTHON only: a reference that whoever ends the failure must drop
 
 cdef enum:
@@ -31,6 +31,16 @@ cdef struct fork_lock:
     word held
     fork_lock* next
     fork_lock* previous
+
+# What can give address space back when the OS refuses some: a pool, for its idle slots. Embedded in its owner.
+cdef struct relief:
+    relief* next
+    relief* previous
+    void* owner
+    word* refs                  # the owner's; 0: it is being freed
+    long long round             # the last one that it took part in
+    # Ends the caller's reference on the owner. True: something was given back.
+    bint (*relieve)(void* owner) noexcept nogil
 
 ctypedef struct run:
     size_t offset
@@ -82,6 +92,7 @@ cdef struct memory_spec:
     bint is_shared              # never moves
     image* image                # what it holds at the start; NULL: zeros
     bint watched                # the OS will be asked which pages were touched, many times
+    bint may_move               # a growth past the capacity may move the base
 
 # Whether pages of a memory have another access than "rw". Such a memory does not move: it is several mappings.
 cdef enum:
@@ -153,7 +164,9 @@ cdef struct memory:
     size_t guard
     size_t covered              # base .. base+covered is ours or faults: what wasm may touch
     bint broken                 # of a memory in Python: nobody knows where it is any more
+    size_t chosen               # bytes of the reservation, if linmem chose its size; else 0
     bint is_shared
+    bint may_move               # past its capacity the base may change
     bint moved                  # the mapping has moved once: what it grew since is a second mapping
     bint huge_pages             # the OS was asked for them; a decommit may have made it forget
     bint growth_is_watched      # a hook has before_grow or after_grow
@@ -223,6 +236,8 @@ cdef void failure_text(const failure* why, char* text, size_t room) noexcept nog
 cdef int raise_failure(const failure* why) except -1
 cdef void acquire(word* lock) noexcept nogil
 cdef void unlock(word* lock) noexcept nogil
+cdef void list_relief(relief* it) noexcept nogil
+cdef void unlist_relief(relief* it) noexcept nogil
 cdef void list_lock(fork_lock* it) noexcept nogil
 cdef void unlist_lock(fork_lock* it) noexcept nogil
 cdef void drop_object(PyObject* object) noexcept nogil
@@ -234,6 +249,7 @@ cdef int check_flag(object value, str name) except -1
 cdef int take_bytes(object data, str name, Py_buffer* out) except -1
 cdef NativeCreator check_native(object value, str name)
 cdef object wrap(memory* m)
+cdef bint answer_request(bint may_move) noexcept
 
 
 # What Python's Image is made of.

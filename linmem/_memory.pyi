@@ -21,6 +21,8 @@ class NativeCreator(MemoryCreator):  # registered with the trait
         maximum: SupportsIndex | None,
         reserved_size_in_bytes: SupportsIndex | None,
         guard_size_in_bytes: SupportsIndex,
+        *,
+        may_move: bool | None = None,
     ) -> Memory: ...
     def create(
         self,
@@ -30,6 +32,7 @@ class NativeCreator(MemoryCreator):  # registered with the trait
         guard: SupportsIndex | None = None,
         *,
         image: ImageHandle | None = None,
+        may_move: bool = False,
     ) -> Memory: ...
 
 # What an Image is made of; linmem._image says more.

@@ -13,7 +13,8 @@ from linmem._atomic cimport add, load, pause, peek, peek_address, poke, poke_add
 from linmem._os cimport pages
 from linmem._units cimport (
     E_BROKEN, E_CAPACITY, E_EXPORTED, E_IMAGE, E_MAXIMUM, E_NO_MEMORY, E_OVERFLOW, E_OWN_GROWTH, E_OWNED, E_PROTECTED,
-    E_SHRINK, E_UNSUPPORTED, add_up, first_reservation, lay_out, layout, next_reservation, round_down, round_up,
+    E_SHRINK, E_UNSUPPORTED, SMALL_RESERVATION, add_up, choose_reservation, lay_out, layout, room_to_choose, round_down,
+    round_up,
 )
 
 from linmem import abc as _abc
@@ -190,6 +191,7 @@ cdef fork_lock moving_lock      # a memory is half way to another address
 cdef fork_lock orphans_lock     # orphans
 cdef fork_lock live_lock        # the list of memories; whoever holds it waits for nothing
 cdef memory* live = NULL
+cdef fork_lock reliefs_lock     # reliefs
 
 
 cdef void list_lock(fork_lock* it) noexcept nogil:
@@ -306,6 +308,7 @@ list_lock(&live_lock)
 list_lock(&burial_lock)
 list_lock(&orphans_lock)
 list_lock(&moving_lock)
+list_lock(&reliefs_lock)
 if pages.at_fork(before_fork, after_fork, after_fork_in_child):
     raise MemoryError("no memory for what linmem does at a fork")
 
@@ -571,10 +574,12 @@ cdef int begin_move(memory* m, size_t new_size, failure* why) noexcept nogil:
     cdef long long pins
     cdef long long since = 0
     cdef int looks = 0, code = 0
-    if m.is_shared or load(&m.protection) != PROTECTION_NONE:
+    if m.is_shared or load(&m.protection) != PROTECTION_NONE or not m.may_move:
         fail(why, E_CAPACITY, "grow_to", new_size, 0, m.capacity)
         snprintf(why.detail, sizeof(why.detail),
-                 "shared memories never do" if m.is_shared else "some of its pages have their own protection")
+                 "shared memories never do" if m.is_shared else
+                 "make it with a larger reserve= or maximum=, or with may_move=True" if not m.may_move else
+                 "some of its pages have their own protection")
         return E_CAPACITY
     while not swap_if(&m.pins, 0, -generation):
         pins = pins_now(m)
@@ -672,32 +677,40 @@ cdef inline int mapped_grow_by(memory* m, size_t size, size_t new_size, failure*
 
 cdef int grow_by_moving(memory* m, size_t new_size, size_t need, failure* why) noexcept nogil:
     """Past the capacity, where nobody can notice. All that can fail comes before anything is lost."""
+    cdef layout to
+    cdef char* region
+    cdef size_t chosen
+    cdef size_t huge = pages.capabilities().huge_page if m.huge_pages else 0
     cdef int code = begin_move(m, new_size, why)
     if code:
         return code
+    # Not with moving_lock: where the OS refuses, pools give back what they hold, and take their locks for that.
+    code = reserve_in_steps(need, m.maximum, m.guard, huge, False, &to, &region, &chosen, why)
+    if code:
+        if code == E_OVERFLOW:
+            why.call = "new_size"
+        end_move(m)
+        return code
     acquire(&moving_lock.held)
-    code = move_to_larger(m, need, why)
+    code = move_to_larger(m, need, &to, region, why)
     if code == 0:
         poke(&m.opening, need)
     end_move(m)
     unlock(&moving_lock.held)
+    if code:
+        forget_chosen(chosen)
+    else:
+        forget_chosen(m.chosen)
+        m.chosen = chosen
     return code
 
 
-cdef int move_to_larger(memory* m, size_t need, failure* why) noexcept nogil:
-    cdef layout to
-    cdef char* region
-    cdef char* base
+cdef int move_to_larger(memory* m, size_t need, const layout* to, char* region, failure* why) noexcept nogil:
+    cdef char* base = region + to.pre_guard
     cdef char* old = m.base - m.pre_guard
     cdef size_t old_total = m.pre_guard + m.capacity + m.guard
-    cdef size_t huge = pages.capabilities().huge_page if m.huge_pages else 0
-    cdef int code = reserve_in_steps(need, m.maximum, m.guard, huge, False, &to, &region, why)
-    if code == E_OVERFLOW:
-        why.call = "new_size"
-    if code:
-        return code
-    base = region + to.pre_guard
-    if huge:
+    cdef int code
+    if m.huge_pages:
         pages.advise_huge(base, to.capacity)
     # What looks like one mapping may be several (a fork, or someone's madvise, splits them): then
     # it does not move, but it can be copied.
@@ -716,25 +729,127 @@ cdef int move_to_larger(memory* m, size_t need, failure* why) noexcept nogil:
         m.moved = False
         m.image_state = IMAGE_COPIED
     poke_address(&m.base, base)
-    m.pre_guard = to.pre_guard
+    poke(&m.pre_guard, to.pre_guard)
     poke(&m.capacity, to.capacity)
-    m.guard = to.guard
+    poke(&m.guard, to.guard)
     poke(&m.covered, to.capacity + to.guard)
     return 0
 
 
-cdef int reserve_in_steps(size_t minimum, size_t bound, size_t guard, size_t alignment, bint watched, layout* out,
-                          char** region, failure* why) noexcept nogil:
-    """The reservation that linmem chooses: as much as is sensible, then less until the OS agrees."""
-    cdef size_t space, left, want
-    cdef int code
-    pages.address_space(&space, &left)
-    want = first_reservation(minimum, bound, bound != NO_MAXIMUM, space, left)
+# -- address space: how much of it linmem chooses to take, and who gives some back when the OS refuses --------------
+
+cdef word chosen_bytes          # of the reservations whose size linmem chose, whole
+cdef word chosen_memories       # how many they are
+
+cdef relief* reliefs = NULL     # the newest first: a pool comes before the pool that is its upstream
+cdef long long last_round = 0
+
+
+cdef void list_relief(relief* it) noexcept nogil:
+    global reliefs
+    acquire(&reliefs_lock.held)
+    it.previous = NULL
+    it.next = reliefs
+    if reliefs != NULL:
+        reliefs.previous = it
+    reliefs = it
+    unlock(&reliefs_lock.held)
+
+
+cdef void unlist_relief(relief* it) noexcept nogil:
+    global reliefs
+    acquire(&reliefs_lock.held)
+    if it.next != NULL:
+        it.next.previous = it.previous
+    if it.previous != NULL:
+        it.previous.next = it.next
+    else:
+        reliefs = it.next
+    unlock(&reliefs_lock.held)
+
+
+cdef inline bint retain_if_alive(word* refs) noexcept nogil:
+    cdef long long n = load(refs)
+    while n > 0 and not swap_if(refs, n, n + 1):
+        n = load(refs)
+    return n > 0
+
+
+cdef bint give_back_idle(size_t wanted) noexcept nogil:
+    """The OS refused a memory `wanted` bytes: each pool gives its idle slots back, once. True: some were given back.
+    The caller holds no listed lock, because pools take theirs."""
+    global last_round
+    cdef relief* it
+    cdef long long round = 0
+    cdef bint given = False
+    if wanted >> pages.capabilities().address_bits:
+        return False            # no process ever has so much
     while True:
+        acquire(&reliefs_lock.held)
+        if round == 0:
+            last_round += 1
+            round = last_round
+        it = reliefs
+        while it != NULL and (it.round >= round or not retain_if_alive(it.refs)):
+            it = it.next
+        if it != NULL:
+            it.round = round
+        unlock(&reliefs_lock.held)
+        if it == NULL:
+            return given
+        if it.relieve(it.owner):
+            given = True
+
+
+cdef inline void forget_chosen(size_t chosen) noexcept nogil:
+    """A memory that claim_reservation() counted is gone, or could not be made."""
+    if chosen:
+        add(&chosen_bytes, -<long long>chosen)
+        add(&chosen_memories, -1)
+
+
+cdef size_t claim_reservation(size_t minimum, size_t bound, size_t guard, size_t alignment,
+                              size_t* chosen) noexcept nogil:
+    """The size that linmem chooses, and *chosen: how many bytes are counted for all of the reservation until
+    forget_chosen(); 0: it is the minimum, which the caller chose. Threads that choose at once do not exceed the half
+    together."""
+    cdef size_t page = pages.capabilities().page_size
+    cdef size_t space, left, room, want, capacity
+    cdef long long now
+    cdef layout least
+    chosen[0] = 0
+    if lay_out(minimum, 0, guard, page, &least) or add_up(least.total, alignment, &least.total):
+        return minimum          # reserve_exactly() finds the same, and says so
+    pages.address_space(&space, &left)
+    while True:
+        now = load(&chosen_bytes)
+        room = room_to_choose(space, left, pages.reserved(), <size_t>now)
+        room = room - least.total if room > least.total else 0
+        want = choose_reservation(minimum, bound, bound != NO_MAXIMUM, room, <size_t>load(&chosen_memories),
+                                  pages.capabilities().memory)
+        if round_up(want, page, &capacity) or capacity <= least.capacity:
+            return minimum
+        if swap_if(&chosen_bytes, now, now + <long long>(least.total - least.capacity + capacity)):
+            add(&chosen_memories, 1)
+            chosen[0] = least.total - least.capacity + capacity
+            return want
+
+
+cdef int reserve_in_steps(size_t minimum, size_t bound, size_t guard, size_t alignment, bint watched, layout* out,
+                          char** region, size_t* chosen, failure* why) noexcept nogil:
+    """A reservation of the size that linmem chooses. Where the OS refuses it, a small one, and at last the minimum:
+    the gaps that are left between those two belong to others. *chosen: for forget_chosen()."""
+    cdef size_t want
+    cdef int code
+    while True:
+        want = claim_reservation(minimum, bound, guard, alignment, chosen)
         code = reserve_exactly(minimum, want, guard, alignment, watched, out, region, why)
-        if code == 0 or want == minimum:
+        if code == 0:
+            return 0
+        forget_chosen(chosen[0])
+        if code < 0 or want == minimum:
             return code
-        want = next_reservation(want, minimum)
+        bound = minimum + SMALL_RESERVATION if want - minimum > SMALL_RESERVATION else minimum
 
 
 cdef int reserve_exactly(size_t minimum, size_t reservation, size_t guard, size_t alignment, bint watched,
@@ -750,8 +865,10 @@ cdef int reserve_exactly(size_t minimum, size_t reservation, size_t guard, size_
     if alignment and add_up(out.total, alignment, &out.total):
         return fail(why, E_OVERFLOW, "reserve", reservation)
     code = pages.reserve(out.total, watched, region)
+    if code and give_back_idle(out.total):
+        code = pages.reserve(out.total, watched, region)
     if code:
-        return fail_page_call(why, code, "reserve", out.total)
+        return fail_reserve(why, code, out.total)
     if alignment:
         lead = (alignment - <size_t>(region[0] + out.pre_guard)) & (alignment - 1)
         out.pre_guard += lead
@@ -779,6 +896,7 @@ cdef void mapped_free(memory* m) noexcept nogil:
     unlist_memory(m)
     drop_protections(m, load(&m.protection) == PROTECTION_KNOWN)
     give_back(m.base - m.pre_guard, m.pre_guard + m.capacity + m.guard)
+    forget_chosen(m.chosen)
     leave_image(m)
     free(m)
 
@@ -851,7 +969,7 @@ cdef int mapped_make(const memory_spec* spec, bint prefault, bint huge_pages, me
     if spec.reservation == UNCHOSEN:
         if bound == NO_MAXIMUM and not spec.is_64:
             bound = WASM32_SPACE
-        code = reserve_in_steps(spec.minimum, bound, spec.guard, huge, spec.watched, &at, &region, why)
+        code = reserve_in_steps(spec.minimum, bound, spec.guard, huge, spec.watched, &at, &region, &m.chosen, why)
     else:
         code = reserve_exactly(spec.minimum, spec.reservation, spec.guard, huge, spec.watched, &at, &region, why)
     if code:
@@ -872,6 +990,7 @@ cdef int mapped_make(const memory_spec* spec, bint prefault, bint huge_pages, me
                 fail_page_call(why, code, "prefault", at.accessible)
         if code:
             give_back(region, at.total)
+            forget_chosen(m.chosen)
             leave_image(m)
             free(m)
             return code
@@ -887,12 +1006,29 @@ cdef int mapped_make(const memory_spec* spec, bint prefault, bint huge_pages, me
     m.guard = at.guard
     m.covered = at.capacity + at.guard
     m.is_shared = spec.is_shared
+    m.may_move = spec.may_move
     list_memory(m)
     out[0] = m
     return 0
 
 
 # -- creators ------------------------------------------------------------------------------------
+
+cdef extern from *:
+    """
+    static LINMEM_OF_THREAD int linmem_request_may_move;
+    static int *linmem_request_of_thread(void) { return &linmem_request_may_move; }
+    """
+    bint* request_of_thread "linmem_request_of_thread"() noexcept nogil
+
+
+cdef bint answer_request(bint may_move) noexcept:
+    """A Python creator is asked on this thread for a memory that may move, or not. Returns what holds until now, to
+    be put back."""
+    cdef bint before = request_of_thread()[0]
+    request_of_thread()[0] = may_move
+    return before
+
 
 class _InPython:
     """What tells a class of Python's from an extension class: all of them have one destructor, which is CPython's."""
@@ -920,7 +1056,7 @@ cdef class NativeCreator:
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
         return fail(why, E_UNSUPPORTED, "new_memory", spec.minimum)
 
-    def new_memory(self, ty, minimum, maximum, reserved_size_in_bytes, guard_size_in_bytes):
+    def new_memory(self, ty, minimum, maximum, reserved_size_in_bytes, guard_size_in_bytes, *, may_move=None):
         """Make a memory, as wasmtime asks for one; mirrors ``wasmtime::MemoryCreator::new_memory``.
 
         Parameters
@@ -933,6 +1069,9 @@ cdef class NativeCreator:
             Growth up to here never moves the base. None: the creator chooses.
         guard_size_in_bytes : int
             Inaccessible bytes after the capacity, a multiple of the host page.
+        may_move : bool, optional
+            Whether growth past the capacity may move the base. None: no, except while a Python creator answers
+            a request on this thread; then as that request says (wasmtime's memories may move).
 
         Returns
         -------
@@ -949,12 +1088,16 @@ cdef class NativeCreator:
         """
         cdef memory_spec spec
         self.fill_spec(&spec, ty, minimum, maximum, reserved_size_in_bytes, guard_size_in_bytes)
+        if may_move is not None:
+            check_flag(may_move, "may_move")
+            spec.may_move = may_move
         return self.make_checked(&spec, "guard_size_in_bytes")
 
     cdef int fill_spec(self, memory_spec* spec, ty, minimum, maximum, reserved_size_in_bytes,
                        guard_size_in_bytes) except -1:
         spec.image = NULL
         spec.watched = False
+        spec.may_move = request_of_thread()[0]
         check_size(minimum, "minimum", &spec.minimum)
         check_optional_size(maximum, "maximum", &spec.maximum)
         check_optional_size(reserved_size_in_bytes, "reserved_size_in_bytes", &spec.reservation)
@@ -969,7 +1112,7 @@ cdef class NativeCreator:
             raise ValueError(f"ty.page_size must be 1 or 65536, got {spec.page_size}")
         return 0
 
-    def create(self, minimum, maximum=None, reserve=None, guard=None, *, image=None):
+    def create(self, minimum, maximum=None, reserve=None, guard=None, *, image=None, may_move=False):
         """Make a memory for Python; `linmem.create` says what each argument means (all in bytes).
 
         It starts as the `image` says, if one is given.
@@ -978,6 +1121,8 @@ cdef class NativeCreator:
         check_size(minimum, "minimum", &spec.minimum)
         check_optional_size(maximum, "maximum", &spec.maximum)
         check_optional_size(reserve, "reserve", &spec.reservation)
+        check_flag(may_move, "may_move")
+        spec.may_move = may_move
         spec.image = NULL
         spec.watched = False
         if image is not None:
@@ -1057,7 +1202,13 @@ cdef class MmapCreator(NativeCreator):
         self.huge_pages = huge_pages
 
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
-        return mapped_make(spec, self.prefault, self.huge_pages, out, why)
+        cdef size_t memory = pages.capabilities().memory
+        cdef int code = mapped_make(spec, self.prefault, self.huge_pages, out, why)
+        # Idle slots also hold what the other page calls need: memory, and mappings. They do not help where the
+        # machine is too small.
+        if code > 0 and (memory == 0 or why.size <= memory) and give_back_idle(why.size):
+            code = mapped_make(spec, self.prefault, self.huge_pages, out, why)
+        return code
 
     def __repr__(self):
         options = [f"{name}=True" for name, on in (("prefault", self.prefault), ("huge_pages", self.huge_pages)) if on]
@@ -1087,12 +1238,16 @@ def _lay_out(size_t minimum, size_t reservation, size_t guard, size_t page):
             "guard": at.guard, "total": at.total}
 
 
-def _reservation_steps(size_t minimum, maximum, size_t space, size_t left):
+def _choose_reservation(size_t minimum, maximum, size_t room, size_t others, size_t memory):
     cdef size_t bound
     check_optional_size(maximum, "maximum", &bound)
-    cdef size_t want = first_reservation(minimum, bound, bound != NO_MAXIMUM, space, left)
-    steps = [want]
-    while want != minimum:
-        want = next_reservation(want, minimum)
-        steps.append(want)
-    return steps
+    return choose_reservation(minimum, bound, bound != NO_MAXIMUM, room, others, memory)
+
+
+def _room_to_choose(size_t space, size_t left, size_t reserved, size_t chosen):
+    return room_to_choose(space, left, reserved, chosen)
+
+
+def _chosen():
+    """What is counted now: bytes, and memories."""
+    return load(&chosen_bytes), load(&chosen_memories)

@@ -10,7 +10,7 @@
 
 from linmem._atomic cimport word
 from linmem._memory cimport (
-    CACHE_LINE, ImageHandle, NativeCreator, failure, fork_lock, image, memory, memory_hook, memory_spec,
+    CACHE_LINE, ImageHandle, NativeCreator, failure, fork_lock, image, memory, memory_hook, memory_spec, relief,
 )
 from linmem._reset cimport reset_policy
 
@@ -103,6 +103,7 @@ cdef struct pool:
     word refs
     char apart_too[CACHE_LINE]
     shelf* buckets[BUCKETS]
+    relief relief           # idle slots go when the OS refuses address space to any memory
 
 
 cdef class PoolingCreator(NativeCreator):

@@ -6,13 +6,13 @@ from libc.stdint cimport SIZE_MAX
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from linmem._atomic cimport add, load, poke, store, touch, word
+from linmem._atomic cimport add, load, peek, poke, store, touch, word
 from linmem._memory cimport (
     CACHE_LINE, IMAGE_BROKEN, IMAGE_COPIED, OWNER_LEFT, OWNER_PYTHON, PROTECTION_NONE, ImageHandle, MmapCreator,
     NativeCreator, acquire, check_count, check_flag, check_native, check_size, fail, failure, give_back, image_release,
-    image_retain, list_lock, memory, memory_border, memory_doubt, memory_hang, memory_hook, memory_is_filled,
-    memory_refill, memory_release, memory_renew, memory_restore, memory_spec, memory_start_again, memory_turn_to,
-    memory_unprotect, raise_failure, unlist_lock, unlock,
+    image_retain, list_lock, list_relief, memory, memory_border, memory_doubt, memory_hang, memory_hook,
+    memory_is_filled, memory_refill, memory_release, memory_renew, memory_restore, memory_spec, memory_start_again,
+    memory_turn_to, memory_unprotect, raise_failure, unlist_lock, unlist_relief, unlock,
 )
 from linmem._os cimport pages
 from linmem._reset cimport (
@@ -52,6 +52,7 @@ cdef inline void* lock_on_a_line(void* block) noexcept nogil:
 cdef void release_pool(pool* p) noexcept nogil:
     if add(&p.refs, -1):
         return
+    unlist_relief(&p.relief)
     unlist_lock(&p.lock)
     free(p.block)
 
@@ -495,6 +496,15 @@ cdef bint has_idle(pool* p) noexcept nogil:
     return found
 
 
+cdef bint relieve(void* owner) noexcept nogil:
+    cdef pool* p = <pool*>owner
+    cdef bint found = has_idle(p)
+    if found:
+        release_idle(p, 0)
+    release_pool(p)
+    return found
+
+
 cdef bint is_slot_of(pool* p, memory* m) noexcept nogil:
     return m.hooks != NULL and m.hooks.keep == slot_keep and (<slot*>m.hooks).pool == p
 
@@ -595,6 +605,10 @@ cdef class PoolingCreator(NativeCreator):
         with nogil:
             need_costs()
             list_lock(&p.lock)
+            p.relief.owner = p
+            p.relief.refs = &p.refs
+            p.relief.relieve = relieve
+            list_relief(&p.relief)
         self.pool = p
 
     def __dealloc__(self):
@@ -617,6 +631,7 @@ cdef class PoolingCreator(NativeCreator):
         key_of(spec, &key)
         out[0] = self.take(self.pool, &key)
         if out[0] != NULL:
+            out[0].may_move = spec.may_move     # not of the shape: a memory that has moved is not kept
             return 0
         return self.make_slot(self.pool, &key, spec, out, why)
 
@@ -852,12 +867,12 @@ cdef class PoolingCreator(NativeCreator):
             new one. fallbacks: requests passed to upstream, and not kept. rejected: slots thrown away
             because their reset failed, or left a byte (``check=True``). resets: how many of each kind.
             resident: bytes that idle slots keep resident, at most. resident_bound: what that never exceeds
-            for long.
+            for long. reserved: bytes of address space that all slots hold, live and idle, guards included.
         """
         cdef pool* p = self.pool
         cdef pool now               # only what is counted
         cdef slot* s
-        cdef size_t pinned = 0
+        cdef size_t pinned = 0, reserved = 0
         cdef int how
         with nogil:
             acquire(&p.lock.held)
@@ -870,6 +885,8 @@ cdef class PoolingCreator(NativeCreator):
             while s != NULL:
                 count_in(&now, s)
                 pinned += s.state == LIVE and s.m != NULL and load(&s.m.owner) == OWNER_LEFT
+                if s.m != NULL:
+                    reserved += peek(&s.m.pre_guard) + peek(&s.m.capacity) + peek(&s.m.guard)
                 s = s.next
             unlock(&p.lock.held)
         return {
@@ -886,6 +903,7 @@ cdef class PoolingCreator(NativeCreator):
                        "discard": now.resets[RESET_DISCARD]},
             "resident": now.resident,
             "resident_bound": p.resident_bound,
+            "reserved": reserved,
         }
 
     def __repr__(self):

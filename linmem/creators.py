@@ -50,7 +50,7 @@ def creator(kind: str = "mmap", **options: Any) -> NativeCreator:
 
 
 def create(minimum: int, maximum: int | None = None, *, creator: MemoryCreator | None = None,
-           reserve: int | None = None, guard: int | None = None) -> Memory:
+           reserve: int | None = None, guard: int | None = None, may_move: bool = False) -> Memory:
     """Make a linear memory.
 
     Parameters
@@ -63,11 +63,14 @@ def create(minimum: int, maximum: int | None = None, *, creator: MemoryCreator |
         Who makes it; an `MmapCreator` by default. A Python class that implements the trait will do.
     reserve : int, optional
         Bytes of address space to reserve at least: growth up to there never moves the base. None:
-        the maximum where it is known and affordable, else the largest sensible reservation, in
-        smaller steps where the OS refuses.
+        the maximum where it is known and affordable, else a share of the address space: a few times the
+        machine's memory at most, and less for each memory that holds a share already.
     guard : int, optional
         Inaccessible bytes after the capacity (and before the base), a multiple of the host page.
         65536 by default.
+    may_move : bool
+        Whether the base may change when the memory grows past its capacity and nothing is exported from
+        it. False: such a growth is a `GrowError`.
 
     Returns
     -------
@@ -91,7 +94,8 @@ def create(minimum: int, maximum: int | None = None, *, creator: MemoryCreator |
     >>> mem[0]
     1
     """
-    return (_DEFAULT if creator is None else as_native(creator)).create(minimum, maximum, reserve, guard)
+    return (_DEFAULT if creator is None else as_native(creator)).create(
+        minimum, maximum, reserve, guard, may_move=may_move)
 
 
 def as_native(creator: MemoryCreator, name: str = "creator") -> NativeCreator:

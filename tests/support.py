@@ -150,6 +150,9 @@ NEEDS = {
                               "vm.overcommit_memory is not 0, or the machine has terabytes"),
     "overcommit_is_not_strict": (FLOOR["limits"].get("vm.overcommit_memory") in (0, 1), "vm.overcommit_memory is 2"),
     "memory_locks": (_pages_can_be_locked(), "no page may be locked in memory"),
+    "many_mappings": (HAS_PROC and (FLOOR["mappings"] or 65530) >= 65530, "a process may have but few mappings here"),
+    "large_space": (HAS_PROC and FLOOR["address_bits"] >= 47 and FLOOR["address_space_left"] == FLOOR["address_space"]
+                    and "LD_PRELOAD" not in os.environ, "addresses are short, limited, or taken by a sanitizer"),
     "rlimits": (_has_module("resource"), "this OS has no resource limits"),
     "fork": (hasattr(os, "fork"), "this OS has no fork"),
     "code": (_code_is_allowed(), "this host does not allow memory that was written to become code"),

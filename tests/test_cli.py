@@ -581,6 +581,7 @@ def test_info_says_what_the_page_floor_says_and_the_guards_kill(tmp_path):
         name: floor[name] for name in ("page_size", "granularity", "capabilities", "limits")}
     assert figures["linmem"] == linmem.__version__
     assert 30 < figures["address_bits"] <= 64
+    assert figures["reserved"] == 0         # that process had no memory of its own
     assert (figures["wasmtime"]["version"], figures["wasmtime"]["works"]) == (version("wasmtime"), True)
     children = figures["self_test"]["children"]
     assert figures["self_test"]["passed"] is True
@@ -596,6 +597,7 @@ def test_info_in_words_names_the_signal_of_each_child():
     assert (done.returncode, done.stderr) == (0, b"")
     assert len(re.findall(r"\[ok\] .*: died of (?:SIGSEGV|SIGBUS|access violation)", text)) == 3
     assert "The guards hold." in text
+    assert re.search(r"^address bits .*linmem holds 0 bytes$", text, re.MULTILINE)
     assert "linmem.wasmtime works" in text
 
 

@@ -59,7 +59,7 @@ if HAS_KERNEL32:
 MOST_CALLS = 80         # of any operation here
 
 SHAPE = {"maximum": 32 * PAGE, "reserve": 32 * PAGE, "guard": PAGE}
-MOVING = {"maximum": 32 * PAGE, "reserve": 0, "guard": PAGE}
+MOVING = {"maximum": 32 * PAGE, "reserve": 0, "guard": PAGE, "may_move": True}
 WASM_PAGE = 65536
 BUDGET = 64 * max(PAGE, WASM_PAGE)
 
@@ -995,7 +995,7 @@ def parts(mem):
 @requires("maps")
 def test_a_protection_that_is_refused_half_way_is_undone_and_the_memory_counts_as_protected():
     assert answer(CUT + """
-mem = linmem.create(8 * PAGE, maximum=64 * PAGE, reserve=8 * PAGE)
+mem = linmem.create(8 * PAGE, maximum=64 * PAGE, reserve=8 * PAGE, may_move=True)
 mem.write(0, b"kept")
 cut(mem, 5)
 try:
@@ -1059,7 +1059,7 @@ print([pool.stats()["rejected"] for pool in (above, below)])
 
 
 def test_a_protection_whose_undoing_is_refused_too_keeps_the_memory_from_moving():
-    with linmem.create(2 * PAGE, maximum=32 * PAGE, reserve=0) as mem:
+    with linmem.create(2 * PAGE, maximum=32 * PAGE, reserve=0, may_move=True) as mem:
         mem.write(0, b"kept")
         with failing(1, OUT_OF_MEMORY, 2), pytest.raises(linmem.PageError, match="protect"):
             mem.protect(0, PAGE, "r")

@@ -147,7 +147,7 @@ views = [memoryview(mem) for mem in mems]
 image = linmem.Image.from_bytes(b"i" * 3 * P)
 kept = image.new_memory(maximum=16 * P)
 kept[0] = ord("w")
-moving = linmem.create(P, reserve=0)
+moving = linmem.create(P, reserve=0, may_move=True)
 
 def use():
     for mem, view in zip(mems, views, strict=True):
@@ -265,7 +265,7 @@ def test_multiprocessing_runs_tasks_on_images_while_threads_grow_and_move_memori
         stop = threading.Event()
         def churn():
             while not stop.is_set():
-                with linmem.create(P, reserve=0) as mem:
+                with linmem.create(P, reserve=0, may_move=True) as mem:
                     mem.write(0, b"mine")
                     mem.grow_to(1 << 20)
                     assert mem.read(0, 4) == b"mine"
@@ -298,7 +298,7 @@ def test_programs_are_started_while_threads_grow_and_move_memories():
         wrong = []
         def churn(n):
             while not stop.is_set():
-                with linmem.create(P, reserve=0) as mem:
+                with linmem.create(P, reserve=0, may_move=True) as mem:
                     mem.write(0, bytes([n]) * P)
                     mem.grow_to(1 << 18)
                     if bytes(mem) != bytes([n]) * P + bytes((1 << 18) - P):
@@ -485,7 +485,7 @@ GROWTHS = {
     "that makes pages resident": "linmem.MmapCreator(prefault=True), dict(maximum=1 << 30, reserve=1 << 30, guard=P)",
     "into the hidden pages of a pool's slot":
         "linmem.PoolingCreator(reset='zero'), dict(maximum=1 << 30, reserve=1 << 30, guard=P)",
-    "that moves": "linmem.MmapCreator(), dict(maximum=1 << 30, reserve=0, guard=P)",
+    "that moves": "linmem.MmapCreator(), dict(maximum=1 << 30, reserve=0, guard=P, may_move=True)",
     "that is counted":
         "linmem.StatisticsCreator(linmem.MmapCreator()), dict(maximum=1 << 30, reserve=1 << 30, guard=P)",
 }
@@ -677,7 +677,7 @@ def test_a_budget_and_statistics_do_not_count_a_growth_that_no_thread_ends():
 def test_a_memory_in_python_that_a_lost_thread_was_moving_is_lost_in_the_child():
     """Its object may have given the old place back and not have told the new one."""
     assert scene("""
-        mem = linmem.PythonCreator(Delegating()).create(P, reserve=0, guard=P)
+        mem = linmem.PythonCreator(Delegating()).create(P, reserve=0, guard=P, may_move=True)
         mem[0] = 5
         inside, go_on = threading.Event(), threading.Event()
         Delegate.during = lambda self: (inside.set(), go_on.wait(30))

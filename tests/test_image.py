@@ -353,7 +353,7 @@ def test_discarded_pages_read_as_zero_and_come_back_with_the_image(kind):
 
 def test_a_memory_of_an_image_grows_and_moves_like_any_other(kind):
     img = Image.from_bytes(b"x" * 4 * PAGE)
-    mem = img.new_memory(reserve=5 * PAGE)
+    mem = img.new_memory(reserve=5 * PAGE, may_move=True)
     mem[PAGE] = 1
     mem.grow_to(5 * PAGE)
     base = mem.as_ptr()

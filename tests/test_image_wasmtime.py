@@ -175,7 +175,7 @@ def test_restoring_while_the_store_grows_the_memory_is_refused():
 
     class Growing:
         def __init__(self, minimum, reserved, guard):
-            self.inner = linmem.MmapCreator().create(minimum, reserve=reserved, guard=guard)
+            self.inner = linmem.MmapCreator().create(minimum, reserve=reserved, may_move=True, guard=guard)
 
         def __getattr__(self, name):
             return getattr(self.inner, name)

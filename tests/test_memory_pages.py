@@ -41,8 +41,8 @@ def test_a_memory_of_nothing_faults_at_its_first_byte():
 
 
 def test_after_a_move_the_guards_stand_at_the_new_place():
-    moved = (f"import ctypes, linmem; mem = linmem.create({PAGE}, {9 * PAGE}, reserve=0); mem[0] = 1;"
-             f" mem.grow_to({2 * PAGE})")
+    moved = (f"import ctypes, linmem; mem = linmem.create({PAGE}, {9 * PAGE}, reserve=0, may_move=True);"
+             f" mem[0] = 1; mem.grow_to({2 * PAGE})")
     dies_at(moved, "ctypes.c_char.from_address(mem.as_ptr() - 1).value")
     dies_at(moved, f"ctypes.c_char.from_address(mem.as_ptr() + {2 * PAGE}).value")
     dies_at(moved, "i = mem.info(); ctypes.c_char.from_address(i.base + i.byte_capacity + i.guard - 1).value")
@@ -79,7 +79,7 @@ def test_a_memory_is_at_most_two_kernel_mappings_more_than_its_accessible_one():
 
 @requires("maps")
 def test_a_memory_that_moved_is_one_mapping_more_and_never_two():
-    with linmem.create(PAGE, maximum=512 * PAGE, reserve=0) as mem:
+    with linmem.create(PAGE, maximum=512 * PAGE, reserve=0, may_move=True) as mem:
         mem[0] = 1
         for n in range(2, 200):
             mem.grow_to(n * PAGE)

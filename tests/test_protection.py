@@ -300,7 +300,7 @@ def test_pages_are_protected_one_by_one_and_given_back_one_by_one(pages):
 
 
 def test_a_memory_that_has_its_access_back_moves_again():
-    with linmem.create(4 * PAGE, maximum=64 * PAGE, reserve=0) as mem:
+    with linmem.create(4 * PAGE, maximum=64 * PAGE, reserve=0, may_move=True) as mem:
         mem.protect(PAGE, PAGE, "rw")
         mem.protect(PAGE, PAGE, "r")
         with pytest.raises(linmem.GrowError, match="protection"):

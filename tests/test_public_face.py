@@ -264,7 +264,7 @@ def given_by(name):
 FACE = {
     "linmem.create": (lambda w: linmem.create, {
         "minimum": (size, PAGE), "maximum": (size_or_none, None), "creator": (either(trait, nothing), None),
-        "reserve": (size_or_none, None), "guard": (size_or_none, None)}),
+        "reserve": (size_or_none, None), "guard": (size_or_none, None), "may_move": (flag, False)}),
     "linmem.creator": (lambda w: linmem.creator, {
         "kind": (one_of("mmap", "pool"), "mmap"), "options": (lambda value: False, None)}),
     "linmem.MmapCreator": (lambda w: linmem.MmapCreator, {"prefault": (flag, False), "huge_pages": (flag, False)}),
@@ -285,8 +285,10 @@ FACE = {
         "creator": (lambda value: callable(getattr(value, "new_memory", None)), Upstream())}),
     "linmem.MmapCreator.new_memory": (lambda w: w.mmap.new_memory, {
         "ty": (of(linmem.MemoryType), TYPE), "minimum": (size, PAGE), "maximum": (size_or_none, None),
-        "reserved_size_in_bytes": (size_or_none, 0), "guard_size_in_bytes": (size, 0)}),
-    "linmem.MmapCreator.create": (lambda w: w.limiting.create, {**MAKE, "image": (either(image, nothing), None)}),
+        "reserved_size_in_bytes": (size_or_none, 0), "guard_size_in_bytes": (size, 0),
+        "may_move": (either(flag, nothing), None)}),
+    "linmem.MmapCreator.create": (lambda w: w.limiting.create, {
+        **MAKE, "image": (either(image, nothing), None), "may_move": (flag, False)}),
     "linmem.MemoryType": (lambda w: linmem.MemoryType, {
         "minimum": (is_count, 1), "maximum": (either(is_count, nothing), None),
         "is_64": (flag, False), "is_shared": (flag, False), "page_size": (one_of(1, 65536, True), 65536)}),
@@ -338,7 +340,7 @@ FACE = {
         "digest": (nothing, None)}),
     "linmem.Image.new_memory": (lambda w: w.image.new_memory, {
         "maximum": (size_or_none, None), "minimum": (size_or_none, None), "creator": (native_or_none, None),
-        "reserve": (size_or_none, None), "guard": (size_or_none, None)}),
+        "reserve": (size_or_none, None), "guard": (size_or_none, None), "may_move": (flag, False)}),
     "linmem.Image.diff": (lambda w: w.image.diff, {"other": (of(linmem.Image, linmem.Memory), given_by("image"))}),
     "linmem.Image.apply": (lambda w: w.image.apply, {"delta": (delta, given_by("delta"))}),
     "linmem.Image.save": (lambda w: w.image.save, {
@@ -738,7 +740,7 @@ ACTED = [(name.rpartition(".")[2], argument) for name, (_, arguments) in FACE.it
 @pytest.mark.parametrize("act", ACTS)
 def test_an_argument_that_acts_on_the_memory_is_no_way_past_its_end(act):
     for (method, argument), value in itertools.product(ACTED, (0, 1, PAGE, 2 * PAGE, 2 * PAGE + 1)):
-        mem = linmem.create(2 * PAGE, reserve=0)
+        mem = linmem.create(2 * PAGE, reserve=0, may_move=True)
         mem.write(0, PATTERN)
         kept = []
         acting = Acting(lambda mem=mem, kept=kept: kept.append(ACTS[act](mem)), value)

@@ -133,7 +133,7 @@ print(pool.stats()["live"])
 def test_a_growth_to_more_than_the_machine_has_is_refused_though_the_address_space_holds_it():
     assert child("""
 mem = linmem.create(3 * PAGE, maximum=1 << 43, reserve=1 << 43)
-moves = linmem.create(3 * PAGE, maximum=1 << 43, reserve=0)
+moves = linmem.create(3 * PAGE, maximum=1 << 43, reserve=0, may_move=True)
 for one in (mem, moves):
     one.write(0, b"kept")
     before = state(one)
@@ -174,7 +174,7 @@ print("named")
 @requires("rlimits", "maps", "moves")
 def test_a_move_that_the_limit_on_data_refuses_leaves_the_memory_where_it_was():
     assert child("""
-mem = linmem.create(64 << 20, maximum=1 << 30, reserve=0)
+mem = linmem.create(64 << 20, maximum=1 << 30, reserve=0, may_move=True)
 mem.write(0, b"kept")
 limit = data_in_use() + (32 << 20)
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
@@ -228,7 +228,7 @@ mem.protect(0, 9 * PAGE, "none")
 mem.protect(0, 9 * PAGE, "rw")
 mem.discard(0, 2 * PAGE)
 check(mem, "discarded")
-mem = linmem.create(3 * PAGE, maximum=64 * PAGE, reserve=0)
+mem = linmem.create(3 * PAGE, maximum=64 * PAGE, reserve=0, may_move=True)
 mem.grow_to(64 * PAGE)
 check(mem, "moved")
 image = linmem.Image.from_bytes(b"image" * PAGE, 3 * PAGE)

@@ -220,7 +220,7 @@ LAST_SECONDS = {
         started = threading.Event()
         def churn():
             while True:
-                with linmem.create(P, reserve=0) as mem: mem.grow_to(1 << 22)
+                with linmem.create(P, reserve=0, may_move=True) as mem: mem.grow_to(1 << 22)
                 started.set()
         threading.Thread(target=churn, daemon=True).start()
         started.wait()""",

@@ -16,11 +16,13 @@ class History(RuleBasedStateMachine):
         super().__init__()
         self.mem = None
 
-    @initialize(minimum=SIZES, room=st.none() | SIZES, reserve=st.none() | SIZES, limited=st.booleans())
-    def create(self, minimum, room, reserve, limited):
+    @initialize(minimum=SIZES, room=st.none() | SIZES, reserve=st.none() | SIZES, limited=st.booleans(),
+                may_move=st.booleans())
+    def create(self, minimum, room, reserve, limited, may_move):
         self.limit = linmem.creator("limiting", limit_bytes=1 << 30) if limited else None
         self.maximum = None if room is None else minimum + room
-        self.mem = linmem.create(minimum, self.maximum, reserve=reserve, creator=self.limit)
+        self.mem = linmem.create(minimum, self.maximum, reserve=reserve, creator=self.limit, may_move=may_move)
+        self.may_move = may_move
         self.model = bytearray(minimum)
         self.views = []
         self.protected = {}
@@ -35,13 +37,13 @@ class History(RuleBasedStateMachine):
             assert size < len(self.model)
         except linmem.GrowError:
             too_large = self.maximum is not None and size > self.maximum
-            assert too_large or (self.touched(0, len(self.model)) and size > before.byte_capacity)
+            assert too_large or ((self.touched(0, len(self.model)) or not self.may_move) and size > before.byte_capacity)
         except BufferError:
             assert self.views
             assert size > before.byte_capacity
         else:
             assert size >= len(self.model)
-            assert self.mem.as_ptr() == old or size > before.byte_capacity
+            assert self.mem.as_ptr() == old or (self.may_move and size > before.byte_capacity)
             self.model.extend(bytes(size - len(self.model)))
             return
         assert self.mem.info() == before

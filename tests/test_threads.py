@@ -179,7 +179,7 @@ class Chains:
     def make(self, rng, minimum, maximum, reserve):
         by = rng.choice(self.creators)
         image = self.image if rng.random() < 0.3 or by is self.pools["of an image"] else None
-        mem = by.create(minimum, maximum, reserve, PAGE, image=image)
+        mem = by.create(minimum, maximum, reserve, PAGE, image=image, may_move=True)
         want = bytes(self.image.offset) + bytes(self.image) if image else b""
         assert bytes(mem) == want.ljust(len(mem), b"\0"), "a new memory does not hold what it is to start from"
         return mem
@@ -314,7 +314,7 @@ def test_no_call_meets_a_page_that_another_thread_has_just_made_inaccessible(cha
     image = chains.image
 
     def fresh():
-        return image.new_memory(40 * PAGE, minimum=whole, reserve=16 * PAGE)
+        return image.new_memory(40 * PAGE, minimum=whole, reserve=16 * PAGE, may_move=True)
 
     cells = [fresh() for _ in range(3)]
 
@@ -357,7 +357,7 @@ def test_a_growth_that_moves_waits_for_others_and_only_an_exported_buffer_refuse
     book = linmem.StatisticsCreator(linmem.MmapCreator())
 
     def fresh():
-        mem = book.create(PAGE, 200 * PAGE, 0, PAGE)
+        mem = book.create(PAGE, 200 * PAGE, 0, PAGE, may_move=True)
         mem.write(0, b"x" * PAGE)
         return mem
 
@@ -462,13 +462,13 @@ def test_a_closed_handle_stays_closed_for_every_thread():
             assert mem.closed
             with pytest.raises(ValueError, match="closed"):
                 mem.byte_size()
-            cell[0] = linmem.create(PAGE, reserve=0)
+            cell[0] = linmem.create(PAGE, reserve=0, may_move=True)
         else:
             mem.write(0, b"abc")
             assert mem.read(0, 3) == b"abc"
             repr(mem)
 
-    cell = [linmem.create(PAGE, reserve=0)]
+    cell = [linmem.create(PAGE, reserve=0, may_move=True)]
     hammer(*[work] * THREADS)
     cell[0].close()
 
@@ -732,7 +732,7 @@ CHURN = """
         rng = random.Random(seed)
         try:
             while not stop.is_set():
-                mems = [rng.choice((pool, book)).create(P, 99 * P, 0, P) for _ in range(3)]
+                mems = [rng.choice((pool, book)).create(P, 99 * P, 0, P, may_move=True) for _ in range(3)]
                 for mem in mems:
                     mem.grow_to(rng.randrange(P, 9 * P))        # moves
                     mem.write(0, b"x" * P)
@@ -775,7 +775,7 @@ def test_nothing_that_threads_do_while_another_forks_is_half_done_in_the_child()
 
     def work():
         for _ in range(5):
-            mems = [pool.create(P, 99 * P, 0, P) for _ in range(4)] + [book.create(P, 99 * P, 0, P)]
+            mems = [by.create(P, 99 * P, 0, P, may_move=True) for by in (pool, pool, pool, pool, book)]
             for mem in mems:
                 assert bytes(mem).count(0) == P
                 mem.grow_to(5 * P)
@@ -828,6 +828,7 @@ def fork(linmem.NativeCreator creator not None, size_t page):
     spec.is_shared = False
     spec.image = NULL
     spec.watched = False
+    spec.may_move = True
     with nogil:
         pid = c_fork()
         if pid == 0:

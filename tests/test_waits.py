@@ -425,7 +425,7 @@ def moving():
             made.append(Moving(minimum))
             return made[0]
 
-    return linmem.PythonCreator(Creator()).create(PAGE, reserve=0, guard=0), made[0]
+    return linmem.PythonCreator(Creator()).create(PAGE, reserve=0, guard=0, may_move=True), made[0]
 
 
 QUESTIONS = ["byte_size", "byte_capacity", "as_ptr", "wasm_accessible", "maximum_byte_size"]
@@ -492,7 +492,7 @@ def test_a_creation_that_raises_while_it_is_asked_leaves_nothing():
 
     limit = linmem.LimitingCreator(linmem.PythonCreator(Creator()), 1 << 30)
     with pytest.raises(ZeroDivisionError):
-        limit.create(PAGE, reserve=0, guard=0)
+        limit.create(PAGE, reserve=0, guard=0, may_move=True)
     assert limit.used_bytes == 0
 
 

@@ -162,7 +162,7 @@ def test_growth_commits_the_difference_and_close_frees_every_address():
 
 
 def test_growth_past_the_capacity_moves_the_bytes_and_frees_the_old_reservation_whole():
-    with linmem.create(PAGE, reserve=PAGE) as mem:
+    with linmem.create(PAGE, reserve=PAGE, may_move=True) as mem:
         old = whole(mem)
         mem.write(0, b"first")
         mem.grow_to(1 << 20)

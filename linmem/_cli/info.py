@@ -144,7 +144,8 @@ def print_info(figures: dict[str, Any]) -> None:
     print(f"host page         {figures['page_size']} bytes")
     print(f"granularity       {figures['granularity']} bytes")
     print(f"address bits      {figures['address_bits']}: {show_size(space)}"
-          + ("" if left == space else f", of which limits leave {show_size(left)}"))
+          + ("" if left == space else f", of which limits leave {show_size(left)}")
+          + f"; linmem holds {show_size(figures['reserved'])}")
     for title, facts in (("limits", figures["limits"].items()), ("capabilities", figures["capabilities"].items())):
         lines = []
         for name, value in facts:

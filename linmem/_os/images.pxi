@@ -235,11 +235,15 @@ cdef int image_begin(size_t size, image_pages* out) noexcept nogil:
 
 cdef int image_begin_private(size_t size, image_pages* out) noexcept nogil:
     cdef void* p
+    cdef int code
     if too_much(size):
         return ENOMEM
+    count_reserved(size)
     p = map_(NULL, size, PROT_READ | PROT_WRITE, False)
     if p == MAP_FAILED:
-        return errno
+        code = errno
+        count_released(size)
+        return code
     if caps.names:
         set_name(p, size)
     out.kind = IMAGE_PRIVATE
@@ -296,7 +300,7 @@ cdef int image_begin_private_again(image_pages* it) noexcept nogil:
         return code
     code = image_read(<int>it.handle, made.bytes, it.size)
     if code:
-        munmap(made.bytes, made.size)
+        image_drop(&made)
         return code
     if it.kind == IMAGE_FILE:
         close_descriptor(<int>it.position)
@@ -320,9 +324,11 @@ cdef int image_end(image_pages* it) noexcept nogil:
         close_descriptor(<int>it.handle)
         it.handle = it.position
         it.position = 0
+    count_reserved(it.size)
     p = image_view(<int>it.handle, 0, it.size, NULL)
     if p == MAP_FAILED:
         code = errno
+        count_released(it.size)
         if it.kind == IMAGE_FILE:       # image_drop() looks for a reader: there is but one descriptor now
             it.position = -1
         return code
@@ -346,9 +352,11 @@ cdef int image_open(int descriptor, long long position, size_t size, image_pages
     elif kind and image_too_short(fd, position, size, &code) and code == 0:
         code = IMAGE_SHORT
     if code == 0:
+        count_reserved(size)
         p = image_view(fd, position, size, NULL)
         if p == MAP_FAILED:
             code = errno
+            count_released(size)
     if code:
         close_descriptor(fd)
         return code
@@ -366,7 +374,8 @@ cdef int image_open(int descriptor, long long position, size_t size, image_pages
 
 cdef void image_drop(image_pages* it) noexcept nogil:
     if it.bytes != NULL:
-        munmap(it.bytes, it.size)       # a whole mapping: it splits none, so it cannot be refused
+        if munmap(it.bytes, it.size) == 0:      # a whole mapping: it splits none, so it should not be refused
+            count_released(it.size)
     elif it.kind == IMAGE_FILE and it.position >= 0:
         close_descriptor(<int>it.position)
     if it.handle >= 0:

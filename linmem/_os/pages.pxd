@@ -140,6 +140,10 @@ cdef int release(char* at, size_t size) noexcept nogil
 # limits in force now (left == total where none is).
 cdef void address_space(size_t* total, size_t* left) noexcept nogil
 
+# Bytes of address space that the page floor holds now: every reservation, whole, and every image's `bytes`. Counted
+# before the OS is asked for them and until the OS has taken them back, so the number is never too small.
+cdef size_t reserved() noexcept nogil
+
 # Plain words for a code; static text.
 cdef const char* code_text(int code) noexcept nogil
 

@@ -268,15 +268,19 @@ cdef int reserve(size_t size, bint watched, char** base) noexcept nogil:
         return code
     # The kernel aligns to its own page; a larger (overridden) host page is cut out of a longer run.
     extra = caps.page_size - real_page
+    count_reserved(size + extra)
     p = map_(NULL, size + extra, PROT_NONE, False)
     if p == MAP_FAILED:
-        return errno
+        code = errno
+        count_released(size + extra)
+        return code
     if extra:
+        # A part that the kernel does not take back stays mapped, and counted, for ever.
         lead = (caps.page_size - (<size_t>p & (caps.page_size - 1))) & (caps.page_size - 1)
-        if lead:
-            munmap(p, lead)
-        if extra - lead:
-            munmap(<char*>p + lead + size, extra - lead)
+        if lead and munmap(p, lead) == 0:
+            count_released(lead)
+        if extra - lead and munmap(<char*>p + lead + size, extra - lead) == 0:
+            count_released(extra - lead)
         p = <char*>p + lead
     if caps.names:
         set_name(p, size)       # decoration: a refusal changes nothing that anyone relies on
@@ -367,7 +371,10 @@ cdef int move(char* at, size_t size, char* to, size_t new_size) noexcept nogil:
         return code
     if too_much(new_size - size):
         return ENOMEM
-    return errno if move_(at, size, to, new_size) else 0
+    if move_(at, size, to, new_size):
+        return errno
+    count_released(size)        # the range at `at`; the one at `to` is counted since it was reserved
+    return 0
 
 
 cdef int resident(char* at, size_t size, size_t* bytes) noexcept nogil:
@@ -393,7 +400,10 @@ cdef int release(char* at, size_t size) noexcept nogil:
     cdef int code = injected()
     if code:
         return code
-    return errno if munmap(at, size) else 0
+    if munmap(at, size):
+        return errno
+    count_released(size)
+    return 0
 
 
 cdef void address_space(size_t* total, size_t* left) noexcept nogil:

@@ -279,11 +279,14 @@ cdef int reserve(size_t size, bint watched, char** base) noexcept nogil:
         return code
     # A part of a reservation cannot be given back: what a larger (overridden) host page needs for its
     # alignment stays, inaccessible, in front of or behind it, until release() frees all of it.
+    count_reserved(size + extra)
     # The system keeps a bit for each page of what it watches; where there is no room for them, nothing is watched.
     if not (watched and can_watch and alloc(NULL, size + extra, MEM_RESERVE | MEM_WRITE_WATCH, PAGE_NOACCESS, &p) == 0):
         code = alloc(NULL, size + extra, MEM_RESERVE, PAGE_NOACCESS, &p)
     if code == 0:
         base[0] = <char*>((<size_t>p + extra) & ~(caps.granularity - 1))
+    else:
+        count_released(size + extra)
     return code
 
 
@@ -405,15 +408,18 @@ cdef int image_begin(size_t size, image_pages* out) noexcept nogil:
         code = section_(INVALID_HANDLE_VALUE, size, PAGE_READWRITE, &section)
         if code:
             return code
+    count_reserved(size)
+    if image_kind == IMAGE_SECTION:
         code = view_(section, 0, size, FILE_MAP_WRITE, &p)
         if code:
             close_(section)
-            return code
-        out.handle = <long long>section
+        else:
+            out.handle = <long long>section
     else:
         code = alloc(NULL, size, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE, &p)
-        if code:
-            return code
+    if code:
+        count_released(size)
+        return code
     out.kind = image_kind
     out.bytes = p
     return 0
@@ -463,8 +469,10 @@ cdef int image_open(int descriptor, long long position, size_t size, image_pages
     code = section_(file, 0, PAGE_READONLY, &section)
     if code:
         return code
+    count_reserved(lead + size)
     code = view_(section, position - <long long>lead, lead + size, FILE_MAP_READ, &p)
     if code:
+        count_released(lead + size)
         close_(section)
         return code
     out.kind = IMAGE_FILE
@@ -476,11 +484,13 @@ cdef int image_open(int descriptor, long long position, size_t size, image_pages
 
 
 cdef void image_drop(image_pages* it) noexcept nogil:
+    cdef size_t lead = <size_t>it.position & (real_granularity - 1)
     if it.bytes != NULL:
         if it.kind == IMAGE_PRIVATE:
             release_(it.bytes)
         else:       # a view begins at a multiple of the granularity, and so does position 0
-            unview(it.bytes - (<size_t>it.position & (real_granularity - 1)))
+            unview(it.bytes - lead)
+        count_released(lead + it.size)
     if it.handle != -1:
         close_(<void*>it.handle)
 
@@ -514,7 +524,11 @@ cdef int resident(char* at, size_t size, size_t* bytes) noexcept nogil:
 
 cdef int release(char* at, size_t size) noexcept nogil:
     cdef int code = injected()
-    return code if code else release_(at)
+    if code == 0:
+        code = release_(at)
+    if code == 0:
+        count_released(size + caps.granularity - real_granularity)
+    return code
 
 
 cdef void address_space(size_t* total, size_t* left) noexcept nogil:

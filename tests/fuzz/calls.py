@@ -193,7 +193,8 @@ class History:
         guard = self.absurd() if guard == -1 else guard
         numbers = [n for n in (minimum, maximum, reserve, guard) if n is not None]
         try:
-            mem = linmem.create(minimum, maximum, reserve=reserve, guard=guard, creator=self.creator())
+            mem = linmem.create(minimum, maximum, reserve=reserve, guard=guard, creator=self.creator(),
+                                may_move=MAY_MOVE)
         except (ValueError, OverflowError):
             assert (min(numbers) < 0 or max(numbers) >= NOWHERE or (guard or 0) % PAGE
                     or (maximum is not None and minimum > maximum))
@@ -498,7 +499,7 @@ class History:
         size = picture.end if minimum is None else minimum
         reserve = self.c.pick((0, None, 8 * PAGE))
         try:
-            mem = picture.image.new_memory(minimum=minimum, creator=creator, reserve=reserve)
+            mem = picture.image.new_memory(minimum=minimum, creator=creator, reserve=reserve, may_move=MAY_MOVE)
         except (ValueError, OverflowError):
             assert size < picture.end or size >= NOWHERE
             return
