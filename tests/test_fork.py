@@ -498,6 +498,7 @@ def test_a_child_that_is_forked_in_the_middle_of_a_growth_has_exact_guards(kind)
     assert scene(f"""
         creator, how = {GROWTHS[kind]}
         mem = creator.create(P, **how)
+        mem.info()
         def grow():
             global mem
             fresh = creator.create(P, **how)
@@ -578,6 +579,7 @@ def grow(Memory mem not None, size_t size, unsigned int us):
 def test_a_child_closes_what_another_thread_was_reading():
     assert scene("""
         mem = linmem.create(1 << 22, maximum=1 << 30, reserve=1 << 30)
+        mem.info()          # imports: what another thread is importing at a fork a child can never import
         def use():
             mem.read(0, 1 << 22)
             mem.write(0, bytes(1 << 22))
