@@ -545,7 +545,7 @@ def test_mutated_modules_are_refused_by_prepare_or_behave_as_wasmtime_has_it():
         except wasmtime.WasmtimeError:
             done["refused"] += 1
             for engine in engines:
-                with pytest.raises((wasmtime.WasmtimeError, ValueError)):
+                with pytest.raises(wasmtime.WasmtimeError):
                     prepare(engine, wasm)
             return
         done["valid"] += 1
@@ -553,11 +553,8 @@ def test_mutated_modules_are_refused_by_prepare_or_behave_as_wasmtime_has_it():
         done["instances"] += isinstance(expected[0], list)
         for engine in engines:
             for hidden in (False, True):
-                if hidden and not can_be_exposed(wasm):
-                    with pytest.raises(ValueError, match="cannot expose"):
-                        prepare(engine, wasm, expose=True)
-                    continue
                 prepared = prepare(engine, wasm, expose=hidden)
+                assert not (prepared.added and not (hidden and can_be_exposed(wasm)))
                 if not prepared.added:
                     assert behaviour(engine, prepared.instantiate) == expected
 
