@@ -110,8 +110,8 @@ cdef void failure_text(const failure* why, char* text, size_t room) noexcept nog
         snprintf(text, room, "this thread is in a growth of this memory already, and would wait for itself: the"
                              " grow_to() of a memory in Python must not use linmem's handle on that memory")
     elif code == E_BROKEN:
-        snprintf(text, room, "the memory is lost: its grow_to() failed, or broke off, and the object behind it no longer"
-                             " says where its bytes are")
+        snprintf(text, room, "the memory is lost: its grow_to() failed, or broke off, and the object behind it no"
+                             " longer says where its bytes are")
     elif code == E_PROTECTED:
         snprintf(text, room, "%s is refused for %zu bytes at offset %zu: %s", why.call, why.size, why.used, why.detail)
     else:

@@ -750,6 +750,8 @@ cdef class Memory:
             self.grow_to(delta.size)
         m = self.enter()
         try:
+            lock_in_call(m)         # what has been checked holds after a growth that is under way
+            unlock(&m.lock)
             for offset, length, data in pieces:
                 start, n = offset, length
                 check_span(start, n, memory_size(m))

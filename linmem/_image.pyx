@@ -455,8 +455,9 @@ cdef class Image(ImageHandle):
         wrap_part = PickleBuffer if protocol >= 5 else bytes
         runs = list(own_runs(self, memoryview(self)))
         small = [] if len(runs) <= MOST_PARTS else [(start, data) for start, data in runs if len(data) < SMALL_PART]
-        places = tuple([start for start, data in runs if not small or len(data) >= SMALL_PART])
-        parts = [wrap_part(data) for start, data in runs if not small or len(data) >= SMALL_PART]
+        large = [(start, data) for start, data in runs if not small or len(data) >= SMALL_PART]
+        places = tuple([start for start, _ in large])
+        parts = [wrap_part(data) for _, data in large]
         if small:
             places += tuple([(start, len(data)) for start, data in small]),
             parts.append(wrap_part(b"".join([data for _, data in small])))

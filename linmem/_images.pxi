@@ -558,9 +558,14 @@ cdef int compare_page(memory* m, image* now, image* base, size_t at, size_t page
                       failure* why) noexcept nogil:
     """The page at `at`, of which what is below `size` is compared."""
     cdef size_t step = page if size - at > page else size - at
-    cdef const char* here = m.base + at if m != NULL else image_at(now, at)
+    cdef const char* here
     cdef const char* there = image_at(base, at)
-    cdef bint zero = here == NULL or is_zero(here, step)
+    cdef bint zero
+    if m != NULL:
+        here = m.base + at
+    else:
+        here = image_at(now, at)
+    zero = here == NULL or is_zero(here, step)
     if there == NULL:
         if zero:
             return 0

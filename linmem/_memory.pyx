@@ -576,7 +576,7 @@ cdef int begin_move(memory* m, size_t new_size, failure* why) noexcept nogil:
     cdef int looks = 0, code = 0
     if m.is_shared or load(&m.protection) != PROTECTION_NONE or not m.may_move:
         fail(why, E_CAPACITY, "grow_to", new_size, 0, m.capacity)
-        snprintf(why.detail, sizeof(why.detail),
+        snprintf(why.detail, sizeof(why.detail), "%s",
                  "shared memories never do" if m.is_shared else
                  "make it with a larger reserve= or maximum=, or with may_move=True" if not m.may_move else
                  "some of its pages have their own protection")

@@ -171,8 +171,8 @@ class Snapshot:
         self.tables = tuple(name for name, _, _, elements in self._tables if elements is not None)
         if outline is None:
             if not (partial or memories or names):
-                raise ValueError("the instance exports no memory and no mutable global, and what its module hides is not"
-                                 " known: make it by prepare(..., expose=True)")
+                raise ValueError("the instance exports no memory and no mutable global, and what its module hides is"
+                                 " not known: make it by prepare(..., expose=True)")
             unseen.append("what it does not export: " + (
                 "it is not known, since the module was not made by prepare" if prepared is None else
                 "the module uses what linmem does not know"))
@@ -275,8 +275,8 @@ def _hidden(outline: Outline | None, partial: bool) -> list[str]:
                       for kind, index, is_import in outline.hidden() if is_import == which] for which in (False, True))
     if (own or imported) and not partial:
         text = ", ".join([", ".join(own) + " of its own"] * bool(own) + imported)
-        raise ValueError(f"the module does not export {text}, which would keep what they hold when the rest is restored:"
-                         " prepare it with expose=True, or take a snapshot with partial=True")
+        raise ValueError(f"the module does not export {text}, which would keep what they hold when the rest is"
+                         " restored: prepare it with expose=True, or take a snapshot with partial=True")
     data, elements = outline.passive
     dropped = [f"which of {data} passive data segments and {elements} passive element segments were dropped"]
     return own + imported + dropped * bool(data or elements)

@@ -272,9 +272,9 @@ def test_each_worker_has_one_pool_and_its_tasks_use_the_slots_again(found):
     for pools in found["pools"]:
         (pool,) = pools
         assert pool["live"] == 0
-        assert pool["misses"] <= 2                          # a slot for each thread
+        assert pool["misses"] <= 3                          # a slot for each thread, and the one below
         assert pool["hits"] > 0
-    # One for each task, and one for each worker: prepare() tries whether the engine takes its memories from linmem.
+    # One for each task, and an empty one for each worker: prepare() tries whether the engine asks linmem for memories.
     assert sum(pool["hits"] + pool["misses"] for (pool,) in found["pools"]) == 32 + len(found["pools"])
 
 

@@ -728,7 +728,7 @@ def test_a_growth_whose_own_code_forks_goes_on_in_the_child_and_nobody_gets_betw
         for moves in (False, True):
             pids.clear()
             Delegate.during = during
-            mem = linmem.PythonCreator(Delegating()).create(P, maximum=1 << 30, reserve=16 * P, guard=P)
+            mem = linmem.PythonCreator(Delegating()).create(P, maximum=1 << 30, reserve=16 * P, guard=P, may_move=True)
             size = mem.byte_capacity() + P if moves else 5 * P
             mem.grow_to(size)
             if pids[0] == 0:

@@ -76,13 +76,15 @@ def test_install_refuses_a_pool_with_an_image_wherever_it_stands():
     image = Image.from_bytes(b"x")
     pool = linmem.creator("pool", image=image)
     limited = linmem.creator("limiting", limit_bytes=1 << 30, upstream=pool)
-    for creator in (pool, limited, linmem.creator("statistics", upstream=limited), linmem.creator("pool", upstream=limited),
+    for creator in (pool, limited, linmem.creator("statistics", upstream=limited),
+                    linmem.creator("pool", upstream=limited),
                     linmem.PythonCreator(pool)):
         config = wasmtime.Config()
         with pytest.raises(ValueError, match="creator must not have a pool with an image: every memory of the engine"):
             linmem.wasmtime.install(config, creator)
         linmem.wasmtime.install(config)         # the config is as it was
-    linmem.wasmtime.install(wasmtime.Config(), linmem.creator("limiting", limit_bytes=1, upstream=linmem.creator("pool")))
+    without = linmem.creator("limiting", limit_bytes=1, upstream=linmem.creator("pool"))
+    linmem.wasmtime.install(wasmtime.Config(), without)
 
 
 def test_an_offer_is_seen_by_its_own_thread_only(engine):

@@ -17,7 +17,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import REAL_PAGE, fewer_examples, requires, smaps
 from test_hoist import (
-    EVERYTHING, STACK_SWITCHING, Prefilled, all_features, binary, modules, mutated, needs_gc, number, observe, said, table)
+    EVERYTHING,
+    STACK_SWITCHING,
+    Prefilled,
+    all_features,
+    binary,
+    modules,
+    mutated,
+    needs_gc,
+    number,
+    observe,
+    said,
+    table,
+)
 from wasmtime import _ffi as ffi
 
 import linmem
@@ -42,7 +54,8 @@ TYPES = """(module (type $f (func (param i32))) (type $s (struct (field (mut i8)
     (rec (type $a (array (ref null $b))) (type $b (sub (struct (field (ref null $a))))))
     (tag (param i32)) (memory (export "m") 2) (memory 1 (pagesize 1)) (table 2 (ref null $f)) (table 2 anyref)
     (table (export "t") 1 externref) (global (mut (ref null $s)) (ref.null $s)) (global (mut exnref) (ref.null exn))
-    (elem (table 1) (i32.const 0) anyref (ref.i31 (i32.const 1))) (data (i32.const 9) "nine") (data (i32.const 3) "three"))"""
+    (elem (table 1) (i32.const 0) anyref (ref.i31 (i32.const 1))) (data (i32.const 9) "nine")
+    (data (i32.const 3) "three"))"""
 STACKS = """(module (type $f (func)) (type $c (cont $f)) (table 3 nullcontref) (table (export "t") 1 (ref null $c))
     (memory (export "m") 1) (global (mut contref) (ref.null cont)) (tag) (data (i32.const 1) "one"))"""
 
@@ -382,7 +395,8 @@ def test_a_store_of_another_engine_is_refused_by_wasmtime():
 def test_what_is_no_module_is_refused_as_by_wasmtime():
     engine = MMAP
     for wasm in (b"", b"\0asm\1\0\0\0\5", b"\0asm\1\0\0\0\5\1\1", "(module (memory 1) (data", "(module (bad))",
-                 binary(HELLO)[:-1], b"\0asm\1\0\0\0\x63\0", b"\0asm\x0d\0\1\0", b"\0asm\x0d\0\1\0\0\5", b"\0", b"\xff\xfe",
+                 binary(HELLO)[:-1], b"\0asm\1\0\0\0\x63\0", b"\0asm\x0d\0\1\0", b"\0asm\x0d\0\1\0\0\5", b"\0",
+                  b"\xff\xfe",
                  bytes(wasmtime.wat2wasm("(component)")), "(component)",
                  # An export of a memory that is not there: the text names a byte of what was given.
                  binary(HELLO)[:8] + b"\x05\3\1\0\1\7\5\1\1m\2\7\x0b\x0b\1\0\x41\0\x0b\5hello"):
@@ -422,8 +436,8 @@ def test_bytes_of_no_kind_are_judged_as_by_wasmtime(tail, head):
 
 @pytest.mark.skipif(not STACK_SWITCHING, reason="this wasmtime has no stack switching here")
 def test_a_module_with_tables_of_continuations_is_prepared_as_any_other():
-    for table in ("3 nullcontref", "3 contref", "3 (ref null $c)"):
-        prepared = same(MMAP, f"""(module (type $f (func)) (type $c (cont $f)) (table {table})
+    for kind in ("3 nullcontref", "3 contref", "3 (ref null $c)"):
+        prepared = same(MMAP, f"""(module (type $f (func)) (type $c (cont $f)) (table {kind})
             (memory (export "m") 1) (data (i32.const 5) "x"))""")
         assert prepared.images[0] is not None
         assert prepared.skipped == ()

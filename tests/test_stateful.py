@@ -37,7 +37,8 @@ class History(RuleBasedStateMachine):
             assert size < len(self.model)
         except linmem.GrowError:
             too_large = self.maximum is not None and size > self.maximum
-            assert too_large or ((self.touched(0, len(self.model)) or not self.may_move) and size > before.byte_capacity)
+            stays = self.touched(0, len(self.model)) or not self.may_move
+            assert too_large or (stays and size > before.byte_capacity)
         except BufferError:
             assert self.views
             assert size > before.byte_capacity

@@ -55,7 +55,7 @@ class Delegating(linmem.MemoryCreator):
 def delegated(moves, kind=Delegate):
     """A handle on a memory in Python, that memory, and a size that it grows to within its capacity or by moving."""
     creator = Delegating(kind)
-    mem = linmem.PythonCreator(creator).create(PAGE, maximum=1 << 30, reserve=16 * PAGE, guard=PAGE)
+    mem = linmem.PythonCreator(creator).create(PAGE, maximum=1 << 30, reserve=16 * PAGE, guard=PAGE, may_move=True)
     return mem, creator.made[0], mem.byte_capacity() + PAGE if moves else 3 * PAGE
 
 
@@ -114,8 +114,8 @@ def test_a_memory_closes_after_a_call_in_which_any_allocation_of_python_failed(n
     def fresh():
         maximum = 1 << 30
         if of_python:
-            return linmem.PythonCreator(Delegating()).create(PAGE, maximum, PAGE, PAGE)
-        return linmem.create(PAGE, maximum=maximum, reserve=PAGE, guard=PAGE)
+            return linmem.PythonCreator(Delegating()).create(PAGE, maximum, PAGE, PAGE, may_move=True)
+        return linmem.create(PAGE, maximum=maximum, reserve=PAGE, guard=PAGE, may_move=True)
 
     with fresh() as mem:        # what is imported and cached at the first call is there
         try:
