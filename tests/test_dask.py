@@ -10,7 +10,7 @@ import sys
 import pytest
 from support import ROOT, file_requires, requires, run_child
 
-from linmem import Image
+from linmem import Delta, Image
 
 file_requires("dask")
 
@@ -72,6 +72,9 @@ def test_a_token_follows_the_bytes_and_not_the_object(image, delta):
     assert token(image) != token(image.apply(delta))
     assert token(delta) == token(image.diff(image.apply(delta)))
     assert token(delta) != token(image.diff(image))
+    lost, more = (Delta(delta.base, delta.base_size, delta.size, (), zeros, b"") for zeros in (
+        [(0, PAGE)], [(0, 2 * PAGE)]))
+    assert token(lost) != token(more)
 
 
 def test_an_image_weighs_what_it_stores(image, delta):
