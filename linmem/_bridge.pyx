@@ -169,10 +169,12 @@ cdef void raise_later(object error, bint is_pythons) noexcept:
     there it comes up the same way again."""
     if not is_pythons:
         raise error             # Cython prints what a function that cannot raise has raised
-    # A class is asked for, and called once for the exception; it must be one that `except` knows. It may live for ever
-    # (classes do in some builds without a GIL), so that it must not hold the exception any longer.
+    # CPython asks for a class, and calls the class for the exception; it must be one that `except` knows. The class may
+    # live for ever (classes do in some builds without a GIL), so it gives the exception away. CPython 3.10 calls the
+    # class again with the exception that it gave.
     kept = [error]
-    again = type(type(error).__name__, (type(error),), {"__new__": lambda *_, **__: kept.pop()})
+    again = type(type(error).__name__, (type(error),),
+                 {"__new__": lambda _, given=None: kept.pop() if kept else given})
     PyThreadState_SetAsyncExc(PyThread_get_thread_ident(), <PyObject*>again)
 
 

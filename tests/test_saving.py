@@ -12,7 +12,7 @@ import sys
 import threading
 
 import pytest
-from support import ROOT, answer, requires
+from support import answer, requires
 
 from linmem import Delta, Image, _saving
 from linmem._cache import Cache
@@ -92,7 +92,7 @@ except OSError as error:
 
 def as_another_user(path):
     done = subprocess.run([sys.executable, "-c", AS_ANOTHER, path], capture_output=True, text=True, timeout=60,
-                          env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), *sys.path]))})
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -244,7 +244,7 @@ with _saving.draft(sys.argv[1]) as made:
 
 def writer(folder, what):
     child = subprocess.Popen([sys.executable, "-c", DIES, folder, what], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), *sys.path]))})
+                             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
     assert child.stdout.readline() == b"ready\n"
     return child
 
