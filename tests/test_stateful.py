@@ -51,7 +51,7 @@ class History(RuleBasedStateMachine):
 
     def touched(self, offset, size):
         return {page for page, access in self.protected.items()
-                if access != "rw" and page * PAGE < offset + size and (page + 1) * PAGE > offset}
+                if size and access != "rw" and page * PAGE < offset + size and (page + 1) * PAGE > offset}
 
     @rule(at=st.integers(0, 2**32), data=DATA)
     def write(self, at, data):
