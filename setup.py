@@ -2,6 +2,7 @@
 
 import os
 import sys
+import sysconfig
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
@@ -9,6 +10,8 @@ from setuptools.command.build_ext import build_ext
 
 PAGES = "windows" if sys.platform == "win32" else "posix"
 CHOSEN = any(flag.startswith("-O") for flag in os.environ.get("CFLAGS", "").split())   # ours would come later, and win
+# CPython's installer for Windows has one pyconfig.h for both builds, and leaves this to those who build extensions.
+WITHOUT_GIL = sys.platform == "win32" and bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 STRICT = os.environ.get("LINMEM_STRICT") == "1"     # CI: a compiler warning is an error
 FLAGS = {
     "unix": ["-O3", "-fvisibility=hidden"],
@@ -47,6 +50,8 @@ class BuildExt(build_ext):
         kind = self.compiler.compiler_type
         for extension in self.extensions:
             extension.extra_compile_args += [flag for flag in FLAGS.get(kind, []) if not (flag == "-O3" and CHOSEN)]
+            if WITHOUT_GIL:
+                extension.define_macros.append(("Py_GIL_DISABLED", "1"))
             if STRICT:
                 extension.extra_compile_args += STRICT_FLAGS.get(kind, [])
         super().build_extensions()

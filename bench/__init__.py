@@ -44,13 +44,13 @@ def main(args: argparse.Namespace) -> int:
     -------
     int
         0 when measured, also where a goal is missed; with ``--check`` 1 for a missed goal or for
-        one that could not be measured; 2 when a library that was asked for is not installed.
+        one that could not be measured; 1 when a library that was asked for is not installed.
     """
     needed = ["rich"] + (["matplotlib"] if args.picture else [])
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         print(f"linmem bench needs {' and '.join(missing)}: pip install 'linmem[bench]'", file=sys.stderr)
-        return 2
+        return 1
 
     from linmem.bench import harness, report
 

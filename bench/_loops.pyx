@@ -80,6 +80,7 @@ cdef int use(NativeCreator creator, size_t size, const uint64_t* at, const uint6
     spec.is_shared = False
     spec.image = NULL
     spec.watched = False
+    spec.may_move = False
     took[0] = -pages.clock_ns()
     for _ in range(n):
         code = creator.make(&spec, &m, why)

@@ -1,8 +1,9 @@
 """A wasm function over the partitions of a Dask collection, on a cluster of processes.
 
 The module sieves primes into a table in its memory, which takes a while, and can then tell primes
-from other numbers. Here the table is made once: a snapshot of the initialised memory goes to each
-worker, once, and every task gets an instance whose memory starts from it, copy-on-write.
+from other numbers. Here the table is made once: an image of the initialised memory goes to each
+worker, once. Every task makes an instance and restores its memory to the image, copy-on-write, and its
+mutable globals to their values (a compiled program has some: its stack pointer, at least).
 
     pip install 'linmem[dask,wasmtime]' 'dask[array]'
     python examples/dask_wasm.py
@@ -26,9 +27,15 @@ NUMBERS_AT = 2 << 20        # in the wasm memory, behind the table
 WAT = f"""
 (module
   (memory (export "memory") 1024)                   ;; 64 MiB, of which the table is 1 MiB
-  (func $is_prime (param $n i32) (result i32) (i32.load8_u (local.get $n)))
+  (data (i32.const 0) "\\01\\01")                    ;; init overwrites it, as programs do with their data
+  (global $below (mut i32) (i32.const 0))           ;; hidden, like a compiled program's stack pointer
+  (func $is_prime (param $n i32) (result i32)
+    (if (i32.ge_u (local.get $n) (global.get $below)) (then unreachable))
+    (i32.load8_u (local.get $n)))
 
   (func (export "init") (local $n i32) (local $m i32)
+    (global.set $below (i32.const {BELOW}))
+    (i32.store16 (i32.const 0) (i32.const 0))
     (memory.fill (i32.const 2) (i32.const 1) (i32.const {BELOW - 2}))
     (local.set $n (i32.const 2))
     (loop $next
@@ -55,30 +62,49 @@ WAT = f"""
 
 
 @functools.cache
-def compiled(creator: Any) -> tuple[wasmtime.Engine, wasmtime.Module]:
-    """The module, compiled once for each process and pool, in an engine whose memories come from that pool."""
+def prepared() -> tuple[wasmtime.Engine, linmem.wasmtime.Prepared, Any]:
+    """The module, compiled once for each process; its engine, and the pool of the engine's memories."""
+    pool = linmem.creator("pool")
     config = wasmtime.Config()
-    linmem.wasmtime.install(config, creator)
+    linmem.wasmtime.install(config, pool)
     engine = wasmtime.Engine(config)
-    return engine, wasmtime.Module(engine, WAT)
+    return engine, linmem.wasmtime.prepare(engine, WAT, expose=True), pool
 
 
-def initialised() -> linmem.Image:
-    """The memory of an instance that has made its table."""
-    engine, module = compiled(linmem.creator("pool"))
+def initialised() -> tuple[linmem.Image, dict[str, int | float]]:
+    """What an instance holds that has made its table: its memory, and its mutable globals."""
+    engine, module, _ = prepared()
     store = wasmtime.Store(engine)
-    exports = wasmtime.Instance(store, module, []).exports(store)
+    instance = module.instantiate(store)
+    exports = instance.exports(store)
     exports["init"](store)
-    return linmem.wasmtime.linear_memory(store, exports["memory"]).snapshot()
+    snapshot = linmem.wasmtime.Snapshot.take(store, instance)       # refuses an instance whose state it cannot hold
+    if snapshot.tables or snapshot.unseen:
+        raise ValueError(f"this recipe does not send {[*snapshot.tables, *snapshot.unseen]}")
+    return snapshot.memories["memory"], {name: exports[name].value(store) for name in snapshot.globals}
 
 
-def count_primes(numbers: Any, image: linmem.Image) -> Any:
+def started(store: wasmtime.Store, image: linmem.Image, globals: dict[str, int | float]) -> Any:
+    """The exports of a new instance that is where the initialised one was."""
+    _, module, _ = prepared()
+    exports = module.instantiate(store).exports(store)
+    memory = exports["memory"]
+    grown = image.offset + image.size - memory.data_len(store)
+    if grown > 0:
+        memory.grow(store, grown // 65536)
+    linmem.wasmtime.linear_memory(store, memory).restore(image)     # shares the image's pages until they are written
+    for name, value in globals.items():
+        exports[name].set_value(store, value)
+    return exports
+
+
+def count_primes(numbers: Any, image: linmem.Image, globals: dict[str, int | float]) -> Any:
     """The task: runs in a worker, on one partition."""
     import numpy
 
-    engine, module = compiled(linmem.dask.worker_pool(image))
+    engine, _, _ = prepared()
     store = wasmtime.Store(engine)
-    exports = wasmtime.Instance(store, module, []).exports(store)
+    exports = started(store, image, globals)
     memory = linmem.wasmtime.linear_memory(store, exports["memory"])
     memory.write(NUMBERS_AT, numpy.ascontiguousarray(numbers, "<u4"))
     found = numpy.array([exports["count"](store, NUMBERS_AT, len(numbers))])
@@ -91,13 +117,13 @@ def run(client: Any, partitions: int = 16) -> tuple[int, linmem.Image]:
     import dask.array
 
     linmem.dask.setup(client)
-    image = initialised()
+    image, globals = initialised()
     # It drops copies that no task waits for, every two seconds; a worker with a later task would get its own again.
     client.amm.stop()
     # Directly: else it goes through the scheduler, which is once more over the network.
     everywhere = client.scatter(image, broadcast=True, direct=True)
     numbers = dask.array.arange(BELOW, chunks=BELOW // partitions, dtype="uint32")
-    found = numbers.map_blocks(count_primes, everywhere, dtype="int64", chunks=(1,))
+    found = numbers.map_blocks(count_primes, everywhere, globals, dtype="int64", chunks=(1,))
     return int(found.sum().compute(scheduler=client)), image
 
 

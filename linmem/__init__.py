@@ -10,14 +10,22 @@ them, read and written through the buffer protocol with no copy, behind wasmtime
 >>> mem.grow_to(1 << 20)        # `view` stays valid: nothing moved
 """
 
-from linmem._adaptors import LimitingCreator, PythonCreator, StatisticsCreator
-from linmem._delta import Delta
-from linmem._image import Image
-from linmem._memory import Memory, MmapCreator
-from linmem._pool import PoolingCreator, set_pool_limits
-from linmem.abc import LinearMemory, MemoryCreator
-from linmem.creators import create, creator
-from linmem.errors import FileFormatError, GrowError, LimitError, OwnedError, PageError, PoolError
+try:
+    from linmem._adaptors import LimitingCreator, PythonCreator, StatisticsCreator
+    from linmem._delta import Delta
+    from linmem._image import Image
+    from linmem._memory import Memory, MmapCreator
+    from linmem._pool import PoolingCreator, set_pool_limits
+    from linmem.abc import LinearMemory, MemoryCreator
+    from linmem.creators import create, creator
+    from linmem.errors import FileFormatError, GrowError, LimitError, OwnedError, PageError, PoolError
+except ModuleNotFoundError as _error:
+    if not (_error.name or "").startswith("linmem."):
+        raise
+    raise ImportError(
+        f"linmem was imported from the folder {__path__[0]!r}, where its extension modules are not built for this"
+        f" Python ({_error}). If that is a copy of the sources, it hides an installed linmem: build the extensions in"
+        " it (pip install -e .), or start Python in another folder", name="linmem", path=__file__) from _error
 
 __version__ = "0.1.0"
 
@@ -44,7 +52,6 @@ __all__ = [
     "create",
     "creator",
     "set_pool_limits",
-    "wasmtime",
 ]
 
 

@@ -10,13 +10,16 @@ from libc.string cimport memcpy
 
 from linmem._atomic cimport add, load, poke, poke_address, store, swap_if
 from linmem._memory cimport (
-    NO_MAXIMUM, RELIEF_BUDGET, UNCHOSEN, ImageHandle, Memory, NativeCreator, acquire, begin_move, check_count,
-    check_size, drop_object, end_move, fail, fail_python, failure, image_copy, leave_image, list_lock, memory,
-    memory_hang, memory_hook, memory_ops, memory_resident, memory_retain, memory_size, memory_spec, python_is_ending,
-    relieve, try_acquire, unlist_lock, unlock,
+    NO_MAXIMUM, PROTECTION_NONE, RELIEF_BUDGET, UNCHOSEN, ImageHandle, Memory, NativeCreator, acquire, answer_request,
+    begin_move, begin_own_growth, check_count, check_native, check_size, drop_object, end_move, end_own_growth, fail,
+    fail_python, failure, give_back, image_copy, leave_image, list_lock, list_memory, memory, memory_hang, memory_hook,
+    memory_ops, memory_resident, memory_retain, memory_size, memory_spec, own_growth, python_is_ending, raise_failure,
+    refuse_foreign, relieve, try_acquire, unlist_lock, unlist_memory, unlock,
 )
 from linmem._os cimport pages
-from linmem._units cimport E_LIMIT, E_NO_MEMORY, E_UNSUPPORTED, round_up
+from linmem._units cimport E_BROKEN, E_LIMIT, E_NO_MEMORY, E_UNSUPPORTED, round_up
+
+from linmem._checks import given as _given
 
 
 cdef inline size_t committed(size_t size) noexcept nogil:
@@ -123,15 +126,18 @@ cdef class LimitingCreator(NativeCreator):
         The budget in bytes.
     """
 
-    def __cinit__(self, NativeCreator upstream not None, limit_bytes):
+    def __cinit__(self, *args, **kwargs):
         cdef size_t limit
+        upstream, limit_bytes = _given("LimitingCreator", ("upstream", "limit_bytes"), {}, args, kwargs)
+        self.upstream = check_native(upstream, "upstream")
         check_size(limit_bytes, "limit_bytes", &limit)
-        self.upstream = upstream
+        if limit > SIZE_MAX >> 1:
+            raise OverflowError(f"limit_bytes must be below 2**63, got {limit}")
         self.budget = <budget*>calloc(1, sizeof(budget))
         if self.budget == NULL:
             raise MemoryError("no memory for a budget")
         self.budget.refs = 1
-        self.budget.limit = <long long>(limit if limit < SIZE_MAX >> 1 else SIZE_MAX >> 1)
+        self.budget.limit = <long long>limit
 
     def __dealloc__(self):
         if self.budget != NULL:
@@ -337,10 +343,11 @@ cdef class StatisticsCreator(NativeCreator):
         How many records of dropped memories are kept, the newest.
     """
 
-    def __cinit__(self, NativeCreator upstream not None, history=256):
+    def __cinit__(self, *args, **kwargs):
         cdef size_t kept
+        upstream, history = _given("StatisticsCreator", ("upstream", "history"), {"history": 256}, args, kwargs)
+        self.upstream = check_native(upstream, "upstream")
         check_count(history, "history", &kept)
-        self.upstream = upstream
         self.ledger = <ledger*>calloc(1, sizeof(ledger))
         if self.ledger == NULL:
             raise MemoryError("no memory for a ledger")
@@ -464,79 +471,162 @@ cdef struct python_memory:
     memory head
     size_t reservation      # what wasm was promised, whatever the capacity
     PyObject* object        # the LinearMemory; dropped through drop_object, never touched without the GIL
+    size_t shelter          # bytes at the base of a broken one, inaccessible; 0: there were none to be had
+
+# An address that no process of any of our systems has mapped: of neither half of the address space.
+cdef size_t UNMAPPABLE = <size_t>1 << 55
 
 
-cdef int read_python_memory(python_memory* p, size_t size) except -1:
-    """Ask the Python memory where and how large it is, and believe only what can be true."""
-    cdef size_t base, byte_size, capacity, covered, bound
+# What a Python memory says of itself.
+cdef struct answers:
+    size_t base
+    size_t size
+    size_t capacity
+    size_t covered
+    size_t maximum
+
+
+cdef int ask_python_memory(python_memory* p, size_t size, answers* out) except -1:
+    """Ask the Python memory where and how large it is, and believe only what can be true. Changes nothing.
+    size: what it has to be; NO_MAXIMUM: any."""
+    cdef size_t bound
     cdef size_t reservation = p.reservation, guard = p.head.guard
     made = <object>p.object
     name = type(made).__name__
-    check_size(made.as_ptr(), "as_ptr()", &base)
-    check_size(made.byte_size(), "byte_size()", &byte_size)
-    check_size(made.byte_capacity(), "byte_capacity()", &capacity)
+    check_size(made.as_ptr(), "as_ptr()", &out.base)
+    check_size(made.byte_size(), "byte_size()", &out.size)
+    check_size(made.byte_capacity(), "byte_capacity()", &out.capacity)
+    if size != NO_MAXIMUM:
+        refuse_python_size(p, size, out)
     accessible = made.wasm_accessible()
-    if base == 0 or base & (pages.capabilities().page_size - 1):
+    if out.base == 0 or out.base & (pages.capabilities().page_size - 1):
         raise ValueError(f"{name}.as_ptr() must be a non-zero multiple of the host page"
-                         f" ({pages.capabilities().page_size}), got {base:#x}")
-    if byte_size != size:
-        raise ValueError(f"{name}.byte_size() must be what was asked for ({size}), got {byte_size}")
-    if capacity < byte_size:
-        raise ValueError(f"{name}.byte_capacity() must be >= byte_size() ({byte_size}), got {capacity}")
-    covered = capacity if capacity > reservation else reservation
-    if covered > SIZE_MAX >> 1 or covered > SIZE_MAX - base or guard > SIZE_MAX - base - covered:
-        raise ValueError(f"{name}.byte_capacity() does not fit an address: {capacity}")
-    covered += guard
+                         f" ({pages.capabilities().page_size}), got {out.base:#x}")
+    if out.capacity < out.size:
+        raise ValueError(f"{name}.byte_capacity() must be >= byte_size() ({out.size}), got {out.capacity}")
+    out.covered = out.capacity if out.capacity > reservation else reservation
+    if (out.covered > SIZE_MAX >> 1 or out.covered > SIZE_MAX - out.base
+            or guard > SIZE_MAX - out.base - out.covered):
+        raise ValueError(f"{name}.byte_capacity() does not fit an address: {out.capacity}")
+    out.covered += guard
     # Native code is compiled on the promise that all of this is accessible or faults.
-    if not (accessible.start <= base and base + covered <= accessible.stop):
-        raise ValueError(f"{name}.wasm_accessible() must cover {base:#x} .. {base + covered:#x}: its capacity of"
-                         f" {capacity} (reservation asked for: {reservation}) and a guard of {guard} bytes;"
-                         f" got {accessible.start:#x} .. {accessible.stop:#x}")
+    if not (accessible.start <= out.base and out.base + out.covered <= accessible.stop):
+        raise ValueError(f"{name}.wasm_accessible() must cover {out.base:#x} .. {out.base + out.covered:#x}: its"
+                         f" capacity of {out.capacity} (reservation asked for: {reservation}) and a guard of {guard}"
+                         f" bytes; got {accessible.start:#x} .. {accessible.stop:#x}")
+    out.maximum = p.head.maximum
     maximum = made.maximum_byte_size() if hasattr(made, "maximum_byte_size") else None
     if maximum is not None:
         check_size(maximum, "maximum_byte_size()", &bound)
-        if bound < byte_size:
-            raise ValueError(f"{name}.maximum_byte_size() must be >= byte_size() ({byte_size}), got {bound}")
-        if bound < p.head.maximum:
-            poke(&p.head.maximum, bound)
-    if p.head.base != NULL and base != <size_t>p.head.base and byte_size <= p.head.capacity:
-        raise RuntimeError(f"{name}.grow_to({byte_size}) moved the base within its byte_capacity()"
-                           f" ({p.head.capacity})")
-    poke_address(&p.head.base, <char*>base)
-    poke(&p.head.accessible, byte_size)
-    poke(&p.head.capacity, capacity)
-    poke(&p.head.covered, covered)
-    store(&p.head.size, <long long>byte_size)
+        if bound < out.size:
+            raise ValueError(f"{name}.maximum_byte_size() must be >= byte_size() ({out.size}), got {bound}")
+        if bound < out.maximum:
+            out.maximum = bound
     return 0
+
+
+cdef int refuse_python_size(python_memory* p, size_t size, const answers* got) except -1:
+    if got.size != size:
+        raise ValueError(f"{type(<object>p.object).__name__}.byte_size() must be what was asked for ({size}),"
+                         f" got {got.size}")
+    return 0
+
+
+cdef void believe(python_memory* p, const answers* got, size_t size) noexcept nogil:
+    poke_address(&p.head.base, <char*>got.base)
+    poke(&p.head.accessible, size)
+    poke(&p.head.capacity, got.capacity)
+    poke(&p.head.covered, got.covered)
+    poke(&p.head.maximum, got.maximum)
+    store(&p.head.size, <long long>size)
+
+
+cdef void break_memory(memory* m) noexcept nogil:
+    """Nobody knows any more where the bytes are. Every use raises from now on, and wasm, which is told of the new
+    base after each growth, faults at the first byte. For ever: what is unknown once is not believed again."""
+    cdef python_memory* p = <python_memory*>m
+    cdef char* nowhere = <char*>UNMAPPABLE
+    cdef size_t size = 0
+    if m.broken:
+        return
+    m.broken = True
+    if (round_up(m.covered + 1, pages.capabilities().granularity, &size) == 0
+            and pages.reserve(size, False, &nowhere) == 0):
+        p.shelter = size
+    poke_address(&m.base, nowhere)
+    poke(&m.accessible, 0)
+    store(&m.size, 0)
 
 
 cdef int python_grow(memory* m, size_t new_size, failure* why) noexcept nogil:
     cdef int code
     cdef bint may_move = new_size > m.capacity
+    cdef own_growth growth
+    if m.broken:
+        return fail(why, E_BROKEN, "grow_to", new_size)
     if python_is_ending():
         return fail(why, E_UNSUPPORTED, "grow_to while the interpreter shuts down", new_size)
     if may_move:
         code = begin_move(m, new_size, why)
         if code:
             return code
-    code = python_grow_with_gil(<python_memory*>m, new_size, why)
+    begin_own_growth(&growth, m)
+    code = python_grow_with_gil(<python_memory*>m, new_size, may_move, why)
+    end_own_growth(&growth)
     if may_move:
         end_move(m)
     return code
 
 
-cdef int python_grow_with_gil(python_memory* p, size_t new_size, failure* why) noexcept with gil:
+cdef int python_grow_with_gil(python_memory* p, size_t new_size, bint may_move, failure* why) noexcept with gil:
+    """All answers are collected before any is believed, also after a refusal: who raises may have moved before."""
+    cdef answers got
+    cdef memory* m = &p.head
     try:
-        (<object>p.object).grow_to(new_size)
-        read_python_memory(p, new_size)
-        return 0
-    except BaseException as error:
-        return fail_python(why, error)
+        error = None
+        try:
+            (<object>p.object).grow_to(new_size)
+        except BaseException as raised:
+            error = raised
+        try:
+            ask_python_memory(p, NO_MAXIMUM, &got)
+        except BaseException as raised:
+            error = raised if error is None else error
+            if isinstance(raised, Exception) or not asked_again(p, &got):     # Ctrl-C says nothing about the memory
+                break_memory(m)
+                raise error
+        if got.size < memory_size(m) or (got.base != <size_t>m.base and not may_move):
+            break_memory(m)
+            if error is None and got.size < memory_size(m):
+                refuse_python_size(p, new_size, &got)
+            raise RuntimeError(f"{type(<object>p.object).__name__}.grow_to({new_size}) moved the base within its"
+                               f" byte_capacity() ({m.capacity}), or shrank the memory: it is lost") from error
+        if error is None and got.size == new_size:
+            believe(p, &got, new_size)
+            return 0
+        believe(p, &got, memory_size(m))
+        if error is not None:
+            raise error
+        return refuse_python_size(p, new_size, &got)
+    except BaseException as failed:
+        return fail_python(why, failed)
+
+
+cdef bint asked_again(python_memory* p, answers* out):
+    try:
+        ask_python_memory(p, NO_MAXIMUM, out)
+        return True
+    except BaseException:
+        return False
 
 
 cdef void python_free(memory* m) noexcept nogil:
+    cdef python_memory* p = <python_memory*>m
+    unlist_memory(m)
     leave_image(m)      # that it was restored to
-    drop_object((<python_memory*>m).object)
+    if p.shelter:
+        give_back(m.base, p.shelter)
+    drop_object(p.object)
     free(m)
 
 
@@ -545,6 +635,7 @@ python_ops.kind = "python"
 python_ops.grow = python_grow
 python_ops.resident = NULL
 python_ops.free = python_free
+python_ops.lose = break_memory
 python_ops.pages_are_ours = False
 
 
@@ -561,11 +652,9 @@ cdef class PythonCreator(NativeCreator):
         Its `new_memory` returns a `LinearMemory`, or a `Memory` that linmem made.
     """
 
-    def __cinit__(self, creator):
-        # An Image makes memories too, and out of other arguments.
-        if isinstance(creator, ImageHandle) or not callable(getattr(creator, "new_memory", None)):
-            raise TypeError(f"creator must be a MemoryCreator, got {type(creator).__name__}")
-        self.creator = creator
+    def __cinit__(self, *args, **kwargs):
+        self.creator, = _given("PythonCreator", ("creator",), {}, args, kwargs)
+        check_trait(self.creator, "creator")
 
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
         if python_is_ending():
@@ -578,6 +667,9 @@ cdef class PythonCreator(NativeCreator):
 
     cdef int make_in_python(self, const memory_spec* spec, memory** out) except -1:
         cdef python_memory* p
+        cdef answers got
+        cdef failure why
+        cdef bint before
         cdef size_t reservation = 0 if spec.reservation == UNCHOSEN else spec.reservation
         from linmem.records import MemoryType
         if spec.image != NULL and spec.image.end > spec.minimum:
@@ -586,9 +678,13 @@ cdef class PythonCreator(NativeCreator):
             minimum=spec.minimum // spec.page_size,
             maximum=None if spec.maximum == NO_MAXIMUM else spec.maximum // spec.page_size,
             is_64=spec.is_64, is_shared=spec.is_shared, page_size=spec.page_size)
-        made = self.creator.new_memory(
-            ty, spec.minimum, None if spec.maximum == NO_MAXIMUM else spec.maximum,
-            None if spec.reservation == UNCHOSEN else spec.reservation, spec.guard)
+        before = answer_request(spec.may_move)
+        try:
+            made = self.creator.new_memory(
+                ty, spec.minimum, None if spec.maximum == NO_MAXIMUM else spec.maximum,
+                None if spec.reservation == UNCHOSEN else spec.reservation, spec.guard)
+        finally:
+            answer_request(before)
         if isinstance(made, Memory):
             return adopt(<Memory>made, spec, reservation, out)
         for method in ("as_ptr", "byte_size", "byte_capacity", "wasm_accessible", "grow_to"):
@@ -603,21 +699,36 @@ cdef class PythonCreator(NativeCreator):
         p.head.guard = spec.guard
         p.head.maximum = spec.maximum
         try:
-            read_python_memory(p, spec.minimum)
+            ask_python_memory(p, spec.minimum, &got)
+            if refuse_foreign(<char*>got.base, spec.minimum, 1 << pages.ACCESS_READ_WRITE, "new_memory",
+                              &why):
+                raise_failure(&why)
         except BaseException:
             free(p)
             raise
+        believe(p, &got, spec.minimum)
         if spec.image != NULL:
             image_copy(spec.image, p.head.base)
         Py_INCREF(made)
         p.head.ops = &python_ops
         p.head.refs = 1
         p.head.is_shared = spec.is_shared
+        p.head.may_move = spec.may_move
+        list_memory(&p.head)
         out[0] = &p.head
         return 0
 
     def __repr__(self):
         return f"PythonCreator({self.creator!r})"
+
+
+def check_trait(creator, str name):
+    """TypeError if `creator`, the argument `name`, is not one that memories can be had from."""
+    if isinstance(creator, type):
+        raise TypeError(f"{name} must be a MemoryCreator, got the class {creator.__name__} itself: call it")
+    # An Image makes memories too, and out of other arguments.
+    if isinstance(creator, ImageHandle) or not callable(getattr(creator, "new_memory", None)):
+        raise TypeError(f"{name} must be a MemoryCreator, got {type(creator).__name__}")
 
 
 cdef int adopt(Memory made, const memory_spec* spec, size_t reservation, memory** out) except -1:
@@ -626,22 +737,22 @@ cdef int adopt(Memory made, const memory_spec* spec, size_t reservation, memory*
     What may be done once is counted for each handle and not for the struct: where one Python creator has another
     one upstream, each hands on the handle that the other made for it.
     """
-    cdef memory* m = made.enter()
+    cdef memory* m = made.enter_locked()     # the creator may have kept it, and other threads of its may use it
     cdef size_t size, capacity, covered
-    cdef bint fits, fresh = False
+    cdef bint fits, is_protected, fresh = False
     with nogil:
-        # The creator may have kept it, and other threads of its may use it.
-        acquire(&m.lock)
         size, capacity, covered = memory_size(m), m.capacity, m.covered
         fits = (size == spec.minimum and capacity >= reservation
                 and covered >= (capacity if capacity > reservation else reservation) + spec.guard)
-        if fits:
+        is_protected = load(&m.protection) != PROTECTION_NONE
+        if fits and not is_protected:
             fresh = swap_if(&made.fresh, 1, 0)
         if fresh:
             memory_retain(m)
             # What was asked for binds it, whatever its maker asked for.
             if spec.is_shared:
                 m.is_shared = True
+            m.may_move = spec.may_move
             if m.maximum > spec.maximum:
                 poke(&m.maximum, spec.maximum)
             if spec.image != NULL:
@@ -653,6 +764,9 @@ cdef int adopt(Memory made, const memory_spec* spec, size_t reservation, memory*
     if not fits:
         raise ValueError(f"new_memory() must return a memory with a reservation of {reservation} and a guard of"
                          f" {spec.guard} bytes, got {capacity} and {covered - capacity}")
+    if is_protected:
+        raise ValueError("new_memory() must return a memory whose pages are all readable and writable, got one with"
+                         " protected pages")
     if not fresh:
         raise ValueError("new_memory() returned a memory that it has returned before")
     out[0] = m

@@ -11,6 +11,11 @@ cdef extern from *:
     """
     #ifndef LINMEM_ATOMIC_H
     #define LINMEM_ATOMIC_H
+    #include <stddef.h>
+    #include <stdint.h>
+    #if SIZE_MAX < 0xFFFFFFFFFFFFFFFF
+    #error "linmem needs a 64-bit Python: a 32-bit address space has no room for the reservations that it makes"
+    #endif
     #if defined(_MSC_VER) && !defined(__clang__)
     #define LINMEM_OF_THREAD __declspec(thread)
     #include <intrin.h>

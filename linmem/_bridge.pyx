@@ -10,15 +10,18 @@ cimport cython
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport uint8_t, uint64_t
+from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free
 
-from linmem._atomic cimport store
+from linmem._atomic cimport load, store
 from linmem._memory cimport (
-    OWNER_LEFT, OWNER_WASMTIME, UNCHOSEN, ImageHandle, NativeCreator, acquire, drop_object, failure, failure_text,
-    fork_lock, image, image_release, image_retain, list_lock, memory, memory_grow_to, memory_release, memory_retain,
-    memory_size, memory_spec, unlock, wrap,
+    OWNER_LEFT, OWNER_WASMTIME, PROTECTION_NONE, UNCHOSEN, ImageHandle, NativeCreator, acquire, drop_object, fail,
+    failure, failure_text, fork_lock, image, image_release, image_retain, list_lock, lock_memory, memory,
+    memory_grow_to, memory_release, memory_retain, memory_size, memory_spec, unlock, wrap,
 )
-from linmem._units cimport E_PYTHON
+from linmem._units cimport E_PYTHON, E_UNSUPPORTED
+
+from linmem._checks import given as _given
 
 ctypedef void wasmtime_error_t
 ctypedef void wasm_memorytype_t
@@ -65,23 +68,39 @@ cdef inline memory** bucket(char* base) noexcept nogil:
 
 
 cdef void enter_table(memory* m) noexcept nogil:
-    cdef memory** head = bucket(m.base)
     acquire(&table_lock.held)
-    m.registered = m.base
-    m.registry_next = head[0]
-    head[0] = m
+    put_in_table(m)
     unlock(&table_lock.held)
 
 
 cdef void leave_table(memory* m) noexcept nogil:
-    cdef memory** link = bucket(m.registered)
     acquire(&table_lock.held)
+    take_out_of_table(m)
+    unlock(&table_lock.held)
+
+
+cdef void move_in_table(memory* m) noexcept nogil:
+    """At once: a child that is forked meanwhile finds the memory, too."""
+    acquire(&table_lock.held)
+    take_out_of_table(m)
+    put_in_table(m)
+    unlock(&table_lock.held)
+
+
+cdef inline void put_in_table(memory* m) noexcept nogil:
+    cdef memory** head = bucket(m.base)
+    m.registered = m.base
+    m.registry_next = head[0]
+    head[0] = m
+
+
+cdef inline void take_out_of_table(memory* m) noexcept nogil:
+    cdef memory** link = bucket(m.registered)
     while link[0] != NULL:
         if link[0] == m:
             link[0] = m.registry_next
             break
         link = &link[0].registry_next
-    unlock(&table_lock.held)
 
 
 # -- images for the memories that this thread will ask for next ------------------------------------
@@ -119,12 +138,13 @@ cdef void next_image(size_t minimum, image** out) noexcept nogil:
 cdef wasmtime_error_t* to_error(failure* why) noexcept nogil:
     cdef char text[512]
     if why.code == E_PYTHON:
-        return python_error(why)
+        return python_error(why, PyGILState_GetThisThreadState() != NULL)
     failure_text(why, text, sizeof(text))
     return wasmtime.error_new(text)
 
 
-cdef wasmtime_error_t* python_error(failure* why) noexcept with gil:
+cdef wasmtime_error_t* python_error(failure* why, bint is_pythons) noexcept with gil:
+    """is_pythons: Python called wasmtime on this thread, and goes on when that returns."""
     cdef object error = <object>why.exception
     cdef bytes text
     Py_DECREF(error)
@@ -132,7 +152,30 @@ cdef wasmtime_error_t* python_error(failure* why) noexcept with gil:
         text = f"{type(error).__name__}: {error}".encode("utf-8", "replace")
     except BaseException:
         text = type(error).__name__.encode("utf-8", "replace")
+    if not isinstance(error, Exception):
+        raise_later(error, is_pythons)
     return wasmtime.error_new(<const char*>text)
+
+
+cdef extern from *:
+    void* PyGILState_GetThisThreadState() noexcept nogil
+    unsigned long PyThread_get_thread_ident() noexcept nogil
+    int PyThreadState_SetAsyncExc(unsigned long thread, PyObject* exception) except -1
+
+
+cdef void raise_later(object error, bint is_pythons) noexcept:
+    """KeyboardInterrupt, SystemExit and their like are not for the guest: the next Python code that this thread runs
+    raises `error` itself. That is the caller of wasm, or a host function or a creator that wasm calls before; from
+    there it comes up the same way again."""
+    if not is_pythons:
+        raise error             # Cython prints what a function that cannot raise has raised
+    # CPython asks for a class, and calls the class for the exception; it must be one that `except` knows. The class may
+    # live for ever (classes do in some builds without a GIL), so it gives the exception away. CPython 3.10 calls the
+    # class again with the exception that it gave.
+    kept = [error]
+    again = type(type(error).__name__, (type(error),),
+                 {"__new__": lambda _, given=None: kept.pop() if kept else given})
+    PyThreadState_SetAsyncExc(PyThread_get_thread_ident(), <PyObject*>again)
 
 
 cdef uint8_t* get_memory(void* env, size_t* byte_size, size_t* byte_capacity) noexcept nogil:
@@ -147,8 +190,7 @@ cdef wasmtime_error_t* grow_memory(void* env, size_t new_size) noexcept nogil:
     cdef failure why
     cdef int code = memory_grow_to(m, new_size, &why)
     if m.base != m.registered:
-        leave_table(m)
-        enter_table(m)
+        move_in_table(m)
     return to_error(&why) if code else NULL
 
 
@@ -173,15 +215,27 @@ cdef wasmtime_error_t* new_memory(void* env, const wasm_memorytype_t* ty, size_t
     spec.is_shared = wasmtime.is_shared(ty)
     spec.image = NULL
     spec.watched = False
+    spec.may_move = True        # wasmtime refuses itself what its config's memory_may_move forbids
     spec.page_size = 65536 if wasmtime.page_size == NULL else wasmtime.page_size(ty)
     next_image(minimum, &spec.image)
     code = (<NativeCreator>env).make(&spec, &m, &why)
     image_release(spec.image)
     if code:
         return to_error(&why)
-    acquire(&m.lock)        # a growth from Python is over, or finds who owns it now
-    store(&m.owner, OWNER_WASMTIME)
+    code = lock_memory(m, &why)     # a growth from Python is over, or finds who owns it now
+    if code:
+        memory_release(m)
+        return to_error(&why)
+    if load(&m.protection) != PROTECTION_NONE:      # a Python creator kept a handle, and has used it since
+        code = fail(&why, E_UNSUPPORTED, "new_memory", minimum)
+        snprintf(why.detail, sizeof(why.detail), "with protected pages: a creator protected pages of the memory that it"
+                 " returned")
+    else:
+        store(&m.owner, OWNER_WASMTIME)
     unlock(&m.lock)
+    if code:
+        memory_release(m)
+        return to_error(&why)
     enter_table(m)
     out.env = m
     out.get_memory = get_memory
@@ -245,8 +299,9 @@ cdef class Offer:
         For each memory that will be asked for, in that order, its minimum in bytes and its image.
     """
 
-    def __init__(self, places):
+    def __init__(self, *args, **kwargs):
         cdef size_t i
+        places, = _given("Offer", ("places",), {}, args, kwargs)
         cdef list given = list(places)
         if self.places != NULL:
             raise RuntimeError("an Offer is made once")
@@ -264,6 +319,9 @@ cdef class Offer:
 
     def __dealloc__(self):
         free(self.places)
+
+    def __reduce__(self):
+        raise TypeError("an Offer cannot be pickled or copied: it belongs to a thread of this process")
 
     def make(self):
         """Offer the images on this thread, once. The caller sees to it that take_back() follows.

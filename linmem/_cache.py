@@ -3,27 +3,24 @@
 An entry is a file ``<key>/<digest of its content><suffix>``: it is written to a temporary name,
 synced and renamed, and read only after its content was found to have the digest of its name. So a
 process that dies in between, a full disk or a flipped bit leave nothing that is ever used. One key
-may have several entries.
+may have several entries. The digest is `_files.content_digest`, which does not read holes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
-import tempfile
-import time
+
+from linmem import _files, _saving
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from typing import BinaryIO
 
 __all__ = ["Cache"]
 
 _MOST = 8           # entries of one key
-_NEW = "new-"       # how the names of files begin that are being written
-_ABANDONED = 3600   # seconds after which nobody is writing them any more
-_CHUNK = 1 << 20
 
 
 class Cache:
@@ -62,38 +59,29 @@ class Cache:
             else:
                 _remove(path)
 
-    def add(self, key: str, suffix: str, write: Callable[[str], object]) -> str:
-        """Make an entry of what ``write(path)`` writes; where it is."""
+    def add(self, key: str, suffix: str, write: Callable[[BinaryIO], object]) -> str:
+        """Make an entry of what ``write(file)`` writes; where it is. For its owner alone."""
         place = os.path.join(self.directory, key)
         os.makedirs(place, mode=0o700, exist_ok=True)
         _must_be_private(place)
         _make_room(place, suffix)
-        number, temporary = tempfile.mkstemp(prefix=_NEW, dir=place)    # for its owner alone
-        os.close(number)
-        try:
-            write(temporary)
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            path = os.path.join(place, _digest_of(temporary) + suffix)
-            os.replace(temporary, path)
-        except BaseException:
-            _remove(temporary)
-            raise
-        _sync_directory(place)
+        with _saving.draft(place) as made:
+            write(made.file)
+            made.file.flush()
+            path = os.path.join(place, _files.content_digest(made.file.fileno()) + suffix)
+            made.become(path, 0o600)
         return path
 
 
 def _make_room(place: str, suffix: str) -> None:
-    """Remove the oldest entries of too many, and what writers that died have left."""
+    """Remove the oldest entries of too many."""
     entries = []
     for entry in os.scandir(place):
         try:
             about = entry.stat()
         except FileNotFoundError:       # another process removed it
             continue
-        if entry.name.startswith(_NEW) and about.st_mtime < time.time() - _ABANDONED:
-            _remove(entry.path)
-        elif entry.name.endswith(suffix):
+        if entry.name.endswith(suffix):
             entries.append((about.st_mtime, entry.path))
     for _, path in sorted(entries)[:max(0, len(entries) - _MOST + 1)]:
         _remove(path)
@@ -113,11 +101,9 @@ def _must_be_private(path: str) -> None:
 
 
 def _digest_of(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+    # Without waiting for a writer, where a pipe has the name.
+    with _files.open_file(path) as file:
+        return _files.content_digest(file.fileno())
 
 
 def _remove(path: str) -> None:
@@ -127,14 +113,3 @@ def _remove(path: str) -> None:
         pass
     except PermissionError:     # in use, where that keeps a file, or not ours to remove: it stays unused
         pass
-
-
-def _sync_directory(path: str) -> None:
-    """Make the rename last, where directories can be opened."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    number = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from linmem._checks import check_pairs, check_path, check_size
+from linmem import _checks
+from linmem._checks import check_bytes, check_pairs, check_path, check_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -12,7 +13,9 @@ if TYPE_CHECKING:
 
     Piece = tuple[int, int, "memoryview | None"]
 
-__all__ = ["Delta"]
+__all__ = ["Delta", "bytes_after"]
+
+_PAGE = 4096        # of a file
 
 
 class Delta:
@@ -31,6 +34,8 @@ class Delta:
         Bytes of the memory after it.
     target : str or None
         The digest of the image that comes out, where it is known.
+    offset : int
+        Where the image that comes out begins in that memory; it ends where the memory does.
     ranges : tuple of (int, int)
         Offset and size in bytes of what is written, in order and apart.
     zeros : tuple of (int, int)
@@ -39,31 +44,36 @@ class Delta:
         The bytes of all `ranges`, one after the other; read-only.
     """
 
-    __slots__ = ("base", "base_size", "data", "ranges", "size", "target", "zeros")
+    __slots__ = ("base", "base_size", "data", "offset", "ranges", "size", "target", "zeros")
 
     base: str
     base_size: int
     size: int
     target: str | None
+    offset: int
     ranges: tuple[tuple[int, int], ...]
     zeros: tuple[tuple[int, int], ...]
     data: memoryview
 
     # In __new__, so that none is ever half made, or made twice.
     def __new__(cls, base: str, base_size: int, size: int, ranges: Iterable[tuple[int, int]],
-                zeros: Iterable[tuple[int, int]], data: Any, target: str | None = None) -> Delta:
+                zeros: Iterable[tuple[int, int]], data: Any, target: str | None = None,
+                offset: int = 0) -> Delta:
         if not isinstance(base, str):
             raise TypeError(f"base must be a str, got {type(base).__name__}")
         if target is not None and not isinstance(target, str):
             raise TypeError(f"target must be a str or None, got {type(target).__name__}")
         base_size, size = check_size(base_size, "base_size"), check_size(size, "size")
-        try:
-            kept = memoryview(data)
-            kept = (kept if kept.readonly else memoryview(bytes(kept))).cast("B")
-        except (TypeError, ValueError, BufferError) as error:
-            raise TypeError(f"data must be a contiguous buffer of bytes, got {type(data).__name__}: {error}") from None
+        offset = check_size(offset, "offset")
+        if offset > size:
+            raise ValueError(f"offset must be within the memory's {size} bytes, got {offset}")
+        kept = check_bytes(data, "data")
+        # The buffer of a memory is read-only as long as no page can be written: the delta must not change later.
+        if _checks.shows_protected(kept) or not kept.readonly:
+            kept = memoryview(bytes(kept))
         self = super().__new__(cls)
         for name, value in (("base", base), ("base_size", base_size), ("size", size), ("target", target),
+                            ("offset", offset),
                             ("ranges", _checked("ranges", ranges, size)), ("zeros", _checked("zeros", zeros, size)),
                             ("data", kept)):
             object.__setattr__(self, name, value)
@@ -71,10 +81,10 @@ class Delta:
         if total != self.data.nbytes:
             raise ValueError(f"data must have the {total} bytes of the ranges, got {self.data.nbytes}")
         end = 0
-        for offset, length in sorted(self.ranges + self.zeros):
-            if offset < end:
-                raise ValueError(f"ranges and zeros must not overlap, and do at {offset}")
-            end = offset + length
+        for start, length in sorted(self.ranges + self.zeros):
+            if start < end:
+                raise ValueError(f"ranges and zeros must not overlap, and do at {start}")
+            end = start + length
         return self
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -103,15 +113,27 @@ class Delta:
             raise ValueError(f"later must start from what this delta leads to ({self.size} bytes, digest"
                              f" {self.target}), and starts from {later.base_size} bytes, digest {later.base}")
         over = list(later.pieces())
-        # What the memory in between has not, and the base and what comes out have, is zero in the end.
-        lost = min(self.base_size, later.size) - self.size
-        if lost > 0:
-            over = sorted([*_outside([(self.size, lost, None)], over, later.size), *over], key=lambda piece: piece[0])
+        # What the memory in between has not, and the base and what comes out have, is zero in the end. Behind the base
+        # all is zero: the pages can be named whole, which is what a file needs.
+        reached = self.size in (sum(part) for part in self.ranges[-1:] + self.zeros[-1:])
+        if self.base_size > self.size or reached:
+            end = min(-(-max(self.base_size, self.size) // _PAGE) * _PAGE, later.size)
+            if end > self.size:
+                over = sorted([*_outside([(self.size, end - self.size, None)], over, later.size), *over],
+                              key=lambda piece: piece[0])
         pieces = sorted([*_outside(self.pieces(), over, later.size), *over], key=lambda piece: piece[0])
         ranges: list[tuple[int, int]] = []
         zeros: list[tuple[int, int]] = []
         parts: list[memoryview] = []
         for offset, size, data in pieces:
+            if data is None and ranges and sum(ranges[-1]) == offset and offset % _PAGE:
+                # Files know of whole pages: zeros that follow written bytes in a page are written, too.
+                lead = min(size, _PAGE - offset % _PAGE)
+                parts.append(memoryview(bytes(lead)))
+                ranges[-1] = (ranges[-1][0], ranges[-1][1] + lead)
+                offset, size = offset + lead, size - lead
+            if not size:
+                continue
             where = zeros if data is None else ranges
             if data is not None:
                 parts.append(data)
@@ -119,7 +141,7 @@ class Delta:
                 where[-1] = (where[-1][0], where[-1][1] + size)
             else:
                 where.append((offset, size))
-        return Delta(self.base, self.base_size, later.size, ranges, zeros, b"".join(parts), later.target)
+        return Delta(self.base, self.base_size, later.size, ranges, zeros, b"".join(parts), later.target, later.offset)
 
     def __or__(self, later: object) -> Delta:
         return self.then(later) if isinstance(later, Delta) else NotImplemented
@@ -130,12 +152,13 @@ class Delta:
         return self.data.nbytes
 
     def save(self, path: str | bytes | os.PathLike[str]) -> None:
-        """Write the delta to a file, which is there whole or not at all, whenever the process is killed.
+        """Write the delta to a file, as `Image.save` does an image.
 
         Raises
         ------
         ValueError
-            If its ranges are not whole blocks of 4096 bytes; those of `Image.diff` are.
+            If its ranges are not whole blocks of 4096 bytes. Those of `Image.diff` are; those of a chain over an image
+            that ends within such a block may not be.
         OSError
             The old file, if there is one, is still there.
         """
@@ -175,16 +198,18 @@ class Delta:
             data: object = PickleBuffer(self.data)
         else:
             data = bytes(self.data)
-        return Delta, (self.base, self.base_size, self.size, self.ranges, self.zeros, data, self.target)
+        return Delta, (self.base, self.base_size, self.size, self.ranges, self.zeros, data, self.target,
+                       self.offset)
 
     def _key(self) -> tuple[object, ...]:
-        return self.base, self.base_size, self.size, self.ranges, self.zeros, self.data.tobytes()
+        return (self.base, self.base_size, self.size, self.target, self.offset, self.ranges, self.zeros,
+                self.data.tobytes())
 
     def __eq__(self, other: object) -> bool:
         return self._key() == other._key() if isinstance(other, Delta) else NotImplemented
 
     def __hash__(self) -> int:
-        return hash((self.base, self.base_size, self.size, self.ranges, self.zeros))
+        return hash((self.base, self.base_size, self.size, self.target, self.offset, self.ranges, self.zeros))
 
     def __repr__(self) -> str:
         return (f"<linmem.Delta: {len(self.ranges) + len(self.zeros)} ranges, {self.nbytes} bytes, of a memory of"
@@ -224,3 +249,24 @@ def _outside(pieces: Iterable[Piece], over: list[Piece], bound: int) -> Iterator
             at = max(at, stop)
             if i < len(over) and stop == over[i][0] and at < end:
                 at = over[i][0] + over[i][1]
+
+
+def bytes_after(delta: Delta, base: Iterable[tuple[int, memoryview]]) -> Iterator[tuple[int, memoryview]]:
+    """The bytes of the image that comes out of a base with the bytes `base`: (offset, bytes), in order and apart.
+
+    Raises
+    ------
+    ValueError
+        Bytes before the image that comes out would not be zero.
+    """
+    written = list(delta.pieces())
+    kept = _outside(((start, len(data), data) for start, data in base), written, delta.size)
+    for start, size, data in sorted([*kept, *written], key=lambda piece: piece[0]):
+        if data is None:
+            continue
+        lead = min(max(delta.offset - start, 0), size)
+        if data[:lead].tobytes().strip(b"\0"):
+            raise ValueError(f"the delta leaves bytes that are not zero at {start}, before the image that it leads"
+                             f" to, which begins at {delta.offset}")
+        if lead < size:
+            yield start + lead, data[lead:]

@@ -3,7 +3,9 @@
 from cpython.exc cimport PyErr_Clear, PyErr_Occurred
 from cpython.ref cimport Py_INCREF
 
-from linmem._units cimport E_EXHAUSTED, E_IMAGE, E_LIMIT, E_OWNED, E_PYTHON
+from libc.string cimport strlen
+
+from linmem._units cimport E_BROKEN, E_EXHAUSTED, E_IMAGE, E_LIMIT, E_OWNED, E_OWN_GROWTH, E_PROTECTED, E_PYTHON
 
 from linmem import errors as _errors
 from linmem._os import pages as _pages
@@ -23,6 +25,17 @@ cdef int fail(failure* why, int code, const char* call, size_t size, size_t used
 cdef int fail_page_call(failure* why, int code, const char* call, size_t size) noexcept nogil:
     fail(why, code, call, size)
     pages.limit_text(code, size, why.detail, sizeof(why.detail))
+    return code
+
+
+cdef int fail_reserve(failure* why, int code, size_t size) noexcept nogil:
+    cdef size_t n
+    fail_page_call(why, code, "reserve", size)
+    if size >> pages.capabilities().address_bits:
+        return code             # no process ever has so much, whatever linmem holds
+    n = strlen(why.detail)
+    snprintf(why.detail + n, sizeof(why.detail) - n, "%slinmem holds %zu bytes of address space already, and a smaller"
+             " maximum= or reserve= asks for less", "; " if n else "", pages.reserved())
     return code
 
 
@@ -49,6 +62,12 @@ cdef const char* reason(int code) noexcept nogil:
         return "IMAGE"
     if code == E_OWNED:
         return "OWNED"
+    if code == E_OWN_GROWTH:
+        return "OWN_GROWTH"
+    if code == E_BROKEN:
+        return "BROKEN"
+    if code == E_PROTECTED:
+        return "PROTECTED"
     return "UNSUPPORTED"
 
 
@@ -85,8 +104,18 @@ cdef void failure_text(const failure* why, char* text, size_t room) noexcept nog
     elif code == E_IMAGE:
         snprintf(text, room, "minimum must be >= the end of the image (%zu), got %zu", why.limit, why.size)
     elif code == E_OWNED:
-        snprintf(text, room, "a wasmtime store owns this memory: grow it with wasmtime.Memory.grow(store, delta)"
-                             " instead")
+        snprintf(text, room, "a wasmtime store owns this memory: %s", why.detail)
+        if why.detail[0] == 0:
+            snprintf(text, room, "a wasmtime store owns this memory: grow it with wasmtime.Memory.grow(store, delta)"
+                                 " instead")
+    elif code == E_OWN_GROWTH:
+        snprintf(text, room, "this thread is in a growth of this memory already, and would wait for itself: the"
+                             " grow_to() of a memory in Python must not use linmem's handle on that memory")
+    elif code == E_BROKEN:
+        snprintf(text, room, "the memory is lost: its grow_to() failed, or broke off, and the object behind it no"
+                             " longer says where its bytes are")
+    elif code == E_PROTECTED:
+        snprintf(text, room, "%s is refused for %zu bytes at offset %zu: %s", why.call, why.size, why.used, why.detail)
     else:
         if why.detail[0] == 0:
             between = "by this kind of memory"
@@ -107,6 +136,12 @@ cdef int raise_failure(const failure* why) except -1:
     raise _errors.from_failure(
         reason(why.code).decode(), message, os_error_args=_pages.os_error_args(why.code, message),
         call=why.call.decode(), size=why.size, used=why.used, limit=why.limit)
+
+
+cdef int raise_code(int code) except -1:
+    cdef failure why
+    fail(&why, code, "use", 0)
+    return raise_failure(&why)
 
 
 cdef extern from *:

@@ -5,10 +5,10 @@ section are, import this room when a file is first named.
 
 ::
 
-    0          224          64 KiB                                table_offset           end of file
+    0          224          data_offset                           table_offset           end of file
     +----------+------------+-------------------------------------+----------------------+
-    | header   | zero       | data: pages, or holes between them  | table: 16 bytes for  |
-    |          |            |                                     | each group           |
+    | header   | zero, or   | data: pages, or holes between them  | table: 16 bytes for  |
+    |          | not there  |                                     | each group           |
     +----------+------------+-------------------------------------+----------------------+
 
 A page is 4096 bytes and a group 16 pages, whatever the host's own are: a file fits every host. Where
@@ -20,7 +20,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import secrets
 import stat
 import struct
 import zlib
@@ -28,6 +27,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import BinaryIO
 
+from linmem import _saving
 from linmem.errors import FileFormatError
 
 TYPE_CHECKING = False
@@ -51,14 +51,17 @@ if TYPE_CHECKING:
         base_size: int
         size: int
         target: str | None
+        offset: int
         def pieces(self) -> Iterator[Run]: ...
 
-__all__ = ["DELTA", "GROUP", "IMAGE", "IN_PLACE", "NO_DIGEST", "PACKED", "PAGE", "TEMPORARY", "VERSION", "Contents",
-           "check", "nonzero_runs", "open_delta", "open_file", "open_image", "pieces", "read", "round_up",
-           "save_delta", "save_image", "verify_image", "write"]
+__all__ = ["DELTA", "GROUP", "IMAGE", "IN_PLACE", "NO_DIGEST", "PACKED", "PAGE", "VERSION", "Contents", "NotZero",
+           "check", "content_digest", "nonzero_runs", "open_delta", "open_file", "open_image", "own_runs", "pieces",
+           "read", "round_up", "runs_of_file", "save_delta", "save_image", "verify_image", "write", "write_image",
+           "write_to"]
 
 MAGIC = b"\x89LINMEM\n"     # a byte that no text has, and a line end that a transfer as text would change
-VERSION = 1
+VERSION = 2                 # which has packed data at once after the header, and the target's offset of a delta
+VERSIONS = (1, 2)
 IMAGE, DELTA = 1, 2
 KINDS = {IMAGE: "an image", DELTA: "a delta"}
 IN_PLACE, PACKED = 1, 2
@@ -69,7 +72,7 @@ MAX_SIZE = 1 << 56
 
 HEADER = struct.Struct("<8sHHIIIQQQQQQQIIQ32s32s32s32s")
 FIELDS = ("magic", "version", "kind", "header_size", "group_size", "page_size", "size", "offset", "base_size",
-          "data_offset", "data_size", "table_offset", "count", "layout", "reserved", "reserved", "digest",
+          "data_offset", "data_size", "table_offset", "count", "layout", "reserved", "target_offset", "digest",
           "base_digest", "table_digest", "header_digest")
 ENTRY = struct.Struct("<QHHI")
 DATA_OFFSET = GROUP
@@ -80,9 +83,6 @@ READ_STEP = 1 << 20
 
 # (start, size, bytes), or None for bytes that are zero.
 Run = tuple[int, int, "memoryview | None"]
-
-# Recognisable, and as short for a long name as for a short one.
-TEMPORARY = (".linmem-", ".tmp")
 
 
 def round_up(n: int, unit: int) -> int:
@@ -159,9 +159,10 @@ class _Group:
 class _Data:
     """The data of a file, and its table, as the runs of the content come in."""
 
-    def __init__(self, file: BinaryIO, first: int | None) -> None:
-        """`first` is what stands at the begin of the data; None: packed."""
+    def __init__(self, file: BinaryIO | None, data_offset: int, first: int | None) -> None:
+        """`file` None: only the table is made. `first` is what stands at the begin of the data; None: packed."""
         self.file = file
+        self.data_offset = data_offset
         self.first = first
         self.at = -1                # where the file stands
         self.stored = 0             # pages
@@ -185,13 +186,15 @@ class _Data:
     def _store(self, start: int, data: memoryview) -> None:
         padding = ZEROS[:-len(data) % PAGE]
         self.group.crc = zlib.crc32(padding, zlib.crc32(data, self.group.crc))
-        to = DATA_OFFSET + (self.stored * PAGE if self.first is None else start - self.first)
+        to = self.data_offset + (self.stored * PAGE if self.first is None else start - self.first)
+        self.stored += (len(data) + len(padding)) // PAGE
+        if self.file is None:
+            return
         if to != self.at:
             self.file.seek(to)
         self.file.write(data)
         self.file.write(padding)
         self.at = to + len(data) + len(padding)
-        self.stored += (len(data) + len(padding)) // PAGE
 
     def end_group(self) -> None:
         if self.group.mentioned:
@@ -203,64 +206,53 @@ def _mask(begin: int, end: int) -> int:
     return (1 << round_up(end, PAGE) // PAGE) - (1 << begin // PAGE)
 
 
-def _temporary_file(folder: str) -> tuple[int, str]:
-    """A new file beside the one that it will become, with the rights that any new file gets."""
-    while True:
-        path = os.path.join(folder, secrets.token_hex(8).join(TEMPORARY))
-        try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-            return os.open(path, flags, 0o666), path
-        except FileExistsError:
-            continue
-
-
-def _sync_folder(folder: str) -> None:
-    # The rename is in the folder's own pages. Where folders cannot be opened they cannot be synced.
-    if hasattr(os, "O_DIRECTORY"):
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
-def write(path: str | bytes | os.PathLike[str], kind: int, runs: Iterable[Run], *, size: int,
-          digest: bytes, layout: int = PACKED, offset: int = 0, base_size: int = 0,
-          base_digest: bytes = NO_DIGEST) -> None:
+def write(path: str | bytes | os.PathLike[str], kind: int, runs: Callable[[], Iterable[Run]], *, layout: int = PACKED,
+          **header: Any) -> None:
     """Put a file at `path` that is there whole or not at all, whenever the process or the machine stops.
 
-    `runs` ascend and do not overlap; each is whole pages, but for the ends of the content. An image's pages
-    that no run covers are zero; a delta's are unchanged.
+    Into a pipe or a device it is written packed. The rest is as of `write_to`.
     """
-    # Through a symbolic link, as an open() for writing would.
-    target = os.path.realpath(os.fsdecode(path))
-    folder = os.path.dirname(target)
-    fd, temporary = _temporary_file(folder)
-    try:
-        with open(fd, "wb") as file:
-            first, end = _span(offset, size)
-            data = _Data(file, first if layout == IN_PLACE else None)
-            for run in _whole_pages(runs):
-                data.add(*run, zeros_too=kind == DELTA)
-            data.end_group()
-            table = data.table
-            data_size = end - first if layout == IN_PLACE else data.stored * PAGE
-            table_offset = DATA_OFFSET + data_size
-            file.seek(table_offset)
-            file.write(table)
-            file.truncate(table_offset + len(table))
-            file.seek(0)
-            head = HEADER.pack(MAGIC, VERSION, kind, HEADER.size, GROUP, PAGE, size, offset, base_size, DATA_OFFSET,
-                               data_size, table_offset, len(table) // ENTRY.size, layout, 0, 0, digest, base_digest,
-                               _digest(table), NO_DIGEST)[:-DIGEST_SIZE]
-            file.write(head + _digest(head))
-            file.flush()
-            os.fsync(fd)
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    _sync_folder(folder)
+    with _saving.replacing(path) as (file, is_stream):
+        write_to(file, kind, runs, layout=PACKED if is_stream else layout, is_stream=is_stream, **header)
+
+
+def write_to(file: BinaryIO, kind: int, runs: Callable[[], Iterable[Run]], *, size: int, digest: bytes,
+             layout: int = PACKED, is_stream: bool = False, offset: int = 0, base_size: int = 0,
+             base_digest: bytes = NO_DIGEST, target_offset: int = 0) -> None:
+    """Write a whole file into an empty one.
+
+    `runs` makes the runs, which ascend and do not overlap; each is whole pages, but for the ends of the content. An
+    image's pages that no run covers are zero; a delta's are unchanged. A stream cannot seek: then `runs` is asked
+    twice, first for the table, whose digest is in the header.
+    """
+    first, end = _span(offset, size)
+    in_place = layout == IN_PLACE
+    data_offset = DATA_OFFSET if in_place else HEADER.size
+    data = _Data(None if is_stream else file, data_offset, first if in_place else None)
+    for run in _whole_pages(runs()):
+        data.add(*run, zeros_too=kind == DELTA)
+    data.end_group()
+    table = bytes(data.table)
+    data_size = end - first if in_place else data.stored * PAGE
+    table_offset = data_offset + data_size
+    # A reader that knows version 1 alone can read what is the same in it.
+    head = HEADER.pack(MAGIC, 1 if in_place else VERSION, kind, HEADER.size, GROUP, PAGE, size, offset, base_size,
+                       data_offset, data_size, table_offset, len(table) // ENTRY.size, layout, 0, target_offset, digest,
+                       base_digest, _digest(table), NO_DIGEST)[:-DIGEST_SIZE]
+    head += _digest(head)
+    if is_stream:
+        file.write(head)
+        again = _Data(file, data_offset, None)
+        again.at = data_offset
+        for run in _whole_pages(runs()):
+            again.add(*run, zeros_too=False)
+        file.write(table)
+        return
+    file.seek(table_offset)
+    file.write(table)
+    file.truncate(table_offset + len(table))
+    file.seek(0)
+    file.write(head)
 
 
 def _digest(data: bytes | bytearray) -> bytes:
@@ -272,12 +264,15 @@ def _digest(data: bytes | bytearray) -> bytes:
 class Contents:
     """The header and the table of a file, checked: nothing in them can lead a reader astray."""
 
-    __slots__ = ("base_digest", "base_size", "count", "digest", "file_size", "kind", "layout", "offset", "path",
-                 "size", "stored", "table")
+    __slots__ = ("base_digest", "base_size", "count", "data_offset", "digest", "file_size", "kind", "layout", "offset",
+                 "path", "size", "stored", "table", "target_offset", "version")
 
     path: str
+    version: int
     kind: int
     layout: int
+    data_offset: int
+    target_offset: int
     size: int
     offset: int
     base_size: int
@@ -290,7 +285,7 @@ class Contents:
 
     def groups(self) -> Iterator[tuple[int, int, int, int, int]]:
         """For each group: its number, the pages mentioned, those of them stored, their CRC, where they begin."""
-        at = DATA_OFFSET
+        at = self.data_offset
         for number, mentioned, stored, crc in ENTRY.iter_unpack(self.table):
             yield number, mentioned, stored, crc, at
             at += stored.bit_count() * PAGE
@@ -301,7 +296,7 @@ class Contents:
 
     def in_place(self, start: int) -> int:
         """Where an IN_PLACE file has a byte."""
-        return DATA_OFFSET + start - _span(self.offset, self.size)[0]
+        return self.data_offset + start - _span(self.offset, self.size)[0]
 
 
 def open_file(path: str | bytes | os.PathLike[str]) -> BinaryIO:
@@ -322,8 +317,9 @@ def read(file: BinaryIO, path: str | bytes | os.PathLike[str], kind: int | None 
     head = file.read(HEADER.size)
     if head[:8] != MAGIC:
         raise FileFormatError(name, "magic", head[:8], f"{MAGIC!r}: it is no image or delta of linmem's")
-    if len(head) >= 10 and (version := int.from_bytes(head[8:10], "little")) != VERSION:
-        raise FileFormatError(name, "version", version, f"{VERSION}, which is all that this linmem reads")
+    if len(head) >= 10 and (version := int.from_bytes(head[8:10], "little")) not in VERSIONS:
+        raise FileFormatError(name, "version", version, f"{' or '.join(map(str, VERSIONS))}, which is all that this"
+                              " linmem reads")
     if len(head) < HEADER.size:
         raise FileFormatError(name, "header", f"{len(head)} bytes", f"{HEADER.size} bytes: the file is cut short")
     if (found := _digest(head[:-DIGEST_SIZE])) != head[-DIGEST_SIZE:]:
@@ -352,7 +348,7 @@ def _checked(file: BinaryIO, path: str, file_size: int, values: tuple[int | byte
     must_be("group_size", GROUP)
     must_be("page_size", PAGE)
     must_be("layout", *((IN_PLACE, PACKED) if is_image else (PACKED,)))
-    if any(value for name, value in zip(FIELDS, values, strict=True) if name == "reserved"):
+    if number["reserved"] or (number["version"] == 1 and number["target_offset"]):
         raise FileFormatError(path, "reserved", "set", "0")
     at_most("size", MAX_SIZE)
     if max_size is not None:
@@ -361,23 +357,26 @@ def _checked(file: BinaryIO, path: str, file_size: int, values: tuple[int | byte
     if not is_image:
         must_be("offset", 0)
     at_most("base_size", 0 if is_image else MAX_SIZE)
+    at_most("target_offset", 0 if is_image else number["size"])
     if is_image and field["base_digest"] != NO_DIGEST:
         raise FileFormatError(path, "base_digest", "set", "zero in an image")
     size, data_size, count = number["size"], number["data_size"], number["count"]
     first, last = _span(number["offset"], size)
-    must_be("data_offset", DATA_OFFSET)
+    data_offset = HEADER.size if number["version"] > 1 and number["layout"] == PACKED else DATA_OFFSET
+    must_be("data_offset", data_offset)
     if number["layout"] == IN_PLACE:
         must_be("data_size", last - first, why=", the groups that the content touches")
     else:
         at_most("data_size", last - first, ", the groups that the content touches")
-    must_be("table_offset", DATA_OFFSET + data_size, why=", where the data ends")
+    must_be("table_offset", data_offset + data_size, why=", where the data ends")
     at_most("count", (last - first) // GROUP, ", the groups that the content touches")
     end = number["table_offset"] + count * ENTRY.size
     if file_size != end:
         raise FileFormatError(path, "file size", file_size, f"{end}, where the table ends")
 
     found = Contents()
-    found.path, found.kind, found.layout = path, number["kind"], number["layout"]
+    found.path, found.version, found.kind, found.layout = path, number["version"], number["kind"], number["layout"]
+    found.data_offset, found.target_offset = data_offset, number["target_offset"]
     found.size, found.offset, found.base_size, found.count = size, number["offset"], number["base_size"], count
     found.digest, found.base_digest = bytes(values[-4]), bytes(values[-3])
     found.file_size = file_size
@@ -483,7 +482,7 @@ def _fill(file: BinaryIO, room: memoryview, path: str) -> None:
         room = room[n:]
 
 
-def check(view: memoryview, contents: Contents, fd: int) -> None:
+def check(view: memoryview, contents: Contents, fd: int | None) -> None:
     """Compare a mapping of an IN_PLACE file, through the read-only `view` of its content, with the table."""
     offset, end = contents.offset, contents.offset + contents.size
     for number, _, stored, crc, _ in contents.groups():
@@ -503,42 +502,141 @@ def check(view: memoryview, contents: Contents, fd: int) -> None:
     _check_holes(lambda at, size: view[at - offset:at - offset + size], contents, fd)
 
 
-def _check_holes(bytes_at: Callable[[int, int], memoryview], contents: Contents, fd: int) -> None:
+def _check_holes(bytes_at: Callable[[int, int], memoryview], contents: Contents, fd: int | None) -> None:
     """Pages of an IN_PLACE file that the table does not mention must be zero: a mapping shows them."""
-    clear, end = contents.offset, contents.offset + contents.size       # so far the table's word holds
-    for number, _, stored, _, _ in contents.groups():
-        for page, count in _bit_runs(stored):
-            start = number * GROUP + page * PAGE
-            _check_hole(bytes_at, contents, fd, clear, start)
-            clear = start + count * PAGE
-    _check_hole(bytes_at, contents, fd, clear, end)
+    try:
+        for at, end in _gaps(stored_runs(contents), contents.offset, contents.offset + contents.size):
+            _check_gap(bytes_at, fd, contents.in_place(0), at, end)
+    except NotZero as error:
+        raise _not_mentioned(contents, error) from None
 
 
-def _check_hole(bytes_at: Callable[[int, int], memoryview], contents: Contents, fd: int, at: int, end: int) -> None:
-    to_file = contents.in_place(0)
+class NotZero(ValueError):
+    """A byte of a file that was said to be zero is not: in the page at `at` of a memory."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__(f"runs must cover every byte of the file that is not zero: the page at {at} has some outside"
+                         " of them")
+        self.at = at
+
+
+def _not_mentioned(contents: Contents, error: NotZero) -> FileFormatError:
+    return FileFormatError(contents.path, f"page at {error.at}", "set", "zero: the table does not mention it")
+
+
+def _gaps(runs: Iterable[tuple[int, int]], clear: int, end: int) -> Iterator[tuple[int, int]]:
+    """What of clear .. end lies between the runs, as (first, end)."""
+    for start, size in runs:
+        if start > clear:
+            yield clear, min(start, end)
+        clear = max(clear, start + size)
+    if end > clear:
+        yield clear, end
+
+
+def _extents(fd: int | None, at: int, end: int) -> Iterator[tuple[int, int]]:
+    """What of at .. end in a file is not in a hole, as far as the file system says: (first, end)."""
+    if fd is None or not hasattr(os, "SEEK_DATA"):
+        yield at, end
+        return
     while at < end:
-        if hasattr(os, "SEEK_DATA"):
-            # A hole need not be read, which would fill the page cache with it.
-            try:
-                at = max(at, os.lseek(fd, to_file + at, os.SEEK_DATA) - to_file)
-            except OSError as error:
-                if error.errno == errno.ENXIO:      # nothing but a hole up to the end
-                    return
-                raise
-        if at >= end:
+        try:
+            first = os.lseek(fd, at, os.SEEK_DATA)
+            stop = os.lseek(fd, first, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno == errno.ENXIO:      # nothing but a hole up to the end
+                return
+            raise
+        if first >= end:
             return
-        part = bytes_at(at, min(READ_STEP, end - at))
-        if wrong := next(nonzero_runs(part, at), None):
-            raise FileFormatError(contents.path, f"page at {wrong[0]}", "set", "zero: the table does not mention it")
-        at += READ_STEP
+        yield first, min(stop, end)
+        at = stop
+
+
+def _check_gap(bytes_at: Callable[[int, int], memoryview], fd: int | None, to_file: int, at: int, end: int) -> None:
+    # A hole need not be read, which would fill the page cache with it.
+    for first, stop in _extents(fd, to_file + at, to_file + end):
+        for step in range(first, stop, READ_STEP):
+            # A page of a memory lies at a multiple of PAGE, which a file of a stranger's need not keep to.
+            part = bytes_at(step - to_file, min(READ_STEP, stop - step)).tobytes()
+            if part.count(0) < len(part):
+                found = step - to_file + len(part) - len(part.lstrip(b"\0"))
+                raise NotZero(found - found % PAGE)
+
+
+def runs_of_file(fd: int, position: int, first: int, end: int,
+                 claimed: list[tuple[int, int]] | None) -> list[tuple[int, int]] | None:
+    """Where a file that shows the bytes first .. end of a memory, from `position` on, may hold something.
+
+    What is claimed is checked: `NotZero` where a byte outside of the claimed runs is not zero. The work follows what
+    the file holds. None: nothing is claimed, and the file system does not say.
+    """
+    if claimed is None and not hasattr(os, "SEEK_DATA"):
+        return None
+    to_file = position - first
+    before = os.lseek(fd, 0, os.SEEK_CUR)       # the caller's, too
+    try:
+        if claimed is None:
+            return _joined((start - start % PAGE, round_up(stop, PAGE) - (start - start % PAGE))
+                           for start, stop in ((start - to_file, stop - to_file)
+                                               for start, stop in _extents(fd, position, position + end - first)))
+        for at, stop in _gaps(claimed, first, end):
+            _check_gap(lambda at, size: _read_fd(fd, to_file + at, size), fd, to_file, at, stop)
+        return claimed
+    finally:
+        os.lseek(fd, before, os.SEEK_SET)
+
+
+def _read_fd(fd: int, at: int, size: int) -> memoryview:
+    if hasattr(os, "pread"):
+        return memoryview(os.pread(fd, size, at))
+    os.lseek(fd, at, os.SEEK_SET)
+    return memoryview(os.read(fd, size))
+
+
+def content_digest(fd: int) -> str:
+    """What tells a whole file from any other, in time that follows what it holds: hexadecimal digits.
+
+    BLAKE2b of 32 bytes over the size, and for each page (counted from the file's begin) with anything but zeros in
+    it where it begins and its bytes; numbers in 8 bytes, least significant first.
+    """
+    size = os.fstat(fd).st_size
+    digest = hashlib.blake2b(size.to_bytes(8, "little"), digest_size=DIGEST_SIZE)
+    done = 0
+    for first, stop in _extents(fd, 0, size):
+        for at in range(max(first - first % PAGE, done), stop, READ_STEP):
+            done = min(at + READ_STEP, round_up(stop, PAGE))
+            part = _read_fd(fd, at, done - at)
+            for i in range(0, len(part), PAGE):
+                page = part[i:i + PAGE].tobytes()
+                if page != ZEROS[:len(page)]:
+                    digest.update((at + i).to_bytes(8, "little") + page)
+    return digest.hexdigest()
+
+
+def holes_are_known(file: BinaryIO) -> bool:
+    """Whether what a file does not hold can be told from zeros without reading more than it holds."""
+    attributes = getattr(os.fstat(file.fileno()), "st_file_attributes", 0)
+    return hasattr(os, "SEEK_DATA") or not attributes & stat.FILE_ATTRIBUTE_SPARSE_FILE
 
 
 # -- what Image and Delta do with files --------------------------------------------------------------
 
 def save_image(image: AnImage, path: str | bytes | os.PathLike[str], *, packed: bool) -> None:
+    write(path, IMAGE, _runs_of(image), layout=PACKED if packed else IN_PLACE, **_header_of(image))
+
+
+def write_image(image: AnImage, file: BinaryIO) -> None:
+    write_to(file, IMAGE, _runs_of(image), layout=IN_PLACE, **_header_of(image))
+
+
+def _runs_of(image: AnImage) -> Callable[[], Iterable[Run]]:
     view = memoryview(image)
-    write(path, IMAGE, ((start, len(data), data) for start, data in own_runs(image, view)), size=image.size,
-          digest=bytes.fromhex(image.digest), layout=PACKED if packed else IN_PLACE, offset=image.offset)
+    return lambda: ((start, len(data), data) for start, data in own_runs(image, view))
+
+
+def _header_of(image: AnImage) -> dict[str, Any]:
+    return {"size": image.size, "digest": bytes.fromhex(image.digest), "offset": image.offset}
 
 
 def own_runs(image: AnImage, view: memoryview) -> Iterator[tuple[int, memoryview]]:
@@ -554,11 +652,12 @@ def open_image(make: Any, path: str | bytes | os.PathLike[str], *, verify: bool,
     """The image, and what its file says of it where it is a mapping of that file."""
     with open_file(path) as file:
         contents = read(file, path, IMAGE, max_size)
-        if contents.layout == IN_PLACE and mapped and contents.size:
-            runs = _joined((number * GROUP + page * PAGE, count * PAGE)
-                           for number, _, stored, _, _ in contents.groups() for page, count in _bit_runs(stored))
-            image = make.from_fd(file.fileno(), contents.size, contents.offset, runs=runs,
-                                 position=contents.in_place(contents.offset - contents.offset % host_page))
+        if contents.layout == IN_PLACE and mapped and contents.size and holes_are_known(file):
+            try:
+                image = make.from_fd(file.fileno(), contents.size, contents.offset, runs=stored_runs(contents),
+                                     position=contents.in_place(contents.offset - contents.offset % host_page))
+            except NotZero as error:
+                raise _not_mentioned(contents, error) from None
             if verify:
                 verify_image(image, contents)
             return image, contents
@@ -578,6 +677,11 @@ def _read_at(file: BinaryIO, contents: Contents, at: int, size: int) -> memoryvi
     return room
 
 
+def stored_runs(contents: Contents) -> list[tuple[int, int]]:
+    return _joined((number * GROUP + page * PAGE, count * PAGE)
+                   for number, _, stored, _, _ in contents.groups() for page, count in _bit_runs(stored))
+
+
 def _joined(runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     joined: list[tuple[int, int]] = []
     for start, size in runs:
@@ -589,7 +693,11 @@ def _joined(runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def verify_image(image: AnImage, contents: Contents) -> None:
-    check(memoryview(image), contents, image.fileno())
+    try:
+        fd = image.fileno()
+    except OSError:         # the pages are mapped, and no descriptor was left for them
+        fd = None
+    check(memoryview(image), contents, fd)
     _check_digest(image, contents)
 
 
@@ -603,8 +711,9 @@ def save_delta(delta: ADelta, path: str | bytes | os.PathLike[str]) -> None:
         if start % PAGE or ((start + size) % PAGE and start + size != delta.size):
             raise ValueError(f"only deltas of whole pages of {PAGE} bytes can be saved, and this one has"
                              f" {size} bytes at {start}")
-    write(path, DELTA, delta.pieces(), size=delta.size, digest=bytes.fromhex(delta.target or NO_DIGEST.hex()),
-          base_size=delta.base_size, base_digest=bytes.fromhex(delta.base))
+    write(path, DELTA, delta.pieces, size=delta.size,
+          digest=NO_DIGEST if delta.target is None else bytes.fromhex(delta.target),
+          base_size=delta.base_size, base_digest=bytes.fromhex(delta.base), target_offset=delta.offset)
 
 
 def open_delta(make: Any, path: str | bytes | os.PathLike[str], *, max_size: int | None) -> Any:
@@ -621,4 +730,4 @@ def open_delta(make: Any, path: str | bytes | os.PathLike[str], *, max_size: int
                 data += part
     target = None if contents.digest == NO_DIGEST else contents.digest.hex()
     return make(contents.base_digest.hex(), contents.base_size, contents.size, _joined(ranges), _joined(zeros),
-                memoryview(data).toreadonly(), target)
+                memoryview(data).toreadonly(), target, contents.target_offset)

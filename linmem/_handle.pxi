@@ -1,16 +1,37 @@
 # The Python handle on a memory of any kind; a part of _memory.pyx.
 
-from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_SIMPLE, PyBUF_STRIDES, \
+from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_SIMPLE, PyBUF_STRIDES, PyBUF_WRITABLE, \
     PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.exc cimport PyErr_CheckSignals
 from libc.string cimport memmove
 
 from linmem._atomic cimport add_with_gil
 
+from linmem import _checks
 from linmem._delta import Delta as _Delta
-from linmem._formats import resolve as _resolve_format
+from linmem._checks import check_bytes as _check_bytes, given as _given, refuse_buffer as _refuse_buffer
+from linmem._formats import array_on as _array_on, resolve as _resolve_format
 
-cdef long long CLOSED = -(<long long>1 << 62)       # of Memory.users: far below what threads can add to it
+cdef size_t SEARCH_STEP = 1 << 20                   # bytes that `in` copies at a time
+
+# Memory.users, from the top. One word, so that close() sees all of it at once.
+#
+#   63      62           49 .. 61                               20 .. 48           0 .. 19
+#   closed  given back   the generation that the calls are of   exported buffers   calls under way
+#
+# Calls are those of threads, and a forked child does not have the parent's: there an older generation's are none.
+# Exported buffers are objects, and the child has them.
+cdef enum:
+    ONE_CALL = 1
+    CALLS = (1 << 20) - 1
+    EXPORTS_SHIFT = 20
+    TAG_SHIFT = 49
+cdef long long ONE_EXPORT = 1 << EXPORTS_SHIFT
+cdef long long EXPORTS = ((<long long>1 << (TAG_SHIFT - EXPORTS_SHIFT)) - 1) << EXPORTS_SHIFT
+cdef long long TAG = <long long>TAGS << TAG_SHIFT
+cdef long long GIVEN_BACK = <long long>1 << 62
+cdef long long CLOSED = -GIVEN_BACK - GIVEN_BACK
 cdef size_t RELEASE_GIL_FROM = 1 << 16              # bytes; a shorter copy costs less than letting go
 
 
@@ -24,6 +45,7 @@ cdef object wrap(memory* m):
             memory_release(m)
         raise
     handle.m = m
+    handle.users = gate_tag << TAG_SHIFT
     return handle
 
 
@@ -36,60 +58,107 @@ cdef class Memory:
     ``numpy.asarray(mem)``. Sizes and offsets are in bytes.
     """
 
-    def __init__(self):
-        if self.m == NULL:
+    def __init__(self, *args, **kwargs):
+        if self.m == NULL or args or kwargs:
             raise TypeError("a Memory is made by a creator: linmem.create(minimum)")
 
     def __dealloc__(self):
-        if self.m != NULL and load(&self.users) >= 0:
+        if self.m != NULL and load(&self.users) & GIVEN_BACK == 0:
             with nogil:
                 memory_release(self.m)
 
-    # The gate. Whoever is inside keeps the reference on m; close() gets in only when nobody is. m itself is written
-    # once, by who made the handle: nobody looks at it after close().
+    # The gate. Whoever is inside keeps the reference on m. close() shuts the gate, and the last one that leaves gives m
+    # back. m itself is written once, by who made the handle: nobody looks at it from outside.
+    #
+    # Between enter() and leave() nothing may raise, unless a `try` stands right behind enter(); and no Python code of
+    # others runs there, but for the grow_to of a memory in Python.
     cdef memory* enter(self) except NULL:
-        if add_with_gil(&self.users, 1) < 0 or self.m == NULL:
-            add_with_gil(&self.users, -1)
-            raise ValueError("the memory is closed")
+        cdef long long now = add_with_gil(&self.users, ONE_CALL)
+        if now >> TAG_SHIFT != gate_tag or self.m.broken:
+            self.refuse_entry(now)
         return self.m
 
+    cdef int refuse_entry(self, long long now) except -1:
+        """Raises, or it was the first look in a forked child, and all is well."""
+        while now >= 0 and now >> TAG_SHIFT != gate_tag and self.m != NULL:
+            self.settle()           # forgets the call that was counted, too
+            now = add_with_gil(&self.users, ONE_CALL)
+        if now < 0 or self.m == NULL:
+            self.leave()
+            raise ValueError("the memory is closed")
+        if self.m.broken:
+            self.leave()
+            raise_code(E_BROKEN)
+        return 0
+
+    cdef void settle(self) noexcept:
+        cdef long long was, now
+        while True:
+            was = load(&self.users)
+            now = (was & ~(TAG | CALLS)) | gate_tag << TAG_SHIFT
+            if was & TAG == now & TAG:
+                return
+            if swap_if(&self.users, was, now):
+                break
+        if now < 0:
+            self.last_left(now)
+
     cdef void leave(self) noexcept:
-        add_with_gil(&self.users, -1)
+        cdef long long now = add_with_gil(&self.users, -ONE_CALL)
+        if now < 0 or now & CALLS == CALLS:
+            self.last_left(now)
+
+    cdef void last_left(self, long long now) noexcept:
+        cdef memory* m = self.m
+        if now & CALLS == CALLS:        # who left had entered before this process was forked, and was forgotten
+            add_with_gil(&self.users, ONE_CALL)
+        elif now & (GIVEN_BACK | EXPORTS | CALLS) == 0 and swap_if(&self.users, now, now | GIVEN_BACK):
+            with nogil:
+                memory_release(m)
 
     def close(self):
-        """Give up this handle; the pages go when wasmtime holds them no longer either.
+        """Give up this handle; the pages go with the memory's last handle, and not before wasmtime has dropped it.
 
-        Closing twice is closing once. Afterwards every other call is `ValueError`.
+        Closing twice is closing once, in whatever threads. Afterwards every other call is `ValueError`. Calls that
+        are under way in other threads end as if they had come before; the pages go with the last of them. On a memory
+        that a wasmtime store owns, this handle alone is closed: the program goes on, and
+        `linmem.wasmtime.linear_memory` gives a new handle.
 
         Raises
         ------
         BufferError
             While buffers are exported from this handle; it says how many.
-        OwnedError
-            While a wasmtime store owns the memory.
+        RuntimeError
+            In the grow_to of the memory in Python that is behind this handle.
         """
-        cdef memory* m
-        cdef long long users
-        try:
-            m = self.enter()
-        except ValueError:
+        cdef memory* m = self.m
+        cdef long long now
+        cdef bint own
+        if m == NULL:
             return
-        owned = load(&m.owner) == OWNER_WASMTIME
+        self.settle()
+        now = add_with_gil(&self.users, ONE_CALL)
+        if now < 0:
+            self.leave()
+            return
+        own = is_own_growth(m)
+        while now >= 0 and now & EXPORTS == 0 and not own:
+            if swap_if(&self.users, now, now | CLOSED):
+                now |= CLOSED
+            else:
+                now = load(&self.users)
         self.leave()
-        if owned:
-            raise _errors.OwnedError("a wasmtime store owns this memory: close the store (store.close()) instead")
-        if not swap_if(&self.users, 0, CLOSED):
-            users = load(&self.users)
-            if users < 0:
-                return
-            raise BufferError(f"cannot close the memory: {users} exported buffer(s) still point into it")
-        with nogil:
-            memory_release(m)
+        if now < 0:
+            return
+        if own:
+            raise_code(E_OWN_GROWTH)
+        raise BufferError(f"cannot close the memory: {(now & EXPORTS) >> EXPORTS_SHIFT} exported buffer(s) still point"
+                          " into it")
 
     @property
     def closed(self):
-        """Whether `close` was called."""
-        return load(&self.users) < 0 or self.m == NULL
+        """Whether the handle was closed, by `close` or at the end of a ``with`` block."""
+        return self.m == NULL or load(&self.users) < 0
 
     def __enter__(self):
         self.enter()
@@ -97,21 +166,42 @@ cdef class Memory:
         return self
 
     def __exit__(self, *exc):
-        self.close()
+        """Close the handle, also while buffers are exported: the pages then go with the last of these.
+
+        It raises nothing, so that an error of the block is seen.
+        """
+        cdef long long now
+        if self.m == NULL:
+            return
+        now = load(&self.users)
+        while now >= 0 and not swap_if(&self.users, now, now | CLOSED):
+            now = load(&self.users)
+        if now >= 0:
+            self.last_left(now | CLOSED)
+
+    # Handles on the same memory are equal while both are open: afterwards the address may be another memory's. The
+    # hash is that of the address, which a handle never changes.
+    def __eq__(self, other):
+        if not isinstance(other, Memory):
+            return NotImplemented
+        return self is other or (self.m == (<Memory>other).m and not self.closed and not other.closed)
+
+    def __hash__(self):
+        return hash(<size_t>self.m)
 
     # -- the trait
 
     def byte_size(self):
         """Bytes accessible now; mirrors ``wasmtime::LinearMemory::byte_size``."""
         cdef memory* m = self.enter()
-        size = memory_size(m)
+        cdef size_t size = memory_size(m)
         self.leave()
         return size
 
     def byte_capacity(self):
         """Bytes up to which growth never moves the base; ``wasmtime::LinearMemory::byte_capacity``."""
         cdef memory* m = self.enter()
-        capacity = peek(&m.capacity)
+        cdef size_t capacity = peek(&m.capacity)
         self.leave()
         return capacity
 
@@ -129,8 +219,8 @@ cdef class Memory:
         """Make `new_size` bytes accessible, the new ones zero; mirrors ``wasmtime::LinearMemory::grow_to``.
 
         It happens whole or changes nothing. Up to `byte_capacity` the base stays and every view remains
-        valid; past it the memory moves, which it does only while nothing is exported. Uses mprotect(2),
-        and mremap(2) to move.
+        valid. Past it only a memory that was made with ``may_move=True`` grows: it moves, which it does only
+        while nothing is exported. Uses mprotect(2), and mremap(2) to move.
 
         Parameters
         ----------
@@ -165,7 +255,7 @@ cdef class Memory:
     def as_ptr(self):
         """Address of byte 0, a multiple of the host page; mirrors ``wasmtime::LinearMemory::as_ptr``."""
         cdef memory* m = self.enter()
-        address = <size_t>peek_address(&m.base)
+        cdef size_t address = <size_t>peek_address(&m.base)
         self.leave()
         return address
 
@@ -176,11 +266,13 @@ cdef class Memory:
         """
         cdef memory* m = self.enter()
         cdef size_t base, end
-        begin_access(m)
-        base = <size_t>peek_address(&m.base)
-        end = base + peek(&m.covered)
-        end_access(m)
-        self.leave()
+        try:
+            begin_access(m)
+            base = <size_t>peek_address(&m.base)
+            end = base + peek(&m.covered)
+            end_access(m)
+        finally:
+            self.leave()
         return range(base, end)
 
     # -- bytes
@@ -191,19 +283,67 @@ cdef class Memory:
         self.leave()
         return size
 
+    def __bool__(self):
+        return True         # a handle, as a file: whether it has bytes now is what len() says
+
+    def __contains__(self, item):
+        """Whether the bytes of a buffer stand somewhere in the memory, one after the other; of an integer: the byte.
+
+        Copies at most 1 MiB (or twice as much as is looked for) at a time. Bytes that others write meanwhile may be
+        found or not.
+        """
+        cdef size_t at = 0, size = <size_t>len(self), n, step
+        try:
+            byte = item.__index__()
+        except (AttributeError, TypeError):     # an array has the method, and is a number only without dimensions
+            byte = None
+        if isinstance(byte, int):
+            if not 0 <= byte <= 255:
+                raise ValueError(f"a byte must be in 0 .. 255, got {_shown(item)}")
+            item = bytes((byte,))
+        with _check_bytes(item, "what is looked for") as wanted:
+            shows_protected(wanted)     # raises if a byte of it cannot be read
+            n = <size_t>len(wanted)
+            step = max(n, SEARCH_STEP)
+            while n <= size - at:
+                if self.read(at, min(step + n, size - at)).find(wanted) >= 0:
+                    return True
+                if size - at <= step:
+                    break
+                at += step
+                PyErr_CheckSignals()
+        return False
+
     def __getbuffer__(self, Py_buffer* buffer, int flags):
         cdef memory* m = self.enter()
-        pin(m)
+        cdef bint pinned = False, read_only = False
         try:
-            PyBuffer_FillInfo(buffer, self, m.base, <Py_ssize_t>memory_size(m), 0, flags)
+            pin(m)
+            pinned = True
+            if load(&m.protection) != PROTECTION_NONE:
+                with nogil:
+                    read_only = is_read_only(m)
+            PyBuffer_FillInfo(buffer, self, m.base, <Py_ssize_t>memory_size(m), read_only, flags)
         except BaseException:
-            unpin(m)
+            if pinned:
+                unpin(m)
             self.leave()
             raise
+        self.call_becomes_export()
 
     def __releasebuffer__(self, Py_buffer* buffer):
+        self.release_export()
+
+    cdef void call_becomes_export(self) noexcept:
+        add_with_gil(&self.users, ONE_EXPORT - ONE_CALL)
+
+    cdef void release_export(self) noexcept:
+        cdef long long now
         unpin(self.m)
-        self.leave()
+        now = add_with_gil(&self.users, -ONE_EXPORT)
+        if now < 0:
+            self.settle()       # in a forked child, calls of the parent's threads keep nothing
+            self.last_left(load(&self.users))
 
     def view(self, format="B", offset=0, count=None):
         """Export a part of the memory as elements of a type, without a copy.
@@ -213,8 +353,8 @@ cdef class Memory:
         Parameters
         ----------
         format : str or type or dtype
-            A `struct` format ("d", ">I"), a NumPy type string ("<f8"), a NumPy dtype or scalar type, or
-            `bool`, `int` (64 bits), `float`.
+            A `struct` format ("d", ">I"), a NumPy type string or name ("<f8", "float64"), a NumPy dtype or
+            scalar type, or `bool`, `int` (64 bits), `float`. `array` takes the dtypes that have no such format.
         offset : int
             In bytes, of any alignment.
         count : int, optional
@@ -254,6 +394,35 @@ cdef class Memory:
         window.strides[0] = <Py_ssize_t>itemsize
         return memoryview(window)
 
+    def array(self, dtype, offset=0, shape=None):
+        """A NumPy array on a part of the memory, without a copy, of any dtype that NumPy can view bytes as.
+
+        The array stays valid through every growth; it keeps the memory open. Its shape is fixed now.
+
+        Parameters
+        ----------
+        dtype : dtype
+            Or what NumPy makes one of: also dates, records, sub-arrays and the other byte order. One that holds
+            Python objects is refused.
+        offset : int
+            In bytes, of any alignment.
+        shape : int or tuple of int, optional
+            In elements. One number may be -1: as many as there are whole up to `byte_size`. None is -1.
+
+        Returns
+        -------
+        numpy.ndarray
+            Writable, unless the memory is read-only.
+
+        Raises
+        ------
+        ValueError, TypeError
+            For no such dtype, or for a part that is not within `byte_size`.
+        ImportError
+            NumPy is not installed.
+        """
+        return _array_on(self, dtype, offset, shape)
+
     def __getitem__(self, key):
         cdef Py_ssize_t i, size
         cdef memory* m
@@ -263,6 +432,8 @@ cdef class Memory:
                 size = len(self)
                 start, stop, _ = key.indices(size)
                 return self.read(start, stop - start if stop > start else 0)
+            if self.is_protected():
+                return bytes([self[n] for n in range(*key.indices(len(self)))])
             with memoryview(self) as whole:
                 return whole[key].tobytes()
         i = check_index(key)
@@ -270,6 +441,10 @@ cdef class Memory:
         try:
             i = check_range(i, <Py_ssize_t>memory_size(m))      # it never becomes less
             begin_access(m)
+            if is_guarded(m):
+                end_access(m)
+                read_protected(m, <size_t>i, 1, <char*>&byte)
+                return byte
             byte = (<unsigned char*>m.base)[i]
             end_access(m)
             return byte
@@ -277,21 +452,26 @@ cdef class Memory:
             self.leave()
 
     def __setitem__(self, key, value):
-        cdef Py_ssize_t i
+        cdef Py_ssize_t i, n
         cdef memory* m
         cdef Py_ssize_t byte
+        cdef char as_char
+        cdef Py_buffer given
         if isinstance(key, slice):
-            with memoryview(self) as whole, whole[key] as part:
-                try:
-                    flat = memoryview(value).cast("B")
-                except TypeError as error:
-                    raise TypeError(f"data must be a contiguous buffer of bytes, got {type(value).__name__}:"
-                                    f" {error}") from None
-                with flat as data:
-                    if len(data) != len(part):
-                        raise ValueError(f"the slice has {len(part)} bytes and the data {len(data)}: a memory"
-                                         " cannot be resized by assignment")
-                    part[:] = data
+            start, stop, step = key.indices(len(self))
+            items = range(start, stop, step)
+            n = len(items)
+            take_bytes(value, "data", &given)
+            try:        # the buffer is held, so that its length stays what is compared here
+                if given.len != n:
+                    raise ValueError(f"the slice has {n} bytes and the data {given.len}: a memory cannot be resized by"
+                                     " assignment")
+                if step == 1:
+                    self.write(start, value)
+                elif n:
+                    self.set_items(items, PyBytes_FromStringAndSize(<char*>given.buf, given.len))
+            finally:
+                PyBuffer_Release(&given)
             return
         i = check_index(key)
         try:
@@ -306,16 +486,55 @@ cdef class Memory:
         try:
             i = check_range(i, <Py_ssize_t>memory_size(m))
             begin_access(m)
+            if is_guarded(m):
+                end_access(m)
+                as_char = <char>byte
+                write_protected(m, <size_t>i, 1, &as_char)
+                return
             (<unsigned char*>m.base)[i] = <unsigned char>byte
             end_access(m)
         finally:
             self.leave()
 
+    cdef bint is_protected(self) except -1:
+        cdef memory* m = self.enter()
+        cdef bint answer = is_guarded(m)
+        self.leave()
+        return answer
+
+    cdef int set_items(self, items, bytes values) except -1:
+        """Write a byte at each offset of a range whose step is not 1."""
+        if self.is_protected():
+            for i in items:
+                self.check_access(i, 1, WRITABLE, b"write")
+            for i, value in zip(items, values):
+                self[i] = value
+            return 0
+        with memoryview(self) as whole:
+            whole[items.start:items.stop if items.stop >= 0 else None:items.step] = values
+        return 0
+
+    cdef int check_access(self, size_t start, size_t n, int allowed, const char* call) except -1:
+        """The range lies within byte_size."""
+        cdef failure why
+        cdef int code
+        cdef memory* m = self.enter_locked()
+        with nogil:
+            code = refuse_access(m, start, n, allowed, call, &why)
+            unlock(&m.lock)
+        self.leave()
+        if code:
+            raise_failure(&why)
+        return 0
+
     def __delitem__(self, key):
         raise TypeError("a memory's bytes cannot be deleted")
 
     def read(self, offset, size):
-        """Copy `size` bytes from `offset` out, as `bytes`; ValueError past `byte_size`."""
+        """Copy `size` bytes from `offset` out, as `bytes`.
+
+        ValueError past `byte_size`, and where a page cannot be read (`protect`).
+        """
         cdef size_t start, n
         cdef memory* m
         cdef bytes out
@@ -328,7 +547,10 @@ cdef class Memory:
             out = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>n)
             to = PyBytes_AS_STRING(out)
             begin_access(m)
-            if n < RELEASE_GIL_FROM:
+            if is_guarded(m):
+                end_access(m)
+                read_protected(m, start, n, to)
+            elif n < RELEASE_GIL_FROM:
                 memcpy(to, m.base + start, n)
                 end_access(m)
             else:
@@ -342,23 +564,24 @@ cdef class Memory:
     def write(self, offset, data):
         """Copy a contiguous buffer in at `offset` and return its length in bytes.
 
-        Past `byte_size` it is `ValueError`, and nothing is written.
+        Past `byte_size` it is `ValueError`, and so where a page cannot be written, or the data lie in a memory where
+        a page cannot be read (`protect`). Nothing is written then.
         """
         cdef size_t start, n
         cdef memory* m
         cdef Py_buffer given
         check_size(offset, "offset", &start)
-        try:
-            PyObject_GetBuffer(data, &given, PyBUF_SIMPLE)
-        except (TypeError, ValueError, BufferError) as error:
-            raise TypeError(f"data must be a contiguous buffer of bytes, got {type(data).__name__}: {error}") from None
+        take_bytes(data, "data", &given)
         try:
             n = <size_t>given.len
             m = self.enter()
             try:
                 check_span(start, n, memory_size(m))
                 begin_access(m)
-                if n < RELEASE_GIL_FROM:
+                if is_guarded(m):
+                    end_access(m)
+                    write_protected(m, start, n, <const char*>given.buf)
+                elif n < RELEASE_GIL_FROM:
                     memmove(m.base + start, given.buf, n)
                     end_access(m)
                 else:
@@ -390,16 +613,15 @@ cdef class Memory:
         PageError
             The OS has no room for it.
         TypeError
-            For a memory with protected pages.
+            A page is inaccessible.
         """
         cdef image* it = NULL
         cdef failure why
         cdef int code
         cdef ImageHandle handle = ImageHandle.__new__(ImageHandle)
-        cdef memory* m = self.enter()
+        cdef memory* m = self.enter_locked()
         with nogil:
-            acquire(&m.lock)
-            code = refuse_protected(m, "snapshot", &why)
+            code = refuse_protected(m, READABLE, "snapshot", &why)
             if code == 0:
                 code = memory_snapshot(m, &it, &why)
             unlock(&m.lock)
@@ -435,43 +657,13 @@ cdef class Memory:
             in another call that looks at all of it.
             No other call can be known of from here.
         TypeError
-            For a memory with protected pages.
+            A page cannot be written.
         """
-        cdef ImageHandle handle
-        cdef failure why
-        cdef int code
-        cdef size_t size, right
         if not isinstance(image, ImageHandle):
             raise TypeError(f"image must be an Image, got {type(image).__name__}")
         check_flag(zero_grown, "zero_grown")
-        cdef bint grown = zero_grown
-        handle = <ImageHandle>image
-        cdef memory* m = self.enter()
-        if load(&m.owner) == OWNER_WASMTIME:
-            if not try_acquire(&m.lock):
-                self.leave()
-                raise _errors.OwnedError("another thread is growing this memory, which a wasmtime store owns, or"
-                                         " looks at all of it: restore it when no call runs in that store")
-        else:
-            with nogil:
-                acquire(&m.lock)
-        with nogil:
-            size = memory_size(m)
-            right = handle.it.end
-            if m.image == handle.it and m.started > right:
-                right = m.started
-            code = refuse_protected(m, "restore", &why)
-            if code == 0 and (size == right or (size > right and grown)):
-                memory_restore(m, handle.it)
-            unlock(&m.lock)
-        self.leave()
-        if code:
-            raise_failure(&why)
-        if size < right:
-            raise ValueError(f"the memory has {size} bytes and the image {right}: grow it before")
-        if size > right and not grown:
-            raise ValueError(f"the memory has grown to {size} bytes since, the image knows of {right}: zero_grown=True"
-                             " keeps the size and zeroes the rest")
+        begin_restore(self, <ImageHandle>image, zero_grown)
+        end_restore(self, <ImageHandle>image, True)
 
     def dirty_pages(self, since not None, *, as_array=False):
         """Where the memory differs from an image, as ranges of whole host pages.
@@ -493,7 +685,7 @@ cdef class Memory:
         Raises
         ------
         TypeError
-            For a memory with protected pages.
+            A page is inaccessible.
         """
         cdef changes found
         cdef size_t i, n
@@ -539,29 +731,27 @@ cdef class Memory:
         GrowError, PageError
             It cannot grow so far. Nothing was written.
         TypeError
-            For a memory with protected pages.
+            A page that it would write cannot be written. Nothing was written, and the memory has not grown.
         """
         if not isinstance(delta, _Delta):
             raise TypeError(f"delta must be a Delta, got {type(delta).__name__}")
         cdef size_t start, n
-        cdef failure why
-        cdef int code
         cdef memory* m
+        pieces = list(delta.pieces())       # nothing of a class of the caller's runs from here on
         size = self.byte_size()
         if size < min(delta.base_size, delta.size) or size > delta.size:
             raise ValueError(f"the memory has {size} bytes, and the delta is for one of {delta.base_size} that becomes"
                              f" one of {delta.size}")
+        if self.is_protected() or load(&n_protections):
+            for offset, length, data in pieces:
+                start, n = offset, length
+                self.check_apply(start, n, data)
         if size < delta.size:
             self.grow_to(delta.size)
-        pieces = list(delta.pieces())       # nothing of a class of the caller's runs from here on
         m = self.enter()
         try:
-            with nogil:
-                acquire(&m.lock)
-                code = refuse_protected(m, "apply", &why)
-                unlock(&m.lock)
-            if code:
-                raise_failure(&why)
+            lock_in_call(m)         # what has been checked holds after a growth that is under way
+            unlock(&m.lock)
             for offset, length, data in pieces:
                 start, n = offset, length
                 check_span(start, n, memory_size(m))
@@ -569,37 +759,74 @@ cdef class Memory:
                     self.write(offset, data)
                     continue
                 begin_access(m)
+                if is_guarded(m):
+                    end_access(m)
+                    write_protected(m, start, n, NULL)
+                    continue
                 with nogil:
                     memset(m.base + start, 0, n)
                     end_access(m)
         finally:
             self.leave()
 
+    cdef int check_apply(self, size_t start, size_t n, data) except -1:
+        """Of a piece of a delta: its bytes can be read, and what of it lies in the memory now can be written."""
+        cdef Py_buffer given
+        cdef failure why
+        cdef size_t size, at
+        cdef int access, code = 0
+        cdef memory* m = self.enter_locked()
+        with nogil:
+            size = memory_size(m)
+            if start < size and memory_has_other(m, start, n if n < size - start else size - start, WRITABLE, &at,
+                                                 &access):
+                code = unsupported_protection(m, at, access, "apply", &why)
+            unlock(&m.lock)
+        self.leave()
+        if code:
+            raise_failure(&why)
+        if data is not None:
+            PyObject_GetBuffer(data, &given, PyBUF_SIMPLE)
+            try:
+                check_readable(&given)
+            finally:
+                PyBuffer_Release(&given)
+        return 0
+
     # -- pages
 
     def protect(self, offset, size, access):
-        """Set what may be done with whole host pages; mprotect(2). A touch against it is a fault.
+        """Set what may be done with whole host pages; mprotect(2).
 
-        A memory with protected pages never moves. What the OS refuses half way is undone; where that is refused too,
-        or pages had a protection of their own before, the memory counts as one with protected pages.
+        Calls of linmem that would touch a page against its access raise: `read`, `write`, ``mem[...]`` ValueError,
+        calls on the whole memory (`snapshot`, `restore` ...) TypeError. Code that touches it through a view, or by its
+        address, faults, which ends the process. A memory of which no byte can be written exports read-only buffers;
+        views that exist already stay writable and fault.
+
+        A memory with protected pages never moves. "rx" is for machine code that was written before: pages are never
+        writable and executable at once. New pages of a growth are "rw".
 
         Parameters
         ----------
         offset, size : int
             In bytes, multiples of the host page, within `byte_size`.
-        access : {"rw", "r", "none"}
+        access : {"none", "r", "rw", "rx"}
 
         Raises
         ------
         ValueError
             For another access, or a range that is not whole pages of the memory.
         PageError
-            The OS refused. The protection is what it was, in a memory that had no protected pages; in
-            another, some of the range may have the new one.
+            The OS refused, as some hosts do refuse "rx". Every page has the access that it had. Where the OS refuses
+            that too, the access of a page is unknown, and calls raise as if it were inaccessible, until it is
+            protected anew. So it is in a child that was forked while another thread was in this call.
+        OwnedError
+            A wasmtime store owns the memory, and access is not "rw". A plain load or store of the guest would trap, but
+            ``memory.fill``, ``memory.copy`` and WASI calls run in native code, where a fault ends the process.
         TypeError
             The pages are not linmem's (a memory made in Python).
         """
-        cdef size_t start, n, whole, page = pages.capabilities().page_size
+        cdef size_t start, n, page = pages.capabilities().page_size
         cdef int how, code = 0
         cdef memory* m
         cdef failure why
@@ -615,19 +842,15 @@ cdef class Memory:
         try:
             check_span(start, n, memory_size(m))
             if n:
+                lock_in_call(m)
                 with nogil:
-                    acquire(&m.lock)
-                    code = pages.protect(m.base + start, n, how)
-                    if code:
-                        fail_page_call(&why, code, "protect", n)
-                        if (not m.protected_pages
-                                and pages.protect(m.base + start, n, pages.ACCESS_READ_WRITE)):
-                            m.protected_pages = True
+                    if load(&m.owner) == OWNER_WASMTIME and how != pages.ACCESS_READ_WRITE:
+                        code = fail(&why, E_OWNED, "protect", n)
+                        snprintf(why.detail, sizeof(why.detail), "its pages stay \"rw\", because memory.fill,"
+                                 " memory.copy and WASI calls of the guest run in native code, where a fault ends the"
+                                 " process")
                     else:
-                        # The same for all of them is a memory as any other. A last one that byte_size ends
-                        # within cannot be protected.
-                        whole = round_down(memory_size(m), page)
-                        m.protected_pages = how != pages.ACCESS_READ_WRITE or start != 0 or n != whole
+                        code = memory_protect(m, start, n, how, &why)
                     unlock(&m.lock)
         finally:
             self.leave()
@@ -643,7 +866,7 @@ cdef class Memory:
         ----------
         offset, size : int
             In bytes; to the end by default. Parts of a page are set to zero. With protected pages in the
-            memory, whole host pages only.
+            range, whole host pages only.
 
         Raises
         ------
@@ -652,29 +875,29 @@ cdef class Memory:
         PageError
             The OS refused; no byte has changed.
         TypeError
-            The pages are not linmem's, or are protected where the OS cannot discard such, or are
-            protected and an image's.
+            The pages are not linmem's, or some are protected where the OS cannot discard such, or some are
+            protected and some an image's.
         """
-        cdef size_t start, n, head, tail, page = pages.capabilities().page_size
-        cdef bint is_split
-        cdef int code = 0
+        cdef size_t start, n, head, tail, at, page = pages.capabilities().page_size
+        cdef bint is_split, is_protected
+        cdef int access, code = 0
         cdef memory* m
         cdef failure why
         check_size(offset, "offset", &start)
         m = self.enter_pages("discard")
         try:
             n = check_rest(start, size, memory_size(m))
+            lock_in_call(m)
             with nogil:
                 # Whole pages go back to the OS; what is left of the first and the last is zeroed.
                 head = start
                 round_up(start, page, &head)
                 tail = round_down(start + n, page)
-                acquire(&m.lock)
-                is_split = m.protected_pages and (start & (page - 1) != 0 or (
+                is_protected = memory_has_other(m, start, n, WRITABLE, &at, &access)
+                is_split = is_protected and (start & (page - 1) != 0 or (
                     n & (page - 1) != 0 and start + n != memory_size(m)))
-                if m.protected_pages and not pages.capabilities().discard_any_protection:
-                    code = fail(&why, E_UNSUPPORTED, "discard", n)
-                    snprintf(why.detail, sizeof(why.detail), "with protected pages, on this system")
+                if is_protected and not pages.capabilities().discard_any_protection:
+                    code = unsupported_protection(m, at, access, "discard, on this system,", &why)
                 elif is_split:
                     pass
                 elif head >= tail:
@@ -690,7 +913,7 @@ cdef class Memory:
         if code:
             raise_failure(&why)
         if is_split:
-            raise ValueError(f"offset and size must be multiples of the host page ({page}) in a memory with protected"
+            raise ValueError(f"offset and size must be multiples of the host page ({page}) in a range with protected"
                              f" pages, got {start} and {n}")
 
     def prefault(self, offset=0, size=None):
@@ -710,8 +933,8 @@ cdef class Memory:
         TypeError
             The pages are not linmem's, or are protected where the OS would fault.
         """
-        cdef size_t start, n, first, end = 0, page = pages.capabilities().page_size
-        cdef int code = 0
+        cdef size_t start, n, first, at, end = 0, page = pages.capabilities().page_size
+        cdef int access, code = 0
         cdef memory* m
         cdef failure why
         check_size(offset, "offset", &start)
@@ -719,13 +942,13 @@ cdef class Memory:
         try:
             n = check_rest(start, size, memory_size(m))
             if n:
+                lock_in_call(m)
                 with nogil:
                     first = round_down(start, page)
                     round_up(start + n, page, &end)
-                    acquire(&m.lock)
-                    if m.protected_pages and not pages.capabilities().populates:
-                        code = fail(&why, E_UNSUPPORTED, "prefault", n)
-                        snprintf(why.detail, sizeof(why.detail), "with protected pages, on this system")
+                    if (not pages.capabilities().populates
+                            and memory_has_other(m, start, n, WRITABLE, &at, &access)):
+                        code = unsupported_protection(m, at, access, "prefault, on this system,", &why)
                     else:
                         code = pages.prefault(m.base + first, end - first)
                         if code:
@@ -739,10 +962,21 @@ cdef class Memory:
     cdef memory* enter_pages(self, str call) except NULL:
         """enter(), for the calls that only a memory of our own pages has."""
         cdef memory* m = self.enter()
+        cdef const char* text = m.ops.kind
         if not m.ops.pages_are_ours:
-            kind = m.ops.kind.decode()
             self.leave()
+            kind = text.decode()
             raise TypeError(f"{call} is not supported by a memory of kind {kind!r}: its pages are not linmem's")
+        return m
+
+    cdef memory* enter_locked(self) except NULL:
+        """enter(), and the memory's lock. unlock() and leave() follow, and nothing between may raise."""
+        cdef memory* m = self.enter()
+        try:
+            lock_in_call(m)
+        except BaseException:
+            self.leave()
+            raise
         return m
 
     def info(self):
@@ -750,24 +984,25 @@ cdef class Memory:
 
         A page that was only read counts as resident, as the kernel's page of zeros is.
         """
-        cdef memory* m = self.enter()
+        from linmem.records import MemoryInfo
         cdef size_t resident = 0
         cdef failure why
         cdef int code = 0
-        cdef bint known = m.ops.resident != NULL
+        cdef bint known
         cdef size_t base, size, capacity, maximum, committed, pre_guard, guard
         cdef long long exports
-        from linmem.records import MemoryInfo
-        begin_access(m)
-        with nogil:
-            if known:
-                code = memory_resident(m, &resident, &why)
-            exports = max(pins_now(m), 0)
-            base, capacity, maximum = <size_t>peek_address(&m.base), peek(&m.capacity), peek(&m.maximum)
-            size, pre_guard, guard = memory_size(m), m.pre_guard, m.guard
-            committed = peek(&m.accessible)
-            end_access(m)
+        cdef memory* m = self.enter()
         try:
+            begin_access(m)
+            with nogil:
+                known = m.ops.resident != NULL
+                if known:
+                    code = memory_resident(m, &resident, &why)
+                exports = max(pins_now(m), 0)
+                base, capacity, maximum = <size_t>peek_address(&m.base), peek(&m.capacity), peek(&m.maximum)
+                size, pre_guard, guard = memory_size(m), m.pre_guard, m.guard
+                committed = peek(&m.accessible)
+                end_access(m)
             if code:
                 raise_failure(&why)
             return MemoryInfo(
@@ -791,11 +1026,14 @@ cdef class Memory:
     def __repr__(self):
         if self.closed:
             return "<linmem.Memory, closed>"
-        return (f"<linmem.Memory: {self.byte_size()} bytes at {self.as_ptr():#x},"
-                f" capacity {self.byte_capacity()}>")
+        try:
+            return (f"<linmem.Memory: {self.byte_size()} bytes at {self.as_ptr():#x},"
+                    f" capacity {self.byte_capacity()}>")
+        except RuntimeError:
+            return "<linmem.Memory, lost>"
 
     def __reduce__(self):
-        raise TypeError("a Memory cannot be pickled or copied: it is an address in this process")
+        raise TypeError("a Memory cannot be pickled or copied: it is an address in this process (mem.snapshot() can)")
 
 
 # linmem._image says how: it stands above.
@@ -824,6 +1062,9 @@ cdef class ImageHandle:
     def __cinit__(self):
         self.it = &no_image
 
+    def __reduce__(self):
+        raise TypeError(f"{type(self).__name__} objects cannot be pickled or copied: they are of this process")
+
     def __dealloc__(self):
         if self.it != NULL and self.it != &no_image:
             with nogil:
@@ -843,10 +1084,9 @@ cdef int memory_changes(Memory mem, object since, str name, changes* out) except
         raise TypeError(f"{name} must be an Image, got {type(since).__name__}")
     base = <ImageHandle>since
     memset(out, 0, sizeof(changes))
-    m = mem.enter()
+    m = mem.enter_locked()
     with nogil:
-        acquire(&m.lock)
-        code = refuse_protected(m, "dirty_pages", &why)
+        code = refuse_protected(m, READABLE, "dirty_pages", &why)
         if code == 0:
             code = compare(m, NULL, base.it, out, &why)
         unlock(&m.lock)
@@ -857,17 +1097,166 @@ cdef int memory_changes(Memory mem, object since, str name, changes* out) except
     return 0
 
 
-cdef int refuse_protected(memory* m, const char* call, failure* why) noexcept nogil:
-    """For the calls that reach for every byte by themselves; with the lock held."""
-    if not m.protected_pages:
+cdef int begin_restore(Memory self, ImageHandle to, bint zero_grown) except -1:
+    """Lock the memory for end_restore, which cannot fail. An exception: it would fail, and nothing is locked."""
+    cdef failure why
+    cdef int code
+    cdef size_t size, right
+    cdef memory* m = self.enter()
+    if load(&m.owner) != OWNER_WASMTIME:
+        self.leave()
+        m = self.enter_locked()
+    elif not try_acquire(&m.lock):
+        self.leave()
+        raise _errors.OwnedError("another thread is growing this memory, which a wasmtime store owns, or"
+                                 " looks at all of it: restore it when no call runs in that store")
+    size = memory_size(m)
+    right = to.it.end
+    if m.image == to.it and m.started > right:
+        right = m.started
+    code = refuse_protected(m, WRITABLE, "restore", &why)
+    if code == 0 and (size == right or (size > right and zero_grown)):
         return 0
-    fail(why, E_UNSUPPORTED, call, 0)
-    snprintf(why.detail, sizeof(why.detail), "with protected pages: give all of it back its access with"
-             " protect(0, %zu, 'rw')", round_down(memory_size(m), pages.capabilities().page_size))
-    return E_UNSUPPORTED
+    unlock(&m.lock)
+    self.leave()
+    if code:
+        raise_failure(&why)
+    if size < right:
+        raise ValueError(f"the memory has {size} bytes and the image {right}: grow it before")
+    raise ValueError(f"the memory has grown to {size} bytes since, the image knows of {right}: zero_grown=True"
+                     " keeps the size and zeroes the rest")
 
 
-_ACCESSES = {"none": pages.ACCESS_NONE, "r": pages.ACCESS_READ, "rw": pages.ACCESS_READ_WRITE}
+cdef int end_restore(Memory self, ImageHandle to, bint act) except -1:
+    """Restore the memory that begin_restore has locked, or leave it as it is (`act`); unlock it."""
+    cdef memory* m = self.m
+    with nogil:
+        if act:
+            memory_restore(m, to.it)
+        unlock(&m.lock)
+    self.leave()
+    return 0
+
+
+def restore_all(list memories not None, list images not None):
+    """Restore each of some different memories to its image, accepting those that have grown: all of them, or none.
+
+    Raises
+    ------
+    OwnedError, TypeError, ValueError
+        As `Memory.restore`, for the first memory that cannot be restored; no memory has changed then.
+    """
+    cdef Py_ssize_t begun = 0, i
+    cdef bint act = False
+    try:
+        while begun < len(memories):
+            begin_restore(<Memory?>memories[begun], <ImageHandle?>images[begun], True)
+            begun += 1
+        act = True
+    finally:
+        for i in range(begun):
+            end_restore(<Memory>memories[i], <ImageHandle>images[i], act)
+
+
+cdef int read_protected(memory* m, size_t start, size_t n, char* to) except -1:
+    """Copy out of a memory that is_guarded()."""
+    cdef failure why
+    cdef int code = begin_guarded(m, start, n, READABLE, "read", &why)
+    if code:
+        raise_failure(&why)
+    with nogil:
+        memcpy(to, m.base + start, n)
+        end_guarded(m)
+    return 0
+
+
+cdef int write_protected(memory* m, size_t start, size_t n, const char* data) except -1:
+    """Copy into a memory that is_guarded(); NULL: zeros."""
+    cdef failure why
+    cdef int code = begin_guarded(m, start, n, WRITABLE, "write", &why)
+    if code:
+        raise_failure(&why)
+    with nogil:
+        if data != NULL:
+            memmove(m.base + start, data, n)
+        else:
+            memset(m.base + start, 0, n)
+        end_guarded(m)
+    return 0
+
+
+cdef int begin_guarded(memory* m, size_t start, size_t n, int allowed, const char* call, failure* why) noexcept:
+    """0, and no page of the range changes its access until end_guarded(), or a failure. The pages of a Python memory
+    may be another linmem memory's: there it holds as long as nobody protects that one at this moment."""
+    cdef int code
+    if m.ops.pages_are_ours:
+        with nogil:
+            acquire(&m.lock)
+    else:
+        begin_access(m)
+    with nogil:
+        code = refuse_access(m, start, n, allowed, call, why)
+        if code:
+            end_guarded(m)
+    return code
+
+
+cdef void end_guarded(memory* m) noexcept nogil:
+    if m.ops.pages_are_ours:
+        unlock(&m.lock)
+    else:
+        end_access(m)
+
+
+cdef int check_readable(const Py_buffer* given) except -1:
+    """Refuse a buffer that shows protected pages of a linmem memory which cannot be read."""
+    cdef failure why
+    cdef int code
+    cdef const char* at = <const char*>given.buf
+    cdef size_t size = <size_t>given.len
+    with nogil:
+        code = refuse_foreign(at, size, READABLE, "reading the data, which lie in a linmem memory,", &why)
+    return raise_failure(&why) if code else 0
+
+
+def shows_protected(data):
+    """What linmem._checks says that it is."""
+    cdef Py_buffer given
+    cdef bint answer = False
+    if load(&n_protections) == 0:
+        return False
+    try:
+        PyObject_GetBuffer(data, &given, PyBUF_SIMPLE)
+    except BufferError:         # not contiguous
+        return False
+    try:
+        check_readable(&given)
+        with nogil:
+            answer = find_protected(<const char*>given.buf, <size_t>given.len) != NULL
+        return answer
+    finally:
+        PyBuffer_Release(&given)
+
+
+_checks.shows_protected = shows_protected
+
+_ACCESSES = {"none": pages.ACCESS_NONE, "r": pages.ACCESS_READ, "rw": pages.ACCESS_READ_WRITE,
+             "rx": pages.ACCESS_READ_EXECUTE}
+
+
+cdef int take_bytes(object data, str name, Py_buffer* out) except -1:
+    """The contiguous bytes of a buffer; the caller releases it."""
+    try:
+        PyObject_GetBuffer(data, out, PyBUF_SIMPLE)
+    except (TypeError, ValueError, BufferError) as error:
+        _refuse_buffer(data, name, error)
+    if load(&n_protections):
+        try:
+            check_readable(out)
+        except BaseException:
+            PyBuffer_Release(out)
+            raise
+    return 0
 
 
 cdef Py_ssize_t check_index(object key) except? -1:
@@ -913,15 +1302,32 @@ cdef class Window:
     cdef Py_ssize_t shape[1]
     cdef Py_ssize_t strides[1]
 
+    def __reduce__(self):
+        raise TypeError("a Window cannot be pickled or copied: it is a part of a memory of this process")
+
     def __getbuffer__(self, Py_buffer* buffer, int flags):
         if self.memory is None:
             raise TypeError("a Window is made by Memory.view()")
         cdef memory* m = self.memory.enter()
-        pin(m)
+        cdef bint pinned = False, read_only = False
+        try:
+            pin(m)
+            pinned = True
+            if load(&m.protection) != PROTECTION_NONE:
+                with nogil:
+                    read_only = is_read_only(m)
+            if read_only and flags & PyBUF_WRITABLE:
+                raise BufferError("no page of the memory can be written (protect)")
+        except BaseException:
+            if pinned:
+                unpin(m)
+            self.memory.leave()
+            raise
+        self.memory.call_becomes_export()
         buffer.buf = m.base + self.offset
         buffer.obj = self
         buffer.len = self.shape[0] * self.strides[0]
-        buffer.readonly = 0
+        buffer.readonly = read_only
         buffer.itemsize = self.strides[0]
         buffer.format = PyBytes_AS_STRING(self.format) if flags & PyBUF_FORMAT else NULL
         buffer.ndim = 1
@@ -931,5 +1337,4 @@ cdef class Window:
         buffer.internal = NULL
 
     def __releasebuffer__(self, Py_buffer* buffer):
-        unpin(self.memory.m)
-        self.memory.leave()
+        self.memory.release_export()

@@ -4,6 +4,10 @@ A module's active data segments are copied into its memories at each instantiati
 them out: what they would write becomes runs of bytes, from which an image can be made once, and
 the segments stay as empty ones, so that every index keeps its meaning.
 
+An emptied segment becomes a passive one if its offset is a single constant. wasmtime then compiles no
+start-up code for it, so it costs no fuel and no deadline. An offset of any other form stays as it is
+written, because only validation can say whether the engine allows it.
+
 Why the result cannot be told from the original, apart from where the bytes come from:
 
 - Only segments of memories that the module defines are taken, whose offset is known from the
@@ -13,8 +17,8 @@ Why the result cannot be told from the original, apart from where the bytes come
   size but 0, empty or not, and ``data.drop`` does nothing.
 - The order of writes to a memory is kept: once a segment of a memory has to stay, all later ones
   of that memory stay too. Among those that were taken, later ones overwrite earlier ones.
-- The offset's code and the place of each segment are untouched, so a module is valid afterwards
-  if and only if it was before.
+- The place of each segment is untouched, and so is each offset that is not a single constant of the
+  type that the memory's addresses have. So a module is valid afterwards if and only if it was before.
 - When instantiation fails, nobody can look into the memories of the instance that came to
   nothing, unless it put functions into an imported table first, which active element segments
   do before any data is copied. In a module that has such segments nothing is taken that a failure
@@ -27,7 +31,9 @@ Why the result cannot be told from the original, apart from where the bytes come
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -42,9 +48,13 @@ Run = tuple[int, bytes]
 _ORDER = {kind: rank for rank, kind in enumerate((
     _TYPE, _IMPORT, _FUNCTION, _TABLE, _MEMORY, _TAG, _GLOBAL, _EXPORT, _START, _ELEMENT, _COUNT, _CODE, _DATA))}
 _FUNC_KIND, _TABLE_KIND, _MEMORY_KIND, _GLOBAL_KIND, _TAG_KIND = range(5)
+_STATE_KINDS = {"table": _TABLE_KIND, "memory": _MEMORY_KIND, "global": _GLOBAL_KIND}
 _NUMBERS = frozenset((0x7F, 0x7E, 0x7D, 0x7C, 0x7B))        # i32, i64, f32, f64, v128
-_REFERENCES = frozenset(range(0x68, 0x75))                  # those that are one byte
-_FUNCREF = 0x70
+_REFERENCES = frozenset(range(0x68, 0x76))                  # those that are one byte: cont .. nocont
+_CONTINUATIONS = frozenset((0x68 - 0x80, 0x75 - 0x80))      # cont, nocont: as signed numbers
+_CONTINUATION_TYPE = b"\x5d"                                # begins a continuation type in the type section
+
+_MOST_TABLES = 0x20         # with more tables than this, nobody looks for the code that changes them
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,10 @@ class Outline:
         From (kind, index), with the kinds "memory", "table" and "global", to a name.
     passive : tuple of int
         How many passive data segments and passive element segments an instance can drop.
+    changes_tables : bool
+        Whether the module's code may change a table. False only if no code of the module can.
+    unreadable : frozenset of str
+        The exported tables and globals that may hold continuations: wasmtime's C API aborts when they are read.
     """
 
     imported_memories: int
@@ -99,16 +113,28 @@ class Outline:
     globals: tuple[bool, ...]
     exports: dict[tuple[str, int], str]
     passive: tuple[int, int]
+    changes_tables: bool
+    unreadable: frozenset[str]
 
     def hidden_globals(self) -> list[int]:
-        """The mutable globals of the module's own that no export names."""
-        return [index for index in range(self.imported_globals, len(self.globals))
-                if self.globals[index] and ("global", index) not in self.exports]
+        """The mutable globals, imports included, that no export names."""
+        return [index for index, mutable in enumerate(self.globals)
+                if mutable and ("global", index) not in self.exports]
 
     def hidden_memories(self) -> list[int]:
-        """The memories of the module's own that no export names."""
-        return [index for index in range(self.imported_memories, self.memories)
-                if ("memory", index) not in self.exports]
+        """The memories, imports included, that no export names."""
+        return [index for index in range(self.memories) if ("memory", index) not in self.exports]
+
+    def hidden_tables(self) -> list[int]:
+        """The tables, imports included, that no export names and that anybody can change."""
+        return [index for index in range(self.tables) if ("table", index) not in self.exports
+                and (self.changes_tables or index < self.imported_tables)]
+
+    def hidden(self) -> list[tuple[str, int, bool]]:
+        """Kind, index, and whether it is imported, of all state that no export names."""
+        return [*(("memory", index, index < self.imported_memories) for index in self.hidden_memories()),
+                *(("table", index, index < self.imported_tables) for index in self.hidden_tables()),
+                *(("global", index, index < self.imported_globals) for index in self.hidden_globals())]
 
 
 def hoist(wasm: bytes) -> Hoisted:
@@ -122,16 +148,13 @@ def hoist(wasm: bytes) -> Hoisted:
     Raises
     ------
     Malformed
-        If a part that must be understood is malformed; with the offset where. Other parts are
-        copied as they are: `hoist` does not validate.
-    ValueError
-        If `wasm` is a component.
+        If a part that must be understood is malformed, with the offset where, or if `wasm` is a component.
+        Other parts are copied as they are: `hoist` does not validate.
     """
-    module = _Module(wasm)
     try:
-        return _hoist(module)
+        return _hoist(_Module(wasm))
     except _Unknown as reason:
-        return Hoisted(module.wasm, [], [], [f"nothing is hoisted: {reason}"], unknown=True)
+        return Hoisted(bytes(wasm), [], [], [f"nothing is hoisted: {reason}"], unknown=True)
 
 
 def outline(wasm: bytes) -> Outline:
@@ -149,7 +172,9 @@ def outline(wasm: bytes) -> Outline:
 
 
 def expose(wasm: bytes) -> tuple[bytes, frozenset[str]]:
-    """Export what a module hides: its own memories, and its own mutable globals.
+    """Export the state that a module hides: memories, mutable globals, and tables that can be changed.
+
+    What the module imports and does not export is hidden too.
 
     Returns
     -------
@@ -163,8 +188,8 @@ def expose(wasm: bytes) -> tuple[bytes, frozenset[str]]:
     ValueError
         As `outline`.
     """
-    module = _Module(wasm)
     try:
+        module = _Module(wasm)
         found = _outline(module)
         taken = {name for name, _, _ in module.exports()}
     except _Unknown as reason:
@@ -172,8 +197,7 @@ def expose(wasm: bytes) -> tuple[bytes, frozenset[str]]:
     prefix = "linmem"
     while any(name.startswith(prefix) for name in taken):
         prefix += "-"
-    wanted = [("memory", _MEMORY_KIND, index) for index in found.hidden_memories()]
-    wanted += [("global", _GLOBAL_KIND, index) for index in found.hidden_globals()]
+    wanted = [(kind, _STATE_KINDS[kind], index) for kind, index, _ in found.hidden()]
     if not wanted:
         return module.wasm, frozenset()
     section = module.sections.get(_EXPORT)
@@ -286,34 +310,41 @@ def _leb(value: int) -> bytes:
     return bytes(out)
 
 
-def _heap_type(reader: _Reader, what: str) -> None:
-    if reader.signed(33, what) == -0x1B:        # 0x65: of shared types
-        reader.signed(33, what)
+def _heap_type(reader: _Reader, what: str) -> int:
+    """Read one: the index of a type, or a negative number that names an abstract one."""
+    start = reader.at
+    value = reader.signed(33, what)
+    if value == 0x65 - 0x80:        # of shared types
+        value = reader.signed(33, what)
+    if value < 0 and value + 0x80 not in _REFERENCES:
+        raise _Unknown(f"{what} at byte {start} is {value}")
+    return value
 
 
-def _reference_type(reader: _Reader, what: str) -> bool:
-    """Read one; whether it is of functions for sure."""
+def _reference_type(reader: _Reader, what: str) -> int:
+    """Read one; its heap type."""
     start = reader.at
     first = reader.byte(what)
     if first in _REFERENCES:
-        return first == _FUNCREF
+        return first - 0x80
     if first not in (0x63, 0x64):
         raise _Unknown(f"{what} at byte {start} is 0x{first:02x}")
-    _heap_type(reader, what)
-    return False
+    return _heap_type(reader, what)
 
 
-def _value_type(reader: _Reader, what: str) -> None:
+def _value_type(reader: _Reader, what: str) -> int | None:
+    """Read one; the heap type of a reference, None for a number."""
     if reader.at < reader.end and reader.data[reader.at] in _NUMBERS:
         reader.at += 1
-    else:
-        _reference_type(reader, what)
+        return None
+    return _reference_type(reader, what)
 
 
 @dataclass(frozen=True)
 class _Limits:
     minimum: int        # of a memory, in bytes
     is_64: bool
+    heap_type: int | None = None    # of a table's elements
 
 
 def _limits(reader: _Reader, what: str, known: int) -> tuple[int, int, bool]:
@@ -341,13 +372,15 @@ def _memory_type(reader: _Reader) -> _Limits:
 
 
 def _table_type(reader: _Reader) -> _Limits:
-    _reference_type(reader, "table type")
+    heap_type = _reference_type(reader, "table type")
     _, minimum, is_64 = _limits(reader, "table type", 0x07)
-    return _Limits(minimum, is_64)
+    return _Limits(minimum, is_64, heap_type)
 
 
 # What a constant expression leaves: (bits, value modulo 2^bits), or None if only the instance knows.
 _Value = tuple[int, int] | None
+# Of a global: whether it is mutable, and the heap type if it is a reference.
+_Global = tuple[bool, int | None]
 
 _ARITHMETIC = {0x6A: (32, "add"), 0x6B: (32, "sub"), 0x6C: (32, "mul"),
                0x7C: (64, "add"), 0x7D: (64, "sub"), 0x7E: (64, "mul")}
@@ -363,8 +396,8 @@ class _Module:
                              " (wasmtime.wat2wasm makes it from text)")
         if wasm[4:8] != b"\1\0\0\0":
             if len(wasm) >= 8 and wasm[6:8] == b"\1\0":
-                raise ValueError("a WebAssembly component, not a core module: components own no memories, the core"
-                                 " modules inside them do")
+                raise Malformed("a WebAssembly component, not a core module: components own no memories, the core"
+                                " modules inside them do")
             raise _malformed(4, f"unknown version {wasm[4:8].hex()}" if len(wasm) >= 8 else "version ends too early")
         self.sections: dict[int, tuple[int, int, int]] = {}     # kind: its first byte, its content, its end
         reader = _Reader(wasm, 8, len(wasm))
@@ -383,7 +416,8 @@ class _Module:
                 rank = _ORDER[kind]
                 self.sections[kind] = start, content, reader.at
                 self.after[rank] = reader.at
-        self._globals: list[_Value] | None = None
+            else:
+                raise _Unknown(f"the section at byte {start} is of kind {kind}")
 
     def reader(self, kind: int) -> _Reader:
         _, content, end = self.sections[kind]
@@ -402,13 +436,13 @@ class _Module:
 
     # Each of these reads its section anew; the callers keep what they need.
 
-    def imports(self) -> tuple[list[_Limits], list[_Limits], list[bool]]:
-        """Memories, tables, and of globals whether they are mutable."""
+    def imports(self) -> tuple[list[_Limits], list[_Limits], list[_Global]]:
+        """Memories, tables, and globals."""
         memories: list[_Limits] = []
         tables: list[_Limits] = []
-        mutable: list[bool] = []
+        globals: list[_Global] = []
         if _IMPORT not in self.sections:
-            return memories, tables, mutable
+            return memories, tables, globals
         reader = self.reader(_IMPORT)
         for _ in reader.items("imports"):
             reader.name("import's module")
@@ -422,13 +456,13 @@ class _Module:
             elif kind == _MEMORY_KIND:
                 memories.append(_memory_type(reader))
             elif kind == _GLOBAL_KIND:
-                mutable.append(self._global_type(reader))
+                globals.append(self._global_type(reader))
             elif kind == _TAG_KIND:
                 reader.byte("tag's attribute")
                 reader.u32("type index")
             else:
                 raise _Unknown(f"the import at byte {start} is of kind 0x{kind:02x}")
-        return memories, tables, mutable
+        return memories, tables, globals
 
     def memories(self) -> list[_Limits]:
         if _MEMORY not in self.sections:
@@ -450,25 +484,58 @@ class _Module:
         return found
 
     @staticmethod
-    def _global_type(reader: _Reader) -> bool:
-        _value_type(reader, "global type")
+    def _global_type(reader: _Reader) -> _Global:
+        heap_type = _value_type(reader, "global type")
         start = reader.at
         mutable = reader.byte("global type")
         if mutable > 1:
             raise _Unknown(f"the global type at byte {start} has flags 0x{mutable:02x}")
-        return mutable == 1
+        return mutable == 1, heap_type
 
-    def globals(self, imported: list[bool]) -> tuple[list[_Value], list[bool]]:
-        """Of each global, imports included: the value if it is a constant, and whether it is mutable."""
+    def globals(self, imported: list[_Global]) -> tuple[list[_Value], list[_Global]]:
+        """Of each global, imports included: the value if it is a constant, and its type."""
         values: list[_Value] = [None] * len(imported)
-        mutable = list(imported)
+        types = list(imported)
         if _GLOBAL in self.sections:
             reader = self.reader(_GLOBAL)
             for _ in reader.items("globals"):
-                mutable.append(self._global_type(reader))
+                types.append(self._global_type(reader))
                 value, _ = self.expression(reader, values)
-                values.append(None if mutable[-1] else value)
-        return values, mutable
+                values.append(None if types[-1][0] else value)
+        return values, types
+
+    def holds_continuations(self, heap_type: int | None) -> bool:
+        """Whether references of a heap type may be continuations. (A byte that looks like such a type will do.)"""
+        if heap_type is None or heap_type < 0:
+            return heap_type in _CONTINUATIONS
+        start, _, end = self.sections.get(_TYPE, (0, 0, 0))
+        return self.wasm.find(_CONTINUATION_TYPE, start, end) >= 0
+
+    def changes_tables(self, tables: int) -> bool:
+        """Whether the code may change a table: it holds bytes that look like table.set, .init, .copy, .grow or .fill.
+
+        Such bytes may also be part of something else. Numbers may be written with more bytes than they need.
+        """
+        if _CODE not in self.sections or not tables:
+            return False
+        if tables > _MOST_TABLES:
+            return True
+        _, content, end = self.sections[_CODE]
+        last = tables - 1
+        pattern = (b"\x26(?:[\\x00-\\x%02x]|[\\x80-\\x%02x]\\x80*\\x00)" % (last, 0x80 + last)
+                   + rb"|\xfc(?:[\x0c\x0e\x0f\x11]|[\x8c\x8e\x8f\x91]\x80*\x00)")
+        return re.compile(pattern).search(self.wasm, content, end) is not None
+
+    def constant(self, reader: _Reader) -> _Value:
+        """Read an offset that is a single constant; None, and nothing is read, if it has another form."""
+        start = reader.at
+        bits = {0x41: 32, 0x42: 64}.get(reader.byte("data segment's offset"))
+        if bits is not None:
+            value = reader.signed(bits, "data segment's offset")
+            if reader.byte("data segment's offset") == 0x0B:
+                return bits, value & ((1 << bits) - 1)
+        reader.at = start
+        return None
 
     def expression(self, reader: _Reader, values: list[_Value]) -> tuple[_Value, bool]:
         """Read a constant expression: what it leaves where that is known, and whether it allocates."""
@@ -581,19 +648,21 @@ class _Module:
             flags = reader.u32("data segment's flags")
             if flags > 2:
                 raise _malformed(start, f"data segment has flags {flags}")
-            memory, offset = 0, None
+            memory, offset, is_constant = 0, None, False
             if flags == 2:
                 memory = reader.u32("memory index")
             if flags != 1:
-                offset, _ = self.expression(reader, values)
+                offset = self.constant(reader)
+                is_constant = offset is not None
+                if not is_constant:
+                    offset, _ = self.expression(reader, values)
             head = reader.at
             size = reader.u32("data segment's size")
             content = reader.skip(size, "data segment")
-            yield _Segment(index, start, head, content, reader.at, flags != 1, memory, offset)
+            yield _Segment(index, start, head, content, reader.at, flags != 1, memory, offset, is_constant)
 
 
-@dataclass(frozen=True)
-class _Segment:
+class _Segment(NamedTuple):
     index: int
     start: int
     head: int           # past the flags, the memory and the offset
@@ -602,10 +671,7 @@ class _Segment:
     active: bool
     memory: int
     offset: _Value
-
-    @property
-    def size(self) -> int:
-        return self.end - self.content
+    is_constant: bool   # the offset is a single constant
 
 
 # -- rewriting -------------------------------------------------------------------------------------
@@ -614,17 +680,23 @@ class _Segment:
 def _outline(module: _Module) -> Outline:
     memories, tables, imported = module.imports()
     counts = len(memories), len(tables), len(imported)
-    values, mutable = module.globals(imported)
+    values, globals = module.globals(imported)
     memories += module.memories()
     tables += module.tables()
-    kinds = {_TABLE_KIND: "table", _MEMORY_KIND: "memory", _GLOBAL_KIND: "global"}
+    heap_types = {"table": [table.heap_type for table in tables], "global": [heap_type for _, heap_type in globals]}
+    kinds = {code: kind for kind, code in _STATE_KINDS.items()}
     exports: dict[tuple[str, int], str] = {}
-    for name, kind, index in module.exports():
-        if kind in kinds:
-            exports.setdefault((kinds[kind], index), name)
+    unreadable = []
+    for name, code, index in module.exports():
+        if code in kinds:
+            kind = kinds[code]
+            exports.setdefault((kind, index), name)
+            if any(map(module.holds_continuations, heap_types.get(kind, [])[index:index + 1])):
+                unreadable.append(name)
     passive_data = sum(not segment.active for segment in module.data(values))
     passive_elements = sum(mode == "passive" for mode, *_ in module.elements(values))
-    return Outline(*counts, len(memories), len(tables), tuple(mutable), exports, (passive_data, passive_elements))
+    return Outline(*counts, len(memories), len(tables), tuple(mutable for mutable, _ in globals), exports,
+                   (passive_data, passive_elements), module.changes_tables(len(tables)), frozenset(unreadable))
 
 
 def _hoist(module: _Module) -> Hoisted:
@@ -650,13 +722,13 @@ def _hoist(module: _Module) -> Hoisted:
             return unchanged
 
     taken: list[list[_Segment]] = [[] for _ in own]
-    hoisted: set[int] = set()
+    hoisted: set[int] = set()       # segments that write nothing any more
     skipped: list[str] = []
     stays: set[int] = set()         # memories of which a segment had to stay
     for segment in segments:
         if not segment.active:
             continue
-        which, size = segment.memory - len(imported), segment.size
+        which, size = segment.memory - len(imported), segment.end - segment.content
         if segment.memory >= len(memories):
             skipped.append(f"data segment {segment.index}: there is no memory {segment.memory}")
             break
@@ -669,9 +741,9 @@ def _hoist(module: _Module) -> Hoisted:
                            f" {segment.memory}, so that instantiation traps")
             break
         if which >= 0 and inside:
-            if size == 0:
-                continue
-            if segment.memory not in stays:
+            if size == 0 and segment.is_constant:
+                hoisted.add(segment.index)
+            elif size and segment.memory not in stays:
                 taken[which].append(segment)
                 hoisted.add(segment.index)
         elif segment.memory not in stays:
@@ -689,7 +761,9 @@ def _hoist(module: _Module) -> Hoisted:
     whole = memoryview(module.wasm)
     parts: list[bytes | memoryview] = [_leb(len(segments))]
     for segment in segments:
-        if segment.index in hoisted:
+        if segment.index in hoisted and segment.is_constant:
+            parts.append(b"\1\0")            # passive, of no bytes
+        elif segment.index in hoisted:
             parts += [whole[segment.start:segment.head], b"\0"]
         else:
             parts.append(whole[segment.start:segment.end])
@@ -715,7 +789,7 @@ def _runs(whole: memoryview, segments: list[_Segment]) -> tuple[Run, ...]:
     placed = [(segment.offset[1], segment) for segment in segments if segment.offset is not None]
     groups: list[tuple[int, int, list[tuple[int, _Segment]]]] = []
     for offset, segment in sorted(placed, key=lambda pair: pair[0]):
-        end = offset + segment.size
+        end = offset + segment.end - segment.content
         if groups and offset <= groups[-1][1]:
             start, before, members = groups[-1]
             members.append((offset, segment))
@@ -726,6 +800,7 @@ def _runs(whole: memoryview, segments: list[_Segment]) -> tuple[Run, ...]:
     for start, end, members in groups:
         content = bytearray(end - start)
         for offset, segment in sorted(members, key=lambda pair: pair[1].index):
-            content[offset - start:offset - start + segment.size] = whole[segment.content:segment.end]
+            at = offset - start
+            content[at:at + segment.end - segment.content] = whole[segment.content:segment.end]
         runs.append((start, bytes(content)))
     return tuple(runs)

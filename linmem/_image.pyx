@@ -2,15 +2,15 @@
 """Images: what a memory held, to start others from and to come back to. Floor 3."""
 
 cimport cython
-from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBuffer_FillInfo, PyBuffer_Release
 from libc.stdint cimport SIZE_MAX
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from linmem._atomic cimport load
 from linmem._memory cimport (
-    GRANULE, ImageHandle, Memory, NativeCreator, changes, check_flag, check_size, compare, failure, image, image_finish,
-    image_new, image_put, is_zero, memory_changes, raise_failure, run,
+    GRANULE, ImageHandle, Memory, NativeCreator, changes, check_flag, check_native, check_size, compare, failure,
+    image, image_finish, image_new, image_put, is_zero, memory_changes, raise_failure, run, take_bytes,
 )
 from linmem._os cimport pages
 from linmem._units cimport round_down, round_up
@@ -19,7 +19,7 @@ from linmem import _memory
 from linmem import errors as _errors
 from linmem._checks import check_pairs as _check_pairs, check_path as _check_path, check_size as _check_size, \
     shown as _shown
-from linmem._delta import Delta as _Delta
+from linmem._delta import Delta as _Delta, bytes_after as _bytes_after
 from linmem._os import pages as _pages
 
 cdef NativeCreator default_creator = _memory.MmapCreator()
@@ -40,7 +40,7 @@ cdef class Image(ImageHandle):
         Where its bytes lie in a memory.
     """
 
-    def __init__(self):
+    def __init__(self, *args, **kwargs):
         raise TypeError("an Image is made by mem.snapshot() or Image.from_bytes(data, offset)")
 
     # -- making one
@@ -64,9 +64,9 @@ cdef class Image(ImageHandle):
         cdef Py_buffer given
         cdef size_t start
         check_size(offset, "offset", &start)
-        take_buffer(data, &given)
+        take_bytes(data, "data", &given)
         try:
-            return from_pieces(start, <size_t>given.len, [(start, memoryview(data))])
+            return from_pieces(start, <size_t>given.len, [(start, data)])
         finally:
             PyBuffer_Release(&given)
 
@@ -104,14 +104,15 @@ cdef class Image(ImageHandle):
         position : int
             In the file, a multiple of the host page.
         runs : iterable of (int, int), optional
-            As `runs()` returns them, where they are known: without, nothing is known to be zero.
+            As `runs()` returns them, where they are known. Outside of them the file must have holes or zeros, which is
+            checked.
         digest : str, optional
-            As `digest`, where it is known; not verified.
+            What `digest` must be. All of the file is read to compare it.
 
         Raises
         ------
         ValueError
-            The file is too short or can still be written to, or what is given for it cannot be.
+            The file is too short or can still be written to, or what is given for it is not so.
         PageError
             The OS refused.
         """
@@ -163,9 +164,17 @@ cdef class Image(ImageHandle):
             raise _errors.from_failure("os", text, os_error_args=_pages.os_error_args(code, text), call="image_open",
                                        size=end - first, used=0, limit=0)
         handle.it = it
-        take_runs(it, runs, start, n)
+        from linmem._files import runs_of_file
+        known = runs is not None
+        if known:
+            take_runs(it, runs, start, n)
+            runs_of_file(descriptor, where, first, first + it.content.size, runs)
+        else:
+            take_runs(it, runs_of_file(descriptor, where, first, first + it.content.size, None), start, n)
+        it.runs_known = known
         made = wrap_image(handle, start, n)
-        made._digest = digest
+        if digest is not None and made.digest != digest:
+            raise ValueError(f"digest must be that of the file's content, {made.digest}, got {digest}")
         return made
 
     # -- what it is
@@ -184,7 +193,8 @@ cdef class Image(ImageHandle):
             from hashlib import blake2b
             state = blake2b(self.offset.to_bytes(8, "little") + self.size.to_bytes(8, "little"), digest_size=32)
             content = memoryview(Content(self))
-            for offset, size in self.runs():
+            # What a file claims to be stored may be zero.
+            for offset, size in find_runs(self.it):
                 state.update(offset.to_bytes(8, "little") + size.to_bytes(8, "little"))
                 start = offset - self.it.offset
                 state.update(content[start:start + size])
@@ -216,6 +226,9 @@ cdef class Image(ImageHandle):
     def __len__(self):
         return self.size
 
+    def __bool__(self):
+        return True         # also one of no bytes: it is there
+
     def __getbuffer__(self, Py_buffer* buffer, int flags):
         PyBuffer_FillInfo(buffer, self, start_of(self.it, self.offset), <Py_ssize_t>self.size, 1, flags)
 
@@ -234,18 +247,19 @@ cdef class Image(ImageHandle):
         from linmem.records import ImageInfo
         return ImageInfo(
             offset=self.offset, size=self.size,
-            stored=sum(size for _, size in self.runs()) if self.it.runs_known else None,
+            stored=stored_in(self.it) if self.it.runs_known else None,
             kind=_pages.IMAGE_KINDS[self.it.content.kind] if self.it.content.size else "none",
             shares_pages=bool(self.it.content.maps), memories=load(&self.it.memories))
 
     # -- what it is for
 
-    def new_memory(self, maximum=None, *, minimum=None, creator=None, reserve=None, guard=None, domain=None):
+    def new_memory(self, maximum=None, *, minimum=None, creator=None, reserve=None, guard=None, may_move=False,
+                   domain=None):
         """A memory that starts with the image's bytes, and shares its pages until it writes them.
 
         Parameters
         ----------
-        maximum, reserve, guard, domain
+        maximum, reserve, guard, may_move, domain
             As of `linmem.create`.
         minimum : int, optional
             In bytes; the end of the image (offset + size) by default and at least.
@@ -262,12 +276,9 @@ cdef class Image(ImageHandle):
         """
         cdef NativeCreator by = default_creator
         if creator is not None:
-            if not isinstance(creator, NativeCreator):
-                raise TypeError(f"creator must be a NativeCreator (a PythonCreator for one in Python), got"
-                                f" {type(creator).__name__}")
-            by = <NativeCreator>creator
+            by = check_native(creator, "creator")
         return by.create(self.offset + self.size if minimum is None else minimum, maximum, reserve, guard, image=self,
-                         domain=domain)
+                         may_move=may_move, domain=domain)
 
     def diff(self, other not None):
         """What changed from this image to a memory or to another image, as a `Delta`.
@@ -279,13 +290,14 @@ cdef class Image(ImageHandle):
         Raises
         ------
         TypeError
-            For a memory with protected pages.
+            For a memory with a page that is inaccessible (`Memory.protect`).
         """
         cdef changes found
         cdef failure why
         cdef int code
         cdef Image image_
         target = None
+        begin = 0
         if isinstance(other, Memory):
             memory_changes(<Memory>other, self, "base", &found)
             size = len(other)
@@ -299,6 +311,7 @@ cdef class Image(ImageHandle):
                 raise_failure(&why)
             size = image_.offset + image_.size
             target = image_.digest
+            begin = image_.offset
         else:
             raise TypeError(f"other must be a Memory or an Image, got {type(other).__name__}")
         cdef size_t i
@@ -313,25 +326,26 @@ cdef class Image(ImageHandle):
         else:
             content = memoryview(Content(image_))
             data = b"".join(content[offset - image_.it.offset:offset - image_.it.offset + n] for offset, n in ranges)
-        return _Delta(self.digest, self.offset + self.size, size, ranges, zeros, data, target)
+        return _Delta(self.digest, self.offset + self.size, size, ranges, zeros, data, target, begin)
 
     def apply(self, delta not None):
-        """The image that a memory of this one holds after `Memory.apply`.
+        """The image that the delta leads to from this one.
 
         Raises
         ------
         ValueError
-            The delta's base is another image.
+            The delta's base is another image, or what comes out is not the delta's target.
         """
         if not isinstance(delta, _Delta):
             raise TypeError(f"delta must be a Delta, got {type(delta).__name__}")
         if delta.base != self.digest:
             raise ValueError(f"the delta is for the image {delta.base}, and this one is {self.digest}")
-        with self.new_memory() as mem:
-            if delta.size >= len(mem):
-                mem.apply(delta)
-                return mem.snapshot()
-        raise ValueError(f"the delta is for a memory that shrinks from {delta.base_size} bytes to {delta.size}")
+        from linmem._files import own_runs
+        made = Image.from_pieces(_bytes_after(delta, own_runs(self, memoryview(self))), delta.size - delta.offset,
+                                 delta.offset)
+        if delta.target is not None and made.digest != delta.target:
+            raise ValueError(f"the delta led to the image {made.digest}, and was to lead to {delta.target}")
+        return made
 
     def __eq__(self, other):
         if not isinstance(other, Image):
@@ -350,7 +364,8 @@ cdef class Image(ImageHandle):
     def save(self, path, *, packed=False):
         """Write the image to a file, which is there whole or not at all, whenever the process is killed.
 
-        An image that was opened from the file before keeps the old one.
+        An image that was opened from the file before keeps the old one. A file that is replaced keeps its owner and
+        its rights. A pipe or a character device is written to, packed.
 
         Parameters
         ----------
@@ -362,7 +377,7 @@ cdef class Image(ImageHandle):
         Raises
         ------
         OSError
-            The old file, if there is one, is still there.
+            It names `path`. The old file, if there is one, is still there.
         """
         from linmem import _files
         check_flag(packed, "packed")
@@ -377,11 +392,12 @@ cdef class Image(ImageHandle):
         path : path-like
             Written by `save`, on any machine.
         verify : bool
-            As `verify()` at once. Without it the header and the table are checked, and each byte that is read
-            instead of mapped.
+            As `verify()` at once. Without it the header and the table are checked, each byte that is read instead of
+            mapped, and that nothing stands where the table says zeros.
         map : bool
-            Pages come from the file when they are first needed, if it is not packed: nobody must change it
-            in place. False: everything is read now.
+            Pages come from the file when they are first needed, if it is not packed. A foreign program that changes
+            the file later changes the image, so this is for files that no stranger can write. False: everything is
+            read now.
         max_size : int, optional
             Bytes; a larger image is refused.
 
@@ -435,11 +451,23 @@ cdef class Image(ImageHandle):
         # The pages that are not zero, where they lie: from protocol 5 on whoever pickles may leave them there.
         from pickle import PickleBuffer
 
+        # Each part costs its receiver about as much as a MiB of it: many small ones are copied into one.
         from linmem._files import own_runs
-        runs = list(own_runs(self, memoryview(self)))
         wrap_part = PickleBuffer if protocol >= 5 else bytes
-        return _unpickled, (self.size, self.offset, tuple([start for start, _ in runs]),
-                            *[wrap_part(data) for _, data in runs])
+        runs = list(own_runs(self, memoryview(self)))
+        small = [] if len(runs) <= MOST_PARTS else [(start, data) for start, data in runs if len(data) < SMALL_PART]
+        large = [(start, data) for start, data in runs if not small or len(data) >= SMALL_PART]
+        places = tuple([start for start, _ in large])
+        parts = [wrap_part(data) for _, data in large]
+        if small:
+            places += tuple([(start, len(data)) for start, data in small]),
+            parts.append(wrap_part(b"".join([data for _, data in small])))
+        return _unpickled, (self.size, self.offset, places, *parts)
+
+
+cdef enum:
+    MOST_PARTS = 64
+    SMALL_PART = 1 << 20
 
 
 cdef char[1] nothing
@@ -458,6 +486,9 @@ cdef class Content:
     def __cinit__(self, Image of not None):
         self.of = of
 
+    def __reduce__(self):
+        raise TypeError("the content of an image cannot be pickled or copied: its Image can")
+
     def __getbuffer__(self, Py_buffer* buffer, int flags):
         PyBuffer_FillInfo(buffer, self, start_of(self.of.it, self.of.it.offset),
                           <Py_ssize_t>self.of.it.content.size, 1, flags)
@@ -472,36 +503,40 @@ cdef Image wrap_image(ImageHandle handle, size_t offset, size_t size):
     return made
 
 
-def _unpickled(size, offset, starts, *parts):
-    return Image.from_pieces(zip(starts, parts, strict=True), size, offset)
+def _unpickled(size, offset, places, *parts):
+    """places: for each part where it begins; or where each run in it begins, and its size."""
+    pieces = []
+    for place, part in zip(places, parts, strict=True):
+        if isinstance(place, int):
+            pieces.append((place, part))
+            continue
+        at = 0
+        view = memoryview(part)
+        for start, n in place:
+            pieces.append((start, view[at:at + n]))
+            at += n
+        if at != len(view):
+            raise ValueError(f"a part of {len(view)} bytes must be all of its runs, which have {at}")
+    pieces.sort(key=lambda piece: piece[0])
+    return Image.from_pieces(pieces, size, offset)
 
 
 def _parts(Image image_ not None):
     """What `Image.from_fd` takes, but for the descriptor."""
-    with cython.critical_section(image_):
-        digest = image_._digest
-    return image_.size, image_.offset, image_.it.content.position, image_.runs(), digest
+    return image_.size, image_.offset, image_.it.content.position, image_.runs()
 
 
-def _of_parts(descriptor, size, offset, position, runs, digest):
+def _of_parts(descriptor, size, offset, position, runs):
     from os import close
     fd = descriptor.detach()
     try:
-        return Image.from_fd(fd, size, offset, position=position, runs=runs, digest=digest)
+        return Image.from_fd(fd, size, offset, position=position, runs=runs)
     finally:
         close(fd)
 
 
 def _of_snapshot(ImageHandle handle not None):
     return wrap_image(handle, 0, handle.it.end)
-
-
-cdef int take_buffer(object data, Py_buffer* out) except -1:
-    try:
-        PyObject_GetBuffer(data, out, PyBUF_SIMPLE)
-    except (TypeError, ValueError, BufferError) as error:
-        raise TypeError(f"data must be a contiguous buffer of bytes, got {type(data).__name__}: {error}") from None
-    return 0
 
 
 cdef Image from_pieces(size_t offset, size_t size, object pieces):
@@ -533,7 +568,7 @@ cdef Image from_pieces(size_t offset, size_t size, object pieces):
         except (TypeError, ValueError) as error:
             raise TypeError(f"pieces must be pairs of an offset and a buffer, got {_shown(pair)}: {error}") from None
         check_size(where, "offset", &start)
-        take_buffer(data, &given)
+        take_bytes(data, "data", &given)
         try:
             if start < reached or start > offset + size or <size_t>given.len > offset + size - start:
                 raise ValueError(f"pieces must be in order, apart and within {offset} .. {offset + size}, got"
@@ -602,19 +637,36 @@ cdef int check_digest(object digest) except -1:
 
 
 cdef list find_runs(image* it):
+    """Those parts of its runs that are not zero; looks at each byte of them."""
     cdef list found = []
-    cdef size_t at = 0, first
+    cdef size_t at, first, end, i, joined = 0, begun = 0
     cdef const char* bytes_ = it.content.bytes
-    while at < it.content.size:
-        with nogil:
-            while at < it.content.size and is_zero_block(bytes_ + at):
-                at += GRANULE
-            first = at
-            while at < it.content.size and not is_zero_block(bytes_ + at):
-                at += GRANULE
-        if at > first:
+    for i in range(it.n_runs):
+        at = it.runs[i].offset
+        end = at + it.runs[i].size
+        while at < end:
+            with nogil:
+                while at < end and is_zero_block(bytes_ + at):
+                    at += GRANULE
+                first = at
+                while at < end and not is_zero_block(bytes_ + at):
+                    at += GRANULE
+            if at == first:
+                continue
+            if found and joined == first:       # the run before ends where this one begins
+                found.pop()
+                first = begun
             found.append((it.offset + first, at - first))
+            begun = first
+            joined = at
     return found
+
+
+cdef size_t stored_in(const image* it):
+    cdef size_t i, total = 0
+    for i in range(it.n_runs):
+        total += it.runs[i].size
+    return total
 
 
 cdef inline bint is_zero_block(const char* at) noexcept nogil:

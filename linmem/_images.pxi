@@ -426,54 +426,99 @@ cdef int memory_start_again(memory* m, image* to) noexcept nogil:
 
 # -- what differs ----------------------------------------------------------------------------------
 
-cdef int mark_touched(memory* m, size_t end, unsigned char* marks) noexcept nogil:
-    """marks: one for each host page from the base on."""
+# Ranges of whole host pages, counted from a memory's first byte. The time and the room that they take follow the
+# pages that are there, not the size of the memory.
+cdef struct ranges:
+    run* list
+    size_t n
+    size_t room
+
+
+cdef int add_range(ranges* to, size_t offset, size_t size) noexcept nogil:
+    cdef size_t room
+    cdef run* more
+    cdef run* last = to.list + (to.n - 1) if to.n else NULL
+    if last != NULL and last.offset <= offset and offset <= last.offset + last.size:
+        if offset + size > last.offset + last.size:
+            last.size = offset + size - last.offset
+        return 0
+    if to.n == to.room:
+        room = to.n * 2 + 16
+        more = <run*>realloc(to.list, room * sizeof(run))
+        if more == NULL:
+            return E_NO_MEMORY
+        to.list = more
+        to.room = room
+    to.list[to.n].offset = offset
+    to.list[to.n].size = size
+    to.n += 1
+    return 0
+
+
+cdef int by_offset(const void* a, const void* b) noexcept nogil:
+    cdef size_t left = (<const run*>a).offset, right = (<const run*>b).offset
+    return -1 if left < right else 1 if left > right else 0
+
+
+cdef void join_ranges(ranges* of) noexcept nogil:
+    """-> in order and apart."""
+    cdef size_t i, n = of.n
+    if n == 0:
+        return
+    qsort(of.list, n, sizeof(run), by_offset)
+    of.n = 0
+    for i in range(n):      # never more than were there: no room is needed
+        add_range(of, of.list[i].offset, of.list[i].size)
+
+
+cdef int add_touched(memory* m, size_t end, ranges* to) noexcept nogil:
     cdef touched_runs found
-    cdef size_t i, page = pages.capabilities().page_size
-    cdef size_t from_, to
+    cdef size_t i
+    cdef int code
     touched_begin(&found, m, 0, end)
     while touched_next(&found):
         for i in range(found.n):
-            from_ = <size_t>(found.runs[i].at - m.base) // page
-            to = (<size_t>(found.runs[i].at - m.base) + found.runs[i].size + page - 1) // page
-            memset(marks + from_, 1, to - from_)
+            code = add_range(to, <size_t>(found.runs[i].at - m.base), found.runs[i].size)
+            if code:
+                return code
     return found.code
 
 
-cdef void mark_runs(const image* it, unsigned char* marks, size_t n) noexcept nogil:
-    cdef size_t i, first, last, page = pages.capabilities().page_size
+cdef int add_runs(const image* it, ranges* to) noexcept nogil:
+    """In host pages."""
+    cdef size_t i, first, last = 0, page = pages.capabilities().page_size
+    cdef int code
     for i in range(it.n_runs):
-        first = (it.offset + it.runs[i].offset) // page
-        last = (it.offset + it.runs[i].offset + it.runs[i].size + page - 1) // page
-        if last > n:
-            last = n
-        if first < last:
-            memset(marks + first, 1, last - first)
+        first = round_down(it.offset + it.runs[i].offset, page)
+        round_up(it.offset + it.runs[i].offset + it.runs[i].size, page, &last)
+        code = add_range(to, first, last - first)
+        if code:
+            return code
+    return 0
 
 
-cdef int memory_marks(memory* m, image* over, unsigned char* marks, size_t n) noexcept nogil:
-    """Mark, of the first `n` host pages, all that may hold something else than the image `over` (NULL: than zeros).
-    marks: all 0. With the lock held."""
-    cdef size_t page = pages.capabilities().page_size
-    cdef size_t end = n * page, high = 0
+cdef int add_present(memory* m, image* over, ranges* to, size_t end) noexcept nogil:
+    """What of the first `end` bytes (whole host pages) may hold something else than the image `over` (NULL: than
+    zeros). With the lock held."""
+    cdef size_t high = 0
     cdef bint mapped = m.image_state == IMAGE_MAPPED
     cdef int code = 0
     if mapped:
         high = m.image.offset + m.image.high
     if (not m.ops.pages_are_ours or not pages.capabilities().scans or m.image_state == IMAGE_BROKEN
             or high > end or end > m.accessible):
-        memset(marks, 1, n)
-        return 0
-    code = mark_touched(m, end, marks)
-    if code:
-        return code
+        return add_range(to, 0, end)
+    code = add_touched(m, end, to)
+    if code:        # the kernel does not say: each page is looked at
+        to.n = 0
+        return add_range(to, 0, end)
     # What is not touched is the mapped image's, or zero: which `over` may not be.
     if over != m.image or not mapped:
         if mapped:
-            mark_runs(m.image, marks, n)
-        if over != NULL:
-            mark_runs(over, marks, n)
-    return 0
+            code = add_runs(m.image, to)
+        if code == 0 and over != NULL:
+            code = add_runs(over, to)
+    return code
 
 
 cdef inline const char* image_at(const image* it, size_t at) noexcept nogil:
@@ -487,49 +532,53 @@ cdef int compare(memory* m, image* now, image* base, changes* out, failure* why)
     """What differs from `base` in `m` (the lock held; no page inaccessible), or in `now`."""
     cdef size_t page = pages.capabilities().page_size
     cdef size_t size = memory_size(m) if m != NULL else now.end
-    cdef size_t n = size // page + (1 if size % page else 0)
-    cdef size_t i, step
-    cdef const char* here
-    cdef const char* there
-    cdef bint zero
-    cdef int code = 0
-    cdef unsigned char* marks = <unsigned char*>calloc(n + 1, 1)
-    if marks == NULL:
-        return fail(why, E_NO_MEMORY, "calloc", n)
+    cdef size_t i, at, end = 0
+    cdef ranges places
+    cdef int code
+    memset(&places, 0, sizeof(places))
+    round_up(size, page, &end)
     if m != NULL:
-        code = memory_marks(m, base, marks, n)
-        if code:        # the kernel does not say: each page is looked at
-            memset(marks, 1, n)
-            code = 0
+        code = add_present(m, base, &places, end) if end else 0
     else:
-        mark_runs(now, marks, n)
-        mark_runs(base, marks, n)
-    for i in range(n):
-        if not marks[i]:
-            continue
-        step = page if size - i * page > page else size - i * page
-        if m != NULL:
-            here = m.base + i * page
-        else:
-            here = image_at(now, i * page)
-        there = image_at(base, i * page)
-        if here == NULL:
-            if there == NULL or is_zero(there, step):
-                continue
-            zero = True
-        elif there == NULL:
-            if is_zero(here, step):
-                continue
-            zero = False
-        else:
-            if memcmp(here, there, step) == 0:
-                continue
-            zero = is_zero(here, step)
-        code = add_change(out, i * page, step, zero, why)
+        code = add_runs(now, &places)
+        if code == 0:
+            code = add_runs(base, &places)
+    if code:
+        fail(why, code, "realloc", places.room * 2 * sizeof(run))
+    else:
+        join_ranges(&places)
+    for i in range(places.n):
+        at = places.list[i].offset
+        end = at + places.list[i].size
+        while at < end and at < size and code == 0:
+            code = compare_page(m, now, base, at, page, size, out, why)
+            at += page
         if code:
             break
-    free(marks)
+    free(places.list)
     return code
+
+
+cdef int compare_page(memory* m, image* now, image* base, size_t at, size_t page, size_t size, changes* out,
+                      failure* why) noexcept nogil:
+    """The page at `at`, of which what is below `size` is compared."""
+    cdef size_t step = page if size - at > page else size - at
+    cdef const char* here
+    cdef const char* there = image_at(base, at)
+    cdef bint zero
+    if m != NULL:
+        here = m.base + at
+    else:
+        here = image_at(now, at)
+    zero = here == NULL or is_zero(here, step)
+    if there == NULL:
+        if zero:
+            return 0
+    # What the base has in the rest of the last page goes: the page has then changed as a whole.
+    elif step == page or is_zero(there + step, page - step):
+        if is_zero(there, step) if here == NULL else memcmp(here, there, step) == 0:
+            return 0
+    return add_change(out, at, step, zero, why)
 
 
 cdef int add_change(changes* to, size_t offset, size_t size, bint zero, failure* why) noexcept nogil:
@@ -559,30 +608,26 @@ cdef int memory_snapshot(memory* m, image** out, failure* why) noexcept nogil:
     """With the lock held; no page is inaccessible."""
     cdef size_t page = pages.capabilities().page_size
     cdef size_t size = memory_size(m)
-    cdef size_t n = size // page + (1 if size % page else 0)
-    cdef size_t first = 0, last, end
+    cdef size_t i, first, last = 0
     cdef int code = 0
-    cdef image* it
-    cdef unsigned char* marks = <unsigned char*>calloc(n + 1, 1)
-    if marks == NULL:
-        return fail(why, E_NO_MEMORY, "calloc", n)
-    it = image_new(0, size, why)
+    cdef ranges places
+    cdef image* it = image_new(0, size, why)
     if it == NULL:
-        free(marks)
         return why.code
-    if memory_marks(m, NULL, marks, n):
-        memset(marks, 1, n)
-    while first < n and code == 0:
-        if not marks[first]:
-            first += 1
-            continue
-        last = first
-        while last < n and marks[last]:
-            last += 1
-        end = last * page if last * page < size else size
-        code = image_put(it, first * page, m.base + first * page, end - first * page, why)
-        first = last
-    free(marks)
+    memset(&places, 0, sizeof(places))
+    round_up(size, page, &last)
+    if last:
+        code = add_present(m, NULL, &places, last)
+    if code:
+        fail(why, code, "realloc", places.room * 2 * sizeof(run))
+    else:
+        join_ranges(&places)
+    for i in range(places.n):
+        first = places.list[i].offset
+        last = first + places.list[i].size if first + places.list[i].size < size else size
+        if code == 0 and first < last:
+            code = image_put(it, first, m.base + first, last - first, why)
+    free(places.list)
     if code == 0:
         code = image_finish(it, why)
     if code:
@@ -599,16 +644,16 @@ cdef int discard_pages(memory* m, char* at, size_t size, failure* why) noexcept 
     cdef char* high
     cdef char* end = at + size
     cdef word shown
-    cdef int code = 0
+    cdef size_t other
+    cdef int access, code = 0
     low = high = end
     if m.image_state != IMAGE_COPIED:
         low = m.base + m.image.offset + m.image.low
         high = m.base + m.image.offset + m.image.high
         low = at if low < at else end if low > end else low
         high = low if high < low else end if high > end else high
-    if high > low and m.protected_pages:
-        code = fail(why, E_UNSUPPORTED, "discard", size)
-        snprintf(why.detail, sizeof(why.detail), "with protected pages and an image in the range")
+    if high > low and memory_has_other(m, <size_t>(at - m.base), size, WRITABLE, &other, &access):
+        code = unsupported_protection(m, other, access, "discard, where the range holds pages of an image,", why)
     if code == 0 and low > at:
         code = pages.discard(at, <size_t>(low - at))
     if code == 0 and high > low:

@@ -19,7 +19,7 @@ cdef struct failure:
     size_t size                 # bytes that it asked for
     size_t used                 # bytes (or buffers) that stand in the way
     size_t limit                # the bound that was hit
-    char detail[240]            # more words; may be empty
+    char detail[320]            # more words; may be empty
     PyObject* exception         # E_PYTHON only: a reference that whoever ends the failure must drop
 
 cdef enum:
@@ -84,6 +84,15 @@ cdef struct memory_spec:
     bint is_shared              # never moves
     image* image                # what it holds at the start; NULL: zeros
     bint watched                # the OS will be asked which pages were touched, many times
+    bint may_move               # a growth past the capacity may move the base
+
+# Whether pages of a memory have another access than "rw". Such a memory does not move: it is several mappings.
+cdef enum:
+    PROTECTION_NONE = 0
+    PROTECTION_KNOWN = 1
+    PROTECTION_UNKNOWN = 2
+
+cdef struct protections
 
 cdef enum:
     OWNER_PYTHON = 0
@@ -92,12 +101,19 @@ cdef enum:
 
 ctypedef memory* memory_ptr
 
+# A growth that runs Python code: this thread is in it, and would wait for itself if that code waited for the memory.
+cdef struct own_growth:
+    own_growth* outer
+    memory* m
+
 # What one kind of memory can do. `grow` is called with the memory's lock held.
 cdef struct memory_ops:
     const char* kind
     int (*grow)(memory* m, size_t new_size, failure* why) noexcept nogil
     int (*resident)(memory* m, size_t* bytes, failure* why) noexcept nogil     # NULL: not ours to ask for
     void (*free)(memory* m) noexcept nogil      # the last reference is gone: pages and struct
+    # In a forked child, which does not have the thread that was moving the memory. NULL: a fork waits for a move.
+    void (*lose)(memory* m) noexcept nogil
     bint pages_are_ours                         # protect, discard and prefault make sense
     bint prefaults                              # every accessible page is resident when a guest gets it
 
@@ -139,14 +155,17 @@ cdef struct memory:
     word owner                  # OWNER_
     word size                   # byte_size; written under the lock, read anywhere
     char* base
+    word protection             # PROTECTION_; written under the lock
     size_t accessible
     size_t capacity             # bytes
     size_t maximum              # SIZE_MAX: none
     size_t pre_guard
     size_t guard
     size_t covered              # base .. base+covered is ours or faults: what wasm may touch
+    bint broken                 # of a memory in Python: nobody knows where it is any more
+    size_t chosen               # bytes of the reservation, if linmem chose its size; else 0
     bint is_shared
-    bint protected_pages        # protect() was used: pages differ, so the mapping cannot move as one
+    bint may_move               # past its capacity the base may change
     bint moved                  # the mapping has moved once: what it grew since is a second mapping
     bint huge_pages             # the OS was asked for them; a decommit may have made it forget
     bint growth_is_watched      # a hook has before_grow or after_grow
@@ -154,8 +173,17 @@ cdef struct memory:
     image* image                # a reference on what it held at the start, or was last restored to; NULL: zeros
     size_t started              # byte_size at the start; 0: it was restored to another image
     size_t dirtied              # bytes that a restore found written, the first since pages were given back; or 0
+    protections* protections    # which pages have which access; NULL: all are "rw"
     memory* registry_next       # the bridge's table of memories that wasmtime holds, by the base that they had when
     char* registered            # they were put there
+    # For a child that is forked in the middle of a growth, and does not have the thread that was in it:
+    size_t opening              # up to here, pages beyond the size may be accessible already; 0: no growth is under way
+    size_t growing_from         # with hooks: what the growth is from, and to; to 0: none is under way
+    size_t growing_to
+    memory_hook* tell_from      # whose after_grow is still to be called: from the one up to the other
+    memory_hook* tell_to
+    memory* live_next           # of all memories of this process that a child must look through
+    memory* live_previous
     char apart[CACHE_LINE]      # another thread's memory may come next
 
 
@@ -199,9 +227,18 @@ cdef size_t NO_MAXIMUM
 cdef int memory_grow_to(memory* m, size_t new_size, failure* why) noexcept nogil
 cdef void memory_retain(memory* m) noexcept nogil
 cdef void memory_release(memory* m) noexcept nogil
+cdef int lock_memory(memory* m, failure* why) noexcept nogil
 cdef int begin_move(memory* m, size_t new_size, failure* why) noexcept nogil
 cdef void end_move(memory* m) noexcept nogil
 cdef void memory_hang(memory* m, memory_hook* hook) noexcept nogil
+cdef void begin_own_growth(own_growth* growth, memory* m) noexcept nogil
+cdef void end_own_growth(own_growth* growth) noexcept nogil
+cdef void list_memory(memory* m) noexcept nogil
+cdef void unlist_memory(memory* m) noexcept nogil
+cdef int memory_unprotect(memory* m, size_t size) noexcept nogil
+cdef void memory_forget_protection(memory* m) noexcept nogil
+cdef void memory_doubt(memory* m) noexcept nogil
+cdef int refuse_foreign(const char* at, size_t size, int allowed, const char* call, failure* why) noexcept nogil
 cdef int memory_resident(memory* m, size_t* bytes, failure* why) noexcept nogil
 cdef void give_back(char* at, size_t size) noexcept nogil
 
@@ -246,8 +283,12 @@ cdef void drop_object(PyObject* object) noexcept nogil
 cdef bint python_is_ending() noexcept nogil
 cdef int check_size(object value, str name, size_t* out) except -1
 cdef int check_count(object value, str name, size_t* out) except -1
+cdef int check_readable(const Py_buffer* given) except -1
 cdef int check_flag(object value, str name) except -1
+cdef int take_bytes(object data, str name, Py_buffer* out) except -1
+cdef NativeCreator check_native(object value, str name)
 cdef object wrap(memory* m)
+cdef bint answer_request(bint may_move) noexcept
 
 
 # What Python's Image is made of.
@@ -271,12 +312,22 @@ cdef class MmapCreator(NativeCreator):
 
 cdef class Memory:
     cdef memory* m
-    cdef word users             # exported buffers and calls under way; CLOSED: closed
+    cdef word users             # exported buffers and calls under way, as _handle.pxi lays them out
     cdef word fresh             # 1: as a creator made it; a Python creator hands a fresh one on, once
     cdef object __weakref__
     cdef memory* enter(self) except NULL
+    cdef memory* enter_locked(self) except NULL
     cdef memory* enter_pages(self, str call) except NULL
     cdef void leave(self) noexcept
+    cdef int refuse_entry(self, long long now) except -1
+    cdef void settle(self) noexcept
+    cdef void last_left(self, long long now) noexcept
+    cdef void call_becomes_export(self) noexcept
+    cdef void release_export(self) noexcept
+    cdef bint is_protected(self) except -1
+    cdef int set_items(self, items, bytes values) except -1
+    cdef int check_access(self, size_t start, size_t n, int allowed, const char* call) except -1
+    cdef int check_apply(self, size_t start, size_t n, data) except -1
 
 
 cdef int memory_changes(Memory mem, object since, str name, changes* out) except -1

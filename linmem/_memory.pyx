@@ -2,18 +2,19 @@
 """Native memories: the mapped kind, its creator, and the Python handle on every kind."""
 
 cimport cython
-from cpython.object cimport PyObject
+from cpython.object cimport PyObject, PyTypeObject
 from cpython.ref cimport Py_DECREF
 from libc.stdint cimport SIZE_MAX
 from libc.stdio cimport snprintf
-from libc.stdlib cimport calloc, free, malloc, realloc
-from libc.string cimport memcmp, memcpy, memset, strcmp
+from libc.stdlib cimport calloc, free, malloc, qsort, realloc
+from libc.string cimport memcmp, memcpy, memmove, memset, strcmp, strlen
 
 from linmem._atomic cimport add, load, pause, peek, peek_address, poke, poke_address, publish, store, swap_if, word
 from linmem._os cimport pages
 from linmem._units cimport (
-    E_CAPACITY, E_EXPORTED, E_IMAGE, E_MAXIMUM, E_NO_MEMORY, E_OVERFLOW, E_OWNED, E_SHRINK, E_UNSUPPORTED, add_up,
-    first_reservation, lay_out, layout, next_reservation, round_down, round_up,
+    E_BROKEN, E_CAPACITY, E_EXPORTED, E_IMAGE, E_MAXIMUM, E_NO_MEMORY, E_OVERFLOW, E_OWN_GROWTH, E_OWNED, E_PROTECTED,
+    E_SHRINK, E_UNSUPPORTED, SMALL_RESERVATION, add_up, choose_reservation, lay_out, layout, room_to_choose, round_down,
+    round_up,
 )
 
 from linmem import abc as _abc
@@ -40,6 +41,7 @@ cdef extern from *:
     #endif
     """
     bint is_finalizing "linmem_is_finalizing"() noexcept nogil
+    int PyErr_CheckSignals() except -1
     int Py_AddPendingCall(int (*call)(void*), void* argument) noexcept nogil
     void* PyGILState_GetThisThreadState() noexcept nogil
 
@@ -107,11 +109,57 @@ cdef int bury(void* unused) noexcept:
 cdef long long generation = 1
 
 cdef enum:
-    LOOKS = 64      # at a lock, before the processor is given to another thread
+    TAGS = 8191
+# The generation where there are few bits for it: 1 .. TAGS. Nothing that a thread counts is as old as that many forks.
+cdef long long gate_tag = 1
+
+cdef enum:
+    LOOKS = 64              # at a lock, before the processor is given to another thread
+    YIELDS = 64             # before the thread sleeps
+    FIRST_SLEEP = 50000     # nanoseconds
+    LONGEST_SLEEP = 1000000
+    SIGNALS_EACH = 50000000     # nanoseconds between two looks for Ctrl-C
+
+
+cdef void wait_a_moment(int looks) noexcept nogil:
+    """Between two looks at a word that another thread will change; looks: how many there were."""
+    if looks < LOOKS:       # most locks are held for less than a system call takes
+        pause()
+    elif looks < LOOKS + YIELDS:
+        pages.relax()
+    elif looks < LOOKS + 2 * YIELDS:
+        pages.sleep_ns(FIRST_SLEEP)
+    else:
+        pages.sleep_ns(LONGEST_SLEEP)
+
+
+cdef int interrupted(failure* why) noexcept with gil:
+    """Runs the handlers of signals that have come; E_PYTHON if one raised (Ctrl-C). In the main thread only."""
+    try:
+        PyErr_CheckSignals()
+        return 0
+    except BaseException as error:
+        return fail_python(why, error)
+
+
+cdef int wait_for_signals(int* looks, long long* since, failure* why) noexcept nogil:
+    """wait_a_moment(), where the wait may be long and the GIL is not held: on a thread that Python knows, Ctrl-C ends
+    it. looks and since are 0 at the start."""
+    cdef long long now
+    wait_a_moment(looks[0])
+    looks[0] += 1
+    if looks[0] < LOOKS + YIELDS or PyGILState_GetThisThreadState() == NULL or is_finalizing():
+        return 0
+    looks[0] = LOOKS + 2 * YIELDS if looks[0] > LOOKS + 2 * YIELDS else looks[0]
+    now = pages.clock_ns()
+    if now - since[0] < SIGNALS_EACH:
+        return 0
+    since[0] = now
+    return interrupted(why)
 
 
 cdef void acquire(word* lock) noexcept nogil:
-    # Held for a page call or two, and for a Python creator's grow_to: never wait here with the GIL.
+    # Held for a page call or two, and a memory's for a Python memory's grow_to: never wait here with the GIL.
     cdef long long holder
     cdef int looks = 0
     if swap_if(lock, 0, generation):
@@ -120,11 +168,8 @@ cdef void acquire(word* lock) noexcept nogil:
         holder = load(lock)     # only looking, it stays in the holder's cache
         if holder != generation and swap_if(lock, holder, generation):
             return
+        wait_a_moment(looks)
         looks += 1
-        if looks < LOOKS:       # most are held for less than a system call takes
-            pause()
-        else:
-            pages.relax()
 
 
 cdef bint try_acquire(word* lock) noexcept nogil:
@@ -144,6 +189,8 @@ cdef fork_lock* listed = NULL
 cdef word listed_lock
 cdef fork_lock moving_lock      # a memory is half way to another address
 cdef fork_lock orphans_lock     # orphans
+cdef fork_lock live_lock        # the list of memories; whoever holds it waits for nothing
+cdef memory* live = NULL
 
 
 cdef void list_lock(fork_lock* it) noexcept nogil:
@@ -190,12 +237,73 @@ cdef void after_fork() noexcept nogil:
 
 
 cdef void after_fork_in_child() noexcept nogil:
-    global generation
+    global generation, gate_tag
+    cdef own_growth* own = <own_growth*>own_growths()[0]
+    cdef memory* m
     generation += 1
+    gate_tag = 1 + (generation - 1) % TAGS
+    while own != NULL:      # this thread forked in the middle of them, and goes on
+        store(&own.m.lock, generation)
+        if load(&own.m.pins) < 0:
+            store(&own.m.pins, -generation)
+        own = own.outer
+    m = live
+    while m != NULL:        # before any other code of the child runs, be it wasm
+        repair(m)
+        m = m.live_next
     after_fork()
+    m = live
+    while m != NULL:        # hooks may take listed locks
+        end_lost_growth(m)
+        m = m.live_next
+
+
+cdef bint was_lost(memory* m) noexcept nogil:
+    """In a forked child: the thread that holds the memory's lock is not there."""
+    cdef long long holder = load(&m.lock)
+    return holder != 0 and holder != generation
+
+
+cdef void repair(memory* m) noexcept nogil:
+    """In a forked child: `m` as if the growth that a lost thread was in had not begun, or was over.
+
+    Pages between the size and `opening` may be accessible. The size is written when all else is done, so that it
+    tells which of the two it is.
+    """
+    cdef size_t end
+    if not was_lost(m):
+        return
+    if load(&m.pins) < 0:
+        if m.ops.lose != NULL:
+            m.ops.lose(m)
+        store(&m.pins, 0)
+    if m.opening:
+        end = 0
+        round_up(memory_size(m), pages.capabilities().page_size, &end)
+        if end < m.opening and pages.protect(m.base + end, m.opening - end, pages.ACCESS_NONE):
+            pages.decommit(m.base + end, m.opening - end)
+        poke(&m.accessible, end)
+        m.opening = 0
+
+
+cdef void end_lost_growth(memory* m) noexcept nogil:
+    """Of a lost thread: the hooks that were told of its beginning, and not of its end, are told how it ended."""
+    cdef memory_hook* hook = m.tell_from
+    cdef size_t size = memory_size(m)
+    cdef int code = 0 if size >= m.growing_to else E_UNSUPPORTED
+    if not was_lost(m):
+        return
+    if m.growing_to:
+        while hook != m.tell_to:
+            if hook.after_grow != NULL:
+                hook.after_grow(hook, m, m.growing_from, m.growing_to, code)
+            hook = hook.next
+        m.growing_to = 0
+    store(&m.lock, 0)
 
 
 # The last is waited for first: whoever moves a memory may wait for `orphans_lock`, so that comes after it.
+list_lock(&live_lock)
 list_lock(&burial_lock)
 list_lock(&orphans_lock)
 list_lock(&moving_lock)
@@ -203,7 +311,93 @@ if pages.at_fork(before_fork, after_fork, after_fork_in_child):
     raise MemoryError("no memory for what linmem does at a fork")
 
 
+# -- what a thread is growing by Python code --------------------------------------------------------
+
+cdef extern from *:
+    """
+    static LINMEM_OF_THREAD void *linmem_own_growths;
+    static void **linmem_own_growths_of_thread(void) { return &linmem_own_growths; }
+    """
+    void** own_growths "linmem_own_growths_of_thread"() noexcept nogil
+
+
+cdef void begin_own_growth(own_growth* growth, memory* m) noexcept nogil:
+    """The lock of `m` is held, and Python code will run until end_own_growth(). They nest."""
+    growth.m = m
+    growth.outer = <own_growth*>own_growths()[0]
+    own_growths()[0] = growth
+
+
+cdef void end_own_growth(own_growth* growth) noexcept nogil:
+    own_growths()[0] = growth.outer
+
+
+cdef bint is_own_growth(memory* m) noexcept nogil:
+    cdef own_growth* own = <own_growth*>own_growths()[0]
+    while own != NULL and own.m != m:
+        own = own.outer
+    return own != NULL
+
+
 # -- every memory, whatever its kind -----------------------------------------------------------
+
+cdef void list_memory(memory* m) noexcept nogil:
+    """From now on a forked child repairs it. By who makes it, as the last thing."""
+    global live
+    acquire(&live_lock.held)
+    m.live_previous = NULL
+    m.live_next = live
+    if live != NULL:
+        live.live_previous = m
+    live = m
+    unlock(&live_lock.held)
+
+
+cdef void unlist_memory(memory* m) noexcept nogil:
+    global live
+    acquire(&live_lock.held)
+    if m.live_next != NULL:
+        m.live_next.live_previous = m.live_previous
+    if m.live_previous != NULL:
+        m.live_previous.live_next = m.live_next
+    else:
+        live = m.live_next
+    unlock(&live_lock.held)
+
+
+cdef int lock_memory(memory* m, failure* why) noexcept nogil:
+    """acquire() of a memory's lock, whose holder may be in a Python memory's grow_to for long. 0: unlock(&m.lock)
+    follows."""
+    cdef long long holder
+    cdef long long since = 0
+    cdef int looks = 0, code = 0
+    if swap_if(&m.lock, 0, generation):
+        return 0
+    if is_own_growth(m):
+        return fail(why, E_OWN_GROWTH, "wait", 0)
+    while code == 0:
+        holder = load(&m.lock)
+        if holder != generation and swap_if(&m.lock, holder, generation):
+            return 0
+        code = wait_for_signals(&looks, &since, why)
+    return code
+
+
+cdef int lock_in_call(memory* m) except -1:
+    """lock_memory(), with the GIL held."""
+    cdef failure why
+    cdef int code
+    if swap_if(&m.lock, 0, generation):
+        return 0
+    with nogil:
+        code = lock_memory(m, &why)
+        if code == 0 and m.broken:
+            unlock(&m.lock)
+            code = fail(&why, E_BROKEN, "wait", 0)
+    if code:
+        raise_failure(&why)
+    return 0
+
 
 cdef int memory_grow_to(memory* m, size_t new_size, failure* why) noexcept nogil:
     return grow_locked(m, new_size, False, why)
@@ -216,7 +410,9 @@ cdef inline int grow_locked(memory* m, size_t new_size, bint by_python, failure*
     cdef int code = 0
     cdef size_t size
     if not swap_if(&m.lock, 0, generation):
-        acquire(&m.lock)
+        code = lock_memory(m, why)
+        if code:
+            return code
     size = memory_size(m)
     if by_python and load(&m.owner) == OWNER_WASMTIME:
         code = fail(why, E_OWNED, "grow_to", new_size)
@@ -243,20 +439,26 @@ cdef int grow_with_hooks(memory* m, size_t size, size_t new_size, failure* why) 
     cdef memory_hook* hook = m.hooks
     cdef memory_hook* end
     cdef int code = 0
+    m.tell_from = m.tell_to = hook
+    m.growing_from = size
+    poke(&m.growing_to, new_size)
     while hook != NULL:
         if hook.before_grow != NULL:
             code = hook.before_grow(hook, m, new_size, why)
             if code:
                 break
         hook = hook.next
+        m.tell_to = hook
     end = hook
     if code == 0:
         code = m.ops.grow(m, new_size, why)
     hook = m.hooks
     while hook != end:
+        m.tell_from = hook.next
         if hook.after_grow != NULL:
             hook.after_grow(hook, m, size, new_size, code)
         hook = hook.next
+    poke(&m.growing_to, 0)
     return code
 
 
@@ -310,17 +512,32 @@ cdef long long pins_now(memory* m) noexcept nogil:
     return pins
 
 
-cdef void pin(memory* m) noexcept:
+cdef int pin(memory* m) except -1:
     """The base stays where it is until unpin(), for a buffer that is exported. With the GIL held, but for the wait: a
     Python memory needs it to move."""
     cdef long long pins
     while True:
         pins = pins_now(m)
         if pins < 0:
-            with nogil:
-                pages.relax()
+            wait_for_mover(m)
         elif swap_if(&m.pins, pins, pins + 1):
-            return
+            return 0
+
+
+cdef int wait_for_mover(memory* m) except -1:
+    cdef failure why
+    cdef long long since = 0
+    cdef int looks = 0, code = 0
+    with nogil:
+        if is_own_growth(m):
+            code = fail(&why, E_OWN_GROWTH, "wait", 0)
+        while code == 0 and pins_now(m) < 0:
+            code = wait_for_signals(&looks, &since, &why)
+        if code == 0 and m.broken:
+            code = fail(&why, E_BROKEN, "wait", 0)
+    if code:
+        raise_failure(&why)
+    return 0
 
 
 cdef inline void unpin(memory* m) noexcept nogil:
@@ -332,7 +549,7 @@ cdef inline long long accesses_of_now(long long accesses) noexcept nogil:
     return accesses if accesses >> 32 == generation else generation << 32
 
 
-cdef void begin_access(memory* m) noexcept:
+cdef int begin_access(memory* m) except -1:
     """The base stays where it is until end_access(). Whoever wants to move waits for that, so it comes soon: until
     then the caller waits for nothing, neither a lock nor the GIL."""
     cdef long long accesses
@@ -340,10 +557,9 @@ cdef void begin_access(memory* m) noexcept:
         accesses = load(&m.accesses)
         if swap_if(&m.accesses, accesses, accesses_of_now(accesses) + 1):
             if pins_now(m) >= 0:        # looked at after: who moves looks the other way round
-                return
+                return 0
             end_access(m)
-            with nogil:
-                pages.relax()
+            wait_for_mover(m)
 
 
 cdef inline void end_access(memory* m) noexcept nogil:
@@ -354,18 +570,30 @@ cdef int begin_move(memory* m, size_t new_size, failure* why) noexcept nogil:
     """The base may change until end_move(): nobody points into the memory, and nobody begins to. With the lock
     held; waits for accesses under way."""
     cdef long long pins
-    if m.is_shared or m.protected_pages:
+    cdef long long since = 0
+    cdef int looks = 0, code = 0
+    if m.is_shared or load(&m.protection) != PROTECTION_NONE or not m.may_move:
         fail(why, E_CAPACITY, "grow_to", new_size, 0, m.capacity)
-        snprintf(why.detail, sizeof(why.detail),
-                 "shared memories never do" if m.is_shared else "some of its pages have their own protection")
+        snprintf(why.detail, sizeof(why.detail), "%s",
+                 "shared memories never do" if m.is_shared else
+                 "make it with a larger reserve= or maximum=, or with may_move=True" if not m.may_move else
+                 "some of its pages have their own protection")
         return E_CAPACITY
     while not swap_if(&m.pins, 0, -generation):
         pins = pins_now(m)
         if pins > 0:
             return fail(why, E_EXPORTED, "grow_to", new_size, <size_t>pins, m.capacity)
+    while code == 0 and accesses_of_now(load(&m.accesses)) != generation << 32:
+        code = wait_for_signals(&looks, &since, why)
+    if code:
+        end_move(m)
+    return code
+
+
+cdef void wait_for_accesses(memory* m) noexcept nogil:
+    """Until all have ended that had begun. Who begins one then sees what the caller wrote before."""
     while accesses_of_now(load(&m.accesses)) != generation << 32:
         pages.relax()
-    return 0
 
 
 cdef void end_move(memory* m) noexcept nogil:
@@ -431,49 +659,60 @@ cdef inline int mapped_grow_by(memory* m, size_t size, size_t new_size, failure*
         if code:
             return code
     elif need > m.accessible:
+        poke(&m.opening, need)
         code = pages.commit(m.base + m.accessible, need - m.accessible)
         if code:
             code = commit_again(m.base + m.accessible, need - m.accessible, code)
             if code:
+                m.opening = 0
                 return fail_page_call(why, code, "commit", need - m.accessible)
     if size & (page - 1):
         # Fresh bytes read as zero, also those that native code could already reach.
         memset(m.base + size, 0, round_down(size, page) + page - size)
     poke(&m.accessible, need)
     publish(&m.size, <long long>new_size)
+    poke(&m.opening, 0)
     return 0
 
 
 cdef int grow_by_moving(memory* m, size_t new_size, size_t need, failure* why) noexcept nogil:
     """Past the capacity, where nobody can notice. All that can fail comes before anything is lost."""
+    cdef layout to
+    cdef char* region
+    cdef size_t chosen
+    cdef size_t huge = pages.capabilities().huge_page if m.huge_pages else 0
     cdef int code = begin_move(m, new_size, why)
     if code:
         return code
-    while True:
-        acquire(&moving_lock.held)
-        code = move_to_larger(m, need, why)
-        unlock(&moving_lock.held)
-        # Pools may only be asked with no fork_lock held: theirs come before it.
-        if code <= 0 or not relieve(RELIEF_SPACE if strcmp(why.call, "reserve") == 0 else RELIEF_PAGES, NULL, need):
-            break
+    # Not with moving_lock: where the OS refuses, pools give back what they hold, and take their locks for that.
+    code = reserve_in_steps(need, m.maximum, m.guard, huge, False, &to, &region, &chosen, why)
+    if code:
+        if code == E_OVERFLOW:
+            why.call = "new_size"
+        end_move(m)
+        return code
+    acquire(&moving_lock.held)
+    code = move_to_larger(m, need, &to, region, why)
+    if code == 0:
+        poke(&m.opening, need)
     end_move(m)
+    unlock(&moving_lock.held)
+    if code:
+        forget_chosen(chosen)
+        if code > 0 and relieve(RELIEF_PAGES, NULL, need):
+            return grow_by_moving(m, new_size, need, why)
+    else:
+        forget_chosen(m.chosen)
+        m.chosen = chosen
     return code
 
 
-cdef int move_to_larger(memory* m, size_t need, failure* why) noexcept nogil:
-    cdef layout to
-    cdef char* region
-    cdef char* base
+cdef int move_to_larger(memory* m, size_t need, const layout* to, char* region, failure* why) noexcept nogil:
+    cdef char* base = region + to.pre_guard
     cdef char* old = m.base - m.pre_guard
     cdef size_t old_total = m.pre_guard + m.capacity + m.guard
-    cdef size_t huge = pages.capabilities().huge_page if m.huge_pages else 0
-    cdef int code = reserve_in_steps(need, m.maximum, m.guard, huge, False, &to, &region, why)
-    if code == E_OVERFLOW:
-        why.call = "new_size"
-    if code:
-        return code
-    base = region + to.pre_guard
-    if huge:
+    cdef int code
+    if m.huge_pages:
         pages.advise_huge(base, to.capacity)
     # What looks like one mapping may be several (a fork, or someone's madvise, splits them): then
     # it does not move, but it can be copied.
@@ -492,25 +731,67 @@ cdef int move_to_larger(memory* m, size_t need, failure* why) noexcept nogil:
         m.moved = False
         m.image_state = IMAGE_COPIED
     poke_address(&m.base, base)
-    m.pre_guard = to.pre_guard
+    poke(&m.pre_guard, to.pre_guard)
     poke(&m.capacity, to.capacity)
-    m.guard = to.guard
+    poke(&m.guard, to.guard)
     poke(&m.covered, to.capacity + to.guard)
     return 0
 
 
-cdef int reserve_in_steps(size_t minimum, size_t bound, size_t guard, size_t alignment, bint watched, layout* out,
-                          char** region, failure* why) noexcept nogil:
-    """The reservation that linmem chooses: as much as is sensible, then less until the OS agrees."""
-    cdef size_t space, left, want
-    cdef int code
+# -- address space: how much of it linmem chooses to take, and who gives some back when the OS refuses --------------
+
+cdef word chosen_bytes          # of the reservations whose size linmem chose, whole
+cdef word chosen_memories       # how many they are
+
+cdef inline void forget_chosen(size_t chosen) noexcept nogil:
+    """A memory that claim_reservation() counted is gone, or could not be made."""
+    if chosen:
+        add(&chosen_bytes, -<long long>chosen)
+        add(&chosen_memories, -1)
+
+
+cdef size_t claim_reservation(size_t minimum, size_t bound, size_t guard, size_t alignment,
+                              size_t* chosen) noexcept nogil:
+    """The size that linmem chooses, and *chosen: how many bytes are counted for all of the reservation until
+    forget_chosen(); 0: it is the minimum, which the caller chose. Threads that choose at once do not exceed the half
+    together."""
+    cdef size_t page = pages.capabilities().page_size
+    cdef size_t space, left, room, want, capacity
+    cdef long long now
+    cdef layout least
+    chosen[0] = 0
+    if lay_out(minimum, 0, guard, page, &least) or add_up(least.total, alignment, &least.total):
+        return minimum          # reserve_exactly() finds the same, and says so
     pages.address_space(&space, &left)
-    want = first_reservation(minimum, bound, bound != NO_MAXIMUM, space, left)
     while True:
+        now = load(&chosen_bytes)
+        room = room_to_choose(space, left, pages.reserved(), <size_t>now)
+        room = room - least.total if room > least.total else 0
+        want = choose_reservation(minimum, bound, bound != NO_MAXIMUM, room, <size_t>load(&chosen_memories),
+                                  pages.capabilities().memory)
+        if round_up(want, page, &capacity) or capacity <= least.capacity:
+            return minimum
+        if swap_if(&chosen_bytes, now, now + <long long>(least.total - least.capacity + capacity)):
+            add(&chosen_memories, 1)
+            chosen[0] = least.total - least.capacity + capacity
+            return want
+
+
+cdef int reserve_in_steps(size_t minimum, size_t bound, size_t guard, size_t alignment, bint watched, layout* out,
+                          char** region, size_t* chosen, failure* why) noexcept nogil:
+    """A reservation of the size that linmem chooses. Where the OS refuses it, a small one, and at last the minimum:
+    the gaps that are left between those two belong to others. *chosen: for forget_chosen()."""
+    cdef size_t want
+    cdef int code
+    while True:
+        want = claim_reservation(minimum, bound, guard, alignment, chosen)
         code = reserve_exactly(minimum, want, guard, alignment, watched, out, region, why)
-        if code == 0 or want == minimum:
+        if code == 0:
+            return 0
+        forget_chosen(chosen[0])
+        if code < 0 or want == minimum:
             return code
-        want = next_reservation(want, minimum)
+        bound = minimum + SMALL_RESERVATION if want - minimum > SMALL_RESERVATION else minimum
 
 
 cdef int reserve_exactly(size_t minimum, size_t reservation, size_t guard, size_t alignment, bint watched,
@@ -526,8 +807,10 @@ cdef int reserve_exactly(size_t minimum, size_t reservation, size_t guard, size_
     if alignment and add_up(out.total, alignment, &out.total):
         return fail(why, E_OVERFLOW, "reserve", reservation)
     code = pages.reserve(out.total, watched, region)
+    while code and relieve(RELIEF_SPACE, NULL, out.total):
+        code = pages.reserve(out.total, watched, region)
     if code:
-        return fail_page_call(why, code, "reserve", out.total)
+        return fail_reserve(why, code, out.total)
     if alignment:
         lead = (alignment - <size_t>(region[0] + out.pre_guard)) & (alignment - 1)
         out.pre_guard += lead
@@ -580,7 +863,10 @@ cdef int mapped_resident(memory* m, size_t* bytes, failure* why) noexcept nogil:
 
 
 cdef void mapped_free(memory* m) noexcept nogil:
+    unlist_memory(m)
+    drop_protections(m, load(&m.protection) == PROTECTION_KNOWN)
     give_back(m.base - m.pre_guard, m.pre_guard + m.capacity + m.guard)
+    forget_chosen(m.chosen)
     leave_image(m)
     free(m)
 
@@ -607,8 +893,10 @@ cdef int prefaulting_grow(memory* m, size_t new_size, failure* why) noexcept nog
             return code
         pages.prefault(m.base + first, m.accessible - first)    # moved already: what is refused now faults in later
         return 0
+    poke(&m.opening, end)
     code = commit_pages(base + accessible, end - accessible)
     if code:
+        m.opening = 0
         return fail_page_call(why, code, "commit", end - accessible)
     code = pages.prefault(base + accessible, end - accessible)
     if code:
@@ -617,6 +905,7 @@ cdef int prefaulting_grow(memory* m, size_t new_size, failure* why) noexcept nog
         # wasm would write there, and the next growth show it. So what cannot be undone is done.
         if (pages.decommit(base + accessible, end - accessible) == 0
                 or pages.protect(base + accessible, end - accessible, pages.ACCESS_NONE) == 0):
+            m.opening = 0
             return code
     poke(&m.accessible, end)
     return mapped_grow(m, new_size, why)
@@ -631,6 +920,7 @@ prefaulting_ops.pages_are_ours = True
 prefaulting_ops.prefaults = True
 
 
+include "_protection.pxi"
 include "_images.pxi"
 
 
@@ -650,7 +940,7 @@ cdef int mapped_make(const memory_spec* spec, bint prefault, bint huge_pages, me
     if spec.reservation == UNCHOSEN:
         if bound == NO_MAXIMUM and not spec.is_64:
             bound = WASM32_SPACE
-        code = reserve_in_steps(spec.minimum, bound, spec.guard, huge, spec.watched, &at, &region, why)
+        code = reserve_in_steps(spec.minimum, bound, spec.guard, huge, spec.watched, &at, &region, &m.chosen, why)
     else:
         code = reserve_exactly(spec.minimum, spec.reservation, spec.guard, huge, spec.watched, &at, &region, why)
     if code:
@@ -671,6 +961,7 @@ cdef int mapped_make(const memory_spec* spec, bint prefault, bint huge_pages, me
                 fail_page_call(why, code, "prefault", at.accessible)
         if code:
             give_back(region, at.total)
+            forget_chosen(m.chosen)
             leave_image(m)
             free(m)
             return code
@@ -686,6 +977,8 @@ cdef int mapped_make(const memory_spec* spec, bint prefault, bint huge_pages, me
     m.guard = at.guard
     m.covered = at.capacity + at.guard
     m.is_shared = spec.is_shared
+    m.may_move = spec.may_move
+    list_memory(m)
     out[0] = m
     return 0
 
@@ -785,16 +1078,50 @@ cdef void domain_release(domain* d) noexcept nogil:
 
 # -- creators ------------------------------------------------------------------------------------
 
+cdef extern from *:
+    """
+    static LINMEM_OF_THREAD int linmem_request_may_move;
+    static int *linmem_request_of_thread(void) { return &linmem_request_may_move; }
+    """
+    bint* request_of_thread "linmem_request_of_thread"() noexcept nogil
+
+
+cdef bint answer_request(bint may_move) noexcept:
+    """A Python creator is asked on this thread for a memory that may move, or not. Returns what holds until now, to
+    be put back."""
+    cdef bint before = request_of_thread()[0]
+    request_of_thread()[0] = may_move
+    return before
+
+
+class _InPython:
+    """What tells a class of Python's from an extension class: all of them have one destructor, which is CPython's."""
+
+
 cdef class NativeCreator:
     """Base of the creators that wasmtime can call with no GIL; extended in Cython, by `make`.
 
     A creator in Python implements `linmem.MemoryCreator` instead.
     """
 
+    def __cinit__(self, *args, **kwargs):
+        cls = type(self)
+        if cls is NativeCreator:
+            raise TypeError("a NativeCreator makes no memories by itself: linmem.creator(kind) makes one that does")
+        # wasmtime and the other creators call `make`, whatever methods a subclass in Python has.
+        if (<PyTypeObject*>cls).tp_dealloc == (<PyTypeObject*>_InPython).tp_dealloc:
+            raise TypeError(f"{cls.__name__} cannot extend a native creator in Python, because its methods would not be"
+                            " called: implement linmem.MemoryCreator, with a creator inside where one is needed")
+
+    def __reduce__(self):
+        raise TypeError(f"{type(self).__name__} objects cannot be pickled or copied: their memories are of this"
+                        " process. Make one where it is needed")
+
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
         return fail(why, E_UNSUPPORTED, "new_memory", spec.minimum)
 
-    def new_memory(self, ty, minimum, maximum, reserved_size_in_bytes, guard_size_in_bytes, *, domain=None):
+    def new_memory(self, ty, minimum, maximum, reserved_size_in_bytes, guard_size_in_bytes, *, may_move=None,
+                   domain=None):
         """Make a memory, as wasmtime asks for one; mirrors ``wasmtime::MemoryCreator::new_memory``.
 
         Parameters
@@ -807,6 +1134,9 @@ cdef class NativeCreator:
             Growth up to here never moves the base. None: the creator chooses.
         guard_size_in_bytes : int
             Inaccessible bytes after the capacity, a multiple of the host page.
+        may_move : bool, optional
+            Whether growth past the capacity may move the base. None: no, except while a Python creator answers
+            a request on this thread; then as that request says (wasmtime's memories may move).
         domain : str or None
             Whose pages a pool may hand to this user: only those of the same domain. None is a domain of its own.
 
@@ -825,17 +1155,20 @@ cdef class NativeCreator:
         """
         cdef memory_spec spec
         self.fill_spec(&spec, ty, minimum, maximum, reserved_size_in_bytes, guard_size_in_bytes)
+        if may_move is not None:
+            check_flag(may_move, "may_move")
+            spec.may_move = may_move
         return self.make_checked(&spec, "guard_size_in_bytes", domain)
 
     cdef int fill_spec(self, memory_spec* spec, ty, minimum, maximum, reserved_size_in_bytes,
                        guard_size_in_bytes) except -1:
         spec.image = NULL
         spec.watched = False
+        spec.may_move = request_of_thread()[0]
         check_size(minimum, "minimum", &spec.minimum)
         check_optional_size(maximum, "maximum", &spec.maximum)
         check_optional_size(reserved_size_in_bytes, "reserved_size_in_bytes", &spec.reservation)
         check_size(guard_size_in_bytes, "guard_size_in_bytes", &spec.guard)
-        check_reservation(reserved_size_in_bytes, "reserved_size_in_bytes", spec.reservation)
         try:
             spec.page_size = ty.page_size
             spec.is_64 = ty.is_64
@@ -846,7 +1179,7 @@ cdef class NativeCreator:
             raise ValueError(f"ty.page_size must be 1 or 65536, got {spec.page_size}")
         return 0
 
-    def create(self, minimum, maximum=None, reserve=None, guard=None, *, image=None, domain=None):
+    def create(self, minimum, maximum=None, reserve=None, guard=None, *, image=None, may_move=False, domain=None):
         """Make a memory for Python; `linmem.create` says what each argument means (all in bytes).
 
         It starts as the `image` says, if one is given.
@@ -855,7 +1188,8 @@ cdef class NativeCreator:
         check_size(minimum, "minimum", &spec.minimum)
         check_optional_size(maximum, "maximum", &spec.maximum)
         check_optional_size(reserve, "reserve", &spec.reservation)
-        check_reservation(reserve, "reserve", spec.reservation)
+        check_flag(may_move, "may_move")
+        spec.may_move = may_move
         spec.image = NULL
         spec.watched = False
         if image is not None:
@@ -902,13 +1236,17 @@ cdef int check_optional_size(object value, str name, size_t* out) except -1:
     if value is None:
         out[0] = SIZE_MAX       # UNCHOSEN, or no maximum
         return 0
-    return check_size(value, name, out)
-
-
-cdef int check_reservation(object value, str name, size_t size) except -1:
-    if value is not None and size == UNCHOSEN:
-        raise OverflowError(f"{name} must be below 2**64 - 1, got {value}")
+    check_size(value, name, out)
+    if out[0] == SIZE_MAX:      # which would pass for None
+        raise OverflowError(f"{name} must be below 2**64 - 1, got {_shown(value)}")
     return 0
+
+
+cdef NativeCreator check_native(object value, str name):
+    if not isinstance(value, NativeCreator):
+        what = f"the class {value.__name__} itself: call it" if isinstance(value, type) else type(value).__name__
+        raise TypeError(f"{name} must be a NativeCreator (a PythonCreator for one in Python), got {what}")
+    return <NativeCreator>value
 
 
 @cython.final
@@ -931,14 +1269,20 @@ cdef class MmapCreator(NativeCreator):
         steps, where the OS has no huge pages to give, and in memories that stay below that size.
     """
 
-    def __cinit__(self, *, prefault=False, huge_pages=False):
+    def __cinit__(self, *args, **kwargs):
+        prefault, huge_pages = _given("MmapCreator", ("prefault", "huge_pages"),
+                                      {"prefault": False, "huge_pages": False}, args, kwargs, 0)
         check_flag(prefault, "prefault")
         check_flag(huge_pages, "huge_pages")
         self.prefault = prefault
         self.huge_pages = huge_pages
 
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
-        return mapped_make(spec, self.prefault, self.huge_pages, out, why)
+        cdef int code = mapped_make(spec, self.prefault, self.huge_pages, out, why)
+        # Idle slots also hold what the other page calls need: memory, and mappings.
+        while code > 0 and strcmp(why.call, "reserve") and relieve(RELIEF_PAGES, NULL, why.size):
+            code = mapped_make(spec, self.prefault, self.huge_pages, out, why)
+        return code
 
     def __repr__(self):
         options = [f"{name}=True" for name, on in (("prefault", self.prefault), ("huge_pages", self.huge_pages)) if on]
@@ -968,12 +1312,16 @@ def _lay_out(size_t minimum, size_t reservation, size_t guard, size_t page):
             "guard": at.guard, "total": at.total}
 
 
-def _reservation_steps(size_t minimum, maximum, size_t space, size_t left):
+def _choose_reservation(size_t minimum, maximum, size_t room, size_t others, size_t memory):
     cdef size_t bound
     check_optional_size(maximum, "maximum", &bound)
-    cdef size_t want = first_reservation(minimum, bound, bound != NO_MAXIMUM, space, left)
-    steps = [want]
-    while want != minimum:
-        want = next_reservation(want, minimum)
-        steps.append(want)
-    return steps
+    return choose_reservation(minimum, bound, bound != NO_MAXIMUM, room, others, memory)
+
+
+def _room_to_choose(size_t space, size_t left, size_t reserved, size_t chosen):
+    return room_to_choose(space, left, reserved, chosen)
+
+
+def _chosen():
+    """What is counted now: bytes, and memories."""
+    return load(&chosen_bytes), load(&chosen_memories)

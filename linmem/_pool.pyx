@@ -10,17 +10,18 @@ from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport SIZE_MAX
 from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free
-from libc.string cimport memset, strcmp
+from libc.string cimport memset
 
 from linmem._atomic cimport add, load, poke, publish, store, swap_if, touch, word
 from linmem._memory cimport (
-    CACHE_LINE, IMAGE_BROKEN, IMAGE_COPIED, NO_MAXIMUM, OWNER_LEFT, OWNER_PYTHON, RELIEF_BUDGET, RELIEF_PAGES,
-    RELIEF_SPACE, UNCHOSEN, ImageHandle, Memory, MmapCreator, NativeCreator, acquire, check_count, check_flag,
-    check_size, commit_pages, current_domain, domain as domain_t, domain_of, domain_release, domain_retain, fail,
-    fail_python, failure, forgotten_is, give_back, image as image_t, image_copy, image_release, image_retain,
-    list_lock, memory, memory_hang, memory_hook, memory_is_filled, memory_refill, memory_release, memory_renew,
-    memory_restore, memory_spec, memory_start_again, memory_turn_to, python_is_ending, raise_failure, relief_is,
-    relieve, touched_begin, touched_next, touched_runs, unlist_lock, unlock,
+    CACHE_LINE, IMAGE_BROKEN, IMAGE_COPIED, NO_MAXIMUM, OWNER_LEFT, OWNER_PYTHON, PROTECTION_NONE, RELIEF_BUDGET,
+    RELIEF_PAGES, RELIEF_SPACE, UNCHOSEN, ImageHandle, Memory, MmapCreator, NativeCreator, acquire, check_count,
+    check_flag, check_native, check_size, commit_pages, current_domain, domain as domain_t, domain_of, domain_release,
+    domain_retain, fail, fail_python, failure, forgotten_is, give_back, image as image_t, image_copy, image_release,
+    image_retain, list_lock, memory, memory_doubt, memory_forget_protection, memory_hang, memory_hook,
+    memory_is_filled, memory_refill, memory_release, memory_renew, memory_restore, memory_spec, memory_start_again,
+    memory_turn_to, memory_unprotect, python_is_ending, raise_failure, relief_is, touched_begin, touched_next,
+    touched_runs, unlist_lock, unlock,
 )
 from linmem._os cimport pages
 from linmem._reset cimport (
@@ -32,7 +33,7 @@ from linmem._wide cimport has_wide_stores, zero_wide
 
 from time import sleep as _sleep
 
-from linmem._checks import shown as _shown
+from linmem._checks import given as _given, shown as _shown
 
 cdef enum:
     ADAPTIVE = 3
@@ -58,6 +59,9 @@ cdef size_t TABLE_SPAN = 1 << 21        # and of what it maps
 cdef size_t PURGED_BYTES = 16 << 20     # one give-back purges no further slot after so many
 cdef size_t WORTH_EMPTYING = 1 << 20    # bytes: a slot in constant use that keeps less is left alone
 
+_OPTIONS = {"upstream": None, "slots": None, "keep_resident": 64 << 20, "max_unused_warm": 100, "max_resident": None,
+            "max_reserved": None, "idle_seconds": 5, "max_reset_seconds": None, "reset": "adaptive",
+            "when_full": "fallback", "timeout": None, "check": False, "image": None}
 _RESETS = {"scan": RESET_SCAN, "zero": RESET_ZERO, "discard": RESET_DISCARD, "adaptive": ADAPTIVE}
 
 
@@ -885,10 +889,8 @@ cdef int reset(slot* s, memory* m, long long now) noexcept nogil:
     if used < s.pages.least:
         # A pool above has made it cold. The bytes are gone, whatever image they were of.
         return RESET_DISCARD if cool_pages(s) else -1
-    if m.protected_pages:
-        if pages.protect(s.base, used, pages.ACCESS_READ_WRITE):
-            return -1
-        m.protected_pages = False
+    if load(&m.protection) != PROTECTION_NONE and memory_unprotect(m, used):
+        return -1
     if (m.image != s.image or m.image_state == IMAGE_BROKEN) and memory_turn_to(m, s.image):
         return -1       # a user has turned it to another image, or given pages of its own back
     what.low = what.high = what.kept = what.kept_high = what.tables = what.zeroed = 0
@@ -896,7 +898,7 @@ cdef int reset(slot* s, memory* m, long long now) noexcept nogil:
     if used:
         decide(s, used, now, &to)
         if clear(s, used, &to, &what):
-            m.protected_pages = True        # it may be inaccessible: a pool below sees to that first
+            memory_doubt(m)     # it may be inaccessible: a pool below sees to that first
             return -1
         account(s, used, &to, &what, now)
         if s.pool.check and not memory_is_filled(m, used):
@@ -904,7 +906,7 @@ cdef int reset(slot* s, memory* m, long long now) noexcept nogil:
     if used > s.pages.least:
         s.grown = now
         if pages.protect(s.base + s.pages.least, used - s.pages.least, pages.ACCESS_NONE):
-            m.protected_pages = True        # the same
+            memory_doubt(m)     # the same
             return -1
         poke(&m.accessible, s.pages.least)        # upstream may have someone who watches, here and below
     elif (s.pages.hidden and s.pool.idle_ns and now - s.grown > s.pool.idle_ns
@@ -929,7 +931,7 @@ cdef bint cool_pages(slot* s) noexcept nogil:
         return False
     poke(&s.m.accessible, 0)
     s.m.image_state = IMAGE_COPIED
-    s.m.protected_pages = False
+    memory_forget_protection(s.m)
     s.pages.accessible = s.pages.high = s.pages.hidden = 0
     s.resident = s.tables = s.old_tables = 0
     s.unfilled = False
@@ -1232,7 +1234,7 @@ cdef size_t give_up_oldest(int what, const void* budget, int cause) noexcept nog
     while p != NULL:
         acquire(&p.lock.held)
         s = oldest_with(p, what, budget)
-        if s != NULL and (of == NULL or s.since < since):
+        if s != NULL and (of == NULL or s.since <= since):      # the pools are in order, the newest first
             since = s.since
             add(&p.refs, 1)
             unlock(&p.lock.held)
@@ -1288,6 +1290,9 @@ cdef bint give(int what, const void* budget, size_t missing) noexcept nogil:
     how much is missing, what one slot has: the caller tries again, and asks for more."""
     cdef size_t held, got = 0, step
     held = all_that_idle_slots_hold(what, budget)
+    if held == 0 and what == RELIEF_PAGES and not may_be_had(what, pages.capabilities().page_size):
+        what = RELIEF_SPACE         # mappings are missing, which cold slots have, too
+        held = all_that_idle_slots_hold(what, budget)
     if held == 0:
         return False
     if what == RELIEF_BUDGET:
@@ -1565,8 +1570,6 @@ cdef void describe_slot(pool* p, slot* s, memory* m, const memory_spec* spec) no
 cdef bint make_upstream_room(pool* p, int code, failure* why) noexcept nogil:
     """Upstream has refused a memory. True: idle slots have given something up, so it is worth asking again."""
     cdef slot* s
-    if code > 0:
-        return strcmp(why.call, "reserve") == 0 and relieve(RELIEF_SPACE, NULL, why.size)
     if code != E_EXHAUSTED:
         return False
     acquire(&p.lock.held)       # a pool below is full, perhaps with what is idle here
@@ -1659,15 +1662,19 @@ cdef class PoolingCreator(NativeCreator):
     given back.
     """
 
-    def __cinit__(self, NativeCreator upstream=None, *, slots=None, keep_resident=64 << 20, max_unused_warm=100,
-                  max_resident=None, max_reserved=None, idle_seconds=5, max_reset_seconds=None, reset="adaptive",
-                  when_full="fallback", timeout=None, check=False, ImageHandle image=None):
+    def __cinit__(self, *args, **kwargs):
         cdef pool* p
         cdef void* block
         cdef const pages.capabilities_t* caps = pages.capabilities()
         cdef size_t most_slots = caps.mappings // 6 if caps.mappings else 10000
         cdef size_t keep, warm, resident = SIZE_MAX, reserved = SIZE_MAX
         cdef long long idle_ns, reset_ns, wait_ns
+        (upstream, slots, keep_resident, max_unused_warm, max_resident, max_reserved, idle_seconds, max_reset_seconds,
+         reset, when_full, timeout, check, image) = _given("PoolingCreator", tuple(_OPTIONS), _OPTIONS, args, kwargs, 1)
+        self.upstream = check_native(MmapCreator() if upstream is None else upstream, "upstream")
+        if image is not None and not isinstance(image, ImageHandle):
+            raise TypeError(f"image must be an Image, got {type(image).__name__}")
+        self.image = image
         if slots is not None:
             check_count(slots, "slots", &most_slots)
         if most_slots < 1:
@@ -1688,8 +1695,6 @@ cdef class PoolingCreator(NativeCreator):
         check_flag(check, "check")
         if reset == "scan" and not caps.scans:
             raise ValueError("reset must not be 'scan' here: this OS does not say which pages were touched")
-        self.upstream = MmapCreator() if upstream is None else upstream
-        self.image = image
         block = calloc(1, sizeof(pool) + CACHE_LINE)
         if block == NULL:
             raise MemoryError("no memory for a pool")
@@ -1742,6 +1747,8 @@ cdef class PoolingCreator(NativeCreator):
         key_of(spec, &key)
         while True:
             code = take(self.pool, &key, whose, counted, out, why)
+            if out[0] != NULL:
+                out[0].may_move = spec.may_move     # not of the shape: a memory that has moved is not kept
             if code or out[0] != NULL:
                 return code
             code = self.make_slot(self.pool, &key, whose, spec, counted, out, why)
@@ -1880,8 +1887,11 @@ cdef class PoolingCreator(NativeCreator):
         try:
             minimum = ty.minimum * ty.page_size
             maximum = None if ty.maximum is None else ty.maximum * ty.page_size
-            if maximum is None:                 # what wasmtime says then
-                maximum = 2**64 - ty.page_size if ty.is_64 else 2**32
+            for name, value in (("minimum", minimum), ("maximum", maximum)):
+                if value is not None and value >= 2**64 - 1:
+                    raise OverflowError(f"ty.{name} * ty.page_size must be below 2**64 - 1, got {_shown(value)}")
+            if maximum is None:                 # what wasmtime says then; its 2**64 - 1 is none
+                maximum = 2**32 if not ty.is_64 else None if ty.page_size == 1 else 2**64 - ty.page_size
         except (AttributeError, TypeError):
             raise TypeError(f"ty must be a MemoryType, got {type(ty).__name__}") from None
         self.fill_spec(&spec, ty, minimum, maximum, reserved_size_in_bytes, guard_size_in_bytes)

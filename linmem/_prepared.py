@@ -17,11 +17,14 @@ import wasmtime
 from linmem import _bridge, _hoist
 from linmem._cache import Cache
 from linmem._checks import check_flag, check_path
+from linmem._files import write_image
 from linmem._image import Image
 from linmem.errors import FileFormatError, PageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import BinaryIO, NoReturn
+
     from wasmtime._exportable import AsExtern
 
 __all__ = ["NOT_OURS", "Prepared", "prepare"]
@@ -29,13 +32,16 @@ __all__ = ["NOT_OURS", "Prepared", "prepare"]
 NOT_OURS = ("linmem.wasmtime.install(config) was not called for this engine, or the config uses the pooling"
             " allocation strategy (which ignores host creators)")
 
-_FORMAT = 1         # of what is cached, other than wasmtime's own
+_FORMAT = 2         # of what is cached, other than wasmtime's own
 _ASKS: weakref.WeakKeyDictionary[wasmtime.Engine, bool] = weakref.WeakKeyDictionary()
 _LARGEST = 2 * sys.maxsize + 1
 
 
 class Prepared:
     """A module whose data comes from images. Made by `prepare`; immutable and usable from any thread.
+
+    An instance costs no more fuel than the original module's instance costs in an engine without linmem, and meets no
+    epoch deadline that the other one does not, as long as `skipped` is empty.
 
     Attributes
     ----------
@@ -45,7 +51,7 @@ class Prepared:
     images : tuple
         For each memory that the module defines, an `Image` of its data, or None.
     skipped : tuple of str
-        Why data segments were left in the module; empty if none was.
+        Why data segments were left in the module, or why `expose` did nothing; empty if all was done.
     added : frozenset of str
         The exports that ``expose=True`` added.
     outline : linmem._hoist.Outline or None
@@ -63,6 +69,10 @@ class Prepared:
 
     def __init__(self) -> None:
         raise TypeError("a Prepared is made by linmem.wasmtime.prepare(engine, wasm)")
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Prepared cannot be pickled or copied: it belongs to an engine of this process. prepare()"
+                        " with cache= is quick in the next one")
 
     @classmethod
     def _of(cls, module: wasmtime.Module, images: Sequence[Image | None], minima: Sequence[int],
@@ -148,15 +158,16 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
         is in it is run as code, so it has to be the user's own, and nobody else may be able to write
         to it. Processes that use one cache share the pages of the images.
     expose : bool
-        Also export the module's hidden memories and mutable globals, under names in
-        `Prepared.added`, so that a `Snapshot` can hold them.
+        Also export the memories, mutable globals and tables that the module hides, own and imported, under names
+        in `Prepared.added`, so that a `Snapshot` can hold them.
 
     Raises
     ------
     wasmtime.WasmtimeError
-        If wasmtime refuses the module, or the engine's creator a memory to try it with.
+        If wasmtime refuses the module (or component), with wasmtime's own text; or if the engine's creator
+        refuses a memory to try it with.
     ValueError
-        If `wasm` is a component, or if the engine does not make its memories with linmem.
+        If the engine does not make its memories with linmem.
     PermissionError
         If others may write to the cache's directory.
     """
@@ -176,15 +187,20 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
         wasm = bytes(wasmtime.wat2wasm(wasm))
     if not _asks(engine):
         raise ValueError(f"the engine does not make its memories with linmem: {NOT_OURS}")
+    original = wasm
     added: frozenset[str] = frozenset()
     outline = None
+    skipped = []
     try:
         if expose:
             wasm, added = _hoist.expose(wasm)
+        outline = _hoist.outline(wasm)
+    except ValueError as error:     # malformed, or of a kind that is not known here: wasmtime has the last word
+        if expose:
+            skipped.append(f"nothing is exposed: {error}")
+    try:
         hoisted = _hoist.hoist(wasm)
-        if not hoisted.unknown:
-            outline = _hoist.outline(hoisted.module)
-    except _hoist.Malformed as error:       # wasmtime has the last word, and better ones
+    except _hoist.Malformed as error:
         hoisted = _hoist.Hoisted(wasm, [], [], [f"nothing is hoisted: {error}"])
     directory = None if cache is None else Cache(cache)
     images: list[Image | None] = []
@@ -195,8 +211,16 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
         hoisted = _hoist.Hoisted(wasm, [None] * len(hoisted.images), hoisted.minima,
                                  [f"nothing is hoisted, there is no room for an image: {error}"])
         images = [None] * len(hoisted.images)
-    module = _compiled(engine, hoisted.module, directory)
-    return Prepared._of(module, images, hoisted.minima, hoisted.skipped, added, outline)
+    skipped += hoisted.skipped
+    try:
+        module = _compiled(engine, hoisted.module, directory)
+    except wasmtime.WasmtimeError as error:
+        images, added, outline = [None] * len(images), frozenset(), None
+        skipped = [f"nothing is hoisted or exposed, wasmtime takes the module only as it is: {error}"]
+        module = None
+    if module is None:      # the original is refused too, with the text that belongs to it; or it is taken
+        module = _compiled(engine, original, directory)
+    return Prepared._of(module, images, hoisted.minima, skipped, added, outline)
 
 
 def _asks(engine: wasmtime.Engine) -> bool:
@@ -228,7 +252,7 @@ def _image(runs: Sequence[_hoist.Run], cache: Cache | None) -> Image:
         except (FileFormatError, FileNotFoundError):     # of another version, or another process has made room
             continue
     image = Image.from_pieces(runs, last + len(data) - start, start)
-    _add(cache, key, ".image", image.save)
+    _add(cache, key, ".image", functools.partial(write_image, image))
     return image
 
 
@@ -250,9 +274,8 @@ def _compiled(engine: wasmtime.Engine, wasm: bytes, cache: Cache | None) -> wasm
             return module
     module = wasmtime.Module(engine, wasm)
 
-    def write(path: str) -> None:
-        with open(path, "wb") as file:
-            file.write(module.serialize())
+    def write(file: BinaryIO) -> None:
+        file.write(module.serialize())
 
     _add(cache, key, ".cwasm", write)
     return module
@@ -271,7 +294,7 @@ def _read(engine: wasmtime.Engine, path: str) -> wasmtime.Module | None:
         return None
 
 
-def _add(cache: Cache, key: str, suffix: str, write: Callable[[str], object]) -> None:
+def _add(cache: Cache, key: str, suffix: str, write: Callable[[BinaryIO], object]) -> None:
     """What cannot be cached is made anew the next time: no reason to fail, but one to say so."""
     try:
         cache.add(key, suffix, write)

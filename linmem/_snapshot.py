@@ -13,12 +13,12 @@ from wasmtime import _ffi as ffi
 from linmem import _bridge
 from linmem._checks import check_flag
 from linmem._image import Image
-from linmem._memory import Memory
+from linmem._memory import Memory, restore_all
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from typing import Any
+    from collections.abc import Mapping
+    from typing import Any, NoReturn
 
     from linmem._hoist import Outline
 
@@ -57,10 +57,11 @@ def _number_in(handle: ctypes.Structure) -> int:
 
 
 class Snapshot:
-    """The memories and the mutable globals of an instance as they were. Made by `take`.
+    """The memories, mutable globals and tables of an instance as they were. Made by `take`.
 
-    It holds what the instance exports. State that it cannot see is named in `unseen`, as far as it
-    is known: tables, dropped segments, what references lead to, and anything of the host.
+    It holds what the instance exports, own or imported. Other state is refused by `take` or, with
+    ``partial=True``, named in `unseen`, as far as it is known. Always named and never held: which segments were
+    dropped. Never named: what references lead to, and anything of the host.
 
     Attributes
     ----------
@@ -68,22 +69,29 @@ class Snapshot:
         From the export's name to the `Image` of the memory.
     globals : tuple of str
         The names of the mutable globals.
+    tables : tuple of str
+        The names of the tables whose elements are held.
     unseen : tuple of str
-        What instances of this module have that a snapshot does not hold.
+        What this instance has that the snapshot does not hold.
     """
 
-    __slots__ = ("_globals", "_memories", "_store", "_tables", "globals", "memories", "unseen")
+    __slots__ = ("_globals", "_memories", "_store", "_tables", "globals", "memories", "tables", "unseen")
 
     memories: Mapping[str, Image]
     globals: tuple[str, ...]
+    tables: tuple[str, ...]
     unseen: tuple[str, ...]
     _store: weakref.ref[wasmtime.Store]
     _memories: list[tuple[str, wasmtime.Memory | wasmtime.SharedMemory, int, Image]]
     _globals: list[tuple[Any, Any]]
-    _tables: list[tuple[str, wasmtime.Table, int]]
+    _tables: list[tuple[str, wasmtime.Table, int, list[Any] | None]]
 
     def __init__(self) -> None:
         raise TypeError("snapshots are made by Snapshot.take(store, instance)")
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Snapshot cannot be pickled or copied: it belongs to a store of this process. The Images in"
+                        " its `memories` can")
 
     @classmethod
     def take(cls, store: wasmtime.Store, instance: wasmtime.Instance, *, partial: bool = False) -> Snapshot:
@@ -96,15 +104,16 @@ class Snapshot:
         instance : wasmtime.Instance
             Its memories must be linmem's.
         partial : bool
-            Also for an instance that is known to have memories or mutable globals of its own that it does
-            not export. They would keep what they hold when the rest goes back. ``prepare(...,
-            expose=True)`` exports them.
+            Name state that cannot be held in `unseen`, and take a snapshot of the rest. Such state would keep
+            what it holds when the rest goes back: memories, mutable globals and tables that the instance
+            has and does not export (``prepare(..., expose=True)`` exports them), exported memories that are
+            not linmem's, and exported globals and tables that refer to objects.
 
         Raises
         ------
         ValueError
-            If the instance hides state and `partial` is not given, if a memory is not linmem's, or
-            if the store is closed.
+            If there is such state and `partial` is not given, if there is nothing to hold in an instance of
+            a module that was not prepared, or if the store is closed.
         RuntimeError
             If a call into the store is running on this thread.
         """
@@ -116,41 +125,64 @@ class Snapshot:
         prepared = getattr(instance, "_linmem_prepared", None)
         exports = instance.exports(store)
         outline = None if prepared is None else prepared.outline
-        hidden = [] if outline is None else [
-            *(f"memory {index}" for index in outline.hidden_memories()),
-            *(f"mutable global {index}" for index in outline.hidden_globals())]
-        if hidden and not partial:
-            raise ValueError(f"the module does not export {', '.join(hidden)} of its own, which would keep what they"
-                             " hold when the rest is restored: prepare it with expose=True, or take a snapshot with"
-                             " partial=True")
         self = object.__new__(cls)
         self._store = weakref.ref(store)
         self._memories, self._globals, self._tables = [], [], []
         memories: dict[str, Image] = {}
         known: dict[int, Image] = {}        # one memory may be exported under several names
         names = []
+        unseen = _hidden(outline, partial)
+        unreadable = frozenset() if outline is None else outline.unreadable
+
+        def refuse(text: str) -> None:
+            if not partial:
+                raise ValueError(f"{text}, which a snapshot cannot hold: partial=True takes the rest")
+            unseen.append(text)
+
         for name, thing in exports.items():
             if isinstance(thing, (wasmtime.Memory, wasmtime.SharedMemory)):
                 memory = behind(store, thing)
                 if memory is None:
-                    raise ValueError(f"exported memory {name!r} is not linmem's")
+                    refuse(f"exported memory {name!r} is not linmem's")
+                    continue
                 base = memory.as_ptr()
                 if base not in known:
                     known[base] = memory.snapshot()
                     self._memories.append((name, thing, memory.byte_size(), known[base]))
                 memories[name] = known[base]
             elif isinstance(thing, wasmtime.Global) and thing.type(store).mutable:
-                self._globals.append(_value_of(context, name, thing))
+                value = None if name in unreadable else _value_of(context, thing)
+                if value is None:
+                    refuse(f"mutable global {name!r} is a reference to an object")
+                    continue
+                self._globals.append((ctypes.byref(thing._global), value))
                 names.append(name)
             elif isinstance(thing, wasmtime.Table):
-                self._tables.append((name, thing, thing.size(store)))
+                size = thing.size(store)
+                # Of a module that is not known a table may be of continuations, at which the C API aborts.
+                elements = None if outline is None or name in unreadable else _elements_of(context, thing, size)
+                if outline is None:
+                    unseen.append(f"the elements of exported table {name!r}")
+                elif elements is None:
+                    refuse(f"exported table {name!r} has references to objects")
+                self._tables.append((name, thing, size, elements))
         self.memories = memories
         self.globals = tuple(names)
-        self.unseen = (*hidden, *_unseen(outline, prepared is not None))
+        self.tables = tuple(name for name, _, _, elements in self._tables if elements is not None)
+        if outline is None:
+            if not (partial or memories or names):
+                raise ValueError("the instance exports no memory and no mutable global, and what its module hides is"
+                                 " not known: make it by prepare(..., expose=True)")
+            unseen.append("what it does not export: " + (
+                "it is not known, since the module was not made by prepare" if prepared is None else
+                "the module uses what linmem does not know"))
+        self.unseen = tuple(unseen)
         return self
 
     def restore(self, store: wasmtime.Store, *, zero_grown: bool = False) -> None:
-        """Put back what the instance held, in time that follows what changed since.
+        """Put back what the instance held, all of it or nothing, in time that follows what changed since.
+
+        Elements of tables are all written.
 
         A memory that has grown since is refused: it cannot shrink, and the guest's allocator, put back to
         what it was, would not know of the rest and grow the memory anew each time. Make a new instance then.
@@ -165,8 +197,10 @@ class Snapshot:
         Raises
         ------
         ValueError
-            If it is another store or a closed one, or, before anything is restored, if a memory has
-            grown or an exported table was resized since.
+            If it is another store or a closed one, if a memory has grown, or if an exported table was resized
+            since.
+        OwnedError, TypeError
+            If a memory cannot be restored now, as by `Memory.restore`.
         RuntimeError
             If a call into the store is running on this thread.
         """
@@ -174,57 +208,78 @@ class Snapshot:
         if self._store() is not store:
             raise ValueError("the snapshot was taken in another store")
         context = _idle(store, "restored")
-        for name, table, size in self._tables:
+        for name, table, size, _ in self._tables:
             if table.size(store) != size:
-                raise ValueError(f"exported table {name!r} had {size} elements and has {table.size(store)}: a snapshot"
-                                 " does not hold tables")
-        memories = []
+                raise ValueError(f"exported table {name!r} had {size} elements and has {table.size(store)}, and a table"
+                                 " cannot shrink: make a new instance")
+        memories, images = [], []
         for name, memory, size, image in self._memories:
             found = behind(store, memory)
             assert found is not None        # wasmtime holds it as long as the store lives
             if found.byte_size() != size and not zero_grown:
                 raise ValueError(f"exported memory {name!r} has grown from {size} to {found.byte_size()} bytes, which a"
                                  " guest that is put back does not know: make a new instance, or pass zero_grown=True")
-            memories.append((found, image))
-        for found, image in memories:
-            found.restore(image, zero_grown=True)
+            memories.append(found)
+            images.append(image)
+        restore_all(memories, images)       # the last step that may be refused
         for place, value in self._globals:
-            error = ffi.wasmtime_global_set(context, place, value)
-            if error:
-                raise wasmtime.WasmtimeError._from_ptr(error)
+            _raise(ffi.wasmtime_global_set(context, place, value))
+        for _, table, _, elements in self._tables:
+            place = ctypes.byref(table._table)
+            for index, value in enumerate(elements or ()):
+                _raise(ffi.wasmtime_table_set(context, place, index, value))
 
     def __repr__(self) -> str:
         return f"<linmem.wasmtime.Snapshot: {len(self.memories)} memories, {len(self.globals)} globals>"
 
 
-def _value_of(context: Any, name: str, thing: wasmtime.Global) -> tuple[Any, Any]:
-    """Where a global is and what it holds, both as wasmtime_global_set takes them."""
-    place, value = ctypes.byref(thing._global), ffi.wasmtime_val_t()
-    ffi.wasmtime_global_get(context, place, ctypes.byref(value))
+def _raise(error: Any) -> None:
+    if error:
+        raise wasmtime.WasmtimeError._from_ptr(error)
+
+
+def _kept(context: Any, value: ffi.wasmtime_val_t) -> Any:
+    """A value as wasmtime_global_set and wasmtime_table_set take it; None for a reference to an object."""
     kind: Any = value.kind
-    if kind not in _PLAIN:
-        unroot = ffi.dll.wasmtime_val_unroot        # older ones want the context too
-        unroot(*[context, ctypes.byref(value)][-len(unroot.argtypes or ()):])
-        raise ValueError(f"mutable global {name!r} is a reference to an object, which a snapshot cannot hold")
-    return place, ctypes.byref(value)
+    if kind in _PLAIN:
+        return ctypes.byref(value)
+    unroot = ffi.dll.wasmtime_val_unroot        # older ones want the context too
+    unroot(*[context, ctypes.byref(value)][-len(unroot.argtypes or ()):])
+    return None
 
 
-def _unseen(outline: Outline | None, was_prepared: bool) -> Iterator[str]:
+def _value_of(context: Any, thing: wasmtime.Global) -> Any:
+    value = ffi.wasmtime_val_t()
+    ffi.wasmtime_global_get(context, ctypes.byref(thing._global), ctypes.byref(value))
+    return _kept(context, value)
+
+
+def _elements_of(context: Any, table: wasmtime.Table, size: int) -> list[Any] | None:
+    """The elements, or None if one is a reference to an object."""
+    place, elements = ctypes.byref(table._table), []
+    for index in range(size):
+        value = ffi.wasmtime_val_t()
+        ffi.wasmtime_table_get(context, place, index, ctypes.byref(value))
+        elements.append(_kept(context, value))
+        if elements[-1] is None:
+            return None
+    return elements
+
+
+def _hidden(outline: Outline | None, partial: bool) -> list[str]:
+    """What a prepared module does not export, so that a snapshot does not hold it; refused if not `partial`."""
     if outline is None:
-        yield ("what it does not export: " + ("the module uses what linmem does not know" if was_prepared else
-                                              "it is not known, since the module was not made by prepare"))
-        return
-    tables = outline.tables - outline.imported_tables
-    if tables:
-        yield f"the elements of {tables} tables"
+        return []
+    words = {"global": "mutable global"}
+    own, imported = ([f"{'imported ' * is_import}{words.get(kind, kind)} {index}"
+                      for kind, index, is_import in outline.hidden() if is_import == which] for which in (False, True))
+    if (own or imported) and not partial:
+        text = ", ".join([", ".join(own) + " of its own"] * bool(own) + imported)
+        raise ValueError(f"the module does not export {text}, which would keep what they hold when the rest is"
+                         " restored: prepare it with expose=True, or take a snapshot with partial=True")
     data, elements = outline.passive
-    if data or elements:
-        yield f"which of {data} passive data segments and {elements} passive element segments were dropped"
-    imported = {"memory": range(outline.imported_memories), "table": range(outline.imported_tables),
-                "global": [index for index in range(outline.imported_globals) if outline.globals[index]]}
-    for kind, indices in imported.items():
-        if any((kind, index) not in outline.exports for index in indices):
-            yield f"what it imports and does not export: a {'mutable ' * (kind == 'global')}{kind}"
+    dropped = [f"which of {data} passive data segments and {elements} passive element segments were dropped"]
+    return own + imported + dropped * bool(data or elements)
 
 
 def _idle(store: wasmtime.Store, what: str) -> Any:

@@ -18,6 +18,9 @@ cdef enum:
     E_EXHAUSTED = -10       # every slot of a pool is in use
     E_IMAGE = -11           # the memory is smaller than its image
     E_OWNED = -12           # a wasmtime store owns the memory, and Python is to leave it alone
+    E_PROTECTED = -13       # the bytes lie in pages whose access does not allow it
+    E_OWN_GROWTH = -14      # this thread is growing the memory, and would wait for itself
+    E_BROKEN = -15          # a memory in Python no longer says where it is
 
 
 cdef inline bint is_power_of_two(size_t n) noexcept nogil:
@@ -80,27 +83,44 @@ cdef inline int lay_out(size_t minimum, size_t reservation, size_t guard, size_t
     return 0
 
 
-cdef inline size_t first_reservation(size_t minimum, size_t maximum, bint bounded,
-                                     size_t space, size_t left) noexcept nogil:
-    """Bytes to try first where the caller named no reservation.
+# How large a reservation is where the caller named no size. Of what linmem holds, `chosen` bytes are reservations
+# whose size it chose itself, guards and minimums included; callers asked for the rest. A new choice is made out of
+# `room`: what is missing until `chosen` is half of all that callers did not ask for. So the choices together never
+# exceed that half, however many memories there are.
 
-    space: the whole user address space; left: what RLIMIT_AS and its kin leave of it (== space
-    where there is no limit). A known maximum is reserved whole where a quarter of the space and
-    half of what is left hold it. One beyond that, and an unknown one, get 1/128 of the space, and
-    where a limit is in force at most an eighth of what is left, so that others find room.
+cdef enum:
+    SMALL_RESERVATION = 1 << 20     # bytes: the least that linmem chooses beyond the minimum while there is room
+    MEMORY_TIMES = 4                # no choice exceeds so many times the machine's memory
+
+
+cdef inline size_t room_to_choose(size_t space, size_t left, size_t reserved, size_t chosen) noexcept nogil:
+    """space: the whole user address space; left: what RLIMIT_AS and its kin leave of it (== space where there is
+    no limit); reserved: what linmem holds, chosen and asked for."""
+    cdef size_t asked = reserved - chosen if reserved > chosen else 0
+    cdef size_t unasked = space - asked if space > asked else 0
+    if left < space and left + chosen < unasked:
+        unasked = left + chosen
+    unasked >>= 1
+    return unasked - chosen if unasked > chosen else 0
+
+
+cdef inline size_t choose_reservation(size_t minimum, size_t maximum, bint bounded, size_t room, size_t others,
+                                      size_t memory) noexcept nogil:
+    """Bytes to reserve; `minimum`: nothing beyond it.
+
+    A known maximum is reserved whole where half of the room holds what exceeds the minimum. Otherwise the minimum gets
+    a share of the room on top: an eighth for the first memory, and less the more `others` of a chosen size there are.
+    room: with the minimum and the guards taken from it; memory: bytes of the machine's memory, 0: unknown.
     """
-    cdef size_t cap
-    if bounded and maximum <= space >> 2 and maximum <= left >> 1:
-        return maximum if maximum > minimum else minimum
-    cap = space >> 7
-    if left < space and cap > left >> 3:
-        cap = left >> 3
-    if bounded and cap > maximum:
-        cap = maximum
-    return cap if cap > minimum else minimum
-
-
-cdef inline size_t next_reservation(size_t tried, size_t minimum) noexcept nogil:
-    """The next step down after the OS refused `tried` bytes; `minimum` is the last one."""
-    cdef size_t half = tried >> 1
-    return half if half > minimum else minimum
+    cdef size_t share = room // 4 // (others + 2)
+    if bounded and maximum - minimum <= room >> 1:
+        return maximum
+    if memory and (share + MEMORY_TIMES - 1) // MEMORY_TIMES > memory:
+        share = memory * MEMORY_TIMES
+    if share < SMALL_RESERVATION:
+        share = SMALL_RESERVATION if room >= SMALL_RESERVATION else 0
+    if share > SIZE_MAX - minimum:
+        share = 0
+    if bounded and share > maximum - minimum:
+        share = maximum - minimum
+    return minimum + share

@@ -36,7 +36,12 @@ class LinearMemory(ABC):
 
     @abstractmethod
     def grow_to(self, new_size: int) -> None:
-        """Make `new_size` bytes accessible, the new ones zero; raise and change nothing otherwise."""
+        """Make `new_size` bytes accessible, the new ones zero; raise and change nothing otherwise.
+
+        linmem asks where the memory is afterwards, also if this raised. An answer that cannot be true, or an
+        exception, makes the memory lost: every use of it raises from then on. This method must not use linmem's
+        handle on the same memory in a way that waits for the growth (`RuntimeError`).
+        """
 
     @abstractmethod
     def as_ptr(self) -> int:

@@ -15,6 +15,9 @@ from linmem._cli.words import EXIT_INTERRUPTED, EXIT_REFUSED, EXIT_USAGE, Parser
 
 __all__ = ["main"]
 
+# What a write says where there is no room, or no more of it for this user or process.
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC))
+
 DESCRIPTION = "Linear memories for Python: run WebAssembly in them, see them at work, ask what this machine allows."
 
 RUN_USAGE = """linmem run [options] PROGRAM [options] [--] [ARGS ...]"""
@@ -26,12 +29,16 @@ Options may stand before PROGRAM and directly after it; the first argument that 
 `--`, begins the program's own ARGS. argv[0] is the file name of PROGRAM. Nothing of this
 machine is visible to the program but what --dir and --env give it.
 
+--creator takes "mmap" (each memory is a mapping of its own), "pool" (memories are reset and handed
+out again) and "statistics"; each with the defaults of linmem.creator(). --max-memory puts one
+budget over it (what linmem.creator("limiting", limit_bytes=...) does).
+
 The report comes last on standard error, so that standard output stays the program's. With --json
 it is one line, the last, also if PROGRAM could not be run; sizes are bytes, times nanoseconds.
 "resident" is the physical memory at the end, which is its peak: wasm memories give nothing back.
 
 Exit codes: the program's (0 to 125, as wasmtime allows); 134 if it trapped; 130 on Ctrl-C; 2 if
-the command line is wrong; 1 if PROGRAM cannot be run, with one line that says why."""
+the command line is wrong; 1 if PROGRAM cannot be read or run, with one line that says why."""
 
 DEMO_DESCRIPTION = """\
 Show a NumPy view that stays valid while its memory grows, in Python and under a WebAssembly
@@ -41,7 +48,13 @@ INFO_DESCRIPTION = """\
 Print what this machine allows, and let child processes fault on guard pages to see that they
 hold. Exit code 0 if they do, else 1."""
 
-BENCH_DESCRIPTION = "Measure linmem against the same system calls in C, against wasmtime's own memories and NumPy."
+BENCH_DESCRIPTION = """\
+Measure linmem against the same system calls in C, against wasmtime's own memories and NumPy. Exit
+code 0 if it was measured; 1 if a library is missing, or if a goal is missed (with --check)."""
+
+EPILOG = """\
+Exit codes of all commands: 0 if it was done and all is well; 1 if it cannot be done or a check
+failed; 2 if the command line is wrong; 130 on Ctrl-C. What a command adds is in its own help."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -106,8 +119,11 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except OSError as error:
         # A pipe that nobody reads is an invalid argument to some systems.
-        if not isinstance(error, BrokenPipeError) and (type(error) is not OSError or error.errno != errno.EINVAL):
+        if not isinstance(error, BrokenPipeError) and (type(error) is not OSError or error.filename is not None
+                                                       or error.errno not in (errno.EINVAL, *FULL)):
             raise
+        if error.errno in FULL:
+            print(f"linmem {command}: standard output: {error.strerror}", file=sys.stderr)
         # The reader of our output has gone (`linmem info | head -1`). At exit Python would flush
         # into the pipe once more and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -116,7 +132,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
     """The parser, and those of the subcommands by name."""
-    parser = Parser(prog="linmem", description=DESCRIPTION, allow_abbrev=False)
+    parser = Parser(prog="linmem", description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"linmem {linmem.__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
 
@@ -128,7 +145,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     run.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]",
                      help="a variable for the program, with this process's value if none is given; repeatable")
     run.add_argument("--creator", default="mmap", metavar="KIND",
-                     help="who makes the memories, by the name linmem.creator() knows (default: mmap)")
+                     help="who makes the memories: mmap (the default), pool or statistics; see below")
     run.add_argument("--max-memory", type=parse_size, metavar="SIZE",
                      help="a budget for all memories of the program: bytes, or a number with KiB, MiB, GiB (powers"
                           " of 1024; K, M, G mean the same) or KB, MB, GB (powers of 1000). Past it memory.grow"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from linmem._adaptors import LimitingCreator, PythonCreator, StatisticsCreator
+from linmem._adaptors import LimitingCreator, PythonCreator, StatisticsCreator, check_trait
 from linmem._checks import shown
 from linmem._memory import Memory, MmapCreator, NativeCreator
 from linmem._pool import PoolingCreator
@@ -26,29 +26,32 @@ def creator(kind: str = "mmap", **options: Any) -> NativeCreator:
     ----------
     kind : str
         "mmap": each memory is a mapping of its own (`MmapCreator`; options `prefault`, `huge_pages`).
-        "pool": memories are reset and handed out again (`PoolingCreator`; good with no option at all).
+        "pool": memories are reset and handed out again (`PoolingCreator`; good with no option at all; options
+        `slots`, `keep_resident`, `max_unused_warm`, `reset`, `when_full`, `check`, `image`, `upstream`).
         "limiting": one budget over all memories (`LimitingCreator`; options `limit_bytes`, `upstream`).
         "statistics": counts and times what happens (`StatisticsCreator`; options `upstream`, `history`).
     **options
-        The constructor's own. An `upstream` that is left out is an `MmapCreator`.
+        The constructor's own. An `upstream` that is left out (or None) is an `MmapCreator`.
 
     Raises
     ------
     ValueError
         For a kind that does not exist; the message lists those that do.
     TypeError
-        For an option that the kind does not have.
+        For an option that the kind does not have or that is missing, or an `upstream` that is no creator.
     """
     if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(f"kind must be one of {', '.join(map(repr, _KINDS))}, got {shown(kind)}")
     made = _KINDS[kind]
     if made is not MmapCreator:
-        options["upstream"] = as_native(options.get("upstream") or _DEFAULT)
+        upstream = options.get("upstream")
+        options["upstream"] = _DEFAULT if upstream is None else as_native(upstream, "upstream")
     return made(**options)
 
 
 def create(minimum: int, maximum: int | None = None, *, creator: MemoryCreator | None = None,
-           reserve: int | None = None, guard: int | None = None, domain: str | None = None) -> Memory:
+           reserve: int | None = None, guard: int | None = None, may_move: bool = False,
+           domain: str | None = None) -> Memory:
     """Make a linear memory.
 
     Parameters
@@ -61,13 +64,16 @@ def create(minimum: int, maximum: int | None = None, *, creator: MemoryCreator |
         Who makes it; an `MmapCreator` by default. A Python class that implements the trait will do.
     reserve : int, optional
         Bytes of address space to reserve at least: growth up to there never moves the base. None:
-        the maximum where it is known and affordable, else the largest sensible reservation, in
-        smaller steps where the OS refuses.
+        the maximum where it is known and affordable, else a share of the address space: a few times the
+        machine's memory at most, and less for each memory that holds a share already.
     guard : int, optional
         Inaccessible bytes after the capacity (and before the base), a multiple of the host page.
         65536 by default.
     domain : str, optional
         Whose pages a pool may hand to this user: only those of the same domain, and None is one of its own.
+    may_move : bool
+        Whether the base may change when the memory grows past its capacity and nothing is exported from
+        it. False: such a growth is a `GrowError`.
 
     Returns
     -------
@@ -93,12 +99,13 @@ def create(minimum: int, maximum: int | None = None, *, creator: MemoryCreator |
     """
     native = _DEFAULT if creator is None else as_native(creator)
     if domain is None:      # a keyword takes a twentieth of the time of a pooled memory
-        return native.create(minimum, maximum, reserve, guard)
-    return native.create(minimum, maximum, reserve, guard, domain=domain)
+        return native.create(minimum, maximum, reserve, guard, may_move=may_move)
+    return native.create(minimum, maximum, reserve, guard, may_move=may_move, domain=domain)
 
 
-def as_native(creator: MemoryCreator) -> NativeCreator:
-    """The creator itself, or a `PythonCreator` around one that is written in Python."""
+def as_native(creator: MemoryCreator, name: str = "creator") -> NativeCreator:
+    """The creator itself, or a `PythonCreator` around one that is written in Python; `name` is the argument's."""
     if isinstance(creator, NativeCreator):
         return creator
+    check_trait(creator, name)
     return PythonCreator(creator)

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 import threading
 from collections import OrderedDict
@@ -37,6 +38,8 @@ __all__ = ["LinmemPlugin", "memory", "setup", "traffic", "worker_pool"]
 _POOLS = 8                      # that a worker keeps; each holds the pages of its image
 
 _lock = threading.Lock()
+if hasattr(os, "register_at_fork"):     # a forked child would wait for a thread that it does not have
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 _pools: OrderedDict[tuple[object, ...], NativeCreator] = OrderedDict()
 _traffic = {"images_sent": 0, "images_received": 0, "deltas_sent": 0, "deltas_received": 0,
             "bytes_sent": 0, "bytes_received": 0}
@@ -91,7 +94,8 @@ def _token_of_image(image: Image) -> tuple[object, ...]:
 
 
 def _token_of_delta(delta: Delta) -> tuple[object, ...]:
-    return "linmem.Delta", delta.base, delta.base_size, delta.size, delta.ranges, delta.zeros, bytes(delta.data)
+    return ("linmem.Delta", delta.base, delta.base_size, delta.size, delta.offset, delta.ranges, delta.zeros,
+            bytes(delta.data))
 
 
 def _size_of_image(image: Image) -> int:
@@ -131,6 +135,8 @@ def setup(client: distributed.Client) -> None:
 
 def worker_pool(image: Image, **options: Any) -> NativeCreator:
     """This process's pool of memories that start from `image`: the same for every task that asks.
+
+    It is not for `linmem.wasmtime.install`, which refuses a pool with an image.
 
     Parameters
     ----------

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from linmem._checks import shown
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 __all__ = ["FileFormatError", "GrowError", "LimitError", "OwnedError", "PageError", "PoolError"]
 
 
@@ -62,7 +66,8 @@ class PageError(OSError, MemoryError):
     Attributes
     ----------
     errno, winerror : int
-        The OS's own code, as in any `OSError`.
+        The OS's own code, as in any `OSError`. Where that is a winerror, errno is ENOMEM for each code that says
+        that memory, a quota or the commit limit is used up.
     call : str
         The page call: "reserve", "commit", "discard", "protect" ...
     size : int
@@ -71,6 +76,9 @@ class PageError(OSError, MemoryError):
 
     call: str = ""
     size: int = 0
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), self.args, {**vars(self), "errno": self.errno}
 
 
 class OwnedError(RuntimeError):
@@ -102,7 +110,7 @@ class FileFormatError(ValueError):
         return FileFormatError, (self.path, self.field, self.value, self.bound)
 
 
-def from_failure(reason: str, text: str, *, os_error_args: tuple[object, ...], call: str, size: int,
+def from_failure(reason: str, text: str, *, os_error_args: tuple[Any, ...], call: str, size: int,
                  used: int, limit: int) -> BaseException:
     """The exception for a failure that came up from nogil code.
 
@@ -113,10 +121,12 @@ def from_failure(reason: str, text: str, *, os_error_args: tuple[object, ...], c
     text : str
         The whole message.
     os_error_args : tuple
-        What makes an `OSError` carry the code the way this OS does.
+        What makes an `OSError` carry the code the way this OS does. The first one is the errno, or 0: `OSError` knows.
     """
     if reason == "os":
         error = PageError(*os_error_args)
+        if os_error_args[0]:        # where there is a winerror, OSError has replaced it
+            error.errno = os_error_args[0]
         error.call = call
         error.size = size
         return error
@@ -133,5 +143,8 @@ def from_failure(reason: str, text: str, *, os_error_args: tuple[object, ...], c
         "EXPORTED": BufferError,
         "IMAGE": ValueError,
         "OWNED": OwnedError,
+        "OWN_GROWTH": RuntimeError,
+        "BROKEN": RuntimeError,
+        "PROTECTED": ValueError,
         "UNSUPPORTED": TypeError,
     }[reason](text)

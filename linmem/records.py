@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from linmem._checks import check_flag, shown
+from linmem._checks import check_count, check_flag, shown
 
 __all__ = ["ImageInfo", "MemoryInfo", "MemoryType"]
 
@@ -38,14 +38,14 @@ class MemoryType:
     def __post_init__(self) -> None:
         for name in ("minimum", "maximum"):
             value = getattr(self, name)
-            if not isinstance(value, int) and not (name == "maximum" and value is None):
-                raise TypeError(f"{name} must be an integer number of wasm pages, got {type(value).__name__}")
+            if not (name == "maximum" and value is None):
+                # Any integer type is taken, and kept as an int: native code and other processes read it.
+                object.__setattr__(self, name, check_count(value, name, "an integer number of wasm pages"))
         check_flag(self.is_64, "is_64")
         check_flag(self.is_shared, "is_shared")
-        if not isinstance(self.page_size, int) or self.page_size not in (1, 65536):
+        object.__setattr__(self, "page_size", check_count(self.page_size, "page_size"))
+        if self.page_size not in (1, 65536):
             raise ValueError(f"page_size must be 1 or 65536, got {shown(self.page_size)}")
-        if self.minimum < 0:
-            raise ValueError(f"minimum must be >= 0, got {shown(self.minimum)}")
         if self.maximum is not None and self.maximum < self.minimum:
             raise ValueError(f"maximum must be >= minimum ({shown(self.minimum)}), got {shown(self.maximum)}")
 

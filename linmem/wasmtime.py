@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 import weakref
 
 try:
@@ -19,7 +20,7 @@ from wasmtime import _ffi as ffi
 
 from linmem import _bridge
 from linmem._checks import check_flag
-from linmem._memory import Memory
+from linmem._memory import Memory, NativeCreator
 from linmem._os import pages as _pages
 from linmem._pool import PoolingCreator
 from linmem._prepared import NOT_OURS, Prepared, prepare
@@ -36,7 +37,10 @@ _NEEDED = ("wasmtime_config_host_memory_creator_set", "wasmtime_config_memory_in
 _TUNABLE = ("wasmtime_config_memory_reservation_set", "wasmtime_config_memory_guard_size_set",
             "wasmtime_config_memory_reservation_for_growth_set")
 _bound = False
+# The modules that new_memory() made last, by their text. Each takes memory and address space.
+_MODULES = 8
 _modules: weakref.WeakKeyDictionary[wasmtime.Engine, dict[str, wasmtime.Module]] = weakref.WeakKeyDictionary()
+_modules_lock = threading.Lock()
 
 
 def install(config: wasmtime.Config, creator: MemoryCreator | None = None, *, tune: bool = True) -> None:
@@ -52,7 +56,8 @@ def install(config: wasmtime.Config, creator: MemoryCreator | None = None, *, tu
     config : wasmtime.Config
         Not yet given to an Engine.
     creator : MemoryCreator, optional
-        A `PoolingCreator` of its own by default. It lives as long as the config or an engine needs it.
+        A `PoolingCreator` of its own by default. It lives as long as the config or an engine needs it. No pool in
+        it may have an ``image=``.
     tune : bool
         Where this process has little address space (a limit, or few address bits), lower the
         config's memory reservation and guard so that memories can be made at all. Set your own
@@ -63,12 +68,19 @@ def install(config: wasmtime.Config, creator: MemoryCreator | None = None, *, tu
     TypeError
         If `config` is no `wasmtime.Config` or `creator` no creator.
     ValueError
-        If the config was given to an engine already.
+        If the config was given to an engine already, or if a pool in `creator` starts its memories from an image:
+        every memory of the engine would get that image, also those of other modules, and a module's own data
+        would then be copied over it.
     RuntimeError
         If this wasmtime-py has no host memory creators.
 
     Notes
     -----
+    Without copy-on-write initialisation wasmtime copies a module's data by start-up code. In an engine with
+    ``consume_fuel`` that code costs about one unit of fuel for each byte, and in one with ``epoch_interruption``
+    it checks the deadline: add the fuel and set the deadline before the instance is made. Instances of modules
+    that were made by `prepare` have no such code.
+
     With the pooling allocation strategy wasmtime ignores host creators in silence, and a Config
     cannot be asked for its strategy: `linear_memory` and `new_memory` then raise and say so.
     """
@@ -81,6 +93,13 @@ def install(config: wasmtime.Config, creator: MemoryCreator | None = None, *, tu
                          ) from None
     check_flag(tune, "tune")
     native = as_native(PoolingCreator() if creator is None else creator)
+    part: object = native
+    while isinstance(part, NativeCreator):      # down the chain
+        if getattr(part, "image", None) is not None:
+            raise ValueError("creator must not have a pool with an image: every memory of the engine would start from"
+                             " that image, and the data of a module would be copied over it. Leave image= out, and"
+                             " restore() each instance's memory to the image, or prepare() the module")
+        part = getattr(part, "upstream", getattr(part, "creator", None))
     _bind()
     if tune:
         _tune(pointer)
@@ -91,8 +110,8 @@ def install(config: wasmtime.Config, creator: MemoryCreator | None = None, *, tu
 def linear_memory(store: wasmtime.Store, memory: wasmtime.Memory | wasmtime.SharedMemory) -> Memory:
     """The linmem memory behind a wasm memory.
 
-    Its views survive ``memory.grow`` and ``store.close()``. While the store owns it, growing and
-    closing are wasmtime's to do, and `Memory.grow_to` and `Memory.close` raise `OwnedError`.
+    Its views survive ``memory.grow`` and ``store.close()``. While the store owns it, it grows by
+    ``wasmtime.Memory.grow``, and `Memory.grow_to` raises `OwnedError`. `Memory.close` closes the handle only.
 
     Parameters
     ----------
@@ -143,10 +162,16 @@ def new_memory(store: wasmtime.Store, memory_type: wasmtime.MemoryType) -> wasmt
     page_size = getattr(memory_type, "page_size", 65536)
     words += [] if page_size == 65536 else [f"(pagesize {page_size})"]
     wat = f'(module (memory (export "memory") {" ".join(words)}))'
-    modules = _modules.setdefault(store.engine, {})
-    module = modules.get(wat)
+    with _modules_lock:
+        module = _modules.get(store.engine, {}).get(wat)
     if module is None:
-        module = modules[wat] = wasmtime.Module(store.engine, wat)
+        module = wasmtime.Module(store.engine, wat)
+    with _modules_lock:
+        modules = _modules.setdefault(store.engine, {})
+        modules.pop(wat, None)
+        modules[wat] = module               # the last one now
+        while len(modules) > _MODULES:
+            del modules[next(iter(modules))]
     memory = wasmtime.Instance(store, module, []).exports(store)["memory"]
     assert isinstance(memory, (wasmtime.Memory, wasmtime.SharedMemory))
     linear_memory(store, memory)

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib.machinery
 import os
+import sys
+from pathlib import Path
 
 import pytest
-import support
 from hypothesis import HealthCheck, settings
+
+# `python -m pytest` puts the checkout on the path. If no extensions were built there, the checkout would hide the
+# installed package.
+CHECKOUT = Path(__file__).resolve().parent.parent
+if not any((CHECKOUT / "linmem" / f"_memory{suffix}").exists() for suffix in importlib.machinery.EXTENSION_SUFFIXES):
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != CHECKOUT]
+
+import support  # noqa: E402
 
 # A machine under load must not fail a test: no deadline. Profile "ci" looks longer, "few" where each look is slow.
 settings.register_profile("default", max_examples=50, stateful_step_count=20, deadline=None,
@@ -23,10 +33,24 @@ if hasattr(ctypes.pythonapi, "mallopt"):
     ctypes.pythonapi.mallopt(M_ARENA_MAX, 1)
 
 
+def in_a_frame_of_its_name(item):
+    """faulthandler ends a test that hangs, and shows the names of functions: the frame has the test's full name, with
+    its parameters, which the name of the function lacks."""
+    runtest = item.runtest
+
+    def run():
+        runtest()
+
+    run.__code__ = run.__code__.replace(co_name=item.nodeid)
+    return run
+
+
 def pytest_collection_modifyitems(config, items):
-    """A test that is skipped whatever its parameters are is skipped once: so the number of skips says something."""
+    """A test that is skipped whatever its parameters are is skipped once: so the number of skips says something.
+    Every test gets its frame."""
     kept, left, seen = [], [], set()
     for item in items:
+        item.runtest = in_a_frame_of_its_name(item)
         marks = getattr(item.function, "pytestmark", ()) if isinstance(item, pytest.Function) else ()
         whole = any(mark.name == "skipif" and mark.args[0] is True for mark in marks)
         (left if whole and item.function in seen else kept).append(item)

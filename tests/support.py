@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import mmap
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -64,6 +65,14 @@ def _files_have_holes() -> bool:
         return getattr(os.fstat(file.fileno()), "st_blocks", 1 << 24) * 512 < 1 << 20
 
 
+def _pages_can_be_locked() -> bool:
+    if not HAS_PROC:
+        return False
+    with mmap.mmap(-1, 1 << 16) as memory:
+        place = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(memory)))
+        return LIBC.mlock(place, ctypes.c_size_t(1 << 16)) == 0
+
+
 def _scan_ways() -> frozenset[str]:
     """The ways of finding touched pages that work here."""
     found = set()
@@ -76,6 +85,23 @@ def _scan_ways() -> frozenset[str]:
         found.add(way)
     pages.choose_scan(before)
     return frozenset(found)
+
+
+def _code_is_allowed() -> bool:
+    with linmem.create(PAGE) as mem:
+        try:
+            mem.protect(0, PAGE, "rx")
+        except linmem.PageError:
+            return False
+        return True
+
+
+def _can_mount() -> bool:
+    """Whether a child may have file systems of its own."""
+    if not HAS_PROC or os.geteuid():
+        return False
+    code = "import ctypes; raise SystemExit(ctypes.CDLL(None).unshare(0x20000) != 0)"
+    return subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
 SCAN_WAYS = _scan_ways()
@@ -117,9 +143,21 @@ NEEDS = {
     "unnamed_files": ("file" in image_kinds(), "images are not kept in files here"),
     "maps_images": (FLOOR["capabilities"]["maps_images"], "images cannot be mapped into memories here"),
     "descriptors": (HAS_PROC and FDS.exists(), "no /proc/self/fd to ask"),
+    "mounts": (_can_mount(), "a process may not mount file systems of its own"),
     "holes": (_files_have_holes(), "the file system has no holes, or does not say"),
+    "few_mappings": (HAS_PROC and 0 < FLOOR["mappings"] <= 1 << 18, "a process may have too many mappings to make all"),
+    "overcommit_is_guessed": (FLOOR["limits"].get("vm.overcommit_memory") == 0 and 0 < FLOOR["memory"] < 1 << 41,
+                              "vm.overcommit_memory is not 0, or the machine has terabytes"),
+    "overcommit_is_not_strict": (FLOOR["limits"].get("vm.overcommit_memory") in (0, 1), "vm.overcommit_memory is 2"),
+    "memory_locks": (_pages_can_be_locked(), "no page may be locked in memory"),
+    "many_mappings": (HAS_PROC and (FLOOR["mappings"] or 65530) >= 65530, "a process may have but few mappings here"),
+    "large_space": (HAS_PROC and FLOOR["address_bits"] >= 47 and FLOOR["address_space_left"] == FLOOR["address_space"]
+                    and "LD_PRELOAD" not in os.environ, "addresses are short, limited, or taken by a sanitizer"),
     "rlimits": (_has_module("resource"), "this OS has no resource limits"),
     "fork": (hasattr(os, "fork"), "this OS has no fork"),
+    "code": (_code_is_allowed(), "this host does not allow memory that was written to become code"),
+    "x86_64": (platform.machine() in ("x86_64", "AMD64"), "the machine code of the tests is for x86-64"),
+    "root": (hasattr(os, "geteuid") and os.geteuid() == 0, "only root can give files to another user"),
     "owners": (hasattr(os, "geteuid"), "files have no owners and modes here"),
     "core_files": (_core_is_a_file(), "core_pattern is not a plain file name"),
     "real_pages": ("LINMEM_PAGE_SIZE" not in os.environ, "the host page is overridden in this run"),
@@ -131,6 +169,7 @@ NEEDS = {
     "kernel32": (HAS_KERNEL32, "no kernel32 to ask"),
     "sources": ((ROOT / "linmem" / "_memory.pyx").exists(), "the sources are not beside the tests"),
     "interrupts": (hasattr(signal, "pthread_kill"), "a process cannot be sent an interrupt here"),
+    "failing_allocations": (_has_module("_testcapi"), "Python's allocations cannot be made to fail here"),
     "docstrings": (sysconfig.get_config_var("WITH_DOC_STRINGS") != 0, "this Python was built without docstrings"),
     "numpy": (_has_module("numpy"), "NumPy is not installed"),
     # Not imported to know: it takes longer than the rest of a test run's start.
@@ -196,9 +235,9 @@ class Region(ctypes.Structure):
 
 
 MEM_COMMIT, MEM_RESERVE, MEM_FREE = 0x1000, 0x2000, 0x10000
-PAGE_NOACCESS, PAGE_READONLY, PAGE_READWRITE = 1, 2, 4
+PAGE_NOACCESS, PAGE_READONLY, PAGE_READWRITE, PAGE_EXECUTE_READ = 1, 2, 4, 0x20
 _AS_IN_MAPS = {(MEM_RESERVE, 0): "---p", (MEM_COMMIT, PAGE_NOACCESS): "---p", (MEM_COMMIT, PAGE_READONLY): "r--p",
-               (MEM_COMMIT, PAGE_READWRITE): "rw-p"}
+               (MEM_COMMIT, PAGE_READWRITE): "rw-p", (MEM_COMMIT, PAGE_EXECUTE_READ): "r-xp"}
 
 
 def query(address: int) -> Region:
@@ -521,9 +560,10 @@ cdef class Half(linmem.NativeCreator):
 
 def build_extension(folder: Path, name: str, source: str) -> None:
     """Compile a Cython module into `folder`, against the package's .pxd files."""
-    # An editable install is found by an import hook, which Cython does not ask.
+    # Cython looks where packages are installed. It does not ask the import hook of an editable install, and the child
+    # does not have what this process has on its path.
     home = str(Path(linmem.__file__).parent.parent)
-    beyond = [] if home in sys.path else [home]
+    beyond = [] if home in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")} else [home]
     (folder / f"{name}.pyx").write_text(source)
     (folder / "setup.py").write_text(textwrap.dedent(f"""
         from Cython.Build import cythonize

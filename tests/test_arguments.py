@@ -1,12 +1,17 @@
 """Bad input: refused with the argument's name, whatever its type, and nothing is left behind."""
 
+import copy
+import inspect
+import pickle
 import types
 from functools import partial
 
 import pytest
-from support import PAGE, WORD, answer, requires
+from support import HALF_CREATOR, PAGE, WORD, answer, build_extension, load_extension, requires
 
 import linmem
+from linmem._bridge import Offer
+from linmem._memory import ImageHandle, NativeCreator
 
 TYPE = linmem.MemoryType(0)
 REFUSED = (ValueError, TypeError, OverflowError)
@@ -265,3 +270,353 @@ def test_an_option_that_does_not_exist_or_no_creator_is_a_type_error(make):
 def test_a_kind_that_does_not_exist_is_refused_with_those_that_do(kind):
     with pytest.raises(ValueError, match="kind must be one of 'mmap', "):
         linmem.creator(kind)
+
+
+# -- what a truth test would get wrong -----------------------------------------------------------------------------
+
+
+class Quota(linmem.MemoryCreator):
+    """A creator that is false, and refuses."""
+
+    def __bool__(self):
+        return False
+
+    def __len__(self):
+        return 0
+
+    def new_memory(self, *_):
+        raise linmem.GrowError("the quota is used up")
+
+
+@pytest.mark.parametrize("make", [
+    lambda: linmem.create(1, creator=Quota()), lambda: linmem.PythonCreator(Quota()).create(1),
+    *(partial(lambda kind, options: linmem.creator(kind, upstream=Quota(), **options).create(1), kind, options)
+      for kind, options in (("statistics", {}), ("limiting", {"limit_bytes": 1 << 20}), ("pool", {})))])
+def test_a_creator_that_is_false_is_asked(make):
+    with pytest.raises(linmem.GrowError, match="the quota is used up"):
+        make()
+
+
+@pytest.mark.parametrize("kind", ["statistics", "limiting", "pool"])
+@pytest.mark.parametrize("bad", [0, False, "", [], (), 0.0, b"", linmem.MmapCreator, Quota, NativeCreator])
+def test_an_upstream_that_is_no_creator_is_refused_by_name(kind, bad):
+    options = {"limit_bytes": 1} if kind == "limiting" else {}
+    with pytest.raises(TypeError, match=r"^upstream must be a MemoryCreator, got"):
+        linmem.creator(kind, upstream=bad, **options)
+    with pytest.raises(TypeError, match=r"^upstream must be a NativeCreator \(a PythonCreator for .*\), got"):
+        {"statistics": linmem.StatisticsCreator, "limiting": linmem.LimitingCreator,
+         "pool": linmem.PoolingCreator}[kind](bad, **options)
+
+
+@pytest.mark.parametrize("kind", ["statistics", "limiting", "pool"])
+def test_an_upstream_of_none_is_the_default(kind):
+    options = {"limit_bytes": 1 << 20} if kind == "limiting" else {}
+    assert isinstance(linmem.creator(kind, upstream=None, **options).upstream, linmem.MmapCreator)
+
+
+@pytest.mark.parametrize("make", [lambda of: linmem.create(1, creator=of), lambda of: linmem.PythonCreator(of),
+                                  lambda of: linmem.Image.from_bytes(b"x").new_memory(creator=of)])
+def test_a_class_in_place_of_a_creator_is_refused_as_one_that_was_not_called(make):
+    for of in (linmem.MmapCreator, Quota):
+        with pytest.raises(TypeError, match=rf"^creator must be .*, got the class {of.__name__} itself: call it"):
+            make(of)
+
+
+@pytest.mark.parametrize("thing", [linmem.Image.from_bytes(b""), linmem.MmapCreator(), linmem.PoolingCreator()])
+def test_what_is_there_is_true(thing):
+    assert thing
+
+
+def test_a_memory_is_true_whatever_its_size_and_also_when_it_is_closed():
+    with linmem.create(0) as mem:
+        assert bool(mem) is True
+        assert len(mem) == 0
+    assert bool(mem) is True
+
+
+# -- integers ------------------------------------------------------------------------------------------------------
+
+
+class Int:
+    def __init__(self, value):
+        self.value = value
+
+    def __index__(self):
+        return self.value
+
+
+def test_a_memory_type_takes_integers_of_any_type_and_keeps_ints():
+    ty = linmem.MemoryType(Int(1), Int(3), page_size=Int(1))
+    assert ty == linmem.MemoryType(1, 3, page_size=1)
+    assert hash(ty) == hash(linmem.MemoryType(1, 3, page_size=1))
+    assert {type(value) for value in (ty.minimum, ty.maximum, ty.page_size)} == {int}
+    assert type(linmem.MemoryType(True).minimum) is int
+    assert pickle.loads(pickle.dumps(ty)) == ty
+
+
+@requires("numpy")
+@pytest.mark.parametrize("kind", ["int8", "uint8", "int64", "uint64"])
+def test_every_integer_argument_takes_numpys_integers(kind):
+    import numpy as np
+
+    one = np.dtype(kind).type(1)
+    assert type(linmem.MemoryType(one, one).maximum) is int
+    with linmem.create(one, one, reserve=one, guard=one - one) as mem:
+        assert mem.read(one - one, one) == bytes(mem[0:one]) == b"\0"
+        assert mem.write(one - one, b"a") == 1
+        mem[one - one] = one
+        assert mem[one - one] == 1
+        assert one in mem
+        assert len(mem.view("B", one, one - one)) == 0
+        assert mem.array("u1", one - one, one).shape == (1,)
+    assert linmem.LimitingCreator(linmem.MmapCreator(), one).limit_bytes == 1
+    assert linmem.PoolingCreator(slots=one, keep_resident=one, max_unused_warm=one).stats()["slots"] == 1
+    assert linmem.Image.from_bytes(b"a", one).offset == 1
+    assert linmem.Delta("0" * 64, one, one, [(one - one, one)], [], b"x").ranges == ((0, 1),)
+
+
+@pytest.mark.parametrize("name", ["maximum", "reserve"])
+def test_the_largest_word_is_not_taken_for_none(name):
+    for make in (lambda **size: linmem.create(0, **size), lambda **size: linmem.PoolingCreator().create(0, **size),
+                 lambda **size: linmem.Image.from_bytes(b"").new_memory(**size)):
+        with pytest.raises(OverflowError, match=rf"^{name} must be below 2\*\*64 - 1, got {WORD - 1}$"):
+            make(**{name: WORD - 1})
+    with linmem.create(0, WORD - 2) as mem:
+        assert mem.maximum_byte_size() == WORD - 2
+
+
+@pytest.mark.parametrize("creator", [linmem.MmapCreator(), linmem.PoolingCreator()])
+def test_the_largest_word_is_not_taken_for_none_by_the_trait(creator):
+    for at, name in ((1, "maximum"), (2, "reserved_size_in_bytes")):
+        sizes = [0, None, None, 0]
+        sizes[at] = WORD - 1
+        with pytest.raises(OverflowError, match=rf"^{name} must be below 2\*\*64 - 1, got {WORD - 1}$"):
+            creator.new_memory(TYPE, *sizes)
+
+
+def test_a_budget_is_the_one_that_was_given_or_refused():
+    assert linmem.LimitingCreator(linmem.MmapCreator(), WORD // 2 - 1).limit_bytes == WORD // 2 - 1
+    with pytest.raises(OverflowError, match=rf"^limit_bytes must be below 2\*\*63, got {WORD // 2}$"):
+        linmem.LimitingCreator(linmem.MmapCreator(), WORD // 2)
+
+
+@pytest.mark.parametrize("pages", [WORD - 1, WORD, 1 << 100])
+def test_a_type_that_no_address_reaches_cannot_be_warmed(pages):
+    for ty in (linmem.MemoryType(1, pages, page_size=1, is_64=True), linmem.MemoryType(pages, is_64=True)):
+        with pytest.raises(OverflowError, match=r"^ty\.(minimum|maximum) \* ty\.page_size must be below 2\*\*64 - 1"):
+            linmem.PoolingCreator().warm(1, ty)
+
+
+def test_a_type_of_bytes_without_a_maximum_can_be_warmed():
+    pool = linmem.PoolingCreator()
+    assert pool.warm(1, linmem.MemoryType(1, page_size=1, is_64=True), reserved_size_in_bytes=PAGE,
+                     guard_size_in_bytes=PAGE) == 1
+
+
+# -- constructors, in the words of those who call them ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("make", "text"), [
+    (lambda: linmem.creator("limiting"), r"LimitingCreator\(\) needs the argument 'limit_bytes'"),
+    (lambda: linmem.creator("mmap", option=1),
+     r"MmapCreator\(\) has no argument 'option'; its arguments are: prefault, huge_pages"),
+    (lambda: linmem.creator("mmap", upstream=None), r"MmapCreator\(\) has no argument 'upstream'"),
+    (lambda: linmem.creator("pool", option=1), r"PoolingCreator\(\) has no argument 'option'; .* upstream, slots, "),
+    (lambda: linmem.MmapCreator(True), r"MmapCreator\(\) takes no arguments without a name, got 1"),
+    (lambda: linmem.PoolingCreator(None, 5), r"PoolingCreator\(\) takes at most 1 arguments without a name, got 2"),
+    (lambda: linmem.LimitingCreator(), r"LimitingCreator\(\) needs the argument 'upstream'"),
+    (lambda: linmem.StatisticsCreator(history=5), r"StatisticsCreator\(\) needs the argument 'upstream'"),
+    (lambda: linmem.StatisticsCreator(linmem.MmapCreator(), upstream=linmem.MmapCreator()),
+     r"StatisticsCreator\(\) got the argument 'upstream' twice"),
+    (lambda: linmem.PythonCreator(), r"PythonCreator\(\) needs the argument 'creator'"),
+    (lambda: linmem.PoolingCreator(image=5), r"image must be an Image, got int"),
+    (lambda: linmem.Memory(5), r"a Memory is made by a creator"), (lambda: linmem.Memory(a=5), r"a Memory is made by"),
+    (lambda: linmem.Image(b"x", offset=5), r"an Image is made by"), (lambda: Offer(), r"Offer\(\) needs the argument"),
+])
+def test_a_constructor_names_what_is_missing_or_too_much_in_its_own_words(make, text):
+    with pytest.raises(TypeError, match=f"^{text}") as caught:
+        make()
+    assert "__" not in str(caught.value)
+
+
+@pytest.mark.parametrize("make", [
+    linmem.MmapCreator, linmem.PoolingCreator, lambda: linmem.creator("statistics"),
+    lambda: linmem.creator("limiting", limit_bytes=1), lambda: linmem.PythonCreator(Quota()), lambda: Offer([]),
+    ImageHandle, lambda: linmem.create(8), lambda: linmem.create(8).view(">d").obj])
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps, partial(pickle.dumps, protocol=2)])
+def test_what_belongs_to_this_process_says_that_it_cannot_be_pickled_or_copied(make, duplicate):
+    with pytest.raises(TypeError, match="cannot be pickled or copied: ") as caught:
+        duplicate(make())
+    assert "__" not in str(caught.value)
+
+
+def test_a_native_creator_cannot_be_extended_where_its_methods_would_not_be_called():
+    class Extended(NativeCreator):
+        def new_memory(self, *_):
+            raise AssertionError("nobody calls this")
+
+    with pytest.raises(TypeError, match=r"^Extended cannot extend a native creator in Python.*linmem\.MemoryCreator"):
+        Extended()
+    with pytest.raises(TypeError, match=r"linmem\.creator\(kind\)"):
+        NativeCreator()
+    for final in (linmem.MmapCreator, linmem.PoolingCreator, linmem.LimitingCreator, linmem.StatisticsCreator,
+                  linmem.PythonCreator):
+        with pytest.raises(TypeError, match="not an acceptable base type"):
+            type("Extended", (final,), {})
+
+
+@requires("compiler")
+def test_a_creator_written_in_cython_can_be_extended_in_cython_and_not_in_python(tmp_path):
+    build_extension(tmp_path, "extended", "# cython: language_level=3\ncimport linmem\n" + HALF_CREATOR)
+    half = load_extension(tmp_path, "extended").Half
+
+    class Extended(half):
+        pass
+
+    assert len(half(linmem.MmapCreator()).create(10)) == 5
+    with pytest.raises(TypeError, match=r"^Extended cannot extend a native creator in Python"):
+        Extended(linmem.MmapCreator())
+
+
+@requires("docstrings")
+def test_the_factory_names_every_option_of_every_kind():
+    from linmem import creators
+
+    said = inspect.getdoc(linmem.creator)
+    options = {"mmap": ["prefault", "huge_pages"], "limiting": ["upstream", "limit_bytes"],
+               "statistics": ["upstream", "history"],
+               "pool": ["upstream", "slots", "keep_resident", "max_unused_warm", "reset", "when_full", "check",
+                        "image"]}
+    assert set(options) == set(creators._KINDS)
+    for kind, names in options.items():
+        paragraph = said[said.index(f'"{kind}"'):].partition('\n    "')[0]
+        for name in names:
+            assert f"`{name}`" in paragraph, (kind, name)
+        with pytest.raises(TypeError) as caught:
+            linmem.creator(kind, option=1)
+        assert sorted(str(caught.value).partition("are: ")[2].split(", ")) == sorted(names)
+
+
+# -- buffers that are closed, and shapes -----------------------------------------------------------------------------
+
+
+def closed_buffers():
+    mem = linmem.create(1)
+    mem.close()
+    view = memoryview(b"1")
+    view.release()
+    return {"a closed memory": mem, "a released memoryview": view}
+
+
+TAKE_BYTES = {
+    "write": lambda mem, data: mem.write(0, data), "slice": lambda mem, data: mem.__setitem__(slice(0, 1), data),
+    "slice with a step": lambda mem, data: mem.__setitem__(slice(0, 2, 2), data), "in": lambda mem, data: data in mem,
+    "Image.from_bytes": lambda mem, data: linmem.Image.from_bytes(data),
+    "Image.from_pieces": lambda mem, data: linmem.Image.from_pieces([(0, data)], 1),
+    "Delta": lambda mem, data: linmem.Delta("0" * 64, 1, 1, [(0, 1)], [], data)}
+
+
+@pytest.mark.parametrize("kind", closed_buffers())
+@pytest.mark.parametrize("name", TAKE_BYTES)
+def test_a_closed_buffer_is_refused_as_closed_and_not_as_scattered(name, kind):
+    data = closed_buffers()[kind]
+    with linmem.create(PAGE) as mem:
+        with pytest.raises(ValueError, match=r"^(data|what is looked for) must be a buffer that can be read, got"
+                                             r" (Memory: the memory is closed|memoryview: .*released)"):
+            TAKE_BYTES[name](mem, data)
+        assert not any(mem[:])
+        assert mem.info().exports == 0
+
+
+@requires("numpy")
+@pytest.mark.parametrize("name", TAKE_BYTES)
+def test_an_array_that_is_not_contiguous_is_refused_as_scattered(name):
+    import numpy as np
+
+    with linmem.create(PAGE) as mem:
+        for data in (np.ones(4, "u1")[::2], np.asfortranarray(np.ones((2, 3), "u1")), np.ones((2, 2), "u1")[:, :1]):
+            with pytest.raises(TypeError, match=r"must be a contiguous buffer of bytes, got ndarray"):
+                TAKE_BYTES[name](mem, data)
+        assert not any(mem[:])
+
+
+@requires("numpy")
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (2, 0, 2), (), (1,), (1, 1), (2, 3), (2, 1, 4)])
+@pytest.mark.parametrize("dtype", ["u1", ">f8", "M8[s]"])
+def test_a_contiguous_array_of_any_shape_is_its_bytes(shape, dtype):
+    import numpy as np
+
+    data = np.ones(shape, dtype)
+    n = data.nbytes
+    with linmem.create(PAGE) as mem:
+        assert mem.write(3, data) == n
+        assert mem[3:3 + n] == data.tobytes()
+        mem[:] = bytes(PAGE)
+        mem[5:5 + n] = data
+        assert mem[5:5 + n] == data.tobytes()
+        mem[:] = bytes(PAGE)
+        mem[7:7 + 2 * n:2] = data
+        assert mem[7:7 + 2 * n:2] == data.tobytes()
+        assert sum(mem[:]) == sum(data.tobytes())
+        mem.write(9, data)
+        if dtype != "M8[s]":        # which Python's own memoryview does not read
+            assert data in mem
+            assert linmem.Delta("0" * 64, n, n, [(0, n)] if n else [], [], data).data == data.tobytes()
+        assert bytes(linmem.Image.from_bytes(data)) == data.tobytes()
+
+
+# -- arrays of any dtype ---------------------------------------------------------------------------------------------
+
+
+@requires("numpy")
+@pytest.mark.parametrize("dtype", [object, "O", [("a", "u1"), ("b", "O")], "V0", "S0", []])
+def test_an_array_of_objects_or_of_nothing_is_refused(dtype):
+    import numpy as np
+
+    with linmem.create(PAGE) as mem:
+        with pytest.raises(ValueError, match=r"^dtype must be that of plain bytes, got .*which (holds Py|has no size)"):
+            mem.array(dtype)
+        if hasattr(np.dtypes, "StringDType") if hasattr(np, "dtypes") else False:
+            with pytest.raises(ValueError, match="holds Python objects"):
+                mem.array(np.dtypes.StringDType())
+        assert mem.info().exports == 0
+
+
+@requires("numpy")
+@pytest.mark.parametrize("dtype", [None, 5, "no dtype", object()])
+def test_what_is_no_dtype_is_refused(dtype):
+    with linmem.create(PAGE) as mem, pytest.raises(TypeError, match=r"^dtype must be a NumPy dtype, got"):
+        mem.array(dtype)
+
+
+@requires("numpy")
+@pytest.mark.parametrize(("offset", "shape", "kind", "text"), [
+    (PAGE + 1, None, ValueError, rf"offset must be <= byte_size\(\) \({PAGE}\), got {PAGE + 1}"),
+    (-1, None, ValueError, "offset must be >= 0, got -1"), (1.5, None, TypeError, "offset must be an integer"),
+    (WORD, None, OverflowError, "offset must be below"),
+    (0, PAGE // 4 + 1, ValueError, rf"shape must hold <= {PAGE // 4} elements of 4 bytes from offset 0 in {PAGE} b"),
+    (1, PAGE // 4, ValueError, rf"shape must hold <= {PAGE // 4 - 1} elements of 4 bytes from offset 1"),
+    (0, (2, PAGE), ValueError, "shape must hold <= "), (0, 1 << 100, ValueError, "shape must hold <= "),
+    (0, -2, ValueError, "shape must be >= -1, got -2"), (0, (2, -3), ValueError, "shape must be >= -1, got -3"),
+    (0, (-1, -1), ValueError, "shape must have at most one -1"), (0, (0, -1), ValueError, "shape must have no -1"),
+    (0, "2", TypeError, "shape must be an integer or a tuple of integers, got str"),
+    (0, (1, 1.5), TypeError, "shape must be an integer or a tuple of integers, got float"),
+    (0, (1,) * 100, ValueError, "shape must be one that NumPy takes"),
+    (0, (0, 1 << 80), ValueError, "shape must be one that NumPy takes"),
+])
+def test_an_array_past_the_size_or_of_no_shape_is_refused_by_the_name_of_the_argument(offset, shape, kind, text):
+    with linmem.create(PAGE) as mem:
+        with pytest.raises(kind, match=f"^{text}"):
+            mem.array("f4", offset, shape)
+        assert mem.info().exports == 0
+
+
+def test_an_array_without_numpy_names_what_installs_it():
+    assert answer("""
+        import linmem, sys
+        sys.modules["numpy"] = None
+        try:
+            linmem.create(8).array("u1")
+        except ImportError as error:
+            print(error)
+        """).startswith("Memory.array needs NumPy: pip install 'linmem[numpy]'")

@@ -856,5 +856,5 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(monkeypatc
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
-    assert bench.main(parser.parse_args(["--picture", "x.png"])) == 2
+    assert bench.main(parser.parse_args(["--picture", "x.png"])) == 1
     assert "needs rich and matplotlib: pip install 'linmem[bench]'" in capsys.readouterr().err

@@ -385,8 +385,8 @@ def test_a_wrong_size_is_named_in_one_line(text):
     (["run"], 2, "PROGRAM is missing"),
     (["run", "--"], 2, "PROGRAM is missing"),
     (["run", "--dir"], 2, "expected one argument"),
-    (["run", "missing.wasm"], 2, "No such file"),
-    (["run", "."], 2, "cannot read '.'"),
+    (["run", "missing.wasm"], 1, "No such file"),
+    (["run", "."], 1, "cannot read '.'"),
     (["run", "ok.wat", "--no-such-option"], 2, "no such option: --no-such-option; the program's own come after --"),
     (["run", "--rep", "ok.wat"], 2, "no such option: --rep"),
     (["run", "--env", "=x", "ok.wat"], 2, "the name is missing"),
@@ -456,11 +456,40 @@ def test_the_version_is_the_packages():
     assert linmem_process("--version").stdout.decode().split() == ["linmem", linmem.__version__]
 
 
-@pytest.mark.parametrize("command", ["run", "demo", "info"])
-def test_each_command_explains_itself(command):
+@pytest.mark.parametrize("command", ["run", "demo", "info", "image", "bench"])
+def test_each_command_explains_itself_and_its_exit_codes(command):
     done = linmem_process(command, "--help")
     assert done.returncode == 0
     assert f"linmem {command}".encode() in done.stdout
+    assert re.search(r"exit\s+codes?\b", done.stdout.decode(), re.IGNORECASE)
+
+
+def test_the_help_names_the_exit_codes_that_all_commands_share():
+    said = linmem_process("--help").stdout.decode()
+    assert re.findall(r"\b(\d+) (?:if|on)\b", said) == ["0", "1", "2", "130"]
+
+
+def test_the_help_of_run_names_every_creator_that_it_takes():
+    from linmem.creators import _KINDS
+
+    said = linmem_process("run", "--help").stdout.decode()
+    for kind in _KINDS:
+        assert f'"{kind}"' in said, kind
+
+
+def test_a_program_that_cannot_be_read_is_refused_and_reported_as_one_that_cannot_be_run(tmp_path):
+    done = linmem_process("run", "--json", tmp_path / "missing.wasm")
+    assert done.returncode == 1
+    first, last = done.stderr.decode().splitlines()
+    assert "cannot read" in first
+    assert (json.loads(last)["exit_code"], json.loads(last)["memories"]) == (1, [])
+
+
+def test_info_has_words_for_every_capability():
+    from linmem._os import pages
+
+    assert set(info.CAPABILITY_WORDS) == {
+        name for name, value in pages.describe()["capabilities"].items() if isinstance(value, bool)}
 
 
 def test_importing_the_command_line_loads_neither_numpy_nor_wasmtime_nor_json():
@@ -552,6 +581,7 @@ def test_info_says_what_the_page_floor_says_and_the_guards_kill(tmp_path):
         name: floor[name] for name in ("page_size", "granularity", "capabilities", "limits")}
     assert figures["linmem"] == linmem.__version__
     assert 30 < figures["address_bits"] <= 64
+    assert figures["reserved"] == 0         # that process had no memory of its own
     assert (figures["wasmtime"]["version"], figures["wasmtime"]["works"]) == (version("wasmtime"), True)
     children = figures["self_test"]["children"]
     assert figures["self_test"]["passed"] is True
@@ -567,6 +597,7 @@ def test_info_in_words_names_the_signal_of_each_child():
     assert (done.returncode, done.stderr) == (0, b"")
     assert len(re.findall(r"\[ok\] .*: died of (?:SIGSEGV|SIGBUS|access violation)", text)) == 3
     assert "The guards hold." in text
+    assert re.search(r"^address bits .*linmem holds 0 bytes$", text, re.MULTILINE)
     assert "linmem.wasmtime works" in text
 
 

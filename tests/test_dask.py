@@ -10,7 +10,7 @@ import sys
 import pytest
 from support import ROOT, file_requires, requires, run_child
 
-from linmem import Image
+from linmem import Delta, Image
 
 file_requires("dask")
 
@@ -72,6 +72,9 @@ def test_a_token_follows_the_bytes_and_not_the_object(image, delta):
     assert token(image) != token(image.apply(delta))
     assert token(delta) == token(image.diff(image.apply(delta)))
     assert token(delta) != token(image.diff(image))
+    lost, more = (Delta(delta.base, delta.base_size, delta.size, (), zeros, b"") for zeros in (
+        [(0, PAGE)], [(0, 2 * PAGE)]))
+    assert token(lost) != token(more)
 
 
 def test_an_image_weighs_what_it_stores(image, delta):
@@ -97,6 +100,30 @@ def test_images_of_the_same_bytes_share_a_pool_and_eight_are_kept(image):
     with pytest.raises(TypeError, match="image must be an Image, got bytes"):
         linmem.dask.worker_pool(b"image")
     assert len(linmem.dask._pools) == 8
+    linmem.dask._pools.clear()
+
+
+def test_the_oldest_pool_is_kept_if_it_is_used_again_before_the_ninth_is_made():
+    import linmem.dask
+
+    images = [Image.from_bytes(bytes([i + 1])) for i in range(9)]
+    pools = [linmem.dask.worker_pool(image) for image in images[:8]]
+    assert linmem.dask.worker_pool(images[0]) is pools[0]
+    linmem.dask.worker_pool(images[8])
+    assert linmem.dask.worker_pool(images[0]) is pools[0]
+    for kept in range(2, 8):
+        assert linmem.dask.worker_pool(images[kept]) is pools[kept]
+    assert linmem.dask.worker_pool(images[1]) is not pools[1]       # the one that was used longest ago
+    linmem.dask._pools.clear()
+
+
+def test_a_pool_with_an_image_is_not_for_an_engine(image):
+    wasmtime = pytest.importorskip("wasmtime")
+    import linmem.dask
+    import linmem.wasmtime
+
+    with pytest.raises(ValueError, match="creator must not have a pool with an image"):
+        linmem.wasmtime.install(wasmtime.Config(), linmem.dask.worker_pool(image))
     linmem.dask._pools.clear()
 
 
@@ -151,8 +178,11 @@ def written():
 def everywhere(client):
     return written() + sum(client.run(written).values())
 
+def compile_once():
+    dask_wasm.prepared()            # before two threads of a worker do it at the same moment
+
 def pools():
-    return [pool.stats() for pool in linmem.dask._pools.values()]
+    return [dask_wasm.prepared()[2].stats()]
 
 def alone(tag, image):
     """Whether the task's memory holds the image at first, and then, while others write theirs, what it wrote."""
@@ -174,6 +204,7 @@ def main():
     cluster = distributed.LocalCluster(n_workers=2, threads_per_worker=2, processes=True, dashboard_address=None)
     with cluster, distributed.Client(cluster) as client:
         client.run(count_writes)
+        client.run(compile_once)
         before = everywhere(client)
         found["primes"], image = dask_wasm.run(client, PARTITIONS)
         found["travelled"] = everywhere(client) - before
@@ -244,9 +275,10 @@ def test_each_worker_has_one_pool_and_its_tasks_use_the_slots_again(found):
     for pools in found["pools"]:
         (pool,) = pools
         assert pool["live"] == 0
-        assert pool["misses"] <= 2                          # a slot for each thread
+        assert pool["misses"] <= 3                          # a slot for each thread, and the one below
         assert pool["hits"] > 0
-    assert sum(pool["hits"] + pool["misses"] for (pool,) in found["pools"]) == 32
+    # One for each task, and an empty one for each worker: prepare() tries whether the engine asks linmem for memories.
+    assert sum(pool["hits"] + pool["misses"] for (pool,) in found["pools"]) == 32 + len(found["pools"])
 
 
 @cluster

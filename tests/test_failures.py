@@ -7,7 +7,7 @@ import errno
 import pickle
 
 import pytest
-from support import NEEDS, PAGE, answer, failing, live_bytes, os_code, requires
+from support import NEEDS, PAGE, answer, failing, live_bytes, os_code, requires, round_up
 
 import linmem
 
@@ -28,7 +28,7 @@ def check_error(error, call, code=errno.ENOMEM):
 
 
 def test_a_failed_protect_does_not_keep_a_memory_from_moving():
-    with linmem.create(2 * PAGE, maximum=32 * PAGE, reserve=0) as mem:
+    with linmem.create(2 * PAGE, maximum=32 * PAGE, reserve=0, may_move=True) as mem:
         mem.write(0, b"kept")
         with failing(1, errno.ENOMEM), pytest.raises(linmem.PageError):
             mem.protect(0, PAGE, "r")
@@ -36,18 +36,49 @@ def test_a_failed_protect_does_not_keep_a_memory_from_moving():
         assert mem.read(0, 4) == b"kept"
 
 
-def test_a_chosen_reservation_steps_down_where_the_os_refuses():
-    with failing(1, errno.ENOMEM) as injected:
-        mem = linmem.create(PAGE, maximum=64 * PAGE)
-    assert injected.happened
-    with mem:
-        assert mem.byte_capacity() == 32 * PAGE
-        mem.grow_to(64 * PAGE)      # past the capacity it moves
+SMALL = 1 << 20     # beyond the minimum
+
+
+@pytest.mark.parametrize("maximum", [None, 1 << 30])
+def test_a_chosen_reservation_that_the_os_refuses_becomes_a_small_one_and_then_the_minimum(maximum):
+    # In a child: here, a pool may have idle slots to give back.
+    assert answer(f"""
+        import errno, linmem
+        from linmem._memory import _chosen
+        from linmem._os import pages
+        usual = linmem.create({PAGE}, maximum={maximum}).byte_capacity()
+        found = []
+        for times in range(1, 4):
+            pages.count_calls_to_failure(1, errno.ENOMEM, times)
+            try:
+                with linmem.create({PAGE}, maximum={maximum}) as mem:
+                    found.append(mem.byte_capacity())
+                    assert _chosen()[1] == (mem.byte_capacity() > {PAGE})
+            except linmem.PageError as error:
+                found.append(error.call)
+            pages.count_calls_to_failure(0, 0)
+            assert _chosen() == (0, 0) and pages.describe()["reserved"] == 0
+        print(usual > 2 * {SMALL}, found)
+        """) == f"True {[round_up(PAGE + SMALL), PAGE, 'reserve']}"
+
+
+@requires("rlimits")
+def test_a_refused_reservation_says_what_linmem_holds_and_what_makes_it_less():
+    assert answer(f"""
+        import linmem
+        mem = linmem.create({PAGE}, reserve=64 * {PAGE})
+        try:
+            linmem.create(0, reserve=4 << 30)
+        except linmem.PageError as error:
+            assert (f"linmem holds {{mem.info().reserved}} bytes of address space already, and a smaller maximum= or"
+                    " reserve= asks for less") in str(error), error
+            print("said")
+        """, limits={"RLIMIT_AS": 3_000_000_512}) == "said"
 
 
 def test_a_move_whose_smallest_reservation_is_refused_is_a_page_error():
     # At the maximum there is no smaller step.
-    with linmem.create(PAGE, maximum=4 * PAGE, reserve=0) as mem:
+    with linmem.create(PAGE, maximum=4 * PAGE, reserve=0, may_move=True) as mem:
         mem[0] = 7
         before = mem.info()
         with failing(1, errno.ENOMEM), pytest.raises(linmem.PageError) as caught:
@@ -119,12 +150,13 @@ def test_a_short_address_space_gets_smaller_reservations_and_named_refusals():
                 assert error.call == "reserve" and "RLIMIT_AS (ulimit -v) is 3000000512 bytes" in str(error), error
             else:
                 raise AssertionError(asked)
-        before = mems[0].info()
+        moving = linmem.create({PAGE}, may_move=True)
+        before = moving.info()
         try:
-            mems[0].grow_to(4 << 30)
+            moving.grow_to(4 << 30)
         except linmem.PageError as error:
             assert "RLIMIT_AS" in str(error), error
-        assert mems[0].info() == before
+        assert moving.info() == before
         print("named")
         """, limits={"RLIMIT_AS": 3_000_000_512}) == "named"
 

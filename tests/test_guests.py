@@ -465,7 +465,6 @@ def test_what_a_guest_does_in_linmems_memories_is_what_it_does_in_wasmtimes_own(
         assert compared.done[what], what
 
 
-@pytest.mark.slow
 @requires("rlimits")
 def test_it_is_the_same_in_a_short_address_space_for_which_the_engine_is_tuned():
     assert answer("""
@@ -546,7 +545,7 @@ def test_mutated_modules_are_refused_by_prepare_or_behave_as_wasmtime_has_it():
         except wasmtime.WasmtimeError:
             done["refused"] += 1
             for engine in engines:
-                with pytest.raises((wasmtime.WasmtimeError, ValueError)):
+                with pytest.raises(wasmtime.WasmtimeError):
                     prepare(engine, wasm)
             return
         done["valid"] += 1
@@ -554,11 +553,8 @@ def test_mutated_modules_are_refused_by_prepare_or_behave_as_wasmtime_has_it():
         done["instances"] += isinstance(expected[0], list)
         for engine in engines:
             for hidden in (False, True):
-                if hidden and not can_be_exposed(wasm):
-                    with pytest.raises(ValueError, match="cannot expose"):
-                        prepare(engine, wasm, expose=True)
-                    continue
                 prepared = prepare(engine, wasm, expose=hidden)
+                assert not (prepared.added and not (hidden and can_be_exposed(wasm)))
                 if not prepared.added:
                     assert behaviour(engine, prepared.instantiate) == expected
 

@@ -1,6 +1,9 @@
 """The rewriter of modules: what it takes out, what it leaves, and that nobody can tell."""
 
+import functools
+import platform
 import random
+import sys
 
 import pytest
 import wasmtime
@@ -36,10 +39,17 @@ class Prefilled(linmem.MemoryCreator):
         return memory
 
 
+# wasmtime has stack switching for these machines only, and ends the process where it is switched on elsewhere.
+STACK_SWITCHING = (hasattr(wasmtime.Config, "wasm_stack_switching") and sys.platform == "linux"
+                   and platform.machine() == "x86_64")
+FEATURES = ("memory64", "multi_memory", "threads", "reference_types", "gc", "function_references", "custom_page_sizes",
+            "exceptions", "bulk_memory", "multi_value", "simd", "relaxed_simd", "tail_call", "wide_arithmetic",
+            *["stack_switching"] * STACK_SWITCHING)
+
+
 def all_features():
     config = wasmtime.Config()
-    for name in ("memory64", "multi_memory", "threads", "reference_types", "gc", "function_references",
-                 "custom_page_sizes", "exceptions", "bulk_memory", "multi_value", "simd"):
+    for name in FEATURES:
         if hasattr(wasmtime.Config, f"wasm_{name}"):
             setattr(config, f"wasm_{name}", True)
     if hasattr(wasmtime.Config, "shared_memory"):
@@ -188,6 +198,42 @@ def test_the_minimum_of_a_memory_with_small_pages_is_in_bytes():
 def test_a_shared_memory_of_the_module_is_hoisted():
     made = same('(module (memory (export "m") 1 2 shared) (data (i32.const 3) "s"))')
     assert made.images == [((3, b"s"),)]
+
+
+def test_a_segment_of_a_constant_offset_becomes_passive_and_any_other_keeps_its_offset():
+    made = hoist(binary('(module (memory 1) (data (i32.const 16) "hello") (data (i32.const 7) ""))'))
+    assert made.module.endswith(b"\x0b\5\2\1\0\1\0")        # two segments: passive, of no bytes
+    made = hoist(binary('(module (memory 1) (data (i32.add (i32.const 1) (i32.const 2)) "hello"))'))
+    assert made.module.endswith(b"\x0b\x09\1\0\x41\1\x41\2\x6a\x0b\0")
+
+
+def calls_in(action):
+    """How many calls of Python and C functions `action` makes: its work, whatever the machine does besides."""
+    made = 0
+
+    def count(frame, event, argument):
+        nonlocal made
+        made += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        action()
+    finally:
+        sys.setprofile(before)
+    return made
+
+
+def test_the_work_to_hoist_follows_the_number_of_segments():
+    def module(n):
+        return binary('(module (memory 100)' + "".join(
+            f'(data (i32.const {(i * 7919) % n * 64}) "{i % 10}")' for i in range(n)) + ")")
+
+    few, many = module(500), module(5000)
+    for rewrite in (hoist, outline, expose):
+        assert calls_in(functools.partial(rewrite, many)) < 11 * calls_in(functools.partial(rewrite, few))
+    assert calls_in(lambda: hoist(many)) < 40 * 5000
+    assert len(hoist(many).images[0]) == 5000
 
 
 # -- what is left ----------------------------------------------------------------------------------
@@ -423,27 +469,34 @@ def test_every_truncation_is_refused_with_the_place_or_judged_as_by_wasmtime():
         judged(wasm[:size])
 
 
+HOSTILE = [0, 1, 2, 0x0B, 0x23, 0x40, 0x41, 0x7F, 0x80, 0xFB, 0xFD, 0xFF]
+
+
+def mutated(wasm, chance):
+    """The module with some bytes replaced, removed or added."""
+    bad = bytearray(wasm)
+    for _ in range(chance.choice((1, 1, 1, 2, 5))):
+        at = chance.randrange(8, len(bad))
+        action = chance.randrange(4)
+        if action == 0:
+            bad[at] ^= 1 << chance.randrange(8)
+        elif action == 1:
+            bad[at] = chance.choice(HOSTILE)
+        elif action == 2:
+            del bad[at:at + chance.randrange(1, 4)]
+        else:
+            bad[at:at] = bytes(chance.choice(HOSTILE) for _ in range(chance.randrange(1, 4)))
+        if len(bad) < 9:
+            break
+    return bytes(bad)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_mutated_modules_are_refused_or_judged_as_by_wasmtime(seed):
     wasm = binary(EVERYTHING)
     chance = random.Random(seed)
-    hostile = [0, 1, 2, 0x0B, 0x23, 0x40, 0x41, 0x7F, 0x80, 0xFB, 0xFD, 0xFF]
     for _ in range(1000):
-        bad = bytearray(wasm)
-        for _ in range(chance.choice((1, 1, 1, 2, 5))):
-            at = chance.randrange(8, len(bad))
-            action = chance.randrange(4)
-            if action == 0:
-                bad[at] ^= 1 << chance.randrange(8)
-            elif action == 1:
-                bad[at] = chance.choice(hostile)
-            elif action == 2:
-                del bad[at:at + chance.randrange(1, 4)]
-            else:
-                bad[at:at] = bytes(chance.choice(hostile) for _ in range(chance.randrange(1, 4)))
-            if len(bad) < 9:
-                break
-        judged(bytes(bad))
+        judged(mutated(wasm, chance))
 
 
 @given(st.binary(max_size=60))
@@ -481,6 +534,18 @@ def test_what_later_proposals_may_bring_is_left_alone_and_named():
     assert made.skipped == ["nothing is hoisted: the import at byte 15 is of kind 0x09"]
     with pytest.raises(ValueError, match="the import at byte 15 is of kind 0x09"):
         outline(wasm)
+    with pytest.raises(ValueError, match="cannot expose what the module hides: the import at byte 15"):
+        expose(wasm)
+    # a section of kind 14; a table of references of an unknown kind; a global of a type that has an unknown kind
+    for wasm, reason in ((b"\0asm\1\0\0\0\x0e\1\0", "the section at byte 8 is of kind 14"),
+                         (b"\0asm\1\0\0\0\4\4\1\x5f\0\0", "table type at byte 11 is 0x5f"),
+                         (b"\0asm\1\0\0\0\6\7\1\x63\x62\0\xd0\x70\x0b", "global type at byte 12 is -30")):
+        with pytest.raises(ValueError, match=reason):
+            outline(wasm)
+        with pytest.raises(ValueError, match=f"cannot expose what the module hides: {reason}"):
+            expose(wasm)
+        made = hoist(wasm)
+        assert (made.module, made.images) == (wasm, [])
 
 
 # -- what instances hold ----------------------------------------------------------------------------
@@ -495,12 +560,48 @@ def test_the_outline_tells_what_is_imported_hidden_and_passive():
     assert found.exports == {("memory", 1): "m", ("table", 1): "t", ("global", 1): "a"}
     assert found.passive == (1, 1)
     assert found.hidden_globals() == [4]
-    assert found.hidden_memories() == [2]
+    assert found.hidden_memories() == [0, 2]
+    assert found.hidden_tables() == [0]
+    assert found.hidden() == [("memory", 0, True), ("memory", 2, False), ("table", 0, True), ("global", 4, False)]
+    assert not found.changes_tables
+    assert found.unreadable == frozenset()
+
+
+@pytest.mark.parametrize(("code", "changes"), [
+    ("(table.set 0 (i32.const 0) (ref.null func))", True),
+    ("(drop (table.grow 0 (ref.null func) (i32.const 1)))", True),
+    ("(table.fill 0 (i32.const 0) (ref.null func) (i32.const 1))", True),
+    ("(table.copy 0 0 (i32.const 0) (i32.const 1) (i32.const 1))", True),
+    ("(table.init 0 0 (i32.const 0) (i32.const 0) (i32.const 0))", True),
+    ("(drop (table.get 0 (i32.const 0)))", False), ("(drop (table.size 0))", False), ("(elem.drop 0)", False),
+    ("(call_indirect (i32.const 0))", False), ("(drop (i32.const 38))", False)])
+def test_a_hidden_table_is_state_only_if_code_can_change_it(code, changes):
+    wasm = binary(f"(module (table 2 funcref) (elem func) (func {code}))")
+    assert outline(wasm).hidden_tables() == [0] * changes
+    assert expose(wasm)[1] == ({"linmem:table:0"} if changes else frozenset())
+
+
+def test_code_that_changes_a_table_is_seen_however_its_numbers_are_written():
+    def module(instruction):
+        body = b"\0\x41\0\xd0\x70" + instruction + b"\x0b"
+        code = b"\x0a" + bytes([len(body) + 2, 1, len(body)]) + body
+        return b"\0asm\1\0\0\0\1\4\1\x60\0\0\3\2\1\0\4\4\1\x70\0\1" + code
+
+    for instruction in (b"\x26\0", b"\x26\x80\0", b"\x26\x80\x80\x80\x80\0", b"\xfc\x8f\0\0\x1a",
+                        b"\xfc\x8f\x80\x80\0\x80\0\x1a"):
+        wasm = module(instruction if instruction[0] == 0x26 else b"\x1a\xd0\x70\x41\0" + instruction)
+        changed = outline(wasm).changes_tables
+        assert changed or not verdict(wasm)
+        if instruction[:1] == b"\x26":
+            assert verdict(wasm)
+        assert changed
+    assert verdict(module(b"\x1a\x1a"))
+    assert not outline(module(b"\x1a\x1a")).changes_tables
 
 
 def test_what_is_hidden_can_be_exported_and_nothing_else_changes():
     wasm, names = expose(binary(EVERYTHING))
-    assert names == {"linmem:memory:2", "linmem:global:4"}
+    assert names == {"linmem:memory:0", "linmem:memory:2", "linmem:table:0", "linmem:global:4"}
     assert verdict(wasm)
     assert outline(wasm).hidden_globals() == outline(wasm).hidden_memories() == []
     assert expose(wasm) == (wasm, frozenset())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 
@@ -207,6 +209,121 @@ def test_what_is_not_installed_is_named_with_the_way_to_get_it(there, missing, w
     assert done.returncode == 1
     assert re.search(rf"needs {missing}: pip install 'linmem\[image\]'", done.stderr)
     assert done.stderr.count("\n") == 1
+
+
+def test_apply_with_a_wrong_target_is_refused_and_with_none_is_done(there):
+    old, delta = Image.open("old.image"), Delta.open("step.delta")
+    parts = (delta.base, delta.base_size, delta.size, delta.ranges, delta.zeros, delta.data)
+    Delta(*parts, old.digest).save("wrong.delta")
+    Delta(*parts).save("none.delta")
+    text = refusal("apply", "old.image", "wrong.delta", "-o", "x")
+    assert text == (f"linmem image: wrong.delta: the delta led to the image {delta.target}, and was to lead to"
+                    f" {old.digest}\n")
+    assert not (there / "x").exists()
+    said("apply", "old.image", "none.delta", "-o", "x")
+    assert Image.open("x", verify=True) == Image.open("new.image")
+
+
+def test_diff_and_apply_lead_to_images_at_any_offset(there):
+    a, b = Image.from_bytes(b"a" * 5000, 70_000), Image.from_bytes(b"b" * 100, 3)
+    a.save("a")
+    b.save("b")
+    for base, to in (("a", "b"), ("b", "a")):
+        said("diff", base, to, "-o", "d")
+        said("apply", base, "d", "-o", "made")
+        assert Image.open("made", verify=True) == Image.open(to)
+
+
+@requires("fork")
+@pytest.mark.parametrize("words", [["diff", "old.image", "new.image"], ["apply", "old.image", "step.delta"],
+                                   ["apply", "old.image", "step.delta", "--json"]])
+def test_the_output_goes_to_a_pipe_and_the_words_to_standard_error(there, words):
+    done = subprocess.run([sys.executable, "-m", "linmem", "image", *words, "-o", "/dev/stdout"], capture_output=True,
+                          timeout=120, env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
+    assert (done.returncode, done.stderr.count(b"\n") > 0) == (0, True)
+    (there / "got").write_bytes(done.stdout)
+    if words[0] == "diff":
+        assert Image.open("old.image").apply(Delta.open("got")) == Image.open("new.image")
+    else:
+        assert Image.open("got", verify=True) == Image.open("new.image")
+    said(*words, "-o", "/dev/null")
+    assert "/dev/full: No space left on device" in refusal(*words, "-o", "/dev/full")
+
+
+def claiming(path, size):
+    """A file of one page that is whole and right, of an image of `size` bytes."""
+    Image.from_bytes(b"x" * PAGE).save(path)
+    small = path.read_bytes()
+    size_of_data = size // GROUP * GROUP
+    state = hashlib.blake2b((0).to_bytes(8, "little") + size.to_bytes(8, "little"), digest_size=32)
+    state.update((0).to_bytes(8, "little") + PAGE.to_bytes(8, "little") + b"x" * PAGE)
+    table = small[-16:]
+    head = bytearray(small[:192])
+    head[96:128] = state.digest()
+    struct.pack_into("<Q", head, 24, size)
+    struct.pack_into("<QQ", head, 56, size_of_data, GROUP + size_of_data)
+    with open(path, "wb") as file:
+        file.write(bytes(head) + hashlib.blake2b(head, digest_size=32).digest())
+        file.seek(GROUP)
+        file.write(b"x" * PAGE)
+        try:
+            file.seek(GROUP + size_of_data)
+            file.write(table)
+        except OSError:
+            return False
+    return True
+
+
+@requires("holes", "rlimits")
+@pytest.mark.parametrize("words", [["verify", "large"], ["diff", "large", "old.image"], ["diff", "old.image", "large"],
+                                   ["apply", "large", "step.delta", "-o", "x"]])
+def test_a_file_that_claims_more_than_there_is_room_for_is_one_line(there, words):
+    assert claiming(there / "large", 1 << 43)
+    done = run_child(f"""
+        import sys
+        from linmem import cli
+        sys.exit(cli.main(["image", *{words!r}]))
+        """, cwd=there, limits={"RLIMIT_AS": 4 << 30})
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.count("\n") == 1
+    assert "large: " in done.stderr
+
+
+@requires("holes")
+def test_images_that_claim_much_are_compared_in_time_that_follows_what_they_hold(there):
+    assert claiming(there / "large", 1 << 38)
+    Image.from_pieces([(0, b"x" * PAGE), (1 << 37, b"y")], 1 << 38).save("other")
+    figures = json.loads(said("diff", "large", "other", "--json", "--map"))
+    assert (figures["pages"], figures["differing"], figures["was_zero"]) == (1 << 26, 1, 1)
+    text = said("diff", "large", "other", "--map")
+    assert "each mark is 256 MiB" in text
+    assert text.count("▆") == 2         # one in the map and one in the legend
+
+
+@requires("fork")
+def test_a_standard_output_that_is_full_is_one_line(there):
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, "-m", "linmem", "image", "info", "old.image"], stdout=full,
+                              stderr=subprocess.PIPE, encoding="utf-8", timeout=60,
+                              env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
+    assert (done.returncode, done.stderr) == (1, "linmem image: standard output: No space left on device\n")
+
+
+@requires("fork")
+def test_a_name_that_is_no_text_is_shown(there):
+    os.rename(b"old.image", b"\xff.image")
+    assert said("info", b"\xff.image".decode("utf-8", "surrogateescape")).startswith("\\udcff.image: image")
+
+
+@requires("owners")
+@pytest.mark.parametrize("words", [["info", "folder"], ["verify", "folder"], ["diff", "folder", "old.image"],
+                                   ["apply", "folder", "step.delta", "-o", "x"],
+                                   ["apply", "old.image", "folder", "-o", "x"],
+                                   ["diff", "old.image", "new.image", "-o", "folder"],
+                                   ["apply", "old.image", "step.delta", "-o", "folder"]])
+def test_a_folder_where_a_file_is_due_is_one_line(there, words):
+    (there / "folder").mkdir()
+    assert "folder: Is a directory" in refusal(*words)
 
 
 def test_the_help_tells_the_exit_codes():

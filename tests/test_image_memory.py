@@ -88,7 +88,7 @@ def test_an_image_of_zeros_costs_no_mapping_in_its_memories():
     assert len(mappings(*whole(mem))) == len(mappings(*whole(plain)))
 
 
-@requires("smaps", "maps_images", "real_pages")
+@requires("smaps", "maps_images", "scans", "real_pages")
 def test_restored_pages_stay_the_memorys_own_while_they_are_written_again():
     img = Image.from_bytes(b"x" * 4 * MIB)
     mem = img.new_memory()
@@ -215,6 +215,75 @@ def test_an_image_without_a_descriptor_left_has_private_pages():
         """) == "private True False"
 
 
+@requires("rlimits", "descriptors", "maps_images")
+@pytest.mark.parametrize("kind", ["made", "opened"])
+def test_images_leave_descriptors_for_others(tmp_path, kind):
+    Image.from_bytes(b"abc").save(tmp_path / "file")
+    make = {"made": "linmem.Image.from_bytes(b'abc')", "opened": f"linmem.Image.open({str(tmp_path / 'file')!r})"}[kind]
+    assert answer(f"""
+        import os, linmem
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        images = [{make} for _ in range(200)]
+        opened = [os.open("/dev/null", os.O_RDONLY) for _ in range(12)]
+        print(all(bytes(image) == b"abc" and image.new_memory()[:] == b"abc" for image in images))
+        [image.verify() for image in images]
+        """) == "True"
+
+
+@requires("rlimits", "descriptors", "unnamed_files")
+def test_a_file_of_an_image_that_may_not_have_its_size_leaves_no_descriptor():
+    assert answer("""
+        import os, linmem
+        from linmem._os import pages
+        pages.choose_image("file")
+        before = os.listdir("/proc/self/fd")
+        img = linmem.Image.from_bytes(b"abc" * 10000)
+        print(img.info().kind, bytes(img) == b"abc" * 10000, os.listdir("/proc/self/fd") == before)
+        """, limits={"RLIMIT_FSIZE": 4096}) == "private True True"
+
+
+@requires("mounts", "unnamed_files")
+@pytest.mark.parametrize("size", [1 << 16, 1 << 20, 1 << 24])
+def test_a_full_memory_file_system_neither_refuses_an_image_nor_kills_who_reads_it(size):
+    assert answer(f"""
+        import ctypes, os, linmem
+        from linmem._os import pages
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.unshare(0x20000) == 0                                       # CLONE_NEWNS
+        assert libc.mount(b"none", b"/", None, 0x44000, None) == 0              # MS_REC | MS_PRIVATE
+        assert libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 0, b"size=4m") == 0
+        pages.choose_image("file")
+        image = linmem.Image.from_pieces([(0, b"x"), ({size} - 1, b"y")], {size})
+        with open("/dev/shm/full", "wb", buffering=0) as file:
+            try:
+                while file.write(bytes(4096)):
+                    pass
+            except OSError:
+                pass
+        other = linmem.Image.from_bytes(b"z" * {size})
+        content = b"x" + bytes({size} - 2) + b"y"
+        print(bytes(image) == content, image.new_memory()[:] == content, bytes(other) == b"z" * {size})
+        """) == "True True True"
+
+
+@requires("rlimits", "unnamed_files")
+def test_an_image_whose_file_cannot_take_all_of_it_becomes_private_with_what_was_written():
+    # The size is granted when the image begins, and a write is refused later.
+    assert answer("""
+        import linmem
+        from linmem._os import pages
+        pages.choose_image("file")
+        def pieces():
+            yield 0, b"first" * 1000
+            yield 1 << 20, b"second"
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+            yield 2 << 20, b"third"
+        img = linmem.Image.from_pieces(pieces(), 3 << 20)
+        want = linmem.Image.from_pieces([(0, b"first" * 1000), (1 << 20, b"second"), (2 << 20, b"third")], 3 << 20)
+        print(img.info().kind, img == want, bytes(img) == bytes(want))
+        """) == "private True True"
+
+
 @requires("rlimits")
 def test_an_image_that_may_not_be_a_file_of_its_size_has_private_pages():
     assert answer("""
@@ -310,15 +379,29 @@ def test_an_image_of_a_file_is_its_bytes(a_file):
         assert mem.snapshot().runs() == Image.from_bytes(bytes(img), img.offset).runs()
 
 
-def test_what_is_known_of_a_file_is_believed(a_file):
+def test_what_is_claimed_of_a_file_is_checked(a_file):
     fd = a_file(b"x" * PAGE + bytes(6 * PAGE) + b"y" * PAGE)
-    img = Image.from_fd(fd, 8 * PAGE, runs=[(0, PAGE), (7 * PAGE, PAGE)], digest="12" * 32)
-    assert img.digest == "12" * 32
+    os.lseek(fd, 5, os.SEEK_SET)
+    true = Image.from_bytes(b"x" * PAGE + bytes(6 * PAGE) + b"y" * PAGE)
+    img = Image.from_fd(fd, 8 * PAGE, runs=[(0, PAGE), (7 * PAGE, PAGE)], digest=true.digest)
+    assert img == true
     assert img.runs() == [(0, PAGE), (7 * PAGE, PAGE)]
     assert img.info().stored == 2 * PAGE
     with img.new_memory() as mem:
         assert mem[:] == bytes(img)
-    assert Image.from_fd(fd, 8 * PAGE, runs=[]).runs() == []
+    for runs in ([], [(0, PAGE)], [(7 * PAGE, PAGE)], [(0, 7 * PAGE)]):
+        with pytest.raises(ValueError, match=r"runs must cover every byte .* the page at (0|28672) has some"):
+            Image.from_fd(fd, 8 * PAGE, runs=runs)
+    with pytest.raises(ValueError, match="digest must be that of the file's content"):
+        Image.from_fd(fd, 8 * PAGE, digest="12" * 32)
+    assert os.lseek(fd, 0, os.SEEK_CUR) == 5
+
+
+def test_runs_that_claim_zeros_are_the_same_image(a_file):
+    fd = a_file(bytes(PAGE) + b"x" * PAGE + bytes(2 * PAGE))
+    claims = [None, [(0, 4 * PAGE)], [(PAGE, PAGE)], [(0, PAGE), (PAGE, PAGE), (3 * PAGE, PAGE)]]
+    images = [Image.from_fd(fd, 4 * PAGE, runs=runs) for runs in claims]
+    assert {img.digest for img in images} == {Image.from_bytes(bytes(PAGE) + b"x" * PAGE + bytes(2 * PAGE)).digest}
 
 
 @pytest.mark.parametrize("runs", [

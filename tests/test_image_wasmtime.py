@@ -72,6 +72,21 @@ def test_an_image_that_does_not_fit_is_an_error_with_its_bounds(engine):
     assert instantiate(engine, [])[2] == 0
 
 
+def test_install_refuses_a_pool_with_an_image_wherever_it_stands():
+    image = Image.from_bytes(b"x")
+    pool = linmem.creator("pool", image=image)
+    limited = linmem.creator("limiting", limit_bytes=1 << 30, upstream=pool)
+    for creator in (pool, limited, linmem.creator("statistics", upstream=limited),
+                    linmem.creator("pool", upstream=limited),
+                    linmem.PythonCreator(pool)):
+        config = wasmtime.Config()
+        with pytest.raises(ValueError, match="creator must not have a pool with an image: every memory of the engine"):
+            linmem.wasmtime.install(config, creator)
+        linmem.wasmtime.install(config)         # the config is as it was
+    without = linmem.creator("limiting", limit_bytes=1, upstream=linmem.creator("pool"))
+    linmem.wasmtime.install(wasmtime.Config(), without)
+
+
 def test_an_offer_is_seen_by_its_own_thread_only(engine):
     img = Image.from_bytes(b"\x2a", 70000)
     seen = []
@@ -175,7 +190,7 @@ def test_restoring_while_the_store_grows_the_memory_is_refused():
 
     class Growing:
         def __init__(self, minimum, reserved, guard):
-            self.inner = linmem.MmapCreator().create(minimum, reserve=reserved, guard=guard)
+            self.inner = linmem.MmapCreator().create(minimum, reserve=reserved, may_move=True, guard=guard)
 
         def __getattr__(self, name):
             return getattr(self.inner, name)

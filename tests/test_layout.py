@@ -1,18 +1,17 @@
 """The map of a memory, as arithmetic: linmem._units through its two doors in linmem._memory."""
 
-from itertools import pairwise
-
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from support import FLOOR
 
-from linmem._memory import _lay_out, _reservation_steps
+from linmem._memory import _choose_reservation, _lay_out, _room_to_choose
 
 TOP = 2**64 - 1
 PAGES = st.sampled_from([4096, 16384, 65536])
 EDGES = [0, 1, 4095, 4096, 4097, 65535, 65536, 65537, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**47, 2**62,
-         2**63 - 65536, 2**63 - 1, 2**63, 2**63 + 1, TOP - 65536, TOP - 65535, TOP - 4096, TOP - 4095, TOP]
+         2**63 - 65536, 2**63 - 1, 2**63, 2**63 + 1, TOP - 65536, TOP - 65535, TOP - 65534, TOP - 4096, TOP - 4095,
+         TOP - 4094, TOP]
 SIZES = st.one_of(st.sampled_from(EDGES), st.integers(0, 2**22), st.integers(0, 2**48), st.integers(0, TOP))
 
 
@@ -35,6 +34,28 @@ def test_the_layout_is_the_exact_arithmetic_or_a_refusal(minimum, reservation, g
     else:
         assert at == {"pre_guard": before, "accessible": accessible, "capacity": capacity, "guard": after,
                       "total": total}
+
+
+@pytest.mark.parametrize("page", [4096, 16384, 65536])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_size_that_wraps_when_it_is_rounded_up_is_refused_from_the_first_one_on(place, page):
+    for size in (2**64 - page + 1, 2**64 - page + 2, TOP):      # one less would be rounded to 2**64 - page
+        sizes = [0, 0, 0]
+        sizes[place] = size
+        assert _lay_out(*sizes, page) is None
+
+
+@pytest.mark.parametrize("page", [4096, 16384, 65536])
+def test_the_largest_layout_has_a_length_that_python_can_say_and_one_page_more_is_refused(page):
+    largest = 2**63 - 2 * page      # with a page before the base, the largest multiple of pages below 2**63
+    assert _lay_out(0, largest, 0, page)["total"] == 2**63 - page
+    assert _lay_out(largest, 0, 0, page)["total"] == 2**63 - page
+    assert _lay_out(0, largest + 1, 0, page) is None
+    assert _lay_out(largest + 1, 0, 0, page) is None
+    guard = 2**62 - page            # twice: before the base and behind the capacity
+    assert _lay_out(0, page, guard, page)["total"] == 2**63 - page
+    assert _lay_out(0, page, guard + 1, page) is None
+    assert _lay_out(0, 2**63, 2**62, page) is None      # the sum wraps, and is small again
 
 
 @given(SIZES, SIZES, SIZES, PAGES)
@@ -64,31 +85,87 @@ def test_a_minimum_larger_than_the_reservation_is_the_capacity():
 SPACES = st.sampled_from([2**38, 2**39, 2**46, 2**47, 2**56])
 
 
-@given(st.integers(0, 2**48), st.none() | st.integers(0, TOP - 1), SPACES, st.integers(0, 2**56))
-def test_the_steps_of_a_reservation_fall_to_the_minimum(minimum, maximum, space, left):
-    steps = _reservation_steps(minimum, maximum, space, min(left, space))
-    assert steps[-1] == minimum
-    assert all(a > b for a, b in pairwise(steps))
-    assert all(b >= a // 2 for a, b in pairwise(steps))
-    assert len(steps) <= 65
+SMALL = 1 << 20
 
 
-@given(st.integers(0, 2**30), st.integers(0, TOP - 1), SPACES)
-def test_a_known_maximum_is_reserved_whole_where_a_quarter_of_the_space_holds_it(minimum, maximum, space):
-    first = _reservation_steps(minimum, maximum, space, space)[0]
-    if maximum <= space >> 2:
-        assert first == max(maximum, minimum)
+@given(SPACES, st.integers(0, 2**57), st.integers(0, 2**57), st.integers(0, 2**57))
+@example(2**47, 2**47, 0, 0)
+def test_there_is_room_for_choices_until_they_are_half_of_what_callers_did_not_ask_for(space, left, asked, chosen):
+    left = min(left, space)
+    room = _room_to_choose(space, left, asked + chosen, chosen)
+    unasked = max(space - asked, 0)
+    if left < space:        # a limit is in force; what linmem chose is no longer part of what it leaves
+        unasked = min(unasked, left + chosen)
+    assert room == max(unasked // 2 - chosen, 0)
+
+
+@given(st.integers(0, 2**48), st.integers(0, TOP - 1), st.integers(0, 2**56), st.integers(0, 2**40),
+       st.integers(0, 2**61))
+def test_a_known_maximum_is_reserved_whole_where_half_of_the_room_holds_what_exceeds_the_minimum(
+        minimum, more, room, others, memory):
+    maximum = min(minimum + more, TOP - 1)
+    want = _choose_reservation(minimum, maximum, room, others, memory)
+    assert minimum <= want <= maximum
+    if maximum - minimum <= room // 2:
+        assert want == maximum
     else:
-        assert first == max(space >> 7, minimum)
+        assert want == min(_choose_reservation(minimum, None, room, others, memory), maximum)
 
 
-@given(st.integers(0, 2**30), st.none() | st.integers(2**30, TOP - 1), SPACES, st.integers(0, 2**38 - 1))
-def test_under_a_limit_no_memory_takes_all_that_is_left(minimum, maximum, space, left):
-    first = _reservation_steps(minimum, maximum, space, left)[0]
-    if maximum is not None and maximum <= min(space >> 2, left >> 1):
-        assert first == max(minimum, maximum)
+@given(st.integers(0, 2**62), st.integers(0, 2**56), st.integers(0, 2**40), st.integers(0, 2**61))
+def test_an_unknown_maximum_gets_a_share_of_the_room_on_top_of_the_minimum(minimum, room, others, memory):
+    share = _choose_reservation(minimum, None, room, others, memory) - minimum
+    assert 0 <= share <= room
+    if memory:
+        assert share <= max(4 * memory, SMALL)
+    if room < SMALL:
+        assert share == 0
     else:
-        assert first <= max(minimum, left >> 3)
+        assert share >= SMALL
+        exact = room // 4 // (others + 2)
+        assert share == max(min(exact, 4 * memory) if memory else exact, SMALL)
+
+
+@pytest.mark.parametrize(("bits", "memory", "live", "least"), [
+    (47, 0, 1_000_000, SMALL), (47, 24 << 30, 65_530, 16 << 20), (47, 1 << 42, 65_530, 16 << 20),
+    (47, 512 << 20, 65_530, 64 << 20), (46, 24 << 30, 65_530, 8 << 20), (38, 4 << 30, 15_000, SMALL),
+    (38, 4 << 30, 200_000, 0), (31, 1 << 30, 200_000, 0),
+])
+def test_all_choices_together_stay_below_half_of_the_space_for_any_number_of_memories(bits, memory, live, least):
+    space = 1 << bits
+    around = 2 * 65536          # guards
+    asked = chosen = 0
+    previous = space
+    for others in range(live):
+        room = _room_to_choose(space, space, asked + chosen, chosen)
+        share = _choose_reservation(0, None, max(room - around, 0), others, memory)
+        if share:
+            chosen += share + around
+        else:
+            asked += around
+        assert share <= previous
+        previous = share
+        if others % 1000 == 0:
+            assert chosen <= space // 2
+    assert chosen <= space // 2
+    assert share >= least
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 2**20), st.none() | st.integers(0, 2**48)), max_size=200),
+       SPACES, st.randoms(use_true_random=False))
+def test_no_order_of_making_and_closing_exceeds_the_half(steps, space, random):
+    held = []
+    for make, minimum, maximum in steps:
+        if not make and held:
+            held.pop(random.randrange(len(held)))
+            continue
+        chosen = sum(held)
+        room = _room_to_choose(space, space, chosen, chosen)
+        bound = None if maximum is None else max(minimum, maximum)
+        share = _choose_reservation(minimum, bound, room, len(held), 24 << 30) - minimum
+        if share:
+            held.append(share)
+        assert sum(held) <= space // 2
 
 
 def test_the_page_of_this_machine_is_a_power_of_two_and_divides_the_granularity():

@@ -1,9 +1,13 @@
 """Bytes: indexing, slices, read and write, and views in every element format."""
 
 import array
+import gc
 import struct
 
 import pytest
+import support
+from hypothesis import given
+from hypothesis import strategies as st
 from support import NEEDS, PAGE, requires
 
 import linmem
@@ -162,7 +166,7 @@ def test_structured_dtypes_keep_their_fields(mem):
 @requires("numpy")
 @pytest.mark.parametrize("spelling", ["M8[s]", "m8[ns]"])
 def test_a_dtype_without_a_buffer_form_is_refused(mem, spelling):
-    with pytest.raises(ValueError, match=r"^format has no buffer form"):
+    with pytest.raises(ValueError, match=r"^format has no buffer form.*mem\.array\(dtype\)"):
         mem.view(np.dtype(spelling))
     assert mem.info().exports == 0
 
@@ -205,3 +209,176 @@ def test_what_exports_a_typed_view_cannot_be_made_by_hand():
         for arguments in ((), (mem, 10 * PAGE, 1, b">d", 8)):
             with pytest.raises(TypeError, match=r"made by Memory\.view"):
                 memoryview(window(*arguments))
+
+
+NAMES = ["bool", "bool_", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16",
+         "float32", "float64", "complex64", "complex128", "byte", "ubyte", "short", "ushort", "intc", "uintc", "long",
+         "ulong",
+         "longlong", "ulonglong", "intp", "uintp", "half", "single", "double", "csingle", "cdouble", "int", "float",
+         "complex"]
+
+
+@requires("numpy")
+@pytest.mark.parametrize("name", NAMES)
+def test_the_names_of_numpys_types_are_formats(mem, name):
+    array = np.asarray(mem.view(name))
+    if name != "int":       # of 64 bits here, and of older NumPys' C long
+        assert array.dtype == np.dtype({"long": "l", "ulong": "L"}.get(name, name))
+    assert array.itemsize == mem.view(name).itemsize
+    del array
+
+
+def test_the_names_of_numpys_types_are_formats_without_numpy():
+    assert support.answer("""
+        import linmem, sys
+        with linmem.create(64) as mem:
+            print(*[mem.view(name).itemsize for name in ("float64", "int32", "uint8", "bool", "complex128", "float16")],
+                  "numpy" in sys.modules)
+        """) == "8 4 1 1 16 2 False"
+
+
+@pytest.mark.parametrize("format", ["datetime64[ns]", "timedelta64", "longdouble", "object", "f16", "S5"])
+def test_a_name_that_no_memoryview_has_leads_to_array(mem, format):
+    with pytest.raises(ValueError, match=r"^format must be a struct format or a NumPy type, got .*mem\.array\(dtype\)"):
+        mem.view(format)
+
+
+ANY_DTYPES = ["datetime64[ns]", "<m8[s]", ">M8[D]", ">c16", ">f8", "V5", "S3", "U2", "longdouble", "bool",
+              [("when", "M8[us]"), ("at", ">f8", (2,)), ("tag", "S3")], {"names": ["a"], "formats": ["u2"],
+                                                                          "offsets": [3], "itemsize": 7}]
+
+
+@requires("numpy")
+@pytest.mark.parametrize("dtype", ANY_DTYPES, ids=str)
+@pytest.mark.parametrize("offset", [0, 1, 16])
+def test_an_array_shows_the_memorys_bytes_as_any_dtype(mem, dtype, offset):
+    dtype = np.dtype(dtype)
+    mem.write(0, bytes(i % 7 for i in range(4 * PAGE)))
+    array = mem.array(dtype, offset)
+    n = (4 * PAGE - offset) // dtype.itemsize
+    assert (array.dtype, array.shape) == (dtype, (n,))
+    assert array.flags.writeable
+    assert array.__array_interface__["data"][0] == mem.as_ptr() + offset
+    assert mem.info().exports == 1
+    one = np.zeros(1, dtype)
+    array[1:2] = one
+    mem.grow_to(8 * PAGE)
+    array[-1:] = one
+    assert mem.read(offset + dtype.itemsize, dtype.itemsize) == mem.read(
+        offset + (n - 1) * dtype.itemsize, dtype.itemsize)
+    del array, one
+    assert mem.info().exports == 0
+
+
+@requires("numpy")
+@pytest.mark.parametrize(("shape", "expected"), [
+    (None, (25,)), (-1, (25,)), (3, (3,)), ((), ()), ((2, 3), (2, 3)), ([2, 3], (2, 3)), ((-1, 4), (6, 4)), (0, (0,)),
+    ((5, 0), (5, 0)), ((3, -1, 2), (3, 4, 2)), ((-1,), (25,))])
+def test_an_array_has_the_shape_that_was_asked_for_or_all_whole_elements(shape, expected):
+    with linmem.create(103) as mem:
+        assert mem.array("f4", 0, shape).shape == expected
+        assert mem.array(("f4", (2, 2)), 3).shape == (6, 2, 2)
+        assert mem.array("f4", 103).shape == mem.array("f4", 100).shape == (0,)
+    with linmem.create(0) as mem:
+        assert mem.array("f4").shape == (0,)
+
+
+@requires("numpy", "maps")
+def test_an_array_keeps_the_memory_open_and_its_pages_mapped():
+    before = support.live_bytes()
+    mem = linmem.create(PAGE, reserve=1 << 30)
+    array = mem.array("M8[s]", 8, (2, 3))
+    end = array
+    while isinstance(end, np.ndarray):
+        end = end.base
+    assert isinstance(end, memoryview)
+    assert end.obj is mem
+    part = array[1:, ::2].T
+    del array, end
+    with pytest.raises(BufferError, match="1 exported buffer"):
+        mem.close()
+    del mem
+    part[0, 0] = 5
+    assert support.live_bytes() > before
+    del part
+    gc.collect()
+    assert support.live_bytes() == before
+
+
+# -- `in` ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 1, 10, 4 * PAGE])
+@given(data=st.data())
+def test_in_finds_what_bytes_would_find(size, data):
+    held = data.draw(st.binary(min_size=min(size, 40), max_size=min(size, 40))).ljust(size, b"a")
+    with linmem.create(size) as mem:
+        mem.write(0, held)
+        start = data.draw(st.integers(0, size))
+        there = held[start:start + data.draw(st.integers(0, 20))]
+        other = data.draw(st.binary(max_size=4) | st.integers(0, 255))
+        for item in (there, bytearray(there), memoryview(there), b"", other, held, held + b"x", ord("b")):
+            assert (item in mem) == (item in held)
+
+
+def test_in_looks_across_the_parts_that_it_copies():
+    with linmem.create((3 << 20) + 5) as mem:
+        for at in (0, (1 << 20) - 3, (1 << 20) - 1, 1 << 20, (2 << 20) - 2, (3 << 20) - 1, (3 << 20) + 1):
+            mem.write(at, b"here")
+            assert b"here" in mem
+            assert b"\0her" in mem or at == 0
+            assert ord("h") in mem
+            mem.write(at, bytes(4))
+            assert b"here" not in mem
+        long = b"a" + bytes(1 << 20) + b"b"
+        mem.write((3 << 20) + 5 - len(long), long)
+        assert long in mem
+        assert long[:-1] + b"c" not in mem
+        assert mem in mem
+
+
+def test_in_ends_also_where_a_naive_search_would_not():
+    with linmem.create(8 << 20) as mem:
+        mem[:] = b"a" * (8 << 20)
+        needle = b"a" * (1 << 18) + b"b" + b"a" * (1 << 18)     # 2**41 steps for a naive search
+        assert needle not in mem
+
+
+@pytest.mark.parametrize("item", [256, -1, 2**70])
+def test_in_refuses_what_is_no_byte(mem, item):
+    with pytest.raises(ValueError, match=r"^a byte must be in 0 \.\. 255"):
+        item in mem  # noqa: B015
+
+
+@pytest.mark.parametrize("item", ["a", None, 1.5, [1], object()])
+def test_in_refuses_what_is_no_buffer(mem, item):
+    with pytest.raises(TypeError, match=r"must be a contiguous buffer of bytes"):
+        item in mem  # noqa: B015
+
+
+@requires("interrupts")
+def test_in_lets_an_interrupt_through():
+    assert support.answer("""
+        import linmem, signal
+        def stop(*_):
+            raise KeyboardInterrupt
+        signal.signal(signal.SIGALRM, stop)
+        found = "not yet"
+        with linmem.create(1 << 29) as mem:
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+            try:
+                found = b"x" in mem
+                signal.pause()          # only if the search is over before
+            except KeyboardInterrupt:
+                print(found)
+        """) == "not yet"
+
+
+def test_a_slice_with_a_step_takes_what_bytearray_takes(mem):
+    model = bytearray(mem)
+    for key in (slice(None, None, -1), slice(5, 0, -2), slice(0, 100, 7), slice(-(2**70), None, -1), slice(9, 3, 2),
+                slice(-1, None, -5), slice(3, 3, -1)):
+        data = bytes(i % 250 for i in range(len(model[key])))
+        model[key] = data
+        mem[key] = data
+        assert mem[:] == model

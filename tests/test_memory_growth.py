@@ -118,7 +118,7 @@ def test_an_absurd_growth_is_refused_and_changes_nothing(new_size):
 # -- past the capacity ------------------------------------------------------------------------------
 
 def test_growth_past_the_capacity_moves_the_bytes_and_zero_fills():
-    with linmem.create(PAGE + 5, reserve=0) as mem:
+    with linmem.create(PAGE + 5, reserve=0, may_move=True) as mem:
         old = whole(mem)
         for i in range(PAGE + 5):
             mem[i] = i % 251
@@ -134,7 +134,7 @@ def test_growth_past_the_capacity_moves_the_bytes_and_zero_fills():
 @requires("maps")
 def test_a_move_gives_the_old_place_back():
     before = live_bytes()
-    mem = linmem.create(PAGE, maximum=32 * PAGE, reserve=0)
+    mem = linmem.create(PAGE, maximum=32 * PAGE, reserve=0, may_move=True)
     mem[0] = 1
     old = mem.as_ptr()
     mem.grow_to(4 * PAGE)
@@ -146,7 +146,7 @@ def test_a_move_gives_the_old_place_back():
 
 def test_several_moves_in_a_row_keep_every_byte():
     # A maximum keeps each new reservation small, so that the next growth moves again.
-    with linmem.create(PAGE, maximum=None, reserve=0, creator=Steps()) as mem:
+    with linmem.create(PAGE, maximum=None, reserve=0, may_move=True, creator=Steps()) as mem:
         kept = b""
         bases = set()
         for n in range(1, 9):
@@ -173,7 +173,7 @@ def test_moves_in_a_short_address_space_come_again_and_again_and_lose_nothing():
         import resource
         used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20),) * 2)
-        mem = linmem.create({PAGE}, reserve=0, guard=0)
+        mem = linmem.create({PAGE}, reserve=0, may_move=True, guard=0)
         bases, kept = {{mem.as_ptr()}}, 0
         while len(bases) < 4:
             size = mem.byte_capacity() + {PAGE}
@@ -190,7 +190,7 @@ def test_moves_in_a_short_address_space_come_again_and_again_and_lose_nothing():
 
 
 def test_growth_past_the_capacity_refuses_while_a_buffer_is_exported():
-    with linmem.create(PAGE, reserve=0) as mem:
+    with linmem.create(PAGE, reserve=0, may_move=True) as mem:
         base = mem.as_ptr()
         views = [memoryview(mem), memoryview(mem), mem.view(">i")]
         before = mem.info()
@@ -206,7 +206,7 @@ def test_growth_past_the_capacity_refuses_while_a_buffer_is_exported():
 
 
 def test_growth_past_the_capacity_stops_at_the_maximum():
-    with linmem.create(PAGE, maximum=3 * PAGE, reserve=0) as mem:
+    with linmem.create(PAGE, maximum=3 * PAGE, reserve=0, may_move=True) as mem:
         mem.grow_to(2 * PAGE)
         assert mem.byte_capacity() == 3 * PAGE
         with pytest.raises(linmem.GrowError):
@@ -225,7 +225,7 @@ def test_a_shared_memory_never_moves():
 
 
 def test_a_memory_with_protected_pages_never_moves():
-    with linmem.create(2 * PAGE, reserve=0) as mem:
+    with linmem.create(2 * PAGE, reserve=0, may_move=True) as mem:
         mem.protect(0, PAGE, "r")
         base = mem.as_ptr()
         with pytest.raises(linmem.GrowError, match="own protection"):
@@ -234,14 +234,14 @@ def test_a_memory_with_protected_pages_never_moves():
 
 
 def test_protecting_nothing_does_not_pin_a_memory():
-    with linmem.create(2 * PAGE, reserve=0) as mem:
+    with linmem.create(2 * PAGE, reserve=0, may_move=True) as mem:
         mem.protect(PAGE, 0, "none")
         mem.grow_to(3 * PAGE)
         assert mem.byte_size() == 3 * PAGE
 
 
 def test_a_memory_of_nothing_moves_too():
-    with linmem.create(0, reserve=0) as mem:
+    with linmem.create(0, reserve=0, may_move=True) as mem:
         mem.grow_to(5 * PAGE)
         assert bytes(mem) == bytes(5 * PAGE)
 
@@ -253,7 +253,7 @@ def test_a_forked_child_may_grow_and_move_what_it_inherited():
     assert answer(f"""
         import linmem, os
         P = {PAGE}
-        mem = linmem.create(P, reserve=2 * P)
+        mem = linmem.create(P, reserve=2 * P, may_move=True)
         mem[0] = 1
         child = os.fork()
         if child == 0:

@@ -189,3 +189,146 @@ def test_a_forked_child_has_its_own_copy_and_may_close_it():
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         print(mem[0], mem.byte_size())
         """) == f"1 {PAGE}"
+
+
+# -- leaving a with block ------------------------------------------------------------------------------------------
+
+
+EXPORTS = {"memoryview": lambda mem: memoryview(mem), "view": lambda mem: mem.view("d"),
+           "view of a foreign format": lambda mem: mem.view(">d")}
+
+
+class Body(Exception):
+    """What the block raises."""
+
+
+@requires("maps")
+@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize("export", EXPORTS)
+def test_a_with_block_closes_the_handle_and_the_pages_go_with_the_last_view(export, raises):
+    before = live_bytes()
+    error = None
+    try:
+        with linmem.create(PAGE, reserve=1 << 30) as mem:
+            mem.write(0, b"12345678")
+            views = [EXPORTS[export](mem), EXPORTS[export](mem)]
+            if raises:
+                raise Body
+    except Body as caught:
+        error = caught
+    assert (error is not None) == raises
+    if raises:
+        assert error.__context__ is None
+    assert mem.closed
+    assert repr(mem) == "<linmem.Memory, closed>"
+    mem.close()                         # closing twice is closing once
+    with pytest.raises(ValueError, match="the memory is closed"):
+        memoryview(mem)
+    with pytest.raises(ValueError, match="the memory is closed"):
+        mem[0]
+    assert bytes(views.pop())[:8] == b"12345678"
+    assert live_bytes() > before
+    part = views.pop()[0:1]
+    gc.collect()
+    assert bytes(part) == b"12345678"[:part.nbytes]
+    del part
+    assert live_bytes() == before
+    del mem, error
+    gc.collect()
+    assert live_bytes() == before
+
+
+@requires("maps", "numpy")
+@pytest.mark.parametrize("export", [lambda mem: __import__("numpy").asarray(mem), lambda mem: mem.array("M8[s]")])
+def test_an_error_in_a_with_block_is_seen_where_an_array_is_left(export):
+    before = live_bytes()
+    array = None
+    with pytest.raises(KeyError) as caught, linmem.create(PAGE) as mem:     # noqa: PT012
+        array = export(mem)
+        raise KeyError("the body's own")
+    assert caught.value.__context__ is None
+    assert mem.closed
+    array[:1] = array[1:2]
+    del array, mem, caught
+    gc.collect()
+    assert live_bytes() == before
+
+
+def test_a_pooled_memory_goes_back_when_the_last_view_of_a_with_block_goes():
+    pool = linmem.PoolingCreator()
+    with pool.create(PAGE) as mem:
+        view = memoryview(mem)
+    assert (pool.stats()["live"], pool.stats()["warm"]) == (1, 0)
+    view[0] = 1
+    view.release()
+    assert (pool.stats()["live"], pool.stats()["warm"]) == (0, 1)
+    del mem
+    assert (pool.stats()["live"], pool.stats()["warm"]) == (0, 1)
+    with pool.create(PAGE) as mem:
+        assert mem[0] == 0
+
+
+def test_a_with_block_within_one_and_a_closed_one_end_quietly():
+    with linmem.create(PAGE) as mem:
+        with mem:
+            view = memoryview(mem)
+        assert mem.closed
+    view.release()
+    with linmem.create(PAGE) as mem:
+        mem.close()
+    linmem.Memory.__new__(linmem.Memory).__exit__(None, None, None)
+
+
+def test_a_handle_that_threads_leave_and_enter_at_once_releases_its_memory_once():
+    # In a child: a memory that is released twice crashes it, or is a slot that two have.
+    assert answer(f"""
+        import linmem, threading
+        pool = linmem.PoolingCreator()
+        for turn in range(300):
+            mem = pool.create({PAGE})
+            views = [memoryview(mem) for _ in range(3)]
+            start = threading.Barrier(6)
+            def use():
+                start.wait()
+                try:
+                    while True:
+                        mem.read(0, 1)
+                except ValueError:
+                    pass
+            def end():
+                start.wait()
+                mem.__exit__(None, None, None)
+            def drop(view):
+                start.wait()
+                view.release()
+            threads = [threading.Thread(target=use), threading.Thread(target=end), threading.Thread(target=end),
+                       *(threading.Thread(target=drop, args=(view,)) for view in views)]
+            for thread in threads: thread.start()
+            for thread in threads: thread.join()
+            assert mem.closed
+            stats = pool.stats()
+            assert (stats["live"], stats["warm"], stats["hits"] + stats["misses"]) == (0, 1, turn + 1), stats
+        print("end")
+        """) == "end"
+
+
+# -- handles on the same memory ------------------------------------------------------------------------------------
+
+
+def test_a_memory_equals_itself_alone_and_no_bytes():
+    with linmem.create(8) as mem, linmem.create(8) as other:
+        assert mem == mem
+        assert mem != other
+        assert mem not in [other, bytes(8), None, 0]
+        assert {mem: 1}[mem] == 1
+
+
+def test_closed_handles_equal_only_themselves_though_the_address_may_be_used_again():
+    pool = linmem.PoolingCreator()
+    closed = pool.create(PAGE)
+    closed.close()
+    with pool.create(PAGE) as again:        # the same memory, handed out again
+        assert hash(again) == hash(closed)
+        assert again != closed
+        assert closed == closed
+    assert linmem.Memory.__new__(linmem.Memory) != linmem.Memory.__new__(linmem.Memory)

@@ -79,7 +79,7 @@ def test_a_memory_of_any_option_is_a_memory_like_any_other(options, minimum, how
 def test_all_that_a_memory_reserved_is_released(options):
     start = live()
     for how in ({"reserve": 0}, {"maximum": 8 * MIB}, {"guard": 16 * PAGE}):
-        mem = linmem.MmapCreator(**options).create(PAGE, **how)
+        mem = linmem.MmapCreator(**options).create(PAGE, may_move=True, **how)
         mem.grow_to(7 * MIB)
         mem.close()
     assert live() == start
@@ -109,7 +109,7 @@ def test_without_prefault_a_page_is_resident_once_it_is_touched():
 
 @requires("smaps")
 def test_a_prefaulted_memory_that_moves_is_resident_where_it_went():
-    with linmem.MmapCreator(prefault=True).create(4 * PAGE, reserve=4 * PAGE) as mem:
+    with linmem.MmapCreator(prefault=True).create(4 * PAGE, reserve=4 * PAGE, may_move=True) as mem:
         mem.write(0, b"kept" * PAGE)
         base = mem.as_ptr()
         mem.grow_to(64 * PAGE)
@@ -169,7 +169,7 @@ def test_growth_in_place_keeps_to_huge_pages_and_the_guard_exact():
 
 @requires("huge_pages")
 def test_a_memory_of_huge_pages_that_moves_is_one_where_it_went():
-    with linmem.MmapCreator(huge_pages=True).create(4 * MIB, reserve=4 * MIB) as mem:
+    with linmem.MmapCreator(huge_pages=True).create(4 * MIB, reserve=4 * MIB, may_move=True) as mem:
         mem.write(0, b"kept" * MIB)
         base = mem.as_ptr()
         mem.grow_to(16 * MIB)
@@ -185,7 +185,7 @@ def test_a_memory_of_huge_pages_that_moves_is_one_where_it_went():
 @requires("huge_pages")
 def test_a_refused_wish_for_huge_pages_is_a_memory_of_small_ones():
     with failing(2, errno.EINVAL) as injected:
-        mem = linmem.MmapCreator(huge_pages=True).create(4 * MIB, reserve=8 * MIB)
+        mem = linmem.MmapCreator(huge_pages=True).create(4 * MIB, reserve=8 * MIB, may_move=True)
     assert injected.happened
     with mem:
         assert mem.as_ptr() % HUGE == 0

@@ -4,10 +4,13 @@ import importlib.metadata
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import types
 import zipfile
 from pathlib import Path
 
@@ -44,6 +47,51 @@ def test_types_and_the_c_face_are_beside_the_code():
     for name in ("py.typed", "_memory.pxd", "_adaptors.pxd", "_units.pxd", "_atomic.pxd", "_os/pages.pxd", "_demo.c",
                  "_demo.wasm"):
         assert (PACKAGE / name).is_file(), name
+
+
+def test_a_star_import_takes_what_is_public_and_leaves_wasmtime_alone():
+    # The module may also be missing: whatever is imported by that name is not there.
+    child = subprocess.run([sys.executable, "-W", "error", "-c", """if True:
+        import sys
+        sys.modules["wasmtime"] = None
+        wasmtime = "the user's own"
+        from linmem import *
+        print(wasmtime, create(1).byte_size(), MemoryType.__name__)
+        """], env=ENV, timeout=120, text=True, capture_output=True)
+    assert (child.returncode, child.stdout.strip()) == (0, "the user's own 1 MemoryType"), child.stderr
+
+
+@pytest.mark.parametrize("missing", ["all", "_os/pages", "_memory", "_adaptors"])
+def test_sources_without_their_extensions_say_so_and_what_to_do(tmp_path, missing):
+    kept = [] if missing == "all" else [f"{missing}."]
+    shutil.copytree(PACKAGE, tmp_path / "linmem", ignore=lambda folder, names: [
+        name for name in names if name == "__pycache__" or (name.endswith((".so", ".pyd")) and (
+            not kept or f"{Path(folder).relative_to(PACKAGE) / name}".replace(os.sep, "/").startswith(kept[0])))])
+    # Without site-packages, where the import hook of an editable install would find the extensions.
+    child = subprocess.run([sys.executable, "-S", "-W", "error", "-c", "import linmem"], cwd=tmp_path, timeout=120,
+                           text=True, env={**ENV, "PYTHONPATH": str(tmp_path)}, capture_output=True)
+    assert child.returncode == 1
+    said = child.stderr.strip().splitlines()[-1]
+    assert said.startswith(f"ImportError: linmem was imported from the folder {str(tmp_path / 'linmem')!r}, where its"
+                           " extension modules are not built for this Python (No module named 'linmem.")
+    assert "pip install -e ." in said
+
+
+def test_an_import_error_that_is_not_of_the_extensions_stays_what_it_is(tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / "linmem", ignore=shutil.ignore_patterns("__pycache__"))
+    with open(tmp_path / "linmem" / "abc.py", "a", encoding="utf-8") as file:
+        file.write("import no_such_module\n")
+    child = subprocess.run([sys.executable, "-c", "import linmem"], cwd=tmp_path, timeout=120, text=True,
+                           env={**ENV, "PYTHONPATH": str(tmp_path)}, capture_output=True)
+    assert child.stderr.strip().splitlines()[-1] == "ModuleNotFoundError: No module named 'no_such_module'"
+
+
+def test_the_commands_of_the_readme_leave_a_clone_in_which_linmem_can_be_imported():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    commands = re.findall(r"^<!-- ci: (\w+) -->\n```sh\n(.*)\n```$", readme, re.MULTILINE)
+    assert [name for name, _ in commands] == ["demo", "test"]
+    for name, command in commands:
+        assert re.search(rf"pip install -e '\.\[{name}\]'", command)
 
 
 def build(kind: str, folder: Path) -> Path:
@@ -118,3 +166,49 @@ def test_the_cython_example_of_the_guide_compiles_against_the_package_and_works(
             print("refused")
         """], cwd=tmp_path, env=ENV, timeout=120, text=True, capture_output=True)
     assert (child.returncode, child.stdout.strip()) == (0, "refused"), child.stderr
+
+
+@pytest.mark.parametrize(("platform", "without_gil", "defined"), [
+    ("win32", 1, [("Py_GIL_DISABLED", "1")]), ("win32", 0, []), ("win32", None, []), ("linux", 1, [])])
+@needs_sources
+def test_a_build_for_a_free_threaded_windows_says_so_to_the_compiler(platform, without_gil, defined, monkeypatch):
+    """pyconfig.h of CPython for Windows does not; elsewhere it does."""
+    pytest.importorskip("Cython")
+    setuptools = pytest.importorskip("setuptools")
+    import Cython.Build
+    from setuptools.command.build_ext import build_ext
+
+    given = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **how: given.update(how))
+    monkeypatch.setattr(Cython.Build, "cythonize", lambda extensions, **how: extensions)
+    monkeypatch.setattr(build_ext, "build_extensions", lambda self: None)
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(sysconfig, "get_config_var", lambda name: without_gil if name == "Py_GIL_DISABLED" else None)
+    runpy.run_path(str(ROOT / "setup.py"))
+    command = given["cmdclass"]["build_ext"].__new__(given["cmdclass"]["build_ext"])
+    command.compiler = types.SimpleNamespace(compiler_type="msvc")
+    command.extensions = given["ext_modules"]
+    command.build_extensions()
+    assert len(command.extensions) >= 6
+    assert [extension.define_macros for extension in command.extensions] == [defined] * len(command.extensions)
+
+
+@requires("zig")
+@pytest.mark.parametrize(("target", "fits"), [
+    ("x86_64-linux-musl", True), ("aarch64-linux-musl", True), ("x86-linux-musl", False),
+    ("arm-linux-musleabihf", False)])
+def test_a_32_bit_build_is_refused_by_the_compiler_in_words(target, fits, tmp_path):
+    header = re.search(r'"""\n(.*?)"""', (PACKAGE / "_atomic.pxd").read_text("utf-8"), re.DOTALL)[1]
+    (tmp_path / "atomic.c").write_text(header, "utf-8")
+    done = subprocess.run([sys.executable, "-m", "ziglang", "cc", "-target", target, "-c", "atomic.c",
+                           "-o", "atomic.o"],
+                          cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert (done.returncode == 0) == fits, done.stderr
+    assert ("linmem needs a 64-bit Python" in done.stderr) != fits
+
+
+@needs_sources
+def test_every_extension_includes_what_refuses_a_32_bit_build():
+    for path in [*(ROOT / "linmem").glob("_*.pyx"), *(ROOT / "linmem" / "_os").glob("*.pyx")]:
+        assert re.search(r"^(from linmem\._atomic cimport|from linmem cimport _atomic|from linmem\._memory cimport)",
+                         path.read_text("utf-8"), re.MULTILINE), path

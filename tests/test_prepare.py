@@ -1,7 +1,9 @@
 """Modules that start from images: the same instances as ever, faster."""
 
+import dataclasses
 import hashlib
 import os
+import random
 import signal
 import stat
 import subprocess
@@ -12,13 +14,27 @@ import threading
 import pytest
 import wasmtime
 from hypothesis import given
+from hypothesis import strategies as st
 from support import REAL_PAGE, fewer_examples, requires, smaps
-from test_hoist import Prefilled, all_features, binary, modules, needs_gc, number, observe, said, table
+from test_hoist import (
+    EVERYTHING,
+    STACK_SWITCHING,
+    Prefilled,
+    all_features,
+    binary,
+    modules,
+    mutated,
+    needs_gc,
+    number,
+    observe,
+    said,
+    table,
+)
 from wasmtime import _ffi as ffi
 
 import linmem
 import linmem.wasmtime
-from linmem import _prepared
+from linmem import _files, _hoist, _prepared
 from linmem._cache import Cache
 from linmem.wasmtime import prepare
 
@@ -33,6 +49,15 @@ CREATORS = {
 }
 HELLO = '(module (memory (export "m") 1) (data (i32.const 16) "hello") (data (i32.const 60000) "world"))'
 GREETED = {16: b"hello", 60000: b"world"}
+# References of all kinds, where this wasmtime has them; wat2wasm makes the binary of any of them.
+TYPES = """(module (type $f (func (param i32))) (type $s (struct (field (mut i8)) (field (ref null $f))))
+    (rec (type $a (array (ref null $b))) (type $b (sub (struct (field (ref null $a))))))
+    (tag (param i32)) (memory (export "m") 2) (memory 1 (pagesize 1)) (table 2 (ref null $f)) (table 2 anyref)
+    (table (export "t") 1 externref) (global (mut (ref null $s)) (ref.null $s)) (global (mut exnref) (ref.null exn))
+    (elem (table 1) (i32.const 0) anyref (ref.i31 (i32.const 1))) (data (i32.const 9) "nine")
+    (data (i32.const 3) "three"))"""
+STACKS = """(module (type $f (func)) (type $c (cont $f)) (table 3 nullcontref) (table (export "t") 1 (ref null $c))
+    (memory (export "m") 1) (global (mut contref) (ref.null cont)) (tag) (data (i32.const 1) "one"))"""
 
 
 def engine_of(kind="mmap", **settings):
@@ -370,14 +395,187 @@ def test_a_store_of_another_engine_is_refused_by_wasmtime():
 def test_what_is_no_module_is_refused_as_by_wasmtime():
     engine = MMAP
     for wasm in (b"", b"\0asm\1\0\0\0\5", b"\0asm\1\0\0\0\5\1\1", "(module (memory 1) (data", "(module (bad))",
-                 binary(HELLO)[:-1], b"\0asm\1\0\0\0\x63\0"):
+                 binary(HELLO)[:-1], b"\0asm\1\0\0\0\x63\0", b"\0asm\x0d\0\1\0", b"\0asm\x0d\0\1\0\0\5", b"\0",
+                  b"\xff\xfe",
+                 bytes(wasmtime.wat2wasm("(component)")), "(component)",
+                 # An export of a memory that is not there: the text names a byte of what was given.
+                 binary(HELLO)[:8] + b"\x05\3\1\0\1\7\5\1\1m\2\7\x0b\x0b\1\0\x41\0\x0b\5hello"):
         with pytest.raises(wasmtime.WasmtimeError) as plain:
             wasmtime.Module(engine, wasm)
-        with pytest.raises(wasmtime.WasmtimeError) as ours:
-            prepare(engine, wasm)
-        assert said(ours.value) == said(plain.value)
-    with pytest.raises(ValueError, match="a WebAssembly component, not a core module"):
-        prepare(engine, b"\0asm\x0d\0\1\0")
+        for expose in (False, True):
+            with pytest.raises(wasmtime.WasmtimeError) as ours:
+                prepare(engine, wasm, expose=expose)
+            assert said(ours.value) == said(plain.value)
+            assert ours.value.__context__ is None
+
+
+def verdict_of(call, *args, **named):
+    """The class and the text of what `call` raises, or None."""
+    try:
+        call(*args, **named)
+    except Exception as error:
+        return type(error), said(error)
+    return None
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_bytes_are_judged_as_by_wasmtime(seed):
+    chance = random.Random(seed)
+    valid = [binary(wat) for wat in (EVERYTHING, HELLO, TYPES)] + [binary(STACKS)] * STACK_SWITCHING
+    for _ in range(100):
+        wasm = mutated(chance.choice(valid), chance)
+        expected = verdict_of(wasmtime.Module, MMAP, wasm)
+        for expose in (False, True):
+            assert verdict_of(prepare, MMAP, wasm, expose=expose) == expected
+
+
+@given(st.binary(max_size=40), st.sampled_from([b"", b"\0asm", b"\0asm\1\0\0\0", b"\0asm\x0d\0\1\0"]))
+def test_bytes_of_no_kind_are_judged_as_by_wasmtime(tail, head):
+    assert verdict_of(prepare, MMAP, head + tail) == verdict_of(wasmtime.Module, MMAP, head + tail)
+
+
+@pytest.mark.skipif(not STACK_SWITCHING, reason="this wasmtime has no stack switching here")
+def test_a_module_with_tables_of_continuations_is_prepared_as_any_other():
+    for kind in ("3 nullcontref", "3 contref", "3 (ref null $c)"):
+        prepared = same(MMAP, f"""(module (type $f (func)) (type $c (cont $f)) (table {kind})
+            (memory (export "m") 1) (data (i32.const 5) "x"))""")
+        assert prepared.images[0] is not None
+        assert prepared.skipped == ()
+
+
+def test_what_linmem_does_not_know_is_left_alone(monkeypatch):
+    def unknown(*args):
+        raise _hoist._Unknown("the table is of a later kind")
+
+    monkeypatch.setattr(_hoist._Module, "tables", unknown)      # of a module that wasmtime knows
+    prepared = same(MMAP, '(module (table 3 funcref) (memory (export "m") 1) (data (i32.const 0) "x"))')
+    assert prepared.outline is None
+    assert prepared.images[0] is not None
+    monkeypatch.setattr(_hoist._Module, "memories", unknown)
+    for expose in (False, True):
+        prepared = prepare(MMAP, HELLO, expose=expose)
+        assert (prepared.images, prepared.added, prepared.outline) == ((), frozenset(), None)
+        assert prepared.skipped == (*["nothing is exposed: cannot expose what the module hides: the table is of a later"
+                                      " kind"] * expose, "nothing is hoisted: the table is of a later kind")
+        store = wasmtime.Store(MMAP)
+        assert memory_of(store, prepared.instantiate(store)) == of(PAGE, filled=GREETED)
+
+
+def test_a_module_that_wasmtime_takes_only_as_it_is_stays_as_it_is(monkeypatch):
+    made = _hoist.hoist
+    monkeypatch.setattr(_hoist, "hoist", lambda wasm: dataclasses.replace(made(wasm), module=wasm + b"\x63\0"))
+    prepared = prepare(MMAP, HELLO, expose=True)
+    assert (prepared.images, prepared.added, prepared.outline) == ((None,), frozenset(), None)
+    assert "wasmtime takes the module only as it is" in prepared.skipped[0]
+    store = wasmtime.Store(MMAP)
+    assert memory_of(store, prepared.instantiate(store)) == of(PAGE, filled=GREETED)
+
+
+# -- what an instance costs ----------------------------------------------------------------------------
+
+FREE = {        # modules that plain wasmtime instantiates without code
+    "data": HELLO,
+    "empty data": '(module (memory (export "m") 1) (data (i32.const 0) "") (data (i32.const 65536) ""))',
+    "64 bits": '(module (memory (export "m") i64 1) (data (i64.const 100) "hello"))',
+    "two memories": """(module (memory 1) (memory (export "m") 1) (data (i32.const 0) "hello")
+        (data (memory 1) (i32.const 0) "hello") (data "passive"))""",
+    "overlapping": '(module (memory (export "m") 1) (data (i32.const 0) "hello") (data (i32.const 2) "hello"))',
+    "a table": """(module (memory (export "m") 1) (table 1 funcref) (func $f) (elem (i32.const 0) $f)
+        (data (i32.const 0) "hello"))""",
+    "a megabyte": f'(module (memory (export "m") 20) (data (i32.const 3) "{"x" * (1 << 20)}"))',
+}
+START = """(module (memory (export "m") 1) (data (i32.const 0) "hello") (func $f (export "f")
+    (i32.store (i32.const 9) (i32.load (i32.const 0)))) (start $f))"""
+
+
+def limited(ours, **settings):
+    config = all_features()
+    for name, value in settings.items():
+        setattr(config, name, value)
+    if ours:
+        linmem.wasmtime.install(config)
+    return wasmtime.Engine(config)
+
+
+def fuel_of(engine, make, fuel, world=lambda store: []):
+    """What making an instance costs, and then a call of "f" if there is one; None if no instance is made."""
+    store = wasmtime.Store(engine)
+    store.set_fuel(1 << 40)
+    imports = world(store)
+    store.set_fuel(fuel)
+    try:
+        instance = make(store, imports)
+        left = store.get_fuel()
+        call = instance.exports(store).get("f")
+        if call is not None:
+            call(store)
+        return fuel - left, left - store.get_fuel()
+    except (wasmtime.Trap, wasmtime.WasmtimeError):
+        return None
+    finally:
+        store.close()
+
+
+def plain_maker(engine, wat):
+    module = wasmtime.Module(engine, wat)
+    return lambda store, imports: wasmtime.Instance(store, module, imports)
+
+
+@pytest.mark.parametrize("name", FREE)
+@pytest.mark.parametrize("expose", [False, True])
+def test_an_instance_needs_no_fuel_where_plain_wasmtime_needs_none(name, expose):
+    plain, ours = limited(False, consume_fuel=True), limited(True, consume_fuel=True)
+    assert fuel_of(plain, plain_maker(plain, FREE[name]), 0) == (0, 0)
+    prepared = prepare(ours, FREE[name], expose=expose)
+    assert prepared.skipped == ()
+    assert fuel_of(ours, prepared.instantiate, 0) == (0, 0)
+
+
+@pytest.mark.parametrize("fuel", [0, 1, 2, 3, 5, 100, 10000])
+def test_a_start_function_and_calls_cost_the_fuel_that_they_cost_in_plain_wasmtime(fuel):
+    plain, ours = limited(False, consume_fuel=True), limited(True, consume_fuel=True)
+    assert fuel_of(ours, prepare(ours, START).instantiate, fuel) == fuel_of(plain, plain_maker(plain, START), fuel)
+
+
+@fewer_examples(60)
+@given(modules())
+def test_no_instance_costs_more_fuel_than_in_plain_wasmtime(module):
+    wat, world, _ = module
+    plain, ours = FUEL_ENGINES
+    expected = fuel_of(plain, plain_maker(plain, wat), 1 << 30, world)
+    prepared = prepare(ours, wat)
+    found = fuel_of(ours, prepared.instantiate, 1 << 30, world)
+    assert (found is None) == (expected is None)
+    if found is not None and not any("failed instance" in reason for reason in prepared.skipped):
+        assert found[0] <= expected[0]
+        assert found[1:] == expected[1:]
+
+
+FUEL_ENGINES = limited(False, consume_fuel=True), engine_of(consume_fuel=True)
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_an_instance_is_made_past_its_deadline_where_plain_wasmtime_makes_it(name):
+    for engine in (limited(False, epoch_interruption=True), limited(True, epoch_interruption=True)):
+        make = (prepare(engine, FREE[name]).instantiate if linmem_makes(engine) else plain_maker(engine, FREE[name]))
+        store = wasmtime.Store(engine)      # whose deadline is past as long as none is set
+        engine.increment_epoch()
+        memory = make(store, []).exports(store)["m"]
+        assert memory.data_len(store) >= PAGE
+        store.set_epoch_deadline(1)
+        store.close()
+
+
+def linmem_makes(engine):
+    store = wasmtime.Store(engine)
+    memory = plain_maker(engine, '(module (memory (export "m") 1))')(store, []).exports(store)["m"]
+    try:
+        linmem.wasmtime.linear_memory(store, memory)
+    except ValueError:
+        return False
+    finally:
+        store.close()
+    return True
 
 
 def test_arguments_are_checked():
@@ -466,7 +664,9 @@ def test_a_module_is_compiled_once_and_then_read(tmp_path, compilations):
     assert len(compilations) == 1
     prepare(engine, HELLO.replace("world", "WORLD"), cache=cache)      # the same code: its data is elsewhere
     assert len(compilations) == 1
-    prepare(engine, HELLO.replace("60000", "50000"), cache=cache)
+    prepare(engine, HELLO.replace("60000", "50000"), cache=cache)      # and so is where its data belongs
+    assert len(compilations) == 1
+    prepare(engine, HELLO.replace("1)", "2)"), cache=cache)
     assert len(compilations) == 2
 
 
@@ -542,28 +742,48 @@ def test_an_entry_that_is_whole_but_not_wasmtimes_is_passed_over(tmp_path, compi
 
 
 def writes(content):
-    def write(path):
-        with open(path, "wb") as file:
-            file.write(content)
-    return write
+    return lambda file: file.write(content)
 
 
 def test_the_entries_of_one_module_are_bounded(tmp_path):
     cache = Cache(tmp_path)
     paths = [cache.add("key", ".x", writes(bytes([n]))) for n in range(20)]
-    left = tmp_path / "key" / "new-left"
-    left.touch()
-    os.utime(left, (1, 1))
-    (tmp_path / "key" / "new-writing").touch()
     for turn, path in enumerate(paths):
         if os.path.exists(path):
             os.utime(path, (turn, turn))
     cache.add("key", ".x", writes(b"newest"))
-    assert not left.exists()
-    assert (tmp_path / "key" / "new-writing").exists()
     assert len(list(cache.entries("key", ".x"))) == 8
     assert os.path.exists(paths[-1])
     assert list(cache.entries("another", ".x")) == []
+
+
+@requires("owners")
+def test_an_entry_is_its_owners_alone_while_it_is_written_and_afterwards(tmp_path):
+    seen = []
+
+    def write(file):
+        seen.append(os.fstat(file.fileno()).st_mode)
+        file.write(b"x")
+
+    before = os.umask(0)
+    try:
+        path = Cache(tmp_path).add("key", ".x", write)
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE(mode) for mode in (*seen, os.stat(path).st_mode)] == [0o600, 0o600]
+
+
+@requires("holes")
+def test_a_cache_takes_time_for_the_data_of_a_module_and_not_for_the_memory_between(tmp_path, monkeypatch):
+    wasm = '(module (memory (export "m") 65536) (data (i32.const 0) "low") (data (i32.const 0xfffffff0) "high"))'
+    asked = []
+    whole = _files._read_fd
+    monkeypatch.setattr(_files, "_read_fd", lambda fd, at, size: asked.append(size) or whole(fd, at, size))
+    for _ in range(2):              # cold and warm
+        [image] = prepare(MMAP, wasm, cache=tmp_path).images
+        assert [size for _, size in image.runs()] == [4096, 4096]
+        assert image.size == (1 << 32) - 12
+    assert 0 < sum(asked) < 1 << 24
 
 
 @requires("owners")
@@ -618,7 +838,6 @@ def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
 
 def test_a_writer_that_is_killed_leaves_nothing_that_is_used(tmp_path):
     child = textwrap.dedent(f"""
-        import shutil
         from linmem._cache import Cache
         cache = Cache({str(tmp_path)!r})
         print("go", flush=True)
@@ -626,7 +845,7 @@ def test_a_writer_that_is_killed_leaves_nothing_that_is_used(tmp_path):
         while True:
             with open({str(tmp_path / "content")!r}, "wb") as file:
                 file.write(n.to_bytes(4, "little") * (1 << 16))
-            cache.add("key", ".x", lambda path: shutil.copyfile({str(tmp_path / "content")!r}, path))
+            cache.add("key", ".x", lambda file: file.write(open({str(tmp_path / "content")!r}, "rb").read()))
             n += 1
         """)
     for delay in (0.0, 0.003, 0.01, 0.02):

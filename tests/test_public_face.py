@@ -77,6 +77,11 @@ def is_size(value):
     return isinstance(number, int) and 0 <= number < 2**64
 
 
+def is_count(value):
+    number = value.value if isinstance(value, Index) else value
+    return isinstance(number, int) and number >= 0
+
+
 def is_buffer(value):
     try:
         with memoryview(value) as view:
@@ -111,6 +116,15 @@ def nothing_in(value):
 
 def anything(value):
     return True
+
+
+def is_dtype(value):
+    import numpy
+
+    try:
+        return numpy.dtype(value).itemsize > 0 and value is not None
+    except Exception:
+        return False
 
 
 size = is_size
@@ -260,7 +274,8 @@ def given_by(name):
 FACE = {
     "linmem.create": (lambda w: linmem.create, {
         "minimum": (size, PAGE), "maximum": (size_or_none, None), "creator": (either(trait, nothing), None),
-        "reserve": (size_or_none, None), "guard": (size_or_none, None), "domain": (text_or_none, None)}),
+        "reserve": (size_or_none, None), "guard": (size_or_none, None), "may_move": (flag, False),
+        "domain": (text_or_none, None)}),
     "linmem.creator": (lambda w: linmem.creator, {
         "kind": (one_of("mmap", "pool"), "mmap"), "options": (lambda value: False, None)}),
     "linmem.MmapCreator": (lambda w: linmem.MmapCreator, {"prefault": (flag, False), "huge_pages": (flag, False)}),
@@ -288,12 +303,11 @@ FACE = {
     "linmem.MmapCreator.new_memory": (lambda w: w.mmap.new_memory, {
         "ty": (of(linmem.MemoryType), TYPE), "minimum": (size, PAGE), "maximum": (size_or_none, None),
         "reserved_size_in_bytes": (size_or_none, 0), "guard_size_in_bytes": (size, 0),
-        "domain": (text_or_none, None)}),
+        "may_move": (either(flag, nothing), None), "domain": (text_or_none, None)}),
     "linmem.MmapCreator.create": (lambda w: w.limiting.create, {
-        **MAKE, "image": (either(image, nothing), None), "domain": (text_or_none, None)}),
+        **MAKE, "image": (either(image, nothing), None), "may_move": (flag, False), "domain": (text_or_none, None)}),
     "linmem.MemoryType": (lambda w: linmem.MemoryType, {
-        "minimum": (lambda value: isinstance(value, int) and value >= 0, 1),
-        "maximum": (lambda value: value is None or (isinstance(value, int) and value > 0), None),
+        "minimum": (is_count, 1), "maximum": (either(is_count, nothing), None),
         "is_64": (flag, False), "is_shared": (flag, False), "page_size": (one_of(1, 65536, True), 65536)}),
     "linmem.MemoryInfo": (lambda w: linmem.MemoryInfo, RECORD),
     "linmem.ImageInfo": (lambda w: linmem.ImageInfo, dict.fromkeys(
@@ -310,6 +324,9 @@ FACE = {
     "linmem.Memory.grow_to": (lambda w: w.mem.grow_to, {"new_size": (size, 2 * PAGE)}),
     "linmem.Memory.view": (lambda w: w.mem.view, {
         "format": (either(of(type), one_of("B", "d")), "B"), "offset": (size, 0), "count": (size_or_none, 1)}),
+    "linmem.Memory.array": (lambda w: w.mem.array, {
+        "dtype": (either(of(type), lambda value: NEEDS["numpy"][0] and is_dtype(value)), "u1"), "offset": (size, 0),
+        "shape": (either(size_or_none, one_of(-1, ()), lambda value: getattr(value, "value", 0) == -1), 1)}),
     "linmem.Memory.read": (lambda w: w.mem.read, {"offset": (size, 0), "size": (size, 1)}),
     "linmem.Memory.write": (lambda w: w.mem.write, {"offset": (size, 0), "data": (is_buffer, b"x")}),
     "linmem.Memory.restore": (lambda w: w.mem.restore, {
@@ -324,6 +341,8 @@ FACE = {
     "linmem.Memory.__getitem__": (lambda w: w.mem.__getitem__, {"key": (either(of(int, Index, slice)), 0)}),
     "linmem.Memory.__setitem__": (lambda w: w.mem.__setitem__, {
         "key": (either(of(int, Index, slice)), 0), "value": (size, 1)}),
+    "linmem.Memory.__contains__": (lambda w: w.mem.__contains__, {
+        "item": (either(is_buffer, lambda value: is_size(value) and int(getattr(value, "value", value)) < 256), 0)}),
     "linmem.Memory.__delitem__": (lambda w: w.mem.__delitem__, {"key": (lambda value: False, 0)}),
     "linmem.Memory.__exit__": (lambda w: linmem.create(1).__exit__, {
         "kind": (anything, None), "error": (anything, None), "trace": (anything, None)}),
@@ -338,7 +357,8 @@ FACE = {
         "digest": (nothing, None)}),
     "linmem.Image.new_memory": (lambda w: w.image.new_memory, {
         "maximum": (size_or_none, None), "minimum": (size_or_none, None), "creator": (native_or_none, None),
-        "reserve": (size_or_none, None), "guard": (size_or_none, None), "domain": (text_or_none, None)}),
+        "reserve": (size_or_none, None), "guard": (size_or_none, None), "may_move": (flag, False),
+        "domain": (text_or_none, None)}),
     "linmem.Image.diff": (lambda w: w.image.diff, {"other": (of(linmem.Image, linmem.Memory), given_by("image"))}),
     "linmem.Image.apply": (lambda w: w.image.apply, {"delta": (delta, given_by("delta"))}),
     "linmem.Image.save": (lambda w: w.image.save, {
@@ -349,7 +369,7 @@ FACE = {
     "linmem.Delta": (lambda w: linmem.Delta, {
         "base": (text, "0" * 64), "base_size": (size, 8), "size": (size, 8),
         "ranges": (nothing_in, [(0, 4)]), "zeros": (nothing_in, [(4, 4)]),
-        "data": (is_buffer, b"abcd"), "target": (either(text, nothing), None)}),
+        "data": (is_buffer, b"abcd"), "target": (either(text, nothing), None), "offset": (size, 0)}),
     "linmem.Delta.then": (lambda w: w.delta.then, {"later": (delta, given_by("delta"))}),
     "linmem.Delta.save": (lambda w: w.delta.save, {"path": (is_path, lambda w: w.folder / "saved")}),
     "linmem.Delta.open": (lambda w: linmem.Delta.open, {
@@ -453,7 +473,7 @@ def refused_as_promised(error, labels):
     if isinstance(error, IndexError):
         return "key" in names
     if isinstance(error, ImportError):
-        return "as_array" in names and not NEEDS["numpy"][0]
+        return bool({"as_array", "dtype"} & set(names)) and not NEEDS["numpy"][0]
     if isinstance(error, (Own, linmem.GrowError, linmem.PageError, linmem.OwnedError, linmem.FileFormatError)):
         return True
     # What else there is to say of a file, or of a module, its own library says.
@@ -471,7 +491,7 @@ SAYS = {"a closed memory": "the memory is closed", "an unmade memory": "the memo
 # How else a text may name an argument.
 ALSO = {
     "key": ("a memory is indexed", "a memory's bytes", "the slice has", "slice step", "data"),
-    "value": ("a byte", "data"), "options": ("bogus",),
+    "value": ("a byte", "data"), "item": ("a byte", "what is looked for"), "options": ("bogus",),
     "pieces": ("offset", "data"), "imports": ("expected a Func",), "offset": ("pieces",),
     "size": ("the file must have", "ranges", "zeros", "pieces", "data"),
     "fd": ("the file",), "reserved_size_in_bytes": ("reserve",), "guard_size_in_bytes": ("guard",),
@@ -526,7 +546,7 @@ def definitions(module):
     raise AssertionError(f"no source or stub of {module}")
 
 
-PROTOCOL = {"__getitem__", "__setitem__", "__delitem__", "__exit__"}    # that take what a caller writes
+PROTOCOL = {"__getitem__", "__setitem__", "__delitem__", "__contains__", "__exit__"}    # that take what a caller writes
 EMPTY = {"__init__": {}}
 MAKERS = ("__init__", "__new__")
 
@@ -738,7 +758,7 @@ ACTED = [(name.rpartition(".")[2], argument) for name, (_, arguments) in FACE.it
 @pytest.mark.parametrize("act", ACTS)
 def test_an_argument_that_acts_on_the_memory_is_no_way_past_its_end(act):
     for (method, argument), value in itertools.product(ACTED, (0, 1, PAGE, 2 * PAGE, 2 * PAGE + 1)):
-        mem = linmem.create(2 * PAGE, reserve=0)
+        mem = linmem.create(2 * PAGE, reserve=0, may_move=True)
         mem.write(0, PATTERN)
         kept = []
         acting = Acting(lambda mem=mem, kept=kept: kept.append(ACTS[act](mem)), value)

@@ -13,10 +13,11 @@ import wasmtime
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from support import NEEDS
-from test_hoist import needs_gc, number, table
+from test_hoist import STACK_SWITCHING, all_features, needs_gc, number, table
 from test_prepare import engine_of, with_every_creator
 
 import linmem.wasmtime
+from linmem._memory import restore_all
 from linmem.wasmtime import Snapshot, prepare
 
 PAGE = 65536
@@ -90,6 +91,87 @@ def test_a_memory_that_has_grown_is_refused_before_anything_is_touched():
     assert exports["memory"].read(store, 8, 9) == bytes([101])
 
 
+TWO = """(module (memory (export "a") 1) (memory (export "b") 1 4) (global (export "g") (mut i32) (i32.const 1))
+  (table (export "t") 1 funcref) (func (export "grow") (result i32) (memory.grow 1 (i32.const 1))))"""
+
+
+def spoiled(store, exports):
+    """Change all that a snapshot of TWO holds; what it is then."""
+    exports["a"].write(store, b"new", 0)
+    exports["g"].set_value(store, 2)
+    exports["t"].set(store, 0, exports["grow"])
+    return lambda: (exports["a"].read(store, 0, 3), exports["g"].value(store),
+                    isinstance(exports["t"].get(store, 0), wasmtime.Func))
+
+
+def test_if_only_the_second_memory_has_grown_nothing_is_touched():
+    store, instance, exports = start(TWO)
+    snapshot = Snapshot.take(store, instance)
+    exports["grow"](store)
+    now = spoiled(store, exports)
+    with pytest.raises(ValueError, match="exported memory 'b' has grown from 65536 to 131072 bytes"):
+        snapshot.restore(store)
+    assert now() == (b"new", 2, True)
+    snapshot.restore(store, zero_grown=True)
+    assert now() == (bytes(3), 1, False)
+
+
+def test_if_only_the_second_memory_can_not_be_restored_now_nothing_is_touched():
+    class Growing:
+        def __init__(self, minimum, reserved, guard):
+            self.inner = linmem.MmapCreator().create(minimum, reserve=reserved, guard=guard)
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+        def grow_to(self, size):
+            thread = threading.Thread(target=lambda: told.append((outcome(snapshot.restore, store), now())))
+            thread.start()
+            thread.join(60)
+            self.inner.grow_to(size)
+
+    class Creator:
+        def new_memory(self, ty, minimum, maximum, reserved, guard):
+            return Growing(minimum, reserved, guard)
+
+    told = []
+    config = all_features()
+    linmem.wasmtime.install(config, Creator())
+    store, instance, exports = start(TWO, engine=wasmtime.Engine(config))
+    snapshot = Snapshot.take(store, instance)
+    now = spoiled(store, exports)
+    assert exports["grow"](store) == 1
+    [((kind, text), seen)] = told
+    assert kind is linmem.OwnedError
+    assert "another thread is growing this memory" in text
+    assert seen == (b"new", 2, True)
+    snapshot.restore(store, zero_grown=True)
+    assert now() == (bytes(3), 1, False)
+    store.close()
+
+
+def test_of_several_memories_all_are_restored_or_none():
+    memories = [linmem.create(PAGE) for _ in range(3)]
+    images = [memory.snapshot() for memory in memories]
+    for memory in memories:
+        memory[0] = 1
+    larger = linmem.create(2 * PAGE)
+    small = linmem.create(PAGE).snapshot()
+    for wrong in ([*images[:2], larger.snapshot()], [images[0], larger.snapshot(), images[2]], [*images[:2], None]):
+        with pytest.raises((ValueError, TypeError)):
+            restore_all(memories, wrong)
+        assert [memory[0] for memory in memories] == [1, 1, 1]
+    memories[2].protect(0, PAGE, "r")
+    with pytest.raises(TypeError, match="protected"):
+        restore_all(memories, images)
+    memories[2].protect(0, PAGE, "rw")
+    assert [memory[0] for memory in memories] == [1, 1, 1]
+    restore_all([*memories, larger], [*images, small])
+    assert [memory[0] for memory in memories] == [0, 0, 0]
+    for memory in (*memories, larger):
+        memory.close()          # no lock and no use is left
+
+
 def test_a_memory_that_has_grown_keeps_its_size_and_what_it_gained_is_zeroed_on_demand():
     store, instance, exports = start(COUNTER)
     snapshot = Snapshot.take(store, instance)
@@ -120,7 +202,7 @@ def test_globals_of_every_number_type_and_functions_go_back_bit_by_bit():
           (f32.store (i32.const 12) (global.get 2)) (f64.store (i32.const 16) (global.get 3))
           (v128.store (i32.const 24) (global.get 4))
           (table.set 0 (i32.const 0) (global.get 5))
-          (i32.store (i32.const 40) (call_indirect (result i32) (i32.const 0)))))""")
+          (i32.store (i32.const 40) (call_indirect (result i32) (i32.const 0)))))""", expose=True)
     snapshot = Snapshot.take(store, instance)
     assert snapshot.globals == tuple(f"g{k}" for k in range(len(kinds)))
     exports["clear"](store)
@@ -263,19 +345,153 @@ def test_hidden_memories_and_globals_are_refused_unless_they_are_exposed():
     assert exports["stack"](store) == 4096
 
 
-def test_what_is_not_held_is_named():
+def test_what_is_not_held_is_refused_or_named():
     store = wasmtime.Store(ENGINE)
     imports = [wasmtime.Memory(store, wasmtime.MemoryType(wasmtime.Limits(1, None))), table(store), number(store, 1),
                wasmtime.Global(store, wasmtime.GlobalType(wasmtime.ValType.i32(), True), 1)]
     instance = prepare(ENGINE, """(module (import "e" "m" (memory 1)) (import "e" "t" (table 1 funcref))
         (import "e" "g" (global i32)) (import "e" "h" (global (mut i32)))
         (memory (export "memory") 1) (table 1 funcref) (table (export "t") 2 funcref)
-        (data "passive") (elem func) (elem func))""").instantiate(store, imports)
-    snapshot = Snapshot.take(store, instance)
+        (data (i32.const 0) "active") (data "passive") (elem func) (elem func))""").instantiate(store, imports)
+    hidden = ("imported memory 0", "imported table 0", "imported mutable global 1")
+    with pytest.raises(ValueError, match=f"does not export {', '.join(hidden)}, which would keep"):
+        Snapshot.take(store, instance)
+    snapshot = Snapshot.take(store, instance, partial=True)
     assert snapshot.unseen == (
-        "the elements of 2 tables", "which of 1 passive data segments and 2 passive element segments were dropped",
-        "what it imports and does not export: a memory", "what it imports and does not export: a table",
-        "what it imports and does not export: a mutable global")
+        *hidden, "which of 1 passive data segments and 2 passive element segments were dropped")
+    assert snapshot.tables == ("t",)
+
+
+IMPORTING = """(module (import "e" "m" (memory 1)) (import "e" "g" (global (mut i32)))
+    (import "e" "t" (table 2 funcref))
+    (func $one (result i32) (i32.const 1)) (func $two (result i32) (i32.const 2)) (elem (i32.const 0) $one $two)
+    (func (export "spoil") (i32.store (i32.const 8) (i32.const -1)) (global.set 0 (i32.const -1))
+      (table.set 0 (i32.const 0) (ref.func $two)) (table.set 0 (i32.const 1) (ref.null func))))"""
+
+
+@pytest.mark.parametrize("by_linker", [False, True])
+def test_what_an_instance_imports_goes_back_if_it_is_exposed(by_linker):
+    store = wasmtime.Store(ENGINE)
+    memory = linmem.wasmtime.new_memory(store, wasmtime.MemoryType(wasmtime.Limits(1, None)))
+    counter = wasmtime.Global(store, wasmtime.GlobalType(wasmtime.ValType.i32(), True), 5)
+    imports = [memory, counter, table(store, 2)]
+    if by_linker:
+        linker = wasmtime.Linker(ENGINE)
+        for name, thing in zip("mgt", imports, strict=True):
+            linker.define(store, "e", name, thing)
+    given = linker if by_linker else imports
+    with pytest.raises(ValueError, match="not export imported memory 0, imported table 0, imported mutable global 0"):
+        Snapshot.take(store, prepare(ENGINE, IMPORTING).instantiate(store, given))
+    instance = prepare(ENGINE, IMPORTING, expose=True).instantiate(store, given)
+    memory.write(store, b"before", 8)
+    snapshot = Snapshot.take(store, instance)
+    assert snapshot.unseen == ()
+    assert [len(held) for held in (snapshot.memories, snapshot.globals, snapshot.tables)] == [1, 1, 1]
+    instance.exports(store)["spoil"](store)
+    snapshot.restore(store)
+    assert memory.read(store, 8, 14) == b"before"
+    assert counter.value(store) == 5
+    assert [imports[2].get(store, index)(store) for index in range(2)] == [1, 2]
+
+
+def test_an_instance_of_which_nothing_is_held_or_known_is_refused():
+    store = wasmtime.Store(ENGINE)
+    memory = linmem.wasmtime.new_memory(store, wasmtime.MemoryType(wasmtime.Limits(1, None)))
+    module = wasmtime.Module(ENGINE, '(module (import "e" "m" (memory 1)) (func (export "f")))')
+    instance = wasmtime.Instance(store, module, [memory])
+    with pytest.raises(ValueError, match="no memory and no mutable global, and what its module hides is not known"):
+        Snapshot.take(store, instance)
+    assert "not made by prepare" in Snapshot.take(store, instance, partial=True).unseen[0]
+    store, instance, _ = start('(module (func (export "f")))')      # known to have no state
+    assert Snapshot.take(store, instance).unseen == ()
+
+
+def test_a_table_of_an_instance_that_was_not_prepared_is_named():
+    store = wasmtime.Store(ENGINE)
+    module = wasmtime.Module(ENGINE, '(module (memory (export "memory") 1) (table (export "t") 2 funcref))')
+    snapshot = Snapshot.take(store, wasmtime.Instance(store, module, []))
+    assert snapshot.tables == ()
+    assert snapshot.unseen[0] == "the elements of exported table 't'"
+
+
+# Its table is a dispatch table that the guest itself changes.
+DISPATCHER = """(module (type $f (func (result i32))) {table}
+    (func $one (type $f) (i32.const 1)) (func $two (type $f) (i32.const 2)) (elem (i32.const 1) {elements})
+    (func (export "call") (param i32) (result i32) (call_indirect (type $f) (local.get 0)))
+    (func (export "swap") (table.set (i32.const 1) (ref.func $two)) (table.set (i32.const 2) (ref.null {null}))
+      (table.set (i32.const 0) (ref.func $one))))"""
+FUNCTIONS = {"table": "(table 3 funcref)", "elements": "func $one $two", "null": "func"}
+TYPED = {"table": "(table 3 (ref null $f))", "elements": "(ref null $f) (ref.func $one) (ref.func $two)", "null": "$f"}
+
+
+def answers(store, exports):
+    found = []
+    for index in range(3):
+        try:
+            found.append(exports["call"](store, index))
+        except wasmtime.Trap:
+            found.append(None)
+    return found
+
+
+@pytest.mark.parametrize("kind", [FUNCTIONS, pytest.param(TYPED, marks=needs_gc)])
+@pytest.mark.parametrize("is_exported", [False, True])
+def test_a_table_that_the_guest_changes_goes_back(kind, is_exported):
+    wat = DISPATCHER.format(**kind)
+    if is_exported:
+        wat = wat.replace("(table 3", '(table (export "t") 3')
+    else:
+        store, instance, _ = start(wat)
+        with pytest.raises(ValueError, match="does not export table 0 of its own"):
+            Snapshot.take(store, instance)
+    store, instance, exports = start(wat, expose=True)
+    assert answers(store, exports) == [None, 1, 2]
+    snapshot = Snapshot.take(store, instance)
+    assert snapshot.tables == ("t" if is_exported else "linmem:table:0",)
+    assert snapshot.unseen == ()
+    for _ in range(2):
+        exports["swap"](store)
+        assert answers(store, exports) == [1, 2, None]
+        snapshot.restore(store)
+        assert answers(store, exports) == [None, 1, 2]
+
+
+def test_a_hidden_table_that_no_code_changes_is_in_nobodys_way():
+    store, instance, exports = start("""(module (memory (export "memory") 1) (table 1 funcref) (elem (i32.const 0) $f)
+        (func $f (result i32) (i32.const 7)) (func (export "call") (result i32)
+            (call_indirect (result i32) (i32.const 0))))""")
+    snapshot = Snapshot.take(store, instance)
+    assert (snapshot.tables, snapshot.unseen) == ((), ())
+    snapshot.restore(store)
+    assert exports["call"](store) == 7
+
+
+def test_tables_and_globals_of_objects_and_foreign_memories_are_refused_or_named():
+    store = wasmtime.Store(ENGINE)
+    memory = wasmtime.Memory(store, wasmtime.MemoryType(wasmtime.Limits(1, None)))
+    instance = prepare(ENGINE, """(module (import "e" "m" (memory 1)) (export "m" (memory 0)) (memory (export "own") 1)
+        (table (export "t") 2 externref) (global (export "g") (mut externref) (ref.null extern)))""").instantiate(
+        store, [memory])
+    with pytest.raises(ValueError, match=r"memory 'm' is not linmem's, which a snapshot cannot hold: partial=True"):
+        Snapshot.take(store, instance)
+    snapshot = Snapshot.take(store, instance, partial=True)
+    assert list(snapshot.memories) == ["own"]
+    assert (snapshot.globals, snapshot.tables) == ((), ())
+    assert sorted(snapshot.unseen) == ["exported memory 'm' is not linmem's",
+                                       "exported table 't' has references to objects",
+                                       "mutable global 'g' is a reference to an object"]
+    snapshot.restore(store)
+
+
+@pytest.mark.skipif(not STACK_SWITCHING, reason="this wasmtime has no stack switching here")
+@pytest.mark.parametrize("wat", [
+    '(table (export "t") 2 nullcontref)', '(type $f (func)) (type $c (cont $f)) (table (export "t") 1 (ref null $c))',
+    '(global (export "g") (mut contref) (ref.null cont))', "(global (mut nullcontref) (ref.null nocont))"])
+def test_continuations_are_never_read_and_always_refused(wat):
+    store, instance, _ = start(f"(module {wat})", expose=True)      # wasmtime's C API ends the process at such a read
+    with pytest.raises(ValueError, match="reference"):
+        Snapshot.take(store, instance)
+    Snapshot.take(store, instance, partial=True).restore(store)
 
 
 def test_a_table_that_has_been_resized_is_told_before_anything_is_touched():

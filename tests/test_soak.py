@@ -102,7 +102,6 @@ def test_a_short_soak_finds_nothing_and_says_what_it_did(tmp_path):
         assert figures["at_rest"][0]["reserved"] == figures["at_rest"][-1]["reserved"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("wrong", "said"), [
     ("dirty", r"Wrong: byte 3999 of a (fresh |guest's |)memory of 'planted' is 7, must be "),
     ("undocumented", "RuntimeError: never heard of"),
@@ -112,7 +111,6 @@ def test_a_planted_fault_is_found_and_named(wrong, said):
     assert re.search(said, planted(wrong))
 
 
-@pytest.mark.slow
 def test_a_thread_that_hangs_is_found_and_where():
     said = planted("hang", "--hang", "1.5")
     assert re.search(r"Wrong: (worker \d hangs: for|a forked child hung for)", said)
@@ -127,19 +125,16 @@ def test_a_child_that_hangs_ends_though_its_parent_has_ended_before():
     assert "in orphan" in said.rpartition("soak: FAILED")[2]        # the frames of the child, which comes last
 
 
-@pytest.mark.slow
 @requires("maps")
 def test_memories_that_are_never_let_go_of_are_a_leak():
     assert "a leak: reserved was " in planted("leak", minutes="0.06")
 
 
-@pytest.mark.slow
 @requires("descriptors", "sealed")
 def test_descriptors_that_are_never_let_go_of_are_a_leak():
     assert "a leak: descriptors was " in planted("descriptor", minutes="0.06")
 
 
-@pytest.mark.slow
 @requires("fork")
 def test_what_is_wrong_in_a_forked_child_only_is_found():
     said = planted("child", minutes="0.5")

@@ -16,11 +16,13 @@ class History(RuleBasedStateMachine):
         super().__init__()
         self.mem = None
 
-    @initialize(minimum=SIZES, room=st.none() | SIZES, reserve=st.none() | SIZES, limited=st.booleans())
-    def create(self, minimum, room, reserve, limited):
+    @initialize(minimum=SIZES, room=st.none() | SIZES, reserve=st.none() | SIZES, limited=st.booleans(),
+                may_move=st.booleans())
+    def create(self, minimum, room, reserve, limited, may_move):
         self.limit = linmem.creator("limiting", limit_bytes=1 << 30) if limited else None
         self.maximum = None if room is None else minimum + room
-        self.mem = linmem.create(minimum, self.maximum, reserve=reserve, creator=self.limit)
+        self.mem = linmem.create(minimum, self.maximum, reserve=reserve, creator=self.limit, may_move=may_move)
+        self.may_move = may_move
         self.model = bytearray(minimum)
         self.views = []
         self.protected = {}
@@ -35,27 +37,26 @@ class History(RuleBasedStateMachine):
             assert size < len(self.model)
         except linmem.GrowError:
             too_large = self.maximum is not None and size > self.maximum
-            assert too_large or (self.protected and size > before.byte_capacity)
+            stays = self.touched(0, len(self.model)) or not self.may_move
+            assert too_large or (stays and size > before.byte_capacity)
         except BufferError:
             assert self.views
             assert size > before.byte_capacity
         else:
             assert size >= len(self.model)
-            assert self.mem.as_ptr() == old or size > before.byte_capacity
+            assert self.mem.as_ptr() == old or (self.may_move and size > before.byte_capacity)
             self.model.extend(bytes(size - len(self.model)))
             return
         assert self.mem.info() == before
 
     def touched(self, offset, size):
         return {page for page, access in self.protected.items()
-                if access != "rw" and page * PAGE < offset + size and (page + 1) * PAGE > offset}
+                if size and access != "rw" and page * PAGE < offset + size and (page + 1) * PAGE > offset}
 
     @rule(at=st.integers(0, 2**32), data=DATA)
     def write(self, at, data):
         at %= len(self.model) + 1
-        if self.touched(at, len(data)):
-            return
-        if at + len(data) > len(self.model):
+        if at + len(data) > len(self.model) or self.touched(at, len(data)):
             with pytest.raises(ValueError):
                 self.mem.write(at, data)
         else:
@@ -66,7 +67,10 @@ class History(RuleBasedStateMachine):
     @rule(at=st.integers(0, 2**32), byte=st.integers(0, 255))
     def store(self, at, byte):
         at %= len(self.model)
-        if not self.touched(at, 1):
+        if self.touched(at, 1):
+            with pytest.raises(ValueError, match="has the access 'r'"):
+                self.mem[at - len(self.model)] = byte
+        else:
             self.mem[at - len(self.model)] = byte
             self.model[at] = byte
 
@@ -94,13 +98,17 @@ class History(RuleBasedStateMachine):
     def discard(self, offset, size):
         offset = min(offset, len(self.model))
         size = None if size is None else min(size, len(self.model) - offset)
-        if self.protected:
-            if not NEEDS["discard_any_protection"][0]:
-                return
-            offset = offset // PAGE * PAGE
-            size = None if size is None else size // PAGE * PAGE
-        self.mem.discard(offset, size)
         end = len(self.model) if size is None else offset + size
+        if self.touched(offset, end - offset):
+            if not NEEDS["discard_any_protection"][0]:
+                with pytest.raises(TypeError, match="protected pages"):
+                    self.mem.discard(offset, size)
+                return
+            if offset % PAGE or (end % PAGE and end != len(self.model)):
+                with pytest.raises(ValueError, match="with protected pages"):
+                    self.mem.discard(offset, size)
+                return
+        self.mem.discard(offset, size)
         self.model[offset:end] = bytes(end - offset)
 
     @rule(page=st.integers(0, 11), access=st.sampled_from(["r", "rw"]))
@@ -115,10 +123,17 @@ class History(RuleBasedStateMachine):
             self.mem.protect(page * PAGE, PAGE, "rw")
             self.protected[page] = "rw"
 
-    @precondition(lambda self: not self.protected)
     @rule()
     def prefault(self):
-        self.mem.prefault()
+        if self.touched(0, len(self.model)):
+            with pytest.raises((linmem.PageError, TypeError)):
+                self.mem.prefault()
+        else:
+            self.mem.prefault()
+
+    @rule()
+    def snapshot(self):
+        assert bytes(self.mem.snapshot()) == self.model
 
     @invariant()
     def the_map_holds(self):

@@ -1,6 +1,8 @@
 """linmem under a real wasmtime engine: what wasm sees, what Python sees, and who owns what."""
 
+import copy
 import gc
+import pickle
 import threading
 import weakref
 
@@ -112,16 +114,23 @@ def test_the_trap_boundary_is_the_byte_after_the_last(grown):
         exports["load"](store, -1)
 
 
-def test_a_store_to_a_page_that_python_made_read_only_is_a_trap_and_the_store_lives_on():
+@pytest.mark.parametrize("access", ["none", "r", "rx"])
+def test_pages_of_a_memory_that_a_store_owns_stay_readable_and_writable(access):
     store, exports = instantiate(GROWING.format(limits="2"))
     memory = linmem.wasmtime.linear_memory(store, exports["memory"])
-    memory.protect(PAGE, PAGE, "r")
-    assert exports["load"](store, PAGE) == 0
-    with pytest.raises(wasmtime.Trap):
-        exports["store"](store, PAGE, 1)
+    for offset, size in ((0, PAGE), (PAGE, PAGE), (0, len(memory))):
+        with pytest.raises(linmem.OwnedError, match=r"memory\.fill.*native code"):
+            memory.protect(offset, size, access)
+    assert not memoryview(memory).readonly
     memory.protect(PAGE, PAGE, "rw")
+    memory.protect(PAGE, 0, access)
     exports["store"](store, PAGE, 1)
     assert memory[PAGE] == 1
+    store.close()
+    memory.protect(PAGE, PAGE, "r")
+    assert memory[PAGE] == 1
+    with pytest.raises(ValueError, match="write is refused"):
+        memory[PAGE] = 2
 
 
 def test_an_empty_memory_has_an_address_and_grows_from_nothing():
@@ -361,18 +370,37 @@ def test_a_view_outlives_the_store_the_engine_and_the_handle():
     array[0] = 1
 
 
-def test_python_may_neither_grow_nor_close_what_a_store_owns_until_the_store_is_gone():
+def test_python_may_not_grow_what_a_store_owns_and_closes_only_its_own_handle():
     store, exports = instantiate(GROWING.format(limits="1"))
     memory = linmem.wasmtime.linear_memory(store, exports["memory"])
     with pytest.raises(linmem.OwnedError, match=r"wasmtime.Memory.grow\(store, delta\)"):
         memory.grow_to(2 * PAGE)
-    with pytest.raises(linmem.OwnedError, match=r"store.close\(\)"):
+    with linmem.wasmtime.linear_memory(store, exports["memory"]) as other:
+        assert other == memory
+    assert other.closed
+    assert not memory.closed
+    memory.write(7, b"x")
+    with memoryview(memory), pytest.raises(BufferError, match="1 exported buffer"):
         memory.close()
-    assert exports["size"](store) == 1
-    store.close()
-    memory.grow_to(2 * PAGE)
     memory.close()
     assert memory.closed
+    assert exports["grow"](store, 1) == 1
+    memory = linmem.wasmtime.linear_memory(store, exports["memory"])
+    assert (memory.byte_size(), memory[7]) == (2 * PAGE, ord("x"))
+    store.close()
+    memory.grow_to(3 * PAGE)
+    memory.close()
+
+
+def test_a_with_block_on_what_a_store_owns_may_leave_a_view_behind():
+    store, exports = instantiate(GROWING.format(limits="1"))
+    with linmem.wasmtime.linear_memory(store, exports["memory"]) as memory:
+        view = memoryview(memory)
+    assert memory.closed
+    view[5] = 5
+    assert linmem.wasmtime.linear_memory(store, exports["memory"])[5] == 5
+    store.close()
+    assert view[5] == 5
 
 
 def test_two_handles_on_one_memory_are_closed_apart():
@@ -574,3 +602,60 @@ def test_a_python_memory_that_does_not_cover_its_guard_never_reaches_wasm():
 
     with pytest.raises(wasmtime.WasmtimeError, match=r"ValueError: Liar.wasm_accessible\(\) must cover"):
         instantiate(GROWING.format(limits="1"), LyingCreator())
+
+
+def test_handles_on_one_memory_are_equal_and_of_one_hash():
+    store, exports = instantiate(GROWING.format(limits="1"))
+    other, others = instantiate(GROWING.format(limits="1"))
+    one, two = (linmem.wasmtime.linear_memory(store, exports["memory"]) for _ in range(2))
+    assert one is not two
+    assert one == two
+    assert len({one, two}) == 1
+    assert one != linmem.wasmtime.linear_memory(other, others["memory"])
+    two.close()
+    assert one != two
+    assert one == linmem.wasmtime.linear_memory(store, exports["memory"])
+    store.close()
+    other.close()
+
+
+def test_new_memory_keeps_few_compiled_modules_and_those_that_were_used_last(monkeypatch):
+    config = wasmtime.Config()
+    linmem.wasmtime.install(config)
+    engine = wasmtime.Engine(config)
+    compiled = []
+
+    class Module(wasmtime.Module):
+        def __init__(self, engine, wat):
+            compiled.append(wat)
+            super().__init__(engine, wat)
+
+    monkeypatch.setattr(linmem.wasmtime.wasmtime, "Module", Module)
+    store = wasmtime.Store(engine)
+
+    def make(n):
+        before = len(compiled)
+        memory = linmem.wasmtime.new_memory(store, wasmtime.MemoryType(wasmtime.Limits(0, n)))
+        assert memory.size(store) == 0
+        return len(compiled) - before
+
+    most = linmem.wasmtime._MODULES
+    assert sum(make(n) for n in range(40)) == 40
+    assert len(linmem.wasmtime._modules[engine]) == most
+    assert [make(39), make(40 - most), make(39 - most)] == [0, 0, 1]
+    assert make(40 - most) == 0             # it was used after the others
+    store.close()
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_prepared_modules_and_snapshots_say_that_they_cannot_be_pickled_or_copied(duplicate):
+    config = wasmtime.Config()
+    linmem.wasmtime.install(config)
+    engine = wasmtime.Engine(config)
+    store = wasmtime.Store(engine)
+    prepared = linmem.wasmtime.prepare(engine, '(module (memory (export "m") 1) (data (i32.const 0) "x"))')
+    snapshot = linmem.wasmtime.Snapshot.take(store, prepared.instantiate(store))
+    for thing in (prepared, snapshot):
+        with pytest.raises(TypeError, match=r"^a (Prepared|Snapshot) cannot be pickled or copied: "):
+            duplicate(thing)
+    store.close()

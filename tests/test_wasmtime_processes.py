@@ -148,7 +148,7 @@ def test_a_forked_child_reads_writes_grows_and_drops_everything_on_its_own():
         current = [linmem.create(65536)]
         def churn():
             while not stop.is_set():
-                m = linmem.create(65536, 1 << 24, reserve=0)
+                m = linmem.create(65536, 1 << 24, reserve=0, may_move=True)
                 current[0] = m
                 m.grow_to(1 << 20)
         thread = threading.Thread(target=churn)
@@ -162,7 +162,7 @@ def test_a_forked_child_reads_writes_grows_and_drops_everything_on_its_own():
                     view[16] = 0
                     assert exports["grow"](store, 3) == 1
                     assert bytes(current[0]).strip(b"\\0") == b""
-                    m = linmem.create(65536, reserve=0)
+                    m = linmem.create(65536, reserve=0, may_move=True)
                     m.grow_to(1 << 20)
                     m.close()
                     store.close()

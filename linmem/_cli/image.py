@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import bisect
+import contextlib
 import os
+import stat
 import sys
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TextIO
 
 from linmem import _files
 from linmem._cli.words import EXIT_REFUSED, Refused, count, show_size
@@ -20,8 +23,12 @@ EXIT_DIFFERS = 3
 
 DESCRIPTION = "Look at the files of images and deltas, check them, compare images, and apply deltas to them."
 EPILOG = """\
-Exit codes: 0 if it was done and all is well; 1 if a file cannot be read or is damaged, with one
-line each that says why; 2 if the command line is wrong; 3 if `diff --exit-code` found a difference."""
+Where FILE of --output is a pipe or a device (/dev/stdout, /dev/null) it is written to, packed, and is not
+replaced. If it is the standard output, what else there is to say goes to standard error.
+
+Exit codes: 0 if it was done and all is well; 1 if a file cannot be read or written, is damaged, or is
+larger than there is room for, with one line each that says why; 2 if the command line is wrong; 3 if
+`diff --exit-code` found a difference."""
 
 # What a page is, in the order of what is shown where many share a place in the map.
 NOTHING, SAME, GONE, NEW, CHANGED = range(5)
@@ -68,20 +75,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run a parsed ``linmem image`` command; returns the exit code."""
     actions = {"info": info, "verify": verify, "diff": diff, "apply": apply}
+    return actions[args.action](args)
+
+
+@contextlib.contextmanager
+def about(name: str) -> Iterator[None]:
+    """What fails in the block is a line about the file `name`."""
     try:
-        return actions[args.action](args)
-    except FileFormatError as error:
+        yield
+    except FileFormatError as error:        # which names it
         raise Refused(str(error)) from None
     except OSError as error:
-        if error.filename is None:
-            raise
-        raise Refused(f"{error.filename}: {error.strerror}") from None
+        raise Refused(f"{os.fsdecode(error.filename or name)}: {error.strerror or error}") from None
+    except (MemoryError, OverflowError, ValueError) as error:
+        raise Refused(f"{name}: {error or 'there is not enough memory for it'}") from None
 
 
-def print_json(figures: Any) -> None:
+def say(text: str, to: TextIO | None = None) -> None:
+    """Print what may have a file's name in it, which need not be text."""
+    to = to or sys.stdout
+    encoding = getattr(to, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=to)
+
+
+def report_to(output: str | None) -> TextIO:
+    """Where the words go: not into a file that is written to the standard output."""
+    try:
+        is_output = output is not None and os.path.samestat(os.stat(output), os.fstat(sys.stdout.fileno()))
+    except OSError:         # there is no such file yet, or no descriptor behind the standard output
+        is_output = False
+    return sys.stderr if is_output else sys.stdout
+
+
+def print_json(figures: Any, to: TextIO | None = None) -> None:
     import json
 
-    print(json.dumps(figures))
+    print(json.dumps(figures), file=to)
 
 
 # -- info ------------------------------------------------------------------------------------------
@@ -93,30 +122,30 @@ def info(args: argparse.Namespace) -> int:
         return 0
     for figures in found:
         kind = figures["kind"]
-        print(f"{figures['path']}: {kind}, {show_size(figures['size'])}"
-              + (f" at {figures['offset']}" if figures["offset"] else ""))
+        say(f"{figures['path']}: {kind}, {show_size(figures['size'])}"
+            + (f" at {figures['offset']}" if figures["offset"] else ""))
         zero = f"; {count(figures['zero_pages'], 'page')} became zero" if kind == "delta" else ""
-        print(f"  stored    {show_size(figures['stored'])} in {count(figures['groups'], 'group')},"
-              f" {figures['layout']}{zero}")
+        say(f"  stored    {show_size(figures['stored'])} in {count(figures['groups'], 'group')},"
+            f" {figures['layout']}{zero}")
         on_disk = "" if figures["on_disk"] is None else f", of which {show_size(figures['on_disk'])} on the disk"
-        print(f"  file      {show_size(figures['file_size'])}{on_disk}; version {figures['version']}")
+        say(f"  file      {show_size(figures['file_size'])}{on_disk}; version {figures['version']}")
         if kind == "image":
-            print(f"  digest    {figures['digest']}")
+            say(f"  digest    {figures['digest']}")
         else:
-            print(f"  from      {show_size(figures['base_size'])}, digest {figures['base_digest']}")
-            print(f"  to        {show_size(figures['size'])}, digest {figures['digest'] or 'unknown'}")
+            say(f"  from      {show_size(figures['base_size'])}, digest {figures['base_digest']}")
+            say(f"  to        {show_size(figures['size'])}, digest {figures['digest'] or 'unknown'}")
     return 0
 
 
 def figures_of(path: str) -> dict[str, Any]:
-    with _files.open_file(path) as file:
+    with about(path), _files.open_file(path) as file:
         contents = _files.read(file, path)
         blocks = getattr(os.fstat(file.fileno()), "st_blocks", None)
     is_delta = contents.kind == _files.DELTA
     figures = {
         "path": path,
         "kind": "delta" if is_delta else "image",
-        "version": _files.VERSION,
+        "version": contents.version,
         "layout": "packed" if contents.layout == _files.PACKED else "in place",
         "size": contents.size,
         "offset": contents.offset,
@@ -129,6 +158,7 @@ def figures_of(path: str) -> dict[str, Any]:
     if is_delta:
         figures["zero_pages"] = sum((mentioned & ~stored).bit_count()
                                     for _, mentioned, stored, _, _ in contents.groups())
+        figures["offset"] = contents.target_offset
         figures["base_size"] = contents.base_size
         figures["base_digest"] = contents.base_digest.hex()
     return figures
@@ -144,36 +174,33 @@ def verify(args: argparse.Namespace) -> int:
     else:
         for result in results:
             if result["error"] is None:
-                print(f"{result['path']}: ok")
+                say(f"{result['path']}: ok")
             else:
-                print(f"linmem image: {result['error']}", file=sys.stderr)
+                say(f"linmem image: {result['error']}", sys.stderr)
     return EXIT_REFUSED if wrong else 0
 
 
 def why_wrong(path: str) -> str | None:
     try:
-        with _files.open_file(path) as file:
-            kind = _files.read(file, path).kind
-        if kind == _files.DELTA:
-            Delta.open(path)
-        else:
-            Image.open(path, verify=True)
-    except FileFormatError as error:
-        return str(error)
-    except OSError as error:
-        return f"{path}: {error.strerror}"
+        with about(path):
+            with _files.open_file(path) as file:
+                kind = _files.read(file, path).kind
+            if kind == _files.DELTA:
+                Delta.open(path)
+            else:
+                Image.open(path, verify=True)
+    except Refused as refusal:
+        return str(refusal)
     return None
 
 
 # -- diff ------------------------------------------------------------------------------------------
 
 def diff(args: argparse.Namespace) -> int:
-    old, new = Image.open(args.old), Image.open(args.new)
-    try:
+    old, new = open_image(args.old), open_image(args.new)
+    with about(f"{args.old}, {args.new}"):
         delta = old.diff(new)
-    except ValueError as error:
-        raise Refused(f"{args.old}, {args.new}: {error}") from None
-    pages = classes_of(old, new, delta)
+        pages = Pages(old, new, delta)
     differing = pages.count(GONE) + pages.count(NEW) + pages.count(CHANGED)
     figures = {
         "old": {"path": args.old, "size": old.size, "digest": old.digest},
@@ -186,37 +213,77 @@ def diff(args: argparse.Namespace) -> int:
         "became_zero": pages.count(GONE),
         "same": old.digest == new.digest,
     }
-    if args.output:
-        delta.save(args.output)
-    if args.picture:
+    to = report_to(args.output)
+    if args.output is not None:
+        with about(args.output):
+            delta.save(args.output)
+    if args.picture is not None:
         draw(args.picture, pages, f"{os.path.basename(args.old)} and {os.path.basename(args.new)}: "
              f"{differing} of {count(len(pages), 'page')} differ")
     if args.json:
-        print_json(figures)
+        print_json(figures, to)
     else:
         share = f" ({100 * differing / len(pages):.2g} %)" if differing else ""
-        print(f"{args.old}: {show_size(old.size)}\n{args.new}: {show_size(new.size)}")
-        print(f"{differing} of {count(len(pages), 'page')} differ{share}: changed {figures['changed']},"
-              f" was zero {figures['was_zero']}, became zero {figures['became_zero']}")
-        if args.map or sys.stdout.isatty():
-            show_map(pages, asked=args.map)
+        say(f"{args.old}: {show_size(old.size)}\n{args.new}: {show_size(new.size)}", to)
+        say(f"{differing} of {count(len(pages), 'page')} differ{share}: changed {figures['changed']},"
+            f" was zero {figures['was_zero']}, became zero {figures['became_zero']}", to)
+        if args.map or to.isatty():
+            show_map(pages, to, asked=args.map)
     return EXIT_DIFFERS if args.exit_code and not figures["same"] else 0
 
 
-def classes_of(old: Image, new: Image, delta: Delta) -> bytearray:
-    """One of the classes for each page of both images."""
-    pages = bytearray(_files.round_up(max(old.offset + old.size, new.offset + new.size), _files.PAGE) // _files.PAGE)
-    was, there, differs = bytearray(len(pages)), bytearray(len(pages)), bytearray(len(pages))
-    mark(was, old.runs())
-    mark(there, new.runs())
-    mark(differs, delta.ranges + delta.zeros)
-    for page, (before, after, changed) in enumerate(zip(was, there, differs, strict=True)):
-        if before != after:
-            pages[page] = NEW if after else GONE
-        elif before:
-            # A delta speaks of the host's pages, which may be larger.
-            pages[page] = CHANGED if changed and page_of(old, page) != page_of(new, page) else SAME
-    return pages
+def open_image(path: str, *, verify: bool = False) -> Image:
+    with about(path):
+        return Image.open(path, verify)
+
+
+class Pages:
+    """The class of each page of two images, in spans of one class: as many as the images' runs make."""
+
+    def __init__(self, old: Image, new: Image, delta: Delta) -> None:
+        self.n = _files.round_up(max(old.offset + old.size, new.offset + new.size), _files.PAGE) // _files.PAGE
+        self.begins = [0]
+        self.classes = [NOTHING]
+        self.totals = dict.fromkeys(range(len(CLASSES)), 0)
+        was = there = differs = at = 0
+        for page, kind, step in sorted([*edges(0, old.runs()), *edges(1, new.runs()),
+                                        *edges(2, delta.ranges + delta.zeros), (self.n, 0, 0)]):
+            if page > at:
+                if not (was and there):
+                    self.add(at, page, NEW if there else GONE if was else NOTHING)
+                elif not differs:
+                    self.add(at, page, SAME)
+                else:       # a delta speaks of the host's pages, which may be larger
+                    for each in range(at, page):
+                        self.add(each, each + 1, CHANGED if page_of(old, each) != page_of(new, each) else SAME)
+                at = page
+            was += step * (kind == 0)
+            there += step * (kind == 1)
+            differs += step * (kind == 2)
+
+    def add(self, first: int, end: int, kind: int) -> None:
+        self.totals[kind] += max(min(end, self.n) - first, 0)
+        if self.classes[-1] != kind:
+            self.begins.append(first)
+            self.classes.append(kind)
+
+    def count(self, kind: int) -> int:
+        return self.totals[kind]
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, part: slice) -> list[int]:
+        """The classes that a slice of the pages has, each once for each span."""
+        first, end, _ = part.indices(self.n)
+        return self.classes[bisect.bisect_right(self.begins, first) - 1:bisect.bisect_left(self.begins, end)]
+
+
+def edges(kind: int, runs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+    """(page, kind, 1 or -1) where each run begins and ends."""
+    for start, size in runs:
+        yield start // _files.PAGE, kind, 1
+        yield _files.round_up(start + size, _files.PAGE) // _files.PAGE, kind, -1
 
 
 def page_of(image: Image, page: int) -> bytes:
@@ -227,13 +294,7 @@ def page_of(image: Image, page: int) -> bytes:
         return (bytes(missing) + view[low:high]).ljust(_files.PAGE, b"\0")
 
 
-def mark(marks: bytearray, runs: Iterable[tuple[int, int]]) -> None:
-    for start, size in runs:
-        first, last = start // _files.PAGE, _files.round_up(start + size, _files.PAGE) // _files.PAGE
-        marks[first:last] = b"\1" * (last - first)
-
-
-def show_map(pages: bytearray, *, asked: bool) -> None:
+def show_map(pages: Pages, to: TextIO, *, asked: bool) -> None:
     try:
         from rich.console import Console
         from rich.text import Text
@@ -241,7 +302,7 @@ def show_map(pages: bytearray, *, asked: bool) -> None:
         if asked:
             raise Refused("--map needs rich: pip install 'linmem[image]'") from None
         return
-    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    console = Console(file=to, highlight=False, soft_wrap=True)
     glyph = 0 if console.encoding.lower().startswith("utf") else 1
     columns, cells, per_cell = grid(pages, MAP_COLUMNS, MAP_CELLS)
     console.print(Text(f"each mark is {show_size(per_cell * _files.PAGE)}", "dim"))
@@ -257,7 +318,7 @@ def show_map(pages: bytearray, *, asked: bool) -> None:
     console.print(legend)
 
 
-def grid(pages: bytearray, columns: int, most: int) -> tuple[int, bytearray, int]:
+def grid(pages: Pages, columns: int, most: int) -> tuple[int, bytearray, int]:
     """(columns, cells, pages in each cell): a cell shows the class of its pages that says most."""
     per_cell = 1
     while len(pages) > per_cell * most:
@@ -269,7 +330,7 @@ def show_offset(offset: int) -> str:
     return show_size(offset) if offset else "0"
 
 
-def draw(path: str, pages: bytearray, title: str) -> None:
+def draw(path: str, pages: Pages, title: str) -> None:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.colors import ListedColormap
@@ -296,27 +357,25 @@ def draw(path: str, pages: bytearray, title: str) -> None:
     axes.set_title(title, loc="left", fontsize=10)
     figure.legend(handles=[Patch(facecolor=color, edgecolor="#8894a0", label=name) for _, name, _, color, _ in CLASSES],
                   loc="outside lower left", ncols=len(CLASSES), frameon=False, fontsize=9)
-    try:
+    with about(path):       # ValueError: a format that matplotlib does not know
         figure.savefig(path, dpi=130)
-    except ValueError as error:         # a format that matplotlib does not know
-        raise Refused(f"--picture {path}: {error}") from None
 
 
 # -- apply -----------------------------------------------------------------------------------------
 
 def apply(args: argparse.Namespace) -> int:
-    image = Image.open(args.base, verify=True)
+    image = open_image(args.base, verify=True)
     for path in args.deltas:
-        delta = Delta.open(path)
-        try:
-            image = image.apply(delta)
-        except ValueError as error:
-            raise Refused(f"{path}: {error}") from None
-        if delta.target is not None and image.digest != delta.target:
-            raise Refused(f"{path}: led to the digest {image.digest}, and was to lead to {delta.target}")
-    image.save(args.output, packed=args.packed)
-    if args.json:
+        with about(path):
+            image = image.apply(Delta.open(path))
+    to = report_to(args.output)
+    with about(args.output):
+        image.save(args.output, packed=args.packed)
+    if not args.json:
+        say(f"{args.output}: {show_size(image.size)}, digest {image.digest}", to)
+    elif stat.S_ISREG(os.stat(args.output).st_mode) and to is sys.stdout:
         print_json(figures_of(args.output))
     else:
-        print(f"{args.output}: {show_size(image.size)}, digest {image.digest}")
+        print_json({"path": args.output, "kind": "image", "size": image.size, "offset": image.offset,
+                    "digest": image.digest}, to)
     return 0

@@ -134,6 +134,7 @@ CAPABILITY_WORDS = {
     "discard_any_protection": "protected pages can be discarded",
     "populates": "prefault reports pages that cannot be written",
     "scans": "a pool learns which pages were touched",
+    "maps_images": "memories share the pages of their image until they write them",
 }
 
 
@@ -143,7 +144,8 @@ def print_info(figures: dict[str, Any]) -> None:
     print(f"host page         {figures['page_size']} bytes")
     print(f"granularity       {figures['granularity']} bytes")
     print(f"address bits      {figures['address_bits']}: {show_size(space)}"
-          + ("" if left == space else f", of which limits leave {show_size(left)}"))
+          + ("" if left == space else f", of which limits leave {show_size(left)}")
+          + f"; linmem holds {show_size(figures['reserved'])}")
     for title, facts in (("limits", figures["limits"].items()), ("capabilities", figures["capabilities"].items())):
         lines = []
         for name, value in facts:

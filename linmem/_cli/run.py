@@ -63,12 +63,12 @@ def split_run(parser: Parser, words: list[str]) -> tuple[list[str], str | None, 
 def run(args: argparse.Namespace, program: str, arguments: list[str]) -> int:
     environment = [split_env(text) for text in args.env]
     directories = [split_dir(text) for text in args.dir]
-    code = read_program(program)
     report = args.report or args.json
     creator, statistics = compose_creator(args.creator, args.max_memory, report)
 
     def work() -> int:
-        return execute(program, code, [os.path.basename(program), *arguments], environment, directories, creator)
+        return execute(program, read_program(program), [os.path.basename(program), *arguments], environment,
+                       directories, creator)
 
     try:
         status, running = in_a_thread(work)
@@ -112,7 +112,7 @@ def read_program(path: str) -> bytes:
             code = file.read()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise Refused(f"cannot read {path!r}: {reason}", EXIT_USAGE) from None
+        raise Refused(f"cannot read {path!r}: {reason}") from None
     is_text = path.lower().endswith(".wat") or code.lstrip().startswith((b"(", b";;"))
     if not code.startswith(b"\0asm") and not is_text:
         raise Refused(f"{path!r} is not a WebAssembly module (neither wasm nor wat)")

@@ -11,6 +11,7 @@ cdef int image_kind = 0         # IMAGE_: what image_begin() makes, if the OS gr
 cdef long long fail_in = 0      # injected(): 1 = the next page call fails, and 0 = so it does
 cdef long long fail_times = 0   # how many fail, one after the other; 0 = off
 cdef int fail_code = 0
+cdef _atomic.word reserved_bytes = 0
 
 
 IMAGE_KINDS = {IMAGE_SEALED: "sealed", IMAGE_FILE: "file", IMAGE_SECTION: "section", IMAGE_PRIVATE: "private"}
@@ -18,6 +19,20 @@ IMAGE_KINDS = {IMAGE_SEALED: "sealed", IMAGE_FILE: "file", IMAGE_SECTION: "secti
 
 cdef const capabilities_t* capabilities() noexcept nogil:
     return &caps
+
+
+cdef size_t reserved() noexcept nogil:
+    return <size_t>_atomic.load(&reserved_bytes)
+
+
+cdef inline void count_reserved(size_t size) noexcept nogil:
+    """Before the OS is asked for `size` bytes of address space."""
+    _atomic.add(&reserved_bytes, <long long>size)
+
+
+cdef inline void count_released(size_t size) noexcept nogil:
+    """After the OS has taken `size` bytes of address space back, or has refused to give them."""
+    _atomic.add(&reserved_bytes, -<long long>size)
 
 
 cdef int injected() noexcept nogil:
@@ -60,6 +75,7 @@ def describe():
         "address_bits": caps.address_bits,
         "address_space": total,
         "address_space_left": left,
+        "reserved": reserved(),
         "capabilities": {
             "moves": bool(caps.moves),
             "names": bool(caps.names),

@@ -6,9 +6,12 @@
 cdef extern from *:
     """
     #include <stdio.h>
+    #include <sys/resource.h>
     #include <sys/stat.h>
     #if defined(__linux__)
     #include <sys/syscall.h>
+    #include <sys/vfs.h>
+    #define LINMEM_TMPFS 0x01021994
     #ifndef F_ADD_SEALS
     #define F_ADD_SEALS 1033
     #define F_GET_SEALS 1034
@@ -63,14 +66,72 @@ cdef extern from *:
         return -1;
     }
 
-    static int linmem_image_file(int *reader) {
+    /* -> 0 or an error: the file has `size` bytes, and reading them cannot fail. A read of a hole takes a page of a
+       memory file system, and where that is full the reader dies of SIGBUS: there, all pages are taken now. */
+    static int linmem_image_size(int fd, size_t size) {
+        if (ftruncate(fd, (off_t)size) != 0) return errno;
+    #if defined(__linux__)
+        struct statfs about;
+        /* One of no blocks has no bound. */
+        if (fstatfs(fd, &about) == 0 && (unsigned long)about.f_type == LINMEM_TMPFS && about.f_blocks) {
+            /* Zeros must not take what others need. */
+            if (size > (unsigned long long)about.f_bavail * (unsigned long long)about.f_bsize / 2) return ENOSPC;
+            return posix_fallocate(fd, 0, (off_t)size);
+        }
+    #endif
+        return 0;
+    }
+
+    static int linmem_image_file_of(const char *directory, size_t size, int *reader) {
+        int code, fd = linmem_image_file_in(directory, reader);
+        if (fd < 0) return -1;
+        code = linmem_image_size(fd, size);
+        if (code == 0) return fd;
+        close(fd);
+        close(*reader);
+        errno = code;
+        return -1;
+    }
+
+    static int linmem_image_file(size_t size, int *reader) {
         const char *chosen = getenv("TMPDIR");
         int fd = -1;
     #if defined(__linux__)
-        fd = linmem_image_file_in("/dev/shm", reader);      /* memory, where it is there */
+        fd = linmem_image_file_of("/dev/shm", size, reader);        /* memory, where it is there and has room */
     #endif
-        if (fd < 0 && chosen != NULL && chosen[0] == '/') fd = linmem_image_file_in(chosen, reader);
-        return fd < 0 ? linmem_image_file_in("/tmp", reader) : fd;
+        if (fd < 0 && chosen != NULL && chosen[0] == '/') fd = linmem_image_file_of(chosen, size, reader);
+        return fd < 0 ? linmem_image_file_of("/tmp", size, reader) : fd;
+    }
+
+    /* Whether so many descriptors are open that the rest is for others: a new one has the lowest free number. */
+    static int linmem_image_too_many(int fd) {
+        struct rlimit limit;
+        if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return 0;
+        return (rlim_t)fd >= limit.rlim_cur / 4 * 3;
+    }
+
+    /* What was written to the file so far, into memory that is zero. */
+    static int linmem_image_read(int fd, char *to, size_t size) {
+        size_t at = 0, end;
+        while (at < size) {
+            end = size;
+    #if defined(SEEK_DATA) && defined(SEEK_HOLE)
+            off_t data = lseek(fd, (off_t)at, SEEK_DATA), hole;
+            if (data < 0 && errno == ENXIO) return 0;
+            hole = data < 0 ? -1 : lseek(fd, data, SEEK_HOLE);
+            if (hole >= 0) {
+                at = (size_t)data;
+                end = (size_t)hole < size ? (size_t)hole : size;
+            }
+    #endif
+            while (at < end) {
+                ssize_t n = pread(fd, to + at, end - at < ((size_t)1 << 30) ? end - at : (size_t)1 << 30, (off_t)at);
+                if (n < 0 && errno == EINTR) continue;
+                if (n <= 0) return n == 0 ? EIO : errno;
+                at += (size_t)n;
+            }
+        }
+        return 0;
     }
 
     static int linmem_image_write(int fd, const char *bytes, size_t size, long long at) {
@@ -136,8 +197,10 @@ cdef extern from *:
     static int linmem_image_duplicate(int fd) { return fcntl(fd, F_DUPFD_CLOEXEC, 3); }
     """
     int ENOSPC, EMFILE, ENFILE, EBADF, ENODEV
+    bint image_too_many "linmem_image_too_many"(int fd) noexcept nogil
+    int image_read "linmem_image_read"(int fd, char* to, size_t size) noexcept nogil
     int image_memory "linmem_image_memory"() noexcept nogil
-    int image_file "linmem_image_file"(int* reader) noexcept nogil
+    int image_file "linmem_image_file"(size_t size, int* reader) noexcept nogil
     int image_write_ "linmem_image_write"(int fd, const char* bytes, size_t size, long long at) noexcept nogil
     int image_seal "linmem_image_seal"(int fd) noexcept nogil
     int image_kind_of "linmem_image_kind_of"(int fd, int sealed, int file, int open_, int* code) noexcept nogil
@@ -154,7 +217,7 @@ cdef int best_image_kind
 
 
 cdef int image_begin(size_t size, image_pages* out) noexcept nogil:
-    # Where memory that can be sealed is refused for this once (no descriptor is left, a limit on the size
+    # Where memory that can be sealed is refused for this once (few descriptors are left, a limit on the size
     # of files), the next kind may do: the caller sees no difference but in speed.
     cdef int code = injected()
     cdef int kind = image_kind
@@ -167,28 +230,42 @@ cdef int image_begin(size_t size, image_pages* out) noexcept nogil:
         if image_begin_file(kind, size, out) == 0:
             return 0
         kind = IMAGE_FILE if kind == IMAGE_SEALED else IMAGE_PRIVATE
-    out.kind = IMAGE_PRIVATE
+    return image_begin_private(size, out)
+
+
+cdef int image_begin_private(size_t size, image_pages* out) noexcept nogil:
+    cdef void* p
+    cdef int code
     if too_much(size):
         return ENOMEM
-    cdef void* p = map_(NULL, size, PROT_READ | PROT_WRITE, False)
+    count_reserved(size)
+    p = map_(NULL, size, PROT_READ | PROT_WRITE, False)
     if p == MAP_FAILED:
-        return errno
+        code = errno
+        count_released(size)
+        return code
     if caps.names:
         set_name(p, size)
+    out.kind = IMAGE_PRIVATE
     out.bytes = <char*>p
     return 0
 
 
 cdef int image_begin_file(int kind, size_t size, image_pages* out) noexcept nogil:
     cdef int reader = -1
-    cdef int fd = image_memory() if kind == IMAGE_SEALED else image_file(&reader)
+    cdef int fd = image_memory() if kind == IMAGE_SEALED else image_file(size, &reader)
+    cdef int code = 0
     if fd < 0:
         return errno
-    if ftruncate(fd, <long long>size):
+    if image_too_many(fd):
+        code = EMFILE
+    elif kind == IMAGE_SEALED and ftruncate(fd, <long long>size):
+        code = errno
+    if code:
         if reader >= 0:
             close_descriptor(reader)
         close_descriptor(fd)
-        return ENOSPC
+        return code
     out.kind = kind
     out.maps = True
     out.handle = fd
@@ -204,7 +281,32 @@ cdef int image_write(image_pages* into, size_t offset, const char* bytes, size_t
     if into.kind == IMAGE_PRIVATE:
         memcpy(into.bytes + offset, bytes, size)
         return 0
-    return image_write_(<int>into.handle, bytes, size, <long long>offset)
+    code = image_write_(<int>into.handle, bytes, size, <long long>offset)
+    # The file system is full, or a limit is reached: the pages become this process's own.
+    if code and image_begin_private_again(into) == 0:
+        memcpy(into.bytes + offset, bytes, size)
+        code = 0
+    return code
+
+
+cdef int image_begin_private_again(image_pages* it) noexcept nogil:
+    cdef image_pages made
+    cdef int code
+    memset(&made, 0, sizeof(image_pages))
+    made.handle = -1
+    made.size = it.size
+    code = image_begin_private(it.size, &made)
+    if code:
+        return code
+    code = image_read(<int>it.handle, made.bytes, it.size)
+    if code:
+        image_drop(&made)
+        return code
+    if it.kind == IMAGE_FILE:
+        close_descriptor(<int>it.position)
+    close_descriptor(<int>it.handle)
+    it[0] = made
+    return 0
 
 
 cdef int image_end(image_pages* it) noexcept nogil:
@@ -222,9 +324,11 @@ cdef int image_end(image_pages* it) noexcept nogil:
         close_descriptor(<int>it.handle)
         it.handle = it.position
         it.position = 0
+    count_reserved(it.size)
     p = image_view(<int>it.handle, 0, it.size, NULL)
     if p == MAP_FAILED:
         code = errno
+        count_released(it.size)
         if it.kind == IMAGE_FILE:       # image_drop() looks for a reader: there is but one descriptor now
             it.position = -1
         return code
@@ -248,24 +352,30 @@ cdef int image_open(int descriptor, long long position, size_t size, image_pages
     elif kind and image_too_short(fd, position, size, &code) and code == 0:
         code = IMAGE_SHORT
     if code == 0:
+        count_reserved(size)
         p = image_view(fd, position, size, NULL)
         if p == MAP_FAILED:
             code = errno
+            count_released(size)
     if code:
         close_descriptor(fd)
         return code
     out.kind = kind
-    out.maps = True
+    out.maps = not image_too_many(fd)
     out.handle = fd
     out.position = position
     out.bytes = <char*>p
     out.size = size
+    if not out.maps:        # the mapping needs no descriptor; memories copy from it
+        close_descriptor(fd)
+        out.handle = -1
     return 0
 
 
 cdef void image_drop(image_pages* it) noexcept nogil:
     if it.bytes != NULL:
-        munmap(it.bytes, it.size)       # a whole mapping: it splits none, so it cannot be refused
+        if munmap(it.bytes, it.size) == 0:      # a whole mapping: it splits none, so it should not be refused
+            count_released(it.size)
     elif it.kind == IMAGE_FILE and it.position >= 0:
         close_descriptor(<int>it.position)
     if it.handle >= 0:

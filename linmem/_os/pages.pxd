@@ -9,6 +9,7 @@ cdef enum:
     ACCESS_NONE = 0
     ACCESS_READ = 1
     ACCESS_READ_WRITE = 2
+    ACCESS_READ_EXECUTE = 3
 
 cdef struct capabilities_t:
     size_t page_size                # bytes in a host page (the override of LINMEM_PAGE_SIZE, if any)
@@ -68,8 +69,9 @@ cdef int touched(char* at, size_t size, bint over_image, span* runs, size_t* n, 
 # [at, at+size) lies in one reservation. The kernel may use huge pages there from now on; a wish.
 cdef int advise_huge(char* at, size_t size) noexcept nogil
 
-# [at, at+size) is committed. access: an ACCESS_ constant. Refused, a part of it may have it already, where
-# the pages differed in protection before.
+# [at, at+size) is committed. access: an ACCESS_ constant. Code that was written there before it became
+# ACCESS_READ_EXECUTE is what is executed. Refused, a part of it may have the access already, where the pages
+# differed in protection before; and a host may refuse ACCESS_READ_EXECUTE as such.
 cdef int protect(char* at, size_t size, int access) noexcept nogil
 
 # [at, at+size) is committed and writable. -> every page is resident, no byte has changed.
@@ -139,6 +141,10 @@ cdef int release(char* at, size_t size) noexcept nogil
 # limits in force now (left == total where none is).
 cdef void address_space(size_t* total, size_t* left) noexcept nogil
 
+# Bytes of address space that the page floor holds now: every reservation, whole, and every image's `bytes`. Counted
+# before the OS is asked for them and until the OS has taken them back, so the number is never too small.
+cdef size_t reserved() noexcept nogil
+
 # Plain words for a code; static text.
 cdef const char* code_text(int code) noexcept nogil
 
@@ -151,8 +157,10 @@ cdef void limit_text(int code, size_t size, char* text, size_t room) noexcept no
 cdef int at_fork(void (*before)() noexcept nogil, void (*in_parent)() noexcept nogil,
                  void (*in_child)() noexcept nogil) noexcept nogil
 
-# Gives the processor to another thread; monotonic nanoseconds; the same clock's, a few milliseconds old, for much less.
+# Gives the processor to another thread; sleeps for about so many nanoseconds (at least a tick of the system's clock);
+# monotonic nanoseconds; the same clock's, a few milliseconds old, for much less.
 cdef void relax() noexcept nogil
+cdef void sleep_ns(long long ns) noexcept nogil
 cdef long long clock_ns() noexcept nogil
 cdef long long coarse_ns() noexcept nogil
 

@@ -99,6 +99,15 @@ cdef extern from *:
     #endif
     }
 
+    /* Where the processor does not watch what is written to code, it is told. */
+    static void linmem_flush_code(char *at, size_t size) {
+    #if defined(__x86_64__) || defined(__i386__)
+        (void)at; (void)size;
+    #else
+        __builtin___clear_cache(at, at + size);
+    #endif
+    }
+
     static int linmem_mincore(void *at, size_t size, unsigned char *vector) {
     #if defined(__linux__)
         return mincore(at, size, vector);
@@ -165,6 +174,7 @@ cdef extern from *:
 
     /* Bytes in a transparent huge page, where the kernel gives any out on request. */
     static long long linmem_huge_page(void) {
+    #if defined(__linux__)
         char text[64];
         ssize_t n;
         int fd = open("/sys/kernel/mm/transparent_hugepage/enabled", O_RDONLY | O_CLOEXEC);
@@ -175,6 +185,9 @@ cdef extern from *:
         text[n] = 0;
         if (strstr(text, "[never]")) return 0;
         return linmem_file_number("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size", 0);
+    #else
+        return 0;
+    #endif
     }
 
     /* Physical memory, or what a control group leaves of it; 0: unknown. */
@@ -204,6 +217,13 @@ cdef extern from *:
     #endif
     }
 
+    static void linmem_sleep(long long ns) {
+        struct timespec t;
+        t.tv_sec = (time_t)(ns / 1000000000);
+        t.tv_nsec = (long)(ns % 1000000000);
+        (void)nanosleep(&t, NULL);      /* a signal ends it early: the caller looks again anyway */
+    }
+
     #if defined(__linux__)
     #define LINMEM_LINUX 1
     #else
@@ -215,7 +235,7 @@ cdef extern from *:
     """
     int errno
     int EINVAL, ENOMEM, EAGAIN, EACCES, EPERM, EFAULT, EEXIST, ENOSYS, EBUSY
-    int PROT_NONE, PROT_READ, PROT_WRITE
+    int PROT_NONE, PROT_READ, PROT_WRITE, PROT_EXEC
     int RLIMIT_AS, RLIMIT_DATA
     void* MAP_FAILED
     bint ON_LINUX "LINMEM_LINUX"
@@ -225,6 +245,7 @@ cdef extern from *:
     int set_name "linmem_set_name"(void* at, size_t size) noexcept nogil
     int discard_ "linmem_discard"(void* at, size_t size) noexcept nogil
     int move_ "linmem_move"(void* at, size_t size, void* to, size_t new_size) noexcept nogil
+    void flush_code "linmem_flush_code"(char* at, size_t size) noexcept nogil
     int populate_ "linmem_populate"(void* at, size_t size) noexcept nogil
     int advise_huge_ "linmem_advise_huge"(void* at, size_t size) noexcept nogil
     long long huge_page "linmem_huge_page"() noexcept nogil
@@ -236,6 +257,7 @@ cdef extern from *:
     unsigned long long rlimit "linmem_rlimit"(int which) noexcept nogil
     long long clock_ "linmem_clock"() noexcept nogil
     long long coarse_clock "linmem_coarse_clock"() noexcept nogil
+    void sleep_ "linmem_sleep"(long long ns) noexcept nogil
     int die_quietly_ "linmem_die_quietly"() noexcept nogil
     int sched_yield() noexcept nogil
     int pthread_atfork(void (*before)() noexcept nogil, void (*in_parent)() noexcept nogil,
@@ -257,15 +279,19 @@ cdef int reserve(size_t size, bint watched, char** base) noexcept nogil:
         return code
     # The kernel aligns to its own page; a larger (overridden) host page is cut out of a longer run.
     extra = caps.page_size - real_page
+    count_reserved(size + extra)
     p = map_(NULL, size + extra, PROT_NONE, False)
     if p == MAP_FAILED:
-        return errno
+        code = errno
+        count_released(size + extra)
+        return code
     if extra:
+        # A part that the kernel does not take back stays mapped, and counted, for ever.
         lead = (caps.page_size - (<size_t>p & (caps.page_size - 1))) & (caps.page_size - 1)
-        if lead:
-            munmap(p, lead)
-        if extra - lead:
-            munmap(<char*>p + lead + size, extra - lead)
+        if lead and munmap(p, lead) == 0:
+            count_released(lead)
+        if extra - lead and munmap(<char*>p + lead + size, extra - lead) == 0:
+            count_released(extra - lead)
         p = <char*>p + lead
     if caps.names:
         set_name(p, size)       # decoration: a refusal changes nothing that anyone relies on
@@ -328,7 +354,13 @@ cdef int protect(char* at, size_t size, int access) noexcept nogil:
         protection = PROT_READ
     elif access == ACCESS_READ_WRITE:
         protection = PROT_READ | PROT_WRITE
-    return errno if mprotect(at, size, protection) else 0
+    elif access == ACCESS_READ_EXECUTE:
+        protection = PROT_READ | PROT_EXEC
+    if mprotect(at, size, protection):
+        return errno
+    if access == ACCESS_READ_EXECUTE:
+        flush_code(at, size)
+    return 0
 
 
 cdef int prefault(char* at, size_t size) noexcept nogil:
@@ -350,7 +382,10 @@ cdef int move(char* at, size_t size, char* to, size_t new_size) noexcept nogil:
         return code
     if too_much(new_size - size):
         return ENOMEM
-    return errno if move_(at, size, to, new_size) else 0
+    if move_(at, size, to, new_size):
+        return errno
+    count_released(size)        # the range at `at`; the one at `to` is counted since it was reserved
+    return 0
 
 
 cdef int resident(char* at, size_t size, size_t* bytes) noexcept nogil:
@@ -376,7 +411,10 @@ cdef int release(char* at, size_t size) noexcept nogil:
     cdef int code = injected()
     if code:
         return code
-    return errno if munmap(at, size) else 0
+    if munmap(at, size):
+        return errno
+    count_released(size)
+    return 0
 
 
 cdef void address_space(size_t* total, size_t* left) noexcept nogil:
@@ -451,6 +489,10 @@ cdef int at_fork(void (*before)() noexcept nogil, void (*in_parent)() noexcept n
 
 cdef void relax() noexcept nogil:
     sched_yield()
+
+
+cdef void sleep_ns(long long ns) noexcept nogil:
+    sleep_(ns)
 
 
 cdef long long clock_ns() noexcept nogil:

@@ -7,6 +7,8 @@ from linmem cimport _atomic
 from libc.stdio cimport snprintf
 from libc.string cimport memcpy, memset
 
+import errno as _errno
+
 cdef extern from *:
     """
     #ifndef WIN32_LEAN_AND_MEAN
@@ -43,6 +45,11 @@ cdef extern from *:
         if (VirtualQuery(at, &about, sizeof about) == 0) return linmem_last_error();
         if (about.State == MEM_FREE) return ERROR_INVALID_ADDRESS;
         return linmem_free(about.AllocationBase, 0, MEM_RELEASE);
+    }
+
+    /* Where the processor does not watch what is written to code, it is told. */
+    static void linmem_flush_code(void *at, size_t size) {
+        (void)FlushInstructionCache(GetCurrentProcess(), at, size);
     }
 
     static int linmem_protect(void *at, size_t size, int protection) {
@@ -152,12 +159,17 @@ cdef extern from *:
 
     static void linmem_yield(void) { SwitchToThread(); }
 
+    static void linmem_sleep(long long ns) { Sleep(ns < 1000000 ? 1 : (DWORD)(ns / 1000000)); }
+
     static LONG WINAPI linmem_end_of_process(EXCEPTION_POINTERS *about) {
         (void)about;
         return EXCEPTION_EXECUTE_HANDLER;
     }
 
+    #include <errno.h>
     #include <io.h>
+    #include <stdint.h>
+    #include <stdlib.h>
 
     /* A section object of the paging file's, or of a file's; the caller keeps what it means by `file`. */
     static int linmem_section(void *file, size_t size, int protection, void **out) {
@@ -190,9 +202,22 @@ cdef extern from *:
     }
 
     /* A descriptor of the C library's -> the file's handle and size. */
+    #if defined(__MINGW32__)        /* whose headers do not have it everywhere; its C library does */
+    _CRTIMP _invalid_parameter_handler __cdecl
+    _set_thread_local_invalid_parameter_handler(_invalid_parameter_handler handler);
+    #endif
+
+    static void linmem_no_handler(const wchar_t *expression, const wchar_t *function, const wchar_t *file,
+                                  unsigned int line, uintptr_t reserved) {
+        (void)expression; (void)function; (void)file; (void)line; (void)reserved;
+    }
+
     static int linmem_file_of(int descriptor, void **file, unsigned long long *size) {
         LARGE_INTEGER length;
+        /* A number that is no descriptor goes to the C library's handler, whose default ends the process. */
+        _invalid_parameter_handler before = _set_thread_local_invalid_parameter_handler(linmem_no_handler);
         HANDLE handle = (HANDLE)_get_osfhandle(descriptor);
+        _set_thread_local_invalid_parameter_handler(before);
         if (handle == INVALID_HANDLE_VALUE) return ERROR_INVALID_HANDLE;
         if (GetFileType(handle) != FILE_TYPE_DISK) return ERROR_NOT_SUPPORTED;
         if (!GetFileSizeEx(handle, &length)) return linmem_last_error();
@@ -207,7 +232,7 @@ cdef extern from *:
     }
     """
     int MEM_RESERVE, MEM_COMMIT, MEM_DECOMMIT, MEM_RELEASE, MEM_RESET, MEM_WRITE_WATCH
-    int PAGE_NOACCESS, PAGE_READONLY, PAGE_READWRITE
+    int PAGE_NOACCESS, PAGE_READONLY, PAGE_READWRITE, PAGE_EXECUTE_READ
     int ERROR_ACCESS_DENIED, ERROR_NOT_ENOUGH_MEMORY, ERROR_OUTOFMEMORY, ERROR_GEN_FAILURE, ERROR_NOT_SUPPORTED
     int ERROR_INVALID_PARAMETER, ERROR_INVALID_ADDRESS, ERROR_NOACCESS, ERROR_NO_SYSTEM_RESOURCES
     int ERROR_WORKING_SET_QUOTA, ERROR_COMMITMENT_LIMIT, ERROR_NOT_ENOUGH_QUOTA
@@ -215,6 +240,7 @@ cdef extern from *:
     int alloc "linmem_alloc"(void* at, size_t size, int type, int protection, char** base) noexcept nogil
     int free_ "linmem_free"(void* at, size_t size, int type) noexcept nogil
     int release_ "linmem_release"(void* at) noexcept nogil
+    void flush_code "linmem_flush_code"(void* at, size_t size) noexcept nogil
     int protect_ "linmem_protect"(void* at, size_t size, int protection) noexcept nogil
     int count_resident "linmem_count_resident"(char* at, size_t n, size_t page, size_t* pages) noexcept nogil
     void commit_limit "linmem_commit_limit"(unsigned long long* total, unsigned long long* left) noexcept nogil
@@ -225,6 +251,7 @@ cdef extern from *:
     void forget "linmem_forget"(void* at, size_t size) noexcept nogil
     bint writes_are_seen "linmem_writes_are_seen"(size_t page) noexcept nogil
     void yield_ "linmem_yield"() noexcept nogil
+    void sleep_ "linmem_sleep"(long long ns) noexcept nogil
     void die_quietly_ "linmem_die_quietly"() noexcept nogil
     int FILE_MAP_READ, FILE_MAP_WRITE
     void* INVALID_HANDLE_VALUE
@@ -252,11 +279,14 @@ cdef int reserve(size_t size, bint watched, char** base) noexcept nogil:
         return code
     # A part of a reservation cannot be given back: what a larger (overridden) host page needs for its
     # alignment stays, inaccessible, in front of or behind it, until release() frees all of it.
+    count_reserved(size + extra)
     # The system keeps a bit for each page of what it watches; where there is no room for them, nothing is watched.
     if not (watched and can_watch and alloc(NULL, size + extra, MEM_RESERVE | MEM_WRITE_WATCH, PAGE_NOACCESS, &p) == 0):
         code = alloc(NULL, size + extra, MEM_RESERVE, PAGE_NOACCESS, &p)
     if code == 0:
         base[0] = <char*>((<size_t>p + extra) & ~(caps.granularity - 1))
+    else:
+        count_released(size + extra)
     return code
 
 
@@ -337,7 +367,12 @@ cdef int protect(char* at, size_t size, int access) noexcept nogil:
         protection = PAGE_READONLY
     elif access == ACCESS_READ_WRITE:
         protection = PAGE_READWRITE
-    return protect_(at, size, protection)
+    elif access == ACCESS_READ_EXECUTE:
+        protection = PAGE_EXECUTE_READ
+    code = protect_(at, size, protection)
+    if code == 0 and access == ACCESS_READ_EXECUTE:
+        flush_code(at, size)
+    return code
 
 
 cdef int prefault(char* at, size_t size) noexcept nogil:
@@ -373,15 +408,18 @@ cdef int image_begin(size_t size, image_pages* out) noexcept nogil:
         code = section_(INVALID_HANDLE_VALUE, size, PAGE_READWRITE, &section)
         if code:
             return code
+    count_reserved(size)
+    if image_kind == IMAGE_SECTION:
         code = view_(section, 0, size, FILE_MAP_WRITE, &p)
         if code:
             close_(section)
-            return code
-        out.handle = <long long>section
+        else:
+            out.handle = <long long>section
     else:
         code = alloc(NULL, size, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE, &p)
-        if code:
-            return code
+    if code:
+        count_released(size)
+        return code
     out.kind = image_kind
     out.bytes = p
     return 0
@@ -431,8 +469,10 @@ cdef int image_open(int descriptor, long long position, size_t size, image_pages
     code = section_(file, 0, PAGE_READONLY, &section)
     if code:
         return code
+    count_reserved(lead + size)
     code = view_(section, position - <long long>lead, lead + size, FILE_MAP_READ, &p)
     if code:
+        count_released(lead + size)
         close_(section)
         return code
     out.kind = IMAGE_FILE
@@ -444,11 +484,13 @@ cdef int image_open(int descriptor, long long position, size_t size, image_pages
 
 
 cdef void image_drop(image_pages* it) noexcept nogil:
+    cdef size_t lead = <size_t>it.position & (real_granularity - 1)
     if it.bytes != NULL:
         if it.kind == IMAGE_PRIVATE:
             release_(it.bytes)
         else:       # a view begins at a multiple of the granularity, and so does position 0
-            unview(it.bytes - (<size_t>it.position & (real_granularity - 1)))
+            unview(it.bytes - lead)
+        count_released(lead + it.size)
     if it.handle != -1:
         close_(<void*>it.handle)
 
@@ -482,7 +524,11 @@ cdef int resident(char* at, size_t size, size_t* bytes) noexcept nogil:
 
 cdef int release(char* at, size_t size) noexcept nogil:
     cdef int code = injected()
-    return code if code else release_(at)
+    if code == 0:
+        code = release_(at)
+    if code == 0:
+        count_released(size + caps.granularity - real_granularity)
+    return code
 
 
 cdef void address_space(size_t* total, size_t* left) noexcept nogil:
@@ -538,6 +584,10 @@ cdef void relax() noexcept nogil:
     yield_()
 
 
+cdef void sleep_ns(long long ns) noexcept nogil:
+    sleep_(ns)
+
+
 cdef long long clock_ns() noexcept nogil:
     return clock_()
 
@@ -548,7 +598,10 @@ cdef long long coarse_ns() noexcept nogil:
 
 def os_error_args(int code, text):
     """The arguments that make an OSError carry `code` the way this OS does (winerror here)."""
-    return 0, text, None, code      # OSError finds the errno that goes with a winerror itself
+    # OSError finds the errno of most codes itself, and knows no errno for the commit limit and some quotas.
+    no_memory = code in (ERROR_NOT_ENOUGH_MEMORY, ERROR_OUTOFMEMORY, ERROR_COMMITMENT_LIMIT, ERROR_NO_SYSTEM_RESOURCES,
+                         ERROR_NOT_ENOUGH_QUOTA, ERROR_WORKING_SET_QUOTA)
+    return _errno.ENOMEM if no_memory else 0, text, None, code
 
 
 def choose_scan(way):

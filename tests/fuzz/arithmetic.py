@@ -1,4 +1,4 @@
-"""The pure functions: the layout of memories, the steps of a reservation, the pool's policy, element formats."""
+"""The pure functions: the layout of memories, the size of a reservation, the pool's policy, element formats."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import struct
 
 import linmem
 from linmem._formats import resolve
-from linmem._memory import _lay_out, _reservation_steps
+from linmem._memory import _choose_reservation, _lay_out, _room_to_choose
 from linmem._pool import _Policy
 
 from .choices import TOP, Choices
@@ -34,17 +34,28 @@ def layout(c: Choices) -> None:
 def reservation(c: Choices) -> None:
     minimum, maximum = c.word(), c.word()
     space = 1 << c.pick((38, 39, 46, 47, 56))
-    left = min(c.word(), space)
+    left, asked, chosen = min(c.word(), space), min(c.word(), 1 << 57), min(c.word(), 1 << 57)
+    others, memory = min(c.word(), 1 << 40), c.word()
+    unasked = max(space - asked, 0)
+    if left < space:
+        unasked = min(unasked, left + chosen)
+    room = max(unasked // 2 - chosen, 0)
+    assert _room_to_choose(space, left, asked + chosen, chosen) == room
     bounded = maximum != TOP
-    if bounded and maximum <= space // 4 and maximum <= left // 2:
-        first = maximum
-    else:
-        first = min(space // 128, left // 8) if left < space else space // 128
-        first = min(first, maximum) if bounded else first
-    expected = [max(first, minimum)]
-    while expected[-1] != minimum:
-        expected.append(max(expected[-1] // 2, minimum))
-    assert _reservation_steps(minimum, maximum if bounded else None, space, left) == expected
+    if bounded:
+        minimum = min(minimum, maximum)
+    found = _choose_reservation(minimum, maximum if bounded else None, room, others, memory)
+    if bounded and maximum - minimum <= room // 2:
+        assert found == maximum
+        return
+    share = room // 4 // (others + 2)
+    if memory and share > 4 * memory:
+        share = 4 * memory
+    if share < 1 << 20:
+        share = 1 << 20 if room >= 1 << 20 else 0
+    if share + minimum > TOP:
+        share = 0
+    assert found == minimum + (min(share, maximum - minimum) if bounded else share)
 
 
 def policy(c: Choices) -> None:

@@ -52,7 +52,7 @@ def one(data: bytes) -> None:
                     file.write(c.bytes(1))
                 with open(path, "rb") as file:
                     now = file.read()
-                if hashlib.sha256(now).hexdigest() + os.path.splitext(path)[1] == os.path.basename(path):
+                if digest(now) + os.path.splitext(path)[1] == os.path.basename(path):
                     content[path] = now
                 else:
                     content.pop(path, None)
@@ -60,23 +60,25 @@ def one(data: bytes) -> None:
                 os.unlink(os.path.join(place, c.pick(names)))
             elif what == 5:
                 os.makedirs(place, mode=0o700, exist_ok=True)
-                name = c.pick(("new-left", hashlib.sha256(b"x").hexdigest() + suffix, suffix, "0" * 64 + suffix))
+                name = c.pick(("new-left", digest(b"x") + suffix, suffix, "0" * 64 + suffix))
                 path, now = os.path.join(place, name), c.pick((b"", b"x", b"y"))
                 with open(path, "wb") as file:
                     file.write(now)
-                if hashlib.sha256(now).hexdigest() + suffix == name:
+                if digest(now) + suffix == name:
                     content[path] = now
                 else:
                     content.pop(path, None)
 
 
-def add(cache: Cache, key: str, suffix: str, content: bytes) -> str:
-    def write(path):
-        with open(path, "wb") as file:
-            file.write(content)
+def digest(content: bytes) -> str:
+    """Of less than a page."""
+    page = bytes(8) + content if any(content) else b""
+    return hashlib.blake2b(len(content).to_bytes(8, "little") + page, digest_size=32).hexdigest()
 
-    path = cache.add(key, suffix, write)
-    assert os.path.basename(path) == hashlib.sha256(content).hexdigest() + suffix
+
+def add(cache: Cache, key: str, suffix: str, content: bytes) -> str:
+    path = cache.add(key, suffix, lambda file: file.write(content))
+    assert os.path.basename(path) == digest(content) + suffix
     return path
 
 
@@ -84,9 +86,8 @@ def refused(cache: Cache, key: str, suffix: str, content: bytes) -> None:
     class Refused(Exception):
         pass
 
-    def write(path):
-        with open(path, "wb") as file:
-            file.write(content)
+    def write(file):
+        file.write(content)
         raise Refused
 
     try:

@@ -100,8 +100,8 @@ class Held:
             assert bytes(self.mem) == self.content
 
     def kept_from(self, offset: int, size: int, access: str) -> bool:
-        """Whether a touch of that range would be a fault."""
-        wrong = ("none",) if access == "r" else ("none", "r")
+        """Whether a touch of that range would be a fault, and a call of linmem is refused."""
+        wrong = ("none",) if access == "r" else ("none", "r", "rx")
         return any(self.access.get(page) in wrong for page in range(offset // PAGE, up(offset + size) // PAGE))
 
     @property
@@ -193,7 +193,8 @@ class History:
         guard = self.absurd() if guard == -1 else guard
         numbers = [n for n in (minimum, maximum, reserve, guard) if n is not None]
         try:
-            mem = linmem.create(minimum, maximum, reserve=reserve, guard=guard, creator=self.creator())
+            mem = linmem.create(minimum, maximum, reserve=reserve, guard=guard, creator=self.creator(),
+                                may_move=MAY_MOVE)
         except (ValueError, OverflowError):
             assert (min(numbers) < 0 or max(numbers) >= NOWHERE or (guard or 0) % PAGE
                     or (maximum is not None and minimum > maximum))
@@ -255,7 +256,7 @@ class History:
             assert new > before.byte_capacity
         except MemoryError as error:
             assert (new >= NOWHERE or new > (TOP if held.maximum is None else held.maximum) or self.may_be_full(error)
-                    or (new > before.byte_capacity and (held.is_protected or held.access or not held.ours))), error
+                    or (new > before.byte_capacity and (held.is_protected or not held.ours))), error
         else:
             assert len(held.content) <= new <= (TOP if held.maximum is None else held.maximum)
             assert held.mem.as_ptr() == before.base or new > before.byte_capacity
@@ -269,7 +270,7 @@ class History:
         offset = self.absurd() if self.c.byte() > 200 else self.c.unsigned(3) % (len(held.content) + 1)
         fits = 0 <= offset <= len(held.content) - len(data)
         if fits and held.kept_from(offset, len(data), "rw"):
-            return
+            fits = False
         try:
             assert held.mem.write(offset, data) == len(data)
         except (ValueError, OverflowError):
@@ -283,7 +284,7 @@ class History:
         offset, size = self.size(), self.size()
         fits = offset >= 0 and size >= 0 and offset + size <= len(held.content)
         if fits and held.kept_from(offset, size, "r"):
-            return
+            fits = False
         try:
             found = held.mem.read(offset, size)
         except (ValueError, OverflowError):
@@ -296,17 +297,17 @@ class History:
         held = self.pick_memory()
         i, byte = self.absurd(), self.c.byte() * 2 - 128
         inside = -len(held.content) <= i < len(held.content)
-        if inside and held.kept_from(i % len(held.content), 1, "rw"):
-            return
+        kept = inside and held.kept_from(i % len(held.content), 1, "rw")
         try:
             assert held.mem[i] == held.content[i]
             held.mem[i] = byte
         except IndexError:
             assert not inside
         except ValueError:
-            assert not 0 <= byte <= 255
+            assert kept or not 0 <= byte <= 255
         else:
             assert inside
+            assert not kept
             assert 0 <= byte <= 255
             held.content[i] = byte
 
@@ -365,7 +366,7 @@ class History:
     # -- pages
 
     def protect(self) -> None:
-        held, access = self.pick_memory(), self.c.pick(("r", "rw", "none", "x"))
+        held, access = self.pick_memory(), self.c.pick(("r", "rw", "none", "rx", "x"))
         offset, size = self.size(), self.c.pick((PAGE, 0, 2 * PAGE, -1))
         size = self.absurd() if size == -1 else size
         whole = offset >= 0 and size >= 0 and offset % PAGE == size % PAGE == 0 and offset + size <= len(held.content)
@@ -430,9 +431,9 @@ class History:
         try:
             made = held.mem.snapshot()
         except TypeError:
-            assert held.access
+            assert held.kept_from(0, len(held.content), "r")
             return
-        assert not held.is_protected
+        assert not held.kept_from(0, len(held.content), "r")
         self.keep(Picture(made, 0, held.content))
 
     def image(self) -> None:
@@ -498,7 +499,7 @@ class History:
         size = picture.end if minimum is None else minimum
         reserve = self.c.pick((0, None, 8 * PAGE))
         try:
-            mem = picture.image.new_memory(minimum=minimum, creator=creator, reserve=reserve)
+            mem = picture.image.new_memory(minimum=minimum, creator=creator, reserve=reserve, may_move=MAY_MOVE)
         except (ValueError, OverflowError):
             assert size < picture.end or size >= NOWHERE
             return
@@ -584,8 +585,7 @@ class History:
             held.mem.apply(delta)
         except TypeError:
             assert held.access
-            # It may have grown before that was seen.
-            held.content.extend(bytes(len(held.mem) - size))
+            assert held.mem.info() == before
         except ValueError:
             assert size < min(delta.base_size, delta.size) or size > delta.size
         except BufferError:
@@ -600,12 +600,16 @@ class History:
 
     def next_image(self) -> None:
         picture, delta = self.c.pick(self.images), self.c.pick(self.deltas)
+        after = applied(delta, picture.memory(picture.end))
+        content = after[delta.offset:]
         try:
             made = picture.image.apply(delta)
         except ValueError:
-            assert delta.base != picture.image.digest or delta.size < delta.base_size
+            # A delta that was composed of one with an unknown target may lead to something else.
+            assert (delta.base != picture.image.digest or any(after[:delta.offset])
+                    or linmem.Image.from_bytes(content, delta.offset).digest != delta.target)
             return
-        self.keep(Picture(made, 0, applied(delta, picture.memory(picture.end))))
+        self.keep(Picture(made, delta.offset, content))
 
     # -- creators
 

@@ -16,7 +16,8 @@ from .choices import Choices
 PAGE, GROUP = 4096, 65536
 LARGE = 1 << 24                     # bytes of content: from here on there may be no room for it
 HEADER = ("magic 8s", "version H", "kind H", "header_size I", "group_size I", "page_size I", "size Q", "offset Q",
-          "base_size Q", "data_offset Q", "data_size Q", "table_offset Q", "count Q", "layout I", "reserved 12s",
+          "base_size Q", "data_offset Q", "data_size Q", "table_offset Q", "count Q", "layout I", "reserved I",
+          "target_offset Q",
           "digest 32s", "base_digest 32s", "table_digest 32s")
 NAMES = [field.split()[0] for field in HEADER]
 FORMAT = "<" + "".join(field.split()[1] for field in HEADER)
@@ -46,8 +47,9 @@ def image_digest(offset: int, size: int, pages: dict[int, bytes]) -> bytes:
 class Draft:
     """A file as it is made up: its header's fields, its table's entries, its data."""
 
-    def __init__(self, c: Choices) -> None:
+    def __init__(self, c: Choices, version: int) -> None:
         kind, layout = c.pick(((1, 1), (1, 2), (2, 2)))
+        self.start = 224 if version == 2 and layout == 2 else GROUP
         offset = c.pick(OFFSETS) if kind == 1 else 0
         size = min(c.pick((0, 1, 4095, 4096, 65536, 65537, 3 * GROUP - 1)) + c.below(300), (1 << 57) - offset)
         self.pages: dict[int, bytes] = {}       # those stored
@@ -76,10 +78,11 @@ class Draft:
             at = number * PAGE - first * GROUP if layout == 1 else i * PAGE
             self.data[at:at + PAGE] = self.pages[number]
         self.field = {
-            "magic": b"\x89LINMEM\n", "version": 1, "kind": kind, "header_size": 224, "group_size": GROUP,
+            "magic": b"\x89LINMEM\n", "version": version, "kind": kind, "header_size": 224, "group_size": GROUP,
             "page_size": PAGE, "size": size, "offset": offset, "base_size": c.below(3) * 5000 if kind == 2 else 0,
-            "data_offset": GROUP, "data_size": len(self.data), "table_offset": GROUP + len(self.data),
-            "count": len(self.table), "layout": layout, "reserved": bytes(12),
+            "data_offset": self.start, "data_size": len(self.data), "table_offset": self.start + len(self.data),
+            "count": len(self.table), "layout": layout, "reserved": 0,
+            "target_offset": size // 3 if kind == version == 2 else 0,
             "digest": image_digest(offset, size, self.pages) if kind == 1 else c.pick((bytes(32), b"\7" * 32)),
             "base_digest": b"\5" * 32 if kind == 2 else bytes(32), "table_digest": bytes(32)}
         for entry in self.table:
@@ -131,7 +134,7 @@ class Draft:
         self.field["table_digest"] = blake(table) if c.byte() < 224 else bytes(32)
         head = struct.pack(FORMAT, *(self.field[name] for name in NAMES))
         head += blake(head) if c.byte() < 224 else bytes(32)
-        raw = head.ljust(GROUP, b"\0") + self.data + table
+        raw = head.ljust(self.start, b"\0") + self.data + table
         cut = c.byte()
         return raw if cut < 224 else raw[:len(raw) * (cut - 224) // 31] if cut < 255 else raw + b"\0"
 
@@ -152,18 +155,20 @@ def judge(raw: bytes):
     need(raw[192:224] == blake(raw[:192]))
     is_image = f["kind"] == 1
     offset, size = f["offset"], f["size"]
-    need(f["magic"] == b"\x89LINMEM\n" and f["version"] == 1 and f["kind"] in (1, 2) and f["reserved"] == bytes(12))
-    need((f["header_size"], f["group_size"], f["page_size"], f["data_offset"]) == (224, GROUP, PAGE, GROUP))
+    need(f["magic"] == b"\x89LINMEM\n" and f["version"] in (1, 2) and f["kind"] in (1, 2) and f["reserved"] == 0)
+    need(f["target_offset"] <= (f["size"] if f["version"] == f["kind"] == 2 else 0))
+    start = 224 if f["version"] == f["layout"] == 2 else GROUP
+    need((f["header_size"], f["group_size"], f["page_size"], f["data_offset"]) == (224, GROUP, PAGE, start))
     need(size <= 1 << 56 and offset <= 1 << 56 and f["base_size"] <= 1 << 56)
     need(f["layout"] in (1, 2) and (is_image or f["layout"] == 2))
     need((f["base_size"] == 0 and f["base_digest"] == bytes(32)) if is_image else offset == 0)
     first, last = span(offset, size)
-    need(f["table_offset"] == GROUP + f["data_size"] and len(raw) == f["table_offset"] + 16 * f["count"])
+    need(f["table_offset"] == start + f["data_size"] and len(raw) == f["table_offset"] + 16 * f["count"])
     if f["layout"] == 1:
         need(f["data_size"] == (last - first) * GROUP)
     table = raw[f["table_offset"]:]
     need(f["table_digest"] == blake(table))
-    data = raw[GROUP:f["table_offset"]]
+    data = raw[start:f["table_offset"]]
     stored, zeroed = {}, set()
     previous, at = -1, 0
     for group, mentioned, there, crc in struct.iter_unpack("<QHHI", table):
@@ -223,6 +228,9 @@ def check_image(path: str, truth, size: int, again: bool) -> None:
             assert truth is None or image is not None, f"refused {verify=} {mapped=}"
             if verify:
                 assert (image is None) == (truth is None), f"{verify=} {mapped=}"
+            elif image is not None and size < LARGE:
+                # What identity says covers every byte that is shown.
+                assert image == linmem.Image.from_bytes(bytes(image), image.offset)
             if image is None or size >= LARGE:
                 continue
             content = bytes(image)
@@ -248,6 +256,7 @@ def check_delta(path: str, truth, size: int, again: bool) -> None:
     f, stored, zeroed = truth
     assert (delta.size, delta.base_size, delta.base) == (size, f["base_size"], f["base_digest"].hex())
     assert delta.target == (f["digest"].hex() if any(f["digest"]) else None)
+    assert delta.offset == f["target_offset"]
     if size < LARGE:
         seen, covered = bytearray(size), set()
         for start, n, data in delta.pieces():
@@ -260,8 +269,13 @@ def check_delta(path: str, truth, size: int, again: bool) -> None:
 
 
 def one(data: bytes) -> None:
+    for version in (1, 2):
+        of_version(data, version)
+
+
+def of_version(data: bytes, version: int) -> None:
     c = Choices(data)
-    draft = Draft(c)
+    draft = Draft(c, version)
     for _ in range(c.below(4)):
         draft.damage(c)
     again = c.byte() > 240          # a save waits for the disk

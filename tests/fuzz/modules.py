@@ -1,8 +1,10 @@
-"""Any bytes as a wasm module: the rewriter against wasmtime."""
+"""Any bytes as a wasm module: the rewriter and prepare() against wasmtime."""
 
 from __future__ import annotations
 
 import functools
+import platform
+import sys
 
 from linmem._hoist import Malformed, expose, hoist, outline
 
@@ -12,18 +14,35 @@ MAGIC = b"\0asm\1\0\0\0"
 
 
 @functools.cache
-def engine():
-    """wasmtime's, with all that it can do, or None where it is not installed."""
+def engine(ours: bool = False):
+    """wasmtime's, with all that it can do, or None where it is not installed; `ours`: with linmem's memories."""
     try:
         import wasmtime
     except ImportError:
         return None
     config = wasmtime.Config()
     for name in ("memory64", "multi_memory", "threads", "reference_types", "gc", "function_references",
-                 "custom_page_sizes", "exceptions", "bulk_memory", "multi_value", "simd"):
+                 "custom_page_sizes", "exceptions", "bulk_memory", "multi_value", "simd", "relaxed_simd", "tail_call",
+                 "wide_arithmetic", "stack_switching"):
+        # wasmtime has stack switching for these machines only, and ends the process where it is switched on elsewhere.
+        if name == "stack_switching" and (sys.platform, platform.machine()) != ("linux", "x86_64"):
+            continue
         if hasattr(wasmtime.Config, f"wasm_{name}"):
             setattr(config, f"wasm_{name}", True)
+    if ours:
+        import linmem.wasmtime
+
+        linmem.wasmtime.install(config, linmem.creator())
     return wasmtime.Engine(config)
+
+
+def judged(call, *args, **named):
+    """The class and the text of what a call raises, without the backtrace in it; None if it raises nothing."""
+    try:
+        call(*args, **named)
+    except Exception as error:
+        return type(error), str(error).split("Stack backtrace")[0]
+    return None
 
 
 def is_valid(wasm: bytes) -> bool:
@@ -72,6 +91,15 @@ def one(data: bytes) -> None:
     if engine() is None:
         return
     valid = is_valid(wasm)
+    import wasmtime
+
+    from linmem.wasmtime import prepare
+
+    expected = judged(wasmtime.Module, engine(True), wasm)
+    assert (expected is None) >= valid      # text is no module, and becomes one
+    for with_all in (False, True):
+        found = judged(prepare, engine(True), wasm, expose=with_all)
+        assert found == expected, f"prepare: {found}, wasmtime: {expected}"
     if isinstance(hoisted, ValueError):
         assert not valid, f"refused a module that wasmtime takes: {hoisted}"
         return

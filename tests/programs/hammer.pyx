@@ -121,6 +121,7 @@ cdef int make(worker* w, bint moves, memory** out) noexcept nogil:
     spec.is_64 = True
     spec.is_shared = False
     spec.watched = False
+    spec.may_move = moves
     spec.image = w.all.image if chance(w, 4) == 0 else NULL
     code = (<NativeCreator>creator).make(&spec, out, &why)
     if code:

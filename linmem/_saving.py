@@ -1,0 +1,218 @@
+"""Writes files that are there whole or not at all: the one writer of `save` and of the cache. Floor 0.
+
+The content goes to a temporary file in the target's folder. That file is locked while its writer lives, flushed to
+the disk, and renamed over the target. A writer first removes the temporary files that no live writer has locked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import stat
+import time
+
+try:
+    import fcntl
+except ImportError:         # the system has no advisory locks
+    fcntl = None            # type: ignore[assignment]
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import BinaryIO
+
+__all__ = ["TEMPORARY", "Draft", "draft", "remove_abandoned", "replacing"]
+
+# As long for a long target name as for a short one.
+TEMPORARY = re.compile(r"\.linmem-[0-9a-f]{16}\.tmp")
+ABANDONED = 3600            # seconds; only where the system has no locks
+
+_FLAGS = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+_HAS_OWNERS = hasattr(os, "fchown")
+
+
+class Draft:
+    """A temporary file that only its owner can read and write, until `become` gives it its name."""
+
+    __slots__ = ("file", "mode", "path")
+
+    file: BinaryIO
+    path: str
+    mode: int               # that the system gives any new file in this folder
+
+    def become(self, path: str, mode: int | None = None) -> None:
+        """Make the file durable at `path`, with the rights `mode`; None: those of any new file."""
+        self.file.flush()
+        fd = self.file.fileno()
+        wanted = self.mode if mode is None else mode
+        # Some file systems have no rights to change, and refuse a change.
+        if _HAS_OWNERS and stat.S_IMODE(os.fstat(fd).st_mode) != wanted:
+            os.fchmod(fd, wanted)
+        os.fsync(fd)
+        if fcntl is None:
+            self.file.close()       # such a system does not rename an open file
+        # The lock is held until the file has its name: nobody takes the file for abandoned.
+        os.replace(self.path, path)
+        self.file.close()
+        _sync_folder(os.path.dirname(path))
+
+
+@contextlib.contextmanager
+def draft(folder: str) -> Iterator[Draft]:
+    """A `Draft` in `folder`. A draft that has not got its name when the block ends is removed."""
+    remove_abandoned(folder)
+    made = Draft()
+    # The path is known before the file is there: an interrupt at any line leaves no file.
+    made.path = _unused(folder)
+    try:
+        while not _open(made):
+            made.path = _unused(folder)
+        with made.file:
+            yield made
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(made.path)
+
+
+def _unused(folder: str) -> str:
+    while True:
+        path = os.path.join(folder, f".linmem-{secrets.token_hex(8)}.tmp")
+        if not os.path.lexists(path):
+            return path
+
+
+def _open(made: Draft) -> bool:
+    """Create and lock the file. False: another writer took it for abandoned before the lock was held."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _FLAGS
+    file = open(made.path, "x+b", opener=lambda name, _: os.open(name, flags, 0o666))     # noqa: SIM115  it stays open
+    try:
+        fd = file.fileno()
+        made.mode = stat.S_IMODE(os.fstat(fd).st_mode)
+        if _HAS_OWNERS:
+            with contextlib.suppress(PermissionError):      # see become()
+                os.fchmod(fd, 0o600)
+        if fcntl is not None and not (_lock(fd) and os.fstat(fd).st_nlink):
+            file.close()
+            return False
+    except BaseException:
+        file.close()
+        raise
+    made.file = file
+    return True
+
+
+def _lock(fd: int) -> bool:
+    """False: another process holds the lock."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL):
+            raise
+    return True
+
+
+def remove_abandoned(folder: str) -> None:
+    """Remove the temporary files of writers that died. What this process may not list or remove stays."""
+    try:
+        with os.scandir(folder) as entries:
+            paths = [entry.path for entry in entries if TEMPORARY.fullmatch(entry.name)]
+    except OSError:
+        return
+    for path in paths:
+        with contextlib.suppress(OSError):
+            if fcntl is None:
+                if os.stat(path).st_mtime < time.time() - ABANDONED:
+                    os.unlink(path)
+                continue
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | _FLAGS)
+            try:
+                if stat.S_ISREG(os.fstat(fd).st_mode):
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.unlink(path)
+            finally:
+                os.close(fd)
+
+
+def _sync_folder(folder: str) -> None:
+    # The rename is in the folder's own pages. Where folders cannot be opened they cannot be synced.
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | _FLAGS)
+    except PermissionError:     # this process may write to the folder, and not read it
+        return
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def replacing(path: str | bytes | os.PathLike[str]) -> Iterator[tuple[BinaryIO, bool]]:
+    """(file, whether it is a stream): what is written to it stands at `path` when the block ends.
+
+    A regular file is replaced as a whole, and keeps its owner and its rights; where the block fails, it stays. A
+    pipe or a character device (/dev/stdout, /dev/null) is a stream: it is written to, and cannot seek. Anything
+    else is refused. Every OSError names `path`.
+    """
+    name = os.fsdecode(path)
+    # Through a symbolic link, as an open() for writing would.
+    target = os.path.realpath(name)
+    try:
+        try:
+            before = os.stat(name)
+        except FileNotFoundError:
+            before = None
+            if not os.path.basename(name):
+                raise _error(errno.EISDIR if name else errno.ENOENT) from None
+        if before is not None:
+            if stat.S_ISDIR(before.st_mode):
+                raise _error(errno.EISDIR)
+            if not (stat.S_ISREG(before.st_mode) or stat.S_ISFIFO(before.st_mode) or stat.S_ISCHR(before.st_mode)):
+                raise OSError(errno.ENXIO, "Not a regular file, a pipe or a character device")
+            if not stat.S_ISREG(before.st_mode) or not _is_at(target, before):
+                with open(name, "wb") as stream:
+                    yield stream, True
+                return
+        with draft(os.path.dirname(target)) as made:
+            if before is not None:
+                _give(made, before)
+            yield made.file, False
+            made.become(target, None if before is None else stat.S_IMODE(before.st_mode))
+    except OSError as error:
+        # Of whatever the block itself opens, the name stays.
+        given = error.filename if error.filename is None else os.fsdecode(error.filename)
+        if given is None or TEMPORARY.fullmatch(os.path.basename(given)) or given == os.path.dirname(target):
+            error.filename, error.filename2 = name, None
+        raise
+
+
+def _error(code: int) -> OSError:
+    return OSError(code, os.strerror(code))
+
+
+def _is_at(target: str, status: os.stat_result) -> bool:
+    """False: `target` is not the name of that file, which has none (an open file that /proc shows)."""
+    try:
+        return os.path.samestat(os.stat(target), status)
+    except FileNotFoundError:
+        return False
+
+
+def _give(made: Draft, status: os.stat_result) -> None:
+    """Give the draft the owner and the group of the file that it is to replace."""
+    if not _HAS_OWNERS:
+        return
+    now = os.fstat(made.file.fileno())
+    if (now.st_uid, now.st_gid) == (status.st_uid, status.st_gid):
+        return
+    try:
+        os.fchown(made.file.fileno(), status.st_uid, status.st_gid)
+    except PermissionError:
+        raise PermissionError(errno.EPERM, f"The file belongs to user {status.st_uid} and group {status.st_gid},"
+                              " and this process may not give them a new one") from None

@@ -1,0 +1,308 @@
+"""The writer of files that are there whole or not at all: what it replaces, what it keeps, and what it leaves."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+
+import pytest
+from support import answer, requires
+
+from linmem import Delta, Image, _saving
+from linmem._cache import Cache
+
+PAGE = 4096
+A, B = Image.from_bytes(b"a" * 5000), Image.from_bytes(bytes(3 * PAGE) + b"b" * PAGE, 7)
+
+
+@pytest.fixture
+def old(tmp_path):
+    path = tmp_path / "file"
+    A.save(path)
+    return path
+
+
+# -- what is replaced ---------------------------------------------------------------------------------------
+
+@requires("owners")
+@pytest.mark.parametrize("mode", [0o600, 0o400, 0o644, 0o664, 0o777, 0o000])
+def test_a_file_that_is_replaced_keeps_its_rights(old, mode):
+    old.chmod(mode)
+    before = os.umask(0o077)
+    try:
+        B.save(old)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(old.stat().st_mode) == mode
+
+
+@requires("owners")
+def test_nobody_else_can_read_a_file_that_is_being_written(tmp_path, old, monkeypatch):
+    old.chmod(0o666)
+    seen = []
+    whole = os.fsync
+
+    def look(fd):
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            # The rights are given when the content is there; nobody had the file open before.
+            seen.extend(name for name in os.listdir(tmp_path) if name.startswith("."))
+        whole(fd)
+
+    monkeypatch.setattr(os, "fsync", look)
+    modes = []
+    with _saving.replacing(old) as (file, is_stream):
+        assert not is_stream
+        modes.append(stat.S_IMODE(os.fstat(file.fileno()).st_mode))
+        file.write(b"x")
+    assert modes == [0o600]
+    assert len(seen) == 1
+    assert stat.S_IMODE(old.stat().st_mode) == 0o666
+
+
+@requires("root", "owners")
+def test_a_file_that_is_replaced_keeps_its_owner_and_group(old):
+    os.chown(old, 65534, 65533)
+    old.chmod(0o640)
+    B.save(old)
+    about = old.stat()
+    assert (about.st_uid, about.st_gid, stat.S_IMODE(about.st_mode)) == (65534, 65533, 0o640)
+    assert Image.open(old, verify=True) == B
+
+
+AS_ANOTHER = """
+import os, sys, linmem
+from linmem import _files, _handles, _saving
+import hashlib, random, secrets, zlib
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+try:
+    linmem.Image.from_bytes(b"theirs").save(sys.argv[1])
+    print("saved")
+except OSError as error:
+    print(type(error).__name__, error.filename == sys.argv[1], error.strerror)
+"""
+
+
+def as_another_user(path):
+    done = subprocess.run([sys.executable, "-c", AS_ANOTHER, path], capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@requires("root", "owners")
+def test_another_users_file_is_not_taken_over(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("open")
+    for parent in list(folder.parents)[:2]:
+        parent.chmod(0o755)
+    folder.chmod(0o777)
+    path = folder / "file"
+    A.save(path)
+    before = path.stat()
+    text = as_another_user(path)
+    assert text == ("PermissionError True The file belongs to user 0 and group 0, and this process may not give them a"
+                    " new one")
+    assert os.listdir(folder) == ["file"]
+    assert (path.stat().st_ino, path.stat().st_uid) == (before.st_ino, 0)
+    assert as_another_user(folder / "own") == "saved"
+    assert (folder / "own").stat().st_uid == 65534
+
+
+@requires("fork")
+@pytest.mark.parametrize("what", ["image", "packed image", "delta"])
+def test_a_pipe_is_written_to_and_stays_a_pipe(tmp_path, what):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    delta = A.diff(B)
+    save = {"image": lambda: B.save(path), "packed image": lambda: B.save(path, packed=True),
+            "delta": lambda: delta.save(path)}[what]
+    got = []
+    reader = threading.Thread(target=lambda: got.append(path.read_bytes()))
+    reader.start()
+    save()
+    reader.join(60)
+    assert stat.S_ISFIFO(path.stat().st_mode)
+    assert os.listdir(tmp_path) == ["pipe"]
+    (tmp_path / "copy").write_bytes(got[0])
+    if what == "delta":
+        assert Delta.open(tmp_path / "copy") == delta
+    else:
+        assert Image.open(tmp_path / "copy", verify=True) == B
+
+
+@requires("fork")
+def test_a_device_is_written_to_and_stays_a_device(tmp_path):
+    before = os.stat("/dev/null")
+    A.save("/dev/null")
+    A.diff(B).save("/dev/null")
+    now = os.stat("/dev/null")
+    assert stat.S_ISCHR(now.st_mode)
+    assert (before.st_ino, before.st_mode) == (now.st_ino, now.st_mode)
+    with pytest.raises(OSError, match="/dev/full") as caught:
+        A.save("/dev/full")
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, "/dev/full")
+
+
+@requires("fork")
+def test_a_socket_and_a_folder_are_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("socket")
+        os.mkdir("folder")
+        for name in ("socket", "folder", "folder/", "none/", ""):
+            with pytest.raises(OSError) as caught:
+                A.save(name)
+            assert caught.value.filename == name
+        assert stat.S_ISSOCK(os.stat("socket").st_mode)
+    assert sorted(os.listdir()) == ["folder", "socket"]
+    assert os.listdir("folder") == []
+
+
+@requires("fork", "descriptors")
+def test_an_open_file_without_a_name_is_written_to(tmp_path):
+    path = tmp_path / "gone"
+    with open(path, "w+b") as file:
+        path.unlink()
+        A.save(f"/proc/self/fd/{file.fileno()}")
+        assert os.listdir(tmp_path) == []
+        file.seek(0)
+        (tmp_path / "copy").write_bytes(file.read())
+    assert Image.open(tmp_path / "copy", verify=True) == A
+
+
+# -- what fails -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+@pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
+def test_a_save_that_fails_leaves_the_old_file_and_names_the_target(old, monkeypatch, call, kind):
+    def refuse(*args):
+        raise kind(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, call, refuse)
+    with pytest.raises(kind) as caught:
+        B.save(old)
+    if kind is OSError:
+        assert caught.value.filename == str(old)
+        assert ".tmp" not in str(caught.value)
+    assert os.listdir(old.parent) == ["file"]
+    assert Image.open(old, verify=True) == A
+
+
+def test_an_error_in_a_folder_that_is_not_there_names_the_target(tmp_path):
+    target = tmp_path / "nowhere" / "file"
+    with pytest.raises(FileNotFoundError) as caught:
+        A.save(target)
+    assert caught.value.filename == str(target)
+
+
+@requires("fork")
+def test_each_of_the_file_and_its_folder_is_flushed_once_and_in_this_order(tmp_path, monkeypatch):
+    done = []
+    whole, replace = os.fsync, os.replace
+
+    def sync(fd):
+        about = os.fstat(fd)
+        done.append(("sync", about.st_ino))
+        whole(fd)
+
+    def rename(source, target):
+        done.append(("rename", os.stat(source).st_ino, target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", rename)
+    B.save(tmp_path / "image")
+    cached = Cache(tmp_path / "cache").add("key", ".x", lambda file: file.write(b"x"))
+    monkeypatch.undo()
+    expected = []
+    for path in (str(tmp_path / "image"), cached):
+        expected += [("sync", os.stat(path).st_ino), ("rename", os.stat(path).st_ino, path),
+                     ("sync", os.stat(os.path.dirname(path)).st_ino)]
+    assert done == expected
+
+
+# -- what is left of writers that died -------------------------------------------------------------------------
+
+DIES = """
+import os, signal, sys, linmem
+from linmem import _saving
+with _saving.draft(sys.argv[1]) as made:
+    made.file.write(b"half")
+    print("ready", flush=True)
+    if sys.argv[2] == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.stdin.read()
+"""
+
+
+def writer(folder, what):
+    child = subprocess.Popen([sys.executable, "-c", DIES, folder, what], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
+    assert child.stdout.readline() == b"ready\n"
+    return child
+
+
+@requires("fork")
+@pytest.mark.parametrize("by", ["save", "cache"])
+def test_the_next_writer_removes_what_a_killed_one_left_and_nothing_else(tmp_path, by):
+    folder = tmp_path / "cache" / "key"
+    folder.mkdir(parents=True, mode=0o700)
+    with writer(folder, "dies") as dead:
+        assert dead.wait(60) == -signal.SIGKILL
+    with writer(folder, "lives") as alive:
+        try:
+            [left] = os.listdir(folder)             # of the living; the dead one's went
+            others = [".linmem-0123456789abcdef.tm", "linmem-0123456789abcdef.tmp", ".linmem-0123.tmp"]
+            for name in others:
+                (folder / name).touch()
+            if by == "save":
+                A.save(folder / "image")
+            else:
+                Cache(tmp_path / "cache").add("key", ".image", lambda file: file.write(b"x"))
+            assert left in os.listdir(folder)
+            assert len(os.listdir(folder)) == 2 + len(others)
+        finally:
+            alive.stdin.close()
+            alive.wait(60)
+    assert left not in os.listdir(folder)
+
+
+@requires("fork")
+def test_writers_of_one_folder_do_not_take_each_others_files(tmp_path):
+    errors = []
+
+    def write(number):
+        try:
+            for _ in range(20):
+                A.save(tmp_path / f"file{number}")
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert errors == []
+    assert sorted(os.listdir(tmp_path)) == ["file0", "file1", "file2", "file3"]
+
+
+@requires("root", "owners", "fork")
+def test_a_save_works_in_a_folder_that_may_be_written_and_not_listed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("blind")
+    for parent in list(folder.parents)[:2]:
+        parent.chmod(0o755)
+    folder.chmod(0o333)
+    assert as_another_user(folder / "file") == "saved"
+    assert Image.open(folder / "file", verify=True) == Image.from_bytes(b"theirs")
+
+
+def test_nothing_of_the_writer_is_loaded_before_a_file_is_named():
+    assert answer("import linmem, sys; print('linmem._saving' in sys.modules)") == "False"
