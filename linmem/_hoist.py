@@ -751,8 +751,8 @@ def _hoist(module: _Module) -> Hoisted:
             skipped.append(f"data segment {segment.number} and all after it of memory {segment.memory}: " + (
                 "its offset is not a constant of the module" if which >= 0 else "the memory is imported"))
         if not inside and leaks:
-            skipped.append(f"all after data segment {segment.number}: it may trap, and an imported table lets others see"
-                           " the memories of the failed instance")
+            skipped.append(f"all after data segment {segment.number}: it may trap, and an imported table lets others"
+                           " see the memories of the failed instance")
             break
     if not hoisted:
         unchanged.skipped.extend(skipped)
