@@ -680,3 +680,13 @@ def test_resetting_a_slot_of_an_image_writes_dirty_pages_only():
             for i in range(16):
                 mem[i * MIB] = 1
             assert written(mem) == 16 * REAL_PAGE
+
+
+def test_what_an_image_has_beyond_a_smaller_memory_makes_no_page_dirty():
+    img = Image.from_bytes(b"x" * (2 * PAGE))
+    with linmem.create(PAGE + 5) as mem:
+        mem[:] = b"x" * (PAGE + 5)
+        assert mem.dirty_pages(img) == []
+        assert img.apply(img.diff(mem)) == mem.snapshot()
+        mem[PAGE] = 0
+        assert mem.dirty_pages(img) == [(PAGE, 5)]
