@@ -456,7 +456,7 @@ cdef void join_ranges(ranges* of) noexcept nogil:
 
 cdef int add_touched(memory* m, size_t first, size_t size, bint over_image, ranges* to) noexcept nogil:
     cdef pages.span[RUNS] runs
-    cdef size_t n, i
+    cdef size_t n, i, from_, stop = 0, page = pages.capabilities().page_size
     cdef char* here = m.base + first
     cdef char* end = here + size
     cdef int code
@@ -466,7 +466,10 @@ cdef int add_touched(memory* m, size_t first, size_t size, bint over_image, rang
         if code:
             return code
         for i in range(n):
-            code = add_range(to, <size_t>(runs[i].at - m.base), runs[i].size)
+            # The kernel counts in its own pages, which may be smaller than the host page.
+            from_ = round_down(<size_t>(runs[i].at - m.base), page)
+            round_up(<size_t>(runs[i].at - m.base) + runs[i].size, page, &stop)
+            code = add_range(to, from_, stop - from_)
             if code:
                 return code
     return 0

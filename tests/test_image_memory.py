@@ -230,6 +230,7 @@ def test_images_leave_descriptors_for_others(tmp_path, kind):
         """) == "True"
 
 
+@requires("real_pages")
 @requires("rlimits", "descriptors", "unnamed_files")
 def test_a_file_of_an_image_that_may_not_have_its_size_leaves_no_descriptor():
     assert answer("""
@@ -379,6 +380,7 @@ def test_an_image_of_a_file_is_its_bytes(a_file):
         assert mem.snapshot().runs() == Image.from_bytes(bytes(img), img.offset).runs()
 
 
+@requires("real_pages")
 def test_what_is_claimed_of_a_file_is_checked(a_file):
     fd = a_file(b"x" * PAGE + bytes(6 * PAGE) + b"y" * PAGE)
     os.lseek(fd, 5, os.SEEK_SET)
