@@ -173,8 +173,11 @@ cdef void raise_later(object error, bint is_pythons) noexcept:
     # live for ever (classes do in some builds without a GIL), so it gives the exception away. CPython 3.10 calls the
     # class again with the exception that it gave.
     kept = [error]
-    again = type(type(error).__name__, (type(error),),
-                 {"__new__": lambda _, given=None: kept.pop() if kept else given})
+    members = {"__new__": lambda _, given=None: kept.pop() if kept else given}
+    try:
+        again = type(type(error).__name__, (type(error),), members)
+    except Exception:       # a class that refuses to be subclassed
+        again = type(type(error).__name__, (BaseException,), members)
     PyThreadState_SetAsyncExc(PyThread_get_thread_ident(), <PyObject*>again)
 
 

@@ -173,6 +173,7 @@ cdef class Memory:
         cdef long long now
         if self.m == NULL:
             return
+        self.settle()
         now = load(&self.users)
         while now >= 0 and not swap_if(&self.users, now, now | CLOSED):
             now = load(&self.users)
@@ -317,12 +318,16 @@ cdef class Memory:
     def __getbuffer__(self, Py_buffer* buffer, int flags):
         cdef memory* m = self.enter()
         cdef bint pinned = False, read_only = False
+        cdef failure why
+        cdef int code
         try:
             pin(m)
             pinned = True
             if load(&m.protection) != PROTECTION_NONE:
                 with nogil:
-                    read_only = is_read_only(m)
+                    code = is_read_only(m, &read_only, &why)
+                if code:
+                    raise_failure(&why)
             PyBuffer_FillInfo(buffer, self, m.base, <Py_ssize_t>memory_size(m), read_only, flags)
         except BaseException:
             if pinned:
@@ -662,7 +667,7 @@ cdef class Memory:
         if not isinstance(image, ImageHandle):
             raise TypeError(f"image must be an Image, got {type(image).__name__}")
         check_flag(zero_grown, "zero_grown")
-        begin_restore(self, <ImageHandle>image, zero_grown)
+        begin_restore(self, <ImageHandle>image, zero_grown, True)
         end_restore(self, <ImageHandle>image, True)
 
     def dirty_pages(self, since not None, *, as_array=False):
@@ -691,7 +696,7 @@ cdef class Memory:
         cdef size_t i, n
         cdef size_t* pairs
         check_flag(as_array, "as_array")
-        memory_changes(self, since, "since", &found)
+        memory_changes(self, since, "since", False, &found)
         try:
             n = 0
             for i in range(found.n):        # zeros or not is nothing to whoever asks here
@@ -1074,7 +1079,7 @@ cdef class ImageHandle:
                 image_release(self.it)
 
 
-cdef int memory_changes(Memory mem, object since, str name, changes* out) except -1:
+cdef int memory_changes(Memory mem, object since, str name, bint for_delta, changes* out) except -1:
     """`out.list` is the caller's to free."""
     cdef failure why
     cdef ImageHandle base
@@ -1088,7 +1093,7 @@ cdef int memory_changes(Memory mem, object since, str name, changes* out) except
     with nogil:
         code = refuse_protected(m, READABLE, "dirty_pages", &why)
         if code == 0:
-            code = compare(m, NULL, base.it, out, &why)
+            code = compare(m, NULL, base.it, for_delta, out, &why)
         unlock(&m.lock)
     mem.leave()
     if code:
@@ -1097,13 +1102,18 @@ cdef int memory_changes(Memory mem, object since, str name, changes* out) except
     return 0
 
 
-cdef int begin_restore(Memory self, ImageHandle to, bint zero_grown) except -1:
-    """Lock the memory for end_restore, which cannot fail. An exception: it would fail, and nothing is locked."""
+cdef int begin_restore(Memory self, ImageHandle to, bint zero_grown, bint may_wait) except -1:
+    """0: the memory is locked for end_restore, which cannot fail. 1: the lock is taken, and the caller may not wait.
+    An exception: the restore would fail. With 1 and with an exception nothing is locked."""
     cdef failure why
     cdef int code
     cdef size_t size, right
     cdef memory* m = self.enter()
-    if load(&m.owner) != OWNER_WASMTIME:
+    if load(&m.owner) != OWNER_WASMTIME and not may_wait:
+        if not try_acquire(&m.lock):
+            self.leave()
+            return 1
+    elif load(&m.owner) != OWNER_WASMTIME:
         self.leave()
         m = self.enter_locked()
     elif not try_acquire(&m.lock):
@@ -1146,16 +1156,24 @@ def restore_all(list memories not None, list images not None):
     OwnedError, TypeError, ValueError
         As `Memory.restore`, for the first memory that cannot be restored; no memory has changed then.
     """
-    cdef Py_ssize_t begun = 0, i
-    cdef bint act = False
-    try:
-        while begun < len(memories):
-            begin_restore(<Memory?>memories[begun], <ImageHandle?>images[begun], True)
-            begun += 1
-        act = True
-    finally:
-        for i in range(begun):
-            end_restore(<Memory>memories[i], <ImageHandle>images[i], act)
+    cdef Py_ssize_t begun, i
+    cdef bint act, busy = True
+    cdef memory* m
+    while busy:
+        begun = 0
+        act = busy = False
+        try:
+            while begun < len(memories) and not busy:
+                busy = begin_restore(<Memory?>memories[begun], <ImageHandle?>images[begun], True, begun == 0)
+                begun += not busy
+            act = not busy
+        finally:
+            for i in range(begun):
+                end_restore(<Memory>memories[i], <ImageHandle>images[i], act)
+        if busy:        # a thread that waits for one of these locks holds none of them
+            m = (<Memory>memories[begun]).enter_locked()
+            unlock(&m.lock)
+            (<Memory>memories[begun]).leave()
 
 
 cdef int read_protected(memory* m, size_t start, size_t n, char* to) except -1:
@@ -1191,7 +1209,9 @@ cdef int begin_guarded(memory* m, size_t start, size_t n, int allowed, const cha
     cdef int code
     if m.ops.pages_are_ours:
         with nogil:
-            acquire(&m.lock)
+            code = lock_memory(m, why)
+        if code:
+            return code
     else:
         begin_access(m)
     with nogil:
@@ -1310,12 +1330,16 @@ cdef class Window:
             raise TypeError("a Window is made by Memory.view()")
         cdef memory* m = self.memory.enter()
         cdef bint pinned = False, read_only = False
+        cdef failure why
+        cdef int code
         try:
             pin(m)
             pinned = True
             if load(&m.protection) != PROTECTION_NONE:
                 with nogil:
-                    read_only = is_read_only(m)
+                    code = is_read_only(m, &read_only, &why)
+                if code:
+                    raise_failure(&why)
             if read_only and flags & PyBUF_WRITABLE:
                 raise BufferError("no page of the memory can be written (protect)")
         except BaseException:

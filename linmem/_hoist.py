@@ -663,7 +663,7 @@ class _Module:
 
 
 class _Segment(NamedTuple):
-    index: int
+    number: int
     start: int
     head: int           # past the flags, the memory and the offset
     content: int
@@ -730,29 +730,29 @@ def _hoist(module: _Module) -> Hoisted:
             continue
         which, size = segment.memory - len(imported), segment.end - segment.content
         if segment.memory >= len(memories):
-            skipped.append(f"data segment {segment.index}: there is no memory {segment.memory}")
+            skipped.append(f"data segment {segment.number}: there is no memory {segment.memory}")
             break
         place = memories[segment.memory]
         bits = 64 if place.is_64 else 32
         offset = segment.offset[1] if segment.offset is not None and segment.offset[0] == bits else None
         inside = offset is not None and offset + size <= place.minimum
         if offset is not None and not inside and which >= 0:
-            skipped.append(f"data segment {segment.index} and all after it: it does not fit into memory"
+            skipped.append(f"data segment {segment.number} and all after it: it does not fit into memory"
                            f" {segment.memory}, so that instantiation traps")
             break
         if which >= 0 and inside:
             if size == 0 and segment.is_constant:
-                hoisted.add(segment.index)
+                hoisted.add(segment.number)
             elif size and segment.memory not in stays:
                 taken[which].append(segment)
-                hoisted.add(segment.index)
+                hoisted.add(segment.number)
         elif segment.memory not in stays:
             stays.add(segment.memory)
-            skipped.append(f"data segment {segment.index} and all after it of memory {segment.memory}: " + (
+            skipped.append(f"data segment {segment.number} and all after it of memory {segment.memory}: " + (
                 "its offset is not a constant of the module" if which >= 0 else "the memory is imported"))
         if not inside and leaks:
-            skipped.append(f"all after data segment {segment.index}: it may trap, and an imported table lets others see"
-                           " the memories of the failed instance")
+            skipped.append(f"all after data segment {segment.number}: it may trap, and an imported table lets others"
+                           " see the memories of the failed instance")
             break
     if not hoisted:
         unchanged.skipped.extend(skipped)
@@ -761,9 +761,9 @@ def _hoist(module: _Module) -> Hoisted:
     whole = memoryview(module.wasm)
     parts: list[bytes | memoryview] = [_leb(len(segments))]
     for segment in segments:
-        if segment.index in hoisted and segment.is_constant:
+        if segment.number in hoisted and segment.is_constant:
             parts.append(b"\1\0")            # passive, of no bytes
-        elif segment.index in hoisted:
+        elif segment.number in hoisted:
             parts += [whole[segment.start:segment.head], b"\0"]
         else:
             parts.append(whole[segment.start:segment.end])
@@ -799,7 +799,7 @@ def _runs(whole: memoryview, segments: list[_Segment]) -> tuple[Run, ...]:
     runs = []
     for start, end, members in groups:
         content = bytearray(end - start)
-        for offset, segment in sorted(members, key=lambda pair: pair[1].index):
+        for offset, segment in sorted(members, key=lambda pair: pair[1].number):
             at = offset - start
             content[at:at + segment.end - segment.content] = whole[segment.content:segment.end]
         runs.append((start, bytes(content)))

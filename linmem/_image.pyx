@@ -299,13 +299,13 @@ cdef class Image(ImageHandle):
         target = None
         begin = 0
         if isinstance(other, Memory):
-            memory_changes(<Memory>other, self, "base", &found)
+            memory_changes(<Memory>other, self, "base", True, &found)
             size = len(other)
         elif isinstance(other, Image):
             image_ = <Image>other
             memset(&found, 0, sizeof(changes))
             with nogil:
-                code = compare(NULL, image_.it, self.it, &found, &why)
+                code = compare(NULL, image_.it, self.it, True, &found, &why)
             if code:
                 free(found.list)
                 raise_failure(&why)

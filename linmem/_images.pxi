@@ -473,12 +473,15 @@ cdef void join_ranges(ranges* of) noexcept nogil:
 
 cdef int add_touched(memory* m, size_t end, ranges* to) noexcept nogil:
     cdef touched_runs found
-    cdef size_t i
+    cdef size_t i, from_, stop = 0, page = pages.capabilities().page_size
     cdef int code
     touched_begin(&found, m, 0, end)
     while touched_next(&found):
         for i in range(found.n):
-            code = add_range(to, <size_t>(found.runs[i].at - m.base), found.runs[i].size)
+            # The kernel counts in its own pages, which may be smaller than the host page.
+            from_ = round_down(<size_t>(found.runs[i].at - m.base), page)
+            round_up(<size_t>(found.runs[i].at - m.base) + found.runs[i].size, page, &stop)
+            code = add_range(to, from_, stop - from_)
             if code:
                 return code
     return found.code
@@ -528,8 +531,9 @@ cdef inline const char* image_at(const image* it, size_t at) noexcept nogil:
     return it.content.bytes + (at - it.offset)
 
 
-cdef int compare(memory* m, image* now, image* base, changes* out, failure* why) noexcept nogil:
-    """What differs from `base` in `m` (the lock held; no page inaccessible), or in `now`."""
+cdef int compare(memory* m, image* now, image* base, bint for_delta, changes* out, failure* why) noexcept nogil:
+    """What differs from `base` in `m` (the lock held; no page inaccessible), or in `now`. for_delta: what `base` has in
+    the rest of the last page counts, too."""
     cdef size_t page = pages.capabilities().page_size
     cdef size_t size = memory_size(m) if m != NULL else now.end
     cdef size_t i, at, end = 0
@@ -551,7 +555,7 @@ cdef int compare(memory* m, image* now, image* base, changes* out, failure* why)
         at = places.list[i].offset
         end = at + places.list[i].size
         while at < end and at < size and code == 0:
-            code = compare_page(m, now, base, at, page, size, out, why)
+            code = compare_page(m, now, base, for_delta, at, page, size, out, why)
             at += page
         if code:
             break
@@ -559,8 +563,8 @@ cdef int compare(memory* m, image* now, image* base, changes* out, failure* why)
     return code
 
 
-cdef int compare_page(memory* m, image* now, image* base, size_t at, size_t page, size_t size, changes* out,
-                      failure* why) noexcept nogil:
+cdef int compare_page(memory* m, image* now, image* base, bint for_delta, size_t at, size_t page, size_t size,
+                      changes* out, failure* why) noexcept nogil:
     """The page at `at`, of which what is below `size` is compared."""
     cdef size_t step = page if size - at > page else size - at
     cdef const char* here
@@ -574,8 +578,8 @@ cdef int compare_page(memory* m, image* now, image* base, size_t at, size_t page
     if there == NULL:
         if zero:
             return 0
-    # What the base has in the rest of the last page goes: the page has then changed as a whole.
-    elif step == page or is_zero(there + step, page - step):
+    # In a delta, what the base has in the rest of the last page goes: the page has then changed as a whole.
+    elif not for_delta or step == page or is_zero(there + step, page - step):
         if is_zero(there, step) if here == NULL else memcmp(here, there, step) == 0:
             return 0
     return add_change(out, at, step, zero, why)

@@ -260,7 +260,7 @@ cdef bint memory_is_filled(memory* m, size_t size) noexcept nogil
 cdef int memory_renew(memory* m, size_t size) noexcept nogil
 cdef int memory_start_again(memory* m, image* to) noexcept nogil
 cdef int memory_snapshot(memory* m, image** out, failure* why) noexcept nogil
-cdef int compare(memory* m, image* now, image* base, changes* out, failure* why) noexcept nogil
+cdef int compare(memory* m, image* now, image* base, bint for_delta, changes* out, failure* why) noexcept nogil
 
 cdef int fail(failure* why, int code, const char* call, size_t size, size_t used=*, size_t limit=*) noexcept nogil
 cdef int fail_python(failure* why, object error) noexcept
@@ -330,4 +330,4 @@ cdef class Memory:
     cdef int check_apply(self, size_t start, size_t n, data) except -1
 
 
-cdef int memory_changes(Memory mem, object since, str name, changes* out) except -1
+cdef int memory_changes(Memory mem, object since, str name, bint for_delta, changes* out) except -1

@@ -570,8 +570,7 @@ cdef int begin_move(memory* m, size_t new_size, failure* why) noexcept nogil:
     """The base may change until end_move(): nobody points into the memory, and nobody begins to. With the lock
     held; waits for accesses under way."""
     cdef long long pins
-    cdef long long since = 0
-    cdef int looks = 0, code = 0
+    cdef int code
     if m.is_shared or load(&m.protection) != PROTECTION_NONE or not m.may_move:
         fail(why, E_CAPACITY, "grow_to", new_size, 0, m.capacity)
         snprintf(why.detail, sizeof(why.detail), "%s",
@@ -583,17 +582,26 @@ cdef int begin_move(memory* m, size_t new_size, failure* why) noexcept nogil:
         pins = pins_now(m)
         if pins > 0:
             return fail(why, E_EXPORTED, "grow_to", new_size, <size_t>pins, m.capacity)
-    while code == 0 and accesses_of_now(load(&m.accesses)) != generation << 32:
-        code = wait_for_signals(&looks, &since, why)
+    code = wait_for_accesses(m, why)
     if code:
         end_move(m)
     return code
 
 
-cdef void wait_for_accesses(memory* m) noexcept nogil:
-    """Until all have ended that had begun. Who begins one then sees what the caller wrote before."""
-    while accesses_of_now(load(&m.accesses)) != generation << 32:
-        pages.relax()
+cdef int wait_for_accesses(memory* m, failure* why) noexcept nogil:
+    """Until all accesses have ended that had begun; an access that begins later sees what the caller wrote before. With
+    the lock held. A code: Ctrl-C has ended the wait."""
+    cdef own_growth own
+    cdef long long since = 0
+    cdef int looks = 0, code = 0
+    if accesses_of_now(load(&m.accesses)) == generation << 32:
+        return 0
+    # Signal handlers run in this wait. A handler that uses the memory must not wait for its own thread.
+    begin_own_growth(&own, m)
+    while code == 0 and accesses_of_now(load(&m.accesses)) != generation << 32:
+        code = wait_for_signals(&looks, &since, why)
+    end_own_growth(&own)
+    return code
 
 
 cdef void end_move(memory* m) noexcept nogil:

@@ -195,18 +195,22 @@ cdef const char* access_name(int access) noexcept nogil:
     return "rx" if access == pages.ACCESS_READ_EXECUTE else "rw"
 
 
-cdef bint is_read_only(memory* m) noexcept nogil:
-    """Whether no byte of the memory can be written. Takes the lock."""
+cdef int is_read_only(memory* m, bint* answer, failure* why) noexcept nogil:
+    """Whether no byte of the memory can be written. Takes the lock; a code where it cannot be had."""
     cdef size_t at
-    cdef int access
+    cdef int access, code
     cdef bint writable
+    answer[0] = False
     if load(&m.protection) == PROTECTION_NONE or memory_size(m) == 0:
-        return False
-    acquire(&m.lock)
+        return 0
+    code = lock_memory(m, why)
+    if code:
+        return code
     writable = (load(&m.protection) == PROTECTION_NONE
                 or memory_has_other(m, 0, memory_size(m), NOT_WRITABLE, &at, &access))
     unlock(&m.lock)
-    return not writable
+    answer[0] = not writable
+    return 0
 
 
 cdef memory* find_protected(const char* at, size_t size) noexcept nogil:
@@ -234,7 +238,9 @@ cdef int refuse_foreign(const char* at, size_t size, int allowed, const char* ca
     cdef int code
     if m == NULL:
         return 0
-    acquire(&m.lock)
+    code = lock_memory(m, why)
+    if code:
+        return code
     start = <size_t>(at - m.base) if at > m.base else 0
     code = refuse_access(m, start, <size_t>(at + size - m.base) - start, allowed, call, why)
     unlock(&m.lock)
@@ -312,7 +318,10 @@ cdef int memory_protect(memory* m, size_t start, size_t size, int access, failur
     cdef int code = begin_change(m, why)
     if code:
         return code
-    wait_for_accesses(m)
+    code = wait_for_accesses(m, why)
+    if code:
+        end_change(m)
+        return code
     code = pages.protect(m.base + start, size, access)
     if code == 0:
         set_access(m.protections, start, start + size, access)

@@ -77,6 +77,10 @@ def main(argv: list[str] | None = None) -> int:
     """
     words = sys.argv[1:] if argv is None else list(argv)
     command = words[0] if words else ""
+    # Where a caller closed descriptor 1 or 2 (`linmem info >&-`) there is no stream: words for that stream are dropped.
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))      # noqa: SIM115  it stays open
     try:
         parser, commands = build_parser()
         for word in words:

@@ -597,7 +597,7 @@ def test_info_in_words_names_the_signal_of_each_child():
     assert (done.returncode, done.stderr) == (0, b"")
     assert len(re.findall(r"\[ok\] .*: died of (?:SIGSEGV|SIGBUS|access violation)", text)) == 3
     assert "The guards hold." in text
-    assert re.search(r"^address bits .*linmem holds 0 bytes$", text, re.MULTILINE)
+    assert re.search(r"^address bits .*linmem holds 0 bytes\r?$", text, re.MULTILINE)
     assert "linmem.wasmtime works" in text
 
 
@@ -683,3 +683,14 @@ def test_an_import_error_of_another_kind_is_not_hidden(monkeypatch):
     monkeypatch.setattr(linmem, "bench", module, raising=False)
     with pytest.raises(ModuleNotFoundError, match="left_pad"):
         cli.main(["bench"])
+
+
+@requires("fork")
+@pytest.mark.parametrize("closed", [1, 2])
+@pytest.mark.parametrize("words", ["info --json", "info", "image info no-file", "image diff no-file no-file"])
+def test_a_closed_stream_of_output_is_no_traceback_and_no_words_elsewhere(words, closed, tmp_path):
+    done = subprocess.run(["sh", "-c", f'"$0" -m linmem {words} {closed}>&-', sys.executable], capture_output=True,
+                          text=True, timeout=120, cwd=tmp_path)
+    assert "Traceback" not in done.stdout + done.stderr
+    assert done.returncode == (1 if "no-file" in words else 0)
+    assert (done.stdout, done.stderr)[closed - 1] == ""

@@ -627,6 +627,7 @@ def test_whatever_stands_in_a_file_an_image_that_opens_is_what_its_digest_says(t
         assert mem.read(offset, size) == bytes(opened)
 
 
+@requires("real_pages")
 @requires("holes")
 def test_a_file_that_claims_much_is_opened_in_time_that_follows_what_it_holds(tmp_path, monkeypatch):
     image = sparse(1 << 38, [0, 1 << 30, (1 << 38) - PAGE])
@@ -831,6 +832,7 @@ def test_a_page_that_became_zero_takes_no_space_in_a_delta(tmp_path, image):
     assert blocks(Delta.open(tmp_path / "delta")) == blocks(delta)
 
 
+@requires("real_pages")
 def test_a_delta_of_one_page_is_a_file_of_little_more(tmp_path):
     a, b = sparse(1 << 20, [0]), sparse(1 << 20, [0, 5 * PAGE])
     a.diff(b).save(tmp_path / "delta")
@@ -894,6 +896,7 @@ def old_file(data):
     return seal(data)
 
 
+@requires("real_pages")
 def test_files_of_version_one_are_read(tmp_path, image, delta):
     image.save(tmp_path / "image", packed=True)
     delta.save(tmp_path / "delta")

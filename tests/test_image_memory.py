@@ -230,6 +230,7 @@ def test_images_leave_descriptors_for_others(tmp_path, kind):
         """) == "True"
 
 
+@requires("real_pages")
 @requires("rlimits", "descriptors", "unnamed_files")
 def test_a_file_of_an_image_that_may_not_have_its_size_leaves_no_descriptor():
     assert answer("""
@@ -379,6 +380,7 @@ def test_an_image_of_a_file_is_its_bytes(a_file):
         assert mem.snapshot().runs() == Image.from_bytes(bytes(img), img.offset).runs()
 
 
+@requires("real_pages")
 def test_what_is_claimed_of_a_file_is_checked(a_file):
     fd = a_file(b"x" * PAGE + bytes(6 * PAGE) + b"y" * PAGE)
     os.lseek(fd, 5, os.SEEK_SET)
@@ -680,3 +682,13 @@ def test_resetting_a_slot_of_an_image_writes_dirty_pages_only():
             for i in range(16):
                 mem[i * MIB] = 1
             assert written(mem) == 16 * REAL_PAGE
+
+
+def test_what_an_image_has_beyond_a_smaller_memory_makes_no_page_dirty():
+    img = Image.from_bytes(b"x" * (2 * PAGE))
+    with linmem.create(PAGE + 5) as mem:
+        mem[:] = b"x" * (PAGE + 5)
+        assert mem.dirty_pages(img) == []
+        assert img.apply(img.diff(mem)) == mem.snapshot()
+        mem[PAGE] = 0
+        assert mem.dirty_pages(img) == [(PAGE, 5)]

@@ -521,16 +521,23 @@ def plain_maker(engine, wat):
     return lambda store, imports: wasmtime.Instance(store, module, imports)
 
 
+# Without copy-on-write initialisation plain wasmtime copies data by code, which costs fuel.
+PLAIN = limited(False, consume_fuel=True)
+PLAIN_IS_FREE = fuel_of(PLAIN, plain_maker(PLAIN, HELLO), 0) == (0, 0)
+
+
 @pytest.mark.parametrize("name", FREE)
 @pytest.mark.parametrize("expose", [False, True])
 def test_an_instance_needs_no_fuel_where_plain_wasmtime_needs_none(name, expose):
     plain, ours = limited(False, consume_fuel=True), limited(True, consume_fuel=True)
-    assert fuel_of(plain, plain_maker(plain, FREE[name]), 0) == (0, 0)
+    if PLAIN_IS_FREE:
+        assert fuel_of(plain, plain_maker(plain, FREE[name]), 0) == (0, 0)
     prepared = prepare(ours, FREE[name], expose=expose)
     assert prepared.skipped == ()
     assert fuel_of(ours, prepared.instantiate, 0) == (0, 0)
 
 
+@pytest.mark.skipif(not PLAIN_IS_FREE, reason="plain wasmtime copies data by code here")
 @pytest.mark.parametrize("fuel", [0, 1, 2, 3, 5, 100, 10000])
 def test_a_start_function_and_calls_cost_the_fuel_that_they_cost_in_plain_wasmtime(fuel):
     plain, ours = limited(False, consume_fuel=True), limited(True, consume_fuel=True)
@@ -556,7 +563,7 @@ FUEL_ENGINES = limited(False, consume_fuel=True), engine_of(consume_fuel=True)
 
 @pytest.mark.parametrize("name", FREE)
 def test_an_instance_is_made_past_its_deadline_where_plain_wasmtime_makes_it(name):
-    for engine in (limited(False, epoch_interruption=True), limited(True, epoch_interruption=True)):
+    for engine in [limited(ours, epoch_interruption=True) for ours in (False, True) if ours or PLAIN_IS_FREE]:
         make = (prepare(engine, FREE[name]).instantiate if linmem_makes(engine) else plain_maker(engine, FREE[name]))
         store = wasmtime.Store(engine)      # whose deadline is past as long as none is set
         engine.increment_epoch()

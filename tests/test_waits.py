@@ -533,12 +533,19 @@ def engine_of(creator, **options):
     return wasmtime.Engine(config)
 
 
+class Final(BaseException):
+    """A class that refuses to be subclassed, as those of some asynchronous libraries do."""
+
+    def __init_subclass__(cls):
+        raise TypeError("final")
+
+
 class Own(BaseException):
     pass
 
 
 @pytest.mark.parametrize("threaded", [False, True])
-@pytest.mark.parametrize("make", [KeyboardInterrupt, lambda: SystemExit(3), lambda: Own("mine"), GeneratorExit])
+@pytest.mark.parametrize("make", [KeyboardInterrupt, lambda: SystemExit(3), lambda: Own("mine"), GeneratorExit, Final])
 def test_what_is_no_exception_of_a_guests_surfaces_in_python(make, threaded):
     creator = Failing()
     engine = engine_of(creator)
@@ -647,3 +654,37 @@ except RuntimeError as error:
     print("lost", end="")
 store.close()
 """
+
+
+@requires("fork")
+def test_a_signal_handler_that_uses_a_memory_that_its_thread_waits_to_move_is_refused():
+    assert answer("""
+        import faulthandler, linmem, signal, threading, time
+        faulthandler.dump_traceback_later(60, exit=True)
+        N, said = 1 << 29, []
+        mem = linmem.create(N, reserve=N, may_move=True)
+        def handler(*_):
+            try:
+                mem.snapshot()
+            except RuntimeError as error:
+                said.append("would wait for itself" in str(error))
+        signal.signal(signal.SIGALRM, handler)
+        stop = threading.Event()
+        def read():
+            while not stop.is_set():
+                mem.read(0, N)
+        thread = threading.Thread(target=read)
+        thread.start()
+        try:
+            for n in range(1, 200):
+                signal.setitimer(signal.ITIMER_REAL, 0.06)
+                mem.grow_to(mem.byte_capacity() + (1 << 16))
+                if said:
+                    break
+        finally:
+            stop.set()
+            thread.join()
+        assert all(said), said
+        mem.close()
+        print("over")
+        """) == "over"

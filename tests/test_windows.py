@@ -254,7 +254,7 @@ def test_a_child_that_touches_a_guard_dies_of_an_access_violation(touch, where):
 
 def test_a_child_that_writes_a_protected_page_dies_of_an_access_violation():
     done = support.run_child(support.textwrap.dedent(GUARDED)
-                             + f"mem.protect(0, {PAGE}, 'r')\nread(info.base)\nmemoryview(mem)[0] = 2\n")
+                             + f"view = memoryview(mem)\nmem.protect(0, {PAGE}, 'r')\nread(info.base)\nview[0] = 2\n")
     assert done.stdout.strip() == "alive", done.stdout + done.stderr
     assert done.returncode & 0xFFFFFFFF == ACCESS_VIOLATION, done.stderr
 

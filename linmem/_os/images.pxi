@@ -257,7 +257,7 @@ cdef int image_begin_file(int kind, size_t size, image_pages* out) noexcept nogi
     cdef int code = 0
     if fd < 0:
         return errno
-    if image_too_many(fd):
+    if image_too_many(reader if kind == IMAGE_FILE else fd):     # the descriptor that stays
         code = EMFILE
     elif kind == IMAGE_SEALED and ftruncate(fd, <long long>size):
         code = errno

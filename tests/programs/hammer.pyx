@@ -138,7 +138,7 @@ cdef int look_like(worker* w, memory* m, image* it) noexcept nogil:
     cdef failure why
     cdef changes found
     memset(&found, 0, sizeof(found))
-    if judge(w, compare(m, NULL, it, &found, &why), &why) == 0 and found.n:
+    if judge(w, compare(m, NULL, it, False, &found, &why), &why) == 0 and found.n:
         wrong(w, "a new memory does not hold its image")
     free(found.list)
     return 0
@@ -248,7 +248,7 @@ cdef int visit(worker* w) noexcept nogil:
     elif what == 7 and m.ops.pages_are_ours:
         memset(&found, 0, sizeof(found))
         acquire(&m.lock)
-        judge(w, compare(m, NULL, w.all.image, &found, &why), &why)
+        judge(w, compare(m, NULL, w.all.image, False, &found, &why), &why)
         unlock(&m.lock)
         free(found.list)
     return drop(m)
@@ -270,7 +270,7 @@ cdef int draw(worker* w) noexcept nogil:
         code = image_finish(mine, &why)
     if code == 0:
         memset(&found, 0, sizeof(found))
-        code = compare(NULL, mine, w.all.image, &found, &why)
+        code = compare(NULL, mine, w.all.image, False, &found, &why)
         if code == 0 and found.n == 0:
             wrong(w, "two images that differ do not")
         free(found.list)
