@@ -87,6 +87,6 @@ def every_mapping_is_given_back():
         return
     before = support.live_bytes()
     yield
-    if support.live_bytes() > before:       # fewer: what an earlier test left was collected meanwhile
+    if support.live_bytes() != before:
         gc.collect()
-        assert support.live_bytes() <= before, "the test left mappings of linmem behind"
+        assert support.live_bytes() == before, "the test left mappings of linmem behind"

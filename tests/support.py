@@ -170,6 +170,8 @@ NEEDS = {
     "sources": ((ROOT / "linmem" / "_memory.pyx").exists(), "the sources are not beside the tests"),
     "interrupts": (hasattr(signal, "pthread_kill"), "a process cannot be sent an interrupt here"),
     "failing_allocations": (_has_module("_testcapi"), "Python's allocations cannot be made to fail here"),
+    # Without linmem too, on 3.12 and 3.13.
+    "failing_generators": (sys.version_info < (3, 12), "CPython crashes where a generator gets no memory"),
     "docstrings": (sysconfig.get_config_var("WITH_DOC_STRINGS") != 0, "this Python was built without docstrings"),
     "numpy": (_has_module("numpy"), "NumPy is not installed"),
     # Not imported to know: it takes longer than the rest of a test run's start.

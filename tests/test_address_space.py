@@ -372,6 +372,7 @@ def test_a_memory_of_which_a_creator_in_python_made_a_part_moves_as_the_request_
             else:
                 with pytest.raises(linmem.GrowError):
                     inner[-1].grow_to(3 * PAGE)
+        inner.pop().close()         # the class keeps the list, and a class goes with a collection only
     with linmem.MmapCreator().new_memory(linmem.MemoryType(0), PAGE, None, PAGE, 0) as mem, \
             pytest.raises(linmem.GrowError):
         mem.grow_to(2 * PAGE)

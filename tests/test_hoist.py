@@ -326,6 +326,28 @@ def test_an_element_that_must_be_allocated_may_fail(element, taken):
     assert ["an element segment may trap" in reason for reason in made.skipped] == [True] * (not taken)
 
 
+@pytest.mark.parametrize(("table", "offset"), [("", "i64"), ("i64", "i32")])
+def test_an_element_segment_whose_offset_has_the_type_of_other_tables_may_fail(table, offset):
+    wasm = binary(f"""(module (import "e" "t" (table {table} 4 funcref)) (memory 1) (func $f)
+        (elem (table 0) (offset ({offset}.const 0)) func $f) (data (i32.const 0) "x"))""")
+    made = hoist(wasm)
+    assert (made.module, made.images) == (wasm, [None])
+    assert ["an element segment may trap" in reason for reason in made.skipped] == [True]
+
+
+def test_the_value_of_a_global_that_can_change_is_no_constant():
+    wasm = binary('(module (memory 1) (global (mut i32) (i32.const 3)) (data (global.get 0) "x"))')
+    made = hoist(wasm)
+    assert (made.module, made.images) == (wasm, [None])
+    assert made.skipped == ["data segment 0 and all after it of memory 0: its offset is not a constant of the module"]
+
+
+def test_references_of_shared_types_are_read_and_hinder_nothing():
+    made = hoist(binary("""(module (import "e" "g" (global (ref (shared func)))) (memory 1) (global i32 (i32.const 3))
+        (data (global.get 1) "x"))"""))
+    assert (made.unknown, made.images, made.skipped) == (False, [((3, b"x"),)], [])
+
+
 def test_element_segments_that_cannot_fail_hinder_nothing():
     made = same(f"""(module (import "e" "t" (table 1 funcref)) (table $own 2 funcref) (memory 1) {PEEK}
         (elem (i32.const 0) $peek) (elem (table $own) (i32.const 0) func $peek $peek)
@@ -579,6 +601,14 @@ def test_a_hidden_table_is_state_only_if_code_can_change_it(code, changes):
     wasm = binary(f"(module (table 2 funcref) (elem func) (func {code}))")
     assert outline(wasm).hidden_tables() == [0] * changes
     assert expose(wasm)[1] == ({"linmem:table:0"} if changes else frozenset())
+
+
+@pytest.mark.parametrize("tables", [31, 32, 33, 200])
+def test_code_that_changes_the_last_of_many_tables_is_seen(tables):
+    found = outline(binary(f"""(module {"(table 1 funcref)" * tables}
+        (func (table.set {tables - 1} (i32.const 0) (ref.null func))))"""))
+    assert found.changes_tables
+    assert found.hidden_tables() == list(range(tables))
 
 
 def test_code_that_changes_a_table_is_seen_however_its_numbers_are_written():

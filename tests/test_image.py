@@ -520,6 +520,27 @@ def test_an_image_takes_only_its_own_deltas():
     assert a.apply(a.diff(Image.from_bytes(b"c"))) == Image.from_bytes(b"c")
 
 
+@pytest.mark.parametrize("rest", [1, 100, PAGE - 1])
+def test_a_delta_does_not_name_a_last_part_of_a_page_that_has_not_changed(kind, rest):
+    img = Image.from_bytes(b"x" * (PAGE + rest))
+    with img.new_memory() as mem:
+        for other in (img, mem):
+            delta = img.diff(other)
+            assert (delta.ranges, delta.zeros) == ((), ())
+        mem[PAGE] = 1
+        assert img.diff(mem).ranges == ((PAGE, rest),)
+
+
+def test_a_delta_that_leaves_bytes_before_the_image_that_it_leads_to_is_refused():
+    img = Image.from_bytes(b"abcd")
+    for ranges, data, at in (((), b"", 0), (((PAGE - 4, 8),), b"efghijkl", 0), (((0, 4), (8, 4)), b"\0\0\0\0efgh", 8)):
+        delta = Delta(img.digest, 4, 2 * PAGE, ranges, (), data, None, PAGE)
+        with pytest.raises(ValueError, match=f"leaves bytes that are not zero at {at}, before the image .* at {PAGE}"):
+            img.apply(delta)
+    cleared = Delta(img.digest, 4, 2 * PAGE, [(PAGE - 4, 8)], [(0, 4)], b"\0\0\0\0ijkl", None, PAGE)
+    assert img.apply(cleared) == Image.from_bytes(b"ijkl".ljust(PAGE, b"\0"), PAGE)
+
+
 def test_deltas_that_do_not_follow_one_another_do_not_compose():
     a, b, c = (Image.from_bytes(letter * PAGE) for letter in (b"a", b"b", b"c"))
     with pytest.raises(ValueError, match="later must start from"):

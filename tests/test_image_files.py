@@ -518,6 +518,26 @@ def test_a_table_that_lies_is_refused_by_the_number_of_the_entry(saved, entry, n
     assert (error.field, error.value) == (name, value)
 
 
+@pytest.mark.parametrize(("number", "entry", "name", "value", "bound"), [
+    (0, (0, 2, 1), "stored", "0x0001", "within 0x0002"),            # a page that the delta does not mention
+    (0, (0, 2, 6), "stored", "0x0006", "within 0x0002"),
+    (1, (1, 1, 0, 5), "crc", "0x00000005", "0, for no page"),
+])
+def test_a_table_of_a_delta_that_lies_is_refused_by_the_number_of_the_entry(tmp_path, image, number, entry, name, value,
+                                                                            bound):
+    path = tmp_path / "delta"
+    Delta(image.digest, image.size, image.size, [(PAGE, PAGE)], [(GROUP, PAGE)], b"x" * PAGE).save(path)
+    data = bytearray(path.read_bytes())
+    at = field(path, 64)
+    assert [struct.unpack_from("<QHH", data, at + 16 * i) for i in range(2)] == [(0, 2, 2), (1, 1, 0)]
+    struct.pack_into("<QHHI"[:1 + len(entry)], data, at + 16 * number, *entry)
+    path.write_bytes(seal(data))
+    with pytest.raises(FileFormatError) as caught:
+        Delta.open(path)
+    error = caught.value
+    assert (error.field, error.value, error.bound) == (f"table[{number}].{name}", value, bound)
+
+
 def test_pages_that_the_content_does_not_reach_are_refused(tmp_path):
     path = tmp_path / "image"
     sparse(PAGE + 1, [0, PAGE], offset=2 * PAGE).save(path)
@@ -645,6 +665,34 @@ def test_a_file_that_claims_much_is_opened_in_time_that_follows_what_it_holds(tm
     assert (other.diff(changed).ranges, other.diff(changed).zeros) == (
         ((1 << 31, PAGE),), ((1 << 30, PAGE), ((1 << 38) - PAGE, PAGE)))
     assert other.apply(other.diff(changed)) == changed
+
+
+@pytest.mark.parametrize("runs", [None, [(0, PAGE)]])
+def test_a_descriptor_that_an_image_is_made_from_stays_at_its_position(tmp_path, runs):
+    path = tmp_path / "bytes"
+    path.write_bytes(b"x" * PAGE + bytes(GROUP - PAGE))
+    with open(path, "rb", buffering=0) as file:
+        file.seek(5)
+        assert bytes(Image.from_fd(file.fileno(), GROUP, runs=runs)) == path.read_bytes()
+        assert file.tell() == 5
+
+
+def test_the_digest_of_a_file_is_of_its_size_and_of_where_its_bytes_stand(tmp_path):
+    def digest(content):
+        (tmp_path / "file").write_bytes(content)
+        with open(tmp_path / "file", "rb", buffering=0) as file:
+            return _files.content_digest(file.fileno())
+
+    empty, page = bytes(PAGE), b"x" * PAGE
+    contents = [b"", b"x", b"x\0", empty, empty + empty, page, page + empty, empty + page, empty + empty + page,
+                page + page, empty + b"x"]
+    assert len({digest(content) for content in contents}) == len(contents)
+    for content in contents:
+        expected = hashlib.blake2b(len(content).to_bytes(8, "little"), digest_size=32)
+        for at in range(0, len(content), PAGE):
+            if any(content[at:at + PAGE]):
+                expected.update(at.to_bytes(8, "little") + content[at:at + PAGE])
+        assert digest(content) == expected.hexdigest()
 
 
 def test_content_that_is_not_the_digests_is_found_when_the_image_is_verified(saved, image):
@@ -876,6 +924,14 @@ def test_a_delta_leads_to_the_image_that_it_was_made_for_and_so_does_a_chain(tmp
             for copy in (back, pickle.loads(pickle.dumps(delta))):
                 assert (copy.target, copy.offset, copy.size) == (delta.target, delta.offset, delta.size)
             assert pickle.loads(pickle.dumps(delta)) == delta
+
+
+def test_a_chain_over_an_image_that_ends_within_a_page_is_saved_where_the_delta_reaches_that_end(tmp_path):
+    a, b = Image.from_bytes(b"a" * 10), Image.from_bytes(b"b" * 100)
+    c = Image.from_bytes(bytes(b).ljust(GROUP, b"\0") + b"c" * GROUP)
+    whole = a.diff(b) | b.diff(c)
+    whole.save(tmp_path / "delta")
+    assert a.apply(Delta.open(tmp_path / "delta")) == c
 
 
 def test_deltas_that_differ_in_their_target_only_are_not_equal(image, delta):

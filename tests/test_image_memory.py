@@ -243,6 +243,27 @@ def test_a_file_of_an_image_that_may_not_have_its_size_leaves_no_descriptor():
         """, limits={"RLIMIT_FSIZE": 4096}) == "private True True"
 
 
+@requires("rlimits", "descriptors", "maps_images")
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "private"])
+def test_an_image_whose_file_may_not_be_written_becomes_private_and_leaves_no_descriptor(kind):
+    assert answer(f"""
+        import os, linmem
+        from linmem._os import pages
+        pages.choose_image({kind!r})
+        before = os.listdir("/proc/self/fd")
+        most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+
+        def pieces():
+            yield 0, b"a" * {PAGE}
+            resource.setrlimit(resource.RLIMIT_FSIZE, ({PAGE}, most))     # the file has its size by now
+            yield {2 * PAGE}, b"b" * {PAGE}
+
+        img = linmem.Image.from_pieces(pieces(), {4 * PAGE})
+        whole = bytes(img) == b"a" * {PAGE} + bytes({PAGE}) + b"b" * {PAGE} + bytes({PAGE})
+        print(img.info().kind, whole, os.listdir("/proc/self/fd") == before)
+        """) == "private True True"
+
+
 @requires("mounts", "unnamed_files")
 @pytest.mark.parametrize("size", [1 << 16, 1 << 20, 1 << 24])
 def test_a_full_memory_file_system_neither_refuses_an_image_nor_kills_who_reads_it(size):

@@ -45,6 +45,15 @@ def test_a_size_that_wraps_when_it_is_rounded_up_is_refused_from_the_first_one_o
         assert _lay_out(*sizes, page) is None
 
 
+@pytest.mark.parametrize("minimum", [0, 4096, 2**32])
+@pytest.mark.parametrize(("room", "beyond"), [(2**20, 2**19 + 1), (2**20, 2**20 - 1), (2**21 - 3, 2**20 - 1)])
+def test_the_least_reservation_does_not_exceed_a_maximum_that_is_nearer(minimum, room, beyond):
+    """Half of the room does not hold what exceeds the minimum, and a small reservation would be more than that."""
+    assert _choose_reservation(minimum, minimum + beyond, room, 0, 0) == minimum + beyond
+    assert _choose_reservation(minimum, None, room, 0, 0) == minimum + 2**20
+    assert _choose_reservation(minimum, minimum + 2**21, room, 0, 0) == minimum + 2**20
+
+
 @pytest.mark.parametrize("page", [4096, 16384, 65536])
 def test_the_largest_layout_has_a_length_that_python_can_say_and_one_page_more_is_refused(page):
     largest = 2**63 - 2 * page      # with a page before the base, the largest multiple of pages below 2**63

@@ -764,6 +764,18 @@ def test_the_entries_of_one_module_are_bounded(tmp_path):
     assert list(cache.entries("another", ".x")) == []
 
 
+def test_an_entry_that_is_not_what_its_name_says_is_not_handed_out_and_is_removed(tmp_path):
+    cache = Cache(tmp_path)
+    good, cut, other = (cache.add("key", ".x", writes(content)) for content in (b"good", b"cut", b"other"))
+    for path, content in ((cut, b"cu"), (other, b"othe\0")):
+        with open(path, "wb") as file:
+            file.write(content)
+    of_another_suffix = tmp_path / "key" / "0.y"
+    of_another_suffix.write_bytes(b"")
+    assert list(cache.entries("key", ".x")) == [good]
+    assert sorted(os.listdir(tmp_path / "key")) == sorted([os.path.basename(good), "0.y"])
+
+
 @requires("owners")
 def test_an_entry_is_its_owners_alone_while_it_is_written_and_afterwards(tmp_path):
     seen = []

@@ -559,6 +559,19 @@ print("alive")
 """) == "alive"
 
 
+def test_data_that_begin_before_a_memory_with_protected_pages_are_refused():
+    assert answer(f"""
+        import ctypes, linmem
+        with linmem.create({2 * PAGE}) as mem, linmem.create({3 * PAGE}) as other:
+            mem.protect(0, {PAGE}, "none")
+            data = (ctypes.c_char * {2 * PAGE}).from_address(mem.as_ptr() - {PAGE})
+            try:
+                other.write(0, data)
+            except ValueError as error:
+                print("protect(0, " in str(error))
+        """) == "True"
+
+
 @pytest.mark.parametrize("fork", whichever(("fork", "os.fork")))
 def test_a_child_that_is_forked_within_protect_raises_until_it_protects_anew(fork):
     assert answer(FORKING + f"""

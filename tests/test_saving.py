@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import socket
 import stat
@@ -272,6 +273,59 @@ def test_the_next_writer_removes_what_a_killed_one_left_and_nothing_else(tmp_pat
             alive.stdin.close()
             alive.wait(60)
     assert left not in os.listdir(folder)
+
+
+@requires("fork")
+def test_a_writer_whose_file_was_removed_before_it_held_the_lock_begins_anew(tmp_path, monkeypatch):
+    removed = []
+    whole = _saving._lock
+
+    def lock(fd):
+        if not removed:
+            removed.extend(os.listdir(tmp_path))        # as another writer does that takes it for abandoned
+            os.unlink(tmp_path / removed[0])
+        return whole(fd)
+
+    monkeypatch.setattr(_saving, "_lock", lock)
+    B.save(tmp_path / "image")
+    assert len(removed) == 1
+    assert os.listdir(tmp_path) == ["image"]
+    assert Image.open(tmp_path / "image", verify=True) == B
+
+
+@requires("fork")
+def test_only_regular_files_are_taken_for_what_a_killed_writer_left(tmp_path):
+    pipe, folder, file, link = (tmp_path / f".linmem-{number:016x}.tmp" for number in range(4))
+    os.mkfifo(pipe)
+    folder.mkdir()
+    file.touch()
+    (tmp_path / "another").touch()
+    link.symlink_to("another")
+    A.save(tmp_path / "image")
+    assert sorted(os.listdir(tmp_path)) == sorted(["another", "image", pipe.name, folder.name, link.name])
+
+
+@requires("fork")
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL])
+def test_a_save_works_where_the_file_system_has_no_locks(old, monkeypatch, code):
+    def no_locks(fd, how):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(_saving.fcntl, "flock", no_locks)
+    B.save(old)
+    assert Image.open(old, verify=True) == B
+
+
+@requires("fork")
+def test_a_lock_that_fails_otherwise_fails_the_save_and_leaves_the_old_file(old, monkeypatch):
+    def broken(fd, how):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(_saving.fcntl, "flock", broken)
+    with pytest.raises(OSError, match=re.escape(os.strerror(errno.EIO))):
+        B.save(old)
+    assert os.listdir(old.parent) == [old.name]
+    assert Image.open(old, verify=True) == A
 
 
 @requires("fork")

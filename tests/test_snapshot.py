@@ -362,6 +362,14 @@ def test_what_is_not_held_is_refused_or_named():
     assert snapshot.tables == ("t",)
 
 
+@pytest.mark.parametrize(("data", "elements"), [(0, 1), (1, 0), (0, 2)])
+def test_passive_segments_of_either_kind_are_named(data, elements):
+    store, instance, _ = start(f"""(module (memory (export "memory") 1)
+        {'(data "passive")' * data} {'(elem func)' * elements})""")
+    assert Snapshot.take(store, instance).unseen == (
+        f"which of {data} passive data segments and {elements} passive element segments were dropped",)
+
+
 IMPORTING = """(module (import "e" "m" (memory 1)) (import "e" "g" (global (mut i32)))
     (import "e" "t" (table 2 funcref))
     (func $one (result i32) (i32.const 1)) (func $two (result i32) (i32.const 2)) (elem (i32.const 0) $one $two)
@@ -583,6 +591,23 @@ def test_nothing_is_taken_or_restored_while_a_call_into_the_store_runs():
         "restore": (RuntimeError, "a snapshot cannot be restored while a call into its store is running")}
     snapshot.restore(store)
     store.close()       # the function knows the store, and wasmtime-py the function
+
+
+def test_a_function_of_the_users_named_as_one_of_wasmtimes_is_no_call_into_the_store():
+    store, instance, exports = start(COUNTER)
+    before = contents(store, exports)
+
+    def instantiate(store):
+        return Snapshot.take(store, instance)
+
+    def call_async(store, snapshot):
+        snapshot.restore(store)
+
+    snapshot = instantiate(store)
+    exports["step"](store, 0)
+    assert contents(store, exports) != before
+    call_async(store, snapshot)
+    assert contents(store, exports) == before
 
 
 @pytest.mark.parametrize("way", ["instance", "linker", "prepared", "by a caller"])
