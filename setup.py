@@ -3,6 +3,7 @@
 import os
 import sys
 import sysconfig
+from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
@@ -24,6 +25,9 @@ STRICT_FLAGS = {
     "mingw32": ["-Wall", "-Werror"],
     "msvc": ["/WX"],
 }
+
+# The C headers, by paths from here. The wheel has them, too: the .pxd files that name them are in it.
+HEADERS = [path.as_posix() for path in Path("linmem").rglob("*.h")]
 
 extensions = [
     Extension("linmem._os.pages", [f"linmem/_os/{PAGES}.pyx"]),
@@ -49,6 +53,8 @@ class BuildExt(build_ext):
     def build_extensions(self):
         kind = self.compiler.compiler_type
         for extension in self.extensions:
+            extension.include_dirs.append(".")
+            extension.depends += HEADERS
             extension.extra_compile_args += [flag for flag in FLAGS.get(kind, []) if not (flag == "-O3" and CHOSEN)]
             if WITHOUT_GIL:
                 extension.define_macros.append(("Py_GIL_DISABLED", "1"))

@@ -1,7 +1,7 @@
 # Creators over an upstream creator. Floor 4.
 
-from linmem._atomic cimport word
 from linmem._memory cimport NativeCreator, failure, fork_lock, memory, memory_spec
+from linmem._units cimport word
 
 
 # Shared by a LimitingCreator and the hooks of its memories; wasmtime may outlive the creator.

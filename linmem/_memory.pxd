@@ -9,8 +9,8 @@
 
 from cpython.object cimport PyObject
 
-from linmem._atomic cimport load, word
 from linmem._os cimport pages
+from linmem._units cimport word
 
 # Why a nogil call failed. Filled only on failure; the text is made from it in one place.
 cdef struct failure:
@@ -217,9 +217,7 @@ cdef struct domain:
     char* name                  # UTF-8; none after it
 
 
-cdef inline size_t memory_size(memory* m) noexcept nogil:
-    return <size_t>load(&m.size)
-
+cdef size_t memory_size(memory* m) noexcept nogil
 
 cdef size_t UNCHOSEN            # of a reservation
 cdef size_t NO_MAXIMUM

@@ -34,13 +34,11 @@ include "_failures.pxi"
 
 cdef extern from *:
     """
-    #if PY_VERSION_HEX >= 0x030d0000
-    #define linmem_is_finalizing() Py_IsFinalizing()
-    #else
-    #define linmem_is_finalizing() _Py_IsFinalizing()
+    #if PY_VERSION_HEX < 0x030d0000
+    #define Py_IsFinalizing _Py_IsFinalizing
     #endif
     """
-    bint is_finalizing "linmem_is_finalizing"() noexcept nogil
+    bint is_finalizing "Py_IsFinalizing"() noexcept nogil
     int PyErr_CheckSignals() except -1
     int Py_AddPendingCall(int (*call)(void*), void* argument) noexcept nogil
     void* PyGILState_GetThisThreadState() noexcept nogil
@@ -340,6 +338,10 @@ cdef bint is_own_growth(memory* m) noexcept nogil:
 
 
 # -- every memory, whatever its kind -----------------------------------------------------------
+
+cdef size_t memory_size(memory* m) noexcept nogil:
+    return <size_t>load(&m.size)
+
 
 cdef void list_memory(memory* m) noexcept nogil:
     """From now on a forked child repairs it. By who makes it, as the last thing."""

@@ -8,11 +8,11 @@
 #  A warm slot. Its last guest had grown to `high` or less; growing again up to there finds the pages
 #  where they were, and zero. Where "zero" is said of accessible bytes, those of an image are the image's.
 
-from linmem._atomic cimport word
 from linmem._memory cimport (
     CACHE_LINE, ImageHandle, NativeCreator, domain, failure, fork_lock, image, memory, memory_hook, memory_spec,
 )
 from linmem._reset cimport reset_policy
+from linmem._units cimport word
 
 # The states of a slot. move_slot() is the only function that changes one.
 #

@@ -487,17 +487,7 @@ cdef inline void tell_sum(pool* p) noexcept nogil:
 
 # -- the transition of a slot's state ---------------------------------------------------------------------------
 
-cdef extern from *:
-    """
-    #ifdef LINMEM_CHECKED
-    #include <stdio.h>
-    #include <stdlib.h>
-    #define linmem_must(holds) \\
-        do { if (!(holds)) { fprintf(stderr, "linmem: " #holds " does not hold\\n"); abort(); } } while (0)
-    #else
-    #define linmem_must(holds) ((void)sizeof(holds))
-    #endif
-    """
+cdef extern from "linmem/_checked.h":
     void must "linmem_must"(bint holds) noexcept nogil
 
 

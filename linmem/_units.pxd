@@ -2,6 +2,9 @@
 
 from libc.stdint cimport SIZE_MAX
 
+# A number in a struct that threads share without the GIL. _atomic.pxd has the operations on words. The type is here, so
+# that a module which only knows the structs needs no C header.
+ctypedef long long word
 
 # What a nogil function returns when the reason is ours and not the OS's. Positive numbers are
 # OS codes (errno, GetLastError); 0 is success.

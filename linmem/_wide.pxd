@@ -1,31 +1,10 @@
 # Zeroing bytes that are in the processor's cache. Floor 0: imports nothing of ours.
 #
-# A C library's memset leaves more than some kilobytes to the processor's string instruction. That is best where the
-# bytes are not in a cache, and on some processors half as fast again as plain wide stores where they are. Which is so
-# here, whoever zeroes much has to measure.
+# For more than some kilobytes, the memset of a C library uses the processor's string instruction. This is best if the
+# bytes are not in a cache. If they are, plain wide stores are faster on some processors, by a half. The caller measures
+# which of the two is faster on this machine.
 
-cdef extern from *:
-    """
-    #ifndef LINMEM_WIDE_H
-    #define LINMEM_WIDE_H
-    #include <string.h>
-    #if defined(__x86_64__) && defined(__GNUC__)
-    typedef long long linmem_four_words __attribute__((vector_size(32), may_alias));
-    static inline int linmem_has_wide_stores(void) { return __builtin_cpu_supports("avx") != 0; }
-    __attribute__((target("avx"))) static void linmem_zero_wide(char *at, size_t size) {
-        const linmem_four_words zero = {0, 0, 0, 0};
-        linmem_four_words *to = (linmem_four_words *)at, *end = (linmem_four_words *)(at + size);
-        for (; to < end; to += 4) {
-            to[0] = to[1] = to[2] = to[3] = zero;
-            __asm__ volatile("" : : : "memory");        /* else a compiler makes a memset of it */
-        }
-    }
-    #else
-    static inline int linmem_has_wide_stores(void) { return 0; }
-    static void linmem_zero_wide(char *at, size_t size) { memset(at, 0, size); }
-    #endif
-    #endif
-    """
+cdef extern from "linmem/_wide.h":
     bint has_wide_stores "linmem_has_wide_stores"() noexcept nogil
     # Only where has_wide_stores(); at and size are multiples of 128.
     void zero_wide "linmem_zero_wide"(char* at, size_t size) noexcept nogil

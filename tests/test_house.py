@@ -33,7 +33,7 @@ FLOORS = {
     "bench": 5.6, "_cli.bench": 5.7, "cli": 6, "__main__": 6.1,
 }
 # A floor may lean on these, which hold no state, from the same floor.
-SAME_FLOOR = {("abc", "records"), ("_os.posix", "_os.pages"), ("_os.windows", "_os.pages"),
+SAME_FLOOR = {("abc", "records"), ("_atomic", "_units"), ("_os.posix", "_os.pages"), ("_os.windows", "_os.pages"),
               ("dask", "creators"), ("_files", "errors"), ("_delta", "_files"),
               ("_files", "_saving"), ("_cache", "_files"), ("_cache", "_saving"),
               *((room, "_checks") for room in ("errors", "records", "_delta", "_formats"))}
@@ -97,6 +97,38 @@ def test_only_the_page_floor_says_the_operating_systems_words(path):
 @requires("sources")
 def test_the_word_test_sees_the_page_floor():
     assert OS_WORDS.search((HOUSE / "_os" / "posix.pyx").read_text("utf-8"))
+
+
+VERBATIM = re.compile(r'^[ ]*cdef extern from [^\n]*:\n\s*"""\n?(.*?)"""', re.DOTALL | re.MULTILINE)
+
+
+@requires("sources")
+def test_verbatim_c_in_a_string_is_at_most_three_lines():
+    paths = [path for folder in (HOUSE, ROOT / "bench") for pattern in ("*.pyx", "*.pxd", "*.pxi")
+             for path in folder.rglob(pattern)]
+    strings = [(path.name, text) for path in paths for text in VERBATIM.findall(path.read_text("utf-8"))]
+    assert strings, "the test finds no verbatim C"
+    assert [(name, text) for name, text in strings if len(text.strip().splitlines()) > 3] == []
+
+
+@requires("sources")
+def test_one_header_knows_the_operating_systems_and_no_user_of_the_c_face_needs_a_header():
+    knows = [path.relative_to(HOUSE).as_posix() for path in HOUSE.rglob("*.h")
+             if re.search(r"__linux__|_WIN32|sys/mman\.h|windows\.h", path.read_text("utf-8"))]
+    assert knows == ["_os/compat.h"]
+    assert len((HOUSE / "_os" / "compat.h").read_text("utf-8").splitlines()) <= 200
+    rooms, reached = [""], []
+    for room in rooms:      # more are appended meanwhile
+        reached.append(HOUSE.joinpath(*(room or "__init__").split(".")).with_suffix(".pxd"))
+        rooms += sorted(set(imports_of(reached[-1])) - set(rooms))
+    assert {HOUSE / "_memory.pxd", HOUSE / "_os" / "pages.pxd"} <= set(reached)
+    for path in reached:
+        assert not re.search(r'extern from (\*|"(?!<))', code_of(path)), path
+
+
+@requires("sources")
+def test_every_page_call_is_made_to_fail_by_one_mechanism():
+    assert sum(path.read_text("utf-8").count("injected()") for path in SOURCES) <= 4
 
 
 def codes():

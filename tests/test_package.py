@@ -44,7 +44,7 @@ def test_the_version_is_the_one_of_the_changelog():
 
 
 def test_types_and_the_c_face_are_beside_the_code():
-    for name in ("py.typed", "_memory.pxd", "_adaptors.pxd", "_units.pxd", "_atomic.pxd", "_os/pages.pxd", "_demo.c",
+    for name in ("py.typed", "_memory.pxd", "_adaptors.pxd", "_units.pxd", "_atomic.pxd", "_atomic.h", "_os/pages.pxd", "_demo.c",
                  "_demo.wasm"):
         assert (PACKAGE / name).is_file(), name
 
@@ -113,7 +113,7 @@ def test_the_sdist_has_all_sources_and_no_generated_c(tmp_path):
         names = {name.partition("/")[2] for name in archive.getnames()}
     sources = {path.relative_to(ROOT).as_posix() for folder in ("linmem", "bench", "tests", "docs", "examples")
                for path in (ROOT / folder).rglob("*")
-               if path.suffix in {".py", ".pyx", ".pxd", ".pxi", ".pyi", ".md"} and "_build" not in path.parts}
+               if path.suffix in {".py", ".pyx", ".pxd", ".pxi", ".h", ".pyi", ".md"} and "_build" not in path.parts}
     for name in {*sources, "linmem/_os/posix.pyx", "linmem/_os/windows.pyx", "linmem/py.typed", "setup.py",
                  "pyproject.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE"}:
         assert name in names, name
@@ -132,7 +132,9 @@ def test_the_wheel_has_types_the_c_face_and_the_license_and_no_sources(tmp_path)
     with zipfile.ZipFile(build("wheel", tmp_path)) as archive:
         names = set(archive.namelist())
     stubs = {path.relative_to(ROOT).as_posix() for path in (ROOT / "linmem").rglob("*.py[i]")}
-    headers = {path.relative_to(ROOT).as_posix() for path in (ROOT / "linmem").rglob("*.pxd")}
+    # A header of C that a .pxd names goes with it.
+    headers = {path.relative_to(ROOT).as_posix() for pattern in ("**/*.pxd", "*.h")
+               for path in (ROOT / "linmem").glob(pattern)}
     assert stubs | headers | {"linmem/py.typed", "linmem/_demo.wasm", "linmem/bench/_forth.wasm"} <= names
     assert [name for name in names if name.endswith("/LICENSE")]
     assert {name.partition("/")[0] for name in names} == {"linmem", f"linmem-{linmem.__version__}.dist-info"}
@@ -198,8 +200,7 @@ def test_a_build_for_a_free_threaded_windows_says_so_to_the_compiler(platform, w
     ("x86_64-linux-musl", True), ("aarch64-linux-musl", True), ("x86-linux-musl", False),
     ("arm-linux-musleabihf", False)])
 def test_a_32_bit_build_is_refused_by_the_compiler_in_words(target, fits, tmp_path):
-    header = re.search(r'"""\n(.*?)"""', (PACKAGE / "_atomic.pxd").read_text("utf-8"), re.DOTALL)[1]
-    (tmp_path / "atomic.c").write_text(header, "utf-8")
+    (tmp_path / "atomic.c").write_text((PACKAGE / "_atomic.h").read_text("utf-8"), "utf-8")
     done = subprocess.run([sys.executable, "-m", "ziglang", "cc", "-target", target, "-c", "atomic.c",
                            "-o", "atomic.o"],
                           cwd=tmp_path, capture_output=True, text=True, timeout=300)
@@ -210,5 +211,5 @@ def test_a_32_bit_build_is_refused_by_the_compiler_in_words(target, fits, tmp_pa
 @needs_sources
 def test_every_extension_includes_what_refuses_a_32_bit_build():
     for path in [*(ROOT / "linmem").glob("_*.pyx"), *(ROOT / "linmem" / "_os").glob("*.pyx")]:
-        assert re.search(r"^(from linmem\._atomic cimport|from linmem cimport _atomic|from linmem\._memory cimport)",
+        assert re.search(r"^(from linmem\._atomic cimport|from linmem\._memory cimport)",
                          path.read_text("utf-8"), re.MULTILINE), path

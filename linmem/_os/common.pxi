@@ -1,41 +1,41 @@
-# The half of the page floor that no operating system differs in; posix.pyx and windows.pyx include it.
-# They fill `caps` and `real_page` when the module starts, and bring address_space() and _limits().
+# The part of the page floor that is the same on every operating system; posix.pyx and windows.pyx include this file.
+#
+# Each page call of the contract that a test can make fail is here. It calls the system's own function of the same
+# name with the prefix os_, unless a test has asked for a failure. The including file defines those functions, fills
+# `caps` and `real_page` when the module is imported, and defines the rest of the contract and _limits().
+
+from libc.string cimport memset
 
 from linmem._units cimport is_power_of_two
 
 import os as _os
 
 cdef capabilities_t caps
-cdef size_t real_page           # what the kernel counts in, whatever caps.page_size says
-cdef int image_kind = 0         # IMAGE_: what image_begin() makes, if the OS grants it
-cdef long long fail_in = 0      # injected(): 1 = the next page call fails, and 0 = so it does
-cdef long long fail_times = 0   # how many fail, one after the other; 0 = off
+cdef size_t real_page           # the page size of the kernel; caps.page_size may be a multiple of it
+cdef int image_kind = 0         # the IMAGE_ kind that image_begin() makes if the OS grants it
+cdef long long fail_in = 0      # 1: the next page call fails. 0: failures have begun, or none were asked for
+cdef long long fail_times = 0   # how many page calls will fail, one after the other; 0: failures are off
 cdef int fail_code = 0
-cdef _atomic.word reserved_bytes = 0
-
+cdef word reserved_bytes = 0
 
 IMAGE_KINDS = {IMAGE_SEALED: "sealed", IMAGE_FILE: "file", IMAGE_SECTION: "section", IMAGE_PRIVATE: "private"}
 
 
-cdef const capabilities_t* capabilities() noexcept nogil:
-    return &caps
+# -- the page calls, and how tests make them fail ------------------------------------------------
 
+ctypedef int (*range_call)(char* at, size_t size) noexcept nogil
+ctypedef int (*detailed_call)(char* at, size_t size, size_t how, void* result) noexcept nogil
+ctypedef int (*image_call)(image_pages* img, size_t offset, char* bytes, size_t size) noexcept nogil
 
-cdef size_t reserved() noexcept nogil:
-    return <size_t>_atomic.load(&reserved_bytes)
-
-
-cdef inline void count_reserved(size_t size) noexcept nogil:
-    """Before the OS is asked for `size` bytes of address space."""
-    _atomic.add(&reserved_bytes, <long long>size)
-
-
-cdef inline void count_released(size_t size) noexcept nogil:
-    """After the OS has taken `size` bytes of address space back, or has refused to give them."""
-    _atomic.add(&reserved_bytes, -<long long>size)
+# The arguments of touched() that say where its answer goes.
+cdef struct found_runs:
+    span* runs
+    size_t* n
+    char** next
 
 
 cdef int injected() noexcept nogil:
+    """The code that the page call which starts now must fail with; 0 if it must not fail."""
     global fail_in, fail_times
     if fail_times == 0:
         return 0
@@ -45,6 +45,165 @@ cdef int injected() noexcept nogil:
     fail_in = 0
     fail_times -= 1
     return fail_code
+
+
+cdef inline int on_range(range_call call, char* at, size_t size) noexcept nogil:
+    cdef int code = injected()
+    return code if code else call(at, size)
+
+
+cdef inline int with_details(detailed_call call, char* at, size_t size, size_t how, void* result) noexcept nogil:
+    cdef int code = injected()
+    return code if code else call(at, size, how, result)
+
+
+cdef inline int on_image(image_call call, image_pages* img, size_t offset, char* bytes, size_t size) noexcept nogil:
+    cdef int code = injected()
+    return code if code else call(img, offset, bytes, size)
+
+
+cdef int commit(char* at, size_t size) noexcept nogil:
+    return on_range(os_commit, at, size)
+
+
+cdef int decommit(char* at, size_t size) noexcept nogil:
+    return on_range(os_decommit, at, size)
+
+
+cdef int discard(char* at, size_t size) noexcept nogil:
+    return on_range(os_discard, at, size)
+
+
+cdef int renew(char* at, size_t size) noexcept nogil:
+    return on_range(os_renew, at, size)
+
+
+cdef int advise_huge(char* at, size_t size) noexcept nogil:
+    return on_range(os_advise_huge, at, size)
+
+
+cdef int prefault(char* at, size_t size) noexcept nogil:
+    return on_range(os_prefault, at, size)
+
+
+cdef int blank(char* at, size_t size) noexcept nogil:
+    return on_range(os_blank, at, size)
+
+
+cdef int release(char* at, size_t size) noexcept nogil:
+    return on_range(os_release, at, size)
+
+
+cdef int reserve(size_t size, bint watched, char** base) noexcept nogil:
+    return with_details(os_reserve, NULL, size, watched, base)
+
+
+cdef int protect(char* at, size_t size, int access) noexcept nogil:
+    return with_details(os_protect, at, size, <size_t>access, NULL)
+
+
+cdef int move(char* at, size_t size, char* to, size_t new_size) noexcept nogil:
+    return with_details(os_move, at, size, new_size, to)
+
+
+cdef int resident(char* at, size_t size, size_t* bytes) noexcept nogil:
+    return with_details(os_resident, at, size, 0, bytes)
+
+
+cdef int touched(char* at, size_t size, bint over_image, span* runs, size_t* n, char** next) noexcept nogil:
+    cdef found_runs found
+    found.runs, found.n, found.next = runs, n, next
+    return with_details(os_touched, at, size, over_image, &found)
+
+
+cdef int image_begin(size_t size, image_pages* out) noexcept nogil:
+    clear_image(out)
+    out.size = size
+    return on_image(os_image_begin, out, 0, NULL, size)
+
+
+cdef int image_write(image_pages* into, size_t offset, const char* bytes, size_t size) noexcept nogil:
+    return on_image(os_image_write, into, offset, <char*>bytes, size)
+
+
+cdef int image_end(image_pages* img) noexcept nogil:
+    return on_image(os_image_end, img, 0, NULL, img.size)
+
+
+cdef int image_open(int descriptor, long long position, size_t size, image_pages* out) noexcept nogil:
+    cdef image_pages opened
+    cdef int code
+    clear_image(&opened)
+    opened.handle = descriptor
+    opened.position = position
+    code = on_image(os_image_open, &opened, 0, NULL, size)
+    clear_image(out)
+    if code == 0:
+        out[0] = opened
+    return code
+
+
+cdef int image_map(const image_pages* img, size_t offset, char* at, size_t size) noexcept nogil:
+    return on_image(os_image_map, <image_pages*>img, offset, at, size)
+
+
+cdef int image_renew(const image_pages* img, size_t offset, char* at, size_t size) noexcept nogil:
+    return on_image(os_image_renew, <image_pages*>img, offset, at, size)
+
+
+# -- what the systems' own functions share -------------------------------------------------------
+
+cdef const capabilities_t* capabilities() noexcept nogil:
+    return &caps
+
+
+cdef size_t reserved() noexcept nogil:
+    return <size_t>load(&reserved_bytes)
+
+
+cdef inline void count_reserved(size_t size) noexcept nogil:
+    """Call it before the OS is asked for `size` bytes of address space."""
+    add(&reserved_bytes, <long long>size)
+
+
+cdef inline void count_released(size_t size) noexcept nogil:
+    """Call it after the OS has taken back, or has refused, `size` bytes of address space."""
+    add(&reserved_bytes, -<long long>size)
+
+
+cdef inline void clear_image(image_pages* img) noexcept nogil:
+    memset(img, 0, sizeof(image_pages))
+    img.handle = -1
+
+
+cdef inline bint add_page(span* runs, size_t* n, size_t room, char* page) noexcept nogil:
+    """Append a page to the runs, in order of address; False if that needs a run more than there is room for."""
+    if n[0] and runs[n[0] - 1].at + runs[n[0] - 1].size == page:
+        runs[n[0] - 1].size += real_page
+        return True
+    if n[0] == room:
+        return False
+    runs[n[0]].at = page
+    runs[n[0]].size = real_page
+    n[0] += 1
+    return True
+
+
+cdef int touch_pages(char* at, size_t size) noexcept nogil:
+    """Make every page resident by a write that changes no byte."""
+    cdef size_t offset = 0
+    while offset < size:
+        touch(at + offset)
+        offset += real_page
+    return 0
+
+
+cdef int bits_of(size_t address) noexcept nogil:
+    cdef int bits = 0
+    while address:
+        bits += 1
+        address >>= 1
+    return bits
 
 
 # -- what Python sees ------------------------------------------------------------------------

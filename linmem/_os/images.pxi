@@ -1,408 +1,318 @@
-# The pages of images: memory that can be sealed, a file without a name, private pages; a part of posix.pyx.
+# The pages of images: memory that can be sealed, a file without a name, or private pages; a part of posix.pyx.
 #
-# Each is mapped privately, never shared: kernels before 6.7 refuse a shared mapping of sealed memory even
-# for reading, and to a reader the two are the same.
+# Every kind is mapped privately, never shared. Kernels before 6.7 refuse a shared mapping of sealed memory even for
+# reading, and a reader sees no difference.
 
-cdef extern from *:
-    """
-    #include <stdio.h>
-    #include <sys/resource.h>
-    #include <sys/stat.h>
-    #if defined(__linux__)
-    #include <sys/syscall.h>
-    #include <sys/vfs.h>
-    #define LINMEM_TMPFS 0x01021994
-    #ifndef F_ADD_SEALS
-    #define F_ADD_SEALS 1033
-    #define F_GET_SEALS 1034
-    #endif
-    #ifndef O_TMPFILE
-    #define O_TMPFILE 0
-    #endif
-    #define LINMEM_SEAL_SHRINK 2
-    #define LINMEM_SEAL_WRITE 8
-    #define LINMEM_SEALS (1 | LINMEM_SEAL_SHRINK | 4 | LINMEM_SEAL_WRITE)      /* 1: no other seals, 4: no growth */
-    #endif
-
-    /* -> a descriptor of memory that can be sealed, or -1. */
-    static int linmem_image_memory(void) {
-    #if defined(__linux__) && defined(SYS_memfd_create)
-        /* 1: close on exec, 2: can be sealed, 8: never executable, which kernels since 6.3 want to be told. */
-        int fd = (int)syscall(SYS_memfd_create, linmem_name, 1 | 2 | 8);
-        if (fd < 0 && errno == EINVAL) fd = (int)syscall(SYS_memfd_create, linmem_name, 1 | 2);
-        return fd;
-    #else
-        errno = ENOSYS;
-        return -1;
-    #endif
-    }
-
-    /* -> a descriptor of an empty file that no directory knows, and *reader: the same, for reading only; or -1. */
-    static int linmem_image_file_in(const char *directory, int *reader) {
-        char path[4096];
-        int fd = -1, code;
-    #if defined(__linux__)
-        if (O_TMPFILE) fd = open(directory, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
-        if (fd >= 0) {
-            snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
-            *reader = open(path, O_RDONLY | O_CLOEXEC);
-            if (*reader >= 0) return fd;
-            close(fd);
-        }
-    #endif
-        if (snprintf(path, sizeof path, "%s/linmem-XXXXXX", directory) >= (int)sizeof path) {
-            errno = ENAMETOOLONG;
-            return -1;
-        }
-        fd = mkstemp(path);
-        if (fd < 0) return -1;
-        (void)fcntl(fd, F_SETFD, FD_CLOEXEC);
-        *reader = open(path, O_RDONLY | O_CLOEXEC);
-        code = errno;
-        (void)unlink(path);
-        if (*reader >= 0) return fd;
-        close(fd);
-        errno = code;
-        return -1;
-    }
-
-    /* -> 0 or an error: the file has `size` bytes, and reading them cannot fail. A read of a hole takes a page of a
-       memory file system, and where that is full the reader dies of SIGBUS: there, all pages are taken now. */
-    static int linmem_image_size(int fd, size_t size) {
-        if (ftruncate(fd, (off_t)size) != 0) return errno;
-    #if defined(__linux__)
-        struct statfs about;
-        /* One of no blocks has no bound. */
-        if (fstatfs(fd, &about) == 0 && (unsigned long)about.f_type == LINMEM_TMPFS && about.f_blocks) {
-            /* Zeros must not take what others need. */
-            if (size > (unsigned long long)about.f_bavail * (unsigned long long)about.f_bsize / 2) return ENOSPC;
-            return posix_fallocate(fd, 0, (off_t)size);
-        }
-    #endif
-        return 0;
-    }
-
-    static int linmem_image_file_of(const char *directory, size_t size, int *reader) {
-        int code, fd = linmem_image_file_in(directory, reader);
-        if (fd < 0) return -1;
-        code = linmem_image_size(fd, size);
-        if (code == 0) return fd;
-        close(fd);
-        close(*reader);
-        errno = code;
-        return -1;
-    }
-
-    static int linmem_image_file(size_t size, int *reader) {
-        const char *chosen = getenv("TMPDIR");
-        int fd = -1;
-    #if defined(__linux__)
-        fd = linmem_image_file_of("/dev/shm", size, reader);        /* memory, where it is there and has room */
-    #endif
-        if (fd < 0 && chosen != NULL && chosen[0] == '/') fd = linmem_image_file_of(chosen, size, reader);
-        return fd < 0 ? linmem_image_file_of("/tmp", size, reader) : fd;
-    }
-
-    /* Whether so many descriptors are open that the rest is for others: a new one has the lowest free number. */
-    static int linmem_image_too_many(int fd) {
-        struct rlimit limit;
-        if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return 0;
-        return (rlim_t)fd >= limit.rlim_cur / 4 * 3;
-    }
-
-    /* What was written to the file so far, into memory that is zero. */
-    static int linmem_image_read(int fd, char *to, size_t size) {
-        size_t at = 0, end;
-        while (at < size) {
-            end = size;
-    #if defined(SEEK_DATA) && defined(SEEK_HOLE)
-            off_t data = lseek(fd, (off_t)at, SEEK_DATA), hole;
-            if (data < 0 && errno == ENXIO) return 0;
-            hole = data < 0 ? -1 : lseek(fd, data, SEEK_HOLE);
-            if (hole >= 0) {
-                at = (size_t)data;
-                end = (size_t)hole < size ? (size_t)hole : size;
-            }
-    #endif
-            while (at < end) {
-                ssize_t n = pread(fd, to + at, end - at < ((size_t)1 << 30) ? end - at : (size_t)1 << 30, (off_t)at);
-                if (n < 0 && errno == EINTR) continue;
-                if (n <= 0) return n == 0 ? EIO : errno;
-                at += (size_t)n;
-            }
-        }
-        return 0;
-    }
-
-    static int linmem_image_write(int fd, const char *bytes, size_t size, long long at) {
-        while (size) {
-            ssize_t n = pwrite(fd, bytes, size < ((size_t)1 << 30) ? size : (size_t)1 << 30, (off_t)at);
-            if (n < 0 && errno == EINTR) continue;
-            if (n <= 0) return n == 0 ? EIO : errno;
-            bytes += n;
-            at += n;
-            size -= (size_t)n;
-        }
-        return 0;
-    }
-
-    static int linmem_image_seal(int fd) {
-    #if defined(__linux__)
-        return fcntl(fd, F_ADD_SEALS, LINMEM_SEALS) == 0 ? 0 : errno;
-    #else
-        (void)fd;
-        return ENOSYS;
-    #endif
-    }
-
-    /* What a stranger's descriptor may be mapped as: an IMAGE_ kind, IMAGE_OPEN, or an error (*code). */
-    static int linmem_image_kind_of(int fd, int sealed, int file, int open_, int *code) {
-        struct stat about;
-        int how;
-    #if defined(__linux__)
-        char path[64], target[16];
-        int seals = fcntl(fd, F_GET_SEALS);
-        if (seals >= 0 && (seals & LINMEM_SEAL_WRITE) && (seals & LINMEM_SEAL_SHRINK)) return sealed;
-        snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
-        /* A file of a memory file system answers to seals, too, and cannot be sealed. */
-        if (seals >= 0 && readlink(path, target, sizeof target) >= 7 && memcmp(target, "/memfd:", 7) == 0) return open_;
-    #else
-        (void)sealed;
-    #endif
-        how = fcntl(fd, F_GETFL);
-        if (how < 0 || fstat(fd, &about) != 0) {
-            *code = errno;
-            return 0;
-        }
-        if (!S_ISREG(about.st_mode)) {
-            *code = ENODEV;
-            return 0;
-        }
-        return (how & O_ACCMODE) == O_RDONLY ? file : open_;
-    }
-
-    static int linmem_image_too_short(int fd, long long position, size_t size, int *code) {
-        struct stat about;
-        if (fstat(fd, &about) != 0) {
-            *code = errno;
-            return 1;
-        }
-        return position > about.st_size || size > (unsigned long long)(about.st_size - position);
-    }
-
-    static void *linmem_image_view(int fd, long long position, size_t size, void *at) {
-        return at == NULL ? mmap(NULL, size, PROT_READ, MAP_PRIVATE | MAP_NORESERVE, fd, (off_t)position)
-            : mmap(at, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE | MAP_FIXED, fd, (off_t)position);
-    }
-    static int linmem_image_duplicate(int fd) { return fcntl(fd, F_DUPFD_CLOEXEC, 3); }
-    """
-    int ENOSPC, EMFILE, ENFILE, EBADF, ENODEV
-    bint image_too_many "linmem_image_too_many"(int fd) noexcept nogil
-    int image_read "linmem_image_read"(int fd, char* to, size_t size) noexcept nogil
-    int image_memory "linmem_image_memory"() noexcept nogil
-    int image_file "linmem_image_file"(size_t size, int* reader) noexcept nogil
-    int image_write_ "linmem_image_write"(int fd, const char* bytes, size_t size, long long at) noexcept nogil
-    int image_seal "linmem_image_seal"(int fd) noexcept nogil
-    int image_kind_of "linmem_image_kind_of"(int fd, int sealed, int file, int open_, int* code) noexcept nogil
-    bint image_too_short "linmem_image_too_short"(int fd, long long position, size_t size, int* code) noexcept nogil
-    void* image_view "linmem_image_view"(int fd, long long position, size_t size, void* at) noexcept nogil
-    int image_duplicate "linmem_image_duplicate"(int fd) noexcept nogil
-    int ftruncate(int fd, long long size) noexcept nogil
-    int close_descriptor "close"(int fd) noexcept nogil
-
-
-from libc.string cimport memcpy, memset
+from libc.errno cimport EIO, EINTR, EMFILE, ENAMETOOLONG, ENODEV, ENOSPC, ENXIO
+from libc.stdlib cimport getenv
+from libc.string cimport memcmp, memcpy
+from posix.stat cimport S_ISREG, fstat, struct_stat
+from posix.stdlib cimport mkstemp
 
 cdef int best_image_kind
+cdef int SEALS = F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE
+cdef size_t IO_STEP = 1 << 30       # bytes in one read or write; a kernel does at most 2 GiB
 
 
-cdef int image_begin(size_t size, image_pages* out) noexcept nogil:
-    # Where memory that can be sealed is refused for this once (few descriptors are left, a limit on the size
-    # of files), the next kind may do: the caller sees no difference but in speed.
-    cdef int code = injected()
+cdef int os_image_begin(image_pages* img, size_t offset, char* bytes, size_t size) noexcept nogil:
+    # The OS may refuse sealed memory or a file for this image only (few descriptors are left, the size of files is
+    # limited). Then the next kind is tried: the caller sees no difference except speed.
     cdef int kind = image_kind
-    memset(out, 0, sizeof(image_pages))
-    out.handle = -1
-    out.size = size
-    if code:
-        return code
     while kind != IMAGE_PRIVATE:
-        if image_begin_file(kind, size, out) == 0:
+        if begin_with_descriptor(kind, size, img) == 0:
             return 0
         kind = IMAGE_FILE if kind == IMAGE_SEALED else IMAGE_PRIVATE
-    return image_begin_private(size, out)
+    return begin_private(size, img)
 
 
-cdef int image_begin_private(size_t size, image_pages* out) noexcept nogil:
+cdef int begin_private(size_t size, image_pages* img) noexcept nogil:
     cdef void* p
     cdef int code
     if too_much(size):
         return ENOMEM
     count_reserved(size)
-    p = map_(NULL, size, PROT_READ | PROT_WRITE, False)
+    p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_FRESH, -1, 0)
     if p == MAP_FAILED:
         code = errno
         count_released(size)
         return code
-    if caps.names:
-        set_name(p, size)
-    out.kind = IMAGE_PRIVATE
-    out.bytes = <char*>p
+    set_name(p, size)
+    img.kind = IMAGE_PRIVATE
+    img.bytes = <char*>p
     return 0
 
 
-cdef int image_begin_file(int kind, size_t size, image_pages* out) noexcept nogil:
-    cdef int reader = -1
-    cdef int fd = image_memory() if kind == IMAGE_SEALED else image_file(size, &reader)
-    cdef int code = 0
-    if fd < 0:
-        return errno
-    if image_too_many(reader if kind == IMAGE_FILE else fd):     # the descriptor that stays
+cdef int begin_with_descriptor(int kind, size_t size, image_pages* img) noexcept nogil:
+    cdef int fd = -1, reader = -1, code = 0
+    if kind == IMAGE_FILE:
+        code = begin_file(size, &fd, &reader)
+    else:
+        # Kernels since 6.3 want to be told that the memory is never executed; older ones refuse the flag.
+        fd = memfd_create(NAME, MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL)
+        if fd < 0 and errno == EINVAL:
+            fd = memfd_create(NAME, MFD_CLOEXEC | MFD_ALLOW_SEALING)
+        code = errno if fd < 0 or ftruncate(fd, <off_t>size) else 0
+    if code == 0 and too_many_descriptors(reader if kind == IMAGE_FILE else fd):
         code = EMFILE
-    elif kind == IMAGE_SEALED and ftruncate(fd, <long long>size):
-        code = errno
     if code:
-        if reader >= 0:
-            close_descriptor(reader)
-        close_descriptor(fd)
+        close_if_open(reader)
+        close_if_open(fd)
         return code
-    out.kind = kind
-    out.maps = True
-    out.handle = fd
-    # Until image_end() the reader of a file waits here.
-    out.position = reader if kind == IMAGE_FILE else 0
+    img.kind = kind
+    img.maps = True
+    img.handle = fd
+    img.position = reader if kind == IMAGE_FILE else 0      # a file's reader is kept here until image_end()
     return 0
 
 
-cdef int image_write(image_pages* into, size_t offset, const char* bytes, size_t size) noexcept nogil:
-    cdef int code = injected()
+cdef int begin_file(size_t size, int* fd, int* reader) noexcept nogil:
+    cdef const char* chosen = getenv("TMPDIR")
+    cdef int code = ENOSYS
+    if ON_LINUX:
+        code = begin_file_in("/dev/shm", size, fd, reader)      # physical memory, if it exists and has room
+    if code and chosen != NULL and chosen[0] == c"/":
+        code = begin_file_in(chosen, size, fd, reader)
+    return begin_file_in("/tmp", size, fd, reader) if code else 0
+
+
+cdef int begin_file_in(const char* directory, size_t size, int* fd, int* reader) noexcept nogil:
+    """An empty file of `size` bytes without a name, and a second descriptor that can only read."""
+    cdef int code = open_nameless(directory, fd, reader)
+    if code == 0:
+        code = set_file_size(fd[0], size)
     if code:
-        return code
-    if into.kind == IMAGE_PRIVATE:
-        memcpy(into.bytes + offset, bytes, size)
-        return 0
-    code = image_write_(<int>into.handle, bytes, size, <long long>offset)
-    # The file system is full, or a limit is reached: the pages become this process's own.
-    if code and image_begin_private_again(into) == 0:
-        memcpy(into.bytes + offset, bytes, size)
-        code = 0
+        close_if_open(fd[0])
+        close_if_open(reader[0])
+        fd[0] = reader[0] = -1
     return code
 
 
-cdef int image_begin_private_again(image_pages* it) noexcept nogil:
-    cdef image_pages made
+cdef int open_nameless(const char* directory, int* fd, int* reader) noexcept nogil:
+    cdef char path[4096]
     cdef int code
-    memset(&made, 0, sizeof(image_pages))
-    made.handle = -1
-    made.size = it.size
-    code = image_begin_private(it.size, &made)
-    if code:
-        return code
-    code = image_read(<int>it.handle, made.bytes, it.size)
-    if code:
-        image_drop(&made)
-        return code
-    if it.kind == IMAGE_FILE:
-        close_descriptor(<int>it.position)
-    close_descriptor(<int>it.handle)
-    it[0] = made
+    if ON_LINUX and O_TMPFILE:
+        fd[0] = open_file(directory, O_TMPFILE | O_RDWR | O_CLOEXEC, 0o600)
+        if fd[0] >= 0:
+            snprintf(path, sizeof(path), "/proc/self/fd/%d", fd[0])
+            reader[0] = open_file(path, O_RDONLY | O_CLOEXEC)
+            if reader[0] >= 0:
+                return 0
+            close(fd[0])
+    if snprintf(path, sizeof(path), "%s/linmem-XXXXXX", directory) >= <int>sizeof(path):
+        fd[0] = -1
+        return ENAMETOOLONG
+    fd[0] = mkstemp(path)
+    if fd[0] < 0:
+        return errno
+    fcntl(fd[0], F_SETFD, FD_CLOEXEC)
+    reader[0] = open_file(path, O_RDONLY | O_CLOEXEC)
+    code = errno if reader[0] < 0 else 0
+    unlink(path)
+    return code
+
+
+cdef int set_file_size(int fd, size_t size) noexcept nogil:
+    """Afterwards a read of the file cannot fail. A memory file system takes a page when a hole is read, and if it is
+    full then, SIGBUS kills the reader: so all pages are taken now."""
+    cdef statfs_t about
+    if ftruncate(fd, <off_t>size):
+        return errno
+    # A file system with 0 blocks has no bound.
+    if ON_LINUX and fstatfs(fd, &about) == 0 and <unsigned long>about.f_type == TMPFS_MAGIC and about.f_blocks:
+        if size > <size_t>about.f_bavail * <size_t>about.f_bsize // 2:
+            return ENOSPC       # leaves the other half to other programs
+        return posix_fallocate(fd, 0, <off_t>size)
     return 0
 
 
-cdef int image_end(image_pages* it) noexcept nogil:
-    cdef int code = injected()
-    cdef void* p
+cdef bint too_many_descriptors(int fd) noexcept nogil:
+    """Whether linmem leaves the remaining descriptors to others; a new descriptor has the lowest free number."""
+    cdef unsigned long long limit = soft_limit(RLIMIT_NOFILE)
+    return limit != NO_LIMIT and <unsigned long long>fd >= limit // 4 * 3
+
+
+cdef inline void close_if_open(int fd) noexcept nogil:
+    if fd >= 0:
+        close(fd)
+
+
+cdef int os_image_write(image_pages* img, size_t offset, char* bytes, size_t size) noexcept nogil:
+    cdef int code = 0
+    if img.kind != IMAGE_PRIVATE:
+        code = write_all(<int>img.handle, bytes, size, <off_t>offset)
+        if code == 0:
+            return 0
+        # The file system is full, or a limit is reached: the image goes on as private pages.
+        if become_private(img):
+            return code
+    memcpy(img.bytes + offset, bytes, size)
+    return 0
+
+
+cdef int write_all(int fd, const char* bytes, size_t size, off_t offset) noexcept nogil:
+    cdef ssize_t n
+    while size:
+        n = pwrite(fd, bytes, size if size < IO_STEP else IO_STEP, offset)
+        if n < 0 and errno == EINTR:
+            continue
+        if n <= 0:
+            return EIO if n == 0 else errno
+        bytes += n
+        offset += n
+        size -= <size_t>n
+    return 0
+
+
+cdef int become_private(image_pages* img) noexcept nogil:
+    """Copies an image that is being written from its file to private pages, and closes the file."""
+    cdef image_pages private
+    cdef int code
+    clear_image(&private)
+    private.size = img.size
+    code = begin_private(img.size, &private)
     if code:
         return code
-    if it.kind == IMAGE_PRIVATE:
-        return errno if mprotect(it.bytes, it.size, PROT_READ) else 0
-    if it.kind == IMAGE_SEALED:
-        code = image_seal(<int>it.handle)
-        if code:
-            return code
+    code = read_data(<int>img.handle, private.bytes, img.size)
+    if code:
+        image_drop(&private)
+        return code
+    if img.kind == IMAGE_FILE:
+        close(<int>img.position)
+    close(<int>img.handle)
+    img[0] = private
+    return 0
+
+
+cdef int read_data(int fd, char* to, size_t size) noexcept nogil:
+    """Reads the file into memory that is zero, and skips its holes where the file system knows them."""
+    cdef size_t at = 0, end
+    cdef off_t data, hole
+    cdef ssize_t n
+    while at < size:
+        end = size
+        data = lseek(fd, <off_t>at, SEEK_DATA)
+        if data < 0 and errno == ENXIO:
+            return 0
+        hole = lseek(fd, data, SEEK_HOLE) if data >= 0 else -1
+        if hole >= 0:
+            at = <size_t>data
+            end = <size_t>hole if <size_t>hole < size else size
+        while at < end:
+            n = pread(fd, to + at, end - at if end - at < IO_STEP else IO_STEP, <off_t>at)
+            if n < 0 and errno == EINTR:
+                continue
+            if n <= 0:
+                return EIO if n == 0 else errno
+            at += <size_t>n
+    return 0
+
+
+cdef int os_image_end(image_pages* img, size_t offset, char* bytes, size_t size) noexcept nogil:
+    cdef void* p
+    cdef int code
+    if img.kind == IMAGE_PRIVATE:
+        return errno if mprotect(img.bytes, size, PROT_READ) else 0
+    if img.kind == IMAGE_SEALED:
+        if not ON_LINUX:
+            return ENOSYS
+        if fcntl(<int>img.handle, F_ADD_SEALS, SEALS):
+            return errno
     else:
-        close_descriptor(<int>it.handle)
-        it.handle = it.position
-        it.position = 0
-    count_reserved(it.size)
-    p = image_view(<int>it.handle, 0, it.size, NULL)
+        close(<int>img.handle)
+        img.handle = img.position
+        img.position = 0
+    count_reserved(size)
+    p = mmap(NULL, size, PROT_READ, MAP_PRIVATE | MAP_NORESERVE, <int>img.handle, 0)
     if p == MAP_FAILED:
         code = errno
-        count_released(it.size)
-        if it.kind == IMAGE_FILE:       # image_drop() looks for a reader: there is but one descriptor now
-            it.position = -1
+        count_released(size)
+        if img.kind == IMAGE_FILE:
+            img.position = -1       # image_drop() must not take position 0 for a reader's descriptor
         return code
-    it.bytes = <char*>p
+    img.bytes = <char*>p
     return 0
 
 
-cdef int image_open(int descriptor, long long position, size_t size, image_pages* out) noexcept nogil:
-    cdef int code = injected()
-    cdef int kind, fd
+cdef int os_image_open(image_pages* img, size_t offset, char* bytes, size_t size) noexcept nogil:
+    cdef int fd = fcntl(<int>img.handle, F_DUPFD_CLOEXEC, 3)
+    cdef int code
+    cdef struct_stat about
     cdef void* p
-    memset(out, 0, sizeof(image_pages))
-    if code:
-        return code
-    fd = image_duplicate(descriptor)
     if fd < 0:
         return errno
-    kind = image_kind_of(fd, IMAGE_SEALED, IMAGE_FILE, IMAGE_OPEN, &code)
-    if kind == IMAGE_OPEN:
-        code = IMAGE_OPEN
-    elif kind and image_too_short(fd, position, size, &code) and code == 0:
-        code = IMAGE_SHORT
+    code = kind_of_descriptor(fd, &img.kind)
+    if code == 0:
+        if fstat(fd, &about):
+            code = errno
+        elif img.position > about.st_size or size > <size_t>(about.st_size - img.position):
+            code = IMAGE_SHORT
     if code == 0:
         count_reserved(size)
-        p = image_view(fd, position, size, NULL)
+        p = mmap(NULL, size, PROT_READ, MAP_PRIVATE | MAP_NORESERVE, fd, <off_t>img.position)
         if p == MAP_FAILED:
             code = errno
             count_released(size)
     if code:
-        close_descriptor(fd)
+        close(fd)
         return code
-    out.kind = kind
-    out.maps = not image_too_many(fd)
-    out.handle = fd
-    out.position = position
-    out.bytes = <char*>p
-    out.size = size
-    if not out.maps:        # the mapping needs no descriptor; memories copy from it
-        close_descriptor(fd)
-        out.handle = -1
+    img.maps = not too_many_descriptors(fd)
+    img.handle = fd
+    img.bytes = <char*>p
+    img.size = size
+    if not img.maps:        # `bytes` needs no descriptor; memories of this image copy from `bytes`
+        close(fd)
+        img.handle = -1
     return 0
 
 
-cdef void image_drop(image_pages* it) noexcept nogil:
-    if it.bytes != NULL:
-        if munmap(it.bytes, it.size) == 0:      # a whole mapping: it splits none, so it should not be refused
-            count_released(it.size)
-    elif it.kind == IMAGE_FILE and it.position >= 0:
-        close_descriptor(<int>it.position)
-    if it.handle >= 0:
-        close_descriptor(<int>it.handle)
-
-
-cdef int image_map(const image_pages* it, size_t offset, char* at, size_t size) noexcept nogil:
-    cdef int code = injected()
-    if code:
-        return code
-    return errno if image_view(<int>it.handle, it.position + <long long>offset, size, at) == MAP_FAILED else 0
-
-
-cdef int image_renew(const image_pages* it, size_t offset, char* at, size_t size) noexcept nogil:
-    if not ON_LINUX:
-        return image_map(it, offset, at, size)
-    return discard(at, size)        # MADV_DONTNEED, which for a file's pages means just this
-
-
-cdef int blank(char* at, size_t size) noexcept nogil:
-    cdef int code = injected()
-    if code:
-        return code
-    if map_(at, size, PROT_READ | PROT_WRITE, True) == MAP_FAILED:
+cdef int kind_of_descriptor(int fd, int* kind) noexcept nogil:
+    """The IMAGE_ kind as which a descriptor from elsewhere can be mapped; returns 0, IMAGE_OPEN or an error."""
+    cdef struct_stat about
+    cdef char path[64]
+    cdef char target[16]
+    cdef int seals = fcntl(fd, F_GET_SEALS) if ON_LINUX else -1
+    cdef int flags
+    if seals >= 0:
+        if seals & F_SEAL_WRITE and seals & F_SEAL_SHRINK:
+            kind[0] = IMAGE_SEALED
+            return 0
+        # A file of a memory file system has seals, too, but cannot be sealed.
+        snprintf(path, sizeof(path), "/proc/self/fd/%d", fd)
+        if readlink(path, target, sizeof(target)) >= 7 and memcmp(target, b"/memfd:", 7) == 0:
+            return IMAGE_OPEN
+    flags = fcntl(fd, F_GETFL)
+    if flags < 0 or fstat(fd, &about):
         return errno
-    if caps.names:
-        set_name(at, size)
+    if not S_ISREG(about.st_mode):
+        return ENODEV
+    kind[0] = IMAGE_FILE
+    return 0 if flags & O_ACCMODE == O_RDONLY else IMAGE_OPEN
+
+
+cdef void image_drop(image_pages* img) noexcept nogil:
+    if img.bytes != NULL:
+        if munmap(img.bytes, img.size) == 0:    # a whole mapping: no mapping is split, so no limit is in the way
+            count_released(img.size)
+    elif img.kind == IMAGE_FILE and img.position >= 0:
+        close(<int>img.position)
+    close_if_open(<int>img.handle)
+
+
+cdef int os_image_map(image_pages* img, size_t offset, char* at, size_t size) noexcept nogil:
+    cdef void* p = mmap(at, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE | MAP_FIXED, <int>img.handle,
+                        <off_t>img.position + <off_t>offset)
+    return errno if p == MAP_FAILED else 0
+
+
+cdef int os_image_renew(image_pages* img, size_t offset, char* at, size_t size) noexcept nogil:
+    # For the pages of a private file mapping, MADV_DONTNEED drops the written copies.
+    return os_discard(at, size) if ON_LINUX else os_image_map(img, offset, at, size)
+
+
+cdef int os_blank(char* at, size_t size) noexcept nogil:
+    if mmap(at, size, PROT_READ | PROT_WRITE, MAP_FRESH | MAP_FIXED, -1, 0) == MAP_FAILED:
+        return errno
+    set_name(at, size)
     return 0
 
 
@@ -422,7 +332,7 @@ def choose_image(kind):
 
 
 cdef _start_images():
-    """Try what there is with one page."""
+    """Find the best kind by making an image of one page."""
     global image_kind, best_image_kind
     cdef image_pages probe
     image_kind = IMAGE_SEALED

@@ -1,211 +1,206 @@
-# Which pages have been touched, from /proc/self/pagemap; a part of posix.pyx, of use on Linux.
+# Which pages have been touched, from /proc/self/pagemap; a part of posix.pyx, of use on Linux only.
 #
-# Two ways, the same answer: the ioctl PAGEMAP_SCAN (Linux 6.7), and reading the file's eight bytes for
-# each page. Both say "present or swapped", never "written": a page that is swapped out, or is being
-# migrated, is not present, and holds the guest's bytes all the same.
+# There are two ways with the same answer: the ioctl PAGEMAP_SCAN (Linux 6.7), and reading the eight bytes that the
+# file has for each page. Both look for "present or swapped", never for "written": a page that is swapped out or being
+# migrated is not present, but holds the guest's bytes.
 #
-# The descriptor belongs to the memory map of the process that opened it: in a forked child it would
-# go on to describe the *parent*, and a page that the child's guest has written would not be seen. So
-# it is kept in a page that the kernel wipes in a child, however that was made.
+# The descriptor belongs to the memory map of the process that opened it. In a forked child it would still describe the
+# parent, and pages that the child's guest writes would be missed. So the descriptor's number is kept in a page that
+# the kernel wipes in a child, however the child was made.
 
-cdef extern from *:
+from libc.stdint cimport uint64_t
+
+cdef enum:
+    SCAN_NONE = 0
+    SCAN_READING = 1
+    SCAN_IOCTL = 2
+
+    # Categories of pages in PAGEMAP_SCAN.
+    PAGE_IS_FILE = 1 << 2
+    PAGE_IS_PRESENT = 1 << 3
+    PAGE_IS_SWAPPED = 1 << 4
+    PAGE_IS_PFNZERO = 1 << 5
+
+    # Bits of a page's entry in the file.
+    ENTRY_FILE = 61
+    ENTRY_SWAPPED = 62      # and above it: present
+
+cdef struct page_region:            # as in <linux/fs.h>
+    uint64_t start, end, categories
+
+cdef struct pm_scan_arg:            # the same
+    uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages
+    uint64_t category_inverted, category_mask, category_anyof_mask, return_mask
+
+cdef struct pagemap_state:
+    word lock
+    word fd_and_1           # the descriptor + 1; 0: not open
+
+cdef pagemap_state pagemap_static
+cdef pagemap_state* pagemap = &pagemap_static
+# A program may close every descriptor, and the number is then given to another file. To recognise our file we set its
+# position to a value that no other file has; no read of ours uses the position. Asking for the position takes a third
+# of the time of fstat(2).
+cdef word pagemap_position
+cdef int scan_way = SCAN_NONE
+cdef int best_scan_way = SCAN_NONE      # the best one that works here
+
+
+cdef bint is_pagemap(int fd) noexcept nogil:
+    return lseek(fd, 0, SEEK_CUR) == <off_t>load(&pagemap_position)
+
+
+cdef void forget_pagemap_in_child() noexcept nogil:
+    # After a fork() that runs this handler, a descriptor with our position is the parent's and is closed. Other ways
+    # of forking leave it open.
+    cdef int fd = <int>load(&pagemap_static.fd_and_1) - 1
+    if fd >= 0 and is_pagemap(fd):
+        close(fd)
+    store(&pagemap_static.fd_and_1, 0)
+    store(&pagemap.fd_and_1, 0)
+    store(&pagemap.lock, 0)
+
+
+cdef int pagemap_fd(int* fd) noexcept nogil:
+    """-> a descriptor of this process's own pagemap."""
+    cdef int code = 0
+    fd[0] = <int>load(&pagemap.fd_and_1) - 1
+    if fd[0] >= 0:
+        return 0
+    while not swap_if(&pagemap.lock, 0, 1):
+        sched_yield()
+    fd[0] = <int>load(&pagemap.fd_and_1) - 1
+    if fd[0] < 0:
+        code = open_pagemap(fd)
+    store(&pagemap.lock, 0)
+    return code
+
+
+cdef int open_pagemap(int* fd) noexcept nogil:
+    cdef off_t position = (<off_t>getpid() << 32) + 0x6c696e6d
+    fd[0] = open_file("/proc/self/pagemap", O_RDONLY | O_CLOEXEC)
+    if fd[0] < 0:
+        return errno
+    store(&pagemap_position, position)
+    if lseek(fd[0], position, SEEK_SET) != position or not is_pagemap(fd[0]):
+        close(fd[0])
+        return ENOSYS
+    store(&pagemap_static.fd_and_1, fd[0] + 1)
+    store(&pagemap.fd_and_1, fd[0] + 1)
+    return 0
+
+
+cdef int checked_pagemap_fd(int* fd) noexcept nogil:
+    """As pagemap_fd(), but the descriptor is known to be ours.
+
+    If another file has its number, that file answers, too: another process's pagemap answers the ioctl, any file a
+    read. If the answer were "nothing touched", a page with bytes in it would be handed on.
     """
-    #if defined(__linux__)
-    #include <sys/ioctl.h>
-
-    #ifndef MADV_WIPEONFORK
-    #define MADV_WIPEONFORK 18
-    #endif
-
-    typedef struct { uint64_t start, end, categories; } linmem_region;
-    typedef struct {
-        uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
-        uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
-    } linmem_scan;
-    #define LINMEM_SCAN _IOWR('f', 16, linmem_scan)
-    #define LINMEM_FILE (1u << 2)
-    #define LINMEM_PRESENT (1u << 3)
-    #define LINMEM_SWAPPED (1u << 4)
-    #define LINMEM_ZERO (1u << 5)
-
-    typedef struct { int lock; int fd_and_1; } linmem_pagemap_t;
-    static linmem_pagemap_t linmem_pagemap_static;
-    static linmem_pagemap_t *linmem_pagemap = &linmem_pagemap_static;
-    /* Whoever closes every descriptor gives its number to another file. Ours stands at a position where nobody
-       else's is, and where nothing of ours reads: to ask for that takes a third of the time that fstat(2) takes. */
-    static off_t linmem_pagemap_mark;
-
-    static int linmem_pagemap_is(int fd) {
-        return lseek(fd, 0, SEEK_CUR) == __atomic_load_n(&linmem_pagemap_mark, __ATOMIC_RELAXED);
-    }
-
-    static void linmem_pagemap_lock(void) {
-        while (__atomic_exchange_n(&linmem_pagemap->lock, 1, __ATOMIC_ACQUIRE)) sched_yield();
-    }
-
-    static void linmem_pagemap_unlock(void) { __atomic_store_n(&linmem_pagemap->lock, 0, __ATOMIC_RELEASE); }
-
-    /* The parent's descriptor is known to be ours only here; another way of forking leaves it open. */
-    static void linmem_pagemap_in_child(void) {
-        int fd = __atomic_load_n(&linmem_pagemap_static.fd_and_1, __ATOMIC_ACQUIRE) - 1;
-        if (fd >= 0 && linmem_pagemap_is(fd)) close(fd);
-        linmem_pagemap_static.fd_and_1 = 0;
-        linmem_pagemap->fd_and_1 = 0;
-        linmem_pagemap->lock = 0;
-    }
-
-    /* -> a descriptor of this process's own pagemap, or -1. */
-    static int linmem_pagemap_fd(void) {
-        int fd = __atomic_load_n(&linmem_pagemap->fd_and_1, __ATOMIC_ACQUIRE) - 1;
-        if (fd >= 0) return fd;
-        linmem_pagemap_lock();
-        fd = __atomic_load_n(&linmem_pagemap->fd_and_1, __ATOMIC_ACQUIRE) - 1;
-        if (fd < 0) {
-            fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-            if (fd >= 0) {
-                off_t mark = ((off_t)getpid() << 32) + 0x6c696e6d;
-                __atomic_store_n(&linmem_pagemap_mark, mark, __ATOMIC_RELAXED);
-                if (lseek(fd, mark, SEEK_SET) != mark || !linmem_pagemap_is(fd)) {
-                    close(fd);
-                    errno = ENOSYS;
-                    fd = -1;
-                }
-            }
-            if (fd >= 0) {
-                linmem_pagemap_static.fd_and_1 = fd + 1;
-                __atomic_store_n(&linmem_pagemap->fd_and_1, fd + 1, __ATOMIC_RELEASE);
-            }
-        }
-        linmem_pagemap_unlock();
-        return fd;
-    }
-
-    /* The number is no pagemap any more: someone closed every descriptor there was. */
-    static void linmem_pagemap_forget(int fd) {
-        int known = fd + 1;
-        __atomic_compare_exchange_n(&linmem_pagemap->fd_and_1, &known, 0, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
-    }
-
-    /* -> the same, seen to be what was opened. Whatever took its number since answers, too: another process's pagemap
-       to the ioctl, any file to a read. Found "nothing touched", a page with bytes in it would be handed on. */
-    static int linmem_pagemap_checked(void) {
-        int fd = linmem_pagemap_fd();
-        if (fd < 0 || linmem_pagemap_is(fd)) return fd;
-        linmem_pagemap_forget(fd);
-        return linmem_pagemap_fd();
-    }
-
-    static int linmem_scan_by_ioctl(char *at, size_t size, int over_image, linmem_span *runs, size_t *n, char **next) {
-        linmem_region found[64];
-        linmem_scan scan;
-        long got, i;
-        int fd = linmem_pagemap_checked();
-        if (fd < 0) return errno;
-        memset(&scan, 0, sizeof scan);
-        scan.size = sizeof scan;
-        scan.start = (uint64_t)(uintptr_t)at;
-        scan.end = scan.start + size;
-        scan.vec = (uint64_t)(uintptr_t)found;
-        scan.vec_len = *n < 64 ? *n : 64;
-        scan.category_inverted = scan.category_mask = LINMEM_ZERO | (over_image ? LINMEM_FILE : 0);
-        scan.category_anyof_mask = LINMEM_PRESENT | LINMEM_SWAPPED;
-        scan.return_mask = LINMEM_ZERO;         /* the same for all that is found: neighbours become one run */
-        got = ioctl(fd, LINMEM_SCAN, &scan);
-        if (got < 0) return errno;
-        for (i = 0; i < got; i++) {
-            runs[i].at = (char *)(uintptr_t)found[i].start;
-            runs[i].size = (size_t)(found[i].end - found[i].start);
-        }
-        *n = (size_t)got;
-        *next = (char *)(uintptr_t)scan.walk_end;
-        return 0;
-    }
-
-    static int linmem_scan_by_reading(char *at, size_t size, size_t page, int over_image, linmem_span *runs, size_t *n,
-                                      char **next) {
-        uint64_t entries[512];
-        size_t room = *n, found = 0, offset = 0, count, i;
-        int fd = linmem_pagemap_checked();
-        if (fd < 0) return errno;
-        while (offset < size) {
-            ssize_t got;
-            count = (size - offset) / page;
-            if (count > 512) count = 512;
-            got = pread(fd, entries, count * 8, (off_t)((uintptr_t)(at + offset) / page * 8));
-            if (got != (ssize_t)(count * 8)) return got < 0 ? errno : EIO;
-            for (i = 0; i < count; i++, offset += page) {
-                int there = (entries[i] >> 62) != 0;            /* 63: present, 62: swapped */
-                if (!there || (over_image && (entries[i] >> 61 & 1))) continue;     /* 61: the file's own page */
-                if (found && runs[found - 1].at + runs[found - 1].size == at + offset) {
-                    runs[found - 1].size += page;
-                    continue;
-                }
-                if (found == room) goto full;
-                runs[found].at = at + offset;
-                runs[found++].size = page;
-            }
-        }
-    full:
-        *n = found;
-        *next = at + offset;
-        return 0;
-    }
-
-    static int linmem_scan_by(int way, char *at, size_t size, size_t page, int over_image, linmem_span *runs, size_t *n,
-                              char **next) {
-        if (way == 2) return linmem_scan_by_ioctl(at, size, over_image, runs, n, next);
-        if (way == 1) return linmem_scan_by_reading(at, size, page, over_image, runs, n, next);
-        return ENOSYS;
-    }
-
-    /* Asked of three pages, of which the second was written and the third only read. */
-    static int linmem_scan_works(int way, size_t page) {
-        linmem_span runs[3];
-        size_t n = 3;
-        char *next;
-        int works = 0;
-        char *p = (char *)mmap(NULL, 3 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (p == (char *)MAP_FAILED) return 0;
-        (void)madvise(p, 3 * page, MADV_NOHUGEPAGE);
-        ((volatile char *)p)[page] = 1;
-        (void)((volatile char *)p)[2 * page];
-        if (linmem_scan_by(way, p, 3 * page, page, 0, runs, &n, &next) == 0)
-            works = n == 1 && next == p + 3 * page && runs[0].at == p + page
-                    && runs[0].size == (way == 2 ? page : 2 * page);
-        munmap(p, 3 * page);
-        return works;
-    }
-
-    /* -> the way that works here: 2 the ioctl, 1 reading, 0 none. */
-    static int linmem_scan_start(size_t page) {
-        void *p = mmap(NULL, page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (p != MAP_FAILED) {
-            if (madvise(p, page, MADV_WIPEONFORK) == 0) linmem_pagemap = (linmem_pagemap_t *)p;
-            else munmap(p, page);
-        }
-        if (pthread_atfork(NULL, NULL, linmem_pagemap_in_child) != 0 && linmem_pagemap == &linmem_pagemap_static)
-            return 0;       /* nothing would tell a child */
-        return linmem_scan_works(2, page) ? 2 : linmem_scan_works(1, page);
-    }
-    #else
-    static int linmem_scan_by(int way, char *at, size_t size, size_t page, int over_image, linmem_span *runs, size_t *n,
-                              char **next) {
-        (void)way; (void)at; (void)size; (void)page; (void)over_image; (void)runs; (void)n; (void)next;
-        return ENOSYS;
-    }
-    static int linmem_scan_start(size_t page) { (void)page; return 0; }
-    #endif
-    """
-    int scan_by "linmem_scan_by"(int way, char* at, size_t size, size_t page, bint over_image, span* runs, size_t* n,
-                                 char** next) noexcept nogil
-    int scan_start "linmem_scan_start"(size_t page) noexcept nogil
-
-cdef int scan_way = 0           # 2 the ioctl, 1 reading, 0 none
-cdef int best_scan_way = 0      # that works here
+    cdef int code = pagemap_fd(fd)
+    if code or is_pagemap(fd[0]):
+        return code
+    swap_if(&pagemap.fd_and_1, fd[0] + 1, 0)
+    return pagemap_fd(fd)
 
 
-cdef int touched(char* at, size_t size, bint over_image, span* runs, size_t* n, char** next) noexcept nogil:
-    cdef int code = injected()
+cdef int scan_by_ioctl(char* at, size_t size, bint over_image, found_runs* found) noexcept nogil:
+    cdef page_region regions[64]
+    cdef pm_scan_arg scan
+    cdef int fd, got, i
+    cdef int code = checked_pagemap_fd(&fd)
     if code:
         return code
-    return scan_by(scan_way, at, size, real_page, over_image, runs, n, next)
+    memset(&scan, 0, sizeof(scan))
+    scan.size = sizeof(scan)
+    scan.start = <uint64_t>at
+    scan.end = scan.start + size
+    scan.vec = <uint64_t>&regions[0]
+    scan.vec_len = found.n[0] if found.n[0] < 64 else 64
+    scan.category_inverted = scan.category_mask = PAGE_IS_PFNZERO | (PAGE_IS_FILE if over_image else 0)
+    scan.category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED
+    scan.return_mask = PAGE_IS_PFNZERO      # the same for every page that is found, so neighbours become one run
+    got = ioctl(fd, PAGEMAP_SCAN, &scan)
+    if got < 0:
+        return errno
+    for i in range(got):
+        found.runs[i].at = <char*>regions[i].start
+        found.runs[i].size = <size_t>(regions[i].end - regions[i].start)
+    found.n[0] = <size_t>got
+    found.next[0] = <char*>scan.walk_end
+    return 0
+
+
+cdef int scan_by_reading(char* at, size_t size, bint over_image, found_runs* found) noexcept nogil:
+    cdef uint64_t entries[512]
+    cdef size_t room = found.n[0], used = 0, offset = 0, count, i
+    cdef ssize_t got
+    cdef int fd
+    cdef int code = checked_pagemap_fd(&fd)
+    if code:
+        return code
+    while offset < size:
+        count = (size - offset) // real_page
+        if count > 512:
+            count = 512
+        got = pread(fd, entries, count * 8, <off_t>(<size_t>(at + offset) // real_page * 8))
+        if got != <ssize_t>(count * 8):
+            return errno if got < 0 else EIO
+        for i in range(count):
+            if (entries[i] >> ENTRY_SWAPPED and not (over_image and entries[i] >> ENTRY_FILE & 1)
+                    and not add_page(found.runs, &used, room, at + offset)):
+                size = offset       # no room for another run: the next scan begins here
+                break
+            offset += real_page
+    found.n[0] = used
+    found.next[0] = at + offset
+    return 0
+
+
+cdef int os_touched(char* at, size_t size, size_t over_image, void* found) noexcept nogil:
+    return scan_by(scan_way, at, size, over_image, <found_runs*>found)
+
+
+cdef int scan_by(int way, char* at, size_t size, bint over_image, found_runs* found) noexcept nogil:
+    if way == SCAN_IOCTL:
+        return scan_by_ioctl(at, size, over_image, found)
+    if way == SCAN_READING:
+        return scan_by_reading(at, size, over_image, found)
+    return ENOSYS
+
+
+cdef bint scan_works(int way) noexcept nogil:
+    """Asks about three pages: the first was not touched, the second was written and the third only read."""
+    cdef span runs[3]
+    cdef size_t n = 3, page = real_page
+    cdef char* next = NULL
+    cdef found_runs found
+    cdef bint works = False
+    cdef char* p = <char*>mmap(NULL, 3 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+    if p == MAP_FAILED:
+        return False
+    found.runs, found.n, found.next = runs, &n, &next
+    madvise(p, 3 * page, MADV_NOHUGEPAGE)
+    touch(p + page)
+    load(<word*>(p + 2 * page))
+    if scan_by(way, p, 3 * page, False, &found) == 0:
+        works = (n == 1 and next == p + 3 * page and runs[0].at == p + page
+                 and runs[0].size == (page if way == SCAN_IOCTL else 2 * page))
+    munmap(p, 3 * page)
+    return works
+
+
+cdef int scan_start() noexcept nogil:
+    """Prepares for forks, and returns the best way that works here."""
+    global pagemap
+    cdef void* p
+    if not ON_LINUX:
+        return SCAN_NONE
+    p = mmap(NULL, real_page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+    if p != MAP_FAILED:
+        if madvise(p, real_page, MADV_WIPEONFORK) == 0:
+            pagemap = <pagemap_state*>p
+        else:
+            munmap(p, real_page)
+    if pthread_atfork(NULL, NULL, forget_pagemap_in_child) and pagemap == &pagemap_static:
+        return SCAN_NONE        # a child would not notice that the descriptor is its parent's
+    return SCAN_IOCTL if scan_works(SCAN_IOCTL) else SCAN_READING if scan_works(SCAN_READING) else SCAN_NONE

@@ -1,538 +1,433 @@
 # cython: language_level=3
 """The page floor on Windows: VirtualAlloc, VirtualProtect, VirtualFree and their kin."""
 
-cimport linmem._os.pages        # noqa: F401  a rebuild follows an edit of the contract
-from linmem cimport _atomic
+from linmem._os cimport pages  # noqa: F401  an edit of the contract causes a rebuild
+from linmem._atomic cimport add, load, store, touch, word
 
+from libc.stddef cimport wchar_t
+from libc.stdint cimport intptr_t, uintptr_t
 from libc.stdio cimport snprintf
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy
 
 import errno as _errno
 
-cdef extern from *:
-    """
-    #ifndef WIN32_LEAN_AND_MEAN
-    #define WIN32_LEAN_AND_MEAN
-    #endif
-    #ifndef NOMINMAX
-    #define NOMINMAX
-    #endif
-    #include <windows.h>
-    #define PSAPI_VERSION 2         /* QueryWorkingSetEx is kernel32's, no other library to link */
-    #include <psapi.h>
+# It includes <windows.h>, which must not be included twice with different macros.
+cdef extern from "linmem/_os/compat.h" nogil:
+    pass
 
-    /* Every function returns 0 or the code of the one call that failed, read on the next line. 0 is
-       success to whoever reads it, so a call that fails and names no reason gets one. */
-    static int linmem_last_error(void) {
-        DWORD code = GetLastError();
-        return code == 0 || code > 0x7fffffff ? ERROR_GEN_FAILURE : (int)code;
-    }
+cdef extern from "<windows.h>" nogil:
+    ctypedef void* HANDLE
+    ctypedef unsigned long DWORD
+    ctypedef size_t ULONG_PTR
+    ctypedef union LARGE_INTEGER:
+        long long QuadPart
+    ctypedef struct MEMORY_BASIC_INFORMATION:
+        void* AllocationBase
+        DWORD State
+    ctypedef struct MEMORYSTATUSEX:
+        DWORD dwLength
+        unsigned long long ullTotalPhys, ullTotalPageFile, ullAvailPageFile
+    ctypedef struct SYSTEM_INFO:
+        DWORD dwPageSize, dwAllocationGranularity
+        void* lpMaximumApplicationAddress
+    ctypedef struct EXCEPTION_POINTERS:
+        pass
 
-    static int linmem_alloc(void *at, size_t size, int type, int protection, char **base) {
-        void *p = VirtualAlloc(at, size, (DWORD)type, (DWORD)protection);
-        if (p == NULL) return linmem_last_error();
-        *base = (char *)p;
-        return 0;
-    }
-
-    static int linmem_free(void *at, size_t size, int type) {
-        return VirtualFree(at, size, (DWORD)type) ? 0 : linmem_last_error();
-    }
-
-    /* The whole reservation that `at` lies in: MEM_RELEASE takes its base and nothing else. */
-    static int linmem_release(void *at) {
-        MEMORY_BASIC_INFORMATION about;
-        if (VirtualQuery(at, &about, sizeof about) == 0) return linmem_last_error();
-        if (about.State == MEM_FREE) return ERROR_INVALID_ADDRESS;
-        return linmem_free(about.AllocationBase, 0, MEM_RELEASE);
-    }
-
-    /* Where the processor does not watch what is written to code, it is told. */
-    static void linmem_flush_code(void *at, size_t size) {
-        (void)FlushInstructionCache(GetCurrentProcess(), at, size);
-    }
-
-    static int linmem_protect(void *at, size_t size, int protection) {
-        DWORD before;
-        return VirtualProtect(at, size, (DWORD)protection, &before) ? 0 : linmem_last_error();
-    }
-
-    /* How many of the next pages, at most LINMEM_ASK, are in the working set. */
-    #define LINMEM_ASK 256
-    static int linmem_count_resident(char *at, size_t n, size_t page, size_t *pages) {
-        PSAPI_WORKING_SET_EX_INFORMATION asked[LINMEM_ASK];
-        size_t i;
-        for (i = 0; i < n; i++) asked[i].VirtualAddress = at + i * page;
-        if (!QueryWorkingSetEx(GetCurrentProcess(), asked, (DWORD)(n * sizeof asked[0]))) return linmem_last_error();
-        for (i = 0; i < n; i++) *pages += (size_t)(asked[i].VirtualAttributes.Flags & 1);
-        return 0;
-    }
-
-    /* The commit limit of this process or of the machine, whichever is smaller; 0, 0 where unknown. */
-    static void linmem_commit_limit(unsigned long long *total, unsigned long long *left) {
-        MEMORYSTATUSEX status;
-        status.dwLength = sizeof status;
-        *total = *left = 0;
-        if (!GlobalMemoryStatusEx(&status)) return;
-        *total = status.ullTotalPageFile;
-        *left = status.ullAvailPageFile;
-    }
-
-    static void linmem_system(size_t *page, size_t *granularity, size_t *addresses) {
-        SYSTEM_INFO info;
-        GetSystemInfo(&info);
-        *page = info.dwPageSize;
-        *granularity = info.dwAllocationGranularity;
-        *addresses = (size_t)info.lpMaximumApplicationAddress;
-    }
-
-    static unsigned long long linmem_memory(void) {
-        MEMORYSTATUSEX status;
-        status.dwLength = sizeof status;
-        return GlobalMemoryStatusEx(&status) ? status.ullTotalPhys : 0;
-    }
-
-    static long long linmem_clock(void) {
-        LARGE_INTEGER now, rate;
-        QueryPerformanceCounter(&now);
-        QueryPerformanceFrequency(&rate);       /* neither fails since Windows XP */
-        return now.QuadPart / rate.QuadPart * 1000000000
-            + now.QuadPart % rate.QuadPart * 1000000000 / rate.QuadPart;
-    }
-
-    /* The pages that were written since they were reserved, or since linmem_forget(), in runs. What is listed as
-       written may be zero (a MEM_DECOMMIT forgets nothing by itself); what is not has never been anything else. */
-    #define LINMEM_LISTED 256
-    static int linmem_written(char *at, size_t size, size_t page, linmem_span *runs, size_t *n, char **next) {
-        void *found[LINMEM_LISTED];
-        ULONG_PTR count = LINMEM_LISTED, i;
-        DWORD unit;
-        size_t room = *n, used = 0;
-        if (GetWriteWatch(0, at, size, found, &count, &unit) != 0) return ERROR_NOT_SUPPORTED;
-        for (i = 0; i < count; i++) {
-            char *here = (char *)found[i];
-            if (used && runs[used - 1].at + runs[used - 1].size == here) {
-                runs[used - 1].size += page;
-                continue;
-            }
-            if (used == room) break;
-            runs[used].at = here;
-            runs[used++].size = page;
-        }
-        *n = used;
-        *next = i < count ? (char *)found[i] : count < LINMEM_LISTED ? at + size : (char *)found[count - 1] + page;
-        return 0;
-    }
-
-    /* Nobody writes there meanwhile, and every byte is zero. Refused (it is not watched), nothing changes. */
-    static void linmem_forget(void *at, size_t size) { (void)ResetWriteWatch(at, size); }
-
-    /* Asked of three pages: the first is only read, the second written by this thread, the third by the system, as
-       a guest's WASI calls do. Where one of the writes were not seen, a guest would find another's bytes. */
-    static int linmem_writes_are_seen(size_t page) {
-        linmem_span runs[3];
-        size_t n = 3;
-        char *next = NULL, *p = (char *)VirtualAlloc(NULL, 3 * page, MEM_RESERVE | MEM_COMMIT | MEM_WRITE_WATCH,
-                                                     PAGE_READWRITE);
-        HANDLE out, in;
-        DWORD moved = 0;
-        int seen = 0;
-        if (p == NULL) return 0;
-        if (CreatePipe(&out, &in, NULL, 0)) {
-            (void)*(volatile char *)p;
-            *(volatile char *)(p + page) = 1;
-            if (WriteFile(in, "x", 1, &moved, NULL) && ReadFile(out, p + 2 * page, 1, &moved, NULL) && moved == 1
-                    && linmem_written(p, 3 * page, page, runs, &n, &next) == 0)
-                seen = n == 1 && next == p + 3 * page && runs[0].size == 2 * page && runs[0].at == p + page;
-            CloseHandle(out);
-            CloseHandle(in);
-        }
-        if (seen) {     /* and forgotten when they are asked to be */
-            n = 3;
-            seen = VirtualFree(p, 3 * page, MEM_DECOMMIT) && ResetWriteWatch(p, 3 * page) == 0
-                && VirtualAlloc(p, 3 * page, MEM_COMMIT, PAGE_READWRITE) == p
-                && linmem_written(p, 3 * page, page, runs, &n, &next) == 0 && n == 0;
-        }
-        VirtualFree(p, 0, MEM_RELEASE);
-        return seen;
-    }
-
-    static void linmem_yield(void) { SwitchToThread(); }
-
-    static void linmem_sleep(long long ns) { Sleep(ns < 1000000 ? 1 : (DWORD)(ns / 1000000)); }
-
-    static LONG WINAPI linmem_end_of_process(EXCEPTION_POINTERS *about) {
-        (void)about;
-        return EXCEPTION_EXECUTE_HANDLER;
-    }
-
-    #include <errno.h>
-    #include <io.h>
-    #include <stdint.h>
-    #include <stdlib.h>
-
-    /* A section object of the paging file's, or of a file's; the caller keeps what it means by `file`. */
-    static int linmem_section(void *file, size_t size, int protection, void **out) {
-        HANDLE section = CreateFileMappingW((HANDLE)file, NULL, (DWORD)protection,
-                                            (DWORD)((unsigned long long)size >> 32), (DWORD)size, NULL);
-        if (section == NULL) return linmem_last_error();
-        *out = section;
-        return 0;
-    }
-
-    static int linmem_view(void *section, long long position, size_t size, int access, char **out) {
-        void *p = MapViewOfFile((HANDLE)section, (DWORD)access, (DWORD)((unsigned long long)position >> 32),
-                                (DWORD)position, size);
-        if (p == NULL) return linmem_last_error();
-        *out = (char *)p;
-        return 0;
-    }
-
-    static void linmem_unview(void *at) { (void)UnmapViewOfFile(at); }
-    static void linmem_close(void *handle) { (void)CloseHandle((HANDLE)handle); }
-
-    /* The same section by a handle that can do nothing but read. */
-    static int linmem_for_reading(void *section, void **out) {
-        HANDLE reader;
-        if (!DuplicateHandle(GetCurrentProcess(), (HANDLE)section, GetCurrentProcess(), &reader, FILE_MAP_READ, FALSE,
-                             0))
-            return linmem_last_error();
-        *out = reader;
-        return 0;
-    }
-
-    /* A descriptor of the C library's -> the file's handle and size. */
-    #if defined(__MINGW32__)        /* whose headers do not have it everywhere; its C library does */
-    _CRTIMP _invalid_parameter_handler __cdecl
-    _set_thread_local_invalid_parameter_handler(_invalid_parameter_handler handler);
-    #endif
-
-    static void linmem_no_handler(const wchar_t *expression, const wchar_t *function, const wchar_t *file,
-                                  unsigned int line, uintptr_t reserved) {
-        (void)expression; (void)function; (void)file; (void)line; (void)reserved;
-    }
-
-    static int linmem_file_of(int descriptor, void **file, unsigned long long *size) {
-        LARGE_INTEGER length;
-        /* A number that is no descriptor goes to the C library's handler, whose default ends the process. */
-        _invalid_parameter_handler before = _set_thread_local_invalid_parameter_handler(linmem_no_handler);
-        HANDLE handle = (HANDLE)_get_osfhandle(descriptor);
-        _set_thread_local_invalid_parameter_handler(before);
-        if (handle == INVALID_HANDLE_VALUE) return ERROR_INVALID_HANDLE;
-        if (GetFileType(handle) != FILE_TYPE_DISK) return ERROR_NOT_SUPPORTED;
-        if (!GetFileSizeEx(handle, &length)) return linmem_last_error();
-        *file = handle;
-        *size = (unsigned long long)length.QuadPart;
-        return 0;
-    }
-
-    static void linmem_die_quietly(void) {
-        SetErrorMode(GetErrorMode() | SEM_FAILCRITICALERRORS | SEM_NOGPFAULTERRORBOX);
-        SetUnhandledExceptionFilter(linmem_end_of_process);
-    }
-    """
-    int MEM_RESERVE, MEM_COMMIT, MEM_DECOMMIT, MEM_RELEASE, MEM_RESET, MEM_WRITE_WATCH
-    int PAGE_NOACCESS, PAGE_READONLY, PAGE_READWRITE, PAGE_EXECUTE_READ
+    DWORD MEM_RESERVE, MEM_COMMIT, MEM_DECOMMIT, MEM_RELEASE, MEM_RESET, MEM_WRITE_WATCH, MEM_FREE
+    DWORD PAGE_NOACCESS, PAGE_READONLY, PAGE_READWRITE, PAGE_EXECUTE_READ
+    DWORD FILE_MAP_READ, FILE_MAP_WRITE, FILE_TYPE_DISK
+    DWORD SEM_FAILCRITICALERRORS, SEM_NOGPFAULTERRORBOX
+    HANDLE INVALID_HANDLE_VALUE
+    int EXCEPTION_EXECUTE_HANDLER
     int ERROR_ACCESS_DENIED, ERROR_NOT_ENOUGH_MEMORY, ERROR_OUTOFMEMORY, ERROR_GEN_FAILURE, ERROR_NOT_SUPPORTED
     int ERROR_INVALID_PARAMETER, ERROR_INVALID_ADDRESS, ERROR_NOACCESS, ERROR_NO_SYSTEM_RESOURCES
-    int ERROR_WORKING_SET_QUOTA, ERROR_COMMITMENT_LIMIT, ERROR_NOT_ENOUGH_QUOTA
-    size_t ASK "LINMEM_ASK"
-    int alloc "linmem_alloc"(void* at, size_t size, int type, int protection, char** base) noexcept nogil
-    int free_ "linmem_free"(void* at, size_t size, int type) noexcept nogil
-    int release_ "linmem_release"(void* at) noexcept nogil
-    void flush_code "linmem_flush_code"(void* at, size_t size) noexcept nogil
-    int protect_ "linmem_protect"(void* at, size_t size, int protection) noexcept nogil
-    int count_resident "linmem_count_resident"(char* at, size_t n, size_t page, size_t* pages) noexcept nogil
-    void commit_limit "linmem_commit_limit"(unsigned long long* total, unsigned long long* left) noexcept nogil
-    unsigned long long memory_ "linmem_memory"() noexcept nogil
-    void system_ "linmem_system"(size_t* page, size_t* granularity, size_t* addresses) noexcept nogil
-    long long clock_ "linmem_clock"() noexcept nogil
-    int written "linmem_written"(char* at, size_t size, size_t page, span* runs, size_t* n, char** next) noexcept nogil
-    void forget "linmem_forget"(void* at, size_t size) noexcept nogil
-    bint writes_are_seen "linmem_writes_are_seen"(size_t page) noexcept nogil
-    void yield_ "linmem_yield"() noexcept nogil
-    void sleep_ "linmem_sleep"(long long ns) noexcept nogil
-    void die_quietly_ "linmem_die_quietly"() noexcept nogil
-    int FILE_MAP_READ, FILE_MAP_WRITE
-    void* INVALID_HANDLE_VALUE
-    int section_ "linmem_section"(void* file, size_t size, int protection, void** out) noexcept nogil
-    int view_ "linmem_view"(void* section, long long position, size_t size, int access, char** out) noexcept nogil
-    void unview "linmem_unview"(void* at) noexcept nogil
-    void close_ "linmem_close"(void* handle) noexcept nogil
-    int for_reading "linmem_for_reading"(void* section, void** out) noexcept nogil
-    int file_of "linmem_file_of"(int descriptor, void** file, unsigned long long* size) noexcept nogil
-    bint VirtualUnlock(void* at, size_t size) noexcept nogil
+    int ERROR_WORKING_SET_QUOTA, ERROR_COMMITMENT_LIMIT, ERROR_NOT_ENOUGH_QUOTA, ERROR_INVALID_HANDLE
+
+    DWORD GetLastError()
+    void* VirtualAlloc(void* at, size_t size, DWORD type, DWORD protection)
+    bint VirtualFree(void* at, size_t size, DWORD type)
+    bint VirtualProtect(void* at, size_t size, DWORD protection, DWORD* before)
+    size_t VirtualQuery(const void* at, MEMORY_BASIC_INFORMATION* about, size_t size)
+    bint VirtualUnlock(void* at, size_t size)
+    unsigned int GetWriteWatch(DWORD flags, void* at, size_t size, void** pages, ULONG_PTR* n, DWORD* page_size)
+    unsigned int ResetWriteWatch(void* at, size_t size)
+    bint FlushInstructionCache(HANDLE process, const void* at, size_t size)
+    HANDLE GetCurrentProcess()
+    void GetSystemInfo(SYSTEM_INFO* info)
+    bint GlobalMemoryStatusEx(MEMORYSTATUSEX* status)
+    HANDLE CreateFileMappingW(HANDLE file, void* security, DWORD protection, DWORD size_high, DWORD size_low,
+                              const wchar_t* name)
+    void* MapViewOfFile(HANDLE section, DWORD access, DWORD offset_high, DWORD offset_low, size_t size)
+    bint UnmapViewOfFile(const void* at)
+    bint CloseHandle(HANDLE handle)
+    bint DuplicateHandle(HANDLE process, HANDLE handle, HANDLE to_process, HANDLE* out, DWORD access, bint inherit,
+                         DWORD options)
+    DWORD GetFileType(HANDLE file)
+    bint GetFileSizeEx(HANDLE file, LARGE_INTEGER* size)
+    bint CreatePipe(HANDLE* out, HANDLE* into, void* security, DWORD size)
+    bint ReadFile(HANDLE file, void* bytes, DWORD size, DWORD* done, void* overlapped)
+    bint WriteFile(HANDLE file, const void* bytes, DWORD size, DWORD* done, void* overlapped)
+    bint QueryPerformanceCounter(LARGE_INTEGER* ticks)
+    bint QueryPerformanceFrequency(LARGE_INTEGER* ticks)
+    bint SwitchToThread()
+    void Sleep(DWORD milliseconds)
+    unsigned int GetErrorMode()
+    unsigned int SetErrorMode(unsigned int mode)
+    void* SetUnhandledExceptionFilter(long (*filter)(EXCEPTION_POINTERS*) noexcept nogil)
+
+cdef extern from "<psapi.h>" nogil:
+    ctypedef struct PSAPI_WORKING_SET_EX_BLOCK:
+        ULONG_PTR Flags
+    ctypedef struct PSAPI_WORKING_SET_EX_INFORMATION:
+        void* VirtualAddress
+        PSAPI_WORKING_SET_EX_BLOCK VirtualAttributes
+    bint QueryWorkingSetEx(HANDLE process, void* asked, DWORD size)
+
+cdef extern from "<io.h>" nogil:
+    intptr_t _get_osfhandle(int descriptor)
+
+cdef extern from "<stdlib.h>" nogil:
+    ctypedef void (*_invalid_parameter_handler)(const wchar_t*, const wchar_t*, const wchar_t*, unsigned int,
+                                                uintptr_t) noexcept nogil
+    _invalid_parameter_handler _set_thread_local_invalid_parameter_handler(_invalid_parameter_handler handler)
 
 
 include "common.pxi"
 
 cdef size_t real_granularity
-cdef bint can_watch = False             # reservations can be watched, and every write is seen
-cdef size_t DISCARD_STEP = 1 << 20      # bytes that discard() holds in physical memory at a time
+cdef bint can_watch = False             # reservations can be watched, and every write to them is seen
+cdef size_t DISCARD_STEP = 1 << 20      # bytes that discard() has in physical memory at a time
+
+cdef enum:
+    ASKED_AT_ONCE = 256                 # pages in one call of QueryWorkingSetEx or GetWriteWatch
 
 
-cdef int reserve(size_t size, bint watched, char** base) noexcept nogil:
-    cdef int code = injected()
+cdef int last_error() noexcept nogil:
+    """The code of the call on the line before, which has failed. 0 means success to our callers, so a failed call
+    without a reason gets one."""
+    cdef DWORD code = GetLastError()
+    return ERROR_GEN_FAILURE if code == 0 or code > 0x7fffffff else <int>code
+
+
+cdef int os_reserve(char* unused, size_t size, size_t watched, void* base) noexcept nogil:
+    # A part of a reservation cannot be given back. What a larger (overridden) host page needs for its alignment stays
+    # inaccessible in front of the range or behind it, until release() frees all of it.
     cdef size_t extra = caps.granularity - real_granularity
-    cdef char* p = NULL
-    if code:
-        return code
-    # A part of a reservation cannot be given back: what a larger (overridden) host page needs for its
-    # alignment stays, inaccessible, in front of or behind it, until release() frees all of it.
+    cdef void* p = NULL
+    cdef int code
     count_reserved(size + extra)
-    # The system keeps a bit for each page of what it watches; where there is no room for them, nothing is watched.
-    if not (watched and can_watch and alloc(NULL, size + extra, MEM_RESERVE | MEM_WRITE_WATCH, PAGE_NOACCESS, &p) == 0):
-        code = alloc(NULL, size + extra, MEM_RESERVE, PAGE_NOACCESS, &p)
-    if code == 0:
-        base[0] = <char*>((<size_t>p + extra) & ~(caps.granularity - 1))
-    else:
+    # The system keeps a bit for each watched page. If it has no memory for these bits, the range is not watched.
+    if watched and can_watch:
+        p = VirtualAlloc(NULL, size + extra, MEM_RESERVE | MEM_WRITE_WATCH, PAGE_NOACCESS)
+    if p == NULL:
+        p = VirtualAlloc(NULL, size + extra, MEM_RESERVE, PAGE_NOACCESS)
+    if p == NULL:
+        code = last_error()
         count_released(size + extra)
-    return code
-
-
-cdef int commit(char* at, size_t size) noexcept nogil:
-    cdef int code = injected()
-    cdef char* p = NULL
-    if code:
         return code
-    code = alloc(at, size, MEM_COMMIT, PAGE_READWRITE, &p)
-    if code:
-        # Nothing says that a commit which runs out half way leaves the first half alone.
-        free_(at, size, MEM_DECOMMIT)
+    (<char**>base)[0] = <char*>((<size_t>p + extra) & ~(caps.granularity - 1))
+    return 0
+
+
+cdef int os_commit(char* at, size_t size) noexcept nogil:
+    cdef int code
+    if VirtualAlloc(at, size, MEM_COMMIT, PAGE_READWRITE) != NULL:
+        return 0
+    # The documentation does not say that a commit which fails half way leaves the first half as it was.
+    code = last_error()
+    VirtualFree(at, size, MEM_DECOMMIT)
     return code
 
 
-cdef int decommit(char* at, size_t size) noexcept nogil:
-    cdef int code = injected()
-    if code == 0:
-        code = free_(at, size, MEM_DECOMMIT)
-    if code == 0 and can_watch:
-        forget(at, size)
-    return code
+cdef int os_decommit(char* at, size_t size) noexcept nogil:
+    if not VirtualFree(at, size, MEM_DECOMMIT):
+        return last_error()
+    if can_watch:
+        ResetWriteWatch(at, size)       # a decommit does not do this; refused if the range is not watched
+    return 0
 
 
-cdef int discard(char* at, size_t size) noexcept nogil:
-    # Not decommit and commit: between the two another thread's access would be a fault, and where the
-    # commit is refused (somebody took the charge meanwhile) pages with live views on them would be gone
-    # for good. MEM_RESET keeps pages and charge, and the documentation of MEM_RESET_UNDO says what may
-    # become of the bytes: they stay intact, or they are replaced with zeroes. Zeroed first, both are zero.
-    # VirtualUnlock of pages that are not locked takes them out of the working set; it says
-    # ERROR_NOT_LOCKED when it has. Step by step, so that a large range is never resident as a whole.
-    # Should MEM_RESET refuse, the bytes from there on are as they were or zero, and no page is lost.
-    cdef int code = injected()
+cdef int os_discard(char* at, size_t size) noexcept nogil:
+    # Not decommit and commit: an access of another thread between the two would be a fault, and if the commit is
+    # refused (another program took the charge meanwhile), pages with live views on them would be lost. MEM_RESET keeps
+    # pages and charge. According to the documentation of MEM_RESET_UNDO, the bytes then stay or are replaced with
+    # zeros. They are zeroed first, so they are zero in both cases. VirtualUnlock of pages that are not locked takes
+    # them out of the working set, and returns ERROR_NOT_LOCKED. All this is done step by step, so that a large range is
+    # never resident as a whole. If MEM_RESET is refused, the bytes from there on are unchanged or zero, and no page is
+    # lost.
     cdef size_t offset = 0, step
-    cdef char* p = NULL
-    while code == 0 and offset < size:
+    while offset < size:
         step = size - offset if size - offset < DISCARD_STEP else DISCARD_STEP
         memset(at + offset, 0, step)
-        code = alloc(at + offset, step, MEM_RESET, PAGE_NOACCESS, &p)
-        if code == 0:
-            VirtualUnlock(at + offset, step)
+        if VirtualAlloc(at + offset, step, MEM_RESET, PAGE_NOACCESS) == NULL:
+            return last_error()
+        VirtualUnlock(at + offset, step)
         offset += step
-    return code
+    return 0
 
 
-cdef int renew(char* at, size_t size) noexcept nogil:
-    # Nobody looks, so what discard() must not do is allowed, and touches no page.
-    cdef int code = injected()
-    cdef char* p = NULL
-    if code == 0:
-        code = free_(at, size, MEM_DECOMMIT)
-    if code == 0:
-        if can_watch:
-            forget(at, size)    # before the commit, which makes that dearer
-        code = alloc(at, size, MEM_COMMIT, PAGE_READWRITE, &p)
-    return code
+cdef int os_renew(char* at, size_t size) noexcept nogil:
+    # No other thread accesses the range, so the way that is closed to discard() is open here; it touches no page.
+    if not VirtualFree(at, size, MEM_DECOMMIT):
+        return last_error()
+    if can_watch:
+        ResetWriteWatch(at, size)       # before the commit, which makes this call dearer
+    return 0 if VirtualAlloc(at, size, MEM_COMMIT, PAGE_READWRITE) != NULL else last_error()
 
 
-cdef int touched(char* at, size_t size, bint over_image, span* runs, size_t* n, char** next) noexcept nogil:
-    # QueryWorkingSetEx does not know of pages that went to the paging file, and nothing knows of an image's.
-    cdef int code = injected()
-    if code == 0:
-        code = ERROR_NOT_SUPPORTED if over_image or not caps.scans else written(at, size, real_page, runs, n, next)
-    return code
+cdef int os_touched(char* at, size_t size, size_t over_image, void* found) noexcept nogil:
+    # QueryWorkingSetEx does not know pages in the paging file, and no call tells which pages differ from an image.
+    return ERROR_NOT_SUPPORTED if over_image or not caps.scans else written(at, size, <found_runs*>found)
 
 
-cdef int advise_huge(char* at, size_t size) noexcept nogil:
-    cdef int code = injected()
-    return code if code else ERROR_NOT_SUPPORTED
+cdef int written(char* at, size_t size, found_runs* found) noexcept nogil:
+    """The pages that were written since they were reserved, or since ResetWriteWatch(). A listed page may be zero; a
+    page that is not listed has never been anything else."""
+    cdef void* listed[ASKED_AT_ONCE]
+    cdef ULONG_PTR count = ASKED_AT_ONCE, i = 0
+    cdef DWORD unit
+    cdef size_t room = found.n[0]
+    if GetWriteWatch(0, at, size, listed, &count, &unit):
+        return ERROR_NOT_SUPPORTED
+    found.n[0] = 0
+    while i < count and add_page(found.runs, found.n, room, <char*>listed[i]):
+        i += 1
+    if i < count:
+        found.next[0] = <char*>listed[i]
+    elif count < ASKED_AT_ONCE:
+        found.next[0] = at + size
+    else:
+        found.next[0] = <char*>listed[count - 1] + real_page
+    return 0
 
 
-cdef int protect(char* at, size_t size, int access) noexcept nogil:
-    cdef int code = injected()
-    cdef int protection = PAGE_NOACCESS
-    if code:
-        return code
+cdef bint writes_are_seen() noexcept nogil:
+    """Asks about three pages: the first is only read, the second is written by this thread, the third by the system (as
+    in the WASI calls of a guest). If one of these writes were missed, a guest would find bytes of another guest."""
+    cdef span runs[3]
+    cdef size_t n = 3, page = real_page
+    cdef char* next = NULL
+    cdef found_runs found
+    cdef HANDLE out = NULL, into = NULL
+    cdef DWORD moved = 0
+    cdef bint seen = False
+    cdef char* p = <char*>VirtualAlloc(NULL, 3 * page, MEM_RESERVE | MEM_COMMIT | MEM_WRITE_WATCH, PAGE_READWRITE)
+    if p == NULL:
+        return False
+    found.runs, found.n, found.next = runs, &n, &next
+    if CreatePipe(&out, &into, NULL, 0):
+        load(<word*>p)
+        store(<word*>(p + page), 1)
+        seen = (WriteFile(into, b"x", 1, &moved, NULL) and ReadFile(out, p + 2 * page, 1, &moved, NULL) and moved == 1
+                and written(p, 3 * page, &found) == 0
+                and n == 1 and next == p + 3 * page and runs[0].size == 2 * page and runs[0].at == p + page)
+        CloseHandle(out)
+        CloseHandle(into)
+    if seen:        # and ResetWriteWatch() must make the system forget them
+        n = 3
+        seen = (VirtualFree(p, 3 * page, MEM_DECOMMIT) and ResetWriteWatch(p, 3 * page) == 0
+                and VirtualAlloc(p, 3 * page, MEM_COMMIT, PAGE_READWRITE) == p
+                and written(p, 3 * page, &found) == 0 and n == 0)
+    VirtualFree(p, 0, MEM_RELEASE)
+    return seen
+
+
+cdef int os_advise_huge(char* at, size_t size) noexcept nogil:
+    return ERROR_NOT_SUPPORTED
+
+
+cdef int os_protect(char* at, size_t size, size_t access, void* unused) noexcept nogil:
+    cdef DWORD protection = PAGE_NOACCESS, before
     if access == ACCESS_READ:
         protection = PAGE_READONLY
     elif access == ACCESS_READ_WRITE:
         protection = PAGE_READWRITE
     elif access == ACCESS_READ_EXECUTE:
         protection = PAGE_EXECUTE_READ
-    code = protect_(at, size, protection)
-    if code == 0 and access == ACCESS_READ_EXECUTE:
-        flush_code(at, size)
-    return code
+    if not VirtualProtect(at, size, protection, &before):
+        return last_error()
+    if access == ACCESS_READ_EXECUTE:
+        FlushInstructionCache(GetCurrentProcess(), at, size)
+    return 0
 
 
-cdef int prefault(char* at, size_t size) noexcept nogil:
+cdef int os_prefault(char* at, size_t size) noexcept nogil:
     # PrefetchVirtualMemory reads from files; it does not make fresh pages resident.
-    cdef int code = injected()
-    cdef size_t offset = 0
-    if code:
-        return code
-    while offset < size:
-        _atomic.touch(at + offset)
-        offset += real_page
-    return 0
+    return touch_pages(at, size)
 
 
-cdef int move(char* at, size_t size, char* to, size_t new_size) noexcept nogil:
-    cdef int code = injected()
-    return code if code else ERROR_NOT_SUPPORTED
+cdef int os_move(char* at, size_t size, size_t new_size, void* to) noexcept nogil:
+    return ERROR_NOT_SUPPORTED
 
 
-# -- images: section objects, which memories copy from. A view of one could stand inside a reservation only
-# in a placeholder, which not every Windows has, and which would make two allocations of one memory.
-
-cdef int image_begin(size_t size, image_pages* out) noexcept nogil:
-    cdef int code = injected()
-    cdef void* section = NULL
-    cdef char* p = NULL
-    memset(out, 0, sizeof(image_pages))
-    out.handle = -1
-    out.size = size
-    if code:
-        return code
-    if image_kind == IMAGE_SECTION:
-        code = section_(INVALID_HANDLE_VALUE, size, PAGE_READWRITE, &section)
-        if code:
-            return code
-    count_reserved(size)
-    if image_kind == IMAGE_SECTION:
-        code = view_(section, 0, size, FILE_MAP_WRITE, &p)
-        if code:
-            close_(section)
-        else:
-            out.handle = <long long>section
-    else:
-        code = alloc(NULL, size, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE, &p)
-    if code:
-        count_released(size)
-        return code
-    out.kind = image_kind
-    out.bytes = p
-    return 0
-
-
-cdef int image_write(image_pages* into, size_t offset, const char* bytes, size_t size) noexcept nogil:
-    cdef int code = injected()
-    if code == 0:
-        memcpy(into.bytes + offset, bytes, size)
-    return code
-
-
-cdef int image_end(image_pages* it) noexcept nogil:
-    cdef int code = injected()
-    cdef void* reader = NULL
-    if code:
-        return code
-    if it.kind == IMAGE_PRIVATE:
-        return protect_(it.bytes, it.size, PAGE_READONLY)
-    # The pages stay where they are, and the only handle on them that is left cannot write.
-    code = for_reading(<void*>it.handle, &reader)
-    if code == 0:
-        code = protect_(it.bytes, it.size, PAGE_READONLY)
-        if code:
-            close_(reader)
-    if code == 0:
-        close_(<void*>it.handle)
-        it.handle = <long long>reader
-    return code
-
-
-cdef int image_open(int descriptor, long long position, size_t size, image_pages* out) noexcept nogil:
-    cdef int code = injected()
-    cdef void* file = NULL
-    cdef void* section = NULL
-    cdef char* p = NULL
-    cdef unsigned long long length = 0
-    cdef size_t lead = <size_t>position & (real_granularity - 1)
-    memset(out, 0, sizeof(image_pages))
-    if code:
-        return code
-    code = file_of(descriptor, &file, &length)
-    if code:
-        return code
-    if <unsigned long long>position > length or size > length - <unsigned long long>position:
-        return IMAGE_SHORT
-    code = section_(file, 0, PAGE_READONLY, &section)
-    if code:
-        return code
-    count_reserved(lead + size)
-    code = view_(section, position - <long long>lead, lead + size, FILE_MAP_READ, &p)
-    if code:
-        count_released(lead + size)
-        close_(section)
-        return code
-    out.kind = IMAGE_FILE
-    out.handle = <long long>section
-    out.position = position
-    out.bytes = p + lead
-    out.size = size
-    return 0
-
-
-cdef void image_drop(image_pages* it) noexcept nogil:
-    cdef size_t lead = <size_t>it.position & (real_granularity - 1)
-    if it.bytes != NULL:
-        if it.kind == IMAGE_PRIVATE:
-            release_(it.bytes)
-        else:       # a view begins at a multiple of the granularity, and so does position 0
-            unview(it.bytes - lead)
-        count_released(lead + it.size)
-    if it.handle != -1:
-        close_(<void*>it.handle)
-
-
-cdef int image_map(const image_pages* it, size_t offset, char* at, size_t size) noexcept nogil:
-    cdef int code = injected()
-    return code if code else ERROR_NOT_SUPPORTED
-
-
-cdef int image_renew(const image_pages* it, size_t offset, char* at, size_t size) noexcept nogil:
-    cdef int code = injected()
-    return code if code else ERROR_NOT_SUPPORTED
-
-
-cdef int blank(char* at, size_t size) noexcept nogil:
-    cdef int code = injected()
-    return code if code else ERROR_NOT_SUPPORTED
-
-
-cdef int resident(char* at, size_t size, size_t* bytes) noexcept nogil:
-    cdef int code = injected()
-    cdef size_t left = size // real_page, n, pages = 0
-    while code == 0 and left:
-        n = left if left < ASK else ASK
-        code = count_resident(at + size - left * real_page, n, real_page, &pages)
+cdef int os_resident(char* at, size_t size, size_t unused, void* bytes) noexcept nogil:
+    cdef PSAPI_WORKING_SET_EX_INFORMATION asked[ASKED_AT_ONCE]
+    cdef size_t left = size // real_page, pages = 0, n, i
+    while left:
+        n = left if left < ASKED_AT_ONCE else ASKED_AT_ONCE
+        for i in range(n):
+            asked[i].VirtualAddress = at + size - (left - i) * real_page
+        if not QueryWorkingSetEx(GetCurrentProcess(), asked, <DWORD>(n * sizeof(asked[0]))):
+            return last_error()
+        for i in range(n):
+            pages += asked[i].VirtualAttributes.Flags & 1
         left -= n
-    if code == 0:
-        bytes[0] = pages * real_page
-    return code
+    (<size_t*>bytes)[0] = pages * real_page
+    return 0
 
 
-cdef int release(char* at, size_t size) noexcept nogil:
-    cdef int code = injected()
-    if code == 0:
-        code = release_(at)
-    if code == 0:
-        count_released(size + caps.granularity - real_granularity)
-    return code
+cdef int os_release(char* at, size_t size) noexcept nogil:
+    # MEM_RELEASE takes the base of the reservation that `at` lies in, and no other address.
+    cdef MEMORY_BASIC_INFORMATION about
+    if VirtualQuery(at, &about, sizeof(about)) == 0:
+        return last_error()
+    if about.State == MEM_FREE:
+        return ERROR_INVALID_ADDRESS
+    if not VirtualFree(about.AllocationBase, 0, MEM_RELEASE):
+        return last_error()
+    count_released(size + caps.granularity - real_granularity)
+    return 0
+
+
+# -- images: section objects, from which memories copy -------------------------------------------
+#
+# Inside a reservation, a view of a section needs a placeholder. Some versions of Windows have none, and a placeholder
+# would make two allocations of one memory.
+
+cdef int os_image_begin(image_pages* img, size_t offset, char* bytes, size_t size) noexcept nogil:
+    cdef HANDLE section = NULL
+    cdef int code
+    if image_kind == IMAGE_SECTION:
+        section = CreateFileMappingW(INVALID_HANDLE_VALUE, NULL, PAGE_READWRITE, <DWORD>(size >> 32), <DWORD>size, NULL)
+        if section == NULL:
+            return last_error()
+    count_reserved(size)
+    if section != NULL:
+        img.bytes = <char*>MapViewOfFile(section, FILE_MAP_WRITE, 0, 0, size)
+    else:
+        img.bytes = <char*>VirtualAlloc(NULL, size, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE)
+    if img.bytes == NULL:
+        code = last_error()
+        count_released(size)
+        if section != NULL:
+            CloseHandle(section)
+        return code
+    img.kind = image_kind
+    if section != NULL:
+        img.handle = <long long>section
+    return 0
+
+
+cdef int os_image_write(image_pages* img, size_t offset, char* bytes, size_t size) noexcept nogil:
+    memcpy(img.bytes + offset, bytes, size)
+    return 0
+
+
+cdef int os_image_end(image_pages* img, size_t offset, char* bytes, size_t size) noexcept nogil:
+    cdef HANDLE reader = NULL
+    cdef int code
+    if img.kind == IMAGE_PRIVATE:
+        return os_protect(img.bytes, size, ACCESS_READ, NULL)
+    # The pages stay where they are. The only handle on them that is left cannot write.
+    if not DuplicateHandle(GetCurrentProcess(), <HANDLE>img.handle, GetCurrentProcess(), &reader, FILE_MAP_READ, False,
+                           0):
+        return last_error()
+    code = os_protect(img.bytes, size, ACCESS_READ, NULL)
+    if code:
+        CloseHandle(reader)
+        return code
+    CloseHandle(<HANDLE>img.handle)
+    img.handle = <long long>reader
+    return 0
+
+
+cdef void ignore_parameter(const wchar_t* expression, const wchar_t* function, const wchar_t* file, unsigned int line,
+                           uintptr_t reserved) noexcept nogil:
+    pass
+
+
+cdef int file_of(int descriptor, HANDLE* file, long long* size) noexcept nogil:
+    """The handle and the size of the file behind a descriptor of the C library."""
+    cdef LARGE_INTEGER length
+    # The C library calls a handler for a number that is not a descriptor. The default handler ends the process.
+    cdef _invalid_parameter_handler before = _set_thread_local_invalid_parameter_handler(ignore_parameter)
+    file[0] = <HANDLE>_get_osfhandle(descriptor)
+    _set_thread_local_invalid_parameter_handler(before)
+    if file[0] == INVALID_HANDLE_VALUE:
+        return ERROR_INVALID_HANDLE
+    if GetFileType(file[0]) != FILE_TYPE_DISK:
+        return ERROR_NOT_SUPPORTED
+    if not GetFileSizeEx(file[0], &length):
+        return last_error()
+    size[0] = length.QuadPart
+    return 0
+
+
+cdef int os_image_open(image_pages* img, size_t offset, char* bytes, size_t size) noexcept nogil:
+    cdef HANDLE file = NULL, section
+    cdef void* p
+    cdef long long length = 0, start
+    cdef size_t lead = <size_t>img.position & (real_granularity - 1)
+    cdef int code = file_of(<int>img.handle, &file, &length)
+    if code:
+        return code
+    if img.position > length or size > <size_t>(length - img.position):
+        return IMAGE_SHORT
+    section = CreateFileMappingW(file, NULL, PAGE_READONLY, 0, 0, NULL)
+    if section == NULL:
+        return last_error()
+    start = img.position - <long long>lead
+    count_reserved(lead + size)
+    p = MapViewOfFile(section, FILE_MAP_READ, <DWORD>(start >> 32), <DWORD>start, lead + size)
+    if p == NULL:
+        code = last_error()
+        count_released(lead + size)
+        CloseHandle(section)
+        return code
+    img.kind = IMAGE_FILE
+    img.handle = <long long>section
+    img.bytes = <char*>p + lead
+    img.size = size
+    return 0
+
+
+cdef void image_drop(image_pages* img) noexcept nogil:
+    cdef size_t lead = <size_t>img.position & (real_granularity - 1)
+    if img.bytes != NULL:
+        if img.kind == IMAGE_PRIVATE:
+            VirtualFree(img.bytes, 0, MEM_RELEASE)
+        else:       # a view begins at a multiple of the granularity, as position 0 does
+            UnmapViewOfFile(img.bytes - lead)
+        count_released(lead + img.size)
+    if img.handle != -1:
+        CloseHandle(<HANDLE>img.handle)
+
+
+cdef int os_image_map(image_pages* img, size_t offset, char* at, size_t size) noexcept nogil:
+    return ERROR_NOT_SUPPORTED
+
+
+cdef int os_image_renew(image_pages* img, size_t offset, char* at, size_t size) noexcept nogil:
+    return ERROR_NOT_SUPPORTED
+
+
+cdef int os_blank(char* at, size_t size) noexcept nogil:
+    return ERROR_NOT_SUPPORTED
+
+
+# -- limits, clocks ------------------------------------------------------------------------------
+
+cdef MEMORYSTATUSEX memory_status() noexcept nogil:
+    """The memory and the commit limit of this process or of the machine, whichever is smaller; zeros where unknown."""
+    cdef MEMORYSTATUSEX status
+    memset(&status, 0, sizeof(status))
+    status.dwLength = sizeof(status)
+    GlobalMemoryStatusEx(&status)
+    return status
 
 
 cdef void address_space(size_t* total, size_t* left) noexcept nogil:
-    # No limit is put on addresses here: a job object limits what is committed.
+    # Windows has no limit on addresses: a job object limits committed memory.
     total[0] = left[0] = <size_t>1 << caps.address_bits
 
 
@@ -563,16 +458,17 @@ cdef const char* code_text(int code) noexcept nogil:
 
 
 cdef void limit_text(int code, size_t size, char* text, size_t room) noexcept nogil:
-    cdef unsigned long long total, left
+    cdef MEMORYSTATUSEX status
     text[0] = 0
     if size >> caps.address_bits:
         snprintf(text, room, "user addresses have %d bits", caps.address_bits)
         return
     if code != ERROR_COMMITMENT_LIMIT and code != ERROR_NOT_ENOUGH_MEMORY and code != ERROR_OUTOFMEMORY:
         return
-    commit_limit(&total, &left)
-    if total and (code == ERROR_COMMITMENT_LIMIT or size > left):
-        snprintf(text, room, "the commit limit is %llu bytes and %llu are left", total, left)
+    status = memory_status()
+    if status.ullTotalPageFile and (code == ERROR_COMMITMENT_LIMIT or size > status.ullAvailPageFile):
+        snprintf(text, room, "the commit limit is %llu bytes and %llu are left", status.ullTotalPageFile,
+                 status.ullAvailPageFile)
 
 
 cdef int at_fork(void (*before)() noexcept nogil, void (*in_parent)() noexcept nogil,
@@ -581,24 +477,30 @@ cdef int at_fork(void (*before)() noexcept nogil, void (*in_parent)() noexcept n
 
 
 cdef void relax() noexcept nogil:
-    yield_()
+    SwitchToThread()
 
 
 cdef void sleep_ns(long long ns) noexcept nogil:
-    sleep_(ns)
+    Sleep(1 if ns < 1000000 else <DWORD>(ns // 1000000))
 
 
 cdef long long clock_ns() noexcept nogil:
-    return clock_()
+    cdef LARGE_INTEGER now, rate
+    QueryPerformanceCounter(&now)           # since Windows XP, these two never fail
+    QueryPerformanceFrequency(&rate)
+    return (now.QuadPart // rate.QuadPart * 1000000000
+            + now.QuadPart % rate.QuadPart * 1000000000 // rate.QuadPart)
 
 
 cdef long long coarse_ns() noexcept nogil:
-    return clock_()
+    return clock_ns()
 
+
+# -- what Python sees ------------------------------------------------------------------------
 
 def os_error_args(int code, text):
     """The arguments that make an OSError carry `code` the way this OS does (winerror here)."""
-    # OSError finds the errno of most codes itself, and knows no errno for the commit limit and some quotas.
+    # OSError knows the errno of most codes, but not those of the commit limit and of some quotas.
     no_memory = code in (ERROR_NOT_ENOUGH_MEMORY, ERROR_OUTOFMEMORY, ERROR_COMMITMENT_LIMIT, ERROR_NO_SYSTEM_RESOURCES,
                          ERROR_NOT_ENOUGH_QUOTA, ERROR_WORKING_SET_QUOTA)
     return _errno.ENOMEM if no_memory else 0, text, None, code
@@ -626,36 +528,32 @@ def choose_image(kind):
 
 def die_quietly():
     """From now on a memory fault ends this process at once: no dialog, no error report, no debugger."""
-    die_quietly_()
+    SetErrorMode(GetErrorMode() | SEM_FAILCRITICALERRORS | SEM_NOGPFAULTERRORBOX)
+    SetUnhandledExceptionFilter(end_the_process)
+
+
+cdef long end_the_process(EXCEPTION_POINTERS* about) noexcept nogil:
+    return EXCEPTION_EXECUTE_HANDLER
 
 
 def _limits():
-    cdef unsigned long long total, left
-    commit_limit(&total, &left)
+    cdef unsigned long long total = memory_status().ullTotalPageFile
     return {"commit limit": total} if total else {}
 
 
 cdef _start():
     global real_page, real_granularity, image_kind, can_watch
-    image_kind = IMAGE_SECTION
-    cdef size_t top
-    system_(&real_page, &real_granularity, &top)
+    cdef SYSTEM_INFO info
+    GetSystemInfo(&info)
+    real_page = info.dwPageSize
+    real_granularity = info.dwAllocationGranularity
     caps.page_size = _page_size_wanted(real_page)
     caps.granularity = max(real_granularity, caps.page_size)
-    caps.address_bits = 0
-    while top:
-        caps.address_bits += 1
-        top >>= 1
-    caps.moves = False
-    caps.names = False
-    caps.discard_any_protection = False
-    caps.populates = False
-    can_watch = writes_are_seen(real_page)
+    caps.address_bits = bits_of(<size_t>info.lpMaximumApplicationAddress)
+    can_watch = writes_are_seen()
     caps.scans = can_watch
-    caps.maps_images = False
-    caps.huge_page = 0
-    caps.memory = memory_()
-    caps.mappings = 0
+    caps.memory = memory_status().ullTotalPhys
+    image_kind = IMAGE_SECTION
 
 
 _start()

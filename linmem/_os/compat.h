@@ -1,0 +1,157 @@
+/* What only the C preprocessor can decide about an operating system: constants that its headers may be too old for, and
+   stand-ins, under the system's own names, for calls that it lacks. A stand-in fails like a call that the kernel does
+   not have. Only posix.pyx and windows.pyx (with the files that they include) may include this header. */
+#ifndef LINMEM_OS_COMPAT_H
+#define LINMEM_OS_COMPAT_H
+
+#include <errno.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+
+#ifndef WIN32_LEAN_AND_MEAN
+#define WIN32_LEAN_AND_MEAN
+#endif
+#ifndef NOMINMAX
+#define NOMINMAX
+#endif
+#include <io.h>
+#include <stdlib.h>
+#include <windows.h>
+#define PSAPI_VERSION 2 /* QueryWorkingSetEx is in kernel32, so no other library has to be linked */
+#include <psapi.h>
+
+#if defined(__MINGW32__) /* some of its headers lack this function; its C library has the function */
+_CRTIMP _invalid_parameter_handler __cdecl _set_thread_local_invalid_parameter_handler(
+    _invalid_parameter_handler handler);
+#endif
+
+#else
+
+#include <fcntl.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <time.h>
+#include <unistd.h>
+
+#if defined(__linux__)
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <sys/sysinfo.h>
+#include <sys/vfs.h>
+#define LINMEM_LINUX 1
+#else
+#define LINMEM_LINUX 0
+#endif
+
+/* Constants of newer headers. On systems other than Linux the values are never passed to the kernel. */
+#ifndef MAP_ANONYMOUS
+#define MAP_ANONYMOUS MAP_ANON
+#endif
+#ifndef MAP_NORESERVE /* FreeBSD has no such flag: it never accounts for pages in advance */
+#define MAP_NORESERVE 0
+#endif
+#ifndef MAP_FIXED_NOREPLACE
+#define MAP_FIXED_NOREPLACE 0x100000
+#endif
+#ifndef MREMAP_MAYMOVE
+#define MREMAP_MAYMOVE 1
+#define MREMAP_FIXED 2
+#endif
+#ifndef MADV_HUGEPAGE
+#define MADV_HUGEPAGE 14
+#define MADV_NOHUGEPAGE 15
+#endif
+#ifndef MADV_WIPEONFORK
+#define MADV_WIPEONFORK 18
+#endif
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+#ifndef PR_SET_VMA
+#define PR_SET_VMA 0x53564d41
+#define PR_SET_VMA_ANON_NAME 0
+#endif
+#ifndef F_ADD_SEALS
+#define F_ADD_SEALS 1033
+#define F_GET_SEALS 1034
+#define F_SEAL_SEAL 1
+#define F_SEAL_SHRINK 2
+#define F_SEAL_GROW 4
+#define F_SEAL_WRITE 8
+#endif
+#ifndef MFD_NOEXEC_SEAL
+#define MFD_NOEXEC_SEAL 8
+#endif
+#ifndef O_TMPFILE
+#define O_TMPFILE 0
+#endif
+#ifndef SEEK_DATA /* lseek() refuses it, as it does on a file system that does not know its holes */
+#define SEEK_DATA -1
+#define SEEK_HOLE -1
+#endif
+#ifndef RLIMIT_AS /* OpenBSD has RLIMIT_DATA only */
+#define RLIMIT_AS RLIMIT_DATA
+#endif
+#ifndef CLOCK_MONOTONIC_COARSE
+#define CLOCK_MONOTONIC_COARSE CLOCK_MONOTONIC
+#endif
+#ifndef _SC_PHYS_PAGES
+#define _SC_PHYS_PAGES -1
+#endif
+#ifndef TMPFS_MAGIC
+#define TMPFS_MAGIC 0x01021994
+#endif
+#ifndef PAGEMAP_SCAN /* the size is that of struct pm_scan_arg */
+#define PAGEMAP_SCAN _IOWR('f', 16, uint64_t[12])
+#endif
+
+/* The C library's memfd_create() came years after the kernel's. */
+#if !defined(MFD_CLOEXEC) || !LINMEM_LINUX
+#undef MFD_CLOEXEC
+#undef MFD_ALLOW_SEALING
+#define MFD_CLOEXEC 1
+#define MFD_ALLOW_SEALING 2
+static inline int linmem_memfd_create(const char *name, unsigned int flags) {
+#if LINMEM_LINUX && defined(SYS_memfd_create)
+    return (int)syscall(SYS_memfd_create, name, flags);
+#else
+    (void)name, (void)flags, errno = ENOSYS;
+    return -1;
+#endif
+}
+#define memfd_create linmem_memfd_create
+#endif
+
+#if !LINMEM_LINUX
+struct linmem_sysinfo {
+    unsigned long totalram, totalswap;
+    unsigned int mem_unit;
+};
+struct linmem_statfs {
+    unsigned long f_type, f_blocks, f_bavail, f_bsize;
+};
+static inline int linmem_sysinfo(struct linmem_sysinfo *about) { return (void)about, errno = ENOSYS, -1; }
+static inline int linmem_fstatfs(int fd, struct linmem_statfs *about) {
+    return (void)fd, (void)about, errno = ENOSYS, -1;
+}
+static inline int linmem_prctl(int option, ...) { return (void)option, errno = ENOSYS, -1; }
+static inline int linmem_fallocate(int fd, off_t offset, off_t size) {
+    return (void)fd, (void)offset, (void)size, ENOSYS;
+}
+static inline void *linmem_mremap(void *old, size_t old_size, size_t size, int flags, ...) {
+    return (void)old, (void)old_size, (void)size, (void)flags, errno = ENOSYS, MAP_FAILED;
+}
+#define sysinfo linmem_sysinfo
+#define statfs linmem_statfs
+#define fstatfs linmem_fstatfs
+#define prctl linmem_prctl
+#define posix_fallocate linmem_fallocate
+#define mremap linmem_mremap
+#endif
+
+#endif
+
+#endif
