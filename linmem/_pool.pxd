@@ -123,7 +123,7 @@ cdef struct slot:
     pool* pool
     shelf* shelf
     memory* m
-    slot* below             # on its stack, idle only
+    slot* below             # on its stack, idle only; of a slot that is DROPPING: in the list of its dropper
     slot* above
     slot* older             # of the pool's warm slots, or of its cold ones
     slot* newer
@@ -142,7 +142,6 @@ cdef struct slot:
     size_t reserved         # bytes of address space, guards included
     size_t mappings         # that it takes, at most
     bint unfilled           # a prefaulted memory whose pages have been given back
-    bint forgotten          # nobody can ask for its image any more
     long long since         # when it became idle, or was handed out: of the coarse clock
     long long grown         # when a guest last grew beyond `least`
     long long emptied       # when all its pages were last given back

@@ -18,8 +18,8 @@ from linmem._memory cimport (
     RELIEF_PAGES, RELIEF_SPACE, UNCHOSEN, ImageHandle, Memory, MmapCreator, NativeCreator, acquire, check_count,
     check_flag, check_native, check_size, commit_pages, current_domain, domain as domain_t, domain_of, domain_release,
     domain_retain, fail, fail_python, failure, forgotten_is, give_back, image as image_t, image_copy, image_release,
-    image_retain, list_lock, memory, memory_doubt, memory_forget_protection, memory_hang, memory_hook,
-    memory_is_filled, memory_refill, memory_release, memory_renew, memory_restore, memory_spec, memory_start_again,
+    image_retain, in_each_child, list_lock, live_after, memory, memory_doubt, memory_forget_protection, memory_hang,
+    memory_hook, memory_is_filled, memory_refill, memory_release, memory_renew, memory_restore, memory_spec, memory_start_again,
     memory_turn_to, memory_unprotect, python_is_ending, raise_failure, relief_is, touched_begin, touched_next,
     touched_runs, unlist_lock, unlock,
 )
@@ -210,6 +210,7 @@ cdef void start_pools() noexcept nogil:
         set_bounds(pages.capabilities().memory // 4 if pages.capabilities().memory else SIZE_MAX, SIZE_MAX)
         relief_is(give)
         forgotten_is(forget_image)
+        in_each_child(drop_what_was_lost)
         started = True
     unlock(&costs_lock)
 
@@ -542,8 +543,8 @@ cdef inline void count_mappings(pool* p, slot* s) noexcept nogil:
 
 cdef inline bint move_slot(pool* p, slot* s, int to) noexcept nogil:
     """The one function that changes a slot's state, with all lists and counts that follow from it. The pool's lock is
-    held, but for RESETTING, which changes no list and no count. False: the pool is closed, so the slot does not
-    become idle; the caller drops it."""
+    held, but for RESETTING, which changes no list and no count. False: the pool is closed, or nobody can ask for the
+    slot's image any more, so the slot does not become idle; the caller drops it."""
     cdef int state = <int>load(&s.state)
     cdef tenant* t
     cdef size_t live
@@ -551,8 +552,12 @@ cdef inline bint move_slot(pool* p, slot* s, int to) noexcept nogil:
     if to == RESETTING:
         publish(&s.state, to)
         return True
-    if (to == WARM or to == COLD) and p.closed:
-        return False
+    if to == WARM or to == COLD:
+        if p.closed:
+            return False
+        if s.shelf.shape.image != NULL and load(&s.shelf.shape.image.forgotten):
+            count_eviction(p, s, EVICTED_IMAGE)
+            return False
     if state == WARM or state == COLD:
         unlink_idle(p, s, state)
         p.resident -= s.resident
@@ -833,9 +838,12 @@ cdef int clear(slot* s, size_t used, const plan* to, finding* what) noexcept nog
     elif code == 0:
         what.kept = what.kept_high = 0
         if to.copied:
-            image_copy(s.image, s.base)
             what.kept = s.image.high - s.image.low
-    return -1 if code else 0
+    if code:
+        return -1
+    if to.copied:
+        image_copy(s.image, s.base)
+    return 0
 
 
 cdef void account(slot* s, size_t used, const plan* to, const finding* what, long long now) noexcept nogil:
@@ -1026,11 +1034,7 @@ cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
     s.counts.resets[how] += 1
     s.thread = this_thread()
     s.since = now
-    kept = s.shelf.shape.image == NULL or not load(&s.shelf.shape.image.forgotten)
-    if kept:
-        kept = move_slot(p, s, COLD if s.pages.accessible < s.pages.least else WARM)
-    else:
-        count_eviction(p, s, EVICTED_IMAGE)
+    kept = move_slot(p, s, COLD if s.pages.accessible < s.pages.least else WARM)
     if kept:
         out = surplus(p, now, &cause)
         if out != NULL:
@@ -1120,8 +1124,8 @@ cdef void slot_dropped(memory_hook* head) noexcept nogil:
     add_counts(&s.shelf.kind.gone, &s.counts)
     add_counts(&s.shelf.tenant.gone, &s.counts)
     leave_shelf(p, s)
-    unlock(&p.lock.held)
     add(&all_reserved, -<long long>s.reserved)
+    unlock(&p.lock.held)
     if s.image != NULL:
         add(&s.image.slots, -1)
     image_release(s.image)
@@ -1324,24 +1328,98 @@ cdef void tell_sum_anew() noexcept nogil:
         p = pool_after(p)
 
 
-cdef void forget_image(image_t* it) noexcept nogil:
-    """Nobody can ask for a memory of that image any more: its idle slots go, of every pool."""
-    cdef pool* p = pool_after(NULL)
+cdef slot* drop_stack(pool* p, slot* top, slot* chain, int cause) noexcept nogil:
+    """The lock is held. All slots of a stack of idle ones become DROPPING, and are put before `chain`, by `below`."""
     cdef slot* s
+    while top != NULL:
+        s = top
+        top = s.below
+        count_eviction(p, s, cause)
+        move_slot(p, s, DROPPING)
+        s.below = chain
+        chain = s
+    return chain
+
+
+cdef void forget_image(image_t* it) noexcept nogil:
+    """Nobody can ask for a memory of that image any more: its idle slots go, of every pool. Those that are between two
+    states go when they would become idle."""
+    cdef pool* p = pool_after(NULL)
+    cdef shelf* here
+    cdef kind* k
+    cdef slot* s
+    cdef slot* chain
+    cdef int i
     while p != NULL:
-        while True:
-            acquire(&p.lock.held)
-            s = p.slots
-            while s != NULL and not (s.shelf.shape.image == it
-                                     and (load(&s.state) == WARM or load(&s.state) == COLD)):
-                s = s.next
-            if s != NULL:
-                count_eviction(p, s, EVICTED_IMAGE)
-                move_slot(p, s, DROPPING)
-            unlock(&p.lock.held)
-            if s == NULL:
-                break
+        chain = NULL
+        acquire(&p.lock.held)
+        for i in range(SHELVES):
+            here = p.shelves[i]
+            while here != NULL:
+                if here.shape.image == it:
+                    chain = drop_stack(p, here.warm, chain, EVICTED_IMAGE)
+                here = here.next
+        for i in range(KINDS):
+            k = p.kinds[i]
+            while k != NULL:
+                if k.shape.image == it:
+                    chain = drop_stack(p, k.cold, chain, EVICTED_IMAGE)
+                k = k.next
+        unlock(&p.lock.held)
+        while chain != NULL:
+            s = chain
+            chain = s.below
             drop(s)
+        p = pool_after(p)
+
+
+cdef slot* outermost_slot(memory* m) noexcept nogil:
+    cdef memory_hook* hook = m.hooks
+    while hook != NULL and hook.keep != slot_keep:
+        hook = hook.next
+    return <slot*>hook
+
+
+cdef bint was_lost(const slot* s, memory* m) noexcept nogil:
+    """Of the outermost slot of `m`: no guest has it, and it is not idle, so a thread was moving it to another state."""
+    cdef int state = <int>load(&s.state)
+    return state != WARM and state != COLD and (state != LIVE or load(&m.refs) == 0)
+
+
+cdef void drop_what_was_lost() noexcept nogil:
+    """In a forked child: a slot goes that a thread was at work on which the child does not have, since nobody knows how
+    far that thread came. The thread that forks is at work on none: no code of Python's runs meanwhile."""
+    cdef memory* m = live_after(NULL)
+    cdef slot* s
+    cdef slot* next
+    cdef slot* chain = NULL
+    cdef memory_hook* hook
+    cdef pool* p
+    while m != NULL:
+        s = outermost_slot(m)
+        if s != NULL and was_lost(s, m):
+            s.m = m
+            s.below = chain
+            chain = s
+        m = live_after(m)
+    while chain != NULL:
+        m = chain.m
+        chain = chain.below
+        hook = m.hooks
+        while hook != NULL:
+            if hook.keep == slot_keep and load(&(<slot*>hook).state) != DROPPING:
+                move_slot((<slot*>hook).pool, <slot*>hook, DROPPING)
+            hook = hook.next
+        store(&m.refs, 1)
+        memory_release(m)
+    p = pool_after(NULL)
+    while p != NULL:
+        s = p.slots
+        while s != NULL:
+            next = s.next
+            if load(&s.state) == DROPPING:      # its memory is gone already
+                slot_dropped(&s.head)
+            s = next
         p = pool_after(p)
 
 

@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from support import NEEDS, PAGE, answer, descriptors, failing, live_bytes, requires, resident_within, whole
+from support import LIBC, NEEDS, PAGE, answer, descriptors, failing, live_bytes, requires, resident_within, whole
 
 import linmem
 import linmem.metrics
@@ -112,6 +112,44 @@ def test_slots_of_an_image_that_nobody_can_ask_for_any_more_go_with_it():
     assert descriptors() == before
     assert linmem.metrics.read(pool)["evictions"]["image"] == 40
     assert linmem.metrics.read(pool)["image_descriptors"] == 0
+
+
+@requires("descriptors", "maps_images")
+@pytest.mark.parametrize("make", ["purge", "trim"])
+def test_slots_between_two_states_go_with_their_image_too(make):
+    pool = linmem.PoolingCreator(max_unused_warm=1)
+    before = descriptors()
+    done = threading.Event()
+
+    def churn():
+        while not done.is_set():
+            getattr(pool, make)()
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    for n in range(1500):
+        image = linmem.Image.from_bytes(bytes([1 + n % 255]) * (4 * PAGE))
+        with image.new_memory(creator=pool) as mem:
+            mem.write(0, b"x" * 4 * PAGE)
+        del image, mem
+    done.set()
+    thread.join()
+    assert (idle(pool), pool.stats()["live"], descriptors()) == (0, 0, before)
+
+
+def test_all_idle_slots_of_an_image_go_with_it_whatever_their_shape_state_and_domain_and_no_others():
+    pool = linmem.PoolingCreator(max_unused_warm=40)
+    images = [linmem.Image.from_bytes(bytes([n + 1]) * (4 * PAGE)) for n in range(2)]
+    mems = [pool.create(4 * PAGE + n % 3, image=image, domain=("a", None)[n % 2], **SHAPE)
+            for n in range(24) for image in [*images, None]]
+    while mems:
+        mems.pop().close()
+    figures = linmem.metrics.read(pool)
+    assert (figures["warm"], figures["cold"]) == (40, 32)
+    assert linmem.metrics.read(pool)["images"] == 2
+    del images[0]
+    figures = linmem.metrics.read(pool)
+    assert (figures["warm"] + figures["cold"], figures["images"], figures["evictions"]["image"]) == (48, 1, 24)
 
 
 @pytest.mark.parametrize("above", [linmem.StatisticsCreator, linmem.PoolingCreator, lambda upstream: upstream])
@@ -416,6 +454,28 @@ def test_a_pool_goes_on_where_pages_are_locked():
                 pytest.skip("pages cannot be locked here")
         stats = pool.stats()
         assert (stats["rejected"], stats["hits"], stats["warm"]) == (0, n, 1)
+
+
+@requires("memory_locks")
+@pytest.mark.parametrize("reset", ["adaptive", "zero", "discard"])
+@pytest.mark.parametrize("prefault", [False, True])
+@pytest.mark.parametrize("grown", [False, True])
+def test_a_pool_of_an_image_gives_each_guest_the_image_also_where_pages_are_locked(reset, prefault, grown):
+    import ctypes
+
+    image = linmem.Image.from_bytes(b"image" * 1000)
+    other = linmem.Image.from_bytes(b"other" * 3000)
+    pool = linmem.PoolingCreator(linmem.MmapCreator(prefault=prefault), image=image, reset=reset)
+    for n in range(4):
+        with pool.create(8 * PAGE, **SHAPE) as mem:
+            assert mem.read(0, 8 * PAGE) == (b"image" * 1000).ljust(8 * PAGE, b"\0")
+            mem.restore(other, zero_grown=True)
+            if grown:
+                mem.grow_to(16 * PAGE)
+                assert mem.read(8 * PAGE, 8 * PAGE) == bytes(8 * PAGE)
+            mem.write(0, b"x" * len(mem))
+            assert LIBC.mlock(ctypes.c_void_p(mem.as_ptr() + PAGE), ctypes.c_size_t(len(mem) - 2 * PAGE)) == 0
+        assert (pool.stats()["rejected"], pool.stats()["hits"]) == (0, n)
 
 
 def test_an_upstream_in_python_that_uses_the_pool_itself_is_not_refused():
