@@ -14,7 +14,8 @@ from linmem._memory cimport (
     begin_move, begin_own_growth, check_count, check_native, check_size, drop_object, end_move, end_own_growth, fail,
     fail_python, failure, fork_lock, give_back, image_copy, in_each_child, leave_image, list_lock, list_memory,
     live_after, memory, memory_hang, memory_hook, memory_ops, memory_resident, memory_retain, memory_size, memory_spec,
-    own_growth, python_is_ending, raise_failure, refuse_foreign, relieve, try_acquire, unlist_lock, unlist_memory, unlock,
+    own_growth, python_is_ending, raise_failure, refuse_foreign, relieve, try_acquire, unlist_lock, unlist_memory,
+    unlock,
 )
 from linmem._os cimport pages
 from linmem._units cimport E_BROKEN, E_LIMIT, E_NO_MEMORY, E_UNSUPPORTED, round_up

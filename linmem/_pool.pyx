@@ -15,13 +15,13 @@ from libc.string cimport memset
 from linmem._atomic cimport add, load, poke, publish, store, swap_if, touch, word
 from linmem._memory cimport (
     CACHE_LINE, IMAGE_BROKEN, IMAGE_COPIED, NO_MAXIMUM, OWNER_LEFT, OWNER_PYTHON, PROTECTION_NONE, RELIEF_BUDGET,
-    RELIEF_PAGES, RELIEF_SPACE, UNCHOSEN, ImageHandle, Memory, MmapCreator, NativeCreator, acquire, check_count,
+    RELIEF_PAGES, RELIEF_SPACE, RUNS, UNCHOSEN, ImageHandle, Memory, MmapCreator, NativeCreator, acquire, check_count,
     check_flag, check_native, check_size, commit_pages, current_domain, domain as domain_t, domain_of, domain_release,
     domain_retain, fail, fail_python, failure, forgotten_is, give_back, image as image_t, image_copy, image_release,
     image_retain, in_each_child, list_lock, live_after, memory, memory_doubt, memory_forget_protection, memory_hang,
-    memory_hook, memory_is_filled, memory_refill, memory_release, memory_renew, memory_restore, memory_spec, memory_start_again,
-    memory_turn_to, memory_unprotect, python_is_ending, raise_failure, relief_is, touched_begin, touched_next,
-    touched_runs, unlist_lock, unlock,
+    memory_hook, memory_is_filled, memory_refill, memory_release, memory_renew, memory_restore, memory_spec,
+    memory_start_again, memory_turn_to, memory_unprotect, python_is_ending, raise_failure, relief_is, touched_begin,
+    touched_next, touched_runs, unlist_lock, unlock,
 )
 from linmem._os cimport pages
 from linmem._reset cimport (
@@ -55,7 +55,9 @@ cdef size_t WIDE_MOST = 1 << 18         # bytes: up to here, all of a memory may
 cdef size_t ZERO_UNSEEN = 1 << 18       # bytes: up to here, zeroing all is no worse than giving back what was not seen
 cdef size_t ZERO_STEP = 1 << 20         # bytes: between two looks at the clock
 cdef size_t TABLE = 1 << 12             # bytes of a page table,
-cdef size_t TABLE_SPAN = 1 << 21        # and of what it maps
+cdef size_t TABLE_SPAN = 1 << 21        # and of what it maps,
+cdef size_t UPPER_SPAN = 1 << 30        # and of what a table of these maps
+cdef size_t TABLES_UNCOUNTED = 8 << 20  # bytes: up to here, a slot's tables are counted as if it had all of them
 cdef size_t PURGED_BYTES = 16 << 20     # one give-back purges no further slot after so many
 cdef size_t WORTH_EMPTYING = 1 << 20    # bytes: a slot in constant use that keeps less is left alone
 
@@ -656,9 +658,32 @@ cdef inline unsigned int in_pages(size_t size) noexcept nogil:
     return <unsigned int>size if size < ANY else ANY
 
 
-cdef inline size_t spans(size_t size) noexcept nogil:
-    """Bytes of the page tables of `size` bytes, at most."""
-    return 0 if size == 0 else (size // TABLE_SPAN + 2) * TABLE
+cdef inline size_t most_tables(const slot* s, size_t size) noexcept nogil:
+    """Bytes of the page tables of the slot's first `size` bytes, at most."""
+    cdef size_t first = <size_t>s.base, last = first + size - 1
+    if size == 0:
+        return 0
+    return (2 + last // TABLE_SPAN - first // TABLE_SPAN + last // UPPER_SPAN - first // UPPER_SPAN) * TABLE
+
+
+cdef size_t count_tables(slot* s) noexcept nogil:
+    """Bytes of page tables that the slot has for pages which are there now, hidden ones and such that were only read
+    included. Of small slots, and where it cannot be told: at most."""
+    cdef size_t most = most_tables(s, s.pages.high), at, tables = 0, reached = 0, reached_upper = 0, n, i
+    cdef char* next = s.base
+    cdef char* end = s.base + s.pages.high
+    cdef pages.span runs[RUNS]
+    if s.pages.high <= TABLES_UNCOUNTED or s.tables >= most:
+        return most
+    while next < end:
+        n = RUNS
+        if pages.present(next, <size_t>(end - next), runs, &n, &next):
+            return most
+        for i in range(n):
+            at = <size_t>runs[i].at
+            tables += cover(at, at + runs[i].size, TABLE_SPAN, &reached) // TABLE_SPAN * TABLE
+            tables += cover(at, at + runs[i].size, UPPER_SPAN, &reached_upper) // UPPER_SPAN * TABLE
+    return tables
 
 
 # What is decided about a reset before it begins.
@@ -678,7 +703,7 @@ cdef struct finding:
     size_t high             # and beyond
     size_t kept             # bytes that are resident below `used`, in the units that the OS keeps them in
     size_t kept_high        # of these, beyond `least`
-    size_t tables
+    size_t tables           # bytes of page tables that are there
     size_t zeroed
 
 
@@ -731,7 +756,7 @@ cdef bint zero_touched(slot* s, size_t used, const plan* to, finding* what) noex
     """Zero what was touched of `used` bytes. False where that cannot be told, is more than the plan's bound, or takes
     too long: then anything may be left."""
     cdef touched_runs found
-    cdef size_t i, at, end, size, total = 0, reached = 0, reached_low = 0, reached_high = 0
+    cdef size_t i, at, end, size, total = 0, reached_low = 0, reached_high = 0
     cdef size_t border = <size_t>s.base + s.pages.least
     cdef size_t unit = pages.capabilities().huge_page if s.given.huge_pages else 0
     touched_begin(&found, s.m, 0, used)
@@ -746,7 +771,6 @@ cdef bint zero_touched(slot* s, size_t used, const plan* to, finding* what) noex
             size = found.runs[i].size
             end = at + size
             memory_refill(s.m, at - <size_t>s.base, size)
-            what.tables += cover(at, end, TABLE_SPAN, &reached)
             if at >= border:
                 what.high += size
             elif end <= border:
@@ -762,7 +786,6 @@ cdef bint zero_touched(slot* s, size_t used, const plan* to, finding* what) noex
         if late(to):
             what.high = total
             return False
-    what.tables = what.tables // TABLE_SPAN * TABLE
     what.zeroed = total
     if unit:        # the OS may make a huge page of each that was touched
         what.kept = what.kept if what.kept < s.pages.least else s.pages.least
@@ -790,7 +813,7 @@ cdef bint zero_all(slot* s, size_t used, const plan* to, finding* what) noexcept
                 return False
     what.zeroed = what.kept = used
     what.kept_high = used - s.pages.least if used > s.pages.least else 0
-    what.tables = spans(used)
+    what.tables += most_tables(s, used)
     return True
 
 
@@ -833,7 +856,7 @@ cdef int clear(slot* s, size_t used, const plan* to, finding* what) noexcept nog
         memory_refill(s.m, 0, used)
         what.kept = what.zeroed = used
         what.kept_high = used - s.pages.least if used > s.pages.least else 0
-        what.tables = spans(used)
+        what.tables += most_tables(s, used)
         code = 0
     elif code == 0:
         what.kept = what.kept_high = 0
@@ -850,20 +873,20 @@ cdef void account(slot* s, size_t used, const plan* to, const finding* what, lon
     """What the slot keeps after the reset."""
     s.counts.zeroed += what.zeroed
     s.uses += 1
+    s.tables = s.old_tables + what.tables
+    if s.tables > most_tables(s, s.pages.high):
+        s.tables = most_tables(s, s.pages.high)
     if what.how == RESET_DISCARD:
         reset_given_back(&s.policy)
         s.pages.hidden = 0
         s.resident = what.kept
-        s.tables = s.old_tables = spans(s.pages.high)
+        s.old_tables = s.tables     # they may stay without a page
         s.emptied = now
         s.uses = 0
         s.unfilled = s.m.ops.prefaults
     else:
         s.pages.hidden = what.kept_high + to.hidden
         s.resident = what.kept + to.hidden
-        s.tables = s.old_tables + what.tables + spans(to.hidden)
-        if s.tables > spans(s.pages.high):
-            s.tables = spans(s.pages.high)
 
 
 cdef int tell_below(slot* s, size_t size, size_t accessible, size_t old_size, size_t was, failure* why) noexcept nogil:
@@ -901,9 +924,10 @@ cdef int reset(slot* s, memory* m, long long now) noexcept nogil:
         return -1
     if (m.image != s.image or m.image_state == IMAGE_BROKEN) and memory_turn_to(m, s.image):
         return -1       # a user has turned it to another image, or given pages of its own back
-    what.low = what.high = what.kept = what.kept_high = what.tables = what.zeroed = 0
+    what.low = what.high = what.kept = what.kept_high = what.zeroed = 0
     what.how = RESET_SCAN
     if used:
+        what.tables = count_tables(s)
         decide(s, used, now, &to)
         if clear(s, used, &to, &what):
             memory_doubt(m)     # it may be inaccessible: a pool below sees to that first

@@ -332,6 +332,38 @@ def test_page_tables_of_sparse_slots_are_counted_and_bounded():
     assert linmem.metrics.read(pool)["page_tables"] >= 128 * 4096
 
 
+@requires("maps", "scan_ioctl", "large_space", "real_pages")
+@pytest.mark.parametrize("written", [True, False])
+@pytest.mark.parametrize("grown", [True, False])
+@pytest.mark.parametrize("reset", ["scan", "adaptive", "discard"])
+def test_page_tables_are_counted_as_the_os_counts_them_also_of_pages_that_were_only_read(written, grown, reset):
+    found = answer(f"""
+        import linmem
+        P, SIZE = {PAGE}, 4 << 30
+        def tables():
+            with open("/proc/self/status") as file:
+                return next(int(line.split()[1]) << 10 for line in file if line.startswith("VmPTE"))
+        pool = linmem.PoolingCreator(reset={reset!r}, keep_resident=1 << 40)
+        mem = pool.create(P if {grown} else SIZE, maximum=SIZE, reserve=SIZE)
+        before = tables()
+        mem.grow_to(SIZE)
+        with memoryview(mem) as view:
+            for at in range(0, SIZE, 4 << 20):
+                if {written}:
+                    view[at] = 1
+                else:
+                    view[at]
+        touched = tables()
+        mem.close()
+        for n in range(3):
+            print(touched - before, tables() - before, linmem.metrics.read(pool)["page_tables"])
+            pool.create(P if {grown} else SIZE, maximum=SIZE, reserve=SIZE).close()
+        """)
+    for line in found.splitlines():
+        touched, now, said = map(int, line.split())
+        assert now <= said + 4096 * 2 and touched - 4096 * 4 <= said <= touched * 1.01 + 4096 * 8, found
+
+
 def test_the_pools_of_a_process_have_one_bound_together():
     pools = [linmem.PoolingCreator(reset="zero") for _ in range(5)]
     linmem.set_pool_limits(max_resident=40 * PAGE + 20 * 8192)
