@@ -161,11 +161,6 @@ cdef int limit_resized(memory_hook* head, memory* m, size_t size, size_t accessi
     return code
 
 
-cdef size_t limit_charged(memory_hook* head, const void* budget) noexcept nogil:
-    cdef limit_hook* hook = <limit_hook*>head
-    return hook.charged if hook.budget == budget else 0
-
-
 cdef void limit_dropped(memory_hook* head) noexcept nogil:
     # Refunded now and not before: the budget never allows more than is committed.
     cdef limit_hook* hook = <limit_hook*>head
@@ -233,7 +228,7 @@ cdef class LimitingCreator(NativeCreator):
         hook.head.after_grow = limit_after_grow
         hook.head.dropped = limit_dropped
         hook.head.resized = limit_resized
-        hook.head.charged = limit_charged
+        hook.head.budget = self.budget
         hook.budget = self.budget
         hook.charged = size
         memory_hang(out[0], &hook.head)

@@ -138,8 +138,9 @@ cdef struct memory_hook:
     # are accessible. Called before more becomes accessible and after less has become so. 0, or a failure that
     # stops an increase; a decrease is never refused. The hooks above this one are then told the old figures again.
     int (*resized)(memory_hook* hook, memory* m, size_t size, size_t committed, failure* why) noexcept nogil
-    # How many bytes of the memory are charged to the budget at that address. NULL: to none.
-    size_t (*charged)(memory_hook* hook, const void* budget) noexcept nogil
+    # What the memory's pages are charged to, those that `resized` was told of last; compared, never followed. NULL:
+    # nothing.
+    const void* budget
 
 # The head of every memory, whatever its kind. Reference-counted, because wasmtime frees memories on
 # any thread with no GIL: nothing in here is a Python object.

@@ -569,6 +569,8 @@ cdef inline bint move_slot(pool* p, slot* s, int to) noexcept nogil:
             t = s.shelf.tenant
             t.n_warm -= 1
             t.held -= s.resident + s.tables
+            p.warm_least -= s.pages.least
+            p.warm_high -= s.pages.high
             p.n_warm -= 1
             p.n_busy -= t.n_warm == 0
         else:
@@ -585,6 +587,8 @@ cdef inline bint move_slot(pool* p, slot* s, int to) noexcept nogil:
             p.n_busy += t.n_warm == 0
             t.n_warm += 1
             t.held += s.resident + s.tables
+            p.warm_least += s.pages.least
+            p.warm_high += s.pages.high
             p.n_warm += 1
         else:
             p.n_cold += 1
@@ -1144,6 +1148,7 @@ cdef void slot_dropped(memory_hook* head) noexcept nogil:
     p.n_slots -= 1
     p.reserved -= s.reserved
     p.mappings -= s.mappings
+    leave_budgets(p, s)
     add_counts(&p.gone, &s.counts)
     add_counts(&s.shelf.kind.gone, &s.counts)
     add_counts(&s.shelf.tenant.gone, &s.counts)
@@ -1216,10 +1221,48 @@ cdef inline size_t given_up(const slot* s, int what, const void* budget) noexcep
     if what == RELIEF_PAGES:
         return s.pages.high
     while hook != NULL:
-        if hook.charged != NULL:
-            size += hook.charged(hook, budget)
+        if hook.budget == budget:
+            size += s.pages.least
         hook = hook.next
     return size
+
+
+cdef void join_budgets(pool* p, slot* s) noexcept nogil:
+    """The lock is held; the slot is new. So that who asks for relief need not look at the slots of pools that cannot
+    help: a guest may ask again and again."""
+    cdef memory_hook* hook = s.m.hooks
+    cdef int i, at
+    while hook != NULL:
+        if hook.budget != NULL:
+            at = BUDGETS
+            for i in range(BUDGETS):
+                if p.budgets[i].budget == hook.budget or (p.budgets[i].budget == NULL and at == BUDGETS):
+                    at = i
+            if at == BUDGETS or s.budgets >> at & 1:
+                p.more_budgets = True
+            else:
+                p.budgets[at].budget = hook.budget
+                p.budgets[at].slots += 1
+                s.budgets |= <unsigned int>1 << at
+        hook = hook.next
+
+
+cdef void leave_budgets(pool* p, slot* s) noexcept nogil:
+    cdef int i
+    for i in range(BUDGETS):
+        if s.budgets >> i & 1:
+            p.budgets[i].slots -= 1
+            if p.budgets[i].slots == 0:
+                p.budgets[i].budget = NULL
+
+
+cdef size_t charged_of(pool* p, const void* budget) noexcept nogil:
+    """How many slots are charged to the budget, or, where the pool does not know, all."""
+    cdef int i
+    for i in range(BUDGETS):
+        if p.budgets[i].budget == budget:
+            return p.budgets[i].slots
+    return p.n_slots if p.more_budgets else 0
 
 
 cdef slot* oldest_with(pool* p, int what, const void* budget) noexcept nogil:
@@ -1227,6 +1270,8 @@ cdef slot* oldest_with(pool* p, int what, const void* budget) noexcept nogil:
     cdef slot* s
     if what == RELIEF_SPACE and p.cold.oldest != NULL:
         return p.cold.oldest
+    if what == RELIEF_BUDGET and charged_of(p, budget) == 0:
+        return NULL
     s = p.warm.oldest
     while s != NULL and given_up(s, what, budget) == 0:
         s = s.newer
@@ -1241,7 +1286,11 @@ cdef size_t all_that_idle_slots_hold(int what, const void* budget) noexcept nogi
         acquire(&p.lock.held)
         if what == RELIEF_SPACE:
             sum_ += p.idle_reserved
-        else:
+        elif what == RELIEF_PAGES:
+            sum_ += p.warm_high
+        elif charged_of(p, budget) == p.n_slots and not p.more_budgets:
+            sum_ += p.warm_least
+        elif charged_of(p, budget):
             s = p.warm.oldest
             while s != NULL:
                 sum_ += given_up(s, what, budget)
@@ -1926,6 +1975,7 @@ cdef class PoolingCreator(NativeCreator):
             p.peak_live = p.n_slots - p.n_warm - p.n_cold
         p.reserved += s.reserved
         p.mappings += s.mappings
+        join_budgets(p, s)
         add(&all_reserved, <long long>s.reserved)
         add(&p.refs, 1)
         s.next = p.slots

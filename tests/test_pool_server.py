@@ -199,6 +199,47 @@ def test_a_growth_makes_idle_slots_of_every_pool_over_its_budget_give_up_what_is
     assert over[0].upstream.statistics()["failures"] == 1
 
 
+@pytest.mark.parametrize("chain", ["many", "two ways", "mixed"])
+def test_idle_slots_give_up_what_is_missing_whatever_budgets_they_are_charged_to(chain):
+    tight = linmem.LimitingCreator(MMAP, 40 * PAGE)
+    upstream = tight
+    if chain == "many":
+        for _ in range(6):
+            upstream = linmem.LimitingCreator(upstream, 1 << 40)
+        upstream = tight = linmem.LimitingCreator(upstream, 40 * PAGE)
+    elif chain == "two ways":
+        upstream = linmem.LimitingCreator(tight, 1 << 40)
+        upstream = linmem.PoolingCreator(linmem.PythonCreator(Alternating(tight, upstream)), slots=1)
+    else:
+        upstream = linmem.PythonCreator(Alternating(tight, MMAP))
+    pool = linmem.PoolingCreator(upstream, max_unused_warm=100)
+    mems = [pool.create(10 * PAGE, **SHAPE) for _ in range(3 if chain != "mixed" else 6)]
+    used = tight.used_bytes
+    assert used == 30 * PAGE
+    while mems:
+        mems.pop().close()
+    with tight.create(PAGE, **SHAPE) as mem:
+        with pytest.raises(linmem.LimitError):
+            mem.grow_to(41 * PAGE)
+        assert pool.stats()["cold"] == 0
+        mem.grow_to(25 * PAGE)
+        assert (tight.used_bytes, pool.stats()["cold"]) == (35 * PAGE, 2 if chain != "mixed" else pool.stats()["cold"])
+        mem.grow_to(40 * PAGE)
+        assert tight.used_bytes == 40 * PAGE
+
+
+class Alternating(linmem.MemoryCreator):
+    """Its memories come from one creator and the other in turn."""
+
+    def __init__(self, *creators):
+        self.creators = creators
+        self.made = 0
+
+    def new_memory(self, *arguments):
+        self.made += 1
+        return self.creators[self.made % len(self.creators)].new_memory(*arguments)
+
+
 def test_a_growth_that_the_os_refuses_is_tried_again_with_what_idle_slots_give_up():
     pool = linmem.PoolingCreator()
     for mem in [pool.create(4 * PAGE, **SHAPE) for _ in range(2)]:
