@@ -38,14 +38,14 @@ cdef struct limit_hook:
     size_t before           # the growth under way
 
 
-cdef int charge(budget* b, size_t size, failure* why) noexcept nogil:
-    """All of it or nothing; exact under threads. Idle slots of pools over this budget give up what is missing first.
-    The caller holds no fork_lock."""
+cdef int charge(budget* b, size_t size, size_t total, failure* why) noexcept nogil:
+    """All of it or nothing; exact under threads. Idle slots of pools over this budget give up what is missing first,
+    unless the memory, of `total` bytes then, is refused by a limit anyway. The caller holds no fork_lock."""
     cdef long long used, peak
     while True:
         used = load(&b.used)
         if size > <size_t>(b.limit - used):
-            if size <= <size_t>b.limit and relieve(RELIEF_BUDGET, b, size - <size_t>(b.limit - used)):
+            if total <= <size_t>b.least and relieve(RELIEF_BUDGET, b, size - <size_t>(b.limit - used)):
                 continue
             return fail(why, E_LIMIT, "limit", size, <size_t>used, <size_t>b.limit)
         if swap_if(&b.used, used, used + <long long>size):
@@ -136,7 +136,7 @@ cdef int limit_before_grow(memory_hook* head, memory* m, size_t new_size, failur
     hook.before = hook.charged
     if need <= hook.charged:
         return 0
-    code = charge(hook.budget, need - hook.charged, why)
+    code = charge(hook.budget, need - hook.charged, need, why)
     if code == 0:
         hook.charged = need
     return code
@@ -153,7 +153,7 @@ cdef int limit_resized(memory_hook* head, memory* m, size_t size, size_t accessi
     cdef limit_hook* hook = <limit_hook*>head
     cdef int code = 0
     if accessible > hook.charged:
-        code = charge(hook.budget, accessible - hook.charged, why)
+        code = charge(hook.budget, accessible - hook.charged, accessible, why)
     elif accessible < hook.charged:
         refund(hook.budget, hook.charged - accessible)
     if code == 0:
@@ -196,7 +196,11 @@ cdef class LimitingCreator(NativeCreator):
         if self.budget == NULL:
             raise MemoryError("no memory for a budget")
         self.budget.refs = 1
-        self.budget.limit = <long long>limit
+        self.budget.limit = self.budget.least = <long long>limit
+        while upstream is not None:
+            if isinstance(upstream, LimitingCreator) and upstream.limit_bytes < self.budget.least:
+                self.budget.least = upstream.limit_bytes
+            upstream = getattr(upstream, "upstream", None)
         with nogil:
             list_budget(self.budget)
 
@@ -208,7 +212,7 @@ cdef class LimitingCreator(NativeCreator):
         cdef size_t size = committed(spec.minimum)
         cdef limit_hook* hook
         cdef own_charge own
-        cdef int code = charge(self.budget, size, why)
+        cdef int code = charge(self.budget, size, size, why)
         if code:
             return code
         own.budget, own.size, own.outer = self.budget, size, <own_charge*>own_charges()[0]

@@ -1453,7 +1453,7 @@ cdef slot* outermost_slot(memory* m) noexcept nogil:
     return <slot*>hook
 
 
-cdef bint was_lost(const slot* s, memory* m) noexcept nogil:
+cdef bint was_lost(slot* s, memory* m) noexcept nogil:
     """Of the outermost slot of `m`: no guest has it, and it is not idle, so a thread was moving it to another state."""
     cdef int state = <int>load(&s.state)
     return state != WARM and state != COLD and (state != LIVE or load(&m.refs) == 0)

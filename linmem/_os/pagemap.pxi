@@ -142,7 +142,8 @@ cdef extern from *:
             if (got != (ssize_t)(count * 8)) return got < 0 ? errno : EIO;
             for (i = 0; i < count; i++, offset += page) {
                 int there = (entries[i] >> 62) != 0;            /* 63: present, 62: swapped */
-                if (!there || (what == LINMEM_OVER_IMAGE && (entries[i] >> 61 & 1))) continue;     /* 61: the file's own page */
+                /* 61: the file's own page */
+                if (!there || (what == LINMEM_OVER_IMAGE && (entries[i] >> 61 & 1))) continue;
                 if (found && runs[found - 1].at + runs[found - 1].size == at + offset) {
                     runs[found - 1].size += page;
                     continue;
