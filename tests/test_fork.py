@@ -708,6 +708,8 @@ def test_a_slot_that_a_lost_thread_was_at_is_neither_in_use_nor_charged_in_the_c
             threads = [threading.Thread(target=mem.close) for mem in mems]
             for thread in threads:
                 thread.start()
+            while creator.statistics()["current_count"]:    # until then the threads have references
+                time.sleep(0)
             time.sleep(n % 6 * 0.003)
             child(os.fork, work)
             for thread in threads:
