@@ -75,7 +75,8 @@ def _by_shape(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The figures of each shape by its text, summed over images."""
     found: dict[str, dict[str, Any]] = {}
     for row in rows:
-        text = " ".join(f"{key}={value}" for key, value in row["shape"].items() if value is not None and value is not False)
+        text = " ".join(f"{key}={value}" for key, value in row["shape"].items()
+                        if value is not None and value is not False)
         found[text] = _sum(found[text], row) if text in found else row
     return found
 
