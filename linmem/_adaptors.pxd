@@ -10,6 +10,8 @@ cdef struct budget:
     word used           # bytes charged now
     word peak           # the most that was ever charged
     long long limit     # bytes
+    budget* next        # of all budgets
+    budget* previous
 
 
 cdef class LimitingCreator(NativeCreator):

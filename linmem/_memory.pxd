@@ -126,7 +126,8 @@ cdef struct memory_hook:
     int (*before_grow)(memory_hook* hook, memory* m, size_t new_size, failure* why) noexcept nogil
     # After it, the lock held, for each hook whose before_grow returned 0; code: how it ended.
     void (*after_grow)(memory_hook* hook, memory* m, size_t old_size, size_t new_size, int code) noexcept nogil
-    # The last reference is gone, and whoever held one is done with the memory.
+    # The last reference is gone, and whoever held one is done with the memory. Twice in a forked child, where the
+    # first time was a lost thread's.
     void (*before_drop)(memory_hook* hook, memory* m) noexcept nogil
     # Next: true takes the memory over, with this hook and those of the adaptors below, to be handed
     # out again. The adaptors above see it dropped.
@@ -137,8 +138,9 @@ cdef struct memory_hook:
     # are accessible. Called before more becomes accessible and after less has become so. 0, or a failure that
     # stops an increase; a decrease is never refused. The hooks above this one are then told the old figures again.
     int (*resized)(memory_hook* hook, memory* m, size_t size, size_t committed, failure* why) noexcept nogil
-    # How many bytes of the memory are charged to the budget at that address. NULL: to none.
-    size_t (*charged)(memory_hook* hook, const void* budget) noexcept nogil
+    # What the memory's pages are charged to, those that `resized` was told of last; compared, never followed. NULL:
+    # nothing.
+    const void* budget
 
 # The head of every memory, whatever its kind. Reference-counted, because wasmtime frees memories on
 # any thread with no GIL: nothing in here is a Python object.
@@ -240,6 +242,8 @@ cdef void begin_own_growth(own_growth* growth, memory* m) noexcept nogil
 cdef void end_own_growth(own_growth* growth) noexcept nogil
 cdef void list_memory(memory* m) noexcept nogil
 cdef void unlist_memory(memory* m) noexcept nogil
+cdef void in_each_child(void (*call)() noexcept nogil) noexcept nogil
+cdef memory* live_after(memory* m) noexcept nogil
 cdef int memory_unprotect(memory* m, size_t size) noexcept nogil
 cdef void memory_forget_protection(memory* m) noexcept nogil
 cdef void memory_doubt(memory* m) noexcept nogil

@@ -219,6 +219,23 @@ cdef void unlist_lock(fork_lock* it) noexcept nogil:
 # The C library calls these around every fork, also one that Python knows nothing of (but not around clone(2), in
 # whose child not even malloc() works if another thread was in it). The thread that forks may hold the GIL.
 
+cdef enum:
+    CHILD_CALLS = 2
+
+cdef void (*child_calls[CHILD_CALLS])() noexcept nogil
+cdef int n_child_calls = 0
+
+
+cdef void in_each_child(void (*call)() noexcept nogil) noexcept nogil:
+    """From now on `call` runs in each forked child, after the memories have been repaired. Once for each of
+    CHILD_CALLS callers, and not while modules are imported."""
+    global n_child_calls
+    acquire(&listed_lock)
+    child_calls[n_child_calls] = call
+    n_child_calls += 1
+    unlock(&listed_lock)
+
+
 cdef void before_fork() noexcept nogil:
     cdef fork_lock* it
     acquire(&listed_lock)
@@ -240,6 +257,7 @@ cdef void after_fork_in_child() noexcept nogil:
     global generation, gate_tag
     cdef own_growth* own = <own_growth*>own_growths()[0]
     cdef memory* m
+    cdef int i
     generation += 1
     gate_tag = 1 + (generation - 1) % TAGS
     while own != NULL:      # this thread forked in the middle of them, and goes on
@@ -256,6 +274,8 @@ cdef void after_fork_in_child() noexcept nogil:
     while m != NULL:        # hooks may take listed locks
         end_lost_growth(m)
         m = m.live_next
+    for i in range(n_child_calls):
+        child_calls[i]()
 
 
 cdef bint was_lost(memory* m) noexcept nogil:
@@ -363,6 +383,12 @@ cdef void unlist_memory(memory* m) noexcept nogil:
     else:
         live = m.live_next
     unlock(&live_lock.held)
+
+
+cdef memory* live_after(memory* m) noexcept nogil:
+    """In a forked child, before any other code of it runs: the next of all memories; NULL: the first, and at the end.
+    All their hooks are there."""
+    return live if m == NULL else m.live_next
 
 
 cdef int lock_memory(memory* m, failure* why) noexcept nogil:

@@ -127,7 +127,7 @@ cdef struct slot:
     pool* pool
     shelf* shelf
     memory* m
-    slot* below             # on its stack, idle only
+    slot* below             # on its stack, idle only; of a slot that is DROPPING: in the list of its dropper
     slot* above
     slot* older             # of the pool's warm slots, or of its cold ones
     slot* newer
@@ -145,8 +145,8 @@ cdef struct slot:
     size_t old_tables       # of these, from before the pages were last given back
     size_t reserved         # bytes of address space, guards included
     size_t mappings         # that it takes, at most
+    unsigned int budgets    # bits: which of the pool's it is charged to
     bint unfilled           # a prefaulted memory whose pages have been given back
-    bint forgotten          # nobody can ask for its image any more
     bint has_guest          # counted as live
     bint changed_domain     # guests of another domain than the one that it was made for have had it
     long long since         # when it became idle, or was handed out: of the coarse clock
@@ -162,9 +162,15 @@ cdef struct line:
     slot* newest
     slot* oldest
 
+# A budget below the pool, and how many slots are charged to it.
+cdef struct charged_slots:
+    const void* budget      # NULL: of none
+    size_t slots
+
 cdef enum:
     SHELVES = 256
     KINDS = 64
+    BUDGETS = 4
 
 # Shared by a PoolingCreator and its slots; wasmtime may outlive the creator. What every thread writes for each
 # memory is one line of the caches, and what is only read is in another: it stays in each processor's own.
@@ -189,6 +195,8 @@ cdef struct pool:
     size_t n_warm
     size_t resident         # bytes, of all idle slots
     size_t tables           # bytes of their page tables
+    size_t warm_least       # bytes that warm slots have accessible
+    size_t warm_high        # and committed
     line warm
     line cold
     long long look          # no slot has been idle for too long before then: of the coarse clock
@@ -211,6 +219,8 @@ cdef struct pool:
     size_t n_kinds
     size_t empty_tenants    # without a slot
     size_t empty_kinds
+    charged_slots budgets[BUDGETS]
+    bint more_budgets       # a slot was charged to others, or to one of them twice
     word refs
     pool* next_pool         # of all pools, under their lock
     pool* previous_pool

@@ -15,13 +15,13 @@ from libc.string cimport memset
 from linmem._atomic cimport add, load, poke, publish, store, swap_if, touch, word
 from linmem._memory cimport (
     CACHE_LINE, IMAGE_BROKEN, IMAGE_COPIED, NO_MAXIMUM, OWNER_LEFT, OWNER_PYTHON, PROTECTION_NONE, RELIEF_BUDGET,
-    RELIEF_PAGES, RELIEF_SPACE, UNCHOSEN, ImageHandle, Memory, MmapCreator, NativeCreator, acquire, check_count,
+    RELIEF_PAGES, RELIEF_SPACE, RUNS, UNCHOSEN, ImageHandle, Memory, MmapCreator, NativeCreator, acquire, check_count,
     check_flag, check_native, check_size, commit_pages, current_domain, domain as domain_t, domain_of, domain_release,
     domain_retain, fail, fail_python, failure, forgotten_is, give_back, image as image_t, image_copy, image_release,
-    image_retain, list_lock, memory, memory_doubt, memory_forget_protection, memory_hang, memory_hook,
-    memory_is_filled, memory_refill, memory_release, memory_renew, memory_restore, memory_spec, memory_start_again,
-    memory_turn_to, memory_unprotect, python_is_ending, raise_failure, relief_is, touched_begin, touched_next,
-    touched_runs, unlist_lock, unlock,
+    image_retain, in_each_child, list_lock, live_after, memory, memory_doubt, memory_forget_protection, memory_hang,
+    memory_hook, memory_is_filled, memory_refill, memory_release, memory_renew, memory_restore, memory_spec,
+    memory_start_again, memory_turn_to, memory_unprotect, python_is_ending, raise_failure, relief_is, touched_begin,
+    touched_next, touched_runs, unlist_lock, unlock,
 )
 from linmem._os cimport pages
 from linmem._reset cimport (
@@ -55,8 +55,9 @@ cdef size_t WIDE_MOST = 1 << 18         # bytes: up to here, all of a memory may
 cdef size_t ZERO_UNSEEN = 1 << 18       # bytes: up to here, zeroing all is no worse than giving back what was not seen
 cdef size_t ZERO_STEP = 1 << 20         # bytes: between two looks at the clock
 cdef size_t TABLE = 1 << 12             # bytes of a page table,
-cdef size_t TABLE_SPAN = 1 << 21        # of what it maps,
-cdef size_t UPPER_SPAN = 1 << 30        # and of what a table of tables maps
+cdef size_t TABLE_SPAN = 1 << 21        # and of what it maps,
+cdef size_t UPPER_SPAN = 1 << 30        # and of what a table of these maps
+cdef size_t TABLES_UNCOUNTED = 8 << 20  # bytes: up to here, a slot's tables are counted as if it had all of them
 cdef size_t PURGED_BYTES = 16 << 20     # one give-back purges no further slot after so many
 cdef size_t WORTH_EMPTYING = 1 << 20    # bytes: a slot in constant use that keeps less is left alone
 
@@ -211,6 +212,7 @@ cdef void start_pools() noexcept nogil:
         set_bounds(pages.capabilities().memory // 4 if pages.capabilities().memory else SIZE_MAX, SIZE_MAX)
         relief_is(give)
         forgotten_is(forget_image)
+        in_each_child(drop_what_was_lost)
         started = True
     unlock(&costs_lock)
 
@@ -543,14 +545,20 @@ cdef inline void count_mappings(pool* p, slot* s) noexcept nogil:
 
 cdef inline bint move_slot(pool* p, slot* s, int to) noexcept nogil:
     """The one function that changes a slot's state, with all lists and counts that follow from it. The pool's lock is
-    held, but for RESETTING, which changes no list and no count. False: the pool is closed, so the slot does not
-    become idle; the caller drops it."""
+    held, but for RESETTING, which changes no list and no count. False: the pool is closed, or nobody can ask for the
+    slot's image any more, so the slot does not become idle; the caller drops it."""
     cdef int state = <int>load(&s.state)
     cdef tenant* t
     must(may_become(state, to))
     if to == RESETTING:
         publish(&s.state, to)
         return True
+    if to == WARM or to == COLD:
+        if p.closed:
+            return False
+        if s.shelf.shape.image != NULL and load(&s.shelf.shape.image.forgotten):
+            count_eviction(p, s, EVICTED_IMAGE)
+            return False
     if (to == WARM or to == COLD) and p.closed:
         return False
     if s.has_guest:
@@ -567,6 +575,8 @@ cdef inline bint move_slot(pool* p, slot* s, int to) noexcept nogil:
             t = s.shelf.tenant
             t.n_warm -= 1
             t.held -= s.resident + s.tables
+            p.warm_least -= s.pages.least
+            p.warm_high -= s.pages.high
             p.n_warm -= 1
             p.n_busy -= t.n_warm == 0
         else:
@@ -583,6 +593,8 @@ cdef inline bint move_slot(pool* p, slot* s, int to) noexcept nogil:
             p.n_busy += t.n_warm == 0
             t.n_warm += 1
             t.held += s.resident + s.tables
+            p.warm_least += s.pages.least
+            p.warm_high += s.pages.high
             p.n_warm += 1
         else:
             p.n_cold += 1
@@ -668,12 +680,32 @@ cdef inline unsigned int in_pages(size_t size) noexcept nogil:
     return <unsigned int>size if size < ANY else ANY
 
 
-cdef inline size_t tables_of(const char* at, size_t size) noexcept nogil:
-    """Bytes of the page tables of a range, at most: of both levels that a memory may have for itself."""
-    cdef size_t first = <size_t>at, last = first + size - 1
+cdef inline size_t most_tables(const slot* s, size_t size) noexcept nogil:
+    """Bytes of the page tables of the slot's first `size` bytes, at most."""
+    cdef size_t first = <size_t>s.base, last = first + size - 1
     if size == 0:
         return 0
-    return (last // TABLE_SPAN - first // TABLE_SPAN + last // UPPER_SPAN - first // UPPER_SPAN + 2) * TABLE
+    return (2 + last // TABLE_SPAN - first // TABLE_SPAN + last // UPPER_SPAN - first // UPPER_SPAN) * TABLE
+
+
+cdef size_t count_tables(slot* s) noexcept nogil:
+    """Bytes of page tables that the slot has for pages which are there now, hidden ones and such that were only read
+    included. Of small slots, and where it cannot be told: at most."""
+    cdef size_t most = most_tables(s, s.pages.high), at, tables = 0, reached = 0, reached_upper = 0, n, i
+    cdef char* next = s.base
+    cdef char* end = s.base + s.pages.high
+    cdef pages.span runs[RUNS]
+    if s.pages.high <= TABLES_UNCOUNTED or s.tables >= most:
+        return most
+    while next < end:
+        n = RUNS
+        if pages.present(next, <size_t>(end - next), runs, &n, &next):
+            return most
+        for i in range(n):
+            at = <size_t>runs[i].at
+            tables += cover(at, at + runs[i].size, TABLE_SPAN, &reached) // TABLE_SPAN * TABLE
+            tables += cover(at, at + runs[i].size, UPPER_SPAN, &reached_upper) // UPPER_SPAN * TABLE
+    return tables
 
 
 # What is decided about a reset before it begins.
@@ -693,7 +725,7 @@ cdef struct finding:
     size_t high             # and beyond
     size_t kept             # bytes that are resident below `used`, in the units that the OS keeps them in
     size_t kept_high        # of these, beyond `least`
-    size_t tables
+    size_t tables           # bytes of page tables that are there
     size_t zeroed
 
 
@@ -743,15 +775,15 @@ cdef inline size_t cover(size_t at, size_t end, size_t unit, size_t* reached) no
 
 
 cdef bint refill_in_time(slot* s, size_t at, size_t size, const plan* to) noexcept nogil:
-    """memory_refill(), with a look at the clock after each step. False: the time is over."""
+    """memory_refill(), with a look at the clock before each step. False: the time is over."""
     cdef size_t step
     while size:
+        if late(to):
+            return False
         step = size if to.until == 0 or size < ZERO_STEP else ZERO_STEP
         memory_refill(s.m, at, step)
         at += step
         size -= step
-        if late(to):
-            return False
     return True
 
 
@@ -760,7 +792,6 @@ cdef bint zero_touched(slot* s, size_t used, const plan* to, finding* what) noex
     too long: then anything may be left."""
     cdef touched_runs found
     cdef size_t i, at, end, size, total = 0, reached_low = 0, reached_high = 0
-    cdef size_t reached = 0, reached_upper = 0
     cdef size_t border = <size_t>s.base + s.pages.least
     cdef size_t unit = pages.capabilities().huge_page if s.given.huge_pages else 0
     touched_begin(&found, s.m, 0, used)
@@ -777,8 +808,6 @@ cdef bint zero_touched(slot* s, size_t used, const plan* to, finding* what) noex
             if not refill_in_time(s, at - <size_t>s.base, size, to):
                 what.high = total
                 return False
-            what.tables += cover(at, end, TABLE_SPAN, &reached) // TABLE_SPAN * TABLE
-            what.tables += cover(at, end, UPPER_SPAN, &reached_upper) // UPPER_SPAN * TABLE
             if at >= border:
                 what.high += size
             elif end <= border:
@@ -812,7 +841,7 @@ cdef bint zero_all(slot* s, size_t used, const plan* to, finding* what) noexcept
         return False
     what.zeroed = what.kept = used
     what.kept_high = used - s.pages.least if used > s.pages.least else 0
-    what.tables = tables_of(s.base, used)
+    what.tables += most_tables(s, used)
     return True
 
 
@@ -855,37 +884,37 @@ cdef int clear(slot* s, size_t used, const plan* to, finding* what) noexcept nog
         memory_refill(s.m, 0, used)
         what.kept = what.zeroed = used
         what.kept_high = used - s.pages.least if used > s.pages.least else 0
-        what.tables = tables_of(s.base, used)
+        what.tables += most_tables(s, used)
         code = 0
     elif code == 0:
         what.kept = what.kept_high = 0
         if to.copied:
-            image_copy(s.image, s.base)
             what.kept = s.image.high - s.image.low
-    return -1 if code else 0
+    if code:
+        return -1
+    if to.copied:
+        image_copy(s.image, s.base)
+    return 0
 
 
 cdef void account(slot* s, size_t used, const plan* to, const finding* what, long long now) noexcept nogil:
     """What the slot keeps after the reset."""
-    cdef size_t tables
     s.counts.zeroed += what.zeroed
     s.uses += 1
+    s.tables = s.old_tables + what.tables
+    if s.tables > most_tables(s, s.pages.high):
+        s.tables = most_tables(s, s.pages.high)
     if what.how == RESET_DISCARD:
         reset_given_back(&s.policy)
         s.pages.hidden = 0
         s.resident = what.kept
-        s.tables = s.old_tables = tables_of(s.base, s.pages.high)
+        s.old_tables = s.tables     # they may stay without a page
         s.emptied = now
         s.uses = 0
         s.unfilled = s.m.ops.prefaults
     else:
         s.pages.hidden = what.kept_high + to.hidden
         s.resident = what.kept + to.hidden
-        # Those of hidden pages are known from when these were touched.
-        tables = s.old_tables + what.tables + tables_of(s.base + used, to.hidden)
-        s.tables = tables if tables > s.tables else s.tables
-        if s.tables > tables_of(s.base, s.pages.high):
-            s.tables = tables_of(s.base, s.pages.high)
 
 
 cdef int tell_below(slot* s, size_t size, size_t accessible, size_t old_size, size_t was, failure* why) noexcept nogil:
@@ -923,9 +952,10 @@ cdef int reset(slot* s, memory* m, long long now) noexcept nogil:
         return -1
     if (m.image != s.image or m.image_state == IMAGE_BROKEN) and memory_turn_to(m, s.image):
         return -1       # a user has turned it to another image, or given pages of its own back
-    what.low = what.high = what.kept = what.kept_high = what.tables = what.zeroed = 0
+    what.low = what.high = what.kept = what.kept_high = what.zeroed = 0
     what.how = RESET_SCAN
     if used:
+        what.tables = count_tables(s)
         decide(s, used, now, &to)
         if clear(s, used, &to, &what):
             memory_doubt(m)     # it may be inaccessible: a pool below sees to that first
@@ -1063,11 +1093,7 @@ cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
     s.counts.resets[how] += 1
     s.thread = this_thread()
     s.since = now
-    kept = s.shelf.shape.image == NULL or not load(&s.shelf.shape.image.forgotten)
-    if kept:
-        kept = move_slot(p, s, COLD if s.pages.accessible < s.pages.least else WARM)
-    else:
-        count_eviction(p, s, EVICTED_IMAGE)
+    kept = move_slot(p, s, COLD if s.pages.accessible < s.pages.least else WARM)
     if kept:
         out = surplus(p, now, &cause)
         if out != NULL:
@@ -1153,12 +1179,13 @@ cdef void slot_dropped(memory_hook* head) noexcept nogil:
     p.n_slots -= 1
     p.reserved -= s.reserved
     p.mappings -= s.mappings
+    leave_budgets(p, s)
     add_counts(&p.gone, &s.counts)
     add_counts(&s.shelf.kind.gone, &s.counts)
     add_counts(&s.shelf.tenant.gone, &s.counts)
     leave_shelf(p, s)
-    unlock(&p.lock.held)
     add(&all_reserved, -<long long>s.reserved)
+    unlock(&p.lock.held)
     if s.image != NULL:
         add(&s.image.slots, -1)
     image_release(s.image)
@@ -1225,10 +1252,48 @@ cdef inline size_t given_up(const slot* s, int what, const void* budget) noexcep
     if what == RELIEF_PAGES:
         return s.pages.high
     while hook != NULL:
-        if hook.charged != NULL:
-            size += hook.charged(hook, budget)
+        if hook.budget == budget:
+            size += s.pages.least
         hook = hook.next
     return size
+
+
+cdef void join_budgets(pool* p, slot* s) noexcept nogil:
+    """The lock is held; the slot is new. So that who asks for relief need not look at the slots of pools that cannot
+    help: a guest may ask again and again."""
+    cdef memory_hook* hook = s.m.hooks
+    cdef int i, at
+    while hook != NULL:
+        if hook.budget != NULL:
+            at = BUDGETS
+            for i in range(BUDGETS):
+                if p.budgets[i].budget == hook.budget or (p.budgets[i].budget == NULL and at == BUDGETS):
+                    at = i
+            if at == BUDGETS or s.budgets >> at & 1:
+                p.more_budgets = True
+            else:
+                p.budgets[at].budget = hook.budget
+                p.budgets[at].slots += 1
+                s.budgets |= <unsigned int>1 << at
+        hook = hook.next
+
+
+cdef void leave_budgets(pool* p, slot* s) noexcept nogil:
+    cdef int i
+    for i in range(BUDGETS):
+        if s.budgets >> i & 1:
+            p.budgets[i].slots -= 1
+            if p.budgets[i].slots == 0:
+                p.budgets[i].budget = NULL
+
+
+cdef size_t charged_of(pool* p, const void* budget) noexcept nogil:
+    """How many slots are charged to the budget, or, where the pool does not know, all."""
+    cdef int i
+    for i in range(BUDGETS):
+        if p.budgets[i].budget == budget:
+            return p.budgets[i].slots
+    return p.n_slots if p.more_budgets else 0
 
 
 cdef slot* oldest_with(pool* p, int what, const void* budget) noexcept nogil:
@@ -1238,6 +1303,8 @@ cdef slot* oldest_with(pool* p, int what, const void* budget) noexcept nogil:
     cdef slot* oldest = NULL
     if what == RELIEF_SPACE and p.cold.oldest != NULL:
         return p.cold.oldest
+    if what == RELIEF_BUDGET and charged_of(p, budget) == 0:
+        return NULL
     s = p.warm.oldest
     while s != NULL:
         if given_up(s, what, budget):
@@ -1257,7 +1324,11 @@ cdef size_t all_that_idle_slots_hold(int what, const void* budget) noexcept nogi
         acquire(&p.lock.held)
         if what == RELIEF_SPACE:
             sum_ += p.idle_reserved
-        else:
+        elif what == RELIEF_PAGES:
+            sum_ += p.warm_high
+        elif charged_of(p, budget) == p.n_slots and not p.more_budgets:
+            sum_ += p.warm_least
+        elif charged_of(p, budget):
             s = p.warm.oldest
             while s != NULL:
                 sum_ += given_up(s, what, budget)
@@ -1368,24 +1439,98 @@ cdef void tell_sum_anew() noexcept nogil:
         p = pool_after(p)
 
 
-cdef void forget_image(image_t* it) noexcept nogil:
-    """Nobody can ask for a memory of that image any more: its idle slots go, of every pool."""
-    cdef pool* p = pool_after(NULL)
+cdef slot* drop_stack(pool* p, slot* top, slot* chain, int cause) noexcept nogil:
+    """The lock is held. All slots of a stack of idle ones become DROPPING, and are put before `chain`, by `below`."""
     cdef slot* s
+    while top != NULL:
+        s = top
+        top = s.below
+        count_eviction(p, s, cause)
+        move_slot(p, s, DROPPING)
+        s.below = chain
+        chain = s
+    return chain
+
+
+cdef void forget_image(image_t* it) noexcept nogil:
+    """Nobody can ask for a memory of that image any more: its idle slots go, of every pool. Those that are between two
+    states go when they would become idle."""
+    cdef pool* p = pool_after(NULL)
+    cdef shelf* here
+    cdef kind* k
+    cdef slot* s
+    cdef slot* chain
+    cdef int i
     while p != NULL:
-        while True:
-            acquire(&p.lock.held)
-            s = p.slots
-            while s != NULL and not (s.shelf.shape.image == it
-                                     and (load(&s.state) == WARM or load(&s.state) == COLD)):
-                s = s.next
-            if s != NULL:
-                count_eviction(p, s, EVICTED_IMAGE)
-                move_slot(p, s, DROPPING)
-            unlock(&p.lock.held)
-            if s == NULL:
-                break
+        chain = NULL
+        acquire(&p.lock.held)
+        for i in range(SHELVES):
+            here = p.shelves[i]
+            while here != NULL:
+                if here.shape.image == it:
+                    chain = drop_stack(p, here.warm, chain, EVICTED_IMAGE)
+                here = here.next
+        for i in range(KINDS):
+            k = p.kinds[i]
+            while k != NULL:
+                if k.shape.image == it:
+                    chain = drop_stack(p, k.cold, chain, EVICTED_IMAGE)
+                k = k.next
+        unlock(&p.lock.held)
+        while chain != NULL:
+            s = chain
+            chain = s.below
             drop(s)
+        p = pool_after(p)
+
+
+cdef slot* outermost_slot(memory* m) noexcept nogil:
+    cdef memory_hook* hook = m.hooks
+    while hook != NULL and hook.keep != slot_keep:
+        hook = hook.next
+    return <slot*>hook
+
+
+cdef bint was_lost(const slot* s, memory* m) noexcept nogil:
+    """Of the outermost slot of `m`: no guest has it, and it is not idle, so a thread was moving it to another state."""
+    cdef int state = <int>load(&s.state)
+    return state != WARM and state != COLD and (state != LIVE or load(&m.refs) == 0)
+
+
+cdef void drop_what_was_lost() noexcept nogil:
+    """In a forked child: a slot goes that a thread was at work on which the child does not have, since nobody knows how
+    far that thread came. The thread that forks is at work on none: no code of Python's runs meanwhile."""
+    cdef memory* m = live_after(NULL)
+    cdef slot* s
+    cdef slot* next
+    cdef slot* chain = NULL
+    cdef memory_hook* hook
+    cdef pool* p
+    while m != NULL:
+        s = outermost_slot(m)
+        if s != NULL and was_lost(s, m):
+            s.m = m
+            s.below = chain
+            chain = s
+        m = live_after(m)
+    while chain != NULL:
+        m = chain.m
+        chain = chain.below
+        hook = m.hooks
+        while hook != NULL:
+            if hook.keep == slot_keep and load(&(<slot*>hook).state) != DROPPING:
+                move_slot((<slot*>hook).pool, <slot*>hook, DROPPING)
+            hook = hook.next
+        store(&m.refs, 1)
+        memory_release(m)
+    p = pool_after(NULL)
+    while p != NULL:
+        s = p.slots
+        while s != NULL:
+            next = s.next
+            if load(&s.state) == DROPPING:      # its memory is gone already
+                slot_dropped(&s.head)
+            s = next
         p = pool_after(p)
 
 
@@ -1882,6 +2027,7 @@ cdef class PoolingCreator(NativeCreator):
         p.n_slots += 1
         p.reserved += s.reserved
         p.mappings += s.mappings
+        join_budgets(p, s)
         add(&p.refs, 1)
         s.next = p.slots
         if p.slots != NULL:

@@ -676,6 +676,80 @@ def test_a_budget_and_statistics_do_not_count_a_growth_that_no_thread_ends():
         """, DELEGATES) == "counted"
 
 
+@pytest.mark.parametrize("options", [{"reset": "zero"}, {"reset": "discard"}, {"max_unused_warm": 0},
+                                     {"reset": "zero", "check": True}])
+@pytest.mark.parametrize("above", [False, True])
+def test_a_slot_that_a_lost_thread_was_at_is_neither_in_use_nor_charged_in_the_child(options, above):
+    assert scene(f"""
+        size = 64 << 20
+        below = linmem.LimitingCreator(linmem.MmapCreator(), 1 << 40)
+        book = linmem.StatisticsCreator(below)
+        pool = inner = linmem.PoolingCreator(book, slots=2, when_full="error", keep_resident=1 << 40, **{options!r})
+        if {above}:
+            pool = linmem.PoolingCreator(pool, slots=2, when_full="error", keep_resident=1 << 40, **{options!r})
+        over = linmem.LimitingCreator(pool, 1 << 40)
+        creator = linmem.StatisticsCreator(over)
+        how = dict(reserve=size, guard=P)
+        def work():
+            for mem in mems:
+                mem.close()
+            stats = pool.stats()
+            assert (stats["live"], over.used_bytes, creator.statistics()["current_count"]) == (0, 0, 0), stats
+            assert below.used_bytes == book.statistics()["current_bytes"] == stats["warm"] * size, stats
+            with pool.create(size, **how) as one, pool.create(size, **how) as other:
+                assert one[size - 1] == other[size - 1] == 0
+            creator.memories(), book.memories()
+            pool.trim(), inner.trim()
+            assert below.used_bytes == 0
+        for n in range(12):
+            mems = [creator.create(size, **how) for _ in range(2)]
+            for mem in mems:
+                mem.write(0, b"x" * (8 << 20))
+            threads = [threading.Thread(target=mem.close) for mem in mems]
+            for thread in threads:
+                thread.start()
+            time.sleep(n % 6 * 0.003)
+            child(os.fork, work)
+            for thread in threads:
+                thread.join()
+        print("dropped")
+        """) == "dropped"
+
+
+def test_a_memory_that_a_lost_thread_was_making_is_not_charged_in_the_child_and_its_own_is():
+    assert scene("""
+        class Creator(linmem.MemoryCreator):
+            def new_memory(self, *request):
+                during()
+                return linmem.MmapCreator().new_memory(*request)
+        inner = linmem.LimitingCreator(linmem.PythonCreator(Creator()), 100 * P)
+        outer = linmem.LimitingCreator(inner, 100 * P)
+        inside, go_on = threading.Event(), threading.Event()
+        during = lambda: (inside.set(), go_on.wait(30))
+        thread = threading.Thread(target=lambda: outer.create(9 * P, **how))
+        thread.start()
+        inside.wait(30)
+        pids = []
+        def forks():
+            global during
+            during = lambda: None
+            pids.append(os.fork())
+        during = forks
+        assert (outer.used_bytes, inner.used_bytes) == (9 * P, 9 * P)
+        with outer.create(2 * P, **how):
+            more = 0 if pids == [0] else 9 * P
+            assert (outer.used_bytes, inner.used_bytes) == (2 * P + more, 2 * P + more)
+        assert (outer.used_bytes, inner.used_bytes) == (more, more)
+        if pids == [0]:
+            os._exit(0)
+        assert os.waitpid(pids[0], 0)[1] == 0
+        go_on.set()
+        thread.join()
+        assert (outer.used_bytes, inner.used_bytes) == (0, 0)
+        print("charged")
+        """) == "charged"
+
+
 def test_a_memory_in_python_that_a_lost_thread_was_moving_is_lost_in_the_child():
     """Its object may have given the old place back and not have told the new one."""
     assert scene("""

@@ -8,7 +8,9 @@ import time
 from fractions import Fraction
 
 import pytest
-from support import NEEDS, PAGE, REAL_PAGE, answer, descriptors, failing, live_bytes, requires, resident_within, whole
+from support import (
+    LIBC, NEEDS, PAGE, REAL_PAGE, answer, descriptors, failing, live_bytes, requires, resident_within, whole,
+)
 
 import linmem
 import linmem.metrics
@@ -115,6 +117,44 @@ def test_slots_of_an_image_that_nobody_can_ask_for_any_more_go_with_it():
     assert linmem.metrics.read(pool)["image_descriptors"] == 0
 
 
+@requires("descriptors", "maps_images")
+@pytest.mark.parametrize("make", ["purge", "trim"])
+def test_slots_between_two_states_go_with_their_image_too(make):
+    pool = linmem.PoolingCreator(max_unused_warm=1)
+    before = descriptors()
+    done = threading.Event()
+
+    def churn():
+        while not done.is_set():
+            getattr(pool, make)()
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    for n in range(1500):
+        image = linmem.Image.from_bytes(bytes([1 + n % 255]) * (4 * PAGE))
+        with image.new_memory(creator=pool) as mem:
+            mem.write(0, b"x" * 4 * PAGE)
+        del image, mem
+    done.set()
+    thread.join()
+    assert (idle(pool), pool.stats()["live"], descriptors()) == (0, 0, before)
+
+
+def test_all_idle_slots_of_an_image_go_with_it_whatever_their_shape_state_and_domain_and_no_others():
+    pool = linmem.PoolingCreator(max_unused_warm=40)
+    images = [linmem.Image.from_bytes(bytes([n + 1]) * (4 * PAGE)) for n in range(2)]
+    mems = [pool.create(4 * PAGE + n % 3, image=image, domain=("a", None)[n % 2], **SHAPE)
+            for n in range(24) for image in [*images, None]]
+    while mems:
+        mems.pop().close()
+    figures = linmem.metrics.read(pool)
+    assert (figures["warm"], figures["cold"]) == (40, 32)
+    assert linmem.metrics.read(pool)["images"] == 2
+    del images[0]
+    figures = linmem.metrics.read(pool)
+    assert (figures["warm"] + figures["cold"], figures["images"], figures["evictions"]["image"]) == (48, 1, 24)
+
+
 @pytest.mark.parametrize("above", [linmem.StatisticsCreator, linmem.PoolingCreator, lambda upstream: upstream])
 def test_a_request_that_cannot_succeed_takes_nothing_from_others(above):
     budget = linmem.LimitingCreator(MMAP, 40 * PAGE)
@@ -160,6 +200,47 @@ def test_a_growth_makes_idle_slots_of_every_pool_over_its_budget_give_up_what_is
         mem.grow_to(41 * PAGE)
     assert sum(pool.stats()["cold"] for pool in over) == 3
     assert over[0].upstream.statistics()["failures"] == 1
+
+
+@pytest.mark.parametrize("chain", ["many", "two ways", "mixed"])
+def test_idle_slots_give_up_what_is_missing_whatever_budgets_they_are_charged_to(chain):
+    tight = linmem.LimitingCreator(MMAP, 40 * PAGE)
+    upstream = tight
+    if chain == "many":
+        for _ in range(6):
+            upstream = linmem.LimitingCreator(upstream, 1 << 40)
+        upstream = tight = linmem.LimitingCreator(upstream, 40 * PAGE)
+    elif chain == "two ways":
+        upstream = linmem.LimitingCreator(tight, 1 << 40)
+        upstream = linmem.PoolingCreator(linmem.PythonCreator(Alternating(tight, upstream)), slots=1)
+    else:
+        upstream = linmem.PythonCreator(Alternating(tight, MMAP))
+    pool = linmem.PoolingCreator(upstream, max_unused_warm=100)
+    mems = [pool.create(10 * PAGE, **SHAPE) for _ in range(3 if chain != "mixed" else 6)]
+    used = tight.used_bytes
+    assert used == 30 * PAGE
+    while mems:
+        mems.pop().close()
+    with tight.create(PAGE, **SHAPE) as mem:
+        with pytest.raises(linmem.LimitError):
+            mem.grow_to(41 * PAGE)
+        assert pool.stats()["cold"] == 0
+        mem.grow_to(25 * PAGE)
+        assert (tight.used_bytes, pool.stats()["cold"]) == (35 * PAGE, 2 if chain != "mixed" else pool.stats()["cold"])
+        mem.grow_to(40 * PAGE)
+        assert tight.used_bytes == 40 * PAGE
+
+
+class Alternating(linmem.MemoryCreator):
+    """Its memories come from one creator and the other in turn."""
+
+    def __init__(self, *creators):
+        self.creators = creators
+        self.made = 0
+
+    def new_memory(self, *arguments):
+        self.made += 1
+        return self.creators[self.made % len(self.creators)].new_memory(*arguments)
 
 
 def test_a_growth_that_the_os_refuses_is_tried_again_with_what_idle_slots_give_up():
@@ -295,6 +376,38 @@ def test_page_tables_of_sparse_slots_are_counted_and_bounded():
     assert linmem.metrics.read(pool)["page_tables"] >= 128 * 4096
 
 
+@requires("maps", "scan_ioctl", "large_space", "real_pages")
+@pytest.mark.parametrize("written", [True, False])
+@pytest.mark.parametrize("grown", [True, False])
+@pytest.mark.parametrize("reset", ["scan", "adaptive", "discard"])
+def test_page_tables_are_counted_as_the_os_counts_them_also_of_pages_that_were_only_read(written, grown, reset):
+    found = answer(f"""
+        import linmem
+        P, SIZE = {PAGE}, 4 << 30
+        def tables():
+            with open("/proc/self/status") as file:
+                return next(int(line.split()[1]) << 10 for line in file if line.startswith("VmPTE"))
+        pool = linmem.PoolingCreator(reset={reset!r}, keep_resident=1 << 40)
+        mem = pool.create(P if {grown} else SIZE, maximum=SIZE, reserve=SIZE)
+        before = tables()
+        mem.grow_to(SIZE)
+        with memoryview(mem) as view:
+            for at in range(0, SIZE, 4 << 20):
+                if {written}:
+                    view[at] = 1
+                else:
+                    view[at]
+        touched = tables()
+        mem.close()
+        for n in range(3):
+            print(touched - before, tables() - before, linmem.metrics.read(pool)["page_tables"])
+            pool.create(P if {grown} else SIZE, maximum=SIZE, reserve=SIZE).close()
+        """)
+    for line in found.splitlines():
+        touched, now, said = map(int, line.split())
+        assert now <= said + 4096 * 2 and touched - 4096 * 4 <= said <= touched * 1.01 + 4096 * 8, found
+
+
 def test_the_pools_of_a_process_have_one_bound_together():
     pools = [linmem.PoolingCreator(reset="zero") for _ in range(5)]
     linmem.set_pool_limits(max_resident=40 * PAGE + 20 * 8192)
@@ -417,6 +530,28 @@ def test_a_pool_goes_on_where_pages_are_locked():
                 pytest.skip("pages cannot be locked here")
         stats = pool.stats()
         assert (stats["rejected"], stats["hits"], stats["warm"]) == (0, n, 1)
+
+
+@requires("memory_locks")
+@pytest.mark.parametrize("reset", ["adaptive", "zero", "discard"])
+@pytest.mark.parametrize("prefault", [False, True])
+@pytest.mark.parametrize("grown", [False, True])
+def test_a_pool_of_an_image_gives_each_guest_the_image_also_where_pages_are_locked(reset, prefault, grown):
+    import ctypes
+
+    image = linmem.Image.from_bytes(b"image" * 1000)
+    other = linmem.Image.from_bytes(b"other" * 3000)
+    pool = linmem.PoolingCreator(linmem.MmapCreator(prefault=prefault), image=image, reset=reset)
+    for n in range(4):
+        with pool.create(8 * PAGE, **SHAPE) as mem:
+            assert mem.read(0, 8 * PAGE) == (b"image" * 1000).ljust(8 * PAGE, b"\0")
+            mem.restore(other, zero_grown=True)
+            if grown:
+                mem.grow_to(16 * PAGE)
+                assert mem.read(8 * PAGE, 8 * PAGE) == bytes(8 * PAGE)
+            mem.write(0, b"x" * len(mem))
+            assert LIBC.mlock(ctypes.c_void_p(mem.as_ptr() + PAGE), ctypes.c_size_t(len(mem) - 2 * PAGE)) == 0
+        assert (pool.stats()["rejected"], pool.stats()["hits"]) == (0, n)
 
 
 def test_an_upstream_in_python_that_uses_the_pool_itself_is_not_refused():

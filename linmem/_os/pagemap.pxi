@@ -10,6 +10,11 @@
 
 cdef extern from *:
     """
+    /* What is looked for: what may hold a byte that is not zero, or not the mapped image's; pages of any kind. */
+    #define LINMEM_TOUCHED 0
+    #define LINMEM_OVER_IMAGE 1
+    #define LINMEM_THERE 2
+
     #if defined(__linux__)
     #include <sys/ioctl.h>
 
@@ -95,7 +100,7 @@ cdef extern from *:
         return linmem_pagemap_fd();
     }
 
-    static int linmem_scan_by_ioctl(char *at, size_t size, int over_image, linmem_span *runs, size_t *n, char **next) {
+    static int linmem_scan_by_ioctl(char *at, size_t size, int what, linmem_span *runs, size_t *n, char **next) {
         linmem_region found[64];
         linmem_scan scan;
         long got, i;
@@ -107,9 +112,11 @@ cdef extern from *:
         scan.end = scan.start + size;
         scan.vec = (uint64_t)(uintptr_t)found;
         scan.vec_len = *n < 64 ? *n : 64;
-        scan.category_inverted = scan.category_mask = LINMEM_ZERO | (over_image ? LINMEM_FILE : 0);
+        if (what != LINMEM_THERE) {
+            scan.category_inverted = scan.category_mask = LINMEM_ZERO | (what == LINMEM_OVER_IMAGE ? LINMEM_FILE : 0);
+            scan.return_mask = LINMEM_ZERO;     /* the same for all that is found: neighbours become one run */
+        }
         scan.category_anyof_mask = LINMEM_PRESENT | LINMEM_SWAPPED;
-        scan.return_mask = LINMEM_ZERO;         /* the same for all that is found: neighbours become one run */
         got = ioctl(fd, LINMEM_SCAN, &scan);
         if (got < 0) return errno;
         for (i = 0; i < got; i++) {
@@ -121,7 +128,7 @@ cdef extern from *:
         return 0;
     }
 
-    static int linmem_scan_by_reading(char *at, size_t size, size_t page, int over_image, linmem_span *runs, size_t *n,
+    static int linmem_scan_by_reading(char *at, size_t size, size_t page, int what, linmem_span *runs, size_t *n,
                                       char **next) {
         uint64_t entries[512];
         size_t room = *n, found = 0, offset = 0, count, i;
@@ -135,7 +142,7 @@ cdef extern from *:
             if (got != (ssize_t)(count * 8)) return got < 0 ? errno : EIO;
             for (i = 0; i < count; i++, offset += page) {
                 int there = (entries[i] >> 62) != 0;            /* 63: present, 62: swapped */
-                if (!there || (over_image && (entries[i] >> 61 & 1))) continue;     /* 61: the file's own page */
+                if (!there || (what == LINMEM_OVER_IMAGE && (entries[i] >> 61 & 1))) continue;     /* 61: the file's own page */
                 if (found && runs[found - 1].at + runs[found - 1].size == at + offset) {
                     runs[found - 1].size += page;
                     continue;
@@ -151,10 +158,10 @@ cdef extern from *:
         return 0;
     }
 
-    static int linmem_scan_by(int way, char *at, size_t size, size_t page, int over_image, linmem_span *runs, size_t *n,
+    static int linmem_scan_by(int way, char *at, size_t size, size_t page, int what, linmem_span *runs, size_t *n,
                               char **next) {
-        if (way == 2) return linmem_scan_by_ioctl(at, size, over_image, runs, n, next);
-        if (way == 1) return linmem_scan_by_reading(at, size, page, over_image, runs, n, next);
+        if (way == 2) return linmem_scan_by_ioctl(at, size, what, runs, n, next);
+        if (way == 1) return linmem_scan_by_reading(at, size, page, what, runs, n, next);
         return ENOSYS;
     }
 
@@ -188,16 +195,17 @@ cdef extern from *:
         return linmem_scan_works(2, page) ? 2 : linmem_scan_works(1, page);
     }
     #else
-    static int linmem_scan_by(int way, char *at, size_t size, size_t page, int over_image, linmem_span *runs, size_t *n,
+    static int linmem_scan_by(int way, char *at, size_t size, size_t page, int what, linmem_span *runs, size_t *n,
                               char **next) {
-        (void)way; (void)at; (void)size; (void)page; (void)over_image; (void)runs; (void)n; (void)next;
+        (void)way; (void)at; (void)size; (void)page; (void)what; (void)runs; (void)n; (void)next;
         return ENOSYS;
     }
     static int linmem_scan_start(size_t page) { (void)page; return 0; }
     #endif
     """
-    int scan_by "linmem_scan_by"(int way, char* at, size_t size, size_t page, bint over_image, span* runs, size_t* n,
+    int scan_by "linmem_scan_by"(int way, char* at, size_t size, size_t page, int what, span* runs, size_t* n,
                                  char** next) noexcept nogil
+    int SCAN_THERE "LINMEM_THERE"
     int scan_start "linmem_scan_start"(size_t page) noexcept nogil
 
 cdef int scan_way = 0           # 2 the ioctl, 1 reading, 0 none
@@ -208,4 +216,11 @@ cdef int touched(char* at, size_t size, bint over_image, span* runs, size_t* n, 
     cdef int code = injected()
     if code:
         return code
-    return scan_by(scan_way, at, size, real_page, over_image, runs, n, next)
+    return scan_by(scan_way, at, size, real_page, 1 if over_image else 0, runs, n, next)
+
+
+cdef int present(char* at, size_t size, span* runs, size_t* n, char** next) noexcept nogil:
+    cdef int code = injected()
+    if code:
+        return code
+    return scan_by(scan_way, at, size, real_page, SCAN_THERE, runs, n, next)

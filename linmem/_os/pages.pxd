@@ -66,6 +66,10 @@ cdef int renew(char* at, size_t size) noexcept nogil
 # swapped out or is moving about is one that may. Where it cannot be told, any code.
 cdef int touched(char* at, size_t size, bint over_image, span* runs, size_t* n, char** next) noexcept nogil
 
+# As touched(), of each page that the page tables know of, also one that was only read; [at, at+size) lies in one
+# reservation, of any protection. Not everywhere where `scans`: then any code.
+cdef int present(char* at, size_t size, span* runs, size_t* n, char** next) noexcept nogil
+
 # [at, at+size) lies in one reservation. The kernel may use huge pages there from now on; a wish.
 cdef int advise_huge(char* at, size_t size) noexcept nogil
 

@@ -353,6 +353,11 @@ cdef int touched(char* at, size_t size, bint over_image, span* runs, size_t* n, 
     return code
 
 
+cdef int present(char* at, size_t size, span* runs, size_t* n, char** next) noexcept nogil:
+    cdef int code = injected()
+    return code if code else ERROR_NOT_SUPPORTED
+
+
 cdef int advise_huge(char* at, size_t size) noexcept nogil:
     cdef int code = injected()
     return code if code else ERROR_NOT_SUPPORTED
