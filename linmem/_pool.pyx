@@ -1834,12 +1834,14 @@ cdef class PoolingCreator(NativeCreator):
         with another image (``img.new_memory(creator=pool)``) is of another shape.
     max_unused_warm : int
         Idle slots that keep their pages. The least recently used beyond them become cold: they keep
-        address space only. All warm slots together keep at most ``max_unused_warm * keep_resident``
-        bytes resident, and never more than a quarter of the machine's memory.
+        address space only.
     max_resident : int, optional
-        A lower bound than that for all idle slots together, page tables included.
+        Bytes that all idle slots together keep resident, page tables included. By default
+        ``max_unused_warm * keep_resident``, but not more than a quarter of the machine's memory. What all pools keep
+        is bounded by `set_pool_limits`, too.
     max_reserved : int, optional
-        Bytes of address space of all slots, live and idle, guards included. Beyond it as `when_full` says.
+        Bytes of address space of all slots, live and idle, guards included. Beyond it as `when_full` says; a request
+        that is larger than the bound is a `PoolError` also with "wait".
     idle_seconds : float or None
         Slots that have been idle for longer become cold, a few at each give-back. None: not by time.
     max_reset_seconds : float, optional
