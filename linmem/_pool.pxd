@@ -72,6 +72,8 @@ cdef struct kind:
     slot* cold              # its cold slots, of whatever domain the last guest was: they have no pages
     size_t slots
     size_t shelves
+    size_t live             # with a guest
+    size_t peak_live
     counts gone
     size_t row              # of a report that is being made
 
@@ -83,6 +85,8 @@ cdef struct tenant:
     size_t shelves
     size_t n_warm
     size_t held             # bytes that its warm slots keep, page tables included
+    size_t live             # slots with a guest
+    size_t peak_live
     counts gone
     size_t row
 
@@ -143,6 +147,8 @@ cdef struct slot:
     size_t mappings         # that it takes, at most
     unsigned int budgets    # bits: which of the pool's it is charged to
     bint unfilled           # a prefaulted memory whose pages have been given back
+    bint has_guest          # counted as live
+    bint changed_domain     # guests of another domain than the one that it was made for have had it
     long long since         # when it became idle, or was handed out: of the coarse clock
     long long grown         # when a guest last grew beyond `least`
     long long emptied       # when all its pages were last given back
@@ -196,6 +202,7 @@ cdef struct pool:
     long long look          # no slot has been idle for too long before then: of the coarse clock
     size_t n_cold
     size_t n_slots
+    size_t live             # slots with a guest; not those that warm() holds
     size_t peak_live
     size_t told             # of resident + tables, what the sum over all pools has heard; never less than they are
     bint closed
