@@ -595,20 +595,19 @@ cdef inline bint move_slot(pool* p, slot* s, int to) noexcept nogil:
 
 # -- which idle slot goes first; the lock is held ------------------------------------------------------------------
 
+cdef inline bint has_its_share(const pool* p, const tenant* t, bint by_count) noexcept nogil:
+    """Whether a domain has a fair share or more, of the warm slots or of what they hold."""
+    if p.n_busy < 2:
+        return True
+    return t.n_warm * p.n_busy >= p.n_warm if by_count else t.held >= (p.resident + p.tables) // p.n_busy
+
+
 cdef slot* fair_victim(pool* p, bint by_count) noexcept nogil:
     """The least recently used warm slot of a domain that has its fair share or more."""
     cdef slot* s = p.warm.oldest
-    cdef size_t held = p.resident + p.tables
-    if p.n_busy < 2:
-        return s
-    while s != NULL:
-        if by_count:
-            if s.shelf.tenant.n_warm * p.n_busy >= p.n_warm:
-                return s
-        elif s.shelf.tenant.held >= held // p.n_busy:
-            return s
+    while s != NULL and not has_its_share(p, s.shelf.tenant, by_count):
         s = s.newer
-    return p.warm.oldest
+    return s if s != NULL else p.warm.oldest
 
 
 cdef slot* surplus(pool* p, long long now, int* cause) noexcept nogil:
@@ -1195,14 +1194,21 @@ cdef inline size_t given_up(const slot* s, int what, const void* budget) noexcep
 
 
 cdef slot* oldest_with(pool* p, int what, const void* budget) noexcept nogil:
-    """The least recently used idle slot that gives something up. Where address space is missing a cold one first."""
+    """The least recently used idle slot that gives something up, of a domain that has its fair share or more if there
+    is one. Where address space is missing a cold one first."""
     cdef slot* s
+    cdef slot* of_any = NULL
     if what == RELIEF_SPACE and p.cold.oldest != NULL:
         return p.cold.oldest
     s = p.warm.oldest
-    while s != NULL and given_up(s, what, budget) == 0:
+    while s != NULL:
+        if given_up(s, what, budget):
+            if has_its_share(p, s.shelf.tenant, what == RELIEF_SPACE):
+                return s
+            if of_any == NULL:
+                of_any = s
         s = s.newer
-    return s
+    return of_any
 
 
 cdef size_t all_that_idle_slots_hold(int what, const void* budget) noexcept nogil:
