@@ -13,7 +13,7 @@ from linmem.bench.engines import KIB, MIB, pool
 from linmem.bench.harness import RATE, Group, Row, exact
 
 SHAPES = 100                # of the first tenant, which asks for each of them between two requests of the second
-ROUNDS_OF_SHAPES, QUICK_ROUNDS_OF_SHAPES = 1000, 30
+ROUNDS_OF_SHAPES, QUICK_ROUNDS_OF_SHAPES = 300, 30
 STEP = 64 * KIB             # of each memory, all written
 ROOM = SHAPES // 2          # memories that a bound has room for
 GOAL = 0.95
