@@ -43,6 +43,10 @@ cdef enum:
     PURGED_AT_ONCE = 2          # slots that one give-back purges at least, and one in this many more
     PURGED_SHARE = 64
     KEPT_EMPTY = 256            # kinds and tenants without slots whose counts are kept apart
+    TABLE = 1 << 12             # bytes of a page table,
+    TABLE_SPAN = 1 << 21        # and of what it maps,
+    UPPER_SPAN = 1 << 30        # and of what a table of these maps: constants, since a division by a variable is slow
+    TABLES_UNCOUNTED = 8 << 20  # bytes: up to here, a slot's tables are counted as if it had all of them
 
 cdef extern from *:
     """
@@ -54,10 +58,6 @@ cdef extern from *:
 cdef size_t WIDE_MOST = 1 << 18         # bytes: up to here, all of a memory may well be in the cache
 cdef size_t ZERO_UNSEEN = 1 << 18       # bytes: up to here, zeroing all is no worse than giving back what was not seen
 cdef size_t ZERO_STEP = 1 << 20         # bytes: between two looks at the clock
-cdef size_t TABLE = 1 << 12             # bytes of a page table,
-cdef size_t TABLE_SPAN = 1 << 21        # and of what it maps,
-cdef size_t UPPER_SPAN = 1 << 30        # and of what a table of these maps
-cdef size_t TABLES_UNCOUNTED = 8 << 20  # bytes: up to here, a slot's tables are counted as if it had all of them
 cdef size_t PURGED_BYTES = 16 << 20     # one give-back purges no further slot after so many
 cdef size_t WORTH_EMPTYING = 1 << 20    # bytes: a slot in constant use that keeps less is left alone
 
@@ -1029,7 +1029,8 @@ cdef int warm_up(slot* s, long long now, failure* why) noexcept nogil:
 
 
 cdef inline void restore(slot* s) noexcept nogil:
-    """The memory is as when upstream made it, in all that a guest or a creator above may have changed."""
+    """The memory is as when upstream made it, in all that a guest or a creator above may have changed. No other thread
+    has it, so that plain stores are enough."""
     cdef memory* m = s.m
     m.started = <size_t>s.given.size
     m.dirtied = 0
@@ -1040,8 +1041,8 @@ cdef inline void restore(slot* s) noexcept nogil:
     m.is_shared = s.given.is_shared
     m.moved = s.given.moved
     m.huge_pages = s.given.huge_pages
-    store(&m.size, s.given.size)
-    store(&m.refs, 1)
+    publish(&m.size, s.given.size)
+    publish(&m.refs, 1)
 
 
 cdef bint let_go(slot* s, memory* m) noexcept nogil:
@@ -1088,7 +1089,7 @@ cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
         return let_go(s, m)
     m.hooks = head
     m.growth_is_watched = s.given.growth_is_watched
-    store(&m.owner, OWNER_PYTHON)
+    publish(&m.owner, OWNER_PYTHON)
     acquire(&p.lock.held)
     s.counts.resets[how] += 1
     s.thread = this_thread()

@@ -863,14 +863,32 @@ def test_no_page_that_one_domain_touched_is_resident_for_another(options):
     assert set(linmem.metrics.read(pool)["domains"]) == set(names)
 
 
-def test_one_domain_cannot_evict_the_warm_slots_of_another_below_its_share():
-    pool = linmem.PoolingCreator(max_unused_warm=10, slots=20)
+@pytest.fixture
+def bound_of_all_pools():
+    linmem.set_pool_limits(max_resident=20 * PAGE)
+    yield
+    linmem.set_pool_limits()
+
+
+@pytest.mark.usefixtures("bound_of_all_pools")
+@pytest.mark.parametrize("options", [
+    {"max_unused_warm": 10, "slots": 20}, {"max_resident": 20 * PAGE}, {"slots": 10}, {"max_reserved": 1 << 24}, {},
+    {"upstream": 15 * PAGE}], ids=lambda options: ", ".join(options) or "set_pool_limits")
+def test_one_domain_cannot_evict_the_warm_slots_of_another_below_its_share(options):
+    if "upstream" in options:
+        options = {"upstream": linmem.creator("limiting", limit_bytes=options["upstream"])}
+    if options and "max_resident" not in options:
+        linmem.set_pool_limits()
+    pool = linmem.PoolingCreator(**options)
     for n in range(600):
-        pool.create(PAGE + n % 100, domain="many", **SHAPE).close()
+        with pool.create(PAGE + n % 100, domain="many", **SHAPE) as mem:
+            mem[0] = 1
         if n % 50 == 0:
             pool.create(PAGE, domain="one", **SHAPE).close()
-    one = linmem.metrics.read(pool)["domains"]["one"]
+    figures = linmem.metrics.read(pool)
+    one = figures["domains"]["one"]
     assert (one["misses"], one["hits_cold"], one["hits_warm"], one["warm"]) == (1, 0, 11, 1)
+    assert sum(figures["evictions"].values()) > 400     # of the other's: the bound was at work
 
 
 @requires("maps")
