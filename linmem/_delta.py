@@ -157,8 +157,7 @@ class Delta:
         Raises
         ------
         ValueError
-            If its ranges are not whole blocks of 4096 bytes. Those of `Image.diff` are; those of a chain over an image
-            that ends within such a block may not be.
+            If its ranges are not whole blocks of 4096 bytes. Those of `Image.diff` and of a chain of such deltas are.
         OSError
             The old file, if there is one, is still there.
         """
@@ -238,8 +237,6 @@ def _outside(pieces: Iterable[Piece], over: list[Piece], bound: int) -> Iterator
     i = 0
     for offset, size, data in pieces:
         at, end = offset, min(offset + size, bound)
-        while i and over[i - 1][0] + over[i - 1][1] > at:
-            i -= 1
         while at < end:
             while i < len(over) and over[i][0] + over[i][1] <= at:
                 i += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from support import requires, run_child
 
 from linmem import Delta, Image
 from linmem._cli import image as image_cli
+from linmem.cli import main
 
 PAGE, GROUP = 4096, 65536
 
@@ -328,3 +330,22 @@ def test_a_folder_where_a_file_is_due_is_one_line(there, words):
 
 def test_the_help_tells_the_exit_codes():
     assert "Exit codes: 0" in said("--help")
+
+
+@pytest.mark.parametrize("sizes", [(100, 1, 3 * PAGE + 7), (PAGE + 5, 2 * PAGE - 5, 1, GROUP + 3), (GROUP + 1, 0, 7)])
+def test_deltas_between_images_of_any_size_lead_from_the_first_to_the_last(tmp_path, sizes):
+    paths = [str(tmp_path / f"{i}.image") for i in range(len(sizes))]
+    for i, (path, size) in enumerate(zip(paths, sizes, strict=True)):
+        Image.from_bytes(bytes([0, i]) * (size // 2) + bytes(size % 2), 5 * i).save(path)
+    deltas = [f"{path}.delta" for path in paths[1:]]
+    for before, after, delta in zip(paths, paths[1:], deltas, strict=False):
+        assert image_cli_main("diff", before, after, "-o", delta) == 0
+    chain = functools.reduce(Delta.then, map(Delta.open, deltas))
+    chain.save(tmp_path / "chain")
+    for steps in (deltas, [str(tmp_path / "chain")]):
+        assert image_cli_main("apply", paths[0], *steps, "-o", str(tmp_path / "out")) == 0
+        assert Image.open(tmp_path / "out", verify=True) == Image.open(paths[-1])
+
+
+def image_cli_main(*words):
+    return main(["image", *words])
