@@ -64,7 +64,7 @@ class Delta:
         if target is not None and not isinstance(target, str):
             raise TypeError(f"target must be a str or None, got {type(target).__name__}")
         base_size, size = check_size(base_size, "base_size"), check_size(size, "size")
-        offset = check_size(offset, "offset")
+        offset = check_size(offset, "offset", f"within the memory's {size} bytes")
         if offset > size:
             raise ValueError(f"offset must be within the memory's {size} bytes, got {offset}")
         kept = check_bytes(data, "data")
@@ -216,7 +216,7 @@ class Delta:
 
 
 def _checked(name: str, given: Iterable[tuple[int, int]], bound: int) -> tuple[tuple[int, int], ...]:
-    kept = tuple(check_pairs(given, name))
+    kept = tuple(check_pairs(given, name, f"within {bound} bytes"))
     end = 0
     for offset, size in kept:
         if size <= 0 or offset < end or offset + size > bound:
