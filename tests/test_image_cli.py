@@ -14,7 +14,7 @@ import sys
 import pytest
 from support import requires, run_child
 
-from linmem import Delta, Image
+from linmem import Delta, FileFormatError, Image
 from linmem._cli import image as image_cli
 from linmem.cli import main
 
@@ -349,3 +349,65 @@ def test_deltas_between_images_of_any_size_lead_from_the_first_to_the_last(tmp_p
 
 def image_cli_main(*words):
     return main(["image", *words])
+
+
+ODD = "a\nb\x1b[31m\r$x$.image"
+
+
+@pytest.fixture
+def odd(there):
+    """A file whose name has control characters in it, and what TeX would be to matplotlib."""
+    try:
+        os.link("old.image", ODD)
+    except OSError as error:
+        pytest.skip(f"no file can have such a name here: {error}")
+    return there
+
+
+@pytest.mark.parametrize("words", [("info", ODD), ("verify", ODD), ("diff", ODD, "new.image"), ("diff", "new.image", ODD),
+                                   ("apply", ODD, "step.delta", "-o", "a\nc.image")])
+def test_a_name_with_control_characters_is_one_line_as_any_name(odd, words):
+    plain = said(*(re.sub("[^a-z.]", "", word.replace(ODD, "old.image")) if "\n" in word else word for word in words))
+    text = said(*words)
+    assert text.count("\n") == plain.count("\n")
+    assert all(line.isprintable() for line in text.splitlines()) and "\r" not in text
+    assert "a\\n" in text
+
+
+@pytest.mark.parametrize("words", [
+    ("info", "no\nfile"), ("verify", "da\nmaged"), ("info", "da\nmaged"), ("diff", "no\nfile", "new.image"),
+    ("apply", "old.image", "da\nmaged", "-o", "out"), ("apply", "old.image", "step.delta", "-o", "no\nfolder/out"),
+    ("diff", "old.image", "new.image", "--picture", "no\nfolder/a.png")])
+@requires("matplotlib")
+def test_a_refused_name_with_control_characters_is_in_one_line(odd, words):
+    (odd / "da\nmaged").write_bytes(b"no image")
+    line = refusal(*words)
+    assert line[:-1].isprintable() and any(word.replace("\n", "\\n") in line for word in words if "\n" in word)
+    with pytest.raises(FileFormatError) as damaged:
+        Image.open(odd / "da\nmaged")
+    assert str(damaged.value).isprintable() and damaged.value.path == str(odd / "da\nmaged")
+
+
+@requires("matplotlib")
+def test_a_picture_is_there_whole_or_not_at_all_whatever_the_files_are_called(odd, monkeypatch, capsys):
+    (odd / "map.png").write_bytes(b"old")
+    refused = OSError(28, os.strerror(28))
+
+    def refuse(fd):
+        raise refused
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        assert image_cli_main("diff", ODD, "new.image", "--picture", "map.png") == 1
+    assert (odd / "map.png").read_bytes() == b"old"
+    assert image_cli_main("diff", ODD, "new.image", "--picture", "map.png") == 0
+    assert (odd / "map.png").read_bytes().startswith(b"\x89PNG")
+    assert not [name for name in os.listdir(odd) if name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("words", [("diff", "old.image", "new.image", "-o", ""), ("apply", "old.image", "step.delta", "-o", ""),
+                                   ("diff", "old.image", "new.image", "--picture", "")])
+def test_a_file_to_write_with_no_name_is_refused(there, words):
+    before = sorted(os.listdir(there))
+    assert "must be the name of a file, got ''" in refusal(*words, code=2)
+    assert sorted(os.listdir(there)) == before
