@@ -245,8 +245,8 @@ cdef class Memory:
         cdef failure why
         cdef int code
         cdef memory* m
-        check_bounded(new_size, "new_size", "be within maximum_byte_size() and byte_capacity(); where the memory may move,"
-                      " below 2**63", &size)
+        check_bounded(new_size, "new_size", "be within maximum_byte_size() and byte_capacity(); where the memory may"
+                      " move, below 2**63", &size)
         m = self.enter()
         with nogil:
             code = grow_locked(m, size, True, &why)

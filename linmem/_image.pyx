@@ -9,16 +9,16 @@ from libc.string cimport memcpy, memset
 
 from linmem._atomic cimport load
 from linmem._memory cimport (
-    GRANULE, ImageHandle, Memory, NativeCreator, changes, check_bounded, check_extent, check_flag, check_native, compare, failure,
-    image, image_finish, image_new, image_put, is_zero, memory_changes, raise_failure, run, take_bytes,
+    GRANULE, ImageHandle, Memory, NativeCreator, changes, check_bounded, check_extent, check_flag, check_native, compare,
+    failure, image, image_finish, image_new, image_put, is_zero, memory_changes, raise_failure, run, take_bytes,
 )
 from linmem._os cimport pages
 from linmem._units cimport add_up, round_down, round_up
 
 from linmem import _memory
 from linmem import errors as _errors
-from linmem._checks import check_count as _check_count, check_pairs as _check_pairs, check_path as _check_path, check_size as _check_size, \
-    shown as _shown
+from linmem._checks import check_count as _check_count, check_pairs as _check_pairs, check_path as _check_path, \
+    check_size as _check_size, shown as _shown
 from linmem._delta import Delta as _Delta, bytes_after as _bytes_after
 from linmem._os import pages as _pages
 

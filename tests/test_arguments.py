@@ -435,7 +435,7 @@ def test_the_largest_word_is_not_taken_for_none(name, bound):
 
 @pytest.mark.parametrize("creator", [linmem.MmapCreator(), linmem.PoolingCreator()])
 def test_the_largest_word_is_not_taken_for_none_by_the_trait(creator):
-    for at, name, bound in ((1, "maximum", r"2\*\*64 - 1"), (2, "reserved_size_in_bytes", r"2\*\*63, in whole host .*")):
+    for at, name, bound in ((1, "maximum", r"2\*\*64 - 1"), (2, "reserved_size_in_bytes", r"2\*\*63, in whole .*")):
         sizes = [0, None, None, 0]
         sizes[at] = WORD - 1
         with pytest.raises(OverflowError, match=rf"^{name} must be below {bound}, got {WORD - 1}$"):

@@ -891,9 +891,12 @@ def test_a_file_of_figures_is_there_whole_or_not_at_all(monkeypatch, tmp_path, c
     said = capsys.readouterr()
     assert "holds" in said.out
     assert refusals(said) == [f"linmem bench: {path}: {os.strerror(errno.ENOSPC)}"]
-    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == [path.name]
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == [path.name]
     assert measured(monkeypatch, option, path) == 0
-    assert path.stat().st_size > 3 and path.stat().st_mode == rights and os.listdir(tmp_path) == [path.name]
+    assert path.stat().st_size > 3
+    assert path.stat().st_mode == rights
+    assert os.listdir(tmp_path) == [path.name]
 
 
 @pytest.mark.parametrize("option", OUTPUTS)
@@ -919,7 +922,8 @@ def test_what_cannot_be_written_is_said_in_a_line_each_and_the_rest_is_written(m
 def test_a_picture_of_no_known_format_is_refused_and_nothing_is_left(monkeypatch, tmp_path, capsys):
     assert measured(monkeypatch, "--picture", tmp_path / "figure.nothing") == 1
     (line,) = refusals(capsys.readouterr())
-    assert "nothing" in line and os.listdir(tmp_path) == []
+    assert "nothing" in line
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipe has a name here")

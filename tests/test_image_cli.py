@@ -364,13 +364,14 @@ def odd(there):
     return there
 
 
-@pytest.mark.parametrize("words", [("info", ODD), ("verify", ODD), ("diff", ODD, "new.image"), ("diff", "new.image", ODD),
-                                   ("apply", ODD, "step.delta", "-o", "a\nc.image")])
+@pytest.mark.parametrize("words", [("info", ODD), ("verify", ODD), ("diff", ODD, "new.image"),
+                                   ("diff", "new.image", ODD), ("apply", ODD, "step.delta", "-o", "a\nc.image")])
 def test_a_name_with_control_characters_is_one_line_as_any_name(odd, words):
     plain = said(*(re.sub("[^a-z.]", "", word.replace(ODD, "old.image")) if "\n" in word else word for word in words))
     text = said(*words)
     assert text.count("\n") == plain.count("\n")
-    assert all(line.isprintable() for line in text.splitlines()) and "\r" not in text
+    assert all(line.isprintable() for line in text.splitlines())
+    assert "\r" not in text
     assert "a\\n" in text
 
 
@@ -382,10 +383,12 @@ def test_a_name_with_control_characters_is_one_line_as_any_name(odd, words):
 def test_a_refused_name_with_control_characters_is_in_one_line(odd, words):
     (odd / "da\nmaged").write_bytes(b"no image")
     line = refusal(*words)
-    assert line[:-1].isprintable() and any(word.replace("\n", "\\n") in line for word in words if "\n" in word)
+    assert line[:-1].isprintable()
+    assert any(word.replace("\n", "\\n") in line for word in words if "\n" in word)
     with pytest.raises(FileFormatError) as damaged:
         Image.open(odd / "da\nmaged")
-    assert str(damaged.value).isprintable() and damaged.value.path == str(odd / "da\nmaged")
+    assert str(damaged.value).isprintable()
+    assert damaged.value.path == str(odd / "da\nmaged")
 
 
 @requires("matplotlib")
@@ -405,7 +408,8 @@ def test_a_picture_is_there_whole_or_not_at_all_whatever_the_files_are_called(od
     assert not [name for name in os.listdir(odd) if name.endswith(".tmp")]
 
 
-@pytest.mark.parametrize("words", [("diff", "old.image", "new.image", "-o", ""), ("apply", "old.image", "step.delta", "-o", ""),
+@pytest.mark.parametrize("words", [("diff", "old.image", "new.image", "-o", ""),
+                                   ("apply", "old.image", "step.delta", "-o", ""),
                                    ("diff", "old.image", "new.image", "--picture", "")])
 def test_a_file_to_write_with_no_name_is_refused(there, words):
     before = sorted(os.listdir(there))
