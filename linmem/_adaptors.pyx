@@ -11,10 +11,10 @@ from libc.string cimport memcpy
 from linmem._atomic cimport add, load, poke, poke_address, store, swap_if
 from linmem._memory cimport (
     NO_MAXIMUM, PROTECTION_NONE, UNCHOSEN, ImageHandle, Memory, NativeCreator, acquire, answer_request, begin_move,
-    begin_own_growth, check_bounded, check_count, check_native, check_size, drop_object, end_move, end_own_growth, fail,
-    fail_python, failure, give_back, image_copy, leave_image, list_lock, list_memory, memory, memory_hang, memory_hook, memory_ops,
-    memory_resident, memory_retain, memory_size, memory_spec, own_growth, python_is_ending, raise_failure,
-    refuse_foreign, unlist_lock, unlist_memory, unlock,
+    begin_own_growth, check_bounded, check_count, check_native, check_size, drop_object, end_move, end_own_growth,
+    fail, fail_python, failure, give_back, image_copy, leave_image, list_lock, list_memory, memory, memory_hang,
+    memory_hook, memory_ops, memory_resident, memory_retain, memory_size, memory_spec, own_growth, python_is_ending,
+    raise_failure, refuse_foreign, unlist_lock, unlist_memory, unlock,
 )
 from linmem._os cimport pages
 from linmem._units cimport E_BROKEN, E_LIMIT, E_NO_MEMORY, E_UNSUPPORTED, round_up

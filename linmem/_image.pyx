@@ -9,8 +9,9 @@ from libc.string cimport memcpy, memset
 
 from linmem._atomic cimport load
 from linmem._memory cimport (
-    GRANULE, ImageHandle, Memory, NativeCreator, changes, check_bounded, check_extent, check_flag, check_native, compare,
-    failure, image, image_finish, image_new, image_put, is_zero, memory_changes, raise_failure, run, take_bytes,
+    GRANULE, ImageHandle, Memory, NativeCreator, changes, check_bounded, check_extent, check_flag, check_native,
+    compare, failure, image, image_finish, image_new, image_put, is_zero, memory_changes, raise_failure, run,
+    take_bytes,
 )
 from linmem._os cimport pages
 from linmem._units cimport add_up, round_down, round_up

@@ -59,9 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     diff = actions.add_parser("diff", help="which pages of two images differ", allow_abbrev=False)
     diff.add_argument("old", metavar="OLD")
     diff.add_argument("new", metavar="NEW")
-    diff.add_argument("--output", "-o", type=file_name, metavar="FILE", help="save the delta that makes NEW of OLD")
+    diff.add_argument("--output", "-o", type=file_name, metavar="FILE",
+                      help="save the delta that makes NEW of OLD")
     diff.add_argument("--map", action="store_true", help="show which pages differ, on a terminal or not")
-    diff.add_argument("--picture", type=file_name, metavar="PNG", help="draw which pages differ (or an SVG or PDF, by the name)")
+    diff.add_argument("--picture", type=file_name, metavar="PNG",
+                      help="draw which pages differ (or an SVG or PDF, by the name)")
     diff.add_argument("--exit-code", action="store_true", help=f"exit with {EXIT_DIFFERS} if they differ")
     diff.add_argument("--json", action="store_true", help=json)
 
