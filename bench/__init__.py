@@ -10,6 +10,9 @@ import importlib
 import importlib.util
 import sys
 
+from linmem._checks import printable
+from linmem._cli.words import file_name
+
 __all__ = ["add_arguments", "main"]
 
 SUITES = ("core", "wasm", "reset", "threads", "image", "soak-pool", "fair")      # each is a module, see module_of()
@@ -23,9 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=at_least_two, metavar="N",
                         help=f"interleaved rounds (default: the suite's own, 25 or 40; with --quick {QUICK_ROUNDS});"
                              " rows with long runs take half, rows with tight goals two or three times as many")
-    parser.add_argument("--json", metavar="FILE", help="write every raw figure and the machine's facts")
-    parser.add_argument("--picture", metavar="FILE", help="draw the ratios (.png, .svg, .pdf)")
-    parser.add_argument("--markdown", metavar="FILE",
+    parser.add_argument("--json", type=file_name, metavar="FILE", help="write every raw figure and the machine's facts")
+    parser.add_argument("--picture", type=file_name, metavar="FILE", help="draw the ratios (.png, .svg, .pdf)")
+    parser.add_argument("--markdown", type=file_name, metavar="FILE",
                         help="write the tables; in a file that has the suite's marks, between them")
     parser.add_argument("--check", action="store_true", help="exit with 1 when a goal is missed")
 
@@ -44,7 +47,8 @@ def main(args: argparse.Namespace) -> int:
     -------
     int
         0 when measured, also where a goal is missed; with ``--check`` 1 for a missed goal or for
-        one that could not be measured; 1 when a library that was asked for is not installed.
+        one that could not be measured; 1 when a library that was asked for is not installed, or a
+        file cannot be written.
     """
     needed = ["rich"] + (["matplotlib"] if args.picture else [])
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
@@ -75,14 +79,17 @@ def main(args: argparse.Namespace) -> int:
         results = suite.conclude(results)
     about = report.About(args.suite, report.machine(), rounds, args.quick)
     report.show(results, about)
-    if args.json:
-        report.write_json(args.json, results, about)
-    if args.picture:
-        report.draw(args.picture, results, about)
-    if args.markdown:
-        report.write_markdown(args.markdown, results, about)
+    unwritten = 0
+    for path, write in ((args.json, report.write_json), (args.picture, report.draw),
+                        (args.markdown, report.write_markdown)):
+        try:
+            if path is not None:
+                write(path, results, about)
+        except (OSError, ValueError) as error:      # ValueError: a format that matplotlib does not know
+            unwritten += 1
+            print(printable(f"linmem bench: {path}: {getattr(error, 'strerror', None) or error}"), file=sys.stderr)
     failed = any(row.goal is not None and not row.holds for result in results for row in result.rows)
-    return 1 if args.check and failed else 0
+    return 1 if unwritten or (args.check and failed) else 0
 
 
 def module_of(suite: str):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import linmem
+from linmem import _saving
 from linmem._os import pages as _pages
 from linmem.bench.harness import EXACT, MORE, P10, RATE, SIZE, SPEED, TIME, Result, Row
 
@@ -289,9 +290,12 @@ def write_json(path: str, results: list[Result], about: About) -> None:
             } for s in result.series],
         } for result in results if result.series],
     }
-    with open(path, "w", encoding="utf-8") as out:
-        json.dump(figures, out, indent=1)
-        out.write("\n")
+    save_text(path, json.dumps(figures, indent=1) + "\n")
+
+
+def save_text(path: str, text: str) -> None:
+    with _saving.replacing(path) as (out, _):
+        out.write(text.encode())
 
 
 def marks(suite: str) -> tuple[str, str]:
@@ -302,18 +306,16 @@ def write_markdown(path: str, results: list[Result], about: About) -> None:
     """Write the tables, and leave alone what stands around the suite's marks."""
     begin, end = marks(about.suite)
     text = "\n".join([begin, "", *markdown(results, about), "", end])
-    try:
+    old = ""
+    if os.path.isfile(path):        # nothing is read from a pipe or a device
         with open(path, encoding="utf-8") as there:
             old = there.read()
-    except FileNotFoundError:
-        old = ""
     if begin in old and end in old:
         head, _, rest = old.partition(begin)
         text = head + text + rest.partition(end)[2]
     else:
         text = old + ("\n" if old else "") + text + "\n"
-    with open(path, "w", encoding="utf-8") as out:
-        out.write(text)
+    save_text(path, text)
 
 
 def markdown(results: list[Result], about: About) -> Iterator[str]:
@@ -391,7 +393,7 @@ def draw(path: str, results: list[Result], about: About) -> None:
                     fontsize=15, fontweight="bold", color=INK)
     figure.text(0.988, 0.998, f"{in_short(about.machine)}\n{about.in_rounds('interleaved rounds')}", ha="right",
                 va="top", fontsize=8.2, color=FAINT, linespacing=1.4)
-    figure.savefig(path, dpi=150)
+    _saving.write_figure(figure, path, dpi=150)
 
 
 def label_ticks(axes, left: float, right: float, unit: str) -> None:

@@ -11,11 +11,11 @@ from libc.string cimport memcpy
 from linmem._atomic cimport add, load, poke, poke_address, store, swap_if
 from linmem._memory cimport (
     NO_MAXIMUM, PROTECTION_NONE, RELIEF_BUDGET, UNCHOSEN, ImageHandle, Memory, NativeCreator, acquire, answer_request,
-    begin_move, begin_own_growth, check_count, check_native, check_size, current_domain, drop_object, end_move,
-    end_own_growth, fail, fail_python, failure, fork_lock, give_back, image_copy, in_each_child, leave_image, list_lock,
-    list_memory, live_after, memory, memory_hang, memory_hook, memory_ops, memory_resident, memory_retain, memory_size,
-    memory_spec, own_growth, python_is_ending, raise_failure, refuse_foreign, relieve, request, try_acquire,
-    unlist_lock, unlist_memory, unlock,
+    begin_move, begin_own_growth, check_bounded, check_count, check_native, check_size, current_domain, drop_object,
+    end_move, end_own_growth, fail, fail_python, failure, fork_lock, give_back, image_copy, in_each_child, leave_image,
+    list_lock, list_memory, live_after, memory, memory_hang, memory_hook, memory_ops, memory_resident, memory_retain,
+    memory_size, memory_spec, own_growth, python_is_ending, raise_failure, refuse_foreign, relieve, request,
+    try_acquire, unlist_lock, unlist_memory, unlock,
 )
 from linmem._os cimport pages
 from linmem._units cimport E_BROKEN, E_LIMIT, E_NO_MEMORY, E_UNSUPPORTED, round_up
@@ -189,7 +189,7 @@ cdef class LimitingCreator(NativeCreator):
         cdef size_t limit
         upstream, limit_bytes = _given("LimitingCreator", ("upstream", "limit_bytes"), {}, args, kwargs)
         self.upstream = check_native(upstream, "upstream")
-        check_size(limit_bytes, "limit_bytes", &limit)
+        check_bounded(limit_bytes, "limit_bytes", "be below 2**63", &limit)
         if limit > SIZE_MAX >> 1:
             raise OverflowError(f"limit_bytes must be below 2**63, got {limit}")
         self.budget = <budget*>calloc(1, sizeof(budget))

@@ -292,6 +292,8 @@ cdef void domain_release(domain* d) noexcept nogil
 cdef void drop_object(PyObject* object) noexcept nogil
 cdef bint python_is_ending() noexcept nogil
 cdef int check_size(object value, str name, size_t* out) except -1
+cdef int check_extent(object value, str name, size_t* out) except -1
+cdef int check_bounded(object value, str name, str bound, size_t* out) except -1
 cdef int check_count(object value, str name, size_t* out) except -1
 cdef int check_readable(const Py_buffer* given) except -1
 cdef int check_flag(object value, str name) except -1

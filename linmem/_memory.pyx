@@ -1204,10 +1204,10 @@ cdef class NativeCreator:
         spec.image = NULL
         spec.watched = False
         spec.may_move = asked_may_move()[0]
-        check_size(minimum, "minimum", &spec.minimum)
+        check_extent(minimum, "minimum", &spec.minimum)
         check_optional_size(maximum, "maximum", &spec.maximum)
-        check_optional_size(reserved_size_in_bytes, "reserved_size_in_bytes", &spec.reservation)
-        check_size(guard_size_in_bytes, "guard_size_in_bytes", &spec.guard)
+        check_optional_size(reserved_size_in_bytes, "reserved_size_in_bytes", &spec.reservation, _FITS)
+        check_extent(guard_size_in_bytes, "guard_size_in_bytes", &spec.guard)
         try:
             spec.page_size = ty.page_size
             spec.is_64 = ty.is_64
@@ -1224,9 +1224,9 @@ cdef class NativeCreator:
         It starts as the `image` says, if one is given.
         """
         cdef memory_spec spec
-        check_size(minimum, "minimum", &spec.minimum)
+        check_extent(minimum, "minimum", &spec.minimum)
         check_optional_size(maximum, "maximum", &spec.maximum)
-        check_optional_size(reserve, "reserve", &spec.reservation)
+        check_optional_size(reserve, "reserve", &spec.reservation, _FITS)
         check_flag(may_move, "may_move")
         spec.may_move = may_move
         spec.image = NULL
@@ -1235,7 +1235,7 @@ cdef class NativeCreator:
             if not isinstance(image, ImageHandle):
                 raise TypeError(f"image must be an Image, got {type(image).__name__}")
             spec.image = (<ImageHandle>image).it
-        check_size(DEFAULT_GUARD if guard is None else guard, "guard", &spec.guard)
+        check_extent(DEFAULT_GUARD if guard is None else guard, "guard", &spec.guard)
         if guard is None:
             round_up(spec.guard, pages.capabilities().page_size, &spec.guard)
         spec.page_size = 1
@@ -1271,13 +1271,13 @@ cdef class NativeCreator:
         return made
 
 
-cdef int check_optional_size(object value, str name, size_t* out) except -1:
+cdef int check_optional_size(object value, str name, size_t* out, str bound="be below 2**64 - 1") except -1:
     if value is None:
         out[0] = SIZE_MAX       # UNCHOSEN, or no maximum
         return 0
-    check_size(value, name, out)
+    check_bounded(value, name, bound, out)
     if out[0] == SIZE_MAX:      # which would pass for None
-        raise OverflowError(f"{name} must be below 2**64 - 1, got {_shown(value)}")
+        raise OverflowError(f"{name} must {bound}, got {_shown(value)}")
     return 0
 
 

@@ -1,6 +1,7 @@
 """The benchmark suite measures every row and writes what it says. No time is asserted."""
 
 import argparse
+import errno
 import gc
 import json
 import math
@@ -883,3 +884,76 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(monkeypatc
     bench.add_arguments(parser)
     assert bench.main(parser.parse_args(["--picture", "x.png"])) == 1
     assert "needs rich and matplotlib: pip install 'linmem[bench]'" in capsys.readouterr().err
+
+
+def measured(monkeypatch, *options):
+    fake_suite(monkeypatch, 3)
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    return bench.main(parser.parse_args(["--rounds", "2", *map(str, options)]))
+
+
+def refusals(said):
+    return [line for line in said.err.splitlines() if line.startswith("linmem bench: ")]
+
+
+OUTPUTS = {"--json": "figures.json", "--picture": "figure.png", "--markdown": "page.md"}
+
+
+@pytest.mark.parametrize("option", OUTPUTS)
+def test_a_file_of_figures_is_there_whole_or_not_at_all(monkeypatch, tmp_path, capsys, option):
+    path = tmp_path / OUTPUTS[option]
+    path.write_bytes(b"old")
+    path.chmod(0o600)
+    rights = path.stat().st_mode
+
+    def refuse(fd):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        assert measured(monkeypatch, option, path) == 1
+    said = capsys.readouterr()
+    assert "holds" in said.out
+    assert refusals(said) == [f"linmem bench: {path}: {os.strerror(errno.ENOSPC)}"]
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == [path.name]
+    assert measured(monkeypatch, option, path) == 0
+    assert path.stat().st_size > 3
+    assert path.stat().st_mode == rights
+    assert os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("option", OUTPUTS)
+def test_a_file_of_figures_with_no_name_is_refused_before_anything_is_measured(option, capsys):
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    with pytest.raises(SystemExit) as end:
+        parser.parse_args([option, ""])
+    assert end.value.code == 2
+    assert f"argument {option}: must be the name of a file, got ''" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", OUTPUTS)
+def test_what_cannot_be_written_is_said_in_a_line_each_and_the_rest_is_written(monkeypatch, tmp_path, capsys, option):
+    paths = {name: tmp_path / file for name, file in OUTPUTS.items()}
+    paths[option] = tmp_path / "no\nfolder" / OUTPUTS[option]
+    assert measured(monkeypatch, *(word for pair in paths.items() for word in pair)) == 1
+    (line,) = refusals(capsys.readouterr())
+    assert line.startswith(f"linmem bench: {tmp_path}{os.sep}no\\nfolder{os.sep}")
+    assert sorted(os.listdir(tmp_path)) == sorted(file for name, file in OUTPUTS.items() if name != option)
+
+
+def test_a_picture_of_no_known_format_is_refused_and_nothing_is_left(monkeypatch, tmp_path, capsys):
+    assert measured(monkeypatch, "--picture", tmp_path / "figure.nothing") == 1
+    (line,) = refusals(capsys.readouterr())
+    assert "nothing" in line
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipe has a name here")
+def test_figures_go_into_a_pipe_as_a_stream(monkeypatch, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE)
+    assert measured(monkeypatch, "--json", tmp_path / "pipe") == 0
+    assert json.loads(reader.communicate(timeout=60)[0])["suite"] == "core"
