@@ -11,11 +11,11 @@ from libc.string cimport memcpy
 from linmem._atomic cimport add, load, poke, poke_address, store, swap_if
 from linmem._memory cimport (
     NO_MAXIMUM, PROTECTION_NONE, RELIEF_BUDGET, UNCHOSEN, ImageHandle, Memory, NativeCreator, acquire, answer_request,
-    begin_move, begin_own_growth, check_count, check_native, check_size, drop_object, end_move, end_own_growth, fail,
-    fail_python, failure, fork_lock, give_back, image_copy, in_each_child, leave_image, list_lock, list_memory,
-    live_after, memory, memory_hang, memory_hook, memory_ops, memory_resident, memory_retain, memory_size, memory_spec,
-    own_growth, python_is_ending, raise_failure, refuse_foreign, relieve, try_acquire, unlist_lock, unlist_memory,
-    unlock,
+    begin_move, begin_own_growth, check_bounded, check_count, check_native, check_size, current_domain, drop_object,
+    end_move, end_own_growth, fail, fail_python, failure, fork_lock, give_back, image_copy, in_each_child, leave_image,
+    list_lock, list_memory, live_after, memory, memory_hang, memory_hook, memory_ops, memory_resident, memory_retain,
+    memory_size, memory_spec, own_growth, python_is_ending, raise_failure, refuse_foreign, relieve, request,
+    try_acquire, unlist_lock, unlist_memory, unlock,
 )
 from linmem._os cimport pages
 from linmem._units cimport E_BROKEN, E_LIMIT, E_NO_MEMORY, E_UNSUPPORTED, round_up
@@ -189,7 +189,7 @@ cdef class LimitingCreator(NativeCreator):
         cdef size_t limit
         upstream, limit_bytes = _given("LimitingCreator", ("upstream", "limit_bytes"), {}, args, kwargs)
         self.upstream = check_native(upstream, "upstream")
-        check_size(limit_bytes, "limit_bytes", &limit)
+        check_bounded(limit_bytes, "limit_bytes", "be below 2**63", &limit)
         if limit > SIZE_MAX >> 1:
             raise OverflowError(f"limit_bytes must be below 2**63, got {limit}")
         self.budget = <budget*>calloc(1, sizeof(budget))
@@ -740,7 +740,7 @@ cdef class PythonCreator(NativeCreator):
         cdef python_memory* p
         cdef answers got
         cdef failure why
-        cdef bint before
+        cdef request asked
         cdef size_t reservation = 0 if spec.reservation == UNCHOSEN else spec.reservation
         from linmem.records import MemoryType
         if spec.image != NULL and spec.image.end > spec.minimum:
@@ -749,13 +749,14 @@ cdef class PythonCreator(NativeCreator):
             minimum=spec.minimum // spec.page_size,
             maximum=None if spec.maximum == NO_MAXIMUM else spec.maximum // spec.page_size,
             is_64=spec.is_64, is_shared=spec.is_shared, page_size=spec.page_size)
-        before = answer_request(spec.may_move)
+        asked.may_move, asked.domain = spec.may_move, current_domain()
+        answer_request(&asked)
         try:
             made = self.creator.new_memory(
                 ty, spec.minimum, None if spec.maximum == NO_MAXIMUM else spec.maximum,
                 None if spec.reservation == UNCHOSEN else spec.reservation, spec.guard)
         finally:
-            answer_request(before)
+            answer_request(&asked)
         if isinstance(made, Memory):
             return adopt(<Memory>made, spec, reservation, out)
         for method in ("as_ptr", "byte_size", "byte_capacity", "wasm_accessible", "grow_to"):

@@ -218,6 +218,11 @@ cdef struct domain:
     size_t size
     char* name                  # UTF-8; none after it
 
+# What a Python creator is asked for, of what its new_memory() is not told.
+cdef struct request:
+    bint may_move
+    domain* domain              # borrowed from the caller who asks
+
 
 cdef inline size_t memory_size(memory* m) noexcept nogil:
     return <size_t>load(&m.size)
@@ -280,19 +285,22 @@ cdef bint relieve(int what, const void* budget, size_t size) noexcept nogil
 cdef int commit_pages(char* at, size_t size) noexcept nogil
 cdef void forgotten_is(void (*tell)(image* it) noexcept nogil) noexcept nogil
 cdef domain* current_domain() noexcept nogil
+cdef void set_domain(domain* d) noexcept nogil
 cdef domain* domain_of(object name) except? NULL
 cdef void domain_retain(domain* d) noexcept nogil
 cdef void domain_release(domain* d) noexcept nogil
 cdef void drop_object(PyObject* object) noexcept nogil
 cdef bint python_is_ending() noexcept nogil
 cdef int check_size(object value, str name, size_t* out) except -1
+cdef int check_extent(object value, str name, size_t* out) except -1
+cdef int check_bounded(object value, str name, str bound, size_t* out) except -1
 cdef int check_count(object value, str name, size_t* out) except -1
 cdef int check_readable(const Py_buffer* given) except -1
 cdef int check_flag(object value, str name) except -1
 cdef int take_bytes(object data, str name, Py_buffer* out) except -1
 cdef NativeCreator check_native(object value, str name)
 cdef object wrap(memory* m)
-cdef bint answer_request(bint may_move) noexcept
+cdef void answer_request(request* it) noexcept
 
 
 # What Python's Image is made of.

@@ -545,9 +545,47 @@ def test_a_growth_that_a_fork_breaks_off_after_its_page_call_has_not_begun_in_th
         """, GUARDED) == "exact"
 
 
+@requires("maps", "compiler")
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [True, False], ids=["the first change", "a later change"])
+def test_a_child_of_a_fork_in_the_middle_of_a_change_of_protection_protects_again(first, tmp_path):
+    """The table of accesses is half written, and the thread that was in it is not there."""
+    build_extension(tmp_path, "half", HALF_DONE)
+    assert scene(f"""
+        sys.path.insert(0, {str(tmp_path)!r})
+        import half
+        mem = linmem.create(4 * P)
+        mem.write(0, b"x" * 4 * P)
+        if not {first}:
+            mem.protect(0, P, "r")
+        def work():
+            mem.protect(P, P, "none")
+            for use in (lambda: mem.read(P, 1), lambda: mem.write(2 * P - 1, b"y")):
+                try:
+                    use()
+                except ValueError:
+                    continue
+                raise AssertionError(use)
+            mem.protect(0, 4 * P, "rw")
+            assert mem.read(0, 4 * P) == b"x" * 4 * P
+            mem.write(0, bytes(4 * P))
+            mem.close()
+        thread = threading.Thread(target=half.protect, args=(mem, 300_000))
+        thread.start()
+        while not half.is_held():
+            time.sleep(0.001)
+        child(os.fork, work)
+        child(os.fork, lambda: child(os.fork, work))
+        thread.join()
+        work()
+        print("protected")
+        """) == "protected"
+
+
 HALF_DONE = """
 # cython: language_level=3
-from linmem._memory cimport Memory, acquire, unlock
+from linmem._atomic cimport load, store
+from linmem._memory cimport PROTECTION_UNKNOWN, Memory, acquire, unlock
 from linmem._os cimport pages
 
 cdef extern from "<unistd.h>":
@@ -558,6 +596,36 @@ cdef volatile int held = 0
 
 def is_held():
     return bool(held)
+
+
+cdef struct table:          # as begin_change() has it
+    void* of
+    size_t* borders
+    size_t n
+    size_t gap
+    size_t room
+
+
+def protect(Memory mem not None, unsigned int us):
+    '''The first half of a change of protection, with a table in pieces, and a while later its end.'''
+    global held
+    cdef long long was
+    cdef table kept
+    cdef table* t = <table*>mem.m.protections
+    with nogil:
+        acquire(&mem.m.lock)
+        was = load(&mem.m.protection)
+        store(&mem.m.protection, PROTECTION_UNKNOWN)
+        if t != NULL:
+            kept = t[0]
+            t.borders = <size_t*>16
+            t.n = t.gap = t.room = 1 << 40
+        held = 1
+        usleep(us)
+        if t != NULL:
+            t[0] = kept
+        store(&mem.m.protection, was)
+        unlock(&mem.m.lock)
 
 
 def grow(Memory mem not None, size_t size, unsigned int us):

@@ -102,6 +102,7 @@ cdef extern from *:
 
     static int linmem_scan_by_ioctl(char *at, size_t size, int what, linmem_span *runs, size_t *n, char **next) {
         linmem_region found[64];
+        const size_t room = sizeof found / sizeof found[0];
         linmem_scan scan;
         long got, i;
         int fd = linmem_pagemap_checked();
@@ -111,7 +112,7 @@ cdef extern from *:
         scan.start = (uint64_t)(uintptr_t)at;
         scan.end = scan.start + size;
         scan.vec = (uint64_t)(uintptr_t)found;
-        scan.vec_len = *n < 64 ? *n : 64;
+        scan.vec_len = *n < room ? *n : room;
         if (what != LINMEM_THERE) {
             scan.category_inverted = scan.category_mask = LINMEM_ZERO | (what == LINMEM_OVER_IMAGE ? LINMEM_FILE : 0);
             scan.return_mask = LINMEM_ZERO;     /* the same for all that is found: neighbours become one run */
@@ -137,7 +138,7 @@ cdef extern from *:
         while (offset < size) {
             ssize_t got;
             count = (size - offset) / page;
-            if (count > 512) count = 512;
+            if (count > sizeof entries / sizeof entries[0]) count = sizeof entries / sizeof entries[0];
             got = pread(fd, entries, count * 8, (off_t)((uintptr_t)(at + offset) / page * 8));
             if (got != (ssize_t)(count * 8)) return got < 0 ? errno : EIO;
             for (i = 0; i < count; i++, offset += page) {

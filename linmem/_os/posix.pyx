@@ -108,7 +108,12 @@ cdef extern from *:
     #endif
     }
 
-    static int linmem_mincore(void *at, size_t size, unsigned char *vector) {
+    /* The vector has room for so many pages: the kernel fills it by the size. */
+    static int linmem_mincore(void *at, size_t size, size_t page, unsigned char *vector, size_t room) {
+        if (size / page > room) {
+            errno = EINVAL;
+            return -1;
+        }
     #if defined(__linux__)
         return mincore(at, size, vector);
     #else
@@ -250,7 +255,7 @@ cdef extern from *:
     int advise_huge_ "linmem_advise_huge"(void* at, size_t size) noexcept nogil
     long long huge_page "linmem_huge_page"() noexcept nogil
     unsigned long long memory_ "linmem_memory"(size_t page) noexcept nogil
-    int mincore_ "linmem_mincore"(void* at, size_t size, unsigned char* vector) noexcept nogil
+    int mincore_ "linmem_mincore"(void* at, size_t size, size_t page, unsigned char* vector, size_t room) noexcept nogil
     long long file_number "linmem_file_number"(const char* path, int field) noexcept nogil
     long long count_mappings "linmem_count_mappings"() noexcept nogil
     bint too_much "linmem_too_much"(size_t size) noexcept nogil
@@ -398,7 +403,7 @@ cdef int resident(char* at, size_t size, size_t* bytes) noexcept nogil:
         step = size - offset
         if step > sizeof(vector) * real_page:
             step = sizeof(vector) * real_page
-        if mincore_(at + offset, step, vector):
+        if mincore_(at + offset, step, real_page, vector, sizeof(vector)):
             return errno
         for i in range(step // real_page):
             pages += vector[i] & 1

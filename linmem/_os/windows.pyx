@@ -62,6 +62,7 @@ cdef extern from *:
     static int linmem_count_resident(char *at, size_t n, size_t page, size_t *pages) {
         PSAPI_WORKING_SET_EX_INFORMATION asked[LINMEM_ASK];
         size_t i;
+        if (n > LINMEM_ASK) return ERROR_INVALID_PARAMETER;
         for (i = 0; i < n; i++) asked[i].VirtualAddress = at + i * page;
         if (!QueryWorkingSetEx(GetCurrentProcess(), asked, (DWORD)(n * sizeof asked[0]))) return linmem_last_error();
         for (i = 0; i < n; i++) *pages += (size_t)(asked[i].VirtualAttributes.Flags & 1);
