@@ -2241,7 +2241,8 @@ cdef int check_choice(object value, str name, object choices) except -1:
     return 0
 
 
-cdef long long nanoseconds(object seconds, str name, long long none, str what="a number of seconds or None") except? -2:
+cdef long long nanoseconds(object seconds, str name, long long none,
+                           str what="a number of seconds or None") except? -2:
     """None is `none`. Where that is 0, 0 seconds are one nanosecond, so that they are not none."""
     cdef double n
     if seconds is None:

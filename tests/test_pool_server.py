@@ -9,7 +9,17 @@ from fractions import Fraction
 
 import pytest
 from support import (
-    LIBC, NEEDS, PAGE, REAL_PAGE, answer, descriptors, failing, live_bytes, requires, resident_within, whole,
+    LIBC,
+    NEEDS,
+    PAGE,
+    REAL_PAGE,
+    answer,
+    descriptors,
+    failing,
+    live_bytes,
+    requires,
+    resident_within,
+    whole,
 )
 
 import linmem
