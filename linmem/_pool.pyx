@@ -2378,8 +2378,9 @@ def read_metrics(PoolingCreator pool not None):
             reserved_bound=None if p.reserved_bound == SIZE_MAX else p.reserved_bound,
             images=len(images), image_bytes=sum(size for size, _ in images.values()),
             image_descriptors=sum(has for _, has in images.values()))
-        found["shapes"] = [dict(row_dict(&kinds[i]), shape=shape_dict(&kinds[i].shape), image_bytes=kinds[i].image_bytes,
-                                image_descriptors=int(kinds[i].image_descriptor)) for i in range(n_kinds)]
+        found["shapes"] = [
+            dict(row_dict(&kinds[i]), shape=shape_dict(&kinds[i].shape), image_bytes=kinds[i].image_bytes,
+                 image_descriptors=int(kinds[i].image_descriptor)) for i in range(n_kinds)]
         found["domains"] = {
             None if tenants[i].domain == NULL
             else tenants[i].domain.name[:tenants[i].domain.size].decode("utf-8", "surrogatepass"):
