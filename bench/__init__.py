@@ -10,9 +10,12 @@ import importlib
 import importlib.util
 import sys
 
+from linmem._checks import printable
+from linmem._cli.words import file_name
+
 __all__ = ["add_arguments", "main"]
 
-SUITES = ("core", "wasm", "reset", "threads", "image")       # each is the module of that name
+SUITES = ("core", "wasm", "reset", "threads", "image", "soak-pool", "fair")      # each is a module, see module_of()
 QUICK_ROUNDS = 5
 
 
@@ -23,9 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=at_least_two, metavar="N",
                         help=f"interleaved rounds (default: the suite's own, 25 or 40; with --quick {QUICK_ROUNDS});"
                              " rows with long runs take half, rows with tight goals two or three times as many")
-    parser.add_argument("--json", metavar="FILE", help="write every raw figure and the machine's facts")
-    parser.add_argument("--picture", metavar="FILE", help="draw the ratios (.png, .svg, .pdf)")
-    parser.add_argument("--markdown", metavar="FILE",
+    parser.add_argument("--json", type=file_name, metavar="FILE", help="write every raw figure and the machine's facts")
+    parser.add_argument("--picture", type=file_name, metavar="FILE", help="draw the ratios (.png, .svg, .pdf)")
+    parser.add_argument("--markdown", type=file_name, metavar="FILE",
                         help="write the tables; in a file that has the suite's marks, between them")
     parser.add_argument("--check", action="store_true", help="exit with 1 when a goal is missed")
 
@@ -44,7 +47,8 @@ def main(args: argparse.Namespace) -> int:
     -------
     int
         0 when measured, also where a goal is missed; with ``--check`` 1 for a missed goal or for
-        one that could not be measured; 1 when a library that was asked for is not installed.
+        one that could not be measured; 1 when a library that was asked for is not installed, or a
+        file cannot be written.
     """
     needed = ["rich"] + (["matplotlib"] if args.picture else [])
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
@@ -54,14 +58,20 @@ def main(args: argparse.Namespace) -> int:
 
     from linmem.bench import harness, report
 
-    suite = importlib.import_module(f"linmem.bench.{args.suite}")
-    rounds = args.rounds or (QUICK_ROUNDS if args.quick else suite.ROUNDS)
-    run_ns = suite.QUICK_RUN_NS if args.quick else suite.RUN_NS
+    suite = module_of(args.suite)
     groups = suite.groups(args.quick)
+    rounds = run_ns = 0
+    if any(group.contenders for group in groups):
+        rounds = args.rounds or (QUICK_ROUNDS if args.quick else suite.ROUNDS)
+        run_ns = suite.QUICK_RUN_NS if args.quick else suite.RUN_NS
     results = []
     with report.progress() as advance:
         total = sum(shared(rounds, group) for group in groups)
         for group in groups:
+            if group.count is not None:
+                results.append(harness.Result(group, [], group.count()))
+                advance(group.operation, total)
+                continue
             series = harness.measure(group, shared(rounds, group), run_ns,
                                      lambda group=group: advance(group.operation, total))
             results.append(harness.Result(group, series, list(harness.compare(group, series))))
@@ -69,16 +79,24 @@ def main(args: argparse.Namespace) -> int:
         results = suite.conclude(results)
     about = report.About(args.suite, report.machine(), rounds, args.quick)
     report.show(results, about)
-    if args.json:
-        report.write_json(args.json, results, about)
-    if args.picture:
-        report.draw(args.picture, results, about)
-    if args.markdown:
-        report.write_markdown(args.markdown, results, about)
+    unwritten = 0
+    for path, write in ((args.json, report.write_json), (args.picture, report.draw),
+                        (args.markdown, report.write_markdown)):
+        try:
+            if path is not None:
+                write(path, results, about)
+        except (OSError, ValueError) as error:      # ValueError: a format that matplotlib does not know
+            unwritten += 1
+            print(printable(f"linmem bench: {path}: {getattr(error, 'strerror', None) or error}"), file=sys.stderr)
     failed = any(row.goal is not None and not row.holds for result in results for row in result.rows)
-    return 1 if args.check and failed else 0
+    return 1 if unwritten or (args.check and failed) else 0
+
+
+def module_of(suite: str):
+    """The module of a suite. "soak-pool" is no name of one, and the module `soak` is a test."""
+    return importlib.import_module(f"linmem.bench.{suite.replace('-', '_')}")
 
 
 def shared(rounds: int, group) -> int:
     """The rounds that a group takes of those asked for."""
-    return max(2, round(rounds * group.share))
+    return 1 if group.count is not None else max(2, round(rounds * group.share))

@@ -102,6 +102,7 @@ def check_room(space: int, mappings: int) -> None:
 
 
 LINMEM_POOL = Setting("linmem", "linmem's pool", with_creator(pool))
+LINMEM_SCAN = Setting("scan", "linmem's pool, always a scan", with_creator(lambda: pool(reset="scan")))
 LINMEM_PLAIN = Setting("plain", "linmem without a pool", with_creator(linmem.MmapCreator))
 INSTALLED = Setting("installed", "linmem.wasmtime.install(config)", with_creator(lambda: None))
 DEFAULT = Setting("default", "wasmtime's default", leave_alone)

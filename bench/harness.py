@@ -16,7 +16,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 try:
     import resource
@@ -32,6 +32,8 @@ LONG_RUN = 50_000_000       # ns; a run this long is always preempted on a busy 
 TIME = "time"               # linmem's time over the other's: less is better
 SPEED = "speed"             # the other's time over linmem's, "times faster": more is better
 SIZE = "size"               # linmem's bytes over the other's: less is better
+RATE = "rate"               # of all requests, those that a warm slot served: more is better
+MORE = (SPEED, RATE)        # is better
 MEDIAN = "median"           # of the ratios within a round
 P10 = "p10"                 # the ratio of the tenth percentiles
 EXACT = "exact"             # one ratio, of what was counted: it is in the median's place, and there are no others
@@ -71,7 +73,7 @@ class Goal:
     def holds(self, ratio: float) -> bool | None:
         if self.bound is None:
             return None
-        return ratio >= self.bound if self.sense == SPEED else ratio <= self.bound
+        return ratio >= self.bound if self.sense in MORE else ratio <= self.bound
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class Group:
     alike: bool = True                  # all do as many operations in a run as linmem; else each has its own number
     disturbances: Callable[[], int] | None = None       # counts what spoils a run; None: `preemptions`
     table: str = ""                     # the title of a table of times that the group is a line of
+    count: Callable[[], list[Row]] | None = None        # instead of contenders and goals: what is counted, not timed
 
 
 T = TypeVar("T")
@@ -300,6 +303,13 @@ def compare(group: Group, series: list[Series]) -> Iterator[Row]:
         yield Row(**row, ratio_median=middle, ratio_quartiles=spread, ratio_p10=best,
                   holds=None if judged is None else goal.holds(judged),
                   unavailable="what is left is less than the noise" if judged is None else None)
+
+
+def exact(key: str, operation: str, ours: str, against: str, ratio: float | None, bound: float | None = None,
+          sense: str = SIZE, **more: Any) -> Row:
+    """A line of a ratio that was counted."""
+    return Row(key, operation, ours, against, bound, sense, EXACT, ratio_median=ratio,
+               holds=None if ratio is None else Goal(against, bound, sense=sense).holds(ratio), **more)
 
 
 def fastest(series: list[Series]) -> Series:

@@ -15,16 +15,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import linmem
+from linmem import _saving
 from linmem._os import pages as _pages
-from linmem.bench.harness import EXACT, P10, SIZE, SPEED, TIME, Result, Row
+from linmem.bench.harness import EXACT, MORE, P10, RATE, SIZE, SPEED, TIME, Result, Row
 
 GOOD, BAD, PLAIN, INK, FAINT = "#1a7f5a", "#c0392b", "#5b6b7b", "#22303c", "#6b7785"      # of the picture
 # A family of contenders has one hue: linmem is green, wasmtime's pooling purple. (color, shape, size)
 STYLES = {
     "linmem": ("#1a7f5a", "o", 11), "adaptive": ("#1a7f5a", "o", 11), "two threads": ("#1a7f5a", "o", 11),
-    "plain": ("#79c5a5", "o", 8.5), "default": ("#22456f", "s", 8), "one thread": ("#22456f", "s", 8),
-    "discard": ("#22456f", "s", 8), "zero": ("#d98324", "D", 7), "ctypes": ("#c0392b", "X", 8.5),
-    "pooling": ("#5b3f8f", "D", 7.5),
+    "plain": ("#79c5a5", "o", 8.5), "scan": ("#4a9e79", "^", 8), "default": ("#22456f", "s", 8),
+    "one thread": ("#22456f", "s", 8), "discard": ("#22456f", "s", 8), "zero": ("#d98324", "D", 7),
+    "ctypes": ("#c0392b", "X", 8.5), "pooling": ("#5b3f8f", "D", 7.5),
 }
 MORE_STYLES = tuple(zip(("#8e6fc0", "#6f7fd0", "#a85fb0", "#4f9fc9", "#b58ad6", "#7b93a8", "#c77fae", "#8a8f3c"),
                         "v^<>PpdH", strict=True))
@@ -32,7 +33,8 @@ MANY = 20           # rows in a picture, beyond which those without a goal are l
 WIDE = 100          # columns of a terminal, from which on the quartiles have room too
 HEADINGS = {TIME: "linmem's time over the other's, less is better",
             SPEED: "times faster than the other, more is better",
-            SIZE: "linmem's bytes over the other's, less is better"}
+            SIZE: "linmem's bytes over the other's, less is better",
+            RATE: "warm hits over all requests, more is better"}
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,11 @@ class About:
 
     suite: str
     machine: dict
-    rounds: int
+    rounds: int             # 0: nothing is timed
     quick: bool
+
+    def in_rounds(self, what: str) -> str:
+        return f"{self.rounds} {what}" if self.rounds else "counted, not timed"
 
 
 def machine() -> dict:
@@ -133,7 +138,7 @@ def spread(row: Row) -> str:
 
 def bound(row: Row) -> str:
     """What the ratio shall be."""
-    return "" if row.goal is None else f"{'>=' if row.sense == SPEED else '<='} {row.goal:g} x"
+    return "" if row.goal is None else f"{'>=' if row.sense in MORE else '<='} {row.goal:g} x"
 
 
 def sentence(text: str) -> str:
@@ -243,9 +248,9 @@ def show(results: list[Result], about: About) -> None:
     console.print(Text(in_short(about.machine), "dim"))
     judged = " and ".join({row.by: "the ratio" if row.by != P10 else "at best" for row in rows
                            if row.goal is not None and row.by != EXACT}.values())
-    console.print(Text("ratio: the median of the ratios within a round, and their quartiles; at best: the ratio of the"
-                       f" tenth percentiles. Goals are held against {judged or 'neither'}"
-                       + ("; --quick: a look, not a figure" if about.quick else ""), "dim"))
+    how = ("ratio: the median of the ratios within a round, and their quartiles; at best: the ratio of the tenth"
+           f" percentiles. Goals are held against {judged or 'neither'}" if about.rounds else about.in_rounds("rounds"))
+    console.print(Text(how + ("; --quick: a look, not a figure" if about.quick else ""), "dim"))
     goals = [row for row in rows if row.goal is not None]
     console.print(f"{sum(row.holds is True for row in goals)} of {len(goals)} goals hold")
 
@@ -285,9 +290,12 @@ def write_json(path: str, results: list[Result], about: About) -> None:
             } for s in result.series],
         } for result in results if result.series],
     }
-    with open(path, "w", encoding="utf-8") as out:
-        json.dump(figures, out, indent=1)
-        out.write("\n")
+    save_text(path, json.dumps(figures, indent=1) + "\n")
+
+
+def save_text(path: str, text: str) -> None:
+    with _saving.replacing(path) as (out, _):
+        out.write(text.encode())
 
 
 def marks(suite: str) -> tuple[str, str]:
@@ -298,22 +306,21 @@ def write_markdown(path: str, results: list[Result], about: About) -> None:
     """Write the tables, and leave alone what stands around the suite's marks."""
     begin, end = marks(about.suite)
     text = "\n".join([begin, "", *markdown(results, about), "", end])
-    try:
+    old = ""
+    if os.path.isfile(path):        # nothing is read from a pipe or a device
         with open(path, encoding="utf-8") as there:
             old = there.read()
-    except FileNotFoundError:
-        old = ""
     if begin in old and end in old:
         head, _, rest = old.partition(begin)
         text = head + text + rest.partition(end)[2]
     else:
         text = old + ("\n" if old else "") + text + "\n"
-    with open(path, "w", encoding="utf-8") as out:
-        out.write(text)
+    save_text(path, text)
 
 
 def markdown(results: list[Result], about: About) -> Iterator[str]:
-    yield f"{in_short(about.machine)}; {about.rounds} rounds{'; --quick: a look, not a figure' if about.quick else ''}."
+    yield (f"{in_short(about.machine)}; {about.in_rounds('rounds')}"
+           f"{'; --quick: a look, not a figure' if about.quick else ''}.")
     for table in tables(results):
         yield ""
         yield f"{sentence(table.title)}, microseconds at best:"
@@ -384,9 +391,9 @@ def draw(path: str, results: list[Result], about: About) -> None:
         axes.grid(axis="x", color="#e3e8ed", linewidth=0.8, zorder=0)
     figure.suptitle(f"linmem bench, {about.suite}{'  (--quick)' if about.quick else ''}", x=0.012, ha="left",
                     fontsize=15, fontweight="bold", color=INK)
-    figure.text(0.988, 0.998, f"{in_short(about.machine)}\n{about.rounds} interleaved rounds", ha="right", va="top",
-                fontsize=8.2, color=FAINT, linespacing=1.4)
-    figure.savefig(path, dpi=150)
+    figure.text(0.988, 0.998, f"{in_short(about.machine)}\n{about.in_rounds('interleaved rounds')}", ha="right",
+                va="top", fontsize=8.2, color=FAINT, linespacing=1.4)
+    _saving.write_figure(figure, path, dpi=150)
 
 
 def label_ticks(axes, left: float, right: float, unit: str) -> None:
@@ -454,7 +461,7 @@ def draw_ratios(axes, rows: list[Row]) -> None:
         if row.goal is not None:
             axes.plot([row.goal, row.goal], [at - 0.34, at + 0.34], color="#222222", linewidth=2.2, zorder=4,
                       solid_capstyle="butt")
-            worse = (left, row.goal) if sense == SPEED else (row.goal, right)
+            worse = (left, row.goal) if sense in MORE else (row.goal, right)
             axes.barh(at, worse[1] - worse[0], left=worse[0], height=0.68, color=BAD, alpha=0.07, zorder=1, linewidth=0)
         axes.plot([left, row.judged()], [at, at], color=color, linewidth=1, alpha=0.35, zorder=2)
         axes.plot([low, high], [at, at], color=color, linewidth=7, alpha=0.35, zorder=3, solid_capstyle="round")

@@ -22,7 +22,7 @@ SEED = 20_240_229
 USES, QUICK_USES = 512, 64
 PERIOD = 16                 # uses after which every pattern has shown all that it does
 LARGE = 4096                # pages; with more, a run has half as many uses, and one period where all is zeroed
-# So much stays resident in each of the three pools: what is compared is the ways, not their bounds.
+# So much stays resident in each of the four pools: what is compared is the ways, not their bounds.
 KEEP = GIB
 SIMPLE = ("discard", "zero")
 
@@ -151,7 +151,7 @@ def in_c(case: Case, uses: int) -> Group:
     size = case.total * _pages.describe()["page_size"]
     large = case.total > LARGE
     n = uses // 2 if large else uses
-    draws = functools.cache(lambda: draw(case, n))      # one sequence for all three
+    draws = functools.cache(lambda: draw(case, n))      # one sequence for all four
 
     def contender(reset: str, what: str, operations: int) -> Contender:
         def make() -> Run:
@@ -163,8 +163,8 @@ def in_c(case: Case, uses: int) -> Group:
 
     return Group(
         f"{case.pattern}_{case.dirty}_of_{case.total}", f"{case.pattern}: {case.dirty} of {case.total} pages",
-        (contender("adaptive", "adaptive", n), contender("discard", "discard everything", n),
-         contender("zero", "zero everything", PERIOD if large else n)),
+        (contender("adaptive", "adaptive", n), contender("scan", "always a scan", n),
+         contender("discard", "discard everything", n), contender("zero", "zero everything", PERIOD if large else n)),
         (Goal("discard", case.discard, sense=SPEED, by=P10, drawn=case.discard is not None),
          Goal(SIMPLE, NEVER_WORSE, sense=SPEED, by=P10, called="better_simple", drawn=False)),
         PATTERNS[case.pattern], table="use + reset in a C loop, by the pool's way to reset")

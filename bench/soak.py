@@ -41,6 +41,7 @@ import linmem
 # was importing when it was forked.
 import linmem._files
 import linmem.records
+from linmem._cli.words import file_name
 from linmem._os import pages as _pages
 from linmem.bench import report
 
@@ -1303,7 +1304,7 @@ def main(arguments: list[str] | None = None, *, more: tuple[Maker, ...] = ()) ->
     parser.add_argument("--minutes", type=float, default=1.0, metavar="N", help="how long; fractions are fine")
     parser.add_argument("--seed", type=int, metavar="N", help="of all that is random; chosen and printed by default")
     parser.add_argument("--threads", type=int, default=8, metavar="N", help="that do all this at once (default: 8)")
-    parser.add_argument("--json", metavar="FILE", help="write all figures")
+    parser.add_argument("--json", type=file_name, metavar="FILE", help="write all figures")
     parser.add_argument("--hang", type=float, default=120.0, metavar="SECONDS",
                         help="after which a step is taken for a hang (default: 120)")
     args = parser.parse_args(arguments)
@@ -1336,9 +1337,7 @@ def main(arguments: list[str] | None = None, *, more: tuple[Maker, ...] = ()) ->
                 gc.enable()
     figures = soak.summary()
     if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(figures, file, indent=1)
-            file.write("\n")
+        report.save_text(args.json, json.dumps(figures, indent=1) + "\n")
     if soak.failure:
         what, at_length = soak.failure
         print(f"\n{at_length}\nsoak: FAILED after {soak.took:.1f} s: {what}", file=sys.stderr)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from linmem.bench import engines
-from linmem.bench.engines import CTYPES, DEFAULT, LINMEM_PLAIN, LINMEM_POOL, POOLING, Engines
+from linmem.bench.engines import CTYPES, DEFAULT, LINMEM_PLAIN, LINMEM_POOL, LINMEM_SCAN, POOLING, Engines
 from linmem.bench.harness import P10, SPEED, Contender, Goal, Group, Result, together
 
 ROUNDS = 25
@@ -15,7 +15,7 @@ RUN_NS, QUICK_RUN_NS = 4_000_000, 200_000
 # A pool pays for some uses later: a run must be long enough that it also pays for what it put off.
 USES, QUICK_USES = 64, 16
 TABLE = "memory's part of instantiate + drop, native loop"
-NATIVE = (LINMEM_POOL, LINMEM_PLAIN, DEFAULT, *POOLING, CTYPES)
+NATIVE = (LINMEM_POOL, LINMEM_SCAN, LINMEM_PLAIN, DEFAULT, *POOLING, CTYPES)
 PYTHON = (LINMEM_POOL, DEFAULT, POOLING[0], CTYPES)
 
 

@@ -10,6 +10,9 @@ cdef struct budget:
     word used           # bytes charged now
     word peak           # the most that was ever charged
     long long limit     # bytes
+    long long least     # of this limit and those below
+    budget* next        # of all budgets
+    budget* previous
 
 
 cdef class LimitingCreator(NativeCreator):

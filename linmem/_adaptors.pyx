@@ -11,10 +11,11 @@ from libc.string cimport memcpy
 from linmem._atomic cimport add, load, poke, poke_address, store, swap_if
 from linmem._memory cimport (
     NO_MAXIMUM, PROTECTION_NONE, RELIEF_BUDGET, UNCHOSEN, ImageHandle, Memory, NativeCreator, acquire, answer_request,
-    begin_move, begin_own_growth, check_count, check_native, check_size, drop_object, end_move, end_own_growth, fail,
-    fail_python, failure, give_back, image_copy, leave_image, list_lock, list_memory, memory, memory_hang, memory_hook,
-    memory_ops, memory_resident, memory_retain, memory_size, memory_spec, own_growth, python_is_ending, raise_failure,
-    refuse_foreign, relieve, try_acquire, unlist_lock, unlist_memory, unlock,
+    begin_move, begin_own_growth, check_bounded, check_count, check_native, check_size, current_domain, drop_object,
+    end_move, end_own_growth, fail, fail_python, failure, fork_lock, give_back, image_copy, in_each_child, leave_image,
+    list_lock, list_memory, live_after, memory, memory_hang, memory_hook, memory_ops, memory_resident, memory_retain,
+    memory_size, memory_spec, own_growth, python_is_ending, raise_failure, refuse_foreign, relieve, request,
+    try_acquire, unlist_lock, unlist_memory, unlock,
 )
 from linmem._os cimport pages
 from linmem._units cimport E_BROKEN, E_LIMIT, E_NO_MEMORY, E_UNSUPPORTED, round_up
@@ -37,14 +38,14 @@ cdef struct limit_hook:
     size_t before           # the growth under way
 
 
-cdef int charge(budget* b, size_t size, failure* why) noexcept nogil:
-    """All of it or nothing; exact under threads. Idle slots of pools over this budget give up what is missing first.
-    The caller holds no fork_lock."""
+cdef int charge(budget* b, size_t size, size_t total, failure* why) noexcept nogil:
+    """All of it or nothing; exact under threads. Idle slots of pools over this budget give up what is missing first,
+    unless the memory, of `total` bytes then, is refused by a limit anyway. The caller holds no fork_lock."""
     cdef long long used, peak
     while True:
         used = load(&b.used)
         if size > <size_t>(b.limit - used):
-            if size <= <size_t>b.limit and relieve(RELIEF_BUDGET, b, size - <size_t>(b.limit - used)):
+            if total <= <size_t>b.least and relieve(RELIEF_BUDGET, b, size - <size_t>(b.limit - used)):
                 continue
             return fail(why, E_LIMIT, "limit", size, <size_t>used, <size_t>b.limit)
         if swap_if(&b.used, used, used + <long long>size):
@@ -60,9 +61,72 @@ cdef void refund(budget* b, size_t size) noexcept nogil:
     add(&b.used, -<long long>size)
 
 
+# A memory that this thread is making, which no hook tells of yet. They nest, where an upstream in Python is asked.
+cdef struct own_charge:
+    own_charge* outer
+    budget* budget
+    size_t size
+
+cdef extern from *:
+    """
+    static LINMEM_OF_THREAD void *linmem_own_charges;
+    static void **linmem_own_charges_of_thread(void) { return &linmem_own_charges; }
+    """
+    void** own_charges "linmem_own_charges_of_thread"() noexcept nogil
+
+cdef budget* budgets = NULL
+cdef fork_lock budgets_lock
+cdef word budgets_started
+
+
+cdef void list_budget(budget* b) noexcept nogil:
+    global budgets
+    if swap_if(&budgets_started, 0, 1):     # not when the module is imported: _memory.pyx may not be ready then
+        list_lock(&budgets_lock)
+        in_each_child(charge_anew)
+    acquire(&budgets_lock.held)
+    b.next = budgets
+    if budgets != NULL:
+        budgets.previous = b
+    budgets = b
+    unlock(&budgets_lock.held)
+
+
 cdef void release_budget(budget* b) noexcept nogil:
-    if add(&b.refs, -1) == 0:
-        free(b)
+    global budgets
+    if add(&b.refs, -1):
+        return
+    acquire(&budgets_lock.held)
+    if b.next != NULL:
+        b.next.previous = b.previous
+    if b.previous != NULL:
+        b.previous.next = b.next
+    else:
+        budgets = b.next
+    unlock(&budgets_lock.held)
+    free(b)
+
+
+cdef void charge_anew() noexcept nogil:
+    """In a forked child: what a lost thread had charged, or was about to refund, is not told from the rest. So the
+    budgets are charged with what the memories have that are there, and those that this thread is making."""
+    cdef budget* b = budgets
+    cdef own_charge* own = <own_charge*>own_charges()[0]
+    cdef memory* m = live_after(NULL)
+    cdef memory_hook* hook
+    while b != NULL:
+        store(&b.used, 0)
+        b = b.next
+    while own != NULL:
+        add(&own.budget.used, <long long>own.size)
+        own = own.outer
+    while m != NULL:
+        hook = m.hooks
+        while hook != NULL:
+            if hook.dropped == limit_dropped:
+                add(&(<limit_hook*>hook).budget.used, <long long>(<limit_hook*>hook).charged)
+            hook = hook.next
+        m = live_after(m)
 
 
 cdef int limit_before_grow(memory_hook* head, memory* m, size_t new_size, failure* why) noexcept nogil:
@@ -72,7 +136,7 @@ cdef int limit_before_grow(memory_hook* head, memory* m, size_t new_size, failur
     hook.before = hook.charged
     if need <= hook.charged:
         return 0
-    code = charge(hook.budget, need - hook.charged, why)
+    code = charge(hook.budget, need - hook.charged, need, why)
     if code == 0:
         hook.charged = need
     return code
@@ -89,17 +153,12 @@ cdef int limit_resized(memory_hook* head, memory* m, size_t size, size_t accessi
     cdef limit_hook* hook = <limit_hook*>head
     cdef int code = 0
     if accessible > hook.charged:
-        code = charge(hook.budget, accessible - hook.charged, why)
+        code = charge(hook.budget, accessible - hook.charged, accessible, why)
     elif accessible < hook.charged:
         refund(hook.budget, hook.charged - accessible)
     if code == 0:
         hook.charged = accessible
     return code
-
-
-cdef size_t limit_charged(memory_hook* head, const void* budget) noexcept nogil:
-    cdef limit_hook* hook = <limit_hook*>head
-    return hook.charged if hook.budget == budget else 0
 
 
 cdef void limit_dropped(memory_hook* head) noexcept nogil:
@@ -130,14 +189,20 @@ cdef class LimitingCreator(NativeCreator):
         cdef size_t limit
         upstream, limit_bytes = _given("LimitingCreator", ("upstream", "limit_bytes"), {}, args, kwargs)
         self.upstream = check_native(upstream, "upstream")
-        check_size(limit_bytes, "limit_bytes", &limit)
+        check_bounded(limit_bytes, "limit_bytes", "be below 2**63", &limit)
         if limit > SIZE_MAX >> 1:
             raise OverflowError(f"limit_bytes must be below 2**63, got {limit}")
         self.budget = <budget*>calloc(1, sizeof(budget))
         if self.budget == NULL:
             raise MemoryError("no memory for a budget")
         self.budget.refs = 1
-        self.budget.limit = <long long>limit
+        self.budget.limit = self.budget.least = <long long>limit
+        while upstream is not None:
+            if isinstance(upstream, LimitingCreator) and upstream.limit_bytes < self.budget.least:
+                self.budget.least = upstream.limit_bytes
+            upstream = getattr(upstream, "upstream", None)
+        with nogil:
+            list_budget(self.budget)
 
     def __dealloc__(self):
         if self.budget != NULL:
@@ -146,14 +211,18 @@ cdef class LimitingCreator(NativeCreator):
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
         cdef size_t size = committed(spec.minimum)
         cdef limit_hook* hook
-        cdef int code = charge(self.budget, size, why)
+        cdef own_charge own
+        cdef int code = charge(self.budget, size, size, why)
         if code:
             return code
+        own.budget, own.size, own.outer = self.budget, size, <own_charge*>own_charges()[0]
+        own_charges()[0] = &own
         hook = <limit_hook*>calloc(1, sizeof(limit_hook))
         if hook == NULL:
             code = fail(why, E_NO_MEMORY, "calloc", sizeof(limit_hook))
         else:
             code = self.upstream.make(spec, out, why)
+        own_charges()[0] = own.outer
         if code:
             free(hook)
             refund(self.budget, size)
@@ -163,7 +232,7 @@ cdef class LimitingCreator(NativeCreator):
         hook.head.after_grow = limit_after_grow
         hook.head.dropped = limit_dropped
         hook.head.resized = limit_resized
-        hook.head.charged = limit_charged
+        hook.head.budget = self.budget
         hook.budget = self.budget
         hook.charged = size
         memory_hang(out[0], &hook.head)
@@ -273,12 +342,14 @@ cdef void statistics_before_drop(memory_hook* head, memory* m) noexcept nogil:
     cdef ledger* book = hook.ledger
     cdef record* r = hook.record
     cdef size_t resident
+    if r == NULL:
+        return
     acquire(&r.sampling)        # for good
     resident = resident_now(m)
     acquire(&book.lock.held)
     if resident > r.peak_resident:
         r.peak_resident = resident
-    r.m = NULL
+    hook.record = r.m = NULL
     if r.previous != NULL:
         r.previous.next = r.next
     else:
@@ -669,7 +740,7 @@ cdef class PythonCreator(NativeCreator):
         cdef python_memory* p
         cdef answers got
         cdef failure why
-        cdef bint before
+        cdef request asked
         cdef size_t reservation = 0 if spec.reservation == UNCHOSEN else spec.reservation
         from linmem.records import MemoryType
         if spec.image != NULL and spec.image.end > spec.minimum:
@@ -678,13 +749,14 @@ cdef class PythonCreator(NativeCreator):
             minimum=spec.minimum // spec.page_size,
             maximum=None if spec.maximum == NO_MAXIMUM else spec.maximum // spec.page_size,
             is_64=spec.is_64, is_shared=spec.is_shared, page_size=spec.page_size)
-        before = answer_request(spec.may_move)
+        asked.may_move, asked.domain = spec.may_move, current_domain()
+        answer_request(&asked)
         try:
             made = self.creator.new_memory(
                 ty, spec.minimum, None if spec.maximum == NO_MAXIMUM else spec.maximum,
                 None if spec.reservation == UNCHOSEN else spec.reservation, spec.guard)
         finally:
-            answer_request(before)
+            answer_request(&asked)
         if isinstance(made, Memory):
             return adopt(<Memory>made, spec, reservation, out)
         for method in ("as_ptr", "byte_size", "byte_capacity", "wasm_accessible", "grow_to"):

@@ -1,11 +1,14 @@
-from collections.abc import Iterable
-from typing import final
+from collections.abc import Callable, Iterable
+from typing import TypeVar, final
 
 from linmem._memory import ImageHandle, Memory, NativeCreator
+
+_T = TypeVar("_T")
 
 def bind(set_creator: int, error_new: int, is_64: int, is_shared: int, page_size: int) -> None: ...
 def set_creator(config: int, creator: NativeCreator) -> None: ...
 def find(base: int) -> Memory | None: ...
+def in_domain(domain: str | None, call: Callable[[], _T]) -> _T: ...
 
 @final
 class Offer:

@@ -15,9 +15,10 @@ from libc.stdlib cimport calloc, free
 
 from linmem._atomic cimport load, store
 from linmem._memory cimport (
-    OWNER_LEFT, OWNER_WASMTIME, PROTECTION_NONE, UNCHOSEN, ImageHandle, NativeCreator, acquire, drop_object, fail,
-    failure, failure_text, fork_lock, image, image_release, image_retain, list_lock, lock_memory, memory,
-    memory_grow_to, memory_release, memory_retain, memory_size, memory_spec, unlock, wrap,
+    OWNER_LEFT, OWNER_WASMTIME, PROTECTION_NONE, UNCHOSEN, ImageHandle, NativeCreator, acquire, current_domain,
+    domain as domain_t, domain_of, domain_release, drop_object, fail, failure, failure_text, fork_lock, image,
+    image_release, image_retain, list_lock, lock_memory, memory, memory_grow_to, memory_release, memory_retain,
+    memory_size, memory_spec, set_domain, unlock, wrap,
 )
 from linmem._units cimport E_PYTHON, E_UNSUPPORTED
 
@@ -288,6 +289,20 @@ def find(size_t base):
         memory_retain(m)
     unlock(&table_lock.held)
     return None if m == NULL else wrap(m)
+
+
+ctypedef domain_t* domain_ptr
+
+
+def in_domain(domain, call):
+    """call(), where the memories that wasmtime asks for on this thread are of `domain`."""
+    cdef domain_ptr ours = domain_of(domain), before = current_domain()
+    set_domain(ours)
+    try:
+        return call()
+    finally:
+        set_domain(before)
+        domain_release(ours)
 
 
 @cython.final

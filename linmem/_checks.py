@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 __all__ = ["check_bytes", "check_count", "check_flag", "check_pairs", "check_path", "check_size", "given",
-           "refuse_buffer", "shown", "shows_protected"]
+           "printable", "refuse_buffer", "shown", "shows_protected"]
 
 REQUIRED = object()     # of an argument that has no default
 
@@ -29,6 +29,11 @@ def shown(value: object) -> str:
     except Exception:       # of a hostile object, or of a number with too many digits
         return f"a {type(value).__name__} that cannot be shown"
     return text if len(text) <= _MOST else f"{text[:_MOST]}..."
+
+
+def printable(text: str) -> str:
+    """The text, of which a name may be a part, in one line: a character that is not printed is its escape."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def check_flag(value: object, name: str) -> bool:
@@ -74,16 +79,17 @@ def check_count(value: object, name: str, what: str = "an integer", least: int =
     return number
 
 
-def check_size(value: object, name: str) -> int:
-    """A number of bytes, as native code takes it."""
+def check_size(value: object, name: str, bound: str = "below 2**64") -> int:
+    """A number of bytes, as native code takes it. The caller refuses what is not within `bound`, the words for a number
+    past all."""
     number = check_count(value, name, "an integer number of bytes")
     if number >= _WORD:
-        raise OverflowError(f"{name} must be below 2**64, got {shown(number)}")
+        raise OverflowError(f"{name} must be {bound}, got {shown(number)}")
     return number
 
 
-def check_pairs(given: Iterable[tuple[object, object]], name: str) -> list[tuple[int, int]]:
-    """A list of (offset, size)."""
+def check_pairs(given: Iterable[tuple[object, object]], name: str, bound: str) -> list[tuple[int, int]]:
+    """A list of (offset, size), with `bound` as in `check_size`."""
     try:
         pairs = [(offset, size) for offset, size in given]
     except (TypeError, ValueError) as error:
@@ -91,7 +97,7 @@ def check_pairs(given: Iterable[tuple[object, object]], name: str) -> list[tuple
     if all(type(offset) is type(size) is int and 0 <= offset < _WORD and 0 <= size < _WORD
            for offset, size in pairs):
         return pairs                    # type: ignore[return-value]
-    return [(check_size(offset, name), check_size(size, name)) for offset, size in pairs]
+    return [(check_size(offset, name, bound), check_size(size, name, bound)) for offset, size in pairs]
 
 
 def refuse_buffer(data: object, name: str, error: Exception) -> NoReturn:

@@ -64,7 +64,7 @@ class Delta:
         if target is not None and not isinstance(target, str):
             raise TypeError(f"target must be a str or None, got {type(target).__name__}")
         base_size, size = check_size(base_size, "base_size"), check_size(size, "size")
-        offset = check_size(offset, "offset")
+        offset = check_size(offset, "offset", f"within the memory's {size} bytes")
         if offset > size:
             raise ValueError(f"offset must be within the memory's {size} bytes, got {offset}")
         kept = check_bytes(data, "data")
@@ -157,8 +157,7 @@ class Delta:
         Raises
         ------
         ValueError
-            If its ranges are not whole blocks of 4096 bytes. Those of `Image.diff` are; those of a chain over an image
-            that ends within such a block may not be.
+            If its ranges are not whole blocks of 4096 bytes. Those of `Image.diff` and of a chain of such deltas are.
         OSError
             The old file, if there is one, is still there.
         """
@@ -217,7 +216,7 @@ class Delta:
 
 
 def _checked(name: str, given: Iterable[tuple[int, int]], bound: int) -> tuple[tuple[int, int], ...]:
-    kept = tuple(check_pairs(given, name))
+    kept = tuple(check_pairs(given, name, f"within {bound} bytes"))
     end = 0
     for offset, size in kept:
         if size <= 0 or offset < end or offset + size > bound:
@@ -238,8 +237,6 @@ def _outside(pieces: Iterable[Piece], over: list[Piece], bound: int) -> Iterator
     i = 0
     for offset, size, data in pieces:
         at, end = offset, min(offset + size, bound)
-        while i and over[i - 1][0] + over[i - 1][1] > at:
-            i -= 1
         while at < end:
             while i < len(over) and over[i][0] + over[i][1] <= at:
                 i += 1

@@ -144,6 +144,10 @@ cdef int raise_code(int code) except -1:
     return raise_failure(&why)
 
 
+cdef str _WITHIN = "be within byte_size()"
+cdef str _BELOW_WORD = "be below 2**64"
+cdef str _FITS = "be below 2**63, in whole host pages and with its guards"
+
 cdef extern from *:
     bint PyLong_CheckExact(object value) noexcept
     # An error is looked for by the caller: only this value can mean one.
@@ -152,6 +156,16 @@ cdef extern from *:
 
 
 cdef int check_size(object value, str name, size_t* out) except -1:
+    return check_bounded(value, name, _BELOW_WORD, out)
+
+
+cdef int check_extent(object value, str name, size_t* out) except -1:
+    """A size, or a place, in the address space: what native code then refuses with E_OVERFLOW."""
+    return check_bounded(value, name, _FITS, out)
+
+
+cdef int check_bounded(object value, str name, str bound, size_t* out) except -1:
+    """A number of bytes. The caller refuses each word that is not within `bound`, the words for a number past all."""
     cdef unsigned long long n
     if PyLong_CheckExact(value):
         n = as_unsigned(value)
@@ -159,14 +173,14 @@ cdef int check_size(object value, str name, size_t* out) except -1:
             out[0] = <size_t>n
             return 0
         PyErr_Clear()
-    return check_at_length(value, name, "an integer number of bytes", out)
+    return check_at_length(value, name, "an integer number of bytes", bound, out)
 
 
 cdef int check_count(object value, str name, size_t* out) except -1:
-    return check_at_length(value, name, "an integer", out)
+    return check_at_length(value, name, "an integer", _BELOW_WORD, out)
 
 
-cdef int check_at_length(object value, str name, str what, size_t* out) except -1:
+cdef int check_at_length(object value, str name, str what, str bound, size_t* out) except -1:
     """What is no exact int, or no size: converted, or the exception that says why not."""
     cdef unsigned long long n
     try:
@@ -182,7 +196,7 @@ cdef int check_at_length(object value, str name, str what, size_t* out) except -
         text = number if abs(number) < 1 << 256 else hex(number)[:20] + "..."
         if number < 0:
             raise ValueError(f"{name} must be >= 0, got {text}") from None
-        raise OverflowError(f"{name} must be below 2**64, got {text}") from None
+        raise OverflowError(f"{name} must {bound}, got {text}") from None
     out[0] = <size_t>n
     return 0
 

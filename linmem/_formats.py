@@ -116,7 +116,7 @@ def array_on(mem: Any, dtype: Any, offset: Any, shape: Any) -> Any:
     if element.hasobject or element.itemsize == 0:
         why = "holds Python objects" if element.hasobject else "has no size"
         raise ValueError(f"dtype must be that of plain bytes, got {shown(dtype)}, which {why}")
-    start = check_size(offset, "offset")
+    start = check_size(offset, "offset", "within byte_size()")
     lengths = _lengths(shape)
     size = mem.byte_size()
     if start > size:

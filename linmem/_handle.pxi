@@ -245,7 +245,8 @@ cdef class Memory:
         cdef failure why
         cdef int code
         cdef memory* m
-        check_size(new_size, "new_size", &size)
+        check_bounded(new_size, "new_size", "be within maximum_byte_size() and byte_capacity(); where the memory may"
+                      " move, below 2**63", &size)
         m = self.enter()
         with nogil:
             code = grow_locked(m, size, True, &why)
@@ -378,14 +379,14 @@ cdef class Memory:
         cdef size_t start, n, itemsize, size
         cdef Window window
         text, itemsize, castable = _resolve_format(format)
-        check_size(offset, "offset", &start)
+        check_bounded(offset, "offset", _WITHIN, &start)
         size = <size_t>self.byte_size()
         if start > size:
             raise ValueError(f"offset must be <= byte_size() ({size}), got {start}")
         if count is None:
             n = (size - start) // itemsize
         else:
-            check_count(count, "count", &n)
+            check_at_length(count, "count", "an integer", "be within byte_size(), in elements", &n)
             if n > (size - start) // itemsize:
                 raise ValueError(f"count must be <= {(size - start) // itemsize} elements of {itemsize} bytes"
                                  f" from offset {start} in {size} bytes, got {n}")
@@ -544,8 +545,8 @@ cdef class Memory:
         cdef memory* m
         cdef bytes out
         cdef char* to
-        check_size(offset, "offset", &start)
-        check_size(size, "size", &n)
+        check_bounded(offset, "offset", _WITHIN, &start)
+        check_bounded(size, "size", _WITHIN, &n)
         m = self.enter()
         try:
             check_span(start, n, memory_size(m))
@@ -575,7 +576,7 @@ cdef class Memory:
         cdef size_t start, n
         cdef memory* m
         cdef Py_buffer given
-        check_size(offset, "offset", &start)
+        check_bounded(offset, "offset", _WITHIN, &start)
         take_bytes(data, "data", &given)
         try:
             n = <size_t>given.len
@@ -835,8 +836,8 @@ cdef class Memory:
         cdef int how, code = 0
         cdef memory* m
         cdef failure why
-        check_size(offset, "offset", &start)
-        check_size(size, "size", &n)
+        check_bounded(offset, "offset", _WITHIN, &start)
+        check_bounded(size, "size", _WITHIN, &n)
         if not isinstance(access, str) or access not in _ACCESSES:
             raise ValueError(f"access must be one of {', '.join(map(repr, _ACCESSES))}, got {_shown(access)}")
         how = _ACCESSES[access]
@@ -888,7 +889,7 @@ cdef class Memory:
         cdef int access, code = 0
         cdef memory* m
         cdef failure why
-        check_size(offset, "offset", &start)
+        check_bounded(offset, "offset", _WITHIN, &start)
         m = self.enter_pages("discard")
         try:
             n = check_rest(start, size, memory_size(m))
@@ -942,7 +943,7 @@ cdef class Memory:
         cdef int access, code = 0
         cdef memory* m
         cdef failure why
-        check_size(offset, "offset", &start)
+        check_bounded(offset, "offset", _WITHIN, &start)
         m = self.enter_pages("prefault")
         try:
             n = check_rest(start, size, memory_size(m))
@@ -1305,7 +1306,7 @@ cdef size_t check_rest(size_t offset, object size, size_t byte_size) except? 0:
     """The size meant: the one given, or all from the offset on."""
     cdef size_t n = byte_size - offset if offset <= byte_size else 0
     if size is not None:
-        check_size(size, "size", &n)
+        check_bounded(size, "size", _WITHIN, &n)
     check_span(offset, n, byte_size)
     return n
 

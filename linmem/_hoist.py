@@ -51,6 +51,7 @@ _FUNC_KIND, _TABLE_KIND, _MEMORY_KIND, _GLOBAL_KIND, _TAG_KIND = range(5)
 _STATE_KINDS = {"table": _TABLE_KIND, "memory": _MEMORY_KIND, "global": _GLOBAL_KIND}
 _NUMBERS = frozenset((0x7F, 0x7E, 0x7D, 0x7C, 0x7B))        # i32, i64, f32, f64, v128
 _REFERENCES = frozenset(range(0x68, 0x76))                  # those that are one byte: cont .. nocont
+_SHARED = 0x65                                              # before the heap type of shared references
 _CONTINUATIONS = frozenset((0x68 - 0x80, 0x75 - 0x80))      # cont, nocont: as signed numbers
 _CONTINUATION_TYPE = b"\x5d"                                # begins a continuation type in the type section
 
@@ -314,7 +315,7 @@ def _heap_type(reader: _Reader, what: str) -> int:
     """Read one: the index of a type, or a negative number that names an abstract one."""
     start = reader.at
     value = reader.signed(33, what)
-    if value == 0x65 - 0x80:        # of shared types
+    if value == _SHARED - 0x80:
         value = reader.signed(33, what)
     if value < 0 and value + 0x80 not in _REFERENCES:
         raise _Unknown(f"{what} at byte {start} is {value}")
@@ -327,7 +328,9 @@ def _reference_type(reader: _Reader, what: str) -> int:
     first = reader.byte(what)
     if first in _REFERENCES:
         return first - 0x80
-    if first not in (0x63, 0x64):
+    if first == _SHARED:            # short for a nullable reference of a shared type
+        reader.at = start
+    elif first not in (0x63, 0x64):
         raise _Unknown(f"{what} at byte {start} is 0x{first:02x}")
     return _heap_type(reader, what)
 

@@ -9,16 +9,17 @@ from libc.string cimport memcpy, memset
 
 from linmem._atomic cimport load
 from linmem._memory cimport (
-    GRANULE, ImageHandle, Memory, NativeCreator, changes, check_flag, check_native, check_size, compare, failure,
-    image, image_finish, image_new, image_put, is_zero, memory_changes, raise_failure, run, take_bytes,
+    GRANULE, ImageHandle, Memory, NativeCreator, changes, check_bounded, check_extent, check_flag, check_native,
+    compare, failure, image, image_finish, image_new, image_put, is_zero, memory_changes, raise_failure, run,
+    take_bytes,
 )
 from linmem._os cimport pages
-from linmem._units cimport round_down, round_up
+from linmem._units cimport add_up, round_down, round_up
 
 from linmem import _memory
 from linmem import errors as _errors
-from linmem._checks import check_pairs as _check_pairs, check_path as _check_path, check_size as _check_size, \
-    shown as _shown
+from linmem._checks import check_count as _check_count, check_pairs as _check_pairs, check_path as _check_path, \
+    check_size as _check_size, shown as _shown
 from linmem._delta import Delta as _Delta, bytes_after as _bytes_after
 from linmem._os import pages as _pages
 
@@ -63,7 +64,7 @@ cdef class Image(ImageHandle):
         """
         cdef Py_buffer given
         cdef size_t start
-        check_size(offset, "offset", &start)
+        check_extent(offset, "offset", &start)
         take_bytes(data, "data", &given)
         try:
             return from_pieces(start, <size_t>given.len, [(start, data)])
@@ -82,8 +83,8 @@ cdef class Image(ImageHandle):
             In bytes; all pieces lie within.
         """
         cdef size_t start, n
-        check_size(offset, "offset", &start)
-        check_size(size, "size", &n)
+        check_extent(offset, "offset", &start)
+        check_extent(size, "size", &n)
         return from_pieces(start, n, pieces)
 
     @staticmethod
@@ -121,9 +122,9 @@ cdef class Image(ImageHandle):
         cdef int code, descriptor
         cdef image* it
         cdef ImageHandle handle = ImageHandle.__new__(ImageHandle)
-        check_size(offset, "offset", &start)
-        check_size(size, "size", &n)
-        check_size(position, "position", &at)
+        check_extent(offset, "offset", &start)
+        check_extent(_check_count(size, "size", "an integer number of bytes", 1), "size", &n)
+        check_bounded(position, "position", "be below 2**63", &at)
         try:
             descriptor = fd if isinstance(fd, int) else fd.__index__()
         except (AttributeError, TypeError):
@@ -131,18 +132,18 @@ cdef class Image(ImageHandle):
         except OverflowError:
             raise ValueError(f"fd must be a file descriptor, got {_shown(fd)}") from None
         if runs is not None:
-            runs = _check_pairs(runs, "runs")
+            runs = _check_pairs(runs, "runs", "within the image's host pages")
         if digest is not None:
             check_digest(digest)
-        if at & (page - 1) or at > SIZE_MAX >> 1:
+        if at > SIZE_MAX >> 1:
+            raise ValueError(f"position must be below 2**63, got {position}")
+        if at & (page - 1):
             raise ValueError(f"position must be a multiple of the host page ({page}), got {position}")
-        if n == 0 or n > SIZE_MAX >> 1:
-            raise ValueError(f"size must be from 1 on and fit an address, got {n}")
-        if start > SIZE_MAX >> 2:
-            raise ValueError(f"offset must fit an address, got {start}")
+        if add_up(start, n, &end) or round_up(end, page, &end) or end > SIZE_MAX >> 1:
+            raise ValueError(f"offset + size must fit an address, in whole host pages (together below 2**63 bytes), got"
+                             f" {start} + {n}")
         where = <long long>at
         first = round_down(start, page)
-        round_up(start + n, page, &end)
         it = <image*>malloc(sizeof(image))
         if it == NULL:
             raise MemoryError("no memory for an image's bookkeeping")
@@ -547,8 +548,6 @@ cdef Image from_pieces(size_t offset, size_t size, object pieces):
     cdef size_t start, reached
     cdef int code
     cdef builder b
-    if size > SIZE_MAX - offset:
-        raise OverflowError(f"offset + size must be below 2**64, got {offset} + {size}")
     with nogil:
         it = image_new(offset, size, &why)
     if it == NULL:
@@ -567,7 +566,7 @@ cdef Image from_pieces(size_t offset, size_t size, object pieces):
             where, data = pair
         except (TypeError, ValueError) as error:
             raise TypeError(f"pieces must be pairs of an offset and a buffer, got {_shown(pair)}: {error}") from None
-        check_size(where, "offset", &start)
+        check_bounded(where, "offset", "be within the image", &start)
         take_bytes(data, "data", &given)
         try:
             if start < reached or start > offset + size or <size_t>given.len > offset + size - start:
@@ -689,8 +688,7 @@ cdef int take_runs(image* it, object given, size_t start, size_t size) except -1
         raise MemoryError("no memory for the runs of an image")
     it.room = n
     for i in range(n):
-        check_size(pairs[i][0], "runs", &offset)
-        check_size(pairs[i][1], "runs", &length)
+        offset, length = pairs[i]
         if (offset < it.offset or (offset - it.offset) & (GRANULE - 1) or length & (GRANULE - 1) or length == 0
                 or offset - it.offset < end or offset - it.offset > it.content.size
                 or length > it.content.size - (offset - it.offset)):

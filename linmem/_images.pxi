@@ -532,11 +532,13 @@ cdef inline const char* image_at(const image* it, size_t at) noexcept nogil:
 
 
 cdef int compare(memory* m, image* now, image* base, bint for_delta, changes* out, failure* why) noexcept nogil:
-    """What differs from `base` in `m` (the lock held; no page inaccessible), or in `now`. for_delta: what `base` has in
-    the rest of the last page counts, too."""
+    """What differs from `base` in `m` (the lock held; no page inaccessible), or in `now`. for_delta: a last page that
+    the end cuts counts as changed if `base` goes on behind the end: a chain of deltas may zero what is cut off, and a
+    file holds whole pages."""
     cdef size_t page = pages.capabilities().page_size
     cdef size_t size = memory_size(m) if m != NULL else now.end
     cdef size_t i, at, end = 0
+    cdef bint is_cut = for_delta and size & (page - 1) and base.end > size
     cdef ranges places
     cdef int code
     memset(&places, 0, sizeof(places))
@@ -547,6 +549,8 @@ cdef int compare(memory* m, image* now, image* base, bint for_delta, changes* ou
         code = add_runs(now, &places)
         if code == 0:
             code = add_runs(base, &places)
+    if code == 0 and is_cut:
+        code = add_range(&places, end - page, page)
     if code:
         fail(why, code, "realloc", places.room * 2 * sizeof(run))
     else:
@@ -555,7 +559,7 @@ cdef int compare(memory* m, image* now, image* base, bint for_delta, changes* ou
         at = places.list[i].offset
         end = at + places.list[i].size
         while at < end and at < size and code == 0:
-            code = compare_page(m, now, base, for_delta, at, page, size, out, why)
+            code = compare_page(m, now, base, is_cut, at, page, size, out, why)
             at += page
         if code:
             break
@@ -563,9 +567,9 @@ cdef int compare(memory* m, image* now, image* base, bint for_delta, changes* ou
     return code
 
 
-cdef int compare_page(memory* m, image* now, image* base, bint for_delta, size_t at, size_t page, size_t size,
+cdef int compare_page(memory* m, image* now, image* base, bint is_cut, size_t at, size_t page, size_t size,
                       changes* out, failure* why) noexcept nogil:
-    """The page at `at`, of which what is below `size` is compared."""
+    """The page at `at`, of which what is below `size` is compared. is_cut: one that `size` cuts counts as changed."""
     cdef size_t step = page if size - at > page else size - at
     cdef const char* here
     cdef const char* there = image_at(base, at)
@@ -575,12 +579,8 @@ cdef int compare_page(memory* m, image* now, image* base, bint for_delta, size_t
     else:
         here = image_at(now, at)
     zero = here == NULL or is_zero(here, step)
-    if there == NULL:
-        if zero:
-            return 0
-    # In a delta, what the base has in the rest of the last page goes: the page has then changed as a whole.
-    elif not for_delta or step == page or is_zero(there + step, page - step):
-        if is_zero(there, step) if here == NULL else memcmp(here, there, step) == 0:
+    if step == page or not is_cut:
+        if zero if there == NULL else is_zero(there, step) if here == NULL else memcmp(here, there, step) == 0:
             return 0
     return add_change(out, at, step, zero, why)
 

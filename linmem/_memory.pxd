@@ -126,7 +126,8 @@ cdef struct memory_hook:
     int (*before_grow)(memory_hook* hook, memory* m, size_t new_size, failure* why) noexcept nogil
     # After it, the lock held, for each hook whose before_grow returned 0; code: how it ended.
     void (*after_grow)(memory_hook* hook, memory* m, size_t old_size, size_t new_size, int code) noexcept nogil
-    # The last reference is gone, and whoever held one is done with the memory.
+    # The last reference is gone, and whoever held one is done with the memory. Twice in a forked child, where the
+    # first time was a lost thread's.
     void (*before_drop)(memory_hook* hook, memory* m) noexcept nogil
     # Next: true takes the memory over, with this hook and those of the adaptors below, to be handed
     # out again. The adaptors above see it dropped.
@@ -137,8 +138,9 @@ cdef struct memory_hook:
     # are accessible. Called before more becomes accessible and after less has become so. 0, or a failure that
     # stops an increase; a decrease is never refused. The hooks above this one are then told the old figures again.
     int (*resized)(memory_hook* hook, memory* m, size_t size, size_t committed, failure* why) noexcept nogil
-    # How many bytes of the memory are charged to the budget at that address. NULL: to none.
-    size_t (*charged)(memory_hook* hook, const void* budget) noexcept nogil
+    # What the memory's pages are charged to, those that `resized` was told of last; compared, never followed. NULL:
+    # nothing.
+    const void* budget
 
 # The head of every memory, whatever its kind. Reference-counted, because wasmtime frees memories on
 # any thread with no GIL: nothing in here is a Python object.
@@ -216,6 +218,11 @@ cdef struct domain:
     size_t size
     char* name                  # UTF-8; none after it
 
+# What a Python creator is asked for, of what its new_memory() is not told.
+cdef struct request:
+    bint may_move
+    domain* domain              # borrowed from the caller who asks
+
 
 cdef size_t memory_size(memory* m) noexcept nogil
 
@@ -233,6 +240,8 @@ cdef void begin_own_growth(own_growth* growth, memory* m) noexcept nogil
 cdef void end_own_growth(own_growth* growth) noexcept nogil
 cdef void list_memory(memory* m) noexcept nogil
 cdef void unlist_memory(memory* m) noexcept nogil
+cdef void in_each_child(void (*call)() noexcept nogil) noexcept nogil
+cdef memory* live_after(memory* m) noexcept nogil
 cdef int memory_unprotect(memory* m, size_t size) noexcept nogil
 cdef void memory_forget_protection(memory* m) noexcept nogil
 cdef void memory_doubt(memory* m) noexcept nogil
@@ -274,19 +283,22 @@ cdef bint relieve(int what, const void* budget, size_t size) noexcept nogil
 cdef int commit_pages(char* at, size_t size) noexcept nogil
 cdef void forgotten_is(void (*tell)(image* it) noexcept nogil) noexcept nogil
 cdef domain* current_domain() noexcept nogil
+cdef void set_domain(domain* d) noexcept nogil
 cdef domain* domain_of(object name) except? NULL
 cdef void domain_retain(domain* d) noexcept nogil
 cdef void domain_release(domain* d) noexcept nogil
 cdef void drop_object(PyObject* object) noexcept nogil
 cdef bint python_is_ending() noexcept nogil
 cdef int check_size(object value, str name, size_t* out) except -1
+cdef int check_extent(object value, str name, size_t* out) except -1
+cdef int check_bounded(object value, str name, str bound, size_t* out) except -1
 cdef int check_count(object value, str name, size_t* out) except -1
 cdef int check_readable(const Py_buffer* given) except -1
 cdef int check_flag(object value, str name) except -1
 cdef int take_bytes(object data, str name, Py_buffer* out) except -1
 cdef NativeCreator check_native(object value, str name)
 cdef object wrap(memory* m)
-cdef bint answer_request(bint may_move) noexcept
+cdef void answer_request(request* it) noexcept
 
 
 # What Python's Image is made of.

@@ -217,6 +217,23 @@ cdef void unlist_lock(fork_lock* it) noexcept nogil:
 # The C library calls these around every fork, also one that Python knows nothing of (but not around clone(2), in
 # whose child not even malloc() works if another thread was in it). The thread that forks may hold the GIL.
 
+cdef enum:
+    CHILD_CALLS = 2
+
+cdef void (*child_calls[CHILD_CALLS])() noexcept nogil
+cdef int n_child_calls = 0
+
+
+cdef void in_each_child(void (*call)() noexcept nogil) noexcept nogil:
+    """From now on `call` runs in each forked child, after the memories have been repaired. Once for each of
+    CHILD_CALLS callers, and not while modules are imported."""
+    global n_child_calls
+    acquire(&listed_lock)
+    child_calls[n_child_calls] = call
+    n_child_calls += 1
+    unlock(&listed_lock)
+
+
 cdef void before_fork() noexcept nogil:
     cdef fork_lock* it
     acquire(&listed_lock)
@@ -238,6 +255,7 @@ cdef void after_fork_in_child() noexcept nogil:
     global generation, gate_tag
     cdef own_growth* own = <own_growth*>own_growths()[0]
     cdef memory* m
+    cdef int i
     generation += 1
     gate_tag = 1 + (generation - 1) % TAGS
     while own != NULL:      # this thread forked in the middle of them, and goes on
@@ -254,6 +272,8 @@ cdef void after_fork_in_child() noexcept nogil:
     while m != NULL:        # hooks may take listed locks
         end_lost_growth(m)
         m = m.live_next
+    for i in range(n_child_calls):
+        child_calls[i]()
 
 
 cdef bint was_lost(memory* m) noexcept nogil:
@@ -365,6 +385,12 @@ cdef void unlist_memory(memory* m) noexcept nogil:
     else:
         live = m.live_next
     unlock(&live_lock.held)
+
+
+cdef memory* live_after(memory* m) noexcept nogil:
+    """In a forked child, before any other code of it runs: the next of all memories; NULL: the first, and at the end.
+    All their hooks are there."""
+    return live if m == NULL else m.live_next
 
 
 cdef int lock_memory(memory* m, failure* why) noexcept nogil:
@@ -1019,7 +1045,7 @@ cdef domain* current_domain() noexcept nogil:
     return <domain*>get_domain()
 
 
-cdef inline void set_domain(domain* d) noexcept nogil:
+cdef void set_domain(domain* d) noexcept nogil:
     put_domain(d)
 
 
@@ -1090,18 +1116,22 @@ cdef void domain_release(domain* d) noexcept nogil:
 
 cdef extern from *:
     """
-    static LINMEM_OF_THREAD int linmem_request_may_move;
-    static int *linmem_request_of_thread(void) { return &linmem_request_may_move; }
+    static LINMEM_OF_THREAD struct { int may_move; void *domain; } linmem_asked;
+    static int *linmem_asked_may_move(void) { return &linmem_asked.may_move; }
+    static void **linmem_asked_domain(void) { return &linmem_asked.domain; }
     """
-    bint* request_of_thread "linmem_request_of_thread"() noexcept nogil
+    bint* asked_may_move "linmem_asked_may_move"() noexcept nogil
+    void** asked_domain "linmem_asked_domain"() noexcept nogil
 
 
-cdef bint answer_request(bint may_move) noexcept:
-    """A Python creator is asked on this thread for a memory that may move, or not. Returns what holds until now, to
-    be put back."""
-    cdef bint before = request_of_thread()[0]
-    request_of_thread()[0] = may_move
-    return before
+cdef void answer_request(request* it) noexcept:
+    """A Python creator is asked on this thread for such a memory. Exchanges it with what holds until now, which the
+    caller puts back."""
+    cdef request before
+    before.may_move, before.domain = asked_may_move()[0], <domain*>asked_domain()[0]
+    asked_may_move()[0] = it.may_move
+    asked_domain()[0] = it.domain
+    it[0] = before
 
 
 class _InPython:
@@ -1148,7 +1178,8 @@ cdef class NativeCreator:
             Whether growth past the capacity may move the base. None: no, except while a Python creator answers
             a request on this thread; then as that request says (wasmtime's memories may move).
         domain : str or None
-            Whose pages a pool may hand to this user: only those of the same domain. None is a domain of its own.
+            Whose pages a pool may hand to this user: only those of the same domain. None is a domain of its own;
+            while a Python creator answers a request on this thread, it means the domain of that request.
 
         Returns
         -------
@@ -1174,11 +1205,11 @@ cdef class NativeCreator:
                        guard_size_in_bytes) except -1:
         spec.image = NULL
         spec.watched = False
-        spec.may_move = request_of_thread()[0]
-        check_size(minimum, "minimum", &spec.minimum)
+        spec.may_move = asked_may_move()[0]
+        check_extent(minimum, "minimum", &spec.minimum)
         check_optional_size(maximum, "maximum", &spec.maximum)
-        check_optional_size(reserved_size_in_bytes, "reserved_size_in_bytes", &spec.reservation)
-        check_size(guard_size_in_bytes, "guard_size_in_bytes", &spec.guard)
+        check_optional_size(reserved_size_in_bytes, "reserved_size_in_bytes", &spec.reservation, _FITS)
+        check_extent(guard_size_in_bytes, "guard_size_in_bytes", &spec.guard)
         try:
             spec.page_size = ty.page_size
             spec.is_64 = ty.is_64
@@ -1195,9 +1226,9 @@ cdef class NativeCreator:
         It starts as the `image` says, if one is given.
         """
         cdef memory_spec spec
-        check_size(minimum, "minimum", &spec.minimum)
+        check_extent(minimum, "minimum", &spec.minimum)
         check_optional_size(maximum, "maximum", &spec.maximum)
-        check_optional_size(reserve, "reserve", &spec.reservation)
+        check_optional_size(reserve, "reserve", &spec.reservation, _FITS)
         check_flag(may_move, "may_move")
         spec.may_move = may_move
         spec.image = NULL
@@ -1206,7 +1237,7 @@ cdef class NativeCreator:
             if not isinstance(image, ImageHandle):
                 raise TypeError(f"image must be an Image, got {type(image).__name__}")
             spec.image = (<ImageHandle>image).it
-        check_size(DEFAULT_GUARD if guard is None else guard, "guard", &spec.guard)
+        check_extent(DEFAULT_GUARD if guard is None else guard, "guard", &spec.guard)
         if guard is None:
             round_up(spec.guard, pages.capabilities().page_size, &spec.guard)
         spec.page_size = 1
@@ -1225,7 +1256,7 @@ cdef class NativeCreator:
             raise ValueError(f"minimum must be <= maximum ({spec.maximum}), got {spec.minimum}")
         if spec.guard & (page - 1):
             raise ValueError(f"{guard_name} must be a multiple of the host page ({page}), got {spec.guard}")
-        ours = NULL if domain is None else domain_of(domain)
+        ours = <domain_ptr>asked_domain()[0] if domain is None else domain_of(domain)
         with nogil:
             before = current_domain()
             if before != ours:
@@ -1233,7 +1264,7 @@ cdef class NativeCreator:
             code = self.make(spec, &m, &why)
             if before != ours:
                 set_domain(before)
-            if ours != NULL:
+            if domain is not None:
                 domain_release(ours)
         if code:
             raise_failure(&why)
@@ -1242,13 +1273,13 @@ cdef class NativeCreator:
         return made
 
 
-cdef int check_optional_size(object value, str name, size_t* out) except -1:
+cdef int check_optional_size(object value, str name, size_t* out, str bound="be below 2**64 - 1") except -1:
     if value is None:
         out[0] = SIZE_MAX       # UNCHOSEN, or no maximum
         return 0
-    check_size(value, name, out)
+    check_bounded(value, name, bound, out)
     if out[0] == SIZE_MAX:      # which would pass for None
-        raise OverflowError(f"{name} must be below 2**64 - 1, got {_shown(value)}")
+        raise OverflowError(f"{name} must {bound}, got {_shown(value)}")
     return 0
 
 

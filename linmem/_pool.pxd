@@ -72,6 +72,8 @@ cdef struct kind:
     slot* cold              # its cold slots, of whatever domain the last guest was: they have no pages
     size_t slots
     size_t shelves
+    size_t live             # with a guest
+    size_t peak_live
     counts gone
     size_t row              # of a report that is being made
 
@@ -83,6 +85,8 @@ cdef struct tenant:
     size_t shelves
     size_t n_warm
     size_t held             # bytes that its warm slots keep, page tables included
+    size_t live             # slots with a guest
+    size_t peak_live
     counts gone
     size_t row
 
@@ -123,7 +127,7 @@ cdef struct slot:
     pool* pool
     shelf* shelf
     memory* m
-    slot* below             # on its stack, idle only
+    slot* below             # on its stack, idle only; of a slot that is DROPPING: in the list of its dropper
     slot* above
     slot* older             # of the pool's warm slots, or of its cold ones
     slot* newer
@@ -141,8 +145,10 @@ cdef struct slot:
     size_t old_tables       # of these, from before the pages were last given back
     size_t reserved         # bytes of address space, guards included
     size_t mappings         # that it takes, at most
+    unsigned int budgets    # bits: which of the pool's it is charged to
     bint unfilled           # a prefaulted memory whose pages have been given back
-    bint forgotten          # nobody can ask for its image any more
+    bint has_guest          # counted as live
+    bint changed_domain     # guests of another domain than the one that it was made for have had it
     long long since         # when it became idle, or was handed out: of the coarse clock
     long long grown         # when a guest last grew beyond `least`
     long long emptied       # when all its pages were last given back
@@ -156,45 +162,54 @@ cdef struct line:
     slot* newest
     slot* oldest
 
+# A budget below the pool, and how many slots are charged to it.
+cdef struct charged_slots:
+    const void* budget      # NULL: of none
+    size_t slots
+
 cdef enum:
     SHELVES = 256
     KINDS = 64
+    BUDGETS = 4
 
 # Shared by a PoolingCreator and its slots; wasmtime may outlive the creator. What every thread writes for each
-# memory is one line of the caches, and what is only read is in another: it stays in each processor's own.
+# memory is two lines of the caches, and what is only read is in a third: it stays in each processor's own.
 cdef struct pool:
-    # These never change.
+    # These never change, but for `closed`.
     void* block             # what the pool lies in
     size_t most_slots
-    size_t most_mappings
+    size_t reserved_bound
+    long long wait_ns       # -1: without an end
+    bint fall_back
+    bint wait
+    size_t most_mappings    # from here on a line that is read for each memory
     size_t keep_resident
     size_t most_warm
     size_t resident_bound
-    size_t reserved_bound
     long long idle_ns       # 0: idle slots are not purged by time
     long long reset_ns      # 0: a reset may take as long as it does
-    long long wait_ns       # -1: without an end
     int reset               # a kind of reset, or ADAPTIVE
-    bint fall_back
-    bint wait
     bint check
+    bint closed             # under the lock
     char apart[CACHE_LINE]
-    fork_lock lock          # of all that follows but for refs; at the start of a line
+    fork_lock lock          # of all that follows but for refs; at the start of a line, and so is `look`
     size_t n_warm
     size_t resident         # bytes, of all idle slots
     size_t tables           # bytes of their page tables
     line warm
-    line cold
     long long look          # no slot has been idle for too long before then: of the coarse clock
-    size_t n_cold
-    size_t n_slots
+    size_t live             # slots with a guest; not those that warm() holds
     size_t peak_live
     size_t told             # of resident + tables, what the sum over all pools has heard; never less than they are
-    bint closed
-    size_t reserved         # bytes, of all slots
-    size_t idle_reserved
-    size_t mappings
+    size_t idle_reserved    # bytes of address space, of idle slots
+    size_t warm_least       # bytes that warm slots have accessible
+    size_t warm_high        # and committed
     size_t n_busy           # tenants with warm slots
+    size_t mappings         # here begins what is seldom written
+    size_t n_cold
+    size_t n_slots
+    line cold
+    size_t reserved         # bytes, of all slots
     size_t fallbacks
     size_t rejected
     counts gone             # of slots that are gone, and all misses and evictions
@@ -204,6 +219,8 @@ cdef struct pool:
     size_t n_kinds
     size_t empty_tenants    # without a slot
     size_t empty_kinds
+    charged_slots budgets[BUDGETS]
+    bint more_budgets       # a slot was charged to others, or to one of them twice
     word refs
     pool* next_pool         # of all pools, under their lock
     pool* previous_pool

@@ -15,13 +15,13 @@ from libc.string cimport memset
 from linmem._atomic cimport add, load, poke, publish, store, swap_if, touch, word
 from linmem._memory cimport (
     CACHE_LINE, IMAGE_BROKEN, IMAGE_COPIED, NO_MAXIMUM, OWNER_LEFT, OWNER_PYTHON, PROTECTION_NONE, RELIEF_BUDGET,
-    RELIEF_PAGES, RELIEF_SPACE, UNCHOSEN, ImageHandle, Memory, MmapCreator, NativeCreator, acquire, check_count,
+    RELIEF_PAGES, RELIEF_SPACE, RUNS, UNCHOSEN, ImageHandle, Memory, MmapCreator, NativeCreator, acquire, check_count,
     check_flag, check_native, check_size, commit_pages, current_domain, domain as domain_t, domain_of, domain_release,
     domain_retain, fail, fail_python, failure, forgotten_is, give_back, image as image_t, image_copy, image_release,
-    image_retain, list_lock, memory, memory_doubt, memory_forget_protection, memory_hang, memory_hook,
-    memory_is_filled, memory_refill, memory_release, memory_renew, memory_restore, memory_spec, memory_start_again,
-    memory_turn_to, memory_unprotect, python_is_ending, raise_failure, relief_is, touched_begin, touched_next,
-    touched_runs, unlist_lock, unlock,
+    image_retain, in_each_child, list_lock, live_after, memory, memory_doubt, memory_forget_protection, memory_hang,
+    memory_hook, memory_is_filled, memory_refill, memory_release, memory_renew, memory_restore, memory_spec,
+    memory_start_again, memory_turn_to, memory_unprotect, python_is_ending, raise_failure, relief_is, touched_begin,
+    touched_next, touched_runs, unlist_lock, unlock,
 )
 from linmem._os cimport pages
 from linmem._reset cimport (
@@ -43,6 +43,10 @@ cdef enum:
     PURGED_AT_ONCE = 2          # slots that one give-back purges at least, and one in this many more
     PURGED_SHARE = 64
     KEPT_EMPTY = 256            # kinds and tenants without slots whose counts are kept apart
+    TABLE = 1 << 12             # bytes of a page table,
+    TABLE_SPAN = 1 << 21        # and of what it maps,
+    UPPER_SPAN = 1 << 30        # and of what a table of these maps: constants, since a division by a variable is slow
+    TABLES_UNCOUNTED = 8 << 20  # bytes: up to here, a slot's tables are counted as if it had all of them
 
 cdef extern from *:
     """
@@ -54,8 +58,6 @@ cdef extern from *:
 cdef size_t WIDE_MOST = 1 << 18         # bytes: up to here, all of a memory may well be in the cache
 cdef size_t ZERO_UNSEEN = 1 << 18       # bytes: up to here, zeroing all is no worse than giving back what was not seen
 cdef size_t ZERO_STEP = 1 << 20         # bytes: between two looks at the clock
-cdef size_t TABLE = 1 << 12             # bytes of a page table,
-cdef size_t TABLE_SPAN = 1 << 21        # and of what it maps
 cdef size_t PURGED_BYTES = 16 << 20     # one give-back purges no further slot after so many
 cdef size_t WORTH_EMPTYING = 1 << 20    # bytes: a slot in constant use that keeps less is left alone
 
@@ -210,6 +212,7 @@ cdef void start_pools() noexcept nogil:
         set_bounds(pages.capabilities().memory // 4 if pages.capabilities().memory else SIZE_MAX, SIZE_MAX)
         relief_is(give)
         forgotten_is(forget_image)
+        in_each_child(drop_what_was_lost)
         started = True
     unlock(&costs_lock)
 
@@ -532,17 +535,27 @@ cdef inline void count_mappings(pool* p, slot* s) noexcept nogil:
 
 cdef inline bint move_slot(pool* p, slot* s, int to) noexcept nogil:
     """The one function that changes a slot's state, with all lists and counts that follow from it. The pool's lock is
-    held, but for RESETTING, which changes no list and no count. False: the pool is closed, so the slot does not
-    become idle; the caller drops it."""
+    held, but for RESETTING, which changes no list and no count. False: the pool is closed, or nobody can ask for the
+    slot's image any more, so the slot does not become idle; the caller drops it."""
     cdef int state = <int>load(&s.state)
     cdef tenant* t
-    cdef size_t live
     must(may_become(state, to))
     if to == RESETTING:
         publish(&s.state, to)
         return True
+    if to == WARM or to == COLD:
+        if p.closed:
+            return False
+        if s.shelf.shape.image != NULL and load(&s.shelf.shape.image.forgotten):
+            count_eviction(p, s, EVICTED_IMAGE)
+            return False
     if (to == WARM or to == COLD) and p.closed:
         return False
+    if s.has_guest:
+        s.has_guest = False
+        p.live -= 1
+        s.shelf.kind.live -= 1
+        s.shelf.tenant.live -= 1
     if state == WARM or state == COLD:
         unlink_idle(p, s, state)
         p.resident -= s.resident
@@ -552,6 +565,8 @@ cdef inline bint move_slot(pool* p, slot* s, int to) noexcept nogil:
             t = s.shelf.tenant
             t.n_warm -= 1
             t.held -= s.resident + s.tables
+            p.warm_least -= s.pages.least
+            p.warm_high -= s.pages.high
             p.n_warm -= 1
             p.n_busy -= t.n_warm == 0
         else:
@@ -568,37 +583,51 @@ cdef inline bint move_slot(pool* p, slot* s, int to) noexcept nogil:
             p.n_busy += t.n_warm == 0
             t.n_warm += 1
             t.held += s.resident + s.tables
+            p.warm_least += s.pages.least
+            p.warm_high += s.pages.high
             p.n_warm += 1
         else:
             p.n_cold += 1
         tell_sum(p)
-    elif to == LIVE:
-        tell_sum(p)
-        live = p.n_slots - p.n_warm - p.n_cold
-        if live > p.peak_live:
-            p.peak_live = live
-    elif to == DROPPING:
+    elif to == LIVE or to == DROPPING:
         tell_sum(p)
     publish(&s.state, to)
     return True
 
 
+cdef inline void count_guest(pool* p, slot* s) noexcept nogil:
+    """The lock is held, and the slot is on the shelf of its guest's domain."""
+    cdef kind* k = s.shelf.kind
+    cdef tenant* t = s.shelf.tenant
+    s.has_guest = True
+    p.live += 1
+    k.live += 1
+    t.live += 1
+    if p.live > p.peak_live:
+        p.peak_live = p.live
+    if k.live > k.peak_live:
+        k.peak_live = k.live
+    if t.live > t.peak_live:
+        t.peak_live = t.live
+
+
 # -- which idle slot goes first; the lock is held ------------------------------------------------------------------
+
+cdef inline bint has_its_share(const pool* p, const slot* s, bint by_count) noexcept nogil:
+    """Whether the slot's domain has a fair share of the pool's warm slots (else: of the bytes they keep), or more."""
+    if p.n_busy < 2:
+        return True
+    if by_count:
+        return s.shelf.tenant.n_warm * p.n_busy >= p.n_warm
+    return s.shelf.tenant.held >= (p.resident + p.tables) // p.n_busy
+
 
 cdef slot* fair_victim(pool* p, bint by_count) noexcept nogil:
     """The least recently used warm slot of a domain that has its fair share or more."""
     cdef slot* s = p.warm.oldest
-    cdef size_t held = p.resident + p.tables
-    if p.n_busy < 2:
-        return s
-    while s != NULL:
-        if by_count:
-            if s.shelf.tenant.n_warm * p.n_busy >= p.n_warm:
-                return s
-        elif s.shelf.tenant.held >= held // p.n_busy:
-            return s
+    while s != NULL and not has_its_share(p, s, by_count):
         s = s.newer
-    return p.warm.oldest
+    return s if s != NULL else p.warm.oldest
 
 
 cdef slot* surplus(pool* p, long long now, int* cause) noexcept nogil:
@@ -641,9 +670,32 @@ cdef inline unsigned int in_pages(size_t size) noexcept nogil:
     return <unsigned int>size if size < ANY else ANY
 
 
-cdef inline size_t spans(size_t size) noexcept nogil:
-    """Bytes of the page tables of `size` bytes, at most."""
-    return 0 if size == 0 else (size // TABLE_SPAN + 2) * TABLE
+cdef inline size_t most_tables(const slot* s, size_t size) noexcept nogil:
+    """Bytes of the page tables of the slot's first `size` bytes, at most."""
+    cdef size_t first = <size_t>s.base, last = first + size - 1
+    if size == 0:
+        return 0
+    return (2 + last // TABLE_SPAN - first // TABLE_SPAN + last // UPPER_SPAN - first // UPPER_SPAN) * TABLE
+
+
+cdef size_t count_tables(slot* s) noexcept nogil:
+    """Bytes of page tables that the slot has for pages which are there now, hidden ones and such that were only read
+    included. Of small slots, and where it cannot be told: at most."""
+    cdef size_t most = most_tables(s, s.pages.high), at, tables = 0, reached = 0, reached_upper = 0, n, i
+    cdef char* next = s.base
+    cdef char* end = s.base + s.pages.high
+    cdef pages.span runs[RUNS]
+    if s.pages.high <= TABLES_UNCOUNTED or s.tables >= most:
+        return most
+    while next < end:
+        n = RUNS
+        if pages.present(next, <size_t>(end - next), runs, &n, &next):
+            return most
+        for i in range(n):
+            at = <size_t>runs[i].at
+            tables += cover(at, at + runs[i].size, TABLE_SPAN, &reached) // TABLE_SPAN * TABLE
+            tables += cover(at, at + runs[i].size, UPPER_SPAN, &reached_upper) // UPPER_SPAN * TABLE
+    return tables
 
 
 # What is decided about a reset before it begins.
@@ -663,7 +715,7 @@ cdef struct finding:
     size_t high             # and beyond
     size_t kept             # bytes that are resident below `used`, in the units that the OS keeps them in
     size_t kept_high        # of these, beyond `least`
-    size_t tables
+    size_t tables           # bytes of page tables that are there
     size_t zeroed
 
 
@@ -712,11 +764,24 @@ cdef inline size_t cover(size_t at, size_t end, size_t unit, size_t* reached) no
     return end - at
 
 
+cdef bint refill_in_time(slot* s, size_t at, size_t size, const plan* to) noexcept nogil:
+    """memory_refill(), with a look at the clock before each step. False: the time is over."""
+    cdef size_t step
+    while size:
+        if late(to):
+            return False
+        step = size if to.until == 0 or size < ZERO_STEP else ZERO_STEP
+        memory_refill(s.m, at, step)
+        at += step
+        size -= step
+    return True
+
+
 cdef bint zero_touched(slot* s, size_t used, const plan* to, finding* what) noexcept nogil:
     """Zero what was touched of `used` bytes. False where that cannot be told, is more than the plan's bound, or takes
     too long: then anything may be left."""
     cdef touched_runs found
-    cdef size_t i, at, end, size, total = 0, reached = 0, reached_low = 0, reached_high = 0
+    cdef size_t i, at, end, size, total = 0, reached_low = 0, reached_high = 0
     cdef size_t border = <size_t>s.base + s.pages.least
     cdef size_t unit = pages.capabilities().huge_page if s.given.huge_pages else 0
     touched_begin(&found, s.m, 0, used)
@@ -730,8 +795,9 @@ cdef bint zero_touched(slot* s, size_t used, const plan* to, finding* what) noex
             at = <size_t>found.runs[i].at
             size = found.runs[i].size
             end = at + size
-            memory_refill(s.m, at - <size_t>s.base, size)
-            what.tables += cover(at, end, TABLE_SPAN, &reached)
+            if not refill_in_time(s, at - <size_t>s.base, size, to):
+                what.high = total
+                return False
             if at >= border:
                 what.high += size
             elif end <= border:
@@ -744,10 +810,6 @@ cdef bint zero_touched(slot* s, size_t used, const plan* to, finding* what) noex
                     what.kept += cover(at, border if end > border else end, unit, &reached_low)
                 if end > border:
                     what.kept_high += cover(border if at < border else at, end, unit, &reached_high)
-        if late(to):
-            what.high = total
-            return False
-    what.tables = what.tables // TABLE_SPAN * TABLE
     what.zeroed = total
     if unit:        # the OS may make a huge page of each that was touched
         what.kept = what.kept if what.kept < s.pages.least else s.pages.least
@@ -761,21 +823,15 @@ cdef bint zero_touched(slot* s, size_t used, const plan* to, finding* what) noex
 
 
 cdef bint zero_all(slot* s, size_t used, const plan* to, finding* what) noexcept nogil:
-    cdef size_t at = 0, step
     if to.copied:
         memory_restore(s.m, s.image)
     elif wide and s.image == NULL and used <= WIDE_MOST:
         zero_wide(s.base, used)
-    else:
-        while at < used:
-            step = used - at if to.until == 0 or used - at < ZERO_STEP else ZERO_STEP
-            memory_refill(s.m, at, step)
-            at += step
-            if at < used and late(to):
-                return False
+    elif not refill_in_time(s, 0, used, to):
+        return False
     what.zeroed = what.kept = used
     what.kept_high = used - s.pages.least if used > s.pages.least else 0
-    what.tables = spans(used)
+    what.tables += most_tables(s, used)
     return True
 
 
@@ -818,34 +874,37 @@ cdef int clear(slot* s, size_t used, const plan* to, finding* what) noexcept nog
         memory_refill(s.m, 0, used)
         what.kept = what.zeroed = used
         what.kept_high = used - s.pages.least if used > s.pages.least else 0
-        what.tables = spans(used)
+        what.tables += most_tables(s, used)
         code = 0
     elif code == 0:
         what.kept = what.kept_high = 0
         if to.copied:
-            image_copy(s.image, s.base)
             what.kept = s.image.high - s.image.low
-    return -1 if code else 0
+    if code:
+        return -1
+    if to.copied:
+        image_copy(s.image, s.base)
+    return 0
 
 
 cdef void account(slot* s, size_t used, const plan* to, const finding* what, long long now) noexcept nogil:
     """What the slot keeps after the reset."""
     s.counts.zeroed += what.zeroed
     s.uses += 1
+    s.tables = s.old_tables + what.tables
+    if s.tables > most_tables(s, s.pages.high):
+        s.tables = most_tables(s, s.pages.high)
     if what.how == RESET_DISCARD:
         reset_given_back(&s.policy)
         s.pages.hidden = 0
         s.resident = what.kept
-        s.tables = s.old_tables = spans(s.pages.high)
+        s.old_tables = s.tables     # they may stay without a page
         s.emptied = now
         s.uses = 0
         s.unfilled = s.m.ops.prefaults
     else:
         s.pages.hidden = what.kept_high + to.hidden
         s.resident = what.kept + to.hidden
-        s.tables = s.old_tables + what.tables + spans(to.hidden)
-        if s.tables > spans(s.pages.high):
-            s.tables = spans(s.pages.high)
 
 
 cdef int tell_below(slot* s, size_t size, size_t accessible, size_t old_size, size_t was, failure* why) noexcept nogil:
@@ -883,9 +942,10 @@ cdef int reset(slot* s, memory* m, long long now) noexcept nogil:
         return -1
     if (m.image != s.image or m.image_state == IMAGE_BROKEN) and memory_turn_to(m, s.image):
         return -1       # a user has turned it to another image, or given pages of its own back
-    what.low = what.high = what.kept = what.kept_high = what.tables = what.zeroed = 0
+    what.low = what.high = what.kept = what.kept_high = what.zeroed = 0
     what.how = RESET_SCAN
     if used:
+        what.tables = count_tables(s)
         decide(s, used, now, &to)
         if clear(s, used, &to, &what):
             memory_doubt(m)     # it may be inaccessible: a pool below sees to that first
@@ -917,7 +977,8 @@ cdef int reset(slot* s, memory* m, long long now) noexcept nogil:
 cdef bint cool_pages(slot* s) noexcept nogil:
     """Nothing is accessible then, and no page is kept. False: refused, and the slot has to be dropped."""
     cdef failure unused
-    if s.pages.high and pages.decommit(s.base, s.pages.high):
+    # Guards and all: of a part of a reservation the OS keeps the page tables at both ends.
+    if s.pages.high and pages.decommit(s.base - s.given.pre_guard, s.reserved):
         return False
     poke(&s.m.accessible, 0)
     s.m.image_state = IMAGE_COPIED
@@ -958,7 +1019,8 @@ cdef int warm_up(slot* s, long long now, failure* why) noexcept nogil:
 
 
 cdef inline void restore(slot* s) noexcept nogil:
-    """The memory is as when upstream made it, in all that a guest or a creator above may have changed."""
+    """The memory is as when upstream made it, in all that a guest or a creator above may have changed. No other thread
+    has it, so that plain stores are enough."""
     cdef memory* m = s.m
     m.started = <size_t>s.given.size
     m.dirtied = 0
@@ -969,15 +1031,19 @@ cdef inline void restore(slot* s) noexcept nogil:
     m.is_shared = s.given.is_shared
     m.moved = s.given.moved
     m.huge_pages = s.given.huge_pages
-    store(&m.size, s.given.size)
-    store(&m.refs, 1)
+    publish(&m.size, s.given.size)
+    publish(&m.refs, 1)
 
 
 cdef bint let_go(slot* s, memory* m) noexcept nogil:
     """The memory is upstream's again, and may be freed before the slot is: stats() must not look at it."""
-    # A pool below knows nothing of what is hidden here. Refused, the pages are zero all the same.
-    if m.base == s.base and m.capacity == s.capacity and s.pages.high > m.accessible and s.head.next != NULL:
-        pages.decommit(s.base + m.accessible, s.pages.high - m.accessible)
+    if m.base == s.base and m.capacity == s.capacity and s.head.next != NULL:
+        # A pool below knows nothing of what is hidden here, and takes all pages for the domain's that it made the
+        # memory for. Refused, the pages are zero all the same.
+        if s.changed_domain and cool_pages(s):
+            pass
+        elif s.pages.high > m.accessible:
+            pages.decommit(s.base + m.accessible, s.pages.high - m.accessible)
     acquire(&s.pool.lock.held)
     if load(&s.state) != DROPPING:
         move_slot(s.pool, s, DROPPING)
@@ -992,17 +1058,19 @@ cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
     cdef slot* out = NULL
     cdef long long now, start = 0
     cdef int how = -1, cause = 0
+    cdef size_t resets
     cdef bint kept
     if load(&s.state) == DROPPING:
         return let_go(s, m)
     move_slot(p, s, RESETTING)
     now = pages.coarse_ns()
     if m.base == s.base and m.capacity == s.capacity:       # else it has moved, and is of another shape
-        if s.counts.resets[0] + s.counts.resets[1] + s.counts.resets[2] & (TIMED - 1) == 0:
+        resets = s.counts.resets[0] + s.counts.resets[1] + s.counts.resets[2]
+        if resets & (TIMED - 1) == 0:
             start = pages.clock_ns()
         how = reset(s, m, now)
-        if start:
-            s.counts.reset_ns += <size_t>(pages.clock_ns() - start) * TIMED
+        if start:       # it stands for the resets since the last one that was timed
+            s.counts.reset_ns += <size_t>(pages.clock_ns() - start) * (TIMED if resets else 1)
         if how < 0:
             acquire(&p.lock.held)
             p.rejected += 1
@@ -1011,16 +1079,12 @@ cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
         return let_go(s, m)
     m.hooks = head
     m.growth_is_watched = s.given.growth_is_watched
-    store(&m.owner, OWNER_PYTHON)
+    publish(&m.owner, OWNER_PYTHON)
     acquire(&p.lock.held)
     s.counts.resets[how] += 1
     s.thread = this_thread()
     s.since = now
-    kept = s.shelf.shape.image == NULL or not load(&s.shelf.shape.image.forgotten)
-    if kept:
-        kept = move_slot(p, s, COLD if s.pages.accessible < s.pages.least else WARM)
-    else:
-        count_eviction(p, s, EVICTED_IMAGE)
+    kept = move_slot(p, s, COLD if s.pages.accessible < s.pages.least else WARM)
     if kept:
         out = surplus(p, now, &cause)
         if out != NULL:
@@ -1106,12 +1170,13 @@ cdef void slot_dropped(memory_hook* head) noexcept nogil:
     p.n_slots -= 1
     p.reserved -= s.reserved
     p.mappings -= s.mappings
+    leave_budgets(p, s)
     add_counts(&p.gone, &s.counts)
     add_counts(&s.shelf.kind.gone, &s.counts)
     add_counts(&s.shelf.tenant.gone, &s.counts)
     leave_shelf(p, s)
-    unlock(&p.lock.held)
     add(&all_reserved, -<long long>s.reserved)
+    unlock(&p.lock.held)
     if s.image != NULL:
         add(&s.image.slots, -1)
     image_release(s.image)
@@ -1178,21 +1243,68 @@ cdef inline size_t given_up(const slot* s, int what, const void* budget) noexcep
     if what == RELIEF_PAGES:
         return s.pages.high
     while hook != NULL:
-        if hook.charged != NULL:
-            size += hook.charged(hook, budget)
+        if hook.budget == budget:
+            size += s.pages.least
         hook = hook.next
     return size
 
 
+cdef void join_budgets(pool* p, slot* s) noexcept nogil:
+    """The lock is held; the slot is new. So that who asks for relief need not look at the slots of pools that cannot
+    help: a guest may ask again and again."""
+    cdef memory_hook* hook = s.m.hooks
+    cdef int i, at
+    while hook != NULL:
+        if hook.budget != NULL:
+            at = BUDGETS
+            for i in range(BUDGETS):
+                if p.budgets[i].budget == hook.budget or (p.budgets[i].budget == NULL and at == BUDGETS):
+                    at = i
+            if at == BUDGETS or s.budgets >> at & 1:
+                p.more_budgets = True
+            else:
+                p.budgets[at].budget = hook.budget
+                p.budgets[at].slots += 1
+                s.budgets |= <unsigned int>1 << at
+        hook = hook.next
+
+
+cdef void leave_budgets(pool* p, slot* s) noexcept nogil:
+    cdef int i
+    for i in range(BUDGETS):
+        if s.budgets >> i & 1:
+            p.budgets[i].slots -= 1
+            if p.budgets[i].slots == 0:
+                p.budgets[i].budget = NULL
+
+
+cdef size_t charged_of(pool* p, const void* budget) noexcept nogil:
+    """How many slots are charged to the budget, or, where the pool does not know, all."""
+    cdef int i
+    for i in range(BUDGETS):
+        if p.budgets[i].budget == budget:
+            return p.budgets[i].slots
+    return p.n_slots if p.more_budgets else 0
+
+
 cdef slot* oldest_with(pool* p, int what, const void* budget) noexcept nogil:
-    """The least recently used idle slot that gives something up. Where address space is missing a cold one first."""
+    """The least recently used idle slot that gives something up, of a domain that has its fair share or more. Where
+    address space is missing a cold one first."""
     cdef slot* s
+    cdef slot* oldest = NULL
     if what == RELIEF_SPACE and p.cold.oldest != NULL:
         return p.cold.oldest
+    if what == RELIEF_BUDGET and charged_of(p, budget) == 0:
+        return NULL
     s = p.warm.oldest
-    while s != NULL and given_up(s, what, budget) == 0:
+    while s != NULL:
+        if given_up(s, what, budget):
+            if has_its_share(p, s, what != RELIEF_PAGES):
+                return s
+            if oldest == NULL:
+                oldest = s
         s = s.newer
-    return s
+    return oldest
 
 
 cdef size_t all_that_idle_slots_hold(int what, const void* budget) noexcept nogil:
@@ -1203,7 +1315,11 @@ cdef size_t all_that_idle_slots_hold(int what, const void* budget) noexcept nogi
         acquire(&p.lock.held)
         if what == RELIEF_SPACE:
             sum_ += p.idle_reserved
-        else:
+        elif what == RELIEF_PAGES:
+            sum_ += p.warm_high
+        elif charged_of(p, budget) == p.n_slots and not p.more_budgets:
+            sum_ += p.warm_least
+        elif charged_of(p, budget):
             s = p.warm.oldest
             while s != NULL:
                 sum_ += given_up(s, what, budget)
@@ -1314,24 +1430,98 @@ cdef void tell_sum_anew() noexcept nogil:
         p = pool_after(p)
 
 
-cdef void forget_image(image_t* it) noexcept nogil:
-    """Nobody can ask for a memory of that image any more: its idle slots go, of every pool."""
-    cdef pool* p = pool_after(NULL)
+cdef slot* drop_stack(pool* p, slot* top, slot* chain, int cause) noexcept nogil:
+    """The lock is held. All slots of a stack of idle ones become DROPPING, and are put before `chain`, by `below`."""
     cdef slot* s
+    while top != NULL:
+        s = top
+        top = s.below
+        count_eviction(p, s, cause)
+        move_slot(p, s, DROPPING)
+        s.below = chain
+        chain = s
+    return chain
+
+
+cdef void forget_image(image_t* it) noexcept nogil:
+    """Nobody can ask for a memory of that image any more: its idle slots go, of every pool. Those that are between two
+    states go when they would become idle."""
+    cdef pool* p = pool_after(NULL)
+    cdef shelf* here
+    cdef kind* k
+    cdef slot* s
+    cdef slot* chain
+    cdef int i
     while p != NULL:
-        while True:
-            acquire(&p.lock.held)
-            s = p.slots
-            while s != NULL and not (s.shelf.shape.image == it
-                                     and (load(&s.state) == WARM or load(&s.state) == COLD)):
-                s = s.next
-            if s != NULL:
-                count_eviction(p, s, EVICTED_IMAGE)
-                move_slot(p, s, DROPPING)
-            unlock(&p.lock.held)
-            if s == NULL:
-                break
+        chain = NULL
+        acquire(&p.lock.held)
+        for i in range(SHELVES):
+            here = p.shelves[i]
+            while here != NULL:
+                if here.shape.image == it:
+                    chain = drop_stack(p, here.warm, chain, EVICTED_IMAGE)
+                here = here.next
+        for i in range(KINDS):
+            k = p.kinds[i]
+            while k != NULL:
+                if k.shape.image == it:
+                    chain = drop_stack(p, k.cold, chain, EVICTED_IMAGE)
+                k = k.next
+        unlock(&p.lock.held)
+        while chain != NULL:
+            s = chain
+            chain = s.below
             drop(s)
+        p = pool_after(p)
+
+
+cdef slot* outermost_slot(memory* m) noexcept nogil:
+    cdef memory_hook* hook = m.hooks
+    while hook != NULL and hook.keep != slot_keep:
+        hook = hook.next
+    return <slot*>hook
+
+
+cdef bint was_lost(slot* s, memory* m) noexcept nogil:
+    """Of the outermost slot of `m`: no guest has it, and it is not idle, so a thread was moving it to another state."""
+    cdef int state = <int>load(&s.state)
+    return state != WARM and state != COLD and (state != LIVE or load(&m.refs) == 0)
+
+
+cdef void drop_what_was_lost() noexcept nogil:
+    """In a forked child: a slot goes that a thread was at work on which the child does not have, since nobody knows how
+    far that thread came. The thread that forks is at work on none: no code of Python's runs meanwhile."""
+    cdef memory* m = live_after(NULL)
+    cdef slot* s
+    cdef slot* next
+    cdef slot* chain = NULL
+    cdef memory_hook* hook
+    cdef pool* p
+    while m != NULL:
+        s = outermost_slot(m)
+        if s != NULL and was_lost(s, m):
+            s.m = m
+            s.below = chain
+            chain = s
+        m = live_after(m)
+    while chain != NULL:
+        m = chain.m
+        chain = chain.below
+        hook = m.hooks
+        while hook != NULL:
+            if hook.keep == slot_keep and load(&(<slot*>hook).state) != DROPPING:
+                move_slot((<slot*>hook).pool, <slot*>hook, DROPPING)
+            hook = hook.next
+        store(&m.refs, 1)
+        memory_release(m)
+    p = pool_after(NULL)
+    while p != NULL:
+        s = p.slots
+        while s != NULL:
+            next = s.next
+            if load(&s.state) == DROPPING:      # its memory is gone already
+                slot_dropped(&s.head)
+            s = next
         p = pool_after(p)
 
 
@@ -1396,7 +1586,7 @@ cdef int make_room(pool* p, const shape* key, size_t reserved, size_t mappings, 
         if room == FITS:
             return 0
         if s == NULL and (room == FULL or cause != EVICTED_PROCESS):
-            return full(p, cause, key.minimum, why)
+            return full(p, cause, key.minimum, reserved, why)
         if again[0]:
             cool(p, s)
             return 0
@@ -1404,7 +1594,17 @@ cdef int make_room(pool* p, const shape* key, size_t reserved, size_t mappings, 
             drop(s)
         elif all_that_idle_slots_hold(RELIEF_SPACE, NULL) < lacking(reserved) or give_up_oldest(
                 RELIEF_SPACE, NULL, EVICTED_PROCESS) == 0:
-            return full(p, cause, key.minimum, why)
+            return full(p, cause, key.minimum, reserved, why)
+
+
+cdef bint claim_space(size_t reserved) noexcept nogil:
+    """False: another pool was faster, and the bound of all pools does not allow it any more."""
+    cdef long long before = load(&all_reserved)
+    while before + <long long>reserved <= load(&reserved_bound):
+        if swap_if(&all_reserved, before, before + <long long>reserved):
+            return True
+        before = load(&all_reserved)
+    return False
 
 
 cdef size_t lacking(size_t reserved) noexcept nogil:
@@ -1413,8 +1613,8 @@ cdef size_t lacking(size_t reserved) noexcept nogil:
     return all_ - bound if all_ > bound else 0
 
 
-cdef int full(pool* p, int cause, size_t size, failure* why) noexcept nogil:
-    fail(why, E_EXHAUSTED, "new_memory", size, p.most_slots, p.most_slots)
+cdef int full(pool* p, int cause, size_t size, size_t reserved, failure* why) noexcept nogil:
+    fail(why, E_EXHAUSTED, "new_memory", size if cause == EVICTED_SLOTS else reserved, p.most_slots, p.most_slots)
     if cause == EVICTED_RESERVED:
         snprintf(why.detail, sizeof(why.detail), "the memories of the pool reserve %zu of max_reserved=%zu bytes",
                  p.reserved, p.reserved_bound)
@@ -1458,6 +1658,7 @@ cdef int take(pool* p, const shape* key, domain_t* whose, bint counted, memory**
             move_slot(p, s, LIVE)
             if counted:
                 s.counts.hits_warm += 1
+                count_guest(p, s)
         else:
             s = here.kind.cold
             cold = s != NULL
@@ -1498,6 +1699,7 @@ cdef int take(pool* p, const shape* key, domain_t* whose, bint counted, memory**
         if counted:
             acquire(&p.lock.held)
             s.counts.hits_cold += 1
+            count_guest(p, s)
             unlock(&p.lock.held)
     elif s.unfilled and s.pages.least and pages.prefault(s.base, s.pages.least):
         drop(s)
@@ -1511,6 +1713,7 @@ cdef int take(pool* p, const shape* key, domain_t* whose, bint counted, memory**
 cdef void move_house(pool* p, slot* s, shelf* here) noexcept nogil:
     """A slot without pages, on no list, joins the shelf of its next guest's domain."""
     if s.shelf != here:
+        s.changed_domain = s.changed_domain or s.shelf.domain != here.domain
         here.slots += 1         # first: what it leaves may be the last of its kind
         here.kind.slots += 1
         here.tenant.slots += 1
@@ -1622,12 +1825,14 @@ cdef class PoolingCreator(NativeCreator):
         with another image (``img.new_memory(creator=pool)``) is of another shape.
     max_unused_warm : int
         Idle slots that keep their pages. The least recently used beyond them become cold: they keep
-        address space only. All warm slots together keep at most ``max_unused_warm * keep_resident``
-        bytes resident, and never more than a quarter of the machine's memory.
+        address space only.
     max_resident : int, optional
-        A lower bound than that for all idle slots together, page tables included.
+        Bytes that all idle slots together keep resident, page tables included. By default
+        ``max_unused_warm * keep_resident``, but not more than a quarter of the machine's memory. What all pools keep
+        is bounded by `set_pool_limits`, too.
     max_reserved : int, optional
-        Bytes of address space of all slots, live and idle, guards included. Beyond it as `when_full` says.
+        Bytes of address space of all slots, live and idle, guards included. Beyond it as `when_full` says; a request
+        that is larger than the bound is a `PoolError` also with "wait".
     idle_seconds : float or None
         Slots that have been idle for longer become cold, a few at each give-back. None: not by time.
     max_reset_seconds : float, optional
@@ -1698,7 +1903,7 @@ cdef class PoolingCreator(NativeCreator):
         p.resident_bound = keep * warm if warm == 0 or keep <= SIZE_MAX // warm else SIZE_MAX
         if caps.memory and p.resident_bound > caps.memory // 4:
             p.resident_bound = caps.memory // 4
-        if p.resident_bound > resident:
+        if max_resident is not None:
             p.resident_bound = resident
         p.reserved_bound = reserved
         p.idle_ns = idle_ns
@@ -1746,9 +1951,11 @@ cdef class PoolingCreator(NativeCreator):
                 continue
             if code != E_EXHAUSTED or not self.pool.wait:
                 return code
+            if why.size > self.pool.reserved_bound or why.size > <size_t>load(&reserved_bound):
+                return code         # no memory that is given back makes room for so much
             if start == 0:
                 start = pages.clock_ns()
-            elif self.pool.wait_ns >= 0 and pages.clock_ns() - start >= self.pool.wait_ns:
+            if self.pool.wait_ns >= 0 and pages.clock_ns() - start >= self.pool.wait_ns:
                 return code
             code = wait_a_little(why)
             if code:
@@ -1787,7 +1994,7 @@ cdef class PoolingCreator(NativeCreator):
         # Upstream may have reserved more than was asked for, and may itself have used this pool meanwhile.
         while True:
             acquire(&p.lock.held)
-            if room_for(p, s.reserved, s.mappings, &cause) == FITS:
+            if room_for(p, s.reserved, s.mappings, &cause) == FITS and claim_space(s.reserved):
                 break
             unlock(&p.lock.held)
             code = make_room(p, key, s.reserved, s.mappings, &again, why)
@@ -1809,12 +2016,11 @@ cdef class PoolingCreator(NativeCreator):
             p.gone.misses += 1
             here.kind.gone.misses += 1
             here.tenant.gone.misses += 1
+            count_guest(p, s)
         p.n_slots += 1
-        if p.n_slots - p.n_warm - p.n_cold > p.peak_live:
-            p.peak_live = p.n_slots - p.n_warm - p.n_cold
         p.reserved += s.reserved
         p.mappings += s.mappings
-        add(&all_reserved, <long long>s.reserved)
+        join_budgets(p, s)
         add(&p.refs, 1)
         s.next = p.slots
         if p.slots != NULL:
@@ -1960,7 +2166,7 @@ cdef class PoolingCreator(NativeCreator):
         cdef long long older
         if older_than is None:
             raise TypeError("older_than must be a number of seconds, got None")
-        older = nanoseconds(older_than, "older_than", -1)
+        older = nanoseconds(older_than, "older_than", -1, "a number of seconds")
         check_size(target, "target", &most)
         with nogil:
             purged = purge_idle(self.pool, most, older)
@@ -2025,16 +2231,19 @@ cdef int check_choice(object value, str name, object choices) except -1:
     return 0
 
 
-cdef long long nanoseconds(object seconds, str name, long long none) except? -2:
+cdef long long nanoseconds(object seconds, str name, long long none,
+                           str what="a number of seconds or None") except? -2:
     """None is `none`. Where that is 0, 0 seconds are one nanosecond, so that they are not none."""
     cdef double n
     if seconds is None:
         return none
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
-        raise TypeError(f"{name} must be a number of seconds or None, got {_shown(seconds)}")
+    if type(seconds) is not int and type(seconds) is not float:
+        from numbers import Real        # NumPy's numbers and fractions are such, too
+        if isinstance(seconds, bool) or not isinstance(seconds, Real):
+            raise TypeError(f"{name} must be {what}, got {_shown(seconds)}")
     if not seconds >= 0:
         raise ValueError(f"{name} must be >= 0, got {_shown(seconds)}")
-    n = 1e18 if seconds > 1e9 else <double>seconds * 1e9
+    n = 1e18 if seconds > 10**9 else float(seconds) * 1e9
     return 1 if n < 1 and none == 0 else <long long>n
 
 
@@ -2049,7 +2258,7 @@ cdef struct row:
     counts counts
     size_t image_bytes
     bint image_descriptor
-    size_t live, warm, cold
+    size_t live, peak_live, warm, cold
     size_t resident, tables, reserved
 
 
@@ -2066,6 +2275,7 @@ cdef void fill_rows(pool* p, row* kinds, row* tenants, row* sums) noexcept nogil
         while k != NULL:
             kinds[n].shape = k.shape
             kinds[n].counts = k.gone
+            kinds[n].peak_live = k.peak_live
             k.row = n
             n += 1
             k = k.next
@@ -2075,10 +2285,12 @@ cdef void fill_rows(pool* p, row* kinds, row* tenants, row* sums) noexcept nogil
         tenants[n].domain = t.domain
         domain_retain(t.domain)
         tenants[n].counts = t.gone
+        tenants[n].peak_live = t.peak_live
         t.row = n
         n += 1
         t = t.next
     sums.counts = p.gone
+    sums.peak_live = p.peak_live
     while s != NULL:
         state = <int>load(&s.state)
         rows[0], rows[1], rows[2] = sums, kinds + s.shelf.kind.row, tenants + s.shelf.tenant.row
@@ -2112,18 +2324,18 @@ cdef dict row_dict(const row* it):
         "purges": it.counts.evictions[EVICTED_IDLE] + it.counts.evictions[EVICTED_PURGE],
         "resets": {name: it.counts.resets[<int>_RESETS[name]] for name in ("scan", "zero", "discard")},
         "reset_ns": it.counts.reset_ns, "bytes_zeroed": it.counts.zeroed,
-        "live": it.live, "warm": it.warm, "cold": it.cold,
+        "live": it.live, "peak_live": it.peak_live, "warm": it.warm, "cold": it.cold,
         "resident": it.resident, "page_tables": it.tables, "reserved": it.reserved,
     }
 
 
-def read_metrics(PoolingCreator of not None):
+def read_metrics(PoolingCreator pool not None):
     """What `linmem.metrics.read` returns."""
-    cdef pool_ptr p = of.pool
+    cdef pool_ptr p = pool.pool
     cdef row sums
     cdef row* kinds = NULL
     cdef row* tenants = NULL
-    cdef size_t n_kinds, n_tenants, room_kinds = 0, room_tenants = 0, i, peak, fallbacks, rejected
+    cdef size_t n_kinds, n_tenants, room_kinds = 0, room_tenants = 0, i, fallbacks, rejected
     cdef bint failed = False
     memset(&sums, 0, sizeof(row))
     with nogil:
@@ -2143,7 +2355,7 @@ def read_metrics(PoolingCreator of not None):
                 break
         if not failed:
             fill_rows(p, kinds, tenants, &sums)
-            peak, fallbacks, rejected = p.peak_live, p.fallbacks, p.rejected
+            fallbacks, rejected = p.fallbacks, p.rejected
             unlock(&p.lock.held)
     try:
         if failed:
@@ -2152,11 +2364,13 @@ def read_metrics(PoolingCreator of not None):
         images = {<size_t>kinds[i].image: (kinds[i].image_bytes, kinds[i].image_descriptor)
                   for i in range(n_kinds) if kinds[i].image != NULL}
         found.update(
-            peak_live=peak, fallbacks=fallbacks, rejected=rejected, slots=p.most_slots, resident_bound=p.resident_bound,
+            fallbacks=fallbacks, rejected=rejected, slots=p.most_slots, resident_bound=p.resident_bound,
             reserved_bound=None if p.reserved_bound == SIZE_MAX else p.reserved_bound,
             images=len(images), image_bytes=sum(size for size, _ in images.values()),
             image_descriptors=sum(has for _, has in images.values()))
-        found["shapes"] = [dict(row_dict(&kinds[i]), shape=shape_dict(&kinds[i].shape)) for i in range(n_kinds)]
+        found["shapes"] = [
+            dict(row_dict(&kinds[i]), shape=shape_dict(&kinds[i].shape), image_bytes=kinds[i].image_bytes,
+                 image_descriptors=int(kinds[i].image_descriptor)) for i in range(n_kinds)]
         found["domains"] = {
             None if tenants[i].domain == NULL
             else tenants[i].domain.name[:tenants[i].domain.size].decode("utf-8", "surrogatepass"):
@@ -2180,6 +2394,8 @@ cdef dict shape_dict(const shape* it):
 def set_pool_limits(max_resident=None, max_reserved=None):
     """Bound what the pools of this process hold together, beside what each of them is bound to.
 
+    What idle slots hold above a bound is given back before the call returns.
+
     Parameters
     ----------
     max_resident : int, optional
@@ -2188,6 +2404,11 @@ def set_pool_limits(max_resident=None, max_reserved=None):
     max_reserved : int, optional
         Bytes of address space of all slots, live and idle, guards included. A pool beyond it does as its `when_full`
         says. None: no bound, as at the start.
+
+    Raises
+    ------
+    TypeError, ValueError, OverflowError
+        For an argument that is no size; then no bound has changed.
     """
     cdef size_t held = SIZE_MAX, reserved = SIZE_MAX
     if max_resident is not None:
@@ -2201,6 +2422,8 @@ def set_pool_limits(max_resident=None, max_reserved=None):
         set_bounds(held, reserved)
         tell_sum_anew()
         shed_held()
+        while lacking(0) and give_up_oldest(RELIEF_SPACE, NULL, EVICTED_PROCESS):
+            pass
 
 
 def pool_totals():

@@ -89,7 +89,8 @@ class Prepared:
         return self
 
     def instantiate(self, store: wasmtime.Store,
-                    imports: Sequence[AsExtern] | wasmtime.Linker = ()) -> wasmtime.Instance:
+                    imports: Sequence[AsExtern] | wasmtime.Linker = (), *,
+                    domain: str | None = None) -> wasmtime.Instance:
         """Make an instance, whose memories share the images' pages until they write to them.
 
         Parameters
@@ -98,6 +99,8 @@ class Prepared:
             Of the engine that the module was prepared for.
         imports : sequence or wasmtime.Linker
             As for ``wasmtime.Instance``; or a linker that knows them.
+        domain : str, optional
+            Whose pages a pool may hand to this guest, as of `linmem.create`.
 
         Raises
         ------
@@ -117,10 +120,9 @@ class Prepared:
             if offer is not None and not offer.make():
                 offer = None        # what is on offer is not ours to take back
                 raise RuntimeError("an instance is being made on this thread, and has not taken its images yet")
-            if isinstance(imports, wasmtime.Linker):
-                instance = imports.instantiate(store, self.module)
-            else:
-                instance = wasmtime.Instance(store, self.module, imports)
+            instance = _bridge.in_domain(domain, lambda: (
+                imports.instantiate(store, self.module) if isinstance(imports, wasmtime.Linker)
+                else wasmtime.Instance(store, self.module, imports)))
         except BaseException:
             if offer is not None:
                 offer.take_back()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import re
 import secrets
@@ -22,9 +23,9 @@ except ImportError:         # the system has no advisory locks
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from typing import BinaryIO
+    from typing import Any, BinaryIO
 
-__all__ = ["TEMPORARY", "Draft", "draft", "remove_abandoned", "replacing"]
+__all__ = ["TEMPORARY", "Draft", "draft", "remove_abandoned", "replacing", "write_figure"]
 
 # As long for a long target name as for a short one.
 TEMPORARY = re.compile(r"\.linmem-[0-9a-f]{16}\.tmp")
@@ -190,6 +191,15 @@ def replacing(path: str | bytes | os.PathLike[str]) -> Iterator[tuple[BinaryIO, 
         if given is None or TEMPORARY.fullmatch(os.path.basename(given)) or given == os.path.dirname(target):
             error.filename, error.filename2 = name, None
         raise
+
+
+def write_figure(figure: Any, path: str, *, dpi: int) -> None:
+    """Draw a figure of matplotlib into `path`, in the format that the name ends in (none: PNG)."""
+    form = os.path.splitext(path)[1][1:].lower() or "png"
+    drawn = io.BytesIO()        # first: some formats seek, and a stream cannot
+    figure.savefig(drawn, dpi=dpi, format=form)
+    with replacing(path) as (file, _):
+        file.write(drawn.getvalue())
 
 
 def _error(code: int) -> OSError:

@@ -50,7 +50,8 @@ hold. Exit code 0 if they do, else 1."""
 
 BENCH_DESCRIPTION = """\
 Measure linmem against the same system calls in C, against wasmtime's own memories and NumPy. Exit
-code 0 if it was measured; 1 if a library is missing, or if a goal is missed (with --check)."""
+code 0 if it was measured; 1 if a library is missing, if a file cannot be written, or if a goal is missed
+(with --check)."""
 
 EPILOG = """\
 Exit codes of all commands: 0 if it was done and all is well; 1 if it cannot be done or a check

@@ -71,7 +71,8 @@ def create(minimum: int, maximum: int | None = None, *, creator: MemoryCreator |
         Inaccessible bytes after the capacity (and before the base), a multiple of the host page.
         65536 by default.
     domain : str, optional
-        Whose pages a pool may hand to this user: only those of the same domain, and None is one of its own.
+        Whose pages a pool may hand to this user: only those of the same domain, and None is one of its own. Without a
+        pool it has no effect.
     may_move : bool
         Whether the base may change when the memory grows past its capacity and nothing is exported from
         it. False: such a growth is a `GrowError`.

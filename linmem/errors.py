@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from linmem._checks import shown
+from linmem._checks import printable, shown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class FileFormatError(ValueError):
     """
 
     def __init__(self, path: str, field: str, value: object, bound: object) -> None:
-        texts = (part if isinstance(part, str) else shown(part) for part in (path, field, value, bound))
+        texts = (printable(part) if isinstance(part, str) else shown(part) for part in (path, field, value, bound))
         super().__init__("{}: {} is {}, must be {}".format(*texts))
         self.path = path
         self.field = field

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from linmem._checks import check_flag
 from linmem._pool import PoolingCreator, pool_totals, read_metrics
 
 TYPE_CHECKING = False
@@ -17,13 +18,14 @@ __all__ = ["collector", "read", "totals"]
 
 _COUNTERS = {"misses": "Requests that a new slot served.", "purges": "Slots that gave their pages back by time.",
              "bytes_zeroed": "Bytes that resets have zeroed."}
-_GAUGES = {"live": "Slots in use.", "warm": "Idle slots that keep their pages.", "cold": "Idle slots without pages.",
+_GAUGES = {"live": "Slots in use.", "peak_live": "The most slots that were ever in use at once.",
+           "warm": "Idle slots that keep their pages.", "cold": "Idle slots without pages.",
            "resident": "Bytes that idle slots keep resident, at most.",
            "page_tables": "Bytes of page tables of idle slots, at most.",
            "reserved": "Bytes of address space of all slots, guards included."}
-_OF_A_POOL = {"peak_live": "The most slots that were ever in use at once.", "slots": "The most slots there may be.",
-              "resident_bound": "What resident and page_tables never exceed for long.",
-              "image_bytes": "Bytes of the images that slots start from.",
+_OF_A_POOL = {"slots": "The most slots there may be.",
+              "resident_bound": "What resident and page_tables never exceed for long."}
+_OF_IMAGES = {"image_bytes": "Bytes of the images that slots start from.",
               "image_descriptors": "Descriptors of these images."}
 
 
@@ -34,35 +36,91 @@ def read(pool: PoolingCreator) -> dict[str, Any]:
     -------
     dict
         Counters: hits_warm, hits_cold, misses, evictions (by cause), purges, resets (by kind), reset_ns (sampled:
-        one reset of sixteen), bytes_zeroed, fallbacks, rejected. Gauges: live, peak_live, warm, cold, resident,
-        page_tables, reserved, slots, resident_bound, reserved_bound, images, image_bytes, image_descriptors.
-        shapes: a list of such dicts, each with its `shape`; domains: one for each domain, by name. Of shapes and
-        domains without slots, the pool forgets all at once when there are more than 256.
+        the first reset of a slot, and then one of sixteen), bytes_zeroed. Gauges: live, peak_live (the most guests
+        at once), warm, cold, resident, page_tables, reserved (bytes). Of the pool alone, the counters fallbacks and
+        rejected, and the gauges slots, resident_bound, reserved_bound (None: no bound), images, image_bytes and
+        image_descriptors.
+
+        shapes: a list with a dict of the former for each shape, and with its image_bytes, image_descriptors, and
+        `shape`, a dict. domains: a dict of the former for each domain, by name. Of shapes and domains without slots,
+        the pool forgets all at once when there are more than 256; one that comes back begins at 0.
+
+    Raises
+    ------
+    TypeError
+        If `pool` is no `PoolingCreator`.
     """
     return read_metrics(pool)
 
 
 def totals() -> dict[str, int | None]:
-    """What the pools of this process hold together, and the bounds of `linmem.set_pool_limits`."""
+    """What the pools of this process hold together, and the bounds of `linmem.set_pool_limits`.
+
+    Returns
+    -------
+    dict
+        resident: bytes that idle slots keep, page tables included, at most. resident_bound, reserved_bound: None
+        means no bound. reserved: bytes of address space of all slots, live and idle.
+    """
     return pool_totals()
 
 
-def collector(*pools: PoolingCreator, names: Iterable[str] | None = None, per_domain: bool = True) -> Any:
+def _label(name: str) -> str:
+    """The name as a label: no two names have the same one, none is "", and each can be encoded."""
+    plain = name and name[0] not in "'\"" and not any("\ud800" <= c <= "\udfff" for c in name)
+    return name if plain else ascii(name)
+
+
+def _by_shape(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The figures of each shape by its text, summed over images."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        text = " ".join(f"{key}={value}" for key, value in row["shape"].items()
+                        if value is not None and value is not False)
+        found[text] = _sum(found[text], row) if text in found else row
+    return found
+
+
+def _sum(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    return {key: value if key == "shape" else _sum(value, b[key]) if isinstance(value, dict) else value + b[key]
+            for key, value in a.items()}
+
+
+def collector(*pools: PoolingCreator, names: Iterable[str] | None = None, per_domain: bool = True,
+              per_shape: bool = True) -> Any:
     """A collector for ``prometheus_client``, which the extra ``linmem[metrics]`` installs.
 
     Parameters
     ----------
     *pools : PoolingCreator
-        The collector keeps them alive.
+        The collector keeps them alive. A registry takes one collector, so give all pools to one call.
     names : iterable of str, optional
         The label ``pool`` of each; "0", "1" ... by default.
     per_domain : bool
-        Hits, misses and what is held of each domain, too. A label for each tenant: for hundreds, not for millions.
+        The figures of each domain, too, with the label ``domain``. Prometheus is made for hundreds of these, not for
+        millions. No domain is "". A name that is empty, begins with a quote, or is not valid Unicode is shown in
+        quotes, as by ``ascii()``.
+    per_shape : bool
+        The figures of each shape, too, with the label ``shape``. Shapes that only differ in their image are summed.
+
+    Returns
+    -------
+    prometheus_client.registry.Collector
+        Families ``linmem_pool_...``, ``linmem_pool_domain_...`` and ``linmem_pool_shape_...``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a pool that is none, or for names that are not one for each pool, all different.
+    ImportError
+        Without ``prometheus_client``.
     """
     for pool in pools:
         if not isinstance(pool, PoolingCreator):
             raise TypeError(f"pools must be PoolingCreators, got {type(pool).__name__}")
-    labels = [str(i) for i in range(len(pools))] if names is None else [str(name) for name in names]
+    labels = [str(i) for i in range(len(pools))] if names is None else [_label(str(name)) for name in names]
+    check_flag(per_domain, "per_domain")
+    check_flag(per_shape, "per_shape")
     if len(labels) != len(pools) or len(set(labels)) != len(labels):
         raise ValueError(f"names must be {len(pools)} different names, got {labels}")
     try:
@@ -75,9 +133,11 @@ def collector(*pools: PoolingCreator, names: Iterable[str] | None = None, per_do
             found = [(label, read(pool)) for label, pool in zip(labels, pools, strict=True)]
             yield from families(found, "linmem_pool", ["pool"], lambda label, figures: [([label], figures)])
             if per_domain:
-                # No domain is "", which a str may be too: that one is shown in quotes.
                 yield from families(found, "linmem_pool_domain", ["pool", "domain"], lambda label, figures: [
-                    ([label, "" if name is None else name or '""'], row) for name, row in figures["domains"].items()])
+                    ([label, "" if name is None else _label(name)], row) for name, row in figures["domains"].items()])
+            if per_shape:
+                yield from families(found, "linmem_pool_shape", ["pool", "shape"], lambda label, figures: [
+                    ([label, text], row) for text, row in _by_shape(figures["shapes"]).items()])
             for name, text in _OF_A_POOL.items():
                 yield gauge(f"linmem_pool_{name}", text, ["pool"], [([label], of[name]) for label, of in found])
             for name in ("fallbacks", "rejected"):
@@ -98,6 +158,10 @@ def collector(*pools: PoolingCreator, names: Iterable[str] | None = None, per_do
             ([*at, how], n) for at, row in rows for how, n in row["resets"].items()])
         yield counter(f"{prefix}_reset_seconds", "Time in resets, sampled.", keys, [
             (at, row["reset_ns"] / 1e9) for at, row in rows])
+        for name, text in _OF_IMAGES.items():
+            samples = [(at, row[name]) for at, row in rows if name in row]
+            if samples:
+                yield gauge(f"{prefix}_{name}", text, keys, samples)
 
     def filled(family: Any, samples: list[tuple[list[str], float]]) -> Any:
         for at, value in samples:

@@ -138,11 +138,19 @@ def linear_memory(store: wasmtime.Store, memory: wasmtime.Memory | wasmtime.Shar
     return found
 
 
-def new_memory(store: wasmtime.Store, memory_type: wasmtime.MemoryType) -> wasmtime.Memory | wasmtime.SharedMemory:
+def new_memory(store: wasmtime.Store, memory_type: wasmtime.MemoryType, *,
+               domain: str | None = None) -> wasmtime.Memory | wasmtime.SharedMemory:
     """A host-made wasm memory that linmem owns, to be imported by modules.
 
     ``wasmtime.Memory(store, ty)`` bypasses host creators; a module that exports a memory does not,
     and that is how this works. The memory lives as long as the store.
+
+    Parameters
+    ----------
+    store : wasmtime.Store
+    memory_type : wasmtime.MemoryType
+    domain : str, optional
+        Whose pages a pool may hand to this memory's users, as of `linmem.create`.
 
     Raises
     ------
@@ -172,7 +180,8 @@ def new_memory(store: wasmtime.Store, memory_type: wasmtime.MemoryType) -> wasmt
         modules[wat] = module               # the last one now
         while len(modules) > _MODULES:
             del modules[next(iter(modules))]
-    memory = wasmtime.Instance(store, module, []).exports(store)["memory"]
+    instance = _bridge.in_domain(domain, lambda: wasmtime.Instance(store, module, []))
+    memory = instance.exports(store)["memory"]
     assert isinstance(memory, (wasmtime.Memory, wasmtime.SharedMemory))
     linear_memory(store, memory)
     return memory

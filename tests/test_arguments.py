@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import re
 import types
 from functools import partial
 
@@ -72,6 +73,53 @@ def test_none_is_no_size_where_it_means_nothing(name):
         calls = {**SIZE_ARGUMENTS, **{key: partial(call, mem) for key, call in MEMORY_ARGUMENTS.items()}}
         with pytest.raises(TypeError, match=f"^{name.split()[0]} must be .*NoneType"):
             calls[name](None)
+
+
+IMAGE = linmem.Image.from_bytes(b"abc")
+OTHER_ARGUMENTS = {
+    "minimum": lambda bad: IMAGE.new_memory(minimum=bad),
+    "maximum": lambda bad: IMAGE.new_memory(bad),
+    "offset": lambda bad: linmem.Image.from_bytes(b"abc", bad),
+    "offset of from_pieces": lambda bad: linmem.Image.from_pieces([], 1, bad),
+    "size of from_pieces": lambda bad: linmem.Image.from_pieces([], bad),
+    "offset of a piece": lambda bad: linmem.Image.from_pieces([(bad, b"a")], 1),
+    "offset of from_fd": lambda bad: linmem.Image.from_fd(-1, 1, bad),
+    "size of from_fd": lambda bad: linmem.Image.from_fd(-1, bad),
+    "position": lambda bad: linmem.Image.from_fd(-1, 1, position=bad),
+    "runs": lambda bad: linmem.Image.from_fd(-1, 1, runs=[(0, bad)]),
+    "base_size": lambda bad: linmem.Delta("0" * 64, bad, 0, [], [], b""),
+    "size": lambda bad: linmem.Delta("0" * 64, 0, bad, [], [], b""),
+    "ranges": lambda bad: linmem.Delta("0" * 64, 0, 1, [(bad, 1)], [], b"a"),
+    "zeros": lambda bad: linmem.Delta("0" * 64, 0, 1, [], [(0, bad)], b""),
+    "offset of a delta": lambda bad: linmem.Delta("0" * 64, 0, 1, [], [], b"", None, bad),
+    "keep_resident": lambda bad: linmem.PoolingCreator(keep_resident=bad),
+    "slots": lambda bad: linmem.PoolingCreator(slots=bad),
+}
+
+
+@pytest.mark.parametrize("name", [*SIZE_ARGUMENTS, *MEMORY_ARGUMENTS, *OTHER_ARGUMENTS])
+def test_the_bound_that_a_number_past_all_is_refused_with_is_the_true_one(name):
+    with linmem.create(PAGE) as mem:
+        calls = {**SIZE_ARGUMENTS, **OTHER_ARGUMENTS,
+                 **{key: partial(call, mem) for key, call in MEMORY_ARGUMENTS.items()}}
+        with pytest.raises(OverflowError, match=rf"^{name.split()[0]} must be .*, got {WORD}$") as refused:
+            calls[name](WORD)
+        power, less = re.search(r"2\*\*(\d+)( - 1)?|$", str(refused.value)).groups()
+        if power == "64":
+            calls[name](WORD - 1 - bool(less))
+        elif power:
+            with pytest.raises((*REFUSED, MemoryError), match=r" must "):
+                calls[name](2**int(power))
+        else:
+            assert re.search(r"within (byte_size\(\)|the image|1 bytes|the memory's 1 bytes)", str(refused.value))
+            with pytest.raises((*REFUSED, OSError)):
+                calls[name](WORD - 1)
+
+
+def test_a_size_of_no_byte_is_refused_with_the_bound_that_holds():
+    for bad in (0, -1):
+        with pytest.raises(ValueError, match=f"^size must be >= 1, got {bad}$"):
+            linmem.Image.from_fd(0, bad)
 
 
 COUNT_ARGUMENTS = {
@@ -375,11 +423,11 @@ def test_every_integer_argument_takes_numpys_integers(kind):
     assert linmem.Delta("0" * 64, one, one, [(one - one, one)], [], b"x").ranges == ((0, 1),)
 
 
-@pytest.mark.parametrize("name", ["maximum", "reserve"])
-def test_the_largest_word_is_not_taken_for_none(name):
+@pytest.mark.parametrize(("name", "bound"), [("maximum", r"2\*\*64 - 1"), ("reserve", r"2\*\*63, in whole .*")])
+def test_the_largest_word_is_not_taken_for_none(name, bound):
     for make in (lambda **size: linmem.create(0, **size), lambda **size: linmem.PoolingCreator().create(0, **size),
                  lambda **size: linmem.Image.from_bytes(b"").new_memory(**size)):
-        with pytest.raises(OverflowError, match=rf"^{name} must be below 2\*\*64 - 1, got {WORD - 1}$"):
+        with pytest.raises(OverflowError, match=rf"^{name} must be below {bound}, got {WORD - 1}$"):
             make(**{name: WORD - 1})
     with linmem.create(0, WORD - 2) as mem:
         assert mem.maximum_byte_size() == WORD - 2
@@ -387,10 +435,10 @@ def test_the_largest_word_is_not_taken_for_none(name):
 
 @pytest.mark.parametrize("creator", [linmem.MmapCreator(), linmem.PoolingCreator()])
 def test_the_largest_word_is_not_taken_for_none_by_the_trait(creator):
-    for at, name in ((1, "maximum"), (2, "reserved_size_in_bytes")):
+    for at, name, bound in ((1, "maximum", r"2\*\*64 - 1"), (2, "reserved_size_in_bytes", r"2\*\*63, in whole .*")):
         sizes = [0, None, None, 0]
         sizes[at] = WORD - 1
-        with pytest.raises(OverflowError, match=rf"^{name} must be below 2\*\*64 - 1, got {WORD - 1}$"):
+        with pytest.raises(OverflowError, match=rf"^{name} must be below {bound}, got {WORD - 1}$"):
             creator.new_memory(TYPE, *sizes)
 
 
@@ -593,7 +641,7 @@ def test_what_is_no_dtype_is_refused(dtype):
 @pytest.mark.parametrize(("offset", "shape", "kind", "text"), [
     (PAGE + 1, None, ValueError, rf"offset must be <= byte_size\(\) \({PAGE}\), got {PAGE + 1}"),
     (-1, None, ValueError, "offset must be >= 0, got -1"), (1.5, None, TypeError, "offset must be an integer"),
-    (WORD, None, OverflowError, "offset must be below"),
+    (WORD, None, OverflowError, r"offset must be within byte_size\(\), got"),
     (0, PAGE // 4 + 1, ValueError, rf"shape must hold <= {PAGE // 4} elements of 4 bytes from offset 0 in {PAGE} b"),
     (1, PAGE // 4, ValueError, rf"shape must hold <= {PAGE // 4 - 1} elements of 4 bytes from offset 1"),
     (0, (2, PAGE), ValueError, "shape must hold <= "), (0, 1 << 100, ValueError, "shape must hold <= "),

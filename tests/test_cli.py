@@ -694,3 +694,31 @@ def test_a_closed_stream_of_output_is_no_traceback_and_no_words_elsewhere(words,
     assert "Traceback" not in done.stdout + done.stderr
     assert done.returncode == (1 if "no-file" in words else 0)
     assert (done.stdout, done.stderr)[closed - 1] == ""
+
+
+@pytest.mark.parametrize("arguments", [
+    ["run", "no\nprogram.wasm"], ["run", "--dir", "no\nfolder", "x.wasm"], ["run", "--env", "no\nvariable", "x.wasm"],
+    ["run", "--no\noption", "x.wasm"], ["run", "--creator", "no\nkind", "x.wasm"],
+    ["run", "--max-memory", "1\nMiB", "x.wasm"],
+    ["info", "--no\noption"], ["info", "no\nword"], ["image", "info", "--no\noption", "x"], ["no\ncommand"],
+    ["image", "no\naction"], ["bench", "--no\noption"]])
+def test_a_refusal_is_one_line_whatever_characters_are_in_the_words(arguments):
+    done = linmem_process(*arguments)
+    assert refusal(done, done.returncode).strip("\r\n").isprintable()
+    assert done.returncode in (1, 2)
+
+
+@pytest.mark.parametrize(("text", "code"), [
+    ("(module)", 1), ("(module (func (export \"_start\") unreachable))", 134), ("(module (", 1),
+    ("(module (import \"a\\nb\" \"c\" (func)) (func (export \"_start\")))", 1)])
+def test_a_program_with_a_newline_in_its_name_is_named_in_one_line(tmp_path, text, code):
+    path = tmp_path / "a\nprogram.wat"
+    try:
+        path.write_text(text)
+    except OSError as error:
+        pytest.skip(f"no file can have such a name here: {error}")
+    done = linmem_process("run", str(path))
+    first, *more = done.stderr.decode().splitlines()
+    assert (done.returncode, first.startswith("linmem run: "), bool(more)) == (code, True, code == 134)
+    assert first.isprintable()
+    assert "a\\nprogram.wat" in first

@@ -545,9 +545,47 @@ def test_a_growth_that_a_fork_breaks_off_after_its_page_call_has_not_begun_in_th
         """, GUARDED) == "exact"
 
 
+@requires("maps", "compiler")
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [True, False], ids=["the first change", "a later change"])
+def test_a_child_of_a_fork_in_the_middle_of_a_change_of_protection_protects_again(first, tmp_path):
+    """The table of accesses is half written, and the thread that was in it is not there."""
+    build_extension(tmp_path, "half", HALF_DONE)
+    assert scene(f"""
+        sys.path.insert(0, {str(tmp_path)!r})
+        import half
+        mem = linmem.create(4 * P)
+        mem.write(0, b"x" * 4 * P)
+        if not {first}:
+            mem.protect(0, P, "r")
+        def work():
+            mem.protect(P, P, "none")
+            for use in (lambda: mem.read(P, 1), lambda: mem.write(2 * P - 1, b"y")):
+                try:
+                    use()
+                except ValueError:
+                    continue
+                raise AssertionError(use)
+            mem.protect(0, 4 * P, "rw")
+            assert mem.read(0, 4 * P) == b"x" * 4 * P
+            mem.write(0, bytes(4 * P))
+            mem.close()
+        thread = threading.Thread(target=half.protect, args=(mem, 300_000))
+        thread.start()
+        while not half.is_held():
+            time.sleep(0.001)
+        child(os.fork, work)
+        child(os.fork, lambda: child(os.fork, work))
+        thread.join()
+        work()
+        print("protected")
+        """) == "protected"
+
+
 HALF_DONE = """
 # cython: language_level=3
-from linmem._memory cimport Memory, acquire, unlock
+from linmem._atomic cimport load, store
+from linmem._memory cimport PROTECTION_UNKNOWN, Memory, acquire, unlock
 from linmem._os cimport pages
 
 cdef extern from "<unistd.h>":
@@ -558,6 +596,36 @@ cdef volatile int held = 0
 
 def is_held():
     return bool(held)
+
+
+cdef struct table:          # as begin_change() has it
+    void* of
+    size_t* borders
+    size_t n
+    size_t gap
+    size_t room
+
+
+def protect(Memory mem not None, unsigned int us):
+    '''The first half of a change of protection, with a table in pieces, and a while later its end.'''
+    global held
+    cdef long long was
+    cdef table kept
+    cdef table* t = <table*>mem.m.protections
+    with nogil:
+        acquire(&mem.m.lock)
+        was = load(&mem.m.protection)
+        store(&mem.m.protection, PROTECTION_UNKNOWN)
+        if t != NULL:
+            kept = t[0]
+            t.borders = <size_t*>16
+            t.n = t.gap = t.room = 1 << 40
+        held = 1
+        usleep(us)
+        if t != NULL:
+            t[0] = kept
+        store(&mem.m.protection, was)
+        unlock(&mem.m.lock)
 
 
 def grow(Memory mem not None, size_t size, unsigned int us):
@@ -674,6 +742,82 @@ def test_a_budget_and_statistics_do_not_count_a_growth_that_no_thread_ends():
         assert (len(mem), limit.used_bytes, book.memories()[0]["growths"]) == (9 * P, 9 * P, 1)
         print("counted")
         """, DELEGATES) == "counted"
+
+
+@pytest.mark.parametrize("options", [{"reset": "zero"}, {"reset": "discard"}, {"max_unused_warm": 0},
+                                     {"reset": "zero", "check": True}])
+@pytest.mark.parametrize("above", [False, True])
+def test_a_slot_that_a_lost_thread_was_at_is_neither_in_use_nor_charged_in_the_child(options, above):
+    assert scene(f"""
+        size = 64 << 20
+        below = linmem.LimitingCreator(linmem.MmapCreator(), 1 << 40)
+        book = linmem.StatisticsCreator(below)
+        pool = inner = linmem.PoolingCreator(book, slots=2, when_full="error", keep_resident=1 << 40, **{options!r})
+        if {above}:
+            pool = linmem.PoolingCreator(pool, slots=2, when_full="error", keep_resident=1 << 40, **{options!r})
+        over = linmem.LimitingCreator(pool, 1 << 40)
+        creator = linmem.StatisticsCreator(over)
+        how = dict(reserve=size, guard=P)
+        def work():
+            for mem in mems:
+                mem.close()
+            stats = pool.stats()
+            assert (stats["live"], over.used_bytes, creator.statistics()["current_count"]) == (0, 0, 0), stats
+            assert below.used_bytes == book.statistics()["current_bytes"] == stats["warm"] * size, stats
+            with pool.create(size, **how) as one, pool.create(size, **how) as other:
+                assert one[size - 1] == other[size - 1] == 0
+            creator.memories(), book.memories()
+            pool.trim(), inner.trim()
+            assert below.used_bytes == 0
+        for n in range(12):
+            mems = [creator.create(size, **how) for _ in range(2)]
+            for mem in mems:
+                mem.write(0, b"x" * (8 << 20))
+            threads = [threading.Thread(target=mem.close) for mem in mems]
+            for thread in threads:
+                thread.start()
+            while creator.statistics()["current_count"]:    # until then the threads have references
+                time.sleep(0)
+            time.sleep(n % 6 * 0.003)
+            child(os.fork, work)
+            for thread in threads:
+                thread.join()
+        print("dropped")
+        """) == "dropped"
+
+
+def test_a_memory_that_a_lost_thread_was_making_is_not_charged_in_the_child_and_its_own_is():
+    assert scene("""
+        class Creator(linmem.MemoryCreator):
+            def new_memory(self, *request):
+                during()
+                return linmem.MmapCreator().new_memory(*request)
+        inner = linmem.LimitingCreator(linmem.PythonCreator(Creator()), 100 * P)
+        outer = linmem.LimitingCreator(inner, 100 * P)
+        inside, go_on = threading.Event(), threading.Event()
+        during = lambda: (inside.set(), go_on.wait(30))
+        thread = threading.Thread(target=lambda: outer.create(9 * P, **how))
+        thread.start()
+        inside.wait(30)
+        pids = []
+        def forks():
+            global during
+            during = lambda: None
+            pids.append(os.fork())
+        during = forks
+        assert (outer.used_bytes, inner.used_bytes) == (9 * P, 9 * P)
+        with outer.create(2 * P, **how):
+            more = 0 if pids == [0] else 9 * P
+            assert (outer.used_bytes, inner.used_bytes) == (2 * P + more, 2 * P + more)
+        assert (outer.used_bytes, inner.used_bytes) == (more, more)
+        if pids == [0]:
+            os._exit(0)
+        assert os.waitpid(pids[0], 0)[1] == 0
+        go_on.set()
+        thread.join()
+        assert (outer.used_bytes, inner.used_bytes) == (0, 0)
+        print("charged")
+        """) == "charged"
 
 
 def test_a_memory_in_python_that_a_lost_thread_was_moving_is_lost_in_the_child():

@@ -348,6 +348,20 @@ def test_references_of_shared_types_are_read_and_hinder_nothing():
     assert (made.unknown, made.images, made.skipped) == (False, [((3, b"x"),)], [])
 
 
+HEAP_TYPES = ("func", "extern", "any", "eq", "i31", "struct", "array", "exn", "cont", "none", "nofunc", "noextern",
+              "noexn", "nocont")
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+@pytest.mark.parametrize("heap_type", HEAP_TYPES)
+@pytest.mark.parametrize("null", ["null ", ""])
+def test_references_of_every_heap_type_are_read_in_short_and_at_length(heap_type, null, is_shared):
+    it = f"(shared {heap_type})" if is_shared else heap_type
+    made = hoist(binary(f"""(module (import "e" "g" (global (ref {null}{it})))
+        (import "e" "t" (table 0 (ref null {it}))) (memory 1) (data (i32.const 3) "x"))"""))
+    assert (made.unknown, made.images, made.skipped) == (False, [((3, b"x"),)], [])
+
+
 def test_element_segments_that_cannot_fail_hinder_nothing():
     made = same(f"""(module (import "e" "t" (table 1 funcref)) (table $own 2 funcref) (memory 1) {PEEK}
         (elem (i32.const 0) $peek) (elem (table $own) (i32.const 0) func $peek $peek)

@@ -222,3 +222,13 @@ def test_the_public_names_are_the_ones_promised():
         assert getattr(linmem, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         linmem.nothing  # noqa: B018
+
+
+def test_all_files_that_the_command_line_writes_go_through_the_one_writer():
+    writes = re.compile(r"""\bopen\([^()]*["'][rbt+]*[wax][rbt+wax]*["']|\.write_(text|bytes)\(|\bsavefig\(""")
+    for folder in (HOUSE, HOUSE.parent / "bench"):
+        for path in sorted(folder.rglob("*.py")):
+            found = [line for line in path.read_text("utf-8").splitlines() if writes.search(line)]
+            expected = {"cli.py": ["os.devnull"], "_saving.py": ["x+b", "wb", "savefig"]}.get(path.name, [])
+            assert len(found) == len(expected), (path, found)
+            assert all(word in line for word, line in zip(expected, found, strict=True)), (path, found)

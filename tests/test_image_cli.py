@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -13,8 +14,9 @@ import sys
 import pytest
 from support import requires, run_child
 
-from linmem import Delta, Image
+from linmem import Delta, FileFormatError, Image
 from linmem._cli import image as image_cli
+from linmem.cli import main
 
 PAGE, GROUP = 4096, 65536
 
@@ -328,3 +330,88 @@ def test_a_folder_where_a_file_is_due_is_one_line(there, words):
 
 def test_the_help_tells_the_exit_codes():
     assert "Exit codes: 0" in said("--help")
+
+
+@pytest.mark.parametrize("sizes", [(100, 1, 3 * PAGE + 7), (PAGE + 5, 2 * PAGE - 5, 1, GROUP + 3), (GROUP + 1, 0, 7)])
+def test_deltas_between_images_of_any_size_lead_from_the_first_to_the_last(tmp_path, sizes):
+    paths = [str(tmp_path / f"{i}.image") for i in range(len(sizes))]
+    for i, (path, size) in enumerate(zip(paths, sizes, strict=True)):
+        Image.from_bytes(bytes([0, i]) * (size // 2) + bytes(size % 2), 5 * i).save(path)
+    deltas = [f"{path}.delta" for path in paths[1:]]
+    for before, after, delta in zip(paths, paths[1:], deltas, strict=False):
+        assert image_cli_main("diff", before, after, "-o", delta) == 0
+    chain = functools.reduce(Delta.then, map(Delta.open, deltas))
+    chain.save(tmp_path / "chain")
+    for steps in (deltas, [str(tmp_path / "chain")]):
+        assert image_cli_main("apply", paths[0], *steps, "-o", str(tmp_path / "out")) == 0
+        assert Image.open(tmp_path / "out", verify=True) == Image.open(paths[-1])
+
+
+def image_cli_main(*words):
+    return main(["image", *words])
+
+
+ODD = "a\nb\x1b[31m\r$x$.image"
+
+
+@pytest.fixture
+def odd(there):
+    """A file whose name has control characters in it, and what TeX would be to matplotlib."""
+    try:
+        os.link("old.image", ODD)
+    except OSError as error:
+        pytest.skip(f"no file can have such a name here: {error}")
+    return there
+
+
+@pytest.mark.parametrize("words", [("info", ODD), ("verify", ODD), ("diff", ODD, "new.image"),
+                                   ("diff", "new.image", ODD), ("apply", ODD, "step.delta", "-o", "a\nc.image")])
+def test_a_name_with_control_characters_is_one_line_as_any_name(odd, words):
+    plain = said(*(re.sub("[^a-z.]", "", word.replace(ODD, "old.image")) if "\n" in word else word for word in words))
+    text = said(*words)
+    assert text.count("\n") == plain.count("\n")
+    assert all(line.isprintable() for line in text.splitlines())
+    assert "\r" not in text
+    assert "a\\n" in text
+
+
+@pytest.mark.parametrize("words", [
+    ("info", "no\nfile"), ("verify", "da\nmaged"), ("info", "da\nmaged"), ("diff", "no\nfile", "new.image"),
+    ("apply", "old.image", "da\nmaged", "-o", "out"), ("apply", "old.image", "step.delta", "-o", "no\nfolder/out"),
+    ("diff", "old.image", "new.image", "--picture", "no\nfolder/a.png")])
+@requires("matplotlib")
+def test_a_refused_name_with_control_characters_is_in_one_line(odd, words):
+    (odd / "da\nmaged").write_bytes(b"no image")
+    line = refusal(*words)
+    assert line[:-1].isprintable()
+    assert any(word.replace("\n", "\\n") in line for word in words if "\n" in word)
+    with pytest.raises(FileFormatError) as damaged:
+        Image.open(odd / "da\nmaged")
+    assert str(damaged.value).isprintable()
+    assert damaged.value.path == str(odd / "da\nmaged")
+
+
+@requires("matplotlib")
+def test_a_picture_is_there_whole_or_not_at_all_whatever_the_files_are_called(odd, monkeypatch, capsys):
+    (odd / "map.png").write_bytes(b"old")
+    refused = OSError(28, os.strerror(28))
+
+    def refuse(fd):
+        raise refused
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        assert image_cli_main("diff", ODD, "new.image", "--picture", "map.png") == 1
+    assert (odd / "map.png").read_bytes() == b"old"
+    assert image_cli_main("diff", ODD, "new.image", "--picture", "map.png") == 0
+    assert (odd / "map.png").read_bytes().startswith(b"\x89PNG")
+    assert not [name for name in os.listdir(odd) if name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("words", [("diff", "old.image", "new.image", "-o", ""),
+                                   ("apply", "old.image", "step.delta", "-o", ""),
+                                   ("diff", "old.image", "new.image", "--picture", "")])
+def test_a_file_to_write_with_no_name_is_refused(there, words):
+    before = sorted(os.listdir(there))
+    assert "must be the name of a file, got ''" in refusal(*words, code=2)
+    assert sorted(os.listdir(there)) == before

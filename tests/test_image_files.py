@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import multiprocessing
@@ -122,6 +123,55 @@ def test_a_delta_comes_back_as_it_was_saved(tmp_path_factory, size, contents, ch
             for name in ("base", "base_size", "size", "target"):
                 assert getattr(back, name) == getattr(delta, name)
             assert before.apply(back) == mem.snapshot()
+
+
+ends = st.sampled_from([0, 1, 100, PAGE - 1, PAGE, PAGE + 1, 2 * PAGE - 5, 3 * PAGE + 7, GROUP, GROUP + PAGE + 3])
+small_image = st.builds(
+    lambda size, offset, marks: Image.from_bytes(marked(size, marks), offset), ends,
+    st.sampled_from([0, 0, 1, PAGE, PAGE + 50]),
+    st.lists(st.tuples(st.integers(0, GROUP), st.integers(1, 2 * PAGE), st.sampled_from(b"\0ab")), max_size=3))
+
+
+def marked(size, marks):
+    content = bytearray(size)
+    for at, length, byte in marks:
+        if at < size:
+            content[at:at + length] = bytes([byte]) * min(length, size - at)
+    return bytes(content)
+
+
+@given(images=st.lists(small_image, min_size=2, max_size=5))
+def test_a_chain_of_deltas_over_images_of_any_size_comes_back_from_a_file(tmp_path_factory, images):
+    path = tmp_path_factory.mktemp("delta") / "it"
+    deltas = [before.diff(after) for before, after in itertools.pairwise(images)]
+    from_the_left = functools.reduce(Delta.then, deltas)
+    from_the_right = functools.reduce(lambda later, earlier: earlier.then(later), reversed(deltas))
+    for delta in (*deltas, from_the_left, from_the_right):
+        delta.save(path)
+        again = Delta.open(path)
+        first = images[deltas.index(delta) if delta in deltas else 0]
+        assert (again.target, first.apply(again)) == (delta.target, first.apply(delta))
+    assert images[0].apply(from_the_left) == images[0].apply(from_the_right) == images[-1]
+
+
+@pytest.mark.parametrize("kind", ["image", "memory"])
+def test_a_chain_over_an_end_that_cuts_a_page_is_one_of_whole_pages(tmp_path, kind):
+    # The page that the end at byte 1 cuts differs in nothing, and the first image is zero behind that end.
+    first, second, third = Image.from_bytes(bytes(100)), Image.from_bytes(b"\0"), Image.from_bytes(bytes(3 * PAGE + 7))
+    with linmem.create(1) as mem:
+        cut = first.diff(second if kind == "image" else mem)
+    assert (cut.ranges, cut.zeros) == ((), ((0, 1),))
+    chain = cut | (second if kind == "image" else Image.from_bytes(b"\0")).diff(third)
+    assert (chain.ranges, chain.zeros) == ((), ((0, PAGE),))
+    chain.save(tmp_path / "it")
+    assert first.apply(Delta.open(tmp_path / "it")) == third
+
+
+def test_a_chain_of_deltas_by_hand_zeroes_what_was_cut_off():
+    first = Image.from_bytes(b"a" * 100)
+    cut = Delta(first.digest, 100, 1, [], [], b"", Image.from_bytes(b"a").digest)
+    chain = cut | Image.from_bytes(b"a").diff(Image.from_bytes(b"a" + bytes(PAGE)))
+    assert first.apply(chain) == Image.from_bytes(b"a" + bytes(PAGE))
 
 
 def test_a_file_can_be_named_in_any_way_that_python_knows(tmp_path, image, delta):

@@ -157,6 +157,17 @@ def test_prefault_of_pages_that_cannot_be_written_is_an_error_and_no_fault(acces
 # -- what is resident --------------------------------------------------------------------------------
 
 @requires("smaps")
+@pytest.mark.parametrize("pages", [4095, 4096, 4097, 8192, 8193])
+def test_the_resident_pages_are_counted_exactly_on_both_sides_of_each_step(pages):
+    # The OS is asked for 4096 of its pages at a time, and refuses more than there is room for its answer.
+    with linmem.create(pages * REAL_PAGE) as mem:
+        touched = [page for page in (0, 4094, 4095, 4096, 8191, 8192) if page < pages]
+        for page in touched:
+            mem[page * REAL_PAGE] = 1
+        assert mem.info().resident == resident(mem) == len(touched) * REAL_PAGE
+
+
+@requires("smaps")
 def test_discard_gives_the_pages_back_and_they_read_as_zero():
     pages = 64
     with linmem.create(pages * PAGE + 9) as mem:

@@ -5,9 +5,22 @@ import gc
 import random
 import threading
 import time
+from fractions import Fraction
 
 import pytest
-from support import NEEDS, PAGE, answer, descriptors, failing, live_bytes, requires, resident_within, whole
+from support import (
+    LIBC,
+    NEEDS,
+    PAGE,
+    REAL_PAGE,
+    answer,
+    descriptors,
+    failing,
+    live_bytes,
+    requires,
+    resident_within,
+    whole,
+)
 
 import linmem
 import linmem.metrics
@@ -114,6 +127,44 @@ def test_slots_of_an_image_that_nobody_can_ask_for_any_more_go_with_it():
     assert linmem.metrics.read(pool)["image_descriptors"] == 0
 
 
+@requires("descriptors", "maps_images")
+@pytest.mark.parametrize("make", ["purge", "trim"])
+def test_slots_between_two_states_go_with_their_image_too(make):
+    pool = linmem.PoolingCreator(max_unused_warm=1)
+    before = descriptors()
+    done = threading.Event()
+
+    def churn():
+        while not done.is_set():
+            getattr(pool, make)()
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    for n in range(1500):
+        image = linmem.Image.from_bytes(bytes([1 + n % 255]) * (4 * PAGE))
+        with image.new_memory(creator=pool) as mem:
+            mem.write(0, b"x" * 4 * PAGE)
+        del image, mem
+    done.set()
+    thread.join()
+    assert (idle(pool), pool.stats()["live"], descriptors()) == (0, 0, before)
+
+
+def test_all_idle_slots_of_an_image_go_with_it_whatever_their_shape_state_and_domain_and_no_others():
+    pool = linmem.PoolingCreator(max_unused_warm=40)
+    images = [linmem.Image.from_bytes(bytes([n + 1]) * (4 * PAGE)) for n in range(2)]
+    mems = [pool.create(4 * PAGE + n % 3, image=image, domain=("a", None)[n % 2], **SHAPE)
+            for n in range(24) for image in [*images, None]]
+    while mems:
+        mems.pop().close()
+    figures = linmem.metrics.read(pool)
+    assert (figures["warm"], figures["cold"]) == (40, 32)
+    assert linmem.metrics.read(pool)["images"] == 2
+    del images[0]
+    figures = linmem.metrics.read(pool)
+    assert (figures["warm"] + figures["cold"], figures["images"], figures["evictions"]["image"]) == (48, 1, 24)
+
+
 @pytest.mark.parametrize("above", [linmem.StatisticsCreator, linmem.PoolingCreator, lambda upstream: upstream])
 def test_a_request_that_cannot_succeed_takes_nothing_from_others(above):
     budget = linmem.LimitingCreator(MMAP, 40 * PAGE)
@@ -130,6 +181,22 @@ def test_a_request_that_cannot_succeed_takes_nothing_from_others(above):
         # As much as is missing, and the oldest first.
         with pool.create(15 * PAGE, **SHAPE):
             assert (pool.stats()["warm"], pool.stats()["cold"]) == (1, 1)
+
+
+@pytest.mark.parametrize("between", [lambda c: c, linmem.StatisticsCreator, linmem.PoolingCreator])
+def test_what_a_lower_budget_refuses_anyway_takes_nothing_from_those_over_a_higher_one(between):
+    pool = linmem.PoolingCreator(linmem.LimitingCreator(between(linmem.LimitingCreator(MMAP, 40 * PAGE)), 60 * PAGE))
+    for mem in [pool.create(10 * PAGE, **SHAPE) for _ in range(3)]:
+        mem.close()
+    mem = pool.create(PAGE, **SHAPE)
+    for size in (41 * PAGE, 55 * PAGE, 60 * PAGE):
+        with pytest.raises(linmem.LimitError):
+            pool.create(size, **SHAPE)
+        with pytest.raises(linmem.LimitError):
+            mem.grow_to(size)
+    assert (pool.stats()["warm"], pool.stats()["cold"]) == (3, 0)
+    mem.grow_to(40 * PAGE)
+    assert (pool.stats()["warm"], pool.stats()["cold"]) == (0, 3)
 
 
 def test_a_module_that_asks_for_a_terabyte_takes_nothing_from_others():
@@ -159,6 +226,47 @@ def test_a_growth_makes_idle_slots_of_every_pool_over_its_budget_give_up_what_is
         mem.grow_to(41 * PAGE)
     assert sum(pool.stats()["cold"] for pool in over) == 3
     assert over[0].upstream.statistics()["failures"] == 1
+
+
+@pytest.mark.parametrize("chain", ["many", "two ways", "mixed"])
+def test_idle_slots_give_up_what_is_missing_whatever_budgets_they_are_charged_to(chain):
+    tight = linmem.LimitingCreator(MMAP, 40 * PAGE)
+    upstream = tight
+    if chain == "many":
+        for _ in range(6):
+            upstream = linmem.LimitingCreator(upstream, 1 << 40)
+        upstream = tight = linmem.LimitingCreator(upstream, 40 * PAGE)
+    elif chain == "two ways":
+        upstream = linmem.LimitingCreator(tight, 1 << 40)
+        upstream = linmem.PoolingCreator(linmem.PythonCreator(Alternating(tight, upstream)), slots=1)
+    else:
+        upstream = linmem.PythonCreator(Alternating(tight, MMAP))
+    pool = linmem.PoolingCreator(upstream, max_unused_warm=100)
+    mems = [pool.create(10 * PAGE, **SHAPE) for _ in range(3 if chain != "mixed" else 6)]
+    used = tight.used_bytes
+    assert used == 30 * PAGE
+    while mems:
+        mems.pop().close()
+    with tight.create(PAGE, **SHAPE) as mem:
+        with pytest.raises(linmem.LimitError):
+            mem.grow_to(41 * PAGE)
+        assert pool.stats()["cold"] == 0
+        mem.grow_to(25 * PAGE)
+        assert (tight.used_bytes, pool.stats()["cold"]) == (35 * PAGE, 2 if chain != "mixed" else pool.stats()["cold"])
+        mem.grow_to(40 * PAGE)
+        assert tight.used_bytes == 40 * PAGE
+
+
+class Alternating(linmem.MemoryCreator):
+    """Its memories come from one creator and the other in turn."""
+
+    def __init__(self, *creators):
+        self.creators = creators
+        self.made = 0
+
+    def new_memory(self, *arguments):
+        self.made += 1
+        return self.creators[self.made % len(self.creators)].new_memory(*arguments)
 
 
 def test_a_growth_that_the_os_refuses_is_tried_again_with_what_idle_slots_give_up():
@@ -294,6 +402,39 @@ def test_page_tables_of_sparse_slots_are_counted_and_bounded():
     assert linmem.metrics.read(pool)["page_tables"] >= 128 * 4096
 
 
+@requires("maps", "scan_ioctl", "large_space", "real_pages")
+@pytest.mark.parametrize("written", [True, False])
+@pytest.mark.parametrize("grown", [True, False])
+@pytest.mark.parametrize("reset", ["scan", "adaptive", "discard"])
+def test_page_tables_are_counted_as_the_os_counts_them_also_of_pages_that_were_only_read(written, grown, reset):
+    found = answer(f"""
+        import linmem
+        P, SIZE = {PAGE}, 4 << 30
+        def tables():
+            with open("/proc/self/status") as file:
+                return next(int(line.split()[1]) << 10 for line in file if line.startswith("VmPTE"))
+        pool = linmem.PoolingCreator(reset={reset!r}, keep_resident=1 << 40)
+        mem = pool.create(P if {grown} else SIZE, maximum=SIZE, reserve=SIZE)
+        before = tables()
+        mem.grow_to(SIZE)
+        with memoryview(mem) as view:
+            for at in range(0, SIZE, 4 << 20):
+                if {written}:
+                    view[at] = 1
+                else:
+                    view[at]
+        touched = tables()
+        mem.close()
+        for n in range(3):
+            print(touched - before, tables() - before, linmem.metrics.read(pool)["page_tables"])
+            pool.create(P if {grown} else SIZE, maximum=SIZE, reserve=SIZE).close()
+        """)
+    for line in found.splitlines():
+        touched, now, said = map(int, line.split())
+        assert now <= said + 4096 * 2, found
+        assert touched - 4096 * 4 <= said <= touched * 1.01 + 4096 * 8, found
+
+
 def test_the_pools_of_a_process_have_one_bound_together():
     pools = [linmem.PoolingCreator(reset="zero") for _ in range(5)]
     linmem.set_pool_limits(max_resident=40 * PAGE + 20 * 8192)
@@ -418,6 +559,28 @@ def test_a_pool_goes_on_where_pages_are_locked():
         assert (stats["rejected"], stats["hits"], stats["warm"]) == (0, n, 1)
 
 
+@requires("memory_locks")
+@pytest.mark.parametrize("reset", ["adaptive", "zero", "discard"])
+@pytest.mark.parametrize("prefault", [False, True])
+@pytest.mark.parametrize("grown", [False, True])
+def test_a_pool_of_an_image_gives_each_guest_the_image_also_where_pages_are_locked(reset, prefault, grown):
+    import ctypes
+
+    image = linmem.Image.from_bytes(b"image" * 1000)
+    other = linmem.Image.from_bytes(b"other" * 3000)
+    pool = linmem.PoolingCreator(linmem.MmapCreator(prefault=prefault), image=image, reset=reset)
+    for n in range(4):
+        with pool.create(8 * PAGE, **SHAPE) as mem:
+            assert mem.read(0, 8 * PAGE) == (b"image" * 1000).ljust(8 * PAGE, b"\0")
+            mem.restore(other, zero_grown=True)
+            if grown:
+                mem.grow_to(16 * PAGE)
+                assert mem.read(8 * PAGE, 8 * PAGE) == bytes(8 * PAGE)
+            mem.write(0, b"x" * len(mem))
+            assert LIBC.mlock(ctypes.c_void_p(mem.as_ptr() + PAGE), ctypes.c_size_t(len(mem) - 2 * PAGE)) == 0
+        assert (pool.stats()["rejected"], pool.stats()["hits"]) == (0, n)
+
+
 def test_an_upstream_in_python_that_uses_the_pool_itself_is_not_refused():
     class Reentrant(linmem.MemoryCreator):
         deep = False
@@ -433,6 +596,29 @@ def test_an_upstream_in_python_that_uses_the_pool_itself_is_not_refused():
     with pool.create(2 * PAGE, **SHAPE) as mem:
         assert len(mem) == 2 * PAGE
         assert pool.stats()["live"] == 1
+
+
+@requires("maps")
+def test_page_tables_are_counted_as_the_os_counts_them_and_a_cold_slot_has_one_at_most():
+    assert answer(f"""
+        import linmem, linmem.metrics, re
+        P = {REAL_PAGE}
+        def tables():
+            with open("/proc/self/status") as file:
+                return int(re.search(r"VmPTE:\\s+(\\d+)", file.read())[1]) * 1024
+        for reset in ("zero", "scan", "adaptive"):
+            pool = linmem.PoolingCreator(reset=reset, max_unused_warm=1000)
+            start = tables()
+            mems = [pool.create({PAGE}, reserve=4 << 30, guard=32 << 20) for _ in range(100)]
+            for mem in mems:
+                mem.write(0, b"x")
+            while mems:
+                mems.pop().close()
+            said, real = linmem.metrics.read(pool)["page_tables"], tables() - start
+            pool.purge()
+            print(real - 64 * P <= said <= real + 64 * P, tables() - start <= 110 * P, end=" ")
+            del pool
+        """) == " ".join(["True"] * 6)
 
 
 # -- given back by time, and on request ----------------------------------------------------------------------------
@@ -462,6 +648,28 @@ def test_hidden_pages_that_nobody_grows_into_go_too():
     time.sleep(0.2)
     assert used(pool) == span
     assert resident_within(*span) == PAGE
+
+
+@pytest.mark.parametrize("name", ["idle_seconds", "max_reset_seconds", "timeout"])
+def test_seconds_are_any_real_number(name):
+    numpy = pytest.importorskip("numpy")
+    how = {"when_full": "wait"} if name == "timeout" else {}
+    for good in (0, 0.0, 3, 1e300, float("inf"), 10**400, Fraction(1, 3), numpy.int8(5), numpy.float32(2), None):
+        linmem.PoolingCreator(**{name: good}, **how)
+    for bad in (True, numpy.True_, "5", b"5", 1j, numpy.array([5])):
+        with pytest.raises(TypeError, match=f"{name} must be a number of seconds or None"):
+            linmem.PoolingCreator(**{name: bad}, **how)
+    for bad in (-1, -1e-9, float("nan"), Fraction(-1, 3), numpy.float32("nan")):
+        with pytest.raises(ValueError, match=f"{name} must be >= 0, got "):
+            linmem.PoolingCreator(**{name: bad}, **how)
+
+
+def test_what_is_older_than_nothing_is_no_number():
+    pool = linmem.PoolingCreator()
+    for bad in (None, "5", True):
+        with pytest.raises(TypeError, match="older_than must be a number of seconds, got"):
+            pool.purge(older_than=bad)
+    assert pool.purge(older_than=Fraction(1, 2)) == 0
 
 
 def test_purge_leaves_mappings_and_what_is_young_or_within_the_target():
@@ -508,6 +716,85 @@ def test_one_bound_of_the_process_holds_for_what_all_pools_reserve():
     held.clear()
 
 
+def test_a_bound_that_is_lowered_below_what_is_held_takes_idle_slots_at_once():
+    pools = [linmem.PoolingCreator(when_full="error") for _ in range(2)]
+    with linmem.create(PAGE, **SHAPE) as mem:
+        one = whole(mem)[1] - whole(mem)[0]
+    for pool in pools:
+        for mem in [pool.create(PAGE, **SHAPE) for _ in range(4)]:
+            mem.close()
+    live = pools[0].create(PAGE, **SHAPE)
+    linmem.set_pool_limits(max_reserved=linmem.metrics.totals()["reserved"] - 5 * one)
+    assert sum(pool.stats()["reserved"] for pool in pools) == 3 * one
+    linmem.set_pool_limits(max_reserved=0)
+    assert [pool.stats()["reserved"] for pool in pools] == [one, 0]
+    with pytest.raises(linmem.PoolError, match="set_pool_limits"):
+        pools[1].create(PAGE, **SHAPE)
+    linmem.set_pool_limits()
+    pools[1].create(PAGE, **SHAPE).close()
+    live.close()
+
+
+def test_the_bound_of_the_process_holds_while_threads_of_many_pools_make_memories():
+    with linmem.create(PAGE, **SHAPE) as mem:
+        one = whole(mem)[1] - whole(mem)[0]
+    most = linmem.metrics.totals()["reserved"] + 3 * one
+    linmem.set_pool_limits(max_reserved=most)
+    stop, seen = threading.Event(), []
+
+    def work(pool):
+        while not stop.is_set():
+            try:
+                pool.create(PAGE, **SHAPE).close()
+                pool.trim()
+            except linmem.PoolError:
+                pass
+
+    threads = [threading.Thread(target=work, args=(linmem.PoolingCreator(when_full="error"),)) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for _ in range(300):
+        seen.append(linmem.metrics.totals()["reserved"])
+        time.sleep(0.0005)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert max(seen) <= most
+
+
+def test_a_pool_may_be_allowed_more_than_its_share_of_the_machine():
+    memory = linmem._os.pages.describe()["memory"] or 1 << 40
+    assert linmem.PoolingCreator(max_resident=memory).stats()["resident_bound"] == memory
+    assert linmem.PoolingCreator(max_resident=PAGE).stats()["resident_bound"] == PAGE
+    assert linmem.PoolingCreator().stats()["resident_bound"] <= memory // 4
+
+
+@pytest.mark.parametrize("of", ["pool", "process"])
+@pytest.mark.parametrize("reserve", [1 << 30, None])
+def test_what_can_never_fit_is_refused_without_a_wait(of, reserve):
+    pool = linmem.PoolingCreator(when_full="wait", max_reserved=1 << 20 if of == "pool" else None)
+    if of == "process":
+        linmem.set_pool_limits(max_reserved=1 << 20)
+    text = "max_reserved=1048576" if of == "pool" else "set_pool_limits"
+    with pytest.raises(linmem.PoolError, match=rf"{text}.* and \d{{9,}} bytes more"):
+        pool.create(PAGE, reserve=reserve)
+
+
+def test_a_wait_of_no_time_asks_once():
+    asked = []
+
+    class Counting(linmem.MemoryCreator):
+        def new_memory(self, *arguments):
+            asked.append(1)
+            return below.new_memory(*arguments)
+
+    below = linmem.PoolingCreator(slots=1, when_full="error")
+    pool = linmem.PoolingCreator(linmem.PythonCreator(Counting()), when_full="wait", timeout=0)
+    with below.create(PAGE, **SHAPE), pytest.raises(linmem.PoolError):
+        pool.create(PAGE, **SHAPE)
+    assert len(asked) == 1
+
+
 def test_a_full_pool_that_waits_hands_out_what_is_given_back_and_gives_up_after_its_timeout():
     pool = linmem.PoolingCreator(slots=1, when_full="wait", timeout=30)
     mem = pool.create(PAGE, **SHAPE)
@@ -552,6 +839,21 @@ def test_what_takes_too_long_to_zero_is_given_back_instead():
         assert bytes(mem).count(0) == 2048 * PAGE
 
 
+@requires("maps", "scans")
+def test_a_long_run_of_pages_is_not_zeroed_beyond_the_time_for_a_reset():
+    pool = linmem.PoolingCreator(reset="scan", max_reset_seconds=1e-9, keep_resident=1 << 30)
+    with pool.create(64 << 20, reserve=64 << 20) as mem:
+        for at in range(0, 64 << 20, 1 << 20):
+            mem.write(at, b"x" * (1 << 20))
+        span = whole(mem)
+    assert resident_within(*span) == 0
+    figures = linmem.metrics.read(pool)
+    assert (figures["resets"]["discard"], figures["bytes_zeroed"]) == (1, 0)
+    with pool.create(64 << 20, reserve=64 << 20) as mem:
+        assert whole(mem) == span
+        assert bytes(mem).count(0) == 64 << 20
+
+
 # -- tenants -----------------------------------------------------------------------------------------------------------
 
 @requires("maps")
@@ -571,14 +873,132 @@ def test_no_page_that_one_domain_touched_is_resident_for_another(options):
     assert set(linmem.metrics.read(pool)["domains"]) == set(names)
 
 
-def test_one_domain_cannot_evict_the_warm_slots_of_another_below_its_share():
-    pool = linmem.PoolingCreator(max_unused_warm=10, slots=20)
+@pytest.fixture
+def bound_of_all_pools():
+    linmem.set_pool_limits(max_resident=20 * PAGE)
+    yield
+    linmem.set_pool_limits()
+
+
+@pytest.mark.usefixtures("bound_of_all_pools")
+@pytest.mark.parametrize("options", [
+    {"max_unused_warm": 10, "slots": 20}, {"max_resident": 20 * PAGE}, {"slots": 10}, {"max_reserved": 1 << 24}, {},
+    {"upstream": 15 * PAGE}], ids=lambda options: ", ".join(options) or "set_pool_limits")
+def test_one_domain_cannot_evict_the_warm_slots_of_another_below_its_share(options):
+    if "upstream" in options:
+        options = {"upstream": linmem.creator("limiting", limit_bytes=options["upstream"])}
+    if options and "max_resident" not in options:
+        linmem.set_pool_limits()
+    pool = linmem.PoolingCreator(**options)
     for n in range(600):
-        pool.create(PAGE + n % 100, domain="many", **SHAPE).close()
+        with pool.create(PAGE + n % 100, domain="many", **SHAPE) as mem:
+            mem[0] = 1
         if n % 50 == 0:
             pool.create(PAGE, domain="one", **SHAPE).close()
-    one = linmem.metrics.read(pool)["domains"]["one"]
+    figures = linmem.metrics.read(pool)
+    one = figures["domains"]["one"]
     assert (one["misses"], one["hits_cold"], one["hits_warm"], one["warm"]) == (1, 0, 11, 1)
+    assert sum(figures["evictions"].values()) > 400     # of the other's: the bound was at work
+
+
+@requires("maps")
+@pytest.mark.parametrize("reset", ["zero", "adaptive", "discard", "scan"])
+@pytest.mark.parametrize("with_image", [False, True])
+def test_a_pool_below_hands_no_page_of_another_domain_on(reset, with_image):
+    if reset == "scan" and not NEEDS["scans"][0]:
+        pytest.skip(NEEDS["scans"][1])
+    image = linmem.Image.from_bytes(b"i" * (2 * PAGE)) if with_image else None
+
+    def resident_for_a(touched):
+        below = linmem.PoolingCreator(reset=reset, image=image)
+        above = linmem.PoolingCreator(below, reset=reset)
+        with above.create(8 * PAGE, domain="a", **SHAPE) as mem:
+            span = whole(mem)
+        above.purge()
+        with above.create(8 * PAGE, domain="b", **SHAPE) as mem:
+            assert whole(mem) == span
+            mem.grow_to(20 * PAGE)
+            mem.write(0, b"x" * touched)
+        above.trim()
+        with below.create(8 * PAGE, domain="a", **SHAPE) as mem:
+            assert whole(mem) == span
+            resident = resident_within(*span)
+            assert mem.read(0, 8 * PAGE) == (b"i" * 2 * PAGE if with_image else b"").ljust(8 * PAGE, b"\0")
+        return resident
+
+    resident = resident_for_a(touched=20 * PAGE)
+    assert resident == resident_for_a(touched=0)        # linmem itself may have put the image's bytes there
+    assert resident <= (2 * PAGE if with_image else 0)
+
+
+@pytest.mark.parametrize("over", [lambda pool: pool, lambda pool: linmem.LimitingCreator(pool, 1 << 40),
+                                  linmem.StatisticsCreator, linmem.PoolingCreator, "python", "python twice"])
+def test_every_creator_over_a_pool_tells_it_the_domain(over):
+    class Python(linmem.MemoryCreator):
+        def __init__(self, upstream):
+            self.upstream = upstream
+
+        def new_memory(self, *arguments):
+            return self.upstream.new_memory(*arguments)
+
+    pool = linmem.PoolingCreator()
+    if over == "python":
+        creator = linmem.PythonCreator(Python(pool))
+    elif over == "python twice":
+        creator = linmem.PythonCreator(Python(linmem.PythonCreator(Python(pool))))
+    else:
+        creator = over(pool)
+    ty = linmem.MemoryType(1, 2)
+    image = linmem.Image.from_bytes(b"i" * PAGE)
+    linmem.create(PAGE, creator=creator, domain="create", **SHAPE).close()
+    creator.create(PAGE, domain="its create", **SHAPE).close()
+    creator.new_memory(ty, 65536, 131072, 131072, PAGE, domain="new_memory").close()
+    image.new_memory(creator=creator, domain="image", **SHAPE).close()
+    assert set(linmem.metrics.read(pool)["domains"]) == {"create", "its create", "new_memory", "image"}
+    linmem.create(PAGE, creator=creator, **SHAPE).close()       # and afterwards none is left over
+    assert None in linmem.metrics.read(pool)["domains"]
+
+
+def test_a_python_creator_may_name_another_domain_and_the_request_s_holds_again_after_it():
+    class Python(linmem.MemoryCreator):
+        def new_memory(self, *arguments):
+            pool.new_memory(*arguments, domain="inner").close()
+            return pool.new_memory(*arguments)
+
+    pool = linmem.PoolingCreator()
+    linmem.create(PAGE, creator=Python(), domain="outer", **SHAPE).close()
+    rows = linmem.metrics.read(pool)["domains"]
+    assert {name: row["misses"] for name, row in rows.items()} == {"inner": 1, "outer": 1}
+
+
+def test_a_domain_is_checked_and_has_no_effect_without_a_pool():
+    class Text(str):
+        __slots__ = ()
+
+    for name in ("a", "", "\udc80", "a\0b", "x" * 100_000, Text("a")):
+        linmem.create(PAGE, domain=name).close()
+        linmem.Image.from_bytes(b"i").new_memory(domain=name).close()
+    pool = linmem.PoolingCreator()
+    for name in ("ab", "a" + "b" * int(str(1)), Text("ab")):        # equal, and not identical
+        pool.create(PAGE, domain=name, **SHAPE).close()
+    assert (pool.stats()["misses"], pool.stats()["hits"]) == (1, 2)
+
+
+@pytest.mark.parametrize("bound", ["process", "budget", "count", "slots", "resident"])
+def test_no_bound_lets_one_domain_evict_the_warm_slots_of_another_below_its_share(bound):
+    budget = linmem.LimitingCreator(MMAP, 40 * PAGE)
+    most = 10 * 8192 + 40 * PAGE
+    how = {"count": {"max_unused_warm": 10}, "slots": {"slots": 10}, "resident": {"max_resident": most},
+           "budget": {"upstream": budget}, "process": {}}[bound]
+    pool = linmem.PoolingCreator(reset="zero", **how)
+    if bound == "process":
+        linmem.set_pool_limits(max_resident=most)
+    for n in range(600):
+        used(pool, domain="many", minimum=4, pages_written=4, maximum=(64 + n % 100) * PAGE)
+        if n % 30 == 0:
+            used(pool, domain="one", minimum=4, pages_written=4)
+    one = linmem.metrics.read(pool)["domains"]["one"]
+    assert (one["misses"], one["hits_cold"], one["hits_warm"]) == (1, 0, 19)
 
 
 @pytest.mark.parametrize("bad", [1, b"a", ["a"]])
@@ -614,6 +1034,125 @@ def test_what_is_read_adds_up():
     assert figures["bytes_zeroed"] == sum(PAGE * (1 + n % 4) for n in range(50))
 
 
+FIGURES = {"hits_warm", "hits_cold", "misses", "evictions", "purges", "resets", "reset_ns", "bytes_zeroed", "live",
+           "peak_live", "warm", "cold", "resident", "page_tables", "reserved"}
+
+
+def test_every_figure_is_there_for_the_pool_each_shape_and_each_domain():
+    pool = linmem.PoolingCreator()
+    image = linmem.Image.from_bytes(b"i" * PAGE)
+    mems = [image.new_memory(creator=pool, domain="a", **SHAPE), pool.create(PAGE, domain="a", **SHAPE),
+            pool.create(PAGE, domain="b", **SHAPE)]
+    figures = linmem.metrics.read(pool)
+    assert set(figures) == FIGURES | {"fallbacks", "rejected", "slots", "resident_bound", "reserved_bound", "images",
+                                      "image_bytes", "image_descriptors", "shapes", "domains"}
+    assert all(set(row) == FIGURES | {"shape", "image_bytes", "image_descriptors"} for row in figures["shapes"])
+    assert all(set(row) == FIGURES for row in figures["domains"].values())
+    shapes = {row["shape"]["image"]: (row["live"], row["peak_live"], row["image_bytes"]) for row in figures["shapes"]}
+    assert shapes == {True: (1, 1, PAGE), False: (2, 2, 0)}
+    assert {name: row["peak_live"] for name, row in figures["domains"].items()} == {"a": 2, "b": 1}
+    assert set(pool.stats()) == {"slots", "live", "warm", "cold", "pinned", "hits", "misses", "fallbacks", "rejected",
+                                 "resets", "resident", "resident_bound", "reserved"}
+    mems.clear()
+    figures = linmem.metrics.read(pool)
+    assert (figures["live"], figures["peak_live"]) == (0, 3)
+
+
+@pytest.mark.parametrize("bad", [None, 5, linmem.PoolingCreator, MMAP])
+def test_figures_are_those_of_a_pool(bad):
+    with pytest.raises(TypeError, match="'pool'"):
+        linmem.metrics.read(bad)
+    with pytest.raises(TypeError, match="pools must be"):
+        linmem.metrics.collector(bad)
+
+
+def test_what_warm_makes_is_no_guest():
+    pool = linmem.PoolingCreator()
+    ty = linmem.MemoryType(1, 2)
+    pool.warm(5, ty, reserved_size_in_bytes=1 << 17, guard_size_in_bytes=0, domain="a")
+    pool.purge()
+    pool.warm(5, ty, reserved_size_in_bytes=1 << 17, guard_size_in_bytes=0, domain="b")
+    figures = linmem.metrics.read(pool)
+    assert (figures["peak_live"], figures["live"], figures["warm"]) == (0, 0, 5)
+    for _ in range(3):
+        pool.new_memory(ty, 65536, 131072, 1 << 17, 0, domain="b").close()
+    figures = linmem.metrics.read(pool)
+    assert (figures["peak_live"], figures["domains"]["b"]["peak_live"], figures["hits_warm"]) == (1, 1, 3)
+
+
+def test_the_time_of_a_slot_s_first_reset_counts_once():
+    def first_reset():
+        pool = linmem.PoolingCreator(reset="zero")
+        with pool.create(256 * PAGE, reserve=256 * PAGE) as mem:
+            mem.write(0, b"x" * 256 * PAGE)
+            began = time.perf_counter_ns()
+        return linmem.metrics.read(pool)["reset_ns"], time.perf_counter_ns() - began
+
+    for _ in range(20):
+        said, took = first_reset()
+        assert 0 < said <= took
+
+
+def test_no_figure_goes_down_under_churn_of_threads():
+    pool = linmem.PoolingCreator(max_unused_warm=3, slots=12, idle_seconds=0.01)
+    stop, down = threading.Event(), []
+    counters = ("hits_warm", "hits_cold", "misses", "purges", "reset_ns", "bytes_zeroed", "fallbacks", "rejected",
+                "peak_live")
+
+    def flat(figures):
+        return [figures[key] for key in counters] + [
+            n for key in ("evictions", "resets") for n in figures[key].values()]
+
+    def watch():
+        last = flat(linmem.metrics.read(pool))
+        while not stop.is_set():
+            now = flat(linmem.metrics.read(pool))
+            down.extend((a, b) for a, b in zip(last, now, strict=True) if b < a)
+            last = now
+
+    def work(seed):
+        rng = random.Random(seed)
+        for n in range(1500):
+            pool.create(PAGE * rng.randrange(1, 40), domain=f"{rng.randrange(400)}", **SHAPE).close()
+            if n % 100 == 0:
+                pool.trim()
+
+    watcher = threading.Thread(target=watch)
+    workers = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for thread in [watcher, *workers]:
+        thread.start()
+    for thread in workers:
+        thread.join()
+    stop.set()
+    watcher.join()
+    assert down == []
+    figures = linmem.metrics.read(pool)
+    assert figures["hits_warm"] + figures["hits_cold"] + figures["misses"] + figures["fallbacks"] == 4500
+
+
+def test_names_of_domains_that_are_hostile_reach_prometheus_apart():
+    client = pytest.importorskip("prometheus_client")
+    from prometheus_client.parser import text_string_to_metric_families
+
+    pool = linmem.PoolingCreator()
+    names = [None, "", '""', "''", "'", "\udc80", "'\\udc80'", "a\nb", 'a"} 1\nlinmem_pool_live 7',
+             "back\\", "\\n", "\0", "é", "\U0001f600", "\ud83d\ude00"]
+    for name in names:
+        pool.create(PAGE, domain=name, **SHAPE).close()
+    image = linmem.Image.from_bytes(b"i" * PAGE)
+    other = linmem.Image.from_bytes(b"j" * PAGE)
+    mems = [image.new_memory(creator=pool, **SHAPE), other.new_memory(creator=pool, **SHAPE)]
+    registry = client.CollectorRegistry()
+    registry.register(linmem.metrics.collector(pool, names=["\udc80"]))
+    text = client.generate_latest(registry).decode()
+    samples = [(sample.name, tuple(sorted(sample.labels.items())))
+               for family in text_string_to_metric_families(text) for sample in family.samples]
+    assert len(set(samples)) == len(samples)
+    assert sum(name == "linmem_pool_domain_misses_total" for name, _ in samples) == len(names)
+    assert ("linmem_pool_domain_live", (("domain", "a\nb"), ("pool", "'\\udc80'"))) in samples
+    mems.clear()
+
+
 def test_a_scraped_exporter_shows_the_figures():
     client = pytest.importorskip("prometheus_client")
     import urllib.request
@@ -635,4 +1174,9 @@ def test_a_scraped_exporter_shows_the_figures():
     assert 'linmem_pool_misses_total{pool="guests"} 2.0' in text
     assert 'linmem_pool_domain_hits_total{domain="a",pool="guests",state="warm"} 1.0' in text
     assert 'linmem_pool_peak_live{pool="guests"} 1.0' in text
+    shape = f"minimum={PAGE} maximum={64 * PAGE} reservation={64 * PAGE} guard={PAGE} is_64=True"
+    assert f'linmem_pool_shape_hits_total{{pool="guests",shape="{shape}",state="warm"}} 1.0' in text
+    for name in ("evictions_total", "purges_total", "live", "reserved", "resident", "reset_seconds_total",
+                 "bytes_zeroed_total", "image_bytes", "image_descriptors"):
+        assert f'linmem_pool_{name}{{' in text
 

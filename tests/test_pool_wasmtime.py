@@ -11,6 +11,7 @@ from support import NEEDS, accessible_parts, is_mapped, live_bytes, requires, re
 from wasmtime import _ffi as ffi
 
 import linmem
+import linmem.metrics
 import linmem.wasmtime
 
 PAGE = 65536
@@ -183,6 +184,81 @@ def test_warm_makes_the_next_instantiations_hits(kind):
         check_zero(one.linear())
         assert one.grow(1) == 2
         one.close()
+
+
+def made_by_domain(pool):
+    return {name: row["misses"] for name, row in linmem.metrics.read(pool)["domains"].items()}
+
+
+def test_guests_have_the_domain_that_a_prepared_module_or_a_python_creator_names():
+    local = threading.local()
+
+    class OfTenant(linmem.MemoryCreator):
+        def new_memory(self, *arguments):
+            return pool.new_memory(*arguments, domain=local.tenant)
+
+    pool = linmem.PoolingCreator()
+    engine = make_engine(OfTenant())
+    module = wasmtime.Module(engine, guest())
+    bases = {}
+    for local.tenant in ("a", "b", "a"):
+        one = Guest(engine, module)
+        assert one.grow(1) == 2
+        assert bases.setdefault(local.tenant, one.linear().as_ptr()) == one.linear().as_ptr()
+        one.close()
+        gc.collect()
+    assert made_by_domain(pool) == {"a": 1, "b": 1}
+
+    pool = linmem.PoolingCreator()
+    engine = make_engine(pool)
+    prepared = linmem.wasmtime.prepare(engine, guest(data='(data (i32.const 5) "data")'))
+    pool.trim()
+    before = made_by_domain(pool)
+    for name in ("a", "b", None, "a"):
+        store = wasmtime.Store(engine)
+        memory = prepared.instantiate(store, domain=name).exports(store)["memory"]
+        assert linmem.wasmtime.linear_memory(store, memory).read(5, 4) == b"data"
+        store.close()
+        gc.collect()
+    assert made_by_domain(pool) == {"a": 1, "b": 1, None: before.get(None, 0) + 1}
+
+
+def test_a_host_made_wasm_memory_has_the_domain_that_is_named():
+    pool = linmem.PoolingCreator()
+    engine = make_engine(pool)
+    store = wasmtime.Store(engine)
+    ty = wasmtime.MemoryType(wasmtime.Limits(1, 2))
+    linmem.wasmtime.new_memory(store, ty, domain="a")
+    linmem.wasmtime.new_memory(store, ty)
+    assert made_by_domain(pool) == {"a": 1, None: 1}
+    with pytest.raises(TypeError, match="domain must be a str or None, got bytes"):
+        linmem.wasmtime.new_memory(store, ty, domain=b"a")
+    prepared = linmem.wasmtime.prepare(engine, guest())
+    with pytest.raises(TypeError, match="domain must be a str or None, got int"):
+        prepared.instantiate(store, domain=1)
+
+
+def test_a_guest_waits_for_a_slot_and_is_refused_after_the_timeout():
+    pool = linmem.PoolingCreator(slots=1, when_full="wait", timeout=60)
+    engine = make_engine(pool)
+    module = wasmtime.Module(engine, guest())
+    first = Guest(engine, module)
+    done = []
+    thread = threading.Thread(target=lambda: done.append(Guest(engine, module)))
+    thread.start()
+    thread.join(0.05)
+    assert not done
+    first.close()
+    gc.collect()
+    thread.join()
+    assert done[0].grow(1) == 2
+    pool = linmem.PoolingCreator(slots=1, when_full="wait", timeout=0.01)
+    engine = make_engine(pool)
+    module = wasmtime.Module(engine, guest())
+    first = Guest(engine, module)
+    with pytest.raises(wasmtime.WasmtimeError, match="all 1 slots of the pool are in use"):
+        Guest(engine, module)
+    first.close()
 
 
 @requires("maps")

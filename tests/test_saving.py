@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import pathlib
 import re
 import signal
 import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 
 import pytest
@@ -98,12 +100,17 @@ def as_another_user(path):
     return done.stdout.strip()
 
 
+@pytest.fixture
+def shared_folder():
+    """A folder that another user reaches. pytest's own may not be: each session of pytest closes its parents anew."""
+    with tempfile.TemporaryDirectory(prefix="linmem-test-") as folder:
+        os.chmod(folder, 0o777)
+        yield pathlib.Path(folder)
+
+
 @requires("root", "owners")
-def test_another_users_file_is_not_taken_over(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("open")
-    for parent in list(folder.parents)[:2]:
-        parent.chmod(0o755)
-    folder.chmod(0o777)
+def test_another_users_file_is_not_taken_over(shared_folder):
+    folder = shared_folder
     path = folder / "file"
     A.save(path)
     before = path.stat()
@@ -349,10 +356,8 @@ def test_writers_of_one_folder_do_not_take_each_others_files(tmp_path):
 
 
 @requires("root", "owners", "fork")
-def test_a_save_works_in_a_folder_that_may_be_written_and_not_listed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("blind")
-    for parent in list(folder.parents)[:2]:
-        parent.chmod(0o755)
+def test_a_save_works_in_a_folder_that_may_be_written_and_not_listed(shared_folder):
+    folder = shared_folder
     folder.chmod(0o333)
     assert as_another_user(folder / "file") == "saved"
     assert Image.open(folder / "file", verify=True) == Image.from_bytes(b"theirs")

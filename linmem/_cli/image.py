@@ -11,8 +11,9 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
-from linmem import _files
-from linmem._cli.words import EXIT_REFUSED, Refused, count, show_size
+from linmem import _files, _saving
+from linmem._checks import printable
+from linmem._cli.words import EXIT_REFUSED, Refused, count, file_name, show_size
 from linmem._delta import Delta
 from linmem._image import Image
 from linmem.errors import FileFormatError
@@ -58,16 +59,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     diff = actions.add_parser("diff", help="which pages of two images differ", allow_abbrev=False)
     diff.add_argument("old", metavar="OLD")
     diff.add_argument("new", metavar="NEW")
-    diff.add_argument("--output", "-o", metavar="FILE", help="save the delta that makes NEW of OLD")
+    diff.add_argument("--output", "-o", type=file_name, metavar="FILE",
+                      help="save the delta that makes NEW of OLD")
     diff.add_argument("--map", action="store_true", help="show which pages differ, on a terminal or not")
-    diff.add_argument("--picture", metavar="PNG", help="draw which pages differ (or an SVG or PDF, by the name)")
+    diff.add_argument("--picture", type=file_name, metavar="PNG",
+                      help="draw which pages differ (or an SVG or PDF, by the name)")
     diff.add_argument("--exit-code", action="store_true", help=f"exit with {EXIT_DIFFERS} if they differ")
     diff.add_argument("--json", action="store_true", help=json)
 
     apply = actions.add_parser("apply", help="apply deltas to an image, one after the other", allow_abbrev=False)
     apply.add_argument("base", metavar="IMAGE")
     apply.add_argument("deltas", nargs="+", metavar="DELTA")
-    apply.add_argument("--output", "-o", metavar="FILE", required=True, help="where the image that results goes")
+    apply.add_argument("--output", "-o", type=file_name, metavar="FILE", required=True,
+                       help="where the image that results goes")
     apply.add_argument("--packed", action="store_true", help="write it without holes, as long as what it holds")
     apply.add_argument("--json", action="store_true", help=json)
 
@@ -86,16 +90,16 @@ def about(name: str) -> Iterator[None]:
     except FileFormatError as error:        # which names it
         raise Refused(str(error)) from None
     except OSError as error:
-        raise Refused(f"{os.fsdecode(error.filename or name)}: {error.strerror or error}") from None
+        raise Refused(f"{os.fsdecode(error.filename or name) or repr(name)}: {error.strerror or error}") from None
     except (MemoryError, OverflowError, ValueError) as error:
         raise Refused(f"{name}: {error or 'there is not enough memory for it'}") from None
 
 
 def say(text: str, to: TextIO | None = None) -> None:
-    """Print what may have a file's name in it, which need not be text."""
+    """Print one line, which may have a file's name in it: that need not be text."""
     to = to or sys.stdout
     encoding = getattr(to, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), file=to)
+    print(printable(text).encode(encoding, "backslashreplace").decode(encoding), file=to)
 
 
 def report_to(output: str | None) -> TextIO:
@@ -224,7 +228,8 @@ def diff(args: argparse.Namespace) -> int:
         print_json(figures, to)
     else:
         share = f" ({100 * differing / len(pages):.2g} %)" if differing else ""
-        say(f"{args.old}: {show_size(old.size)}\n{args.new}: {show_size(new.size)}", to)
+        say(f"{args.old}: {show_size(old.size)}", to)
+        say(f"{args.new}: {show_size(new.size)}", to)
         say(f"{differing} of {count(len(pages), 'page')} differ{share}: changed {figures['changed']},"
             f" was zero {figures['was_zero']}, became zero {figures['became_zero']}", to)
         if args.map or to.isatty():
@@ -354,11 +359,11 @@ def draw(path: str, pages: Pages, title: str) -> None:
     axes.set_xticks([])
     cell = per_cell * _files.PAGE
     axes.set_xlabel(f"{show_size(columns * cell)} in a row, {show_size(cell)} in a cell")
-    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_title(printable(title), loc="left", fontsize=10, parse_math=False)
     figure.legend(handles=[Patch(facecolor=color, edgecolor="#8894a0", label=name) for _, name, _, color, _ in CLASSES],
                   loc="outside lower left", ncols=len(CLASSES), frameon=False, fontsize=9)
     with about(path):       # ValueError: a format that matplotlib does not know
-        figure.savefig(path, dpi=130)
+        _saving.write_figure(figure, path, dpi=130)
 
 
 # -- apply -----------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import linmem
+from linmem._checks import printable
 from linmem._cli.words import (
     EXIT_INTERRUPTED,
     EXIT_TRAP,
@@ -197,7 +198,7 @@ def execute(program: str, code: bytes, argv: list[str], environment: list[tuple[
         return int(end.code)
     except wasmtime.Trap as trap:
         where = str(trap).partition("Stack backtrace:")[0].partition("Caused by:")[0].rstrip()
-        print(f"linmem run: {program} trapped: {one_line(trap)}\n{where}", file=sys.stderr)
+        print(f"linmem run: {printable(program)} trapped: {one_line(trap)}\n{where}", file=sys.stderr)
         return EXIT_TRAP
     except wasmtime.WasmtimeError as error:
         raise Refused(f"{program}: {one_line(error)}") from None

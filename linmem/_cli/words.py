@@ -6,6 +6,8 @@ import argparse
 import re
 from typing import Any, NoReturn
 
+from linmem._checks import printable
+
 EXIT_REFUSED = 1            # the thing asked for cannot be done, or a check failed
 EXIT_USAGE = 2              # the command line is wrong
 EXIT_INTERRUPTED = 130      # 128 + SIGINT, as a shell reports it
@@ -21,7 +23,7 @@ class Refused(Exception):
     """What ends a subcommand with one line on standard error."""
 
     def __init__(self, message: str, code: int = EXIT_REFUSED) -> None:
-        super().__init__(message)
+        super().__init__(printable(message))
         self.code = code
 
 
@@ -29,7 +31,7 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line; the usage is one --help away."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(EXIT_USAGE, f"{self.prog}: {printable(message)} (see {self.prog} --help)\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         found, unknown = super().parse_known_args(args, namespace)
@@ -39,6 +41,13 @@ class Parser(argparse.ArgumentParser):
             if isinstance(value, list) and ([] in value or action.default is None):
                 self.error(f"argument {action.option_strings[0]}: -- is no value")
         return found, unknown
+
+
+def file_name(text: str) -> str:
+    """Of a file that is to be written."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be the name of a file, got ''")
+    return text
 
 
 def parse_size(text: str) -> int:

@@ -27,6 +27,13 @@ ctypedef int (*range_call)(char* at, size_t size) noexcept nogil
 ctypedef int (*detailed_call)(char* at, size_t size, size_t how, void* result) noexcept nogil
 ctypedef int (*image_call)(image_pages* img, size_t offset, char* bytes, size_t size) noexcept nogil
 
+# What os_touched() looks for: pages that may hold a byte other than zero, pages that may differ from the mapped image,
+# or pages of any kind.
+cdef enum:
+    TOUCHED = 0
+    OVER_IMAGE = 1
+    PRESENT = 2
+
 # The arguments of touched() that say where its answer goes.
 cdef struct found_runs:
     span* runs
@@ -113,7 +120,13 @@ cdef int resident(char* at, size_t size, size_t* bytes) noexcept nogil:
 cdef int touched(char* at, size_t size, bint over_image, span* runs, size_t* n, char** next) noexcept nogil:
     cdef found_runs found
     found.runs, found.n, found.next = runs, n, next
-    return with_details(os_touched, at, size, over_image, &found)
+    return with_details(os_touched, at, size, OVER_IMAGE if over_image else TOUCHED, &found)
+
+
+cdef int present(char* at, size_t size, span* runs, size_t* n, char** next) noexcept nogil:
+    cdef found_runs found
+    found.runs, found.n, found.next = runs, n, next
+    return with_details(os_touched, at, size, PRESENT, &found)
 
 
 cdef int image_begin(size_t size, image_pages* out) noexcept nogil:

@@ -103,8 +103,9 @@ cdef int checked_pagemap_fd(int* fd) noexcept nogil:
     return pagemap_fd(fd)
 
 
-cdef int scan_by_ioctl(char* at, size_t size, bint over_image, found_runs* found) noexcept nogil:
+cdef int scan_by_ioctl(char* at, size_t size, size_t what, found_runs* found) noexcept nogil:
     cdef page_region regions[64]
+    cdef size_t room = sizeof(regions) // sizeof(regions[0])
     cdef pm_scan_arg scan
     cdef int fd, got, i
     cdef int code = checked_pagemap_fd(&fd)
@@ -115,10 +116,11 @@ cdef int scan_by_ioctl(char* at, size_t size, bint over_image, found_runs* found
     scan.start = <uint64_t>at
     scan.end = scan.start + size
     scan.vec = <uint64_t>&regions[0]
-    scan.vec_len = found.n[0] if found.n[0] < 64 else 64
-    scan.category_inverted = scan.category_mask = PAGE_IS_PFNZERO | (PAGE_IS_FILE if over_image else 0)
+    scan.vec_len = found.n[0] if found.n[0] < room else room
     scan.category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED
-    scan.return_mask = PAGE_IS_PFNZERO      # the same for every page that is found, so neighbours become one run
+    if what != PRESENT:
+        scan.category_inverted = scan.category_mask = PAGE_IS_PFNZERO | (PAGE_IS_FILE if what == OVER_IMAGE else 0)
+        scan.return_mask = PAGE_IS_PFNZERO      # the same for every page that is found, so neighbours become one run
     got = ioctl(fd, PAGEMAP_SCAN, &scan)
     if got < 0:
         return errno
@@ -130,9 +132,9 @@ cdef int scan_by_ioctl(char* at, size_t size, bint over_image, found_runs* found
     return 0
 
 
-cdef int scan_by_reading(char* at, size_t size, bint over_image, found_runs* found) noexcept nogil:
+cdef int scan_by_reading(char* at, size_t size, size_t what, found_runs* found) noexcept nogil:
     cdef uint64_t entries[512]
-    cdef size_t room = found.n[0], used = 0, offset = 0, count, i
+    cdef size_t room = found.n[0], used = 0, offset = 0, most = sizeof(entries) // sizeof(entries[0]), count, i
     cdef ssize_t got
     cdef int fd
     cdef int code = checked_pagemap_fd(&fd)
@@ -140,13 +142,13 @@ cdef int scan_by_reading(char* at, size_t size, bint over_image, found_runs* fou
         return code
     while offset < size:
         count = (size - offset) // real_page
-        if count > 512:
-            count = 512
+        if count > most:
+            count = most
         got = pread(fd, entries, count * 8, <off_t>(<size_t>(at + offset) // real_page * 8))
         if got != <ssize_t>(count * 8):
             return errno if got < 0 else EIO
         for i in range(count):
-            if (entries[i] >> ENTRY_SWAPPED and not (over_image and entries[i] >> ENTRY_FILE & 1)
+            if (entries[i] >> ENTRY_SWAPPED and not (what == OVER_IMAGE and entries[i] >> ENTRY_FILE & 1)
                     and not add_page(found.runs, &used, room, at + offset)):
                 size = offset       # no room for another run: the next scan begins here
                 break
@@ -156,15 +158,15 @@ cdef int scan_by_reading(char* at, size_t size, bint over_image, found_runs* fou
     return 0
 
 
-cdef int os_touched(char* at, size_t size, size_t over_image, void* found) noexcept nogil:
-    return scan_by(scan_way, at, size, over_image, <found_runs*>found)
+cdef int os_touched(char* at, size_t size, size_t what, void* found) noexcept nogil:
+    return scan_by(scan_way, at, size, what, <found_runs*>found)
 
 
-cdef int scan_by(int way, char* at, size_t size, bint over_image, found_runs* found) noexcept nogil:
+cdef int scan_by(int way, char* at, size_t size, size_t what, found_runs* found) noexcept nogil:
     if way == SCAN_IOCTL:
-        return scan_by_ioctl(at, size, over_image, found)
+        return scan_by_ioctl(at, size, what, found)
     if way == SCAN_READING:
-        return scan_by_reading(at, size, over_image, found)
+        return scan_by_reading(at, size, what, found)
     return ENOSYS
 
 
@@ -182,7 +184,7 @@ cdef bint scan_works(int way) noexcept nogil:
     madvise(p, 3 * page, MADV_NOHUGEPAGE)
     touch(p + page)
     load(<word*>(p + 2 * page))
-    if scan_by(way, p, 3 * page, False, &found) == 0:
+    if scan_by(way, p, 3 * page, TOUCHED, &found) == 0:
         works = (n == 1 and next == p + 3 * page and runs[0].at == p + page
                  and runs[0].size == (page if way == SCAN_IOCTL else 2 * page))
     munmap(p, 3 * page)

@@ -60,6 +60,10 @@ cdef int renew(char* at, size_t size) noexcept nogil
 # *next == at + size: the scan is complete. If the system cannot tell, any code.
 cdef int touched(char* at, size_t size, bint over_image, span* runs, size_t* n, char** next) noexcept nogil
 
+# As touched(), but for each page that the page tables have, also if it was only read. [at, at+size) lies in one
+# reservation and has any protection. Some systems with `scans` cannot do this, and return any code.
+cdef int present(char* at, size_t size, span* runs, size_t* n, char** next) noexcept nogil
+
 # [at, at+size) lies in one reservation. -> the kernel may use huge pages there; a hint.
 cdef int advise_huge(char* at, size_t size) noexcept nogil
 

@@ -175,9 +175,9 @@ cdef int os_renew(char* at, size_t size) noexcept nogil:
     return 0 if VirtualAlloc(at, size, MEM_COMMIT, PAGE_READWRITE) != NULL else last_error()
 
 
-cdef int os_touched(char* at, size_t size, size_t over_image, void* found) noexcept nogil:
+cdef int os_touched(char* at, size_t size, size_t what, void* found) noexcept nogil:
     # QueryWorkingSetEx does not know pages in the paging file, and no call tells which pages differ from an image.
-    return ERROR_NOT_SUPPORTED if over_image or not caps.scans else written(at, size, <found_runs*>found)
+    return written(at, size, <found_runs*>found) if what == TOUCHED and caps.scans else ERROR_NOT_SUPPORTED
 
 
 cdef int written(char* at, size_t size, found_runs* found) noexcept nogil:

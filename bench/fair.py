@@ -1,0 +1,84 @@
+"""The suite "fair": whether a tenant with many shapes takes the warm slots of one with a single shape. Counted only."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import linmem
+from linmem._os import pages as _pages
+from linmem.bench.engines import KIB, MIB, pool
+from linmem.bench.harness import RATE, Group, Row, exact
+
+SHAPES = 100                # of the first tenant, which asks for each of them between two requests of the second
+ROUNDS_OF_SHAPES, QUICK_ROUNDS_OF_SHAPES = 300, 30
+STEP = 64 * KIB             # of each memory, all written
+ROOM = SHAPES // 2          # memories that a bound has room for
+GOAL = 0.95
+
+
+@dataclass(frozen=True)
+class Case:
+    key: str
+    what: str
+    pool: Callable[[], AbstractContextManager]
+
+
+def of(**options: object) -> Callable[[], AbstractContextManager]:
+    return lambda: contextlib.nullcontext(pool(**options))
+
+
+@contextlib.contextmanager
+def of_all_pools() -> Iterator[object]:
+    linmem.set_pool_limits(max_resident=ROOM * STEP)
+    try:
+        yield pool()
+    finally:
+        linmem.set_pool_limits()
+
+
+CASES = (
+    Case("by_count", f"max_unused_warm={SHAPES}", of(max_unused_warm=SHAPES)),
+    Case("by_resident", f"max_resident={ROOM * STEP / MIB:.3g} MiB", of(max_resident=ROOM * STEP)),
+    Case("by_slots", f"slots={ROOM}", of(slots=ROOM)),
+    Case("by_all_pools", f"set_pool_limits(max_resident={ROOM * STEP / MIB:.3g} MiB)", of_all_pools),
+    Case("by_budget", f"a budget of {ROOM} memories below the pool",
+         lambda: of(upstream=linmem.creator("limiting", limit_bytes=ROOM * STEP))()),
+)
+
+
+def groups(quick: bool) -> list[Group]:
+    return [group(case, QUICK_ROUNDS_OF_SHAPES if quick else ROUNDS_OF_SHAPES) for case in CASES]
+
+
+def group(case: Case, rounds: int) -> Group:
+    what = f"one tenant with {SHAPES} shapes, one with a single one, {case.what}"
+
+    def measured() -> list[Row]:
+        return [exact(f"{case.key}/requests", what, "warm hits of the second", "its requests",
+                      hit_rate(case, rounds, "second"), GOAL, RATE),
+                exact(f"{case.key}/one_domain/requests", f"{what}; both in one domain", "warm hits of the second",
+                      "its requests", hit_rate(case, rounds, "first"), None, RATE, drawn=False)]
+
+    return Group(case.key, what, (), (), "the first tenant asks for each of its shapes between two requests of the"
+                 " second", count=measured)
+
+
+def hit_rate(case: Case, rounds: int, domain: str) -> float:
+    """The second tenant's, as the pool's metrics count it; its domain may be the first one's, too."""
+    ones = b"\1" * (STEP // _pages.describe()["page_size"])
+    page = STEP // len(ones)
+
+    def use(maximum: int, domain: str) -> None:
+        with linmem.create(STEP, maximum, creator=made, domain=domain) as mem:
+            memoryview(mem)[::page] = ones
+
+    with case.pool() as made:
+        for _ in range(rounds):
+            for shape in range(SHAPES):
+                use((2 + shape) * STEP, "first")
+            use(STEP, domain)
+        counts = next(shape for shape in linmem.metrics.read(made)["shapes"] if shape["shape"]["maximum"] == STEP)
+    return counts["hits_warm"] / (counts["hits_warm"] + counts["hits_cold"] + counts["misses"])
