@@ -5,12 +5,12 @@
 #if defined(LINMEM_CHECKED)
 #include <stdio.h>
 #include <stdlib.h>
-#define linmem_must(holds)                                              \
-    do {                                                                \
-        if (!(holds)) {                                                 \
-            fprintf(stderr, "linmem: " #holds " does not hold\n");      \
-            abort();                                                    \
-        }                                                               \
+#define linmem_must(holds)                                         \
+    do {                                                           \
+        if (!(holds)) {                                            \
+            fprintf(stderr, "linmem: " #holds " does not hold\n"); \
+            abort();                                               \
+        }                                                          \
     } while (0)
 #else
 #define linmem_must(holds) ((void)sizeof(holds))

@@ -44,8 +44,8 @@ def test_the_version_is_the_one_of_the_changelog():
 
 
 def test_types_and_the_c_face_are_beside_the_code():
-    for name in ("py.typed", "_memory.pxd", "_adaptors.pxd", "_units.pxd", "_atomic.pxd", "_atomic.h", "_os/pages.pxd", "_demo.c",
-                 "_demo.wasm"):
+    for name in ("py.typed", "_memory.pxd", "_adaptors.pxd", "_units.pxd", "_atomic.pxd", "_atomic.h", "_os/pages.pxd",
+                 "_demo.c", "_demo.wasm"):
         assert (PACKAGE / name).is_file(), name
 
 

@@ -23,8 +23,8 @@
 #include <psapi.h>
 
 #if defined(__MINGW32__) /* some of its headers lack this function; its C library has the function */
-_CRTIMP _invalid_parameter_handler __cdecl _set_thread_local_invalid_parameter_handler(
-    _invalid_parameter_handler handler);
+_CRTIMP _invalid_parameter_handler __cdecl
+_set_thread_local_invalid_parameter_handler(_invalid_parameter_handler handler);
 #endif
 
 #else

@@ -1,7 +1,7 @@
 # cython: language_level=3
 """The page floor on Windows: VirtualAlloc, VirtualProtect, VirtualFree and their kin."""
 
-from linmem._os cimport pages  # noqa: F401  an edit of the contract causes a rebuild
+from linmem._os cimport pages as _contract    # no-cython-lint: an edit of the contract causes a rebuild
 from linmem._atomic cimport add, load, store, touch, word
 
 from libc.stddef cimport wchar_t
