@@ -35,15 +35,15 @@ def read(pool: PoolingCreator) -> dict[str, Any]:
     Returns
     -------
     dict
-        Counters: hits_warm, hits_cold, misses, evictions (by cause), purges, resets (by kind), reset_ns (sampled:
-        the first reset of a slot, and then one of sixteen), bytes_zeroed. Gauges: live, peak_live (the most guests
-        at once), warm, cold, resident, page_tables, reserved (bytes). Of the pool alone, the counters fallbacks and
-        rejected, and the gauges slots, resident_bound, reserved_bound (None: no bound), images, image_bytes and
-        image_descriptors.
+        Counters: hits_warm, hits_cold, misses, evictions (by cause), purges (by `idle_seconds` or `purge()`, not
+        counted as evictions), resets (by kind), reset_ns (estimated from the first reset of a slot and then one of
+        sixteen), bytes_zeroed. Gauges: live, peak_live (the most guests at once), warm, cold, resident, page_tables,
+        reserved (bytes). Of the pool alone, the counters fallbacks and rejected, and the gauges slots,
+        resident_bound, reserved_bound (None: no bound), images, image_bytes and image_descriptors.
 
-        shapes: a list with a dict of the former for each shape, and with its image_bytes, image_descriptors, and
-        `shape`, a dict. domains: a dict of the former for each domain, by name. Of shapes and domains without slots,
-        the pool forgets all at once when there are more than 256; one that comes back begins at 0.
+        shapes: a list with a dict for each shape: the figures that are not of the pool alone, its image_bytes and
+        image_descriptors, and `shape`, a dict. domains: a dict of the same figures for each domain, by name. The pool
+        forgets all shapes (or domains) without slots when there are more than 256; one that comes back begins at 0.
 
     Raises
     ------
