@@ -1507,6 +1507,7 @@ cdef void drop_what_was_lost() noexcept nogil:
     cdef slot* chain = NULL
     cdef memory_hook* hook
     cdef pool* p
+    store(&costs_lock, 0)       # the thread that measured is not here
     while m != NULL:
         s = outermost_slot(m)
         if s != NULL and was_lost(s, m):

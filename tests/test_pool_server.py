@@ -3,6 +3,7 @@
 import errno
 import gc
 import random
+import sysconfig
 import threading
 import time
 from fractions import Fraction
@@ -34,6 +35,11 @@ SHAPE = {"maximum": 64 * PAGE, "reserve": 64 * PAGE, "guard": PAGE}
 def _limits_of_the_process_stay():
     yield
     linmem.set_pool_limits()
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        # CPython 3.13 keeps every function, and so what it closes over, once a thread has started.
+        for each in gc.get_objects():
+            if type(each) is linmem.PoolingCreator:
+                each.trim()
 
 
 def used(pool, pages_written=1, minimum=1, **how):
