@@ -154,7 +154,8 @@ cdef struct slot:
     long long emptied       # when all its pages were last given back
     unsigned int uses       # since then
     reset_policy policy
-    counts counts
+    size_t zeroed           # bytes, by the reset under way
+    counts counts           # under the lock
     char apart[CACHE_LINE]  # another thread's slot may come next
 
 # Idle slots by when they became so.

@@ -899,7 +899,7 @@ cdef int clear(slot* s, size_t used, const plan* to, finding* what) noexcept nog
 
 cdef void account(slot* s, size_t used, const plan* to, const finding* what, long long now) noexcept nogil:
     """What the slot keeps after the reset."""
-    s.counts.zeroed += what.zeroed
+    s.zeroed = what.zeroed
     s.uses += 1
     s.tables = s.old_tables + what.tables
     if s.tables > most_tables(s, s.pages.high):
@@ -1068,10 +1068,11 @@ cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
     cdef slot* out = NULL
     cdef long long now, start = 0
     cdef int how = -1, cause = 0
-    cdef size_t resets
+    cdef size_t resets, took = 0
     cdef bint kept
     if load(&s.state) == DROPPING:
         return let_go(s, m)
+    s.zeroed = 0
     move_slot(p, s, RESETTING)
     now = pages.coarse_ns()
     if m.base == s.base and m.capacity == s.capacity:       # else it has moved, and is of another shape
@@ -1080,10 +1081,12 @@ cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
             start = pages.clock_ns()
         how = reset(s, m, now)
         if start:       # it stands for the resets since the last one that was timed
-            s.counts.reset_ns += <size_t>(pages.clock_ns() - start) * (TIMED if resets else 1)
+            took = <size_t>(pages.clock_ns() - start) * (TIMED if resets else 1)
         if how < 0:
             acquire(&p.lock.held)
             p.rejected += 1
+            s.counts.zeroed += s.zeroed
+            s.counts.reset_ns += took
             unlock(&p.lock.held)
     if how < 0:
         return let_go(s, m)
@@ -1092,6 +1095,8 @@ cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
     publish(&m.owner, OWNER_PYTHON)
     acquire(&p.lock.held)
     s.counts.resets[how] += 1
+    s.counts.zeroed += s.zeroed
+    s.counts.reset_ns += took
     s.thread = this_thread()
     s.since = now
     kept = move_slot(p, s, COLD if s.pages.accessible < s.pages.least else WARM)
@@ -1124,15 +1129,16 @@ cdef void cool(pool* p, slot* s) noexcept nogil:
 cdef void cool_surplus(pool* p, slot* s, int cause, long long now) noexcept nogil:
     """Give back the pages of one warm slot after the other, until the bounds hold. Of those that have been idle for
     too long only a few: the next give-back goes on."""
-    cdef size_t purged = 0, bytes_ = 0, most
+    cdef size_t purged = 0, bytes_ = 0, most = 0
     add(&p.refs, 1)         # a slot that is dropped here may have held the last one
-    most = PURGED_AT_ONCE + p.n_warm // PURGED_SHARE
     while s != NULL:
         if cause == EVICTED_IDLE:
             purged += 1
             bytes_ += s.resident
         cool(p, s)
         acquire(&p.lock.held)
+        if most == 0:
+            most = PURGED_AT_ONCE + p.n_warm // PURGED_SHARE
         s = surplus(p, now, &cause)
         if s != NULL and cause == EVICTED_IDLE and (purged >= most or bytes_ >= PURGED_BYTES):
             s = NULL
