@@ -604,7 +604,7 @@ def test_an_upstream_in_python_that_uses_the_pool_itself_is_not_refused():
         assert pool.stats()["live"] == 1
 
 
-@requires("maps")
+@requires("maps", "large_space")        # a sanitizer has tables of its own for what it shadows
 def test_page_tables_are_counted_as_the_os_counts_them_and_a_cold_slot_has_one_at_most():
     assert answer(f"""
         import linmem, linmem.metrics, re
