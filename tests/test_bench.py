@@ -845,7 +845,7 @@ def test_the_markdown_replaces_only_what_stands_between_the_marks(tmp_path):
 
 # -- what is counted ------------------------------------------------------------------------------------------
 
-@requires("maps")
+@requires("maps", "scans")       # else the pages of large memories go at once
 def test_a_burst_shows_in_what_is_resident_and_the_traffic_after_it_gives_all_back(monkeypatch):
     case = soak_pool.CASES[0]
     server = soak_pool.Server(0.1)
