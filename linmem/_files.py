@@ -708,7 +708,7 @@ def _check_digest(image: AnImage, contents: Contents) -> None:
 
 
 def save_delta(delta: ADelta, path: str | bytes | os.PathLike[str]) -> None:
-    zeroed = sum(size for _, size in delta.zeros)
+    zeroed = sum(size for _, size, data in delta.pieces() if data is None)
     if zeroed > MOST_ZEROED:
         raise ValueError(f"a saved delta may zero at most {MOST_ZEROED} bytes, since its file names each {GROUP} of"
                          f" them, and this one zeroes {zeroed}")
