@@ -545,8 +545,8 @@ cdef inline void count_mappings(pool* p, slot* s) noexcept nogil:
 
 cdef inline bint move_slot(pool* p, slot* s, int to) noexcept nogil:
     """The one function that changes a slot's state, with all lists and counts that follow from it. The pool's lock is
-    held, but for RESETTING, which changes no list and no count. False: the pool is closed, or nobody can ask for the
-    slot's image any more, so the slot does not become idle; the caller drops it."""
+    held, but for RESETTING, which changes no list and no count. False: the pool is closed, or the slot's image is
+    forgotten. Then the slot does not become idle, and the caller drops it."""
     cdef int state = <int>load(&s.state)
     cdef tenant* t
     must(may_become(state, to))
@@ -971,7 +971,7 @@ cdef int reset(slot* s, memory* m, long long now) noexcept nogil:
         poke(&m.accessible, s.pages.least)        # upstream may have someone who watches, here and below
     elif (s.pages.hidden and s.pool.idle_ns and now - s.grown > s.pool.idle_ns
             and pages.decommit(s.base + used, s.pages.high - used) == 0):
-        s.resident -= s.pages.hidden            # nobody has grown into these pages for long
+        s.resident -= s.pages.hidden            # no guest has grown into them for idle_seconds
         s.pages.hidden = 0
         s.pages.high = used
     s.pages.accessible = s.pages.least
@@ -1048,11 +1048,9 @@ cdef inline void restore(slot* s) noexcept nogil:
 cdef bint let_go(slot* s, memory* m) noexcept nogil:
     """The memory is upstream's again, and may be freed before the slot is: stats() must not look at it."""
     if m.base == s.base and m.capacity == s.capacity and s.head.next != NULL:
-        # A pool below knows nothing of what is hidden here, and takes all pages for the domain's that it made the
-        # memory for. Refused, the pages are zero all the same.
-        if s.changed_domain and cool_pages(s):
-            pass
-        elif s.pages.high > m.accessible:
+        # A pool below does not know of the hidden pages, and it hands the others to the domain that it made the
+        # memory for. So after a change of domain all pages go. If the OS refuses, they stay, and are zero.
+        if not (s.changed_domain and cool_pages(s)) and s.pages.high > m.accessible:
             pages.decommit(s.base + m.accessible, s.pages.high - m.accessible)
     acquire(&s.pool.lock.held)
     if load(&s.state) != DROPPING:
