@@ -93,7 +93,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def module_of(suite: str):
-    """The module of a suite. "soak-pool" is no name of one, and the module `soak` is a test."""
+    """The module of a suite, whose name has "_" for each "-". The module `soak` is another program."""
     return importlib.import_module(f"linmem.bench.{suite.replace('-', '_')}")
 
 

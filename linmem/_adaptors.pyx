@@ -6,7 +6,6 @@ from cpython.object cimport PyObject
 from cpython.ref cimport Py_INCREF
 from libc.stdint cimport SIZE_MAX
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcpy
 
 from linmem._atomic cimport add, load, poke, poke_address, store, swap_if
 from linmem._memory cimport (
@@ -477,10 +476,13 @@ cdef class StatisticsCreator(NativeCreator):
 
     def statistics(self):
         """The sums, as a dict: bytes are byte_size; failures are refused creations and growths."""
-        cdef ledger book
+        cdef ledger book            # only what is reported
         with nogil:
             acquire(&self.ledger.lock.held)
-            book = self.ledger[0]
+            book.current_bytes, book.peak_bytes = self.ledger.current_bytes, self.ledger.peak_bytes
+            book.total_bytes, book.failures = self.ledger.total_bytes, self.ledger.failures
+            book.n_live, book.peak_count = self.ledger.n_live, self.ledger.peak_count
+            book.total_count = self.ledger.total_count
             unlock(&self.ledger.lock.held)
         return {"current_bytes": book.current_bytes, "peak_bytes": book.peak_bytes, "total_bytes": book.total_bytes,
                 "current_count": book.n_live, "peak_count": book.peak_count, "total_count": book.total_count,
@@ -526,14 +528,21 @@ cdef class StatisticsCreator(NativeCreator):
 cdef void copy_records(ledger* book, record* to) noexcept nogil:
     cdef record* r = book.live
     while r != NULL:
-        memcpy(to, r, sizeof(record))
+        copy_record(r, to)
         to += 1
         r = r.next
     r = book.dropped
     while r != NULL:
-        memcpy(to, r, sizeof(record))
+        copy_record(r, to)
         to += 1
         r = r.next
+
+
+cdef inline void copy_record(const record* r, record* to) noexcept nogil:
+    """What is reported; `sampling` is not under the ledger's lock."""
+    to.m = r.m
+    to.first_size, to.size, to.growths, to.refused = r.first_size, r.size, r.growths, r.refused
+    to.grow_ns, to.peak_resident = r.grow_ns, r.peak_resident
 
 
 # -- a Python class as a creator ------------------------------------------------------------------------

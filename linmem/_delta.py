@@ -158,6 +158,7 @@ class Delta:
         ------
         ValueError
             If its ranges are not whole blocks of 4096 bytes. Those of `Image.diff` and of a chain of such deltas are.
+            Or if it zeroes more than 64 GiB, as a chain may over images that begin far apart.
         OSError
             The old file, if there is one, is still there.
         """

@@ -54,10 +54,10 @@ if TYPE_CHECKING:
         offset: int
         def pieces(self) -> Iterator[Run]: ...
 
-__all__ = ["DELTA", "GROUP", "IMAGE", "IN_PLACE", "NO_DIGEST", "PACKED", "PAGE", "VERSION", "Contents", "NotZero",
-           "check", "content_digest", "nonzero_runs", "open_delta", "open_file", "open_image", "own_runs", "pieces",
-           "read", "round_up", "runs_of_file", "save_delta", "save_image", "verify_image", "write", "write_image",
-           "write_to"]
+__all__ = ["DELTA", "GROUP", "IMAGE", "IN_PLACE", "MOST_ZEROED", "NO_DIGEST", "PACKED", "PAGE", "VERSION", "Contents",
+           "NotZero", "check", "content_digest", "nonzero_runs", "open_delta", "open_file", "open_image", "own_runs",
+           "pieces", "read", "round_up", "runs_of_file", "save_delta", "save_image", "verify_image", "write",
+           "write_image", "write_to"]
 
 MAGIC = b"\x89LINMEM\n"     # a byte that no text has, and a line end that a transfer as text would change
 VERSION = 2                 # which has packed data at once after the header, and the target's offset of a delta
@@ -76,6 +76,7 @@ FIELDS = ("magic", "version", "kind", "header_size", "group_size", "page_size", 
           "base_digest", "table_digest", "header_digest")
 ENTRY = struct.Struct("<QHHI")
 DATA_OFFSET = GROUP
+MOST_ZEROED = GROUP << 20       # bytes, of a delta: their table is a second's work
 NO_DIGEST = bytes(DIGEST_SIZE)
 ZEROS = bytes(PAGE)
 TABLE_STEP = 4096 * ENTRY.size
@@ -707,6 +708,10 @@ def _check_digest(image: AnImage, contents: Contents) -> None:
 
 
 def save_delta(delta: ADelta, path: str | bytes | os.PathLike[str]) -> None:
+    zeroed = sum(size for _, size, data in delta.pieces() if data is None)
+    if zeroed > MOST_ZEROED:
+        raise ValueError(f"a saved delta may zero at most {MOST_ZEROED} bytes, since its file names each {GROUP} of"
+                         f" them, and this one zeroes {zeroed}")
     for start, size, _ in delta.pieces():
         if start % PAGE or ((start + size) % PAGE and start + size != delta.size):
             raise ValueError(f"only deltas of whole pages of {PAGE} bytes can be saved, and this one has"

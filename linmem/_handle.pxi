@@ -1057,7 +1057,7 @@ tell_forgotten = NULL
 
 
 cdef void forgotten_is(void (*tell)(image* it) noexcept nogil) noexcept nogil:
-    """Called once, by the pool: `tell` hears of each image that has slots and that nobody can ask for any more."""
+    """Called once, by the pool: `tell` is called with each image that is forgotten and still has slots."""
     global tell_forgotten
     tell_forgotten = tell
 

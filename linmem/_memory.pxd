@@ -46,7 +46,7 @@ cdef struct image:
     size_t end                  # a memory of it has at least so many bytes
     size_t low                  # within the content, whole host pages: what is not zero lies in low .. high,
     size_t high
-    word forgotten              # 1: its Python object is gone, so nobody can ask for a memory of it any more
+    word forgotten              # 1: its Python object is gone, so no new memory of it is made
     word slots                  # of pools that start from it
     run* runs                   # and there in these, in order and apart, multiples of GRANULE
     size_t n_runs
@@ -126,8 +126,8 @@ cdef struct memory_hook:
     int (*before_grow)(memory_hook* hook, memory* m, size_t new_size, failure* why) noexcept nogil
     # After it, the lock held, for each hook whose before_grow returned 0; code: how it ended.
     void (*after_grow)(memory_hook* hook, memory* m, size_t old_size, size_t new_size, int code) noexcept nogil
-    # The last reference is gone, and whoever held one is done with the memory. Twice in a forked child, where the
-    # first time was a lost thread's.
+    # The last reference is gone, so no thread uses the memory. In a forked child this may be called a second time, if
+    # the thread that called it first is lost.
     void (*before_drop)(memory_hook* hook, memory* m) noexcept nogil
     # Next: true takes the memory over, with this hook and those of the adaptors below, to be handed
     # out again. The adaptors above see it dropped.

@@ -39,7 +39,7 @@ cdef enum:
     EVICTED_SLOTS = 3       # room for a new slot
     EVICTED_RESERVED = 4    # max_reserved
     EVICTED_REFUSED = 5     # a budget or the OS had refused what the slot held
-    EVICTED_IMAGE = 6       # nobody can ask for the slot's image any more
+    EVICTED_IMAGE = 6       # the slot's image is forgotten: see `image` in _memory.pxd
     EVICTED_TRIM = 7        # trim()
     EVICTED_IDLE = 8        # idle_seconds
     EVICTED_PURGE = 9       # purge()
@@ -154,7 +154,8 @@ cdef struct slot:
     long long emptied       # when all its pages were last given back
     unsigned int uses       # since then
     reset_policy policy
-    counts counts
+    size_t zeroed           # bytes, by the reset under way
+    counts counts           # under the lock
     char apart[CACHE_LINE]  # another thread's slot may come next
 
 # Idle slots by when they became so.

@@ -535,8 +535,8 @@ cdef inline void count_mappings(pool* p, slot* s) noexcept nogil:
 
 cdef inline bint move_slot(pool* p, slot* s, int to) noexcept nogil:
     """The one function that changes a slot's state, with all lists and counts that follow from it. The pool's lock is
-    held, but for RESETTING, which changes no list and no count. False: the pool is closed, or nobody can ask for the
-    slot's image any more, so the slot does not become idle; the caller drops it."""
+    held, but for RESETTING, which changes no list and no count. False: the pool is closed, or the slot's image is
+    forgotten. Then the slot does not become idle, and the caller drops it."""
     cdef int state = <int>load(&s.state)
     cdef tenant* t
     must(may_become(state, to))
@@ -889,7 +889,7 @@ cdef int clear(slot* s, size_t used, const plan* to, finding* what) noexcept nog
 
 cdef void account(slot* s, size_t used, const plan* to, const finding* what, long long now) noexcept nogil:
     """What the slot keeps after the reset."""
-    s.counts.zeroed += what.zeroed
+    s.zeroed = what.zeroed
     s.uses += 1
     s.tables = s.old_tables + what.tables
     if s.tables > most_tables(s, s.pages.high):
@@ -961,7 +961,7 @@ cdef int reset(slot* s, memory* m, long long now) noexcept nogil:
         poke(&m.accessible, s.pages.least)        # upstream may have someone who watches, here and below
     elif (s.pages.hidden and s.pool.idle_ns and now - s.grown > s.pool.idle_ns
             and pages.decommit(s.base + used, s.pages.high - used) == 0):
-        s.resident -= s.pages.hidden            # nobody has grown into these pages for long
+        s.resident -= s.pages.hidden            # no guest has grown into them for idle_seconds
         s.pages.hidden = 0
         s.pages.high = used
     s.pages.accessible = s.pages.least
@@ -1038,11 +1038,9 @@ cdef inline void restore(slot* s) noexcept nogil:
 cdef bint let_go(slot* s, memory* m) noexcept nogil:
     """The memory is upstream's again, and may be freed before the slot is: stats() must not look at it."""
     if m.base == s.base and m.capacity == s.capacity and s.head.next != NULL:
-        # A pool below knows nothing of what is hidden here, and takes all pages for the domain's that it made the
-        # memory for. Refused, the pages are zero all the same.
-        if s.changed_domain and cool_pages(s):
-            pass
-        elif s.pages.high > m.accessible:
+        # A pool below does not know of the hidden pages, and it hands the others to the domain that it made the
+        # memory for. So after a change of domain all pages go. If the OS refuses, they stay, and are zero.
+        if not (s.changed_domain and cool_pages(s)) and s.pages.high > m.accessible:
             pages.decommit(s.base + m.accessible, s.pages.high - m.accessible)
     acquire(&s.pool.lock.held)
     if load(&s.state) != DROPPING:
@@ -1058,10 +1056,11 @@ cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
     cdef slot* out = NULL
     cdef long long now, start = 0
     cdef int how = -1, cause = 0
-    cdef size_t resets
+    cdef size_t resets, took = 0
     cdef bint kept
     if load(&s.state) == DROPPING:
         return let_go(s, m)
+    s.zeroed = 0
     move_slot(p, s, RESETTING)
     now = pages.coarse_ns()
     if m.base == s.base and m.capacity == s.capacity:       # else it has moved, and is of another shape
@@ -1070,10 +1069,12 @@ cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
             start = pages.clock_ns()
         how = reset(s, m, now)
         if start:       # it stands for the resets since the last one that was timed
-            s.counts.reset_ns += <size_t>(pages.clock_ns() - start) * (TIMED if resets else 1)
+            took = <size_t>(pages.clock_ns() - start) * (TIMED if resets else 1)
         if how < 0:
             acquire(&p.lock.held)
             p.rejected += 1
+            s.counts.zeroed += s.zeroed
+            s.counts.reset_ns += took
             unlock(&p.lock.held)
     if how < 0:
         return let_go(s, m)
@@ -1082,6 +1083,8 @@ cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
     publish(&m.owner, OWNER_PYTHON)
     acquire(&p.lock.held)
     s.counts.resets[how] += 1
+    s.counts.zeroed += s.zeroed
+    s.counts.reset_ns += took
     s.thread = this_thread()
     s.since = now
     kept = move_slot(p, s, COLD if s.pages.accessible < s.pages.least else WARM)
@@ -1114,15 +1117,16 @@ cdef void cool(pool* p, slot* s) noexcept nogil:
 cdef void cool_surplus(pool* p, slot* s, int cause, long long now) noexcept nogil:
     """Give back the pages of one warm slot after the other, until the bounds hold. Of those that have been idle for
     too long only a few: the next give-back goes on."""
-    cdef size_t purged = 0, bytes_ = 0, most
+    cdef size_t purged = 0, bytes_ = 0, most = 0
     add(&p.refs, 1)         # a slot that is dropped here may have held the last one
-    most = PURGED_AT_ONCE + p.n_warm // PURGED_SHARE
     while s != NULL:
         if cause == EVICTED_IDLE:
             purged += 1
             bytes_ += s.resident
         cool(p, s)
         acquire(&p.lock.held)
+        if most == 0:
+            most = PURGED_AT_ONCE + p.n_warm // PURGED_SHARE
         s = surplus(p, now, &cause)
         if s != NULL and cause == EVICTED_IDLE and (purged >= most or bytes_ >= PURGED_BYTES):
             s = NULL
@@ -1497,6 +1501,7 @@ cdef void drop_what_was_lost() noexcept nogil:
     cdef slot* chain = NULL
     cdef memory_hook* hook
     cdef pool* p
+    store(&costs_lock, 0)       # the thread that measured is not here
     while m != NULL:
         s = outermost_slot(m)
         if s != NULL and was_lost(s, m):

@@ -16,13 +16,16 @@ if TYPE_CHECKING:
 
 __all__ = ["collector", "read", "totals"]
 
-_COUNTERS = {"misses": "Requests that a new slot served.", "purges": "Slots that gave their pages back by time.",
+_COUNTERS = {"misses": "Requests that a new slot served.",
+             "purges": "Slots whose pages idle_seconds or purge() gave back.",
              "bytes_zeroed": "Bytes that resets have zeroed."}
 _GAUGES = {"live": "Slots in use.", "peak_live": "The most slots that were ever in use at once.",
            "warm": "Idle slots that keep their pages.", "cold": "Idle slots without pages.",
            "resident": "Bytes that idle slots keep resident, at most.",
            "page_tables": "Bytes of page tables of idle slots, at most.",
            "reserved": "Bytes of address space of all slots, guards included."}
+_COUNTERS_OF_A_POOL = {"fallbacks": "Memories that upstream made because the pool was full.",
+                       "rejected": "Slots that were dropped because their reset failed."}
 _OF_A_POOL = {"slots": "The most slots there may be.",
               "resident_bound": "What resident and page_tables never exceed for long."}
 _OF_IMAGES = {"image_bytes": "Bytes of the images that slots start from.",
@@ -35,15 +38,15 @@ def read(pool: PoolingCreator) -> dict[str, Any]:
     Returns
     -------
     dict
-        Counters: hits_warm, hits_cold, misses, evictions (by cause), purges, resets (by kind), reset_ns (sampled:
-        the first reset of a slot, and then one of sixteen), bytes_zeroed. Gauges: live, peak_live (the most guests
-        at once), warm, cold, resident, page_tables, reserved (bytes). Of the pool alone, the counters fallbacks and
-        rejected, and the gauges slots, resident_bound, reserved_bound (None: no bound), images, image_bytes and
-        image_descriptors.
+        Counters: hits_warm, hits_cold, misses, evictions (by cause), purges (by `idle_seconds` or `purge()`, not
+        counted as evictions), resets (by kind), reset_ns (estimated from the first reset of a slot and then one of
+        sixteen), bytes_zeroed. Gauges: live, peak_live (the most guests at once), warm, cold, resident, page_tables,
+        reserved (bytes). Of the pool alone, the counters fallbacks and rejected, and the gauges slots,
+        resident_bound, reserved_bound (None: no bound), images, image_bytes and image_descriptors.
 
-        shapes: a list with a dict of the former for each shape, and with its image_bytes, image_descriptors, and
-        `shape`, a dict. domains: a dict of the former for each domain, by name. Of shapes and domains without slots,
-        the pool forgets all at once when there are more than 256; one that comes back begins at 0.
+        shapes: a list with a dict for each shape: the figures that are not of the pool alone, its image_bytes and
+        image_descriptors, and `shape`, a dict. domains: a dict of the same figures for each domain, by name. The pool
+        forgets all shapes (or domains) without slots when there are more than 256; one that comes back begins at 0.
 
     Raises
     ------
@@ -140,9 +143,8 @@ def collector(*pools: PoolingCreator, names: Iterable[str] | None = None, per_do
                     ([label, text], row) for text, row in _by_shape(figures["shapes"]).items()])
             for name, text in _OF_A_POOL.items():
                 yield gauge(f"linmem_pool_{name}", text, ["pool"], [([label], of[name]) for label, of in found])
-            for name in ("fallbacks", "rejected"):
-                yield counter(f"linmem_pool_{name}", f"Memories: {name}.", ["pool"],
-                              [([label], of[name]) for label, of in found])
+            for name, text in _COUNTERS_OF_A_POOL.items():
+                yield counter(f"linmem_pool_{name}", text, ["pool"], [([label], of[name]) for label, of in found])
 
     def families(found: Any, prefix: str, keys: list[str], rows_of: Any) -> Iterator[Any]:
         rows = [row for label, figures in found for row in rows_of(label, figures)]
@@ -152,7 +154,7 @@ def collector(*pools: PoolingCreator, names: Iterable[str] | None = None, per_do
             yield gauge(f"{prefix}_{name}", text, keys, [(at, row[name]) for at, row in rows])
         yield counter(f"{prefix}_hits", "Requests that an idle slot served.", [*keys, "state"], [
             ([*at, state], row[f"hits_{state}"]) for at, row in rows for state in ("warm", "cold")])
-        yield counter(f"{prefix}_evictions", "Idle slots that lost their pages or were dropped.", [*keys, "cause"], [
+        yield counter(f"{prefix}_evictions", "Idle slots that lost pages or went; no purges.", [*keys, "cause"], [
             ([*at, cause], n) for at, row in rows for cause, n in row["evictions"].items()])
         yield counter(f"{prefix}_resets", "Resets by kind.", [*keys, "kind"], [
             ([*at, how], n) for at, row in rows for how, n in row["resets"].items()])

@@ -845,7 +845,7 @@ def test_the_markdown_replaces_only_what_stands_between_the_marks(tmp_path):
 
 # -- what is counted ------------------------------------------------------------------------------------------
 
-@requires("maps")
+@requires("maps", "scans")       # else the pages of large memories go at once
 def test_a_burst_shows_in_what_is_resident_and_the_traffic_after_it_gives_all_back(monkeypatch):
     case = soak_pool.CASES[0]
     server = soak_pool.Server(0.1)
@@ -900,6 +900,7 @@ def refusals(said):
 OUTPUTS = {"--json": "figures.json", "--picture": "figure.png", "--markdown": "page.md"}
 
 
+@requires("matplotlib")
 @pytest.mark.parametrize("option", OUTPUTS)
 def test_a_file_of_figures_is_there_whole_or_not_at_all(monkeypatch, tmp_path, capsys, option):
     path = tmp_path / OUTPUTS[option]
@@ -924,6 +925,7 @@ def test_a_file_of_figures_is_there_whole_or_not_at_all(monkeypatch, tmp_path, c
     assert os.listdir(tmp_path) == [path.name]
 
 
+@requires("matplotlib")
 @pytest.mark.parametrize("option", OUTPUTS)
 def test_a_file_of_figures_with_no_name_is_refused_before_anything_is_measured(option, capsys):
     parser = argparse.ArgumentParser()
@@ -934,6 +936,7 @@ def test_a_file_of_figures_with_no_name_is_refused_before_anything_is_measured(o
     assert f"argument {option}: must be the name of a file, got ''" in capsys.readouterr().err
 
 
+@requires("matplotlib")
 @pytest.mark.parametrize("option", OUTPUTS)
 def test_what_cannot_be_written_is_said_in_a_line_each_and_the_rest_is_written(monkeypatch, tmp_path, capsys, option):
     paths = {name: tmp_path / file for name, file in OUTPUTS.items()}
@@ -944,6 +947,7 @@ def test_what_cannot_be_written_is_said_in_a_line_each_and_the_rest_is_written(m
     assert sorted(os.listdir(tmp_path)) == sorted(file for name, file in OUTPUTS.items() if name != option)
 
 
+@requires("matplotlib")
 def test_a_picture_of_no_known_format_is_refused_and_nothing_is_left(monkeypatch, tmp_path, capsys):
     assert measured(monkeypatch, "--picture", tmp_path / "figure.nothing") == 1
     (line,) = refusals(capsys.readouterr())
@@ -951,7 +955,7 @@ def test_a_picture_of_no_known_format_is_refused_and_nothing_is_left(monkeypatch
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipe has a name here")
+@requires("fifos")
 def test_figures_go_into_a_pipe_as_a_stream(monkeypatch, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE)

@@ -29,6 +29,7 @@ import linmem
 from linmem import Delta, FileFormatError, Image, _files
 
 PAGE, GROUP = 4096, 65536
+MOST_ZEROED = 64 << 30
 HEADER = 224
 
 
@@ -963,17 +964,25 @@ def test_a_delta_leads_to_the_image_that_it_was_made_for_and_so_does_a_chain(tmp
         whole = step if whole is None else whole | step
         for name, delta, base in ((f"step{i}", step, a), (f"whole{i}", whole, images[0])):
             assert base.apply(delta) == b
-            try:
-                delta.save(folder / name)
-            except ValueError:      # a chain over an image that ends within a page
-                assert delta is not step
-                assert any((image.offset + image.size) % PAGE for image in images)
+            if sum(size for _, size in delta.zeros) > MOST_ZEROED:     # a chain over images that begin far apart
+                with pytest.raises(ValueError, match="may zero at most"):
+                    delta.save(folder / name)
+                assert not (folder / name).exists()
                 continue
+            delta.save(folder / name)
             back = Delta.open(folder / name)
             assert base.apply(back) == b
             for copy in (back, pickle.loads(pickle.dumps(delta))):
                 assert (copy.target, copy.offset, copy.size) == (delta.target, delta.offset, delta.size)
             assert pickle.loads(pickle.dumps(delta)) == delta
+
+
+def test_a_delta_that_zeroes_more_than_a_file_should_name_is_refused_at_once(tmp_path, image):
+    for size in (MOST_ZEROED + PAGE, 1 << 62):
+        delta = Delta(image.digest, image.size, size, [], [(0, size)], b"")
+        with pytest.raises(ValueError, match=f"may zero at most {MOST_ZEROED} bytes.* zeroes {size}"):
+            delta.save(tmp_path / "delta")
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_chain_over_an_image_that_ends_within_a_page_is_saved_where_the_delta_reaches_that_end(tmp_path):

@@ -3,6 +3,7 @@
 import errno
 import gc
 import random
+import sysconfig
 import threading
 import time
 from fractions import Fraction
@@ -34,6 +35,11 @@ SHAPE = {"maximum": 64 * PAGE, "reserve": 64 * PAGE, "guard": PAGE}
 def _limits_of_the_process_stay():
     yield
     linmem.set_pool_limits()
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        # CPython 3.13 keeps every function, and so what it closes over, once a thread has started.
+        for each in gc.get_objects():
+            if type(each) is linmem.PoolingCreator:
+                each.trim()
 
 
 def used(pool, pages_written=1, minimum=1, **how):
@@ -199,13 +205,13 @@ def test_what_a_lower_budget_refuses_anyway_takes_nothing_from_those_over_a_high
     assert (pool.stats()["warm"], pool.stats()["cold"]) == (0, 3)
 
 
-def test_a_module_that_asks_for_a_terabyte_takes_nothing_from_others():
+@pytest.mark.parametrize("size", [1 << 49, 1 << 60])
+def test_a_module_that_asks_for_terabytes_takes_nothing_from_others(size):
     pool = linmem.PoolingCreator()
     for mem in [pool.create(PAGE, **SHAPE) for _ in range(3)]:
         mem.close()
-    for size in (1 << 46, 1 << 60):
-        with pytest.raises((linmem.PageError, OverflowError)):
-            pool.create(size)
+    with pytest.raises((linmem.PageError, OverflowError)):
+        pool.create(size)
     assert pool.stats()["warm"] == 3
 
 
@@ -511,12 +517,10 @@ def test_counters_never_go_down_during_warm():
     assert (pool.stats()["hits"], pool.stats()["misses"]) == (0, 0)
 
 
-@requires("maps", "maps_images")
+@requires("maps", "maps_images", "few_mappings")
 @pytest.mark.parametrize("kind", ["plain", "huge", "image", "hidden"])
 def test_a_full_pool_takes_at_most_half_of_the_mappings(kind):
     most = linmem._os.pages.describe()["mappings"]
-    if not 0 < most <= 1 << 17:
-        pytest.skip("more mappings than a test can make")
     assert answer(f"""
         import linmem
         P = {PAGE}
@@ -543,7 +547,7 @@ def test_a_full_pool_takes_at_most_half_of_the_mappings(kind):
         """, timeout=300) == "True True"
 
 
-@requires("maps", "rlimits")
+@requires("maps", "memory_locks")
 def test_a_pool_goes_on_where_pages_are_locked():
     import ctypes
 
@@ -553,8 +557,7 @@ def test_a_pool_goes_on_where_pages_are_locked():
         with pool.create(8 * PAGE, **SHAPE) as mem:
             assert mem.read(0, 8 * PAGE) == bytes(8 * PAGE)
             mem.write(0, b"x" * 8 * PAGE)
-            if libc.mlock(ctypes.c_void_p(mem.as_ptr() + 2 * PAGE), ctypes.c_size_t(2 * PAGE)):
-                pytest.skip("pages cannot be locked here")
+            assert libc.mlock(ctypes.c_void_p(mem.as_ptr() + 2 * PAGE), ctypes.c_size_t(2 * PAGE)) == 0
         stats = pool.stats()
         assert (stats["rejected"], stats["hits"], stats["warm"]) == (0, n, 1)
 
@@ -598,7 +601,7 @@ def test_an_upstream_in_python_that_uses_the_pool_itself_is_not_refused():
         assert pool.stats()["live"] == 1
 
 
-@requires("maps")
+@requires("maps", "scans", "large_space")       # a sanitizer has tables of its own for what it shadows
 def test_page_tables_are_counted_as_the_os_counts_them_and_a_cold_slot_has_one_at_most():
     assert answer(f"""
         import linmem, linmem.metrics, re
@@ -902,11 +905,9 @@ def test_one_domain_cannot_evict_the_warm_slots_of_another_below_its_share(optio
 
 
 @requires("maps")
-@pytest.mark.parametrize("reset", ["zero", "adaptive", "discard", "scan"])
+@pytest.mark.parametrize("reset", ["zero", "adaptive", "discard", pytest.param("scan", marks=requires("scans"))])
 @pytest.mark.parametrize("with_image", [False, True])
 def test_a_pool_below_hands_no_page_of_another_domain_on(reset, with_image):
-    if reset == "scan" and not NEEDS["scans"][0]:
-        pytest.skip(NEEDS["scans"][1])
     image = linmem.Image.from_bytes(b"i" * (2 * PAGE)) if with_image else None
 
     def resident_for_a(touched):
@@ -1130,8 +1131,9 @@ def test_no_figure_goes_down_under_churn_of_threads():
     assert figures["hits_warm"] + figures["hits_cold"] + figures["misses"] + figures["fallbacks"] == 4500
 
 
+@requires("prometheus_client")
 def test_names_of_domains_that_are_hostile_reach_prometheus_apart():
-    client = pytest.importorskip("prometheus_client")
+    import prometheus_client as client
     from prometheus_client.parser import text_string_to_metric_families
 
     pool = linmem.PoolingCreator()
@@ -1153,9 +1155,11 @@ def test_names_of_domains_that_are_hostile_reach_prometheus_apart():
     mems.clear()
 
 
+@requires("prometheus_client")
 def test_a_scraped_exporter_shows_the_figures():
-    client = pytest.importorskip("prometheus_client")
     import urllib.request
+
+    import prometheus_client as client
 
     pool = linmem.PoolingCreator()
     for name in ("a", "a", None):

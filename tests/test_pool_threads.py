@@ -288,9 +288,10 @@ def test_a_fork_while_threads_are_in_the_pool_leaves_a_child_that_works_and_ends
         stop = threading.Event()
         failed = []
         def churn(n):
+            own = dict(how)     # without a GIL a child waits for ever for an object that a lost thread had locked
             try:
                 while not stop.is_set():
-                    mems = [pool.create(8 * P, **how) for _ in range(3)]
+                    mems = [pool.create(8 * P, **own) for _ in range(3)]
                     for mem in mems:
                         assert bytes(mem).count(0) == 8 * P
                         mem.grow_to(12 * P)

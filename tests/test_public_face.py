@@ -381,14 +381,16 @@ FACE = {
         "store": (of(wasmtime.Store), given_by("store")), "memory": (of(wasmtime.Memory), given_by("wasm_memory"))}),
     "linmem.wasmtime.new_memory": (lambda w: linmem.wasmtime.new_memory, {
         "store": (of(wasmtime.Store), given_by("store")),
-        "memory_type": (of(wasmtime.MemoryType), wasmtime.MemoryType(wasmtime.Limits(1, None)))}),
+        "memory_type": (of(wasmtime.MemoryType), wasmtime.MemoryType(wasmtime.Limits(1, None))),
+        "domain": (text_or_none, None)}),
     "linmem.wasmtime.prepare": (lambda w: linmem.wasmtime.prepare, {
         "engine": (of(wasmtime.Engine), given_by("engine")),
         "wasm": (of(str, bytes, bytearray), WAT),
         "cache": (either(is_path, nothing), None), "expose": (flag, False)}),
     "linmem.wasmtime.Prepared": (lambda w: linmem.wasmtime.Prepared, {}),
     "linmem.wasmtime.Prepared.instantiate": (lambda w: w.prepared.instantiate, {
-        "store": (of(wasmtime.Store), given_by("store")), "imports": (nothing_in, ())}),
+        "store": (of(wasmtime.Store), given_by("store")), "imports": (nothing_in, ()),
+        "domain": (text_or_none, None)}),
     "linmem.wasmtime.Snapshot": (lambda w: linmem.wasmtime.Snapshot, {}),
     "linmem.wasmtime.Snapshot.take": (lambda w: linmem.wasmtime.Snapshot.take, {
         "store": (of(wasmtime.Store), given_by("store")), "instance": (of(wasmtime.Instance), given_by("instance")),
