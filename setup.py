@@ -31,11 +31,11 @@ HEADERS = [path.as_posix() for path in Path("linmem").rglob("*.h")]
 
 extensions = [
     Extension("linmem._os.pages", [f"linmem/_os/{PAGES}.pyx"]),
-    Extension("linmem._memory", ["linmem/_memory.pyx"]),
-    Extension("linmem._image", ["linmem/_image.pyx"]),
-    Extension("linmem._adaptors", ["linmem/_adaptors.pyx"]),
-    Extension("linmem._pool", ["linmem/_pool.pyx"]),
-    Extension("linmem._bridge", ["linmem/_bridge.pyx"]),
+    Extension("linmem._core.memory", ["linmem/_core/memory.pyx"]),
+    Extension("linmem._core.image", ["linmem/_core/image.pyx"]),
+    Extension("linmem._core.adaptors", ["linmem/_core/adaptors.pyx"]),
+    Extension("linmem._core.pool", ["linmem/_core/pool.pyx"]),
+    Extension("linmem._core.bridge", ["linmem/_core/bridge.pyx"]),
     Extension("linmem.bench._raw", ["bench/_raw.pyx"]),
     Extension("linmem.bench._loops", ["bench/_loops.pyx"]),
 ]

@@ -10,8 +10,8 @@ import importlib
 import importlib.util
 import sys
 
-from linmem._checks import printable
 from linmem._cli.words import file_name
+from linmem._core.arguments import printable
 
 __all__ = ["add_arguments", "main"]
 

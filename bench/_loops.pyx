@@ -9,8 +9,8 @@ from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
-from linmem._bridge cimport Offer
-from linmem._memory cimport (
+from linmem._core.bridge cimport Offer
+from linmem._core.memory cimport (
     UNCHOSEN, NativeCreator, failure, memory, memory_release, memory_spec, raise_failure,
 )
 from linmem._os cimport pages

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import linmem
-from linmem import _saving
+from linmem._files import atomic_file as _saving
 from linmem._os import pages as _pages
 from linmem.bench.harness import EXACT, MORE, P10, RATE, SIZE, SPEED, TIME, Result, Row
 

@@ -39,7 +39,7 @@ import linmem
 
 # What linmem imports when it first needs it, as hashlib: a child would wait for ever for a module that another thread
 # was importing when it was forked.
-import linmem._files
+import linmem._files.image_file
 import linmem.records
 from linmem._cli.words import file_name
 from linmem._os import pages as _pages

@@ -16,8 +16,8 @@
 #
 # m.base may change when memory_grow_to() goes past m.capacity; read it again then.
 
-from linmem._memory cimport (
+from linmem._core.memory cimport (
     NO_MAXIMUM, UNCHOSEN, Memory, MmapCreator, NativeCreator, failure, memory, memory_grow_to, memory_hang,
     memory_hook, memory_release, memory_retain, memory_size, memory_spec, raise_failure, wrap,
 )
-from linmem._pool cimport PoolingCreator
+from linmem._core.pool cimport PoolingCreator

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from linmem._adaptors import LimitingCreator, PythonCreator, StatisticsCreator, check_trait
-from linmem._checks import shown
-from linmem._memory import Memory, MmapCreator, NativeCreator
-from linmem._pool import PoolingCreator
+from linmem._core.adaptors import LimitingCreator, PythonCreator, StatisticsCreator, check_trait
+from linmem._core.arguments import shown
+from linmem._core.memory import Memory, MmapCreator, NativeCreator
+from linmem._core.pool import PoolingCreator
 from linmem.abc import MemoryCreator
 
 TYPE_CHECKING = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from linmem._checks import printable, shown
+from linmem._core.arguments import printable, shown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def from_failure(reason: str, text: str, *, os_error_args: tuple[Any, ...], call
     Parameters
     ----------
     reason : str
-        "os", or the name of one of our own codes in `_units.pxd`, without its ``E_``.
+        "os", or the name of one of our own codes in `units.pxd`, without its ``E_``.
     text : str
         The whole message.
     os_error_args : tuple

@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
-from linmem._checks import check_flag
-from linmem._pool import PoolingCreator, pool_totals, read_metrics
+from linmem._core.arguments import check_flag
+from linmem._core.pool import PoolingCreator, pool_totals, read_metrics
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

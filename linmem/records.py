@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from linmem._checks import check_count, check_flag, shown
+from linmem._core.arguments import check_count, check_flag, shown
 
 __all__ = ["ImageInfo", "MemoryInfo", "MemoryType"]
 

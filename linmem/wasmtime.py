@@ -18,13 +18,13 @@ except ImportError as error:
     raise ImportError("linmem.wasmtime needs wasmtime-py: pip install 'linmem[wasmtime]'") from error
 from wasmtime import _ffi as ffi
 
-from linmem import _bridge
-from linmem._checks import check_flag
-from linmem._memory import Memory, NativeCreator
+from linmem._core import bridge as _bridge
+from linmem._core.arguments import check_flag
+from linmem._core.memory import Memory, NativeCreator
+from linmem._core.pool import PoolingCreator
 from linmem._os import pages as _pages
-from linmem._pool import PoolingCreator
-from linmem._prepared import NOT_OURS, Prepared, prepare
-from linmem._snapshot import Snapshot, behind, check_store
+from linmem._wasm.prepared import NOT_OURS, Prepared, prepare
+from linmem._wasm.snapshot import Snapshot, behind, check_store
 from linmem.abc import MemoryCreator
 from linmem.creators import as_native
 

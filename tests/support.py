@@ -170,7 +170,7 @@ NEEDS = {
     "odd_names": (not HAS_KERNEL32, "no file's name has control characters here"),
     "fifos": (hasattr(os, "mkfifo"), "no pipe has a name here"),
     "kernel32": (HAS_KERNEL32, "no kernel32 to ask"),
-    "sources": ((ROOT / "linmem" / "_memory.pyx").exists(), "the sources are not beside the tests"),
+    "sources": ((ROOT / "linmem" / "_core" / "memory.pyx").exists(), "the sources are not beside the tests"),
     "interrupts": (hasattr(signal, "pthread_kill"), "a process cannot be sent an interrupt here"),
     "failing_allocations": (_has_module("_testcapi"), "Python's allocations cannot be made to fail here"),
     # Without linmem too, on 3.12 and 3.13.

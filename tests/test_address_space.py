@@ -6,14 +6,14 @@ import pytest
 from support import PAGE, answer, live_bytes, requires, round_up
 
 import linmem
-from linmem._memory import _chosen
+from linmem._core.memory import _chosen
 from linmem._os import pages
 
 # For children: whether what is no business of linmem's still finds room.
 OTHERS = """
 import mmap, threading
 import linmem
-from linmem._memory import _chosen
+from linmem._core.memory import _chosen
 from linmem._os import pages
 
 SPACE = pages.describe()["address_space"]
@@ -290,7 +290,7 @@ def test_an_image_counts_for_its_own_bytes_and_each_memory_for_all_that_it_reser
 def test_a_memory_that_could_not_be_made_or_moved_is_not_counted(call):
     assert answer(f"""
         import errno, linmem
-        from linmem._memory import _chosen
+        from linmem._core.memory import _chosen
         from linmem._os import pages
         for how in (dict(), dict(maximum=1 << 30), dict(reserve=1 << 20)):
             mem = linmem.create({PAGE}, reserve=0, may_move=True)

@@ -11,8 +11,8 @@ import pytest
 from support import HALF_CREATOR, PAGE, WORD, answer, build_extension, load_extension, requires
 
 import linmem
-from linmem._bridge import Offer
-from linmem._memory import ImageHandle, NativeCreator
+from linmem._core.bridge import Offer
+from linmem._core.memory import ImageHandle, NativeCreator
 
 TYPE = linmem.MemoryType(0)
 REFUSED = (ValueError, TypeError, OverflowError)

@@ -44,7 +44,7 @@ def test_a_chosen_reservation_that_the_os_refuses_becomes_a_small_one_and_then_t
     # In a child: here, a pool may have idle slots to give back.
     assert answer(f"""
         import errno, linmem
-        from linmem._memory import _chosen
+        from linmem._core.memory import _chosen
         from linmem._os import pages
         usual = linmem.create({PAGE}, maximum={maximum}).byte_capacity()
         found = []

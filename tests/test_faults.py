@@ -44,9 +44,10 @@ from support import (
 
 import linmem
 import linmem.wasmtime
-from linmem import Image, _pool
-from linmem._handles import Handle
-from linmem._memory import NativeCreator
+from linmem import Image
+from linmem._core import pool as _pool
+from linmem._core.memory import NativeCreator
+from linmem._core.process_handles import Handle
 from linmem._os import pages
 
 # Out of memory and, as it were, a second opinion: nothing may depend on which code it is.

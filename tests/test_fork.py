@@ -27,9 +27,9 @@ def scene(code, first="", **how):
 HOLDER = """
 # cython: language_level=3
 from libc.string cimport memset
-from linmem._adaptors cimport StatisticsCreator, record
-from linmem._memory cimport Memory, acquire, unlock
-from linmem._pool cimport PoolingCreator, slot
+from linmem._core.adaptors cimport StatisticsCreator, record
+from linmem._core.memory cimport Memory, acquire, unlock
+from linmem._core.pool cimport PoolingCreator, slot
 
 cdef extern from "<unistd.h>":
     int usleep(unsigned int) noexcept nogil
@@ -584,8 +584,8 @@ def test_a_child_of_a_fork_in_the_middle_of_a_change_of_protection_protects_agai
 
 HALF_DONE = """
 # cython: language_level=3
-from linmem._atomic cimport load, store
-from linmem._memory cimport PROTECTION_UNKNOWN, Memory, acquire, unlock
+from linmem._core.atomic cimport load, store
+from linmem._core.memory cimport PROTECTION_UNKNOWN, Memory, acquire, unlock
 from linmem._os cimport pages
 
 cdef extern from "<unistd.h>":

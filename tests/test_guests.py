@@ -15,7 +15,7 @@ from test_hoist import CUSTOM_PAGES, EVERYTHING, Prefilled, all_features, binary
 
 import linmem
 import linmem.wasmtime
-from linmem._hoist import expose, hoist, outline
+from linmem._wasm.hoist import expose, hoist, outline
 from linmem.wasmtime import prepare
 
 PAGE = 65536

@@ -13,7 +13,7 @@ from wasmtime import _ffi as ffi
 
 import linmem
 import linmem.wasmtime
-from linmem._hoist import expose, hoist, outline
+from linmem._wasm.hoist import expose, hoist, outline
 
 PAGE = 65536
 CUSTOM_PAGES = hasattr(wasmtime.Config, "wasm_custom_page_sizes")

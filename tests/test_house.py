@@ -16,32 +16,19 @@ from linmem import errors
 
 PACKAGE = Path(linmem.__file__).parent
 HOUSE = ROOT / "linmem"                 # the sources; an installed package has only a part of them
-SOURCES = sorted(path for path in [*HOUSE.glob("*.p*"), *HOUSE.glob("_os/*.p*")]
-                 if path.suffix in (".py", ".pyx", ".pxd", ".pxi"))
-
-# DESIGN 3. Rooms on one floor are strangers; the package's face may know all below the command line.
-FLOORS = {
-    "_units": 0, "_atomic": 0, "_reset": 0, "_wide": 0, "_formats": 0, "errors": 0, "abc": 0, "records": 0, "_delta": 0,
-    "_files": 0, "_handles": 0, "_hoist": 0, "_cache": 0, "_checks": 0, "_saving": 0,
-    "_os.common": 1, "_os.images": 1, "_os.pagemap": 1, "_os.pages": 1, "_os.posix": 1, "_os.windows": 1, "_os": 1,
-    "_memory": 2, "_failures": 2, "_handle": 2, "_images": 2, "_protection": 2,
-    "_image": 3,
-    "_pool": 4, "_adaptors": 4, "_bridge": 4,
-    "creators": 5, "_prepared": 5, "_snapshot": 5, "wasmtime": 5.2, "dask": 5, "metrics": 5,
-    "": 5.5,
-    "_cli": 5.5, "_cli.words": 5.6, "_cli.run": 5.7, "_cli.demo": 5.7, "_cli.info": 5.7, "_cli.image": 5.7,
-    "bench": 5.6, "_cli.bench": 5.7, "cli": 6, "__main__": 6.1,
-}
-# A floor may lean on these, which hold no state, from the same floor.
-SAME_FLOOR = {("abc", "records"), ("_atomic", "_units"), ("_os.posix", "_os.pages"), ("_os.windows", "_os.pages"),
-              ("dask", "creators"), ("_files", "errors"), ("_delta", "_files"),
-              ("_files", "_saving"), ("_cache", "_files"), ("_cache", "_saving"),
-              *((room, "_checks") for room in ("errors", "records", "_delta", "_formats"))}
+SOURCES = sorted(path for path in HOUSE.rglob("*") if path.suffix in (".py", ".pyx", ".pxd", ".pxi"))
 
 
 def room_of(path):
     name = ".".join(path.relative_to(HOUSE).with_suffix("").parts)
     return "" if name == "__init__" else name.removesuffix(".__init__")
+
+
+# The table of CONTRIBUTING.md: each file's layer.
+MAP = re.findall(r"^\| (\d) \| `([^`]+)` \|", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), flags=re.MULTILINE)
+LAYERS = {room_of(HOUSE / name): int(layer) for layer, name in MAP}
+LAYERS |= {"bench": 6, "_os": 1}
+STRANGERS = (3, 4)      # the files of these layers do not know each other
 
 
 def code_of(path):
@@ -60,25 +47,43 @@ def imports_of(path):
         base = base.removeprefix("linmem").lstrip(".")
         for name in re.findall(r"(\w+)(?:\s+as\s+\w+)?", names) or [""]:
             inner = f"{base}.{name}".lstrip(".")
-            yield inner if inner in FLOORS else base
+            yield inner if inner in LAYERS else base
 
 
 @requires("sources")
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(HOUSE)))
-def test_imports_only_point_down_and_siblings_are_strangers(path):
+def test_imports_point_down_and_strangers_do_not_know_each_other(path):
     room = room_of(path)
-    assert room in FLOORS, f"{room} stands on no floor"
+    assert room in LAYERS, f"{room} has no row in CONTRIBUTING.md"
     for other in imports_of(path):
-        if other == room or (room, other) in SAME_FLOOR:
-            continue
-        assert other in FLOORS, f"{room} imports {other!r}, which stands on no floor"
-        assert FLOORS[other] < FLOORS[room], f"{room} may not know {other}"
+        assert other in LAYERS, f"{room} imports {other!r}, which has no row in CONTRIBUTING.md"
+        lower = LAYERS[other] + (LAYERS[room] in STRANGERS) <= LAYERS[room]
+        assert lower or other == room, f"{room} may not know {other}"
+
+
+@requires("sources")
+def test_no_imports_run_in_a_circle():
+    known = {}
+    for path in SOURCES:
+        known.setdefault(room_of(path), set()).update(set(imports_of(path)) - {room_of(path)})
+    while known:
+        free = {room for room, others in known.items() if not others & known.keys()}
+        assert free, f"imports run in a circle within {sorted(known)}"
+        known = {room: others for room, others in known.items() if room not in free}
+
+
+@requires("sources")
+def test_the_map_has_a_row_for_each_file_and_no_other():
+    there = {path.relative_to(HOUSE).as_posix() for path in HOUSE.rglob("*")
+             if path.suffix in (".py", ".pyx", ".pxi", ".h")
+             or (path.suffix == ".pxd" and not path.with_suffix(".pyx").exists() and path.name != "__init__.pxd")}
+    assert sorted(name for _, name in MAP) == sorted(there)
 
 
 @requires("sources")
 def test_the_layering_test_sees_imports():
-    assert {"_units", "_os.pages", "abc"} <= set(imports_of(HOUSE / "_memory.pyx"))
-    assert "_memory" in set(imports_of(HOUSE / "_adaptors.pyx"))
+    assert {"_core.units", "_os.pages", "abc"} <= set(imports_of(HOUSE / "_core" / "memory.pyx"))
+    assert "_core.memory" in set(imports_of(HOUSE / "_core" / "adaptors.pyx"))
 
 
 OS_WORDS = re.compile(r"sys\.platform|os\.name|platform\.system|\bmmap\s*\(|\bmunmap\b|\bmprotect\b|\bmadvise\b"
@@ -121,7 +126,7 @@ def test_one_header_knows_the_operating_systems_and_no_user_of_the_c_face_needs_
     for room in rooms:      # more are appended meanwhile
         reached.append(HOUSE.joinpath(*(room or "__init__").split(".")).with_suffix(".pxd"))
         rooms += sorted(set(imports_of(reached[-1])) - set(rooms))
-    assert {HOUSE / "_memory.pxd", HOUSE / "_os" / "pages.pxd"} <= set(reached)
+    assert {HOUSE / "_core" / "memory.pxd", HOUSE / "_os" / "pages.pxd"} <= set(reached)
     for path in reached:
         assert not re.search(r'extern from (\*|"(?!<))', code_of(path)), path
 
@@ -132,12 +137,12 @@ def test_every_page_call_is_made_to_fail_by_one_mechanism():
 
 
 def codes():
-    return re.findall(r"^\s+(E_\w+) = -\d+", (HOUSE / "_units.pxd").read_text("utf-8"), flags=re.M)
+    return re.findall(r"^\s+(E_\w+) = -\d+", (HOUSE / "_core" / "units.pxd").read_text("utf-8"), flags=re.M)
 
 
 @requires("sources")
 def test_every_code_of_ours_has_a_text_and_an_exception():
-    source = (HOUSE / "_failures.pxi").read_text("utf-8")
+    source = (HOUSE / "_core" / "failures.pxi").read_text("utf-8")
     texts = source[source.index("cdef void failure_text("):source.index("cdef int raise_failure(")]
     reasons = source[source.index("cdef const char* reason("):source.index("cdef void failure_text(")]
     assert len(codes()) >= 9
@@ -153,8 +158,8 @@ def test_every_code_of_ours_has_a_text_and_an_exception():
             assert f"why.code == {code}" in texts or f"code == {code}:" in texts
 
 
-STUBBED = ["linmem._memory", "linmem._image", "linmem._pool", "linmem._adaptors", "linmem._bridge",
-           "linmem._os.pages"]
+STUBBED = ["linmem._core.memory", "linmem._core.image", "linmem._core.pool", "linmem._core.adaptors",
+           "linmem._core.bridge", "linmem._os.pages"]
 
 
 @requires("mypy")
@@ -176,7 +181,7 @@ def test_import_brings_neither_numpy_nor_wasmtime_and_few_modules():
         print(*sorted(set(sys.modules) - before))
         """).split()
     assert not {name.split(".")[0] for name in loaded} & {"numpy", "wasmtime", "dataclasses", "re", "inspect"}
-    assert "linmem._memory" in loaded
+    assert "linmem._core.memory" in loaded
     assert len([name for name in loaded if not name.startswith("linmem")]) <= 10, loaded
 
 
@@ -229,6 +234,6 @@ def test_all_files_that_the_command_line_writes_go_through_the_one_writer():
     for folder in (HOUSE, HOUSE.parent / "bench"):
         for path in sorted(folder.rglob("*.py")):
             found = [line for line in path.read_text("utf-8").splitlines() if writes.search(line)]
-            expected = {"cli.py": ["os.devnull"], "_saving.py": ["x+b", "wb", "savefig"]}.get(path.name, [])
+            expected = {"cli.py": ["os.devnull"], "atomic_file.py": ["x+b", "wb", "savefig"]}.get(path.name, [])
             assert len(found) == len(expected), (path, found)
             assert all(word in line for word, line in zip(expected, found, strict=True)), (path, found)

@@ -7,7 +7,8 @@ import pytest
 import wasmtime
 
 import linmem.wasmtime
-from linmem import Image, _bridge
+from linmem import Image
+from linmem._core import bridge as _bridge
 
 TWO = """(module (memory (export "a") 2 4) (memory (export "b") 1)
            (func (export "load") (param i32) (result i32) (i32.load8_u (local.get 0)))

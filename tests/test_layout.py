@@ -1,11 +1,11 @@
-"""The map of a memory, as arithmetic: linmem._units through its two doors in linmem._memory."""
+"""The map of a memory, as arithmetic: linmem._core.units through its two doors in linmem._core.memory."""
 
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from support import FLOOR
 
-from linmem._memory import _choose_reservation, _lay_out, _room_to_choose
+from linmem._core.memory import _choose_reservation, _lay_out, _room_to_choose
 
 TOP = 2**64 - 1
 PAGES = st.sampled_from([4096, 16384, 65536])

@@ -44,8 +44,8 @@ def test_the_version_is_the_one_of_the_changelog():
 
 
 def test_types_and_the_c_face_are_beside_the_code():
-    for name in ("py.typed", "_memory.pxd", "_adaptors.pxd", "_units.pxd", "_atomic.pxd", "_atomic.h", "_os/pages.pxd",
-                 "_demo.c", "_demo.wasm"):
+    for name in ("py.typed", "__init__.pxd", "_core/memory.pxd", "_core/adaptors.pxd", "_core/units.pxd",
+                 "_core/atomic.pxd", "_core/atomic.h", "_os/pages.pxd", "_cli/demo.c", "_cli/demo.wasm"):
         assert (PACKAGE / name).is_file(), name
 
 
@@ -61,7 +61,7 @@ def test_a_star_import_takes_what_is_public_and_leaves_wasmtime_alone():
     assert (child.returncode, child.stdout.strip()) == (0, "the user's own 1 MemoryType"), child.stderr
 
 
-@pytest.mark.parametrize("missing", ["all", "_os/pages", "_memory", "_adaptors"])
+@pytest.mark.parametrize("missing", ["all", "_os/pages", "_core/memory", "_core/adaptors"])
 def test_sources_without_their_extensions_say_so_and_what_to_do(tmp_path, missing):
     kept = [] if missing == "all" else [f"{missing}."]
     shutil.copytree(PACKAGE, tmp_path / "linmem", ignore=lambda folder, names: [
@@ -118,7 +118,7 @@ def test_the_sdist_has_all_sources_and_no_generated_c(tmp_path):
                  "pyproject.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE"}:
         assert name in names, name
     assert {name for name in names if name.endswith(".c") and not name.startswith("tests/")} == {
-        "bench/_forth.c", "linmem/_demo.c"}
+        "bench/_forth.c", "linmem/_cli/demo.c"}
     assert {"bench/_forth.fs", "bench/_forth.wasm"} <= names
     assert not [name for name in names if name.endswith((".so", ".pyd", ".pyc")) or "__pycache__" in name]
 
@@ -133,13 +133,13 @@ def test_the_wheel_has_types_the_c_face_and_the_license_and_no_sources(tmp_path)
         names = set(archive.namelist())
     stubs = {path.relative_to(ROOT).as_posix() for path in (ROOT / "linmem").rglob("*.py[i]")}
     # A header of C that a .pxd names goes with it.
-    headers = {path.relative_to(ROOT).as_posix() for pattern in ("**/*.pxd", "*.h")
+    headers = {path.relative_to(ROOT).as_posix() for pattern in ("**/*.pxd", "_core/*.h")
                for path in (ROOT / "linmem").glob(pattern)}
-    assert stubs | headers | {"linmem/py.typed", "linmem/_demo.wasm", "linmem/bench/_forth.wasm"} <= names
+    assert stubs | headers | {"linmem/py.typed", "linmem/_cli/demo.wasm", "linmem/bench/_forth.wasm"} <= names
     assert [name for name in names if name.endswith("/LICENSE")]
     assert {name.partition("/")[0] for name in names} == {"linmem", f"linmem-{linmem.__version__}.dist-info"}
     assert not [name for name in names if name.endswith((".pyx", ".pxi")) or re.search(r"/(tests|docs)/", name)]
-    assert {name for name in names if name.endswith(".c")} == {"linmem/_demo.c", "linmem/bench/_forth.c"}
+    assert {name for name in names if name.endswith(".c")} == {"linmem/_cli/demo.c", "linmem/bench/_forth.c"}
 
 
 @requires("compiler")
@@ -200,7 +200,7 @@ def test_a_build_for_a_free_threaded_windows_says_so_to_the_compiler(platform, w
     ("x86_64-linux-musl", True), ("aarch64-linux-musl", True), ("x86-linux-musl", False),
     ("arm-linux-musleabihf", False)])
 def test_a_32_bit_build_is_refused_by_the_compiler_in_words(target, fits, tmp_path):
-    (tmp_path / "atomic.c").write_text((PACKAGE / "_atomic.h").read_text("utf-8"), "utf-8")
+    (tmp_path / "atomic.c").write_text((PACKAGE / "_core" / "atomic.h").read_text("utf-8"), "utf-8")
     done = subprocess.run([sys.executable, "-m", "ziglang", "cc", "-target", target, "-c", "atomic.c",
                            "-o", "atomic.o"],
                           cwd=tmp_path, capture_output=True, text=True, timeout=300)
@@ -210,6 +210,6 @@ def test_a_32_bit_build_is_refused_by_the_compiler_in_words(target, fits, tmp_pa
 
 @needs_sources
 def test_every_extension_includes_what_refuses_a_32_bit_build():
-    for path in [*(ROOT / "linmem").glob("_*.pyx"), *(ROOT / "linmem" / "_os").glob("*.pyx")]:
-        assert re.search(r"^(from linmem\._atomic cimport|from linmem\._memory cimport)",
+    for path in (ROOT / "linmem").rglob("*.pyx"):
+        assert re.search(r"^from linmem\._core\.(atomic|memory) cimport",
                          path.read_text("utf-8"), re.MULTILINE), path

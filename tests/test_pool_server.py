@@ -25,7 +25,7 @@ from support import (
 
 import linmem
 import linmem.metrics
-from linmem import _pool
+from linmem._core import pool as _pool
 
 MMAP = linmem.MmapCreator()
 SHAPE = {"maximum": 64 * PAGE, "reserve": 64 * PAGE, "guard": PAGE}

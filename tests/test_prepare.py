@@ -34,8 +34,10 @@ from wasmtime import _ffi as ffi
 
 import linmem
 import linmem.wasmtime
-from linmem import _files, _hoist, _prepared
-from linmem._cache import Cache
+from linmem._files import image_file as _files
+from linmem._wasm import hoist as _hoist
+from linmem._wasm import prepared as _prepared
+from linmem._wasm.image_cache import Cache
 from linmem.wasmtime import prepare
 
 PAGE = 65536
@@ -857,7 +859,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
 
 def test_a_writer_that_is_killed_leaves_nothing_that_is_used(tmp_path):
     child = textwrap.dedent(f"""
-        from linmem._cache import Cache
+        from linmem._wasm.image_cache import Cache
         cache = Cache({str(tmp_path)!r})
         print("go", flush=True)
         n = 0

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 import linmem
-from linmem._pool import _costs, _Policy, _zero_wide
+from linmem._core.pool import _costs, _Policy, _zero_wide
 
 UNBOUNDED = 1 << 30
 USES = 800

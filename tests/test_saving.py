@@ -17,8 +17,9 @@ import threading
 import pytest
 from support import answer, requires
 
-from linmem import Delta, Image, _saving
-from linmem._cache import Cache
+from linmem import Delta, Image
+from linmem._files import atomic_file as _saving
+from linmem._wasm.image_cache import Cache
 
 PAGE = 4096
 A, B = Image.from_bytes(b"a" * 5000), Image.from_bytes(bytes(3 * PAGE) + b"b" * PAGE, 7)
@@ -80,7 +81,8 @@ def test_a_file_that_is_replaced_keeps_its_owner_and_group(old):
 
 AS_ANOTHER = """
 import os, sys, linmem
-from linmem import _files, _handles, _saving
+from linmem._core import process_handles as _handles
+from linmem._files import atomic_file as _saving, image_file as _files
 import hashlib, random, secrets, zlib
 os.setgroups([])
 os.setgid(65534)
@@ -240,7 +242,7 @@ def test_each_of_the_file_and_its_folder_is_flushed_once_and_in_this_order(tmp_p
 
 DIES = """
 import os, signal, sys, linmem
-from linmem import _saving
+from linmem._files import atomic_file as _saving
 with _saving.draft(sys.argv[1]) as made:
     made.file.write(b"half")
     print("ready", flush=True)
@@ -364,4 +366,4 @@ def test_a_save_works_in_a_folder_that_may_be_written_and_not_listed(shared_fold
 
 
 def test_nothing_of_the_writer_is_loaded_before_a_file_is_named():
-    assert answer("import linmem, sys; print('linmem._saving' in sys.modules)") == "False"
+    assert answer("import linmem, sys; print('linmem._files.atomic_file' in sys.modules)") == "False"

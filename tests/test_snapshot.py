@@ -17,7 +17,7 @@ from test_hoist import STACK_SWITCHING, all_features, needs_gc, number, table
 from test_prepare import engine_of, with_every_creator
 
 import linmem.wasmtime
-from linmem._memory import restore_all
+from linmem._core.memory import restore_all
 from linmem.wasmtime import Snapshot, prepare
 
 PAGE = 65536

@@ -92,7 +92,7 @@ def demo_program(numpy: Any, wasmtime: Any, check: Checks) -> None:
     installer.install(config, statistics)
     engine = wasmtime.Engine(config)
     store = wasmtime.Store(engine)
-    path = os.path.join(os.path.dirname(os.path.abspath(linmem.__file__)), "_demo.wasm")
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "demo.wasm")
     with open(path, "rb") as file:
         module = wasmtime.Module(engine, file.read())
     exports = wasmtime.Instance(store, module, []).exports(store)

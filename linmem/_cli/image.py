@@ -11,11 +11,12 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
-from linmem import _files, _saving
-from linmem._checks import printable
 from linmem._cli.words import EXIT_REFUSED, Refused, count, file_name, show_size
-from linmem._delta import Delta
-from linmem._image import Image
+from linmem._core.arguments import printable
+from linmem._core.image import Image
+from linmem._files import atomic_file as _saving
+from linmem._files import image_file as _files
+from linmem._files.delta import Delta
 from linmem.errors import FileFormatError
 
 __all__ = ["add_arguments", "main"]

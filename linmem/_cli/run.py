@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import linmem
-from linmem._checks import printable
 from linmem._cli.words import (
     EXIT_INTERRUPTED,
     EXIT_TRAP,
@@ -21,6 +20,7 @@ from linmem._cli.words import (
     show_size,
     show_time,
 )
+from linmem._core.arguments import printable
 
 
 def main(parser: Parser, words: list[str]) -> int:

@@ -6,7 +6,7 @@ import argparse
 import re
 from typing import Any, NoReturn
 
-from linmem._checks import printable
+from linmem._core.arguments import printable
 
 EXIT_REFUSED = 1            # the thing asked for cannot be done, or a check failed
 EXIT_USAGE = 2              # the command line is wrong

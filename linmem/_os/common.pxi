@@ -6,7 +6,7 @@
 
 from libc.string cimport memset
 
-from linmem._units cimport is_power_of_two
+from linmem._core.units cimport is_power_of_two
 
 import os as _os
 

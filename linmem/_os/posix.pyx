@@ -2,7 +2,7 @@
 """The page floor on POSIX: mmap(2), mprotect(2), madvise(2), and on Linux mremap(2)."""
 
 from linmem._os cimport pages as _contract    # no-cython-lint: an edit of the contract causes a rebuild
-from linmem._atomic cimport add, load, store, swap_if, touch, word
+from linmem._core.atomic cimport add, load, store, swap_if, touch, word
 
 from libc.errno cimport EACCES, EAGAIN, EBUSY, EFAULT, EINVAL, ENOMEM, ENOSYS, EPERM, errno
 from libc.stdio cimport snprintf

@@ -2,7 +2,7 @@
 """The page floor on Windows: VirtualAlloc, VirtualProtect, VirtualFree and their kin."""
 
 from linmem._os cimport pages as _contract    # no-cython-lint: an edit of the contract causes a rebuild
-from linmem._atomic cimport add, load, store, touch, word
+from linmem._core.atomic cimport add, load, store, touch, word
 
 from libc.stddef cimport wchar_t
 from libc.stdint cimport intptr_t, uintptr_t

@@ -6,9 +6,9 @@ import re
 import struct
 
 import linmem
-from linmem._formats import resolve
-from linmem._memory import _choose_reservation, _lay_out, _room_to_choose
-from linmem._pool import _Policy
+from linmem._core.element_formats import resolve
+from linmem._core.memory import _choose_reservation, _lay_out, _room_to_choose
+from linmem._core.pool import _Policy
 
 from .choices import TOP, Choices
 

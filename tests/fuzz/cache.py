@@ -6,7 +6,7 @@ import hashlib
 import os
 import tempfile
 
-from linmem._cache import Cache
+from linmem._wasm.image_cache import Cache
 
 from .choices import Choices
 

@@ -6,7 +6,7 @@ import functools
 import platform
 import sys
 
-from linmem._hoist import Malformed, expose, hoist, outline
+from linmem._wasm.hoist import Malformed, expose, hoist, outline
 
 from .choices import Choices
 

@@ -8,15 +8,15 @@ else's locks are needed to see that an access is in order. So every report is a 
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp, memset
 
-from linmem._atomic cimport add, load, store, word
-from linmem._memory cimport (
+from linmem._core.atomic cimport add, load, store, word
+from linmem._core.memory cimport (
     GRANULE, ImageHandle, NativeCreator, acquire, changes, compare, failure, failure_text, image, image_finish,
     image_new, image_put, image_release, image_retain, is_zero, memory, memory_grow_to, memory_hang, memory_hook,
     memory_is_filled, memory_release, memory_resident, memory_restore, memory_retain, memory_size, memory_snapshot,
     memory_spec, unlock,
 )
 from linmem._os cimport pages
-from linmem._units cimport E_CAPACITY, E_EXHAUSTED, E_LIMIT, E_SHRINK
+from linmem._core.units cimport E_CAPACITY, E_EXHAUSTED, E_LIMIT, E_SHRINK
 
 import time
 

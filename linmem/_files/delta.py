@@ -1,0 +1,270 @@
+"""What changed from one image to the next: plain bytes and offsets. Floor 0."""
+
+from __future__ import annotations
+
+from linmem._core import arguments as _checks
+from linmem._core.arguments import check_bytes, check_pairs, check_path, check_size
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable, Iterator
+    from typing import Any, SupportsIndex
+
+    Piece = tuple[int, int, "memoryview | None"]
+
+__all__ = ["Delta", "bytes_after"]
+
+_PAGE = 4096        # of a file
+
+
+class Delta:
+    """What must be written over a base to get from it to something else; immutable.
+
+    Made by `Image.diff`, used by `Memory.apply` and `Image.apply`. Deltas compose: ``a | b`` does what
+    `a` and then `b` do.
+
+    Attributes
+    ----------
+    base : str
+        The digest of the image that it is relative to.
+    base_size : int
+        Bytes of a memory of that image.
+    size : int
+        Bytes of the memory after it.
+    target : str or None
+        The digest of the image that comes out, where it is known.
+    offset : int
+        Where the image that comes out begins in that memory; it ends where the memory does.
+    ranges : tuple of (int, int)
+        Offset and size in bytes of what is written, in order and apart.
+    zeros : tuple of (int, int)
+        The same of what becomes zero.
+    data : memoryview
+        The bytes of all `ranges`, one after the other; read-only.
+    """
+
+    __slots__ = ("base", "base_size", "data", "offset", "ranges", "size", "target", "zeros")
+
+    base: str
+    base_size: int
+    size: int
+    target: str | None
+    offset: int
+    ranges: tuple[tuple[int, int], ...]
+    zeros: tuple[tuple[int, int], ...]
+    data: memoryview
+
+    # In __new__, so that none is ever half made, or made twice.
+    def __new__(cls, base: str, base_size: int, size: int, ranges: Iterable[tuple[int, int]],
+                zeros: Iterable[tuple[int, int]], data: Any, target: str | None = None,
+                offset: int = 0) -> Delta:
+        if not isinstance(base, str):
+            raise TypeError(f"base must be a str, got {type(base).__name__}")
+        if target is not None and not isinstance(target, str):
+            raise TypeError(f"target must be a str or None, got {type(target).__name__}")
+        base_size, size = check_size(base_size, "base_size"), check_size(size, "size")
+        offset = check_size(offset, "offset", f"within the memory's {size} bytes")
+        if offset > size:
+            raise ValueError(f"offset must be within the memory's {size} bytes, got {offset}")
+        kept = check_bytes(data, "data")
+        # The buffer of a memory is read-only as long as no page can be written: the delta must not change later.
+        if _checks.shows_protected(kept) or not kept.readonly:
+            kept = memoryview(bytes(kept))
+        self = super().__new__(cls)
+        for name, value in (("base", base), ("base_size", base_size), ("size", size), ("target", target),
+                            ("offset", offset),
+                            ("ranges", _checked("ranges", ranges, size)), ("zeros", _checked("zeros", zeros, size)),
+                            ("data", kept)):
+            object.__setattr__(self, name, value)
+        total = sum(length for _, length in self.ranges)
+        if total != self.data.nbytes:
+            raise ValueError(f"data must have the {total} bytes of the ranges, got {self.data.nbytes}")
+        end = 0
+        for start, length in sorted(self.ranges + self.zeros):
+            if start < end:
+                raise ValueError(f"ranges and zeros must not overlap, and do at {start}")
+            end = start + length
+        return self
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"a Delta is immutable: cannot set {name!r}")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"a Delta is immutable: cannot delete {name!r}")
+
+    def pieces(self) -> Iterator[Piece]:
+        """Offset, size, and the bytes (None: zeros) of every part, in order."""
+        written = list(_with_bytes(self.ranges, self.data))
+        return iter(sorted([*written, *((offset, size, None) for offset, size in self.zeros)],
+                           key=lambda piece: piece[0]))
+
+    def then(self, later: Delta) -> Delta:
+        """One delta for this one and then `later`.
+
+        Raises
+        ------
+        ValueError
+            If `later` is known to start from something else than what this one leads to.
+        """
+        if not isinstance(later, Delta):
+            raise TypeError(f"later must be a Delta, got {type(later).__name__}")
+        if later.base_size != self.size or (self.target is not None and self.target != later.base):
+            raise ValueError(f"later must start from what this delta leads to ({self.size} bytes, digest"
+                             f" {self.target}), and starts from {later.base_size} bytes, digest {later.base}")
+        over = list(later.pieces())
+        # What the memory in between has not, and the base and what comes out have, is zero in the end. Behind the base
+        # all is zero: the pages can be named whole, which is what a file needs.
+        reached = self.size in (sum(part) for part in self.ranges[-1:] + self.zeros[-1:])
+        if self.base_size > self.size or reached:
+            end = min(-(-max(self.base_size, self.size) // _PAGE) * _PAGE, later.size)
+            if end > self.size:
+                over = sorted([*_outside([(self.size, end - self.size, None)], over, later.size), *over],
+                              key=lambda piece: piece[0])
+        pieces = sorted([*_outside(self.pieces(), over, later.size), *over], key=lambda piece: piece[0])
+        ranges: list[tuple[int, int]] = []
+        zeros: list[tuple[int, int]] = []
+        parts: list[memoryview] = []
+        for offset, size, data in pieces:
+            if data is None and ranges and sum(ranges[-1]) == offset and offset % _PAGE:
+                # Files know of whole pages: zeros that follow written bytes in a page are written, too.
+                lead = min(size, _PAGE - offset % _PAGE)
+                parts.append(memoryview(bytes(lead)))
+                ranges[-1] = (ranges[-1][0], ranges[-1][1] + lead)
+                offset, size = offset + lead, size - lead
+            if not size:
+                continue
+            where = zeros if data is None else ranges
+            if data is not None:
+                parts.append(data)
+            if where and where[-1][0] + where[-1][1] == offset:
+                where[-1] = (where[-1][0], where[-1][1] + size)
+            else:
+                where.append((offset, size))
+        return Delta(self.base, self.base_size, later.size, ranges, zeros, b"".join(parts), later.target, later.offset)
+
+    def __or__(self, later: object) -> Delta:
+        return self.then(later) if isinstance(later, Delta) else NotImplemented
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it carries."""
+        return self.data.nbytes
+
+    def save(self, path: str | bytes | os.PathLike[str]) -> None:
+        """Write the delta to a file, as `Image.save` does an image.
+
+        Raises
+        ------
+        ValueError
+            If its ranges are not whole blocks of 4096 bytes. Those of `Image.diff` and of a chain of such deltas are.
+            Or if it zeroes more than 64 GiB, as a chain may over images that begin far apart.
+        OSError
+            The old file, if there is one, is still there.
+        """
+        from linmem._files import image_file as _files
+
+        _files.save_delta(self, check_path(path))
+
+    @staticmethod
+    def open(path: str | bytes | os.PathLike[str], *, max_size: int | None = None) -> Delta:
+        """The delta that a file holds, read and checked as a whole.
+
+        Parameters
+        ----------
+        path : path-like
+            Written by `save`, on any machine.
+        max_size : int, optional
+            Bytes; a delta for a larger memory is refused.
+
+        Raises
+        ------
+        FileFormatError
+            It is no such file, or damaged.
+        OSError
+            It cannot be read.
+        """
+        from linmem._files import image_file as _files
+
+        bound = None if max_size is None else check_size(max_size, "max_size")
+        found: Delta = _files.open_delta(Delta, check_path(path), max_size=bound)
+        return found
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
+        # From protocol 5 on whoever pickles may leave the bytes where they are.
+        if int(protocol) >= 5:
+            from pickle import PickleBuffer
+
+            data: object = PickleBuffer(self.data)
+        else:
+            data = bytes(self.data)
+        return Delta, (self.base, self.base_size, self.size, self.ranges, self.zeros, data, self.target,
+                       self.offset)
+
+    def _key(self) -> tuple[object, ...]:
+        return (self.base, self.base_size, self.size, self.target, self.offset, self.ranges, self.zeros,
+                self.data.tobytes())
+
+    def __eq__(self, other: object) -> bool:
+        return self._key() == other._key() if isinstance(other, Delta) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash((self.base, self.base_size, self.size, self.target, self.offset, self.ranges, self.zeros))
+
+    def __repr__(self) -> str:
+        return (f"<linmem.Delta: {len(self.ranges) + len(self.zeros)} ranges, {self.nbytes} bytes, of a memory of"
+                f" {self.size} bytes>")
+
+
+def _checked(name: str, given: Iterable[tuple[int, int]], bound: int) -> tuple[tuple[int, int], ...]:
+    kept = tuple(check_pairs(given, name, f"within {bound} bytes"))
+    end = 0
+    for offset, size in kept:
+        if size <= 0 or offset < end or offset + size > bound:
+            raise ValueError(f"{name} must be in order, apart and within {bound} bytes, got {(offset, size)}")
+        end = offset + size
+    return kept
+
+
+def _with_bytes(ranges: tuple[tuple[int, int], ...], data: memoryview) -> Iterator[Piece]:
+    at = 0
+    for offset, size in ranges:
+        yield offset, size, data[at:at + size]
+        at += size
+
+
+def _outside(pieces: Iterable[Piece], over: list[Piece], bound: int) -> Iterator[Piece]:
+    """What is left of the pieces where nothing of `over` lies, below `bound`; both in order and apart."""
+    i = 0
+    for offset, size, data in pieces:
+        at, end = offset, min(offset + size, bound)
+        while at < end:
+            while i < len(over) and over[i][0] + over[i][1] <= at:
+                i += 1
+            stop = min(end, over[i][0]) if i < len(over) else end
+            if stop > at:
+                yield at, stop - at, None if data is None else data[at - offset:stop - offset]
+            at = max(at, stop)
+            if i < len(over) and stop == over[i][0] and at < end:
+                at = over[i][0] + over[i][1]
+
+
+def bytes_after(delta: Delta, base: Iterable[tuple[int, memoryview]]) -> Iterator[tuple[int, memoryview]]:
+    """The bytes of the image that comes out of a base with the bytes `base`: (offset, bytes), in order and apart.
+
+    Raises
+    ------
+    ValueError
+        Bytes before the image that comes out would not be zero.
+    """
+    written = list(delta.pieces())
+    kept = _outside(((start, len(data), data) for start, data in base), written, delta.size)
+    for start, size, data in sorted([*kept, *written], key=lambda piece: piece[0]):
+        if data is None:
+            continue
+        lead = min(max(delta.offset - start, 0), size)
+        if data[:lead].tobytes().strip(b"\0"):
+            raise ValueError(f"the delta leaves bytes that are not zero at {start}, before the image that it leads"
+                             f" to, which begins at {delta.offset}")
+        if lead < size:
+            yield start + lead, data[lead:]

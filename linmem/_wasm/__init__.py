@@ -1,0 +1,1 @@
+"""WebAssembly: reading and rewriting modules, prepared modules, snapshots of instances."""

@@ -1,0 +1,305 @@
+"""Modules whose memories start from images. Floor 5."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.metadata
+import os
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+
+import wasmtime
+
+from linmem._core import bridge as _bridge
+from linmem._core.arguments import check_flag, check_path
+from linmem._core.image import Image
+from linmem._files.image_file import write_image
+from linmem._wasm import hoist as _hoist
+from linmem._wasm.image_cache import Cache
+from linmem.errors import FileFormatError, PageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import BinaryIO, NoReturn
+
+    from wasmtime._exportable import AsExtern
+
+__all__ = ["NOT_OURS", "Prepared", "prepare"]
+
+NOT_OURS = ("linmem.wasmtime.install(config) was not called for this engine, or the config uses the pooling"
+            " allocation strategy (which ignores host creators)")
+
+_FORMAT = 2         # of what is cached, other than wasmtime's own
+_ASKS: weakref.WeakKeyDictionary[wasmtime.Engine, bool] = weakref.WeakKeyDictionary()
+_LARGEST = 2 * sys.maxsize + 1
+
+
+class Prepared:
+    """A module whose data comes from images. Made by `prepare`; immutable and usable from any thread.
+
+    An instance costs no more fuel than the original module's instance costs in an engine without linmem, and meets no
+    epoch deadline that the other one does not, as long as `skipped` is empty.
+
+    Attributes
+    ----------
+    module : wasmtime.Module
+        What is instantiated: its hoisted data segments are empty. Use it for its imports and exports;
+        instances that something else makes of it lack the data.
+    images : tuple
+        For each memory that the module defines, an `Image` of its data, or None.
+    skipped : tuple of str
+        Why data segments were left in the module, or why `expose` did nothing; empty if all was done.
+    added : frozenset of str
+        The exports that ``expose=True`` added.
+    outline : linmem._wasm.hoist.Outline or None
+        What state instances have; None where the module uses what linmem does not know.
+    """
+
+    __slots__ = ("__weakref__", "_offer", "added", "images", "module", "outline", "skipped")
+
+    module: wasmtime.Module
+    images: tuple[Image | None, ...]
+    skipped: tuple[str, ...]
+    added: frozenset[str]
+    outline: _hoist.Outline | None
+    _offer: _bridge.Offer | None
+
+    def __init__(self) -> None:
+        raise TypeError("a Prepared is made by linmem.wasmtime.prepare(engine, wasm)")
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Prepared cannot be pickled or copied: it belongs to an engine of this process. prepare()"
+                        " with cache= is quick in the next one")
+
+    @classmethod
+    def _of(cls, module: wasmtime.Module, images: Sequence[Image | None], minima: Sequence[int],
+            skipped: Sequence[str], added: frozenset[str], outline: _hoist.Outline | None) -> Prepared:
+        self = object.__new__(cls)
+        self.module = module
+        self.images = tuple(images)
+        self.skipped = tuple(skipped)
+        self.added = added
+        self.outline = outline
+        # A minimum that no machine has is not asked for: wasmtime itself refuses to instantiate then.
+        places = [(min(minimum, _LARGEST), image) for minimum, image in zip(minima, images, strict=True)]
+        self._offer = _bridge.Offer(places) if any(image is not None for image in images) else None
+        return self
+
+    def instantiate(self, store: wasmtime.Store,
+                    imports: Sequence[AsExtern] | wasmtime.Linker = (), *,
+                    domain: str | None = None) -> wasmtime.Instance:
+        """Make an instance, whose memories share the images' pages until they write to them.
+
+        Parameters
+        ----------
+        store : wasmtime.Store
+            Of the engine that the module was prepared for.
+        imports : sequence or wasmtime.Linker
+            As for ``wasmtime.Instance``; or a linker that knows them.
+        domain : str, optional
+            Whose pages a pool may hand to this guest, as of `linmem.create`.
+
+        Raises
+        ------
+        wasmtime.WasmtimeError, wasmtime.Trap
+            As ``wasmtime.Instance`` would for the original module.
+        """
+        if not isinstance(store, wasmtime.Store) and not callable(getattr(store, "_context", None)):    # or a Caller
+            raise TypeError(f"store must be a wasmtime.Store, got {type(store).__name__}")
+        if not isinstance(imports, wasmtime.Linker):
+            try:
+                imports = list(imports)
+            except TypeError:
+                raise TypeError("imports must be a sequence or a wasmtime.Linker, got"
+                                f" {type(imports).__name__}") from None
+        offer = self._offer
+        try:        # from the first moment: an interrupt may come as make() returns
+            if offer is not None and not offer.make():
+                offer = None        # what is on offer is not ours to take back
+                raise RuntimeError("an instance is being made on this thread, and has not taken its images yet")
+            instance = _bridge.in_domain(domain, lambda: (
+                imports.instantiate(store, self.module) if isinstance(imports, wasmtime.Linker)
+                else wasmtime.Instance(store, self.module, imports)))
+        except BaseException:
+            if offer is not None:
+                offer.take_back()
+            raise
+        if offer is not None:
+            missing = offer.take_back()
+            if missing:
+                raise RuntimeError(f"{missing} memories were made without their data: the engine did not ask linmem for"
+                                   " them")
+        instance._linmem_prepared = self        # type: ignore[attr-defined]
+        return instance
+
+    def __repr__(self) -> str:
+        return f"<linmem.wasmtime.Prepared: {sum(image is not None for image in self.images)} images>"
+
+
+def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
+            cache: str | os.PathLike[str] | None = None, expose: bool = False) -> Prepared:
+    """Compile a module such that its instances start from images of its data.
+
+    The active data segments of the module's own memories are taken out of the module and put into
+    an `Image` for each memory. `Prepared.instantiate` then hands out memories that share the
+    image's pages until they write to them, where wasmtime would copy all data each time. Nothing
+    else about the instances changes. What cannot be taken out without a change stays in the module,
+    and so does all where the OS has no room for the images; `Prepared.skipped` says why.
+
+    Parameters
+    ----------
+    engine : wasmtime.Engine
+        Of a config that linmem is installed in.
+    wasm : bytes or str
+        A core module in the binary format, or its text.
+    cache : path, optional
+        A directory to keep the images and wasmtime's compiled module in, made where it is missing. What
+        is in it is run as code, so it has to be the user's own, and nobody else may be able to write
+        to it. Processes that use one cache share the pages of the images.
+    expose : bool
+        Also export the memories, mutable globals and tables that the module hides, own and imported, under names
+        in `Prepared.added`, so that a `Snapshot` can hold them.
+
+    Raises
+    ------
+    wasmtime.WasmtimeError
+        If wasmtime refuses the module (or component), with wasmtime's own text; or if the engine's creator
+        refuses a memory to try it with.
+    ValueError
+        If the engine does not make its memories with linmem.
+    PermissionError
+        If others may write to the cache's directory.
+    """
+    if not isinstance(engine, wasmtime.Engine):
+        raise TypeError(f"engine must be a wasmtime.Engine, got {type(engine).__name__}")
+    if not isinstance(wasm, (str, bytes, bytearray)):
+        raise TypeError(f"wasm must be bytes or str, got {type(wasm).__name__}")
+    check_flag(expose, "expose")
+    if cache is not None:
+        cache = os.fsdecode(check_path(cache, "cache"))
+    is_text = isinstance(wasm, str)
+    try:
+        wasm = wasm.encode() if isinstance(wasm, str) else bytes(wasm)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"wasm must be text that UTF-8 can encode: {error}") from None
+    if is_text or wasm[:1] not in (b"", b"\0"):
+        wasm = bytes(wasmtime.wat2wasm(wasm))
+    if not _asks(engine):
+        raise ValueError(f"the engine does not make its memories with linmem: {NOT_OURS}")
+    original = wasm
+    added: frozenset[str] = frozenset()
+    outline = None
+    skipped = []
+    try:
+        if expose:
+            wasm, added = _hoist.expose(wasm)
+        outline = _hoist.outline(wasm)
+    except ValueError as error:     # malformed, or of a kind that is not known here: wasmtime has the last word
+        if expose:
+            skipped.append(f"nothing is exposed: {error}")
+    try:
+        hoisted = _hoist.hoist(wasm)
+    except _hoist.Malformed as error:
+        hoisted = _hoist.Hoisted(wasm, [], [], [f"nothing is hoisted: {error}"])
+    directory = None if cache is None else Cache(cache)
+    images: list[Image | None] = []
+    try:
+        for runs in hoisted.images:
+            images.append(None if runs is None else _image(runs, directory))
+    except (PageError, OverflowError) as error:     # segments as far apart as no machine has memory for
+        hoisted = _hoist.Hoisted(wasm, [None] * len(hoisted.images), hoisted.minima,
+                                 [f"nothing is hoisted, there is no room for an image: {error}"])
+        images = [None] * len(hoisted.images)
+    skipped += hoisted.skipped
+    try:
+        module = _compiled(engine, hoisted.module, directory)
+    except wasmtime.WasmtimeError as error:
+        images, added, outline = [None] * len(images), frozenset(), None
+        skipped = [f"nothing is hoisted or exposed, wasmtime takes the module only as it is: {error}"]
+        module = None
+    if module is None:      # the original is refused too, with the text that belongs to it; or it is taken
+        module = _compiled(engine, original, directory)
+    return Prepared._of(module, images, hoisted.minima, skipped, added, outline)
+
+
+def _asks(engine: wasmtime.Engine) -> bool:
+    """Whether the engine has its memories made by linmem; tried once for each engine."""
+    found = _ASKS.get(engine)
+    if found is None:
+        store = wasmtime.Store(engine)
+        module = wasmtime.Module(engine, '(module (memory (export "memory") 0))')
+        memory = wasmtime.Instance(store, module, []).exports(store)["memory"]
+        assert isinstance(memory, wasmtime.Memory)
+        base = ctypes.cast(memory.data_ptr(store), ctypes.c_void_p).value or 0
+        found = _ASKS[engine] = _bridge.find(base) is not None
+        store.close()
+    return found
+
+
+def _image(runs: Sequence[_hoist.Run], cache: Cache | None) -> Image:
+    start, (last, data) = runs[0][0], runs[-1]
+    if cache is None:
+        return Image.from_pieces(runs, last + len(data) - start, start)
+    digest = hashlib.sha256(f"linmem {_FORMAT}, image\n".encode())
+    for offset, data in runs:
+        digest.update(f"{offset} {len(data)}\n".encode())
+        digest.update(data)
+    key = digest.hexdigest()
+    for path in cache.entries(key, ".image"):
+        try:
+            return Image.open(path)
+        except (FileFormatError, FileNotFoundError):     # of another version, or another process has made room
+            continue
+    image = Image.from_pieces(runs, last + len(data) - start, start)
+    _add(cache, key, ".image", functools.partial(write_image, image))
+    return image
+
+
+@functools.cache
+def _version() -> str:
+    try:
+        return importlib.metadata.version("wasmtime")
+    except importlib.metadata.PackageNotFoundError:     # wasmtime checks its own version too
+        return ""
+
+
+def _compiled(engine: wasmtime.Engine, wasm: bytes, cache: Cache | None) -> wasmtime.Module:
+    if cache is None:
+        return wasmtime.Module(engine, wasm)
+    key = hashlib.sha256(f"linmem {_FORMAT}, wasmtime {_version()}\n".encode() + wasm).hexdigest()
+    for path in cache.entries(key, ".cwasm"):
+        module = _read(engine, path)
+        if module is not None:
+            return module
+    module = wasmtime.Module(engine, wasm)
+
+    def write(file: BinaryIO) -> None:
+        file.write(module.serialize())
+
+    _add(cache, key, ".cwasm", write)
+    return module
+
+
+def _read(engine: wasmtime.Engine, path: str) -> wasmtime.Module | None:
+    """The module, or None: compiled for an engine of other settings, or of another build."""
+    try:
+        return wasmtime.Module.deserialize_file(engine, path)
+    except wasmtime.WasmtimeError:      # or its file system forbids to map files as code (noexec), but not to read them
+        pass
+    try:
+        with open(path, "rb") as file:
+            return wasmtime.Module.deserialize(engine, file.read())
+    except (wasmtime.WasmtimeError, OSError):       # another process may have made room
+        return None
+
+
+def _add(cache: Cache, key: str, suffix: str, write: Callable[[BinaryIO], object]) -> None:
+    """What cannot be cached is made anew the next time: no reason to fail, but one to say so."""
+    try:
+        cache.add(key, suffix, write)
+    except OSError as error:
+        warnings.warn(f"not cached: {error}", RuntimeWarning, stacklevel=4)

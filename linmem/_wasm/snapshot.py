@@ -1,0 +1,300 @@
+"""What an instance holds, kept to be put back. Floor 5."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import weakref
+
+import wasmtime
+from wasmtime import _ffi as ffi
+
+from linmem._core import bridge as _bridge
+from linmem._core.arguments import check_flag
+from linmem._core.image import Image
+from linmem._core.memory import Memory, restore_all
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any, NoReturn
+
+    from linmem._wasm.hoist import Outline
+
+__all__ = ["Snapshot", "behind"]
+
+# Values that are no more than the bits of a wasmtime_val_t: numbers, vectors and functions. (A type cannot be asked
+# by way of wasmtime-py what it is: at v128 that aborts the process.)
+_PLAIN = range(ffi.WASMTIME_I32.value, ffi.WASMTIME_FUNCREF.value + 1)
+_WASMTIME = os.path.dirname(wasmtime.__file__) + os.sep
+_numbers: weakref.WeakKeyDictionary[wasmtime.Store, int] = weakref.WeakKeyDictionary()
+_ENTRIES = frozenset(("__call__", "__init__", "instantiate", "call_async"))
+
+
+def behind(store: wasmtime.Store, memory: wasmtime.Memory | wasmtime.SharedMemory) -> Memory | None:
+    """The linmem memory behind a wasm memory; None if there is none."""
+    pointer = memory.data_ptr(store) if isinstance(memory, wasmtime.Memory) else memory.data_ptr()
+    return _bridge.find(ctypes.cast(pointer, ctypes.c_void_p).value or 0)
+
+
+def check_store(store: Any, name: str, handle: ctypes.Structure) -> None:
+    """Refuse what is no store (or a Caller), and the store that a thing is not of: wasmtime would end the process."""
+    if not isinstance(store, wasmtime.Store):
+        if not callable(getattr(store, "_context", None)):
+            raise TypeError(f"store must be a wasmtime.Store, got {type(store).__name__}")
+        return
+    number = _numbers.get(store)
+    if number is None:      # what is made in it says which one it is
+        mark = wasmtime.Global(store, wasmtime.GlobalType(wasmtime.ValType.i32(), False), 0)
+        number = _numbers[store] = _number_in(mark._global)
+    if _number_in(handle) != number:
+        raise ValueError(f"store must be the one that the {name} belongs to, got another")
+
+
+def _number_in(handle: ctypes.Structure) -> int:
+    return ctypes.c_uint64.from_buffer(handle).value        # store_id, by whatever name
+
+
+class Snapshot:
+    """The memories, mutable globals and tables of an instance as they were. Made by `take`.
+
+    It holds what the instance exports, own or imported. Other state is refused by `take` or, with
+    ``partial=True``, named in `unseen`, as far as it is known. Always named and never held: which segments were
+    dropped. Never named: what references lead to, and anything of the host.
+
+    Attributes
+    ----------
+    memories : dict
+        From the export's name to the `Image` of the memory.
+    globals : tuple of str
+        The names of the mutable globals.
+    tables : tuple of str
+        The names of the tables whose elements are held.
+    unseen : tuple of str
+        What this instance has that the snapshot does not hold.
+    """
+
+    __slots__ = ("_globals", "_memories", "_store", "_tables", "globals", "memories", "tables", "unseen")
+
+    memories: Mapping[str, Image]
+    globals: tuple[str, ...]
+    tables: tuple[str, ...]
+    unseen: tuple[str, ...]
+    _store: weakref.ref[wasmtime.Store]
+    _memories: list[tuple[str, wasmtime.Memory | wasmtime.SharedMemory, int, Image]]
+    _globals: list[tuple[Any, Any]]
+    _tables: list[tuple[str, wasmtime.Table, int, list[Any] | None]]
+
+    def __init__(self) -> None:
+        raise TypeError("snapshots are made by Snapshot.take(store, instance)")
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Snapshot cannot be pickled or copied: it belongs to a store of this process. The Images in"
+                        " its `memories` can")
+
+    @classmethod
+    def take(cls, store: wasmtime.Store, instance: wasmtime.Instance, *, partial: bool = False) -> Snapshot:
+        """Keep what `instance` holds now.
+
+        Parameters
+        ----------
+        store : wasmtime.Store
+            The instance's. Nothing of it may be running.
+        instance : wasmtime.Instance
+            Its memories must be linmem's.
+        partial : bool
+            Name state that cannot be held in `unseen`, and take a snapshot of the rest. Such state would keep
+            what it holds when the rest goes back: memories, mutable globals and tables that the instance
+            has and does not export (``prepare(..., expose=True)`` exports them), exported memories that are
+            not linmem's, and exported globals and tables that refer to objects.
+
+        Raises
+        ------
+        ValueError
+            If there is such state and `partial` is not given, if there is nothing to hold in an instance of
+            a module that was not prepared, or if the store is closed.
+        RuntimeError
+            If a call into the store is running on this thread.
+        """
+        if not isinstance(instance, wasmtime.Instance):
+            raise TypeError(f"instance must be a wasmtime.Instance, got {type(instance).__name__}")
+        check_flag(partial, "partial")
+        context = _idle(store, "taken")
+        check_store(store, "instance", instance._instance)
+        prepared = getattr(instance, "_linmem_prepared", None)
+        exports = instance.exports(store)
+        outline = None if prepared is None else prepared.outline
+        self = object.__new__(cls)
+        self._store = weakref.ref(store)
+        self._memories, self._globals, self._tables = [], [], []
+        memories: dict[str, Image] = {}
+        known: dict[int, Image] = {}        # one memory may be exported under several names
+        names = []
+        unseen = _hidden(outline, partial)
+        unreadable = frozenset() if outline is None else outline.unreadable
+
+        def refuse(text: str) -> None:
+            if not partial:
+                raise ValueError(f"{text}, which a snapshot cannot hold: partial=True takes the rest")
+            unseen.append(text)
+
+        for name, thing in exports.items():
+            if isinstance(thing, (wasmtime.Memory, wasmtime.SharedMemory)):
+                memory = behind(store, thing)
+                if memory is None:
+                    refuse(f"exported memory {name!r} is not linmem's")
+                    continue
+                base = memory.as_ptr()
+                if base not in known:
+                    known[base] = memory.snapshot()
+                    self._memories.append((name, thing, memory.byte_size(), known[base]))
+                memories[name] = known[base]
+            elif isinstance(thing, wasmtime.Global) and thing.type(store).mutable:
+                value = None if name in unreadable else _value_of(context, thing)
+                if value is None:
+                    refuse(f"mutable global {name!r} is a reference to an object")
+                    continue
+                self._globals.append((ctypes.byref(thing._global), value))
+                names.append(name)
+            elif isinstance(thing, wasmtime.Table):
+                size = thing.size(store)
+                # Of a module that is not known a table may be of continuations, at which the C API aborts.
+                elements = None if outline is None or name in unreadable else _elements_of(context, thing, size)
+                if outline is None:
+                    unseen.append(f"the elements of exported table {name!r}")
+                elif elements is None:
+                    refuse(f"exported table {name!r} has references to objects")
+                self._tables.append((name, thing, size, elements))
+        self.memories = memories
+        self.globals = tuple(names)
+        self.tables = tuple(name for name, _, _, elements in self._tables if elements is not None)
+        if outline is None:
+            if not (partial or memories or names):
+                raise ValueError("the instance exports no memory and no mutable global, and what its module hides is"
+                                 " not known: make it by prepare(..., expose=True)")
+            unseen.append("what it does not export: " + (
+                "it is not known, since the module was not made by prepare" if prepared is None else
+                "the module uses what linmem does not know"))
+        self.unseen = tuple(unseen)
+        return self
+
+    def restore(self, store: wasmtime.Store, *, zero_grown: bool = False) -> None:
+        """Put back what the instance held, all of it or nothing, in time that follows what changed since.
+
+        Elements of tables are all written.
+
+        A memory that has grown since is refused: it cannot shrink, and the guest's allocator, put back to
+        what it was, would not know of the rest and grow the memory anew each time. Make a new instance then.
+
+        Parameters
+        ----------
+        store : wasmtime.Store
+            The one that the snapshot was taken in. Nothing of it may be running.
+        zero_grown : bool
+            Accept memories that have grown: they keep their size, and what they gained is zeroed.
+
+        Raises
+        ------
+        ValueError
+            If it is another store or a closed one, if a memory has grown, or if an exported table was resized
+            since.
+        OwnedError, TypeError
+            If a memory cannot be restored now, as by `Memory.restore`.
+        RuntimeError
+            If a call into the store is running on this thread.
+        """
+        check_flag(zero_grown, "zero_grown")
+        if self._store() is not store:
+            raise ValueError("the snapshot was taken in another store")
+        context = _idle(store, "restored")
+        for name, table, size, _ in self._tables:
+            if table.size(store) != size:
+                raise ValueError(f"exported table {name!r} had {size} elements and has {table.size(store)}, and a table"
+                                 " cannot shrink: make a new instance")
+        memories, images = [], []
+        for name, memory, size, image in self._memories:
+            found = behind(store, memory)
+            assert found is not None        # wasmtime holds it as long as the store lives
+            if found.byte_size() != size and not zero_grown:
+                raise ValueError(f"exported memory {name!r} has grown from {size} to {found.byte_size()} bytes, which a"
+                                 " guest that is put back does not know: make a new instance, or pass zero_grown=True")
+            memories.append(found)
+            images.append(image)
+        restore_all(memories, images)       # the last step that may be refused
+        for place, value in self._globals:
+            _raise(ffi.wasmtime_global_set(context, place, value))
+        for _, table, _, elements in self._tables:
+            place = ctypes.byref(table._table)
+            for index, value in enumerate(elements or ()):
+                _raise(ffi.wasmtime_table_set(context, place, index, value))
+
+    def __repr__(self) -> str:
+        return f"<linmem.wasmtime.Snapshot: {len(self.memories)} memories, {len(self.globals)} globals>"
+
+
+def _raise(error: Any) -> None:
+    if error:
+        raise wasmtime.WasmtimeError._from_ptr(error)
+
+
+def _kept(context: Any, value: ffi.wasmtime_val_t) -> Any:
+    """A value as wasmtime_global_set and wasmtime_table_set take it; None for a reference to an object."""
+    kind: Any = value.kind
+    if kind in _PLAIN:
+        return ctypes.byref(value)
+    unroot = ffi.dll.wasmtime_val_unroot        # older ones want the context too
+    unroot(*[context, ctypes.byref(value)][-len(unroot.argtypes or ()):])
+    return None
+
+
+def _value_of(context: Any, thing: wasmtime.Global) -> Any:
+    value = ffi.wasmtime_val_t()
+    ffi.wasmtime_global_get(context, ctypes.byref(thing._global), ctypes.byref(value))
+    return _kept(context, value)
+
+
+def _elements_of(context: Any, table: wasmtime.Table, size: int) -> list[Any] | None:
+    """The elements, or None if one is a reference to an object."""
+    place, elements = ctypes.byref(table._table), []
+    for index in range(size):
+        value = ffi.wasmtime_val_t()
+        ffi.wasmtime_table_get(context, place, index, ctypes.byref(value))
+        elements.append(_kept(context, value))
+        if elements[-1] is None:
+            return None
+    return elements
+
+
+def _hidden(outline: Outline | None, partial: bool) -> list[str]:
+    """What a prepared module does not export, so that a snapshot does not hold it; refused if not `partial`."""
+    if outline is None:
+        return []
+    words = {"global": "mutable global"}
+    own, imported = ([f"{'imported ' * is_import}{words.get(kind, kind)} {index}"
+                      for kind, index, is_import in outline.hidden() if is_import == which] for which in (False, True))
+    if (own or imported) and not partial:
+        text = ", ".join([", ".join(own) + " of its own"] * bool(own) + imported)
+        raise ValueError(f"the module does not export {text}, which would keep what they hold when the rest is"
+                         " restored: prepare it with expose=True, or take a snapshot with partial=True")
+    data, elements = outline.passive
+    dropped = [f"which of {data} passive data segments and {elements} passive element segments were dropped"]
+    return own + imported + dropped * bool(data or elements)
+
+
+def _idle(store: wasmtime.Store, what: str) -> Any:
+    """The store's context, if it is a store in which this thread runs nothing."""
+    if not isinstance(store, wasmtime.Store):
+        raise TypeError(f"store must be a wasmtime.Store, got {type(store).__name__}: a snapshot cannot be {what} while"
+                        " wasm runs")
+    context = store._context()
+    address = ctypes.addressof(context.contents)
+    frame = sys._getframe(2)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name in _ENTRIES and code.co_filename.startswith(_WASMTIME):
+            running = frame.f_locals.get("store")
+            if running is not None and ctypes.addressof(running._context().contents) == address:
+                raise RuntimeError(f"a snapshot cannot be {what} while a call into its store is running")
+        frame = frame.f_back        # type: ignore[assignment]
+    return context
