@@ -18,7 +18,8 @@ from support import NEEDS, requires
 
 import linmem
 from linmem import cli
-from linmem._cli import demo, info, words
+from linmem._commands import demo, info
+from linmem._commands.parser import parse_size
 
 SECONDS = 120
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(
@@ -370,7 +371,7 @@ def test_a_creator_is_chosen_by_its_name(wat):
     ("1.5GiB", 3 << 29), ("64KB", 64000), ("0.001KB", 1), ("2TB", 2 * 10 ** 12), ("7b", 7),
 ])
 def test_sizes_are_read_as_people_write_them(text, size):
-    assert words.parse_size(text) == size
+    assert parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "MiB", "64XB", "-1", "1.5", "1e9", "0x10", "1..5GiB", "nan", "8EiB", "٣MiB",
@@ -544,7 +545,7 @@ def test_an_address_that_moved_fails_the_demo(monkeypatch, capsys):
 @pytest.mark.parametrize("command", ["demo", "info", "run", "image", "bench"])
 def test_a_subcommand_behind_two_dashes_is_itself_or_a_wrong_command_line(monkeypatch, command):
     """Pythons differ in whether that is a choice."""
-    monkeypatch.setattr(demo, "main", lambda: 7)
+    monkeypatch.setattr(demo, "main", lambda args: 7)
     monkeypatch.setattr(info, "main", lambda args: 7 + args.json)
     def ended():
         try:

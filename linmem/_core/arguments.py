@@ -20,7 +20,7 @@ REQUIRED = object()     # the default of an argument that has no default
 _SIZE_BOUND = 1 << 64
 _SHOWN_CHARACTERS = 100
 
-# Returns whether a buffer shows bytes of a memory that has protected pages. Raises ValueError if one of the bytes cannot
+# Returns whether a buffer shows bytes of a memory that has protected pages. Raises ValueError if one of them cannot
 # be read. `linmem._core.memory` replaces this function when it is imported: before that, no memory exists.
 shows_protected: Callable[[object], bool] = lambda data: False  # noqa: E731
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from typing import Any
 
 import linmem
-from linmem._cli.words import EXIT_REFUSED, show_size
+from linmem._commands.parser import EXIT_REFUSED, Parser
+from linmem._commands.text import show_size
+
+DESCRIPTION = """\
+Print what this machine allows, and let child processes fault on guard pages to see that they
+hold. Exit code 0 if they do, else 1."""
 
 # Read by ctypes' own getter: on some systems a foreign function's call turns the fault into an exception.
 GUARD_CHILD = """
@@ -56,7 +60,12 @@ ACCESS_VIOLATION = 0xC0000005
 CHILD_SECONDS = 60
 
 
-def main(args: argparse.Namespace) -> int:
+def add_arguments(parser: Parser) -> None:
+    parser.description = DESCRIPTION
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+
+
+def main(args: Any) -> int:
     from linmem._os import pages
 
     figures = {"linmem": linmem.__version__, "python": ".".join(map(str, sys.version_info[:3])),

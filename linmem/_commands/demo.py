@@ -1,4 +1,4 @@
-"""``linmem demo``: views that outlive growth and the store."""
+"""``linmem demo``: shows that views stay valid when the memory grows and when the store is closed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import linmem
-from linmem._cli.words import EXIT_REFUSED, Refused, count, one_line, show_size, show_time
+from linmem._commands.parser import EXIT_REFUSED, Parser, Refused
+from linmem._commands.text import count, one_line, show_size, show_time
+
+DESCRIPTION = """\
+Show a NumPy view that stays valid while its memory grows, in Python and under a WebAssembly
+program, and after the store is closed. Every figure is checked: exit code 0 if all hold, else 1."""
 
 STEP = 65536
 PLAIN_SIZE = 64 << 20
@@ -35,7 +40,11 @@ class Checks:
         print(f"   {'[ok]    ' if held else '[FAILED]'} {claim}: {show(before)} before, {show(after)} after")
 
 
-def main() -> int:
+def add_arguments(parser: Parser) -> None:
+    parser.description = DESCRIPTION
+
+
+def main(args: Any) -> int:
     try:
         import numpy
         import wasmtime

@@ -3,41 +3,72 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import linmem
-from linmem._cli.words import (
-    EXIT_INTERRUPTED,
-    EXIT_TRAP,
-    EXIT_USAGE,
-    Parser,
-    Refused,
-    count,
-    one_line,
-    show_size,
-    show_time,
-)
+from linmem._commands.parser import EXIT_INTERRUPTED, EXIT_TRAP, EXIT_USAGE, Parser, Refused, parse_size
+from linmem._commands.text import count, one_line, show_size, show_time
 from linmem._core.arguments import printable
 
+USAGE = """linmem run [options] PROGRAM [options] [--] [ARGS ...]"""
+DESCRIPTION = """\
+Run a WASI preview 1 command module (wasm or wat) with wasmtime, in memories that linmem owns.
+Standard input, output and error are the program's, and its exit code is linmem's."""
+EPILOG = """\
+Options may stand before PROGRAM and directly after it; the first argument that is no option, or
+`--`, begins the program's own ARGS. argv[0] is the file name of PROGRAM. Nothing of this
+machine is visible to the program but what --dir and --env give it.
 
-def main(parser: Parser, words: list[str]) -> int:
-    """Run ``linmem run`` with these words; returns the exit code."""
-    options, program, arguments = split_run(parser, words)
-    args, unknown = parser.parse_known_args(options)
+--creator takes "mmap" (each memory is a mapping of its own), "pool" (memories are reset and handed
+out again) and "statistics"; each with the defaults of linmem.creator(). --max-memory puts one
+budget over it (what linmem.creator("limiting", limit_bytes=...) does).
+
+The report comes last on standard error, so that standard output stays the program's. With --json
+it is one line, the last, also if PROGRAM could not be run; sizes are bytes, times nanoseconds.
+"resident" is the physical memory at the end, which is its peak: wasm memories give nothing back.
+
+Exit codes: the program's (0 to 125, as wasmtime allows); 134 if it trapped; 130 on Ctrl-C; 2 if
+the command line is wrong; 1 if PROGRAM cannot be read or run, with one line that says why."""
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.usage, parser.description, parser.epilog = USAGE, DESCRIPTION, EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--dir", action="append", default=[], metavar="HOST[::GUEST]",
+                        help="a directory that the program may read and write, under the name GUEST; repeatable")
+    parser.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]",
+                        help="a variable for the program, with this process's value if none is given; repeatable")
+    parser.add_argument("--creator", default="mmap", metavar="KIND",
+                        help="who makes the memories: mmap (the default), pool or statistics; see below")
+    parser.add_argument("--max-memory", type=parse_size, metavar="SIZE",
+                        help="a budget for all memories of the program: bytes, or a number with KiB, MiB, GiB (powers"
+                             " of 1024; K, M, G mean the same) or KB, MB, GB (powers of 1000). Past it memory.grow"
+                             " returns -1")
+    parser.add_argument("--report", action="store_true", help="at the end, say what each memory did")
+    parser.add_argument("--json", action="store_true", help="the report as one line of JSON (implies --report)")
+    parser.parse_known_args = functools.partial(parse, parser)      # type: ignore[method-assign]
+
+
+def parse(parser: Parser, words: list[str], namespace: None = None) -> tuple[argparse.Namespace, list[str]]:
+    """Parse the options, and put the program and its arguments beside the options."""
+    options, program, arguments = split_words(parser, words)
+    args, unknown = Parser.parse_known_args(parser, options)
     if unknown:
         parser.error(f"no such option: {unknown[0]}; the program's own come after --")
     if program is None:
         parser.error("PROGRAM is missing")
-    return run(args, program, arguments)
+    args.program, args.arguments = program, arguments
+    return args, []
 
 
-def split_run(parser: Parser, words: list[str]) -> tuple[list[str], str | None, list[str]]:
-    """linmem's options, the program, and the program's arguments.
+def split_words(parser: Parser, words: list[str]) -> tuple[list[str], str | None, list[str]]:
+    """The options of linmem, the program, and the arguments of the program.
 
-    argparse has no word for "options on both sides of the first positional, and none after it".
+    argparse cannot express "options before and after the first positional argument, and none after the second".
     """
     takes_value = {name for action in parser._actions if action.nargs != 0 for name in action.option_strings}
     options: list[str] = []
@@ -52,7 +83,7 @@ def split_run(parser: Parser, words: list[str]) -> tuple[list[str], str | None, 
         if word.startswith("-") and word != "-":
             options.append(word)
             if word in takes_value and rest:
-                # Joined, so that a value that begins with a dash is still one.
+                # Joined, so that argparse takes a value that begins with a dash for a value.
                 options[-1] = f"{word}={rest.pop(0)}"
         elif program is None:
             program = word
@@ -61,15 +92,15 @@ def split_run(parser: Parser, words: list[str]) -> tuple[list[str], str | None, 
     return options, program, []
 
 
-def run(args: argparse.Namespace, program: str, arguments: list[str]) -> int:
+def main(args: argparse.Namespace) -> int:
     environment = [split_env(text) for text in args.env]
     directories = [split_dir(text) for text in args.dir]
     report = args.report or args.json
     creator, statistics = compose_creator(args.creator, args.max_memory, report)
 
     def work() -> int:
-        return execute(program, read_program(program), [os.path.basename(program), *arguments], environment,
-                       directories, creator)
+        return execute(args.program, read_program(args.program), [os.path.basename(args.program), *args.arguments],
+                       environment, directories, creator)
 
     try:
         status, running = in_a_thread(work)
@@ -77,10 +108,9 @@ def run(args: argparse.Namespace, program: str, arguments: list[str]) -> int:
         print(f"linmem run: {refusal}", file=sys.stderr)
         status, running = refusal.code, False
     if statistics is not None:
-        print_report(report_figures(program, args, status, statistics), as_json=args.json)
+        print_report(report_figures(args, status, statistics), as_json=args.json)
     if running:
-        # The program is still in its endless loop, or waits for input: there is no way to come
-        # back from there but the end of the process.
+        # The program is in an endless loop or waits for input. Only the end of the process can end it.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -244,8 +274,7 @@ def wasi_config(wasmtime: Any, argv: list[str], environment: list[tuple[str, str
     return wasi
 
 
-def report_figures(program: str, args: argparse.Namespace, status: int,
-                   statistics: linmem.StatisticsCreator) -> dict[str, Any]:
+def report_figures(args: argparse.Namespace, status: int, statistics: linmem.StatisticsCreator) -> dict[str, Any]:
     memories = [{
         "first_size": memory["first_size"],
         "peak_size": memory["size"],        # a wasm memory never shrinks
@@ -254,7 +283,7 @@ def report_figures(program: str, args: argparse.Namespace, status: int,
         "grow_ns": memory["grow_ns"],
         "peak_resident": memory["peak_resident"],
     } for memory in reversed(statistics.memories())]
-    return {"program": program, "exit_code": status, "creator": args.creator, "max_memory": args.max_memory,
+    return {"program": args.program, "exit_code": status, "creator": args.creator, "max_memory": args.max_memory,
             "memories": memories, "all": statistics.statistics()}
 
 

@@ -1,4 +1,4 @@
-"""What the subcommands share: exit codes, refusals, and how sizes are read and shown."""
+"""What the subcommands share: the parser of arguments, the types of arguments, refusals and exit codes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from linmem._core.arguments import printable
 
-EXIT_REFUSED = 1            # the thing asked for cannot be done, or a check failed
+EXIT_REFUSED = 1            # what was asked for cannot be done, or a check failed
 EXIT_USAGE = 2              # the command line is wrong
 EXIT_INTERRUPTED = 130      # 128 + SIGINT, as a shell reports it
 EXIT_TRAP = 134             # 128 + SIGABRT, as `wasmtime run` does
@@ -20,7 +20,7 @@ for _power, _letter in enumerate("kmgt", start=1):
 
 
 class Refused(Exception):
-    """What ends a subcommand with one line on standard error."""
+    """Ends a subcommand with one line on standard error."""
 
     def __init__(self, message: str, code: int = EXIT_REFUSED) -> None:
         super().__init__(printable(message))
@@ -28,7 +28,7 @@ class Refused(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; the usage is one --help away."""
+    """Reports an error in one line, which names --help instead of printing the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"{self.prog}: {printable(message)} (see {self.prog} --help)\n")
@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         found, unknown = super().parse_known_args(args, namespace)
         for action in self._actions:
-            # Some Pythons' argparse takes the value of "--option=--" for the word that ends the options.
+            # Some versions of argparse take the value of "--option=--" for the "--" that ends the options.
             value = getattr(found, action.dest, None) if action.option_strings and action.nargs is None else None
             if isinstance(value, list) and ([] in value or action.default is None):
                 self.error(f"argument {action.option_strings[0]}: -- is no value")
@@ -44,7 +44,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def file_name(text: str) -> str:
-    """Of a file that is to be written."""
+    """The name of a file to write."""
     if not text:
         raise argparse.ArgumentTypeError("must be the name of a file, got ''")
     return text
@@ -58,39 +58,7 @@ def parse_size(text: str) -> int:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no size: bytes, or a number with KiB, MiB, GiB, TiB, KB, MB, GB or TB, as 65536 or 1.5GiB")
     fraction = match[2] or ""
-    parts: int = 10 ** len(fraction)
-    size = int(match[1] + fraction) * unit // parts
+    size: int = int(match[1] + fraction) * unit // 10 ** len(fraction)
     if size >= 1 << 63:
         raise argparse.ArgumentTypeError(f"{text!r} is more than any memory can have: below 8 EiB (2**63 bytes)")
     return size
-
-
-def show_size(size: int) -> str:
-    """1536 -> "1.5 KiB"; whole numbers without a fraction."""
-    value, unit = float(size), "bytes"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{value:.1f}".removesuffix(".0") + f" {unit}"
-
-
-def show_time(ns: int) -> str:
-    if ns < 1_000_000:
-        return f"{ns / 1_000:.1f} us"
-    return f"{ns / 1_000_000:.1f} ms" if ns < 1_000_000_000 else f"{ns / 1_000_000_000:.2f} s"
-
-
-def count(n: int, noun: str) -> str:
-    plural = noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
-    return f"{n} {noun if n == 1 else plural}"
-
-
-def one_line(error: Exception) -> str:
-    """wasmtime's message and its causes, without source excerpt and backtraces (its own too: RUST_BACKTRACE)."""
-    head, _, causes = str(error).partition("Stack backtrace:")[0].partition("Caused by:")
-    lines = head.strip().splitlines()
-    said = [] if not lines or "wasm backtrace" in lines[0] else [lines[0]]
-    said += [re.sub(r"^\d+: ", "", line.strip()) for line in causes.splitlines() if line.strip()]
-    place = re.search(r"--> .*:(\d+):(\d+)$", head, re.MULTILINE)
-    return ": ".join(said) + (f" (line {place[1]}, column {place[2]})" if place else "")
