@@ -34,7 +34,7 @@ from wasmtime import _ffi as ffi
 
 import linmem
 import linmem.wasmtime
-from linmem._files import image_file as _files
+from linmem._files import sparse
 from linmem._wasm import hoist as _hoist
 from linmem._wasm import prepared as _prepared
 from linmem._wasm.image_cache import Cache
@@ -798,8 +798,8 @@ def test_an_entry_is_its_owners_alone_while_it_is_written_and_afterwards(tmp_pat
 def test_a_cache_takes_time_for_the_data_of_a_module_and_not_for_the_memory_between(tmp_path, monkeypatch):
     wasm = '(module (memory (export "m") 65536) (data (i32.const 0) "low") (data (i32.const 0xfffffff0) "high"))'
     asked = []
-    whole = _files._read_fd
-    monkeypatch.setattr(_files, "_read_fd", lambda fd, at, size: asked.append(size) or whole(fd, at, size))
+    whole = sparse._read_fd
+    monkeypatch.setattr(sparse, "_read_fd", lambda fd, at, size: asked.append(size) or whole(fd, at, size))
     for _ in range(2):              # cold and warm
         [image] = prepare(MMAP, wasm, cache=tmp_path).images
         assert [size for _, size in image.runs()] == [4096, 4096]

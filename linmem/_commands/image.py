@@ -16,7 +16,8 @@ from linmem._commands.text import count, show_size
 from linmem._core.arguments import printable
 from linmem._core.image import Image
 from linmem._files.delta import Delta
-from linmem._files.image_file import DELTA, NO_DIGEST, PACKED, PAGE, open_file, read
+from linmem._files.format import DELTA, NO_DIGEST, PACKED, PAGE
+from linmem._files.reader import open_file, read
 from linmem.errors import FileFormatError
 
 __all__ = ["add_arguments", "main"]
@@ -131,26 +132,25 @@ def figures_of(path: str) -> dict[str, Any]:
     with about(path), open_file(path) as file:
         contents = read(file, path)
         blocks = getattr(os.fstat(file.fileno()), "st_blocks", None)
-    is_delta = contents.kind == DELTA
+    header = contents.header
+    is_delta = header.kind == DELTA
     figures = {
         "path": path,
         "kind": "delta" if is_delta else "image",
-        "version": contents.version,
-        "layout": "packed" if contents.layout == PACKED else "in place",
-        "size": contents.size,
-        "offset": contents.offset,
+        "version": header.version,
+        "layout": "packed" if header.layout == PACKED else "in place",
+        "size": header.size,
+        "offset": header.target_offset if is_delta else header.offset,
         "stored": contents.stored,
-        "groups": contents.count,
+        "groups": header.count,
         "file_size": contents.file_size,
         "on_disk": None if blocks is None else blocks * 512,
-        "digest": None if contents.digest == NO_DIGEST else contents.digest.hex(),
+        "digest": None if header.digest == NO_DIGEST else header.digest.hex(),
     }
     if is_delta:
-        figures["zero_pages"] = sum((mentioned & ~stored).bit_count()
-                                    for _, mentioned, stored, _, _ in contents.groups())
-        figures["offset"] = contents.target_offset
-        figures["base_size"] = contents.base_size
-        figures["base_digest"] = contents.base_digest.hex()
+        figures["zero_pages"] = sum((mentioned & ~stored).bit_count() for _, mentioned, stored, _ in contents.groups())
+        figures["base_size"] = header.base_size
+        figures["base_digest"] = header.base_digest.hex()
     return figures
 
 
@@ -174,7 +174,7 @@ def why_wrong(path: str) -> str | None:
     try:
         with about(path):
             with open_file(path) as file:
-                kind = read(file, path).kind
+                kind = read(file, path).header.kind
             if kind == DELTA:
                 Delta.open(path)
             else:

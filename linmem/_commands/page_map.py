@@ -12,7 +12,7 @@ from linmem._core.arguments import printable
 from linmem._core.image import Image
 from linmem._files.atomic_file import write_figure
 from linmem._files.delta import Delta
-from linmem._files.image_file import PAGE, round_up
+from linmem._files.format import PAGE, round_up
 
 # The classes of a page. A mark of the map that stands for several pages shows the greatest class of these pages.
 NOTHING, SAME, GONE, NEW, CHANGED = range(5)

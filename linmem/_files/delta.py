@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Delta", "bytes_after"]
 
-_PAGE = 4096        # of a file
+_PAGE = 4096            # of a file
+_MAX_ZEROED = 1 << 36   # bytes: the table of their groups takes about a second to write
 
 
 class Delta:
@@ -162,9 +163,21 @@ class Delta:
         OSError
             The old file, if there is one, is still there.
         """
-        from linmem._files import image_file as _files
+        from linmem._files.format import DELTA, NO_DIGEST, Header
+        from linmem._files.writer import write
 
-        _files.save_delta(self, check_path(path))
+        path = check_path(path)
+        zeroed = sum(size for _, size in self.zeros)
+        if zeroed > _MAX_ZEROED:
+            raise ValueError(f"a saved delta may zero at most {_MAX_ZEROED} bytes, since its file names each 65536 of"
+                             f" them, and this one zeroes {zeroed}")
+        for start, size, _ in self.pieces():
+            if start % _PAGE or ((start + size) % _PAGE and start + size != self.size):
+                raise ValueError(f"only deltas of whole pages of {_PAGE} bytes can be saved, and this one has"
+                                 f" {size} bytes at {start}")
+        write(path, Header(kind=DELTA, size=self.size, base_size=self.base_size, base_digest=bytes.fromhex(self.base),
+                           digest=NO_DIGEST if self.target is None else bytes.fromhex(self.target),
+                           target_offset=self.offset), self.pieces)
 
     @staticmethod
     def open(path: str | bytes | os.PathLike[str], *, max_size: int | None = None) -> Delta:
@@ -184,11 +197,23 @@ class Delta:
         OSError
             It cannot be read.
         """
-        from linmem._files import image_file as _files
+        from linmem._files.format import DELTA, NO_DIGEST, joined
+        from linmem._files.reader import open_file, pieces, read
 
         bound = None if max_size is None else check_size(max_size, "max_size")
-        found: Delta = _files.open_delta(Delta, check_path(path), max_size=bound)
-        return found
+        path = check_path(path)
+        ranges: list[tuple[int, int]] = []
+        zeros: list[tuple[int, int]] = []
+        data = bytearray()
+        with open_file(path) as file:
+            contents = read(file, path, DELTA, bound)
+            for start, size, part in pieces(file, contents):
+                (zeros if part is None else ranges).append((start, size))
+                data += part or b""
+        header = contents.header
+        target = None if header.digest == NO_DIGEST else header.digest.hex()
+        return Delta(header.base_digest.hex(), header.base_size, header.size, joined(ranges), joined(zeros),
+                     memoryview(data).toreadonly(), target, header.target_offset)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         # From protocol 5 on whoever pickles may leave the bytes where they are.

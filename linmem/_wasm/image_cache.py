@@ -11,8 +11,9 @@ from __future__ import annotations
 import os
 import stat
 
-from linmem._files import atomic_file as _saving
-from linmem._files import image_file as _files
+from linmem._files.atomic_file import draft
+from linmem._files.reader import open_file
+from linmem._files.sparse import content_digest
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -66,10 +67,10 @@ class Cache:
         os.makedirs(place, mode=0o700, exist_ok=True)
         _must_be_private(place)
         _make_room(place, suffix)
-        with _saving.draft(place) as made:
+        with draft(place) as made:
             write(made.file)
             made.file.flush()
-            path = os.path.join(place, _files.content_digest(made.file.fileno()) + suffix)
+            path = os.path.join(place, content_digest(made.file.fileno()) + suffix)
             made.become(path, 0o600)
         return path
 
@@ -103,8 +104,8 @@ def _must_be_private(path: str) -> None:
 
 def _digest_of(path: str) -> str:
     # Without waiting for a writer, where a pipe has the name.
-    with _files.open_file(path) as file:
-        return _files.content_digest(file.fileno())
+    with open_file(path) as file:
+        return content_digest(file.fileno())
 
 
 def _remove(path: str) -> None:
