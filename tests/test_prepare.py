@@ -1,6 +1,5 @@
 """Modules that start from images: the same instances as ever, faster."""
 
-import dataclasses
 import hashlib
 import os
 import random
@@ -35,9 +34,10 @@ from wasmtime import _ffi as ffi
 import linmem
 import linmem.wasmtime
 from linmem._files import sparse
-from linmem._wasm import hoist as _hoist
+from linmem._wasm import module as _module
 from linmem._wasm import prepared as _prepared
 from linmem._wasm.image_cache import Cache
+from linmem._wasm.reader import Unknown
 from linmem.wasmtime import prepare
 
 PAGE = 65536
@@ -447,13 +447,13 @@ def test_a_module_with_tables_of_continuations_is_prepared_as_any_other():
 
 def test_what_linmem_does_not_know_is_left_alone(monkeypatch):
     def unknown(*args):
-        raise _hoist._Unknown("the table is of a later kind")
+        raise Unknown("the table is of a later kind")
 
-    monkeypatch.setattr(_hoist._Module, "tables", unknown)      # of a module that wasmtime knows
+    monkeypatch.setattr(_module.Module, "tables", unknown)      # of a module that wasmtime knows
     prepared = same(MMAP, '(module (table 3 funcref) (memory (export "m") 1) (data (i32.const 0) "x"))')
     assert prepared.outline is None
     assert prepared.images[0] is not None
-    monkeypatch.setattr(_hoist._Module, "memories", unknown)
+    monkeypatch.setattr(_module.Module, "memories", unknown)
     for expose in (False, True):
         prepared = prepare(MMAP, HELLO, expose=expose)
         assert (prepared.images, prepared.added, prepared.outline) == ((), frozenset(), None)
@@ -464,8 +464,8 @@ def test_what_linmem_does_not_know_is_left_alone(monkeypatch):
 
 
 def test_a_module_that_wasmtime_takes_only_as_it_is_stays_as_it_is(monkeypatch):
-    made = _hoist.hoist
-    monkeypatch.setattr(_hoist, "hoist", lambda wasm: dataclasses.replace(made(wasm), module=wasm + b"\x63\0"))
+    made = _prepared.hoist
+    monkeypatch.setattr(_prepared, "hoist", lambda wasm: made(wasm)._replace(module=wasm + b"\x63\0"))
     prepared = prepare(MMAP, HELLO, expose=True)
     assert (prepared.images, prepared.added, prepared.outline) == ((None,), frozenset(), None)
     assert "wasmtime takes the module only as it is" in prepared.skipped[0]

@@ -18,8 +18,12 @@ from linmem._core import bridge as _bridge
 from linmem._core.arguments import check_flag, check_path
 from linmem._core.image import Image
 from linmem._files.image_file import write_image
-from linmem._wasm import hoist as _hoist
 from linmem._wasm.image_cache import Cache
+from linmem._wasm.outline import Outline
+from linmem._wasm.outline import expose as expose_state
+from linmem._wasm.outline import outline as outline_of
+from linmem._wasm.reader import Malformed
+from linmem._wasm.segments import Hoisted, Run, hoist
 from linmem.errors import FileFormatError, PageError
 
 TYPE_CHECKING = False
@@ -55,7 +59,7 @@ class Prepared:
         Why data segments were left in the module, or why `expose` did nothing; empty if all was done.
     added : frozenset of str
         The exports that ``expose=True`` added.
-    outline : linmem._wasm.hoist.Outline or None
+    outline : linmem._wasm.outline.Outline or None
         What state instances have; None where the module uses what linmem does not know.
     """
 
@@ -65,7 +69,7 @@ class Prepared:
     images: tuple[Image | None, ...]
     skipped: tuple[str, ...]
     added: frozenset[str]
-    outline: _hoist.Outline | None
+    outline: Outline | None
     _offer: _bridge.Offer | None
 
     def __init__(self) -> None:
@@ -77,7 +81,7 @@ class Prepared:
 
     @classmethod
     def _of(cls, module: wasmtime.Module, images: Sequence[Image | None], minima: Sequence[int],
-            skipped: Sequence[str], added: frozenset[str], outline: _hoist.Outline | None) -> Prepared:
+            skipped: Sequence[str], added: frozenset[str], outline: Outline | None) -> Prepared:
         self = object.__new__(cls)
         self.module = module
         self.images = tuple(images)
@@ -196,22 +200,22 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
     skipped = []
     try:
         if expose:
-            wasm, added = _hoist.expose(wasm)
-        outline = _hoist.outline(wasm)
+            wasm, added = expose_state(wasm)
+        outline = outline_of(wasm)
     except ValueError as error:     # malformed, or of a kind that is not known here: wasmtime has the last word
         if expose:
             skipped.append(f"nothing is exposed: {error}")
     try:
-        hoisted = _hoist.hoist(wasm)
-    except _hoist.Malformed as error:
-        hoisted = _hoist.Hoisted(wasm, [], [], [f"nothing is hoisted: {error}"])
+        hoisted = hoist(wasm)
+    except Malformed as error:
+        hoisted = Hoisted(wasm, [], [], [f"nothing is hoisted: {error}"])
     directory = None if cache is None else Cache(cache)
     images: list[Image | None] = []
     try:
         for runs in hoisted.images:
             images.append(None if runs is None else _image(runs, directory))
     except (PageError, OverflowError) as error:     # segments as far apart as no machine has memory for
-        hoisted = _hoist.Hoisted(wasm, [None] * len(hoisted.images), hoisted.minima,
+        hoisted = Hoisted(wasm, [None] * len(hoisted.images), hoisted.minima,
                                  [f"nothing is hoisted, there is no room for an image: {error}"])
         images = [None] * len(hoisted.images)
     skipped += hoisted.skipped
@@ -240,7 +244,7 @@ def _asks(engine: wasmtime.Engine) -> bool:
     return found
 
 
-def _image(runs: Sequence[_hoist.Run], cache: Cache | None) -> Image:
+def _image(runs: Sequence[Run], cache: Cache | None) -> Image:
     start, (last, data) = runs[0][0], runs[-1]
     if cache is None:
         return Image.from_pieces(runs, last + len(data) - start, start)

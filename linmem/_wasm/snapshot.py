@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any, NoReturn
 
-    from linmem._wasm.hoist import Outline
+    from linmem._wasm.outline import Outline
 
 __all__ = ["Snapshot", "behind"]
 
