@@ -20,8 +20,6 @@ from linmem._files.format import DELTA, NO_DIGEST, PACKED, PAGE
 from linmem._files.reader import open_file, read
 from linmem.errors import FileFormatError
 
-__all__ = ["add_arguments", "main"]
-
 EXIT_DIFFERS = 3
 
 DESCRIPTION = "Look at the files of images and deltas, check them, compare images, and apply deltas to them."

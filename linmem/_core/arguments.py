@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from typing import Any
 
-__all__ = ["check_bytes", "check_count", "check_flag", "check_pairs", "check_path", "check_size", "given",
-           "printable", "shown", "shows_protected"]
 
 REQUIRED = object()     # the default of an argument that has no default
 

@@ -5,25 +5,10 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from typing import Any, Protocol
-
-    class ImageBytes(Protocol):
-        """What other modules of this layer use of an `Image`, which is above this layer."""
-
-        @property
-        def offset(self) -> int: ...
-        @property
-        def size(self) -> int: ...
-        @property
-        def digest(self) -> str: ...
-        def runs(self) -> list[tuple[int, int]]: ...
-        def fileno(self) -> int: ...
-        def __buffer__(self, flags: int, /) -> memoryview: ...
-
-__all__ = ["Handle", "own_runs"]
+    from typing import Any
 
 
-def own_runs(image: ImageBytes, view: memoryview) -> Iterator[tuple[int, memoryview]]:
+def own_runs(image: Any, view: memoryview) -> Iterator[tuple[int, memoryview]]:
     """The start and the bytes of each run that is not zero, without the parts of runs that are outside of the image."""
     offset, end = image.offset, image.offset + image.size
     for start, size in image.runs():

@@ -15,14 +15,11 @@ place of a byte of the content ("start") is its offset in the memory, not its of
 from __future__ import annotations
 
 import hashlib
+import re
 import struct
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
-
-__all__ = ["DATA_OFFSET", "DELTA", "ENTRY", "GROUP", "HEADER", "IMAGE", "IN_PLACE", "MAGIC", "NO_DIGEST", "PACKED",
-           "PAGE", "VERSION", "ZEROS", "Contents", "Header", "Run", "bit_runs",
-           "blake2b", "joined", "round_up"]
 
 MAGIC = b"\x89LINMEM\n"     # a byte that no text contains, and a line end that a transfer as text would change
 VERSION = 2                 # since version 2, packed data follow the header at once, and a delta has target_offset
@@ -113,16 +110,7 @@ def round_up(n: int, unit: int) -> int:
 @lru_cache(maxsize=4096)
 def bit_runs(mask: int) -> tuple[tuple[int, int], ...]:
     """(first bit, number of bits) of each run of ones."""
-    found = []
-    first = 0
-    while mask >> first:
-        if mask >> first & 1:
-            count = ((mask >> first) + 1 & ~(mask >> first)).bit_length() - 1
-            found.append((first, count))
-            first += count
-        else:
-            first += 1
-    return tuple(found)
+    return tuple((run.start(), len(run[0])) for run in re.finditer("1+", f"{mask:b}"[::-1]))
 
 
 def joined(runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

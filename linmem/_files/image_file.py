@@ -1,4 +1,4 @@
-"""Saves and opens images; `Image` imports this module when a file is first named."""
+"""Saves, opens and verifies images; `Image` imports this module when a file is first named."""
 
 from __future__ import annotations
 
@@ -13,22 +13,16 @@ from linmem._files.sparse import NotZero, holes_are_known
 from linmem._files.writer import write, write_to
 from linmem.errors import FileFormatError
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from linmem._core.process_handles import ImageBytes
 
-__all__ = ["open_image", "save_image", "verify_image", "write_image"]
-
-
-def save_image(image: ImageBytes, path: str | bytes | os.PathLike[str], *, packed: bool) -> None:
+def save_image(image: Any, path: str | bytes | os.PathLike[str], *, packed: bool) -> None:
     write(path, *_header_and_runs(image, PACKED if packed else IN_PLACE))
 
 
-def write_image(image: ImageBytes, file: BinaryIO) -> None:
+def write_image(image: Any, file: BinaryIO) -> None:
     write_to(file, *_header_and_runs(image, IN_PLACE))
 
 
-def _header_and_runs(image: ImageBytes, layout: int) -> tuple[Header, Callable[[], Iterable[Run]]]:
+def _header_and_runs(image: Any, layout: int) -> tuple[Header, Callable[[], Iterable[Run]]]:
     view = memoryview(image)
     return (Header(kind=IMAGE, size=image.size, digest=bytes.fromhex(image.digest), offset=image.offset, layout=layout),
             lambda: ((start, len(data), data) for start, data in own_runs(image, view)))
@@ -58,21 +52,19 @@ def open_image(make: Any, path: str | bytes | os.PathLike[str], *, verify: bool,
             return image, contents
         found = ((start, data) for start, _, data in pieces(file, contents) if data is not None)
         image = make.from_pieces(found, header.size, header.offset)
+
+        def bytes_at(start: int, size: int) -> memoryview:
+            file.seek(header.position(start))
+            return fill(file, bytearray(size), contents.path)
+
+        if verify and header.layout == IN_PLACE:
+            check_holes(contents, file.fileno(), bytes_at)
         if verify:
-            if header.layout == IN_PLACE:
-                check_holes(contents, file.fileno(), lambda start, size: _read_at(file, contents, start, size))
             _check_digest(image, contents)
     return image, None
 
 
-def _read_at(file: BinaryIO, contents: Contents, start: int, size: int) -> memoryview:
-    room = memoryview(bytearray(size))
-    file.seek(contents.header.position(start))
-    fill(file, room, contents.path)
-    return room
-
-
-def verify_image(image: ImageBytes, contents: Contents) -> None:
+def verify_image(image: Any, contents: Contents) -> None:
     try:
         fd = image.fileno()
     except OSError:         # the pages are mapped, and the system had no descriptor left for them
@@ -81,7 +73,7 @@ def verify_image(image: ImageBytes, contents: Contents) -> None:
     _check_digest(image, contents)
 
 
-def _check_digest(image: ImageBytes, contents: Contents) -> None:
+def _check_digest(image: Any, contents: Contents) -> None:
     expected = contents.header.digest.hex()
     if image.digest != expected:
         raise FileFormatError(contents.path, "digest", expected, f"{image.digest}, that of the content")

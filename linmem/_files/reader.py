@@ -34,8 +34,6 @@ from linmem._files.format import (
 from linmem._files.sparse import NotZero, check_gaps
 from linmem.errors import FileFormatError
 
-__all__ = ["check_holes", "check_view", "fill", "not_mentioned", "open_file", "pieces", "read"]
-
 KINDS = {IMAGE: "an image", DELTA: "a delta"}
 VERSIONS = (1, 2)
 MAX_SIZE = 1 << 56
@@ -195,15 +193,11 @@ def pieces(file: BinaryIO, contents: Contents) -> Iterator[Run]:
     path, header = contents.path, contents.header
     packed = header.data_offset
     for number, mentioned, stored, crc in contents.groups():
-        data = memoryview(bytearray(stored.bit_count() * PAGE))
         runs: dict[int, memoryview] = {}
-        filled = 0
         for page, count in bit_runs(stored):
-            runs[page] = data[filled:filled + count * PAGE]
-            file.seek(header.position(number * GROUP + page * PAGE) if header.layout == IN_PLACE else packed + filled)
-            fill(file, runs[page], path)
-            filled += count * PAGE
-        packed += filled
+            file.seek(header.position(number * GROUP + page * PAGE) if header.layout == IN_PLACE else packed)
+            runs[page] = fill(file, bytearray(count * PAGE), path)
+            packed += count * PAGE
         _check_group(path, number, crc, runs.values())
         for page, count in sorted(bit_runs(stored) + bit_runs(mentioned & ~stored)):
             run = runs.get(page)
@@ -215,12 +209,15 @@ def pieces(file: BinaryIO, contents: Contents) -> Iterator[Run]:
             yield start + head, tail - head, None if run is None else run[head:tail]
 
 
-def fill(file: BinaryIO, room: memoryview, path: str) -> None:
-    while room:
-        n = file.readinto(room)     # type: ignore[attr-defined]
+def fill(file: BinaryIO, buffer: bytearray, path: str) -> memoryview:
+    """Read as many bytes as the buffer has; returns a view of the buffer."""
+    rest = whole = memoryview(buffer)
+    while rest:
+        n = file.readinto(rest)     # type: ignore[attr-defined]
         if not n:
-            raise FileFormatError(path, "data", f"{len(room)} bytes short", "whole: the file was cut while it was read")
-        room = room[n:]
+            raise FileFormatError(path, "data", f"{len(rest)} bytes short", "whole: the file was cut while it was read")
+        rest = rest[n:]
+    return whole
 
 
 def check_view(view: memoryview, contents: Contents, fd: int | None) -> None:

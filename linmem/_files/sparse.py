@@ -10,8 +10,6 @@ from typing import BinaryIO
 
 from linmem._files.format import PAGE, ZEROS, blake2b, joined, round_up
 
-__all__ = ["NotZero", "check_gaps", "content_digest", "holes_are_known", "runs_of_file"]
-
 READ_STEP = 1 << 20
 
 

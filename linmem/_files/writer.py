@@ -25,8 +25,6 @@ from linmem._files.format import (
     round_up,
 )
 
-__all__ = ["nonzero_runs", "write", "write_to"]
-
 
 def write(path: str | bytes | os.PathLike[str], header: Header, runs: Callable[[], Iterable[Run]]) -> None:
     """Write a file to `path` as a whole or not at all, also if the process or the machine stops.

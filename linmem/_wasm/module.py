@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from linmem._wasm.reader import GlobalType, Limits, Malformed, Reader, Unknown, leb128, malformed
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-__all__ = ["DATA", "EXPORT", "KINDS", "DataSegment", "ElementSegment", "Module", "Value"]
 
 (TYPE, IMPORT, FUNCTION, TABLE, MEMORY, GLOBAL, EXPORT, START, ELEMENT, CODE, DATA, DATA_COUNT, TAG) = range(1, 14)
 _RANKS = {kind: rank for rank, kind in enumerate((

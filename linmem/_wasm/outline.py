@@ -7,8 +7,6 @@ from typing import NamedTuple
 from linmem._wasm.module import EXPORT, KINDS, Module
 from linmem._wasm.reader import Unknown, leb128
 
-__all__ = ["Outline", "expose", "outline"]
-
 
 class Outline(NamedTuple):
     """The state that the instances of a module have, and what of the state they export.

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
     from wasmtime._exportable import AsExtern
 
-__all__ = ["NOT_OURS", "Prepared", "prepare"]
 
 NOT_OURS = ("linmem.wasmtime.install(config) was not called for this engine, or the config uses the pooling"
             " allocation strategy (which ignores host creators)")

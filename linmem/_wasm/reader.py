@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-__all__ = ["GlobalType", "Limits", "Malformed", "Reader", "Unknown", "leb128", "malformed"]
 
 _NUMBERS = frozenset((0x7F, 0x7E, 0x7D, 0x7C, 0x7B))        # i32, i64, f32, f64, v128
 _REFERENCES = frozenset(range(0x68, 0x76))                  # the reference types of one byte: cont .. nocont

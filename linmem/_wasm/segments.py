@@ -34,8 +34,6 @@ from typing import NamedTuple
 from linmem._wasm.module import DATA, DataSegment, Module, Value
 from linmem._wasm.reader import Limits, Unknown, leb128
 
-__all__ = ["Hoisted", "Run", "hoist"]
-
 Run = tuple[int, bytes]
 
 

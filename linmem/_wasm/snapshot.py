@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from linmem._wasm.outline import Outline
 
-__all__ = ["Snapshot", "behind"]
 
 # Values that are no more than the bits of a wasmtime_val_t: numbers, vectors and functions. (A type cannot be asked
 # by way of wasmtime-py what it is: at v128 that aborts the process.)
