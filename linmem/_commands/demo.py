@@ -22,7 +22,7 @@ LARGEST_PRIME, TWIN_PRIMES = 9_999_991, 58_980      # below LIMIT
 
 
 class Checks:
-    """Prints each claim with what was found, and counts those that do not hold."""
+    """Prints each claim with the value that was found, and counts the claims that do not hold."""
 
     def __init__(self) -> None:
         self.failed = 0

@@ -1,4 +1,4 @@
-"""``linmem run``: a WASI program in memories of linmem's."""
+"""``linmem run``: runs a WASI program in memories of linmem."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def split_dir(text: str) -> tuple[str, str]:
 
 
 def read_program(path: str) -> bytes:
-    """The bytes of a wasm module or of its text; anything else is refused here, by name."""
+    """The bytes of a wasm module or of its text; a file of another kind is refused."""
     try:
         with open(path, "rb") as file:
             code = file.read()
@@ -160,16 +160,16 @@ def compose_creator(kind: str, max_memory: int | None, report: bool) -> tuple[An
         creator = linmem.LimitingCreator(creator, max_memory)
     if not report:
         return creator, None
-    # Over the budget, so that it sees what the budget refuses.
+    # The statistics are outside of the budget, so that they count what the budget refuses.
     statistics = linmem.StatisticsCreator(creator)
     return statistics, statistics
 
 
 def in_a_thread(work: Callable[[], int]) -> tuple[int, bool]:
-    """The exit code of `work`, and whether it still runs: Ctrl-C does not wait for native code.
+    """The exit code of `work`, and whether it still runs after Ctrl-C.
 
-    Python's signal handler runs between bytecodes of the main thread, which therefore must not be
-    the one inside the program.
+    Python handles signals between bytecodes of the main thread. So the program runs in another thread: Ctrl-C need not
+    wait for native code.
     """
     import threading
 
@@ -179,16 +179,16 @@ def in_a_thread(work: Callable[[], int]) -> tuple[int, bool]:
     def target() -> None:
         try:
             status.append(work())
-        except BaseException as error:      # raised again below, in the main thread
+        except BaseException as error:      # raised again in the main thread
             errors.append(error)
 
-    threading.stack_size(8 << 20)           # some systems give a second thread less than wasm's own stack
+    threading.stack_size(8 << 20)           # some systems give a second thread less than the stack of wasm
     thread = threading.Thread(target=target, name="linmem run", daemon=True)
     thread.start()
     threading.stack_size(0)
     try:
         while thread.is_alive():
-            thread.join(0.2)                # where a wait without an end cannot be interrupted
+            thread.join(0.2)                # on some systems, a wait without a timeout cannot be interrupted
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED, thread.is_alive()
     if errors:
@@ -197,12 +197,12 @@ def in_a_thread(work: Callable[[], int]) -> tuple[int, bool]:
 
 
 def import_wasmtime() -> tuple[Any, Any]:
-    """wasmtime and linmem.wasmtime."""
+    """The modules wasmtime and linmem.wasmtime."""
     try:
         import wasmtime
 
         import linmem.wasmtime as installer
-    except (ImportError, OSError) as error:         # OSError: its library does not load here
+    except (ImportError, OSError) as error:         # OSError: the library of wasmtime does not load
         raise Refused(f"needs wasmtime-py: pip install 'linmem[wasmtime]' ({error})") from None
     return wasmtime, installer
 
@@ -238,7 +238,7 @@ def execute(program: str, code: bytes, argv: list[str], environment: list[tuple[
 def compile_program(wasmtime: Any, engine: Any, program: str, code: bytes) -> Any:
     try:
         binary = code if code.startswith(b"\0asm") else bytes(wasmtime.wat2wasm(code.decode()))
-        # The second half of the version is the layer: 0 a module, 1 a component.
+        # The second half of the version is the layer: 0 for a module, 1 for a component.
         if binary[6:8] == b"\1\0":
             raise Refused(f"{program} is a component; linmem runs WASI preview 1 command modules"
                           " (compile it for wasm32-wasip1)")
