@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import inspect
 import json
 import os
 import pathlib
@@ -393,7 +395,7 @@ def test_a_wrong_size_is_named_in_one_line(text):
     (["run", "--env", "=x", "ok.wat"], 2, "the name is missing"),
     (["run", "--env", "NOT_SET_ANYWHERE", "ok.wat"], 2, "NOT_SET_ANYWHERE: no such variable"),
     (["run", "--dir", "missing", "ok.wat"], 2, "'missing' does not exist"),
-    (["run", "--dir", "ok.wat::/x", "ok.wat"], 2, "'ok.wat' is no directory"),
+    (["run", "--dir", "ok.wat::/x", "ok.wat"], 2, "'ok.wat' is not a directory"),
     (["run", "--creator", "paper", "ok.wat"], 2, "kind must be one of 'mmap'"),
     (["run", "--creator", "limiting", "ok.wat"], 2, "--max-memory"),
     (["run", "empty.wasm"], 1, "not a WebAssembly module"),
@@ -403,10 +405,10 @@ def test_a_wrong_size_is_named_in_one_line(text):
     (["run", "component.wasm"], 1, "is a component"),
     (["run", "component.wat"], 1, "is a component"),
     (["run", "typo.wat"], 1, "(line 2, column "),
-    (["run", "latin.wat"], 1, "no text of a WebAssembly module"),
+    (["run", "latin.wat"], 1, "latin.wat is not valid WebAssembly text"),
     (["run", "library.wat"], 1, "exports no function _start"),
     (["run", "global.wat"], 1, "exports no function _start"),
-    (["run", "odd.wat"], 1, "_start takes or returns something"),
+    (["run", "odd.wat"], 1, "_start has parameters or results"),
     (["run", "imports.wat"], 1, "unknown import: `env::missing`"),
     (["run", "exit200.wat"], 1, "exit with invalid exit status outside of [0..126)"),
     (["demo", "--fast"], 2, "--fast"),
@@ -455,6 +457,13 @@ def test_a_bare_linmem_prints_its_help_and_is_a_usage_error():
 
 def test_the_version_is_the_packages():
     assert linmem_process("--version").stdout.decode().split() == ["linmem", linmem.__version__]
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_each_command_is_a_module_that_declares_its_arguments_and_runs(command):
+    module = importlib.import_module(f"linmem._commands.{command}")
+    assert list(inspect.signature(module.add_arguments).parameters) == ["parser"]
+    assert list(inspect.signature(module.main).parameters) == ["args"]
 
 
 @pytest.mark.parametrize("command", ["run", "demo", "info", "image", "bench"])

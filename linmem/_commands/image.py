@@ -24,11 +24,11 @@ EXIT_DIFFERS = 3
 
 DESCRIPTION = "Look at the files of images and deltas, check them, compare images, and apply deltas to them."
 EPILOG = """\
-Where FILE of --output is a pipe or a device (/dev/stdout, /dev/null) it is written to, packed, and is not
-replaced. If it is the standard output, what else there is to say goes to standard error.
+If FILE of --output is a pipe or a device (/dev/stdout, /dev/null), it gets a packed file and is not replaced.
+If FILE is the standard output, all other text goes to standard error.
 
-Exit codes: 0 if it was done and all is well; 1 if a file cannot be read or written, is damaged, or is
-larger than there is room for, with one line each that says why; 2 if the command line is wrong; 3 if
+Exit codes: 0 if it was done and all is well; 1 if a file cannot be read or written, is damaged, or needs
+more memory than there is, with one line for each file; 2 if the command line is wrong; 3 if
 `diff --exit-code` found a difference."""
 
 
@@ -38,25 +38,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=type(parser))
 
-    for name, text in (("info", "what files hold, by their own word"), ("verify", "check every byte of files")):
+    for name, text in (("info", "what the headers of files say"), ("verify", "check every byte of files")):
         actions.add_parser(name, help=text, allow_abbrev=False).add_argument("files", nargs="+", metavar="FILE")
 
     diff = actions.add_parser("diff", help="which pages of two images differ", allow_abbrev=False)
     diff.add_argument("old", metavar="OLD")
     diff.add_argument("new", metavar="NEW")
     diff.add_argument("--output", "-o", type=file_name, metavar="FILE",
-                      help="save the delta that makes NEW of OLD")
-    diff.add_argument("--map", action="store_true", help="show which pages differ, on a terminal or not")
+                      help="save the delta from OLD to NEW")
+    diff.add_argument("--map", action="store_true", help="show which pages differ, also if the output is not a terminal")
     diff.add_argument("--picture", type=file_name, metavar="PNG",
-                      help="draw which pages differ (or an SVG or PDF, by the name)")
+                      help="draw which pages differ (the extension may also be .svg or .pdf)")
     diff.add_argument("--exit-code", action="store_true", help=f"exit with {EXIT_DIFFERS} if they differ")
 
     apply = actions.add_parser("apply", help="apply deltas to an image, one after the other", allow_abbrev=False)
     apply.add_argument("base", metavar="IMAGE")
     apply.add_argument("deltas", nargs="+", metavar="DELTA")
     apply.add_argument("--output", "-o", type=file_name, metavar="FILE", required=True,
-                       help="where the image that results goes")
-    apply.add_argument("--packed", action="store_true", help="write it without holes, as long as what it holds")
+                       help="the file for the resulting image")
+    apply.add_argument("--packed", action="store_true", help="write a file without holes, which cannot be mapped")
 
     for action in actions.choices.values():
         action.add_argument("--json", action="store_true", help="print it as one line of JSON; sizes are bytes")

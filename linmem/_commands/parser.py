@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
             # Some versions of argparse take the value of "--option=--" for the "--" that ends the options.
             value = getattr(found, action.dest, None) if action.option_strings and action.nargs is None else None
             if isinstance(value, list) and ([] in value or action.default is None):
-                self.error(f"argument {action.option_strings[0]}: -- is no value")
+                self.error(f"argument {action.option_strings[0]}: -- is not a value")
         return found, unknown
 
 
@@ -56,9 +56,9 @@ def parse_size(text: str) -> int:
     unit = UNITS.get(match[3].lower()) if match else None
     if match is None or unit is None or (unit == 1 and match[2]):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no size: bytes, or a number with KiB, MiB, GiB, TiB, KB, MB, GB or TB, as 65536 or 1.5GiB")
+            f"{text!r} is not a size: bytes, or a number with KiB, MiB, GiB, TiB, KB, MB, GB or TB, for example 65536 or 1.5GiB")
     fraction = match[2] or ""
     size: int = int(match[1] + fraction) * unit // 10 ** len(fraction)
     if size >= 1 << 63:
-        raise argparse.ArgumentTypeError(f"{text!r} is more than any memory can have: below 8 EiB (2**63 bytes)")
+        raise argparse.ArgumentTypeError(f"{text!r} must be below 8 EiB (2**63 bytes)")
     return size

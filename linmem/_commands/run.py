@@ -17,19 +17,20 @@ from linmem._core.arguments import printable
 USAGE = """linmem run [options] PROGRAM [options] [--] [ARGS ...]"""
 DESCRIPTION = """\
 Run a WASI preview 1 command module (wasm or wat) with wasmtime, in memories that linmem owns.
-Standard input, output and error are the program's, and its exit code is linmem's."""
+The program uses linmem's standard input, output and error, and its exit code becomes linmem's."""
 EPILOG = """\
-Options may stand before PROGRAM and directly after it; the first argument that is no option, or
-`--`, begins the program's own ARGS. argv[0] is the file name of PROGRAM. Nothing of this
-machine is visible to the program but what --dir and --env give it.
+Options may stand before PROGRAM and directly after it. The program's own ARGS begin with the first
+argument after PROGRAM that is not an option, or after `--`. argv[0] is the file name of PROGRAM.
+The program can access only the directories and the variables that --dir and --env give it.
 
---creator takes "mmap" (each memory is a mapping of its own), "pool" (memories are reset and handed
-out again) and "statistics"; each with the defaults of linmem.creator(). --max-memory puts one
-budget over it (what linmem.creator("limiting", limit_bytes=...) does).
+--creator takes "mmap" (each memory is a mapping of its own), "pool" (memories are reset and used
+again) and "statistics", each with the defaults of linmem.creator(). --max-memory puts one budget
+over the creator, as linmem.creator("limiting", limit_bytes=...) does.
 
-The report comes last on standard error, so that standard output stays the program's. With --json
-it is one line, the last, also if PROGRAM could not be run; sizes are bytes, times nanoseconds.
-"resident" is the physical memory at the end, which is its peak: wasm memories give nothing back.
+The report is the last text on standard error, so that standard output has only the program's
+output. With --json it is the last line, also if PROGRAM could not be run; sizes are in bytes and
+times in nanoseconds. "resident" is the physical memory at the end. This is also the peak, because
+wasm memories never shrink.
 
 Exit codes: the program's (0 to 125, as wasmtime allows); 134 if it trapped; 130 on Ctrl-C; 2 if
 the command line is wrong; 1 if PROGRAM cannot be read or run, with one line that says why."""
@@ -43,12 +44,12 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]",
                         help="a variable for the program, with this process's value if none is given; repeatable")
     parser.add_argument("--creator", default="mmap", metavar="KIND",
-                        help="who makes the memories: mmap (the default), pool or statistics; see below")
+                        help="the creator of the memories: mmap (the default), pool or statistics; see below")
     parser.add_argument("--max-memory", type=parse_size, metavar="SIZE",
                         help="a budget for all memories of the program: bytes, or a number with KiB, MiB, GiB (powers"
-                             " of 1024; K, M, G mean the same) or KB, MB, GB (powers of 1000). Past it memory.grow"
-                             " returns -1")
-    parser.add_argument("--report", action="store_true", help="at the end, say what each memory did")
+                             " of 1024; K, M, G mean the same) or KB, MB, GB (powers of 1000). Beyond the budget"
+                             " memory.grow returns -1")
+    parser.add_argument("--report", action="store_true", help="at the end, report the sizes and growths of each memory")
     parser.add_argument("--json", action="store_true", help="the report as one line of JSON (implies --report)")
     parser.parse_known_args = functools.partial(parse, parser)      # type: ignore[method-assign]
 
@@ -131,7 +132,7 @@ def split_env(text: str) -> tuple[str, str]:
 def split_dir(text: str) -> tuple[str, str]:
     host, _, guest = text.partition("::")
     if not os.path.isdir(host):
-        what = "is no directory" if os.path.exists(host) else "does not exist"
+        what = "is not a directory" if os.path.exists(host) else "does not exist"
         raise Refused(f"--dir {text}: {host!r} {what}", EXIT_USAGE)
     return host, guest or host
 
@@ -246,12 +247,12 @@ def compile_program(wasmtime: Any, engine: Any, program: str, code: bytes) -> An
     except wasmtime.WasmtimeError as error:
         raise Refused(f"{program}: {one_line(error)}") from None
     except UnicodeDecodeError as error:
-        raise Refused(f"{program} is no text of a WebAssembly module: {error}") from None
+        raise Refused(f"{program} is not valid WebAssembly text: {error}") from None
     start = next((export.type for export in module.exports if export.name == "_start"), None)
     if not isinstance(start, wasmtime.FuncType):
         raise Refused(f"{program} exports no function _start: it is a library, not a WASI command")
     if start.params or start.results:
-        raise Refused(f"{program}: _start takes or returns something, so it is not a WASI command's")
+        raise Refused(f"{program}: _start has parameters or results, which the _start of a WASI command does not have")
     return module
 
 
@@ -267,7 +268,7 @@ def wasi_config(wasmtime: Any, argv: list[str], environment: list[tuple[str, str
             except wasmtime.WasmtimeError:
                 raise Refused(f"--dir {host}: the directory cannot be opened", EXIT_USAGE) from None
     except UnicodeEncodeError as error:
-        raise Refused(f"{error.object!r} is no UTF-8, and WASI has no other text", EXIT_USAGE) from None
+        raise Refused(f"{error.object!r} is not valid UTF-8, which WASI requires", EXIT_USAGE) from None
     wasi.inherit_stdin()
     wasi.inherit_stdout()
     wasi.inherit_stderr()

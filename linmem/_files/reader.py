@@ -54,10 +54,10 @@ def read(file: BinaryIO, path: str | bytes | os.PathLike[str], kind: int | None 
     name = os.fsdecode(path)
     status = os.fstat(file.fileno())
     if not stat.S_ISREG(status.st_mode):
-        raise FileFormatError(name, "file", "no regular file", "one")
+        raise FileFormatError(name, "file", "not a regular file", "a regular file")
     head = file.read(HEADER.size)
     if head[:8] != MAGIC:
-        raise FileFormatError(name, "magic", head[:8], f"{MAGIC!r}: it is no image or delta of linmem's")
+        raise FileFormatError(name, "magic", head[:8], f"{MAGIC!r}: the file is not an image or a delta of linmem")
     if len(head) >= 10 and (version := int.from_bytes(head[8:10], "little")) not in VERSIONS:
         raise FileFormatError(name, "version", version, f"{' or '.join(map(str, VERSIONS))}, which is all that this"
                               " linmem reads")
