@@ -232,6 +232,9 @@ cdef struct pool:
     kind* kinds[KINDS]
 
 
+cdef word census_lock       # of the counts by which the pools share what they hold out among domains
+
+
 cdef class PoolingCreator(NativeCreator):
     cdef readonly NativeCreator upstream
     cdef readonly ImageHandle image

@@ -1335,12 +1335,11 @@ cdef size_t all_that_idle_slots_hold(int what, const void* budget) noexcept nogi
     return sum_
 
 
-# A census counts, for each domain, what its warm slots in all pools hold of what is missing. It decides which slot gives
-# up something where a bound or a refusal concerns several pools. All of it is written under census_lock, which is taken
-# before any pool's lock. So it is not a fork_lock. If the thread that holds it does not exist in a forked child, the
-# child takes the lock over, and the next census counts anew.
+# A census counts, for each domain, what its warm slots in all pools hold of the missing resource. Where a bound or a
+# refusal concerns several pools, the census decides which slot goes. Its counts are written under census_lock, which is
+# taken before any pool's lock. So census_lock is not a fork_lock. If the thread that holds it does not exist in a
+# forked child, the child takes the lock over, and the next census counts anew.
 
-cdef word census_lock
 cdef size_t census = 0          # the number of the last one
 cdef size_t census_total        # what all domains hold
 cdef size_t census_domains      # domains that hold something
@@ -2534,8 +2533,9 @@ def set_pool_limits(max_resident=None, max_reserved=None):
     Parameters
     ----------
     max_resident : int, optional
-        Bytes that the idle slots of all pools keep resident at most, page tables included; the least recently used
-        give their pages back first. None: a quarter of the machine's memory, as at the start.
+        Bytes that the idle slots of all pools keep resident at most, page tables included. The least recently used
+        slot of a domain that has its fair share or more gives its pages back first. None: a quarter of the machine's
+        memory, as at the start.
     max_reserved : int, optional
         Bytes of address space of all slots, live and idle, guards included. A pool beyond it does as its `when_full`
         says. None: no bound, as at the start.

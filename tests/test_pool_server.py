@@ -1032,8 +1032,8 @@ def fill(pools, domain, slots):
 
 
 def idle_of_two(bound, first, second, domains=("a", "b"), reset="zero"):
-    """Pools with idle slots of two domains, as many in each pool as the lists say; those of the first have been idle for
-    longer. And a memory beside the pools; where `bound` is "budget", all of it is used up then."""
+    """Pools with idle slots of two domains, as many in each pool as the lists say, and a memory outside the pools. The
+    slots of the first domain have been idle for longer. If `bound` is "budget", the budget is used up then."""
     linmem.set_pool_limits(max_resident=0, max_reserved=0)      # no other pool has an idle slot
     linmem.set_pool_limits()
     budget = linmem.LimitingCreator(MMAP, (sum(first) + sum(second)) * EACH + PAGE if bound == "budget" else 1 << 40)
