@@ -29,7 +29,7 @@ HOLDER = """
 from libc.string cimport memset
 from linmem._core.adaptors cimport StatisticsCreator, record
 from linmem._core.memory cimport Memory, acquire, unlock
-from linmem._core.pool cimport PoolingCreator, slot
+from linmem._core.pool cimport PoolingCreator, census_lock, slot
 
 cdef extern from "<unistd.h>":
     int usleep(unsigned int) noexcept nogil
@@ -70,6 +70,15 @@ def in_a_pool(PoolingCreator creator not None, unsigned int us):
         unlock(&creator.pool.lock.held)
 
 
+def in_a_census(creator, unsigned int us):
+    global held
+    with nogil:
+        acquire(&census_lock)
+        held = 1
+        usleep(us)
+        unlock(&census_lock)
+
+
 def in_a_memory(Memory mem not None, unsigned int us):
     '''As a growth is, or a snapshot.'''
     global held
@@ -101,6 +110,10 @@ HELD = {
         assert (pool.stats()["live"], pool.stats()["warm"]) == (2, 1)
         pool.create(P, **how).close()
         pool.trim()"""),
+    "a census of all pools": ("in_a_census", "pool", """
+        mem.close()
+        linmem.set_pool_limits(max_resident=0)
+        assert (pool.stats()["warm"], pool.stats()["cold"]) == (0, 1)"""),
     "a memory": ("in_a_memory", "mem", """
         mem.grow_to(3 * P)
         assert mem.snapshot().size == 3 * P
