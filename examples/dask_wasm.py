@@ -63,7 +63,7 @@ WAT = f"""
 
 @functools.cache
 def prepared() -> tuple[wasmtime.Engine, linmem.wasmtime.Prepared, Any]:
-    """Compile the module once for each process. Returns its engine, the module, and the pool of the engine's memories."""
+    """Compile the module once for each process. Returns the engine, the module and the pool of its memories."""
     pool = linmem.creator("pool")
     config = wasmtime.Config()
     linmem.wasmtime.install(config, pool)
@@ -118,7 +118,7 @@ def run(client: Any, partitions: int = 16) -> tuple[int, linmem.Image]:
 
     linmem.dask.setup(client)
     image, globals = initialised()
-    # Dask's memory manager drops copies that no task waits for every two seconds, and a later task would send a new one.
+    # Dask's memory manager drops copies that no task waits for. A later task of the worker would need a new copy.
     client.amm.stop()
     # direct=True: the image does not go through the scheduler, which would send it over the network twice.
     everywhere = client.scatter(image, broadcast=True, direct=True)
