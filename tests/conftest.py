@@ -7,6 +7,7 @@ import gc
 import importlib.machinery
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -79,14 +80,35 @@ def what_stays_is_not_garbage():
     gc.freeze()
 
 
+FAILED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """What a failed test held goes with the test: its exception and its frames would keep that into the next test."""
+    report = yield
+    if call.excinfo is not None:
+        item.stash[FAILED] = report.failed
+        for name in ("last_exc", "last_type", "last_value", "last_traceback"):
+            vars(sys).pop(name, None)
+        error, seen = call.excinfo.value, set()
+        while error is not None and error not in seen and not item.config.getoption("usepdb"):
+            seen.add(error)
+            traceback.clear_frames(error.__traceback__)
+            error = error.__cause__ or error.__context__
+    return report
+
+
 @pytest.fixture(autouse=True)
-def every_mapping_is_given_back():
-    """The OS must show no more bytes of linmem's mappings after a test than before it."""
+def every_mapping_is_given_back(request):
+    """The OS must show no more bytes of linmem's mappings after a test than before it, unless the test has failed."""
     if not support.NEEDS["maps"][0]:
         yield
         return
     before = support.live_bytes()
     yield
-    if support.live_bytes() != before:
+    if request.node.stash.get(FAILED, False):
+        gc.collect()
+    elif support.live_bytes() != before:
         gc.collect()
         assert support.live_bytes() == before, "the test left mappings of linmem behind"
