@@ -7,6 +7,7 @@ import gc
 import importlib.machinery
 import os
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 
@@ -70,6 +71,16 @@ def the_sources_are_out_of_reach(tmp_path_factory):
             parts = os.environ["PYTHONPATH"].split(os.pathsep)
             patch.setenv("PYTHONPATH", os.pathsep.join(map(os.path.abspath, parts)))
         patch.chdir(tmp_path_factory.mktemp("elsewhere"))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def children_compile_no_module_twice():
+    """Where Python was told to keep no bytecode, each of hundreds of children would compile all that it imports."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="linmem-bytecode-") as folder:
+        if sys.dont_write_bytecode:
+            patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+            patch.setenv("PYTHONPYCACHEPREFIX", folder)
         yield
 
 
