@@ -68,7 +68,7 @@ def quick_run(request, tmp_path_factory):
         [sys.executable, "-m", "linmem.bench", "--suite", request.param, "--quick", "--rounds", "2",
          "--json", str(folder / "figures.json"), "--picture", str(folder / "figures.png"),
          "--markdown", str(folder / "figures.md")],
-        capture_output=True, text=True, timeout=60, env={**os.environ, "COLUMNS": "190"})
+        capture_output=True, text=True, timeout=280, env={**os.environ, "COLUMNS": "190"})
     assert done.returncode == 0, done.stderr
     figures = json.loads((folder / "figures.json").read_text())
     assert figures["suite"] == request.param

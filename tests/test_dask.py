@@ -276,7 +276,8 @@ def test_each_worker_has_one_pool_and_its_tasks_use_the_slots_again(found):
         (pool,) = pools
         assert pool["live"] == 0
         assert pool["misses"] <= 3                          # a slot for each thread, and the one below
-    # So nearly all are hits, whichever worker had them. One for each task, and an empty one for each worker: prepare() tries whether the engine asks linmem for memories.
+    # So nearly all are hits, whichever worker had them. One for each task, and an empty one for each worker: prepare()
+    # tries whether the engine asks linmem for memories.
     assert sum(pool["hits"] + pool["misses"] for (pool,) in found["pools"]) == 32 + len(found["pools"])
 
 

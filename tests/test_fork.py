@@ -526,11 +526,10 @@ def test_a_child_that_is_forked_in_the_middle_of_a_growth_has_exact_guards(kind)
 @requires("maps", "compiler")
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in GROWTHS if kind != "that moves"])
-def test_a_growth_that_a_fork_breaks_off_after_its_page_call_has_not_begun_in_the_child(kind, tmp_path):
+def test_a_growth_that_a_fork_breaks_off_after_its_page_call_has_not_begun_in_the_child(kind, half):
     """At the one place that the loop above finds now and then: the pages are accessible, and not published."""
-    build_extension(tmp_path, "half", HALF_DONE)
     assert scene(f"""
-        sys.path.insert(0, {str(tmp_path)!r})
+        sys.path.insert(0, {str(half)!r})
         import half
         creator, how = {GROWTHS[kind]}
         mem = creator.create(P, **how)
@@ -549,11 +548,10 @@ def test_a_growth_that_a_fork_breaks_off_after_its_page_call_has_not_begun_in_th
 @requires("maps", "compiler")
 @pytest.mark.slow
 @pytest.mark.parametrize("first", [True, False], ids=["the first change", "a later change"])
-def test_a_child_of_a_fork_in_the_middle_of_a_change_of_protection_protects_again(first, tmp_path):
+def test_a_child_of_a_fork_in_the_middle_of_a_change_of_protection_protects_again(first, half):
     """The table of accesses is half written, and the thread that was in it is not there."""
-    build_extension(tmp_path, "half", HALF_DONE)
     assert scene(f"""
-        sys.path.insert(0, {str(tmp_path)!r})
+        sys.path.insert(0, {str(half)!r})
         import half
         mem = linmem.create(4 * P)
         mem.write(0, b"x" * 4 * P)
@@ -582,6 +580,13 @@ def test_a_child_of_a_fork_in_the_middle_of_a_change_of_protection_protects_agai
         work()
         print("protected")
         """) == "protected"
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("half")
+    build_extension(folder, "half", HALF_DONE)
+    return folder
 
 
 HALF_DONE = """
@@ -778,7 +783,7 @@ def test_a_slot_that_a_lost_thread_was_at_is_neither_in_use_nor_charged_in_the_c
             creator.memories(), book.memories()
             pool.trim(), inner.trim()
             assert below.used_bytes == 0
-        for n in range(12):
+        for n in range(6):
             mems = [creator.create(size, **how) for _ in range(2)]
             for mem in mems:
                 mem.write(0, b"x" * (8 << 20))
@@ -787,7 +792,7 @@ def test_a_slot_that_a_lost_thread_was_at_is_neither_in_use_nor_charged_in_the_c
                 thread.start()
             while creator.statistics()["current_count"]:    # until then the threads have references
                 time.sleep(0)
-            time.sleep(n % 6 * 0.003)
+            time.sleep(n * 0.003)
             child(os.fork, work)
             for thread in threads:
                 thread.join()
