@@ -6,6 +6,7 @@ import ctypes
 import gc
 import importlib.machinery
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -89,6 +90,14 @@ def what_stays_is_not_garbage():
     """What is there before a file's first test, and stays, need not be looked through by each of its gc.collect()."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def interruptible():
+    """A run in the background has SIGINT ignored, and Python then leaves it so, here and in children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 FAILED = pytest.StashKey[bool]()

@@ -244,7 +244,7 @@ def test_an_access_past_the_memory_is_a_trap_and_kills_nothing(wat):
 
 @requires("interrupts")
 @pytest.mark.parametrize(("source", "report"), [("wait", False), ("loop", False), ("loop", True)])
-def test_an_interrupt_ends_the_program_with_130(program, wat, source, report):
+def test_an_interrupt_ends_the_program_with_130(program, wat, source, report, interruptible):
     words = [str(program), "wait"] if source == "wait" else [str(wat(RUNS_ON))]
     process = subprocess.Popen([sys.executable, "-m", "linmem", "run", *(["--json"] if report else []), *words],
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)

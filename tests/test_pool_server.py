@@ -527,7 +527,8 @@ def test_a_full_pool_takes_at_most_half_of_the_mappings(kind):
         kind = {kind!r}
         image = linmem.Image.from_pieces([(2 * P, b"x" * P)], 8 * P) if kind == "image" else None
         upstream = linmem.MmapCreator(huge_pages=kind == "huge")
-        pool = linmem.PoolingCreator(upstream, image=image, when_full="error", max_unused_warm=1 << 20)
+        pool = linmem.PoolingCreator(upstream, image=image, when_full="error", max_unused_warm=1 << 20,
+                                     idle_seconds=None)     # however long it takes to drop them all
         def count():
             with open("/proc/self/maps") as file:
                 return sum(1 for _ in file)
@@ -825,7 +826,7 @@ def test_a_full_pool_that_waits_hands_out_what_is_given_back_and_gives_up_after_
 
 
 @requires("interrupts")
-def test_a_wait_for_a_slot_answers_an_interrupt():
+def test_a_wait_for_a_slot_answers_an_interrupt(interruptible):
     assert answer(f"""
         import linmem, signal, threading, os
         pool = linmem.PoolingCreator(slots=1, when_full="wait")

@@ -280,14 +280,6 @@ def test_a_handle_is_not_handed_on_in_the_middle_of_its_own_growth():
 
 # -- no wait is deaf ------------------------------------------------------------------------------------------------
 
-@pytest.fixture
-def interruptible():
-    """A run in the background has SIGINT ignored, and Python then leaves it so."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 WAITING = {**OWN, "memoryview": memoryview, "read": lambda mem: mem.read(0, 1), "info": lambda mem: mem.info(),
            "view": lambda mem: mem.view(">d"), "index": lambda mem: mem[0]}
 
