@@ -112,8 +112,8 @@ def pytest_runtest_makereport(item, call):
         for name in ("last_exc", "last_type", "last_value", "last_traceback"):
             vars(sys).pop(name, None)
         error, seen = call.excinfo.value, set()
-        while error is not None and error not in seen and not item.config.getoption("usepdb"):
-            seen.add(error)
+        while error is not None and id(error) not in seen and not item.config.getoption("usepdb"):
+            seen.add(id(error))
             traceback.clear_frames(error.__traceback__)
             error = error.__cause__ or error.__context__
     return report
