@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     diff.add_argument("new", metavar="NEW")
     diff.add_argument("--output", "-o", type=file_name, metavar="FILE",
                       help="save the delta from OLD to NEW")
-    diff.add_argument("--map", action="store_true", help="show which pages differ, also if the output is not a terminal")
+    diff.add_argument("--map", action="store_true", help="show which pages differ, also if output is not a terminal")
     diff.add_argument("--picture", type=file_name, metavar="PNG",
                       help="draw which pages differ (the extension may also be .svg or .pdf)")
     diff.add_argument("--exit-code", action="store_true", help=f"exit with {EXIT_DIFFERS} if they differ")

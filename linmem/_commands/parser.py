@@ -56,7 +56,7 @@ def parse_size(text: str) -> int:
     unit = UNITS.get(match[3].lower()) if match else None
     if match is None or unit is None or (unit == 1 and match[2]):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a size: bytes, or a number with KiB, MiB, GiB, TiB, KB, MB, GB or TB, for example 65536 or 1.5GiB")
+            f"{text!r} is not a size: bytes, or a number with KiB, MiB, GiB, TiB, KB, MB, GB or TB (65536, 1.5GiB)")
     fraction = match[2] or ""
     size: int = int(match[1] + fraction) * unit // 10 ** len(fraction)
     if size >= 1 << 63:
