@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
 import weakref
 
@@ -36,7 +37,6 @@ _NEEDED = ("wasmtime_config_host_memory_creator_set", "wasmtime_config_memory_in
            "wasmtime_memorytype_is64", "wasmtime_memorytype_isshared")
 _TUNABLE = ("wasmtime_config_memory_reservation_set", "wasmtime_config_memory_guard_size_set",
             "wasmtime_config_memory_reservation_for_growth_set")
-_bound = False
 # The modules that new_memory() used last, by their text. Few, because each takes memory and address space.
 _MAX_MODULES = 8
 _modules: weakref.WeakKeyDictionary[wasmtime.Engine, dict[str, wasmtime.Module]] = weakref.WeakKeyDictionary()
@@ -186,10 +186,8 @@ def new_memory(store: wasmtime.Store, memory_type: wasmtime.MemoryType, *,
     return memory
 
 
+@functools.cache
 def _bind() -> None:
-    global _bound
-    if _bound:
-        return
     missing = [name for name in _NEEDED if not hasattr(ffi.dll, name)]
     if missing:
         raise RuntimeError(f"wasmtime {getattr(wasmtime, '__version__', '(unknown version)')} has no host memory"
@@ -197,7 +195,6 @@ def _bind() -> None:
     _bridge.bind(_address("wasmtime_config_host_memory_creator_set"), _address("wasmtime_error_new"),
                  _address("wasmtime_memorytype_is64"), _address("wasmtime_memorytype_isshared"),
                  _address("wasmtime_memorytype_page_size"))
-    _bound = True
 
 
 def _address(name: str) -> int:

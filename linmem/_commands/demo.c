@@ -8,7 +8,7 @@
  *
  *   python -m ziglang cc -target wasm32-freestanding -mcpu=mvp -nostdlib -O2 -s \
  *     -Wl,--no-entry -Wl,-z,stack-size=4096 -Wl,--export-memory -Wl,--export=table -Wl,--export=count_primes \
- *     -o linmem/_cli/demo.wasm linmem/_cli/demo.c
+ *     -o linmem/_commands/demo.wasm linmem/_commands/demo.c
  */
 
 #define WASM_PAGE 65536u

@@ -155,17 +155,15 @@ def figures_of(path: str) -> dict[str, Any]:
 # -- verify ------------------------------------------------------------------------------------------
 
 def verify(args: argparse.Namespace) -> int:
-    results = [{"path": path, "error": why_wrong(path)} for path in args.files]
-    wrong = [result for result in results if result["error"] is not None]
+    errors = [(path, why_wrong(path)) for path in args.files]
     if args.json:
-        print_json([{**result, "ok": result["error"] is None} for result in results])
-    else:
-        for result in results:
-            if result["error"] is None:
-                say(f"{result['path']}: ok")
-            else:
-                say(f"linmem image: {result['error']}", sys.stderr)
-    return EXIT_REFUSED if wrong else 0
+        print_json([{"path": path, "error": error, "ok": error is None} for path, error in errors])
+    for path, error in [] if args.json else errors:
+        if error is None:
+            say(f"{path}: ok")
+        else:
+            say(f"linmem image: {error}", sys.stderr)
+    return EXIT_REFUSED if any(error for _, error in errors) else 0
 
 
 def why_wrong(path: str) -> str | None:
@@ -189,16 +187,16 @@ def diff(args: argparse.Namespace) -> int:
     with about(f"{args.old}, {args.new}"):
         delta = old.diff(new)
         pages = Pages(old, new, delta)
-    differing = pages.count(GONE) + pages.count(NEW) + pages.count(CHANGED)
+    differing = pages.totals[GONE] + pages.totals[NEW] + pages.totals[CHANGED]
     figures = {
         "old": {"path": args.old, "size": old.size, "digest": old.digest},
         "new": {"path": args.new, "size": new.size, "digest": new.digest},
         "page_size": PAGE,
         "pages": len(pages),
         "differing": differing,
-        "changed": pages.count(CHANGED),
-        "was_zero": pages.count(NEW),
-        "became_zero": pages.count(GONE),
+        "changed": pages.totals[CHANGED],
+        "was_zero": pages.totals[NEW],
+        "became_zero": pages.totals[GONE],
         "same": old.digest == new.digest,
     }
     to = report_to(args.output)

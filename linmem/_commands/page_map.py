@@ -33,7 +33,7 @@ class Pages:
         self.n = round_up(max(old.offset + old.size, new.offset + new.size), PAGE) // PAGE
         self.begins = [0]
         self.classes = [NOTHING]
-        self.totals = [0] * len(CLASSES)
+        self.totals = [0] * len(CLASSES)        # the number of pages of each class
         in_old = in_new = in_delta = first = 0
         for page, source, step in sorted([*edges(0, old.runs()), *edges(1, new.runs()),
                                           *edges(2, delta.ranges + delta.zeros), (self.n, 0, 0)]):
@@ -55,9 +55,6 @@ class Pages:
         if self.classes[-1] != kind:
             self.begins.append(first)
             self.classes.append(kind)
-
-    def count(self, kind: int) -> int:
-        return self.totals[kind]
 
     def __len__(self) -> int:
         return self.n

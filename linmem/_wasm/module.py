@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 from linmem._wasm.reader import GlobalType, Limits, Malformed, Reader, Unknown, leb128, malformed
 
@@ -16,6 +16,8 @@ KINDS = ("function", "table", "memory", "global", "tag")    # of imports and exp
 _CONTINUATIONS = frozenset((0x68 - 0x80, 0x75 - 0x80))      # heap types: cont, nocont
 _CONTINUATION_TYPE = b"\x5d"                                # begins a continuation type in the type section
 _MOST_TABLES = 0x20         # the pattern for code that changes tables has one byte for the index of a table
+
+_CONSTANT = re.compile(rb"[\x41\x42][\x80-\xff]*[\x00-\x7f]\x0b")     # i32.const or i64.const, and end
 
 # What a constant expression computes: (bits, value modulo 2**bits), or None if only the instance knows.
 Value = tuple[int, int] | None
@@ -98,29 +100,20 @@ class Module:
 
     def imports(self) -> tuple[list[Limits], list[Limits], list[GlobalType]]:
         """Memories, tables, and globals."""
-        memories: list[Limits] = []
-        tables: list[Limits] = []
-        globals: list[GlobalType] = []
+        read: dict[str, Callable[[Reader], Any]] = {
+            "function": lambda reader: reader.u32("type index"), "table": Reader.table_type,
+            "memory": Reader.memory_type, "global": Reader.global_type,
+            "tag": lambda reader: (reader.byte("tag's attribute"), reader.u32("type index"))}
+        found: dict[str, list[Any]] = {kind: [] for kind in KINDS}
         for reader in self.items(IMPORT, "imports"):
             reader.name("import's module")
             reader.name("import's name")
             start = reader.at
             code = reader.byte("import's kind")
-            kind = KINDS[code] if code < len(KINDS) else None
-            if kind == "function":
-                reader.u32("type index")
-            elif kind == "table":
-                tables.append(reader.table_type())
-            elif kind == "memory":
-                memories.append(reader.memory_type())
-            elif kind == "global":
-                globals.append(reader.global_type())
-            elif kind == "tag":
-                reader.byte("tag's attribute")
-                reader.u32("type index")
-            else:
+            if code >= len(KINDS):
                 raise Unknown(f"the import at byte {start} is of kind 0x{code:02x}")
-        return memories, tables, globals
+            found[KINDS[code]].append(read[KINDS[code]](reader))
+        return found["memory"], found["table"], found["global"]
 
     def memories(self) -> list[Limits]:
         return [reader.memory_type() for reader in self.items(MEMORY, "memories")]
@@ -170,17 +163,6 @@ class Module:
         pattern = (b"\x26(?:[\\x00-\\x%02x]|[\\x80-\\x%02x]\\x80*\\x00)" % (last, 0x80 + last)
                    + rb"|\xfc(?:[\x0c\x0e\x0f\x11]|[\x8c\x8e\x8f\x91]\x80*\x00)")
         return re.compile(pattern).search(self.wasm, content, end) is not None
-
-    def constant(self, reader: Reader) -> Value:
-        """Read an offset that is a single constant. If it has another form, read nothing and return None."""
-        start = reader.at
-        bits = {0x41: 32, 0x42: 64}.get(reader.byte("data segment's offset"))
-        if bits is not None:
-            value = reader.signed(bits, "data segment's offset")
-            if reader.byte("data segment's offset") == 0x0B:
-                return bits, value & ((1 << bits) - 1)
-        reader.at = start
-        return None
 
     def expression(self, reader: Reader, values: list[Value]) -> tuple[Value, bool]:
         """Read a constant expression: its value if that is known, and whether it allocates."""
@@ -273,10 +255,9 @@ class Module:
             if flags == 2:
                 memory = reader.u32("memory index")
             if flags != 1:
-                offset = self.constant(reader)
-                is_constant = offset is not None
-                if not is_constant:
-                    offset, _ = self.expression(reader, values)
+                first = reader.at
+                offset, _ = self.expression(reader, values)
+                is_constant = _CONSTANT.fullmatch(self.wasm, first, reader.at) is not None
             head = reader.at
             size = reader.u32("data segment's size")
             content = reader.skip(size, "data segment")
