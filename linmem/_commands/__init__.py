@@ -1,1 +1,1 @@
-"""The subcommands of ``linmem``, a room each."""
+"""The subcommands of ``linmem``, one module for each."""

@@ -107,13 +107,13 @@ def demo_program(numpy: Any, wasmtime: Any, check: Checks) -> None:
     exports = wasmtime.Instance(store, module, []).exports(store)
     memory = installer.linear_memory(store, exports["memory"])
 
-    print("2. A WebAssembly program sieves primes in a memory of linmem's; its table grows page by page.")
+    print("2. A WebAssembly program finds primes in a memory of linmem; its table grows page by page.")
     check(f"primes up to {FIRST_LIMIT:,}, says the program", PRIMES[FIRST_LIMIT],
           exports["count_primes"](store, FIRST_LIMIT))
     address, start = memory.as_ptr(), exports["table"](store)
     early = numpy.asarray(memory)[start:start + FIRST_LIMIT + 1]
     early_address = address_of(early)
-    print(f"   A NumPy array looks at its table, in {show_size(memory.byte_size())} of memory. The program goes on:")
+    print(f"   A NumPy array shows its table, in {show_size(memory.byte_size())} of memory. The program goes on:")
     check(f"primes up to {LIMIT:,}, says the program", PRIMES[LIMIT], exports["count_primes"](store, LIMIT))
     (record,) = statistics.memories()
     print(f"   Its memory went from {show_size(record['first_size'])} to {show_size(memory.byte_size())} in"
@@ -122,10 +122,10 @@ def demo_program(numpy: Any, wasmtime: Any, check: Checks) -> None:
     check(f"primes up to {FIRST_LIMIT:,}, counted in the old array", PRIMES[FIRST_LIMIT],
           int(numpy.count_nonzero(early == 0)))
     table = numpy.asarray(memory)[start:start + LIMIT + 1]
-    check("the old array still looks at the program's table", True, bool(numpy.shares_memory(early, table)))
-    print("   With wasmtime's own memory that array could point to where the memory used to be.\n")
+    check("the old array still shares the memory of the program's table", True, bool(numpy.shares_memory(early, table)))
+    print("   With wasmtime's own memory the array could now be a dangling pointer.\n")
 
-    print("3. The store is closed: for wasmtime the memory is gone. The arrays are still here.")
+    print("3. The store is closed. wasmtime has dropped the memory; the arrays still exist.")
     del memory, exports
     store.close()
     primes = numpy.flatnonzero(table == 0)
@@ -135,5 +135,5 @@ def demo_program(numpy: Any, wasmtime: Any, check: Checks) -> None:
     check(f"primes up to {LIMIT:,}, counted by NumPy", PRIMES[LIMIT], len(primes))
     check("the largest of them", LARGEST_PRIME, int(primes[-1]))
     check("pairs of twins among them", TWIN_PRIMES, int(numpy.count_nonzero(numpy.diff(primes) == 2)))
-    print("   The pages live as long as the last array on them. With wasmtime's own memory reading it\n"
-          "   here would have killed this process.\n")
+    print("   The pages live as long as the last array on them. With wasmtime's own memory, reading the array\n"
+          "   would have ended this process here.\n")

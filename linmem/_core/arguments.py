@@ -116,6 +116,7 @@ def check_bytes(data: object, name: str) -> memoryview:
 
 
 def refuse_buffer(data: object, name: str, error: Exception) -> None:
+    """Raise the exception for native code that could not get a buffer from `data`."""
     check_bytes(data, name)
     raise TypeError(f"{name} must be a contiguous buffer of bytes, got {type(data).__name__}: {error}") from None
 
