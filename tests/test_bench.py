@@ -53,7 +53,7 @@ GOALS = {
         "pickle/size": (0.02, SIZE, EXACT)},
     "soak-pool": {f"{burst}/before": (1.1, SIZE, EXACT) for burst in ("large", "grown", "many")},
     "fair": {f"{bound}/requests": (0.95, RATE, EXACT)
-             for bound in ("by_count", "by_resident", "by_slots", "by_all_pools", "by_budget")},
+             for bound in ("by_count", "by_resident", "by_slots", "by_all_pools", "by_two_pools", "by_budget")},
 }
 # Rows that some machines cannot judge, and say so.
 MAY_LACK = {"pool/one": r"the control scales only \d\.\d\d x here",

@@ -30,7 +30,7 @@ from libc.string cimport memset
 from linmem._core.adaptors cimport StatisticsCreator
 from linmem._core.linked_list cimport link
 from linmem._core.memory cimport Memory, acquire, unlock
-from linmem._core.pool cimport PoolingCreator, slot
+from linmem._core.pool cimport PoolingCreator, census_lock
 
 cdef extern from "<unistd.h>":
     int usleep(unsigned int) noexcept nogil
@@ -59,16 +59,25 @@ def in_a_ledger(StatisticsCreator creator not None, unsigned int us):
 
 def in_a_pool(PoolingCreator creator not None, unsigned int us):
     global held
-    cdef slot* slots
+    cdef link slots
     cdef size_t n
     with nogil:
         acquire(&creator.pool.lock.held)
         slots, n = creator.pool.slots, creator.pool.n_slots
-        creator.pool.slots, creator.pool.n_slots = NULL, 0
+        creator.pool.slots.next, creator.pool.n_slots = NULL, 0
         held = 1
         usleep(us)
         creator.pool.slots, creator.pool.n_slots = slots, n
         unlock(&creator.pool.lock.held)
+
+
+def in_a_census(creator, unsigned int us):
+    global held
+    with nogil:
+        acquire(&census_lock)
+        held = 1
+        usleep(us)
+        unlock(&census_lock)
 
 
 def in_a_memory(Memory mem not None, unsigned int us):
@@ -102,6 +111,10 @@ HELD = {
         assert (pool.stats()["live"], pool.stats()["warm"]) == (2, 1)
         pool.create(P, **how).close()
         pool.trim()"""),
+    "a census of all pools": ("in_a_census", "pool", """
+        mem.close()
+        linmem.set_pool_limits(max_resident=0)
+        assert (pool.stats()["warm"], pool.stats()["cold"]) == (0, 1)"""),
     "a memory": ("in_a_memory", "mem", """
         mem.grow_to(3 * P)
         assert mem.snapshot().size == 3 * P

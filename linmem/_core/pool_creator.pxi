@@ -253,7 +253,7 @@ cdef class PoolingCreator(NativeCreator):
         cdef memory** memories
         cdef memory_spec spec
         cdef shape key
-        cdef domain_ptr domain_
+        cdef domain_ptr domain_struct
         cdef failure why
         cdef int code = 0
         check_count(n, "n", &wanted)
@@ -276,17 +276,17 @@ cdef class PoolingCreator(NativeCreator):
         if self.image is not None:
             spec.image = self.image.it
         key_of(&spec, &key)
-        domain_ = domain_of(domain)
+        domain_struct = domain_of(domain)
         memories = <memory**>calloc(wanted + 1, sizeof(memory*))
         if memories == NULL:
             with nogil:
-                domain_release(domain_)
+                domain_release(domain_struct)
             raise MemoryError(f"no memory for a list of {wanted} slots")
         with nogil:
             while code == 0 and taken < wanted:
-                code = take(p, &key, domain_, False, &memories[taken], &why)
+                code = take(p, &key, domain_struct, False, &memories[taken], &why)
                 if code == 0 and memories[taken] == NULL:
-                    code = self.make_slot(&key, domain_, &spec, False, &memories[taken], &why)
+                    code = self.make_slot(&key, domain_struct, &spec, False, &memories[taken], &why)
                     if code == TAKE_AGAIN:
                         code = 0
                         continue
@@ -302,7 +302,7 @@ cdef class PoolingCreator(NativeCreator):
                 taken -= 1
                 memory_release(memories[taken])
             free(memories)
-            domain_release(domain_)
+            domain_release(domain_struct)
         if code:
             raise_failure(&why)
         return made

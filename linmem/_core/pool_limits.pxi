@@ -146,8 +146,9 @@ def set_pool_limits(max_resident=None, max_reserved=None):
     Parameters
     ----------
     max_resident : int, optional
-        Bytes that the idle slots of all pools keep resident at most, page tables included; the least recently used
-        give their pages back first. None: a quarter of the machine's memory, as at the start.
+        Bytes that the idle slots of all pools keep resident at most, page tables included. The least recently used
+        slot of a domain that has its fair share or more gives its pages back first. None: a quarter of the machine's
+        memory, as at the start.
     max_reserved : int, optional
         Bytes of address space of all slots, live and idle, guards included. A pool beyond it does as its `when_full`
         says. None: no bound, as at the start.
