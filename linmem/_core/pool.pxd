@@ -120,18 +120,6 @@ cdef struct extent:
     size_t committed        # bytes between `accessible` and here are hidden
     size_t hidden           # how many of the hidden bytes may be resident
 
-# Members of the memory as upstream made it. They are restored when the slot is handed out.
-cdef struct original_memory:
-    long long size          # byte_size: upstream may make less than the request asks for
-    size_t maximum
-    size_t pre_guard
-    size_t guard
-    size_t covered
-    bint is_shared
-    bint moved
-    bint huge_pages
-    bint growth_is_watched  # by upstream's hooks
-
 cdef struct slot:
     memory_hook head        # on the memory; the hooks of upstream are below
     pool* pool
@@ -143,9 +131,7 @@ cdef struct slot:
     word state
     const void* thread      # the thread that gave it back
     image* image            # what it starts from, a reference; NULL: zeros
-    char* base
-    size_t capacity
-    original_memory original
+    memory original         # the memory's struct as upstream made it; its `size` may be less than the request asks for
     extent pages
     size_t resident         # bytes that may be resident while it is idle
     size_t tables           # bytes of page tables that it may have, idle or not

@@ -38,58 +38,60 @@ cdef long long nanoseconds(object seconds, str name, long long none,
 cdef class PoolingCreator(NativeCreator):
     """Memories that are reset and handed out again instead of being made anew.
 
-    A slot (a memory of the upstream creator) is kept when the last reference on it is gone: wasmtime's,
-    Python handles', and exported buffers'. It is then reset on that thread, with no lock and no GIL, and
-    serves the next request of the same shape (minimum, maximum, reservation, guard), the last one given
-    back first. What is dear stays: the mapping, its protection, and the resident pages. As wasmtime's
-    pooling allocator, which Python cannot reach, and as rmm's ``PoolMemoryResource``.
+    The pool keeps a slot (a memory of the upstream creator) when the last reference on it is gone: wasmtime's, those of
+    Python handles, and those of exported buffers. The thread that drops the last reference resets the slot, with no lock
+    and no GIL. The slot then serves the next request of the same shape (minimum, maximum, reservation, guard). The slot
+    that was given back last goes first. The pool keeps what is expensive to make: the mapping, its protection, and the
+    resident pages. wasmtime has a pooling allocator like this, which Python cannot reach, and rmm has
+    ``PoolMemoryResource``.
 
     Parameters
     ----------
     upstream : NativeCreator, optional
-        Who makes the slots; an `MmapCreator` by default. Memories of a `PythonCreator` are passed on
-        and not kept.
+        The creator that makes the slots; an `MmapCreator` by default. The pool passes memories of a `PythonCreator` on,
+        and does not keep them.
     slots : int, optional
-        The most slots, in use and idle. By default as many as take half of the mappings that a process
-        may have (``vm.max_map_count``).
+        The most slots, in use and idle. By default as many as take half of the mappings that a process may have
+        (``vm.max_map_count``).
     keep_resident : int
-        Bytes that one idle slot may keep resident. Of one that has more, all pages go back to the OS.
+        The most bytes that one idle slot may keep resident. A slot with more gives all its pages back to the OS.
     image : Image, optional
-        What every memory starts from that is asked for without an image of its own; one that is too small for
-        it is refused. Each slot stays with its image: reset, it gets back what was written, no more. A request
-        with another image (``img.new_memory(creator=pool)``) is of another shape.
+        The start of each memory whose request names no image. A request for a memory that is smaller than the image is
+        refused. A slot always has the same image: a reset restores the bytes that a guest wrote, and no others. A
+        request with another image (``img.new_memory(creator=pool)``) has another shape.
     max_unused_warm : int
-        Idle slots that keep their pages. The least recently used beyond them become cold: they keep
-        address space only.
+        The most idle slots that keep their pages. If there are more, the least recently used ones become cold: they
+        keep address space only.
     max_resident : int, optional
-        Bytes that all idle slots together keep resident, page tables included. By default
-        ``max_unused_warm * keep_resident``, but not more than a quarter of the machine's memory. What all pools keep
-        is bounded by `set_pool_limits`, too.
+        The most bytes that all idle slots together keep resident, page tables included. By default
+        ``max_unused_warm * keep_resident``, but at most a quarter of the machine's memory. `set_pool_limits` bounds what
+        all pools keep together.
     max_reserved : int, optional
-        Bytes of address space of all slots, live and idle, guards included. Beyond it as `when_full` says; a request
-        that is larger than the bound is a `PoolError` also with "wait".
+        The most bytes of address space that all slots take, live and idle, guards included. `when_full` says what
+        happens beyond the bound. A single request that is larger than the bound is a `PoolError`, also with "wait".
     idle_seconds : float or None
-        Slots that have been idle for longer become cold, a few at each give-back. None: not by time.
+        Slots that have been idle for longer become cold, a few each time that a slot is given back. None: their age does
+        not matter.
     max_reset_seconds : float, optional
-        What would take longer to zero is given back to the OS instead.
+        The most time that zeroing may take. If it takes longer, the pages are given back to the OS instead.
     reset : {"adaptive", "scan", "zero", "discard"}
         How a slot becomes zero again. "scan": the OS says which pages were touched (PAGEMAP_SCAN,
-        /proc/self/pagemap, GetWriteWatch), and those are zeroed. "zero": all of it is. "discard": all pages go back to
-        the OS (MADV_DONTNEED; on Windows decommitted). "adaptive": whichever of these costs least for
-        what each slot's users do, as measured while they do it.
+        /proc/self/pagemap, GetWriteWatch), and the pool zeroes those. "zero": the pool zeroes all bytes. "discard": the
+        OS gets all pages back (MADV_DONTNEED; on Windows they are decommitted). "adaptive": the pool measures what the
+        guests of each slot do, and chooses what costs least.
     when_full : {"fallback", "error", "wait"}
-        With every slot in use: a memory straight from upstream, which no bound of the pool holds back; `PoolError`; or
-        wait until a slot is given back.
+        What happens while every slot is in use. "fallback": the request gets a memory of upstream, which no bound of the
+        pool limits. "error": it raises `PoolError`. "wait": it waits until a slot is given back.
     timeout : float, optional
-        Seconds that "wait" waits before it is a `PoolError`. None: without an end.
+        Seconds after which "wait" raises `PoolError`. None: it waits without end.
     check : bool
-        Compare all of a slot with zero after each reset. One with a byte left is thrown away and
-        counted as rejected. For tests and for distrust; costs more than all the rest.
+        Compare all bytes of a slot with zero after each reset. A slot with another byte is dropped and counted as
+        rejected. This is meant for tests; it costs more than everything else.
 
     Notes
     -----
-    Thread-safe. When the creator is collected, idle slots are released, and those in use when they are
-    given back.
+    Thread-safe. When the creator is collected, it releases idle slots at once, and slots in use when they are given
+    back.
     """
 
     def __cinit__(self, *args, **kwargs):
@@ -134,7 +136,7 @@ cdef class PoolingCreator(NativeCreator):
             raise
         p.wait = when_full == "wait"
         p.fall_back = when_full == "fallback"
-        p.reset = _RESETS[reset]
+        p.reset = _RESETS.index(reset)
         p.check = check
         with nogil:
             list_pool(p)
@@ -224,29 +226,29 @@ cdef class PoolingCreator(NativeCreator):
     def warm(self, n, ty, *, reserved_size_in_bytes=4 << 30, guard_size_in_bytes=32 << 20, domain=None):
         """Make slots ahead, so that the next `n` requests of a type are hits.
 
-        The pages of the minimum are accessible and not yet resident: the first user faults them in.
+        The pages of the minimum are accessible and not yet resident: the first guest faults them in.
 
         Parameters
         ----------
         n : int
-            Idle slots of that shape that there shall be at least.
+            The least number of idle slots of that shape afterwards.
         ty : MemoryType
         reserved_size_in_bytes, guard_size_in_bytes : int
             As in `new_memory`; by default what wasmtime asks for in its default configuration.
         domain : str or None
-            Whose requests they are for. Slots that have become cold serve any domain.
+            The domain of the requests. Slots that have become cold serve any domain.
 
         Returns
         -------
         int
-            How many slots were made; those that were idle already are not counted.
+            How many slots were made, without those that were idle before.
 
         Raises
         ------
         PoolError
-            There are not enough slots that are not in use, or upstream's memories cannot be kept.
+            There are too many slots in use, or the pool cannot keep memories of upstream.
         PageError, GrowError
-            Upstream refused; the slots made until then remain.
+            Upstream refused. The slots that were made before remain.
         """
         cdef size_t wanted, taken = 0, made = 0
         cdef pool* p = self.pool
@@ -265,7 +267,7 @@ cdef class PoolingCreator(NativeCreator):
             for name, value in (("minimum", minimum), ("maximum", maximum)):
                 if value is not None and value >= 2**64 - 1:
                     raise OverflowError(f"ty.{name} * ty.page_size must be below 2**64 - 1, got {_shown(value)}")
-            if maximum is None:                 # what wasmtime says then; its 2**64 - 1 is none
+            if maximum is None:     # what wasmtime asks for then, in 64 bits 2**64 - 1, which means no maximum
                 maximum = 2**32 if not ty.is_64 else None if ty.page_size == 1 else 2**64 - ty.page_size
         except (AttributeError, TypeError):
             raise TypeError(f"ty must be a MemoryType, got {type(ty).__name__}") from None
@@ -313,12 +315,12 @@ cdef class PoolingCreator(NativeCreator):
         Parameters
         ----------
         target : int
-            Bytes that idle slots may keep resident. 0: every idle slot is released.
+            The most bytes that idle slots may keep resident. 0: the pool releases every idle slot.
 
         Returns
         -------
         int
-            Bytes that the released slots had kept resident, at most.
+            The most bytes that the released slots had resident.
         """
         cdef size_t most, released
         check_size(target, "target", &most)
@@ -327,19 +329,19 @@ cdef class PoolingCreator(NativeCreator):
         return released
 
     def purge(self, target=0, *, older_than=0):
-        """Give the pages of idle slots back to the OS; their mappings stay, for the next requests. For a timer.
+        """Give the pages of idle slots back to the OS. Their mappings stay for the next requests. For a timer.
 
         Parameters
         ----------
         target : int
-            Bytes that idle slots may keep resident. The least recently used ones give theirs back first.
+            The most bytes that idle slots may keep resident. The least recently used ones give their pages back first.
         older_than : float
-            Only slots that have been idle for so many seconds.
+            Only slots that have been idle for so many seconds give their pages back.
 
         Returns
         -------
         int
-            Bytes that were resident of what was given back, at most.
+            The most bytes that were resident in the pages given back.
         """
         cdef size_t most, purged
         cdef long long older
@@ -357,13 +359,13 @@ cdef class PoolingCreator(NativeCreator):
         Returns
         -------
         dict
-            slots: the most there may be. live, warm, cold: how many are in use; idle with their pages;
-            idle without. pinned: of the live ones, those that wasmtime has dropped and a `Memory` or an
-            exported buffer still holds. hits, misses: requests served by a slot that was there, and by a
-            new one. fallbacks: requests passed to upstream, and not kept. rejected: slots thrown away
-            because their reset failed, or left a byte (``check=True``). resets: how many of each kind.
-            resident: bytes that idle slots keep resident, at most. resident_bound: what these and their page tables
-            never exceed for long. reserved: bytes of address space of all slots, live and idle, guards included.
+            slots: the most there may be. live, warm, cold: slots in use; idle slots with their pages; idle slots
+            without. pinned: live slots that wasmtime has dropped and that a `Memory` or an exported buffer still holds.
+            hits, misses: requests that an existing slot served, and a new one. fallbacks: requests that the pool passed
+            to upstream, whose memories it does not keep. rejected: slots that the pool dropped because their reset
+            failed or left a byte (``check=True``). resets: the number of each kind. resident: the most bytes that idle
+            slots keep resident. resident_bound: the most bytes that these and their page tables have, except for a
+            moment. reserved: bytes of address space of all slots, live and idle, guards included.
             `linmem.metrics.read` says more.
         """
         cdef report made

@@ -277,9 +277,9 @@ cdef inline void set_holding(domain_t* domain, size_t size) noexcept nogil:
     holds[0] = size
 
 
-cdef inline bint holds_fair_share(domain_t* domain) noexcept nogil:
-    """Whether the domain holds at least as much as the mean of the domains that hold something."""
-    return holding(domain)[0] * census_domains >= census_total
+cdef inline bint may_go(domain_t* domain, int choice) noexcept nogil:
+    """FAIR_WARM: whether the domain holds at least as much as the mean of the domains that hold something."""
+    return choice == ANY_WARM or holding(domain)[0] * census_domains >= census_total
 
 
 cdef void count_pool(pool* p, int what, const void* budget) noexcept nogil:
@@ -311,10 +311,6 @@ cdef void take_census(int what, const void* budget) noexcept nogil:
         count_pool(p, what, budget)
         unlock(&p.lock.held)
         p = pool_after(p)
-
-
-cdef inline bint may_go(domain_t* domain, int choice) noexcept nogil:
-    return choice == ANY_WARM or holds_fair_share(domain)
 
 
 cdef slot* oldest_with(pool* p, int choice, int what, const void* budget) noexcept nogil:

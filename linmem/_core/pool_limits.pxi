@@ -42,20 +42,15 @@ cdef void start_pools() noexcept nogil:
     unlock(&start_lock)
 
 
-cdef inline void* pool_in_block(void* block) noexcept nogil:
-    """Where in a block, which is one cache line longer than a pool, the pool's lock is at the start of a line."""
-    cdef size_t lock = <size_t>&(<pool*>block).lock
-    return <char*>block + ((0 - lock) & (CACHE_LINE - 1))
-
-
 cdef pool* new_pool() noexcept nogil:
     """A pool without options, with one reference. NULL: no memory for it."""
-    cdef void* block = calloc(1, sizeof(pool) + CACHE_LINE)
+    cdef char* block = <char*>calloc(1, sizeof(pool) + CACHE_LINE)
     cdef pool* p
     cdef int i
     if block == NULL:
         return NULL
-    p = <pool*>pool_in_block(block)
+    # Where the lock is at the start of a cache line. The block is one line longer than the pool.
+    p = <pool*>(block + ((0 - <size_t>&(<pool*>block).lock) & (CACHE_LINE - 1)))
     p.block = block
     p.refs = 1
     for i in range(GROUPINGS):

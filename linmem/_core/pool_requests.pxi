@@ -84,7 +84,7 @@ cdef int take(pool* p, const shape* key, domain_t* domain, bint counted, memory*
             s.counts.hits_cold += 1
             count_guest(s, True)
             unlock(&p.lock.held)
-    elif s.unfilled and s.pages.initial and pages.prefault(s.base, s.pages.initial):
+    elif s.unfilled and s.pages.initial and pages.prefault(s.original.base, s.pages.initial):
         drop(s)
         return 0
     s.unfilled = False
@@ -221,16 +221,13 @@ cdef int wait_a_little(failure* why) noexcept nogil:
     if PyGILState_GetThisThreadState() == NULL:
         pages.relax()
         return 0
-    return sleep_with_gil(why)
-
-
-cdef int sleep_with_gil(failure* why) noexcept with gil:
-    try:
-        PyErr_CheckSignals()        # a signal that came before the sleep does not end it
-        _sleep(0.0005)
-        return 0
-    except BaseException as error:
-        return fail_python(why, error)
+    with gil:
+        try:
+            PyErr_CheckSignals()        # a signal that came before the sleep does not end it
+            _sleep(0.0005)
+            return 0
+        except BaseException as error:
+            return fail_python(why, error)
 
 
 # -- a new slot ---------------------------------------------------------------------------------------------------------------
@@ -238,18 +235,8 @@ cdef int sleep_with_gil(failure* why) noexcept with gil:
 cdef void init_slot(pool* p, slot* s, memory* m, const memory_spec* spec) noexcept nogil:
     s.pool = p
     s.m = m
-    s.base = m.base
-    s.capacity = m.capacity
+    s.original = m[0]
     s.pages.initial = s.pages.accessible = s.pages.committed = m.accessible
-    s.original.size = load(&m.size)
-    s.original.maximum = m.maximum
-    s.original.pre_guard = m.pre_guard
-    s.original.guard = m.guard
-    s.original.covered = m.covered
-    s.original.is_shared = m.is_shared
-    s.original.moved = m.moved
-    s.original.huge_pages = m.huge_pages
-    s.original.growth_is_watched = m.growth_is_watched
     s.reserved = m.pre_guard + m.capacity + m.guard
     s.image = spec.image if spec.image != NULL else m.image     # a pool below may have an image of its own
     s.mappings = mappings_of(s)
@@ -309,6 +296,11 @@ cdef bint is_slot_of(pool* p, memory* m) noexcept nogil:
 
 # -- a slot comes back: the hooks of its memory -----------------------------------------------------------------------------------
 
+cdef inline bint is_in_place(const slot* s) noexcept nogil:
+    """False: the memory has moved, and has another shape than the slot."""
+    return s.m.base == s.original.base and s.m.capacity == s.original.capacity
+
+
 cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
     """The last reference on the memory is gone."""
     cdef slot* s = <slot*>head
@@ -319,11 +311,11 @@ cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
     cdef size_t resets, took = 0
     cdef bint kept
     if load(&s.state) == DROPPING:
-        return return_to_upstream(s, m)
+        return return_to_upstream(s)
     s.zeroed = 0
     move_slot(s, RESETTING)
     now = pages.coarse_ns()
-    if m.base == s.base and m.capacity == s.capacity:       # a memory that has moved has another shape
+    if is_in_place(s):
         resets = s.counts.resets[0] + s.counts.resets[1] + s.counts.resets[2]
         if resets & (TIMED - 1) == 0:
             start = pages.clock_ns()
@@ -343,7 +335,7 @@ cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
         s.thread = this_thread()
         s.since = now
         kept = move_slot(s, COLD if s.pages.accessible < s.pages.initial else WARM)
-    elif m.base == s.base and m.capacity == s.capacity:
+    elif is_in_place(s):
         p.rejected += 1
     if kept:
         out = next_to_cool(p, now, &cause)
@@ -351,7 +343,7 @@ cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
             evict(out, COOLING, cause)
     unlock(&p.lock.held)
     if not kept:
-        return return_to_upstream(s, m)
+        return return_to_upstream(s)
     if out != NULL:
         cool_until_bounds_hold(p, out, cause, now)
     if load(&process_held) > load(&process_held_bound):
@@ -359,14 +351,14 @@ cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
     return True
 
 
-cdef bint return_to_upstream(slot* s, memory* m) noexcept nogil:
+cdef bint return_to_upstream(slot* s) noexcept nogil:
     """The memory belongs to upstream again, and may be freed before the slot is: nothing reads the memory of a slot that
     is DROPPING."""
-    if m.base == s.base and m.capacity == s.capacity and s.head.next != NULL:
+    if is_in_place(s) and s.head.next != NULL:
         # A pool below does not know of the hidden pages, and it hands the other pages to the domain that it made the
         # memory for. So after a change of domain all pages are given back. If the OS refuses, they stay, and are zero.
-        if not (s.changed_domain and cool_pages(s)) and s.pages.committed > m.accessible:
-            pages.decommit(s.base + m.accessible, s.pages.committed - m.accessible)
+        if not (s.changed_domain and cool_pages(s)) and s.pages.committed > s.m.accessible:
+            pages.decommit(s.m.base + s.m.accessible, s.pages.committed - s.m.accessible)
     start_drop(s)
     return False
 

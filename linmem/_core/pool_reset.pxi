@@ -16,8 +16,7 @@ cdef size_t ZERO_UNSEEN = 1 << 18       # bytes: without scans, zeroing up to th
 cdef size_t ZERO_STEP = 1 << 20         # bytes that are zeroed between two looks at the clock
 cdef size_t WORTH_EMPTYING = 1 << 20    # bytes: a slot in constant use that keeps less keeps it
 
-_RESET_NAMES = ("scan", "zero", "discard")      # by RESET_
-_RESETS = {"scan": RESET_SCAN, "zero": RESET_ZERO, "discard": RESET_DISCARD, "adaptive": ADAPTIVE}
+_RESETS = ("scan", "zero", "discard", "adaptive")       # names of the RESET_ kinds, and of ADAPTIVE
 
 # The decisions before a reset begins.
 cdef struct reset_plan:
@@ -60,7 +59,7 @@ cdef inline size_t cover(size_t start, size_t end, size_t unit, size_t* reached)
 
 cdef inline size_t most_tables(const slot* s, size_t size) noexcept nogil:
     """The most bytes that the page tables of the slot's first `size` bytes take."""
-    cdef size_t first = <size_t>s.base, last = first + size - 1
+    cdef size_t first = <size_t>s.original.base, last = first + size - 1
     if size == 0:
         return 0
     return (2 + last // TABLE_SPAN - first // TABLE_SPAN + last // UPPER_SPAN - first // UPPER_SPAN) * TABLE
@@ -70,13 +69,13 @@ cdef size_t count_tables(slot* s) noexcept nogil:
     """Bytes of the page tables of all pages that are present, also of hidden pages and of pages that were only read. The
     most that these can be, if the slot is small or the OS does not say which pages are present."""
     cdef size_t most = most_tables(s, s.pages.committed), tables = 0, reached = 0, reached_upper = 0, start, end, n, i
-    cdef char* next = s.base
+    cdef char* next = s.original.base
     cdef pages.span runs[RUNS]
     if s.pages.committed <= TABLES_UNCOUNTED or s.tables >= most:
         return most
-    while next < s.base + s.pages.committed:
+    while next < s.original.base + s.pages.committed:
         n = RUNS
-        if pages.present(next, <size_t>(s.base + s.pages.committed - next), runs, &n, &next):
+        if pages.present(next, <size_t>(s.original.base + s.pages.committed - next), runs, &n, &next):
             return most
         for i in range(n):
             start = <size_t>runs[i].at
@@ -132,7 +131,7 @@ cdef bint zero_touched(slot* s, size_t used, const reset_plan* plan, reset_resul
     are more than the plan's bound, or if the deadline has passed. Then some bytes may not be zero."""
     cdef touched_runs found
     cdef size_t i, start, end, total = 0, reached_initial = 0, reached_grown = 0
-    cdef size_t border = <size_t>s.base + s.pages.initial
+    cdef size_t border = <size_t>s.original.base + s.pages.initial
     cdef size_t unit = pages.capabilities().huge_page if s.original.huge_pages else 0
     touched_begin(&found, s.m, 0, used)
     while touched_next(&found):
@@ -144,7 +143,7 @@ cdef bint zero_touched(slot* s, size_t used, const reset_plan* plan, reset_resul
         for i in range(found.n):
             start = <size_t>found.runs[i].at
             end = start + found.runs[i].size
-            if not refill_in_time(s, start - <size_t>s.base, end - start, plan):
+            if not refill_in_time(s, start - <size_t>s.original.base, end - start, plan):
                 result.touched_grown = total
                 return False
             result.touched_initial += beyond(min(end, border), start)
@@ -176,7 +175,7 @@ cdef bint zero_all(slot* s, size_t used, const reset_plan* plan, reset_result* r
     if plan.copied:
         memory_restore(s.m, s.image)
     elif wide and s.image == NULL and used <= WIDE_MOST:
-        zero_wide(s.base, used)
+        zero_wide(s.original.base, used)
     elif not refill_in_time(s, 0, used, plan):
         return False
     all_zeroed(s, used, result)
@@ -191,7 +190,7 @@ cdef int give_back_all(slot* s, size_t used) noexcept nogil:
     code = memory_renew(s.m, used)
     # If this guest has grown over all hidden pages, there are none.
     if code == 0 and s.pages.hidden and s.pages.committed > used:
-        code = pages.decommit(s.base + used, s.pages.committed - used)
+        code = pages.decommit(s.original.base + used, s.pages.committed - used)
         s.pages.committed = used
     return code
 
@@ -224,7 +223,7 @@ cdef int run_reset(slot* s, size_t used, const reset_plan* plan, reset_result* r
         result.zeroed = result.kept_grown = 0
         result.kept = s.image.high - s.image.low if plan.copied else 0
     if plan.copied:
-        image_copy(s.image, s.base)
+        image_copy(s.image, s.original.base)
     return 0
 
 
@@ -295,12 +294,12 @@ cdef int reset(slot* s, memory* m, long long now) noexcept nogil:
             return -1
     if used > s.pages.initial:
         s.grown = now
-        if pages.protect(s.base + s.pages.initial, used - s.pages.initial, pages.ACCESS_NONE):
+        if pages.protect(s.original.base + s.pages.initial, used - s.pages.initial, pages.ACCESS_NONE):
             memory_doubt(m)
             return -1
         poke(&m.accessible, s.pages.initial)
     elif (s.pages.hidden and s.pool.idle_ns and now - s.grown > s.pool.idle_ns
-            and pages.decommit(s.base + used, s.pages.committed - used) == 0):
+            and pages.decommit(s.original.base + used, s.pages.committed - used) == 0):
         s.resident -= s.pages.hidden            # no guest has grown into them for idle_seconds
         s.pages.hidden = 0
         s.pages.committed = used
@@ -316,7 +315,7 @@ cdef bint cool_pages(slot* s) noexcept nogil:
     """Gives back all pages; nothing is accessible afterwards. False: the OS refused, and the slot must be dropped."""
     cdef failure unused
     # The guards too: of a part of a reservation the OS keeps the page tables at both ends.
-    if s.pages.committed and pages.decommit(s.base - s.original.pre_guard, s.reserved):
+    if s.pages.committed and pages.decommit(s.original.base - s.original.pre_guard, s.reserved):
         return False
     poke(&s.m.accessible, 0)
     s.m.image_state = IMAGE_COPIED
@@ -343,13 +342,13 @@ cdef int warm_up(slot* s, long long now, failure* why) noexcept nogil:
     if s.pages.initial == 0:
         return 0
     if s.original.huge_pages:
-        pages.advise_huge(s.base, s.capacity)
+        pages.advise_huge(s.original.base, s.original.capacity)
     s.pages.accessible = s.pages.committed = s.pages.initial
-    code = commit_pages(s.base, s.pages.initial)
+    code = commit_pages(s.original.base, s.pages.initial)
     if code == 0:
         code = memory_start_again(s.m, s.image)
     if code == 0 and s.m.ops.prefaults:
-        code = pages.prefault(s.base, s.pages.initial)
+        code = pages.prefault(s.original.base, s.pages.initial)
     if code:
         return fail(why, code, "commit", s.pages.initial)
     poke(&s.m.accessible, s.pages.initial)

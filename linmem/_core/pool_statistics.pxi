@@ -4,7 +4,7 @@
 cdef struct report_row:
     shape shape
     domain_t* domain        # a reference
-    image_t* image          # of a shape; compared only
+    image_t* image          # of the last slot, so that all slots of a shape have it; compared only
     size_t image_bytes
     bint image_descriptor
     counts counts
@@ -18,8 +18,8 @@ cdef struct report:
     size_t fallbacks
     size_t rejected
 
-_CAUSES = {"count": EVICTED_COUNT, "resident": EVICTED_RESIDENT, "process": EVICTED_PROCESS, "slots": EVICTED_SLOTS,
-           "reserved": EVICTED_RESERVED, "refused": EVICTED_REFUSED, "image": EVICTED_IMAGE, "trim": EVICTED_TRIM}
+# Names of the EVICTED_ causes; EVICTED_IDLE and EVICTED_PURGE are counted as purges.
+_CAUSES = ("count", "resident", "process", "slots", "reserved", "refused", "image", "trim")
 
 
 cdef void start_rows(pool* p, int grouping, report_row* rows) noexcept nogil:
@@ -49,9 +49,6 @@ cdef void count_slot(slot* s, report_row* row) noexcept nogil:
     if state == WARM:
         row.resident += s.resident
         row.tables += s.tables
-
-
-cdef void count_image(slot* s, report_row* row) noexcept nogil:
     if s.image != NULL:
         row.image = s.image
         row.image_bytes = s.image.high - s.image.low
@@ -64,12 +61,13 @@ cdef bint make_report(pool* p, report* out, bint by_groups) noexcept nogil:
     cdef slot* s
     cdef int i
     cdef bint made = True
+    cdef int end = GROUPINGS if by_groups else BY_SHAPE
     memset(out, 0, sizeof(report))
     acquire(&p.lock.held)
     out.fallbacks, out.rejected = p.fallbacks, p.rejected
     out.sums.counts = p.own.counts
     out.sums.peak_live = p.own.peak_live
-    for i in range(BY_SHAPE, GROUPINGS if by_groups else BY_SHAPE):
+    for i in range(BY_SHAPE, end):
         out.rows[i] = <report_row*>calloc(p.tables[i].n + 1, sizeof(report_row))
         if out.rows[i] != NULL:
             out.n[i] = p.tables[i].n
@@ -79,10 +77,8 @@ cdef bint make_report(pool* p, report* out, bint by_groups) noexcept nogil:
     while l.owner != NULL and made:
         s = <slot*>l.owner
         count_slot(s, &out.sums)
-        for i in range(BY_SHAPE, GROUPINGS if by_groups else BY_SHAPE):
+        for i in range(BY_SHAPE, end):
             count_slot(s, out.rows[i] + s.group.of[i].row)
-        if by_groups:
-            count_image(s, out.rows[BY_SHAPE] + s.group.of[BY_SHAPE].row)
         l = l.next
     unlock(&p.lock.held)
     return made
@@ -98,13 +94,13 @@ cdef void free_report(report* made) noexcept nogil:
 
 
 cdef dict resets_dict(const report_row* row):
-    return {name: row.counts.resets[i] for i, name in enumerate(_RESET_NAMES)}
+    return {name: row.counts.resets[i] for i, name in enumerate(_RESETS[:ADAPTIVE])}
 
 
 cdef dict row_dict(const report_row* row):
     return {
         "hits_warm": row.counts.hits_warm, "hits_cold": row.counts.hits_cold, "misses": row.counts.misses,
-        "evictions": {name: row.counts.evictions[<int>cause] for name, cause in _CAUSES.items()},
+        "evictions": {name: row.counts.evictions[i] for i, name in enumerate(_CAUSES)},
         "purges": row.counts.evictions[EVICTED_IDLE] + row.counts.evictions[EVICTED_PURGE],
         "resets": resets_dict(row), "reset_ns": row.counts.reset_ns, "bytes_zeroed": row.counts.zeroed,
         "live": row.live, "peak_live": row.peak_live, "warm": row.warm, "cold": row.cold,

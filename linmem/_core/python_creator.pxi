@@ -120,14 +120,15 @@ cdef int python_grow_with_gil(python_memory* p, size_t new_size, bint may_move, 
             (<object>p.object).grow_to(new_size)
         except BaseException as raised:
             error = raised
-        try:
-            ask_python_memory(p, NO_MAXIMUM, &got)
-        except BaseException as raised:
-            error = raised if error is None else error
-            # Ctrl-C says nothing about the memory, so the memory is asked once more.
-            if isinstance(raised, Exception) or not asked_again(p, &got):
-                break_memory(m)
-                raise error
+        for is_last in (False, True):       # Ctrl-C says nothing about the memory, so the memory is asked once more
+            try:
+                ask_python_memory(p, NO_MAXIMUM, &got)
+                break
+            except BaseException as raised:
+                error = raised if error is None else error
+                if is_last or isinstance(raised, Exception):
+                    break_memory(m)
+                    raise error
         if got.size < memory_size(m) or (got.base != <size_t>m.base and not may_move):
             break_memory(m)
             if error is None and got.size < memory_size(m):
@@ -143,14 +144,6 @@ cdef int python_grow_with_gil(python_memory* p, size_t new_size, bint may_move, 
         return check_python_size(p, new_size, &got)
     except BaseException as failed:
         return fail_python(why, failed)
-
-
-cdef bint asked_again(python_memory* p, answers* out):
-    try:
-        ask_python_memory(p, NO_MAXIMUM, out)
-        return True
-    except BaseException:
-        return False
 
 
 cdef void python_free(memory* m) noexcept nogil:

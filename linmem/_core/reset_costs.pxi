@@ -96,7 +96,7 @@ cdef class _Policy:
         reset_start(&self.policy)
 
     def begin(self, unsigned int n):
-        return _RESET_NAMES[reset_begin(&self.policy, &self.costs, n)]
+        return _RESETS[reset_begin(&self.policy, &self.costs, n)]
 
     def bound(self, unsigned int n):
         return reset_bound(&self.policy, &self.costs, n)
