@@ -11,7 +11,7 @@ from linmem._core.pool import PoolingCreator, pool_totals, read_metrics
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from typing import Any
 
 __all__ = ["collector", "read", "totals"]
@@ -31,10 +31,12 @@ _GAUGES_OF_A_POOL = {"slots": "The most slots there may be.",
 _GAUGES_OF_IMAGES = {"image_bytes": "Bytes of the images that slots start from.",
                      "image_descriptors": "Descriptors of these images."}
 # Counters with a label of their own: the label, the text, and the values of a row by label.
-_LABELLED = {"hits": ("state", "Requests that an idle slot served.",
-                      lambda row: {state: row[f"hits_{state}"] for state in ("warm", "cold")}),
-             "evictions": ("cause", "Idle slots that lost pages or went; no purges.", lambda row: row["evictions"]),
-             "resets": ("kind", "Resets by kind.", lambda row: row["resets"])}
+_LABELLED: dict[str, tuple[str, str, Callable[[dict[str, Any]], dict[str, int]]]] = {
+    "hits": ("state", "Requests that an idle slot served.",
+             lambda row: {state: row[f"hits_{state}"] for state in ("warm", "cold")}),
+    "evictions": ("cause", "Idle slots that lost pages or went; no purges.", lambda row: row["evictions"]),
+    "resets": ("kind", "Resets by kind.", lambda row: row["resets"]),
+}
 
 
 def read(pool: PoolingCreator) -> dict[str, Any]:

@@ -103,8 +103,8 @@ cdef extern from *:
 
 
 cdef void next_image(size_t minimum, image** out) noexcept nogil:
-    """Stores the image that the thread's Offer has for the next memory, and retains it. Stores nothing where there is no
-    image for it.
+    """Stores the image that the thread's Offer has for the next memory, and retains it. Stores nothing where there is
+    no image for it.
 
     wasmtime makes the GC heap of a store with this creator, too, before the memories of the first module that needs it.
     The minimum of a GC heap is 0, and that of a memory with an image is not, so a GC heap takes no image.
@@ -153,9 +153,9 @@ cdef void raise_later(object error, bint has_caller) noexcept:
     first. An exception from there takes the same way again."""
     if not has_caller:
         raise error             # Cython prints an exception that leaves a noexcept function
-    # PyThreadState_SetAsyncExc takes a class, and CPython calls that class for the exception. `except` must recognise the
-    # class, so it is a subclass. Some builds without a GIL never free a class, so the class drops its reference on the
-    # exception. CPython 3.10 calls the class a second time, with the exception that it returned.
+    # PyThreadState_SetAsyncExc takes a class, and CPython calls that class for the exception. `except` must recognise
+    # the class, so it is a subclass. Some builds without a GIL never free a class, so the class drops its reference on
+    # the exception. CPython 3.10 calls the class a second time, with the exception that it returned.
     kept = [error]
     members = {"__new__": lambda _, given=None: kept.pop() if kept else given}
     try:

@@ -57,13 +57,13 @@ cdef void charge_anew() noexcept nogil:
     """In a forked child: computes the charges of all budgets again. A thread that the child does not have may have
     charged bytes for a memory that does not exist yet, or may not have refunded those of a dropped one. So each budget
     is charged with the memories that exist, and with those that this thread is making."""
-    cdef link* l = budgets.next
+    cdef link* node = budgets.next
     cdef pending_charge* pending = <pending_charge*>pending_charges()[0]
     cdef memory* m = live_after(NULL)
     cdef memory_hook* hook
-    while l.owner != NULL:
-        store(&(<budget*>l.owner).used, 0)
-        l = l.next
+    while node.owner != NULL:
+        store(&(<budget*>node.owner).used, 0)
+        node = node.next
     while pending != NULL:
         add(&pending.budget.used, <long long>pending.size)
         pending = pending.outer

@@ -1,5 +1,5 @@
-# Circular doubly linked lists. A link is a member of the struct that it lists, so that a struct can be in several lists.
-# Layer 0: imports nothing of linmem.
+# Circular doubly linked lists. A link is a member of the struct that it lists, so that a struct can be in several
+# lists. Layer 0: imports nothing of linmem.
 #
 # The head of a list is a link, too: the one without an owner. So the owner of the link after the last one is NULL, and
 # the owner of the link after an empty list's head is NULL.

@@ -96,8 +96,9 @@ cdef struct group:
     totals* totals[GROUPINGS]   # BY_BOTH: those of the pool, of the shape and of the domain
     size_t row              # of the report under way
     char apart[CACHE_LINE]  # above: what is only read
-    link stack              # idle slots, the last one given back first. BY_BOTH: warm ones. BY_SHAPE: cold ones of all
-                            # domains, because cold slots have no pages
+    # Idle slots, the last one given back first. BY_BOTH: warm ones. BY_SHAPE: cold ones of all domains, because cold
+    # slots have no pages.
+    link stack
     size_t members          # BY_BOTH: slots. BY_SHAPE and BY_DOMAIN: groups BY_BOTH
     warm_totals warm        # BY_DOMAIN
     totals own              # BY_SHAPE and BY_DOMAIN
@@ -159,8 +160,8 @@ cdef struct charged_slots:
 cdef enum:
     BUDGETS = 4
 
-# Shared by a PoolingCreator and its slots, because wasmtime may outlive the creator. Members are in the order of use: the
-# first cache lines are only read, the next ones are written for each memory.
+# Shared by a PoolingCreator and its slots, because wasmtime may outlive the creator. Members are in the order of use:
+# the first cache lines are only read, the next ones are written for each memory.
 cdef struct pool:
     # These never change, except `closed`.
     void* block             # the allocation that holds the pool

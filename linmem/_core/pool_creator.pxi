@@ -39,10 +39,10 @@ cdef class PoolingCreator(NativeCreator):
     """Memories that are reset and handed out again instead of being made anew.
 
     The pool keeps a slot (a memory of the upstream creator) when the last reference on it is gone: wasmtime's, those of
-    Python handles, and those of exported buffers. The thread that drops the last reference resets the slot, with no lock
-    and no GIL. The slot then serves the next request of the same shape (minimum, maximum, reservation, guard). The slot
-    that was given back last goes first. The pool keeps what is expensive to make: the mapping, its protection, and the
-    resident pages. wasmtime has a pooling allocator like this, which Python cannot reach, and rmm has
+    Python handles, and those of exported buffers. The thread that drops the last reference resets the slot, with no
+    lock and no GIL. The slot then serves the next request of the same shape (minimum, maximum, reservation, guard). The
+    slot that was given back last goes first. The pool keeps what is expensive to make: the mapping, its protection, and
+    the resident pages. wasmtime has a pooling allocator like this, which Python cannot reach, and rmm has
     ``PoolMemoryResource``.
 
     Parameters
@@ -64,14 +64,14 @@ cdef class PoolingCreator(NativeCreator):
         keep address space only.
     max_resident : int, optional
         The most bytes that all idle slots together keep resident, page tables included. By default
-        ``max_unused_warm * keep_resident``, but at most a quarter of the machine's memory. `set_pool_limits` bounds what
-        all pools keep together.
+        ``max_unused_warm * keep_resident``, but at most a quarter of the machine's memory. `set_pool_limits` bounds
+        what all pools keep together.
     max_reserved : int, optional
         The most bytes of address space that all slots take, live and idle, guards included. `when_full` says what
         happens beyond the bound. A single request that is larger than the bound is a `PoolError`, also with "wait".
     idle_seconds : float or None
-        Slots that have been idle for longer become cold, a few each time that a slot is given back. None: their age does
-        not matter.
+        Slots that have been idle for longer become cold, a few each time that a slot is given back. None: their age
+        does not matter.
     max_reset_seconds : float, optional
         The most time that zeroing may take. If it takes longer, the pages are given back to the OS instead.
     reset : {"adaptive", "scan", "zero", "discard"}
@@ -80,8 +80,8 @@ cdef class PoolingCreator(NativeCreator):
         OS gets all pages back (MADV_DONTNEED; on Windows they are decommitted). "adaptive": the pool measures what the
         guests of each slot do, and chooses what costs least.
     when_full : {"fallback", "error", "wait"}
-        What happens while every slot is in use. "fallback": the request gets a memory of upstream, which no bound of the
-        pool limits. "error": it raises `PoolError`. "wait": it waits until a slot is given back.
+        What happens while every slot is in use. "fallback": the request gets a memory of upstream, which no bound of
+        the pool limits. "error": it raises `PoolError`. "wait": it waits until a slot is given back.
     timeout : float, optional
         Seconds after which "wait" raises `PoolError`. None: it waits without end.
     check : bool
@@ -186,8 +186,8 @@ cdef class PoolingCreator(NativeCreator):
 
     cdef int make_slot(self, const shape* key, domain_t* domain, const memory_spec* spec, bint counted, memory** out,
                        failure* why) noexcept nogil:
-        """Makes a memory of upstream, and a slot for it if there is room. TAKE_AGAIN: an idle slot of the shape has become
-        cold, so that it can serve this domain."""
+        """Makes a memory of upstream, and a slot for it if there is room. TAKE_AGAIN: an idle slot of the shape has
+        become cold, so that it can serve this domain."""
         cdef pool* p = self.pool
         cdef slot* s
         cdef bint again

@@ -10,7 +10,7 @@ cdef enum:
 cdef size_t PURGED_BYTES = 16 << 20     # after so many bytes one give-back purges no further slot
 
 
-# -- what one pool does --------------------------------------------------------------------------------------------------
+# -- what one pool does -------------------------------------------------------------------------------------
 
 cdef inline size_t held_of(const warm_totals* warm, int what) noexcept nogil:
     """What warm slots hold of what is missing: bytes, or for address space their number."""
@@ -105,8 +105,8 @@ cdef void cool_until_bounds_hold(pool* p, slot* s, int cause, long long now) noe
 
 
 cdef size_t evict_down_to(pool* p, size_t target, int to, long long older_ns) noexcept nogil:
-    """trim() and purge(): evicts idle slots, the oldest first, until at most `target` bytes of the pool's idle slots are
-    resident. to: DROPPING also drops cold slots, and does that first; COOLING leaves slots alone that became idle
+    """trim() and purge(): evicts idle slots, the oldest first, until at most `target` bytes of the pool's idle slots
+    are resident. to: DROPPING also drops cold slots, and does that first; COOLING leaves slots alone that became idle
     within the last `older_ns`. Returns the bytes that were resident."""
     cdef long long now = pages.coarse_ns()
     cdef size_t evicted = 0
@@ -132,18 +132,18 @@ cdef void drop_slots_of_image(image_t* image) noexcept nogil:
     are dropped when they would become idle."""
     cdef pool* p = pool_after(NULL)
     cdef link dropped
-    cdef link* l
+    cdef link* node
     cdef slot* s
     cdef int grouping
     list_init(&dropped)
     while p != NULL:
         acquire(&p.lock.held)
         for grouping in range(BY_DOMAIN):       # warm slots are in groups BY_BOTH, cold ones in groups BY_SHAPE
-            l = p.tables[grouping].groups.next
-            while l.owner != NULL:
-                s = top_of(<group*>l.owner) if (<group*>l.owner).shape.image == image else NULL
+            node = p.tables[grouping].groups.next
+            while node.owner != NULL:
+                s = top_of(<group*>node.owner) if (<group*>node.owner).shape.image == image else NULL
                 if s == NULL:
-                    l = l.next
+                    node = node.next
                     continue
                 evict(s, DROPPING, EVICTED_IMAGE)
                 list_add_first(&dropped, &s.in_stack, s)
@@ -155,9 +155,9 @@ cdef void drop_slots_of_image(image_t* image) noexcept nogil:
         p = pool_after(p)
 
 
-# -- which pools are charged to a budget -----------------------------------------------------------------------------------
-# A pool counts its slots for each budget. So a request for relief, which a guest may repeat at will, does not look at the
-# slots of pools that cannot help.
+# -- which pools are charged to a budget --------------------------------------------------------------------
+# A pool counts its slots for each budget. So a request for relief, which a guest may repeat at will, does not look at
+# the slots of pools that cannot help.
 
 cdef void join_budgets(pool* p, slot* s) noexcept nogil:
     """The lock is held. The slot is new."""
@@ -201,7 +201,7 @@ cdef inline bint charges_each_slot(pool* p, const void* budget) noexcept nogil:
     return slots_charged_to(p, budget) == p.n_slots and not p.more_budgets
 
 
-# -- what all pools do together ----------------------------------------------------------------------------------------------
+# -- what all pools do together -----------------------------------------------------------------------------
 
 cdef inline size_t held_by(const slot* s, int what, const void* budget) noexcept nogil:
     """How many bytes of what is missing the idle slot gives up. It becomes cold; where address space is missing, it is
@@ -242,10 +242,10 @@ cdef size_t held_by_all(int what, const void* budget) noexcept nogil:
     return held
 
 
-# A census counts what the warm slots of each domain hold of what is missing, in all pools. The census decides which slot
-# is evicted where a bound or a refusal concerns several pools. census_lock protects all its data. It is taken before any
-# pool's lock, so it is not a fork_lock. If the thread that holds census_lock does not exist in a forked child, the child
-# takes the lock over, and its next eviction takes a new census.
+# A census counts what the warm slots of each domain hold of what is missing, in all pools. The census decides which
+# slot is evicted where a bound or a refusal concerns several pools. census_lock protects all its data. It is taken
+# before any pool's lock, so it is not a fork_lock. If the thread that holds census_lock does not exist in a forked
+# child, the child takes the lock over, and its next eviction takes a new census.
 
 cdef size_t census = 0          # the number of the last one
 cdef size_t census_total        # what all domains hold
@@ -284,7 +284,7 @@ cdef inline bint may_go(domain_t* domain, int choice) noexcept nogil:
 
 cdef void count_pool(pool* p, int what, const void* budget) noexcept nogil:
     """The pool's lock is held."""
-    cdef link* l = p.tables[BY_DOMAIN].groups.next
+    cdef link* node = p.tables[BY_DOMAIN].groups.next
     cdef slot* s = oldest(&p.warm_by_age)
     cdef domain_t* domain
     if s == NULL or (what == RELIEF_BUDGET and slots_charged_to(p, budget) == 0):
@@ -295,10 +295,10 @@ cdef void count_pool(pool* p, int what, const void* budget) noexcept nogil:
             set_holding(domain, holding(domain)[0] + held_by(s, what, budget))
             s = newer(s)
         return
-    while l.owner != NULL:
-        domain = (<group*>l.owner).domain
-        set_holding(domain, holding(domain)[0] + held_of(&(<group*>l.owner).warm, what))
-        l = l.next
+    while node.owner != NULL:
+        domain = (<group*>node.owner).domain
+        set_holding(domain, holding(domain)[0] + held_of(&(<group*>node.owner).warm, what))
+        node = node.next
 
 
 cdef void take_census(int what, const void* budget) noexcept nogil:
@@ -316,15 +316,15 @@ cdef void take_census(int what, const void* budget) noexcept nogil:
 cdef slot* oldest_with(pool* p, int choice, int what, const void* budget) noexcept nogil:
     """The least recently used idle slot of that choice that gives something up. The pool's lock is held."""
     cdef slot* s = oldest(&p.warm_by_age)
-    cdef link* l = p.tables[BY_DOMAIN].groups.next
+    cdef link* node = p.tables[BY_DOMAIN].groups.next
     if choice == ANY_COLD:
         return oldest(&p.cold_by_age)
     if what == RELIEF_BUDGET and slots_charged_to(p, budget) == 0:
         return NULL
     # If all domains hold too little, no slot is looked at.
-    while l.owner != NULL and not ((<group*>l.owner).warm.n and may_go((<group*>l.owner).domain, choice)):
-        l = l.next
-    if l.owner == NULL:
+    while node.owner != NULL and not ((<group*>node.owner).warm.n and may_go((<group*>node.owner).domain, choice)):
+        node = node.next
+    if node.owner == NULL:
         return NULL
     while s != NULL and not (held_by(s, what, budget) and may_go(s.group.domain, choice)):
         s = newer(s)
@@ -355,12 +355,12 @@ cdef pool* pool_of_oldest(int choice, int what, const void* budget) noexcept nog
 
 
 cdef size_t evict_oldest(int what, const void* budget, int cause, size_t* counted) noexcept nogil:
-    """Evicts the least recently used idle slot of all pools: a cold one where address space is missing, otherwise a warm
-    one of a domain that holds its fair share or more. Returns how many bytes of what is missing it held; 0: no slot
-    holds any.
+    """Evicts the least recently used idle slot of all pools: a cold one where address space is missing, otherwise a
+    warm one of a domain that holds its fair share or more. Returns how many bytes of what is missing it held; 0: no
+    slot holds any.
 
-    *counted: the census of the caller's last call, 0 at the first call. It serves again if no other thread has taken one
-    since. So the cost of many evictions is not their number times the number of domains."""
+    *counted: the census of the caller's last call, 0 at the first call. It serves again if no other thread has taken
+    one since. So the cost of many evictions is not their number times the number of domains."""
     cdef pool* p = NULL
     cdef slot* s = NULL
     cdef size_t size = 0

@@ -20,7 +20,7 @@ cdef void drop_lost_slots() noexcept nogil:
     cdef memory* m = live_after(NULL)
     cdef slot* s
     cdef link lost
-    cdef link* l
+    cdef link* node
     cdef memory_hook* hook
     cdef pool* p
     list_init(&lost)
@@ -41,10 +41,10 @@ cdef void drop_lost_slots() noexcept nogil:
         memory_release(s.m)
     p = pool_after(NULL)
     while p != NULL:
-        l = p.slots.next
-        while l.owner != NULL:
-            s = <slot*>l.owner
-            l = l.next
+        node = p.slots.next
+        while node.owner != NULL:
+            s = <slot*>node.owner
+            node = node.next
             if load(&s.state) == DROPPING:      # the lost thread had freed its memory
                 slot_dropped(&s.head)
         p = pool_after(p)

@@ -87,13 +87,13 @@ cdef void release_pool(pool* p) noexcept nogil:
 cdef pool* pool_after(pool* p) noexcept nogil:
     """Returns the next one of all pools with a reference, and releases the reference on `p`. NULL for `p`: returns the
     first pool. Returns NULL at the end."""
-    cdef link* l = &pools if p == NULL else &p.in_pools
+    cdef link* node = &pools if p == NULL else &p.in_pools
     cdef pool* after
     cdef long long refs
     acquire(&pools_lock.held)
     while True:
-        l = l.next
-        after = <pool*>l.owner
+        node = node.next
+        after = <pool*>node.owner
         refs = 0 if after == NULL else load(&after.refs)
         while refs > 0 and not swap_if(&after.refs, refs, refs + 1):
             refs = load(&after.refs)

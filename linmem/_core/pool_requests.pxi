@@ -23,7 +23,7 @@ cdef inline void key_of(const memory_spec* spec, shape* key) noexcept nogil:
     key.image = spec.image
 
 
-# -- an idle slot ------------------------------------------------------------------------------------------------------------
+# -- an idle slot -------------------------------------------------------------------------------------------
 
 cdef inline slot* warm_slot_of(group* g) noexcept nogil:
     """The lock is held. NULL: the group has no warm slot."""
@@ -104,8 +104,8 @@ cdef void change_group(slot* s, group* g) noexcept nogil:
 
 
 cdef inline void restore_original(slot* s) noexcept nogil:
-    """Restores what a guest or a creator above may have changed in the memory's struct. No other thread uses the memory,
-    so plain stores are enough."""
+    """Restores what a guest or a creator above may have changed in the memory's struct. No other thread uses the
+    memory, so plain stores are enough."""
     cdef memory* m = s.m
     m.started = <size_t>s.original.size
     m.dirtied = 0
@@ -120,7 +120,7 @@ cdef inline void restore_original(slot* s) noexcept nogil:
     publish(&m.refs, 1)
 
 
-# -- room for a new slot ------------------------------------------------------------------------------------------------------
+# -- room for a new slot ------------------------------------------------------------------------------------
 
 cdef enum:
     FITS = 0                # there is room for one more slot
@@ -230,7 +230,7 @@ cdef int wait_a_little(failure* why) noexcept nogil:
             return fail_python(why, error)
 
 
-# -- a new slot ---------------------------------------------------------------------------------------------------------------
+# -- a new slot ---------------------------------------------------------------------------------------------
 
 cdef void init_slot(pool* p, slot* s, memory* m, const memory_spec* spec) noexcept nogil:
     s.pool = p
@@ -247,8 +247,8 @@ cdef void init_slot(pool* p, slot* s, memory* m, const memory_spec* spec) noexce
 
 
 cdef int add_slot(pool* p, slot* s, const shape* key, domain_t* domain, bint counted, failure* why) noexcept nogil:
-    """Adds a new slot to the pool. Upstream may have reserved more than the request asks for, and may have used this pool
-    meanwhile, so there may be no room."""
+    """Adds a new slot to the pool. Upstream may have reserved more than the request asks for, and may have used this
+    pool meanwhile, so there may be no room."""
     cdef int code = 0, cause = 0, i
     cdef group* g = NULL
     cdef bint again
@@ -294,7 +294,7 @@ cdef bint is_slot_of(pool* p, memory* m) noexcept nogil:
     return m.hooks != NULL and m.hooks.keep == slot_keep and (<slot*>m.hooks).pool == p
 
 
-# -- a slot comes back: the hooks of its memory -----------------------------------------------------------------------------------
+# -- a slot comes back: the hooks of its memory -------------------------------------------------------------
 
 cdef inline bint is_in_place(const slot* s) noexcept nogil:
     """False: the memory has moved, and has another shape than the slot."""
@@ -352,8 +352,8 @@ cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
 
 
 cdef bint return_to_upstream(slot* s) noexcept nogil:
-    """The memory belongs to upstream again, and may be freed before the slot is: nothing reads the memory of a slot that
-    is DROPPING."""
+    """The memory belongs to upstream again, and may be freed before the slot is: nothing reads the memory of a slot
+    that is DROPPING."""
     if is_in_place(s) and s.head.next != NULL:
         # A pool below does not know of the hidden pages, and it hands the other pages to the domain that it made the
         # memory for. So after a change of domain all pages are given back. If the OS refuses, they stay, and are zero.

@@ -66,8 +66,8 @@ cdef inline size_t most_tables(const slot* s, size_t size) noexcept nogil:
 
 
 cdef size_t count_tables(slot* s) noexcept nogil:
-    """Bytes of the page tables of all pages that are present, also of hidden pages and of pages that were only read. The
-    most that these can be, if the slot is small or the OS does not say which pages are present."""
+    """Bytes of the page tables of all pages that are present, also of hidden pages and of pages that were only read.
+    The most that these can be, if the slot is small or the OS does not say which pages are present."""
     cdef size_t most = most_tables(s, s.pages.committed), tables = 0, reached = 0, reached_upper = 0, start, end, n, i
     cdef char* next = s.original.base
     cdef pages.span runs[RUNS]
@@ -127,8 +127,8 @@ cdef bint refill_in_time(slot* s, size_t offset, size_t size, const reset_plan* 
 
 
 cdef bint zero_touched(slot* s, size_t used, const reset_plan* plan, reset_result* result) noexcept nogil:
-    """Zeroes the touched pages of the first `used` bytes. False if the OS does not say which pages were touched, if they
-    are more than the plan's bound, or if the deadline has passed. Then some bytes may not be zero."""
+    """Zeroes the touched pages of the first `used` bytes. False if the OS does not say which pages were touched, if
+    they are more than the plan's bound, or if the deadline has passed. Then some bytes may not be zero."""
     cdef touched_runs found
     cdef size_t i, start, end, total = 0, reached_initial = 0, reached_grown = 0
     cdef size_t border = <size_t>s.original.base + s.pages.initial
@@ -247,8 +247,8 @@ cdef void record_reset(slot* s, size_t used, const reset_plan* plan, const reset
 
 
 cdef int notify_resized(slot* s, size_t size, size_t accessible, failure* why) noexcept nogil:
-    """Tells the adaptors below the pool how much of the memory the next guest will have. Only the increase of a cold slot
-    can fail."""
+    """Tells the adaptors below the pool how much of the memory the next guest will have. Only the increase of a cold
+    slot can fail."""
     cdef memory_hook* hook = s.head.next
     cdef memory_hook* undo = hook
     cdef failure unused
@@ -331,8 +331,8 @@ cdef bint cool_pages(slot* s) noexcept nogil:
 
 
 cdef int warm_up(slot* s, long long now, failure* why) noexcept nogil:
-    """Makes a cold slot accessible again. If it fails and s.pages.accessible is 0, the slot is still cold; otherwise its
-    state is unknown."""
+    """Makes a cold slot accessible again. If it fails and s.pages.accessible is 0, the slot is still cold; otherwise
+    its state is unknown."""
     cdef int code = 0
     if s.head.next != NULL:
         code = notify_resized(s, <size_t>s.original.size, s.pages.initial, why)

@@ -9,7 +9,7 @@ cdef extern from "linmem/_core/checked_build.h":
     void must "linmem_must"(bint holds) noexcept nogil
 
 
-# -- groups ----------------------------------------------------------------------------------------------------------
+# -- groups -------------------------------------------------------------------------------------------------
 
 cdef inline size_t hash_of(const shape* key) noexcept nogil:
     cdef size_t h = key.minimum * 31 + key.maximum * 17 + key.reservation + key.guard * 5 + (<size_t>key.image >> 4)
@@ -84,11 +84,11 @@ cdef void remove_group(pool* p, int grouping, group* g) noexcept nogil:
 
 
 cdef void remove_groups(pool* p, int grouping, bint only_empty) noexcept nogil:
-    cdef link* l = p.tables[grouping].groups.next
+    cdef link* node = p.tables[grouping].groups.next
     cdef group* g
-    while l.owner != NULL:
-        g = <group*>l.owner
-        l = l.next
+    while node.owner != NULL:
+        g = <group*>node.owner
+        node = node.next
         if g.members == 0 or not only_empty:
             remove_group(p, grouping, g)
     p.tables[grouping].n_empty = 0
@@ -114,7 +114,7 @@ cdef void leave_group(slot* s) noexcept nogil:
     remove_group(s.pool, BY_BOTH, g)
 
 
-# -- counts ----------------------------------------------------------------------------------------------------------
+# -- counts -------------------------------------------------------------------------------------------------
 
 cdef void add_counts(counts* to, const counts* more) noexcept nogil:
     cdef size_t i
@@ -169,7 +169,7 @@ cdef inline void count_idle(slot* s, int state, size_t by) noexcept nogil:
     count_warm(&p.warm, s, by)
 
 
-# -- the transition of a slot's state ----------------------------------------------------------------------------------
+# -- the transition of a slot's state -----------------------------------------------------------------------
 
 cdef inline slot* oldest(link* by_age) noexcept nogil:
     return <slot*>by_age.previous.owner
@@ -223,9 +223,9 @@ cdef inline void count_mappings(slot* s) noexcept nogil:
 
 
 cdef inline bint move_slot(slot* s, int to) noexcept nogil:
-    """The one function that changes a slot's state, with all lists and counts that follow from it. The lock is not needed
-    for RESETTING, which changes no list and no count. False: the pool is closed, or the slot's image is forgotten. Then
-    the slot does not become idle, and the caller drops it."""
+    """The one function that changes a slot's state, with all lists and counts that follow from it. The lock is not
+    needed for RESETTING, which changes no list and no count. False: the pool is closed, or the slot's image is
+    forgotten. Then the slot does not become idle, and the caller drops it."""
     cdef pool* p = s.pool
     cdef int state = <int>load(&s.state)
     cdef bint was_idle = state == WARM or state == COLD, idle = to == WARM or to == COLD

@@ -23,11 +23,11 @@ _CAUSES = ("count", "resident", "process", "slots", "reserved", "refused", "imag
 
 
 cdef void start_rows(pool* p, int grouping, report_row* rows) noexcept nogil:
-    cdef link* l = p.tables[grouping].groups.next
+    cdef link* node = p.tables[grouping].groups.next
     cdef group* g
     cdef size_t n = 0
-    while l.owner != NULL:
-        g = <group*>l.owner
+    while node.owner != NULL:
+        g = <group*>node.owner
         g.row = n
         rows[n].shape = g.shape
         rows[n].domain = g.domain
@@ -35,7 +35,7 @@ cdef void start_rows(pool* p, int grouping, report_row* rows) noexcept nogil:
         rows[n].counts = g.own.counts
         rows[n].peak_live = g.own.peak_live
         n += 1
-        l = l.next
+        node = node.next
 
 
 cdef void count_slot(slot* s, report_row* row) noexcept nogil:
@@ -57,7 +57,7 @@ cdef void count_slot(slot* s, report_row* row) noexcept nogil:
 
 cdef bint make_report(pool* p, report* out, bint by_groups) noexcept nogil:
     """by_groups: with rows for each shape and each domain, which free_report() frees. False: no memory for them."""
-    cdef link* l
+    cdef link* node
     cdef slot* s
     cdef int i
     cdef bint made = True
@@ -73,13 +73,13 @@ cdef bint make_report(pool* p, report* out, bint by_groups) noexcept nogil:
             out.n[i] = p.tables[i].n
             start_rows(p, i, out.rows[i])
         made = made and out.rows[i] != NULL
-    l = p.slots.next
-    while l.owner != NULL and made:
-        s = <slot*>l.owner
+    node = p.slots.next
+    while node.owner != NULL and made:
+        s = <slot*>node.owner
         count_slot(s, &out.sums)
         for i in range(BY_SHAPE, end):
             count_slot(s, out.rows[i] + s.group.of[i].row)
-        l = l.next
+        node = node.next
     unlock(&p.lock.held)
     return made
 

@@ -110,8 +110,8 @@ cdef int python_grow(memory* m, size_t new_size, failure* why) noexcept nogil:
 
 
 cdef int python_grow_with_gil(python_memory* p, size_t new_size, bint may_move, failure* why) noexcept with gil:
-    """Collects all answers before it stores one. It also asks after a grow_to() that raised, because the memory may have
-    moved before."""
+    """Collects all answers before it stores one. It also asks after a grow_to() that raised, because the memory may
+    have moved before."""
     cdef answers got
     cdef memory* m = &p.head
     try:

@@ -82,7 +82,7 @@ cdef unsigned int clamp(long long n, unsigned int least) noexcept nogil:
     return least if n < least else 64 if n > 64 else <unsigned int>n
 
 
-# -- for tests: the pure functions -----------------------------------------------------------------------------------------
+# -- for tests: the pure functions --------------------------------------------------------------------------
 
 cdef class _Policy:
     """The reset policy of one slot, for ranges of `n` pages of which a scan found `touched`."""

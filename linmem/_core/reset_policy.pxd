@@ -2,10 +2,10 @@
 # call. Layer 0: imports nothing of linmem.
 #
 # A page that was given back costs the next guest a page fault. A page that is kept costs a zeroing at every reset. A
-# fault costs as much as 12 to 70 zeroings, as measured on each machine (reset_costs). So pages are kept as long as guests
-# use them again, and a scan finds those that may hold bytes, which alone are zeroed. Zeroing a small range whole is
-# cheaper than a scan. But the first time it faults in pages that nobody has touched, so the slot must first have served
-# as many uses as it has pages.
+# fault costs as much as 12 to 70 zeroings, as measured on each machine (reset_costs). So pages are kept as long as
+# guests use them again, and a scan finds those that may hold bytes, which alone are zeroed. Zeroing a small range whole
+# is cheaper than a scan. But the first time it faults in pages that nobody has touched, so the slot must first have
+# served as many uses as it has pages.
 #
 # Three signs show that guests do not use the kept pages again:
 #
@@ -15,8 +15,8 @@
 #           use, so all pages are given back at once. If bursts come back before the zeroing would have cost as much as
 #           the faults, that was wrong: then they are kept, for longer each time, unless each burst dirties other pages.
 #   age     A scan does not show a page that was dirtied once and never again, because kept pages look the same. So all
-#           pages are given back now and then (after 32, 128, 512 .. uses). If half of them come back before keeping them
-#           would have cost as much, the next interval is longer. Otherwise fewer pages count as usual for this slot.
+# pages are given back now and then (after 32, 128, 512 .. uses). If half of them come back before keeping them would
+# have cost as much, the next interval is longer. Otherwise fewer pages count as usual for this slot.
 #
 # A "page" in this file is a run of 4096 bytes, whatever the host page is.
 
@@ -113,8 +113,8 @@ cdef inline int reset_begin(reset_policy* p, const reset_costs* costs, unsigned 
 
 
 cdef inline unsigned int reset_bound(const reset_policy* p, const reset_costs* costs, unsigned int n) noexcept nogil:
-    """If a scan finds more touched pages than this, it stops, and all pages are given back. reset_end() mostly decides the
-    same. In rare cases, this use would have shown it that the pages are worth keeping."""
+    """If a scan finds more touched pages than this, it stops, and all pages are given back. reset_end() mostly decides
+    the same. In rare cases, this use would have shown it that the pages are worth keeping."""
     if (not p.known or p.burst_patience or p.burst_age <= worth(costs, 1) or p.strikes
             or worth_keeping_whole(p, costs, n)):
         return ANY

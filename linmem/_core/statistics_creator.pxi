@@ -74,11 +74,11 @@ cdef void sample_all(statistics_ledger* ledger) noexcept nogil:
 
 cdef memory_report* copy_reports(link* head, memory_report* to) noexcept nogil:
     """The ledger's lock is held. Returns the end of the copies."""
-    cdef link* l = head.next
-    while l.owner != NULL:
-        to[0] = (<record*>l.owner).report
+    cdef link* node = head.next
+    while node.owner != NULL:
+        to[0] = (<record*>node.owner).report
         to += 1
-        l = l.next
+        node = node.next
     return to
 
 
