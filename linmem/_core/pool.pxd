@@ -132,7 +132,6 @@ cdef struct slot:
     word state
     const void* thread      # the thread that gave it back
     image* image            # what it starts from, a reference; NULL: zeros
-    memory original         # the memory's struct as upstream made it; its `size` may be less than the request asks for
     extent pages
     size_t resident         # bytes that may be resident while it is idle
     size_t tables           # bytes of page tables that it may have, idle or not
@@ -150,7 +149,7 @@ cdef struct slot:
     reset_policy policy
     size_t zeroed           # bytes, by the reset under way
     counts counts           # under the lock
-    char apart[CACHE_LINE]  # another thread's slot may be the next one in memory
+    memory original         # the memory's struct as upstream made it; its `size` may be less than the request asks for
 
 # A budget below the pool, and how many slots are charged to it.
 cdef struct charged_slots:

@@ -142,9 +142,11 @@ cdef inline void count_guest(slot* s, bint has_guest) noexcept nogil:
     s.has_guest = has_guest
     for i in range(GROUPINGS):
         t = s.group.totals[i]
-        t.live += 1 if has_guest else <size_t>-1
-        if t.live > t.peak_live:
-            t.peak_live = t.live
+        if has_guest:
+            t.live += 1
+            t.peak_live = max(t.peak_live, t.live)
+        else:
+            t.live -= 1
 
 
 cdef inline void count_warm(warm_totals* to, const slot* s, size_t by) noexcept nogil:
@@ -218,8 +220,9 @@ cdef size_t mappings_of(const slot* s) noexcept nogil:
 
 cdef inline void count_mappings(slot* s) noexcept nogil:
     cdef size_t n = mappings_of(s)
-    s.pool.mappings += n - s.mappings
-    s.mappings = n
+    if n != s.mappings:
+        s.pool.mappings += n - s.mappings
+        s.mappings = n
 
 
 cdef inline bint move_slot(slot* s, int to) noexcept nogil:
