@@ -8,6 +8,7 @@ from pathlib import Path
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 PAGES = "windows" if sys.platform == "win32" else "posix"
 CHOSEN = any(flag.startswith("-O") for flag in os.environ.get("CFLAGS", "").split())   # ours would come later, and win
@@ -49,6 +50,12 @@ directives = {
 }
 
 
+class BuildPy(build_py):
+    def get_package_dir(self, package):
+        """The files of `linmem.bench` are in bench/. In a checkout, linmem/bench/__init__.py makes them importable."""
+        return "bench" if package == "linmem.bench" else super().get_package_dir(package)
+
+
 class BuildExt(build_ext):
     def build_extensions(self):
         kind = self.compiler.compiler_type
@@ -66,5 +73,5 @@ class BuildExt(build_ext):
 setup(
     ext_modules=cythonize(extensions, compiler_directives=directives,
                           build_dir=os.environ.get("LINMEM_BUILD_DIR", "build/cython")),
-    cmdclass={"build_ext": BuildExt},
+    cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
 )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import importlib.resources
 import pickle
 from collections.abc import Callable
 from itertools import repeat
+from pathlib import Path
 
 import linmem
 from linmem._os import pages as _pages
@@ -239,7 +239,7 @@ def interpreter() -> Group:
 
 
 def program() -> bytes:
-    return importlib.resources.files("linmem.bench").joinpath("_forth.wasm").read_bytes()
+    return Path(__file__).with_name("_forth.wasm").read_bytes()
 
 
 class Interpreter:

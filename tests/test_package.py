@@ -38,6 +38,21 @@ def test_the_package_under_test_is_the_one_that_is_installed():
         assert Path(str(installed.locate_file("linmem"))).resolve() == PACKAGE
 
 
+@requires("mypy")
+def test_a_type_checker_finds_the_types_of_the_installed_package(tmp_path):
+    """It reads files and runs no import hook."""
+    try:
+        importlib.metadata.distribution("linmem")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("linmem is not installed; it was imported from PYTHONPATH")
+    (tmp_path / "user.py").write_text("import linmem\nreveal_type(linmem.create(1))\n", "utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--config-file=", "--cache-dir", str(tmp_path / "cache"), "user.py"],
+        cwd=tmp_path, env={name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MYPYPATH")},
+        capture_output=True, text=True, timeout=300)
+    assert 'Revealed type is "linmem._core.memory.Memory"' in done.stdout, done.stdout + done.stderr
+
+
 def test_the_version_is_the_one_of_the_changelog():
     assert re.search(r"^## \[([^]]+)\]", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)[1] == \
         linmem.__version__
@@ -140,6 +155,9 @@ def test_the_wheel_has_types_the_c_face_and_the_license_and_no_sources(tmp_path)
     assert {name.partition("/")[0] for name in names} == {"linmem", f"linmem-{linmem.__version__}.dist-info"}
     assert not [name for name in names if name.endswith((".pyx", ".pxi")) or re.search(r"/(tests|docs)/", name)]
     assert {name for name in names if name.endswith(".c")} == {"linmem/_cli/demo.c", "linmem/bench/_forth.c"}
+    # linmem/bench is the folder bench/, without what only a checkout has.
+    assert {name for name in names if re.fullmatch(r"linmem/bench/\w+\.py", name)} == {
+        f"linmem/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "bench").glob("*.py")}
 
 
 @requires("compiler")

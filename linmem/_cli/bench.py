@@ -12,7 +12,7 @@ BENCH_PACKAGES = ("rich", "matplotlib", "numpy", "wasmtime")
 
 def main(parser: Parser, own_parser: Parser, words: list[str]) -> int:
     try:
-        suite: Any = importlib.import_module("linmem.bench")        # whose sources are elsewhere
+        suite: Any = importlib.import_module("linmem.bench.command")     # type checkers do not see its folder
         suite.add_arguments(own_parser)
         return int(suite.main(parser.parse_args(words)))
     except ImportError as error:
