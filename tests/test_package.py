@@ -115,7 +115,8 @@ def build(kind: str, folder: Path) -> Path:
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(
         ".git", ".venv", ".cache", "build", "dist", "*.egg-info", "*.so", "*.pyd", "__pycache__", ".*_cache"))
     subprocess.run([sys.executable, "-m", "build", "--no-isolation", f"--{kind}", "--outdir", str(folder), str(source)],
-                   check=True, timeout=600, stdout=subprocess.DEVNULL)
+                   check=True, timeout=600, stdout=subprocess.DEVNULL,
+                   env={name: value for name, value in os.environ.items() if name != "CFLAGS"})
     return next(folder.glob("linmem-*"))
 
 
@@ -144,7 +145,9 @@ def test_the_sdist_has_all_sources_and_no_generated_c(tmp_path):
 def test_the_wheel_has_types_the_c_face_and_the_license_and_no_sources(tmp_path):
     pytest.importorskip("build")
     pytest.importorskip("Cython")
-    with zipfile.ZipFile(build("wheel", tmp_path)) as archive:
+    wheel = build("wheel", tmp_path)
+    assert wheel.stat().st_size <= 800_000, f"the wheel has {wheel.stat().st_size:,} bytes, may have 800,000"
+    with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     stubs = {path.relative_to(ROOT).as_posix() for path in (ROOT / "linmem").rglob("*.py[i]")}
     # A header of C that a .pxd names goes with it.
@@ -153,7 +156,9 @@ def test_the_wheel_has_types_the_c_face_and_the_license_and_no_sources(tmp_path)
     assert stubs | headers | {"linmem/py.typed", "linmem/_cli/demo.wasm", "linmem/bench/_forth.wasm"} <= names
     assert [name for name in names if name.endswith("/LICENSE")]
     assert {name.partition("/")[0] for name in names} == {"linmem", f"linmem-{linmem.__version__}.dist-info"}
-    assert not [name for name in names if name.endswith((".pyx", ".pxi")) or re.search(r"/(tests|docs)/", name)]
+    assert not [name for name in names if name.endswith((".pyx", ".pxi"))]
+    not_for_users = re.compile(r"\b(docs|tests?|test_\w+|conftest|support|soak|stress|hammer|fuzz)\b")
+    assert not [name for name in names if not_for_users.search(name)]
     assert {name for name in names if name.endswith(".c")} == {"linmem/_cli/demo.c", "linmem/bench/_forth.c"}
     # linmem/bench is the folder bench/, without what only a checkout has.
     assert {name for name in names if re.fullmatch(r"linmem/bench/\w+\.py", name)} == {
@@ -188,11 +193,8 @@ def test_the_cython_example_of_the_guide_compiles_against_the_package_and_works(
     assert (child.returncode, child.stdout.strip()) == (0, "refused"), child.stderr
 
 
-@pytest.mark.parametrize(("platform", "without_gil", "defined"), [
-    ("win32", 1, [("Py_GIL_DISABLED", "1")]), ("win32", 0, []), ("win32", None, []), ("linux", 1, [])])
-@needs_sources
-def test_a_build_for_a_free_threaded_windows_says_so_to_the_compiler(platform, without_gil, defined, monkeypatch):
-    """pyconfig.h of CPython for Windows does not; elsewhere it does."""
+def extensions_that_setup_builds(monkeypatch, compiler):
+    """The extensions of setup.py, with the flags that the compiler of this type gets."""
     pytest.importorskip("Cython")
     setuptools = pytest.importorskip("setuptools")
     import Cython.Build
@@ -202,15 +204,39 @@ def test_a_build_for_a_free_threaded_windows_says_so_to_the_compiler(platform, w
     monkeypatch.setattr(setuptools, "setup", lambda **how: given.update(how))
     monkeypatch.setattr(Cython.Build, "cythonize", lambda extensions, **how: extensions)
     monkeypatch.setattr(build_ext, "build_extensions", lambda self: None)
-    monkeypatch.setattr(sys, "platform", platform)
-    monkeypatch.setattr(sysconfig, "get_config_var", lambda name: without_gil if name == "Py_GIL_DISABLED" else None)
     runpy.run_path(str(ROOT / "setup.py"))
     command = given["cmdclass"]["build_ext"].__new__(given["cmdclass"]["build_ext"])
-    command.compiler = types.SimpleNamespace(compiler_type="msvc")
+    command.compiler = types.SimpleNamespace(compiler_type=compiler)
     command.extensions = given["ext_modules"]
     command.build_extensions()
     assert len(command.extensions) >= 6
-    assert [extension.define_macros for extension in command.extensions] == [defined] * len(command.extensions)
+    return command.extensions
+
+
+@pytest.mark.parametrize(("platform", "without_gil", "defined"), [
+    ("win32", 1, [("Py_GIL_DISABLED", "1")]), ("win32", 0, []), ("win32", None, []), ("linux", 1, [])])
+@needs_sources
+def test_a_build_for_a_free_threaded_windows_says_so_to_the_compiler(platform, without_gil, defined, monkeypatch):
+    """pyconfig.h of CPython for Windows does not; elsewhere it does."""
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(sysconfig, "get_config_var", lambda name: without_gil if name == "Py_GIL_DISABLED" else None)
+    for extension in extensions_that_setup_builds(monkeypatch, "msvc"):
+        assert extension.define_macros == defined
+
+
+@pytest.mark.parametrize(("cflags", "compiler", "platform", "expected"), [
+    ("", "unix", "linux", ["-O3", "-g0", "-Wl,-s"]), ("-g0", "unix", "linux", ["-O3", "-g0", "-Wl,-s"]),
+    ("-O1", "unix", "linux", ["-g0", "-Wl,-s"]), ("-g", "unix", "linux", ["-O3"]), ("-O1 -g1", "unix", "linux", []),
+    ("", "unix", "darwin", ["-O3", "-g0"]), ("", "mingw32", "win32", ["-O3"]), ("", "msvc", "win32", [])])
+@needs_sources
+def test_a_build_has_debug_information_and_symbols_only_when_cflags_asks_for_them(cflags, compiler, platform, expected,
+                                                                                  monkeypatch):
+    monkeypatch.setenv("CFLAGS", cflags)
+    monkeypatch.delenv("LINMEM_STRICT", raising=False)
+    monkeypatch.setattr(sys, "platform", platform)
+    for extension in extensions_that_setup_builds(monkeypatch, compiler):
+        flags = [*extension.extra_compile_args, *extension.extra_link_args]
+        assert [flag for flag in flags if re.match("-O|-g|-Wl", flag)] == expected
 
 
 @requires("zig")
