@@ -165,6 +165,31 @@ def test_the_wheel_has_types_the_c_face_and_the_license_and_no_sources(tmp_path)
         f"linmem/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "bench").glob("*.py")}
 
 
+CI = ROOT / ".ci"
+needs_ci = pytest.mark.skipif(not CI.exists(), reason="the checks are not beside the tests")
+
+
+@needs_ci
+def test_each_stage_of_the_checks_is_a_file_of_its_own():
+    run = (CI / "run").read_text("utf-8")
+    named = re.findall(r"^ *(?:STAGES=\")?([a-z-]+) +\d+\"?$", run, re.MULTILINE)
+    assert len(named) >= 20
+    assert sorted(named) == sorted(path.stem for path in (CI / "stages").glob("*.sh"))
+    assert "stage_" not in run.replace("stage_of", "")
+    for path in (CI / "run", CI / "functions.sh", CI / "windows", *(CI / "stages").glob("*.sh")):
+        assert not re.search(r"<<-?\s*['\"\\]?\w", path.read_text("utf-8")), f"{path.name} has a program in a heredoc"
+
+
+@needs_ci
+def test_the_test_files_that_a_stage_chooses_or_leaves_out_exist():
+    """pytest says nothing when a file to ignore is missing."""
+    texts = [path.read_text("utf-8") for path in (CI / "stages").glob("*.sh")]
+    lists = re.findall(r"^(?:(?:only|all_but) |between=\()([a-z_\s]+)$", "\n".join(texts), re.MULTILINE)
+    names = set(" ".join(lists).split())
+    assert len(lists) == 4
+    assert [name for name in sorted(names) if not (ROOT / "tests" / f"test_{name}.py").exists()] == []
+
+
 @requires("compiler")
 @pytest.mark.slow
 def test_the_cython_example_of_the_guide_compiles_against_the_package_and_works(tmp_path):
