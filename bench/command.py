@@ -38,14 +38,13 @@ def at_least_two(text: str) -> int:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Measure, show, write.
+    """Measure a suite, print the tables, write the files.
 
     Returns
     -------
     int
-        0 when measured, also where a goal is missed; with ``--check`` 1 for a missed goal or for
-        one that could not be measured; 1 when a library that was asked for is not installed, or a
-        file cannot be written.
+        0 after a measurement, even if a goal is missed. 1 if a library is not installed or a file cannot be written;
+        with ``--check`` also if a goal is missed or could not be measured.
     """
     needed = ["rich"] + (["matplotlib"] if args.picture else [])
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
@@ -82,7 +81,7 @@ def main(args: argparse.Namespace) -> int:
         try:
             if path is not None:
                 write(path, results, about)
-        except (OSError, ValueError) as error:      # ValueError: a format that matplotlib does not know
+        except (OSError, ValueError) as error:      # matplotlib raises ValueError for an unknown format
             unwritten += 1
             print(printable(f"linmem bench: {path}: {getattr(error, 'strerror', None) or error}"), file=sys.stderr)
     failed = any(row.goal is not None and not row.holds for result in results for row in result.rows)
@@ -95,5 +94,5 @@ def module_of(suite: str):
 
 
 def shared(rounds: int, group) -> int:
-    """The rounds that a group takes of those asked for."""
+    """How many of the requested rounds a group takes."""
     return 1 if group.count is not None else max(2, round(rounds * group.share))
