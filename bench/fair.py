@@ -67,7 +67,7 @@ def group(case: Case, rounds: int) -> Group:
 
 
 def hit_rate(case: Case, rounds: int, domain: str) -> float:
-    """The share of the second tenant, as the metrics of the pool count it. Both tenants may have the same domain."""
+    """The warm hits over the requests of the second tenant. `domain` is its domain, also that of the first if "first"."""
     ones = b"\1" * (STEP // _pages.describe()["page_size"])
     page = STEP // len(ones)
 
