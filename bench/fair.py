@@ -67,7 +67,7 @@ def group(case: Case, rounds: int) -> Group:
 
 
 def hit_rate(case: Case, rounds: int, domain: str) -> float:
-    """The warm hits over the requests of the second tenant. `domain` is its domain, also that of the first if "first"."""
+    """The warm hits over all requests of the second tenant. With the domain "first" both tenants share a domain."""
     ones = b"\1" * (STEP // _pages.describe()["page_size"])
     page = STEP // len(ones)
 
