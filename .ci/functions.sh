@@ -4,6 +4,9 @@
 
 if ((deep)); then fast=(); else fast=(-m 'not slow'); fi        # options of pytest: slow tests only in a deep run
 
+# CFLAGS of a build that is not about the compiler. It takes less than half the time. Deep runs build as users do.
+if ((deep)); then quick=; else quick=-O1; fi
+
 # The text in brackets of the stage's last line.
 figures() { printf '%s' "$*" >"$work/$stage/figures"; }
 

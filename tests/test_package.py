@@ -190,6 +190,24 @@ def test_the_test_files_that_a_stage_chooses_or_leaves_out_exist():
     assert [name for name in sorted(names) if not (ROOT / "tests" / f"test_{name}.py").exists()] == []
 
 
+@needs_ci
+@requires("fork")
+@pytest.mark.parametrize(("deep", "chosen"), [
+    ("0", ["-m", "not slow", "tests/test_pool.py", "tests/test_image.py", "--ignore=tests/test_pool.py", "-O1"]),
+    ("1", [""])])
+def test_a_deep_run_of_the_checks_leaves_no_test_out(deep, chosen):
+    script = """
+        . "$0"
+        only pool image
+        files=("${chosen[@]}")
+        all_but pool
+        printf '%s\\n' "${fast[@]}" "${files[@]}" "${chosen[@]}" $quick
+        """
+    done = subprocess.run(["bash", "-euc", script, str(CI / "functions.sh")], env={**os.environ, "deep": deep},
+                          capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines() == chosen
+
+
 @requires("compiler")
 @pytest.mark.slow
 def test_the_cython_example_of_the_guide_compiles_against_the_package_and_works(tmp_path):

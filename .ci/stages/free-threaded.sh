@@ -14,7 +14,7 @@ while IFS= read -r requirement; do
     venv/bin/pip install -q --only-binary :all: "$requirement" || missing+=("$requirement")
 done < <(venv/bin/python -c 'import tomllib
 for line in tomllib.load(open("src/pyproject.toml", "rb"))["project"]["optional-dependencies"]["test"]: print(line)')
-venv/bin/pip install -q --no-deps ./src
+CFLAGS=$quick venv/bin/pip install -q --no-deps ./src
 # An extension that does not declare itself safe would switch the GIL on, except with -X gil=0.
 venv/bin/python -W error -c 'import sys, linmem, linmem._os.pages, linmem._core.bridge
 assert not sys._is_gil_enabled(), "an extension of linmem switched the GIL on"'

@@ -22,7 +22,7 @@ for i in "${!versions[@]}"; do
     version=${versions[i]}
     cp -r src "src-$version"
     new_venv "venv-$version" "${pythons[i]}"
-    "venv-$version/bin/pip" install -q "./src-$version[test]"
+    CFLAGS=$quick "venv-$version/bin/pip" install -q "./src-$version[test]"
     chosen=()
     ((i == 0 || i == ${#versions[@]} - 1)) || only "${between[@]}"
     suite "src-$version" "../venv-$version/bin/pytest" "${fast[@]}" "${chosen[@]}"
