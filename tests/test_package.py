@@ -236,35 +236,51 @@ def test_the_cython_example_of_the_guide_compiles_against_the_package_and_works(
     assert (child.returncode, child.stdout.strip()) == (0, "refused"), child.stderr
 
 
-def extensions_that_setup_builds(monkeypatch, compiler):
-    """The extensions of setup.py, with the flags that the compiler of this type gets."""
+@pytest.fixture
+def extensions_of_setup(monkeypatch):
+    """A function that runs setup.py for a platform and a compiler, and returns the extensions with their flags."""
     pytest.importorskip("Cython")
     setuptools = pytest.importorskip("setuptools")
     import Cython.Build
     from setuptools.command.build_ext import build_ext
 
-    given = {}
-    monkeypatch.setattr(setuptools, "setup", lambda **how: given.update(how))
-    monkeypatch.setattr(Cython.Build, "cythonize", lambda extensions, **how: extensions)
-    monkeypatch.setattr(build_ext, "build_extensions", lambda self: None)
-    runpy.run_path(str(ROOT / "setup.py"))
-    command = given["cmdclass"]["build_ext"].__new__(given["cmdclass"]["build_ext"])
-    command.compiler = types.SimpleNamespace(compiler_type=compiler)
-    command.extensions = given["ext_modules"]
-    command.build_extensions()
-    assert len(command.extensions) >= 6
-    return command.extensions
+    def run(platform, without_gil=0, compiler="msvc"):
+        given = {}
+        monkeypatch.setattr(setuptools, "setup", lambda **how: given.update(how))
+        monkeypatch.setattr(Cython.Build, "cythonize", lambda extensions, **how: extensions)
+        monkeypatch.setattr(build_ext, "build_extensions", lambda self: None)
+        monkeypatch.setattr(sys, "platform", platform)
+        monkeypatch.setattr(sysconfig, "get_config_var",
+                            lambda name: without_gil if name == "Py_GIL_DISABLED" else None)
+        monkeypatch.chdir(ROOT)
+        runpy.run_path("setup.py")
+        command = given["cmdclass"]["build_ext"].__new__(given["cmdclass"]["build_ext"])
+        command.compiler = types.SimpleNamespace(compiler_type=compiler)
+        command.extensions = given["ext_modules"]
+        command.build_extensions()
+        assert len(command.extensions) >= 6
+        return command.extensions
+    return run
 
 
 @pytest.mark.parametrize(("platform", "without_gil", "defined"), [
     ("win32", 1, [("Py_GIL_DISABLED", "1")]), ("win32", 0, []), ("win32", None, []), ("linux", 1, [])])
 @needs_sources
-def test_a_build_for_a_free_threaded_windows_says_so_to_the_compiler(platform, without_gil, defined, monkeypatch):
+def test_a_build_for_a_free_threaded_windows_says_so_to_the_compiler(platform, without_gil, defined,
+                                                                     extensions_of_setup):
     """pyconfig.h of CPython for Windows does not; elsewhere it does."""
-    monkeypatch.setattr(sys, "platform", platform)
-    monkeypatch.setattr(sysconfig, "get_config_var", lambda name: without_gil if name == "Py_GIL_DISABLED" else None)
-    for extension in extensions_that_setup_builds(monkeypatch, "msvc"):
-        assert extension.define_macros == defined
+    extensions = extensions_of_setup(platform, without_gil)
+    assert [extension.define_macros for extension in extensions] == [defined] * len(extensions)
+
+
+@pytest.mark.parametrize("platform", ["win32", "linux"])
+@needs_sources
+def test_an_edit_of_a_header_causes_a_rebuild_of_every_extension(platform, extensions_of_setup):
+    headers = {path.relative_to(ROOT).as_posix() for path in (ROOT / "linmem").rglob("*.h")}
+    assert "linmem/_os/compat.h" in headers
+    for extension in extensions_of_setup(platform):
+        assert headers <= set(extension.depends), extension.name
+        assert "." in extension.include_dirs, extension.name
 
 
 @pytest.mark.parametrize(("cflags", "compiler", "platform", "expected"), [
@@ -273,11 +289,10 @@ def test_a_build_for_a_free_threaded_windows_says_so_to_the_compiler(platform, w
     ("", "unix", "darwin", ["-O3", "-g0"]), ("", "mingw32", "win32", ["-O3"]), ("", "msvc", "win32", [])])
 @needs_sources
 def test_a_build_has_debug_information_and_symbols_only_when_cflags_asks_for_them(cflags, compiler, platform, expected,
-                                                                                  monkeypatch):
+                                                                                  extensions_of_setup, monkeypatch):
     monkeypatch.setenv("CFLAGS", cflags)
     monkeypatch.delenv("LINMEM_STRICT", raising=False)
-    monkeypatch.setattr(sys, "platform", platform)
-    for extension in extensions_that_setup_builds(monkeypatch, compiler):
+    for extension in extensions_of_setup(platform, compiler=compiler):
         flags = [*extension.extra_compile_args, *extension.extra_link_args]
         assert [flag for flag in flags if re.match("-O|-g|-Wl", flag)] == expected
 
@@ -298,5 +313,4 @@ def test_a_32_bit_build_is_refused_by_the_compiler_in_words(target, fits, tmp_pa
 @needs_sources
 def test_every_extension_includes_what_refuses_a_32_bit_build():
     for path in (ROOT / "linmem").rglob("*.pyx"):
-        assert re.search(r"^from linmem\._core\.(atomic|memory) cimport",
-                         path.read_text("utf-8"), re.MULTILINE), path
+        assert re.search(r"^from linmem\._core\.atomic cimport ", path.read_text("utf-8"), re.MULTILINE), path

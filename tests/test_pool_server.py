@@ -527,7 +527,8 @@ def test_a_full_pool_takes_at_most_half_of_the_mappings(kind):
         kind = {kind!r}
         image = linmem.Image.from_pieces([(2 * P, b"x" * P)], 8 * P) if kind == "image" else None
         upstream = linmem.MmapCreator(huge_pages=kind == "huge")
-        pool = linmem.PoolingCreator(upstream, image=image, when_full="error", max_unused_warm=1 << 20)
+        pool = linmem.PoolingCreator(upstream, image=image, when_full="error", max_unused_warm=1 << 20,
+                                     idle_seconds=None)     # however long it takes to drop them all
         def count():
             with open("/proc/self/maps") as file:
                 return sum(1 for _ in file)
@@ -628,19 +629,28 @@ def test_page_tables_are_counted_as_the_os_counts_them_and_a_cold_slot_has_one_a
 
 @requires("maps")
 def test_slots_that_are_idle_for_long_lose_their_pages_at_later_give_backs():
-    pool = linmem.PoolingCreator(idle_seconds=0.05, reset="zero")
-    mems = [pool.create(32 * PAGE, **SHAPE) for _ in range(20)]
-    spans = [whole(mem) for mem in mems]
-    for mem in mems:
-        mem.write(0, b"x" * 32 * PAGE)
-        mem.close()
-    assert pool.stats()["warm"] == 20
-    time.sleep(0.2)
+    def burst(idle_seconds):
+        pool = linmem.PoolingCreator(idle_seconds=idle_seconds, reset="zero")
+        mems = [pool.create(32 * PAGE, **SHAPE) for _ in range(20)]
+        spans = [whole(mem) for mem in mems]
+        for mem in mems:
+            mem.write(0, b"x" * 32 * PAGE)
+            mem.close()
+        return pool, spans
+
+    pool, spans = burst(3600)
     for _ in range(30):
         used(pool)
+    assert pool.stats()["warm"] == 21
+    assert sum(resident_within(*span) for span in spans) == 20 * 32 * PAGE
+    pool, spans = burst(0.05)
+    deadline = time.monotonic() + 60
+    while pool.stats()["warm"] > 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+        used(pool)
     assert pool.stats()["warm"] <= 2
-    assert sum(resident_within(*span) for span in spans) <= 32 * PAGE
-    assert linmem.metrics.read(pool)["purges"] >= 19
+    assert sum(resident_within(*span) for span in spans) <= 2 * 32 * PAGE
+    assert linmem.metrics.read(pool)["purges"] >= 18
 
 
 @requires("maps")
@@ -799,7 +809,7 @@ def test_a_wait_of_no_time_asks_once():
 
 
 def test_a_full_pool_that_waits_hands_out_what_is_given_back_and_gives_up_after_its_timeout():
-    pool = linmem.PoolingCreator(slots=1, when_full="wait", timeout=30)
+    pool = linmem.PoolingCreator(slots=1, when_full="wait", timeout=3600)
     mem = pool.create(PAGE, **SHAPE)
     base = mem.as_ptr()
     got = []
@@ -816,13 +826,13 @@ def test_a_full_pool_that_waits_hands_out_what_is_given_back_and_gives_up_after_
 
 
 @requires("interrupts")
-def test_a_wait_for_a_slot_answers_an_interrupt():
+def test_a_wait_for_a_slot_answers_an_interrupt(interruptible):
     assert answer(f"""
         import linmem, signal, threading, os
         pool = linmem.PoolingCreator(slots=1, when_full="wait")
         mem = pool.create({PAGE})
-        threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
         try:
+            threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()      # in here: it may be early
             pool.create({PAGE})
         except KeyboardInterrupt:
             print("interrupted", pool.stats()["live"])
@@ -1015,6 +1025,135 @@ def test_thousands_of_domains_leave_no_more_than_some_bookkeeping():
     figures = linmem.metrics.read(pool)
     assert len(figures["domains"]) <= 300
     assert figures["misses"] == pool.stats()["misses"] == 3000 - pool.stats()["hits"]
+
+
+# -- fair shares between pools -----------------------------------------------------------------------------------------
+
+EACH = 32 * PAGE        # of a slot of these tests, all of it resident while it is idle
+LARGE = {"maximum": 1000 * PAGE, "reserve": 1000 * PAGE, "guard": PAGE}
+REFUSALS = ["reserved", "budget", "refused pages", "refused space"]
+
+
+def fill(pools, domain, slots):
+    for pool, n in zip(pools, slots, strict=True):
+        for mem in [pool.create(EACH, **{**SHAPE, "domain": domain}) for _ in range(n)]:
+            mem.write(0, b"x" * EACH)
+            mem.close()
+
+
+def idle_of_two(bound, first, second, domains=("a", "b"), reset="zero"):
+    """Pools with idle slots of two domains, as many in each pool as the lists say, and a memory outside the pools. The
+    slots of the first domain have been idle for longer. If `bound` is "budget", the budget is used up then."""
+    linmem.set_pool_limits(max_resident=0, max_reserved=0)      # no other pool has an idle slot
+    linmem.set_pool_limits()
+    budget = linmem.LimitingCreator(MMAP, (sum(first) + sum(second)) * EACH + PAGE if bound == "budget" else 1 << 40)
+    pools = [linmem.PoolingCreator(budget, reset="zero" if n else reset, max_unused_warm=1000) for n in first]
+    for domain, slots in zip(domains, (first, second), strict=True):
+        fill(pools, domain, slots)
+    return pools, budget.create(PAGE, **LARGE)
+
+
+def take(slots, bound, pools, live):
+    """Make idle slots give up as much as so many of them hold."""
+    if bound == "resident":
+        rows = [linmem.metrics.read(pool) for pool in pools]
+        held = sum(row["resident"] + row["page_tables"] for row in rows)
+        linmem.set_pool_limits(max_resident=held - slots * EACH + EACH // 2)
+    elif bound == "reserved":
+        one = sum(pool.stats()["reserved"] for pool in pools) // sum(idle(pool) for pool in pools)
+        linmem.set_pool_limits(max_reserved=linmem.metrics.totals()["reserved"] - slots * one)
+    elif bound == "budget":
+        live.grow_to(live.byte_size() + slots * EACH)
+    else:
+        for _ in range(slots):
+            with failing(1, errno.ENOMEM) as injected:
+                if bound == "refused pages":
+                    live.grow_to(live.byte_size() + PAGE)
+                else:
+                    MMAP.create(PAGE, **SHAPE).close()
+            assert injected.happened
+
+
+def warm_of(pools, *domains):
+    found = [linmem.metrics.read(pool)["domains"] for pool in pools]
+    return tuple(sum(rows[domain]["warm"] for rows in found if domain in rows) for domain in domains)
+
+
+@pytest.mark.parametrize("bound", ["resident", *REFUSALS])
+@pytest.mark.parametrize("domains", [("a", "b"), (None, "b"), ("a", None)], ids=str)
+@pytest.mark.parametrize(("first", "second"), [([3, 0], [0, 9]), ([3, *[0] * 10], [0, *[1] * 10]), ([2, 1], [3, 6])],
+                         ids=["a pool each", "ten pools against one", "both in both"])
+def test_no_bound_over_several_pools_lets_one_domain_evict_the_warm_slots_of_another_below_its_share(
+        first, second, domains, bound):
+    pools, live = idle_of_two(bound, first, second, domains)
+    assert warm_of(pools, *domains) == (3, sum(second))
+    take(sum(second) - 3, bound, pools, live)
+    assert warm_of(pools, *domains) == (3, 3)
+    live.close()
+
+
+@pytest.mark.parametrize("bound", REFUSALS)
+def test_of_domains_that_have_their_share_in_several_pools_the_oldest_slot_goes(bound):
+    pools, live = idle_of_two(bound, [3, 0], [0, 3])
+    take(1, bound, pools, live)
+    assert warm_of(pools, "a", "b") == (2, 3)
+    take(1, bound, pools, live)
+    assert warm_of(pools, "a", "b") == (2, 2)
+    live.close()
+
+
+def test_what_was_committed_and_is_not_resident_counts_where_the_os_refuses_pages():
+    pools, live = idle_of_two("refused pages", [3, 0], [0, 9], reset="discard")
+    take(6, "refused pages", pools, live)
+    assert warm_of(pools, "a", "b") == (3, 3)
+    live.close()
+
+
+def test_only_what_is_charged_to_a_budget_counts_for_a_share_of_it():
+    budget = linmem.LimitingCreator(MMAP, 6 * EACH + PAGE)
+    pools = [linmem.PoolingCreator(budget, reset="zero"),
+             linmem.PoolingCreator(linmem.PythonCreator(Alternating(budget, MMAP)), reset="zero")]
+    fill(pools, "a", [2, 0])
+    fill(pools, "b", [0, 8])
+    live = budget.create(PAGE, **LARGE)
+    assert budget.used_bytes == 6 * EACH + PAGE
+    take(2, "budget", pools, live)
+    assert warm_of(pools, "a", "b") == (2, 6)
+    take(2, "budget", pools, live)
+    assert warm_of(pools, "a", "b") == (1, 5)
+    live.close()
+
+
+@pytest.mark.parametrize("bound", ["reserved", "refused space"])
+def test_cold_slots_of_any_pool_give_address_space_up_before_a_warm_one_does(bound):
+    pools, live = idle_of_two(bound, [2, 0], [0, 3])
+    pools[1].purge()
+    take(3, bound, pools, live)
+    assert (warm_of(pools, "a"), idle(pools[1])) == ((2,), 0)
+    take(1, bound, pools, live)
+    assert warm_of(pools, "a") == (1,)
+    live.close()
+
+
+@pytest.mark.parametrize("bound", ["resident", "reserved", "budget"])
+def test_a_domain_that_makes_ever_new_slots_leaves_the_others_in_other_pools_warm(bound):
+    linmem.set_pool_limits(max_resident=0, max_reserved=0)
+    linmem.set_pool_limits()
+    budget = linmem.LimitingCreator(MMAP, 10 * EACH if bound == "budget" else 1 << 40)
+    pools = [linmem.PoolingCreator(budget, reset="zero") for _ in range(11)]
+    if bound == "resident":
+        linmem.set_pool_limits(max_resident=10 * (EACH + 8192))
+    fill(pools, "one", [1] + [0] * 10)
+    if bound == "reserved":
+        totals = linmem.metrics.totals()["reserved"]
+        linmem.set_pool_limits(max_reserved=totals + 9 * pools[0].stats()["reserved"])
+    for n in range(300):
+        used(pools[1 + n % 10], domain="many", minimum=32, pages_written=32, maximum=(64 + n % 100) * PAGE)
+        if n % 30 == 0:
+            fill(pools, "one", [1] + [0] * 10)
+    row = linmem.metrics.read(pools[0])["domains"]["one"]
+    assert (row["misses"], row["hits_cold"], row["hits_warm"]) == (1, 0, 10)
+    assert sum(sum(linmem.metrics.read(pool)["evictions"].values()) for pool in pools[1:]) > 250
 
 
 # -- figures ---------------------------------------------------------------------------------------------------------

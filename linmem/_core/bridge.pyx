@@ -18,7 +18,7 @@ from linmem._core.memory cimport (
     OWNER_LEFT, OWNER_WASMTIME, PROTECTION_NONE, UNCHOSEN, ImageHandle, NativeCreator, acquire, current_domain,
     domain as domain_t, domain_of, domain_release, drop_object, fail, failure, failure_text, fork_lock, image,
     image_release, image_retain, list_lock, lock_memory, memory, memory_grow_to, memory_release, memory_retain,
-    memory_size, memory_spec, set_domain, unlock, wrap,
+    memory_spec, set_domain, unlock, wrap,
 )
 from linmem._core.units cimport E_PYTHON, E_UNSUPPORTED
 
@@ -184,7 +184,7 @@ cdef void raise_later(object error, bint is_pythons) noexcept:
 
 cdef uint8_t* get_memory(void* env, size_t* byte_size, size_t* byte_capacity) noexcept nogil:
     cdef memory* m = <memory*>env
-    byte_size[0] = memory_size(m)
+    byte_size[0] = <size_t>load(&m.size)        # memory_size() without the call into another module
     byte_capacity[0] = m.capacity
     return <uint8_t*>m.base
 

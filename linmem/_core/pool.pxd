@@ -81,12 +81,14 @@ cdef struct kind:
 cdef struct tenant:
     tenant* next            # of the pool's
     domain* domain          # a reference; NULL: no domain was named
-    size_t slots
-    size_t shelves
     size_t n_warm
-    size_t held             # bytes that its warm slots keep, page tables included
+    size_t held             # bytes that its warm slots keep, page tables included,
+    size_t warm_least       # have accessible,
+    size_t warm_high        # and committed
     size_t live             # slots with a guest
     size_t peak_live
+    size_t slots            # here begins what is seldom written
+    size_t shelves
     counts gone
     size_t row
 
@@ -228,6 +230,9 @@ cdef struct pool:
     char apart_too[CACHE_LINE]
     shelf* shelves[SHELVES]
     kind* kinds[KINDS]
+
+
+cdef word census_lock       # of the counts by which the pools share what they hold out among domains
 
 
 cdef class PoolingCreator(NativeCreator):

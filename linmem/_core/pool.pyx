@@ -42,6 +42,7 @@ cdef enum:
     USES_TO_EMPTY = 32          # a slot in constant use gives its pages back after idle_seconds, but not more often
     PURGED_AT_ONCE = 2          # slots that one give-back purges at least, and one in this many more
     PURGED_SHARE = 64
+    KEPT = 3                    # beside the RELIEF_ kinds: what idle slots keep resident, page tables included
     KEPT_EMPTY = 256            # kinds and tenants without slots whose counts are kept apart
     TABLE = 1 << 12             # bytes of a page table,
     TABLE_SPAN = 1 << 21        # and of what it maps,
@@ -565,6 +566,8 @@ cdef inline bint move_slot(pool* p, slot* s, int to) noexcept nogil:
             t = s.shelf.tenant
             t.n_warm -= 1
             t.held -= s.resident + s.tables
+            t.warm_least -= s.pages.least
+            t.warm_high -= s.pages.high
             p.warm_least -= s.pages.least
             p.warm_high -= s.pages.high
             p.n_warm -= 1
@@ -583,6 +586,8 @@ cdef inline bint move_slot(pool* p, slot* s, int to) noexcept nogil:
             p.n_busy += t.n_warm == 0
             t.n_warm += 1
             t.held += s.resident + s.tables
+            t.warm_least += s.pages.least
+            t.warm_high += s.pages.high
             p.warm_least += s.pages.least
             p.warm_high += s.pages.high
             p.n_warm += 1
@@ -1246,6 +1251,8 @@ cdef inline size_t given_up(const slot* s, int what, const void* budget) noexcep
         return s.reserved
     if what == RELIEF_PAGES:
         return s.pages.high
+    if what == KEPT:
+        return s.resident + s.tables if s.pages.high else 0
     while hook != NULL:
         if hook.budget == budget:
             size += s.pages.least
@@ -1291,24 +1298,9 @@ cdef size_t charged_of(pool* p, const void* budget) noexcept nogil:
     return p.n_slots if p.more_budgets else 0
 
 
-cdef slot* oldest_with(pool* p, int what, const void* budget) noexcept nogil:
-    """The least recently used idle slot that gives something up, of a domain that has its fair share or more. Where
-    address space is missing a cold one first."""
-    cdef slot* s
-    cdef slot* oldest = NULL
-    if what == RELIEF_SPACE and p.cold.oldest != NULL:
-        return p.cold.oldest
-    if what == RELIEF_BUDGET and charged_of(p, budget) == 0:
-        return NULL
-    s = p.warm.oldest
-    while s != NULL:
-        if given_up(s, what, budget):
-            if has_its_share(p, s, what != RELIEF_PAGES):
-                return s
-            if oldest == NULL:
-                oldest = s
-        s = s.newer
-    return oldest
+cdef inline bint charges_each_slot(pool* p, const void* budget) noexcept nogil:
+    """Whether each slot of the pool is charged to the budget, and only once."""
+    return charged_of(p, budget) == p.n_slots and not p.more_budgets
 
 
 cdef size_t all_that_idle_slots_hold(int what, const void* budget) noexcept nogil:
@@ -1321,7 +1313,7 @@ cdef size_t all_that_idle_slots_hold(int what, const void* budget) noexcept nogi
             sum_ += p.idle_reserved
         elif what == RELIEF_PAGES:
             sum_ += p.warm_high
-        elif charged_of(p, budget) == p.n_slots and not p.more_budgets:
+        elif charges_each_slot(p, budget):
             sum_ += p.warm_least
         elif charged_of(p, budget):
             s = p.warm.oldest
@@ -1333,17 +1325,117 @@ cdef size_t all_that_idle_slots_hold(int what, const void* budget) noexcept nogi
     return sum_
 
 
-cdef size_t give_up_oldest(int what, const void* budget, int cause) noexcept nogil:
-    """The least recently used of all pools' idle slots gives up what it holds. How much that was; 0: there is none."""
+# A census counts, for each domain, what its warm slots in all pools hold of the missing resource. Where a bound or a
+# refusal concerns several pools, the census decides which slot goes. Its counts are written under census_lock, which is
+# taken before any pool's lock. So census_lock is not a fork_lock. If the thread that holds it does not exist in a
+# forked child, the child takes the lock over, and the next census counts anew.
+
+cdef size_t census = 0          # the number of the last one
+cdef size_t census_total        # what all domains hold
+cdef size_t census_domains      # domains that hold something
+cdef domain_t unnamed           # `census` and `holds` of the domain NULL
+
+cdef enum:
+    COLD_ONE = 0                # which slot is looked for: a cold one,
+    FAIR_ONE = 1                # a warm one of a domain that holds its fair share or more,
+    ANY_ONE = 2                 # any warm one
+    CHOICES = 3
+
+
+cdef inline size_t* holding(domain_t* d) noexcept nogil:
+    if d == NULL:
+        d = &unnamed
+    if d.census != census:
+        d.census = census
+        d.holds = 0
+    return &d.holds
+
+
+cdef inline void count_in(domain_t* d, size_t size) noexcept nogil:
+    global census_total, census_domains
+    cdef size_t* holds
+    if size:
+        holds = holding(d)
+        census_domains += holds[0] == 0
+        census_total += size
+        holds[0] += size
+
+
+cdef inline void count_out(domain_t* d, size_t size) noexcept nogil:
+    """After a slot has given up so much. The domain may have got the slot after the census."""
+    global census_total, census_domains
+    cdef size_t* holds = holding(d)
+    if size > holds[0]:
+        size = holds[0]
+    if size:
+        holds[0] -= size
+        census_total -= size
+        census_domains -= holds[0] == 0
+
+
+cdef inline bint has_share_of_all(domain_t* d) noexcept nogil:
+    """Whether the domain holds at least as much as the mean of the domains that hold something."""
+    return census_domains < 2 or holding(d)[0] >= (census_total + census_domains - 1) // census_domains
+
+
+cdef void count_pool(pool* p, int what, const void* budget) noexcept nogil:
+    """The pool's lock is held."""
+    cdef tenant* t = p.tenants
+    cdef slot* s = p.warm.oldest
+    if s == NULL or (what == RELIEF_BUDGET and charged_of(p, budget) == 0):
+        return
+    if what == RELIEF_BUDGET and not charges_each_slot(p, budget):
+        while s != NULL:
+            count_in(s.shelf.domain, given_up(s, what, budget))
+            s = s.newer
+        return
+    while t != NULL:
+        count_in(t.domain, t.n_warm if what == RELIEF_SPACE else t.warm_high if what == RELIEF_PAGES
+                 else t.held if what == KEPT else t.warm_least)
+        t = t.next
+
+
+cdef void take_census(int what, const void* budget) noexcept nogil:
+    global census, census_total, census_domains
+    cdef pool* p = pool_after(NULL)
+    census += 1
+    census_total = census_domains = 0
+    while p != NULL:
+        acquire(&p.lock.held)
+        count_pool(p, what, budget)
+        unlock(&p.lock.held)
+        p = pool_after(p)
+
+
+cdef bint has_such_domain(pool* p, int which) noexcept nogil:
+    """So that no slot is looked at of a pool whose domains all hold too little."""
+    cdef tenant* t = p.tenants
+    while t != NULL and not (t.n_warm and (which == ANY_ONE or has_share_of_all(t.domain))):
+        t = t.next
+    return t != NULL
+
+
+cdef slot* oldest_with(pool* p, int which, int what, const void* budget) noexcept nogil:
+    """The least recently used idle slot of that choice which gives something up. The pool's lock is held."""
+    cdef slot* s = p.warm.oldest
+    if which == COLD_ONE:
+        return p.cold.oldest
+    if (what == RELIEF_BUDGET and charged_of(p, budget) == 0) or not has_such_domain(p, which):
+        return NULL
+    while s != NULL and not (given_up(s, what, budget) and (which == ANY_ONE or has_share_of_all(s.shelf.domain))):
+        s = s.newer
+    return s
+
+
+cdef pool* pool_of_oldest(int which, int what, const void* budget) noexcept nogil:
+    """A reference on the pool whose oldest_with() is the least recently used. NULL: no pool has one."""
     cdef pool* p = pool_after(NULL)
     cdef pool* of = NULL
     cdef slot* s
     cdef long long since = 0
-    cdef size_t size = 0
-    cdef bint dropped = False
     while p != NULL:
         acquire(&p.lock.held)
-        s = oldest_with(p, what, budget)
+        s = oldest_with(p, which, what, budget)
         if s != NULL and (of == NULL or s.since <= since):      # the pools are in order, the newest first
             since = s.since
             add(&p.refs, 1)
@@ -1354,16 +1446,41 @@ cdef size_t give_up_oldest(int what, const void* budget, int cause) noexcept nog
         else:
             unlock(&p.lock.held)
         p = pool_after(p)
+    return of
+
+
+cdef size_t give_up_oldest(int what, const void* budget, int cause, size_t* counted) noexcept nogil:
+    """The least recently used of all pools' idle slots gives up what it holds: where address space is missing, a cold
+    slot; else a warm slot of a domain that holds its fair share or more. Returns how much that was; 0: there is none.
+    *counted: the census of the caller's last call, 0 at the first. It is used again unless another thread has taken one
+    since, so that the cost of giving up many slots does not follow their number times that of the domains."""
+    cdef pool* of = NULL
+    cdef slot* s = NULL
+    cdef size_t size = 0
+    cdef bint dropped = what == RELIEF_SPACE
+    cdef int which = COLD_ONE if dropped else FAIR_ONE
+    acquire(&census_lock)
+    while which < CHOICES:
+        if which == FAIR_ONE and (counted[0] == 0 or counted[0] != census):
+            take_census(what, budget)
+            counted[0] = census
+        of = pool_of_oldest(which, what, budget)
+        if of != NULL:
+            break
+        which += 1
+    if of != NULL:
+        acquire(&of.lock.held)
+        s = oldest_with(of, which, what, budget)
+        if s != NULL:       # else another thread was faster, and the caller asks again
+            size = given_up(s, what, budget)
+            if which != COLD_ONE:
+                count_out(s.shelf.domain, 1 if dropped else size)
+            count_eviction(of, s, cause)
+            move_slot(of, s, DROPPING if dropped else COOLING)
+        unlock(&of.lock.held)
+    unlock(&census_lock)
     if of == NULL:
         return 0
-    acquire(&of.lock.held)
-    s = oldest_with(of, what, budget)
-    if s != NULL:       # else another thread was faster, and the caller asks again
-        size = given_up(s, what, budget)
-        count_eviction(of, s, cause)
-        dropped = what == RELIEF_SPACE
-        move_slot(of, s, DROPPING if dropped else COOLING)
-    unlock(&of.lock.held)
     if s != NULL and dropped:
         drop(s)
     elif s != NULL:
@@ -1398,7 +1515,7 @@ cdef bint may_be_had(int what, size_t size) noexcept nogil:
 cdef bint give(int what, const void* budget, size_t missing) noexcept nogil:
     """The relief of memory.pxd. Of a budget as much as is missing; of what the OS has refused, of which nobody knows
     how much is missing, what one slot has: the caller tries again, and asks for more."""
-    cdef size_t held, got = 0, step
+    cdef size_t held, counted = 0, got = 0, step
     held = all_that_idle_slots_hold(what, budget)
     if held == 0 and what == RELIEF_PAGES and not may_be_had(what, pages.capabilities().page_size):
         what = RELIEF_SPACE         # mappings are missing, which cold slots have, too
@@ -1409,18 +1526,19 @@ cdef bint give(int what, const void* budget, size_t missing) noexcept nogil:
         if held < missing:
             return False
         while got < missing:
-            step = give_up_oldest(what, budget, EVICTED_REFUSED)
+            step = give_up_oldest(what, budget, EVICTED_REFUSED, &counted)
             if step == 0:
                 break
             got += step
         return got > 0
-    return would_help(what, missing, held) and give_up_oldest(what, budget, EVICTED_REFUSED) > 0
+    return would_help(what, missing, held) and give_up_oldest(what, budget, EVICTED_REFUSED, &counted) > 0
 
 
 cdef void shed_held() noexcept nogil:
     """Until all pools' idle slots keep no more than the bound that they share."""
+    cdef size_t counted = 0
     while load(&all_held) > load(&held_bound):
-        if give_up_oldest(RELIEF_PAGES, NULL, EVICTED_PROCESS) == 0:
+        if give_up_oldest(KEPT, NULL, EVICTED_PROCESS, &counted) == 0:
             return
 
 
@@ -1575,6 +1693,7 @@ cdef int make_room(pool* p, const shape* key, size_t reserved, size_t mappings, 
                    failure* why) noexcept nogil:
     """Drop idle slots until one more fits. *again: one of them is of this shape, and has become cold instead."""
     cdef slot* s
+    cdef size_t counted = 0
     cdef int room, cause = 0
     again[0] = False
     while True:
@@ -1598,7 +1717,7 @@ cdef int make_room(pool* p, const shape* key, size_t reserved, size_t mappings, 
         if s != NULL:
             drop(s)
         elif all_that_idle_slots_hold(RELIEF_SPACE, NULL) < lacking(reserved) or give_up_oldest(
-                RELIEF_SPACE, NULL, EVICTED_PROCESS) == 0:
+                RELIEF_SPACE, NULL, EVICTED_PROCESS, &counted) == 0:
             return full(p, cause, key.minimum, reserved, why)
 
 
@@ -2404,8 +2523,9 @@ def set_pool_limits(max_resident=None, max_reserved=None):
     Parameters
     ----------
     max_resident : int, optional
-        Bytes that the idle slots of all pools keep resident at most, page tables included; the least recently used
-        give their pages back first. None: a quarter of the machine's memory, as at the start.
+        Bytes that the idle slots of all pools keep resident at most, page tables included. The least recently used
+        slot of a domain that has its fair share or more gives its pages back first. None: a quarter of the machine's
+        memory, as at the start.
     max_reserved : int, optional
         Bytes of address space of all slots, live and idle, guards included. A pool beyond it does as its `when_full`
         says. None: no bound, as at the start.
@@ -2415,7 +2535,7 @@ def set_pool_limits(max_resident=None, max_reserved=None):
     TypeError, ValueError, OverflowError
         For an argument that is no size; then no bound has changed.
     """
-    cdef size_t held = SIZE_MAX, reserved = SIZE_MAX
+    cdef size_t held = SIZE_MAX, reserved = SIZE_MAX, counted = 0
     if max_resident is not None:
         check_size(max_resident, "max_resident", &held)
     elif pages.capabilities().memory:
@@ -2427,7 +2547,7 @@ def set_pool_limits(max_resident=None, max_reserved=None):
         set_bounds(held, reserved)
         tell_sum_anew()
         shed_held()
-        while lacking(0) and give_up_oldest(RELIEF_SPACE, NULL, EVICTED_PROCESS):
+        while lacking(0) and give_up_oldest(RELIEF_SPACE, NULL, EVICTED_PROCESS, &counted):
             pass
 
 
