@@ -1,4 +1,4 @@
-"""Builds the extensions. The only file of the project that knows the operating system."""
+"""Builds the extensions. Outside linmem/_os/, no other file of the project asks which operating system it is on."""
 
 import os
 import sys
@@ -8,17 +8,23 @@ from pathlib import Path
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 PAGES = "windows" if sys.platform == "win32" else "posix"
-CHOSEN = any(flag.startswith("-O") for flag in os.environ.get("CFLAGS", "").split())   # ours would come later, and win
-# CPython's installer for Windows has one pyconfig.h for both builds, and leaves this to those who build extensions.
+# The compiler gets our flags after those of CFLAGS, and the last flag wins. So ours leave out what CFLAGS chooses.
+CFLAGS = os.environ.get("CFLAGS", "").split()
+CHOSE_OPTIMIZATION = any(flag.startswith("-O") for flag in CFLAGS)
+WANTS_DEBUGGING = any(flag.startswith("-g") and flag != "-g0" for flag in CFLAGS)
+# CPython's installer for Windows has one pyconfig.h for the builds with and without a GIL. Extensions must define this.
 WITHOUT_GIL = sys.platform == "win32" and bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
-STRICT = os.environ.get("LINMEM_STRICT") == "1"     # CI: a compiler warning is an error
+STRICT = os.environ.get("LINMEM_STRICT") == "1"     # CI sets it: a compiler warning is an error
 FLAGS = {
-    "unix": ["-O3", "-fvisibility=hidden"],
-    "mingw32": ["-O3", "-D__USE_MINGW_ANSI_STDIO=1"],       # a printf that knows %zu, and is checked as one
+    "unix": ["-O3", "-g0", "-fvisibility=hidden"],
+    "mingw32": ["-O3", "-D__USE_MINGW_ANSI_STDIO=1"],       # with this macro, mingw's printf knows %zu
     "msvc": ["/O2"],
 }
+# Without its symbol table an extension is smaller by a fifth. The linker of macOS does not know this flag.
+STRIP_FLAGS = {"unix": [] if sys.platform == "darwin" else ["-Wl,-s"]}
 STRICT_FLAGS = {
     "unix": ["-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-Wno-missing-field-initializers",
              "-Wno-cast-function-type", "-Wno-sign-compare"],
@@ -26,7 +32,7 @@ STRICT_FLAGS = {
     "msvc": ["/WX"],
 }
 
-# The C headers, by paths from here. The wheel has them, too: the .pxd files that name them are in it.
+# The C headers, by paths relative to this file. The wheel has them because it has the .pxd files that include them.
 HEADERS = [path.as_posix() for path in Path("linmem").rglob("*.h")]
 
 extensions = [
@@ -43,10 +49,16 @@ directives = {
     "language_level": 3,
     "boundscheck": False,
     "wraparound": False,
-    "cdivision": True,                  # else // in nogil code hides a path that takes the GIL
-    "embedsignature": False,            # it misprints keyword-only arguments; the .pyi files say them
+    "cdivision": True,                  # without it, // in nogil code takes the GIL when the divisor is zero
+    "embedsignature": False,            # it prints keyword-only arguments wrongly; the .pyi files have the signatures
     "freethreading_compatible": True,
 }
+
+
+class BuildPy(build_py):
+    def get_package_dir(self, package):
+        """The files of `linmem.bench` are in bench/. In a checkout, linmem/bench/__init__.py makes them importable."""
+        return "bench" if package == "linmem.bench" else super().get_package_dir(package)
 
 
 class BuildExt(build_ext):
@@ -55,7 +67,11 @@ class BuildExt(build_ext):
         for extension in self.extensions:
             extension.include_dirs.append(".")
             extension.depends += HEADERS
-            extension.extra_compile_args += [flag for flag in FLAGS.get(kind, []) if not (flag == "-O3" and CHOSEN)]
+            extension.extra_compile_args += [flag for flag in FLAGS.get(kind, [])
+                                             if not (flag == "-O3" and CHOSE_OPTIMIZATION)
+                                             and not (flag == "-g0" and WANTS_DEBUGGING)]
+            if not WANTS_DEBUGGING:
+                extension.extra_link_args += STRIP_FLAGS.get(kind, [])
             if WITHOUT_GIL:
                 extension.define_macros.append(("Py_GIL_DISABLED", "1"))
             if STRICT:
@@ -66,5 +82,5 @@ class BuildExt(build_ext):
 setup(
     ext_modules=cythonize(extensions, compiler_directives=directives,
                           build_dir=os.environ.get("LINMEM_BUILD_DIR", "build/cython")),
-    cmdclass={"build_ext": BuildExt},
+    cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
 )

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from linmem.bench import add_arguments, main
+from linmem.bench.command import add_arguments, main
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser("python -m linmem.bench", description="Measure linmem against what it stands on.")

@@ -1,5 +1,5 @@
 # cython: language_level=3
-"""Loops over memories and instances with no Python and no GIL in them: what Python adds is not there.
+"""Loops over memories and instances without Python and without the GIL, so that the time of Python is not in them.
 
 Nothing of wasmtime is linked: `bind` takes the addresses of its C functions.
 """
@@ -19,7 +19,7 @@ from linmem._os cimport pages
 # -- memories --------------------------------------------------------------------------------------
 
 def use_memories(NativeCreator creator not None, size_t size, touches not None, ends not None, long long n):
-    """Make a memory of `size` bytes, write one byte at each touch, let go of the memory: `n` times.
+    """Repeat `n` times: make a memory of `size` bytes, write one byte at each touch, release the memory.
 
     `touches` and `ends` are contiguous arrays of 64-bit integers: use i writes at the offsets
     touches[ends[i - 1]:ends[i]]; after the last use of `ends` comes the first again. Returns the
@@ -47,7 +47,7 @@ def use_memories(NativeCreator creator not None, size_t size, touches not None, 
 
 
 cdef int check_touches(const uint64_t* at, size_t touches, const uint64_t* ends, size_t uses, size_t size) except -1:
-    # The loop trusts them: a write past a memory would end the process, or worse, not.
+    # The loop does not check the offsets. A write beyond a memory would crash, or corrupt other data.
     cdef size_t i
     cdef uint64_t last = 0
     if uses == 0:
@@ -66,7 +66,7 @@ cdef int use(NativeCreator creator, size_t size, const uint64_t* at, const uint6
              long long* took, failure* why) noexcept nogil:
     cdef memory_spec spec
     cdef memory* m
-    cdef volatile char* base        # else the writes to a memory that is let go might be left out
+    cdef volatile char* base        # volatile, so that the compiler keeps writes to a memory that is then released
     cdef size_t i = 0
     cdef uint64_t k = 0
     cdef long long _
@@ -100,9 +100,9 @@ cdef int use(NativeCreator creator, size_t size, const uint64_t* at, const uint6
 
 
 def fill(size_t size, long long n):
-    """Fill `size` private bytes, `n` times: work that shares nothing. Returns the nanoseconds taken."""
+    """Fill `size` private bytes `n` times, as work that shares nothing. Returns the nanoseconds."""
     cdef uint8_t* at = <uint8_t*>malloc(size)
-    cdef volatile uint8_t* seen = at        # one look at each filling, so that it is not left out
+    cdef volatile uint8_t* seen = at        # reads one byte after each fill, so that the compiler keeps the fill
     cdef long long i, took
     cdef size_t total = 0
     if at == NULL:
@@ -162,7 +162,7 @@ def bind(dict addresses not None):
 
 
 def instantiate(size_t engine, size_t module, long long n, Offer offer=None):
-    """A store, an instance of a module without imports, and the store dropped: `n` times.
+    """Repeat `n` times: make a store, instantiate a module without imports, drop the store.
 
     `engine` and `module` are the addresses of the wasm_engine_t and the wasmtime_module_t; each instance's
     memories start from the images of `offer`. Returns the nanoseconds taken; a wasm trap or an error of wasmtime is
@@ -174,7 +174,7 @@ def instantiate(size_t engine, size_t module, long long n, Offer offer=None):
     cdef void* store
     cdef void* error = NULL
     cdef void* trap = NULL
-    cdef uint64_t[8] instance       # wasmtime_instance_t takes two of them
+    cdef uint64_t[8] instance       # a wasmtime_instance_t has the size of two of them
     if wasmtime.store_new == NULL:
         raise RuntimeError("bind() comes first")
     with nogil:
@@ -200,7 +200,7 @@ def instantiate(size_t engine, size_t module, long long n, Offer offer=None):
 
 
 cdef str text_of(void* error, void* trap):
-    """What an error, or else a trap, says. Frees it."""
+    """Return the text of an error, or of a trap if `error` is NULL. Frees the error or the trap."""
     cdef byte_vec text
     if error != NULL:
         wasmtime.error_message(error, &text)

@@ -1,5 +1,5 @@
 # cython: language_level=3
-"""The page calls that linmem makes, from a C loop: what the operating system alone costs."""
+"""The page calls of linmem in a C loop: the cost of the operating system alone."""
 
 from linmem._os cimport pages
 
@@ -7,7 +7,7 @@ from linmem._os import pages as _pages
 
 
 def create_close(size_t total, size_t pre_guard, size_t accessible, long long n):
-    """Reserve `total` bytes, commit `accessible` of them after `pre_guard`, release: `n` times.
+    """Repeat `n` times: reserve `total` bytes, commit `accessible` of them after `pre_guard`, release all.
 
     All sizes are multiples of the host page and fit each other. Returns the nanoseconds taken.
     """
@@ -33,7 +33,7 @@ def create_close(size_t total, size_t pre_guard, size_t accessible, long long n)
 
 
 def grow_steps(size_t total, size_t pre_guard, size_t accessible, size_t step, long long n):
-    """In one reservation of `total` bytes, commit `step` bytes more, `n` times, from `accessible` on.
+    """Commit `step` more bytes `n` times, in one reservation of `total` bytes, from `accessible` on.
 
     All sizes are multiples of the host page and fit each other. Returns the nanoseconds that the
     `n` commits took; reserving before and releasing after are not in them.

@@ -1,4 +1,4 @@
-"""The suite "core": what a memory costs from Python, next to what it cannot cost less than."""
+"""The suite "core": what a memory costs from Python, compared with the lower bounds of that cost."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from linmem.bench.engines import DEFAULT, GIB, INSTALLED, KIB, LINMEM_PLAIN, MIB
 from linmem.bench.harness import Contender, Goal, Group, Run, Unavailable, clock
 
 ROUNDS = 40
-RUN_NS, QUICK_RUN_NS = 3_000_000, 300_000       # how long one run of a contender shall take
+RUN_NS, QUICK_RUN_NS = 3_000_000, 300_000       # the target length of one run of a contender
 STEP = 64 * KIB
 SPACE = 4 * GIB
-BLOCK = 256 * KIB       # what the view rows read and write: fits a second-level cache
+BLOCK = 256 * KIB       # bytes that the view rows read and write; they fit a second-level cache
 ITEMS = 1024            # bytes that the element row visits
 
 
 def groups(quick: bool) -> list[Group]:
-    """The groups of the suite; `quick` makes the long one small."""
+    """The groups of the suite. `quick` makes the long group small."""
     total = 64 * MIB if quick else GIB
     return [create_and_close(), grow_by_a_step(), grow_inside_wasm(), export(), grow_under_a_view(total),
             read_in_bulk(), write_in_bulk(), read_elements()]
@@ -86,7 +86,7 @@ def grow_by_a_step() -> Group:
 
 
 def sizes(n: int) -> list[int]:
-    """The n sizes after the first step, made before the clock runs."""
+    """The n sizes after the first step. They are computed before the clock starts."""
     return list(range(2 * STEP, (n + 2) * STEP, STEP))
 
 
@@ -112,7 +112,7 @@ def make_raw_grow() -> Run:
 
 
 def private_map(size: int):
-    """An anonymous mmap.mmap that can be resized and touched, or the reason why there is none."""
+    """Make an anonymous mmap.mmap that can be resized and touched. Raises `Unavailable` if it cannot."""
     import mmap
 
     try:

@@ -1,4 +1,4 @@
-"""wasmtime engines in every configuration that is compared, and the two loops that use them."""
+"""The wasmtime engines that are compared, one for each configuration, and the two loops that use them."""
 
 from __future__ import annotations
 
@@ -23,9 +23,8 @@ GIB = 1 << 30
 TIB = 1 << 40
 EVERYTHING = 1 << 62
 
-# One loop, so one live instance: a bounded engine has room for a few, and no stacks that nobody uses.
-# With wasmtime's own numbers an engine takes some 2000 mappings and terabytes of addresses, and one too
-# many ends the process.
+# A loop has one live instance, so an engine needs room for a few instances, and no stacks. With wasmtime's own numbers
+# an engine takes some 2000 mappings and terabytes of addresses, and the process ends when these run out.
 BOUNDS = {"total_core_instances": 16, "total_memories": 16, "total_tables": 16, "total_stacks": 1,
           "total_gc_heaps": 16, "total_component_instances": 1}
 BOUNDED_SPACE = 256 * GIB
@@ -63,12 +62,12 @@ def with_creator(make: Callable[[], object | None]) -> Callable[[wasmtime.Config
 
 
 def leave_alone(config: wasmtime.Config) -> None:
-    """wasmtime's default: an allocation for each instance, data by copy-on-write."""
+    """wasmtime's default: an allocation for each instance, and copy-on-write for data."""
 
 
 def pooling(*, bounded: bool = True, copy_on_write: bool = True,
             **settings: int) -> Callable[[wasmtime.Config], object]:
-    """wasmtime's pooling allocator, with settings of its C interface, by the names that they have there."""
+    """wasmtime's pooling allocator, with settings of its C interface under the names of that interface."""
     def configure(config: wasmtime.Config) -> None:
         from wasmtime import _ffi as ffi
 
@@ -92,7 +91,7 @@ def pooling(*, bounded: bool = True, copy_on_write: bool = True,
 
 
 def check_room(space: int, mappings: int) -> None:
-    """wasmtime ends the process where an engine does not fit."""
+    """Raise `Unavailable` if an engine does not fit: wasmtime itself would end the process."""
     floor = _pages.describe()
     left, most = floor["address_space_left"], floor["limits"].get("vm.max_map_count")
     if left < space:
@@ -125,8 +124,8 @@ CTYPES = Setting("ctypes", "a creator in Python, by ctypes", lambda config: Ctyp
 class CtypesCreator:
     """The host memory creator that a user of wasmtime-py would write today: ctypes callbacks over libc.
 
-    Written as well as one can: one reservation and one change of protection for a memory, one change for
-    a growth, argument types declared, nothing allocated in get_memory, no wrapper between callback and dictionary.
+    It is as fast as ctypes can be: one reservation and one change of protection for a memory, one change for a growth,
+    declared argument types, no allocation in get_memory, no wrapper between callback and dictionary.
     """
 
     def __init__(self, config: wasmtime.Config) -> None:
@@ -197,7 +196,7 @@ class CtypesCreator:
 # -- engines, and loops over them --------------------------------------------------------------------------
 
 class Engines:
-    """One engine for each setting, as long as somebody runs it: the contenders of a group share them."""
+    """One engine for each setting, which the contenders of a group share while they run."""
 
     def __init__(self) -> None:
         self._live: weakref.WeakValueDictionary[str, Kept] = weakref.WeakValueDictionary()
@@ -210,7 +209,7 @@ class Engines:
 
 
 class Kept:
-    """An engine, and what its memories come from."""
+    """An engine, and the creator of its memories."""
 
     def __init__(self, setting: Setting) -> None:
         import wasmtime
@@ -222,7 +221,7 @@ class Kept:
 
 def native(engines: Engines, setting: Setting, module: Callable[[], str | bytes], *,
            prepared: bool = False) -> Callable[[], Run]:
-    """Instantiate and drop in C, with no Python for an instance. Prepared: with the module's data in images."""
+    """Instantiate and drop in C, without Python. A prepared module has its data in images."""
     def make() -> Run:
         import wasmtime
 
@@ -249,7 +248,7 @@ def native(engines: Engines, setting: Setting, module: Callable[[], str | bytes]
 
 def python(engines: Engines, setting: Setting, module: Callable[[], str | bytes], *,
            prepared: bool = False) -> Callable[[], Run]:
-    """Instantiate and drop as a program with wasmtime-py does. Prepared: with the module's data in images."""
+    """Instantiate and drop as a program with wasmtime-py does. A prepared module has its data in images."""
     def make() -> Run:
         import wasmtime
         from wasmtime import Instance, Store
@@ -295,7 +294,7 @@ def prepare(engine: wasmtime.Engine, module: str | bytes) -> linmem.wasmtime.Pre
 
 def native_contenders(engines: Engines, settings: tuple[Setting, ...], module: Callable[[], str | bytes],
                       empty: Callable[[], str | bytes], *, prepared: bool = False) -> tuple[Contender, ...]:
-    """For each setting the module's loop, less that of a module without a memory on the same engine."""
+    """For each setting, the loop of the module, minus the loop of a module without a memory on the same engine."""
     return tuple(Contender(s.key, f"{s.what}, data in an image" if prepared else s.what,
                            native(engines, s, module, prepared=prepared), less=f"{s.key}/empty")
                  for s in settings) + tuple(

@@ -1,4 +1,4 @@
-"""The suite "fair": whether a tenant with many shapes takes the warm slots of one with a single shape. Counted only."""
+"""The suite "fair": does a tenant with many shapes take the warm slots of one with one shape? Counted, not timed."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from linmem._os import pages as _pages
 from linmem.bench.engines import KIB, MIB, pool
 from linmem.bench.harness import RATE, Group, Row, exact
 
-SHAPES = 100                # of the first tenant, which asks for each of them between two requests of the second
+SHAPES = 100                # of the first tenant, which requests each shape between two requests of the second tenant
 ROUNDS_OF_SHAPES, QUICK_ROUNDS_OF_SHAPES = 300, 30
-STEP = 64 * KIB             # of each memory, all written
-ROOM = SHAPES // 2          # memories that a bound has room for
+STEP = 64 * KIB             # bytes of each memory, all written
+ROOM = SHAPES // 2          # memories that fit into a bound
 GOAL = 0.95
 
 
@@ -71,7 +71,7 @@ def group(case: Case, rounds: int) -> Group:
 
 
 def hit_rate(case: Case, rounds: int, domain: str) -> float:
-    """The second tenant's, as the pool's metrics count it; its domain may be the first one's, too."""
+    """The warm hits over all requests of the second tenant. With the domain "first" both tenants share a domain."""
     ones = b"\1" * (STEP // _pages.describe()["page_size"])
     page = STEP // len(ones)
 

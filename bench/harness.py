@@ -1,11 +1,13 @@
-"""Interleaved measuring: what makes a ratio worth believing on a busy machine.
+"""Interleaved measurements, whose ratios can be trusted on a busy machine.
 
-The contenders of a group take turns in one process, in a new order every round, so that whatever
-slows the machine down slows all of them. What is kept is each contender's time per operation in
-every round. Two ratios come of it. The median of the ratios within a round: a machine that switches
-between a fast and a slow state cancels out of it. The ratio of the tenth percentiles, the machine at
-its best: it errs where the fast state is so rare that it may miss a contender. Both are shown, and
-each goal says which of them it is held against.
+The contenders of a group take turns in one process, in a new order in each round, so everything that slows the machine
+down slows all contenders. The harness keeps each contender's time per operation in each round, and computes two ratios:
+
+- The median of the ratios within a round. It does not change when the machine switches between a fast and a slow state.
+- The ratio of the tenth percentiles, which shows the machine at its best. It is wrong if the fast state is so rare that
+  a contender never ran in it.
+
+The tables show both ratios, and each goal says which of them it applies to.
 """
 
 from __future__ import annotations
@@ -20,55 +22,54 @@ from typing import Any, Generic, TypeVar
 
 try:
     import resource
-except ImportError:         # no such module here: then a preempted run cannot be told from another
+except ImportError:         # without this module, preempted runs are not noticed
     resource = None
 
 Run = Callable[[int], int]
-"""n operations -> the nanoseconds they took; what comes before and after them is not counted."""
+"""Takes the number of operations, returns their nanoseconds. Set-up and clean-up are not in them."""
 
-TRIES = 5                   # of one run that was preempted
-LONG_RUN = 50_000_000       # ns; a run this long is always preempted on a busy machine: never repeated
+TRIES = 5                   # tries of a run that was preempted
+LONG_RUN = 50_000_000       # ns; a run this long is not repeated, because a busy machine always preempts it
 
 TIME = "time"               # linmem's time over the other's: less is better
 SPEED = "speed"             # the other's time over linmem's, "times faster": more is better
 SIZE = "size"               # linmem's bytes over the other's: less is better
-RATE = "rate"               # of all requests, those that a warm slot served: more is better
-MORE = (SPEED, RATE)        # is better
-MEDIAN = "median"           # of the ratios within a round
+RATE = "rate"               # the share of the requests that a warm slot served: more is better
+MORE = (SPEED, RATE)        # the senses in which more is better
+MEDIAN = "median"           # the median of the ratios within a round
 P10 = "p10"                 # the ratio of the tenth percentiles
-EXACT = "exact"             # one ratio, of what was counted: it is in the median's place, and there are no others
+EXACT = "exact"             # one ratio of counted figures, in the place of the median; there is no other ratio
 
 
 class Unavailable(Exception):
-    """This contender cannot run here; the text says why."""
+    """This contender cannot run here. The text says why."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to do the operation of a group. `make` does the set-up and returns what is timed."""
+    """One way to do the operation of a group. `make` does the set-up and returns the function that is timed."""
 
     key: str
     what: str
     make: Callable[[], Run]
-    less: str = ""                      # key of the contender whose time is taken off this one's
-    operations: int | None = None       # in one run, whatever the group says
+    less: str = ""                      # key of the contender whose time is subtracted
+    operations: int | None = None       # in one run; overrides the number of the group
 
 
 @dataclass(frozen=True)
 class Goal:
-    """One contender against another, and what their ratio shall be at most, or at least.
+    """A comparison of two contenders, with an upper or lower bound of their ratio.
 
-    Without a bound it is shown for comparison. Of several names in `against`, the fastest of this
-    run is meant.
+    Without a bound the ratio is only shown. If `against` has several names, it means the fastest of them in this run.
     """
 
     against: str | tuple[str, ...]
     bound: float | None = None
-    ours: str = ""              # empty: the group's first contender
+    ours: str = ""              # empty means the group's first contender
     sense: str = TIME
     by: str = MEDIAN
-    called: str = ""            # the row's name where `against` does not give it
-    drawn: bool = True          # False: another row of the picture speaks for it
+    called: str = ""            # the name of the row, where it is not that of `against`
+    drawn: bool = True          # False if another row of the picture shows it
 
     def holds(self, ratio: float) -> bool | None:
         if self.bound is None:
@@ -78,28 +79,28 @@ class Goal:
 
 @dataclass(frozen=True)
 class Group:
-    """Contenders for one operation; the first is linmem."""
+    """Contenders for one operation. The first is linmem."""
 
     key: str
     operation: str
     contenders: tuple[Contender, ...]
     goals: tuple[Goal, ...]
     note: str = ""
-    operations: int | None = None       # in one run; None: calibrated
+    operations: int | None = None       # in one run; None means calibrated
     least: int = 1                      # operations in one run, and at most:
     most: int = 1 << 20
     share: float = 1.0                  # of the rounds: less where runs are long, more where a goal is tight
-    alike: bool = True                  # all do as many operations in a run as linmem; else each has its own number
-    disturbances: Callable[[], int] | None = None       # counts what spoils a run; None: `preemptions`
-    table: str = ""                     # the title of a table of times that the group is a line of
-    count: Callable[[], list[Row]] | None = None        # instead of contenders and goals: what is counted, not timed
+    alike: bool = True                  # True: all contenders do as many operations in a run as linmem
+    disturbances: Callable[[], int] | None = None       # counts the events that spoil a run; None means `preemptions`
+    table: str = ""                     # the title of the table of times that has a line for this group
+    count: Callable[[], list[Row]] | None = None        # instead of contenders and goals: counts, and times nothing
 
 
 T = TypeVar("T")
 
 
 class Shared(Generic[T]):
-    """What is made once for the contenders of a group, and lives as long as one of them holds it."""
+    """An object that is made once for the contenders of a group, and lives while one of them holds it."""
 
     def __init__(self, make: Callable[[], T]) -> None:
         self.make = make
@@ -115,7 +116,7 @@ class Shared(Generic[T]):
 
 @dataclass
 class Series:
-    """What one contender did: nanoseconds per operation, one figure a round."""
+    """The result of one contender: nanoseconds per operation, one figure for each round."""
 
     contender: Contender
     run: Run | None = None
@@ -123,7 +124,7 @@ class Series:
     operations: int = 0                 # in one run
     ns: list[float] = field(default_factory=list)
     disturbed: int = 0                  # rounds in which every try was preempted
-    base: Series | None = None          # whose time is taken off
+    base: Series | None = None          # whose time is subtracted
 
     def p10(self) -> float:
         return tenth(self.ns) - (tenth(self.base.ns) if self.base else 0)
@@ -138,7 +139,7 @@ class Series:
         return bool(self.ns) and (self.base is None or bool(self.base.ns))
 
     def why_not(self) -> str | None:
-        """Why there is no time to compare with."""
+        """The reason why there is no time to compare with."""
         if self.unavailable or (self.base and self.base.unavailable):
             return self.unavailable or self.base.unavailable
         return "what is left is less than the noise" if self.p10() <= 0 else None
@@ -146,7 +147,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: one contender's time next to another's."""
+    """One line of the table: the times of two contenders."""
 
     key: str
     operation: str
@@ -159,18 +160,18 @@ class Row:
     ratio_quartiles: tuple[float, float] | None = None
     ratio_p10: float | None = None          # of the tenth percentiles
     holds: bool | None = None
-    unavailable: str | None = None          # why there is no ratio, or no verdict on it
+    unavailable: str | None = None          # the reason why there is no ratio or no verdict
     note: str = ""
     drawn: bool = True
 
     def judged(self) -> float | None:
-        """The ratio that the goal is held against."""
+        """The ratio that the goal applies to."""
         return self.ratio_p10 if self.by == P10 else self.ratio_median
 
 
 @dataclass(frozen=True)
 class Result:
-    """A group, measured and compared."""
+    """The measured series of a group, and their comparison."""
 
     group: Group
     series: list[Series]
@@ -182,10 +183,10 @@ def tenth(figures: list[float]) -> float:
 
 
 def measure(group: Group, rounds: int, target_ns: int, tick: Callable[[], object]) -> list[Series]:
-    """Run the group. Returns a series for each contender; what they ran is let go of.
+    """Run the group, and return a series for each contender.
 
-    `tick` is called after each round. `target_ns` is how long one run shall take where the group
-    does not fix the number of operations.
+    `tick` is called after each round. `target_ns` is the target length of a run for which the group does not fix the
+    number of operations.
     """
     series = [prepare(contender) for contender in group.contenders]
     by_key = {s.contender.key: s for s in series}
@@ -206,7 +207,7 @@ def measure(group: Group, rounds: int, target_ns: int, tick: Callable[[], object
                 alike = s.operations
     with quiet():
         for s in able:
-            s.run(s.operations)         # the first run also warms caches, and is not kept
+            s.run(s.operations)         # the first run warms caches; its time is not kept
         for i in range(rounds):
             start = i % len(able)
             turn = able[start:] + able[:start]
@@ -230,7 +231,7 @@ def prepare(contender: Contender) -> Series:
 
 
 def calibrate(run: Run, target_ns: int, most: int) -> int:
-    """How many operations take about `target_ns`; a power of two, so that runs compare."""
+    """The number of operations that take about `target_ns`: a power of two, so that runs can be compared."""
     n = 1
     while n < most and run(n) < target_ns:
         n *= 2
@@ -238,7 +239,7 @@ def calibrate(run: Run, target_ns: int, most: int) -> int:
 
 
 def run_undisturbed(run: Run, n: int, disturbances: Callable[[], int] | None = None) -> tuple[int, bool]:
-    """Time a run; again where the thread was preempted in it. The fastest, and whether one was left alone."""
+    """Time a run, and repeat it if it was disturbed. Returns the least time, and whether a run was undisturbed."""
     count = disturbances or preemptions
     best = 0
     for _ in range(TRIES):
@@ -253,7 +254,7 @@ def run_undisturbed(run: Run, n: int, disturbances: Callable[[], int] | None = N
 
 
 def preemptions() -> int:
-    """How often this thread lost its processor; always 0 where the system does not say."""
+    """How often this thread lost its processor. Always 0 where the system does not tell."""
     if resource is None:
         return 0
     who = getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)
@@ -261,7 +262,7 @@ def preemptions() -> int:
 
 
 class quiet:
-    """No garbage collection inside."""
+    """Switch garbage collection off."""
 
     def __enter__(self) -> None:
         self.enabled = gc.isenabled()
@@ -274,7 +275,7 @@ class quiet:
 
 
 def compare(group: Group, series: list[Series]) -> Iterator[Row]:
-    """The group's lines of the table."""
+    """Yield the rows of a group."""
     by_key = {s.contender.key: s for s in series}
     for goal in group.goals:
         ours = by_key[goal.ours] if goal.ours else series[0]
@@ -293,7 +294,7 @@ def compare(group: Group, series: list[Series]) -> Iterator[Row]:
             continue
         above, below = (ours, other) if goal.sense == TIME else (other, ours)
         best = above.p10() / below.p10()
-        # Where a round's noise is larger than what is left after the subtraction, it has no ratio.
+        # A round has no ratio if the subtraction leaves nothing, because the noise was larger.
         ratios = [a / b for a, b in zip(above.rounds(), below.rounds(), strict=True) if a > 0 and b > 0]
         middle = spread = None
         if len(ratios) >= 2:
@@ -307,18 +308,18 @@ def compare(group: Group, series: list[Series]) -> Iterator[Row]:
 
 def exact(key: str, operation: str, ours: str, against: str, ratio: float | None, bound: float | None = None,
           sense: str = SIZE, **more: Any) -> Row:
-    """A line of a ratio that was counted."""
+    """A row whose ratio was counted."""
     return Row(key, operation, ours, against, bound, sense, EXACT, ratio_median=ratio,
                holds=None if ratio is None else Goal(against, bound, sense=sense).holds(ratio), **more)
 
 
 def fastest(series: list[Series]) -> Series:
-    """The one with the least time; the first where none has a time."""
+    """The series with the least time, or the first if none has a time."""
     return min((s for s in series if s.why_not() is None), key=Series.p10, default=series[0])
 
 
 def together(key: str, operation: str, rows: list[Row], ours: str, against: str, bound: float | None = None) -> Row:
-    """The geometric mean of the p10 ratios of some rows, which are all of one sense, as a row of its own."""
+    """A row with the geometric mean of the p10 ratios of some rows. All of them have the same sense."""
     row = {"key": key, "operation": operation, "ours": ours, "against": against, "goal": bound, "by": P10,
            "sense": rows[0].sense}
     missing = [r for r in rows if r.ratio_p10 is None]

@@ -1,12 +1,12 @@
-"""The suite "image": what it costs to start from an image, or to go back to one, next to copying and doing it again."""
+"""The suite "image": what it costs to start from an image or to restore it, compared with copies and new starts."""
 
 from __future__ import annotations
 
 import functools
-import importlib.resources
 import pickle
 from collections.abc import Callable
 from itertools import repeat
+from pathlib import Path
 
 import linmem
 from linmem._os import pages as _pages
@@ -18,9 +18,9 @@ ROUNDS = 25
 RUN_NS, QUICK_RUN_NS = 4_000_000, 200_000
 SPACE = 64 * MIB
 SEED = 20_240_229
-# The first time after other contenders finds cold caches, with any of them.
+# The first operation after other contenders finds cold caches, for every contender.
 PUTTINGS, QUICK_PUTTINGS = 8, 2
-DRAWS = 64                  # of pages to write, where each use has others
+DRAWS = 64                  # sets of pages to write; each use takes another set
 FEW, MANY = 16, 1600        # pages
 RESTORE = {FEW: 0.01, MANY: 0.35}
 NEW_MEMORY = 0.005
@@ -42,7 +42,7 @@ def groups(quick: bool) -> list[Group]:
 # -- bare memories -----------------------------------------------------------------------------------------
 
 def full_image() -> linmem.Image:
-    """With no page of zeros, which nobody would have to copy."""
+    """Content without a page of zeros, because a page of zeros needs no copy."""
     return linmem.Image.from_bytes(bytes(range(1, 256)) * (SPACE // 255) + b"\xff" * (SPACE % 255))
 
 
@@ -60,7 +60,7 @@ def restore(count: int, full: Shared[linmem.Image], least: int) -> Group:
 
 
 def draw(count: int, draws: int) -> list:
-    """So many times the offsets of `count` pages. The same in every run."""
+    """Several sets of the offsets of `count` pages. They are the same in every run."""
     import numpy as np
 
     page = _pages.describe()["page_size"]
@@ -74,7 +74,7 @@ def make_restore(full: Shared[linmem.Image], count: int, draws: int, *, read: bo
     with image.new_memory() as tried:
         restoring(tried, image, drawn)(2)
         check_restored(tried, image)
-    mem = image.new_memory()        # of which no page was looked at
+    mem = image.new_memory()        # no page of it was touched
     if read:
         check_restored(mem, image)
     return restoring(mem, image, drawn)
@@ -136,7 +136,7 @@ def new_memory(full: Shared[linmem.Image]) -> Group:
 
 
 def strided() -> tuple[slice, bytes]:
-    """FEW pages, far apart: where to write to them, and what."""
+    """FEW pages, far apart: the offsets, and the bytes to write."""
     return slice(None, None, SPACE // FEW + _pages.describe()["page_size"]), bytes(FEW)
 
 
@@ -218,11 +218,11 @@ def instantiate_from_python(least: int) -> Group:
 
 # -- an interpreter ----------------------------------------------------------------------------------------
 
-# (what a request evaluates, what it leaves): definitions of its own, arithmetic, and a dirty heap.
+# What a request evaluates, and its result. It defines words, computes, and leaves a dirty heap.
 REQUEST = (b"variable total  : area sq 355 113 */ ;  : areas 200 0 do i area total +! loop ;  areas"
            b"  here 4096 7 fill  total @ 30 fib + &eacute +\0",
            sum(i * i * 355 // 113 for i in range(200)) + 832040 + 233)
-WORDS = 400                 # of the interpreter's library, at least
+WORDS = 400                 # of the interpreter's library, as a lower bound
 
 
 def interpreter() -> Group:
@@ -239,11 +239,11 @@ def interpreter() -> Group:
 
 
 def program() -> bytes:
-    return importlib.resources.files("linmem.bench").joinpath("_forth.wasm").read_bytes()
+    return Path(__file__).with_name("_forth.wasm").read_bytes()
 
 
 class Interpreter:
-    """One that is initialised, in a store of its own."""
+    """An initialised interpreter in a store of its own."""
 
     def __init__(self, engine, instantiate: Callable[[object], object]) -> None:
         import wasmtime

@@ -1,4 +1,4 @@
-"""What the figures look like: tables, a JSON file, a picture."""
+"""The reports: tables, a JSON file, a picture."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from linmem._files.atomic_file import replacing, write_figure
 from linmem._os import pages as _pages
 from linmem.bench.harness import EXACT, MORE, P10, RATE, SIZE, SPEED, TIME, Result, Row
 
-GOOD, BAD, PLAIN, INK, FAINT = "#1a7f5a", "#c0392b", "#5b6b7b", "#22303c", "#6b7785"      # of the picture
+GOOD, BAD, PLAIN, INK, FAINT = "#1a7f5a", "#c0392b", "#5b6b7b", "#22303c", "#6b7785"      # colours of the picture
 # A family of contenders has one hue: linmem is green, wasmtime's pooling purple. (color, shape, size)
 STYLES = {
     "linmem": ("#1a7f5a", "o", 11), "adaptive": ("#1a7f5a", "o", 11), "two threads": ("#1a7f5a", "o", 11),
@@ -29,8 +29,8 @@ STYLES = {
 }
 MORE_STYLES = tuple(zip(("#8e6fc0", "#6f7fd0", "#a85fb0", "#4f9fc9", "#b58ad6", "#7b93a8", "#c77fae", "#8a8f3c"),
                         "v^<>PpdH", strict=True))
-MANY = 20           # rows in a picture, beyond which those without a goal are left to the tables
-WIDE = 100          # columns of a terminal, from which on the quartiles have room too
+MANY = 20           # a picture with more rows leaves out those without a goal
+WIDE = 100          # columns of a terminal; a narrower table has no quartiles
 HEADINGS = {TIME: "linmem's time over the other's, less is better",
             SPEED: "times faster than the other, more is better",
             SIZE: "linmem's bytes over the other's, less is better",
@@ -39,11 +39,11 @@ HEADINGS = {TIME: "linmem's time over the other's, less is better",
 
 @dataclass(frozen=True)
 class About:
-    """What a report is of."""
+    """The suite, machine and options of a report."""
 
     suite: str
     machine: dict
-    rounds: int             # 0: nothing is timed
+    rounds: int             # 0 if nothing is timed
     quick: bool
 
     def in_rounds(self, what: str) -> str:
@@ -51,7 +51,7 @@ class About:
 
 
 def machine() -> dict:
-    """What the figures depend on, and nothing that says whose machine it is."""
+    """The facts of this machine that the figures depend on. They do not say whose machine it is."""
     system = re.match(r"[^-]+(-\d+(\.\d+)?)?", platform.platform(terse=True))
     pages = _pages.describe()
     return {
@@ -85,7 +85,7 @@ def in_short(facts: dict) -> str:
 
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[str, int], None]]:
-    """Yields advance(text, total), which moves a bar on stderr by one."""
+    """Yield advance(text, total), which moves a bar on stderr by one."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -95,7 +95,7 @@ def progress() -> Iterator[Callable[[str, int], None]]:
         task = bar.add_task("starting")
 
         def advance(text: str, total: int) -> None:
-            # Drawn between rounds: a drawing thread would run inside what is measured.
+            # The bar is drawn between rounds, because a thread that draws would disturb the measurements.
             bar.update(task, description=text, total=total, advance=1, refresh=True)
 
         yield advance
@@ -112,7 +112,7 @@ def verdict(row: Row) -> str:
 
 
 def times(ratio: float | None) -> str:
-    """A ratio with the digits that it deserves."""
+    """A ratio as text, with its significant digits."""
     if ratio is None:
         return ""
     if ratio >= 100:
@@ -123,7 +123,7 @@ def times(ratio: float | None) -> str:
 
 
 def two_ratios(row: Row) -> tuple[tuple[bool, float | None], tuple[bool, float | None]]:
-    """The row's two ratios, each with whether it is the one that a goal is held against."""
+    """The two ratios of a row, each with whether the goal applies to it."""
     return (row.by != P10, row.ratio_median), (row.by == P10, row.ratio_p10)
 
 
@@ -137,12 +137,12 @@ def spread(row: Row) -> str:
 
 
 def bound(row: Row) -> str:
-    """What the ratio shall be."""
+    """The goal as text."""
     return "" if row.goal is None else f"{'>=' if row.sense in MORE else '<='} {row.goal:g} x"
 
 
 def sentence(text: str) -> str:
-    """With a capital, but for the name, which has none."""
+    """The text with a capital letter, except where it begins with the name linmem."""
     return text if text.startswith("linmem") else text[0].upper() + text[1:]
 
 
@@ -155,7 +155,7 @@ def microseconds(ns: float | None) -> str:
 
 @dataclass(frozen=True)
 class Times:
-    """A table of times: a line for each of `lines`, and in it a time for each of `columns`."""
+    """A table of times, with a line for each of `lines` and a time for each of `columns`."""
 
     title: str
     columns: list[str]
@@ -163,14 +163,14 @@ class Times:
 
 
 def tables(results: list[Result]) -> list[Times]:
-    """p10 of every contender in groups that share a title. The longer side makes the lines."""
+    """The p10 of every contender in groups that share a title. The longer of the two sides becomes the lines."""
     found = []
     for title in dict.fromkeys(result.group.table for result in results if result.group.table):
         of_groups = [result for result in results if result.group.table == title]
-        # Those that only serve to be taken off have no column.
+        # A contender whose time is only subtracted has no column.
         taken_off = {s.contender.less for result in of_groups for s in result.series}
         figures = [{s.contender.key: None if s.why_not() else s.p10() for s in result.series} for result in of_groups]
-        # Groups may have contenders that others lack. The one with most of them gives the order.
+        # Groups may have different contenders. The group with most contenders gives the order.
         longest = max((result.series for result in of_groups), key=len)
         what = {s.contender.key: s.contender.what for series in (longest, *(result.series for result in of_groups))
                 for s in series if s.contender.key not in taken_off}
@@ -185,7 +185,7 @@ def tables(results: list[Result]) -> list[Times]:
 
 
 def reasons(results: list[Result]) -> dict[str, list[str]]:
-    """Why contenders did not run, and which: by what they are, or where they ran elsewhere, by their group."""
+    """The reasons why contenders did not run. A contender that ran in other groups is named by its group."""
     everywhere: dict[str, bool] = {}
     for s in (s for result in results for s in result.series):
         everywhere[s.contender.what] = everywhere.get(s.contender.what, True) and s.unavailable is not None
@@ -200,7 +200,7 @@ def reasons(results: list[Result]) -> dict[str, list[str]]:
 
 
 def in_a_row(row: Row, told: dict[str, list[str]]) -> str:
-    """The verdict, without a reason that is told elsewhere."""
+    """The verdict of a row, without a reason that the table tells elsewhere."""
     return "not measured" if row.unavailable in told else verdict(row)
 
 
@@ -256,7 +256,7 @@ def show(results: list[Result], about: About) -> None:
 
 
 def notes(results: list[Result]) -> dict[str, list[str]]:
-    """The groups' notes, and the keys of those that share one."""
+    """The notes of the groups, each with the keys of the groups that share it."""
     found: dict[str, list[str]] = {}
     for result in results:
         if result.group.note:
@@ -267,7 +267,7 @@ def notes(results: list[Result]) -> dict[str, list[str]]:
 # -- files ---------------------------------------------------------------------------------------------
 
 def write_json(path: str, results: list[Result], about: About) -> None:
-    """Write every figure. Times are nanoseconds for one operation, one for each round."""
+    """Write every figure. A time is the nanoseconds of one operation in one round."""
     figures = {
         "suite": about.suite,
         "quick": about.quick,
@@ -303,11 +303,11 @@ def marks(suite: str) -> tuple[str, str]:
 
 
 def write_markdown(path: str, results: list[Result], about: About) -> None:
-    """Write the tables, and leave alone what stands around the suite's marks."""
+    """Write the tables between the marks of the suite. The text around the marks stays as it is."""
     begin, end = marks(about.suite)
     text = "\n".join([begin, "", *markdown(results, about), "", end])
     old = ""
-    if os.path.isfile(path):        # nothing is read from a pipe or a device
+    if os.path.isfile(path):        # a pipe or a device is not read
         with open(path, encoding="utf-8") as there:
             old = there.read()
     if begin in old and end in old:
@@ -352,7 +352,7 @@ def markdown(results: list[Result], about: About) -> Iterator[str]:
 
 
 def lines(head: list[str], align: str, body: list[list[str]]) -> Iterator[str]:
-    """A Markdown table; in `align` a colon is a column of figures."""
+    """A Markdown table. A colon in `align` means a column of figures."""
     yield f"| {' | '.join(head)} |"
     yield f"|{'|'.join('---:' if side == ':' else '---' for side in align)}|"
     for line in body:
@@ -362,7 +362,7 @@ def lines(head: list[str], align: str, body: list[list[str]]) -> Iterator[str]:
 # -- the picture ---------------------------------------------------------------------------------------
 
 def draw(path: str, results: list[Result], about: About) -> None:
-    """Draw the times where there is a table of them, then each ratio with its quartiles and its goal."""
+    """Draw the tables of times, if there are any, then each ratio with its quartiles and its goal."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -410,7 +410,7 @@ def band(axes, at: int) -> None:
 
 
 def draw_times(axes, title: str, results: list[Result]) -> None:
-    """A line for each group, and on it a mark for each contender."""
+    """Draw a line for each group, with a mark for each contender."""
     of_groups = [result for result in results if result.group.table == title]
     more = iter(MORE_STYLES)
     styles: dict[str, tuple[str, str, float]] = {}
@@ -447,7 +447,7 @@ def draw_times(axes, title: str, results: list[Result]) -> None:
 
 
 def draw_ratios(axes, rows: list[Row]) -> None:
-    """Each ratio, its quartiles and its goal on one logarithmic axis; the bad side of a goal is shaded."""
+    """Draw each ratio, its quartiles and its goal on a logarithmic axis. The bad side of a goal is shaded."""
     sense = rows[0].sense
     spreads = [row.ratio_quartiles or (row.judged(), row.judged()) for row in rows]
     others = [ratio for row in rows for ratio in (row.ratio_p10, row.goal) if ratio is not None]

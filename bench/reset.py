@@ -1,4 +1,4 @@
-"""The suite "reset": what it costs to use a memory again, next to making a new one and to simpler resets."""
+"""The suite "reset": what it costs to reuse a memory, compared with a new memory and with simpler resets."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ STEP = 64 * KIB
 SPACE = 4 * GIB
 SEED = 20_240_229
 USES, QUICK_USES = 512, 64
-PERIOD = 16                 # uses after which every pattern has shown all that it does
-LARGE = 4096                # pages; with more, a run has half as many uses, and one period where all is zeroed
-# So much stays resident in each of the four pools: what is compared is the ways, not their bounds.
+PERIOD = 16                 # uses in which every pattern shows its whole behaviour
+LARGE = 4096                # pages; with more, a run has half as many uses, or one period if every page is zeroed
+# The four pools keep the same number of bytes resident, so the comparison is between the ways of a reset.
 KEEP = GIB
 SIMPLE = ("discard", "zero")
 
 
 def groups(quick: bool) -> list[Group]:
-    """Bare memories from Python, then every pattern of touches in a C loop."""
+    """Groups of bare memories from Python, then a group for each pattern of touches in a C loop."""
     uses = QUICK_USES if quick else USES
     return [bare(False), bare(True)] + [in_c(case, uses) for case in CASES]
 
@@ -125,7 +125,7 @@ def make_arrays(get: Callable[[], Callable[[int], object]], page: int, ones: byt
 
 @dataclass(frozen=True)
 class Case:
-    """Uses of a memory of `total` pages, about `dirty` of which are written in a use."""
+    """A pattern of uses of a memory of `total` pages. A use writes about `dirty` of them."""
 
     pattern: str
     dirty: int
@@ -151,7 +151,7 @@ def in_c(case: Case, uses: int) -> Group:
     size = case.total * _pages.describe()["page_size"]
     large = case.total > LARGE
     n = uses // 2 if large else uses
-    draws = functools.cache(lambda: draw(case, n))      # one sequence for all four
+    draws = functools.cache(lambda: draw(case, n))      # one sequence for all four pools
 
     def contender(reset: str, what: str, operations: int) -> Contender:
         def make() -> Run:
@@ -171,7 +171,7 @@ def in_c(case: Case, uses: int) -> Group:
 
 
 def draw(case: Case, uses: int):
-    """The offsets to touch, use after use, and where the touches of each use end. The same in every run."""
+    """The offsets to touch, use after use, and the end of each use's touches. They are the same in every run."""
     import numpy as np
 
     random = np.random.default_rng([SEED, case.dirty, case.total, list(PATTERNS).index(case.pattern)])
@@ -201,7 +201,7 @@ def draw(case: Case, uses: int):
 
 
 def conclude(results: list[Result]) -> list[Result]:
-    """Adds the worst of all patterns and the geometric mean."""
+    """Add rows for the worst pattern and for the geometric mean."""
     cases = [result for result in results if result.group.table]
     rows = {row.key: row for result in cases for row in result.rows}
     against = [rows[f"{result.group.key}/discard"] for result in cases]

@@ -1,7 +1,7 @@
-"""The suite "soak-pool": whether a process is as small as before, some time after bursts. Counted, not timed.
+"""The suite "soak-pool": is a process as small as before, some time after bursts? Counted, not timed.
 
-One pool as it comes serves three bursts, and after each of them small traffic for twice its `idle_seconds`, for a pool
-gives memory back when a memory is given back to it.
+A pool with default options serves three bursts. After each burst it serves small traffic for twice its `idle_seconds`,
+because a pool releases pages only when a memory comes back to it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from linmem.bench.harness import Group, Row, Unavailable, exact
 
 BURST, QUICK_BURST = 16 * GIB // 10, 64 * MIB
 IDLE, QUICK_IDLE = 5.0, 0.5             # the pool's idle_seconds
-SMALL, SPACE = 64 * KIB, 64 * MIB       # of a memory of the small traffic; one page of it is written
-RATE = 100                              # of these, in a second
+SMALL, SPACE = 64 * KIB, 64 * MIB       # size and maximum of a memory of the small traffic, which writes one page of it
+RATE = 100                              # memories of the small traffic in a second
 GOAL, SPARE = 1.1, 2 * MIB
 
 
@@ -26,8 +26,8 @@ GOAL, SPARE = 1.1, 2 * MIB
 class Case:
     key: str
     what: str
-    size: int                           # of each memory when it is written to; they live at the same time
-    minimum: int                        # and when it is made
+    size: int                           # of each memory when it is written to; all of them live at the same time
+    minimum: int                        # size of each memory when it is made
     maximum: int
 
 
@@ -63,7 +63,7 @@ def group(case: Case, burst: int, server) -> Group:
 
 
 class Server:
-    """A pool with small traffic."""
+    """A pool, and the small traffic on it."""
 
     def __init__(self, idle: float) -> None:
         self.pool = pool(idle_seconds=idle)
@@ -73,7 +73,7 @@ class Server:
         self.before = resident()
 
     def serve(self, case: Case, count: int) -> tuple[int, int, int]:
-        """What was resident before all bursts, is right after this one, and is after some traffic."""
+        """Serve a burst. Returns the resident bytes before all bursts, right after this one, and later."""
         ones = b"\1" * (case.size // self.page)
         live = []
         for _ in range(count):
@@ -95,7 +95,7 @@ class Server:
 
 
 def resident() -> int:
-    """Bytes of this process that are resident, exact as no other figure of the system is."""
+    """The resident bytes of this process, from the only exact figure of the system."""
     try:
         with open("/proc/self/smaps_rollup", encoding="ascii") as file:
             return next(int(line.split()[1]) for line in file if line.startswith("Rss:")) * KIB

@@ -1,4 +1,4 @@
-"""The suite "threads": what two threads get done next to one."""
+"""The suite "threads": how much two threads do, compared with one."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ ROUNDS = 25
 RUN_NS, QUICK_RUN_NS = 8_000_000, 1_500_000
 STEP = 64 * KIB
 SPACE = 4 * engines.GIB
-OVERLAP = 0.85              # of a run in which both threads are at work; with less it is repeated
-CONTROL = 1.8               # what the machine itself must give two threads before they are judged
+OVERLAP = 0.85              # the share of a run in which both threads work; a run with a smaller share is repeated
+CONTROL = 1.8               # the speed-up of independent work that the machine must reach, else there is no verdict
 SCALING = 1.8
 
 Loop = Callable[[int], object]
-"""n operations in C without the GIL."""
+"""Do n operations in C without the GIL."""
 
 
 def groups(quick: bool) -> list[Group]:
@@ -71,14 +71,14 @@ def scaling(key: str, what: str, make: Callable[[], Loop], bound: float | None =
 
 
 class Spoilt:
-    """Counts what makes a run worthless: a worker lost its processor, or the workers hardly met."""
+    """Counts the events that spoil a run: a worker lost its processor, or the workers hardly overlapped."""
 
     def __init__(self) -> None:
         self.count = 0
 
 
 def on_threads(loop: Loop, workers: int, spoilt: Spoilt) -> Run:
-    """A run in which each worker does its part of n operations: from the first one's start to the last one's end."""
+    """A run in which each worker does its part of n operations. Its time is from the first start to the last end."""
     def run(n: int) -> int:
         part = -(-n // workers)
         spans, preempted = together(loop, part, workers)
@@ -91,7 +91,7 @@ def on_threads(loop: Loop, workers: int, spoilt: Spoilt) -> Run:
 
 
 def together(loop: Loop, n: int, workers: int) -> tuple[list[tuple[int, int]], int]:
-    """When each worker began and ended its n operations, and how often one of them lost its processor."""
+    """The start and end of each worker's n operations, and how often a worker lost its processor."""
     spans: list[tuple[int, int]] = []
     preempted: list[int] = []
     errors: list[BaseException] = []
@@ -119,7 +119,7 @@ def together(loop: Loop, n: int, workers: int) -> tuple[list[tuple[int, int]], i
 
 
 def conclude(results: list[Result]) -> list[Result]:
-    """Takes back the verdicts where the machine itself does not give two threads twice as much."""
+    """Remove the verdicts if two threads of this machine are not about twice as fast as one."""
     control = next(row for result in results if result.group.key == "control" for row in result.rows)
     if control.ratio_p10 is None or control.ratio_p10 >= CONTROL:
         return results

@@ -1,4 +1,4 @@
-"""The suite "wasm": what a memory costs a wasm instance, from its making to its drop."""
+"""The suite "wasm": what a memory costs a wasm instance, from instantiation to drop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from linmem.bench.harness import P10, SPEED, Contender, Goal, Group, Result, tog
 
 ROUNDS = 25
 RUN_NS, QUICK_RUN_NS = 4_000_000, 200_000
-# A pool pays for some uses later: a run must be long enough that it also pays for what it put off.
+# A pool defers some work. A run must be so long that it contains the deferred work too.
 USES, QUICK_USES = 64, 16
 TABLE = "memory's part of instantiate + drop, native loop"
 NATIVE = (LINMEM_POOL, LINMEM_SCAN, LINMEM_PLAIN, DEFAULT, *POOLING, CTYPES)
@@ -24,11 +24,11 @@ class Module:
     key: str
     what: str
     source: Callable[[], str]
-    default: float | None = None        # times faster than wasmtime's default, at least
-    pooling: float | None = None        # than the best pooling setting
+    default: float | None = None        # lower bounds of how many times faster than wasmtime's default
+    pooling: float | None = None        # the same for the best pooling setting
     ctypes: float | None = None
-    python: float | None = None         # than wasmtime's default, Python loop, everything counted
-    prepared: bool = False              # also with its data in an image
+    python: float | None = None         # the same for wasmtime's default in the Python loop, with everything counted
+    prepared: bool = False              # which are measured with their data in an image too
 
 
 def text(memory: str, start: str, more: str = "") -> Callable[[], str]:
@@ -50,7 +50,7 @@ GROW = """(loop $again
 
 STORE = "(i32.store8 (i32.mul (i32.add (local.get $i) (i32.const 1)) (i32.const 65536)) (i32.const 1))"
 
-# 4 MiB apart, and each at another page of its 4 MiB.
+# The pages are 4 MiB apart, and each is at another offset in its 4 MiB.
 SCATTER = """(loop $again
   (i32.store8 (i32.add (i32.mul (local.get $i) (i32.const 4194304))
                        (i32.mul (i32.rem_u (i32.mul (local.get $i) (i32.const 389)) (i32.const 1024)) (i32.const 4096)))
@@ -58,7 +58,7 @@ SCATTER = """(loop $again
   (local.set $i (i32.add (local.get $i) (i32.const 1)))
   (br_if $again (i32.lt_u (local.get $i) (i32.const 16))))"""
 
-# Ten of the 1024 pages that the data fill.
+# Writes ten of the 1024 pages that the data fill.
 DATA_TOUCH = """(loop $again
   (i32.store8 (i32.mul (local.get $i) (i32.const 417792)) (i32.const 1))
   (local.set $i (i32.add (local.get $i) (i32.const 1)))
@@ -91,7 +91,7 @@ MEAN_DEFAULT, MEAN_POOLING = 3.3, 1.3
 
 
 def groups(quick: bool) -> list[Group]:
-    """A group for each module in the native loop, then some in the Python loop."""
+    """A group for each module in the native loop, then groups of some modules in the Python loop."""
     least = QUICK_USES if quick else USES
     return [in_c(module, least) for module in MODULES] + [
         from_python(module, least) for module in MODULES if module.python]
@@ -129,7 +129,7 @@ def from_python(module: Module, least: int) -> Group:
 
 
 def conclude(results: list[Result]) -> list[Result]:
-    """Adds the geometric means over the modules that have goals."""
+    """Add rows for the geometric means over the modules that have goals."""
     rows = {row.key: row for result in results for row in result.rows}
     judged = [module.key for module in MODULES if module.default is not None]
     what = "geometric mean of the modules with goals"

@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, settings
 # `python -m pytest` puts the checkout on the path. If no extensions were built there, the checkout would hide the
 # installed package.
 CHECKOUT = Path(__file__).resolve().parent.parent
-if not any((CHECKOUT / "linmem" / f"_memory{suffix}").exists() for suffix in importlib.machinery.EXTENSION_SUFFIXES):
+CORE = CHECKOUT / "linmem" / "_core"
+if not any((CORE / f"memory{suffix}").exists() for suffix in importlib.machinery.EXTENSION_SUFFIXES):
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != CHECKOUT]
 
 import support  # noqa: E402

@@ -563,8 +563,9 @@ cdef class Half(linmem.NativeCreator):
 """
 
 
-def build_extension(folder: Path, name: str, source: str) -> None:
-    """Compile a Cython module into `folder`, against the package's .pxd files."""
+def build_extension(folder: Path, name: str, source: str, headers: bool = False) -> None:
+    """Compile a Cython module into `folder`, against the package's .pxd files. headers: also against its C headers, which
+    `cimport linmem` does not need."""
     # Cython looks where packages are installed. It does not ask the import hook of an editable install, and the child
     # does not have what this process has on its path.
     home = str(Path(linmem.__file__).parent.parent)
@@ -573,7 +574,8 @@ def build_extension(folder: Path, name: str, source: str) -> None:
     (folder / "setup.py").write_text(textwrap.dedent(f"""
         from Cython.Build import cythonize
         from setuptools import Extension, setup
-        setup(name="{name}", ext_modules=cythonize([Extension("{name}", ["{name}.pyx"])], include_path={beyond!r}))
+        setup(name="{name}", ext_modules=cythonize([Extension("{name}", ["{name}.pyx"],
+              include_dirs={[home] if headers else []!r})], include_path={beyond!r}))
     """))
     subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=folder, check=True, timeout=300,
                    capture_output=True, env={**os.environ, "CFLAGS": os.environ.get("CFLAGS", "") + " -O0 -g0"})

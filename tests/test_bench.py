@@ -20,8 +20,21 @@ from support import PAGE, ROOT, mappings, requires, run_child, whichever
 
 pytest.importorskip("linmem.bench._raw")
 import linmem
-from linmem import bench
-from linmem.bench import _loops, _raw, core, engines, fair, harness, image, report, reset, soak_pool, threads, wasm
+from linmem.bench import (
+    _loops,
+    _raw,
+    command,
+    core,
+    engines,
+    fair,
+    harness,
+    image,
+    report,
+    reset,
+    soak_pool,
+    threads,
+    wasm,
+)
 
 PNG = b"\x89PNG\r\n\x1a\n"
 TIME, SPEED, SIZE, RATE = harness.TIME, harness.SPEED, harness.SIZE, harness.RATE
@@ -60,7 +73,7 @@ MAY_LACK = {"pool/one": r"the control scales only \d\.\d\d x here",
             **dict.fromkeys(GOALS["soak-pool"], "the system does not say what is resident: .+")}
 
 
-@pytest.fixture(scope="module", params=whichever(*(("matplotlib", suite) for suite in bench.SUITES)))
+@pytest.fixture(scope="module", params=whichever(*(("matplotlib", suite) for suite in command.SUITES)))
 def quick_run(request, tmp_path_factory):
     """One run of a whole suite in a process of its own, whose allocator and clock nobody else uses."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -76,7 +89,7 @@ def quick_run(request, tmp_path_factory):
 
 
 def groups_of(figures):
-    return bench.module_of(figures["suite"]).groups(True)
+    return command.module_of(figures["suite"]).groups(True)
 
 
 def test_a_quick_run_measures_every_row_that_has_a_goal(quick_run):
@@ -110,7 +123,7 @@ def test_a_contender_without_a_goal_has_a_ratio_or_says_why_not(quick_run):
 
 
 def test_the_json_has_each_rounds_figure_of_each_contender(quick_run):
-    rounds = {group.key: bench.shared(2, group) for group in groups_of(quick_run[1]) if group.contenders}
+    rounds = {group.key: command.shared(2, group) for group in groups_of(quick_run[1]) if group.contenders}
     assert rounds.keys() == {group["key"] for group in quick_run[1]["groups"]}
     for group in quick_run[1]["groups"]:
         for contender in group["contenders"]:
@@ -165,7 +178,7 @@ def test_the_markdown_has_every_row_between_the_marks_of_its_suite(quick_run):
 @requires("sources")
 def test_the_documentation_names_every_group_of_every_suite_and_has_its_marks():
     text = (ROOT / "docs" / "performance.md").read_text("utf-8")
-    for suite in bench.SUITES:
+    for suite in command.SUITES:
         begin, end = report.marks(suite)
         assert text.count(begin) == text.count(end) == 1, suite
         assert text.index(begin) < text.index(end)
@@ -684,7 +697,7 @@ def test_the_garbage_collector_rests_while_it_is_measured_and_works_afterwards()
 
 def test_one_round_is_refused_because_a_spread_needs_two(capsys):
     parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
+    command.add_arguments(parser)
     with pytest.raises(SystemExit):
         parser.parse_args(["--rounds", "1"])
     assert "must be >= 2" in capsys.readouterr().err
@@ -875,24 +888,24 @@ def fake_suite(monkeypatch, goal):
 def test_check_turns_a_missed_goal_into_exit_code_one(monkeypatch, capsys, goal, check, code):
     fake_suite(monkeypatch, goal)
     parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
-    assert bench.main(parser.parse_args(["--rounds", "2"] + ["--check"] * check)) == code
+    command.add_arguments(parser)
+    assert command.main(parser.parse_args(["--rounds", "2"] + ["--check"] * check)) == code
     assert ("holds" if goal == 3 else "missed") in capsys.readouterr().out
 
 
 def test_a_missing_library_is_named_with_the_command_that_installs_it(monkeypatch, capsys):
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
     parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
-    assert bench.main(parser.parse_args(["--picture", "x.png"])) == 1
+    command.add_arguments(parser)
+    assert command.main(parser.parse_args(["--picture", "x.png"])) == 1
     assert "needs rich and matplotlib: pip install 'linmem[bench]'" in capsys.readouterr().err
 
 
 def measured(monkeypatch, *options):
     fake_suite(monkeypatch, 3)
     parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
-    return bench.main(parser.parse_args(["--rounds", "2", *map(str, options)]))
+    command.add_arguments(parser)
+    return command.main(parser.parse_args(["--rounds", "2", *map(str, options)]))
 
 
 def refusals(said):
@@ -931,7 +944,7 @@ def test_a_file_of_figures_is_there_whole_or_not_at_all(monkeypatch, tmp_path, c
 @pytest.mark.parametrize("option", OUTPUTS)
 def test_a_file_of_figures_with_no_name_is_refused_before_anything_is_measured(option, capsys):
     parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
+    command.add_arguments(parser)
     with pytest.raises(SystemExit) as end:
         parser.parse_args([option, ""])
     assert end.value.code == 2

@@ -643,7 +643,7 @@ def test_a_reader_that_goes_away_is_no_traceback():
 # -- bench --------------------------------------------------------------------------------------------------
 
 def bench_module(main):
-    module = types.ModuleType("linmem.bench")
+    module = types.ModuleType("linmem.bench.command")
     module.add_arguments = lambda parser: parser.add_argument("--quick", action="store_true")
     module.main = main
     return module
@@ -652,8 +652,7 @@ def bench_module(main):
 def test_bench_gets_its_arguments_and_its_exit_code_is_ours(monkeypatch):
     seen = []
     module = bench_module(lambda args: seen.append(args.quick) or 7)
-    monkeypatch.setitem(sys.modules, "linmem.bench", module)
-    monkeypatch.setattr(linmem, "bench", module, raising=False)
+    monkeypatch.setitem(sys.modules, "linmem.bench.command", module)
     assert cli.main(["bench", "--quick"]) == 7
     assert seen == [True]
 
@@ -666,8 +665,7 @@ def test_bench_names_what_is_missing(monkeypatch, capsys, missing, advice):
         raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
 
     module = bench_module(main)
-    monkeypatch.setitem(sys.modules, "linmem.bench", module)
-    monkeypatch.setattr(linmem, "bench", module, raising=False)
+    monkeypatch.setitem(sys.modules, "linmem.bench.command", module)
     assert cli.main(["bench"]) == 1
     assert advice in capsys.readouterr().err
 
@@ -677,8 +675,7 @@ def test_an_import_error_of_another_kind_is_not_hidden(monkeypatch):
         raise ModuleNotFoundError("No module named 'left_pad'", name="left_pad")
 
     module = bench_module(main)
-    monkeypatch.setitem(sys.modules, "linmem.bench", module)
-    monkeypatch.setattr(linmem, "bench", module, raising=False)
+    monkeypatch.setitem(sys.modules, "linmem.bench.command", module)
     with pytest.raises(ModuleNotFoundError, match="left_pad"):
         cli.main(["bench"])
 

@@ -599,7 +599,7 @@ def test_a_child_of_a_fork_in_the_middle_of_a_change_of_protection_protects_agai
 @pytest.fixture(scope="module")
 def half(tmp_path_factory):
     folder = tmp_path_factory.mktemp("half")
-    build_extension(folder, "half", HALF_DONE)
+    build_extension(folder, "half", HALF_DONE, headers=True)
     return folder
 
 

@@ -38,6 +38,21 @@ def test_the_package_under_test_is_the_one_that_is_installed():
         assert Path(str(installed.locate_file("linmem"))).resolve() == PACKAGE
 
 
+@requires("mypy")
+def test_a_type_checker_finds_the_types_of_the_installed_package(tmp_path):
+    """It reads files and runs no import hook."""
+    try:
+        importlib.metadata.distribution("linmem")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("linmem is not installed; it was imported from PYTHONPATH")
+    (tmp_path / "user.py").write_text("import linmem\nreveal_type(linmem.create(1))\n", "utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--config-file=", "--cache-dir", str(tmp_path / "cache"), "user.py"],
+        cwd=tmp_path, env={name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MYPYPATH")},
+        capture_output=True, text=True, timeout=300)
+    assert 'Revealed type is "linmem._core.memory.Memory"' in done.stdout, done.stdout + done.stderr
+
+
 def test_the_version_is_the_one_of_the_changelog():
     assert re.search(r"^## \[([^]]+)\]", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)[1] == \
         linmem.__version__
@@ -100,7 +115,8 @@ def build(kind: str, folder: Path) -> Path:
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(
         ".git", ".venv", ".cache", "build", "dist", "*.egg-info", "*.so", "*.pyd", "__pycache__", ".*_cache"))
     subprocess.run([sys.executable, "-m", "build", "--no-isolation", f"--{kind}", "--outdir", str(folder), str(source)],
-                   check=True, timeout=600, stdout=subprocess.DEVNULL)
+                   check=True, timeout=600, stdout=subprocess.DEVNULL,
+                   env={name: value for name, value in os.environ.items() if name != "CFLAGS"})
     return next(folder.glob("linmem-*"))
 
 
@@ -129,7 +145,9 @@ def test_the_sdist_has_all_sources_and_no_generated_c(tmp_path):
 def test_the_wheel_has_types_the_c_face_and_the_license_and_no_sources(tmp_path):
     pytest.importorskip("build")
     pytest.importorskip("Cython")
-    with zipfile.ZipFile(build("wheel", tmp_path)) as archive:
+    wheel = build("wheel", tmp_path)
+    assert wheel.stat().st_size <= 800_000, f"the wheel has {wheel.stat().st_size:,} bytes, may have 800,000"
+    with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     stubs = {path.relative_to(ROOT).as_posix() for path in (ROOT / "linmem").rglob("*.py[i]")}
     # A header of C that a .pxd names goes with it.
@@ -138,8 +156,56 @@ def test_the_wheel_has_types_the_c_face_and_the_license_and_no_sources(tmp_path)
     assert stubs | headers | {"linmem/py.typed", "linmem/_commands/demo.wasm", "linmem/bench/_forth.wasm"} <= names
     assert [name for name in names if name.endswith("/LICENSE")]
     assert {name.partition("/")[0] for name in names} == {"linmem", f"linmem-{linmem.__version__}.dist-info"}
-    assert not [name for name in names if name.endswith((".pyx", ".pxi")) or re.search(r"/(tests|docs)/", name)]
+    assert not [name for name in names if name.endswith((".pyx", ".pxi"))]
+    not_for_users = re.compile(r"\b(docs|tests?|test_\w+|conftest|support|soak|stress|hammer|fuzz)\b")
+    assert not [name for name in names if not_for_users.search(name)]
     assert {name for name in names if name.endswith(".c")} == {"linmem/_commands/demo.c", "linmem/bench/_forth.c"}
+    # linmem/bench is the folder bench/, without what only a checkout has.
+    assert {name for name in names if re.fullmatch(r"linmem/bench/\w+\.py", name)} == {
+        f"linmem/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "bench").glob("*.py")}
+
+
+CI = ROOT / ".ci"
+needs_ci = pytest.mark.skipif(not CI.exists(), reason="the checks are not beside the tests")
+
+
+@needs_ci
+def test_each_stage_of_the_checks_is_a_file_of_its_own():
+    run = (CI / "run").read_text("utf-8")
+    named = re.findall(r"^ *(?:STAGES=\")?([a-z-]+) +\d+\"?$", run, re.MULTILINE)
+    assert len(named) >= 20
+    assert sorted(named) == sorted(path.stem for path in (CI / "stages").glob("*.sh"))
+    assert "stage_" not in run.replace("stage_of", "")
+    for path in (CI / "run", CI / "functions.sh", CI / "windows", *(CI / "stages").glob("*.sh")):
+        assert not re.search(r"<<-?\s*['\"\\]?\w", path.read_text("utf-8")), f"{path.name} has a program in a heredoc"
+
+
+@needs_ci
+def test_the_test_files_that_a_stage_chooses_or_leaves_out_exist():
+    """pytest says nothing when a file to ignore is missing."""
+    texts = [path.read_text("utf-8") for path in (CI / "stages").glob("*.sh")]
+    lists = re.findall(r"^(?:(?:only|all_but) |between=\()([a-z_\s]+)$", "\n".join(texts), re.MULTILINE)
+    names = set(" ".join(lists).split())
+    assert len(lists) == 4
+    assert [name for name in sorted(names) if not (ROOT / "tests" / f"test_{name}.py").exists()] == []
+
+
+@needs_ci
+@requires("fork")
+@pytest.mark.parametrize(("deep", "chosen"), [
+    ("0", ["-m", "not slow", "tests/test_pool.py", "tests/test_image.py", "--ignore=tests/test_pool.py", "-O1"]),
+    ("1", [""])])
+def test_a_deep_run_of_the_checks_leaves_no_test_out(deep, chosen):
+    script = """
+        . "$0"
+        only pool image
+        files=("${chosen[@]}")
+        all_but pool
+        printf '%s\\n' "${fast[@]}" "${files[@]}" "${chosen[@]}" $quick
+        """
+    done = subprocess.run(["bash", "-euc", script, str(CI / "functions.sh")], env={**os.environ, "deep": deep},
+                          capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines() == chosen
 
 
 @requires("compiler")
@@ -172,13 +238,13 @@ def test_the_cython_example_of_the_guide_compiles_against_the_package_and_works(
 
 @pytest.fixture
 def extensions_of_setup(monkeypatch):
-    """A function that runs setup.py on a platform; it returns the extensions as they go to the compiler."""
+    """A function that runs setup.py for a platform and a compiler, and returns the extensions with their flags."""
     pytest.importorskip("Cython")
     setuptools = pytest.importorskip("setuptools")
     import Cython.Build
     from setuptools.command.build_ext import build_ext
 
-    def run(platform, without_gil=0):
+    def run(platform, without_gil=0, compiler="msvc"):
         given = {}
         monkeypatch.setattr(setuptools, "setup", lambda **how: given.update(how))
         monkeypatch.setattr(Cython.Build, "cythonize", lambda extensions, **how: extensions)
@@ -189,7 +255,7 @@ def extensions_of_setup(monkeypatch):
         monkeypatch.chdir(ROOT)
         runpy.run_path("setup.py")
         command = given["cmdclass"]["build_ext"].__new__(given["cmdclass"]["build_ext"])
-        command.compiler = types.SimpleNamespace(compiler_type="msvc")
+        command.compiler = types.SimpleNamespace(compiler_type=compiler)
         command.extensions = given["ext_modules"]
         command.build_extensions()
         assert len(command.extensions) >= 6
@@ -215,6 +281,20 @@ def test_an_edit_of_a_header_causes_a_rebuild_of_every_extension(platform, exten
     for extension in extensions_of_setup(platform):
         assert headers <= set(extension.depends), extension.name
         assert "." in extension.include_dirs, extension.name
+
+
+@pytest.mark.parametrize(("cflags", "compiler", "platform", "expected"), [
+    ("", "unix", "linux", ["-O3", "-g0", "-Wl,-s"]), ("-g0", "unix", "linux", ["-O3", "-g0", "-Wl,-s"]),
+    ("-O1", "unix", "linux", ["-g0", "-Wl,-s"]), ("-g", "unix", "linux", ["-O3"]), ("-O1 -g1", "unix", "linux", []),
+    ("", "unix", "darwin", ["-O3", "-g0"]), ("", "mingw32", "win32", ["-O3"]), ("", "msvc", "win32", [])])
+@needs_sources
+def test_a_build_has_debug_information_and_symbols_only_when_cflags_asks_for_them(cflags, compiler, platform, expected,
+                                                                                  extensions_of_setup, monkeypatch):
+    monkeypatch.setenv("CFLAGS", cflags)
+    monkeypatch.delenv("LINMEM_STRICT", raising=False)
+    for extension in extensions_of_setup(platform, compiler=compiler):
+        flags = [*extension.extra_compile_args, *extension.extra_link_args]
+        assert [flag for flag in flags if re.match("-O|-g|-Wl", flag)] == expected
 
 
 @requires("zig")

@@ -29,9 +29,9 @@ def main(args: Any) -> int:
 
 @contextlib.contextmanager
 def benchmarks() -> Iterator[Any]:
-    """The package `linmem.bench`. An import that fails in the block is refused with what installs the package."""
+    """The module `linmem.bench.command`. An import that fails in the block is refused with what installs the package."""
     try:
-        yield importlib.import_module("linmem.bench")
+        yield importlib.import_module("linmem.bench.command")
     except ImportError as error:
         missing = (error.name or "").partition(".")[0]
         if missing in BENCH_PACKAGES or "linmem[wasmtime]" in str(error):

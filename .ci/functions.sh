@@ -1,0 +1,98 @@
+# What the stages share. A stage is a file of .ci/stages/, which .ci/run reads after this one, in a process and a folder
+# of its own. These variables are set: $stage is its name, $work/$stage its folder, $repo the checkout, $cache the
+# cache, $stages the folder of this checkout with the programs of the stages, $deep 1 in a deep run and 0 in others.
+
+if ((deep)); then fast=(); else fast=(-m 'not slow'); fi        # options of pytest: slow tests only in a deep run
+
+# CFLAGS of a build that is not about the compiler. It takes less than half the time. Deep runs build as users do.
+if ((deep)); then quick=; else quick=-O1; fi
+
+# The text in brackets of the stage's last line.
+figures() { printf '%s' "$*" >"$work/$stage/figures"; }
+
+not_run() { figures "$*"; exit "$NOT_RUN"; }
+
+# Sets `chosen`, the arguments of pytest that choose these test files: `only pool image`.
+only() {
+    chosen=()
+    ((deep)) || chosen=("${@/#/tests/test_}") chosen=("${chosen[@]/%/.py}")
+}
+
+# Sets `chosen`, the arguments of pytest that leave these test files out: `all_but bench cli`.
+all_but() {
+    chosen=()
+    ((deep)) || chosen=("${@/#/--ignore=tests/test_}") chosen=("${chosen[@]/%/.py}")
+}
+
+# Copies the files of the checkout, also files that git does not know yet, but no generated files.
+copy_source() {
+    mkdir -p "$1"
+    if git -c safe.directory='*' -C "$repo" rev-parse --git-dir >/dev/null 2>&1; then
+        (cd "$repo" && git -c safe.directory='*' ls-files -z --cached --others --exclude-standard |
+            while IFS= read -r -d '' file; do [[ -e $file ]] && printf '%s\0' "$file"; done |
+            tar -c --null --files-from=- -f -) | tar -x -C "$1" -f -
+    else
+        tar -c -C "$repo" --exclude=./.cache --exclude=./.venv --exclude=./build --exclude='*.so' -f - . | tar -x -C "$1" -f -
+    fi
+}
+
+new_venv() { "${2:-python3}" -m venv "$1" && "$1/bin/python" -m pip install -q --upgrade pip; }
+
+# Makes $base/venv (linmem with its test and docs extras) and $base/src, once in a run. The first stage that needs them
+# makes them, and other stages wait.
+use_base() {
+    base=$work/base
+    local lock
+    exec {lock}>"$work/base.lock"
+    flock "$lock"
+    if [[ ! -e $base/ready-$LINMEM_CI_RUN ]]; then
+        rm -rf "$base"
+        copy_source "$base/src"
+        new_venv "$base/venv"
+        "$base/venv/bin/pip" install -q "$base/src[test,docs]"
+        touch "$base/ready-$LINMEM_CI_RUN"
+    fi
+    exec {lock}>&-
+}
+
+# Makes a venv that finds the base's packages after its own.
+venv_over_base() {
+    use_base
+    new_venv "$1"
+    "$1/bin/pip" install -q pytest
+    local site='import sysconfig; print(sysconfig.get_path("purelib"))'
+    "$base/venv/bin/python" -c "$site" >"$("$1/bin/python" -c "$site")/base.pth"
+}
+
+# Makes `venv` over the base, unless it is there, with linmem built from `src` with these CFLAGS.
+build_over_base() {
+    [[ -e venv ]] || venv_over_base "$PWD/venv"
+    copy_source src
+    venv/bin/pip install -q 'setuptools>=77' 'Cython>=3.1'
+    CFLAGS=$1 venv/bin/pip install -q --no-deps --no-build-isolation ./src
+}
+
+# Installs a program that pip does not have: its name, and the name of its package.
+from_apt() {
+    type -P "$1" >/dev/null && return
+    apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "$2" ||
+        not_run "no $1, and apt cannot install it"
+}
+
+has_headers() {
+    "$1" -c 'import sysconfig, os, sys; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' 2>/dev/null
+}
+
+# Prints the command that a README shows under "<!-- ci: NAME -->".
+readme_command() {
+    awk -v mark="<!-- ci: $2 -->" '$0 == mark {found = 1; next} found && /^```$/ {exit} found && !/^```/ {print}' "$1" |
+        grep . || { echo "$1 has no command marked $2" >&2; return 1; }
+}
+
+# Runs pytest, or a command that ends with pytest, in a folder. Sets `passed` to pytest's closing line, without its
+# frame: "9 passed, 1 skipped in 2.3s".
+CLOSING='^=+ .*[0-9]+ passed.* =+$'
+suite() {
+    (cd "$1" && "${@:2}")
+    passed=$(grep -aE "$CLOSING" "$work/$stage/log" | tail -1 | sed 's/^=* *//; s/ *=*$//')
+}

@@ -1,0 +1,9 @@
+# posix.pyx without what only Linux has, as a BSD or macOS would compile it. The tests that need Linux skip. Left out
+# are the files that test texts, formats, pure functions, the packaging or the suite itself: no page call decides them.
+build_over_base '-O1 -U__linux__'
+(cd / && "$work/bsd/venv/bin/python" -c 'from linmem._os import pages
+can = pages.describe()["capabilities"]
+assert not any(can[name] for name in ("moves", "names", "discard_any_protection", "populates", "scans")), can')
+all_but bench cli image_cli saving hoist prepare package house cimport readme demo_program dask layout reset_policy soak suite
+suite src ../venv/bin/pytest "${fast[@]}" "${chosen[@]}"
+figures "without what Linux alone has: $passed"

@@ -1,0 +1,6 @@
+(set-logic QF_BV)
+(declare-fun x () (_ BitVec 32))
+(declare-fun y () (_ BitVec 32))
+(assert (= (bvmul x y) #x00013371))
+(assert (and (bvugt x #x00000001) (bvult x #x00010000) (bvugt y #x00000001) (bvult y #x00010000)))
+(check-sat)

@@ -1,0 +1,41 @@
+# ThreadSanitizer, with the runtime of gcc. First come threads in C that use the C API: they give no false report. Then
+# come the threads of tests/test_threads.py, where .ci/tsan.supp silences what lies outside linmem.
+gcc=${CC:-gcc}
+tsan=$("$gcc" -print-file-name=libtsan.so)
+[[ -e $tsan ]] || not_run "$gcc has no libtsan"
+calm=(setarch "$(uname -m)" -R)     # it cannot start where addresses are more random than it expects
+"${calm[@]}" true || calm=()
+venv_over_base "$PWD/venv"
+copy_source src
+venv/bin/pip install -q 'setuptools>=77' 'Cython>=3.1'
+# These flags come last, after the flags of setup.py. Without builtins ThreadSanitizer sees what memcpy copies.
+printf '#!/bin/sh\nexec "%s" "$@" -fsanitize=thread -fno-builtin -fno-omit-frame-pointer -g1 -O1\n' "$gcc" >cc
+chmod +x cc
+export CC=$PWD/cc LDSHARED="$PWD/cc -shared"
+(cd src && CFLAGS=-g1 ../venv/bin/python setup.py -q build_ext --inplace -j2)
+mkdir hammer findings proof
+cp src/tests/programs/hammer.pyx hammer
+export PYTHONPATH=$PWD/src
+(cd hammer && CFLAGS="-g1 -I$PWD/../src" ../venv/bin/python "$stages/tsan_hammer_setup.py" -q build_ext --inplace)
+export PYTHONPATH=$PWD/src:$PWD/hammer:$stages
+python=("${calm[@]}" env LD_PRELOAD="$tsan" "$PWD/venv/bin/python")
+# The detector of deadlocks is off: it does not know linmem's own locks, and it has limits of its own.
+options() { echo "exitcode=0:detect_deadlocks=0:history_size=4:log_path=$PWD/$1/tsan:suppressions=$PWD/src/.ci/tsan.supp"; }
+# The program contains a race on purpose. If ThreadSanitizer does not see it, its silence proves nothing.
+TSAN_OPTIONS=$(options proof) "${python[@]}" -c 'import hammer; hammer.race()'
+if [[ -z $(ls proof) ]]; then
+    echo "ThreadSanitizer has not seen a race"
+    exit 1
+fi
+TSAN_OPTIONS=$(options findings)
+export TSAN_OPTIONS
+trap 'cat findings/* || true' ERR
+"${python[@]}" -c 'import tsan_narrow, hammer; hammer.main(4, 20)' | tee hammered
+# ThreadSanitizer's own threads do not survive a fork.
+suite src "${python[@]}" -X faulthandler -c \
+    'import tsan_narrow, sys, pytest; sys.exit(pytest.main(["tests/test_threads.py", "-k", "not fork"]))'
+if [[ -n $(ls findings) ]]; then
+    cat findings/*
+    exit 1
+fi
+figures "$(cat hammered); tests: $passed; no finding"

@@ -1,0 +1,116 @@
+"""A thread of a soak, which takes one step after the other."""
+
+from __future__ import annotations
+
+import collections
+import os
+import random
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import linmem
+from soak.checks import HAS_GIL, PATIENCE, Wrong, is_injected, wasmtime
+from soak.creator_steps import CreatorSteps
+from soak.fork_steps import ForkSteps
+from soak.guests import Guest, GuestSteps
+from soak.image_steps import ImageSteps
+from soak.memories import Held
+from soak.memory_steps import MemorySteps
+
+if TYPE_CHECKING:
+    from soak.run import Soak
+
+INJECTED_SHARE = 0.1        # of the steps; such a step makes a page call fail, of this thread or of another
+
+
+class Worker(threading.Thread, MemorySteps, ImageSteps, CreatorSteps, GuestSteps, ForkSteps):
+    """Takes random steps. Each step checks its result against a model."""
+
+    WEIGHTS = {
+        "create": 8, "grow": 10, "write": 20, "read": 10, "view": 8, "release": 6, "protect": 3, "discard": 4,
+        "prefault": 2, "info": 3, "close": 5, "drop": 4, "cycle": 1, "give": 2, "take": 3, "common": 12,
+        "clone": 4, "restore": 6, "delta": 2, "file": 1, "pickle": 1, "pool": 2, "statistics": 1, "private_pool": 1,
+        "collect": 0.2, "fork": 0.1,
+        "guest": 5, "guest_run": 20, "guest_grow": 5, "guest_hostile": 5, "guest_snapshot": 3, "guest_end": 4,
+        "guest_engine": 0.2,
+    }
+
+    def __init__(self, soak: Soak, number: int) -> None:
+        super().__init__(name=f"worker {number}", daemon=True)
+        self.soak, self.number = soak, number
+        self.rng = random.Random(f"{soak.seed} {number}")
+        self.held: list[Held] = []
+        self.guests: list[Guest] = []
+        # Held while this thread is in wasmtime. A thread that forks takes the locks of all workers, because a child
+        # could not take a lock of wasmtime that was locked at the fork.
+        self.busy = threading.Lock()
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.doing, self.steps = "waiting", 0
+        able = [name for name in self.WEIGHTS if (wasmtime or not name.startswith("guest"))
+                and (name != "fork" or (hasattr(os, "fork") and soak.forks))]
+        self.able = able, [self.WEIGHTS[name] for name in able]
+
+    def run(self) -> None:
+        try:
+            phase = 0
+            while self.soak.begins(phase := phase + 1):
+                while not self.soak.resting:
+                    self.step()
+                self.doing = "closing all"
+                self.close_all()
+                self.doing = "waiting"
+                self.soak.rests()
+        except BaseException as error:
+            self.soak.fails(self, error)
+
+    def step(self) -> None:
+        (name,) = self.rng.choices(*self.able)
+        self.doing = name
+        if self.soak.faults and self.rng.random() < INJECTED_SHARE:
+            self.soak.inject(self.rng.randrange(1, 12))
+        try:
+            # Without a GIL the same holds for Python's own locks.
+            if name.startswith("guest") or name == "collect" or not (HAS_GIL or name == "fork"):
+                with self.busy:
+                    getattr(self, name)()
+            else:
+                getattr(self, name)()
+        except Exception as error:
+            if not is_injected(error):
+                raise
+            error.__traceback__ = None
+            self.counts["fault survived"] += 1
+            self.check()
+        self.counts[name] += 1
+        self.steps += 1
+
+    def check(self) -> None:
+        for held in self.held:
+            held.check()
+
+    def pick(self) -> Held | None:
+        return self.rng.choice(self.held) if self.held else None
+
+    def insist(self, call: Callable[[], object]) -> object:
+        """Call until no injected failure stops the call."""
+        for _ in range(PATIENCE):
+            try:
+                return call()
+            except linmem.PageError as error:
+                if not is_injected(error):
+                    raise
+                self.counts["fault survived"] += 1
+        raise Wrong(f"{PATIENCE} page calls in a row failed, more than were made to fail")
+
+    def close_all(self) -> None:
+        while self.held:
+            held = self.held.pop()
+            held.check()
+            for view in held.views:
+                view.release()
+            held.mem.close()
+        with self.busy:
+            while self.guests:
+                self.guests[-1].check()
+                self.guests.pop()
