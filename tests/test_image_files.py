@@ -27,7 +27,7 @@ from support import ROOT, answer, mappings, requires, smaps
 
 import linmem
 from linmem import Delta, FileFormatError, Image
-from linmem._files import image_file as _files
+from linmem._files import sparse as sparse_file
 
 PAGE, GROUP = 4096, 65536
 MOST_ZEROED = 64 << 30
@@ -326,7 +326,7 @@ def dies_at(function, taken=[0]):
         return result
     return step
 
-from linmem._files import atomic_file as _saving
+from linmem._files import atomic_file
 import builtins
 class File:
     def __init__(self, file):
@@ -343,7 +343,7 @@ for steps in sys.stdin:
     if pid == 0:
         status = 1
         try:
-            _saving.open = lambda *args, **named: File(builtins.open(*args, **named))
+            atomic_file.open = lambda *args, **named: File(builtins.open(*args, **named))
             for name in ("open", "fsync", "replace", "close", "fchmod"):
                 setattr(os, name, dies_at(getattr(os, name)))
             new.save(path)
@@ -669,7 +669,7 @@ def test_a_hole_that_is_none_is_found_when_the_file_is_mapped_or_verified(tmp_pa
         assert Image.open(harm, map=False) == image         # only what is stored is read
 
 
-STEP = _files.READ_STEP
+STEP = sparse_file.READ_STEP
 
 
 @pytest.mark.parametrize("at", [0, 1, STEP - 1, STEP, STEP + 1, 2 * STEP - 1, 2 * STEP, 3 * STEP - PAGE - 1])
@@ -718,8 +718,8 @@ def test_a_file_that_claims_much_is_opened_in_time_that_follows_what_it_holds(tm
     image = sparse(1 << 38, [0, 1 << 30, (1 << 38) - PAGE])
     image.save(tmp_path / "image")
     asked = []
-    whole = _files._read_fd
-    monkeypatch.setattr(_files, "_read_fd", lambda fd, at, size: asked.append(size) or whole(fd, at, size))
+    whole = sparse_file._read_fd
+    monkeypatch.setattr(sparse_file, "_read_fd", lambda fd, at, size: asked.append(size) or whole(fd, at, size))
     other = Image.open(tmp_path / "image", verify=True)
     assert other == image
     assert sum(asked) < 1 << 20
@@ -746,7 +746,7 @@ def test_the_digest_of_a_file_is_of_its_size_and_of_where_its_bytes_stand(tmp_pa
     def digest(content):
         (tmp_path / "file").write_bytes(content)
         with open(tmp_path / "file", "rb", buffering=0) as file:
-            return _files.content_digest(file.fileno())
+            return sparse_file.content_digest(file.fileno())
 
     empty, page = bytes(PAGE), b"x" * PAGE
     contents = [b"", b"x", b"x\0", empty, empty + empty, page, page + empty, empty + page, empty + empty + page,

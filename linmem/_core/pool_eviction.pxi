@@ -18,12 +18,28 @@ cdef inline size_t held_of(const warm_totals* warm, int what) noexcept nogil:
             else warm.resident + warm.tables if what == RESIDENT else warm.initial)
 
 
-cdef slot* oldest_of_fair_share(pool* p, int what) noexcept nogil:
-    """The least recently used warm slot of a domain that holds its fair share of the pool's warm slots or more."""
+cdef size_t domains_that_hold(pool* p, int what) noexcept nogil:
+    """The number of domains whose warm slots hold something. Warm slots of empty memories hold no bytes."""
+    cdef link* node = p.tables[BY_DOMAIN].groups.next
+    cdef size_t domains = 0
+    while node.owner != NULL:
+        domains += held_of(&(<group*>node.owner).warm, what) != 0
+        node = node.next
+    return domains
+
+
+cdef slot* oldest_above_share(pool* p, int what) noexcept nogil:
+    """The least recently used warm slot of a domain that holds more than its fair share of the pool's warm slots. If
+    all domains hold the same, the least recently used warm slot."""
     cdef slot* s = oldest(&p.warm_by_age)
-    while s != NULL and held_of(&s.group.of[BY_DOMAIN].warm, what) * p.warm_domains < held_of(&p.warm, what):
+    cdef size_t domains = p.warm_domains
+    if domains > 1 and what != RELIEF_SPACE:
+        domains = domains_that_hold(p, what)
+    if domains < 2:
+        return s
+    while s != NULL and held_of(&s.group.of[BY_DOMAIN].warm, what) * domains <= held_of(&p.warm, what):
         s = newer(s)
-    return s
+    return s if s != NULL else oldest(&p.warm_by_age)
 
 
 cdef slot* next_to_cool(pool* p, long long now, int* cause) noexcept nogil:
@@ -31,13 +47,13 @@ cdef slot* next_to_cool(pool* p, long long now, int* cause) noexcept nogil:
     cdef slot* s = oldest(&p.warm_by_age)
     if p.warm.n > p.most_warm:
         cause[0] = EVICTED_COUNT
-        return oldest_of_fair_share(p, RELIEF_SPACE)
+        return oldest_above_share(p, RELIEF_SPACE)
     if p.warm.resident + p.warm.tables > p.resident_bound and s != NULL:
         cause[0] = EVICTED_RESIDENT
-        return oldest_of_fair_share(p, RESIDENT)
+        return oldest_above_share(p, RESIDENT)
     if p.mappings > p.most_mappings and s != NULL:
         cause[0] = EVICTED_SLOTS
-        return oldest_of_fair_share(p, RELIEF_SPACE)
+        return oldest_above_share(p, RELIEF_SPACE)
     if p.idle_ns and now > p.next_purge:
         if s != NULL and now - s.since > p.idle_ns:
             cause[0] = EVICTED_IDLE
@@ -48,7 +64,7 @@ cdef slot* next_to_cool(pool* p, long long now, int* cause) noexcept nogil:
 
 cdef slot* next_to_drop(pool* p) noexcept nogil:
     cdef slot* s = oldest(&p.cold_by_age)
-    return s if s != NULL else oldest_of_fair_share(p, RELIEF_SPACE)
+    return s if s != NULL else oldest_above_share(p, RELIEF_SPACE)
 
 
 cdef void evict(slot* s, int to, int cause) noexcept nogil:
@@ -255,8 +271,8 @@ cdef domain_t unnamed           # `census` and `holds` of the domain NULL
 # Which slot is chosen: the first kind of which a pool has one.
 cdef enum:
     ANY_COLD = 0                # only where address space is missing
-    FAIR_WARM = 1               # of a domain that holds its fair share or more
-    ANY_WARM = 2
+    FAIR_WARM = 1               # of a domain that holds more than its fair share
+    ANY_WARM = 2                # all domains hold the same
     CHOICES = 3
 
 
@@ -269,35 +285,32 @@ cdef inline size_t* holding(domain_t* domain) noexcept nogil:
     return &domain.holds
 
 
-cdef inline void set_holding(domain_t* domain, size_t size) noexcept nogil:
+cdef inline void add_holding(domain_t* domain, size_t size) noexcept nogil:
     global census_total, census_domains
     cdef size_t* holds = holding(domain)
-    census_total += size - holds[0]
-    census_domains += (size != 0) - (holds[0] != 0)
-    holds[0] = size
+    census_total += size
+    census_domains += size != 0 and holds[0] == 0
+    holds[0] += size
 
 
 cdef inline bint may_go(domain_t* domain, int choice) noexcept nogil:
-    """FAIR_WARM: whether the domain holds at least as much as the mean of the domains that hold something."""
-    return choice == ANY_WARM or holding(domain)[0] * census_domains >= census_total
+    """FAIR_WARM: whether the domain holds more than the mean of the domains that hold something, or is the only one."""
+    return choice == ANY_WARM or census_domains < 2 or holding(domain)[0] * census_domains > census_total
 
 
 cdef void count_pool(pool* p, int what, const void* budget) noexcept nogil:
     """The pool's lock is held."""
     cdef link* node = p.tables[BY_DOMAIN].groups.next
     cdef slot* s = oldest(&p.warm_by_age)
-    cdef domain_t* domain
     if s == NULL or (what == RELIEF_BUDGET and slots_charged_to(p, budget) == 0):
         return
     if what == RELIEF_BUDGET and not charges_each_slot(p, budget):
         while s != NULL:
-            domain = s.group.domain
-            set_holding(domain, holding(domain)[0] + held_by(s, what, budget))
+            add_holding(s.group.domain, held_by(s, what, budget))
             s = newer(s)
         return
     while node.owner != NULL:
-        domain = (<group*>node.owner).domain
-        set_holding(domain, holding(domain)[0] + held_of(&(<group*>node.owner).warm, what))
+        add_holding((<group*>node.owner).domain, held_of(&(<group*>node.owner).warm, what))
         node = node.next
 
 
@@ -354,13 +367,13 @@ cdef pool* pool_of_oldest(int choice, int what, const void* budget) noexcept nog
     return found
 
 
-cdef size_t evict_oldest(int what, const void* budget, int cause, size_t* counted) noexcept nogil:
+cdef size_t evict_oldest(int what, const void* budget, int cause) noexcept nogil:
     """Evicts the least recently used idle slot of all pools: a cold one where address space is missing, otherwise a
-    warm one of a domain that holds its fair share or more. Returns how many bytes of what is missing it held; 0: no
+    warm one of a domain that holds more than its fair share. Returns how many bytes of what is missing it held; 0: no
     slot holds any.
 
-    *counted: the census of the caller's last call, 0 at the first call. It serves again if no other thread has taken
-    one since. So the cost of many evictions is not their number times the number of domains."""
+    Each eviction of a warm slot takes a census of its own, because other threads use slots between two evictions, and
+    because a slot that is dropped may become a warm slot of the pool below."""
     cdef pool* p = NULL
     cdef slot* s = NULL
     cdef size_t size = 0
@@ -368,9 +381,8 @@ cdef size_t evict_oldest(int what, const void* budget, int cause, size_t* counte
     cdef int choice = ANY_COLD if dropped else FAIR_WARM
     acquire(&census_lock)
     while p == NULL and choice < CHOICES:
-        if choice == FAIR_WARM and (counted[0] == 0 or counted[0] != census):
+        if choice == FAIR_WARM:
             take_census(what, budget)
-            counted[0] = census
         p = pool_of_oldest(choice, what, budget)
         choice += p == NULL
     if p != NULL:
@@ -378,9 +390,6 @@ cdef size_t evict_oldest(int what, const void* budget, int cause, size_t* counte
         s = oldest_with(p, choice, what, budget)
         if s != NULL:       # else another thread was faster
             size = held_by(s, what, budget)
-            if choice != ANY_COLD:      # the domain may have got the slot after the census
-                set_holding(s.group.domain, holding(s.group.domain)[0]
-                            - min(holding(s.group.domain)[0], 1 if dropped else size))
             evict(s, DROPPING if dropped else COOLING, cause)
         unlock(&p.lock.held)
     unlock(&census_lock)
@@ -412,7 +421,7 @@ cdef bint relieve_by_eviction(int what, const void* budget, size_t missing) noex
     refused something, it does not say how much is missing, so one slot gives up what it holds: the caller tries again,
     and asks for more relief."""
     cdef size_t page = pages.capabilities().page_size
-    cdef size_t held = held_by_all(what, budget), counted = 0, evicted = 0, step
+    cdef size_t held = held_by_all(what, budget), evicted = 0, step
     if held == 0 and what == RELIEF_PAGES and not can_have(what, page):
         what = RELIEF_SPACE         # mappings are missing: cold slots have some, too
         held = held_by_all(what, budget)
@@ -423,7 +432,7 @@ cdef bint relieve_by_eviction(int what, const void* budget, size_t missing) noex
     if what != RELIEF_BUDGET and missing > held and not can_have(what, missing - held) and can_have(what, page):
         return False
     while True:
-        step = evict_oldest(what, budget, EVICTED_REFUSED, &counted)
+        step = evict_oldest(what, budget, EVICTED_REFUSED)
         evicted += step
         if step == 0 or evicted >= missing or what != RELIEF_BUDGET:
             return evicted > 0
@@ -431,15 +440,13 @@ cdef bint relieve_by_eviction(int what, const void* budget, size_t missing) noex
 
 cdef void shed_resident() noexcept nogil:
     """Evicts warm slots until all pools together keep no more than the bound that they share."""
-    cdef size_t counted = 0
     while load(&process_held) > load(&process_held_bound):
-        if evict_oldest(RESIDENT, NULL, EVICTED_PROCESS, &counted) == 0:
+        if evict_oldest(RESIDENT, NULL, EVICTED_PROCESS) == 0:
             return
 
 
 cdef void shed_excess() noexcept nogil:
     """After a change of the bounds that all pools share."""
-    cdef size_t counted = 0
     cdef pool* p = pool_after(NULL)
     while p != NULL:            # report_step has changed
         acquire(&p.lock.held)
@@ -447,5 +454,5 @@ cdef void shed_excess() noexcept nogil:
         unlock(&p.lock.held)
         p = pool_after(p)
     shed_resident()
-    while excess_reserved(0) and evict_oldest(RELIEF_SPACE, NULL, EVICTED_PROCESS, &counted):
+    while excess_reserved(0) and evict_oldest(RELIEF_SPACE, NULL, EVICTED_PROCESS):
         pass

@@ -142,7 +142,7 @@ def set_pool_limits(max_resident=None, max_reserved=None):
     ----------
     max_resident : int, optional
         Bytes that the idle slots of all pools keep resident at most, page tables included. The least recently used
-        slot of a domain that has its fair share or more gives its pages back first. None: a quarter of the machine's
+        slot of a domain that has more than its fair share gives its pages back first. None: a quarter of the machine's
         memory, as at the start.
     max_reserved : int, optional
         Bytes of address space of all slots, live and idle, guards included. A pool beyond it does as its `when_full`

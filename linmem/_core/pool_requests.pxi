@@ -147,7 +147,6 @@ cdef int make_room(pool* p, const shape* key, size_t reserved, size_t mappings, 
                    failure* why) noexcept nogil:
     """Drops idle slots until one more fits. *again: one of them had this shape, and has become cold instead."""
     cdef slot* s
-    cdef size_t counted = 0
     cdef int room, cause = 0
     again[0] = False
     while True:
@@ -168,7 +167,7 @@ cdef int make_room(pool* p, const shape* key, size_t reserved, size_t mappings, 
                 return 0
         elif (room == FULL or cause != EVICTED_PROCESS
                 or held_by_all(RELIEF_SPACE, NULL) < excess_reserved(reserved)
-                or evict_oldest(RELIEF_SPACE, NULL, EVICTED_PROCESS, &counted) == 0):
+                or evict_oldest(RELIEF_SPACE, NULL, EVICTED_PROCESS) == 0):
             return fail_full(p, cause, key.minimum, reserved, why)
 
 
