@@ -712,7 +712,7 @@ def test_shapes_that_are_no_longer_used_leave_no_bookkeeping_behind():
 
     pool = linmem.PoolingCreator(slots=16)
     first = round_of_shapes(0)
-    # A slot and its shelf take some 300 bytes: of 10000 that stayed a multiple of this would show.
+    # A slot and its groups take over 1000 bytes. If 10000 of them stayed, they would take many times the bound.
     assert max(round_of_shapes(2000 * n) for n in range(1, 6)) < first + 500_000
 
 

@@ -89,11 +89,10 @@ cdef enum:
 
 cdef struct group:
     group* next             # in its bucket
-    link in_table
-    shape shape             # BY_BOTH and BY_SHAPE
     domain* domain          # BY_BOTH and BY_DOMAIN: a reference; NULL: the requests named no domain
-    group* of[GROUPINGS]    # BY_BOTH: the groups of its slots
-    totals* totals[GROUPINGS]   # BY_BOTH: those of the pool, of the shape and of the domain
+    shape shape             # BY_BOTH and BY_SHAPE
+    group* of[GROUPINGS]    # BY_BOTH: the groups BY_SHAPE and BY_DOMAIN that its slots are in
+    link in_table
     size_t row              # of the report under way
     char apart[CACHE_LINE]  # above: what is only read
     # Idle slots, the last one given back first. BY_BOTH: warm ones. BY_SHAPE: cold ones of all domains, because cold
@@ -121,17 +120,33 @@ cdef struct extent:
     size_t committed        # bytes between `accessible` and here are hidden
     size_t hidden           # how many of the hidden bytes may be resident
 
+# Members of the memory as upstream made it: what guests and creators above may change. A copy of the memory's whole
+# struct would take more cache lines.
+cdef struct original_memory:
+    char* base
+    size_t capacity
+    long long size          # may be less than the request asks for
+    size_t maximum
+    size_t pre_guard
+    size_t guard
+    size_t covered
+    bint is_shared
+    bint moved
+    bint huge_pages
+    bint growth_is_watched
+
 cdef struct slot:
     memory_hook head        # on the memory; the hooks of upstream are below
     pool* pool
     group* group            # BY_BOTH
     memory* m
-    link in_stack           # WARM and COLD: of its group. Otherwise in a list of slots to drop
+    link in_stack           # WARM and COLD: of its group. Otherwise in a list of slots to drop or to release
     link by_age             # WARM and COLD: in the pool's list, the newest first
     link in_pool            # all slots of the pool
     word state
     const void* thread      # the thread that gave it back
     image* image            # what it starts from, a reference; NULL: zeros
+    original_memory original
     extent pages
     size_t resident         # bytes that may be resident while it is idle
     size_t tables           # bytes of page tables that it may have, idle or not
@@ -149,7 +164,7 @@ cdef struct slot:
     reset_policy policy
     size_t zeroed           # bytes, by the reset under way
     counts counts           # under the lock
-    memory original         # the memory's struct as upstream made it; its `size` may be less than the request asks for
+    char apart[CACHE_LINE]  # another thread's slot may be the next one in memory
 
 # A budget below the pool, and how many slots are charged to it.
 cdef struct charged_slots:

@@ -252,7 +252,8 @@ cdef class PoolingCreator(NativeCreator):
         """
         cdef size_t wanted, taken = 0, made = 0
         cdef pool* p = self.pool
-        cdef memory** memories
+        cdef memory* m
+        cdef link held              # LIVE slots, by in_stack
         cdef memory_spec spec
         cdef shape key
         cdef domain_ptr domain_struct
@@ -279,31 +280,26 @@ cdef class PoolingCreator(NativeCreator):
             spec.image = self.image.it
         key_of(&spec, &key)
         domain_struct = domain_of(domain)
-        memories = <memory**>calloc(wanted + 1, sizeof(memory*))
-        if memories == NULL:
-            with nogil:
-                domain_release(domain_struct)
-            raise MemoryError(f"no memory for a list of {wanted} slots")
+        list_init(&held)
         with nogil:
             while code == 0 and taken < wanted:
-                code = take(p, &key, domain_struct, False, &memories[taken], &why)
-                if code == 0 and memories[taken] == NULL:
-                    code = self.make_slot(&key, domain_struct, &spec, False, &memories[taken], &why)
+                code = take(p, &key, domain_struct, False, &m, &why)
+                if code == 0 and m == NULL:
+                    code = self.make_slot(&key, domain_struct, &spec, False, &m, &why)
                     if code == TAKE_AGAIN:
                         code = 0
                         continue
-                    if code:
-                        break
-                    if not is_slot_of(p, memories[taken]):
-                        memory_release(memories[taken])
+                    if code == 0 and not is_slot_of(p, m):
+                        memory_release(m)
                         code = fail(&why, E_EXHAUSTED, "warm", spec.minimum, p.most_slots, p.most_slots)
-                        break
-                    made += 1
-                taken += 1
-            while taken:
-                taken -= 1
-                memory_release(memories[taken])
-            free(memories)
+                    made += code == 0
+                if code == 0:
+                    list_add_first(&held, &(<slot*>m.hooks).in_stack, m)
+                    taken += 1
+            while held.next.owner != NULL:
+                m = <memory*>held.next.owner
+                list_remove(held.next)
+                memory_release(m)
             domain_release(domain_struct)
         if code:
             raise_failure(&why)

@@ -38,7 +38,7 @@ cdef inline slot* warm_slot_of(group* g) noexcept nogil:
 
 cdef int take(pool* p, const shape* key, domain_t* domain, bint counted, memory** out, failure* why) noexcept nogil:
     """Hands out an idle slot of the shape: a warm one of the domain, otherwise a cold one of any domain. *out == NULL:
-    there is none. counted: a request, not warm(), asks for it."""
+    the pool has neither. counted: a request, not warm(), asks for it."""
     cdef group* g
     cdef group* of_shape
     cdef slot* s
@@ -234,7 +234,17 @@ cdef int wait_a_little(failure* why) noexcept nogil:
 cdef void init_slot(pool* p, slot* s, memory* m, const memory_spec* spec) noexcept nogil:
     s.pool = p
     s.m = m
-    s.original = m[0]
+    s.original.base = m.base
+    s.original.capacity = m.capacity
+    s.original.size = load(&m.size)
+    s.original.maximum = m.maximum
+    s.original.pre_guard = m.pre_guard
+    s.original.guard = m.guard
+    s.original.covered = m.covered
+    s.original.is_shared = m.is_shared
+    s.original.moved = m.moved
+    s.original.huge_pages = m.huge_pages
+    s.original.growth_is_watched = m.growth_is_watched
     s.pages.initial = s.pages.accessible = s.pages.committed = m.accessible
     s.reserved = m.pre_guard + m.capacity + m.guard
     s.image = spec.image if spec.image != NULL else m.image     # a pool below may have an image of its own
@@ -267,7 +277,7 @@ cdef int add_slot(pool* p, slot* s, const shape* key, domain_t* domain, bint cou
     join_group(s, g)
     if counted:
         for i in range(GROUPINGS):
-            g.totals[i].counts.misses += 1
+            totals_of(s, i).counts.misses += 1
         count_guest(s, True)
     p.n_slots += 1
     p.reserved += s.reserved

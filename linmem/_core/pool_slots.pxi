@@ -56,10 +56,7 @@ cdef group* need_group(pool* p, int grouping, const shape* key, domain_t* domain
         if g.of[BY_SHAPE] == NULL or g.of[BY_DOMAIN] == NULL:
             free(g)
             return NULL
-        g.of[BY_BOTH] = g
-        g.totals[0] = &p.own
         for parent in range(BY_SHAPE, GROUPINGS):
-            g.totals[parent] = &g.of[parent].own
             p.tables[parent].n_empty -= g.of[parent].members == 0
             g.of[parent].members += 1
     domain_retain(domain)
@@ -122,18 +119,23 @@ cdef void add_counts(counts* to, const counts* more) noexcept nogil:
         (<size_t*>to)[i] += (<const size_t*>more)[i]
 
 
+cdef inline totals* totals_of(slot* s, int i) noexcept nogil:
+    """Of the pool, of the slot's shape and of its domain."""
+    return &s.pool.own if i == 0 else &s.group.of[i].own
+
+
 cdef void keep_counts(slot* s) noexcept nogil:
     """Adds the counts of a slot that leaves its group to the totals."""
     cdef int i
     for i in range(GROUPINGS):
-        add_counts(&s.group.totals[i].counts, &s.counts)
+        add_counts(&totals_of(s, i).counts, &s.counts)
     memset(&s.counts, 0, sizeof(counts))
 
 
 cdef inline void count_eviction(slot* s, int cause) noexcept nogil:
     cdef int i
     for i in range(GROUPINGS):
-        s.group.totals[i].counts.evictions[cause] += 1
+        totals_of(s, i).counts.evictions[cause] += 1
 
 
 cdef inline void count_guest(slot* s, bint has_guest) noexcept nogil:
@@ -141,7 +143,7 @@ cdef inline void count_guest(slot* s, bint has_guest) noexcept nogil:
     cdef int i
     s.has_guest = has_guest
     for i in range(GROUPINGS):
-        t = s.group.totals[i]
+        t = totals_of(s, i)
         if has_guest:
             t.live += 1
             t.peak_live = max(t.peak_live, t.live)

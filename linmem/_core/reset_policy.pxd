@@ -4,7 +4,7 @@
 # A page that was given back costs the next guest a page fault. A page that is kept costs a zeroing at every reset. A
 # fault costs as much as 12 to 70 zeroings, as measured on each machine (reset_costs). So pages are kept as long as
 # guests use them again, and a scan finds those that may hold bytes, which alone are zeroed. Zeroing a small range whole
-# is cheaper than a scan. But the first time it faults in pages that nobody has touched, so the slot must first have
+# is cheaper than a scan. But the first time it faults in pages that no guest has touched, so the slot must first have
 # served as many uses as it has pages.
 #
 # Three signs show that guests do not use the kept pages again:
