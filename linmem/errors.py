@@ -1,4 +1,4 @@
-"""Every exception of linmem, and the one funnel that turns a failed page call into one of them."""
+"""Every exception of linmem."""
 
 from __future__ import annotations
 
@@ -110,41 +110,20 @@ class FileFormatError(ValueError):
         return FileFormatError, (self.path, self.field, self.value, self.bound)
 
 
-def from_failure(reason: str, text: str, *, os_error_args: tuple[Any, ...], call: str, size: int,
-                 used: int, limit: int) -> BaseException:
-    """The exception for a failure that came up from nogil code.
+def page_error(os_error_args: tuple[Any, ...], call: str, size: int) -> PageError:
+    """The exception for a page call that the OS refused.
 
     Parameters
     ----------
-    reason : str
-        "os", or the name of one of our own codes in `units.pxd`, without its ``E_``.
-    text : str
-        The whole message.
     os_error_args : tuple
-        What makes an `OSError` carry the code the way this OS does. The first one is the errno, or 0: `OSError` knows.
+        The arguments that make an `OSError` carry the code the way this OS does. The first is the errno, or 0 if
+        `OSError` knows it.
+    call, size : str, int
+        The page call, and the bytes that it was asked for.
     """
-    if reason == "os":
-        error = PageError(*os_error_args)
-        if os_error_args[0]:        # where there is a winerror, OSError has replaced it
-            error.errno = os_error_args[0]
-        error.call = call
-        error.size = size
-        return error
-    if reason == "LIMIT":
-        return LimitError(text, limit=limit, used=used, requested=size)
-    if reason == "EXHAUSTED":
-        return PoolError(text, slots=limit)
-    return {
-        "NO_MEMORY": MemoryError,
-        "OVERFLOW": OverflowError,
-        "SHRINK": ValueError,
-        "MAXIMUM": GrowError,
-        "CAPACITY": GrowError,
-        "EXPORTED": BufferError,
-        "IMAGE": ValueError,
-        "OWNED": OwnedError,
-        "OWN_GROWTH": RuntimeError,
-        "BROKEN": RuntimeError,
-        "PROTECTED": ValueError,
-        "UNSUPPORTED": TypeError,
-    }[reason](text)
+    error = PageError(*os_error_args)
+    if os_error_args[0]:        # where there is a winerror, OSError has replaced it
+        error.errno = os_error_args[0]
+    error.call = call
+    error.size = size
+    return error

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from linmem._cli.words import EXIT_REFUSED, Refused, count, file_name, show_size
 from linmem._core.arguments import printable
-from linmem._core.image import Image
+from linmem._core.memory import Image
 from linmem._files import atomic_file as _saving
 from linmem._files import image_file as _files
 from linmem._files.delta import Delta

@@ -9,9 +9,9 @@ from libc.stdlib cimport calloc, free, malloc
 
 from linmem._core.atomic cimport add, load, poke, poke_address, store, swap_if
 from linmem._core.memory cimport (
-    NO_MAXIMUM, PROTECTION_NONE, RELIEF_BUDGET, UNCHOSEN, ImageHandle, Memory, NativeCreator, acquire, answer_request,
+    NO_MAXIMUM, PROTECTION_NONE, RELIEF_BUDGET, UNCHOSEN, Image, Memory, NativeCreator, acquire, answer_request,
     begin_move, begin_own_growth, check_bounded, check_count, check_native, check_size, current_domain, drop_object,
-    end_move, end_own_growth, fail, fail_python, failure, fork_lock, give_back, image_copy, in_each_child, leave_image,
+    end_move, end_own_growth, fail, fail_python, failure, fork_lock, give_back, image_copy, in_each_child, image_detach,
     list_lock, list_memory, live_after, memory, memory_hang, memory_hook, memory_ops, memory_resident, memory_retain,
     memory_size, memory_spec, own_growth, python_is_ending, raise_failure, refuse_foreign, relieve, request,
     try_acquire, unlist_lock, unlist_memory, unlock,
@@ -188,7 +188,7 @@ cdef class LimitingCreator(NativeCreator):
         cdef size_t limit
         upstream, limit_bytes = _given("LimitingCreator", ("upstream", "limit_bytes"), {}, args, kwargs)
         self.upstream = check_native(upstream, "upstream")
-        check_bounded(limit_bytes, "limit_bytes", "be below 2**63", &limit)
+        check_bounded(limit_bytes, "limit_bytes", "below 2**63", &limit)
         if limit > SIZE_MAX >> 1:
             raise OverflowError(f"limit_bytes must be below 2**63, got {limit}")
         self.budget = <budget*>calloc(1, sizeof(budget))
@@ -703,7 +703,7 @@ cdef bint asked_again(python_memory* p, answers* out):
 cdef void python_free(memory* m) noexcept nogil:
     cdef python_memory* p = <python_memory*>m
     unlist_memory(m)
-    leave_image(m)      # that it was restored to
+    image_detach(m)      # that it was restored to
     if p.shelter:
         give_back(m.base, p.shelter)
     drop_object(p.object)
@@ -808,7 +808,7 @@ def check_trait(creator, str name):
     if isinstance(creator, type):
         raise TypeError(f"{name} must be a MemoryCreator, got the class {creator.__name__} itself: call it")
     # An Image makes memories too, and out of other arguments.
-    if isinstance(creator, ImageHandle) or not callable(getattr(creator, "new_memory", None)):
+    if isinstance(creator, Image) or not callable(getattr(creator, "new_memory", None)):
         raise TypeError(f"{name} must be a MemoryCreator, got {type(creator).__name__}")
 
 

@@ -9,7 +9,7 @@
 #  where they were, and zero. Where "zero" is said of accessible bytes, those of an image are the image's.
 
 from linmem._core.memory cimport (
-    CACHE_LINE, ImageHandle, NativeCreator, domain, failure, fork_lock, image, memory, memory_hook, memory_spec,
+    CACHE_LINE, Image, NativeCreator, domain, failure, fork_lock, image, memory, memory_hook, memory_spec,
 )
 from linmem._core.reset_policy cimport reset_policy
 from linmem._core.units cimport word
@@ -232,7 +232,7 @@ cdef struct pool:
 
 cdef class PoolingCreator(NativeCreator):
     cdef readonly NativeCreator upstream
-    cdef readonly ImageHandle image
+    cdef readonly Image image
     cdef pool* pool
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil
     cdef int make_of(self, const memory_spec* spec, bint counted, memory** out, failure* why) noexcept nogil

@@ -14,14 +14,15 @@ from libc.string cimport memset
 
 from linmem._core.atomic cimport add, load, poke, publish, store, swap_if, touch, word
 from linmem._core.memory cimport (
-    CACHE_LINE, IMAGE_BROKEN, IMAGE_COPIED, NO_MAXIMUM, OWNER_LEFT, OWNER_PYTHON, PROTECTION_NONE, RELIEF_BUDGET,
-    RELIEF_PAGES, RELIEF_SPACE, RUNS, UNCHOSEN, ImageHandle, Memory, MmapCreator, NativeCreator, acquire, check_count,
-    check_flag, check_native, check_size, commit_pages, current_domain, domain as domain_t, domain_of, domain_release,
-    domain_retain, fail, fail_python, failure, forgotten_is, give_back, image as image_t, image_copy, image_release,
-    image_retain, in_each_child, list_lock, live_after, memory, memory_doubt, memory_forget_protection, memory_hang,
-    memory_hook, memory_is_filled, memory_refill, memory_release, memory_renew, memory_restore, memory_spec,
-    memory_start_again, memory_turn_to, memory_unprotect, python_is_ending, raise_failure, relief_is, touched_begin,
-    touched_next, touched_runs, unlist_lock, unlock,
+    CACHE_LINE, NO_MAXIMUM, OWNER_LEFT, OWNER_PYTHON, PROTECTION_NONE, RELIEF_BUDGET, RELIEF_PAGES, RELIEF_SPACE,
+    RUNS, UNCHOSEN, Image, Memory, MmapCreator, NativeCreator, acquire, check_count, check_flag, check_native,
+    check_size, commit_pages, current_domain, domain as domain_t, domain_of, domain_release, domain_retain, fail,
+    fail_python, failure, forgotten_is, give_back, image as image_t, image_attach, image_begin_use, image_copy,
+    image_fill, image_is_attached, image_is_copied, image_is_intact, image_of, image_pages_are_gone, image_rebind,
+    image_release, image_reset, image_restore, image_retain, image_shares_pages, in_each_child, list_lock,
+    live_after, memory, memory_doubt, memory_forget_protection, memory_hang, memory_hook, memory_release,
+    memory_spec, memory_unprotect, python_is_ending, raise_failure, relief_is, touched_begin, touched_next,
+    touched_runs, unlist_lock, unlock,
 )
 from linmem._os cimport pages
 from linmem._core.reset_policy cimport (
@@ -520,7 +521,7 @@ cdef size_t mappings_of(const slot* s) noexcept nogil:
         return 3 if s.given.huge_pages else 1
     if s.given.huge_pages:
         n += 1              # the guard is not asked to be of huge pages
-    if s.image != NULL and s.image.content.maps and s.image.high > s.image.low:
+    if image_shares_pages(s.image):
         n += 2              # the image's pages between others
     if s.pages.high > s.pages.least:
         n += 1              # what is hidden was accessible
@@ -726,7 +727,7 @@ cdef void decide(slot* s, size_t used, long long now, plan* to) noexcept nogil:
     to.adaptive = False
     to.bound = SIZE_MAX
     to.prices = &costs if s.image == NULL else &copying
-    to.copied = s.image != NULL and s.m.image_state == IMAGE_COPIED and s.image.n_runs
+    to.copied = image_is_copied(s.m)
     to.hidden = beyond if s.pages.hidden > beyond else s.pages.hidden
     to.until = 0
     if to.how == ADAPTIVE:
@@ -765,13 +766,13 @@ cdef inline size_t cover(size_t at, size_t end, size_t unit, size_t* reached) no
 
 
 cdef bint refill_in_time(slot* s, size_t at, size_t size, const plan* to) noexcept nogil:
-    """memory_refill(), with a look at the clock before each step. False: the time is over."""
+    """image_fill(), with a look at the clock before each step. False: the time is over."""
     cdef size_t step
     while size:
         if late(to):
             return False
         step = size if to.until == 0 or size < ZERO_STEP else ZERO_STEP
-        memory_refill(s.m, at, step)
+        image_fill(s.m, at, step)
         at += step
         size -= step
     return True
@@ -824,7 +825,7 @@ cdef bint zero_touched(slot* s, size_t used, const plan* to, finding* what) noex
 
 cdef bint zero_all(slot* s, size_t used, const plan* to, finding* what) noexcept nogil:
     if to.copied:
-        memory_restore(s.m, s.image)
+        image_restore(s.m, s.image)
     elif wide and s.image == NULL and used <= WIDE_MOST:
         zero_wide(s.base, used)
     elif not refill_in_time(s, 0, used, to):
@@ -839,9 +840,9 @@ cdef int give_back_all(slot* s, size_t used) noexcept nogil:
     """Every page of the slot, hidden ones included, is given back and reads as zero."""
     cdef int code
     if pages.capabilities().discard_any_protection:
-        code = memory_renew(s.m, s.pages.high if s.pages.hidden else used)
+        code = image_reset(s.m, s.pages.high if s.pages.hidden else used)
     else:
-        code = memory_renew(s.m, used)
+        code = image_reset(s.m, used)
         # Else this guest has grown over all that was hidden.
         if code == 0 and s.pages.hidden and s.pages.high > used:
             code = pages.decommit(s.base + used, s.pages.high - used)
@@ -871,7 +872,7 @@ cdef int clear(slot* s, size_t used, const plan* to, finding* what) noexcept nog
     if code and code == pages.capabilities().locked:
         # mlock() keeps these pages, whatever is said about them; those that are hidden are zero.
         what.how = RESET_ZERO
-        memory_refill(s.m, 0, used)
+        image_fill(s.m, 0, used)
         what.kept = what.zeroed = used
         what.kept_high = used - s.pages.least if used > s.pages.least else 0
         what.tables += most_tables(s, used)
@@ -940,7 +941,7 @@ cdef int reset(slot* s, memory* m, long long now) noexcept nogil:
         return RESET_DISCARD if cool_pages(s) else -1
     if load(&m.protection) != PROTECTION_NONE and memory_unprotect(m, used):
         return -1
-    if (m.image != s.image or m.image_state == IMAGE_BROKEN) and memory_turn_to(m, s.image):
+    if not image_is_attached(m, s.image) and image_rebind(m, s.image):
         return -1       # a user has turned it to another image, or given pages of its own back
     what.low = what.high = what.kept = what.kept_high = what.zeroed = 0
     what.how = RESET_SCAN
@@ -951,7 +952,7 @@ cdef int reset(slot* s, memory* m, long long now) noexcept nogil:
             memory_doubt(m)     # it may be inaccessible: a pool below sees to that first
             return -1
         account(s, used, &to, &what, now)
-        if s.pool.check and not memory_is_filled(m, used):
+        if s.pool.check and not image_is_intact(m, used):
             return -1
     if used > s.pages.least:
         s.grown = now
@@ -981,7 +982,7 @@ cdef bint cool_pages(slot* s) noexcept nogil:
     if s.pages.high and pages.decommit(s.base - s.given.pre_guard, s.reserved):
         return False
     poke(&s.m.accessible, 0)
-    s.m.image_state = IMAGE_COPIED
+    image_pages_are_gone(s.m)
     memory_forget_protection(s.m)
     s.pages.accessible = s.pages.high = s.pages.hidden = 0
     s.resident = s.tables = s.old_tables = 0
@@ -1009,7 +1010,7 @@ cdef int warm_up(slot* s, long long now, failure* why) noexcept nogil:
     s.pages.accessible = s.pages.high = s.pages.least
     code = commit_pages(s.base, s.pages.least)
     if code == 0:
-        code = memory_start_again(s.m, s.image)
+        code = image_attach(s.m, s.image)
     if code == 0 and s.m.ops.prefaults:
         code = pages.prefault(s.base, s.pages.least)
     if code:
@@ -1022,8 +1023,7 @@ cdef inline void restore(slot* s) noexcept nogil:
     """The memory is as when upstream made it, in all that a guest or a creator above may have changed. No other thread
     has it, so that plain stores are enough."""
     cdef memory* m = s.m
-    m.started = <size_t>s.given.size
-    m.dirtied = 0
+    image_begin_use(m, <size_t>s.given.size)
     m.pre_guard = s.given.pre_guard
     m.guard = s.given.guard
     poke(&m.maximum, s.given.maximum)
@@ -1737,7 +1737,7 @@ ctypedef domain_t* domain_ptr
 
 cdef size_t least_mappings(const memory_spec* spec) noexcept nogil:
     """Of a slot that is made; what upstream adds is seen when it is there."""
-    return 5 if spec.image != NULL and spec.image.content.maps and spec.image.high > spec.image.low else 3
+    return 5 if image_shares_pages(spec.image) else 3
 
 
 cdef void describe_slot(pool* p, slot* s, memory* m, const memory_spec* spec) noexcept nogil:
@@ -1756,7 +1756,7 @@ cdef void describe_slot(pool* p, slot* s, memory* m, const memory_spec* spec) no
     s.given.huge_pages = m.huge_pages
     s.given.growth_is_watched = m.growth_is_watched
     s.reserved = m.pre_guard + m.capacity + m.guard
-    s.image = spec.image if spec.image != NULL else m.image     # a pool below may have one of its own
+    s.image = spec.image if spec.image != NULL else image_of(m)     # a pool below may have one of its own
     image_retain(s.image)
     s.mappings = mappings_of(s)
     s.since = s.emptied = s.grown = pages.coarse_ns()
@@ -1872,7 +1872,7 @@ cdef class PoolingCreator(NativeCreator):
         (upstream, slots, keep_resident, max_unused_warm, max_resident, max_reserved, idle_seconds, max_reset_seconds,
          reset, when_full, timeout, check, image) = _given("PoolingCreator", tuple(_OPTIONS), _OPTIONS, args, kwargs, 1)
         self.upstream = check_native(MmapCreator() if upstream is None else upstream, "upstream")
-        if image is not None and not isinstance(image, ImageHandle):
+        if image is not None and not isinstance(image, Image):
             raise TypeError(f"image must be an Image, got {type(image).__name__}")
         self.image = image
         if slots is not None:

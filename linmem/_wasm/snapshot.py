@@ -12,8 +12,7 @@ from wasmtime import _ffi as ffi
 
 from linmem._core import bridge as _bridge
 from linmem._core.arguments import check_flag
-from linmem._core.image import Image
-from linmem._core.memory import Memory, restore_all
+from linmem._core.memory import Image, Memory, restore_all
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
