@@ -1,6 +1,10 @@
 # Address space and pages from the OS: how much linmem reserves, and what happens if the OS refuses; a part of
 # memory.pyx.
 
+cdef inline size_t host_page() noexcept nogil:
+    return pages.capabilities().page_size
+
+
 # -- ranges that the OS refused to take back
 
 cdef struct orphan:
@@ -96,7 +100,7 @@ cdef size_t claim_reservation(size_t minimum, size_t bound, size_t guard, size_t
     """Returns the size that linmem chooses. *chosen: the bytes that count for the whole reservation until
     forget_chosen(); 0 if the size is the minimum, which the caller chose. Threads that choose at the same time do not
     exceed half of the address space together."""
-    cdef size_t page = pages.capabilities().page_size
+    cdef size_t page = host_page()
     cdef size_t space, left, room, want, capacity
     cdef long long now
     cdef layout least
@@ -140,7 +144,7 @@ cdef int reserve_exactly(size_t minimum, size_t reservation, size_t guard, size_
     """The reserved range is inaccessible on return. alignment: of the base, a power of two; 0 for a host page."""
     cdef size_t lead
     cdef int code
-    if lay_out(minimum, reservation, guard, pages.capabilities().page_size, out):
+    if lay_out(minimum, reservation, guard, host_page(), out):
         if guard > minimum and guard > reservation:
             return fail(why, E_OVERFLOW, "guard", guard)
         return fail(why, E_OVERFLOW, "minimum" if minimum >= reservation else "reserve",

@@ -150,7 +150,7 @@ cdef int image_reset(memory* m, size_t size) noexcept nogil:
 
 cdef bint image_is_intact(memory* m, size_t size) noexcept nogil:
     """Whether the first `size` bytes, whole host pages, are those of the memory's image, and zeros outside of it."""
-    cdef size_t at = 0, page = pages.capabilities().page_size
+    cdef size_t at = 0, page = host_page()
     cdef const char* expected
     while at < size:
         expected = image_bytes(m.cow.image, at)
@@ -278,8 +278,8 @@ cdef void map_or_copy(memory* m, image* img, size_t low, size_t high) noexcept n
 
 cdef void zero_bytes(memory* m, size_t start, size_t end) noexcept nogil:
     """Any bytes that no image is mapped into become zero; whole host pages in the cheapest way."""
-    cdef size_t first = 0, last = round_down(end, pages.capabilities().page_size), total = 0
-    if (not m.ops.pages_are_ours or m.cow.how == IMAGE_BROKEN or round_up(start, pages.capabilities().page_size, &first)
+    cdef size_t first = 0, last = round_down(end, host_page()), total = 0
+    if (not m.ops.pages_are_ours or m.cow.how == IMAGE_BROKEN or round_up(start, host_page(), &first)
             or first >= last):
         if end > start:
             memset(m.base + start, 0, end - start)

@@ -3,18 +3,16 @@
 cdef int memory_discard(memory* m, size_t offset, size_t size, failure* why) noexcept nogil:
     """The bytes of a range become zero. Whole host pages go back to the OS; the rest of the first and the last page is
     zeroed. If this fails, no byte has changed."""
-    cdef size_t other, page = pages.capabilities().page_size
-    cdef size_t end = offset + size
+    cdef size_t page = host_page(), end = offset + size
     cdef size_t first = offset, last = round_down(end, page)
-    cdef int access
     cdef int code = begin_page_call(m, "discard", offset, size, why)
     if code:
         return code
     round_up(offset, page, &first)
-    if memory_has_other(m, offset, size, WRITABLE, &other, &access):
-        if not pages.capabilities().discard_any_protection:
-            code = unsupported_protection(m, other, access, "discard, on this system,", why)
-        elif offset & (page - 1) or (size & (page - 1) and end != memory_size(m)):
+    code = unsupported_on(m, offset, size, WRITABLE, "discard, on this system,", why)
+    if code and pages.capabilities().discard_any_protection:
+        code = 0
+        if offset & (page - 1) or (size & (page - 1) and end != memory_size(m)):
             code = fail(why, E_VALUE, "discard", size)
             snprintf(why.detail, sizeof(why.detail), "offset and size must be multiples of the host page (%zu) in a"
                      " range with protected pages, got %zu and %zu", page, offset, size)
@@ -31,14 +29,16 @@ cdef int memory_discard(memory* m, size_t offset, size_t size, failure* why) noe
 
 cdef int discard_pages(memory* m, size_t start, size_t end, failure* why) noexcept nogil:
     """Whole host pages. If the OS refuses a part when another part is discarded already, that part is zeroed."""
-    cdef size_t low = end, high = end, other
-    cdef int access, code = 0
+    cdef size_t low = end, high = end
+    cdef int code = 0
     if image_maps_pages(m):
         image_mapped_range(m, &low, &high)
         low = start if low < start else end if low > end else low
         high = low if high < low else end if high > end else high
-    if high > low and memory_has_other(m, start, end - start, WRITABLE, &other, &access):
-        return unsupported_protection(m, other, access, "discard, where the range holds pages of an image,", why)
+    if high > low:
+        code = unsupported_on(m, start, end - start, WRITABLE, "discard, where the range holds pages of an image,", why)
+        if code:
+            return code
     if low > start:
         code = pages.discard(m.base + start, low - start)
     if code == 0 and high > low:
@@ -56,16 +56,15 @@ cdef int discard_pages(memory* m, size_t start, size_t end, failure* why) noexce
 
 cdef int memory_prefault(memory* m, size_t offset, size_t size, failure* why) noexcept nogil:
     """Make the host pages resident that the range lies in. No byte changes."""
-    cdef size_t other, page = pages.capabilities().page_size
+    cdef size_t page = host_page()
     cdef size_t first = round_down(offset, page), end = 0
-    cdef int access
     cdef int code = begin_page_call(m, "prefault", offset, size, why)
     if code:
         return code
     round_up(offset + size, page, &end)
-    if not pages.capabilities().populates and memory_has_other(m, offset, size, WRITABLE, &other, &access):
-        code = unsupported_protection(m, other, access, "prefault, on this system,", why)
-    elif size:
+    if not pages.capabilities().populates:
+        code = unsupported_on(m, offset, size, WRITABLE, "prefault, on this system,", why)
+    if code == 0 and size:
         code = fail_page_call(why, pages.prefault(m.base + first, end - first), "prefault", end - first)
     unlock(&m.lock)
     return code

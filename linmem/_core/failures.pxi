@@ -61,7 +61,7 @@ cdef int fail_python(failure* why, object error) noexcept:
 
 cdef void failure_text(const failure* why, char* text, size_t room) noexcept nogil:
     cdef int code = why.code
-    cdef const char* detail = why.detail
+    cdef const char* detail = <const char*>why.detail
     cdef const char* between = "; " if detail[0] else ""
     if code > 0:
         snprintf(text, room, "%s of %zu bytes failed with code %d: %s%s%s", why.call, why.size, code,
@@ -134,13 +134,10 @@ cdef int raise_failure(const failure* why) except -1:
 
 
 cdef int raise_code(int code) except -1:
-    cdef failure why
-    fail(&why, code, "use", 0)
-    return raise_failure(&why)
+    raise _exception_of(code)
 
 
 def _exception_of(int code):
-    """The exception for a code of ours. For the tests."""
     cdef failure why
-    fail(&why, code, "call", 1, 2, 3)
+    fail(&why, code, "use", 0)
     return exception_of(&why)

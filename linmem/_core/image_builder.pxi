@@ -62,7 +62,7 @@ cdef void image_forget(image* img) noexcept nogil:
 
 cdef image* image_alloc(size_t offset, size_t size, failure* why) noexcept nogil:
     """An image without content. NULL: it failed. *why is filled then."""
-    cdef size_t end, page = pages.capabilities().page_size
+    cdef size_t end, page = host_page()
     cdef image* img
     if add_up(offset, size, &end) or round_up(end, page, &end) or end > SIZE_MAX >> 1:
         fail(why, E_OVERFLOW, "offset" if offset > size else "size", offset if offset > size else size)
@@ -82,7 +82,7 @@ cdef image* image_alloc(size_t offset, size_t size, failure* why) noexcept nogil
 cdef size_t content_size(const image* img) noexcept nogil:
     """Bytes of the host pages from img.offset to img.end."""
     cdef size_t size = 0
-    round_up(img.end - img.offset, pages.capabilities().page_size, &size)
+    round_up(img.end - img.offset, host_page(), &size)
     return size
 
 
@@ -161,7 +161,7 @@ cdef int image_finish(image* img, failure* why) noexcept nogil:
 
 cdef void image_bound(image* img) noexcept nogil:
     """Set low and high from the runs."""
-    cdef size_t page = pages.capabilities().page_size
+    cdef size_t page = host_page()
     if img.n_runs:
         img.low = round_down(img.runs[0].offset, page)
         round_up(img.runs[img.n_runs - 1].offset + img.runs[img.n_runs - 1].size, page, &img.high)

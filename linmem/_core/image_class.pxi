@@ -57,14 +57,10 @@ cdef class Image:
         PageError
             The OS has no room for the image.
         """
-        cdef Py_buffer given
         cdef size_t start
         check_extent(offset, "offset", &start)
-        take_bytes(data, "data", &given)
-        try:
-            return build_image(start, <size_t>given.len, [(start, data)])
-        finally:
-            PyBuffer_Release(&given)
+        with _check_bytes(data, "data") as view:
+            return build_image(start, len(view), [(start, view)])
 
     @staticmethod
     def from_pieces(pieces, size, offset=0):
@@ -111,7 +107,7 @@ cdef class Image:
         PageError
             The OS refused.
         """
-        cdef size_t start, n, end = 0, at, stored, page = pages.capabilities().page_size
+        cdef size_t start, n, end = 0, at, stored, page = host_page()
         cdef int code, descriptor
         cdef image* img
         cdef failure why
@@ -430,7 +426,7 @@ cdef class Image:
         if max_size is not None:
             max_size = _check_size(max_size, "max_size")
         image_, contents = _files.open_image(Image, _check_path(path), verify=verify, mapped=map, max_size=max_size,
-                                             host_page=pages.capabilities().page_size)
+                                             host_page=host_page())
         (<Image>image_)._contents = contents
         return image_
 

@@ -55,20 +55,16 @@ cdef int wait_for_signals(int* looks, long long* since, failure* why) noexcept n
 
 cdef void acquire(word* lock) noexcept nogil:
     """The caller must not hold the GIL, because the holder of a memory's lock may be waiting for the GIL."""
-    cdef long long holder
     cdef int looks = 0
     if swap_if(lock, 0, generation):
         return
-    while True:
-        holder = load(lock)     # a plain look leaves the cache line with the holder
-        if holder != generation and swap_if(lock, holder, generation):
-            return
+    while not try_acquire(lock):
         wait_a_moment(looks)
         looks += 1
 
 
 cdef bint try_acquire(word* lock) noexcept nogil:
-    cdef long long holder = load(lock)
+    cdef long long holder = load(lock)      # a plain look leaves the cache line with the holder
     while holder != generation:
         if swap_if(lock, holder, generation):
             return True
@@ -113,17 +109,13 @@ cdef bint is_own_growth(memory* m) noexcept nogil:
 cdef int lock_memory(memory* m, failure* why) noexcept nogil:
     """As acquire(). The holder may be in grow_to() of a memory in Python for long, so Ctrl-C ends the wait. After a 0,
     unlock(&m.lock) must follow."""
-    cdef long long holder
     cdef long long since = 0
     cdef int looks = 0, code = 0
     if swap_if(&m.lock, 0, generation):
         return 0
     if is_own_growth(m):
         return fail(why, E_OWN_GROWTH, "wait", 0)
-    while code == 0:
-        holder = load(&m.lock)
-        if holder != generation and swap_if(&m.lock, holder, generation):
-            return 0
+    while code == 0 and not try_acquire(&m.lock):
         code = wait_for_signals(&looks, &since, why)
     return code
 
@@ -277,7 +269,7 @@ cdef void repair(memory* m) noexcept nogil:
         store(&m.pins, 0)
     if m.opening:
         end = 0
-        round_up(memory_size(m), pages.capabilities().page_size, &end)
+        round_up(memory_size(m), host_page(), &end)
         if end < m.opening and pages.protect(m.base + end, m.opening - end, pages.ACCESS_NONE):
             pages.decommit(m.base + end, m.opening - end)
         poke(&m.accessible, end)

@@ -99,7 +99,7 @@ cdef int mapped_grow(memory* m, size_t new_size, failure* why) noexcept nogil:
 
 
 cdef inline int mapped_grow_by(memory* m, size_t size, size_t new_size, failure* why) noexcept nogil:
-    cdef size_t page = pages.capabilities().page_size
+    cdef size_t page = host_page()
     cdef size_t need
     cdef int code
     if round_up(new_size, page, &need):
@@ -195,7 +195,7 @@ cdef int move_to_larger(memory* m, size_t need, const layout* to, char* region, 
 
 cdef int prefaulting_grow(memory* m, size_t new_size, failure* why) noexcept nogil:
     """A growth after which every page is resident. Pages that are resident already cost next to nothing."""
-    cdef size_t page = pages.capabilities().page_size
+    cdef size_t page = host_page()
     cdef size_t first = round_down(memory_size(m), page)
     cdef size_t end, accessible = m.accessible
     cdef char* base = m.base

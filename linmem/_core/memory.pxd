@@ -259,61 +259,64 @@ cdef struct request:
     domain* domain              # a borrowed reference of the caller
 
 
-cdef size_t memory_size(memory* m) noexcept nogil
-
 cdef size_t UNCHOSEN            # of a reservation
 cdef size_t NO_MAXIMUM
 
 # Memories. Each memory_ function that changes bytes, pages or the size takes the memory's lock itself.
-cdef int memory_grow_to(memory* m, size_t new_size, failure* why) noexcept nogil
-cdef int memory_protect(memory* m, size_t offset, size_t size, int access, failure* why) noexcept nogil
-cdef int memory_discard(memory* m, size_t offset, size_t size, failure* why) noexcept nogil
-cdef int memory_prefault(memory* m, size_t offset, size_t size, failure* why) noexcept nogil
-cdef int memory_snapshot(memory* m, image** out, failure* why) noexcept nogil
-cdef int memory_restore(memory* m, image* to, bint zero_grown, failure* why) noexcept nogil
-cdef int memory_apply(memory* m, size_t base_size, size_t new_size, const delta_piece* pieces, size_t n,
-                      failure* why) noexcept nogil
-cdef int memory_changes(memory* m, image* base, bint for_delta, changes* out, failure* why) noexcept nogil
-cdef int memory_resident(memory* m, size_t* bytes, failure* why) noexcept nogil
-cdef void memory_retain(memory* m) noexcept nogil
-cdef void memory_release(memory* m) noexcept nogil
-cdef void memory_hang(memory* m, memory_hook* hook) noexcept nogil
-cdef int lock_memory(memory* m, failure* why) noexcept nogil
-cdef int begin_move(memory* m, size_t new_size, failure* why) noexcept nogil
-cdef void end_move(memory* m) noexcept nogil
-cdef void begin_own_growth(own_growth* growth, memory* m) noexcept nogil
-cdef void end_own_growth(own_growth* growth) noexcept nogil
-cdef void list_memory(memory* m) noexcept nogil
-cdef void unlist_memory(memory* m) noexcept nogil
-cdef memory* live_after(memory* m) noexcept nogil
+cdef nogil:
+    size_t memory_size(memory* m) noexcept
+    int memory_grow_to(memory* m, size_t new_size, failure* why) noexcept
+    int memory_protect(memory* m, size_t offset, size_t size, int access, failure* why) noexcept
+    int memory_discard(memory* m, size_t offset, size_t size, failure* why) noexcept
+    int memory_prefault(memory* m, size_t offset, size_t size, failure* why) noexcept
+    int memory_snapshot(memory* m, image** out, failure* why) noexcept
+    int memory_restore(memory* m, image* to, bint zero_grown, failure* why) noexcept
+    int memory_apply(memory* m, size_t base_size, size_t new_size, const delta_piece* pieces, size_t n,
+                     failure* why) noexcept
+    int memory_changes(memory* m, image* base, bint for_delta, changes* out, failure* why) noexcept
+    int memory_resident(memory* m, size_t* bytes, failure* why) noexcept
+    void memory_retain(memory* m) noexcept
+    void memory_release(memory* m) noexcept
+    void memory_hang(memory* m, memory_hook* hook) noexcept
+    int lock_memory(memory* m, failure* why) noexcept
+    int begin_move(memory* m, size_t new_size, failure* why) noexcept
+    void end_move(memory* m) noexcept
+    void begin_own_growth(own_growth* growth, memory* m) noexcept
+    void end_own_growth(own_growth* growth) noexcept
+    void list_memory(memory* m) noexcept
+    void unlist_memory(memory* m) noexcept
+    memory* live_after(memory* m) noexcept
 
 # Protection.
-cdef int memory_unprotect(memory* m, size_t size) noexcept nogil
-cdef void memory_forget_protection(memory* m) noexcept nogil
-cdef void memory_doubt(memory* m) noexcept nogil
-cdef int refuse_foreign(const char* at, size_t size, int allowed, const char* call, failure* why) noexcept nogil
+cdef nogil:
+    int memory_unprotect(memory* m, size_t size) noexcept
+    void memory_forget_protection(memory* m) noexcept
+    void memory_doubt(memory* m) noexcept
+    int refuse_foreign(const char* at, size_t size, int allowed, const char* call, failure* why) noexcept
 
 # Images.
-cdef void image_retain(image* img) noexcept nogil
-cdef void image_release(image* img) noexcept nogil
-cdef void image_copy(const image* img, char* base) noexcept nogil
-cdef int image_changes(image* img, image* base, changes* out, failure* why) noexcept nogil
-cdef void forgotten_is(void (*tell)(image* img) noexcept nogil) noexcept nogil
+cdef nogil:
+    void image_retain(image* img) noexcept
+    void image_release(image* img) noexcept
+    void image_copy(const image* img, char* base) noexcept
+    int image_changes(image* img, image* base, changes* out, failure* why) noexcept
+    void forgotten_is(void (*tell)(image* img) noexcept nogil) noexcept
 
 cdef inline bint image_shares_pages(const image* img) noexcept nogil:
     """Whether a memory that starts from `img` (NULL: from zeros) maps pages of the image."""
     return img != NULL and img.content.maps and img.high > img.low
 
 # The copy-on-write state of a memory. The caller holds the memory's lock or owns the memory exclusively.
-cdef int image_attach(memory* m, image* img) noexcept nogil
-cdef void image_detach(memory* m) noexcept nogil
-cdef int image_rebind(memory* m, image* img) noexcept nogil
-cdef void image_restore(memory* m, image* img) noexcept nogil
-cdef int image_reset(memory* m, size_t size) noexcept nogil
-cdef void image_fill(memory* m, size_t at, size_t size) noexcept nogil
-cdef bint image_is_intact(memory* m, size_t size) noexcept nogil
-cdef void touched_begin(touched_runs* runs, memory* m, size_t at, size_t end) noexcept nogil
-cdef bint touched_next(touched_runs* runs) noexcept nogil
+cdef nogil:
+    int image_attach(memory* m, image* img) noexcept
+    void image_detach(memory* m) noexcept
+    int image_rebind(memory* m, image* img) noexcept
+    void image_restore(memory* m, image* img) noexcept
+    int image_reset(memory* m, size_t size) noexcept
+    void image_fill(memory* m, size_t at, size_t size) noexcept
+    bint image_is_intact(memory* m, size_t size) noexcept
+    void touched_begin(touched_runs* runs, memory* m, size_t at, size_t end) noexcept
+    bint touched_next(touched_runs* runs) noexcept
 
 cdef inline image* image_of(memory* m) noexcept nogil:
     return m.cow.image
@@ -336,33 +339,37 @@ cdef inline void image_begin_use(memory* m, size_t size) noexcept nogil:
     m.cow.dirtied = 0
 
 # Failures.
-cdef int fail(failure* why, int code, const char* call, size_t size, size_t used=*, size_t limit=*) noexcept nogil
+cdef nogil:
+    int fail(failure* why, int code, const char* call, size_t size, size_t used=*, size_t limit=*) noexcept
+    void failure_text(const failure* why, char* text, size_t room) noexcept
 cdef int fail_python(failure* why, object error) noexcept
-cdef void failure_text(const failure* why, char* text, size_t room) noexcept nogil
 cdef int raise_failure(const failure* why) except -1
 
 # Locks and forks.
-cdef void acquire(word* lock) noexcept nogil
-cdef bint try_acquire(word* lock) noexcept nogil
-cdef void unlock(word* lock) noexcept nogil
-cdef void list_lock(fork_lock* it) noexcept nogil
-cdef void unlist_lock(fork_lock* it) noexcept nogil
-cdef void in_each_child(void (*call)() noexcept nogil) noexcept nogil
-cdef void drop_object(PyObject* object) noexcept nogil
-cdef bint python_is_ending() noexcept nogil
+cdef nogil:
+    void acquire(word* lock) noexcept
+    bint try_acquire(word* lock) noexcept
+    void unlock(word* lock) noexcept
+    void list_lock(fork_lock* it) noexcept
+    void unlist_lock(fork_lock* it) noexcept
+    void in_each_child(void (*call)() noexcept nogil) noexcept
+    void drop_object(PyObject* object) noexcept
+    bint python_is_ending() noexcept
 
 # Address space and pages.
-cdef void relief_is(bint (*give)(int what, const void* budget, size_t size) noexcept nogil) noexcept nogil
-cdef bint relieve(int what, const void* budget, size_t size) noexcept nogil
-cdef int commit_pages(char* at, size_t size) noexcept nogil
-cdef void give_back(char* at, size_t size) noexcept nogil
+cdef nogil:
+    void relief_is(bint (*give)(int what, const void* budget, size_t size) noexcept nogil) noexcept
+    bint relieve(int what, const void* budget, size_t size) noexcept
+    int commit_pages(char* at, size_t size) noexcept
+    void give_back(char* at, size_t size) noexcept
 
 # Domains and requests.
-cdef domain* current_domain() noexcept nogil
-cdef void set_domain(domain* d) noexcept nogil
+cdef nogil:
+    domain* current_domain() noexcept
+    void set_domain(domain* d) noexcept
+    void domain_retain(domain* d) noexcept
+    void domain_release(domain* d) noexcept
 cdef domain* domain_of(object name) except? NULL
-cdef void domain_retain(domain* d) noexcept nogil
-cdef void domain_release(domain* d) noexcept nogil
 cdef void answer_request(request* it) noexcept
 
 # Arguments.
@@ -404,6 +411,7 @@ cdef class Memory:
     cdef int refuse_entry(self, long long now) except -1
     cdef void settle(self) noexcept
     cdef void last_left(self, long long now) noexcept
+    cdef long long shut(self, long long unless) noexcept
     cdef memory* begin_export(self, bint* read_only) except NULL
     cdef void end_export(self) noexcept
     cdef bint is_protected(self) except -1

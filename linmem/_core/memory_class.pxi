@@ -207,11 +207,8 @@ cdef class Memory:
         self.settle()
         now = add_with_gil(&self.users, ONE_CALL)
         own = is_own_growth(m)
-        while now >= 0 and now & EXPORTS == 0 and not own:
-            if swap_if(&self.users, now, now | CLOSED):
-                now |= CLOSED
-            else:
-                now = load(&self.users)
+        if not own:
+            now = self.shut(EXPORTS)
         self.leave()
         if now < 0:
             return
@@ -219,6 +216,15 @@ cdef class Memory:
             raise_code(E_OWN_GROWTH)
         raise BufferError(f"cannot close the memory: {(now & EXPORTS) >> EXPORTS_SHIFT} exported buffer(s) still point"
                           " into it")
+
+    cdef long long shut(self, long long unless) noexcept:
+        """Set CLOSED, unless a bit of `unless` is set. Returns what `users` is then."""
+        cdef long long now = load(&self.users)
+        while now >= 0 and now & unless == 0:
+            if swap_if(&self.users, now, now | CLOSED):
+                return now | CLOSED
+            now = load(&self.users)
+        return now
 
     @property
     def closed(self):
@@ -235,15 +241,9 @@ cdef class Memory:
 
         It never raises, so an error of the block is not hidden.
         """
-        cdef long long now
-        if self.m == NULL:
-            return
-        self.settle()
-        now = load(&self.users)
-        while now >= 0 and not swap_if(&self.users, now, now | CLOSED):
-            now = load(&self.users)
-        if now >= 0:
-            self.last_left(now | CLOSED)
+        if self.m != NULL:
+            self.settle()
+            self.last_left(self.shut(0))
 
     # Two handles on one memory are equal while both are open. Afterwards the address may be another memory's. The hash
     # is that of the address, which a handle never changes.
@@ -918,7 +918,7 @@ cdef class Memory:
                 base=base, byte_size=size, byte_capacity=capacity,
                 maximum_byte_size=None if maximum == NO_MAXIMUM else maximum,
                 reserved=pre_guard + capacity + guard, committed=committed, resident=resident if known else None,
-                pre_guard=pre_guard, guard=guard, page_size=pages.capabilities().page_size, exports=exports,
+                pre_guard=pre_guard, guard=guard, page_size=host_page(), exports=exports,
                 kind=m.ops.kind.decode(), owner="wasmtime" if load(&m.owner) == OWNER_WASMTIME else "python")
         finally:
             self.leave()

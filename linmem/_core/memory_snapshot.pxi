@@ -25,7 +25,7 @@ cdef int add_range(changes* to, size_t offset, size_t size, bint zero, failure* 
 
 cdef int add_bytes(changes* to, size_t offset, size_t size, failure* why) noexcept nogil:
     """The host pages in which the bytes lie."""
-    cdef size_t end = 0, page = pages.capabilities().page_size
+    cdef size_t end = 0, page = host_page()
     cdef size_t first = round_down(offset, page)
     round_up(offset + size, page, &end)
     return add_range(to, first, end - first, False, why)
@@ -153,7 +153,7 @@ cdef int image_changes(image* img, image* base, changes* out, failure* why) noex
 cdef int compare(memory* m, image* img, image* base, size_t size, bint for_delta, changes* out,
                  failure* why) noexcept nogil:
     """Where the first `size` bytes of `m`, or of `img` if m is NULL, differ from `base`."""
-    cdef size_t page = pages.capabilities().page_size
+    cdef size_t page = host_page()
     cdef size_t i, at, end = 0
     cdef bint is_cut = for_delta and size & (page - 1) and base.end > size
     cdef changes found
@@ -181,7 +181,7 @@ cdef int compare_page(memory* m, image* img, image* base, bint is_cut, bint for_
     """Compare the page at `at`, as far as it lies below `size`. is_cut: if `size` cuts the page, it counts as
     changed."""
     cdef size_t step = page if size - at > page else size - at
-    cdef const char* here = m.base + at if m != NULL else image_bytes(img, at)
+    cdef const char* here = image_bytes(img, at) if m == NULL else <const char*>m.base + at
     cdef const char* there = image_bytes(base, at)
     cdef bint zero = here == NULL or is_zero(here, step)
     if step == page or not is_cut:

@@ -99,7 +99,7 @@ cdef class NativeCreator:
             spec.image = (<Image>image).it
         check_extent(DEFAULT_GUARD if guard is None else guard, "guard", &spec.guard)
         if guard is None:
-            round_up(spec.guard, pages.capabilities().page_size, &spec.guard)
+            round_up(spec.guard, host_page(), &spec.guard)
         spec.page_size = 1
         spec.is_64 = True
         spec.is_shared = False
@@ -111,7 +111,7 @@ cdef class NativeCreator:
         cdef Memory made
         cdef failure why
         cdef int code
-        cdef size_t page = pages.capabilities().page_size
+        cdef size_t page = host_page()
         if spec.minimum > spec.maximum:
             raise ValueError(f"minimum must be <= maximum ({spec.maximum}), got {spec.minimum}")
         if spec.guard & (page - 1):

@@ -145,27 +145,29 @@ cdef int refuse_access(memory* m, size_t offset, size_t size, int allowed, const
 
 cdef int refuse_protected(memory* m, int allowed, const char* call, failure* why) noexcept nogil:
     """As refuse_access(), for calls on the whole memory."""
-    cdef size_t at
-    cdef int access
     if not m.ops.pages_are_ours:
         if refuse_foreign(m.base, memory_size(m), allowed, call, why) == 0:
             return 0
         fail(why, E_UNSUPPORTED, call, 0)
         snprintf(why.detail, sizeof(why.detail), "with protected pages, which the memory has that this one is made of")
         return E_UNSUPPORTED
-    if not memory_has_other(m, 0, memory_size(m), allowed, &at, &access):
+    return unsupported_on(m, 0, memory_size(m), allowed, call, why)
+
+
+cdef int unsupported_on(memory* m, size_t offset, size_t size, int allowed, const char* call,
+                        failure* why) noexcept nogil:
+    """As refuse_access() for linmem's own pages; the failure is that the call is not supported."""
+    cdef size_t at
+    cdef int access
+    if not memory_has_other(m, offset, size, allowed, &at, &access):
         return 0
-    return unsupported_protection(m, at, access, call, why)
-
-
-cdef int unsupported_protection(memory* m, size_t at, int access, const char* call, failure* why) noexcept nogil:
     fail(why, E_UNSUPPORTED, call, 0)
     return describe_protection(m, at, access, "with protected pages: ", why)
 
 
 cdef int describe_protection(memory* m, size_t at, int access, const char* lead, failure* why) noexcept nogil:
     """Write into why.detail which page is in the way, and what to do. Returns the failure's code."""
-    cdef size_t page = pages.capabilities().page_size
+    cdef size_t page = host_page()
     cdef size_t whole = round_down(memory_size(m), page)
     at = round_down(at, page)
     if access == ACCESS_UNKNOWN:
@@ -184,19 +186,17 @@ cdef const char* access_name(int access) noexcept nogil:
 
 cdef int is_read_only(memory* m, bint* answer, failure* why) noexcept nogil:
     """Whether no byte of the memory can be written. Takes the lock; fails as lock_memory() does."""
-    cdef size_t at
-    cdef int access, code
-    cdef bint writable
+    cdef failure unused
+    cdef int code
     answer[0] = False
     if load(&m.protection) == PROTECTION_NONE or memory_size(m) == 0:
         return 0
     code = lock_memory(m, why)
     if code:
         return code
-    writable = (load(&m.protection) == PROTECTION_NONE
-                or memory_has_other(m, 0, memory_size(m), NOT_WRITABLE, &at, &access))
+    answer[0] = (load(&m.protection) != PROTECTION_NONE
+                 and refuse_access(m, 0, memory_size(m), NOT_WRITABLE, "write", &unused) == 0)
     unlock(&m.lock)
-    answer[0] = not writable
     return 0
 
 
@@ -268,7 +268,7 @@ cdef int begin_change(memory* m, failure* why) noexcept nogil:
             store(&m.protection, was)
             return fail(why, E_NO_MEMORY, "malloc", p.n * sizeof(size_t))
     if was == PROTECTION_UNKNOWN:
-        set_access(p, 0, round_down(memory_size(m), pages.capabilities().page_size), ACCESS_UNKNOWN)
+        set_access(p, 0, round_down(memory_size(m), host_page()), ACCESS_UNKNOWN)
     return 0
 
 
@@ -303,7 +303,7 @@ cdef int memory_protect(memory* m, size_t offset, size_t size, int access, failu
     cdef int code = begin_page_call(m, "protect", offset, size, why)
     if code:
         return code
-    if (offset | size) & (pages.capabilities().page_size - 1):
+    if (offset | size) & (host_page() - 1):
         code = refuse_unaligned(offset, size, why)
     elif size and load(&m.owner) == OWNER_WASMTIME and access != pages.ACCESS_READ_WRITE:
         code = fail(why, E_OWNED, "protect", size)
@@ -327,7 +327,7 @@ cdef int begin_page_call(memory* m, const char* call, size_t offset, size_t size
 
 
 cdef int refuse_unaligned(size_t offset, size_t size, failure* why) noexcept nogil:
-    cdef size_t page = pages.capabilities().page_size
+    cdef size_t page = host_page()
     cdef bint is_offset = offset & (page - 1) != 0
     fail(why, E_VALUE, "protect", size)
     snprintf(why.detail, sizeof(why.detail), "%s must be a multiple of the host page (%zu), got %zu",
@@ -370,7 +370,7 @@ cdef void undo_protect(memory* m, size_t start, size_t end) noexcept nogil:
 cdef bint give_access(memory* m, size_t start, size_t end, int access, int* left) noexcept nogil:
     """Ask the OS for the whole range, and if it refuses, for each half: the access of one refused page becomes unknown,
     not that of its neighbours. False: more than *left pages would become unknown."""
-    cdef size_t middle, page = pages.capabilities().page_size
+    cdef size_t middle, page = host_page()
     if pages.protect(m.base + start, end - start, access) == 0:
         return True
     if left[0] == 0:

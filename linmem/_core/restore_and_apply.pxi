@@ -126,8 +126,8 @@ cdef int memory_apply(memory* m, size_t base_size, size_t new_size, const delta_
 
 cdef int refuse_pieces(memory* m, size_t new_size, const delta_piece* pieces, size_t n, failure* why) noexcept nogil:
     """A failure if a piece lies beyond new_size, or its part within byte_size cannot be written."""
-    cdef size_t i, offset, size, other, byte_size = memory_size(m)
-    cdef int access, code
+    cdef size_t i, offset, size, byte_size = memory_size(m)
+    cdef int code
     for i in range(n):
         offset, size = pieces[i].offset, pieces[i].size
         if offset > new_size or size > new_size - offset:
@@ -138,10 +138,10 @@ cdef int refuse_pieces(memory* m, size_t new_size, const delta_piece* pieces, si
         if offset >= byte_size:
             continue
         size = size if size < byte_size - offset else byte_size - offset
-        if not m.ops.pages_are_ours:
+        if m.ops.pages_are_ours:
+            code = unsupported_on(m, offset, size, WRITABLE, "apply", why)
+        else:
             code = refuse_foreign(m.base + offset, size, WRITABLE, "apply", why)
-            if code:
-                return code
-        elif memory_has_other(m, offset, size, WRITABLE, &other, &access):
-            return unsupported_protection(m, other, access, "apply", why)
+        if code:
+            return code
     return 0
