@@ -71,13 +71,36 @@ cdef void image_detach(memory* m) noexcept nogil:
 
 
 cdef inline bint image_maps_pages(memory* m) noexcept nogil:
-    """Whether image_mapped_range() was mapped from the image. Some of its pages may have been replaced by zeros."""
+    """Whether pages were mapped from the image. Some of them may have been replaced by zeros."""
     return m.cow.how != IMAGE_COPIED
 
 
-cdef inline void image_mapped_range(memory* m, size_t* low, size_t* high) noexcept nogil:
-    low[0] = m.cow.image.offset + m.cow.image.low
-    high[0] = m.cow.image.offset + m.cow.image.high
+cdef inline size_t clamp(size_t value, size_t low, size_t high) noexcept nogil:
+    return low if value < low else high if value > high else value
+
+
+cdef void image_split(memory* m, size_t start, size_t end, size_t* low, size_t* high) noexcept nogil:
+    """*low .. *high: the part of start .. end that was mapped from the image. Both are `end` if none was."""
+    low[0] = high[0] = end
+    if image_maps_pages(m):
+        low[0] = clamp(m.cow.image.offset + m.cow.image.low, start, end)
+        high[0] = clamp(m.cow.image.offset + m.cow.image.high, start, end)
+
+
+cdef int image_unmap(memory* m) noexcept nogil:
+    """Replace all pages that were mapped from the image by pages of zeros. A code: they are zero, and still mapped."""
+    cdef size_t low, high
+    cdef int code
+    if not image_maps_pages(m):
+        return 0
+    image_split(m, 0, SIZE_MAX, &low, &high)
+    code = image_replace_pages(m, low, high - low)
+    if code:
+        m.cow.how = IMAGE_BROKEN
+        memset(m.base + low, 0, high - low)
+    else:
+        image_pages_are_gone(m)
+    return code
 
 
 cdef inline bint image_is_broken(memory* m) noexcept nogil:
@@ -90,7 +113,7 @@ cdef inline size_t image_known_size(memory* m, const image* img) noexcept nogil:
 
 
 cdef int image_replace_pages(memory* m, size_t at, size_t size) noexcept nogil:
-    """Replace pages of image_mapped_range() by pages of zeros. The next restore maps the image anew. A code: nothing
+    """Replace pages that were mapped from the image by zeros. The next restore maps the image anew. A code: nothing
     has changed."""
     cdef long long before = m.cow.how
     cdef int code
@@ -101,50 +124,31 @@ cdef int image_replace_pages(memory* m, size_t at, size_t size) noexcept nogil:
     return code
 
 
-cdef size_t same_source(memory* m, size_t at, size_t end, bint* over_image) noexcept nogil:
-    """The end of the longest prefix of at .. end that lies wholly inside or wholly outside the mapped image."""
-    cdef size_t low, high
-    over_image[0] = False
-    if m.cow.how != IMAGE_MAPPED:
-        return end
-    image_mapped_range(m, &low, &high)
-    if at >= high:
-        return end
-    if at < low:
-        return low if low < end else end
-    over_image[0] = True
-    return high if high < end else end
-
-
 # -- bytes and pages come back to what the memory came from: to the mapped image, and to zeros outside of it
 
 cdef void image_fill(memory* m, size_t at, size_t size) noexcept nogil:
     """The bytes become those of the mapped image, and zeros outside of it."""
-    cdef size_t end = at + size, stop
-    cdef bint over_image
-    while at < end:
-        stop = same_source(m, at, end, &over_image)
-        if over_image:
-            memcpy(m.base + at, m.cow.image.content.bytes + (at - m.cow.image.offset), stop - at)
-        else:
-            memset(m.base + at, 0, stop - at)
-        at = stop
+    cdef size_t low, high
+    image_split(m, at, at + size, &low, &high)
+    memset(m.base + at, 0, low - at)
+    if high > low:
+        memcpy(m.base + low, m.cow.image.content.bytes + (low - m.cow.image.offset), high - low)
+    memset(m.base + high, 0, at + size - high)
 
 
 cdef int image_reset(memory* m, size_t size) noexcept nogil:
     """Give the pages of the first `size` bytes back: they show the mapped image again, and zeros outside of it. The
     conditions, and what a refusal leaves behind, are those of pages.renew()."""
-    cdef size_t at = 0, stop
-    cdef bint over_image
+    cdef size_t low, high
     cdef int code = 0
     m.cow.dirtied = 0
-    while at < size and code == 0:
-        stop = same_source(m, at, size, &over_image)
-        if over_image:
-            code = pages.image_renew(&m.cow.image.content, at - m.cow.image.offset, m.base + at, stop - at)
-        else:
-            code = pages.renew(m.base + at, stop - at)
-        at = stop
+    image_split(m, 0, size, &low, &high)
+    if low:
+        code = pages.renew(m.base, low)
+    if code == 0 and high > low:
+        code = pages.image_renew(&m.cow.image.content, low - m.cow.image.offset, m.base + low, high - low)
+    if code == 0 and size > high:
+        code = pages.renew(m.base + high, size - high)
     return code
 
 
@@ -168,11 +172,13 @@ cdef void touched_begin(touched_runs* runs, memory* m, size_t at, size_t end) no
 
 
 cdef bint touched_next(touched_runs* runs) noexcept nogil:
-    cdef size_t stop
+    cdef size_t low, high, stop
     cdef char* next
     if runs.at >= runs.end:
         return False
-    stop = same_source(runs.m, runs.at, runs.end, &runs.over_image)
+    image_split(runs.m, runs.at, runs.end, &low, &high)
+    runs.over_image = low == runs.at and high > low
+    stop = high if runs.over_image else low if low > runs.at else runs.end
     runs.n = RUNS
     runs.code = pages.touched(runs.m.base + runs.at, stop - runs.at, runs.over_image, runs.runs, &runs.n, &next)
     if runs.code:
@@ -252,15 +258,8 @@ cdef void map_or_copy(memory* m, image* img, size_t low, size_t high) noexcept n
     The state is IMAGE_BROKEN during each page call. A child that is forked during the call takes over the state, and a
     restore in the child must not take a part of another image for this one.
     """
-    cdef size_t at = low, i, first, end
-    if image_maps_pages(m):
-        # These pages must not show the other image any more.
-        image_mapped_range(m, &first, &end)
-        m.cow.how = IMAGE_BROKEN
-        if pages.blank(m.base + first, end - first):
-            memset(m.base + first, 0, end - first)
-        else:
-            m.cow.how = IMAGE_COPIED
+    cdef size_t at = low, i
+    image_unmap(m)          # the pages must not show the other image any more
     if img.content.maps and high > low and m.ops == &mapped_ops and m.cow.how == IMAGE_COPIED:
         if m.cow.image != img:
             hold_image(m, img)
@@ -300,16 +299,11 @@ cdef void discard_or_zero(memory* m, size_t start, size_t end) noexcept nogil:
 cdef int image_rebind(memory* m, image* img) noexcept nogil:
     """The caller owns the memory exclusively. Rebinds it from its current image to `img`; NULL means no image. 0:
     image_is_attached(m, img). The bytes are the image's then; those of no image may be anything."""
-    cdef size_t low, high
     cdef int code
     if img != NULL:
         image_restore(m, img)
         return 0 if image_is_attached(m, img) else E_IMAGE
-    if image_maps_pages(m):
-        image_mapped_range(m, &low, &high)
-        code = pages.blank(m.base + low, high - low)
-        if code:
-            return code
-        image_pages_are_gone(m)
-    image_detach(m)
-    return 0
+    code = image_unmap(m)
+    if code == 0:
+        image_detach(m)
+    return code

@@ -29,12 +29,9 @@ cdef int memory_discard(memory* m, size_t offset, size_t size, failure* why) noe
 
 cdef int discard_pages(memory* m, size_t start, size_t end, failure* why) noexcept nogil:
     """Whole host pages. If the OS refuses a part when another part is discarded already, that part is zeroed."""
-    cdef size_t low = end, high = end
+    cdef size_t low, high
     cdef int code = 0
-    if image_maps_pages(m):
-        image_mapped_range(m, &low, &high)
-        low = start if low < start else end if low > end else low
-        high = low if high < low else end if high > end else high
+    image_split(m, start, end, &low, &high)
     if high > low:
         code = unsupported_on(m, start, end - start, WRITABLE, "discard, where the range holds pages of an image,", why)
         if code:

@@ -10,23 +10,28 @@ cdef domain* domains[DOMAIN_BUCKETS]
 cdef fork_lock domains_lock
 list_lock(&domains_lock)
 
+# What a thread is doing: the domain of the memory that it makes, and the request that a Python creator answers.
 cdef extern from *:
     """
-    static LINMEM_OF_THREAD void *linmem_domain;
-    static void *linmem_get_domain(void) { return linmem_domain; }
-    static void linmem_put_domain(void *domain) { linmem_domain = domain; }
+    typedef struct { int may_move; void *domain, *making; } linmem_asked_t;
+    static LINMEM_OF_THREAD linmem_asked_t linmem_asked;
+    static linmem_asked_t *linmem_asked_of_thread(void) { return &linmem_asked; }
     """
-    void* get_domain "linmem_get_domain"() noexcept nogil
-    void put_domain "linmem_put_domain"(void* domain) noexcept nogil
+    ctypedef struct asked_t "linmem_asked_t":
+        bint may_move
+        void* domain
+        void* making
+
+    asked_t* asked "linmem_asked_of_thread"() noexcept nogil
 
 
 cdef domain* current_domain() noexcept nogil:
     """The domain of the memory that this thread is making; NULL: none was named. A borrowed reference."""
-    return <domain*>get_domain()
+    return <domain*>asked().making
 
 
 cdef void set_domain(domain* d) noexcept nogil:
-    put_domain(d)
+    asked().making = d
 
 
 cdef domain* domain_of(object name) except? NULL:
@@ -92,23 +97,10 @@ cdef void domain_release(domain* d) noexcept nogil:
     free(d)
 
 
-# -- the request that a Python creator answers
-
-cdef extern from *:
-    """
-    static LINMEM_OF_THREAD struct { int may_move; void *domain; } linmem_asked;
-    static int *linmem_asked_may_move(void) { return &linmem_asked.may_move; }
-    static void **linmem_asked_domain(void) { return &linmem_asked.domain; }
-    """
-    bint* asked_may_move "linmem_asked_may_move"() noexcept nogil
-    void** asked_domain "linmem_asked_domain"() noexcept nogil
-
-
 cdef void answer_request(request* it) noexcept:
     """A Python creator is asked on this thread for a memory as `it` says. Exchanges `it` with the request that was
     answered until now; the caller exchanges them again afterwards."""
     cdef request before
-    before.may_move, before.domain = asked_may_move()[0], <domain*>asked_domain()[0]
-    asked_may_move()[0] = it.may_move
-    asked_domain()[0] = it.domain
+    before.may_move, before.domain = asked().may_move, <domain*>asked().domain
+    asked().may_move, asked().domain = it.may_move, it.domain
     it[0] = before

@@ -151,41 +151,14 @@ cdef class Image:
         made = (<Image>Image.__new__(Image)).adopt(img, start)
         from linmem._files.image_file import runs_of_file
         if runs is not None:
-            made.take_runs(runs)
+            take_runs(made, runs)
         found = runs_of_file(descriptor, at, img.offset, img.offset + img.content.size, runs)
         if runs is None:
-            made.take_runs(found)
+            take_runs(made, found)
         img.runs_known = runs is not None
         if digest is not None and made.digest != digest:
             raise ValueError(f"digest must be that of the file's content, {made.digest}, got {digest}")
         return made
-
-    cdef int take_runs(self, given) except -1:
-        """The runs of an image of a file. None: one run, the whole content."""
-        cdef image* img = self.it
-        cdef size_t n, i, offset, size, first, end = 0
-        cdef size_t lead = self.offset - img.offset, tail = lead + self.size
-        if not is_zero(img.content.bytes, lead) or not is_zero(img.content.bytes + tail, img.content.size - tail):
-            raise ValueError(f"the file must hold zeros around the image's {self.size} bytes, to whole host pages")
-        cdef list pairs = [(img.offset, img.content.size)] if given is None else given
-        n = <size_t>len(pairs)
-        img.runs = <run*>calloc(n + 1, sizeof(run))
-        if img.runs == NULL:
-            raise_code(E_NO_MEMORY)
-        img.room = n + 1
-        for i in range(n):
-            offset, size = pairs[i]
-            first = offset - img.offset
-            if (offset < img.offset or first & (GRANULE - 1) or size & (GRANULE - 1) or size == 0 or first < end
-                    or first > img.content.size or size > img.content.size - first):
-                raise ValueError(f"runs must be in order, apart, multiples of {GRANULE} bytes and within the image's"
-                                 f" host pages, got {pairs[i]!r}")
-            end = first + size
-            img.runs[i].offset = first
-            img.runs[i].size = size
-        img.n_runs = n
-        image_bound(img)
-        return 0
 
     # -- what it is
 
@@ -204,7 +177,7 @@ cdef class Image:
             state = blake2b(self.offset.to_bytes(8, "little") + self.size.to_bytes(8, "little"), digest_size=32)
             content = content_of(self)
             # Not self.runs(): a file may store zeros too.
-            for offset, size in self.find_runs():
+            for offset, size in find_runs(self):
                 state.update(offset.to_bytes(8, "little") + size.to_bytes(8, "little"))
                 start = offset - self.it.offset
                 state.update(content[start:start + size])
@@ -228,7 +201,7 @@ cdef class Image:
                 found = [(self.it.offset + self.it.runs[i].offset, self.it.runs[i].size)
                          for i in range(self.it.n_runs)]
             else:
-                found = self.find_runs()
+                found = find_runs(self)
             with cython.critical_section(self):
                 self._runs = found
         return list(found)
@@ -474,28 +447,6 @@ cdef class Image:
             parts.append(wrap_part(b"".join([data for _, data in small])))
         return _unpickled, (self.size, self.offset, places, *parts)
 
-    cdef list find_runs(self):
-        """The parts of the image's runs that are not zero. It reads every byte of the runs."""
-        cdef list found = []
-        cdef image* img = self.it
-        cdef size_t at, first, end, i, joined = 0, begun = 0
-        for i in range(img.n_runs):
-            at = img.runs[i].offset
-            end = at + img.runs[i].size
-            while at < end:
-                with nogil:
-                    first = at + while_zero(img.content.bytes + at, end - at, True)
-                    at = first + while_zero(img.content.bytes + first, end - first, False)
-                if at == first:
-                    continue
-                if found and joined == first:       # the previous run ends where this one begins
-                    found.pop()
-                    first = begun
-                found.append((img.offset + first, at - first))
-                begun = first
-                joined = at
-        return found
-
 
 cdef enum:
     MOST_PARTS = 64
@@ -589,6 +540,57 @@ cdef Image build_image(size_t offset, size_t size, object pieces):
     if code:
         raise_failure(&why)
     return made
+
+
+cdef int take_runs(Image self, given) except -1:
+    """The runs of an image of a file. None: one run, the whole content."""
+    cdef image* img = self.it
+    cdef size_t n, i, offset, size, first, end = 0
+    cdef size_t lead = self.offset - img.offset, tail = lead + self.size
+    if not is_zero(img.content.bytes, lead) or not is_zero(img.content.bytes + tail, img.content.size - tail):
+        raise ValueError(f"the file must hold zeros around the image's {self.size} bytes, to whole host pages")
+    cdef list pairs = [(img.offset, img.content.size)] if given is None else given
+    n = <size_t>len(pairs)
+    img.runs = <run*>calloc(n + 1, sizeof(run))
+    if img.runs == NULL:
+        raise_code(E_NO_MEMORY)
+    img.room = n + 1
+    for i in range(n):
+        offset, size = pairs[i]
+        first = offset - img.offset
+        if (offset < img.offset or first & (GRANULE - 1) or size & (GRANULE - 1) or size == 0 or first < end
+                or first > img.content.size or size > img.content.size - first):
+            raise ValueError(f"runs must be in order, apart, multiples of {GRANULE} bytes and within the image's"
+                             f" host pages, got {pairs[i]!r}")
+        end = first + size
+        img.runs[i].offset = first
+        img.runs[i].size = size
+    img.n_runs = n
+    image_bound(img)
+    return 0
+
+
+cdef list find_runs(Image self):
+    """The parts of the image's runs that are not zero. It reads every byte of the runs."""
+    cdef list found = []
+    cdef image* img = self.it
+    cdef size_t at, first, end, i, joined = 0, begun = 0
+    for i in range(img.n_runs):
+        at = img.runs[i].offset
+        end = at + img.runs[i].size
+        while at < end:
+            with nogil:
+                first = at + while_zero(img.content.bytes + at, end - at, True)
+                at = first + while_zero(img.content.bytes + first, end - first, False)
+            if at == first:
+                continue
+            if found and joined == first:       # the previous run ends where this one begins
+                found.pop()
+                first = begun
+            found.append((img.offset + first, at - first))
+            begun = first
+            joined = at
+    return found
 
 
 cdef int check_digest(object digest) except -1:

@@ -208,15 +208,15 @@ cdef int prefaulting_grow(memory* m, size_t new_size, failure* why) noexcept nog
         pages.prefault(m.base + first, m.accessible - first)    # the move is done: if this fails, pages fault in later
         return 0
     poke(&m.opening, end)
-    code = commit_pages(base + accessible, end - accessible)
+    code = fail_page_call(why, commit_pages(base + accessible, end - accessible), "commit", end - accessible)
+    if code == 0:
+        code = fail_page_call(why, pages.prefault(base + accessible, end - accessible), "prefault", end - accessible)
+        # Hide the pages again. If they stayed accessible, wasm could write there and the next growth would show its
+        # bytes. So if the OS refuses to hide the pages, the growth succeeds.
+        if (code and pages.decommit(base + accessible, end - accessible)
+                and pages.protect(base + accessible, end - accessible, pages.ACCESS_NONE)):
+            code = 0
     if code:
-        m.opening = 0
-        return fail_page_call(why, code, "commit", end - accessible)
-    code = fail_page_call(why, pages.prefault(base + accessible, end - accessible), "prefault", end - accessible)
-    # Hide the pages again. If they stayed accessible, wasm could write there and the next growth would show its bytes.
-    # So if the OS refuses to hide the pages, the growth succeeds.
-    if code and (pages.decommit(base + accessible, end - accessible) == 0
-                 or pages.protect(base + accessible, end - accessible, pages.ACCESS_NONE) == 0):
         m.opening = 0
         return code
     poke(&m.accessible, end)

@@ -382,8 +382,6 @@ cdef NativeCreator check_native(object value, str name)
 
 cdef object wrap(memory* m)
 
-ctypedef int (*range_function)(memory* m, size_t offset, size_t size, failure* why) noexcept nogil
-
 
 cdef class NativeCreator:
     cdef object __weakref__
@@ -414,9 +412,6 @@ cdef class Memory:
     cdef long long shut(self, long long unless) noexcept
     cdef memory* begin_export(self, bint* read_only) except NULL
     cdef void end_export(self) noexcept
-    cdef bint is_protected(self) except -1
-    cdef int check_writable(self, items) except -1
-    cdef int call_on_range(self, range_function call, object offset, object size) except -1
 
 
 cdef class Image:
@@ -429,6 +424,4 @@ cdef class Image:
     cdef object _digest         # None: not computed yet
     cdef object _runs           # None: not computed yet
     cdef object _contents       # what the file says of the image that is a mapping of it, else None
-    cdef list find_runs(self)
-    cdef int take_runs(self, given) except -1
     cdef Image adopt(self, image* img, size_t offset)

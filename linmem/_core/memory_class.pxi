@@ -10,7 +10,7 @@ from linmem._core.atomic cimport add_with_gil
 from linmem._files.delta import Delta as _Delta
 from linmem._core.element_formats import array_on as _array_on, resolve as _resolve_format
 
-cdef size_t SEARCH_STEP = 1 << 20           # bytes that `in` copies at a time
+cdef Py_ssize_t SEARCH_STEP = 1 << 20           # bytes that `in` copies at a time
 cdef size_t RELEASE_GIL_FROM = 1 << 16      # bytes: releasing the GIL costs more than copying fewer bytes
 
 # Memory.users, from the top bit down. It is one number, so that close() sees all of it at once.
@@ -469,7 +469,7 @@ cdef class Memory:
         Copies at most 1 MiB (or twice the length of the buffer) at a time. Bytes that other threads write meanwhile may
         be found or not.
         """
-        cdef size_t at = 0, size = <size_t>len(self), n, step
+        cdef Py_ssize_t at, size = len(self), n, step
         try:
             byte = item.__index__()
         except (AttributeError, TypeError):     # an array has the method, which works only without dimensions
@@ -480,14 +480,11 @@ cdef class Memory:
             item = bytes((byte,))
         with _check_bytes(item, "what is looked for") as wanted:
             shows_protected(wanted)     # raises if a byte of it cannot be read
-            n = <size_t>len(wanted)
+            n = len(wanted)
             step = max(n, SEARCH_STEP)
-            while n <= size - at:
+            for at in range(0, size - n + 1, step):
                 if self.read(at, min(step + n, size - at)).find(wanted) >= 0:
                     return True
-                if size - at <= step:
-                    break
-                at += step
                 PyErr_CheckSignals()
         return False
 
@@ -500,7 +497,7 @@ cdef class Memory:
                 size = len(self)
                 start, stop, _ = key.indices(size)
                 return self.read(start, stop - start if stop > start else 0)
-            if self.is_protected():
+            if is_protected(self):
                 return bytes([self[n] for n in range(*key.indices(len(self)))])
             with memoryview(self) as whole:
                 return whole[key].tobytes()
@@ -532,8 +529,8 @@ cdef class Memory:
                     self.write(start, value)
                 elif n:
                     values = PyBytes_FromStringAndSize(<char*>given.buf, given.len)
-                    if self.is_protected():
-                        self.check_writable(items)
+                    if is_protected(self):
+                        check_writable(self, items)
                         for i, byte in zip(items, values):
                             self[i] = byte
                     else:
@@ -558,26 +555,6 @@ cdef class Memory:
             copy_bytes(m, <size_t>i, 1, NULL, &as_char)
         finally:
             self.leave()
-
-    cdef bint is_protected(self) except -1:
-        cdef bint answer = is_guarded(self.enter())
-        self.leave()
-        return answer
-
-    cdef int check_writable(self, items) except -1:
-        """Each byte of a range of offsets within byte_size can be written."""
-        cdef size_t start = items.start, i, n = len(items)
-        cdef Py_ssize_t step = items.step
-        cdef failure why
-        cdef int code = 0
-        cdef memory* m = self.enter_locked()
-        with nogil:
-            for i in range(n):
-                code = refuse_access(m, start + i * <size_t>step, 1, WRITABLE, "write", &why)
-                if code:
-                    break
-            unlock(&m.lock)
-        return self.finish(code, &why)
 
     def __delitem__(self, key):
         raise TypeError("a memory's bytes cannot be deleted")
@@ -853,7 +830,7 @@ cdef class Memory:
             The pages are not linmem's; or some are protected and the OS cannot discard such pages; or some are
             protected and some are an image's.
         """
-        self.call_on_range(memory_discard, offset, size)
+        call_on_range(self, memory_discard, offset, size)
 
     def prefault(self, offset=0, size=None):
         """Make the pages of a range resident now; no byte changes. madvise(2), MADV_POPULATE_WRITE.
@@ -872,21 +849,7 @@ cdef class Memory:
         TypeError
             The pages are not linmem's, or are protected and the OS would fault.
         """
-        self.call_on_range(memory_prefault, offset, size)
-
-    cdef int call_on_range(self, range_function call, object offset, object size) except -1:
-        """size: None means the rest of the memory from the offset on."""
-        cdef size_t start, n, byte_size = <size_t>self.byte_size()
-        cdef failure why
-        cdef int code
-        check_bounded(offset, "offset", _WITHIN, &start)
-        n = byte_size - start if start <= byte_size else 0
-        if size is not None:
-            check_bounded(size, "size", _WITHIN, &n)
-        cdef memory* m = self.enter()
-        with nogil:
-            code = call(m, start, n, &why)
-        return self.finish(code, &why)
+        call_on_range(self, memory_prefault, offset, size)
 
     def info(self):
         """What the memory holds at this moment, as a `MemoryInfo`; asks the OS what is resident (mincore(2)).
@@ -934,6 +897,46 @@ cdef class Memory:
 
     def __reduce__(self):
         raise TypeError("a Memory cannot be pickled or copied: it is an address in this process (mem.snapshot() can)")
+
+
+ctypedef int (*range_function)(memory* m, size_t offset, size_t size, failure* why) noexcept nogil
+
+
+cdef int call_on_range(Memory mem, range_function call, object offset, object size) except -1:
+    """size: None means the rest of the memory from the offset on."""
+    cdef size_t start, n, byte_size = <size_t>mem.byte_size()
+    cdef failure why
+    cdef int code
+    check_bounded(offset, "offset", _WITHIN, &start)
+    n = byte_size - start if start <= byte_size else 0
+    if size is not None:
+        check_bounded(size, "size", _WITHIN, &n)
+    cdef memory* m = mem.enter()
+    with nogil:
+        code = call(m, start, n, &why)
+    return mem.finish(code, &why)
+
+
+cdef bint is_protected(Memory mem) except -1:
+    cdef bint answer = is_guarded(mem.enter())
+    mem.leave()
+    return answer
+
+
+cdef int check_writable(Memory mem, items) except -1:
+    """Each byte of a range of offsets within byte_size can be written."""
+    cdef size_t offset = items.start, n = len(items)
+    cdef Py_ssize_t step = items.step
+    cdef failure why
+    cdef int code = 0
+    cdef memory* m = mem.enter_locked()
+    with nogil:
+        while n and code == 0:
+            code = refuse_access(m, offset, 1, WRITABLE, "write", &why)
+            offset += <size_t>step
+            n -= 1
+        unlock(&m.lock)
+    return mem.finish(code, &why)
 
 
 cdef int find_changes(Memory mem, Image base, bint for_delta, changes* out) except -1:

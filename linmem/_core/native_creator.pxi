@@ -74,7 +74,7 @@ cdef class NativeCreator:
                        guard_size_in_bytes) except -1:
         fill_sizes(spec, minimum, maximum, reserved_size_in_bytes, "reserved_size_in_bytes")
         check_extent(guard_size_in_bytes, "guard_size_in_bytes", &spec.guard)
-        spec.may_move = asked_may_move()[0]
+        spec.may_move = asked().may_move
         try:
             spec.page_size = ty.page_size
             spec.is_64 = ty.is_64
@@ -116,7 +116,7 @@ cdef class NativeCreator:
             raise ValueError(f"minimum must be <= maximum ({spec.maximum}), got {spec.minimum}")
         if spec.guard & (page - 1):
             raise ValueError(f"{guard_name} must be a multiple of the host page ({page}), got {spec.guard}")
-        ours = <domain_ptr>asked_domain()[0] if domain is None else domain_of(domain)
+        ours = <domain_ptr>asked().domain if domain is None else domain_of(domain)
         with nogil:
             before = current_domain()
             if before != ours:
