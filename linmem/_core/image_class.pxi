@@ -57,10 +57,14 @@ cdef class Image:
         PageError
             The OS has no room for the image.
         """
+        cdef Py_buffer given
         cdef size_t start
         check_extent(offset, "offset", &start)
-        with _check_bytes(data, "data") as view:
-            return build_image(start, len(view), [(start, view)])
+        take_bytes(data, "data", &given)    # held, so that its length stays
+        try:
+            return build_image(start, <size_t>given.len, [(start, data)])
+        finally:
+            PyBuffer_Release(&given)
 
     @staticmethod
     def from_pieces(pieces, size, offset=0):
