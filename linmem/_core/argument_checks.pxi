@@ -104,20 +104,21 @@ cdef Py_ssize_t check_range(Py_ssize_t i, Py_ssize_t size) except -1:
     return offset
 
 
-cdef int refuse_range(memory* m, size_t offset, size_t size, failure* why) noexcept nogil:
-    """0: offset .. offset + size lies within byte_size. Else a failure."""
-    cdef size_t byte_size = memory_size(m)
-    if offset <= byte_size and size <= byte_size - offset:
-        return 0
+cdef inline bint is_within(memory* m, size_t offset, size_t size) noexcept nogil:
+    return offset <= memory_size(m) and size <= memory_size(m) - offset
+
+
+cdef int fail_range(memory* m, size_t offset, size_t size, failure* why) noexcept nogil:
     fail(why, E_VALUE, "range", size)
     snprintf(why.detail, sizeof(why.detail), "offset + size must be <= byte_size() (%zu), got offset=%zu size=%zu",
-             byte_size, offset, size)
+             memory_size(m), offset, size)
     return E_VALUE
 
 
-cdef int check_span(memory* m, size_t offset, size_t size) except -1:
+cdef int refuse_span(memory* m, size_t offset, size_t size) except -1:
     cdef failure why
-    return raise_failure(&why) if refuse_range(m, offset, size, &why) else 0
+    fail_range(m, offset, size, &why)
+    return raise_failure(&why)
 
 
 # -- buffers

@@ -27,10 +27,8 @@ cdef inline int grow_locked(memory* m, size_t new_size, bint by_python, failure*
     cdef size_t size = memory_size(m)
     if by_python and load(&m.owner) == OWNER_WASMTIME:
         return fail(why, E_OWNED, "grow_to", new_size)
-    if new_size < size:
-        return fail(why, E_SHRINK, "grow_to", new_size, 0, size)
-    if new_size > m.maximum:
-        return fail(why, E_MAXIMUM, "grow_to", new_size, 0, m.maximum)
+    if new_size < size or new_size > m.maximum:
+        return refuse_size(m, size, new_size, why)
     if new_size == size:
         return 0
     if m.growth_is_watched:
@@ -38,6 +36,12 @@ cdef inline int grow_locked(memory* m, size_t new_size, bint by_python, failure*
     if m.ops == &mapped_ops:
         return mapped_grow_by(m, size, new_size, why)
     return m.ops.grow(m, new_size, why)
+
+
+cdef int refuse_size(memory* m, size_t size, size_t new_size, failure* why) noexcept nogil:
+    if new_size < size:
+        return fail(why, E_SHRINK, "grow_to", new_size, 0, size)
+    return fail(why, E_MAXIMUM, "grow_to", new_size, 0, m.maximum)
 
 
 cdef int grow_with_hooks(memory* m, size_t size, size_t new_size, failure* why) noexcept nogil:

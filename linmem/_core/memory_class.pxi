@@ -59,24 +59,43 @@ cdef inline void move_bytes(memory* m, size_t start, size_t n, char* to, const c
         memmove(m.base + start, data, n)
 
 
-cdef inline int copy_bytes(memory* m, size_t start, size_t n, char* to, const char* data) except -1:
-    """Copy out to `to`, or in from `data` if `to` is NULL. The caller has entered the handle and checked the range."""
+# The caller of the next two has entered the handle and checked the range. They are small, so that the C compiler makes
+# them a part of each method.
+
+cdef inline int copy_out(memory* m, size_t start, size_t n, char* to) except -1:
+    begin_access(m)
+    if is_guarded(m) or n >= RELEASE_GIL_FROM:
+        end_access(m)
+        return copy_slowly(m, start, n, to, NULL)
+    memcpy(to, m.base + start, n)
+    end_access(m)
+    return 0
+
+
+cdef inline int copy_in(memory* m, size_t start, size_t n, const char* data) except -1:
+    begin_access(m)
+    if is_guarded(m) or n >= RELEASE_GIL_FROM:
+        end_access(m)
+        return copy_slowly(m, start, n, NULL, data)
+    memmove(m.base + start, data, n)
+    end_access(m)
+    return 0
+
+
+cdef int copy_slowly(memory* m, size_t start, size_t n, char* to, const char* data) except -1:
+    """Copy out to `to`, or in from `data` if `to` is NULL."""
     begin_access(m)
     if is_guarded(m):
         end_access(m)
         return copy_guarded(m, start, n, to, data)
-    if n < RELEASE_GIL_FROM:
+    with nogil:
         move_bytes(m, start, n, to, data)
         end_access(m)
-    else:
-        with nogil:
-            move_bytes(m, start, n, to, data)
-            end_access(m)
     return 0
 
 
 cdef int copy_guarded(memory* m, size_t start, size_t n, char* to, const char* data) except -1:
-    """copy_bytes() where the access of the pages must be looked at.
+    """copy_slowly() where the access of the pages must be looked at.
 
     No page of the range changes its access meanwhile, because the memory is locked. The pages of a Python memory may be
     another linmem memory's: that memory is not locked, and its user must not protect them during this call.
@@ -505,7 +524,7 @@ cdef class Memory:
         m = self.enter()
         try:
             i = check_range(i, <Py_ssize_t>memory_size(m))      # the size never becomes less
-            copy_bytes(m, <size_t>i, 1, <char*>&byte, NULL)
+            copy_out(m, <size_t>i, 1, <char*>&byte)
             return byte
         finally:
             self.leave()
@@ -552,7 +571,7 @@ cdef class Memory:
         m = self.enter()
         try:
             i = check_range(i, <Py_ssize_t>memory_size(m))
-            copy_bytes(m, <size_t>i, 1, NULL, &as_char)
+            copy_in(m, <size_t>i, 1, &as_char)
         finally:
             self.leave()
 
@@ -571,9 +590,10 @@ cdef class Memory:
         check_bounded(size, "size", _WITHIN, &n)
         m = self.enter()
         try:
-            check_span(m, start, n)
+            if not is_within(m, start, n):
+                refuse_span(m, start, n)
             out = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>n)
-            copy_bytes(m, start, n, PyBytes_AS_STRING(out), NULL)
+            copy_out(m, start, n, PyBytes_AS_STRING(out))
             return out
         finally:
             self.leave()
@@ -593,8 +613,9 @@ cdef class Memory:
             n = <size_t>given.len
             m = self.enter()
             try:
-                check_span(m, start, n)
-                copy_bytes(m, start, n, NULL, <const char*>given.buf)
+                if not is_within(m, start, n):
+                    refuse_span(m, start, n)
+                copy_in(m, start, n, <const char*>given.buf)
                 return n
             finally:
                 self.leave()

@@ -317,13 +317,11 @@ cdef int memory_protect(memory* m, size_t offset, size_t size, int access, failu
 
 cdef int begin_page_call(memory* m, const char* call, size_t offset, size_t size, failure* why) noexcept nogil:
     """Checks for calls on a range of pages, and takes the memory's lock. A code: the lock is not taken."""
-    cdef int code
     if not m.ops.pages_are_ours:
         fail(why, E_UNSUPPORTED, call, size)
         snprintf(why.detail, sizeof(why.detail), "by a memory of kind '%s': its pages are not linmem's", m.ops.kind)
         return E_UNSUPPORTED
-    code = refuse_range(m, offset, size, why)
-    return code if code else lock_memory(m, why)
+    return lock_memory(m, why) if is_within(m, offset, size) else fail_range(m, offset, size, why)
 
 
 cdef int refuse_unaligned(size_t offset, size_t size, failure* why) noexcept nogil:
