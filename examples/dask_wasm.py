@@ -1,9 +1,9 @@
-"""A wasm function over the partitions of a Dask collection, on a cluster of processes.
+"""Run a wasm function over the partitions of a Dask collection, on a cluster of processes.
 
-The module sieves primes into a table in its memory, which takes a while, and can then tell primes
-from other numbers. Here the table is made once: an image of the initialised memory goes to each
-worker, once. Every task makes an instance and restores its memory to the image, copy-on-write, and its
-mutable globals to their values (a compiled program has some: its stack pointer, at least).
+The module computes a table of primes in its memory, which takes some time, and then uses the table to test
+numbers. This program makes the table once and sends an image of the initialised memory to each worker once.
+Every task makes an instance, restores its memory to the image (copy-on-write), and sets its mutable globals to
+the saved values. A compiled program has at least one mutable global, its stack pointer.
 
     pip install 'linmem[dask,wasmtime]' 'dask[array]'
     python examples/dask_wasm.py
@@ -22,7 +22,7 @@ import linmem.wasmtime
 
 BELOW = 1 << 20
 PRIMES_BELOW = 82025
-NUMBERS_AT = 2 << 20        # in the wasm memory, behind the table
+NUMBERS_AT = 2 << 20        # offset in the wasm memory, after the table
 
 WAT = f"""
 (module
@@ -63,7 +63,7 @@ WAT = f"""
 
 @functools.cache
 def prepared() -> tuple[wasmtime.Engine, linmem.wasmtime.Prepared, Any]:
-    """The module, compiled once for each process; its engine, and the pool of the engine's memories."""
+    """Compile the module once for each process. Returns the engine, the module and the pool of its memories."""
     pool = linmem.creator("pool")
     config = wasmtime.Config()
     linmem.wasmtime.install(config, pool)
@@ -72,34 +72,34 @@ def prepared() -> tuple[wasmtime.Engine, linmem.wasmtime.Prepared, Any]:
 
 
 def initialised() -> tuple[linmem.Image, dict[str, int | float]]:
-    """What an instance holds that has made its table: its memory, and its mutable globals."""
+    """The state of an instance after `init`: an image of its memory, and its mutable globals."""
     engine, module, _ = prepared()
     store = wasmtime.Store(engine)
     instance = module.instantiate(store)
     exports = instance.exports(store)
     exports["init"](store)
-    snapshot = linmem.wasmtime.Snapshot.take(store, instance)       # refuses an instance whose state it cannot hold
+    snapshot = linmem.wasmtime.Snapshot.take(store, instance)       # raises if the instance has other state
     if snapshot.tables or snapshot.unseen:
         raise ValueError(f"this recipe does not send {[*snapshot.tables, *snapshot.unseen]}")
     return snapshot.memories["memory"], {name: exports[name].value(store) for name in snapshot.globals}
 
 
 def started(store: wasmtime.Store, image: linmem.Image, globals: dict[str, int | float]) -> Any:
-    """The exports of a new instance that is where the initialised one was."""
+    """Make a new instance, restore the initialised state, and return its exports."""
     _, module, _ = prepared()
     exports = module.instantiate(store).exports(store)
     memory = exports["memory"]
     grown = image.offset + image.size - memory.data_len(store)
     if grown > 0:
         memory.grow(store, grown // 65536)
-    linmem.wasmtime.linear_memory(store, memory).restore(image)     # shares the image's pages until they are written
+    linmem.wasmtime.linear_memory(store, memory).restore(image)     # shares the image's pages until a write
     for name, value in globals.items():
         exports[name].set_value(store, value)
     return exports
 
 
 def count_primes(numbers: Any, image: linmem.Image, globals: dict[str, int | float]) -> Any:
-    """The task: runs in a worker, on one partition."""
+    """The task: counts the primes in one partition, in a worker."""
     import numpy
 
     engine, _, _ = prepared()
@@ -108,19 +108,19 @@ def count_primes(numbers: Any, image: linmem.Image, globals: dict[str, int | flo
     memory = linmem.wasmtime.linear_memory(store, exports["memory"])
     memory.write(NUMBERS_AT, numpy.ascontiguousarray(numbers, "<u4"))
     found = numpy.array([exports["count"](store, NUMBERS_AT, len(numbers))])
-    store.close()           # now, not when collected: its memory goes back to the pool
+    store.close()           # gives the memory back to the pool now
     return found
 
 
 def run(client: Any, partitions: int = 16) -> tuple[int, linmem.Image]:
-    """Count the primes below `BELOW` on the client's cluster; -> how many, and the image that was sent."""
+    """Count the primes below `BELOW` on the client's cluster. Returns the count and the image."""
     import dask.array
 
     linmem.dask.setup(client)
     image, globals = initialised()
-    # It drops copies that no task waits for, every two seconds; a worker with a later task would get its own again.
+    # Dask's memory manager drops copies that no task waits for. A later task of the worker would need a new copy.
     client.amm.stop()
-    # Directly: else it goes through the scheduler, which is once more over the network.
+    # direct=True: the image does not go through the scheduler, which would send it over the network twice.
     everywhere = client.scatter(image, broadcast=True, direct=True)
     numbers = dask.array.arange(BELOW, chunks=BELOW // partitions, dtype="uint32")
     found = numbers.map_blocks(count_primes, everywhere, globals, dtype="int64", chunks=(1,))

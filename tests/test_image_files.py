@@ -27,7 +27,7 @@ from support import ROOT, answer, mappings, requires, smaps
 
 import linmem
 from linmem import Delta, FileFormatError, Image
-from linmem._files import image_file as _files
+from linmem._files import sparse as sparse_file
 
 PAGE, GROUP = 4096, 65536
 MOST_ZEROED = 64 << 30
@@ -309,9 +309,9 @@ def test_nothing_of_this_is_loaded_before_a_file_is_named():
 # -- whole or not at all ------------------------------------------------------------------------------------
 
 SAVES = """
-import os, signal, sys
+import os, signal, sys, traceback
 import linmem
-path, steps = sys.argv[1], int(sys.argv[2])
+path = sys.argv[1]
 old = linmem.Image.open(path, map=False)
 new = linmem.Image.from_bytes(bytes(70000) + b"new" * 100000)
 
@@ -319,14 +319,14 @@ def dies_at(function, taken=[0]):
     def step(*args, **named):
         for when in range(2):           # before the call and after it
             taken[0] += 1
-            if taken[0] == steps:
+            if taken[0] == int(steps):
                 os.kill(os.getpid(), signal.SIGKILL)
             if when == 0:
                 result = function(*args, **named)
         return result
     return step
 
-from linmem._files import atomic_file as _saving
+from linmem._files import atomic_file
 import builtins
 class File:
     def __init__(self, file):
@@ -337,11 +337,22 @@ class File:
         dies_at(self.file.close)()
     def __getattr__(self, name):
         return dies_at(getattr(self.file, name))
-_saving.open = lambda *args, **named: File(builtins.open(*args, **named))
-for name in ("open", "fsync", "replace", "close", "fchmod"):
-    setattr(os, name, dies_at(getattr(os, name)))
-new.save(path)
-print("saved")
+# A process for each step that is asked for; it says how that ended.
+for steps in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            atomic_file.open = lambda *args, **named: File(builtins.open(*args, **named))
+            for name in ("open", "fsync", "replace", "close", "fchmod"):
+                setattr(os, name, dies_at(getattr(os, name)))
+            new.save(path)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
@@ -350,23 +361,24 @@ def test_a_process_killed_at_any_step_leaves_the_old_file_or_the_new_one(tmp_pat
     path = tmp_path / "image"
     old = sparse(4 * GROUP, [0, GROUP])
     new = Image.from_bytes(bytes(70000) + b"new" * 100000)
+    old.save(path)
     seen, most = [], 0
-    for step in itertools.count(1):
-        old.save(path)
-        left = [name for name in os.listdir(tmp_path) if name != "image"]
-        assert left == []
-        done = subprocess.run([sys.executable, "-c", SAVES, path, str(step)], capture_output=True, text=True,
-                              timeout=60,
-                              env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
-        most = max(most, len(os.listdir(tmp_path)) - 1)
-        assert all(re.fullmatch(r"\.linmem-[0-9a-f]{16}\.tmp|image", name) for name in os.listdir(tmp_path))
-        found = Image.open(path, verify=True)
-        assert found in (old, new)
-        seen.append(found == new)
-        if done.returncode == 0:
-            assert done.stdout == "saved\n", done.stderr
-            break
-        assert done.returncode == -signal.SIGKILL, done.stderr
+    with subprocess.Popen([sys.executable, "-c", SAVES, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}) as saves:
+        for step in itertools.count(1):
+            old.save(path)
+            left = [name for name in os.listdir(tmp_path) if name != "image"]
+            assert left == []
+            print(step, file=saves.stdin, flush=True)
+            ended = saves.stdout.readline().strip()
+            most = max(most, len(os.listdir(tmp_path)) - 1)
+            assert all(re.fullmatch(r"\.linmem-[0-9a-f]{16}\.tmp|image", name) for name in os.listdir(tmp_path))
+            found = Image.open(path, verify=True)
+            assert found in (old, new)
+            seen.append(found == new)
+            if ended == "0":
+                break
+            assert ended == str(-signal.SIGKILL)
     assert step > 20                        # opened, locked, written, flushed, synced, renamed, synced again
     assert seen == sorted(seen)             # old ones, and from the rename on new ones
     assert seen[0] is False
@@ -657,7 +669,7 @@ def test_a_hole_that_is_none_is_found_when_the_file_is_mapped_or_verified(tmp_pa
         assert Image.open(harm, map=False) == image         # only what is stored is read
 
 
-STEP = _files.READ_STEP
+STEP = sparse_file.READ_STEP
 
 
 @pytest.mark.parametrize("at", [0, 1, STEP - 1, STEP, STEP + 1, 2 * STEP - 1, 2 * STEP, 3 * STEP - PAGE - 1])
@@ -706,8 +718,8 @@ def test_a_file_that_claims_much_is_opened_in_time_that_follows_what_it_holds(tm
     image = sparse(1 << 38, [0, 1 << 30, (1 << 38) - PAGE])
     image.save(tmp_path / "image")
     asked = []
-    whole = _files._read_fd
-    monkeypatch.setattr(_files, "_read_fd", lambda fd, at, size: asked.append(size) or whole(fd, at, size))
+    whole = sparse_file._read_fd
+    monkeypatch.setattr(sparse_file, "_read_fd", lambda fd, at, size: asked.append(size) or whole(fd, at, size))
     other = Image.open(tmp_path / "image", verify=True)
     assert other == image
     assert sum(asked) < 1 << 20
@@ -734,7 +746,7 @@ def test_the_digest_of_a_file_is_of_its_size_and_of_where_its_bytes_stand(tmp_pa
     def digest(content):
         (tmp_path / "file").write_bytes(content)
         with open(tmp_path / "file", "rb", buffering=0) as file:
-            return _files.content_digest(file.fileno())
+            return sparse_file.content_digest(file.fileno())
 
     empty, page = bytes(PAGE), b"x" * PAGE
     contents = [b"", b"x", b"x\0", empty, empty + empty, page, page + empty, empty + page, empty + empty + page,

@@ -45,7 +45,7 @@ def test_the_version_is_the_one_of_the_changelog():
 
 def test_types_and_the_c_face_are_beside_the_code():
     for name in ("py.typed", "__init__.pxd", "_core/memory.pxd", "_core/adaptors.pxd", "_core/units.pxd",
-                 "_core/atomic.pxd", "_core/atomic.h", "_os/pages.pxd", "_cli/demo.c", "_cli/demo.wasm"):
+                 "_core/atomic.pxd", "_core/atomic.h", "_os/pages.pxd", "_commands/demo.c", "_commands/demo.wasm"):
         assert (PACKAGE / name).is_file(), name
 
 
@@ -118,7 +118,7 @@ def test_the_sdist_has_all_sources_and_no_generated_c(tmp_path):
                  "pyproject.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE"}:
         assert name in names, name
     assert {name for name in names if name.endswith(".c") and not name.startswith("tests/")} == {
-        "bench/_forth.c", "linmem/_cli/demo.c"}
+        "bench/_forth.c", "linmem/_commands/demo.c"}
     assert {"bench/_forth.fs", "bench/_forth.wasm"} <= names
     assert not [name for name in names if name.endswith((".so", ".pyd", ".pyc")) or "__pycache__" in name]
 
@@ -135,11 +135,11 @@ def test_the_wheel_has_types_the_c_face_and_the_license_and_no_sources(tmp_path)
     # A header of C that a .pxd names goes with it.
     headers = {path.relative_to(ROOT).as_posix() for pattern in ("**/*.pxd", "_core/*.h")
                for path in (ROOT / "linmem").glob(pattern)}
-    assert stubs | headers | {"linmem/py.typed", "linmem/_cli/demo.wasm", "linmem/bench/_forth.wasm"} <= names
+    assert stubs | headers | {"linmem/py.typed", "linmem/_commands/demo.wasm", "linmem/bench/_forth.wasm"} <= names
     assert [name for name in names if name.endswith("/LICENSE")]
     assert {name.partition("/")[0] for name in names} == {"linmem", f"linmem-{linmem.__version__}.dist-info"}
     assert not [name for name in names if name.endswith((".pyx", ".pxi")) or re.search(r"/(tests|docs)/", name)]
-    assert {name for name in names if name.endswith(".c")} == {"linmem/_cli/demo.c", "linmem/bench/_forth.c"}
+    assert {name for name in names if name.endswith(".c")} == {"linmem/_commands/demo.c", "linmem/bench/_forth.c"}
 
 
 @requires("compiler")
@@ -170,29 +170,51 @@ def test_the_cython_example_of_the_guide_compiles_against_the_package_and_works(
     assert (child.returncode, child.stdout.strip()) == (0, "refused"), child.stderr
 
 
-@pytest.mark.parametrize(("platform", "without_gil", "defined"), [
-    ("win32", 1, [("Py_GIL_DISABLED", "1")]), ("win32", 0, []), ("win32", None, []), ("linux", 1, [])])
-@needs_sources
-def test_a_build_for_a_free_threaded_windows_says_so_to_the_compiler(platform, without_gil, defined, monkeypatch):
-    """pyconfig.h of CPython for Windows does not; elsewhere it does."""
+@pytest.fixture
+def extensions_of_setup(monkeypatch):
+    """A function that runs setup.py on a platform; it returns the extensions as they go to the compiler."""
     pytest.importorskip("Cython")
     setuptools = pytest.importorskip("setuptools")
     import Cython.Build
     from setuptools.command.build_ext import build_ext
 
-    given = {}
-    monkeypatch.setattr(setuptools, "setup", lambda **how: given.update(how))
-    monkeypatch.setattr(Cython.Build, "cythonize", lambda extensions, **how: extensions)
-    monkeypatch.setattr(build_ext, "build_extensions", lambda self: None)
-    monkeypatch.setattr(sys, "platform", platform)
-    monkeypatch.setattr(sysconfig, "get_config_var", lambda name: without_gil if name == "Py_GIL_DISABLED" else None)
-    runpy.run_path(str(ROOT / "setup.py"))
-    command = given["cmdclass"]["build_ext"].__new__(given["cmdclass"]["build_ext"])
-    command.compiler = types.SimpleNamespace(compiler_type="msvc")
-    command.extensions = given["ext_modules"]
-    command.build_extensions()
-    assert len(command.extensions) >= 6
-    assert [extension.define_macros for extension in command.extensions] == [defined] * len(command.extensions)
+    def run(platform, without_gil=0):
+        given = {}
+        monkeypatch.setattr(setuptools, "setup", lambda **how: given.update(how))
+        monkeypatch.setattr(Cython.Build, "cythonize", lambda extensions, **how: extensions)
+        monkeypatch.setattr(build_ext, "build_extensions", lambda self: None)
+        monkeypatch.setattr(sys, "platform", platform)
+        monkeypatch.setattr(sysconfig, "get_config_var",
+                            lambda name: without_gil if name == "Py_GIL_DISABLED" else None)
+        monkeypatch.chdir(ROOT)
+        runpy.run_path("setup.py")
+        command = given["cmdclass"]["build_ext"].__new__(given["cmdclass"]["build_ext"])
+        command.compiler = types.SimpleNamespace(compiler_type="msvc")
+        command.extensions = given["ext_modules"]
+        command.build_extensions()
+        assert len(command.extensions) >= 6
+        return command.extensions
+    return run
+
+
+@pytest.mark.parametrize(("platform", "without_gil", "defined"), [
+    ("win32", 1, [("Py_GIL_DISABLED", "1")]), ("win32", 0, []), ("win32", None, []), ("linux", 1, [])])
+@needs_sources
+def test_a_build_for_a_free_threaded_windows_says_so_to_the_compiler(platform, without_gil, defined,
+                                                                     extensions_of_setup):
+    """pyconfig.h of CPython for Windows does not; elsewhere it does."""
+    extensions = extensions_of_setup(platform, without_gil)
+    assert [extension.define_macros for extension in extensions] == [defined] * len(extensions)
+
+
+@pytest.mark.parametrize("platform", ["win32", "linux"])
+@needs_sources
+def test_an_edit_of_a_header_causes_a_rebuild_of_every_extension(platform, extensions_of_setup):
+    headers = {path.relative_to(ROOT).as_posix() for path in (ROOT / "linmem").rglob("*.h")}
+    assert "linmem/_os/compat.h" in headers
+    for extension in extensions_of_setup(platform):
+        assert headers <= set(extension.depends), extension.name
+        assert "." in extension.include_dirs, extension.name
 
 
 @requires("zig")
@@ -211,5 +233,4 @@ def test_a_32_bit_build_is_refused_by_the_compiler_in_words(target, fits, tmp_pa
 @needs_sources
 def test_every_extension_includes_what_refuses_a_32_bit_build():
     for path in (ROOT / "linmem").rglob("*.pyx"):
-        assert re.search(r"^from linmem\._core\.(atomic|memory) cimport",
-                         path.read_text("utf-8"), re.MULTILINE), path
+        assert re.search(r"^from linmem\._core\.atomic cimport ", path.read_text("utf-8"), re.MULTILINE), path

@@ -15,9 +15,11 @@ from support import (
     PAGE,
     REAL_PAGE,
     answer,
+    build_extension,
     descriptors,
     failing,
     live_bytes,
+    load_extension,
     requires,
     resident_within,
     whole,
@@ -527,7 +529,8 @@ def test_a_full_pool_takes_at_most_half_of_the_mappings(kind):
         kind = {kind!r}
         image = linmem.Image.from_pieces([(2 * P, b"x" * P)], 8 * P) if kind == "image" else None
         upstream = linmem.MmapCreator(huge_pages=kind == "huge")
-        pool = linmem.PoolingCreator(upstream, image=image, when_full="error", max_unused_warm=1 << 20)
+        pool = linmem.PoolingCreator(upstream, image=image, when_full="error", max_unused_warm=1 << 20,
+                                     idle_seconds=None)     # however long it takes to drop them all
         def count():
             with open("/proc/self/maps") as file:
                 return sum(1 for _ in file)
@@ -628,19 +631,28 @@ def test_page_tables_are_counted_as_the_os_counts_them_and_a_cold_slot_has_one_a
 
 @requires("maps")
 def test_slots_that_are_idle_for_long_lose_their_pages_at_later_give_backs():
-    pool = linmem.PoolingCreator(idle_seconds=0.05, reset="zero")
-    mems = [pool.create(32 * PAGE, **SHAPE) for _ in range(20)]
-    spans = [whole(mem) for mem in mems]
-    for mem in mems:
-        mem.write(0, b"x" * 32 * PAGE)
-        mem.close()
-    assert pool.stats()["warm"] == 20
-    time.sleep(0.2)
+    def burst(idle_seconds):
+        pool = linmem.PoolingCreator(idle_seconds=idle_seconds, reset="zero")
+        mems = [pool.create(32 * PAGE, **SHAPE) for _ in range(20)]
+        spans = [whole(mem) for mem in mems]
+        for mem in mems:
+            mem.write(0, b"x" * 32 * PAGE)
+            mem.close()
+        return pool, spans
+
+    pool, spans = burst(3600)
     for _ in range(30):
         used(pool)
+    assert pool.stats()["warm"] == 21
+    assert sum(resident_within(*span) for span in spans) == 20 * 32 * PAGE
+    pool, spans = burst(0.05)
+    deadline = time.monotonic() + 60
+    while pool.stats()["warm"] > 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+        used(pool)
     assert pool.stats()["warm"] <= 2
-    assert sum(resident_within(*span) for span in spans) <= 32 * PAGE
-    assert linmem.metrics.read(pool)["purges"] >= 19
+    assert sum(resident_within(*span) for span in spans) <= 2 * 32 * PAGE
+    assert linmem.metrics.read(pool)["purges"] >= 18
 
 
 @requires("maps")
@@ -799,7 +811,7 @@ def test_a_wait_of_no_time_asks_once():
 
 
 def test_a_full_pool_that_waits_hands_out_what_is_given_back_and_gives_up_after_its_timeout():
-    pool = linmem.PoolingCreator(slots=1, when_full="wait", timeout=30)
+    pool = linmem.PoolingCreator(slots=1, when_full="wait", timeout=3600)
     mem = pool.create(PAGE, **SHAPE)
     base = mem.as_ptr()
     got = []
@@ -816,13 +828,13 @@ def test_a_full_pool_that_waits_hands_out_what_is_given_back_and_gives_up_after_
 
 
 @requires("interrupts")
-def test_a_wait_for_a_slot_answers_an_interrupt():
+def test_a_wait_for_a_slot_answers_an_interrupt(interruptible):
     assert answer(f"""
         import linmem, signal, threading, os
         pool = linmem.PoolingCreator(slots=1, when_full="wait")
         mem = pool.create({PAGE})
-        threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
         try:
+            threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()      # in here: it may be early
             pool.create({PAGE})
         except KeyboardInterrupt:
             print("interrupted", pool.stats()["live"])
@@ -1015,6 +1027,260 @@ def test_thousands_of_domains_leave_no_more_than_some_bookkeeping():
     figures = linmem.metrics.read(pool)
     assert len(figures["domains"]) <= 300
     assert figures["misses"] == pool.stats()["misses"] == 3000 - pool.stats()["hits"]
+
+
+# -- fair shares between pools -----------------------------------------------------------------------------------------
+
+EACH = 32 * PAGE        # of a slot of these tests, all of it resident while it is idle
+LARGE = {"maximum": 1000 * PAGE, "reserve": 1000 * PAGE, "guard": PAGE}
+REFUSALS = ["reserved", "budget", "refused pages", "refused space"]
+
+
+def fill(pools, domain, slots):
+    for pool, n in zip(pools, slots, strict=True):
+        for mem in [pool.create(EACH, **{**SHAPE, "domain": domain}) for _ in range(n)]:
+            mem.write(0, b"x" * EACH)
+            mem.close()
+
+
+def idle_of(bound, *slots, domains=("a", "b"), reset="zero"):
+    """Pools with idle slots of some domains, as many in each pool as the lists say, and a memory outside the pools. The
+    slots of the first domain have been idle for longest. If `bound` is "budget", the budget is used up then."""
+    linmem.set_pool_limits(max_resident=0, max_reserved=0)      # no other pool has an idle slot
+    linmem.set_pool_limits()
+    budget = linmem.LimitingCreator(MMAP, sum(map(sum, slots)) * EACH + PAGE if bound == "budget" else 1 << 40)
+    pools = [linmem.PoolingCreator(budget, reset="zero" if n else reset, max_unused_warm=1000) for n in slots[0]]
+    for domain, each in zip(domains, slots, strict=True):
+        fill(pools, domain, each)
+    return pools, budget.create(PAGE, **LARGE)
+
+
+def take(slots, bound, pools, live):
+    """Make idle slots give up as much as so many of them hold."""
+    if bound == "resident":
+        rows = [linmem.metrics.read(pool) for pool in pools]
+        held = sum(row["resident"] + row["page_tables"] for row in rows)
+        linmem.set_pool_limits(max_resident=held - slots * EACH + EACH // 2)
+    elif bound == "reserved":
+        one = sum(pool.stats()["reserved"] for pool in pools) // sum(idle(pool) for pool in pools)
+        linmem.set_pool_limits(max_reserved=linmem.metrics.totals()["reserved"] - slots * one)
+    elif bound == "budget":
+        live.grow_to(live.byte_size() + slots * EACH)
+    else:
+        for _ in range(slots):
+            with failing(1, errno.ENOMEM) as injected:
+                if bound == "refused pages":
+                    live.grow_to(live.byte_size() + PAGE)
+                else:
+                    MMAP.create(PAGE, **SHAPE).close()
+            assert injected.happened
+
+
+def warm_of(pools, *domains):
+    found = [linmem.metrics.read(pool)["domains"] for pool in pools]
+    return tuple(sum(rows[domain]["warm"] for rows in found if domain in rows) for domain in domains)
+
+
+@pytest.mark.parametrize("bound", ["resident", *REFUSALS])
+@pytest.mark.parametrize("domains", [("a", "b"), (None, "b"), ("a", None)], ids=str)
+@pytest.mark.parametrize(("first", "second"), [([3, 0], [0, 9]), ([3, *[0] * 10], [0, *[1] * 10]), ([2, 1], [3, 6])],
+                         ids=["a pool each", "ten pools against one", "both in both"])
+def test_no_bound_over_several_pools_lets_one_domain_evict_the_warm_slots_of_another_below_its_share(
+        first, second, domains, bound):
+    pools, live = idle_of(bound, first, second, domains=domains)
+    assert warm_of(pools, *domains) == (3, sum(second))
+    take(sum(second) - 3, bound, pools, live)
+    assert warm_of(pools, *domains) == (3, 3)
+    live.close()
+
+
+@pytest.mark.parametrize("bound", REFUSALS)
+def test_a_domain_with_exactly_its_share_of_several_pools_loses_nothing_while_another_one_has_more(bound):
+    pools, live = idle_of(bound, [3, 0, 0], [0, 5, 0], [0, 0, 1], domains="abc")
+    take(1, bound, pools, live)
+    assert warm_of(pools, *"abc") == (3, 4, 1)
+    live.close()
+
+
+def test_a_domain_with_exactly_its_share_of_a_pool_loses_nothing_while_another_one_has_more():
+    pool = linmem.PoolingCreator(reset="zero", max_unused_warm=8)
+    for domain, slots in (("a", 3), ("b", 4), ("c", 1), ("b", 5)):
+        fill([pool], domain, [slots])
+    assert warm_of([pool], *"abc") == (3, 4, 1)
+
+
+def test_warm_slots_without_a_page_count_for_no_share_of_what_is_kept():
+    size = 16 * EACH            # beside which page tables count for little
+    pool = linmem.PoolingCreator(reset="zero", max_resident=12 * size + size // 2)
+    pool.create(0, **SHAPE, domain="none").close()
+    for domain, slots in (("a", 5), ("b", 7), ("b", 8)):
+        for mem in [pool.create(size, size, size, 0, domain=domain) for _ in range(slots)]:
+            mem.write(0, b"x" * size)
+            mem.close()
+    assert warm_of([pool], "a", "none", "b") == (5, 1, 7)
+
+
+def test_a_warm_slot_that_goes_to_the_pool_below_still_counts_for_the_share_of_its_domain():
+    linmem.set_pool_limits(max_resident=0, max_reserved=0)
+    linmem.set_pool_limits()
+    lower, other = (linmem.PoolingCreator(reset="zero") for _ in range(2))
+    upper = linmem.PoolingCreator(lower, reset="zero")
+    fill([other, upper], "b", [6, 0])
+    fill([other, upper], "a", [0, 7])
+    each = other.stats()["reserved"] // 6
+    linmem.set_pool_limits(max_reserved=linmem.metrics.totals()["reserved"] - 8 * each)
+    assert warm_of([other], "b") >= (4,)
+    assert warm_of([upper, lower], "a") <= (5,)
+
+
+@pytest.mark.parametrize("bound", REFUSALS)
+def test_of_domains_that_hold_the_same_in_several_pools_the_oldest_slot_goes(bound):
+    pools, live = idle_of(bound, [3, 0], [0, 3])
+    take(1, bound, pools, live)
+    assert warm_of(pools, "a", "b") == (2, 3)
+    take(1, bound, pools, live)
+    assert warm_of(pools, "a", "b") == (2, 2)
+    live.close()
+
+
+def test_what_was_committed_and_is_not_resident_counts_where_the_os_refuses_pages():
+    pools, live = idle_of("refused pages", [3, 0], [0, 9], reset="discard")
+    take(6, "refused pages", pools, live)
+    assert warm_of(pools, "a", "b") == (3, 3)
+    live.close()
+
+
+def test_only_what_is_charged_to_a_budget_counts_for_a_share_of_it():
+    budget = linmem.LimitingCreator(MMAP, 6 * EACH + PAGE)
+    pools = [linmem.PoolingCreator(budget, reset="zero"),
+             linmem.PoolingCreator(linmem.PythonCreator(Alternating(budget, MMAP)), reset="zero")]
+    fill(pools, "a", [2, 0])
+    fill(pools, "b", [0, 8])
+    live = budget.create(PAGE, **LARGE)
+    assert budget.used_bytes == 6 * EACH + PAGE
+    take(2, "budget", pools, live)
+    assert warm_of(pools, "a", "b") == (2, 6)
+    take(2, "budget", pools, live)
+    assert warm_of(pools, "a", "b") == (1, 5)
+    live.close()
+
+
+@pytest.mark.parametrize("bound", ["reserved", "refused space"])
+def test_cold_slots_of_any_pool_give_address_space_up_before_a_warm_one_does(bound):
+    pools, live = idle_of(bound, [2, 0], [0, 3])
+    pools[1].purge()
+    take(3, bound, pools, live)
+    assert (warm_of(pools, "a"), idle(pools[1])) == ((2,), 0)
+    take(1, bound, pools, live)
+    assert warm_of(pools, "a") == (1,)
+    live.close()
+
+
+@pytest.mark.parametrize("bound", ["resident", "reserved", "budget"])
+def test_a_domain_that_makes_ever_new_slots_leaves_the_others_in_other_pools_warm(bound):
+    linmem.set_pool_limits(max_resident=0, max_reserved=0)
+    linmem.set_pool_limits()
+    budget = linmem.LimitingCreator(MMAP, 10 * EACH if bound == "budget" else 1 << 40)
+    pools = [linmem.PoolingCreator(budget, reset="zero") for _ in range(11)]
+    if bound == "resident":
+        linmem.set_pool_limits(max_resident=10 * (EACH + 8192))
+    fill(pools, "one", [1] + [0] * 10)
+    if bound == "reserved":
+        totals = linmem.metrics.totals()["reserved"]
+        linmem.set_pool_limits(max_reserved=totals + 9 * pools[0].stats()["reserved"])
+    for n in range(300):
+        used(pools[1 + n % 10], domain="many", minimum=32, pages_written=32, maximum=(64 + n % 100) * PAGE)
+        if n % 30 == 0:
+            fill(pools, "one", [1] + [0] * 10)
+    row = linmem.metrics.read(pools[0])["domains"]["one"]
+    assert (row["misses"], row["hits_cold"], row["hits_warm"]) == (1, 0, 10)
+    assert sum(sum(linmem.metrics.read(pool)["evictions"].values()) for pool in pools[1:]) > 250
+
+
+SUMS = """
+# cython: language_level=3
+from linmem._core.memory cimport acquire, unlock
+from linmem._core.pool cimport BY_DOMAIN, COLD, WARM, PoolingCreator, group, link, pool, slot, warm_totals
+
+cdef list listed(warm_totals* warm):
+    return [warm.n, warm.resident, warm.tables, warm.initial, warm.committed]
+
+def counted(PoolingCreator creator not None):
+    '''What the pool has counted of its warm slots, in all and by domain, and the same from the slots themselves.'''
+    cdef pool* p = creator.pool
+    cdef link* node
+    cdef slot* s
+    cdef dict counts = {}, found = {}
+    cdef size_t slots = 0, reserved = 0
+    acquire(&p.lock.held)
+    node = p.tables[BY_DOMAIN].groups.next
+    while node.owner != NULL:
+        counts[<size_t>node.owner] = listed(&(<group*>node.owner).warm)
+        found[<size_t>node.owner] = [0] * 5
+        node = node.next
+    node = p.slots.next
+    while node.owner != NULL:
+        s = <slot*>node.owner
+        slots += 1
+        if s.state == WARM:
+            row = found[<size_t>s.group.of[BY_DOMAIN]]
+            more = (1, s.resident, s.tables, s.pages.initial, s.pages.committed)
+            row[:] = [a + b for a, b in zip(row, more)]
+        if s.state in (WARM, COLD):
+            reserved += s.reserved
+        node = node.next
+    found["all"] = [sum(column) for column in zip(*found.values())] or [0] * 5
+    found["all"] += [slots, reserved, sum(row[0] > 0 for row in list(found.values())[:-1])]
+    counts["all"] = listed(&p.warm) + [p.n_slots, p.idle_reserved, p.warm_domains]
+    unlock(&p.lock.held)
+    return counts, found
+"""
+
+
+@requires("compiler")
+def test_what_is_counted_by_domain_is_what_the_slots_hold_whatever_threads_do(tmp_path):
+    build_extension(tmp_path, "sums", SUMS)
+    counted = load_extension(tmp_path, "sums").counted
+    budget = linmem.LimitingCreator(MMAP, 400 * PAGE)
+    lower = linmem.PoolingCreator(budget)
+    pools = [lower, linmem.PoolingCreator(lower, reset="discard", keep_resident=3 * PAGE),
+             linmem.PoolingCreator(budget, reset="zero", idle_seconds=0.001),
+             linmem.PoolingCreator(linmem.PythonCreator(Alternating(budget, MMAP)), max_unused_warm=5),
+             linmem.PoolingCreator(linmem.LimitingCreator(lower, 100 * PAGE), slots=12)]
+    image = linmem.Image.from_bytes(b"i" * PAGE)
+    wrong = []
+
+    def work(seed):
+        chance = random.Random(seed)
+        mems = []
+        for n in range(500):
+            pool, most = chance.choice(pools), chance.choice((8, 16, 32))
+            try:
+                mem = pool.create(chance.randrange(1, 4) * PAGE, most * PAGE, most * PAGE, PAGE,
+                                  image=chance.choice((None, None, image)),
+                                  domain=chance.choice((None, "a", f"{n % 300}")))
+                mems.append(mem)
+                mem.write(chance.randrange(len(mem)), b"x")
+                mem.grow_to(chance.randrange(len(mem) // PAGE, most + 1) * PAGE)
+            except (linmem.PoolError, linmem.GrowError):
+                pass
+            while len(mems) > chance.randrange(12):
+                mems.pop(chance.randrange(len(mems))).close()
+            if n % 20 == 0:
+                chance.choice((pool.trim, pool.purge))(chance.choice((0, 10 * PAGE)))
+                linmem.set_pool_limits(max_resident=chance.choice((0, None, 20 * PAGE)),
+                                       max_reserved=chance.choice((None, 400 * PAGE)))
+            counts, found = counted(pool)
+            if counts != found:
+                wrong.append((counts, found))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert all(sum(figures["evictions"].values()) for figures in map(linmem.metrics.read, pools))
 
 
 # -- figures ---------------------------------------------------------------------------------------------------------

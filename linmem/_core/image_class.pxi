@@ -153,7 +153,7 @@ cdef class Image:
             fail_page_call(&why, code, "image_open", stored)
             raise_failure(&why)
         made = (<Image>Image.__new__(Image)).adopt(img, start)
-        from linmem._files.image_file import runs_of_file
+        from linmem._files.sparse import runs_of_file
         if runs is not None:
             take_runs(made, runs)
         found = runs_of_file(descriptor, at, img.offset, img.offset + img.content.size, runs)

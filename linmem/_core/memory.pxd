@@ -252,6 +252,8 @@ cdef struct domain:
     size_t hash
     size_t size
     char* name                  # UTF-8, without a terminating zero
+    size_t census               # the last one of the pools that counted the domain; under the lock of censuses
+    size_t holds                # what this census has found
 
 # The parts of a request that new_memory() of a Python creator does not receive as arguments.
 cdef struct request:

@@ -23,10 +23,6 @@ IMAGE_KINDS = {IMAGE_SEALED: "sealed", IMAGE_FILE: "file", IMAGE_SECTION: "secti
 
 # -- the page calls, and how tests make them fail ------------------------------------------------
 
-ctypedef int (*range_call)(char* at, size_t size) noexcept nogil
-ctypedef int (*detailed_call)(char* at, size_t size, size_t how, void* result) noexcept nogil
-ctypedef int (*image_call)(image_pages* img, size_t offset, char* bytes, size_t size) noexcept nogil
-
 # What os_touched() looks for: pages that may hold a byte other than zero, pages that may differ from the mapped image,
 # or pages of any kind.
 cdef enum:
@@ -34,11 +30,22 @@ cdef enum:
     OVER_IMAGE = 1
     PRESENT = 2
 
-# The arguments of touched() that say where its answer goes.
-cdef struct found_runs:
+# The arguments of a page call that follow the range. Each call uses only its own.
+cdef struct details:
+    bint watched            # reserve()
+    char** base
+    int access              # protect()
+    char* to                # move()
+    size_t new_size
+    size_t* bytes           # resident()
+    int what                # touched() and present()
     span* runs
     size_t* n
     char** next
+
+ctypedef int (*range_call)(char* at, size_t size) noexcept nogil
+ctypedef int (*detailed_call)(char* at, size_t size, details* more) noexcept nogil
+ctypedef int (*image_call)(image_pages* img, size_t offset, char* bytes, size_t size) noexcept nogil
 
 
 cdef int injected() noexcept nogil:
@@ -59,9 +66,9 @@ cdef inline int on_range(range_call call, char* at, size_t size) noexcept nogil:
     return code if code else call(at, size)
 
 
-cdef inline int with_details(detailed_call call, char* at, size_t size, size_t how, void* result) noexcept nogil:
+cdef inline int with_details(detailed_call call, char* at, size_t size, details* more) noexcept nogil:
     cdef int code = injected()
-    return code if code else call(at, size, how, result)
+    return code if code else call(at, size, more)
 
 
 cdef inline int on_image(image_call call, image_pages* img, size_t offset, char* bytes, size_t size) noexcept nogil:
@@ -102,31 +109,39 @@ cdef int release(char* at, size_t size) noexcept nogil:
 
 
 cdef int reserve(size_t size, bint watched, char** base) noexcept nogil:
-    return with_details(os_reserve, NULL, size, watched, base)
+    cdef details more
+    more.watched, more.base = watched, base
+    return with_details(os_reserve, NULL, size, &more)
 
 
 cdef int protect(char* at, size_t size, int access) noexcept nogil:
-    return with_details(os_protect, at, size, <size_t>access, NULL)
+    cdef details more
+    more.access = access
+    return with_details(os_protect, at, size, &more)
 
 
 cdef int move(char* at, size_t size, char* to, size_t new_size) noexcept nogil:
-    return with_details(os_move, at, size, new_size, to)
+    cdef details more
+    more.to, more.new_size = to, new_size
+    return with_details(os_move, at, size, &more)
 
 
 cdef int resident(char* at, size_t size, size_t* bytes) noexcept nogil:
-    return with_details(os_resident, at, size, 0, bytes)
+    cdef details more
+    more.bytes = bytes
+    return with_details(os_resident, at, size, &more)
 
 
 cdef int touched(char* at, size_t size, bint over_image, span* runs, size_t* n, char** next) noexcept nogil:
-    cdef found_runs found
-    found.runs, found.n, found.next = runs, n, next
-    return with_details(os_touched, at, size, OVER_IMAGE if over_image else TOUCHED, &found)
+    cdef details more
+    more.what, more.runs, more.n, more.next = OVER_IMAGE if over_image else TOUCHED, runs, n, next
+    return with_details(os_touched, at, size, &more)
 
 
 cdef int present(char* at, size_t size, span* runs, size_t* n, char** next) noexcept nogil:
-    cdef found_runs found
-    found.runs, found.n, found.next = runs, n, next
-    return with_details(os_touched, at, size, PRESENT, &found)
+    cdef details more
+    more.what, more.runs, more.n, more.next = PRESENT, runs, n, next
+    return with_details(os_touched, at, size, &more)
 
 
 cdef int image_begin(size_t size, image_pages* out) noexcept nogil:
@@ -187,6 +202,11 @@ cdef inline void count_released(size_t size) noexcept nogil:
 cdef inline void clear_image(image_pages* img) noexcept nogil:
     memset(img, 0, sizeof(image_pages))
     img.handle = -1
+
+
+cdef inline size_t at_most(size_t wanted, size_t room) noexcept nogil:
+    """How much to ask the OS for at a time: as much as is left, but never more than there is room for."""
+    return wanted if wanted < room else room
 
 
 cdef inline bint add_page(span* runs, size_t* n, size_t room, char* page) noexcept nogil:

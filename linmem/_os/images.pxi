@@ -152,7 +152,7 @@ cdef int os_image_write(image_pages* img, size_t offset, char* bytes, size_t siz
 cdef int write_all(int fd, const char* bytes, size_t size, off_t offset) noexcept nogil:
     cdef ssize_t n
     while size:
-        n = pwrite(fd, bytes, size if size < IO_STEP else IO_STEP, offset)
+        n = pwrite(fd, bytes, at_most(size, IO_STEP), offset)
         if n < 0 and errno == EINTR:
             continue
         if n <= 0:
@@ -198,7 +198,7 @@ cdef int read_data(int fd, char* to, size_t size) noexcept nogil:
             at = <size_t>data
             end = <size_t>hole if <size_t>hole < size else size
         while at < end:
-            n = pread(fd, to + at, end - at if end - at < IO_STEP else IO_STEP, <off_t>at)
+            n = pread(fd, to + at, at_most(end - at, IO_STEP), <off_t>at)
             if n < 0 and errno == EINTR:
                 continue
             if n <= 0:

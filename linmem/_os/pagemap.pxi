@@ -103,9 +103,8 @@ cdef int checked_pagemap_fd(int* fd) noexcept nogil:
     return pagemap_fd(fd)
 
 
-cdef int scan_by_ioctl(char* at, size_t size, size_t what, found_runs* found) noexcept nogil:
+cdef int scan_by_ioctl(char* at, size_t size, details* more) noexcept nogil:
     cdef page_region regions[64]
-    cdef size_t room = sizeof(regions) // sizeof(regions[0])
     cdef pm_scan_arg scan
     cdef int fd, got, i
     cdef int code = checked_pagemap_fd(&fd)
@@ -116,57 +115,55 @@ cdef int scan_by_ioctl(char* at, size_t size, size_t what, found_runs* found) no
     scan.start = <uint64_t>at
     scan.end = scan.start + size
     scan.vec = <uint64_t>&regions[0]
-    scan.vec_len = found.n[0] if found.n[0] < room else room
+    scan.vec_len = at_most(more.n[0], sizeof(regions) // sizeof(regions[0]))
     scan.category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED
-    if what != PRESENT:
-        scan.category_inverted = scan.category_mask = PAGE_IS_PFNZERO | (PAGE_IS_FILE if what == OVER_IMAGE else 0)
+    if more.what != PRESENT:
+        scan.category_inverted = scan.category_mask = PAGE_IS_PFNZERO | (PAGE_IS_FILE if more.what == OVER_IMAGE else 0)
         scan.return_mask = PAGE_IS_PFNZERO      # the same for every page that is found, so neighbours become one run
     got = ioctl(fd, PAGEMAP_SCAN, &scan)
     if got < 0:
         return errno
     for i in range(got):
-        found.runs[i].at = <char*>regions[i].start
-        found.runs[i].size = <size_t>(regions[i].end - regions[i].start)
-    found.n[0] = <size_t>got
-    found.next[0] = <char*>scan.walk_end
+        more.runs[i].at = <char*>regions[i].start
+        more.runs[i].size = <size_t>(regions[i].end - regions[i].start)
+    more.n[0] = <size_t>got
+    more.next[0] = <char*>scan.walk_end
     return 0
 
 
-cdef int scan_by_reading(char* at, size_t size, size_t what, found_runs* found) noexcept nogil:
+cdef int scan_by_reading(char* at, size_t size, details* more) noexcept nogil:
     cdef uint64_t entries[512]
-    cdef size_t room = found.n[0], used = 0, offset = 0, most = sizeof(entries) // sizeof(entries[0]), count, i
+    cdef size_t room = more.n[0], used = 0, offset = 0, count, i
     cdef ssize_t got
     cdef int fd
     cdef int code = checked_pagemap_fd(&fd)
     if code:
         return code
     while offset < size:
-        count = (size - offset) // real_page
-        if count > most:
-            count = most
+        count = at_most((size - offset) // real_page, sizeof(entries) // sizeof(entries[0]))
         got = pread(fd, entries, count * 8, <off_t>(<size_t>(at + offset) // real_page * 8))
         if got != <ssize_t>(count * 8):
             return errno if got < 0 else EIO
         for i in range(count):
-            if (entries[i] >> ENTRY_SWAPPED and not (what == OVER_IMAGE and entries[i] >> ENTRY_FILE & 1)
-                    and not add_page(found.runs, &used, room, at + offset)):
+            if (entries[i] >> ENTRY_SWAPPED and not (more.what == OVER_IMAGE and entries[i] >> ENTRY_FILE & 1)
+                    and not add_page(more.runs, &used, room, at + offset)):
                 size = offset       # no room for another run: the next scan begins here
                 break
             offset += real_page
-    found.n[0] = used
-    found.next[0] = at + offset
+    more.n[0] = used
+    more.next[0] = at + offset
     return 0
 
 
-cdef int os_touched(char* at, size_t size, size_t what, void* found) noexcept nogil:
-    return scan_by(scan_way, at, size, what, <found_runs*>found)
+cdef int os_touched(char* at, size_t size, details* more) noexcept nogil:
+    return scan_by(scan_way, at, size, more)
 
 
-cdef int scan_by(int way, char* at, size_t size, size_t what, found_runs* found) noexcept nogil:
+cdef int scan_by(int way, char* at, size_t size, details* more) noexcept nogil:
     if way == SCAN_IOCTL:
-        return scan_by_ioctl(at, size, what, found)
+        return scan_by_ioctl(at, size, more)
     if way == SCAN_READING:
-        return scan_by_reading(at, size, what, found)
+        return scan_by_reading(at, size, more)
     return ENOSYS
 
 
@@ -175,16 +172,16 @@ cdef bint scan_works(int way) noexcept nogil:
     cdef span runs[3]
     cdef size_t n = 3, page = real_page
     cdef char* next = NULL
-    cdef found_runs found
+    cdef details more
     cdef bint works = False
     cdef char* p = <char*>mmap(NULL, 3 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
     if p == MAP_FAILED:
         return False
-    found.runs, found.n, found.next = runs, &n, &next
+    more.what, more.runs, more.n, more.next = TOUCHED, runs, &n, &next
     madvise(p, 3 * page, MADV_NOHUGEPAGE)
     touch(p + page)
     load(<word*>(p + 2 * page))
-    if scan_by(way, p, 3 * page, TOUCHED, &found) == 0:
+    if scan_by(way, p, 3 * page, &more) == 0:
         works = (n == 1 and next == p + 3 * page and runs[0].at == p + page
                  and runs[0].size == (page if way == SCAN_IOCTL else 2 * page))
     munmap(p, 3 * page)

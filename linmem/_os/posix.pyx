@@ -86,7 +86,7 @@ cdef inline int set_name(void* at, size_t size) noexcept nogil:
     return prctl(PR_SET_VMA, PR_SET_VMA_ANON_NAME, <unsigned long>at, <unsigned long>size, <unsigned long>NAME)
 
 
-cdef int os_reserve(char* unused, size_t size, size_t watched, void* base) noexcept nogil:
+cdef int os_reserve(char* unused, size_t size, details* more) noexcept nogil:
     cdef int code
     cdef void* p
     # The kernel aligns to its own page. A base at a multiple of a larger (overridden) host page is cut out of a
@@ -107,7 +107,7 @@ cdef int os_reserve(char* unused, size_t size, size_t watched, void* base) noexc
             count_released(extra - lead)
         p = <char*>p + lead
     set_name(p, size)
-    (<char**>base)[0] = <char*>p
+    more.base[0] = <char*>p
     return 0
 
 
@@ -150,17 +150,17 @@ cdef int os_advise_huge(char* at, size_t size) noexcept nogil:
     return errno if madvise(at, size, MADV_HUGEPAGE) else 0
 
 
-cdef int os_protect(char* at, size_t size, size_t access, void* unused) noexcept nogil:
+cdef int os_protect(char* at, size_t size, details* more) noexcept nogil:
     cdef int protection = PROT_NONE
-    if access == ACCESS_READ:
+    if more.access == ACCESS_READ:
         protection = PROT_READ
-    elif access == ACCESS_READ_WRITE:
+    elif more.access == ACCESS_READ_WRITE:
         protection = PROT_READ | PROT_WRITE
-    elif access == ACCESS_READ_EXECUTE:
+    elif more.access == ACCESS_READ_EXECUTE:
         protection = PROT_READ | PROT_EXEC
     if mprotect(at, size, protection):
         return errno
-    if access == ACCESS_READ_EXECUTE:
+    if more.access == ACCESS_READ_EXECUTE:
         clear_cache(at, at + size)
     return 0
 
@@ -171,36 +171,34 @@ cdef int os_prefault(char* at, size_t size) noexcept nogil:
     return touch_pages(at, size)
 
 
-cdef int os_move(char* at, size_t size, size_t new_size, void* to) noexcept nogil:
+cdef int os_move(char* at, size_t size, details* more) noexcept nogil:
     cdef int code
     if not ON_LINUX:
         return ENOTSUP
-    if too_much(new_size - size):
+    if too_much(more.new_size - size):
         return ENOMEM
-    if mremap(at, size, new_size, MREMAP_MAYMOVE | MREMAP_FIXED, to) != MAP_FAILED:
+    if mremap(at, size, more.new_size, MREMAP_MAYMOVE | MREMAP_FIXED, more.to) != MAP_FAILED:
         count_released(size)        # the range at `at`; the range at `to` was counted when it was reserved
         return 0
     # The kernel may have unmapped the destination before it refused. Fill the hole, so that no other thread maps pages
     # there, which the caller's release() would unmap. If there is no hole, this call changes nothing.
     code = errno
-    if mmap(to, new_size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0) != MAP_FAILED:
-        set_name(to, new_size)
+    if mmap(more.to, more.new_size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0) != MAP_FAILED:
+        set_name(more.to, more.new_size)
     return code
 
 
-cdef int os_resident(char* at, size_t size, size_t unused, void* bytes) noexcept nogil:
+cdef int os_resident(char* at, size_t size, details* more) noexcept nogil:
     cdef unsigned char vector[4096]
-    cdef size_t offset = 0, step, i, pages = 0
-    while offset < size:
-        step = size - offset
-        if step > sizeof(vector) * real_page:
-            step = sizeof(vector) * real_page
-        if mincore(at + offset, step, <void*>vector):
+    cdef size_t left = size // real_page, pages = 0, n, i
+    while left:
+        n = at_most(left, sizeof(vector))       # mincore() writes as many bytes as the range has pages
+        if mincore(at + size - left * real_page, n * real_page, <void*>vector):
             return errno
-        for i in range(step // real_page):
+        for i in range(n):
             pages += vector[i] & 1
-        offset += step
-    (<size_t*>bytes)[0] = pages * real_page
+        left -= n
+    more.bytes[0] = pages * real_page
     return 0
 
 

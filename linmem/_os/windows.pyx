@@ -2,7 +2,7 @@
 """The page floor on Windows: VirtualAlloc, VirtualProtect, VirtualFree and their kin."""
 
 from linmem._os cimport pages as _contract    # no-cython-lint: an edit of the contract causes a rebuild
-from linmem._core.atomic cimport add, load, store, touch, word
+from linmem._core.atomic cimport add, load, touch, word
 
 from libc.stddef cimport wchar_t
 from libc.stdint cimport intptr_t, uintptr_t
@@ -109,7 +109,7 @@ cdef int last_error() noexcept nogil:
     return ERROR_GEN_FAILURE if code == 0 or code > 0x7fffffff else <int>code
 
 
-cdef int os_reserve(char* unused, size_t size, size_t watched, void* base) noexcept nogil:
+cdef int os_reserve(char* unused, size_t size, details* more) noexcept nogil:
     # A part of a reservation cannot be given back. What a larger (overridden) host page needs for its alignment stays
     # inaccessible in front of the range or behind it, until release() frees all of it.
     cdef size_t extra = caps.granularity - real_granularity
@@ -117,7 +117,7 @@ cdef int os_reserve(char* unused, size_t size, size_t watched, void* base) noexc
     cdef int code
     count_reserved(size + extra)
     # The system keeps a bit for each watched page. If it has no memory for these bits, the range is not watched.
-    if watched and can_watch:
+    if more.watched and can_watch:
         p = VirtualAlloc(NULL, size + extra, MEM_RESERVE | MEM_WRITE_WATCH, PAGE_NOACCESS)
     if p == NULL:
         p = VirtualAlloc(NULL, size + extra, MEM_RESERVE, PAGE_NOACCESS)
@@ -125,7 +125,7 @@ cdef int os_reserve(char* unused, size_t size, size_t watched, void* base) noexc
         code = last_error()
         count_released(size + extra)
         return code
-    (<char**>base)[0] = <char*>((<size_t>p + extra) & ~(caps.granularity - 1))
+    more.base[0] = <char*>((<size_t>p + extra) & ~(caps.granularity - 1))
     return 0
 
 
@@ -157,7 +157,7 @@ cdef int os_discard(char* at, size_t size) noexcept nogil:
     # lost.
     cdef size_t offset = 0, step
     while offset < size:
-        step = size - offset if size - offset < DISCARD_STEP else DISCARD_STEP
+        step = at_most(size - offset, DISCARD_STEP)
         memset(at + offset, 0, step)
         if VirtualAlloc(at + offset, step, MEM_RESET, PAGE_NOACCESS) == NULL:
             return last_error()
@@ -175,29 +175,29 @@ cdef int os_renew(char* at, size_t size) noexcept nogil:
     return 0 if VirtualAlloc(at, size, MEM_COMMIT, PAGE_READWRITE) != NULL else last_error()
 
 
-cdef int os_touched(char* at, size_t size, size_t what, void* found) noexcept nogil:
+cdef int os_touched(char* at, size_t size, details* more) noexcept nogil:
     # QueryWorkingSetEx does not know pages in the paging file, and no call tells which pages differ from an image.
-    return written(at, size, <found_runs*>found) if what == TOUCHED and caps.scans else ERROR_NOT_SUPPORTED
+    return written(at, size, more) if more.what == TOUCHED and caps.scans else ERROR_NOT_SUPPORTED
 
 
-cdef int written(char* at, size_t size, found_runs* found) noexcept nogil:
+cdef int written(char* at, size_t size, details* more) noexcept nogil:
     """The pages that were written since they were reserved, or since ResetWriteWatch(). A listed page may be zero; a
     page that is not listed has never been anything else."""
     cdef void* listed[ASKED_AT_ONCE]
     cdef ULONG_PTR count = ASKED_AT_ONCE, i = 0
     cdef DWORD unit
-    cdef size_t room = found.n[0]
+    cdef size_t room = more.n[0]
     if GetWriteWatch(0, at, size, listed, &count, &unit):
         return ERROR_NOT_SUPPORTED
-    found.n[0] = 0
-    while i < count and add_page(found.runs, found.n, room, <char*>listed[i]):
+    more.n[0] = 0
+    while i < count and add_page(more.runs, more.n, room, <char*>listed[i]):
         i += 1
     if i < count:
-        found.next[0] = <char*>listed[i]
+        more.next[0] = <char*>listed[i]
     elif count < ASKED_AT_ONCE:
-        found.next[0] = at + size
+        more.next[0] = at + size
     else:
-        found.next[0] = <char*>listed[count - 1] + real_page
+        more.next[0] = <char*>listed[count - 1] + real_page
     return 0
 
 
@@ -207,19 +207,18 @@ cdef bint writes_are_seen() noexcept nogil:
     cdef span runs[3]
     cdef size_t n = 3, page = real_page
     cdef char* next = NULL
-    cdef found_runs found
+    cdef details more
     cdef HANDLE out = NULL, into = NULL
     cdef DWORD moved = 0
     cdef bint seen = False
     cdef char* p = <char*>VirtualAlloc(NULL, 3 * page, MEM_RESERVE | MEM_COMMIT | MEM_WRITE_WATCH, PAGE_READWRITE)
     if p == NULL:
         return False
-    found.runs, found.n, found.next = runs, &n, &next
+    more.runs, more.n, more.next = runs, &n, &next
     if CreatePipe(&out, &into, NULL, 0):
-        load(<word*>p)
-        store(<word*>(p + page), 1)
+        (<volatile char*>p + page)[0] = (<volatile char*>p)[0] + 1
         seen = (WriteFile(into, b"x", 1, &moved, NULL) and ReadFile(out, p + 2 * page, 1, &moved, NULL) and moved == 1
-                and written(p, 3 * page, &found) == 0
+                and written(p, 3 * page, &more) == 0
                 and n == 1 and next == p + 3 * page and runs[0].size == 2 * page and runs[0].at == p + page)
         CloseHandle(out)
         CloseHandle(into)
@@ -227,7 +226,7 @@ cdef bint writes_are_seen() noexcept nogil:
         n = 3
         seen = (VirtualFree(p, 3 * page, MEM_DECOMMIT) and ResetWriteWatch(p, 3 * page) == 0
                 and VirtualAlloc(p, 3 * page, MEM_COMMIT, PAGE_READWRITE) == p
-                and written(p, 3 * page, &found) == 0 and n == 0)
+                and written(p, 3 * page, &more) == 0 and n == 0)
     VirtualFree(p, 0, MEM_RELEASE)
     return seen
 
@@ -236,19 +235,24 @@ cdef int os_advise_huge(char* at, size_t size) noexcept nogil:
     return ERROR_NOT_SUPPORTED
 
 
-cdef int os_protect(char* at, size_t size, size_t access, void* unused) noexcept nogil:
-    cdef DWORD protection = PAGE_NOACCESS, before
-    if access == ACCESS_READ:
+cdef int set_protection(char* at, size_t size, DWORD protection) noexcept nogil:
+    cdef DWORD before
+    return 0 if VirtualProtect(at, size, protection, &before) else last_error()
+
+
+cdef int os_protect(char* at, size_t size, details* more) noexcept nogil:
+    cdef DWORD protection = PAGE_NOACCESS
+    cdef int code
+    if more.access == ACCESS_READ:
         protection = PAGE_READONLY
-    elif access == ACCESS_READ_WRITE:
+    elif more.access == ACCESS_READ_WRITE:
         protection = PAGE_READWRITE
-    elif access == ACCESS_READ_EXECUTE:
+    elif more.access == ACCESS_READ_EXECUTE:
         protection = PAGE_EXECUTE_READ
-    if not VirtualProtect(at, size, protection, &before):
-        return last_error()
-    if access == ACCESS_READ_EXECUTE:
+    code = set_protection(at, size, protection)
+    if code == 0 and more.access == ACCESS_READ_EXECUTE:
         FlushInstructionCache(GetCurrentProcess(), at, size)
-    return 0
+    return code
 
 
 cdef int os_prefault(char* at, size_t size) noexcept nogil:
@@ -256,15 +260,15 @@ cdef int os_prefault(char* at, size_t size) noexcept nogil:
     return touch_pages(at, size)
 
 
-cdef int os_move(char* at, size_t size, size_t new_size, void* to) noexcept nogil:
+cdef int os_move(char* at, size_t size, details* more) noexcept nogil:
     return ERROR_NOT_SUPPORTED
 
 
-cdef int os_resident(char* at, size_t size, size_t unused, void* bytes) noexcept nogil:
+cdef int os_resident(char* at, size_t size, details* more) noexcept nogil:
     cdef PSAPI_WORKING_SET_EX_INFORMATION asked[ASKED_AT_ONCE]
     cdef size_t left = size // real_page, pages = 0, n, i
     while left:
-        n = left if left < ASKED_AT_ONCE else ASKED_AT_ONCE
+        n = at_most(left, sizeof(asked) // sizeof(asked[0]))
         for i in range(n):
             asked[i].VirtualAddress = at + size - (left - i) * real_page
         if not QueryWorkingSetEx(GetCurrentProcess(), asked, <DWORD>(n * sizeof(asked[0]))):
@@ -272,7 +276,7 @@ cdef int os_resident(char* at, size_t size, size_t unused, void* bytes) noexcept
         for i in range(n):
             pages += asked[i].VirtualAttributes.Flags & 1
         left -= n
-    (<size_t*>bytes)[0] = pages * real_page
+    more.bytes[0] = pages * real_page
     return 0
 
 
@@ -327,12 +331,12 @@ cdef int os_image_end(image_pages* img, size_t offset, char* bytes, size_t size)
     cdef HANDLE reader = NULL
     cdef int code
     if img.kind == IMAGE_PRIVATE:
-        return os_protect(img.bytes, size, ACCESS_READ, NULL)
+        return set_protection(img.bytes, size, PAGE_READONLY)
     # The pages stay where they are. The only handle on them that is left cannot write.
     if not DuplicateHandle(GetCurrentProcess(), <HANDLE>img.handle, GetCurrentProcess(), &reader, FILE_MAP_READ, False,
                            0):
         return last_error()
-    code = os_protect(img.bytes, size, ACCESS_READ, NULL)
+    code = set_protection(img.bytes, size, PAGE_READONLY)
     if code:
         CloseHandle(reader)
         return code
