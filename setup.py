@@ -38,7 +38,6 @@ HEADERS = [path.as_posix() for path in Path("linmem").rglob("*.h")]
 extensions = [
     Extension("linmem._os.pages", [f"linmem/_os/{PAGES}.pyx"]),
     Extension("linmem._core.memory", ["linmem/_core/memory.pyx"]),
-    Extension("linmem._core.image", ["linmem/_core/image.pyx"]),
     Extension("linmem._core.adaptors", ["linmem/_core/adaptors.pyx"]),
     Extension("linmem._core.pool", ["linmem/_core/pool.pyx"]),
     Extension("linmem._core.bridge", ["linmem/_core/bridge.pyx"]),

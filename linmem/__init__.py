@@ -12,8 +12,7 @@ grows. Python reads and writes it through the buffer protocol without a copy. Th
 
 try:
     from linmem._core.adaptors import LimitingCreator, PythonCreator, StatisticsCreator
-    from linmem._core.image import Image
-    from linmem._core.memory import Memory, MmapCreator
+    from linmem._core.memory import Image, Memory, MmapCreator
     from linmem._core.pool import PoolingCreator, set_pool_limits
     from linmem._files.delta import Delta
     from linmem.abc import LinearMemory, MemoryCreator

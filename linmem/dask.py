@@ -28,8 +28,7 @@ try:
 except ImportError as error:
     raise ImportError(f"linmem.dask needs Dask's distributed: pip install 'linmem[dask]' ({error})") from error
 
-from linmem._core.image import Image
-from linmem._core.memory import Memory, NativeCreator
+from linmem._core.memory import Image, Memory, NativeCreator
 from linmem._files.delta import Delta
 from linmem.creators import creator
 

@@ -1,4 +1,4 @@
-"""The exceptions of linmem, and `from_failure`, which makes one of them from a failure of native code."""
+"""The exceptions of linmem."""
 
 from __future__ import annotations
 
@@ -108,13 +108,6 @@ class FileFormatError(ValueError):
     __reduce__ = _reduce
 
 
-# The codes of `units.pxd`, without "E_", whose exception has no attributes.
-_CLASSES: dict[str, type[Exception]] = {
-    "NO_MEMORY": MemoryError, "OVERFLOW": OverflowError, "SHRINK": ValueError, "MAXIMUM": GrowError,
-    "CAPACITY": GrowError, "EXPORTED": BufferError, "IMAGE": ValueError, "OWNED": OwnedError,
-    "OWN_GROWTH": RuntimeError, "BROKEN": RuntimeError, "PROTECTED": ValueError, "UNSUPPORTED": TypeError}
-
-
 def page_error(os_error_args: tuple[Any, ...], call: str, size: int) -> PageError:
     """A `PageError`; `os_error_args` is what `pages.os_error_args` returns for the code."""
     error = PageError(*os_error_args)
@@ -123,23 +116,3 @@ def page_error(os_error_args: tuple[Any, ...], call: str, size: int) -> PageErro
     error.call = call
     error.size = size
     return error
-
-
-def from_failure(reason: str, text: str, *, os_error_args: tuple[Any, ...], call: str, size: int,
-                 used: int, limit: int) -> Exception:
-    """The exception for a failure of native code.
-
-    Parameters
-    ----------
-    reason : str
-        "os", or the name of a code in `units.pxd` without "E_".
-    text : str
-        The whole message.
-    """
-    if reason == "os":
-        return page_error(os_error_args, call, size)
-    if reason == "LIMIT":
-        return LimitError(text, limit=limit, used=used, requested=size)
-    if reason == "EXHAUSTED":
-        return PoolError(text, slots=limit)
-    return _CLASSES[reason](text)

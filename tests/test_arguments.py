@@ -12,7 +12,7 @@ from support import HALF_CREATOR, PAGE, WORD, answer, build_extension, load_exte
 
 import linmem
 from linmem._core.bridge import Offer
-from linmem._core.memory import ImageHandle, NativeCreator
+from linmem._core.memory import NativeCreator
 
 TYPE = linmem.MemoryType(0)
 REFUSED = (ValueError, TypeError, OverflowError)
@@ -490,7 +490,7 @@ def test_a_constructor_names_what_is_missing_or_too_much_in_its_own_words(make, 
 @pytest.mark.parametrize("make", [
     linmem.MmapCreator, linmem.PoolingCreator, lambda: linmem.creator("statistics"),
     lambda: linmem.creator("limiting", limit_bytes=1), lambda: linmem.PythonCreator(Quota()), lambda: Offer([]),
-    ImageHandle, lambda: linmem.create(8), lambda: linmem.create(8).view(">d").obj])
+    lambda: linmem.create(8), lambda: linmem.create(8).view(">d").obj])
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps, partial(pickle.dumps, protocol=2)])
 def test_what_belongs_to_this_process_says_that_it_cannot_be_pickled_or_copied(make, duplicate):
     with pytest.raises(TypeError, match="cannot be pickled or copied: ") as caught:

@@ -14,7 +14,7 @@ from linmem._commands.page_map import CHANGED, GONE, NEW, Pages, draw, show_map
 from linmem._commands.parser import EXIT_REFUSED, Refused, file_name
 from linmem._commands.text import count, show_size
 from linmem._core.arguments import printable
-from linmem._core.image import Image
+from linmem._core.memory import Image
 from linmem._files.delta import Delta
 from linmem._files.format import DELTA, NO_DIGEST, PACKED, PAGE
 from linmem._files.reader import open_file, read

@@ -9,7 +9,7 @@ from typing import TextIO
 from linmem._commands.parser import Refused
 from linmem._commands.text import show_size
 from linmem._core.arguments import printable
-from linmem._core.image import Image
+from linmem._core.memory import Image
 from linmem._files.atomic_file import write_figure
 from linmem._files.delta import Delta
 from linmem._files.format import PAGE, round_up

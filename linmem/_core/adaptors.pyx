@@ -14,9 +14,9 @@ from libc.stdlib cimport calloc, free, malloc
 from linmem._core.atomic cimport add, load, poke, poke_address, store, swap_if
 from linmem._core.linked_list cimport link, list_add_first, list_init, list_remove
 from linmem._core.memory cimport (
-    NO_MAXIMUM, PROTECTION_NONE, RELIEF_BUDGET, UNCHOSEN, ImageHandle, Memory, NativeCreator, acquire, answer_request,
+    NO_MAXIMUM, PROTECTION_NONE, RELIEF_BUDGET, UNCHOSEN, Image, Memory, NativeCreator, acquire, answer_request,
     begin_move, begin_own_growth, check_bounded, check_count, check_native, check_size, current_domain, drop_object,
-    end_move, end_own_growth, fail, fail_python, failure, give_back, image_copy, in_each_child, leave_image, list_lock,
+    end_move, end_own_growth, fail, fail_python, failure, give_back, image_copy, in_each_child, image_detach, list_lock,
     list_memory, live_after, memory, memory_hang, memory_hook, memory_ops, memory_resident, memory_retain, memory_size,
     memory_spec, own_growth, python_is_ending, raise_failure, refuse_foreign, relieve, request, try_acquire,
     unlist_lock, unlist_memory, unlock,

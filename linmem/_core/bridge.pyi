@@ -1,7 +1,7 @@
 from collections.abc import Callable, Iterable
 from typing import TypeVar, final
 
-from linmem._core.memory import ImageHandle, Memory, NativeCreator
+from linmem._core.memory import Image, Memory, NativeCreator
 
 _T = TypeVar("_T")
 
@@ -12,6 +12,6 @@ def in_domain(domain: str | None, call: Callable[[], _T]) -> _T: ...
 
 @final
 class Offer:
-    def __init__(self, places: Iterable[tuple[int, ImageHandle | None]]) -> None: ...
+    def __init__(self, places: Iterable[tuple[int, Image | None]]) -> None: ...
     def make(self) -> bool: ...
     def take_back(self) -> int: ...

@@ -15,7 +15,7 @@ from libc.stdlib cimport calloc, free
 
 from linmem._core.atomic cimport load, store
 from linmem._core.memory cimport (
-    OWNER_LEFT, OWNER_WASMTIME, PROTECTION_NONE, UNCHOSEN, ImageHandle, NativeCreator, acquire, current_domain,
+    OWNER_LEFT, OWNER_WASMTIME, PROTECTION_NONE, UNCHOSEN, Image, NativeCreator, acquire, current_domain,
     domain as domain_t, domain_of, domain_release, drop_object, fail, failure, failure_text, fork_lock, image,
     image_release, image_retain, list_lock, lock_memory, memory, memory_grow_to, memory_release, memory_retain,
     memory_spec, set_domain, unlock, wrap,
@@ -305,14 +305,14 @@ cdef class Offer:
         if self.places != NULL:
             raise RuntimeError("Offer.__init__() must not be called twice")
         for _, one in given:
-            if one is not None and not isinstance(one, ImageHandle):
+            if one is not None and not isinstance(one, Image):
                 raise TypeError(f"images must be Images or None, got {type(one).__name__}")
         self.places = <place*>calloc(<size_t>len(given) + 1, sizeof(place))
         if self.places == NULL:
             raise MemoryError("no memory for an offer of images")
         for i in range(<size_t>len(given)):
             self.places[i].minimum = given[i][0]
-            self.places[i].image = NULL if given[i][1] is None else (<ImageHandle>given[i][1]).it
+            self.places[i].image = NULL if given[i][1] is None else (<Image>given[i][1]).it
         self.images = tuple(given)
         self.n = <size_t>len(given)
 

@@ -155,7 +155,7 @@ cdef class LimitingCreator(NativeCreator):
         cdef size_t limit
         upstream, limit_bytes = _given("LimitingCreator", ("upstream", "limit_bytes"), {}, args, kwargs)
         self.upstream = check_native(upstream, "upstream")
-        check_bounded(limit_bytes, "limit_bytes", "be below 2**63", &limit)
+        check_bounded(limit_bytes, "limit_bytes", "below 2**63", &limit)
         if limit > SIZE_MAX >> 1:
             raise OverflowError(f"limit_bytes must be below 2**63, got {limit}")
         self.budget = <budget*>calloc(1, sizeof(budget))

@@ -1,4 +1,4 @@
-# Memories and creators: the structs that threads share, and the classes that hand them out. Floor 2.
+# Memories, images and creators: the structs that threads share, and the classes over them.
 #
 #  |<- pre_guard ->|<------------- capacity (reserved) ------------->|<- guard ->|
 #  +---------------+----------------------+---------------------------+-----------+
@@ -12,81 +12,95 @@ from cpython.object cimport PyObject
 from linmem._os cimport pages
 from linmem._core.units cimport word
 
-# Why a nogil call failed. Filled only on failure; the text is made from it in one place.
+# Why a nogil call failed. A call that succeeds does not fill it. failures.pxi makes the text and the exception.
 cdef struct failure:
-    int code                    # what the call returned: an OS code, or an E_ constant
+    int code                    # the returned code: a code of the OS, or an E_ constant
     const char* call            # static text: the page call or the operation
-    size_t size                 # bytes that it asked for
-    size_t used                 # bytes (or buffers) that stand in the way
+    size_t size                 # bytes that the call asked for
+    size_t used                 # bytes, buffers or an offset, as the code needs
     size_t limit                # the bound that was hit
-    char detail[320]            # more words; may be empty
-    PyObject* exception         # E_PYTHON only: a reference that whoever ends the failure must drop
+    char detail[320]            # further text; may be empty
+    PyObject* exception         # E_PYTHON only: a reference; the code that handles the failure must drop it
 
 cdef enum:
     CACHE_LINE = 64
 
-# A lock under which lists and tables change that a forked child must not find half changed: fork waits for those
-# that are listed by list_lock(). Whoever holds one waits for nothing but for orphans_lock, and never for the GIL.
+# A lock for lists and tables that a forked child must not find half changed. fork() takes every lock that list_lock()
+# has registered. A thread that holds such a lock may wait for orphans_lock, and for nothing else; never for the GIL.
 cdef struct fork_lock:
     word held
     fork_lock* next
-    fork_lock* previous
+    fork_lock** link            # the pointer of the list that points to this lock
 
 ctypedef struct run:
     size_t offset
     size_t size
 
-# What a memory holds at the start, or held once: a page here and there, and zeros. Never changes, may be used by
-# any thread, and is reference-counted like the memories that hold it.
+# The bytes that memories start from or are restored to: runs of bytes with zeros between them. It never changes, any
+# thread may use it, and it is reference-counted as the memories that hold it are.
 cdef struct image:
     word refs
-    word memories               # that hold it: some of the references
+    word memories               # memories that are attached to it; each holds one of the references
     pages.image_pages content
     size_t offset               # of the content in a memory, whole host pages
-    size_t end                  # a memory of it has at least so many bytes
-    size_t low                  # within the content, whole host pages: what is not zero lies in low .. high,
+    size_t end                  # a memory of the image has at least this many bytes
+    size_t low                  # in the content, whole host pages: all bytes that are not zero lie in low .. high
     size_t high
-    word forgotten              # 1: its Python object is gone, so no new memory of it is made
+    word forgotten              # 1: the Image object is gone, so no new memory starts from the image
     word slots                  # of pools that start from it
-    run* runs                   # and there in these, in order and apart, multiples of GRANULE
+    run* runs                   # of the content, in order and apart, multiples of GRANULE; zeros lie between them
     size_t n_runs
-    size_t room                 # for runs
-    bint runs_known             # else they are one, of all there is
+    size_t room                 # runs that the array has room for
+    bint runs_known             # False: there is one run, the whole content, and it may hold zeros too
 
 cdef enum:
-    GRANULE = 4096              # of what is zero and what is not, whatever the host page
+    GRANULE = 4096              # unit of the runs of an image, whatever the host page is
 
-# How the bytes of a memory's image got there.
+# How the bytes of a memory's image got into the memory.
 cdef enum:
-    IMAGE_COPIED = 0            # copied; or there is none
-    IMAGE_MAPPED = 1            # its pages low .. high are the image's own until they are written
-    IMAGE_BROKEN = 2            # some of these have been given back for zeros
+    IMAGE_COPIED = 0            # they were copied; or the memory has no image
+    IMAGE_MAPPED = 1            # the pages low .. high show the image until they are written (copy-on-write)
+    IMAGE_BROKEN = 2            # some of the mapped pages have been replaced by pages of zeros
 
-# A part of a memory that is not as in an image.
+# The copy-on-write state of a memory. Only copy_on_write.pxi and the inline functions below access the fields. They
+# change with the memory's lock held, or while the caller owns the memory exclusively.
+cdef struct cow_state:
+    word how                    # IMAGE_
+    image* image                # the image that the memory started from or was last restored to, one reference; or NULL
+    size_t started              # byte_size when the memory started from the image; 0: it was restored to the image
+    size_t dirtied              # bytes that the first restore since the last reset of pages found written; 0: unknown
+
+# Parts of a memory that differ from an image.
 ctypedef struct change:
     size_t offset
     size_t size
-    bint zero                   # it holds zeros now
+    bint zero                   # the part holds zeros now; only changes for a delta tell
 
 ctypedef struct changes:
     change* list
     size_t n
     size_t room
 
-# A request, in bytes; already checked against each other (minimum <= maximum).
+# A part of a delta: `size` bytes to write at `offset`.
+ctypedef struct delta_piece:
+    size_t offset
+    size_t size
+    const char* bytes           # NULL: zeros
+
+# A request, in bytes. The caller has checked that minimum <= maximum.
 cdef struct memory_spec:
     size_t minimum
     size_t maximum              # SIZE_MAX: none
-    size_t reservation          # base stays put up to here; UNCHOSEN: the creator chooses
+    size_t reservation          # growth up to this size does not move the base; UNCHOSEN: the creator chooses
     size_t guard
     size_t page_size            # wasm page: 1 or 65536
     bint is_64
     bint is_shared              # never moves
-    image* image                # what it holds at the start; NULL: zeros
-    bint watched                # the OS will be asked which pages were touched, many times
+    image* image                # what the memory holds at the start; NULL: zeros
+    bint watched                # the OS will be asked many times which pages were touched
     bint may_move               # a growth past the capacity may move the base
 
-# Whether pages of a memory have another access than "rw". Such a memory does not move: it is several mappings.
+# Whether pages of a memory have another access than "rw". Such a memory consists of several mappings and never moves.
 cdef enum:
     PROTECTION_NONE = 0
     PROTECTION_KNOWN = 1
@@ -97,11 +111,9 @@ cdef struct protections
 cdef enum:
     OWNER_PYTHON = 0
     OWNER_WASMTIME = 1
-    OWNER_LEFT = 2              # wasmtime has dropped it, and Python still holds it
+    OWNER_LEFT = 2              # wasmtime has dropped the memory, and Python still holds it
 
-ctypedef memory* memory_ptr
-
-# A growth that runs Python code: this thread is in it, and would wait for itself if that code waited for the memory.
+# A growth of this thread that runs Python code. If that code waited for the memory, the thread would wait for itself.
 cdef struct own_growth:
     own_growth* outer
     memory* m
@@ -110,52 +122,77 @@ cdef struct own_growth:
 cdef struct memory_ops:
     const char* kind
     int (*grow)(memory* m, size_t new_size, failure* why) noexcept nogil
-    int (*resident)(memory* m, size_t* bytes, failure* why) noexcept nogil     # NULL: not ours to ask for
-    void (*free)(memory* m) noexcept nogil      # the last reference is gone: pages and struct
-    # In a forked child, which does not have the thread that was moving the memory. NULL: a fork waits for a move.
+    int (*resident)(memory* m, size_t* bytes, failure* why) noexcept nogil     # NULL: linmem cannot ask the OS
+    void (*free)(memory* m) noexcept nogil      # the last reference is gone: frees the pages and the struct
+    # Called in a forked child, which does not have the thread that was moving the memory. NULL: fork waits for moves.
     void (*lose)(memory* m) noexcept nogil
-    bint pages_are_ours                         # protect, discard and prefault make sense
-    bint prefaults                              # every accessible page is resident when a guest gets it
+    bint pages_are_ours                         # linmem mapped the pages: protect, discard and prefault work
+    bint prefaults                              # every accessible page is resident when a guest gets the memory
 
-# What an adaptor hangs on each memory that comes through it. Outermost adaptor first. NULL: not
-# interested, but for `dropped`.
+# What an adaptor adds to each memory that it hands on. The outermost adaptor's hook comes first. Every function but
+# `dropped` may be NULL.
 cdef struct memory_hook:
     memory_hook* next
-    # Before a growth, the lock held: 0, or a failure that stops it (after_grow is then not called:
-    # a hook that fails undoes its own part).
+    # Called before a growth with the lock held. A code stops the growth: after_grow of this hook is then not called, so
+    # the hook undoes its own part.
     int (*before_grow)(memory_hook* hook, memory* m, size_t new_size, failure* why) noexcept nogil
-    # After it, the lock held, for each hook whose before_grow returned 0; code: how it ended.
+    # Called after the growth with the lock held, for each hook whose before_grow returned 0. code: the result.
     void (*after_grow)(memory_hook* hook, memory* m, size_t old_size, size_t new_size, int code) noexcept nogil
     # The last reference is gone, so no thread uses the memory. In a forked child this may be called a second time, if
     # the thread that called it first is lost.
     void (*before_drop)(memory_hook* hook, memory* m) noexcept nogil
-    # Next: true takes the memory over, with this hook and those of the adaptors below, to be handed
-    # out again. The adaptors above see it dropped.
+    # Called after before_drop. True: the hook's owner keeps the memory, with this hook and those of the adaptors below,
+    # and will hand it out again. The adaptors above are told that the memory was dropped.
     bint (*keep)(memory_hook* hook, memory* m) noexcept nogil
-    # They are gone, and so is the memory. Frees the hook itself.
+    # The memory is gone, or kept by an adaptor below. Frees the hook itself.
     void (*dropped)(memory_hook* hook) noexcept nogil
-    # A pool above changes the memory while no guest has it: to `size` bytes, `committed` of which (whole host pages)
-    # are accessible. Called before more becomes accessible and after less has become so. 0, or a failure that
-    # stops an increase; a decrease is never refused. The hooks above this one are then told the old figures again.
+    # A pool above changes the memory while no guest has it: to `size` bytes, of which `committed` bytes (whole host
+    # pages) are accessible. Called before more becomes accessible and after less has become accessible. A code stops
+    # an increase; a decrease is never refused. The hooks above this one are then told the old figures again.
     int (*resized)(memory_hook* hook, memory* m, size_t size, size_t committed, failure* why) noexcept nogil
-    # What the memory's pages are charged to, those that `resized` was told of last; compared, never followed. NULL:
-    # nothing.
+    # Identifies the budget that is charged for the memory's pages, as `resized` was last told. It is only compared.
+    # NULL: none.
     const void* budget
 
-# The head of every memory, whatever its kind. Reference-counted, because wasmtime frees memories on
-# any thread with no GIL: nothing in here is a Python object.
+# The head of every memory, whatever its kind. It holds no Python object, because wasmtime frees memories on any thread
+# without the GIL.
 #
-# What is no word is written under the lock. Where it is read without: base, accessible, capacity, maximum and
-# covered by peek() (and written by poke()); base and covered fit together only during an access.
+# A field that is not a `word` is written with the lock held. base, accessible, capacity, maximum and covered are also
+# read without the lock: by peek(), and so they are written by poke(). base and covered fit together only during an
+# access.
+#
+# The counters that decide how long something lives:
+#
+# | counter         | counts                  | how it changes       | in a forked child       | who waits for it      |
+# |-----------------|-------------------------|----------------------|-------------------------|-----------------------|
+# | memory.refs     | open Memory handles,    | atomically, no lock  | stays: the child has    | no thread: the one    |
+# |                 | and wasmtime            |                      | the handles and the     | that makes it 0 drops |
+# |                 |                         |                      | store                   | the memory            |
+# | memory.pins     | exported buffers; if    | atomically, no lock; | stays; the mark of a    | pin() while it is <   |
+# |                 | the base is about to    | a mover holds        | mover that is not there | 0; begin_move() fails |
+# |                 | move, -generation       | memory.lock          | becomes 0               | while it is > 0       |
+# | memory.accesses | threads in a short      | atomically, no lock  | becomes 0: threads of   | begin_move() and a    |
+# |                 | access; from bit 32 on, |                      | an older generation are | change of protection, |
+# |                 | their generation        |                      | not there               | with memory.lock held |
+# | Memory.users    | calls and exported      | atomically, with the | calls become 0,         | no thread: the last   |
+# |                 | buffers of one handle   | GIL                  | exported buffers stay   | user drops            |
+# |                 |                         |                      |                         | memory.refs           |
+# | image.refs      | the Image, memories,    | atomically, no lock  | stays                   | no thread: 0 frees    |
+# |                 | slots and requests      |                      |                         | the image             |
+# | domain.refs     | users of the name       | under domains_lock   | stays                   | no thread: 0 frees    |
+# |                 |                         |                      |                         | the name              |
+#
+# memory.lock is no counter: it holds the generation of the process whose thread took it. A forked child takes over a
+# lock of an older generation, because that thread is not there.
 cdef struct memory:
     const memory_ops* ops
     memory_hook* hooks
-    word refs                   # handles that are not closed, and wasmtime
-    word pins                   # exported buffers; negative: the base is moving, or will when `accesses` has ended
-    word accesses               # under way, each for a moment; in the upper half the generation that they are of
-    word lock                   # one growth (or drop of a hook chain) at a time
+    word refs
+    word pins
+    word accesses
+    word lock                   # one growth, change of protection, or look at all bytes at a time
     word owner                  # OWNER_
-    word size                   # byte_size; written under the lock, read anywhere
+    word size                   # byte_size; written under the lock, read without it
     char* base
     word protection             # PROTECTION_; written under the lock
     size_t accessible
@@ -163,37 +200,34 @@ cdef struct memory:
     size_t maximum              # SIZE_MAX: none
     size_t pre_guard
     size_t guard
-    size_t covered              # base .. base+covered is ours or faults: what wasm may touch
-    bint broken                 # of a memory in Python: nobody knows where it is any more
+    size_t covered              # wasm may touch base .. base+covered: every byte is linmem's, or faults
+    bint broken                 # a memory written in Python no longer says where its bytes are
     size_t chosen               # bytes of the reservation, if linmem chose its size; else 0
     bint is_shared
-    bint may_move               # past its capacity the base may change
-    bint moved                  # the mapping has moved once: what it grew since is a second mapping
-    bint huge_pages             # the OS was asked for them; a decommit may have made it forget
+    bint may_move               # a growth past the capacity may change the base
+    bint moved                  # the mapping has moved once: what was committed since is a second mapping
+    bint huge_pages             # the OS was asked for huge pages; a decommit may have made the OS forget
     bint growth_is_watched      # a hook has before_grow or after_grow
-    word image_state            # IMAGE_; written under the lock
-    image* image                # a reference on what it held at the start, or was last restored to; NULL: zeros
-    size_t started              # byte_size at the start; 0: it was restored to another image
-    size_t dirtied              # bytes that a restore found written, the first since pages were given back; or 0
+    cow_state cow
     protections* protections    # which pages have which access; NULL: all are "rw"
-    memory* registry_next       # the bridge's table of memories that wasmtime holds, by the base that they had when
-    char* registered            # they were put there
-    # For a child that is forked in the middle of a growth, and does not have the thread that was in it:
-    size_t opening              # up to here, pages beyond the size may be accessible already; 0: no growth is under way
-    size_t growing_from         # with hooks: what the growth is from, and to; to 0: none is under way
+    memory* registry_next       # the bridge's table of wasmtime's memories, by the base that each had when it was
+    char* registered            # entered
+    # For a child that is forked in the middle of a growth and does not have the thread that was growing the memory:
+    size_t opening              # pages up to here may be accessible, though byte_size ends before; 0: no growth
+    size_t growing_from         # with hooks: the sizes before and after the growth; growing_to is 0 if there is none
     size_t growing_to
-    memory_hook* tell_from      # whose after_grow is still to be called: from the one up to the other
+    memory_hook* tell_from      # the hooks whose after_grow must still be called: from tell_from up to tell_to
     memory_hook* tell_to
-    memory* live_next           # of all memories of this process that a child must look through
-    memory* live_previous
-    char apart[CACHE_LINE]      # another thread's memory may come next
+    memory* live_next           # the list of all memories that a forked child repairs
+    memory** live_link          # the pointer of that list that points to this memory
+    char apart[CACHE_LINE]      # keeps the next allocation, maybe another thread's memory, off the last cache line
 
 
-# The touched runs of a memory's bytes at .. end, some at a time. After touched_next() was True: n runs, all of them
-# over the mapped image or none. After False: the end, or `code` says why it cannot be told.
 cdef enum:
-    RUNS = 64           # that the kernel is asked for at a time
+    RUNS = 64                   # runs that the kernel is asked for in one call
 
+# The touched runs of the bytes at .. end of a memory, some at a time. After touched_next() was True there are n runs,
+# all over the mapped image or all outside. After False: the end was reached, or `code` says why the OS cannot tell.
 cdef struct touched_runs:
     memory* m
     size_t at
@@ -204,108 +238,151 @@ cdef struct touched_runs:
     pages.span runs[RUNS]
 
 
-# What is missing when something is refused, and may be had from idle slots of pools.
+# What the OS or a budget refused, and idle slots of pools may give up.
 cdef enum:
     RELIEF_PAGES = 0            # pages could not be committed
     RELIEF_SPACE = 1            # address space could not be reserved
     RELIEF_BUDGET = 2           # a budget does not cover the bytes
 
-# A name that keeps the pages of some users of a pool from the others; reference-counted, equal names are one struct.
+# A name that separates the users of a pool: pages are never handed from one domain to another. Reference-counted;
+# equal names are one struct.
 cdef struct domain:
     word refs
     domain* next
     size_t hash
     size_t size
-    char* name                  # UTF-8; none after it
+    char* name                  # UTF-8, without a terminating zero
     size_t census               # the last one of the pools that counted the domain; under the lock of censuses
     size_t holds                # what this census has found
 
-# What a Python creator is asked for, of what its new_memory() is not told.
+# The parts of a request that new_memory() of a Python creator does not receive as arguments.
 cdef struct request:
     bint may_move
-    domain* domain              # borrowed from the caller who asks
+    domain* domain              # a borrowed reference of the caller
 
-
-cdef size_t memory_size(memory* m) noexcept nogil
 
 cdef size_t UNCHOSEN            # of a reservation
 cdef size_t NO_MAXIMUM
 
-cdef int memory_grow_to(memory* m, size_t new_size, failure* why) noexcept nogil
-cdef void memory_retain(memory* m) noexcept nogil
-cdef void memory_release(memory* m) noexcept nogil
-cdef int lock_memory(memory* m, failure* why) noexcept nogil
-cdef int begin_move(memory* m, size_t new_size, failure* why) noexcept nogil
-cdef void end_move(memory* m) noexcept nogil
-cdef void memory_hang(memory* m, memory_hook* hook) noexcept nogil
-cdef void begin_own_growth(own_growth* growth, memory* m) noexcept nogil
-cdef void end_own_growth(own_growth* growth) noexcept nogil
-cdef void list_memory(memory* m) noexcept nogil
-cdef void unlist_memory(memory* m) noexcept nogil
-cdef void in_each_child(void (*call)() noexcept nogil) noexcept nogil
-cdef memory* live_after(memory* m) noexcept nogil
-cdef int memory_unprotect(memory* m, size_t size) noexcept nogil
-cdef void memory_forget_protection(memory* m) noexcept nogil
-cdef void memory_doubt(memory* m) noexcept nogil
-cdef int refuse_foreign(const char* at, size_t size, int allowed, const char* call, failure* why) noexcept nogil
-cdef int memory_resident(memory* m, size_t* bytes, failure* why) noexcept nogil
-cdef void give_back(char* at, size_t size) noexcept nogil
+# Memories. Each memory_ function that changes bytes, pages or the size takes the memory's lock itself.
+cdef nogil:
+    size_t memory_size(memory* m) noexcept
+    int memory_grow_to(memory* m, size_t new_size, failure* why) noexcept
+    int memory_protect(memory* m, size_t offset, size_t size, int access, failure* why) noexcept
+    int memory_discard(memory* m, size_t offset, size_t size, failure* why) noexcept
+    int memory_prefault(memory* m, size_t offset, size_t size, failure* why) noexcept
+    int memory_snapshot(memory* m, image** out, failure* why) noexcept
+    int memory_restore(memory* m, image* to, bint zero_grown, failure* why) noexcept
+    int memory_apply(memory* m, size_t base_size, size_t new_size, const delta_piece* pieces, size_t n,
+                     failure* why) noexcept
+    int memory_changes(memory* m, image* base, bint for_delta, changes* out, failure* why) noexcept
+    int memory_resident(memory* m, size_t* bytes, failure* why) noexcept
+    void memory_retain(memory* m) noexcept
+    void memory_release(memory* m) noexcept
+    void memory_hang(memory* m, memory_hook* hook) noexcept
+    int lock_memory(memory* m, failure* why) noexcept
+    int begin_move(memory* m, size_t new_size, failure* why) noexcept
+    void end_move(memory* m) noexcept
+    void begin_own_growth(own_growth* growth, memory* m) noexcept
+    void end_own_growth(own_growth* growth) noexcept
+    void list_memory(memory* m) noexcept
+    void unlist_memory(memory* m) noexcept
+    memory* live_after(memory* m) noexcept
 
-cdef image* image_new(size_t offset, size_t size, failure* why) noexcept nogil
-cdef int image_put(image* it, size_t at, const char* bytes, size_t size, failure* why) noexcept nogil
-cdef int image_finish(image* it, failure* why) noexcept nogil
-cdef void image_retain(image* it) noexcept nogil
-cdef void image_release(image* it) noexcept nogil
-cdef void image_copy(const image* it, char* base) noexcept nogil
-cdef bint is_zero(const char* at, size_t size) noexcept nogil
-cdef void leave_image(memory* m) noexcept nogil
-cdef void memory_restore(memory* m, image* to) noexcept nogil
-cdef int memory_turn_to(memory* m, image* to) noexcept nogil
-cdef size_t memory_border(memory* m, size_t at, size_t end, bint* over_image) noexcept nogil
-cdef void touched_begin(touched_runs* runs, memory* m, size_t at, size_t end) noexcept nogil
-cdef bint touched_next(touched_runs* runs) noexcept nogil
-cdef void memory_refill(memory* m, size_t at, size_t size) noexcept nogil
-cdef bint memory_is_filled(memory* m, size_t size) noexcept nogil
-cdef int memory_renew(memory* m, size_t size) noexcept nogil
-cdef int memory_start_again(memory* m, image* to) noexcept nogil
-cdef int memory_snapshot(memory* m, image** out, failure* why) noexcept nogil
-cdef int compare(memory* m, image* now, image* base, bint for_delta, changes* out, failure* why) noexcept nogil
+# Protection.
+cdef nogil:
+    int memory_unprotect(memory* m, size_t size) noexcept
+    void memory_forget_protection(memory* m) noexcept
+    void memory_doubt(memory* m) noexcept
+    int refuse_foreign(const char* at, size_t size, int allowed, const char* call, failure* why) noexcept
 
-cdef int fail(failure* why, int code, const char* call, size_t size, size_t used=*, size_t limit=*) noexcept nogil
+# Images.
+cdef nogil:
+    void image_retain(image* img) noexcept
+    void image_release(image* img) noexcept
+    void image_copy(const image* img, char* base) noexcept
+    int image_changes(image* img, image* base, changes* out, failure* why) noexcept
+    void forgotten_is(void (*tell)(image* img) noexcept nogil) noexcept
+
+cdef inline bint image_shares_pages(const image* img) noexcept nogil:
+    """Whether a memory that starts from `img` (NULL: from zeros) maps pages of the image."""
+    return img != NULL and img.content.maps and img.high > img.low
+
+# The copy-on-write state of a memory. The caller holds the memory's lock or owns the memory exclusively.
+cdef nogil:
+    int image_attach(memory* m, image* img) noexcept
+    void image_detach(memory* m) noexcept
+    int image_rebind(memory* m, image* img) noexcept
+    void image_restore(memory* m, image* img) noexcept
+    int image_reset(memory* m, size_t size) noexcept
+    void image_fill(memory* m, size_t at, size_t size) noexcept
+    bint image_is_intact(memory* m, size_t size) noexcept
+    void touched_begin(touched_runs* runs, memory* m, size_t at, size_t end) noexcept
+    bint touched_next(touched_runs* runs) noexcept
+
+cdef inline image* image_of(memory* m) noexcept nogil:
+    return m.cow.image
+
+cdef inline bint image_is_attached(memory* m, const image* img) noexcept nogil:
+    """Whether image_fill() and image_reset() put back `img` (NULL: zeros)."""
+    return m.cow.image == img and m.cow.how != IMAGE_BROKEN
+
+cdef inline bint image_is_copied(memory* m) noexcept nogil:
+    """Whether bytes of an image were copied into the memory: no mapping tells then which bytes were written since."""
+    return m.cow.image != NULL and m.cow.how == IMAGE_COPIED and m.cow.image.n_runs != 0
+
+cdef inline void image_pages_are_gone(memory* m) noexcept nogil:
+    """All pages have been decommitted: none is mapped from an image."""
+    m.cow.how = IMAGE_COPIED
+
+cdef inline void image_begin_use(memory* m, size_t size) noexcept nogil:
+    """The memory is handed out anew, with `size` bytes."""
+    m.cow.started = size
+    m.cow.dirtied = 0
+
+# Failures.
+cdef nogil:
+    int fail(failure* why, int code, const char* call, size_t size, size_t used=*, size_t limit=*) noexcept
+    void failure_text(const failure* why, char* text, size_t room) noexcept
 cdef int fail_python(failure* why, object error) noexcept
-cdef void failure_text(const failure* why, char* text, size_t room) noexcept nogil
 cdef int raise_failure(const failure* why) except -1
-cdef void acquire(word* lock) noexcept nogil
-cdef bint try_acquire(word* lock) noexcept nogil
-cdef void unlock(word* lock) noexcept nogil
-cdef void list_lock(fork_lock* it) noexcept nogil
-cdef void unlist_lock(fork_lock* it) noexcept nogil
-cdef void relief_is(bint (*give)(int what, const void* budget, size_t size) noexcept nogil) noexcept nogil
-cdef bint relieve(int what, const void* budget, size_t size) noexcept nogil
-cdef int commit_pages(char* at, size_t size) noexcept nogil
-cdef void forgotten_is(void (*tell)(image* it) noexcept nogil) noexcept nogil
-cdef domain* current_domain() noexcept nogil
-cdef void set_domain(domain* d) noexcept nogil
+
+# Locks and forks.
+cdef nogil:
+    void acquire(word* lock) noexcept
+    bint try_acquire(word* lock) noexcept
+    void unlock(word* lock) noexcept
+    void list_lock(fork_lock* it) noexcept
+    void unlist_lock(fork_lock* it) noexcept
+    void in_each_child(void (*call)() noexcept nogil) noexcept
+    void drop_object(PyObject* object) noexcept
+    bint python_is_ending() noexcept
+
+# Address space and pages.
+cdef nogil:
+    void relief_is(bint (*give)(int what, const void* budget, size_t size) noexcept nogil) noexcept
+    bint relieve(int what, const void* budget, size_t size) noexcept
+    int commit_pages(char* at, size_t size) noexcept
+    void give_back(char* at, size_t size) noexcept
+
+# Domains and requests.
+cdef nogil:
+    domain* current_domain() noexcept
+    void set_domain(domain* d) noexcept
+    void domain_retain(domain* d) noexcept
+    void domain_release(domain* d) noexcept
 cdef domain* domain_of(object name) except? NULL
-cdef void domain_retain(domain* d) noexcept nogil
-cdef void domain_release(domain* d) noexcept nogil
-cdef void drop_object(PyObject* object) noexcept nogil
-cdef bint python_is_ending() noexcept nogil
+cdef void answer_request(request* it) noexcept
+
+# Arguments.
 cdef int check_size(object value, str name, size_t* out) except -1
 cdef int check_extent(object value, str name, size_t* out) except -1
 cdef int check_bounded(object value, str name, str bound, size_t* out) except -1
-cdef int check_count(object value, str name, size_t* out) except -1
-cdef int check_readable(const Py_buffer* given) except -1
+cdef int check_count(object value, str name, size_t* out, str bound=*) except -1
 cdef int check_flag(object value, str name) except -1
-cdef int take_bytes(object data, str name, Py_buffer* out) except -1
 cdef NativeCreator check_native(object value, str name)
+
 cdef object wrap(memory* m)
-cdef void answer_request(request* it) noexcept
-
-
-# What Python's Image is made of.
-cdef class ImageHandle:
-    cdef image* it
 
 
 cdef class NativeCreator:
@@ -324,22 +401,29 @@ cdef class MmapCreator(NativeCreator):
 
 cdef class Memory:
     cdef memory* m
-    cdef word users             # exported buffers and calls under way, as memory_class.pxi lays them out
+    cdef word users             # exported buffers and calls under way; memory_class.pxi describes the bits
     cdef word fresh             # 1: as a creator made it; a Python creator hands a fresh one on, once
     cdef object __weakref__
     cdef memory* enter(self) except NULL
     cdef memory* enter_locked(self) except NULL
-    cdef memory* enter_pages(self, str call) except NULL
     cdef void leave(self) noexcept
+    cdef int finish(self, int code, const failure* why) except -1
     cdef int refuse_entry(self, long long now) except -1
     cdef void settle(self) noexcept
     cdef void last_left(self, long long now) noexcept
-    cdef void call_becomes_export(self) noexcept
-    cdef void release_export(self) noexcept
-    cdef bint is_protected(self) except -1
-    cdef int set_items(self, items, bytes values) except -1
-    cdef int check_access(self, size_t start, size_t n, int allowed, const char* call) except -1
-    cdef int check_apply(self, size_t start, size_t n, data) except -1
+    cdef long long shut(self, long long unless) noexcept
+    cdef memory* begin_export(self, bint* read_only) except NULL
+    cdef void end_export(self) noexcept
 
 
-cdef int memory_changes(Memory mem, object since, str name, bint for_delta, changes* out) except -1
+cdef class Image:
+    cdef image* it
+    cdef object __weakref__
+    cdef readonly size_t offset
+    cdef readonly size_t size
+    # Each of the next three is computed by the first thread that asks for it, and read and written in a critical
+    # section: without a GIL, several threads may ask at once.
+    cdef object _digest         # None: not computed yet
+    cdef object _runs           # None: not computed yet
+    cdef object _contents       # what the file says of the image that is a mapping of it, else None
+    cdef Image adopt(self, image* img, size_t offset)

@@ -10,7 +10,7 @@
 
 from linmem._core.linked_list cimport link
 from linmem._core.memory cimport (
-    CACHE_LINE, ImageHandle, NativeCreator, domain, failure, fork_lock, image, memory, memory_hook, memory_spec,
+    CACHE_LINE, Image, NativeCreator, domain, failure, fork_lock, image, memory, memory_hook, memory_spec,
 )
 from linmem._core.reset_policy cimport reset_policy
 from linmem._core.units cimport word
@@ -223,7 +223,7 @@ cdef word census_lock       # see pool_eviction.pxi
 
 cdef class PoolingCreator(NativeCreator):
     cdef readonly NativeCreator upstream
-    cdef readonly ImageHandle image
+    cdef readonly Image image
     cdef pool* pool
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil
     cdef int make_slot(self, const shape* key, domain* domain, const memory_spec* spec, bint counted, memory** out,

@@ -1,6 +1,6 @@
 from typing import Any, SupportsIndex, final
 
-from linmem._core.memory import ImageHandle, NativeCreator
+from linmem._core.memory import Image, NativeCreator
 from linmem.records import MemoryType
 
 @final
@@ -21,12 +21,12 @@ class PoolingCreator(NativeCreator):
         when_full: str = "fallback",
         timeout: float | None = None,
         check: bool = False,
-        image: ImageHandle | None = None,
+        image: Image | None = None,
     ) -> None: ...
     @property
     def upstream(self) -> NativeCreator: ...
     @property
-    def image(self) -> ImageHandle | None: ...
+    def image(self) -> Image | None: ...
     def warm(
         self,
         n: SupportsIndex,

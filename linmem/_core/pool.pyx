@@ -24,14 +24,15 @@ from libc.string cimport memset
 from linmem._core.atomic cimport add, load, poke, publish, store, swap_if, touch, word
 from linmem._core.linked_list cimport link, list_add_first, list_init, list_remove
 from linmem._core.memory cimport (
-    CACHE_LINE, IMAGE_BROKEN, IMAGE_COPIED, NO_MAXIMUM, OWNER_LEFT, OWNER_PYTHON, PROTECTION_NONE, RELIEF_BUDGET,
-    RELIEF_PAGES, RELIEF_SPACE, RUNS, UNCHOSEN, ImageHandle, Memory, MmapCreator, NativeCreator, acquire, check_count,
-    check_flag, check_native, check_size, commit_pages, current_domain, domain as domain_t, domain_of, domain_release,
-    domain_retain, fail, fail_python, failure, forgotten_is, give_back, image as image_t, image_copy, image_release,
-    image_retain, in_each_child, list_lock, live_after, memory, memory_doubt, memory_forget_protection, memory_hang,
-    memory_hook, memory_is_filled, memory_refill, memory_release, memory_renew, memory_restore, memory_spec,
-    memory_start_again, memory_turn_to, memory_unprotect, python_is_ending, raise_failure, relief_is, touched_begin,
-    touched_next, touched_runs, unlist_lock, unlock,
+    CACHE_LINE, NO_MAXIMUM, OWNER_LEFT, OWNER_PYTHON, PROTECTION_NONE, RELIEF_BUDGET, RELIEF_PAGES, RELIEF_SPACE,
+    RUNS, UNCHOSEN, Image, Memory, MmapCreator, NativeCreator, acquire, check_count, check_flag, check_native,
+    check_size, commit_pages, current_domain, domain as domain_t, domain_of, domain_release, domain_retain, fail,
+    fail_python, failure, forgotten_is, give_back, image as image_t, image_attach, image_begin_use, image_copy,
+    image_fill, image_is_attached, image_is_copied, image_is_intact, image_of, image_pages_are_gone, image_rebind,
+    image_release, image_reset, image_restore, image_retain, image_shares_pages, in_each_child, list_lock,
+    live_after, memory, memory_doubt, memory_forget_protection, memory_hang, memory_hook, memory_release,
+    memory_spec, memory_unprotect, python_is_ending, raise_failure, relief_is, touched_begin, touched_next,
+    touched_runs, unlist_lock, unlock,
 )
 from linmem._os cimport pages
 from linmem._core.reset_policy cimport (

@@ -100,7 +100,7 @@ cdef class PoolingCreator(NativeCreator):
         (upstream, slots, keep_resident, max_unused_warm, max_resident, max_reserved, idle_seconds, max_reset_seconds,
          reset, when_full, timeout, check, image) = _given("PoolingCreator", tuple(_OPTIONS), _OPTIONS, args, kwargs, 1)
         self.upstream = check_native(MmapCreator() if upstream is None else upstream, "upstream")
-        if image is not None and not isinstance(image, ImageHandle):
+        if image is not None and not isinstance(image, Image):
             raise TypeError(f"image must be an Image, got {type(image).__name__}")
         self.image = image
         p = new_pool()

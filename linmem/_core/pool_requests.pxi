@@ -107,8 +107,7 @@ cdef inline void restore_original(slot* s) noexcept nogil:
     """Restores what a guest or a creator above may have changed in the memory's struct. No other thread uses the
     memory, so plain stores are enough."""
     cdef memory* m = s.m
-    m.started = <size_t>s.original.size
-    m.dirtied = 0
+    image_begin_use(m, <size_t>s.original.size)
     m.pre_guard = s.original.pre_guard
     m.guard = s.original.guard
     poke(&m.maximum, s.original.maximum)
@@ -195,7 +194,7 @@ cdef size_t least_reserved(const memory_spec* spec) noexcept nogil:
 
 
 cdef size_t least_mappings(const memory_spec* spec) noexcept nogil:
-    return 5 if spec.image != NULL and spec.image.content.maps and spec.image.high > spec.image.low else 3
+    return 5 if image_shares_pages(spec.image) else 3
 
 
 cdef bint make_upstream_room(pool* p, int code, failure* why) noexcept nogil:
@@ -247,7 +246,7 @@ cdef void init_slot(pool* p, slot* s, memory* m, const memory_spec* spec) noexce
     s.original.growth_is_watched = m.growth_is_watched
     s.pages.initial = s.pages.accessible = s.pages.committed = m.accessible
     s.reserved = m.pre_guard + m.capacity + m.guard
-    s.image = spec.image if spec.image != NULL else m.image     # a pool below may have an image of its own
+    s.image = spec.image if spec.image != NULL else image_of(m)     # a pool below may have an image of its own
     s.mappings = mappings_of(s)
     s.since = s.emptied = s.grown = pages.coarse_ns()
     s.head.keep = slot_keep

@@ -91,7 +91,7 @@ cdef void plan_reset(slot* s, size_t used, long long now, reset_plan* plan) noex
     plan.adaptive = False
     plan.bound = SIZE_MAX
     plan.costs = &costs if s.image == NULL else &copying_costs
-    plan.copied = s.image != NULL and s.m.image_state == IMAGE_COPIED and s.image.n_runs
+    plan.copied = image_is_copied(s.m)
     plan.hidden = min(s.pages.hidden, s.pages.committed - used)
     plan.deadline = 0
     if plan.how == ADAPTIVE:
@@ -114,13 +114,13 @@ cdef void plan_reset(slot* s, size_t used, long long now, reset_plan* plan) noex
 
 
 cdef bint refill_in_time(slot* s, size_t offset, size_t size, const reset_plan* plan) noexcept nogil:
-    """memory_refill(), with a look at the clock before each step. False: the deadline has passed."""
+    """image_fill(), with a look at the clock before each step. False: the deadline has passed."""
     cdef size_t step
     while size:
         if plan.deadline and pages.clock_ns() > plan.deadline:
             return False
         step = size if plan.deadline == 0 else min(size, ZERO_STEP)
-        memory_refill(s.m, offset, step)
+        image_fill(s.m, offset, step)
         offset += step
         size -= step
     return True
@@ -173,7 +173,7 @@ cdef void all_zeroed(slot* s, size_t used, reset_result* result) noexcept nogil:
 cdef bint zero_all(slot* s, size_t used, const reset_plan* plan, reset_result* result) noexcept nogil:
     """False: the deadline has passed."""
     if plan.copied:
-        memory_restore(s.m, s.image)
+        image_restore(s.m, s.image)
     elif wide and s.image == NULL and used <= WIDE_MOST:
         zero_wide(s.original.base, used)
     elif not refill_in_time(s, 0, used, plan):
@@ -186,8 +186,8 @@ cdef int give_back_all(slot* s, size_t used) noexcept nogil:
     """Gives back every page of the slot, hidden ones included. All bytes read as zero afterwards."""
     cdef int code
     if pages.capabilities().discard_any_protection:
-        return memory_renew(s.m, s.pages.committed if s.pages.hidden else used)
-    code = memory_renew(s.m, used)
+        return image_reset(s.m, s.pages.committed if s.pages.hidden else used)
+    code = image_reset(s.m, used)
     # If this guest has grown over all hidden pages, there are none.
     if code == 0 and s.pages.hidden and s.pages.committed > used:
         code = pages.decommit(s.original.base + used, s.pages.committed - used)
@@ -214,7 +214,7 @@ cdef int run_reset(slot* s, size_t used, const reset_plan* plan, reset_result* r
         return 0
     code = give_back_all(s, used)
     if code and code == pages.capabilities().locked:
-        memory_refill(s.m, 0, used)     # mlock() keeps these pages whatever linmem asks for; hidden pages are zero
+        image_fill(s.m, 0, used)     # mlock() keeps these pages whatever linmem asks for; hidden pages are zero
         all_zeroed(s, used, result)
     elif code:
         return -1
@@ -279,7 +279,7 @@ cdef int reset(slot* s, memory* m, long long now) noexcept nogil:
         return RESET_DISCARD if cool_pages(s) else -1
     if load(&m.protection) != PROTECTION_NONE and memory_unprotect(m, used):
         return -1
-    if (m.image != s.image or m.image_state == IMAGE_BROKEN) and memory_turn_to(m, s.image):
+    if not image_is_attached(m, s.image) and image_rebind(m, s.image):
         return -1       # a user restored it to another image, or gave pages of its own image back
     memset(&result, 0, sizeof(result))
     result.how = RESET_SCAN
@@ -290,7 +290,7 @@ cdef int reset(slot* s, memory* m, long long now) noexcept nogil:
             memory_doubt(m)     # it may be inaccessible: a pool below repairs that first
             return -1
         record_reset(s, used, &plan, &result, now)
-        if s.pool.check and not memory_is_filled(m, used):
+        if s.pool.check and not image_is_intact(m, used):
             return -1
     if used > s.pages.initial:
         s.grown = now
@@ -318,7 +318,7 @@ cdef bint cool_pages(slot* s) noexcept nogil:
     if s.pages.committed and pages.decommit(s.original.base - s.original.pre_guard, s.reserved):
         return False
     poke(&s.m.accessible, 0)
-    s.m.image_state = IMAGE_COPIED
+    image_pages_are_gone(s.m)
     memory_forget_protection(s.m)
     s.pages.accessible = s.pages.committed = s.pages.hidden = 0
     s.resident = s.tables = s.old_tables = 0
@@ -346,7 +346,7 @@ cdef int warm_up(slot* s, long long now, failure* why) noexcept nogil:
     s.pages.accessible = s.pages.committed = s.pages.initial
     code = commit_pages(s.original.base, s.pages.initial)
     if code == 0:
-        code = memory_start_again(s.m, s.image)
+        code = image_attach(s.m, s.image)
     if code == 0 and s.m.ops.prefaults:
         code = pages.prefault(s.original.base, s.pages.initial)
     if code:

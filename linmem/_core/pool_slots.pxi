@@ -213,7 +213,7 @@ cdef size_t mappings_of(const slot* s) noexcept nogil:
         return 3 if s.original.huge_pages else 1
     if s.original.huge_pages:
         n += 1              # the guard has no huge pages
-    if s.image != NULL and s.image.content.maps and s.image.high > s.image.low:
+    if image_shares_pages(s.image):
         n += 2              # the image's pages and those behind
     if s.pages.committed > s.pages.initial:
         n += 1              # hidden bytes

@@ -1,45 +1,45 @@
-# Which pages of a memory have another access than "rw"; a part of memory.pyx.
+# Which pages of a memory have another access than "rw", and memory_protect(); a part of memory.pyx.
 #
-# The accesses of a memory are a step function of the offset. It is kept as its borders, in order: `offset | access`
-# says that from `offset` on the access is `access`. Before the first border the access is "rw", and from the last
-# border on it is "rw" again. Two neighbours never have the same access.
+# The access is a step function of the offset. The table keeps its borders in order: the border `offset | access` says
+# that the pages from `offset` on have this access, up to the next border. The pages before the first border are "rw",
+# and so are the pages after the last one. Two neighbours never have the same access.
 #
-# The borders stand in an array with a gap, so that a loop that protects page after page, in either direction, moves
-# few of them.
+# The borders stand in an array with a gap, so that a loop that protects page after page, in either direction, moves few
+# of them.
 #
-# m.protection is what everybody looks at first:
+# m.protection tells what the table is worth:
 #   PROTECTION_NONE     every page is "rw", and there is no table
 #   PROTECTION_KNOWN    the table says which page has which access
-#   PROTECTION_UNKNOWN  a change is under way; or it was when a thread vanished in a fork, or could not be ended. Then
-#                       the borders mean nothing: they may be half written.
-# The word and the table change with the memory's lock held. A thread that sees during an access (begin_access) that the
-# memory is not guarded may touch every page: a change waits until the accesses have ended that it may have overtaken.
+#   PROTECTION_UNKNOWN  a change is under way, or a change was not completed: its thread was lost in a fork, or the OS
+#                       refused to undo it. The borders mean nothing then; they may be half written.
+# m.protection and the table change with the memory's lock held. A thread that sees during an access (begin_access) that
+# the memory is not guarded may touch every page: a change waits until the accesses that began before it have ended.
 
 cdef enum:
-    ACCESS_UNKNOWN = 7              # beside the ACCESS_ constants of pages.pxd: a refused change left the page so
-    ACCESS_MASK = 7                 # a host page has more bytes than that
+    ACCESS_UNKNOWN = 7              # beside the ACCESS_ constants of pages.pxd: the OS refused to undo a change
+    ACCESS_MASK = 7                 # the low bits of an offset of a host page are free for the access
 
-    # Sets of accesses.
+    # Sets of accesses: the bit 1 << access.
     READABLE = 1 << pages.ACCESS_READ | 1 << pages.ACCESS_READ_WRITE | 1 << pages.ACCESS_READ_EXECUTE
     WRITABLE = 1 << pages.ACCESS_READ_WRITE
     NOT_WRITABLE = 1 << pages.ACCESS_NONE | 1 << pages.ACCESS_READ | 1 << pages.ACCESS_READ_EXECUTE
 
-    DOUBTS = 16                     # ranges that a refused change may leave unknown, before all of it is
-    SPARE_BORDERS = 2 * DOUBTS + 4  # that one change may add
+    UNKNOWN_RANGES = 16             # if a refused change leaves more ranges unknown, all of its range becomes unknown
+    SPARE_BORDERS = 2 * UNKNOWN_RANGES + 4  # borders that one change may add
 
 # Exists while the memory has protected pages.
 cdef struct protections:
     memory* of
     size_t* borders
     size_t n
-    size_t gap                      # borders before the gap
+    size_t gap                      # the number of borders before the gap
     size_t room
-    protections* next               # of the tables of all memories
-    protections* previous
+    protections* next               # the list of all memories' tables
+    protections** link              # the pointer of the list that points to this table
 
 cdef protections* all_protections = NULL
 cdef word n_protections
-cdef fork_lock protections_lock     # all_protections, and which memory has a table
+cdef fork_lock protections_lock     # for all_protections and every m.protections
 
 
 cdef inline size_t border(const protections* p, size_t i) noexcept nogil:
@@ -52,7 +52,7 @@ cdef inline int access_before(const protections* p, size_t i) noexcept nogil:
 
 
 cdef size_t first_border(const protections* p, size_t offset) noexcept nogil:
-    """The first border at `offset` or behind it; p.n: none is."""
+    """The index of the first border at or after `offset`; p.n if there is none."""
     cdef size_t low = 0, high = p.n, middle
     while low < high:
         middle = low + ((high - low) >> 1)
@@ -64,7 +64,7 @@ cdef size_t first_border(const protections* p, size_t offset) noexcept nogil:
 
 
 cdef int make_room(protections* p) noexcept nogil:
-    """Room for one change; 0, or E_NO_MEMORY and nothing has changed."""
+    """Make room for one change. E_NO_MEMORY: the table has not changed."""
     cdef size_t room = p.n + (p.n >> 1) + SPARE_BORDERS
     cdef size_t* more
     if p.room - p.n >= SPARE_BORDERS:
@@ -82,7 +82,7 @@ cdef int make_room(protections* p) noexcept nogil:
 
 
 cdef void set_access(protections* p, size_t start, size_t end, int access) noexcept nogil:
-    """There is room, and start < end."""
+    """The pages start .. end have the access from now on. make_room() has succeeded, and start < end."""
     cdef size_t low = first_border(p, start), high = first_border(p, end + 1)
     cdef int before = access_before(p, low), after = access_before(p, high)
     cdef size_t shift = p.room - p.n
@@ -102,45 +102,37 @@ cdef void set_access(protections* p, size_t start, size_t end, int access) noexc
         p.n += 1
 
 
-cdef bint find_other(const protections* p, size_t start, size_t end, int allowed, size_t* at,
-                     int* access) noexcept nogil:
-    """Whether a page of [start, end) has an access that is not in the set `allowed`; the first one, and its access."""
-    cdef size_t i = first_border(p, start + 1)
-    access[0] = access_before(p, i)
-    at[0] = start
-    while at[0] < end:
-        if not allowed >> access[0] & 1:
-            return True
-        if i == p.n:
-            return False
-        at[0] = border(p, i) & ~<size_t>ACCESS_MASK
-        access[0] = <int>(border(p, i) & ACCESS_MASK)
-        i += 1
-    return False
-
-
-# -- questions: with the memory's lock held ------------------------------------------------------
+# -- questions: the caller holds the memory's lock
 
 cdef inline bint is_guarded(memory* m) noexcept nogil:
-    """Whether a touch may fault; needs no lock. One look at one word while no memory of the process is protected."""
+    """Whether an access may fault; needs no lock. It reads one variable while no memory of the process is protected."""
     return load(&n_protections) != 0 and (load(&m.protection) != PROTECTION_NONE or not m.ops.pages_are_ours)
 
 
 cdef bint memory_has_other(memory* m, size_t offset, size_t size, int allowed, size_t* at, int* access) noexcept nogil:
-    """As find_other, of any memory."""
-    cdef long long state = load(&m.protection)
-    if state == PROTECTION_NONE or size == 0:
-        return False
-    if state == PROTECTION_UNKNOWN:
-        at[0] = offset
-        access[0] = ACCESS_UNKNOWN
-        return True
-    return find_other(m.protections, offset, offset + size, allowed, at, access)
+    """Whether a page of the range has an access that is not in the set `allowed`. *at, *access: the first such page."""
+    cdef protections* p = m.protections
+    cdef size_t i, end = offset + size
+    at[0] = offset
+    access[0] = ACCESS_UNKNOWN
+    if load(&m.protection) != PROTECTION_KNOWN or size == 0:
+        return load(&m.protection) == PROTECTION_UNKNOWN and size != 0
+    i = first_border(p, offset + 1)
+    access[0] = access_before(p, i)
+    while allowed >> access[0] & 1:
+        if i == p.n:
+            return False
+        at[0] = border(p, i) & ~<size_t>ACCESS_MASK
+        if at[0] >= end:
+            return False
+        access[0] = <int>(border(p, i) & ACCESS_MASK)
+        i += 1
+    return True
 
 
 cdef int refuse_access(memory* m, size_t offset, size_t size, int allowed, const char* call,
                        failure* why) noexcept nogil:
-    """0, or a failure: a page of the range has none of the accesses that the call needs."""
+    """A failure if a page of the range has an access that is not in the set `allowed`."""
     cdef size_t at
     cdef int access
     if not m.ops.pages_are_ours:
@@ -148,73 +140,69 @@ cdef int refuse_access(memory* m, size_t offset, size_t size, int allowed, const
     if not memory_has_other(m, offset, size, allowed, &at, &access):
         return 0
     fail(why, E_PROTECTED, call, size, offset)
-    describe_protection(m, at, access, why)
-    return E_PROTECTED
+    return describe_protection(m, at, access, "", why)
 
 
 cdef int refuse_protected(memory* m, int allowed, const char* call, failure* why) noexcept nogil:
-    """The same, for the calls that concern the whole memory."""
-    cdef size_t at
-    cdef int access
+    """As refuse_access(), for calls on the whole memory."""
     if not m.ops.pages_are_ours:
         if refuse_foreign(m.base, memory_size(m), allowed, call, why) == 0:
             return 0
         fail(why, E_UNSUPPORTED, call, 0)
         snprintf(why.detail, sizeof(why.detail), "with protected pages, which the memory has that this one is made of")
         return E_UNSUPPORTED
-    if not memory_has_other(m, 0, memory_size(m), allowed, &at, &access):
+    return unsupported_on(m, 0, memory_size(m), allowed, call, why)
+
+
+cdef int unsupported_on(memory* m, size_t offset, size_t size, int allowed, const char* call,
+                        failure* why) noexcept nogil:
+    """As refuse_access() for linmem's own pages; the failure is that the call is not supported."""
+    cdef size_t at
+    cdef int access
+    if not memory_has_other(m, offset, size, allowed, &at, &access):
         return 0
-    return unsupported_protection(m, at, access, call, why)
-
-
-cdef int unsupported_protection(memory* m, size_t at, int access, const char* call, failure* why) noexcept nogil:
     fail(why, E_UNSUPPORTED, call, 0)
-    snprintf(why.detail, sizeof(why.detail), "with protected pages: ")
-    describe_protection(m, at, access, why)
-    return E_UNSUPPORTED
+    return describe_protection(m, at, access, "with protected pages: ", why)
 
 
-cdef void describe_protection(memory* m, size_t at, int access, failure* why) noexcept nogil:
-    """Appended to what why.detail says: the page that is in the way, and what to do."""
-    cdef size_t whole = round_down(memory_size(m), pages.capabilities().page_size)
-    cdef size_t used = strlen(why.detail)
-    at = round_down(at, pages.capabilities().page_size)
+cdef int describe_protection(memory* m, size_t at, int access, const char* lead, failure* why) noexcept nogil:
+    """Write into why.detail which page is in the way, and what to do. Returns the failure's code."""
+    cdef size_t page = host_page()
+    cdef size_t whole = round_down(memory_size(m), page)
+    at = round_down(at, page)
     if access == ACCESS_UNKNOWN:
-        snprintf(why.detail + used, sizeof(why.detail) - used, "the access of the page at %zu is not known, because a"
-                 " protect() was refused or did not end; protect(0, %zu, 'rw') gives all pages a known one", at, whole)
+        snprintf(why.detail, sizeof(why.detail), "%sthe access of the page at %zu is not known, because a protect() was"
+                 " refused or did not end; protect(0, %zu, 'rw') gives all pages a known one", lead, at, whole)
     else:
-        snprintf(why.detail + used, sizeof(why.detail) - used, "the page at %zu has the access '%s';"
-                 " protect(0, %zu, 'rw') gives all pages back theirs", at, access_name(access), whole)
+        snprintf(why.detail, sizeof(why.detail), "%sthe page at %zu has the access '%s'; protect(0, %zu, 'rw') gives"
+                 " all pages back theirs", lead, at, access_name(access), whole)
+    return why.code
 
 
 cdef const char* access_name(int access) noexcept nogil:
-    if access == pages.ACCESS_NONE:
-        return "none"
-    if access == pages.ACCESS_READ:
-        return "r"
-    return "rx" if access == pages.ACCESS_READ_EXECUTE else "rw"
+    return ("none" if access == pages.ACCESS_NONE else "r" if access == pages.ACCESS_READ else
+            "rx" if access == pages.ACCESS_READ_EXECUTE else "rw")
 
 
 cdef int is_read_only(memory* m, bint* answer, failure* why) noexcept nogil:
-    """Whether no byte of the memory can be written. Takes the lock; a code where it cannot be had."""
-    cdef size_t at
-    cdef int access, code
-    cdef bint writable
+    """Whether no byte of the memory can be written. Takes the lock; fails as lock_memory() does."""
+    cdef failure unused
+    cdef int code
     answer[0] = False
     if load(&m.protection) == PROTECTION_NONE or memory_size(m) == 0:
         return 0
     code = lock_memory(m, why)
     if code:
         return code
-    writable = (load(&m.protection) == PROTECTION_NONE
-                or memory_has_other(m, 0, memory_size(m), NOT_WRITABLE, &at, &access))
+    answer[0] = (load(&m.protection) != PROTECTION_NONE
+                 and refuse_access(m, 0, memory_size(m), NOT_WRITABLE, "write", &unused) == 0)
     unlock(&m.lock)
-    answer[0] = not writable
     return 0
 
 
 cdef memory* find_protected(const char* at, size_t size) noexcept nogil:
-    """The memory with protected pages that holds a byte of the range, or NULL. Who keeps the bytes keeps the memory."""
+    """The memory with protected pages that holds a byte of the range, or NULL. The caller's hold on the bytes also
+    keeps the memory."""
     cdef protections* p
     cdef memory* m = NULL
     if load(&n_protections) == 0 or size == 0:
@@ -230,9 +218,9 @@ cdef memory* find_protected(const char* at, size_t size) noexcept nogil:
 
 
 cdef int refuse_foreign(const char* at, size_t size, int allowed, const char* call, failure* why) noexcept nogil:
-    """For bytes that came from anywhere, as a buffer of any kind or the base of a Python memory: a failure where they
-    are protected pages of one of linmem's memories. The caller sees to it that the bytes stay, does not hold
-    that memory's lock, and leaves it to its user that nobody protects them meanwhile."""
+    """For bytes of unknown origin (a buffer, or the base of a Python memory): a failure if they lie in pages of a
+    linmem memory whose access is not in the set `allowed`. The caller keeps the bytes alive and does not hold that
+    memory's lock. The user must not protect the pages after this call."""
     cdef memory* m = find_protected(at, size)
     cdef size_t start
     cdef int code
@@ -247,11 +235,11 @@ cdef int refuse_foreign(const char* at, size_t size, int allowed, const char* ca
     return code
 
 
-# -- changes: with the memory's lock held --------------------------------------------------------
+# -- changes: the caller holds the memory's lock
 
 cdef int begin_change(memory* m, failure* why) noexcept nogil:
-    """m.protections exists and has room for one change, and the memory says that its protection is unknown, until
-    end_change(). Refused, nothing has changed."""
+    """Until end_change(), m.protections exists and has room for one change, and m.protection is PROTECTION_UNKNOWN. If
+    this fails, nothing has changed."""
     global all_protections
     cdef long long was = load(&m.protection)
     cdef protections* p = m.protections
@@ -265,132 +253,152 @@ cdef int begin_change(memory* m, failure* why) noexcept nogil:
         p.of = m
         acquire(&protections_lock.held)
         p.next = all_protections
+        p.link = &all_protections
         if p.next != NULL:
-            p.next.previous = p
+            p.next.link = &p.next
         all_protections = p
         m.protections = p
         add(&n_protections, 1)
         unlock(&protections_lock.held)
     else:
-        if was == PROTECTION_UNKNOWN:       # of a thread that has vanished, and nothing to free() either
+        if was == PROTECTION_UNKNOWN:       # a lost thread's table: its pointers may be half written, so no free()
             p.borders = NULL
             p.n = p.gap = p.room = 0
         if make_room(p):
             store(&m.protection, was)
             return fail(why, E_NO_MEMORY, "malloc", p.n * sizeof(size_t))
     if was == PROTECTION_UNKNOWN:
-        set_access(p, 0, round_down(memory_size(m), pages.capabilities().page_size), ACCESS_UNKNOWN)
+        set_access(p, 0, round_down(memory_size(m), host_page()), ACCESS_UNKNOWN)
     return 0
 
 
 cdef void end_change(memory* m) noexcept nogil:
+    store(&m.protection, PROTECTION_KNOWN)
     if m.protections.n == 0:
-        drop_protections(m, True)
-        store(&m.protection, PROTECTION_NONE)
-    else:
-        store(&m.protection, PROTECTION_KNOWN)
+        memory_forget_protection(m)
 
 
-cdef void drop_protections(memory* m, bint is_whole) noexcept nogil:
-    """The table goes, as all pages are "rw" or the memory goes. is_whole: no vanished thread was changing it."""
+cdef void memory_forget_protection(memory* m) noexcept nogil:
+    """Every page is "rw", or the memory is going, or the caller owns the memory exclusively and has decommitted all its
+    pages."""
     global all_protections
     cdef protections* p = m.protections
-    if p == NULL:
-        return
-    acquire(&protections_lock.held)
-    if p.next != NULL:
-        p.next.previous = p.previous
-    if p.previous != NULL:
-        p.previous.next = p.next
-    else:
-        all_protections = p.next
-    m.protections = NULL
-    add(&n_protections, -1)
-    unlock(&protections_lock.held)
-    if is_whole:
-        free(p.borders)
-    free(p)
+    if p != NULL:
+        acquire(&protections_lock.held)
+        p.link[0] = p.next
+        if p.next != NULL:
+            p.next.link = p.link
+        m.protections = NULL
+        add(&n_protections, -1)
+        unlock(&protections_lock.held)
+        if load(&m.protection) == PROTECTION_KNOWN:     # else a lost thread may have left the pointer half written
+            free(p.borders)
+        free(p)
+    store(&m.protection, PROTECTION_NONE)
 
 
-cdef int memory_protect(memory* m, size_t start, size_t size, int access, failure* why) noexcept nogil:
-    """Whole pages of a memory whose pages are ours. Refused, each page has the access that it had, or the table says
-    that its access is unknown."""
+cdef int memory_protect(memory* m, size_t offset, size_t size, int access, failure* why) noexcept nogil:
+    """Give whole host pages an access. If the OS refuses, each page has the access that it had, or the table says that
+    the page's access is unknown."""
+    cdef int code = begin_page_call(m, "protect", offset, size, why)
+    if code:
+        return code
+    if (offset | size) & (host_page() - 1):
+        code = refuse_unaligned(offset, size, why)
+    elif size and load(&m.owner) == OWNER_WASMTIME and access != pages.ACCESS_READ_WRITE:
+        code = fail(why, E_OWNED, "protect", size)
+        snprintf(why.detail, sizeof(why.detail), "its pages stay \"rw\", because memory.fill, memory.copy and WASI"
+                 " calls of the guest run in native code, where a fault ends the process")
+    elif size:
+        code = change_access(m, offset, size, access, why)
+    unlock(&m.lock)
+    return code
+
+
+cdef int begin_page_call(memory* m, const char* call, size_t offset, size_t size, failure* why) noexcept nogil:
+    """Checks for calls on a range of pages, and takes the memory's lock. A code: the lock is not taken."""
+    if not m.ops.pages_are_ours:
+        fail(why, E_UNSUPPORTED, call, size)
+        snprintf(why.detail, sizeof(why.detail), "by a memory of kind '%s': its pages are not linmem's", m.ops.kind)
+        return E_UNSUPPORTED
+    return lock_memory(m, why) if is_within(m, offset, size) else fail_range(m, offset, size, why)
+
+
+cdef int refuse_unaligned(size_t offset, size_t size, failure* why) noexcept nogil:
+    cdef size_t page = host_page()
+    cdef bint is_offset = offset & (page - 1) != 0
+    fail(why, E_VALUE, "protect", size)
+    snprintf(why.detail, sizeof(why.detail), "%s must be a multiple of the host page (%zu), got %zu",
+             "offset" if is_offset else "size", page, offset if is_offset else size)
+    return E_VALUE
+
+
+cdef int change_access(memory* m, size_t start, size_t size, int access, failure* why) noexcept nogil:
     cdef int code = begin_change(m, why)
     if code:
         return code
     code = wait_for_accesses(m, why)
-    if code:
-        end_change(m)
-        return code
-    code = pages.protect(m.base + start, size, access)
     if code == 0:
-        set_access(m.protections, start, start + size, access)
-    else:
-        fail_page_call(why, code, "protect", size)
-        undo_protect(m, start, start + size)
+        code = fail_page_call(why, pages.protect(m.base + start, size, access), "protect", size)
+        if code == 0:
+            set_access(m.protections, start, start + size, access)
+        else:
+            undo_protect(m, start, start + size)
     end_change(m)
     return code
 
 
 cdef void undo_protect(memory* m, size_t start, size_t end) noexcept nogil:
-    """A part of the range may have the new access: each page gets back the one that the table says."""
+    """A part of the range may have the new access: give each page back the access that the table says."""
     cdef protections* p = m.protections
     cdef size_t at = start, next, i
-    cdef int access, doubts = DOUBTS
+    cdef int access, left = UNKNOWN_RANGES
     while at < end:
         i = first_border(p, at + 1)
         access = access_before(p, i)
         next = border(p, i) & ~<size_t>ACCESS_MASK if i < p.n else end
         if next > end:
             next = end
-        if access != ACCESS_UNKNOWN and not give_access(m, at, next, access, &doubts):
+        if access != ACCESS_UNKNOWN and not give_access(m, at, next, access, &left):
             set_access(p, start, end, ACCESS_UNKNOWN)
             return
         at = next
 
 
-cdef bint give_access(memory* m, size_t start, size_t end, int access, int* doubts) noexcept nogil:
-    """Ask for the whole, then for its halves, as one page that is refused need not be a doubt about the others. False:
-    there are more doubts than are told apart."""
-    cdef size_t middle, page = pages.capabilities().page_size
+cdef bint give_access(memory* m, size_t start, size_t end, int access, int* left) noexcept nogil:
+    """Ask the OS for the whole range, and if it refuses, for each half: the access of one refused page becomes unknown,
+    not that of its neighbours. False: more than *left pages would become unknown."""
+    cdef size_t middle, page = host_page()
     if pages.protect(m.base + start, end - start, access) == 0:
         return True
-    if doubts[0] == 0:
+    if left[0] == 0:
         return False
     if end - start == page:
-        doubts[0] -= 1
+        left[0] -= 1
         set_access(m.protections, start, end, ACCESS_UNKNOWN)
         return True
     middle = start + round_down((end - start) >> 1, page)
-    return give_access(m, start, middle, access, doubts) and give_access(m, middle, end, access, doubts)
+    return give_access(m, start, middle, access, left) and give_access(m, middle, end, access, left)
 
 
 cdef int memory_unprotect(memory* m, size_t size) noexcept nogil:
-    """For who owns the memory alone: the first `size` bytes, which are all that can be protected, are "rw" again. Or a
-    code, and the memory says that its protection is unknown."""
-    cdef long long was = load(&m.protection)
+    """The caller owns the memory exclusively. The first `size` bytes become "rw" again; no other bytes can be
+    protected. A code: the memory's protection is unknown."""
     cdef failure why
     cdef int code
-    if not m.ops.pages_are_ours:        # nor is what their memory's user does with them
+    if not m.ops.pages_are_ours:        # another linmem memory may own the pages, and its user may protect them
         return refuse_foreign(m.base, size, WRITABLE, "reset", &why)
-    if was == PROTECTION_NONE:
+    if load(&m.protection) == PROTECTION_NONE:
         return 0
     code = pages.protect(m.base, size, pages.ACCESS_READ_WRITE)
-    drop_protections(m, was == PROTECTION_KNOWN)
-    store(&m.protection, PROTECTION_UNKNOWN if code else PROTECTION_NONE)
+    memory_forget_protection(m)
+    if code:
+        memory_doubt(m)
     return code
 
 
-cdef void memory_forget_protection(memory* m) noexcept nogil:
-    """For who owns the memory alone: all its pages have been decommitted."""
-    cdef long long was = load(&m.protection)
-    if was != PROTECTION_NONE:
-        drop_protections(m, was == PROTECTION_KNOWN)
-        store(&m.protection, PROTECTION_NONE)
-
-
 cdef void memory_doubt(memory* m) noexcept nogil:
-    """For who owns the memory alone: some pages may be inaccessible."""
+    """The caller owns the memory exclusively. Some pages may be inaccessible."""
     store(&m.protection, PROTECTION_UNKNOWN)
 
 

@@ -149,7 +149,7 @@ cdef int python_grow_with_gil(python_memory* p, size_t new_size, bint may_move, 
 cdef void python_free(memory* m) noexcept nogil:
     cdef python_memory* p = <python_memory*>m
     unlist_memory(m)
-    leave_image(m)      # restore() may have given the memory an image
+    image_detach(m)      # restore() may have given the memory an image
     if p.shelter:
         give_back(m.base, p.shelter)
     drop_object(p.object)
@@ -250,7 +250,7 @@ def check_trait(creator, str name):
     if isinstance(creator, type):
         raise TypeError(f"{name} must be a MemoryCreator, got the class {creator.__name__} itself: call it")
     # An Image has a new_memory() too, but with other parameters.
-    if isinstance(creator, ImageHandle) or not callable(getattr(creator, "new_memory", None)):
+    if isinstance(creator, Image) or not callable(getattr(creator, "new_memory", None)):
         raise TypeError(f"{name} must be a MemoryCreator, got {type(creator).__name__}")
 
 

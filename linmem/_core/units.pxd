@@ -24,6 +24,7 @@ cdef enum:
     E_PROTECTED = -13       # the bytes lie in pages whose access does not allow it
     E_OWN_GROWTH = -14      # this thread is growing the memory, and would wait for itself
     E_BROKEN = -15          # a memory in Python no longer says where it is
+    E_VALUE = -16           # an argument's value; the failure's detail is the whole message
 
 
 cdef inline bint is_power_of_two(size_t n) noexcept nogil:

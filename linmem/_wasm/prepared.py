@@ -17,7 +17,7 @@ import wasmtime
 
 from linmem._core import bridge as _bridge
 from linmem._core.arguments import check_flag, check_path
-from linmem._core.image import Image
+from linmem._core.memory import Image
 from linmem._files.image_file import write_image
 from linmem._wasm.image_cache import Cache
 from linmem._wasm.outline import Outline

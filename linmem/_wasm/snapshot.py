@@ -14,8 +14,7 @@ from wasmtime import _ffi as ffi
 
 from linmem._core import bridge as _bridge
 from linmem._core.arguments import check_flag
-from linmem._core.image import Image
-from linmem._core.memory import Memory, restore_all
+from linmem._core.memory import Image, Memory, restore_all
 from linmem._wasm.outline import Outline
 
 # The kinds of values that are complete in a wasmtime_val_t: numbers, vectors and functions. (wasmtime-py's types are

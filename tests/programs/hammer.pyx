@@ -10,10 +10,9 @@ from libc.string cimport memcmp, memset
 
 from linmem._core.atomic cimport add, load, store, word
 from linmem._core.memory cimport (
-    GRANULE, ImageHandle, NativeCreator, acquire, changes, compare, failure, failure_text, image, image_finish,
-    image_new, image_put, image_release, image_retain, is_zero, memory, memory_grow_to, memory_hang, memory_hook,
-    memory_is_filled, memory_release, memory_resident, memory_restore, memory_retain, memory_size, memory_snapshot,
-    memory_spec, unlock,
+    Image, NativeCreator, acquire, changes, failure, failure_text, image, image_changes, image_is_intact, image_of,
+    image_release, image_restore, image_retain, memory, memory_changes, memory_grow_to, memory_hang, memory_hook,
+    memory_release, memory_resident, memory_retain, memory_size, memory_snapshot, memory_spec, unlock,
 )
 from linmem._os cimport pages
 from linmem._core.units cimport E_CAPACITY, E_EXHAUSTED, E_LIMIT, E_SHRINK
@@ -127,9 +126,9 @@ cdef int make(worker* w, bint moves, memory** out) noexcept nogil:
     if code:
         out[0] = NULL
         return judge(w, code, &why)
-    if spec.image != NULL and out[0].image == NULL:         # copied, by a creator in Python
+    if spec.image != NULL and image_of(out[0]) == NULL:         # copied, by a creator in Python
         return look_like(w, out[0], spec.image)
-    if not memory_is_filled(out[0], out[0].accessible):
+    if not image_is_intact(out[0], out[0].accessible):
         return wrong(w, "a new memory holds the bytes of another")
     return 0
 
@@ -138,7 +137,7 @@ cdef int look_like(worker* w, memory* m, image* it) noexcept nogil:
     cdef failure why
     cdef changes found
     memset(&found, 0, sizeof(found))
-    if judge(w, compare(m, NULL, it, False, &found, &why), &why) == 0 and found.n:
+    if judge(w, memory_changes(m, it, False, &found, &why), &why) == 0 and found.n:
         wrong(w, "a new memory does not hold its image")
     free(found.list)
     return 0
@@ -178,16 +177,16 @@ cdef int own(worker* w) noexcept nogil:
         return drop(m)
     if not is_all(m.base, size, w.mark):
         wrong(w, "growth has lost the bytes that were there")
-    if code == 0 and not is_zero(m.base + size, larger - size):
+    if code == 0 and not is_all(m.base + size, larger - size, 0):
         wrong(w, "growth has brought the bytes of another")
     if chance(w, 4) == 0:
         size = memory_size(m)
-        acquire(&m.lock)
         code = memory_snapshot(m, &kept, &why)
+        acquire(&m.lock)
         if judge(w, code, &why) == 0 and code == 0:
             memset(m.base, 0xff, size)
-            memory_restore(m, kept)
-            if m.ops.pages_are_ours and not memory_is_filled(m, m.accessible):
+            image_restore(m, kept)
+            if m.ops.pages_are_ours and not image_is_intact(m, m.accessible):
                 wrong(w, "a restored memory is not what it was")
         unlock(&m.lock)
         image_release(kept)
@@ -235,21 +234,16 @@ cdef int visit(worker* w) noexcept nogil:
     elif what == 4 and m.ops.resident != NULL:
         judge(w, memory_resident(m, &resident, &why), &why)
     elif what == 5 and m.ops.pages_are_ours:
-        acquire(&m.lock)
         judge(w, memory_snapshot(m, &kept, &why), &why)
-        unlock(&m.lock)
         image_release(kept)
     elif what == 6 and m.ops.pages_are_ours:
         acquire(&m.lock)
-        memory_restore(m, w.all.image)
-        if not memory_is_filled(m, m.accessible):
+        image_restore(m, w.all.image)
+        if not image_is_intact(m, m.accessible):
             wrong(w, "a restored memory is not what its image says")
         unlock(&m.lock)
     elif what == 7 and m.ops.pages_are_ours:
-        memset(&found, 0, sizeof(found))
-        acquire(&m.lock)
-        judge(w, compare(m, NULL, w.all.image, False, &found, &why), &why)
-        unlock(&m.lock)
+        judge(w, memory_changes(m, w.all.image, False, &found, &why), &why)
         free(found.list)
     return drop(m)
 
@@ -257,25 +251,22 @@ cdef int visit(worker* w) noexcept nogil:
 cdef int draw(worker* w) noexcept nogil:
     cdef failure why
     cdef changes found
-    cdef char block[GRANULE]
-    cdef size_t page = w.all.page, at = page * (1 + chance(w, 2))
-    cdef image* mine = image_new(0, 4 * page, &why)
+    cdef image* mine = NULL
+    cdef memory* m
     cdef int code
-    if mine == NULL:
-        return judge(w, why.code, &why)
+    if make(w, False, &m) or m == NULL:
+        return 0 if m == NULL else drop(m)
+    memset(m.base, w.mark, memory_size(m))
+    code = memory_snapshot(m, &mine, &why)
     image_retain(mine)
-    memset(block, w.mark, sizeof(block))
-    code = image_put(mine, at, block, sizeof(block), &why)
     if code == 0:
-        code = image_finish(mine, &why)
-    if code == 0:
-        memset(&found, 0, sizeof(found))
-        code = compare(NULL, mine, w.all.image, False, &found, &why)
+        code = image_changes(mine, w.all.image, &found, &why)
         if code == 0 and found.n == 0:
             wrong(w, "two images that differ do not")
         free(found.list)
     image_release(mine)
     image_release(mine)
+    drop(m)
     return judge(w, code, &why)
 
 
@@ -299,7 +290,7 @@ cdef void* work(void* argument) noexcept nogil:
     return NULL
 
 
-def run(creators, ImageHandle image_ not None, int threads, double seconds, watch=()):
+def run(creators, Image image_ not None, int threads, double seconds, watch=()):
     """Let `threads` work for `seconds`, while this one calls each of `watch`.
 
     Returns

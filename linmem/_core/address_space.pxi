@@ -1,0 +1,187 @@
+# Address space and pages from the OS: how much linmem reserves, and what happens if the OS refuses; a part of
+# memory.pyx.
+
+cdef inline size_t host_page() noexcept nogil:
+    return pages.capabilities().page_size
+
+
+# -- ranges that the OS refused to take back
+
+cdef struct orphan:
+    orphan* next
+    char* at
+    size_t size
+
+cdef orphan* orphans = NULL     # each release tries one of them again
+cdef word n_orphans
+
+
+cdef void give_back(char* at, size_t size) noexcept nogil:
+    """Release the range, or remember it if the OS refuses: munmap fails if it has to split a mapping and the process
+    has vm.max_map_count mappings already."""
+    global orphans
+    cdef orphan* o
+    cdef orphan* retry
+    if size == 0:
+        return
+    if pages.release(at, size):
+        o = <orphan*>malloc(sizeof(orphan))
+        if o == NULL:
+            return              # the address range stays taken until the process ends
+        o.at = at
+        o.size = size
+        acquire(&orphans_lock.held)
+        o.next = orphans
+        orphans = o
+        add(&n_orphans, 1)
+        unlock(&orphans_lock.held)
+        return
+    if load(&n_orphans) == 0:
+        return
+    acquire(&orphans_lock.held)
+    retry = orphans
+    if retry != NULL:
+        orphans = retry.next
+        add(&n_orphans, -1)
+    unlock(&orphans_lock.held)
+    if retry != NULL:
+        at, size = retry.at, retry.size
+        free(retry)
+        give_back(at, size)
+
+
+# -- relief: idle slots of pools give up what the OS or a budget refuses
+
+cdef bint (*give_relief)(int what, const void* budget, size_t size) noexcept nogil
+give_relief = NULL
+
+
+cdef void relief_is(bint (*give)(int what, const void* budget, size_t size) noexcept nogil) noexcept nogil:
+    """The pool calls this once. `give` is called before a refusal that idle slots of pools may prevent."""
+    global give_relief
+    give_relief = give
+
+
+cdef bint relieve(int what, const void* budget, size_t size) noexcept nogil:
+    """`size` bytes were refused. True: idle slots have given something up, so the caller tries again. False: all that
+    idle slots could give up would not be enough, and they keep it. The caller holds no fork_lock."""
+    return give_relief != NULL and give_relief(what, budget, size)
+
+
+cdef int commit_pages(char* at, size_t size) noexcept nogil:
+    """As pages.commit(). Before it fails, idle slots give up pages. The caller holds no fork_lock."""
+    cdef int code = pages.commit(at, size)
+    return commit_again(at, size, code) if code else 0
+
+
+cdef int commit_again(char* at, size_t size, int code) noexcept nogil:
+    while code and relieve(RELIEF_PAGES, NULL, size):
+        code = pages.commit(at, size)
+    return code
+
+
+# -- reservations
+
+cdef size_t UNCHOSEN = SIZE_MAX
+cdef size_t NO_MAXIMUM = SIZE_MAX
+cdef word chosen_bytes          # whole reservations whose size linmem chose
+cdef word chosen_memories       # the number of these reservations
+
+
+cdef inline void forget_chosen(size_t chosen) noexcept nogil:
+    """The memory that claim_reservation() counted is gone or could not be made."""
+    if chosen:
+        add(&chosen_bytes, -<long long>chosen)
+        add(&chosen_memories, -1)
+
+
+cdef size_t claim_reservation(size_t minimum, size_t bound, size_t guard, size_t alignment,
+                              size_t* chosen) noexcept nogil:
+    """Returns the size that linmem chooses. *chosen: the bytes that count for the whole reservation until
+    forget_chosen(); 0 if the size is the minimum, which the caller chose. Threads that choose at the same time do not
+    exceed half of the address space together."""
+    cdef size_t page = host_page()
+    cdef size_t space, left, room, want, capacity
+    cdef long long now
+    cdef layout least
+    chosen[0] = 0
+    if lay_out(minimum, 0, guard, page, &least) or add_up(least.total, alignment, &least.total):
+        return minimum          # reserve_exactly() fails for the same reason and fills the failure
+    pages.address_space(&space, &left)
+    while True:
+        now = load(&chosen_bytes)
+        room = room_to_choose(space, left, pages.reserved(), <size_t>now)
+        room = room - least.total if room > least.total else 0
+        want = choose_reservation(minimum, bound, bound != NO_MAXIMUM, room, <size_t>load(&chosen_memories),
+                                  pages.capabilities().memory)
+        if round_up(want, page, &capacity) or capacity <= least.capacity:
+            return minimum
+        if swap_if(&chosen_bytes, now, now + <long long>(least.total - least.capacity + capacity)):
+            add(&chosen_memories, 1)
+            chosen[0] = least.total - least.capacity + capacity
+            return want
+
+
+cdef int reserve_in_steps(size_t minimum, size_t bound, size_t guard, size_t alignment, bint watched, layout* out,
+                          char** region, size_t* chosen, failure* why) noexcept nogil:
+    """Reserve the size that linmem chooses. If the OS refuses, reserve a small size, and then the minimum: linmem does
+    not fill the gaps of other sizes that are left in the address space. *chosen: for forget_chosen()."""
+    cdef size_t want
+    cdef int code
+    while True:
+        want = claim_reservation(minimum, bound, guard, alignment, chosen)
+        code = reserve_exactly(minimum, want, guard, alignment, watched, out, region, why)
+        if code == 0:
+            return 0
+        forget_chosen(chosen[0])
+        if code < 0 or want == minimum:
+            return code
+        bound = minimum + SMALL_RESERVATION if want - minimum > SMALL_RESERVATION else minimum
+
+
+cdef int reserve_exactly(size_t minimum, size_t reservation, size_t guard, size_t alignment, bint watched,
+                         layout* out, char** region, failure* why) noexcept nogil:
+    """The reserved range is inaccessible on return. alignment: of the base, a power of two; 0 for a host page."""
+    cdef size_t lead
+    cdef int code
+    if lay_out(minimum, reservation, guard, host_page(), out):
+        if guard > minimum and guard > reservation:
+            return fail(why, E_OVERFLOW, "guard", guard)
+        return fail(why, E_OVERFLOW, "minimum" if minimum >= reservation else "reserve",
+                    minimum if minimum > reservation else reservation)
+    if alignment and add_up(out.total, alignment, &out.total):
+        return fail(why, E_OVERFLOW, "reserve", reservation)
+    code = pages.reserve(out.total, watched, region)
+    while code and relieve(RELIEF_SPACE, NULL, out.total):
+        code = pages.reserve(out.total, watched, region)
+    if code:
+        return fail_reserve(why, code, out.total)
+    if alignment:
+        lead = (alignment - <size_t>(region[0] + out.pre_guard)) & (alignment - 1)
+        out.pre_guard += lead
+        out.guard += alignment - lead
+    return 0
+
+
+# -- the pure functions and the counts, for the tests
+
+def _lay_out(size_t minimum, size_t reservation, size_t guard, size_t page):
+    cdef layout found
+    if lay_out(minimum, reservation, guard, page, &found):
+        return None
+    return found
+
+
+def _choose_reservation(size_t minimum, maximum, size_t room, size_t others, size_t memory):
+    cdef size_t bound
+    check_optional_size(maximum, "maximum", &bound)
+    return choose_reservation(minimum, bound, bound != NO_MAXIMUM, room, others, memory)
+
+
+def _room_to_choose(size_t space, size_t left, size_t reserved, size_t chosen):
+    return room_to_choose(space, left, reserved, chosen)
+
+
+def _chosen():
+    """The bytes and the number of the reservations whose size linmem chose."""
+    return load(&chosen_bytes), load(&chosen_memories)

@@ -1,0 +1,171 @@
+# Checks of arguments where Python calls come in; a part of memory.pyx.
+#
+# What is fast for a plain int or bool is here. All else, and the texts of the exceptions, is in arguments.py.
+
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.exc cimport PyErr_Clear, PyErr_Occurred
+
+from linmem._core import arguments as _checks
+from linmem._core.arguments import check_bytes as _check_bytes, check_count as _check_count, \
+    check_flag as _check_flag, check_pairs as _check_pairs, check_path as _check_path, check_size as _check_size, \
+    given as _given, refuse_buffer as _refuse_buffer, shown as _shown
+
+# Bounds, in the words of messages.
+cdef str _WITHIN = "within byte_size()"
+cdef str _BELOW_64_BITS = "below 2**64"
+cdef str _BELOW_63_BITS = "below 2**63"
+cdef str _FITS = "below 2**63, in whole host pages and with its guards"
+
+cdef extern from *:
+    bint PyLong_CheckExact(object value) noexcept
+    # Only ULLONG_MAX can mean an error, so the caller looks for the error itself.
+    unsigned long long as_unsigned "PyLong_AsUnsignedLongLong"(object value) noexcept
+    unsigned long long ULLONG_MAX
+
+
+cdef int check_bounded(object value, str name, str bound, size_t* out) except -1:
+    """A number of bytes that 64 bits can hold. The caller refuses a number that is not within `bound`; the words of
+    `bound` are for the message about a number that 64 bits cannot hold."""
+    cdef unsigned long long n
+    if PyLong_CheckExact(value):
+        n = as_unsigned(value)
+        if n != ULLONG_MAX or not PyErr_Occurred():
+            out[0] = <size_t>n
+            return 0
+        PyErr_Clear()
+    out[0] = _check_size(value, name, bound)
+    return 0
+
+
+cdef int check_size(object value, str name, size_t* out) except -1:
+    return check_bounded(value, name, _BELOW_64_BITS, out)
+
+
+cdef int check_extent(object value, str name, size_t* out) except -1:
+    """A size or an offset in the address space. If it is too large, native code refuses it with E_OVERFLOW."""
+    return check_bounded(value, name, _FITS, out)
+
+
+cdef int check_optional_size(object value, str name, size_t* out, str bound="below 2**64 - 1") except -1:
+    """As check_bounded(); None is SIZE_MAX, which means UNCHOSEN or NO_MAXIMUM."""
+    if value is None:
+        out[0] = SIZE_MAX
+        return 0
+    check_bounded(value, name, bound, out)
+    if out[0] == SIZE_MAX:      # would be taken for None
+        raise OverflowError(f"{name} must be {bound}, got {_shown(value)}")
+    return 0
+
+
+cdef int check_count(object value, str name, size_t* out, str bound="below 2**64") except -1:
+    number = _check_count(value, name)
+    if number > SIZE_MAX:
+        raise OverflowError(f"{name} must be {bound}, got {_shown(number)}")
+    out[0] = number
+    return 0
+
+
+cdef int check_flag(object value, str name) except -1:
+    if value is not True and value is not False:
+        _check_flag(value, name)
+    return 0
+
+
+cdef int check_type(object value, type wanted, str name) except -1:
+    if not isinstance(value, wanted):
+        article = "an" if wanted is Image else "a"
+        raise TypeError(f"{name} must be {article} {wanted.__name__}, got {type(value).__name__}")
+    return 0
+
+
+cdef NativeCreator check_native(object value, str name):
+    if not isinstance(value, NativeCreator):
+        what = f"the class {value.__name__} itself: call it" if isinstance(value, type) else type(value).__name__
+        raise TypeError(f"{name} must be a NativeCreator (a PythonCreator for one in Python), got {what}")
+    return <NativeCreator>value
+
+
+# -- offsets and ranges of a memory
+
+cdef Py_ssize_t check_index(object key) except? -1:
+    try:
+        return key.__index__()
+    except (AttributeError, TypeError):
+        raise TypeError(f"a memory is indexed by an integer or a slice, got {type(key).__name__}") from None
+    except OverflowError:
+        raise IndexError(f"index out of range: {_shown(key)}") from None
+
+
+cdef Py_ssize_t check_range(Py_ssize_t i, Py_ssize_t size) except -1:
+    """The offset that the index `i` means."""
+    cdef Py_ssize_t offset = i + size if i < 0 else i
+    if offset < 0 or offset >= size:
+        raise IndexError(f"index must be in {-size} .. {size - 1}, got {i}")
+    return offset
+
+
+cdef inline bint is_within(memory* m, size_t offset, size_t size) noexcept nogil:
+    return offset <= memory_size(m) and size <= memory_size(m) - offset
+
+
+cdef int fail_range(memory* m, size_t offset, size_t size, failure* why) noexcept nogil:
+    fail(why, E_VALUE, "range", size)
+    snprintf(why.detail, sizeof(why.detail), "offset + size must be <= byte_size() (%zu), got offset=%zu size=%zu",
+             memory_size(m), offset, size)
+    return E_VALUE
+
+
+cdef int refuse_span(memory* m, size_t offset, size_t size) except -1:
+    cdef failure why
+    fail_range(m, offset, size, &why)
+    return raise_failure(&why)
+
+
+# -- buffers
+
+cdef int take_bytes(object data, str name, Py_buffer* out) except -1:
+    """The contiguous bytes of a buffer. The caller releases the buffer."""
+    try:
+        PyObject_GetBuffer(data, out, PyBUF_SIMPLE)
+    except (TypeError, ValueError, BufferError) as error:
+        _refuse_buffer(data, name, error)
+    if load(&n_protections):
+        try:
+            check_readable(out)
+        except BaseException:
+            PyBuffer_Release(out)
+            raise
+    return 0
+
+
+cdef int check_readable(const Py_buffer* given) except -1:
+    """Refuse a buffer whose bytes lie in pages of a linmem memory that cannot be read."""
+    cdef failure why
+    cdef int code
+    cdef const char* start = <const char*>given.buf
+    cdef size_t size = <size_t>given.len
+    with nogil:
+        code = refuse_foreign(start, size, READABLE, "reading the data, which lie in a linmem memory,", &why)
+    return raise_failure(&why) if code else 0
+
+
+def shows_protected(data):
+    """See `shows_protected` in linmem._core.arguments."""
+    cdef Py_buffer given
+    cdef bint answer
+    if load(&n_protections) == 0:
+        return False
+    try:
+        PyObject_GetBuffer(data, &given, PyBUF_SIMPLE)
+    except BufferError:         # not contiguous
+        return False
+    try:
+        check_readable(&given)
+        with nogil:
+            answer = find_protected(<const char*>given.buf, <size_t>given.len) != NULL
+        return answer
+    finally:
+        PyBuffer_Release(&given)
+
+
+_checks.shows_protected = shows_protected

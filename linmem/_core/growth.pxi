@@ -1,0 +1,71 @@
+# Growth of a memory of any kind: checks, hooks, and the call of the kind; a part of memory.pyx.
+
+cdef size_t memory_size(memory* m) noexcept nogil:
+    return <size_t>load(&m.size)
+
+
+cdef int memory_grow_to(memory* m, size_t new_size, failure* why) noexcept nogil:
+    return grow_as(m, new_size, False, why)
+
+
+# The C compiler makes one function of the whole path of a growth, hence the inlines and the call of the mapped kind by
+# name. After a system call the processor has forgotten the return addresses, and every return costs as much as all the
+# checks in a function.
+cdef inline int grow_as(memory* m, size_t new_size, bint by_python, failure* why) noexcept nogil:
+    cdef int code
+    if not swap_if(&m.lock, 0, generation):
+        code = lock_memory(m, why)
+        if code:
+            return code
+    code = grow_locked(m, new_size, by_python, why)
+    unlock(&m.lock)
+    return code
+
+
+cdef inline int grow_locked(memory* m, size_t new_size, bint by_python, failure* why) noexcept nogil:
+    """The caller holds the memory's lock. by_python: a call that a memory of a wasmtime store refuses."""
+    cdef size_t size = memory_size(m)
+    if by_python and load(&m.owner) == OWNER_WASMTIME:
+        return fail(why, E_OWNED, "grow_to", new_size)
+    if new_size < size or new_size > m.maximum:
+        return refuse_size(m, size, new_size, why)
+    if new_size == size:
+        return 0
+    if m.growth_is_watched:
+        return grow_with_hooks(m, size, new_size, why)
+    if m.ops == &mapped_ops:
+        return mapped_grow_by(m, size, new_size, why)
+    return m.ops.grow(m, new_size, why)
+
+
+cdef int refuse_size(memory* m, size_t size, size_t new_size, failure* why) noexcept nogil:
+    if new_size < size:
+        return fail(why, E_SHRINK, "grow_to", new_size, 0, size)
+    return fail(why, E_MAXIMUM, "grow_to", new_size, 0, m.maximum)
+
+
+cdef int grow_with_hooks(memory* m, size_t size, size_t new_size, failure* why) noexcept nogil:
+    cdef memory_hook* hook = m.hooks
+    cdef memory_hook* end
+    cdef int code = 0
+    m.tell_from = m.tell_to = hook
+    m.growing_from = size
+    poke(&m.growing_to, new_size)
+    while hook != NULL:
+        if hook.before_grow != NULL:
+            code = hook.before_grow(hook, m, new_size, why)
+            if code:
+                break
+        hook = hook.next
+        m.tell_to = hook
+    end = hook
+    if code == 0:
+        code = m.ops.grow(m, new_size, why)
+    hook = m.hooks
+    while hook != end:
+        m.tell_from = hook.next
+        if hook.after_grow != NULL:
+            hook.after_grow(hook, m, size, new_size, code)
+        hook = hook.next
+    poke(&m.growing_to, 0)
+    return code

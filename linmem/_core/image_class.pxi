@@ -1,0 +1,608 @@
+# The Python class Image: what memories start from and come back to; a part of memory.pyx.
+
+from cpython.buffer cimport PyBUF_READ
+from cpython.memoryview cimport PyMemoryView_FromMemory
+
+from linmem._files.delta import bytes_after as _bytes_after
+
+
+@cython.final
+cdef class Image:
+    """Bytes at an offset of a memory, and zeros everywhere else; immutable.
+
+    Made by `Memory.snapshot` and `Image.from_bytes`. Memories that start from an image share its pages until they write
+    them, if the OS can do that (`linmem info` tells); otherwise the bytes are copied. Zeros take no space. An image is
+    a read-only buffer of `size` bytes, and equals every image of the same bytes at the same offset. It lives as long as
+    anything uses it, and any thread may use it.
+
+    Attributes
+    ----------
+    offset, size : int
+        Where its bytes lie in a memory.
+    """
+
+    def __cinit__(self):
+        self.it = &no_image
+
+    def __dealloc__(self):
+        if self.it != NULL and self.it != &no_image:
+            with nogil:
+                image_forget(self.it)
+
+    def __init__(self, *args, **kwargs):
+        raise TypeError("an Image is made by mem.snapshot() or Image.from_bytes(data, offset)")
+
+    cdef Image adopt(self, image* img, size_t offset):
+        """Take over a reference on an image whose own bytes begin at `offset`."""
+        self.it = img
+        self.offset = offset
+        self.size = img.end - offset
+        return self
+
+    # -- making one
+
+    @staticmethod
+    def from_bytes(data, offset=0):
+        """Copy a buffer into a new image.
+
+        Parameters
+        ----------
+        data : buffer
+            Contiguous; the image's bytes.
+        offset : int
+            Where they lie in a memory; any byte.
+
+        Raises
+        ------
+        PageError
+            The OS has no room for the image.
+        """
+        cdef Py_buffer given
+        cdef size_t start
+        check_extent(offset, "offset", &start)
+        take_bytes(data, "data", &given)    # held, so that its length stays
+        try:
+            return build_image(start, <size_t>given.len, [(start, data)])
+        finally:
+            PyBuffer_Release(&given)
+
+    @staticmethod
+    def from_pieces(pieces, size, offset=0):
+        """An image of `size` bytes at `offset`, made of buffers with zeros between them.
+
+        Parameters
+        ----------
+        pieces : iterable of (int, buffer)
+            Each buffer with its offset in a memory, in order and apart.
+        size, offset : int
+            In bytes; all pieces lie within.
+        """
+        cdef size_t start, n
+        check_extent(offset, "offset", &start)
+        check_extent(size, "size", &n)
+        return build_image(start, n, pieces)
+
+    @staticmethod
+    def from_fd(fd, size, offset=0, *, position=0, runs=None, digest=None):
+        """An image whose pages are those of a file, read when they are first needed.
+
+        The file holds whole host pages, from the page of `offset` on; the bytes around the image's own must be zero.
+        The descriptor is duplicated and may be closed. If a program later writes to the file, or cuts it short, bytes
+        change and accesses fault. No program can change memory that was sealed (memfd_create(2)).
+
+        Parameters
+        ----------
+        fd : int
+            A descriptor of a file that is open for reading only, or of sealed memory.
+        size, offset : int
+            As of any image.
+        position : int
+            Where the pages begin in the file, a multiple of the host page.
+        runs : iterable of (int, int), optional
+            What `runs()` of the image returns, if it is known. Outside of the runs the file must have holes or zeros,
+            which is checked.
+        digest : str, optional
+            What `digest` must be. The whole file is read to compare it.
+
+        Raises
+        ------
+        ValueError
+            The file is too short or can still be written to, or does not hold what the arguments claim.
+        PageError
+            The OS refused.
+        """
+        cdef size_t start, n, end = 0, at, stored, page = host_page()
+        cdef int code, descriptor
+        cdef image* img
+        cdef failure why
+        cdef Image made
+        check_extent(offset, "offset", &start)
+        check_extent(_check_count(size, "size", "an integer number of bytes", 1), "size", &n)
+        check_bounded(position, "position", _BELOW_63_BITS, &at)
+        try:
+            descriptor = fd if isinstance(fd, int) else fd.__index__()
+        except (AttributeError, TypeError):
+            raise TypeError(f"fd must be a file descriptor, got {type(fd).__name__}") from None
+        except OverflowError:
+            raise ValueError(f"fd must be a file descriptor, got {_shown(fd)}") from None
+        if runs is not None:
+            runs = _check_pairs(runs, "runs", "within the image's host pages")
+        if digest is not None:
+            check_digest(digest)
+        if at > SIZE_MAX >> 1:
+            raise ValueError(f"position must be below 2**63, got {position}")
+        if at & (page - 1):
+            raise ValueError(f"position must be a multiple of the host page ({page}), got {position}")
+        if add_up(start, n, &end) or end > (SIZE_MAX >> 1) - page:
+            raise ValueError(f"offset + size must fit an address, in whole host pages (together below 2**63 bytes), got"
+                             f" {start} + {n}")
+        img = image_alloc(start, n, &why)
+        if img == NULL:
+            raise_failure(&why)
+        stored = content_size(img)
+        with nogil:
+            code = pages.image_open(descriptor, <long long>at, stored, &img.content)
+        if code:
+            free(img)
+            if code == pages.IMAGE_SHORT:
+                raise ValueError(f"the file must have {stored} bytes from position {position} on, whole host"
+                                 f" pages around the image's {size}")
+            if code == pages.IMAGE_OPEN:
+                raise ValueError("fd must be sealed memory, or a file that is open for reading only: this one can"
+                                 " be written to")
+            fail_page_call(&why, code, "image_open", stored)
+            raise_failure(&why)
+        made = (<Image>Image.__new__(Image)).adopt(img, start)
+        from linmem._files.sparse import runs_of_file
+        if runs is not None:
+            take_runs(made, runs)
+        found = runs_of_file(descriptor, at, img.offset, img.offset + img.content.size, runs)
+        if runs is None:
+            take_runs(made, found)
+        img.runs_known = runs is not None
+        if digest is not None and made.digest != digest:
+            raise ValueError(f"digest must be that of the file's content, {made.digest}, got {digest}")
+        return made
+
+    # -- what it is
+
+    @property
+    def digest(self):
+        """A hash of the image, as hexadecimal digits; the same on every machine.
+
+        BLAKE2b of 32 bytes over the offset and the size, and then over the offset, the size and the bytes of each run
+        of blocks that are not all zero. Blocks have 4096 bytes, counted from a memory's first byte; numbers have 8
+        bytes, least significant first. Computed when first asked for.
+        """
+        with cython.critical_section(self):
+            digest = self._digest
+        if digest is None:
+            from hashlib import blake2b
+            state = blake2b(self.offset.to_bytes(8, "little") + self.size.to_bytes(8, "little"), digest_size=32)
+            content = content_of(self)
+            # Not self.runs(): a file may store zeros too.
+            for offset, size in find_runs(self):
+                state.update(offset.to_bytes(8, "little") + size.to_bytes(8, "little"))
+                start = offset - self.it.offset
+                state.update(content[start:start + size])
+            digest = state.hexdigest()
+            with cython.critical_section(self):
+                self._digest = digest
+        return digest
+
+    def runs(self):
+        """Where the image is not zero, as a list of (offset, size) in a memory.
+
+        In order and apart, in multiples of 4096 bytes. The first and the last run may reach beyond the image's own
+        bytes (where it is zero).
+        """
+        cdef size_t i
+        cdef list found
+        with cython.critical_section(self):
+            found = self._runs
+        if found is None:
+            if self.it.runs_known:
+                found = [(self.it.offset + self.it.runs[i].offset, self.it.runs[i].size)
+                         for i in range(self.it.n_runs)]
+            else:
+                found = find_runs(self)
+            with cython.critical_section(self):
+                self._runs = found
+        return list(found)
+
+    def __len__(self):
+        return self.size
+
+    def __bool__(self):
+        return True         # also if it has no bytes
+
+    def __getbuffer__(self, Py_buffer* buffer, int flags):
+        PyBuffer_FillInfo(buffer, self, bytes_from(self.it, self.offset), <Py_ssize_t>self.size, 1, flags)
+
+    def fileno(self):
+        """The descriptor (a handle on Windows) that shows the image's whole host pages to another process.
+
+        The image owns the descriptor: duplicate it to keep it. The other process opens it with
+        ``Image.from_fd(fd, img.size, img.offset)``. OSError if there is none.
+        """
+        if self.it.content.handle == -1:
+            raise OSError("the pages of this image are private: no descriptor shows them")
+        return self.it.content.handle
+
+    def info(self):
+        """How the image is kept, as an `ImageInfo`."""
+        from linmem.records import ImageInfo
+        return ImageInfo(
+            offset=self.offset, size=self.size,
+            stored=sum([size for _, size in self.runs()]) if self.it.runs_known else None,
+            kind=_pages.IMAGE_KINDS[self.it.content.kind] if self.it.content.size else "none",
+            shares_pages=bool(self.it.content.maps), memories=load(&self.it.memories))
+
+    # -- what it is for
+
+    def new_memory(self, maximum=None, *, minimum=None, creator=None, reserve=None, guard=None, may_move=False,
+                   domain=None):
+        """A memory that starts with the image's bytes, and shares the image's pages until it writes them.
+
+        Parameters
+        ----------
+        maximum, reserve, guard, may_move, domain
+            As of `linmem.create`.
+        minimum : int, optional
+            In bytes, at least the end of the image (offset + size), which is the default.
+        creator : NativeCreator, optional
+            It makes the memory; the default is an `MmapCreator`. Pass a creator in Python as a `PythonCreator`; its
+            memories get a copy of the bytes.
+
+        Raises
+        ------
+        ValueError
+            The minimum is below the end of the image.
+        PageError, GrowError
+            As of `linmem.create`.
+        """
+        cdef NativeCreator by = default_creator
+        if creator is not None:
+            by = check_native(creator, "creator")
+        return by.create(self.offset + self.size if minimum is None else minimum, maximum, reserve, guard, image=self,
+                         may_move=may_move, domain=domain)
+
+    def diff(self, other not None):
+        """What changed from this image to a memory or to another image, as a `Delta`.
+
+        Parameters
+        ----------
+        other : Memory or Image
+
+        Raises
+        ------
+        TypeError
+            The memory has an inaccessible page (`Memory.protect`).
+        """
+        cdef changes found
+        cdef failure why
+        cdef int code
+        cdef size_t i
+        cdef Image image_
+        target = None
+        begin = 0
+        if isinstance(other, Memory):
+            find_changes(<Memory>other, self, True, &found)
+            size = len(other)
+        elif isinstance(other, Image):
+            image_ = <Image>other
+            with nogil:
+                code = image_changes(image_.it, self.it, &found, &why)
+            if code:
+                raise_failure(&why)
+            size = image_.offset + image_.size
+            target = image_.digest
+            begin = image_.offset
+        else:
+            raise TypeError(f"other must be a Memory or an Image, got {type(other).__name__}")
+        try:
+            ranges = [(found.list[i].offset, found.list[i].size) for i in range(found.n) if not found.list[i].zero]
+            zeros = [(found.list[i].offset, found.list[i].size) for i in range(found.n) if found.list[i].zero]
+        finally:
+            free(found.list)
+        if isinstance(other, Memory):
+            parts = [other.read(offset, n) for offset, n in ranges]
+            data = parts[0] if len(parts) == 1 else b"".join(parts)
+        else:
+            content = content_of(image_)
+            data = b"".join(content[offset - image_.it.offset:offset - image_.it.offset + n] for offset, n in ranges)
+        return _Delta(self.digest, self.offset + self.size, size, ranges, zeros, data, target, begin)
+
+    def apply(self, delta not None):
+        """The image that the delta leads to from this one.
+
+        Raises
+        ------
+        ValueError
+            The delta's base is another image, or the result is not the delta's target.
+        """
+        check_type(delta, _Delta, "delta")
+        if delta.base != self.digest:
+            raise ValueError(f"the delta is for the image {delta.base}, and this one is {self.digest}")
+        made = Image.from_pieces(_bytes_after(delta, self._pieces()), delta.size - delta.offset, delta.offset)
+        if delta.target is not None and made.digest != delta.target:
+            raise ValueError(f"the delta led to the image {made.digest}, and was to lead to {delta.target}")
+        return made
+
+    def _pieces(self):
+        """The runs as a list of (offset, bytes), cut to the image's own bytes."""
+        view = memoryview(self)
+        return [(max(start, self.offset), view[max(start - self.offset, 0):start + n - self.offset])
+                for start, n in self.runs()]
+
+    def __eq__(self, other):
+        if not isinstance(other, Image):
+            return NotImplemented
+        return self is other or (self.offset == (<Image>other).offset and self.size == (<Image>other).size
+                                 and self.digest == other.digest)
+
+    def __hash__(self):
+        return hash(self.digest)
+
+    def __repr__(self):
+        return f"<linmem.Image: {self.size} bytes at offset {self.offset}>"
+
+    # -- to files and to other processes
+
+    def save(self, path, *, packed=False):
+        """Write the image to a file. Whenever the process is killed, the whole file is there, or the old one is.
+
+        An image that was opened from the old file keeps the old file. The new file gets the owner and the rights of the
+        old one. A pipe or a character device is written to, packed.
+
+        Parameters
+        ----------
+        path : path-like
+        packed : bool
+            True: the file has no holes and is as long as the bytes that are not zero, for an upload or an archive; it
+            is read into memory when it is opened. False: the file can be mapped, is as long as the image, and has holes
+            for zeros.
+
+        Raises
+        ------
+        OSError
+            The exception names `path`. The old file is still there.
+        """
+        from linmem._files import image_file as _files
+        check_flag(packed, "packed")
+        _files.save_image(self, _check_path(path), packed=packed)
+
+    @staticmethod
+    def open(path, verify=False, *, map=True, max_size=None):
+        """The image that a file holds.
+
+        Parameters
+        ----------
+        path : path-like
+            Written by `save`, on any machine.
+        verify : bool
+            True: call `verify()` at once. False: check the header, the table, each byte that is read instead of mapped,
+            and that the file holds zeros where the table says zeros.
+        map : bool
+            True: if the file is not packed, pages come from it when they are first needed. A program that changes the
+            file later changes the image, so the file must be one that no stranger can write. False: read the whole file
+            now.
+        max_size : int, optional
+            Bytes; a larger image is refused.
+
+        Raises
+        ------
+        FileFormatError
+            The file is not an image, or is damaged.
+        OSError, PageError
+            The file cannot be read, or the OS has no room for the image.
+        """
+        from linmem._files import image_file as _files
+        check_flag(verify, "verify")
+        check_flag(map, "map")
+        if max_size is not None:
+            max_size = _check_size(max_size, "max_size")
+        image_, contents = _files.open_image(Image, _check_path(path), verify=verify, mapped=map, max_size=max_size,
+                                             host_page=host_page())
+        (<Image>image_)._contents = contents
+        return image_
+
+    def verify(self):
+        """Compare every byte with the checksums of the file that the image is a mapping of.
+
+        Another image has nothing to compare: bytes that were read from a file were checked then.
+
+        Raises
+        ------
+        FileFormatError
+            The file is damaged.
+        """
+        from linmem._files import image_file as _files
+        if self._contents is not None:
+            _files.verify_image(self, self._contents)
+
+    def handle(self):
+        """An object that `multiprocessing` can send to another process of this machine without a copy of the bytes.
+
+        Pass it as an argument of a Process, or through a Queue or a Pipe. In the other process, ``handle.image`` is an
+        image of the same pages.
+
+        Raises
+        ------
+        OSError
+            No descriptor shows the pages; see `fileno`.
+        """
+        from linmem._core.process_handles import Handle
+        self.fileno()
+        return Handle(self, _parts, _of_parts)
+
+    def __reduce_ex__(self, protocol):
+        # The parts are the runs, which a pickler may send without a copy from protocol 5 on. To receive a part costs as
+        # much as to copy about a MiB, so many small runs are joined into one part.
+        from pickle import PickleBuffer
+        wrap_part = PickleBuffer if protocol >= 5 else bytes
+        runs = self._pieces()
+        small = [] if len(runs) <= MOST_PARTS else [run for run in runs if len(run[1]) < SMALL_PART]
+        large = runs if not small else [run for run in runs if len(run[1]) >= SMALL_PART]
+        places = tuple([start for start, _ in large])
+        parts = [wrap_part(data) for _, data in large]
+        if small:
+            places += tuple([(start, len(data)) for start, data in small]),
+            parts.append(wrap_part(b"".join([data for _, data in small])))
+        return _unpickled, (self.size, self.offset, places, *parts)
+
+
+cdef enum:
+    MOST_PARTS = 64
+    SMALL_PART = 1 << 20
+
+
+cdef char* bytes_from(image* img, size_t offset) noexcept nogil:
+    """The image's bytes from the offset of a memory on."""
+    return img.content.bytes + (offset - img.offset) if img.content.size else zeros
+
+
+cdef object content_of(Image img):
+    """All of an image's host pages. The caller keeps the image as long as it uses the result."""
+    return PyMemoryView_FromMemory(bytes_from(img.it, img.it.offset), <Py_ssize_t>img.it.content.size, PyBUF_READ)
+
+
+def _unpickled(size, offset, places, *parts):
+    """places: for each part, the offset of its run; or the offsets and sizes of the runs that are joined in it."""
+    pieces = []
+    for place, part in zip(places, parts, strict=True):
+        if isinstance(place, int):
+            pieces.append((place, part))
+            continue
+        at = 0
+        view = memoryview(part)
+        for start, n in place:
+            pieces.append((start, view[at:at + n]))
+            at += n
+        if at != len(view):
+            raise ValueError(f"a part of {len(view)} bytes must be all of its runs, which have {at}")
+    pieces.sort(key=lambda piece: piece[0])
+    return Image.from_pieces(pieces, size, offset)
+
+
+def _parts(Image image_ not None):
+    """The arguments of `Image.from_fd` behind the descriptor."""
+    return image_.size, image_.offset, image_.it.content.position, image_.runs()
+
+
+def _of_parts(descriptor, size, offset, position, runs):
+    from os import close
+    fd = descriptor.detach()
+    try:
+        return Image.from_fd(fd, size, offset, position=position, runs=runs)
+    finally:
+        close(fd)
+
+
+cdef Image build_image(size_t offset, size_t size, object pieces):
+    cdef Image made = Image.__new__(Image)
+    cdef image* img
+    cdef failure why
+    cdef Py_buffer given
+    cdef size_t start, reached = offset
+    cdef int code
+    cdef builder b
+    with nogil:
+        img = image_new(offset, size, &why)
+    if img == NULL:
+        raise_failure(&why)
+    made.adopt(img, offset)
+    b.img = img
+    b.filled = 0
+    b.granule = 0
+    try:
+        pairs = iter(pieces)
+    except TypeError as error:
+        raise TypeError(f"pieces must be pairs of an offset and a buffer, got {_shown(pieces)}: {error}") from None
+    for pair in pairs:
+        try:
+            where, data = pair
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"pieces must be pairs of an offset and a buffer, got {_shown(pair)}: {error}") from None
+        check_bounded(where, "offset", "within the image", &start)
+        take_bytes(data, "data", &given)
+        try:
+            if start < reached or start > offset + size or <size_t>given.len > offset + size - start:
+                raise ValueError(f"pieces must be in order, apart and within {offset} .. {offset + size}, got"
+                                 f" {given.len} bytes at {start}")
+            reached = start + <size_t>given.len
+            with nogil:
+                code = put_piece(&b, start - img.offset, <const char*>given.buf, <size_t>given.len, &why)
+        finally:
+            PyBuffer_Release(&given)
+        if code:
+            raise_failure(&why)
+    with nogil:
+        code = put_granule(&b, &why)
+        if code == 0:
+            code = image_finish(img, &why)
+    if code:
+        raise_failure(&why)
+    return made
+
+
+cdef int take_runs(Image self, given) except -1:
+    """The runs of an image of a file. None: one run, the whole content."""
+    cdef image* img = self.it
+    cdef size_t n, i, offset, size, first, end = 0
+    cdef size_t lead = self.offset - img.offset, tail = lead + self.size
+    if not is_zero(img.content.bytes, lead) or not is_zero(img.content.bytes + tail, img.content.size - tail):
+        raise ValueError(f"the file must hold zeros around the image's {self.size} bytes, to whole host pages")
+    cdef list pairs = [(img.offset, img.content.size)] if given is None else given
+    n = <size_t>len(pairs)
+    img.runs = <run*>calloc(n + 1, sizeof(run))
+    if img.runs == NULL:
+        raise_code(E_NO_MEMORY)
+    img.room = n + 1
+    for i in range(n):
+        offset, size = pairs[i]
+        first = offset - img.offset
+        if (offset < img.offset or first & (GRANULE - 1) or size & (GRANULE - 1) or size == 0 or first < end
+                or first > img.content.size or size > img.content.size - first):
+            raise ValueError(f"runs must be in order, apart, multiples of {GRANULE} bytes and within the image's"
+                             f" host pages, got {pairs[i]!r}")
+        end = first + size
+        img.runs[i].offset = first
+        img.runs[i].size = size
+    img.n_runs = n
+    image_bound(img)
+    return 0
+
+
+cdef list find_runs(Image self):
+    """The parts of the image's runs that are not zero. It reads every byte of the runs."""
+    cdef list found = []
+    cdef image* img = self.it
+    cdef size_t at, first, end, i, joined = 0, begun = 0
+    for i in range(img.n_runs):
+        at = img.runs[i].offset
+        end = at + img.runs[i].size
+        while at < end:
+            with nogil:
+                first = at + while_zero(img.content.bytes + at, end - at, True)
+                at = first + while_zero(img.content.bytes + first, end - first, False)
+            if at == first:
+                continue
+            if found and joined == first:       # the previous run ends where this one begins
+                found.pop()
+                first = begun
+            found.append((img.offset + first, at - first))
+            begun = first
+            joined = at
+    return found
+
+
+cdef int check_digest(object digest) except -1:
+    if not isinstance(digest, str):
+        raise TypeError(f"digest must be a str of hexadecimal digits, got {type(digest).__name__}")
+    if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+        raise ValueError(f"digest must be 64 hexadecimal digits, got {_shown(digest)}")
+    return 0
+
+
+cdef NativeCreator default_creator = MmapCreator()

@@ -1,0 +1,147 @@
+# How long a memory lives and its base stays where it is: references, pins and accesses; a part of memory.pyx.
+#
+# memory.pxd has a table of the counters.
+
+cdef void memory_retain(memory* m) noexcept nogil:
+    add(&m.refs, 1)
+
+
+cdef void memory_release(memory* m) noexcept nogil:
+    cdef memory_hook* hooks
+    cdef memory_hook* hook
+    cdef memory_hook* kept
+    if add(&m.refs, -1):
+        return
+    kept = hooks = m.hooks
+    while kept != NULL:
+        if kept.before_drop != NULL:
+            kept.before_drop(kept, m)
+        if kept.keep != NULL and kept.keep(kept, m):
+            break       # from now on another thread may use the memory
+        kept = kept.next
+    if kept == NULL:
+        m.ops.free(m)
+    while hooks != kept:
+        hook = hooks
+        hooks = hook.next
+        hook.dropped(hook)
+
+
+cdef void memory_hang(memory* m, memory_hook* hook) noexcept nogil:
+    acquire(&m.lock)
+    hook.next = m.hooks
+    m.hooks = hook
+    if hook.before_grow != NULL or hook.after_grow != NULL:
+        m.growth_is_watched = True
+    unlock(&m.lock)
+
+
+# -- pins: exported buffers, for which the base stays
+
+cdef long long pins_now(memory* m) noexcept nogil:
+    """The number of pins; negative: the base is about to move. In a forked child, the mark of a thread of the parent is
+    removed."""
+    cdef long long pins = load(&m.pins)
+    if pins < 0 and pins != -generation:
+        swap_if(&m.pins, pins, 0)
+        pins = load(&m.pins)
+    return pins
+
+
+cdef int pin(memory* m) except -1:
+    """The base stays where it is until unpin(), for a buffer that is exported. The caller holds the GIL. The wait
+    releases the GIL, because a Python memory needs it to move."""
+    cdef long long pins
+    while True:
+        pins = pins_now(m)
+        if pins < 0:
+            wait_for_mover(m)
+        elif swap_if(&m.pins, pins, pins + 1):
+            return 0
+
+
+cdef inline void unpin(memory* m) noexcept nogil:
+    add(&m.pins, -1)
+
+
+cdef int wait_for_mover(memory* m) except -1:
+    cdef failure why
+    cdef long long since = 0
+    cdef int looks = 0, code = 0
+    with nogil:
+        if is_own_growth(m):
+            code = fail(&why, E_OWN_GROWTH, "wait", 0)
+        while code == 0 and pins_now(m) < 0:
+            code = wait_for_signals(&looks, &since, &why)
+        if code == 0 and m.broken:
+            code = fail(&why, E_BROKEN, "wait", 0)
+    return raise_failure(&why) if code else 0
+
+
+# -- accesses: short uses of the bytes by calls of linmem
+
+cdef inline long long accesses_of_now(long long accesses) noexcept nogil:
+    """The count with the generation of this process. A count of an older generation is 0: those threads are not in
+    this process."""
+    return accesses if accesses >> 32 == generation else generation << 32
+
+
+cdef int begin_access(memory* m) except -1:
+    """The base stays where it is until end_access(). A mover waits for that, so until then the caller waits neither for
+    a lock nor for the GIL."""
+    cdef long long accesses
+    while True:
+        accesses = load(&m.accesses)
+        if swap_if(&m.accesses, accesses, accesses_of_now(accesses) + 1):
+            if pins_now(m) >= 0:        # in this order: a mover writes pins first and reads accesses then
+                return 0
+            end_access(m)
+            wait_for_mover(m)
+
+
+cdef inline void end_access(memory* m) noexcept nogil:
+    add(&m.accesses, -1)
+
+
+cdef int wait_for_accesses(memory* m, failure* why) noexcept nogil:
+    """Until all accesses have ended that had begun. An access that begins later sees what the caller wrote before. The
+    caller holds the memory's lock. A code: Ctrl-C ended the wait."""
+    cdef own_growth own
+    cdef long long since = 0
+    cdef int looks = 0, code = 0
+    if accesses_of_now(load(&m.accesses)) == generation << 32:
+        return 0
+    # Signal handlers run in this wait. A handler that uses the memory must not wait for its own thread.
+    begin_own_growth(&own, m)
+    while code == 0 and accesses_of_now(load(&m.accesses)) != generation << 32:
+        code = wait_for_signals(&looks, &since, why)
+    end_own_growth(&own)
+    return code
+
+
+# -- moves
+
+cdef int begin_move(memory* m, size_t new_size, failure* why) noexcept nogil:
+    """The base may change until end_move(): no buffer is exported, no access is under way, and none begins. The caller
+    holds the memory's lock."""
+    cdef long long pins
+    cdef int code
+    if m.is_shared or load(&m.protection) != PROTECTION_NONE or not m.may_move:
+        fail(why, E_CAPACITY, "grow_to", new_size, 0, m.capacity)
+        snprintf(why.detail, sizeof(why.detail), "%s",
+                 "shared memories never do" if m.is_shared else
+                 "make it with a larger reserve= or maximum=, or with may_move=True" if not m.may_move else
+                 "some of its pages have their own protection")
+        return E_CAPACITY
+    while not swap_if(&m.pins, 0, -generation):
+        pins = pins_now(m)
+        if pins > 0:
+            return fail(why, E_EXPORTED, "grow_to", new_size, <size_t>pins, m.capacity)
+    code = wait_for_accesses(m, why)
+    if code:
+        end_move(m)
+    return code
+
+
+cdef void end_move(memory* m) noexcept nogil:
+    store(&m.pins, 0)

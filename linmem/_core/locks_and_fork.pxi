@@ -1,0 +1,300 @@
+# Locks that nogil code takes, waits that answer Ctrl-C, and what happens at a fork; a part of memory.pyx.
+
+# A lock holds the generation of the process whose thread took it. A forked child does not have the other threads of its
+# parent, so it takes over a lock that one of them held.
+cdef long long generation = 1
+
+# The generation in the few bits that Memory.users has for it: 1 .. GENERATION_TAGS. No count lives through so many
+# forks.
+cdef enum:
+    GENERATION_TAGS = 8191
+cdef long long generation_tag = 1
+
+cdef enum:
+    SPINS = 64                  # looks at a lock before the thread gives the processor away
+    YIELDS = 64                 # and how often it does that before it sleeps
+    FIRST_SLEEP = 50000         # nanoseconds
+    LONGEST_SLEEP = 1000000
+    SIGNALS_EACH = 50000000     # nanoseconds between two checks for Ctrl-C
+
+
+cdef void wait_a_moment(int looks) noexcept nogil:
+    """Between two looks at a value that another thread will change. looks: how many looks there have been."""
+    if looks < SPINS:           # most locks are held for less time than a system call takes
+        pause()
+    elif looks < SPINS + YIELDS:
+        pages.relax()
+    else:
+        pages.sleep_ns(FIRST_SLEEP if looks < SPINS + 2 * YIELDS else LONGEST_SLEEP)
+
+
+cdef int interrupted(failure* why) noexcept with gil:
+    """Runs the handlers of pending signals, in the main thread only. E_PYTHON if one raised (Ctrl-C)."""
+    try:
+        PyErr_CheckSignals()
+        return 0
+    except BaseException as error:
+        return fail_python(why, error)
+
+
+cdef int wait_for_signals(int* looks, long long* since, failure* why) noexcept nogil:
+    """As wait_a_moment(), for waits that may be long; without the GIL. In a thread that Python knows, Ctrl-C ends the
+    wait with E_PYTHON. looks and since are 0 at the start."""
+    cdef long long now
+    wait_a_moment(looks[0])
+    looks[0] += 1
+    if looks[0] < SPINS + YIELDS or PyGILState_GetThisThreadState() == NULL or python_is_finalizing():
+        return 0
+    looks[0] = SPINS + 2 * YIELDS if looks[0] > SPINS + 2 * YIELDS else looks[0]
+    now = pages.clock_ns()
+    if now - since[0] < SIGNALS_EACH:
+        return 0
+    since[0] = now
+    return interrupted(why)
+
+
+cdef void acquire(word* lock) noexcept nogil:
+    """The caller must not hold the GIL, because the holder of a memory's lock may be waiting for the GIL."""
+    cdef int looks = 0
+    if swap_if(lock, 0, generation):
+        return
+    while not try_acquire(lock):
+        wait_a_moment(looks)
+        looks += 1
+
+
+cdef bint try_acquire(word* lock) noexcept nogil:
+    cdef long long holder = load(lock)      # a plain look leaves the cache line with the holder
+    while holder != generation:
+        if swap_if(lock, holder, generation):
+            return True
+        holder = load(lock)
+    return False
+
+
+cdef void unlock(word* lock) noexcept nogil:
+    publish(lock, 0)
+
+
+# -- a growth that runs Python code: the thread must not wait for itself
+
+cdef extern from *:
+    """
+    static LINMEM_OF_THREAD void *linmem_own_growths;
+    static void **linmem_own_growths_of_thread(void) { return &linmem_own_growths; }
+    """
+    void** own_growths "linmem_own_growths_of_thread"() noexcept nogil
+
+
+cdef void begin_own_growth(own_growth* growth, memory* m) noexcept nogil:
+    """The lock of `m` is held, and Python code will run until end_own_growth(). Such growths nest."""
+    growth.m = m
+    growth.outer = <own_growth*>own_growths()[0]
+    own_growths()[0] = growth
+
+
+cdef void end_own_growth(own_growth* growth) noexcept nogil:
+    own_growths()[0] = growth.outer
+
+
+cdef bint is_own_growth(memory* m) noexcept nogil:
+    cdef own_growth* own = <own_growth*>own_growths()[0]
+    while own != NULL and own.m != m:
+        own = own.outer
+    return own != NULL
+
+
+# -- a memory's lock
+
+cdef int lock_memory(memory* m, failure* why) noexcept nogil:
+    """As acquire(). The holder may be in grow_to() of a memory in Python for long, so Ctrl-C ends the wait. After a 0,
+    unlock(&m.lock) must follow."""
+    cdef long long since = 0
+    cdef int looks = 0, code = 0
+    if swap_if(&m.lock, 0, generation):
+        return 0
+    if is_own_growth(m):
+        return fail(why, E_OWN_GROWTH, "wait", 0)
+    while code == 0 and not try_acquire(&m.lock):
+        code = wait_for_signals(&looks, &since, why)
+    return code
+
+
+cdef int lock_unbroken(memory* m, failure* why) noexcept nogil:
+    """As lock_memory(). E_BROKEN, and no lock, if nobody knows where the memory's bytes are."""
+    cdef int code = lock_memory(m, why)
+    if code == 0 and m.broken:
+        unlock(&m.lock)
+        code = fail(why, E_BROKEN, "wait", 0)
+    return code
+
+
+# -- fork
+#
+# The C library calls before_fork() and the after_fork functions around every fork(), also around a fork that Python
+# does not know of. It does not call them around clone(2); not even malloc() works in such a child if another thread was
+# in it. The thread that forks may hold the GIL.
+
+cdef fork_lock* fork_locks = NULL
+cdef word fork_locks_lock
+cdef fork_lock moving_lock      # a memory is being moved to another address
+cdef fork_lock orphans_lock     # the ranges that the OS refused to take back
+cdef fork_lock live_lock        # the list of memories; its holder waits for nothing
+cdef memory* live = NULL
+
+
+cdef void list_lock(fork_lock* lock) noexcept nogil:
+    """From now on, fork() takes the lock. Locks are taken in reverse order of registration."""
+    global fork_locks
+    acquire(&fork_locks_lock)
+    lock.next = fork_locks
+    lock.link = &fork_locks
+    if lock.next != NULL:
+        lock.next.link = &lock.next
+    fork_locks = lock
+    unlock(&fork_locks_lock)
+
+
+cdef void unlist_lock(fork_lock* lock) noexcept nogil:
+    acquire(&fork_locks_lock)
+    lock.link[0] = lock.next
+    if lock.next != NULL:
+        lock.next.link = lock.link
+    unlock(&fork_locks_lock)
+
+
+cdef void list_memory(memory* m) noexcept nogil:
+    """From now on a forked child repairs the memory. The last step of making one."""
+    global live
+    acquire(&live_lock.held)
+    m.live_next = live
+    m.live_link = &live
+    if live != NULL:
+        live.live_link = &m.live_next
+    live = m
+    unlock(&live_lock.held)
+
+
+cdef void unlist_memory(memory* m) noexcept nogil:
+    acquire(&live_lock.held)
+    m.live_link[0] = m.live_next
+    if m.live_next != NULL:
+        m.live_next.live_link = m.live_link
+    unlock(&live_lock.held)
+
+
+cdef memory* live_after(memory* m) noexcept nogil:
+    """The memory that follows `m` in the list of all memories; NULL: the first, and the end. Only in a forked child,
+    before any other code of the child runs: every memory still has its hooks then."""
+    return live if m == NULL else m.live_next
+
+
+cdef enum:
+    CHILD_CALLS = 2
+
+cdef void (*child_calls[CHILD_CALLS])() noexcept nogil
+cdef int n_child_calls = 0
+
+
+cdef void in_each_child(void (*call)() noexcept nogil) noexcept nogil:
+    """From now on `call` runs in each forked child, after the memories have been repaired. There is room for
+    CHILD_CALLS callers, each once. Do not call this while modules are imported."""
+    global n_child_calls
+    acquire(&fork_locks_lock)
+    child_calls[n_child_calls] = call
+    n_child_calls += 1
+    unlock(&fork_locks_lock)
+
+
+cdef void before_fork() noexcept nogil:
+    cdef fork_lock* lock
+    acquire(&fork_locks_lock)
+    lock = fork_locks
+    while lock != NULL:
+        acquire(&lock.held)
+        lock = lock.next
+
+
+cdef void after_fork() noexcept nogil:
+    cdef fork_lock* lock = fork_locks
+    while lock != NULL:
+        unlock(&lock.held)
+        lock = lock.next
+    unlock(&fork_locks_lock)
+
+
+cdef void after_fork_in_child() noexcept nogil:
+    global generation, generation_tag
+    cdef own_growth* own = <own_growth*>own_growths()[0]
+    cdef memory* m
+    cdef int i
+    generation += 1
+    generation_tag = 1 + (generation - 1) % GENERATION_TAGS
+    while own != NULL:      # the thread that forked is in these growths, and goes on with them in the child
+        store(&own.m.lock, generation)
+        if load(&own.m.pins) < 0:
+            store(&own.m.pins, -generation)
+        own = own.outer
+    m = live
+    while m != NULL:        # before any other code of the child runs, also before wasm runs
+        repair(m)
+        m = m.live_next
+    after_fork()
+    m = live
+    while m != NULL:        # now, because hooks may take locks of fork_locks
+        end_lost_growth(m)
+        m = m.live_next
+    for i in range(n_child_calls):
+        child_calls[i]()
+
+
+cdef bint was_lost(memory* m) noexcept nogil:
+    """In a forked child: whether the thread that holds the memory's lock is not there."""
+    cdef long long holder = load(&m.lock)
+    return holder != 0 and holder != generation
+
+
+cdef void repair(memory* m) noexcept nogil:
+    """In a forked child: undoes a growth that a lost thread was in, unless the growth was complete.
+
+    Pages between the size and `opening` may be accessible. A growth writes the size when everything else is done, so
+    the size tells whether the growth was complete.
+    """
+    cdef size_t end
+    if not was_lost(m):
+        return
+    if load(&m.pins) < 0:
+        if m.ops.lose != NULL:
+            m.ops.lose(m)
+        store(&m.pins, 0)
+    if m.opening:
+        end = 0
+        round_up(memory_size(m), host_page(), &end)
+        if end < m.opening and pages.protect(m.base + end, m.opening - end, pages.ACCESS_NONE):
+            pages.decommit(m.base + end, m.opening - end)
+        poke(&m.accessible, end)
+        m.opening = 0
+
+
+cdef void end_lost_growth(memory* m) noexcept nogil:
+    """In a forked child: tells the hooks that know of the beginning of a lost thread's growth how the growth ended."""
+    cdef memory_hook* hook = m.tell_from
+    cdef int code = 0 if memory_size(m) >= m.growing_to else E_UNSUPPORTED
+    if not was_lost(m):
+        return
+    if m.growing_to:
+        while hook != m.tell_to:
+            if hook.after_grow != NULL:
+                hook.after_grow(hook, m, m.growing_from, m.growing_to, code)
+            hook = hook.next
+        m.growing_to = 0
+    store(&m.lock, 0)
+
+
+# moving_lock is taken before orphans_lock, because a thread that moves a memory may wait for orphans_lock.
+list_lock(&live_lock)
+list_lock(&deferred_lock)
+list_lock(&orphans_lock)
+list_lock(&moving_lock)
+if pages.at_fork(before_fork, after_fork, after_fork_in_child):
+    raise MemoryError("no memory for what linmem does at a fork")

@@ -1,0 +1,236 @@
+# The mapped kind of memory: one reservation of its own, committed as it grows; a part of memory.pyx.
+
+cdef size_t WASM32_SPACE = <size_t>1 << 32
+
+
+cdef int mapped_make(const memory_spec* spec, bint prefault, bint huge_pages, memory** out,
+                     failure* why) noexcept nogil:
+    cdef layout found
+    cdef char* region
+    cdef int code = 0
+    cdef size_t bound = spec.maximum
+    cdef size_t huge = pages.capabilities().huge_page if huge_pages else 0
+    cdef memory* m
+    if spec.image != NULL and spec.image.end > spec.minimum:
+        return fail(why, E_IMAGE, "new_memory", spec.minimum, 0, spec.image.end)
+    m = <memory*>calloc(1, sizeof(memory))
+    if m == NULL:
+        return fail(why, E_NO_MEMORY, "calloc", sizeof(memory))
+    if spec.reservation == UNCHOSEN:
+        if bound == NO_MAXIMUM and not spec.is_64:
+            bound = WASM32_SPACE
+        code = reserve_in_steps(spec.minimum, bound, spec.guard, huge, spec.watched, &found, &region, &m.chosen, why)
+    else:
+        code = reserve_exactly(spec.minimum, spec.reservation, spec.guard, huge, spec.watched, &found, &region, why)
+    if code:
+        free(m)
+        return code
+    m.base = region + found.pre_guard
+    if huge:
+        pages.advise_huge(m.base, found.capacity)       # a hint: if the OS refuses, the memory has small pages only
+    if found.accessible:
+        code = fail_page_call(why, commit_pages(m.base, found.accessible), "commit", found.accessible)
+        if code == 0 and spec.image != NULL:
+            code = fail_page_call(why, image_attach(m, spec.image), "image_map", spec.image.high - spec.image.low)
+        if code == 0 and prefault:
+            code = fail_page_call(why, pages.prefault(m.base, found.accessible), "prefault", found.accessible)
+    if code:
+        give_back(region, found.total)
+        forget_chosen(m.chosen)
+        image_detach(m)
+        free(m)
+        return code
+    m.ops = &prefaulting_ops if prefault else &mapped_ops
+    m.huge_pages = huge != 0
+    m.refs = 1
+    m.size = <long long>spec.minimum
+    image_begin_use(m, spec.minimum)
+    m.accessible = found.accessible
+    m.capacity = found.capacity
+    m.maximum = spec.maximum
+    m.pre_guard = found.pre_guard
+    m.guard = found.guard
+    m.covered = found.capacity + found.guard
+    m.is_shared = spec.is_shared
+    m.may_move = spec.may_move
+    list_memory(m)
+    out[0] = m
+    return 0
+
+
+cdef void mapped_free(memory* m) noexcept nogil:
+    unlist_memory(m)
+    memory_forget_protection(m)
+    give_back(m.base - m.pre_guard, m.pre_guard + m.capacity + m.guard)
+    forget_chosen(m.chosen)
+    image_detach(m)
+    free(m)
+
+
+cdef int mapped_resident(memory* m, size_t* bytes, failure* why) noexcept nogil:
+    """Takes no lock and no pin, because observers call it while other threads grow the memory.
+
+    A growth writes the size after the base, and this function reads the size first. So from the base that it then reads
+    on, at least that many bytes belong to the memory. If the base has changed meanwhile, the count may be another
+    memory's, so it counts again.
+    """
+    cdef size_t size
+    cdef char* base
+    cdef int code
+    while True:
+        bytes[0] = 0
+        size = peek(&m.accessible)
+        base = peek_address(&m.base)
+        code = pages.resident(base, size, bytes) if size else 0
+        if peek_address(&m.base) == base:
+            return fail_page_call(why, code, "resident", size)
+
+
+cdef int memory_resident(memory* m, size_t* bytes, failure* why) noexcept nogil:
+    if m.ops.resident == NULL:
+        return fail(why, E_UNSUPPORTED, "resident", 0)
+    return m.ops.resident(m, bytes, why)
+
+
+# -- growth in place
+
+cdef int mapped_grow(memory* m, size_t new_size, failure* why) noexcept nogil:
+    return mapped_grow_by(m, memory_size(m), new_size, why)
+
+
+cdef inline int mapped_grow_by(memory* m, size_t size, size_t new_size, failure* why) noexcept nogil:
+    cdef size_t page = host_page()
+    cdef size_t need
+    cdef int code
+    if round_up(new_size, page, &need):
+        return fail(why, E_OVERFLOW, "new_size", new_size)
+    if need > m.capacity:
+        code = grow_by_moving(m, new_size, need, why)
+        if code:
+            return code
+    elif need > m.accessible:
+        poke(&m.opening, need)
+        code = pages.commit(m.base + m.accessible, need - m.accessible)
+        if code:
+            code = commit_again(m.base + m.accessible, need - m.accessible, code)
+            if code:
+                m.opening = 0
+                return fail_page_call(why, code, "commit", need - m.accessible)
+    if size & (page - 1):
+        # New bytes read as zero, also those of the last page, which native code could already reach.
+        memset(m.base + size, 0, round_down(size, page) + page - size)
+    poke(&m.accessible, need)
+    publish(&m.size, <long long>new_size)
+    poke(&m.opening, 0)
+    return 0
+
+
+# -- growth past the capacity
+
+cdef int grow_by_moving(memory* m, size_t new_size, size_t need, failure* why) noexcept nogil:
+    """Move to a larger reservation while no other code uses the base. Every step that can fail comes before the old
+    reservation is given up."""
+    cdef layout to
+    cdef char* region
+    cdef size_t chosen
+    cdef size_t huge = pages.capabilities().huge_page if m.huge_pages else 0
+    cdef int code = begin_move(m, new_size, why)
+    if code:
+        return code
+    # Without moving_lock: if the OS refuses the reservation, pools take their own locks to give up what they hold.
+    code = reserve_in_steps(need, m.maximum, m.guard, huge, False, &to, &region, &chosen, why)
+    if code:
+        if code == E_OVERFLOW:
+            why.call = "new_size"
+        end_move(m)
+        return code
+    acquire(&moving_lock.held)
+    code = move_to_larger(m, need, &to, region, why)
+    if code == 0:
+        poke(&m.opening, need)
+    end_move(m)
+    unlock(&moving_lock.held)
+    if code:
+        forget_chosen(chosen)
+        if code > 0 and relieve(RELIEF_PAGES, NULL, need):
+            return grow_by_moving(m, new_size, need, why)
+    else:
+        forget_chosen(m.chosen)
+        m.chosen = chosen
+    return code
+
+
+cdef int move_to_larger(memory* m, size_t need, const layout* to, char* region, failure* why) noexcept nogil:
+    cdef char* base = region + to.pre_guard
+    cdef char* old = m.base - m.pre_guard
+    cdef size_t old_total = m.pre_guard + m.capacity + m.guard
+    cdef int code
+    if m.huge_pages:
+        pages.advise_huge(base, to.capacity)
+    # The pages may be several mappings, because a fork or a foreign madvise() has split them. The OS refuses to move
+    # such pages, and they are copied.
+    if (pages.capabilities().moves and m.accessible and not m.moved and not image_maps_pages(m)
+            and pages.move(m.base, m.accessible, base, need) == 0):
+        give_back(old, m.pre_guard)
+        give_back(m.base + m.accessible, old_total - m.pre_guard - m.accessible)
+        m.moved = True
+    else:
+        code = pages.commit(base, need)
+        if code:
+            give_back(region, to.total)
+            return fail_page_call(why, code, "commit", need)
+        memcpy(base, m.base, m.accessible)
+        give_back(old, old_total)
+        m.moved = False
+        image_pages_are_gone(m)
+    poke_address(&m.base, base)
+    poke(&m.pre_guard, to.pre_guard)
+    poke(&m.capacity, to.capacity)
+    poke(&m.guard, to.guard)
+    poke(&m.covered, to.capacity + to.guard)
+    return 0
+
+
+# -- growth with prefault=True
+
+cdef int prefaulting_grow(memory* m, size_t new_size, failure* why) noexcept nogil:
+    """A growth after which every page is resident. Pages that are resident already cost next to nothing."""
+    cdef size_t page = host_page()
+    cdef size_t first = round_down(memory_size(m), page)
+    cdef size_t end, accessible = m.accessible
+    cdef char* base = m.base
+    cdef int code
+    # Other threads see the new size when every step is done, so a refusal changes nothing.
+    if round_up(new_size, page, &end) or end <= accessible or end > m.capacity:
+        code = mapped_grow(m, new_size, why)
+        if code or m.base == base:
+            return code
+        pages.prefault(m.base + first, m.accessible - first)    # the move is done: if this fails, pages fault in later
+        return 0
+    poke(&m.opening, end)
+    code = fail_page_call(why, commit_pages(base + accessible, end - accessible), "commit", end - accessible)
+    if code == 0:
+        code = fail_page_call(why, pages.prefault(base + accessible, end - accessible), "prefault", end - accessible)
+        # Hide the pages again. If they stayed accessible, wasm could write there and the next growth would show its
+        # bytes. So if the OS refuses to hide the pages, the growth succeeds.
+        if (code and pages.decommit(base + accessible, end - accessible)
+                and pages.protect(base + accessible, end - accessible, pages.ACCESS_NONE)):
+            code = 0
+    if code:
+        m.opening = 0
+        return code
+    poke(&m.accessible, end)
+    return mapped_grow(m, new_size, why)
+
+
+cdef memory_ops mapped_ops
+mapped_ops.kind = "mmap"
+mapped_ops.grow = mapped_grow
+mapped_ops.resident = mapped_resident
+mapped_ops.free = mapped_free
+mapped_ops.pages_are_ours = True
+
+cdef memory_ops prefaulting_ops
+prefaulting_ops = mapped_ops
+prefaulting_ops.grow = prefaulting_grow
+prefaulting_ops.prefaults = True

@@ -1,0 +1,183 @@
+# The base class of all creators, and the creator of the mapped kind, MmapCreator; a part of memory.pyx.
+
+DEFAULT_GUARD = 65536
+
+
+class _InPython:
+    """All classes written in Python have CPython's one destructor, which tells them from extension classes."""
+
+
+cdef class NativeCreator:
+    """Base of the creators that wasmtime can call without the GIL. A subclass in Cython overrides `make`.
+
+    A creator in Python implements `linmem.MemoryCreator` instead.
+    """
+
+    def __cinit__(self, *args, **kwargs):
+        cls = type(self)
+        if cls is NativeCreator:
+            raise TypeError("a NativeCreator makes no memories by itself: linmem.creator(kind) makes one that does")
+        # wasmtime and the other creators call `make`, and never a method of a subclass in Python.
+        if (<PyTypeObject*>cls).tp_dealloc == (<PyTypeObject*>_InPython).tp_dealloc:
+            raise TypeError(f"{cls.__name__} cannot extend a native creator in Python, because its methods would not be"
+                            " called: implement linmem.MemoryCreator, with a creator inside where one is needed")
+
+    def __reduce__(self):
+        raise TypeError(f"{type(self).__name__} objects cannot be pickled or copied: their memories are of this"
+                        " process. Make one where it is needed")
+
+    cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
+        return fail(why, E_UNSUPPORTED, "new_memory", spec.minimum)
+
+    def new_memory(self, ty, minimum, maximum, reserved_size_in_bytes, guard_size_in_bytes, *, may_move=None,
+                   domain=None):
+        """Make a memory, as wasmtime asks for one; mirrors ``wasmtime::MemoryCreator::new_memory``.
+
+        Parameters
+        ----------
+        ty : MemoryType
+            The wasm type. A shared memory never moves.
+        minimum, maximum : int
+            In bytes; None is no maximum. They need not be multiples of a page.
+        reserved_size_in_bytes : int or None
+            Growth up to this size never moves the base. None: the creator chooses.
+        guard_size_in_bytes : int
+            Inaccessible bytes after the capacity, a multiple of the host page.
+        may_move : bool, optional
+            Whether growth past the capacity may move the base. None: no. While a Python creator answers a request on
+            this thread, None means what that request says (wasmtime's memories may move).
+        domain : str or None
+            A pool hands this user only pages that were of the same domain before. None is a domain of its own. While a
+            Python creator answers a request on this thread, None means the domain of that request.
+
+        Returns
+        -------
+        Memory
+
+        Raises
+        ------
+        ValueError, TypeError, OverflowError
+            An argument is not valid; the message names it.
+        PageError
+            The OS refused; the message names the limit in the way.
+        GrowError
+            A bound of the creator refused.
+        """
+        cdef memory_spec spec
+        self.fill_spec(&spec, ty, minimum, maximum, reserved_size_in_bytes, guard_size_in_bytes)
+        if may_move is not None:
+            check_flag(may_move, "may_move")
+            spec.may_move = may_move
+        return self.make_checked(&spec, "guard_size_in_bytes", domain)
+
+    cdef int fill_spec(self, memory_spec* spec, ty, minimum, maximum, reserved_size_in_bytes,
+                       guard_size_in_bytes) except -1:
+        fill_sizes(spec, minimum, maximum, reserved_size_in_bytes, "reserved_size_in_bytes")
+        check_extent(guard_size_in_bytes, "guard_size_in_bytes", &spec.guard)
+        spec.may_move = asked().may_move
+        try:
+            spec.page_size = ty.page_size
+            spec.is_64 = ty.is_64
+            spec.is_shared = ty.is_shared
+        except (AttributeError, TypeError, OverflowError):
+            raise TypeError(f"ty must be a MemoryType, got {type(ty).__name__}") from None
+        if spec.page_size != 1 and spec.page_size != 65536:
+            raise ValueError(f"ty.page_size must be 1 or 65536, got {spec.page_size}")
+        return 0
+
+    def create(self, minimum, maximum=None, reserve=None, guard=None, *, image=None, may_move=False, domain=None):
+        """Make a memory for Python; `linmem.create` says what each argument means (all in bytes).
+
+        It starts as the `image` says, if one is given.
+        """
+        cdef memory_spec spec
+        fill_sizes(&spec, minimum, maximum, reserve, "reserve")
+        check_flag(may_move, "may_move")
+        spec.may_move = may_move
+        if image is not None:
+            check_type(image, Image, "image")
+            spec.image = (<Image>image).it
+        check_extent(DEFAULT_GUARD if guard is None else guard, "guard", &spec.guard)
+        if guard is None:
+            round_up(spec.guard, host_page(), &spec.guard)
+        spec.page_size = 1
+        spec.is_64 = True
+        spec.is_shared = False
+        return self.make_checked(&spec, "guard", domain)
+
+    cdef object make_checked(self, const memory_spec* spec, str guard_name, object domain=None):
+        cdef memory* m = NULL
+        cdef domain_ptr before, ours
+        cdef Memory made
+        cdef failure why
+        cdef int code
+        cdef size_t page = host_page()
+        if spec.minimum > spec.maximum:
+            raise ValueError(f"minimum must be <= maximum ({spec.maximum}), got {spec.minimum}")
+        if spec.guard & (page - 1):
+            raise ValueError(f"{guard_name} must be a multiple of the host page ({page}), got {spec.guard}")
+        ours = <domain_ptr>asked().domain if domain is None else domain_of(domain)
+        with nogil:
+            before = current_domain()
+            if before != ours:
+                set_domain(ours)
+            code = self.make(spec, &m, &why)
+            if before != ours:
+                set_domain(before)
+            if domain is not None:
+                domain_release(ours)
+        if code:
+            raise_failure(&why)
+        made = <Memory>wrap(m)
+        made.fresh = 1
+        return made
+
+
+cdef int fill_sizes(memory_spec* spec, minimum, maximum, reservation, str name) except -1:
+    spec.image = NULL
+    spec.watched = False
+    check_extent(minimum, "minimum", &spec.minimum)
+    check_optional_size(maximum, "maximum", &spec.maximum)
+    return check_optional_size(reservation, name, &spec.reservation, _FITS)
+
+
+@cython.final
+cdef class MmapCreator(NativeCreator):
+    """Each memory is one mapping of its own: reserve, commit as it grows, release.
+
+    Mirrors ``wasmtime::MemoryCreator``. Thread-safe; it keeps no memory.
+
+    Parameters
+    ----------
+    prefault : bool
+        Make every page resident when it becomes accessible, at creation and at each growth. If the machine has no
+        memory for it, the growth is refused, instead of a page fault later. This pays if nearly all pages are written:
+        one call costs two thirds of the page faults that it saves, and it costs that for every page.
+    huge_pages : bool
+        Make the base a multiple of a huge page (2 MiB on most machines), and ask the OS to use huge pages
+        (MADV_HUGEPAGE). This pays if the minimum, or each step of growth, is at least a huge page and most of it is
+        written: first touches are then 3 to 5 times faster. It gains nothing for smaller memories, for growth in
+        smaller steps, and if the OS has no huge pages free.
+    """
+
+    def __cinit__(self, *args, **kwargs):
+        prefault, huge_pages = _given("MmapCreator", ("prefault", "huge_pages"),
+                                      {"prefault": False, "huge_pages": False}, args, kwargs, 0)
+        check_flag(prefault, "prefault")
+        check_flag(huge_pages, "huge_pages")
+        self.prefault = prefault
+        self.huge_pages = huge_pages
+
+    cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
+        cdef int code = mapped_make(spec, self.prefault, self.huge_pages, out, why)
+        # Idle slots of pools also hold memory and mappings, which the other page calls need.
+        while code > 0 and strcmp(why.call, "reserve") and relieve(RELIEF_PAGES, NULL, why.size):
+            code = mapped_make(spec, self.prefault, self.huge_pages, out, why)
+        return code
+
+    def __repr__(self):
+        options = [f"{name}=True" for name, on in (("prefault", self.prefault), ("huge_pages", self.huge_pages)) if on]
+        return f"MmapCreator({', '.join(options)})"
+
+
+_abc.MemoryCreator.register(NativeCreator)

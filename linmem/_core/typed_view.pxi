@@ -1,0 +1,53 @@
+# The exporter behind Memory.view(): elements of a format that memoryview.cast() does not know; a part of memory.pyx.
+
+from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES, PyBUF_WRITABLE
+
+
+# A memory is in no reference cycle. If the garbage collector cleared a Window as a part of one, the Window would lose
+# the memory before its buffers are released.
+@cython.no_gc
+@cython.final
+cdef class Window:
+    """Exports a typed part of a memory."""
+
+    cdef Memory memory
+    cdef size_t offset
+    cdef bytes format
+    cdef Py_ssize_t shape[1]
+    cdef Py_ssize_t strides[1]
+
+    def __reduce__(self):
+        raise TypeError("a Window cannot be pickled or copied: it is a part of a memory of this process")
+
+    def __getbuffer__(self, Py_buffer* buffer, int flags):
+        if self.memory is None:
+            raise TypeError("a Window is made by Memory.view()")
+        cdef bint read_only
+        cdef memory* m = self.memory.begin_export(&read_only)
+        if read_only and flags & PyBUF_WRITABLE:
+            self.memory.end_export()
+            raise BufferError("no page of the memory can be written (protect)")
+        buffer.buf = m.base + self.offset
+        buffer.obj = self
+        buffer.len = self.shape[0] * self.strides[0]
+        buffer.readonly = read_only
+        buffer.itemsize = self.strides[0]
+        buffer.format = PyBytes_AS_STRING(self.format) if flags & PyBUF_FORMAT else NULL
+        buffer.ndim = 1
+        buffer.shape = self.shape if flags & PyBUF_ND else NULL
+        buffer.strides = self.strides if (flags & PyBUF_STRIDES) == PyBUF_STRIDES else NULL
+        buffer.suboffsets = NULL
+        buffer.internal = NULL
+
+    def __releasebuffer__(self, Py_buffer* buffer):
+        self.memory.end_export()
+
+
+cdef Window new_window(Memory mem, size_t offset, bytes format, size_t n, size_t itemsize):
+    cdef Window window = Window.__new__(Window)
+    window.memory = mem
+    window.offset = offset
+    window.format = format
+    window.shape[0] = <Py_ssize_t>n
+    window.strides[0] = <Py_ssize_t>itemsize
+    return window
