@@ -28,7 +28,7 @@ def test_a_budget_is_charged_in_host_pages_and_refunded():
     assert (limit.used_bytes, limit.limit_bytes) == (PAGE, 100 * PAGE)
     b = limit.create(10 * PAGE + 1, maximum=200 * PAGE)
     assert limit.used_bytes == 12 * PAGE
-    b.grow_to(10 * PAGE + 2)        # within a page that is paid for
+    b.grow_to(10 * PAGE + 2)        # within a page that is already charged
     assert limit.used_bytes == 12 * PAGE
     b.grow_to(50 * PAGE)
     assert limit.used_bytes == 51 * PAGE
@@ -212,7 +212,7 @@ def test_only_the_newest_dropped_memories_are_remembered(history):
 # -- a creator in Python -------------------------------------------------------------------------------
 
 class MappedMemory(linmem.LinearMemory):
-    """A memory over the standard library's mmap."""
+    """A memory in pages of the standard library's mmap."""
 
     def __init__(self, size, capacity):
         self.map = mmap.mmap(-1, max(capacity, mmap.PAGESIZE))
@@ -355,7 +355,7 @@ def test_a_base_that_moves_within_the_capacity_is_an_error():
         with pytest.raises(RuntimeError, match=r"grow_to\(\d+\) moved the base within its byte_capacity\(\)"):
             mem.grow_to(2 * PAGE)
         with pytest.raises(RuntimeError, match="the memory is lost"):
-            mem.as_ptr()            # what native code was told of it is true no longer
+            mem.as_ptr()            # native code may hold the old address
 
 
 @pytest.mark.parametrize("made", [None, 5, object()])
@@ -369,7 +369,7 @@ def test_what_is_no_memory_is_refused(made):
 
 
 class Hands:
-    """Hands on native memories, made in whatever way the test says."""
+    """Passes on native memories that the test's `make` creates."""
 
     def __init__(self, make):
         self.make = make
@@ -391,7 +391,7 @@ def test_a_native_memory_handed_on_is_the_same_memory():
     assert mem.info().kind == "mmap"
     mem[0] = 5
     assert kept[0][0] == 5
-    kept[0].grow_to(2 * PAGE)           # by whatever handle, through the budget
+    kept[0].grow_to(2 * PAGE)           # a growth through any handle is charged to the budget
     assert (mem.byte_size(), limit.used_bytes) == (2 * PAGE, 2 * PAGE)
     mem.close()
     assert limit.used_bytes == 2 * PAGE
@@ -429,7 +429,7 @@ def test_a_native_memory_cannot_be_handed_on_twice_not_even_when_its_taker_is_go
             creator.create(PAGE)
     with pytest.raises(ValueError, match="returned a memory that it has returned before"):
         creator.create(PAGE)
-    assert creator.used_bytes == PAGE       # of the one that its maker still holds
+    assert creator.used_bytes == PAGE       # the maker still holds this memory
     one.close()
     assert creator.used_bytes == 0
 
@@ -447,14 +447,14 @@ def test_a_python_creator_may_have_another_one_upstream():
 
 
 class MovingMemory(MappedMemory):
-    """Keeps its bytes in a map that each growth past the capacity replaces by another."""
+    """Keeps its bytes in a map. Each growth past the capacity replaces the map with another map."""
 
     during_growth = staticmethod(lambda: None)
 
     def grow_to(self, new_size):
         self.during_growth()
         if new_size > self.capacity:
-            # Two maps alive at once, so that the new one is somewhere else.
+            # The old and the new map exist at the same time, so the addresses differ.
             other = mmap.mmap(-1, new_size)
             other[:self.size] = self.map[:self.size]
             self.old, self.map, self.capacity = self.map, other, new_size
@@ -489,7 +489,7 @@ def test_an_export_waits_for_a_memory_in_python_that_is_moving():
 
         def during():
             moving.set()
-            thread.join(0.05)           # the other thread runs, and cannot get in
+            thread.join(0.05)           # the other thread runs but cannot enter
             assert seen == []
 
         creator.made[0]().during_growth = during

@@ -1,4 +1,4 @@
-"""Bad input: refused with the argument's name, whatever its type, and nothing is left behind."""
+"""Bad input: linmem refuses it by the argument's name, with any type, and leaks no memory."""
 
 import copy
 import inspect
@@ -221,7 +221,7 @@ def test_what_is_no_run_of_bytes_cannot_be_written(data):
 
 @pytest.mark.parametrize("format", [None, 5, [], {}, object, str, bytes, b"d", 1.0])
 def test_what_is_no_element_type_is_refused_without_numpy(format):
-    # In a child, where NumPy is not imported.
+    # The child does not import NumPy.
     assert answer(f"""
         import linmem
         try:
@@ -242,7 +242,7 @@ def test_a_format_that_does_not_exist_is_refused(format):
 @requires("numpy")
 @pytest.mark.parametrize("spelling", ["object", "str", "bytes", "'V0'", "[]", "[('a', object)]", "('f4', (2, 3))"])
 def test_a_dtype_that_bytes_cannot_be_is_refused(spelling):
-    # In a child: an element of no bytes once divided by zero, an object once was an address.
+    # In a child: an element of zero bytes once caused a division by zero, and an object was once used as an address.
     assert answer(f"""
         import linmem, numpy
         with linmem.create(64) as mem:
@@ -320,11 +320,11 @@ def test_a_kind_that_does_not_exist_is_refused_with_those_that_do(kind):
         linmem.creator(kind)
 
 
-# -- what a truth test would get wrong -----------------------------------------------------------------------------
+# -- objects with an unusual truth value ---------------------------------------------------------------------------
 
 
 class Quota(linmem.MemoryCreator):
-    """A creator that is false, and refuses."""
+    """A creator whose truth value is false, and that refuses every request."""
 
     def __bool__(self):
         return False
@@ -461,7 +461,7 @@ def test_a_type_of_bytes_without_a_maximum_can_be_warmed():
                      guard_size_in_bytes=PAGE) == 1
 
 
-# -- constructors, in the words of those who call them ---------------------------------------------------------------
+# -- error texts of constructors, in the caller's terms --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("make", "text"), [
@@ -545,7 +545,7 @@ def test_the_factory_names_every_option_of_every_kind():
         assert sorted(str(caught.value).partition("are: ")[2].split(", ")) == sorted(names)
 
 
-# -- buffers that are closed, and shapes -----------------------------------------------------------------------------
+# -- closed buffers, and shapes --------------------------------------------------------------------------------------
 
 
 def closed_buffers():
@@ -607,7 +607,7 @@ def test_a_contiguous_array_of_any_shape_is_its_bytes(shape, dtype):
         assert mem[7:7 + 2 * n:2] == data.tobytes()
         assert sum(mem[:]) == sum(data.tobytes())
         mem.write(9, data)
-        if dtype != "M8[s]":        # which Python's own memoryview does not read
+        if dtype != "M8[s]":        # Python's memoryview does not support this dtype
             assert data in mem
             assert linmem.Delta("0" * 64, n, n, [(0, n)] if n else [], [], data).data == data.tobytes()
         assert bytes(linmem.Image.from_bytes(data)) == data.tobytes()

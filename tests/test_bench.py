@@ -1,4 +1,4 @@
-"""The benchmark suite measures every row and writes what it says. No time is asserted."""
+"""The benchmark suite measures every row and writes its figures. No test asserts a time."""
 
 import argparse
 import errno
@@ -26,7 +26,7 @@ from linmem.bench import _loops, _raw, core, engines, fair, harness, image, repo
 PNG = b"\x89PNG\r\n\x1a\n"
 TIME, SPEED, SIZE, RATE = harness.TIME, harness.SPEED, harness.SIZE, harness.RATE
 MEDIAN, P10, EXACT = harness.MEDIAN, harness.P10, harness.EXACT
-# What issues ask for: (bound, sense, which ratio is held against it).
+# The required goals: (bound, sense, the ratio that is compared with the bound).
 GOALS = {
     "core": {key: (goal, TIME, MEDIAN) for key, goal in {
         "create_close/c": 1.5, "grow/c": 1.2, "wasm_grow/wasmtime": 1.1, "export/bytearray": 1.3,
@@ -55,14 +55,14 @@ GOALS = {
     "fair": {f"{bound}/requests": (0.95, RATE, EXACT)
              for bound in ("by_count", "by_resident", "by_slots", "by_all_pools", "by_two_pools", "by_budget")},
 }
-# Rows that some machines cannot judge, and say so.
+# Rows that some machines cannot measure. Such a row gives the reason.
 MAY_LACK = {"pool/one": r"the control scales only \d\.\d\d x here",
             **dict.fromkeys(GOALS["soak-pool"], "the system does not say what is resident: .+")}
 
 
 @pytest.fixture(scope="module", params=whichever(*(("matplotlib", suite) for suite in bench.SUITES)))
 def quick_run(request, tmp_path_factory):
-    """One run of a whole suite in a process of its own, whose allocator and clock nobody else uses."""
+    """A run of a whole suite in its own process, whose allocator and clock no other test uses."""
     folder = tmp_path_factory.mktemp(request.param)
     done = subprocess.run(
         [sys.executable, "-m", "linmem.bench", "--suite", request.param, "--quick", "--rounds", "2",
@@ -154,7 +154,7 @@ def test_the_markdown_has_every_row_between_the_marks_of_its_suite(quick_run):
     begin, end = report.marks(figures["suite"])
     assert text.startswith(begin + "\n")
     assert text.endswith("\n" + end + "\n")
-    # The tables of ratios have seven columns, those of times never do.
+    # Tables of ratios have seven columns; tables of times have another number.
     body = [line for line in text.splitlines() if line.count("|") == 8 and not line.startswith(("| row ", "|---"))]
     assert len(body) == len(figures["rows"])
     for row in figures["rows"]:
@@ -174,7 +174,7 @@ def test_the_documentation_names_every_group_of_every_suite_and_has_its_marks():
 
 
 def test_the_c_loops_give_their_reservations_back():
-    # Each takes a sixteenth of all addresses: 32 that stayed would not fit.
+    # Each reservation takes a sixteenth of all addresses, so 32 leaked reservations would not fit.
     page = report.machine()["page_size"]
     total = 1 << (report.machine()["address_bits"] - 4)
     assert _raw.create_close(total, page, page, 32) > 0
@@ -253,7 +253,7 @@ def test_linmems_contenders_make_their_memories_with_linmem_and_the_default_does
     counting = linmem.creator("statistics")
     counted = engines.Setting("counted", "", engines.with_creator(lambda: counting))
     native_run(counted, wasm.MODULES[0].source())(5)
-    assert counting.statistics()["total_count"] == 1 + 5      # the trial, and the run
+    assert counting.statistics()["total_count"] == 1 + 5      # 1 of the trial run, 5 of the measured run
     kept = engines.Kept(engines.DEFAULT)
     module = wasmtime.Module(kept.engine, '(module (memory (export "memory") 1))')
     store = wasmtime.Store(kept.engine)
@@ -701,7 +701,7 @@ def test_a_goal_in_times_faster_is_the_others_time_over_ours_and_holds_from_its_
 
 
 def test_a_goal_by_p10_looks_at_the_machines_best_state_and_one_by_median_at_every_round(monkeypatch):
-    monkeypatch.setattr(harness, "preemptions", lambda: 0)      # else a run is repeated, and its figure used up
+    monkeypatch.setattr(harness, "preemptions", lambda: 0)  # a preempted run is repeated, which would use up a figure
     figures = {"a": iter([100] * 9), "b": iter([100] + [150] * 8)}
 
     def given(key):
@@ -843,12 +843,12 @@ def test_the_markdown_replaces_only_what_stands_between_the_marks(tmp_path):
     assert "| `g` | b | **2.00 x** | 2 .. 2 | 2.00 x | <= 3 x | holds |" in text
 
 
-# -- what is counted ------------------------------------------------------------------------------------------
+# -- counted results ------------------------------------------------------------------------------------------
 
-@requires("maps", "scans")       # else the pages of large memories go at once
+@requires("maps", "scans")       # without scans, a reset discards the pages of large memories immediately
 def test_a_burst_shows_in_what_is_resident_and_the_traffic_after_it_gives_all_back(monkeypatch):
     case = soak_pool.CASES[0]
-    for idle in (0.1, 2, 20):       # until the burst itself is shorter than that on this machine
+    for idle in (0.1, 2, 20):       # until the burst takes less time than this on a slow machine
         before, at_once, later = soak_pool.Server(idle).serve(case, 4)
         if at_once - before > 3 * case.size:
             break

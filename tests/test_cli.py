@@ -1,4 +1,4 @@
-"""The command line, as processes that are started, fed, interrupted and read."""
+"""The command line: processes that the tests start, feed, interrupt and read."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ GROWS_THREE_TIMES = """
     (drop (memory.grow (i32.const 2)))
     (drop (memory.grow (i32.const 3)))))
 """
-# Exits with how many of five growths by one page were refused.
+# The exit code is the number of refused growths, of five growths by one page.
 COUNTS_REFUSALS = """
 (module
   (import "wasi_snapshot_preview1" "proc_exit" (func $exit (param i32)))
@@ -103,7 +103,7 @@ TOUCHES_THE_GUARD = """
 (module (memory (export "memory") 1)
   (func (export "_start") (drop (i32.load (i32.const 65536)))))
 """
-# Says so when it runs.
+# Prints a line when it runs.
 RUNS_ON = r"""
 (module
   (import "wasi_snapshot_preview1" "fd_write" (func $write (param i32 i32 i32 i32) (result i32)))
@@ -122,7 +122,7 @@ def linmem_process(*arguments, stdin=b"", env=None, cwd=None, python=()):
 
 
 def refusal(done, code):
-    """The one line that a refused command says."""
+    """The single line that a refused command prints."""
     text = done.stderr.decode()
     assert done.returncode == code, text
     assert done.stdout == b""
@@ -157,7 +157,7 @@ def wat(tmp_path):
     return write
 
 
-# -- run: what passes through ------------------------------------------------------------------------
+# -- run: data that passes through -------------------------------------------------------------------
 
 @pytest.mark.parametrize("code", [0, 1, 42, 125])
 def test_the_programs_exit_code_is_linmems(program, code):
@@ -272,7 +272,7 @@ def test_without_a_budget_no_growth_is_refused(wat):
 
 def test_a_budget_refuses_growth_and_the_program_sees_minus_one(wat):
     done = linmem_process("run", "--max-memory", "192KiB", "--json", wat(COUNTS_REFUSALS))
-    assert done.returncode == 3                 # of five pages more, two fit
+    assert done.returncode == 3                 # two of five more pages fit
     figures = report_of(done)
     assert figures["max_memory"] == 192 * 1024
     assert figures["all"]["failures"] == 3
@@ -280,7 +280,7 @@ def test_a_budget_refuses_growth_and_the_program_sees_minus_one(wat):
     assert (memory["growths"], memory["refused_growths"], memory["peak_size"]) == (2, 3, 192 * 1024)
 
 
-# Far apart, because the C library of the program rounds a large allocation up as it likes.
+# Each budget is far below or far above the allocation, because the program's C library may round a large allocation up.
 @pytest.mark.parametrize(("budget", "answer"), [("48MiB", b"refused\n"), ("512MiB", b"got 7\n")])
 def test_malloc_in_a_real_program_feels_the_budget(program, budget, answer):
     assert linmem_process("run", program, f"--max-memory={budget}", "allocate", 64 << 20).stdout == answer
@@ -351,7 +351,7 @@ def test_a_creator_is_chosen_by_its_name(wat):
     assert figures["memories"][0]["growths"] == 3
 
 
-# -- run: what is refused ---------------------------------------------------------------------------------
+# -- run: refusals ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("text", "size"), [
     ("65536", 65536), ("0", 0), ("64MiB", 64 << 20), ("64 mib", 64 << 20), ("64M", 64 << 20), ("1GiB", 1 << 30),
@@ -424,7 +424,7 @@ def test_what_cannot_be_done_is_refused_in_one_line(tmp_path, words, code, expec
     (["demo"], "numpy", "pip install 'linmem[demo]'"),
 ])
 def test_a_missing_package_is_named_with_what_installs_it(tmp_path, wat, words, missing, advice):
-    # A package of the same name that says what Python says of one that is not installed.
+    # A package of this name that raises Python's error for a package that is not installed.
     (tmp_path / "hidden" / missing).mkdir(parents=True)
     (tmp_path / "hidden" / missing / "__init__.py").write_text(
         f"raise ModuleNotFoundError(\"No module named '{missing}'\", name='{missing}')")
@@ -531,7 +531,7 @@ def test_an_address_that_moved_fails_the_demo(monkeypatch, capsys):
 
 @pytest.mark.parametrize("command", ["demo", "info", "run", "image", "bench"])
 def test_a_subcommand_behind_two_dashes_is_itself_or_a_wrong_command_line(monkeypatch, command):
-    """Pythons differ in whether that is a choice."""
+    """Versions of Python differ in whether argparse accepts a subcommand after two dashes."""
     monkeypatch.setattr(demo, "main", lambda: 7)
     monkeypatch.setattr(info, "main", lambda args: 7 + args.json)
     def ended():
@@ -569,7 +569,7 @@ def test_info_says_what_the_page_floor_says_and_the_guards_kill(tmp_path):
         name: floor[name] for name in ("page_size", "granularity", "capabilities", "limits")}
     assert figures["linmem"] == linmem.__version__
     assert 30 < figures["address_bits"] <= 64
-    assert figures["reserved"] == 0         # that process had no memory of its own
+    assert figures["reserved"] == 0         # that process had made no memory
     assert (figures["wasmtime"]["version"], figures["wasmtime"]["works"]) == (version("wasmtime"), True)
     children = figures["self_test"]["children"]
     assert figures["self_test"]["passed"] is True

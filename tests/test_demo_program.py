@@ -1,4 +1,4 @@
-"""The program that `linmem demo` runs: what ships is what its source says."""
+"""The program that `linmem demo` runs: the shipped module is the one that its source describes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import linmem
 PACKAGE = pathlib.Path(linmem.__file__).parent
 SOURCE = PACKAGE / "_cli" / "demo.c"
 SHIPPED = PACKAGE / "_cli" / "demo.wasm"
-# Of the number of primes up to n: the known values, and the edges of the first two wasm pages.
+# n -> number of primes up to n: known values, and values at the edges of the first two wasm pages.
 KNOWN = {0: 0, 1: 0, 2: 1, 3: 2, 100: 25, 65535: 6542, 65536: 6542, 65537: 6543, 131071: 12251, 10 ** 6: 78498}
 
 

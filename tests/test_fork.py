@@ -1,4 +1,4 @@
-"""What a forked child inherits: memories, images, pools, locks that another thread holds, and a clean end."""
+"""A forked child inherits memories, images, pools and locks that another thread holds, and ends cleanly."""
 
 import textwrap
 
@@ -16,7 +16,7 @@ how = dict(maximum=16 * P, reserve=16 * P, guard=P)
 
 
 def scene(code, first="", **how):
-    """What a process prints that runs `first` and `code`, ends well, and has nothing to say on stderr."""
+    """The output of a process that runs `first` and `code`. The process must succeed and write no errors."""
     done = run_child(HEAD + textwrap.dedent(first) + textwrap.dedent(code), **how)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
     return done.stdout.strip()
@@ -145,7 +145,7 @@ def test_a_fork_while_another_thread_is_in_the_middle_of(holder, what):
         """) == "whole"
 
 
-# -- what a child has, and how it ends ----------------------------------------------------------------------
+# -- the child's state, and its end -------------------------------------------------------------------------
 
 EVERYTHING = """
 pool = linmem.PoolingCreator(linmem.LimitingCreator(linmem.MmapCreator(), 1 << 30))
@@ -224,7 +224,7 @@ def fork():
     pid = os.fork()
     if pid == 0:
         use()
-        sys.exit(0)         # of the child's only thread, which was not the parent's main one
+        sys.exit(0)         # in the child's only thread, which was not the parent's main thread
     pids.append(pid)
 threads = [threading.Thread(target=fork) for _ in range(3)]
 for thread in threads:
@@ -303,7 +303,7 @@ def test_multiprocessing_runs_tasks_on_images_while_threads_grow_and_move_memori
 
 
 def test_programs_are_started_while_threads_grow_and_move_memories():
-    """By vfork and posix_spawn, which run no handlers: the child shares the parent's memory until it becomes the
+    """vfork and posix_spawn run no handlers. The child shares the parent's memory until the child becomes the
     program."""
     assert scene("""
         import subprocess
@@ -333,10 +333,10 @@ def test_programs_are_started_while_threads_grow_and_move_memories():
 
 
 def test_a_fork_while_threads_snapshot_restore_and_refuse_leaves_a_child_that_works():
-    """Each thread has memories of its own; the child uses others, of the same creators and the same image."""
+    """Each thread has its own memories. The child uses other memories of the same creators and the same image."""
     assert scene("""
         image = linmem.Image.from_bytes(b"i" * 4 * P)
-        image.digest        # imports hashlib: what another thread is importing at a fork a child can never import
+        image.digest        # imports hashlib: a fork during an import makes this import hang in the child
         limit = linmem.LimitingCreator(linmem.MmapCreator(), 64 * P)
         statistics = linmem.StatisticsCreator(linmem.PoolingCreator(limit, max_unused_warm=1), history=4)
         stop = threading.Event()
@@ -387,7 +387,7 @@ def test_a_fork_while_threads_snapshot_restore_and_refuse_leaves_a_child_that_wo
 @requires("maps_images")
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_child_forked_in_the_middle_of_a_restore_may_restore_to_either_image(fresh):
-    """What the pages show and what the memory says that they show must not come apart."""
+    """The memory's record of its content must match the pages."""
     assert scene(f"""
         images = [linmem.Image.from_bytes(mark * 4 * P) for mark in (b"a", b"b")]
         mem = images[0].new_memory()
@@ -395,7 +395,7 @@ def test_a_child_forked_in_the_middle_of_a_restore_may_restore_to_either_image(f
         def turn():
             global mem
             while not done.is_set():
-                if {fresh}:         # of no image yet
+                if {fresh}:         # a memory without an image
                     mem = linmem.create(4 * P)
                 for img in images:
                     mem.restore(img)
@@ -418,7 +418,7 @@ def test_a_child_forked_in_the_middle_of_a_restore_may_restore_to_either_image(f
 
 
 def test_a_child_drops_what_the_threads_held_that_it_has_not():
-    """Python drops their thread-locals in the child before it calls anyone's handlers."""
+    """In the child, Python drops the thread-locals of lost threads before the fork handlers run."""
     assert scene("""
         pool = linmem.PoolingCreator()
         statistics = linmem.StatisticsCreator(linmem.LimitingCreator(pool, 1 << 30))
@@ -449,11 +449,11 @@ def test_a_child_drops_what_the_threads_held_that_it_has_not():
         """) == "dropped"
 
 
-# -- what a thread was in the middle of, that the child does not have ------------------------------------------
+# -- work that a lost thread left unfinished -------------------------------------------------------------------
 
 GUARDED = """
 def accessible(mem):
-    # Up to where the OS lets the memory be touched, from its base on; and whether that is all in one piece.
+    # The end of the accessible range from the base on, by the OS; and whether this range is contiguous.
     info = mem.info()
     end, found = info.base, []
     with open("/proc/self/maps") as file:
@@ -473,7 +473,7 @@ def exact(mem):
     assert (accessible(mem), info.committed) == (whole, whole), (accessible(mem), info)
 
 def looping(work, forks, look):
-    # A thread does `work` again and again, while this one forks; each child must end `look` well.
+    # A thread repeats `work` while this thread forks. `look` must succeed in each child.
     stop, failed = threading.Event(), []
     def churn():
         try:
@@ -507,7 +507,7 @@ GROWTHS = {
 @requires("maps")
 @pytest.mark.parametrize("kind", GROWTHS)
 def test_a_child_that_is_forked_in_the_middle_of_a_growth_has_exact_guards(kind):
-    """What is accessible is what the memory says, before anything of the child touches the memory."""
+    """The accessible range matches the memory's size before the child calls any method of the memory."""
     assert scene(f"""
         creator, how = {GROWTHS[kind]}
         mem = creator.create(P, **how)
@@ -540,7 +540,8 @@ def test_a_child_that_is_forked_in_the_middle_of_a_growth_has_exact_guards(kind)
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in GROWTHS if kind != "that moves"])
 def test_a_growth_that_a_fork_breaks_off_after_its_page_call_has_not_begun_in_the_child(kind, half):
-    """At the one place that the loop above finds now and then: the pages are accessible, and not published."""
+    """Forks at the one step that the test above reaches only sometimes: the pages are accessible, but the new size is
+    not published."""
     assert scene(f"""
         sys.path.insert(0, {str(half)!r})
         import half
@@ -562,7 +563,7 @@ def test_a_growth_that_a_fork_breaks_off_after_its_page_call_has_not_begun_in_th
 @pytest.mark.slow
 @pytest.mark.parametrize("first", [True, False], ids=["the first change", "a later change"])
 def test_a_child_of_a_fork_in_the_middle_of_a_change_of_protection_protects_again(first, half):
-    """The table of accesses is half written, and the thread that was in it is not there."""
+    """The thread that was changing the table of accesses is lost, so the table is half written."""
     assert scene(f"""
         sys.path.insert(0, {str(half)!r})
         import half
@@ -674,7 +675,7 @@ def grow(Memory mem not None, size_t size):
 def test_a_child_closes_what_another_thread_was_reading():
     assert scene("""
         mem = linmem.create(1 << 22, maximum=1 << 30, reserve=1 << 30)
-        mem.info()          # imports: what another thread is importing at a fork a child can never import
+        mem.info()          # a fork during an import makes this import hang in the child
         def use():
             mem.read(0, 1 << 22)
             mem.write(0, bytes(1 << 22))
@@ -697,7 +698,7 @@ def test_a_child_closes_what_another_thread_was_reading():
 
 @requires("maps")
 def test_a_memory_that_was_closed_while_a_thread_read_it_is_given_back_by_the_child():
-    """The thread that would have given it back is not there."""
+    """The thread that would have released the memory is lost."""
     assert scene(f"""
         sys.path.insert(0, {str(ROOT / "tests")!r})
         from support import is_mapped
@@ -708,7 +709,7 @@ def test_a_memory_that_was_closed_while_a_thread_read_it_is_given_back_by_the_ch
             thread.start()
             time.sleep(attempt % 5 * 0.001)
             mem.close()
-            if is_mapped(base):             # the thread is in there
+            if is_mapped(base):             # the thread is inside the call
                 def work():
                     mem.close()
                     assert not is_mapped(base)
@@ -743,7 +744,7 @@ def test_an_exported_buffer_is_the_childs_too_and_refuses_to_close_there():
 
 
 def test_a_budget_and_statistics_do_not_count_a_growth_that_no_thread_ends():
-    """A thread is in the grow_to of a memory in Python when the process forks."""
+    """The fork happens while a thread is in grow_to of a memory in Python."""
     assert scene("""
         limit = linmem.LimitingCreator(linmem.PythonCreator(Delegating()), 100 * P)
         book = linmem.StatisticsCreator(limit)
@@ -848,7 +849,7 @@ def test_a_memory_that_a_lost_thread_was_making_is_not_charged_in_the_child_and_
 
 
 def test_a_memory_in_python_that_a_lost_thread_was_moving_is_lost_in_the_child():
-    """Its object may have given the old place back and not have told the new one."""
+    """The memory's object may have released the old address and not have published the new address."""
     assert scene("""
         mem = linmem.PythonCreator(Delegating()).create(P, reserve=0, guard=P, may_move=True)
         mem[0] = 5
@@ -934,7 +935,7 @@ DELEGATES = """
 def test_a_child_uses_the_pools_of_a_worker_while_a_thread_of_the_parent_is_in_their_lock():
     assert scene("""
         import linmem.dask
-        images = [linmem.Image.from_bytes(bytes([n]) * P) for n in range(12)]     # more than are kept
+        images = [linmem.Image.from_bytes(bytes([n]) * P) for n in range(12)]     # a worker keeps fewer pools
         [image.digest for image in images]
         stop = threading.Event()
         def churn():

@@ -1,4 +1,4 @@
-"""The rewriter of modules: what it takes out, what it leaves, and that nobody can tell."""
+"""The rewriter of modules: the segments that it takes out, the segments that it leaves, and equal behaviour."""
 
 import functools
 import platform
@@ -17,7 +17,8 @@ from linmem._wasm.hoist import expose, hoist, outline
 
 PAGE = 65536
 CUSTOM_PAGES = hasattr(wasmtime.Config, "wasm_custom_page_sizes")
-GC = hasattr(wasmtime.Config, "wasm_gc")        # and with it constant expressions that name the module's own globals
+# garbage collection also allows constant expressions that name the module's own globals
+GC = hasattr(wasmtime.Config, "wasm_gc")
 needs_gc = pytest.mark.skipif(not GC, reason="this wasmtime-py cannot turn garbage collection on")
 
 
@@ -26,7 +27,7 @@ def binary(wat):
 
 
 class Prefilled(linmem.MemoryCreator):
-    """Memories that hold what is next in `waiting` as they are made."""
+    """A creator whose memories start with the next content in `waiting`."""
 
     def __init__(self):
         self.upstream = linmem.MmapCreator()
@@ -39,7 +40,7 @@ class Prefilled(linmem.MemoryCreator):
         return memory
 
 
-# wasmtime has stack switching for these machines only, and ends the process where it is switched on elsewhere.
+# wasmtime supports stack switching on these machines only. Elsewhere wasmtime ends the process if the feature is on.
 STACK_SWITCHING = (hasattr(wasmtime.Config, "wasm_stack_switching") and sys.platform == "linux"
                    and platform.machine() == "x86_64")
 FEATURES = ("memory64", "multi_memory", "threads", "reference_types", "gc", "function_references", "custom_page_sizes",
@@ -59,7 +60,8 @@ def all_features():
 
 CREATOR = Prefilled()
 _config = all_features()
-# By the letter: with it, a function that a failed instance left in a table sees data that was never copied.
+# Off, to follow the specification: with copy-on-write initialisation, a function that a failed instance left in a table
+# sees data that was never copied.
 ffi.wasmtime_config_memory_init_cow_set(_config.ptr(), False)
 PLAIN = wasmtime.Engine(_config)
 _config = all_features()
@@ -68,7 +70,7 @@ OURS = wasmtime.Engine(_config)
 
 
 def said(error):
-    """What an error says, without the places in a backtrace."""
+    """An error's class and text, without the backtrace."""
     return type(error).__name__, str(error).split("wasm backtrace")[0].split("Stack backtrace")[0].strip()
 
 
@@ -79,9 +81,9 @@ def contents(store, memory):
 
 
 def observe(engine, make, world=lambda store: [], calls=()):
-    """All that a host can see of what ``make(store, imports)`` makes, and of calls of its exports.
+    """The whole visible behaviour of the instance that ``make(store, imports)`` makes, and of calls of its exports.
 
-    `world` makes the imports. What was imported is looked at too, and functions in tables are called.
+    `world` makes the imports. The imports' state counts, too, and functions in tables are called.
     """
     store = wasmtime.Store(engine)
     imports = world(store)
@@ -112,7 +114,7 @@ def observe(engine, make, world=lambda store: [], calls=()):
 
 
 def instantiates(engine, wasm, images=()):
-    """A maker for `observe`; with images, memories hold them before wasmtime sees them."""
+    """A maker for `observe`. If there are images, the memories hold them before wasmtime initialises the memories."""
     def make(store, imports):
         module = wasmtime.Module(engine, wasm)
         CREATOR.waiting = list(images)
@@ -123,7 +125,7 @@ def instantiates(engine, wasm, images=()):
 
 
 def same(wat, world=lambda store: [], calls=()):
-    """Hoist, and compare with the original; what was hoisted."""
+    """Hoists, compares with the original, and returns the result of hoist()."""
     wasm = binary(wat)
     made = hoist(wasm)
     assert len(made.images) == len(made.minima)
@@ -133,7 +135,7 @@ def same(wat, world=lambda store: [], calls=()):
     return made
 
 
-# -- what is taken ---------------------------------------------------------------------------------
+# -- segments that are taken -----------------------------------------------------------------------
 
 
 def test_a_constant_segment_becomes_a_run_and_stays_as_an_empty_one():
@@ -202,13 +204,14 @@ def test_a_shared_memory_of_the_module_is_hoisted():
 
 def test_a_segment_of_a_constant_offset_becomes_passive_and_any_other_keeps_its_offset():
     made = hoist(binary('(module (memory 1) (data (i32.const 16) "hello") (data (i32.const 7) ""))'))
-    assert made.module.endswith(b"\x0b\5\2\1\0\1\0")        # two segments: passive, of no bytes
+    assert made.module.endswith(b"\x0b\5\2\1\0\1\0")        # two segments, both passive and empty
     made = hoist(binary('(module (memory 1) (data (i32.add (i32.const 1) (i32.const 2)) "hello"))'))
     assert made.module.endswith(b"\x0b\x09\1\0\x41\1\x41\2\x6a\x0b\0")
 
 
 def calls_in(action):
-    """How many calls of Python and C functions `action` makes: its work, whatever the machine does besides."""
+    """The number of Python and C calls that `action` makes. This number measures work independently of the machine's
+    load."""
     made = 0
 
     def count(frame, event, argument):
@@ -236,7 +239,7 @@ def test_the_work_to_hoist_follows_the_number_of_segments():
     assert len(hoist(many).images[0]) == 5000
 
 
-# -- what is left ----------------------------------------------------------------------------------
+# -- segments that are left ------------------------------------------------------------------------
 
 
 def number(store, value):
@@ -285,7 +288,7 @@ def test_memory_init_and_data_drop_mean_what_they_meant():
     assert made.images == [((0, b"active"), (100, b"more"))]
 
 
-# -- what others could see of a failure ------------------------------------------------------------
+# -- visible effects of a failure ------------------------------------------------------------------
 
 PEEK = '(func $peek (result i32) (i32.load8_u (i32.const 0)))'
 
@@ -382,7 +385,7 @@ def test_the_start_function_sees_the_data_and_its_trap_stays():
 
 @st.composite
 def modules(draw):
-    """A module's text, and what its imports are made of."""
+    """A module's text, and the kinds of its imports."""
     kinds = draw(st.lists(st.sampled_from(["32", "64", "small"] if CUSTOM_PAGES else ["32", "64"]), max_size=3))
     imported = draw(st.booleans())
     offset = draw(st.integers(0, 40) | st.sampled_from([PAGE - 2, PAGE, 2**32 - 1]))
@@ -477,7 +480,8 @@ def verdict(wasm):
 
 
 def judged(wasm):
-    """Hoist hostile bytes: a ValueError for what wasmtime refuses too, or a module of the same validity."""
+    """Hoists hostile bytes. The result is a ValueError if wasmtime refuses the bytes, too, or else a module of the same
+    validity."""
     valid = verdict(wasm)
     for rewrite in (lambda: hoist(wasm).module, lambda: expose(wasm)[0]):
         refusal = module = None
@@ -509,7 +513,7 @@ HOSTILE = [0, 1, 2, 0x0B, 0x23, 0x40, 0x41, 0x7F, 0x80, 0xFB, 0xFD, 0xFF]
 
 
 def mutated(wasm, chance):
-    """The module with some bytes replaced, removed or added."""
+    """The module, with some bytes replaced, removed or added."""
     bad = bytearray(wasm)
     for _ in range(chance.choice((1, 1, 1, 2, 5))):
         at = chance.randrange(8, len(bad))
@@ -584,7 +588,7 @@ def test_what_later_proposals_may_bring_is_left_alone_and_named():
         assert (made.module, made.images) == (wasm, [])
 
 
-# -- what instances hold ----------------------------------------------------------------------------
+# -- the state of instances -------------------------------------------------------------------------
 
 
 def test_the_outline_tells_what_is_imported_hidden_and_passive():

@@ -1,4 +1,4 @@
-"""The house: floors, the one room that knows the operating system, stubs, docstrings, import budget."""
+"""Rules for the source: floors, OS code in linmem/_os only, stubs, docstrings, and a budget for imports."""
 
 import importlib.metadata
 import inspect
@@ -15,7 +15,7 @@ import linmem
 from linmem import errors
 
 PACKAGE = Path(linmem.__file__).parent
-HOUSE = ROOT / "linmem"                 # the sources; an installed package has only a part of them
+HOUSE = ROOT / "linmem"                 # the sources; an installed package has only some of them
 SOURCES = sorted(path for path in HOUSE.rglob("*") if path.suffix in (".py", ".pyx", ".pxd", ".pxi"))
 
 
@@ -24,11 +24,11 @@ def room_of(path):
     return "" if name == "__init__" else name.removesuffix(".__init__")
 
 
-# The table of CONTRIBUTING.md: each file's layer.
+# The table in CONTRIBUTING.md: the layer of each file.
 MAP = re.findall(r"^\| (\d) \| `([^`]+)` \|", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), flags=re.MULTILINE)
 LAYERS = {room_of(HOUSE / name): int(layer) for layer, name in MAP}
 LAYERS |= {"bench": 6, "_os": 1}
-STRANGERS = (3, 4)      # the files of these layers do not know each other
+STRANGERS = (3, 4)      # files in these layers do not import each other
 
 
 def code_of(path):
@@ -95,7 +95,7 @@ OS_WORDS = re.compile(r"sys\.platform|os\.name|platform\.system|\bmmap\s*\(|\bmu
                          ids=lambda path: str(path.relative_to(HOUSE)))
 def test_only_the_page_floor_says_the_operating_systems_words(path):
     text = re.sub(r'""".*?"""', "", code_of(path), flags=re.S)
-    text = re.sub(r'"(?:[^"\n\\]|\\.)*"', '""', text)      # a message may name a call
+    text = re.sub(r'"(?:[^"\n\\]|\\.)*"', '""', text)      # messages may contain names of calls
     assert OS_WORDS.findall(text) == []
 
 
@@ -105,13 +105,13 @@ def test_the_word_test_sees_the_page_floor():
 
 
 STRINGS = re.compile(r"(\"\"\"|\'\'\')(.*?)\1", re.DOTALL)
-# A line of C that is not prose, Python or wasm: a directive, the head of a function, a declaration, a return.
+# A line of C, not of prose, Python or wasm: a directive, a function's head, a declaration, or a return.
 LINE_OF_C = re.compile(r"^\s*#\s*(?:include|define|undef|if|ifdef|ifndef|endif)\b|\)\s*\{\s*$"
                        r"|^\s*(?:static|typedef|struct|return|extern)\b.*[;{]", re.MULTILINE)
 
 
 def verbatim_c(text):
-    """The strings of more than one line that hold C."""
+    """The multi-line strings that hold C."""
     return [string for _, string in STRINGS.findall(text) if "\n" in string.strip() and LINE_OF_C.search(string)]
 
 
@@ -136,7 +136,7 @@ def test_one_header_knows_the_operating_systems_and_no_user_of_the_c_face_needs_
     assert knows == ["_os/compat.h"]
     assert len((HOUSE / "_os" / "compat.h").read_text("utf-8").splitlines()) <= 200
     rooms, reached = [""], []
-    for room in rooms:      # more are appended meanwhile
+    for room in rooms:      # the loop appends to this list
         reached.append(HOUSE.joinpath(*(room or "__init__").split(".")).with_suffix(".pxd"))
         rooms += sorted(set(imports_of(reached[-1])) - set(rooms))
     assert {HOUSE / "_core" / "memory.pxd", HOUSE / "_os" / "pages.pxd"} <= set(reached)
@@ -163,14 +163,14 @@ def test_every_code_of_ours_has_a_text_and_an_exception():
     reasons = source[source.index("cdef const char* reason("):source.index("cdef void failure_text(")]
     assert len(codes()) >= 9
     for code in codes():
-        if code == "E_PYTHON":      # carries its own exception
+        if code == "E_PYTHON":      # already carries an exception
             continue
         name = code.removeprefix("E_")
         error = errors.from_failure(name, "text", os_error_args=(), call="", size=1, used=2, limit=3)
         assert isinstance(error, Exception)
         assert str(error) == "text"
         assert f'"{name}"' in reasons
-        if code != "E_UNSUPPORTED":     # the last of each chain
+        if code != "E_UNSUPPORTED":     # the fallback of each chain of codes
             assert f"why.code == {code}" in texts or f"code == {code}:" in texts
 
 
@@ -222,7 +222,7 @@ def public_things():
                     yield f"{name}.{part}", value
 
 
-# Plain data: what they are stands in the docstring of their class.
+# Classes of plain data. The class docstring describes the fields.
 FIELDS = {"MemoryType", "MemoryInfo", "ImageInfo", "LimitError", "PageError"}
 
 

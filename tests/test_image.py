@@ -1,4 +1,4 @@
-"""Images: what they hold, what they are equal to, and what differs between them. No question to the OS."""
+"""Images: their content, equality, and the differences between images. These tests do not ask the OS."""
 
 import hashlib
 import random
@@ -23,7 +23,7 @@ def kind(request):
     pages.choose_image(before)
 
 
-# -- what an image holds ---------------------------------------------------------------------------
+# -- content of an image ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("offset", [0, 1, PAGE - 1, PAGE, 3 * PAGE + 17])
 @pytest.mark.parametrize("size", [1, 4095, 4096, 4097, 3 * PAGE, 5 * PAGE + 1])
@@ -386,7 +386,7 @@ def test_every_creator_makes_memories_of_images(make, kind):
 
 
 class Words:
-    """A memory in Python, of pages that are another's."""
+    """A memory in Python over another memory's pages."""
 
     def __init__(self, size):
         self.inner = linmem.create(size, size)
@@ -413,7 +413,7 @@ def test_a_memory_whose_pages_are_not_ours_is_filled_restored_and_compared(kind)
 
 
 class PartOfAPage:
-    """A memory that ends within a page, of which the rest is somebody else's."""
+    """A memory that ends inside a page. The rest of this page belongs to another owner."""
 
     def __init__(self, size):
         self.whole, self.size = linmem.create(round_up(size)), size
@@ -610,7 +610,7 @@ def test_a_chain_of_deltas_is_the_full_snapshot(data, offset, rounds):
 
 
 def test_an_image_that_was_not_made_is_one_of_no_bytes():
-    # It once was followed to where no image is, which ended the process.
+    # An image that __init__ did not make once had a NULL pointer, and its use ended the process.
     assert answer("""
         import linmem
         img = linmem.Image.__new__(linmem.Image)

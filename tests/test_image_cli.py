@@ -1,4 +1,4 @@
-"""``linmem image``, as processes that are started and read."""
+"""``linmem image``: tests start the command as a process and read its output."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def refusal(*words, code=1):
 
 @pytest.fixture
 def there(tmp_path, monkeypatch):
-    """old.image, new.image and step.delta from the one to the other: a page of each kind."""
+    """old.image, new.image, and step.delta from old to new. Together they have a page of each kind."""
     monkeypatch.chdir(tmp_path)
     old = Image.from_pieces([(0, b"same"), (PAGE, b"goes"), (2 * PAGE, b"changes")], 4 * GROUP)
     with old.new_memory() as mem:
@@ -54,7 +54,7 @@ def there(tmp_path, monkeypatch):
         new_bytes = bytes(new)
     old.save("old.image")
     new.save("new.image", packed=True)
-    # By hand: what diff() says is in pages of the host's.
+    # The delta is built by hand, because diff() uses the host's page size.
     Delta(old.digest, old.size, new.size, [(2 * PAGE, PAGE), (3 * GROUP, 2 * PAGE)], [(PAGE, PAGE)],
           new_bytes[2 * PAGE:3 * PAGE] + new_bytes[3 * GROUP:3 * GROUP + 2 * PAGE], new.digest).save("step.delta")
     return tmp_path
@@ -253,7 +253,7 @@ def test_the_output_goes_to_a_pipe_and_the_words_to_standard_error(there, words)
 
 
 def claiming(path, size):
-    """A file of one page that is whole and right, of an image of `size` bytes."""
+    """A valid file of an image of `size` bytes that stores one page."""
     Image.from_bytes(b"x" * PAGE).save(path)
     small = path.read_bytes()
     size_of_data = size // GROUP * GROUP
@@ -299,7 +299,7 @@ def test_images_that_claim_much_are_compared_in_time_that_follows_what_they_hold
     assert (figures["pages"], figures["differing"], figures["was_zero"]) == (1 << 26, 1, 1)
     text = said("diff", "large", "other", "--map")
     assert "each mark is 256 MiB" in text
-    assert text.count("▆") == 2         # one in the map and one in the legend
+    assert text.count("▆") == 2         # one mark in the map and one mark in the legend
 
 
 @requires("fork")
@@ -356,7 +356,7 @@ ODD = "a\nb\x1b[31m\r$x$.image"
 
 @pytest.fixture
 def odd(there):
-    """A file whose name has control characters in it, and what TeX would be to matplotlib."""
+    """A file with control characters in its name, and characters that matplotlib would parse as TeX."""
     os.link("old.image", ODD)
     return there
 

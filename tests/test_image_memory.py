@@ -1,4 +1,4 @@
-"""Images and the OS: which pages are shared, which descriptors are open, what other processes and threads see."""
+"""Images and the OS: shared pages, open descriptors, and images in other processes and threads."""
 
 import mmap
 import os
@@ -51,11 +51,11 @@ def figures(mem, name):
 
 
 def written(mem):
-    """Bytes of pages that are the memory's own, whether of an image or not."""
+    """Bytes of the memory's own pages, with or without an image."""
     return figures(mem, "Anonymous")
 
 
-# -- what is shared ---------------------------------------------------------------------------------------
+# -- shared pages -----------------------------------------------------------------------------------------
 
 @requires("smaps", "maps_images", "real_pages")
 def test_memories_of_an_image_own_only_the_pages_that_they_write():
@@ -255,7 +255,7 @@ def test_an_image_whose_file_may_not_be_written_becomes_private_and_leaves_no_de
 
         def pieces():
             yield 0, b"a" * {PAGE}
-            resource.setrlimit(resource.RLIMIT_FSIZE, ({PAGE}, most))     # the file has its size by now
+            resource.setrlimit(resource.RLIMIT_FSIZE, ({PAGE}, most))     # the file already has its size
             yield {2 * PAGE}, b"b" * {PAGE}
 
         img = linmem.Image.from_pieces(pieces(), {4 * PAGE})
@@ -290,7 +290,7 @@ def test_a_full_memory_file_system_neither_refuses_an_image_nor_kills_who_reads_
 
 @requires("rlimits", "unnamed_files")
 def test_an_image_whose_file_cannot_take_all_of_it_becomes_private_with_what_was_written():
-    # The size is granted when the image begins, and a write is refused later.
+    # The OS grants the size at the image's start and refuses a later write.
     assert answer("""
         import linmem
         from linmem._os import pages
@@ -371,7 +371,7 @@ def test_the_images_own_view_is_read_only_to_the_processor(kind):
 
 @pytest.fixture
 def a_file(tmp_path):
-    """Makes a file of bytes and opens it for reading."""
+    """A function that makes a file of bytes and opens it for reading."""
     opened = []
 
     def make(data, flags=os.O_RDONLY):

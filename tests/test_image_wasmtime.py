@@ -1,4 +1,4 @@
-"""Images under wasmtime: the bridge's offers, and a store's memory put back."""
+"""Images under wasmtime: the bridge's offers, and restores of a store's memory."""
 
 import sys
 import threading
@@ -25,7 +25,7 @@ def engine(request):
 
 
 def offer(*images):
-    """For the memories of TWO, and one more."""
+    """An offer for the memories of TWO, and for one more memory."""
     return _bridge.Offer(list(zip((131072, 65536, 65536), images, strict=False)))
 
 
@@ -83,7 +83,7 @@ def test_install_refuses_a_pool_with_an_image_wherever_it_stands():
         config = wasmtime.Config()
         with pytest.raises(ValueError, match="creator must not have a pool with an image: every memory of the engine"):
             linmem.wasmtime.install(config, creator)
-        linmem.wasmtime.install(config)         # the config is as it was
+        linmem.wasmtime.install(config)         # the config is unchanged
     without = linmem.creator("limiting", limit_bytes=1, upstream=linmem.creator("pool"))
     linmem.wasmtime.install(wasmtime.Config(), without)
 
@@ -119,7 +119,7 @@ def test_an_offer_is_made_again_and_again_but_not_within_one_that_is_not_used_up
         finally:
             assert first.take_back() == 2
     assert first.take_back() == 0
-    # One that is used up is ended by the next: instances made by a start function come in between.
+    # A new offer ends an offer that is used up, for example if a start function makes instances.
     store = wasmtime.Store(engine)
     module = wasmtime.Module(engine, TWO)
     outer = offer(img, None)
@@ -220,6 +220,6 @@ def test_restoring_while_the_store_grows_the_memory_is_refused():
     first.handle.restore(first.image, zero_grown=True)
     assert first.handle.dirty_pages(first.image) == []
     store.close()
-    first.handle.close()        # memory and handle hold one another
+    first.handle.close()        # memory and handle refer to each other
     engine.close()
     made.clear()

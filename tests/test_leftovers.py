@@ -1,4 +1,4 @@
-"""State that outlives one use: what a user, a refused call or an earlier owner leaves behind for the next one."""
+"""State that outlives one use: leftovers of a user, of a refused call, or of an earlier owner."""
 
 import gc
 from functools import partial
@@ -29,13 +29,14 @@ def resident_of(base, size):
 @pytest.mark.parametrize("way", sorted(SCAN_WAYS))
 def test_hidden_pages_go_with_the_others_when_a_slot_gives_all_back(way):
     with scanning(way):
-        pool = linmem.PoolingCreator(reset="scan", keep_resident=10 * PAGE)     # check=True would read, and so fault in
+        # check=True would read the pages and make them resident
+        pool = linmem.PoolingCreator(reset="scan", keep_resident=10 * PAGE)
         with pool.create(3 * PAGE, **SHAPE) as mem:
             base = mem.as_ptr()
             mem.grow_to(12 * PAGE)
             mem.write(0, b"s" * 3 * PAGE)
             mem.write(5 * PAGE, b"s" * 7 * PAGE)
-        assert resident_of(base, 12) >= 10 * PAGE       # as many as may be kept, of which nine pages are hidden
+        assert resident_of(base, 12) >= 10 * PAGE       # the pool may keep this many pages; nine of them are hidden
         with pool.create(3 * PAGE, **SHAPE) as mem:
             mem.grow_to(6 * PAGE)
             write_all(mem)
@@ -49,7 +50,8 @@ def test_hidden_pages_go_with_the_others_when_a_slot_gives_all_back(way):
 
 @requires("maps", "scans", "discard_any_protection")
 def test_hidden_pages_go_too_when_an_adaptive_pool_gives_all_back():
-    """128 pages at least, so that no reset zeroes all; what one user grew by is hidden from all those that follow."""
+    """The memory has more than 128 pages, so that resets do not zero the whole memory. The pages of the first user's
+    growth are hidden from all later users."""
     pool = linmem.PoolingCreator()
     shape = {"maximum": 4096 * PAGE, "reserve": 4096 * PAGE, "guard": PAGE}
     with pool.create(1024 * PAGE, **shape) as mem:
@@ -68,7 +70,7 @@ def test_hidden_pages_go_too_when_an_adaptive_pool_gives_all_back():
     assert resident_of(base, 1536) == 0
 
 
-# -- images that a user has left in a slot -----------------------------------------------------------------------
+# -- images that a user left in a slot ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", image_kinds())
 @pytest.mark.parametrize("reset", ["adaptive", pytest.param("scan", marks=requires("scans")), "zero", "discard"])
@@ -93,7 +95,7 @@ def test_a_slot_that_was_restored_to_another_image_is_its_own_again_each_time_it
             mem[2 * PAGE] ^= 1
             mem.restore(other, zero_grown=True)
             mem[9 * PAGE] = mem[0] = 1
-        with pool.create(12 * PAGE, **SHAPE) as mem:        # by whom it is taken again at once
+        with pool.create(12 * PAGE, **SHAPE) as mem:        # the next user takes the slot immediately
             assert bytes(mem) == fresh
             if whose == "of an image":
                 assert mem.dirty_pages(own) == []
@@ -104,7 +106,7 @@ def test_a_slot_that_was_restored_to_another_image_is_its_own_again_each_time_it
     assert own.info().memories == 0
 
 
-# -- who owns a slot ---------------------------------------------------------------------------------------------
+# -- owners of a slot --------------------------------------------------------------------------------------------
 
 def test_a_slot_that_wasmtime_has_dropped_is_pinned_by_nobody_when_python_takes_it():
     pool = linmem.PoolingCreator(slots=1)
@@ -122,7 +124,8 @@ def test_a_slot_that_wasmtime_has_dropped_is_pinned_by_nobody_when_python_takes_
         store.close()
         del store, memory
         gc.collect()
-        assert (pool.stats()["live"], pool.stats()["pinned"]) == (1, 1)     # `mem` holds what wasmtime has dropped
+        # `mem` holds the memory that wasmtime has dropped
+        assert (pool.stats()["live"], pool.stats()["pinned"]) == (1, 1)
         mem.close()
         assert (pool.stats()["live"], pool.stats()["pinned"]) == (0, 0)
         with take() as mem:
@@ -133,7 +136,7 @@ def test_a_slot_that_wasmtime_has_dropped_is_pinned_by_nobody_when_python_takes_
             mem.protect(0, len(mem), "rw")
 
 
-# -- bounds that the machine sets --------------------------------------------------------------------------------
+# -- limits of the machine ---------------------------------------------------------------------------------------
 
 @pytest.mark.skipif(not FLOOR["memory"], reason="the OS does not say how much memory there is")
 def test_the_resident_bound_is_what_the_options_say_and_at_most_a_quarter_of_the_machine():
@@ -184,7 +187,7 @@ def test_a_refused_call_holds_no_buffer_of_its_callers(what):
         mem[0] = 7
         with pytest.raises((ValueError, TypeError, IndexError, OverflowError, BufferError)):
             REFUSED[what](mem, data)
-        data.append(1)      # BufferError while anyone holds a buffer of it
+        data.append(1)      # raises BufferError while a buffer of `data` is exported
         assert (mem[0], mem.info().exports) == (7, 0)
 
 

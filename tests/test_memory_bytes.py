@@ -222,7 +222,7 @@ NAMES = ["bool", "bool_", "int8", "int16", "int32", "int64", "uint8", "uint16", 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_names_of_numpys_types_are_formats(mem, name):
     array = np.asarray(mem.view(name))
-    if name != "int":       # of 64 bits here, and of older NumPys' C long
+    if name != "int":       # NumPy's type for int has 64 bits, or is C's long in older versions
         assert array.dtype == np.dtype({"long": "l", "ulong": "L"}.get(name, name))
     assert array.itemsize == mem.view(name).itemsize
     del array
@@ -340,7 +340,7 @@ def test_in_looks_across_the_parts_that_it_copies():
 def test_in_ends_also_where_a_naive_search_would_not():
     with linmem.create(8 << 20) as mem:
         mem[:] = b"a" * (8 << 20)
-        needle = b"a" * (1 << 18) + b"b" + b"a" * (1 << 18)     # 2**41 steps for a naive search
+        needle = b"a" * (1 << 18) + b"b" + b"a" * (1 << 18)     # a naive search would take 2**41 steps
         assert needle not in mem
 
 

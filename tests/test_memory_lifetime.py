@@ -102,7 +102,7 @@ def test_a_view_outlives_the_handle_and_the_pages_go_with_the_last_view(format):
     part = view[0:1]
     del mem
     gc.collect()
-    assert gone() is not None           # the view holds the handle
+    assert gone() is not None           # the view holds a reference to the handle
     view.release()
     assert bytes(part) == b"12345678"[:part.nbytes]
     assert live_bytes() > before
@@ -129,7 +129,7 @@ def test_a_numpy_array_outlives_the_handle():
 
 @pytest.mark.parametrize("format", ["B", "d", ">d"])
 def test_views_in_a_garbage_cycle_are_collected_with_their_memory(format):
-    # In a child: what the collector takes apart first decides whether it lives.
+    # In a child, because a wrong order of the collector's steps would crash the process.
     assert answer(f"""
         import gc, linmem, weakref
         gc.disable()
@@ -199,7 +199,7 @@ EXPORTS = {"memoryview": lambda mem: memoryview(mem), "view": lambda mem: mem.vi
 
 
 class Body(Exception):
-    """What the block raises."""
+    """Raised in the body of the with block."""
 
 
 @requires("maps")
@@ -221,7 +221,7 @@ def test_a_with_block_closes_the_handle_and_the_pages_go_with_the_last_view(expo
         assert error.__context__ is None
     assert mem.closed
     assert repr(mem) == "<linmem.Memory, closed>"
-    mem.close()                         # closing twice is closing once
+    mem.close()                         # a second close has no effect
     with pytest.raises(ValueError, match="the memory is closed"):
         memoryview(mem)
     with pytest.raises(ValueError, match="the memory is closed"):
@@ -280,7 +280,7 @@ def test_a_with_block_within_one_and_a_closed_one_end_quietly():
 
 
 def test_a_handle_that_threads_leave_and_enter_at_once_releases_its_memory_once():
-    # In a child: a memory that is released twice crashes it, or is a slot that two have.
+    # In a child: a memory that is released twice crashes the process, or two users get the same slot.
     assert answer(f"""
         import linmem, threading
         pool = linmem.PoolingCreator()
@@ -327,7 +327,7 @@ def test_closed_handles_equal_only_themselves_though_the_address_may_be_used_aga
     pool = linmem.PoolingCreator()
     closed = pool.create(PAGE)
     closed.close()
-    with pool.create(PAGE) as again:        # the same memory, handed out again
+    with pool.create(PAGE) as again:        # a reused memory
         assert hash(again) == hash(closed)
         assert again != closed
         assert closed == closed

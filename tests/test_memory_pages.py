@@ -58,7 +58,7 @@ def test_everything_promised_to_native_code_is_ours_and_faults_or_is_accessible(
             info = mem.info()
             assert accessible == range(info.base, info.base + info.byte_capacity + guard)
             found = mappings(*whole(mem))
-            assert sum(m.size for m in found) == info.reserved      # no hole
+            assert sum(m.size for m in found) == info.reserved      # no gaps
             for m in found:
                 inside = info.base <= m.start < info.base + info.committed
                 assert m.access == ("rw-p" if inside else "---p")
@@ -154,12 +154,13 @@ def test_prefault_of_pages_that_cannot_be_written_is_an_error_and_no_fault(acces
         assert (caught.value.call, caught.value.size) == ("prefault", 3 * PAGE)
 
 
-# -- what is resident --------------------------------------------------------------------------------
+# -- resident pages ----------------------------------------------------------------------------------
 
 @requires("smaps")
 @pytest.mark.parametrize("pages", [4095, 4096, 4097, 8192, 8193])
 def test_the_resident_pages_are_counted_exactly_on_both_sides_of_each_step(pages):
-    # The OS is asked for 4096 of its pages at a time, and refuses more than there is room for its answer.
+    # linmem asks the OS for 4096 pages at a time. The OS refuses a request that is larger than the buffer for its
+    # answer.
     with linmem.create(pages * REAL_PAGE) as mem:
         touched = [page for page in (0, 4094, 4095, 4096, 8191, 8192) if page < pages]
         for page in touched:

@@ -1,4 +1,4 @@
-"""Fresh memories whose pages are there at once, and memories of huge pages."""
+"""New memories with resident pages, and memories of huge pages."""
 
 import ctypes
 import errno
@@ -163,7 +163,7 @@ def test_growth_in_place_keeps_to_huge_pages_and_the_guard_exact():
         (part,) = smaps(base, base + 8 * MIB + PAGE)
         assert "hg" in part.flags
         assert part.figures["AnonHugePages"] > 0
-        # what a huge page holds beyond the size is not accessible, and not there
+        # the part of a huge page behind the size is inaccessible and not resident
         assert resident_within(base + 8 * MIB + PAGE, base + 16 * MIB) == 0
 
 

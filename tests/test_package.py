@@ -1,4 +1,4 @@
-"""What is shipped: the installed package, the wheel, the sdist, and the C face that the guide shows."""
+"""The shipped files: the installed package, the wheel, the sdist, and the C interface that the guide shows."""
 
 import importlib.metadata
 import json
@@ -50,7 +50,7 @@ def test_types_and_the_c_face_are_beside_the_code():
 
 
 def test_a_star_import_takes_what_is_public_and_leaves_wasmtime_alone():
-    # The module may also be missing: whatever is imported by that name is not there.
+    # The child hides the package wasmtime, because a star import must also work without this package.
     child = subprocess.run([sys.executable, "-W", "error", "-c", """if True:
         import sys
         sys.modules["wasmtime"] = None
@@ -96,7 +96,7 @@ def test_the_commands_of_the_readme_leave_a_clone_in_which_linmem_can_be_importe
 
 def build(kind: str, folder: Path) -> Path:
     source = folder / "source"
-    # A copy without what earlier builds left: a stale build/ would end up in the wheel.
+    # A copy without the output of earlier builds, because a stale build/ would get into the wheel.
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(
         ".git", ".venv", ".cache", "build", "dist", "*.egg-info", "*.so", "*.pyd", "__pycache__", ".*_cache"))
     subprocess.run([sys.executable, "-m", "build", "--no-isolation", f"--{kind}", "--outdir", str(folder), str(source)],
@@ -132,7 +132,7 @@ def test_the_wheel_has_types_the_c_face_and_the_license_and_no_sources(tmp_path)
     with zipfile.ZipFile(build("wheel", tmp_path)) as archive:
         names = set(archive.namelist())
     stubs = {path.relative_to(ROOT).as_posix() for path in (ROOT / "linmem").rglob("*.py[i]")}
-    # A header of C that a .pxd names goes with it.
+    # Headers that a .pxd file names are shipped, too.
     headers = {path.relative_to(ROOT).as_posix() for pattern in ("**/*.pxd", "_core/*.h")
                for path in (ROOT / "linmem").glob(pattern)}
     assert stubs | headers | {"linmem/py.typed", "linmem/_cli/demo.wasm", "linmem/bench/_forth.wasm"} <= names
@@ -172,7 +172,7 @@ def test_the_cython_example_of_the_guide_compiles_against_the_package_and_works(
 
 @pytest.fixture
 def extensions_of_setup(monkeypatch):
-    """A function that runs setup.py on a platform; it returns the extensions as they go to the compiler."""
+    """A function that runs setup.py for a platform and returns the extensions that the compiler gets."""
     pytest.importorskip("Cython")
     setuptools = pytest.importorskip("setuptools")
     import Cython.Build
@@ -202,7 +202,7 @@ def extensions_of_setup(monkeypatch):
 @needs_sources
 def test_a_build_for_a_free_threaded_windows_says_so_to_the_compiler(platform, without_gil, defined,
                                                                      extensions_of_setup):
-    """pyconfig.h of CPython for Windows does not; elsewhere it does."""
+    """CPython's pyconfig.h does not define the macro on Windows; elsewhere it does."""
     extensions = extensions_of_setup(platform, without_gil)
     assert [extension.define_macros for extension in extensions] == [defined] * len(extensions)
 

@@ -1,4 +1,4 @@
-"""A pool: the same memories again and again, each time as if they were new."""
+"""A pool hands out the same memories repeatedly, and each time they are like new memories."""
 
 import ctypes
 import errno
@@ -42,7 +42,7 @@ from linmem._os import pages
 MMAP = linmem.MmapCreator()
 SHAPE = {"maximum": 32 * PAGE, "reserve": 32 * PAGE, "guard": PAGE}
 RESETS = [pytest.param("scan", marks=requires("scans")), "zero", "discard", "adaptive"]
-# Each way to find touched pages with each reset that it matters to.
+# Each kind of reset with each way to find touched pages, if the reset uses that way.
 HOW = [(reset, way) for reset in ("adaptive", "scan") for way in sorted(SCAN_WAYS)]
 HOW += [(reset, None) for reset in ("adaptive", "zero", "discard")]
 
@@ -177,7 +177,7 @@ def test_a_pool_error_says_the_bound_and_travels():
         check_fresh(mem, PAGE)
 
 
-# -- what is reused for what -----------------------------------------------------------------------------
+# -- reuse of slots by shape -----------------------------------------------------------------------------
 
 def test_the_slot_given_back_last_is_handed_out_first():
     pool = linmem.PoolingCreator()
@@ -256,10 +256,11 @@ def test_two_memories_of_one_pool_are_never_one():
             mem.close()
 
 
-# -- each use as if it were the first --------------------------------------------------------------------------
+# -- isolation between users -----------------------------------------------------------------------------------
 
 def use_all(mem, history):
-    """Do all that one user does; returns whether the memory has moved, which ends its life as a slot."""
+    """Applies one user's history. Returns whether the memory has moved, because a moved memory does not return to the
+    pool."""
     base, capacity = mem.as_ptr(), mem.byte_capacity()
     state = {}
     for use in history:
@@ -268,7 +269,8 @@ def use_all(mem, history):
 
 
 def apply(mem, use, state):
-    """One thing that a user does; `state` remembers what forbids others: protected pages cannot be written."""
+    """Applies one step of a user. `state` records conditions that exclude later steps: protected pages cannot be
+    written."""
     name, a, b = use
     size = mem.byte_size()
     info = mem.info()
@@ -277,7 +279,8 @@ def apply(mem, use, state):
             mem.grow_to(size + a % (12 * PAGE))
         except linmem.GrowError:
             pass
-    elif name == "outgrow" and info.byte_capacity < 1 << 24:     # after a move there is room for all that is sensible
+    # a moved memory has room for all further growths of this test
+    elif name == "outgrow" and info.byte_capacity < 1 << 24:
         try:
             mem.grow_to(info.byte_capacity + 1 + b)
         except linmem.GrowError:
@@ -353,7 +356,7 @@ def test_whatever_the_last_user_did_the_next_gets_a_fresh_memory(reset, way, use
 
 
 class Pool(RuleBasedStateMachine):
-    """Several memories alive, of several shapes, from one small pool, against bytearrays."""
+    """Several live memories of several shapes from one small pool. Bytearrays are the model."""
 
     @initialize(how=st.sampled_from(HOW),
                 check=st.booleans(), slots=st.sampled_from([3, 100]), warm=st.sampled_from([0, 2, 100]),
@@ -569,7 +572,7 @@ def test_a_slot_that_its_user_moved_is_thrown_away():
     assert pool.stats()["hits"] == 0
 
 
-# -- who still holds it ---------------------------------------------------------------------------------------
+# -- references to a slot -------------------------------------------------------------------------------------
 
 def test_a_slot_is_not_reused_while_a_buffer_points_into_it():
     pool = linmem.PoolingCreator()
@@ -648,7 +651,7 @@ def test_beyond_its_slots_a_pool_falls_back_to_upstream():
         base = mem.as_ptr()
         mem.close()
         if NEEDS["regions"][0]:
-            assert not is_mapped(base)      # not a slot: gone at once
+            assert not is_mapped(base)      # no slot, so it is released immediately
     assert idle(pool) == 0
     for mem in mems[:2]:
         mem.close()
@@ -666,7 +669,7 @@ def test_an_idle_slot_of_another_shape_makes_room(full):
         check_fresh(mem, 2 * PAGE)
         stats = pool.stats()
         assert (stats["live"], stats["warm"] + stats["cold"], stats["fallbacks"]) == (1, 1, 0)
-    assert pool.create(PAGE, **SHAPE).as_ptr() == bases[1]      # the one unused for longest is gone
+    assert pool.create(PAGE, **SHAPE).as_ptr() == bases[1]  # the slot that was unused for the longest time is released
     assert (pool.stats()["hits"], pool.stats()["misses"]) == (1, 3)
 
 
@@ -712,14 +715,14 @@ def test_shapes_that_are_no_longer_used_leave_no_bookkeeping_behind():
 
     pool = linmem.PoolingCreator(slots=16)
     first = round_of_shapes(0)
-    # A slot and its shelf take some 300 bytes: of 10000 that stayed a multiple of this would show.
+    # A slot and its shelf take about 300 bytes. If 10000 leaked, the difference would be a multiple of this bound.
     assert max(round_of_shapes(2000 * n) for n in range(1, 6)) < first + 500_000
 
 
 # -- warm, cold, resident ------------------------------------------------------------------------------------------
 
 def written(pool, pages_written, minimum=8):
-    """A memory of the pool whose first pages were written, as ((start, end) of its reservation, base)."""
+    """Uses a memory of the pool and writes its first pages. Returns ((start, end) of its reservation, base)."""
     with pool.create(minimum * PAGE, **SHAPE) as mem:
         mem.write(0, b"x" * pages_written * PAGE)
         return whole(mem), mem.as_ptr()
@@ -826,7 +829,7 @@ def test_trim_releases_cold_slots_then_the_least_recently_used_until_the_target_
     for mem in mems:
         mem.close()
     assert (pool.stats()["warm"], pool.stats()["cold"], pool.stats()["resident"]) == (4, 2, 32 * PAGE)
-    assert pool.trim(1 << 40) == 0      # cold ones keep nothing resident
+    assert pool.trim(1 << 40) == 0      # cold slots have no resident pages
     assert [is_mapped(base) for base in bases] == [False, False, True, True, True, True]
     assert pool.trim(17 * PAGE) == 16 * PAGE
     assert [is_mapped(base) for base in bases] == [False] * 4 + [True] * 2
@@ -856,7 +859,7 @@ def test_idle_slots_never_keep_more_resident_than_the_pool_says(reset, users):
     for shape, history in users:
         with pool.create(**shape, may_move=True) as mem:
             span = whole(mem)
-            # What was only read has no memory of its own, and would count in mincore.
+            # Reads are left out: pages that were only read belong to no memory, but mincore would count them.
             moved = use_all(mem, [use for use in history if use[0] != "read"])
         (spans.discard if moved else spans.add)(span)
         stats = pool.stats()
@@ -876,7 +879,7 @@ def test_warm_makes_slots_ahead_and_the_next_requests_are_hits():
     assert pool.warm(4, ty, **how) == 1
     assert pool.warm(0, ty, **how) == 0
     before = pool.stats()
-    assert (before["warm"], before["hits"], before["misses"]) == (4, 0, 0)      # nobody has asked for one yet
+    assert (before["warm"], before["hits"], before["misses"]) == (4, 0, 0)      # no memory was requested yet
     mems = [pool.new_memory(ty, 2 << 16, 10 << 16, 1 << 20, round_up(65536)) for _ in range(4)]
     for mem in mems:
         check_fresh(mem, 2 << 16)
@@ -976,14 +979,14 @@ def test_adaptors_above_see_each_use_as_a_memory_of_its_own():
         assert (sums["current_count"], sums["current_bytes"], sums["total_count"]) == (0, 0, n)
         assert limit.used_bytes == 0
     assert (pool.stats()["hits"], pool.stats()["misses"]) == (4, 1)
-    with pool.create(PAGE, **SHAPE) as mem:     # past the adaptors: nobody counts or limits its growth
+    with pool.create(PAGE, **SHAPE) as mem:     # not through the adaptors, so no adaptor counts or limits its growth
         mem.grow_to(31 * PAGE)
         assert limit.used_bytes == 0
         assert statistics.statistics()["total_count"] == 5
 
 
 class Plain(linmem.LinearMemory):
-    """A linear memory in Python, over one that linmem made."""
+    """A linear memory in Python over one of linmem's memories."""
 
     def __init__(self, memory):
         self.memory = memory
@@ -1210,7 +1213,7 @@ def test_one_idle_slot_after_the_other_is_released_for_a_request_that_upstream_r
     assert (idle(pool), pool.stats()["misses"]) == (3, 4)
     pool.trim()
     with failing(1, errno.ENOMEM), pytest.raises(linmem.PageError, match="reserve"):
-        pool.create(2 * PAGE, **SHAPE)      # nothing idle: refused at once
+        pool.create(2 * PAGE, **SHAPE)      # no idle slot, so the refusal is immediate
     assert pool.stats()["live"] == 0
 
 

@@ -1,4 +1,4 @@
-"""A pool of a server that runs for long: exact accounts, memory given back, bounds, and tenants kept apart."""
+"""A pool in a server that runs for a long time: exact figures, returned memory, bounds, and isolation of tenants."""
 
 import errno
 import gc
@@ -36,14 +36,14 @@ def _limits_of_the_process_stay():
     yield
     linmem.set_pool_limits()
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
-        # CPython 3.13 keeps every function, and so what it closes over, once a thread has started.
+        # CPython 3.13 never frees the function of a started thread, and so keeps the function's closure.
         for each in gc.get_objects():
             if type(each) is linmem.PoolingCreator:
                 each.trim()
 
 
 def used(pool, pages_written=1, minimum=1, **how):
-    """A memory of the pool whose first pages are written, dropped; its whole reservation."""
+    """Makes a memory of the pool, writes its first pages and drops it. Returns its whole reservation."""
     with pool.create(minimum * PAGE, **{**SHAPE, **how}) as mem:
         if pages_written > minimum:
             mem.grow_to(pages_written * PAGE)
@@ -56,7 +56,7 @@ def idle(pool):
     return stats["warm"] + stats["cold"]
 
 
-# -- what the memory was when handed out --------------------------------------------------------------------------
+# -- the state of the memory on hand-out --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("warm", [0, 100])
 def test_every_field_of_the_struct_is_as_when_it_was_handed_out_first(warm):
@@ -184,7 +184,7 @@ def test_a_request_that_cannot_succeed_takes_nothing_from_others(above):
                 pool.create(size, **SHAPE)
         after = pool.stats()
         assert [after[key] for key in ("warm", "cold", "live")] == [before[key] for key in ("warm", "cold", "live")]
-        # As much as is missing, and the oldest first.
+        # Only as much as is missing, and the oldest slots first.
         with pool.create(15 * PAGE, **SHAPE):
             assert (pool.stats()["warm"], pool.stats()["cold"]) == (1, 1)
 
@@ -264,7 +264,7 @@ def test_idle_slots_give_up_what_is_missing_whatever_budgets_they_are_charged_to
 
 
 class Alternating(linmem.MemoryCreator):
-    """Its memories come from one creator and the other in turn."""
+    """A creator whose memories come from its creators in turn."""
 
     def __init__(self, *creators):
         self.creators = creators
@@ -310,7 +310,7 @@ def test_budgets_and_sums_below_are_exact_under_any_churn(seed):
             pool.purge()
         if rng.random() < 0.03:
             pool.trim()
-        # Live memories as they are, warm slots as they are handed out next, cold ones nothing.
+        # Live memories count their size, warm slots count the size of their shape, and cold slots count zero.
         sizes = [len(mem) for mem in alive]
         for one in pools:
             for row in linmem.metrics.read(one)["shapes"]:
@@ -528,7 +528,7 @@ def test_a_full_pool_takes_at_most_half_of_the_mappings(kind):
         image = linmem.Image.from_pieces([(2 * P, b"x" * P)], 8 * P) if kind == "image" else None
         upstream = linmem.MmapCreator(huge_pages=kind == "huge")
         pool = linmem.PoolingCreator(upstream, image=image, when_full="error", max_unused_warm=1 << 20,
-                                     idle_seconds=None)     # however long it takes to drop them all
+                                     idle_seconds=None)     # at any speed of the machine
         def count():
             with open("/proc/self/maps") as file:
                 return sum(1 for _ in file)
@@ -602,7 +602,7 @@ def test_an_upstream_in_python_that_uses_the_pool_itself_is_not_refused():
         assert pool.stats()["live"] == 1
 
 
-@requires("maps", "scans", "large_space")       # a sanitizer has tables of its own for what it shadows
+@requires("maps", "scans", "large_space")       # a sanitizer needs page tables of its own for its shadow memory
 def test_page_tables_are_counted_as_the_os_counts_them_and_a_cold_slot_has_one_at_most():
     assert answer(f"""
         import linmem, linmem.metrics, re
@@ -625,7 +625,7 @@ def test_page_tables_are_counted_as_the_os_counts_them_and_a_cold_slot_has_one_a
         """) == " ".join(["True"] * 6)
 
 
-# -- given back by time, and on request ----------------------------------------------------------------------------
+# -- memory given back over time, and on request -------------------------------------------------------------------
 
 @requires("maps")
 def test_slots_that_are_idle_for_long_lose_their_pages_at_later_give_backs():
@@ -709,10 +709,10 @@ def test_max_reserved_bounds_live_and_idle_slots_with_their_guards():
     with pytest.raises(linmem.PoolError, match="max_reserved"):
         pool.create(PAGE, **SHAPE)
     mems.pop().close()
-    mems.append(pool.create(2 * PAGE, **SHAPE))         # the idle one makes room
+    mems.append(pool.create(2 * PAGE, **SHAPE))         # the idle slot makes room
     mems.pop().close()
     with pytest.raises(linmem.PoolError):
-        pool.create(PAGE, reserve=1 << 30)              # cannot succeed, and takes nothing
+        pool.create(PAGE, reserve=1 << 30)              # cannot succeed, and so takes no slot
     assert idle(pool) == 1
 
 
@@ -832,7 +832,7 @@ def test_a_wait_for_a_slot_answers_an_interrupt(interruptible):
         pool = linmem.PoolingCreator(slots=1, when_full="wait")
         mem = pool.create({PAGE})
         try:
-            threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()      # in here: it may be early
+            threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
             pool.create({PAGE})
         except KeyboardInterrupt:
             print("interrupted", pool.stats()["live"])
@@ -911,7 +911,7 @@ def test_one_domain_cannot_evict_the_warm_slots_of_another_below_its_share(optio
     figures = linmem.metrics.read(pool)
     one = figures["domains"]["one"]
     assert (one["misses"], one["hits_cold"], one["hits_warm"], one["warm"]) == (1, 0, 11, 1)
-    assert sum(figures["evictions"].values()) > 400     # of the other's: the bound was at work
+    assert sum(figures["evictions"].values()) > 400     # of the other domain: the bound was in effect
 
 
 @requires("maps")
@@ -938,7 +938,7 @@ def test_a_pool_below_hands_no_page_of_another_domain_on(reset, with_image):
         return resident
 
     resident = resident_for_a(touched=20 * PAGE)
-    assert resident == resident_for_a(touched=0)        # linmem itself may have put the image's bytes there
+    assert resident == resident_for_a(touched=0)        # linmem itself may have copied the image's bytes there
     assert resident <= (2 * PAGE if with_image else 0)
 
 
@@ -966,7 +966,7 @@ def test_every_creator_over_a_pool_tells_it_the_domain(over):
     creator.new_memory(ty, 65536, 131072, 131072, PAGE, domain="new_memory").close()
     image.new_memory(creator=creator, domain="image", **SHAPE).close()
     assert set(linmem.metrics.read(pool)["domains"]) == {"create", "its create", "new_memory", "image"}
-    linmem.create(PAGE, creator=creator, **SHAPE).close()       # and afterwards none is left over
+    linmem.create(PAGE, creator=creator, **SHAPE).close()       # no domain is left over afterwards
     assert None in linmem.metrics.read(pool)["domains"]
 
 
@@ -990,7 +990,7 @@ def test_a_domain_is_checked_and_has_no_effect_without_a_pool():
         linmem.create(PAGE, domain=name).close()
         linmem.Image.from_bytes(b"i").new_memory(domain=name).close()
     pool = linmem.PoolingCreator()
-    for name in ("ab", "a" + "b" * int(str(1)), Text("ab")):        # equal, and not identical
+    for name in ("ab", "a" + "b" * int(str(1)), Text("ab")):        # equal strings, but not identical objects
         pool.create(PAGE, domain=name, **SHAPE).close()
     assert (pool.stats()["misses"], pool.stats()["hits"]) == (1, 2)
 
@@ -1029,7 +1029,7 @@ def test_thousands_of_domains_leave_no_more_than_some_bookkeeping():
 
 # -- fair shares between pools -----------------------------------------------------------------------------------------
 
-EACH = 32 * PAGE        # of a slot of these tests, all of it resident while it is idle
+EACH = 32 * PAGE        # size of a slot in these tests; all of an idle slot is resident
 LARGE = {"maximum": 1000 * PAGE, "reserve": 1000 * PAGE, "guard": PAGE}
 REFUSALS = ["reserved", "budget", "refused pages", "refused space"]
 
@@ -1042,9 +1042,10 @@ def fill(pools, domain, slots):
 
 
 def idle_of_two(bound, first, second, domains=("a", "b"), reset="zero"):
-    """Pools with idle slots of two domains, as many in each pool as the lists say, and a memory outside the pools. The
-    slots of the first domain have been idle for longer. If `bound` is "budget", the budget is used up then."""
-    linmem.set_pool_limits(max_resident=0, max_reserved=0)      # no other pool has an idle slot
+    """Makes pools with idle slots of two domains and a memory outside the pools. `first` and `second` give the number
+    of slots in each pool. The slots of the first domain have been idle for longer. If `bound` is "budget", the budget
+    is then used up."""
+    linmem.set_pool_limits(max_resident=0, max_reserved=0)      # releases the idle slots of all other pools
     linmem.set_pool_limits()
     budget = linmem.LimitingCreator(MMAP, (sum(first) + sum(second)) * EACH + PAGE if bound == "budget" else 1 << 40)
     pools = [linmem.PoolingCreator(budget, reset="zero" if n else reset, max_unused_warm=1000) for n in first]
@@ -1054,7 +1055,7 @@ def idle_of_two(bound, first, second, domains=("a", "b"), reset="zero"):
 
 
 def take(slots, bound, pools, live):
-    """Make idle slots give up as much as so many of them hold."""
+    """Makes idle slots give up the bytes of `slots` slots."""
     if bound == "resident":
         rows = [linmem.metrics.read(pool) for pool in pools]
         held = sum(row["resident"] + row["page_tables"] for row in rows)

@@ -1,4 +1,4 @@
-"""wasm guests that follow each other in the same memories."""
+"""Wasm guests that use the same memories one after another."""
 
 import ctypes
 import gc
@@ -35,7 +35,7 @@ def guest(kind="plain", data=""):
 
 
 def make_engine(creator=None, **settings):
-    """An engine with linmem installed; `settings` are wasmtime's own, by the names of its C API."""
+    """An engine with linmem installed. `settings` are wasmtime's own, under their names in the C API."""
     config = wasmtime.Config()
     config.wasm_memory64 = True
     config.wasm_multi_memory = True
@@ -47,7 +47,7 @@ def make_engine(creator=None, **settings):
 
 
 class Guest:
-    """One instance in a store of its own."""
+    """One instance in its own store."""
 
     def __init__(self, engine, module):
         self.owner = wasmtime.Store(engine)
@@ -278,7 +278,7 @@ def test_the_pages_of_a_guest_stay_resident_for_the_next():
     assert not is_mapped(span[0])
 
 
-# -- who still holds it ---------------------------------------------------------------------------------
+# -- references to a slot -------------------------------------------------------------------------------
 
 def test_a_view_that_outlives_its_store_pins_the_slot_until_it_is_gone():
     pool = linmem.PoolingCreator()
@@ -518,7 +518,7 @@ def test_a_budget_over_or_under_the_pool_bounds_guests_and_is_refunded():
         assert over.used_bytes == 0
     assert pool.stats()["hits"] == 2
     wide = wasmtime.Module(engine, '(module (memory (export "memory") 5))')
-    one = Guest(engine, wide)       # what is charged for the idle slot is its minimum, which fits beside it
+    one = Guest(engine, wide)       # the idle slot is charged its minimum, which fits beside the new memory
     assert under.used_bytes == (2 + 5) * PAGE
     one.close()
     gc.collect()

@@ -1,4 +1,4 @@
-"""Protected pages: what every call of linmem does on them, and what is known of them."""
+"""Protected pages: the behaviour of every call of linmem on them, and linmem's record of them."""
 
 import contextlib
 import ctypes
@@ -29,7 +29,7 @@ from linmem import Image
 PROTECTED = ["none", "r", *(["rx"] if NEEDS["code"][0] else [])]
 SHOWN = {"none": "---p", "r": "r--p", "rw": "rw-p", "rx": "r-xp"}
 SIZE = 8 * PAGE
-AT = 3 * PAGE                   # of the page that is protected
+AT = 3 * PAGE                   # offset of the protected page
 OUT_OF_MEMORY = 12
 
 
@@ -41,7 +41,7 @@ def mem():
 
 
 def shown(mem):
-    """The access of each page, as the operating system says."""
+    """The access of each page, as the OS shows it."""
     found = {}
     for part in mappings(mem.as_ptr(), mem.as_ptr() + len(mem) // PAGE * PAGE):
         for address in range(part.start, part.end, PAGE):
@@ -55,7 +55,7 @@ IMAGE = Image.from_bytes(b"i" * SIZE)
 DELTA = linmem.Delta(IMAGE.digest, SIZE, SIZE, [(AT - 1, 2)], [(AT + 5, 3)], b"ab")
 ELSEWHERE = linmem.Delta(IMAGE.digest, SIZE, SIZE, [(0, 2)], [(7 * PAGE, PAGE)], b"ab")
 
-# name -> what it does to the page: "reads", "writes", or "neither", by the kinds of its arguments.
+# name -> how the call accesses the page: "reads", "writes", or "neither", with the arguments for each case.
 CALLS = {
     "read": {"reads": lambda mem: mem.read(AT - 1, 2), "neither": lambda mem: (mem.read(0, AT), mem.read(AT, 0))},
     "write": {"writes": lambda mem: mem.write(AT - 1, b"ab"),
@@ -116,7 +116,7 @@ HARMLESS = {"__class__", "__delattr__", "__dir__", "__doc__", "__eq__", "__forma
 
 
 def refused_all(*calls):
-    """Each of them is refused; then so is the whole. Else each of them works."""
+    """Either all calls are refused, and this raises the first error, or all calls succeed."""
     errors = []
     for call in calls:
         try:
@@ -144,7 +144,7 @@ def with_another(call):
 
 def test_every_method_of_a_memory_has_its_row():
     missing = {name for name in dir(linmem.Memory) if name not in CALLS} - HARMLESS
-    # Methods that come from the sequence protocol, or compare, go through the rows.
+    # Methods of the sequence protocol and comparisons are covered by the rows.
     assert missing <= {"__contains__", "__iter__", "array", "handle", "flush", "map", "unmap", "__copy__",
                        "__deepcopy__"}, f"what do these do on protected pages? {missing}"
 
@@ -160,7 +160,7 @@ def test_a_call_raises_where_it_would_fault_and_works_elsewhere(mem, access, nam
         return
     with pytest.raises((ValueError, TypeError, linmem.PageError)) as caught:
         call(mem)
-    traceback.clear_frames(caught.tb)       # they hold views
+    traceback.clear_frames(caught.tb)       # the frames hold views
     if caught.type is ValueError and name != "discard":
         assert f"the page at {AT} has the access '{access}'" in str(caught.value)
     assert shown(mem)[AT // PAGE] == SHOWN[access]
@@ -242,10 +242,11 @@ def test_a_memory_made_in_python_of_protected_pages_is_refused_as_a_whole_and_it
         made.close()
 
 
-# -- what is known -----------------------------------------------------------------------------------
+# -- linmem's record ---------------------------------------------------------------------------------
 
 def check_known(mem, model):
-    """linmem refuses what the model says, the OS shows it, and a snapshot needs only that all can be read."""
+    """linmem refuses exactly the accesses that the model forbids, the OS shows the same protection, and a snapshot
+    needs only readable pages."""
     assert shown(mem) == [SHOWN[access] for access in model]
     for page, access in enumerate(model):
         for call, works in ((lambda at: mem.read(at, 1), access != "none"),

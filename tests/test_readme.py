@@ -1,4 +1,4 @@
-"""What README and the documentation show is what happens: every Python block runs, alone, in a child process."""
+"""README and the documentation are correct: every Python block runs, alone, in a child process."""
 
 import os
 import re
@@ -16,7 +16,7 @@ pytest.importorskip("wasmtime")
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^(<!-- dies -->\n)?```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-# A segmentation fault, or a bus error (macOS); on Windows the access violation is the exit code.
+# Exit codes: segmentation fault, bus error (macOS), and access violation on Windows.
 DEATHS = {-11, -10, -7, 0xC0000005, 0xC0000005 - (1 << 32)}
 BLOCKS = [
     pytest.param(block[2], bool(block[1]), id=f"{page.name}:{block.string.count(chr(10), 0, block.start()) + 1}")
@@ -32,7 +32,7 @@ def run(code: str, cwd: Path) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize(("code", "dies"), BLOCKS)
 def test_a_python_block_does_what_the_page_says(code, dies, tmp_path):
-    # The page's own words come after it: where a crash starts a debugger, that would be waited for.
+    # die_quietly() starts no debugger on a crash; a debugger would block the test.
     child = run(f"from linmem._os import pages\npages.die_quietly()\n{code}" if dies else code, tmp_path)
     if dies:
         assert child.returncode in DEATHS, f"exit {child.returncode}\n{child.stdout}\n{child.stderr}"

@@ -1,4 +1,4 @@
-"""A real program as client: the same C source natively and as wasm in linmem memories."""
+"""A real program as a client: the same C source runs natively and as wasm in linmem memories."""
 
 import pathlib
 import subprocess

@@ -1,4 +1,4 @@
-"""The policy of the pool's resets against a model of what the machine's calls cost. No clock, no system call."""
+"""The pool's reset policy against a model of the machine's costs. Uses no clock and no system call."""
 
 import itertools
 import math
@@ -19,11 +19,11 @@ class Machine:
     """Microseconds."""
 
     fault: float
-    free: float             # of one resident page
-    scan: float             # of a range with little in it
-    discard: float          # the same
-    seen: float             # of one resident page in a scan
-    zeroing: tuple[tuple[int, float], ...]      # of one page, by how many there are
+    free: float             # cost for one resident page
+    scan: float             # cost for a range with few resident pages
+    discard: float          # cost for a range with few resident pages
+    seen: float             # cost for one resident page in a scan
+    zeroing: tuple[tuple[int, float], ...]      # cost for one page, by the number of pages
 
     def zero(self, n):
         return n * next(us for most, us in self.zeroing if n <= most)
@@ -42,7 +42,7 @@ MACHINES = {
 
 
 def adaptive(machine, n, uses):
-    """The cost of each use, its faults and its reset."""
+    """Yields the cost of each use: its page faults and its reset."""
     policy, resident = machine.policy(), set()
     for dirty in uses:
         cost = machine.fault * len(dirty - resident)
@@ -97,7 +97,7 @@ def test_no_pattern_costs_much_more_than_the_better_simple_method_and_most_cost_
     for n, d in SIZES:
         for name, uses in patterns(n, d, random.Random(n + d)):
             uses = list(itertools.islice(uses, USES))
-            # The second half: by then the policy knows what it deals with.
+            # Compares the second half only, because the policy adapts itself during the first half.
             ours = sum(list(adaptive(machine, n, uses))[USES // 2:])
             found[n, d, name] = better_simple_method(machine, n, uses[USES // 2:]) / ours
     worst = min(found, key=found.get)
@@ -132,7 +132,7 @@ def test_what_a_slot_may_not_keep_is_given_back():
     assert policy.begin(1000) == "scan"
     assert not policy.end(1000, 11, 10)
     policy.given_back()
-    assert policy.begin(1000) == "discard"      # and the next ones are not looked at
+    assert policy.begin(1000) == "discard"      # the following resets do not scan
 
 
 def test_a_small_range_is_zeroed_without_a_look_once_that_may_pay_for_the_faults():

@@ -1,4 +1,4 @@
-"""Snapshots of instances: what goes back, what cannot, and that it is said."""
+"""Snapshots of instances: state that a restore brings back, and reports about state that it cannot restore."""
 
 import gc
 import pathlib
@@ -33,7 +33,7 @@ COUNTER = """(module
   (func (export "grow") (param i32) (result i32) (memory.grow (local.get 0))))"""
 
 
-ENGINE = engine_of()        # of mmap, which keeps nothing
+ENGINE = engine_of()        # a MmapCreator, which keeps no memories
 
 
 def start(wat, imports=(), engine=ENGINE, **how):
@@ -46,7 +46,7 @@ def contents(store, exports, name="memory"):
     return bytes(exports[name].read(store))
 
 
-# -- what goes back ----------------------------------------------------------------------------------
+# -- restored state ----------------------------------------------------------------------------------
 
 
 @with_every_creator
@@ -96,7 +96,7 @@ TWO = """(module (memory (export "a") 1) (memory (export "b") 1 4) (global (expo
 
 
 def spoiled(store, exports):
-    """Change all that a snapshot of TWO holds; what it is then."""
+    """Changes everything that a snapshot of TWO holds. Returns a function that reads this state."""
     exports["a"].write(store, b"new", 0)
     exports["g"].set_value(store, 2)
     exports["t"].set(store, 0, exports["grow"])
@@ -169,7 +169,7 @@ def test_of_several_memories_all_are_restored_or_none():
     restore_all([*memories, larger], [*images, small])
     assert [memory[0] for memory in memories] == [0, 0, 0]
     for memory in (*memories, larger):
-        memory.close()          # no lock and no use is left
+        memory.close()          # close() works, so no lock and no use is left
 
 
 def test_a_memory_that_has_grown_keeps_its_size_and_what_it_gained_is_zeroed_on_demand():
@@ -256,7 +256,7 @@ def test_an_instance_that_was_not_prepared_can_be_held_too():
 
 
 class Histories(RuleBasedStateMachine):
-    """Steps, growth, new instances, snapshots and restores against a model."""
+    """Random steps, growths, instances, snapshots and restores against a model."""
 
     @initialize(kind=st.sampled_from(["mmap", "pool"]))
     def begin(self, kind):
@@ -267,7 +267,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule()
     def enter(self):
-        """In another store: the memory of the last one may be handed out again."""
+        """Continues in another store, which may get the memory of the previous store."""
         self.store.close()
         self.store = wasmtime.Store(self.engine)
         self.instance = self.prepared.instantiate(self.store)
@@ -318,7 +318,7 @@ class Histories(RuleBasedStateMachine):
 TestHistories = Histories.TestCase
 
 
-# -- what cannot go back -----------------------------------------------------------------------------
+# -- state that cannot be restored -------------------------------------------------------------------
 
 SECRETIVE = """(module (memory (export "memory") 1) (memory 1) (global $stack (mut i32) (i32.const 4096))
   (func (export "fail") (global.set $stack (i32.const 1)) (i32.store8 1 (i32.const 0) (i32.const 1)) unreachable)
@@ -410,7 +410,7 @@ def test_an_instance_of_which_nothing_is_held_or_known_is_refused():
     with pytest.raises(ValueError, match="no memory and no mutable global, and what its module hides is not known"):
         Snapshot.take(store, instance)
     assert "not made by prepare" in Snapshot.take(store, instance, partial=True).unseen[0]
-    store, instance, _ = start('(module (func (export "f")))')      # known to have no state
+    store, instance, _ = start('(module (func (export "f")))')      # this module is known to have no state
     assert Snapshot.take(store, instance).unseen == ()
 
 
@@ -422,7 +422,7 @@ def test_a_table_of_an_instance_that_was_not_prepared_is_named():
     assert snapshot.unseen[0] == "the elements of exported table 't'"
 
 
-# Its table is a dispatch table that the guest itself changes.
+# A module whose table is a dispatch table that the guest itself changes.
 DISPATCHER = """(module (type $f (func (result i32))) {table}
     (func $one (type $f) (i32.const 1)) (func $two (type $f) (i32.const 2)) (elem (i32.const 1) {elements})
     (func (export "call") (param i32) (result i32) (call_indirect (type $f) (local.get 0)))
@@ -496,7 +496,7 @@ def test_tables_and_globals_of_objects_and_foreign_memories_are_refused_or_named
     '(table (export "t") 2 nullcontref)', '(type $f (func)) (type $c (cont $f)) (table (export "t") 1 (ref null $c))',
     '(global (export "g") (mut contref) (ref.null cont))', "(global (mut nullcontref) (ref.null nocont))"])
 def test_continuations_are_never_read_and_always_refused(wat):
-    store, instance, _ = start(f"(module {wat})", expose=True)      # wasmtime's C API ends the process at such a read
+    store, instance, _ = start(f"(module {wat})", expose=True)      # wasmtime's C API ends the process on such a read
     with pytest.raises(ValueError, match="reference"):
         Snapshot.take(store, instance)
     Snapshot.take(store, instance, partial=True).restore(store)
@@ -590,7 +590,7 @@ def test_nothing_is_taken_or_restored_while_a_call_into_the_store_runs():
         "take": (RuntimeError, "a snapshot cannot be taken while a call into its store is running"),
         "restore": (RuntimeError, "a snapshot cannot be restored while a call into its store is running")}
     snapshot.restore(store)
-    store.close()       # the function knows the store, and wasmtime-py the function
+    store.close()       # closes a cycle: the function refers to the store, and wasmtime-py to the function
 
 
 def test_a_function_of_the_users_named_as_one_of_wasmtimes_is_no_call_into_the_store():
@@ -658,7 +658,7 @@ def test_a_snapshot_keeps_no_store_alive_and_may_be_dropped_anywhere():
 
 @pytest.fixture(scope="module")
 def forth(tmp_path_factory):
-    """An interpreter in C, as a compiler makes it."""
+    """An interpreter, which a compiler builds from C."""
     if not NEEDS["zig"][0]:
         pytest.skip(NEEDS["zig"][1])
     source = pathlib.Path(__file__).parent / "programs" / "forth.c"
@@ -708,7 +708,7 @@ def test_an_interpreter_that_is_put_back_answers_like_a_new_one(forth, kind):
     assert prepared.images[0].size > 1 << 20
     assert prepared.added
     program = Forth(engine, lambda linker, store: prepared.instantiate(store, linker))
-    program.call("init", 2000)      # room on the heap for what is to come
+    program.call("init", 2000)      # room on the heap for the later requests
     snapshot = Snapshot.take(program.store, program.instance)
     assert all("tables" in text for text in snapshot.unseen)
     for turn in range(3):

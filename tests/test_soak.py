@@ -1,4 +1,4 @@
-"""A short soak ends well, and each kind of fault that it is there for is found and named."""
+"""A short soak succeeds, and a soak with a planted fault finds and names the fault."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def leak(creator, mem):
 def descriptor(creator, mem):
     everything.append(linmem.Image.from_bytes(b"x"))
 
-def shared(creator, mem):       # one thread's bytes come to another's
+def shared(creator, mem):       # a thread overwrites another thread's bytes
     creator.kept.append(memoryview(mem))
     for view in creator.kept[-30:]:
         if len(view) > 100: view[100] ^= 1
@@ -49,10 +49,10 @@ def hang(creator, mem):
         threading.Event().wait()
 
 def child(creator, mem):
-    if len(mem) and threading.active_count() == 1:      # only where one thread was forked off
+    if len(mem) and threading.active_count() == 1:      # only in a forked child, which has one thread
         mem[0] = 1
 
-def orphan(creator, mem):       # a child hangs, and its parent ends with a finding of its own
+def orphan(creator, mem):       # a child hangs, and its parent ends because of another finding
     if os.getpid() != parent:
         threading.Event().wait()
     if forked:
@@ -68,7 +68,7 @@ os._exit(status)
 """
 
 
-def planted(wrong, *arguments, minutes="1"):       # at most: it ends with what it finds
+def planted(wrong, *arguments, minutes="1"):       # minutes: the upper bound; the soak ends at the first finding
     given = ["--seed", "5", "--threads", "4", "--minutes", minutes]
     done = run_child(PLANTED.format(wrong=wrong, arguments=[*given, *arguments]))
     assert done.returncode == 1, done.stdout + done.stderr
@@ -110,20 +110,21 @@ def test_a_planted_fault_is_found_and_named(wrong, said):
 
 
 def test_a_thread_that_hangs_is_found_and_where():
-    for seconds in ("1.5", "15", "60"):     # until no step of another thread takes that long on this machine
+    for seconds in ("1.5", "15", "60"):     # until no step of another thread takes this long on a slow machine
         said = planted("hang", "--hang", seconds)
         if "in hang" in said:
             break
     assert re.search(r"Wrong: (worker \d hangs: for|a forked child hung for)", said)
-    assert "in hang" in said        # the frames of whoever it is
+    assert "in hang" in said        # the frames of the hanging function
 
 
 @pytest.mark.slow
 @requires("fork")
 def test_a_child_that_hangs_ends_though_its_parent_has_ended_before():
-    said = planted("orphan", "--hang", "6", minutes="0.5")      # and not before all that holds its output has ended
+    # ends only when all processes that hold its output have ended
+    said = planted("orphan", "--hang", "6", minutes="0.5")
     assert "RuntimeError: never heard of" in said
-    assert "in orphan" in said.rpartition("soak: FAILED")[2]        # the frames of the child, which comes last
+    assert "in orphan" in said.rpartition("soak: FAILED")[2]        # the child's frames, which come last
 
 
 @requires("maps")

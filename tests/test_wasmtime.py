@@ -1,4 +1,4 @@
-"""linmem under a real wasmtime engine: what wasm sees, what Python sees, and who owns what."""
+"""linmem under a real wasmtime engine: the views of wasm and of Python, and ownership."""
 
 import copy
 import gc
@@ -27,7 +27,7 @@ GROWING = """(module
 
 
 def make_config(creator=None, tune=True, **settings):
-    """A Config with linmem installed; `settings` are wasmtime's own, by the names of its C API."""
+    """A Config with linmem installed. `settings` are wasmtime's own, under their names in the C API."""
     config = wasmtime.Config()
     config.wasm_memory64 = True
     config.wasm_multi_memory = True
@@ -49,7 +49,7 @@ def needs(name):
     return pytest.mark.skipif(not hasattr(ffi, name), reason=f"this wasmtime-py has no {name}")
 
 
-# -- what wasm sees ----------------------------------------------------------------------------
+# -- the view of wasm --------------------------------------------------------------------------
 
 
 def test_data_segments_arrive_and_the_rest_is_zero():
@@ -178,7 +178,7 @@ def test_one_byte_pages_bound_to_the_byte_and_refuse_a_growth_that_wraps():
         (func (export "load") (param i64) (result i32) (i32.load8_u (local.get 0))))""", wasm_custom_page_sizes=True)
     memory = linmem.wasmtime.linear_memory(store, exports["memory"])
     assert len(memory) == 5
-    for delta in (-1, -5, -6, -4096):       # SIZE_MAX once clamped: rounding it up would wrap to 0
+    for delta in (-1, -5, -6, -4096):       # a size clamped to SIZE_MAX must not wrap to 0 when it is rounded up
         assert exports["grow"](store, delta) == -1
     assert exports["grow"](store, 4096) == 5
     assert len(memory) == 4101
@@ -354,7 +354,7 @@ def test_a_creator_lives_exactly_as_long_as_the_config_or_its_engine(with_engine
     assert alive() is None
 
 
-# -- who owns what ------------------------------------------------------------------------------------------
+# -- ownership ----------------------------------------------------------------------------------------------
 
 
 def test_a_view_outlives_the_store_the_engine_and_the_handle():
@@ -502,7 +502,7 @@ def test_the_tightest_of_nested_budgets_decides_and_the_others_are_refunded():
 
 
 class Flaky(linmem.MemoryCreator):
-    """Fails on the calls whose numbers it was given."""
+    """Fails on the calls with the given numbers."""
 
     def __init__(self, *failing):
         self.failing = failing
@@ -531,7 +531,7 @@ def test_an_exception_of_a_python_creator_arrives_through_wasmtime_with_its_text
 
 
 class Plain(linmem.LinearMemory):
-    """A linear memory in Python over one that linmem made, refusing to grow past `most`."""
+    """A linear memory in Python over one of linmem's memories that refuses to grow past `most`."""
 
     def __init__(self, memory, most):
         self.memory = memory
@@ -643,7 +643,7 @@ def test_new_memory_keeps_few_compiled_modules_and_those_that_were_used_last(mon
     assert sum(make(n) for n in range(40)) == 40
     assert len(linmem.wasmtime._modules[engine]) == most
     assert [make(39), make(40 - most), make(39 - most)] == [0, 0, 1]
-    assert make(40 - most) == 0             # it was used after the others
+    assert make(40 - most) == 0             # this module was used last
     store.close()
 
 

@@ -1,4 +1,4 @@
-"""The page floor on Windows, by the word of kernel32: VirtualQuery, the commit charge, a child's exit status."""
+"""The page floor on Windows. The tests ask kernel32: VirtualQuery, the commit charge, and a child's exit status."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ GIB = 1 << 30
 ACCESS_VIOLATION = 0xC0000005
 ERROR_NOT_ENOUGH_MEMORY, ERROR_INVALID_ADDRESS = 8, 487
 MEM_MAPPED = 0x40000
-# What Windows says when commit charge or addresses run out; Wine has access denied (5) for the former.
+# Windows' error codes for exhausted commit charge and for exhausted addresses. Wine uses access denied (5) for the
+# charge.
 NO_CHARGE = {5, 8, 14, 1455}
 NO_ADDRESSES = {8, 14, 87}
 
@@ -57,7 +58,7 @@ def kernel32():
 
 
 def regions(start, end):
-    """(size, state, access, allocation) of the regions in [start, end), cut to it."""
+    """The regions (size, state, access, allocation) in [start, end), with borders clipped to this range."""
     found = []
     while start < end:
         r = query(start)
@@ -80,7 +81,7 @@ def resident(start, size):
 
 
 def handles():
-    """Those that are open, by asking of each number: not every kernel32 counts them."""
+    """The open handles. Each number is tried, because some versions of kernel32 cannot count handles."""
     about, k = ctypes.c_uint32(), kernel32()
     return {n for n in range(4, 1 << 13, 4) if k.GetHandleInformation(ctypes.c_void_p(n), ctypes.byref(about))}
 
@@ -101,7 +102,7 @@ def addresses_in_use():
     return used
 
 
-# -- what is reserved, what is charged --------------------------------------------------------------
+# -- reserved and charged bytes ---------------------------------------------------------------------
 
 def test_sixty_four_memories_of_four_gibibytes_and_guards_are_charged_for_nothing_but_their_bytes():
     before = commit_status().commit_left
@@ -114,7 +115,7 @@ def test_sixty_four_memories_of_four_gibibytes_and_guards_are_charged_for_nothin
         assert len({allocation for *_, allocation in found}) == 1
         assert {state for _, state, _, _ in found} == {MEM_RESERVE, MEM_COMMIT}
         assert committed(mem) == PAGE
-    # 260 GiB stand reserved; other programs may take some charge meanwhile.
+    # 260 GiB are reserved. Meanwhile other programs may take a part of the charge.
     assert before - commit_status().commit_left < 4 * GIB
     for mem in memories:
         mem.close()
@@ -197,7 +198,7 @@ def test_discard_zeroes_gives_the_pages_back_and_keeps_the_charge():
 
 
 def test_a_view_read_by_another_thread_never_faults_while_pages_are_discarded():
-    # discard lets go of the GIL, so the reader runs in the midst of it.
+    # discard releases the GIL, so the reader runs during the discard.
     assert support.answer("""
         import threading
         import linmem
@@ -224,8 +225,8 @@ GUARDED = f"""
     import linmem
     mem = linmem.create({PAGE}, reserve={GIB}, guard={1 << 20})
     info = mem.info()
-    # The getter and setter of a ctypes value touch the byte themselves; a foreign call, as ctypes.memset,
-    # would make an exception of the fault.
+    # The getter and the setter of a ctypes value access the byte themselves. A foreign call, like ctypes.memset,
+    # would convert the fault to an exception.
     def read(address):
         return ctypes.c_ubyte.from_address(address).value
     def write(address):
@@ -262,7 +263,7 @@ def test_a_child_that_writes_a_protected_page_dies_of_an_access_violation():
 def test_an_out_of_bounds_access_of_wasm_traps_in_a_memory_that_linmem_owns():
     wasmtime = pytest.importorskip("wasmtime")
     config = wasmtime.Config()
-    linmem.wasmtime.install(config, linmem.MmapCreator())       # which keeps nothing once the store is closed
+    linmem.wasmtime.install(config, linmem.MmapCreator())       # keeps no memory after the store is closed
     store = wasmtime.Store(wasmtime.Engine(config))
     module = wasmtime.Module(store.engine, """(module
       (memory (export "memory") 1 3)
@@ -379,7 +380,7 @@ def test_describe_names_the_commit_limit_and_no_limit_on_addresses():
 # -- images ---------------------------------------------------------------------------------------------
 
 def mapped():
-    """Bytes of section views, of images and of whatever else the process has mapped."""
+    """Bytes of section views: views of images, and all other mapped views of the process."""
     end = 1 << support.FLOOR["address_bits"]
     at, found = 0x10000, 0
     while at < end - 0x20000:
@@ -411,7 +412,7 @@ def test_a_refused_page_call_of_an_image_leaves_no_handle_no_view_and_no_address
         for nth in range(1, 60):
             with support.failing(nth, ERROR_NOT_ENOUGH_MEMORY) as calls, contextlib.suppress(linmem.PageError):
                 IMAGE_ACTS[act](img, mem)
-            linmem.create(1).close()        # what a refused release has left is released with the next
+            linmem.create(1).close()        # also releases the ranges whose release was refused
             gc.collect()
             assert (handles(), mapped()) == (opened, views), nth
             assert addresses_in_use() - addresses < IMAGE, nth
@@ -446,7 +447,7 @@ def test_an_image_is_one_section_and_one_view_of_it_which_go_with_the_image():
         img = linmem.Image.from_bytes(b"x" * IMAGE)
         assert (len(handles() - opened), mapped() - views) == (1, IMAGE)
         with img.new_memory() as mem:
-            assert (len(handles() - opened), mapped() - views) == (1, IMAGE)      # a memory copies from it
+            assert (len(handles() - opened), mapped() - views) == (1, IMAGE)      # a memory copies from this view
             del img
             gc.collect()
             assert (mem[0], mem[IMAGE - 1]) == (ord("x"), ord("x"))
@@ -488,7 +489,7 @@ def test_a_warm_slot_is_inaccessible_beyond_its_minimum(reset):
 # -- write watch -------------------------------------------------------------------------------------------
 
 def written(mem):
-    """The pages of a memory that GetWriteWatch lists, or None where it does not watch."""
+    """The pages of a memory that GetWriteWatch lists, or None if the memory is not watched."""
     k = kernel32()
     most = len(mem) // PAGE
     found, count, unit = (ctypes.c_size_t * most)(), ctypes.c_size_t(most), ctypes.c_uint32()
