@@ -88,7 +88,7 @@ def children_compile_no_module_twice():
 
 
 @pytest.fixture(autouse=True, scope="module")
-def what_stays_is_not_garbage():
+def older_objects_are_not_garbage():
     """gc.collect() in a test need not look through the objects that existed before the file's first test."""
     gc.collect()
     gc.freeze()

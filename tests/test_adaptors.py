@@ -62,7 +62,7 @@ def test_over_the_budget_is_a_limit_error_with_the_figures():
         assert (again.limit, again.used, again.requested) == (10 * PAGE, 6 * PAGE, 5 * PAGE)
 
 
-def test_a_budget_of_nothing_makes_memories_of_nothing():
+def test_a_budget_of_zero_bytes_allows_empty_memories():
     limit = limiting(0)
     with limit.create(0, maximum=PAGE) as mem, pytest.raises(linmem.LimitError):
         mem.grow_to(1)
@@ -97,7 +97,7 @@ def test_budgets_nest_and_unwind_when_either_refuses(outer, inner):
     assert above.used_bytes == below.used_bytes == 0
 
 
-def test_a_growth_that_the_memory_refuses_costs_nothing():
+def test_a_growth_that_the_memory_refuses_is_not_charged():
     limit = limiting(100 * PAGE)
     with limit.create(PAGE, reserve=0, may_move=True) as mem, memoryview(mem):
         with pytest.raises(BufferError):
@@ -121,7 +121,7 @@ def test_a_memory_outlives_its_creators_and_is_still_counted():
     assert limit.used_bytes == 0
 
 
-def test_threads_never_get_more_than_the_budget_and_it_ends_at_exactly_nothing():
+def test_threads_never_exceed_the_budget_and_its_final_use_is_zero():
     most = 64 * PAGE
     limit = limiting(most)
     creator = linmem.StatisticsCreator(limit)
@@ -300,7 +300,7 @@ class Odd(Exception):
 
 
 @pytest.mark.parametrize("error", [Odd("why"), KeyboardInterrupt(), MemoryError("none")])
-def test_what_a_creator_in_python_raises_comes_out_as_it_is(error):
+def test_an_exception_of_a_creator_in_python_reaches_the_caller_unchanged(error):
     class Raises:
         def new_memory(self, *arguments):
             raise error
@@ -327,7 +327,7 @@ LIES = {
 
 @requires("real_pages")
 @pytest.mark.parametrize("lie", LIES)
-def test_a_memory_that_lies_is_refused_and_dropped(lie):
+def test_a_memory_with_inconsistent_answers_is_refused_and_dropped(lie):
     methods, message = LIES[lie]
     creator = MappedCreator(type("Liar", (MappedMemory,), methods))
     limit = limiting(100 * PAGE, linmem.PythonCreator(creator))
@@ -359,7 +359,7 @@ def test_a_base_that_moves_within_the_capacity_is_an_error():
 
 
 @pytest.mark.parametrize("made", [None, 5, object()])
-def test_what_is_no_memory_is_refused(made):
+def test_an_object_that_is_not_a_memory_is_refused(made):
     class Creator:
         def new_memory(self, *arguments):
             return made
@@ -462,7 +462,7 @@ class MovingMemory(MappedMemory):
 
 
 @requires("real_pages")
-def test_a_memory_in_python_moves_only_while_nobody_points_into_it():
+def test_a_memory_in_python_moves_only_without_exported_pointers():
     creator = MappedCreator(MovingMemory)
     with linmem.create(PAGE, guard=0, reserve=0, may_move=True, creator=creator) as mem:
         base = mem.as_ptr()

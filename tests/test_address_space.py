@@ -84,7 +84,7 @@ print("room")
 
 @requires("many_mappings", "large_space")
 @pytest.mark.parametrize("options", ["4096", "4096, maximum=1 << 44"])
-def test_others_find_room_beside_a_pool_whose_slots_are_live_and_then_idle(options):
+def test_other_allocations_find_room_beside_a_pool_with_live_and_then_idle_slots(options):
     assert answer(OTHERS + f"""
 pool = linmem.PoolingCreator()
 mems = [linmem.create({options}, creator=pool) for _ in range(3000)]
@@ -119,7 +119,7 @@ def test_a_memory_gets_no_more_by_choice_than_a_few_times_the_machines_memory():
 
 
 @requires("large_space")
-def test_what_a_caller_asks_for_is_not_bounded_by_the_half():
+def test_a_requested_size_is_not_bounded_by_half_of_the_space():
     assert answer("""
         import linmem
         from linmem._os import pages
@@ -133,7 +133,7 @@ def test_what_a_caller_asks_for_is_not_bounded_by_the_half():
 
 
 @requires("rlimits")
-def test_under_a_limit_the_choices_together_leave_half_of_what_there_was():
+def test_under_a_limit_the_chosen_sizes_leave_half_of_the_space():
     assert answer("""
         import linmem
         from linmem._os import pages
@@ -185,7 +185,7 @@ def test_all_pools_give_idle_slots_back_before_a_memory_is_refused(how):
 
 
 @requires("rlimits", "maps")
-def test_pools_give_back_what_a_new_memory_is_refused_after_its_reservation_too():
+def test_pools_also_give_slots_back_if_a_new_memory_is_refused_after_its_reservation():
     assert answer("""
         import linmem, re, resource
         pool = linmem.PoolingCreator(reset="zero", keep_resident=1 << 30)
@@ -212,7 +212,7 @@ def test_a_size_that_no_process_has_takes_no_idle_slot_away():
 
 
 @requires("rlimits")
-def test_pools_that_come_and_go_while_others_are_asked_to_give_back_are_never_touched_too_late():
+def test_pools_that_are_freed_while_others_give_back_are_never_used_after_free():
     assert answer("""
         import linmem, resource, threading
         used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -357,7 +357,7 @@ def test_a_memory_moves_only_if_it_was_made_to(maker):
         assert mem.as_ptr() != base
 
 
-def test_a_memory_of_which_a_creator_in_python_made_a_part_moves_as_the_request_says():
+def test_a_memory_made_through_a_creator_in_python_follows_the_may_move_of_the_request():
     class Wrapping:
         def new_memory(self, ty, minimum, maximum, reserved, guard):
             inner.append(linmem.MmapCreator().new_memory(ty, minimum, maximum, reserved, guard))
@@ -395,7 +395,7 @@ def test_applying_a_delta_to_an_image_needs_no_reservation_for_what_the_delta_ad
     assert bytes(made) == bytes(large)
 
 
-def test_info_shows_what_is_reserved():
+def test_info_shows_the_reserved_bytes():
     described = pages.describe()
     with linmem.create(PAGE, reserve=64 * PAGE) as mem:
         assert pages.describe()["reserved"] - described["reserved"] == mem.info().reserved

@@ -130,7 +130,7 @@ def test_a_suite_measures_each_goals_contenders_unless_the_system_lacks_somethin
         assert why
 
 
-def test_the_json_does_not_say_whose_machine_it_is(quick_run):
+def test_the_json_does_not_identify_the_machine(quick_run):
     text = json.dumps(quick_run[1]["machine"])
     for private in (os.path.expanduser("~"), os.getcwd(), sys.prefix):
         assert private not in text
@@ -182,7 +182,7 @@ def test_the_c_loops_give_their_reservations_back():
         assert _raw.grow_steps(total, page, page, page, 5) > 0
 
 
-def test_the_c_loops_raise_what_the_system_says():
+def test_the_c_loops_raise_the_systems_error():
     page = report.machine()["page_size"]
     with pytest.raises(OSError, match=r"\((ENOMEM|ERROR_\w+)\)"):
         _raw.create_close((1 << 62) & -page, page, page, 1)
@@ -207,7 +207,7 @@ def test_the_c_loop_over_memories_refuses_to_write_where_no_memory_is(touches, e
         _loops.use_memories(linmem.creator(), 4 * PAGE, *offsets(touches, ends), 1)
 
 
-def test_the_c_loop_over_memories_raises_what_the_creator_says():
+def test_the_c_loop_over_memories_raises_the_creators_error():
     with pytest.raises(linmem.LimitError):
         _loops.use_memories(linmem.creator("limiting", limit_bytes=PAGE), 2 * PAGE, *offsets([0], [1]), 1)
 
@@ -262,7 +262,7 @@ def test_linmems_contenders_make_their_memories_with_linmem_and_the_default_does
 
 
 @pytest.mark.usefixtures("with_wasmtime")
-def test_the_ctypes_creator_grows_its_memories_and_lets_each_go():
+def test_the_ctypes_creator_grows_and_releases_its_memories():
     import wasmtime
 
     if not hasattr(mmap, "PROT_READ"):
@@ -286,7 +286,7 @@ def test_the_ctypes_creator_grows_its_memories_and_lets_each_go():
 @pytest.mark.usefixtures("with_wasmtime")
 @requires("maps")
 @pytest.mark.parametrize("setting", engines.POOLING, ids=lambda setting: setting.key)
-def test_a_pooling_engine_stays_within_the_room_that_is_asked_for_and_is_let_go_of(setting):
+def test_a_pooling_engine_stays_within_the_requested_room_and_is_freed(setting):
     from wasmtime import _ffi as ffi
 
     before = {m.start for m in mappings()}
@@ -308,7 +308,7 @@ def test_a_pooling_engine_stays_within_the_room_that_is_asked_for_and_is_let_go_
 
 @pytest.mark.usefixtures("with_wasmtime")
 @requires("rlimits")
-def test_a_pooling_engine_for_which_there_is_no_room_says_so_instead_of_ending_the_process():
+def test_a_pooling_engine_without_enough_room_reports_it_instead_of_ending_the_process():
     done = run_child("""
         from linmem.bench import engines
         for setting in engines.POOLING[:2]:
@@ -363,7 +363,7 @@ def test_the_native_loop_offers_each_instance_its_image(setting):
 
 
 @pytest.mark.usefixtures("with_wasmtime")
-def test_the_native_loop_leaves_alone_what_another_has_on_offer():
+def test_the_native_loop_does_not_take_the_open_offer_of_another_caller():
     kept = engines.Kept(engines.LINMEM_POOL)
     made, other = (engines.prepare(kept.engine, WITH_DATA) for _ in range(2))
     at = engines.address(kept.engine.ptr()), engines.address(made.module.ptr())
@@ -430,7 +430,7 @@ def of_one_mebibyte(monkeypatch):
 @requires("numpy")
 @pytest.mark.usefixtures("of_one_mebibyte")
 @pytest.mark.parametrize("build", [lambda full: image.restore(16, full, 2), image.new_memory], ids=["restore", "new"])
-def test_every_way_to_come_to_an_images_bytes_runs(build):
+def test_every_way_to_read_an_images_bytes_runs(build):
     for one in build(harness.Shared(image.full_image)).contenders:
         assert one.make()(3) > 0, one.what
 
@@ -485,7 +485,7 @@ class Interpreter:
 
 
 @pytest.mark.usefixtures("with_wasmtime")
-def test_the_words_of_the_interpreters_library_compute_what_their_names_say():
+def test_the_words_of_the_interpreters_library_compute_the_functions_of_their_names():
     shipped = Interpreter(INTERPRETER.with_suffix(".wasm"))
     assert shipped.module.imports == []
     assert {text: shipped.answer(text) for text in ANSWERS} == ANSWERS
@@ -523,7 +523,7 @@ def uses_of(pattern, dirty=16, total=1024, count=64):
 
 
 @requires("numpy")
-def test_each_pattern_touches_what_its_name_says():
+def test_each_pattern_touches_the_pages_of_its_name():
     same, redrawn, alternating, bursty, skewed = map(uses_of, reset.PATTERNS)
     assert len(set(map(tuple, same))) == 1
     assert len(set(map(tuple, redrawn))) == 64
@@ -538,7 +538,7 @@ def test_each_pattern_touches_what_its_name_says():
 
 @requires("numpy")
 @pytest.mark.parametrize("pattern", reset.PATTERNS)
-def test_a_pattern_is_the_same_in_every_run_and_never_touches_a_page_that_is_not_there(pattern):
+def test_a_pattern_is_the_same_in_every_run_and_stays_within_the_memory(pattern):
     assert uses_of(pattern) == uses_of(pattern)
     assert all(len(use) <= 16 for use in uses_of(pattern, 16, 16))
 
@@ -553,7 +553,7 @@ def test_all_ways_to_reset_run_whole_periods_of_the_same_sequence():
 
 # -- threads ----------------------------------------------------------------------------------------------
 
-def test_a_run_on_threads_does_every_operation_and_counts_a_partial_one_for_what_it_is():
+def test_a_run_on_threads_does_every_operation_and_at_least_one_on_each_thread():
     done = []
     run = threads.on_threads(lambda n: done.append(n), 2, threads.Spoilt())
     assert run(10) >= 0
@@ -639,7 +639,7 @@ def test_contenders_take_turns_and_each_is_first_in_some_round(monkeypatch):
     assert len(set(rounds)) == 6
 
 
-def test_a_preempted_run_is_repeated_until_one_is_left_alone(monkeypatch):
+def test_a_preempted_run_is_repeated_until_a_run_is_undisturbed(monkeypatch):
     counts = iter([0, 1, 1, 2, 2, 2])
     monkeypatch.setattr(harness, "preemptions", lambda: next(counts))
     times = iter([300, 200, 250])
@@ -653,7 +653,7 @@ def test_a_run_that_is_preempted_every_time_counts_as_disturbed_and_gives_its_fa
     assert harness.run_undisturbed(lambda n: next(times), 1) == (200, False)
 
 
-def test_a_contender_that_cannot_run_says_why_and_the_others_are_measured():
+def test_a_contender_that_cannot_run_gives_the_reason_and_the_others_are_measured():
     def refuse():
         raise harness.Unavailable("not on a Tuesday")
 
@@ -717,7 +717,7 @@ def test_a_goal_by_p10_looks_at_the_machines_best_state_and_one_by_median_at_eve
     assert (by_p10.ratio_p10, by_p10.holds) == (1.0, False)
 
 
-def test_what_another_contender_costs_is_taken_off_before_times_are_compared():
+def test_the_cost_of_another_contender_is_subtracted_before_times_are_compared():
     def less(key, ns, base):
         return harness.Contender(key, key, lambda: lambda n: ns * n, less=base)
 
@@ -731,7 +731,7 @@ def test_what_another_contender_costs_is_taken_off_before_times_are_compared():
     assert nothing_left.unavailable == "what is left is less than the noise"
 
 
-def test_a_row_whose_subject_is_not_the_first_contender_says_so():
+def test_a_row_whose_subject_is_not_the_first_contender_is_marked():
     group = harness.Group("g", "operation", (contender("a", 10), contender("b", 30), contender("c", 60)),
                           (harness.Goal("c", None), harness.Goal("c", None, ours="b")), operations=1)
     first, second = harness.compare(group, harness.measure(group, 2, 0, lambda: None))
@@ -775,7 +775,7 @@ def test_a_contender_that_only_some_groups_of_a_table_have_is_a_dash_for_the_oth
     assert table.lines == [("a", [1.0, 4.0]), ("b", [None, 5.0]), ("c", [3.0, 6.0])]
 
 
-def test_what_a_group_shares_is_made_once_and_lives_as_long_as_somebody_holds_it():
+def test_the_shared_object_of_a_group_is_made_once_and_kept_while_it_is_referenced():
     class Big:
         pass
 
@@ -788,7 +788,7 @@ def test_what_a_group_shares_is_made_once_and_lives_as_long_as_somebody_holds_it
     assert isinstance(shared(), Big)
 
 
-def test_the_worst_of_all_patterns_is_the_row_that_speaks_for_them():
+def test_the_worst_pattern_is_the_summary_row_of_all_patterns():
     def result(key, ratio):
         rows = [harness.Row(f"{key}/{name}", key, "adaptive", name, None, SPEED, P10, ratio_p10=ratio)
                 for name in ("discard", "better_simple")]
@@ -809,7 +809,7 @@ def test_each_contender_may_have_its_own_number_of_operations_within_the_groups_
     assert [s.operations for s in harness.measure(group, 2, 1600, lambda: None)] == [512, 16, 4, 7]
 
 
-def test_what_was_measured_is_let_go_of_before_the_next_group():
+def test_measured_objects_are_freed_before_the_next_group():
     class Big:
         def __call__(self, n):
             return n
@@ -846,7 +846,7 @@ def test_the_markdown_replaces_only_what_stands_between_the_marks(tmp_path):
 # -- counted results ------------------------------------------------------------------------------------------
 
 @requires("maps", "scans")       # without scans, a reset discards the pages of large memories immediately
-def test_a_burst_shows_in_what_is_resident_and_the_traffic_after_it_gives_all_back(monkeypatch):
+def test_a_burst_raises_resident_bytes_and_later_traffic_gives_them_back(monkeypatch):
     case = soak_pool.CASES[0]
     for idle in (0.1, 2, 20):       # until the burst takes less time than this on a slow machine
         before, at_once, later = soak_pool.Server(idle).serve(case, 4)
@@ -859,7 +859,7 @@ def test_a_burst_shows_in_what_is_resident_and_the_traffic_after_it_gives_all_ba
 
 
 @pytest.mark.parametrize("case", fair.CASES, ids=lambda case: case.key)
-def test_tenants_that_share_a_domain_are_no_reason_to_be_fair(case):
+def test_tenants_of_one_domain_have_no_separate_shares(case):
     assert fair.hit_rate(case, 20, "second") == 0.95
     assert fair.hit_rate(case, 20, "first") == 0
     assert linmem.metrics.totals()["resident_bound"] != fair.ROOM * fair.STEP
@@ -904,7 +904,7 @@ OUTPUTS = {"--json": "figures.json", "--picture": "figure.png", "--markdown": "p
 
 @requires("matplotlib")
 @pytest.mark.parametrize("option", OUTPUTS)
-def test_a_file_of_figures_is_there_whole_or_not_at_all(monkeypatch, tmp_path, capsys, option):
+def test_a_file_of_figures_is_written_atomically(monkeypatch, tmp_path, capsys, option):
     path = tmp_path / OUTPUTS[option]
     path.write_bytes(b"old")
     path.chmod(0o600)
@@ -940,7 +940,7 @@ def test_a_file_of_figures_with_no_name_is_refused_before_anything_is_measured(o
 
 @requires("matplotlib")
 @pytest.mark.parametrize("option", OUTPUTS)
-def test_what_cannot_be_written_is_said_in_a_line_each_and_the_rest_is_written(monkeypatch, tmp_path, capsys, option):
+def test_outputs_that_cannot_be_written_are_named_and_the_rest_is_written(monkeypatch, tmp_path, capsys, option):
     paths = {name: tmp_path / file for name, file in OUTPUTS.items()}
     paths[option] = tmp_path / "no\nfolder" / OUTPUTS[option]
     assert measured(monkeypatch, *(word for pair in paths.items() for word in pair)) == 1
@@ -950,7 +950,7 @@ def test_what_cannot_be_written_is_said_in_a_line_each_and_the_rest_is_written(m
 
 
 @requires("matplotlib")
-def test_a_picture_of_no_known_format_is_refused_and_nothing_is_left(monkeypatch, tmp_path, capsys):
+def test_a_picture_of_an_unknown_format_is_refused_and_leaves_no_file(monkeypatch, tmp_path, capsys):
     assert measured(monkeypatch, "--picture", tmp_path / "figure.nothing") == 1
     (line,) = refusals(capsys.readouterr())
     assert "nothing" in line

@@ -226,7 +226,7 @@ def test_the_program_cannot_open_a_file_outside_its_directories(program, tmp_pat
 
 
 @pytest.mark.parametrize("backtrace", ["0", "1"])
-def test_a_trap_ends_with_134_and_says_what_and_where(wat, backtrace):
+def test_a_trap_ends_with_134_and_prints_its_kind_and_place(wat, backtrace):
     path = wat(TRAPS)
     done = linmem_process("run", path, env={"RUST_BACKTRACE": backtrace})
     assert (done.returncode, done.stdout) == (134, b"")
@@ -236,7 +236,7 @@ def test_a_trap_ends_with_134_and_says_what_and_where(wat, backtrace):
     assert "Traceback" not in done.stderr.decode()
 
 
-def test_an_access_past_the_memory_is_a_trap_and_kills_nothing(wat):
+def test_an_access_past_the_memory_is_a_trap_and_not_a_crash(wat):
     done = linmem_process("run", wat(TOUCHES_THE_GUARD))
     assert done.returncode == 134
     assert b"out of bounds memory access" in done.stderr
@@ -292,14 +292,14 @@ def test_a_program_that_does_not_fit_its_budget_is_refused_with_the_figures(wat)
     assert "196608" in text
 
 
-def test_the_report_of_a_program_that_could_not_be_run_comes_too(wat):
+def test_a_program_that_could_not_be_run_has_a_report_too(wat):
     done = linmem_process("run", "--max-memory", "64KiB", "--json", wat(NEVER_ENDS))
     assert done.returncode == 1
     figures = report_of(done)
     assert (figures["exit_code"], figures["memories"], figures["all"]["failures"]) == (1, [], 1)
 
 
-def test_the_report_counts_what_the_program_did(wat):
+def test_the_report_counts_the_programs_operations(wat):
     path = wat(GROWS_THREE_TIMES)
     done = linmem_process("run", "--json", path)
     assert (done.returncode, done.stdout) == (0, b"")
@@ -315,12 +315,12 @@ def test_the_report_counts_what_the_program_did(wat):
     assert figures["all"]["peak_bytes"] == 7 * 65536
 
 
-def test_the_reports_resident_peak_is_what_the_program_touched(program):
+def test_the_reports_resident_peak_counts_the_pages_that_the_program_touched(program):
     (memory,) = report_of(linmem_process("run", "--json", program, "allocate", 32 << 20))["memories"]
     assert 32 << 20 <= memory["peak_resident"] <= memory["peak_size"]
 
 
-def test_the_report_in_words_says_the_same_figures_on_standard_error(wat):
+def test_the_text_report_prints_the_same_figures_on_standard_error(wat):
     done = linmem_process("run", wat(GROWS_THREE_TIMES), "--report")
     assert (done.returncode, done.stdout) == (0, b"")
     head, line = done.stderr.decode().splitlines()
@@ -340,7 +340,7 @@ def test_every_memory_of_the_program_has_its_line(wat):
     assert [(m["first_size"] >> 16, m["peak_size"] >> 16, m["growths"]) for m in memories] == [(2, 2, 0), (5, 6, 1)]
 
 
-def test_a_program_without_memory_has_a_report_that_says_so(wat):
+def test_the_report_of_a_program_without_memory_states_this(wat):
     done = linmem_process("run", "--report", wat('(module (func (export "_start")))'))
     assert (done.returncode, done.stderr.splitlines()) == (0, [b"linmem: no memory was asked for"])
 
@@ -400,7 +400,7 @@ def test_a_wrong_size_is_named_in_one_line(text):
     (["info", "extra"], 2, "extra"),
     (["fly"], 2, "fly"),
 ])
-def test_what_cannot_be_done_is_refused_in_one_line(tmp_path, words, code, expected):
+def test_an_impossible_command_is_refused_in_one_line(tmp_path, words, code, expected):
     ok = '(module (func (export "_start")))'
     files = {
         "ok.wat": ok, "empty.wasm": b"", "image.png": b"\x89PNG\r\n\x1a\n" + bytes(64),
@@ -423,7 +423,7 @@ def test_what_cannot_be_done_is_refused_in_one_line(tmp_path, words, code, expec
     (["demo"], "wasmtime", "pip install 'linmem[demo]'"),
     (["demo"], "numpy", "pip install 'linmem[demo]'"),
 ])
-def test_a_missing_package_is_named_with_what_installs_it(tmp_path, wat, words, missing, advice):
+def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, wat, words, missing, advice):
     # A package of this name that raises Python's error for a package that is not installed.
     (tmp_path / "hidden" / missing).mkdir(parents=True)
     (tmp_path / "hidden" / missing / "__init__.py").write_text(
@@ -514,7 +514,7 @@ def test_the_demo_writes_plain_ascii():
     ("LARGEST_PRIME", 9_999_992, "expected 9999992, found 9999991"),
     ("TWIN_PRIMES", 58_981, "expected 58981, found 58980"),
 ])
-def test_a_figure_of_the_demo_that_does_not_hold_is_said_and_fails_it(monkeypatch, capsys, name, value, said):
+def test_a_wrong_figure_of_the_demo_is_printed_and_fails_the_demo(monkeypatch, capsys, name, value, said):
     monkeypatch.setattr(demo, name, value)
     assert cli.main(["demo"]) == 1
     out = capsys.readouterr().out
@@ -556,7 +556,7 @@ def test_the_demo_runs_where_the_address_space_is_short():
 
 # -- info ---------------------------------------------------------------------------------------------------
 
-def test_info_says_what_the_page_floor_says_and_the_guards_kill(tmp_path):
+def test_info_shows_the_page_floors_values_and_that_guards_crash_a_child(tmp_path):
     from importlib.metadata import version
 
     from linmem._os import pages
@@ -604,7 +604,7 @@ def test_the_self_test_can_fail(monkeypatch, capsys, script, why):
     assert "THE GUARDS DO NOT HOLD" in out
 
 
-def test_info_says_why_the_installer_does_not_work(monkeypatch, capsys):
+def test_info_gives_the_reason_if_the_installer_does_not_work(monkeypatch, capsys):
     monkeypatch.setattr(info, "WASMTIME_CHILD", "raise RuntimeError('no host memory creators')")
     assert cli.main(["info", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)["wasmtime"]
@@ -620,7 +620,7 @@ def test_only_a_memory_fault_counts_as_one(returncode, name):
     assert info.death(returncode) == name
 
 
-def test_a_reader_that_goes_away_is_no_traceback():
+def test_a_reader_that_closes_the_pipe_causes_no_traceback():
     process = subprocess.Popen([sys.executable, "-m", "linmem", "info", "--json"], stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, env=ENVIRONMENT)
     process.stdout.close()
@@ -651,7 +651,7 @@ def test_bench_gets_its_arguments_and_its_exit_code_is_ours(monkeypatch):
 @pytest.mark.parametrize(("missing", "advice"), [
     ("matplotlib.pyplot", "linmem[bench]"), ("linmem.bench", "pip install -e ."),
 ])
-def test_bench_names_what_is_missing(monkeypatch, capsys, missing, advice):
+def test_bench_names_the_missing_packages(monkeypatch, capsys, missing, advice):
     def main(args):
         raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
 
@@ -676,7 +676,7 @@ def test_an_import_error_of_another_kind_is_not_hidden(monkeypatch):
 @requires("fork")
 @pytest.mark.parametrize("closed", [1, 2])
 @pytest.mark.parametrize("words", ["info --json", "info", "image info no-file", "image diff no-file no-file"])
-def test_a_closed_stream_of_output_is_no_traceback_and_no_words_elsewhere(words, closed, tmp_path):
+def test_a_closed_output_stream_causes_no_traceback_and_no_output_elsewhere(words, closed, tmp_path):
     done = subprocess.run(["sh", "-c", f'"$0" -m linmem {words} {closed}>&-', sys.executable], capture_output=True,
                           text=True, timeout=120, cwd=tmp_path)
     assert "Traceback" not in done.stdout + done.stderr
@@ -690,7 +690,7 @@ def test_a_closed_stream_of_output_is_no_traceback_and_no_words_elsewhere(words,
     ["run", "--max-memory", "1\nMiB", "x.wasm"],
     ["info", "--no\noption"], ["info", "no\nword"], ["image", "info", "--no\noption", "x"], ["no\ncommand"],
     ["image", "no\naction"], ["bench", "--no\noption"]])
-def test_a_refusal_is_one_line_whatever_characters_are_in_the_words(arguments):
+def test_a_refusal_is_one_line_for_words_with_any_characters(arguments):
     done = linmem_process(*arguments)
     assert refusal(done, done.returncode).strip("\r\n").isprintable()
     assert done.returncode in (1, 2)

@@ -77,7 +77,7 @@ def test_a_token_follows_the_bytes_and_not_the_object(image, delta):
     assert token(lost) != token(more)
 
 
-def test_an_image_weighs_what_it_stores(image, delta):
+def test_the_sizeof_of_an_image_is_its_stored_bytes(image, delta):
     from dask.sizeof import sizeof
 
     import linmem.dask  # noqa: F401
@@ -292,7 +292,7 @@ def test_a_delta_comes_back_from_a_task(found):
 
 
 @cluster
-def test_a_worker_that_comes_later_knows_images_too(found):
+def test_a_worker_that_joins_later_also_supports_images(found):
     assert found["workers"] == 3
     assert found["late"] is True
     assert found["late_traffic"]["images_received"] == 1

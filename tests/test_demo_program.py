@@ -37,12 +37,12 @@ class Program:
         return bytes(memory.read(self.store, self.exports["table"](self.store), memory.data_len(self.store)))
 
 
-def test_the_shipped_program_knows_how_many_primes_there_are():
+def test_the_shipped_program_counts_primes_correctly():
     program = Program(SHIPPED)
     assert {limit: program.count_primes(limit) for limit in KNOWN} == KNOWN
 
 
-def test_the_shipped_program_imports_nothing_and_says_minus_one_where_the_table_cannot_be():
+def test_the_shipped_program_has_no_imports_and_returns_minus_one_if_the_table_does_not_fit():
     program = Program(SHIPPED)
     assert [entry.name for entry in program.module.imports] == []
     assert program.count_primes((1 << 30) + 1) == -1

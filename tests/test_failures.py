@@ -63,7 +63,7 @@ def test_a_chosen_reservation_that_the_os_refuses_becomes_a_small_one_and_then_t
 
 
 @requires("rlimits")
-def test_a_refused_reservation_of_address_space_says_what_linmem_holds_and_what_makes_it_less():
+def test_a_refused_reservation_of_address_space_gives_linmems_total_and_ways_to_reduce_it():
     assert answer(f"""
         import linmem
         mem = linmem.create({PAGE}, reserve=64 * {PAGE})

@@ -954,7 +954,7 @@ def trial(one, code, times):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def what_others_left_is_gone():
+def garbage_of_earlier_tests_is_collected():
     gc.collect()
 
 
@@ -966,7 +966,7 @@ def only_the_operation_itself_makes_page_calls():
 
 
 @pytest.mark.parametrize("one", [pytest.param(one, id=one.name) for one in ROWS])
-def test_whichever_page_call_is_refused_nothing_is_lost_and_nothing_is_left(one):
+def test_the_refusal_of_any_page_call_loses_no_state_and_leaks_no_resource(one):
     for way, (code, times) in WAYS.items():
         told, faults = trial(one, code, times)
         assert bool(faults) == one.calls, "a row is of an operation that makes a page call"
@@ -1026,7 +1026,7 @@ print("undone")
 
 
 @requires("maps")
-def test_a_growth_that_is_refused_half_way_leaves_nothing_accessible_behind_the_size():
+def test_a_growth_refused_half_way_leaves_no_accessible_page_behind_the_size():
     assert answer(CUT + """
 pool = linmem.PoolingCreator(reset="zero")
 with pool.create(2 * PAGE, **SHAPE) as mem:
@@ -1074,7 +1074,7 @@ def test_a_protection_whose_undoing_is_refused_too_keeps_the_memory_from_moving(
         assert mem.read(0, 4) == b"kept"
 
 
-def test_what_can_be_neither_made_resident_nor_hidden_again_has_grown():
+def test_a_growth_that_can_neither_be_prefaulted_nor_undone_succeeds():
     with MMAP(prefault=True).create(2 * PAGE, **SHAPE) as mem:
         with failing(2, OUT_OF_MEMORY, 3) as injected:      # the calls of prefault, decommit and protect
             mem.grow_to(5 * PAGE)
@@ -1228,7 +1228,7 @@ def test_every_public_name_is_in_a_row_or_makes_no_page_call():
     assert sorted(public_names()) == sorted(in_rows | QUIET.keys())
 
 
-def test_what_makes_no_page_call_makes_none():
+def test_the_operations_without_page_calls_make_no_page_call():
     scene = quiet_scene()
     scene.mem.discard()     # shows that calls are counted
     with counting() as counted:

@@ -197,7 +197,7 @@ ENDS = {"os._exit": "os._exit(0)", "sys.exit": "sys.exit(0)", "the end of the sc
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_a_child_uses_all_that_it_inherited_and_leaves_the_parents_alone_and_ends_by(end):
+def test_a_child_uses_its_inherited_memories_without_effect_on_the_parents_and_ends_by(end):
     assert scene(EVERYTHING + f"""
 pid = os.fork()
 if pid == 0:
@@ -237,7 +237,7 @@ print("untouched")
 """) == "untouched"
 
 
-def test_a_child_that_outlives_its_parent_keeps_what_it_inherited():
+def test_a_child_that_outlives_its_parent_keeps_its_inherited_memories():
     assert scene(EVERYTHING + """
 read, write = os.pipe()
 if os.fork() == 0:
@@ -417,7 +417,7 @@ def test_a_child_forked_in_the_middle_of_a_restore_may_restore_to_either_image(f
         """) == "either"
 
 
-def test_a_child_drops_what_the_threads_held_that_it_has_not():
+def test_a_child_drops_the_memories_that_lost_threads_held():
     """In the child, Python drops the thread-locals of lost threads before the fork handlers run."""
     assert scene("""
         pool = linmem.PoolingCreator()
@@ -672,7 +672,7 @@ def grow(Memory mem not None, size_t size):
 """
 
 
-def test_a_child_closes_what_another_thread_was_reading():
+def test_a_child_closes_a_memory_that_another_thread_was_reading():
     assert scene("""
         mem = linmem.create(1 << 22, maximum=1 << 30, reserve=1 << 30)
         mem.info()          # a fork during an import makes this import hang in the child
@@ -814,7 +814,7 @@ def test_a_slot_that_a_lost_thread_was_at_is_neither_in_use_nor_charged_in_the_c
         """) == "dropped"
 
 
-def test_a_memory_that_a_lost_thread_was_making_is_not_charged_in_the_child_and_its_own_is():
+def test_a_child_is_not_charged_for_the_memory_that_a_lost_thread_was_making_but_for_its_own():
     assert scene("""
         class Creator(linmem.MemoryCreator):
             def new_memory(self, *request):
@@ -876,7 +876,7 @@ def test_a_memory_in_python_that_a_lost_thread_was_moving_is_lost_in_the_child()
         """, DELEGATES) == "lost"
 
 
-def test_a_growth_whose_own_code_forks_goes_on_in_the_child_and_nobody_gets_between():
+def test_a_growth_whose_own_code_forks_continues_in_the_child_under_its_lock():
     assert scene("""
         pids = []
         def during(self):

@@ -449,7 +449,7 @@ KNOWN = Guest(f"""(module (memory (export "m0") 1 4) (data (i32.const 65530) "kn
         ("store 0", [(False, Border(0, -16)), (True, 1)]), ("store 0", [(False, Border(0, -8)), (True, 1)])])
 
 
-def test_what_a_guest_does_in_linmems_memories_is_what_it_does_in_wasmtimes_own():
+def test_a_guest_behaves_the_same_in_linmems_memories_as_in_wasmtimes_own():
     compared = Compared()
 
     @settings(parent=fewer_examples(2))
@@ -468,7 +468,7 @@ def test_what_a_guest_does_in_linmems_memories_is_what_it_does_in_wasmtimes_own(
 
 
 @requires("rlimits")
-def test_it_is_the_same_in_a_short_address_space_for_which_the_engine_is_tuned():
+def test_guests_behave_the_same_in_a_short_address_space_with_a_tuned_engine():
     assert answer("""
         from test_guests import *
         limiting = linmem.creator("limiting", limit_bytes=1 << 33)
@@ -575,7 +575,7 @@ def test_mutated_modules_are_refused_by_prepare_or_behave_as_wasmtime_has_it():
     assert all(done[what] for what in ("refused", "valid", "instances"))
 
 
-def test_a_length_that_lies_takes_neither_memory_nor_time():
+def test_a_wrong_length_costs_neither_memory_nor_time():
     wasm = binary(EVERYTHING)
     lies = [b"\xff\xff\xff\xff\x0f", b"\xff\xff\xff\xff\x07", b"\x80\x80\x80\x80\x01", b"\xff" * 9 + b"\1"]
     tracemalloc.start()

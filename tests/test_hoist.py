@@ -138,7 +138,7 @@ def same(wat, world=lambda store: [], calls=()):
 # -- segments that are taken -----------------------------------------------------------------------
 
 
-def test_a_constant_segment_becomes_a_run_and_stays_as_an_empty_one():
+def test_a_constant_segment_becomes_a_run_and_stays_as_an_empty_segment():
     made = same('(module (memory (export "m") 1) (data (i32.const 16) "hello"))')
     assert made.images == [((16, b"hello"),)]
     assert made.minima == [PAGE]
@@ -148,7 +148,7 @@ def test_a_constant_segment_becomes_a_run_and_stays_as_an_empty_one():
     assert hoist(made.module).module == made.module
 
 
-def test_a_module_without_memories_or_data_is_returned_as_it_is():
+def test_a_module_without_memories_or_data_is_returned_unchanged():
     for wat in ("(module)", "(module (func))", '(module (memory (export "m") 1))',
                 '(module (memory (export "m") 1) (data "passive"))'):
         made = same(wat)
@@ -263,7 +263,7 @@ def test_a_segment_out_of_bounds_still_traps_and_ends_the_hoisting(segment):
                             " traps"]
 
 
-def test_an_empty_segment_at_the_very_end_is_none_at_all():
+def test_an_empty_segment_at_the_very_end_counts_as_in_bounds():
     assert same('(module (memory (export "m") 1) (data (i32.const 65536) ""))').skipped == []
 
 
@@ -277,7 +277,7 @@ def test_segments_of_an_imported_memory_stay():
     assert made.skipped == ["data segment 0 and all after it of memory 0: the memory is imported"]
 
 
-def test_memory_init_and_data_drop_mean_what_they_meant():
+def test_memory_init_and_data_drop_keep_their_meaning():
     calls = [f"{what}{segment}" for segment in range(3) for what in ("none", "some", "drop", "none", "some")]
     functions = "".join(f"""
         (func (export "none{k}") (memory.init {k} (i32.const 64) (i32.const 0) (i32.const 0)))
@@ -306,7 +306,7 @@ def test_a_function_left_in_a_table_by_a_failed_element_segment_sees_no_data():
     assert "an element segment may trap" in made.skipped[0]
 
 
-def test_a_function_left_in_a_table_sees_the_data_before_the_segment_that_failed_and_no_other():
+def test_a_function_left_in_a_table_sees_only_data_from_before_the_failed_segment():
     def world(store):
         return [table(store), number(store, PAGE)]
 
@@ -345,7 +345,7 @@ def test_the_value_of_a_global_that_can_change_is_no_constant():
     assert made.skipped == ["data segment 0 and all after it of memory 0: its offset is not a constant of the module"]
 
 
-def test_references_of_shared_types_are_read_and_hinder_nothing():
+def test_references_of_shared_types_are_read_and_prevent_no_rewriting():
     made = hoist(binary("""(module (import "e" "g" (global (ref (shared func)))) (memory 1) (global i32 (i32.const 3))
         (data (global.get 1) "x"))"""))
     assert (made.unknown, made.images, made.skipped) == (False, [((3, b"x"),)], [])
@@ -365,7 +365,7 @@ def test_references_of_every_heap_type_are_read_in_short_and_at_length(heap_type
     assert (made.unknown, made.images, made.skipped) == (False, [((3, b"x"),)], [])
 
 
-def test_element_segments_that_cannot_fail_hinder_nothing():
+def test_element_segments_that_cannot_fail_prevent_no_rewriting():
     made = same(f"""(module (import "e" "t" (table 1 funcref)) (table $own 2 funcref) (memory 1) {PEEK}
         (elem (i32.const 0) $peek) (elem (table $own) (i32.const 0) func $peek $peek)
         (elem func $peek) (elem declare func $peek) (data (i32.const 0) "x"))""", lambda store: [table(store)])
@@ -565,7 +565,7 @@ def test_a_malformed_module_is_refused_with_the_place(wasm, text):
         hoist(wasm)
 
 
-def test_what_later_proposals_may_bring_is_left_alone_and_named():
+def test_parts_of_later_proposals_are_left_unchanged_and_named():
     # an import of kind 9, a constant expression with an unknown instruction
     wasm = b"\0asm\1\0\0\0\2\7\1\1e\1x\x09\0\x0b\7\1\0\x41\0\x0b\1x"
     made = hoist(wasm)
@@ -591,7 +591,7 @@ def test_what_later_proposals_may_bring_is_left_alone_and_named():
 # -- the state of instances -------------------------------------------------------------------------
 
 
-def test_the_outline_tells_what_is_imported_hidden_and_passive():
+def test_the_outline_lists_imported_hidden_and_passive_parts():
     found = outline(binary(EVERYTHING))
     assert (found.imported_memories, found.memories) == (1, 3)
     assert (found.imported_tables, found.tables) == (1, 2)
@@ -615,7 +615,7 @@ def test_the_outline_tells_what_is_imported_hidden_and_passive():
     ("(table.init 0 0 (i32.const 0) (i32.const 0) (i32.const 0))", True),
     ("(drop (table.get 0 (i32.const 0)))", False), ("(drop (table.size 0))", False), ("(elem.drop 0)", False),
     ("(call_indirect (i32.const 0))", False), ("(drop (i32.const 38))", False)])
-def test_a_hidden_table_is_state_only_if_code_can_change_it(code, changes):
+def test_a_hidden_table_is_state_only_if_code_can_change_the_table(code, changes):
     wasm = binary(f"(module (table 2 funcref) (elem func) (func {code}))")
     assert outline(wasm).hidden_tables() == [0] * changes
     assert expose(wasm)[1] == ({"linmem:table:0"} if changes else frozenset())
@@ -647,7 +647,7 @@ def test_code_that_changes_a_table_is_seen_however_its_numbers_are_written():
     assert not outline(module(b"\x1a\x1a")).changes_tables
 
 
-def test_what_is_hidden_can_be_exported_and_nothing_else_changes():
+def test_hidden_state_can_be_exported_and_no_other_part_changes():
     wasm, names = expose(binary(EVERYTHING))
     assert names == {"linmem:memory:0", "linmem:memory:2", "linmem:table:0", "linmem:global:4"}
     assert verdict(wasm)

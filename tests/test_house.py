@@ -52,7 +52,7 @@ def imports_of(path):
 
 @requires("sources")
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(HOUSE)))
-def test_imports_point_down_and_strangers_do_not_know_each_other(path):
+def test_imports_point_down_and_files_of_layers_3_and_4_do_not_import_each_other(path):
     room = room_of(path)
     assert room in LAYERS, f"{room} has no row in CONTRIBUTING.md"
     for other in imports_of(path):
@@ -93,7 +93,7 @@ OS_WORDS = re.compile(r"sys\.platform|os\.name|platform\.system|\bmmap\s*\(|\bmu
 @requires("sources")
 @pytest.mark.parametrize("path", [path for path in SOURCES if path.parent.name != "_os"],
                          ids=lambda path: str(path.relative_to(HOUSE)))
-def test_only_the_page_floor_says_the_operating_systems_words(path):
+def test_only_the_page_floor_uses_names_of_the_operating_system(path):
     text = re.sub(r'""".*?"""', "", code_of(path), flags=re.S)
     text = re.sub(r'"(?:[^"\n\\]|\\.)*"', '""', text)      # messages may contain names of calls
     assert OS_WORDS.findall(text) == []
@@ -125,12 +125,12 @@ def test_verbatim_c_in_a_string_is_at_most_three_lines():
 
 @pytest.mark.parametrize("opening", ["cdef extern from *:", "cdef extern from * nogil:  # why", "C = \\"])
 @pytest.mark.parametrize("quotes", ['"""', "'''"])
-def test_the_test_of_verbatim_c_sees_every_way_to_write_it(opening, quotes):
+def test_the_test_for_verbatim_c_finds_each_form_of_it(opening, quotes):
     assert verbatim_c(f"{opening}\n    {quotes}\n    static int f(void) {{\n        return 1;\n    }}\n    {quotes}\n")
 
 
 @requires("sources")
-def test_one_header_knows_the_operating_systems_and_no_user_of_the_c_face_needs_a_header():
+def test_only_compat_h_has_os_conditions_and_a_cimport_needs_no_header():
     knows = [path.relative_to(HOUSE).as_posix() for path in HOUSE.rglob("*.h")
              if re.search(r"__linux__|_WIN32|sys/mman\.h|windows\.h", path.read_text("utf-8"))]
     assert knows == ["_os/compat.h"]
@@ -228,7 +228,7 @@ FIELDS = {"MemoryType", "MemoryInfo", "ImageInfo", "LimitError", "PageError"}
 
 @requires("docstrings")
 @pytest.mark.parametrize(("name", "thing"), [pytest.param(*pair, id=pair[0]) for pair in public_things()])
-def test_every_public_thing_says_what_it_does(name, thing):
+def test_every_public_name_has_a_docstring(name, thing):
     owner, _, part = name.partition(".")
     bare = type(thing).__name__ in ("getset_descriptor", "member_descriptor") and not inspect.getdoc(thing)
     if part and (owner in FIELDS or bare):

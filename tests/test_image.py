@@ -55,7 +55,7 @@ def test_an_image_outlives_its_source_and_its_name(kind):
     assert view.tobytes() == b"x" * 10000 == mem[:]
 
 
-def test_an_image_of_nothing_is_an_image(kind):
+def test_an_image_of_zero_bytes_is_valid(kind):
     img = Image.from_bytes(b"")
     assert (bytes(img), img.runs(), img.info().kind) == (b"", [], "none")
     assert img.new_memory()[:] == b""
@@ -117,7 +117,7 @@ def test_any_pieces_make_the_bytes_that_a_bytearray_would_hold(offset, gaps):
     lambda: linmem.create(1).restore(b""), lambda: linmem.create(1).dirty_pages(b""),
     lambda: linmem.create(1).apply(b""), lambda: linmem.creator("pool", image=b""),
     lambda: linmem.MmapCreator().create(1, image=b"")])
-def test_what_is_no_image_is_a_type_error(make):
+def test_an_object_that_is_not_an_image_is_a_type_error(make):
     with pytest.raises(TypeError):
         make()
 
@@ -175,7 +175,7 @@ def test_equal_images_are_those_of_the_same_bytes_in_the_same_place():
 
 # -- snapshots --------------------------------------------------------------------------------------------
 
-def test_a_snapshot_is_what_the_memory_held_and_stays_so(kind):
+def test_a_snapshot_keeps_the_bytes_that_the_memory_held(kind):
     mem = linmem.create(10 * PAGE + 5)
     mem[3 * PAGE:3 * PAGE + 5] = b"hello"
     mem[-1] = 9
@@ -400,7 +400,7 @@ class WordsCreator:
         return Words(minimum)
 
 
-def test_a_memory_whose_pages_are_not_ours_is_filled_restored_and_compared(kind):
+def test_a_memory_with_foreign_pages_is_filled_restored_and_compared(kind):
     img = Image.from_bytes(b"x" * 3 * PAGE, PAGE)
     mem = img.new_memory(creator=linmem.PythonCreator(WordsCreator()), guard=0)
     assert mem.info().kind == "python"
@@ -435,7 +435,7 @@ class PartsCreator:
 
 
 @pytest.mark.parametrize("size", [1, 4095, 4097, 2 * PAGE - 5])
-def test_an_image_writes_nothing_beyond_a_memory_whose_pages_are_not_ours(kind, size):
+def test_an_image_writes_no_byte_beyond_a_memory_with_foreign_pages(kind, size):
     creator = PartsCreator()
     one, two = Image.from_bytes(b"1" * size), Image.from_bytes(b"2" * size)
     with one.new_memory(creator=linmem.PythonCreator(creator), guard=0) as mem:
@@ -609,7 +609,7 @@ def test_a_chain_of_deltas_is_the_full_snapshot(data, offset, rounds):
         assert associated == total
 
 
-def test_an_image_that_was_not_made_is_one_of_no_bytes():
+def test_an_image_made_without_init_is_empty():
     # An image that __init__ did not make once had a NULL pointer, and its use ended the process.
     assert answer("""
         import linmem

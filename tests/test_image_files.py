@@ -170,7 +170,7 @@ def test_a_chain_over_an_end_that_cuts_a_page_is_one_of_whole_pages(tmp_path, ki
     assert first.apply(Delta.open(tmp_path / "it")) == third
 
 
-def test_a_chain_of_deltas_by_hand_zeroes_what_was_cut_off():
+def test_a_chain_of_hand_made_deltas_zeroes_bytes_that_were_cut_off():
     first = Image.from_bytes(b"a" * 100)
     cut = Delta(first.digest, 100, 1, [], [], b"", Image.from_bytes(b"a").digest)
     chain = cut | Image.from_bytes(b"a").diff(Image.from_bytes(b"a" + bytes(PAGE)))
@@ -298,7 +298,7 @@ def test_an_opened_image_keeps_the_file_that_it_was_opened_from(tmp_path, image)
     assert Image.open(path, verify=True) == other
 
 
-def test_nothing_of_this_is_loaded_before_a_file_is_named():
+def test_the_modules_for_files_are_not_imported_before_a_file_is_named():
     assert answer("""
         import sys, linmem
         image = linmem.Image.from_bytes(bytes(5))
@@ -509,21 +509,21 @@ def test_a_later_version_is_refused_by_its_number(saved):
         assert "1 or 2, which is all that this linmem reads" in str(error)
 
 
-def test_what_is_no_file_of_linmems_is_refused(tmp_path):
+def test_a_file_that_linmem_did_not_write_is_refused(tmp_path):
     for data in (b"", b"\0asm\1\0\0\0", b"\x89PNG\r\n\x1a\n" * 100, b"\x89LINMEM\r\n" + bytes(500), os.urandom(300)):
         (tmp_path / "other").write_bytes(data)
         assert refused(tmp_path / "other").field == "magic"
 
 
 @requires("fork")
-def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
+def test_a_file_that_is_not_regular_is_refused_immediately(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     assert refused(tmp_path / "pipe").field == "file"
     with pytest.raises(IsADirectoryError):
         Image.open(tmp_path)
 
 
-def test_a_delta_is_no_image_and_an_image_no_delta(tmp_path, image, delta):
+def test_a_file_of_a_delta_is_refused_as_an_image_and_vice_versa(tmp_path, image, delta):
     image.save(tmp_path / "image")
     delta.save(tmp_path / "delta")
     assert "1 (an image)" in str(refused(tmp_path / "delta"))
@@ -552,7 +552,7 @@ LIES = {
 
 
 @pytest.mark.parametrize("name", LIES)
-def test_a_header_that_lies_is_refused_by_the_name_of_the_field(saved, name):
+def test_a_wrong_header_field_is_refused_by_its_name(saved, name):
     at, kind, value = LIES[name]
     if name == "reserved" and field(saved, 8, "<H") > 1:
         at = 84                     # in newer versions the field's first bytes have a meaning
@@ -574,7 +574,7 @@ def test_a_header_that_lies_is_refused_by_the_name_of_the_field(saved, name):
     ((1, 3, 1, 0), "table[1].stored", "0x0001"),
     ((1, 1, 3, 0), "table[1].stored", "0x0003"),
 ])
-def test_a_table_that_lies_is_refused_by_the_number_of_the_entry(saved, entry, name, value):
+def test_a_wrong_table_entry_is_refused_by_its_number(saved, entry, name, value):
     data = bytearray(saved.read_bytes())
     struct.pack_into("<QHHI", data, field(saved, 64) + 16, *entry)
     saved.write_bytes(data)
@@ -589,7 +589,7 @@ def test_a_table_that_lies_is_refused_by_the_number_of_the_entry(saved, entry, n
     (0, (0, 2, 6), "stored", "0x0006", "within 0x0002"),
     (1, (1, 1, 0, 5), "crc", "0x00000005", "0, for no page"),
 ])
-def test_a_table_of_a_delta_that_lies_is_refused_by_the_number_of_the_entry(tmp_path, image, number, entry, name, value,
+def test_a_wrong_table_entry_of_a_delta_is_refused_by_its_number(tmp_path, image, number, entry, name, value,
                                                                             bound):
     path = tmp_path / "delta"
     Delta(image.digest, image.size, image.size, [(PAGE, PAGE)], [(GROUP, PAGE)], b"x" * PAGE).save(path)
@@ -657,7 +657,7 @@ def test_every_page_that_is_stored_is_verified(saved, image, page):
     assert error.field.startswith(f"crc of group {page // 16} ")
 
 
-def test_a_hole_that_is_none_is_found_when_the_file_is_mapped_or_verified(tmp_path, image):
+def test_bytes_in_a_hole_are_found_when_the_file_is_mapped_or_verified(tmp_path, image):
     path = tmp_path / "image"
     image.save(path)
     for page in (2, 17, 40, 79):
@@ -674,7 +674,7 @@ STEP = _files.READ_STEP
 
 
 @pytest.mark.parametrize("at", [0, 1, STEP - 1, STEP, STEP + 1, 2 * STEP - 1, 2 * STEP, 3 * STEP - PAGE - 1])
-def test_one_byte_in_a_hole_is_found_wherever_it_stands(tmp_path, at):
+def test_one_byte_at_any_place_in_a_hole_is_found(tmp_path, at):
     # The hole of 3 steps and a page starts at the second page. The file is written in full, so the reader reads the
     # hole in steps.
     image = sparse(3 * STEP + 3 * PAGE, [0, 3 * STEP + 2 * PAGE])
@@ -694,7 +694,7 @@ def test_one_byte_in_a_hole_is_found_wherever_it_stands(tmp_path, at):
 
 @given(offset=st.sampled_from([0, 1, PAGE, GROUP + 5, 3 * GROUP - 1]), size=st.integers(1, 4 * GROUP),
        harms=st.lists(st.tuples(st.integers(0, 5 * GROUP), st.integers(1, 255)), max_size=3))
-def test_whatever_stands_in_a_file_an_image_that_opens_is_what_its_digest_says(tmp_path_factory, offset, size, harms):
+def test_an_image_from_any_file_that_opens_matches_its_digest(tmp_path_factory, offset, size, harms):
     path = tmp_path_factory.mktemp("harm") / "image"
     Image.from_pieces([(offset, b"first"[:size])], size, offset).save(path)
     end = field(path, 64)
@@ -716,7 +716,7 @@ def test_whatever_stands_in_a_file_an_image_that_opens_is_what_its_digest_says(t
 
 @requires("real_pages")
 @requires("holes")
-def test_a_file_that_claims_much_is_opened_in_time_that_follows_what_it_holds(tmp_path, monkeypatch):
+def test_the_time_to_open_a_file_depends_on_its_stored_pages_and_not_on_its_claimed_size(tmp_path, monkeypatch):
     image = sparse(1 << 38, [0, 1 << 30, (1 << 38) - PAGE])
     image.save(tmp_path / "image")
     asked = []

@@ -82,7 +82,7 @@ def test_a_layout_keeps_the_invariants_of_the_map(minimum, reservation, guard, p
 
 
 @pytest.mark.parametrize("page", [4096, 16384, 65536])
-def test_a_memory_of_nothing_has_a_base_of_its_own(page):
+def test_an_empty_memory_has_a_distinct_base(page):
     at = _lay_out(0, 0, 0, page)
     assert at == {"pre_guard": page, "accessible": 0, "capacity": page, "guard": 0, "total": 2 * page}
 
@@ -99,7 +99,7 @@ SMALL = 1 << 20
 
 @given(SPACES, st.integers(0, 2**57), st.integers(0, 2**57), st.integers(0, 2**57))
 @example(2**47, 2**47, 0, 0)
-def test_there_is_room_for_choices_until_they_are_half_of_what_callers_did_not_ask_for(space, left, asked, chosen):
+def test_linmem_chooses_sizes_up_to_half_of_the_space_that_callers_did_not_request(space, left, asked, chosen):
     left = min(left, space)
     room = _room_to_choose(space, left, asked + chosen, chosen)
     unasked = max(space - asked, 0)
@@ -110,7 +110,7 @@ def test_there_is_room_for_choices_until_they_are_half_of_what_callers_did_not_a
 
 @given(st.integers(0, 2**48), st.integers(0, TOP - 1), st.integers(0, 2**56), st.integers(0, 2**40),
        st.integers(0, 2**61))
-def test_a_known_maximum_is_reserved_whole_where_half_of_the_room_holds_what_exceeds_the_minimum(
+def test_a_known_maximum_is_reserved_whole_if_its_excess_over_the_minimum_fits_in_half_of_the_room(
         minimum, more, room, others, memory):
     maximum = min(minimum + more, TOP - 1)
     want = _choose_reservation(minimum, maximum, room, others, memory)

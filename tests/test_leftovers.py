@@ -27,7 +27,7 @@ def resident_of(base, size):
 
 @requires("maps", "scans", "discard_any_protection")
 @pytest.mark.parametrize("way", sorted(SCAN_WAYS))
-def test_hidden_pages_go_with_the_others_when_a_slot_gives_all_back(way):
+def test_a_slot_that_gives_all_pages_back_also_gives_hidden_pages_back(way):
     with scanning(way):
         # check=True would read the pages and make them resident
         pool = linmem.PoolingCreator(reset="scan", keep_resident=10 * PAGE)
@@ -49,7 +49,7 @@ def test_hidden_pages_go_with_the_others_when_a_slot_gives_all_back(way):
 
 
 @requires("maps", "scans", "discard_any_protection")
-def test_hidden_pages_go_too_when_an_adaptive_pool_gives_all_back():
+def test_an_adaptive_pool_also_gives_hidden_pages_back():
     """The memory has more than 128 pages, so that resets do not zero the whole memory. The pages of the first user's
     growth are hidden from all later users."""
     pool = linmem.PoolingCreator()
@@ -75,7 +75,7 @@ def test_hidden_pages_go_too_when_an_adaptive_pool_gives_all_back():
 @pytest.mark.parametrize("kind", image_kinds())
 @pytest.mark.parametrize("reset", ["adaptive", pytest.param("scan", marks=requires("scans")), "zero", "discard"])
 @pytest.mark.parametrize("whose", ["of an image", "of no image"])
-def test_a_slot_that_was_restored_to_another_image_is_its_own_again_each_time_it_is_taken(whose, reset, kind):
+def test_a_slot_restored_to_another_image_has_its_own_image_for_the_next_user(whose, reset, kind):
     before = pages.choose_image(kind)
     try:
         own = Image.from_bytes(b"own" * 2 * PAGE, PAGE)
@@ -108,7 +108,7 @@ def test_a_slot_that_was_restored_to_another_image_is_its_own_again_each_time_it
 
 # -- owners of a slot --------------------------------------------------------------------------------------------
 
-def test_a_slot_that_wasmtime_has_dropped_is_pinned_by_nobody_when_python_takes_it():
+def test_a_slot_that_wasmtime_has_dropped_has_no_pins_when_python_takes_it():
     pool = linmem.PoolingCreator(slots=1)
     config = wasmtime.Config()
     linmem.wasmtime.install(config, pool, tune=False)
@@ -139,7 +139,7 @@ def test_a_slot_that_wasmtime_has_dropped_is_pinned_by_nobody_when_python_takes_
 # -- limits of the machine ---------------------------------------------------------------------------------------
 
 @pytest.mark.skipif(not FLOOR["memory"], reason="the OS does not say how much memory there is")
-def test_the_resident_bound_is_what_the_options_say_and_at_most_a_quarter_of_the_machine():
+def test_the_resident_bound_follows_the_options_up_to_a_quarter_of_the_machines_memory():
     quarter = FLOOR["memory"] // 4
     for keep, warm, bound in [
             (PAGE, 3, 3 * PAGE), (0, 5, 0), (PAGE, 0, 0), (quarter, 1, quarter), (quarter - 1, 1, quarter - 1),

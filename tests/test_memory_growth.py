@@ -87,7 +87,7 @@ def test_a_maximum_that_equals_the_minimum_never_grows():
             mem.grow_to(PAGE + 1)
 
 
-def test_a_memory_without_a_maximum_says_so():
+def test_a_memory_without_a_maximum_reports_none():
     with linmem.create(1) as mem:
         assert mem.maximum_byte_size() is None
         assert mem.byte_capacity() >= 2**20
@@ -166,7 +166,7 @@ class Steps:
 
 
 @requires("rlimits")
-def test_moves_in_a_short_address_space_come_again_and_again_and_lose_nothing():
+def test_repeated_moves_in_a_short_address_space_lose_no_bytes():
     # A limit makes each new reservation small: an eighth of the remaining space.
     assert answer(f"""
         import linmem
@@ -233,14 +233,14 @@ def test_a_memory_with_protected_pages_never_moves():
         assert mem.as_ptr() == base
 
 
-def test_protecting_nothing_does_not_pin_a_memory():
+def test_protecting_an_empty_range_does_not_pin_a_memory():
     with linmem.create(2 * PAGE, reserve=0, may_move=True) as mem:
         mem.protect(PAGE, 0, "none")
         mem.grow_to(3 * PAGE)
         assert mem.byte_size() == 3 * PAGE
 
 
-def test_a_memory_of_nothing_moves_too():
+def test_an_empty_memory_can_move():
     with linmem.create(0, reserve=0, may_move=True) as mem:
         mem.grow_to(5 * PAGE)
         assert bytes(mem) == bytes(5 * PAGE)

@@ -83,7 +83,7 @@ def test_a_context_closes_its_memory():
 
 
 @requires("maps")
-def test_close_gives_everything_back():
+def test_close_releases_the_whole_reservation():
     before = live_bytes()
     mem = linmem.create(PAGE, reserve=1 << 30)
     assert live_bytes() - before >= (1 << 30) - PAGE
@@ -145,7 +145,7 @@ def test_views_in_a_garbage_cycle_are_collected_with_their_memory(format):
         """) == "True"
 
 
-def test_a_memory_is_an_instance_of_the_trait_and_its_creators_of_theirs():
+def test_memories_and_creators_are_instances_of_their_traits():
     with linmem.create(1) as mem:
         assert isinstance(mem, linmem.LinearMemory)
     for creator in (linmem.MmapCreator(), linmem.creator("limiting", limit_bytes=1), linmem.creator("statistics")):
@@ -163,7 +163,7 @@ def test_a_memory_shows_its_size_and_address():
         assert repr(mem) == f"<linmem.Memory: 5 bytes at {mem.as_ptr():#x}, capacity {PAGE}>"
 
 
-def test_memories_that_live_on_at_the_end_of_the_interpreter_do_no_harm():
+def test_memories_alive_at_the_end_of_the_interpreter_do_no_harm():
     assert answer("""
         import linmem, sys
         keep = linmem.create(1 << 20)
@@ -254,7 +254,7 @@ def test_an_error_in_a_with_block_is_seen_where_an_array_is_left(export):
     assert live_bytes() == before
 
 
-def test_a_pooled_memory_goes_back_when_the_last_view_of_a_with_block_goes():
+def test_a_pooled_memory_returns_to_the_pool_with_the_last_view_of_a_with_block():
     pool = linmem.PoolingCreator()
     with pool.create(PAGE) as mem:
         view = memoryview(mem)
@@ -315,7 +315,7 @@ def test_a_handle_that_threads_leave_and_enter_at_once_releases_its_memory_once(
 # -- handles on the same memory ------------------------------------------------------------------------------------
 
 
-def test_a_memory_equals_itself_alone_and_no_bytes():
+def test_a_memory_is_equal_only_to_itself_and_not_to_bytes():
     with linmem.create(8) as mem, linmem.create(8) as other:
         assert mem == mem
         assert mem != other

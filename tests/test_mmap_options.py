@@ -76,7 +76,7 @@ def test_a_memory_of_any_option_is_a_memory_like_any_other(options, minimum, how
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_all_that_a_memory_reserved_is_released(options):
+def test_the_whole_reservation_of_a_memory_is_released(options):
     start = live()
     for how in ({"reserve": 0}, {"maximum": 8 * MIB}, {"guard": 16 * PAGE}):
         mem = linmem.MmapCreator(**options).create(PAGE, may_move=True, **how)
@@ -108,7 +108,7 @@ def test_without_prefault_a_page_is_resident_once_it_is_touched():
 
 
 @requires("smaps")
-def test_a_prefaulted_memory_that_moves_is_resident_where_it_went():
+def test_a_prefaulted_memory_is_resident_after_a_move():
     with linmem.MmapCreator(prefault=True).create(4 * PAGE, reserve=4 * PAGE, may_move=True) as mem:
         mem.write(0, b"kept" * PAGE)
         base = mem.as_ptr()
@@ -168,7 +168,7 @@ def test_growth_in_place_keeps_to_huge_pages_and_the_guard_exact():
 
 
 @requires("huge_pages")
-def test_a_memory_of_huge_pages_that_moves_is_one_where_it_went():
+def test_a_memory_of_huge_pages_has_huge_pages_after_a_move():
     with linmem.MmapCreator(huge_pages=True).create(4 * MIB, reserve=4 * MIB, may_move=True) as mem:
         mem.write(0, b"kept" * MIB)
         base = mem.as_ptr()

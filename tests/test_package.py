@@ -49,7 +49,7 @@ def test_types_and_the_c_face_are_beside_the_code():
         assert (PACKAGE / name).is_file(), name
 
 
-def test_a_star_import_takes_what_is_public_and_leaves_wasmtime_alone():
+def test_a_star_import_takes_the_public_names_and_does_not_import_wasmtime():
     # The child hides the package wasmtime, because a star import must also work without this package.
     child = subprocess.run([sys.executable, "-W", "error", "-c", """if True:
         import sys
@@ -62,7 +62,7 @@ def test_a_star_import_takes_what_is_public_and_leaves_wasmtime_alone():
 
 
 @pytest.mark.parametrize("missing", ["all", "_os/pages", "_core/memory", "_core/adaptors"])
-def test_sources_without_their_extensions_say_so_and_what_to_do(tmp_path, missing):
+def test_an_import_without_built_extensions_raises_an_error_with_advice(tmp_path, missing):
     kept = [] if missing == "all" else [f"{missing}."]
     shutil.copytree(PACKAGE, tmp_path / "linmem", ignore=lambda folder, names: [
         name for name in names if name == "__pycache__" or (name.endswith((".so", ".pyd")) and (
@@ -77,7 +77,7 @@ def test_sources_without_their_extensions_say_so_and_what_to_do(tmp_path, missin
     assert "pip install -e ." in said
 
 
-def test_an_import_error_that_is_not_of_the_extensions_stays_what_it_is(tmp_path):
+def test_an_import_error_of_another_module_is_raised_unchanged(tmp_path):
     shutil.copytree(PACKAGE, tmp_path / "linmem", ignore=shutil.ignore_patterns("__pycache__"))
     with open(tmp_path / "linmem" / "abc.py", "a", encoding="utf-8") as file:
         file.write("import no_such_module\n")
@@ -200,7 +200,7 @@ def extensions_of_setup(monkeypatch):
 @pytest.mark.parametrize(("platform", "without_gil", "defined"), [
     ("win32", 1, [("Py_GIL_DISABLED", "1")]), ("win32", 0, []), ("win32", None, []), ("linux", 1, [])])
 @needs_sources
-def test_a_build_for_a_free_threaded_windows_says_so_to_the_compiler(platform, without_gil, defined,
+def test_a_build_for_free_threaded_windows_defines_the_macro_for_the_compiler(platform, without_gil, defined,
                                                                      extensions_of_setup):
     """CPython's pyconfig.h does not define the macro on Windows; elsewhere it does."""
     extensions = extensions_of_setup(platform, without_gil)
@@ -231,6 +231,6 @@ def test_a_32_bit_build_is_refused_by_the_compiler_in_words(target, fits, tmp_pa
 
 
 @needs_sources
-def test_every_extension_includes_what_refuses_a_32_bit_build():
+def test_every_extension_includes_the_check_that_refuses_a_32_bit_build():
     for path in (ROOT / "linmem").rglob("*.pyx"):
         assert re.search(r"^from linmem\._core\.atomic cimport ", path.read_text("utf-8"), re.MULTILINE), path

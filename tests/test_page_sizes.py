@@ -29,7 +29,7 @@ def test_the_suite_of_the_memories_passes_on_larger_host_pages(page, tmp_path):
 
 
 @requires("real_pages")
-def test_the_override_is_what_every_size_is_rounded_to():
+def test_every_size_is_rounded_to_the_override():
     page = max(65536, 2 * REAL_PAGE)
     assert answer("""
         import linmem

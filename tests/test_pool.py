@@ -57,7 +57,7 @@ def idle(pool):
 
 
 @pytest.mark.parametrize("reset", RESETS)
-def test_what_the_system_itself_wrote_into_a_memory_is_gone_too(reset, tmp_path):
+def test_bytes_that_a_system_call_wrote_into_a_memory_are_also_reset(reset, tmp_path):
     path = tmp_path / "bytes"
     path.write_bytes(b"\xab" * 40 * PAGE)
     pool = linmem.PoolingCreator(reset=reset, check=True)
@@ -101,7 +101,7 @@ def test_a_pool_is_made_by_the_factory_over_any_creator():
     assert linmem.creator("pool").stats().keys() == pool.stats().keys()
 
 
-def test_a_pool_shows_what_it_stands_on():
+def test_a_pool_shows_its_upstream():
     assert repr(linmem.PoolingCreator(slots=5)) == "PoolingCreator(MmapCreator(), slots=5)"
 
 
@@ -151,7 +151,7 @@ def test_to_scan_where_pages_cannot_be_scanned_is_refused():
     (lambda pool: pool.warm(1, linmem.MemoryType(2**60)), OverflowError, "minimum"),
     (lambda pool: pool.create(2, 1), ValueError, "minimum must be <= maximum"),
 ])
-def test_an_argument_that_cannot_be_is_refused_and_leaves_nothing_behind(call, error, words):
+def test_an_impossible_argument_is_refused_without_a_leak(call, error, words):
     pool = linmem.PoolingCreator(slots=8)
     before = pool.stats()
     with pytest.raises(error, match=words):
@@ -161,7 +161,7 @@ def test_an_argument_that_cannot_be_is_refused_and_leaves_nothing_behind(call, e
     assert pool.stats()["warm"] == 1
 
 
-def test_a_pool_error_says_the_bound_and_travels():
+def test_a_pool_error_gives_the_bound_and_can_be_pickled():
     pool = linmem.PoolingCreator(slots=2, when_full="error")
     mems = [pool.create(PAGE, **SHAPE) for _ in range(2)]
     with pytest.raises(linmem.PoolError) as caught:
@@ -225,7 +225,7 @@ def test_create_and_new_memory_share_slots_of_one_shape():
     assert pool.stats()["hits"] == 1
 
 
-def test_a_reused_memory_is_the_same_in_all_that_can_be_asked():
+def test_a_reused_memory_gives_the_same_answers_as_a_new_memory():
     pool = linmem.PoolingCreator()
     mem = pool.create(PAGE + 5, **SHAPE)
     first, span = mem.info(), mem.wasm_accessible()
@@ -243,7 +243,7 @@ def test_a_reused_memory_is_the_same_in_all_that_can_be_asked():
         mem.grow_to(32 * PAGE)
 
 
-def test_two_memories_of_one_pool_are_never_one():
+def test_two_live_memories_of_one_pool_are_always_distinct():
     pool = linmem.PoolingCreator()
     for _ in range(3):
         mems = [pool.create(PAGE, **SHAPE) for _ in range(10)]
@@ -330,7 +330,7 @@ SHAPES = [
 @fewer_examples(5)
 @given(users=st.lists(st.tuples(st.sampled_from(SHAPES), st.lists(USES, max_size=6)), min_size=2, max_size=12),
        check=st.booleans(), warm=st.sampled_from([0, 1, 100]), keep=st.sampled_from([0, 3 * PAGE, 64 << 20]))
-def test_whatever_the_last_user_did_the_next_gets_a_fresh_memory(reset, way, users, check, warm, keep):
+def test_after_any_user_the_next_user_gets_a_memory_like_new(reset, way, users, check, warm, keep):
     start = live()
     with scanning(way):
         pool = linmem.PoolingCreator(reset=reset, check=check, max_unused_warm=warm, keep_resident=keep)
@@ -543,7 +543,7 @@ def test_a_touch_of_an_idle_slot_past_the_minimum_is_death_too(warm):
 
 
 @pytest.mark.parametrize("larger", [3, 11, 32])
-def test_a_slot_whose_user_grew_over_all_that_was_kept_beyond_the_minimum_is_kept(larger):
+def test_a_slot_whose_user_grew_over_all_kept_pages_is_kept(larger):
     pool = linmem.PoolingCreator(reset="zero", keep_resident=4 * PAGE)
     for uses, pages_used in enumerate((3, larger, 3, larger)):
         with pool.create(PAGE, **SHAPE) as mem:
@@ -611,7 +611,7 @@ def test_a_typed_view_and_a_slice_of_it_pin_as_well():
     assert idle(pool) == 1
 
 
-def test_when_the_creator_goes_idle_slots_are_released_and_live_memories_stay():
+def test_the_end_of_a_creator_releases_idle_slots_and_leaves_live_memories():
     start = live()
     pool = linmem.PoolingCreator()
     mem = pool.create(PAGE, **SHAPE)
@@ -768,7 +768,7 @@ def test_a_slot_with_more_than_keep_resident_gives_all_its_pages_back(reset):
 
 
 @requires("maps", "scans")
-def test_what_is_hidden_beyond_the_minimum_counts_towards_keep_resident():
+def test_hidden_pages_beyond_the_minimum_count_towards_keep_resident():
     pool = linmem.PoolingCreator(reset="scan", keep_resident=6 * PAGE)
     spans = set()
     for page in (1, 3, 5, 7, 9, 11, 13, 15, 17, 19):
@@ -913,7 +913,7 @@ def test_a_budget_below_is_charged_for_idle_slots_and_refunded_with_them():
     assert limit.peak_bytes == 20 * PAGE
 
 
-def test_a_budget_that_idle_slots_use_up_is_had_by_releasing_them():
+def test_a_budget_used_up_by_idle_slots_is_freed_by_releasing_them():
     limit = linmem.LimitingCreator(MMAP, 30 * PAGE)
     pool = linmem.PoolingCreator(limit)
     for mem in [pool.create(10 * PAGE, **SHAPE) for _ in range(3)]:
@@ -933,7 +933,7 @@ def test_a_budget_that_idle_slots_use_up_is_had_by_releasing_them():
     assert limit.used_bytes == 0
 
 
-def test_a_growth_that_is_refused_leaves_the_charge_for_what_is_kept():
+def test_a_refused_growth_leaves_the_charge_for_kept_pages():
     limit = linmem.LimitingCreator(MMAP, 100 * PAGE)
     pool = linmem.PoolingCreator(limit)
     with pool.create(10 * PAGE, **SHAPE) as mem:
@@ -1031,7 +1031,7 @@ class Odd(Exception):
     pass
 
 
-def test_what_an_upstream_in_python_raises_comes_out_and_no_slot_is_lost():
+def test_an_exception_of_an_upstream_in_python_reaches_the_caller_and_no_slot_is_lost():
     class Mine(linmem.MemoryCreator):
         def new_memory(self, *arguments):
             raise Odd("no")
@@ -1058,7 +1058,7 @@ def test_native_memories_that_python_hands_on_are_kept():
 
 
 @requires("maps")
-def test_a_pool_over_a_pool_hides_nothing_from_the_one_below():
+def test_a_pool_over_a_pool_leaves_no_hidden_pages_in_a_slot_of_the_pool_below():
     below = linmem.PoolingCreator(max_unused_warm=0)
     above = linmem.PoolingCreator(below)
     for n in range(3):
@@ -1083,7 +1083,7 @@ def test_a_pool_over_a_pool_hides_nothing_from_the_one_below():
     assert idle(below) == 0
 
 
-def test_a_pool_below_keeps_cold_what_the_one_above_made_cold():
+def test_a_pool_below_keeps_slots_cold_that_the_pool_above_made_cold():
     below = linmem.PoolingCreator()
     above = linmem.PoolingCreator(below, max_unused_warm=0)
     for n in range(3):
@@ -1096,7 +1096,7 @@ def test_a_pool_below_keeps_cold_what_the_one_above_made_cold():
         assert (below.stats()["warm"], below.stats()["cold"]) == (0, 1)
 
 
-def test_a_creator_above_may_go_while_its_memory_lives_on_in_the_pool_below():
+def test_a_creator_may_be_freed_while_its_memory_is_a_slot_of_the_pool_below():
     below = linmem.PoolingCreator(max_unused_warm=0)
     above = linmem.PoolingCreator(below)
     for size in (20, 2):
@@ -1114,7 +1114,7 @@ def test_a_creator_above_may_go_while_its_memory_lives_on_in_the_pool_below():
         assert resident_within(*span) == 0
 
 
-def test_a_pool_over_a_full_pool_warms_nothing_that_it_cannot_keep():
+def test_a_pool_over_a_full_pool_warms_no_slot_that_it_cannot_keep():
     below = linmem.PoolingCreator()
     above = linmem.PoolingCreator(below, slots=1)
     with above.create(PAGE, **SHAPE):
@@ -1147,7 +1147,7 @@ cimport linmem
 
 
 @requires("compiler")
-def test_an_upstream_that_makes_smaller_memories_than_asked_for_is_believed(tmp_path):
+def test_a_pool_accepts_memories_of_an_upstream_that_are_smaller_than_requested(tmp_path):
     build_extension(tmp_path, "half", HALF)
     pool = linmem.PoolingCreator(load_extension(tmp_path, "half").Half(MMAP))
     for _ in range(2):

@@ -59,7 +59,7 @@ def idle(pool):
 # -- the state of the memory on hand-out --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("warm", [0, 100])
-def test_every_field_of_the_struct_is_as_when_it_was_handed_out_first(warm):
+def test_every_field_of_the_struct_has_its_value_from_the_first_hand_out(warm):
     class Lowering(linmem.MemoryCreator):
         def new_memory(self, *arguments):
             return pool.new_memory(*arguments)
@@ -116,7 +116,7 @@ def test_a_pool_that_closes_while_a_slot_is_made_cold_leaks_no_slot():
 
 
 @requires("descriptors", "maps_images")
-def test_slots_of_an_image_that_nobody_can_ask_for_any_more_go_with_it():
+def test_slots_of_an_unreachable_image_are_released_with_the_image():
     pool = linmem.PoolingCreator()
     before = descriptors()
     for n in range(40):
@@ -135,7 +135,7 @@ def test_slots_of_an_image_that_nobody_can_ask_for_any_more_go_with_it():
 
 @requires("descriptors", "maps_images")
 @pytest.mark.parametrize("make", ["purge", "trim"])
-def test_slots_between_two_states_go_with_their_image_too(make):
+def test_slots_between_two_states_are_also_released_with_their_image(make):
     pool = linmem.PoolingCreator(max_unused_warm=1)
     before = descriptors()
     done = threading.Event()
@@ -156,7 +156,7 @@ def test_slots_between_two_states_go_with_their_image_too(make):
     assert (idle(pool), pool.stats()["live"], descriptors()) == (0, 0, before)
 
 
-def test_all_idle_slots_of_an_image_go_with_it_whatever_their_shape_state_and_domain_and_no_others():
+def test_all_idle_slots_of_an_image_and_no_others_are_released_with_the_image():
     pool = linmem.PoolingCreator(max_unused_warm=40)
     images = [linmem.Image.from_bytes(bytes([n + 1]) * (4 * PAGE)) for n in range(2)]
     mems = [pool.create(4 * PAGE + n % 3, image=image, domain=("a", None)[n % 2], **SHAPE)
@@ -172,7 +172,7 @@ def test_all_idle_slots_of_an_image_go_with_it_whatever_their_shape_state_and_do
 
 
 @pytest.mark.parametrize("above", [linmem.StatisticsCreator, linmem.PoolingCreator, lambda upstream: upstream])
-def test_a_request_that_cannot_succeed_takes_nothing_from_others(above):
+def test_a_request_that_cannot_succeed_takes_no_slot_from_others(above):
     budget = linmem.LimitingCreator(MMAP, 40 * PAGE)
     pool = linmem.PoolingCreator(above(budget))
     for mem in [pool.create(10 * PAGE, **SHAPE) for _ in range(3)]:
@@ -190,7 +190,7 @@ def test_a_request_that_cannot_succeed_takes_nothing_from_others(above):
 
 
 @pytest.mark.parametrize("between", [lambda c: c, linmem.StatisticsCreator, linmem.PoolingCreator])
-def test_what_a_lower_budget_refuses_anyway_takes_nothing_from_those_over_a_higher_one(between):
+def test_a_request_that_a_lower_budget_refuses_takes_no_slot_over_a_higher_budget(between):
     pool = linmem.PoolingCreator(linmem.LimitingCreator(between(linmem.LimitingCreator(MMAP, 40 * PAGE)), 60 * PAGE))
     for mem in [pool.create(10 * PAGE, **SHAPE) for _ in range(3)]:
         mem.close()
@@ -206,7 +206,7 @@ def test_what_a_lower_budget_refuses_anyway_takes_nothing_from_those_over_a_high
 
 
 @pytest.mark.parametrize("size", [1 << 49, 1 << 60])
-def test_a_module_that_asks_for_terabytes_takes_nothing_from_others(size):
+def test_a_module_that_requests_terabytes_takes_no_slot_from_others(size):
     pool = linmem.PoolingCreator()
     for mem in [pool.create(PAGE, **SHAPE) for _ in range(3)]:
         mem.close()
@@ -216,7 +216,7 @@ def test_a_module_that_asks_for_terabytes_takes_nothing_from_others(size):
 
 
 @pytest.mark.parametrize("pools", [1, 2])
-def test_a_growth_makes_idle_slots_of_every_pool_over_its_budget_give_up_what_is_missing(pools):
+def test_a_growth_takes_missing_bytes_of_its_budget_from_idle_slots_of_all_pools(pools):
     budget = linmem.LimitingCreator(MMAP, 40 * PAGE)
     over = [linmem.PoolingCreator(linmem.StatisticsCreator(budget)) for _ in range(pools)]
     for pool in over:
@@ -235,7 +235,7 @@ def test_a_growth_makes_idle_slots_of_every_pool_over_its_budget_give_up_what_is
 
 
 @pytest.mark.parametrize("chain", ["many", "two ways", "mixed"])
-def test_idle_slots_give_up_what_is_missing_whatever_budgets_they_are_charged_to(chain):
+def test_idle_slots_charged_to_any_budget_give_up_the_missing_bytes(chain):
     tight = linmem.LimitingCreator(MMAP, 40 * PAGE)
     upstream = tight
     if chain == "many":
@@ -275,7 +275,7 @@ class Alternating(linmem.MemoryCreator):
         return self.creators[self.made % len(self.creators)].new_memory(*arguments)
 
 
-def test_a_growth_that_the_os_refuses_is_tried_again_with_what_idle_slots_give_up():
+def test_a_growth_that_the_os_refuses_is_retried_after_idle_slots_give_up_pages():
     pool = linmem.PoolingCreator()
     for mem in [pool.create(4 * PAGE, **SHAPE) for _ in range(2)]:
         mem.close()
@@ -329,7 +329,7 @@ def test_budgets_and_sums_below_are_exact_under_any_churn(seed):
     assert (inner.used_bytes, sums.statistics()["current_bytes"]) == (0, 0)
 
 
-def test_a_slot_that_grew_once_is_charged_what_its_guest_has():
+def test_a_slot_that_grew_before_is_charged_the_current_size_of_its_guest():
     budget = linmem.LimitingCreator(MMAP, 200 * PAGE)
     pool = linmem.PoolingCreator(budget, max_unused_warm=1)
     used(pool, 60)
@@ -358,7 +358,7 @@ def test_a_pool_over_a_pool_of_an_image_gives_every_tenant_the_image(warm):
         assert mem.read(0, 5000) == b"image" * 1000
 
 
-def test_a_pool_over_an_image_pool_that_keeps_nothing_warm_survives_trim():
+def test_a_pool_over_an_image_pool_without_warm_slots_survives_trim():
     assert answer("""
         import linmem
         image = linmem.Image.from_bytes(b"image" * 1000)
@@ -380,7 +380,7 @@ def test_a_discard_gives_pages_back_also_where_the_image_is_all_zeros():
 
 
 @requires("maps", "huge_pages")
-def test_what_the_os_may_make_huge_pages_of_counts_as_such():
+def test_ranges_that_the_os_may_back_with_huge_pages_are_counted_so():
     pool = linmem.PoolingCreator(linmem.MmapCreator(huge_pages=True), reset="scan")
     with pool.create(16 << 20, reserve=16 << 20) as mem:
         span = whole(mem)
@@ -412,7 +412,7 @@ def test_page_tables_of_sparse_slots_are_counted_and_bounded():
 @pytest.mark.parametrize("written", [True, False])
 @pytest.mark.parametrize("grown", [True, False])
 @pytest.mark.parametrize("reset", ["scan", "adaptive", "discard"])
-def test_page_tables_are_counted_as_the_os_counts_them_also_of_pages_that_were_only_read(written, grown, reset):
+def test_page_tables_of_written_and_of_only_read_pages_are_counted_as_the_os_counts_them(written, grown, reset):
     found = answer(f"""
         import linmem
         P, SIZE = {PAGE}, 4 << 30
@@ -492,7 +492,7 @@ def test_a_report_of_memories_does_not_hold_back_an_unrelated_growth():
     assert sorted(waits)[len(waits) // 2] < 0.4 * sorted(takes)[3]
 
 
-def test_counters_never_go_down_during_warm():
+def test_counters_never_decrease_during_warm():
     pool = linmem.PoolingCreator()
     ty = linmem.MemoryType(1, 2)
     stop, seen = threading.Event(), []
@@ -549,7 +549,7 @@ def test_a_full_pool_takes_at_most_half_of_the_mappings(kind):
 
 
 @requires("maps", "memory_locks")
-def test_a_pool_goes_on_where_pages_are_locked():
+def test_a_pool_works_with_locked_pages():
     import ctypes
 
     pool = linmem.PoolingCreator(reset="discard")
@@ -603,7 +603,7 @@ def test_an_upstream_in_python_that_uses_the_pool_itself_is_not_refused():
 
 
 @requires("maps", "scans", "large_space")       # a sanitizer needs page tables of its own for its shadow memory
-def test_page_tables_are_counted_as_the_os_counts_them_and_a_cold_slot_has_one_at_most():
+def test_page_tables_are_counted_as_the_os_counts_them_and_a_cold_slot_has_at_most_one_page_table():
     assert answer(f"""
         import linmem, linmem.metrics, re
         P = {REAL_PAGE}
@@ -654,7 +654,7 @@ def test_slots_that_are_idle_for_long_lose_their_pages_at_later_give_backs():
 
 
 @requires("maps")
-def test_hidden_pages_that_nobody_grows_into_go_too():
+def test_hidden_pages_that_no_growth_uses_are_given_back():
     pool = linmem.PoolingCreator(idle_seconds=0.05, reset="zero")
     span = used(pool, 40)
     assert resident_within(*span) == 40 * PAGE
@@ -677,7 +677,7 @@ def test_seconds_are_any_real_number(name):
             linmem.PoolingCreator(**{name: bad}, **how)
 
 
-def test_what_is_older_than_nothing_is_no_number():
+def test_an_invalid_older_than_is_refused():
     pool = linmem.PoolingCreator()
     for bad in (None, "5", True):
         with pytest.raises(TypeError, match="older_than must be a number of seconds, got"):
@@ -685,7 +685,7 @@ def test_what_is_older_than_nothing_is_no_number():
     assert pool.purge(older_than=Fraction(1, 2)) == 0
 
 
-def test_purge_leaves_mappings_and_what_is_young_or_within_the_target():
+def test_purge_leaves_mappings_and_slots_that_are_young_or_within_the_target():
     pool = linmem.PoolingCreator(reset="zero")
     mems = [pool.create(8 * PAGE, **SHAPE) for _ in range(4)]
     for mem in mems:
@@ -729,7 +729,7 @@ def test_one_bound_of_the_process_holds_for_what_all_pools_reserve():
     held.clear()
 
 
-def test_a_bound_that_is_lowered_below_what_is_held_takes_idle_slots_at_once():
+def test_lowering_a_bound_below_the_held_bytes_releases_idle_slots_immediately():
     pools = [linmem.PoolingCreator(when_full="error") for _ in range(2)]
     with linmem.create(PAGE, **SHAPE) as mem:
         one = whole(mem)[1] - whole(mem)[0]
@@ -784,7 +784,7 @@ def test_a_pool_may_be_allowed_more_than_its_share_of_the_machine():
 
 @pytest.mark.parametrize("of", ["pool", "process"])
 @pytest.mark.parametrize("reserve", [1 << 30, None])
-def test_what_can_never_fit_is_refused_without_a_wait(of, reserve):
+def test_a_request_that_can_never_fit_is_refused_without_a_wait(of, reserve):
     pool = linmem.PoolingCreator(when_full="wait", max_reserved=1 << 20 if of == "pool" else None)
     if of == "process":
         linmem.set_pool_limits(max_reserved=1 << 20)
@@ -793,7 +793,7 @@ def test_what_can_never_fit_is_refused_without_a_wait(of, reserve):
         pool.create(PAGE, reserve=reserve)
 
 
-def test_a_wait_of_no_time_asks_once():
+def test_a_wait_with_a_timeout_of_zero_tries_once():
     asked = []
 
     class Counting(linmem.MemoryCreator):
@@ -808,7 +808,7 @@ def test_a_wait_of_no_time_asks_once():
     assert len(asked) == 1
 
 
-def test_a_full_pool_that_waits_hands_out_what_is_given_back_and_gives_up_after_its_timeout():
+def test_a_full_pool_that_waits_hands_out_a_returned_slot_or_gives_up_after_its_timeout():
     pool = linmem.PoolingCreator(slots=1, when_full="wait", timeout=3600)
     mem = pool.create(PAGE, **SHAPE)
     base = mem.as_ptr()
@@ -840,7 +840,7 @@ def test_a_wait_for_a_slot_answers_an_interrupt(interruptible):
 
 
 @requires("maps")
-def test_what_takes_too_long_to_zero_is_given_back_instead():
+def test_pages_that_take_too_long_to_zero_are_given_back_instead():
     pool = linmem.PoolingCreator(reset="zero", max_reset_seconds=1e-9)
     with pool.create(2048 * PAGE, reserve=2048 * PAGE) as mem:
         mem.write(0, b"x" * 2048 * PAGE)
@@ -1103,14 +1103,14 @@ def test_of_domains_that_have_their_share_in_several_pools_the_oldest_slot_goes(
     live.close()
 
 
-def test_what_was_committed_and_is_not_resident_counts_where_the_os_refuses_pages():
+def test_committed_pages_that_are_not_resident_count_if_the_os_refuses_pages():
     pools, live = idle_of_two("refused pages", [3, 0], [0, 9], reset="discard")
     take(6, "refused pages", pools, live)
     assert warm_of(pools, "a", "b") == (3, 3)
     live.close()
 
 
-def test_only_what_is_charged_to_a_budget_counts_for_a_share_of_it():
+def test_only_bytes_charged_to_a_budget_count_for_a_share_of_the_budget():
     budget = linmem.LimitingCreator(MMAP, 6 * EACH + PAGE)
     pools = [linmem.PoolingCreator(budget, reset="zero"),
              linmem.PoolingCreator(linmem.PythonCreator(Alternating(budget, MMAP)), reset="zero")]
@@ -1159,7 +1159,7 @@ def test_a_domain_that_makes_ever_new_slots_leaves_the_others_in_other_pools_war
 
 # -- figures ---------------------------------------------------------------------------------------------------------
 
-def test_what_is_read_adds_up():
+def test_the_figures_add_up():
     pool = linmem.PoolingCreator(max_unused_warm=2, reset="zero")
     for n in range(50):
         pool.create(PAGE * (1 + n % 4), domain=("a", "b")[n % 2], **SHAPE).close()
@@ -1207,7 +1207,7 @@ def test_figures_are_those_of_a_pool(bad):
         linmem.metrics.collector(bad)
 
 
-def test_what_warm_makes_is_no_guest():
+def test_memories_that_warm_makes_are_not_counted_as_guests():
     pool = linmem.PoolingCreator()
     ty = linmem.MemoryType(1, 2)
     pool.warm(5, ty, reserved_size_in_bytes=1 << 17, guard_size_in_bytes=0, domain="a")
@@ -1234,7 +1234,7 @@ def test_the_time_of_a_slot_s_first_reset_counts_once():
         assert 0 < said <= took
 
 
-def test_no_figure_goes_down_under_churn_of_threads():
+def test_no_figure_decreases_under_churn_of_threads():
     pool = linmem.PoolingCreator(max_unused_warm=3, slots=12, idle_seconds=0.01)
     stop, down = threading.Event(), []
     counters = ("hits_warm", "hits_cold", "misses", "purges", "reset_ns", "bytes_zeroed", "fallbacks", "rejected",

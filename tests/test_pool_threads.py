@@ -149,7 +149,7 @@ def test_a_memory_made_in_one_thread_is_reset_in_the_one_that_drops_it():
             check_fresh(mem, 2 * PAGE)
 
 
-def test_a_creator_may_go_while_other_threads_still_use_its_memories():
+def test_a_creator_may_be_freed_while_other_threads_use_its_memories():
     for _ in range(20):
         start = live()
         pools = [linmem.PoolingCreator()]
@@ -245,14 +245,14 @@ WRONG_DESCRIPTOR = """
 
 
 @requires("fork", "scan_ioctl")
-def test_with_the_descriptor_of_the_parent_a_guest_would_see_anothers_bytes_were_it_not_noticed():
+def test_without_detection_the_parents_descriptor_would_leak_bytes_to_another_guest():
     """Forces the leak that the test above excludes, which shows that the test above can fail."""
     assert answer(script("ioctl", WRONG_DESCRIPTOR.format(check=False, forged=True))) == f"{PAGE} 0"
     assert answer(script("ioctl", WRONG_DESCRIPTOR.format(check=False, forged=False))) == "0 0"
 
 
 @requires("fork", "scan_ioctl")
-def test_check_throws_a_slot_away_whose_reset_left_a_byte():
+def test_check_discards_a_slot_whose_reset_left_a_byte():
     assert answer(script("ioctl", WRONG_DESCRIPTOR.format(check=True, forged=True))) == "0 1"
 
 

@@ -144,7 +144,7 @@ def test_data_survives_growth_and_grown_bytes_are_zero(kind):
 
 
 @with_every_creator
-def test_an_instance_finds_nothing_of_those_that_were_before_it(kind):
+def test_an_instance_sees_no_byte_of_earlier_instances(kind):
     engine = engine_of(kind)
     bare = '(module (memory (export "m") 1))'
     plain = wasmtime.Module(engine, bare)
@@ -164,7 +164,7 @@ def test_an_instance_finds_nothing_of_those_that_were_before_it(kind):
 
 
 @with_every_creator
-def test_segments_out_of_bounds_trap_as_ever_and_what_follows_is_not_disturbed(kind):
+def test_segments_out_of_bounds_trap_as_in_wasmtime_and_later_instances_are_not_affected(kind):
     engine = engine_of(kind)
     bad = prepare(engine, '(module (memory 1) (data (i32.const 0) "a") (data (i32.const 65535) "too long"))')
     assert "does not fit" in bad.skipped[0]
@@ -339,7 +339,7 @@ def pooling():
 
 
 @pytest.mark.skipif(not hasattr(ffi, "wasmtime_pooling_allocation_strategy_set"), reason="no pooling strategy here")
-def test_an_engine_that_never_asks_linmem_is_refused():
+def test_an_engine_that_never_requests_memories_from_linmem_is_refused():
     for engine in (PLAIN, pooling()):
         with pytest.raises(ValueError, match=r"does not make its memories with linmem.*pooling"):
             prepare(engine, HELLO)
@@ -348,7 +348,7 @@ def test_an_engine_that_never_asks_linmem_is_refused():
 
 
 @with_every_creator
-def test_data_that_nobody_took_is_an_error_and_is_offered_to_nobody_else(monkeypatch, kind):
+def test_data_that_no_memory_took_is_an_error_and_is_not_offered_again(monkeypatch, kind):
     engine = engine_of(kind)
     monkeypatch.setattr(_prepared, "_asks", lambda engine: True)
     prepared = prepare(PLAIN, HELLO)
@@ -359,7 +359,7 @@ def test_data_that_nobody_took_is_an_error_and_is_offered_to_nobody_else(monkeyp
     assert not any(memory_of(store, wasmtime.Instance(store, module, [])))
 
 
-def test_an_instance_in_between_is_refused_and_takes_nothing_from_the_one_that_is_being_made(monkeypatch):
+def test_an_instance_in_between_is_refused_and_takes_no_image_of_the_instance_being_made(monkeypatch):
     prepared = prepare(MMAP, HELLO)
     make, refused = wasmtime.Instance.__init__, []
 
@@ -394,7 +394,7 @@ def test_a_store_of_another_engine_is_refused_by_wasmtime():
         prepared.instantiate(wasmtime.Store(engine_of("statistics")))
 
 
-def test_what_is_no_module_is_refused_as_by_wasmtime():
+def test_bytes_that_are_not_a_module_are_refused_as_by_wasmtime():
     engine = MMAP
     for wasm in (b"", b"\0asm\1\0\0\0\5", b"\0asm\1\0\0\0\5\1\1", "(module (memory 1) (data", "(module (bad))",
                  binary(HELLO)[:-1], b"\0asm\1\0\0\0\x63\0", b"\0asm\x0d\0\1\0", b"\0asm\x0d\0\1\0\0\5", b"\0",
@@ -445,7 +445,7 @@ def test_a_module_with_tables_of_continuations_is_prepared_as_any_other():
         assert prepared.skipped == ()
 
 
-def test_what_linmem_does_not_know_is_left_alone(monkeypatch):
+def test_parts_that_linmem_does_not_know_are_left_unchanged(monkeypatch):
     def unknown(*args):
         raise _hoist._Unknown("the table is of a later kind")
 
@@ -463,7 +463,7 @@ def test_what_linmem_does_not_know_is_left_alone(monkeypatch):
         assert memory_of(store, prepared.instantiate(store)) == of(PAGE, filled=GREETED)
 
 
-def test_a_module_that_wasmtime_takes_only_as_it_is_stays_as_it_is(monkeypatch):
+def test_a_module_that_wasmtime_accepts_only_unchanged_stays_unchanged(monkeypatch):
     made = _hoist.hoist
     monkeypatch.setattr(_hoist, "hoist", lambda wasm: dataclasses.replace(made(wasm), module=wasm + b"\x63\0"))
     prepared = prepare(MMAP, HELLO, expose=True)
@@ -620,7 +620,7 @@ def test_the_types_of_a_prepared_module_are_those_of_the_original():
     assert [(i.module, i.name) for i in ours.imports] == [(i.module, i.name) for i in plain.imports]
 
 
-def test_what_stays_in_the_module_is_said():
+def test_the_data_that_stays_in_the_module_is_reported():
     prepared = same(MMAP, """(module (import "e" "g" (global i32)) (import "e" "t" (table 0 funcref))
         (memory (export "m") 1) (data (global.get 0) "stays"))""", lambda store: [number(store, 9), table(store)])
     assert prepared.images == (None,)
@@ -679,7 +679,7 @@ def test_a_module_is_compiled_once_and_then_read(tmp_path, compilations):
     assert len(compilations) == 2
 
 
-def test_what_cannot_be_mapped_as_code_is_read(tmp_path, compilations, monkeypatch):
+def test_a_cached_module_that_cannot_be_mapped_as_code_is_read(tmp_path, compilations, monkeypatch):
     def refused(engine, path):
         raise wasmtime.WasmtimeError(f"{path} is on a file system that is mounted noexec")
 
@@ -766,7 +766,7 @@ def test_the_entries_of_one_module_are_bounded(tmp_path):
     assert list(cache.entries("another", ".x")) == []
 
 
-def test_an_entry_that_is_not_what_its_name_says_is_not_handed_out_and_is_removed(tmp_path):
+def test_an_entry_whose_content_differs_from_its_name_is_removed_and_not_handed_out(tmp_path):
     cache = Cache(tmp_path)
     good, cut, other = (cache.add("key", ".x", writes(content)) for content in (b"good", b"cut", b"other"))
     for path, content in ((cut, b"cu"), (other, b"othe\0")):
@@ -779,7 +779,7 @@ def test_an_entry_that_is_not_what_its_name_says_is_not_handed_out_and_is_remove
 
 
 @requires("owners")
-def test_an_entry_is_its_owners_alone_while_it_is_written_and_afterwards(tmp_path):
+def test_only_the_owner_can_read_an_entry_during_and_after_the_write(tmp_path):
     seen = []
 
     def write(file):
@@ -857,7 +857,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
     assert entries(tmp_path, "") == []
 
 
-def test_a_writer_that_is_killed_leaves_nothing_that_is_used(tmp_path):
+def test_the_files_of_a_killed_writer_are_never_used(tmp_path):
     child = textwrap.dedent(f"""
         from linmem._wasm.image_cache import Cache
         cache = Cache({str(tmp_path)!r})

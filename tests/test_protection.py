@@ -267,7 +267,7 @@ def check_known(mem, model):
 @requires("regions")
 @given(st.lists(st.tuples(st.integers(0, 11), st.integers(0, 12), st.sampled_from(["rw", *PROTECTED])), max_size=12),
        st.integers(0, 3))
-def test_the_access_of_each_page_is_what_was_asked_for_last(changes, odd):
+def test_each_page_has_the_access_of_the_last_request(changes, odd):
     with linmem.create(12 * PAGE + odd, maximum=64 * PAGE) as mem:
         model = ["rw"] * 12
         for first, n, access in changes:
@@ -300,7 +300,7 @@ def test_pages_are_protected_one_by_one_and_given_back_one_by_one(pages):
         assert not memoryview(mem).readonly
 
 
-def test_a_memory_that_has_its_access_back_moves_again():
+def test_a_memory_moves_again_after_its_protection_is_lifted():
     with linmem.create(4 * PAGE, maximum=64 * PAGE, reserve=0, may_move=True) as mem:
         mem.protect(PAGE, PAGE, "rw")
         mem.protect(PAGE, PAGE, "r")
@@ -313,7 +313,7 @@ def test_a_memory_that_has_its_access_back_moves_again():
 
 @requires("regions")
 @pytest.mark.parametrize("access", ["rw", *PROTECTED])
-def test_what_was_refused_has_left_every_page_as_it_was_and_known(mem, access):
+def test_a_refused_protect_leaves_every_page_unchanged_and_known(mem, access):
     model = ["rw", "r", "none", "none", "rw", PROTECTED[-1], "r", "rw"]
     for page, how in enumerate(model):
         mem.protect(page * PAGE, PAGE, how)
@@ -323,7 +323,7 @@ def test_what_was_refused_has_left_every_page_as_it_was_and_known(mem, access):
 
 
 @requires("regions")
-def test_where_the_undoing_is_refused_too_only_these_pages_are_unknown(mem):
+def test_if_an_undo_is_refused_too_only_the_access_of_its_pages_is_unknown(mem):
     mem.protect(5 * PAGE, PAGE, "r")
     with failing(1, OUT_OF_MEMORY, 2), pytest.raises(linmem.PageError, match="protect"):
         mem.protect(PAGE, PAGE, "none")
@@ -338,7 +338,7 @@ def test_where_the_undoing_is_refused_too_only_these_pages_are_unknown(mem):
     check_known(mem, ["rw", "r", "rw", "rw", "rw", "r", "rw", "rw"])
 
 
-def test_where_all_undoing_is_refused_all_that_was_asked_for_is_unknown():
+def test_if_every_undo_is_refused_the_access_of_all_requested_pages_is_unknown():
     with linmem.create(100 * PAGE) as mem:
         with failing(1, OUT_OF_MEMORY, 1 << 20), pytest.raises(linmem.PageError, match="protect"):
             mem.protect(10 * PAGE, 80 * PAGE, "none")
@@ -611,7 +611,7 @@ print("alive")
 """) == "alive"
 
 
-def test_a_protect_waits_for_nobody_that_waits_for_it(mem):
+def test_protect_does_not_wait_for_a_thread_that_waits_for_it(mem):
     barrier = threading.Barrier(4)
 
     def use(access):

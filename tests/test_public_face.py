@@ -693,7 +693,7 @@ def figures():
 
 
 @pytest.mark.parametrize("name", [name for name, (_, arguments) in FACE.items() if arguments])
-def test_every_argument_refuses_garbage_by_its_name_and_leaves_all_as_it_was(name, worlds):
+def test_every_argument_refuses_garbage_by_its_name_and_changes_no_state(name, worlds):
     problems = []
     for argument in FACE[name][1]:
         world = worlds()
@@ -759,7 +759,7 @@ ACTED = [(name.rpartition(".")[2], argument) for name, (_, arguments) in FACE.it
 
 
 @pytest.mark.parametrize("act", ACTS)
-def test_an_argument_that_acts_on_the_memory_is_no_way_past_its_end(act):
+def test_an_argument_that_changes_the_memory_cannot_cause_an_access_past_its_end(act):
     for (method, argument), value in itertools.product(ACTED, (0, 1, PAGE, 2 * PAGE, 2 * PAGE + 1)):
         mem = linmem.create(2 * PAGE, reserve=0, may_move=True)
         mem.write(0, PATTERN)
@@ -778,7 +778,7 @@ def test_an_argument_that_acts_on_the_memory_is_no_way_past_its_end(act):
         mem.close()
 
 
-def test_the_last_reference_may_go_while_an_argument_is_looked_at():
+def test_the_last_reference_may_be_dropped_during_the_check_of_an_argument():
     for method, argument in ACTED:
         if argument == "data" and sys.version_info < (3, 12):
             continue            # before Python 3.12, Python classes cannot export buffers
@@ -791,7 +791,7 @@ def test_the_last_reference_may_go_while_an_argument_is_looked_at():
 
 
 @pytest.mark.parametrize("path", ["linmem.Image.open", "linmem.Image.save", "linmem.Delta.open", "linmem.Delta.save"])
-def test_a_path_that_acts_is_a_path(path, worlds):
+def test_a_path_with_side_effects_is_a_valid_path(path, worlds):
     world = worlds()
     what, arguments = FACE[path]
     acting = Acting(lambda: world.mem.close(), 0)
@@ -805,7 +805,7 @@ def test_a_path_that_acts_is_a_path(path, worlds):
 
 @pytest.mark.parametrize("call", ["linmem.wasmtime.linear_memory(other, memory)",
                                   "linmem.wasmtime.Snapshot.take(other, instance)"])
-def test_a_store_that_a_thing_does_not_belong_to_is_refused(call):
+def test_a_foreign_store_is_refused(call):
     # In a child, because wasmtime itself would end the process.
     assert answer(f"""
         import linmem.wasmtime, wasmtime
@@ -823,7 +823,7 @@ def test_a_store_that_a_thing_does_not_belong_to_is_refused(call):
         """).startswith("store must be the one that the ")
 
 
-def test_a_delta_of_the_callers_own_class_is_no_way_to_write_where_nobody_may(worlds):
+def test_a_delta_of_the_callers_own_class_cannot_write_out_of_bounds(worlds):
     mem = worlds().mem
 
     class Hostile(linmem.Delta):

@@ -40,7 +40,7 @@ def test_a_python_block_does_what_the_page_says(code, dies, tmp_path):
         assert child.returncode == 0, child.stderr
 
 
-def test_the_readme_shows_one_script_that_dies_and_the_same_that_lives():
+def test_the_readme_shows_one_script_that_crashes_and_a_version_that_works():
     blocks = [(bool(block[1]), block[2]) for block in BLOCK.finditer(PAGES[0].read_text("utf-8"))]
     assert [dies for dies, _ in blocks] == [False, False, True, False, False]
     assert all("store.close()" in code for _, code in blocks[2:4])

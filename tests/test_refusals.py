@@ -86,7 +86,7 @@ print("refused")
 
 
 @requires("few_mappings", "maps_images")
-def test_without_mappings_left_a_memory_takes_an_image_by_copying_it_and_turns_to_another():
+def test_without_mappings_left_a_memory_copies_its_image_and_can_be_restored_to_another():
     assert child("""
 first = linmem.Image.from_bytes(b"1" * 3 * PAGE, PAGE)
 second = linmem.Image.from_bytes(b"second" * PAGE, 4 * PAGE)
@@ -109,7 +109,7 @@ print("copied")
 
 @requires("few_mappings")
 @pytest.mark.parametrize("reset", ["adaptive", "zero", "discard"])
-def test_a_slot_that_comes_back_without_mappings_left_hands_on_no_byte_and_no_access(reset):
+def test_a_slot_returned_without_mappings_left_passes_on_no_byte_and_no_protection(reset):
     assert child(f"""
 pool = linmem.PoolingCreator(reset="{reset}", check=True)
 mem = pool.create(3 * PAGE, **SHAPE)
@@ -194,7 +194,7 @@ print("stayed")
 
 
 @requires("maps", "memory_locks", "discard_any_protection")
-def test_pages_that_are_locked_in_memory_cannot_be_discarded_and_a_pool_clears_them_all_the_same():
+def test_locked_pages_cannot_be_discarded_but_a_pool_zeroes_them():
     assert child("""
 mem = linmem.create(4 * PAGE, **SHAPE)
 mem.write(0, b"s" * 4 * PAGE)

@@ -127,7 +127,7 @@ def test_pages_that_are_never_used_again_are_given_back_soon():
     assert max(kept) <= 64
 
 
-def test_what_a_slot_may_not_keep_is_given_back():
+def test_pages_above_the_bound_of_a_slot_are_given_back():
     policy = _Policy(12, 4)
     assert policy.begin(1000) == "scan"
     assert not policy.end(1000, 11, 10)
@@ -135,7 +135,7 @@ def test_what_a_slot_may_not_keep_is_given_back():
     assert policy.begin(1000) == "discard"      # the following resets do not scan
 
 
-def test_a_small_range_is_zeroed_without_a_look_once_that_may_pay_for_the_faults():
+def test_a_small_range_is_zeroed_without_a_scan_if_this_may_cost_less_than_the_faults():
     policy = _Policy(12, 4)
     asked = []
     for _ in range(6):
@@ -153,7 +153,7 @@ def test_the_costs_of_this_machine_are_sane():
 
 
 @pytest.mark.parametrize("size", [0, 128, 4096, 65536 + 128])
-def test_wide_stores_zero_what_they_shall_and_not_a_byte_more(size):
+def test_wide_stores_zero_exactly_the_given_bytes(size):
     with linmem.create(2 * 65536) as mem:
         mem[:] = b"\xab" * len(mem)
         if not _zero_wide(mem.as_ptr() + 4096, size):

@@ -47,7 +47,7 @@ def test_a_file_that_is_replaced_keeps_its_rights(old, mode):
 
 
 @requires("owners")
-def test_nobody_else_can_read_a_file_that_is_being_written(tmp_path, old, monkeypatch):
+def test_other_users_cannot_read_a_file_during_its_write(tmp_path, old, monkeypatch):
     old.chmod(0o666)
     seen = []
     whole = os.fsync
@@ -262,7 +262,7 @@ def writer(folder, what):
 
 @requires("fork")
 @pytest.mark.parametrize("by", ["save", "cache"])
-def test_the_next_writer_removes_what_a_killed_one_left_and_nothing_else(tmp_path, by):
+def test_the_next_writer_removes_only_files_of_killed_writers(tmp_path, by):
     folder = tmp_path / "cache" / "key"
     folder.mkdir(parents=True, mode=0o700)
     with writer(folder, "dies") as dead:
@@ -286,7 +286,7 @@ def test_the_next_writer_removes_what_a_killed_one_left_and_nothing_else(tmp_pat
 
 
 @requires("fork")
-def test_a_writer_whose_file_was_removed_before_it_held_the_lock_begins_anew(tmp_path, monkeypatch):
+def test_a_writer_whose_file_was_removed_before_the_lock_starts_again(tmp_path, monkeypatch):
     removed = []
     whole = _saving._lock
 
@@ -304,7 +304,7 @@ def test_a_writer_whose_file_was_removed_before_it_held_the_lock_begins_anew(tmp
 
 
 @requires("fork")
-def test_only_regular_files_are_taken_for_what_a_killed_writer_left(tmp_path):
+def test_only_regular_files_are_taken_for_files_of_a_killed_writer(tmp_path):
     pipe, folder, file, link = (tmp_path / f".linmem-{number:016x}.tmp" for number in range(4))
     os.mkfifo(pipe)
     folder.mkdir()
@@ -366,5 +366,5 @@ def test_a_save_works_in_a_folder_that_may_be_written_and_not_listed(shared_fold
     assert Image.open(folder / "file", verify=True) == Image.from_bytes(b"theirs")
 
 
-def test_nothing_of_the_writer_is_loaded_before_a_file_is_named():
+def test_the_writer_is_not_imported_before_a_file_is_named():
     assert answer("import linmem, sys; print('linmem._files.atomic_file' in sys.modules)") == "False"

@@ -74,7 +74,7 @@ def make():
 """
 
 
-def test_creators_memories_views_and_images_go_in_any_order():
+def test_creators_memories_views_and_images_are_freed_in_any_order():
     assert scene(ORDERS + THINGS + """
 print(in_orders(make, list(make()), 300))
 """) == "356"
@@ -102,13 +102,13 @@ def make():
 """
 
 
-def test_engines_stores_instances_views_prepared_modules_and_snapshots_go_in_any_order():
+def test_engines_stores_instances_views_prepared_modules_and_snapshots_are_freed_in_any_order():
     assert scene(ORDERS + GUESTS + """
 print(in_orders(make, list(make()), 40))
 """) == "112"
 
 
-def test_closed_stores_and_engines_leave_the_rest_to_go_in_any_order():
+def test_after_stores_and_engines_are_closed_the_rest_may_be_freed_in_any_order():
     assert scene(ORDERS + GUESTS + """
 made = make
 def make():

@@ -50,7 +50,7 @@ def contents(store, exports, name="memory"):
 
 
 @with_every_creator
-def test_memories_and_globals_go_back_as_often_as_wanted(kind):
+def test_memories_and_globals_can_be_restored_repeatedly(kind):
     store, instance, exports = start(COUNTER, engine=engine_of(kind))
     exports["step"](store, 5)
     before = contents(store, exports)
@@ -104,7 +104,7 @@ def spoiled(store, exports):
                     isinstance(exports["t"].get(store, 0), wasmtime.Func))
 
 
-def test_if_only_the_second_memory_has_grown_nothing_is_touched():
+def test_if_only_the_second_memory_has_grown_no_state_is_changed():
     store, instance, exports = start(TWO)
     snapshot = Snapshot.take(store, instance)
     exports["grow"](store)
@@ -116,7 +116,7 @@ def test_if_only_the_second_memory_has_grown_nothing_is_touched():
     assert now() == (bytes(3), 1, False)
 
 
-def test_if_only_the_second_memory_can_not_be_restored_now_nothing_is_touched():
+def test_if_only_the_second_memory_cannot_be_restored_now_no_state_is_changed():
     class Growing:
         def __init__(self, minimum, reserved, guard):
             self.inner = linmem.MmapCreator().create(minimum, reserve=reserved, guard=guard)
@@ -172,7 +172,7 @@ def test_of_several_memories_all_are_restored_or_none():
         memory.close()          # close() works, so no lock and no use is left
 
 
-def test_a_memory_that_has_grown_keeps_its_size_and_what_it_gained_is_zeroed_on_demand():
+def test_a_grown_memory_keeps_its_size_and_its_new_pages_are_zeroed_on_demand():
     store, instance, exports = start(COUNTER)
     snapshot = Snapshot.take(store, instance)
     before = contents(store, exports)
@@ -345,7 +345,7 @@ def test_hidden_memories_and_globals_are_refused_unless_they_are_exposed():
     assert exports["stack"](store) == 4096
 
 
-def test_what_is_not_held_is_refused_or_named():
+def test_state_that_a_snapshot_does_not_hold_is_refused_or_named():
     store = wasmtime.Store(ENGINE)
     imports = [wasmtime.Memory(store, wasmtime.MemoryType(wasmtime.Limits(1, None))), table(store), number(store, 1),
                wasmtime.Global(store, wasmtime.GlobalType(wasmtime.ValType.i32(), True), 1)]
@@ -378,7 +378,7 @@ IMPORTING = """(module (import "e" "m" (memory 1)) (import "e" "g" (global (mut 
 
 
 @pytest.mark.parametrize("by_linker", [False, True])
-def test_what_an_instance_imports_goes_back_if_it_is_exposed(by_linker):
+def test_the_imports_of_an_instance_are_restored_if_they_are_exposed(by_linker):
     store = wasmtime.Store(ENGINE)
     memory = linmem.wasmtime.new_memory(store, wasmtime.MemoryType(wasmtime.Limits(1, None)))
     counter = wasmtime.Global(store, wasmtime.GlobalType(wasmtime.ValType.i32(), True), 5)
@@ -402,7 +402,7 @@ def test_what_an_instance_imports_goes_back_if_it_is_exposed(by_linker):
     assert [imports[2].get(store, index)(store) for index in range(2)] == [1, 2]
 
 
-def test_an_instance_of_which_nothing_is_held_or_known_is_refused():
+def test_an_instance_without_held_or_known_state_is_refused():
     store = wasmtime.Store(ENGINE)
     memory = linmem.wasmtime.new_memory(store, wasmtime.MemoryType(wasmtime.Limits(1, None)))
     module = wasmtime.Module(ENGINE, '(module (import "e" "m" (memory 1)) (func (export "f")))')
@@ -464,7 +464,7 @@ def test_a_table_that_the_guest_changes_goes_back(kind, is_exported):
         assert answers(store, exports) == [None, 1, 2]
 
 
-def test_a_hidden_table_that_no_code_changes_is_in_nobodys_way():
+def test_a_hidden_table_that_no_code_changes_does_not_prevent_a_snapshot():
     store, instance, exports = start("""(module (memory (export "memory") 1) (table 1 funcref) (elem (i32.const 0) $f)
         (func $f (result i32) (i32.const 7)) (func (export "call") (result i32)
             (call_indirect (result i32) (i32.const 0))))""")
@@ -502,7 +502,7 @@ def test_continuations_are_never_read_and_always_refused(wat):
     Snapshot.take(store, instance, partial=True).restore(store)
 
 
-def test_a_table_that_has_been_resized_is_told_before_anything_is_touched():
+def test_a_resized_table_is_reported_before_any_state_is_changed():
     store, instance, exports = start(COUNTER.replace("(memory", '(table (export "table") 2 funcref) (memory', 1))
     snapshot = Snapshot.take(store, instance)
     exports["step"](store, 8)
@@ -566,7 +566,7 @@ def outcome(action, *args):
     return None
 
 
-def test_nothing_is_taken_or_restored_while_a_call_into_the_store_runs():
+def test_no_snapshot_is_taken_or_restored_during_a_call_into_the_store():
     store = wasmtime.Store(ENGINE)
     other, other_instance, _ = start(COUNTER)
     other_snapshot = Snapshot.take(other, other_instance)
@@ -593,7 +593,7 @@ def test_nothing_is_taken_or_restored_while_a_call_into_the_store_runs():
     store.close()       # closes a cycle: the function refers to the store, and wasmtime-py to the function
 
 
-def test_a_function_of_the_users_named_as_one_of_wasmtimes_is_no_call_into_the_store():
+def test_a_users_function_with_the_name_of_a_wasmtime_function_is_not_taken_for_a_call_into_the_store():
     store, instance, exports = start(COUNTER)
     before = contents(store, exports)
 

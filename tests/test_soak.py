@@ -77,7 +77,7 @@ def planted(wrong, *arguments, minutes="1"):       # minutes: the upper bound; t
     return done.stderr
 
 
-def test_a_short_soak_finds_nothing_and_says_what_it_did(tmp_path):
+def test_a_short_soak_has_no_findings_and_prints_its_work(tmp_path):
     done = run_child(f"""
         import runpy, sys
         sys.argv = ["soak", "--minutes", "0.05", "--json", {str(tmp_path / "figures.json")!r}]
@@ -128,17 +128,17 @@ def test_a_child_that_hangs_ends_though_its_parent_has_ended_before():
 
 
 @requires("maps")
-def test_memories_that_are_never_let_go_of_are_a_leak():
+def test_memories_that_are_never_released_are_found_as_a_leak():
     assert "a leak: reserved was " in planted("leak", minutes="0.1")
 
 
 @requires("descriptors", "sealed")
-def test_descriptors_that_are_never_let_go_of_are_a_leak():
+def test_descriptors_that_are_never_closed_are_found_as_a_leak():
     assert "a leak: descriptors was " in planted("descriptor", minutes="0.1")
 
 
 @requires("fork")
-def test_what_is_wrong_in_a_forked_child_only_is_found():
+def test_a_fault_only_in_a_forked_child_is_found():
     said = planted("child")
     assert "Wrong: a forked child ended with status 1" in said
     assert "of a fresh memory of 'planted' is 1, must be 0" in said

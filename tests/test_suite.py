@@ -52,7 +52,7 @@ def test_every_test_has_a_time_limit_that_ends_the_run(request):
 
 
 @requires("maps")
-def test_what_a_failed_test_left_behind_fails_no_other_test(tmp_path):
+def test_objects_of_a_failed_test_do_not_make_other_tests_fail(tmp_path):
     (tmp_path / "test_leaving.py").write_text("""
 import linmem, linmem.metrics, pytest, support
 

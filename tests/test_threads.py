@@ -305,7 +305,7 @@ def use_in_common(chains, cells, n, rng):
             assert mem.closed
 
 
-def test_every_creators_memories_stand_eight_threads_alone_and_in_common(chains):
+def test_memories_of_every_creator_work_with_eight_threads_separately_and_shared(chains):
     rng = random.Random(0)
     cells = [chains.make(rng, 4 * PAGE, 40 * PAGE, 16 * PAGE) for _ in range(4)]
 
@@ -677,7 +677,7 @@ def strike_stores(creator):
 
 
 @pytest.mark.parametrize("kind", ["the pool", "adaptors", "a creator in Python"])
-def test_one_engine_and_eight_threads_of_stores_whose_memories_others_end(kind):
+def test_eight_threads_share_an_engine_and_drop_each_others_stores(kind):
     creator, pool, budget = wasm_creators()[kind]
     strike_stores(creator)
     gc.collect()
@@ -783,7 +783,7 @@ CHURN = """
 
 
 @requires("fork")
-def test_nothing_that_threads_do_while_another_forks_is_half_done_in_the_child():
+def test_no_operation_of_other_threads_during_a_fork_is_half_done_in_the_child():
     assert answer(f"""
     P, ROUNDS = {PAGE}, 30
 
@@ -859,7 +859,7 @@ def fork(linmem.NativeCreator creator not None, size_t page):
 
 
 @requires("fork", "compiler")
-def test_a_fork_by_c_code_that_python_knows_nothing_of_leaves_no_lock_held(tmp_path):
+def test_a_fork_by_c_code_without_pythons_handlers_leaves_no_lock_held(tmp_path):
     build_extension(tmp_path, "forking", FORKING)
     assert answer(f"""
     P, ROUNDS = {PAGE}, 200

@@ -92,7 +92,7 @@ def write_pages(mem, which):
 
 @pytest.mark.parametrize("way", WAYS)
 @given(written=st.sets(st.integers(0, 255)), room=st.sampled_from([1, 2, 3, 63, 64, 65, 256]))
-def test_exactly_the_written_pages_are_found_whatever_the_room(way, spotter, written, room):
+def test_exactly_the_written_pages_are_found_with_any_buffer_size(way, spotter, written, room):
     with scanning(way), linmem.create(256 * REAL_PAGE) as mem:
         write_pages(mem, written)
         assert numbers(spotter.all_touched(mem.as_ptr(), 256 * REAL_PAGE, room=room), mem.as_ptr()) == sorted(written)
@@ -125,7 +125,7 @@ def test_more_runs_than_there_is_room_for_go_on_at_next(way, spotter, room):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_nothing_outside_the_range_is_found(way, spotter):
+def test_no_page_outside_the_range_is_found(way, spotter):
     with scanning(way), linmem.create(64 * REAL_PAGE) as mem:
         write_pages(mem, range(64))
         at = mem.as_ptr() + 7 * REAL_PAGE
@@ -195,7 +195,7 @@ def test_a_failure_is_the_code_of_the_os(spotter):
             assert caught.value.errno == code
 
 
-def test_a_way_that_is_none_is_refused_and_none_finds_nothing(spotter):
+def test_an_unknown_way_is_refused_and_none_finds_no_page(spotter):
     before = pages.choose_scan(None)
     try:
         assert pages.describe()["capabilities"]["scans"] is False
@@ -253,7 +253,7 @@ def test_a_forked_child_finds_its_own_pages_and_not_its_parents(folder, way, for
 
 
 @requires("fork", "scan_ioctl")
-def test_a_descriptor_of_the_parent_in_the_place_of_the_childs_own_is_noticed(folder):
+def test_the_parents_descriptor_in_place_of_the_childs_own_is_detected(folder):
     """The parent's descriptor would not show the child's writes; the result of its ioctl proves this."""
     assert run(folder, "ioctl", """
         import fcntl, struct
@@ -309,7 +309,7 @@ def test_a_program_that_is_started_inherits_no_descriptor(folder, way):
                                    "os.open('/proc/self/pagemap', os.O_RDONLY)",
                                    "os.open(f'/proc/{other}/pagemap', os.O_RDONLY)"])
 @requires("fork")
-def test_after_someone_closed_every_descriptor_every_page_is_found(folder, way, taken):
+def test_after_all_descriptors_were_closed_every_page_is_found(folder, way, taken):
     # Daemons close all descriptors. A new file may get the old number, and then the result must never be "no page was
     # touched".
     assert run(folder, way, f"""

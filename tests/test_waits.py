@@ -142,7 +142,7 @@ def test_a_memory_closes_after_a_call_in_which_any_allocation_of_python_failed(n
 
 
 @requires("regions")
-def test_a_memory_that_is_closed_during_a_call_of_another_thread_goes_with_the_end_of_that_call():
+def test_a_memory_closed_during_another_threads_call_is_released_at_the_end_of_the_call():
     inside, go_on = threading.Event(), threading.Event()
     mem, made, size = delegated(moves=False)
     made.during = lambda: (inside.set(), go_on.wait(30))
@@ -187,7 +187,7 @@ def test_close_counts_exported_buffers_and_no_calls():
     assert set(errors) <= {"the memory is closed"}
 
 
-def test_closing_in_many_threads_at_once_is_closing_once():
+def test_closing_in_many_threads_concurrently_closes_once():
     threads = 4
     pool = linmem.PoolingCreator()
     turn, errors, mems = threading.Barrier(threads), [], [pool.create(PAGE, maximum=PAGE) for _ in range(300)]
@@ -247,7 +247,7 @@ def test_a_growth_in_python_that_would_wait_for_itself_is_an_error(name, moves):
     mem.close()
 
 
-def test_what_waits_for_nobody_works_in_a_growth_of_its_own():
+def test_calls_that_wait_for_no_lock_work_inside_a_growth_of_the_same_memory():
     mem, made, size = delegated(moves=False)
     other = delegated(moves=True)
     seen = []
@@ -429,7 +429,7 @@ QUESTIONS = ["byte_size", "byte_capacity", "as_ptr", "wasm_accessible", "maximum
 
 @requires("real_pages")
 @pytest.mark.parametrize("question", QUESTIONS)
-def test_a_memory_that_moved_and_does_not_say_where_to_is_lost_and_every_use_raises(question):
+def test_a_memory_that_moved_to_an_unknown_address_is_lost_and_every_use_raises(question):
     mem, made = moving()
     made.fails = question
     with pytest.raises(ZeroDivisionError, match="in the memory"):
@@ -479,7 +479,7 @@ def test_ctrl_c_while_a_memory_is_asked_where_it_is_does_not_lose_it():
 
 
 @requires("real_pages")
-def test_a_creation_that_raises_while_it_is_asked_leaves_nothing():
+def test_a_creation_that_raises_leaks_no_memory():
     class Creator(linmem.MemoryCreator):
         def new_memory(self, ty, minimum, *request):
             made = Moving(minimum)
@@ -542,7 +542,7 @@ class Own(BaseException):
 
 @pytest.mark.parametrize("threaded", [False, True])
 @pytest.mark.parametrize("make", [KeyboardInterrupt, lambda: SystemExit(3), lambda: Own("mine"), GeneratorExit, Final])
-def test_what_is_no_exception_of_a_guests_surfaces_in_python(make, threaded):
+def test_an_exception_that_is_not_the_guests_surfaces_in_python(make, threaded):
     creator = Failing()
     engine = engine_of(creator)
     module = wasmtime.Module(engine, WAT)
@@ -621,7 +621,7 @@ class Vanishing(Delegate):
 
 
 @pytest.mark.parametrize("reservation", [0, 1 << 32])
-def test_a_guest_whose_memory_is_lost_traps_and_the_process_lives(reservation):
+def test_a_guest_whose_memory_is_lost_traps_without_a_crash_of_the_process(reservation):
     done = answer(LOSING.format(reservation=reservation))
     assert done == "-1 trap trap trap 0 lost"
 

@@ -145,7 +145,7 @@ def test_an_empty_memory_has_an_address_and_grows_from_nothing():
     assert memory[5] == 6
 
 
-def test_each_of_many_memories_of_a_module_is_its_own():
+def test_many_memories_of_a_module_are_distinct():
     store, exports = instantiate("""(module
         (memory (export "a") 1) (memory (export "b") 2 4) (memory (export "c") i64 1)
         (data (memory 1) (i32.const 0) "b")
@@ -260,21 +260,21 @@ def test_a_host_made_shared_memory_is_linmems():
     assert len(linmem.wasmtime.linear_memory(store, made)) == PAGE
 
 
-def test_memories_that_wasmtime_made_itself_are_told_apart():
+def test_linear_memory_refuses_memories_that_wasmtime_made_itself():
     store = wasmtime.Store(wasmtime.Engine(make_config()))
     own = wasmtime.Memory(store, wasmtime.MemoryType(wasmtime.Limits(1, 2)))
     with pytest.raises(ValueError, match=r"new_memory"):
         linmem.wasmtime.linear_memory(store, own)
 
 
-def test_an_engine_without_linmem_is_told_so():
+def test_an_engine_without_linmem_gets_a_clear_error():
     store = wasmtime.Store(wasmtime.Engine(wasmtime.Config()))
     with pytest.raises(ValueError, match=r"install\(config\) was not called"):
         linmem.wasmtime.new_memory(store, wasmtime.MemoryType(wasmtime.Limits(1, 2)))
 
 
 @needs("wasmtime_pooling_allocation_strategy_set")
-def test_a_pooling_strategy_that_ignores_the_creator_is_told_so():
+def test_a_pooling_strategy_that_would_ignore_the_creator_is_refused():
     config = wasmtime.Config()
     pooling = ffi.wasmtime_pooling_allocation_config_new()
     ffi.wasmtime_pooling_allocation_config_total_memories_set(pooling, 2)
@@ -289,7 +289,7 @@ def test_a_pooling_strategy_that_ignores_the_creator_is_told_so():
 
 
 @pytest.mark.parametrize("bad", [None, 7, "memory", object()])
-def test_what_is_no_wasm_memory_is_a_type_error(bad):
+def test_an_object_that_is_not_a_wasm_memory_is_a_type_error(bad):
     store = wasmtime.Store(wasmtime.Engine(make_config()))
     with pytest.raises(TypeError, match=r"memory must be a wasmtime.Memory"):
         linmem.wasmtime.linear_memory(store, bad)
@@ -301,12 +301,12 @@ def test_what_is_no_wasm_memory_is_a_type_error(bad):
 
 
 @pytest.mark.parametrize("bad", [None, 7, "config", object()])
-def test_a_config_that_is_none_is_a_type_error(bad):
+def test_none_as_config_is_a_type_error(bad):
     with pytest.raises(TypeError, match=r"config must be a wasmtime.Config"):
         linmem.wasmtime.install(bad)
 
 
-def test_a_creator_that_is_none_is_a_type_error():
+def test_none_as_creator_is_a_type_error():
     with pytest.raises(TypeError, match="creator must be a MemoryCreator, got int"):
         linmem.wasmtime.install(wasmtime.Config(), 7)
 
@@ -392,7 +392,7 @@ def test_python_may_not_grow_what_a_store_owns_and_closes_only_its_own_handle():
     memory.close()
 
 
-def test_a_with_block_on_what_a_store_owns_may_leave_a_view_behind():
+def test_a_with_block_on_a_memory_of_a_store_may_leave_a_view_behind():
     store, exports = instantiate(GROWING.format(limits="1"))
     with linmem.wasmtime.linear_memory(store, exports["memory"]) as memory:
         view = memoryview(memory)
@@ -413,7 +413,7 @@ def test_two_handles_on_one_memory_are_closed_apart():
     two.close()
 
 
-def test_engine_store_module_and_views_may_go_in_any_order():
+def test_engine_store_module_and_views_may_be_freed_in_any_order():
     import itertools
 
     for order in itertools.permutations(range(5)):
@@ -619,7 +619,7 @@ def test_handles_on_one_memory_are_equal_and_of_one_hash():
     other.close()
 
 
-def test_new_memory_keeps_few_compiled_modules_and_those_that_were_used_last(monkeypatch):
+def test_new_memory_keeps_only_the_few_modules_that_were_used_last(monkeypatch):
     config = wasmtime.Config()
     linmem.wasmtime.install(config)
     engine = wasmtime.Engine(config)

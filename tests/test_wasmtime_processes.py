@@ -59,19 +59,19 @@ PLAIN_VIEW = "np.frombuffer(memory.get_buffer_ptr(store), dtype=np.uint8)"
 LINMEM_VIEW = "np.asarray(linmem.wasmtime.linear_memory(store, memory))"
 
 
-def test_a_view_used_after_store_close_kills_without_linmem_and_lives_with_it():
+def test_a_view_used_after_store_close_crashes_without_linmem_and_works_with_linmem():
     assert died_of_a_fault(run_child(script(AFTER_CLOSE.format(view=PLAIN_VIEW), linmem=False)))
     result = run_child(script(AFTER_CLOSE.format(view=LINMEM_VIEW), linmem=True))
     assert (result.returncode, result.stdout, result.stderr) == (0, "alive b'hell!'\n", "")
 
 
-def test_a_view_used_after_a_growth_that_moves_kills_without_linmem_and_lives_with_it():
+def test_a_view_used_after_a_moving_growth_crashes_without_linmem_and_works_with_linmem():
     assert died_of_a_fault(run_child(script(AFTER_MOVE.format(view=PLAIN_VIEW), linmem=False, reservation=0)))
     result = run_child(script(AFTER_MOVE.format(view=LINMEM_VIEW), linmem=True))
     assert (result.returncode, result.stdout, result.stderr) == (0, "alive b'hell!'\n", "")
 
 
-def test_a_view_that_is_too_long_kills_without_linmem_and_is_an_exception_with_it():
+def test_a_too_long_view_crashes_without_linmem_and_is_an_exception_with_linmem():
     plain = "np.frombuffer(memory.get_buffer_ptr(store, size=1 << 31), dtype=np.uint8)"
     assert died_of_a_fault(run_child(script(PAST_THE_END.format(view=plain), linmem=False)))
     code = """
@@ -137,7 +137,7 @@ def test_without_tuning_the_error_names_the_limit():
 
 
 @requires("fork")
-def test_a_forked_child_reads_writes_grows_and_drops_everything_on_its_own():
+def test_a_forked_child_reads_writes_grows_and_drops_everything_independently():
     result = run_child(script("""
         import gc, os, threading
         linear = linmem.wasmtime.linear_memory(store, memory)

@@ -104,7 +104,7 @@ def addresses_in_use():
 
 # -- reserved and charged bytes ---------------------------------------------------------------------
 
-def test_sixty_four_memories_of_four_gibibytes_and_guards_are_charged_for_nothing_but_their_bytes():
+def test_sixty_four_memories_with_large_reservations_are_charged_only_for_their_bytes():
     before = commit_status().commit_left
     memories = [linmem.create(PAGE, reserve=4 * GIB, guard=32 << 20) for _ in range(64)]
     spans = sorted(whole(mem) for mem in memories)
@@ -173,7 +173,7 @@ def test_growth_past_the_capacity_moves_the_bytes_and_frees_the_old_reservation_
         assert all(state == MEM_FREE for _, state, _, _ in regions(*old))
 
 
-def test_protect_is_what_virtual_query_says():
+def test_virtual_query_shows_the_protection_of_protect():
     with linmem.create(4 * PAGE) as mem:
         base = mem.as_ptr()
         for access, expected in (("r", PAGE_READONLY), ("none", PAGE_NOACCESS), ("rw", PAGE_READWRITE)):
@@ -247,13 +247,13 @@ GUARDED = f"""
     "info.base + info.byte_capacity",
     "info.base + info.byte_capacity + info.guard - 1",
 ])
-def test_a_child_that_touches_a_guard_dies_of_an_access_violation(touch, where):
+def test_an_access_to_a_guard_ends_a_child_with_an_access_violation(touch, where):
     done = support.run_child(support.textwrap.dedent(GUARDED) + f"{touch}({where})\nprint('survived', flush=True)\n")
     assert done.stdout.strip() == "alive", done.stdout + done.stderr
     assert done.returncode & 0xFFFFFFFF == ACCESS_VIOLATION, done.stderr
 
 
-def test_a_child_that_writes_a_protected_page_dies_of_an_access_violation():
+def test_a_write_to_a_protected_page_ends_a_child_with_an_access_violation():
     done = support.run_child(support.textwrap.dedent(GUARDED)
                              + f"view = memoryview(mem)\nmem.protect(0, {PAGE}, 'r')\nread(info.base)\nview[0] = 2\n")
     assert done.stdout.strip() == "alive", done.stdout + done.stderr
@@ -302,7 +302,7 @@ def test_windows_refuses_to_commit_past_the_end_of_a_reservation():
 
 
 @pytest.mark.parametrize("reserve", [1 << 47, 1 << 52, (1 << 62)])
-def test_a_reservation_that_no_address_space_holds_is_a_page_error_and_leaves_nothing(reserve):
+def test_a_reservation_larger_than_the_address_space_is_a_page_error_without_a_leak(reserve):
     before = addresses_in_use()
     with pytest.raises(linmem.PageError, match="user addresses have 47 bits") as caught:
         linmem.create(PAGE, reserve=reserve)
@@ -357,13 +357,13 @@ def test_a_page_error_carries_the_code_of_windows_as_winerror(nth, call, code, n
         (code, error.errno, error.call, error.size, str(error))
 
 
-def test_a_commit_limit_is_named_in_figures_where_it_is_the_reason():
+def test_an_error_caused_by_the_commit_limit_gives_its_figures():
     with support.failing(2, 1455), pytest.raises(linmem.PageError) as caught:
         linmem.create(PAGE, reserve=1 << 20)
     assert f"the commit limit is {commit_status().commit} bytes" in str(caught.value)
 
 
-def test_a_process_that_is_to_die_quietly_ends_at_once_with_the_code_of_its_fault():
+def test_after_die_quietly_a_crash_ends_the_process_immediately_with_the_faults_code():
     done = subprocess.run([sys.executable, "-c", "import ctypes\nfrom linmem._os import pages\npages.die_quietly()\n"
                            "ctypes.c_ubyte.from_address(8).value"], capture_output=True, text=True, timeout=60,
                           env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
@@ -424,7 +424,7 @@ def test_a_refused_page_call_of_an_image_leaves_no_handle_no_view_and_no_address
 
 
 @pytest.mark.parametrize("kind", ["section", "private"])
-def test_a_child_that_writes_to_an_image_dies_of_an_access_violation(kind):
+def test_a_write_to_an_image_ends_a_child_with_an_access_violation(kind):
     support.dies_at(support.TOUCH + f"""
 import linmem
 from linmem._os import pages
@@ -459,7 +459,7 @@ def test_an_image_is_one_section_and_one_view_of_it_which_go_with_the_image():
 
 # -- the pool -------------------------------------------------------------------------------------------
 
-def test_a_cold_slot_is_charged_for_nothing_and_a_released_one_is_gone():
+def test_a_cold_slot_has_no_commit_charge_and_a_released_slot_is_unmapped():
     pool = linmem.PoolingCreator(max_unused_warm=0)
     for uses in range(3):
         with pool.create(4 * PAGE, reserve=64 * PAGE, guard=PAGE) as mem:
@@ -501,7 +501,7 @@ def written(mem):
 
 
 @requires("scans")
-def test_a_pool_that_asks_which_pages_were_written_has_them_watched_and_no_other_memory_is():
+def test_only_memories_of_a_pool_that_asks_for_written_pages_are_watched():
     for watched, creator in [(True, linmem.PoolingCreator()), (True, linmem.PoolingCreator(reset="scan")),
                              (False, linmem.PoolingCreator(reset="zero")), (False, linmem.MmapCreator())]:
         with creator.create(1024 * PAGE) as mem:
