@@ -283,7 +283,7 @@ def test_a_view_keeps_a_memory_in_python_alive():
 
 
 @requires("real_pages")
-def test_budgets_and_statistics_stand_over_a_creator_in_python():
+def test_budgets_and_statistics_work_over_a_creator_in_python():
     limit = limiting(4 * PAGE, linmem.PythonCreator(MappedCreator()))
     creator = linmem.StatisticsCreator(limit)
     with creator.create(PAGE, reserve=8 * PAGE, guard=0) as mem:
@@ -524,7 +524,7 @@ def test_a_memory_in_python_may_know_a_smaller_maximum_of_its_own():
 
 @pytest.mark.parametrize("kind", [linmem.MmapCreator, linmem.LimitingCreator, linmem.StatisticsCreator,
                                   linmem.PythonCreator])
-def test_a_native_creator_has_no_python_subclass_whose_override_would_be_passed_by(kind):
+def test_a_native_creator_cannot_be_subclassed_in_python_because_overrides_would_be_ignored(kind):
     with pytest.raises(TypeError, match="not an acceptable base type"):
         type("Sub", (kind,), {})
 

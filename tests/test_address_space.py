@@ -249,7 +249,7 @@ def test_pools_that_are_freed_while_others_give_back_are_never_used_after_free()
 
 @requires("maps")
 @pytest.mark.parametrize("seed", range(4))
-def test_the_bytes_counted_as_reserved_are_those_that_the_os_shows(seed):
+def test_the_bytes_counted_as_reserved_match_the_os(seed):
     rng = random.Random(seed)
     pool = linmem.PoolingCreator(max_unused_warm=2)
     start, seen, chosen = pages.describe()["reserved"], live_bytes(), _chosen()
@@ -341,7 +341,7 @@ def used_pool(may_move):
 
 
 @pytest.mark.parametrize("maker", MAKERS)
-def test_a_memory_moves_only_if_it_was_made_to(maker):
+def test_a_memory_moves_only_if_it_was_made_with_may_move(maker):
     with MAKERS[maker]() as mem:
         before = mem.info()
         with pytest.raises(linmem.GrowError) as caught:

@@ -146,7 +146,7 @@ def test_a_size_beyond_every_address_is_refused_by_name(name, huge):
 
 
 @pytest.mark.parametrize("name", ["minimum", "reserve"])
-def test_a_size_beyond_the_address_bits_is_refused_in_those_words(name):
+def test_the_refusal_of_a_size_beyond_the_address_bits_names_these_bits(name):
     with pytest.raises(linmem.PageError, match=r"reserve of \d+ bytes .* user addresses have \d+ bits") as caught:
         linmem.create(**{"minimum": 0, name: 2**60})
     assert caught.value.call == "reserve"
@@ -449,7 +449,7 @@ def test_a_budget_of_2_to_the_63_bytes_or_more_is_refused():
 
 
 @pytest.mark.parametrize("pages", [WORD - 1, WORD, 1 << 100])
-def test_a_type_that_no_address_reaches_cannot_be_warmed(pages):
+def test_a_type_larger_than_the_address_space_cannot_be_warmed(pages):
     for ty in (linmem.MemoryType(1, pages, page_size=1, is_64=True), linmem.MemoryType(pages, is_64=True)):
         with pytest.raises(OverflowError, match=r"^ty\.(minimum|maximum) \* ty\.page_size must be below 2\*\*64 - 1"):
             linmem.PoolingCreator().warm(1, ty)

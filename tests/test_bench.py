@@ -402,7 +402,7 @@ def test_pages_to_write_differ_and_are_the_same_in_every_run(count):
     assert list(drawn[0]) != list(drawn[1])
 
 
-def test_the_pages_of_a_new_memory_that_are_written_are_as_many_as_it_says():
+def test_the_number_of_written_pages_of_a_new_memory_is_16():
     where, zeros = image.strided()
     assert len(range(image.SPACE)[where]) == len(zeros) == 16
 
@@ -413,7 +413,7 @@ def test_the_image_of_the_bare_rows_has_no_page_of_zeros():
     assert full.runs() == [(0, image.SPACE)]
 
 
-def test_a_memory_that_was_not_put_back_is_noticed():
+def test_a_memory_that_was_not_restored_is_detected():
     some = linmem.Image.from_bytes(b"some" * PAGE)
     with some.new_memory() as mem:
         image.check_restored(mem, some)
@@ -502,7 +502,7 @@ def test_the_interpreter_built_from_its_source_by_its_own_command_answers_as_the
 
 @pytest.mark.usefixtures("with_wasmtime")
 @pytest.mark.parametrize("setting", [engines.LINMEM_POOL, engines.LINMEM_PLAIN], ids=lambda setting: setting.key)
-def test_an_interpreter_that_is_put_back_or_started_again_serves_every_request(setting, monkeypatch):
+def test_a_restored_or_restarted_interpreter_serves_every_request(setting, monkeypatch):
     for make in (image.put_back, image.start_again):
         assert make(engines.Engines(), setting)()(4) > 0
         with monkeypatch.context() as patch:
@@ -566,7 +566,7 @@ def test_a_run_on_threads_does_every_operation_and_at_least_one_on_each_thread()
     ([(0, 100), (1, 101)], 0, 0), ([(0, 100), (90, 190)], 0, 1), ([(0, 100), (1, 101)], 3, 3),
     ([(0, 100), (90, 190)], 3, 4),
 ])
-def test_threads_that_hardly_meet_or_lose_their_processor_spoil_a_run(monkeypatch, spans, preempted, spoilt_by):
+def test_threads_that_hardly_overlap_or_lose_their_processor_spoil_a_run(monkeypatch, spans, preempted, spoilt_by):
     spoilt = threads.Spoilt()
     monkeypatch.setattr(threads, "together", lambda loop, n, workers: (spans, preempted))
     assert threads.on_threads(None, 2, spoilt)(2) == spans[1][1]
@@ -672,7 +672,7 @@ def test_a_contender_that_cannot_run_gives_the_reason_and_the_others_are_measure
     assert report.verdict(refused) == "not measured: not on a Tuesday"
 
 
-def test_the_garbage_collector_rests_while_it_is_measured_and_works_afterwards():
+def test_the_garbage_collector_is_off_during_a_measurement_and_on_afterwards():
     seen = []
     group = harness.Group("g", "operation", (harness.Contender("a", "a", lambda: lambda n: seen.append(gc.isenabled())
                                                                or n),), (), operations=1)
@@ -753,7 +753,7 @@ def test_of_several_contenders_the_fastest_of_this_run_is_the_one_to_beat():
     assert (none.key, none.unavailable, none.holds) == ("g/none", "no", None)
 
 
-def test_a_geometric_mean_is_of_every_row_or_of_none():
+def test_a_geometric_mean_needs_every_row():
     def row(ratio, why=None):
         return harness.Row("k", "o", "a", "b", None, SPEED, P10, ratio_p10=ratio, unavailable=why)
 

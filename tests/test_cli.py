@@ -282,7 +282,7 @@ def test_a_budget_refuses_growth_and_the_program_sees_minus_one(wat):
 
 # Each budget is far below or far above the allocation, because the program's C library may round a large allocation up.
 @pytest.mark.parametrize(("budget", "answer"), [("48MiB", b"refused\n"), ("512MiB", b"got 7\n")])
-def test_malloc_in_a_real_program_feels_the_budget(program, budget, answer):
+def test_the_budget_limits_malloc_in_a_real_program(program, budget, answer):
     assert linmem_process("run", program, f"--max-memory={budget}", "allocate", 64 << 20).stdout == answer
 
 
@@ -357,7 +357,7 @@ def test_a_creator_is_chosen_by_its_name(wat):
     ("65536", 65536), ("0", 0), ("64MiB", 64 << 20), ("64 mib", 64 << 20), ("64M", 64 << 20), ("1GiB", 1 << 30),
     ("1.5GiB", 3 << 29), ("64KB", 64000), ("0.001KB", 1), ("2TB", 2 * 10 ** 12), ("7b", 7),
 ])
-def test_sizes_are_read_as_people_write_them(text, size):
+def test_sizes_with_units_are_parsed(text, size):
     assert words.parse_size(text) == size
 
 
@@ -490,7 +490,7 @@ def test_importing_the_command_line_loads_neither_numpy_nor_wasmtime_nor_json():
 
 # -- demo ---------------------------------------------------------------------------------------------------
 
-def test_the_demo_holds_and_its_addresses_are_the_same_before_and_after():
+def test_the_demo_succeeds_and_its_addresses_are_the_same_before_and_after():
     done = linmem_process("demo")
     text = done.stdout.decode()
     assert (done.returncode, done.stderr) == (0, b""), text
@@ -530,7 +530,7 @@ def test_an_address_that_moved_fails_the_demo(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("command", ["demo", "info", "run", "image", "bench"])
-def test_a_subcommand_behind_two_dashes_is_itself_or_a_wrong_command_line(monkeypatch, command):
+def test_a_subcommand_after_two_dashes_is_accepted_or_is_a_wrong_command_line(monkeypatch, command):
     """Versions of Python differ in whether argparse accepts a subcommand after two dashes."""
     monkeypatch.setattr(demo, "main", lambda: 7)
     monkeypatch.setattr(info, "main", lambda args: 7 + args.json)
@@ -616,7 +616,7 @@ def test_info_gives_the_reason_if_the_installer_does_not_work(monkeypatch, capsy
     (3221225477, "access violation (0xC0000005)"), (-1073741819, "access violation (0xC0000005)"),
     (0, None), (1, None), (None, None), (-15, None), (139, None),
 ])
-def test_only_a_memory_fault_counts_as_one(returncode, name):
+def test_only_memory_faults_are_named_as_memory_faults(returncode, name):
     assert info.death(returncode) == name
 
 

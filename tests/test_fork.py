@@ -124,7 +124,7 @@ HELD = {
 
 @requires("compiler")
 @pytest.mark.parametrize("what", HELD)
-def test_a_fork_while_another_thread_is_in_the_middle_of(holder, what):
+def test_a_fork_works_while_another_thread_is_in_the_middle_of(holder, what):
     call, it, work = HELD[what]
     assert scene(f"""
         sys.path.insert(0, {str(holder)!r})
@@ -775,7 +775,7 @@ def test_a_budget_and_statistics_do_not_count_a_growth_that_no_thread_ends():
 @pytest.mark.parametrize("options", [{"reset": "zero"}, {"reset": "discard"}, {"max_unused_warm": 0},
                                      {"reset": "zero", "check": True}])
 @pytest.mark.parametrize("above", [False, True])
-def test_a_slot_that_a_lost_thread_was_at_is_neither_in_use_nor_charged_in_the_child(options, above):
+def test_a_slot_that_a_lost_thread_was_using_is_neither_in_use_nor_charged_in_the_child(options, above):
     assert scene(f"""
         size = 64 << 20
         below = linmem.LimitingCreator(linmem.MmapCreator(), 1 << 40)

@@ -535,7 +535,7 @@ def behaviour(engine, make):
         store.close()
 
 
-def test_mutated_modules_are_refused_by_prepare_or_behave_as_wasmtime_has_it():
+def test_mutated_modules_are_refused_by_prepare_or_behave_as_in_wasmtime():
     own = engine_of("default", consume_fuel=True)
     engines = [engine_of("default", pool(), consume_fuel=True), engine_of("none", linmem.creator(), consume_fuel=True)]
     done = Counter()

@@ -338,7 +338,7 @@ def test_an_element_segment_whose_offset_has_the_type_of_other_tables_may_fail(t
     assert ["an element segment may trap" in reason for reason in made.skipped] == [True]
 
 
-def test_the_value_of_a_global_that_can_change_is_no_constant():
+def test_the_value_of_a_mutable_global_is_not_a_constant():
     wasm = binary('(module (memory 1) (global (mut i32) (i32.const 3)) (data (global.get 0) "x"))')
     made = hoist(wasm)
     assert (made.module, made.images) == (wasm, [None])
@@ -446,7 +446,7 @@ def modules(draw):
 
 
 @given(modules())
-def test_no_host_can_tell_a_hoisted_module_from_the_original(module):
+def test_hosts_cannot_distinguish_a_hoisted_module_from_the_original(module):
     same(*module)
 
 

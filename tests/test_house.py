@@ -62,7 +62,7 @@ def test_imports_point_down_and_files_of_layers_3_and_4_do_not_import_each_other
 
 
 @requires("sources")
-def test_no_imports_run_in_a_circle():
+def test_imports_have_no_cycle():
     known = {}
     for path in SOURCES:
         known.setdefault(room_of(path), set()).update(set(imports_of(path)) - {room_of(path)})

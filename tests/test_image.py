@@ -27,7 +27,7 @@ def kind(request):
 
 @pytest.mark.parametrize("offset", [0, 1, PAGE - 1, PAGE, 3 * PAGE + 17])
 @pytest.mark.parametrize("size", [1, 4095, 4096, 4097, 3 * PAGE, 5 * PAGE + 1])
-def test_an_image_of_bytes_is_those_bytes_at_that_offset(kind, offset, size):
+def test_an_image_of_bytes_holds_these_bytes_at_the_given_offset(kind, offset, size):
     data = random.Random(size).randbytes(size)
     img = Image.from_bytes(data, offset)
     assert (img.offset, img.size, len(img)) == (offset, size, size)
@@ -38,7 +38,7 @@ def test_an_image_of_bytes_is_those_bytes_at_that_offset(kind, offset, size):
         assert mem[offset:] == data
 
 
-def test_its_buffer_cannot_be_written():
+def test_the_buffer_of_an_image_is_read_only():
     view = memoryview(Image.from_bytes(b"abc"))
     assert view.readonly
     with pytest.raises(TypeError, match="read-only"):
@@ -163,7 +163,7 @@ def test_the_digest_is_the_documented_one_and_no_host_page_is_in_it(kind, offset
     assert Image.from_bytes(data, offset).digest == digest_by_hand(data, offset)
 
 
-def test_equal_images_are_those_of_the_same_bytes_in_the_same_place():
+def test_images_are_equal_if_they_have_the_same_bytes_at_the_same_offset():
     a = Image.from_bytes(b"abc", 5)
     assert a == Image.from_bytes(b"abc", 5)
     assert hash(a) == hash(Image.from_bytes(b"abc", 5))
@@ -553,7 +553,7 @@ def test_deltas_that_do_not_follow_one_another_do_not_compose():
     assert (a.diff(b) | b.diff(c)).target == c.digest
 
 
-def test_bytes_that_were_cut_off_in_between_are_zero_when_deltas_are_composed():
+def test_bytes_that_an_intermediate_image_cut_off_are_zero_in_composed_deltas():
     a, b = Image.from_bytes(b"a" * 3 * PAGE), Image.from_bytes(b"a" * PAGE)
     for end in (bytes(2 * PAGE), bytes(PAGE) + b"c" * PAGE, b"c" * PAGE + bytes(PAGE), b"c" * PAGE):
         c = Image.from_bytes(b"a" * PAGE + end)

@@ -303,7 +303,7 @@ def test_the_time_to_compare_images_depends_on_their_stored_pages_and_not_on_the
 
 
 @requires("fork")
-def test_a_standard_output_that_is_full_is_one_line(there):
+def test_a_full_standard_output_is_reported_in_one_line(there):
     with open("/dev/full", "wb") as full:
         done = subprocess.run([sys.executable, "-m", "linmem", "image", "info", "old.image"], stdout=full,
                               stderr=subprocess.PIPE, encoding="utf-8", timeout=60,
@@ -364,7 +364,7 @@ def odd(there):
 @requires("odd_names")
 @pytest.mark.parametrize("words", [("info", ODD), ("verify", ODD), ("diff", ODD, "new.image"),
                                    ("diff", "new.image", ODD), ("apply", ODD, "step.delta", "-o", "a\nc.image")])
-def test_a_name_with_control_characters_is_one_line_as_any_name(odd, words):
+def test_a_name_with_control_characters_is_printed_in_one_line(odd, words):
     plain = said(*(re.sub("[^a-z.]", "", word.replace(ODD, "old.image")) if "\n" in word else word for word in words))
     text = said(*words)
     assert text.count("\n") == plain.count("\n")

@@ -158,7 +158,7 @@ def test_a_chain_of_deltas_over_images_of_any_size_comes_back_from_a_file(tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["image", "memory"])
-def test_a_chain_over_an_end_that_cuts_a_page_is_one_of_whole_pages(tmp_path, kind):
+def test_a_chain_over_an_end_inside_a_page_names_whole_pages(tmp_path, kind):
     # The first delta does not mention the page that is cut at byte 1, because the first image is zero after this byte.
     first, second, third = Image.from_bytes(bytes(100)), Image.from_bytes(b"\0"), Image.from_bytes(bytes(3 * PAGE + 7))
     with linmem.create(1) as mem:
@@ -744,7 +744,7 @@ def test_a_descriptor_that_an_image_is_made_from_stays_at_its_position(tmp_path,
         assert file.tell() == 5
 
 
-def test_the_digest_of_a_file_is_of_its_size_and_of_where_its_bytes_stand(tmp_path):
+def test_the_digest_of_a_file_covers_its_size_and_the_offsets_of_its_bytes(tmp_path):
     def digest(content):
         (tmp_path / "file").write_bytes(content)
         with open(tmp_path / "file", "rb", buffering=0) as file:
@@ -883,7 +883,7 @@ def overwrite(path, data):
 
 
 @pytest.mark.parametrize("kind", ["image in place", "image packed", "delta"])
-def test_ten_thousand_mutations_never_crash_never_cost_and_never_yield_wrong_bytes(tmp_path, kind):
+def test_ten_thousand_mutations_cause_no_crash_no_large_cost_and_no_wrong_bytes(tmp_path, kind):
     path = tmp_path / "file"
     image = sparse(2 * GROUP + 100, [0, 2 * PAGE, GROUP, 2 * GROUP])
     with image.new_memory() as mem:
@@ -948,7 +948,7 @@ def test_a_page_that_became_zero_takes_no_space_in_a_delta(tmp_path, image):
 
 
 @requires("real_pages")
-def test_a_delta_of_one_page_is_a_file_of_little_more(tmp_path):
+def test_the_file_of_a_delta_of_one_page_is_little_larger_than_a_page(tmp_path):
     a, b = sparse(1 << 20, [0]), sparse(1 << 20, [0, 5 * PAGE])
     a.diff(b).save(tmp_path / "delta")
     sparse(PAGE, [0]).save(tmp_path / "image", packed=True)

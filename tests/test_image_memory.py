@@ -100,7 +100,7 @@ def test_restored_pages_stay_the_memorys_own_while_they_are_written_again():
 
 
 @requires("smaps", "maps_images", "real_pages", "scans")
-def test_pages_written_at_random_go_back_before_restoring_them_costs_more_than_their_faults():
+def test_pages_written_at_random_are_given_back_before_a_restore_costs_more_than_their_faults():
     chance = random.Random(2)
     img = Image.from_bytes(b"x" * 16 * MIB, MIB)
     mem = img.new_memory(minimum=32 * MIB)

@@ -238,7 +238,7 @@ def test_the_names_of_numpys_types_are_formats_without_numpy():
 
 
 @pytest.mark.parametrize("format", ["datetime64[ns]", "timedelta64", "longdouble", "object", "f16", "S5"])
-def test_a_name_that_no_memoryview_has_leads_to_array(mem, format):
+def test_the_refusal_of_an_unknown_format_recommends_array(mem, format):
     with pytest.raises(ValueError, match=r"^format must be a struct format or a NumPy type, got .*mem\.array\(dtype\)"):
         mem.view(format)
 
@@ -374,7 +374,7 @@ def test_in_lets_an_interrupt_through():
         """) == "not yet"
 
 
-def test_a_slice_with_a_step_takes_what_bytearray_takes(mem):
+def test_a_slice_with_a_step_takes_the_same_values_as_bytearray(mem):
     model = bytearray(mem)
     for key in (slice(None, None, -1), slice(5, 0, -2), slice(0, 100, 7), slice(-(2**70), None, -1), slice(9, 3, 2),
                 slice(-1, None, -5), slice(3, 3, -1)):

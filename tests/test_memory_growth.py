@@ -247,7 +247,7 @@ def test_an_empty_memory_can_move():
 
 
 @requires("fork")
-def test_a_forked_child_may_grow_and_move_what_it_inherited():
+def test_a_forked_child_may_grow_and_move_inherited_memories():
     # After a fork the kernel no longer merges a grown range with the old range. The bytes are then several mappings,
     # which do not move as one.
     assert answer(f"""

@@ -40,7 +40,7 @@ def test_an_empty_memory_faults_at_its_first_byte():
     dies_at("import ctypes, linmem; mem = linmem.create(0)", "ctypes.c_char.from_address(mem.as_ptr()).value")
 
 
-def test_after_a_move_the_guards_stand_at_the_new_place():
+def test_a_move_places_the_guards_at_the_new_address():
     moved = (f"import ctypes, linmem; mem = linmem.create({PAGE}, {9 * PAGE}, reserve=0, may_move=True);"
              f" mem[0] = 1; mem.grow_to({2 * PAGE})")
     dies_at(moved, "ctypes.c_char.from_address(mem.as_ptr() - 1).value")
@@ -78,7 +78,7 @@ def test_a_memory_is_at_most_two_kernel_mappings_more_than_its_accessible_one():
 
 
 @requires("maps")
-def test_a_memory_that_moved_is_one_mapping_more_and_never_two():
+def test_a_memory_that_moved_has_at_most_one_additional_mapping():
     with linmem.create(PAGE, maximum=512 * PAGE, reserve=0, may_move=True) as mem:
         mem[0] = 1
         for n in range(2, 200):

@@ -44,7 +44,7 @@ def test_a_creator_shows_its_options(options):
 
 @pytest.mark.parametrize("name", ["prefault", "huge_pages"])
 @pytest.mark.parametrize("value", [None, 1, 0, "yes", []])
-def test_an_option_that_is_no_bool_is_a_type_error(name, value):
+def test_an_option_that_is_not_a_bool_is_a_type_error(name, value):
     with pytest.raises(TypeError, match=f"{name} must be True or False, got "):
         linmem.MmapCreator(**{name: value})
     with pytest.raises(AttributeError):
@@ -205,7 +205,7 @@ def test_an_idle_slot_of_huge_pages_is_of_huge_pages_when_it_is_used_again():
             assert pool.stats()["hits"] == n
 
 
-def test_an_address_that_cannot_be_is_refused_with_huge_pages_too():
+def test_an_impossible_reservation_is_also_refused_with_huge_pages():
     with pytest.raises(OverflowError, match="reserve"):
         linmem.MmapCreator(huge_pages=True).create(PAGE, reserve=2**64 - 2)
     with pytest.raises((OverflowError, linmem.PageError)):
@@ -213,7 +213,7 @@ def test_an_address_that_cannot_be_is_refused_with_huge_pages_too():
 
 
 @requires("huge_pages")
-def test_a_memory_of_one_huge_page_ends_there():
+def test_a_memory_of_one_huge_page_ends_with_this_page():
     with linmem.MmapCreator(huge_pages=True).create(HUGE, guard=PAGE, reserve=4 * MIB) as mem:
         ctypes.memset(mem.as_ptr(), 1, mem.byte_size())
         assert accessible_parts(mem) == [(0, HUGE, "rw-p")]

@@ -532,12 +532,12 @@ ctypes.memset(base, 1, 2 * P)
     "peek(base + 2 * P)", "poke(base + 2 * P)", "peek(base + 31 * P)", "peek(base + 32 * P)",
     "poke(base + 36 * P - 1)", "peek(base - 1)", "poke(base - 4 * P)",
 ])
-def test_a_touch_beyond_the_minimum_or_in_a_guard_of_a_reused_memory_is_death(fatal):
+def test_an_access_beyond_the_minimum_or_in_a_guard_of_a_reused_memory_is_a_fault(fatal):
     dies_at(REUSED, fatal)
 
 
 @pytest.mark.parametrize("warm", [0, 100])
-def test_a_touch_of_an_idle_slot_past_the_minimum_is_death_too(warm):
+def test_an_access_to_an_idle_slot_past_the_minimum_is_a_fault(warm):
     dies_at(REUSED.replace("PoolingCreator()", f"PoolingCreator(max_unused_warm={warm})") + "mem.close()",
             "peek(base + 2 * P)")
 
@@ -554,7 +554,7 @@ def test_a_slot_whose_user_grew_over_all_kept_pages_is_kept(larger):
         assert (stats["hits"], stats["rejected"], stats["warm"]) == (uses, 0, 1)
 
 
-def test_a_slot_that_its_user_moved_is_thrown_away():
+def test_a_slot_that_its_user_moved_is_discarded():
     pool = linmem.PoolingCreator()
     start = live()
     mem = pool.create(PAGE, reserve=4 * PAGE, may_move=True)
@@ -1160,7 +1160,7 @@ def test_a_pool_accepts_memories_of_an_upstream_that_are_smaller_than_requested(
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 @requires("scans")
-def test_where_touched_pages_cannot_be_had_the_pages_are_given_back():
+def test_without_a_way_to_find_touched_pages_the_pages_are_given_back():
     pool = linmem.PoolingCreator(reset="scan")
     mem = pool.create(8 * PAGE, **SHAPE)
     base = mem.as_ptr()
@@ -1175,7 +1175,7 @@ def test_where_touched_pages_cannot_be_had_the_pages_are_given_back():
 
 
 @pytest.mark.parametrize("reset", RESETS)
-def test_a_slot_whose_protection_cannot_be_restored_is_thrown_away(reset):
+def test_a_slot_whose_protection_cannot_be_restored_is_discarded(reset):
     pool = linmem.PoolingCreator(reset=reset)
     start = live()
     mem = pool.create(8 * PAGE, **SHAPE)
@@ -1189,7 +1189,7 @@ def test_a_slot_whose_protection_cannot_be_restored_is_thrown_away(reset):
     assert live() == start
 
 
-def test_a_slot_whose_pages_cannot_be_given_back_is_thrown_away():
+def test_a_slot_whose_pages_cannot_be_given_back_is_discarded():
     pool = linmem.PoolingCreator(reset="discard")
     start = live()
     mem = pool.create(8 * PAGE, **SHAPE)

@@ -567,7 +567,7 @@ def test_a_pool_works_with_locked_pages():
 @pytest.mark.parametrize("reset", ["adaptive", "zero", "discard"])
 @pytest.mark.parametrize("prefault", [False, True])
 @pytest.mark.parametrize("grown", [False, True])
-def test_a_pool_of_an_image_gives_each_guest_the_image_also_where_pages_are_locked(reset, prefault, grown):
+def test_a_pool_of_an_image_gives_each_guest_the_image_also_with_locked_pages(reset, prefault, grown):
     import ctypes
 
     image = linmem.Image.from_bytes(b"image" * 1000)
@@ -716,7 +716,7 @@ def test_max_reserved_bounds_live_and_idle_slots_with_their_guards():
     assert idle(pool) == 1
 
 
-def test_one_bound_of_the_process_holds_for_what_all_pools_reserve():
+def test_the_process_has_one_bound_for_the_reservations_of_all_pools():
     with linmem.create(PAGE, **SHAPE) as mem:
         one = whole(mem)[1] - whole(mem)[0]
     pools = [linmem.PoolingCreator(when_full="error") for _ in range(2)]
@@ -1200,7 +1200,7 @@ def test_every_figure_is_there_for_the_pool_each_shape_and_each_domain():
 
 
 @pytest.mark.parametrize("bad", [None, 5, linmem.PoolingCreator, MMAP])
-def test_figures_are_those_of_a_pool(bad):
+def test_figures_are_read_from_pools_only(bad):
     with pytest.raises(TypeError, match="'pool'"):
         linmem.metrics.read(bad)
     with pytest.raises(TypeError, match="pools must be"):
@@ -1272,7 +1272,7 @@ def test_no_figure_decreases_under_churn_of_threads():
 
 
 @requires("prometheus_client")
-def test_names_of_domains_that_are_hostile_reach_prometheus_apart():
+def test_hostile_names_of_domains_stay_distinct_in_prometheus():
     import prometheus_client as client
     from prometheus_client.parser import text_string_to_metric_families
 

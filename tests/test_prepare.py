@@ -104,7 +104,7 @@ def same(engine, wat, world=lambda store: [], calls=()):
 
 
 @with_every_creator
-def test_a_prepared_module_is_the_module(kind):
+def test_a_prepared_module_behaves_like_the_original_module(kind):
     engine = engine_of(kind)
 
     @fewer_examples(6)
@@ -432,7 +432,7 @@ def test_any_bytes_are_judged_as_by_wasmtime(seed):
 
 
 @given(st.binary(max_size=40), st.sampled_from([b"", b"\0asm", b"\0asm\1\0\0\0", b"\0asm\x0d\0\1\0"]))
-def test_bytes_of_no_kind_are_judged_as_by_wasmtime(tail, head):
+def test_bytes_of_an_unknown_kind_are_judged_as_by_wasmtime(tail, head):
     assert verdict_of(prepare, MMAP, head + tail) == verdict_of(wasmtime.Module, MMAP, head + tail)
 
 
@@ -594,7 +594,7 @@ def test_arguments_are_checked():
         prepare(MMAP, 7)
 
 
-def test_text_and_every_kind_of_bytes_will_do():
+def test_text_and_every_kind_of_bytes_are_accepted():
     for wasm in (HELLO, HELLO.encode(), binary(HELLO), bytearray(binary(HELLO))):
         store = wasmtime.Store(MMAP)
         assert memory_of(store, prepare(MMAP, wasm).instantiate(store)) == of(PAGE, filled=GREETED)
@@ -613,7 +613,7 @@ def test_a_memory_too_large_for_any_machine_is_refused_as_by_wasmtime():
         assert said(ours.value) == expected
 
 
-def test_the_types_of_a_prepared_module_are_those_of_the_original():
+def test_a_prepared_module_has_the_types_of_the_original_module():
     wat = '(module (import "e" "t" (table 1 funcref)) (memory (export "m") 1 3) (data (i32.const 0) "x"))'
     ours, plain = prepare(MMAP, wat).module, wasmtime.Module(MMAP, wat)
     assert [(e.name, type(e.type)) for e in ours.exports] == [(e.name, type(e.type)) for e in plain.exports]

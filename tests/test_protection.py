@@ -463,7 +463,7 @@ def test_a_pool_hands_no_page_on_that_was_code(reset, below):
     pool.trim()
 
 
-def test_a_slot_whose_python_memory_is_protected_is_thrown_away():
+def test_a_slot_whose_python_memory_is_protected_is_discarded():
     inner = []
 
     class Mine(linmem.MemoryCreator):

@@ -53,7 +53,7 @@ def test_the_array_that_grows_under_a_live_view_takes_at_most_fifteen_lines():
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "CHANGELOG.md"],
                          ids=lambda page: page.name)
-def test_a_link_to_a_file_of_this_project_leads_somewhere(page):
+def test_a_link_to_a_file_of_this_project_points_to_an_existing_file(page):
     text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
     targets = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", text)
     missing = [target for target in targets if not (page.parent / target).exists()]

@@ -146,7 +146,7 @@ def test_a_small_range_is_zeroed_without_a_scan_if_this_may_cost_less_than_the_f
     assert policy.begin(5) == "scan"
 
 
-def test_the_costs_of_this_machine_are_sane():
+def test_the_costs_of_this_machine_are_plausible():
     costs = _costs()
     assert 8 <= costs["fault"] <= 64
     assert 4 <= costs["scan"] <= 64

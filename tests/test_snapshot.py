@@ -69,7 +69,7 @@ def test_memories_and_globals_can_be_restored_repeatedly(kind):
     assert exports["memory"].read(store, 9, 10) == bytes([102])
 
 
-def test_an_instance_is_whole_again_after_a_trap():
+def test_an_instance_is_restored_completely_after_a_trap():
     store, instance, exports = start(COUNTER)
     snapshot = Snapshot.take(store, instance)
     with pytest.raises(wasmtime.Trap, match="unreachable"):
@@ -186,7 +186,7 @@ def test_a_grown_memory_keeps_its_size_and_its_new_pages_are_zeroed_on_demand():
     assert exports["grow"](store, 5) == 5
 
 
-def test_globals_of_every_number_type_and_functions_go_back_bit_by_bit():
+def test_globals_of_every_number_type_and_functions_are_restored_bit_by_bit():
     kinds = {"i32": "(i32.const -5)", "i64": "(i64.const 0x8123456789abcdef)",
              "f32": "(f32.const nan:0x200001)", "f64": "(f64.const -nan:0x4000000000001)",
              "v128": "(v128.const i64x2 -1 0x123456789abcdef)", "funcref": "(ref.func $f)"}
@@ -214,7 +214,7 @@ def test_globals_of_every_number_type_and_functions_go_back_bit_by_bit():
         "<iQIQqqi", -5, 0x8123456789ABCDEF, 0x7FA00001, 0xFFF4000000000001, -1, 0x123456789ABCDEF, 42)
 
 
-def test_every_memory_goes_back_and_one_under_two_names_is_held_once():
+def test_every_memory_is_restored_and_a_memory_with_two_names_is_held_once():
     store, instance, exports = start("""(module
         (memory (export "a") (export "again") 1) (memory (export "b") i64 1) (data (i32.const 0) "a"))""")
     exports["b"].write(store, b"bbb", 100)
@@ -227,7 +227,7 @@ def test_every_memory_goes_back_and_one_under_two_names_is_held_once():
     assert exports["b"].read(store, 100, 103) == b"bbb"
 
 
-def test_imported_memories_and_globals_that_are_exported_go_back():
+def test_imported_memories_and_globals_that_are_exported_are_restored():
     store = wasmtime.Store(ENGINE)
     memory = linmem.wasmtime.new_memory(store, wasmtime.MemoryType(wasmtime.Limits(1, None)))
     counter = wasmtime.Global(store, wasmtime.GlobalType(wasmtime.ValType.i64(), True), 5)
@@ -444,7 +444,7 @@ def answers(store, exports):
 
 @pytest.mark.parametrize("kind", [FUNCTIONS, pytest.param(TYPED, marks=needs_gc)])
 @pytest.mark.parametrize("is_exported", [False, True])
-def test_a_table_that_the_guest_changes_goes_back(kind, is_exported):
+def test_a_table_that_the_guest_changes_is_restored(kind, is_exported):
     wat = DISPATCHER.format(**kind)
     if is_exported:
         wat = wat.replace("(table 3", '(table (export "t") 3')
@@ -696,7 +696,7 @@ REQUESTS = [
 
 
 @pytest.mark.parametrize("kind", ["mmap", "pool"])
-def test_an_interpreter_that_is_put_back_answers_like_a_new_one(forth, kind):
+def test_a_restored_interpreter_answers_like_a_new_one(forth, kind):
     engine = engine_of(kind)
     module = wasmtime.Module(engine, forth)
     expected = [Forth(engine, lambda linker, store: linker.instantiate(store, module)).eval(text) for text in REQUESTS]

@@ -109,7 +109,7 @@ def test_a_planted_fault_is_found_and_named(wrong, said):
     assert re.search(said, planted(wrong))
 
 
-def test_a_thread_that_hangs_is_found_and_where():
+def test_a_thread_that_hangs_is_found_with_its_frames():
     for seconds in ("1.5", "15", "60"):     # until no step of another thread takes this long on a slow machine
         said = planted("hang", "--hang", seconds)
         if "in hang" in said:

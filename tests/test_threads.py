@@ -536,7 +536,7 @@ def test_threads_that_ask_an_image_for_the_first_time_at_once_get_the_same_answe
     assert len(seen) == 40 * THREADS
 
 
-def test_deltas_between_memories_of_one_image_are_those_of_their_own_thread():
+def test_deltas_between_memories_of_one_image_show_only_the_writes_of_their_own_thread():
     image = linmem.Image.from_bytes(random.Random(6).randbytes(6 * PAGE))
     pool = linmem.PoolingCreator(image=image, check=True)
 

@@ -99,7 +99,7 @@ def test_exactly_the_written_pages_are_found_with_any_buffer_size(way, spotter, 
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_neighbours_are_one_run(way, spotter):
+def test_neighbouring_pages_are_one_run(way, spotter):
     with scanning(way), linmem.create(64 * REAL_PAGE) as mem:
         base = mem.as_ptr()
         write_pages(mem, [3, 4, 5, 63])
@@ -110,7 +110,7 @@ def test_neighbours_are_one_run(way, spotter):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("room", [64, 256])
-def test_more_runs_than_there_is_room_for_go_on_at_next(way, spotter, room):
+def test_runs_that_do_not_fit_in_the_buffer_continue_at_next(way, spotter, room):
     n = 200
     with scanning(way), linmem.create(2 * n * REAL_PAGE) as mem:
         base, end = mem.as_ptr(), mem.as_ptr() + 2 * n * REAL_PAGE
@@ -152,7 +152,7 @@ def test_written_pages_that_cannot_be_touched_any_more_are_found(way, spotter, a
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_discarded_pages_are_found_no_more(way, spotter):
+def test_discarded_pages_are_no_longer_found(way, spotter):
     with scanning(way), linmem.create(16 * PAGE) as mem:
         mem.write(0, b"x" * 16 * PAGE)
         mem.discard(PAGE, 14 * PAGE)

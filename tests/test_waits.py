@@ -446,7 +446,7 @@ def test_a_memory_that_moved_to_an_unknown_address_is_lost_and_every_use_raises(
 
 
 @requires("real_pages")
-def test_a_memory_that_moved_and_then_raised_is_found_where_it_is():
+def test_a_memory_that_moved_and_then_raised_has_its_new_address():
     mem, made = moving()
     mem[7] = 7
     made.fails = "grow_to"
@@ -574,7 +574,7 @@ def test_an_exception_that_is_not_the_guests_surfaces_in_python(make, threaded):
     assert caught == [True] * 3
 
 
-def test_an_exception_of_a_creator_is_minus_one_and_no_more():
+def test_an_exception_of_a_creator_is_only_a_minus_one_for_the_guest():
     creator = Failing()
     engine = engine_of(creator)
     store = wasmtime.Store(engine)

@@ -158,7 +158,7 @@ def test_many_memories_of_a_module_are_distinct():
     assert (len(a), len(b), len(c)) == (PAGE, 4 * PAGE, PAGE)
 
 
-def test_a_64_bit_memory_refuses_absurd_growth_and_goes_on():
+def test_a_64_bit_memory_refuses_an_absurd_growth_and_stays_usable():
     store, exports = instantiate("""(module (memory (export "memory") i64 1)
         (func (export "grow") (param i64) (result i64) (memory.grow (local.get 0)))
         (func (export "load") (param i64) (result i32) (i32.load8_u (local.get 0))))""")
@@ -340,7 +340,7 @@ def test_the_second_install_on_a_config_replaces_the_first():
 
 
 @pytest.mark.parametrize("with_engine", [False, True])
-def test_a_creator_lives_exactly_as_long_as_the_config_or_its_engine(with_engine):
+def test_a_creator_is_kept_exactly_as_long_as_the_config_or_its_engine(with_engine):
     creator = linmem.StatisticsCreator(linmem.MmapCreator())
     alive = weakref.ref(creator)
     holder = make_config(creator)
@@ -370,7 +370,7 @@ def test_a_view_outlives_the_store_the_engine_and_the_handle():
     array[0] = 1
 
 
-def test_python_may_not_grow_what_a_store_owns_and_closes_only_its_own_handle():
+def test_python_may_not_grow_a_memory_of_a_store_and_closes_only_its_own_handle():
     store, exports = instantiate(GROWING.format(limits="1"))
     memory = linmem.wasmtime.linear_memory(store, exports["memory"])
     with pytest.raises(linmem.OwnedError, match=r"wasmtime.Memory.grow\(store, delta\)"):
