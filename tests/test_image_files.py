@@ -159,7 +159,8 @@ def test_a_chain_of_deltas_over_images_of_any_size_comes_back_from_a_file(tmp_pa
 
 @pytest.mark.parametrize("kind", ["image", "memory"])
 def test_a_chain_over_an_end_inside_a_page_names_whole_pages(tmp_path, kind):
-    # The first delta does not mention the page that is cut at byte 1, because the first image is zero after this byte.
+    # Before byte 1 the first two images are equal, and after byte 1 the first image is zero. So no byte of the page
+    # differs.
     first, second, third = Image.from_bytes(bytes(100)), Image.from_bytes(b"\0"), Image.from_bytes(bytes(3 * PAGE + 7))
     with linmem.create(1) as mem:
         cut = first.diff(second if kind == "image" else mem)

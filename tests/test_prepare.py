@@ -222,7 +222,7 @@ def test_host_functions_of_a_start_function_may_make_instances(kind):
     assert made == [bytes(PAGE), of(PAGE, filled={0: b"inner"})]
     assert memory_of(store, instance) == of(PAGE, filled={0: b"outer"})
     assert memory_of(store, instance, "n") == of(PAGE, filled={1: b"too"})
-    store.close()       # closes a cycle: the function refers to the store, and wasmtime-py to the function
+    store.close()       # breaks a cycle: the function refers to the store, and wasmtime-py to the function
 
 
 @needs_gc

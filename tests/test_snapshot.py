@@ -590,7 +590,7 @@ def test_no_snapshot_is_taken_or_restored_during_a_call_into_the_store():
         "take": (RuntimeError, "a snapshot cannot be taken while a call into its store is running"),
         "restore": (RuntimeError, "a snapshot cannot be restored while a call into its store is running")}
     snapshot.restore(store)
-    store.close()       # closes a cycle: the function refers to the store, and wasmtime-py to the function
+    store.close()       # breaks a cycle: the function refers to the store, and wasmtime-py to the function
 
 
 def test_a_users_function_with_the_name_of_a_wasmtime_function_is_not_taken_for_a_call_into_the_store():
