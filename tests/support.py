@@ -550,7 +550,7 @@ def rebuilt(source: Path, folder: Path) -> Path:
 
 HALF_CREATOR = """
 cdef class Half(linmem.NativeCreator):
-    '''A creator of memories half as large as asked for.'''
+    '''A creator of memories of half of the requested size.'''
 
     cdef linmem.NativeCreator upstream
 

@@ -185,7 +185,7 @@ def pools():
     return [dask_wasm.prepared()[2].stats()]
 
 def alone(tag, image):
-    """Whether the task's memory holds the image at first, and then, while others write theirs, what it wrote."""
+    """Returns whether the memory held the image at first, and kept this task's own bytes during writes of others."""
     with linmem.dask.memory(image) as mem:
         fresh = mem.read(0, len(mem)) == bytes(image)
         mem[:] = bytes([tag]) * len(mem)

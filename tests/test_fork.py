@@ -42,7 +42,7 @@ def is_held():
 
 
 def in_a_ledger(StatisticsCreator creator not None, unsigned int us):
-    '''Be in the middle of its lists for a while, since a fork waits for it: nothing of them is as it must be.'''
+    '''Holds the lock with invalid lists for `us` microseconds. A fork must wait for the lock.'''
     global held
     cdef record* live
     cdef size_t n
@@ -80,7 +80,7 @@ def in_a_census(creator, unsigned int us):
 
 
 def in_a_memory(Memory mem not None, unsigned int us):
-    '''As a growth is, or a snapshot.'''
+    '''Holds the memory's lock for `us` microseconds, like a growth or a snapshot.'''
     global held
     with nogil:
         acquire(&mem.m.lock)
@@ -633,7 +633,7 @@ cdef struct table:          # as begin_change() has it
 
 
 def protect(Memory mem not None):
-    '''The first half of a change of protection, with a table in pieces, and at let_go() its end.'''
+    '''The first half of a change of protection, with a half-written table. let_go() ends the change.'''
     global held
     cdef long long was
     cdef table kept
@@ -656,7 +656,7 @@ def protect(Memory mem not None):
 
 
 def grow(Memory mem not None, size_t size):
-    '''The first half of a growth, and at let_go() its end.'''
+    '''The first half of a growth. let_go() ends the growth.'''
     global held
     with nogil:
         acquire(&mem.m.lock)

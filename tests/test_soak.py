@@ -14,7 +14,7 @@ import linmem
 from linmem.bench import soak
 
 class Planted(linmem.MemoryCreator):
-    '''Hands on what a good creator makes, but for what is wrong.'''
+    '''Passes on the memories of a correct creator, except for the planted fault.'''
 
     def __init__(self, wrong):
         self.upstream, self.wrong, self.kept, self.made = linmem.MmapCreator(), wrong, [], 0

@@ -35,7 +35,7 @@ cimport linmem._os.pages as pages
 
 
 def touched(size_t at, size_t size, bint over_image=False, size_t room=64):
-    '''One call: the runs that it found, and where the next one begins.'''
+    '''One call. Returns the found runs and the start of the next call.'''
     cdef pages.span runs[256]
     cdef char* next = NULL
     cdef int code
@@ -48,7 +48,7 @@ def touched(size_t at, size_t size, bint over_image=False, size_t room=64):
 
 
 def all_touched(size_t at, size_t size, bint over_image=False, size_t room=64):
-    '''The runs of as many calls as it takes.'''
+    '''Calls until the end of the range is reached. Returns all runs.'''
     found = []
     end = at + size
     while at < end:
