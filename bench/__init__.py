@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import sys
 
-from linmem._cli.words import file_name
+from linmem._commands.parser import file_name
 from linmem._core.arguments import printable
 
 __all__ = ["add_arguments", "main"]

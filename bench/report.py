@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import linmem
-from linmem._files import atomic_file as _saving
+from linmem._files.atomic_file import replacing, write_figure
 from linmem._os import pages as _pages
 from linmem.bench.harness import EXACT, MORE, P10, RATE, SIZE, SPEED, TIME, Result, Row
 
@@ -294,7 +294,7 @@ def write_json(path: str, results: list[Result], about: About) -> None:
 
 
 def save_text(path: str, text: str) -> None:
-    with _saving.replacing(path) as (out, _):
+    with replacing(path) as (out, _):
         out.write(text.encode())
 
 
@@ -393,7 +393,7 @@ def draw(path: str, results: list[Result], about: About) -> None:
                     fontsize=15, fontweight="bold", color=INK)
     figure.text(0.988, 0.998, f"{in_short(about.machine)}\n{about.in_rounds('interleaved rounds')}", ha="right",
                 va="top", fontsize=8.2, color=FAINT, linespacing=1.4)
-    _saving.write_figure(figure, path, dpi=150)
+    write_figure(figure, path, dpi=150)
 
 
 def label_ticks(axes, left: float, right: float, unit: str) -> None:

@@ -41,7 +41,7 @@ import linmem
 # was importing when it was forked.
 import linmem._files.image_file
 import linmem.records
-from linmem._cli.words import file_name
+from linmem._commands.parser import file_name
 from linmem._os import pages as _pages
 from linmem.bench import report
 

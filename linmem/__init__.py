@@ -1,7 +1,7 @@
 """Linear memories for Python.
 
-Contiguous bytes whose base address never moves while they grow, with inaccessible guards around
-them, read and written through the buffer protocol with no copy, behind wasmtime's own
+A linear memory is a range of contiguous bytes between inaccessible guard pages. Its base address never moves while it
+grows. Python reads and writes it through the buffer protocol without a copy. The interface is that of wasmtime's
 `LinearMemory` and `MemoryCreator` traits.
 
 >>> import linmem

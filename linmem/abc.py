@@ -1,8 +1,8 @@
-"""The two traits of wasmtime's memory interface, for Python. Floor 0.
+"""The two traits of wasmtime's memory interface, for Python.
 
-`LinearMemory` mirrors ``wasmtime::LinearMemory`` and `MemoryCreator` mirrors
-``wasmtime::MemoryCreator``; the names and the meaning of every argument are theirs. Anyone may
-implement them: `linmem.PythonCreator` lets such a class stand wherever a native creator does.
+`LinearMemory` mirrors ``wasmtime::LinearMemory`` and `MemoryCreator` mirrors ``wasmtime::MemoryCreator``; names and
+arguments have the same meaning. Python classes may implement them: `linmem.PythonCreator` makes a native creator of
+such a creator.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 TYPE_CHECKING = False
-if TYPE_CHECKING:       # `typing` costs as much to import as linmem itself
+if TYPE_CHECKING:       # the import of `typing` takes as long as the import of linmem
     from linmem.records import MemoryType
 
 __all__ = ["LinearMemory", "MemoryCreator"]
@@ -24,31 +24,31 @@ class LinearMemory(ABC):
 
     @abstractmethod
     def byte_size(self) -> int:
-        """Bytes accessible now."""
+        """The number of bytes that are accessible now."""
 
     @abstractmethod
     def byte_capacity(self) -> int:
-        """Bytes up to which growth never moves the base; at least `byte_size()`."""
+        """The size up to which growth never moves the base; at least `byte_size()`."""
 
     def maximum_byte_size(self) -> int | None:
-        """The most that `grow_to` will ever accept; None is no bound."""
+        """The largest size that `grow_to` accepts; None: there is no bound."""
         return None
 
     @abstractmethod
     def grow_to(self, new_size: int) -> None:
-        """Make `new_size` bytes accessible, the new ones zero; raise and change nothing otherwise.
+        """Make `new_size` bytes accessible. The new bytes are zero. If this is not possible, raise and change nothing.
 
-        linmem asks where the memory is afterwards, also if this raised. An answer that cannot be true, or an
-        exception, makes the memory lost: every use of it raises from then on. This method must not use linmem's
-        handle on the same memory in a way that waits for the growth (`RuntimeError`).
+        After the call, also if it raised, linmem calls the other methods to find the place of the memory. If one of
+        them raises, or returns a value that cannot be right, the memory is lost: every later use of it raises. This
+        method must not use linmem's handle on the same memory in a way that waits for the growth (`RuntimeError`).
         """
 
     @abstractmethod
     def as_ptr(self) -> int:
-        """Address of byte 0."""
+        """The address of byte 0."""
 
     def wasm_accessible(self) -> range:
-        """Addresses that wasm may touch natively: accessible bytes, or a fault that is a trap."""
+        """The addresses that compiled wasm code may access: each is accessible, or its fault becomes a trap."""
         base = self.as_ptr()
         return range(base, base + self.byte_capacity())
 
@@ -64,11 +64,11 @@ class MemoryCreator(ABC):
         Parameters
         ----------
         ty : MemoryType
-            The type that asks for it.
+            The WebAssembly type of the memory.
         minimum, maximum : int
-            In bytes; no maximum is None. Not necessarily a multiple of any page.
+            In bytes, not necessarily a multiple of a page. A maximum of None: there is no maximum.
         reserved_size_in_bytes : int or None
-            Growth up to here must not move the base. None: the creator chooses.
+            Growth up to this size must not move the base. None: the creator chooses.
         guard_size_in_bytes : int
-            Inaccessible bytes wanted after the capacity (or the reservation, if larger).
+            The number of inaccessible bytes after the capacity, or after the reservation if that is larger.
         """

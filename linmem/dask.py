@@ -1,9 +1,9 @@
-"""linmem under Dask: an image crosses to each worker once, and each task works in a memory of its own. Floor 5.
+"""linmem under Dask: an image is sent to each worker once, and each task works in a memory of its own.
 
 >>> import linmem.dask
->>> linmem.dask.setup(client)                               # and on every worker, also those that come later
->>> client.amm.stop()                                       # which drops copies that no task waits for just now
->>> image = client.scatter(snapshot, broadcast=True)        # once to each worker
+>>> linmem.dask.setup(client)                               # on every worker, also on those that start later
+>>> client.amm.stop()                                       # it would drop copies that no task needs at the moment
+>>> image = client.scatter(snapshot, broadcast=True)        # one transfer to each worker
 >>> def task(part, image):
 ...     with linmem.dask.memory(image) as mem:              # copy-on-write, from this worker's pool
 ...         ...
@@ -35,10 +35,10 @@ from linmem.creators import creator
 
 __all__ = ["LinmemPlugin", "memory", "setup", "traffic", "worker_pool"]
 
-_POOLS = 8                      # that a worker keeps; each holds the pages of its image
+_MAX_POOLS = 8                  # of a worker; each pool keeps the pages of its image
 
 _lock = threading.Lock()
-if hasattr(os, "register_at_fork"):     # a forked child would wait for a thread that it does not have
+if hasattr(os, "register_at_fork"):     # else a lock that another thread holds would stay locked in a forked child
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 _pools: OrderedDict[tuple[object, ...], NativeCreator] = OrderedDict()
 _traffic = {"images_sent": 0, "images_received": 0, "deltas_sent": 0, "deltas_received": 0,
@@ -49,7 +49,7 @@ _traffic = {"images_sent": 0, "images_received": 0, "deltas_sent": 0, "deltas_re
 
 def _serialize(thing: Image | Delta) -> tuple[dict[str, Any], list[memoryview]]:
     buffers: list[pickle.PickleBuffer] = []
-    # The frames are the thing's own pages; what pickle writes is where they belong.
+    # The frames are the pages of the object. The pickle itself has only their places.
     head = pickle.dumps(thing, protocol=5, buffer_callback=buffers.append)
     frames = [buffer.raw() for buffer in buffers]
     _count(thing, "sent", len(head) + sum(frame.nbytes for frame in frames))
@@ -68,16 +68,8 @@ def _count(thing: Image | Delta, way: str, size: int) -> None:
         _traffic[f"bytes_{way}"] += size
 
 
-def _register(dask: Any, protocol: Any) -> None:
-    protocol.dask_serialize.register((Image, Delta), _serialize)
-    protocol.dask_deserialize.register((Image, Delta), _deserialize)
-    for kind, token, size in ((Image, _token_of_image, _size_of_image), (Delta, _token_of_delta, _size_of_delta)):
-        dask.tokenize.normalize_token.register(kind, token)
-        dask.sizeof.sizeof.register(kind, size)
-
-
 def traffic() -> dict[str, int]:
-    """What this process has serialised for others and got from them, since it imported this module.
+    """Counts what this process sent to other processes and received from them since it imported this module.
 
     Returns
     -------
@@ -89,42 +81,34 @@ def traffic() -> dict[str, int]:
         return dict(_traffic)
 
 
-def _token_of_image(image: Image) -> tuple[object, ...]:
-    return "linmem.Image", image.digest
-
-
-def _token_of_delta(delta: Delta) -> tuple[object, ...]:
-    return ("linmem.Delta", delta.base, delta.base_size, delta.size, delta.offset, delta.ranges, delta.zeros,
-            bytes(delta.data))
-
-
-def _size_of_image(image: Image) -> int:
-    # Zeros take no space: the scheduler weighs what an image costs to hold and to send.
-    return sum(size for _, size in image.runs())
-
-
-def _size_of_delta(delta: Delta) -> int:
-    return delta.nbytes
-
-
-_register(dask, distributed.protocol)
+_dask: Any = dask
+_protocol: Any = distributed.protocol
+_protocol.dask_serialize.register((Image, Delta), _serialize)
+_protocol.dask_deserialize.register((Image, Delta), _deserialize)
+_dask.tokenize.normalize_token.register(Image, lambda image: ("linmem.Image", image.digest))
+_dask.tokenize.normalize_token.register(Delta, lambda delta: (
+    "linmem.Delta", delta.base, delta.base_size, delta.size, delta.offset, delta.ranges, delta.zeros,
+    bytes(delta.data)))
+# The scheduler compares the costs of storing and sending. The zeros of an image cost nothing.
+_dask.sizeof.sizeof.register(Image, lambda image: sum(size for _, size in image.runs()))
+_dask.sizeof.sizeof.register(Delta, lambda delta: delta.nbytes)
 
 
 class LinmemPlugin(distributed.WorkerPlugin):
-    """Imports linmem.dask in each worker, which registers the serialisers there."""
+    """Makes each worker import linmem.dask, which registers the serialisers there."""
 
-    # Known to the cluster by its name: registered again it is not registered twice.
+    # The cluster identifies plugins by name, so a second registration has no effect.
     name = "linmem"
 
     def setup(self, worker: distributed.Worker) -> None:
-        """Nothing is left to do: to unpickle the plugin was to import this module."""
+        """Does nothing: the worker imported this module when it unpickled the plugin."""
 
 
 def setup(client: distributed.Client) -> None:
-    """Make images and deltas known to every worker of the client's cluster, also to those that come later.
+    """Register the serialisers of images and deltas in every worker of the client's cluster, also in later ones.
 
-    Without it a worker that has not imported this module cannot read what one that has sent to it.
-    A cluster whose workers are started with ``--preload linmem.dask`` needs no setup.
+    A worker that has not imported this module cannot read images and deltas that another worker sends. A cluster whose
+    workers are started with ``--preload linmem.dask`` needs no setup.
     """
     if not isinstance(client, distributed.Client):
         raise TypeError(f"client must be a distributed.Client, got {type(client).__name__}")
@@ -134,33 +118,33 @@ def setup(client: distributed.Client) -> None:
 # -- within a worker -----------------------------------------------------------------------------------
 
 def worker_pool(image: Image, **options: Any) -> NativeCreator:
-    """This process's pool of memories that start from `image`: the same for every task that asks.
+    """The pool of memories that start from `image`; every task of this process gets the same pool.
 
-    It is not for `linmem.wasmtime.install`, which refuses a pool with an image.
+    Do not give the pool to `linmem.wasmtime.install`, which refuses a pool with an image.
 
     Parameters
     ----------
     image : Image
-        Images with the same digest share a pool, however they came here.
+        Images with the same digest share a pool.
     **options
-        The pool's own, as of ``linmem.creator("pool", ...)``.
+        The options of the pool, as for ``linmem.creator("pool", ...)``.
 
     Notes
     -----
-    A process keeps the pools of the eight images that it used last; the others end with their last memory.
+    A process keeps the pools of the eight images that it used last. Another pool ends with its last memory.
     """
     if not isinstance(image, Image):
         raise TypeError(f"image must be an Image, got {type(image).__name__}")
     key = (image.digest, *sorted(options.items()))
     try:
         hash(key)
-    except Exception:       # no option is one that cannot be a key: whose it is, the pool says
+    except Exception:       # an option cannot be hashed, so it is not valid: the pool raises the exception
         return creator("pool", image=image, **options)
     with _lock:
         pool = _pools.get(key)
         if pool is None:
             pool = _pools[key] = creator("pool", image=image, **options)
-            if len(_pools) > _POOLS:
+            if len(_pools) > _MAX_POOLS:
                 _pools.popitem(last=False)
         _pools.move_to_end(key)
     return pool
@@ -168,15 +152,15 @@ def worker_pool(image: Image, **options: Any) -> NativeCreator:
 
 @contextlib.contextmanager
 def memory(image: Image, maximum: int | None = None, **options: Any) -> Iterator[Memory]:
-    """A memory of the task's own that starts from `image`, from this worker's pool, given back at the end.
+    """A memory for one task, which starts from `image` and goes back to the pool of this worker at the end.
 
     Parameters
     ----------
     image : Image
     maximum : int, optional
-        As of `linmem.create`.
+        As for `linmem.create`.
     **options
-        As of `worker_pool`.
+        As for `worker_pool`.
     """
     pool = worker_pool(image, **options)
     with image.new_memory(maximum, creator=pool) as mem:

@@ -1,4 +1,4 @@
-"""Every exception of linmem, and the one funnel that turns a failed page call into one of them."""
+"""The exceptions of linmem, and `from_failure`, which makes one of them from a failure of native code."""
 
 from __future__ import annotations
 
@@ -11,17 +11,26 @@ if TYPE_CHECKING:
 __all__ = ["FileFormatError", "GrowError", "LimitError", "OwnedError", "PageError", "PoolError"]
 
 
+def _without_init(kind: type[BaseException], *args: object) -> BaseException:
+    return kind.__new__(kind, *args)
+
+
+def _reduce(self: BaseException) -> tuple[object, ...]:
+    # Exceptions are pickled as a call of their class with `args`; the constructors of these classes take other ones.
+    return _without_init, (type(self), *self.args), vars(self)
+
+
 class GrowError(MemoryError):
-    """A growth (or creation) that the memory's own bounds refuse: its maximum or its capacity."""
+    """The memory's own bounds refuse a growth (or a creation): its maximum or its capacity."""
 
 
 class LimitError(GrowError):
-    """A `LimitingCreator`'s budget does not cover the request.
+    """The budget of a `LimitingCreator` does not cover the request.
 
     Attributes
     ----------
     limit, used, requested : int
-        Bytes: the budget, what is charged to it, and what was asked for on top.
+        Bytes: the budget, how much of the budget is in use, and how much more was asked for.
     """
 
     def __init__(self, message: str, *, limit: int, used: int, requested: int) -> None:
@@ -30,48 +39,38 @@ class LimitError(GrowError):
         self.used = used
         self.requested = requested
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild_limit_error, (self.args[0], self.limit, self.used, self.requested)
-
-
-def _rebuild_limit_error(message: str, limit: int, used: int, requested: int) -> LimitError:
-    return LimitError(message, limit=limit, used=used, requested=requested)
+    __reduce__ = _reduce
 
 
 class PoolError(GrowError):
-    """Every slot of a pool is in use, and it was told not to go beyond them.
+    """Every slot of a pool is in use, and the pool was made to have no more slots.
 
     Attributes
     ----------
     slots : int
-        The bound.
+        How many slots the pool has.
     """
 
     def __init__(self, message: str, *, slots: int) -> None:
         super().__init__(message)
         self.slots = slots
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild_pool_error, (self.args[0], self.slots)
+    __reduce__ = _reduce
 
 
-def _rebuild_pool_error(message: str, slots: int) -> PoolError:
-    return PoolError(message, slots=slots)
-
-
-# OSError first: the other order loses .errno and .winerror.
+# OSError first: in the other order .errno and .winerror are lost.
 class PageError(OSError, MemoryError):
     """The operating system refused a page call.
 
     Attributes
     ----------
     errno, winerror : int
-        The OS's own code, as in any `OSError`. Where that is a winerror, errno is ENOMEM for each code that says
-        that memory, a quota or the commit limit is used up.
+        The code of the operating system, as in any `OSError`. If there is a winerror, errno is ENOMEM for each code
+        that means that memory, a quota or the commit limit is used up.
     call : str
         The page call: "reserve", "commit", "discard", "protect" ...
     size : int
-        Bytes that it was asked for.
+        The number of bytes that the call was made for.
     """
 
     call: str = ""
@@ -82,20 +81,20 @@ class PageError(OSError, MemoryError):
 
 
 class OwnedError(RuntimeError):
-    """A memory that a wasmtime store owns was asked to do what only its owner may do."""
+    """The call is reserved for the owner of the memory, which is a wasmtime store."""
 
 
 class FileFormatError(ValueError):
-    """A file that is no image or delta of linmem's, is damaged, or lies about what it holds.
+    """The file is not an image or a delta of linmem, is damaged, or contradicts itself.
 
     Attributes
     ----------
     path : str
         The file.
     field : str
-        The part of it that is wrong, by the name that the description of the format gives it.
+        The part of the file that is wrong, by its name in the description of the format.
     value, bound : object
-        What stands there, and what had to.
+        The value of the field, and what the value must be.
     """
 
     def __init__(self, path: str, field: str, value: object, bound: object) -> None:
@@ -106,45 +105,41 @@ class FileFormatError(ValueError):
         self.value = value
         self.bound = bound
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return FileFormatError, (self.path, self.field, self.value, self.bound)
+    __reduce__ = _reduce
+
+
+# The codes of `units.pxd`, without "E_", whose exception has no attributes.
+_CLASSES: dict[str, type[Exception]] = {
+    "NO_MEMORY": MemoryError, "OVERFLOW": OverflowError, "SHRINK": ValueError, "MAXIMUM": GrowError,
+    "CAPACITY": GrowError, "EXPORTED": BufferError, "IMAGE": ValueError, "OWNED": OwnedError,
+    "OWN_GROWTH": RuntimeError, "BROKEN": RuntimeError, "PROTECTED": ValueError, "UNSUPPORTED": TypeError}
+
+
+def page_error(os_error_args: tuple[Any, ...], call: str, size: int) -> PageError:
+    """A `PageError`; `os_error_args` is what `pages.os_error_args` returns for the code."""
+    error = PageError(*os_error_args)
+    if os_error_args[0]:        # OSError derives errno from a winerror: 0 means that this errno is right
+        error.errno = os_error_args[0]
+    error.call = call
+    error.size = size
+    return error
 
 
 def from_failure(reason: str, text: str, *, os_error_args: tuple[Any, ...], call: str, size: int,
-                 used: int, limit: int) -> BaseException:
-    """The exception for a failure that came up from nogil code.
+                 used: int, limit: int) -> Exception:
+    """The exception for a failure of native code.
 
     Parameters
     ----------
     reason : str
-        "os", or the name of one of our own codes in `units.pxd`, without its ``E_``.
+        "os", or the name of a code in `units.pxd` without "E_".
     text : str
         The whole message.
-    os_error_args : tuple
-        What makes an `OSError` carry the code the way this OS does. The first one is the errno, or 0: `OSError` knows.
     """
     if reason == "os":
-        error = PageError(*os_error_args)
-        if os_error_args[0]:        # where there is a winerror, OSError has replaced it
-            error.errno = os_error_args[0]
-        error.call = call
-        error.size = size
-        return error
+        return page_error(os_error_args, call, size)
     if reason == "LIMIT":
         return LimitError(text, limit=limit, used=used, requested=size)
     if reason == "EXHAUSTED":
         return PoolError(text, slots=limit)
-    return {
-        "NO_MEMORY": MemoryError,
-        "OVERFLOW": OverflowError,
-        "SHRINK": ValueError,
-        "MAXIMUM": GrowError,
-        "CAPACITY": GrowError,
-        "EXPORTED": BufferError,
-        "IMAGE": ValueError,
-        "OWNED": OwnedError,
-        "OWN_GROWTH": RuntimeError,
-        "BROKEN": RuntimeError,
-        "PROTECTED": ValueError,
-        "UNSUPPORTED": TypeError,
-    }[reason](text)
+    return _CLASSES[reason](text)

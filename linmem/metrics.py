@@ -1,4 +1,4 @@
-"""What pools hold and have done, for a program and for Prometheus. Floor 5.
+"""What pools hold and have done, for a program and for Prometheus.
 
 >>> import linmem.metrics, prometheus_client
 >>> prometheus_client.REGISTRY.register(linmem.metrics.collector(pool))
@@ -11,7 +11,7 @@ from linmem._core.pool import PoolingCreator, pool_totals, read_metrics
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from typing import Any
 
 __all__ = ["collector", "read", "totals"]
@@ -26,10 +26,17 @@ _GAUGES = {"live": "Slots in use.", "peak_live": "The most slots that were ever 
            "reserved": "Bytes of address space of all slots, guards included."}
 _COUNTERS_OF_A_POOL = {"fallbacks": "Memories that upstream made because the pool was full.",
                        "rejected": "Slots that were dropped because their reset failed."}
-_OF_A_POOL = {"slots": "The most slots there may be.",
-              "resident_bound": "What resident and page_tables never exceed for long."}
-_OF_IMAGES = {"image_bytes": "Bytes of the images that slots start from.",
-              "image_descriptors": "Descriptors of these images."}
+_GAUGES_OF_A_POOL = {"slots": "The most slots there may be.",
+                     "resident_bound": "What resident and page_tables never exceed for long."}
+_GAUGES_OF_IMAGES = {"image_bytes": "Bytes of the images that slots start from.",
+                     "image_descriptors": "Descriptors of these images."}
+# Counters with a label of their own: the label, the text, and the values of a row by label.
+_LABELLED: dict[str, tuple[str, str, Callable[[dict[str, Any]], dict[str, int]]]] = {
+    "hits": ("state", "Requests that an idle slot served.",
+             lambda row: {state: row[f"hits_{state}"] for state in ("warm", "cold")}),
+    "evictions": ("cause", "Idle slots that lost pages or went; no purges.", lambda row: row["evictions"]),
+    "resets": ("kind", "Resets by kind.", lambda row: row["resets"]),
+}
 
 
 def read(pool: PoolingCreator) -> dict[str, Any]:
@@ -51,7 +58,7 @@ def read(pool: PoolingCreator) -> dict[str, Any]:
     Raises
     ------
     TypeError
-        If `pool` is no `PoolingCreator`.
+        If `pool` is not a `PoolingCreator`.
     """
     return read_metrics(pool)
 
@@ -69,7 +76,7 @@ def totals() -> dict[str, int | None]:
 
 
 def _label(name: str) -> str:
-    """The name as a label: no two names have the same one, none is "", and each can be encoded."""
+    """The name as a label. Different names have different labels, no label is "", and each label can be encoded."""
     plain = name and name[0] not in "'\"" and not any("\ud800" <= c <= "\udfff" for c in name)
     return name if plain else ascii(name)
 
@@ -114,9 +121,9 @@ def collector(*pools: PoolingCreator, names: Iterable[str] | None = None, per_do
     Raises
     ------
     TypeError, ValueError
-        For a pool that is none, or for names that are not one for each pool, all different.
+        If a pool is not a `PoolingCreator`, or if `names` does not have one different name for each pool.
     ImportError
-        Without ``prometheus_client``.
+        If ``prometheus_client`` is not installed.
     """
     for pool in pools:
         if not isinstance(pool, PoolingCreator):
@@ -134,46 +141,33 @@ def collector(*pools: PoolingCreator, names: Iterable[str] | None = None, per_do
     class Collector:
         def collect(self) -> Iterator[Any]:
             found = [(label, read(pool)) for label, pool in zip(labels, pools, strict=True)]
-            yield from families(found, "linmem_pool", ["pool"], lambda label, figures: [([label], figures)])
+            yield from families("linmem_pool", ["pool"], [([label], figures) for label, figures in found],
+                                _COUNTERS | _COUNTERS_OF_A_POOL, _GAUGES | _GAUGES_OF_A_POOL | _GAUGES_OF_IMAGES)
             if per_domain:
-                yield from families(found, "linmem_pool_domain", ["pool", "domain"], lambda label, figures: [
-                    ([label, "" if name is None else _label(name)], row) for name, row in figures["domains"].items()])
+                yield from families("linmem_pool_domain", ["pool", "domain"], [
+                    ([label, "" if name is None else _label(name)], row)
+                    for label, figures in found for name, row in figures["domains"].items()], _COUNTERS, _GAUGES)
             if per_shape:
-                yield from families(found, "linmem_pool_shape", ["pool", "shape"], lambda label, figures: [
-                    ([label, text], row) for text, row in _by_shape(figures["shapes"]).items()])
-            for name, text in _OF_A_POOL.items():
-                yield gauge(f"linmem_pool_{name}", text, ["pool"], [([label], of[name]) for label, of in found])
-            for name, text in _COUNTERS_OF_A_POOL.items():
-                yield counter(f"linmem_pool_{name}", text, ["pool"], [([label], of[name]) for label, of in found])
+                yield from families("linmem_pool_shape", ["pool", "shape"], [
+                    ([label, text], row)
+                    for label, figures in found for text, row in _by_shape(figures["shapes"]).items()],
+                    _COUNTERS, _GAUGES | _GAUGES_OF_IMAGES)
 
-    def families(found: Any, prefix: str, keys: list[str], rows_of: Any) -> Iterator[Any]:
-        rows = [row for label, figures in found for row in rows_of(label, figures)]
-        for name, text in _COUNTERS.items():
-            yield counter(f"{prefix}_{name}", text, keys, [(at, row[name]) for at, row in rows])
-        for name, text in _GAUGES.items():
-            yield gauge(f"{prefix}_{name}", text, keys, [(at, row[name]) for at, row in rows])
-        yield counter(f"{prefix}_hits", "Requests that an idle slot served.", [*keys, "state"], [
-            ([*at, state], row[f"hits_{state}"]) for at, row in rows for state in ("warm", "cold")])
-        yield counter(f"{prefix}_evictions", "Idle slots that lost pages or went; no purges.", [*keys, "cause"], [
-            ([*at, cause], n) for at, row in rows for cause, n in row["evictions"].items()])
-        yield counter(f"{prefix}_resets", "Resets by kind.", [*keys, "kind"], [
-            ([*at, how], n) for at, row in rows for how, n in row["resets"].items()])
-        yield counter(f"{prefix}_reset_seconds", "Time in resets, sampled.", keys, [
-            (at, row["reset_ns"] / 1e9) for at, row in rows])
-        for name, text in _OF_IMAGES.items():
-            samples = [(at, row[name]) for at, row in rows if name in row]
-            if samples:
-                yield gauge(f"{prefix}_{name}", text, keys, samples)
+    def families(prefix: str, keys: list[str], rows: list[tuple[list[str], dict[str, Any]]],
+                 counters: dict[str, str], gauges: dict[str, str]) -> Iterator[Any]:
+        for kind, texts in ((CounterMetricFamily, counters), (GaugeMetricFamily, gauges)):
+            for name, text in texts.items():
+                yield family(kind, f"{prefix}_{name}", text, keys, [(labels, row[name]) for labels, row in rows])
+        for name, (key, text, values) in _LABELLED.items():
+            yield family(CounterMetricFamily, f"{prefix}_{name}", text, [*keys, key], [
+                ([*labels, which], n) for labels, row in rows for which, n in values(row).items()])
+        yield family(CounterMetricFamily, f"{prefix}_reset_seconds", "Time in resets, sampled.", keys, [
+            (labels, row["reset_ns"] / 1e9) for labels, row in rows])
 
-    def filled(family: Any, samples: list[tuple[list[str], float]]) -> Any:
-        for at, value in samples:
-            family.add_metric(at, value)
-        return family
-
-    def counter(name: str, text: str, keys: list[str], samples: list[tuple[list[str], float]]) -> Any:
-        return filled(CounterMetricFamily(name, text, labels=keys), samples)
-
-    def gauge(name: str, text: str, keys: list[str], samples: list[tuple[list[str], float]]) -> Any:
-        return filled(GaugeMetricFamily(name, text, labels=keys), samples)
+    def family(kind: Any, name: str, text: str, keys: list[str], samples: list[tuple[list[str], float]]) -> Any:
+        made = kind(name, text, labels=keys)
+        for labels, value in samples:
+            made.add_metric(labels, value)
+        return made
 
     return Collector()

@@ -1,7 +1,6 @@
-"""The plain records of the public face: what a memory is asked to be, and what it is. Floor 0.
+"""The records of the public interface: the type of a memory, and the state of a memory and of an image.
 
-Apart from the traits, and imported when first used: `dataclasses` alone costs more than all of
-``import linmem``.
+This module is imported when it is first used, because the import of `dataclasses` takes longer than ``import linmem``.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ class MemoryType:
     Parameters
     ----------
     minimum, maximum : int
-        In wasm pages of `page_size` bytes; no maximum is None.
+        In wasm pages of `page_size` bytes. A maximum of None: there is no maximum.
     is_64 : bool
         64-bit addresses (the memory64 proposal).
     is_shared : bool
@@ -39,7 +38,7 @@ class MemoryType:
         for name in ("minimum", "maximum"):
             value = getattr(self, name)
             if not (name == "maximum" and value is None):
-                # Any integer type is taken, and kept as an int: native code and other processes read it.
+                # Any integer type is accepted and stored as an int, because native code and other processes read it.
                 object.__setattr__(self, name, check_count(value, name, "an integer number of wasm pages"))
         check_flag(self.is_64, "is_64")
         check_flag(self.is_shared, "is_shared")
@@ -52,24 +51,24 @@ class MemoryType:
 
 @dataclass(frozen=True)
 class MemoryInfo:
-    """What a memory holds at this moment; every size is in bytes.
+    """The state of a memory at one moment; every size is in bytes.
 
     Attributes
     ----------
     base : int
         Address of byte 0.
     byte_size, byte_capacity, maximum_byte_size : int
-        As the trait's methods; no maximum is None.
+        As the methods of the trait. A maximum of None: there is no maximum.
     reserved : int
-        Address space taken, guards included.
+        Reserved address space, guards included.
     committed : int
-        Accessible bytes, whole host pages: what may become resident without another page call.
+        Accessible bytes, in whole host pages: these may become resident without another page call.
     resident : int or None
-        Of these, how many are in physical memory now, as the OS says; None where the pages are not ours to ask for.
+        How many committed bytes are in physical memory, as the OS reports; None if the pages are not linmem's.
     pre_guard, guard : int
         Inaccessible bytes before the base and after the capacity.
     page_size : int
-        Bytes in a host page.
+        The size of a host page.
     exports : int
         Buffers exported from the memory, through any handle.
     kind : str
@@ -95,22 +94,22 @@ class MemoryInfo:
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """How an image is kept; every size is in bytes.
+    """How an image is stored; every size is in bytes.
 
     Attributes
     ----------
     offset, size : int
         Where its bytes lie in a memory.
     stored : int or None
-        Of these, how many take space: those that are not zero, in blocks of 4096. None where it is not known
-        without reading all of a file.
+        How many of the bytes take space: blocks of 4096 bytes that are not zero. None if the number is not known
+        without reading a whole file.
     kind : str
         "sealed" memory, a "file", a "section" object, "private" pages of this process, or "none" for an
         image of no bytes.
     shares_pages : bool
-        Whether memories share its pages until they write them; else they copy.
+        Whether memories share the pages of the image until they write to them. False: memories copy the pages.
     memories : int
-        How many memories hold it now.
+        How many memories use the image now.
     """
 
     offset: int

@@ -1,4 +1,4 @@
-"""linmem memories under a real wasmtime engine. Floor 5.2.
+"""linmem in a wasmtime engine: `install`, `linear_memory` and `new_memory`.
 
 >>> import wasmtime, linmem.wasmtime
 >>> config = wasmtime.Config()
@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
 import weakref
 
@@ -31,14 +32,13 @@ from linmem.creators import as_native
 __all__ = ["Prepared", "Snapshot", "install", "linear_memory", "new_memory", "prepare"]
 
 _WASM32_SPACE = 1 << 32
-_SHORT_SPACE = 1 << 40      # bytes left below which wasmtime's defaults (4 GiB a memory) run out soon
+_SHORT_SPACE = 1 << 40      # bytes; with less space, wasmtime's default of 4 GiB for each memory uses it up soon
 _NEEDED = ("wasmtime_config_host_memory_creator_set", "wasmtime_config_memory_init_cow_set", "wasmtime_error_new",
            "wasmtime_memorytype_is64", "wasmtime_memorytype_isshared")
 _TUNABLE = ("wasmtime_config_memory_reservation_set", "wasmtime_config_memory_guard_size_set",
             "wasmtime_config_memory_reservation_for_growth_set")
-_bound = False
-# The modules that new_memory() made last, by their text. Each takes memory and address space.
-_MODULES = 8
+# The modules that new_memory() used last, by their text. Few, because each takes memory and address space.
+_MAX_MODULES = 8
 _modules: weakref.WeakKeyDictionary[wasmtime.Engine, dict[str, wasmtime.Module]] = weakref.WeakKeyDictionary()
 _modules_lock = threading.Lock()
 
@@ -46,27 +46,26 @@ _modules_lock = threading.Lock()
 def install(config: wasmtime.Config, creator: MemoryCreator | None = None, *, tune: bool = True) -> None:
     """Make every memory of the engines built from `config` come from `creator`.
 
-    Mirrors ``wasmtime::Config::with_host_memory``. Memories of modules, their GC heaps and
-    module-defined shared memories come from it; ``wasmtime.Memory(store, ty)`` and
-    ``wasmtime.SharedMemory`` do not ask it (`new_memory` does). Copy-on-write initialisation is
-    switched off: with a host creator it would abort the process.
+    Mirrors ``wasmtime::Config::with_host_memory``. The creator makes the memories that modules define, also shared
+    memories, and their GC heaps. ``wasmtime.Memory(store, ty)`` and ``wasmtime.SharedMemory`` do not use the creator;
+    `new_memory` does. Copy-on-write initialisation is switched off: with a host creator it would abort the process.
 
     Parameters
     ----------
     config : wasmtime.Config
         Not yet given to an Engine.
     creator : MemoryCreator, optional
-        A `PoolingCreator` of its own by default. It lives as long as the config or an engine needs it. No pool in
-        it may have an ``image=``.
+        By default a new `PoolingCreator`. The config and its engines keep the creator. A pool in it must not have an
+        ``image=``.
     tune : bool
-        Where this process has little address space (a limit, or few address bits), lower the
-        config's memory reservation and guard so that memories can be made at all. Set your own
-        with ``tune=False``.
+        If this process has little address space (because of a limit, or of few address bits), set a smaller memory
+        reservation and guard in the config, so that memories can be made at all. Pass False to keep the values of the
+        config.
 
     Raises
     ------
     TypeError
-        If `config` is no `wasmtime.Config` or `creator` no creator.
+        If `config` is not a `wasmtime.Config` or `creator` is not a creator.
     ValueError
         If the config was given to an engine already, or if a pool in `creator` starts its memories from an image:
         every memory of the engine would get that image, also those of other modules, and a module's own data
@@ -76,13 +75,13 @@ def install(config: wasmtime.Config, creator: MemoryCreator | None = None, *, tu
 
     Notes
     -----
-    Without copy-on-write initialisation wasmtime copies a module's data by start-up code. In an engine with
-    ``consume_fuel`` that code costs about one unit of fuel for each byte, and in one with ``epoch_interruption``
-    it checks the deadline: add the fuel and set the deadline before the instance is made. Instances of modules
-    that were made by `prepare` have no such code.
+    Without copy-on-write initialisation, start-up code that wasmtime compiles copies the data of a module. With
+    ``consume_fuel`` this code costs about one unit of fuel for each byte. With ``epoch_interruption`` it checks the
+    deadline. So add the fuel and set the deadline before you make the instance. Modules that `prepare` made have no
+    such code.
 
-    With the pooling allocation strategy wasmtime ignores host creators in silence, and a Config
-    cannot be asked for its strategy: `linear_memory` and `new_memory` then raise and say so.
+    With the pooling allocation strategy wasmtime ignores host creators without an error. A Config does not tell its
+    strategy, so `linear_memory` and `new_memory` report this case.
     """
     if not isinstance(config, wasmtime.Config):
         raise TypeError(f"config must be a wasmtime.Config, got {type(config).__name__}")
@@ -94,7 +93,7 @@ def install(config: wasmtime.Config, creator: MemoryCreator | None = None, *, tu
     check_flag(tune, "tune")
     native = as_native(PoolingCreator() if creator is None else creator)
     part: object = native
-    while isinstance(part, NativeCreator):      # down the chain
+    while isinstance(part, NativeCreator):      # each creator of the chain
         if getattr(part, "image", None) is not None:
             raise ValueError("creator must not have a pool with an image: every memory of the engine would start from"
                              " that image, and the data of a module would be copied over it. Leave image= out, and"
@@ -110,22 +109,22 @@ def install(config: wasmtime.Config, creator: MemoryCreator | None = None, *, tu
 def linear_memory(store: wasmtime.Store, memory: wasmtime.Memory | wasmtime.SharedMemory) -> Memory:
     """The linmem memory behind a wasm memory.
 
-    Its views survive ``memory.grow`` and ``store.close()``. While the store owns it, it grows by
-    ``wasmtime.Memory.grow``, and `Memory.grow_to` raises `OwnedError`. `Memory.close` closes the handle only.
+    Views of it stay valid after ``memory.grow`` and ``store.close()``. While the store owns the memory, it grows by
+    ``wasmtime.Memory.grow``, and `Memory.grow_to` raises `OwnedError`. `Memory.close` closes only the handle.
 
     Parameters
     ----------
     store : wasmtime.Store
-        Or a Caller; the one that `memory` belongs to. Not looked at for a shared memory.
+        The store that `memory` belongs to, or a Caller. Not used for a shared memory.
     memory : wasmtime.Memory or wasmtime.SharedMemory
 
     Raises
     ------
     TypeError
-        If `memory` is neither.
+        If `memory` is of another type.
     ValueError
-        If linmem does not own the memory (the message lists the reasons there are), or if `store` is another
-        one than the memory's.
+        If linmem does not own the memory (the message lists the possible reasons), or if the memory belongs to
+        another store.
     """
     if not isinstance(memory, (wasmtime.Memory, wasmtime.SharedMemory)):
         raise TypeError(f"memory must be a wasmtime.Memory or a wasmtime.SharedMemory, got {type(memory).__name__}")
@@ -140,24 +139,24 @@ def linear_memory(store: wasmtime.Store, memory: wasmtime.Memory | wasmtime.Shar
 
 def new_memory(store: wasmtime.Store, memory_type: wasmtime.MemoryType, *,
                domain: str | None = None) -> wasmtime.Memory | wasmtime.SharedMemory:
-    """A host-made wasm memory that linmem owns, to be imported by modules.
+    """Make a wasm memory that linmem owns, for modules that import a memory.
 
-    ``wasmtime.Memory(store, ty)`` bypasses host creators; a module that exports a memory does not,
-    and that is how this works. The memory lives as long as the store.
+    ``wasmtime.Memory(store, ty)`` does not use the creator, but a module that exports a memory does. So this function
+    makes an instance of such a module. The memory lives as long as the store.
 
     Parameters
     ----------
     store : wasmtime.Store
     memory_type : wasmtime.MemoryType
     domain : str, optional
-        Whose pages a pool may hand to this memory's users, as of `linmem.create`.
+        A pool never gives this memory pages of another domain; as for `linmem.create`.
 
     Raises
     ------
     ValueError
         If the store's engine does not make its memories with linmem.
     wasmtime.WasmtimeError
-        If the memory cannot be made; the creator's own text.
+        If the memory cannot be made; the text is that of the creator.
     """
     if not isinstance(store, wasmtime.Store):
         raise TypeError(f"store must be a wasmtime.Store, got {type(store).__name__}")
@@ -177,8 +176,8 @@ def new_memory(store: wasmtime.Store, memory_type: wasmtime.MemoryType, *,
     with _modules_lock:
         modules = _modules.setdefault(store.engine, {})
         modules.pop(wat, None)
-        modules[wat] = module               # the last one now
-        while len(modules) > _MODULES:
+        modules[wat] = module               # the module used last is at the end
+        while len(modules) > _MAX_MODULES:
             del modules[next(iter(modules))]
     instance = _bridge.in_domain(domain, lambda: wasmtime.Instance(store, module, []))
     memory = instance.exports(store)["memory"]
@@ -187,10 +186,8 @@ def new_memory(store: wasmtime.Store, memory_type: wasmtime.MemoryType, *,
     return memory
 
 
+@functools.cache
 def _bind() -> None:
-    global _bound
-    if _bound:
-        return
     missing = [name for name in _NEEDED if not hasattr(ffi.dll, name)]
     if missing:
         raise RuntimeError(f"wasmtime {getattr(wasmtime, '__version__', '(unknown version)')} has no host memory"
@@ -198,7 +195,6 @@ def _bind() -> None:
     _bridge.bind(_address("wasmtime_config_host_memory_creator_set"), _address("wasmtime_error_new"),
                  _address("wasmtime_memorytype_is64"), _address("wasmtime_memorytype_isshared"),
                  _address("wasmtime_memorytype_page_size"))
-    _bound = True
 
 
 def _address(name: str) -> int:
@@ -210,9 +206,8 @@ def _tune(pointer: ctypes._Pointer[ffi.wasm_config_t]) -> None:
     left = _pages.describe()["address_space_left"]
     if left >= _SHORT_SPACE or not all(hasattr(ffi, name) for name in _TUNABLE):
         return
-    # A sixty-fourth of what is left for each memory, as a power of two; never less than a wasm page.
+    # For each memory 1/64 of the free address space, rounded down to a power of two, and at least a wasm page.
     reservation = min(_WASM32_SPACE, max(65536, 1 << max(0, (left // 64).bit_length() - 1)))
-    guard = 65536
     ffi.wasmtime_config_memory_reservation_set(pointer, reservation)
     ffi.wasmtime_config_memory_reservation_for_growth_set(pointer, reservation)
-    ffi.wasmtime_config_memory_guard_size_set(pointer, guard)
+    ffi.wasmtime_config_memory_guard_size_set(pointer, 65536)

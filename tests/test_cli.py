@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import inspect
 import json
 import os
 import pathlib
@@ -17,7 +19,8 @@ from support import NEEDS, requires
 
 import linmem
 from linmem import cli
-from linmem._cli import demo, info, words
+from linmem._commands import demo, info
+from linmem._commands.parser import parse_size
 
 SECONDS = 120
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(
@@ -358,7 +361,7 @@ def test_a_creator_is_chosen_by_its_name(wat):
     ("1.5GiB", 3 << 29), ("64KB", 64000), ("0.001KB", 1), ("2TB", 2 * 10 ** 12), ("7b", 7),
 ])
 def test_sizes_with_units_are_parsed(text, size):
-    assert words.parse_size(text) == size
+    assert parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "MiB", "64XB", "-1", "1.5", "1e9", "0x10", "1..5GiB", "nan", "8EiB", "٣MiB",
@@ -380,7 +383,7 @@ def test_a_wrong_size_is_named_in_one_line(text):
     (["run", "--env", "=x", "ok.wat"], 2, "the name is missing"),
     (["run", "--env", "NOT_SET_ANYWHERE", "ok.wat"], 2, "NOT_SET_ANYWHERE: no such variable"),
     (["run", "--dir", "missing", "ok.wat"], 2, "'missing' does not exist"),
-    (["run", "--dir", "ok.wat::/x", "ok.wat"], 2, "'ok.wat' is no directory"),
+    (["run", "--dir", "ok.wat::/x", "ok.wat"], 2, "'ok.wat' is not a directory"),
     (["run", "--creator", "paper", "ok.wat"], 2, "kind must be one of 'mmap'"),
     (["run", "--creator", "limiting", "ok.wat"], 2, "--max-memory"),
     (["run", "empty.wasm"], 1, "not a WebAssembly module"),
@@ -390,10 +393,10 @@ def test_a_wrong_size_is_named_in_one_line(text):
     (["run", "component.wasm"], 1, "is a component"),
     (["run", "component.wat"], 1, "is a component"),
     (["run", "typo.wat"], 1, "(line 2, column "),
-    (["run", "latin.wat"], 1, "no text of a WebAssembly module"),
+    (["run", "latin.wat"], 1, "latin.wat is not valid WebAssembly text"),
     (["run", "library.wat"], 1, "exports no function _start"),
     (["run", "global.wat"], 1, "exports no function _start"),
-    (["run", "odd.wat"], 1, "_start takes or returns something"),
+    (["run", "odd.wat"], 1, "_start has parameters or results"),
     (["run", "imports.wat"], 1, "unknown import: `env::missing`"),
     (["run", "exit200.wat"], 1, "exit with invalid exit status outside of [0..126)"),
     (["demo", "--fast"], 2, "--fast"),
@@ -442,6 +445,13 @@ def test_a_bare_linmem_prints_its_help_and_is_a_usage_error():
 
 def test_the_version_is_the_packages():
     assert linmem_process("--version").stdout.decode().split() == ["linmem", linmem.__version__]
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_each_command_is_a_module_that_declares_its_arguments_and_runs(command):
+    module = importlib.import_module(f"linmem._commands.{command}")
+    assert list(inspect.signature(module.add_arguments).parameters) == ["parser"]
+    assert list(inspect.signature(module.main).parameters) == ["args"]
 
 
 @pytest.mark.parametrize("command", ["run", "demo", "info", "image", "bench"])
@@ -532,7 +542,7 @@ def test_an_address_that_moved_fails_the_demo(monkeypatch, capsys):
 @pytest.mark.parametrize("command", ["demo", "info", "run", "image", "bench"])
 def test_a_subcommand_after_two_dashes_is_accepted_or_is_a_wrong_command_line(monkeypatch, command):
     """Versions of Python differ in whether argparse accepts a subcommand after two dashes."""
-    monkeypatch.setattr(demo, "main", lambda: 7)
+    monkeypatch.setattr(demo, "main", lambda args: 7)
     monkeypatch.setattr(info, "main", lambda args: 7 + args.json)
     def ended():
         try:

@@ -11,8 +11,8 @@ import wasmtime
 import linmem
 
 PACKAGE = pathlib.Path(linmem.__file__).parent
-SOURCE = PACKAGE / "_cli" / "demo.c"
-SHIPPED = PACKAGE / "_cli" / "demo.wasm"
+SOURCE = PACKAGE / "_commands" / "demo.c"
+SHIPPED = PACKAGE / "_commands" / "demo.wasm"
 # n -> number of primes up to n: known values, and values at the edges of the first two wasm pages.
 KNOWN = {0: 0, 1: 0, 2: 1, 3: 2, 100: 25, 65535: 6542, 65536: 6542, 65537: 6543, 131071: 12251, 10 ** 6: 78498}
 

@@ -858,7 +858,7 @@ def descriptor_rows():
 
     def arrive(scene):
         handle = scene.img.handle()
-        return handle._together(Duplicate(scene.img.fileno()), *handle._apart(scene.img))
+        return handle._rebuild(Duplicate(scene.img.fileno()), *handle._parts_of(scene.img))
 
     check = holds(lambda scene, img: (img.offset, bytes(img)) == (3 * PAGE, DATA))
     row("from_fd", "Image.from_fd", a_file, from_fd, check, "image_open")

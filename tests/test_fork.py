@@ -27,9 +27,10 @@ def scene(code, first="", **how):
 HOLDER = """
 # cython: language_level=3
 from libc.string cimport memset
-from linmem._core.adaptors cimport StatisticsCreator, record
+from linmem._core.adaptors cimport StatisticsCreator
+from linmem._core.linked_list cimport link
 from linmem._core.memory cimport Memory, acquire, unlock
-from linmem._core.pool cimport PoolingCreator, census_lock, slot
+from linmem._core.pool cimport PoolingCreator, census_lock
 
 cdef extern from "<unistd.h>":
     int usleep(unsigned int) noexcept nogil
@@ -44,26 +45,26 @@ def is_held():
 def in_a_ledger(StatisticsCreator creator not None, unsigned int us):
     '''Holds the lock with invalid lists for `us` microseconds. A fork must wait for the lock.'''
     global held
-    cdef record* live
+    cdef link live
     cdef size_t n
     with nogil:
         acquire(&creator.ledger.lock.held)
-        live, n = creator.ledger.live, creator.ledger.n_live
-        creator.ledger.live, creator.ledger.n_live = NULL, 7
+        live, n = creator.ledger.live, creator.ledger.sums.current_count
+        creator.ledger.live.next, creator.ledger.sums.current_count = NULL, 7
         held = 1
         usleep(us)
-        creator.ledger.live, creator.ledger.n_live = live, n
+        creator.ledger.live, creator.ledger.sums.current_count = live, n
         unlock(&creator.ledger.lock.held)
 
 
 def in_a_pool(PoolingCreator creator not None, unsigned int us):
     global held
-    cdef slot* slots
+    cdef link slots
     cdef size_t n
     with nogil:
         acquire(&creator.pool.lock.held)
         slots, n = creator.pool.slots, creator.pool.n_slots
-        creator.pool.slots, creator.pool.n_slots = NULL, 0
+        creator.pool.slots.next, creator.pool.n_slots = NULL, 0
         held = 1
         usleep(us)
         creator.pool.slots, creator.pool.n_slots = slots, n

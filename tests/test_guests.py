@@ -15,7 +15,8 @@ from test_hoist import CUSTOM_PAGES, EVERYTHING, Prefilled, all_features, binary
 
 import linmem
 import linmem.wasmtime
-from linmem._wasm.hoist import expose, hoist, outline
+from linmem._wasm.outline import expose, outline
+from linmem._wasm.segments import hoist
 from linmem.wasmtime import prepare
 
 PAGE = 65536

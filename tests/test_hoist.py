@@ -13,7 +13,8 @@ from wasmtime import _ffi as ffi
 
 import linmem
 import linmem.wasmtime
-from linmem._wasm.hoist import expose, hoist, outline
+from linmem._wasm.outline import expose, outline
+from linmem._wasm.segments import hoist
 
 PAGE = 65536
 CUSTOM_PAGES = hasattr(wasmtime.Config, "wasm_custom_page_sizes")

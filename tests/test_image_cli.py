@@ -15,7 +15,7 @@ import pytest
 from support import requires, run_child
 
 from linmem import Delta, FileFormatError, Image
-from linmem._cli import image as image_cli
+from linmem._commands import page_map
 from linmem.cli import main
 
 PAGE, GROUP = 4096, 65536
@@ -142,10 +142,10 @@ def test_the_map_has_plain_signs_where_the_terminal_has_no_others(there):
     (1, 1, 1), (1024, 1024, 1), (1025, 513, 2), (16384, 1024, 16)])
 def test_a_cell_of_the_map_shows_the_most_important_state_of_its_pages(pages, cells, per_cell):
     marks = bytearray(pages)
-    marks[-1] = image_cli.CHANGED
-    _, found, each = image_cli.grid(marks, 64, 1024)
+    marks[-1] = page_map.CHANGED
+    found, each = page_map.grid(marks, 1024)
     assert (len(found), each) == (cells, per_cell)
-    assert found == bytes(cells - 1) + bytes([image_cli.CHANGED])
+    assert found == bytes(cells - 1) + bytes([page_map.CHANGED])
 
 
 @requires("matplotlib")
@@ -155,7 +155,7 @@ def test_diff_draws_a_picture(there):
     said("diff", "old.image", "new.image", "--picture", "pages.png")
     pixels = image.imread("pages.png")
     colors = {tuple(int(255 * part + 0.5) for part in pixel[:3]) for row in pixels for pixel in row}
-    for _, _, _, color, _ in image_cli.CLASSES:
+    for _, _, _, color, _ in page_map.CLASSES:
         assert tuple(bytes.fromhex(color[1:])) in colors
     said("diff", "old.image", "new.image", "--picture", "pages.svg")
     with open("pages.svg", encoding="utf-8") as file:

@@ -27,7 +27,7 @@ from support import ROOT, answer, mappings, requires, smaps
 
 import linmem
 from linmem import Delta, FileFormatError, Image
-from linmem._files import image_file as _files
+from linmem._files import sparse as sparse_file
 
 PAGE, GROUP = 4096, 65536
 MOST_ZEROED = 64 << 30
@@ -328,7 +328,7 @@ def dies_at(function, taken=[0]):
         return result
     return step
 
-from linmem._files import atomic_file as _saving
+from linmem._files import atomic_file
 import builtins
 class File:
     def __init__(self, file):
@@ -345,7 +345,7 @@ for steps in sys.stdin:
     if pid == 0:
         status = 1
         try:
-            _saving.open = lambda *args, **named: File(builtins.open(*args, **named))
+            atomic_file.open = lambda *args, **named: File(builtins.open(*args, **named))
             for name in ("open", "fsync", "replace", "close", "fchmod"):
                 setattr(os, name, dies_at(getattr(os, name)))
             new.save(path)
@@ -671,7 +671,7 @@ def test_bytes_in_a_hole_are_found_when_the_file_is_mapped_or_verified(tmp_path,
         assert Image.open(harm, map=False) == image         # the check reads stored pages only
 
 
-STEP = _files.READ_STEP
+STEP = sparse_file.READ_STEP
 
 
 @pytest.mark.parametrize("at", [0, 1, STEP - 1, STEP, STEP + 1, 2 * STEP - 1, 2 * STEP, 3 * STEP - PAGE - 1])
@@ -721,8 +721,8 @@ def test_the_time_to_open_a_file_depends_on_its_stored_pages_and_not_on_its_clai
     image = sparse(1 << 38, [0, 1 << 30, (1 << 38) - PAGE])
     image.save(tmp_path / "image")
     asked = []
-    whole = _files._read_fd
-    monkeypatch.setattr(_files, "_read_fd", lambda fd, at, size: asked.append(size) or whole(fd, at, size))
+    whole = sparse_file._read_fd
+    monkeypatch.setattr(sparse_file, "_read_fd", lambda fd, at, size: asked.append(size) or whole(fd, at, size))
     other = Image.open(tmp_path / "image", verify=True)
     assert other == image
     assert sum(asked) < 1 << 20
@@ -749,7 +749,7 @@ def test_the_digest_of_a_file_covers_its_size_and_the_offsets_of_its_bytes(tmp_p
     def digest(content):
         (tmp_path / "file").write_bytes(content)
         with open(tmp_path / "file", "rb", buffering=0) as file:
-            return _files.content_digest(file.fileno())
+            return sparse_file.content_digest(file.fileno())
 
     empty, page = bytes(PAGE), b"x" * PAGE
     contents = [b"", b"x", b"x\0", empty, empty + empty, page, page + empty, empty + page, empty + empty + page,

@@ -45,7 +45,7 @@ def test_the_version_is_the_one_of_the_changelog():
 
 def test_types_and_the_c_face_are_beside_the_code():
     for name in ("py.typed", "__init__.pxd", "_core/memory.pxd", "_core/adaptors.pxd", "_core/units.pxd",
-                 "_core/atomic.pxd", "_core/atomic.h", "_os/pages.pxd", "_cli/demo.c", "_cli/demo.wasm"):
+                 "_core/atomic.pxd", "_core/atomic.h", "_os/pages.pxd", "_commands/demo.c", "_commands/demo.wasm"):
         assert (PACKAGE / name).is_file(), name
 
 
@@ -118,7 +118,7 @@ def test_the_sdist_has_all_sources_and_no_generated_c(tmp_path):
                  "pyproject.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE"}:
         assert name in names, name
     assert {name for name in names if name.endswith(".c") and not name.startswith("tests/")} == {
-        "bench/_forth.c", "linmem/_cli/demo.c"}
+        "bench/_forth.c", "linmem/_commands/demo.c"}
     assert {"bench/_forth.fs", "bench/_forth.wasm"} <= names
     assert not [name for name in names if name.endswith((".so", ".pyd", ".pyc")) or "__pycache__" in name]
 
@@ -135,11 +135,11 @@ def test_the_wheel_has_types_the_c_face_and_the_license_and_no_sources(tmp_path)
     # Headers that a .pxd file names are shipped, too.
     headers = {path.relative_to(ROOT).as_posix() for pattern in ("**/*.pxd", "_core/*.h")
                for path in (ROOT / "linmem").glob(pattern)}
-    assert stubs | headers | {"linmem/py.typed", "linmem/_cli/demo.wasm", "linmem/bench/_forth.wasm"} <= names
+    assert stubs | headers | {"linmem/py.typed", "linmem/_commands/demo.wasm", "linmem/bench/_forth.wasm"} <= names
     assert [name for name in names if name.endswith("/LICENSE")]
     assert {name.partition("/")[0] for name in names} == {"linmem", f"linmem-{linmem.__version__}.dist-info"}
     assert not [name for name in names if name.endswith((".pyx", ".pxi")) or re.search(r"/(tests|docs)/", name)]
-    assert {name for name in names if name.endswith(".c")} == {"linmem/_cli/demo.c", "linmem/bench/_forth.c"}
+    assert {name for name in names if name.endswith(".c")} == {"linmem/_commands/demo.c", "linmem/bench/_forth.c"}
 
 
 @requires("compiler")

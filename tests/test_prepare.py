@@ -1,6 +1,5 @@
 """Modules that start from images: instances behave the same and start faster."""
 
-import dataclasses
 import hashlib
 import os
 import random
@@ -34,10 +33,11 @@ from wasmtime import _ffi as ffi
 
 import linmem
 import linmem.wasmtime
-from linmem._files import image_file as _files
-from linmem._wasm import hoist as _hoist
+from linmem._files import sparse
+from linmem._wasm import module as _module
 from linmem._wasm import prepared as _prepared
 from linmem._wasm.image_cache import Cache
+from linmem._wasm.reader import Unknown
 from linmem.wasmtime import prepare
 
 PAGE = 65536
@@ -447,13 +447,13 @@ def test_a_module_with_tables_of_continuations_is_prepared_as_any_other():
 
 def test_parts_that_linmem_does_not_know_are_left_unchanged(monkeypatch):
     def unknown(*args):
-        raise _hoist._Unknown("the table is of a later kind")
+        raise Unknown("the table is of a later kind")
 
-    monkeypatch.setattr(_hoist._Module, "tables", unknown)  # simulates a table that wasmtime knows and linmem does not
+    monkeypatch.setattr(_module.Module, "tables", unknown)  # simulates a table that wasmtime knows and linmem does not
     prepared = same(MMAP, '(module (table 3 funcref) (memory (export "m") 1) (data (i32.const 0) "x"))')
     assert prepared.outline is None
     assert prepared.images[0] is not None
-    monkeypatch.setattr(_hoist._Module, "memories", unknown)
+    monkeypatch.setattr(_module.Module, "memories", unknown)
     for expose in (False, True):
         prepared = prepare(MMAP, HELLO, expose=expose)
         assert (prepared.images, prepared.added, prepared.outline) == ((), frozenset(), None)
@@ -464,8 +464,8 @@ def test_parts_that_linmem_does_not_know_are_left_unchanged(monkeypatch):
 
 
 def test_a_module_that_wasmtime_accepts_only_unchanged_stays_unchanged(monkeypatch):
-    made = _hoist.hoist
-    monkeypatch.setattr(_hoist, "hoist", lambda wasm: dataclasses.replace(made(wasm), module=wasm + b"\x63\0"))
+    made = _prepared.hoist
+    monkeypatch.setattr(_prepared, "hoist", lambda wasm: made(wasm)._replace(module=wasm + b"\x63\0"))
     prepared = prepare(MMAP, HELLO, expose=True)
     assert (prepared.images, prepared.added, prepared.outline) == ((None,), frozenset(), None)
     assert "wasmtime takes the module only as it is" in prepared.skipped[0]
@@ -798,9 +798,9 @@ def test_only_the_owner_can_read_an_entry_during_and_after_the_write(tmp_path):
 def test_a_cache_takes_time_for_the_data_of_a_module_and_not_for_the_memory_between(tmp_path, monkeypatch):
     wasm = '(module (memory (export "m") 65536) (data (i32.const 0) "low") (data (i32.const 0xfffffff0) "high"))'
     asked = []
-    whole = _files._read_fd
-    monkeypatch.setattr(_files, "_read_fd", lambda fd, at, size: asked.append(size) or whole(fd, at, size))
-    for _ in range(2):              # a cold cache, then a warm cache
+    whole = sparse._read_fd
+    monkeypatch.setattr(sparse, "_read_fd", lambda fd, at, size: asked.append(size) or whole(fd, at, size))
+    for _ in range(2):              # cold and warm
         [image] = prepare(MMAP, wasm, cache=tmp_path).images
         assert [size for _, size in image.runs()] == [4096, 4096]
         assert image.size == (1 << 32) - 12

@@ -22,7 +22,10 @@ from support import NEEDS, PAGE, answer
 
 import linmem
 from linmem import cli
-from linmem._cli import image as image_cli
+from linmem._commands import demo as demo_cli
+from linmem._commands import image as image_cli
+from linmem._commands import info as info_cli
+from linmem._commands import run as run_cli
 
 PATTERN = bytes(range(1, 251))
 TYPE = linmem.MemoryType(1, page_size=1)
@@ -851,7 +854,8 @@ COMMANDS = {
 def parsers():
     """All commands: words of the command -> its parser."""
     _, found = cli.build_parser()
-    image_cli.add_arguments(found["image"])
+    for name, command in (("run", run_cli), ("demo", demo_cli), ("info", info_cli), ("image", image_cli)):
+        command.add_arguments(found[name])
     (actions,) = (action for action in found["image"]._actions if isinstance(action, argparse._SubParsersAction))
     return found | {f"image {name}": parser for name, parser in actions.choices.items()}
 

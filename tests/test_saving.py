@@ -18,7 +18,7 @@ import pytest
 from support import answer, requires
 
 from linmem import Delta, Image
-from linmem._files import atomic_file as _saving
+from linmem._files import atomic_file
 from linmem._wasm.image_cache import Cache
 
 PAGE = 4096
@@ -60,7 +60,7 @@ def test_other_users_cannot_read_a_file_during_its_write(tmp_path, old, monkeypa
 
     monkeypatch.setattr(os, "fsync", look)
     modes = []
-    with _saving.replacing(old) as (file, is_stream):
+    with atomic_file.replacing(old) as (file, is_stream):
         assert not is_stream
         modes.append(stat.S_IMODE(os.fstat(file.fileno()).st_mode))
         file.write(b"x")
@@ -81,8 +81,8 @@ def test_a_file_that_is_replaced_keeps_its_owner_and_group(old):
 
 AS_ANOTHER = """
 import os, sys, linmem
-from linmem._core import process_handles as _handles
-from linmem._files import atomic_file as _saving, image_file as _files
+from linmem._core import process_handles
+from linmem._files import atomic_file, image_file
 import hashlib, random, secrets, zlib
 os.setgroups([])
 os.setgid(65534)
@@ -243,8 +243,8 @@ def test_each_of_the_file_and_its_folder_is_flushed_once_and_in_this_order(tmp_p
 
 DIES = """
 import os, signal, sys, linmem
-from linmem._files import atomic_file as _saving
-with _saving.draft(sys.argv[1]) as made:
+from linmem._files import atomic_file
+with atomic_file.draft(sys.argv[1]) as made:
     made.file.write(b"half")
     print("ready", flush=True)
     if sys.argv[2] == "dies":
@@ -288,7 +288,7 @@ def test_the_next_writer_removes_only_files_of_killed_writers(tmp_path, by):
 @requires("fork")
 def test_a_writer_whose_file_was_removed_before_the_lock_starts_again(tmp_path, monkeypatch):
     removed = []
-    whole = _saving._lock
+    whole = atomic_file._lock
 
     def lock(fd):
         if not removed:
@@ -296,7 +296,7 @@ def test_a_writer_whose_file_was_removed_before_the_lock_starts_again(tmp_path, 
             os.unlink(tmp_path / removed[0])
         return whole(fd)
 
-    monkeypatch.setattr(_saving, "_lock", lock)
+    monkeypatch.setattr(atomic_file, "_lock", lock)
     B.save(tmp_path / "image")
     assert len(removed) == 1
     assert os.listdir(tmp_path) == ["image"]
@@ -321,7 +321,7 @@ def test_a_save_works_where_the_file_system_has_no_locks(old, monkeypatch, code)
     def no_locks(fd, how):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(_saving.fcntl, "flock", no_locks)
+    monkeypatch.setattr(atomic_file.fcntl, "flock", no_locks)
     B.save(old)
     assert Image.open(old, verify=True) == B
 
@@ -331,7 +331,7 @@ def test_a_lock_that_fails_otherwise_fails_the_save_and_leaves_the_old_file(old,
     def broken(fd, how):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(_saving.fcntl, "flock", broken)
+    monkeypatch.setattr(atomic_file.fcntl, "flock", broken)
     with pytest.raises(OSError, match=re.escape(os.strerror(errno.EIO))):
         B.save(old)
     assert os.listdir(old.parent) == [old.name]

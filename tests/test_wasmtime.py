@@ -319,7 +319,7 @@ def test_a_config_that_an_engine_took_is_refused():
 
 
 def test_a_wasmtime_without_the_entry_point_is_refused(monkeypatch):
-    monkeypatch.setattr(linmem.wasmtime, "_bound", False)
+    linmem.wasmtime._bind.cache_clear()
     monkeypatch.setattr(linmem.wasmtime, "_NEEDED", (*linmem.wasmtime._NEEDED, "wasmtime_no_such_function"))
     with pytest.raises(RuntimeError, match="wasmtime_no_such_function missing"):
         linmem.wasmtime.install(wasmtime.Config())
@@ -639,7 +639,7 @@ def test_new_memory_keeps_only_the_few_modules_that_were_used_last(monkeypatch):
         assert memory.size(store) == 0
         return len(compiled) - before
 
-    most = linmem.wasmtime._MODULES
+    most = linmem.wasmtime._MAX_MODULES
     assert sum(make(n) for n in range(40)) == 40
     assert len(linmem.wasmtime._modules[engine]) == most
     assert [make(39), make(40 - most), make(39 - most)] == [0, 0, 1]

@@ -1,4 +1,7 @@
-"""What Python code asks of its arguments, as the native code asks of its own; and how to show a bad one. Floor 0."""
+"""Checks of arguments in Python, and how a message shows a refused value.
+
+`memory.pyx` checks the arguments of native calls. Its checks accept the same values and raise the same messages.
+"""
 
 from __future__ import annotations
 
@@ -7,32 +10,30 @@ import os
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
-    from typing import Any, NoReturn
+    from typing import Any
 
-__all__ = ["check_bytes", "check_count", "check_flag", "check_pairs", "check_path", "check_size", "given",
-           "printable", "refuse_buffer", "shown", "shows_protected"]
 
-REQUIRED = object()     # of an argument that has no default
+REQUIRED = object()     # the default of an argument that has no default
 
-_WORD = 1 << 64
-_MOST = 100     # characters of a value in a message
+_SIZE_BOUND = 1 << 64
+_SHOWN_CHARACTERS = 100
 
-# Whether a buffer shows bytes of a memory that has protected pages; ValueError where one of these bytes cannot be read.
-# Memories bring the function when they are imported: before, there are none.
+# Returns whether a buffer shows bytes of a memory that has protected pages. Raises ValueError if one of them cannot
+# be read. `linmem._core.memory` replaces this function when it is imported: before that, no memory exists.
 shows_protected: Callable[[object], bool] = lambda data: False  # noqa: E731
 
 
 def shown(value: object) -> str:
-    """The value as a message shows it: its repr, cut short; its type where it has none."""
+    """The value as a message shows it: its repr, cut to 100 characters, or its type if repr() fails."""
     try:
         text = repr(value)
-    except Exception:       # of a hostile object, or of a number with too many digits
+    except Exception:       # for example of a number with too many digits
         return f"a {type(value).__name__} that cannot be shown"
-    return text if len(text) <= _MOST else f"{text[:_MOST]}..."
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
 
 
 def printable(text: str) -> str:
-    """The text, of which a name may be a part, in one line: a character that is not printed is its escape."""
+    """The text in one line: each character that is not printable is replaced by its escape."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
@@ -46,8 +47,8 @@ def given(maker: str, names: tuple[str, ...], defaults: Mapping[str, object], po
           named: Mapping[str, Any], most_positional: int | None = None) -> list[Any]:
     """The arguments of a call of the class `maker`, in the order of `names`.
 
-    An extension class whose constructor takes its arguments like this refuses a missing or an unknown one in the
-    words of its users: Cython's own words are those of ``__cinit__``.
+    The constructors of extension classes take ``*args, **kwargs`` and call this function, so that the messages name
+    the class. Cython's own messages would name ``__cinit__``.
     """
     most = len(names) if most_positional is None else most_positional
     if len(positional) > most:
@@ -60,14 +61,14 @@ def given(maker: str, names: tuple[str, ...], defaults: Mapping[str, object], po
         if name in found:
             raise TypeError(f"{maker}() got the argument {name!r} twice, by its position and by its name")
         found[name] = value
-    missing = [name for name in names if name not in found and defaults.get(name, REQUIRED) is REQUIRED]
-    if missing:
-        raise TypeError(f"{maker}() needs the argument {missing[0]!r}")
-    return [found[name] if name in found else defaults[name] for name in names]
+    for name in names:
+        if found.setdefault(name, defaults.get(name, REQUIRED)) is REQUIRED:
+            raise TypeError(f"{maker}() needs the argument {name!r}")
+    return [found[name] for name in names]
 
 
 def check_count(value: object, name: str, what: str = "an integer", least: int = 0) -> int:
-    """A whole number from `least` on, of any integer type (what has ``__index__``)."""
+    """An integer of any type that has ``__index__``, and not less than `least`."""
     try:
         number = value.__index__()      # type: ignore[attr-defined]
     except (AttributeError, TypeError):
@@ -80,51 +81,48 @@ def check_count(value: object, name: str, what: str = "an integer", least: int =
 
 
 def check_size(value: object, name: str, bound: str = "below 2**64") -> int:
-    """A number of bytes, as native code takes it. The caller refuses what is not within `bound`, the words for a number
-    past all."""
+    """A number of bytes below 2**64. `bound` is the bound that the message names; the caller checks it."""
     number = check_count(value, name, "an integer number of bytes")
-    if number >= _WORD:
+    if number >= _SIZE_BOUND:
         raise OverflowError(f"{name} must be {bound}, got {shown(number)}")
     return number
 
 
 def check_pairs(given: Iterable[tuple[object, object]], name: str, bound: str) -> list[tuple[int, int]]:
-    """A list of (offset, size), with `bound` as in `check_size`."""
+    """A list of (offset, size); `bound` as for `check_size`."""
     try:
         pairs = [(offset, size) for offset, size in given]
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be pairs of an offset and a size, got {shown(given)}: {error}") from None
-    if all(type(offset) is type(size) is int and 0 <= offset < _WORD and 0 <= size < _WORD
+    if all(type(offset) is type(size) is int and 0 <= offset < _SIZE_BOUND and 0 <= size < _SIZE_BOUND
            for offset, size in pairs):
         return pairs                    # type: ignore[return-value]
     return [(check_size(offset, name, bound), check_size(size, name, bound)) for offset, size in pairs]
 
 
-def refuse_buffer(data: object, name: str, error: Exception) -> NoReturn:
-    """Say why `data` gives no contiguous bytes, where asking for them raised `error`."""
-    kind = type(data).__name__
-    if isinstance(error, ValueError):
-        # NumPy says ValueError of an array that is not contiguous; others say it of what is closed or released.
-        try:
-            memoryview(data).release()          # type: ignore[arg-type]
-        except ValueError:
-            raise ValueError(f"{name} must be a buffer that can be read, got {kind}: {error}") from None
-    raise TypeError(f"{name} must be a contiguous buffer of bytes, got {kind}: {error}") from None
-
-
 def check_bytes(data: object, name: str) -> memoryview:
-    """The bytes of a contiguous buffer of any shape and element type."""
+    """The bytes of a contiguous buffer of any shape and element type; else the exception that says why not."""
+    kind = type(data).__name__
     try:
         view = memoryview(data)                 # type: ignore[arg-type]
-        if view.nbytes == 0:                    # memoryview casts no shape with a 0 in it
-            return memoryview(b"")
-        return view.cast("B")
-    except (TypeError, ValueError, BufferError) as error:
-        refuse_buffer(data, name, error)
+        try:
+            return view.cast("B") if view.nbytes else memoryview(b"")   # a shape with a 0 in it cannot be cast
+        except ValueError as error:     # the element type is one that memoryview cannot cast
+            raise TypeError(error) from None
+    except ValueError as error:         # for example, the memory is closed or the memoryview is released
+        raise ValueError(f"{name} must be a buffer that can be read, got {kind}: {error}") from None
+    except (TypeError, BufferError) as error:
+        raise TypeError(f"{name} must be a contiguous buffer of bytes, got {kind}: {error}") from None
+
+
+def refuse_buffer(data: object, name: str, error: Exception) -> None:
+    """Raise the exception for native code that could not get a buffer from `data`."""
+    check_bytes(data, name)
+    raise TypeError(f"{name} must be a contiguous buffer of bytes, got {type(data).__name__}: {error}") from None
 
 
 def check_path(path: object, name: str = "path") -> str | bytes:
-    """A path, as the file system takes it."""
+    """A path that the file system can have."""
     try:
         found = os.fspath(path)         # type: ignore[call-overload]
     except TypeError:

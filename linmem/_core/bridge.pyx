@@ -1,9 +1,9 @@
 # cython: language_level=3
-"""linmem's creators as wasmtime's C callbacks. Floor 4.
+"""linmem's creators as wasmtime's C callbacks.
 
-Nothing is linked: the addresses of the C functions come from the library that wasmtime-py loaded.
-Mirrors ``wasmtime_memory_creator_t`` and ``wasmtime_linear_memory_t`` of wasmtime's ``config.h``.
-No callback takes the GIL, unless a Python creator raised and its text is wanted.
+linmem does not link to wasmtime: the addresses of the C functions come from the library that wasmtime-py loaded. The
+structs mirror ``wasmtime_memory_creator_t`` and ``wasmtime_linear_memory_t`` of wasmtime's ``config.h``. A callback
+takes the GIL only for the text of an exception that a Python creator raised.
 """
 
 cimport cython
@@ -41,13 +41,13 @@ cdef struct wasmtime_memory_creator_t:
                                     wasmtime_linear_memory_t* out) noexcept nogil
     void (*finalizer)(void* env) noexcept nogil
 
-# The C functions of wasmtime that are called from here; filled once by bind().
+# The C functions of wasmtime that this module calls. bind() fills it once.
 cdef struct wasmtime_functions:
     void (*set_creator)(wasm_config_t* config, wasmtime_memory_creator_t* creator) noexcept nogil
     wasmtime_error_t* (*error_new)(const char* message) noexcept nogil
     unsigned char (*is_64)(const wasm_memorytype_t* ty) noexcept nogil
     unsigned char (*is_shared)(const wasm_memorytype_t* ty) noexcept nogil
-    uint64_t (*page_size)(const wasm_memorytype_t* ty) noexcept nogil       # NULL before custom page sizes
+    uint64_t (*page_size)(const wasm_memorytype_t* ty) noexcept nogil       # NULL in old releases
 
 cdef wasmtime_functions wasmtime
 
@@ -63,48 +63,30 @@ list_lock(&table_lock)
 
 
 cdef inline memory** bucket(char* base) noexcept nogil:
-    # Bases differ above the 64 KiB of the smallest memory with its guard; the rest is folded in.
+    # The bases of two memories differ above bit 15, because a memory with its guards takes at least 64 KiB.
     cdef size_t key = <size_t>base >> 12
     return &table[(key ^ (key >> 12) ^ (key >> 24)) & (BUCKETS - 1)]
 
 
-cdef void enter_table(memory* m) noexcept nogil:
+cdef void update_table(memory* m, char* base) noexcept nogil:
+    """Lists `m` under `base`, and no longer under the base that it was listed under. NULL: it was not, or is not any
+    more. Both under one lock, so that a child that is forked meanwhile finds the memory."""
+    cdef memory** place
     acquire(&table_lock.held)
-    put_in_table(m)
+    if m.registered != NULL:
+        place = bucket(m.registered)
+        while place[0] != m:
+            place = &place[0].registry_next
+        place[0] = m.registry_next
+    m.registered = base
+    if base != NULL:
+        place = bucket(base)
+        m.registry_next = place[0]
+        place[0] = m
     unlock(&table_lock.held)
 
 
-cdef void leave_table(memory* m) noexcept nogil:
-    acquire(&table_lock.held)
-    take_out_of_table(m)
-    unlock(&table_lock.held)
-
-
-cdef void move_in_table(memory* m) noexcept nogil:
-    """At once: a child that is forked meanwhile finds the memory, too."""
-    acquire(&table_lock.held)
-    take_out_of_table(m)
-    put_in_table(m)
-    unlock(&table_lock.held)
-
-
-cdef inline void put_in_table(memory* m) noexcept nogil:
-    cdef memory** head = bucket(m.base)
-    m.registered = m.base
-    m.registry_next = head[0]
-    head[0] = m
-
-
-cdef inline void take_out_of_table(memory* m) noexcept nogil:
-    cdef memory** link = bucket(m.registered)
-    while link[0] != NULL:
-        if link[0] == m:
-            link[0] = m.registry_next
-            break
-        link = &link[0].registry_next
-
-
-# -- images for the memories that this thread will ask for next ------------------------------------
+# -- images for the next memories that wasmtime asks for on this thread ------------------------------------
 
 cdef extern from *:
     """
@@ -113,18 +95,19 @@ cdef extern from *:
     static linmem_queue *linmem_of_thread(void) { return &linmem_offered; }
     """
     ctypedef struct queue "linmem_queue":
-        void* next          # place* of memories yet to come
-        void* end
-        void* of            # the Offer, with a reference; NULL: there is none, or its maker holds it
+        void* next          # place*: of the next memory
+        void* end           # place*
+        void* of            # the Offer, a reference; NULL: there is no Offer, or the caller of begin() holds it
 
     queue* offered "linmem_of_thread"() noexcept nogil
 
 
 cdef void next_image(size_t minimum, image** out) noexcept nogil:
-    """What is offered on this thread for the next memory, with its reference, or NULL.
+    """Stores the image that the thread's Offer has for the next memory, and retains it. Stores nothing where there is
+    no image for it.
 
-    wasmtime makes a store's GC heap before the memories of the first module that needs it, out of this creator
-    too. Its minimum is 0; that of a memory that takes an image is not, so nothing can be taken by the wrong one.
+    wasmtime makes the GC heap of a store with this creator, too, before the memories of the first module that needs it.
+    The minimum of a GC heap is 0, and that of a memory with an image is not, so a GC heap takes no image.
     """
     cdef queue* q = offered()
     cdef place* its = <place*>q.next
@@ -144,8 +127,8 @@ cdef wasmtime_error_t* to_error(failure* why) noexcept nogil:
     return wasmtime.error_new(text)
 
 
-cdef wasmtime_error_t* python_error(failure* why, bint is_pythons) noexcept with gil:
-    """is_pythons: Python called wasmtime on this thread, and goes on when that returns."""
+cdef wasmtime_error_t* python_error(failure* why, bint has_caller) noexcept with gil:
+    """has_caller: Python code called wasmtime on this thread, and goes on when wasmtime returns."""
     cdef object error = <object>why.exception
     cdef bytes text
     Py_DECREF(error)
@@ -154,7 +137,7 @@ cdef wasmtime_error_t* python_error(failure* why, bint is_pythons) noexcept with
     except BaseException:
         text = type(error).__name__.encode("utf-8", "replace")
     if not isinstance(error, Exception):
-        raise_later(error, is_pythons)
+        raise_later(error, has_caller)
     return wasmtime.error_new(<const char*>text)
 
 
@@ -164,15 +147,15 @@ cdef extern from *:
     int PyThreadState_SetAsyncExc(unsigned long thread, PyObject* exception) except -1
 
 
-cdef void raise_later(object error, bint is_pythons) noexcept:
-    """KeyboardInterrupt, SystemExit and their like are not for the guest: the next Python code that this thread runs
-    raises `error` itself. That is the caller of wasm, or a host function or a creator that wasm calls before; from
-    there it comes up the same way again."""
-    if not is_pythons:
-        raise error             # Cython prints what a function that cannot raise has raised
-    # CPython asks for a class, and calls the class for the exception; it must be one that `except` knows. The class may
-    # live for ever (classes do in some builds without a GIL), so it gives the exception away. CPython 3.10 calls the
-    # class again with the exception that it gave.
+cdef void raise_later(object error, bint has_caller) noexcept:
+    """For KeyboardInterrupt, SystemExit and other exceptions that the guest must not handle: the next Python code that
+    this thread runs raises `error` itself. That is the caller of wasm, or a host function or a creator that wasm calls
+    first. An exception from there takes the same way again."""
+    if not has_caller:
+        raise error             # Cython prints an exception that leaves a noexcept function
+    # PyThreadState_SetAsyncExc takes a class, and CPython calls that class for the exception. `except` must recognise
+    # the class, so it is a subclass. Some builds without a GIL never free a class, so the class drops its reference on
+    # the exception. CPython 3.10 calls the class a second time, with the exception that it returned.
     kept = [error]
     members = {"__new__": lambda _, given=None: kept.pop() if kept else given}
     try:
@@ -194,13 +177,13 @@ cdef wasmtime_error_t* grow_memory(void* env, size_t new_size) noexcept nogil:
     cdef failure why
     cdef int code = memory_grow_to(m, new_size, &why)
     if m.base != m.registered:
-        move_in_table(m)
+        update_table(m, m.base)
     return to_error(&why) if code else NULL
 
 
 cdef void finalize_memory(void* env) noexcept nogil:
     cdef memory* m = <memory*>env
-    leave_table(m)
+    update_table(m, NULL)
     store(&m.owner, OWNER_LEFT)
     memory_release(m)
 
@@ -212,35 +195,33 @@ cdef wasmtime_error_t* new_memory(void* env, const wasm_memorytype_t* ty, size_t
     cdef memory* m = NULL
     cdef int code
     spec.minimum = minimum
-    spec.maximum = maximum                                  # no maximum arrives as SIZE_MAX, ours too
-    spec.reservation = reserved if reserved else UNCHOSEN   # the Config's 0 is "none given"
+    spec.maximum = maximum                                  # for wasmtime, too, SIZE_MAX means no maximum
+    spec.reservation = reserved if reserved else UNCHOSEN   # 0 means that the Config names no reservation
     spec.guard = guard
     spec.is_64 = wasmtime.is_64(ty)
     spec.is_shared = wasmtime.is_shared(ty)
     spec.image = NULL
     spec.watched = False
-    spec.may_move = True        # wasmtime refuses itself what its config's memory_may_move forbids
+    spec.may_move = True        # wasmtime itself checks memory_may_move of its Config
     spec.page_size = 65536 if wasmtime.page_size == NULL else wasmtime.page_size(ty)
     next_image(minimum, &spec.image)
     code = (<NativeCreator>env).make(&spec, &m, &why)
     image_release(spec.image)
     if code:
         return to_error(&why)
-    code = lock_memory(m, &why)     # a growth from Python is over, or finds who owns it now
+    code = lock_memory(m, &why)     # waits for a growth that Python code runs; a later one sees the new owner
+    if code == 0:
+        if load(&m.protection) != PROTECTION_NONE:      # a Python creator kept a handle, and used it meanwhile
+            code = fail(&why, E_UNSUPPORTED, "new_memory", minimum)
+            snprintf(why.detail, sizeof(why.detail), "with protected pages: a creator protected pages of the memory"
+                     " that it returned")
+        else:
+            store(&m.owner, OWNER_WASMTIME)
+        unlock(&m.lock)
     if code:
         memory_release(m)
         return to_error(&why)
-    if load(&m.protection) != PROTECTION_NONE:      # a Python creator kept a handle, and has used it since
-        code = fail(&why, E_UNSUPPORTED, "new_memory", minimum)
-        snprintf(why.detail, sizeof(why.detail), "with protected pages: a creator protected pages of the memory that it"
-                 " returned")
-    else:
-        store(&m.owner, OWNER_WASMTIME)
-    unlock(&m.lock)
-    if code:
-        memory_release(m)
-        return to_error(&why)
-    enter_table(m)
+    update_table(m, m.base)
     out.env = m
     out.get_memory = get_memory
     out.grow_memory = grow_memory
@@ -255,7 +236,7 @@ cdef void finalize_creator(void* env) noexcept nogil:
 # -- what Python calls ------------------------------------------------------------------------------------
 
 def bind(size_t set_creator, size_t error_new, size_t is_64, size_t is_shared, size_t page_size):
-    """Take the addresses of wasmtime's C functions; only the last may be missing (0)."""
+    """Store the addresses of wasmtime's C functions. Only `page_size` may be missing (0)."""
     wasmtime.set_creator = <void (*)(wasm_config_t*, wasmtime_memory_creator_t*) noexcept nogil>set_creator
     wasmtime.error_new = <wasmtime_error_t* (*)(const char*) noexcept nogil>error_new
     wasmtime.is_64 = <unsigned char (*)(const wasm_memorytype_t*) noexcept nogil>is_64
@@ -266,11 +247,11 @@ def bind(size_t set_creator, size_t error_new, size_t is_64, size_t is_shared, s
 def set_creator(size_t config, NativeCreator creator not None):
     """Make `creator` the host memory creator of the wasm_config_t at the address `config`.
 
-    The Config, then each Engine made from it, holds a reference on the creator.
+    The Config holds a reference on the creator, and so does each Engine made from the Config.
     """
     cdef wasmtime_memory_creator_t c
     if wasmtime.set_creator == NULL:
-        raise RuntimeError("bind() comes first")
+        raise RuntimeError("set_creator() needs the addresses that bind() stores: call bind() first")
     Py_INCREF(creator)
     c.env = <void*>creator
     c.new_memory = new_memory
@@ -279,7 +260,7 @@ def set_creator(size_t config, NativeCreator creator not None):
 
 
 def find(size_t base):
-    """The Memory that wasmtime holds at `base`, or None."""
+    """The Memory at `base` that wasmtime holds, or None."""
     cdef memory* m
     acquire(&table_lock.held)
     m = bucket(<char*>base)[0]
@@ -295,7 +276,7 @@ ctypedef domain_t* domain_ptr
 
 
 def in_domain(domain, call):
-    """call(), where the memories that wasmtime asks for on this thread are of `domain`."""
+    """Return call(). The memories that wasmtime asks for on this thread meanwhile belong to `domain`."""
     cdef domain_ptr ours = domain_of(domain), before = current_domain()
     set_domain(ours)
     try:
@@ -307,14 +288,14 @@ def in_domain(domain, call):
 
 @cython.final
 cdef class Offer:
-    """Images for the memories of one instance: what each of them starts from.
+    """The images that the memories of one instance start from.
 
-    Between make() and take_back() the creators that wasmtime asks on this thread follow it.
+    Between make() and take_back(), the memories that wasmtime asks for on this thread start from these images.
 
     Parameters
     ----------
     places : iterable of (int, Image or None)
-        For each memory that will be asked for, in that order, its minimum in bytes and its image.
+        The minimum in bytes and the image of each memory, in the order in which wasmtime asks for them.
     """
 
     def __init__(self, *args, **kwargs):
@@ -322,7 +303,7 @@ cdef class Offer:
         places, = _given("Offer", ("places",), {}, args, kwargs)
         cdef list given = list(places)
         if self.places != NULL:
-            raise RuntimeError("an Offer is made once")
+            raise RuntimeError("Offer.__init__() must not be called twice")
         for _, one in given:
             if one is not None and not isinstance(one, ImageHandle):
                 raise TypeError(f"images must be Images or None, got {type(one).__name__}")
@@ -342,9 +323,9 @@ cdef class Offer:
         raise TypeError("an Offer cannot be pickled or copied: it belongs to a thread of this process")
 
     def make(self):
-        """Offer the images on this thread, once. The caller sees to it that take_back() follows.
+        """Offer the images on this thread. The caller must call take_back() afterwards.
 
-        False: others are on offer here that are not used up, and stay so.
+        False: the thread has another offer with images that no memory has taken. That offer stays.
         """
         cdef queue* q = offered()
         if q.next < q.end:
@@ -355,10 +336,10 @@ cdef class Offer:
         return self.begin()
 
     def take_back(self):
-        """End the offer; how many of its images no memory has taken."""
+        """End the offer. Returns how many of its images no memory has taken."""
         cdef queue* q = offered()
         cdef size_t left
-        if q.of != <void*>self:     # all were taken, and an instance that was made meanwhile had an offer of its own
+        if q.of != <void*>self:     # all images were taken, and another instance made an offer of its own meanwhile
             return 0
         left = self.end()
         end_offer(q)

@@ -1,4 +1,4 @@
-"""Element formats: what `Memory.view` and `Memory.array` accept, as the buffer protocol and NumPy want it. Floor 0."""
+"""Element formats: converts what `Memory.view` and `Memory.array` accept into the terms of the buffer protocol."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-__all__ = ["array_on", "resolve"]
-
 _CHARS = {"b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I", "u8": "Q",
           "f2": "e", "f4": "f", "f8": "d", "c8": "Zf", "c16": "Zd"}
-# NumPy's names of the types above, none of which is a struct format.
+# NumPy's names of these types. None of the names is a struct format.
 _NAMES = {"bool": "?", "bool_": "?", "byte": "b", "ubyte": "B", "short": "h", "ushort": "H", "intc": "i", "uintc": "I",
           "long": "l", "ulong": "L", "longlong": "q", "ulonglong": "Q", "int": "q", "uint": "Q", "intp": "n",
           "uintp": "N", "half": "e", "single": "f", "double": "d", "float": "d", "csingle": "Zf", "cdouble": "Zd",
@@ -31,7 +29,7 @@ _CASTABLE = frozenset("bBhHiIlLqQnNfd?c" + ("e" if sys.version_info >= (3, 12) e
 
 
 def resolve(format: object) -> tuple[str, int, bool]:
-    """Turn an element format into what the buffer protocol carries.
+    """Convert an element format into a format of the buffer protocol.
 
     Parameters
     ----------
@@ -44,9 +42,9 @@ def resolve(format: object) -> tuple[str, int, bool]:
     format : str
         As in PEP 3118.
     itemsize : int
-        Bytes in one element.
+        The size of one element in bytes.
     castable : bool
-        Whether `memoryview.cast` knows the format.
+        Whether `memoryview.cast` accepts the format.
     """
     if isinstance(format, str):
         text = _NAMES.get(format, format)
@@ -63,7 +61,7 @@ def resolve(format: object) -> tuple[str, int, bool]:
             order = ""
         text = order + char
     elif text[:1] in ("@", "=", _ORDER) and len(text) == 2 and text[1] in "bBhHiIqQfd?ce":
-        text = text[1]      # those letters mean the same size in the native and the standard set
+        text = text[1]      # these letters have the same size in native and in standard mode
     bare = text.lstrip("<>")
     if bare in _COMPLEX:
         return text, _COMPLEX[bare], False
@@ -78,18 +76,18 @@ def resolve(format: object) -> tuple[str, int, bool]:
 
 
 def _from_dtype(format: object) -> tuple[str, int | None]:
-    # Whoever holds a NumPy object has imported NumPy; linmem itself never does.
+    # A caller that has a NumPy object has imported NumPy. linmem does not import NumPy here.
     numpy = sys.modules.get("numpy")
     if numpy is not None and format is not None:
         try:
             dtype = numpy.dtype(format)
-        except Exception:       # whatever it says of what it can make no type of
+        except Exception:       # NumPy raises many classes of exceptions here
             dtype = None
         if dtype is not None:
             if dtype.str[1:] in _CHARS:
                 return dtype.str, None
-            # Bytes read as objects would be followed as addresses; an element of no bytes has no
-            # count; a sub-array's format is that of its parts.
+            # Refused because: bytes read as objects would be used as addresses; the number of elements without a size
+            # is not defined; memoryview reports the format of a sub-array's elements.
             for wrong, why in ((dtype.hasobject, "holds Python objects"), (dtype.itemsize == 0, "has no size"),
                                (dtype.subdtype is not None, f"is a sub-array{_INSTEAD}")):
                 if wrong:
@@ -102,16 +100,16 @@ def _from_dtype(format: object) -> tuple[str, int | None]:
 
 
 def array_on(mem: Any, dtype: Any, offset: Any, shape: Any) -> Any:
-    """What `Memory.array` returns."""
+    """The array that `Memory.array` returns."""
     try:
         import numpy
     except ImportError as error:
         raise ImportError(f"Memory.array needs NumPy: pip install 'linmem[numpy]' ({error})") from error
     try:
         element = numpy.dtype(dtype)
-    except Exception as error:      # NumPy says many things of what it can make no dtype of
+    except Exception as error:      # NumPy raises many classes of exceptions here
         raise TypeError(f"dtype must be a NumPy dtype, got {shown(dtype)}: {error}") from None
-    if dtype is None:               # float64 to NumPy
+    if dtype is None:               # NumPy takes None for float64
         raise TypeError("dtype must be a NumPy dtype, got None")
     if element.hasobject or element.itemsize == 0:
         why = "holds Python objects" if element.hasobject else "has no size"
@@ -132,15 +130,16 @@ def array_on(mem: Any, dtype: Any, offset: Any, shape: Any) -> Any:
                          f" {size} bytes, got {shown(shape)}")
     whole = [most // known if length is None else length for length in lengths]
     try:
-        # Of a memoryview numpy.ndarray keeps the memory, and not the buffer that pins it; an array on a memoryview
-        # keeps the memoryview. No variable holds it, because the traceback of an error would hold the variable.
+        # numpy.ndarray(buffer=memoryview) would keep a reference to the memory, not to the buffer that pins it.
+        # numpy.asarray(memoryview) keeps the memoryview. No variable refers to the array, because the traceback of an
+        # error would keep the variable.
         return numpy.ndarray(whole, element, numpy.asarray(memoryview(mem)), start)
-    except (ValueError, OverflowError) as error:        # too many dimensions, or one that is too long beside a 0
+    except (ValueError, OverflowError) as error:        # too many dimensions, or a large dimension beside a 0
         raise ValueError(f"shape must be one that NumPy takes, got {shown(shape)}: {error}") from None
 
 
 def _lengths(shape: Any) -> list[int | None]:
-    """The length of each dimension; None is the one that is counted."""
+    """The length of each dimension; None for the dimension that is computed."""
     if shape is None:
         return [None]
     if not isinstance(shape, (tuple, list)):

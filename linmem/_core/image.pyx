@@ -165,7 +165,7 @@ cdef class Image(ImageHandle):
             raise _errors.from_failure("os", text, os_error_args=_pages.os_error_args(code, text), call="image_open",
                                        size=end - first, used=0, limit=0)
         handle.it = it
-        from linmem._files.image_file import runs_of_file
+        from linmem._files.sparse import runs_of_file
         known = runs is not None
         if known:
             take_runs(it, runs, start, n)
@@ -341,7 +341,7 @@ cdef class Image(ImageHandle):
             raise TypeError(f"delta must be a Delta, got {type(delta).__name__}")
         if delta.base != self.digest:
             raise ValueError(f"the delta is for the image {delta.base}, and this one is {self.digest}")
-        from linmem._files.image_file import own_runs
+        from linmem._core.process_handles import own_runs
         made = Image.from_pieces(_bytes_after(delta, own_runs(self, memoryview(self))), delta.size - delta.offset,
                                  delta.offset)
         if delta.target is not None and made.digest != delta.target:
@@ -453,7 +453,7 @@ cdef class Image(ImageHandle):
         from pickle import PickleBuffer
 
         # Each part costs its receiver about as much as a MiB of it: many small ones are copied into one.
-        from linmem._files.image_file import own_runs
+        from linmem._core.process_handles import own_runs
         wrap_part = PickleBuffer if protocol >= 5 else bytes
         runs = list(own_runs(self, memoryview(self)))
         small = [] if len(runs) <= MOST_PARTS else [(start, data) for start, data in runs if len(data) < SMALL_PART]

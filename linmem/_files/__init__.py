@@ -1,1 +1,1 @@
-"""Image files: their format, how they are read, and how a file is written whole or not at all."""
+"""Files of images and deltas: their format, reading, writing; and `Delta`."""

@@ -1,7 +1,8 @@
-"""Writes files that are there whole or not at all: the one writer of `save` and of the cache. Floor 0.
+"""Writes a file as a whole or not at all, for `save`, for the cache and for the command line.
 
-The content goes to a temporary file in the target's folder. That file is locked while its writer lives, flushed to
-the disk, and renamed over the target. A writer first removes the temporary files that no live writer has locked.
+The content goes to a temporary file in the folder of the target. The temporary file is locked as long as its writer
+lives. It is flushed to the disk and then renamed over the target. A writer first removes the temporary files of dead
+writers, which have no lock.
 """
 
 from __future__ import annotations
@@ -14,22 +15,17 @@ import re
 import secrets
 import stat
 import time
+from collections.abc import Iterator
+from typing import Any, BinaryIO
 
 try:
     import fcntl
 except ImportError:         # the system has no advisory locks
     fcntl = None            # type: ignore[assignment]
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from typing import Any, BinaryIO
-
-__all__ = ["TEMPORARY", "Draft", "draft", "remove_abandoned", "replacing", "write_figure"]
-
-# As long for a long target name as for a short one.
+# The length does not depend on the name of the target, so that it is valid for a long name.
 TEMPORARY = re.compile(r"\.linmem-[0-9a-f]{16}\.tmp")
-ABANDONED = 3600            # seconds; only where the system has no locks
+ABANDONED = 3600            # seconds; used if the system has no locks
 
 _FLAGS = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 _HAS_OWNERS = hasattr(os, "fchown")
@@ -42,20 +38,20 @@ class Draft:
 
     file: BinaryIO
     path: str
-    mode: int               # that the system gives any new file in this folder
+    mode: int               # the mode that the system gives a new file in this folder
 
     def become(self, path: str, mode: int | None = None) -> None:
-        """Make the file durable at `path`, with the rights `mode`; None: those of any new file."""
+        """Make the file durable at `path`, with the permissions `mode`; None: those of a new file."""
         self.file.flush()
         fd = self.file.fileno()
-        wanted = self.mode if mode is None else mode
-        # Some file systems have no rights to change, and refuse a change.
-        if _HAS_OWNERS and stat.S_IMODE(os.fstat(fd).st_mode) != wanted:
-            os.fchmod(fd, wanted)
+        mode = self.mode if mode is None else mode
+        # Some file systems have no permissions and refuse every change.
+        if _HAS_OWNERS and stat.S_IMODE(os.fstat(fd).st_mode) != mode:
+            os.fchmod(fd, mode)
         os.fsync(fd)
         if fcntl is None:
-            self.file.close()       # such a system does not rename an open file
-        # The lock is held until the file has its name: nobody takes the file for abandoned.
+            self.file.close()       # a system without locks cannot rename an open file
+        # The lock is held until after the rename, so that no other writer removes the file.
         os.replace(self.path, path)
         self.file.close()
         _sync_folder(os.path.dirname(path))
@@ -63,10 +59,10 @@ class Draft:
 
 @contextlib.contextmanager
 def draft(folder: str) -> Iterator[Draft]:
-    """A `Draft` in `folder`. A draft that has not got its name when the block ends is removed."""
+    """A `Draft` in `folder`. The temporary file is removed at the end of the block, unless `become` has renamed it."""
     remove_abandoned(folder)
     made = Draft()
-    # The path is known before the file is there: an interrupt at any line leaves no file.
+    # The path is known before the file exists, so that an interrupt at any line leaves no file.
     made.path = _unused(folder)
     try:
         while not _open(made):
@@ -86,23 +82,23 @@ def _unused(folder: str) -> str:
 
 
 def _open(made: Draft) -> bool:
-    """Create and lock the file. False: another writer took it for abandoned before the lock was held."""
+    """Create and lock the file. False: another writer removed it before it was locked."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _FLAGS
     file = open(made.path, "x+b", opener=lambda name, _: os.open(name, flags, 0o666))     # noqa: SIM115  it stays open
     try:
         fd = file.fileno()
         made.mode = stat.S_IMODE(os.fstat(fd).st_mode)
         if _HAS_OWNERS:
-            with contextlib.suppress(PermissionError):      # see become()
+            with contextlib.suppress(PermissionError):      # as in become()
                 os.fchmod(fd, 0o600)
-        if fcntl is not None and not (_lock(fd) and os.fstat(fd).st_nlink):
-            file.close()
-            return False
+        if fcntl is None or (_lock(fd) and os.fstat(fd).st_nlink):
+            made.file = file
+            return True
     except BaseException:
         file.close()
         raise
-    made.file = file
-    return True
+    file.close()
+    return False
 
 
 def _lock(fd: int) -> bool:
@@ -118,7 +114,7 @@ def _lock(fd: int) -> bool:
 
 
 def remove_abandoned(folder: str) -> None:
-    """Remove the temporary files of writers that died. What this process may not list or remove stays."""
+    """Remove the temporary files of dead writers. Files that this process may not list or remove stay."""
     try:
         with os.scandir(folder) as entries:
             paths = [entry.path for entry in entries if TEMPORARY.fullmatch(entry.name)]
@@ -140,12 +136,12 @@ def remove_abandoned(folder: str) -> None:
 
 
 def _sync_folder(folder: str) -> None:
-    # The rename is in the folder's own pages. Where folders cannot be opened they cannot be synced.
+    # The rename is durable once the folder is. Some systems cannot open folders.
     if not hasattr(os, "O_DIRECTORY"):
         return
     try:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | _FLAGS)
-    except PermissionError:     # this process may write to the folder, and not read it
+    except PermissionError:     # this process may write to the folder, but not read it
         return
     try:
         os.fsync(fd)
@@ -155,14 +151,14 @@ def _sync_folder(folder: str) -> None:
 
 @contextlib.contextmanager
 def replacing(path: str | bytes | os.PathLike[str]) -> Iterator[tuple[BinaryIO, bool]]:
-    """(file, whether it is a stream): what is written to it stands at `path` when the block ends.
+    """(file, whether it is a stream): `path` has the bytes that were written to the file when the block ends.
 
-    A regular file is replaced as a whole, and keeps its owner and its rights; where the block fails, it stays. A
-    pipe or a character device (/dev/stdout, /dev/null) is a stream: it is written to, and cannot seek. Anything
-    else is refused. Every OSError names `path`.
+    A regular file is replaced as a whole and keeps its owner and its permissions. If the block fails, the old file
+    stays. A pipe or a character device (/dev/stdout, /dev/null) is a stream: it is written to directly and cannot seek.
+    Files of other kinds are refused. Every OSError names `path`.
     """
     name = os.fsdecode(path)
-    # Through a symbolic link, as an open() for writing would.
+    # Symbolic links are followed, as by open().
     target = os.path.realpath(name)
     try:
         try:
@@ -186,7 +182,7 @@ def replacing(path: str | bytes | os.PathLike[str]) -> Iterator[tuple[BinaryIO, 
             yield made.file, False
             made.become(target, None if before is None else stat.S_IMODE(before.st_mode))
     except OSError as error:
-        # Of whatever the block itself opens, the name stays.
+        # An error about another file, which the block opened, keeps the name of that file.
         given = error.filename if error.filename is None else os.fsdecode(error.filename)
         if given is None or TEMPORARY.fullmatch(os.path.basename(given)) or given == os.path.dirname(target):
             error.filename, error.filename2 = name, None
@@ -194,9 +190,9 @@ def replacing(path: str | bytes | os.PathLike[str]) -> Iterator[tuple[BinaryIO, 
 
 
 def write_figure(figure: Any, path: str, *, dpi: int) -> None:
-    """Draw a figure of matplotlib into `path`, in the format that the name ends in (none: PNG)."""
+    """Draw a figure of matplotlib into `path`. The extension of the name is the format; without one it is PNG."""
     form = os.path.splitext(path)[1][1:].lower() or "png"
-    drawn = io.BytesIO()        # first: some formats seek, and a stream cannot
+    drawn = io.BytesIO()        # some formats seek, which a stream cannot
     figure.savefig(drawn, dpi=dpi, format=form)
     with replacing(path) as (file, _):
         file.write(drawn.getvalue())
@@ -207,7 +203,7 @@ def _error(code: int) -> OSError:
 
 
 def _is_at(target: str, status: os.stat_result) -> bool:
-    """False: `target` is not the name of that file, which has none (an open file that /proc shows)."""
+    """Whether `target` is the name of that file. An open file that /proc shows may have no name."""
     try:
         return os.path.samestat(os.stat(target), status)
     except FileNotFoundError:
@@ -215,7 +211,7 @@ def _is_at(target: str, status: os.stat_result) -> bool:
 
 
 def _give(made: Draft, status: os.stat_result) -> None:
-    """Give the draft the owner and the group of the file that it is to replace."""
+    """Give the draft the owner and the group of the file that it replaces."""
     if not _HAS_OWNERS:
         return
     now = os.fstat(made.file.fileno())

@@ -1,8 +1,8 @@
-"""What changed from one image to the next: plain bytes and offsets. Floor 0."""
+"""`Delta`: the changes from one image to the next, as offsets and bytes."""
 
 from __future__ import annotations
 
-from linmem._core import arguments as _checks
+from linmem._core import arguments
 from linmem._core.arguments import check_bytes, check_pairs, check_path, check_size
 
 TYPE_CHECKING = False
@@ -13,33 +13,33 @@ if TYPE_CHECKING:
 
     Piece = tuple[int, int, "memoryview | None"]
 
-__all__ = ["Delta", "bytes_after"]
 
-_PAGE = 4096        # of a file
+_PAGE = 4096            # of a file
+_MAX_ZEROED = 1 << 36   # bytes: the table of their groups takes about a second to write
 
 
 class Delta:
-    """What must be written over a base to get from it to something else; immutable.
+    """What must be written over one image, the base, to make it another image; immutable.
 
-    Made by `Image.diff`, used by `Memory.apply` and `Image.apply`. Deltas compose: ``a | b`` does what
-    `a` and then `b` do.
+    Made by `Image.diff`, used by `Memory.apply` and `Image.apply`. Deltas compose: ``a | b`` has the effect of
+    `a` and then `b`.
 
     Attributes
     ----------
     base : str
-        The digest of the image that it is relative to.
+        The digest of the base.
     base_size : int
-        Bytes of a memory of that image.
+        Bytes of a memory of the base.
     size : int
-        Bytes of the memory after it.
+        Bytes of the memory after the delta is applied.
     target : str or None
-        The digest of the image that comes out, where it is known.
+        The digest of the resulting image, if it is known.
     offset : int
-        Where the image that comes out begins in that memory; it ends where the memory does.
+        Where the resulting image begins in the memory. It ends where the memory ends.
     ranges : tuple of (int, int)
-        Offset and size in bytes of what is written, in order and apart.
+        Offset and size in bytes of each range that is written; the ranges ascend and do not overlap.
     zeros : tuple of (int, int)
-        The same of what becomes zero.
+        The same for the ranges that become zero.
     data : memoryview
         The bytes of all `ranges`, one after the other; read-only.
     """
@@ -55,7 +55,7 @@ class Delta:
     zeros: tuple[tuple[int, int], ...]
     data: memoryview
 
-    # In __new__, so that none is ever half made, or made twice.
+    # __new__ instead of __init__: a delta is complete when it exists, and a second call cannot change it.
     def __new__(cls, base: str, base_size: int, size: int, ranges: Iterable[tuple[int, int]],
                 zeros: Iterable[tuple[int, int]], data: Any, target: str | None = None,
                 offset: int = 0) -> Delta:
@@ -68,23 +68,23 @@ class Delta:
         if offset > size:
             raise ValueError(f"offset must be within the memory's {size} bytes, got {offset}")
         kept = check_bytes(data, "data")
-        # The buffer of a memory is read-only as long as no page can be written: the delta must not change later.
-        if _checks.shows_protected(kept) or not kept.readonly:
+        # The delta must not change later. The buffer of a memory is read-only only until `Memory.protect` is called.
+        if arguments.shows_protected(kept) or not kept.readonly:
             kept = memoryview(bytes(kept))
-        self = super().__new__(cls)
-        for name, value in (("base", base), ("base_size", base_size), ("size", size), ("target", target),
-                            ("offset", offset),
-                            ("ranges", _checked("ranges", ranges, size)), ("zeros", _checked("zeros", zeros, size)),
-                            ("data", kept)):
-            object.__setattr__(self, name, value)
-        total = sum(length for _, length in self.ranges)
-        if total != self.data.nbytes:
-            raise ValueError(f"data must have the {total} bytes of the ranges, got {self.data.nbytes}")
+        ranges, zeros = _checked("ranges", ranges, size), _checked("zeros", zeros, size)
+        total = sum(length for _, length in ranges)
+        if total != kept.nbytes:
+            raise ValueError(f"data must have the {total} bytes of the ranges, got {kept.nbytes}")
         end = 0
-        for start, length in sorted(self.ranges + self.zeros):
+        for start, length in sorted(ranges + zeros):
             if start < end:
                 raise ValueError(f"ranges and zeros must not overlap, and do at {start}")
             end = start + length
+        self = super().__new__(cls)
+        fields = {"base": base, "base_size": base_size, "size": size, "target": target, "offset": offset,
+                  "ranges": ranges, "zeros": zeros, "data": kept}
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
         return self
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -95,17 +95,20 @@ class Delta:
 
     def pieces(self) -> Iterator[Piece]:
         """Offset, size, and the bytes (None: zeros) of every part, in order."""
-        written = list(_with_bytes(self.ranges, self.data))
-        return iter(sorted([*written, *((offset, size, None) for offset, size in self.zeros)],
-                           key=lambda piece: piece[0]))
+        written: list[Piece] = []
+        start = 0
+        for offset, size in self.ranges:
+            written.append((offset, size, self.data[start:start + size]))
+            start += size
+        return iter(_in_order(written, ((offset, size, None) for offset, size in self.zeros)))
 
     def then(self, later: Delta) -> Delta:
-        """One delta for this one and then `later`.
+        """One delta that has the effect of this one and then of `later`.
 
         Raises
         ------
         ValueError
-            If `later` is known to start from something else than what this one leads to.
+            If `later` is known to start from another image than the result of this delta.
         """
         if not isinstance(later, Delta):
             raise TypeError(f"later must be a Delta, got {type(later).__name__}")
@@ -113,21 +116,19 @@ class Delta:
             raise ValueError(f"later must start from what this delta leads to ({self.size} bytes, digest"
                              f" {self.target}), and starts from {later.base_size} bytes, digest {later.base}")
         over = list(later.pieces())
-        # What the memory in between has not, and the base and what comes out have, is zero in the end. Behind the base
-        # all is zero: the pages can be named whole, which is what a file needs.
+        # Bytes past the size in between are zero in the result, also if the base has them. All bytes past the end of
+        # the base are zero, so the range of zeros may end at a page, as a file requires.
         reached = self.size in (sum(part) for part in self.ranges[-1:] + self.zeros[-1:])
         if self.base_size > self.size or reached:
             end = min(-(-max(self.base_size, self.size) // _PAGE) * _PAGE, later.size)
             if end > self.size:
-                over = sorted([*_outside([(self.size, end - self.size, None)], over, later.size), *over],
-                              key=lambda piece: piece[0])
-        pieces = sorted([*_outside(self.pieces(), over, later.size), *over], key=lambda piece: piece[0])
+                over = _in_order(_outside([(self.size, end - self.size, None)], over, later.size), over)
         ranges: list[tuple[int, int]] = []
         zeros: list[tuple[int, int]] = []
         parts: list[memoryview] = []
-        for offset, size, data in pieces:
+        for offset, size, data in _in_order(_outside(self.pieces(), over, later.size), over):
             if data is None and ranges and sum(ranges[-1]) == offset and offset % _PAGE:
-                # Files know of whole pages: zeros that follow written bytes in a page are written, too.
+                # A file has whole pages: zeros that follow written bytes in a page become written bytes.
                 lead = min(size, _PAGE - offset % _PAGE)
                 parts.append(memoryview(bytes(lead)))
                 ranges[-1] = (ranges[-1][0], ranges[-1][1] + lead)
@@ -148,50 +149,74 @@ class Delta:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it carries."""
+        """The number of bytes in `data`."""
         return self.data.nbytes
 
     def save(self, path: str | bytes | os.PathLike[str]) -> None:
-        """Write the delta to a file, as `Image.save` does an image.
+        """Write the delta to a file, in the way of `Image.save`.
 
         Raises
         ------
         ValueError
-            If its ranges are not whole blocks of 4096 bytes. Those of `Image.diff` and of a chain of such deltas are.
-            Or if it zeroes more than 64 GiB, as a chain may over images that begin far apart.
+            If the ranges are not whole blocks of 4096 bytes; those of `Image.diff` and of a chain of such deltas are.
+            Also if the delta zeroes more than 64 GiB, which a chain over images that begin far apart may do.
         OSError
-            The old file, if there is one, is still there.
+            The old file, if there is one, is unchanged.
         """
-        from linmem._files import image_file as _files
+        from linmem._files.format import DELTA, NO_DIGEST, Header
+        from linmem._files.writer import write
 
-        _files.save_delta(self, check_path(path))
+        path = check_path(path)
+        zeroed = sum(size for _, size in self.zeros)
+        if zeroed > _MAX_ZEROED:
+            raise ValueError(f"a saved delta may zero at most {_MAX_ZEROED} bytes, since its file names each 65536 of"
+                             f" them, and this one zeroes {zeroed}")
+        for start, size, _ in self.pieces():
+            if start % _PAGE or ((start + size) % _PAGE and start + size != self.size):
+                raise ValueError(f"only deltas of whole pages of {_PAGE} bytes can be saved, and this one has"
+                                 f" {size} bytes at {start}")
+        write(path, Header(kind=DELTA, size=self.size, base_size=self.base_size, base_digest=bytes.fromhex(self.base),
+                           digest=NO_DIGEST if self.target is None else bytes.fromhex(self.target),
+                           target_offset=self.offset), self.pieces)
 
     @staticmethod
     def open(path: str | bytes | os.PathLike[str], *, max_size: int | None = None) -> Delta:
-        """The delta that a file holds, read and checked as a whole.
+        """Read the delta in a file and check it as a whole.
 
         Parameters
         ----------
         path : path-like
-            Written by `save`, on any machine.
+            A file that `save` wrote, on any machine.
         max_size : int, optional
             Bytes; a delta for a larger memory is refused.
 
         Raises
         ------
         FileFormatError
-            It is no such file, or damaged.
+            The file is not a saved delta, or it is damaged.
         OSError
-            It cannot be read.
+            The file cannot be read.
         """
-        from linmem._files import image_file as _files
+        from linmem._files.format import DELTA, NO_DIGEST, joined
+        from linmem._files.reader import open_file, pieces, read
 
         bound = None if max_size is None else check_size(max_size, "max_size")
-        found: Delta = _files.open_delta(Delta, check_path(path), max_size=bound)
-        return found
+        path = check_path(path)
+        ranges: list[tuple[int, int]] = []
+        zeros: list[tuple[int, int]] = []
+        data = bytearray()
+        with open_file(path) as file:
+            contents = read(file, path, DELTA, bound)
+            for start, size, part in pieces(file, contents):
+                (zeros if part is None else ranges).append((start, size))
+                data += part or b""
+        header = contents.header
+        target = None if header.digest == NO_DIGEST else header.digest.hex()
+        return Delta(header.base_digest.hex(), header.base_size, header.size, joined(ranges), joined(zeros),
+                     memoryview(data).toreadonly(), target, header.target_offset)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
-        # From protocol 5 on whoever pickles may leave the bytes where they are.
+        # From protocol 5 on, the bytes can be passed beside the pickle, without a copy.
         if int(protocol) >= 5:
             from pickle import PickleBuffer
 
@@ -226,40 +251,35 @@ def _checked(name: str, given: Iterable[tuple[int, int]], bound: int) -> tuple[t
     return kept
 
 
-def _with_bytes(ranges: tuple[tuple[int, int], ...], data: memoryview) -> Iterator[Piece]:
-    at = 0
-    for offset, size in ranges:
-        yield offset, size, data[at:at + size]
-        at += size
+def _in_order(*groups: Iterable[Piece]) -> list[Piece]:
+    return sorted((piece for group in groups for piece in group), key=lambda piece: piece[0])
 
 
 def _outside(pieces: Iterable[Piece], over: list[Piece], bound: int) -> Iterator[Piece]:
-    """What is left of the pieces where nothing of `over` lies, below `bound`; both in order and apart."""
+    """The parts of the pieces below `bound` that `over` does not cover. Both ascend and do not overlap."""
     i = 0
     for offset, size, data in pieces:
-        at, end = offset, min(offset + size, bound)
-        while at < end:
-            while i < len(over) and over[i][0] + over[i][1] <= at:
+        start, end = offset, min(offset + size, bound)
+        while start < end:
+            while i < len(over) and over[i][0] + over[i][1] <= start:
                 i += 1
             stop = min(end, over[i][0]) if i < len(over) else end
-            if stop > at:
-                yield at, stop - at, None if data is None else data[at - offset:stop - offset]
-            at = max(at, stop)
-            if i < len(over) and stop == over[i][0] and at < end:
-                at = over[i][0] + over[i][1]
+            if stop > start:
+                yield start, stop - start, None if data is None else data[start - offset:stop - offset]
+            start = end if stop == end else over[i][0] + over[i][1]
 
 
 def bytes_after(delta: Delta, base: Iterable[tuple[int, memoryview]]) -> Iterator[tuple[int, memoryview]]:
-    """The bytes of the image that comes out of a base with the bytes `base`: (offset, bytes), in order and apart.
+    """The bytes of the image that the delta makes of a base with the bytes `base`: (offset, bytes), ascending.
 
     Raises
     ------
     ValueError
-        Bytes before the image that comes out would not be zero.
+        Bytes before the resulting image would not be zero.
     """
     written = list(delta.pieces())
     kept = _outside(((start, len(data), data) for start, data in base), written, delta.size)
-    for start, size, data in sorted([*kept, *written], key=lambda piece: piece[0]):
+    for start, size, data in _in_order(kept, written):
         if data is None:
             continue
         lead = min(max(delta.offset - start, 0), size)

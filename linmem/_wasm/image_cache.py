@@ -1,37 +1,34 @@
-"""A directory of files that are either whole or ignored. Floor 0.
+"""A folder of images and compiled modules that processes share. An entry is used only if it is whole.
 
-An entry is a file ``<key>/<digest of its content><suffix>``: it is written to a temporary name,
-synced and renamed, and read only after its content was found to have the digest of its name. So a
-process that dies in between, a full disk or a flipped bit leave nothing that is ever used. One key
-may have several entries. The digest is `_files.content_digest`, which does not read holes.
+An entry is a file ``<key>/<digest of its content><suffix>``. It is written to a temporary file, flushed to the disk and
+renamed, and it is used only if its content has the digest in its name. So no entry that a killed process, a full disk
+or a flipped bit has damaged is ever used. One key may have several entries. The digest is `sparse.content_digest`,
+which does not read holes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
+from collections.abc import Callable, Iterator
+from typing import BinaryIO
 
-from linmem._files import atomic_file as _saving
-from linmem._files import image_file as _files
+from linmem._files.atomic_file import draft
+from linmem._files.reader import open_file
+from linmem._files.sparse import content_digest
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from typing import BinaryIO
-
-__all__ = ["Cache"]
-
-_MOST = 8           # entries of one key
+_MAX_ENTRIES = 8    # of one key
 
 
 class Cache:
-    """The entries below `directory`, which is made where it is missing, for its owner alone.
+    """The entries below `directory`, which is made if it is missing, with permissions for its owner only.
 
     Raises
     ------
     PermissionError
-        If users other than the owner may write to the directory, or it belongs to another user,
-        where the system can tell.
+        If users other than the owner may write to the directory, or if it belongs to another user. Some systems
+        cannot tell.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -40,7 +37,7 @@ class Cache:
         _must_be_private(self.directory)
 
     def entries(self, key: str, suffix: str) -> Iterator[str]:
-        """Paths of whole entries. One whose content is not what its name says is removed."""
+        """The paths of whole entries. Entries whose content does not have the digest in the name are removed."""
         place = os.path.join(self.directory, key)
         try:
             names = sorted(os.listdir(place))
@@ -53,7 +50,7 @@ class Cache:
             path = os.path.join(place, name)
             try:
                 whole = _digest_of(path) == name.removesuffix(suffix)
-            except OSError:         # another process made room, or it cannot be read: it cannot be used either
+            except OSError:         # another process removed the entry, or it cannot be read
                 continue
             if whole:
                 yield path
@@ -61,36 +58,33 @@ class Cache:
                 _remove(path)
 
     def add(self, key: str, suffix: str, write: Callable[[BinaryIO], object]) -> str:
-        """Make an entry of what ``write(file)`` writes; where it is. For its owner alone."""
+        """Make an entry of what ``write(file)`` writes, with permissions for its owner only; returns its path."""
         place = os.path.join(self.directory, key)
         os.makedirs(place, mode=0o700, exist_ok=True)
         _must_be_private(place)
         _make_room(place, suffix)
-        with _saving.draft(place) as made:
+        with draft(place) as made:
             write(made.file)
             made.file.flush()
-            path = os.path.join(place, _files.content_digest(made.file.fileno()) + suffix)
+            path = os.path.join(place, content_digest(made.file.fileno()) + suffix)
             made.become(path, 0o600)
         return path
 
 
 def _make_room(place: str, suffix: str) -> None:
-    """Remove the oldest entries of too many."""
+    """Remove the oldest entries if there are too many for one more."""
     entries = []
     for entry in os.scandir(place):
-        try:
-            about = entry.stat()
-        except FileNotFoundError:       # another process removed it
-            continue
         if entry.name.endswith(suffix):
-            entries.append((about.st_mtime, entry.path))
-    for _, path in sorted(entries)[:max(0, len(entries) - _MOST + 1)]:
+            with contextlib.suppress(FileNotFoundError):        # another process removed the entry
+                entries.append((entry.stat().st_mtime, entry.path))
+    for _, path in sorted(entries)[:max(0, len(entries) - _MAX_ENTRIES + 1)]:
         _remove(path)
 
 
 def _must_be_private(path: str) -> None:
     about = os.stat(path)
-    if not hasattr(os, "geteuid"):      # no owner and mode to go by: access is a list of its own there
+    if not hasattr(os, "geteuid"):      # the system has access control lists instead of owners and modes
         return
     if about.st_uid != os.geteuid():
         raise PermissionError(f"cache directory {path!r} belongs to user {about.st_uid}, not to {os.geteuid()}: what is"
@@ -102,15 +96,12 @@ def _must_be_private(path: str) -> None:
 
 
 def _digest_of(path: str) -> str:
-    # Without waiting for a writer, where a pipe has the name.
-    with _files.open_file(path) as file:
-        return _files.content_digest(file.fileno())
+    # open_file() does not wait for a writer if the entry is a pipe.
+    with open_file(path) as file:
+        return content_digest(file.fileno())
 
 
 def _remove(path: str) -> None:
-    try:
+    # PermissionError: the file is in use, or belongs to another user. The entry stays and is not used.
+    with contextlib.suppress(FileNotFoundError, PermissionError):
         os.unlink(path)
-    except FileNotFoundError:
-        pass
-    except PermissionError:     # in use, where that keeps a file, or not ours to remove: it stays unused
-        pass

@@ -1,4 +1,4 @@
-"""Modules whose memories start from images. Floor 5."""
+"""`prepare` and `Prepared`: modules whose memories start from images of their data."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from typing import BinaryIO, NoReturn
 
 import wasmtime
 
@@ -18,45 +19,45 @@ from linmem._core import bridge as _bridge
 from linmem._core.arguments import check_flag, check_path
 from linmem._core.image import Image
 from linmem._files.image_file import write_image
-from linmem._wasm import hoist as _hoist
 from linmem._wasm.image_cache import Cache
+from linmem._wasm.outline import Outline
+from linmem._wasm.outline import expose as expose_state
+from linmem._wasm.outline import outline as outline_of
+from linmem._wasm.reader import Malformed
+from linmem._wasm.segments import Hoisted, Run, hoist
 from linmem.errors import FileFormatError, PageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import BinaryIO, NoReturn
-
     from wasmtime._exportable import AsExtern
-
-__all__ = ["NOT_OURS", "Prepared", "prepare"]
 
 NOT_OURS = ("linmem.wasmtime.install(config) was not called for this engine, or the config uses the pooling"
             " allocation strategy (which ignores host creators)")
 
-_FORMAT = 2         # of what is cached, other than wasmtime's own
+_FORMAT = 2         # the version of the cached files; wasmtime has its own version beside it
 _ASKS: weakref.WeakKeyDictionary[wasmtime.Engine, bool] = weakref.WeakKeyDictionary()
-_LARGEST = 2 * sys.maxsize + 1
+_SIZE_MAX = 2 * sys.maxsize + 1
 
 
 class Prepared:
-    """A module whose data comes from images. Made by `prepare`; immutable and usable from any thread.
+    """A module whose data come from images. Made by `prepare`; immutable and usable from any thread.
 
-    An instance costs no more fuel than the original module's instance costs in an engine without linmem, and meets no
-    epoch deadline that the other one does not, as long as `skipped` is empty.
+    As long as `skipped` is empty, an instance costs no more fuel, and checks no more epoch deadlines, than an instance
+    of the original module in an engine without linmem.
 
     Attributes
     ----------
     module : wasmtime.Module
-        What is instantiated: its hoisted data segments are empty. Use it for its imports and exports;
-        instances that something else makes of it lack the data.
+        The module that is instantiated: its hoisted data segments are empty. Use it for its imports and exports. An
+        instance that is not made by `instantiate` lacks the data.
     images : tuple
         For each memory that the module defines, an `Image` of its data, or None.
     skipped : tuple of str
-        Why data segments were left in the module, or why `expose` did nothing; empty if all was done.
+        Why data segments stayed in the module, or why `expose` did nothing; empty if all was done.
     added : frozenset of str
         The exports that ``expose=True`` added.
-    outline : linmem._wasm.hoist.Outline or None
-        What state instances have; None where the module uses what linmem does not know.
+    outline : linmem._wasm.outline.Outline or None
+        The state that instances have; None if the module uses features that linmem does not know.
     """
 
     __slots__ = ("__weakref__", "_offer", "added", "images", "module", "outline", "skipped")
@@ -65,7 +66,7 @@ class Prepared:
     images: tuple[Image | None, ...]
     skipped: tuple[str, ...]
     added: frozenset[str]
-    outline: _hoist.Outline | None
+    outline: Outline | None
     _offer: _bridge.Offer | None
 
     def __init__(self) -> None:
@@ -77,36 +78,36 @@ class Prepared:
 
     @classmethod
     def _of(cls, module: wasmtime.Module, images: Sequence[Image | None], minima: Sequence[int],
-            skipped: Sequence[str], added: frozenset[str], outline: _hoist.Outline | None) -> Prepared:
+            skipped: Sequence[str], added: frozenset[str], outline: Outline | None) -> Prepared:
         self = object.__new__(cls)
         self.module = module
         self.images = tuple(images)
         self.skipped = tuple(skipped)
         self.added = added
         self.outline = outline
-        # A minimum that no machine has is not asked for: wasmtime itself refuses to instantiate then.
-        places = [(min(minimum, _LARGEST), image) for minimum, image in zip(minima, images, strict=True)]
+        # A minimum may be more than an address space. wasmtime refuses to instantiate such a module.
+        places = [(min(minimum, _SIZE_MAX), image) for minimum, image in zip(minima, images, strict=True)]
         self._offer = _bridge.Offer(places) if any(image is not None for image in images) else None
         return self
 
     def instantiate(self, store: wasmtime.Store,
                     imports: Sequence[AsExtern] | wasmtime.Linker = (), *,
                     domain: str | None = None) -> wasmtime.Instance:
-        """Make an instance, whose memories share the images' pages until they write to them.
+        """Make an instance whose memories share the pages of the images until they write to them.
 
         Parameters
         ----------
         store : wasmtime.Store
-            Of the engine that the module was prepared for.
+            A store of the engine that the module was prepared for.
         imports : sequence or wasmtime.Linker
-            As for ``wasmtime.Instance``; or a linker that knows them.
+            As for ``wasmtime.Instance``; or a linker that defines them.
         domain : str, optional
-            Whose pages a pool may hand to this guest, as of `linmem.create`.
+            A pool never gives this guest pages of another domain; as for `linmem.create`.
 
         Raises
         ------
         wasmtime.WasmtimeError, wasmtime.Trap
-            As ``wasmtime.Instance`` would for the original module.
+            As ``wasmtime.Instance`` raises for the original module.
         """
         if not isinstance(store, wasmtime.Store) and not callable(getattr(store, "_context", None)):    # or a Caller
             raise TypeError(f"store must be a wasmtime.Store, got {type(store).__name__}")
@@ -117,9 +118,9 @@ class Prepared:
                 raise TypeError("imports must be a sequence or a wasmtime.Linker, got"
                                 f" {type(imports).__name__}") from None
         offer = self._offer
-        try:        # from the first moment: an interrupt may come as make() returns
+        try:        # make() is in the block, because an interrupt may come when it returns
             if offer is not None and not offer.make():
-                offer = None        # what is on offer is not ours to take back
+                offer = None        # the present offer belongs to another call, which takes it back
                 raise RuntimeError("an instance is being made on this thread, and has not taken its images yet")
             instance = _bridge.in_domain(domain, lambda: (
                 imports.instantiate(store, self.module) if isinstance(imports, wasmtime.Linker)
@@ -144,35 +145,35 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
             cache: str | os.PathLike[str] | None = None, expose: bool = False) -> Prepared:
     """Compile a module such that its instances start from images of its data.
 
-    The active data segments of the module's own memories are taken out of the module and put into
-    an `Image` for each memory. `Prepared.instantiate` then hands out memories that share the
-    image's pages until they write to them, where wasmtime would copy all data each time. Nothing
-    else about the instances changes. What cannot be taken out without a change stays in the module,
-    and so does all where the OS has no room for the images; `Prepared.skipped` says why.
+    The active data segments of the module's own memories are taken out of the module and put into an `Image` for each
+    memory. The memories of an instance that `Prepared.instantiate` makes share the pages of the images until they
+    write to them; wasmtime would copy all data each time. Otherwise the instances behave as before. Segments whose
+    removal would change that stay in the module. All segments stay if the OS has no room for the images.
+    `Prepared.skipped` gives the reasons.
 
     Parameters
     ----------
     engine : wasmtime.Engine
-        Of a config that linmem is installed in.
+        An engine of a config that linmem is installed in.
     wasm : bytes or str
         A core module in the binary format, or its text.
     cache : path, optional
-        A directory to keep the images and wasmtime's compiled module in, made where it is missing. What
-        is in it is run as code, so it has to be the user's own, and nobody else may be able to write
-        to it. Processes that use one cache share the pages of the images.
+        A directory for the images and for wasmtime's compiled module, made if it is missing. Its files are run as
+        code, so it must belong to the user, and other users must not be able to write to it. Processes that use one
+        cache share the pages of the images.
     expose : bool
-        Also export the memories, mutable globals and tables that the module hides, own and imported, under names
-        in `Prepared.added`, so that a `Snapshot` can hold them.
+        Also export the memories, mutable globals and tables that the module does not export, own and imported, so
+        that a `Snapshot` can hold them. `Prepared.added` has their names.
 
     Raises
     ------
     wasmtime.WasmtimeError
-        If wasmtime refuses the module (or component), with wasmtime's own text; or if the engine's creator
-        refuses a memory to try it with.
+        If wasmtime refuses the module (or component), with wasmtime's own text; or if the creator of the engine
+        refuses the memory that tests the engine.
     ValueError
         If the engine does not make its memories with linmem.
     PermissionError
-        If others may write to the cache's directory.
+        If other users may write to the directory of the cache.
     """
     if not isinstance(engine, wasmtime.Engine):
         raise TypeError(f"engine must be a wasmtime.Engine, got {type(engine).__name__}")
@@ -196,22 +197,22 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
     skipped = []
     try:
         if expose:
-            wasm, added = _hoist.expose(wasm)
-        outline = _hoist.outline(wasm)
-    except ValueError as error:     # malformed, or of a kind that is not known here: wasmtime has the last word
+            wasm, added = expose_state(wasm)
+        outline = outline_of(wasm)
+    except ValueError as error:     # malformed, or not known here; wasmtime decides whether the module is valid
         if expose:
             skipped.append(f"nothing is exposed: {error}")
     try:
-        hoisted = _hoist.hoist(wasm)
-    except _hoist.Malformed as error:
-        hoisted = _hoist.Hoisted(wasm, [], [], [f"nothing is hoisted: {error}"])
+        hoisted = hoist(wasm)
+    except Malformed as error:
+        hoisted = Hoisted(wasm, [], [], [f"nothing is hoisted: {error}"])
     directory = None if cache is None else Cache(cache)
     images: list[Image | None] = []
     try:
         for runs in hoisted.images:
             images.append(None if runs is None else _image(runs, directory))
-    except (PageError, OverflowError) as error:     # segments as far apart as no machine has memory for
-        hoisted = _hoist.Hoisted(wasm, [None] * len(hoisted.images), hoisted.minima,
+    except (PageError, OverflowError) as error:     # for example, segments that are very far apart
+        hoisted = Hoisted(wasm, [None] * len(hoisted.images), hoisted.minima,
                                  [f"nothing is hoisted, there is no room for an image: {error}"])
         images = [None] * len(hoisted.images)
     skipped += hoisted.skipped
@@ -221,13 +222,13 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
         images, added, outline = [None] * len(images), frozenset(), None
         skipped = [f"nothing is hoisted or exposed, wasmtime takes the module only as it is: {error}"]
         module = None
-    if module is None:      # the original is refused too, with the text that belongs to it; or it is taken
+    if module is None:      # if wasmtime refuses the original too, its text is about the original
         module = _compiled(engine, original, directory)
     return Prepared._of(module, images, hoisted.minima, skipped, added, outline)
 
 
 def _asks(engine: wasmtime.Engine) -> bool:
-    """Whether the engine has its memories made by linmem; tried once for each engine."""
+    """Whether linmem makes the memories of the engine; tried once for each engine."""
     found = _ASKS.get(engine)
     if found is None:
         store = wasmtime.Store(engine)
@@ -240,7 +241,7 @@ def _asks(engine: wasmtime.Engine) -> bool:
     return found
 
 
-def _image(runs: Sequence[_hoist.Run], cache: Cache | None) -> Image:
+def _image(runs: Sequence[Run], cache: Cache | None) -> Image:
     start, (last, data) = runs[0][0], runs[-1]
     if cache is None:
         return Image.from_pieces(runs, last + len(data) - start, start)
@@ -252,7 +253,7 @@ def _image(runs: Sequence[_hoist.Run], cache: Cache | None) -> Image:
     for path in cache.entries(key, ".image"):
         try:
             return Image.open(path)
-        except (FileFormatError, FileNotFoundError):     # of another version, or another process has made room
+        except (FileFormatError, FileNotFoundError):     # another version of the format, or removed by another process
             continue
     image = Image.from_pieces(runs, last + len(data) - start, start)
     _add(cache, key, ".image", functools.partial(write_image, image))
@@ -263,7 +264,7 @@ def _image(runs: Sequence[_hoist.Run], cache: Cache | None) -> Image:
 def _version() -> str:
     try:
         return importlib.metadata.version("wasmtime")
-    except importlib.metadata.PackageNotFoundError:     # wasmtime checks its own version too
+    except importlib.metadata.PackageNotFoundError:     # wasmtime checks the version of a compiled module, too
         return ""
 
 
@@ -276,29 +277,25 @@ def _compiled(engine: wasmtime.Engine, wasm: bytes, cache: Cache | None) -> wasm
         if module is not None:
             return module
     module = wasmtime.Module(engine, wasm)
-
-    def write(file: BinaryIO) -> None:
-        file.write(module.serialize())
-
-    _add(cache, key, ".cwasm", write)
+    _add(cache, key, ".cwasm", lambda file: file.write(module.serialize()))
     return module
 
 
 def _read(engine: wasmtime.Engine, path: str) -> wasmtime.Module | None:
-    """The module, or None: compiled for an engine of other settings, or of another build."""
+    """The module, or None if it was compiled for an engine with other settings or of another build."""
     try:
         return wasmtime.Module.deserialize_file(engine, path)
-    except wasmtime.WasmtimeError:      # or its file system forbids to map files as code (noexec), but not to read them
+    except wasmtime.WasmtimeError:      # a file system that is mounted noexec allows to read the file, not to map it
         pass
     try:
         with open(path, "rb") as file:
             return wasmtime.Module.deserialize(engine, file.read())
-    except (wasmtime.WasmtimeError, OSError):       # another process may have made room
+    except (wasmtime.WasmtimeError, OSError):       # another process may have removed the file
         return None
 
 
 def _add(cache: Cache, key: str, suffix: str, write: Callable[[BinaryIO], object]) -> None:
-    """What cannot be cached is made anew the next time: no reason to fail, but one to say so."""
+    """Add an entry to the cache. If that fails, warn: the next process makes the image or the module again."""
     try:
         cache.add(key, suffix, write)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What an instance holds, kept to be put back. Floor 5."""
+"""`Snapshot`: keeps the state of an instance and puts it back."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import ctypes
 import os
 import sys
 import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 import wasmtime
 from wasmtime import _ffi as ffi
@@ -14,18 +16,10 @@ from linmem._core import bridge as _bridge
 from linmem._core.arguments import check_flag
 from linmem._core.image import Image
 from linmem._core.memory import Memory, restore_all
+from linmem._wasm.outline import Outline
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from typing import Any, NoReturn
-
-    from linmem._wasm.hoist import Outline
-
-__all__ = ["Snapshot", "behind"]
-
-# Values that are no more than the bits of a wasmtime_val_t: numbers, vectors and functions. (A type cannot be asked
-# by way of wasmtime-py what it is: at v128 that aborts the process.)
+# The kinds of values that are complete in a wasmtime_val_t: numbers, vectors and functions. (wasmtime-py's types are
+# not used to find the kind, because wasmtime-py aborts the process at v128.)
 _PLAIN = range(ffi.WASMTIME_I32.value, ffi.WASMTIME_FUNCREF.value + 1)
 _WASMTIME = os.path.dirname(wasmtime.__file__) + os.sep
 _numbers: weakref.WeakKeyDictionary[wasmtime.Store, int] = weakref.WeakKeyDictionary()
@@ -33,19 +27,22 @@ _ENTRIES = frozenset(("__call__", "__init__", "instantiate", "call_async"))
 
 
 def behind(store: wasmtime.Store, memory: wasmtime.Memory | wasmtime.SharedMemory) -> Memory | None:
-    """The linmem memory behind a wasm memory; None if there is none."""
+    """The linmem memory behind a wasm memory; None if the memory is not linmem's."""
     pointer = memory.data_ptr(store) if isinstance(memory, wasmtime.Memory) else memory.data_ptr()
     return _bridge.find(ctypes.cast(pointer, ctypes.c_void_p).value or 0)
 
 
 def check_store(store: Any, name: str, handle: ctypes.Structure) -> None:
-    """Refuse what is no store (or a Caller), and the store that a thing is not of: wasmtime would end the process."""
+    """Refuse an object that is not a store or a Caller, and a store that `handle` is not of.
+
+    wasmtime would end the process.
+    """
     if not isinstance(store, wasmtime.Store):
         if not callable(getattr(store, "_context", None)):
             raise TypeError(f"store must be a wasmtime.Store, got {type(store).__name__}")
         return
     number = _numbers.get(store)
-    if number is None:      # what is made in it says which one it is
+    if number is None:      # the handle of a new object of the store has the number of the store
         mark = wasmtime.Global(store, wasmtime.GlobalType(wasmtime.ValType.i32(), False), 0)
         number = _numbers[store] = _number_in(mark._global)
     if _number_in(handle) != number:
@@ -53,26 +50,27 @@ def check_store(store: Any, name: str, handle: ctypes.Structure) -> None:
 
 
 def _number_in(handle: ctypes.Structure) -> int:
-    return ctypes.c_uint64.from_buffer(handle).value        # store_id, by whatever name
+    return ctypes.c_uint64.from_buffer(handle).value        # store_id, which is the first field of every handle
 
 
 class Snapshot:
-    """The memories, mutable globals and tables of an instance as they were. Made by `take`.
+    """The memories, mutable globals and tables of an instance at one moment. Made by `take`.
 
-    It holds what the instance exports, own or imported. Other state is refused by `take` or, with
-    ``partial=True``, named in `unseen`, as far as it is known. Always named and never held: which segments were
-    dropped. Never named: what references lead to, and anything of the host.
+    A snapshot holds the state that the instance exports, its own and imported state. `take` refuses other state. With
+    ``partial=True`` it names the other state in `unseen` instead, as far as that state is known. Which segments were
+    dropped is always named and never held. The objects that references refer to and the state of the host are never
+    named.
 
     Attributes
     ----------
     memories : dict
-        From the export's name to the `Image` of the memory.
+        From the name of the export to the `Image` of the memory.
     globals : tuple of str
         The names of the mutable globals.
     tables : tuple of str
         The names of the tables whose elements are held.
     unseen : tuple of str
-        What this instance has that the snapshot does not hold.
+        The state of the instance that the snapshot does not hold.
     """
 
     __slots__ = ("_globals", "_memories", "_store", "_tables", "globals", "memories", "tables", "unseen")
@@ -95,25 +93,25 @@ class Snapshot:
 
     @classmethod
     def take(cls, store: wasmtime.Store, instance: wasmtime.Instance, *, partial: bool = False) -> Snapshot:
-        """Keep what `instance` holds now.
+        """Keep the present state of `instance`.
 
         Parameters
         ----------
         store : wasmtime.Store
-            The instance's. Nothing of it may be running.
+            The store of the instance. No call into the store may be running.
         instance : wasmtime.Instance
-            Its memories must be linmem's.
+            An instance whose memories are linmem's.
         partial : bool
-            Name state that cannot be held in `unseen`, and take a snapshot of the rest. Such state would keep
-            what it holds when the rest goes back: memories, mutable globals and tables that the instance
-            has and does not export (``prepare(..., expose=True)`` exports them), exported memories that are
-            not linmem's, and exported globals and tables that refer to objects.
+            Name the state that cannot be held in `unseen`, and take a snapshot of the rest. `restore` does not change
+            such state: memories, mutable globals and tables that the instance does not export
+            (``prepare(..., expose=True)`` exports them), exported memories that are not linmem's, and exported
+            globals and tables that refer to objects.
 
         Raises
         ------
         ValueError
-            If there is such state and `partial` is not given, if there is nothing to hold in an instance of
-            a module that was not prepared, or if the store is closed.
+            If there is such state and `partial` is False, if an instance of a module that was not prepared exports
+            no state, or if the store is closed.
         RuntimeError
             If a call into the store is running on this thread.
         """
@@ -151,7 +149,8 @@ class Snapshot:
                     self._memories.append((name, thing, memory.byte_size(), known[base]))
                 memories[name] = known[base]
             elif isinstance(thing, wasmtime.Global) and thing.type(store).mutable:
-                value = None if name in unreadable else _value_of(context, thing)
+                value = None if name in unreadable else _value(
+                    context, ffi.wasmtime_global_get, ctypes.byref(thing._global))
                 if value is None:
                     refuse(f"mutable global {name!r} is a reference to an object")
                     continue
@@ -159,7 +158,7 @@ class Snapshot:
                 names.append(name)
             elif isinstance(thing, wasmtime.Table):
                 size = thing.size(store)
-                # Of a module that is not known a table may be of continuations, at which the C API aborts.
+                # Without an outline the elements may be continuations. The C API aborts when it reads one.
                 elements = None if outline is None or name in unreadable else _elements_of(context, thing, size)
                 if outline is None:
                     unseen.append(f"the elements of exported table {name!r}")
@@ -180,27 +179,26 @@ class Snapshot:
         return self
 
     def restore(self, store: wasmtime.Store, *, zero_grown: bool = False) -> None:
-        """Put back what the instance held, all of it or nothing, in time that follows what changed since.
+        """Put back the state of the instance, all of it or nothing.
 
-        Elements of tables are all written.
+        The time follows the number of pages that changed since. All elements of tables are written.
 
-        A memory that has grown since is refused: it cannot shrink, and the guest's allocator, put back to
-        what it was, would not know of the rest and grow the memory anew each time. Make a new instance then.
+        A memory that has grown since is refused, because it cannot shrink: the allocator of the guest would be put back
+        to the old size and would grow the memory anew each time. Make a new instance instead.
 
         Parameters
         ----------
         store : wasmtime.Store
-            The one that the snapshot was taken in. Nothing of it may be running.
+            The store that the snapshot was taken in. No call into the store may be running.
         zero_grown : bool
-            Accept memories that have grown: they keep their size, and what they gained is zeroed.
+            Accept memories that have grown: they keep their size, and their new bytes are zeroed.
 
         Raises
         ------
         ValueError
-            If it is another store or a closed one, if a memory has grown, or if an exported table was resized
-            since.
+            If the store is another one or is closed, if a memory has grown, or if an exported table was resized.
         OwnedError, TypeError
-            If a memory cannot be restored now, as by `Memory.restore`.
+            If a memory cannot be restored now; as for `Memory.restore`.
         RuntimeError
             If a call into the store is running on this thread.
         """
@@ -215,13 +213,13 @@ class Snapshot:
         memories, images = [], []
         for name, memory, size, image in self._memories:
             found = behind(store, memory)
-            assert found is not None        # wasmtime holds it as long as the store lives
+            assert found is not None        # the store keeps its memories
             if found.byte_size() != size and not zero_grown:
                 raise ValueError(f"exported memory {name!r} has grown from {size} to {found.byte_size()} bytes, which a"
                                  " guest that is put back does not know: make a new instance, or pass zero_grown=True")
             memories.append(found)
             images.append(image)
-        restore_all(memories, images)       # the last step that may be refused
+        restore_all(memories, images)       # the following steps cannot be refused
         for place, value in self._globals:
             _raise(ffi.wasmtime_global_set(context, place, value))
         for _, table, _, elements in self._tables:
@@ -238,36 +236,28 @@ def _raise(error: Any) -> None:
         raise wasmtime.WasmtimeError._from_ptr(error)
 
 
-def _kept(context: Any, value: ffi.wasmtime_val_t) -> Any:
-    """A value as wasmtime_global_set and wasmtime_table_set take it; None for a reference to an object."""
+def _value(context: Any, get: Callable[..., Any], *place: Any) -> Any:
+    """A value in the form that wasmtime_global_set and wasmtime_table_set take; None for a reference to an object."""
+    value = ffi.wasmtime_val_t()
+    get(context, *place, ctypes.byref(value))
     kind: Any = value.kind
     if kind in _PLAIN:
         return ctypes.byref(value)
-    unroot = ffi.dll.wasmtime_val_unroot        # older ones want the context too
+    unroot = ffi.dll.wasmtime_val_unroot        # older versions take the context too
     unroot(*[context, ctypes.byref(value)][-len(unroot.argtypes or ()):])
     return None
 
 
-def _value_of(context: Any, thing: wasmtime.Global) -> Any:
-    value = ffi.wasmtime_val_t()
-    ffi.wasmtime_global_get(context, ctypes.byref(thing._global), ctypes.byref(value))
-    return _kept(context, value)
-
-
 def _elements_of(context: Any, table: wasmtime.Table, size: int) -> list[Any] | None:
     """The elements, or None if one is a reference to an object."""
-    place, elements = ctypes.byref(table._table), []
-    for index in range(size):
-        value = ffi.wasmtime_val_t()
-        ffi.wasmtime_table_get(context, place, index, ctypes.byref(value))
-        elements.append(_kept(context, value))
-        if elements[-1] is None:
-            return None
-    return elements
+    elements: list[Any] = []
+    while len(elements) < size and None not in elements[-1:]:
+        elements.append(_value(context, ffi.wasmtime_table_get, ctypes.byref(table._table), len(elements)))
+    return None if None in elements[-1:] else elements
 
 
 def _hidden(outline: Outline | None, partial: bool) -> list[str]:
-    """What a prepared module does not export, so that a snapshot does not hold it; refused if not `partial`."""
+    """The state that a prepared module does not export, and that a snapshot does not hold; refused if not `partial`."""
     if outline is None:
         return []
     words = {"global": "mutable global"}
@@ -283,7 +273,7 @@ def _hidden(outline: Outline | None, partial: bool) -> list[str]:
 
 
 def _idle(store: wasmtime.Store, what: str) -> Any:
-    """The store's context, if it is a store in which this thread runs nothing."""
+    """The context of the store; refused if a call into the store is running on this thread."""
     if not isinstance(store, wasmtime.Store):
         raise TypeError(f"store must be a wasmtime.Store, got {type(store).__name__}: a snapshot cannot be {what} while"
                         " wasm runs")

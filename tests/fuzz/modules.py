@@ -6,7 +6,9 @@ import functools
 import platform
 import sys
 
-from linmem._wasm.hoist import Malformed, expose, hoist, outline
+from linmem._wasm.outline import expose, outline
+from linmem._wasm.reader import Malformed
+from linmem._wasm.segments import hoist
 
 from .choices import Choices
 

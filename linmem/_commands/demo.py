@@ -1,4 +1,4 @@
-"""``linmem demo``: views that outlive growth and the store."""
+"""``linmem demo``: shows that views stay valid when the memory grows and when the store is closed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import linmem
-from linmem._cli.words import EXIT_REFUSED, Refused, count, one_line, show_size, show_time
+from linmem._commands.parser import EXIT_REFUSED, Parser, Refused
+from linmem._commands.text import count, one_line, show_size, show_time
+
+DESCRIPTION = """\
+Show a NumPy view that stays valid while its memory grows, in Python and under a WebAssembly
+program, and after the store is closed. Every figure is checked: exit code 0 if all hold, else 1."""
 
 STEP = 65536
 PLAIN_SIZE = 64 << 20
@@ -17,7 +22,7 @@ LARGEST_PRIME, TWIN_PRIMES = 9_999_991, 58_980      # below LIMIT
 
 
 class Checks:
-    """Prints each claim with what was found, and counts those that do not hold."""
+    """Prints each claim with the value that was found, and counts the claims that do not hold."""
 
     def __init__(self) -> None:
         self.failed = 0
@@ -35,7 +40,11 @@ class Checks:
         print(f"   {'[ok]    ' if held else '[FAILED]'} {claim}: {show(before)} before, {show(after)} after")
 
 
-def main() -> int:
+def add_arguments(parser: Parser) -> None:
+    parser.description = DESCRIPTION
+
+
+def main(args: Any) -> int:
     try:
         import numpy
         import wasmtime
@@ -98,13 +107,13 @@ def demo_program(numpy: Any, wasmtime: Any, check: Checks) -> None:
     exports = wasmtime.Instance(store, module, []).exports(store)
     memory = installer.linear_memory(store, exports["memory"])
 
-    print("2. A WebAssembly program sieves primes in a memory of linmem's; its table grows page by page.")
+    print("2. A WebAssembly program finds primes in a memory of linmem; its table grows page by page.")
     check(f"primes up to {FIRST_LIMIT:,}, says the program", PRIMES[FIRST_LIMIT],
           exports["count_primes"](store, FIRST_LIMIT))
     address, start = memory.as_ptr(), exports["table"](store)
     early = numpy.asarray(memory)[start:start + FIRST_LIMIT + 1]
     early_address = address_of(early)
-    print(f"   A NumPy array looks at its table, in {show_size(memory.byte_size())} of memory. The program goes on:")
+    print(f"   A NumPy array shows its table, in {show_size(memory.byte_size())} of memory. The program goes on:")
     check(f"primes up to {LIMIT:,}, says the program", PRIMES[LIMIT], exports["count_primes"](store, LIMIT))
     (record,) = statistics.memories()
     print(f"   Its memory went from {show_size(record['first_size'])} to {show_size(memory.byte_size())} in"
@@ -113,10 +122,10 @@ def demo_program(numpy: Any, wasmtime: Any, check: Checks) -> None:
     check(f"primes up to {FIRST_LIMIT:,}, counted in the old array", PRIMES[FIRST_LIMIT],
           int(numpy.count_nonzero(early == 0)))
     table = numpy.asarray(memory)[start:start + LIMIT + 1]
-    check("the old array still looks at the program's table", True, bool(numpy.shares_memory(early, table)))
-    print("   With wasmtime's own memory that array could point to where the memory used to be.\n")
+    check("the old array still shares the memory of the program's table", True, bool(numpy.shares_memory(early, table)))
+    print("   With wasmtime's own memory the array could now be a dangling pointer.\n")
 
-    print("3. The store is closed: for wasmtime the memory is gone. The arrays are still here.")
+    print("3. The store is closed. wasmtime has dropped the memory; the arrays still exist.")
     del memory, exports
     store.close()
     primes = numpy.flatnonzero(table == 0)
@@ -126,5 +135,5 @@ def demo_program(numpy: Any, wasmtime: Any, check: Checks) -> None:
     check(f"primes up to {LIMIT:,}, counted by NumPy", PRIMES[LIMIT], len(primes))
     check("the largest of them", LARGEST_PRIME, int(primes[-1]))
     check("pairs of twins among them", TWIN_PRIMES, int(numpy.count_nonzero(numpy.diff(primes) == 2)))
-    print("   The pages live as long as the last array on them. With wasmtime's own memory reading it\n"
-          "   here would have killed this process.\n")
+    print("   The pages live as long as the last array on them. With wasmtime's own memory, reading the array\n"
+          "   would have ended this process here.\n")

@@ -1,23 +1,23 @@
-/* The program of `linmem demo`: a sieve of Eratosthenes that grows its table as it needs.
+/* The program of `linmem demo`: a sieve of Eratosthenes whose table grows when it needs more room.
  *
- * The table begins where the memory ended at the first call; its byte n is 0 while n may be a
- * prime and 1 once a divisor is found. Each wasm page holds 65536 numbers and is asked for only
- * when its numbers are: fresh wasm memory reads as zero, so a new page needs no setting up.
+ * The table begins at the end of the initial memory. Byte n of the table is 1 if a divisor of n was
+ * found, else 0. Each wasm page holds 65536 numbers and is requested when the first of them is
+ * needed. New wasm memory is zero, so a new page needs no initialisation.
  *
- * Freestanding, so that any clang with a wasm linker builds it. demo.wasm was built by
+ * The program uses no libraries, so any clang with a wasm linker can build it. demo.wasm was built by
  *
  *   python -m ziglang cc -target wasm32-freestanding -mcpu=mvp -nostdlib -O2 -s \
  *     -Wl,--no-entry -Wl,-z,stack-size=4096 -Wl,--export-memory -Wl,--export=table -Wl,--export=count_primes \
- *     -o linmem/_cli/demo.wasm linmem/_cli/demo.c
+ *     -o linmem/_commands/demo.wasm linmem/_commands/demo.c
  */
 
 #define WASM_PAGE 65536u
-#define MOST (1u << 30)         /* a divisor of any number up to here lies in the first page */
+#define MOST (1u << 30)         /* the first page has a divisor of each composite number up to this one */
 
 static unsigned char *numbers;
 static unsigned covered;        /* numbers [0, covered) are sieved */
 
-/* The address of number 0's byte. */
+/* The address of the byte of the number 0. */
 unsigned char *table(void)
 {
     if (!numbers)
@@ -48,7 +48,7 @@ static int sieve_one_more_page(void)
     return 1;
 }
 
-/* How many primes there are up to `limit`; -1 if that is too much, or memory.grow was refused. */
+/* The number of primes up to `limit`; -1 if `limit` is too large or memory.grow was refused. */
 int count_primes(unsigned limit)
 {
     int count = 0;

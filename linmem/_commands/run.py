@@ -1,43 +1,75 @@
-"""``linmem run``: a WASI program in memories of linmem's."""
+"""``linmem run``: runs a WASI program in memories of linmem."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import linmem
-from linmem._cli.words import (
-    EXIT_INTERRUPTED,
-    EXIT_TRAP,
-    EXIT_USAGE,
-    Parser,
-    Refused,
-    count,
-    one_line,
-    show_size,
-    show_time,
-)
+from linmem._commands.parser import EXIT_INTERRUPTED, EXIT_TRAP, EXIT_USAGE, Parser, Refused, parse_size
+from linmem._commands.text import count, one_line, show_size, show_time
 from linmem._core.arguments import printable
 
+USAGE = """linmem run [options] PROGRAM [options] [--] [ARGS ...]"""
+DESCRIPTION = """\
+Run a WASI preview 1 command module (wasm or wat) with wasmtime, in memories that linmem owns.
+The program uses linmem's standard input, output and error, and its exit code becomes linmem's."""
+EPILOG = """\
+Options may stand before PROGRAM and directly after it. The program's own ARGS begin with the first
+argument after PROGRAM that is not an option, or after `--`. argv[0] is the file name of PROGRAM.
+The program can access only the directories and the variables that --dir and --env give it.
 
-def main(parser: Parser, words: list[str]) -> int:
-    """Run ``linmem run`` with these words; returns the exit code."""
-    options, program, arguments = split_run(parser, words)
-    args, unknown = parser.parse_known_args(options)
+--creator takes "mmap" (each memory is a mapping of its own), "pool" (memories are reset and used
+again) and "statistics", each with the defaults of linmem.creator(). --max-memory puts one budget
+over the creator, as linmem.creator("limiting", limit_bytes=...) does.
+
+The report is the last text on standard error, so that standard output has only the program's
+output. With --json it is the last line, also if PROGRAM could not be run; sizes are in bytes and
+times in nanoseconds. "resident" is the physical memory at the end. This is also the peak, because
+wasm memories never shrink.
+
+Exit codes: the program's (0 to 125, as wasmtime allows); 134 if it trapped; 130 on Ctrl-C; 2 if
+the command line is wrong; 1 if PROGRAM cannot be read or run, with one line that says why."""
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.usage, parser.description, parser.epilog = USAGE, DESCRIPTION, EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--dir", action="append", default=[], metavar="HOST[::GUEST]",
+                        help="a directory that the program may read and write, under the name GUEST; repeatable")
+    parser.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]",
+                        help="a variable for the program, with this process's value if none is given; repeatable")
+    parser.add_argument("--creator", default="mmap", metavar="KIND",
+                        help="the creator of the memories: mmap (the default), pool or statistics; see below")
+    parser.add_argument("--max-memory", type=parse_size, metavar="SIZE",
+                        help="a budget for all memories of the program: bytes, or a number with KiB, MiB, GiB (powers"
+                             " of 1024; K, M, G mean the same) or KB, MB, GB (powers of 1000). Beyond the budget"
+                             " memory.grow returns -1")
+    parser.add_argument("--report", action="store_true", help="at the end, report the sizes and growths of each memory")
+    parser.add_argument("--json", action="store_true", help="the report as one line of JSON (implies --report)")
+    parser.parse_known_args = functools.partial(parse, parser)      # type: ignore[method-assign]
+
+
+def parse(parser: Parser, words: list[str], namespace: None = None) -> tuple[argparse.Namespace, list[str]]:
+    """Parse the options, and put the program and its arguments beside the options."""
+    options, program, arguments = split_words(parser, words)
+    args, unknown = Parser.parse_known_args(parser, options)
     if unknown:
         parser.error(f"no such option: {unknown[0]}; the program's own come after --")
     if program is None:
         parser.error("PROGRAM is missing")
-    return run(args, program, arguments)
+    args.program, args.arguments = program, arguments
+    return args, []
 
 
-def split_run(parser: Parser, words: list[str]) -> tuple[list[str], str | None, list[str]]:
-    """linmem's options, the program, and the program's arguments.
+def split_words(parser: Parser, words: list[str]) -> tuple[list[str], str | None, list[str]]:
+    """The options of linmem, the program, and the arguments of the program.
 
-    argparse has no word for "options on both sides of the first positional, and none after it".
+    argparse cannot express "options before and after the first positional argument, and none after the second".
     """
     takes_value = {name for action in parser._actions if action.nargs != 0 for name in action.option_strings}
     options: list[str] = []
@@ -52,7 +84,7 @@ def split_run(parser: Parser, words: list[str]) -> tuple[list[str], str | None, 
         if word.startswith("-") and word != "-":
             options.append(word)
             if word in takes_value and rest:
-                # Joined, so that a value that begins with a dash is still one.
+                # Joined, so that argparse takes a value that begins with a dash for a value.
                 options[-1] = f"{word}={rest.pop(0)}"
         elif program is None:
             program = word
@@ -61,15 +93,15 @@ def split_run(parser: Parser, words: list[str]) -> tuple[list[str], str | None, 
     return options, program, []
 
 
-def run(args: argparse.Namespace, program: str, arguments: list[str]) -> int:
+def main(args: argparse.Namespace) -> int:
     environment = [split_env(text) for text in args.env]
     directories = [split_dir(text) for text in args.dir]
     report = args.report or args.json
     creator, statistics = compose_creator(args.creator, args.max_memory, report)
 
     def work() -> int:
-        return execute(program, read_program(program), [os.path.basename(program), *arguments], environment,
-                       directories, creator)
+        return execute(args.program, read_program(args.program), [os.path.basename(args.program), *args.arguments],
+                       environment, directories, creator)
 
     try:
         status, running = in_a_thread(work)
@@ -77,10 +109,9 @@ def run(args: argparse.Namespace, program: str, arguments: list[str]) -> int:
         print(f"linmem run: {refusal}", file=sys.stderr)
         status, running = refusal.code, False
     if statistics is not None:
-        print_report(report_figures(program, args, status, statistics), as_json=args.json)
+        print_report(report_figures(args, status, statistics), as_json=args.json)
     if running:
-        # The program is still in its endless loop, or waits for input: there is no way to come
-        # back from there but the end of the process.
+        # The program is in an endless loop or waits for input. Only the end of the process can end it.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -101,13 +132,13 @@ def split_env(text: str) -> tuple[str, str]:
 def split_dir(text: str) -> tuple[str, str]:
     host, _, guest = text.partition("::")
     if not os.path.isdir(host):
-        what = "is no directory" if os.path.exists(host) else "does not exist"
+        what = "is not a directory" if os.path.exists(host) else "does not exist"
         raise Refused(f"--dir {text}: {host!r} {what}", EXIT_USAGE)
     return host, guest or host
 
 
 def read_program(path: str) -> bytes:
-    """The bytes of a wasm module or of its text; anything else is refused here, by name."""
+    """The bytes of a wasm module or of its text; a file of another kind is refused."""
     try:
         with open(path, "rb") as file:
             code = file.read()
@@ -130,16 +161,16 @@ def compose_creator(kind: str, max_memory: int | None, report: bool) -> tuple[An
         creator = linmem.LimitingCreator(creator, max_memory)
     if not report:
         return creator, None
-    # Over the budget, so that it sees what the budget refuses.
+    # The statistics are outside of the budget, so that they count what the budget refuses.
     statistics = linmem.StatisticsCreator(creator)
     return statistics, statistics
 
 
 def in_a_thread(work: Callable[[], int]) -> tuple[int, bool]:
-    """The exit code of `work`, and whether it still runs: Ctrl-C does not wait for native code.
+    """The exit code of `work`, and whether it still runs after Ctrl-C.
 
-    Python's signal handler runs between bytecodes of the main thread, which therefore must not be
-    the one inside the program.
+    Python handles signals between bytecodes of the main thread. So the program runs in another thread: Ctrl-C need not
+    wait for native code.
     """
     import threading
 
@@ -149,16 +180,16 @@ def in_a_thread(work: Callable[[], int]) -> tuple[int, bool]:
     def target() -> None:
         try:
             status.append(work())
-        except BaseException as error:      # raised again below, in the main thread
+        except BaseException as error:      # raised again in the main thread
             errors.append(error)
 
-    threading.stack_size(8 << 20)           # some systems give a second thread less than wasm's own stack
+    threading.stack_size(8 << 20)           # some systems give a second thread less than the stack of wasm
     thread = threading.Thread(target=target, name="linmem run", daemon=True)
     thread.start()
     threading.stack_size(0)
     try:
         while thread.is_alive():
-            thread.join(0.2)                # where a wait without an end cannot be interrupted
+            thread.join(0.2)                # on some systems, a wait without a timeout cannot be interrupted
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED, thread.is_alive()
     if errors:
@@ -167,12 +198,12 @@ def in_a_thread(work: Callable[[], int]) -> tuple[int, bool]:
 
 
 def import_wasmtime() -> tuple[Any, Any]:
-    """wasmtime and linmem.wasmtime."""
+    """The modules wasmtime and linmem.wasmtime."""
     try:
         import wasmtime
 
         import linmem.wasmtime as installer
-    except (ImportError, OSError) as error:         # OSError: its library does not load here
+    except (ImportError, OSError) as error:         # OSError: the library of wasmtime does not load
         raise Refused(f"needs wasmtime-py: pip install 'linmem[wasmtime]' ({error})") from None
     return wasmtime, installer
 
@@ -208,7 +239,7 @@ def execute(program: str, code: bytes, argv: list[str], environment: list[tuple[
 def compile_program(wasmtime: Any, engine: Any, program: str, code: bytes) -> Any:
     try:
         binary = code if code.startswith(b"\0asm") else bytes(wasmtime.wat2wasm(code.decode()))
-        # The second half of the version is the layer: 0 a module, 1 a component.
+        # The second half of the version is the layer: 0 for a module, 1 for a component.
         if binary[6:8] == b"\1\0":
             raise Refused(f"{program} is a component; linmem runs WASI preview 1 command modules"
                           " (compile it for wasm32-wasip1)")
@@ -216,12 +247,12 @@ def compile_program(wasmtime: Any, engine: Any, program: str, code: bytes) -> An
     except wasmtime.WasmtimeError as error:
         raise Refused(f"{program}: {one_line(error)}") from None
     except UnicodeDecodeError as error:
-        raise Refused(f"{program} is no text of a WebAssembly module: {error}") from None
+        raise Refused(f"{program} is not valid WebAssembly text: {error}") from None
     start = next((export.type for export in module.exports if export.name == "_start"), None)
     if not isinstance(start, wasmtime.FuncType):
         raise Refused(f"{program} exports no function _start: it is a library, not a WASI command")
     if start.params or start.results:
-        raise Refused(f"{program}: _start takes or returns something, so it is not a WASI command's")
+        raise Refused(f"{program}: _start has parameters or results, which the _start of a WASI command does not have")
     return module
 
 
@@ -237,15 +268,14 @@ def wasi_config(wasmtime: Any, argv: list[str], environment: list[tuple[str, str
             except wasmtime.WasmtimeError:
                 raise Refused(f"--dir {host}: the directory cannot be opened", EXIT_USAGE) from None
     except UnicodeEncodeError as error:
-        raise Refused(f"{error.object!r} is no UTF-8, and WASI has no other text", EXIT_USAGE) from None
+        raise Refused(f"{error.object!r} is not valid UTF-8, which WASI requires", EXIT_USAGE) from None
     wasi.inherit_stdin()
     wasi.inherit_stdout()
     wasi.inherit_stderr()
     return wasi
 
 
-def report_figures(program: str, args: argparse.Namespace, status: int,
-                   statistics: linmem.StatisticsCreator) -> dict[str, Any]:
+def report_figures(args: argparse.Namespace, status: int, statistics: linmem.StatisticsCreator) -> dict[str, Any]:
     memories = [{
         "first_size": memory["first_size"],
         "peak_size": memory["size"],        # a wasm memory never shrinks
@@ -254,7 +284,7 @@ def report_figures(program: str, args: argparse.Namespace, status: int,
         "grow_ns": memory["grow_ns"],
         "peak_resident": memory["peak_resident"],
     } for memory in reversed(statistics.memories())]
-    return {"program": program, "exit_code": status, "creator": args.creator, "max_memory": args.max_memory,
+    return {"program": args.program, "exit_code": status, "creator": args.creator, "max_memory": args.max_memory,
             "memories": memories, "all": statistics.statistics()}
 
 

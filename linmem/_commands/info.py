@@ -1,16 +1,21 @@
-"""``linmem info``: what this machine allows, and whether the guards hold."""
+"""``linmem info``: what this machine can do, and whether the guards hold."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from typing import Any
 
 import linmem
-from linmem._cli.words import EXIT_REFUSED, show_size
+from linmem._commands.parser import EXIT_REFUSED, Parser
+from linmem._commands.text import show_size
 
-# Read by ctypes' own getter: on some systems a foreign function's call turns the fault into an exception.
+DESCRIPTION = """\
+Print what this machine allows, and let child processes fault on guard pages to see that they
+hold. Exit code 0 if they do, else 1."""
+
+# The byte is read by a getter of ctypes. On some systems a call of a foreign function would turn the fault into an
+# exception.
 GUARD_CHILD = """
 import ctypes, sys
 import linmem
@@ -56,7 +61,12 @@ ACCESS_VIOLATION = 0xC0000005
 CHILD_SECONDS = 60
 
 
-def main(args: argparse.Namespace) -> int:
+def add_arguments(parser: Parser) -> None:
+    parser.description = DESCRIPTION
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+
+
+def main(args: Any) -> int:
     from linmem._os import pages
 
     figures = {"linmem": linmem.__version__, "python": ".".join(map(str, sys.version_info[:3])),
@@ -71,10 +81,10 @@ def main(args: argparse.Namespace) -> int:
 
 
 def run_child(script: str, *arguments: str) -> tuple[int | None, str, str]:
-    """Return code (None: it did not end), standard output and error of a Python child."""
+    """The exit code (None: the child did not end), standard output and standard error of a child that runs Python."""
     import subprocess
 
-    # The child finds the linmem that this process runs, wherever it came from.
+    # The child imports the same linmem as this process.
     ours = os.path.dirname(os.path.dirname(os.path.abspath(linmem.__file__)))
     path = os.pathsep.join(part for part in (ours, os.environ.get("PYTHONPATH", "")) if part)
     try:
@@ -86,7 +96,7 @@ def run_child(script: str, *arguments: str) -> tuple[int | None, str, str]:
 
 
 def death(returncode: int | None) -> str | None:
-    """The name of the memory fault that ended a process, None if something else did."""
+    """The name of the memory fault that ended a process; None if the process ended in another way."""
     import signal
 
     if returncode is None:
@@ -100,12 +110,12 @@ def death(returncode: int | None) -> str | None:
 
 
 def self_test() -> dict[str, Any]:
-    """Children that touch a byte each: one that is theirs, and three that no one may touch."""
+    """Starts children that read one byte each: one byte that is accessible, and three that are not."""
     children = []
     for probe, place, must_die in PROBES:
         returncode, out, error = run_child(GUARD_CHILD, probe)
         died_of = death(returncode)
-        # It got as far as the access, and then: a fault, or the zero of a fresh byte.
+        # The child must reach the access. Then comes a fault, or the zero of a new byte.
         held = died_of is not None and out == "ready\n" if must_die else (returncode, out) == (0, "ready\n0\n")
         children.append({"place": place, "must_fault": must_die, "returncode": returncode, "died_of": died_of,
                          "passed": held, "stderr": "" if held else error.strip()})
@@ -113,7 +123,7 @@ def self_test() -> dict[str, Any]:
 
 
 def probe_wasmtime() -> dict[str, Any]:
-    """In a child: a wasmtime that does not fit could take the process with it."""
+    """Try wasmtime in a child, because a wasmtime that is not compatible could end the process."""
     from importlib import metadata
 
     try:

@@ -1,1 +1,0 @@
-"""The subcommands of ``linmem``, a room each."""

@@ -1,0 +1,1 @@
+"""The subcommands of ``linmem``, one module for each."""

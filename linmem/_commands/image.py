@@ -1,0 +1,245 @@
+"""``linmem image info | verify | diff | apply``: shows, checks, compares and makes files of images and deltas."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+from linmem._commands.page_map import CHANGED, GONE, NEW, Pages, draw, show_map
+from linmem._commands.parser import EXIT_REFUSED, Refused, file_name
+from linmem._commands.text import count, show_size
+from linmem._core.arguments import printable
+from linmem._core.image import Image
+from linmem._files.delta import Delta
+from linmem._files.format import DELTA, NO_DIGEST, PACKED, PAGE
+from linmem._files.reader import open_file, read
+from linmem.errors import FileFormatError
+
+EXIT_DIFFERS = 3
+
+DESCRIPTION = "Look at the files of images and deltas, check them, compare images, and apply deltas to them."
+EPILOG = """\
+If FILE of --output is a pipe or a device (/dev/stdout, /dev/null), it gets a packed file and is not replaced.
+If FILE is the standard output, all other text goes to standard error.
+
+Exit codes: 0 if it was done and all is well; 1 if a file cannot be read or written, is damaged, or needs
+more memory than there is, with one line for each file; 2 if the command line is wrong; 3 if
+`diff --exit-code` found a difference."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give `parser`, which is that of ``linmem image``, its subcommands."""
+    parser.description, parser.epilog = DESCRIPTION, EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=type(parser))
+
+    for name, text in (("info", "what the headers of files say"), ("verify", "check every byte of files")):
+        actions.add_parser(name, help=text, allow_abbrev=False).add_argument("files", nargs="+", metavar="FILE")
+
+    diff = actions.add_parser("diff", help="which pages of two images differ", allow_abbrev=False)
+    diff.add_argument("old", metavar="OLD")
+    diff.add_argument("new", metavar="NEW")
+    diff.add_argument("--output", "-o", type=file_name, metavar="FILE",
+                      help="save the delta from OLD to NEW")
+    diff.add_argument("--map", action="store_true", help="show which pages differ, also if output is not a terminal")
+    diff.add_argument("--picture", type=file_name, metavar="PNG",
+                      help="draw which pages differ (the extension may also be .svg or .pdf)")
+    diff.add_argument("--exit-code", action="store_true", help=f"exit with {EXIT_DIFFERS} if they differ")
+
+    apply = actions.add_parser("apply", help="apply deltas to an image, one after the other", allow_abbrev=False)
+    apply.add_argument("base", metavar="IMAGE")
+    apply.add_argument("deltas", nargs="+", metavar="DELTA")
+    apply.add_argument("--output", "-o", type=file_name, metavar="FILE", required=True,
+                       help="the file for the resulting image")
+    apply.add_argument("--packed", action="store_true", help="write a file without holes, which cannot be mapped")
+
+    for action in actions.choices.values():
+        action.add_argument("--json", action="store_true", help="print it as one line of JSON; sizes are bytes")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run a parsed ``linmem image`` command; returns the exit code."""
+    return {"info": info, "verify": verify, "diff": diff, "apply": apply}[args.action](args)
+
+
+@contextlib.contextmanager
+def about(name: str) -> Iterator[None]:
+    """Refuse an error in the block, with one line about the file `name`."""
+    try:
+        yield
+    except FileFormatError as error:        # its text names the file
+        raise Refused(str(error)) from None
+    except OSError as error:
+        raise Refused(f"{os.fsdecode(error.filename or name) or repr(name)}: {error.strerror or error}") from None
+    except (MemoryError, OverflowError, ValueError) as error:
+        raise Refused(f"{name}: {error or 'there is not enough memory for it'}") from None
+
+
+def say(text: str, to: TextIO | None = None) -> None:
+    """Print one line. The line may contain the name of a file, which the encoding of the output may not have."""
+    to = to or sys.stdout
+    encoding = getattr(to, "encoding", None) or "utf-8"
+    print(printable(text).encode(encoding, "backslashreplace").decode(encoding), file=to)
+
+
+def report_to(output: str | None) -> TextIO:
+    """The stream for messages: standard error if `output` is the standard output, else the standard output."""
+    try:
+        is_output = output is not None and os.path.samestat(os.stat(output), os.fstat(sys.stdout.fileno()))
+    except OSError:         # the file does not exist yet, or the standard output has no descriptor
+        is_output = False
+    return sys.stderr if is_output else sys.stdout
+
+
+def print_json(figures: Any, to: TextIO | None = None) -> None:
+    import json
+
+    print(json.dumps(figures), file=to)
+
+
+# -- info ------------------------------------------------------------------------------------------
+
+def info(args: argparse.Namespace) -> int:
+    found = [figures_of(path) for path in args.files]
+    if args.json:
+        print_json(found)
+        return 0
+    for figures in found:
+        kind = figures["kind"]
+        say(f"{figures['path']}: {kind}, {show_size(figures['size'])}"
+            + (f" at {figures['offset']}" if figures["offset"] else ""))
+        zero = f"; {count(figures['zero_pages'], 'page')} became zero" if kind == "delta" else ""
+        say(f"  stored    {show_size(figures['stored'])} in {count(figures['groups'], 'group')},"
+            f" {figures['layout']}{zero}")
+        on_disk = "" if figures["on_disk"] is None else f", of which {show_size(figures['on_disk'])} on the disk"
+        say(f"  file      {show_size(figures['file_size'])}{on_disk}; version {figures['version']}")
+        if kind == "image":
+            say(f"  digest    {figures['digest']}")
+        else:
+            say(f"  from      {show_size(figures['base_size'])}, digest {figures['base_digest']}")
+            say(f"  to        {show_size(figures['size'])}, digest {figures['digest'] or 'unknown'}")
+    return 0
+
+
+def figures_of(path: str) -> dict[str, Any]:
+    with about(path), open_file(path) as file:
+        contents = read(file, path)
+        blocks = getattr(os.fstat(file.fileno()), "st_blocks", None)
+    header = contents.header
+    is_delta = header.kind == DELTA
+    figures = {
+        "path": path,
+        "kind": "delta" if is_delta else "image",
+        "version": header.version,
+        "layout": "packed" if header.layout == PACKED else "in place",
+        "size": header.size,
+        "offset": header.target_offset if is_delta else header.offset,
+        "stored": contents.stored,
+        "groups": header.count,
+        "file_size": contents.file_size,
+        "on_disk": None if blocks is None else blocks * 512,
+        "digest": None if header.digest == NO_DIGEST else header.digest.hex(),
+    }
+    if is_delta:
+        figures["zero_pages"] = sum((mentioned & ~stored).bit_count() for _, mentioned, stored, _ in contents.groups())
+        figures["base_size"] = header.base_size
+        figures["base_digest"] = header.base_digest.hex()
+    return figures
+
+
+# -- verify ------------------------------------------------------------------------------------------
+
+def verify(args: argparse.Namespace) -> int:
+    errors = [(path, why_wrong(path)) for path in args.files]
+    if args.json:
+        print_json([{"path": path, "error": error, "ok": error is None} for path, error in errors])
+    for path, error in [] if args.json else errors:
+        if error is None:
+            say(f"{path}: ok")
+        else:
+            say(f"linmem image: {error}", sys.stderr)
+    return EXIT_REFUSED if any(error for _, error in errors) else 0
+
+
+def why_wrong(path: str) -> str | None:
+    try:
+        with about(path):
+            with open_file(path) as file:
+                kind = read(file, path).header.kind
+            if kind == DELTA:
+                Delta.open(path)
+            else:
+                Image.open(path, verify=True)
+    except Refused as refusal:
+        return str(refusal)
+    return None
+
+
+# -- diff ------------------------------------------------------------------------------------------
+
+def diff(args: argparse.Namespace) -> int:
+    old, new = open_image(args.old), open_image(args.new)
+    with about(f"{args.old}, {args.new}"):
+        delta = old.diff(new)
+        pages = Pages(old, new, delta)
+    differing = pages.totals[GONE] + pages.totals[NEW] + pages.totals[CHANGED]
+    figures = {
+        "old": {"path": args.old, "size": old.size, "digest": old.digest},
+        "new": {"path": args.new, "size": new.size, "digest": new.digest},
+        "page_size": PAGE,
+        "pages": len(pages),
+        "differing": differing,
+        "changed": pages.totals[CHANGED],
+        "was_zero": pages.totals[NEW],
+        "became_zero": pages.totals[GONE],
+        "same": old.digest == new.digest,
+    }
+    to = report_to(args.output)
+    if args.output is not None:
+        with about(args.output):
+            delta.save(args.output)
+    if args.picture is not None:
+        with about(args.picture):       # ValueError: matplotlib does not know the format
+            draw(args.picture, pages, f"{os.path.basename(args.old)} and {os.path.basename(args.new)}: "
+                 f"{differing} of {count(len(pages), 'page')} differ")
+    if args.json:
+        print_json(figures, to)
+    else:
+        share = f" ({100 * differing / len(pages):.2g} %)" if differing else ""
+        say(f"{args.old}: {show_size(old.size)}", to)
+        say(f"{args.new}: {show_size(new.size)}", to)
+        say(f"{differing} of {count(len(pages), 'page')} differ{share}: changed {figures['changed']},"
+            f" was zero {figures['was_zero']}, became zero {figures['became_zero']}", to)
+        if args.map or to.isatty():
+            show_map(pages, to, asked=args.map)
+    return EXIT_DIFFERS if args.exit_code and not figures["same"] else 0
+
+
+def open_image(path: str, *, verify: bool = False) -> Image:
+    with about(path):
+        return Image.open(path, verify)
+
+
+# -- apply -----------------------------------------------------------------------------------------
+
+def apply(args: argparse.Namespace) -> int:
+    image = open_image(args.base, verify=True)
+    for path in args.deltas:
+        with about(path):
+            image = image.apply(Delta.open(path))
+    to = report_to(args.output)
+    with about(args.output):
+        image.save(args.output, packed=args.packed)
+    if not args.json:
+        say(f"{args.output}: {show_size(image.size)}, digest {image.digest}", to)
+    elif stat.S_ISREG(os.stat(args.output).st_mode) and to is sys.stdout:
+        print_json(figures_of(args.output))
+    else:
+        print_json({"path": args.output, "kind": "image", "size": image.size, "offset": image.offset,
+                    "digest": image.digest}, to)
+    return 0

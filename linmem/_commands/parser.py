@@ -1,0 +1,64 @@
+"""What the subcommands share: the parser of arguments, the types of arguments, refusals and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import Any, NoReturn
+
+from linmem._core.arguments import printable
+
+EXIT_REFUSED = 1            # what was asked for cannot be done, or a check failed
+EXIT_USAGE = 2              # the command line is wrong
+EXIT_INTERRUPTED = 130      # 128 + SIGINT, as a shell reports it
+EXIT_TRAP = 134             # 128 + SIGABRT, as `wasmtime run` does
+
+UNITS: dict[str, int] = {"": 1, "b": 1}
+for _power, _letter in enumerate("kmgt", start=1):
+    UNITS[_letter] = UNITS[_letter + "ib"] = 1024 ** _power
+    UNITS[_letter + "b"] = 1000 ** _power
+
+
+class Refused(Exception):
+    """Ends a subcommand with one line on standard error."""
+
+    def __init__(self, message: str, code: int = EXIT_REFUSED) -> None:
+        super().__init__(printable(message))
+        self.code = code
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports an error in one line, which names --help instead of printing the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"{self.prog}: {printable(message)} (see {self.prog} --help)\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        found, unknown = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            # Some versions of argparse take the value of "--option=--" for the "--" that ends the options.
+            value = getattr(found, action.dest, None) if action.option_strings and action.nargs is None else None
+            if isinstance(value, list) and ([] in value or action.default is None):
+                self.error(f"argument {action.option_strings[0]}: -- is not a value")
+        return found, unknown
+
+
+def file_name(text: str) -> str:
+    """The name of a file to write."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be the name of a file, got ''")
+    return text
+
+
+def parse_size(text: str) -> int:
+    """Bytes from "65536", "64MiB", "1.5GiB", "64KB"; a fraction of a byte is dropped."""
+    match = re.fullmatch(r"(\d+)(?:\.(\d+))?\s*([a-z]*)", text.strip(), re.IGNORECASE | re.ASCII)
+    unit = UNITS.get(match[3].lower()) if match else None
+    if match is None or unit is None or (unit == 1 and match[2]):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a size: bytes, or a number with KiB, MiB, GiB, TiB, KB, MB, GB or TB (65536, 1.5GiB)")
+    fraction = match[2] or ""
+    size: int = int(match[1] + fraction) * unit // 10 ** len(fraction)
+    if size >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text!r} must be below 8 EiB (2**63 bytes)")
+    return size

@@ -1,0 +1,223 @@
+# LimitingCreator: a budget of committed bytes. Part of adaptors.pyx.
+
+# Shared by a LimitingCreator and the hooks of its memories, because wasmtime may outlive the creator.
+cdef struct budget:
+    link in_budgets
+    word refs
+    word used                   # bytes charged now
+    word peak                   # the most bytes that were ever charged at once
+    long long limit             # bytes
+    long long smallest_limit    # of this budget and all budgets upstream of it
+
+cdef struct limit_hook:
+    memory_hook head
+    budget* budget
+    size_t charged              # bytes, in whole host pages
+    size_t charged_before       # the growth under way
+
+# The charge for a memory that this thread is making and that has no hook yet. A thread has several of them where a
+# Python creator upstream makes another memory.
+cdef struct pending_charge:
+    pending_charge* outer
+    budget* budget
+    size_t size
+
+cdef extern from *:
+    """
+    static LINMEM_OF_THREAD void *linmem_pending;
+    static void **linmem_pending_of_thread(void) { return &linmem_pending; }
+    """
+    void** pending_charges "linmem_pending_of_thread"() noexcept nogil
+
+cdef link budgets
+list_init(&budgets)
+cdef fork_lock budgets_lock     # of the list `budgets`
+cdef word budgets_started
+
+
+cdef void list_budget(budget* b) noexcept nogil:
+    if swap_if(&budgets_started, 0, 1):     # not at the import of this module: memory.pyx may not be ready then
+        list_lock(&budgets_lock)
+        in_each_child(charge_anew)
+    acquire(&budgets_lock.held)
+    list_add_first(&budgets, &b.in_budgets, b)
+    unlock(&budgets_lock.held)
+
+
+cdef void release_budget(budget* b) noexcept nogil:
+    if add(&b.refs, -1):
+        return
+    acquire(&budgets_lock.held)
+    list_remove(&b.in_budgets)
+    unlock(&budgets_lock.held)
+    free(b)
+
+
+cdef void charge_anew() noexcept nogil:
+    """In a forked child: computes the charges of all budgets again. A thread that the child does not have may have
+    charged bytes for a memory that does not exist yet, or may not have refunded those of a dropped one. So each budget
+    is charged with the memories that exist, and with those that this thread is making."""
+    cdef link* node = budgets.next
+    cdef pending_charge* pending = <pending_charge*>pending_charges()[0]
+    cdef memory* m = live_after(NULL)
+    cdef memory_hook* hook
+    while node.owner != NULL:
+        store(&(<budget*>node.owner).used, 0)
+        node = node.next
+    while pending != NULL:
+        add(&pending.budget.used, <long long>pending.size)
+        pending = pending.outer
+    while m != NULL:
+        hook = m.hooks
+        while hook != NULL:
+            if hook.dropped == limit_dropped:
+                add(&(<limit_hook*>hook).budget.used, <long long>(<limit_hook*>hook).charged)
+            hook = hook.next
+        m = live_after(m)
+
+
+cdef inline size_t committed(size_t size) noexcept nogil:
+    """The bytes that a memory of `size` bytes commits."""
+    cdef size_t out
+    return SIZE_MAX >> 1 if round_up(size, pages.capabilities().page_size, &out) else out
+
+
+cdef int charge(budget* b, size_t size, size_t total, failure* why) noexcept nogil:
+    """Charges `size` bytes or nothing; exact under threads. If the budget does not cover them, idle slots of pools over
+    this budget give up what is missing first. They do not where some limit refuses the memory anyway, which would have
+    `total` bytes. The caller holds no fork_lock."""
+    cdef long long used, peak
+    while True:
+        used = load(&b.used)
+        if size > <size_t>(b.limit - used):
+            if total <= <size_t>b.smallest_limit and relieve(RELIEF_BUDGET, b, size - <size_t>(b.limit - used)):
+                continue
+            return fail(why, E_LIMIT, "limit", size, <size_t>used, <size_t>b.limit)
+        if swap_if(&b.used, used, used + <long long>size):
+            break
+    used += <long long>size
+    while True:
+        peak = load(&b.peak)
+        if used <= peak or swap_if(&b.peak, peak, used):
+            return 0
+
+
+cdef int limit_resized(memory_hook* head, memory* m, size_t size, size_t accessible, failure* why) noexcept nogil:
+    cdef limit_hook* hook = <limit_hook*>head
+    cdef int code = 0
+    if accessible > hook.charged:
+        code = charge(hook.budget, accessible - hook.charged, accessible, why)
+    elif accessible < hook.charged:
+        add(&hook.budget.used, -<long long>(hook.charged - accessible))
+    if code == 0:
+        hook.charged = accessible
+    return code
+
+
+cdef int limit_before_grow(memory_hook* head, memory* m, size_t new_size, failure* why) noexcept nogil:
+    cdef limit_hook* hook = <limit_hook*>head
+    cdef size_t need = committed(new_size)
+    hook.charged_before = hook.charged
+    return limit_resized(head, m, new_size, need, why) if need > hook.charged else 0
+
+
+cdef void limit_after_grow(memory_hook* head, memory* m, size_t old_size, size_t new_size, int code) noexcept nogil:
+    cdef failure unused
+    if code:
+        limit_resized(head, m, old_size, (<limit_hook*>head).charged_before, &unused)
+
+
+cdef void limit_dropped(memory_hook* head) noexcept nogil:
+    # The bytes are refunded only now that the pages are gone: what is committed never exceeds the budget.
+    cdef limit_hook* hook = <limit_hook*>head
+    add(&hook.budget.used, -<long long>hook.charged)
+    release_budget(hook.budget)
+    free(hook)
+
+
+@cython.final
+cdef class LimitingCreator(NativeCreator):
+    """One budget of committed bytes over all memories that come through it.
+
+    Charged (in whole host pages) when a memory is made and when it grows, refunded when it is
+    dropped; exact under threads. Over it: `LimitError`, in wasm -1 from ``memory.grow``. Limits
+    nest: each takes the next as its upstream. As rmm's ``LimitingResourceAdaptor``.
+
+    Parameters
+    ----------
+    upstream : NativeCreator
+        The creator that makes the memories.
+    limit_bytes : int
+        The budget in bytes.
+    """
+
+    def __cinit__(self, *args, **kwargs):
+        cdef size_t limit
+        upstream, limit_bytes = _given("LimitingCreator", ("upstream", "limit_bytes"), {}, args, kwargs)
+        self.upstream = check_native(upstream, "upstream")
+        check_bounded(limit_bytes, "limit_bytes", "be below 2**63", &limit)
+        if limit > SIZE_MAX >> 1:
+            raise OverflowError(f"limit_bytes must be below 2**63, got {limit}")
+        self.budget = <budget*>calloc(1, sizeof(budget))
+        if self.budget == NULL:
+            raise MemoryError("no memory for a budget")
+        self.budget.refs = 1
+        self.budget.limit = self.budget.smallest_limit = <long long>limit
+        while upstream is not None:
+            if isinstance(upstream, LimitingCreator):
+                self.budget.smallest_limit = min(self.budget.smallest_limit, <long long>upstream.limit_bytes)
+            upstream = getattr(upstream, "upstream", None)
+        with nogil:
+            list_budget(self.budget)
+
+    def __dealloc__(self):
+        if self.budget != NULL:
+            release_budget(self.budget)
+
+    cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
+        cdef size_t size = committed(spec.minimum)
+        cdef limit_hook* hook
+        cdef pending_charge pending
+        cdef int code = charge(self.budget, size, size, why)
+        if code:
+            return code
+        pending.budget, pending.size, pending.outer = self.budget, size, <pending_charge*>pending_charges()[0]
+        pending_charges()[0] = &pending
+        hook = <limit_hook*>calloc(1, sizeof(limit_hook))
+        if hook == NULL:
+            code = fail(why, E_NO_MEMORY, "calloc", sizeof(limit_hook))
+        else:
+            code = self.upstream.make(spec, out, why)
+        pending_charges()[0] = pending.outer
+        if code:
+            free(hook)
+            add(&self.budget.used, -<long long>size)
+            return code
+        add(&self.budget.refs, 1)
+        hook.head.before_grow = limit_before_grow
+        hook.head.after_grow = limit_after_grow
+        hook.head.dropped = limit_dropped
+        hook.head.resized = limit_resized
+        hook.head.budget = hook.budget = self.budget
+        hook.charged = size
+        memory_hang(out[0], &hook.head)
+        return 0
+
+    @property
+    def limit_bytes(self):
+        """The budget in bytes."""
+        return self.budget.limit
+
+    @property
+    def used_bytes(self):
+        """Bytes charged to the budget now, whole host pages."""
+        return load(&self.budget.used)
+
+    @property
+    def peak_bytes(self):
+        """The most bytes that were ever charged at once."""
+        # charge() stores the peak after the charge; in a forked child the thread that was to store it may be missing.
+        return max(load(&self.budget.used), load(&self.budget.peak))
+
+    def __repr__(self):
+        return f"LimitingCreator({self.upstream!r}, limit_bytes={self.limit_bytes}, used_bytes={self.used_bytes})"

@@ -1,0 +1,458 @@
+# Which idle slot goes first, and what it gives up. Part of pool.pyx.
+#
+# An eviction has three steps: choose the slot, evict() it with the pool's lock held, and finish_eviction() without.
+
+cdef enum:
+    RESIDENT = 3                # beside the RELIEF_ kinds: what idle slots keep resident, page tables included
+    PURGED_AT_ONCE = 2          # slots that one give-back purges at least, and one in this many more
+    PURGED_SHARE = 64
+
+cdef size_t PURGED_BYTES = 16 << 20     # after so many bytes one give-back purges no further slot
+
+
+# -- what one pool does -------------------------------------------------------------------------------------
+
+cdef inline size_t held_of(const warm_totals* warm, int what) noexcept nogil:
+    """What warm slots hold of what is missing: bytes, or for address space their number."""
+    return (warm.n if what == RELIEF_SPACE else warm.committed if what == RELIEF_PAGES
+            else warm.resident + warm.tables if what == RESIDENT else warm.initial)
+
+
+cdef size_t domains_that_hold(pool* p, int what) noexcept nogil:
+    """The number of domains whose warm slots hold something. Warm slots of empty memories hold no bytes."""
+    cdef link* node = p.tables[BY_DOMAIN].groups.next
+    cdef size_t domains = 0
+    while node.owner != NULL:
+        domains += held_of(&(<group*>node.owner).warm, what) != 0
+        node = node.next
+    return domains
+
+
+cdef slot* oldest_above_share(pool* p, int what) noexcept nogil:
+    """The least recently used warm slot of a domain that holds more than its fair share of the pool's warm slots. If
+    all domains hold the same, the least recently used warm slot."""
+    cdef slot* s = oldest(&p.warm_by_age)
+    cdef size_t domains = p.warm_domains
+    if domains > 1 and what != RELIEF_SPACE:
+        domains = domains_that_hold(p, what)
+    if domains < 2:
+        return s
+    while s != NULL and held_of(&s.group.of[BY_DOMAIN].warm, what) * domains <= held_of(&p.warm, what):
+        s = newer(s)
+    return s if s != NULL else oldest(&p.warm_by_age)
+
+
+cdef slot* next_to_cool(pool* p, long long now, int* cause) noexcept nogil:
+    """The warm slot that must lose its pages next because of a bound of the pool. NULL: all bounds hold."""
+    cdef slot* s = oldest(&p.warm_by_age)
+    if p.warm.n > p.most_warm:
+        cause[0] = EVICTED_COUNT
+        return oldest_above_share(p, RELIEF_SPACE)
+    if p.warm.resident + p.warm.tables > p.resident_bound and s != NULL:
+        cause[0] = EVICTED_RESIDENT
+        return oldest_above_share(p, RESIDENT)
+    if p.mappings > p.most_mappings and s != NULL:
+        cause[0] = EVICTED_SLOTS
+        return oldest_above_share(p, RELIEF_SPACE)
+    if p.idle_ns and now > p.next_purge:
+        if s != NULL and now - s.since > p.idle_ns:
+            cause[0] = EVICTED_IDLE
+            return s
+        p.next_purge = p.idle_ns + (now if s == NULL else s.since)
+    return NULL
+
+
+cdef slot* next_to_drop(pool* p) noexcept nogil:
+    cdef slot* s = oldest(&p.cold_by_age)
+    return s if s != NULL else oldest_above_share(p, RELIEF_SPACE)
+
+
+cdef void evict(slot* s, int to, int cause) noexcept nogil:
+    """The pool's lock is held. to: COOLING or DROPPING. The caller calls finish_eviction() without the lock."""
+    count_eviction(s, cause)
+    move_slot(s, to)
+
+
+cdef void finish_eviction(slot* s) noexcept nogil:
+    cdef bint kept
+    if load(&s.state) == COOLING and cool_pages(s):
+        acquire(&s.pool.lock.held)
+        kept = move_slot(s, COLD)
+        unlock(&s.pool.lock.held)
+        if kept:
+            return
+    drop(s)
+
+
+cdef void start_drop(slot* s) noexcept nogil:
+    acquire(&s.pool.lock.held)
+    if load(&s.state) != DROPPING:
+        move_slot(s, DROPPING)
+    unlock(&s.pool.lock.held)
+
+
+cdef void drop(slot* s) noexcept nogil:
+    """Releases a slot that is not idle to upstream. slot_dropped() frees the slot."""
+    start_drop(s)
+    store(&s.m.refs, 1)
+    memory_release(s.m)
+
+
+cdef void cool_until_bounds_hold(pool* p, slot* s, int cause, long long now) noexcept nogil:
+    """Finishes the eviction of `s`, and evicts one warm slot after the other until the bounds of the pool hold. Of the
+    slots that exceed idle_seconds it evicts only a few: the next give-back goes on."""
+    cdef size_t purged = 0, purged_bytes = 0, most = 0
+    add(&p.refs, 1)         # a slot that is dropped here may hold the last reference
+    while s != NULL:
+        if cause == EVICTED_IDLE:
+            purged += 1
+            purged_bytes += s.resident
+        finish_eviction(s)
+        acquire(&p.lock.held)
+        if most == 0:
+            most = PURGED_AT_ONCE + p.warm.n // PURGED_SHARE
+        s = next_to_cool(p, now, &cause)
+        if s != NULL and cause == EVICTED_IDLE and (purged >= most or purged_bytes >= PURGED_BYTES):
+            s = NULL
+        if s != NULL:
+            evict(s, COOLING, cause)
+        unlock(&p.lock.held)
+    release_pool(p)
+
+
+cdef size_t evict_down_to(pool* p, size_t target, int to, long long older_ns) noexcept nogil:
+    """trim() and purge(): evicts idle slots, the oldest first, until at most `target` bytes of the pool's idle slots
+    are resident. to: DROPPING also drops cold slots, and does that first; COOLING leaves slots alone that became idle
+    within the last `older_ns`. Returns the bytes that were resident."""
+    cdef long long now = pages.coarse_ns()
+    cdef size_t evicted = 0
+    cdef slot* s
+    while True:
+        acquire(&p.lock.held)
+        s = oldest(&p.cold_by_age) if to == DROPPING else NULL
+        if s == NULL:
+            s = oldest(&p.warm_by_age)
+            if s != NULL and ((target and p.warm.resident <= target) or (to == COOLING and now - s.since < older_ns)):
+                s = NULL
+        if s != NULL:
+            evict(s, to, EVICTED_TRIM if to == DROPPING else EVICTED_PURGE)
+        unlock(&p.lock.held)
+        if s == NULL:
+            return evicted
+        evicted += s.resident
+        finish_eviction(s)
+
+
+cdef void drop_slots_of_image(image_t* image) noexcept nogil:
+    """No request can ask for a memory of the image any more, so all pools drop its idle slots. Slots between two states
+    are dropped when they would become idle."""
+    cdef pool* p = pool_after(NULL)
+    cdef link dropped
+    cdef link* node
+    cdef slot* s
+    cdef int grouping
+    list_init(&dropped)
+    while p != NULL:
+        acquire(&p.lock.held)
+        for grouping in range(BY_DOMAIN):       # warm slots are in groups BY_BOTH, cold ones in groups BY_SHAPE
+            node = p.tables[grouping].groups.next
+            while node.owner != NULL:
+                s = top_of(<group*>node.owner) if (<group*>node.owner).shape.image == image else NULL
+                if s == NULL:
+                    node = node.next
+                    continue
+                evict(s, DROPPING, EVICTED_IMAGE)
+                list_add_first(&dropped, &s.in_stack, s)
+        unlock(&p.lock.held)
+        while dropped.next.owner != NULL:
+            s = <slot*>dropped.next.owner
+            list_remove(&s.in_stack)
+            drop(s)
+        p = pool_after(p)
+
+
+# -- which pools are charged to a budget --------------------------------------------------------------------
+# A pool counts its slots for each budget. So a request for relief, which a guest may repeat at will, does not look at
+# the slots of pools that cannot help.
+
+cdef void join_budgets(pool* p, slot* s) noexcept nogil:
+    """The lock is held. The slot is new."""
+    cdef memory_hook* hook = s.m.hooks
+    cdef int i, entry
+    while hook != NULL:
+        if hook.budget != NULL:
+            entry = BUDGETS
+            for i in range(BUDGETS):
+                if p.budgets[i].budget == hook.budget or (p.budgets[i].budget == NULL and entry == BUDGETS):
+                    entry = i
+            if entry == BUDGETS or s.budgets >> entry & 1:
+                p.more_budgets = True
+            else:
+                p.budgets[entry].budget = hook.budget
+                p.budgets[entry].slots += 1
+                s.budgets |= <unsigned int>1 << entry
+        hook = hook.next
+
+
+cdef void leave_budgets(pool* p, slot* s) noexcept nogil:
+    cdef int i
+    for i in range(BUDGETS):
+        if s.budgets >> i & 1:
+            p.budgets[i].slots -= 1
+            if p.budgets[i].slots == 0:
+                p.budgets[i].budget = NULL
+
+
+cdef size_t slots_charged_to(pool* p, const void* budget) noexcept nogil:
+    """The number of slots that are charged to the budget. All slots, if the pool does not know which ones are."""
+    cdef int i
+    for i in range(BUDGETS):
+        if p.budgets[i].budget == budget:
+            return p.budgets[i].slots
+    return p.n_slots if p.more_budgets else 0
+
+
+cdef inline bint charges_each_slot(pool* p, const void* budget) noexcept nogil:
+    """Whether each slot of the pool is charged to the budget exactly once."""
+    return slots_charged_to(p, budget) == p.n_slots and not p.more_budgets
+
+
+# -- what all pools do together -----------------------------------------------------------------------------
+
+cdef inline size_t held_by(const slot* s, int what, const void* budget) noexcept nogil:
+    """How many bytes of what is missing the idle slot gives up. It becomes cold; where address space is missing, it is
+    dropped."""
+    cdef memory_hook* hook = s.head.next
+    cdef size_t size = 0
+    if what == RELIEF_SPACE:
+        return s.reserved
+    if what == RELIEF_PAGES:
+        return s.pages.committed
+    if what == RESIDENT:
+        return s.resident + s.tables if s.pages.committed else 0
+    while hook != NULL:
+        if hook.budget == budget:
+            size += s.pages.initial
+        hook = hook.next
+    return size
+
+
+cdef size_t held_by_all(int what, const void* budget) noexcept nogil:
+    """How many bytes of what is missing the idle slots of all pools hold."""
+    cdef pool* p = pool_after(NULL)
+    cdef slot* s
+    cdef size_t held = 0
+    while p != NULL:
+        acquire(&p.lock.held)
+        if what == RELIEF_SPACE:
+            held += p.idle_reserved
+        elif what != RELIEF_BUDGET or charges_each_slot(p, budget):
+            held += held_of(&p.warm, what)
+        elif slots_charged_to(p, budget):
+            s = oldest(&p.warm_by_age)
+            while s != NULL:
+                held += held_by(s, what, budget)
+                s = newer(s)
+        unlock(&p.lock.held)
+        p = pool_after(p)
+    return held
+
+
+# A census counts what the warm slots of each domain hold of what is missing, in all pools. The census decides which
+# slot is evicted where a bound or a refusal concerns several pools. census_lock protects all its data. It is taken
+# before any pool's lock, so it is not a fork_lock. If the thread that holds census_lock does not exist in a forked
+# child, the child takes the lock over, and its next eviction takes a new census.
+
+cdef size_t census = 0          # the number of the last one
+cdef size_t census_total        # what all domains hold
+cdef size_t census_domains      # the number of domains that hold something
+cdef domain_t unnamed           # `census` and `holds` of the domain NULL
+
+# Which slot is chosen: the first kind of which a pool has one.
+cdef enum:
+    ANY_COLD = 0                # only where address space is missing
+    FAIR_WARM = 1               # of a domain that holds more than its fair share
+    ANY_WARM = 2                # all domains hold the same
+    CHOICES = 3
+
+
+cdef inline size_t* holding(domain_t* domain) noexcept nogil:
+    if domain == NULL:
+        domain = &unnamed
+    if domain.census != census:
+        domain.census = census
+        domain.holds = 0
+    return &domain.holds
+
+
+cdef inline void add_holding(domain_t* domain, size_t size) noexcept nogil:
+    global census_total, census_domains
+    cdef size_t* holds = holding(domain)
+    census_total += size
+    census_domains += size != 0 and holds[0] == 0
+    holds[0] += size
+
+
+cdef inline bint may_go(domain_t* domain, int choice) noexcept nogil:
+    """FAIR_WARM: whether the domain holds more than the mean of the domains that hold something, or is the only one."""
+    return choice == ANY_WARM or census_domains < 2 or holding(domain)[0] * census_domains > census_total
+
+
+cdef void count_pool(pool* p, int what, const void* budget) noexcept nogil:
+    """The pool's lock is held."""
+    cdef link* node = p.tables[BY_DOMAIN].groups.next
+    cdef slot* s = oldest(&p.warm_by_age)
+    if s == NULL or (what == RELIEF_BUDGET and slots_charged_to(p, budget) == 0):
+        return
+    if what == RELIEF_BUDGET and not charges_each_slot(p, budget):
+        while s != NULL:
+            add_holding(s.group.domain, held_by(s, what, budget))
+            s = newer(s)
+        return
+    while node.owner != NULL:
+        add_holding((<group*>node.owner).domain, held_of(&(<group*>node.owner).warm, what))
+        node = node.next
+
+
+cdef void take_census(int what, const void* budget) noexcept nogil:
+    global census, census_total, census_domains
+    cdef pool* p = pool_after(NULL)
+    census += 1
+    census_total = census_domains = 0
+    while p != NULL:
+        acquire(&p.lock.held)
+        count_pool(p, what, budget)
+        unlock(&p.lock.held)
+        p = pool_after(p)
+
+
+cdef slot* oldest_with(pool* p, int choice, int what, const void* budget) noexcept nogil:
+    """The least recently used idle slot of that choice that gives something up. The pool's lock is held."""
+    cdef slot* s = oldest(&p.warm_by_age)
+    cdef link* node = p.tables[BY_DOMAIN].groups.next
+    if choice == ANY_COLD:
+        return oldest(&p.cold_by_age)
+    if what == RELIEF_BUDGET and slots_charged_to(p, budget) == 0:
+        return NULL
+    # If all domains hold too little, no slot is looked at.
+    while node.owner != NULL and not ((<group*>node.owner).warm.n and may_go((<group*>node.owner).domain, choice)):
+        node = node.next
+    if node.owner == NULL:
+        return NULL
+    while s != NULL and not (held_by(s, what, budget) and may_go(s.group.domain, choice)):
+        s = newer(s)
+    return s
+
+
+cdef pool* pool_of_oldest(int choice, int what, const void* budget) noexcept nogil:
+    """A reference on the pool whose oldest_with() is the least recently used. NULL: no pool has one."""
+    cdef pool* p = pool_after(NULL)
+    cdef pool* found = NULL
+    cdef pool* former
+    cdef slot* s
+    cdef long long since = 0
+    while p != NULL:
+        former = NULL
+        acquire(&p.lock.held)
+        s = oldest_with(p, choice, what, budget)
+        if s != NULL and (found == NULL or s.since <= since):       # where two are equal: of the older pool
+            since = s.since
+            add(&p.refs, 1)
+            former = found
+            found = p
+        unlock(&p.lock.held)
+        if former != NULL:
+            release_pool(former)
+        p = pool_after(p)
+    return found
+
+
+cdef size_t evict_oldest(int what, const void* budget, int cause) noexcept nogil:
+    """Evicts the least recently used idle slot of all pools: a cold one where address space is missing, otherwise a
+    warm one of a domain that holds more than its fair share. Returns how many bytes of what is missing it held; 0: no
+    slot holds any.
+
+    Each eviction of a warm slot takes a census of its own, because other threads use slots between two evictions, and
+    because a slot that is dropped may become a warm slot of the pool below."""
+    cdef pool* p = NULL
+    cdef slot* s = NULL
+    cdef size_t size = 0
+    cdef bint dropped = what == RELIEF_SPACE
+    cdef int choice = ANY_COLD if dropped else FAIR_WARM
+    acquire(&census_lock)
+    while p == NULL and choice < CHOICES:
+        if choice == FAIR_WARM:
+            take_census(what, budget)
+        p = pool_of_oldest(choice, what, budget)
+        choice += p == NULL
+    if p != NULL:
+        acquire(&p.lock.held)
+        s = oldest_with(p, choice, what, budget)
+        if s != NULL:       # else another thread was faster
+            size = held_by(s, what, budget)
+            evict(s, DROPPING if dropped else COOLING, cause)
+        unlock(&p.lock.held)
+    unlock(&census_lock)
+    if p == NULL:
+        return 0
+    if s != NULL:
+        finish_eviction(s)
+    release_pool(p)
+    return size if size else 1          # 1: the caller asks again
+
+
+cdef bint can_have(int what, size_t size) noexcept nogil:
+    """Tries whether the OS grants `size` bytes of address space, or of pages."""
+    cdef char* base
+    cdef size_t page = pages.capabilities().page_size
+    cdef int code
+    if size > SIZE_MAX >> 1:
+        return False
+    size = round_down(size + page - 1, page)
+    if pages.reserve(size, False, &base):
+        return False
+    code = pages.commit(base, size) if what == RELIEF_PAGES else 0
+    give_back(base, size)
+    return code == 0
+
+
+cdef bint relieve_by_eviction(int what, const void* budget, size_t missing) noexcept nogil:
+    """The relief that memory.pxd describes. Of a budget, idle slots give up as many bytes as are missing. If the OS
+    refused something, it does not say how much is missing, so one slot gives up what it holds: the caller tries again,
+    and asks for more relief."""
+    cdef size_t page = pages.capabilities().page_size
+    cdef size_t held = held_by_all(what, budget), evicted = 0, step
+    if held == 0 and what == RELIEF_PAGES and not can_have(what, page):
+        what = RELIEF_SPACE         # mappings are missing: cold slots have some, too
+        held = held_by_all(what, budget)
+    if held == 0 or (what == RELIEF_BUDGET and held < missing):
+        return False
+    # Would the OS grant the request if it got back all that idle slots hold? It is asked for the rest. If it grants not
+    # even one page, mappings are missing.
+    if what != RELIEF_BUDGET and missing > held and not can_have(what, missing - held) and can_have(what, page):
+        return False
+    while True:
+        step = evict_oldest(what, budget, EVICTED_REFUSED)
+        evicted += step
+        if step == 0 or evicted >= missing or what != RELIEF_BUDGET:
+            return evicted > 0
+
+
+cdef void shed_resident() noexcept nogil:
+    """Evicts warm slots until all pools together keep no more than the bound that they share."""
+    while load(&process_held) > load(&process_held_bound):
+        if evict_oldest(RESIDENT, NULL, EVICTED_PROCESS) == 0:
+            return
+
+
+cdef void shed_excess() noexcept nogil:
+    """After a change of the bounds that all pools share."""
+    cdef pool* p = pool_after(NULL)
+    while p != NULL:            # report_step has changed
+        acquire(&p.lock.held)
+        report_held(p)
+        unlock(&p.lock.held)
+        p = pool_after(p)
+    shed_resident()
+    while excess_reserved(0) and evict_oldest(RELIEF_SPACE, NULL, EVICTED_PROCESS):
+        pass

@@ -1,0 +1,50 @@
+# What a forked child repairs in its pools. Part of pool.pyx.
+
+cdef slot* outermost_slot(memory* m) noexcept nogil:
+    cdef memory_hook* hook = m.hooks
+    while hook != NULL and hook.keep != slot_keep:
+        hook = hook.next
+    return <slot*>hook
+
+
+cdef bint was_lost(slot* s, memory* m) noexcept nogil:
+    """`s` is the outermost slot of `m`. It has no guest and is not idle, so a thread was moving it to another state."""
+    cdef int state = <int>load(&s.state)
+    return state != WARM and state != COLD and (state != LIVE or load(&m.refs) == 0)
+
+
+cdef void drop_lost_slots() noexcept nogil:
+    """In a forked child: drops each slot that another thread was working on, because that thread does not exist in the
+    child, and nothing tells how far it came. The forking thread itself was not working on a slot: no Python code runs
+    during such work."""
+    cdef memory* m = live_after(NULL)
+    cdef slot* s
+    cdef link lost
+    cdef link* node
+    cdef memory_hook* hook
+    cdef pool* p
+    list_init(&lost)
+    while m != NULL:
+        s = outermost_slot(m)
+        if s != NULL and was_lost(s, m):
+            list_add_first(&lost, &s.in_stack, s)
+        m = live_after(m)
+    while lost.next.owner != NULL:
+        s = <slot*>lost.next.owner
+        list_remove(&s.in_stack)
+        hook = s.m.hooks
+        while hook != NULL:
+            if hook.keep == slot_keep and load(&(<slot*>hook).state) != DROPPING:
+                move_slot(<slot*>hook, DROPPING)
+            hook = hook.next
+        store(&s.m.refs, 1)
+        memory_release(s.m)
+    p = pool_after(NULL)
+    while p != NULL:
+        node = p.slots.next
+        while node.owner != NULL:
+            s = <slot*>node.owner
+            node = node.next
+            if load(&s.state) == DROPPING:      # the lost thread had freed its memory
+                slot_dropped(&s.head)
+        p = pool_after(p)

@@ -1,0 +1,170 @@
+# All pools of the process, and the bounds that they share. Part of pool.pyx.
+#
+# Locks are taken in reverse order of registration: a pool's lock before pools_lock, because pools_lock is registered
+# before the first pool.
+
+cdef fork_lock pools_lock           # of the list `pools`
+cdef link pools                     # the newest first
+list_init(&pools)
+cdef word start_lock                # start_pools() and need_costs() run once
+cdef bint pools_started = False
+cdef word process_held              # bytes that idle slots keep, page tables included; never less, and a little more
+cdef word process_held_bound
+cdef word process_reserved          # bytes of address space of all slots
+cdef word process_reserved_bound
+cdef word report_step               # how many bytes more than it keeps a pool may report to process_held
+
+cdef size_t NO_BOUND = SIZE_MAX >> 1
+
+
+cdef inline size_t quarter_of_memory() noexcept nogil:
+    cdef size_t memory = pages.capabilities().memory
+    return memory // 4 if memory else SIZE_MAX
+
+
+cdef void set_bounds(size_t held, size_t reserved) noexcept nogil:
+    store(&process_held_bound, <long long>min(held, NO_BOUND))
+    store(&process_reserved_bound, <long long>min(reserved, NO_BOUND))
+    store(&report_step, <long long>min(held >> 10, <size_t>1 << 20))
+
+
+cdef void start_pools() noexcept nogil:
+    """Once, before the first pool. Not at the import of this module: the layers below may not be ready then."""
+    global pools_started
+    acquire(&start_lock)
+    if not pools_started:
+        list_lock(&pools_lock)
+        set_bounds(quarter_of_memory(), SIZE_MAX)
+        relief_is(relieve_by_eviction)
+        forgotten_is(drop_slots_of_image)
+        in_each_child(drop_lost_slots)
+        pools_started = True
+    unlock(&start_lock)
+
+
+cdef pool* new_pool() noexcept nogil:
+    """A pool without options, with one reference. NULL: no memory for it."""
+    cdef char* block = <char*>calloc(1, sizeof(pool) + CACHE_LINE)
+    cdef pool* p
+    cdef int i
+    if block == NULL:
+        return NULL
+    # Where the lock is at the start of a cache line. The block is one line longer than the pool.
+    p = <pool*>(block + ((0 - <size_t>&(<pool*>block).lock) & (CACHE_LINE - 1)))
+    p.block = block
+    p.refs = 1
+    for i in range(GROUPINGS):
+        list_init(&p.tables[i].groups)
+    list_init(&p.warm_by_age)
+    list_init(&p.cold_by_age)
+    list_init(&p.slots)
+    return p
+
+
+cdef void list_pool(pool* p) noexcept nogil:
+    start_pools()
+    need_costs()
+    list_lock(&p.lock)
+    acquire(&pools_lock.held)
+    list_add_first(&pools, &p.in_pools, p)
+    unlock(&pools_lock.held)
+
+
+cdef void release_pool(pool* p) noexcept nogil:
+    cdef int i
+    if add(&p.refs, -1):
+        return
+    acquire(&pools_lock.held)
+    list_remove(&p.in_pools)
+    unlock(&pools_lock.held)
+    add(&process_held, -<long long>p.reported)
+    unlist_lock(&p.lock)
+    for i in range(GROUPINGS):
+        remove_groups(p, i, False)
+    free(p.block)
+
+
+cdef pool* pool_after(pool* p) noexcept nogil:
+    """Returns the next one of all pools with a reference, and releases the reference on `p`. NULL for `p`: returns the
+    first pool. Returns NULL at the end."""
+    cdef link* node = &pools if p == NULL else &p.in_pools
+    cdef pool* after
+    cdef long long refs
+    acquire(&pools_lock.held)
+    while True:
+        node = node.next
+        after = <pool*>node.owner
+        refs = 0 if after == NULL else load(&after.refs)
+        while refs > 0 and not swap_if(&after.refs, refs, refs + 1):
+            refs = load(&after.refs)
+        if after == NULL or refs > 0:       # a pool without references is about to leave the list
+            break
+    unlock(&pools_lock.held)
+    if p != NULL:
+        release_pool(p)
+    return after
+
+
+cdef inline void report_held(pool* p) noexcept nogil:
+    """The pool's lock is held. Reports in steps to process_held what the pool's idle slots keep, so that process_held,
+    which all threads share, is seldom written."""
+    cdef size_t held = p.warm.resident + p.warm.tables
+    cdef size_t step = <size_t>load(&report_step)
+    cdef size_t to_report
+    if held > p.reported or p.reported - held > step:
+        to_report = held + (step >> 1)
+        add(&process_held, <long long>(to_report - p.reported))
+        p.reported = to_report
+
+
+cdef bint claim_space(size_t reserved) noexcept nogil:
+    """False: the bound of all pools does not allow so much."""
+    cdef long long before = load(&process_reserved)
+    while before + <long long>reserved <= load(&process_reserved_bound):
+        if swap_if(&process_reserved, before, before + <long long>reserved):
+            return True
+        before = load(&process_reserved)
+    return False
+
+
+cdef size_t excess_reserved(size_t reserved) noexcept nogil:
+    """By how many bytes `reserved` more would exceed the bound of all pools."""
+    cdef size_t bound = <size_t>load(&process_reserved_bound), total = <size_t>load(&process_reserved) + reserved
+    return total - bound if total > bound else 0
+
+
+def set_pool_limits(max_resident=None, max_reserved=None):
+    """Bound what the pools of this process hold together, beside the bounds of each pool.
+
+    What idle slots hold above a bound is given back before the call returns.
+
+    Parameters
+    ----------
+    max_resident : int, optional
+        Bytes that the idle slots of all pools keep resident at most, page tables included. The least recently used
+        slot of a domain that has more than its fair share gives its pages back first. None: a quarter of the machine's
+        memory, as at the start.
+    max_reserved : int, optional
+        Bytes of address space of all slots, live and idle, guards included. A pool beyond it does as its `when_full`
+        says. None: no bound, as at the start.
+
+    Raises
+    ------
+    TypeError, ValueError, OverflowError
+        If an argument is not a size; then no bound has changed.
+    """
+    cdef size_t held = quarter_of_memory(), reserved = SIZE_MAX
+    check_optional_size(max_resident, "max_resident", &held)
+    check_optional_size(max_reserved, "max_reserved", &reserved)
+    with nogil:
+        start_pools()
+        set_bounds(held, reserved)
+        shed_excess()
+
+
+def pool_totals():
+    """What all pools hold together, and what they may hold."""
+    start_pools()
+    found = {"resident": load(&process_held), "resident_bound": load(&process_held_bound),
+             "reserved": load(&process_reserved), "reserved_bound": load(&process_reserved_bound)}
+    return {name: None if value == NO_BOUND else value for name, value in found.items()}

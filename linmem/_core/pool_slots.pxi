@@ -1,0 +1,260 @@
+# Groups of slots, and the states of a slot. Part of pool.pyx.
+#
+# The pool's lock is held in all these functions.
+
+cdef enum:
+    EMPTY_GROUPS = 256      # the most groups without members that a table keeps because of their counts
+
+cdef extern from "linmem/_core/checked_build.h":
+    void must "linmem_must"(bint holds) noexcept nogil
+
+
+# -- groups -------------------------------------------------------------------------------------------------
+
+cdef inline size_t hash_of(const shape* key) noexcept nogil:
+    cdef size_t h = key.minimum * 31 + key.maximum * 17 + key.reservation + key.guard * 5 + (<size_t>key.image >> 4)
+    return h ^ (h >> 16) ^ (h >> 32)
+
+
+cdef inline bint same_shape(const shape* a, const shape* b) noexcept nogil:
+    return (a.minimum == b.minimum and a.maximum == b.maximum and a.reservation == b.reservation
+            and a.guard == b.guard and a.is_64 == b.is_64 and a.is_shared == b.is_shared and a.image == b.image)
+
+
+cdef inline group** bucket_of(pool* p, int grouping, const shape* key, const domain_t* domain) noexcept nogil:
+    cdef size_t h = <size_t>domain
+    h = (h >> 5) ^ (h >> 13)
+    if grouping != BY_DOMAIN:
+        h ^= hash_of(key)
+    return &p.tables[grouping].buckets[h & (BUCKETS - 1)]
+
+
+cdef inline group* find_group(pool* p, int grouping, const shape* key, const domain_t* domain) noexcept nogil:
+    """domain: NULL for BY_SHAPE. key: not used for BY_DOMAIN."""
+    cdef group* g = bucket_of(p, grouping, key, domain)[0]
+    while g != NULL and not (g.domain == domain and (grouping == BY_DOMAIN or same_shape(&g.shape, key))):
+        g = g.next
+    return g
+
+
+cdef group* need_group(pool* p, int grouping, const shape* key, domain_t* domain) noexcept nogil:
+    """The group, which is made if there is none. NULL: no memory for it."""
+    cdef group* g = find_group(p, grouping, key, domain)
+    cdef group** bucket
+    cdef int parent
+    if g != NULL:
+        return g
+    g = <group*>calloc(1, sizeof(group))
+    if g == NULL:
+        return NULL
+    g.shape = key[0]
+    g.domain = domain
+    list_init(&g.stack)
+    if grouping == BY_BOTH:
+        g.of[BY_SHAPE] = need_group(p, BY_SHAPE, key, NULL)
+        g.of[BY_DOMAIN] = need_group(p, BY_DOMAIN, key, domain)
+        if g.of[BY_SHAPE] == NULL or g.of[BY_DOMAIN] == NULL:
+            free(g)
+            return NULL
+        g.of[BY_BOTH] = g
+        g.totals[0] = &p.own
+        for parent in range(BY_SHAPE, GROUPINGS):
+            g.totals[parent] = &g.of[parent].own
+            p.tables[parent].n_empty -= g.of[parent].members == 0
+            g.of[parent].members += 1
+    domain_retain(domain)
+    bucket = bucket_of(p, grouping, key, domain)
+    g.next = bucket[0]
+    bucket[0] = g
+    list_add_first(&p.tables[grouping].groups, &g.in_table, g)
+    p.tables[grouping].n += 1
+    p.tables[grouping].n_empty += grouping != BY_BOTH
+    return g
+
+
+cdef void remove_group(pool* p, int grouping, group* g) noexcept nogil:
+    cdef group** bucket = bucket_of(p, grouping, &g.shape, g.domain)
+    while bucket[0] != g:
+        bucket = &bucket[0].next
+    bucket[0] = g.next
+    list_remove(&g.in_table)
+    p.tables[grouping].n -= 1
+    domain_release(g.domain)
+    free(g)
+
+
+cdef void remove_groups(pool* p, int grouping, bint only_empty) noexcept nogil:
+    cdef link* node = p.tables[grouping].groups.next
+    cdef group* g
+    while node.owner != NULL:
+        g = <group*>node.owner
+        node = node.next
+        if g.members == 0 or not only_empty:
+            remove_group(p, grouping, g)
+    p.tables[grouping].n_empty = 0
+
+
+cdef inline void join_group(slot* s, group* g) noexcept nogil:
+    s.group = g
+    g.members += 1
+
+
+cdef void leave_group(slot* s) noexcept nogil:
+    cdef group* g = s.group
+    cdef int i
+    s.group = NULL
+    g.members -= 1
+    if g.members:
+        return
+    for i in range(BY_SHAPE, GROUPINGS):
+        g.of[i].members -= 1
+        s.pool.tables[i].n_empty += g.of[i].members == 0
+        if s.pool.tables[i].n_empty > EMPTY_GROUPS:
+            remove_groups(s.pool, i, True)
+    remove_group(s.pool, BY_BOTH, g)
+
+
+# -- counts -------------------------------------------------------------------------------------------------
+
+cdef void add_counts(counts* to, const counts* more) noexcept nogil:
+    cdef size_t i
+    for i in range(sizeof(counts) // sizeof(size_t)):
+        (<size_t*>to)[i] += (<const size_t*>more)[i]
+
+
+cdef void keep_counts(slot* s) noexcept nogil:
+    """Adds the counts of a slot that leaves its group to the totals."""
+    cdef int i
+    for i in range(GROUPINGS):
+        add_counts(&s.group.totals[i].counts, &s.counts)
+    memset(&s.counts, 0, sizeof(counts))
+
+
+cdef inline void count_eviction(slot* s, int cause) noexcept nogil:
+    cdef int i
+    for i in range(GROUPINGS):
+        s.group.totals[i].counts.evictions[cause] += 1
+
+
+cdef inline void count_guest(slot* s, bint has_guest) noexcept nogil:
+    cdef totals* t
+    cdef int i
+    s.has_guest = has_guest
+    for i in range(GROUPINGS):
+        t = s.group.totals[i]
+        if has_guest:
+            t.live += 1
+            t.peak_live = max(t.peak_live, t.live)
+        else:
+            t.live -= 1
+
+
+cdef inline void count_warm(warm_totals* to, const slot* s, size_t by) noexcept nogil:
+    """by: 1, or -1 modulo the size of a word."""
+    to.n += by
+    to.resident += by * s.resident
+    to.tables += by * s.tables
+    to.initial += by * s.pages.initial
+    to.committed += by * s.pages.committed
+
+
+cdef inline void count_idle(slot* s, int state, size_t by) noexcept nogil:
+    cdef pool* p = s.pool
+    cdef warm_totals* of_domain = &s.group.of[BY_DOMAIN].warm
+    p.idle_reserved += by * s.reserved
+    if state == COLD:
+        p.n_cold += by
+        return
+    p.warm_domains -= of_domain.n != 0
+    count_warm(of_domain, s, by)
+    p.warm_domains += of_domain.n != 0
+    count_warm(&p.warm, s, by)
+
+
+# -- the transition of a slot's state -----------------------------------------------------------------------
+
+cdef inline slot* oldest(link* by_age) noexcept nogil:
+    return <slot*>by_age.previous.owner
+
+
+cdef inline slot* newer(const slot* s) noexcept nogil:
+    return <slot*>s.by_age.previous.owner
+
+
+cdef inline slot* top_of(group* g) noexcept nogil:
+    return <slot*>g.stack.next.owner
+
+
+cdef inline void check_extent(const extent* e, int state) noexcept nogil:
+    if state == WARM:
+        must(e.accessible == e.initial and e.initial <= e.committed and e.hidden <= e.committed - e.initial)
+    elif state == COLD:
+        must(e.accessible == 0 and e.committed == 0 and e.hidden == 0)
+
+
+cdef inline bint may_become(int state, int to) noexcept nogil:
+    if state == LIVE:
+        return to == RESETTING or to == DROPPING or to == COLD
+    if state == RESETTING:
+        return to == WARM or to == COLD or to == DROPPING
+    if state == WARM:
+        return to == LIVE or to == COOLING or to == DROPPING
+    if state == COLD:
+        return to == LIVE or to == DROPPING
+    return state == COOLING and (to == COLD or to == DROPPING)
+
+
+cdef size_t mappings_of(const slot* s) noexcept nogil:
+    """The most mappings that the slot takes: pre-guard, accessible bytes, the rest of the reservation."""
+    cdef size_t n = 3
+    if s.pages.committed == 0:
+        return 3 if s.original.huge_pages else 1
+    if s.original.huge_pages:
+        n += 1              # the guard has no huge pages
+    if s.image != NULL and s.image.content.maps and s.image.high > s.image.low:
+        n += 2              # the image's pages and those behind
+    if s.pages.committed > s.pages.initial:
+        n += 1              # hidden bytes
+    return n
+
+
+cdef inline void count_mappings(slot* s) noexcept nogil:
+    cdef size_t n = mappings_of(s)
+    if n != s.mappings:
+        s.pool.mappings += n - s.mappings
+        s.mappings = n
+
+
+cdef inline bint move_slot(slot* s, int to) noexcept nogil:
+    """The one function that changes a slot's state, with all lists and counts that follow from it. The lock is not
+    needed for RESETTING, which changes no list and no count. False: the pool is closed, or the slot's image is
+    forgotten. Then the slot does not become idle, and the caller drops it."""
+    cdef pool* p = s.pool
+    cdef int state = <int>load(&s.state)
+    cdef bint was_idle = state == WARM or state == COLD, idle = to == WARM or to == COLD
+    must(may_become(state, to))
+    if to == RESETTING:
+        publish(&s.state, to)
+        return True
+    if idle:
+        if p.closed:
+            return False
+        if s.group.shape.image != NULL and load(&s.group.shape.image.forgotten):
+            count_eviction(s, EVICTED_IMAGE)
+            return False
+    if s.has_guest:
+        count_guest(s, False)
+    if was_idle:
+        list_remove(&s.in_stack)
+        list_remove(&s.by_age)
+        count_idle(s, state, <size_t>-1)
+    if idle:
+        check_extent(&s.pages, to)
+        count_mappings(s)
+        list_add_first(&s.group.stack if to == WARM else &s.group.of[BY_SHAPE].stack, &s.in_stack, s)
+        list_add_first(&p.warm_by_age if to == WARM else &p.cold_by_age, &s.by_age, s)
+        count_idle(s, to, 1)
+    if idle or to == LIVE or to == DROPPING:
+        report_held(p)
+    publish(&s.state, to)
+    return True

@@ -1,0 +1,296 @@
+# PythonCreator: a Python class as a creator. Part of adaptors.pyx.
+
+cdef struct python_memory:
+    memory head
+    size_t reservation      # what was asked for; the capacity may be less
+    PyObject* object        # the LinearMemory: a reference that drop_object ends; touched with the GIL only
+    size_t shelter          # of a broken memory: bytes of inaccessible pages at its base; 0: the OS had none
+
+# An address that no process can map on any supported system: it is in neither half of the address space.
+cdef size_t UNMAPPABLE = <size_t>1 << 55
+
+# What a Python memory says about itself.
+cdef struct answers:
+    size_t base
+    size_t size
+    size_t capacity
+    size_t covered
+    size_t maximum
+
+
+cdef int ask_python_memory(python_memory* p, size_t size, answers* out) except -1:
+    """Asks the Python memory where and how large it is. Raises ValueError if the answers contradict each other, or if
+    its size is not `size` (NO_MAXIMUM: it may have any size). Changes nothing."""
+    cdef size_t bound
+    cdef size_t reservation = p.reservation, guard = p.head.guard
+    made = <object>p.object
+    name = type(made).__name__
+    check_size(made.as_ptr(), "as_ptr()", &out.base)
+    check_size(made.byte_size(), "byte_size()", &out.size)
+    check_size(made.byte_capacity(), "byte_capacity()", &out.capacity)
+    if size != NO_MAXIMUM:
+        check_python_size(p, size, out)
+    accessible = made.wasm_accessible()
+    if out.base == 0 or out.base & (pages.capabilities().page_size - 1):
+        raise ValueError(f"{name}.as_ptr() must be a non-zero multiple of the host page"
+                         f" ({pages.capabilities().page_size}), got {out.base:#x}")
+    if out.capacity < out.size:
+        raise ValueError(f"{name}.byte_capacity() must be >= byte_size() ({out.size}), got {out.capacity}")
+    out.covered = max(out.capacity, reservation)
+    if (out.covered > SIZE_MAX >> 1 or out.covered > SIZE_MAX - out.base
+            or guard > SIZE_MAX - out.base - out.covered):
+        raise ValueError(f"{name}.byte_capacity() does not fit an address: {out.capacity}")
+    out.covered += guard
+    # The compiler of wasm relies on this range: each access to it succeeds or faults.
+    if not (accessible.start <= out.base and out.base + out.covered <= accessible.stop):
+        raise ValueError(f"{name}.wasm_accessible() must cover {out.base:#x} .. {out.base + out.covered:#x}: its"
+                         f" capacity of {out.capacity} (reservation asked for: {reservation}) and a guard of {guard}"
+                         f" bytes; got {accessible.start:#x} .. {accessible.stop:#x}")
+    out.maximum = p.head.maximum
+    maximum = made.maximum_byte_size() if hasattr(made, "maximum_byte_size") else None
+    if maximum is not None:
+        check_size(maximum, "maximum_byte_size()", &bound)
+        if bound < out.size:
+            raise ValueError(f"{name}.maximum_byte_size() must be >= byte_size() ({out.size}), got {bound}")
+        out.maximum = min(out.maximum, bound)
+    return 0
+
+
+cdef int check_python_size(python_memory* p, size_t size, const answers* got) except -1:
+    if got.size != size:
+        raise ValueError(f"{type(<object>p.object).__name__}.byte_size() must be what was asked for ({size}),"
+                         f" got {got.size}")
+    return 0
+
+
+cdef void store_answers(python_memory* p, const answers* got, size_t size) noexcept nogil:
+    poke_address(&p.head.base, <char*>got.base)
+    poke(&p.head.accessible, size)
+    poke(&p.head.capacity, got.capacity)
+    poke(&p.head.covered, got.covered)
+    poke(&p.head.maximum, got.maximum)
+    store(&p.head.size, <long long>size)
+
+
+cdef void break_memory(memory* m) noexcept nogil:
+    """The location of the bytes is unknown, so the memory becomes unusable for ever: each use raises. WebAssembly asks
+    for the base after each growth, and faults at the first byte."""
+    cdef python_memory* p = <python_memory*>m
+    cdef char* nowhere = <char*>UNMAPPABLE
+    cdef size_t size = 0
+    if m.broken:
+        return
+    m.broken = True
+    if (round_up(m.covered + 1, pages.capabilities().granularity, &size) == 0
+            and pages.reserve(size, False, &nowhere) == 0):
+        p.shelter = size
+    poke_address(&m.base, nowhere)
+    poke(&m.accessible, 0)
+    store(&m.size, 0)
+
+
+cdef int python_grow(memory* m, size_t new_size, failure* why) noexcept nogil:
+    cdef int code
+    cdef bint may_move = new_size > m.capacity
+    cdef own_growth growth
+    if m.broken:
+        return fail(why, E_BROKEN, "grow_to", new_size)
+    if python_is_ending():
+        return fail(why, E_UNSUPPORTED, "grow_to while the interpreter shuts down", new_size)
+    if may_move:
+        code = begin_move(m, new_size, why)
+        if code:
+            return code
+    begin_own_growth(&growth, m)
+    code = python_grow_with_gil(<python_memory*>m, new_size, may_move, why)
+    end_own_growth(&growth)
+    if may_move:
+        end_move(m)
+    return code
+
+
+cdef int python_grow_with_gil(python_memory* p, size_t new_size, bint may_move, failure* why) noexcept with gil:
+    """Collects all answers before it stores one. It also asks after a grow_to() that raised, because the memory may
+    have moved before."""
+    cdef answers got
+    cdef memory* m = &p.head
+    try:
+        error = None
+        try:
+            (<object>p.object).grow_to(new_size)
+        except BaseException as raised:
+            error = raised
+        for is_last in (False, True):       # Ctrl-C says nothing about the memory, so the memory is asked once more
+            try:
+                ask_python_memory(p, NO_MAXIMUM, &got)
+                break
+            except BaseException as raised:
+                error = raised if error is None else error
+                if is_last or isinstance(raised, Exception):
+                    break_memory(m)
+                    raise error
+        if got.size < memory_size(m) or (got.base != <size_t>m.base and not may_move):
+            break_memory(m)
+            if error is None and got.size < memory_size(m):
+                check_python_size(p, new_size, &got)
+            raise RuntimeError(f"{type(<object>p.object).__name__}.grow_to({new_size}) moved the base within its"
+                               f" byte_capacity() ({m.capacity}), or shrank the memory: it is lost") from error
+        if error is None and got.size == new_size:
+            store_answers(p, &got, new_size)
+            return 0
+        store_answers(p, &got, memory_size(m))
+        if error is not None:
+            raise error
+        return check_python_size(p, new_size, &got)
+    except BaseException as failed:
+        return fail_python(why, failed)
+
+
+cdef void python_free(memory* m) noexcept nogil:
+    cdef python_memory* p = <python_memory*>m
+    unlist_memory(m)
+    leave_image(m)      # restore() may have given the memory an image
+    if p.shelter:
+        give_back(m.base, p.shelter)
+    drop_object(p.object)
+    free(m)
+
+
+cdef memory_ops python_ops
+python_ops.kind = "python"
+python_ops.grow = python_grow
+python_ops.free = python_free
+python_ops.lose = break_memory
+
+
+@cython.final
+cdef class PythonCreator(NativeCreator):
+    """Lets a Python class that implements the two traits stand wherever a native creator does.
+
+    An exception of the class reaches the caller: as the exception in Python, as its text through wasmtime. Each
+    creation and growth takes the GIL; reading the base and the size does not.
+
+    Parameters
+    ----------
+    creator : MemoryCreator
+        Its `new_memory` returns a `LinearMemory`, or a `Memory` that linmem made.
+    """
+
+    def __cinit__(self, *args, **kwargs):
+        self.creator, = _given("PythonCreator", ("creator",), {}, args, kwargs)
+        check_trait(self.creator, "creator")
+
+    cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
+        if python_is_ending():
+            return fail(why, E_UNSUPPORTED, "new_memory while the interpreter shuts down", spec.minimum)
+        with gil:
+            try:
+                return self.make_in_python(spec, out)
+            except BaseException as error:
+                return fail_python(why, error)
+
+    cdef int make_in_python(self, const memory_spec* spec, memory** out) except -1:
+        cdef python_memory* p
+        cdef answers got
+        cdef failure why
+        cdef request asked
+        cdef size_t reservation = 0 if spec.reservation == UNCHOSEN else spec.reservation
+        from linmem.records import MemoryType
+        if spec.image != NULL and spec.image.end > spec.minimum:
+            raise ValueError(f"minimum must be >= the end of the image ({spec.image.end}), got {spec.minimum}")
+        maximum = None if spec.maximum == NO_MAXIMUM else spec.maximum
+        ty = MemoryType(
+            minimum=spec.minimum // spec.page_size, maximum=None if maximum is None else maximum // spec.page_size,
+            is_64=spec.is_64, is_shared=spec.is_shared, page_size=spec.page_size)
+        asked.may_move, asked.domain = spec.may_move, current_domain()
+        answer_request(&asked)
+        try:
+            made = self.creator.new_memory(
+                ty, spec.minimum, maximum, None if spec.reservation == UNCHOSEN else spec.reservation, spec.guard)
+        finally:
+            answer_request(&asked)
+        if isinstance(made, Memory):
+            return adopt(<Memory>made, spec, reservation, out)
+        for method in ("as_ptr", "byte_size", "byte_capacity", "wasm_accessible", "grow_to"):
+            if not callable(getattr(made, method, None)):
+                raise TypeError(f"{type(self.creator).__name__}.new_memory() must return a LinearMemory, got"
+                                f" {type(made).__name__} without {method}()")
+        p = <python_memory*>calloc(1, sizeof(python_memory))
+        if p == NULL:
+            raise MemoryError("no memory for a memory's bookkeeping")
+        p.object = <PyObject*>made
+        p.reservation = reservation
+        p.head.guard = spec.guard
+        p.head.maximum = spec.maximum
+        try:
+            ask_python_memory(p, spec.minimum, &got)
+            if refuse_foreign(<char*>got.base, spec.minimum, 1 << pages.ACCESS_READ_WRITE, "new_memory", &why):
+                raise_failure(&why)
+        except BaseException:
+            free(p)
+            raise
+        store_answers(p, &got, spec.minimum)
+        if spec.image != NULL:
+            image_copy(spec.image, p.head.base)
+        Py_INCREF(made)
+        p.head.ops = &python_ops
+        p.head.refs = 1
+        p.head.is_shared = spec.is_shared
+        p.head.may_move = spec.may_move
+        list_memory(&p.head)
+        out[0] = &p.head
+        return 0
+
+    def __repr__(self):
+        return f"PythonCreator({self.creator!r})"
+
+
+def check_trait(creator, str name):
+    """Raises TypeError if `creator`, the argument `name`, does not implement MemoryCreator."""
+    if isinstance(creator, type):
+        raise TypeError(f"{name} must be a MemoryCreator, got the class {creator.__name__} itself: call it")
+    # An Image has a new_memory() too, but with other parameters.
+    if isinstance(creator, ImageHandle) or not callable(getattr(creator, "new_memory", None)):
+        raise TypeError(f"{name} must be a MemoryCreator, got {type(creator).__name__}")
+
+
+cdef int adopt(Memory made, const memory_spec* spec, size_t reservation, memory** out) except -1:
+    """Returns the struct of a native memory that a Python creator returned.
+
+    A Python creator may return each memory once. That is counted for each handle and not for the struct: where one
+    Python creator is the upstream of another one, each of them returns a handle of its own.
+    """
+    cdef memory* m = made.enter_locked()     # the creator may have kept the handle, and other threads may use it
+    cdef size_t size, capacity, covered
+    cdef bint fits, is_protected, is_first = False
+    with nogil:
+        size, capacity, covered = memory_size(m), m.capacity, m.covered
+        fits = (size == spec.minimum and capacity >= reservation
+                and covered >= max(capacity, reservation) + spec.guard)
+        is_protected = load(&m.protection) != PROTECTION_NONE
+        if fits and not is_protected:
+            is_first = swap_if(&made.fresh, 1, 0)
+        if is_first:
+            memory_retain(m)
+            # The request decides, whatever the maker of the memory asked for.
+            if spec.is_shared:
+                m.is_shared = True
+            m.may_move = spec.may_move
+            if m.maximum > spec.maximum:
+                poke(&m.maximum, spec.maximum)
+            if spec.image != NULL:
+                image_copy(spec.image, m.base)
+        unlock(&m.lock)
+    made.leave()
+    if size != spec.minimum:
+        raise ValueError(f"new_memory() must return a memory of {spec.minimum} bytes, got {size}")
+    if not fits:
+        raise ValueError(f"new_memory() must return a memory with a reservation of {reservation} and a guard of"
+                         f" {spec.guard} bytes, got {capacity} and {covered - capacity}")
+    if is_protected:
+        raise ValueError("new_memory() must return a memory whose pages are all readable and writable, got one with"
+                         " protected pages")
+    if not is_first:
+        raise ValueError("new_memory() returned a memory that it has returned before")
+    out[0] = m
+    return 0

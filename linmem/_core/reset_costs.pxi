@@ -1,0 +1,124 @@
+# What page faults, scans and zeroing cost on this machine. Part of pool.pyx.
+
+cdef reset_costs costs          # fault == 0: not measured yet
+cdef reset_costs copying_costs  # of a slot whose image is copied into each page
+cdef bint wide = False          # zero_wide() beats memset() on a sample that is in the cache
+costs.fault = costs.scan = 0
+
+cdef enum:
+    SAMPLE = 64                 # pages
+    SAMPLES = 5
+    SCANS = 8
+
+
+cdef void measure_costs() noexcept nogil:
+    """Takes well below a millisecond. If measuring is impossible, or if the thread lost the processor in each sample,
+    set_costs() makes the results plausible."""
+    cdef size_t page = pages.capabilities().page_size
+    cdef size_t size = SAMPLE * page
+    cdef long long start, zero = 0, wide_zero = 0, fault = 0, scan = 0
+    cdef char* base
+    cdef char* sparse           # a second sample, with one page in it
+    cdef char* next
+    cdef pages.span runs[4]
+    cdef size_t n, offset
+    cdef int _, code
+    if pages.reserve(2 * size, True, &base) == 0:
+        sparse = base + size
+        if pages.commit(base, 2 * size) == 0:
+            touch(sparse)
+            for _ in range(SAMPLES):
+                start = pages.clock_ns()
+                offset = 0
+                while offset < size:
+                    touch(base + offset)
+                    offset += page
+                code = pages.renew(base, size)
+                fault = shortest(fault, start, code)
+                if code:
+                    break
+            memset(base, 0, size)
+            for _ in range(SCANS):
+                start = pages.clock_ns()
+                memset(base, 0, size)
+                zero = shortest(zero, start, 0)
+                if has_wide_stores():
+                    start = pages.clock_ns()
+                    zero_wide(base, size)
+                    wide_zero = shortest(wide_zero, start, 0)
+                # After other work, as in a busy pool: a scan that follows a scan takes two thirds of the time.
+                n = 4
+                start = pages.clock_ns()
+                code = pages.touched(sparse, size, False, runs, &n, &next)
+                scan = shortest(scan, start, code)
+        give_back(base, 2 * size)
+    set_costs(fault, zero, wide_zero, scan)
+
+
+cdef void need_costs() noexcept nogil:
+    """Measures once in a process."""
+    acquire(&start_lock)
+    if costs.fault == 0:
+        measure_costs()
+    unlock(&start_lock)
+
+
+cdef long long shortest(long long best, long long start, int code) noexcept nogil:
+    cdef long long took = pages.clock_ns() - start
+    return took if code == 0 and (best == 0 or took < best) else best
+
+
+cdef void set_costs(long long fault, long long zero, long long wide_zero, long long scan) noexcept nogil:
+    """All times are of a whole sample."""
+    global wide
+    zero = max(zero, 1)
+    wide = 0 < wide_zero < zero
+    costs.fault = copying_costs.fault = clamp(fault // zero, 8)
+    costs.scan = clamp(scan * SAMPLE // (wide_zero if wide else zero), 4)
+    copying_costs.scan = clamp(scan * SAMPLE // (2 * zero), 4)
+
+
+cdef unsigned int clamp(long long n, unsigned int least) noexcept nogil:
+    return least if n < least else 64 if n > 64 else <unsigned int>n
+
+
+# -- for tests: the pure functions --------------------------------------------------------------------------
+
+cdef class _Policy:
+    """The reset policy of one slot, for ranges of `n` pages of which a scan found `touched`."""
+
+    cdef reset_policy policy
+    cdef reset_costs costs
+
+    def __cinit__(self, unsigned int fault, unsigned int scan):
+        self.costs.fault = fault
+        self.costs.scan = scan
+        reset_start(&self.policy)
+
+    def begin(self, unsigned int n):
+        return _RESETS[reset_begin(&self.policy, &self.costs, n)]
+
+    def bound(self, unsigned int n):
+        return reset_bound(&self.policy, &self.costs, n)
+
+    def end(self, unsigned int n, unsigned int touched, unsigned int most):
+        return bool(reset_end(&self.policy, &self.costs, n, touched, most))
+
+    def given_back(self):
+        reset_given_back(&self.policy)
+
+
+def _costs(anew=False):
+    """The measured costs. anew: measure again."""
+    if anew:
+        costs.fault = 0
+    need_costs()
+    return {"fault": costs.fault, "scan": costs.scan}
+
+
+def _zero_wide(size_t address, size_t size):
+    """zero_wide(). False, and nothing is done, if this processor has no wide stores."""
+    if not has_wide_stores():
+        return False
+    zero_wide(<char*>address, size)
+    return True

@@ -1,0 +1,256 @@
+# StatisticsCreator: counts and times what happens to memories. Part of adaptors.pyx.
+
+# What memories() returns about one memory; sizes in bytes.
+cdef struct memory_report:
+    bint alive
+    size_t first_size
+    size_t size
+    size_t growths
+    size_t refused
+    long long grow_ns
+    size_t peak_resident    # sampled when the report is made and when the memory is dropped
+
+cdef struct record:
+    link in_ledger          # in the list `live` or `dropped`
+    memory* m               # valid while the memory is alive
+    word sampling           # a lock: the memory is not freed while another thread holds it
+    size_t counted          # in current_bytes: the size, or 0 while a pool above keeps the memory without pages
+    memory_report report
+
+cdef struct statistics_hook:
+    memory_hook head
+    statistics_ledger* ledger
+    record* record          # NULL once the memory was dropped
+    long long started_ns    # of the growth under way
+
+
+cdef void free_records(link* head) noexcept nogil:
+    cdef record* r
+    while head.next.owner != NULL:
+        r = <record*>head.next.owner
+        list_remove(&r.in_ledger)
+        free(r)
+
+
+cdef void release_ledger(statistics_ledger* ledger) noexcept nogil:
+    if add(&ledger.refs, -1) == 0:
+        unlist_lock(&ledger.lock)
+        free_records(&ledger.live)
+        free_records(&ledger.dropped)
+        free(ledger)
+
+
+cdef void count_bytes(statistics_ledger* ledger, record* r, size_t size) noexcept nogil:
+    """The ledger's lock is held."""
+    ledger.sums.current_bytes += size - r.counted       # the difference wraps where the size becomes less
+    r.counted = size
+    ledger.sums.peak_bytes = max(ledger.sums.peak_bytes, ledger.sums.current_bytes)
+
+
+cdef size_t resident_now(memory* m) noexcept nogil:
+    cdef failure unused
+    cdef size_t resident
+    return resident if memory_resident(m, &resident, &unused) == 0 else 0
+
+
+cdef void sample_all(statistics_ledger* ledger) noexcept nogil:
+    """Samples the resident bytes of each live memory. The lock is not held during the system calls: they take long for
+    large memories, and each growth of another memory needs the lock."""
+    cdef size_t resident
+    cdef record* r
+    acquire(&ledger.lock.held)
+    r = <record*>ledger.live.next.owner
+    while r != NULL:
+        # Memories that are being dropped, or that another thread samples, are left out.
+        if try_acquire(&r.sampling):
+            unlock(&ledger.lock.held)
+            resident = resident_now(r.m)        # the drop waits for `sampling`, so the record stays in its list
+            acquire(&ledger.lock.held)
+            r.report.peak_resident = max(r.report.peak_resident, resident)
+            unlock(&r.sampling)
+        r = <record*>r.in_ledger.next.owner
+    unlock(&ledger.lock.held)
+
+
+cdef memory_report* copy_reports(link* head, memory_report* to) noexcept nogil:
+    """The ledger's lock is held. Returns the end of the copies."""
+    cdef link* node = head.next
+    while node.owner != NULL:
+        to[0] = (<record*>node.owner).report
+        to += 1
+        node = node.next
+    return to
+
+
+cdef int statistics_before_grow(memory_hook* head, memory* m, size_t new_size, failure* why) noexcept nogil:
+    (<statistics_hook*>head).started_ns = pages.clock_ns()
+    return 0
+
+
+cdef void statistics_after_grow(memory_hook* head, memory* m, size_t old_size, size_t new_size,
+                                int code) noexcept nogil:
+    cdef statistics_hook* hook = <statistics_hook*>head
+    cdef statistics_ledger* ledger = hook.ledger
+    cdef record* r = hook.record
+    cdef long long spent = pages.clock_ns() - hook.started_ns
+    acquire(&ledger.lock.held)
+    r.report.grow_ns += spent
+    if code:
+        r.report.refused += 1
+        ledger.sums.failures += 1
+    else:
+        r.report.growths += 1
+        r.report.size = new_size
+        ledger.sums.total_bytes += new_size - r.counted
+        count_bytes(ledger, r, new_size)
+    unlock(&ledger.lock.held)
+
+
+cdef void statistics_before_drop(memory_hook* head, memory* m) noexcept nogil:
+    cdef statistics_hook* hook = <statistics_hook*>head
+    cdef statistics_ledger* ledger = hook.ledger
+    cdef record* r = hook.record
+    cdef record* oldest
+    cdef size_t resident
+    if r == NULL:
+        return
+    acquire(&r.sampling)        # and never released
+    resident = resident_now(m)
+    acquire(&ledger.lock.held)
+    hook.record = NULL
+    r.report.peak_resident = max(r.report.peak_resident, resident)
+    r.report.alive = False
+    count_bytes(ledger, r, 0)
+    ledger.sums.current_count -= 1
+    list_remove(&r.in_ledger)
+    list_add_first(&ledger.dropped, &r.in_ledger, r)
+    ledger.n_dropped += 1
+    if ledger.n_dropped > ledger.history:
+        oldest = <record*>ledger.dropped.previous.owner
+        list_remove(&oldest.in_ledger)
+        ledger.n_dropped -= 1
+        free(oldest)
+    unlock(&ledger.lock.held)
+
+
+cdef int statistics_resized(memory_hook* head, memory* m, size_t size, size_t accessible, failure* why) noexcept nogil:
+    cdef statistics_ledger* ledger = (<statistics_hook*>head).ledger
+    cdef record* r = (<statistics_hook*>head).record
+    acquire(&ledger.lock.held)
+    r.report.size = size if accessible else r.report.first_size
+    count_bytes(ledger, r, size)
+    unlock(&ledger.lock.held)
+    return 0
+
+
+cdef void statistics_dropped(memory_hook* head) noexcept nogil:
+    release_ledger((<statistics_hook*>head).ledger)
+    free(head)
+
+
+@cython.final
+cdef class StatisticsCreator(NativeCreator):
+    """Counts and times what happens to the memories that come through it.
+
+    As rmm's ``StatisticsResourceAdaptor``, with a record of each memory beside the sums.
+
+    Parameters
+    ----------
+    upstream : NativeCreator
+        The creator that makes the memories.
+    history : int
+        How many records of dropped memories are kept, the newest.
+    """
+
+    def __cinit__(self, *args, **kwargs):
+        cdef size_t kept
+        upstream, history = _given("StatisticsCreator", ("upstream", "history"), {"history": 256}, args, kwargs)
+        self.upstream = check_native(upstream, "upstream")
+        check_count(history, "history", &kept)
+        self.ledger = <statistics_ledger*>calloc(1, sizeof(statistics_ledger))
+        if self.ledger == NULL:
+            raise MemoryError("no memory for a ledger")
+        self.ledger.refs = 1
+        self.ledger.history = kept
+        list_init(&self.ledger.live)
+        list_init(&self.ledger.dropped)
+        with nogil:
+            list_lock(&self.ledger.lock)
+
+    def __dealloc__(self):
+        if self.ledger != NULL:
+            with nogil:
+                release_ledger(self.ledger)
+
+    cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
+        cdef statistics_ledger* ledger = self.ledger
+        cdef statistics_hook* hook = <statistics_hook*>calloc(1, sizeof(statistics_hook))
+        cdef record* r = <record*>calloc(1, sizeof(record))
+        cdef int code
+        if hook == NULL or r == NULL:
+            code = fail(why, E_NO_MEMORY, "calloc", sizeof(record))
+        else:
+            code = self.upstream.make(spec, out, why)
+        if code:
+            free(hook)
+            free(r)
+            acquire(&ledger.lock.held)
+            ledger.sums.failures += 1
+            unlock(&ledger.lock.held)
+            return code
+        add(&ledger.refs, 1)
+        hook.head.before_grow = statistics_before_grow
+        hook.head.after_grow = statistics_after_grow
+        hook.head.before_drop = statistics_before_drop
+        hook.head.dropped = statistics_dropped
+        hook.head.resized = statistics_resized
+        hook.ledger = ledger
+        hook.record = r
+        r.m = out[0]
+        r.report.alive = True
+        r.report.first_size = r.report.size = memory_size(out[0])
+        acquire(&ledger.lock.held)
+        list_add_first(&ledger.live, &r.in_ledger, r)
+        count_bytes(ledger, r, r.report.size)
+        ledger.sums.total_bytes += r.report.size
+        ledger.sums.total_count += 1
+        ledger.sums.current_count += 1
+        ledger.sums.peak_count = max(ledger.sums.peak_count, ledger.sums.current_count)
+        unlock(&ledger.lock.held)
+        memory_hang(out[0], &hook.head)
+        return 0
+
+    def statistics(self):
+        """The sums, as a dict: bytes are byte_size; failures are refused creations and growths."""
+        cdef statistics_sums sums
+        with nogil:
+            acquire(&self.ledger.lock.held)
+            sums = self.ledger.sums
+            unlock(&self.ledger.lock.held)
+        return sums
+
+    def memories(self):
+        """A dict for each memory, live ones first, then the newest dropped ones.
+
+        Keys: alive, first_size, size, growths, refused, grow_ns, peak_resident. peak_resident is sampled now and when a
+        memory is dropped. It is exact for a memory that never gives pages back, as WebAssembly's.
+        """
+        cdef memory_report* copy
+        cdef size_t n, i
+        with nogil:
+            sample_all(self.ledger)
+            acquire(&self.ledger.lock.held)
+            n = self.ledger.sums.current_count + self.ledger.n_dropped
+            copy = <memory_report*>malloc((n + 1) * sizeof(memory_report))
+            if copy != NULL:
+                copy_reports(&self.ledger.dropped, copy_reports(&self.ledger.live, copy))
+            unlock(&self.ledger.lock.held)
+        if copy == NULL:
+            raise MemoryError(f"no memory for {n} records")
+        try:
+            return [copy[i] for i in range(n)]
+        finally:
+            free(copy)
+
+    def __repr__(self):
+        return f"StatisticsCreator({self.upstream!r})"

@@ -1,0 +1,264 @@
+"""A WebAssembly module: where its sections are, and what the sections declare."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+from linmem._wasm.reader import GlobalType, Limits, Malformed, Reader, Unknown, leb128, malformed
+
+(TYPE, IMPORT, FUNCTION, TABLE, MEMORY, GLOBAL, EXPORT, START, ELEMENT, CODE, DATA, DATA_COUNT, TAG) = range(1, 14)
+_RANKS = {kind: rank for rank, kind in enumerate((
+    TYPE, IMPORT, FUNCTION, TABLE, MEMORY, TAG, GLOBAL, EXPORT, START, ELEMENT, DATA_COUNT, CODE, DATA))}
+KINDS = ("function", "table", "memory", "global", "tag")    # of imports and exports, by their codes
+_CONTINUATIONS = frozenset((0x68 - 0x80, 0x75 - 0x80))      # heap types: cont, nocont
+_CONTINUATION_TYPE = b"\x5d"                                # begins a continuation type in the type section
+_MOST_TABLES = 0x20         # the pattern for code that changes tables has one byte for the index of a table
+
+_CONSTANT = re.compile(rb"[\x41\x42][\x80-\xff]*[\x00-\x7f]\x0b")     # i32.const or i64.const, and end
+
+# What a constant expression computes: (bits, value modulo 2**bits), or None if only the instance knows.
+Value = tuple[int, int] | None
+
+_ARITHMETIC = {0x6A: (32, operator.add), 0x6B: (32, operator.sub), 0x6C: (32, operator.mul),
+               0x7C: (64, operator.add), 0x7D: (64, operator.sub), 0x7E: (64, operator.mul)}
+
+
+class ElementSegment(NamedTuple):
+    mode: str           # "active", "passive" or "declared"
+    table: int
+    offset: Value
+    length: int
+    allocates: bool     # one of the elements is an expression that allocates
+
+
+class DataSegment(NamedTuple):
+    number: int
+    start: int
+    head: int           # where the flags, the memory and the offset end
+    content: int
+    end: int
+    active: bool
+    memory: int
+    offset: Value
+    is_constant: bool   # the offset is a single constant
+
+    @property
+    def size(self) -> int:
+        return self.end - self.content
+
+
+class Module:
+    """The places of the sections. The methods read a section at each call."""
+
+    def __init__(self, wasm: bytes) -> None:
+        self.wasm = wasm = bytes(wasm)
+        if wasm[:4] != b"\0asm":
+            raise Malformed("not a wasm module in the binary format: it does not start with \\0asm"
+                            " (wasmtime.wat2wasm makes it from text)")
+        if wasm[4:8] != b"\1\0\0\0":
+            if len(wasm) >= 8 and wasm[6:8] == b"\1\0":
+                raise Malformed("a WebAssembly component, not a core module: components own no memories, the core"
+                                " modules inside them do")
+            raise malformed(4, f"unknown version {wasm[4:8].hex()}" if len(wasm) >= 8 else "version ends too early")
+        self.sections: dict[int, tuple[int, int, int]] = {}     # kind: where it begins, its content begins, and it ends
+        reader = Reader(wasm, 8, len(wasm))
+        rank = -1
+        while reader.at < reader.end:
+            start = reader.at
+            kind = reader.byte("section")
+            size = reader.u32("section size")
+            content = reader.skip(size, f"section {kind}")
+            if kind == 0:
+                Reader(wasm, content, reader.at).name("custom section's name")
+            elif kind not in _RANKS:
+                raise Unknown(f"the section at byte {start} is of kind {kind}")
+            elif _RANKS[kind] <= rank:
+                raise malformed(start, f"section {kind} stands twice or too late")
+            else:
+                rank = _RANKS[kind]
+                self.sections[kind] = start, content, reader.at
+
+    def items(self, kind: int, what: str) -> Iterator[Reader]:
+        """For each item of a section, a reader that stands at the item; none if there is no such section."""
+        if kind in self.sections:
+            _, content, end = self.sections[kind]
+            yield from Reader(self.wasm, content, end).items(what)
+
+    def replaced(self, kind: int, parts: Iterable[bytes | memoryview]) -> bytes:
+        """The module with another content of one section. The section is added if the module has none."""
+        if kind in self.sections:
+            start, _, end = self.sections[kind]
+        else:
+            start = end = max((end for other, (_, _, end) in self.sections.items() if _RANKS[other] < _RANKS[kind]),
+                              default=8)
+        parts = list(parts)
+        whole = memoryview(self.wasm)
+        return b"".join([whole[:start], bytes([kind]), leb128(sum(map(len, parts))), *parts, whole[end:]])
+
+    def imports(self) -> tuple[list[Limits], list[Limits], list[GlobalType]]:
+        """Memories, tables, and globals."""
+        read: dict[str, Callable[[Reader], Any]] = {
+            "function": lambda reader: reader.u32("type index"), "table": Reader.table_type,
+            "memory": Reader.memory_type, "global": Reader.global_type,
+            "tag": lambda reader: (reader.byte("tag's attribute"), reader.u32("type index"))}
+        found: dict[str, list[Any]] = {kind: [] for kind in KINDS}
+        for reader in self.items(IMPORT, "imports"):
+            reader.name("import's module")
+            reader.name("import's name")
+            start = reader.at
+            code = reader.byte("import's kind")
+            if code >= len(KINDS):
+                raise Unknown(f"the import at byte {start} is of kind 0x{code:02x}")
+            found[KINDS[code]].append(read[KINDS[code]](reader))
+        return found["memory"], found["table"], found["global"]
+
+    def memories(self) -> list[Limits]:
+        return [reader.memory_type() for reader in self.items(MEMORY, "memories")]
+
+    def tables(self) -> list[Limits]:
+        found = []
+        for reader in self.items(TABLE, "tables"):
+            has_initial_value = self.wasm[reader.at:min(reader.at + 2, reader.end)] == b"\x40\x00"
+            if has_initial_value:
+                reader.at += 2
+            found.append(reader.table_type())
+            if has_initial_value:
+                self.expression(reader, [])
+        return found
+
+    def globals(self, imported: list[GlobalType]) -> tuple[list[Value], list[GlobalType]]:
+        """Of each global, imports included: the value if it is a constant, and the type."""
+        values: list[Value] = [None] * len(imported)
+        types = list(imported)
+        for reader in self.items(GLOBAL, "globals"):
+            types.append(reader.global_type())
+            value, _ = self.expression(reader, values)
+            values.append(None if types[-1].mutable else value)
+        return values, types
+
+    def holds_continuations(self, heap_type: int | None) -> bool:
+        """Whether references of a heap type may be continuations.
+
+        True also if the type section only has a byte that looks like the begin of such a type.
+        """
+        if heap_type is None or heap_type < 0:
+            return heap_type in _CONTINUATIONS
+        start, _, end = self.sections.get(TYPE, (0, 0, 0))
+        return self.wasm.find(_CONTINUATION_TYPE, start, end) >= 0
+
+    def changes_tables(self, tables: int) -> bool:
+        """Whether the code may change a table: it has bytes that look like table.set, .init, .copy, .grow or .fill.
+
+        Such bytes may also be part of another instruction. The encoding of a number may be longer than necessary.
+        """
+        if CODE not in self.sections or not tables:
+            return False
+        if tables > _MOST_TABLES:
+            return True
+        _, content, end = self.sections[CODE]
+        last = tables - 1
+        pattern = (b"\x26(?:[\\x00-\\x%02x]|[\\x80-\\x%02x]\\x80*\\x00)" % (last, 0x80 + last)
+                   + rb"|\xfc(?:[\x0c\x0e\x0f\x11]|[\x8c\x8e\x8f\x91]\x80*\x00)")
+        return re.compile(pattern).search(self.wasm, content, end) is not None
+
+    def expression(self, reader: Reader, values: list[Value]) -> tuple[Value, bool]:
+        """Read a constant expression: its value if that is known, and whether it allocates."""
+        stack: list[Value] = []
+        allocates = False
+        sound = True        # False: the expression is not valid, or its use of the stack is not known here
+        what = "constant expression"
+        while True:
+            start = reader.at
+            code = reader.byte(what)
+            value: Value = None
+            if code == 0x0B:
+                return (stack[0] if sound and len(stack) == 1 else None), allocates
+            if code in (0x41, 0x42):
+                bits = 32 if code == 0x41 else 64
+                value = bits, reader.signed(bits, what) & ((1 << bits) - 1)
+            elif code == 0x23:
+                index = reader.u32(what)
+                sound = sound and index < len(values)
+                value = values[index] if sound else None
+            elif code in _ARITHMETIC:
+                bits, action = _ARITHMETIC[code]
+                operands = stack[-2:]
+                del stack[-2:]
+                sound = sound and len(operands) == 2
+                known = [operand[1] for operand in operands if operand is not None and operand[0] == bits]
+                if len(known) == 2:
+                    value = bits, action(*known) % (1 << bits)
+            elif code in (0x43, 0x44):
+                reader.skip(4 if code == 0x43 else 8, what)
+            elif code == 0xD0:
+                reader.heap_type(what)
+            elif code == 0xD2:
+                reader.u32(what)
+            elif code == 0xFD and reader.u32(what) == 12:
+                reader.skip(16, what)
+            elif code == 0xFB:
+                operation = reader.u32(what)
+                sound = False
+                if operation in (0, 1, 6, 7, 8):                # struct.new, array.new and their variants
+                    allocates = True
+                    reader.u32(what)
+                    if operation == 8:
+                        reader.u32(what)
+                elif operation not in (0x1A, 0x1B, 0x1C):       # conversions, ref.i31
+                    raise Unknown(f"the {what} at byte {start} has an instruction 0xfb {operation}")
+            else:
+                raise Unknown(f"the {what} at byte {start} has an instruction 0x{code:02x}")
+            stack.append(value)
+
+    def exports(self) -> list[tuple[str, int, int]]:
+        """The name, the code of the kind, and the index of each export."""
+        return [(reader.name("export's name"), reader.byte("export's kind"), reader.u32("export's index"))
+                for reader in self.items(EXPORT, "exports")]
+
+    def elements(self, values: list[Value]) -> Iterator[ElementSegment]:
+        for reader in self.items(ELEMENT, "element segments"):
+            start = reader.at
+            flags = reader.u32("element segment's flags")
+            if flags > 7:
+                raise malformed(start, f"element segment has flags {flags}")
+            mode = "active" if not flags & 1 else "declared" if flags & 2 else "passive"
+            table, offset, allocates = 0, None, False
+            if mode == "active":
+                if flags & 2:
+                    table = reader.u32("table index")
+                offset, allocates = self.expression(reader, values)
+            if flags & 4:
+                if flags & 3:
+                    reader.reference_type("element type")
+            elif flags & 3 and reader.byte("element kind") != 0:
+                raise Unknown(f"the element segment at byte {start} is not of functions")
+            length = reader.u32("number of elements")
+            if length > reader.end - reader.at:
+                raise malformed(reader.at, f"{length} elements in {reader.end - reader.at} bytes")
+            for _ in range(length):
+                if flags & 4:
+                    allocates |= self.expression(reader, values)[1]
+                else:
+                    reader.u32("function index")
+            yield ElementSegment(mode, table, offset, length, allocates)
+
+    def data(self, values: list[Value]) -> Iterator[DataSegment]:
+        for number, reader in enumerate(self.items(DATA, "data segments")):
+            start = reader.at
+            flags = reader.u32("data segment's flags")
+            if flags > 2:
+                raise malformed(start, f"data segment has flags {flags}")
+            memory, offset, is_constant = 0, None, False
+            if flags == 2:
+                memory = reader.u32("memory index")
+            if flags != 1:
+                first = reader.at
+                offset, _ = self.expression(reader, values)
+                is_constant = _CONSTANT.fullmatch(self.wasm, first, reader.at) is not None
+            head = reader.at
+            size = reader.u32("data segment's size")
+            content = reader.skip(size, "data segment")
+            yield DataSegment(number, start, head, content, reader.at, flags != 1, memory, offset, is_constant)

@@ -1,0 +1,182 @@
+"""Reads the binary format of WebAssembly: bytes, numbers, names and types."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+_NUMBERS = frozenset((0x7F, 0x7E, 0x7D, 0x7C, 0x7B))        # i32, i64, f32, f64, v128
+_REFERENCES = frozenset(range(0x68, 0x76))                  # the reference types of one byte: cont .. nocont
+_SHARED = 0x65                                              # precedes the heap type of shared references
+
+
+class Unknown(Exception):
+    """The module may be valid, but uses a later version of WebAssembly than this code knows."""
+
+
+class Malformed(ValueError):
+    """The bytes are not a WebAssembly module: every engine refuses them."""
+
+
+def malformed(at: int, what: str) -> Malformed:
+    return Malformed(f"wasm module is malformed at byte {at}: {what}")
+
+
+class Limits(NamedTuple):
+    """The type of a memory or a table."""
+
+    minimum: int                    # of a memory, in bytes
+    is_64: bool
+    heap_type: int | None = None    # of the elements of a table
+
+    @property
+    def bits(self) -> int:
+        return 64 if self.is_64 else 32
+
+
+class GlobalType(NamedTuple):
+    mutable: bool
+    heap_type: int | None           # None: a number
+
+
+class Reader:
+    """Reads `data` from the position `at` on and never past `end`."""
+
+    __slots__ = ("at", "data", "end")
+
+    def __init__(self, data: bytes, at: int, end: int) -> None:
+        self.data, self.at, self.end = data, at, end
+
+    def byte(self, what: str) -> int:
+        if self.at >= self.end:
+            raise malformed(self.at, f"{what} ends too early")
+        self.at += 1
+        return self.data[self.at - 1]
+
+    def skip(self, size: int, what: str) -> int:
+        """Step over `size` bytes; returns where they start."""
+        if size > self.end - self.at:
+            raise malformed(self.at, f"{what} of {size} bytes, {self.end - self.at} are left")
+        self.at += size
+        return self.at - size
+
+    def _leb128(self, bits: int, what: str) -> tuple[int, int]:
+        """The number, and how many bits its bytes have."""
+        start, value, shift = self.at, 0, 0
+        while True:
+            byte = self.byte(what)
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value, shift
+            if shift >= bits:
+                raise malformed(start, f"{what} has more bytes than a number of {bits} bits")
+
+    def unsigned(self, bits: int, what: str) -> int:
+        start = self.at
+        value, _ = self._leb128(bits, what)
+        if value >> bits:
+            raise malformed(start, f"{what} has more than {bits} bits")
+        return value
+
+    def u32(self, what: str) -> int:
+        return self.unsigned(32, what)
+
+    def signed(self, bits: int, what: str) -> int:
+        start = self.at
+        value, width = self._leb128(bits, what)
+        if value >> width - 1:
+            value -= 1 << width
+        if not -(1 << (bits - 1)) <= value < 1 << (bits - 1):
+            raise malformed(start, f"{what} has more than {bits} bits")
+        return value
+
+    def name(self, what: str) -> str:
+        size = self.u32(what)
+        start = self.skip(size, what)
+        try:
+            return str(self.data[start:start + size], "utf-8")
+        except UnicodeDecodeError:
+            raise malformed(start, f"{what} is not UTF-8") from None
+
+    def items(self, what: str) -> Iterator[Reader]:
+        """For each item of a vector that fills the rest: this reader. The caller reads the item before the next one."""
+        for _ in range(self.u32(f"number of {what}")):
+            if self.at >= self.end:
+                raise malformed(self.at, f"{what} end too early")
+            yield self
+        if self.at != self.end:
+            raise malformed(self.at, f"{self.end - self.at} bytes after the last of the {what}")
+
+    # -- types
+
+    def heap_type(self, what: str) -> int:
+        """The index of a type, or a negative number, which is the code of an abstract type."""
+        start = self.at
+        value = self.signed(33, what)
+        if value == _SHARED - 0x80:
+            value = self.signed(33, what)
+        if value < 0 and value + 0x80 not in _REFERENCES:
+            raise Unknown(f"{what} at byte {start} is {value}")
+        return value
+
+    def reference_type(self, what: str) -> int:
+        """The heap type of a reference type."""
+        start = self.at
+        first = self.byte(what)
+        if first in _REFERENCES:
+            return first - 0x80
+        if first == _SHARED:            # the short form of a nullable reference to a shared type
+            self.at = start
+        elif first not in (0x63, 0x64):
+            raise Unknown(f"{what} at byte {start} is 0x{first:02x}")
+        return self.heap_type(what)
+
+    def global_type(self) -> GlobalType:
+        heap_type = None
+        if self.at < self.end and self.data[self.at] in _NUMBERS:
+            self.at += 1
+        else:
+            heap_type = self.reference_type("global type")
+        start = self.at
+        mutable = self.byte("global type")
+        if mutable > 1:
+            raise Unknown(f"the global type at byte {start} has flags 0x{mutable:02x}")
+        return GlobalType(mutable == 1, heap_type)
+
+    def memory_type(self) -> Limits:
+        flags, minimum, is_64 = self._limits("memory type", 0x0F)
+        shift = 16
+        if flags & 8:
+            start = self.at
+            shift = self.u32("page size")
+            if shift > 16:
+                raise Unknown(f"the page size at byte {start} is 2 to the power of {shift}")
+        return Limits(minimum << shift, is_64)
+
+    def table_type(self) -> Limits:
+        heap_type = self.reference_type("table type")
+        _, minimum, is_64 = self._limits("table type", 0x07)
+        return Limits(minimum, is_64, heap_type)
+
+    def _limits(self, what: str, known: int) -> tuple[int, int, bool]:
+        """The flags, the minimum, and whether addresses have 64 bits; `known`: the flags that are known."""
+        start = self.at
+        flags = self.byte(what)
+        if flags & ~known:
+            raise Unknown(f"{what} at byte {start} has flags 0x{flags:02x}")
+        bits = 64 if flags & 4 else 32
+        minimum = self.unsigned(bits, what)
+        if flags & 1:
+            self.unsigned(bits, what)
+        return flags, minimum, bits == 64
+
+
+def leb128(value: int) -> bytes:
+    """An unsigned number as LEB128."""
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)

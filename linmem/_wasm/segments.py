@@ -1,0 +1,184 @@
+"""Rewrites a WebAssembly module so that its data segments can come from images.
+
+A module's active data segments are copied into its memories at each instantiation. `hoist` takes the bytes out of the
+segments and returns them as runs, from which an image is made once. The segments stay, without bytes, so that the
+indices of all segments stay valid.
+
+An emptied segment becomes passive if its offset is a single constant. wasmtime compiles no start-up code for such a
+segment, so the segment costs no fuel and no check of a deadline. An offset of any other form stays as it is, because
+only validation can tell whether the engine allows it.
+
+Apart from the source of the bytes, an instance of the result behaves as an instance of the original:
+
+- Only segments with these properties are taken: the module defines the memory, the offset is known from the module
+  alone, and the segment lies within the minimum of the memory. The memory has exactly its minimum when it is
+  instantiated, so such a segment cannot trap, and nothing has written to the memory before.
+- The engine drops an active segment after the copy. ``memory.init`` on a dropped segment traps for every size but 0,
+  as on an empty segment. ``data.drop`` has no effect on either.
+- The order of the writes to a memory stays. If a segment of a memory has to stay, all later segments of that memory
+  stay too. Where segments that were taken overlap, the bytes of the later one count.
+- The position of each segment stays, and so does each offset that is not a single constant of the memory's address
+  type. So the result is valid if and only if the original is valid.
+- If instantiation fails, nothing can read the memories of the failed instance. There is one exception: active element
+  segments may have put functions into an imported table before the data are copied. In a module with such element
+  segments, no data are taken that a failure could precede: none at all if an element segment may trap, else none after
+  the first data segment that may trap. (This rule is stricter than wasmtime, whose copy-on-write initialisation shows
+  such a function data that were never copied.)
+- No segment is taken after one that is certainly out of bounds: no instance will exist.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from linmem._wasm.module import DATA, DataSegment, Module, Value
+from linmem._wasm.reader import Limits, Unknown, leb128
+
+Run = tuple[int, bytes]
+
+
+class Hoisted(NamedTuple):
+    """The result of `hoist`.
+
+    Attributes
+    ----------
+    module : bytes
+        The module with the hoisted segments emptied; the original if there are none.
+    images : list
+        For each memory that the module defines, what its hoisted segments write, as sorted runs
+        ``(offset, bytes)`` with a gap between each two; None if nothing was hoisted.
+    minima : list of int
+        For each memory that the module defines, its minimum in bytes.
+    skipped : list of str
+        Why segments were not hoisted; empty if all were.
+    unknown : bool
+        The module uses features that are not known here, so nothing was hoisted.
+    """
+
+    module: bytes
+    images: list[tuple[Run, ...] | None]
+    minima: list[int]
+    skipped: list[str]
+    unknown: bool = False
+
+
+def hoist(wasm: bytes) -> Hoisted:
+    """Take the active data segments of a module's own memories out of it.
+
+    Parameters
+    ----------
+    wasm : bytes
+        A core module in the binary format.
+
+    Raises
+    ------
+    Malformed
+        If a part that must be understood is malformed, with its position, or if `wasm` is a component. Other parts
+        are copied as they are: `hoist` does not validate.
+    """
+    try:
+        return _hoist(Module(wasm))
+    except Unknown as reason:
+        return Hoisted(bytes(wasm), [], [], [f"nothing is hoisted: {reason}"], unknown=True)
+
+
+def _hoist(module: Module) -> Hoisted:
+    memories, imported_tables, imported_globals = module.imports()
+    imported = len(memories)
+    memories += module.memories()
+    minima = [memory.minimum for memory in memories[imported:]]
+    unchanged = Hoisted(module.wasm, [None] * len(minima), minima, [])
+    if DATA not in module.sections:
+        return unchanged
+    values, _ = module.globals(imported_globals)
+    segments = list(module.data(values))
+    if not any(segment.active for segment in segments):
+        return unchanged
+
+    leaks = False
+    if imported_tables:
+        leaks, traps = _leaks(module, values, imported_tables + module.tables(), len(imported_tables))
+        if leaks and traps:
+            return unchanged._replace(skipped=[
+                "nothing is hoisted: an element segment may trap after others filled an imported table, through which"
+                " the memories of the failed instance can be seen"])
+
+    taken: list[list[DataSegment]] = [[] for _ in minima]
+    hoisted: set[int] = set()       # the segments to empty
+    skipped: list[str] = []
+    stays: set[int] = set()         # the memories of which a segment had to stay
+    for segment in segments:
+        if not segment.active:
+            continue
+        if segment.memory >= len(memories):
+            skipped.append(f"data segment {segment.number}: there is no memory {segment.memory}")
+            break
+        memory, is_own = memories[segment.memory], segment.memory >= imported
+        offset = segment.offset[1] if segment.offset is not None and segment.offset[0] == memory.bits else None
+        inside = offset is not None and offset + segment.size <= memory.minimum
+        if offset is not None and not inside and is_own:
+            skipped.append(f"data segment {segment.number} and all after it: it does not fit into memory"
+                           f" {segment.memory}, so that instantiation traps")
+            break
+        if is_own and inside:
+            if segment.size == 0 and segment.is_constant:
+                hoisted.add(segment.number)
+            elif segment.size and segment.memory not in stays:
+                taken[segment.memory - imported].append(segment)
+                hoisted.add(segment.number)
+        elif segment.memory not in stays:
+            stays.add(segment.memory)
+            skipped.append(f"data segment {segment.number} and all after it of memory {segment.memory}: " + (
+                "its offset is not a constant of the module" if is_own else "the memory is imported"))
+        if not inside and leaks:
+            skipped.append(f"all after data segment {segment.number}: it may trap, and an imported table lets others"
+                           " see the memories of the failed instance")
+            break
+    if not hoisted:
+        return unchanged._replace(skipped=skipped)
+
+    whole = memoryview(module.wasm)
+    parts: list[bytes | memoryview] = [leb128(len(segments))]
+    for segment in segments:
+        if segment.number not in hoisted:
+            parts.append(whole[segment.start:segment.end])
+        elif segment.is_constant:
+            parts.append(b"\1\0")            # passive, of no bytes
+        else:
+            parts += [whole[segment.start:segment.head], b"\0"]
+    images = [_runs(whole, group) if group else None for group in taken]
+    return Hoisted(module.replaced(DATA, parts), images, minima, skipped)
+
+
+def _leaks(module: Module, values: list[Value], tables: list[Limits], imported: int) -> tuple[bool, bool]:
+    """Whether active element segments fill imported tables, and whether an active element segment may trap."""
+    leaks = traps = False
+    for segment in module.elements(values):
+        if segment.mode != "active":
+            continue
+        leaks = leaks or segment.table < imported
+        table, offset = tables[segment.table] if segment.table < len(tables) else None, segment.offset
+        traps = (traps or segment.allocates or table is None or offset is None or offset[0] != table.bits
+                 or offset[1] + segment.length > table.minimum)
+    return leaks, traps
+
+
+def _runs(whole: memoryview, segments: list[DataSegment]) -> tuple[Run, ...]:
+    """What the segments write, one after the other, as sorted runs with a gap between each two."""
+    placed = [(segment.offset[1], segment) for segment in segments if segment.offset is not None]
+    groups: list[tuple[int, int, list[tuple[int, DataSegment]]]] = []
+    for offset, segment in sorted(placed, key=lambda pair: pair[0]):
+        end = offset + segment.size
+        if groups and offset <= groups[-1][1]:
+            start, before, members = groups[-1]
+            members.append((offset, segment))
+            groups[-1] = start, max(before, end), members
+        else:
+            groups.append((offset, end, [(offset, segment)]))
+    runs = []
+    for start, end, members in groups:
+        content = bytearray(end - start)
+        for offset, segment in sorted(members, key=lambda pair: pair[1].number):
+            content[offset - start:offset - start + segment.size] = whole[segment.content:segment.end]
+        runs.append((start, bytes(content)))
+    return tuple(runs)
