@@ -1111,7 +1111,7 @@ def test_a_domain_with_exactly_its_share_of_a_pool_loses_nothing_while_another_o
 
 
 def test_warm_slots_without_a_page_count_for_no_share_of_what_is_kept():
-    size = 16 * EACH            # beside which page tables count for little
+    size = 16 * EACH            # page tables are small beside this size
     pool = linmem.PoolingCreator(reset="zero", max_resident=12 * size + size // 2)
     pool.create(0, **SHAPE, domain="none").close()
     for domain, slots in (("a", 5), ("b", 7), ("b", 8)):
@@ -1207,7 +1207,7 @@ cdef list listed(warm_totals* warm):
     return [warm.n, warm.resident, warm.tables, warm.initial, warm.committed]
 
 def counted(PoolingCreator creator not None):
-    '''What the pool has counted of its warm slots, in all and by domain, and the same from the slots themselves.'''
+    '''Returns the pool's counters of warm slots, by domain and in total, and the same sums over the slots.'''
     cdef pool* p = creator.pool
     cdef link* node
     cdef slot* s

@@ -800,7 +800,7 @@ def test_a_cache_takes_time_for_the_data_of_a_module_and_not_for_the_memory_betw
     asked = []
     whole = sparse._read_fd
     monkeypatch.setattr(sparse, "_read_fd", lambda fd, at, size: asked.append(size) or whole(fd, at, size))
-    for _ in range(2):              # cold and warm
+    for _ in range(2):              # a cold cache, then a warm cache
         [image] = prepare(MMAP, wasm, cache=tmp_path).images
         assert [size for _, size in image.runs()] == [4096, 4096]
         assert image.size == (1 << 32) - 12
