@@ -1096,21 +1096,21 @@ def test_no_bound_over_several_pools_lets_one_domain_evict_the_warm_slots_of_ano
 
 
 @pytest.mark.parametrize("bound", REFUSALS)
-def test_a_domain_with_exactly_its_share_of_several_pools_loses_nothing_while_another_one_has_more(bound):
+def test_a_domain_with_exactly_its_share_of_several_pools_loses_no_slot_while_another_domain_has_more(bound):
     pools, live = idle_of(bound, [3, 0, 0], [0, 5, 0], [0, 0, 1], domains="abc")
     take(1, bound, pools, live)
     assert warm_of(pools, *"abc") == (3, 4, 1)
     live.close()
 
 
-def test_a_domain_with_exactly_its_share_of_a_pool_loses_nothing_while_another_one_has_more():
+def test_a_domain_with_exactly_its_share_of_a_pool_loses_no_slot_while_another_domain_has_more():
     pool = linmem.PoolingCreator(reset="zero", max_unused_warm=8)
     for domain, slots in (("a", 3), ("b", 4), ("c", 1), ("b", 5)):
         fill([pool], domain, [slots])
     assert warm_of([pool], *"abc") == (3, 4, 1)
 
 
-def test_warm_slots_without_a_page_count_for_no_share_of_what_is_kept():
+def test_warm_slots_without_pages_do_not_count_for_a_share_of_resident_bytes():
     size = 16 * EACH            # page tables are small beside this size
     pool = linmem.PoolingCreator(reset="zero", max_resident=12 * size + size // 2)
     pool.create(0, **SHAPE, domain="none").close()
@@ -1121,7 +1121,7 @@ def test_warm_slots_without_a_page_count_for_no_share_of_what_is_kept():
     assert warm_of([pool], "a", "none", "b") == (5, 1, 7)
 
 
-def test_a_warm_slot_that_goes_to_the_pool_below_still_counts_for_the_share_of_its_domain():
+def test_a_warm_slot_that_returns_to_the_pool_below_still_counts_for_the_share_of_its_domain():
     linmem.set_pool_limits(max_resident=0, max_reserved=0)
     linmem.set_pool_limits()
     lower, other = (linmem.PoolingCreator(reset="zero") for _ in range(2))
@@ -1239,7 +1239,7 @@ def counted(PoolingCreator creator not None):
 
 
 @requires("compiler")
-def test_what_is_counted_by_domain_is_what_the_slots_hold_whatever_threads_do(tmp_path):
+def test_the_counters_by_domain_match_the_slots_under_churn_of_threads(tmp_path):
     build_extension(tmp_path, "sums", SUMS)
     counted = load_extension(tmp_path, "sums").counted
     budget = linmem.LimitingCreator(MMAP, 400 * PAGE)
