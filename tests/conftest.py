@@ -24,22 +24,23 @@ if not any((CORE / f"memory{suffix}").exists() for suffix in importlib.machinery
 
 import support  # noqa: E402
 
-# A machine under load must not fail a test: no deadline. Profile "ci" looks longer, "few" where each look is slow.
+# Tests have no deadline, because a machine under load must not fail a test. Profile "ci" tries more examples; profile
+# "few" serves runs in which each example is slow.
 settings.register_profile("default", max_examples=50, stateful_step_count=20, deadline=None,
                           suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", parent=settings.get_profile("default"), max_examples=300, stateful_step_count=50)
 settings.register_profile("few", parent=settings.get_profile("default"), max_examples=10, stateful_step_count=10)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-# Each arena of glibc's malloc holds inaccessible address space, which would pass for a memory's.
+# Each arena of glibc's malloc holds inaccessible address space, and the tests would count this space as a memory's.
 M_ARENA_MAX = -8
 if hasattr(ctypes.pythonapi, "mallopt"):
     ctypes.pythonapi.mallopt(M_ARENA_MAX, 1)
 
 
 def in_a_frame_of_its_name(item):
-    """faulthandler ends a test that hangs, and shows the names of functions: the frame has the test's full name, with
-    its parameters, which the name of the function lacks."""
+    """faulthandler ends a test that hangs and prints the names of functions. The test's function has the bare name
+    only; the frame added here has the full name, with the test's parameters."""
     runtest = item.runtest
 
     def run():
@@ -50,8 +51,8 @@ def in_a_frame_of_its_name(item):
 
 
 def pytest_collection_modifyitems(config, items):
-    """A test that is skipped whatever its parameters are is skipped once: so the number of skips says something.
-    Every test gets its frame."""
+    """Skips a test once if it is skipped with all of its parameters, so that the number of skips is meaningful. Gives
+    every test a frame of its full name."""
     kept, left, seen = [], [], set()
     for item in items:
         item.runtest = in_a_frame_of_its_name(item)
@@ -67,7 +68,8 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True, scope="session")
 def the_sources_are_out_of_reach(tmp_path_factory):
-    """Children put their working directory before the installed package: it must not be the source tree."""
+    """Children put their working directory before the installed package, so the working directory must not be the
+    source tree."""
     with pytest.MonkeyPatch.context() as patch:
         if "PYTHONPATH" in os.environ:
             parts = os.environ["PYTHONPATH"].split(os.pathsep)
@@ -78,7 +80,7 @@ def the_sources_are_out_of_reach(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="session")
 def children_compile_no_module_twice():
-    """Where Python was told to keep no bytecode, each of hundreds of children would compile all that it imports."""
+    """Without cached bytecode, each of hundreds of children would compile every module that it imports."""
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="linmem-bytecode-") as folder:
         if sys.dont_write_bytecode:
             patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
@@ -87,15 +89,15 @@ def children_compile_no_module_twice():
 
 
 @pytest.fixture(autouse=True, scope="module")
-def what_stays_is_not_garbage():
-    """What is there before a file's first test, and stays, need not be looked through by each of its gc.collect()."""
+def older_objects_are_not_garbage():
+    """gc.collect() in a test need not look through the objects that existed before the file's first test."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture
 def interruptible():
-    """A run in the background has SIGINT ignored, and Python then leaves it so, here and in children."""
+    """A process in the background starts with SIGINT ignored. Python keeps this setting, and children inherit it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -106,7 +108,8 @@ FAILED = pytest.StashKey[bool]()
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """What a failed test held goes with the test: its exception and its frames would keep that into the next test."""
+    """Drops the exception of a failed test, because its frames would keep the test's memories alive into the next
+    test."""
     report = yield
     if call.excinfo is not None:
         item.stash[FAILED] = report.failed
@@ -122,7 +125,8 @@ def pytest_runtest_makereport(item, call):
 
 @pytest.fixture(autouse=True)
 def every_mapping_is_given_back(request):
-    """The OS must show no more bytes of linmem's mappings after a test than before it, unless the test has failed."""
+    """Checks that the OS shows no more bytes of linmem's mappings after a test than before the test. A failed test is
+    not checked."""
     if not support.NEEDS["maps"][0]:
         yield
         return

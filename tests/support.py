@@ -1,4 +1,5 @@
-"""What the tests share: capabilities, the OS's own word on mappings, and children that may die."""
+"""Shared parts of the tests: capabilities of the machine, the OS's own view of mappings, and children that may
+crash."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ MAPS = Path("/proc/self/maps")
 SMAPS = Path("/proc/self/smaps")
 FDS = Path("/proc/self/fd")
 CORE_PATTERN = Path("/proc/sys/kernel/core_pattern")
-# Where kernel32 runs on another system's kernel, that one's /proc may show, and is not what was asked for.
+# Under Wine, /proc shows the mappings of the host system's kernel, and the tests ask kernel32 instead.
 HAS_KERNEL32 = hasattr(ctypes, "WinDLL")
 HAS_PROC = MAPS.exists() and not HAS_KERNEL32
 
@@ -74,7 +75,7 @@ def _pages_can_be_locked() -> bool:
 
 
 def _scan_ways() -> frozenset[str]:
-    """The ways of finding touched pages that work here."""
+    """The ways to find touched pages that work on this machine."""
     found = set()
     before = pages.choose_scan(None)
     for way in ("ioctl", "reading", "watch"):
@@ -97,7 +98,7 @@ def _code_is_allowed() -> bool:
 
 
 def _can_mount() -> bool:
-    """Whether a child may have file systems of its own."""
+    """Whether a child may mount file systems of its own."""
     if not HAS_PROC or os.geteuid():
         return False
     code = "import ctypes; raise SystemExit(ctypes.CDLL(None).unshare(0x20000) != 0)"
@@ -105,12 +106,12 @@ def _can_mount() -> bool:
 
 
 SCAN_WAYS = _scan_ways()
-# The C library's own functions, by name; a call holds the GIL.
+# The C library, for calls of its functions. A call holds the GIL.
 LIBC = ctypes.PyDLL(None, use_errno=True) if HAS_PROC else None
 
 
 def image_kinds() -> list[str]:
-    """What the pages of images can be made of here."""
+    """The kinds of image pages that work on this machine."""
     usual = pages.describe()["images"]
     found = []
     for kind in pages.IMAGE_KINDS.values():
@@ -123,7 +124,7 @@ def image_kinds() -> list[str]:
     return found
 
 
-# The one list of what a test may need and a machine may lack. name -> (there?, what is missing).
+# All capabilities that a test may need and a machine may lack: name -> (present?, the reason for a skip).
 NEEDS = {
     "maps": (HAS_PROC, "no /proc/self/maps to ask"),
     "regions": (HAS_PROC or HAS_KERNEL32, "the OS does not say what is mapped, and how it may be touched"),
@@ -162,7 +163,7 @@ NEEDS = {
     "core_files": (_core_is_a_file(), "core_pattern is not a plain file name"),
     "real_pages": ("LINMEM_PAGE_SIZE" not in os.environ, "the host page is overridden in this run"),
     "compiler": (any(map(shutil.which, ("cc", "gcc", "clang", "cl"))), "no C compiler"),
-    # Their absence is a failure where they can be had; Wine's kernel32 does not run them.
+    # These packages exist for every platform but Wine, so their absence is a failure elsewhere.
     "zig": (not HAS_KERNEL32 or _has_module("ziglang"), "ziglang is not installed"),
     "mypy": (not HAS_KERNEL32 or _has_module("mypy"), "mypy is not installed"),
     "matplotlib": (not HAS_KERNEL32 or _has_module("matplotlib"), "matplotlib is not installed"),
@@ -173,45 +174,45 @@ NEEDS = {
     "sources": ((ROOT / "linmem" / "_core" / "memory.pyx").exists(), "the sources are not beside the tests"),
     "interrupts": (hasattr(signal, "pthread_kill"), "a process cannot be sent an interrupt here"),
     "failing_allocations": (_has_module("_testcapi"), "Python's allocations cannot be made to fail here"),
-    # Without linmem too, on 3.12 and 3.13.
+    # CPython 3.12 and 3.13 crash so without linmem, too.
     "failing_generators": (sys.version_info < (3, 12), "CPython crashes where a generator gets no memory"),
     "docstrings": (sysconfig.get_config_var("WITH_DOC_STRINGS") != 0, "this Python was built without docstrings"),
     "numpy": (_has_module("numpy"), "NumPy is not installed"),
-    # Not imported to know: it takes longer than the rest of a test run's start.
+    # find_spec() instead of an import, because the import takes longer than the rest of a test run's start.
     "dask": (all(map(importlib.util.find_spec, ("distributed", "numpy"))), "Dask's distributed is not installed"),
 }
 
 
 def requires(*needs: str) -> pytest.MarkDecorator:
-    """Skip where the machine lacks one of the needs. No test skips in another way: so they can be counted."""
+    """Skips a test if the machine lacks one of the needs. Tests skip in no other way, so that skips can be counted."""
     missing = [NEEDS[need][1] for need in needs if not NEEDS[need][0]]
     return pytest.mark.skipif(bool(missing), reason="; ".join(missing))
 
 
 def file_requires(*needs: str) -> None:
-    """As `requires`, of all that a file tests, and counted as one skip."""
+    """Skips the whole file if the machine lacks one of the needs. The file counts as one skip."""
     missing = [NEEDS[need][1] for need in needs if not NEEDS[need][0]]
     if missing:
         pytest.skip("; ".join(missing), allow_module_level=True)
 
 
 def whichever(*choices: tuple) -> list:
-    """Parameters, each (need, value, ...), of which those are taken that can be had; the first one is skipped
-    where that is none."""
+    """The parameters of the choices (need, value, ...) with a met need. If no need is met, the first choice is
+    skipped."""
     found = [pytest.param(*values) for need, *values in choices if NEEDS[need][0]]
     return found or [pytest.param(*choices[0][1:], marks=requires(choices[0][0]))]
 
 
 def fewer_examples(share: int) -> settings:
-    """For properties that run in many variants: together they look as long as one."""
+    """For a property that runs in many variants: all variants together try as many examples as one property."""
     return settings(max_examples=max(10, settings.default.max_examples // share))
 
 
-# -- what the OS says --------------------------------------------------------------------------
+# -- the OS's view -----------------------------------------------------------------------------
 
 @dataclass
 class Mapping:
-    """A line of maps, with its figures where it comes from smaps (bytes)."""
+    """A line of /proc/self/maps. Lines from smaps also have figures, in bytes."""
 
     start: int
     end: int
@@ -253,7 +254,8 @@ def query(address: int) -> Region:
 
 
 def _regions(start: int, end: int) -> list[Mapping]:
-    """What VirtualQuery says of [start, end), as maps would. Only of memory such as linmem makes."""
+    """The answer of VirtualQuery for [start, end), in the format of maps. Supports only memory of the kinds that linmem
+    makes."""
     found = []
     while start < end:
         region = query(start)
@@ -266,7 +268,7 @@ def _regions(start: int, end: int) -> list[Mapping]:
 
 
 def mappings(start: int = 0, end: int = WORD) -> list[Mapping]:
-    """The mappings that touch [start, end), cut to it."""
+    """The mappings that overlap [start, end). They are clipped to this range."""
     if HAS_KERNEL32:
         return _regions(start, end)
     found = []
@@ -280,7 +282,7 @@ def mappings(start: int = 0, end: int = WORD) -> list[Mapping]:
 
 
 def smaps(start: int, end: int) -> list[Mapping]:
-    """The mappings that lie within [start, end), with their figures."""
+    """The mappings that lie inside [start, end), with their figures."""
     found: list[Mapping] = []
     for line in SMAPS.read_text().splitlines():
         head, _, tail = line.partition(":")
@@ -294,21 +296,21 @@ def smaps(start: int, end: int) -> list[Mapping]:
 
 
 def whole(mem) -> tuple[int, int]:
-    """First and past-the-last address of everything that the memory reserved."""
+    """The first address and the end of the memory's whole reservation."""
     info = mem.info()
     return info.base - info.pre_guard, info.base - info.pre_guard + info.reserved
 
 
 def resident(mem) -> int:
-    """What smaps says is resident of the memory's accessible bytes."""
+    """Resident bytes of the memory's accessible range, from smaps."""
     info = mem.info()
     return sum(m.figures["Rss"] for m in smaps(info.base, info.base + info.committed))
 
 
 def accessible_parts(mem) -> list[tuple[int, int, str]]:
-    """What may be touched of all that the memory reserved: (start, end, access), offsets from the base.
+    """The accessible parts of the memory's reservation: (start, end, access), as offsets from the base.
 
-    Neighbours of one access are one part. Fails where a part of the reservation is not mapped at all.
+    Adjacent parts with the same access are merged. Fails if a part of the reservation is not mapped.
     """
     start, end = whole(mem)
     base = mem.as_ptr()
@@ -328,7 +330,7 @@ def accessible_parts(mem) -> list[tuple[int, int, str]]:
 
 
 def check_fresh(mem, minimum: int) -> None:
-    """What is promised of every memory that is handed out: the size, the protection, every byte zero."""
+    """Checks the guarantees of every new memory: the size, the protection, and that every byte is zero."""
     info = mem.info()
     assert (info.byte_size, info.committed, info.exports) == (minimum, round_up(minimum), 0)
     if NEEDS["regions"][0]:
@@ -337,22 +339,22 @@ def check_fresh(mem, minimum: int) -> None:
 
 
 def resident_within(start: int, end: int) -> int:
-    """Bytes of [start, end) that are in physical memory, whatever their protection: mincore(2)."""
+    """Bytes of [start, end) in physical memory, with any protection, from mincore(2)."""
     vector = (ctypes.c_ubyte * ((end - start) // REAL_PAGE))()
     assert LIBC.mincore(ctypes.c_void_p(start), ctypes.c_size_t(end - start), vector) == 0
     return sum(byte & 1 for byte in vector) * REAL_PAGE
 
 
-# Sanitizers keep terabytes inaccessible below here, and take from them whenever they allocate.
+# Sanitizers keep terabytes inaccessible below this address, and their allocations take addresses from this range.
 SANITIZER_END = next((end for name, end in {"libasan": 0x640000000000, "libtsan": 0x7e8000000000}.items()
                       if name in os.environ.get("LD_PRELOAD", "")), 0)
 
 
 def live_bytes() -> int:
-    """Bytes of address space that memories keep inaccessible: every memory has some of them.
+    """Bytes of address space that memories keep inaccessible. Every memory has some.
 
-    Where mappings carry no name: all private inaccessible ones without a file, but for the single
-    pages that guard the stacks of threads.
+    If mappings carry no name, counts all private inaccessible mappings without a file, except the single pages that
+    guard thread stacks.
     """
     unnamed = not NEEDS["names"][0]
     hidden = (_mapping(line) for line in MAPS.read_text().splitlines() if " ---p " in line)
@@ -361,14 +363,14 @@ def live_bytes() -> int:
 
 
 def inaccessible(mem) -> int:
-    """What one memory adds to `live_bytes`."""
+    """The share of one memory in `live_bytes`."""
     info = mem.info()
     alone = NEEDS["names"][0] or info.pre_guard > REAL_PAGE
     return info.reserved - info.committed - (0 if alone else info.pre_guard)
 
 
 def descriptors() -> int:
-    """How many descriptors are open. One of them is what lists them."""
+    """The number of open descriptors. The listing itself has one descriptor open."""
     return len(list(FDS.iterdir()))
 
 
@@ -382,8 +384,8 @@ def round_up(n: int, unit: int = PAGE) -> int:
 
 # -- children ------------------------------------------------------------------------------------
 
-# A crash of a child is what a test asks for: Windows shall start no debugger and report to nobody, only
-# end the child with the code of the exception.
+# These children crash on purpose. Windows must not start a debugger or an error report; the child must end with the
+# exception's code.
 QUIET_DEATH = """\
 import ctypes
 quiet = ctypes.WINFUNCTYPE(ctypes.c_long, ctypes.c_void_p)(lambda about: 1)
@@ -393,7 +395,7 @@ ctypes.WinDLL("kernel32").SetUnhandledExceptionFilter(quiet)
 
 def run_child(code: str, *, limits: dict[str, int] | None = None, env: dict[str, str] | None = None,
               cwd: Path | None = None, timeout: float = 120) -> subprocess.CompletedProcess:
-    """Run Python code in a child: `limits` are soft and hard resource limits by name; no core is written."""
+    """Runs Python code in a child. `limits`: name of the resource limit -> (soft, hard). No core file is written."""
     limits = {"RLIMIT_CORE": 0, **(limits or {})}
     head = ""
     if NEEDS["rlimits"][0]:
@@ -408,14 +410,14 @@ def run_child(code: str, *, limits: dict[str, int] | None = None, env: dict[str,
 
 
 def answer(code: str, **how) -> str:
-    """What a child that must end well printed."""
+    """The output of a child, which must succeed."""
     done = run_child(code, **how)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.strip()
 
 
-# For children that fork: `child` runs `work` in a forked process, which must end well; `descriptors` says what
-# this process has open. That a fork in a process with threads may hang is what is tested, and not worth a warning.
+# For children that fork. `child` runs `work` in a forked process, which must succeed. `descriptors` lists the open
+# descriptors of this process. The tests fork processes with threads on purpose, so the warning about this is ignored.
 FORKING = """
 import ctypes, os, sys, threading, traceback, warnings
 warnings.simplefilter("ignore", DeprecationWarning)
@@ -436,7 +438,7 @@ def child(fork, work):
     assert os.waitpid(pid, 0)[1] == 0
 
 def descriptors():
-    # number -> what it is
+    # number -> target of the link
     names = {}
     for number in os.listdir("/proc/self/fd"):
         try:
@@ -445,7 +447,7 @@ def descriptors():
             pass
     return names
 """
-FORKS = whichever(("fork", "os.fork"), ("bare_fork", "libc._Fork"))     # `_Fork` runs no handlers, as raw clone(2)
+FORKS = whichever(("fork", "os.fork"), ("bare_fork", "libc._Fork"))  # `_Fork` runs no fork handlers, like raw clone(2)
 
 
 @functools.cache
@@ -461,8 +463,8 @@ def died_of_a_fault(done: subprocess.CompletedProcess) -> bool:
     return done.returncode in _fault_codes()
 
 
-# For children. The getter and the setter touch the byte themselves: a foreign call may make an exception of
-# the fault.
+# For children. The getter and the setter access the byte themselves, because a foreign function call may convert the
+# fault to an exception.
 TOUCH = """
 import ctypes
 peek = lambda address: ctypes.c_char.from_address(address).value
@@ -471,7 +473,7 @@ poke = lambda address: setattr(ctypes.c_char.from_address(address), "value", 1)
 
 
 def dies_at(setup: str, fatal: str) -> None:
-    """The child lives through `setup` and dies by a memory fault at `fatal`."""
+    """The child runs `setup` to its end, and a memory fault at `fatal` kills the child."""
     done = run_child(textwrap.dedent(setup) + "\nprint('alive', flush=True)\n" + textwrap.dedent(fatal)
                      + "\nprint('survived', flush=True)\n")
     assert done.stdout.strip() == "alive", f"{done.stdout}{done.stderr}"
@@ -481,13 +483,12 @@ def dies_at(setup: str, fatal: str) -> None:
 # -- failing page calls ------------------------------------------------------------------------------
 
 def os_code(error: OSError) -> int:
-    """The code that the OS gave, by the name that it goes by there."""
+    """The OS's error code: the winerror on Windows, the errno elsewhere."""
     return error.errno if getattr(error, "winerror", None) is None else error.winerror
 
 
 class failing:
-    """Within it, the nth page call and the `times` - 1 behind it fail with `code`; `happened` says afterwards
-    whether it came to that."""
+    """Makes `times` page calls fail with `code`, from the nth on. Afterwards `happened` says whether a call failed."""
 
     def __init__(self, nth: int, code: int, times: int = 1) -> None:
         self.nth, self.code, self.times, self.happened = nth, code, times, False
@@ -501,7 +502,7 @@ class failing:
 
 
 class counting:
-    """Within it, page calls are counted; `calls` says afterwards how many there were."""
+    """Counts page calls. Afterwards `calls` is their number."""
 
     MANY = 1 << 40
 
@@ -514,7 +515,7 @@ class counting:
 
 
 class scanning:
-    """Within it, touched pages are found in one way of SCAN_WAYS, or None for not at all."""
+    """Sets the way to find touched pages: one of SCAN_WAYS, or None for no way."""
 
     def __init__(self, way: str | None) -> None:
         self.way = way
@@ -526,10 +527,10 @@ class scanning:
         pages.choose_scan(self.before)
 
 
-# -- a program for wasm, shipped as source and as what was made of it --------------------------------------
+# -- a wasm program that ships as source and as a built module ---------------------------------------------
 
 def rebuilt(source: Path, folder: Path) -> Path:
-    """The module that the command in the source's first comment makes now."""
+    """Builds the module with the command in the source's first comment."""
     if not NEEDS["zig"][0]:
         pytest.skip(NEEDS["zig"][1])
     if importlib.util.find_spec("ziglang") is None:
@@ -549,7 +550,7 @@ def rebuilt(source: Path, folder: Path) -> Path:
 
 HALF_CREATOR = """
 cdef class Half(linmem.NativeCreator):
-    '''A creator of memories half as large as asked for.'''
+    '''A creator of memories of half of the requested size.'''
 
     cdef linmem.NativeCreator upstream
 
@@ -564,10 +565,12 @@ cdef class Half(linmem.NativeCreator):
 
 
 def build_extension(folder: Path, name: str, source: str, headers: bool = False) -> None:
-    """Compile a Cython module into `folder`, against the package's .pxd files. headers: also against its C headers, which
-    `cimport linmem` does not need."""
-    # Cython looks where packages are installed. It does not ask the import hook of an editable install, and the child
-    # does not have what this process has on its path.
+    """Compiles a Cython module into `folder`, against the package's .pxd files.
+
+    headers: also against the C headers, which `cimport linmem` does not need.
+    """
+    # Cython searches the folders of installed packages only. Cython ignores the import hook of an editable install, and
+    # the child does not inherit this process's sys.path.
     home = str(Path(linmem.__file__).parent.parent)
     beyond = [] if home in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")} else [home]
     (folder / f"{name}.pyx").write_text(source)

@@ -28,7 +28,7 @@ def test_a_budget_is_charged_in_host_pages_and_refunded():
     assert (limit.used_bytes, limit.limit_bytes) == (PAGE, 100 * PAGE)
     b = limit.create(10 * PAGE + 1, maximum=200 * PAGE)
     assert limit.used_bytes == 12 * PAGE
-    b.grow_to(10 * PAGE + 2)        # within a page that is paid for
+    b.grow_to(10 * PAGE + 2)        # within a page that is already charged
     assert limit.used_bytes == 12 * PAGE
     b.grow_to(50 * PAGE)
     assert limit.used_bytes == 51 * PAGE
@@ -62,7 +62,7 @@ def test_over_the_budget_is_a_limit_error_with_the_figures():
         assert (again.limit, again.used, again.requested) == (10 * PAGE, 6 * PAGE, 5 * PAGE)
 
 
-def test_a_budget_of_nothing_makes_memories_of_nothing():
+def test_a_budget_of_zero_bytes_allows_empty_memories():
     limit = limiting(0)
     with limit.create(0, maximum=PAGE) as mem, pytest.raises(linmem.LimitError):
         mem.grow_to(1)
@@ -97,7 +97,7 @@ def test_budgets_nest_and_unwind_when_either_refuses(outer, inner):
     assert above.used_bytes == below.used_bytes == 0
 
 
-def test_a_growth_that_the_memory_refuses_costs_nothing():
+def test_a_growth_that_the_memory_refuses_is_not_charged():
     limit = limiting(100 * PAGE)
     with limit.create(PAGE, reserve=0, may_move=True) as mem, memoryview(mem):
         with pytest.raises(BufferError):
@@ -121,7 +121,7 @@ def test_a_memory_outlives_its_creators_and_is_still_counted():
     assert limit.used_bytes == 0
 
 
-def test_threads_never_get_more_than_the_budget_and_it_ends_at_exactly_nothing():
+def test_threads_never_exceed_the_budget_and_its_final_use_is_zero():
     most = 64 * PAGE
     limit = limiting(most)
     creator = linmem.StatisticsCreator(limit)
@@ -212,7 +212,7 @@ def test_only_the_newest_dropped_memories_are_remembered(history):
 # -- a creator in Python -------------------------------------------------------------------------------
 
 class MappedMemory(linmem.LinearMemory):
-    """A memory over the standard library's mmap."""
+    """A memory in pages of the standard library's mmap."""
 
     def __init__(self, size, capacity):
         self.map = mmap.mmap(-1, max(capacity, mmap.PAGESIZE))
@@ -283,7 +283,7 @@ def test_a_view_keeps_a_memory_in_python_alive():
 
 
 @requires("real_pages")
-def test_budgets_and_statistics_stand_over_a_creator_in_python():
+def test_budgets_and_statistics_work_over_a_creator_in_python():
     limit = limiting(4 * PAGE, linmem.PythonCreator(MappedCreator()))
     creator = linmem.StatisticsCreator(limit)
     with creator.create(PAGE, reserve=8 * PAGE, guard=0) as mem:
@@ -300,7 +300,7 @@ class Odd(Exception):
 
 
 @pytest.mark.parametrize("error", [Odd("why"), KeyboardInterrupt(), MemoryError("none")])
-def test_what_a_creator_in_python_raises_comes_out_as_it_is(error):
+def test_an_exception_of_a_creator_in_python_reaches_the_caller_unchanged(error):
     class Raises:
         def new_memory(self, *arguments):
             raise error
@@ -327,7 +327,7 @@ LIES = {
 
 @requires("real_pages")
 @pytest.mark.parametrize("lie", LIES)
-def test_a_memory_that_lies_is_refused_and_dropped(lie):
+def test_a_memory_with_inconsistent_answers_is_refused_and_dropped(lie):
     methods, message = LIES[lie]
     creator = MappedCreator(type("Liar", (MappedMemory,), methods))
     limit = limiting(100 * PAGE, linmem.PythonCreator(creator))
@@ -355,11 +355,11 @@ def test_a_base_that_moves_within_the_capacity_is_an_error():
         with pytest.raises(RuntimeError, match=r"grow_to\(\d+\) moved the base within its byte_capacity\(\)"):
             mem.grow_to(2 * PAGE)
         with pytest.raises(RuntimeError, match="the memory is lost"):
-            mem.as_ptr()            # what native code was told of it is true no longer
+            mem.as_ptr()            # native code may hold the old address
 
 
 @pytest.mark.parametrize("made", [None, 5, object()])
-def test_what_is_no_memory_is_refused(made):
+def test_an_object_that_is_not_a_memory_is_refused(made):
     class Creator:
         def new_memory(self, *arguments):
             return made
@@ -369,7 +369,7 @@ def test_what_is_no_memory_is_refused(made):
 
 
 class Hands:
-    """Hands on native memories, made in whatever way the test says."""
+    """Passes on native memories that the test's `make` creates."""
 
     def __init__(self, make):
         self.make = make
@@ -391,7 +391,7 @@ def test_a_native_memory_handed_on_is_the_same_memory():
     assert mem.info().kind == "mmap"
     mem[0] = 5
     assert kept[0][0] == 5
-    kept[0].grow_to(2 * PAGE)           # by whatever handle, through the budget
+    kept[0].grow_to(2 * PAGE)           # a growth through any handle is charged to the budget
     assert (mem.byte_size(), limit.used_bytes) == (2 * PAGE, 2 * PAGE)
     mem.close()
     assert limit.used_bytes == 2 * PAGE
@@ -429,7 +429,7 @@ def test_a_native_memory_cannot_be_handed_on_twice_not_even_when_its_taker_is_go
             creator.create(PAGE)
     with pytest.raises(ValueError, match="returned a memory that it has returned before"):
         creator.create(PAGE)
-    assert creator.used_bytes == PAGE       # of the one that its maker still holds
+    assert creator.used_bytes == PAGE       # the maker still holds this memory
     one.close()
     assert creator.used_bytes == 0
 
@@ -447,14 +447,14 @@ def test_a_python_creator_may_have_another_one_upstream():
 
 
 class MovingMemory(MappedMemory):
-    """Keeps its bytes in a map that each growth past the capacity replaces by another."""
+    """Keeps its bytes in a map. Each growth past the capacity replaces the map with another map."""
 
     during_growth = staticmethod(lambda: None)
 
     def grow_to(self, new_size):
         self.during_growth()
         if new_size > self.capacity:
-            # Two maps alive at once, so that the new one is somewhere else.
+            # The old and the new map exist at the same time, so the addresses differ.
             other = mmap.mmap(-1, new_size)
             other[:self.size] = self.map[:self.size]
             self.old, self.map, self.capacity = self.map, other, new_size
@@ -462,7 +462,7 @@ class MovingMemory(MappedMemory):
 
 
 @requires("real_pages")
-def test_a_memory_in_python_moves_only_while_nobody_points_into_it():
+def test_a_memory_in_python_moves_only_without_exported_pointers():
     creator = MappedCreator(MovingMemory)
     with linmem.create(PAGE, guard=0, reserve=0, may_move=True, creator=creator) as mem:
         base = mem.as_ptr()
@@ -489,7 +489,7 @@ def test_an_export_waits_for_a_memory_in_python_that_is_moving():
 
         def during():
             moving.set()
-            thread.join(0.05)           # the other thread runs, and cannot get in
+            thread.join(0.05)           # the other thread runs but cannot enter
             assert seen == []
 
         creator.made[0]().during_growth = during
@@ -524,7 +524,7 @@ def test_a_memory_in_python_may_know_a_smaller_maximum_of_its_own():
 
 @pytest.mark.parametrize("kind", [linmem.MmapCreator, linmem.LimitingCreator, linmem.StatisticsCreator,
                                   linmem.PythonCreator])
-def test_a_native_creator_has_no_python_subclass_whose_override_would_be_passed_by(kind):
+def test_a_native_creator_cannot_be_subclassed_in_python_because_overrides_would_be_ignored(kind):
     with pytest.raises(TypeError, match="not an acceptable base type"):
         type("Sub", (kind,), {})
 

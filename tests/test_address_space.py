@@ -1,4 +1,5 @@
-"""Address space is shared with others: what linmem holds is counted exactly, and what it chooses leaves room."""
+"""Address space is shared with others: linmem counts its reservations exactly, and the sizes that linmem chooses leave
+room."""
 
 import random
 
@@ -9,7 +10,7 @@ import linmem
 from linmem._core.memory import _chosen
 from linmem._os import pages
 
-# For children: whether what is no business of linmem's still finds room.
+# For children: whether allocations outside linmem still find room.
 OTHERS = """
 import mmap, threading
 import linmem
@@ -83,7 +84,7 @@ print("room")
 
 @requires("many_mappings", "large_space")
 @pytest.mark.parametrize("options", ["4096", "4096, maximum=1 << 44"])
-def test_others_find_room_beside_a_pool_whose_slots_are_live_and_then_idle(options):
+def test_other_allocations_find_room_beside_a_pool_with_live_and_then_idle_slots(options):
     assert answer(OTHERS + f"""
 pool = linmem.PoolingCreator()
 mems = [linmem.create({options}, creator=pool) for _ in range(3000)]
@@ -118,28 +119,28 @@ def test_a_memory_gets_no_more_by_choice_than_a_few_times_the_machines_memory():
 
 
 @requires("large_space")
-def test_what_a_caller_asks_for_is_not_bounded_by_the_half():
+def test_a_requested_size_is_not_bounded_by_half_of_the_space():
     assert answer("""
         import linmem
         from linmem._os import pages
         space = pages.describe()["address_space"]
         mems = [linmem.create(4096, reserve=space // 8) for _ in range(6)]
         assert pages.describe()["reserved"] > space // 2
-        # Of what is left, half may still be chosen.
+        # linmem may still choose sizes up to half of the remaining space.
         with linmem.create(4096) as mem:
             print(mem.byte_capacity() > 1 << 20)
         """) == "True"
 
 
 @requires("rlimits")
-def test_under_a_limit_the_choices_together_leave_half_of_what_there_was():
+def test_under_a_limit_the_chosen_sizes_leave_half_of_the_space():
     assert answer("""
         import linmem
         from linmem._os import pages
         left = pages.describe()["address_space_left"]
         mems = [linmem.create(4096, maximum=maximum, guard=None) for maximum in (None, 1 << 32) * 400]
         assert mems[0].byte_capacity() > 1 << 20
-        assert pages.describe()["reserved"] <= left // 2 + (150 << 20)      # guards of those that only have the minimum
+        assert pages.describe()["reserved"] <= left // 2 + (150 << 20)      # guards of memories with only the minimum
         print(pages.describe()["address_space_left"] >= left // 2 - (200 << 20))
         """, limits={"RLIMIT_AS": 4 << 30}) == "True"
 
@@ -171,11 +172,11 @@ def test_all_pools_give_idle_slots_back_before_a_memory_is_refused(how):
         resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20),) * 2)
         mem = {how}
         assert mem.byte_capacity() >= 1 << 30
-        # One was enough; the clock is too coarse to tell which of these has been idle for longest.
+        # One slot was enough. The clock is too coarse to show which slot has been idle for longest.
         assert sum(pool.stats()["warm"] + pool.stats()["cold"] for pool in [*pools, upper.upstream]) == 3
         assert pools[0].stats()["live"] == 1
         live[0] = 1
-        # With nothing more to give back the refusal stands.
+        # If pools have no slot to give back, the refusal stays.
         try:
             more = [linmem.create(0, reserve=3 << 30), linmem.create(0, reserve=3 << 30)]
         except linmem.PageError as error:
@@ -184,7 +185,7 @@ def test_all_pools_give_idle_slots_back_before_a_memory_is_refused(how):
 
 
 @requires("rlimits", "maps")
-def test_pools_give_back_what_a_new_memory_is_refused_after_its_reservation_too():
+def test_pools_also_give_slots_back_if_a_new_memory_is_refused_after_its_reservation():
     assert answer("""
         import linmem, re, resource
         pool = linmem.PoolingCreator(reset="zero", keep_resident=1 << 30)
@@ -198,7 +199,7 @@ def test_pools_give_back_what_a_new_memory_is_refused_after_its_reservation_too(
         try:
             linmem.create(1 << 45)
         except linmem.PageError as error:
-            print(error.call, pool.stats()["warm"])     # no machine has so much: nothing is given back for that
+            print(error.call, pool.stats()["warm"])     # no machine has so much, so pools give back no slot
         """) == "commit 1"
 
 
@@ -211,7 +212,7 @@ def test_a_size_that_no_process_has_takes_no_idle_slot_away():
 
 
 @requires("rlimits")
-def test_pools_that_come_and_go_while_others_are_asked_to_give_back_are_never_touched_too_late():
+def test_pools_that_are_freed_while_others_give_back_are_never_used_after_free():
     assert answer("""
         import linmem, resource, threading
         used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -248,7 +249,7 @@ def test_pools_that_come_and_go_while_others_are_asked_to_give_back_are_never_to
 
 @requires("maps")
 @pytest.mark.parametrize("seed", range(4))
-def test_the_bytes_counted_as_reserved_are_those_that_the_os_shows(seed):
+def test_the_bytes_counted_as_reserved_match_the_os(seed):
     rng = random.Random(seed)
     pool = linmem.PoolingCreator(max_unused_warm=2)
     start, seen, chosen = pages.describe()["reserved"], live_bytes(), _chosen()
@@ -304,7 +305,7 @@ def test_a_memory_that_could_not_be_made_or_moved_is_not_counted(call):
             reserved = pages.describe()["reserved"]
             assert _chosen()[1] == (mem.byte_capacity() > 1 << 20), (_chosen(), mem.info())
             mem.close()
-            linmem.create({PAGE}).close()      # what the OS was made to refuse to take back goes with the next ones
+            linmem.create({PAGE}).close()      # also releases the range whose release was refused
             linmem.create({PAGE}).close()
             linmem.create({PAGE}).close()
             assert (pages.describe()["reserved"], _chosen()) == (0, (0, 0)), pages.describe()
@@ -312,7 +313,7 @@ def test_a_memory_that_could_not_be_made_or_moved_is_not_counted(call):
         """) == "exact"
 
 
-# -- the base never moves ------------------------------------------------------------------------------------------
+# -- bases that never move -----------------------------------------------------------------------------------------
 
 MAKERS = {
     "linmem.create": lambda **how: linmem.create(PAGE, reserve=2 * PAGE, **how),
@@ -333,14 +334,14 @@ class Passing:
 
 
 def used_pool(may_move):
-    """Its idle slot served a request of the other kind."""
+    """A pool whose idle slot served a request with the given `may_move`."""
     pool = linmem.PoolingCreator()
     pool.create(PAGE, reserve=2 * PAGE, may_move=may_move).close()
     return pool
 
 
 @pytest.mark.parametrize("maker", MAKERS)
-def test_a_memory_moves_only_if_it_was_made_to(maker):
+def test_a_memory_moves_only_if_it_was_made_with_may_move(maker):
     with MAKERS[maker]() as mem:
         before = mem.info()
         with pytest.raises(linmem.GrowError) as caught:
@@ -356,7 +357,7 @@ def test_a_memory_moves_only_if_it_was_made_to(maker):
         assert mem.as_ptr() != base
 
 
-def test_a_memory_of_which_a_creator_in_python_made_a_part_moves_as_the_request_says():
+def test_a_memory_made_through_a_creator_in_python_follows_the_may_move_of_the_request():
     class Wrapping:
         def new_memory(self, ty, minimum, maximum, reserved, guard):
             inner.append(linmem.MmapCreator().new_memory(ty, minimum, maximum, reserved, guard))
@@ -372,7 +373,7 @@ def test_a_memory_of_which_a_creator_in_python_made_a_part_moves_as_the_request_
             else:
                 with pytest.raises(linmem.GrowError):
                     inner[-1].grow_to(3 * PAGE)
-        inner.pop().close()         # the class keeps the list, and a class goes with a collection only
+        inner.pop().close()         # the class keeps the list, and only a collection frees the class
     with linmem.MmapCreator().new_memory(linmem.MemoryType(0), PAGE, None, PAGE, 0) as mem, \
             pytest.raises(linmem.GrowError):
         mem.grow_to(2 * PAGE)
@@ -394,7 +395,7 @@ def test_applying_a_delta_to_an_image_needs_no_reservation_for_what_the_delta_ad
     assert bytes(made) == bytes(large)
 
 
-def test_info_shows_what_is_reserved():
+def test_info_shows_the_reserved_bytes():
     described = pages.describe()
     with linmem.create(PAGE, reserve=64 * PAGE) as mem:
         assert pages.describe()["reserved"] - described["reserved"] == mem.info().reserved

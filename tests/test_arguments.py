@@ -1,4 +1,4 @@
-"""Bad input: refused with the argument's name, whatever its type, and nothing is left behind."""
+"""Bad input: linmem refuses it by the argument's name, with any type, and leaks no memory."""
 
 import copy
 import inspect
@@ -52,14 +52,14 @@ MEMORY_ARGUMENTS = {
 
 @pytest.mark.parametrize("bad", [*NO_SIZE, Negative()], ids=lambda bad: f"{type(bad).__name__}")
 @pytest.mark.parametrize("name", SIZE_ARGUMENTS)
-def test_what_is_no_size_is_refused_by_the_name_of_the_argument(name, bad):
+def test_an_invalid_size_is_refused_by_the_name_of_the_argument(name, bad):
     with pytest.raises(REFUSED, match=rf"^{name} must be "):
         SIZE_ARGUMENTS[name](bad)
 
 
 @pytest.mark.parametrize("bad", [*NO_SIZE, Negative()], ids=lambda bad: f"{type(bad).__name__}")
 @pytest.mark.parametrize("name", MEMORY_ARGUMENTS)
-def test_what_is_no_size_leaves_a_memory_as_it_was(name, bad):
+def test_an_invalid_size_leaves_a_memory_unchanged(name, bad):
     with linmem.create(PAGE) as mem:
         before = mem.info()
         with pytest.raises(REFUSED, match=rf"^{name.split()[0]} must be "):
@@ -68,7 +68,7 @@ def test_what_is_no_size_leaves_a_memory_as_it_was(name, bad):
 
 
 @pytest.mark.parametrize("name", ["minimum", "guard_size_in_bytes", "new_size", "offset of read", "size of read"])
-def test_none_is_no_size_where_it_means_nothing(name):
+def test_none_as_a_size_is_refused_if_it_has_no_meaning(name):
     with linmem.create(PAGE) as mem:
         calls = {**SIZE_ARGUMENTS, **{key: partial(call, mem) for key, call in MEMORY_ARGUMENTS.items()}}
         with pytest.raises(TypeError, match=f"^{name.split()[0]} must be .*NoneType"):
@@ -98,7 +98,7 @@ OTHER_ARGUMENTS = {
 
 
 @pytest.mark.parametrize("name", [*SIZE_ARGUMENTS, *MEMORY_ARGUMENTS, *OTHER_ARGUMENTS])
-def test_the_bound_that_a_number_past_all_is_refused_with_is_the_true_one(name):
+def test_the_bound_in_the_refusal_of_a_huge_number_is_the_true_bound(name):
     with linmem.create(PAGE) as mem:
         calls = {**SIZE_ARGUMENTS, **OTHER_ARGUMENTS,
                  **{key: partial(call, mem) for key, call in MEMORY_ARGUMENTS.items()}}
@@ -132,7 +132,7 @@ COUNT_ARGUMENTS = {
 
 
 @pytest.mark.parametrize("name", COUNT_ARGUMENTS)
-def test_what_is_no_count_is_refused_as_no_integer_and_not_as_no_number_of_bytes(name):
+def test_an_invalid_count_is_refused_as_not_an_integer_and_not_as_a_number_of_bytes(name):
     for bad in NO_SIZE:
         with pytest.raises(REFUSED, match=rf"^{name} must be (?!.*number of bytes)"):
             COUNT_ARGUMENTS[name](bad)
@@ -146,7 +146,7 @@ def test_a_size_beyond_every_address_is_refused_by_name(name, huge):
 
 
 @pytest.mark.parametrize("name", ["minimum", "reserve"])
-def test_a_size_beyond_the_address_bits_is_refused_in_those_words(name):
+def test_the_refusal_of_a_size_beyond_the_address_bits_names_these_bits(name):
     with pytest.raises(linmem.PageError, match=r"reserve of \d+ bytes .* user addresses have \d+ bits") as caught:
         linmem.create(**{"minimum": 0, name: 2**60})
     assert caught.value.call == "reserve"
@@ -158,7 +158,7 @@ def test_a_minimum_above_the_maximum_is_refused():
         linmem.create(6, 5)
 
 
-def test_a_guard_that_is_no_multiple_of_the_host_page_is_refused():
+def test_a_guard_that_is_not_a_multiple_of_the_host_page_is_refused():
     with pytest.raises(ValueError, match=rf"guard must be a multiple of the host page \({PAGE}\), got {PAGE + 1}"):
         linmem.create(1, guard=PAGE + 1)
 
@@ -167,7 +167,7 @@ def test_a_guard_that_is_no_multiple_of_the_host_page_is_refused():
                                 types.SimpleNamespace(page_size=0, is_64=False, is_shared=False),
                                 types.SimpleNamespace(page_size=-1, is_64=False, is_shared=False),
                                 types.SimpleNamespace(page_size="1", is_64=False, is_shared=False)])
-def test_what_is_no_memory_type_is_refused(ty):
+def test_an_object_that_is_not_a_memory_type_is_refused(ty):
     class Upstream:
         def new_memory(self, ty, *sizes):
             raise AssertionError("the type is checked at the door")
@@ -210,7 +210,7 @@ def test_a_span_past_the_size_is_refused_even_where_the_sum_wraps(offset, size):
 
 
 @pytest.mark.parametrize("data", ["text", 5, None, [1, 2], memoryview(bytes(8))[::2]], ids=str)
-def test_what_is_no_run_of_bytes_cannot_be_written(data):
+def test_an_object_that_is_not_contiguous_bytes_cannot_be_written(data):
     with linmem.create(PAGE) as mem:
         with pytest.raises(TypeError, match=r"^data must be a contiguous buffer"):
             mem.write(0, data)
@@ -220,8 +220,8 @@ def test_what_is_no_run_of_bytes_cannot_be_written(data):
 
 
 @pytest.mark.parametrize("format", [None, 5, [], {}, object, str, bytes, b"d", 1.0])
-def test_what_is_no_element_type_is_refused_without_numpy(format):
-    # In a child, where NumPy is not imported.
+def test_an_invalid_element_type_is_refused_without_numpy(format):
+    # The child does not import NumPy.
     assert answer(f"""
         import linmem
         try:
@@ -242,7 +242,7 @@ def test_a_format_that_does_not_exist_is_refused(format):
 @requires("numpy")
 @pytest.mark.parametrize("spelling", ["object", "str", "bytes", "'V0'", "[]", "[('a', object)]", "('f4', (2, 3))"])
 def test_a_dtype_that_bytes_cannot_be_is_refused(spelling):
-    # In a child: an element of no bytes once divided by zero, an object once was an address.
+    # In a child: an element of zero bytes once caused a division by zero, and an object was once used as an address.
     assert answer(f"""
         import linmem, numpy
         with linmem.create(64) as mem:
@@ -254,7 +254,7 @@ def test_a_dtype_that_bytes_cannot_be_is_refused(spelling):
 
 
 @pytest.mark.parametrize("format", [None, 5, object()])
-def test_what_numpy_would_guess_a_type_from_is_refused(format):
+def test_objects_from_which_numpy_would_guess_a_type_are_refused(format):
     with linmem.create(PAGE) as mem, pytest.raises(TypeError, match=r"^format must be"):
         mem.view(format)
 
@@ -280,14 +280,14 @@ def test_an_index_past_the_size_is_an_index_error(index):
 
 
 @pytest.mark.parametrize("index", [None, 1.0, "0", (0, 1)])
-def test_what_is_no_index_is_a_type_error(index):
+def test_an_object_that_is_not_an_index_is_a_type_error(index):
     with linmem.create(PAGE) as mem, pytest.raises(TypeError, match="indexed by an integer or a slice"):
         mem[index]
 
 
 @pytest.mark.parametrize(("byte", "kind"), [(-1, ValueError), (256, ValueError), (2**70, ValueError),
                                             (1.0, TypeError), ("a", TypeError), (None, TypeError)])
-def test_what_is_no_byte_cannot_be_stored(byte, kind):
+def test_a_value_that_is_not_a_byte_cannot_be_stored(byte, kind):
     with linmem.create(PAGE) as mem:
         with pytest.raises(kind, match=r"^a byte must be"):
             mem[0] = byte
@@ -315,16 +315,16 @@ def test_an_option_that_does_not_exist_or_no_creator_is_a_type_error(make):
 
 
 @pytest.mark.parametrize("kind", ["", "pools", None, 5, []])
-def test_a_kind_that_does_not_exist_is_refused_with_those_that_do(kind):
+def test_an_unknown_kind_is_refused_with_a_list_of_the_known_kinds(kind):
     with pytest.raises(ValueError, match="kind must be one of 'mmap', "):
         linmem.creator(kind)
 
 
-# -- what a truth test would get wrong -----------------------------------------------------------------------------
+# -- objects with an unusual truth value ---------------------------------------------------------------------------
 
 
 class Quota(linmem.MemoryCreator):
-    """A creator that is false, and refuses."""
+    """A creator whose truth value is false, and that refuses every request."""
 
     def __bool__(self):
         return False
@@ -340,14 +340,14 @@ class Quota(linmem.MemoryCreator):
     lambda: linmem.create(1, creator=Quota()), lambda: linmem.PythonCreator(Quota()).create(1),
     *(partial(lambda kind, options: linmem.creator(kind, upstream=Quota(), **options).create(1), kind, options)
       for kind, options in (("statistics", {}), ("limiting", {"limit_bytes": 1 << 20}), ("pool", {})))])
-def test_a_creator_that_is_false_is_asked(make):
+def test_a_creator_with_a_false_truth_value_is_used(make):
     with pytest.raises(linmem.GrowError, match="the quota is used up"):
         make()
 
 
 @pytest.mark.parametrize("kind", ["statistics", "limiting", "pool"])
 @pytest.mark.parametrize("bad", [0, False, "", [], (), 0.0, b"", linmem.MmapCreator, Quota, NativeCreator])
-def test_an_upstream_that_is_no_creator_is_refused_by_name(kind, bad):
+def test_an_upstream_that_is_not_a_creator_is_refused_by_name(kind, bad):
     options = {"limit_bytes": 1} if kind == "limiting" else {}
     with pytest.raises(TypeError, match=r"^upstream must be a MemoryCreator, got"):
         linmem.creator(kind, upstream=bad, **options)
@@ -371,11 +371,11 @@ def test_a_class_in_place_of_a_creator_is_refused_as_one_that_was_not_called(mak
 
 
 @pytest.mark.parametrize("thing", [linmem.Image.from_bytes(b""), linmem.MmapCreator(), linmem.PoolingCreator()])
-def test_what_is_there_is_true(thing):
+def test_every_object_is_true(thing):
     assert thing
 
 
-def test_a_memory_is_true_whatever_its_size_and_also_when_it_is_closed():
+def test_a_memory_of_any_size_open_or_closed_is_true():
     with linmem.create(0) as mem:
         assert bool(mem) is True
         assert len(mem) == 0
@@ -442,14 +442,14 @@ def test_the_largest_word_is_not_taken_for_none_by_the_trait(creator):
             creator.new_memory(TYPE, *sizes)
 
 
-def test_a_budget_is_the_one_that_was_given_or_refused():
+def test_a_budget_of_2_to_the_63_bytes_or_more_is_refused():
     assert linmem.LimitingCreator(linmem.MmapCreator(), WORD // 2 - 1).limit_bytes == WORD // 2 - 1
     with pytest.raises(OverflowError, match=rf"^limit_bytes must be below 2\*\*63, got {WORD // 2}$"):
         linmem.LimitingCreator(linmem.MmapCreator(), WORD // 2)
 
 
 @pytest.mark.parametrize("pages", [WORD - 1, WORD, 1 << 100])
-def test_a_type_that_no_address_reaches_cannot_be_warmed(pages):
+def test_a_type_larger_than_the_address_space_cannot_be_warmed(pages):
     for ty in (linmem.MemoryType(1, pages, page_size=1, is_64=True), linmem.MemoryType(pages, is_64=True)):
         with pytest.raises(OverflowError, match=r"^ty\.(minimum|maximum) \* ty\.page_size must be below 2\*\*64 - 1"):
             linmem.PoolingCreator().warm(1, ty)
@@ -461,7 +461,7 @@ def test_a_type_of_bytes_without_a_maximum_can_be_warmed():
                      guard_size_in_bytes=PAGE) == 1
 
 
-# -- constructors, in the words of those who call them ---------------------------------------------------------------
+# -- error texts of constructors, in the caller's terms --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("make", "text"), [
@@ -481,7 +481,7 @@ def test_a_type_of_bytes_without_a_maximum_can_be_warmed():
     (lambda: linmem.Memory(5), r"a Memory is made by a creator"), (lambda: linmem.Memory(a=5), r"a Memory is made by"),
     (lambda: linmem.Image(b"x", offset=5), r"an Image is made by"), (lambda: Offer(), r"Offer\(\) needs the argument"),
 ])
-def test_a_constructor_names_what_is_missing_or_too_much_in_its_own_words(make, text):
+def test_a_constructor_names_a_missing_or_unexpected_argument(make, text):
     with pytest.raises(TypeError, match=f"^{text}") as caught:
         make()
     assert "__" not in str(caught.value)
@@ -492,7 +492,7 @@ def test_a_constructor_names_what_is_missing_or_too_much_in_its_own_words(make, 
     lambda: linmem.creator("limiting", limit_bytes=1), lambda: linmem.PythonCreator(Quota()), lambda: Offer([]),
     lambda: linmem.create(8), lambda: linmem.create(8).view(">d").obj])
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps, partial(pickle.dumps, protocol=2)])
-def test_what_belongs_to_this_process_says_that_it_cannot_be_pickled_or_copied(make, duplicate):
+def test_objects_of_this_process_refuse_to_be_pickled_or_copied(make, duplicate):
     with pytest.raises(TypeError, match="cannot be pickled or copied: ") as caught:
         duplicate(make())
     assert "__" not in str(caught.value)
@@ -545,7 +545,7 @@ def test_the_factory_names_every_option_of_every_kind():
         assert sorted(str(caught.value).partition("are: ")[2].split(", ")) == sorted(names)
 
 
-# -- buffers that are closed, and shapes -----------------------------------------------------------------------------
+# -- closed buffers, and shapes --------------------------------------------------------------------------------------
 
 
 def closed_buffers():
@@ -607,7 +607,7 @@ def test_a_contiguous_array_of_any_shape_is_its_bytes(shape, dtype):
         assert mem[7:7 + 2 * n:2] == data.tobytes()
         assert sum(mem[:]) == sum(data.tobytes())
         mem.write(9, data)
-        if dtype != "M8[s]":        # which Python's own memoryview does not read
+        if dtype != "M8[s]":        # Python's memoryview does not support this dtype
             assert data in mem
             assert linmem.Delta("0" * 64, n, n, [(0, n)] if n else [], [], data).data == data.tobytes()
         assert bytes(linmem.Image.from_bytes(data)) == data.tobytes()
@@ -618,7 +618,7 @@ def test_a_contiguous_array_of_any_shape_is_its_bytes(shape, dtype):
 
 @requires("numpy")
 @pytest.mark.parametrize("dtype", [object, "O", [("a", "u1"), ("b", "O")], "V0", "S0", []])
-def test_an_array_of_objects_or_of_nothing_is_refused(dtype):
+def test_an_array_of_objects_or_of_empty_elements_is_refused(dtype):
     import numpy as np
 
     with linmem.create(PAGE) as mem:
@@ -632,7 +632,7 @@ def test_an_array_of_objects_or_of_nothing_is_refused(dtype):
 
 @requires("numpy")
 @pytest.mark.parametrize("dtype", [None, 5, "no dtype", object()])
-def test_what_is_no_dtype_is_refused(dtype):
+def test_an_invalid_dtype_is_refused(dtype):
     with linmem.create(PAGE) as mem, pytest.raises(TypeError, match=r"^dtype must be a NumPy dtype, got"):
         mem.array(dtype)
 
@@ -659,7 +659,7 @@ def test_an_array_past_the_size_or_of_no_shape_is_refused_by_the_name_of_the_arg
         assert mem.info().exports == 0
 
 
-def test_an_array_without_numpy_names_what_installs_it():
+def test_an_array_without_numpy_names_the_command_that_installs_numpy():
     assert answer("""
         import linmem, sys
         sys.modules["numpy"] = None

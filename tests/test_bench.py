@@ -1,4 +1,4 @@
-"""The benchmark suite measures every row and writes what it says. No time is asserted."""
+"""The benchmark suite measures every row and writes its figures. No test asserts a time."""
 
 import argparse
 import errno
@@ -39,7 +39,7 @@ from linmem.bench import (
 PNG = b"\x89PNG\r\n\x1a\n"
 TIME, SPEED, SIZE, RATE = harness.TIME, harness.SPEED, harness.SIZE, harness.RATE
 MEDIAN, P10, EXACT = harness.MEDIAN, harness.P10, harness.EXACT
-# What issues ask for: (bound, sense, which ratio is held against it).
+# The required goals: (bound, sense, the ratio that is compared with the bound).
 GOALS = {
     "core": {key: (goal, TIME, MEDIAN) for key, goal in {
         "create_close/c": 1.5, "grow/c": 1.2, "wasm_grow/wasmtime": 1.1, "export/bytearray": 1.3,
@@ -68,14 +68,14 @@ GOALS = {
     "fair": {f"{bound}/requests": (0.95, RATE, EXACT)
              for bound in ("by_count", "by_resident", "by_slots", "by_all_pools", "by_two_pools", "by_budget")},
 }
-# Rows that some machines cannot judge, and say so.
+# Rows that some machines cannot measure. Such a row gives the reason.
 MAY_LACK = {"pool/one": r"the control scales only \d\.\d\d x here",
             **dict.fromkeys(GOALS["soak-pool"], "the system does not say what is resident: .+")}
 
 
 @pytest.fixture(scope="module", params=whichever(*(("matplotlib", suite) for suite in command.SUITES)))
 def quick_run(request, tmp_path_factory):
-    """One run of a whole suite in a process of its own, whose allocator and clock nobody else uses."""
+    """A run of a whole suite in its own process, whose allocator and clock no other test uses."""
     folder = tmp_path_factory.mktemp(request.param)
     done = subprocess.run(
         [sys.executable, "-m", "linmem.bench", "--suite", request.param, "--quick", "--rounds", "2",
@@ -143,7 +143,7 @@ def test_a_suite_measures_each_goals_contenders_unless_the_system_lacks_somethin
         assert why
 
 
-def test_the_json_does_not_say_whose_machine_it_is(quick_run):
+def test_the_json_does_not_identify_the_machine(quick_run):
     text = json.dumps(quick_run[1]["machine"])
     for private in (os.path.expanduser("~"), os.getcwd(), sys.prefix):
         assert private not in text
@@ -167,7 +167,7 @@ def test_the_markdown_has_every_row_between_the_marks_of_its_suite(quick_run):
     begin, end = report.marks(figures["suite"])
     assert text.startswith(begin + "\n")
     assert text.endswith("\n" + end + "\n")
-    # The tables of ratios have seven columns, those of times never do.
+    # Tables of ratios have seven columns; tables of times have another number.
     body = [line for line in text.splitlines() if line.count("|") == 8 and not line.startswith(("| row ", "|---"))]
     assert len(body) == len(figures["rows"])
     for row in figures["rows"]:
@@ -187,7 +187,7 @@ def test_the_documentation_names_every_group_of_every_suite_and_has_its_marks():
 
 
 def test_the_c_loops_give_their_reservations_back():
-    # Each takes a sixteenth of all addresses: 32 that stayed would not fit.
+    # Each reservation takes a sixteenth of all addresses, so 32 leaked reservations would not fit.
     page = report.machine()["page_size"]
     total = 1 << (report.machine()["address_bits"] - 4)
     assert _raw.create_close(total, page, page, 32) > 0
@@ -195,7 +195,7 @@ def test_the_c_loops_give_their_reservations_back():
         assert _raw.grow_steps(total, page, page, page, 5) > 0
 
 
-def test_the_c_loops_raise_what_the_system_says():
+def test_the_c_loops_raise_the_systems_error():
     page = report.machine()["page_size"]
     with pytest.raises(OSError, match=r"\((ENOMEM|ERROR_\w+)\)"):
         _raw.create_close((1 << 62) & -page, page, page, 1)
@@ -220,7 +220,7 @@ def test_the_c_loop_over_memories_refuses_to_write_where_no_memory_is(touches, e
         _loops.use_memories(linmem.creator(), 4 * PAGE, *offsets(touches, ends), 1)
 
 
-def test_the_c_loop_over_memories_raises_what_the_creator_says():
+def test_the_c_loop_over_memories_raises_the_creators_error():
     with pytest.raises(linmem.LimitError):
         _loops.use_memories(linmem.creator("limiting", limit_bytes=PAGE), 2 * PAGE, *offsets([0], [1]), 1)
 
@@ -266,7 +266,7 @@ def test_linmems_contenders_make_their_memories_with_linmem_and_the_default_does
     counting = linmem.creator("statistics")
     counted = engines.Setting("counted", "", engines.with_creator(lambda: counting))
     native_run(counted, wasm.MODULES[0].source())(5)
-    assert counting.statistics()["total_count"] == 1 + 5      # the trial, and the run
+    assert counting.statistics()["total_count"] == 1 + 5      # 1 of the trial run, 5 of the measured run
     kept = engines.Kept(engines.DEFAULT)
     module = wasmtime.Module(kept.engine, '(module (memory (export "memory") 1))')
     store = wasmtime.Store(kept.engine)
@@ -275,7 +275,7 @@ def test_linmems_contenders_make_their_memories_with_linmem_and_the_default_does
 
 
 @pytest.mark.usefixtures("with_wasmtime")
-def test_the_ctypes_creator_grows_its_memories_and_lets_each_go():
+def test_the_ctypes_creator_grows_and_releases_its_memories():
     import wasmtime
 
     if not hasattr(mmap, "PROT_READ"):
@@ -299,7 +299,7 @@ def test_the_ctypes_creator_grows_its_memories_and_lets_each_go():
 @pytest.mark.usefixtures("with_wasmtime")
 @requires("maps")
 @pytest.mark.parametrize("setting", engines.POOLING, ids=lambda setting: setting.key)
-def test_a_pooling_engine_stays_within_the_room_that_is_asked_for_and_is_let_go_of(setting):
+def test_a_pooling_engine_stays_within_the_requested_room_and_is_freed(setting):
     from wasmtime import _ffi as ffi
 
     before = {m.start for m in mappings()}
@@ -321,7 +321,7 @@ def test_a_pooling_engine_stays_within_the_room_that_is_asked_for_and_is_let_go_
 
 @pytest.mark.usefixtures("with_wasmtime")
 @requires("rlimits")
-def test_a_pooling_engine_for_which_there_is_no_room_says_so_instead_of_ending_the_process():
+def test_a_pooling_engine_without_enough_room_reports_it_instead_of_ending_the_process():
     done = run_child("""
         from linmem.bench import engines
         for setting in engines.POOLING[:2]:
@@ -376,7 +376,7 @@ def test_the_native_loop_offers_each_instance_its_image(setting):
 
 
 @pytest.mark.usefixtures("with_wasmtime")
-def test_the_native_loop_leaves_alone_what_another_has_on_offer():
+def test_the_native_loop_does_not_take_the_open_offer_of_another_caller():
     kept = engines.Kept(engines.LINMEM_POOL)
     made, other = (engines.prepare(kept.engine, WITH_DATA) for _ in range(2))
     at = engines.address(kept.engine.ptr()), engines.address(made.module.ptr())
@@ -415,7 +415,7 @@ def test_pages_to_write_differ_and_are_the_same_in_every_run(count):
     assert list(drawn[0]) != list(drawn[1])
 
 
-def test_the_pages_of_a_new_memory_that_are_written_are_as_many_as_it_says():
+def test_the_number_of_written_pages_of_a_new_memory_is_16():
     where, zeros = image.strided()
     assert len(range(image.SPACE)[where]) == len(zeros) == 16
 
@@ -426,7 +426,7 @@ def test_the_image_of_the_bare_rows_has_no_page_of_zeros():
     assert full.runs() == [(0, image.SPACE)]
 
 
-def test_a_memory_that_was_not_put_back_is_noticed():
+def test_a_memory_that_was_not_restored_is_detected():
     some = linmem.Image.from_bytes(b"some" * PAGE)
     with some.new_memory() as mem:
         image.check_restored(mem, some)
@@ -443,7 +443,7 @@ def of_one_mebibyte(monkeypatch):
 @requires("numpy")
 @pytest.mark.usefixtures("of_one_mebibyte")
 @pytest.mark.parametrize("build", [lambda full: image.restore(16, full, 2), image.new_memory], ids=["restore", "new"])
-def test_every_way_to_come_to_an_images_bytes_runs(build):
+def test_every_way_to_read_an_images_bytes_runs(build):
     for one in build(harness.Shared(image.full_image)).contenders:
         assert one.make()(3) > 0, one.what
 
@@ -498,7 +498,7 @@ class Interpreter:
 
 
 @pytest.mark.usefixtures("with_wasmtime")
-def test_the_words_of_the_interpreters_library_compute_what_their_names_say():
+def test_the_words_of_the_interpreters_library_compute_the_functions_of_their_names():
     shipped = Interpreter(INTERPRETER.with_suffix(".wasm"))
     assert shipped.module.imports == []
     assert {text: shipped.answer(text) for text in ANSWERS} == ANSWERS
@@ -515,7 +515,7 @@ def test_the_interpreter_built_from_its_source_by_its_own_command_answers_as_the
 
 @pytest.mark.usefixtures("with_wasmtime")
 @pytest.mark.parametrize("setting", [engines.LINMEM_POOL, engines.LINMEM_PLAIN], ids=lambda setting: setting.key)
-def test_an_interpreter_that_is_put_back_or_started_again_serves_every_request(setting, monkeypatch):
+def test_a_restored_or_restarted_interpreter_serves_every_request(setting, monkeypatch):
     for make in (image.put_back, image.start_again):
         assert make(engines.Engines(), setting)()(4) > 0
         with monkeypatch.context() as patch:
@@ -536,7 +536,7 @@ def uses_of(pattern, dirty=16, total=1024, count=64):
 
 
 @requires("numpy")
-def test_each_pattern_touches_what_its_name_says():
+def test_each_pattern_touches_the_pages_of_its_name():
     same, redrawn, alternating, bursty, skewed = map(uses_of, reset.PATTERNS)
     assert len(set(map(tuple, same))) == 1
     assert len(set(map(tuple, redrawn))) == 64
@@ -551,7 +551,7 @@ def test_each_pattern_touches_what_its_name_says():
 
 @requires("numpy")
 @pytest.mark.parametrize("pattern", reset.PATTERNS)
-def test_a_pattern_is_the_same_in_every_run_and_never_touches_a_page_that_is_not_there(pattern):
+def test_a_pattern_is_the_same_in_every_run_and_stays_within_the_memory(pattern):
     assert uses_of(pattern) == uses_of(pattern)
     assert all(len(use) <= 16 for use in uses_of(pattern, 16, 16))
 
@@ -566,7 +566,7 @@ def test_all_ways_to_reset_run_whole_periods_of_the_same_sequence():
 
 # -- threads ----------------------------------------------------------------------------------------------
 
-def test_a_run_on_threads_does_every_operation_and_counts_a_partial_one_for_what_it_is():
+def test_a_run_on_threads_does_every_operation_and_at_least_one_on_each_thread():
     done = []
     run = threads.on_threads(lambda n: done.append(n), 2, threads.Spoilt())
     assert run(10) >= 0
@@ -579,7 +579,7 @@ def test_a_run_on_threads_does_every_operation_and_counts_a_partial_one_for_what
     ([(0, 100), (1, 101)], 0, 0), ([(0, 100), (90, 190)], 0, 1), ([(0, 100), (1, 101)], 3, 3),
     ([(0, 100), (90, 190)], 3, 4),
 ])
-def test_threads_that_hardly_meet_or_lose_their_processor_spoil_a_run(monkeypatch, spans, preempted, spoilt_by):
+def test_threads_that_hardly_overlap_or_lose_their_processor_spoil_a_run(monkeypatch, spans, preempted, spoilt_by):
     spoilt = threads.Spoilt()
     monkeypatch.setattr(threads, "together", lambda loop, n, workers: (spans, preempted))
     assert threads.on_threads(None, 2, spoilt)(2) == spans[1][1]
@@ -652,7 +652,7 @@ def test_contenders_take_turns_and_each_is_first_in_some_round(monkeypatch):
     assert len(set(rounds)) == 6
 
 
-def test_a_preempted_run_is_repeated_until_one_is_left_alone(monkeypatch):
+def test_a_preempted_run_is_repeated_until_a_run_is_undisturbed(monkeypatch):
     counts = iter([0, 1, 1, 2, 2, 2])
     monkeypatch.setattr(harness, "preemptions", lambda: next(counts))
     times = iter([300, 200, 250])
@@ -666,7 +666,7 @@ def test_a_run_that_is_preempted_every_time_counts_as_disturbed_and_gives_its_fa
     assert harness.run_undisturbed(lambda n: next(times), 1) == (200, False)
 
 
-def test_a_contender_that_cannot_run_says_why_and_the_others_are_measured():
+def test_a_contender_that_cannot_run_gives_the_reason_and_the_others_are_measured():
     def refuse():
         raise harness.Unavailable("not on a Tuesday")
 
@@ -685,7 +685,7 @@ def test_a_contender_that_cannot_run_says_why_and_the_others_are_measured():
     assert report.verdict(refused) == "not measured: not on a Tuesday"
 
 
-def test_the_garbage_collector_rests_while_it_is_measured_and_works_afterwards():
+def test_the_garbage_collector_is_off_during_a_measurement_and_on_afterwards():
     seen = []
     group = harness.Group("g", "operation", (harness.Contender("a", "a", lambda: lambda n: seen.append(gc.isenabled())
                                                                or n),), (), operations=1)
@@ -714,7 +714,7 @@ def test_a_goal_in_times_faster_is_the_others_time_over_ours_and_holds_from_its_
 
 
 def test_a_goal_by_p10_looks_at_the_machines_best_state_and_one_by_median_at_every_round(monkeypatch):
-    monkeypatch.setattr(harness, "preemptions", lambda: 0)      # else a run is repeated, and its figure used up
+    monkeypatch.setattr(harness, "preemptions", lambda: 0)  # a preempted run is repeated, which would use up a figure
     figures = {"a": iter([100] * 9), "b": iter([100] + [150] * 8)}
 
     def given(key):
@@ -730,7 +730,7 @@ def test_a_goal_by_p10_looks_at_the_machines_best_state_and_one_by_median_at_eve
     assert (by_p10.ratio_p10, by_p10.holds) == (1.0, False)
 
 
-def test_what_another_contender_costs_is_taken_off_before_times_are_compared():
+def test_the_cost_of_another_contender_is_subtracted_before_times_are_compared():
     def less(key, ns, base):
         return harness.Contender(key, key, lambda: lambda n: ns * n, less=base)
 
@@ -744,7 +744,7 @@ def test_what_another_contender_costs_is_taken_off_before_times_are_compared():
     assert nothing_left.unavailable == "what is left is less than the noise"
 
 
-def test_a_row_whose_subject_is_not_the_first_contender_says_so():
+def test_a_row_whose_subject_is_not_the_first_contender_is_marked():
     group = harness.Group("g", "operation", (contender("a", 10), contender("b", 30), contender("c", 60)),
                           (harness.Goal("c", None), harness.Goal("c", None, ours="b")), operations=1)
     first, second = harness.compare(group, harness.measure(group, 2, 0, lambda: None))
@@ -766,7 +766,7 @@ def test_of_several_contenders_the_fastest_of_this_run_is_the_one_to_beat():
     assert (none.key, none.unavailable, none.holds) == ("g/none", "no", None)
 
 
-def test_a_geometric_mean_is_of_every_row_or_of_none():
+def test_a_geometric_mean_needs_every_row():
     def row(ratio, why=None):
         return harness.Row("k", "o", "a", "b", None, SPEED, P10, ratio_p10=ratio, unavailable=why)
 
@@ -788,7 +788,7 @@ def test_a_contender_that_only_some_groups_of_a_table_have_is_a_dash_for_the_oth
     assert table.lines == [("a", [1.0, 4.0]), ("b", [None, 5.0]), ("c", [3.0, 6.0])]
 
 
-def test_what_a_group_shares_is_made_once_and_lives_as_long_as_somebody_holds_it():
+def test_the_shared_object_of_a_group_is_made_once_and_kept_while_it_is_referenced():
     class Big:
         pass
 
@@ -801,7 +801,7 @@ def test_what_a_group_shares_is_made_once_and_lives_as_long_as_somebody_holds_it
     assert isinstance(shared(), Big)
 
 
-def test_the_worst_of_all_patterns_is_the_row_that_speaks_for_them():
+def test_the_worst_pattern_is_the_summary_row_of_all_patterns():
     def result(key, ratio):
         rows = [harness.Row(f"{key}/{name}", key, "adaptive", name, None, SPEED, P10, ratio_p10=ratio)
                 for name in ("discard", "better_simple")]
@@ -822,7 +822,7 @@ def test_each_contender_may_have_its_own_number_of_operations_within_the_groups_
     assert [s.operations for s in harness.measure(group, 2, 1600, lambda: None)] == [512, 16, 4, 7]
 
 
-def test_what_was_measured_is_let_go_of_before_the_next_group():
+def test_measured_objects_are_freed_before_the_next_group():
     class Big:
         def __call__(self, n):
             return n
@@ -856,12 +856,12 @@ def test_the_markdown_replaces_only_what_stands_between_the_marks(tmp_path):
     assert "| `g` | b | **2.00 x** | 2 .. 2 | 2.00 x | <= 3 x | holds |" in text
 
 
-# -- what is counted ------------------------------------------------------------------------------------------
+# -- counted results ------------------------------------------------------------------------------------------
 
-@requires("maps", "scans")       # else the pages of large memories go at once
-def test_a_burst_shows_in_what_is_resident_and_the_traffic_after_it_gives_all_back(monkeypatch):
+@requires("maps", "scans")       # without scans, a reset discards the pages of large memories immediately
+def test_a_burst_raises_resident_bytes_and_later_traffic_gives_them_back(monkeypatch):
     case = soak_pool.CASES[0]
-    for idle in (0.1, 2, 20):       # until the burst itself is shorter than that on this machine
+    for idle in (0.1, 2, 20):       # until the burst takes less time than this on a slow machine
         before, at_once, later = soak_pool.Server(idle).serve(case, 4)
         if at_once - before > 3 * case.size:
             break
@@ -872,7 +872,7 @@ def test_a_burst_shows_in_what_is_resident_and_the_traffic_after_it_gives_all_ba
 
 
 @pytest.mark.parametrize("case", fair.CASES, ids=lambda case: case.key)
-def test_tenants_that_share_a_domain_are_no_reason_to_be_fair(case):
+def test_tenants_of_one_domain_have_no_separate_shares(case):
     assert fair.hit_rate(case, 20, "second") == 0.95
     assert fair.hit_rate(case, 20, "first") == 0
     assert linmem.metrics.totals()["resident_bound"] != fair.ROOM * fair.STEP
@@ -917,7 +917,7 @@ OUTPUTS = {"--json": "figures.json", "--picture": "figure.png", "--markdown": "p
 
 @requires("matplotlib")
 @pytest.mark.parametrize("option", OUTPUTS)
-def test_a_file_of_figures_is_there_whole_or_not_at_all(monkeypatch, tmp_path, capsys, option):
+def test_a_file_of_figures_is_written_atomically(monkeypatch, tmp_path, capsys, option):
     path = tmp_path / OUTPUTS[option]
     path.write_bytes(b"old")
     path.chmod(0o600)
@@ -953,7 +953,7 @@ def test_a_file_of_figures_with_no_name_is_refused_before_anything_is_measured(o
 
 @requires("matplotlib")
 @pytest.mark.parametrize("option", OUTPUTS)
-def test_what_cannot_be_written_is_said_in_a_line_each_and_the_rest_is_written(monkeypatch, tmp_path, capsys, option):
+def test_outputs_that_cannot_be_written_are_named_and_the_rest_is_written(monkeypatch, tmp_path, capsys, option):
     paths = {name: tmp_path / file for name, file in OUTPUTS.items()}
     paths[option] = tmp_path / "no\nfolder" / OUTPUTS[option]
     assert measured(monkeypatch, *(word for pair in paths.items() for word in pair)) == 1
@@ -963,7 +963,7 @@ def test_what_cannot_be_written_is_said_in_a_line_each_and_the_rest_is_written(m
 
 
 @requires("matplotlib")
-def test_a_picture_of_no_known_format_is_refused_and_nothing_is_left(monkeypatch, tmp_path, capsys):
+def test_a_picture_of_an_unknown_format_is_refused_and_leaves_no_file(monkeypatch, tmp_path, capsys):
     assert measured(monkeypatch, "--picture", tmp_path / "figure.nothing") == 1
     (line,) = refusals(capsys.readouterr())
     assert "nothing" in line

@@ -1,4 +1,4 @@
-"""The command line, as processes that are started, fed, interrupted and read."""
+"""The command line: processes that the tests start, feed, interrupt and read."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ GROWS_THREE_TIMES = """
     (drop (memory.grow (i32.const 2)))
     (drop (memory.grow (i32.const 3)))))
 """
-# Exits with how many of five growths by one page were refused.
+# The exit code is the number of refused growths, of five growths by one page.
 COUNTS_REFUSALS = """
 (module
   (import "wasi_snapshot_preview1" "proc_exit" (func $exit (param i32)))
@@ -106,7 +106,7 @@ TOUCHES_THE_GUARD = """
 (module (memory (export "memory") 1)
   (func (export "_start") (drop (i32.load (i32.const 65536)))))
 """
-# Says so when it runs.
+# Prints a line when it runs.
 RUNS_ON = r"""
 (module
   (import "wasi_snapshot_preview1" "fd_write" (func $write (param i32 i32 i32 i32) (result i32)))
@@ -125,7 +125,7 @@ def linmem_process(*arguments, stdin=b"", env=None, cwd=None, python=()):
 
 
 def refusal(done, code):
-    """The one line that a refused command says."""
+    """The single line that a refused command prints."""
     text = done.stderr.decode()
     assert done.returncode == code, text
     assert done.stdout == b""
@@ -160,7 +160,7 @@ def wat(tmp_path):
     return write
 
 
-# -- run: what passes through ------------------------------------------------------------------------
+# -- run: data that passes through -------------------------------------------------------------------
 
 @pytest.mark.parametrize("code", [0, 1, 42, 125])
 def test_the_programs_exit_code_is_linmems(program, code):
@@ -229,7 +229,7 @@ def test_the_program_cannot_open_a_file_outside_its_directories(program, tmp_pat
 
 
 @pytest.mark.parametrize("backtrace", ["0", "1"])
-def test_a_trap_ends_with_134_and_says_what_and_where(wat, backtrace):
+def test_a_trap_ends_with_134_and_prints_its_kind_and_place(wat, backtrace):
     path = wat(TRAPS)
     done = linmem_process("run", path, env={"RUST_BACKTRACE": backtrace})
     assert (done.returncode, done.stdout) == (134, b"")
@@ -239,7 +239,7 @@ def test_a_trap_ends_with_134_and_says_what_and_where(wat, backtrace):
     assert "Traceback" not in done.stderr.decode()
 
 
-def test_an_access_past_the_memory_is_a_trap_and_kills_nothing(wat):
+def test_an_access_past_the_memory_is_a_trap_and_not_a_crash(wat):
     done = linmem_process("run", wat(TOUCHES_THE_GUARD))
     assert done.returncode == 134
     assert b"out of bounds memory access" in done.stderr
@@ -275,7 +275,7 @@ def test_without_a_budget_no_growth_is_refused(wat):
 
 def test_a_budget_refuses_growth_and_the_program_sees_minus_one(wat):
     done = linmem_process("run", "--max-memory", "192KiB", "--json", wat(COUNTS_REFUSALS))
-    assert done.returncode == 3                 # of five pages more, two fit
+    assert done.returncode == 3                 # two of five more pages fit
     figures = report_of(done)
     assert figures["max_memory"] == 192 * 1024
     assert figures["all"]["failures"] == 3
@@ -283,9 +283,9 @@ def test_a_budget_refuses_growth_and_the_program_sees_minus_one(wat):
     assert (memory["growths"], memory["refused_growths"], memory["peak_size"]) == (2, 3, 192 * 1024)
 
 
-# Far apart, because the C library of the program rounds a large allocation up as it likes.
+# Each budget is far below or far above the allocation, because the program's C library may round a large allocation up.
 @pytest.mark.parametrize(("budget", "answer"), [("48MiB", b"refused\n"), ("512MiB", b"got 7\n")])
-def test_malloc_in_a_real_program_feels_the_budget(program, budget, answer):
+def test_the_budget_limits_malloc_in_a_real_program(program, budget, answer):
     assert linmem_process("run", program, f"--max-memory={budget}", "allocate", 64 << 20).stdout == answer
 
 
@@ -295,14 +295,14 @@ def test_a_program_that_does_not_fit_its_budget_is_refused_with_the_figures(wat)
     assert "196608" in text
 
 
-def test_the_report_of_a_program_that_could_not_be_run_comes_too(wat):
+def test_a_program_that_could_not_be_run_has_a_report_too(wat):
     done = linmem_process("run", "--max-memory", "64KiB", "--json", wat(NEVER_ENDS))
     assert done.returncode == 1
     figures = report_of(done)
     assert (figures["exit_code"], figures["memories"], figures["all"]["failures"]) == (1, [], 1)
 
 
-def test_the_report_counts_what_the_program_did(wat):
+def test_the_report_counts_the_programs_operations(wat):
     path = wat(GROWS_THREE_TIMES)
     done = linmem_process("run", "--json", path)
     assert (done.returncode, done.stdout) == (0, b"")
@@ -318,12 +318,12 @@ def test_the_report_counts_what_the_program_did(wat):
     assert figures["all"]["peak_bytes"] == 7 * 65536
 
 
-def test_the_reports_resident_peak_is_what_the_program_touched(program):
+def test_the_reports_resident_peak_counts_the_pages_that_the_program_touched(program):
     (memory,) = report_of(linmem_process("run", "--json", program, "allocate", 32 << 20))["memories"]
     assert 32 << 20 <= memory["peak_resident"] <= memory["peak_size"]
 
 
-def test_the_report_in_words_says_the_same_figures_on_standard_error(wat):
+def test_the_text_report_prints_the_same_figures_on_standard_error(wat):
     done = linmem_process("run", wat(GROWS_THREE_TIMES), "--report")
     assert (done.returncode, done.stdout) == (0, b"")
     head, line = done.stderr.decode().splitlines()
@@ -343,7 +343,7 @@ def test_every_memory_of_the_program_has_its_line(wat):
     assert [(m["first_size"] >> 16, m["peak_size"] >> 16, m["growths"]) for m in memories] == [(2, 2, 0), (5, 6, 1)]
 
 
-def test_a_program_without_memory_has_a_report_that_says_so(wat):
+def test_the_report_of_a_program_without_memory_states_this(wat):
     done = linmem_process("run", "--report", wat('(module (func (export "_start")))'))
     assert (done.returncode, done.stderr.splitlines()) == (0, [b"linmem: no memory was asked for"])
 
@@ -354,13 +354,13 @@ def test_a_creator_is_chosen_by_its_name(wat):
     assert figures["memories"][0]["growths"] == 3
 
 
-# -- run: what is refused ---------------------------------------------------------------------------------
+# -- run: refusals ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("text", "size"), [
     ("65536", 65536), ("0", 0), ("64MiB", 64 << 20), ("64 mib", 64 << 20), ("64M", 64 << 20), ("1GiB", 1 << 30),
     ("1.5GiB", 3 << 29), ("64KB", 64000), ("0.001KB", 1), ("2TB", 2 * 10 ** 12), ("7b", 7),
 ])
-def test_sizes_are_read_as_people_write_them(text, size):
+def test_sizes_with_units_are_parsed(text, size):
     assert parse_size(text) == size
 
 
@@ -403,7 +403,7 @@ def test_a_wrong_size_is_named_in_one_line(text):
     (["info", "extra"], 2, "extra"),
     (["fly"], 2, "fly"),
 ])
-def test_what_cannot_be_done_is_refused_in_one_line(tmp_path, words, code, expected):
+def test_an_impossible_command_is_refused_in_one_line(tmp_path, words, code, expected):
     ok = '(module (func (export "_start")))'
     files = {
         "ok.wat": ok, "empty.wasm": b"", "image.png": b"\x89PNG\r\n\x1a\n" + bytes(64),
@@ -426,8 +426,8 @@ def test_what_cannot_be_done_is_refused_in_one_line(tmp_path, words, code, expec
     (["demo"], "wasmtime", "pip install 'linmem[demo]'"),
     (["demo"], "numpy", "pip install 'linmem[demo]'"),
 ])
-def test_a_missing_package_is_named_with_what_installs_it(tmp_path, wat, words, missing, advice):
-    # A package of the same name that says what Python says of one that is not installed.
+def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, wat, words, missing, advice):
+    # A package of this name that raises Python's error for a package that is not installed.
     (tmp_path / "hidden" / missing).mkdir(parents=True)
     (tmp_path / "hidden" / missing / "__init__.py").write_text(
         f"raise ModuleNotFoundError(\"No module named '{missing}'\", name='{missing}')")
@@ -500,7 +500,7 @@ def test_importing_the_command_line_loads_neither_numpy_nor_wasmtime_nor_json():
 
 # -- demo ---------------------------------------------------------------------------------------------------
 
-def test_the_demo_holds_and_its_addresses_are_the_same_before_and_after():
+def test_the_demo_succeeds_and_its_addresses_are_the_same_before_and_after():
     done = linmem_process("demo")
     text = done.stdout.decode()
     assert (done.returncode, done.stderr) == (0, b""), text
@@ -524,7 +524,7 @@ def test_the_demo_writes_plain_ascii():
     ("LARGEST_PRIME", 9_999_992, "expected 9999992, found 9999991"),
     ("TWIN_PRIMES", 58_981, "expected 58981, found 58980"),
 ])
-def test_a_figure_of_the_demo_that_does_not_hold_is_said_and_fails_it(monkeypatch, capsys, name, value, said):
+def test_a_wrong_figure_of_the_demo_is_printed_and_fails_the_demo(monkeypatch, capsys, name, value, said):
     monkeypatch.setattr(demo, name, value)
     assert cli.main(["demo"]) == 1
     out = capsys.readouterr().out
@@ -540,8 +540,8 @@ def test_an_address_that_moved_fails_the_demo(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("command", ["demo", "info", "run", "image", "bench"])
-def test_a_subcommand_behind_two_dashes_is_itself_or_a_wrong_command_line(monkeypatch, command):
-    """Pythons differ in whether that is a choice."""
+def test_a_subcommand_after_two_dashes_is_accepted_or_is_a_wrong_command_line(monkeypatch, command):
+    """Versions of Python differ in whether argparse accepts a subcommand after two dashes."""
     monkeypatch.setattr(demo, "main", lambda args: 7)
     monkeypatch.setattr(info, "main", lambda args: 7 + args.json)
     def ended():
@@ -566,7 +566,7 @@ def test_the_demo_runs_where_the_address_space_is_short():
 
 # -- info ---------------------------------------------------------------------------------------------------
 
-def test_info_says_what_the_page_floor_says_and_the_guards_kill(tmp_path):
+def test_info_shows_the_page_floors_values_and_that_guards_crash_a_child(tmp_path):
     from importlib.metadata import version
 
     from linmem._os import pages
@@ -579,7 +579,7 @@ def test_info_says_what_the_page_floor_says_and_the_guards_kill(tmp_path):
         name: floor[name] for name in ("page_size", "granularity", "capabilities", "limits")}
     assert figures["linmem"] == linmem.__version__
     assert 30 < figures["address_bits"] <= 64
-    assert figures["reserved"] == 0         # that process had no memory of its own
+    assert figures["reserved"] == 0         # that process had made no memory
     assert (figures["wasmtime"]["version"], figures["wasmtime"]["works"]) == (version("wasmtime"), True)
     children = figures["self_test"]["children"]
     assert figures["self_test"]["passed"] is True
@@ -614,7 +614,7 @@ def test_the_self_test_can_fail(monkeypatch, capsys, script, why):
     assert "THE GUARDS DO NOT HOLD" in out
 
 
-def test_info_says_why_the_installer_does_not_work(monkeypatch, capsys):
+def test_info_gives_the_reason_if_the_installer_does_not_work(monkeypatch, capsys):
     monkeypatch.setattr(info, "WASMTIME_CHILD", "raise RuntimeError('no host memory creators')")
     assert cli.main(["info", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)["wasmtime"]
@@ -626,11 +626,11 @@ def test_info_says_why_the_installer_does_not_work(monkeypatch, capsys):
     (3221225477, "access violation (0xC0000005)"), (-1073741819, "access violation (0xC0000005)"),
     (0, None), (1, None), (None, None), (-15, None), (139, None),
 ])
-def test_only_a_memory_fault_counts_as_one(returncode, name):
+def test_only_memory_faults_are_named_as_memory_faults(returncode, name):
     assert info.death(returncode) == name
 
 
-def test_a_reader_that_goes_away_is_no_traceback():
+def test_a_reader_that_closes_the_pipe_causes_no_traceback():
     process = subprocess.Popen([sys.executable, "-m", "linmem", "info", "--json"], stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, env=ENVIRONMENT)
     process.stdout.close()
@@ -660,7 +660,7 @@ def test_bench_gets_its_arguments_and_its_exit_code_is_ours(monkeypatch):
 @pytest.mark.parametrize(("missing", "advice"), [
     ("matplotlib.pyplot", "linmem[bench]"), ("linmem.bench", "pip install -e ."),
 ])
-def test_bench_names_what_is_missing(monkeypatch, capsys, missing, advice):
+def test_bench_names_the_missing_packages(monkeypatch, capsys, missing, advice):
     def main(args):
         raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
 
@@ -683,7 +683,7 @@ def test_an_import_error_of_another_kind_is_not_hidden(monkeypatch):
 @requires("fork")
 @pytest.mark.parametrize("closed", [1, 2])
 @pytest.mark.parametrize("words", ["info --json", "info", "image info no-file", "image diff no-file no-file"])
-def test_a_closed_stream_of_output_is_no_traceback_and_no_words_elsewhere(words, closed, tmp_path):
+def test_a_closed_output_stream_causes_no_traceback_and_no_output_elsewhere(words, closed, tmp_path):
     done = subprocess.run(["sh", "-c", f'"$0" -m linmem {words} {closed}>&-', sys.executable], capture_output=True,
                           text=True, timeout=120, cwd=tmp_path)
     assert "Traceback" not in done.stdout + done.stderr
@@ -697,7 +697,7 @@ def test_a_closed_stream_of_output_is_no_traceback_and_no_words_elsewhere(words,
     ["run", "--max-memory", "1\nMiB", "x.wasm"],
     ["info", "--no\noption"], ["info", "no\nword"], ["image", "info", "--no\noption", "x"], ["no\ncommand"],
     ["image", "no\naction"], ["bench", "--no\noption"]])
-def test_a_refusal_is_one_line_whatever_characters_are_in_the_words(arguments):
+def test_a_refusal_is_one_line_for_words_with_any_characters(arguments):
     done = linmem_process(*arguments)
     assert refusal(done, done.returncode).strip("\r\n").isprintable()
     assert done.returncode in (1, 2)

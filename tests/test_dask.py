@@ -1,4 +1,4 @@
-"""linmem under Dask: what crosses a real cluster of processes, how often, and what tasks see of it."""
+"""linmem under Dask: the data that crosses a real cluster of processes, and the images that tasks see."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_token_follows_the_bytes_and_not_the_object(image, delta):
     assert token(lost) != token(more)
 
 
-def test_an_image_weighs_what_it_stores(image, delta):
+def test_the_sizeof_of_an_image_is_its_stored_bytes(image, delta):
     from dask.sizeof import sizeof
 
     import linmem.dask  # noqa: F401
@@ -95,7 +95,7 @@ def test_images_of_the_same_bytes_share_a_pool_and_eight_are_kept(image):
     others = [Image.from_bytes(bytes([i + 1])) for i in range(7)]
     for other in others:
         linmem.dask.worker_pool(other)
-    with linmem.dask.memory(image) as mem:          # dropped from the eight, and no harm to who asks again
+    with linmem.dask.memory(image) as mem:          # no longer among the eight pools, but still usable
         assert mem.read(0, len(mem)) == bytes(image)
     with pytest.raises(TypeError, match="image must be an Image, got bytes"):
         linmem.dask.worker_pool(b"image")
@@ -113,7 +113,7 @@ def test_the_oldest_pool_is_kept_if_it_is_used_again_before_the_ninth_is_made():
     assert linmem.dask.worker_pool(images[0]) is pools[0]
     for kept in range(2, 8):
         assert linmem.dask.worker_pool(images[kept]) is pools[kept]
-    assert linmem.dask.worker_pool(images[1]) is not pools[1]       # the one that was used longest ago
+    assert linmem.dask.worker_pool(images[1]) is not pools[1]       # the pool that was unused for the longest time
     linmem.dask._pools.clear()
 
 
@@ -152,7 +152,7 @@ def test_without_distributed_the_import_says_how_to_get_it():
 
 # -- a cluster ----------------------------------------------------------------------------------------------------
 
-# Every process counts the bytes that its connections write, below all that knows of images.
+# Every process counts the bytes that its connections write, in the TCP layer, which does not know images.
 CLUSTER = '''
 import json, os, sys, time
 import distributed, psutil
@@ -179,13 +179,13 @@ def everywhere(client):
     return written() + sum(client.run(written).values())
 
 def compile_once():
-    dask_wasm.prepared()            # before two threads of a worker do it at the same moment
+    dask_wasm.prepared()            # before two threads of a worker do so concurrently
 
 def pools():
     return [dask_wasm.prepared()[2].stats()]
 
 def alone(tag, image):
-    """Whether the task's memory holds the image at first, and then, while others write theirs, what it wrote."""
+    """Returns whether the memory held the image at first, and kept this task's own bytes during writes of others."""
     with linmem.dask.memory(image) as mem:
         fresh = mem.read(0, len(mem)) == bytes(image)
         mem[:] = bytes([tag]) * len(mem)
@@ -231,7 +231,7 @@ def main():
     gone = time.monotonic() + 120
     while any(map(psutil.pid_exists, workers)) and time.monotonic() < gone:
         time.sleep(0.05)
-    # What multiprocessing itself keeps (its resource tracker) ends with this process.
+    # multiprocessing's own resource tracker ends with this process.
     found["left"] = [" ".join(process.cmdline()) for process in me.children(recursive=True)]
     print(json.dumps(found))
 
@@ -242,7 +242,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What a run of a cluster found: in a process of its own, whose end ends everything."""
+    """The result of a run of a cluster. The end of its own process ends the whole cluster."""
     script = tmp_path_factory.mktemp("cluster") / "cluster.py"
     script.write_text(CLUSTER)
     done = subprocess.run(
@@ -263,9 +263,9 @@ def test_the_example_counts_the_primes(found):
 @cluster
 def test_an_image_crosses_once_to_each_worker_and_not_for_each_task(found):
     assert [each["images_received"] for each in found["traffic"]] == [1, 1]
-    assert found["drops_copies"] is False       # or, on a busy machine, the first of these might be 2
-    # What the connections wrote, whoever wrote it: the image twice, the talk about 32 tasks, and of the numbers
-    # (4 MiB in all) what the workers took from each other to share the work. Once for each task it were 32 MiB.
+    assert found["drops_copies"] is False       # on a busy machine, a dropped copy could make the first figure 2
+    # The bytes that all connections wrote: the image twice, the messages about 32 tasks, and the numbers (4 MiB in all)
+    # that workers took from each other to share the work. An image for each task would be 32 MiB.
     assert found["stored"] == 1 << 20
     assert 2 * found["stored"] <= found["travelled"] < 2 * found["stored"] + (4 << 20) + (1 << 20)
 
@@ -275,9 +275,9 @@ def test_each_worker_has_one_pool_and_its_tasks_use_the_slots_again(found):
     for pools in found["pools"]:
         (pool,) = pools
         assert pool["live"] == 0
-        assert pool["misses"] <= 3                          # a slot for each thread, and the one below
-    # So nearly all are hits, whichever worker had them. One for each task, and an empty one for each worker: prepare()
-    # tries whether the engine asks linmem for memories.
+        assert pool["misses"] <= 3  # a slot for each thread, and the slot of prepare()'s check (see below)
+    # So nearly all requests are hits, on either worker. The sum has one request for each task, and one for an empty
+    # memory in each worker: prepare() checks whether the engine asks linmem for memories.
     assert sum(pool["hits"] + pool["misses"] for (pool,) in found["pools"]) == 32 + len(found["pools"])
 
 
@@ -292,7 +292,7 @@ def test_a_delta_comes_back_from_a_task(found):
 
 
 @cluster
-def test_a_worker_that_comes_later_knows_images_too(found):
+def test_a_worker_that_joins_later_also_supports_images(found):
     assert found["workers"] == 3
     assert found["late"] is True
     assert found["late_traffic"]["images_received"] == 1

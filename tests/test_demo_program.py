@@ -1,4 +1,4 @@
-"""The program that `linmem demo` runs: what ships is what its source says."""
+"""The program that `linmem demo` runs: the shipped module is the one that its source describes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import linmem
 PACKAGE = pathlib.Path(linmem.__file__).parent
 SOURCE = PACKAGE / "_commands" / "demo.c"
 SHIPPED = PACKAGE / "_commands" / "demo.wasm"
-# Of the number of primes up to n: the known values, and the edges of the first two wasm pages.
+# n -> number of primes up to n: known values, and values at the edges of the first two wasm pages.
 KNOWN = {0: 0, 1: 0, 2: 1, 3: 2, 100: 25, 65535: 6542, 65536: 6542, 65537: 6543, 131071: 12251, 10 ** 6: 78498}
 
 
@@ -37,12 +37,12 @@ class Program:
         return bytes(memory.read(self.store, self.exports["table"](self.store), memory.data_len(self.store)))
 
 
-def test_the_shipped_program_knows_how_many_primes_there_are():
+def test_the_shipped_program_counts_primes_correctly():
     program = Program(SHIPPED)
     assert {limit: program.count_primes(limit) for limit in KNOWN} == KNOWN
 
 
-def test_the_shipped_program_imports_nothing_and_says_minus_one_where_the_table_cannot_be():
+def test_the_shipped_program_has_no_imports_and_returns_minus_one_if_the_table_does_not_fit():
     program = Program(SHIPPED)
     assert [entry.name for entry in program.module.imports] == []
     assert program.count_primes((1 << 30) + 1) == -1

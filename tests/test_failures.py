@@ -1,6 +1,6 @@
-"""Failures by name: what is done instead, the limits of the process, an upstream that gives up.
+"""Named failures: fallbacks after a refusal, the limits of the process, and an upstream that fails.
 
-test_faults.py refuses every page call of everything.
+test_faults.py tests every operation with every page call refused.
 """
 
 import errno
@@ -36,12 +36,12 @@ def test_a_failed_protect_does_not_keep_a_memory_from_moving():
         assert mem.read(0, 4) == b"kept"
 
 
-SMALL = 1 << 20     # beyond the minimum
+SMALL = 1 << 20     # bytes beyond the minimum
 
 
 @pytest.mark.parametrize("maximum", [None, 1 << 30])
 def test_a_chosen_reservation_that_the_os_refuses_becomes_a_small_one_and_then_the_minimum(maximum):
-    # In a child: here, a pool may have idle slots to give back.
+    # In a child, because pools of this process may have idle slots to give back.
     assert answer(f"""
         import errno, linmem
         from linmem._core.memory import _chosen
@@ -63,7 +63,7 @@ def test_a_chosen_reservation_that_the_os_refuses_becomes_a_small_one_and_then_t
 
 
 @requires("rlimits")
-def test_a_refused_reservation_of_address_space_says_what_linmem_holds_and_what_makes_it_less():
+def test_a_refused_reservation_of_address_space_gives_linmems_total_and_ways_to_reduce_it():
     assert answer(f"""
         import linmem
         mem = linmem.create({PAGE}, reserve=64 * {PAGE})
@@ -77,7 +77,7 @@ def test_a_refused_reservation_of_address_space_says_what_linmem_holds_and_what_
 
 
 def test_a_move_whose_smallest_reservation_is_refused_is_a_page_error():
-    # At the maximum there is no smaller step.
+    # A reservation at the maximum has no smaller fallback.
     with linmem.create(PAGE, maximum=4 * PAGE, reserve=0, may_move=True) as mem:
         mem[0] = 7
         before = mem.info()

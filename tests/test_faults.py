@@ -1,12 +1,12 @@
-"""Every public operation, with every page call that it makes refused in turn.
+"""Every public operation, with each of its page calls refused in turn.
 
-A row of the table is an operation. It is tried with its 1st, 2nd ... page call refused, until it makes no more calls;
-with one refusal, with two in a row (the undoing of the first is refused, too), and with every call from there on
-refused; with more than one code. Each time it is the exception that is documented and all is as it was, or the
-operation has done all that it promises. Then it works again, and nothing is left behind.
+A row of the table is an operation. A trial refuses the operation's 1st, 2nd ... page call, until the operation makes no
+more calls. The refusals are: one call, two calls in a row (so that the undoing of the first is refused, too), and every
+call from there on, with more than one error code. Each time, either the documented exception is raised and the state is
+unchanged, or the operation has done its complete work. Afterwards the operation works again, and no resource is leaked.
 
-The table is complete: a public name that is in no row, and not among those that are seen to make no page call, fails
-a test.
+The table is complete: a test fails if a public name is in no row and not in the list of operations that make no page
+call.
 """
 
 import contextlib
@@ -50,14 +50,14 @@ from linmem._core.memory import NativeCreator
 from linmem._core.process_handles import Handle
 from linmem._os import pages
 
-# Out of memory and, as it were, a second opinion: nothing may depend on which code it is.
+# Two error codes: out of memory, and another code, because no result may depend on the code.
 OUT_OF_MEMORY, OTHER = (8, 1455) if HAS_KERNEL32 else (12, 11)
 FOR_GOOD = 1 << 40
 WAYS = {"once": (OUT_OF_MEMORY, 1), "another code": (OTHER, 1), "twice": (OUT_OF_MEMORY, 2),
         "for good": (OUT_OF_MEMORY, FOR_GOOD)}
 if HAS_KERNEL32:
     WAYS = {"once": (OUT_OF_MEMORY, 1), "for good": (OTHER, FOR_GOOD)}
-MOST_CALLS = 80         # of any operation here
+MOST_CALLS = 80         # more page calls than any operation makes
 
 SHAPE = {"maximum": 32 * PAGE, "reserve": 32 * PAGE, "guard": PAGE}
 MOVING = {"maximum": 32 * PAGE, "reserve": 0, "guard": PAGE, "may_move": True}
@@ -66,10 +66,10 @@ BUDGET = 64 * max(PAGE, WASM_PAGE)
 
 
 class MinusOne(Exception):
-    """What memory.grow returned to the guest."""
+    """The guest's memory.grow returned -1."""
 
 
-# -- what is looked at before and after ------------------------------------------------------------------
+# -- the state before and after an operation -------------------------------------------------------------
 
 def look_at_memory(mem):
     if mem.closed:
@@ -85,7 +85,8 @@ def look_at_memory(mem):
 
 
 def look_at_creators(creator, counts):
-    """Down to the first pool: it may release idle slots for a request, and what is charged for them below."""
+    """The figures of the creators down to the first pool. The budgets below a pool are left out, because the pool may
+    release idle slots for a request."""
     found = []
     for one in chain_of(creator):
         if isinstance(one, linmem.PoolingCreator):
@@ -105,11 +106,11 @@ def look_at_image(img, has_pool):
 
 
 class Scene:
-    """What an operation finds: memories, creators, images, a store, and whatever its row puts here."""
+    """The things that an operation works on: memories, creators, images, a store, and more things of its row."""
 
     creator = None
     store = None
-    counts = True       # what a pool has counted stays, too
+    counts = True       # whether a pool's counters must stay the same
 
     def __init__(self, **things):
         self.__dict__.update(things)
@@ -119,12 +120,12 @@ class Scene:
                 for n, one in enumerate(thing if isinstance(thing, list) else [thing])]
 
     def places(self):
-        """Where its memories stand. Touches no page."""
+        """The addresses of the memories. Touches no page."""
         return {name: one.as_ptr() for name, one in self.things() if isinstance(one, linmem.Memory) and not one.closed}
 
     def state(self):
-        """All that can be seen of it but its addresses, which differ between twins. Reads every byte, and so makes
-        every page present: what is looked at in this way before an operation is a twin of what the operation gets."""
+        """The whole visible state except addresses, which differ between twins. The call reads every byte and so makes
+        every page resident. Therefore the state before an operation is read from a twin of the operation's scene."""
         found = {"creator": look_at_creators(self.creator, self.counts)}
         for name, one in self.things():
             if isinstance(one, linmem.Memory):
@@ -136,7 +137,7 @@ class Scene:
         return found
 
     def close(self, *more):
-        """Give up everything, and see that nobody holds a part of it."""
+        """Drops all things, and checks that no other reference to them is left."""
         for thing in (*more, *vars(self).values()):
             close_memories(thing if isinstance(thing, list) else [thing])
         creator, store = self.creator, self.store
@@ -153,7 +154,7 @@ def close_memories(things):
 
 
 def prove_idle(creator):
-    """Nothing that came out of the creator is alive, and what it hands out next is as new."""
+    """Checks that no memory of the creator is alive, and that the next memory is like new."""
     if creator is None:
         return
     with creator.create(3 * PAGE, **SHAPE) as mem:
@@ -181,9 +182,9 @@ def chain_of(creator):
 
 
 def left_behind():
-    if not NEEDS["descriptors"][0]:     # who could tell
+    if not NEEDS["descriptors"][0]:     # descriptors cannot be counted here
         return None
-    for _ in range(3):      # what the OS refused to take back goes with the next releases
+    for _ in range(3):      # the next releases also release the ranges whose release was refused
         linmem.create(PAGE).close()
     return live_bytes(), descriptors()
 
@@ -193,15 +194,15 @@ def left_behind():
 @dataclass(frozen=True)
 class Row:
     name: str
-    covers: str                     # public names
+    covers: str                     # the public names that the row covers
     make: object                    # () -> Scene
     act: object                     # (scene) -> result
-    check: object                   # (scene, result), where it was not refused
-    refused: frozenset              # the page calls that it cannot do without
-    error: type                     # what it then raises
+    check: object                   # (scene, result); runs if the operation succeeded
+    refused: frozenset              # the page calls that the operation needs
+    error: type                     # the exception if one of these is refused
     within: object                  # () -> context manager
-    again: bool                     # the same as another row, with other means
-    calls: bool                     # it makes page calls here
+    again: bool                     # the same operation as another row, with another setup
+    calls: bool                     # whether it makes page calls here
 
 
 ROWS = []
@@ -209,13 +210,13 @@ ROWS = []
 
 def row(name, covers, make, act, check, refused="", error=linmem.PageError, within=contextlib.nullcontext,
         again=False, calls=True):
-    # A page call of Windows' under Wine takes a hundred times as long: there each thing is tried by one row.
+    # A page call of Windows takes a hundred times as long under Wine, so only one row for each operation runs there.
     if not (again and HAS_KERNEL32):
         ROWS.append(Row(name, covers, make, act, check, frozenset(refused.split()), error, within, again, calls))
 
 
 def nothing(scene, result):
-    """What an operation leaves behind is looked at when the scene is closed."""
+    """Checks no result. Scene.close() checks for leaks."""
 
 
 def holds(true):
@@ -224,13 +225,13 @@ def holds(true):
     return check
 
 
-# -- creators, and what they make
+# creators and their memories
 
 MMAP = linmem.MmapCreator
 
 
 class InPython(linmem.LinearMemory):
-    """A linear memory in Python, over one of linmem's."""
+    """A linear memory in Python over one of linmem's memories."""
 
     def __init__(self, mem):
         self.mem = mem
@@ -252,7 +253,7 @@ class PythonMemories(linmem.MemoryCreator):
 
 
 def full(pool, state):
-    """The one slot of the pool, live or idle and of another shape."""
+    """Fills the pool's only slot, which is then live, or idle with another shape."""
     mem = pool.create(5 * PAGE, **SHAPE)
     if state == "idle":
         mem.close()
@@ -260,7 +261,7 @@ def full(pool, state):
 
 
 def used(pool):
-    """A pool with a slot that has seen use."""
+    """Returns a pool with a used slot."""
     with pool.create(3 * PAGE, **SHAPE) as mem:
         dirty(mem)
     return pool
@@ -272,7 +273,7 @@ def dirty(mem):
     mem.protect(2 * PAGE, 3 * PAGE, "none")
 
 
-CREATORS = {        # name -> (one, the page calls that a creation needs, and that a growth needs)
+CREATORS = {        # name -> (creator, the page calls that a creation needs, the page calls that a growth needs)
     "mmap": (MMAP, "reserve commit", "commit"),
     "prefaulting": (lambda: MMAP(prefault=True), "reserve commit prefault", "commit prefault"),
     "huge pages": (lambda: MMAP(huge_pages=True), "reserve commit", "commit"),
@@ -328,7 +329,7 @@ def check_started(scene, mem):
     assert mem[img.offset:] == bytes(img)
     assert mem.dirty_pages(img) == []
     mem.close()
-    assert img.info().memories == 0 or scene.creator is not None     # a pool's slots keep it
+    assert img.info().memories == 0 or scene.creator is not None     # a pool's idle slots keep the image's memories
 
 
 def creator_rows():
@@ -366,7 +367,7 @@ def plain(**how):
 
 
 def patchwork():
-    """Some of its pages have a protection of their own."""
+    """A memory in which some pages have another protection."""
     scene = with_memory(MMAP, SHAPE, 12 * PAGE)
     scene.mem.protect(2 * PAGE, 2 * PAGE, "r")
     scene.mem.protect(6 * PAGE, 2 * PAGE, "none")
@@ -374,7 +375,7 @@ def patchwork():
 
 
 def over_image():
-    """Its pages are an image's in the middle."""
+    """A memory whose middle pages come from an image."""
     img = Image.from_bytes(b"image" * PAGE, 3 * PAGE)
     mem = img.new_memory(minimum=12 * PAGE, **SHAPE)
     mem.write(0, b"before")
@@ -428,7 +429,7 @@ row("records", "StatisticsCreator.memories", functools.partial(with_memory, lamb
     lambda scene: scene.creator.memories(), holds(lambda scene, found: len(found) == 1))
 
 
-# -- pools, with each way to reset and to find what was touched
+# pools, with each kind of reset and each way to find touched pages
 
 HOW = [(reset, way) for reset in ("adaptive", "scan") for way in sorted(SCAN_WAYS)]
 HOW += [(reset, None) for reset in ("adaptive", "zero", "discard")]
@@ -522,7 +523,7 @@ def images_of(kind):
 
 
 class Duplicate:
-    """What `multiprocessing` makes of a descriptor on its way, as it is in the other process."""
+    """A copy of a descriptor, as `multiprocessing` sends it to another process."""
 
     def __init__(self, number):
         self.number = number
@@ -873,10 +874,10 @@ descriptor_rows()
 wasm_rows()
 
 
-# -- the trial ----------------------------------------------------------------------------------------------
+# -- the trials ---------------------------------------------------------------------------------------------
 
 def call_refused(error, code):
-    """Which page call an error is about, by the attributes that are promised, or by wasmtime's text."""
+    """The refused page call of an error, from the documented attributes or from wasmtime's text."""
     if isinstance(error, MinusOne):
         return "-1"
     if isinstance(error, linmem.PageError):
@@ -893,11 +894,11 @@ def call_refused(error, code):
 
 
 def give_up(scene, *more):
-    """-> the creator, of which nothing is in use any more."""
+    """Drops the scene and returns its creator, which then has no memory in use."""
     engine = hasattr(scene, "engine")
     creator = scene.close(*more)
     if engine and creator is None:
-        gc.collect()        # the default pool goes with the engine, and a trap leaves a cycle of wasmtime's
+        gc.collect()        # the default pool is freed with the engine, and a trap leaves a reference cycle in wasmtime
     return creator
 
 
@@ -909,7 +910,8 @@ def state_of_a_twin(one):
 
 
 def attempt(one, nth, code, times, before=None):
-    """One scene, one refusal, after which its state is as `before`. -> whether it came to that, and what was raised."""
+    """Runs one scene with one refusal and checks its state against `before`. Returns whether a call failed, and the
+    refused call that the error names."""
     scene = one.make()
     places = scene.places()
     result = refused = None
@@ -931,17 +933,17 @@ def attempt(one, nth, code, times, before=None):
 
 
 def trial(one, code, times):
-    """Every k. -> the page calls whose refusal was told, and how many faults there were."""
+    """Refuses each page call in turn. Returns the calls that errors named, by number, and the number of faults."""
     told = {}
     with one.within():
-        attempt(one, MOST_CALLS, code, 1)       # what is made once is made: descriptors, imports
+        attempt(one, MOST_CALLS, code, 1)       # one-time work first: descriptors, imports
         before = state_of_a_twin(one)
         start = left_behind()
         for nth in range(1, MOST_CALLS):
             happened, refused = attempt(one, nth, code, times, before)
             found = left_behind()
             if found != start:
-                gc.collect()        # of what earlier tests have left in cycles, too
+                gc.collect()        # earlier tests may have left cycles
                 found = left_behind()
                 start = tuple(map(min, start, found))
             assert found == start, f"left behind by refusal {nth}"
@@ -952,7 +954,7 @@ def trial(one, code, times):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def what_others_left_is_gone():
+def garbage_of_earlier_tests_is_collected():
     gc.collect()
 
 
@@ -964,17 +966,17 @@ def only_the_operation_itself_makes_page_calls():
 
 
 @pytest.mark.parametrize("one", [pytest.param(one, id=one.name) for one in ROWS])
-def test_whichever_page_call_is_refused_nothing_is_lost_and_nothing_is_left(one):
+def test_the_refusal_of_any_page_call_loses_no_state_and_leaks_no_resource(one):
     for way, (code, times) in WAYS.items():
         told, faults = trial(one, code, times)
         assert bool(faults) == one.calls, "a row is of an operation that makes a page call"
         assert {call for call in told.values() if call} <= one.refused, way
-    assert bool(told.get(1)) == bool(one.refused)       # where all is refused
+    assert bool(told.get(1)) == bool(one.refused)       # the cases in which every call is refused
 
 
-# -- what the OS itself refuses half way ----------------------------------------------------------------
+# -- partial work of the OS before a refusal ------------------------------------------------------------
 
-# mprotect(2) goes from mapping to mapping, and stops at a hole with what comes before it done.
+# mprotect(2) changes one mapping after another. At a hole it stops, and the mappings before the hole stay changed.
 CUT = f"""
 import ctypes
 import linmem
@@ -1024,11 +1026,11 @@ print("undone")
 
 
 @requires("maps")
-def test_a_growth_that_is_refused_half_way_leaves_nothing_accessible_behind_the_size():
+def test_a_growth_refused_half_way_leaves_no_accessible_page_behind_the_size():
     assert answer(CUT + """
 pool = linmem.PoolingCreator(reset="zero")
 with pool.create(2 * PAGE, **SHAPE) as mem:
-    mem.grow_to(6 * PAGE)       # what is hidden when the slot comes back is a mapping of its own
+    mem.grow_to(6 * PAGE)       # the range that a returned slot hides is a separate mapping
 with pool.create(2 * PAGE, **SHAPE) as mem:
     cut(mem, 8)
     try:
@@ -1072,9 +1074,9 @@ def test_a_protection_whose_undoing_is_refused_too_keeps_the_memory_from_moving(
         assert mem.read(0, 4) == b"kept"
 
 
-def test_what_can_be_neither_made_resident_nor_hidden_again_has_grown():
+def test_a_growth_that_can_neither_be_prefaulted_nor_undone_succeeds():
     with MMAP(prefault=True).create(2 * PAGE, **SHAPE) as mem:
-        with failing(2, OUT_OF_MEMORY, 3) as injected:      # prefault, decommit and protect
+        with failing(2, OUT_OF_MEMORY, 3) as injected:      # the calls of prefault, decommit and protect
             mem.grow_to(5 * PAGE)
         assert injected.happened
         check_fresh(mem, 5 * PAGE)
@@ -1098,7 +1100,7 @@ def quiet_scene():
 
 
 def refuses(error, call):
-    """What is refused before anything else is done."""
+    """For a call that is refused before any page call."""
     def act(scene):
         with pytest.raises(error):
             call(scene)
@@ -1110,7 +1112,7 @@ def attributes(what, *names):
     return {f"{cls}.{name}": lambda scene, name=name: getattr(getattr(scene, where), name) for name in names}
 
 
-# What makes no page call, whatever it is asked.
+# The operations that make no page call, with any argument.
 QUIET = {
     "Memory": refuses(TypeError, lambda scene: linmem.Memory()),
     "Memory.byte_size": lambda scene: scene.mem.byte_size(),
@@ -1182,7 +1184,7 @@ QUIET = {
        for cls, name in (("NativeCreator", "pool"), ("Prepared", "prepared"), ("Snapshot", "snapshot"))},
     "Snapshot": refuses(TypeError, lambda scene: linmem.wasmtime.Snapshot()),
     "linear_memory": lambda scene: linmem.wasmtime.linear_memory(scene.store, scene.exports["memory"]),
-    # Plain Python: the traits, and records of what was found.
+    # Plain Python: the traits, and classes for results.
     "LinearMemory": lambda scene: InPython(scene.mem),
     "LinearMemory.maximum_byte_size": lambda scene: linmem.LinearMemory.maximum_byte_size(scene.mem),
     "LinearMemory.wasm_accessible": lambda scene: linmem.LinearMemory.wasm_accessible(scene.mem),
@@ -1193,10 +1195,10 @@ QUIET = {
 }
 
 for cls, where in ((linmem.Memory, "mem"), (Image, "img")):
-    for name in ("__buffer__", "__release_buffer__"):       # there from Python 3.12 on
+    for name in ("__buffer__", "__release_buffer__"):       # these exist from Python 3.12 on
         if name in vars(cls):
             QUIET[f"{cls.__name__}.{name}"] = lambda scene, where=where: memoryview(getattr(scene, where)).release()
-if HAS_KERNEL32:        # multiprocessing passes no descriptors
+if HAS_KERNEL32:        # multiprocessing does not pass descriptors on Windows
     QUIET["Handle.__reduce__"] = refuses(TypeError, lambda scene: scene.img.handle().__reduce__())
 
 OF_PYTHON = {"__dict__", "__weakref__", "__new__", "__init__", "__setstate__", "__lt__", "__le__", "__ne__", "__gt__",
@@ -1204,7 +1206,7 @@ OF_PYTHON = {"__dict__", "__weakref__", "__new__", "__init__", "__setstate__", "
 
 
 def public_names():
-    """Of all that can be called, or is computed when it is asked for."""
+    """The public names that can be called or are computed on access."""
     things = [getattr(room, name) for room in (linmem, linmem.wasmtime) for name in room.__all__]
     for thing in [*things, NativeCreator, Handle]:
         if inspect.ismodule(thing) or (inspect.isclass(thing) and issubclass(thing, BaseException)):
@@ -1226,9 +1228,9 @@ def test_every_public_name_is_in_a_row_or_makes_no_page_call():
     assert sorted(public_names()) == sorted(in_rows | QUIET.keys())
 
 
-def test_what_makes_no_page_call_makes_none():
+def test_the_operations_without_page_calls_make_no_page_call():
     scene = quiet_scene()
-    scene.mem.discard()     # and the count works
+    scene.mem.discard()     # shows that calls are counted
     with counting() as counted:
         scene.mem.discard()
     assert counted.calls == 1

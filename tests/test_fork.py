@@ -1,4 +1,4 @@
-"""What a forked child inherits: memories, images, pools, locks that another thread holds, and a clean end."""
+"""A forked child inherits memories, images, pools and locks that another thread holds, and ends cleanly."""
 
 import textwrap
 
@@ -16,7 +16,7 @@ how = dict(maximum=16 * P, reserve=16 * P, guard=P)
 
 
 def scene(code, first="", **how):
-    """What a process prints that runs `first` and `code`, ends well, and has nothing to say on stderr."""
+    """The output of a process that runs `first` and `code`. The process must succeed and write no errors."""
     done = run_child(HEAD + textwrap.dedent(first) + textwrap.dedent(code), **how)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
     return done.stdout.strip()
@@ -43,7 +43,7 @@ def is_held():
 
 
 def in_a_ledger(StatisticsCreator creator not None, unsigned int us):
-    '''Be in the middle of its lists for a while, since a fork waits for it: nothing of them is as it must be.'''
+    '''Holds the lock with invalid lists for `us` microseconds. A fork must wait for the lock.'''
     global held
     cdef link live
     cdef size_t n
@@ -81,7 +81,7 @@ def in_a_census(creator, unsigned int us):
 
 
 def in_a_memory(Memory mem not None, unsigned int us):
-    '''As a growth is, or a snapshot.'''
+    '''Holds the memory's lock for `us` microseconds, like a growth or a snapshot.'''
     global held
     with nogil:
         acquire(&mem.m.lock)
@@ -125,7 +125,7 @@ HELD = {
 
 @requires("compiler")
 @pytest.mark.parametrize("what", HELD)
-def test_a_fork_while_another_thread_is_in_the_middle_of(holder, what):
+def test_a_fork_works_while_another_thread_is_in_the_middle_of(holder, what):
     call, it, work = HELD[what]
     assert scene(f"""
         sys.path.insert(0, {str(holder)!r})
@@ -146,7 +146,7 @@ def test_a_fork_while_another_thread_is_in_the_middle_of(holder, what):
         """) == "whole"
 
 
-# -- what a child has, and how it ends ----------------------------------------------------------------------
+# -- the child's state, and its end -------------------------------------------------------------------------
 
 EVERYTHING = """
 pool = linmem.PoolingCreator(linmem.LimitingCreator(linmem.MmapCreator(), 1 << 30))
@@ -198,7 +198,7 @@ ENDS = {"os._exit": "os._exit(0)", "sys.exit": "sys.exit(0)", "the end of the sc
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_a_child_uses_all_that_it_inherited_and_leaves_the_parents_alone_and_ends_by(end):
+def test_a_child_uses_its_inherited_memories_without_effect_on_the_parents_and_ends_by(end):
     assert scene(EVERYTHING + f"""
 pid = os.fork()
 if pid == 0:
@@ -225,7 +225,7 @@ def fork():
     pid = os.fork()
     if pid == 0:
         use()
-        sys.exit(0)         # of the child's only thread, which was not the parent's main one
+        sys.exit(0)         # in the child's only thread, which was not the parent's main thread
     pids.append(pid)
 threads = [threading.Thread(target=fork) for _ in range(3)]
 for thread in threads:
@@ -238,7 +238,7 @@ print("untouched")
 """) == "untouched"
 
 
-def test_a_child_that_outlives_its_parent_keeps_what_it_inherited():
+def test_a_child_that_outlives_its_parent_keeps_its_inherited_memories():
     assert scene(EVERYTHING + """
 read, write = os.pipe()
 if os.fork() == 0:
@@ -304,7 +304,7 @@ def test_multiprocessing_runs_tasks_on_images_while_threads_grow_and_move_memori
 
 
 def test_programs_are_started_while_threads_grow_and_move_memories():
-    """By vfork and posix_spawn, which run no handlers: the child shares the parent's memory until it becomes the
+    """vfork and posix_spawn run no handlers. The child shares the parent's memory until the child becomes the
     program."""
     assert scene("""
         import subprocess
@@ -334,10 +334,10 @@ def test_programs_are_started_while_threads_grow_and_move_memories():
 
 
 def test_a_fork_while_threads_snapshot_restore_and_refuse_leaves_a_child_that_works():
-    """Each thread has memories of its own; the child uses others, of the same creators and the same image."""
+    """Each thread has its own memories. The child uses other memories of the same creators and the same image."""
     assert scene("""
         image = linmem.Image.from_bytes(b"i" * 4 * P)
-        image.digest        # imports hashlib: what another thread is importing at a fork a child can never import
+        image.digest        # imports hashlib: a fork during an import makes this import hang in the child
         limit = linmem.LimitingCreator(linmem.MmapCreator(), 64 * P)
         statistics = linmem.StatisticsCreator(linmem.PoolingCreator(limit, max_unused_warm=1), history=4)
         stop = threading.Event()
@@ -388,7 +388,7 @@ def test_a_fork_while_threads_snapshot_restore_and_refuse_leaves_a_child_that_wo
 @requires("maps_images")
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_child_forked_in_the_middle_of_a_restore_may_restore_to_either_image(fresh):
-    """What the pages show and what the memory says that they show must not come apart."""
+    """The memory's record of its content must match the pages."""
     assert scene(f"""
         images = [linmem.Image.from_bytes(mark * 4 * P) for mark in (b"a", b"b")]
         mem = images[0].new_memory()
@@ -396,7 +396,7 @@ def test_a_child_forked_in_the_middle_of_a_restore_may_restore_to_either_image(f
         def turn():
             global mem
             while not done.is_set():
-                if {fresh}:         # of no image yet
+                if {fresh}:         # a memory without an image
                     mem = linmem.create(4 * P)
                 for img in images:
                     mem.restore(img)
@@ -418,8 +418,8 @@ def test_a_child_forked_in_the_middle_of_a_restore_may_restore_to_either_image(f
         """) == "either"
 
 
-def test_a_child_drops_what_the_threads_held_that_it_has_not():
-    """Python drops their thread-locals in the child before it calls anyone's handlers."""
+def test_a_child_drops_the_memories_that_lost_threads_held():
+    """In the child, Python drops the thread-locals of lost threads before the fork handlers run."""
     assert scene("""
         pool = linmem.PoolingCreator()
         statistics = linmem.StatisticsCreator(linmem.LimitingCreator(pool, 1 << 30))
@@ -450,11 +450,11 @@ def test_a_child_drops_what_the_threads_held_that_it_has_not():
         """) == "dropped"
 
 
-# -- what a thread was in the middle of, that the child does not have ------------------------------------------
+# -- work that a lost thread left unfinished -------------------------------------------------------------------
 
 GUARDED = """
 def accessible(mem):
-    # Up to where the OS lets the memory be touched, from its base on; and whether that is all in one piece.
+    # The end of the accessible range from the base on, by the OS; and whether this range is contiguous.
     info = mem.info()
     end, found = info.base, []
     with open("/proc/self/maps") as file:
@@ -474,7 +474,7 @@ def exact(mem):
     assert (accessible(mem), info.committed) == (whole, whole), (accessible(mem), info)
 
 def looping(work, forks, look):
-    # A thread does `work` again and again, while this one forks; each child must end `look` well.
+    # A thread repeats `work` while this thread forks. `look` must succeed in each child.
     stop, failed = threading.Event(), []
     def churn():
         try:
@@ -508,7 +508,7 @@ GROWTHS = {
 @requires("maps")
 @pytest.mark.parametrize("kind", GROWTHS)
 def test_a_child_that_is_forked_in_the_middle_of_a_growth_has_exact_guards(kind):
-    """What is accessible is what the memory says, before anything of the child touches the memory."""
+    """The accessible range matches the memory's size before the child calls any method of the memory."""
     assert scene(f"""
         creator, how = {GROWTHS[kind]}
         mem = creator.create(P, **how)
@@ -541,7 +541,8 @@ def test_a_child_that_is_forked_in_the_middle_of_a_growth_has_exact_guards(kind)
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in GROWTHS if kind != "that moves"])
 def test_a_growth_that_a_fork_breaks_off_after_its_page_call_has_not_begun_in_the_child(kind, half):
-    """At the one place that the loop above finds now and then: the pages are accessible, and not published."""
+    """Forks at the one step that the test above reaches only sometimes: the pages are accessible, but the new size is
+    not published."""
     assert scene(f"""
         sys.path.insert(0, {str(half)!r})
         import half
@@ -563,7 +564,7 @@ def test_a_growth_that_a_fork_breaks_off_after_its_page_call_has_not_begun_in_th
 @pytest.mark.slow
 @pytest.mark.parametrize("first", [True, False], ids=["the first change", "a later change"])
 def test_a_child_of_a_fork_in_the_middle_of_a_change_of_protection_protects_again(first, half):
-    """The table of accesses is half written, and the thread that was in it is not there."""
+    """The thread that was changing the table of accesses is lost, so the table is half written."""
     assert scene(f"""
         sys.path.insert(0, {str(half)!r})
         import half
@@ -633,7 +634,7 @@ cdef struct table:          # as begin_change() has it
 
 
 def protect(Memory mem not None):
-    '''The first half of a change of protection, with a table in pieces, and at let_go() its end.'''
+    '''The first half of a change of protection, with a half-written table. let_go() ends the change.'''
     global held
     cdef long long was
     cdef table kept
@@ -656,7 +657,7 @@ def protect(Memory mem not None):
 
 
 def grow(Memory mem not None, size_t size):
-    '''The first half of a growth, and at let_go() its end.'''
+    '''The first half of a growth. let_go() ends the growth.'''
     global held
     with nogil:
         acquire(&mem.m.lock)
@@ -672,10 +673,10 @@ def grow(Memory mem not None, size_t size):
 """
 
 
-def test_a_child_closes_what_another_thread_was_reading():
+def test_a_child_closes_a_memory_that_another_thread_was_reading():
     assert scene("""
         mem = linmem.create(1 << 22, maximum=1 << 30, reserve=1 << 30)
-        mem.info()          # imports: what another thread is importing at a fork a child can never import
+        mem.info()          # a fork during an import makes this import hang in the child
         def use():
             mem.read(0, 1 << 22)
             mem.write(0, bytes(1 << 22))
@@ -698,7 +699,7 @@ def test_a_child_closes_what_another_thread_was_reading():
 
 @requires("maps")
 def test_a_memory_that_was_closed_while_a_thread_read_it_is_given_back_by_the_child():
-    """The thread that would have given it back is not there."""
+    """The thread that would have released the memory is lost."""
     assert scene(f"""
         sys.path.insert(0, {str(ROOT / "tests")!r})
         from support import is_mapped
@@ -709,7 +710,7 @@ def test_a_memory_that_was_closed_while_a_thread_read_it_is_given_back_by_the_ch
             thread.start()
             time.sleep(attempt % 5 * 0.001)
             mem.close()
-            if is_mapped(base):             # the thread is in there
+            if is_mapped(base):             # the thread is inside the call
                 def work():
                     mem.close()
                     assert not is_mapped(base)
@@ -744,7 +745,7 @@ def test_an_exported_buffer_is_the_childs_too_and_refuses_to_close_there():
 
 
 def test_a_budget_and_statistics_do_not_count_a_growth_that_no_thread_ends():
-    """A thread is in the grow_to of a memory in Python when the process forks."""
+    """The fork happens while a thread is in grow_to of a memory in Python."""
     assert scene("""
         limit = linmem.LimitingCreator(linmem.PythonCreator(Delegating()), 100 * P)
         book = linmem.StatisticsCreator(limit)
@@ -775,7 +776,7 @@ def test_a_budget_and_statistics_do_not_count_a_growth_that_no_thread_ends():
 @pytest.mark.parametrize("options", [{"reset": "zero"}, {"reset": "discard"}, {"max_unused_warm": 0},
                                      {"reset": "zero", "check": True}])
 @pytest.mark.parametrize("above", [False, True])
-def test_a_slot_that_a_lost_thread_was_at_is_neither_in_use_nor_charged_in_the_child(options, above):
+def test_a_slot_that_a_lost_thread_was_using_is_neither_in_use_nor_charged_in_the_child(options, above):
     assert scene(f"""
         size = 64 << 20
         below = linmem.LimitingCreator(linmem.MmapCreator(), 1 << 40)
@@ -814,7 +815,7 @@ def test_a_slot_that_a_lost_thread_was_at_is_neither_in_use_nor_charged_in_the_c
         """) == "dropped"
 
 
-def test_a_memory_that_a_lost_thread_was_making_is_not_charged_in_the_child_and_its_own_is():
+def test_a_child_is_not_charged_for_the_memory_that_a_lost_thread_was_making_but_for_its_own():
     assert scene("""
         class Creator(linmem.MemoryCreator):
             def new_memory(self, *request):
@@ -849,7 +850,7 @@ def test_a_memory_that_a_lost_thread_was_making_is_not_charged_in_the_child_and_
 
 
 def test_a_memory_in_python_that_a_lost_thread_was_moving_is_lost_in_the_child():
-    """Its object may have given the old place back and not have told the new one."""
+    """The memory's object may have released the old address and not have published the new address."""
     assert scene("""
         mem = linmem.PythonCreator(Delegating()).create(P, reserve=0, guard=P, may_move=True)
         mem[0] = 5
@@ -876,7 +877,7 @@ def test_a_memory_in_python_that_a_lost_thread_was_moving_is_lost_in_the_child()
         """, DELEGATES) == "lost"
 
 
-def test_a_growth_whose_own_code_forks_goes_on_in_the_child_and_nobody_gets_between():
+def test_a_growth_whose_own_code_forks_continues_in_the_child_under_its_lock():
     assert scene("""
         pids = []
         def during(self):
@@ -935,7 +936,7 @@ DELEGATES = """
 def test_a_child_uses_the_pools_of_a_worker_while_a_thread_of_the_parent_is_in_their_lock():
     assert scene("""
         import linmem.dask
-        images = [linmem.Image.from_bytes(bytes([n]) * P) for n in range(12)]     # more than are kept
+        images = [linmem.Image.from_bytes(bytes([n]) * P) for n in range(12)]     # a worker keeps fewer pools
         [image.digest for image in images]
         stop = threading.Event()
         def churn():

@@ -1,4 +1,4 @@
-"""What the fuzzers have found worth keeping, replayed without them. tests/fuzz/ has the harnesses."""
+"""Replays the useful inputs that the fuzzers have found, without the fuzzers. The harnesses are in tests/fuzz/."""
 
 import importlib
 

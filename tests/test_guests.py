@@ -1,4 +1,4 @@
-"""Hostile guests: whatever a module does, in linmem's memories it happens as in wasmtime's own."""
+"""Hostile guests: a module behaves in linmem's memories exactly as in wasmtime's own memories."""
 
 import gc
 import random
@@ -20,15 +20,15 @@ from linmem._wasm.segments import hoist
 from linmem.wasmtime import prepare
 
 PAGE = 65536
-MOST = 4 << 20          # bytes that a memory grows to at most, so that no machine refuses
-NOWHERE = 2**48 - PAGE  # bytes from which on every machine refuses; nothing in between is ever asked for
+MOST = 4 << 20          # bytes; growths stay below this size, which every machine can serve
+NOWHERE = 2**48 - PAGE  # bytes; every machine refuses this size, and the tests ask for no size between MOST and NOWHERE
 SHARED = hasattr(wasmtime.Config, "shared_memory")
 RESERVATIONS = {
     "default": {},
     "none": {"memory_reservation": 0, "memory_guard_size": 0, "memory_reservation_for_growth": 0},
     "small": {"memory_reservation": 1 << 20, "memory_guard_size": PAGE, "memory_reservation_for_growth": PAGE},
 }
-# Where a border may be: of a memory, of a reservation, of its guard, of 32 and of 64 bits.
+# Addresses near which limits lie: ends of memories, of reservations and of guards, 32 and 64 bits.
 BORDERS = [0, 2**16, 2**20, 2**20 + PAGE, 2**31, 2**32, 2**32 + 2**25, 2**33, 2**47, 2**63, 2**64]
 
 LOADS = {"i32.load8_u": 1, "i32.load8_s": 1, "i32.load16_u": 2, "i32.load16_s": 2, "i32.load": 4, "i64.load8_s": 1,
@@ -47,7 +47,7 @@ ATOMICS = {"i32.atomic.load": 4, "i64.atomic.load": 8, "i32.atomic.load8_u": 1, 
 
 @dataclass(frozen=True)
 class Kind:
-    """A memory type, and how the module has it."""
+    """A memory type, and its declaration in the module."""
 
     is_64: bool = False
     minimum: int = 1
@@ -63,7 +63,7 @@ class Kind:
 
     @property
     def bound(self):
-        """Bytes that the type itself allows."""
+        """The largest size in bytes that the type allows."""
         return min(2**(64 if self.is_64 else 32), 2**64 if self.maximum is None else self.maximum * self.page_size)
 
     def text(self):
@@ -72,14 +72,14 @@ class Kind:
         return " ".join(words + [f"(pagesize {self.page_size})"] * (self.page_size != PAGE))
 
     def made(self, store, *, ours):
-        """A memory of this type that the host makes."""
+        """Makes a memory of this type on the host's side."""
         ty = wasmtime.MemoryType(wasmtime.Limits(self.minimum, self.maximum), is_64=self.is_64)
         return linmem.wasmtime.new_memory(store, ty) if ours else wasmtime.Memory(store, ty)
 
 
 @dataclass(frozen=True)
 class Border:
-    """An address (or a size) that is near a border: of the memory as it is at that moment, or a fixed one."""
+    """An address (or a size) near a limit: near the current end of memory number `memory`, or near a fixed address."""
 
     memory: int | None
     near: int
@@ -90,7 +90,7 @@ class Border:
 
 @dataclass
 class Guest:
-    """A module, and the calls that make its program: (export, arguments)."""
+    """A module and its program: a list of calls (export, arguments)."""
 
     wat: str
     kinds: list
@@ -101,7 +101,7 @@ class Guest:
 
 
 def raw(kind, name, index, offset, address="(local.get $a)"):
-    """The code of one access of any width; its value as an i64 if it has one."""
+    """The code of one access of any width. A loaded value is an i64."""
     memarg = f"{index} offset={offset}"
     wide = name[:3]
     as_i64 = {"i32": "(i64.extend_i32_u {})", "i64": "{}", "f32": "(i64.extend_i32_u (i32.reinterpret_f32 {}))",
@@ -138,7 +138,7 @@ def has_result(name):
 
 
 def hashing(kind, index):
-    """A function of the guest's own that looks at every byte of a memory."""
+    """A function in the guest that reads every byte of a memory."""
     size = f"(memory.size {index})" if kind.is_64 else f"(i64.extend_i32_u (memory.size {index}))"
     at = "(local.get $at)" if kind.is_64 else "(i32.wrap_i64 (local.get $at))"
 
@@ -156,15 +156,16 @@ def hashing(kind, index):
 
 @st.composite
 def kinds(draw):
-    """Memory types of all sorts, of a few pages."""
-    is_64 = draw(st.booleans())         # and of the imported ones none is shared: wasmtime-py cannot pass such
+    """Memory types of all kinds, of a few pages."""
+    is_64 = draw(st.booleans())  # imported memories are not shared, because wasmtime-py cannot pass shared memories
     small = CUSTOM_PAGES and draw(st.integers(0, 3)) == 0
     page_size = 1 if small else PAGE
     is_shared = SHARED and draw(st.integers(0, 4)) == 0
     minimum = draw(st.sampled_from([0, 1, 7, 4095, 4096, 4097, PAGE, PAGE + 1] if small else
                                    [0, 0, 1, 1, 2, 3, 3 if is_shared else 17]))
     if is_shared:
-        # It never moves, so that it cannot outgrow what the engine reserves: wasmtime's own refuses to, too.
+        # A shared memory never moves, so its maximum must fit in the engine's reservation. wasmtime's own memories have
+        # the same limit.
         maximum = draw(st.sampled_from([minimum, minimum + 1, minimum + 4, 16 * PAGE // page_size]))
     else:
         far = (2**32 if is_64 else 2**32 - 1) if small else (2**48 if is_64 else 2**16)
@@ -178,7 +179,7 @@ WORDS = st.integers(0, 2**64 - 1) | st.sampled_from([0, 1, 0x80, 0xFFFFFFFF, 2**
 
 @st.composite
 def guests(draw, most_calls=60):
-    """A module with memories, data and functions that touch them, and a program over it."""
+    """A module with memories, data, and functions that access them, and a program for this module."""
     found = sorted((draw(kinds()) for _ in range(draw(st.sampled_from([1, 2, 3, 1, 2, 1, 2, 0])))),
                    key=lambda kind: not kind.imported)
     head, body, data, functions = [], [], [], {}
@@ -189,7 +190,7 @@ def guests(draw, most_calls=60):
               *((f"v128.{way}{bits}_lane", size) for way in ("load", "store") for bits, (size, _) in LANES.items())]
 
     def places(index, width, offset):
-        """Addresses whose accesses end near a border, with the static offset or without it."""
+        """Addresses of accesses that end near a limit, with or without the static offset."""
         size = st.just(index) | st.none()
         return st.builds(Border, size, st.builds(
             lambda border, step, slack: border - step + slack, st.sampled_from([*BORDERS, 0, 0, 0, 0]),
@@ -203,7 +204,7 @@ def guests(draw, most_calls=60):
             index = draw(st.integers(0, len(found) - 1))
             kind = found[index]
             end = kind.minimum * kind.page_size
-            # Most of them fit: a program runs only in an instance that there is.
+            # Most segments are in bounds, because a program needs an instance.
             place = draw(st.sampled_from([0, 3, end - 40, end - 4096, 40, 100, 4095, end - 41] * 3 + [
                 end - 1, end, end + 1, 2**32 - 1]) | st.integers(0, max(0, end - 40)))
             place = max(0, place) % 2**(64 if kind.is_64 else 32)
@@ -269,17 +270,17 @@ def signed(value, bits):
 
 
 def refusal(error):
-    """A trap by its code, or that wasmtime refused."""
+    """The trap's code, or the fact that wasmtime refused."""
     if not isinstance(error, wasmtime.Trap):
         return ("refused",)
     try:
         return "trap", error.trap_code.name
-    except ValueError as unknown:       # to this wasmtime-py; it names the number
+    except ValueError as unknown:       # unknown to this wasmtime-py; the text has the code's number
         return "trap", str(unknown)
 
 
 def outcome(call, *arguments):
-    """What a call gives: a value, or why none."""
+    """The result of a call: a value, or the reason of a failure."""
     try:
         return call(*arguments)
     except (wasmtime.Trap, wasmtime.WasmtimeError) as error:
@@ -287,7 +288,7 @@ def outcome(call, *arguments):
 
 
 class Program:
-    """The calls of a guest, with every address and size as the first run found it: all others do the same."""
+    """The calls of a guest. The first run resolves every address and size, and all other runs use the same numbers."""
 
     def __init__(self, guest):
         self.guest = guest
@@ -311,14 +312,15 @@ class Program:
             kind = self.guest.kinds[int(which)]
             pages = values[0] % 2**(64 if kind.is_64 else 32)
             size = sizes[int(which)] + pages * kind.page_size
-            # A machine may have the memory for it or not: only what all have, and what none has.
+            # Whether a size between the two bounds can be served depends on the machine, so the program avoids these
+            # sizes.
             if MOST < size < NOWHERE and size <= kind.bound:
                 values[0] = pages % 3
         return [signed(value, 64 if wide else 32) for value, (wide, _) in zip(values, arguments, strict=True)]
 
 
 def observed(engine, make, program, *, ours):
-    """All that can be seen of an instance, of a program that runs in it, and of what it leaves."""
+    """The whole visible behaviour: the new instance, the program's results, and the final state."""
     store = wasmtime.Store(engine)
     try:
         imports = [kind.made(store, ours=ours) for kind in program.guest.kinds if kind.imported]
@@ -341,7 +343,7 @@ def observed(engine, make, program, *, ours):
 
 
 def engine_of(reservation, creator=None, *, tune=False, **more):
-    """An engine whose memories are linmem's; wasmtime's own without a creator."""
+    """An engine whose memories come from `creator`. Without a creator the memories are wasmtime's own."""
     config = all_features()
     for name, value in {**RESERVATIONS[reservation], **more}.items():
         setattr(config, name, value)
@@ -355,7 +357,7 @@ def pool(**options):
 
 
 def ours():
-    """Engines by reservation: each (name, engine, the pool whose slots it uses)."""
+    """Engines by reservation: each is (name, engine, the pool of its slots)."""
     found = {}
     for reservation in RESERVATIONS:
         slots, under_a_budget, few = pool(), pool(), pool(slots=1, max_unused_warm=1, keep_resident=PAGE)
@@ -376,7 +378,7 @@ def ours():
 
 
 class Compared:
-    """Guests under wasmtime's own memory and under every creator of linmem's, and what came of them."""
+    """Runs guests in wasmtime's own memories and in memories of every creator of linmem, and compares the results."""
 
     def __init__(self, engines=None):
         self.own = engine_of("default")
@@ -391,7 +393,7 @@ class Compared:
                             ours=False)
         self.count(expected)
         for engines in self.engines.values():
-            # Engines of the same settings share the compiled code, as wasmtime's caches do.
+            # Engines with the same settings share compiled code, like wasmtime's caches.
             compiled = wasmtime.Module(engines[0][1], wasm).serialize()
             for name, engine, _ in engines:
                 note(name)
@@ -409,13 +411,13 @@ class Compared:
         self.settled()
 
     def settled(self):
-        """A store that is closed has given back its slots, and none had a byte left after its reset."""
+        """Checks that the closed stores gave their slots back, and that each reset zeroed every byte."""
         for engines in self.engines.values():
             for name, _, slots in engines:
                 if slots is not None:
                     figures = slots.stats()
                     if figures["live"]:
-                        gc.collect()        # a shared memory is the host's, too
+                        gc.collect()        # the host holds a shared memory, too
                         figures = slots.stats()
                     assert (figures["live"], figures["rejected"]) == (0, 0), name
 
@@ -437,7 +439,7 @@ class Compared:
                 self.done["of them in bounds"] += 1
 
 
-# One that surely does what the others do by chance.
+# A guest that does for certain the things that other guests do by chance.
 KNOWN = Guest(f"""(module (memory (export "m0") 1 4) (data (i32.const 65530) "known")
     (func (export "size 0") (result i32) (memory.size 0)) {hashing(Kind(), 0)}
     (func (export "grow 0") (param i32) (result i32) (memory.grow 0 (local.get 0)))
@@ -448,7 +450,7 @@ KNOWN = Guest(f"""(module (memory (export "m0") 1 4) (data (i32.const 65530) "kn
         ("store 0", [(False, Border(0, -16)), (True, 1)]), ("store 0", [(False, Border(0, -8)), (True, 1)])])
 
 
-def test_what_a_guest_does_in_linmems_memories_is_what_it_does_in_wasmtimes_own():
+def test_a_guest_behaves_the_same_in_linmems_memories_as_in_wasmtimes_own():
     compared = Compared()
 
     @settings(parent=fewer_examples(2))
@@ -460,14 +462,14 @@ def test_what_a_guest_does_in_linmems_memories_is_what_it_does_in_wasmtimes_own(
 
     check()
     print(dict(compared.done))
-    # That all of this happened is what makes the comparison one.
+    # The comparison is meaningful only if all these events occurred.
     for what in ("prepared runs", "images", "growths", "growths refused", "of them in bounds",
                  "traps MEMORY_OUT_OF_BOUNDS"):
         assert compared.done[what], what
 
 
 @requires("rlimits")
-def test_it_is_the_same_in_a_short_address_space_for_which_the_engine_is_tuned():
+def test_guests_behave_the_same_in_a_short_address_space_with_a_tuned_engine():
     assert answer("""
         from test_guests import *
         limiting = linmem.creator("limiting", limit_bytes=1 << 33)
@@ -484,13 +486,13 @@ def test_it_is_the_same_in_a_short_address_space_for_which_the_engine_is_tuned()
 
 # -- hostile bytes -----------------------------------------------------------------------------------
 
-FUEL = 200_000          # instructions after which a mutated function that never ends is ended
-ROOM = 4 << 20          # bytes that a memory of a mutated type may have
+FUEL = 200_000          # the limit of instructions, for functions that mutation made endless
+ROOM = 4 << 20          # bytes; the largest memory of a mutated module
 NUMBERS = {"i32": 1, "i64": 2**33, "f32": 0.5, "f64": -1.5}
 
 
 def mutated(wasm, chance):
-    """The bytes with some of them changed, removed or added."""
+    """The bytes, some of which are changed, removed or added."""
     bad = bytearray(wasm)
     for _ in range(chance.choice((1, 1, 1, 2, 4))):
         place = chance.randrange(8, len(bad) + 1)
@@ -509,7 +511,7 @@ def can_be_exposed(wasm):
 
 
 def behaviour(engine, make):
-    """What a module of unknown content does: refused, or its instance, calls of its functions, its memories."""
+    """The behaviour of a module of unknown content: its refusal, or its instance, function results and memories."""
     store = wasmtime.Store(engine)
     store.set_fuel(FUEL)
     store.set_limits(memory_size=ROOM, table_elements=1000)
@@ -534,7 +536,7 @@ def behaviour(engine, make):
         store.close()
 
 
-def test_mutated_modules_are_refused_by_prepare_or_behave_as_wasmtime_has_it():
+def test_mutated_modules_are_refused_by_prepare_or_behave_as_in_wasmtime():
     own = engine_of("default", consume_fuel=True)
     engines = [engine_of("default", pool(), consume_fuel=True), engine_of("none", linmem.creator(), consume_fuel=True)]
     done = Counter()
@@ -574,7 +576,7 @@ def test_mutated_modules_are_refused_by_prepare_or_behave_as_wasmtime_has_it():
     assert all(done[what] for what in ("refused", "valid", "instances"))
 
 
-def test_a_length_that_lies_takes_neither_memory_nor_time():
+def test_a_wrong_length_costs_neither_memory_nor_time():
     wasm = binary(EVERYTHING)
     lies = [b"\xff\xff\xff\xff\x0f", b"\xff\xff\xff\xff\x07", b"\x80\x80\x80\x80\x01", b"\xff" * 9 + b"\1"]
     tracemalloc.start()
@@ -604,5 +606,5 @@ def test_data_that_no_image_can_hold_stays_in_the_module(wat):
     prepared = prepare(engine, f"(module {wat})")
     assert set(prepared.images) == {None}
     assert "there is no room for an image" in prepared.skipped[0]
-    with pytest.raises(wasmtime.WasmtimeError):     # there is no such memory, and it is wasmtime that says so
+    with pytest.raises(wasmtime.WasmtimeError):     # wasmtime itself reports the missing memory
         prepared.instantiate(wasmtime.Store(engine))

@@ -1,4 +1,4 @@
-"""The rewriter of modules: what it takes out, what it leaves, and that nobody can tell."""
+"""The rewriter of modules: the segments that it takes out, the segments that it leaves, and equal behaviour."""
 
 import functools
 import platform
@@ -18,7 +18,8 @@ from linmem._wasm.segments import hoist
 
 PAGE = 65536
 CUSTOM_PAGES = hasattr(wasmtime.Config, "wasm_custom_page_sizes")
-GC = hasattr(wasmtime.Config, "wasm_gc")        # and with it constant expressions that name the module's own globals
+# garbage collection also allows constant expressions that name the module's own globals
+GC = hasattr(wasmtime.Config, "wasm_gc")
 needs_gc = pytest.mark.skipif(not GC, reason="this wasmtime-py cannot turn garbage collection on")
 
 
@@ -27,7 +28,7 @@ def binary(wat):
 
 
 class Prefilled(linmem.MemoryCreator):
-    """Memories that hold what is next in `waiting` as they are made."""
+    """A creator whose memories start with the next content in `waiting`."""
 
     def __init__(self):
         self.upstream = linmem.MmapCreator()
@@ -40,7 +41,7 @@ class Prefilled(linmem.MemoryCreator):
         return memory
 
 
-# wasmtime has stack switching for these machines only, and ends the process where it is switched on elsewhere.
+# wasmtime supports stack switching on these machines only. Elsewhere wasmtime ends the process if the feature is on.
 STACK_SWITCHING = (hasattr(wasmtime.Config, "wasm_stack_switching") and sys.platform == "linux"
                    and platform.machine() == "x86_64")
 FEATURES = ("memory64", "multi_memory", "threads", "reference_types", "gc", "function_references", "custom_page_sizes",
@@ -60,7 +61,8 @@ def all_features():
 
 CREATOR = Prefilled()
 _config = all_features()
-# By the letter: with it, a function that a failed instance left in a table sees data that was never copied.
+# Off, to follow the specification: with copy-on-write initialisation, a function that a failed instance left in a table
+# sees data that was never copied.
 ffi.wasmtime_config_memory_init_cow_set(_config.ptr(), False)
 PLAIN = wasmtime.Engine(_config)
 _config = all_features()
@@ -69,7 +71,7 @@ OURS = wasmtime.Engine(_config)
 
 
 def said(error):
-    """What an error says, without the places in a backtrace."""
+    """An error's class and text, without the backtrace."""
     return type(error).__name__, str(error).split("wasm backtrace")[0].split("Stack backtrace")[0].strip()
 
 
@@ -80,9 +82,9 @@ def contents(store, memory):
 
 
 def observe(engine, make, world=lambda store: [], calls=()):
-    """All that a host can see of what ``make(store, imports)`` makes, and of calls of its exports.
+    """The whole visible behaviour of the instance that ``make(store, imports)`` makes, and of calls of its exports.
 
-    `world` makes the imports. What was imported is looked at too, and functions in tables are called.
+    `world` makes the imports. The imports' state counts, too, and functions in tables are called.
     """
     store = wasmtime.Store(engine)
     imports = world(store)
@@ -113,7 +115,7 @@ def observe(engine, make, world=lambda store: [], calls=()):
 
 
 def instantiates(engine, wasm, images=()):
-    """A maker for `observe`; with images, memories hold them before wasmtime sees them."""
+    """A maker for `observe`. If there are images, the memories hold them before wasmtime initialises the memories."""
     def make(store, imports):
         module = wasmtime.Module(engine, wasm)
         CREATOR.waiting = list(images)
@@ -124,7 +126,7 @@ def instantiates(engine, wasm, images=()):
 
 
 def same(wat, world=lambda store: [], calls=()):
-    """Hoist, and compare with the original; what was hoisted."""
+    """Hoists, compares with the original, and returns the result of hoist()."""
     wasm = binary(wat)
     made = hoist(wasm)
     assert len(made.images) == len(made.minima)
@@ -134,10 +136,10 @@ def same(wat, world=lambda store: [], calls=()):
     return made
 
 
-# -- what is taken ---------------------------------------------------------------------------------
+# -- segments that are taken -----------------------------------------------------------------------
 
 
-def test_a_constant_segment_becomes_a_run_and_stays_as_an_empty_one():
+def test_a_constant_segment_becomes_a_run_and_stays_as_an_empty_segment():
     made = same('(module (memory (export "m") 1) (data (i32.const 16) "hello"))')
     assert made.images == [((16, b"hello"),)]
     assert made.minima == [PAGE]
@@ -147,7 +149,7 @@ def test_a_constant_segment_becomes_a_run_and_stays_as_an_empty_one():
     assert hoist(made.module).module == made.module
 
 
-def test_a_module_without_memories_or_data_is_returned_as_it_is():
+def test_a_module_without_memories_or_data_is_returned_unchanged():
     for wat in ("(module)", "(module (func))", '(module (memory (export "m") 1))',
                 '(module (memory (export "m") 1) (data "passive"))'):
         made = same(wat)
@@ -203,13 +205,14 @@ def test_a_shared_memory_of_the_module_is_hoisted():
 
 def test_a_segment_of_a_constant_offset_becomes_passive_and_any_other_keeps_its_offset():
     made = hoist(binary('(module (memory 1) (data (i32.const 16) "hello") (data (i32.const 7) ""))'))
-    assert made.module.endswith(b"\x0b\5\2\1\0\1\0")        # two segments: passive, of no bytes
+    assert made.module.endswith(b"\x0b\5\2\1\0\1\0")        # two segments, both passive and empty
     made = hoist(binary('(module (memory 1) (data (i32.add (i32.const 1) (i32.const 2)) "hello"))'))
     assert made.module.endswith(b"\x0b\x09\1\0\x41\1\x41\2\x6a\x0b\0")
 
 
 def calls_in(action):
-    """How many calls of Python and C functions `action` makes: its work, whatever the machine does besides."""
+    """The number of Python and C calls that `action` makes. This number measures work independently of the machine's
+    load."""
     made = 0
 
     def count(frame, event, argument):
@@ -237,7 +240,7 @@ def test_the_work_to_hoist_follows_the_number_of_segments():
     assert len(hoist(many).images[0]) == 5000
 
 
-# -- what is left ----------------------------------------------------------------------------------
+# -- segments that are left ------------------------------------------------------------------------
 
 
 def number(store, value):
@@ -261,7 +264,7 @@ def test_a_segment_out_of_bounds_still_traps_and_ends_the_hoisting(segment):
                             " traps"]
 
 
-def test_an_empty_segment_at_the_very_end_is_none_at_all():
+def test_an_empty_segment_at_the_very_end_counts_as_in_bounds():
     assert same('(module (memory (export "m") 1) (data (i32.const 65536) ""))').skipped == []
 
 
@@ -275,7 +278,7 @@ def test_segments_of_an_imported_memory_stay():
     assert made.skipped == ["data segment 0 and all after it of memory 0: the memory is imported"]
 
 
-def test_memory_init_and_data_drop_mean_what_they_meant():
+def test_memory_init_and_data_drop_keep_their_meaning():
     calls = [f"{what}{segment}" for segment in range(3) for what in ("none", "some", "drop", "none", "some")]
     functions = "".join(f"""
         (func (export "none{k}") (memory.init {k} (i32.const 64) (i32.const 0) (i32.const 0)))
@@ -286,7 +289,7 @@ def test_memory_init_and_data_drop_mean_what_they_meant():
     assert made.images == [((0, b"active"), (100, b"more"))]
 
 
-# -- what others could see of a failure ------------------------------------------------------------
+# -- visible effects of a failure ------------------------------------------------------------------
 
 PEEK = '(func $peek (result i32) (i32.load8_u (i32.const 0)))'
 
@@ -304,7 +307,7 @@ def test_a_function_left_in_a_table_by_a_failed_element_segment_sees_no_data():
     assert "an element segment may trap" in made.skipped[0]
 
 
-def test_a_function_left_in_a_table_sees_the_data_before_the_segment_that_failed_and_no_other():
+def test_a_function_left_in_a_table_sees_only_data_from_before_the_failed_segment():
     def world(store):
         return [table(store), number(store, PAGE)]
 
@@ -336,14 +339,14 @@ def test_an_element_segment_whose_offset_has_the_type_of_other_tables_may_fail(t
     assert ["an element segment may trap" in reason for reason in made.skipped] == [True]
 
 
-def test_the_value_of_a_global_that_can_change_is_no_constant():
+def test_the_value_of_a_mutable_global_is_not_a_constant():
     wasm = binary('(module (memory 1) (global (mut i32) (i32.const 3)) (data (global.get 0) "x"))')
     made = hoist(wasm)
     assert (made.module, made.images) == (wasm, [None])
     assert made.skipped == ["data segment 0 and all after it of memory 0: its offset is not a constant of the module"]
 
 
-def test_references_of_shared_types_are_read_and_hinder_nothing():
+def test_references_of_shared_types_are_read_and_prevent_no_rewriting():
     made = hoist(binary("""(module (import "e" "g" (global (ref (shared func)))) (memory 1) (global i32 (i32.const 3))
         (data (global.get 1) "x"))"""))
     assert (made.unknown, made.images, made.skipped) == (False, [((3, b"x"),)], [])
@@ -363,7 +366,7 @@ def test_references_of_every_heap_type_are_read_in_short_and_at_length(heap_type
     assert (made.unknown, made.images, made.skipped) == (False, [((3, b"x"),)], [])
 
 
-def test_element_segments_that_cannot_fail_hinder_nothing():
+def test_element_segments_that_cannot_fail_prevent_no_rewriting():
     made = same(f"""(module (import "e" "t" (table 1 funcref)) (table $own 2 funcref) (memory 1) {PEEK}
         (elem (i32.const 0) $peek) (elem (table $own) (i32.const 0) func $peek $peek)
         (elem func $peek) (elem declare func $peek) (data (i32.const 0) "x"))""", lambda store: [table(store)])
@@ -383,7 +386,7 @@ def test_the_start_function_sees_the_data_and_its_trap_stays():
 
 @st.composite
 def modules(draw):
-    """A module's text, and what its imports are made of."""
+    """A module's text, and the kinds of its imports."""
     kinds = draw(st.lists(st.sampled_from(["32", "64", "small"] if CUSTOM_PAGES else ["32", "64"]), max_size=3))
     imported = draw(st.booleans())
     offset = draw(st.integers(0, 40) | st.sampled_from([PAGE - 2, PAGE, 2**32 - 1]))
@@ -444,7 +447,7 @@ def modules(draw):
 
 
 @given(modules())
-def test_no_host_can_tell_a_hoisted_module_from_the_original(module):
+def test_hosts_cannot_distinguish_a_hoisted_module_from_the_original(module):
     same(*module)
 
 
@@ -478,7 +481,8 @@ def verdict(wasm):
 
 
 def judged(wasm):
-    """Hoist hostile bytes: a ValueError for what wasmtime refuses too, or a module of the same validity."""
+    """Hoists hostile bytes. The result is a ValueError if wasmtime refuses the bytes, too, or else a module of the same
+    validity."""
     valid = verdict(wasm)
     for rewrite in (lambda: hoist(wasm).module, lambda: expose(wasm)[0]):
         refusal = module = None
@@ -510,7 +514,7 @@ HOSTILE = [0, 1, 2, 0x0B, 0x23, 0x40, 0x41, 0x7F, 0x80, 0xFB, 0xFD, 0xFF]
 
 
 def mutated(wasm, chance):
-    """The module with some bytes replaced, removed or added."""
+    """The module, with some bytes replaced, removed or added."""
     bad = bytearray(wasm)
     for _ in range(chance.choice((1, 1, 1, 2, 5))):
         at = chance.randrange(8, len(bad))
@@ -562,7 +566,7 @@ def test_a_malformed_module_is_refused_with_the_place(wasm, text):
         hoist(wasm)
 
 
-def test_what_later_proposals_may_bring_is_left_alone_and_named():
+def test_parts_of_later_proposals_are_left_unchanged_and_named():
     # an import of kind 9, a constant expression with an unknown instruction
     wasm = b"\0asm\1\0\0\0\2\7\1\1e\1x\x09\0\x0b\7\1\0\x41\0\x0b\1x"
     made = hoist(wasm)
@@ -585,10 +589,10 @@ def test_what_later_proposals_may_bring_is_left_alone_and_named():
         assert (made.module, made.images) == (wasm, [])
 
 
-# -- what instances hold ----------------------------------------------------------------------------
+# -- the state of instances -------------------------------------------------------------------------
 
 
-def test_the_outline_tells_what_is_imported_hidden_and_passive():
+def test_the_outline_lists_imported_hidden_and_passive_parts():
     found = outline(binary(EVERYTHING))
     assert (found.imported_memories, found.memories) == (1, 3)
     assert (found.imported_tables, found.tables) == (1, 2)
@@ -612,7 +616,7 @@ def test_the_outline_tells_what_is_imported_hidden_and_passive():
     ("(table.init 0 0 (i32.const 0) (i32.const 0) (i32.const 0))", True),
     ("(drop (table.get 0 (i32.const 0)))", False), ("(drop (table.size 0))", False), ("(elem.drop 0)", False),
     ("(call_indirect (i32.const 0))", False), ("(drop (i32.const 38))", False)])
-def test_a_hidden_table_is_state_only_if_code_can_change_it(code, changes):
+def test_a_hidden_table_is_state_only_if_code_can_change_the_table(code, changes):
     wasm = binary(f"(module (table 2 funcref) (elem func) (func {code}))")
     assert outline(wasm).hidden_tables() == [0] * changes
     assert expose(wasm)[1] == ({"linmem:table:0"} if changes else frozenset())
@@ -644,7 +648,7 @@ def test_code_that_changes_a_table_is_seen_however_its_numbers_are_written():
     assert not outline(module(b"\x1a\x1a")).changes_tables
 
 
-def test_what_is_hidden_can_be_exported_and_nothing_else_changes():
+def test_hidden_state_can_be_exported_and_no_other_part_changes():
     wasm, names = expose(binary(EVERYTHING))
     assert names == {"linmem:memory:0", "linmem:memory:2", "linmem:table:0", "linmem:global:4"}
     assert verdict(wasm)

@@ -1,4 +1,4 @@
-"""The house: floors, the one room that knows the operating system, stubs, docstrings, import budget."""
+"""Rules for the source: floors, OS code in linmem/_os only, stubs, docstrings, and a budget for imports."""
 
 import importlib.metadata
 import inspect
@@ -15,7 +15,7 @@ import linmem
 from linmem._core.memory import _exception_of
 
 PACKAGE = Path(linmem.__file__).parent
-HOUSE = ROOT / "linmem"                 # the sources; an installed package has only a part of them
+HOUSE = ROOT / "linmem"                 # the sources; an installed package has only some of them
 SOURCES = sorted(path for path in HOUSE.rglob("*") if path.suffix in (".py", ".pyx", ".pxd", ".pxi"))
 
 
@@ -24,7 +24,7 @@ def room_of(path):
     return "" if name == "__init__" else name.removesuffix(".__init__")
 
 
-# The table of CONTRIBUTING.md: each file's layer.
+# The table in CONTRIBUTING.md: the layer of each file.
 MAP = re.findall(r"^\| (\d) \| `([^`]+)` \|", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), flags=re.MULTILINE)
 LAYERS = {room_of(HOUSE / name): int(layer) for layer, name in MAP}
 LAYERS |= {"_os": 1}
@@ -52,7 +52,7 @@ def imports_of(path):
 
 @requires("sources")
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(HOUSE)))
-def test_imports_point_down_and_strangers_do_not_know_each_other(path):
+def test_imports_point_down_and_files_of_layers_3_and_4_do_not_import_each_other(path):
     room = room_of(path)
     assert room in LAYERS, f"{room} has no row in CONTRIBUTING.md"
     for other in imports_of(path):
@@ -62,7 +62,7 @@ def test_imports_point_down_and_strangers_do_not_know_each_other(path):
 
 
 @requires("sources")
-def test_no_imports_run_in_a_circle():
+def test_imports_have_no_cycle():
     known = {}
     for path in SOURCES:
         known.setdefault(room_of(path), set()).update(set(imports_of(path)) - {room_of(path)})
@@ -93,9 +93,9 @@ OS_WORDS = re.compile(r"sys\.platform|os\.name|platform\.system|\bmmap\s*\(|\bmu
 @requires("sources")
 @pytest.mark.parametrize("path", [path for path in SOURCES if path.parent.name != "_os"],
                          ids=lambda path: str(path.relative_to(HOUSE)))
-def test_only_the_page_floor_says_the_operating_systems_words(path):
+def test_only_the_page_floor_uses_names_of_the_operating_system(path):
     text = re.sub(r'""".*?"""', "", code_of(path), flags=re.S)
-    text = re.sub(r'"(?:[^"\n\\]|\\.)*"', '""', text)      # a message may name a call
+    text = re.sub(r'"(?:[^"\n\\]|\\.)*"', '""', text)      # messages may contain names of calls
     assert OS_WORDS.findall(text) == []
 
 
@@ -105,13 +105,13 @@ def test_the_word_test_sees_the_page_floor():
 
 
 STRINGS = re.compile(r"(\"\"\"|\'\'\')(.*?)\1", re.DOTALL)
-# A line of C that is not prose, Python or wasm: a directive, the head of a function, a declaration, a return.
+# A line of C, not of prose, Python or wasm: a directive, a function's head, a declaration, or a return.
 LINE_OF_C = re.compile(r"^\s*#\s*(?:include|define|undef|if|ifdef|ifndef|endif)\b|\)\s*\{\s*$"
                        r"|^\s*(?:static|typedef|struct|return|extern)\b.*[;{]", re.MULTILINE)
 
 
 def verbatim_c(text):
-    """The strings of more than one line that hold C."""
+    """The multi-line strings that hold C."""
     return [string for _, string in STRINGS.findall(text) if "\n" in string.strip() and LINE_OF_C.search(string)]
 
 
@@ -125,18 +125,18 @@ def test_verbatim_c_in_a_string_is_at_most_three_lines():
 
 @pytest.mark.parametrize("opening", ["cdef extern from *:", "cdef extern from * nogil:  # why", "C = \\"])
 @pytest.mark.parametrize("quotes", ['"""', "'''"])
-def test_the_test_of_verbatim_c_sees_every_way_to_write_it(opening, quotes):
+def test_the_test_for_verbatim_c_finds_each_form_of_it(opening, quotes):
     assert verbatim_c(f"{opening}\n    {quotes}\n    static int f(void) {{\n        return 1;\n    }}\n    {quotes}\n")
 
 
 @requires("sources")
-def test_one_header_knows_the_operating_systems_and_no_user_of_the_c_face_needs_a_header():
+def test_only_compat_h_has_os_conditions_and_a_cimport_needs_no_header():
     knows = [path.relative_to(HOUSE).as_posix() for path in HOUSE.rglob("*.h")
              if re.search(r"__linux__|_WIN32|sys/mman\.h|windows\.h", path.read_text("utf-8"))]
     assert knows == ["_os/compat.h"]
     assert len((HOUSE / "_os" / "compat.h").read_text("utf-8").splitlines()) <= 200
     rooms, reached = [""], []
-    for room in rooms:      # more are appended meanwhile
+    for room in rooms:      # the loop appends to this list
         reached.append(HOUSE.joinpath(*(room or "__init__").split(".")).with_suffix(".pxd"))
         rooms += sorted(set(imports_of(reached[-1])) - set(rooms))
     assert {HOUSE / "_core" / "memory.pxd", HOUSE / "_os" / "pages.pxd"} <= set(reached)
@@ -217,13 +217,13 @@ def public_things():
                     yield f"{name}.{part}", value
 
 
-# Plain data: what they are stands in the docstring of their class.
+# Classes of plain data. The class docstring describes the fields.
 FIELDS = {"MemoryType", "MemoryInfo", "ImageInfo", "LimitError", "PageError"}
 
 
 @requires("docstrings")
 @pytest.mark.parametrize(("name", "thing"), [pytest.param(*pair, id=pair[0]) for pair in public_things()])
-def test_every_public_thing_says_what_it_does(name, thing):
+def test_every_public_name_has_a_docstring(name, thing):
     owner, _, part = name.partition(".")
     bare = type(thing).__name__ in ("getset_descriptor", "member_descriptor") and not inspect.getdoc(thing)
     if part and (owner in FIELDS or bare):

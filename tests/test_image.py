@@ -1,4 +1,4 @@
-"""Images: what they hold, what they are equal to, and what differs between them. No question to the OS."""
+"""Images: their content, equality, and the differences between images. These tests do not ask the OS."""
 
 import hashlib
 import random
@@ -23,11 +23,11 @@ def kind(request):
     pages.choose_image(before)
 
 
-# -- what an image holds ---------------------------------------------------------------------------
+# -- content of an image ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("offset", [0, 1, PAGE - 1, PAGE, 3 * PAGE + 17])
 @pytest.mark.parametrize("size", [1, 4095, 4096, 4097, 3 * PAGE, 5 * PAGE + 1])
-def test_an_image_of_bytes_is_those_bytes_at_that_offset(kind, offset, size):
+def test_an_image_of_bytes_holds_these_bytes_at_the_given_offset(kind, offset, size):
     data = random.Random(size).randbytes(size)
     img = Image.from_bytes(data, offset)
     assert (img.offset, img.size, len(img)) == (offset, size, size)
@@ -38,7 +38,7 @@ def test_an_image_of_bytes_is_those_bytes_at_that_offset(kind, offset, size):
         assert mem[offset:] == data
 
 
-def test_its_buffer_cannot_be_written():
+def test_the_buffer_of_an_image_is_read_only():
     view = memoryview(Image.from_bytes(b"abc"))
     assert view.readonly
     with pytest.raises(TypeError, match="read-only"):
@@ -55,7 +55,7 @@ def test_an_image_outlives_its_source_and_its_name(kind):
     assert view.tobytes() == b"x" * 10000 == mem[:]
 
 
-def test_an_image_of_nothing_is_an_image(kind):
+def test_an_image_of_zero_bytes_is_valid(kind):
     img = Image.from_bytes(b"")
     assert (bytes(img), img.runs(), img.info().kind) == (b"", [], "none")
     assert img.new_memory()[:] == b""
@@ -117,7 +117,7 @@ def test_any_pieces_make_the_bytes_that_a_bytearray_would_hold(offset, gaps):
     lambda: linmem.create(1).restore(b""), lambda: linmem.create(1).dirty_pages(b""),
     lambda: linmem.create(1).apply(b""), lambda: linmem.creator("pool", image=b""),
     lambda: linmem.MmapCreator().create(1, image=b"")])
-def test_what_is_no_image_is_a_type_error(make):
+def test_an_object_that_is_not_an_image_is_a_type_error(make):
     with pytest.raises(TypeError):
         make()
 
@@ -163,7 +163,7 @@ def test_the_digest_is_the_documented_one_and_no_host_page_is_in_it(kind, offset
     assert Image.from_bytes(data, offset).digest == digest_by_hand(data, offset)
 
 
-def test_equal_images_are_those_of_the_same_bytes_in_the_same_place():
+def test_images_are_equal_if_they_have_the_same_bytes_at_the_same_offset():
     a = Image.from_bytes(b"abc", 5)
     assert a == Image.from_bytes(b"abc", 5)
     assert hash(a) == hash(Image.from_bytes(b"abc", 5))
@@ -175,7 +175,7 @@ def test_equal_images_are_those_of_the_same_bytes_in_the_same_place():
 
 # -- snapshots --------------------------------------------------------------------------------------------
 
-def test_a_snapshot_is_what_the_memory_held_and_stays_so(kind):
+def test_a_snapshot_keeps_the_bytes_that_the_memory_held(kind):
     mem = linmem.create(10 * PAGE + 5)
     mem[3 * PAGE:3 * PAGE + 5] = b"hello"
     mem[-1] = 9
@@ -386,7 +386,7 @@ def test_every_creator_makes_memories_of_images(make, kind):
 
 
 class Words:
-    """A memory in Python, of pages that are another's."""
+    """A memory in Python over another memory's pages."""
 
     def __init__(self, size):
         self.inner = linmem.create(size, size)
@@ -400,7 +400,7 @@ class WordsCreator:
         return Words(minimum)
 
 
-def test_a_memory_whose_pages_are_not_ours_is_filled_restored_and_compared(kind):
+def test_a_memory_with_foreign_pages_is_filled_restored_and_compared(kind):
     img = Image.from_bytes(b"x" * 3 * PAGE, PAGE)
     mem = img.new_memory(creator=linmem.PythonCreator(WordsCreator()), guard=0)
     assert mem.info().kind == "python"
@@ -413,7 +413,7 @@ def test_a_memory_whose_pages_are_not_ours_is_filled_restored_and_compared(kind)
 
 
 class PartOfAPage:
-    """A memory that ends within a page, of which the rest is somebody else's."""
+    """A memory that ends inside a page. The rest of this page belongs to another owner."""
 
     def __init__(self, size):
         self.whole, self.size = linmem.create(round_up(size)), size
@@ -435,7 +435,7 @@ class PartsCreator:
 
 
 @pytest.mark.parametrize("size", [1, 4095, 4097, 2 * PAGE - 5])
-def test_an_image_writes_nothing_beyond_a_memory_whose_pages_are_not_ours(kind, size):
+def test_an_image_writes_no_byte_beyond_a_memory_with_foreign_pages(kind, size):
     creator = PartsCreator()
     one, two = Image.from_bytes(b"1" * size), Image.from_bytes(b"2" * size)
     with one.new_memory(creator=linmem.PythonCreator(creator), guard=0) as mem:
@@ -553,7 +553,7 @@ def test_deltas_that_do_not_follow_one_another_do_not_compose():
     assert (a.diff(b) | b.diff(c)).target == c.digest
 
 
-def test_bytes_that_were_cut_off_in_between_are_zero_when_deltas_are_composed():
+def test_bytes_that_an_intermediate_image_cut_off_are_zero_in_composed_deltas():
     a, b = Image.from_bytes(b"a" * 3 * PAGE), Image.from_bytes(b"a" * PAGE)
     for end in (bytes(2 * PAGE), bytes(PAGE) + b"c" * PAGE, b"c" * PAGE + bytes(PAGE), b"c" * PAGE):
         c = Image.from_bytes(b"a" * PAGE + end)
@@ -609,8 +609,8 @@ def test_a_chain_of_deltas_is_the_full_snapshot(data, offset, rounds):
         assert associated == total
 
 
-def test_an_image_that_was_not_made_is_one_of_no_bytes():
-    # It once was followed to where no image is, which ended the process.
+def test_an_image_made_without_init_is_empty():
+    # An image that __init__ did not make once had a NULL pointer, and its use ended the process.
     assert answer("""
         import linmem
         img = linmem.Image.__new__(linmem.Image)

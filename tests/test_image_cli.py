@@ -1,4 +1,4 @@
-"""``linmem image``, as processes that are started and read."""
+"""``linmem image``: tests start the command as a process and read its output."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def refusal(*words, code=1):
 
 @pytest.fixture
 def there(tmp_path, monkeypatch):
-    """old.image, new.image and step.delta from the one to the other: a page of each kind."""
+    """old.image, new.image, and step.delta from old to new. Together they have a page of each kind."""
     monkeypatch.chdir(tmp_path)
     old = Image.from_pieces([(0, b"same"), (PAGE, b"goes"), (2 * PAGE, b"changes")], 4 * GROUP)
     with old.new_memory() as mem:
@@ -54,13 +54,13 @@ def there(tmp_path, monkeypatch):
         new_bytes = bytes(new)
     old.save("old.image")
     new.save("new.image", packed=True)
-    # By hand: what diff() says is in pages of the host's.
+    # The delta is built by hand, because diff() uses the host's page size.
     Delta(old.digest, old.size, new.size, [(2 * PAGE, PAGE), (3 * GROUP, 2 * PAGE)], [(PAGE, PAGE)],
           new_bytes[2 * PAGE:3 * PAGE] + new_bytes[3 * GROUP:3 * GROUP + 2 * PAGE], new.digest).save("step.delta")
     return tmp_path
 
 
-def test_info_says_what_files_hold(there):
+def test_info_describes_the_content_of_files(there):
     old, new = Image.open("old.image"), Image.open("new.image")
     lines = said("info", "old.image", "new.image", "step.delta").splitlines()
     assert lines[0] == "old.image: image, 256 KiB"
@@ -140,7 +140,7 @@ def test_the_map_has_plain_signs_where_the_terminal_has_no_others(there):
 
 @pytest.mark.parametrize(("pages", "cells", "per_cell"), [
     (1, 1, 1), (1024, 1024, 1), (1025, 513, 2), (16384, 1024, 16)])
-def test_a_cell_of_the_map_shows_what_says_most_of_its_pages(pages, cells, per_cell):
+def test_a_cell_of_the_map_shows_the_most_important_state_of_its_pages(pages, cells, per_cell):
     marks = bytearray(pages)
     marks[-1] = page_map.CHANGED
     found, each = page_map.grid(marks, 1024)
@@ -188,7 +188,7 @@ def test_apply_leads_from_one_image_to_the_next(there):
     pytest.param(["diff", "old.image", "new.image", "--picture", "none/x.png"], "none/x.png: No such file",
                  marks=requires("matplotlib")),
 ])
-def test_what_cannot_be_done_is_refused_in_one_line(there, words, expected):
+def test_an_impossible_command_is_refused_in_one_line(there, words, expected):
     (there / "plain").write_text("just words")
     assert expected in refusal(*words)
     assert not (there / "x").exists()
@@ -201,7 +201,7 @@ def test_a_wrong_command_line_is_refused_in_one_line(words):
 
 
 @pytest.mark.parametrize(("missing", "words"), [("rich", "--map"), ("matplotlib", "--picture=x.png")])
-def test_what_is_not_installed_is_named_with_the_way_to_get_it(there, missing, words):
+def test_a_package_that_is_not_installed_is_named_with_the_way_to_install_it(there, missing, words):
     done = run_child(f"""
         import sys
         sys.modules[{missing!r}] = None
@@ -253,7 +253,7 @@ def test_the_output_goes_to_a_pipe_and_the_words_to_standard_error(there, words)
 
 
 def claiming(path, size):
-    """A file of one page that is whole and right, of an image of `size` bytes."""
+    """A valid file of an image of `size` bytes that stores one page."""
     Image.from_bytes(b"x" * PAGE).save(path)
     small = path.read_bytes()
     size_of_data = size // GROUP * GROUP
@@ -279,7 +279,7 @@ def claiming(path, size):
 @requires("holes", "rlimits")
 @pytest.mark.parametrize("words", [["verify", "large"], ["diff", "large", "old.image"], ["diff", "old.image", "large"],
                                    ["apply", "large", "step.delta", "-o", "x"]])
-def test_a_file_that_claims_more_than_there_is_room_for_is_one_line(there, words):
+def test_a_file_that_claims_a_size_without_room_is_refused_in_one_line(there, words):
     assert claiming(there / "large", 1 << 43)
     done = run_child(f"""
         import sys
@@ -292,18 +292,18 @@ def test_a_file_that_claims_more_than_there_is_room_for_is_one_line(there, words
 
 
 @requires("holes")
-def test_images_that_claim_much_are_compared_in_time_that_follows_what_they_hold(there):
+def test_the_time_to_compare_images_depends_on_their_stored_pages_and_not_on_their_claimed_size(there):
     assert claiming(there / "large", 1 << 38)
     Image.from_pieces([(0, b"x" * PAGE), (1 << 37, b"y")], 1 << 38).save("other")
     figures = json.loads(said("diff", "large", "other", "--json", "--map"))
     assert (figures["pages"], figures["differing"], figures["was_zero"]) == (1 << 26, 1, 1)
     text = said("diff", "large", "other", "--map")
     assert "each mark is 256 MiB" in text
-    assert text.count("▆") == 2         # one in the map and one in the legend
+    assert text.count("▆") == 2         # one mark in the map and one mark in the legend
 
 
 @requires("fork")
-def test_a_standard_output_that_is_full_is_one_line(there):
+def test_a_full_standard_output_is_reported_in_one_line(there):
     with open("/dev/full", "wb") as full:
         done = subprocess.run([sys.executable, "-m", "linmem", "image", "info", "old.image"], stdout=full,
                               stderr=subprocess.PIPE, encoding="utf-8", timeout=60,
@@ -312,7 +312,7 @@ def test_a_standard_output_that_is_full_is_one_line(there):
 
 
 @requires("fork")
-def test_a_name_that_is_no_text_is_shown(there):
+def test_a_name_that_is_not_valid_text_is_shown(there):
     os.rename(b"old.image", b"\xff.image")
     assert said("info", b"\xff.image".decode("utf-8", "surrogateescape")).startswith("\\udcff.image: image")
 
@@ -323,7 +323,7 @@ def test_a_name_that_is_no_text_is_shown(there):
                                    ["apply", "old.image", "folder", "-o", "x"],
                                    ["diff", "old.image", "new.image", "-o", "folder"],
                                    ["apply", "old.image", "step.delta", "-o", "folder"]])
-def test_a_folder_where_a_file_is_due_is_one_line(there, words):
+def test_a_folder_in_place_of_a_file_is_refused_in_one_line(there, words):
     (there / "folder").mkdir()
     assert "folder: Is a directory" in refusal(*words)
 
@@ -356,7 +356,7 @@ ODD = "a\nb\x1b[31m\r$x$.image"
 
 @pytest.fixture
 def odd(there):
-    """A file whose name has control characters in it, and what TeX would be to matplotlib."""
+    """A file with control characters in its name, and characters that matplotlib would parse as TeX."""
     os.link("old.image", ODD)
     return there
 
@@ -364,7 +364,7 @@ def odd(there):
 @requires("odd_names")
 @pytest.mark.parametrize("words", [("info", ODD), ("verify", ODD), ("diff", ODD, "new.image"),
                                    ("diff", "new.image", ODD), ("apply", ODD, "step.delta", "-o", "a\nc.image")])
-def test_a_name_with_control_characters_is_one_line_as_any_name(odd, words):
+def test_a_name_with_control_characters_is_printed_in_one_line(odd, words):
     plain = said(*(re.sub("[^a-z.]", "", word.replace(ODD, "old.image")) if "\n" in word else word for word in words))
     text = said(*words)
     assert text.count("\n") == plain.count("\n")
@@ -390,7 +390,7 @@ def test_a_refused_name_with_control_characters_is_in_one_line(odd, words):
 
 
 @requires("matplotlib", "odd_names")
-def test_a_picture_is_there_whole_or_not_at_all_whatever_the_files_are_called(odd, monkeypatch, capsys):
+def test_a_picture_is_written_atomically_for_any_name(odd, monkeypatch, capsys):
     (odd / "map.png").write_bytes(b"old")
     refused = OSError(28, os.strerror(28))
 

@@ -1,4 +1,4 @@
-"""Files of images and deltas: what they hold, who may lie in them, and what a killed process leaves."""
+"""Files of images and deltas: their content, forged files, and the files that a killed process leaves."""
 
 from __future__ import annotations
 
@@ -35,13 +35,14 @@ HEADER = 224
 
 
 def sparse(size, places, offset=0):
-    """An image with a page of its own at each place, and zeros between them."""
+    """An image with one stored page at each place, and zeros elsewhere."""
     return Image.from_pieces([(offset + place, bytes([7 + place // PAGE % 200]) * min(PAGE, size - place))
                               for place in places], size, offset)
 
 
 def blocks(delta):
-    """What a delta does to each page. Where the host's are larger its own ranges may hold pages of zeros."""
+    """offset -> new bytes of a page, or None for zeros. On hosts with larger pages, stored ranges may hold pages of
+    zeros."""
     return {at + i: part if part is None or any(part) else None
             for at, size, data in delta.pieces() for i in range(0, size, PAGE)
             for part in [None if data is None else bytes(data[i:i + PAGE])]}
@@ -73,7 +74,7 @@ def field(path, at, kind="<Q"):
 
 
 def seal(data, table=True):
-    """The file with digests that agree with what it holds, as whoever means harm would write it."""
+    """The file with valid digests over its content, as an attacker would write it."""
     data = bytearray(data)
     if len(data) >= HEADER:
         start, count = struct.unpack_from("<QQ", data, 64)
@@ -83,7 +84,7 @@ def seal(data, table=True):
     return bytes(data)
 
 
-# -- there and back -----------------------------------------------------------------------------------------
+# -- round trips --------------------------------------------------------------------------------------------
 
 contents = st.lists(st.tuples(st.integers(0, 40 * PAGE), st.integers(1, 3 * PAGE), st.integers(1, 255)), max_size=5)
 
@@ -157,8 +158,9 @@ def test_a_chain_of_deltas_over_images_of_any_size_comes_back_from_a_file(tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["image", "memory"])
-def test_a_chain_over_an_end_that_cuts_a_page_is_one_of_whole_pages(tmp_path, kind):
-    # The page that the end at byte 1 cuts differs in nothing, and the first image is zero behind that end.
+def test_a_chain_over_an_end_inside_a_page_names_whole_pages(tmp_path, kind):
+    # Before byte 1 the first two images are equal, and after byte 1 the first image is zero. So no byte of the page
+    # differs.
     first, second, third = Image.from_bytes(bytes(100)), Image.from_bytes(b"\0"), Image.from_bytes(bytes(3 * PAGE + 7))
     with linmem.create(1) as mem:
         cut = first.diff(second if kind == "image" else mem)
@@ -169,7 +171,7 @@ def test_a_chain_over_an_end_that_cuts_a_page_is_one_of_whole_pages(tmp_path, ki
     assert first.apply(Delta.open(tmp_path / "it")) == third
 
 
-def test_a_chain_of_deltas_by_hand_zeroes_what_was_cut_off():
+def test_a_chain_of_hand_made_deltas_zeroes_bytes_that_were_cut_off():
     first = Image.from_bytes(b"a" * 100)
     cut = Delta(first.digest, 100, 1, [], [], b"", Image.from_bytes(b"a").digest)
     chain = cut | Image.from_bytes(b"a").diff(Image.from_bytes(b"a" + bytes(PAGE)))
@@ -297,7 +299,7 @@ def test_an_opened_image_keeps_the_file_that_it_was_opened_from(tmp_path, image)
     assert Image.open(path, verify=True) == other
 
 
-def test_nothing_of_this_is_loaded_before_a_file_is_named():
+def test_the_modules_for_files_are_not_imported_before_a_file_is_named():
     assert answer("""
         import sys, linmem
         image = linmem.Image.from_bytes(bytes(5))
@@ -337,7 +339,7 @@ class File:
         dies_at(self.file.close)()
     def __getattr__(self, name):
         return dies_at(getattr(self.file, name))
-# A process for each step that is asked for; it says how that ended.
+# Runs a process for each requested step and prints its exit status.
 for steps in sys.stdin:
     pid = os.fork()
     if pid == 0:
@@ -379,12 +381,12 @@ def test_a_process_killed_at_any_step_leaves_the_old_file_or_the_new_one(tmp_pat
             if ended == "0":
                 break
             assert ended == str(-signal.SIGKILL)
-    assert step > 20                        # opened, locked, written, flushed, synced, renamed, synced again
-    assert seen == sorted(seen)             # old ones, and from the rename on new ones
+    assert step > 20                        # open, lock, write, flush, fsync, rename, fsync again
+    assert seen == sorted(seen)             # first the old file, and from the rename on the new file
     assert seen[0] is False
     assert seen[-2] is True
     assert most == 1
-    # The next save removes what a killed one left; the last one was not killed.
+    # The next save removed the files of killed writers, and the last writer was not killed.
     assert os.listdir(tmp_path) == ["image"]
 
 
@@ -474,7 +476,7 @@ def test_a_folder_that_is_not_there_is_named(tmp_path, image):
         Image.open(tmp_path / "nothing")
 
 
-# -- files that are damaged, or lie -----------------------------------------------------------------------------
+# -- damaged and forged files -----------------------------------------------------------------------------------
 
 def refused(path, **how):
     with pytest.raises(FileFormatError) as caught:
@@ -508,21 +510,21 @@ def test_a_later_version_is_refused_by_its_number(saved):
         assert "1 or 2, which is all that this linmem reads" in str(error)
 
 
-def test_what_is_no_file_of_linmems_is_refused(tmp_path):
+def test_a_file_that_linmem_did_not_write_is_refused(tmp_path):
     for data in (b"", b"\0asm\1\0\0\0", b"\x89PNG\r\n\x1a\n" * 100, b"\x89LINMEM\r\n" + bytes(500), os.urandom(300)):
         (tmp_path / "other").write_bytes(data)
         assert refused(tmp_path / "other").field == "magic"
 
 
 @requires("fork")
-def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
+def test_a_file_that_is_not_regular_is_refused_immediately(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     assert refused(tmp_path / "pipe").field == "file"
     with pytest.raises(IsADirectoryError):
         Image.open(tmp_path)
 
 
-def test_a_delta_is_no_image_and_an_image_no_delta(tmp_path, image, delta):
+def test_a_file_of_a_delta_is_refused_as_an_image_and_vice_versa(tmp_path, image, delta):
     image.save(tmp_path / "image")
     delta.save(tmp_path / "delta")
     assert "1 (an image)" in str(refused(tmp_path / "delta"))
@@ -551,10 +553,10 @@ LIES = {
 
 
 @pytest.mark.parametrize("name", LIES)
-def test_a_header_that_lies_is_refused_by_the_name_of_the_field(saved, name):
+def test_a_wrong_header_field_is_refused_by_its_name(saved, name):
     at, kind, value = LIES[name]
     if name == "reserved" and field(saved, 8, "<H") > 1:
-        at = 84                     # the other bytes have a meaning now
+        at = 84                     # in newer versions the field's first bytes have a meaning
     data = bytearray(saved.read_bytes())
     struct.pack_into(kind, data, at, value)
     saved.write_bytes(data)
@@ -566,14 +568,14 @@ def test_a_header_that_lies_is_refused_by_the_name_of_the_field(saved, name):
 
 
 @pytest.mark.parametrize(("entry", "name", "value"), [
-    ((0, 1, 1, 0), "table[1].group", 0),                    # twice the same
-    ((5, 1, 1, 0), "table[1].group", 5),                    # behind the end
+    ((0, 1, 1, 0), "table[1].group", 0),                    # a group twice
+    ((5, 1, 1, 0), "table[1].group", 5),                    # a group after the end
     ((1 << 60, 1, 1, 0), "table[1].group", 1 << 60),
     ((1, 0, 0, 0), "table[1].mentioned", "0x0000"),
     ((1, 3, 1, 0), "table[1].stored", "0x0001"),
     ((1, 1, 3, 0), "table[1].stored", "0x0003"),
 ])
-def test_a_table_that_lies_is_refused_by_the_number_of_the_entry(saved, entry, name, value):
+def test_a_wrong_table_entry_is_refused_by_its_number(saved, entry, name, value):
     data = bytearray(saved.read_bytes())
     struct.pack_into("<QHHI", data, field(saved, 64) + 16, *entry)
     saved.write_bytes(data)
@@ -584,11 +586,11 @@ def test_a_table_that_lies_is_refused_by_the_number_of_the_entry(saved, entry, n
 
 
 @pytest.mark.parametrize(("number", "entry", "name", "value", "bound"), [
-    (0, (0, 2, 1), "stored", "0x0001", "within 0x0002"),            # a page that the delta does not mention
+    (0, (0, 2, 1), "stored", "0x0001", "within 0x0002"),            # a page that the delta does not have
     (0, (0, 2, 6), "stored", "0x0006", "within 0x0002"),
     (1, (1, 1, 0, 5), "crc", "0x00000005", "0, for no page"),
 ])
-def test_a_table_of_a_delta_that_lies_is_refused_by_the_number_of_the_entry(tmp_path, image, number, entry, name, value,
+def test_a_wrong_table_entry_of_a_delta_is_refused_by_its_number(tmp_path, image, number, entry, name, value,
                                                                             bound):
     path = tmp_path / "delta"
     Delta(image.digest, image.size, image.size, [(PAGE, PAGE)], [(GROUP, PAGE)], b"x" * PAGE).save(path)
@@ -647,7 +649,7 @@ def test_every_page_that_is_stored_is_verified(saved, image, page):
     if packed:
         error = refused(saved)
     else:
-        opened = Image.open(saved)          # nothing was read
+        opened = Image.open(saved)          # opening reads no page
         with pytest.raises(FileFormatError) as caught:
             opened.verify()
         error = caught.value
@@ -656,25 +658,26 @@ def test_every_page_that_is_stored_is_verified(saved, image, page):
     assert error.field.startswith(f"crc of group {page // 16} ")
 
 
-def test_a_hole_that_is_none_is_found_when_the_file_is_mapped_or_verified(tmp_path, image):
+def test_bytes_in_a_hole_are_found_when_the_file_is_mapped_or_verified(tmp_path, image):
     path = tmp_path / "image"
     image.save(path)
     for page in (2, 17, 40, 79):
         data = bytearray(path.read_bytes())
         data[GROUP + page * PAGE + 4000] = 1
-        harm = tmp_path / f"harm{page}"         # a new one: not every system lets a mapped file be replaced
+        harm = tmp_path / f"harm{page}"         # a new file, because some systems cannot replace a mapped file
         harm.write_bytes(data)
         for verify, mapped in ((True, True), (True, False), (False, True)):
             assert refused(harm, verify=verify, map=mapped).field == f"page at {page * PAGE}"
-        assert Image.open(harm, map=False) == image         # only what is stored is read
+        assert Image.open(harm, map=False) == image         # the check reads stored pages only
 
 
 STEP = sparse_file.READ_STEP
 
 
 @pytest.mark.parametrize("at", [0, 1, STEP - 1, STEP, STEP + 1, 2 * STEP - 1, 2 * STEP, 3 * STEP - PAGE - 1])
-def test_one_byte_in_a_hole_is_found_wherever_it_stands(tmp_path, at):
-    # The hole of 3 steps and a page begins with the second page. All of it is written: it is read, step by step.
+def test_one_byte_at_any_place_in_a_hole_is_found(tmp_path, at):
+    # The hole of 3 steps and a page starts at the second page. The file is written in full, so the reader reads the
+    # hole in steps.
     image = sparse(3 * STEP + 3 * PAGE, [0, 3 * STEP + 2 * PAGE])
     image.save(tmp_path / "image")
     with open(tmp_path / "image", "r+b") as file:
@@ -692,7 +695,7 @@ def test_one_byte_in_a_hole_is_found_wherever_it_stands(tmp_path, at):
 
 @given(offset=st.sampled_from([0, 1, PAGE, GROUP + 5, 3 * GROUP - 1]), size=st.integers(1, 4 * GROUP),
        harms=st.lists(st.tuples(st.integers(0, 5 * GROUP), st.integers(1, 255)), max_size=3))
-def test_whatever_stands_in_a_file_an_image_that_opens_is_what_its_digest_says(tmp_path_factory, offset, size, harms):
+def test_an_image_from_any_file_that_opens_matches_its_digest(tmp_path_factory, offset, size, harms):
     path = tmp_path_factory.mktemp("harm") / "image"
     Image.from_pieces([(offset, b"first"[:size])], size, offset).save(path)
     end = field(path, 64)
@@ -714,7 +717,7 @@ def test_whatever_stands_in_a_file_an_image_that_opens_is_what_its_digest_says(t
 
 @requires("real_pages")
 @requires("holes")
-def test_a_file_that_claims_much_is_opened_in_time_that_follows_what_it_holds(tmp_path, monkeypatch):
+def test_the_time_to_open_a_file_depends_on_its_stored_pages_and_not_on_its_claimed_size(tmp_path, monkeypatch):
     image = sparse(1 << 38, [0, 1 << 30, (1 << 38) - PAGE])
     image.save(tmp_path / "image")
     asked = []
@@ -723,7 +726,7 @@ def test_a_file_that_claims_much_is_opened_in_time_that_follows_what_it_holds(tm
     other = Image.open(tmp_path / "image", verify=True)
     assert other == image
     assert sum(asked) < 1 << 20
-    # A walk of one page after the other, or a mark for each, would not end in time.
+    # An algorithm with a step or a mark for each page would not end in time.
     for _ in range(100):
         assert other.diff(image).ranges == ()
     changed = sparse(1 << 38, [0, 1 << 31])
@@ -742,7 +745,7 @@ def test_a_descriptor_that_an_image_is_made_from_stays_at_its_position(tmp_path,
         assert file.tell() == 5
 
 
-def test_the_digest_of_a_file_is_of_its_size_and_of_where_its_bytes_stand(tmp_path):
+def test_the_digest_of_a_file_covers_its_size_and_the_offsets_of_its_bytes(tmp_path):
     def digest(content):
         (tmp_path / "file").write_bytes(content)
         with open(tmp_path / "file", "rb", buffering=0) as file:
@@ -769,7 +772,7 @@ def test_content_that_is_not_the_digests_is_found_when_the_image_is_verified(sav
 
 
 def test_a_stored_page_of_zeros_is_refused(tmp_path):
-    # Else a file that is one large hole could have any amount of content.
+    # If stored pages of zeros were allowed, a file that is one large hole could have any amount of content.
     path = tmp_path / "image"
     Image.from_bytes(b"x").save(path, packed=True)
     data = bytearray(path.read_bytes())
@@ -818,7 +821,7 @@ def test_a_file_of_holes_that_claims_a_huge_table_costs_nothing(tmp_path, packed
     try:
         os.truncate(path, (HEADER if packed else GROUP + count * GROUP) + 16 * count)
     except OSError:
-        assert not packed               # no file system need have files of 16 TiB
+        assert not packed               # a file system need not support files of 16 TiB
     assert peak(Image.open, path) < 1 << 20
 
 
@@ -829,7 +832,7 @@ def test_a_packed_file_that_claims_a_huge_size_is_refused_without_the_memory(tmp
     data = bytearray(path.read_bytes())
     struct.pack_into("<Q", data, 24, 1 << 50)
     path.write_bytes(seal(data))
-    # The size is the file's to claim, and zeros cost nothing: it is the digest, or the address space, that says no.
+    # A file may claim any size, and zeros use no space. The digest or the limit of address space refuses the file.
     said = answer(f"""
         import linmem
         try:
@@ -841,7 +844,7 @@ def test_a_packed_file_that_claims_a_huge_size_is_refused_without_the_memory(tmp
     assert refused(path, max_size=1 << 30).field == "size"
 
 
-MUTATIONS = 4_000       # of each of three files
+MUTATIONS = 4_000       # for each of three files
 
 
 def mutate(rnd, data):
@@ -874,14 +877,14 @@ def mutate(rnd, data):
 
 
 def overwrite(path, data):
-    # In place: ten thousand new files are seconds of the file system's work.
+    # Overwrites in place, because ten thousand new files would take the file system several seconds.
     with open(path, "r+b") as file:
         file.write(data)
         file.truncate()
 
 
 @pytest.mark.parametrize("kind", ["image in place", "image packed", "delta"])
-def test_ten_thousand_mutations_never_crash_never_cost_and_never_yield_wrong_bytes(tmp_path, kind):
+def test_ten_thousand_mutations_cause_no_crash_no_large_cost_and_no_wrong_bytes(tmp_path, kind):
     path = tmp_path / "file"
     image = sparse(2 * GROUP + 100, [0, 2 * PAGE, GROUP, 2 * GROUP])
     with image.new_memory() as mem:
@@ -901,19 +904,19 @@ def test_ten_thousand_mutations_never_crash_never_cost_and_never_yield_wrong_byt
         try:
             if kind == "delta":
                 found = Delta.open(path, max_size=1 << 24)
-                # A delta has no digest of its own: with every checksum made anew it is another delta.
+                # A delta has no digest of its own. If all checksums are renewed, the file is another valid delta.
                 right = blocks(found) == blocks(delta) or harm[:HEADER] != data[:HEADER]
             else:
                 found = Image.open(path, verify=True, max_size=1 << 24)
                 right = found == image and bytes(found) == bytes(image)
             assert right
             same += 1
-            del found       # not every system lets a mapped file be written to
+            del found       # some systems cannot write to a mapped file
         except FileFormatError:
             refusals += 1
     assert same + refusals == MUTATIONS
     assert refusals > MUTATIONS // 2
-    assert same > 0                     # a mutation in what is no content
+    assert same > 0                     # mutations in bytes without content
     for _ in range(200):                # tracing is slow
         path.write_bytes(mutate(rnd, data))
         tracemalloc.start()
@@ -946,7 +949,7 @@ def test_a_page_that_became_zero_takes_no_space_in_a_delta(tmp_path, image):
 
 
 @requires("real_pages")
-def test_a_delta_of_one_page_is_a_file_of_little_more(tmp_path):
+def test_the_file_of_a_delta_of_one_page_is_little_larger_than_a_page(tmp_path):
     a, b = sparse(1 << 20, [0]), sparse(1 << 20, [0, 5 * PAGE])
     a.diff(b).save(tmp_path / "delta")
     sparse(PAGE, [0]).save(tmp_path / "image", packed=True)
@@ -978,7 +981,7 @@ def test_a_delta_leads_to_the_image_that_it_was_made_for_and_so_does_a_chain(tmp
         whole = step if whole is None else whole | step
         for name, delta, base in ((f"step{i}", step, a), (f"whole{i}", whole, images[0])):
             assert base.apply(delta) == b
-            if sum(size for _, size in delta.zeros) > MOST_ZEROED:     # a chain over images that begin far apart
+            if sum(size for _, size in delta.zeros) > MOST_ZEROED:     # a chain over images that start far apart
                 with pytest.raises(ValueError, match="may zero at most"):
                     delta.save(folder / name)
                 assert not (folder / name).exists()
@@ -1016,7 +1019,7 @@ def test_deltas_that_differ_in_their_target_only_are_not_equal(image, delta):
 
 
 def old_file(data):
-    """The file of version 2 as version 1 had it."""
+    """Converts a file of version 2 to version 1."""
     data = bytearray(data)
     data[8:10] = (1).to_bytes(2, "little")
     struct.pack_into("<Q", data, 48, GROUP)
@@ -1057,7 +1060,7 @@ def test_many_runs_make_few_parts_of_a_pickle():
     head = pickle.dumps(image, protocol=5, buffer_callback=buffers.append)
     assert len(image.runs()) >= 10_000
     assert len(buffers) == 1
-    # A large run is not copied, and the gaps are not sent.
+    # A large run is not copied, and gaps are not sent.
     stored = sum(size for _, size in image.runs())
     assert sum(buffer.raw().nbytes for buffer in buffers) <= stored
     assert pickle.loads(head, buffers=buffers) == image
@@ -1139,7 +1142,7 @@ def test_a_pickle_whose_parts_do_not_fit_is_refused(image):
         make(PAGE, *arguments[1:])
 
 
-# -- by handle ------------------------------------------------------------------------------------------------------
+# -- handles --------------------------------------------------------------------------------------------------------
 
 def look(handle, connection):
     image = handle.image
@@ -1173,7 +1176,7 @@ def test_an_image_crosses_to_another_process_by_its_handle(tmp_path, method, sou
     assert child.exitcode == 0
     assert (content, digest, offset, runs) == (bytes(image), image.digest, image.offset, image.runs())
     about = os.fstat(image.fileno())
-    assert file == (about.st_dev, about.st_ino)         # the same pages, says the OS
+    assert file == (about.st_dev, about.st_ino)         # the OS shows the same pages
     assert bytes(image) == content
 
 
@@ -1197,7 +1200,7 @@ def test_a_handle_goes_through_a_pipe_to_a_process_that_runs_already(image):
     finally:
         child.join(60)
         here.close()
-        multiprocessing.resource_sharer.stop(60)        # the thread that handed the descriptor over
+        multiprocessing.resource_sharer.stop(60)        # stops the thread that sent the descriptor
     assert child.exitcode == 0
 
 

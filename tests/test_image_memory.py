@@ -1,4 +1,4 @@
-"""Images and the OS: which pages are shared, which descriptors are open, what other processes and threads see."""
+"""Images and the OS: shared pages, open descriptors, and images in other processes and threads."""
 
 import mmap
 import os
@@ -51,11 +51,11 @@ def figures(mem, name):
 
 
 def written(mem):
-    """Bytes of pages that are the memory's own, whether of an image or not."""
+    """Bytes of the memory's own pages, with or without an image."""
     return figures(mem, "Anonymous")
 
 
-# -- what is shared ---------------------------------------------------------------------------------------
+# -- shared pages -----------------------------------------------------------------------------------------
 
 @requires("smaps", "maps_images", "real_pages")
 def test_memories_of_an_image_own_only_the_pages_that_they_write():
@@ -73,7 +73,7 @@ def test_memories_of_an_image_own_only_the_pages_that_they_write():
 
 
 @requires("smaps", "maps_images")
-def test_pages_outside_the_images_bytes_are_those_of_any_memory():
+def test_pages_outside_the_images_bytes_are_ordinary_pages():
     img = Image.from_bytes(bytes(MIB) + b"x" * PAGE + bytes(MIB))
     mem = img.new_memory()
     info = mem.info()
@@ -100,7 +100,7 @@ def test_restored_pages_stay_the_memorys_own_while_they_are_written_again():
 
 
 @requires("smaps", "maps_images", "real_pages", "scans")
-def test_pages_written_at_random_go_back_before_restoring_them_costs_more_than_their_faults():
+def test_pages_written_at_random_are_given_back_before_a_restore_costs_more_than_their_faults():
     chance = random.Random(2)
     img = Image.from_bytes(b"x" * 16 * MIB, MIB)
     mem = img.new_memory(minimum=32 * MIB)
@@ -141,7 +141,7 @@ def test_zeros_take_no_space_in_the_images_own_pages():
 
 
 @pytest.mark.parametrize("way", [*sorted(SCAN_WAYS), None])
-def test_restore_and_dirty_pages_are_right_whatever_finds_the_touched_pages(way, kind):
+def test_restore_and_dirty_pages_are_right_with_each_way_to_find_touched_pages(way, kind):
     with scanning(way):
         chance = random.Random(9)
         img = Image.from_bytes(b"x" * 40 * PAGE, 7 * PAGE)
@@ -159,7 +159,7 @@ def test_restore_and_dirty_pages_are_right_whatever_finds_the_touched_pages(way,
 # -- descriptors and mappings ------------------------------------------------------------------------------
 
 @requires("descriptors")
-def test_an_image_has_at_most_one_descriptor_and_closes_it_with_the_last_that_holds_it(kind):
+def test_an_image_has_at_most_one_descriptor_and_closes_it_with_the_last_reference(kind):
     before = descriptors()
     img = Image.from_bytes(b"x" * PAGE)
     opened = 0 if kind == "private" else 1
@@ -178,7 +178,7 @@ def test_an_image_has_at_most_one_descriptor_and_closes_it_with_the_last_that_ho
 
 
 @requires("descriptors")
-def test_a_memory_whose_pages_are_not_ours_lets_go_of_the_image_that_it_was_restored_to(kind):
+def test_a_memory_with_foreign_pages_keeps_no_reference_to_the_image_of_its_restore(kind):
     class Handing:
         def __init__(self): self.under = linmem.create(PAGE)
         def __getattr__(self, name): return getattr(self.under, name)
@@ -255,7 +255,7 @@ def test_an_image_whose_file_may_not_be_written_becomes_private_and_leaves_no_de
 
         def pieces():
             yield 0, b"a" * {PAGE}
-            resource.setrlimit(resource.RLIMIT_FSIZE, ({PAGE}, most))     # the file has its size by now
+            resource.setrlimit(resource.RLIMIT_FSIZE, ({PAGE}, most))     # the file already has its size
             yield {2 * PAGE}, b"b" * {PAGE}
 
         img = linmem.Image.from_pieces(pieces(), {4 * PAGE})
@@ -266,7 +266,7 @@ def test_an_image_whose_file_may_not_be_written_becomes_private_and_leaves_no_de
 
 @requires("mounts", "unnamed_files")
 @pytest.mark.parametrize("size", [1 << 16, 1 << 20, 1 << 24])
-def test_a_full_memory_file_system_neither_refuses_an_image_nor_kills_who_reads_it(size):
+def test_a_full_memory_file_system_neither_refuses_an_image_nor_crashes_its_readers(size):
     assert answer(f"""
         import ctypes, os, linmem
         from linmem._os import pages
@@ -289,8 +289,8 @@ def test_a_full_memory_file_system_neither_refuses_an_image_nor_kills_who_reads_
 
 
 @requires("rlimits", "unnamed_files")
-def test_an_image_whose_file_cannot_take_all_of_it_becomes_private_with_what_was_written():
-    # The size is granted when the image begins, and a write is refused later.
+def test_an_image_whose_file_is_too_small_becomes_private_and_keeps_its_content():
+    # The OS grants the size at the image's start and refuses a later write.
     assert answer("""
         import linmem
         from linmem._os import pages
@@ -319,7 +319,7 @@ def test_an_image_that_may_not_be_a_file_of_its_size_has_private_pages():
 
 @requires("sealed")
 @pytest.mark.usefixtures("sealed")
-def test_nobody_can_write_to_sealed_memory_or_cut_it_short():
+def test_sealed_memory_cannot_be_written_or_truncated():
     img = Image.from_bytes(b"abc" * 10000)
     fd = os.open(f"/proc/self/fd/{img.fileno()}", os.O_RDWR)
     try:
@@ -371,7 +371,7 @@ def test_the_images_own_view_is_read_only_to_the_processor(kind):
 
 @pytest.fixture
 def a_file(tmp_path):
-    """Makes a file of bytes and opens it for reading."""
+    """A function that makes a file of bytes and opens it for reading."""
     opened = []
 
     def make(data, flags=os.O_RDONLY):
@@ -402,7 +402,7 @@ def test_an_image_of_a_file_is_its_bytes(a_file):
 
 
 @requires("real_pages")
-def test_what_is_claimed_of_a_file_is_checked(a_file):
+def test_the_claimed_runs_and_digest_of_a_file_are_checked(a_file):
     fd = a_file(b"x" * PAGE + bytes(6 * PAGE) + b"y" * PAGE)
     os.lseek(fd, 5, os.SEEK_SET)
     true = Image.from_bytes(b"x" * PAGE + bytes(6 * PAGE) + b"y" * PAGE)
@@ -615,7 +615,7 @@ def test_restoring_growing_and_comparing_at_once_leaves_a_memory_whole(kind):
 # -- pools -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("reset", ["adaptive", pytest.param("scan", marks=requires("scans")), "zero", "discard"])
-def test_a_pools_memory_of_an_image_is_fresh_whatever_its_last_user_did(reset, kind):
+def test_a_pools_memory_of_an_image_is_like_new_after_any_user(reset, kind):
     chance = random.Random(6)
     img = Image.from_bytes(chance.randbytes(30 * PAGE), 5 * PAGE + 9)
     other = Image.from_bytes(chance.randbytes(10 * PAGE))
@@ -665,7 +665,7 @@ def test_a_slot_serves_its_own_image_only():
 
 
 @requires("smaps", "maps_images", "real_pages")
-def test_a_cold_slot_holds_nothing_and_maps_its_image_again():
+def test_a_cold_slot_holds_no_pages_and_maps_its_image_again():
     img = Image.from_bytes(b"x" * 20 * PAGE)
     pool = linmem.creator("pool", max_unused_warm=0, check=True)
     for _ in range(4):
@@ -680,7 +680,7 @@ def test_a_cold_slot_holds_nothing_and_maps_its_image_again():
     assert pool.stats()["hits"] == 3
 
 
-def test_a_pool_with_an_image_warms_slots_of_it_and_refuses_what_is_too_small():
+def test_a_pool_with_an_image_warms_slots_of_the_image_and_refuses_too_small_sizes():
     img = Image.from_bytes(b"x" * 100, 65536)
     pool = linmem.creator("pool", image=img)
     ty = linmem.MemoryType(2, 4)
@@ -705,7 +705,7 @@ def test_resetting_a_slot_of_an_image_writes_dirty_pages_only():
             assert written(mem) == 16 * REAL_PAGE
 
 
-def test_what_an_image_has_beyond_a_smaller_memory_makes_no_page_dirty():
+def test_image_bytes_beyond_a_smaller_memory_make_no_page_dirty():
     img = Image.from_bytes(b"x" * (2 * PAGE))
     with linmem.create(PAGE + 5) as mem:
         mem[:] = b"x" * (PAGE + 5)

@@ -1,4 +1,4 @@
-"""Images under wasmtime: the bridge's offers, and a store's memory put back."""
+"""Images under wasmtime: the bridge's offers, and restores of a store's memory."""
 
 import sys
 import threading
@@ -25,7 +25,7 @@ def engine(request):
 
 
 def offer(*images):
-    """For the memories of TWO, and one more."""
+    """An offer for the memories of TWO, and for one more memory."""
     return _bridge.Offer(list(zip((131072, 65536, 65536), images, strict=False)))
 
 
@@ -55,7 +55,7 @@ def test_each_memory_takes_the_next_image_in_order(engine):
         store.close()
 
 
-def test_a_memory_of_another_minimum_takes_nothing_and_leaves_the_offer_as_it_is(engine):
+def test_a_memory_with_another_minimum_takes_no_image_and_leaves_the_offer_unchanged(engine):
     img = Image.from_bytes(b"x", 5)
     store, exports, left = instantiate(engine, [None, img], """(module
         (memory 0) (memory (export "a") 2) (memory 3) (memory (export "b") 1))""")
@@ -73,7 +73,7 @@ def test_an_image_that_does_not_fit_is_an_error_with_its_bounds(engine):
     assert instantiate(engine, [])[2] == 0
 
 
-def test_install_refuses_a_pool_with_an_image_wherever_it_stands():
+def test_install_refuses_a_pool_with_an_image_at_any_place_in_a_chain():
     image = Image.from_bytes(b"x")
     pool = linmem.creator("pool", image=image)
     limited = linmem.creator("limiting", limit_bytes=1 << 30, upstream=pool)
@@ -83,7 +83,7 @@ def test_install_refuses_a_pool_with_an_image_wherever_it_stands():
         config = wasmtime.Config()
         with pytest.raises(ValueError, match="creator must not have a pool with an image: every memory of the engine"):
             linmem.wasmtime.install(config, creator)
-        linmem.wasmtime.install(config)         # the config is as it was
+        linmem.wasmtime.install(config)         # the config is unchanged
     without = linmem.creator("limiting", limit_bytes=1, upstream=linmem.creator("pool"))
     linmem.wasmtime.install(wasmtime.Config(), without)
 
@@ -107,7 +107,7 @@ def test_an_offer_is_seen_by_its_own_thread_only(engine):
     assert seen == [(0, 0, 0)]
 
 
-def test_an_offer_is_made_again_and_again_but_not_within_one_that_is_not_used_up(engine):
+def test_an_offer_can_be_repeated_but_not_while_another_offer_is_open(engine):
     img = Image.from_bytes(b"\x2a", 70000)
     first, second = offer(img, None, img), offer(img, img)
     for _ in range(3):
@@ -119,7 +119,7 @@ def test_an_offer_is_made_again_and_again_but_not_within_one_that_is_not_used_up
         finally:
             assert first.take_back() == 2
     assert first.take_back() == 0
-    # One that is used up is ended by the next: instances made by a start function come in between.
+    # A new offer ends an offer that is used up, for example if a start function makes instances.
     store = wasmtime.Store(engine)
     module = wasmtime.Module(engine, TWO)
     outer = offer(img, None)
@@ -130,7 +130,7 @@ def test_an_offer_is_made_again_and_again_but_not_within_one_that_is_not_used_up
     assert outer.take_back() == 0
 
 
-def test_an_offer_lives_as_long_as_it_is_on_offer_and_holds_its_images():
+def test_an_open_offer_is_kept_alive_and_holds_its_images():
     img = Image.from_bytes(b"x" * 5000)
     offered = offer(img)
     before = sys.getrefcount(offered)
@@ -220,6 +220,6 @@ def test_restoring_while_the_store_grows_the_memory_is_refused():
     first.handle.restore(first.image, zero_grown=True)
     assert first.handle.dirty_pages(first.image) == []
     store.close()
-    first.handle.close()        # memory and handle hold one another
+    first.handle.close()        # memory and handle refer to each other
     engine.close()
     made.clear()

@@ -1,4 +1,4 @@
-"""The map of a memory, as arithmetic: linmem._core.units through its two doors in linmem._core.memory."""
+"""The layout of a memory, as arithmetic: linmem._core.units, through two functions of linmem._core.memory."""
 
 import pytest
 from hypothesis import assume, example, given
@@ -39,7 +39,7 @@ def test_the_layout_is_the_exact_arithmetic_or_a_refusal(minimum, reservation, g
 @pytest.mark.parametrize("page", [4096, 16384, 65536])
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_a_size_that_wraps_when_it_is_rounded_up_is_refused_from_the_first_one_on(place, page):
-    for size in (2**64 - page + 1, 2**64 - page + 2, TOP):      # one less would be rounded to 2**64 - page
+    for size in (2**64 - page + 1, 2**64 - page + 2, TOP):  # a size of one byte less would be rounded to 2**64 - page
         sizes = [0, 0, 0]
         sizes[place] = size
         assert _lay_out(*sizes, page) is None
@@ -48,7 +48,7 @@ def test_a_size_that_wraps_when_it_is_rounded_up_is_refused_from_the_first_one_o
 @pytest.mark.parametrize("minimum", [0, 4096, 2**32])
 @pytest.mark.parametrize(("room", "beyond"), [(2**20, 2**19 + 1), (2**20, 2**20 - 1), (2**21 - 3, 2**20 - 1)])
 def test_the_least_reservation_does_not_exceed_a_maximum_that_is_nearer(minimum, room, beyond):
-    """Half of the room does not hold what exceeds the minimum, and a small reservation would be more than that."""
+    """Half of the room is less than `beyond`, and a small reservation would be larger than `beyond`."""
     assert _choose_reservation(minimum, minimum + beyond, room, 0, 0) == minimum + beyond
     assert _choose_reservation(minimum, None, room, 0, 0) == minimum + 2**20
     assert _choose_reservation(minimum, minimum + 2**21, room, 0, 0) == minimum + 2**20
@@ -56,15 +56,15 @@ def test_the_least_reservation_does_not_exceed_a_maximum_that_is_nearer(minimum,
 
 @pytest.mark.parametrize("page", [4096, 16384, 65536])
 def test_the_largest_layout_has_a_length_that_python_can_say_and_one_page_more_is_refused(page):
-    largest = 2**63 - 2 * page      # with a page before the base, the largest multiple of pages below 2**63
+    largest = 2**63 - 2 * page  # with a page before the base, the total is the largest multiple of pages below 2**63
     assert _lay_out(0, largest, 0, page)["total"] == 2**63 - page
     assert _lay_out(largest, 0, 0, page)["total"] == 2**63 - page
     assert _lay_out(0, largest + 1, 0, page) is None
     assert _lay_out(largest + 1, 0, 0, page) is None
-    guard = 2**62 - page            # twice: before the base and behind the capacity
+    guard = 2**62 - page            # the guard counts twice: before the base and after the capacity
     assert _lay_out(0, page, guard, page)["total"] == 2**63 - page
     assert _lay_out(0, page, guard + 1, page) is None
-    assert _lay_out(0, 2**63, 2**62, page) is None      # the sum wraps, and is small again
+    assert _lay_out(0, 2**63, 2**62, page) is None      # the sum wraps around to a small number
 
 
 @given(SIZES, SIZES, SIZES, PAGES)
@@ -77,12 +77,12 @@ def test_a_layout_keeps_the_invariants_of_the_map(minimum, reservation, guard, p
     assert at["capacity"] >= max(reservation, page)
     assert at["pre_guard"] >= page
     assert at["guard"] >= guard
-    # What JIT code is promised: base .. max(capacity, reservation) + guard lies in the reservation.
+    # The guarantee for JIT code: [base, base + max(capacity, reservation) + guard) lies in the reservation.
     assert at["pre_guard"] + max(at["capacity"], reservation) + guard <= at["total"]
 
 
 @pytest.mark.parametrize("page", [4096, 16384, 65536])
-def test_a_memory_of_nothing_has_a_base_of_its_own(page):
+def test_an_empty_memory_has_a_distinct_base(page):
     at = _lay_out(0, 0, 0, page)
     assert at == {"pre_guard": page, "accessible": 0, "capacity": page, "guard": 0, "total": 2 * page}
 
@@ -99,18 +99,18 @@ SMALL = 1 << 20
 
 @given(SPACES, st.integers(0, 2**57), st.integers(0, 2**57), st.integers(0, 2**57))
 @example(2**47, 2**47, 0, 0)
-def test_there_is_room_for_choices_until_they_are_half_of_what_callers_did_not_ask_for(space, left, asked, chosen):
+def test_linmem_chooses_sizes_up_to_half_of_the_space_that_callers_did_not_request(space, left, asked, chosen):
     left = min(left, space)
     room = _room_to_choose(space, left, asked + chosen, chosen)
     unasked = max(space - asked, 0)
-    if left < space:        # a limit is in force; what linmem chose is no longer part of what it leaves
+    if left < space:        # a limit is in force; `left` already excludes the sizes that linmem chose
         unasked = min(unasked, left + chosen)
     assert room == max(unasked // 2 - chosen, 0)
 
 
 @given(st.integers(0, 2**48), st.integers(0, TOP - 1), st.integers(0, 2**56), st.integers(0, 2**40),
        st.integers(0, 2**61))
-def test_a_known_maximum_is_reserved_whole_where_half_of_the_room_holds_what_exceeds_the_minimum(
+def test_a_known_maximum_is_reserved_whole_if_its_excess_over_the_minimum_fits_in_half_of_the_room(
         minimum, more, room, others, memory):
     maximum = min(minimum + more, TOP - 1)
     want = _choose_reservation(minimum, maximum, room, others, memory)

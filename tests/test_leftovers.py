@@ -1,4 +1,4 @@
-"""State that outlives one use: what a user, a refused call or an earlier owner leaves behind for the next one."""
+"""State that outlives one use: leftovers of a user, of a refused call, or of an earlier owner."""
 
 import gc
 from functools import partial
@@ -27,15 +27,16 @@ def resident_of(base, size):
 
 @requires("maps", "scans", "discard_any_protection")
 @pytest.mark.parametrize("way", sorted(SCAN_WAYS))
-def test_hidden_pages_go_with_the_others_when_a_slot_gives_all_back(way):
+def test_a_slot_that_gives_all_pages_back_also_gives_hidden_pages_back(way):
     with scanning(way):
-        pool = linmem.PoolingCreator(reset="scan", keep_resident=10 * PAGE)     # check=True would read, and so fault in
+        # check=True would read the pages and make them resident
+        pool = linmem.PoolingCreator(reset="scan", keep_resident=10 * PAGE)
         with pool.create(3 * PAGE, **SHAPE) as mem:
             base = mem.as_ptr()
             mem.grow_to(12 * PAGE)
             mem.write(0, b"s" * 3 * PAGE)
             mem.write(5 * PAGE, b"s" * 7 * PAGE)
-        assert resident_of(base, 12) >= 10 * PAGE       # as many as may be kept, of which nine pages are hidden
+        assert resident_of(base, 12) >= 10 * PAGE       # the pool may keep this many pages; nine of them are hidden
         with pool.create(3 * PAGE, **SHAPE) as mem:
             mem.grow_to(6 * PAGE)
             write_all(mem)
@@ -48,8 +49,9 @@ def test_hidden_pages_go_with_the_others_when_a_slot_gives_all_back(way):
 
 
 @requires("maps", "scans", "discard_any_protection")
-def test_hidden_pages_go_too_when_an_adaptive_pool_gives_all_back():
-    """128 pages at least, so that no reset zeroes all; what one user grew by is hidden from all those that follow."""
+def test_an_adaptive_pool_also_gives_hidden_pages_back():
+    """The memory has more than 128 pages, so that resets do not zero the whole memory. The pages of the first user's
+    growth are hidden from all later users."""
     pool = linmem.PoolingCreator()
     shape = {"maximum": 4096 * PAGE, "reserve": 4096 * PAGE, "guard": PAGE}
     with pool.create(1024 * PAGE, **shape) as mem:
@@ -68,12 +70,12 @@ def test_hidden_pages_go_too_when_an_adaptive_pool_gives_all_back():
     assert resident_of(base, 1536) == 0
 
 
-# -- images that a user has left in a slot -----------------------------------------------------------------------
+# -- images that a user left in a slot ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", image_kinds())
 @pytest.mark.parametrize("reset", ["adaptive", pytest.param("scan", marks=requires("scans")), "zero", "discard"])
 @pytest.mark.parametrize("whose", ["of an image", "of no image"])
-def test_a_slot_that_was_restored_to_another_image_is_its_own_again_each_time_it_is_taken(whose, reset, kind):
+def test_a_slot_restored_to_another_image_has_its_own_image_for_the_next_user(whose, reset, kind):
     before = pages.choose_image(kind)
     try:
         own = Image.from_bytes(b"own" * 2 * PAGE, PAGE)
@@ -93,7 +95,7 @@ def test_a_slot_that_was_restored_to_another_image_is_its_own_again_each_time_it
             mem[2 * PAGE] ^= 1
             mem.restore(other, zero_grown=True)
             mem[9 * PAGE] = mem[0] = 1
-        with pool.create(12 * PAGE, **SHAPE) as mem:        # by whom it is taken again at once
+        with pool.create(12 * PAGE, **SHAPE) as mem:        # the next user takes the slot immediately
             assert bytes(mem) == fresh
             if whose == "of an image":
                 assert mem.dirty_pages(own) == []
@@ -104,9 +106,9 @@ def test_a_slot_that_was_restored_to_another_image_is_its_own_again_each_time_it
     assert own.info().memories == 0
 
 
-# -- who owns a slot ---------------------------------------------------------------------------------------------
+# -- owners of a slot --------------------------------------------------------------------------------------------
 
-def test_a_slot_that_wasmtime_has_dropped_is_pinned_by_nobody_when_python_takes_it():
+def test_a_slot_that_wasmtime_has_dropped_has_no_pins_when_python_takes_it():
     pool = linmem.PoolingCreator(slots=1)
     config = wasmtime.Config()
     linmem.wasmtime.install(config, pool, tune=False)
@@ -122,7 +124,8 @@ def test_a_slot_that_wasmtime_has_dropped_is_pinned_by_nobody_when_python_takes_
         store.close()
         del store, memory
         gc.collect()
-        assert (pool.stats()["live"], pool.stats()["pinned"]) == (1, 1)     # `mem` holds what wasmtime has dropped
+        # `mem` holds the memory that wasmtime has dropped
+        assert (pool.stats()["live"], pool.stats()["pinned"]) == (1, 1)
         mem.close()
         assert (pool.stats()["live"], pool.stats()["pinned"]) == (0, 0)
         with take() as mem:
@@ -133,10 +136,10 @@ def test_a_slot_that_wasmtime_has_dropped_is_pinned_by_nobody_when_python_takes_
             mem.protect(0, len(mem), "rw")
 
 
-# -- bounds that the machine sets --------------------------------------------------------------------------------
+# -- limits of the machine ---------------------------------------------------------------------------------------
 
 @pytest.mark.skipif(not FLOOR["memory"], reason="the OS does not say how much memory there is")
-def test_the_resident_bound_is_what_the_options_say_and_at_most_a_quarter_of_the_machine():
+def test_the_resident_bound_follows_the_options_up_to_a_quarter_of_the_machines_memory():
     quarter = FLOOR["memory"] // 4
     for keep, warm, bound in [
             (PAGE, 3, 3 * PAGE), (0, 5, 0), (PAGE, 0, 0), (quarter, 1, quarter), (quarter - 1, 1, quarter - 1),
@@ -184,7 +187,7 @@ def test_a_refused_call_holds_no_buffer_of_its_callers(what):
         mem[0] = 7
         with pytest.raises((ValueError, TypeError, IndexError, OverflowError, BufferError)):
             REFUSED[what](mem, data)
-        data.append(1)      # BufferError while anyone holds a buffer of it
+        data.append(1)      # raises BufferError while a buffer of `data` is exported
         assert (mem[0], mem.info().exports) == (7, 0)
 
 

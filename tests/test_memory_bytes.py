@@ -70,7 +70,7 @@ def test_read_and_write_copy_runs_of_any_length(mem, size):
     assert mem.read(7 + size, 50) == bytes(50)
 
 
-def test_a_write_past_the_size_writes_nothing(mem):
+def test_a_write_past_the_size_writes_no_byte(mem):
     with pytest.raises(ValueError, match=r"offset \+ size must be <= byte_size\(\)"):
         mem.write(4 * PAGE - 3, b"1234")
     assert not any(mem[-4:])
@@ -185,7 +185,7 @@ def test_views_of_every_kind_survive_growth(mem):
     del array, foreign
 
 
-def test_a_memory_of_nothing_has_empty_views():
+def test_an_empty_memory_has_empty_views():
     with linmem.create(0) as mem:
         assert bytes(mem) == mem[:] == mem.read(0, 0) == b""
         assert mem.write(0, b"") == 0
@@ -203,7 +203,7 @@ def test_a_memory_is_true_to_its_length_and_not_hashable_by_content(mem):
     assert mem in {mem}
 
 
-def test_what_exports_a_typed_view_cannot_be_made_by_hand():
+def test_the_exporter_of_a_typed_view_cannot_be_made_by_hand():
     with linmem.create(PAGE) as mem, mem.view(">d") as view:
         window = type(view.obj)
         for arguments in ((), (mem, 10 * PAGE, 1, b">d", 8)):
@@ -222,7 +222,7 @@ NAMES = ["bool", "bool_", "int8", "int16", "int32", "int64", "uint8", "uint16", 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_names_of_numpys_types_are_formats(mem, name):
     array = np.asarray(mem.view(name))
-    if name != "int":       # of 64 bits here, and of older NumPys' C long
+    if name != "int":       # NumPy's type for int has 64 bits, or is C's long in older versions
         assert array.dtype == np.dtype({"long": "l", "ulong": "L"}.get(name, name))
     assert array.itemsize == mem.view(name).itemsize
     del array
@@ -238,7 +238,7 @@ def test_the_names_of_numpys_types_are_formats_without_numpy():
 
 
 @pytest.mark.parametrize("format", ["datetime64[ns]", "timedelta64", "longdouble", "object", "f16", "S5"])
-def test_a_name_that_no_memoryview_has_leads_to_array(mem, format):
+def test_the_refusal_of_an_unknown_format_recommends_array(mem, format):
     with pytest.raises(ValueError, match=r"^format must be a struct format or a NumPy type, got .*mem\.array\(dtype\)"):
         mem.view(format)
 
@@ -310,7 +310,7 @@ def test_an_array_keeps_the_memory_open_and_its_pages_mapped():
 
 @pytest.mark.parametrize("size", [0, 1, 10, 4 * PAGE])
 @given(data=st.data())
-def test_in_finds_what_bytes_would_find(size, data):
+def test_in_finds_the_same_as_bytes(size, data):
     held = data.draw(st.binary(min_size=min(size, 40), max_size=min(size, 40))).ljust(size, b"a")
     with linmem.create(size) as mem:
         mem.write(0, held)
@@ -340,18 +340,18 @@ def test_in_looks_across_the_parts_that_it_copies():
 def test_in_ends_also_where_a_naive_search_would_not():
     with linmem.create(8 << 20) as mem:
         mem[:] = b"a" * (8 << 20)
-        needle = b"a" * (1 << 18) + b"b" + b"a" * (1 << 18)     # 2**41 steps for a naive search
+        needle = b"a" * (1 << 18) + b"b" + b"a" * (1 << 18)     # a naive search would take 2**41 steps
         assert needle not in mem
 
 
 @pytest.mark.parametrize("item", [256, -1, 2**70])
-def test_in_refuses_what_is_no_byte(mem, item):
+def test_in_refuses_a_number_that_is_not_a_byte(mem, item):
     with pytest.raises(ValueError, match=r"^a byte must be in 0 \.\. 255"):
         item in mem  # noqa: B015
 
 
 @pytest.mark.parametrize("item", ["a", None, 1.5, [1], object()])
-def test_in_refuses_what_is_no_buffer(mem, item):
+def test_in_refuses_an_object_that_is_not_a_buffer(mem, item):
     with pytest.raises(TypeError, match=r"must be a contiguous buffer of bytes"):
         item in mem  # noqa: B015
 
@@ -374,7 +374,7 @@ def test_in_lets_an_interrupt_through():
         """) == "not yet"
 
 
-def test_a_slice_with_a_step_takes_what_bytearray_takes(mem):
+def test_a_slice_with_a_step_takes_the_same_values_as_bytearray(mem):
     model = bytearray(mem)
     for key in (slice(None, None, -1), slice(5, 0, -2), slice(0, 100, 7), slice(-(2**70), None, -1), slice(9, 3, 2),
                 slice(-1, None, -5), slice(3, 3, -1)):

@@ -1,4 +1,4 @@
-"""Growth: in place under live views, whole or not at all, zero, and moving where nobody can notice."""
+"""Growth: happens in place under live views, is atomic, adds zeros, and moves only a memory without exports."""
 
 import ctypes
 
@@ -30,7 +30,7 @@ def test_growth_within_the_capacity_keeps_the_base_and_every_view():
                 assert mem.byte_size() == size
             assert view[0] == 7
             assert typed[0] == 0xDEADBEEF
-            assert len(view) == PAGE            # the length at the time of the export
+            assert len(view) == PAGE            # the view keeps its length at the time of the export
             mem[4] = 1
             assert typed[0] == 0xDEADBE01
         assert mem.as_ptr() == base
@@ -87,7 +87,7 @@ def test_a_maximum_that_equals_the_minimum_never_grows():
             mem.grow_to(PAGE + 1)
 
 
-def test_a_memory_without_a_maximum_says_so():
+def test_a_memory_without_a_maximum_reports_none():
     with linmem.create(1) as mem:
         assert mem.maximum_byte_size() is None
         assert mem.byte_capacity() >= 2**20
@@ -145,7 +145,7 @@ def test_a_move_gives_the_old_place_back():
 
 
 def test_several_moves_in_a_row_keep_every_byte():
-    # A maximum keeps each new reservation small, so that the next growth moves again.
+    # Steps makes each new reservation small, so that the next growth moves again.
     with linmem.create(PAGE, maximum=None, reserve=0, may_move=True, creator=Steps()) as mem:
         kept = b""
         bases = set()
@@ -159,15 +159,15 @@ def test_several_moves_in_a_row_keep_every_byte():
 
 
 class Steps:
-    """Hands on native memories, as a Python creator may."""
+    """Passes on native memories, as a creator in Python may."""
 
     def new_memory(self, ty, minimum, maximum, reserved_size_in_bytes, guard_size_in_bytes):
         return linmem.MmapCreator().new_memory(ty, minimum, maximum, reserved_size_in_bytes, guard_size_in_bytes)
 
 
 @requires("rlimits")
-def test_moves_in_a_short_address_space_come_again_and_again_and_lose_nothing():
-    # A limit makes each new reservation a small one: an eighth of what is left.
+def test_repeated_moves_in_a_short_address_space_lose_no_bytes():
+    # A limit makes each new reservation small: an eighth of the remaining space.
     assert answer(f"""
         import linmem
         import resource
@@ -233,23 +233,23 @@ def test_a_memory_with_protected_pages_never_moves():
         assert mem.as_ptr() == base
 
 
-def test_protecting_nothing_does_not_pin_a_memory():
+def test_protecting_an_empty_range_does_not_pin_a_memory():
     with linmem.create(2 * PAGE, reserve=0, may_move=True) as mem:
         mem.protect(PAGE, 0, "none")
         mem.grow_to(3 * PAGE)
         assert mem.byte_size() == 3 * PAGE
 
 
-def test_a_memory_of_nothing_moves_too():
+def test_an_empty_memory_can_move():
     with linmem.create(0, reserve=0, may_move=True) as mem:
         mem.grow_to(5 * PAGE)
         assert bytes(mem) == bytes(5 * PAGE)
 
 
 @requires("fork")
-def test_a_forked_child_may_grow_and_move_what_it_inherited():
-    # After a fork the kernel no longer merges what grows with what was there: the bytes are several
-    # mappings, which do not move as one.
+def test_a_forked_child_may_grow_and_move_inherited_memories():
+    # After a fork the kernel no longer merges a grown range with the old range. The bytes are then several mappings,
+    # which do not move as one.
     assert answer(f"""
         import linmem, os
         P = {PAGE}

@@ -83,7 +83,7 @@ def test_a_context_closes_its_memory():
 
 
 @requires("maps")
-def test_close_gives_everything_back():
+def test_close_releases_the_whole_reservation():
     before = live_bytes()
     mem = linmem.create(PAGE, reserve=1 << 30)
     assert live_bytes() - before >= (1 << 30) - PAGE
@@ -102,7 +102,7 @@ def test_a_view_outlives_the_handle_and_the_pages_go_with_the_last_view(format):
     part = view[0:1]
     del mem
     gc.collect()
-    assert gone() is not None           # the view holds the handle
+    assert gone() is not None           # the view holds a reference to the handle
     view.release()
     assert bytes(part) == b"12345678"[:part.nbytes]
     assert live_bytes() > before
@@ -129,7 +129,7 @@ def test_a_numpy_array_outlives_the_handle():
 
 @pytest.mark.parametrize("format", ["B", "d", ">d"])
 def test_views_in_a_garbage_cycle_are_collected_with_their_memory(format):
-    # In a child: what the collector takes apart first decides whether it lives.
+    # In a child, because a wrong order of the collector's steps would crash the process.
     assert answer(f"""
         import gc, linmem, weakref
         gc.disable()
@@ -145,7 +145,7 @@ def test_views_in_a_garbage_cycle_are_collected_with_their_memory(format):
         """) == "True"
 
 
-def test_a_memory_is_an_instance_of_the_trait_and_its_creators_of_theirs():
+def test_memories_and_creators_are_instances_of_their_traits():
     with linmem.create(1) as mem:
         assert isinstance(mem, linmem.LinearMemory)
     for creator in (linmem.MmapCreator(), linmem.creator("limiting", limit_bytes=1), linmem.creator("statistics")):
@@ -163,7 +163,7 @@ def test_a_memory_shows_its_size_and_address():
         assert repr(mem) == f"<linmem.Memory: 5 bytes at {mem.as_ptr():#x}, capacity {PAGE}>"
 
 
-def test_memories_that_live_on_at_the_end_of_the_interpreter_do_no_harm():
+def test_memories_alive_at_the_end_of_the_interpreter_do_no_harm():
     assert answer("""
         import linmem, sys
         keep = linmem.create(1 << 20)
@@ -199,7 +199,7 @@ EXPORTS = {"memoryview": lambda mem: memoryview(mem), "view": lambda mem: mem.vi
 
 
 class Body(Exception):
-    """What the block raises."""
+    """Raised in the body of the with block."""
 
 
 @requires("maps")
@@ -221,7 +221,7 @@ def test_a_with_block_closes_the_handle_and_the_pages_go_with_the_last_view(expo
         assert error.__context__ is None
     assert mem.closed
     assert repr(mem) == "<linmem.Memory, closed>"
-    mem.close()                         # closing twice is closing once
+    mem.close()                         # a second close has no effect
     with pytest.raises(ValueError, match="the memory is closed"):
         memoryview(mem)
     with pytest.raises(ValueError, match="the memory is closed"):
@@ -254,7 +254,7 @@ def test_an_error_in_a_with_block_is_seen_where_an_array_is_left(export):
     assert live_bytes() == before
 
 
-def test_a_pooled_memory_goes_back_when_the_last_view_of_a_with_block_goes():
+def test_a_pooled_memory_returns_to_the_pool_with_the_last_view_of_a_with_block():
     pool = linmem.PoolingCreator()
     with pool.create(PAGE) as mem:
         view = memoryview(mem)
@@ -280,7 +280,7 @@ def test_a_with_block_within_one_and_a_closed_one_end_quietly():
 
 
 def test_a_handle_that_threads_leave_and_enter_at_once_releases_its_memory_once():
-    # In a child: a memory that is released twice crashes it, or is a slot that two have.
+    # In a child: a memory that is released twice crashes the process, or two users get the same slot.
     assert answer(f"""
         import linmem, threading
         pool = linmem.PoolingCreator()
@@ -315,7 +315,7 @@ def test_a_handle_that_threads_leave_and_enter_at_once_releases_its_memory_once(
 # -- handles on the same memory ------------------------------------------------------------------------------------
 
 
-def test_a_memory_equals_itself_alone_and_no_bytes():
+def test_a_memory_is_equal_only_to_itself_and_not_to_bytes():
     with linmem.create(8) as mem, linmem.create(8) as other:
         assert mem == mem
         assert mem != other
@@ -327,7 +327,7 @@ def test_closed_handles_equal_only_themselves_though_the_address_may_be_used_aga
     pool = linmem.PoolingCreator()
     closed = pool.create(PAGE)
     closed.close()
-    with pool.create(PAGE) as again:        # the same memory, handed out again
+    with pool.create(PAGE) as again:        # a reused memory
         assert hash(again) == hash(closed)
         assert again != closed
         assert closed == closed

@@ -32,15 +32,15 @@ poke(info.base + info.committed - 1)
 @pytest.mark.parametrize("touch", ["peek", "poke"])
 @pytest.mark.parametrize("where", ["info.base - 1", "first", "info.base + info.committed",
                                    "info.base + info.byte_capacity - 1", "info.base + info.byte_capacity", "last"])
-def test_a_touch_of_what_is_not_accessible_is_a_fault(touch, where):
+def test_an_access_to_inaccessible_pages_is_a_fault(touch, where):
     dies_at(SETUP, f"{touch}({where})")
 
 
-def test_a_memory_of_nothing_faults_at_its_first_byte():
+def test_an_empty_memory_faults_at_its_first_byte():
     dies_at("import ctypes, linmem; mem = linmem.create(0)", "ctypes.c_char.from_address(mem.as_ptr()).value")
 
 
-def test_after_a_move_the_guards_stand_at_the_new_place():
+def test_a_move_places_the_guards_at_the_new_address():
     moved = (f"import ctypes, linmem; mem = linmem.create({PAGE}, {9 * PAGE}, reserve=0, may_move=True);"
              f" mem[0] = 1; mem.grow_to({2 * PAGE})")
     dies_at(moved, "ctypes.c_char.from_address(mem.as_ptr() - 1).value")
@@ -51,14 +51,14 @@ def test_after_a_move_the_guards_stand_at_the_new_place():
 
 
 @requires("regions")
-def test_everything_promised_to_native_code_is_ours_and_faults_or_is_accessible():
+def test_every_address_promised_to_native_code_is_reserved_and_faults_or_is_accessible():
     for minimum, maximum, guard in ((0, None, 0), (PAGE + 1, 5 * PAGE, 3 * PAGE), (PAGE, PAGE, PAGE)):
         with linmem.create(minimum, maximum, guard=guard) as mem:
             accessible = mem.wasm_accessible()
             info = mem.info()
             assert accessible == range(info.base, info.base + info.byte_capacity + guard)
             found = mappings(*whole(mem))
-            assert sum(m.size for m in found) == info.reserved      # no hole
+            assert sum(m.size for m in found) == info.reserved      # no gaps
             for m in found:
                 inside = info.base <= m.start < info.base + info.committed
                 assert m.access == ("rw-p" if inside else "---p")
@@ -78,7 +78,7 @@ def test_a_memory_is_at_most_two_kernel_mappings_more_than_its_accessible_one():
 
 
 @requires("maps")
-def test_a_memory_that_moved_is_one_mapping_more_and_never_two():
+def test_a_memory_that_moved_has_at_most_one_additional_mapping():
     with linmem.create(PAGE, maximum=512 * PAGE, reserve=0, may_move=True) as mem:
         mem[0] = 1
         for n in range(2, 200):
@@ -97,7 +97,7 @@ def test_the_mappings_of_a_memory_carry_a_name():
 # -- protect ---------------------------------------------------------------------------------------
 
 @requires("regions")
-def test_protection_is_what_the_kernel_shows():
+def test_the_kernel_shows_the_protection_of_protect():
     with linmem.create(4 * PAGE) as mem:
         base = mem.as_ptr()
         mem.write(PAGE, b"kept")
@@ -112,7 +112,7 @@ def test_protection_is_what_the_kernel_shows():
         assert mem.read(PAGE, 5) == b"kept\0"
 
 
-def test_a_memory_whose_pages_all_have_their_access_back_is_as_any_other():
+def test_a_memory_is_like_any_other_after_its_protection_is_lifted():
     for size in (2 * PAGE, 2 * PAGE + 10):
         with linmem.create(size) as mem:
             image = mem.snapshot()
@@ -125,7 +125,7 @@ def test_a_memory_whose_pages_all_have_their_access_back_is_as_any_other():
 
 @pytest.mark.parametrize(("access", "fatal"), [("none", "bytes(mem)"), ("none", "memoryview(mem)[5]"),
                                                ("r", "memoryview(mem)[5] = 1")])
-def test_a_touch_through_a_view_against_the_protection_is_a_fault(access, fatal):
+def test_an_access_through_a_view_against_the_protection_is_a_fault(access, fatal):
     dies_at(f"import linmem; mem = linmem.create({2 * PAGE}); mem.protect(0, {PAGE}, '{access}'); mem[{PAGE}] = 1",
             fatal)
 
@@ -154,12 +154,13 @@ def test_prefault_of_pages_that_cannot_be_written_is_an_error_and_no_fault(acces
         assert (caught.value.call, caught.value.size) == ("prefault", 3 * PAGE)
 
 
-# -- what is resident --------------------------------------------------------------------------------
+# -- resident pages ----------------------------------------------------------------------------------
 
 @requires("smaps")
 @pytest.mark.parametrize("pages", [4095, 4096, 4097, 8192, 8193])
 def test_the_resident_pages_are_counted_exactly_on_both_sides_of_each_step(pages):
-    # The OS is asked for 4096 of its pages at a time, and refuses more than there is room for its answer.
+    # linmem asks the OS for 4096 pages at a time. The OS refuses a request that is larger than the buffer for its
+    # answer.
     with linmem.create(pages * REAL_PAGE) as mem:
         touched = [page for page in (0, 4094, 4095, 4096, 8191, 8192) if page < pages]
         for page in touched:
@@ -228,7 +229,7 @@ def test_info_agrees_with_the_kernel():
 
 
 @requires("core_files", "rlimits")
-def test_a_core_dump_leaves_out_what_is_not_accessible(tmp_path):
+def test_a_core_dump_leaves_out_inaccessible_pages(tmp_path):
     done = run_child("""
         import linmem, os
         mem = linmem.create(64 << 20, reserve=64 << 30)

@@ -1,4 +1,4 @@
-"""Fresh memories whose pages are there at once, and memories of huge pages."""
+"""New memories with resident pages, and memories of huge pages."""
 
 import ctypes
 import errno
@@ -44,7 +44,7 @@ def test_a_creator_shows_its_options(options):
 
 @pytest.mark.parametrize("name", ["prefault", "huge_pages"])
 @pytest.mark.parametrize("value", [None, 1, 0, "yes", []])
-def test_an_option_that_is_no_bool_is_a_type_error(name, value):
+def test_an_option_that_is_not_a_bool_is_a_type_error(name, value):
     with pytest.raises(TypeError, match=f"{name} must be True or False, got "):
         linmem.MmapCreator(**{name: value})
     with pytest.raises(AttributeError):
@@ -76,7 +76,7 @@ def test_a_memory_of_any_option_is_a_memory_like_any_other(options, minimum, how
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_all_that_a_memory_reserved_is_released(options):
+def test_the_whole_reservation_of_a_memory_is_released(options):
     start = live()
     for how in ({"reserve": 0}, {"maximum": 8 * MIB}, {"guard": 16 * PAGE}):
         mem = linmem.MmapCreator(**options).create(PAGE, may_move=True, **how)
@@ -108,7 +108,7 @@ def test_without_prefault_a_page_is_resident_once_it_is_touched():
 
 
 @requires("smaps")
-def test_a_prefaulted_memory_that_moves_is_resident_where_it_went():
+def test_a_prefaulted_memory_is_resident_after_a_move():
     with linmem.MmapCreator(prefault=True).create(4 * PAGE, reserve=4 * PAGE, may_move=True) as mem:
         mem.write(0, b"kept" * PAGE)
         base = mem.as_ptr()
@@ -163,12 +163,12 @@ def test_growth_in_place_keeps_to_huge_pages_and_the_guard_exact():
         (part,) = smaps(base, base + 8 * MIB + PAGE)
         assert "hg" in part.flags
         assert part.figures["AnonHugePages"] > 0
-        # what a huge page holds beyond the size is not accessible, and not there
+        # the part of a huge page behind the size is inaccessible and not resident
         assert resident_within(base + 8 * MIB + PAGE, base + 16 * MIB) == 0
 
 
 @requires("huge_pages")
-def test_a_memory_of_huge_pages_that_moves_is_one_where_it_went():
+def test_a_memory_of_huge_pages_has_huge_pages_after_a_move():
     with linmem.MmapCreator(huge_pages=True).create(4 * MIB, reserve=4 * MIB, may_move=True) as mem:
         mem.write(0, b"kept" * MIB)
         base = mem.as_ptr()
@@ -205,7 +205,7 @@ def test_an_idle_slot_of_huge_pages_is_of_huge_pages_when_it_is_used_again():
             assert pool.stats()["hits"] == n
 
 
-def test_an_address_that_cannot_be_is_refused_with_huge_pages_too():
+def test_an_impossible_reservation_is_also_refused_with_huge_pages():
     with pytest.raises(OverflowError, match="reserve"):
         linmem.MmapCreator(huge_pages=True).create(PAGE, reserve=2**64 - 2)
     with pytest.raises((OverflowError, linmem.PageError)):
@@ -213,7 +213,7 @@ def test_an_address_that_cannot_be_is_refused_with_huge_pages_too():
 
 
 @requires("huge_pages")
-def test_a_memory_of_one_huge_page_ends_there():
+def test_a_memory_of_one_huge_page_ends_with_this_page():
     with linmem.MmapCreator(huge_pages=True).create(HUGE, guard=PAGE, reserve=4 * MIB) as mem:
         ctypes.memset(mem.as_ptr(), 1, mem.byte_size())
         assert accessible_parts(mem) == [(0, HUGE, "rw-p")]

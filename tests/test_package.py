@@ -1,4 +1,4 @@
-"""What is shipped: the installed package, the wheel, the sdist, and the C face that the guide shows."""
+"""The shipped files: the installed package, the wheel, the sdist, and the C interface that the guide shows."""
 
 import importlib.metadata
 import json
@@ -64,8 +64,8 @@ def test_types_and_the_c_face_are_beside_the_code():
         assert (PACKAGE / name).is_file(), name
 
 
-def test_a_star_import_takes_what_is_public_and_leaves_wasmtime_alone():
-    # The module may also be missing: whatever is imported by that name is not there.
+def test_a_star_import_takes_the_public_names_and_does_not_import_wasmtime():
+    # The child hides the package wasmtime, because a star import must also work without this package.
     child = subprocess.run([sys.executable, "-W", "error", "-c", """if True:
         import sys
         sys.modules["wasmtime"] = None
@@ -77,7 +77,7 @@ def test_a_star_import_takes_what_is_public_and_leaves_wasmtime_alone():
 
 
 @pytest.mark.parametrize("missing", ["all", "_os/pages", "_core/memory", "_core/adaptors"])
-def test_sources_without_their_extensions_say_so_and_what_to_do(tmp_path, missing):
+def test_an_import_without_built_extensions_raises_an_error_with_advice(tmp_path, missing):
     kept = [] if missing == "all" else [f"{missing}."]
     shutil.copytree(PACKAGE, tmp_path / "linmem", ignore=lambda folder, names: [
         name for name in names if name == "__pycache__" or (name.endswith((".so", ".pyd")) and (
@@ -92,7 +92,7 @@ def test_sources_without_their_extensions_say_so_and_what_to_do(tmp_path, missin
     assert "pip install -e ." in said
 
 
-def test_an_import_error_that_is_not_of_the_extensions_stays_what_it_is(tmp_path):
+def test_an_import_error_of_another_module_is_raised_unchanged(tmp_path):
     shutil.copytree(PACKAGE, tmp_path / "linmem", ignore=shutil.ignore_patterns("__pycache__"))
     with open(tmp_path / "linmem" / "abc.py", "a", encoding="utf-8") as file:
         file.write("import no_such_module\n")
@@ -111,7 +111,7 @@ def test_the_commands_of_the_readme_leave_a_clone_in_which_linmem_can_be_importe
 
 def build(kind: str, folder: Path) -> Path:
     source = folder / "source"
-    # A copy without what earlier builds left: a stale build/ would end up in the wheel.
+    # A copy without the output of earlier builds, because a stale build/ would get into the wheel.
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(
         ".git", ".venv", ".cache", "build", "dist", "*.egg-info", "*.so", "*.pyd", "__pycache__", ".*_cache"))
     subprocess.run([sys.executable, "-m", "build", "--no-isolation", f"--{kind}", "--outdir", str(folder), str(source)],
@@ -150,7 +150,7 @@ def test_the_wheel_has_types_the_c_face_and_the_license_and_no_sources(tmp_path)
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     stubs = {path.relative_to(ROOT).as_posix() for path in (ROOT / "linmem").rglob("*.py[i]")}
-    # A header of C that a .pxd names goes with it.
+    # Headers that a .pxd file names are shipped, too.
     headers = {path.relative_to(ROOT).as_posix() for pattern in ("**/*.pxd", "_core/*.h")
                for path in (ROOT / "linmem").glob(pattern)}
     assert stubs | headers | {"linmem/py.typed", "linmem/_commands/demo.wasm", "linmem/bench/_forth.wasm"} <= names
@@ -266,9 +266,9 @@ def extensions_of_setup(monkeypatch):
 @pytest.mark.parametrize(("platform", "without_gil", "defined"), [
     ("win32", 1, [("Py_GIL_DISABLED", "1")]), ("win32", 0, []), ("win32", None, []), ("linux", 1, [])])
 @needs_sources
-def test_a_build_for_a_free_threaded_windows_says_so_to_the_compiler(platform, without_gil, defined,
+def test_a_build_for_free_threaded_windows_defines_the_macro_for_the_compiler(platform, without_gil, defined,
                                                                      extensions_of_setup):
-    """pyconfig.h of CPython for Windows does not; elsewhere it does."""
+    """CPython's pyconfig.h does not define the macro on Windows; elsewhere it does."""
     extensions = extensions_of_setup(platform, without_gil)
     assert [extension.define_macros for extension in extensions] == [defined] * len(extensions)
 
@@ -311,6 +311,6 @@ def test_a_32_bit_build_is_refused_by_the_compiler_in_words(target, fits, tmp_pa
 
 
 @needs_sources
-def test_every_extension_includes_what_refuses_a_32_bit_build():
+def test_every_extension_includes_the_check_that_refuses_a_32_bit_build():
     for path in (ROOT / "linmem").rglob("*.pyx"):
         assert re.search(r"^from linmem\._core\.atomic cimport ", path.read_text("utf-8"), re.MULTILINE), path

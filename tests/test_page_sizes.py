@@ -1,4 +1,4 @@
-"""The same promises on larger host pages: the suite of the memories again, in a child with the override."""
+"""The same guarantees with larger host pages: the tests of memories run again in a child with the override."""
 
 import os
 import subprocess
@@ -20,7 +20,8 @@ def test_the_suite_of_the_memories_passes_on_larger_host_pages(page, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"),
          *(str(HERE / name) for name in AGAIN)],
-        capture_output=True, text=True, timeout=600, cwd=tmp_path,      # not among the sources: they are not built
+        # not the source folder, which has no built extensions
+        capture_output=True, text=True, timeout=600, cwd=tmp_path,
         env={**os.environ, "LINMEM_PAGE_SIZE": str(page), "HYPOTHESIS_PROFILE": "default",
              "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
     assert done.returncode == 0, done.stdout[-20000:] + done.stderr
@@ -28,7 +29,7 @@ def test_the_suite_of_the_memories_passes_on_larger_host_pages(page, tmp_path):
 
 
 @requires("real_pages")
-def test_the_override_is_what_every_size_is_rounded_to():
+def test_every_size_is_rounded_to_the_override():
     page = max(65536, 2 * REAL_PAGE)
     assert answer("""
         import linmem

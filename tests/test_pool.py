@@ -1,4 +1,4 @@
-"""A pool: the same memories again and again, each time as if they were new."""
+"""A pool hands out the same memories repeatedly, and each time they are like new memories."""
 
 import ctypes
 import errno
@@ -42,7 +42,7 @@ from linmem._os import pages
 MMAP = linmem.MmapCreator()
 SHAPE = {"maximum": 32 * PAGE, "reserve": 32 * PAGE, "guard": PAGE}
 RESETS = [pytest.param("scan", marks=requires("scans")), "zero", "discard", "adaptive"]
-# Each way to find touched pages with each reset that it matters to.
+# Each kind of reset with each way to find touched pages, if the reset uses that way.
 HOW = [(reset, way) for reset in ("adaptive", "scan") for way in sorted(SCAN_WAYS)]
 HOW += [(reset, None) for reset in ("adaptive", "zero", "discard")]
 
@@ -57,7 +57,7 @@ def idle(pool):
 
 
 @pytest.mark.parametrize("reset", RESETS)
-def test_what_the_system_itself_wrote_into_a_memory_is_gone_too(reset, tmp_path):
+def test_bytes_that_a_system_call_wrote_into_a_memory_are_also_reset(reset, tmp_path):
     path = tmp_path / "bytes"
     path.write_bytes(b"\xab" * 40 * PAGE)
     pool = linmem.PoolingCreator(reset=reset, check=True)
@@ -101,7 +101,7 @@ def test_a_pool_is_made_by_the_factory_over_any_creator():
     assert linmem.creator("pool").stats().keys() == pool.stats().keys()
 
 
-def test_a_pool_shows_what_it_stands_on():
+def test_a_pool_shows_its_upstream():
     assert repr(linmem.PoolingCreator(slots=5)) == "PoolingCreator(MmapCreator(), slots=5)"
 
 
@@ -151,7 +151,7 @@ def test_to_scan_where_pages_cannot_be_scanned_is_refused():
     (lambda pool: pool.warm(1, linmem.MemoryType(2**60)), OverflowError, "minimum"),
     (lambda pool: pool.create(2, 1), ValueError, "minimum must be <= maximum"),
 ])
-def test_an_argument_that_cannot_be_is_refused_and_leaves_nothing_behind(call, error, words):
+def test_an_impossible_argument_is_refused_without_a_leak(call, error, words):
     pool = linmem.PoolingCreator(slots=8)
     before = pool.stats()
     with pytest.raises(error, match=words):
@@ -161,7 +161,7 @@ def test_an_argument_that_cannot_be_is_refused_and_leaves_nothing_behind(call, e
     assert pool.stats()["warm"] == 1
 
 
-def test_a_pool_error_says_the_bound_and_travels():
+def test_a_pool_error_gives_the_bound_and_can_be_pickled():
     pool = linmem.PoolingCreator(slots=2, when_full="error")
     mems = [pool.create(PAGE, **SHAPE) for _ in range(2)]
     with pytest.raises(linmem.PoolError) as caught:
@@ -177,7 +177,7 @@ def test_a_pool_error_says_the_bound_and_travels():
         check_fresh(mem, PAGE)
 
 
-# -- what is reused for what -----------------------------------------------------------------------------
+# -- reuse of slots by shape -----------------------------------------------------------------------------
 
 def test_the_slot_given_back_last_is_handed_out_first():
     pool = linmem.PoolingCreator()
@@ -225,7 +225,7 @@ def test_create_and_new_memory_share_slots_of_one_shape():
     assert pool.stats()["hits"] == 1
 
 
-def test_a_reused_memory_is_the_same_in_all_that_can_be_asked():
+def test_a_reused_memory_gives_the_same_answers_as_a_new_memory():
     pool = linmem.PoolingCreator()
     mem = pool.create(PAGE + 5, **SHAPE)
     first, span = mem.info(), mem.wasm_accessible()
@@ -243,7 +243,7 @@ def test_a_reused_memory_is_the_same_in_all_that_can_be_asked():
         mem.grow_to(32 * PAGE)
 
 
-def test_two_memories_of_one_pool_are_never_one():
+def test_two_live_memories_of_one_pool_are_always_distinct():
     pool = linmem.PoolingCreator()
     for _ in range(3):
         mems = [pool.create(PAGE, **SHAPE) for _ in range(10)]
@@ -256,10 +256,11 @@ def test_two_memories_of_one_pool_are_never_one():
             mem.close()
 
 
-# -- each use as if it were the first --------------------------------------------------------------------------
+# -- isolation between users -----------------------------------------------------------------------------------
 
 def use_all(mem, history):
-    """Do all that one user does; returns whether the memory has moved, which ends its life as a slot."""
+    """Applies one user's history. Returns whether the memory has moved, because a moved memory does not return to the
+    pool."""
     base, capacity = mem.as_ptr(), mem.byte_capacity()
     state = {}
     for use in history:
@@ -268,7 +269,8 @@ def use_all(mem, history):
 
 
 def apply(mem, use, state):
-    """One thing that a user does; `state` remembers what forbids others: protected pages cannot be written."""
+    """Applies one step of a user. `state` records conditions that exclude later steps: protected pages cannot be
+    written."""
     name, a, b = use
     size = mem.byte_size()
     info = mem.info()
@@ -277,7 +279,8 @@ def apply(mem, use, state):
             mem.grow_to(size + a % (12 * PAGE))
         except linmem.GrowError:
             pass
-    elif name == "outgrow" and info.byte_capacity < 1 << 24:     # after a move there is room for all that is sensible
+    # a moved memory has room for all further growths of this test
+    elif name == "outgrow" and info.byte_capacity < 1 << 24:
         try:
             mem.grow_to(info.byte_capacity + 1 + b)
         except linmem.GrowError:
@@ -327,7 +330,7 @@ SHAPES = [
 @fewer_examples(5)
 @given(users=st.lists(st.tuples(st.sampled_from(SHAPES), st.lists(USES, max_size=6)), min_size=2, max_size=12),
        check=st.booleans(), warm=st.sampled_from([0, 1, 100]), keep=st.sampled_from([0, 3 * PAGE, 64 << 20]))
-def test_whatever_the_last_user_did_the_next_gets_a_fresh_memory(reset, way, users, check, warm, keep):
+def test_after_any_user_the_next_user_gets_a_memory_like_new(reset, way, users, check, warm, keep):
     start = live()
     with scanning(way):
         pool = linmem.PoolingCreator(reset=reset, check=check, max_unused_warm=warm, keep_resident=keep)
@@ -353,7 +356,7 @@ def test_whatever_the_last_user_did_the_next_gets_a_fresh_memory(reset, way, use
 
 
 class Pool(RuleBasedStateMachine):
-    """Several memories alive, of several shapes, from one small pool, against bytearrays."""
+    """Several live memories of several shapes from one small pool. Bytearrays are the model."""
 
     @initialize(how=st.sampled_from(HOW),
                 check=st.booleans(), slots=st.sampled_from([3, 100]), warm=st.sampled_from([0, 2, 100]),
@@ -529,18 +532,18 @@ ctypes.memset(base, 1, 2 * P)
     "peek(base + 2 * P)", "poke(base + 2 * P)", "peek(base + 31 * P)", "peek(base + 32 * P)",
     "poke(base + 36 * P - 1)", "peek(base - 1)", "poke(base - 4 * P)",
 ])
-def test_a_touch_beyond_the_minimum_or_in_a_guard_of_a_reused_memory_is_death(fatal):
+def test_an_access_beyond_the_minimum_or_in_a_guard_of_a_reused_memory_is_a_fault(fatal):
     dies_at(REUSED, fatal)
 
 
 @pytest.mark.parametrize("warm", [0, 100])
-def test_a_touch_of_an_idle_slot_past_the_minimum_is_death_too(warm):
+def test_an_access_to_an_idle_slot_past_the_minimum_is_a_fault(warm):
     dies_at(REUSED.replace("PoolingCreator()", f"PoolingCreator(max_unused_warm={warm})") + "mem.close()",
             "peek(base + 2 * P)")
 
 
 @pytest.mark.parametrize("larger", [3, 11, 32])
-def test_a_slot_whose_user_grew_over_all_that_was_kept_beyond_the_minimum_is_kept(larger):
+def test_a_slot_whose_user_grew_over_all_kept_pages_is_kept(larger):
     pool = linmem.PoolingCreator(reset="zero", keep_resident=4 * PAGE)
     for uses, pages_used in enumerate((3, larger, 3, larger)):
         with pool.create(PAGE, **SHAPE) as mem:
@@ -551,7 +554,7 @@ def test_a_slot_whose_user_grew_over_all_that_was_kept_beyond_the_minimum_is_kep
         assert (stats["hits"], stats["rejected"], stats["warm"]) == (uses, 0, 1)
 
 
-def test_a_slot_that_its_user_moved_is_thrown_away():
+def test_a_slot_that_its_user_moved_is_discarded():
     pool = linmem.PoolingCreator()
     start = live()
     mem = pool.create(PAGE, reserve=4 * PAGE, may_move=True)
@@ -569,7 +572,7 @@ def test_a_slot_that_its_user_moved_is_thrown_away():
     assert pool.stats()["hits"] == 0
 
 
-# -- who still holds it ---------------------------------------------------------------------------------------
+# -- references to a slot -------------------------------------------------------------------------------------
 
 def test_a_slot_is_not_reused_while_a_buffer_points_into_it():
     pool = linmem.PoolingCreator()
@@ -608,7 +611,7 @@ def test_a_typed_view_and_a_slice_of_it_pin_as_well():
     assert idle(pool) == 1
 
 
-def test_when_the_creator_goes_idle_slots_are_released_and_live_memories_stay():
+def test_the_end_of_a_creator_releases_idle_slots_and_leaves_live_memories():
     start = live()
     pool = linmem.PoolingCreator()
     mem = pool.create(PAGE, **SHAPE)
@@ -648,7 +651,7 @@ def test_beyond_its_slots_a_pool_falls_back_to_upstream():
         base = mem.as_ptr()
         mem.close()
         if NEEDS["regions"][0]:
-            assert not is_mapped(base)      # not a slot: gone at once
+            assert not is_mapped(base)      # no slot, so it is released immediately
     assert idle(pool) == 0
     for mem in mems[:2]:
         mem.close()
@@ -666,7 +669,7 @@ def test_an_idle_slot_of_another_shape_makes_room(full):
         check_fresh(mem, 2 * PAGE)
         stats = pool.stats()
         assert (stats["live"], stats["warm"] + stats["cold"], stats["fallbacks"]) == (1, 1, 0)
-    assert pool.create(PAGE, **SHAPE).as_ptr() == bases[1]      # the one unused for longest is gone
+    assert pool.create(PAGE, **SHAPE).as_ptr() == bases[1]  # the slot that was unused for the longest time is released
     assert (pool.stats()["hits"], pool.stats()["misses"]) == (1, 3)
 
 
@@ -719,7 +722,7 @@ def test_shapes_that_are_no_longer_used_leave_no_bookkeeping_behind():
 # -- warm, cold, resident ------------------------------------------------------------------------------------------
 
 def written(pool, pages_written, minimum=8):
-    """A memory of the pool whose first pages were written, as ((start, end) of its reservation, base)."""
+    """Uses a memory of the pool and writes its first pages. Returns ((start, end) of its reservation, base)."""
     with pool.create(minimum * PAGE, **SHAPE) as mem:
         mem.write(0, b"x" * pages_written * PAGE)
         return whole(mem), mem.as_ptr()
@@ -765,7 +768,7 @@ def test_a_slot_with_more_than_keep_resident_gives_all_its_pages_back(reset):
 
 
 @requires("maps", "scans")
-def test_what_is_hidden_beyond_the_minimum_counts_towards_keep_resident():
+def test_hidden_pages_beyond_the_minimum_count_towards_keep_resident():
     pool = linmem.PoolingCreator(reset="scan", keep_resident=6 * PAGE)
     spans = set()
     for page in (1, 3, 5, 7, 9, 11, 13, 15, 17, 19):
@@ -826,7 +829,7 @@ def test_trim_releases_cold_slots_then_the_least_recently_used_until_the_target_
     for mem in mems:
         mem.close()
     assert (pool.stats()["warm"], pool.stats()["cold"], pool.stats()["resident"]) == (4, 2, 32 * PAGE)
-    assert pool.trim(1 << 40) == 0      # cold ones keep nothing resident
+    assert pool.trim(1 << 40) == 0      # cold slots have no resident pages
     assert [is_mapped(base) for base in bases] == [False, False, True, True, True, True]
     assert pool.trim(17 * PAGE) == 16 * PAGE
     assert [is_mapped(base) for base in bases] == [False] * 4 + [True] * 2
@@ -856,7 +859,7 @@ def test_idle_slots_never_keep_more_resident_than_the_pool_says(reset, users):
     for shape, history in users:
         with pool.create(**shape, may_move=True) as mem:
             span = whole(mem)
-            # What was only read has no memory of its own, and would count in mincore.
+            # Reads are left out: pages that were only read belong to no memory, but mincore would count them.
             moved = use_all(mem, [use for use in history if use[0] != "read"])
         (spans.discard if moved else spans.add)(span)
         stats = pool.stats()
@@ -876,7 +879,7 @@ def test_warm_makes_slots_ahead_and_the_next_requests_are_hits():
     assert pool.warm(4, ty, **how) == 1
     assert pool.warm(0, ty, **how) == 0
     before = pool.stats()
-    assert (before["warm"], before["hits"], before["misses"]) == (4, 0, 0)      # nobody has asked for one yet
+    assert (before["warm"], before["hits"], before["misses"]) == (4, 0, 0)      # no memory was requested yet
     mems = [pool.new_memory(ty, 2 << 16, 10 << 16, 1 << 20, round_up(65536)) for _ in range(4)]
     for mem in mems:
         check_fresh(mem, 2 << 16)
@@ -910,7 +913,7 @@ def test_a_budget_below_is_charged_for_idle_slots_and_refunded_with_them():
     assert limit.peak_bytes == 20 * PAGE
 
 
-def test_a_budget_that_idle_slots_use_up_is_had_by_releasing_them():
+def test_a_budget_used_up_by_idle_slots_is_freed_by_releasing_them():
     limit = linmem.LimitingCreator(MMAP, 30 * PAGE)
     pool = linmem.PoolingCreator(limit)
     for mem in [pool.create(10 * PAGE, **SHAPE) for _ in range(3)]:
@@ -930,7 +933,7 @@ def test_a_budget_that_idle_slots_use_up_is_had_by_releasing_them():
     assert limit.used_bytes == 0
 
 
-def test_a_growth_that_is_refused_leaves_the_charge_for_what_is_kept():
+def test_a_refused_growth_leaves_the_charge_for_kept_pages():
     limit = linmem.LimitingCreator(MMAP, 100 * PAGE)
     pool = linmem.PoolingCreator(limit)
     with pool.create(10 * PAGE, **SHAPE) as mem:
@@ -976,14 +979,14 @@ def test_adaptors_above_see_each_use_as_a_memory_of_its_own():
         assert (sums["current_count"], sums["current_bytes"], sums["total_count"]) == (0, 0, n)
         assert limit.used_bytes == 0
     assert (pool.stats()["hits"], pool.stats()["misses"]) == (4, 1)
-    with pool.create(PAGE, **SHAPE) as mem:     # past the adaptors: nobody counts or limits its growth
+    with pool.create(PAGE, **SHAPE) as mem:     # not through the adaptors, so no adaptor counts or limits its growth
         mem.grow_to(31 * PAGE)
         assert limit.used_bytes == 0
         assert statistics.statistics()["total_count"] == 5
 
 
 class Plain(linmem.LinearMemory):
-    """A linear memory in Python, over one that linmem made."""
+    """A linear memory in Python over one of linmem's memories."""
 
     def __init__(self, memory):
         self.memory = memory
@@ -1028,7 +1031,7 @@ class Odd(Exception):
     pass
 
 
-def test_what_an_upstream_in_python_raises_comes_out_and_no_slot_is_lost():
+def test_an_exception_of_an_upstream_in_python_reaches_the_caller_and_no_slot_is_lost():
     class Mine(linmem.MemoryCreator):
         def new_memory(self, *arguments):
             raise Odd("no")
@@ -1055,7 +1058,7 @@ def test_native_memories_that_python_hands_on_are_kept():
 
 
 @requires("maps")
-def test_a_pool_over_a_pool_hides_nothing_from_the_one_below():
+def test_a_pool_over_a_pool_leaves_no_hidden_pages_in_a_slot_of_the_pool_below():
     below = linmem.PoolingCreator(max_unused_warm=0)
     above = linmem.PoolingCreator(below)
     for n in range(3):
@@ -1080,7 +1083,7 @@ def test_a_pool_over_a_pool_hides_nothing_from_the_one_below():
     assert idle(below) == 0
 
 
-def test_a_pool_below_keeps_cold_what_the_one_above_made_cold():
+def test_a_pool_below_keeps_slots_cold_that_the_pool_above_made_cold():
     below = linmem.PoolingCreator()
     above = linmem.PoolingCreator(below, max_unused_warm=0)
     for n in range(3):
@@ -1093,7 +1096,7 @@ def test_a_pool_below_keeps_cold_what_the_one_above_made_cold():
         assert (below.stats()["warm"], below.stats()["cold"]) == (0, 1)
 
 
-def test_a_creator_above_may_go_while_its_memory_lives_on_in_the_pool_below():
+def test_a_creator_may_be_freed_while_its_memory_is_a_slot_of_the_pool_below():
     below = linmem.PoolingCreator(max_unused_warm=0)
     above = linmem.PoolingCreator(below)
     for size in (20, 2):
@@ -1111,7 +1114,7 @@ def test_a_creator_above_may_go_while_its_memory_lives_on_in_the_pool_below():
         assert resident_within(*span) == 0
 
 
-def test_a_pool_over_a_full_pool_warms_nothing_that_it_cannot_keep():
+def test_a_pool_over_a_full_pool_warms_no_slot_that_it_cannot_keep():
     below = linmem.PoolingCreator()
     above = linmem.PoolingCreator(below, slots=1)
     with above.create(PAGE, **SHAPE):
@@ -1144,7 +1147,7 @@ cimport linmem
 
 
 @requires("compiler")
-def test_an_upstream_that_makes_smaller_memories_than_asked_for_is_believed(tmp_path):
+def test_a_pool_accepts_memories_of_an_upstream_that_are_smaller_than_requested(tmp_path):
     build_extension(tmp_path, "half", HALF)
     pool = linmem.PoolingCreator(load_extension(tmp_path, "half").Half(MMAP))
     for _ in range(2):
@@ -1157,7 +1160,7 @@ def test_an_upstream_that_makes_smaller_memories_than_asked_for_is_believed(tmp_
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 @requires("scans")
-def test_where_touched_pages_cannot_be_had_the_pages_are_given_back():
+def test_without_a_way_to_find_touched_pages_the_pages_are_given_back():
     pool = linmem.PoolingCreator(reset="scan")
     mem = pool.create(8 * PAGE, **SHAPE)
     base = mem.as_ptr()
@@ -1172,7 +1175,7 @@ def test_where_touched_pages_cannot_be_had_the_pages_are_given_back():
 
 
 @pytest.mark.parametrize("reset", RESETS)
-def test_a_slot_whose_protection_cannot_be_restored_is_thrown_away(reset):
+def test_a_slot_whose_protection_cannot_be_restored_is_discarded(reset):
     pool = linmem.PoolingCreator(reset=reset)
     start = live()
     mem = pool.create(8 * PAGE, **SHAPE)
@@ -1186,7 +1189,7 @@ def test_a_slot_whose_protection_cannot_be_restored_is_thrown_away(reset):
     assert live() == start
 
 
-def test_a_slot_whose_pages_cannot_be_given_back_is_thrown_away():
+def test_a_slot_whose_pages_cannot_be_given_back_is_discarded():
     pool = linmem.PoolingCreator(reset="discard")
     start = live()
     mem = pool.create(8 * PAGE, **SHAPE)
@@ -1210,7 +1213,7 @@ def test_one_idle_slot_after_the_other_is_released_for_a_request_that_upstream_r
     assert (idle(pool), pool.stats()["misses"]) == (3, 4)
     pool.trim()
     with failing(1, errno.ENOMEM), pytest.raises(linmem.PageError, match="reserve"):
-        pool.create(2 * PAGE, **SHAPE)      # nothing idle: refused at once
+        pool.create(2 * PAGE, **SHAPE)      # no idle slot, so the refusal is immediate
     assert pool.stats()["live"] == 0
 
 

@@ -1,4 +1,4 @@
-"""A pool of a server that runs for long: exact accounts, memory given back, bounds, and tenants kept apart."""
+"""A pool in a server that runs for a long time: exact figures, returned memory, bounds, and isolation of tenants."""
 
 import errno
 import gc
@@ -38,14 +38,14 @@ def _limits_of_the_process_stay():
     yield
     linmem.set_pool_limits()
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
-        # CPython 3.13 keeps every function, and so what it closes over, once a thread has started.
+        # CPython 3.13 never frees the function of a started thread, and so keeps the function's closure.
         for each in gc.get_objects():
             if type(each) is linmem.PoolingCreator:
                 each.trim()
 
 
 def used(pool, pages_written=1, minimum=1, **how):
-    """A memory of the pool whose first pages are written, dropped; its whole reservation."""
+    """Makes a memory of the pool, writes its first pages and drops it. Returns its whole reservation."""
     with pool.create(minimum * PAGE, **{**SHAPE, **how}) as mem:
         if pages_written > minimum:
             mem.grow_to(pages_written * PAGE)
@@ -58,10 +58,10 @@ def idle(pool):
     return stats["warm"] + stats["cold"]
 
 
-# -- what the memory was when handed out --------------------------------------------------------------------------
+# -- the state of the memory on hand-out --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("warm", [0, 100])
-def test_every_field_of_the_struct_is_as_when_it_was_handed_out_first(warm):
+def test_every_field_of_the_struct_has_its_value_from_the_first_hand_out(warm):
     class Lowering(linmem.MemoryCreator):
         def new_memory(self, *arguments):
             return pool.new_memory(*arguments)
@@ -118,7 +118,7 @@ def test_a_pool_that_closes_while_a_slot_is_made_cold_leaks_no_slot():
 
 
 @requires("descriptors", "maps_images")
-def test_slots_of_an_image_that_nobody_can_ask_for_any_more_go_with_it():
+def test_slots_of_an_unreachable_image_are_released_with_the_image():
     pool = linmem.PoolingCreator()
     before = descriptors()
     for n in range(40):
@@ -137,7 +137,7 @@ def test_slots_of_an_image_that_nobody_can_ask_for_any_more_go_with_it():
 
 @requires("descriptors", "maps_images")
 @pytest.mark.parametrize("make", ["purge", "trim"])
-def test_slots_between_two_states_go_with_their_image_too(make):
+def test_slots_between_two_states_are_also_released_with_their_image(make):
     pool = linmem.PoolingCreator(max_unused_warm=1)
     before = descriptors()
     done = threading.Event()
@@ -158,7 +158,7 @@ def test_slots_between_two_states_go_with_their_image_too(make):
     assert (idle(pool), pool.stats()["live"], descriptors()) == (0, 0, before)
 
 
-def test_all_idle_slots_of_an_image_go_with_it_whatever_their_shape_state_and_domain_and_no_others():
+def test_all_idle_slots_of_an_image_and_no_others_are_released_with_the_image():
     pool = linmem.PoolingCreator(max_unused_warm=40)
     images = [linmem.Image.from_bytes(bytes([n + 1]) * (4 * PAGE)) for n in range(2)]
     mems = [pool.create(4 * PAGE + n % 3, image=image, domain=("a", None)[n % 2], **SHAPE)
@@ -174,7 +174,7 @@ def test_all_idle_slots_of_an_image_go_with_it_whatever_their_shape_state_and_do
 
 
 @pytest.mark.parametrize("above", [linmem.StatisticsCreator, linmem.PoolingCreator, lambda upstream: upstream])
-def test_a_request_that_cannot_succeed_takes_nothing_from_others(above):
+def test_a_request_that_cannot_succeed_takes_no_slot_from_others(above):
     budget = linmem.LimitingCreator(MMAP, 40 * PAGE)
     pool = linmem.PoolingCreator(above(budget))
     for mem in [pool.create(10 * PAGE, **SHAPE) for _ in range(3)]:
@@ -186,13 +186,13 @@ def test_a_request_that_cannot_succeed_takes_nothing_from_others(above):
                 pool.create(size, **SHAPE)
         after = pool.stats()
         assert [after[key] for key in ("warm", "cold", "live")] == [before[key] for key in ("warm", "cold", "live")]
-        # As much as is missing, and the oldest first.
+        # Only as much as is missing, and the oldest slots first.
         with pool.create(15 * PAGE, **SHAPE):
             assert (pool.stats()["warm"], pool.stats()["cold"]) == (1, 1)
 
 
 @pytest.mark.parametrize("between", [lambda c: c, linmem.StatisticsCreator, linmem.PoolingCreator])
-def test_what_a_lower_budget_refuses_anyway_takes_nothing_from_those_over_a_higher_one(between):
+def test_a_request_that_a_lower_budget_refuses_takes_no_slot_over_a_higher_budget(between):
     pool = linmem.PoolingCreator(linmem.LimitingCreator(between(linmem.LimitingCreator(MMAP, 40 * PAGE)), 60 * PAGE))
     for mem in [pool.create(10 * PAGE, **SHAPE) for _ in range(3)]:
         mem.close()
@@ -208,7 +208,7 @@ def test_what_a_lower_budget_refuses_anyway_takes_nothing_from_those_over_a_high
 
 
 @pytest.mark.parametrize("size", [1 << 49, 1 << 60])
-def test_a_module_that_asks_for_terabytes_takes_nothing_from_others(size):
+def test_a_module_that_requests_terabytes_takes_no_slot_from_others(size):
     pool = linmem.PoolingCreator()
     for mem in [pool.create(PAGE, **SHAPE) for _ in range(3)]:
         mem.close()
@@ -218,7 +218,7 @@ def test_a_module_that_asks_for_terabytes_takes_nothing_from_others(size):
 
 
 @pytest.mark.parametrize("pools", [1, 2])
-def test_a_growth_makes_idle_slots_of_every_pool_over_its_budget_give_up_what_is_missing(pools):
+def test_a_growth_takes_missing_bytes_of_its_budget_from_idle_slots_of_all_pools(pools):
     budget = linmem.LimitingCreator(MMAP, 40 * PAGE)
     over = [linmem.PoolingCreator(linmem.StatisticsCreator(budget)) for _ in range(pools)]
     for pool in over:
@@ -237,7 +237,7 @@ def test_a_growth_makes_idle_slots_of_every_pool_over_its_budget_give_up_what_is
 
 
 @pytest.mark.parametrize("chain", ["many", "two ways", "mixed"])
-def test_idle_slots_give_up_what_is_missing_whatever_budgets_they_are_charged_to(chain):
+def test_idle_slots_charged_to_any_budget_give_up_the_missing_bytes(chain):
     tight = linmem.LimitingCreator(MMAP, 40 * PAGE)
     upstream = tight
     if chain == "many":
@@ -266,7 +266,7 @@ def test_idle_slots_give_up_what_is_missing_whatever_budgets_they_are_charged_to
 
 
 class Alternating(linmem.MemoryCreator):
-    """Its memories come from one creator and the other in turn."""
+    """A creator whose memories come from its creators in turn."""
 
     def __init__(self, *creators):
         self.creators = creators
@@ -277,7 +277,7 @@ class Alternating(linmem.MemoryCreator):
         return self.creators[self.made % len(self.creators)].new_memory(*arguments)
 
 
-def test_a_growth_that_the_os_refuses_is_tried_again_with_what_idle_slots_give_up():
+def test_a_growth_that_the_os_refuses_is_retried_after_idle_slots_give_up_pages():
     pool = linmem.PoolingCreator()
     for mem in [pool.create(4 * PAGE, **SHAPE) for _ in range(2)]:
         mem.close()
@@ -312,7 +312,7 @@ def test_budgets_and_sums_below_are_exact_under_any_churn(seed):
             pool.purge()
         if rng.random() < 0.03:
             pool.trim()
-        # Live memories as they are, warm slots as they are handed out next, cold ones nothing.
+        # Live memories count their size, warm slots count the size of their shape, and cold slots count zero.
         sizes = [len(mem) for mem in alive]
         for one in pools:
             for row in linmem.metrics.read(one)["shapes"]:
@@ -331,7 +331,7 @@ def test_budgets_and_sums_below_are_exact_under_any_churn(seed):
     assert (inner.used_bytes, sums.statistics()["current_bytes"]) == (0, 0)
 
 
-def test_a_slot_that_grew_once_is_charged_what_its_guest_has():
+def test_a_slot_that_grew_before_is_charged_the_current_size_of_its_guest():
     budget = linmem.LimitingCreator(MMAP, 200 * PAGE)
     pool = linmem.PoolingCreator(budget, max_unused_warm=1)
     used(pool, 60)
@@ -360,7 +360,7 @@ def test_a_pool_over_a_pool_of_an_image_gives_every_tenant_the_image(warm):
         assert mem.read(0, 5000) == b"image" * 1000
 
 
-def test_a_pool_over_an_image_pool_that_keeps_nothing_warm_survives_trim():
+def test_a_pool_over_an_image_pool_without_warm_slots_survives_trim():
     assert answer("""
         import linmem
         image = linmem.Image.from_bytes(b"image" * 1000)
@@ -382,7 +382,7 @@ def test_a_discard_gives_pages_back_also_where_the_image_is_all_zeros():
 
 
 @requires("maps", "huge_pages")
-def test_what_the_os_may_make_huge_pages_of_counts_as_such():
+def test_ranges_that_the_os_may_back_with_huge_pages_are_counted_so():
     pool = linmem.PoolingCreator(linmem.MmapCreator(huge_pages=True), reset="scan")
     with pool.create(16 << 20, reserve=16 << 20) as mem:
         span = whole(mem)
@@ -414,7 +414,7 @@ def test_page_tables_of_sparse_slots_are_counted_and_bounded():
 @pytest.mark.parametrize("written", [True, False])
 @pytest.mark.parametrize("grown", [True, False])
 @pytest.mark.parametrize("reset", ["scan", "adaptive", "discard"])
-def test_page_tables_are_counted_as_the_os_counts_them_also_of_pages_that_were_only_read(written, grown, reset):
+def test_page_tables_of_written_and_of_only_read_pages_are_counted_as_the_os_counts_them(written, grown, reset):
     found = answer(f"""
         import linmem
         P, SIZE = {PAGE}, 4 << 30
@@ -494,7 +494,7 @@ def test_a_report_of_memories_does_not_hold_back_an_unrelated_growth():
     assert sorted(waits)[len(waits) // 2] < 0.4 * sorted(takes)[3]
 
 
-def test_counters_never_go_down_during_warm():
+def test_counters_never_decrease_during_warm():
     pool = linmem.PoolingCreator()
     ty = linmem.MemoryType(1, 2)
     stop, seen = threading.Event(), []
@@ -530,7 +530,7 @@ def test_a_full_pool_takes_at_most_half_of_the_mappings(kind):
         image = linmem.Image.from_pieces([(2 * P, b"x" * P)], 8 * P) if kind == "image" else None
         upstream = linmem.MmapCreator(huge_pages=kind == "huge")
         pool = linmem.PoolingCreator(upstream, image=image, when_full="error", max_unused_warm=1 << 20,
-                                     idle_seconds=None)     # however long it takes to drop them all
+                                     idle_seconds=None)     # at any speed of the machine
         def count():
             with open("/proc/self/maps") as file:
                 return sum(1 for _ in file)
@@ -551,7 +551,7 @@ def test_a_full_pool_takes_at_most_half_of_the_mappings(kind):
 
 
 @requires("maps", "memory_locks")
-def test_a_pool_goes_on_where_pages_are_locked():
+def test_a_pool_works_with_locked_pages():
     import ctypes
 
     pool = linmem.PoolingCreator(reset="discard")
@@ -569,7 +569,7 @@ def test_a_pool_goes_on_where_pages_are_locked():
 @pytest.mark.parametrize("reset", ["adaptive", "zero", "discard"])
 @pytest.mark.parametrize("prefault", [False, True])
 @pytest.mark.parametrize("grown", [False, True])
-def test_a_pool_of_an_image_gives_each_guest_the_image_also_where_pages_are_locked(reset, prefault, grown):
+def test_a_pool_of_an_image_gives_each_guest_the_image_also_with_locked_pages(reset, prefault, grown):
     import ctypes
 
     image = linmem.Image.from_bytes(b"image" * 1000)
@@ -604,8 +604,8 @@ def test_an_upstream_in_python_that_uses_the_pool_itself_is_not_refused():
         assert pool.stats()["live"] == 1
 
 
-@requires("maps", "scans", "large_space")       # a sanitizer has tables of its own for what it shadows
-def test_page_tables_are_counted_as_the_os_counts_them_and_a_cold_slot_has_one_at_most():
+@requires("maps", "scans", "large_space")       # a sanitizer needs page tables of its own for its shadow memory
+def test_page_tables_are_counted_as_the_os_counts_them_and_a_cold_slot_has_at_most_one_page_table():
     assert answer(f"""
         import linmem, linmem.metrics, re
         P = {REAL_PAGE}
@@ -627,7 +627,7 @@ def test_page_tables_are_counted_as_the_os_counts_them_and_a_cold_slot_has_one_a
         """) == " ".join(["True"] * 6)
 
 
-# -- given back by time, and on request ----------------------------------------------------------------------------
+# -- memory given back over time, and on request -------------------------------------------------------------------
 
 @requires("maps")
 def test_slots_that_are_idle_for_long_lose_their_pages_at_later_give_backs():
@@ -656,7 +656,7 @@ def test_slots_that_are_idle_for_long_lose_their_pages_at_later_give_backs():
 
 
 @requires("maps")
-def test_hidden_pages_that_nobody_grows_into_go_too():
+def test_hidden_pages_that_no_growth_uses_are_given_back():
     pool = linmem.PoolingCreator(idle_seconds=0.05, reset="zero")
     span = used(pool, 40)
     assert resident_within(*span) == 40 * PAGE
@@ -679,7 +679,7 @@ def test_seconds_are_any_real_number(name):
             linmem.PoolingCreator(**{name: bad}, **how)
 
 
-def test_what_is_older_than_nothing_is_no_number():
+def test_an_invalid_older_than_is_refused():
     pool = linmem.PoolingCreator()
     for bad in (None, "5", True):
         with pytest.raises(TypeError, match="older_than must be a number of seconds, got"):
@@ -687,7 +687,7 @@ def test_what_is_older_than_nothing_is_no_number():
     assert pool.purge(older_than=Fraction(1, 2)) == 0
 
 
-def test_purge_leaves_mappings_and_what_is_young_or_within_the_target():
+def test_purge_leaves_mappings_and_slots_that_are_young_or_within_the_target():
     pool = linmem.PoolingCreator(reset="zero")
     mems = [pool.create(8 * PAGE, **SHAPE) for _ in range(4)]
     for mem in mems:
@@ -711,14 +711,14 @@ def test_max_reserved_bounds_live_and_idle_slots_with_their_guards():
     with pytest.raises(linmem.PoolError, match="max_reserved"):
         pool.create(PAGE, **SHAPE)
     mems.pop().close()
-    mems.append(pool.create(2 * PAGE, **SHAPE))         # the idle one makes room
+    mems.append(pool.create(2 * PAGE, **SHAPE))         # the idle slot makes room
     mems.pop().close()
     with pytest.raises(linmem.PoolError):
-        pool.create(PAGE, reserve=1 << 30)              # cannot succeed, and takes nothing
+        pool.create(PAGE, reserve=1 << 30)              # cannot succeed, and so takes no slot
     assert idle(pool) == 1
 
 
-def test_one_bound_of_the_process_holds_for_what_all_pools_reserve():
+def test_the_process_has_one_bound_for_the_reservations_of_all_pools():
     with linmem.create(PAGE, **SHAPE) as mem:
         one = whole(mem)[1] - whole(mem)[0]
     pools = [linmem.PoolingCreator(when_full="error") for _ in range(2)]
@@ -731,7 +731,7 @@ def test_one_bound_of_the_process_holds_for_what_all_pools_reserve():
     held.clear()
 
 
-def test_a_bound_that_is_lowered_below_what_is_held_takes_idle_slots_at_once():
+def test_lowering_a_bound_below_the_held_bytes_releases_idle_slots_immediately():
     pools = [linmem.PoolingCreator(when_full="error") for _ in range(2)]
     with linmem.create(PAGE, **SHAPE) as mem:
         one = whole(mem)[1] - whole(mem)[0]
@@ -786,7 +786,7 @@ def test_a_pool_may_be_allowed_more_than_its_share_of_the_machine():
 
 @pytest.mark.parametrize("of", ["pool", "process"])
 @pytest.mark.parametrize("reserve", [1 << 30, None])
-def test_what_can_never_fit_is_refused_without_a_wait(of, reserve):
+def test_a_request_that_can_never_fit_is_refused_without_a_wait(of, reserve):
     pool = linmem.PoolingCreator(when_full="wait", max_reserved=1 << 20 if of == "pool" else None)
     if of == "process":
         linmem.set_pool_limits(max_reserved=1 << 20)
@@ -795,7 +795,7 @@ def test_what_can_never_fit_is_refused_without_a_wait(of, reserve):
         pool.create(PAGE, reserve=reserve)
 
 
-def test_a_wait_of_no_time_asks_once():
+def test_a_wait_with_a_timeout_of_zero_tries_once():
     asked = []
 
     class Counting(linmem.MemoryCreator):
@@ -810,7 +810,7 @@ def test_a_wait_of_no_time_asks_once():
     assert len(asked) == 1
 
 
-def test_a_full_pool_that_waits_hands_out_what_is_given_back_and_gives_up_after_its_timeout():
+def test_a_full_pool_that_waits_hands_out_a_returned_slot_or_gives_up_after_its_timeout():
     pool = linmem.PoolingCreator(slots=1, when_full="wait", timeout=3600)
     mem = pool.create(PAGE, **SHAPE)
     base = mem.as_ptr()
@@ -834,7 +834,7 @@ def test_a_wait_for_a_slot_answers_an_interrupt(interruptible):
         pool = linmem.PoolingCreator(slots=1, when_full="wait")
         mem = pool.create({PAGE})
         try:
-            threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()      # in here: it may be early
+            threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
             pool.create({PAGE})
         except KeyboardInterrupt:
             print("interrupted", pool.stats()["live"])
@@ -842,7 +842,7 @@ def test_a_wait_for_a_slot_answers_an_interrupt(interruptible):
 
 
 @requires("maps")
-def test_what_takes_too_long_to_zero_is_given_back_instead():
+def test_pages_that_take_too_long_to_zero_are_given_back_instead():
     pool = linmem.PoolingCreator(reset="zero", max_reset_seconds=1e-9)
     with pool.create(2048 * PAGE, reserve=2048 * PAGE) as mem:
         mem.write(0, b"x" * 2048 * PAGE)
@@ -913,7 +913,7 @@ def test_one_domain_cannot_evict_the_warm_slots_of_another_below_its_share(optio
     figures = linmem.metrics.read(pool)
     one = figures["domains"]["one"]
     assert (one["misses"], one["hits_cold"], one["hits_warm"], one["warm"]) == (1, 0, 11, 1)
-    assert sum(figures["evictions"].values()) > 400     # of the other's: the bound was at work
+    assert sum(figures["evictions"].values()) > 400     # of the other domain: the bound was in effect
 
 
 @requires("maps")
@@ -940,7 +940,7 @@ def test_a_pool_below_hands_no_page_of_another_domain_on(reset, with_image):
         return resident
 
     resident = resident_for_a(touched=20 * PAGE)
-    assert resident == resident_for_a(touched=0)        # linmem itself may have put the image's bytes there
+    assert resident == resident_for_a(touched=0)        # linmem itself may have copied the image's bytes there
     assert resident <= (2 * PAGE if with_image else 0)
 
 
@@ -968,7 +968,7 @@ def test_every_creator_over_a_pool_tells_it_the_domain(over):
     creator.new_memory(ty, 65536, 131072, 131072, PAGE, domain="new_memory").close()
     image.new_memory(creator=creator, domain="image", **SHAPE).close()
     assert set(linmem.metrics.read(pool)["domains"]) == {"create", "its create", "new_memory", "image"}
-    linmem.create(PAGE, creator=creator, **SHAPE).close()       # and afterwards none is left over
+    linmem.create(PAGE, creator=creator, **SHAPE).close()       # no domain is left over afterwards
     assert None in linmem.metrics.read(pool)["domains"]
 
 
@@ -992,7 +992,7 @@ def test_a_domain_is_checked_and_has_no_effect_without_a_pool():
         linmem.create(PAGE, domain=name).close()
         linmem.Image.from_bytes(b"i").new_memory(domain=name).close()
     pool = linmem.PoolingCreator()
-    for name in ("ab", "a" + "b" * int(str(1)), Text("ab")):        # equal, and not identical
+    for name in ("ab", "a" + "b" * int(str(1)), Text("ab")):        # equal strings, but not identical objects
         pool.create(PAGE, domain=name, **SHAPE).close()
     assert (pool.stats()["misses"], pool.stats()["hits"]) == (1, 2)
 
@@ -1031,7 +1031,7 @@ def test_thousands_of_domains_leave_no_more_than_some_bookkeeping():
 
 # -- fair shares between pools -----------------------------------------------------------------------------------------
 
-EACH = 32 * PAGE        # of a slot of these tests, all of it resident while it is idle
+EACH = 32 * PAGE        # size of a slot in these tests; all of an idle slot is resident
 LARGE = {"maximum": 1000 * PAGE, "reserve": 1000 * PAGE, "guard": PAGE}
 REFUSALS = ["reserved", "budget", "refused pages", "refused space"]
 
@@ -1044,9 +1044,10 @@ def fill(pools, domain, slots):
 
 
 def idle_of(bound, *slots, domains=("a", "b"), reset="zero"):
-    """Pools with idle slots of some domains, as many in each pool as the lists say, and a memory outside the pools. The
-    slots of the first domain have been idle for longest. If `bound` is "budget", the budget is used up then."""
-    linmem.set_pool_limits(max_resident=0, max_reserved=0)      # no other pool has an idle slot
+    """Makes pools with idle slots of several domains and a memory outside the pools. Each list of `slots` belongs to a
+    domain and gives its number of slots in each pool. The slots of the first domain have been idle for the longest
+    time. If `bound` is "budget", the budget is then used up."""
+    linmem.set_pool_limits(max_resident=0, max_reserved=0)      # releases the idle slots of all other pools
     linmem.set_pool_limits()
     budget = linmem.LimitingCreator(MMAP, sum(map(sum, slots)) * EACH + PAGE if bound == "budget" else 1 << 40)
     pools = [linmem.PoolingCreator(budget, reset="zero" if n else reset, max_unused_warm=1000) for n in slots[0]]
@@ -1056,7 +1057,7 @@ def idle_of(bound, *slots, domains=("a", "b"), reset="zero"):
 
 
 def take(slots, bound, pools, live):
-    """Make idle slots give up as much as so many of them hold."""
+    """Makes idle slots give up the bytes of `slots` slots."""
     if bound == "resident":
         rows = [linmem.metrics.read(pool) for pool in pools]
         held = sum(row["resident"] + row["page_tables"] for row in rows)
@@ -1095,22 +1096,22 @@ def test_no_bound_over_several_pools_lets_one_domain_evict_the_warm_slots_of_ano
 
 
 @pytest.mark.parametrize("bound", REFUSALS)
-def test_a_domain_with_exactly_its_share_of_several_pools_loses_nothing_while_another_one_has_more(bound):
+def test_a_domain_with_exactly_its_share_of_several_pools_loses_no_slot_while_another_domain_has_more(bound):
     pools, live = idle_of(bound, [3, 0, 0], [0, 5, 0], [0, 0, 1], domains="abc")
     take(1, bound, pools, live)
     assert warm_of(pools, *"abc") == (3, 4, 1)
     live.close()
 
 
-def test_a_domain_with_exactly_its_share_of_a_pool_loses_nothing_while_another_one_has_more():
+def test_a_domain_with_exactly_its_share_of_a_pool_loses_no_slot_while_another_domain_has_more():
     pool = linmem.PoolingCreator(reset="zero", max_unused_warm=8)
     for domain, slots in (("a", 3), ("b", 4), ("c", 1), ("b", 5)):
         fill([pool], domain, [slots])
     assert warm_of([pool], *"abc") == (3, 4, 1)
 
 
-def test_warm_slots_without_a_page_count_for_no_share_of_what_is_kept():
-    size = 16 * EACH            # beside which page tables count for little
+def test_warm_slots_without_pages_do_not_count_for_a_share_of_resident_bytes():
+    size = 16 * EACH            # page tables are small beside this size
     pool = linmem.PoolingCreator(reset="zero", max_resident=12 * size + size // 2)
     pool.create(0, **SHAPE, domain="none").close()
     for domain, slots in (("a", 5), ("b", 7), ("b", 8)):
@@ -1120,7 +1121,7 @@ def test_warm_slots_without_a_page_count_for_no_share_of_what_is_kept():
     assert warm_of([pool], "a", "none", "b") == (5, 1, 7)
 
 
-def test_a_warm_slot_that_goes_to_the_pool_below_still_counts_for_the_share_of_its_domain():
+def test_a_warm_slot_that_returns_to_the_pool_below_still_counts_for_the_share_of_its_domain():
     linmem.set_pool_limits(max_resident=0, max_reserved=0)
     linmem.set_pool_limits()
     lower, other = (linmem.PoolingCreator(reset="zero") for _ in range(2))
@@ -1143,14 +1144,14 @@ def test_of_domains_that_hold_the_same_in_several_pools_the_oldest_slot_goes(bou
     live.close()
 
 
-def test_what_was_committed_and_is_not_resident_counts_where_the_os_refuses_pages():
+def test_committed_pages_that_are_not_resident_count_if_the_os_refuses_pages():
     pools, live = idle_of("refused pages", [3, 0], [0, 9], reset="discard")
     take(6, "refused pages", pools, live)
     assert warm_of(pools, "a", "b") == (3, 3)
     live.close()
 
 
-def test_only_what_is_charged_to_a_budget_counts_for_a_share_of_it():
+def test_only_bytes_charged_to_a_budget_count_for_a_share_of_the_budget():
     budget = linmem.LimitingCreator(MMAP, 6 * EACH + PAGE)
     pools = [linmem.PoolingCreator(budget, reset="zero"),
              linmem.PoolingCreator(linmem.PythonCreator(Alternating(budget, MMAP)), reset="zero")]
@@ -1206,7 +1207,7 @@ cdef list listed(warm_totals* warm):
     return [warm.n, warm.resident, warm.tables, warm.initial, warm.committed]
 
 def counted(PoolingCreator creator not None):
-    '''What the pool has counted of its warm slots, in all and by domain, and the same from the slots themselves.'''
+    '''Returns the pool's counters of warm slots, by domain and in total, and the same sums over the slots.'''
     cdef pool* p = creator.pool
     cdef link* node
     cdef slot* s
@@ -1238,7 +1239,7 @@ def counted(PoolingCreator creator not None):
 
 
 @requires("compiler")
-def test_what_is_counted_by_domain_is_what_the_slots_hold_whatever_threads_do(tmp_path):
+def test_the_counters_by_domain_match_the_slots_under_churn_of_threads(tmp_path):
     build_extension(tmp_path, "sums", SUMS)
     counted = load_extension(tmp_path, "sums").counted
     budget = linmem.LimitingCreator(MMAP, 400 * PAGE)
@@ -1285,7 +1286,7 @@ def test_what_is_counted_by_domain_is_what_the_slots_hold_whatever_threads_do(tm
 
 # -- figures ---------------------------------------------------------------------------------------------------------
 
-def test_what_is_read_adds_up():
+def test_the_figures_add_up():
     pool = linmem.PoolingCreator(max_unused_warm=2, reset="zero")
     for n in range(50):
         pool.create(PAGE * (1 + n % 4), domain=("a", "b")[n % 2], **SHAPE).close()
@@ -1326,14 +1327,14 @@ def test_every_figure_is_there_for_the_pool_each_shape_and_each_domain():
 
 
 @pytest.mark.parametrize("bad", [None, 5, linmem.PoolingCreator, MMAP])
-def test_figures_are_those_of_a_pool(bad):
+def test_figures_are_read_from_pools_only(bad):
     with pytest.raises(TypeError, match="'pool'"):
         linmem.metrics.read(bad)
     with pytest.raises(TypeError, match="pools must be"):
         linmem.metrics.collector(bad)
 
 
-def test_what_warm_makes_is_no_guest():
+def test_memories_that_warm_makes_are_not_counted_as_guests():
     pool = linmem.PoolingCreator()
     ty = linmem.MemoryType(1, 2)
     pool.warm(5, ty, reserved_size_in_bytes=1 << 17, guard_size_in_bytes=0, domain="a")
@@ -1360,7 +1361,7 @@ def test_the_time_of_a_slot_s_first_reset_counts_once():
         assert 0 < said <= took
 
 
-def test_no_figure_goes_down_under_churn_of_threads():
+def test_no_figure_decreases_under_churn_of_threads():
     pool = linmem.PoolingCreator(max_unused_warm=3, slots=12, idle_seconds=0.01)
     stop, down = threading.Event(), []
     counters = ("hits_warm", "hits_cold", "misses", "purges", "reset_ns", "bytes_zeroed", "fallbacks", "rejected",
@@ -1398,7 +1399,7 @@ def test_no_figure_goes_down_under_churn_of_threads():
 
 
 @requires("prometheus_client")
-def test_names_of_domains_that_are_hostile_reach_prometheus_apart():
+def test_hostile_names_of_domains_stay_distinct_in_prometheus():
     import prometheus_client as client
     from prometheus_client.parser import text_string_to_metric_families
 

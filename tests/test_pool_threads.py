@@ -1,4 +1,4 @@
-"""One pool and many threads, forked children, and the interpreter's last second."""
+"""One pool with many threads, forked children, and the end of the interpreter."""
 
 import gc
 import random
@@ -31,7 +31,7 @@ def live():
 
 
 def run_threads(*works):
-    """Run each in a thread, started at once; what they raise is raised here."""
+    """Runs each function in a thread, all from a common start. Raises the threads' exceptions."""
     errors = []
     start = threading.Barrier(len(works))
 
@@ -53,7 +53,7 @@ def run_threads(*works):
 
 
 def use(pool, rng, mark):
-    """One memory: zero, then only this thread's bytes."""
+    """Uses one memory, which must be zero and then hold only this thread's bytes."""
     minimum = rng.choice((0, 1, PAGE, 3 * PAGE, 9 * PAGE))
     with pool.create(minimum, **SHAPE) as mem:
         assert bytes(mem).count(0) == minimum, "bytes of another"
@@ -149,7 +149,7 @@ def test_a_memory_made_in_one_thread_is_reset_in_the_one_that_drops_it():
             check_fresh(mem, 2 * PAGE)
 
 
-def test_a_creator_may_go_while_other_threads_still_use_its_memories():
+def test_a_creator_may_be_freed_while_other_threads_use_its_memories():
     for _ in range(20):
         start = live()
         pools = [linmem.PoolingCreator()]
@@ -203,11 +203,10 @@ def script(way, code):
 @pytest.mark.parametrize("fork", FORKS)
 @pytest.mark.parametrize("reset", ["scan", "adaptive", "discard"])
 def test_a_forked_child_resets_its_own_guests_pages(way, fork, reset):
-    """The parent has a warm slot and the descriptor of its pagemap open; the child's guest writes other pages of
-    that slot, which only the child's own pagemap shows. With the inherited descriptor the scan would describe the
-    parent, find nothing there, and hand the guest's bytes to the next: the test after this one puts such a
-    descriptor in the place of the child's own and sees exactly that. `_Fork` runs no fork handlers, as raw
-    clone(2) does not."""
+    """The parent has a warm slot and an open descriptor of its pagemap. The child's guest writes other pages of that
+    slot, and only the child's own pagemap shows these pages. With the inherited descriptor, the scan would describe the
+    parent, miss the written pages, and leak the guest's bytes to the next user. The next test forces such a descriptor
+    into the child and sees this leak. `_Fork` runs no fork handlers, like raw clone(2)."""
     if reset == "scan" and way is None:
         reset = "zero"
     assert answer(script(way, f"""
@@ -233,7 +232,7 @@ WRONG_DESCRIPTOR = """
     def work():
         secret_stays(pool, b"c")
         (own,) = (n for n, name in descriptors().items() if name.endswith("/pagemap") and n != inherited)
-        if {forged}:        # the position by which one's own is known
+        if {forged}:        # the position, by which linmem recognises its own descriptor
             os.lseek(inherited, os.lseek(own, 0, os.SEEK_CUR), os.SEEK_SET)
         os.dup2(inherited, own)
         mem = pool.create(8 * P, **how)
@@ -246,14 +245,14 @@ WRONG_DESCRIPTOR = """
 
 
 @requires("fork", "scan_ioctl")
-def test_with_the_descriptor_of_the_parent_a_guest_would_see_anothers_bytes_were_it_not_noticed():
-    """What the test above excludes does happen where it is forced: so that test can fail."""
+def test_without_detection_the_parents_descriptor_would_leak_bytes_to_another_guest():
+    """Forces the leak that the test above excludes, which shows that the test above can fail."""
     assert answer(script("ioctl", WRONG_DESCRIPTOR.format(check=False, forged=True))) == f"{PAGE} 0"
     assert answer(script("ioctl", WRONG_DESCRIPTOR.format(check=False, forged=False))) == "0 0"
 
 
 @requires("fork", "scan_ioctl")
-def test_check_throws_a_slot_away_whose_reset_left_a_byte():
+def test_check_discards_a_slot_whose_reset_left_a_byte():
     assert answer(script("ioctl", WRONG_DESCRIPTOR.format(check=True, forged=True))) == "0 1"
 
 
@@ -288,7 +287,8 @@ def test_a_fork_while_threads_are_in_the_pool_leaves_a_child_that_works_and_ends
         stop = threading.Event()
         failed = []
         def churn(n):
-            own = dict(how)     # without a GIL a child waits for ever for an object that a lost thread had locked
+            # a copy: without a GIL, a lost thread's lock on a shared dict would block the child forever
+            own = dict(how)
             try:
                 while not stop.is_set():
                     mems = [pool.create(8 * P, **own) for _ in range(3)]
@@ -342,7 +342,7 @@ def test_a_fork_in_a_thread_leaves_a_child_that_ends_by_itself():
             if pid == 0:
                 secret_stays(pool, b"t")
                 keep.close()
-                sys.exit(0)             # of the child's only thread, which is not the parent's main one
+                sys.exit(0)             # in the child's only thread, which is not the parent's main thread
             assert os.waitpid(pid, 0)[1] == 0
         threads = [threading.Thread(target=work) for _ in range(4)]
         for thread in threads:
@@ -353,7 +353,7 @@ def test_a_fork_in_a_thread_leaves_a_child_that_ends_by_itself():
         """)) == "ended"
 
 
-# -- the interpreter's last second ----------------------------------------------------------------------------
+# -- the end of the interpreter -------------------------------------------------------------------------------
 
 LAST_SECONDS = {
     "everything is a global": "",

@@ -1,4 +1,4 @@
-"""wasm guests that follow each other in the same memories."""
+"""Wasm guests that use the same memories one after another."""
 
 import ctypes
 import gc
@@ -35,7 +35,7 @@ def guest(kind="plain", data=""):
 
 
 def make_engine(creator=None, **settings):
-    """An engine with linmem installed; `settings` are wasmtime's own, by the names of its C API."""
+    """An engine with linmem installed. `settings` are wasmtime's own, under their names in the C API."""
     config = wasmtime.Config()
     config.wasm_memory64 = True
     config.wasm_multi_memory = True
@@ -47,7 +47,7 @@ def make_engine(creator=None, **settings):
 
 
 class Guest:
-    """One instance in a store of its own."""
+    """One instance in its own store."""
 
     def __init__(self, engine, module):
         self.owner = wasmtime.Store(engine)
@@ -73,7 +73,7 @@ def check_zero(memory):
     {}, {"check": True}, {"reset": "zero"}, {"reset": "discard"}, {"max_unused_warm": 0}, {"keep_resident": 0},
 ], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_second_guest_gets_the_memory_of_the_first_and_none_of_its_secrets(kind, options):
+def test_a_second_guest_gets_the_memory_of_the_first_without_its_bytes(kind, options):
     pool = linmem.PoolingCreator(**options)
     engine = make_engine(pool)
     module = wasmtime.Module(engine, guest(kind))
@@ -103,7 +103,7 @@ def test_a_second_guest_gets_the_memory_of_the_first_and_none_of_its_secrets(kin
     assert stats["rejected"] == stats["fallbacks"] == 0
 
 
-def test_what_one_guest_grew_by_is_out_of_the_next_ones_bounds():
+def test_the_growth_of_one_guest_is_out_of_bounds_for_the_next_guest():
     pool = linmem.PoolingCreator()
     engine = make_engine(pool)
     module = wasmtime.Module(engine, guest())
@@ -278,7 +278,7 @@ def test_the_pages_of_a_guest_stay_resident_for_the_next():
     assert not is_mapped(span[0])
 
 
-# -- who still holds it ---------------------------------------------------------------------------------
+# -- references to a slot -------------------------------------------------------------------------------
 
 def test_a_view_that_outlives_its_store_pins_the_slot_until_it_is_gone():
     pool = linmem.PoolingCreator()
@@ -401,7 +401,7 @@ def test_shared_memories_are_pooled_apart_from_the_others():
     assert not bases["shared"] & bases["plain"]
 
 
-def test_a_small_reservation_that_a_guest_outgrows_costs_the_slot_and_nothing_else():
+def test_a_guest_that_outgrows_a_small_reservation_only_loses_the_slot():
     pool = linmem.PoolingCreator()
     engine = make_engine(pool, memory_reservation=1 << 20, memory_guard_size=PAGE)
     module = wasmtime.Module(engine, guest("unbounded"))
@@ -426,7 +426,7 @@ def test_a_small_reservation_that_a_guest_outgrows_costs_the_slot_and_nothing_el
         assert pool.stats()["hits"] == n
 
 
-def test_two_engines_share_one_pool_and_may_go_in_any_order():
+def test_two_engines_share_one_pool_and_may_be_freed_in_any_order():
     start = live_bytes() if NEEDS["maps"][0] else 0
     pool = linmem.PoolingCreator()
     engines = [make_engine(pool) for _ in range(2)]
@@ -518,7 +518,7 @@ def test_a_budget_over_or_under_the_pool_bounds_guests_and_is_refunded():
         assert over.used_bytes == 0
     assert pool.stats()["hits"] == 2
     wide = wasmtime.Module(engine, '(module (memory (export "memory") 5))')
-    one = Guest(engine, wide)       # what is charged for the idle slot is its minimum, which fits beside it
+    one = Guest(engine, wide)       # the idle slot is charged its minimum, which fits beside the new memory
     assert under.used_bytes == (2 + 5) * PAGE
     one.close()
     gc.collect()

@@ -1,4 +1,4 @@
-"""Modules that start from images: the same instances as ever, faster."""
+"""Modules that start from images: instances behave the same and start faster."""
 
 import hashlib
 import os
@@ -51,7 +51,7 @@ CREATORS = {
 }
 HELLO = '(module (memory (export "m") 1) (data (i32.const 16) "hello") (data (i32.const 60000) "world"))'
 GREETED = {16: b"hello", 60000: b"world"}
-# References of all kinds, where this wasmtime has them; wat2wasm makes the binary of any of them.
+# References of all kinds that this wasmtime supports. wat2wasm assembles every kind.
 TYPES = """(module (type $f (func (param i32))) (type $s (struct (field (mut i8)) (field (ref null $f))))
     (rec (type $a (array (ref null $b))) (type $b (sub (struct (field (ref null $a))))))
     (tag (param i32)) (memory (export "m") 2) (memory 1 (pagesize 1)) (table 2 (ref null $f)) (table 2 anyref)
@@ -70,16 +70,16 @@ def engine_of(kind="mmap", **settings):
     return wasmtime.Engine(config)
 
 
-MMAP = engine_of()      # shared by many tests: it keeps nothing
+MMAP = engine_of()      # shared by many tests, because a MmapCreator keeps no memories
 PLAIN = wasmtime.Engine(all_features())
 
 
-# Each test makes its own engine, whose end gives back what a pool has kept.
+# Each test makes its own engine, whose end releases the pool's slots.
 with_every_creator = pytest.mark.parametrize("kind", CREATORS)
 
 
 def of(wasm, *, filled):
-    """The bytes of a memory that holds `filled` and zeros."""
+    """The content of a memory: `filled` (offset -> bytes) and zeros elsewhere."""
     out = bytearray(wasm)
     for offset, data in filled.items():
         out[offset:offset + len(data)] = data
@@ -94,7 +94,7 @@ def memory_of(store, instance, name="m"):
 
 
 def same(engine, wat, world=lambda store: [], calls=()):
-    """Compare a prepared module with wasmtime's own, twice; the prepared one."""
+    """Compares a prepared module with wasmtime's own, twice. Returns the prepared module."""
     prepared = prepare(engine, wat)
     module = wasmtime.Module(engine, wat)
     expected = observe(engine, lambda store, imports: wasmtime.Instance(store, module, imports), world, calls)
@@ -104,7 +104,7 @@ def same(engine, wat, world=lambda store: [], calls=()):
 
 
 @with_every_creator
-def test_a_prepared_module_is_the_module(kind):
+def test_a_prepared_module_behaves_like_the_original_module(kind):
     engine = engine_of(kind)
 
     @fewer_examples(6)
@@ -144,7 +144,7 @@ def test_data_survives_growth_and_grown_bytes_are_zero(kind):
 
 
 @with_every_creator
-def test_an_instance_finds_nothing_of_those_that_were_before_it(kind):
+def test_an_instance_sees_no_byte_of_earlier_instances(kind):
     engine = engine_of(kind)
     bare = '(module (memory (export "m") 1))'
     plain = wasmtime.Module(engine, bare)
@@ -164,7 +164,7 @@ def test_an_instance_finds_nothing_of_those_that_were_before_it(kind):
 
 
 @with_every_creator
-def test_segments_out_of_bounds_trap_as_ever_and_what_follows_is_not_disturbed(kind):
+def test_segments_out_of_bounds_trap_as_in_wasmtime_and_later_instances_are_not_affected(kind):
     engine = engine_of(kind)
     bad = prepare(engine, '(module (memory 1) (data (i32.const 0) "a") (data (i32.const 65535) "too long"))')
     assert "does not fit" in bad.skipped[0]
@@ -222,14 +222,14 @@ def test_host_functions_of_a_start_function_may_make_instances(kind):
     assert made == [bytes(PAGE), of(PAGE, filled={0: b"inner"})]
     assert memory_of(store, instance) == of(PAGE, filled={0: b"outer"})
     assert memory_of(store, instance, "n") == of(PAGE, filled={1: b"too"})
-    store.close()       # the function knows the store, and wasmtime-py the function
+    store.close()       # breaks a cycle: the function refers to the store, and wasmtime-py to the function
 
 
 @needs_gc
 @with_every_creator
 def test_a_heap_that_wasmtime_makes_first_does_not_take_an_image(kind):
     engine = engine_of(kind)
-    # Instantiating asks for the store's GC heap before the module's memories, once for each store.
+    # Before the module's memories, the first instantiation of each store requests the store's GC heap.
     prepared = prepare(engine, """(module (type $s (struct (field i32))) (memory (export "a") 1) (memory (export "b") 1)
         (memory (export "c") 0) (memory (export "d") 1)
         (global (ref $s) (struct.new $s (i32.const 1)))
@@ -294,7 +294,7 @@ def test_instances_share_the_pages_of_their_data_until_they_write():
 
 
 def wasm_with(data):
-    """A module of one memory and one segment; as text it would be slow to parse."""
+    """A module of one memory and one segment. The module is built as binary, because a text would be slow to parse."""
     def leb(n):
         out = b""
         while n > 127:
@@ -324,7 +324,7 @@ def test_data_at_both_ends_of_a_large_memory_costs_its_two_pages():
     assert sum(m.figures["Rss"] for m in smaps(memory.as_ptr(), memory.as_ptr() + len(memory))) <= 8 * REAL_PAGE
 
 
-# -- what is refused -------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 
 def pooling():
@@ -339,7 +339,7 @@ def pooling():
 
 
 @pytest.mark.skipif(not hasattr(ffi, "wasmtime_pooling_allocation_strategy_set"), reason="no pooling strategy here")
-def test_an_engine_that_never_asks_linmem_is_refused():
+def test_an_engine_that_never_requests_memories_from_linmem_is_refused():
     for engine in (PLAIN, pooling()):
         with pytest.raises(ValueError, match=r"does not make its memories with linmem.*pooling"):
             prepare(engine, HELLO)
@@ -348,7 +348,7 @@ def test_an_engine_that_never_asks_linmem_is_refused():
 
 
 @with_every_creator
-def test_data_that_nobody_took_is_an_error_and_is_offered_to_nobody_else(monkeypatch, kind):
+def test_data_that_no_memory_took_is_an_error_and_is_not_offered_again(monkeypatch, kind):
     engine = engine_of(kind)
     monkeypatch.setattr(_prepared, "_asks", lambda engine: True)
     prepared = prepare(PLAIN, HELLO)
@@ -359,11 +359,11 @@ def test_data_that_nobody_took_is_an_error_and_is_offered_to_nobody_else(monkeyp
     assert not any(memory_of(store, wasmtime.Instance(store, module, [])))
 
 
-def test_an_instance_in_between_is_refused_and_takes_nothing_from_the_one_that_is_being_made(monkeypatch):
+def test_an_instance_in_between_is_refused_and_takes_no_image_of_the_instance_being_made(monkeypatch):
     prepared = prepare(MMAP, HELLO)
     make, refused = wasmtime.Instance.__init__, []
 
-    def interrupted(self, *args):           # as a signal handler could
+    def interrupted(self, *args):           # an exception as a signal handler could raise it
         monkeypatch.undo()
         with pytest.raises(RuntimeError, match="is being made on this thread"):
             prepared.instantiate(wasmtime.Store(MMAP))
@@ -394,13 +394,13 @@ def test_a_store_of_another_engine_is_refused_by_wasmtime():
         prepared.instantiate(wasmtime.Store(engine_of("statistics")))
 
 
-def test_what_is_no_module_is_refused_as_by_wasmtime():
+def test_bytes_that_are_not_a_module_are_refused_as_by_wasmtime():
     engine = MMAP
     for wasm in (b"", b"\0asm\1\0\0\0\5", b"\0asm\1\0\0\0\5\1\1", "(module (memory 1) (data", "(module (bad))",
                  binary(HELLO)[:-1], b"\0asm\1\0\0\0\x63\0", b"\0asm\x0d\0\1\0", b"\0asm\x0d\0\1\0\0\5", b"\0",
                   b"\xff\xfe",
                  bytes(wasmtime.wat2wasm("(component)")), "(component)",
-                 # An export of a memory that is not there: the text names a byte of what was given.
+                 # An export of a missing memory. The error text names a byte offset of the original module.
                  binary(HELLO)[:8] + b"\x05\3\1\0\1\7\5\1\1m\2\7\x0b\x0b\1\0\x41\0\x0b\5hello"):
         with pytest.raises(wasmtime.WasmtimeError) as plain:
             wasmtime.Module(engine, wasm)
@@ -412,7 +412,7 @@ def test_what_is_no_module_is_refused_as_by_wasmtime():
 
 
 def verdict_of(call, *args, **named):
-    """The class and the text of what `call` raises, or None."""
+    """The class and the text of the exception of `call`, or None."""
     try:
         call(*args, **named)
     except Exception as error:
@@ -432,7 +432,7 @@ def test_any_bytes_are_judged_as_by_wasmtime(seed):
 
 
 @given(st.binary(max_size=40), st.sampled_from([b"", b"\0asm", b"\0asm\1\0\0\0", b"\0asm\x0d\0\1\0"]))
-def test_bytes_of_no_kind_are_judged_as_by_wasmtime(tail, head):
+def test_bytes_of_an_unknown_kind_are_judged_as_by_wasmtime(tail, head):
     assert verdict_of(prepare, MMAP, head + tail) == verdict_of(wasmtime.Module, MMAP, head + tail)
 
 
@@ -445,11 +445,11 @@ def test_a_module_with_tables_of_continuations_is_prepared_as_any_other():
         assert prepared.skipped == ()
 
 
-def test_what_linmem_does_not_know_is_left_alone(monkeypatch):
+def test_parts_that_linmem_does_not_know_are_left_unchanged(monkeypatch):
     def unknown(*args):
         raise Unknown("the table is of a later kind")
 
-    monkeypatch.setattr(_module.Module, "tables", unknown)      # of a module that wasmtime knows
+    monkeypatch.setattr(_module.Module, "tables", unknown)  # simulates a table that wasmtime knows and linmem does not
     prepared = same(MMAP, '(module (table 3 funcref) (memory (export "m") 1) (data (i32.const 0) "x"))')
     assert prepared.outline is None
     assert prepared.images[0] is not None
@@ -463,7 +463,7 @@ def test_what_linmem_does_not_know_is_left_alone(monkeypatch):
         assert memory_of(store, prepared.instantiate(store)) == of(PAGE, filled=GREETED)
 
 
-def test_a_module_that_wasmtime_takes_only_as_it_is_stays_as_it_is(monkeypatch):
+def test_a_module_that_wasmtime_accepts_only_unchanged_stays_unchanged(monkeypatch):
     made = _prepared.hoist
     monkeypatch.setattr(_prepared, "hoist", lambda wasm: made(wasm)._replace(module=wasm + b"\x63\0"))
     prepared = prepare(MMAP, HELLO, expose=True)
@@ -473,9 +473,9 @@ def test_a_module_that_wasmtime_takes_only_as_it_is_stays_as_it_is(monkeypatch):
     assert memory_of(store, prepared.instantiate(store)) == of(PAGE, filled=GREETED)
 
 
-# -- what an instance costs ----------------------------------------------------------------------------
+# -- the cost of an instance ---------------------------------------------------------------------------
 
-FREE = {        # modules that plain wasmtime instantiates without code
+FREE = {        # modules that plain wasmtime instantiates without running code
     "data": HELLO,
     "empty data": '(module (memory (export "m") 1) (data (i32.const 0) "") (data (i32.const 65536) ""))',
     "64 bits": '(module (memory (export "m") i64 1) (data (i64.const 100) "hello"))',
@@ -500,7 +500,7 @@ def limited(ours, **settings):
 
 
 def fuel_of(engine, make, fuel, world=lambda store: []):
-    """What making an instance costs, and then a call of "f" if there is one; None if no instance is made."""
+    """The fuel for making an instance, and then for a call of "f" if it exists; None if no instance is made."""
     store = wasmtime.Store(engine)
     store.set_fuel(1 << 40)
     imports = world(store)
@@ -523,7 +523,7 @@ def plain_maker(engine, wat):
     return lambda store, imports: wasmtime.Instance(store, module, imports)
 
 
-# Without copy-on-write initialisation plain wasmtime copies data by code, which costs fuel.
+# Without copy-on-write initialisation, plain wasmtime runs code to copy data, and this code costs fuel.
 PLAIN = limited(False, consume_fuel=True)
 PLAIN_IS_FREE = fuel_of(PLAIN, plain_maker(PLAIN, HELLO), 0) == (0, 0)
 
@@ -567,7 +567,7 @@ FUEL_ENGINES = limited(False, consume_fuel=True), engine_of(consume_fuel=True)
 def test_an_instance_is_made_past_its_deadline_where_plain_wasmtime_makes_it(name):
     for engine in [limited(ours, epoch_interruption=True) for ours in (False, True) if ours or PLAIN_IS_FREE]:
         make = (prepare(engine, FREE[name]).instantiate if linmem_makes(engine) else plain_maker(engine, FREE[name]))
-        store = wasmtime.Store(engine)      # whose deadline is past as long as none is set
+        store = wasmtime.Store(engine)      # without a deadline set, the deadline has passed
         engine.increment_epoch()
         memory = make(store, []).exports(store)["m"]
         assert memory.data_len(store) >= PAGE
@@ -594,7 +594,7 @@ def test_arguments_are_checked():
         prepare(MMAP, 7)
 
 
-def test_text_and_every_kind_of_bytes_will_do():
+def test_text_and_every_kind_of_bytes_are_accepted():
     for wasm in (HELLO, HELLO.encode(), binary(HELLO), bytearray(binary(HELLO))):
         store = wasmtime.Store(MMAP)
         assert memory_of(store, prepare(MMAP, wasm).instantiate(store)) == of(PAGE, filled=GREETED)
@@ -613,14 +613,14 @@ def test_a_memory_too_large_for_any_machine_is_refused_as_by_wasmtime():
         assert said(ours.value) == expected
 
 
-def test_the_types_of_a_prepared_module_are_those_of_the_original():
+def test_a_prepared_module_has_the_types_of_the_original_module():
     wat = '(module (import "e" "t" (table 1 funcref)) (memory (export "m") 1 3) (data (i32.const 0) "x"))'
     ours, plain = prepare(MMAP, wat).module, wasmtime.Module(MMAP, wat)
     assert [(e.name, type(e.type)) for e in ours.exports] == [(e.name, type(e.type)) for e in plain.exports]
     assert [(i.module, i.name) for i in ours.imports] == [(i.module, i.name) for i in plain.imports]
 
 
-def test_what_stays_in_the_module_is_said():
+def test_the_data_that_stays_in_the_module_is_reported():
     prepared = same(MMAP, """(module (import "e" "g" (global i32)) (import "e" "t" (table 0 funcref))
         (memory (export "m") 1) (data (global.get 0) "stays"))""", lambda store: [number(store, 9), table(store)])
     assert prepared.images == (None,)
@@ -646,7 +646,7 @@ def test_hidden_state_is_exported_on_demand():
 
 @pytest.fixture
 def compilations(monkeypatch):
-    """Counts how often wasmtime compiles."""
+    """Counts the compilations by wasmtime."""
     counted = []
     compile = wasmtime.Module.__init__
     monkeypatch.setattr(wasmtime.Module, "__init__", lambda self, *args: (counted.append(1), compile(self, *args))[1])
@@ -671,15 +671,15 @@ def test_a_module_is_compiled_once_and_then_read(tmp_path, compilations):
     for _ in range(3):
         assert works(engine, str(cache))
     assert len(compilations) == 1
-    prepare(engine, HELLO.replace("world", "WORLD"), cache=cache)      # the same code: its data is elsewhere
+    prepare(engine, HELLO.replace("world", "WORLD"), cache=cache)      # the same code; the data is stored elsewhere
     assert len(compilations) == 1
-    prepare(engine, HELLO.replace("60000", "50000"), cache=cache)      # and so is where its data belongs
+    prepare(engine, HELLO.replace("60000", "50000"), cache=cache)      # the data's address is stored elsewhere, too
     assert len(compilations) == 1
     prepare(engine, HELLO.replace("1)", "2)"), cache=cache)
     assert len(compilations) == 2
 
 
-def test_what_cannot_be_mapped_as_code_is_read(tmp_path, compilations, monkeypatch):
+def test_a_cached_module_that_cannot_be_mapped_as_code_is_read(tmp_path, compilations, monkeypatch):
     def refused(engine, path):
         raise wasmtime.WasmtimeError(f"{path} is on a file system that is mounted noexec")
 
@@ -694,7 +694,7 @@ def test_engines_of_other_settings_have_entries_of_their_own(tmp_path, compilati
     for engine in (MMAP, other) * 2:
         prepare(engine, HELLO, cache=tmp_path)
     assert len(entries(tmp_path)) == 2
-    assert len(compilations) == 2 + 1       # and one to find out whether the new engine asks linmem
+    assert len(compilations) == 2 + 1       # one compilation checks whether the new engine asks linmem
 
 
 def damaged(how, content):
@@ -766,7 +766,7 @@ def test_the_entries_of_one_module_are_bounded(tmp_path):
     assert list(cache.entries("another", ".x")) == []
 
 
-def test_an_entry_that_is_not_what_its_name_says_is_not_handed_out_and_is_removed(tmp_path):
+def test_an_entry_whose_content_differs_from_its_name_is_removed_and_not_handed_out(tmp_path):
     cache = Cache(tmp_path)
     good, cut, other = (cache.add("key", ".x", writes(content)) for content in (b"good", b"cut", b"other"))
     for path, content in ((cut, b"cu"), (other, b"othe\0")):
@@ -779,7 +779,7 @@ def test_an_entry_that_is_not_what_its_name_says_is_not_handed_out_and_is_remove
 
 
 @requires("owners")
-def test_an_entry_is_its_owners_alone_while_it_is_written_and_afterwards(tmp_path):
+def test_only_the_owner_can_read_an_entry_during_and_after_the_write(tmp_path):
     seen = []
 
     def write(file):
@@ -800,7 +800,7 @@ def test_a_cache_takes_time_for_the_data_of_a_module_and_not_for_the_memory_betw
     asked = []
     whole = sparse._read_fd
     monkeypatch.setattr(sparse, "_read_fd", lambda fd, at, size: asked.append(size) or whole(fd, at, size))
-    for _ in range(2):              # cold and warm
+    for _ in range(2):              # a cold cache, then a warm cache
         [image] = prepare(MMAP, wasm, cache=tmp_path).images
         assert [size for _, size in image.runs()] == [4096, 4096]
         assert image.size == (1 << 32) - 12
@@ -857,7 +857,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
     assert entries(tmp_path, "") == []
 
 
-def test_a_writer_that_is_killed_leaves_nothing_that_is_used(tmp_path):
+def test_the_files_of_a_killed_writer_are_never_used(tmp_path):
     child = textwrap.dedent(f"""
         from linmem._wasm.image_cache import Cache
         cache = Cache({str(tmp_path)!r})

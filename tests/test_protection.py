@@ -1,4 +1,4 @@
-"""Protected pages: what every call of linmem does on them, and what is known of them."""
+"""Protected pages: the behaviour of every call of linmem on them, and linmem's record of them."""
 
 import contextlib
 import ctypes
@@ -29,7 +29,7 @@ from linmem import Image
 PROTECTED = ["none", "r", *(["rx"] if NEEDS["code"][0] else [])]
 SHOWN = {"none": "---p", "r": "r--p", "rw": "rw-p", "rx": "r-xp"}
 SIZE = 8 * PAGE
-AT = 3 * PAGE                   # of the page that is protected
+AT = 3 * PAGE                   # offset of the protected page
 OUT_OF_MEMORY = 12
 
 
@@ -41,7 +41,7 @@ def mem():
 
 
 def shown(mem):
-    """The access of each page, as the operating system says."""
+    """The access of each page, as the OS shows it."""
     found = {}
     for part in mappings(mem.as_ptr(), mem.as_ptr() + len(mem) // PAGE * PAGE):
         for address in range(part.start, part.end, PAGE):
@@ -55,7 +55,7 @@ IMAGE = Image.from_bytes(b"i" * SIZE)
 DELTA = linmem.Delta(IMAGE.digest, SIZE, SIZE, [(AT - 1, 2)], [(AT + 5, 3)], b"ab")
 ELSEWHERE = linmem.Delta(IMAGE.digest, SIZE, SIZE, [(0, 2)], [(7 * PAGE, PAGE)], b"ab")
 
-# name -> what it does to the page: "reads", "writes", or "neither", by the kinds of its arguments.
+# name -> how the call accesses the page: "reads", "writes", or "neither", with the arguments for each case.
 CALLS = {
     "read": {"reads": lambda mem: mem.read(AT - 1, 2), "neither": lambda mem: (mem.read(0, AT), mem.read(AT, 0))},
     "write": {"writes": lambda mem: mem.write(AT - 1, b"ab"),
@@ -116,7 +116,7 @@ HARMLESS = {"__class__", "__delattr__", "__dir__", "__doc__", "__eq__", "__forma
 
 
 def refused_all(*calls):
-    """Each of them is refused; then so is the whole. Else each of them works."""
+    """Either all calls are refused, and this raises the first error, or all calls succeed."""
     errors = []
     for call in calls:
         try:
@@ -144,7 +144,7 @@ def with_another(call):
 
 def test_every_method_of_a_memory_has_its_row():
     missing = {name for name in dir(linmem.Memory) if name not in CALLS} - HARMLESS
-    # Methods that come from the sequence protocol, or compare, go through the rows.
+    # Methods of the sequence protocol and comparisons are covered by the rows.
     assert missing <= {"__contains__", "__iter__", "array", "handle", "flush", "map", "unmap", "__copy__",
                        "__deepcopy__"}, f"what do these do on protected pages? {missing}"
 
@@ -160,7 +160,7 @@ def test_a_call_raises_where_it_would_fault_and_works_elsewhere(mem, access, nam
         return
     with pytest.raises((ValueError, TypeError, linmem.PageError)) as caught:
         call(mem)
-    traceback.clear_frames(caught.tb)       # they hold views
+    traceback.clear_frames(caught.tb)       # the frames hold views
     if caught.type is ValueError and name != "discard":
         assert f"the page at {AT} has the access '{access}'" in str(caught.value)
     assert shown(mem)[AT // PAGE] == SHOWN[access]
@@ -242,10 +242,11 @@ def test_a_memory_made_in_python_of_protected_pages_is_refused_as_a_whole_and_it
         made.close()
 
 
-# -- what is known -----------------------------------------------------------------------------------
+# -- linmem's record ---------------------------------------------------------------------------------
 
 def check_known(mem, model):
-    """linmem refuses what the model says, the OS shows it, and a snapshot needs only that all can be read."""
+    """linmem refuses exactly the accesses that the model forbids, the OS shows the same protection, and a snapshot
+    needs only readable pages."""
     assert shown(mem) == [SHOWN[access] for access in model]
     for page, access in enumerate(model):
         for call, works in ((lambda at: mem.read(at, 1), access != "none"),
@@ -266,7 +267,7 @@ def check_known(mem, model):
 @requires("regions")
 @given(st.lists(st.tuples(st.integers(0, 11), st.integers(0, 12), st.sampled_from(["rw", *PROTECTED])), max_size=12),
        st.integers(0, 3))
-def test_the_access_of_each_page_is_what_was_asked_for_last(changes, odd):
+def test_each_page_has_the_access_of_the_last_request(changes, odd):
     with linmem.create(12 * PAGE + odd, maximum=64 * PAGE) as mem:
         model = ["rw"] * 12
         for first, n, access in changes:
@@ -299,7 +300,7 @@ def test_pages_are_protected_one_by_one_and_given_back_one_by_one(pages):
         assert not memoryview(mem).readonly
 
 
-def test_a_memory_that_has_its_access_back_moves_again():
+def test_a_memory_moves_again_after_its_protection_is_lifted():
     with linmem.create(4 * PAGE, maximum=64 * PAGE, reserve=0, may_move=True) as mem:
         mem.protect(PAGE, PAGE, "rw")
         mem.protect(PAGE, PAGE, "r")
@@ -312,7 +313,7 @@ def test_a_memory_that_has_its_access_back_moves_again():
 
 @requires("regions")
 @pytest.mark.parametrize("access", ["rw", *PROTECTED])
-def test_what_was_refused_has_left_every_page_as_it_was_and_known(mem, access):
+def test_a_refused_protect_leaves_every_page_unchanged_and_known(mem, access):
     model = ["rw", "r", "none", "none", "rw", PROTECTED[-1], "r", "rw"]
     for page, how in enumerate(model):
         mem.protect(page * PAGE, PAGE, how)
@@ -322,7 +323,7 @@ def test_what_was_refused_has_left_every_page_as_it_was_and_known(mem, access):
 
 
 @requires("regions")
-def test_where_the_undoing_is_refused_too_only_these_pages_are_unknown(mem):
+def test_if_an_undo_is_refused_too_only_the_access_of_its_pages_is_unknown(mem):
     mem.protect(5 * PAGE, PAGE, "r")
     with failing(1, OUT_OF_MEMORY, 2), pytest.raises(linmem.PageError, match="protect"):
         mem.protect(PAGE, PAGE, "none")
@@ -337,7 +338,7 @@ def test_where_the_undoing_is_refused_too_only_these_pages_are_unknown(mem):
     check_known(mem, ["rw", "r", "rw", "rw", "rw", "r", "rw", "rw"])
 
 
-def test_where_all_undoing_is_refused_all_that_was_asked_for_is_unknown():
+def test_if_every_undo_is_refused_the_access_of_all_requested_pages_is_unknown():
     with linmem.create(100 * PAGE) as mem:
         with failing(1, OUT_OF_MEMORY, 1 << 20), pytest.raises(linmem.PageError, match="protect"):
             mem.protect(10 * PAGE, 80 * PAGE, "none")
@@ -462,7 +463,7 @@ def test_a_pool_hands_no_page_on_that_was_code(reset, below):
     pool.trim()
 
 
-def test_a_slot_whose_python_memory_is_protected_is_thrown_away():
+def test_a_slot_whose_python_memory_is_protected_is_discarded():
     inner = []
 
     class Mine(linmem.MemoryCreator):
@@ -610,7 +611,7 @@ print("alive")
 """) == "alive"
 
 
-def test_a_protect_waits_for_nobody_that_waits_for_it(mem):
+def test_protect_does_not_wait_for_a_thread_that_waits_for_it(mem):
     barrier = threading.Barrier(4)
 
     def use(access):

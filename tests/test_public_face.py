@@ -1,4 +1,4 @@
-"""Every argument of every public callable takes garbage: a clear exception each, and all is as it was before."""
+"""Every argument of every public callable gets garbage: each call raises a clear exception and changes no state."""
 
 import argparse
 import array
@@ -32,7 +32,7 @@ TYPE = linmem.MemoryType(1, page_size=1)
 
 
 class Own(Exception):
-    """What hostile objects raise: it reaches the caller as it is."""
+    """Raised by hostile objects; must reach the caller unchanged."""
 
 
 def raises(*_, **__):
@@ -40,14 +40,14 @@ def raises(*_, **__):
 
 
 class Hostile:
-    """Every protocol that an argument may be asked for raises, but for its name in this test."""
+    """An object that raises in every protocol, except for its __name__ in this test."""
 
     __index__ = __int__ = __float__ = __bool__ = __len__ = __iter__ = __getitem__ = __fspath__ = __hash__ = raises
     __eq__ = __call__ = __buffer__ = __getattr__ = raises
 
 
 class Liar:
-    """Every protocol answers with what it must not."""
+    """An object whose protocols return invalid results."""
 
     def __index__(self):
         return "1"
@@ -72,7 +72,7 @@ class Index:
         return self.value
 
 
-# -- what arguments may be ---------------------------------------------------------------------------
+# -- the values that arguments may have --------------------------------------------------------------
 
 
 def is_size(value):
@@ -157,11 +157,11 @@ class Upstream(linmem.MemoryCreator):
         return linmem.MmapCreator().new_memory(*arguments)
 
 
-# -- the world that the arguments are given to -------------------------------------------------------
+# -- the objects of the tests ------------------------------------------------------------------------
 
 
 class World:
-    """Things to call the public face on; each is made when it is first asked for."""
+    """The objects on which the tests call the public functions. Each object is made on first access."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -234,7 +234,7 @@ class World:
         return linmem.wasmtime.Snapshot.take(self.store, self.instance)
 
     def state(self):
-        """All that a call that was refused must not have changed."""
+        """The state that a refused call must not change."""
         mem, there = self.mem, self.__dict__
         seen = {"memory": (mem.closed, mem.byte_size(), mem.byte_capacity(), mem.maximum_byte_size(), mem.as_ptr(),
                            mem.info().exports, mem.info().committed), "bytes": mem.read(0, mem.byte_size())}
@@ -268,12 +268,12 @@ RECORD = dict.fromkeys(("base", "byte_size", "byte_capacity", "maximum_byte_size
 
 
 def given_by(name):
-    """A good argument that is a thing of the world."""
+    """A valid argument: an attribute of the world."""
     return lambda world: getattr(world, name)
 
 
-# The public face: name -> (what to call, for each argument: (what it may be, a good one)). The traits are abstract.
-# A good one that is a function makes it, of the world.
+# The public functions: name -> (the callable, {argument: (a check of valid values, a valid value)}). The traits are
+# abstract. If a valid value is a function, the function makes the value from the world.
 FACE = {
     "linmem.create": (lambda w: linmem.create, {
         "minimum": (size, PAGE), "maximum": (size_or_none, None), "creator": (either(trait, nothing), None),
@@ -466,12 +466,12 @@ GARBAGE = {
     "a path of nothing": lambda w: w.folder / "no" / "such", "a folder": lambda w: w.folder,
     "a store": lambda w: w.store, "a module's memory": lambda w: w.wasm_memory,
 }
-# Whatever else happens is a failure of the test.
+# A test fails on any other exception.
 REFUSALS = (TypeError, ValueError, OverflowError, BufferError, linmem.GrowError, linmem.PageError, linmem.OwnedError)
 
 
 def refused_as_promised(error, labels):
-    """Whether an exception is a clear one for these arguments: the text names one of them."""
+    """Whether an exception is clear for these arguments: its text must name one of them."""
     names = list(labels)
     if any(label in SAYS and SAYS[label] in str(error) for label in labels.values()):
         return True
@@ -481,7 +481,7 @@ def refused_as_promised(error, labels):
         return bool({"as_array", "dtype"} & set(names)) and not NEEDS["numpy"][0]
     if isinstance(error, (Own, linmem.GrowError, linmem.PageError, linmem.OwnedError, linmem.FileFormatError)):
         return True
-    # What else there is to say of a file, or of a module, its own library says.
+    # Further errors of files and modules come from their own libraries.
     if isinstance(error, (OSError, wasmtime.WasmtimeError)):
         return "path" in names or "wasm" in names or "cache" in names
     if not isinstance(error, REFUSALS):
@@ -490,10 +490,10 @@ def refused_as_promised(error, labels):
     return any(re.search(rf"\b{re.escape(word)}\b", text) for name in names for word in (name, *ALSO.get(name, ())))
 
 
-# What some objects say for themselves.
+# Texts that some objects raise themselves.
 SAYS = {"a closed memory": "the memory is closed", "an unmade memory": "the memory is closed",
         "released": "released memoryview", "two dimensions": "multi-dimensional"}
-# How else a text may name an argument.
+# Other names of an argument in texts.
 ALSO = {
     "key": ("a memory is indexed", "a memory's bytes", "the slice has", "slice step", "data"),
     "value": ("a byte", "data"), "item": ("a byte", "what is looked for"), "options": ("bogus",),
@@ -504,7 +504,7 @@ ALSO = {
 
 
 def called(world, name, bad):
-    """Call with the good arguments, but for the bad ones; what was returned."""
+    """Calls with valid arguments except for the bad ones, and returns the result."""
     what, arguments = FACE[name]
     positional, named = [], {}
     kinds = KINDS[name]
@@ -524,11 +524,11 @@ def called(world, name, bad):
     return what(world)(*positional, **named)
 
 
-# -- what there is ---------------------------------------------------------------------------------------
+# -- the public callables --------------------------------------------------------------------------------
 
 
 def arguments_of(node):
-    """From a stub's or a source's function: (argument, how it is passed)."""
+    """From a function in a stub or a source: (argument, kind of the argument)."""
     given_ = [(argument.arg, "positional") for argument in node.args.posonlyargs + node.args.args]
     given_ = [pair for pair in given_ if pair[0] not in ("self", "cls")]
     if node.args.vararg:
@@ -541,7 +541,7 @@ def arguments_of(node):
 
 @functools.cache
 def definitions(module):
-    """What a module defines, by the stub beside it if there is one: name -> node."""
+    """The definitions of a module, from its stub if it has one: name -> node."""
     package = Path(linmem.__file__).parent
     for suffix in (".pyi", ".py"):
         path = package / (module.removeprefix("linmem.").replace(".", "/") + suffix)
@@ -551,13 +551,14 @@ def definitions(module):
     raise AssertionError(f"no source or stub of {module}")
 
 
-PROTOCOL = {"__getitem__", "__setitem__", "__delitem__", "__contains__", "__exit__"}    # that take what a caller writes
+# protocol methods with arguments from the caller
+PROTOCOL = {"__getitem__", "__setitem__", "__delitem__", "__contains__", "__exit__"}
 EMPTY = {"__init__": {}}
 MAKERS = ("__init__", "__new__")
 
 
 def functions_of(cls):
-    """The public methods of a class, with those that it inherits from one of linmem's: name -> arguments."""
+    """The public methods of a class, including methods that it inherits from linmem's classes: name -> arguments."""
     found = dict(EMPTY)
     for base in reversed(cls.__mro__):
         if not base.__module__.startswith("linmem"):
@@ -578,7 +579,7 @@ def functions_of(cls):
 
 
 def public_face():
-    """Every public callable that takes arguments, or is a class: name -> {argument: how it is passed}."""
+    """Every public class, and every public callable with arguments: name -> {argument: kind of the argument}."""
     found = {}
     modules = ["linmem", "linmem.wasmtime"] + ["linmem.dask"] * NEEDS["dask"][0]
     for home in modules:
@@ -600,7 +601,7 @@ def public_face():
 
 
 def is_the_same(name):
-    """Where a method of many classes is one and the same, it is tried on one of them."""
+    """A method that several classes share is tested on one of them."""
     home, _, method = name.rpartition(".")
     if method in ("new_memory", "create") and home.endswith("Creator"):
         return f"linmem.MmapCreator.{method}"
@@ -618,7 +619,7 @@ def test_every_public_argument_has_its_row():
         name: list(arguments) for name, arguments in KINDS.items()}
 
 
-def test_no_public_callable_is_out_of_sight():
+def test_the_list_of_public_callables_is_complete():
     seen = set(public_face())
     for home in ["linmem", "linmem.wasmtime"]:
         module = importlib.import_module(home)
@@ -632,7 +633,7 @@ def test_no_public_callable_is_out_of_sight():
                 if method.startswith("_") or method in dir(Exception):
                     continue
                 if isinstance(attribute, property) or inspect.isgetsetdescriptor(attribute):
-                    # None of them can be set, so none takes an argument.
+                    # These attributes cannot be set, so they take no argument.
                     assert getattr(attribute, "fset", None) is None
                 elif callable(getattr(thing, method)):
                     assert method in stubs, f"{home}.{name}.{method} is in no stub"
@@ -660,7 +661,7 @@ def worlds(tmp_path):
 
 
 def problem_of(world, name, labels):
-    """Call with garbage, {argument: its name}: what is wrong with what came of it, and whether the world is used."""
+    """Calls with garbage, {argument: its name}. Returns the problem or None, and whether the world was changed."""
     bad = {argument: GARBAGE[label](world) for argument, label in labels.items()}
     before = world.state()
     error = result = None
@@ -695,7 +696,7 @@ def figures():
 
 
 @pytest.mark.parametrize("name", [name for name, (_, arguments) in FACE.items() if arguments])
-def test_every_argument_refuses_garbage_by_its_name_and_leaves_all_as_it_was(name, worlds):
+def test_every_argument_refuses_garbage_by_its_name_and_changes_no_state(name, worlds):
     problems = []
     for argument in FACE[name][1]:
         world = worlds()
@@ -713,7 +714,7 @@ def test_every_argument_refuses_garbage_by_its_name_and_leaves_all_as_it_was(nam
 def test_two_arguments_of_garbage_are_refused_by_the_name_of_one(worlds):
     names = [name for name, (_, arguments) in FACE.items() if len(arguments) > 1]
 
-    @settings(max_examples=4 * settings.default.max_examples)       # there are many pairs, and each takes no time
+    @settings(max_examples=4 * settings.default.max_examples)       # many pairs, and each pair is fast
     @given(st.data())
     def check(data):
         name = data.draw(st.sampled_from(names))
@@ -726,11 +727,11 @@ def test_two_arguments_of_garbage_are_refused_by_the_name_of_one(worlds):
     check()
 
 
-# -- arguments that act while they are looked at -----------------------------------------------------------
+# -- arguments with side effects ---------------------------------------------------------------------------
 
 
 class Acting:
-    """An integer, a buffer and a path that does something to the memory when it is asked for what it is."""
+    """An integer, a buffer and a path. Each conversion runs `act`, which changes the memory."""
 
     def __init__(self, act, value):
         self.act, self.value = act, value
@@ -761,7 +762,7 @@ ACTED = [(name.rpartition(".")[2], argument) for name, (_, arguments) in FACE.it
 
 
 @pytest.mark.parametrize("act", ACTS)
-def test_an_argument_that_acts_on_the_memory_is_no_way_past_its_end(act):
+def test_an_argument_that_changes_the_memory_cannot_cause_an_access_past_its_end(act):
     for (method, argument), value in itertools.product(ACTED, (0, 1, PAGE, 2 * PAGE, 2 * PAGE + 1)):
         mem = linmem.create(2 * PAGE, reserve=0, may_move=True)
         mem.write(0, PATTERN)
@@ -780,10 +781,10 @@ def test_an_argument_that_acts_on_the_memory_is_no_way_past_its_end(act):
         mem.close()
 
 
-def test_the_last_reference_may_go_while_an_argument_is_looked_at():
+def test_the_last_reference_may_be_dropped_during_the_check_of_an_argument():
     for method, argument in ACTED:
         if argument == "data" and sys.version_info < (3, 12):
-            continue            # no Python class is a buffer there
+            continue            # before Python 3.12, Python classes cannot export buffers
         holder = [linmem.create(2 * PAGE)]
         given_ = {name: good for name, (_, good) in FACE[f"linmem.Memory.{method}"][1].items()}
         given_[argument] = Acting(holder.clear, 0)
@@ -793,7 +794,7 @@ def test_the_last_reference_may_go_while_an_argument_is_looked_at():
 
 
 @pytest.mark.parametrize("path", ["linmem.Image.open", "linmem.Image.save", "linmem.Delta.open", "linmem.Delta.save"])
-def test_a_path_that_acts_is_a_path(path, worlds):
+def test_a_path_with_side_effects_is_a_valid_path(path, worlds):
     world = worlds()
     what, arguments = FACE[path]
     acting = Acting(lambda: world.mem.close(), 0)
@@ -802,13 +803,13 @@ def test_a_path_that_acts_is_a_path(path, worlds):
     assert world.mem.closed
 
 
-# -- what would end the process ---------------------------------------------------------------------------
+# -- calls that would end the process ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("call", ["linmem.wasmtime.linear_memory(other, memory)",
                                   "linmem.wasmtime.Snapshot.take(other, instance)"])
-def test_a_store_that_a_thing_does_not_belong_to_is_refused(call):
-    # In a child: wasmtime itself ends the process.
+def test_a_foreign_store_is_refused(call):
+    # In a child, because wasmtime itself would end the process.
     assert answer(f"""
         import linmem.wasmtime, wasmtime
         config = wasmtime.Config()
@@ -825,7 +826,7 @@ def test_a_store_that_a_thing_does_not_belong_to_is_refused(call):
         """).startswith("store must be the one that the ")
 
 
-def test_a_delta_of_the_callers_own_class_is_no_way_to_write_where_nobody_may(worlds):
+def test_a_delta_of_the_callers_own_class_cannot_write_out_of_bounds(worlds):
     mem = worlds().mem
 
     class Hostile(linmem.Delta):
@@ -846,12 +847,12 @@ WORDS = ["", " ", "-", "--", "-1", "--no-such", "0x10", "nan", "inf", "1e999", "
 COMMANDS = {
     "run": ["{wat}"], "demo": None, "info": [], "image info": ["{image}"], "image verify": ["{image}"],
     "image diff": ["{image}", "{other}"], "image apply": ["{image}", "{delta}", "--output", "{new}"],
-    "image": None, "bench": None,       # the first has only subcommands; the second is tried where it lives
+    "image": None, "bench": None,       # "image" only has subcommands; test_bench.py covers "bench"
 }
 
 
 def parsers():
-    """Every command: its words -> its parser."""
+    """All commands: words of the command -> its parser."""
     _, found = cli.build_parser()
     for name, command in (("run", run_cli), ("demo", demo_cli), ("info", info_cli), ("image", image_cli)):
         command.add_arguments(found[name])
@@ -860,7 +861,7 @@ def parsers():
 
 
 def values_of(parser):
-    """The arguments of a command that take a value: an option, or the place of a word."""
+    """The arguments of a command that take a value: the name of an option, or the number of a positional argument."""
     place = 0
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction) or action.nargs == 0:
@@ -870,7 +871,7 @@ def values_of(parser):
         else:
             yield place
             place += 1
-    if "PROGRAM" in (parser.usage or ""):       # which argparse is not told of
+    if "PROGRAM" in (parser.usage or ""):       # an argument that argparse does not know
         yield 0
 
 
@@ -890,16 +891,16 @@ def test_every_word_of_the_command_line_may_be_garbage(command, tmp_path, monkey
                         delta=tmp_path / "delta", new=tmp_path / "new") for word in COMMANDS[command]]
     places = list(values_of(parsers()[command]))
     for place, word in itertools.product([*places, None], WORDS):
-        if place == "--picture":        # test_image_cli looks at what draws
+        if place == "--picture":        # test_image_cli.py tests the commands that draw
             continue
         words = list(good)
         if isinstance(place, int):
             words[place] = word
-        elif place is None:                     # one word more
+        elif place is None:                     # an additional word
             words.append(word)
         else:
             words += [f"{place}={word}"]
-        # An option comes before the program, whose arguments are its own.
+        # Options come before the program, because words after the program are the program's arguments.
         words = words[::-1] if command == "run" and isinstance(place, str) else words
         try:
             code = cli.main([*command.split(), *words])

@@ -1,4 +1,4 @@
-"""What README and the documentation show is what happens: every Python block runs, alone, in a child process."""
+"""README and the documentation are correct: every Python block runs, alone, in a child process."""
 
 import os
 import re
@@ -16,7 +16,7 @@ pytest.importorskip("wasmtime")
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^(<!-- dies -->\n)?```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-# A segmentation fault, or a bus error (macOS); on Windows the access violation is the exit code.
+# Exit codes: segmentation fault, bus error (macOS), and access violation on Windows.
 DEATHS = {-11, -10, -7, 0xC0000005, 0xC0000005 - (1 << 32)}
 BLOCKS = [
     pytest.param(block[2], bool(block[1]), id=f"{page.name}:{block.string.count(chr(10), 0, block.start()) + 1}")
@@ -32,7 +32,7 @@ def run(code: str, cwd: Path) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize(("code", "dies"), BLOCKS)
 def test_a_python_block_does_what_the_page_says(code, dies, tmp_path):
-    # The page's own words come after it: where a crash starts a debugger, that would be waited for.
+    # die_quietly() starts no debugger on a crash; a debugger would block the test.
     child = run(f"from linmem._os import pages\npages.die_quietly()\n{code}" if dies else code, tmp_path)
     if dies:
         assert child.returncode in DEATHS, f"exit {child.returncode}\n{child.stdout}\n{child.stderr}"
@@ -40,7 +40,7 @@ def test_a_python_block_does_what_the_page_says(code, dies, tmp_path):
         assert child.returncode == 0, child.stderr
 
 
-def test_the_readme_shows_one_script_that_dies_and_the_same_that_lives():
+def test_the_readme_shows_one_script_that_crashes_and_a_version_that_works():
     blocks = [(bool(block[1]), block[2]) for block in BLOCK.finditer(PAGES[0].read_text("utf-8"))]
     assert [dies for dies, _ in blocks] == [False, False, True, False, False]
     assert all("store.close()" in code for _, code in blocks[2:4])
@@ -53,7 +53,7 @@ def test_the_array_that_grows_under_a_live_view_takes_at_most_fifteen_lines():
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "CHANGELOG.md"],
                          ids=lambda page: page.name)
-def test_a_link_to_a_file_of_this_project_leads_somewhere(page):
+def test_a_link_to_a_file_of_this_project_points_to_an_existing_file(page):
     text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
     targets = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", text)
     missing = [target for target in targets if not (page.parent / target).exists()]

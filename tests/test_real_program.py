@@ -1,4 +1,4 @@
-"""A real program as client: the same C source natively and as wasm in linmem memories."""
+"""A real program as a client: the same C source runs natively and as wasm in linmem memories."""
 
 import pathlib
 import subprocess
@@ -48,7 +48,7 @@ def run_wasm(path, arguments, creator, out):
     return code, out.read_text()
 
 
-def test_a_program_that_grows_by_hundreds_of_mib_computes_what_it_computes_natively(programs, tmp_path):
+def test_a_program_that_grows_by_hundreds_of_mib_computes_the_same_results_as_natively(programs, tmp_path):
     native, wasm = programs
     arguments = ["3000", str(4 << 20)]
     expected = subprocess.run([str(native), *arguments], capture_output=True, text=True, check=True, timeout=120).stdout
@@ -61,7 +61,7 @@ def test_a_program_that_grows_by_hundreds_of_mib_computes_what_it_computes_nativ
     assert not memory["alive"]
 
 
-def test_the_same_program_meets_its_budget_and_says_so_itself(programs, tmp_path):
+def test_the_same_program_reaches_its_budget_and_reports_this_itself(programs, tmp_path):
     _, wasm = programs
     budget = linmem.LimitingCreator(linmem.MmapCreator(), 64 << 20)
     code, output = run_wasm(wasm, ["3000", str(4 << 20)], budget, tmp_path / "out")

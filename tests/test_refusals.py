@@ -1,7 +1,7 @@
-"""What the operating system itself refuses, in children whose limits are real.
+"""Refusals by the operating system, in children with real limits.
 
-`failing` refuses a page call before the system call. Here the system call is made, and refused: its code, what it has
-done before it stopped, and the words about the limit are the operating system's.
+`failing` refuses a page call before the system call. Here the OS itself refuses the system call. So the error code, the
+partial work before the refusal, and the text about the limit are real.
 """
 
 import pytest
@@ -23,7 +23,7 @@ def data_in_use():
         return int(re.search(r"VmData:\\s+(\\d+) kB", status.read())[1]) << 10
 
 def state(mem):
-    return mem.info(), accessible_parts(mem), mem.read(0, 4)    # which is of one page, and that page was written
+    return mem.info(), accessible_parts(mem), mem.read(0, 4)    # the first page, which was already written
 
 def refused(call, name, code, words):
     try:
@@ -36,7 +36,7 @@ def refused(call, name, code, words):
     raise AssertionError(f"{name} was not refused")
 
 class no_mappings_left:
-    # Splits one large mapping until the kernel refuses the next one.
+    # Splits one large mapping until the kernel refuses a further mapping.
     def __enter__(self):
         self.size = (FLOOR["mappings"] + 2) * REAL_PAGE
         self.at = LIBC.mmap(None, size_t(self.size), 1, 0x4022, -1, ctypes.c_long(0))
@@ -76,7 +76,7 @@ with no_mappings_left():
     assert empty.byte_size() == 0
 assert (bytes(mem)[:9 * PAGE], accessible_parts(empty)) == (before[0], before[2])
 assert accessible_parts(mem) == [(0, 12 * PAGE, "rw-p")]
-linmem.create(PAGE).close()     # what could not be released goes now
+linmem.create(PAGE).close()     # also releases the ranges whose release was refused
 assert live_bytes() == before[3] - 3 * PAGE
 empty.grow_to(5 * PAGE)
 mem.protect(4 * PAGE, PAGE, "r")
@@ -86,7 +86,7 @@ print("refused")
 
 
 @requires("few_mappings", "maps_images")
-def test_without_mappings_left_a_memory_takes_an_image_by_copying_it_and_turns_to_another():
+def test_without_mappings_left_a_memory_copies_its_image_and_can_be_restored_to_another():
     assert child("""
 first = linmem.Image.from_bytes(b"1" * 3 * PAGE, PAGE)
 second = linmem.Image.from_bytes(b"second" * PAGE, 4 * PAGE)
@@ -109,7 +109,7 @@ print("copied")
 
 @requires("few_mappings")
 @pytest.mark.parametrize("reset", ["adaptive", "zero", "discard"])
-def test_a_slot_that_comes_back_without_mappings_left_hands_on_no_byte_and_no_access(reset):
+def test_a_slot_returned_without_mappings_left_passes_on_no_byte_and_no_protection(reset):
     assert child(f"""
 pool = linmem.PoolingCreator(reset="{reset}", check=True)
 mem = pool.create(3 * PAGE, **SHAPE)
@@ -166,7 +166,7 @@ before = state(mem)
 refused(lambda: mem.grow_to(128 << 20), "commit", ENOMEM, f"RLIMIT_DATA (ulimit -d) is {limit} bytes")
 assert state(mem) == before
 other.close()
-mem.grow_to(128 << 20)          # and there is room again
+mem.grow_to(128 << 20)          # now the growth fits
 print("named")
 """) == "named"
 
@@ -194,7 +194,7 @@ print("stayed")
 
 
 @requires("maps", "memory_locks", "discard_any_protection")
-def test_pages_that_are_locked_in_memory_cannot_be_discarded_and_a_pool_clears_them_all_the_same():
+def test_locked_pages_cannot_be_discarded_but_a_pool_zeroes_them():
     assert child("""
 mem = linmem.create(4 * PAGE, **SHAPE)
 mem.write(0, b"s" * 4 * PAGE)

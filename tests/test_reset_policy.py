@@ -1,4 +1,4 @@
-"""The policy of the pool's resets against a model of what the machine's calls cost. No clock, no system call."""
+"""The pool's reset policy against a model of the machine's costs. Uses no clock and no system call."""
 
 import itertools
 import math
@@ -19,11 +19,11 @@ class Machine:
     """Microseconds."""
 
     fault: float
-    free: float             # of one resident page
-    scan: float             # of a range with little in it
-    discard: float          # the same
-    seen: float             # of one resident page in a scan
-    zeroing: tuple[tuple[int, float], ...]      # of one page, by how many there are
+    free: float             # cost for one resident page
+    scan: float             # cost for a range with few resident pages
+    discard: float          # cost for a range with few resident pages
+    seen: float             # cost for one resident page in a scan
+    zeroing: tuple[tuple[int, float], ...]      # cost for one page, by the number of pages
 
     def zero(self, n):
         return n * next(us for most, us in self.zeroing if n <= most)
@@ -42,7 +42,7 @@ MACHINES = {
 
 
 def adaptive(machine, n, uses):
-    """The cost of each use, its faults and its reset."""
+    """Yields the cost of each use: its page faults and its reset."""
     policy, resident = machine.policy(), set()
     for dirty in uses:
         cost = machine.fault * len(dirty - resident)
@@ -97,7 +97,7 @@ def test_no_pattern_costs_much_more_than_the_better_simple_method_and_most_cost_
     for n, d in SIZES:
         for name, uses in patterns(n, d, random.Random(n + d)):
             uses = list(itertools.islice(uses, USES))
-            # The second half: by then the policy knows what it deals with.
+            # Compares the second half only, because the policy adapts itself during the first half.
             ours = sum(list(adaptive(machine, n, uses))[USES // 2:])
             found[n, d, name] = better_simple_method(machine, n, uses[USES // 2:]) / ours
     worst = min(found, key=found.get)
@@ -127,15 +127,15 @@ def test_pages_that_are_never_used_again_are_given_back_soon():
     assert max(kept) <= 64
 
 
-def test_what_a_slot_may_not_keep_is_given_back():
+def test_pages_above_the_bound_of_a_slot_are_given_back():
     policy = _Policy(12, 4)
     assert policy.begin(1000) == "scan"
     assert not policy.end(1000, 11, 10)
     policy.given_back()
-    assert policy.begin(1000) == "discard"      # and the next ones are not looked at
+    assert policy.begin(1000) == "discard"      # the following resets do not scan
 
 
-def test_a_small_range_is_zeroed_without_a_look_once_that_may_pay_for_the_faults():
+def test_a_small_range_is_zeroed_without_a_scan_if_this_may_cost_less_than_the_faults():
     policy = _Policy(12, 4)
     asked = []
     for _ in range(6):
@@ -146,14 +146,14 @@ def test_a_small_range_is_zeroed_without_a_look_once_that_may_pay_for_the_faults
     assert policy.begin(5) == "scan"
 
 
-def test_the_costs_of_this_machine_are_sane():
+def test_the_costs_of_this_machine_are_plausible():
     costs = _costs()
     assert 8 <= costs["fault"] <= 64
     assert 4 <= costs["scan"] <= 64
 
 
 @pytest.mark.parametrize("size", [0, 128, 4096, 65536 + 128])
-def test_wide_stores_zero_what_they_shall_and_not_a_byte_more(size):
+def test_wide_stores_zero_exactly_the_given_bytes(size):
     with linmem.create(2 * 65536) as mem:
         mem[:] = b"\xab" * len(mem)
         if not _zero_wide(mem.as_ptr() + 4096, size):

@@ -1,4 +1,4 @@
-"""The writer of files that are there whole or not at all: what it replaces, what it keeps, and what it leaves."""
+"""The atomic file writer: the files that it replaces, the attributes that it keeps, and the files that it leaves."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def old(tmp_path):
     return path
 
 
-# -- what is replaced ---------------------------------------------------------------------------------------
+# -- replaced files -----------------------------------------------------------------------------------------
 
 @requires("owners")
 @pytest.mark.parametrize("mode", [0o600, 0o400, 0o644, 0o664, 0o777, 0o000])
@@ -47,14 +47,14 @@ def test_a_file_that_is_replaced_keeps_its_rights(old, mode):
 
 
 @requires("owners")
-def test_nobody_else_can_read_a_file_that_is_being_written(tmp_path, old, monkeypatch):
+def test_other_users_cannot_read_a_file_during_its_write(tmp_path, old, monkeypatch):
     old.chmod(0o666)
     seen = []
     whole = os.fsync
 
     def look(fd):
         if stat.S_ISREG(os.fstat(fd).st_mode):
-            # The rights are given when the content is there; nobody had the file open before.
+            # At fsync the content is complete, and other users could not open the file before.
             seen.extend(name for name in os.listdir(tmp_path) if name.startswith("."))
         whole(fd)
 
@@ -104,7 +104,8 @@ def as_another_user(path):
 
 @pytest.fixture
 def shared_folder():
-    """A folder that another user reaches. pytest's own may not be: each session of pytest closes its parents anew."""
+    """A folder that another user can reach. pytest's folders may be unreachable, because each session of pytest removes
+    access to their parents."""
     with tempfile.TemporaryDirectory(prefix="linmem-test-") as folder:
         os.chmod(folder, 0o777)
         yield pathlib.Path(folder)
@@ -187,7 +188,7 @@ def test_an_open_file_without_a_name_is_written_to(tmp_path):
     assert Image.open(tmp_path / "copy", verify=True) == A
 
 
-# -- what fails -----------------------------------------------------------------------------------------------
+# -- failures -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 @pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
@@ -238,7 +239,7 @@ def test_each_of_the_file_and_its_folder_is_flushed_once_and_in_this_order(tmp_p
     assert done == expected
 
 
-# -- what is left of writers that died -------------------------------------------------------------------------
+# -- files of killed writers -----------------------------------------------------------------------------------
 
 DIES = """
 import os, signal, sys, linmem
@@ -261,14 +262,14 @@ def writer(folder, what):
 
 @requires("fork")
 @pytest.mark.parametrize("by", ["save", "cache"])
-def test_the_next_writer_removes_what_a_killed_one_left_and_nothing_else(tmp_path, by):
+def test_the_next_writer_removes_only_files_of_killed_writers(tmp_path, by):
     folder = tmp_path / "cache" / "key"
     folder.mkdir(parents=True, mode=0o700)
     with writer(folder, "dies") as dead:
         assert dead.wait(60) == -signal.SIGKILL
     with writer(folder, "lives") as alive:
         try:
-            [left] = os.listdir(folder)             # of the living; the dead one's went
+            [left] = os.listdir(folder)             # the living writer's file; the killed writer's file was removed
             others = [".linmem-0123456789abcdef.tm", "linmem-0123456789abcdef.tmp", ".linmem-0123.tmp"]
             for name in others:
                 (folder / name).touch()
@@ -285,13 +286,13 @@ def test_the_next_writer_removes_what_a_killed_one_left_and_nothing_else(tmp_pat
 
 
 @requires("fork")
-def test_a_writer_whose_file_was_removed_before_it_held_the_lock_begins_anew(tmp_path, monkeypatch):
+def test_a_writer_whose_file_was_removed_before_the_lock_starts_again(tmp_path, monkeypatch):
     removed = []
     whole = atomic_file._lock
 
     def lock(fd):
         if not removed:
-            removed.extend(os.listdir(tmp_path))        # as another writer does that takes it for abandoned
+            removed.extend(os.listdir(tmp_path))        # like another writer that takes the file for abandoned
             os.unlink(tmp_path / removed[0])
         return whole(fd)
 
@@ -303,7 +304,7 @@ def test_a_writer_whose_file_was_removed_before_it_held_the_lock_begins_anew(tmp
 
 
 @requires("fork")
-def test_only_regular_files_are_taken_for_what_a_killed_writer_left(tmp_path):
+def test_only_regular_files_are_taken_for_files_of_a_killed_writer(tmp_path):
     pipe, folder, file, link = (tmp_path / f".linmem-{number:016x}.tmp" for number in range(4))
     os.mkfifo(pipe)
     folder.mkdir()
@@ -365,5 +366,5 @@ def test_a_save_works_in_a_folder_that_may_be_written_and_not_listed(shared_fold
     assert Image.open(folder / "file", verify=True) == Image.from_bytes(b"theirs")
 
 
-def test_nothing_of_the_writer_is_loaded_before_a_file_is_named():
+def test_the_writer_is_not_imported_before_a_file_is_named():
     assert answer("import linmem, sys; print('linmem._files.atomic_file' in sys.modules)") == "False"

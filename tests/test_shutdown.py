@@ -1,4 +1,4 @@
-"""The order in which things go: any order, in cycles and finalisers, and in the interpreter's last second."""
+"""Objects are freed in any order, in cycles, by finalisers, and at the end of the interpreter."""
 
 import re
 import textwrap
@@ -15,14 +15,14 @@ how = dict(maximum=16 * P, reserve=16 * P, guard=P)
 """
 
 
-# wasmtime-py's own finalisers may meet their module emptied already, and say so. Nobody else says anything.
+# wasmtime-py's own finalisers may find their module already cleared and print an error. No other error is allowed.
 NOT_OURS = re.compile(r"Exception ignored .*\bManaged\.__del__ .*\nTraceback .*\n(  .*\n)+"
                       r"AttributeError: 'NoneType' .*\n")
 
 
 def scene(code, status=0):
-    """What a process prints that runs `code`, ends with `status`, and has nothing to say on stderr."""
-    # Each arena of glibc's malloc holds inaccessible address space, which would pass for a memory's.
+    """The output of a process that runs `code`. The process must end with `status` and write no errors."""
+    # Each arena of glibc's malloc holds inaccessible address space, and the tests would count this space as a memory's.
     done = run_child(HEAD + textwrap.dedent(code), env={"MALLOC_ARENA_MAX": "1"})
     assert (done.returncode, NOT_OURS.sub("", done.stderr)) == (status, ""), done.stdout
     return done.stdout.strip()
@@ -30,7 +30,7 @@ def scene(code, status=0):
 
 # -- any order --------------------------------------------------------------------------------------------
 
-# What `make()` made is dropped by its names, in many orders; what is left behind is counted by the OS.
+# The child drops the objects of `make()` in many orders, and the OS shows whether memory leaks.
 ORDERS = """
 from support import live_bytes, NEEDS
 
@@ -38,7 +38,7 @@ def live():
     return live_bytes() if NEEDS["maps"][0] else 0
 
 def in_orders(make, names, most):
-    # Whatever goes first, and whatever next, is among them; and as many others.
+    # All choices of the first two objects to drop, and `most` random orders.
     chance = random.Random(6)
     orders = [(*pair, *chance.sample([n for n in names if n not in pair], len(names) - 2))
               for pair in itertools.permutations(names, 2)]
@@ -74,7 +74,7 @@ def make():
 """
 
 
-def test_creators_memories_views_and_images_go_in_any_order():
+def test_creators_memories_views_and_images_are_freed_in_any_order():
     assert scene(ORDERS + THINGS + """
 print(in_orders(make, list(make()), 300))
 """) == "356"
@@ -102,13 +102,13 @@ def make():
 """
 
 
-def test_engines_stores_instances_views_prepared_modules_and_snapshots_go_in_any_order():
+def test_engines_stores_instances_views_prepared_modules_and_snapshots_are_freed_in_any_order():
     assert scene(ORDERS + GUESTS + """
 print(in_orders(make, list(make()), 40))
 """) == "112"
 
 
-def test_closed_stores_and_engines_leave_the_rest_to_go_in_any_order():
+def test_after_stores_and_engines_are_closed_the_rest_may_be_freed_in_any_order():
     assert scene(ORDERS + GUESTS + """
 made = make
 def make():
@@ -126,7 +126,8 @@ print(in_orders(make, list(make()), 8))
 
 @pytest.mark.parametrize("things", ["THINGS", "GUESTS"])
 def test_all_in_one_cycle_with_finalisers_that_use_it_is_collected(things):
-    """A finaliser runs before anything of the cycle is taken apart, and what it makes goes with the rest."""
+    """Finalisers run before the collector clears any object of the cycle. Objects that they make are freed with the
+    cycle."""
     assert scene(ORDERS + {"THINGS": THINGS, "GUESTS": GUESTS}[things] + """
 used = []
 class Last:
@@ -160,11 +161,11 @@ print(len(used), gc.garbage)
 """) == "19 []"
 
 
-# -- the interpreter's last second -------------------------------------------------------------------------------
+# -- the end of the interpreter ----------------------------------------------------------------------------------
 
 LAST_SECONDS = {
     "a native global holds a view": """
-        # As a C extension that never lets go: the reference is nobody's that Python knows.
+        # Like a C extension that never drops its reference: no Python object owns it.
         for held in (things["view"], things["memory"], things["creator"]):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(held))""",
     "a native global holds an image's memory": """
@@ -229,7 +230,7 @@ LAST_SECONDS = {
         del linmem
         gc.collect()""",
     "another interpreter wants it too": """
-        # It may refuse. It must not end badly.
+        # The interpreter may refuse the import, but the process must not crash.
         try:
             import _interpreters as interpreters
             create = interpreters.create

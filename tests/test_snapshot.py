@@ -1,4 +1,4 @@
-"""Snapshots of instances: what goes back, what cannot, and that it is said."""
+"""Snapshots of instances: state that a restore brings back, and reports about state that it cannot restore."""
 
 import gc
 import pathlib
@@ -33,7 +33,7 @@ COUNTER = """(module
   (func (export "grow") (param i32) (result i32) (memory.grow (local.get 0))))"""
 
 
-ENGINE = engine_of()        # of mmap, which keeps nothing
+ENGINE = engine_of()        # a MmapCreator, which keeps no memories
 
 
 def start(wat, imports=(), engine=ENGINE, **how):
@@ -46,11 +46,11 @@ def contents(store, exports, name="memory"):
     return bytes(exports[name].read(store))
 
 
-# -- what goes back ----------------------------------------------------------------------------------
+# -- restored state ----------------------------------------------------------------------------------
 
 
 @with_every_creator
-def test_memories_and_globals_go_back_as_often_as_wanted(kind):
+def test_memories_and_globals_can_be_restored_repeatedly(kind):
     store, instance, exports = start(COUNTER, engine=engine_of(kind))
     exports["step"](store, 5)
     before = contents(store, exports)
@@ -69,7 +69,7 @@ def test_memories_and_globals_go_back_as_often_as_wanted(kind):
     assert exports["memory"].read(store, 9, 10) == bytes([102])
 
 
-def test_an_instance_is_whole_again_after_a_trap():
+def test_an_instance_is_restored_completely_after_a_trap():
     store, instance, exports = start(COUNTER)
     snapshot = Snapshot.take(store, instance)
     with pytest.raises(wasmtime.Trap, match="unreachable"):
@@ -96,7 +96,7 @@ TWO = """(module (memory (export "a") 1) (memory (export "b") 1 4) (global (expo
 
 
 def spoiled(store, exports):
-    """Change all that a snapshot of TWO holds; what it is then."""
+    """Changes everything that a snapshot of TWO holds. Returns a function that reads this state."""
     exports["a"].write(store, b"new", 0)
     exports["g"].set_value(store, 2)
     exports["t"].set(store, 0, exports["grow"])
@@ -104,7 +104,7 @@ def spoiled(store, exports):
                     isinstance(exports["t"].get(store, 0), wasmtime.Func))
 
 
-def test_if_only_the_second_memory_has_grown_nothing_is_touched():
+def test_if_only_the_second_memory_has_grown_no_state_is_changed():
     store, instance, exports = start(TWO)
     snapshot = Snapshot.take(store, instance)
     exports["grow"](store)
@@ -116,7 +116,7 @@ def test_if_only_the_second_memory_has_grown_nothing_is_touched():
     assert now() == (bytes(3), 1, False)
 
 
-def test_if_only_the_second_memory_can_not_be_restored_now_nothing_is_touched():
+def test_if_only_the_second_memory_cannot_be_restored_now_no_state_is_changed():
     class Growing:
         def __init__(self, minimum, reserved, guard):
             self.inner = linmem.MmapCreator().create(minimum, reserve=reserved, guard=guard)
@@ -169,10 +169,10 @@ def test_of_several_memories_all_are_restored_or_none():
     restore_all([*memories, larger], [*images, small])
     assert [memory[0] for memory in memories] == [0, 0, 0]
     for memory in (*memories, larger):
-        memory.close()          # no lock and no use is left
+        memory.close()          # close() works, so no lock and no use is left
 
 
-def test_a_memory_that_has_grown_keeps_its_size_and_what_it_gained_is_zeroed_on_demand():
+def test_a_grown_memory_keeps_its_size_and_its_new_pages_are_zeroed_on_demand():
     store, instance, exports = start(COUNTER)
     snapshot = Snapshot.take(store, instance)
     before = contents(store, exports)
@@ -186,7 +186,7 @@ def test_a_memory_that_has_grown_keeps_its_size_and_what_it_gained_is_zeroed_on_
     assert exports["grow"](store, 5) == 5
 
 
-def test_globals_of_every_number_type_and_functions_go_back_bit_by_bit():
+def test_globals_of_every_number_type_and_functions_are_restored_bit_by_bit():
     kinds = {"i32": "(i32.const -5)", "i64": "(i64.const 0x8123456789abcdef)",
              "f32": "(f32.const nan:0x200001)", "f64": "(f64.const -nan:0x4000000000001)",
              "v128": "(v128.const i64x2 -1 0x123456789abcdef)", "funcref": "(ref.func $f)"}
@@ -214,7 +214,7 @@ def test_globals_of_every_number_type_and_functions_go_back_bit_by_bit():
         "<iQIQqqi", -5, 0x8123456789ABCDEF, 0x7FA00001, 0xFFF4000000000001, -1, 0x123456789ABCDEF, 42)
 
 
-def test_every_memory_goes_back_and_one_under_two_names_is_held_once():
+def test_every_memory_is_restored_and_a_memory_with_two_names_is_held_once():
     store, instance, exports = start("""(module
         (memory (export "a") (export "again") 1) (memory (export "b") i64 1) (data (i32.const 0) "a"))""")
     exports["b"].write(store, b"bbb", 100)
@@ -227,7 +227,7 @@ def test_every_memory_goes_back_and_one_under_two_names_is_held_once():
     assert exports["b"].read(store, 100, 103) == b"bbb"
 
 
-def test_imported_memories_and_globals_that_are_exported_go_back():
+def test_imported_memories_and_globals_that_are_exported_are_restored():
     store = wasmtime.Store(ENGINE)
     memory = linmem.wasmtime.new_memory(store, wasmtime.MemoryType(wasmtime.Limits(1, None)))
     counter = wasmtime.Global(store, wasmtime.GlobalType(wasmtime.ValType.i64(), True), 5)
@@ -256,7 +256,7 @@ def test_an_instance_that_was_not_prepared_can_be_held_too():
 
 
 class Histories(RuleBasedStateMachine):
-    """Steps, growth, new instances, snapshots and restores against a model."""
+    """Random steps, growths, instances, snapshots and restores against a model."""
 
     @initialize(kind=st.sampled_from(["mmap", "pool"]))
     def begin(self, kind):
@@ -267,7 +267,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule()
     def enter(self):
-        """In another store: the memory of the last one may be handed out again."""
+        """Continues in another store, which may get the memory of the previous store."""
         self.store.close()
         self.store = wasmtime.Store(self.engine)
         self.instance = self.prepared.instantiate(self.store)
@@ -318,7 +318,7 @@ class Histories(RuleBasedStateMachine):
 TestHistories = Histories.TestCase
 
 
-# -- what cannot go back -----------------------------------------------------------------------------
+# -- state that cannot be restored -------------------------------------------------------------------
 
 SECRETIVE = """(module (memory (export "memory") 1) (memory 1) (global $stack (mut i32) (i32.const 4096))
   (func (export "fail") (global.set $stack (i32.const 1)) (i32.store8 1 (i32.const 0) (i32.const 1)) unreachable)
@@ -345,7 +345,7 @@ def test_hidden_memories_and_globals_are_refused_unless_they_are_exposed():
     assert exports["stack"](store) == 4096
 
 
-def test_what_is_not_held_is_refused_or_named():
+def test_state_that_a_snapshot_does_not_hold_is_refused_or_named():
     store = wasmtime.Store(ENGINE)
     imports = [wasmtime.Memory(store, wasmtime.MemoryType(wasmtime.Limits(1, None))), table(store), number(store, 1),
                wasmtime.Global(store, wasmtime.GlobalType(wasmtime.ValType.i32(), True), 1)]
@@ -378,7 +378,7 @@ IMPORTING = """(module (import "e" "m" (memory 1)) (import "e" "g" (global (mut 
 
 
 @pytest.mark.parametrize("by_linker", [False, True])
-def test_what_an_instance_imports_goes_back_if_it_is_exposed(by_linker):
+def test_the_imports_of_an_instance_are_restored_if_they_are_exposed(by_linker):
     store = wasmtime.Store(ENGINE)
     memory = linmem.wasmtime.new_memory(store, wasmtime.MemoryType(wasmtime.Limits(1, None)))
     counter = wasmtime.Global(store, wasmtime.GlobalType(wasmtime.ValType.i32(), True), 5)
@@ -402,7 +402,7 @@ def test_what_an_instance_imports_goes_back_if_it_is_exposed(by_linker):
     assert [imports[2].get(store, index)(store) for index in range(2)] == [1, 2]
 
 
-def test_an_instance_of_which_nothing_is_held_or_known_is_refused():
+def test_an_instance_without_held_or_known_state_is_refused():
     store = wasmtime.Store(ENGINE)
     memory = linmem.wasmtime.new_memory(store, wasmtime.MemoryType(wasmtime.Limits(1, None)))
     module = wasmtime.Module(ENGINE, '(module (import "e" "m" (memory 1)) (func (export "f")))')
@@ -410,7 +410,7 @@ def test_an_instance_of_which_nothing_is_held_or_known_is_refused():
     with pytest.raises(ValueError, match="no memory and no mutable global, and what its module hides is not known"):
         Snapshot.take(store, instance)
     assert "not made by prepare" in Snapshot.take(store, instance, partial=True).unseen[0]
-    store, instance, _ = start('(module (func (export "f")))')      # known to have no state
+    store, instance, _ = start('(module (func (export "f")))')      # this module is known to have no state
     assert Snapshot.take(store, instance).unseen == ()
 
 
@@ -422,7 +422,7 @@ def test_a_table_of_an_instance_that_was_not_prepared_is_named():
     assert snapshot.unseen[0] == "the elements of exported table 't'"
 
 
-# Its table is a dispatch table that the guest itself changes.
+# A module whose table is a dispatch table that the guest itself changes.
 DISPATCHER = """(module (type $f (func (result i32))) {table}
     (func $one (type $f) (i32.const 1)) (func $two (type $f) (i32.const 2)) (elem (i32.const 1) {elements})
     (func (export "call") (param i32) (result i32) (call_indirect (type $f) (local.get 0)))
@@ -444,7 +444,7 @@ def answers(store, exports):
 
 @pytest.mark.parametrize("kind", [FUNCTIONS, pytest.param(TYPED, marks=needs_gc)])
 @pytest.mark.parametrize("is_exported", [False, True])
-def test_a_table_that_the_guest_changes_goes_back(kind, is_exported):
+def test_a_table_that_the_guest_changes_is_restored(kind, is_exported):
     wat = DISPATCHER.format(**kind)
     if is_exported:
         wat = wat.replace("(table 3", '(table (export "t") 3')
@@ -464,7 +464,7 @@ def test_a_table_that_the_guest_changes_goes_back(kind, is_exported):
         assert answers(store, exports) == [None, 1, 2]
 
 
-def test_a_hidden_table_that_no_code_changes_is_in_nobodys_way():
+def test_a_hidden_table_that_no_code_changes_does_not_prevent_a_snapshot():
     store, instance, exports = start("""(module (memory (export "memory") 1) (table 1 funcref) (elem (i32.const 0) $f)
         (func $f (result i32) (i32.const 7)) (func (export "call") (result i32)
             (call_indirect (result i32) (i32.const 0))))""")
@@ -496,13 +496,13 @@ def test_tables_and_globals_of_objects_and_foreign_memories_are_refused_or_named
     '(table (export "t") 2 nullcontref)', '(type $f (func)) (type $c (cont $f)) (table (export "t") 1 (ref null $c))',
     '(global (export "g") (mut contref) (ref.null cont))', "(global (mut nullcontref) (ref.null nocont))"])
 def test_continuations_are_never_read_and_always_refused(wat):
-    store, instance, _ = start(f"(module {wat})", expose=True)      # wasmtime's C API ends the process at such a read
+    store, instance, _ = start(f"(module {wat})", expose=True)      # wasmtime's C API ends the process on such a read
     with pytest.raises(ValueError, match="reference"):
         Snapshot.take(store, instance)
     Snapshot.take(store, instance, partial=True).restore(store)
 
 
-def test_a_table_that_has_been_resized_is_told_before_anything_is_touched():
+def test_a_resized_table_is_reported_before_any_state_is_changed():
     store, instance, exports = start(COUNTER.replace("(memory", '(table (export "table") 2 funcref) (memory', 1))
     snapshot = Snapshot.take(store, instance)
     exports["step"](store, 8)
@@ -566,7 +566,7 @@ def outcome(action, *args):
     return None
 
 
-def test_nothing_is_taken_or_restored_while_a_call_into_the_store_runs():
+def test_no_snapshot_is_taken_or_restored_during_a_call_into_the_store():
     store = wasmtime.Store(ENGINE)
     other, other_instance, _ = start(COUNTER)
     other_snapshot = Snapshot.take(other, other_instance)
@@ -590,10 +590,10 @@ def test_nothing_is_taken_or_restored_while_a_call_into_the_store_runs():
         "take": (RuntimeError, "a snapshot cannot be taken while a call into its store is running"),
         "restore": (RuntimeError, "a snapshot cannot be restored while a call into its store is running")}
     snapshot.restore(store)
-    store.close()       # the function knows the store, and wasmtime-py the function
+    store.close()       # breaks a cycle: the function refers to the store, and wasmtime-py to the function
 
 
-def test_a_function_of_the_users_named_as_one_of_wasmtimes_is_no_call_into_the_store():
+def test_a_users_function_with_the_name_of_a_wasmtime_function_is_not_taken_for_a_call_into_the_store():
     store, instance, exports = start(COUNTER)
     before = contents(store, exports)
 
@@ -658,7 +658,7 @@ def test_a_snapshot_keeps_no_store_alive_and_may_be_dropped_anywhere():
 
 @pytest.fixture(scope="module")
 def forth(tmp_path_factory):
-    """An interpreter in C, as a compiler makes it."""
+    """An interpreter, which a compiler builds from C."""
     if not NEEDS["zig"][0]:
         pytest.skip(NEEDS["zig"][1])
     source = pathlib.Path(__file__).parent / "programs" / "forth.c"
@@ -696,7 +696,7 @@ REQUESTS = [
 
 
 @pytest.mark.parametrize("kind", ["mmap", "pool"])
-def test_an_interpreter_that_is_put_back_answers_like_a_new_one(forth, kind):
+def test_a_restored_interpreter_answers_like_a_new_one(forth, kind):
     engine = engine_of(kind)
     module = wasmtime.Module(engine, forth)
     expected = [Forth(engine, lambda linker, store: linker.instantiate(store, module)).eval(text) for text in REQUESTS]
@@ -708,7 +708,7 @@ def test_an_interpreter_that_is_put_back_answers_like_a_new_one(forth, kind):
     assert prepared.images[0].size > 1 << 20
     assert prepared.added
     program = Forth(engine, lambda linker, store: prepared.instantiate(store, linker))
-    program.call("init", 2000)      # room on the heap for what is to come
+    program.call("init", 2000)      # room on the heap for the later requests
     snapshot = Snapshot.take(program.store, program.instance)
     assert all("tables" in text for text in snapshot.unseen)
     for turn in range(3):

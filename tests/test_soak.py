@@ -1,4 +1,4 @@
-"""A short soak ends well, and each kind of fault that it is there for is found and named."""
+"""A short soak succeeds, and a soak with a planted fault finds and names the fault."""
 
 import json
 import re
@@ -70,7 +70,7 @@ os._exit(status)
 """
 
 
-def planted(wrong, *arguments, minutes="1"):       # at most: it ends with what it finds
+def planted(wrong, *arguments, minutes="1"):       # minutes: the upper bound; the soak ends at the first finding
     given = ["--seed", "5", "--threads", "4", "--minutes", minutes]
     done = run_child(PLANTED.format(wrong=wrong, arguments=[*given, *arguments]))
     assert done.returncode == 1, done.stdout + done.stderr
@@ -108,8 +108,8 @@ def test_a_planted_fault_is_found_and_named(wrong, said):
     assert re.search(said, planted(wrong))
 
 
-def test_a_thread_that_hangs_is_found_and_where():
-    for seconds in ("1.5", "15", "60"):     # until no step of another thread takes that long on this machine
+def test_a_thread_that_hangs_is_found_with_its_frames():
+    for seconds in ("1.5", "15", "60"):     # until no step of another thread takes this long on a slow machine
         said = planted("hang", "--hang", seconds)
         if "in hang" in said:
             break
@@ -122,21 +122,21 @@ def test_a_thread_that_hangs_is_found_and_where():
 def test_a_child_that_hangs_ends_though_its_parent_has_ended_before():
     said = planted("orphan", "--hang", "6", minutes="0.5")      # run_child waits for all processes that hold the output
     assert "RuntimeError: never heard of" in said
-    assert "in orphan" in said.rpartition("soak: FAILED")[2]        # the frames of the child, which comes last
+    assert "in orphan" in said.rpartition("soak: FAILED")[2]        # the child's frames, which come last
 
 
 @requires("maps")
-def test_memories_that_are_never_let_go_of_are_a_leak():
+def test_memories_that_are_never_released_are_found_as_a_leak():
     assert "a leak: reserved was " in planted("leak", minutes="0.1")
 
 
 @requires("descriptors", "sealed")
-def test_descriptors_that_are_never_let_go_of_are_a_leak():
+def test_descriptors_that_are_never_closed_are_found_as_a_leak():
     assert "a leak: descriptors was " in planted("descriptor", minutes="0.1")
 
 
 @requires("fork")
-def test_what_is_wrong_in_a_forked_child_only_is_found():
+def test_a_fault_only_in_a_forked_child_is_found():
     said = planted("child")
     assert "Wrong: a forked child ended with status 1" in said
     assert "of a fresh memory of 'planted' is 1, must be 0" in said

@@ -1,4 +1,4 @@
-"""The suite itself: a test that hangs is named and ends the run, and `python -m pytest` is as good as `pytest`."""
+"""The suite itself: a hanging test is named and ends the run, and `python -m pytest` works like `pytest`."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 
 
 def run_pytest(folder, *arguments, cwd=None, **env):
-    """pytest in a child, as `python -m pytest`, with the options and the conftest of this suite."""
+    """Runs `python -m pytest` in a child, with the options and the conftest.py of this suite."""
     path = os.pathsep.join(dict.fromkeys(filter(None, [str(HERE), *sys.path])))
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"),
@@ -25,7 +25,7 @@ WAITS = {"without the GIL": "threading.Event().wait()", "with the GIL": "ctypes.
 
 
 @pytest.mark.parametrize("how", [
-    "without the GIL", pytest.param("with the GIL", marks=requires("descriptors"))])     # pause(2) is POSIX
+    "without the GIL", pytest.param("with the GIL", marks=requires("descriptors"))])     # pause(2) needs POSIX
 def test_a_test_that_hangs_ends_the_run_and_is_named_with_its_parameters(how, tmp_path):
     (tmp_path / "test_hanging.py").write_text(f"""
 import ctypes, threading
@@ -36,7 +36,7 @@ def test_with(value):
     if value == "second":
         {WAITS[how]}
 """)
-    for seconds in (1, 10, 60):     # until the rest of such a run is faster than that on this machine
+    for seconds in (1, 10, 60):     # until a slow machine has time for the rest of the run
         done = run_pytest(tmp_path, "-o", f"faulthandler_timeout={seconds}", "test_hanging.py")
         if "[second]" in done.stderr:
             break
@@ -52,7 +52,7 @@ def test_every_test_has_a_time_limit_that_ends_the_run(request):
 
 
 @requires("maps")
-def test_what_a_failed_test_left_behind_fails_no_other_test(tmp_path):
+def test_objects_of_a_failed_test_do_not_make_other_tests_fail(tmp_path):
     (tmp_path / "test_leaving.py").write_text("""
 import linmem, linmem.metrics, pytest, support
 

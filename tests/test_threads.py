@@ -1,8 +1,8 @@
-"""Eight threads at once on all that threads may share: each call works, or raises what is documented for it.
+"""Eight concurrent threads on everything that threads may share. Each call works, or raises a documented exception.
 
-Each hammer strikes for a part of a second (profile "ci": for some; LINMEM_HAMMER_SECONDS says otherwise), finds
-each thread's bytes where it left them, and leaves nothing behind. Without a GIL the threads do run at once; with
-one they are switched as often as can be.
+Each hammer runs for a part of a second (for seconds in profile "ci"; LINMEM_HAMMER_SECONDS sets another time). Each
+thread must find its own bytes unchanged, and no resource may leak. Without a GIL the threads run in parallel; with a
+GIL they are switched as often as possible.
 """
 
 import contextlib
@@ -25,16 +25,16 @@ import linmem.wasmtime
 
 THREADS = 8
 SECONDS = float(os.environ.get("LINMEM_HAMMER_SECONDS", 3 if os.environ.get("HYPOTHESIS_PROFILE") == "ci" else 0.7))
-# What the C library keeps of the stacks of threads that have ended, and the allocator of what it was given back. A
-# memory with a large reservation that is left behind is larger.
+# Bytes that the C library keeps for stacks of ended threads, and that the allocator keeps of freed memory. A leaked
+# memory with a large reservation is larger.
 SLACK = 64 << 20
 LARGE = 1 << 30
-# Bytes are not synchronised: what is written while a snapshot is taken is, to the sanitizer, what it is. And its own
-# books of all addresses grow.
+# Accesses of bytes are not synchronised, so the sanitizer reports a write during a snapshot as a race. The sanitizer's
+# tables of addresses also grow.
 SANITIZED = "libtsan" in os.environ.get("LD_PRELOAD", "")
 
-# What the calls below are documented to raise when another thread was faster, and the words that tell that from
-# the same exception for another reason.
+# The documented exceptions of a call that loses a race against another thread, with texts that distinguish them from
+# other causes.
 PROMISED = [
     (ValueError, r"the memory is closed|a memory never shrinks|grow it before|has grown to"),
     (BufferError, r"exported buffer\(s\)"),
@@ -51,10 +51,10 @@ def is_promised(error):
 
 
 def hammer(*works, seconds=None, enough=lambda calls, refused: True):
-    """Call each work(rng) again and again, each in a thread of its own; how often in all, and how many were refused.
+    """Runs each work(rng) repeatedly in its own thread. Returns the number of calls and the number of refused calls.
 
-    Each is called at least once, and until what was done is enough, however slow the machine is: at most a minute more.
-    The first exception that nobody promised is raised here.
+    Each function runs at least once. On a slow machine, the calls go on until `enough` is true, for at most one more
+    minute. The first undocumented exception is raised here.
     """
     seconds = SECONDS if seconds is None else seconds
     ends = []
@@ -103,10 +103,11 @@ def vm_size():
 
 
 def open_files():
-    """What is open, by name. The names of what ThreadSanitizer is silent about it looks up in libraries, and stays."""
+    """The names of the open files. ThreadSanitizer opens libraries to look up names in its suppressions, and keeps them
+    open."""
     names = []
     for number in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):      # of what lists them
+        with contextlib.suppress(OSError):      # the descriptor of the listing itself
             names.append(os.readlink(f"/proc/self/fd/{number}"))
     return sorted(name for name in names if not (SANITIZED and ".so" in name))
 
@@ -121,8 +122,8 @@ def what_the_os_shows():
 
 @pytest.fixture(autouse=True)
 def all_is_given_back():
-    """Mappings, descriptors and address space, as the OS shows them, are after a test what they were."""
-    linmem.PoolingCreator().create(PAGE).close()        # what opens a descriptor for good has opened it
+    """Checks that a test leaves the OS's counts of mappings, descriptors and address space unchanged."""
+    linmem.PoolingCreator().create(PAGE).close()        # opens the descriptors that stay open
     hammer(*[lambda rng: time.sleep(0.01)] * THREADS, seconds=0.01)
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
@@ -136,7 +137,7 @@ def all_is_given_back():
 
 
 class Delegate(linmem.LinearMemory):
-    """A memory that linmem knows only by the methods of the trait."""
+    """A memory that linmem knows only through the methods of the trait."""
 
     def __init__(self, *request):
         self.inner = linmem.MmapCreator().new_memory(*request)
@@ -171,7 +172,7 @@ class Handing(linmem.MemoryCreator):
 
 
 class Chains:
-    """Every creator and adaptor, alone and over others, and what each must say when all is over."""
+    """Every creator and adaptor, alone and in chains, and the figures that each must show at the end."""
 
     def __init__(self, image):
         self.image = image
@@ -196,7 +197,7 @@ class Chains:
         return mem
 
     def watch(self, rng):
-        """What an owner asks while others use the creators."""
+        """Calls of the creators' owner while other threads use the creators."""
         pool = rng.choice([*self.pools.values()])
         stats = pool.stats()
         assert stats["live"] >= stats["pinned"] >= 0
@@ -232,13 +233,14 @@ def chains():
     made = Chains(image)
     yield made
     made.check_over()
-    vars(made).clear()          # pytest holds it for longer
+    vars(made).clear()          # pytest keeps the object for longer
 
 
 # -- without wasmtime ----------------------------------------------------------------------------------------------
 
 def use_alone(chains, n, rng):
-    """A memory that no other thread knows: only this thread's bytes, through growth, a snapshot and a restore."""
+    """Uses a memory that no other thread knows: through growth, a snapshot and a restore, it must hold only this
+    thread's bytes."""
     mark = bytes([n + 1])
     reserve = rng.choice((0, 16 * PAGE, LARGE))
     with chains.make(rng, 4 * PAGE, 40 * PAGE, reserve) as mem:
@@ -263,7 +265,7 @@ def use_alone(chains, n, rng):
 
 
 def use_in_common(chains, cells, n, rng):
-    """A memory that all threads use, each 32 bytes of its own; it may be closed at any moment."""
+    """Uses a memory that all threads share. Each thread has 32 bytes, and the memory may be closed at any time."""
     at, mark = 32 * n, bytes([n + 1]) * 32
     place = rng.randrange(len(cells))
     if rng.random() < 0.15:
@@ -303,7 +305,7 @@ def use_in_common(chains, cells, n, rng):
             assert mem.closed
 
 
-def test_every_creators_memories_stand_eight_threads_alone_and_in_common(chains):
+def test_memories_of_every_creator_work_with_eight_threads_separately_and_shared(chains):
     rng = random.Random(0)
     cells = [chains.make(rng, 4 * PAGE, 40 * PAGE, 16 * PAGE) for _ in range(4)]
 
@@ -320,7 +322,7 @@ def test_every_creators_memories_stand_eight_threads_alone_and_in_common(chains)
 
 
 def test_no_call_meets_a_page_that_another_thread_has_just_made_inaccessible(chains):
-    """Nobody touches bytes by himself here; the calls that do so by themselves must not meet a protected page."""
+    """The test itself accesses no bytes. The calls that access bytes must not hit a protected page."""
     whole = 8 * PAGE
     image = chains.image
 
@@ -380,7 +382,7 @@ def test_a_growth_that_moves_waits_for_others_and_only_an_exported_buffer_refuse
         base = mem.as_ptr()
         time.sleep(rng.random() / 1000)
         try:
-            mem.grow_to(9 * PAGE)       # past its capacity, once: then it has one for all that it may become
+            mem.grow_to(9 * PAGE)       # grows past the capacity once; the new capacity holds all later growths
         except BufferError as error:
             raise AssertionError(f"no buffer is exported here: {error}") from error
         moves[0] += mem.as_ptr() != base
@@ -420,7 +422,7 @@ def test_threads_that_grow_one_memory_leave_it_at_the_largest_size():
             for n in range(2, steps + 2):
                 try:
                     mem.grow_to(n * PAGE)
-                except ValueError:      # another thread was ahead
+                except ValueError:      # another thread was faster
                     assert mem.byte_size() > n * PAGE
 
         with ThreadPoolExecutor(THREADS) as threads:
@@ -465,7 +467,7 @@ def test_one_grows_while_others_view_and_another_closes():
 
 
 def test_a_closed_handle_stays_closed_for_every_thread():
-    """Of all threads that close one memory at once, and of those that use it meanwhile, none gets inside later."""
+    """Several threads close and use one memory concurrently. After a close, no thread can use the memory."""
     def work(rng):
         mem = cell[0]
         if rng.random() < 0.2:
@@ -487,7 +489,7 @@ def test_a_closed_handle_stays_closed_for_every_thread():
 # -- images --------------------------------------------------------------------------------------------------------
 
 def test_threads_that_ask_an_image_for_the_first_time_at_once_get_the_same_answer(tmp_path):
-    """The digest and the runs are computed when first asked for, by whoever asks."""
+    """The first request for the digest and the runs computes them, in any thread."""
     data = random.Random(5).randbytes(3 * PAGE) + bytes(5 * PAGE) + b"end"
     known = linmem.Image.from_bytes(data, PAGE)
     known.save(tmp_path / "image")
@@ -534,7 +536,7 @@ def test_threads_that_ask_an_image_for_the_first_time_at_once_get_the_same_answe
     assert len(seen) == 40 * THREADS
 
 
-def test_deltas_between_memories_of_one_image_are_those_of_their_own_thread():
+def test_deltas_between_memories_of_one_image_show_only_the_writes_of_their_own_thread():
     image = linmem.Image.from_bytes(random.Random(6).randbytes(6 * PAGE))
     pool = linmem.PoolingCreator(image=image, check=True)
 
@@ -607,7 +609,7 @@ def wasm_creators():
 
 
 def strike_stores(creator):
-    """Until time is over, stores of one engine in each thread; the last reference on many is another thread's."""
+    """Until the time is over, each thread makes stores of one engine. Another thread often drops the last reference."""
     config = wasmtime.Config()
     linmem.wasmtime.install(config, creator)
     for name, value in (("memory_reservation", 1 << 28), ("memory_guard_size", 1 << 16)):
@@ -616,7 +618,7 @@ def strike_stores(creator):
     engine = wasmtime.Engine(config)
     prepared = linmem.wasmtime.prepare(engine, WAT)
     plain = wasmtime.Module(engine, WAT)
-    heirs = []                                  # stores and handles that another thread ends
+    heirs = []                                  # stores and handles that another thread drops
 
     def end(rng):
         try:
@@ -629,7 +631,7 @@ def strike_stores(creator):
         closed = rng.random() < 0.5
         if closed:
             store.close()
-        del store       # without a GIL it may live on until the thread that made it comes by
+        del store       # without a GIL, the object may stay alive until its own thread runs again
         assert handle.read(100, 50) == bytes([mark]) * 50, "a handle that outlives its store has lost its bytes"
         if closed:
             handle.close()
@@ -661,7 +663,7 @@ def strike_stores(creator):
                 with pytest.raises(BufferError):
                     handle.close()
             heir = [store, handle, mark]
-            del store, instance, exports, kept      # the heir's is the last reference
+            del store, instance, exports, kept      # the heir's references are the last ones
             heirs.append(heir)
             if len(heirs) > 40:
                 end(rng)
@@ -675,7 +677,7 @@ def strike_stores(creator):
 
 
 @pytest.mark.parametrize("kind", ["the pool", "adaptors", "a creator in Python"])
-def test_one_engine_and_eight_threads_of_stores_whose_memories_others_end(kind):
+def test_eight_threads_share_an_engine_and_drop_each_others_stores(kind):
     creator, pool, budget = wasm_creators()[kind]
     strike_stores(creator)
     gc.collect()
@@ -689,8 +691,9 @@ def test_one_engine_and_eight_threads_of_stores_whose_memories_others_end(kind):
 
 
 def test_a_growth_from_python_does_not_move_a_memory_that_wasm_has_meanwhile():
-    """A creator in Python hands on a memory that another thread of its grows: until wasm has it, and not after."""
-    newest = [None]             # never empty once there was one: the others look while this changes
+    """A creator in Python passes on a memory that one of its other threads grows. These growths must fail as soon as
+    wasm has the memory."""
+    newest = [None]             # never empty after the first memory, because other threads read it during the change
 
     class Keeping(linmem.MemoryCreator):
         def new_memory(self, *request):
@@ -708,10 +711,10 @@ def test_a_growth_from_python_does_not_move_a_memory_that_wasm_has_meanwhile():
         if mem is None:
             return
         try:
-            mem.grow_to(65536)                  # the size that it has: changes nothing, as long as it may
+            mem.grow_to(65536)                  # the current size, so the call has no effect while it is allowed
         except linmem.OwnedError:
             owned[0] += 1
-        except ValueError:                      # wasm has grown it, and is gone
+        except ValueError:                      # wasm has grown the memory, or the memory is closed
             pass
 
     def instantiate(rng):
@@ -734,7 +737,7 @@ def test_a_growth_from_python_does_not_move_a_memory_that_wasm_has_meanwhile():
 CHURN = """
     import os, random, sys, threading, time, traceback, warnings
     import linmem
-    warnings.simplefilter("ignore", DeprecationWarning)     # that a fork with threads is not safe is what is tested
+    warnings.simplefilter("ignore", DeprecationWarning)     # this test forks with threads on purpose
     book = linmem.StatisticsCreator(linmem.MmapCreator(), history=4)
     pool = linmem.PoolingCreator(book, max_unused_warm=1)
     stop, failed = threading.Event(), []
@@ -780,7 +783,7 @@ CHURN = """
 
 
 @requires("fork")
-def test_nothing_that_threads_do_while_another_forks_is_half_done_in_the_child():
+def test_no_operation_of_other_threads_during_a_fork_is_half_done_in_the_child():
     assert answer(f"""
     P, ROUNDS = {PAGE}, 30
 
@@ -825,7 +828,7 @@ cdef extern from "<unistd.h>" nogil:
 
 
 def fork(linmem.NativeCreator creator not None, size_t page):
-    # The child does what C can do, with no Python at all.
+    # The child calls only C functions, and no Python.
     cdef linmem.memory_spec spec
     cdef linmem.failure why
     cdef linmem.memory* m
@@ -856,7 +859,7 @@ def fork(linmem.NativeCreator creator not None, size_t page):
 
 
 @requires("fork", "compiler")
-def test_a_fork_by_c_code_that_python_knows_nothing_of_leaves_no_lock_held(tmp_path):
+def test_a_fork_by_c_code_without_pythons_handlers_leaves_no_lock_held(tmp_path):
     build_extension(tmp_path, "forking", FORKING)
     assert answer(f"""
     P, ROUNDS = {PAGE}, 200

@@ -1,4 +1,4 @@
-"""Which pages the page floor says were touched: never too few, and where it can be helped none too many."""
+"""The touched pages that the page floor reports: never too few, and as few extra pages as possible."""
 
 import ctypes
 import errno
@@ -35,7 +35,7 @@ cimport linmem._os.pages as pages
 
 
 def touched(size_t at, size_t size, bint over_image=False, size_t room=64):
-    '''One call: the runs that it found, and where the next one begins.'''
+    '''One call. Returns the found runs and the start of the next call.'''
     cdef pages.span runs[256]
     cdef char* next = NULL
     cdef int code
@@ -48,7 +48,7 @@ def touched(size_t at, size_t size, bint over_image=False, size_t room=64):
 
 
 def all_touched(size_t at, size_t size, bint over_image=False, size_t room=64):
-    '''The runs of as many calls as it takes.'''
+    '''Calls until the end of the range is reached. Returns all runs.'''
     found = []
     end = at + size
     while at < end:
@@ -75,7 +75,7 @@ def spotter(folder):
 
 
 def numbers(runs, base):
-    """The kernel's pages that lie in the runs, counted from the base; the runs must be in order and apart."""
+    """The numbers of the kernel pages in the runs, from the base on. The runs must be sorted and must not touch."""
     found = []
     for at, size in runs:
         assert at % REAL_PAGE == size % REAL_PAGE == 0
@@ -92,14 +92,14 @@ def write_pages(mem, which):
 
 @pytest.mark.parametrize("way", WAYS)
 @given(written=st.sets(st.integers(0, 255)), room=st.sampled_from([1, 2, 3, 63, 64, 65, 256]))
-def test_exactly_the_written_pages_are_found_whatever_the_room(way, spotter, written, room):
+def test_exactly_the_written_pages_are_found_with_any_buffer_size(way, spotter, written, room):
     with scanning(way), linmem.create(256 * REAL_PAGE) as mem:
         write_pages(mem, written)
         assert numbers(spotter.all_touched(mem.as_ptr(), 256 * REAL_PAGE, room=room), mem.as_ptr()) == sorted(written)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_neighbours_are_one_run(way, spotter):
+def test_neighbouring_pages_are_one_run(way, spotter):
     with scanning(way), linmem.create(64 * REAL_PAGE) as mem:
         base = mem.as_ptr()
         write_pages(mem, [3, 4, 5, 63])
@@ -110,7 +110,7 @@ def test_neighbours_are_one_run(way, spotter):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("room", [64, 256])
-def test_more_runs_than_there_is_room_for_go_on_at_next(way, spotter, room):
+def test_runs_that_do_not_fit_in_the_buffer_continue_at_next(way, spotter, room):
     n = 200
     with scanning(way), linmem.create(2 * n * REAL_PAGE) as mem:
         base, end = mem.as_ptr(), mem.as_ptr() + 2 * n * REAL_PAGE
@@ -125,7 +125,7 @@ def test_more_runs_than_there_is_room_for_go_on_at_next(way, spotter, room):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_nothing_outside_the_range_is_found(way, spotter):
+def test_no_page_outside_the_range_is_found(way, spotter):
     with scanning(way), linmem.create(64 * REAL_PAGE) as mem:
         write_pages(mem, range(64))
         at = mem.as_ptr() + 7 * REAL_PAGE
@@ -137,7 +137,7 @@ def test_a_page_that_was_only_read_is_not_found_by_the_ioctl(spotter):
     with scanning("ioctl"), linmem.create(64 * REAL_PAGE) as mem:
         assert not any(mem.read(0, 64 * REAL_PAGE))
         assert spotter.all_touched(mem.as_ptr(), 64 * REAL_PAGE) == []
-        mem[5 * REAL_PAGE] = 0      # written, if with the byte that was there
+        mem[5 * REAL_PAGE] = 0      # a write, although the byte stays the same
         assert numbers(spotter.all_touched(mem.as_ptr(), 64 * REAL_PAGE), mem.as_ptr()) == [5]
 
 
@@ -152,7 +152,7 @@ def test_written_pages_that_cannot_be_touched_any_more_are_found(way, spotter, a
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_discarded_pages_are_found_no_more(way, spotter):
+def test_discarded_pages_are_no_longer_found(way, spotter):
     with scanning(way), linmem.create(16 * PAGE) as mem:
         mem.write(0, b"x" * 16 * PAGE)
         mem.discard(PAGE, 14 * PAGE)
@@ -162,12 +162,12 @@ def test_discarded_pages_are_found_no_more(way, spotter):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_written_page_that_the_kernel_was_told_to_swap_out_is_found(way, spotter):
-    # Where there is swap the page is then not present, and holds the bytes all the same; elsewhere it stays.
+    # With swap, the page is then not present but keeps its bytes. Without swap, the page stays present.
     pageout = 21
     with scanning(way), linmem.create(16 * PAGE) as mem:
         base = mem.as_ptr()
         mem.write(PAGE, b"x" * 14 * PAGE)
-        LIBC.madvise(ctypes.c_void_p(base), ctypes.c_size_t(16 * PAGE), pageout)    # a wish
+        LIBC.madvise(ctypes.c_void_p(base), ctypes.c_size_t(16 * PAGE), pageout)    # a hint only
         assert spotter.all_touched(base, 16 * PAGE) == [(base + PAGE, 14 * PAGE)]
 
 
@@ -195,7 +195,7 @@ def test_a_failure_is_the_code_of_the_os(spotter):
             assert caught.value.errno == code
 
 
-def test_a_way_that_is_none_is_refused_and_none_finds_nothing(spotter):
+def test_an_unknown_way_is_refused_and_none_finds_no_page(spotter):
     before = pages.choose_scan(None)
     try:
         assert pages.describe()["capabilities"]["scans"] is False
@@ -227,14 +227,14 @@ def found():
 
 
 def run(folder, way, code):
-    """What a child prints that runs `code` after the head."""
+    """The output of a child that runs the head and then `code`."""
     return answer(FORKING + HEAD.format(folder=str(folder), way=way, page=REAL_PAGE) + textwrap.dedent(code))
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("fork", FORKS)
 def test_a_forked_child_finds_its_own_pages_and_not_its_parents(folder, way, fork):
-    """However the child was made: `_Fork` runs no handler, as raw clone(2) does not."""
+    """For each way to fork. `_Fork` runs no fork handler, like raw clone(2)."""
     assert run(folder, way, f"""
         assert found() == []        # the descriptor is open now
         def work():
@@ -253,8 +253,8 @@ def test_a_forked_child_finds_its_own_pages_and_not_its_parents(folder, way, for
 
 
 @requires("fork", "scan_ioctl")
-def test_a_descriptor_of_the_parent_in_the_place_of_the_childs_own_is_noticed(folder):
-    """It would hide what the child wrote, as its ioctl does when it is asked."""
+def test_the_parents_descriptor_in_place_of_the_childs_own_is_detected(folder):
+    """The parent's descriptor would not show the child's writes; the result of its ioctl proves this."""
     assert run(folder, "ioctl", """
         import fcntl, struct
         inherited = os.open("/proc/self/pagemap", os.O_RDONLY)
@@ -309,17 +309,18 @@ def test_a_program_that_is_started_inherits_no_descriptor(folder, way):
                                    "os.open('/proc/self/pagemap', os.O_RDONLY)",
                                    "os.open(f'/proc/{other}/pagemap', os.O_RDONLY)"])
 @requires("fork")
-def test_after_someone_closed_every_descriptor_every_page_is_found(folder, way, taken):
-    # As daemons do. What took the number since is not what was opened: never "nothing was touched".
+def test_after_all_descriptors_were_closed_every_page_is_found(folder, way, taken):
+    # Daemons close all descriptors. A new file may get the old number, and then the result must never be "no page was
+    # touched".
     assert run(folder, way, f"""
         assert found() == []
         read, write = os.pipe()
         other = os.fork()
         if other == 0:
             os.close(write)
-            os.read(read, 1)        # until the parent is gone
+            os.read(read, 1)        # until the parent ends
             os._exit(0)
-        mem[3 * P] = 1              # which the other one has not
+        mem[3 * P] = 1              # the forked process does not have this write
         assert found() == [(3, 1)]
         (number,) = (n for n, name in descriptors().items() if name.endswith("/pagemap"))
         __file__ = spotter.__file__
@@ -360,10 +361,10 @@ def test_without_a_descriptor_to_spare_the_call_fails_by_name_and_works_later(fo
     assert run(folder, way, """
         import errno, resource
         mem[3 * P] = 1
-        for number, name in descriptors().items():      # the way that works was found out with it
+        for number, name in descriptors().items():      # the descriptor from the search for a working way
             if name.endswith("/pagemap"):
                 os.close(number)
-        assert found() == [(3, 1)]                      # by another one
+        assert found() == [(3, 1)]                      # by a new descriptor
         for number, name in descriptors().items():
             if name.endswith("/pagemap"):
                 os.close(number)

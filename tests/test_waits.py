@@ -1,4 +1,5 @@
-"""The gate of a handle, waits, and interrupts: nothing stays shut, no wait is deaf, and nobody waits for himself."""
+"""The gate of a handle, waits, and interrupts: no gate stays shut, every wait can be interrupted, and no thread waits
+for itself."""
 
 import ctypes
 import mmap
@@ -17,7 +18,7 @@ import linmem.wasmtime
 
 
 class Delegate(linmem.LinearMemory):
-    """A memory that linmem knows only by the methods of the trait; `during` runs in each growth."""
+    """A memory that linmem knows only through the methods of the trait. `during` runs in each growth."""
 
     during = staticmethod(lambda: None)
     after = staticmethod(lambda: None)
@@ -53,7 +54,8 @@ class Delegating(linmem.MemoryCreator):
 
 
 def delegated(moves, kind=Delegate):
-    """A handle on a memory in Python, that memory, and a size that it grows to within its capacity or by moving."""
+    """A handle on a memory in Python, this memory, and a size to grow to. The growth stays in the capacity, or
+    moves."""
     creator = Delegating(kind)
     mem = linmem.PythonCreator(creator).create(PAGE, maximum=1 << 30, reserve=16 * PAGE, guard=PAGE, may_move=True)
     return mem, creator.made[0], mem.byte_capacity() + PAGE if moves else 3 * PAGE
@@ -107,7 +109,7 @@ CALLS = {
 @pytest.mark.parametrize("name", [
     pytest.param(name, marks=requires("failing_generators")) if name == "apply" else name for name in CALLS])
 def test_a_memory_closes_after_a_call_in_which_any_allocation_of_python_failed(name, of_python):
-    """Each in turn. Whatever raises there, a call that has come in goes out again."""
+    """Each allocation fails in turn. After any exception, the call must have left the gate."""
     import _testcapi
 
     call = CALLS[name]
@@ -118,7 +120,7 @@ def test_a_memory_closes_after_a_call_in_which_any_allocation_of_python_failed(n
             return linmem.PythonCreator(Delegating()).create(PAGE, maximum, PAGE, PAGE, may_move=True)
         return linmem.create(PAGE, maximum=maximum, reserve=PAGE, guard=PAGE, may_move=True)
 
-    with fresh() as mem:        # what is imported and cached at the first call is there
+    with fresh() as mem:        # the first call imports modules and fills caches
         try:
             call(mem)
         except (TypeError, ValueError, IndexError, MemoryError):
@@ -140,7 +142,7 @@ def test_a_memory_closes_after_a_call_in_which_any_allocation_of_python_failed(n
 
 
 @requires("regions")
-def test_a_memory_that_is_closed_during_a_call_of_another_thread_goes_with_the_end_of_that_call():
+def test_a_memory_closed_during_another_threads_call_is_released_at_the_end_of_the_call():
     inside, go_on = threading.Event(), threading.Event()
     mem, made, size = delegated(moves=False)
     made.during = lambda: (inside.set(), go_on.wait(30))
@@ -178,14 +180,14 @@ def test_close_counts_exported_buffers_and_no_calls():
         thread.start()
     with memoryview(mem), pytest.raises(BufferError, match=r"1 exported buffer\(s\)"):
         mem.close()
-    mem.close()         # whatever the others do just now
+    mem.close()         # works at any step of the other threads
     stop.set()
     for thread in threads:
         thread.join(30)
     assert set(errors) <= {"the memory is closed"}
 
 
-def test_closing_in_many_threads_at_once_is_closing_once():
+def test_closing_in_many_threads_concurrently_closes_once():
     threads = 4
     pool = linmem.PoolingCreator()
     turn, errors, mems = threading.Barrier(threads), [], [pool.create(PAGE, maximum=PAGE) for _ in range(300)]
@@ -210,7 +212,7 @@ def test_closing_in_many_threads_at_once_is_closing_once():
     assert (stats["live"], stats["rejected"]) == (0, 0)
 
 
-# -- nobody waits for himself ------------------------------------------------------------------------------------
+# -- no thread waits for itself ----------------------------------------------------------------------------------
 
 OWN = {
     "snapshot": lambda mem: mem.snapshot(), "grow_to": lambda mem: mem.grow_to(5 * PAGE),
@@ -245,14 +247,14 @@ def test_a_growth_in_python_that_would_wait_for_itself_is_an_error(name, moves):
     mem.close()
 
 
-def test_what_waits_for_nobody_works_in_a_growth_of_its_own():
+def test_calls_that_wait_for_no_lock_work_inside_a_growth_of_the_same_memory():
     mem, made, size = delegated(moves=False)
     other = delegated(moves=True)
     seen = []
 
     def during():
         seen.append((mem.read(0, 1), len(mem), mem.info().byte_size, mem.as_ptr()))
-        other[0].grow_to(other[2])      # of another memory, in the middle of this one's
+        other[0].grow_to(other[2])      # a growth of another memory, during a growth of this memory
 
     made.during = during
     mem.grow_to(size)
@@ -278,7 +280,7 @@ def test_a_handle_is_not_handed_on_in_the_middle_of_its_own_growth():
     mem.close()
 
 
-# -- no wait is deaf ------------------------------------------------------------------------------------------------
+# -- every wait can be interrupted ----------------------------------------------------------------------------------
 
 WAITING = {**OWN, "memoryview": memoryview, "read": lambda mem: mem.read(0, 1), "info": lambda mem: mem.info(),
            "view": lambda mem: mem.view(">d"), "index": lambda mem: mem[0]}
@@ -297,7 +299,7 @@ def test_ctrl_c_ends_a_wait_for_another_threads_growth_and_changes_nothing(name,
     main = threading.main_thread().ident
     timer = threading.Timer(0.05, lambda: signal.pthread_kill(main, signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):      # noqa: PT012
-        timer.start()           # in here: it may be early
+        timer.start()           # inside the block, because the signal may come early
         WAITING[name](mem)
     timer.join()
     assert thread.is_alive()
@@ -324,7 +326,7 @@ def test_ctrl_c_ends_two_growths_in_python_that_wait_for_each_other(interruptibl
     main = threading.main_thread().ident
     timer = threading.Timer(0.2, lambda: signal.pthread_kill(main, signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):      # noqa: PT012
-        timer.start()           # in here: it may be early
+        timer.start()           # inside the block, because the signal may come early
         first[0].grow_to(first[2])
     timer.join()
     thread.join(30)
@@ -337,7 +339,7 @@ def test_ctrl_c_ends_two_growths_in_python_that_wait_for_each_other(interruptibl
 @requires("rlimits")
 @pytest.mark.parametrize("name", ["snapshot", "memoryview"])
 def test_a_thread_that_waits_for_a_long_growth_sleeps(name):
-    """Its processor time is asked of the OS: spinning, it would be all of the time that the growth takes."""
+    """The OS gives the thread's processor time. With a busy wait, this time would be the whole time of the growth."""
     inside, go_on = threading.Event(), threading.Event()
     mem, made, size = delegated(moves=True)
     made.during = lambda: (inside.set(), go_on.wait(60))
@@ -366,7 +368,7 @@ def test_a_thread_that_waits_for_a_long_growth_sleeps(name):
 # -- memories in Python that move and then raise --------------------------------------------------------------------
 
 class Moving(linmem.LinearMemory):
-    """Moves at each growth past its capacity, and unmaps the old place at once."""
+    """Moves at each growth past its capacity, and unmaps the old address immediately."""
 
     fails = ""
     error = ZeroDivisionError("in the memory")
@@ -427,7 +429,7 @@ QUESTIONS = ["byte_size", "byte_capacity", "as_ptr", "wasm_accessible", "maximum
 
 @requires("real_pages")
 @pytest.mark.parametrize("question", QUESTIONS)
-def test_a_memory_that_moved_and_does_not_say_where_to_is_lost_and_every_use_raises(question):
+def test_a_memory_that_moved_to_an_unknown_address_is_lost_and_every_use_raises(question):
     mem, made = moving()
     made.fails = question
     with pytest.raises(ZeroDivisionError, match="in the memory"):
@@ -444,7 +446,7 @@ def test_a_memory_that_moved_and_does_not_say_where_to_is_lost_and_every_use_rai
 
 
 @requires("real_pages")
-def test_a_memory_that_moved_and_then_raised_is_found_where_it_is():
+def test_a_memory_that_moved_and_then_raised_has_its_new_address():
     mem, made = moving()
     mem[7] = 7
     made.fails = "grow_to"
@@ -477,7 +479,7 @@ def test_ctrl_c_while_a_memory_is_asked_where_it_is_does_not_lose_it():
 
 
 @requires("real_pages")
-def test_a_creation_that_raises_while_it_is_asked_leaves_nothing():
+def test_a_creation_that_raises_leaks_no_memory():
     class Creator(linmem.MemoryCreator):
         def new_memory(self, ty, minimum, *request):
             made = Moving(minimum)
@@ -490,7 +492,7 @@ def test_a_creation_that_raises_while_it_is_asked_leaves_nothing():
     assert limit.used_bytes == 0
 
 
-# -- under wasm --------------------------------------------------------------------------------------------------------
+# -- under wasmtime ----------------------------------------------------------------------------------------------------
 
 WAT = """(module (memory (export "memory") 1 100)
   (func (export "grow") (param i32) (result i32) local.get 0 memory.grow)
@@ -528,7 +530,7 @@ def engine_of(creator, **options):
 
 
 class Final(BaseException):
-    """A class that refuses to be subclassed, as those of some asynchronous libraries do."""
+    """A class that refuses subclasses, like some classes of asynchronous libraries."""
 
     def __init_subclass__(cls):
         raise TypeError("final")
@@ -540,7 +542,7 @@ class Own(BaseException):
 
 @pytest.mark.parametrize("threaded", [False, True])
 @pytest.mark.parametrize("make", [KeyboardInterrupt, lambda: SystemExit(3), lambda: Own("mine"), GeneratorExit, Final])
-def test_what_is_no_exception_of_a_guests_surfaces_in_python(make, threaded):
+def test_an_exception_that_is_not_the_guests_surfaces_in_python(make, threaded):
     creator = Failing()
     engine = engine_of(creator)
     module = wasmtime.Module(engine, WAT)
@@ -555,7 +557,7 @@ def test_what_is_no_exception_of_a_guests_surfaces_in_python(make, threaded):
                 call()
             caught.append(error.value is creator.growth)
             creator.growth = None
-        assert exports["grow"](store, 1) == 1       # wasm had -1 each time, and goes on
+        assert exports["grow"](store, 1) == 1       # each failed growth returned -1, and wasm runs on
         creator.creation = make()
         with pytest.raises(type(creator.creation)) as error:
             wasmtime.Instance(store, module, [])
@@ -572,14 +574,14 @@ def test_what_is_no_exception_of_a_guests_surfaces_in_python(make, threaded):
     assert caught == [True] * 3
 
 
-def test_an_exception_of_a_creator_is_minus_one_and_no_more():
+def test_an_exception_of_a_creator_is_only_a_minus_one_for_the_guest():
     creator = Failing()
     engine = engine_of(creator)
     store = wasmtime.Store(engine)
     exports = wasmtime.Instance(store, wasmtime.Module(engine, WAT), []).exports(store)
     creator.growth = ValueError("no")
     assert exports["grow"](store, 1) == -1
-    creator.growth = None       # its traceback holds all of this
+    creator.growth = None       # the error's traceback refers to these objects
     assert exports["grow"](store, 1) == 1
     store.close()
 
@@ -604,7 +606,7 @@ EXITING = textwrap.dedent("""
 
 
 class Vanishing(Delegate):
-    """Its growth gives the old place back, and then it does not know where it is."""
+    """A growth releases the old address, and then as_ptr() fails."""
 
     lost = False
 
@@ -619,7 +621,7 @@ class Vanishing(Delegate):
 
 
 @pytest.mark.parametrize("reservation", [0, 1 << 32])
-def test_a_guest_whose_memory_is_lost_traps_and_the_process_lives(reservation):
+def test_a_guest_whose_memory_is_lost_traps_without_a_crash_of_the_process(reservation):
     done = answer(LOSING.format(reservation=reservation))
     assert done == "-1 trap trap trap 0 lost"
 
@@ -662,7 +664,7 @@ def test_a_signal_handler_that_uses_a_memory_that_its_thread_waits_to_move_is_re
             except RuntimeError as error:
                 said.append(str(error))
         signal.signal(signal.SIGALRM, handler)
-        for n in range(100):        # until a growth waits for a read when the signal comes
+        for n in range(100):        # until the signal comes while a growth waits for a read
             mem = linmem.create(N, reserve=N, may_move=True)
             mems.append(mem)
             reading = threading.Event()

@@ -1,4 +1,4 @@
-"""linmem under a real wasmtime engine: what wasm sees, what Python sees, and who owns what."""
+"""linmem under a real wasmtime engine: the views of wasm and of Python, and ownership."""
 
 import copy
 import gc
@@ -27,7 +27,7 @@ GROWING = """(module
 
 
 def make_config(creator=None, tune=True, **settings):
-    """A Config with linmem installed; `settings` are wasmtime's own, by the names of its C API."""
+    """A Config with linmem installed. `settings` are wasmtime's own, under their names in the C API."""
     config = wasmtime.Config()
     config.wasm_memory64 = True
     config.wasm_multi_memory = True
@@ -49,7 +49,7 @@ def needs(name):
     return pytest.mark.skipif(not hasattr(ffi, name), reason=f"this wasmtime-py has no {name}")
 
 
-# -- what wasm sees ----------------------------------------------------------------------------
+# -- the view of wasm --------------------------------------------------------------------------
 
 
 def test_data_segments_arrive_and_the_rest_is_zero():
@@ -145,7 +145,7 @@ def test_an_empty_memory_has_an_address_and_grows_from_nothing():
     assert memory[5] == 6
 
 
-def test_each_of_many_memories_of_a_module_is_its_own():
+def test_many_memories_of_a_module_are_distinct():
     store, exports = instantiate("""(module
         (memory (export "a") 1) (memory (export "b") 2 4) (memory (export "c") i64 1)
         (data (memory 1) (i32.const 0) "b")
@@ -158,7 +158,7 @@ def test_each_of_many_memories_of_a_module_is_its_own():
     assert (len(a), len(b), len(c)) == (PAGE, 4 * PAGE, PAGE)
 
 
-def test_a_64_bit_memory_refuses_absurd_growth_and_goes_on():
+def test_a_64_bit_memory_refuses_an_absurd_growth_and_stays_usable():
     store, exports = instantiate("""(module (memory (export "memory") i64 1)
         (func (export "grow") (param i64) (result i64) (memory.grow (local.get 0)))
         (func (export "load") (param i64) (result i32) (i32.load8_u (local.get 0))))""")
@@ -178,7 +178,7 @@ def test_one_byte_pages_bound_to_the_byte_and_refuse_a_growth_that_wraps():
         (func (export "load") (param i64) (result i32) (i32.load8_u (local.get 0))))""", wasm_custom_page_sizes=True)
     memory = linmem.wasmtime.linear_memory(store, exports["memory"])
     assert len(memory) == 5
-    for delta in (-1, -5, -6, -4096):       # SIZE_MAX once clamped: rounding it up would wrap to 0
+    for delta in (-1, -5, -6, -4096):       # a size clamped to SIZE_MAX must not wrap to 0 when it is rounded up
         assert exports["grow"](store, delta) == -1
     assert exports["grow"](store, 4096) == 5
     assert len(memory) == 4101
@@ -260,21 +260,21 @@ def test_a_host_made_shared_memory_is_linmems():
     assert len(linmem.wasmtime.linear_memory(store, made)) == PAGE
 
 
-def test_memories_that_wasmtime_made_itself_are_told_apart():
+def test_linear_memory_refuses_memories_that_wasmtime_made_itself():
     store = wasmtime.Store(wasmtime.Engine(make_config()))
     own = wasmtime.Memory(store, wasmtime.MemoryType(wasmtime.Limits(1, 2)))
     with pytest.raises(ValueError, match=r"new_memory"):
         linmem.wasmtime.linear_memory(store, own)
 
 
-def test_an_engine_without_linmem_is_told_so():
+def test_an_engine_without_linmem_gets_a_clear_error():
     store = wasmtime.Store(wasmtime.Engine(wasmtime.Config()))
     with pytest.raises(ValueError, match=r"install\(config\) was not called"):
         linmem.wasmtime.new_memory(store, wasmtime.MemoryType(wasmtime.Limits(1, 2)))
 
 
 @needs("wasmtime_pooling_allocation_strategy_set")
-def test_a_pooling_strategy_that_ignores_the_creator_is_told_so():
+def test_a_pooling_strategy_that_would_ignore_the_creator_is_refused():
     config = wasmtime.Config()
     pooling = ffi.wasmtime_pooling_allocation_config_new()
     ffi.wasmtime_pooling_allocation_config_total_memories_set(pooling, 2)
@@ -289,7 +289,7 @@ def test_a_pooling_strategy_that_ignores_the_creator_is_told_so():
 
 
 @pytest.mark.parametrize("bad", [None, 7, "memory", object()])
-def test_what_is_no_wasm_memory_is_a_type_error(bad):
+def test_an_object_that_is_not_a_wasm_memory_is_a_type_error(bad):
     store = wasmtime.Store(wasmtime.Engine(make_config()))
     with pytest.raises(TypeError, match=r"memory must be a wasmtime.Memory"):
         linmem.wasmtime.linear_memory(store, bad)
@@ -301,12 +301,12 @@ def test_what_is_no_wasm_memory_is_a_type_error(bad):
 
 
 @pytest.mark.parametrize("bad", [None, 7, "config", object()])
-def test_a_config_that_is_none_is_a_type_error(bad):
+def test_none_as_config_is_a_type_error(bad):
     with pytest.raises(TypeError, match=r"config must be a wasmtime.Config"):
         linmem.wasmtime.install(bad)
 
 
-def test_a_creator_that_is_none_is_a_type_error():
+def test_none_as_creator_is_a_type_error():
     with pytest.raises(TypeError, match="creator must be a MemoryCreator, got int"):
         linmem.wasmtime.install(wasmtime.Config(), 7)
 
@@ -340,7 +340,7 @@ def test_the_second_install_on_a_config_replaces_the_first():
 
 
 @pytest.mark.parametrize("with_engine", [False, True])
-def test_a_creator_lives_exactly_as_long_as_the_config_or_its_engine(with_engine):
+def test_a_creator_is_kept_exactly_as_long_as_the_config_or_its_engine(with_engine):
     creator = linmem.StatisticsCreator(linmem.MmapCreator())
     alive = weakref.ref(creator)
     holder = make_config(creator)
@@ -354,7 +354,7 @@ def test_a_creator_lives_exactly_as_long_as_the_config_or_its_engine(with_engine
     assert alive() is None
 
 
-# -- who owns what ------------------------------------------------------------------------------------------
+# -- ownership ----------------------------------------------------------------------------------------------
 
 
 def test_a_view_outlives_the_store_the_engine_and_the_handle():
@@ -370,7 +370,7 @@ def test_a_view_outlives_the_store_the_engine_and_the_handle():
     array[0] = 1
 
 
-def test_python_may_not_grow_what_a_store_owns_and_closes_only_its_own_handle():
+def test_python_may_not_grow_a_memory_of_a_store_and_closes_only_its_own_handle():
     store, exports = instantiate(GROWING.format(limits="1"))
     memory = linmem.wasmtime.linear_memory(store, exports["memory"])
     with pytest.raises(linmem.OwnedError, match=r"wasmtime.Memory.grow\(store, delta\)"):
@@ -392,7 +392,7 @@ def test_python_may_not_grow_what_a_store_owns_and_closes_only_its_own_handle():
     memory.close()
 
 
-def test_a_with_block_on_what_a_store_owns_may_leave_a_view_behind():
+def test_a_with_block_on_a_memory_of_a_store_may_leave_a_view_behind():
     store, exports = instantiate(GROWING.format(limits="1"))
     with linmem.wasmtime.linear_memory(store, exports["memory"]) as memory:
         view = memoryview(memory)
@@ -413,7 +413,7 @@ def test_two_handles_on_one_memory_are_closed_apart():
     two.close()
 
 
-def test_engine_store_module_and_views_may_go_in_any_order():
+def test_engine_store_module_and_views_may_be_freed_in_any_order():
     import itertools
 
     for order in itertools.permutations(range(5)):
@@ -502,7 +502,7 @@ def test_the_tightest_of_nested_budgets_decides_and_the_others_are_refunded():
 
 
 class Flaky(linmem.MemoryCreator):
-    """Fails on the calls whose numbers it was given."""
+    """Fails on the calls with the given numbers."""
 
     def __init__(self, *failing):
         self.failing = failing
@@ -531,7 +531,7 @@ def test_an_exception_of_a_python_creator_arrives_through_wasmtime_with_its_text
 
 
 class Plain(linmem.LinearMemory):
-    """A linear memory in Python over one that linmem made, refusing to grow past `most`."""
+    """A linear memory in Python over one of linmem's memories that refuses to grow past `most`."""
 
     def __init__(self, memory, most):
         self.memory = memory
@@ -619,7 +619,7 @@ def test_handles_on_one_memory_are_equal_and_of_one_hash():
     other.close()
 
 
-def test_new_memory_keeps_few_compiled_modules_and_those_that_were_used_last(monkeypatch):
+def test_new_memory_keeps_only_the_few_modules_that_were_used_last(monkeypatch):
     config = wasmtime.Config()
     linmem.wasmtime.install(config)
     engine = wasmtime.Engine(config)
@@ -643,7 +643,7 @@ def test_new_memory_keeps_few_compiled_modules_and_those_that_were_used_last(mon
     assert sum(make(n) for n in range(40)) == 40
     assert len(linmem.wasmtime._modules[engine]) == most
     assert [make(39), make(40 - most), make(39 - most)] == [0, 0, 1]
-    assert make(40 - most) == 0             # it was used after the others
+    assert make(40 - most) == 0             # this module was used last
     store.close()
 
 

@@ -1,4 +1,4 @@
-"""What decides over a process: the scripts that kill one without linmem, limits, fork, the last second."""
+"""Tests of whole processes: scripts that crash without linmem, limits, fork, and the end of the interpreter."""
 
 import re
 import textwrap
@@ -16,7 +16,7 @@ if {linmem}:
     linmem.wasmtime.install(config)
 else:
     from wasmtime import _ffi as ffi
-    # the smallest reservation: where a plain memory has to move, it moves
+    # the smallest reservation, so that a plain memory moves
     ffi.wasmtime_config_memory_reservation_set(config.ptr(), {reservation})
     ffi.wasmtime_config_memory_reservation_for_growth_set(config.ptr(), 0)
 engine = wasmtime.Engine(config)
@@ -59,19 +59,19 @@ PLAIN_VIEW = "np.frombuffer(memory.get_buffer_ptr(store), dtype=np.uint8)"
 LINMEM_VIEW = "np.asarray(linmem.wasmtime.linear_memory(store, memory))"
 
 
-def test_a_view_used_after_store_close_kills_without_linmem_and_lives_with_it():
+def test_a_view_used_after_store_close_crashes_without_linmem_and_works_with_linmem():
     assert died_of_a_fault(run_child(script(AFTER_CLOSE.format(view=PLAIN_VIEW), linmem=False)))
     result = run_child(script(AFTER_CLOSE.format(view=LINMEM_VIEW), linmem=True))
     assert (result.returncode, result.stdout, result.stderr) == (0, "alive b'hell!'\n", "")
 
 
-def test_a_view_used_after_a_growth_that_moves_kills_without_linmem_and_lives_with_it():
+def test_a_view_used_after_a_moving_growth_crashes_without_linmem_and_works_with_linmem():
     assert died_of_a_fault(run_child(script(AFTER_MOVE.format(view=PLAIN_VIEW), linmem=False, reservation=0)))
     result = run_child(script(AFTER_MOVE.format(view=LINMEM_VIEW), linmem=True))
     assert (result.returncode, result.stdout, result.stderr) == (0, "alive b'hell!'\n", "")
 
 
-def test_a_view_that_is_too_long_kills_without_linmem_and_is_an_exception_with_it():
+def test_a_too_long_view_crashes_without_linmem_and_is_an_exception_with_linmem():
     plain = "np.frombuffer(memory.get_buffer_ptr(store, size=1 << 31), dtype=np.uint8)"
     assert died_of_a_fault(run_child(script(PAST_THE_END.format(view=plain), linmem=False)))
     code = """
@@ -137,13 +137,13 @@ def test_without_tuning_the_error_names_the_limit():
 
 
 @requires("fork")
-def test_a_forked_child_reads_writes_grows_and_drops_everything_on_its_own():
+def test_a_forked_child_reads_writes_grows_and_drops_everything_independently():
     result = run_child(script("""
         import gc, os, threading
         linear = linmem.wasmtime.linear_memory(store, memory)
         view = memoryview(linear)
-        # another thread grows and drops all the while, so that the fork may catch it holding a lock
-        # or half way through a move to another address
+        # another thread grows and drops memories, so that the fork may happen while this thread holds a lock
+        # or is moving a memory to another address
         stop = threading.Event()
         current = [linmem.create(65536)]
         def churn():
@@ -182,7 +182,7 @@ def test_a_forked_child_reads_writes_grows_and_drops_everything_on_its_own():
     assert (result.returncode, result.stdout) == (0, "parent untouched\n"), result.stderr
 
 
-# -- the interpreter's last second ------------------------------------------------------------------------------
+# -- the end of the interpreter ---------------------------------------------------------------------------------
 
 LAST_SECONDS = {
     "everything is a global": "",
@@ -221,6 +221,6 @@ started.wait()""",
 def test_the_interpreter_ends_cleanly_while(scene):
     result = run_child(script(LAST_SECONDS[scene] + "\nprint('end')", linmem=True))
     assert (result.returncode, result.stdout) == (0, "end\n"), result.stderr
-    # wasmtime-py's own finalisers may meet their module emptied already and say so; linmem says nothing
+    # wasmtime-py's own finalisers may find their module already cleared and print an error; linmem prints no error
     assert not re.search(r"linmem\.|linmem[/\\]_?\w+\.py", result.stderr)
     assert "Fatal" not in result.stderr

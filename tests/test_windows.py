@@ -1,4 +1,4 @@
-"""The page floor on Windows, by the word of kernel32: VirtualQuery, the commit charge, a child's exit status."""
+"""The page floor on Windows. The tests ask kernel32: VirtualQuery, the commit charge, and a child's exit status."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ GIB = 1 << 30
 ACCESS_VIOLATION = 0xC0000005
 ERROR_NOT_ENOUGH_MEMORY, ERROR_INVALID_ADDRESS = 8, 487
 MEM_MAPPED = 0x40000
-# What Windows says when commit charge or addresses run out; Wine has access denied (5) for the former.
+# Windows' error codes for exhausted commit charge and for exhausted addresses. Wine uses access denied (5) for the
+# charge.
 NO_CHARGE = {5, 8, 14, 1455}
 NO_ADDRESSES = {8, 14, 87}
 
@@ -57,7 +58,7 @@ def kernel32():
 
 
 def regions(start, end):
-    """(size, state, access, allocation) of the regions in [start, end), cut to it."""
+    """The regions (size, state, access, allocation) in [start, end), with borders clipped to this range."""
     found = []
     while start < end:
         r = query(start)
@@ -80,7 +81,7 @@ def resident(start, size):
 
 
 def handles():
-    """Those that are open, by asking of each number: not every kernel32 counts them."""
+    """The open handles. Each number is tried, because some versions of kernel32 cannot count handles."""
     about, k = ctypes.c_uint32(), kernel32()
     return {n for n in range(4, 1 << 13, 4) if k.GetHandleInformation(ctypes.c_void_p(n), ctypes.byref(about))}
 
@@ -101,9 +102,9 @@ def addresses_in_use():
     return used
 
 
-# -- what is reserved, what is charged --------------------------------------------------------------
+# -- reserved and charged bytes ---------------------------------------------------------------------
 
-def test_sixty_four_memories_of_four_gibibytes_and_guards_are_charged_for_nothing_but_their_bytes():
+def test_sixty_four_memories_with_large_reservations_are_charged_only_for_their_bytes():
     before = commit_status().commit_left
     memories = [linmem.create(PAGE, reserve=4 * GIB, guard=32 << 20) for _ in range(64)]
     spans = sorted(whole(mem) for mem in memories)
@@ -114,7 +115,7 @@ def test_sixty_four_memories_of_four_gibibytes_and_guards_are_charged_for_nothin
         assert len({allocation for *_, allocation in found}) == 1
         assert {state for _, state, _, _ in found} == {MEM_RESERVE, MEM_COMMIT}
         assert committed(mem) == PAGE
-    # 260 GiB stand reserved; other programs may take some charge meanwhile.
+    # 260 GiB are reserved. Meanwhile other programs may take a part of the charge.
     assert before - commit_status().commit_left < 4 * GIB
     for mem in memories:
         mem.close()
@@ -172,7 +173,7 @@ def test_growth_past_the_capacity_moves_the_bytes_and_frees_the_old_reservation_
         assert all(state == MEM_FREE for _, state, _, _ in regions(*old))
 
 
-def test_protect_is_what_virtual_query_says():
+def test_virtual_query_shows_the_protection_of_protect():
     with linmem.create(4 * PAGE) as mem:
         base = mem.as_ptr()
         for access, expected in (("r", PAGE_READONLY), ("none", PAGE_NOACCESS), ("rw", PAGE_READWRITE)):
@@ -197,7 +198,7 @@ def test_discard_zeroes_gives_the_pages_back_and_keeps_the_charge():
 
 
 def test_a_view_read_by_another_thread_never_faults_while_pages_are_discarded():
-    # discard lets go of the GIL, so the reader runs in the midst of it.
+    # discard releases the GIL, so the reader runs during the discard.
     assert support.answer("""
         import threading
         import linmem
@@ -224,8 +225,8 @@ GUARDED = f"""
     import linmem
     mem = linmem.create({PAGE}, reserve={GIB}, guard={1 << 20})
     info = mem.info()
-    # The getter and setter of a ctypes value touch the byte themselves; a foreign call, as ctypes.memset,
-    # would make an exception of the fault.
+    # The getter and the setter of a ctypes value access the byte themselves. A foreign call, like ctypes.memset,
+    # would convert the fault to an exception.
     def read(address):
         return ctypes.c_ubyte.from_address(address).value
     def write(address):
@@ -246,13 +247,13 @@ GUARDED = f"""
     "info.base + info.byte_capacity",
     "info.base + info.byte_capacity + info.guard - 1",
 ])
-def test_a_child_that_touches_a_guard_dies_of_an_access_violation(touch, where):
+def test_an_access_to_a_guard_ends_a_child_with_an_access_violation(touch, where):
     done = support.run_child(support.textwrap.dedent(GUARDED) + f"{touch}({where})\nprint('survived', flush=True)\n")
     assert done.stdout.strip() == "alive", done.stdout + done.stderr
     assert done.returncode & 0xFFFFFFFF == ACCESS_VIOLATION, done.stderr
 
 
-def test_a_child_that_writes_a_protected_page_dies_of_an_access_violation():
+def test_a_write_to_a_protected_page_ends_a_child_with_an_access_violation():
     done = support.run_child(support.textwrap.dedent(GUARDED)
                              + f"view = memoryview(mem)\nmem.protect(0, {PAGE}, 'r')\nread(info.base)\nview[0] = 2\n")
     assert done.stdout.strip() == "alive", done.stdout + done.stderr
@@ -262,7 +263,7 @@ def test_a_child_that_writes_a_protected_page_dies_of_an_access_violation():
 def test_an_out_of_bounds_access_of_wasm_traps_in_a_memory_that_linmem_owns():
     wasmtime = pytest.importorskip("wasmtime")
     config = wasmtime.Config()
-    linmem.wasmtime.install(config, linmem.MmapCreator())       # which keeps nothing once the store is closed
+    linmem.wasmtime.install(config, linmem.MmapCreator())       # keeps no memory after the store is closed
     store = wasmtime.Store(wasmtime.Engine(config))
     module = wasmtime.Module(store.engine, """(module
       (memory (export "memory") 1 3)
@@ -301,7 +302,7 @@ def test_windows_refuses_to_commit_past_the_end_of_a_reservation():
 
 
 @pytest.mark.parametrize("reserve", [1 << 47, 1 << 52, (1 << 62)])
-def test_a_reservation_that_no_address_space_holds_is_a_page_error_and_leaves_nothing(reserve):
+def test_a_reservation_larger_than_the_address_space_is_a_page_error_without_a_leak(reserve):
     before = addresses_in_use()
     with pytest.raises(linmem.PageError, match="user addresses have 47 bits") as caught:
         linmem.create(PAGE, reserve=reserve)
@@ -356,13 +357,13 @@ def test_a_page_error_carries_the_code_of_windows_as_winerror(nth, call, code, n
         (code, error.errno, error.call, error.size, str(error))
 
 
-def test_a_commit_limit_is_named_in_figures_where_it_is_the_reason():
+def test_an_error_caused_by_the_commit_limit_gives_its_figures():
     with support.failing(2, 1455), pytest.raises(linmem.PageError) as caught:
         linmem.create(PAGE, reserve=1 << 20)
     assert f"the commit limit is {commit_status().commit} bytes" in str(caught.value)
 
 
-def test_a_process_that_is_to_die_quietly_ends_at_once_with_the_code_of_its_fault():
+def test_after_die_quietly_a_crash_ends_the_process_immediately_with_the_faults_code():
     done = subprocess.run([sys.executable, "-c", "import ctypes\nfrom linmem._os import pages\npages.die_quietly()\n"
                            "ctypes.c_ubyte.from_address(8).value"], capture_output=True, text=True, timeout=60,
                           env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
@@ -379,7 +380,7 @@ def test_describe_names_the_commit_limit_and_no_limit_on_addresses():
 # -- images ---------------------------------------------------------------------------------------------
 
 def mapped():
-    """Bytes of section views, of images and of whatever else the process has mapped."""
+    """Bytes of section views: views of images, and all other mapped views of the process."""
     end = 1 << support.FLOOR["address_bits"]
     at, found = 0x10000, 0
     while at < end - 0x20000:
@@ -411,7 +412,7 @@ def test_a_refused_page_call_of_an_image_leaves_no_handle_no_view_and_no_address
         for nth in range(1, 60):
             with support.failing(nth, ERROR_NOT_ENOUGH_MEMORY) as calls, contextlib.suppress(linmem.PageError):
                 IMAGE_ACTS[act](img, mem)
-            linmem.create(1).close()        # what a refused release has left is released with the next
+            linmem.create(1).close()        # also releases the ranges whose release was refused
             gc.collect()
             assert (handles(), mapped()) == (opened, views), nth
             assert addresses_in_use() - addresses < IMAGE, nth
@@ -423,7 +424,7 @@ def test_a_refused_page_call_of_an_image_leaves_no_handle_no_view_and_no_address
 
 
 @pytest.mark.parametrize("kind", ["section", "private"])
-def test_a_child_that_writes_to_an_image_dies_of_an_access_violation(kind):
+def test_a_write_to_an_image_ends_a_child_with_an_access_violation(kind):
     support.dies_at(support.TOUCH + f"""
 import linmem
 from linmem._os import pages
@@ -446,7 +447,7 @@ def test_an_image_is_one_section_and_one_view_of_it_which_go_with_the_image():
         img = linmem.Image.from_bytes(b"x" * IMAGE)
         assert (len(handles() - opened), mapped() - views) == (1, IMAGE)
         with img.new_memory() as mem:
-            assert (len(handles() - opened), mapped() - views) == (1, IMAGE)      # a memory copies from it
+            assert (len(handles() - opened), mapped() - views) == (1, IMAGE)      # a memory copies from this view
             del img
             gc.collect()
             assert (mem[0], mem[IMAGE - 1]) == (ord("x"), ord("x"))
@@ -458,7 +459,7 @@ def test_an_image_is_one_section_and_one_view_of_it_which_go_with_the_image():
 
 # -- the pool -------------------------------------------------------------------------------------------
 
-def test_a_cold_slot_is_charged_for_nothing_and_a_released_one_is_gone():
+def test_a_cold_slot_has_no_commit_charge_and_a_released_slot_is_unmapped():
     pool = linmem.PoolingCreator(max_unused_warm=0)
     for uses in range(3):
         with pool.create(4 * PAGE, reserve=64 * PAGE, guard=PAGE) as mem:
@@ -488,7 +489,7 @@ def test_a_warm_slot_is_inaccessible_beyond_its_minimum(reset):
 # -- write watch -------------------------------------------------------------------------------------------
 
 def written(mem):
-    """The pages of a memory that GetWriteWatch lists, or None where it does not watch."""
+    """The pages of a memory that GetWriteWatch lists, or None if the memory is not watched."""
     k = kernel32()
     most = len(mem) // PAGE
     found, count, unit = (ctypes.c_size_t * most)(), ctypes.c_size_t(most), ctypes.c_uint32()
@@ -500,7 +501,7 @@ def written(mem):
 
 
 @requires("scans")
-def test_a_pool_that_asks_which_pages_were_written_has_them_watched_and_no_other_memory_is():
+def test_only_memories_of_a_pool_that_asks_for_written_pages_are_watched():
     for watched, creator in [(True, linmem.PoolingCreator()), (True, linmem.PoolingCreator(reset="scan")),
                              (False, linmem.PoolingCreator(reset="zero")), (False, linmem.MmapCreator())]:
         with creator.create(1024 * PAGE) as mem:

@@ -29,7 +29,7 @@ def main(args: Any) -> int:
 
 @contextlib.contextmanager
 def benchmarks() -> Iterator[Any]:
-    """The module `linmem.bench.command`. An import that fails in the block is refused with what installs the package."""
+    """The module `linmem.bench.command`. If an import fails in the block, the message says what installs the package."""
     try:
         yield importlib.import_module("linmem.bench.command")
     except ImportError as error:

@@ -59,13 +59,14 @@ def reservation(c: Choices) -> None:
 
 
 def policy(c: Choices) -> None:
-    """Any history, then one use over and over: nothing dirty is ever handed out, and what is used again is kept."""
+    """After any history, one use is repeated: no dirty page is ever handed out, and pages that the use touches again
+    stay resident."""
     fault, scan = 8 + c.below(57), 4 + c.below(61)
     slot = _Policy(fault, scan)
     n = 1 + c.below(4096)
     most = c.pick((1 << 30, 0, 16, n))
     resident: set[int] = set()
-    blind = 0           # discards in a row without a look
+    blind = 0           # discards in a row
     uses = 0
 
     def use(dirty: set[int], most: int) -> bool:

@@ -1,4 +1,4 @@
-"""A cache directory to which anything happens between two calls: what it hands out is whole."""
+"""A cache directory that is damaged between two calls: every file that the cache hands out is whole."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def one(data: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = os.path.join(folder, "cache")
         cache = Cache(root)
-        content: dict[str, bytes] = {}      # by path, of those that are whole
+        content: dict[str, bytes] = {}      # path -> content, for undamaged files
         for _ in range(24):
             if not c.more:
                 break
@@ -44,7 +44,7 @@ def one(data: bytes) -> None:
                 refused(cache, key, suffix, c.bytes(c.below(8)))
                 now = os.listdir(place) if os.path.isdir(place) else []
                 assert set(now) <= set(names), "a writer that failed left a file"
-            elif what == 3 and names:       # a disk that forgets, or a process that dies
+            elif what == 3 and names:       # lost data: the disk's, or a killed writer's
                 path = os.path.join(place, c.pick(names))
                 with open(path, "r+b") as file:
                     file.truncate(c.below(8))
@@ -71,7 +71,7 @@ def one(data: bytes) -> None:
 
 
 def digest(content: bytes) -> str:
-    """Of less than a page."""
+    """The digest of an image whose content is shorter than a page."""
     page = bytes(8) + content if any(content) else b""
     return hashlib.blake2b(len(content).to_bytes(8, "little") + page, digest_size=32).hexdigest()
 

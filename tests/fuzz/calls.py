@@ -1,4 +1,4 @@
-"""The public calls: a history over some memories, images, deltas and creators, each beside a bytearray."""
+"""The public calls: a random history of memories, images, deltas and creators, each compared with a bytearray."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ FLOOR = pages.describe()
 PAGE = FLOOR["page_size"]
 GRANULE = 4096
 LIMIT = 1 << 20                     # bytes that a LimitingCreator allows
-SOME = 64 * PAGE                    # no memory grows further
-NOWHERE = 1 << 48                   # bytes: what is larger than that no address space has
+SOME = 64 * PAGE                    # bytes; the largest size of a memory
+NOWHERE = 1 << 48                   # bytes; more than any address space has
 REFUSED = (ValueError, TypeError, OverflowError, IndexError, BufferError, MemoryError)
-MAY_MOVE = True                     # memories that grow past their capacity
+MAY_MOVE = True                     # whether memories may grow past their capacity
 MAPS = Path("/proc/self/maps")
-# AddressSanitizer keeps terabytes inaccessible below here.
+# AddressSanitizer keeps terabytes inaccessible below this address.
 SANITIZER_END = 0x640000000000 if "asan" in os.environ.get("LD_PRELOAD", "") else 0
 
 
@@ -30,8 +30,9 @@ def up(n: int, unit: int = PAGE) -> int:
 
 
 def inaccessible() -> int:
-    """Bytes of address space that memories keep inaccessible, as tests/support.py's live_bytes(): each has some."""
-    if not MAPS.exists() or not hasattr(os, "fork"):       # Windows on another system's kernel
+    """Bytes of address space that memories keep inaccessible, as live_bytes() of tests/support.py. Every memory has
+    some."""
+    if not MAPS.exists() or not hasattr(os, "fork"):       # Windows has no fork; Wine shows /proc
         return 0
     total = 0
     for line in MAPS.read_text().splitlines():
@@ -47,7 +48,7 @@ def inaccessible() -> int:
 
 
 class Upstream(linmem.MemoryCreator):
-    """A creator in Python, over a native one."""
+    """A creator in Python over a native creator."""
 
     def __init__(self, upstream):
         self.upstream = upstream
@@ -57,7 +58,7 @@ class Upstream(linmem.MemoryCreator):
 
 
 class Picture:
-    """An image, what it must hold, and from where."""
+    """An image with its expected offset and content."""
 
     def __init__(self, image: linmem.Image, offset: int, content: bytes) -> None:
         self.image, self.offset, self.content = image, offset, bytes(content)
@@ -74,13 +75,13 @@ class Picture:
         return self.offset + len(self.content)
 
     def memory(self, size: int) -> bytearray:
-        """The bytes of a memory of it."""
+        """The bytes of a new memory of this image."""
         assert size >= self.end
         return bytearray(bytes(self.offset) + self.content).ljust(size, b"\0")
 
 
 class Held:
-    """A memory and what it must be."""
+    """A memory with its expected state."""
 
     def __init__(self, mem: linmem.Memory, content: bytearray, maximum: int | None, made_from: Picture | None) -> None:
         self.mem, self.content, self.maximum, self.made_from = mem, content, maximum, made_from
@@ -100,7 +101,7 @@ class Held:
             assert bytes(self.mem) == self.content
 
     def kept_from(self, offset: int, size: int, access: str) -> bool:
-        """Whether a touch of that range would be a fault, and a call of linmem is refused."""
+        """Whether an access of this range would fault, so that linmem must refuse the call."""
         wrong = ("none",) if access == "r" else ("none", "r", "rx")
         return any(self.access.get(page) in wrong for page in range(offset // PAGE, up(offset + size) // PAGE))
 
@@ -127,7 +128,7 @@ class History:
     # -- arguments
 
     def size(self) -> int:
-        """Of some pages, or of what cannot be."""
+        """A size: often a few pages, sometimes an impossible value."""
         kind = self.c.byte()
         if kind < 128:
             return self.c.unsigned(2) % (12 * PAGE)
@@ -144,7 +145,7 @@ class History:
         return part * (1 + (self.c.byte() * PAGE // 16 // len(part) if self.c.flag() else 0))
 
     def within(self, size: int) -> tuple[int, int]:
-        """A part of so many bytes; the end of it is a likely one."""
+        """A range within `size` bytes; often the range ends at the end."""
         start = self.c.unsigned(3) % (size + 1)
         if self.c.flag():
             start = start // PAGE * PAGE
@@ -230,7 +231,7 @@ class History:
         return self.c.pick(self.memories)
 
     def drop(self) -> None:
-        """Views outlive the handle that they came from."""
+        """Drops a handle while its views stay alive."""
         held = self.pick_memory()
         self.memories.remove(held)
         del held.mem
@@ -469,7 +470,7 @@ class History:
             self.keep(Picture(made, offset, content))
 
     def same_image(self) -> None:
-        """By another way."""
+        """Makes an equal image in another way."""
         picture = self.c.pick(self.images)
         how = self.c.below(3)
         if how == 0:
@@ -506,7 +507,7 @@ class History:
         except MemoryError as error:
             assert size >= NOWHERE or self.may_be_full(error)
             return
-        copied = "PythonCreator" in repr(creator)       # such a memory does not know what it started from
+        copied = "PythonCreator" in repr(creator)       # a copied memory does not know its image
         self.memories.append(Held(mem, picture.memory(size), None, None if copied else picture))
 
     def restore(self) -> None:
@@ -605,7 +606,7 @@ class History:
         try:
             made = picture.image.apply(delta)
         except ValueError:
-            # A delta that was composed of one with an unknown target may lead to something else.
+            # A delta that was composed of deltas with an unknown target may yield other bytes.
             assert (delta.base != picture.image.digest or any(after[:delta.offset])
                     or linmem.Image.from_bytes(content, delta.offset).digest != delta.target)
             return
@@ -684,7 +685,7 @@ class History:
             for view, _ in held.views:
                 view.release()
             held.mem.close()
-        for pool in reversed(self.pools):       # the slots of one may be another's memories
+        for pool in reversed(self.pools):       # a pool's slots may come from another pool
             pool.trim()
             assert pool.stats()["live"] == pool.stats()["warm"] == pool.stats()["cold"] == 0
         for limit in self.limits:

@@ -8,10 +8,10 @@ EDGES = (0, 1, 4095, 4096, 4097, 65535, 65536, 65537, 2**31, 2**32 - 1, 2**32, 2
 
 
 class Choices:
-    """Reads `data` from its begin on; past its end every decision is the first one.
+    """Reads `data` from its begin. After the end of `data`, every decision is the first choice.
 
-    atheris has such a thing (FuzzedDataProvider), but the corpus is replayed where atheris is not, and has to
-    mean the same there.
+    atheris has such a class (FuzzedDataProvider), but the corpus is also replayed without atheris and must have the
+    same meaning there.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -42,7 +42,7 @@ class Choices:
         return bool(self.byte() & 1)
 
     def number(self) -> int:
-        """Any integer about a word's size; mostly small ones and those beside an edge."""
+        """Any integer of about 64 bits: mostly small numbers and numbers near a limit."""
         kind = self.byte()
         if kind < 96:
             return kind

@@ -1,4 +1,4 @@
-"""Deltas, made and composed, against byte strings."""
+"""Deltas, made and composed, compared with byte strings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def make(c: Choices, base: str, base_size: int, number) -> Delta | None:
     size = number()
     ranges = [(number(), number()) for _ in range(c.below(4))]
     zeros = [(number(), number()) for _ in range(c.below(4))]
-    if c.flag():        # most are in order, so that not all is refused at once
+    if c.flag():        # mostly sorted, so that few deltas are refused
         ranges.sort()
         zeros.sort()
     total = sum(n for _, n in ranges)

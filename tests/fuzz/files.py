@@ -1,4 +1,5 @@
-"""Files of images and deltas: built, damaged, sealed again, and judged by a reader of docs/file-format.md's words."""
+"""Files of images and deltas: built, damaged and sealed again. A second reader, which follows
+docs/file-format.md alone, judges them."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from linmem.errors import FileFormatError
 from .choices import Choices
 
 PAGE, GROUP = 4096, 65536
-LARGE = 1 << 24                     # bytes of content: from here on there may be no room for it
+LARGE = 1 << 24                     # bytes of content; larger images may not fit in memory
 HEADER = ("magic 8s", "version H", "kind H", "header_size I", "group_size I", "page_size I", "size Q", "offset Q",
           "base_size Q", "data_offset Q", "data_size Q", "table_offset Q", "count Q", "layout I", "reserved I",
           "target_offset Q",
@@ -45,14 +46,14 @@ def image_digest(offset: int, size: int, pages: dict[int, bytes]) -> bytes:
 
 
 class Draft:
-    """A file as it is made up: its header's fields, its table's entries, its data."""
+    """The parts of a file before they are written: the header's fields, the table's entries and the data."""
 
     def __init__(self, c: Choices, version: int) -> None:
         kind, layout = c.pick(((1, 1), (1, 2), (2, 2)))
         self.start = 224 if version == 2 and layout == 2 else GROUP
         offset = c.pick(OFFSETS) if kind == 1 else 0
         size = min(c.pick((0, 1, 4095, 4096, 65536, 65537, 3 * GROUP - 1)) + c.below(300), (1 << 57) - offset)
-        self.pages: dict[int, bytes] = {}       # those stored
+        self.pages: dict[int, bytes] = {}       # the stored pages
         zeros: set[int] = set()
         first, last = span(offset, size)
         own = range(offset // PAGE, -(-(offset + size) // PAGE) if size else offset // PAGE)
@@ -115,7 +116,8 @@ class Draft:
                 self.field["count"] = len(self.table)
 
     def reseal_pages(self, digest_too: bool) -> None:
-        """The checksums that whoever damages the content would mend: of what the table says is stored."""
+        """Renews the checksums after damage, as an attacker would: the checksums of the stored pages that the table
+        lists."""
         first, at, pages = span(self.field["offset"], self.field["size"])[0], 0, {}
         for entry in self.table:
             crc = 0
@@ -149,7 +151,7 @@ def need(truth) -> None:
 
 
 def judge(raw: bytes):
-    """(fields, stored pages, zeroed pages), or Wrong: what docs/file-format.md says, and no more."""
+    """Returns (fields, stored pages, zeroed pages) or raises Wrong, by the rules of docs/file-format.md alone."""
     need(len(raw) >= 224)
     f = dict(zip(NAMES, struct.unpack_from(FORMAT, raw), strict=True))
     need(raw[192:224] == blake(raw[:192]))
@@ -229,7 +231,7 @@ def check_image(path: str, truth, size: int, again: bool) -> None:
             if verify:
                 assert (image is None) == (truth is None), f"{verify=} {mapped=}"
             elif image is not None and size < LARGE:
-                # What identity says covers every byte that is shown.
+                # The digest covers every byte of an image, so equal digests mean equal bytes.
                 assert image == linmem.Image.from_bytes(bytes(image), image.offset)
             if image is None or size >= LARGE:
                 continue
@@ -278,7 +280,7 @@ def of_version(data: bytes, version: int) -> None:
     draft = Draft(c, version)
     for _ in range(c.below(4)):
         draft.damage(c)
-    again = c.byte() > 240          # a save waits for the disk
+    again = c.byte() > 240          # rarely, because a save waits for the disk
     raw = draft.whole(c)
     try:
         truth = judge(raw)

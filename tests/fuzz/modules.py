@@ -17,7 +17,8 @@ MAGIC = b"\0asm\1\0\0\0"
 
 @functools.cache
 def engine(ours: bool = False):
-    """wasmtime's, with all that it can do, or None where it is not installed; `ours`: with linmem's memories."""
+    """An engine with all of wasmtime's features, or None if wasmtime is not installed. `ours`: its memories are
+    linmem's."""
     try:
         import wasmtime
     except ImportError:
@@ -26,7 +27,8 @@ def engine(ours: bool = False):
     for name in ("memory64", "multi_memory", "threads", "reference_types", "gc", "function_references",
                  "custom_page_sizes", "exceptions", "bulk_memory", "multi_value", "simd", "relaxed_simd", "tail_call",
                  "wide_arithmetic", "stack_switching"):
-        # wasmtime has stack switching for these machines only, and ends the process where it is switched on elsewhere.
+        # wasmtime supports stack switching on these machines only. Elsewhere wasmtime ends the process if the feature
+        # is on.
         if name == "stack_switching" and (sys.platform, platform.machine()) != ("linux", "x86_64"):
             continue
         if hasattr(wasmtime.Config, f"wasm_{name}"):
@@ -39,7 +41,7 @@ def engine(ours: bool = False):
 
 
 def judged(call, *args, **named):
-    """The class and the text of what a call raises, without the backtrace in it; None if it raises nothing."""
+    """The class and the text of a call's exception, without the backtrace; None if the call raises no exception."""
     try:
         call(*args, **named)
     except Exception as error:
@@ -58,7 +60,7 @@ def is_valid(wasm: bytes) -> bool:
 
 
 def contents(wasm: bytes, names, images=()) -> list[bytes] | None:
-    """What the memories of those names hold once there is an instance; None if there is none."""
+    """The bytes of the named memories in a new instance; None if the instance cannot be made."""
     import wasmtime
 
     store = wasmtime.Store(engine())
@@ -98,7 +100,7 @@ def one(data: bytes) -> None:
     from linmem.wasmtime import prepare
 
     expected = judged(wasmtime.Module, engine(True), wasm)
-    assert (expected is None) >= valid      # text is no module, and becomes one
+    assert (expected is None) >= valid      # bytes that are not a module may be valid text
     for with_all in (False, True):
         found = judged(prepare, engine(True), wasm, expose=with_all)
         assert found == expected, f"prepare: {found}, wasmtime: {expected}"
@@ -140,7 +142,7 @@ def one(data: bytes) -> None:
 
 
 def _starts(wasm: bytes) -> bool:
-    """Whether a function runs at instantiation: it may write, or never return."""
+    """Whether a function runs at instantiation. Such a function may write, or never return."""
     at = 8
     while at < len(wasm):
         kind, at, size, shift = wasm[at], at + 1, 0, 0

@@ -1,6 +1,6 @@
 """Replay the corpus without atheris:   python tests/fuzz/replay.py [--stay] [HARNESS ...]
 
-With --stay no memory moves: valgrind loses track of what mremap(2) makes larger.
+--stay keeps memories from moving, because valgrind loses track of mappings that mremap(2) enlarges.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def entries(harness: str) -> Iterator[Path]:
 
 
 def replay(harness: str) -> int:
-    """How many entries there are; the first finding is raised."""
+    """Replays the corpus of one harness and returns the number of entries. The first finding is raised."""
     one = importlib.import_module(f"fuzz.{harness}").one
     n = 0
     for path in entries(harness):

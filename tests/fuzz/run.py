@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Fuzz one harness by atheris:   python tests/fuzz/run.py --harness=NAME [FOLDER ...] [-OPTION=VALUE ...]
 
-What is new goes into the first folder. The options are libFuzzer's (-max_total_time=60, -print_final_stats=1).
-Only extensions that clang built with -fsanitize=fuzzer-no-link tell libFuzzer what they cover; `stage_fuzz` of
+New inputs go into the first folder. The options are libFuzzer's (-max_total_time=60, -print_final_stats=1). libFuzzer
+sees the coverage of an extension only if clang built the extension with -fsanitize=fuzzer-no-link; `stage_fuzz` of
 .ci/run shows how.
 """
 
@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def main() -> None:
-    # libFuzzer passes by what begins with two dashes, and repeats it for the processes that it starts to merge.
+    # libFuzzer ignores arguments that begin with two dashes, and passes them on to the processes that it starts to
+    # merge.
     (harness,) = (argument.removeprefix("--harness=") for argument in sys.argv if argument.startswith("--harness="))
     with atheris.instrument_imports(include=["linmem"]):
         one = importlib.import_module(f"fuzz.{harness}").one

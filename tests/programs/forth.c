@@ -1,5 +1,5 @@
-/* A small interpreter, as guests have them: data of its own, a heap that initialising fills, a deep C stack, and
- * requests that leave all of it in a mess.
+/* A small interpreter, typical of guests: it has static data, a heap that its initialisation fills, and a deep C stack.
+ * Each request changes all three.
  *
  *   python -m ziglang cc -target wasm32-wasi -mexec-model=reactor -O2 -o forth.wasm forth.c
  */

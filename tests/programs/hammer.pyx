@@ -1,8 +1,8 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, freethreading_compatible=True
-"""Threads of C that do to linmem's C API all that it allows, at once, with no Python in any operation.
+"""Threads in C that use linmem's C API concurrently, with no Python in any operation.
 
-Made for ThreadSanitizer: the threads are pthreads, what they share they share by linmem's own means, and nobody
-else's locks are needed to see that an access is in order. So every report is a finding.
+For ThreadSanitizer: the threads are pthreads, and they share data by linmem's own means only. No other lock hides a
+race, so every report is a finding.
 """
 
 from libc.stdlib cimport calloc, free
@@ -34,15 +34,15 @@ cdef enum:
     CELLS = 12
     MOST = 16               # pages in a memory
 
-    OWN = 0                 # make, fill, grow, look, snapshot, restore, drop
-    HAND_ON = 1             # make, put where all find it, drop what was there
-    VISIT = 2               # use what another thread has made, while others do
-    DRAW = 3                # an image of one's own, compared with another
+    OWN = 0                 # make, fill, grow, check bytes, snapshot, restore, drop
+    HAND_ON = 1             # make, publish to all threads, drop the previous one
+    VISIT = 2               # use another thread's memory concurrently
+    DRAW = 3                # make an image and compare it with another image
     OPERATIONS = 4
 
 NAMES = ("own", "hand_on", "visit", "draw")
 
-# A memory that all threads use. The mutex is for taking a reference, no more.
+# A memory that all threads use. The mutex protects only the step of taking a reference.
 cdef struct cell:
     pthread_mutex_t mutex
     memory* m
@@ -53,7 +53,7 @@ cdef struct shared:
     image* image
     cell cells[CELLS]
     word stop
-    word hooks              # of ours that hang on a memory
+    word hooks              # hooks of this program on a memory
     size_t page
 
 cdef struct worker:
@@ -89,7 +89,7 @@ cdef int wrong(worker* w, const char* what) noexcept nogil:
 
 
 cdef int judge(worker* w, int code, const failure* why) noexcept nogil:
-    """A failure that is promised counts as refused; any other ends the run."""
+    """Counts a documented failure as refused. Any other failure ends the run."""
     cdef char text[512]
     if code == 0:
         return 0
@@ -105,7 +105,7 @@ cdef bint is_all(const char* at, size_t size, unsigned char byte) noexcept nogil
 
 
 cdef int make(worker* w, bint moves, memory** out) noexcept nogil:
-    """*out: a memory that no other thread knows, or NULL where a creator's own bound refused."""
+    """Stores in *out a memory that no other thread knows, or NULL if the creator's own bound refused the request."""
     cdef memory_spec spec
     cdef failure why
     cdef void* creator = w.all.creators[chance(w, w.all.n_creators)]
@@ -301,7 +301,7 @@ def run(creators, Image image_ not None, int threads, double seconds, watch=()):
     Raises
     ------
     AssertionError
-        A byte, a size or a failure was not what is promised.
+        A byte, a size or a failure is not as documented.
     """
     cdef shared all
     cdef worker* workers = <worker*>calloc(<size_t>threads, sizeof(worker))
@@ -366,7 +366,7 @@ cdef void* count_up(void* argument) noexcept nogil:
 
 
 def race():
-    """What a sanitizer that works reports."""
+    """A deliberate race, which a working sanitizer reports."""
     cdef pthread_t others[2]
     cdef long long count = 0
     cdef int n
@@ -379,13 +379,13 @@ def race():
 
 
 def main(int threads, double seconds):
-    """Through every creator and adaptor; prints the figures."""
+    """Use every creator and adaptor, and print the figures."""
     import linmem
 
     page = pages.capabilities().page_size
 
     class Handing(linmem.MemoryCreator):
-        """Hands on what linmem made."""
+        """Passes on memories of a new MmapCreator."""
 
         def new_memory(self, *request):
             return linmem.MmapCreator().new_memory(*request)
