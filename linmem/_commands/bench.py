@@ -29,7 +29,7 @@ def main(args: Any) -> int:
 
 @contextlib.contextmanager
 def benchmarks() -> Iterator[Any]:
-    """The module `linmem.bench.command`. If an import fails in the block, the message says what installs the package."""
+    """The module `linmem.bench.command`. If an import fails in the block, the message says what to install."""
     try:
         yield importlib.import_module("linmem.bench.command")
     except ImportError as error:
