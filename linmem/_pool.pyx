@@ -628,19 +628,26 @@ cdef inline void count_guest(pool* p, slot* s) noexcept nogil:
 
 # -- which idle slot goes first; the lock is held ------------------------------------------------------------------
 
-cdef inline bint has_its_share(const pool* p, const slot* s, bint by_count) noexcept nogil:
-    """Whether the slot's domain has a fair share of the pool's warm slots (else: of the bytes they keep), or more."""
-    if p.n_busy < 2:
-        return True
-    if by_count:
-        return s.shelf.tenant.n_warm * p.n_busy >= p.n_warm
-    return s.shelf.tenant.held >= (p.resident + p.tables) // p.n_busy
+cdef size_t domains_that_keep(const pool* p) noexcept nogil:
+    """How many domains have warm slots that keep bytes. Memories without a page keep none."""
+    cdef const tenant* t = p.tenants
+    cdef size_t n = 0
+    while t != NULL:
+        n += t.held != 0
+        t = t.next
+    return n
 
 
 cdef slot* fair_victim(pool* p, bint by_count) noexcept nogil:
-    """The least recently used warm slot of a domain that has its fair share or more."""
+    """The least recently used warm slot of a domain that has more than a fair share of the pool's warm slots (else: of
+    the bytes that they keep). If all domains have the same, the least recently used one of all."""
     cdef slot* s = p.warm.oldest
-    while s != NULL and not has_its_share(p, s, by_count):
+    cdef size_t domains = p.n_busy if by_count or p.n_busy < 2 else domains_that_keep(p)
+    cdef size_t share
+    if domains < 2:
+        return s
+    share = (p.n_warm if by_count else p.resident + p.tables) // domains
+    while s != NULL and (s.shelf.tenant.n_warm if by_count else s.shelf.tenant.held) <= share:
         s = s.newer
     return s if s != NULL else p.warm.oldest
 
@@ -1347,8 +1354,8 @@ cdef domain_t unnamed           # `census` and `holds` of the domain NULL
 
 cdef enum:
     COLD_ONE = 0                # which slot is looked for: a cold one,
-    FAIR_ONE = 1                # a warm one of a domain that holds its fair share or more,
-    ANY_ONE = 2                 # any warm one
+    FAIR_ONE = 1                # a warm one of a domain that holds more than its fair share,
+    ANY_ONE = 2                 # any warm one: all domains hold the same
     CHOICES = 3
 
 
@@ -1371,21 +1378,9 @@ cdef inline void count_in(domain_t* d, size_t size) noexcept nogil:
         holds[0] += size
 
 
-cdef inline void count_out(domain_t* d, size_t size) noexcept nogil:
-    """After a slot has given up so much. The domain may have got the slot after the census."""
-    global census_total, census_domains
-    cdef size_t* holds = holding(d)
-    if size > holds[0]:
-        size = holds[0]
-    if size:
-        holds[0] -= size
-        census_total -= size
-        census_domains -= holds[0] == 0
-
-
-cdef inline bint has_share_of_all(domain_t* d) noexcept nogil:
-    """Whether the domain holds at least as much as the mean of the domains that hold something."""
-    return census_domains < 2 or holding(d)[0] >= (census_total + census_domains - 1) // census_domains
+cdef inline bint is_above_share(domain_t* d) noexcept nogil:
+    """Whether the domain holds more than the mean of the domains that hold something. One domain alone does."""
+    return census_domains < 2 or holding(d)[0] > census_total // census_domains
 
 
 cdef void count_pool(pool* p, int what, const void* budget) noexcept nogil:
@@ -1418,9 +1413,9 @@ cdef void take_census(int what, const void* budget) noexcept nogil:
 
 
 cdef bint has_such_domain(pool* p, int which) noexcept nogil:
-    """So that no slot is looked at of a pool whose domains all hold too little."""
+    """So that no slot is looked at of a pool whose domains all hold too little to be chosen."""
     cdef tenant* t = p.tenants
-    while t != NULL and not (t.n_warm and (which == ANY_ONE or has_share_of_all(t.domain))):
+    while t != NULL and not (t.n_warm and (which == ANY_ONE or is_above_share(t.domain))):
         t = t.next
     return t != NULL
 
@@ -1432,7 +1427,7 @@ cdef slot* oldest_with(pool* p, int which, int what, const void* budget) noexcep
         return p.cold.oldest
     if (what == RELIEF_BUDGET and charged_of(p, budget) == 0) or not has_such_domain(p, which):
         return NULL
-    while s != NULL and not (given_up(s, what, budget) and (which == ANY_ONE or has_share_of_all(s.shelf.domain))):
+    while s != NULL and not (given_up(s, what, budget) and (which == ANY_ONE or is_above_share(s.shelf.domain))):
         s = s.newer
     return s
 
@@ -1459,11 +1454,11 @@ cdef pool* pool_of_oldest(int which, int what, const void* budget) noexcept nogi
     return of
 
 
-cdef size_t give_up_oldest(int what, const void* budget, int cause, size_t* counted) noexcept nogil:
+cdef size_t give_up_oldest(int what, const void* budget, int cause) noexcept nogil:
     """The least recently used of all pools' idle slots gives up what it holds: where address space is missing, a cold
-    slot; else a warm slot of a domain that holds its fair share or more. Returns how much that was; 0: there is none.
-    *counted: the census of the caller's last call, 0 at the first. It is used again unless another thread has taken one
-    since, so that the cost of giving up many slots does not follow their number times that of the domains."""
+    slot; else a warm slot of a domain that holds more than its fair share. Returns how much that was; 0: there is none.
+    Each warm slot has a census of its own: other threads use slots meanwhile, and a slot that is dropped may be a warm
+    one of the pool below."""
     cdef pool* of = NULL
     cdef slot* s = NULL
     cdef size_t size = 0
@@ -1471,9 +1466,8 @@ cdef size_t give_up_oldest(int what, const void* budget, int cause, size_t* coun
     cdef int which = COLD_ONE if dropped else FAIR_ONE
     acquire(&census_lock)
     while which < CHOICES:
-        if which == FAIR_ONE and (counted[0] == 0 or counted[0] != census):
+        if which == FAIR_ONE:
             take_census(what, budget)
-            counted[0] = census
         of = pool_of_oldest(which, what, budget)
         if of != NULL:
             break
@@ -1483,8 +1477,6 @@ cdef size_t give_up_oldest(int what, const void* budget, int cause, size_t* coun
         s = oldest_with(of, which, what, budget)
         if s != NULL:       # else another thread was faster, and the caller asks again
             size = given_up(s, what, budget)
-            if which != COLD_ONE:
-                count_out(s.shelf.domain, 1 if dropped else size)
             count_eviction(of, s, cause)
             move_slot(of, s, DROPPING if dropped else COOLING)
         unlock(&of.lock.held)
@@ -1525,7 +1517,7 @@ cdef bint may_be_had(int what, size_t size) noexcept nogil:
 cdef bint give(int what, const void* budget, size_t missing) noexcept nogil:
     """The relief of _memory.pxd. Of a budget as much as is missing; of what the OS has refused, of which nobody knows
     how much is missing, what one slot has: the caller tries again, and asks for more."""
-    cdef size_t held, counted = 0, got = 0, step
+    cdef size_t held, got = 0, step
     held = all_that_idle_slots_hold(what, budget)
     if held == 0 and what == RELIEF_PAGES and not may_be_had(what, pages.capabilities().page_size):
         what = RELIEF_SPACE         # mappings are missing, which cold slots have, too
@@ -1536,19 +1528,18 @@ cdef bint give(int what, const void* budget, size_t missing) noexcept nogil:
         if held < missing:
             return False
         while got < missing:
-            step = give_up_oldest(what, budget, EVICTED_REFUSED, &counted)
+            step = give_up_oldest(what, budget, EVICTED_REFUSED)
             if step == 0:
                 break
             got += step
         return got > 0
-    return would_help(what, missing, held) and give_up_oldest(what, budget, EVICTED_REFUSED, &counted) > 0
+    return would_help(what, missing, held) and give_up_oldest(what, budget, EVICTED_REFUSED) > 0
 
 
 cdef void shed_held() noexcept nogil:
     """Until all pools' idle slots keep no more than the bound that they share."""
-    cdef size_t counted = 0
     while load(&all_held) > load(&held_bound):
-        if give_up_oldest(KEPT, NULL, EVICTED_PROCESS, &counted) == 0:
+        if give_up_oldest(KEPT, NULL, EVICTED_PROCESS) == 0:
             return
 
 
@@ -1703,7 +1694,6 @@ cdef int make_room(pool* p, const shape* key, size_t reserved, size_t mappings, 
                    failure* why) noexcept nogil:
     """Drop idle slots until one more fits. *again: one of them is of this shape, and has become cold instead."""
     cdef slot* s
-    cdef size_t counted = 0
     cdef int room, cause = 0
     again[0] = False
     while True:
@@ -1727,7 +1717,7 @@ cdef int make_room(pool* p, const shape* key, size_t reserved, size_t mappings, 
         if s != NULL:
             drop(s)
         elif all_that_idle_slots_hold(RELIEF_SPACE, NULL) < lacking(reserved) or give_up_oldest(
-                RELIEF_SPACE, NULL, EVICTED_PROCESS, &counted) == 0:
+                RELIEF_SPACE, NULL, EVICTED_PROCESS) == 0:
             return full(p, cause, key.minimum, reserved, why)
 
 
@@ -2534,7 +2524,7 @@ def set_pool_limits(max_resident=None, max_reserved=None):
     ----------
     max_resident : int, optional
         Bytes that the idle slots of all pools keep resident at most, page tables included. The least recently used
-        slot of a domain that has its fair share or more gives its pages back first. None: a quarter of the machine's
+        slot of a domain that has more than its fair share gives its pages back first. None: a quarter of the machine's
         memory, as at the start.
     max_reserved : int, optional
         Bytes of address space of all slots, live and idle, guards included. A pool beyond it does as its `when_full`
@@ -2545,7 +2535,7 @@ def set_pool_limits(max_resident=None, max_reserved=None):
     TypeError, ValueError, OverflowError
         For an argument that is no size; then no bound has changed.
     """
-    cdef size_t held = SIZE_MAX, reserved = SIZE_MAX, counted = 0
+    cdef size_t held = SIZE_MAX, reserved = SIZE_MAX
     if max_resident is not None:
         check_size(max_resident, "max_resident", &held)
     elif pages.capabilities().memory:
@@ -2557,7 +2547,7 @@ def set_pool_limits(max_resident=None, max_reserved=None):
         set_bounds(held, reserved)
         tell_sum_anew()
         shed_held()
-        while lacking(0) and give_up_oldest(RELIEF_SPACE, NULL, EVICTED_PROCESS, &counted):
+        while lacking(0) and give_up_oldest(RELIEF_SPACE, NULL, EVICTED_PROCESS):
             pass
 
 

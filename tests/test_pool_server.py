@@ -15,9 +15,11 @@ from support import (
     PAGE,
     REAL_PAGE,
     answer,
+    build_extension,
     descriptors,
     failing,
     live_bytes,
+    load_extension,
     requires,
     resident_within,
     whole,
@@ -1031,15 +1033,15 @@ def fill(pools, domain, slots):
             mem.close()
 
 
-def idle_of_two(bound, first, second, domains=("a", "b"), reset="zero"):
-    """Pools with idle slots of two domains, as many in each pool as the lists say, and a memory outside the pools. The
-    slots of the first domain have been idle for longer. If `bound` is "budget", the budget is used up then."""
+def idle_of(bound, *slots, domains=("a", "b"), reset="zero"):
+    """Pools with idle slots of some domains, as many in each pool as the lists say, and a memory outside the pools. The
+    slots of the first domain have been idle for longest. If `bound` is "budget", the budget is used up then."""
     linmem.set_pool_limits(max_resident=0, max_reserved=0)      # no other pool has an idle slot
     linmem.set_pool_limits()
-    budget = linmem.LimitingCreator(MMAP, (sum(first) + sum(second)) * EACH + PAGE if bound == "budget" else 1 << 40)
-    pools = [linmem.PoolingCreator(budget, reset="zero" if n else reset, max_unused_warm=1000) for n in first]
-    for domain, slots in zip(domains, (first, second), strict=True):
-        fill(pools, domain, slots)
+    budget = linmem.LimitingCreator(MMAP, sum(map(sum, slots)) * EACH + PAGE if bound == "budget" else 1 << 40)
+    pools = [linmem.PoolingCreator(budget, reset="zero" if n else reset, max_unused_warm=1000) for n in slots[0]]
+    for domain, each in zip(domains, slots, strict=True):
+        fill(pools, domain, each)
     return pools, budget.create(PAGE, **LARGE)
 
 
@@ -1075,16 +1077,55 @@ def warm_of(pools, *domains):
                          ids=["a pool each", "ten pools against one", "both in both"])
 def test_no_bound_over_several_pools_lets_one_domain_evict_the_warm_slots_of_another_below_its_share(
         first, second, domains, bound):
-    pools, live = idle_of_two(bound, first, second, domains)
+    pools, live = idle_of(bound, first, second, domains=domains)
     assert warm_of(pools, *domains) == (3, sum(second))
     take(sum(second) - 3, bound, pools, live)
     assert warm_of(pools, *domains) == (3, 3)
     live.close()
 
 
+@pytest.mark.parametrize("bound", ["resident", *REFUSALS])
+def test_a_domain_with_exactly_its_share_of_several_pools_loses_nothing_while_another_one_has_more(bound):
+    pools, live = idle_of(bound, [3, 0, 0], [0, 5, 0], [0, 0, 1], domains="abc")
+    take(1, bound, pools, live)
+    assert warm_of(pools, *"abc") == (3, 4, 1)
+    live.close()
+
+
+@pytest.mark.parametrize("bound", [{"max_unused_warm": 8}, {"max_resident": 8 * (EACH + 8192)}],
+                         ids=["number", "bytes"])
+def test_a_domain_with_exactly_its_share_of_a_pool_loses_nothing_while_another_one_has_more(bound):
+    pool = linmem.PoolingCreator(reset="zero", **bound)
+    for domain, slots in (("a", 3), ("b", 4), ("c", 1), ("b", 5)):
+        fill([pool], domain, [slots])
+    assert warm_of([pool], *"abc") == (3, 4, 1)
+
+
+def test_warm_slots_without_a_page_count_for_no_share_of_what_is_kept():
+    pool = linmem.PoolingCreator(reset="zero", max_resident=12 * (EACH + 8192))
+    fill([pool], "a", [5])
+    pool.create(0, **SHAPE, domain="none").close()
+    for slots in (7, 8):
+        fill([pool], "b", [slots])
+    assert warm_of([pool], "a", "none", "b") == (5, 1, 7)
+
+
+def test_a_warm_slot_that_goes_to_the_pool_below_still_counts_for_the_share_of_its_domain():
+    linmem.set_pool_limits(max_resident=0, max_reserved=0)
+    linmem.set_pool_limits()
+    lower, other = (linmem.PoolingCreator(reset="zero") for _ in range(2))
+    upper = linmem.PoolingCreator(lower, reset="zero")
+    fill([other, upper], "b", [6, 0])
+    fill([other, upper], "a", [0, 7])
+    each = other.stats()["reserved"] // 6
+    linmem.set_pool_limits(max_reserved=linmem.metrics.totals()["reserved"] - 8 * each)
+    assert warm_of([other], "b") >= (4,)
+    assert warm_of([upper, lower], "a") <= (5,)
+
+
 @pytest.mark.parametrize("bound", REFUSALS)
-def test_of_domains_that_have_their_share_in_several_pools_the_oldest_slot_goes(bound):
-    pools, live = idle_of_two(bound, [3, 0], [0, 3])
+def test_of_domains_that_hold_the_same_in_several_pools_the_oldest_slot_goes(bound):
+    pools, live = idle_of(bound, [3, 0], [0, 3])
     take(1, bound, pools, live)
     assert warm_of(pools, "a", "b") == (2, 3)
     take(1, bound, pools, live)
@@ -1093,7 +1134,7 @@ def test_of_domains_that_have_their_share_in_several_pools_the_oldest_slot_goes(
 
 
 def test_what_was_committed_and_is_not_resident_counts_where_the_os_refuses_pages():
-    pools, live = idle_of_two("refused pages", [3, 0], [0, 9], reset="discard")
+    pools, live = idle_of("refused pages", [3, 0], [0, 9], reset="discard")
     take(6, "refused pages", pools, live)
     assert warm_of(pools, "a", "b") == (3, 3)
     live.close()
@@ -1116,7 +1157,7 @@ def test_only_what_is_charged_to_a_budget_counts_for_a_share_of_it():
 
 @pytest.mark.parametrize("bound", ["reserved", "refused space"])
 def test_cold_slots_of_any_pool_give_address_space_up_before_a_warm_one_does(bound):
-    pools, live = idle_of_two(bound, [2, 0], [0, 3])
+    pools, live = idle_of(bound, [2, 0], [0, 3])
     pools[1].purge()
     take(3, bound, pools, live)
     assert (warm_of(pools, "a"), idle(pools[1])) == ((2,), 0)
@@ -1144,6 +1185,90 @@ def test_a_domain_that_makes_ever_new_slots_leaves_the_others_in_other_pools_war
     row = linmem.metrics.read(pools[0])["domains"]["one"]
     assert (row["misses"], row["hits_cold"], row["hits_warm"]) == (1, 0, 10)
     assert sum(sum(linmem.metrics.read(pool)["evictions"].values()) for pool in pools[1:]) > 250
+
+
+SUMS = """
+# cython: language_level=3
+from linmem._atomic cimport load
+from linmem._memory cimport acquire, unlock
+from linmem._pool cimport COLD, WARM, PoolingCreator, pool, slot, tenant
+
+def counted(PoolingCreator creator not None):
+    '''What the pool has counted of its warm slots, in all and by domain, and the same from the slots themselves.'''
+    cdef pool* p = creator.pool
+    cdef tenant* t
+    cdef slot* s
+    cdef list all_ = [0] * 7
+    cdef dict counts = {}, found = {}
+    acquire(&p.lock.held)
+    t = p.tenants
+    while t != NULL:
+        counts[<size_t>t] = [t.slots, t.n_warm, t.held, t.warm_least, t.warm_high]
+        found[<size_t>t] = [0] * 5
+        t = t.next
+    s = p.slots
+    while s != NULL:
+        row = found[<size_t>s.shelf.tenant]
+        row[0] += 1
+        if load(&s.state) == WARM:
+            row[1:] = [row[1] + 1, row[2] + s.resident + s.tables, row[3] + s.pages.least, row[4] + s.pages.high]
+        if load(&s.state) in (WARM, COLD):
+            all_[5] += s.reserved
+        s = s.next
+    for row in found.values():
+        all_[:5] = [a + b for a, b in zip(all_, row)]
+        all_[6] += row[1] > 0
+    counts["all"] = [p.n_slots, p.n_warm, p.resident + p.tables, p.warm_least, p.warm_high, p.idle_reserved, p.n_busy]
+    found["all"] = all_
+    unlock(&p.lock.held)
+    return counts, found
+"""
+
+
+@requires("compiler")
+def test_what_is_counted_by_domain_is_what_the_slots_hold_whatever_threads_do(tmp_path):
+    build_extension(tmp_path, "sums", SUMS)
+    counted = load_extension(tmp_path, "sums").counted
+    budget = linmem.LimitingCreator(MMAP, 400 * PAGE)
+    lower = linmem.PoolingCreator(budget)
+    pools = [lower, linmem.PoolingCreator(lower, reset="discard", keep_resident=3 * PAGE),
+             linmem.PoolingCreator(budget, reset="zero", idle_seconds=0.001),
+             linmem.PoolingCreator(linmem.PythonCreator(Alternating(budget, MMAP)), max_unused_warm=5),
+             linmem.PoolingCreator(linmem.LimitingCreator(lower, 100 * PAGE), slots=12)]
+    image = linmem.Image.from_bytes(b"i" * PAGE)
+    wrong = []
+
+    def work(seed):
+        chance = random.Random(seed)
+        mems = []
+        for n in range(1500):
+            pool, most = chance.choice(pools), chance.choice((8, 16, 32))
+            try:
+                mem = pool.create(chance.randrange(1, 4) * PAGE, most * PAGE, most * PAGE, PAGE,
+                                  image=chance.choice((None, None, image)),
+                                  domain=chance.choice((None, "a", f"{n % 300}")))
+                mems.append(mem)
+                mem.write(chance.randrange(len(mem)), b"x")
+                mem.grow_to(chance.randrange(len(mem) // PAGE, most + 1) * PAGE)
+            except (linmem.PoolError, linmem.GrowError):
+                pass
+            while len(mems) > chance.randrange(12):
+                mems.pop(chance.randrange(len(mems))).close()
+            if n % 20 == 0:
+                chance.choice((pool.trim, pool.purge))(chance.choice((0, 10 * PAGE)))
+                linmem.set_pool_limits(max_resident=chance.choice((0, None, 20 * PAGE)),
+                                       max_reserved=chance.choice((None, 400 * PAGE)))
+            counts, found = counted(pool)
+            if counts != found:
+                wrong.append((counts, found))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert all(sum(figures["evictions"].values()) for figures in map(linmem.metrics.read, pools))
 
 
 # -- figures ---------------------------------------------------------------------------------------------------------
