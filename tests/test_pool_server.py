@@ -148,7 +148,7 @@ def test_slots_between_two_states_go_with_their_image_too(make):
 
     thread = threading.Thread(target=churn)
     thread.start()
-    for n in range(500):
+    for n in range(1500):
         image = linmem.Image.from_bytes(bytes([1 + n % 255]) * (4 * PAGE))
         with image.new_memory(creator=pool) as mem:
             mem.write(0, b"x" * 4 * PAGE)
@@ -1367,7 +1367,7 @@ def test_no_figure_goes_down_under_churn_of_threads():
 
     def work(seed):
         rng = random.Random(seed)
-        for n in range(500):
+        for n in range(1500):
             pool.create(PAGE * rng.randrange(1, 40), domain=f"{rng.randrange(400)}", **SHAPE).close()
             if n % 100 == 0:
                 pool.trim()
