@@ -1144,9 +1144,15 @@ class Soak:
                             f" {worker.doing}")
         if now - self.looked >= LOOK:
             self.looked = now
-            for name, value in vars(Figures.now()).items():
-                if value is not None:
-                    self.peaks[name] = max(self.peaks.get(name, 0), value)
+            self.look()
+
+    def look(self) -> Figures:
+        """The figures of this moment. Every figure is read here, so the peaks include each of them."""
+        figures = Figures.now()
+        for name, value in vars(figures).items():
+            if value is not None:
+                self.peaks[name] = max(self.peaks.get(name, 0), value)
+        return figures
 
     def calm(self, number: int) -> None:
         """All threads rest and hold nothing: what is live now is live for no reason."""
@@ -1180,7 +1186,7 @@ class Soak:
         gc.collect()
         linmem.create(PAGE).close()     # gives back what the OS was made to refuse to take
         _call_malloc("malloc_trim", 0)
-        now = Figures.now()
+        now = self.look()
         self.calms.append(now)
         first = self.calms[0]
         for name, slack in (("reserved", 0), ("descriptors", 0), ("mappings", MAPPINGS_SLACK),

@@ -6,7 +6,10 @@ import ctypes
 import gc
 import importlib.machinery
 import os
+import signal
 import sys
+import tempfile
+import traceback
 from pathlib import Path
 
 import pytest
@@ -72,6 +75,16 @@ def the_sources_are_out_of_reach(tmp_path_factory):
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def children_compile_no_module_twice():
+    """Where Python was told to keep no bytecode, each of hundreds of children would compile all that it imports."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="linmem-bytecode-") as folder:
+        if sys.dont_write_bytecode:
+            patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+            patch.setenv("PYTHONPYCACHEPREFIX", folder)
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def what_stays_is_not_garbage():
     """What is there before a file's first test, and stays, need not be looked through by each of its gc.collect()."""
@@ -79,14 +92,43 @@ def what_stays_is_not_garbage():
     gc.freeze()
 
 
+@pytest.fixture
+def interruptible():
+    """A run in the background has SIGINT ignored, and Python then leaves it so, here and in children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+FAILED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """What a failed test held goes with the test: its exception and its frames would keep that into the next test."""
+    report = yield
+    if call.excinfo is not None:
+        item.stash[FAILED] = report.failed
+        for name in ("last_exc", "last_type", "last_value", "last_traceback"):
+            vars(sys).pop(name, None)
+        error, seen = call.excinfo.value, set()
+        while error is not None and id(error) not in seen and not item.config.getoption("usepdb"):
+            seen.add(id(error))
+            traceback.clear_frames(error.__traceback__)
+            error = error.__cause__ or error.__context__
+    return report
+
+
 @pytest.fixture(autouse=True)
-def every_mapping_is_given_back():
-    """The OS must show no more bytes of linmem's mappings after a test than before it."""
+def every_mapping_is_given_back(request):
+    """The OS must show no more bytes of linmem's mappings after a test than before it, unless the test has failed."""
     if not support.NEEDS["maps"][0]:
         yield
         return
     before = support.live_bytes()
     yield
-    if support.live_bytes() != before:
+    if request.node.stash.get(FAILED, False):
+        gc.collect()
+    elif support.live_bytes() != before:
         gc.collect()
         assert support.live_bytes() == before, "the test left mappings of linmem behind"

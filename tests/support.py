@@ -576,7 +576,7 @@ def build_extension(folder: Path, name: str, source: str) -> None:
         setup(name="{name}", ext_modules=cythonize([Extension("{name}", ["{name}.pyx"])], include_path={beyond!r}))
     """))
     subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=folder, check=True, timeout=300,
-                   capture_output=True)
+                   capture_output=True, env={**os.environ, "CFLAGS": os.environ.get("CFLAGS", "") + " -O0 -g0"})
 
 
 def load_extension(folder: Path, name: str):

@@ -68,7 +68,7 @@ def quick_run(request, tmp_path_factory):
         [sys.executable, "-m", "linmem.bench", "--suite", request.param, "--quick", "--rounds", "2",
          "--json", str(folder / "figures.json"), "--picture", str(folder / "figures.png"),
          "--markdown", str(folder / "figures.md")],
-        capture_output=True, text=True, timeout=60, env={**os.environ, "COLUMNS": "190"})
+        capture_output=True, text=True, timeout=280, env={**os.environ, "COLUMNS": "190"})
     assert done.returncode == 0, done.stderr
     figures = json.loads((folder / "figures.json").read_text())
     assert figures["suite"] == request.param
@@ -848,8 +848,10 @@ def test_the_markdown_replaces_only_what_stands_between_the_marks(tmp_path):
 @requires("maps", "scans")       # else the pages of large memories go at once
 def test_a_burst_shows_in_what_is_resident_and_the_traffic_after_it_gives_all_back(monkeypatch):
     case = soak_pool.CASES[0]
-    server = soak_pool.Server(0.1)
-    before, at_once, later = server.serve(case, 4)
+    for idle in (0.1, 2, 20):       # until the burst itself is shorter than that on this machine
+        before, at_once, later = soak_pool.Server(idle).serve(case, 4)
+        if at_once - before > 3 * case.size:
+            break
     assert at_once - before > 3 * case.size > 6 * (later - before)
     monkeypatch.setattr(soak_pool, "pool", lambda **options: linmem.creator("pool", idle_seconds=None))
     before, at_once, later = soak_pool.Server(0.1).serve(case, 4)

@@ -228,7 +228,7 @@ def main():
 
         workers = list(client.run(os.getpid).values())
         found["workers"] = len(client.run(os.getpid))
-    gone = time.monotonic() + 30
+    gone = time.monotonic() + 120
     while any(map(psutil.pid_exists, workers)) and time.monotonic() < gone:
         time.sleep(0.05)
     # What multiprocessing itself keeps (its resource tracker) ends with this process.
@@ -276,8 +276,8 @@ def test_each_worker_has_one_pool_and_its_tasks_use_the_slots_again(found):
         (pool,) = pools
         assert pool["live"] == 0
         assert pool["misses"] <= 3                          # a slot for each thread, and the one below
-        assert pool["hits"] > 0
-    # One for each task, and an empty one for each worker: prepare() tries whether the engine asks linmem for memories.
+    # So nearly all are hits, whichever worker had them. One for each task, and an empty one for each worker: prepare()
+    # tries whether the engine asks linmem for memories.
     assert sum(pool["hits"] + pool["misses"] for (pool,) in found["pools"]) == 32 + len(found["pools"])
 
 

@@ -307,9 +307,9 @@ def test_nothing_of_this_is_loaded_before_a_file_is_named():
 # -- whole or not at all ------------------------------------------------------------------------------------
 
 SAVES = """
-import os, signal, sys
+import os, signal, sys, traceback
 import linmem
-path, steps = sys.argv[1], int(sys.argv[2])
+path = sys.argv[1]
 old = linmem.Image.open(path, map=False)
 new = linmem.Image.from_bytes(bytes(70000) + b"new" * 100000)
 
@@ -317,7 +317,7 @@ def dies_at(function, taken=[0]):
     def step(*args, **named):
         for when in range(2):           # before the call and after it
             taken[0] += 1
-            if taken[0] == steps:
+            if taken[0] == int(steps):
                 os.kill(os.getpid(), signal.SIGKILL)
             if when == 0:
                 result = function(*args, **named)
@@ -335,11 +335,22 @@ class File:
         dies_at(self.file.close)()
     def __getattr__(self, name):
         return dies_at(getattr(self.file, name))
-_saving.open = lambda *args, **named: File(builtins.open(*args, **named))
-for name in ("open", "fsync", "replace", "close", "fchmod"):
-    setattr(os, name, dies_at(getattr(os, name)))
-new.save(path)
-print("saved")
+# A process for each step that is asked for; it says how that ended.
+for steps in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            _saving.open = lambda *args, **named: File(builtins.open(*args, **named))
+            for name in ("open", "fsync", "replace", "close", "fchmod"):
+                setattr(os, name, dies_at(getattr(os, name)))
+            new.save(path)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
@@ -348,23 +359,24 @@ def test_a_process_killed_at_any_step_leaves_the_old_file_or_the_new_one(tmp_pat
     path = tmp_path / "image"
     old = sparse(4 * GROUP, [0, GROUP])
     new = Image.from_bytes(bytes(70000) + b"new" * 100000)
+    old.save(path)
     seen, most = [], 0
-    for step in itertools.count(1):
-        old.save(path)
-        left = [name for name in os.listdir(tmp_path) if name != "image"]
-        assert left == []
-        done = subprocess.run([sys.executable, "-c", SAVES, path, str(step)], capture_output=True, text=True,
-                              timeout=60,
-                              env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
-        most = max(most, len(os.listdir(tmp_path)) - 1)
-        assert all(re.fullmatch(r"\.linmem-[0-9a-f]{16}\.tmp|image", name) for name in os.listdir(tmp_path))
-        found = Image.open(path, verify=True)
-        assert found in (old, new)
-        seen.append(found == new)
-        if done.returncode == 0:
-            assert done.stdout == "saved\n", done.stderr
-            break
-        assert done.returncode == -signal.SIGKILL, done.stderr
+    with subprocess.Popen([sys.executable, "-c", SAVES, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}) as saves:
+        for step in itertools.count(1):
+            old.save(path)
+            left = [name for name in os.listdir(tmp_path) if name != "image"]
+            assert left == []
+            print(step, file=saves.stdin, flush=True)
+            ended = saves.stdout.readline().strip()
+            most = max(most, len(os.listdir(tmp_path)) - 1)
+            assert all(re.fullmatch(r"\.linmem-[0-9a-f]{16}\.tmp|image", name) for name in os.listdir(tmp_path))
+            found = Image.open(path, verify=True)
+            assert found in (old, new)
+            seen.append(found == new)
+            if ended == "0":
+                break
+            assert ended == str(-signal.SIGKILL)
     assert step > 20                        # opened, locked, written, flushed, synced, renamed, synced again
     assert seen == sorted(seen)             # old ones, and from the rename on new ones
     assert seen[0] is False

@@ -365,8 +365,8 @@ def test_in_lets_an_interrupt_through():
         signal.signal(signal.SIGALRM, stop)
         found = "not yet"
         with linmem.create(1 << 29) as mem:
-            signal.setitimer(signal.ITIMER_REAL, 0.01)
             try:
+                signal.setitimer(signal.ITIMER_REAL, 0.01)      # in here: it may be early
                 found = b"x" in mem
                 signal.pause()          # only if the search is over before
             except KeyboardInterrupt:

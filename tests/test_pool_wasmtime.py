@@ -239,7 +239,7 @@ def test_a_host_made_wasm_memory_has_the_domain_that_is_named():
 
 
 def test_a_guest_waits_for_a_slot_and_is_refused_after_the_timeout():
-    pool = linmem.PoolingCreator(slots=1, when_full="wait", timeout=60)
+    pool = linmem.PoolingCreator(slots=1, when_full="wait", timeout=3600)
     engine = make_engine(pool)
     module = wasmtime.Module(engine, guest())
     first = Guest(engine, module)

@@ -374,7 +374,7 @@ def test_an_instance_in_between_is_refused_and_takes_nothing_from_the_one_that_i
     assert refused == [True]
 
 
-def test_an_interrupt_leaves_no_image_on_offer(monkeypatch):
+def test_an_interrupt_leaves_no_image_on_offer(monkeypatch, interruptible):
     prepared = prepare(MMAP, HELLO)
     with monkeypatch.context() as patch:
         patch.setattr(wasmtime.Instance, "__init__", lambda *args: signal.raise_signal(signal.SIGINT))

@@ -11,7 +11,7 @@ import linmem
 from linmem._pool import _costs, _Policy, _zero_wide
 
 UNBOUNDED = 1 << 30
-USES = 800
+USES = 400
 
 
 @dataclass(frozen=True)

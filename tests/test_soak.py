@@ -30,9 +30,7 @@ def dirty(creator, mem):
         mem[3999] = 7
 
 def leak(creator, mem):
-    if creator.made % 5 == 0:
-        creator.kept.append(creator.upstream.create(100))
-        everything.append(creator.kept)
+    everything.append(creator.upstream.create(100))
 
 def descriptor(creator, mem):
     everything.append(linmem.Image.from_bytes(b"x"))
@@ -70,7 +68,7 @@ os._exit(status)
 """
 
 
-def planted(wrong, *arguments, minutes="0.2"):
+def planted(wrong, *arguments, minutes="1"):       # at most: it ends with what it finds
     given = ["--seed", "5", "--threads", "4", "--minutes", minutes]
     done = run_child(PLANTED.format(wrong=wrong, arguments=[*given, *arguments]))
     assert done.returncode == 1, done.stdout + done.stderr
@@ -112,7 +110,10 @@ def test_a_planted_fault_is_found_and_named(wrong, said):
 
 
 def test_a_thread_that_hangs_is_found_and_where():
-    said = planted("hang", "--hang", "1.5")
+    for seconds in ("1.5", "15", "60"):     # until no step of another thread takes that long on this machine
+        said = planted("hang", "--hang", seconds)
+        if "in hang" in said:
+            break
     assert re.search(r"Wrong: (worker \d hangs: for|a forked child hung for)", said)
     assert "in hang" in said        # the frames of whoever it is
 
@@ -127,17 +128,17 @@ def test_a_child_that_hangs_ends_though_its_parent_has_ended_before():
 
 @requires("maps")
 def test_memories_that_are_never_let_go_of_are_a_leak():
-    assert "a leak: reserved was " in planted("leak", minutes="0.06")
+    assert "a leak: reserved was " in planted("leak", minutes="0.1")
 
 
 @requires("descriptors", "sealed")
 def test_descriptors_that_are_never_let_go_of_are_a_leak():
-    assert "a leak: descriptors was " in planted("descriptor", minutes="0.06")
+    assert "a leak: descriptors was " in planted("descriptor", minutes="0.1")
 
 
 @requires("fork")
 def test_what_is_wrong_in_a_forked_child_only_is_found():
-    said = planted("child", minutes="0.5")
+    said = planted("child")
     assert "Wrong: a forked child ended with status 1" in said
     assert "of a fresh memory of 'planted' is 1, must be 0" in said
 

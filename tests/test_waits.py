@@ -280,14 +280,6 @@ def test_a_handle_is_not_handed_on_in_the_middle_of_its_own_growth():
 
 # -- no wait is deaf ------------------------------------------------------------------------------------------------
 
-@pytest.fixture
-def interruptible():
-    """A run in the background has SIGINT ignored, and Python then leaves it so."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 WAITING = {**OWN, "memoryview": memoryview, "read": lambda mem: mem.read(0, 1), "info": lambda mem: mem.info(),
            "view": lambda mem: mem.view(">d"), "index": lambda mem: mem[0]}
 
@@ -355,9 +347,9 @@ def test_a_thread_that_waits_for_a_long_growth_sleeps(name):
     spent = []
 
     def wait():
-        before = time.thread_time()
+        before = time.thread_time(), time.monotonic()
         WAITING[name](mem)
-        spent.append(time.thread_time() - before)
+        spent.append((time.thread_time() - before[0], time.monotonic() - before[1]))
 
     waiting = threading.Thread(target=wait)
     waiting.start()
@@ -366,7 +358,8 @@ def test_a_thread_that_waits_for_a_long_growth_sleeps(name):
     go_on.set()
     thread.join(30)
     waiting.join(30)
-    assert spent[0] < 0.25
+    processor, waited = spent[0]
+    assert processor < waited / 2
     mem.close()
 
 
@@ -661,7 +654,7 @@ store.close()
 def test_a_signal_handler_that_uses_a_memory_that_its_thread_waits_to_move_is_refused():
     assert answer("""
         import faulthandler, linmem, signal, threading, time
-        faulthandler.dump_traceback_later(60, exit=True)
+        faulthandler.dump_traceback_later(100, exit=True)
         N, said, mems = 1 << 28, [], []
         def handler(*_):
             try:
