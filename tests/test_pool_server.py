@@ -1128,9 +1128,13 @@ def test_a_warm_slot_that_goes_to_the_pool_below_still_counts_for_the_share_of_i
     fill([other, upper], "b", [6, 0])
     fill([other, upper], "a", [0, 7])
     each = other.stats()["reserved"] // 6
-    linmem.set_pool_limits(max_reserved=linmem.metrics.totals()["reserved"] - 8 * each)
-    assert warm_of([other], "b") >= (4,)
-    assert warm_of([upper, lower], "a") <= (5,)
+    bound = linmem.metrics.totals()["reserved"] - 8 * each      # a slot of the upper pool counts in both pools
+    linmem.set_pool_limits(max_reserved=bound)
+    assert linmem.metrics.totals()["reserved"] <= bound
+    # How many slots stay depends on the ticks of the clock, which decide whether the lower pool's slots are the oldest.
+    (b,), (a,) = warm_of([other], "b"), warm_of([upper, lower], "a")
+    assert b >= 4
+    assert abs(a - b) <= 1
 
 
 @pytest.mark.parametrize("bound", REFUSALS)
