@@ -1147,7 +1147,7 @@ class Soak:
             self.look()
 
     def look(self) -> Figures:
-        """The figures of this moment. Every figure is read here, so the peaks include each of them."""
+        """Reads the figures. No other function reads them, so the peaks include every reading."""
         figures = Figures.now()
         for name, value in vars(figures).items():
             if value is not None:

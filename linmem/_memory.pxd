@@ -217,8 +217,8 @@ cdef struct domain:
     size_t hash
     size_t size
     char* name                  # UTF-8; none after it
-    size_t census               # the last one of the pools that counted the domain; under the lock of censuses
-    size_t holds                # what this census has found
+    size_t census               # the number of the last census of the pools that counted the domain; see census_lock
+    size_t holds                # what that census found
 
 # What a Python creator is asked for, of what its new_memory() is not told.
 cdef struct request:

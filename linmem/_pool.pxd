@@ -232,7 +232,7 @@ cdef struct pool:
     kind* kinds[KINDS]
 
 
-cdef word census_lock       # of the counts by which the pools share what they hold out among domains
+cdef word census_lock       # protects the census of domains: see _pool.pyx
 
 
 cdef class PoolingCreator(NativeCreator):

@@ -560,8 +560,6 @@ cdef inline bint move_slot(pool* p, slot* s, int to) noexcept nogil:
         if s.shelf.shape.image != NULL and load(&s.shelf.shape.image.forgotten):
             count_eviction(p, s, EVICTED_IMAGE)
             return False
-    if (to == WARM or to == COLD) and p.closed:
-        return False
     if s.has_guest:
         s.has_guest = False
         p.live -= 1
@@ -629,7 +627,7 @@ cdef inline void count_guest(pool* p, slot* s) noexcept nogil:
 # -- which idle slot goes first; the lock is held ------------------------------------------------------------------
 
 cdef size_t domains_that_keep(const pool* p) noexcept nogil:
-    """How many domains have warm slots that keep bytes. Memories without a page keep none."""
+    """The number of domains whose warm slots keep bytes. The slots of memories without a page keep none."""
     cdef const tenant* t = p.tenants
     cdef size_t n = 0
     while t != NULL:
@@ -639,8 +637,9 @@ cdef size_t domains_that_keep(const pool* p) noexcept nogil:
 
 
 cdef slot* fair_victim(pool* p, bint by_count) noexcept nogil:
-    """The least recently used warm slot of a domain that has more than a fair share of the pool's warm slots (else: of
-    the bytes that they keep). If all domains have the same, the least recently used one of all."""
+    """The least recently used warm slot of a domain that has more than its fair share. If all domains have the same
+    share, the least recently used warm slot. by_count: shares are numbers of warm slots; otherwise they are the bytes
+    that warm slots keep."""
     cdef slot* s = p.warm.oldest
     cdef size_t domains = p.n_busy if by_count or p.n_busy < 2 else domains_that_keep(p)
     cdef size_t share
@@ -983,7 +982,7 @@ cdef int reset(slot* s, memory* m, long long now) noexcept nogil:
         poke(&m.accessible, s.pages.least)        # upstream may have someone who watches, here and below
     elif (s.pages.hidden and s.pool.idle_ns and now - s.grown > s.pool.idle_ns
             and pages.decommit(s.base + used, s.pages.high - used) == 0):
-        s.resident -= s.pages.hidden            # no guest has grown into them for idle_seconds
+        s.resident -= s.pages.hidden            # no guest has grown into the hidden pages for idle_seconds
         s.pages.hidden = 0
         s.pages.high = used
     s.pages.accessible = s.pages.least
@@ -1347,15 +1346,16 @@ cdef size_t all_that_idle_slots_hold(int what, const void* budget) noexcept nogi
 # taken before any pool's lock. So census_lock is not a fork_lock. If the thread that holds it does not exist in a
 # forked child, the child takes the lock over, and the next census counts anew.
 
-cdef size_t census = 0          # the number of the last one
+cdef size_t census = 0          # the number of the last census
 cdef size_t census_total        # what all domains hold
-cdef size_t census_domains      # domains that hold something
+cdef size_t census_domains      # the number of domains that hold something
 cdef domain_t unnamed           # `census` and `holds` of the domain NULL
 
 cdef enum:
-    COLD_ONE = 0                # which slot is looked for: a cold one,
-    FAIR_ONE = 1                # a warm one of a domain that holds more than its fair share,
-    ANY_ONE = 2                 # any warm one: all domains hold the same
+    # The kinds of slots in the order in which they are looked for.
+    COLD_ONE = 0                # a cold slot
+    FAIR_ONE = 1                # a warm slot of a domain that holds more than its fair share
+    ANY_ONE = 2                 # any warm slot: all domains hold the same
     CHOICES = 3
 
 
@@ -1379,7 +1379,7 @@ cdef inline void count_in(domain_t* d, size_t size) noexcept nogil:
 
 
 cdef inline bint is_above_share(domain_t* d) noexcept nogil:
-    """Whether the domain holds more than the mean of the domains that hold something. One domain alone does."""
+    """Whether the domain holds more than the mean of the domains that hold something, or is the only such domain."""
     return census_domains < 2 or holding(d)[0] > census_total // census_domains
 
 
@@ -1413,7 +1413,7 @@ cdef void take_census(int what, const void* budget) noexcept nogil:
 
 
 cdef bint has_such_domain(pool* p, int which) noexcept nogil:
-    """So that no slot is looked at of a pool whose domains all hold too little to be chosen."""
+    """Whether a domain of the pool may lose a warm slot. If not, the caller need not look at the pool's slots."""
     cdef tenant* t = p.tenants
     while t != NULL and not (t.n_warm and (which == ANY_ONE or is_above_share(t.domain))):
         t = t.next
@@ -1455,10 +1455,10 @@ cdef pool* pool_of_oldest(int which, int what, const void* budget) noexcept nogi
 
 
 cdef size_t give_up_oldest(int what, const void* budget, int cause) noexcept nogil:
-    """The least recently used of all pools' idle slots gives up what it holds: where address space is missing, a cold
-    slot; else a warm slot of a domain that holds more than its fair share. Returns how much that was; 0: there is none.
-    Each warm slot has a census of its own: other threads use slots meanwhile, and a slot that is dropped may be a warm
-    one of the pool below."""
+    """The least recently used idle slot of all pools gives up what it holds: a cold slot if address space is missing,
+    otherwise a warm slot of a domain that holds more than its fair share. Returns the bytes that the slot held; 0: no
+    slot holds any. Each warm slot is chosen by a new census, because other threads use slots between two calls, and
+    because a dropped slot may become a warm slot of the pool below."""
     cdef pool* of = NULL
     cdef slot* s = NULL
     cdef size_t size = 0
