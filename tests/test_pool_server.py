@@ -1203,39 +1203,75 @@ def test_a_domain_that_makes_ever_new_slots_leaves_the_others_in_other_pools_war
 
 SUMS = """
 # cython: language_level=3
+from libc.stdlib cimport calloc, free
 from linmem._atomic cimport load
 from linmem._memory cimport acquire, unlock
 from linmem._pool cimport COLD, WARM, PoolingCreator, pool, slot, tenant
 
+cdef struct sums:
+    size_t domain
+    size_t slots
+    size_t warm
+    size_t held
+    size_t least
+    size_t high
+
+cdef enum:
+    MOST = 1000     # domains
+
 def counted(PoolingCreator creator not None):
-    '''What the pool has counted of its warm slots, in all and by domain, and the same from the slots themselves.'''
+    '''What the pool has counted of its warm slots, by domain and in all, and the same from the slots themselves.'''
+    cdef sums* counts = <sums*>calloc(MOST + 1, sizeof(sums))
+    cdef sums* found = <sums*>calloc(MOST + 1, sizeof(sums))
+    cdef size_t n = 0, i, idle = 0, idle_counted = 0, busy = 0, busy_counted = 0
     cdef pool* p = creator.pool
-    cdef tenant* t
-    cdef slot* s
-    cdef list all_ = [0] * 7
-    cdef dict counts = {}, found = {}
-    acquire(&p.lock.held)
-    t = p.tenants
+    # A thread that holds the lock must not wait for the GIL: another one may wait for the lock with the GIL.
+    with nogil:
+        acquire(&p.lock.held)
+        n = sum_up(p, counts, found, &idle, &busy)
+        idle_counted, busy_counted = p.idle_reserved, p.n_busy
+        unlock(&p.lock.held)
+    try:
+        assert n <= MOST
+        return ([counts[i] for i in range(n + 1)] + [idle_counted, busy_counted],
+                [found[i] for i in range(n + 1)] + [idle, busy])
+    finally:
+        free(counts)
+        free(found)
+
+cdef size_t sum_up(pool* p, sums* counts, sums* found, size_t* idle, size_t* busy) noexcept nogil:
+    cdef tenant* t = p.tenants
+    cdef slot* s = p.slots
+    cdef size_t n = 0, i
     while t != NULL:
-        counts[<size_t>t] = [t.slots, t.n_warm, t.held, t.warm_least, t.warm_high]
-        found[<size_t>t] = [0] * 5
+        if n < MOST:
+            counts[n] = sums(<size_t>t, t.slots, t.n_warm, t.held, t.warm_least, t.warm_high)
+            found[n].domain = <size_t>t
+        n += 1
         t = t.next
-    s = p.slots
+    if n > MOST:
+        return n
+    counts[n] = sums(0, p.n_slots, p.n_warm, p.resident + p.tables, p.warm_least, p.warm_high)
     while s != NULL:
-        row = found[<size_t>s.shelf.tenant]
-        row[0] += 1
-        if load(&s.state) == WARM:
-            row[1:] = [row[1] + 1, row[2] + s.resident + s.tables, row[3] + s.pages.least, row[4] + s.pages.high]
-        if load(&s.state) in (WARM, COLD):
-            all_[5] += s.reserved
+        i = 0
+        while found[i].domain != <size_t>s.shelf.tenant:
+            i += 1
+        add_slot(&found[i], s)
+        add_slot(&found[n], s)
+        if load(&s.state) == WARM or load(&s.state) == COLD:
+            idle[0] += s.reserved
         s = s.next
-    for row in found.values():
-        all_[:5] = [a + b for a, b in zip(all_, row)]
-        all_[6] += row[1] > 0
-    counts["all"] = [p.n_slots, p.n_warm, p.resident + p.tables, p.warm_least, p.warm_high, p.idle_reserved, p.n_busy]
-    found["all"] = all_
-    unlock(&p.lock.held)
-    return counts, found
+    for i in range(n):
+        busy[0] += found[i].warm > 0
+    return n
+
+cdef void add_slot(sums* to, const slot* s) noexcept nogil:
+    to.slots += 1
+    if load(<long long*>&s.state) == WARM:
+        to.warm += 1
+        to.held += s.resident + s.tables
+        to.least += s.pages.least
+        to.high += s.pages.high
 """
 
 
