@@ -1706,11 +1706,13 @@ cdef int make_room(pool* p, const shape* key, size_t reserved, size_t mappings, 
                 again[0] = (load(&s.state) == WARM and cause == EVICTED_SLOTS and same_shape(&s.shelf.shape, key))
                 count_eviction(p, s, cause)
                 move_slot(p, s, COOLING if again[0] else DROPPING)
+        if room != FITS and s == NULL:
+            full(p, cause, key.minimum, reserved, why)
         unlock(&p.lock.held)
         if room == FITS:
             return 0
         if s == NULL and (room == FULL or cause != EVICTED_PROCESS):
-            return full(p, cause, key.minimum, reserved, why)
+            return E_EXHAUSTED
         if again[0]:
             cool(p, s)
             return 0
@@ -1718,7 +1720,7 @@ cdef int make_room(pool* p, const shape* key, size_t reserved, size_t mappings, 
             drop(s)
         elif all_that_idle_slots_hold(RELIEF_SPACE, NULL) < lacking(reserved) or give_up_oldest(
                 RELIEF_SPACE, NULL, EVICTED_PROCESS) == 0:
-            return full(p, cause, key.minimum, reserved, why)
+            return E_EXHAUSTED
 
 
 cdef bint claim_space(size_t reserved) noexcept nogil:
@@ -1737,7 +1739,8 @@ cdef size_t lacking(size_t reserved) noexcept nogil:
     return all_ - bound if all_ > bound else 0
 
 
-cdef int full(pool* p, int cause, size_t size, size_t reserved, failure* why) noexcept nogil:
+cdef void full(pool* p, int cause, size_t size, size_t reserved, failure* why) noexcept nogil:
+    """Say why there is no room. The lock is held, for the pool's counts."""
     fail(why, E_EXHAUSTED, "new_memory", size if cause == EVICTED_SLOTS else reserved, p.most_slots, p.most_slots)
     if cause == EVICTED_RESERVED:
         snprintf(why.detail, sizeof(why.detail), "the memories of the pool reserve %zu of max_reserved=%zu bytes",
@@ -1748,7 +1751,6 @@ cdef int full(pool* p, int cause, size_t size, size_t reserved, failure* why) no
     elif p.n_slots < p.most_slots:
         snprintf(why.detail, sizeof(why.detail), "the %zu slots of the pool take %zu of %zu mappings",
                  p.n_slots, p.mappings, p.most_mappings)
-    return E_EXHAUSTED
 
 
 cdef size_t least_reserved(const memory_spec* spec) noexcept nogil:
