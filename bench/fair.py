@@ -23,7 +23,7 @@ GOAL = 0.95
 class Case:
     key: str
     what: str
-    pools: Callable[[], AbstractContextManager]     # of the first tenant and of the second, or one of both
+    pools: Callable[[], AbstractContextManager]     # one for each tenant, or one for both
 
 
 def of(**options: object) -> Callable[[], AbstractContextManager]:
@@ -34,8 +34,8 @@ def of(**options: object) -> Callable[[], AbstractContextManager]:
 def of_all_pools(pools: int = 1) -> Iterator[tuple]:
     linmem.set_pool_limits(max_resident=ROOM * STEP)
     try:
-        # The second tenant's pool is made first: of slots that became idle at the same tick of the clock, that of the
-        # older pool goes, so that the line with one domain is exact.
+        # The second tenant's pool is made first. If two slots became idle at the same tick of the clock, the slot of
+        # the older pool goes. So the line with one domain is exact.
         yield tuple(pool() for _ in range(pools))[::-1]
     finally:
         linmem.set_pool_limits()

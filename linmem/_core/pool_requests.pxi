@@ -157,6 +157,8 @@ cdef int make_room(pool* p, const shape* key, size_t reserved, size_t mappings, 
             if s != NULL:
                 again[0] = (load(&s.state) == WARM and cause == EVICTED_SLOTS and same_shape(&s.group.shape, key))
                 evict(s, COOLING if again[0] else DROPPING, cause)
+        if room != FITS and s == NULL:
+            fail_full(p, cause, key.minimum, reserved, why)
         unlock(&p.lock.held)
         if room == FITS:
             return 0
@@ -167,10 +169,11 @@ cdef int make_room(pool* p, const shape* key, size_t reserved, size_t mappings, 
         elif (room == FULL or cause != EVICTED_PROCESS
                 or held_by_all(RELIEF_SPACE, NULL) < excess_reserved(reserved)
                 or evict_oldest(RELIEF_SPACE, NULL, EVICTED_PROCESS) == 0):
-            return fail_full(p, cause, key.minimum, reserved, why)
+            return E_EXHAUSTED
 
 
-cdef int fail_full(pool* p, int cause, size_t size, size_t reserved, failure* why) noexcept nogil:
+cdef void fail_full(pool* p, int cause, size_t size, size_t reserved, failure* why) noexcept nogil:
+    """Describes why the pool has no room. The lock is held."""
     fail(why, E_EXHAUSTED, "new_memory", size if cause == EVICTED_SLOTS else reserved, p.most_slots, p.most_slots)
     if cause == EVICTED_RESERVED:
         snprintf(why.detail, sizeof(why.detail), "the memories of the pool reserve %zu of max_reserved=%zu bytes",
@@ -181,7 +184,6 @@ cdef int fail_full(pool* p, int cause, size_t size, size_t reserved, failure* wh
     elif p.n_slots < p.most_slots:
         snprintf(why.detail, sizeof(why.detail), "the %zu slots of the pool take %zu of %zu mappings",
                  p.n_slots, p.mappings, p.most_mappings)
-    return E_EXHAUSTED
 
 
 cdef size_t least_reserved(const memory_spec* spec) noexcept nogil:
