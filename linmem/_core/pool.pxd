@@ -197,13 +197,13 @@ cdef struct pool:
     fork_lock lock          # of all members below except `refs`; at the start of a cache line, and so is `warm_by_age`
     warm_totals warm
     link warm_by_age        # warm slots, the newest first
-    long long next_purge    # before then no slot exceeds idle_seconds; coarse clock
-    size_t reported         # what the process-wide sum counts for this pool; never less than it keeps
     size_t idle_reserved    # bytes of address space, of idle slots
     size_t warm_domains     # domains with warm slots
+    long long next_purge    # before then no slot exceeds idle_seconds; coarse clock
+    totals own              # behind its first two members begins what is seldom written
+    size_t reported         # what the process-wide sum counts for this pool; never less than it keeps
     size_t mappings
-    totals own
-    size_t n_cold           # here begins what is seldom written
+    size_t n_cold
     size_t n_slots
     link cold_by_age
     link slots

@@ -39,6 +39,7 @@ cdef inline slot* warm_slot_of(group* g) noexcept nogil:
 cdef int take(pool* p, const shape* key, domain_t* domain, bint counted, memory** out, failure* why) noexcept nogil:
     """Hands out an idle slot of the shape: a warm one of the domain, otherwise a cold one of any domain. *out == NULL:
     the pool has neither. counted: a request, not warm(), asks for it."""
+    cdef group** bucket = bucket_of(p, BY_BOTH, key, domain)    # before the lock is taken, which keeps it shorter
     cdef group* g
     cdef group* of_shape
     cdef slot* s
@@ -46,11 +47,11 @@ cdef int take(pool* p, const shape* key, domain_t* domain, bint counted, memory*
     cdef int code
     out[0] = NULL
     lock(&p.lock.held)
-    g = find_group(p, BY_BOTH, key, domain)
+    g = find_group(bucket, BY_BOTH, key, domain)
     s = NULL if g == NULL else warm_slot_of(g)
     cold = s == NULL
     if cold and p.n_cold:
-        of_shape = find_group(p, BY_SHAPE, key, NULL)
+        of_shape = find_group(bucket_of(p, BY_SHAPE, key, NULL), BY_SHAPE, key, NULL)
         s = NULL if of_shape == NULL else top_of(of_shape)
         if s != NULL and g == NULL:
             g = need_group(p, BY_BOTH, key, domain)

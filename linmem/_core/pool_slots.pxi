@@ -29,9 +29,9 @@ cdef inline group** bucket_of(pool* p, int grouping, const shape* key, const dom
     return &p.tables[grouping].buckets[h & (BUCKETS - 1)]
 
 
-cdef inline group* find_group(pool* p, int grouping, const shape* key, const domain_t* domain) noexcept nogil:
-    """domain: NULL for BY_SHAPE. key: not used for BY_DOMAIN."""
-    cdef group* g = bucket_of(p, grouping, key, domain)[0]
+cdef inline group* find_group(group** bucket, int grouping, const shape* key, const domain_t* domain) noexcept nogil:
+    """bucket: bucket_of() the other arguments. domain: NULL for BY_SHAPE. key: not used for BY_DOMAIN."""
+    cdef group* g = bucket[0]
     while g != NULL and not (g.domain == domain and (grouping == BY_DOMAIN or same_shape(&g.shape, key))):
         g = g.next
     return g
@@ -39,8 +39,8 @@ cdef inline group* find_group(pool* p, int grouping, const shape* key, const dom
 
 cdef group* need_group(pool* p, int grouping, const shape* key, domain_t* domain) noexcept nogil:
     """The group, which is made if there is none. NULL: no memory for it."""
-    cdef group* g = find_group(p, grouping, key, domain)
-    cdef group** bucket
+    cdef group** bucket = bucket_of(p, grouping, key, domain)
+    cdef group* g = find_group(bucket, grouping, key, domain)
     cdef int parent
     if g != NULL:
         return g
@@ -60,7 +60,6 @@ cdef group* need_group(pool* p, int grouping, const shape* key, domain_t* domain
             p.tables[parent].n_empty -= g.of[parent].members == 0
             g.of[parent].members += 1
     domain_retain(domain)
-    bucket = bucket_of(p, grouping, key, domain)
     g.next = bucket[0]
     bucket[0] = g
     list_add_first(&p.tables[grouping].groups, &g.in_table, g)
@@ -167,9 +166,9 @@ cdef inline void count_idle(slot* s, int state, size_t by) noexcept nogil:
     if state == COLD:
         p.n_cold += by
         return
-    p.warm_domains -= of_domain.n != 0
+    if of_domain.n == (by == <size_t>-1):       # its first warm slot, or its last one
+        p.warm_domains += by
     count_warm(of_domain, s, by)
-    p.warm_domains += of_domain.n != 0
     count_warm(&p.warm, s, by)
 
 
