@@ -39,15 +39,12 @@ class DataSegment(NamedTuple):
     start: int
     head: int           # where the flags, the memory and the offset end
     content: int
+    size: int           # of the content
     end: int
     active: bool
     memory: int
     offset: Value
     is_constant: bool   # the offset is a single constant
-
-    @property
-    def size(self) -> int:
-        return self.end - self.content
 
 
 class Module:
@@ -261,4 +258,4 @@ class Module:
             head = reader.at
             size = reader.u32("data segment's size")
             content = reader.skip(size, "data segment")
-            yield DataSegment(number, start, head, content, reader.at, flags != 1, memory, offset, is_constant)
+            yield DataSegment(number, start, head, content, size, reader.at, flags != 1, memory, offset, is_constant)

@@ -29,12 +29,13 @@ Apart from the source of the bytes, an instance of the result behaves as an inst
 
 from __future__ import annotations
 
+import bisect
 from typing import NamedTuple
 
 from linmem._wasm.module import DATA, DataSegment, Module, Value
 from linmem._wasm.reader import Limits, Unknown, leb128
 
-Run = tuple[int, bytes]
+Run = tuple[int, bytearray]
 
 
 class Hoisted(NamedTuple):
@@ -103,7 +104,7 @@ def _hoist(module: Module) -> Hoisted:
                 "nothing is hoisted: an element segment may trap after others filled an imported table, through which"
                 " the memories of the failed instance can be seen"])
 
-    taken: list[list[DataSegment]] = [[] for _ in minima]
+    taken: list[list[tuple[int, DataSegment]]] = [[] for _ in minima]      # with their offsets
     hoisted: set[int] = set()       # the segments to empty
     skipped: list[str] = []
     stays: set[int] = set()         # the memories of which a segment had to stay
@@ -115,22 +116,22 @@ def _hoist(module: Module) -> Hoisted:
             break
         memory, is_own = memories[segment.memory], segment.memory >= imported
         offset = segment.offset[1] if segment.offset is not None and segment.offset[0] == memory.bits else None
-        inside = offset is not None and offset + segment.size <= memory.minimum
-        if offset is not None and not inside and is_own:
-            skipped.append(f"data segment {segment.number} and all after it: it does not fit into memory"
-                           f" {segment.memory}, so that instantiation traps")
-            break
-        if is_own and inside:
-            if segment.size == 0 and segment.is_constant:
+        if is_own and offset is not None:
+            if offset + segment.size > memory.minimum:
+                skipped.append(f"data segment {segment.number} and all after it: it does not fit into memory"
+                               f" {segment.memory}, so that instantiation traps")
+                break
+            if segment.size and segment.memory not in stays:
+                taken[segment.memory - imported].append((offset, segment))
                 hoisted.add(segment.number)
-            elif segment.size and segment.memory not in stays:
-                taken[segment.memory - imported].append(segment)
+            elif not segment.size and segment.is_constant:
                 hoisted.add(segment.number)
-        elif segment.memory not in stays:
+            continue
+        if segment.memory not in stays:
             stays.add(segment.memory)
             skipped.append(f"data segment {segment.number} and all after it of memory {segment.memory}: " + (
                 "its offset is not a constant of the module" if is_own else "the memory is imported"))
-        if not inside and leaks:
+        if leaks and (offset is None or offset + segment.size > memory.minimum):
             skipped.append(f"all after data segment {segment.number}: it may trap, and an imported table lets others"
                            " see the memories of the failed instance")
             break
@@ -163,22 +164,18 @@ def _leaks(module: Module, values: list[Value], tables: list[Limits], imported: 
     return leaks, traps
 
 
-def _runs(whole: memoryview, segments: list[DataSegment]) -> tuple[Run, ...]:
-    """What the segments write, one after the other, as sorted runs with a gap between each two."""
-    placed = [(segment.offset[1], segment) for segment in segments if segment.offset is not None]
-    groups: list[tuple[int, int, list[tuple[int, DataSegment]]]] = []
-    for offset, segment in sorted(placed, key=lambda pair: pair[0]):
-        end = offset + segment.size
-        if groups and offset <= groups[-1][1]:
-            start, before, members = groups[-1]
-            members.append((offset, segment))
-            groups[-1] = start, max(before, end), members
-        else:
-            groups.append((offset, end, [(offset, segment)]))
-    runs = []
-    for start, end, members in groups:
-        content = bytearray(end - start)
-        for offset, segment in sorted(members, key=lambda pair: pair[1].number):
-            content[offset - start:offset - start + segment.size] = whole[segment.content:segment.end]
-        runs.append((start, bytes(content)))
-    return tuple(runs)
+def _runs(whole: memoryview, placed: list[tuple[int, DataSegment]]) -> tuple[Run, ...]:
+    """What the segments write at their offsets, one after the other, as sorted runs with a gap between each two."""
+    starts: list[int] = []
+    ends: list[int] = []
+    for offset, segment in sorted(placed):
+        if not ends or offset > ends[-1]:
+            starts.append(offset)
+            ends.append(offset)
+        ends[-1] = max(ends[-1], offset + segment.size)
+    contents = [bytearray(end - start) for start, end in zip(starts, ends, strict=True)]
+    for offset, segment in placed:      # in the order of the module
+        run = bisect.bisect(starts, offset) - 1
+        first = offset - starts[run]
+        contents[run][first:first + segment.size] = whole[segment.content:segment.end]
+    return tuple(zip(starts, contents, strict=True))
