@@ -11,32 +11,10 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO
 
-from linmem._files.format import (
-    DATA_OFFSET,
-    DELTA,
-    ENTRY,
-    GROUP,
-    HEADER,
-    IMAGE,
-    IN_PLACE,
-    MAGIC,
-    NO_DIGEST,
-    PACKED,
-    PAGE,
-    ZEROS,
-    Contents,
-    Header,
-    Run,
-    bit_runs,
-    blake2b,
-    round_up,
-)
+from linmem._files.format import ENTRY, GROUP, IN_PLACE, PAGE, ZEROS, Contents, Header, Run, bit_runs, blake2b, round_up
 from linmem._files.sparse import NotZero, check_gaps
 from linmem.errors import FileFormatError
 
-KINDS = {IMAGE: "an image", DELTA: "a delta"}
-VERSIONS = (1, 2)
-MAX_SIZE = 1 << 56
 TABLE_STEP = 4096 * ENTRY.size
 
 
@@ -55,69 +33,16 @@ def read(file: BinaryIO, path: str | bytes | os.PathLike[str], kind: int | None 
     status = os.fstat(file.fileno())
     if not stat.S_ISREG(status.st_mode):
         raise FileFormatError(name, "file", "not a regular file", "a regular file")
-    head = file.read(HEADER.size)
-    if head[:8] != MAGIC:
-        raise FileFormatError(name, "magic", head[:8], f"{MAGIC!r}: the file is not an image or a delta of linmem")
-    if len(head) >= 10 and (version := int.from_bytes(head[8:10], "little")) not in VERSIONS:
-        raise FileFormatError(name, "version", version, f"{' or '.join(map(str, VERSIONS))}, which is all that this"
-                              " linmem reads")
-    if len(head) < HEADER.size:
-        raise FileFormatError(name, "header", f"{len(head)} bytes", f"{HEADER.size} bytes: the file is cut short")
-    header = Header(*HEADER.unpack(head))
-    if (found := header.packed()[-len(NO_DIGEST):]) != header.header_digest:
-        raise FileFormatError(name, "header_digest", header.header_digest.hex(),
-                              f"{found.hex()}: the header is damaged")
-    _check_header(header, name, status.st_size, kind, max_size)
+    header = Header.read(file, name)
+    header.check(name, status.st_size, kind, max_size)
     if header.layout == IN_PLACE:
         _check_ends(file, name, header)
     file.seek(header.table_offset)
     contents = Contents(name, status.st_size, header, _read_table(file, name, header))
-    if header.layout == PACKED and contents.stored != header.data_size:
+    if header.layout != IN_PLACE and contents.stored != header.data_size:
         raise FileFormatError(name, "data_size", header.data_size,
                               f"{contents.stored}, the pages that the table counts")
     return contents
-
-
-def _check_header(header: Header, path: str, file_size: int, kind: int | None, max_size: int | None) -> None:
-    def must_be(name: str, *allowed: int, why: str = "") -> None:
-        if getattr(header, name) not in allowed:
-            raise FileFormatError(path, name, getattr(header, name), " or ".join(map(str, allowed)) + why)
-
-    def at_most(name: str, bound: int, why: str = "") -> None:
-        if getattr(header, name) > bound:
-            raise FileFormatError(path, name, getattr(header, name), f"at most {bound}{why}")
-
-    must_be("kind", IMAGE, DELTA)
-    if kind is not None and header.kind != kind:
-        raise FileFormatError(path, "kind", f"{header.kind} ({KINDS[header.kind]})", f"{kind} ({KINDS[kind]})")
-    is_image = header.kind == IMAGE
-    must_be("header_size", HEADER.size)
-    must_be("group_size", GROUP)
-    must_be("page_size", PAGE)
-    must_be("layout", *((IN_PLACE, PACKED) if is_image else (PACKED,)))
-    if header.reserved or (header.version == 1 and header.target_offset):
-        raise FileFormatError(path, "reserved", "set", "0")
-    at_most("size", MAX_SIZE)
-    if max_size is not None:
-        at_most("size", max_size, ", which is the max_size that was asked for")
-    at_most("offset", MAX_SIZE)
-    if not is_image:
-        must_be("offset", 0)
-    at_most("base_size", 0 if is_image else MAX_SIZE)
-    at_most("target_offset", 0 if is_image else header.size)
-    if is_image and header.base_digest != NO_DIGEST:
-        raise FileFormatError(path, "base_digest", "set", "zero in an image")
-    first, last = header.span()
-    must_be("data_offset", HEADER.size if header.version > 1 and header.layout == PACKED else DATA_OFFSET)
-    if header.layout == IN_PLACE:
-        must_be("data_size", last - first, why=", the groups that the content touches")
-    else:
-        at_most("data_size", last - first, ", the groups that the content touches")
-    must_be("table_offset", header.data_offset + header.data_size, why=", where the data ends")
-    at_most("count", (last - first) // GROUP, ", the groups that the content touches")
-    end = header.table_offset + header.count * ENTRY.size
-    if file_size != end:
-        raise FileFormatError(path, "file size", file_size, f"{end}, where the table ends")
 
 
 def _check_ends(file: BinaryIO, path: str, header: Header) -> None:
@@ -133,7 +58,7 @@ def _check_ends(file: BinaryIO, path: str, header: Header) -> None:
 def _read_table(file: BinaryIO, path: str, header: Header) -> bytes:
     table = bytearray()
     digest = blake2b()
-    is_image, size = header.kind == IMAGE, header.count * ENTRY.size
+    is_image, size = header.is_image, header.count * ENTRY.size
     first, last = (edge // GROUP for edge in header.span())
     # The pages of the first and the last group that hold some of the content.
     first_mask = 0xFFFF << header.offset % GROUP // PAGE
