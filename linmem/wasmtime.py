@@ -33,10 +33,9 @@ __all__ = ["Prepared", "Snapshot", "install", "linear_memory", "new_memory", "pr
 
 _WASM32_SPACE = 1 << 32
 _SHORT_SPACE = 1 << 40      # bytes; with less space, wasmtime's default of 4 GiB for each memory uses it up soon
-_NEEDED = ("wasmtime_config_host_memory_creator_set", "wasmtime_config_memory_init_cow_set", "wasmtime_error_new",
-           "wasmtime_memorytype_is64", "wasmtime_memorytype_isshared")
-_TUNABLE = ("wasmtime_config_memory_reservation_set", "wasmtime_config_memory_guard_size_set",
-            "wasmtime_config_memory_reservation_for_growth_set")
+# The functions that `_bridge.bind` takes, in its order.
+_NEEDED = ("wasmtime_config_host_memory_creator_set", "wasmtime_error_new", "wasmtime_memorytype_is64",
+           "wasmtime_memorytype_isshared")
 # The modules that new_memory() used last, by their text. Few, because each takes memory and address space.
 _MAX_MODULES = 8
 _modules: weakref.WeakKeyDictionary[wasmtime.Engine, dict[str, wasmtime.Module]] = weakref.WeakKeyDictionary()
@@ -188,13 +187,11 @@ def new_memory(store: wasmtime.Store, memory_type: wasmtime.MemoryType, *,
 
 @functools.cache
 def _bind() -> None:
-    missing = [name for name in _NEEDED if not hasattr(ffi.dll, name)]
+    missing = [name for name in (*_NEEDED, "wasmtime_config_memory_init_cow_set") if not hasattr(ffi.dll, name)]
     if missing:
         raise RuntimeError(f"wasmtime {getattr(wasmtime, '__version__', '(unknown version)')} has no host memory"
                            f" creators: {', '.join(missing)} missing")
-    _bridge.bind(_address("wasmtime_config_host_memory_creator_set"), _address("wasmtime_error_new"),
-                 _address("wasmtime_memorytype_is64"), _address("wasmtime_memorytype_isshared"),
-                 _address("wasmtime_memorytype_page_size"))
+    _bridge.bind(*map(_address, (*_NEEDED, "wasmtime_memorytype_page_size")))
 
 
 def _address(name: str) -> int:
@@ -204,10 +201,12 @@ def _address(name: str) -> int:
 
 def _tune(pointer: ctypes._Pointer[ffi.wasm_config_t]) -> None:
     left = _pages.describe()["address_space_left"]
-    if left >= _SHORT_SPACE or not all(hasattr(ffi, name) for name in _TUNABLE):
+    if left >= _SHORT_SPACE:
         return
     # For each memory 1/64 of the free address space, rounded down to a power of two, and at least a wasm page.
     reservation = min(_WASM32_SPACE, max(65536, 1 << max(0, (left // 64).bit_length() - 1)))
-    ffi.wasmtime_config_memory_reservation_set(pointer, reservation)
-    ffi.wasmtime_config_memory_reservation_for_growth_set(pointer, reservation)
-    ffi.wasmtime_config_memory_guard_size_set(pointer, 65536)
+    sizes = {"reservation": reservation, "reservation_for_growth": reservation, "guard_size": 65536}
+    names = [f"wasmtime_config_memory_{name}_set" for name in sizes]
+    if all(hasattr(ffi, name) for name in names):
+        for name, size in zip(names, sizes.values(), strict=True):
+            getattr(ffi, name)(pointer, size)

@@ -27,7 +27,6 @@ except ImportError:         # the system has no advisory locks
 TEMPORARY = re.compile(r"\.linmem-[0-9a-f]{16}\.tmp")
 ABANDONED = 3600            # seconds; used if the system has no locks
 
-_FLAGS = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 _HAS_OWNERS = hasattr(os, "fchown")
 
 
@@ -62,13 +61,14 @@ def draft(folder: str) -> Iterator[Draft]:
     """A `Draft` in `folder`. The temporary file is removed at the end of the block, unless `become` has renamed it."""
     remove_abandoned(folder)
     made = Draft()
-    # The path is known before the file exists, so that an interrupt at any line leaves no file.
-    made.path = _unused(folder)
     try:
-        while not _open(made):
+        while True:
+            # The path is known before the file exists, so that an interrupt at any line leaves no file.
             made.path = _unused(folder)
-        with made.file:
-            yield made
+            with open(made.path, "x+b") as made.file:
+                if _claim(made):
+                    yield made
+                    return
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(made.path)
@@ -81,24 +81,14 @@ def _unused(folder: str) -> str:
             return path
 
 
-def _open(made: Draft) -> bool:
-    """Create and lock the file. False: another writer removed it before it was locked."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _FLAGS
-    file = open(made.path, "x+b", opener=lambda name, _: os.open(name, flags, 0o666))     # noqa: SIM115  it stays open
-    try:
-        fd = file.fileno()
-        made.mode = stat.S_IMODE(os.fstat(fd).st_mode)
-        if _HAS_OWNERS:
-            with contextlib.suppress(PermissionError):      # as in become()
-                os.fchmod(fd, 0o600)
-        if fcntl is None or (_lock(fd) and os.fstat(fd).st_nlink):
-            made.file = file
-            return True
-    except BaseException:
-        file.close()
-        raise
-    file.close()
-    return False
+def _claim(made: Draft) -> bool:
+    """Lock the new file, and close it to other users. False: another writer removed it before it was locked."""
+    fd = made.file.fileno()
+    made.mode = stat.S_IMODE(os.fstat(fd).st_mode)
+    if _HAS_OWNERS:
+        with contextlib.suppress(PermissionError):      # as in become()
+            os.fchmod(fd, 0o600)
+    return fcntl is None or (_lock(fd) and os.fstat(fd).st_nlink > 0)
 
 
 def _lock(fd: int) -> bool:
@@ -116,8 +106,7 @@ def _lock(fd: int) -> bool:
 def remove_abandoned(folder: str) -> None:
     """Remove the temporary files of dead writers. Files that this process may not list or remove stay."""
     try:
-        with os.scandir(folder) as entries:
-            paths = [entry.path for entry in entries if TEMPORARY.fullmatch(entry.name)]
+        paths = [os.path.join(folder, name) for name in os.listdir(folder) if TEMPORARY.fullmatch(name)]
     except OSError:
         return
     for path in paths:
@@ -126,13 +115,11 @@ def remove_abandoned(folder: str) -> None:
                 if os.stat(path).st_mtime < time.time() - ABANDONED:
                     os.unlink(path)
                 continue
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | _FLAGS)
-            try:
-                if stat.S_ISREG(os.fstat(fd).st_mode):
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with open(path, "rb",
+                      opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
+                if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
                     os.unlink(path)
-            finally:
-                os.close(fd)
 
 
 def _sync_folder(folder: str) -> None:
@@ -140,7 +127,7 @@ def _sync_folder(folder: str) -> None:
     if not hasattr(os, "O_DIRECTORY"):
         return
     try:
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | _FLAGS)
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except PermissionError:     # this process may write to the folder, but not read it
         return
     try:

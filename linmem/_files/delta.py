@@ -110,6 +110,8 @@ class Delta:
         ValueError
             If `later` is known to start from another image than the result of this delta.
         """
+        from linmem._files.format import joined
+
         if not isinstance(later, Delta):
             raise TypeError(f"later must be a Delta, got {type(later).__name__}")
         if later.base_size != self.size or (self.target is not None and self.target != later.base):
@@ -125,24 +127,21 @@ class Delta:
                 over = _in_order(_outside([(self.size, end - self.size, None)], over, later.size), over)
         ranges: list[tuple[int, int]] = []
         zeros: list[tuple[int, int]] = []
-        parts: list[memoryview] = []
+        parts: list[bytes | memoryview] = []
         for offset, size, data in _in_order(_outside(self.pieces(), over, later.size), over):
             if data is None and ranges and sum(ranges[-1]) == offset and offset % _PAGE:
                 # A file has whole pages: zeros that follow written bytes in a page become written bytes.
                 lead = min(size, _PAGE - offset % _PAGE)
-                parts.append(memoryview(bytes(lead)))
-                ranges[-1] = (ranges[-1][0], ranges[-1][1] + lead)
+                parts.append(bytes(lead))
+                ranges.append((offset, lead))
                 offset, size = offset + lead, size - lead
-            if not size:
-                continue
-            where = zeros if data is None else ranges
             if data is not None:
+                ranges.append((offset, size))
                 parts.append(data)
-            if where and where[-1][0] + where[-1][1] == offset:
-                where[-1] = (where[-1][0], where[-1][1] + size)
-            else:
-                where.append((offset, size))
-        return Delta(self.base, self.base_size, later.size, ranges, zeros, b"".join(parts), later.target, later.offset)
+            elif size:
+                zeros.append((offset, size))
+        return Delta(self.base, self.base_size, later.size, joined(ranges), joined(zeros), b"".join(parts),
+                     later.target, later.offset)
 
     def __or__(self, later: object) -> Delta:
         return self.then(later) if isinstance(later, Delta) else NotImplemented
@@ -227,14 +226,15 @@ class Delta:
                        self.offset)
 
     def _key(self) -> tuple[object, ...]:
-        return (self.base, self.base_size, self.size, self.target, self.offset, self.ranges, self.zeros,
-                self.data.tobytes())
+        return self.base, self.base_size, self.size, self.target, self.offset, self.ranges, self.zeros
 
     def __eq__(self, other: object) -> bool:
-        return self._key() == other._key() if isinstance(other, Delta) else NotImplemented
+        if not isinstance(other, Delta):
+            return NotImplemented
+        return self._key() == other._key() and self.data.tobytes() == other.data.tobytes()
 
     def __hash__(self) -> int:
-        return hash((self.base, self.base_size, self.size, self.target, self.offset, self.ranges, self.zeros))
+        return hash(self._key())
 
     def __repr__(self) -> str:
         return (f"<linmem.Delta: {len(self.ranges) + len(self.zeros)} ranges, {self.nbytes} bytes, of a memory of"

@@ -5,6 +5,7 @@ Time and memory follow the bytes that a file holds, not the sizes that its heade
 
 from __future__ import annotations
 
+import functools
 import os
 import stat
 import zlib
@@ -56,6 +57,7 @@ def _check_ends(file: BinaryIO, path: str, header: Header) -> None:
 
 
 def _read_table(file: BinaryIO, path: str, header: Header) -> bytes:
+    refusal = functools.partial(FileFormatError, path)
     table = bytearray()
     digest = blake2b()
     is_image, size = header.is_image, header.count * ENTRY.size
@@ -68,25 +70,23 @@ def _read_table(file: BinaryIO, path: str, header: Header) -> bytes:
         # In steps: a table that is one large hole is refused at its first entry.
         step = file.read(min(TABLE_STEP, size - len(table)))
         if not step or len(step) % ENTRY.size:
-            raise FileFormatError(path, "table", f"{len(table) + len(step)} bytes", f"{size} bytes")
+            raise refusal("table", f"{len(table) + len(step)} bytes", f"{size} bytes")
         for i, (number, mentioned, stored, crc) in enumerate(ENTRY.iter_unpack(step), len(table) // ENTRY.size):
             if not previous < number < last:
-                raise FileFormatError(path, f"table[{i}].group", number, f"more than {previous} and below {last}")
+                raise refusal(f"table[{i}].group", number, f"more than {previous} and below {last}")
             allowed = ((first_mask if number == first else 0xFFFF) & (last_mask if number == last - 1 else 0xFFFF))
             if not mentioned or mentioned & ~allowed:
-                raise FileFormatError(path, f"table[{i}].mentioned", f"{mentioned:#06x}",
-                                      f"some bits of {allowed:#06x}")
+                raise refusal(f"table[{i}].mentioned", f"{mentioned:#06x}", f"some bits of {allowed:#06x}")
             if stored & ~mentioned or (is_image and stored != mentioned):
-                raise FileFormatError(path, f"table[{i}].stored", f"{stored:#06x}",
-                                      f"{mentioned:#06x}" if is_image else f"within {mentioned:#06x}")
+                raise refusal(f"table[{i}].stored", f"{stored:#06x}",
+                              f"{mentioned:#06x}" if is_image else f"within {mentioned:#06x}")
             if not stored and crc:
-                raise FileFormatError(path, f"table[{i}].crc", f"{crc:#010x}", "0, for no page")
+                raise refusal(f"table[{i}].crc", f"{crc:#010x}", "0, for no page")
             previous = number
         digest.update(step)
         table += step
     if digest.digest() != header.table_digest:
-        raise FileFormatError(path, "table_digest", header.table_digest.hex(),
-                              f"{digest.hexdigest()}: the table is damaged")
+        raise refusal("table_digest", header.table_digest.hex(), f"{digest.hexdigest()}: the table is damaged")
     return bytes(table)
 
 

@@ -49,7 +49,8 @@ class Cache:
                 continue
             path = os.path.join(place, name)
             try:
-                whole = _digest_of(path) == name.removesuffix(suffix)
+                with open_file(path) as file:       # if the entry is a pipe, open_file() does not wait for a writer
+                    whole = content_digest(file.fileno()) == name.removesuffix(suffix)
             except OSError:         # another process removed the entry, or it cannot be read
                 continue
             if whole:
@@ -87,18 +88,13 @@ def _must_be_private(path: str) -> None:
     if not hasattr(os, "geteuid"):      # the system has access control lists instead of owners and modes
         return
     if about.st_uid != os.geteuid():
-        raise PermissionError(f"cache directory {path!r} belongs to user {about.st_uid}, not to {os.geteuid()}: what is"
-                              " in it is run as code, so it must be the user's own")
-    if about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(f"cache directory {path!r} may be written by others (mode"
-                              f" {stat.S_IMODE(about.st_mode):o}): what is in it is run as code, so it must be the"
-                              " user's own")
-
-
-def _digest_of(path: str) -> str:
-    # open_file() does not wait for a writer if the entry is a pipe.
-    with open_file(path) as file:
-        return content_digest(file.fileno())
+        fault = f"belongs to user {about.st_uid}, not to {os.geteuid()}"
+    elif about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        fault = f"may be written by others (mode {stat.S_IMODE(about.st_mode):o})"
+    else:
+        return
+    raise PermissionError(f"cache directory {path!r} {fault}: what is in it is run as code, so it must be the user's"
+                          " own")
 
 
 def _remove(path: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import hashlib
 import importlib.metadata
@@ -25,6 +24,7 @@ from linmem._wasm.outline import expose as expose_state
 from linmem._wasm.outline import outline as outline_of
 from linmem._wasm.reader import Malformed
 from linmem._wasm.segments import Hoisted, Run, hoist
+from linmem._wasm.snapshot import behind
 from linmem.errors import FileFormatError, PageError
 
 TYPE_CHECKING = False
@@ -117,7 +117,7 @@ class Prepared:
             except TypeError:
                 raise TypeError("imports must be a sequence or a wasmtime.Linker, got"
                                 f" {type(imports).__name__}") from None
-        offer = self._offer
+        offer, missing = self._offer, 0
         try:        # make() is in the block, because an interrupt may come when it returns
             if offer is not None and not offer.make():
                 offer = None        # the present offer belongs to another call, which takes it back
@@ -125,15 +125,12 @@ class Prepared:
             instance = _bridge.in_domain(domain, lambda: (
                 imports.instantiate(store, self.module) if isinstance(imports, wasmtime.Linker)
                 else wasmtime.Instance(store, self.module, imports)))
-        except BaseException:
+        finally:
             if offer is not None:
-                offer.take_back()
-            raise
-        if offer is not None:
-            missing = offer.take_back()
-            if missing:
-                raise RuntimeError(f"{missing} memories were made without their data: the engine did not ask linmem for"
-                                   " them")
+                missing = offer.take_back()
+        if missing:
+            raise RuntimeError(f"{missing} memories were made without their data: the engine did not ask linmem for"
+                               " them")
         instance._linmem_prepared = self        # type: ignore[attr-defined]
         return instance
 
@@ -212,8 +209,8 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
         for runs in hoisted.images:
             images.append(None if runs is None else _image(runs, directory))
     except (PageError, OverflowError) as error:     # for example, segments that are very far apart
-        hoisted = Hoisted(wasm, [None] * len(hoisted.images), hoisted.minima,
-                                 [f"nothing is hoisted, there is no room for an image: {error}"])
+        hoisted = hoisted._replace(
+            module=wasm, skipped=[f"nothing is hoisted, there is no room for an image: {error}"])
         images = [None] * len(hoisted.images)
     skipped += hoisted.skipped
     try:
@@ -235,16 +232,16 @@ def _asks(engine: wasmtime.Engine) -> bool:
         module = wasmtime.Module(engine, '(module (memory (export "memory") 0))')
         memory = wasmtime.Instance(store, module, []).exports(store)["memory"]
         assert isinstance(memory, wasmtime.Memory)
-        base = ctypes.cast(memory.data_ptr(store), ctypes.c_void_p).value or 0
-        found = _ASKS[engine] = _bridge.find(base) is not None
+        found = _ASKS[engine] = behind(store, memory) is not None
         store.close()
     return found
 
 
 def _image(runs: Sequence[Run], cache: Cache | None) -> Image:
     start, (last, data) = runs[0][0], runs[-1]
+    make = functools.partial(Image.from_pieces, runs, last + len(data) - start, start)
     if cache is None:
-        return Image.from_pieces(runs, last + len(data) - start, start)
+        return make()
     digest = hashlib.sha256(f"linmem {_FORMAT}, image\n".encode())
     for offset, data in runs:
         digest.update(f"{offset} {len(data)}\n".encode())
@@ -255,7 +252,7 @@ def _image(runs: Sequence[Run], cache: Cache | None) -> Image:
             return Image.open(path)
         except (FileFormatError, FileNotFoundError):     # another version of the format, or removed by another process
             continue
-    image = Image.from_pieces(runs, last + len(data) - start, start)
+    image = make()
     _add(cache, key, ".image", functools.partial(write_image, image))
     return image
 

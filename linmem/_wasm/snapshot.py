@@ -80,7 +80,7 @@ class Snapshot:
     unseen: tuple[str, ...]
     _store: weakref.ref[wasmtime.Store]
     _memories: list[tuple[str, wasmtime.Memory | wasmtime.SharedMemory, int, Image]]
-    _globals: list[tuple[Any, Any]]
+    _globals: list[tuple[str, Any, Any]]
     _tables: list[tuple[str, wasmtime.Table, int, list[Any] | None]]
 
     def __init__(self) -> None:
@@ -127,7 +127,6 @@ class Snapshot:
         self._memories, self._globals, self._tables = [], [], []
         memories: dict[str, Image] = {}
         known: dict[int, Image] = {}        # one memory may be exported under several names
-        names = []
         unseen = _hidden(outline, partial)
         unreadable = frozenset() if outline is None else outline.unreadable
 
@@ -153,8 +152,7 @@ class Snapshot:
                 if value is None:
                     refuse(f"mutable global {name!r} is a reference to an object")
                     continue
-                self._globals.append((ctypes.byref(thing._global), value))
-                names.append(name)
+                self._globals.append((name, ctypes.byref(thing._global), value))
             elif isinstance(thing, wasmtime.Table):
                 size = thing.size(store)
                 # Without an outline the elements may be continuations. The C API aborts when it reads one.
@@ -165,10 +163,10 @@ class Snapshot:
                     refuse(f"exported table {name!r} has references to objects")
                 self._tables.append((name, thing, size, elements))
         self.memories = memories
-        self.globals = tuple(names)
+        self.globals = tuple(name for name, _, _ in self._globals)
         self.tables = tuple(name for name, _, _, elements in self._tables if elements is not None)
         if outline is None:
-            if not (partial or memories or names):
+            if not (partial or memories or self.globals):
                 raise ValueError("the instance exports no memory and no mutable global, and what its module hides is"
                                  " not known: make it by prepare(..., expose=True)")
             unseen.append("what it does not export: " + (
@@ -219,7 +217,7 @@ class Snapshot:
             memories.append(found)
             images.append(image)
         restore_all(memories, images)       # the following steps cannot be refused
-        for place, value in self._globals:
+        for _, place, value in self._globals:
             _raise(ffi.wasmtime_global_set(context, place, value))
         for _, table, _, elements in self._tables:
             place = ctypes.byref(table._table)
