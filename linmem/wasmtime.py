@@ -24,7 +24,7 @@ from linmem._core.arguments import check_flag
 from linmem._core.memory import Memory, NativeCreator
 from linmem._core.pool import PoolingCreator
 from linmem._os import pages as _pages
-from linmem._wasm.prepared import NOT_OURS, Prepared, prepare
+from linmem._wasm.prepared import NOT_OURS, Prepared, prepare, wasmtime_version
 from linmem._wasm.snapshot import Snapshot, behind, check_store
 from linmem.abc import MemoryCreator
 from linmem.creators import as_native
@@ -189,8 +189,7 @@ def new_memory(store: wasmtime.Store, memory_type: wasmtime.MemoryType, *,
 def _bind() -> None:
     missing = [name for name in (*_NEEDED, "wasmtime_config_memory_init_cow_set") if not hasattr(ffi.dll, name)]
     if missing:
-        raise RuntimeError(f"wasmtime {getattr(wasmtime, '__version__', '(unknown version)')} has no host memory"
-                           f" creators: {', '.join(missing)} missing")
+        raise RuntimeError(f"wasmtime {wasmtime_version()} has no host memory creators: {', '.join(missing)} missing")
     _bridge.bind(*map(_address, (*_NEEDED, "wasmtime_memorytype_page_size")))
 
 

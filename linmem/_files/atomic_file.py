@@ -33,8 +33,6 @@ _HAS_OWNERS = hasattr(os, "fchown")
 class Draft:
     """A temporary file that only its owner can read and write, until `become` gives it its name."""
 
-    __slots__ = ("file", "mode", "path")
-
     file: BinaryIO
     path: str
     mode: int               # the mode that the system gives a new file in this folder
@@ -155,11 +153,12 @@ def replacing(path: str | bytes | os.PathLike[str]) -> Iterator[tuple[BinaryIO, 
             if not os.path.basename(name):
                 raise _error(errno.EISDIR if name else errno.ENOENT) from None
         if before is not None:
-            if stat.S_ISDIR(before.st_mode):
+            kind = stat.S_IFMT(before.st_mode)
+            if kind == stat.S_IFDIR:
                 raise _error(errno.EISDIR)
-            if not (stat.S_ISREG(before.st_mode) or stat.S_ISFIFO(before.st_mode) or stat.S_ISCHR(before.st_mode)):
+            if kind not in (stat.S_IFREG, stat.S_IFIFO, stat.S_IFCHR):
                 raise OSError(errno.ENXIO, "Not a regular file, a pipe or a character device")
-            if not stat.S_ISREG(before.st_mode) or not _is_at(target, before):
+            if kind != stat.S_IFREG or not _is_at(target, before):
                 with open(name, "wb") as stream:
                     yield stream, True
                 return

@@ -83,9 +83,11 @@ def runs_of_file(fd: int, position: int, first: int, end: int,
     before = os.lseek(fd, 0, os.SEEK_CUR)       # the position is the caller's, too
     try:
         if claimed is None:
-            return joined((start - start % PAGE, round_up(stop, PAGE) - (start - start % PAGE))
-                          for start, stop in ((start - to_file, stop - to_file)
-                                              for start, stop in _extents(fd, position, position + end - first)))
+            found = []
+            for start, stop in _extents(fd, position, position + end - first):
+                page = (start - to_file) // PAGE * PAGE
+                found.append((page, round_up(stop - to_file, PAGE) - page))
+            return joined(found)
         check_gaps(claimed, first, end, to_file, fd, lambda start, size: _read_fd(fd, to_file + start, size))
         return claimed
     finally:

@@ -258,17 +258,17 @@ def _image(runs: Sequence[Run], cache: Cache | None) -> Image:
 
 
 @functools.cache
-def _version() -> str:
+def wasmtime_version() -> str:
     try:
         return importlib.metadata.version("wasmtime")
-    except importlib.metadata.PackageNotFoundError:     # wasmtime checks the version of a compiled module, too
-        return ""
+    except importlib.metadata.PackageNotFoundError:
+        return "of an unknown version"
 
 
 def _compiled(engine: wasmtime.Engine, wasm: bytes, cache: Cache | None) -> wasmtime.Module:
     if cache is None:
         return wasmtime.Module(engine, wasm)
-    key = hashlib.sha256(f"linmem {_FORMAT}, wasmtime {_version()}\n".encode() + wasm).hexdigest()
+    key = hashlib.sha256(f"linmem {_FORMAT}, wasmtime {wasmtime_version()}\n".encode() + wasm).hexdigest()
     for path in cache.entries(key, ".cwasm"):
         module = _read(engine, path)
         if module is not None:

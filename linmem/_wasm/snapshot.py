@@ -207,16 +207,15 @@ class Snapshot:
             if table.size(store) != size:
                 raise ValueError(f"exported table {name!r} had {size} elements and has {table.size(store)}, and a table"
                                  " cannot shrink: make a new instance")
-        memories, images = [], []
-        for name, memory, size, image in self._memories:
+        memories = []
+        for name, memory, size, _ in self._memories:
             found = behind(store, memory)
             assert found is not None        # the store keeps its memories
             if found.byte_size() != size and not zero_grown:
                 raise ValueError(f"exported memory {name!r} has grown from {size} to {found.byte_size()} bytes, which a"
                                  " guest that is put back does not know: make a new instance, or pass zero_grown=True")
             memories.append(found)
-            images.append(image)
-        restore_all(memories, images)       # the following steps cannot be refused
+        restore_all(memories, [image for _, _, _, image in self._memories])     # the following steps cannot be refused
         for _, place, value in self._globals:
             _raise(ffi.wasmtime_global_set(context, place, value))
         for _, table, _, elements in self._tables:
