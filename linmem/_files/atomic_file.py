@@ -149,19 +149,18 @@ def replacing(path: str | bytes | os.PathLike[str]) -> Iterator[tuple[BinaryIO, 
         try:
             before = os.stat(name)
         except FileNotFoundError:
+            if not name:
+                raise
             before = None
-            if not os.path.basename(name):
-                raise _error(errno.EISDIR if name else errno.ENOENT) from None
-        if before is not None:
-            kind = stat.S_IFMT(before.st_mode)
-            if kind == stat.S_IFDIR:
-                raise _error(errno.EISDIR)
-            if kind not in (stat.S_IFREG, stat.S_IFIFO, stat.S_IFCHR):
-                raise OSError(errno.ENXIO, "Not a regular file, a pipe or a character device")
-            if kind != stat.S_IFREG or not _is_at(target, before):
-                with open(name, "wb") as stream:
-                    yield stream, True
-                return
+        kind = stat.S_IFREG if before is None else stat.S_IFMT(before.st_mode)
+        if kind == stat.S_IFDIR or not os.path.basename(name):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if kind not in (stat.S_IFREG, stat.S_IFIFO, stat.S_IFCHR):
+            raise OSError(errno.ENXIO, "Not a regular file, a pipe or a character device")
+        if before is not None and (kind != stat.S_IFREG or not _is_at(target, before)):
+            with open(name, "wb") as stream:
+                yield stream, True
+            return
         with draft(os.path.dirname(target)) as made:
             if before is not None:
                 _give(made, before)
@@ -182,10 +181,6 @@ def write_figure(figure: Any, path: str, *, dpi: int) -> None:
     figure.savefig(drawn, dpi=dpi, format=form)
     with replacing(path) as (file, _):
         file.write(drawn.getvalue())
-
-
-def _error(code: int) -> OSError:
-    return OSError(code, os.strerror(code))
 
 
 def _is_at(target: str, status: os.stat_result) -> bool:

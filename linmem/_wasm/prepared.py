@@ -10,7 +10,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO, NoReturn, TypeVar
 
 import wasmtime
 
@@ -37,6 +37,7 @@ NOT_OURS = ("linmem.wasmtime.install(config) was not called for this engine, or 
 _FORMAT = 2         # the version of the cached files; wasmtime has its own version beside it
 _ASKS: weakref.WeakKeyDictionary[wasmtime.Engine, bool] = weakref.WeakKeyDictionary()
 _SIZE_MAX = 2 * sys.maxsize + 1
+_T = TypeVar("_T")
 
 
 class Prepared:
@@ -246,14 +247,7 @@ def _image(runs: Sequence[Run], cache: Cache | None) -> Image:
     for offset, data in runs:
         digest.update(f"{offset} {len(data)}\n".encode())
         digest.update(data)
-    key = digest.hexdigest()
-    for path in cache.entries(key, ".image"):
-        try:
-            return Image.open(path)
-        except (FileFormatError, FileNotFoundError):     # another version of the format, or removed by another process
-            continue
-    image = make()
-    _add(cache, key, ".image", functools.partial(write_image, image))
+    image: Image = _cached(cache, digest.hexdigest(), ".image", Image.open, make, write_image)
     return image
 
 
@@ -266,34 +260,37 @@ def wasmtime_version() -> str:
 
 
 def _compiled(engine: wasmtime.Engine, wasm: bytes, cache: Cache | None) -> wasmtime.Module:
+    make = functools.partial(wasmtime.Module, engine, wasm)
     if cache is None:
-        return wasmtime.Module(engine, wasm)
+        return make()
     key = hashlib.sha256(f"linmem {_FORMAT}, wasmtime {wasmtime_version()}\n".encode() + wasm).hexdigest()
-    for path in cache.entries(key, ".cwasm"):
-        module = _read(engine, path)
-        if module is not None:
-            return module
-    module = wasmtime.Module(engine, wasm)
-    _add(cache, key, ".cwasm", lambda file: file.write(module.serialize()))
-    return module
+    return _cached(cache, key, ".cwasm", functools.partial(_read, engine), make,
+                   lambda module, file: file.write(module.serialize()))
 
 
-def _read(engine: wasmtime.Engine, path: str) -> wasmtime.Module | None:
-    """The module, or None if it was compiled for an engine with other settings or of another build."""
+def _read(engine: wasmtime.Engine, path: str) -> wasmtime.Module:
     try:
         return wasmtime.Module.deserialize_file(engine, path)
     except wasmtime.WasmtimeError:      # a file system that is mounted noexec allows to read the file, not to map it
-        pass
-    try:
         with open(path, "rb") as file:
             return wasmtime.Module.deserialize(engine, file.read())
-    except (wasmtime.WasmtimeError, OSError):       # another process may have removed the file
-        return None
 
 
-def _add(cache: Cache, key: str, suffix: str, write: Callable[[BinaryIO], object]) -> None:
-    """Add an entry to the cache. If that fails, warn: the next process makes the image or the module again."""
+def _cached(cache: Cache, key: str, suffix: str, read: Callable[[str], _T], make: Callable[[], _T],
+            write: Callable[[_T, BinaryIO], object]) -> _T:
+    """What `read` makes of an entry of the cache; else what `make` makes, which `write` writes into a new entry.
+
+    If the new entry cannot be written, warn: the next process makes the image or the module again.
+    """
+    for path in cache.entries(key, suffix):
+        try:
+            return read(path)
+        # Another version or build of linmem or wasmtime wrote the entry, or another process removed it.
+        except (FileFormatError, wasmtime.WasmtimeError, OSError):
+            continue
+    made = make()
     try:
-        cache.add(key, suffix, write)
+        cache.add(key, suffix, lambda file: write(made, file))
     except OSError as error:
         warnings.warn(f"not cached: {error}", RuntimeWarning, stacklevel=4)
+    return made
