@@ -36,8 +36,8 @@ _SHORT_SPACE = 1 << 40      # bytes; with less space, wasmtime's default of 4 Gi
 # The functions that `_bridge.bind` takes, in its order.
 _NEEDED = ("wasmtime_config_host_memory_creator_set", "wasmtime_error_new", "wasmtime_memorytype_is64",
            "wasmtime_memorytype_isshared")
-# The modules that new_memory() used last, by their text. Few, because each takes memory and address space.
-_MAX_MODULES = 8
+# The modules that new_memory() used last, by their text. Each module takes memory and address space.
+_MAX_MODULES = 8            # of an engine
 _modules: weakref.WeakKeyDictionary[wasmtime.Engine, dict[str, wasmtime.Module]] = weakref.WeakKeyDictionary()
 _modules_lock = threading.Lock()
 
@@ -67,8 +67,8 @@ def install(config: wasmtime.Config, creator: MemoryCreator | None = None, *, tu
         If `config` is not a `wasmtime.Config` or `creator` is not a creator.
     ValueError
         If the config was given to an engine already, or if a pool in `creator` starts its memories from an image:
-        every memory of the engine would get that image, also those of other modules, and a module's own data
-        would then be copied over it.
+        every memory of the engine, also a memory of another module, would get that image, and a module's own data
+        would then be copied over the image.
     RuntimeError
         If this wasmtime-py has no host memory creators.
 
@@ -79,8 +79,8 @@ def install(config: wasmtime.Config, creator: MemoryCreator | None = None, *, tu
     deadline. So add the fuel and set the deadline before you make the instance. Modules that `prepare` made have no
     such code.
 
-    With the pooling allocation strategy wasmtime ignores host creators without an error. A Config does not tell its
-    strategy, so `linear_memory` and `new_memory` report this case.
+    With the pooling allocation strategy wasmtime ignores host creators without an error. The strategy cannot be read
+    from a Config, so `linear_memory` and `new_memory` report this case.
     """
     if not isinstance(config, wasmtime.Config):
         raise TypeError(f"config must be a wasmtime.Config, got {type(config).__name__}")
@@ -141,7 +141,7 @@ def new_memory(store: wasmtime.Store, memory_type: wasmtime.MemoryType, *,
     """Make a wasm memory that linmem owns, for modules that import a memory.
 
     ``wasmtime.Memory(store, ty)`` does not use the creator, but a module that exports a memory does. So this function
-    makes an instance of such a module. The memory lives as long as the store.
+    makes an instance of such a module. The memory exists as long as the store.
 
     Parameters
     ----------
@@ -155,7 +155,7 @@ def new_memory(store: wasmtime.Store, memory_type: wasmtime.MemoryType, *,
     ValueError
         If the store's engine does not make its memories with linmem.
     wasmtime.WasmtimeError
-        If the memory cannot be made; the text is that of the creator.
+        If the memory cannot be made; the exception has the creator's text.
     """
     if not isinstance(store, wasmtime.Store):
         raise TypeError(f"store must be a wasmtime.Store, got {type(store).__name__}")

@@ -1,8 +1,8 @@
 """Writes a file as a whole or not at all, for `save`, for the cache and for the command line.
 
-The content goes to a temporary file in the folder of the target. The temporary file is locked as long as its writer
-lives. It is flushed to the disk and then renamed over the target. A writer first removes the temporary files of dead
-writers, which have no lock.
+The content goes to a temporary file in the folder of the target. The writer holds a lock on the temporary file until it
+has flushed the file to the disk and renamed it over the target. The system releases the lock of a process that ends.
+So a writer first removes the temporary files that no process has locked.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ try:
 except ImportError:         # the system has no advisory locks
     fcntl = None            # type: ignore[assignment]
 
-# The length does not depend on the name of the target, so that it is valid for a long name.
+# The length of a temporary name does not depend on the name of the target, which may have the maximum length.
 TEMPORARY = re.compile(r"\.linmem-[0-9a-f]{16}\.tmp")
-ABANDONED = 3600            # seconds; used if the system has no locks
+ABANDONED = 3600            # seconds; without locks, an older temporary file counts as abandoned
 
 _HAS_OWNERS = hasattr(os, "fchown")
 
@@ -38,7 +38,7 @@ class Draft:
     mode: int               # the mode that the system gives a new file in this folder
 
     def become(self, path: str, mode: int | None = None) -> None:
-        """Make the file durable at `path`, with the permissions `mode`; None: those of a new file."""
+        """Make the file durable at `path`, with the permissions `mode`; None: the permissions of a new file."""
         self.file.flush()
         fd = self.file.fileno()
         mode = self.mode if mode is None else mode
@@ -102,7 +102,10 @@ def _lock(fd: int) -> bool:
 
 
 def remove_abandoned(folder: str) -> None:
-    """Remove the temporary files of dead writers. Files that this process may not list or remove stay."""
+    """Remove the temporary files whose writers ended before the rename.
+
+    Files that this process may not list or remove stay.
+    """
     try:
         paths = [os.path.join(folder, name) for name in os.listdir(folder) if TEMPORARY.fullmatch(name)]
     except OSError:

@@ -19,9 +19,9 @@ _MAX_ZEROED = 1 << 36   # bytes: the table of their groups takes about a second 
 
 
 class Delta:
-    """What must be written over one image, the base, to make it another image; immutable.
+    """The bytes to write over one image, the base, to get another image; immutable.
 
-    Made by `Image.diff`, used by `Memory.apply` and `Image.apply`. Deltas compose: ``a | b`` has the effect of
+    `Image.diff` makes deltas. `Memory.apply` and `Image.apply` use them. Deltas compose: ``a | b`` has the effect of
     `a` and then `b`.
 
     Attributes
@@ -35,7 +35,7 @@ class Delta:
     target : str or None
         The digest of the resulting image, if it is known.
     offset : int
-        Where the resulting image begins in the memory. It ends where the memory ends.
+        Where the resulting image begins in the memory. The image ends where the memory ends.
     ranges : tuple of (int, int)
         Offset and size in bytes of each range that is written; the ranges ascend and do not overlap.
     zeros : tuple of (int, int)
@@ -157,8 +157,9 @@ class Delta:
         Raises
         ------
         ValueError
-            If the ranges are not whole blocks of 4096 bytes; those of `Image.diff` and of a chain of such deltas are.
-            Also if the delta zeroes more than 64 GiB, which a chain over images that begin far apart may do.
+            If a range is not of whole blocks of 4096 bytes. The ranges of `Image.diff`, and of a chain of such
+            deltas, are of whole blocks. Also if the delta zeroes more than 64 GiB, which a chain over images that
+            begin far apart may do.
         OSError
             The old file, if there is one, is unchanged.
         """

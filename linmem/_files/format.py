@@ -1,4 +1,4 @@
-"""The format of saved images and deltas: the header, the table and the constants. docs/file-format.md describes it.
+"""The format of saved images and deltas: the header and its rules, the table, the constants. See docs/file-format.md.
 
 ::
 
@@ -8,7 +8,7 @@
     |          | not there  |                                     | each group           |
     +----------+------------+-------------------------------------+----------------------+
 
-A page has 4096 bytes and a group has 16 pages, whatever the page size of the host is: a file fits every host. The
+A page has 4096 bytes and a group has 16 pages, also on hosts with other page sizes, so every host can read a file. The
 place of a byte of the content ("start") is its offset in the memory, not its offset in the image.
 """
 
@@ -24,8 +24,8 @@ from typing import BinaryIO, NamedTuple
 from linmem.errors import FileFormatError
 
 MAGIC = b"\x89LINMEM\n"     # a byte that no text contains, and a line end that a transfer as text would change
-VERSION = 2                 # since version 2, packed data follow the header at once, and a delta has target_offset
-VERSIONS = (1, 2)           # that can be read
+VERSION = 2                 # from version 2 on, packed data begin where the header ends; a delta has target_offset
+VERSIONS = (1, 2)           # the versions that this code reads
 IMAGE, DELTA = 1, 2
 KINDS = {IMAGE: "an image", DELTA: "a delta"}
 IN_PLACE, PACKED = 1, 2
@@ -33,7 +33,7 @@ PAGE = 4096
 GROUP = 65536               # no host has larger pages or maps files in larger units
 NO_DIGEST = bytes(32)
 ZEROS = bytes(PAGE)
-MAX_SIZE = 1 << 56          # of a memory
+MAX_SIZE = 1 << 56          # bytes of a memory
 
 HEADER = struct.Struct("<8sHHIIIQQQQQQQIIQ32s32s32s32s")
 ENTRY = struct.Struct("<QHHI")      # of the table: the number of the group, pages mentioned, pages stored, their CRC
@@ -69,7 +69,10 @@ class Header(NamedTuple):
 
     @classmethod
     def read(cls, file: BinaryIO, path: str) -> Header:
-        """The header at the start of the file; `FileFormatError` if it is of another format, cut or damaged."""
+        """Read the header at the start of a file.
+
+        Raise `FileFormatError` if the file has another format or version, is cut short, or has a damaged header.
+        """
         head = file.read(HEADER.size)
         if head[:8] != MAGIC:
             raise FileFormatError(path, "magic", head[:8], f"{MAGIC!r}: the file is not an image or a delta of linmem")
@@ -85,7 +88,8 @@ class Header(NamedTuple):
         return header
 
     def check(self, path: str, file_size: int, kind: int | None, max_size: int | None) -> None:
-        """Check every field of the header of the file `path`; `kind` None: of any kind."""
+        """Raise `FileFormatError` if a field is wrong. `path` is the name of the file; `kind` None means any kind."""
+
         def must_be(name: str, *allowed: int, why: str = "") -> None:
             if getattr(self, name) not in allowed:
                 raise FileFormatError(path, name, getattr(self, name), " or ".join(map(str, allowed)) + why)

@@ -34,7 +34,7 @@ def open_image(make: Any, path: str | bytes | os.PathLike[str], *, verify: bool,
     -------
     image : Image
     contents : Contents or None
-        What `verify_image` needs if the pages of the image are a mapping of the file, else None.
+        The argument for `verify_image` if the pages of the image are a mapping of the file, else None.
     """
     with open_file(path) as file:
         contents = read(file, path, IMAGE, max_size)

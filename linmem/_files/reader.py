@@ -1,6 +1,6 @@
-"""Reads and checks the files of images and deltas; a file may come from anybody.
+"""Reads and checks the files of images and deltas. A file may come from an attacker.
 
-Time and memory follow the bytes that a file holds, not the sizes that its header claims.
+Time and memory grow with the bytes that a file holds, not with the sizes that its header claims.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def read(file: BinaryIO, path: str | bytes | os.PathLike[str], kind: int | None 
          max_size: int | None = None) -> Contents:
     """Read and check the header and the table; `FileFormatError` if one of them is not valid.
 
-    Nothing was read from `file` before.
+    The file must be at its start.
     """
     name = os.fsdecode(path)
     status = os.fstat(file.fileno())
@@ -74,7 +74,7 @@ def _read_table(file: BinaryIO, path: str, header: Header) -> bytes:
         for i, (number, mentioned, stored, crc) in enumerate(ENTRY.iter_unpack(step), len(table) // ENTRY.size):
             if not previous < number < last:
                 raise refusal(f"table[{i}].group", number, f"more than {previous} and below {last}")
-            allowed = ((first_mask if number == first else 0xFFFF) & (last_mask if number == last - 1 else 0xFFFF))
+            allowed = (first_mask if number == first else 0xFFFF) & (last_mask if number == last - 1 else 0xFFFF)
             if not mentioned or mentioned & ~allowed:
                 raise refusal(f"table[{i}].mentioned", f"{mentioned:#06x}", f"some bits of {allowed:#06x}")
             if stored & ~mentioned or (is_image and stored != mentioned):
@@ -95,7 +95,7 @@ def _padding(path: str) -> FileFormatError:
 
 
 def _check_group(path: str, number: int, crc: int, runs: Iterable[memoryview]) -> None:
-    """Check the stored pages of one group: their CRC, and that none is zero."""
+    """Check the stored pages of one group: their CRC must be right, and each page must have a byte that is not zero."""
     found = 0
     for run in runs:
         found = zlib.crc32(run, found)

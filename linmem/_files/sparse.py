@@ -1,4 +1,4 @@
-"""Reads sparse files in time that follows the bytes that they hold: holes are not read."""
+"""Reads sparse files without their holes: the time grows with the bytes that a file holds, not with its size."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _read_fd(fd: int, place: int, size: int) -> memoryview:
 
 
 def content_digest(fd: int) -> str:
-    """A digest of a whole file, in time that follows what the file holds: hexadecimal digits.
+    """A digest of a whole file, as hexadecimal digits. Holes are not read.
 
     BLAKE2b of 32 bytes over the size and, for each page of the file that is not zero, over its place and its bytes;
     numbers in 8 bytes, least significant first.

@@ -27,10 +27,10 @@ def write_to(file: BinaryIO, header: Header, runs: Callable[[], Iterable[Run]], 
     Parameters
     ----------
     header : Header
-        The fields of places, counts and checksums are set here.
+        This function sets the fields of places, counts and checksums.
     runs : callable
-        Returns the runs of the content, which ascend and do not overlap. The parts of an image that no run covers are
-        zero; those of a delta are unchanged.
+        Returns the runs of the content, which ascend and do not overlap. Without a run, a part of an image is zero, and
+        a part of a delta is unchanged.
     is_stream : bool
         The file cannot seek. `runs` is then called twice, first for the table, whose digest is in the header.
     """
@@ -58,9 +58,9 @@ def write_to(file: BinaryIO, header: Header, runs: Callable[[], Iterable[Run]], 
 
 
 def _write_data(file: BinaryIO | None, header: Header, runs: Iterable[Run]) -> tuple[bytearray, int]:
-    """Write the pages that are not zero; returns the table and the number of these pages. `file` None: write nothing.
+    """Write the pages that are not zero; returns the table and the number of these pages.
 
-    Packed data are written from the position of the file on.
+    If `file` is None, only make the table. Packed data are written from the present position of the file on.
     """
     table, pages = bytearray(), 0
     for group, parts in itertools.groupby(_parts(runs), key=lambda part: part[0] // GROUP):
@@ -89,14 +89,14 @@ def _write_data(file: BinaryIO | None, header: Header, runs: Iterable[Run]) -> t
 
 
 def _nonzero_pages(view: memoryview) -> int:
-    """The bits of the pages of `view` that are not zero."""
+    """A mask with one bit for each page of `view`, which is set if the page is not all zero."""
     # tobytes() and != of bytes are a memcpy and a memcmp; != of memoryviews compares byte by byte.
     return sum(1 << place // PAGE for place in range(0, len(view), PAGE)
                if view[place:place + PAGE].tobytes() != ZEROS[:len(view) - place])
 
 
 def _parts(runs: Iterable[Run]) -> Iterator[Run]:
-    """The same runs, cut where a group begins. Zeros precede a run that begins within a page."""
+    """Split the runs so that each part lies in one group. A part that begins within a page gets zeros before it."""
     for start, size, run in runs:
         while size:
             lead = start % PAGE

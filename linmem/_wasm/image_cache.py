@@ -1,9 +1,9 @@
 """A folder of images and compiled modules that processes share. An entry is used only if it is whole.
 
-An entry is a file ``<key>/<digest of its content><suffix>``. It is written to a temporary file, flushed to the disk and
-renamed, and it is used only if its content has the digest in its name. So no entry that a killed process, a full disk
-or a flipped bit has damaged is ever used. One key may have several entries. The digest is `sparse.content_digest`,
-which does not read holes.
+An entry is a file ``<key>/<digest of its content><suffix>``. Its content is first written to a temporary file and
+flushed to the disk; then the file is renamed. An entry is used only if the content has the digest in the name. So an
+entry that a killed process, a full disk or a flipped bit has damaged is never used. One key may have several entries.
+`sparse.content_digest`, which does not read holes, computes the digest.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Cache:
     Raises
     ------
     PermissionError
-        If users other than the owner may write to the directory, or if it belongs to another user. Some systems
-        cannot tell.
+        If users other than the owner may write to the directory, or if the directory belongs to another user. Systems
+        without owners and modes are not checked.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -59,7 +59,7 @@ class Cache:
                 _remove(path)
 
     def add(self, key: str, suffix: str, write: Callable[[BinaryIO], object]) -> str:
-        """Make an entry of what ``write(file)`` writes, with permissions for its owner only; returns its path."""
+        """Make an entry whose content ``write(file)`` writes, with permissions for its owner only; returns its path."""
         place = os.path.join(self.directory, key)
         os.makedirs(place, mode=0o700, exist_ok=True)
         _must_be_private(place)

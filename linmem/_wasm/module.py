@@ -19,7 +19,7 @@ _MOST_TABLES = 0x20         # the pattern for code that changes tables has one b
 
 _CONSTANT = re.compile(rb"[\x41\x42][\x80-\xff]*[\x00-\x7f]\x0b")     # i32.const or i64.const, and end
 
-# What a constant expression computes: (bits, value modulo 2**bits), or None if only the instance knows.
+# The result of a constant expression: (bits, value modulo 2**bits), or None if it depends on the instance.
 Value = tuple[int, int] | None
 
 # The constant instructions of garbage collection, and how many indices follow each. struct.new, array.new and their
@@ -89,7 +89,7 @@ class Module:
             yield from Reader(self.wasm, content, end).items(what)
 
     def replaced(self, kind: int, parts: Iterable[bytes | memoryview]) -> bytes:
-        """The module with another content of one section. The section is added if the module has none."""
+        """The module with another content of one section. A section that the module lacks is added."""
         if kind in self.sections:
             start, _, end = self.sections[kind]
         else:
@@ -131,7 +131,7 @@ class Module:
         return found
 
     def globals(self, imported: list[GlobalType]) -> tuple[list[Value], list[GlobalType]]:
-        """Of each global, imports included: the value if it is a constant, and the type."""
+        """The value (None if it is not a constant) and the type of each global, imports included."""
         values: list[Value] = [None] * len(imported)
         types = list(imported)
         for reader in self.items(GLOBAL, "globals"):
@@ -143,7 +143,7 @@ class Module:
     def holds_continuations(self, heap_type: int | None) -> bool:
         """Whether references of a heap type may be continuations.
 
-        True also if the type section only has a byte that looks like the begin of such a type.
+        The result is also True if the type section has a byte that only looks like the begin of such a type.
         """
         if heap_type is None or heap_type < 0:
             return heap_type in _CONTINUATIONS

@@ -156,9 +156,9 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
     wasm : bytes or str
         A core module in the binary format, or its text.
     cache : path, optional
-        A directory for the images and for wasmtime's compiled module, made if it is missing. Its files are run as
-        code, so it must belong to the user, and other users must not be able to write to it. Processes that use one
-        cache share the pages of the images.
+        A directory for the images and for wasmtime's compiled module, made if it is missing. The files in it are run
+        as code, so the directory must belong to the user, and other users must not be able to write to it. Processes
+        that use one cache share the pages of the images.
     expose : bool
         Also export the memories, mutable globals and tables that the module does not export, own and imported, so
         that a `Snapshot` can hold them. `Prepared.added` has their names.
@@ -278,14 +278,14 @@ def _read(engine: wasmtime.Engine, path: str) -> wasmtime.Module:
 
 def _cached(cache: Cache, key: str, suffix: str, read: Callable[[str], _T], make: Callable[[], _T],
             write: Callable[[_T, BinaryIO], object]) -> _T:
-    """What `read` makes of an entry of the cache; else what `make` makes, which `write` writes into a new entry.
+    """Read an entry of the cache. If no entry can be read, make the object and add it to the cache.
 
-    If the new entry cannot be written, warn: the next process makes the image or the module again.
+    If the new entry cannot be written, warn: the next process makes the object again.
     """
     for path in cache.entries(key, suffix):
         try:
             return read(path)
-        # Another version or build of linmem or wasmtime wrote the entry, or another process removed it.
+        # Another version of linmem or wasmtime wrote the entry, or another process removed the entry.
         except (FileFormatError, wasmtime.WasmtimeError, OSError):
             continue
     made = make()

@@ -176,7 +176,7 @@ class Snapshot:
         return self
 
     def restore(self, store: wasmtime.Store, *, zero_grown: bool = False) -> None:
-        """Put back the state of the instance, all of it or nothing.
+        """Put back the state of the instance, completely or not at all.
 
         The time follows the number of pages that changed since. All elements of tables are written.
 
