@@ -115,7 +115,7 @@ class Delta:
         if not isinstance(later, Delta):
             raise TypeError(f"later must be a Delta, got {type(later).__name__}")
         if later.base_size != self.size or (self.target is not None and self.target != later.base):
-            raise ValueError(f"later must start from what this delta leads to ({self.size} bytes, digest"
+            raise ValueError(f"later must start from the image that this delta leads to ({self.size} bytes, digest"
                              f" {self.target}), and starts from {later.base_size} bytes, digest {later.base}")
         over = list(later.pieces())
         # Bytes past the size in between are zero in the result, also if the base has them. All bytes past the end of
@@ -169,8 +169,8 @@ class Delta:
         path = check_path(path)
         zeroed = sum(size for _, size in self.zeros)
         if zeroed > _MAX_ZEROED:
-            raise ValueError(f"a saved delta may zero at most {_MAX_ZEROED} bytes, since its file names each 65536 of"
-                             f" them, and this one zeroes {zeroed}")
+            raise ValueError(f"a saved delta may zero at most {_MAX_ZEROED} bytes, because its file has an entry for"
+                             f" each 65536 of them, and this delta zeroes {zeroed}")
         for start, size, _ in self.pieces():
             if start % _PAGE or ((start + size) % _PAGE and start + size != self.size):
                 raise ValueError(f"only deltas of whole pages of {_PAGE} bytes can be saved, and this one has"

@@ -74,8 +74,8 @@ class Prepared:
         raise TypeError("a Prepared is made by linmem.wasmtime.prepare(engine, wasm)")
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a Prepared cannot be pickled or copied: it belongs to an engine of this process. prepare()"
-                        " with cache= is quick in the next one")
+        raise TypeError("a Prepared cannot be pickled or copied: it belongs to an engine of this process. In another"
+                        " process, prepare() with the same cache= is quick")
 
     @classmethod
     def _of(cls, module: wasmtime.Module, images: Sequence[Image | None], minima: Sequence[int],
@@ -122,7 +122,7 @@ class Prepared:
         try:        # make() is in the block, because an interrupt may come when it returns
             if offer is not None and not offer.make():
                 offer = None        # the present offer belongs to another call, which takes it back
-                raise RuntimeError("an instance is being made on this thread, and has not taken its images yet")
+                raise RuntimeError("another instance is being made on this thread, and has not taken its images yet")
             instance = _bridge.in_domain(domain, lambda: (
                 imports.instantiate(store, self.module) if isinstance(imports, wasmtime.Linker)
                 else wasmtime.Instance(store, self.module, imports)))

@@ -212,8 +212,8 @@ class Snapshot:
             found = behind(store, memory)
             assert found is not None        # the store keeps its memories
             if found.byte_size() != size and not zero_grown:
-                raise ValueError(f"exported memory {name!r} has grown from {size} to {found.byte_size()} bytes, which a"
-                                 " guest that is put back does not know: make a new instance, or pass zero_grown=True")
+                raise ValueError(f"exported memory {name!r} has grown from {size} to {found.byte_size()} bytes, and the"
+                                 " restored guest would not know: make a new instance, or pass zero_grown=True")
             memories.append(found)
         restore_all(memories, [image for _, _, _, image in self._memories])     # the following steps cannot be refused
         for _, place, value in self._globals:
@@ -261,8 +261,8 @@ def _hidden(outline: Outline | None, partial: bool) -> list[str]:
                       for kind, index, is_import in outline.hidden() if is_import == which] for which in (False, True))
     if (own or imported) and not partial:
         text = ", ".join([", ".join(own) + " of its own"] * bool(own) + imported)
-        raise ValueError(f"the module does not export {text}, which would keep what they hold when the rest is"
-                         " restored: prepare it with expose=True, or take a snapshot with partial=True")
+        raise ValueError(f"the module does not export {text}, which would keep their present content when the rest is"
+                         " restored: prepare the module with expose=True, or take a snapshot with partial=True")
     data, elements = outline.passive
     dropped = [f"which of {data} passive data segments and {elements} passive element segments were dropped"]
     return own + imported + dropped * bool(data or elements)
