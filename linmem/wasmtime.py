@@ -163,7 +163,7 @@ def new_memory(store: wasmtime.Store, memory_type: wasmtime.MemoryType, *,
         raise TypeError(f"memory_type must be a wasmtime.MemoryType, got {type(memory_type).__name__}")
     limits = memory_type.limits
     words = ["i64"] if memory_type.is_64 else []
-    words += [str(limits.min)] if limits.max is None else [str(limits.min), str(limits.max)]
+    words += [str(bound) for bound in (limits.min, limits.max) if bound is not None]
     words += ["shared"] if memory_type.is_shared else []
     page_size = getattr(memory_type, "page_size", 65536)
     words += [] if page_size == 65536 else [f"(pagesize {page_size})"]

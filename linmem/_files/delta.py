@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from linmem._core import arguments
 from linmem._core.arguments import check_bytes, check_pairs, check_path, check_size
 
@@ -75,11 +77,9 @@ class Delta:
         total = sum(length for _, length in ranges)
         if total != kept.nbytes:
             raise ValueError(f"data must have the {total} bytes of the ranges, got {kept.nbytes}")
-        end = 0
-        for start, length in sorted(ranges + zeros):
-            if start < end:
-                raise ValueError(f"ranges and zeros must not overlap, and do at {start}")
-            end = start + length
+        for (start, length), (following, _) in itertools.pairwise(sorted(ranges + zeros)):
+            if start + length > following:
+                raise ValueError(f"ranges and zeros must not overlap, and do at {following}")
         self = super().__new__(cls)
         fields = {"base": base, "base_size": base_size, "size": size, "target": target, "offset": offset,
                   "ranges": ranges, "zeros": zeros, "data": kept}

@@ -40,13 +40,11 @@ class Cache:
         """The paths of whole entries. Entries whose content does not have the digest in the name are removed."""
         place = os.path.join(self.directory, key)
         try:
-            names = sorted(os.listdir(place))
+            names = sorted(name for name in os.listdir(place) if name.endswith(suffix))
         except FileNotFoundError:
             return
         _must_be_private(place)
         for name in names:
-            if not name.endswith(suffix):
-                continue
             path = os.path.join(place, name)
             try:
                 with open_file(path) as file:       # if the entry is a pipe, open_file() does not wait for a writer
@@ -73,13 +71,13 @@ class Cache:
 
 
 def _make_room(place: str, suffix: str) -> None:
-    """Remove the oldest entries if there are too many for one more."""
+    """Remove the oldest entries, so that with one more there are at most `_MAX_ENTRIES`."""
     entries = []
     for entry in os.scandir(place):
         if entry.name.endswith(suffix):
             with contextlib.suppress(FileNotFoundError):        # another process removed the entry
                 entries.append((entry.stat().st_mtime, entry.path))
-    for _, path in sorted(entries)[:max(0, len(entries) - _MAX_ENTRIES + 1)]:
+    for _, path in sorted(entries)[:1 - _MAX_ENTRIES]:
         _remove(path)
 
 

@@ -26,12 +26,8 @@ class Limits(NamedTuple):
     """The type of a memory or a table."""
 
     minimum: int                    # of a memory, in bytes
-    is_64: bool
+    bits: int                       # of an address or an index
     heap_type: int | None = None    # of the elements of a table
-
-    @property
-    def bits(self) -> int:
-        return 64 if self.is_64 else 32
 
 
 class GlobalType(NamedTuple):
@@ -133,22 +129,22 @@ class Reader:
         return GlobalType(mutable == 1, heap_type)
 
     def memory_type(self) -> Limits:
-        flags, minimum, is_64 = self._limits("memory type", 0x0F)
+        flags, minimum, bits = self._limits("memory type", 0x0F)
         shift = 16
         if flags & 8:
             start = self.at
             shift = self.u32("page size")
             if shift > 16:
                 raise Unknown(f"the page size at byte {start} is 2 to the power of {shift}")
-        return Limits(minimum << shift, is_64)
+        return Limits(minimum << shift, bits)
 
     def table_type(self) -> Limits:
         heap_type = self.reference_type("table type")
-        _, minimum, is_64 = self._limits("table type", 0x07)
-        return Limits(minimum, is_64, heap_type)
+        _, minimum, bits = self._limits("table type", 0x07)
+        return Limits(minimum, bits, heap_type)
 
-    def _limits(self, what: str, known: int) -> tuple[int, int, bool]:
-        """The flags, the minimum, and whether addresses have 64 bits; `known`: the flags that are known."""
+    def _limits(self, what: str, known: int) -> tuple[int, int, int]:
+        """The flags, the minimum, and the bits of an address or an index; `known`: the flags that are known."""
         start = self.at
         flags = self.byte(what)
         if flags & ~known:
@@ -157,7 +153,7 @@ class Reader:
         minimum = self.integer(bits, what)
         if flags & 1:
             self.integer(bits, what)
-        return flags, minimum, bits == 64
+        return flags, minimum, bits
 
 
 def leb128(value: int) -> bytes:
