@@ -25,7 +25,7 @@ from linmem._core.memory import Memory, NativeCreator
 from linmem._core.pool import PoolingCreator
 from linmem._os import pages as _pages
 from linmem._wasm.prepared import NOT_OURS, Prepared, prepare, wasmtime_version
-from linmem._wasm.snapshot import Snapshot, behind, check_store
+from linmem._wasm.snapshot import Snapshot, behind, check_store, check_type
 from linmem.abc import MemoryCreator
 from linmem.creators import as_native
 
@@ -82,8 +82,7 @@ def install(config: wasmtime.Config, creator: MemoryCreator | None = None, *, tu
     With the pooling allocation strategy wasmtime ignores host creators without an error. The strategy cannot be read
     from a Config, so `linear_memory` and `new_memory` report this case.
     """
-    if not isinstance(config, wasmtime.Config):
-        raise TypeError(f"config must be a wasmtime.Config, got {type(config).__name__}")
+    check_type(config, wasmtime.Config, "config")
     try:
         pointer = config.ptr()
     except ValueError:
@@ -157,10 +156,8 @@ def new_memory(store: wasmtime.Store, memory_type: wasmtime.MemoryType, *,
     wasmtime.WasmtimeError
         If the memory cannot be made; the exception has the creator's text.
     """
-    if not isinstance(store, wasmtime.Store):
-        raise TypeError(f"store must be a wasmtime.Store, got {type(store).__name__}")
-    if not isinstance(memory_type, wasmtime.MemoryType):
-        raise TypeError(f"memory_type must be a wasmtime.MemoryType, got {type(memory_type).__name__}")
+    check_type(store, wasmtime.Store, "store")
+    check_type(memory_type, wasmtime.MemoryType, "memory_type")
     limits = memory_type.limits
     words = ["i64"] if memory_type.is_64 else []
     words += [str(bound) for bound in (limits.min, limits.max) if bound is not None]

@@ -24,7 +24,7 @@ from linmem._wasm.outline import expose as expose_state
 from linmem._wasm.outline import outline as outline_of
 from linmem._wasm.reader import Malformed
 from linmem._wasm.segments import Hoisted, Run, hoist
-from linmem._wasm.snapshot import behind
+from linmem._wasm.snapshot import behind, check_context, check_type
 from linmem.errors import FileFormatError, PageError
 
 TYPE_CHECKING = False
@@ -110,8 +110,7 @@ class Prepared:
         wasmtime.WasmtimeError, wasmtime.Trap
             As ``wasmtime.Instance`` raises for the original module.
         """
-        if not isinstance(store, wasmtime.Store) and not callable(getattr(store, "_context", None)):    # or a Caller
-            raise TypeError(f"store must be a wasmtime.Store, got {type(store).__name__}")
+        check_context(store)
         if not isinstance(imports, wasmtime.Linker):
             try:
                 imports = list(imports)
@@ -173,8 +172,7 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
     PermissionError
         If other users may write to the directory of the cache.
     """
-    if not isinstance(engine, wasmtime.Engine):
-        raise TypeError(f"engine must be a wasmtime.Engine, got {type(engine).__name__}")
+    check_type(engine, wasmtime.Engine, "engine")
     if not isinstance(wasm, (str, bytes, bytearray)):
         raise TypeError(f"wasm must be bytes or str, got {type(wasm).__name__}")
     check_flag(expose, "expose")

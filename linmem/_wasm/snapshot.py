@@ -31,14 +31,22 @@ def behind(store: wasmtime.Store, memory: wasmtime.Memory | wasmtime.SharedMemor
     return _bridge.find(ctypes.cast(pointer, ctypes.c_void_p).value or 0)
 
 
-def check_store(store: Any, name: str, handle: ctypes.Structure) -> None:
-    """Refuse an object that is not a store or a Caller, and a store that `handle` is not of.
+def check_type(value: object, kind: type, name: str) -> None:
+    """Refuse a value that is not of the class `kind` of wasmtime."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a wasmtime.{kind.__name__}, got {type(value).__name__}")
 
-    wasmtime would end the process.
-    """
+
+def check_context(store: Any) -> None:
+    """Refuse an object that is neither a store nor a Caller. wasmtime would end the process."""
+    if not callable(getattr(store, "_context", None)):
+        check_type(store, wasmtime.Store, "store")
+
+
+def check_store(store: Any, name: str, handle: ctypes.Structure) -> None:
+    """As `check_context`; also refuse a store that `handle` does not belong to. wasmtime would end the process."""
+    check_context(store)
     if not isinstance(store, wasmtime.Store):
-        if not callable(getattr(store, "_context", None)):
-            raise TypeError(f"store must be a wasmtime.Store, got {type(store).__name__}")
         return
     number = _numbers.get(store)
     if number is None:      # the handle of a new object of the store has the number of the store
@@ -114,8 +122,7 @@ class Snapshot:
         RuntimeError
             If a call into the store is running on this thread.
         """
-        if not isinstance(instance, wasmtime.Instance):
-            raise TypeError(f"instance must be a wasmtime.Instance, got {type(instance).__name__}")
+        check_type(instance, wasmtime.Instance, "instance")
         check_flag(partial, "partial")
         context = _idle(store, "taken")
         check_store(store, "instance", instance._instance)
