@@ -18,10 +18,8 @@ from linmem._core import bridge as _bridge
 from linmem._core.arguments import check_flag, check_path
 from linmem._core.memory import Image
 from linmem._files.image_file import write_image
+from linmem._wasm import outline as state
 from linmem._wasm.image_cache import Cache
-from linmem._wasm.outline import Outline
-from linmem._wasm.outline import expose as expose_state
-from linmem._wasm.outline import outline as outline_of
 from linmem._wasm.reader import Malformed
 from linmem._wasm.segments import Hoisted, Run, hoist
 from linmem._wasm.snapshot import behind, check_context, check_type
@@ -67,7 +65,7 @@ class Prepared:
     images: tuple[Image | None, ...]
     skipped: tuple[str, ...]
     added: frozenset[str]
-    outline: Outline | None
+    outline: state.Outline | None
     _offer: _bridge.Offer | None
 
     def __init__(self) -> None:
@@ -79,7 +77,7 @@ class Prepared:
 
     @classmethod
     def _of(cls, module: wasmtime.Module, images: Sequence[Image | None], minima: Sequence[int],
-            skipped: Sequence[str], added: frozenset[str], outline: Outline | None) -> Prepared:
+            skipped: Sequence[str], added: frozenset[str], outline: state.Outline | None) -> Prepared:
         self = object.__new__(cls)
         self.module = module
         self.images = tuple(images)
@@ -178,23 +176,22 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
     check_flag(expose, "expose")
     if cache is not None:
         cache = os.fsdecode(check_path(cache, "cache"))
-    is_text = isinstance(wasm, str)
     try:
-        wasm = wasm.encode() if isinstance(wasm, str) else bytes(wasm)
+        original = wasm.encode() if isinstance(wasm, str) else bytes(wasm)
     except UnicodeEncodeError as error:
         raise ValueError(f"wasm must be text that UTF-8 can encode: {error}") from None
-    if is_text or wasm[:1] not in (b"", b"\0"):
-        wasm = bytes(wasmtime.wat2wasm(wasm))
+    if isinstance(wasm, str) or original[:1] not in (b"", b"\0"):
+        original = bytes(wasmtime.wat2wasm(original))
     if not _asks(engine):
         raise ValueError(f"the engine does not make its memories with linmem: {NOT_OURS}")
-    original = wasm
+    wasm = original
     added: frozenset[str] = frozenset()
     outline = None
     skipped = []
     try:
         if expose:
-            wasm, added = expose_state(wasm)
-        outline = outline_of(wasm)
+            wasm, added = state.expose(wasm)
+        outline = state.outline(wasm)
     except ValueError as error:     # malformed, or not known here; wasmtime decides whether the module is valid
         if expose:
             skipped.append(f"nothing is exposed: {error}")
