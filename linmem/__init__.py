@@ -28,31 +28,10 @@ except ModuleNotFoundError as _error:
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Delta",
-    "FileFormatError",
-    "GrowError",
-    "Image",
-    "ImageInfo",
-    "LimitError",
-    "LimitingCreator",
-    "LinearMemory",
-    "Memory",
-    "MemoryCreator",
-    "MemoryInfo",
-    "MemoryType",
-    "MmapCreator",
-    "OwnedError",
-    "PageError",
-    "PoolError",
-    "PoolingCreator",
-    "PythonCreator",
-    "StatisticsCreator",
-    "create",
-    "creator",
-    "set_pool_limits",
-]
-
+__all__ = ["Delta", "FileFormatError", "GrowError", "Image", "ImageInfo", "LimitError", "LimitingCreator",
+           "LinearMemory", "Memory", "MemoryCreator", "MemoryInfo", "MemoryType", "MmapCreator", "OwnedError",
+           "PageError", "PoolError", "PoolingCreator", "PythonCreator", "StatisticsCreator", "create", "creator",
+           "set_pool_limits"]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -61,14 +40,10 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> object:
     # Imported when first used: linmem.wasmtime needs wasmtime-py, the records need `dataclasses`.
-    if name == "wasmtime":
-        import linmem.wasmtime
+    if name in ("wasmtime", "metrics"):
+        from importlib import import_module
 
-        return linmem.wasmtime
-    if name == "metrics":
-        import linmem.metrics
-
-        return linmem.metrics
+        return import_module(f"linmem.{name}")
     if name in ("ImageInfo", "MemoryInfo", "MemoryType"):
         from linmem import records
 

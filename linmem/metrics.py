@@ -11,32 +11,31 @@ from linmem._core.pool import PoolingCreator, pool_totals, read_metrics
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
     from typing import Any
 
 __all__ = ["collector", "read", "totals"]
 
-_COUNTERS = {"misses": "Requests that a new slot served.",
+_COUNTERS = {"hits": "Requests that an idle slot served.",
+             "misses": "Requests that a new slot served.",
+             "evictions": "Idle slots that lost their pages or were dropped, without purges.",
              "purges": "Slots whose pages idle_seconds or purge() gave back.",
+             "resets": "Resets by kind.",
+             "reset_seconds": "Time in resets, estimated from samples.",
              "bytes_zeroed": "Bytes that resets have zeroed."}
-_GAUGES = {"live": "Slots in use.", "peak_live": "The most slots that were ever in use at once.",
+_GAUGES = {"live": "Slots in use.", "peak_live": "The largest number of slots that were in use at the same time.",
            "warm": "Idle slots that keep their pages.", "cold": "Idle slots without pages.",
-           "resident": "Bytes that idle slots keep resident, at most.",
-           "page_tables": "Bytes of page tables of idle slots, at most.",
+           "resident": "Upper bound of the resident bytes of idle slots.",
+           "page_tables": "Upper bound of the bytes of page tables of idle slots.",
            "reserved": "Bytes of address space of all slots, guards included."}
 _COUNTERS_OF_A_POOL = {"fallbacks": "Memories that upstream made because the pool was full.",
                        "rejected": "Slots that were dropped because their reset failed."}
-_GAUGES_OF_A_POOL = {"slots": "The most slots there may be.",
-                     "resident_bound": "What resident and page_tables never exceed for long."}
+_GAUGES_OF_A_POOL = {"slots": "The maximum number of slots.",
+                     "resident_bound": "The bound of resident and page_tables together."}
 _GAUGES_OF_IMAGES = {"image_bytes": "Bytes of the images that slots start from.",
                      "image_descriptors": "Descriptors of these images."}
-# Counters with a label of their own: the label, the text, and the values of a row by label.
-_LABELLED: dict[str, tuple[str, str, Callable[[dict[str, Any]], dict[str, int]]]] = {
-    "hits": ("state", "Requests that an idle slot served.",
-             lambda row: {state: row[f"hits_{state}"] for state in ("warm", "cold")}),
-    "evictions": ("cause", "Idle slots that lost pages or went; no purges.", lambda row: row["evictions"]),
-    "resets": ("kind", "Resets by kind.", lambda row: row["resets"]),
-}
+# The counters whose figure is a dict, and the label that has the keys of the dict as values.
+_LABELS = {"hits": "state", "evictions": "cause", "resets": "kind"}
 
 
 def read(pool: PoolingCreator) -> dict[str, Any]:
@@ -155,19 +154,19 @@ def collector(*pools: PoolingCreator, names: Iterable[str] | None = None, per_do
 
     def families(prefix: str, keys: list[str], rows: list[tuple[list[str], dict[str, Any]]],
                  counters: dict[str, str], gauges: dict[str, str]) -> Iterator[Any]:
+        for _, row in rows:
+            row["hits"] = {state: row[f"hits_{state}"] for state in ("warm", "cold")}
+            row["reset_seconds"] = row["reset_ns"] / 1e9
         for kind, texts in ((CounterMetricFamily, counters), (GaugeMetricFamily, gauges)):
             for name, text in texts.items():
-                yield family(kind, f"{prefix}_{name}", text, keys, [(labels, row[name]) for labels, row in rows])
-        for name, (key, text, values) in _LABELLED.items():
-            yield family(CounterMetricFamily, f"{prefix}_{name}", text, [*keys, key], [
-                ([*labels, which], n) for labels, row in rows for which, n in values(row).items()])
-        yield family(CounterMetricFamily, f"{prefix}_reset_seconds", "Time in resets, sampled.", keys, [
-            (labels, row["reset_ns"] / 1e9) for labels, row in rows])
-
-    def family(kind: Any, name: str, text: str, keys: list[str], samples: list[tuple[list[str], float]]) -> Any:
-        made = kind(name, text, labels=keys)
-        for labels, value in samples:
-            made.add_metric(labels, value)
-        return made
+                own_key = [_LABELS[name]] if name in _LABELS else []
+                family = kind(f"{prefix}_{name}", text, labels=keys + own_key)
+                for values, row in rows:
+                    if own_key:
+                        for value, n in row[name].items():
+                            family.add_metric([*values, value], n)
+                    else:
+                        family.add_metric(values, row[name])
+                yield family
 
     return Collector()

@@ -1,18 +1,18 @@
-"""``linmem demo``: shows that views stay valid when the memory grows and when the store is closed."""
+"""Show a NumPy view that stays valid while its memory grows, in Python and under a WebAssembly program, and after the
+store is closed. Every figure is checked.
+
+Exit code 0 if all figures are right, else 1.
+"""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import linmem
 from linmem._commands.parser import EXIT_REFUSED, Parser, Refused
 from linmem._commands.text import count, one_line, show_size, show_time
-
-DESCRIPTION = """\
-Show a NumPy view that stays valid while its memory grows, in Python and under a WebAssembly
-program, and after the store is closed. Every figure is checked: exit code 0 if all hold, else 1."""
 
 STEP = 65536
 PLAIN_SIZE = 64 << 20
@@ -28,20 +28,19 @@ class Checks:
         self.failed = 0
 
     def __call__(self, claim: str, expected: Any, found: Any, show: Callable[[Any], str] = str) -> None:
-        if expected == found:
-            print(f"   [ok]     {claim}: {show(found)}")
-        else:
-            self.failed += 1
-            print(f"   [FAILED] {claim}: expected {show(expected)}, found {show(found)}")
+        held = expected == found
+        self.note(held, claim, show(found) if held else f"expected {show(expected)}, found {show(found)}")
 
     def unchanged(self, claim: str, before: Any, after: Any, show: Callable[[Any], str] = str) -> None:
-        held = before == after
+        self.note(before == after, claim, f"{show(before)} before, {show(after)} after")
+
+    def note(self, held: bool, claim: str, values: str) -> None:
         self.failed += not held
-        print(f"   {'[ok]    ' if held else '[FAILED]'} {claim}: {show(before)} before, {show(after)} after")
+        print(f"   {'[ok]    ' if held else '[FAILED]'} {claim}: {values}")
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.description = DESCRIPTION
+    parser.description = __doc__
 
 
 def main(args: Any) -> int:
@@ -101,9 +100,7 @@ def demo_program(numpy: Any, wasmtime: Any, check: Checks) -> None:
     installer.install(config, statistics)
     engine = wasmtime.Engine(config)
     store = wasmtime.Store(engine)
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "demo.wasm")
-    with open(path, "rb") as file:
-        module = wasmtime.Module(engine, file.read())
+    module = wasmtime.Module(engine, Path(__file__).with_name("demo.wasm").read_bytes())
     exports = wasmtime.Instance(store, module, []).exports(store)
     memory = installer.linear_memory(store, exports["memory"])
 

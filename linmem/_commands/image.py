@@ -1,9 +1,10 @@
-"""``linmem image info | verify | diff | apply``: shows, checks, compares and makes files of images and deltas."""
+"""Show files of images and deltas, check them, compare images, and apply deltas to images."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import stat
 import sys
@@ -22,7 +23,6 @@ from linmem.errors import FileFormatError
 
 EXIT_DIFFERS = 3
 
-DESCRIPTION = "Look at the files of images and deltas, check them, compare images, and apply deltas to them."
 EPILOG = """\
 If FILE of --output is a pipe or a device (/dev/stdout, /dev/null), it gets a packed file and is not replaced.
 If FILE is the standard output, all other text goes to standard error.
@@ -34,7 +34,7 @@ more memory than there is, with one line for each file; 2 if the command line is
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give `parser`, which is that of ``linmem image``, its subcommands."""
-    parser.description, parser.epilog = DESCRIPTION, EPILOG
+    parser.description, parser.epilog = __doc__, EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=type(parser))
 
@@ -89,17 +89,11 @@ def say(text: str, to: TextIO | None = None) -> None:
 
 def report_to(output: str | None) -> TextIO:
     """The stream for messages: standard error if `output` is the standard output, else the standard output."""
-    try:
-        is_output = output is not None and os.path.samestat(os.stat(output), os.fstat(sys.stdout.fileno()))
-    except OSError:         # the file does not exist yet, or the standard output has no descriptor
-        is_output = False
-    return sys.stderr if is_output else sys.stdout
-
-
-def print_json(figures: Any, to: TextIO | None = None) -> None:
-    import json
-
-    print(json.dumps(figures), file=to)
+    # OSError: the file does not exist yet, or the standard output has no descriptor.
+    with contextlib.suppress(OSError):
+        if output is not None and os.path.samestat(os.stat(output), os.fstat(sys.stdout.fileno())):
+            return sys.stderr
+    return sys.stdout
 
 
 # -- info ------------------------------------------------------------------------------------------
@@ -107,7 +101,7 @@ def print_json(figures: Any, to: TextIO | None = None) -> None:
 def info(args: argparse.Namespace) -> int:
     found = [figures_of(path) for path in args.files]
     if args.json:
-        print_json(found)
+        print(json.dumps(found))
         return 0
     for figures in found:
         kind = figures["kind"]
@@ -157,12 +151,10 @@ def figures_of(path: str) -> dict[str, Any]:
 def verify(args: argparse.Namespace) -> int:
     errors = [(path, why_wrong(path)) for path in args.files]
     if args.json:
-        print_json([{"path": path, "error": error, "ok": error is None} for path, error in errors])
-    for path, error in [] if args.json else errors:
-        if error is None:
-            say(f"{path}: ok")
-        else:
-            say(f"linmem image: {error}", sys.stderr)
+        print(json.dumps([{"path": path, "error": error, "ok": error is None} for path, error in errors]))
+    else:
+        for path, error in errors:
+            say(f"linmem image: {error}" if error else f"{path}: ok", sys.stderr if error else sys.stdout)
     return EXIT_REFUSED if any(error for _, error in errors) else 0
 
 
@@ -208,7 +200,7 @@ def diff(args: argparse.Namespace) -> int:
             draw(args.picture, pages, f"{os.path.basename(args.old)} and {os.path.basename(args.new)}: "
                  f"{differing} of {count(len(pages), 'page')} differ")
     if args.json:
-        print_json(figures, to)
+        print(json.dumps(figures), file=to)
     else:
         share = f" ({100 * differing / len(pages):.2g} %)" if differing else ""
         say(f"{args.old}: {show_size(old.size)}", to)
@@ -238,8 +230,8 @@ def apply(args: argparse.Namespace) -> int:
     if not args.json:
         say(f"{args.output}: {show_size(image.size)}, digest {image.digest}", to)
     elif stat.S_ISREG(os.stat(args.output).st_mode) and to is sys.stdout:
-        print_json(figures_of(args.output))
+        print(json.dumps(figures_of(args.output)))
     else:
-        print_json({"path": args.output, "kind": "image", "size": image.size, "offset": image.offset,
-                    "digest": image.digest}, to)
+        print(json.dumps({"path": args.output, "kind": "image", "size": image.size, "offset": image.offset,
+                          "digest": image.digest}), file=to)
     return 0
