@@ -7,7 +7,6 @@ imported.
 
 from __future__ import annotations
 
-import argparse
 import errno
 import importlib
 import os
@@ -81,8 +80,8 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except OSError as error:
         # Some systems report a pipe without a reader as EINVAL.
-        if not isinstance(error, BrokenPipeError) and (type(error) is not OSError or error.filename is not None
-                                                       or error.errno not in (errno.EINVAL, *FULL)):
+        if (type(error) not in (OSError, BrokenPipeError) or error.filename is not None
+                or error.errno not in (errno.EPIPE, errno.EINVAL, *FULL)):
             raise
         if error.errno in FULL:
             print(f"linmem {command}: standard output: {error.strerror}", file=sys.stderr)
@@ -94,9 +93,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
     """The parser, and the parsers of the subcommands by name, still without arguments."""
-    parser = Parser(prog="linmem", description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="linmem", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"linmem {linmem.__version__}")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
-    return parser, {name: subparsers.add_parser(name, help=text, allow_abbrev=False)
-                    for name, text in COMMANDS.items()}
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
+    return parser, {name: subparsers.add_parser(name, help=text) for name, text in COMMANDS.items()}

@@ -14,12 +14,14 @@ __all__ = ["FileFormatError", "GrowError", "LimitError", "OwnedError", "PageErro
 
 
 def _reduce(self: BaseException) -> tuple[object, ...]:
-    # Python pickles an exception as a call of its class with `args`, but these constructors take other arguments.
+    # Python pickles an exception as a call of its class with `args`, but some of these classes take other arguments.
     return copyreg.__newobj__, (type(self), *self.args), vars(self)     # type: ignore[attr-defined]
 
 
 class GrowError(MemoryError):
     """A growth or a creation exceeds a bound of the memory: its maximum or its capacity."""
+
+    __reduce__ = _reduce
 
 
 class LimitError(GrowError):
@@ -37,8 +39,6 @@ class LimitError(GrowError):
         self.used = used
         self.requested = requested
 
-    __reduce__ = _reduce
-
 
 class PoolError(GrowError):
     """Every slot of a pool is in use, and the pool was made to have no more slots.
@@ -52,8 +52,6 @@ class PoolError(GrowError):
     def __init__(self, message: str, *, slots: int) -> None:
         super().__init__(message)
         self.slots = slots
-
-    __reduce__ = _reduce
 
 
 # OSError first: in the other order .errno and .winerror are lost.

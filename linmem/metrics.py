@@ -84,15 +84,14 @@ def _by_shape(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The figures of each shape by its text, summed over images."""
     found: dict[str, dict[str, Any]] = {}
     for row in rows:
-        text = " ".join(f"{key}={value}" for key, value in row["shape"].items()
+        text = " ".join(f"{key}={value}" for key, value in row.pop("shape").items()
                         if value is not None and value is not False)
         found[text] = _sum(found[text], row) if text in found else row
     return found
 
 
 def _sum(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-    return {key: value if key == "shape" else _sum(value, b[key]) if isinstance(value, dict) else value + b[key]
-            for key, value in a.items()}
+    return {key: _sum(value, b[key]) if isinstance(value, dict) else value + b[key] for key, value in a.items()}
 
 
 def collector(*pools: PoolingCreator, names: Iterable[str] | None = None, per_domain: bool = True,

@@ -1,7 +1,7 @@
 """Measure linmem against the same system calls in C, against wasmtime's own memories, and against NumPy.
 
-Exit code 0 if all was measured; 1 if a library is missing, if a file cannot be written, or if a goal is missed (with
---check).
+Exit code 0 if all was measured; 1 if a library is missing, if a file cannot be written, or if a
+goal is missed (with --check).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Show a NumPy view that stays valid while its memory grows, in Python and under a WebAssembly program, and after the
-store is closed. Every figure is checked.
+"""Show a NumPy view that stays valid while its memory grows, in Python and under a WebAssembly
+program, and after the store is closed. Every figure is checked.
 
 Exit code 0 if all figures are right, else 1.
 """
@@ -48,14 +48,14 @@ def main(args: Any) -> int:
         import numpy
         import wasmtime
 
-        import linmem.wasmtime  # noqa: F401  (its own import error names what is missing)
+        import linmem.wasmtime as installer
     except ImportError as error:
         raise Refused(f"needs NumPy and wasmtime-py: pip install 'linmem[demo]' ({error})") from None
     check = Checks()
     print("linmem demo: arrays that stay valid while their memory grows, and after it is dropped\n")
     try:
         demo_memory(numpy, check)
-        demo_program(numpy, wasmtime, check)
+        demo_program(numpy, wasmtime, installer, check)
     except (MemoryError, RuntimeError, wasmtime.WasmtimeError) as error:
         raise Refused(one_line(error)) from None
     if check.failed:
@@ -92,9 +92,7 @@ def demo_memory(numpy: Any, check: Checks) -> None:
     print()
 
 
-def demo_program(numpy: Any, wasmtime: Any, check: Checks) -> None:
-    import linmem.wasmtime as installer
-
+def demo_program(numpy: Any, wasmtime: Any, installer: Any, check: Checks) -> None:
     statistics = linmem.StatisticsCreator(linmem.creator())
     config = wasmtime.Config()
     installer.install(config, statistics)

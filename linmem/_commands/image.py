@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from linmem._commands.page_map import CHANGED, GONE, NEW, Pages, draw, show_map
+from linmem._commands.page_map import Pages, draw, show_map
 from linmem._commands.parser import EXIT_REFUSED, Refused, file_name
 from linmem._commands.text import count, show_size
 from linmem._core.arguments import printable
@@ -35,23 +35,21 @@ more memory than there is, with one line for each file; 2 if the command line is
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give `parser`, which is that of ``linmem image``, its subcommands."""
     parser.description, parser.epilog = __doc__, EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=type(parser))
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
     for name, text in (("info", "what the headers of files say"), ("verify", "check every byte of files")):
-        actions.add_parser(name, help=text, allow_abbrev=False).add_argument("files", nargs="+", metavar="FILE")
+        actions.add_parser(name, help=text).add_argument("files", nargs="+", metavar="FILE")
 
-    diff = actions.add_parser("diff", help="which pages of two images differ", allow_abbrev=False)
+    diff = actions.add_parser("diff", help="which pages of two images differ")
     diff.add_argument("old", metavar="OLD")
     diff.add_argument("new", metavar="NEW")
-    diff.add_argument("--output", "-o", type=file_name, metavar="FILE",
-                      help="save the delta from OLD to NEW")
+    diff.add_argument("--output", "-o", type=file_name, metavar="FILE", help="save the delta from OLD to NEW")
     diff.add_argument("--map", action="store_true", help="show which pages differ, also if output is not a terminal")
     diff.add_argument("--picture", type=file_name, metavar="PNG",
                       help="draw which pages differ (the extension may also be .svg or .pdf)")
     diff.add_argument("--exit-code", action="store_true", help=f"exit with {EXIT_DIFFERS} if they differ")
 
-    apply = actions.add_parser("apply", help="apply deltas to an image, one after the other", allow_abbrev=False)
+    apply = actions.add_parser("apply", help="apply deltas to an image, one after the other")
     apply.add_argument("base", metavar="IMAGE")
     apply.add_argument("deltas", nargs="+", metavar="DELTA")
     apply.add_argument("--output", "-o", type=file_name, metavar="FILE", required=True,
@@ -140,9 +138,8 @@ def figures_of(path: str) -> dict[str, Any]:
         "digest": None if header.digest == NO_DIGEST else header.digest.hex(),
     }
     if is_delta:
-        figures["zero_pages"] = sum((mentioned & ~stored).bit_count() for _, mentioned, stored, _ in contents.groups())
-        figures["base_size"] = header.base_size
-        figures["base_digest"] = header.base_digest.hex()
+        zero_pages = sum((mentioned & ~stored).bit_count() for _, mentioned, stored, _ in contents.groups())
+        figures |= {"zero_pages": zero_pages, "base_size": header.base_size, "base_digest": header.base_digest.hex()}
     return figures
 
 
@@ -179,16 +176,17 @@ def diff(args: argparse.Namespace) -> int:
     with about(f"{args.old}, {args.new}"):
         delta = old.diff(new)
         pages = Pages(old, new, delta)
-    differing = pages.totals[GONE] + pages.totals[NEW] + pages.totals[CHANGED]
+    _, _, became_zero, was_zero, changed = pages.totals
+    differing = became_zero + was_zero + changed
     figures = {
         "old": {"path": args.old, "size": old.size, "digest": old.digest},
         "new": {"path": args.new, "size": new.size, "digest": new.digest},
         "page_size": PAGE,
         "pages": len(pages),
         "differing": differing,
-        "changed": pages.totals[CHANGED],
-        "was_zero": pages.totals[NEW],
-        "became_zero": pages.totals[GONE],
+        "changed": changed,
+        "was_zero": was_zero,
+        "became_zero": became_zero,
         "same": old.digest == new.digest,
     }
     to = report_to(args.output)
@@ -205,8 +203,8 @@ def diff(args: argparse.Namespace) -> int:
         share = f" ({100 * differing / len(pages):.2g} %)" if differing else ""
         say(f"{args.old}: {show_size(old.size)}", to)
         say(f"{args.new}: {show_size(new.size)}", to)
-        say(f"{differing} of {count(len(pages), 'page')} differ{share}: changed {figures['changed']},"
-            f" was zero {figures['was_zero']}, became zero {figures['became_zero']}", to)
+        say(f"{differing} of {count(len(pages), 'page')} differ{share}: changed {changed}, was zero {was_zero},"
+            f" became zero {became_zero}", to)
         if args.map or to.isatty():
             show_map(pages, to, asked=args.map)
     return EXIT_DIFFERS if args.exit_code and not figures["same"] else 0

@@ -1,4 +1,5 @@
-"""Print the limits and capabilities of this machine, and check in child processes that accesses to guard pages fault.
+"""Print the limits and the capabilities of this machine, and check in child processes that
+accesses to guard pages fault.
 
 Exit code 0 if each of these accesses faults, else 1.
 """
@@ -62,8 +63,8 @@ PROBES = (
 )
 # Memory faults by the exit code of a process that ends with one: 0xC0000005, with or without a sign, is an access
 # violation.
-FAULTS = {-getattr(signal, name): name for name in ("SIGSEGV", "SIGBUS") if hasattr(signal, name)}
-FAULTS |= dict.fromkeys((0xC0000005, 0xC0000005 - 2 ** 32), "access violation (0xC0000005)")
+FAULTS: dict[int | None, str] = dict.fromkeys((0xC0000005, 0xC0000005 - 2 ** 32), "access violation (0xC0000005)")
+FAULTS |= {-getattr(signal, name): name for name in ("SIGSEGV", "SIGBUS") if hasattr(signal, name)}
 CHILD_SECONDS = 60
 
 
@@ -88,7 +89,7 @@ def run_child(script: str, *arguments: str) -> tuple[int | None, str, str]:
     """The exit code (None: the child did not end), standard output and standard error of a child that runs Python."""
     # The child imports the same linmem as this process.
     ours = os.path.dirname(os.path.dirname(os.path.abspath(linmem.__file__)))
-    path = os.pathsep.join(part for part in (ours, os.environ.get("PYTHONPATH", "")) if part)
+    path = os.pathsep.join(filter(None, (ours, os.environ.get("PYTHONPATH"))))
     try:
         done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True,
                               errors="replace", timeout=CHILD_SECONDS, env={**os.environ, "PYTHONPATH": path})
@@ -99,7 +100,7 @@ def run_child(script: str, *arguments: str) -> tuple[int | None, str, str]:
 
 def death(returncode: int | None) -> str | None:
     """The name of the memory fault that ended a process; None if the process ended in another way."""
-    return None if returncode is None else FAULTS.get(returncode)
+    return FAULTS.get(returncode)
 
 
 def self_test() -> dict[str, Any]:

@@ -74,10 +74,10 @@ def edges(source: int, runs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, i
 
 
 def page_of(image: Image, page: int) -> bytes:
-    low, high = (min(max(place * PAGE - image.offset, 0), image.size) for place in (page, page + 1))
-    missing = max(image.offset - page * PAGE, 0)        # bytes of the page before the image are zero
+    """The bytes of a page of the memory that has at least one byte in the image."""
+    start = page * PAGE - image.offset      # negative: the bytes before the image are zero
     with memoryview(image) as view:
-        return (bytes(missing) + view[low:high]).ljust(PAGE, b"\0")
+        return (bytes(max(-start, 0)) + view[max(start, 0):start + PAGE]).ljust(PAGE, b"\0")
 
 
 def show_map(pages: Pages, to: TextIO, *, asked: bool) -> None:

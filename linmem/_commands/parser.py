@@ -28,7 +28,10 @@ class Refused(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports an error in one line, which names --help instead of printing the usage."""
+    """Shows its texts as they are written, and reports an error in one line with a reference to --help."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"{self.prog}: {printable(message)} (see {self.prog} --help)\n")

@@ -38,7 +38,6 @@ the command line is wrong; 1 if PROGRAM cannot be read or run, with one line tha
 
 def add_arguments(parser: Parser) -> None:
     parser.usage, parser.description, parser.epilog = USAGE, __doc__, EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--dir", action="append", default=[], type=split_dir, metavar="HOST[::GUEST]",
                         help="a directory that the program may read and write, under the name GUEST; repeatable")
     parser.add_argument("--env", action="append", default=[], type=split_env, metavar="NAME[=VALUE]",
@@ -119,11 +118,11 @@ def split_env(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not name:
         raise argparse.ArgumentTypeError(f"{text!r}: the name is missing (NAME=VALUE)")
-    if not equals:
-        if name not in os.environ:
-            raise argparse.ArgumentTypeError(f"{name}: no such variable in this environment (NAME=VALUE sets one)")
-        value = os.environ[name]
-    return name, value
+    if equals:
+        return name, value
+    if name not in os.environ:
+        raise argparse.ArgumentTypeError(f"{name}: no such variable in this environment (NAME=VALUE sets one)")
+    return name, os.environ[name]
 
 
 def split_dir(text: str) -> tuple[str, str]:
@@ -188,25 +187,19 @@ def in_a_thread(work: Callable[[], int]) -> tuple[int, bool]:
     return status[0], False
 
 
-def import_wasmtime() -> tuple[Any, Any]:
-    """The modules wasmtime and linmem.wasmtime."""
-    try:
-        import wasmtime
-
-        import linmem.wasmtime as installer
-    except (ImportError, OSError) as error:         # OSError: the library of wasmtime does not load
-        raise Refused(f"needs wasmtime-py: pip install 'linmem[wasmtime]' ({error})") from None
-    return wasmtime, installer
-
-
 def execute(args: argparse.Namespace, creator: Any) -> int:
     """Run the program; returns its exit code."""
     program = args.program
     code = read_program(program)
-    wasmtime, installer = import_wasmtime()
+    try:
+        import wasmtime
+
+        from linmem.wasmtime import install
+    except (ImportError, OSError) as error:         # OSError: the library of wasmtime does not load
+        raise Refused(f"needs wasmtime-py: pip install 'linmem[wasmtime]' ({error})") from None
     config = wasmtime.Config()
     try:
-        installer.install(config, creator)
+        install(config, creator)
     except RuntimeError as error:
         raise Refused(str(error)) from None
     engine = wasmtime.Engine(config)
@@ -216,8 +209,8 @@ def execute(args: argparse.Namespace, creator: Any) -> int:
     linker = wasmtime.Linker(engine)
     linker.define_wasi()
     try:
-        instance = linker.instantiate(store, module)
-        instance.exports(store)["_start"](store)
+        start: Any = linker.instantiate(store, module).exports(store)["_start"]
+        start(store)
     except wasmtime.ExitTrap as end:
         return int(end.code)
     except wasmtime.Trap as trap:
