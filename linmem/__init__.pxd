@@ -17,9 +17,10 @@
 # m.base may change when memory_grow_to() goes past m.capacity; read it again then.
 
 from linmem._core.memory cimport (
-    NO_MAXIMUM, UNCHOSEN, Image, Memory, MmapCreator, NativeCreator, delta_piece, failure, image, image_release, memory,
-    memory_apply, memory_discard, memory_grow_to, memory_hang, memory_hook, memory_prefault, memory_protect,
-    memory_release, memory_restore, memory_retain, memory_size, memory_snapshot, memory_spec, raise_failure, wrap,
+    NO_MAXIMUM, UNCHOSEN, Image, Memory, MmapCreator, NativeCreator, delta_piece, failure, image, image_release,
+    memory, memory_add_hook, memory_apply, memory_discard, memory_grow_to, memory_hook, memory_prefault,
+    memory_protect, memory_release, memory_restore, memory_retain, memory_size, memory_snapshot, memory_spec,
+    raise_failure, wrap,
 )
 from linmem._core.pool cimport PoolingCreator
 from linmem._os.pages cimport ACCESS_NONE, ACCESS_READ, ACCESS_READ_EXECUTE, ACCESS_READ_WRITE

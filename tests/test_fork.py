@@ -29,7 +29,7 @@ HOLDER = """
 from libc.string cimport memset
 from linmem._core.adaptors cimport StatisticsCreator
 from linmem._core.linked_list cimport link
-from linmem._core.memory cimport Memory, acquire, unlock
+from linmem._core.memory cimport Memory, lock, unlock
 from linmem._core.pool cimport PoolingCreator, census_lock
 
 cdef extern from "<unistd.h>":
@@ -48,7 +48,7 @@ def in_a_ledger(StatisticsCreator creator not None, unsigned int us):
     cdef link live
     cdef size_t n
     with nogil:
-        acquire(&creator.ledger.lock.held)
+        lock(&creator.ledger.lock.held)
         live, n = creator.ledger.live, creator.ledger.sums.current_count
         creator.ledger.live.next, creator.ledger.sums.current_count = NULL, 7
         held = 1
@@ -62,7 +62,7 @@ def in_a_pool(PoolingCreator creator not None, unsigned int us):
     cdef link slots
     cdef size_t n
     with nogil:
-        acquire(&creator.pool.lock.held)
+        lock(&creator.pool.lock.held)
         slots, n = creator.pool.slots, creator.pool.n_slots
         creator.pool.slots.next, creator.pool.n_slots = NULL, 0
         held = 1
@@ -74,7 +74,7 @@ def in_a_pool(PoolingCreator creator not None, unsigned int us):
 def in_a_census(creator, unsigned int us):
     global held
     with nogil:
-        acquire(&census_lock)
+        lock(&census_lock)
         held = 1
         usleep(us)
         unlock(&census_lock)
@@ -84,7 +84,7 @@ def in_a_memory(Memory mem not None, unsigned int us):
     '''Holds the memory's lock for `us` microseconds, like a growth or a snapshot.'''
     global held
     with nogil:
-        acquire(&mem.m.lock)
+        lock(&mem.m.lock)
         held = 1
         usleep(us)
         unlock(&mem.m.lock)
@@ -607,7 +607,7 @@ def half(tmp_path_factory):
 HALF_DONE = """
 # cython: language_level=3
 from linmem._core.atomic cimport load, store
-from linmem._core.memory cimport PROTECTION_UNKNOWN, Memory, acquire, unlock
+from linmem._core.memory cimport PROTECTION_UNKNOWN, Memory, lock, unlock
 from linmem._os cimport pages
 
 cdef extern from "<unistd.h>":
@@ -640,7 +640,7 @@ def protect(Memory mem not None):
     cdef table kept
     cdef table* t = <table*>mem.m.protections
     with nogil:
-        acquire(&mem.m.lock)
+        lock(&mem.m.lock)
         was = load(&mem.m.protection)
         store(&mem.m.protection, PROTECTION_UNKNOWN)
         if t != NULL:
@@ -660,7 +660,7 @@ def grow(Memory mem not None, size_t size):
     '''The first half of a growth. let_go() ends the growth.'''
     global held
     with nogil:
-        acquire(&mem.m.lock)
+        lock(&mem.m.lock)
         mem.m.opening = size
         pages.commit(mem.m.base + mem.m.accessible, size - mem.m.accessible)
         held = 1

@@ -1205,7 +1205,7 @@ def test_a_domain_that_makes_ever_new_slots_leaves_the_others_in_other_pools_war
 SUMS = """
 # cython: language_level=3
 from libc.stdlib cimport calloc, free
-from linmem._core.memory cimport acquire, unlock
+from linmem._core.memory cimport lock, unlock
 from linmem._core.pool cimport BY_DOMAIN, COLD, WARM, PoolingCreator, group, link, pool, slot, warm_totals
 
 cdef enum:
@@ -1221,7 +1221,7 @@ def counted(PoolingCreator creator not None):
     cdef pool* p = creator.pool
     # A thread that holds the lock must not wait for the GIL, because another thread may wait for the lock with the GIL.
     with nogil:
-        acquire(&p.lock.held)
+        lock(&p.lock.held)
         n = sum_up(p, counts, found, sums)
         counters[0], counters[1], counters[2] = p.n_slots, p.idle_reserved, p.warm_domains
         unlock(&p.lock.held)

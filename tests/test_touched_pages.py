@@ -44,7 +44,7 @@ def touched(size_t at, size_t size, bint over_image=False, size_t room=64):
         code = pages.touched(<char*>at, size, over_image, runs, &room, &next)
     if code:
         raise OSError(code, "touched")
-    return [(<size_t>runs[i].at, runs[i].size) for i in range(room)], <size_t>next
+    return [(<size_t>runs[i].addr, runs[i].size) for i in range(room)], <size_t>next
 
 
 def all_touched(size_t at, size_t size, bint over_image=False, size_t room=64):

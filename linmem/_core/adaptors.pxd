@@ -2,7 +2,7 @@
 
 from linmem._core.linked_list cimport link
 from linmem._core.memory cimport NativeCreator, failure, fork_lock, memory, memory_spec
-from linmem._core.units cimport word
+from linmem._core.units cimport atomic_i64
 
 cdef struct budget
 
@@ -26,7 +26,7 @@ cdef struct statistics_sums:
 
 # Shared by a StatisticsCreator and the hooks of its memories, because wasmtime may outlive the creator.
 cdef struct statistics_ledger:
-    word refs
+    atomic_i64 refs
     fork_lock lock          # of all members below
     link live               # records of memories that exist
     link dropped            # records of dropped memories, the newest first

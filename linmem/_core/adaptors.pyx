@@ -11,15 +11,15 @@ from cpython.ref cimport Py_INCREF
 from libc.stdint cimport SIZE_MAX
 from libc.stdlib cimport calloc, free, malloc
 
-from linmem._core.atomic cimport add, load, poke, poke_address, store, swap_if
+from linmem._core.atomic cimport add, compare_exchange, load, store, store_address, store_size
 from linmem._core.linked_list cimport link, list_add_first, list_init, list_remove
 from linmem._core.memory cimport (
-    NO_MAXIMUM, PROTECTION_NONE, RELIEF_BUDGET, UNCHOSEN, Image, Memory, NativeCreator, acquire, answer_request,
-    begin_move, begin_own_growth, check_bounded, check_count, check_native, check_size, current_domain, drop_object,
-    end_move, end_own_growth, fail, fail_python, failure, give_back, image_copy, in_each_child, image_detach, list_lock,
-    list_memory, live_after, memory, memory_hang, memory_hook, memory_ops, memory_resident, memory_retain, memory_size,
-    memory_spec, own_growth, python_is_ending, raise_failure, refuse_foreign, relieve, request, try_acquire,
-    unlist_lock, unlist_memory, unlock,
+    NO_MAXIMUM, PROTECTION_NONE, RELIEF_BUDGET, UNCHOSEN, Image, Memory, NativeCreator, add_live_memory,
+    answer_request, begin_move, begin_own_growth, call_in_each_child, check_bounded, check_count, check_native,
+    check_size, current_domain, deferred_decref, end_move, end_own_growth, fail, fail_python, failure, image_copy,
+    image_detach, lock, memory, memory_add_hook, memory_hook, memory_ops, memory_resident, memory_retain, memory_size,
+    memory_spec, next_live_memory, own_growth, python_is_ending, raise_failure, refuse_foreign, register_fork_lock,
+    release_address_space, relieve, remove_live_memory, request, try_lock, unlock, unregister_fork_lock,
 )
 from linmem._os cimport pages
 from linmem._core.units cimport E_BROKEN, E_LIMIT, E_NO_MEMORY, E_UNSUPPORTED, round_up

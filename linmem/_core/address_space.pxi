@@ -9,14 +9,14 @@ cdef inline size_t host_page() noexcept nogil:
 
 cdef struct orphan:
     orphan* next
-    char* at
+    char* addr
     size_t size
 
 cdef orphan* orphans = NULL     # each release tries one of them again
-cdef word n_orphans
+cdef atomic_i64 n_orphans
 
 
-cdef void give_back(char* at, size_t size) noexcept nogil:
+cdef void release_address_space(char* at, size_t size) noexcept nogil:
     """Release the range, or remember it if the OS refuses: munmap fails if it has to split a mapping and the process
     has vm.max_map_count mappings already."""
     global orphans
@@ -28,9 +28,9 @@ cdef void give_back(char* at, size_t size) noexcept nogil:
         o = <orphan*>malloc(sizeof(orphan))
         if o == NULL:
             return              # the address range stays taken until the process ends
-        o.at = at
+        o.addr = at
         o.size = size
-        acquire(&orphans_lock.held)
+        lock(&orphans_lock.held)
         o.next = orphans
         orphans = o
         add(&n_orphans, 1)
@@ -38,16 +38,16 @@ cdef void give_back(char* at, size_t size) noexcept nogil:
         return
     if load(&n_orphans) == 0:
         return
-    acquire(&orphans_lock.held)
+    lock(&orphans_lock.held)
     retry = orphans
     if retry != NULL:
         orphans = retry.next
         add(&n_orphans, -1)
     unlock(&orphans_lock.held)
     if retry != NULL:
-        at, size = retry.at, retry.size
+        at, size = retry.addr, retry.size
         free(retry)
-        give_back(at, size)
+        release_address_space(at, size)
 
 
 # -- relief: idle slots of pools give up what the OS or a budget refuses
@@ -56,7 +56,7 @@ cdef bint (*give_relief)(int what, const void* budget, size_t size) noexcept nog
 give_relief = NULL
 
 
-cdef void relief_is(bint (*give)(int what, const void* budget, size_t size) noexcept nogil) noexcept nogil:
+cdef void set_relief(bint (*give)(int what, const void* budget, size_t size) noexcept nogil) noexcept nogil:
     """The pool calls this once. `give` is called before a refusal that idle slots of pools may prevent."""
     global give_relief
     give_relief = give
@@ -84,8 +84,8 @@ cdef int commit_again(char* at, size_t size, int code) noexcept nogil:
 
 cdef size_t UNCHOSEN = SIZE_MAX
 cdef size_t NO_MAXIMUM = SIZE_MAX
-cdef word chosen_bytes          # whole reservations whose size linmem chose
-cdef word chosen_memories       # the number of these reservations
+cdef atomic_i64 chosen_bytes          # whole reservations whose size linmem chose
+cdef atomic_i64 chosen_memories       # the number of these reservations
 
 
 cdef inline void forget_chosen(size_t chosen) noexcept nogil:
@@ -116,7 +116,7 @@ cdef size_t claim_reservation(size_t minimum, size_t bound, size_t guard, size_t
                                   pages.capabilities().memory)
         if round_up(want, page, &capacity) or capacity <= least.capacity:
             return minimum
-        if swap_if(&chosen_bytes, now, now + <long long>(least.total - least.capacity + capacity)):
+        if compare_exchange(&chosen_bytes, now, now + <long long>(least.total - least.capacity + capacity)):
             add(&chosen_memories, 1)
             chosen[0] = least.total - least.capacity + capacity
             return want

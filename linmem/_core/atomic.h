@@ -15,21 +15,21 @@
 #define LINMEM_OF_THREAD __declspec(thread)
 static __inline long long linmem_load(long long *w) { return _InterlockedOr64(w, 0); }
 static __inline void linmem_store(long long *w, long long v) { (void)_InterlockedExchange64(w, v); }
-static __inline void linmem_publish(long long *w, long long v) { (void)_InterlockedExchange64(w, v); }
+static __inline void linmem_store_release(long long *w, long long v) { (void)_InterlockedExchange64(w, v); }
 static __inline long long linmem_add(long long *w, long long v) { return _InterlockedExchangeAdd64(w, v) + v; }
-static __inline int linmem_swap_if(long long *w, long long was, long long now) {
+static __inline int linmem_compare_exchange(long long *w, long long was, long long now) {
     return _InterlockedCompareExchange64(w, now, was) == was;
 }
 static __inline void linmem_touch(char *p) { (void)_InterlockedOr8(p, 0); }
-static __inline size_t linmem_peek_size(size_t *at) { return (size_t)_InterlockedOr64((long long *)at, 0); }
-static __inline void linmem_poke_size(size_t *at, size_t v) {
+static __inline size_t linmem_load_size(size_t *at) { return (size_t)_InterlockedOr64((long long *)at, 0); }
+static __inline void linmem_store_size(size_t *at, size_t v) {
     (void)_InterlockedExchange64((long long *)at, (long long)v);
 }
-static __inline char *linmem_peek_address(char **at) {
+static __inline char *linmem_load_address(char **at) {
     return (char *)_InterlockedCompareExchangePointer((void **)at, 0, 0);
 }
-static __inline void linmem_poke_address(char **at, char *v) { (void)_InterlockedExchangePointer((void **)at, v); }
-static __inline void linmem_pause(void) {
+static __inline void linmem_store_address(char **at, char *v) { (void)_InterlockedExchangePointer((void **)at, v); }
+static __inline void linmem_cpu_relax(void) {
 #if defined(_M_ARM64)
     __yield();
 #else
@@ -42,17 +42,17 @@ static __inline void linmem_pause(void) {
 #define LINMEM_OF_THREAD __thread
 static inline long long linmem_load(long long *w) { return __atomic_load_n(w, __ATOMIC_SEQ_CST); }
 static inline void linmem_store(long long *w, long long v) { __atomic_store_n(w, v, __ATOMIC_SEQ_CST); }
-static inline void linmem_publish(long long *w, long long v) { __atomic_store_n(w, v, __ATOMIC_RELEASE); }
+static inline void linmem_store_release(long long *w, long long v) { __atomic_store_n(w, v, __ATOMIC_RELEASE); }
 static inline long long linmem_add(long long *w, long long v) { return __atomic_add_fetch(w, v, __ATOMIC_SEQ_CST); }
-static inline int linmem_swap_if(long long *w, long long was, long long now) {
+static inline int linmem_compare_exchange(long long *w, long long was, long long now) {
     return __atomic_compare_exchange_n(w, &was, now, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
 }
 static inline void linmem_touch(char *p) { (void)__atomic_fetch_or(p, 0, __ATOMIC_SEQ_CST); }
-static inline size_t linmem_peek_size(size_t *at) { return __atomic_load_n(at, __ATOMIC_ACQUIRE); }
-static inline void linmem_poke_size(size_t *at, size_t v) { __atomic_store_n(at, v, __ATOMIC_RELEASE); }
-static inline char *linmem_peek_address(char **at) { return __atomic_load_n(at, __ATOMIC_ACQUIRE); }
-static inline void linmem_poke_address(char **at, char *v) { __atomic_store_n(at, v, __ATOMIC_RELEASE); }
-static inline void linmem_pause(void) {
+static inline size_t linmem_load_size(size_t *at) { return __atomic_load_n(at, __ATOMIC_ACQUIRE); }
+static inline void linmem_store_size(size_t *at, size_t v) { __atomic_store_n(at, v, __ATOMIC_RELEASE); }
+static inline char *linmem_load_address(char **at) { return __atomic_load_n(at, __ATOMIC_ACQUIRE); }
+static inline void linmem_store_address(char **at, char *v) { __atomic_store_n(at, v, __ATOMIC_RELEASE); }
+static inline void linmem_cpu_relax(void) {
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();
 #elif defined(__aarch64__)

@@ -15,10 +15,10 @@ from libc.stdlib cimport calloc, free
 
 from linmem._core.atomic cimport load, store
 from linmem._core.memory cimport (
-    OWNER_LEFT, OWNER_WASMTIME, PROTECTION_NONE, UNCHOSEN, Image, NativeCreator, acquire, current_domain,
-    domain as domain_t, domain_of, domain_release, drop_object, fail, failure, failure_text, fork_lock, image,
-    image_release, image_retain, list_lock, lock_memory, memory, memory_grow_to, memory_release, memory_retain,
-    memory_spec, set_domain, unlock, wrap,
+    OWNER_LEFT, OWNER_WASMTIME, PROTECTION_NONE, UNCHOSEN, Image, NativeCreator, current_domain, deferred_decref,
+    domain as domain_t, domain_of, domain_release, fail, failure, failure_text, fork_lock, image, image_release,
+    image_retain, lock, lock_memory, memory, memory_grow_to, memory_release, memory_retain, memory_spec,
+    register_fork_lock, set_domain, unlock, wrap,
 )
 from linmem._core.units cimport E_PYTHON, E_UNSUPPORTED
 
@@ -59,7 +59,7 @@ cdef enum:
 
 cdef memory* table[BUCKETS]
 cdef fork_lock table_lock
-list_lock(&table_lock)
+register_fork_lock(&table_lock)
 
 
 cdef inline memory** bucket(char* base) noexcept nogil:
@@ -72,7 +72,7 @@ cdef void update_table(memory* m, char* base) noexcept nogil:
     """Lists `m` under `base`, and no longer under the base that it was listed under. NULL: it was not, or is not any
     more. Both under one lock, so that a child that is forked meanwhile finds the memory."""
     cdef memory** place
-    acquire(&table_lock.held)
+    lock(&table_lock.held)
     if m.registered != NULL:
         place = bucket(m.registered)
         while place[0] != m:
@@ -230,7 +230,7 @@ cdef wasmtime_error_t* new_memory(void* env, const wasm_memorytype_t* ty, size_t
 
 
 cdef void finalize_creator(void* env) noexcept nogil:
-    drop_object(<PyObject*>env)
+    deferred_decref(<PyObject*>env)
 
 
 # -- what Python calls ------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ def set_creator(size_t config, NativeCreator creator not None):
 def find(size_t base):
     """The Memory at `base` that wasmtime holds, or None."""
     cdef memory* m
-    acquire(&table_lock.held)
+    lock(&table_lock.held)
     m = bucket(<char*>base)[0]
     while m != NULL and <size_t>m.registered != base:
         m = m.registry_next
@@ -312,7 +312,7 @@ cdef class Offer:
             raise MemoryError("no memory for an offer of images")
         for i in range(<size_t>len(given)):
             self.places[i].minimum = given[i][0]
-            self.places[i].image = NULL if given[i][1] is None else (<Image>given[i][1]).it
+            self.places[i].image = NULL if given[i][1] is None else (<Image>given[i][1]).img
         self.images = tuple(given)
         self.n = <size_t>len(given)
 

@@ -166,7 +166,7 @@ cdef bint image_is_intact(memory* m, size_t size) noexcept nogil:
 
 cdef void touched_begin(touched_runs* runs, memory* m, size_t at, size_t end) noexcept nogil:
     runs.m = m
-    runs.at = at
+    runs.offset = at
     runs.end = end
     runs.code = 0
 
@@ -174,16 +174,16 @@ cdef void touched_begin(touched_runs* runs, memory* m, size_t at, size_t end) no
 cdef bint touched_next(touched_runs* runs) noexcept nogil:
     cdef size_t low, high, stop
     cdef char* next
-    if runs.at >= runs.end:
+    if runs.offset >= runs.end:
         return False
-    image_split(runs.m, runs.at, runs.end, &low, &high)
-    runs.over_image = low == runs.at and high > low
-    stop = high if runs.over_image else low if low > runs.at else runs.end
+    image_split(runs.m, runs.offset, runs.end, &low, &high)
+    runs.over_image = low == runs.offset and high > low
+    stop = high if runs.over_image else low if low > runs.offset else runs.end
     runs.n = RUNS
-    runs.code = pages.touched(runs.m.base + runs.at, stop - runs.at, runs.over_image, runs.runs, &runs.n, &next)
+    runs.code = pages.touched(runs.m.base + runs.offset, stop - runs.offset, runs.over_image, runs.runs, &runs.n, &next)
     if runs.code:
         return False
-    runs.at = <size_t>(next - runs.m.base)
+    runs.offset = <size_t>(next - runs.m.base)
     return True
 
 
@@ -199,7 +199,7 @@ cdef bint fill_touched(memory* m, size_t at, size_t end, size_t bound, size_t* t
         if total[0] > bound:
             return False
         for i in range(found.n):
-            image_fill(m, <size_t>(found.runs[i].at - m.base), found.runs[i].size)
+            image_fill(m, <size_t>(found.runs[i].addr - m.base), found.runs[i].size)
     return found.code == 0
 
 
@@ -264,7 +264,7 @@ cdef void map_or_copy(memory* m, image* img, size_t low, size_t high) noexcept n
         if m.cow.image != img:
             hold_image(m, img)
             m.cow.started = 0
-        publish(&m.cow.how, IMAGE_BROKEN)       # after the image, because it is this image that is broken
+        store_release(&m.cow.how, IMAGE_BROKEN)       # after the image, because it is this image that is broken
         if pages.image_map(&img.content, img.low, m.base + low, high - low) == 0:
             m.cow.how = IMAGE_MAPPED
             return

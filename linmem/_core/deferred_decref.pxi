@@ -23,7 +23,7 @@ cdef bint python_is_ending() noexcept nogil:
     return python_is_finalizing()
 
 
-cdef void drop_object(PyObject* object) noexcept nogil:
+cdef void deferred_decref(PyObject* object) noexcept nogil:
     """Py_DECREF from any thread, at any time.
 
     A thread that Python knows takes the GIL. A thread that Python does not know (wasmtime's own) must not take the GIL,
@@ -41,7 +41,7 @@ cdef void drop_object(PyObject* object) noexcept nogil:
     if d == NULL:
         return
     d.object = object
-    acquire(&deferred_lock.held)
+    lock(&deferred_lock.held)
     d.next = deferred_objects
     deferred_objects = d
     unlock(&deferred_lock.held)
@@ -56,7 +56,7 @@ cdef int drop_deferred(void* unused) noexcept:
     global deferred_objects
     cdef deferred_object* d
     cdef deferred_object* next
-    acquire(&deferred_lock.held)
+    lock(&deferred_lock.held)
     d = deferred_objects
     deferred_objects = NULL
     unlock(&deferred_lock.held)

@@ -8,7 +8,7 @@ cdef enum:
 
 cdef domain* domains[DOMAIN_BUCKETS]
 cdef fork_lock domains_lock
-list_lock(&domains_lock)
+register_fork_lock(&domains_lock)
 
 # What a thread is doing: the domain of the memory that it makes, and the request that a Python creator answers.
 cdef extern from *:
@@ -57,7 +57,7 @@ cdef domain* domain_of(object name) except? NULL:
     made.name = <char*>made + sizeof(domain)
     memcpy(made.name, <const char*>text, size)
     with nogil:
-        acquire(&domains_lock.held)
+        lock(&domains_lock.held)
         head = &domains[hashed % DOMAIN_BUCKETS]
         d = head[0]
         while d != NULL and not (d.hash == hashed and d.size == size and memcmp(d.name, made.name, size) == 0):
@@ -75,7 +75,7 @@ cdef domain* domain_of(object name) except? NULL:
 
 cdef void domain_retain(domain* d) noexcept nogil:
     if d != NULL:
-        acquire(&domains_lock.held)
+        lock(&domains_lock.held)
         d.refs += 1
         unlock(&domains_lock.held)
 
@@ -84,7 +84,7 @@ cdef void domain_release(domain* d) noexcept nogil:
     cdef domain** link
     if d == NULL:
         return
-    acquire(&domains_lock.held)
+    lock(&domains_lock.held)
     d.refs -= 1
     if d.refs:
         d = NULL
@@ -97,10 +97,10 @@ cdef void domain_release(domain* d) noexcept nogil:
     free(d)
 
 
-cdef void answer_request(request* it) noexcept:
-    """A Python creator is asked on this thread for a memory as `it` says. Exchanges `it` with the request that was
+cdef void answer_request(request* new) noexcept:
+    """A Python creator is asked on this thread for a memory as `new` says. Exchanges `new` with the request that was
     answered until now; the caller exchanges them again afterwards."""
     cdef request before
     before.may_move, before.domain = asked().may_move, <domain*>asked().domain
-    asked().may_move, asked().domain = it.may_move, it.domain
-    it[0] = before
+    asked().may_move, asked().domain = new.may_move, new.domain
+    new[0] = before

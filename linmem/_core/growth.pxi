@@ -13,7 +13,7 @@ cdef int memory_grow_to(memory* m, size_t new_size, failure* why) noexcept nogil
 # checks in a function.
 cdef inline int grow_as(memory* m, size_t new_size, bint by_python, failure* why) noexcept nogil:
     cdef int code
-    if not swap_if(&m.lock, 0, generation):
+    if not compare_exchange(&m.lock, 0, generation):
         code = lock_memory(m, why)
         if code:
             return code
@@ -50,7 +50,7 @@ cdef int grow_with_hooks(memory* m, size_t size, size_t new_size, failure* why) 
     cdef int code = 0
     m.tell_from = m.tell_to = hook
     m.growing_from = size
-    poke(&m.growing_to, new_size)
+    store_size(&m.growing_to, new_size)
     while hook != NULL:
         if hook.before_grow != NULL:
             code = hook.before_grow(hook, m, new_size, why)
@@ -67,5 +67,5 @@ cdef int grow_with_hooks(memory* m, size_t size, size_t new_size, failure* why) 
         if hook.after_grow != NULL:
             hook.after_grow(hook, m, size, new_size, code)
         hook = hook.next
-    poke(&m.growing_to, 0)
+    store_size(&m.growing_to, 0)
     return code

@@ -44,7 +44,7 @@ cdef void (*tell_forgotten)(image* img) noexcept nogil
 tell_forgotten = NULL
 
 
-cdef void forgotten_is(void (*tell)(image* img) noexcept nogil) noexcept nogil:
+cdef void set_forgotten_callback(void (*tell)(image* img) noexcept nogil) noexcept nogil:
     """The pool calls this once. `tell` is called with each image that is forgotten and still has slots."""
     global tell_forgotten
     tell_forgotten = tell

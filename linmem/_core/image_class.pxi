@@ -22,19 +22,19 @@ cdef class Image:
     """
 
     def __cinit__(self):
-        self.it = &no_image
+        self.img = &no_image
 
     def __dealloc__(self):
-        if self.it != NULL and self.it != &no_image:
+        if self.img != NULL and self.img != &no_image:
             with nogil:
-                image_forget(self.it)
+                image_forget(self.img)
 
     def __init__(self, *args, **kwargs):
         raise TypeError("an Image is made by mem.snapshot() or Image.from_bytes(data, offset)")
 
     cdef Image adopt(self, image* img, size_t offset):
         """Take over a reference on an image whose own bytes begin at `offset`."""
-        self.it = img
+        self.img = img
         self.offset = offset
         self.size = img.end - offset
         return self
@@ -183,7 +183,7 @@ cdef class Image:
             # Not self.runs(): a file may store zeros too.
             for offset, size in find_runs(self):
                 state.update(offset.to_bytes(8, "little") + size.to_bytes(8, "little"))
-                start = offset - self.it.offset
+                start = offset - self.img.offset
                 state.update(content[start:start + size])
             digest = state.hexdigest()
             with cython.critical_section(self):
@@ -201,9 +201,9 @@ cdef class Image:
         with cython.critical_section(self):
             found = self._runs
         if found is None:
-            if self.it.runs_known:
-                found = [(self.it.offset + self.it.runs[i].offset, self.it.runs[i].size)
-                         for i in range(self.it.n_runs)]
+            if self.img.runs_known:
+                found = [(self.img.offset + self.img.runs[i].offset, self.img.runs[i].size)
+                         for i in range(self.img.n_runs)]
             else:
                 found = find_runs(self)
             with cython.critical_section(self):
@@ -217,7 +217,7 @@ cdef class Image:
         return True         # also if it has no bytes
 
     def __getbuffer__(self, Py_buffer* buffer, int flags):
-        PyBuffer_FillInfo(buffer, self, bytes_from(self.it, self.offset), <Py_ssize_t>self.size, 1, flags)
+        PyBuffer_FillInfo(buffer, self, bytes_from(self.img, self.offset), <Py_ssize_t>self.size, 1, flags)
 
     def fileno(self):
         """The descriptor (a handle on Windows) that shows the image's whole host pages to another process.
@@ -225,18 +225,18 @@ cdef class Image:
         The image owns the descriptor: duplicate it to keep it. The other process opens it with
         ``Image.from_fd(fd, img.size, img.offset)``. OSError if there is none.
         """
-        if self.it.content.handle == -1:
+        if self.img.content.handle == -1:
             raise OSError("the pages of this image are private: no descriptor shows them")
-        return self.it.content.handle
+        return self.img.content.handle
 
     def info(self):
         """How the image is kept, as an `ImageInfo`."""
         from linmem.records import ImageInfo
         return ImageInfo(
             offset=self.offset, size=self.size,
-            stored=sum([size for _, size in self.runs()]) if self.it.runs_known else None,
-            kind=_pages.IMAGE_KINDS[self.it.content.kind] if self.it.content.size else "none",
-            shares_pages=bool(self.it.content.maps), memories=load(&self.it.memories))
+            stored=sum([size for _, size in self.runs()]) if self.img.runs_known else None,
+            kind=_pages.IMAGE_KINDS[self.img.content.kind] if self.img.content.size else "none",
+            shares_pages=bool(self.img.content.maps), memories=load(&self.img.memories))
 
     # -- what it is for
 
@@ -292,7 +292,7 @@ cdef class Image:
         elif isinstance(other, Image):
             image_ = <Image>other
             with nogil:
-                code = image_changes(image_.it, self.it, &found, &why)
+                code = image_changes(image_.img, self.img, &found, &why)
             if code:
                 raise_failure(&why)
             size = image_.offset + image_.size
@@ -310,7 +310,7 @@ cdef class Image:
             data = parts[0] if len(parts) == 1 else b"".join(parts)
         else:
             content = content_of(image_)
-            data = b"".join(content[offset - image_.it.offset:offset - image_.it.offset + n] for offset, n in ranges)
+            data = b"".join(content[offset - image_.img.offset:offset - image_.img.offset + n] for offset, n in ranges)
         return _Delta(self.digest, self.offset + self.size, size, ranges, zeros, data, target, begin)
 
     def apply(self, delta not None):
@@ -464,7 +464,7 @@ cdef char* bytes_from(image* img, size_t offset) noexcept nogil:
 
 cdef object content_of(Image img):
     """All of an image's host pages. The caller keeps the image as long as it uses the result."""
-    return PyMemoryView_FromMemory(bytes_from(img.it, img.it.offset), <Py_ssize_t>img.it.content.size, PyBUF_READ)
+    return PyMemoryView_FromMemory(bytes_from(img.img, img.img.offset), <Py_ssize_t>img.img.content.size, PyBUF_READ)
 
 
 def _unpickled(size, offset, places, *parts):
@@ -487,7 +487,7 @@ def _unpickled(size, offset, places, *parts):
 
 def _parts(Image image_ not None):
     """The arguments of `Image.from_fd` behind the descriptor."""
-    return image_.size, image_.offset, image_.it.content.position, image_.runs()
+    return image_.size, image_.offset, image_.img.content.position, image_.runs()
 
 
 def _of_parts(descriptor, size, offset, position, runs):
@@ -548,7 +548,7 @@ cdef Image build_image(size_t offset, size_t size, object pieces):
 
 cdef int take_runs(Image self, given) except -1:
     """The runs of an image of a file. None: one run, the whole content."""
-    cdef image* img = self.it
+    cdef image* img = self.img
     cdef size_t n, i, offset, size, first, end = 0
     cdef size_t lead = self.offset - img.offset, tail = lead + self.size
     if not is_zero(img.content.bytes, lead) or not is_zero(img.content.bytes + tail, img.content.size - tail):
@@ -577,7 +577,7 @@ cdef int take_runs(Image self, given) except -1:
 cdef list find_runs(Image self):
     """The parts of the image's runs that are not zero. It reads every byte of the runs."""
     cdef list found = []
-    cdef image* img = self.it
+    cdef image* img = self.img
     cdef size_t at, first, end, i, joined = 0, begun = 0
     for i in range(img.n_runs):
         at = img.runs[i].offset

@@ -27,8 +27,8 @@ cdef void memory_release(memory* m) noexcept nogil:
         hook.dropped(hook)
 
 
-cdef void memory_hang(memory* m, memory_hook* hook) noexcept nogil:
-    acquire(&m.lock)
+cdef void memory_add_hook(memory* m, memory_hook* hook) noexcept nogil:
+    lock(&m.lock)
     hook.next = m.hooks
     m.hooks = hook
     if hook.before_grow != NULL or hook.after_grow != NULL:
@@ -43,7 +43,7 @@ cdef long long pins_now(memory* m) noexcept nogil:
     removed."""
     cdef long long pins = load(&m.pins)
     if pins < 0 and pins != -generation:
-        swap_if(&m.pins, pins, 0)
+        compare_exchange(&m.pins, pins, 0)
         pins = load(&m.pins)
     return pins
 
@@ -56,7 +56,7 @@ cdef int pin(memory* m) except -1:
         pins = pins_now(m)
         if pins < 0:
             wait_for_mover(m)
-        elif swap_if(&m.pins, pins, pins + 1):
+        elif compare_exchange(&m.pins, pins, pins + 1):
             return 0
 
 
@@ -92,7 +92,7 @@ cdef int begin_access(memory* m) except -1:
     cdef long long accesses
     while True:
         accesses = load(&m.accesses)
-        if swap_if(&m.accesses, accesses, accesses_of_now(accesses) + 1):
+        if compare_exchange(&m.accesses, accesses, accesses_of_now(accesses) + 1):
             if pins_now(m) >= 0:        # in this order: a mover writes pins first and reads accesses then
                 return 0
             end_access(m)
@@ -133,7 +133,7 @@ cdef int begin_move(memory* m, size_t new_size, failure* why) noexcept nogil:
                  "make it with a larger reserve= or maximum=, or with may_move=True" if not m.may_move else
                  "some of its pages have their own protection")
         return E_CAPACITY
-    while not swap_if(&m.pins, 0, -generation):
+    while not compare_exchange(&m.pins, 0, -generation):
         pins = pins_now(m)
         if pins > 0:
             return fail(why, E_EXPORTED, "grow_to", new_size, <size_t>pins, m.capacity)

@@ -3,9 +3,9 @@
 # Shared by a LimitingCreator and the hooks of its memories, because wasmtime may outlive the creator.
 cdef struct budget:
     link in_budgets
-    word refs
-    word used                   # bytes charged now
-    word peak                   # the most bytes that were ever charged at once
+    atomic_i64 refs
+    atomic_i64 used             # bytes charged now
+    atomic_i64 peak             # the most bytes that were ever charged at once
     long long limit             # bytes
     long long smallest_limit    # of this budget and all budgets upstream of it
 
@@ -32,14 +32,14 @@ cdef extern from *:
 cdef link budgets
 list_init(&budgets)
 cdef fork_lock budgets_lock     # of the list `budgets`
-cdef word budgets_started
+cdef atomic_i64 budgets_started
 
 
 cdef void list_budget(budget* b) noexcept nogil:
-    if swap_if(&budgets_started, 0, 1):     # not at the import of this module: memory.pyx may not be ready then
-        list_lock(&budgets_lock)
-        in_each_child(charge_anew)
-    acquire(&budgets_lock.held)
+    if compare_exchange(&budgets_started, 0, 1):    # not at the import of this module: memory.pyx may not be ready then
+        register_fork_lock(&budgets_lock)
+        call_in_each_child(charge_anew)
+    lock(&budgets_lock.held)
     list_add_first(&budgets, &b.in_budgets, b)
     unlock(&budgets_lock.held)
 
@@ -47,7 +47,7 @@ cdef void list_budget(budget* b) noexcept nogil:
 cdef void release_budget(budget* b) noexcept nogil:
     if add(&b.refs, -1):
         return
-    acquire(&budgets_lock.held)
+    lock(&budgets_lock.held)
     list_remove(&b.in_budgets)
     unlock(&budgets_lock.held)
     free(b)
@@ -59,7 +59,7 @@ cdef void charge_anew() noexcept nogil:
     is charged with the memories that exist, and with those that this thread is making."""
     cdef link* node = budgets.next
     cdef pending_charge* pending = <pending_charge*>pending_charges()[0]
-    cdef memory* m = live_after(NULL)
+    cdef memory* m = next_live_memory(NULL)
     cdef memory_hook* hook
     while node.owner != NULL:
         store(&(<budget*>node.owner).used, 0)
@@ -73,7 +73,7 @@ cdef void charge_anew() noexcept nogil:
             if hook.dropped == limit_dropped:
                 add(&(<limit_hook*>hook).budget.used, <long long>(<limit_hook*>hook).charged)
             hook = hook.next
-        m = live_after(m)
+        m = next_live_memory(m)
 
 
 cdef inline size_t committed(size_t size) noexcept nogil:
@@ -93,12 +93,12 @@ cdef int charge(budget* b, size_t size, size_t total, failure* why) noexcept nog
             if total <= <size_t>b.smallest_limit and relieve(RELIEF_BUDGET, b, size - <size_t>(b.limit - used)):
                 continue
             return fail(why, E_LIMIT, "limit", size, <size_t>used, <size_t>b.limit)
-        if swap_if(&b.used, used, used + <long long>size):
+        if compare_exchange(&b.used, used, used + <long long>size):
             break
     used += <long long>size
     while True:
         peak = load(&b.peak)
-        if used <= peak or swap_if(&b.peak, peak, used):
+        if used <= peak or compare_exchange(&b.peak, peak, used):
             return 0
 
 
@@ -200,7 +200,7 @@ cdef class LimitingCreator(NativeCreator):
         hook.head.resized = limit_resized
         hook.head.budget = hook.budget = self.budget
         hook.charged = size
-        memory_hang(out[0], &hook.head)
+        memory_add_hook(out[0], &hook.head)
         return 0
 
     @property

@@ -21,9 +21,9 @@ cdef enum:
 cdef void wait_a_moment(int looks) noexcept nogil:
     """Between two looks at a value that another thread will change. looks: how many looks there have been."""
     if looks < SPINS:           # most locks are held for less time than a system call takes
-        pause()
+        cpu_relax()
     elif looks < SPINS + YIELDS:
-        pages.relax()
+        pages.yield_processor()
     else:
         pages.sleep_ns(FIRST_SLEEP if looks < SPINS + 2 * YIELDS else LONGEST_SLEEP)
 
@@ -53,27 +53,27 @@ cdef int wait_for_signals(int* looks, long long* since, failure* why) noexcept n
     return interrupted(why)
 
 
-cdef void acquire(word* lock) noexcept nogil:
+cdef void lock(atomic_i64* lock) noexcept nogil:
     """The caller must not hold the GIL, because the holder of a memory's lock may be waiting for the GIL."""
     cdef int looks = 0
-    if swap_if(lock, 0, generation):
+    if compare_exchange(lock, 0, generation):
         return
-    while not try_acquire(lock):
+    while not try_lock(lock):
         wait_a_moment(looks)
         looks += 1
 
 
-cdef bint try_acquire(word* lock) noexcept nogil:
+cdef bint try_lock(atomic_i64* lock) noexcept nogil:
     cdef long long holder = load(lock)      # a plain look leaves the cache line with the holder
     while holder != generation:
-        if swap_if(lock, holder, generation):
+        if compare_exchange(lock, holder, generation):
             return True
         holder = load(lock)
     return False
 
 
-cdef void unlock(word* lock) noexcept nogil:
-    publish(lock, 0)
+cdef void unlock(atomic_i64* lock) noexcept nogil:
+    store_release(lock, 0)
 
 
 # -- a growth that runs Python code: the thread must not wait for itself
@@ -107,15 +107,15 @@ cdef bint is_own_growth(memory* m) noexcept nogil:
 # -- a memory's lock
 
 cdef int lock_memory(memory* m, failure* why) noexcept nogil:
-    """As acquire(). The holder may be in grow_to() of a memory in Python for long, so Ctrl-C ends the wait. After a 0,
+    """As lock(). The holder may be in grow_to() of a memory in Python for long, so Ctrl-C ends the wait. After a 0,
     unlock(&m.lock) must follow."""
     cdef long long since = 0
     cdef int looks = 0, code = 0
-    if swap_if(&m.lock, 0, generation):
+    if compare_exchange(&m.lock, 0, generation):
         return 0
     if is_own_growth(m):
         return fail(why, E_OWN_GROWTH, "wait", 0)
-    while code == 0 and not try_acquire(&m.lock):
+    while code == 0 and not try_lock(&m.lock):
         code = wait_for_signals(&looks, &since, why)
     return code
 
@@ -136,37 +136,37 @@ cdef int lock_unbroken(memory* m, failure* why) noexcept nogil:
 # in it. The thread that forks may hold the GIL.
 
 cdef fork_lock* fork_locks = NULL
-cdef word fork_locks_lock
+cdef atomic_i64 fork_locks_lock
 cdef fork_lock moving_lock      # a memory is being moved to another address
 cdef fork_lock orphans_lock     # the ranges that the OS refused to take back
 cdef fork_lock live_lock        # the list of memories; its holder waits for nothing
 cdef memory* live = NULL
 
 
-cdef void list_lock(fork_lock* lock) noexcept nogil:
-    """From now on, fork() takes the lock. Locks are taken in reverse order of registration."""
+cdef void register_fork_lock(fork_lock* to_add) noexcept nogil:
+    """From now on, fork() takes this lock. Locks are taken in reverse order of registration."""
     global fork_locks
-    acquire(&fork_locks_lock)
-    lock.next = fork_locks
-    lock.link = &fork_locks
-    if lock.next != NULL:
-        lock.next.link = &lock.next
-    fork_locks = lock
+    lock(&fork_locks_lock)
+    to_add.next = fork_locks
+    to_add.link = &fork_locks
+    if to_add.next != NULL:
+        to_add.next.link = &to_add.next
+    fork_locks = to_add
     unlock(&fork_locks_lock)
 
 
-cdef void unlist_lock(fork_lock* lock) noexcept nogil:
-    acquire(&fork_locks_lock)
-    lock.link[0] = lock.next
-    if lock.next != NULL:
-        lock.next.link = lock.link
+cdef void unregister_fork_lock(fork_lock* to_remove) noexcept nogil:
+    lock(&fork_locks_lock)
+    to_remove.link[0] = to_remove.next
+    if to_remove.next != NULL:
+        to_remove.next.link = to_remove.link
     unlock(&fork_locks_lock)
 
 
-cdef void list_memory(memory* m) noexcept nogil:
+cdef void add_live_memory(memory* m) noexcept nogil:
     """From now on a forked child repairs the memory. The last step of making one."""
     global live
-    acquire(&live_lock.held)
+    lock(&live_lock.held)
     m.live_next = live
     m.live_link = &live
     if live != NULL:
@@ -175,15 +175,15 @@ cdef void list_memory(memory* m) noexcept nogil:
     unlock(&live_lock.held)
 
 
-cdef void unlist_memory(memory* m) noexcept nogil:
-    acquire(&live_lock.held)
+cdef void remove_live_memory(memory* m) noexcept nogil:
+    lock(&live_lock.held)
     m.live_link[0] = m.live_next
     if m.live_next != NULL:
         m.live_next.live_link = m.live_link
     unlock(&live_lock.held)
 
 
-cdef memory* live_after(memory* m) noexcept nogil:
+cdef memory* next_live_memory(memory* m) noexcept nogil:
     """The memory that follows `m` in the list of all memories; NULL: the first, and the end. Only in a forked child,
     before any other code of the child runs: every memory still has its hooks then."""
     return live if m == NULL else m.live_next
@@ -196,30 +196,30 @@ cdef void (*child_calls[CHILD_CALLS])() noexcept nogil
 cdef int n_child_calls = 0
 
 
-cdef void in_each_child(void (*call)() noexcept nogil) noexcept nogil:
+cdef void call_in_each_child(void (*call)() noexcept nogil) noexcept nogil:
     """From now on `call` runs in each forked child, after the memories have been repaired. There is room for
     CHILD_CALLS callers, each once. Do not call this while modules are imported."""
     global n_child_calls
-    acquire(&fork_locks_lock)
+    lock(&fork_locks_lock)
     child_calls[n_child_calls] = call
     n_child_calls += 1
     unlock(&fork_locks_lock)
 
 
 cdef void before_fork() noexcept nogil:
-    cdef fork_lock* lock
-    acquire(&fork_locks_lock)
-    lock = fork_locks
-    while lock != NULL:
-        acquire(&lock.held)
-        lock = lock.next
+    cdef fork_lock* each
+    lock(&fork_locks_lock)
+    each = fork_locks
+    while each != NULL:
+        lock(&each.held)
+        each = each.next
 
 
 cdef void after_fork() noexcept nogil:
-    cdef fork_lock* lock = fork_locks
-    while lock != NULL:
-        unlock(&lock.held)
-        lock = lock.next
+    cdef fork_lock* each = fork_locks
+    while each != NULL:
+        unlock(&each.held)
+        each = each.next
     unlock(&fork_locks_lock)
 
 
@@ -272,7 +272,7 @@ cdef void repair(memory* m) noexcept nogil:
         round_up(memory_size(m), host_page(), &end)
         if end < m.opening and pages.protect(m.base + end, m.opening - end, pages.ACCESS_NONE):
             pages.decommit(m.base + end, m.opening - end)
-        poke(&m.accessible, end)
+        store_size(&m.accessible, end)
         m.opening = 0
 
 
@@ -292,9 +292,9 @@ cdef void end_lost_growth(memory* m) noexcept nogil:
 
 
 # moving_lock is taken before orphans_lock, because a thread that moves a memory may wait for orphans_lock.
-list_lock(&live_lock)
-list_lock(&deferred_lock)
-list_lock(&orphans_lock)
-list_lock(&moving_lock)
+register_fork_lock(&live_lock)
+register_fork_lock(&deferred_lock)
+register_fork_lock(&orphans_lock)
+register_fork_lock(&moving_lock)
 if pages.at_fork(before_fork, after_fork, after_fork_in_child):
     raise MemoryError("no memory for what linmem does at a fork")

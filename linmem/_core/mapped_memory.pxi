@@ -35,7 +35,7 @@ cdef int mapped_make(const memory_spec* spec, bint prefault, bint huge_pages, me
         if code == 0 and prefault:
             code = fail_page_call(why, pages.prefault(m.base, found.accessible), "prefault", found.accessible)
     if code:
-        give_back(region, found.total)
+        release_address_space(region, found.total)
         forget_chosen(m.chosen)
         image_detach(m)
         free(m)
@@ -53,15 +53,15 @@ cdef int mapped_make(const memory_spec* spec, bint prefault, bint huge_pages, me
     m.covered = found.capacity + found.guard
     m.is_shared = spec.is_shared
     m.may_move = spec.may_move
-    list_memory(m)
+    add_live_memory(m)
     out[0] = m
     return 0
 
 
 cdef void mapped_free(memory* m) noexcept nogil:
-    unlist_memory(m)
+    remove_live_memory(m)
     memory_forget_protection(m)
-    give_back(m.base - m.pre_guard, m.pre_guard + m.capacity + m.guard)
+    release_address_space(m.base - m.pre_guard, m.pre_guard + m.capacity + m.guard)
     forget_chosen(m.chosen)
     image_detach(m)
     free(m)
@@ -79,10 +79,10 @@ cdef int mapped_resident(memory* m, size_t* bytes, failure* why) noexcept nogil:
     cdef int code
     while True:
         bytes[0] = 0
-        size = peek(&m.accessible)
-        base = peek_address(&m.base)
+        size = load_size(&m.accessible)
+        base = load_address(&m.base)
         code = pages.resident(base, size, bytes) if size else 0
-        if peek_address(&m.base) == base:
+        if load_address(&m.base) == base:
             return fail_page_call(why, code, "resident", size)
 
 
@@ -109,7 +109,7 @@ cdef inline int mapped_grow_by(memory* m, size_t size, size_t new_size, failure*
         if code:
             return code
     elif need > m.accessible:
-        poke(&m.opening, need)
+        store_size(&m.opening, need)
         code = pages.commit(m.base + m.accessible, need - m.accessible)
         if code:
             code = commit_again(m.base + m.accessible, need - m.accessible, code)
@@ -119,9 +119,9 @@ cdef inline int mapped_grow_by(memory* m, size_t size, size_t new_size, failure*
     if size & (page - 1):
         # New bytes read as zero, also those of the last page, which native code could already reach.
         memset(m.base + size, 0, round_down(size, page) + page - size)
-    poke(&m.accessible, need)
-    publish(&m.size, <long long>new_size)
-    poke(&m.opening, 0)
+    store_size(&m.accessible, need)
+    store_release(&m.size, <long long>new_size)
+    store_size(&m.opening, 0)
     return 0
 
 
@@ -144,10 +144,10 @@ cdef int grow_by_moving(memory* m, size_t new_size, size_t need, failure* why) n
             why.call = "new_size"
         end_move(m)
         return code
-    acquire(&moving_lock.held)
+    lock(&moving_lock.held)
     code = move_to_larger(m, need, &to, region, why)
     if code == 0:
-        poke(&m.opening, need)
+        store_size(&m.opening, need)
     end_move(m)
     unlock(&moving_lock.held)
     if code:
@@ -169,25 +169,25 @@ cdef int move_to_larger(memory* m, size_t need, const layout* to, char* region, 
         pages.advise_huge(base, to.capacity)
     # The pages may be several mappings, because a fork or a foreign madvise() has split them. The OS refuses to move
     # such pages, and they are copied.
-    if (pages.capabilities().moves and m.accessible and not m.moved and not image_maps_pages(m)
+    if (pages.capabilities().moves and m.accessible and not m.has_moved and not image_maps_pages(m)
             and pages.move(m.base, m.accessible, base, need) == 0):
-        give_back(old, m.pre_guard)
-        give_back(m.base + m.accessible, old_total - m.pre_guard - m.accessible)
-        m.moved = True
+        release_address_space(old, m.pre_guard)
+        release_address_space(m.base + m.accessible, old_total - m.pre_guard - m.accessible)
+        m.has_moved = True
     else:
         code = pages.commit(base, need)
         if code:
-            give_back(region, to.total)
+            release_address_space(region, to.total)
             return fail_page_call(why, code, "commit", need)
         memcpy(base, m.base, m.accessible)
-        give_back(old, old_total)
-        m.moved = False
+        release_address_space(old, old_total)
+        m.has_moved = False
         image_pages_are_gone(m)
-    poke_address(&m.base, base)
-    poke(&m.pre_guard, to.pre_guard)
-    poke(&m.capacity, to.capacity)
-    poke(&m.guard, to.guard)
-    poke(&m.covered, to.capacity + to.guard)
+    store_address(&m.base, base)
+    store_size(&m.pre_guard, to.pre_guard)
+    store_size(&m.capacity, to.capacity)
+    store_size(&m.guard, to.guard)
+    store_size(&m.covered, to.capacity + to.guard)
     return 0
 
 
@@ -207,7 +207,7 @@ cdef int prefaulting_grow(memory* m, size_t new_size, failure* why) noexcept nog
             return code
         pages.prefault(m.base + first, m.accessible - first)    # the move is done: if this fails, pages fault in later
         return 0
-    poke(&m.opening, end)
+    store_size(&m.opening, end)
     code = fail_page_call(why, commit_pages(base + accessible, end - accessible), "commit", end - accessible)
     if code == 0:
         code = fail_page_call(why, pages.prefault(base + accessible, end - accessible), "prefault", end - accessible)
@@ -219,7 +219,7 @@ cdef int prefaulting_grow(memory* m, size_t new_size, failure* why) noexcept nog
     if code:
         m.opening = 0
         return code
-    poke(&m.accessible, end)
+    store_size(&m.accessible, end)
     return mapped_grow(m, new_size, why)
 
 

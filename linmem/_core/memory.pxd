@@ -10,7 +10,7 @@
 from cpython.object cimport PyObject
 
 from linmem._os cimport pages
-from linmem._core.units cimport word
+from linmem._core.units cimport atomic_i64
 
 # Why a nogil call failed. A call that succeeds does not fill it. failures.pxi makes the text and the exception.
 cdef struct failure:
@@ -25,10 +25,11 @@ cdef struct failure:
 cdef enum:
     CACHE_LINE = 64
 
-# A lock for lists and tables that a forked child must not find half changed. fork() takes every lock that list_lock()
-# has registered. A thread that holds such a lock may wait for orphans_lock, and for nothing else; never for the GIL.
+# A lock for lists and tables that a forked child must not find half changed. fork() takes every lock that
+# register_fork_lock() has registered. A thread that holds such a lock may wait for orphans_lock, and for nothing else;
+# never for the GIL.
 cdef struct fork_lock:
-    word held
+    atomic_i64 held
     fork_lock* next
     fork_lock** link            # the pointer of the list that points to this lock
 
@@ -39,15 +40,15 @@ ctypedef struct run:
 # The bytes that memories start from or are restored to: runs of bytes with zeros between them. It never changes, any
 # thread may use it, and it is reference-counted as the memories that hold it are.
 cdef struct image:
-    word refs
-    word memories               # memories that are attached to it; each holds one of the references
+    atomic_i64 refs
+    atomic_i64 memories         # memories that are attached to it; each holds one of the references
     pages.image_pages content
     size_t offset               # of the content in a memory, whole host pages
     size_t end                  # a memory of the image has at least this many bytes
     size_t low                  # in the content, whole host pages: all bytes that are not zero lie in low .. high
     size_t high
-    word forgotten              # 1: the Image object is gone, so no new memory starts from the image
-    word slots                  # of pools that start from it
+    atomic_i64 forgotten        # 1: the Image object is gone, so no new memory starts from the image
+    atomic_i64 slots            # of pools that start from it
     run* runs                   # of the content, in order and apart, multiples of GRANULE; zeros lie between them
     size_t n_runs
     size_t room                 # runs that the array has room for
@@ -65,7 +66,7 @@ cdef enum:
 # The copy-on-write state of a memory. Only copy_on_write.pxi and the inline functions below access the fields. They
 # change with the memory's lock held, or while the caller owns the memory exclusively.
 cdef struct cow_state:
-    word how                    # IMAGE_
+    atomic_i64 how              # IMAGE_
     image* image                # the image that the memory started from or was last restored to, one reference; or NULL
     size_t started              # byte_size when the memory started from the image; 0: it was restored to the image
     size_t dirtied              # bytes that the first restore since the last reset of pages found written; 0: unknown
@@ -157,9 +158,9 @@ cdef struct memory_hook:
 # The head of every memory, whatever its kind. It holds no Python object, because wasmtime frees memories on any thread
 # without the GIL.
 #
-# A field that is not a `word` is written with the lock held. base, accessible, capacity, maximum and covered are also
-# read without the lock: by peek(), and so they are written by poke(). base and covered fit together only during an
-# access.
+# A field that is not an `atomic_i64` is written with the lock held. base, accessible, capacity, maximum and covered are
+# also read without the lock: by load_size() and load_address(), and so they are written by store_size() and
+# store_address(). base and covered fit together only during an access.
 #
 # The counters that decide how long something lives:
 #
@@ -187,14 +188,14 @@ cdef struct memory_hook:
 cdef struct memory:
     const memory_ops* ops
     memory_hook* hooks
-    word refs
-    word pins
-    word accesses
-    word lock                   # one growth, change of protection, or look at all bytes at a time
-    word owner                  # OWNER_
-    word size                   # byte_size; written under the lock, read without it
+    atomic_i64 refs
+    atomic_i64 pins
+    atomic_i64 accesses
+    atomic_i64 lock             # one growth, change of protection, or look at all bytes at a time
+    atomic_i64 owner            # OWNER_
+    atomic_i64 size             # byte_size; written under the lock, read without it
     char* base
-    word protection             # PROTECTION_; written under the lock
+    atomic_i64 protection       # PROTECTION_; written under the lock
     size_t accessible
     size_t capacity             # bytes
     size_t maximum              # SIZE_MAX: none
@@ -205,7 +206,7 @@ cdef struct memory:
     size_t chosen               # bytes of the reservation, if linmem chose its size; else 0
     bint is_shared
     bint may_move               # a growth past the capacity may change the base
-    bint moved                  # the mapping has moved once: what was committed since is a second mapping
+    bint has_moved                  # the mapping has moved once: what was committed since is a second mapping
     bint huge_pages             # the OS was asked for huge pages; a decommit may have made the OS forget
     bint growth_is_watched      # a hook has before_grow or after_grow
     cow_state cow
@@ -230,7 +231,7 @@ cdef enum:
 # all over the mapped image or all outside. After False: the end was reached, or `code` says why the OS cannot tell.
 cdef struct touched_runs:
     memory* m
-    size_t at
+    size_t offset
     size_t end
     bint over_image
     int code
@@ -247,7 +248,7 @@ cdef enum:
 # A name that separates the users of a pool: pages are never handed from one domain to another. Reference-counted;
 # equal names are one struct.
 cdef struct domain:
-    word refs
+    atomic_i64 refs
     domain* next
     size_t hash
     size_t size
@@ -279,21 +280,21 @@ cdef nogil:
     int memory_resident(memory* m, size_t* bytes, failure* why) noexcept
     void memory_retain(memory* m) noexcept
     void memory_release(memory* m) noexcept
-    void memory_hang(memory* m, memory_hook* hook) noexcept
+    void memory_add_hook(memory* m, memory_hook* hook) noexcept
     int lock_memory(memory* m, failure* why) noexcept
     int begin_move(memory* m, size_t new_size, failure* why) noexcept
     void end_move(memory* m) noexcept
     void begin_own_growth(own_growth* growth, memory* m) noexcept
     void end_own_growth(own_growth* growth) noexcept
-    void list_memory(memory* m) noexcept
-    void unlist_memory(memory* m) noexcept
-    memory* live_after(memory* m) noexcept
+    void add_live_memory(memory* m) noexcept
+    void remove_live_memory(memory* m) noexcept
+    memory* next_live_memory(memory* m) noexcept
 
 # Protection.
 cdef nogil:
     int memory_unprotect(memory* m, size_t size) noexcept
     void memory_forget_protection(memory* m) noexcept
-    void memory_doubt(memory* m) noexcept
+    void memory_protection_becomes_unknown(memory* m) noexcept
     int refuse_foreign(const char* at, size_t size, int allowed, const char* call, failure* why) noexcept
 
 # Images.
@@ -302,7 +303,7 @@ cdef nogil:
     void image_release(image* img) noexcept
     void image_copy(const image* img, char* base) noexcept
     int image_changes(image* img, image* base, changes* out, failure* why) noexcept
-    void forgotten_is(void (*tell)(image* img) noexcept nogil) noexcept
+    void set_forgotten_callback(void (*tell)(image* img) noexcept nogil) noexcept
 
 cdef inline bint image_shares_pages(const image* img) noexcept nogil:
     """Whether a memory that starts from `img` (NULL: from zeros) maps pages of the image."""
@@ -349,21 +350,21 @@ cdef int raise_failure(const failure* why) except -1
 
 # Locks and forks.
 cdef nogil:
-    void acquire(word* lock) noexcept
-    bint try_acquire(word* lock) noexcept
-    void unlock(word* lock) noexcept
-    void list_lock(fork_lock* it) noexcept
-    void unlist_lock(fork_lock* it) noexcept
-    void in_each_child(void (*call)() noexcept nogil) noexcept
-    void drop_object(PyObject* object) noexcept
+    void lock(atomic_i64* lock) noexcept
+    bint try_lock(atomic_i64* lock) noexcept
+    void unlock(atomic_i64* lock) noexcept
+    void register_fork_lock(fork_lock* to_add) noexcept
+    void unregister_fork_lock(fork_lock* to_remove) noexcept
+    void call_in_each_child(void (*call)() noexcept nogil) noexcept
+    void deferred_decref(PyObject* object) noexcept
     bint python_is_ending() noexcept
 
 # Address space and pages.
 cdef nogil:
-    void relief_is(bint (*give)(int what, const void* budget, size_t size) noexcept nogil) noexcept
+    void set_relief(bint (*give)(int what, const void* budget, size_t size) noexcept nogil) noexcept
     bint relieve(int what, const void* budget, size_t size) noexcept
     int commit_pages(char* at, size_t size) noexcept
-    void give_back(char* at, size_t size) noexcept
+    void release_address_space(char* at, size_t size) noexcept
 
 # Domains and requests.
 cdef nogil:
@@ -372,7 +373,7 @@ cdef nogil:
     void domain_retain(domain* d) noexcept
     void domain_release(domain* d) noexcept
 cdef domain* domain_of(object name) except? NULL
-cdef void answer_request(request* it) noexcept
+cdef void answer_request(request* new) noexcept
 
 # Arguments.
 cdef int check_size(object value, str name, size_t* out) except -1
@@ -401,8 +402,8 @@ cdef class MmapCreator(NativeCreator):
 
 cdef class Memory:
     cdef memory* m
-    cdef word users             # exported buffers and calls under way; memory_class.pxi describes the bits
-    cdef word fresh             # 1: as a creator made it; a Python creator hands a fresh one on, once
+    cdef atomic_i64 users       # exported buffers and calls under way; memory_class.pxi describes the bits
+    cdef atomic_i64 is_new       # 1: as a creator made it; a Python creator hands a fresh one on, once
     cdef object __weakref__
     cdef memory* enter(self) except NULL
     cdef memory* enter_locked(self) except NULL
@@ -417,7 +418,7 @@ cdef class Memory:
 
 
 cdef class Image:
-    cdef image* it
+    cdef image* img
     cdef object __weakref__
     cdef readonly size_t offset
     cdef readonly size_t size

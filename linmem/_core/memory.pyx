@@ -14,7 +14,8 @@ from libc.stdlib cimport calloc, free, malloc, qsort, realloc  # no-cython-lint
 from libc.string cimport memcmp, memcpy, memmove, memset, strcmp  # no-cython-lint
 
 from linmem._core.atomic cimport (  # no-cython-lint
-    add, load, pause, peek, peek_address, poke, poke_address, publish, store, swap_if, word,  # no-cython-lint
+    add, atomic_i64, compare_exchange, cpu_relax, load, load_address, load_size, store, store_address,  # no-cython-lint
+    store_release, store_size,  # no-cython-lint
 )
 from linmem._core.units cimport (  # no-cython-lint
     E_CAPACITY, E_EXPORTED, E_MAXIMUM, E_NO_MEMORY, E_OVERFLOW, E_SHRINK, E_UNSUPPORTED,  # no-cython-lint

@@ -181,7 +181,7 @@ cdef class Memory:
             now = (was & ~(TAG | CALLS)) | generation_tag << TAG_SHIFT
             if was & TAG == now & TAG:
                 return
-            if swap_if(&self.users, was, now):
+            if compare_exchange(&self.users, was, now):
                 break
         if now < 0:
             self.last_left(now)
@@ -200,7 +200,7 @@ cdef class Memory:
         cdef memory* m = self.m
         if now & CALLS == CALLS:        # below 0: the call entered before a fork, and settle() has forgotten it
             add_with_gil(&self.users, ONE_CALL)
-        elif now & (GIVEN_BACK | EXPORTS | CALLS) == 0 and swap_if(&self.users, now, now | GIVEN_BACK):
+        elif now & (GIVEN_BACK | EXPORTS | CALLS) == 0 and compare_exchange(&self.users, now, now | GIVEN_BACK):
             with nogil:
                 memory_release(m)
 
@@ -240,7 +240,7 @@ cdef class Memory:
         """Set CLOSED, unless a bit of `unless` is set. Returns what `users` is then."""
         cdef long long now = load(&self.users)
         while now >= 0 and now & unless == 0:
-            if swap_if(&self.users, now, now | CLOSED):
+            if compare_exchange(&self.users, now, now | CLOSED):
                 return now | CLOSED
             now = load(&self.users)
         return now
@@ -284,13 +284,13 @@ cdef class Memory:
 
     def byte_capacity(self):
         """Bytes up to which growth never moves the base; ``wasmtime::LinearMemory::byte_capacity``."""
-        cdef size_t capacity = peek(&self.enter().capacity)
+        cdef size_t capacity = load_size(&self.enter().capacity)
         self.leave()
         return capacity
 
     def maximum_byte_size(self):
         """The most bytes that `grow_to` will ever accept, or None."""
-        cdef size_t maximum = peek(&self.enter().maximum)
+        cdef size_t maximum = load_size(&self.enter().maximum)
         self.leave()
         return None if maximum == NO_MAXIMUM else maximum
 
@@ -337,7 +337,7 @@ cdef class Memory:
 
     def as_ptr(self):
         """Address of byte 0, a multiple of the host page; mirrors ``wasmtime::LinearMemory::as_ptr``."""
-        cdef size_t address = <size_t>peek_address(&self.enter().base)
+        cdef size_t address = <size_t>load_address(&self.enter().base)
         self.leave()
         return address
 
@@ -350,8 +350,8 @@ cdef class Memory:
         cdef size_t base, end
         try:
             begin_access(m)
-            base = <size_t>peek_address(&m.base)
-            end = base + peek(&m.covered)
+            base = <size_t>load_address(&m.base)
+            end = base + load_size(&m.covered)
             end_access(m)
         finally:
             self.leave()
@@ -687,7 +687,7 @@ cdef class Memory:
         img, grown = <Image>image, zero_grown
         cdef memory* m = self.enter()
         with nogil:
-            code = memory_restore(m, img.it, grown, &why)
+            code = memory_restore(m, img.img, grown, &why)
         self.finish(code, &why)
 
     def dirty_pages(self, since not None, *, as_array=False):
@@ -892,9 +892,9 @@ cdef class Memory:
                 if known:
                     code = memory_resident(m, &resident, &why)
                 exports = max(pins_now(m), 0)
-                base, capacity, maximum = <size_t>peek_address(&m.base), peek(&m.capacity), peek(&m.maximum)
+                base, capacity, maximum = <size_t>load_address(&m.base), load_size(&m.capacity), load_size(&m.maximum)
                 size, pre_guard, guard = memory_size(m), m.pre_guard, m.guard
-                committed = peek(&m.accessible)
+                committed = load_size(&m.accessible)
                 end_access(m)
             if code:
                 raise_failure(&why)
@@ -966,7 +966,7 @@ cdef int find_changes(Memory mem, Image base, bint for_delta, changes* out) exce
     cdef int code
     cdef memory* m = mem.enter()
     with nogil:
-        code = memory_changes(m, base.it, for_delta, out, &why)
+        code = memory_changes(m, base.img, for_delta, out, &why)
     return mem.finish(code, &why)
 
 

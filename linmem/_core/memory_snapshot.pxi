@@ -44,7 +44,7 @@ cdef int add_touched(memory* m, size_t end, changes* to, failure* why) noexcept 
     while touched_next(&found):
         for i in range(found.n):
             # The kernel counts in its own pages, which may be smaller than the host page.
-            code = add_bytes(to, <size_t>(found.runs[i].at - m.base), found.runs[i].size, why)
+            code = add_bytes(to, <size_t>(found.runs[i].addr - m.base), found.runs[i].size, why)
             if code:
                 return code
     return found.code

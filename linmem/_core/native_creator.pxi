@@ -96,7 +96,7 @@ cdef class NativeCreator:
         spec.may_move = may_move
         if image is not None:
             check_type(image, Image, "image")
-            spec.image = (<Image>image).it
+            spec.image = (<Image>image).img
         check_extent(DEFAULT_GUARD if guard is None else guard, "guard", &spec.guard)
         if guard is None:
             round_up(spec.guard, host_page(), &spec.guard)
@@ -129,7 +129,7 @@ cdef class NativeCreator:
         if code:
             raise_failure(&why)
         made = <Memory>wrap(m)
-        made.fresh = 1
+        made.is_new = 1
         return made
 
 

@@ -13,7 +13,7 @@ from linmem._core.memory cimport (
     CACHE_LINE, Image, NativeCreator, domain, failure, fork_lock, image, memory, memory_hook, memory_spec,
 )
 from linmem._core.reset_policy cimport reset_policy
-from linmem._core.units cimport word
+from linmem._core.units cimport atomic_i64
 
 # The states of a slot. move_slot() is the only function that changes one.
 #
@@ -131,7 +131,7 @@ cdef struct original_memory:
     size_t guard
     size_t covered
     bint is_shared
-    bint moved
+    bint has_moved
     bint huge_pages
     bint growth_is_watched
 
@@ -143,7 +143,7 @@ cdef struct slot:
     link in_stack           # WARM and COLD: of its group. Otherwise in a list of slots to drop or to release
     link by_age             # WARM and COLD: in the pool's list, the newest first
     link in_pool            # all slots of the pool
-    word state
+    atomic_i64 state
     const void* thread      # the thread that gave it back
     image* image            # what it starts from, a reference; NULL: zeros
     original_memory original
@@ -212,13 +212,13 @@ cdef struct pool:
     size_t rejected
     charged_slots budgets[BUDGETS]
     bint more_budgets       # a slot was charged to other budgets, or to one of them twice
-    word refs
+    atomic_i64 refs
     link in_pools           # of all pools, under pools_lock
     char apart_too[CACHE_LINE]
     group_table tables[GROUPINGS]
 
 
-cdef word census_lock       # see pool_eviction.pxi
+cdef atomic_i64 census_lock       # see pool_eviction.pxi
 
 
 cdef class PoolingCreator(NativeCreator):

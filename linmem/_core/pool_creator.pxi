@@ -145,7 +145,7 @@ cdef class PoolingCreator(NativeCreator):
     def __dealloc__(self):
         if self.pool != NULL:
             with nogil:
-                acquire(&self.pool.lock.held)
+                lock(&self.pool.lock.held)
                 self.pool.closed = True
                 unlock(&self.pool.lock.held)
                 evict_down_to(self.pool, 0, DROPPING, 0)
@@ -160,7 +160,7 @@ cdef class PoolingCreator(NativeCreator):
         cdef int code
         if spec.image == NULL and self.image is not None:
             with_image = spec[0]
-            with_image.image = self.image.it
+            with_image.image = self.image.img
             spec = &with_image
         key_of(spec, &key)
         while True:
@@ -277,7 +277,7 @@ cdef class PoolingCreator(NativeCreator):
             raise ValueError("guard_size_in_bytes must be a multiple of the host page"
                              f" ({pages.capabilities().page_size}), got {spec.guard}")
         if self.image is not None:
-            spec.image = self.image.it
+            spec.image = self.image.img
         key_of(&spec, &key)
         domain_struct = domain_of(domain)
         list_init(&held)

@@ -76,7 +76,7 @@ cdef void evict(slot* s, int to, int cause) noexcept nogil:
 cdef void finish_eviction(slot* s) noexcept nogil:
     cdef bint kept
     if load(&s.state) == COOLING and cool_pages(s):
-        acquire(&s.pool.lock.held)
+        lock(&s.pool.lock.held)
         kept = move_slot(s, COLD)
         unlock(&s.pool.lock.held)
         if kept:
@@ -85,7 +85,7 @@ cdef void finish_eviction(slot* s) noexcept nogil:
 
 
 cdef void start_drop(slot* s) noexcept nogil:
-    acquire(&s.pool.lock.held)
+    lock(&s.pool.lock.held)
     if load(&s.state) != DROPPING:
         move_slot(s, DROPPING)
     unlock(&s.pool.lock.held)
@@ -108,7 +108,7 @@ cdef void cool_until_bounds_hold(pool* p, slot* s, int cause, long long now) noe
             purged += 1
             purged_bytes += s.resident
         finish_eviction(s)
-        acquire(&p.lock.held)
+        lock(&p.lock.held)
         if most == 0:
             most = PURGED_AT_ONCE + p.warm.n // PURGED_SHARE
         s = next_to_cool(p, now, &cause)
@@ -128,7 +128,7 @@ cdef size_t evict_down_to(pool* p, size_t target, int to, long long older_ns) no
     cdef size_t evicted = 0
     cdef slot* s
     while True:
-        acquire(&p.lock.held)
+        lock(&p.lock.held)
         s = oldest(&p.cold_by_age) if to == DROPPING else NULL
         if s == NULL:
             s = oldest(&p.warm_by_age)
@@ -153,7 +153,7 @@ cdef void drop_slots_of_image(image_t* image) noexcept nogil:
     cdef int grouping
     list_init(&dropped)
     while p != NULL:
-        acquire(&p.lock.held)
+        lock(&p.lock.held)
         for grouping in range(BY_DOMAIN):       # warm slots are in groups BY_BOTH, cold ones in groups BY_SHAPE
             node = p.tables[grouping].groups.next
             while node.owner != NULL:
@@ -243,7 +243,7 @@ cdef size_t held_by_all(int what, const void* budget) noexcept nogil:
     cdef slot* s
     cdef size_t held = 0
     while p != NULL:
-        acquire(&p.lock.held)
+        lock(&p.lock.held)
         if what == RELIEF_SPACE:
             held += p.idle_reserved
         elif what != RELIEF_BUDGET or charges_each_slot(p, budget):
@@ -320,7 +320,7 @@ cdef void take_census(int what, const void* budget) noexcept nogil:
     census += 1
     census_total = census_domains = 0
     while p != NULL:
-        acquire(&p.lock.held)
+        lock(&p.lock.held)
         count_pool(p, what, budget)
         unlock(&p.lock.held)
         p = pool_after(p)
@@ -353,7 +353,7 @@ cdef pool* pool_of_oldest(int choice, int what, const void* budget) noexcept nog
     cdef long long since = 0
     while p != NULL:
         former = NULL
-        acquire(&p.lock.held)
+        lock(&p.lock.held)
         s = oldest_with(p, choice, what, budget)
         if s != NULL and (found == NULL or s.since <= since):       # where two are equal: of the older pool
             since = s.since
@@ -379,14 +379,14 @@ cdef size_t evict_oldest(int what, const void* budget, int cause) noexcept nogil
     cdef size_t size = 0
     cdef bint dropped = what == RELIEF_SPACE
     cdef int choice = ANY_COLD if dropped else FAIR_WARM
-    acquire(&census_lock)
+    lock(&census_lock)
     while p == NULL and choice < CHOICES:
         if choice == FAIR_WARM:
             take_census(what, budget)
         p = pool_of_oldest(choice, what, budget)
         choice += p == NULL
     if p != NULL:
-        acquire(&p.lock.held)
+        lock(&p.lock.held)
         s = oldest_with(p, choice, what, budget)
         if s != NULL:       # else another thread was faster
             size = held_by(s, what, budget)
@@ -412,7 +412,7 @@ cdef bint can_have(int what, size_t size) noexcept nogil:
     if pages.reserve(size, False, &base):
         return False
     code = pages.commit(base, size) if what == RELIEF_PAGES else 0
-    give_back(base, size)
+    release_address_space(base, size)
     return code == 0
 
 
@@ -449,7 +449,7 @@ cdef void shed_excess() noexcept nogil:
     """After a change of the bounds that all pools share."""
     cdef pool* p = pool_after(NULL)
     while p != NULL:            # report_step has changed
-        acquire(&p.lock.held)
+        lock(&p.lock.held)
         report_held(p)
         unlock(&p.lock.held)
         p = pool_after(p)

@@ -17,7 +17,7 @@ cdef void drop_lost_slots() noexcept nogil:
     """In a forked child: drops each slot that another thread was working on, because that thread does not exist in the
     child, and nothing tells how far it came. The forking thread itself was not working on a slot: no Python code runs
     during such work."""
-    cdef memory* m = live_after(NULL)
+    cdef memory* m = next_live_memory(NULL)
     cdef slot* s
     cdef link lost
     cdef link* node
@@ -28,7 +28,7 @@ cdef void drop_lost_slots() noexcept nogil:
         s = outermost_slot(m)
         if s != NULL and was_lost(s, m):
             list_add_first(&lost, &s.in_stack, s)
-        m = live_after(m)
+        m = next_live_memory(m)
     while lost.next.owner != NULL:
         s = <slot*>lost.next.owner
         list_remove(&s.in_stack)

@@ -6,13 +6,13 @@
 cdef fork_lock pools_lock           # of the list `pools`
 cdef link pools                     # the newest first
 list_init(&pools)
-cdef word start_lock                # start_pools() and need_costs() run once
+cdef atomic_i64 start_lock          # start_pools() and need_costs() run once
 cdef bint pools_started = False
-cdef word process_held              # bytes that idle slots keep, page tables included; never less, and a little more
-cdef word process_held_bound
-cdef word process_reserved          # bytes of address space of all slots
-cdef word process_reserved_bound
-cdef word report_step               # how many bytes more than it keeps a pool may report to process_held
+cdef atomic_i64 process_held        # bytes that idle slots keep, page tables included; never less, and a little more
+cdef atomic_i64 process_held_bound
+cdef atomic_i64 process_reserved    # bytes of address space of all slots
+cdef atomic_i64 process_reserved_bound
+cdef atomic_i64 report_step         # how many bytes more than it keeps a pool may report to process_held
 
 cdef size_t NO_BOUND = SIZE_MAX >> 1
 
@@ -31,13 +31,13 @@ cdef void set_bounds(size_t held, size_t reserved) noexcept nogil:
 cdef void start_pools() noexcept nogil:
     """Once, before the first pool. Not at the import of this module: the layers below may not be ready then."""
     global pools_started
-    acquire(&start_lock)
+    lock(&start_lock)
     if not pools_started:
-        list_lock(&pools_lock)
+        register_fork_lock(&pools_lock)
         set_bounds(quarter_of_memory(), SIZE_MAX)
-        relief_is(relieve_by_eviction)
-        forgotten_is(drop_slots_of_image)
-        in_each_child(drop_lost_slots)
+        set_relief(relieve_by_eviction)
+        set_forgotten_callback(drop_slots_of_image)
+        call_in_each_child(drop_lost_slots)
         pools_started = True
     unlock(&start_lock)
 
@@ -64,8 +64,8 @@ cdef pool* new_pool() noexcept nogil:
 cdef void list_pool(pool* p) noexcept nogil:
     start_pools()
     need_costs()
-    list_lock(&p.lock)
-    acquire(&pools_lock.held)
+    register_fork_lock(&p.lock)
+    lock(&pools_lock.held)
     list_add_first(&pools, &p.in_pools, p)
     unlock(&pools_lock.held)
 
@@ -74,11 +74,11 @@ cdef void release_pool(pool* p) noexcept nogil:
     cdef int i
     if add(&p.refs, -1):
         return
-    acquire(&pools_lock.held)
+    lock(&pools_lock.held)
     list_remove(&p.in_pools)
     unlock(&pools_lock.held)
     add(&process_held, -<long long>p.reported)
-    unlist_lock(&p.lock)
+    unregister_fork_lock(&p.lock)
     for i in range(GROUPINGS):
         remove_groups(p, i, False)
     free(p.block)
@@ -90,12 +90,12 @@ cdef pool* pool_after(pool* p) noexcept nogil:
     cdef link* node = &pools if p == NULL else &p.in_pools
     cdef pool* after
     cdef long long refs
-    acquire(&pools_lock.held)
+    lock(&pools_lock.held)
     while True:
         node = node.next
         after = <pool*>node.owner
         refs = 0 if after == NULL else load(&after.refs)
-        while refs > 0 and not swap_if(&after.refs, refs, refs + 1):
+        while refs > 0 and not compare_exchange(&after.refs, refs, refs + 1):
             refs = load(&after.refs)
         if after == NULL or refs > 0:       # a pool without references is about to leave the list
             break
@@ -121,7 +121,7 @@ cdef bint claim_space(size_t reserved) noexcept nogil:
     """False: the bound of all pools does not allow so much."""
     cdef long long before = load(&process_reserved)
     while before + <long long>reserved <= load(&process_reserved_bound):
-        if swap_if(&process_reserved, before, before + <long long>reserved):
+        if compare_exchange(&process_reserved, before, before + <long long>reserved):
             return True
         before = load(&process_reserved)
     return False

@@ -45,7 +45,7 @@ cdef int take(pool* p, const shape* key, domain_t* domain, bint counted, memory*
     cdef bint cold, lost = False
     cdef int code
     out[0] = NULL
-    acquire(&p.lock.held)
+    lock(&p.lock.held)
     g = find_group(p, BY_BOTH, key, domain)
     s = NULL if g == NULL else warm_slot_of(g)
     cold = s == NULL
@@ -70,7 +70,7 @@ cdef int take(pool* p, const shape* key, domain_t* domain, bint counted, memory*
     if cold:
         code = warm_up(s, pages.coarse_ns(), why)
         if code and s.pages.accessible == 0 and s.pages.initial:
-            acquire(&p.lock.held)
+            lock(&p.lock.held)
             lost = not move_slot(s, COLD)
             unlock(&p.lock.held)
             if lost:
@@ -80,7 +80,7 @@ cdef int take(pool* p, const shape* key, domain_t* domain, bint counted, memory*
             drop(s)         # the OS may grant the pages of a new slot where it refuses the pages of this one
             return 0
         if counted:
-            acquire(&p.lock.held)
+            lock(&p.lock.held)
             s.counts.hits_cold += 1
             count_guest(s, True)
             unlock(&p.lock.held)
@@ -110,13 +110,13 @@ cdef inline void restore_original(slot* s) noexcept nogil:
     image_begin_use(m, <size_t>s.original.size)
     m.pre_guard = s.original.pre_guard
     m.guard = s.original.guard
-    poke(&m.maximum, s.original.maximum)
-    poke(&m.covered, s.original.covered)
+    store_size(&m.maximum, s.original.maximum)
+    store_size(&m.covered, s.original.covered)
     m.is_shared = s.original.is_shared
-    m.moved = s.original.moved
+    m.has_moved = s.original.has_moved
     m.huge_pages = s.original.huge_pages
-    publish(&m.size, s.original.size)
-    publish(&m.refs, 1)
+    store_release(&m.size, s.original.size)
+    store_release(&m.refs, 1)
 
 
 # -- room for a new slot ------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ cdef int make_room(pool* p, const shape* key, size_t reserved, size_t mappings, 
     cdef int room, cause = 0
     again[0] = False
     while True:
-        acquire(&p.lock.held)
+        lock(&p.lock.held)
         room = room_for(p, reserved, mappings, &cause)
         s = NULL
         if room == NOT_NOW and cause != EVICTED_PROCESS:
@@ -204,7 +204,7 @@ cdef bint make_upstream_room(pool* p, int code, failure* why) noexcept nogil:
     cdef slot* s
     if code != E_EXHAUSTED:
         return False
-    acquire(&p.lock.held)       # idle slots of this pool may fill a pool below
+    lock(&p.lock.held)       # idle slots of this pool may fill a pool below
     s = next_to_drop(p)
     if s != NULL:
         evict(s, DROPPING, EVICTED_REFUSED)
@@ -219,7 +219,7 @@ cdef int wait_a_little(failure* why) noexcept nogil:
     if python_is_ending():
         return fail(why, E_EXHAUSTED, "new_memory", why.size, why.used, why.limit)
     if PyGILState_GetThisThreadState() == NULL:
-        pages.relax()
+        pages.yield_processor()
         return 0
     with gil:
         try:
@@ -243,7 +243,7 @@ cdef void init_slot(pool* p, slot* s, memory* m, const memory_spec* spec) noexce
     s.original.guard = m.guard
     s.original.covered = m.covered
     s.original.is_shared = m.is_shared
-    s.original.moved = m.moved
+    s.original.has_moved = m.has_moved
     s.original.huge_pages = m.huge_pages
     s.original.growth_is_watched = m.growth_is_watched
     s.pages.initial = s.pages.accessible = s.pages.committed = m.accessible
@@ -263,7 +263,7 @@ cdef int add_slot(pool* p, slot* s, const shape* key, domain_t* domain, bint cou
     cdef group* g = NULL
     cdef bint again
     while code == 0:
-        acquire(&p.lock.held)
+        lock(&p.lock.held)
         if room_for(p, s.reserved, s.mappings, &cause) == FITS and claim_space(s.reserved):
             g = need_group(p, BY_BOTH, key, domain)
             if g != NULL:
@@ -290,12 +290,12 @@ cdef int add_slot(pool* p, slot* s, const shape* key, domain_t* domain, bint cou
     image_retain(s.image)
     if s.image != NULL:
         add(&s.image.slots, 1)
-    memory_hang(s.m, &s.head)
+    memory_add_hook(s.m, &s.head)
     return 0
 
 
 cdef void count_fallback(pool* p) noexcept nogil:
-    acquire(&p.lock.held)
+    lock(&p.lock.held)
     p.fallbacks += 1
     unlock(&p.lock.held)
 
@@ -335,8 +335,8 @@ cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
     if how >= 0:
         m.hooks = head
         m.growth_is_watched = s.original.growth_is_watched
-        publish(&m.owner, OWNER_PYTHON)
-    acquire(&p.lock.held)
+        store_release(&m.owner, OWNER_PYTHON)
+    lock(&p.lock.held)
     s.counts.zeroed += s.zeroed
     s.counts.reset_ns += took
     kept = how >= 0
@@ -377,7 +377,7 @@ cdef void slot_dropped(memory_hook* head) noexcept nogil:
     """The memory is gone."""
     cdef slot* s = <slot*>head
     cdef pool* p = s.pool
-    acquire(&p.lock.held)
+    lock(&p.lock.held)
     list_remove(&s.in_pool)
     p.n_slots -= 1
     p.reserved -= s.reserved

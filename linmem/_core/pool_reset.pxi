@@ -78,7 +78,7 @@ cdef size_t count_tables(slot* s) noexcept nogil:
         if pages.present(next, <size_t>(s.original.base + s.pages.committed - next), runs, &n, &next):
             return most
         for i in range(n):
-            start = <size_t>runs[i].at
+            start = <size_t>runs[i].addr
             end = start + runs[i].size
             tables += cover(start, end, TABLE_SPAN, &reached) // TABLE_SPAN * TABLE
             tables += cover(start, end, UPPER_SPAN, &reached_upper) // UPPER_SPAN * TABLE
@@ -141,7 +141,7 @@ cdef bint zero_touched(slot* s, size_t used, const reset_plan* plan, reset_resul
             result.touched_grown = total
             return False
         for i in range(found.n):
-            start = <size_t>found.runs[i].at
+            start = <size_t>found.runs[i].addr
             end = start + found.runs[i].size
             if not refill_in_time(s, start - <size_t>s.original.base, end - start, plan):
                 result.touched_grown = total
@@ -287,7 +287,7 @@ cdef int reset(slot* s, memory* m, long long now) noexcept nogil:
         result.tables = count_tables(s)
         plan_reset(s, used, now, &plan)
         if run_reset(s, used, &plan, &result):
-            memory_doubt(m)     # it may be inaccessible: a pool below repairs that first
+            memory_protection_becomes_unknown(m)     # it may be inaccessible: a pool below repairs that first
             return -1
         record_reset(s, used, &plan, &result, now)
         if s.pool.check and not image_is_intact(m, used):
@@ -295,9 +295,9 @@ cdef int reset(slot* s, memory* m, long long now) noexcept nogil:
     if used > s.pages.initial:
         s.grown = now
         if pages.protect(s.original.base + s.pages.initial, used - s.pages.initial, pages.ACCESS_NONE):
-            memory_doubt(m)
+            memory_protection_becomes_unknown(m)
             return -1
-        poke(&m.accessible, s.pages.initial)
+        store_size(&m.accessible, s.pages.initial)
     elif (s.pages.hidden and s.pool.idle_ns and now - s.grown > s.pool.idle_ns
             and pages.decommit(s.original.base + used, s.pages.committed - used) == 0):
         s.resident -= s.pages.hidden            # no guest has grown into them for idle_seconds
@@ -317,7 +317,7 @@ cdef bint cool_pages(slot* s) noexcept nogil:
     # The guards too: of a part of a reservation the OS keeps the page tables at both ends.
     if s.pages.committed and pages.decommit(s.original.base - s.original.pre_guard, s.reserved):
         return False
-    poke(&s.m.accessible, 0)
+    store_size(&s.m.accessible, 0)
     image_pages_are_gone(s.m)
     memory_forget_protection(s.m)
     s.pages.accessible = s.pages.committed = s.pages.hidden = 0
@@ -351,5 +351,5 @@ cdef int warm_up(slot* s, long long now, failure* why) noexcept nogil:
         code = pages.prefault(s.original.base, s.pages.initial)
     if code:
         return fail(why, code, "commit", s.pages.initial)
-    poke(&s.m.accessible, s.pages.initial)
+    store_size(&s.m.accessible, s.pages.initial)
     return 0

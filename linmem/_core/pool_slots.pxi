@@ -236,7 +236,7 @@ cdef inline bint move_slot(slot* s, int to) noexcept nogil:
     cdef bint was_idle = state == WARM or state == COLD, idle = to == WARM or to == COLD
     must(may_become(state, to))
     if to == RESETTING:
-        publish(&s.state, to)
+        store_release(&s.state, to)
         return True
     if idle:
         if p.closed:
@@ -258,5 +258,5 @@ cdef inline bint move_slot(slot* s, int to) noexcept nogil:
         count_idle(s, to, 1)
     if idle or to == LIVE or to == DROPPING:
         report_held(p)
-    publish(&s.state, to)
+    store_release(&s.state, to)
     return True

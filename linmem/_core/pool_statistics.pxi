@@ -63,7 +63,7 @@ cdef bint make_report(pool* p, report* out, bint by_groups) noexcept nogil:
     cdef bint made = True
     cdef int end = GROUPINGS if by_groups else BY_SHAPE
     memset(out, 0, sizeof(report))
-    acquire(&p.lock.held)
+    lock(&p.lock.held)
     out.fallbacks, out.rejected = p.fallbacks, p.rejected
     out.sums.counts = p.own.counts
     out.sums.peak_live = p.own.peak_live

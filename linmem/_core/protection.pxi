@@ -38,7 +38,7 @@ cdef struct protections:
     protections** link              # the pointer of the list that points to this table
 
 cdef protections* all_protections = NULL
-cdef word n_protections
+cdef atomic_i64 n_protections
 cdef fork_lock protections_lock     # for all_protections and every m.protections
 
 
@@ -207,10 +207,10 @@ cdef memory* find_protected(const char* at, size_t size) noexcept nogil:
     cdef memory* m = NULL
     if load(&n_protections) == 0 or size == 0:
         return NULL
-    acquire(&protections_lock.held)
+    lock(&protections_lock.held)
     p = all_protections
     while p != NULL and m == NULL:
-        if at < p.of.base + peek(&p.of.accessible) and p.of.base < at + size:
+        if at < p.of.base + load_size(&p.of.accessible) and p.of.base < at + size:
             m = p.of
         p = p.next
     unlock(&protections_lock.held)
@@ -251,7 +251,7 @@ cdef int begin_change(memory* m, failure* why) noexcept nogil:
             store(&m.protection, was)
             return fail(why, E_NO_MEMORY, "calloc", sizeof(protections))
         p.of = m
-        acquire(&protections_lock.held)
+        lock(&protections_lock.held)
         p.next = all_protections
         p.link = &all_protections
         if p.next != NULL:
@@ -284,7 +284,7 @@ cdef void memory_forget_protection(memory* m) noexcept nogil:
     global all_protections
     cdef protections* p = m.protections
     if p != NULL:
-        acquire(&protections_lock.held)
+        lock(&protections_lock.held)
         p.link[0] = p.next
         if p.next != NULL:
             p.next.link = p.link
@@ -393,13 +393,13 @@ cdef int memory_unprotect(memory* m, size_t size) noexcept nogil:
     code = pages.protect(m.base, size, pages.ACCESS_READ_WRITE)
     memory_forget_protection(m)
     if code:
-        memory_doubt(m)
+        memory_protection_becomes_unknown(m)
     return code
 
 
-cdef void memory_doubt(memory* m) noexcept nogil:
+cdef void memory_protection_becomes_unknown(memory* m) noexcept nogil:
     """The caller owns the memory exclusively. Some pages may be inaccessible."""
     store(&m.protection, PROTECTION_UNKNOWN)
 
 
-list_lock(&protections_lock)
+register_fork_lock(&protections_lock)

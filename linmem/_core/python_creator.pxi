@@ -64,11 +64,11 @@ cdef int check_python_size(python_memory* p, size_t size, const answers* got) ex
 
 
 cdef void store_answers(python_memory* p, const answers* got, size_t size) noexcept nogil:
-    poke_address(&p.head.base, <char*>got.base)
-    poke(&p.head.accessible, size)
-    poke(&p.head.capacity, got.capacity)
-    poke(&p.head.covered, got.covered)
-    poke(&p.head.maximum, got.maximum)
+    store_address(&p.head.base, <char*>got.base)
+    store_size(&p.head.accessible, size)
+    store_size(&p.head.capacity, got.capacity)
+    store_size(&p.head.covered, got.covered)
+    store_size(&p.head.maximum, got.maximum)
     store(&p.head.size, <long long>size)
 
 
@@ -84,8 +84,8 @@ cdef void break_memory(memory* m) noexcept nogil:
     if (round_up(m.covered + 1, pages.capabilities().granularity, &size) == 0
             and pages.reserve(size, False, &nowhere) == 0):
         p.shelter = size
-    poke_address(&m.base, nowhere)
-    poke(&m.accessible, 0)
+    store_address(&m.base, nowhere)
+    store_size(&m.accessible, 0)
     store(&m.size, 0)
 
 
@@ -148,11 +148,11 @@ cdef int python_grow_with_gil(python_memory* p, size_t new_size, bint may_move, 
 
 cdef void python_free(memory* m) noexcept nogil:
     cdef python_memory* p = <python_memory*>m
-    unlist_memory(m)
+    remove_live_memory(m)
     image_detach(m)      # restore() may have given the memory an image
     if p.shelter:
-        give_back(m.base, p.shelter)
-    drop_object(p.object)
+        release_address_space(m.base, p.shelter)
+    deferred_decref(p.object)
     free(m)
 
 
@@ -237,7 +237,7 @@ cdef class PythonCreator(NativeCreator):
         p.head.refs = 1
         p.head.is_shared = spec.is_shared
         p.head.may_move = spec.may_move
-        list_memory(&p.head)
+        add_live_memory(&p.head)
         out[0] = &p.head
         return 0
 
@@ -269,7 +269,7 @@ cdef int adopt(Memory made, const memory_spec* spec, size_t reservation, memory*
                 and covered >= max(capacity, reservation) + spec.guard)
         is_protected = load(&m.protection) != PROTECTION_NONE
         if fits and not is_protected:
-            is_first = swap_if(&made.fresh, 1, 0)
+            is_first = compare_exchange(&made.is_new, 1, 0)
         if is_first:
             memory_retain(m)
             # The request decides, whatever the maker of the memory asked for.
@@ -277,7 +277,7 @@ cdef int adopt(Memory made, const memory_spec* spec, size_t reservation, memory*
                 m.is_shared = True
             m.may_move = spec.may_move
             if m.maximum > spec.maximum:
-                poke(&m.maximum, spec.maximum)
+                store_size(&m.maximum, spec.maximum)
             if spec.image != NULL:
                 image_copy(spec.image, m.base)
         unlock(&m.lock)

@@ -51,13 +51,13 @@ cdef void measure_costs() noexcept nogil:
                 start = pages.clock_ns()
                 code = pages.touched(sparse, size, False, runs, &n, &next)
                 scan = shortest(scan, start, code)
-        give_back(base, 2 * size)
+        release_address_space(base, 2 * size)
     set_costs(fault, zero, wide_zero, scan)
 
 
 cdef void need_costs() noexcept nogil:
     """Measures once in a process."""
-    acquire(&start_lock)
+    lock(&start_lock)
     if costs.fault == 0:
         measure_costs()
     unlock(&start_lock)

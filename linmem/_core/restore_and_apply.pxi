@@ -21,7 +21,7 @@ cdef int lock_for_restore(memory* m, image* to, bint zero_grown, bint may_wait, 
     cdef size_t size, right
     cdef int code = 0
     if load(&m.owner) == OWNER_WASMTIME:
-        if not try_acquire(&m.lock):
+        if not try_lock(&m.lock):
             fail(why, E_OWNED, "restore", 0)
             snprintf(why.detail, sizeof(why.detail), "another thread is growing this memory or looks at all of it;"
                      " restore it when no call runs in that store")
@@ -30,7 +30,7 @@ cdef int lock_for_restore(memory* m, image* to, bint zero_grown, bint may_wait, 
         code = lock_unbroken(m, why)
         if code:
             return code
-    elif not try_acquire(&m.lock):
+    elif not try_lock(&m.lock):
         return LOCK_IS_TAKEN
     size = memory_size(m)
     right = image_known_size(m, to)
@@ -71,7 +71,7 @@ def restore_all(list memories not None, list images not None):
                 m = mem.enter()
                 may_wait = locked == 0
                 with nogil:
-                    code = lock_for_restore(m, img.it, True, may_wait, &why)
+                    code = lock_for_restore(m, img.img, True, may_wait, &why)
                 if code:
                     mem.leave()
                     break
@@ -81,7 +81,7 @@ def restore_all(list memories not None, list images not None):
                 mem, img = <Memory>memories[i], <Image>images[i]
                 with nogil:
                     if locked == n:
-                        image_restore(mem.m, img.it)
+                        image_restore(mem.m, img.img)
                     unlock(&mem.m.lock)
                 mem.leave()
         if code == LOCK_IS_TAKEN:       # wait for this lock while this thread holds no other one

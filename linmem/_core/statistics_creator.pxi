@@ -13,7 +13,7 @@ cdef struct memory_report:
 cdef struct record:
     link in_ledger          # in the list `live` or `dropped`
     memory* m               # valid while the memory is alive
-    word sampling           # a lock: the memory is not freed while another thread holds it
+    atomic_i64 sampling     # a lock: the memory is not freed while another thread holds it
     size_t counted          # in current_bytes: the size, or 0 while a pool above keeps the memory without pages
     memory_report report
 
@@ -34,7 +34,7 @@ cdef void free_records(link* head) noexcept nogil:
 
 cdef void release_ledger(statistics_ledger* ledger) noexcept nogil:
     if add(&ledger.refs, -1) == 0:
-        unlist_lock(&ledger.lock)
+        unregister_fork_lock(&ledger.lock)
         free_records(&ledger.live)
         free_records(&ledger.dropped)
         free(ledger)
@@ -58,14 +58,14 @@ cdef void sample_all(statistics_ledger* ledger) noexcept nogil:
     large memories, and each growth of another memory needs the lock."""
     cdef size_t resident
     cdef record* r
-    acquire(&ledger.lock.held)
+    lock(&ledger.lock.held)
     r = <record*>ledger.live.next.owner
     while r != NULL:
         # Memories that are being dropped, or that another thread samples, are left out.
-        if try_acquire(&r.sampling):
+        if try_lock(&r.sampling):
             unlock(&ledger.lock.held)
             resident = resident_now(r.m)        # the drop waits for `sampling`, so the record stays in its list
-            acquire(&ledger.lock.held)
+            lock(&ledger.lock.held)
             r.report.peak_resident = max(r.report.peak_resident, resident)
             unlock(&r.sampling)
         r = <record*>r.in_ledger.next.owner
@@ -93,7 +93,7 @@ cdef void statistics_after_grow(memory_hook* head, memory* m, size_t old_size, s
     cdef statistics_ledger* ledger = hook.ledger
     cdef record* r = hook.record
     cdef long long spent = pages.clock_ns() - hook.started_ns
-    acquire(&ledger.lock.held)
+    lock(&ledger.lock.held)
     r.report.grow_ns += spent
     if code:
         r.report.refused += 1
@@ -114,9 +114,9 @@ cdef void statistics_before_drop(memory_hook* head, memory* m) noexcept nogil:
     cdef size_t resident
     if r == NULL:
         return
-    acquire(&r.sampling)        # and never released
+    lock(&r.sampling)        # and never released
     resident = resident_now(m)
-    acquire(&ledger.lock.held)
+    lock(&ledger.lock.held)
     hook.record = NULL
     r.report.peak_resident = max(r.report.peak_resident, resident)
     r.report.alive = False
@@ -136,7 +136,7 @@ cdef void statistics_before_drop(memory_hook* head, memory* m) noexcept nogil:
 cdef int statistics_resized(memory_hook* head, memory* m, size_t size, size_t accessible, failure* why) noexcept nogil:
     cdef statistics_ledger* ledger = (<statistics_hook*>head).ledger
     cdef record* r = (<statistics_hook*>head).record
-    acquire(&ledger.lock.held)
+    lock(&ledger.lock.held)
     r.report.size = size if accessible else r.report.first_size
     count_bytes(ledger, r, size)
     unlock(&ledger.lock.held)
@@ -175,7 +175,7 @@ cdef class StatisticsCreator(NativeCreator):
         list_init(&self.ledger.live)
         list_init(&self.ledger.dropped)
         with nogil:
-            list_lock(&self.ledger.lock)
+            register_fork_lock(&self.ledger.lock)
 
     def __dealloc__(self):
         if self.ledger != NULL:
@@ -194,7 +194,7 @@ cdef class StatisticsCreator(NativeCreator):
         if code:
             free(hook)
             free(r)
-            acquire(&ledger.lock.held)
+            lock(&ledger.lock.held)
             ledger.sums.failures += 1
             unlock(&ledger.lock.held)
             return code
@@ -209,7 +209,7 @@ cdef class StatisticsCreator(NativeCreator):
         r.m = out[0]
         r.report.alive = True
         r.report.first_size = r.report.size = memory_size(out[0])
-        acquire(&ledger.lock.held)
+        lock(&ledger.lock.held)
         list_add_first(&ledger.live, &r.in_ledger, r)
         count_bytes(ledger, r, r.report.size)
         ledger.sums.total_bytes += r.report.size
@@ -217,14 +217,14 @@ cdef class StatisticsCreator(NativeCreator):
         ledger.sums.current_count += 1
         ledger.sums.peak_count = max(ledger.sums.peak_count, ledger.sums.current_count)
         unlock(&ledger.lock.held)
-        memory_hang(out[0], &hook.head)
+        memory_add_hook(out[0], &hook.head)
         return 0
 
     def statistics(self):
         """The sums, as a dict: bytes are byte_size; failures are refused creations and growths."""
         cdef statistics_sums sums
         with nogil:
-            acquire(&self.ledger.lock.held)
+            lock(&self.ledger.lock.held)
             sums = self.ledger.sums
             unlock(&self.ledger.lock.held)
         return sums
@@ -239,7 +239,7 @@ cdef class StatisticsCreator(NativeCreator):
         cdef size_t n, i
         with nogil:
             sample_all(self.ledger)
-            acquire(&self.ledger.lock.held)
+            lock(&self.ledger.lock.held)
             n = self.ledger.sums.current_count + self.ledger.n_dropped
             copy = <memory_report*>malloc((n + 1) * sizeof(memory_report))
             if copy != NULL:

@@ -1,10 +1,10 @@
-# Sizes and codes: pure arithmetic, no system call. Floor 0: imports nothing of ours.
+# Sizes and codes: pure arithmetic, no system call. Layer 0: imports nothing of linmem.
 
 from libc.stdint cimport SIZE_MAX
 
-# A number in a struct that threads share without the GIL. atomic.pxd has the operations on words. The type is here, so
+# An integer in a struct that threads share without the GIL. atomic.pxd has the operations on it. The type is here, so
 # that a module which only knows the structs needs no C header.
-ctypedef long long word
+ctypedef long long atomic_i64
 
 # What a nogil function returns when the reason is ours and not the OS's. Positive numbers are
 # OS codes (errno, GetLastError); 0 is success.

@@ -1,4 +1,4 @@
-# Zeroing bytes that are in the processor's cache. Floor 0: imports nothing of ours.
+# Zeroing bytes that are in the processor's cache. Layer 0: imports nothing of linmem.
 #
 # For more than some kilobytes, the memset of a C library uses the processor's string instruction. This is best if the
 # bytes are not in a cache. If they are, plain wide stores are faster on some processors, by a half. The caller measures

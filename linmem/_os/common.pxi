@@ -16,7 +16,7 @@ cdef int image_kind = 0         # the IMAGE_ kind that image_begin() makes if th
 cdef long long fail_in = 0      # 1: the next page call fails. 0: failures have begun, or none were asked for
 cdef long long fail_times = 0   # how many page calls will fail, one after the other; 0: failures are off
 cdef int fail_code = 0
-cdef word reserved_bytes = 0
+cdef atomic_i64 reserved_bytes = 0
 
 IMAGE_KINDS = {IMAGE_SEALED: "sealed", IMAGE_FILE: "file", IMAGE_SECTION: "section", IMAGE_PRIVATE: "private"}
 
@@ -211,12 +211,12 @@ cdef inline size_t at_most(size_t wanted, size_t room) noexcept nogil:
 
 cdef inline bint add_page(span* runs, size_t* n, size_t room, char* page) noexcept nogil:
     """Append a page to the runs, in order of address; False if that needs a run more than there is room for."""
-    if n[0] and runs[n[0] - 1].at + runs[n[0] - 1].size == page:
+    if n[0] and runs[n[0] - 1].addr + runs[n[0] - 1].size == page:
         runs[n[0] - 1].size += real_page
         return True
     if n[0] == room:
         return False
-    runs[n[0]].at = page
+    runs[n[0]].addr = page
     runs[n[0]].size = real_page
     n[0] += 1
     return True

@@ -33,15 +33,15 @@ cdef struct pm_scan_arg:            # the same
     uint64_t category_inverted, category_mask, category_anyof_mask, return_mask
 
 cdef struct pagemap_state:
-    word lock
-    word fd_and_1           # the descriptor + 1; 0: not open
+    atomic_i64 lock
+    atomic_i64 fd_and_1     # the descriptor + 1; 0: not open
 
 cdef pagemap_state pagemap_static
 cdef pagemap_state* pagemap = &pagemap_static
 # A program may close every descriptor, and the number is then given to another file. To recognise our file we set its
 # position to a value that no other file has; no read of ours uses the position. Asking for the position takes a third
 # of the time of fstat(2).
-cdef word pagemap_position
+cdef atomic_i64 pagemap_position
 cdef int scan_way = SCAN_NONE
 cdef int best_scan_way = SCAN_NONE      # the best one that works here
 
@@ -67,7 +67,7 @@ cdef int pagemap_fd(int* fd) noexcept nogil:
     fd[0] = <int>load(&pagemap.fd_and_1) - 1
     if fd[0] >= 0:
         return 0
-    while not swap_if(&pagemap.lock, 0, 1):
+    while not compare_exchange(&pagemap.lock, 0, 1):
         sched_yield()
     fd[0] = <int>load(&pagemap.fd_and_1) - 1
     if fd[0] < 0:
@@ -99,7 +99,7 @@ cdef int checked_pagemap_fd(int* fd) noexcept nogil:
     cdef int code = pagemap_fd(fd)
     if code or is_pagemap(fd[0]):
         return code
-    swap_if(&pagemap.fd_and_1, fd[0] + 1, 0)
+    compare_exchange(&pagemap.fd_and_1, fd[0] + 1, 0)
     return pagemap_fd(fd)
 
 
@@ -124,7 +124,7 @@ cdef int scan_by_ioctl(char* at, size_t size, details* more) noexcept nogil:
     if got < 0:
         return errno
     for i in range(got):
-        more.runs[i].at = <char*>regions[i].start
+        more.runs[i].addr = <char*>regions[i].start
         more.runs[i].size = <size_t>(regions[i].end - regions[i].start)
     more.n[0] = <size_t>got
     more.next[0] = <char*>scan.walk_end
@@ -180,9 +180,9 @@ cdef bint scan_works(int way) noexcept nogil:
     more.what, more.runs, more.n, more.next = TOUCHED, runs, &n, &next
     madvise(p, 3 * page, MADV_NOHUGEPAGE)
     touch(p + page)
-    load(<word*>(p + 2 * page))
+    load(<atomic_i64*>(p + 2 * page))
     if scan_by(way, p, 3 * page, &more) == 0:
-        works = (n == 1 and next == p + 3 * page and runs[0].at == p + page
+        works = (n == 1 and next == p + 3 * page and runs[0].addr == p + page
                  and runs[0].size == (page if way == SCAN_IOCTL else 2 * page))
     munmap(p, 3 * page)
     return works

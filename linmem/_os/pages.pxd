@@ -29,7 +29,7 @@ cdef struct capabilities_t:
 
 # A run of pages.
 ctypedef struct span:
-    char* at
+    char* addr
     size_t size
 
 cdef const capabilities_t* capabilities() noexcept nogil
@@ -149,9 +149,10 @@ cdef void limit_text(int code, size_t size, char* text, size_t room) noexcept no
 cdef int at_fork(void (*before)() noexcept nogil, void (*in_parent)() noexcept nogil,
                  void (*in_child)() noexcept nogil) noexcept nogil
 
-# relax() gives the processor to another thread. sleep_ns() sleeps for about `ns` nanoseconds, at least one tick of the
-# system's clock. clock_ns() is a monotonic clock; coarse_ns() is the same clock some milliseconds old, and cheaper.
-cdef void relax() noexcept nogil
+# yield_processor() gives the processor to another thread. sleep_ns() sleeps for about `ns` nanoseconds, at least one
+# tick of the system's clock. clock_ns() is a monotonic clock; coarse_ns() is the same clock some milliseconds old, and
+# cheaper.
+cdef void yield_processor() noexcept nogil
 cdef void sleep_ns(long long ns) noexcept nogil
 cdef long long clock_ns() noexcept nogil
 cdef long long coarse_ns() noexcept nogil

@@ -2,20 +2,18 @@
 """The page floor on POSIX: mmap(2), mprotect(2), madvise(2), and on Linux mremap(2)."""
 
 from linmem._os cimport pages as _contract    # no-cython-lint: an edit of the contract causes a rebuild
-from linmem._core.atomic cimport add, load, store, swap_if, touch, word
+from linmem._core.atomic cimport add, atomic_i64, compare_exchange, load, store, touch
 
 from libc.errno cimport EACCES, EAGAIN, EBUSY, EFAULT, EINVAL, ENOMEM, ENOSYS, EPERM, errno
 from libc.stdio cimport snprintf
 from libc.stdlib cimport strtoll
 from libc.string cimport strstr
 from posix.fcntl cimport (
-    F_DUPFD_CLOEXEC, F_GETFL, F_SETFD, FD_CLOEXEC, O_ACCMODE, O_CLOEXEC, O_RDONLY, O_RDWR, SEEK_CUR, SEEK_SET, fcntl,
+    FD_CLOEXEC, F_DUPFD_CLOEXEC, F_GETFL, F_SETFD, O_ACCMODE, O_CLOEXEC, O_RDONLY, O_RDWR, SEEK_CUR, SEEK_SET, fcntl,
 )
 from posix.fcntl cimport open as open_file
 from posix.fcntl cimport posix_fallocate
-from posix.resource cimport (
-    RLIM_INFINITY, RLIMIT_CORE, RLIMIT_DATA, RLIMIT_NOFILE, getrlimit, rlimit, setrlimit,
-)
+from posix.resource cimport RLIMIT_CORE, RLIMIT_DATA, RLIMIT_NOFILE, RLIM_INFINITY, getrlimit, rlimit, setrlimit
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, nanosleep, timespec
 from posix.types cimport off_t
 from posix.unistd cimport close, ftruncate, getpid, lseek, pread, pwrite, read, readlink, sysconf, unlink
@@ -69,7 +67,7 @@ cdef extern from * nogil:
 
 include "common.pxi"
 include "pagemap.pxi"
-include "images.pxi"
+include "image_pages.pxi"
 
 cdef const char* NAME = "linmem"        # of mappings and of sealed memory
 cdef unsigned long long NO_LIMIT = ~<unsigned long long>0
@@ -366,7 +364,7 @@ cdef int at_fork(void (*before)() noexcept nogil, void (*in_parent)() noexcept n
     return pthread_atfork(before, in_parent, in_child)
 
 
-cdef void relax() noexcept nogil:
+cdef void yield_processor() noexcept nogil:
     sched_yield()
 
 

@@ -2,7 +2,7 @@
 """The page floor on Windows: VirtualAlloc, VirtualProtect, VirtualFree and their kin."""
 
 from linmem._os cimport pages as _contract    # no-cython-lint: an edit of the contract causes a rebuild
-from linmem._core.atomic cimport add, load, touch, word
+from linmem._core.atomic cimport add, atomic_i64, load, touch
 
 from libc.stddef cimport wchar_t
 from libc.stdint cimport intptr_t, uintptr_t
@@ -219,7 +219,7 @@ cdef bint writes_are_seen() noexcept nogil:
         (<volatile char*>p + page)[0] = (<volatile char*>p)[0] + 1
         seen = (WriteFile(into, b"x", 1, &moved, NULL) and ReadFile(out, p + 2 * page, 1, &moved, NULL) and moved == 1
                 and written(p, 3 * page, &more) == 0
-                and n == 1 and next == p + 3 * page and runs[0].size == 2 * page and runs[0].at == p + page)
+                and n == 1 and next == p + 3 * page and runs[0].size == 2 * page and runs[0].addr == p + page)
         CloseHandle(out)
         CloseHandle(into)
     if seen:        # and ResetWriteWatch() must make the system forget them
@@ -480,7 +480,7 @@ cdef int at_fork(void (*before)() noexcept nogil, void (*in_parent)() noexcept n
     return 0
 
 
-cdef void relax() noexcept nogil:
+cdef void yield_processor() noexcept nogil:
     SwitchToThread()
 
 

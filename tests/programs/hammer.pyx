@@ -8,11 +8,11 @@ race, so every report is a finding.
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp, memset
 
-from linmem._core.atomic cimport add, load, store, word
+from linmem._core.atomic cimport add, atomic_i64, load, store
 from linmem._core.memory cimport (
-    Image, NativeCreator, acquire, changes, failure, failure_text, image, image_changes, image_is_intact, image_of,
-    image_release, image_restore, image_retain, memory, memory_changes, memory_grow_to, memory_hang, memory_hook,
-    memory_release, memory_resident, memory_retain, memory_size, memory_snapshot, memory_spec, unlock,
+    Image, NativeCreator, changes, failure, failure_text, image, image_changes, image_is_intact, image_of,
+    image_release, image_restore, image_retain, lock, memory, memory_add_hook, memory_changes, memory_grow_to,
+    memory_hook, memory_release, memory_resident, memory_retain, memory_size, memory_snapshot, memory_spec, unlock,
 )
 from linmem._os cimport pages
 from linmem._core.units cimport E_CAPACITY, E_EXHAUSTED, E_LIMIT, E_SHRINK
@@ -52,8 +52,8 @@ cdef struct shared:
     size_t n_creators
     image* image
     cell cells[CELLS]
-    word stop
-    word hooks              # hooks of this program on a memory
+    atomic_i64 stop
+    atomic_i64 hooks        # hooks of this program on a memory
     size_t page
 
 cdef struct worker:
@@ -155,7 +155,7 @@ cdef int hang(worker* w, memory* m) noexcept nogil:
     hook.head.dropped = count_dropped
     hook.all = w.all
     add(&w.all.hooks, 1)
-    memory_hang(m, &hook.head)
+    memory_add_hook(m, &hook.head)
     return 0
 
 
@@ -182,7 +182,7 @@ cdef int own(worker* w) noexcept nogil:
     if chance(w, 4) == 0:
         size = memory_size(m)
         code = memory_snapshot(m, &kept, &why)
-        acquire(&m.lock)
+        lock(&m.lock)
         if judge(w, code, &why) == 0 and code == 0:
             memset(m.base, 0xff, size)
             image_restore(m, kept)
@@ -237,7 +237,7 @@ cdef int visit(worker* w) noexcept nogil:
         judge(w, memory_snapshot(m, &kept, &why), &why)
         image_release(kept)
     elif what == 6 and m.ops.pages_are_ours:
-        acquire(&m.lock)
+        lock(&m.lock)
         image_restore(m, w.all.image)
         if not image_is_intact(m, m.accessible):
             wrong(w, "a restored memory is not what its image says")
@@ -318,7 +318,7 @@ def run(creators, Image image_ not None, int threads, double seconds, watch=()):
     all.n_creators = <size_t>len(kept)
     for i in range(all.n_creators):
         all.creators[i] = <void*>kept[i]
-    all.image = image_.it
+    all.image = image_.img
     all.page = pages.capabilities().page_size
     for k in range(CELLS):
         pthread_mutex_init(&all.cells[k].mutex, NULL)
@@ -361,7 +361,7 @@ cdef void* count_up(void* argument) noexcept nogil:
     cdef int _
     for _ in range(1000):
         count[0] += 1
-        pages.relax()
+        pages.yield_processor()
     return NULL
 
 
