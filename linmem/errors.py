@@ -30,7 +30,7 @@ class LimitError(GrowError):
     Attributes
     ----------
     limit, used, requested : int
-        Bytes: the budget, how much of it is in use, and how much more the request needs.
+        In bytes: the budget, the part of the budget that is in use, and the bytes that the request would add.
     """
 
     def __init__(self, message: str, *, limit: int, used: int, requested: int) -> None:

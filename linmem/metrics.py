@@ -1,4 +1,4 @@
-"""What pools hold and have done, for a program and for Prometheus.
+"""Figures of pools, for a program and for Prometheus.
 
 >>> import linmem.metrics, prometheus_client
 >>> prometheus_client.REGISTRY.register(linmem.metrics.collector(pool))
@@ -21,7 +21,7 @@ _COUNTERS = {"hits": "Requests that an idle slot served.",
              "evictions": "Idle slots that lost their pages or were dropped, without purges.",
              "purges": "Slots whose pages idle_seconds or purge() gave back.",
              "resets": "Resets by kind.",
-             "reset_seconds": "Time in resets, estimated from samples.",
+             "reset_seconds": "Estimated time in resets, from samples.",
              "bytes_zeroed": "Bytes that resets have zeroed."}
 _GAUGES = {"live": "Slots in use.", "peak_live": "The largest number of slots that were in use at the same time.",
            "warm": "Idle slots that keep their pages.", "cold": "Idle slots without pages.",
@@ -39,20 +39,21 @@ _LABELS = {"hits": "state", "evictions": "cause", "resets": "kind"}
 
 
 def read(pool: PoolingCreator) -> dict[str, Any]:
-    """What a pool holds and has done. Counters never go down.
+    """The figures of a pool: counters, which never decrease, and gauges.
 
     Returns
     -------
     dict
-        Counters: hits_warm, hits_cold, misses, evictions (by cause), purges (by `idle_seconds` or `purge()`, not
-        counted as evictions), resets (by kind), reset_ns (estimated from the first reset of a slot and then one of
-        sixteen), bytes_zeroed. Gauges: live, peak_live (the most guests at once), warm, cold, resident, page_tables,
-        reserved (bytes). Of the pool alone, the counters fallbacks and rejected, and the gauges slots,
-        resident_bound, reserved_bound (None: no bound), images, image_bytes and image_descriptors.
+        Counters: hits_warm, hits_cold, misses, evictions (by cause), purges (by `idle_seconds` or `purge()`; evictions
+        do not include purges), resets (by kind), reset_ns (an estimate from the first reset of a slot and then one
+        reset of sixteen), bytes_zeroed. Gauges: live, peak_live (the largest number of live slots), warm, cold,
+        resident, page_tables, reserved (bytes). Only the pool has the counters fallbacks and rejected, and the gauges
+        slots, resident_bound, reserved_bound (None: no bound), images, image_bytes and image_descriptors.
 
-        shapes: a list with a dict for each shape: the figures that are not of the pool alone, its image_bytes and
-        image_descriptors, and `shape`, a dict. domains: a dict of the same figures for each domain, by name. The pool
-        forgets all shapes (or domains) without slots when there are more than 256; one that comes back begins at 0.
+        shapes: a list with a dict for each shape: the figures that shapes and domains have too, image_bytes,
+        image_descriptors, and `shape`, a dict. domains: a dict with a dict of the same figures for each domain, by
+        name. If there are more than 256 shapes (or domains) without slots, the pool forgets all of these: the counters
+        of a forgotten shape start at 0 again.
 
     Raises
     ------
@@ -63,13 +64,13 @@ def read(pool: PoolingCreator) -> dict[str, Any]:
 
 
 def totals() -> dict[str, int | None]:
-    """What the pools of this process hold together, and the bounds of `linmem.set_pool_limits`.
+    """The sums over all pools of this process, and the bounds of `linmem.set_pool_limits`.
 
     Returns
     -------
     dict
-        resident: bytes that idle slots keep, page tables included, at most. resident_bound, reserved_bound: None
-        means no bound. reserved: bytes of address space of all slots, live and idle.
+        resident: an upper bound of the bytes of idle slots, page tables included. resident_bound, reserved_bound:
+        None means no bound. reserved: bytes of address space of all slots, live and idle.
     """
     return pool_totals()
 
@@ -81,7 +82,7 @@ def _label(name: str) -> str:
 
 
 def _by_shape(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The figures of each shape by its text, summed over images."""
+    """The sums over all images of the figures of each shape, by the text of the shape."""
     found: dict[str, dict[str, Any]] = {}
     for row in rows:
         text = " ".join(f"{key}={value}" for key, value in row.pop("shape").items()
@@ -101,15 +102,15 @@ def collector(*pools: PoolingCreator, names: Iterable[str] | None = None, per_do
     Parameters
     ----------
     *pools : PoolingCreator
-        The collector keeps them alive. A registry takes one collector, so give all pools to one call.
+        The collector holds references to the pools. A registry takes one collector, so give all pools to one call.
     names : iterable of str, optional
-        The label ``pool`` of each; "0", "1" ... by default.
+        The label ``pool`` of each pool; "0", "1" ... by default.
     per_domain : bool
-        The figures of each domain, too, with the label ``domain``. Prometheus is made for hundreds of these, not for
-        millions. No domain is "". A name that is empty, begins with a quote, or is not valid Unicode is shown in
-        quotes, as by ``ascii()``.
+        Adds the figures of each domain, with the label ``domain``. Prometheus is made for hundreds of domains, not for
+        millions. The label "" means no domain. A name that is empty, begins with a quote, or is not valid Unicode is
+        shown in quotes, as by ``ascii()``.
     per_shape : bool
-        The figures of each shape, too, with the label ``shape``. Shapes that only differ in their image are summed.
+        Adds the figures of each shape, with the label ``shape``: the sum over shapes that only differ in their image.
 
     Returns
     -------

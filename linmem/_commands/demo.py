@@ -61,7 +61,7 @@ def main(args: Any) -> int:
     if check.failed:
         print(f"{count(check.failed, 'check')} FAILED.")
         return EXIT_REFUSED
-    print("All of it held.")
+    print("All checks passed.")
     return 0
 
 
@@ -85,10 +85,10 @@ def demo_memory(numpy: Any, check: Checks) -> None:
     check("new bytes that are not zero", 0, int(numpy.count_nonzero(whole[STEP:])))
     array[0] = 42
     check("a byte written through the old array, read through the new one", 42, int(whole[0]))
-    print("   Nothing was copied and nothing moved: the addresses were reserved at the start, and growing\n"
-          "   only made more of them accessible. numpy.resize and bytearray would have copied, or refused.")
+    print("   No byte was copied or moved: the addresses were reserved at the start, and each growth made\n"
+          "   more of them accessible. numpy.resize and bytearray would have copied the bytes, or refused.")
     if resident is not None:
-        print(f"   Physical memory in use before the check read them all: {show_size(resident)}.")
+        print(f"   Physical memory in use before the check read all bytes: {show_size(resident)}.")
     print()
 
 
@@ -103,32 +103,32 @@ def demo_program(numpy: Any, wasmtime: Any, installer: Any, check: Checks) -> No
     memory = installer.linear_memory(store, exports["memory"])
 
     print("2. A WebAssembly program finds primes in a memory of linmem; its table grows page by page.")
-    check(f"primes up to {FIRST_LIMIT:,}, says the program", PRIMES[FIRST_LIMIT],
+    check(f"primes up to {FIRST_LIMIT:,} according to the program", PRIMES[FIRST_LIMIT],
           exports["count_primes"](store, FIRST_LIMIT))
     address, start = memory.as_ptr(), exports["table"](store)
     early = numpy.asarray(memory)[start:start + FIRST_LIMIT + 1]
     early_address = address_of(early)
-    print(f"   A NumPy array shows its table, in {show_size(memory.byte_size())} of memory. The program goes on:")
-    check(f"primes up to {LIMIT:,}, says the program", PRIMES[LIMIT], exports["count_primes"](store, LIMIT))
+    print(f"   A NumPy array shows this table, in {show_size(memory.byte_size())} of memory. The program goes on:")
+    check(f"primes up to {LIMIT:,} according to the program", PRIMES[LIMIT], exports["count_primes"](store, LIMIT))
     (record,) = statistics.memories()
-    print(f"   Its memory went from {show_size(record['first_size'])} to {show_size(memory.byte_size())} in"
+    print(f"   The memory went from {show_size(record['first_size'])} to {show_size(memory.byte_size())} in"
           f" {count(record['growths'], 'growth')}, {show_time(record['grow_ns'])} in all.")
     check.unchanged("address", address, memory.as_ptr(), hex)
-    check(f"primes up to {FIRST_LIMIT:,}, counted in the old array", PRIMES[FIRST_LIMIT],
+    check(f"primes up to {FIRST_LIMIT:,} in the old array", PRIMES[FIRST_LIMIT],
           int(numpy.count_nonzero(early == 0)))
     table = numpy.asarray(memory)[start:start + LIMIT + 1]
     check("the old array still shares the memory of the program's table", True, bool(numpy.shares_memory(early, table)))
     print("   With wasmtime's own memory the array could now be a dangling pointer.\n")
 
-    print("3. The store is closed. wasmtime has dropped the memory; the arrays still exist.")
+    print("3. The store is closed. wasmtime has dropped the memory, but the arrays still exist.")
     del memory, exports
     store.close()
     primes = numpy.flatnonzero(table == 0)
     check.unchanged("address of the old array", early_address, address_of(early), hex)
-    check(f"primes up to {FIRST_LIMIT:,}, counted in the old array", PRIMES[FIRST_LIMIT],
+    check(f"primes up to {FIRST_LIMIT:,} in the old array", PRIMES[FIRST_LIMIT],
           int(numpy.count_nonzero(early == 0)))
-    check(f"primes up to {LIMIT:,}, counted by NumPy", PRIMES[LIMIT], len(primes))
-    check("the largest of them", LARGEST_PRIME, int(primes[-1]))
-    check("pairs of twins among them", TWIN_PRIMES, int(numpy.count_nonzero(numpy.diff(primes) == 2)))
-    print("   The pages live as long as the last array on them. With wasmtime's own memory, reading the array\n"
-          "   would have ended this process here.\n")
+    check(f"primes up to {LIMIT:,} according to NumPy", PRIMES[LIMIT], len(primes))
+    check("the largest of these primes", LARGEST_PRIME, int(primes[-1]))
+    check("pairs of twin primes", TWIN_PRIMES, int(numpy.count_nonzero(numpy.diff(primes) == 2)))
+    print("   The pages exist as long as an array on them exists. With wasmtime's own memory, a read of the\n"
+          "   array would have ended this process here.\n")

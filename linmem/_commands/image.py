@@ -27,17 +27,17 @@ EPILOG = """\
 If FILE of --output is a pipe or a device (/dev/stdout, /dev/null), it gets a packed file and is not replaced.
 If FILE is the standard output, all other text goes to standard error.
 
-Exit codes: 0 if it was done and all is well; 1 if a file cannot be read or written, is damaged, or needs
-more memory than there is, with one line for each file; 2 if the command line is wrong; 3 if
+Exit codes: 0 if the command succeeded; 1 if a file cannot be read or written, is damaged, or needs more
+memory than there is, with one line for each file; 2 if the command line is wrong; 3 if
 `diff --exit-code` found a difference."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give `parser`, which is that of ``linmem image``, its subcommands."""
+    """Declare the subcommands of ``linmem image`` and their options."""
     parser.description, parser.epilog = __doc__, EPILOG
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
-    for name, text in (("info", "what the headers of files say"), ("verify", "check every byte of files")):
+    for name, text in (("info", "show the headers of files"), ("verify", "check each byte of files")):
         actions.add_parser(name, help=text).add_argument("files", nargs="+", metavar="FILE")
 
     diff = actions.add_parser("diff", help="which pages of two images differ")
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     diff.add_argument("--map", action="store_true", help="show which pages differ, also if output is not a terminal")
     diff.add_argument("--picture", type=file_name, metavar="PNG",
                       help="draw which pages differ (the extension may also be .svg or .pdf)")
-    diff.add_argument("--exit-code", action="store_true", help=f"exit with {EXIT_DIFFERS} if they differ")
+    diff.add_argument("--exit-code", action="store_true", help=f"exit with {EXIT_DIFFERS} if the images differ")
 
     apply = actions.add_parser("apply", help="apply deltas to an image, one after the other")
     apply.add_argument("base", metavar="IMAGE")
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     apply.add_argument("--packed", action="store_true", help="write a file without holes, which cannot be mapped")
 
     for action in actions.choices.values():
-        action.add_argument("--json", action="store_true", help="print it as one line of JSON; sizes are bytes")
+        action.add_argument("--json", action="store_true", help="print one line of JSON; sizes are in bytes")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -70,7 +70,7 @@ def about(name: str) -> Iterator[None]:
     """Refuse an error in the block, with one line about the file `name`."""
     try:
         yield
-    except FileFormatError as error:        # its text names the file
+    except FileFormatError as error:        # the message contains the name of the file
         raise Refused(str(error)) from None
     except OSError as error:
         raise Refused(f"{os.fsdecode(error.filename or name) or repr(name)}: {error.strerror or error}") from None
@@ -79,7 +79,7 @@ def about(name: str) -> Iterator[None]:
 
 
 def say(text: str, to: TextIO | None = None) -> None:
-    """Print one line. The line may contain the name of a file, which the encoding of the output may not have."""
+    """Print one line. The encoding of the output need not have all characters of the line, for example of a name."""
     to = to or sys.stdout
     encoding = getattr(to, "encoding", None) or "utf-8"
     print(printable(text).encode(encoding, "backslashreplace").decode(encoding), file=to)

@@ -52,7 +52,7 @@ if found != (0, 4 * 65536, b"linmem"):
     raise SystemExit(f"after a growth: moved by, size, contents = {found}")
 store.close()
 if bytes(view[7:13]) != b"linmem":
-    raise SystemExit("the view does not survive store.close()")
+    raise SystemExit("the view shows other bytes after store.close()")
 """
 
 PROBES = (
@@ -70,7 +70,7 @@ CHILD_SECONDS = 60
 
 def add_arguments(parser: Parser) -> None:
     parser.description = __doc__
-    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def main(args: Any) -> int:
@@ -117,7 +117,7 @@ def self_test() -> dict[str, Any]:
 
 
 def probe_wasmtime() -> dict[str, Any]:
-    """Try wasmtime in a child, because a wasmtime that is not compatible could end the process."""
+    """Try wasmtime in a child process, because an incompatible wasmtime could end the process."""
     try:
         version = metadata.version("wasmtime")
     except metadata.PackageNotFoundError:
@@ -135,7 +135,7 @@ CAPABILITY_WORDS = {
     "names": "memories carry a name in the system's maps",
     "discard_any_protection": "protected pages can be discarded",
     "populates": "prefault reports pages that cannot be written",
-    "scans": "a pool learns which pages were touched",
+    "scans": "a pool can ask which pages were touched",
     "maps_images": "memories share the pages of their image until they write them",
 }
 

@@ -29,11 +29,11 @@ over the creator, as linmem.creator("limiting", limit_bytes=...) does.
 
 The report is the last text on standard error, so that standard output has only the program's
 output. With --json it is the last line, also if PROGRAM could not be run; sizes are in bytes and
-times in nanoseconds. "resident" is the physical memory at the end. This is also the peak, because
+times in nanoseconds. "resident" is the physical memory at the end, which is also the peak, because
 wasm memories never shrink.
 
-Exit codes: the program's (0 to 125, as wasmtime allows); 134 if it trapped; 130 on Ctrl-C; 2 if
-the command line is wrong; 1 if PROGRAM cannot be read or run, with one line that says why."""
+Exit codes: the program's (0 to 125, as wasmtime allows); 134 if the program trapped; 130 on Ctrl-C;
+2 if the command line is wrong; 1 if PROGRAM cannot be read or run, with the reason in one line."""
 
 
 def add_arguments(parser: Parser) -> None:
@@ -41,7 +41,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--dir", action="append", default=[], type=split_dir, metavar="HOST[::GUEST]",
                         help="a directory that the program may read and write, under the name GUEST; repeatable")
     parser.add_argument("--env", action="append", default=[], type=split_env, metavar="NAME[=VALUE]",
-                        help="a variable for the program, with this process's value if none is given; repeatable")
+                        help="a variable for the program, by default with its value in this process; repeatable")
     parser.add_argument("--creator", default="mmap", metavar="KIND",
                         help="the creator of the memories: mmap (the default), pool or statistics; see below")
     parser.add_argument("--max-memory", type=parse_size, metavar="SIZE",
@@ -54,7 +54,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def parse(parser: Parser, words: list[str], namespace: None = None) -> tuple[argparse.Namespace, list[str]]:
-    """Parse the options, and put the program and its arguments beside the options."""
+    """Parse the options, and add the program and the arguments of the program to the result."""
     options, program, arguments = split_words(parser, words)
     args, unknown = Parser.parse_known_args(parser, options)
     if unknown:
@@ -83,7 +83,7 @@ def split_words(parser: Parser, words: list[str]) -> tuple[list[str], str | None
         if word.startswith("-") and word != "-":
             options.append(word)
             if word in takes_value and rest:
-                # Joined, so that argparse takes a value that begins with a dash for a value.
+                # With "=", argparse accepts a value that begins with a dash.
                 options[-1] = f"{word}={rest.pop(0)}"
         elif program is None:
             program = word
@@ -159,7 +159,7 @@ def compose_creator(kind: str, max_memory: int | None) -> Any:
 def in_a_thread(work: Callable[[], int]) -> tuple[int, bool]:
     """The exit code of `work`, and whether it still runs after Ctrl-C.
 
-    Python handles signals between bytecodes of the main thread. So the program runs in another thread: Ctrl-C need not
+    Python handles signals between bytecodes of the main thread. The program runs in another thread, so Ctrl-C does not
     wait for native code.
     """
     import threading
@@ -236,7 +236,7 @@ def compile_program(wasmtime: Any, engine: Any, program: str, code: bytes) -> An
         raise Refused(f"{program} is not valid WebAssembly text: {error}") from None
     start = next((export.type for export in module.exports if export.name == "_start"), None)
     if not isinstance(start, wasmtime.FuncType):
-        raise Refused(f"{program} exports no function _start: it is a library, not a WASI command")
+        raise Refused(f"{program} exports no function _start, so it is a library and not a WASI command")
     if start.params or start.results:
         raise Refused(f"{program}: _start has parameters or results, which the _start of a WASI command does not have")
     return module
