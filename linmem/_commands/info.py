@@ -158,7 +158,7 @@ def print_info(figures: dict[str, Any]) -> None:
     print(f"{'wasmtime':18}{version}, {works}: {wasmtime['detail']}")
     print("\nself-test: each child process reads one byte")
     for child in figures["self_test"]["children"]:
-        outcome = f"died of {child['died_of']}" if child["died_of"] else f"ended with code {child['returncode']}"
+        outcome = f"ended by {child['died_of']}" if child["died_of"] else f"ended with code {child['returncode']}"
         print(f"  [{'ok' if child['passed'] else 'FAILED'}] {child['place']}: {outcome}")
         if child["stderr"]:
             print("    " + child["stderr"].replace("\n", "\n    "))
