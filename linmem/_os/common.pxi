@@ -35,7 +35,7 @@ cdef struct details:
     bint watched            # reserve()
     char** base
     int access              # protect()
-    char* to                # move()
+    char* new_addr          # move()
     size_t new_size
     size_t* bytes           # resident()
     int what                # touched() and present()
@@ -43,8 +43,8 @@ cdef struct details:
     size_t* n
     char** next
 
-ctypedef int (*range_call)(char* at, size_t size) noexcept nogil
-ctypedef int (*detailed_call)(char* at, size_t size, details* more) noexcept nogil
+ctypedef int (*range_call)(char* addr, size_t size) noexcept nogil
+ctypedef int (*detailed_call)(char* addr, size_t size, details* more) noexcept nogil
 ctypedef int (*image_call)(image_pages* img, size_t offset, char* bytes, size_t size) noexcept nogil
 
 
@@ -61,14 +61,14 @@ cdef int injected() noexcept nogil:
     return fail_code
 
 
-cdef inline int on_range(range_call call, char* at, size_t size) noexcept nogil:
+cdef inline int on_range(range_call call, char* addr, size_t size) noexcept nogil:
     cdef int code = injected()
-    return code if code else call(at, size)
+    return code if code else call(addr, size)
 
 
-cdef inline int with_details(detailed_call call, char* at, size_t size, details* more) noexcept nogil:
+cdef inline int with_details(detailed_call call, char* addr, size_t size, details* more) noexcept nogil:
     cdef int code = injected()
-    return code if code else call(at, size, more)
+    return code if code else call(addr, size, more)
 
 
 cdef inline int on_image(image_call call, image_pages* img, size_t offset, char* bytes, size_t size) noexcept nogil:
@@ -76,36 +76,36 @@ cdef inline int on_image(image_call call, image_pages* img, size_t offset, char*
     return code if code else call(img, offset, bytes, size)
 
 
-cdef int commit(char* at, size_t size) noexcept nogil:
-    return on_range(os_commit, at, size)
+cdef int commit(char* addr, size_t size) noexcept nogil:
+    return on_range(os_commit, addr, size)
 
 
-cdef int decommit(char* at, size_t size) noexcept nogil:
-    return on_range(os_decommit, at, size)
+cdef int decommit(char* addr, size_t size) noexcept nogil:
+    return on_range(os_decommit, addr, size)
 
 
-cdef int discard(char* at, size_t size) noexcept nogil:
-    return on_range(os_discard, at, size)
+cdef int discard(char* addr, size_t size) noexcept nogil:
+    return on_range(os_discard, addr, size)
 
 
-cdef int renew(char* at, size_t size) noexcept nogil:
-    return on_range(os_renew, at, size)
+cdef int renew(char* addr, size_t size) noexcept nogil:
+    return on_range(os_renew, addr, size)
 
 
-cdef int advise_huge(char* at, size_t size) noexcept nogil:
-    return on_range(os_advise_huge, at, size)
+cdef int advise_huge(char* addr, size_t size) noexcept nogil:
+    return on_range(os_advise_huge, addr, size)
 
 
-cdef int prefault(char* at, size_t size) noexcept nogil:
-    return on_range(os_prefault, at, size)
+cdef int prefault(char* addr, size_t size) noexcept nogil:
+    return on_range(os_prefault, addr, size)
 
 
-cdef int blank(char* at, size_t size) noexcept nogil:
-    return on_range(os_blank, at, size)
+cdef int blank(char* addr, size_t size) noexcept nogil:
+    return on_range(os_blank, addr, size)
 
 
-cdef int release(char* at, size_t size) noexcept nogil:
-    return on_range(os_release, at, size)
+cdef int release(char* addr, size_t size) noexcept nogil:
+    return on_range(os_release, addr, size)
 
 
 cdef int reserve(size_t size, bint watched, char** base) noexcept nogil:
@@ -114,34 +114,34 @@ cdef int reserve(size_t size, bint watched, char** base) noexcept nogil:
     return with_details(os_reserve, NULL, size, &more)
 
 
-cdef int protect(char* at, size_t size, int access) noexcept nogil:
+cdef int protect(char* addr, size_t size, int access) noexcept nogil:
     cdef details more
     more.access = access
-    return with_details(os_protect, at, size, &more)
+    return with_details(os_protect, addr, size, &more)
 
 
-cdef int move(char* at, size_t size, char* to, size_t new_size) noexcept nogil:
+cdef int move(char* addr, size_t size, char* new_addr, size_t new_size) noexcept nogil:
     cdef details more
-    more.to, more.new_size = to, new_size
-    return with_details(os_move, at, size, &more)
+    more.new_addr, more.new_size = new_addr, new_size
+    return with_details(os_move, addr, size, &more)
 
 
-cdef int resident(char* at, size_t size, size_t* bytes) noexcept nogil:
+cdef int resident(char* addr, size_t size, size_t* bytes) noexcept nogil:
     cdef details more
     more.bytes = bytes
-    return with_details(os_resident, at, size, &more)
+    return with_details(os_resident, addr, size, &more)
 
 
-cdef int touched(char* at, size_t size, bint over_image, span* runs, size_t* n, char** next) noexcept nogil:
+cdef int touched(char* addr, size_t size, bint over_image, span* runs, size_t* n, char** next) noexcept nogil:
     cdef details more
     more.what, more.runs, more.n, more.next = OVER_IMAGE if over_image else TOUCHED, runs, n, next
-    return with_details(os_touched, at, size, &more)
+    return with_details(os_touched, addr, size, &more)
 
 
-cdef int present(char* at, size_t size, span* runs, size_t* n, char** next) noexcept nogil:
+cdef int present(char* addr, size_t size, span* runs, size_t* n, char** next) noexcept nogil:
     cdef details more
     more.what, more.runs, more.n, more.next = PRESENT, runs, n, next
-    return with_details(os_touched, at, size, &more)
+    return with_details(os_touched, addr, size, &more)
 
 
 cdef int image_begin(size_t size, image_pages* out) noexcept nogil:
@@ -171,12 +171,12 @@ cdef int image_open(int descriptor, long long position, size_t size, image_pages
     return code
 
 
-cdef int image_map(const image_pages* img, size_t offset, char* at, size_t size) noexcept nogil:
-    return on_image(os_image_map, <image_pages*>img, offset, at, size)
+cdef int image_map(const image_pages* img, size_t offset, char* addr, size_t size) noexcept nogil:
+    return on_image(os_image_map, <image_pages*>img, offset, addr, size)
 
 
-cdef int image_renew(const image_pages* img, size_t offset, char* at, size_t size) noexcept nogil:
-    return on_image(os_image_renew, <image_pages*>img, offset, at, size)
+cdef int image_renew(const image_pages* img, size_t offset, char* addr, size_t size) noexcept nogil:
+    return on_image(os_image_renew, <image_pages*>img, offset, addr, size)
 
 
 # -- what the systems' own functions share -------------------------------------------------------
@@ -222,11 +222,11 @@ cdef inline bint add_page(span* runs, size_t* n, size_t room, char* page) noexce
     return True
 
 
-cdef int touch_pages(char* at, size_t size) noexcept nogil:
+cdef int touch_pages(char* addr, size_t size) noexcept nogil:
     """Make every page resident by a write that changes no byte."""
     cdef size_t offset = 0
     while offset < size:
-        touch(at + offset)
+        touch(addr + offset)
         offset += real_page
     return 0
 

@@ -185,25 +185,25 @@ cdef int become_private(image_pages* img) noexcept nogil:
 
 cdef int read_data(int fd, char* to, size_t size) noexcept nogil:
     """Reads the file into memory that is zero, and skips its holes where the file system knows them."""
-    cdef size_t at = 0, end
+    cdef size_t offset = 0, end
     cdef off_t data, hole
     cdef ssize_t n
-    while at < size:
+    while offset < size:
         end = size
-        data = lseek(fd, <off_t>at, SEEK_DATA)
+        data = lseek(fd, <off_t>offset, SEEK_DATA)
         if data < 0 and errno == ENXIO:
             return 0
         hole = lseek(fd, data, SEEK_HOLE) if data >= 0 else -1
         if hole >= 0:
-            at = <size_t>data
+            offset = <size_t>data
             end = <size_t>hole if <size_t>hole < size else size
-        while at < end:
-            n = pread(fd, to + at, at_most(end - at, IO_STEP), <off_t>at)
+        while offset < end:
+            n = pread(fd, to + offset, at_most(end - offset, IO_STEP), <off_t>offset)
             if n < 0 and errno == EINTR:
                 continue
             if n <= 0:
                 return EIO if n == 0 else errno
-            at += <size_t>n
+            offset += <size_t>n
     return 0
 
 
@@ -298,21 +298,21 @@ cdef void image_drop(image_pages* img) noexcept nogil:
     close_if_open(<int>img.handle)
 
 
-cdef int os_image_map(image_pages* img, size_t offset, char* at, size_t size) noexcept nogil:
-    cdef void* p = mmap(at, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE | MAP_FIXED, <int>img.handle,
+cdef int os_image_map(image_pages* img, size_t offset, char* addr, size_t size) noexcept nogil:
+    cdef void* p = mmap(addr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE | MAP_FIXED, <int>img.handle,
                         <off_t>img.position + <off_t>offset)
     return errno if p == MAP_FAILED else 0
 
 
-cdef int os_image_renew(image_pages* img, size_t offset, char* at, size_t size) noexcept nogil:
+cdef int os_image_renew(image_pages* img, size_t offset, char* addr, size_t size) noexcept nogil:
     # For the pages of a private file mapping, MADV_DONTNEED drops the written copies.
-    return os_discard(at, size) if ON_LINUX else os_image_map(img, offset, at, size)
+    return os_discard(addr, size) if ON_LINUX else os_image_map(img, offset, addr, size)
 
 
-cdef int os_blank(char* at, size_t size) noexcept nogil:
-    if mmap(at, size, PROT_READ | PROT_WRITE, MAP_FRESH | MAP_FIXED, -1, 0) == MAP_FAILED:
+cdef int os_blank(char* addr, size_t size) noexcept nogil:
+    if mmap(addr, size, PROT_READ | PROT_WRITE, MAP_FRESH | MAP_FIXED, -1, 0) == MAP_FAILED:
         return errno
-    set_name(at, size)
+    set_name(addr, size)
     return 0
 
 

@@ -103,7 +103,7 @@ cdef int checked_pagemap_fd(int* fd) noexcept nogil:
     return pagemap_fd(fd)
 
 
-cdef int scan_by_ioctl(char* at, size_t size, details* more) noexcept nogil:
+cdef int scan_by_ioctl(char* addr, size_t size, details* more) noexcept nogil:
     cdef page_region regions[64]
     cdef pm_scan_arg scan
     cdef int fd, got, i
@@ -112,7 +112,7 @@ cdef int scan_by_ioctl(char* at, size_t size, details* more) noexcept nogil:
         return code
     memset(&scan, 0, sizeof(scan))
     scan.size = sizeof(scan)
-    scan.start = <uint64_t>at
+    scan.start = <uint64_t>addr
     scan.end = scan.start + size
     scan.vec = <uint64_t>&regions[0]
     scan.vec_len = at_most(more.n[0], sizeof(regions) // sizeof(regions[0]))
@@ -131,7 +131,7 @@ cdef int scan_by_ioctl(char* at, size_t size, details* more) noexcept nogil:
     return 0
 
 
-cdef int scan_by_reading(char* at, size_t size, details* more) noexcept nogil:
+cdef int scan_by_reading(char* addr, size_t size, details* more) noexcept nogil:
     cdef uint64_t entries[512]
     cdef size_t room = more.n[0], used = 0, offset = 0, count, i
     cdef ssize_t got
@@ -141,29 +141,29 @@ cdef int scan_by_reading(char* at, size_t size, details* more) noexcept nogil:
         return code
     while offset < size:
         count = at_most((size - offset) // real_page, sizeof(entries) // sizeof(entries[0]))
-        got = pread(fd, entries, count * 8, <off_t>(<size_t>(at + offset) // real_page * 8))
+        got = pread(fd, entries, count * 8, <off_t>(<size_t>(addr + offset) // real_page * 8))
         if got != <ssize_t>(count * 8):
             return errno if got < 0 else EIO
         for i in range(count):
             if (entries[i] >> ENTRY_SWAPPED and not (more.what == OVER_IMAGE and entries[i] >> ENTRY_FILE & 1)
-                    and not add_page(more.runs, &used, room, at + offset)):
+                    and not add_page(more.runs, &used, room, addr + offset)):
                 size = offset       # no room for another run: the next scan begins here
                 break
             offset += real_page
     more.n[0] = used
-    more.next[0] = at + offset
+    more.next[0] = addr + offset
     return 0
 
 
-cdef int os_touched(char* at, size_t size, details* more) noexcept nogil:
-    return scan_by(scan_way, at, size, more)
+cdef int os_touched(char* addr, size_t size, details* more) noexcept nogil:
+    return scan_by(scan_way, addr, size, more)
 
 
-cdef int scan_by(int way, char* at, size_t size, details* more) noexcept nogil:
+cdef int scan_by(int way, char* addr, size_t size, details* more) noexcept nogil:
     if way == SCAN_IOCTL:
-        return scan_by_ioctl(at, size, more)
+        return scan_by_ioctl(addr, size, more)
     if way == SCAN_READING:
-        return scan_by_reading(at, size, more)
+        return scan_by_reading(addr, size, more)
     return ENOSYS
 
 

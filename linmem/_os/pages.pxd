@@ -2,7 +2,7 @@
 # linmem._os.pages. No module above this floor asks which OS it runs on: it asks `capabilities()`.
 #
 # Every function is nogil. It returns 0, or the OS's own code (errno, GetLastError) read on the line after the
-# call, and does either all of what its comment says or nothing. `at` and `size` are multiples of
+# call, and does either all of what its comment says or nothing. `addr` and `size` are multiples of
 # capabilities().page_size and size > 0, unless the comment says otherwise. The caller rounds; no function checks.
 # In the comments, the text before "->" must hold before the call, and the text after it holds on return.
 
@@ -38,48 +38,48 @@ cdef const capabilities_t* capabilities() noexcept nogil
 # watched: the caller will ask touched() about the pages, and accepts that they cost more; a hint.
 cdef int reserve(size_t size, bint watched, char** base) noexcept nogil
 
-# [at, at+size) lies in one reservation; each page was never committed, or was decommitted, or was hidden by
+# [addr, addr+size) lies in one reservation; each page was never committed, or was decommitted, or was hidden by
 # protect(ACCESS_NONE). -> readable and writable; a hidden page keeps its bytes, every other page is zero.
 # If the OS refuses, hidden pages may have been decommitted.
-cdef int commit(char* at, size_t size) noexcept nogil
+cdef int commit(char* addr, size_t size) noexcept nogil
 
-# [at, at+size) lies in one reservation. -> inaccessible; the contents and their charge are given back.
-cdef int decommit(char* at, size_t size) noexcept nogil
+# [addr, addr+size) lies in one reservation. -> inaccessible; the contents and their charge are given back.
+cdef int decommit(char* addr, size_t size) noexcept nogil
 
-# [at, at+size) is committed, and readable and writable unless discard_any_protection.
+# [addr, addr+size) is committed, and readable and writable unless discard_any_protection.
 # -> reads as zero, protection kept, physical pages given back.
-cdef int discard(char* at, size_t size) noexcept nogil
+cdef int discard(char* addr, size_t size) noexcept nogil
 
-# [at, at+size) is committed, readable and writable, and no other thread accesses it. -> reads as zero, physical
+# [addr, addr+size) is committed, readable and writable, and no other thread accesses it. -> reads as zero, physical
 # pages given back, in the cheapest way. If the OS refuses, the range may have become inaccessible.
-cdef int renew(char* at, size_t size) noexcept nogil
+cdef int renew(char* addr, size_t size) noexcept nogil
 
-# Only where `scans`. [at, at+size) is committed; *n > 0 is the number of runs that `runs` has room for. -> *n runs, in
-# order of address. Each page before *next that may hold a byte other than zero (over_image: a byte that differs from
+# Only where `scans`. [addr, addr+size) is committed; *n > 0 is the number of runs that `runs` has room for. -> *n runs,
+# in order of address. Each page before *next that may hold a byte other than zero (over_image: a byte that differs from
 # the mapped image) lies in a run. A page that the kernel has swapped out or is migrating may hold such a byte.
-# *next == at + size: the scan is complete. If the system cannot tell, any code.
-cdef int touched(char* at, size_t size, bint over_image, span* runs, size_t* n, char** next) noexcept nogil
+# *next == addr + size: the scan is complete. If the system cannot tell, any code.
+cdef int touched(char* addr, size_t size, bint over_image, span* runs, size_t* n, char** next) noexcept nogil
 
-# As touched(), but for each page that the page tables have, also if it was only read. [at, at+size) lies in one
+# As touched(), but for each page that the page tables have, also if it was only read. [addr, addr+size) lies in one
 # reservation and has any protection. Some systems with `scans` cannot do this, and return any code.
-cdef int present(char* at, size_t size, span* runs, size_t* n, char** next) noexcept nogil
+cdef int present(char* addr, size_t size, span* runs, size_t* n, char** next) noexcept nogil
 
-# [at, at+size) lies in one reservation. -> the kernel may use huge pages there; a hint.
-cdef int advise_huge(char* at, size_t size) noexcept nogil
+# [addr, addr+size) lies in one reservation. -> the kernel may use huge pages there; a hint.
+cdef int advise_huge(char* addr, size_t size) noexcept nogil
 
-# [at, at+size) is committed. access: an ACCESS_ constant. -> the pages have this access; with ACCESS_READ_EXECUTE the
-# processor executes the code that was written before the call. If the OS refuses, and the pages differed in
+# [addr, addr+size) is committed. access: an ACCESS_ constant. -> the pages have this access; with ACCESS_READ_EXECUTE
+# the processor executes the code that was written before the call. If the OS refuses, and the pages differed in
 # protection before, a part of them may have the access already. A host may refuse every ACCESS_READ_EXECUTE.
-cdef int protect(char* at, size_t size, int access) noexcept nogil
+cdef int protect(char* addr, size_t size, int access) noexcept nogil
 
-# [at, at+size) is committed and writable. -> every page is resident, no byte has changed.
-cdef int prefault(char* at, size_t size) noexcept nogil
+# [addr, addr+size) is committed and writable. -> every page is resident, no byte has changed.
+cdef int prefault(char* addr, size_t size) noexcept nogil
 
-# Only where `moves`. [at, at+size) is committed and one mapping (committed in one run, never
-# protected otherwise); [to, to+new_size) lies in another reservation, new_size >= size.
-# -> the pages are at `to` with the same bytes, followed by zeros, readable and writable; the range at `at` is
+# Only where `moves`. [addr, addr+size) is committed and one mapping (committed in one run, never
+# protected otherwise); [new_addr, new_addr+new_size) lies in another reservation, new_size >= size.
+# -> the pages are at new_addr with the same bytes, followed by zeros, readable and writable; the range at addr is
 # released.
-cdef int move(char* at, size_t size, char* to, size_t new_size) noexcept nogil
+cdef int move(char* addr, size_t size, char* new_addr, size_t new_size) noexcept nogil
 
 # The pages of an image. They are filled once, and no process can write them afterwards.
 #   image_begin()  -> `size` bytes of zeros, which image_write() may fill; of the best kind that the OS grants.
@@ -111,23 +111,23 @@ cdef int image_end(image_pages* img) noexcept nogil
 cdef int image_open(int descriptor, long long position, size_t size, image_pages* out) noexcept nogil
 cdef void image_drop(image_pages* img) noexcept nogil
 
-# Only where img.maps. [at, at+size) is committed, or mapped from an image. -> readable and writable, with the image's
-# bytes from `offset` (a multiple of page_size) on; pages are copied when they are written (copy-on-write).
+# Only where img.maps. [addr, addr+size) is committed, or mapped from an image. -> readable and writable, with the
+# image's bytes from `offset` (a multiple of page_size) on; pages are copied when they are written (copy-on-write).
 # Do not call discard() or renew() on such pages: what they read as afterwards differs among systems.
-cdef int image_map(const image_pages* img, size_t offset, char* at, size_t size) noexcept nogil
+cdef int image_map(const image_pages* img, size_t offset, char* addr, size_t size) noexcept nogil
 
-# image_map() mapped [at, at+size) from `offset`; the pages are readable and writable unless discard_any_protection.
+# image_map() mapped [addr, addr+size) from `offset`; the pages are readable and writable unless discard_any_protection.
 # -> the written copies are given back, and the pages show the image again.
-cdef int image_renew(const image_pages* img, size_t offset, char* at, size_t size) noexcept nogil
+cdef int image_renew(const image_pages* img, size_t offset, char* addr, size_t size) noexcept nogil
 
-# Only where maps_images. [at, at+size) is committed. -> zero, readable and writable, and not mapped from an image.
-cdef int blank(char* at, size_t size) noexcept nogil
+# Only where maps_images. [addr, addr+size) is committed. -> zero, readable and writable, and not mapped from an image.
+cdef int blank(char* addr, size_t size) noexcept nogil
 
-# -> bytes: how many bytes of [at, at+size) are in physical memory.
-cdef int resident(char* at, size_t size, size_t* bytes) noexcept nogil
+# -> bytes: how many bytes of [addr, addr+size) are in physical memory.
+cdef int resident(char* addr, size_t size, size_t* bytes) noexcept nogil
 
-# [at, at+size) is a whole reservation (where `moves`: or a part of one). -> the addresses are given back.
-cdef int release(char* at, size_t size) noexcept nogil
+# [addr, addr+size) is a whole reservation (where `moves`: or a part of one). -> the addresses are given back.
+cdef int release(char* addr, size_t size) noexcept nogil
 
 # The address space of this process: `total` bytes, of which `left` may still be reserved under the
 # limits in force now (left == total if there is no limit).

@@ -43,12 +43,12 @@ cdef extern from "<sys/mman.h>" nogil:
     enum: MADV_DONTNEED, MADV_HUGEPAGE, MADV_NOHUGEPAGE, MADV_WIPEONFORK, MADV_POPULATE_WRITE
     unsigned int MFD_CLOEXEC, MFD_ALLOW_SEALING, MFD_NOEXEC_SEAL
     void* MAP_FAILED
-    void* mmap(void* at, size_t size, int protection, int flags, int fd, off_t offset)
-    int munmap(void* at, size_t size)
-    int mprotect(void* at, size_t size, int protection)
-    int madvise(void* at, size_t size, int advice)
-    void* mremap(void* at, size_t size, size_t new_size, int flags, ...)
-    int mincore(void* at, size_t size, void* vector)
+    void* mmap(void* addr, size_t length, int prot, int flags, int fd, off_t offset)
+    int munmap(void* addr, size_t length)
+    int mprotect(void* addr, size_t length, int prot)
+    int madvise(void* addr, size_t length, int advice)
+    void* mremap(void* old_address, size_t old_size, size_t new_size, int flags, ...)
+    int mincore(void* addr, size_t length, void* vec)
     int memfd_create(const char* name, unsigned int flags)
 
 cdef extern from "<sys/ioctl.h>" nogil:
@@ -77,11 +77,11 @@ cdef unsigned long long NO_LIMIT = ~<unsigned long long>0
 cdef int MAP_FRESH = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
 
 
-cdef inline int set_name(void* at, size_t size) noexcept nogil:
+cdef inline int set_name(void* addr, size_t size) noexcept nogil:
     """For tools that list mappings; a refusal has no effect on anything else."""
     if not caps.names:
         return 0
-    return prctl(PR_SET_VMA, PR_SET_VMA_ANON_NAME, <unsigned long>at, <unsigned long>size, <unsigned long>NAME)
+    return prctl(PR_SET_VMA, PR_SET_VMA_ANON_NAME, <unsigned long>addr, <unsigned long>size, <unsigned long>NAME)
 
 
 cdef int os_reserve(char* unused, size_t size, details* more) noexcept nogil:
@@ -109,46 +109,46 @@ cdef int os_reserve(char* unused, size_t size, details* more) noexcept nogil:
     return 0
 
 
-cdef int os_commit(char* at, size_t size) noexcept nogil:
+cdef int os_commit(char* addr, size_t size) noexcept nogil:
     cdef int code
     if too_much(size):
         return ENOMEM
-    if mprotect(at, size, PROT_READ | PROT_WRITE) == 0:
+    if mprotect(addr, size, PROT_READ | PROT_WRITE) == 0:
         return 0
     # The range may be several mappings (pages that were hidden are one of their own), and those before the refused one
     # are accessible now. None was accessible before the call, and wasm relies on where the guard begins.
     code = errno
-    mprotect(at, size, PROT_NONE)
+    mprotect(addr, size, PROT_NONE)
     return code
 
 
-cdef int os_decommit(char* at, size_t size) noexcept nogil:
+cdef int os_decommit(char* addr, size_t size) noexcept nogil:
     # A fresh mapping instead of mprotect(PROT_NONE), which would keep the charge, and would put the range into core
     # dumps because it once had pages.
-    if mmap(at, size, PROT_NONE, MAP_FRESH | MAP_FIXED, -1, 0) == MAP_FAILED:
+    if mmap(addr, size, PROT_NONE, MAP_FRESH | MAP_FIXED, -1, 0) == MAP_FAILED:
         return errno
-    set_name(at, size)
+    set_name(addr, size)
     return 0
 
 
-cdef int os_discard(char* at, size_t size) noexcept nogil:
+cdef int os_discard(char* addr, size_t size) noexcept nogil:
     if ON_LINUX:
-        return errno if madvise(at, size, MADV_DONTNEED) else 0
+        return errno if madvise(addr, size, MADV_DONTNEED) else 0
     # Elsewhere MADV_DONTNEED is a hint, and the bytes may stay; in a fresh mapping they do not.
-    return errno if mmap(at, size, PROT_READ | PROT_WRITE, MAP_FRESH | MAP_FIXED, -1, 0) == MAP_FAILED else 0
+    return errno if mmap(addr, size, PROT_READ | PROT_WRITE, MAP_FRESH | MAP_FIXED, -1, 0) == MAP_FAILED else 0
 
 
-cdef int os_renew(char* at, size_t size) noexcept nogil:
-    return os_discard(at, size)
+cdef int os_renew(char* addr, size_t size) noexcept nogil:
+    return os_discard(addr, size)
 
 
-cdef int os_advise_huge(char* at, size_t size) noexcept nogil:
+cdef int os_advise_huge(char* addr, size_t size) noexcept nogil:
     if not ON_LINUX:
         return ENOTSUP
-    return errno if madvise(at, size, MADV_HUGEPAGE) else 0
+    return errno if madvise(addr, size, MADV_HUGEPAGE) else 0
 
 
-cdef int os_protect(char* at, size_t size, details* more) noexcept nogil:
+cdef int os_protect(char* addr, size_t size, details* more) noexcept nogil:
     cdef int protection = PROT_NONE
     if more.access == ACCESS_READ:
         protection = PROT_READ
@@ -156,42 +156,42 @@ cdef int os_protect(char* at, size_t size, details* more) noexcept nogil:
         protection = PROT_READ | PROT_WRITE
     elif more.access == ACCESS_READ_EXECUTE:
         protection = PROT_READ | PROT_EXEC
-    if mprotect(at, size, protection):
+    if mprotect(addr, size, protection):
         return errno
     if more.access == ACCESS_READ_EXECUTE:
-        clear_cache(at, at + size)
+        clear_cache(addr, addr + size)
     return 0
 
 
-cdef int os_prefault(char* at, size_t size) noexcept nogil:
+cdef int os_prefault(char* addr, size_t size) noexcept nogil:
     if caps.populates:
-        return errno if madvise(at, size, MADV_POPULATE_WRITE) else 0
-    return touch_pages(at, size)
+        return errno if madvise(addr, size, MADV_POPULATE_WRITE) else 0
+    return touch_pages(addr, size)
 
 
-cdef int os_move(char* at, size_t size, details* more) noexcept nogil:
+cdef int os_move(char* addr, size_t size, details* more) noexcept nogil:
     cdef int code
     if not ON_LINUX:
         return ENOTSUP
     if too_much(more.new_size - size):
         return ENOMEM
-    if mremap(at, size, more.new_size, MREMAP_MAYMOVE | MREMAP_FIXED, more.to) != MAP_FAILED:
-        count_released(size)        # the range at `at`; the range at `to` was counted when it was reserved
+    if mremap(addr, size, more.new_size, MREMAP_MAYMOVE | MREMAP_FIXED, more.new_addr) != MAP_FAILED:
+        count_released(size)        # the range at addr; the range at new_addr was counted when it was reserved
         return 0
     # The kernel may have unmapped the destination before it refused. Fill the hole, so that no other thread maps pages
     # there, which the caller's release() would unmap. If there is no hole, this call changes nothing.
     code = errno
-    if mmap(more.to, more.new_size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0) != MAP_FAILED:
-        set_name(more.to, more.new_size)
+    if mmap(more.new_addr, more.new_size, PROT_NONE, MAP_FRESH | MAP_FIXED_NOREPLACE, -1, 0) != MAP_FAILED:
+        set_name(more.new_addr, more.new_size)
     return code
 
 
-cdef int os_resident(char* at, size_t size, details* more) noexcept nogil:
+cdef int os_resident(char* addr, size_t size, details* more) noexcept nogil:
     cdef unsigned char vector[4096]
     cdef size_t left = size // real_page, pages = 0, n, i
     while left:
         n = at_most(left, sizeof(vector))       # mincore() writes as many bytes as the range has pages
-        if mincore(at + size - left * real_page, n * real_page, <void*>vector):
+        if mincore(addr + size - left * real_page, n * real_page, <void*>vector):
             return errno
         for i in range(n):
             pages += vector[i] & 1
@@ -200,8 +200,8 @@ cdef int os_resident(char* at, size_t size, details* more) noexcept nogil:
     return 0
 
 
-cdef int os_release(char* at, size_t size) noexcept nogil:
-    if munmap(at, size):
+cdef int os_release(char* addr, size_t size) noexcept nogil:
+    if munmap(addr, size):
         return errno
     count_released(size)
     return 0

@@ -44,29 +44,30 @@ cdef extern from "<windows.h>" nogil:
     int ERROR_WORKING_SET_QUOTA, ERROR_COMMITMENT_LIMIT, ERROR_NOT_ENOUGH_QUOTA, ERROR_INVALID_HANDLE
 
     DWORD GetLastError()
-    void* VirtualAlloc(void* at, size_t size, DWORD type, DWORD protection)
-    bint VirtualFree(void* at, size_t size, DWORD type)
-    bint VirtualProtect(void* at, size_t size, DWORD protection, DWORD* before)
-    size_t VirtualQuery(const void* at, MEMORY_BASIC_INFORMATION* about, size_t size)
-    bint VirtualUnlock(void* at, size_t size)
-    unsigned int GetWriteWatch(DWORD flags, void* at, size_t size, void** pages, ULONG_PTR* n, DWORD* page_size)
-    unsigned int ResetWriteWatch(void* at, size_t size)
-    bint FlushInstructionCache(HANDLE process, const void* at, size_t size)
+    void* VirtualAlloc(void* addr, size_t size, DWORD allocation_type, DWORD protect)
+    bint VirtualFree(void* addr, size_t size, DWORD free_type)
+    bint VirtualProtect(void* addr, size_t size, DWORD new_protect, DWORD* old_protect)
+    size_t VirtualQuery(const void* addr, MEMORY_BASIC_INFORMATION* buffer, size_t length)
+    bint VirtualUnlock(void* addr, size_t size)
+    unsigned int GetWriteWatch(DWORD flags, void* addr, size_t size, void** addresses, ULONG_PTR* count,
+                               DWORD* granularity)
+    unsigned int ResetWriteWatch(void* addr, size_t size)
+    bint FlushInstructionCache(HANDLE process, const void* addr, size_t size)
     HANDLE GetCurrentProcess()
     void GetSystemInfo(SYSTEM_INFO* info)
     bint GlobalMemoryStatusEx(MEMORYSTATUSEX* status)
-    HANDLE CreateFileMappingW(HANDLE file, void* security, DWORD protection, DWORD size_high, DWORD size_low,
-                              const wchar_t* name)
+    HANDLE CreateFileMappingW(HANDLE file, void* attributes, DWORD protect, DWORD maximum_size_high,
+                              DWORD maximum_size_low, const wchar_t* name)
     void* MapViewOfFile(HANDLE section, DWORD access, DWORD offset_high, DWORD offset_low, size_t size)
-    bint UnmapViewOfFile(const void* at)
+    bint UnmapViewOfFile(const void* addr)
     bint CloseHandle(HANDLE handle)
-    bint DuplicateHandle(HANDLE process, HANDLE handle, HANDLE to_process, HANDLE* out, DWORD access, bint inherit,
-                         DWORD options)
+    bint DuplicateHandle(HANDLE process, HANDLE handle, HANDLE target_process, HANDLE* target_handle, DWORD access,
+                         bint inherit, DWORD options)
     DWORD GetFileType(HANDLE file)
     bint GetFileSizeEx(HANDLE file, LARGE_INTEGER* size)
-    bint CreatePipe(HANDLE* out, HANDLE* into, void* security, DWORD size)
-    bint ReadFile(HANDLE file, void* bytes, DWORD size, DWORD* done, void* overlapped)
-    bint WriteFile(HANDLE file, const void* bytes, DWORD size, DWORD* done, void* overlapped)
+    bint CreatePipe(HANDLE* read_pipe, HANDLE* write_pipe, void* attributes, DWORD size)
+    bint ReadFile(HANDLE file, void* buffer, DWORD size, DWORD* bytes_read, void* overlapped)
+    bint WriteFile(HANDLE file, const void* buffer, DWORD size, DWORD* bytes_written, void* overlapped)
     bint QueryPerformanceCounter(LARGE_INTEGER* ticks)
     bint QueryPerformanceFrequency(LARGE_INTEGER* ticks)
     bint SwitchToThread()
@@ -129,25 +130,25 @@ cdef int os_reserve(char* unused, size_t size, details* more) noexcept nogil:
     return 0
 
 
-cdef int os_commit(char* at, size_t size) noexcept nogil:
+cdef int os_commit(char* addr, size_t size) noexcept nogil:
     cdef int code
-    if VirtualAlloc(at, size, MEM_COMMIT, PAGE_READWRITE) != NULL:
+    if VirtualAlloc(addr, size, MEM_COMMIT, PAGE_READWRITE) != NULL:
         return 0
     # The documentation does not say that a commit which fails half way leaves the first half as it was.
     code = last_error()
-    VirtualFree(at, size, MEM_DECOMMIT)
+    VirtualFree(addr, size, MEM_DECOMMIT)
     return code
 
 
-cdef int os_decommit(char* at, size_t size) noexcept nogil:
-    if not VirtualFree(at, size, MEM_DECOMMIT):
+cdef int os_decommit(char* addr, size_t size) noexcept nogil:
+    if not VirtualFree(addr, size, MEM_DECOMMIT):
         return last_error()
     if can_watch:
-        ResetWriteWatch(at, size)       # a decommit does not do this; refused if the range is not watched
+        ResetWriteWatch(addr, size)     # a decommit does not do this; refused if the range is not watched
     return 0
 
 
-cdef int os_discard(char* at, size_t size) noexcept nogil:
+cdef int os_discard(char* addr, size_t size) noexcept nogil:
     # Not decommit and commit: an access of another thread between the two would be a fault, and if the commit is
     # refused (another program took the charge meanwhile), pages with live views on them would be lost. MEM_RESET keeps
     # pages and charge. According to the documentation of MEM_RESET_UNDO, the bytes then stay or are replaced with
@@ -158,36 +159,36 @@ cdef int os_discard(char* at, size_t size) noexcept nogil:
     cdef size_t offset = 0, step
     while offset < size:
         step = at_most(size - offset, DISCARD_STEP)
-        memset(at + offset, 0, step)
-        if VirtualAlloc(at + offset, step, MEM_RESET, PAGE_NOACCESS) == NULL:
+        memset(addr + offset, 0, step)
+        if VirtualAlloc(addr + offset, step, MEM_RESET, PAGE_NOACCESS) == NULL:
             return last_error()
-        VirtualUnlock(at + offset, step)
+        VirtualUnlock(addr + offset, step)
         offset += step
     return 0
 
 
-cdef int os_renew(char* at, size_t size) noexcept nogil:
+cdef int os_renew(char* addr, size_t size) noexcept nogil:
     # No other thread accesses the range, so the way that is closed to discard() is open here; it touches no page.
-    if not VirtualFree(at, size, MEM_DECOMMIT):
+    if not VirtualFree(addr, size, MEM_DECOMMIT):
         return last_error()
     if can_watch:
-        ResetWriteWatch(at, size)       # before the commit, which makes this call dearer
-    return 0 if VirtualAlloc(at, size, MEM_COMMIT, PAGE_READWRITE) != NULL else last_error()
+        ResetWriteWatch(addr, size)     # before the commit, which makes this call dearer
+    return 0 if VirtualAlloc(addr, size, MEM_COMMIT, PAGE_READWRITE) != NULL else last_error()
 
 
-cdef int os_touched(char* at, size_t size, details* more) noexcept nogil:
+cdef int os_touched(char* addr, size_t size, details* more) noexcept nogil:
     # QueryWorkingSetEx does not know pages in the paging file, and no call tells which pages differ from an image.
-    return written(at, size, more) if more.what == TOUCHED and caps.scans else ERROR_NOT_SUPPORTED
+    return written(addr, size, more) if more.what == TOUCHED and caps.scans else ERROR_NOT_SUPPORTED
 
 
-cdef int written(char* at, size_t size, details* more) noexcept nogil:
+cdef int written(char* addr, size_t size, details* more) noexcept nogil:
     """The pages that were written since they were reserved, or since ResetWriteWatch(). A listed page may be zero; a
     page that is not listed has never been anything else."""
     cdef void* listed[ASKED_AT_ONCE]
     cdef ULONG_PTR count = ASKED_AT_ONCE, i = 0
     cdef DWORD unit
     cdef size_t room = more.n[0]
-    if GetWriteWatch(0, at, size, listed, &count, &unit):
+    if GetWriteWatch(0, addr, size, listed, &count, &unit):
         return ERROR_NOT_SUPPORTED
     more.n[0] = 0
     while i < count and add_page(more.runs, more.n, room, <char*>listed[i]):
@@ -195,7 +196,7 @@ cdef int written(char* at, size_t size, details* more) noexcept nogil:
     if i < count:
         more.next[0] = <char*>listed[i]
     elif count < ASKED_AT_ONCE:
-        more.next[0] = at + size
+        more.next[0] = addr + size
     else:
         more.next[0] = <char*>listed[count - 1] + real_page
     return 0
@@ -231,16 +232,16 @@ cdef bint writes_are_seen() noexcept nogil:
     return seen
 
 
-cdef int os_advise_huge(char* at, size_t size) noexcept nogil:
+cdef int os_advise_huge(char* addr, size_t size) noexcept nogil:
     return ERROR_NOT_SUPPORTED
 
 
-cdef int set_protection(char* at, size_t size, DWORD protection) noexcept nogil:
+cdef int set_protection(char* addr, size_t size, DWORD protection) noexcept nogil:
     cdef DWORD before
-    return 0 if VirtualProtect(at, size, protection, &before) else last_error()
+    return 0 if VirtualProtect(addr, size, protection, &before) else last_error()
 
 
-cdef int os_protect(char* at, size_t size, details* more) noexcept nogil:
+cdef int os_protect(char* addr, size_t size, details* more) noexcept nogil:
     cdef DWORD protection = PAGE_NOACCESS
     cdef int code
     if more.access == ACCESS_READ:
@@ -249,28 +250,28 @@ cdef int os_protect(char* at, size_t size, details* more) noexcept nogil:
         protection = PAGE_READWRITE
     elif more.access == ACCESS_READ_EXECUTE:
         protection = PAGE_EXECUTE_READ
-    code = set_protection(at, size, protection)
+    code = set_protection(addr, size, protection)
     if code == 0 and more.access == ACCESS_READ_EXECUTE:
-        FlushInstructionCache(GetCurrentProcess(), at, size)
+        FlushInstructionCache(GetCurrentProcess(), addr, size)
     return code
 
 
-cdef int os_prefault(char* at, size_t size) noexcept nogil:
+cdef int os_prefault(char* addr, size_t size) noexcept nogil:
     # PrefetchVirtualMemory reads from files; it does not make fresh pages resident.
-    return touch_pages(at, size)
+    return touch_pages(addr, size)
 
 
-cdef int os_move(char* at, size_t size, details* more) noexcept nogil:
+cdef int os_move(char* addr, size_t size, details* more) noexcept nogil:
     return ERROR_NOT_SUPPORTED
 
 
-cdef int os_resident(char* at, size_t size, details* more) noexcept nogil:
+cdef int os_resident(char* addr, size_t size, details* more) noexcept nogil:
     cdef PSAPI_WORKING_SET_EX_INFORMATION asked[ASKED_AT_ONCE]
     cdef size_t left = size // real_page, pages = 0, n, i
     while left:
         n = at_most(left, sizeof(asked) // sizeof(asked[0]))
         for i in range(n):
-            asked[i].VirtualAddress = at + size - (left - i) * real_page
+            asked[i].VirtualAddress = addr + size - (left - i) * real_page
         if not QueryWorkingSetEx(GetCurrentProcess(), asked, <DWORD>(n * sizeof(asked[0]))):
             return last_error()
         for i in range(n):
@@ -280,10 +281,10 @@ cdef int os_resident(char* at, size_t size, details* more) noexcept nogil:
     return 0
 
 
-cdef int os_release(char* at, size_t size) noexcept nogil:
-    # MEM_RELEASE takes the base of the reservation that `at` lies in, and no other address.
+cdef int os_release(char* addr, size_t size) noexcept nogil:
+    # MEM_RELEASE takes the base of the reservation that `addr` lies in, and no other address.
     cdef MEMORY_BASIC_INFORMATION about
-    if VirtualQuery(at, &about, sizeof(about)) == 0:
+    if VirtualQuery(addr, &about, sizeof(about)) == 0:
         return last_error()
     if about.State == MEM_FREE:
         return ERROR_INVALID_ADDRESS
@@ -407,15 +408,15 @@ cdef void image_drop(image_pages* img) noexcept nogil:
         CloseHandle(<HANDLE>img.handle)
 
 
-cdef int os_image_map(image_pages* img, size_t offset, char* at, size_t size) noexcept nogil:
+cdef int os_image_map(image_pages* img, size_t offset, char* addr, size_t size) noexcept nogil:
     return ERROR_NOT_SUPPORTED
 
 
-cdef int os_image_renew(image_pages* img, size_t offset, char* at, size_t size) noexcept nogil:
+cdef int os_image_renew(image_pages* img, size_t offset, char* addr, size_t size) noexcept nogil:
     return ERROR_NOT_SUPPORTED
 
 
-cdef int os_blank(char* at, size_t size) noexcept nogil:
+cdef int os_blank(char* addr, size_t size) noexcept nogil:
     return ERROR_NOT_SUPPORTED
 
 
