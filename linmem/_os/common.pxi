@@ -1,8 +1,9 @@
 # The part of the page floor that is the same on every operating system; posix.pyx and windows.pyx include this file.
 #
 # Each page call of the contract that a test can make fail is here. It calls the system's own function of the same
-# name with the prefix os_, unless a test has asked for a failure. The including file defines those functions, fills
-# `caps` and `real_page` when the module is imported, and defines the rest of the contract and _limits().
+# name with the prefix os_, unless a test has asked for a failure. The including file defines those functions, the rest
+# of the contract, CODE_TEXTS, IMAGE_KINDS, SCAN_WAYS and _limits(), and fills the variables below when the module is
+# imported.
 
 from libc.string cimport memset
 
@@ -12,13 +13,19 @@ import os as _os
 
 cdef capabilities_t caps
 cdef size_t real_page           # the page size of the kernel; caps.page_size may be a multiple of it
-cdef int image_kind = 0         # the IMAGE_ kind that image_begin() makes if the OS grants it
+cdef int best_image_kind        # the smallest IMAGE_ kind that works on this machine
+cdef int image_kind             # the IMAGE_ kind that image_begin() makes if the OS grants it
+cdef int best_scan_way          # the greatest index in SCAN_WAYS that works on this machine
+cdef int scan_way               # how touched() finds pages: an index in SCAN_WAYS
 cdef long long fail_in = 0      # 1: the next page call fails. 0: failures have begun, or none were asked for
 cdef long long fail_times = 0   # how many page calls will fail, one after the other; 0: failures are off
 cdef int fail_code = 0
 cdef atomic_i64 reserved_bytes = 0
 
-IMAGE_KINDS = {IMAGE_SEALED: "sealed", IMAGE_FILE: "file", IMAGE_SECTION: "section", IMAGE_PRIVATE: "private"}
+# A code of the OS, and what code_text() says about it.
+cdef struct coded_text:
+    int code
+    const char* text
 
 
 # -- the page calls, and how tests make them fail ------------------------------------------------
@@ -62,18 +69,15 @@ cdef int injected() noexcept nogil:
 
 
 cdef inline int on_range(range_call call, char* addr, size_t size) noexcept nogil:
-    cdef int code = injected()
-    return code if code else call(addr, size)
+    return injected() or call(addr, size)
 
 
 cdef inline int with_details(detailed_call call, char* addr, size_t size, details* more) noexcept nogil:
-    cdef int code = injected()
-    return code if code else call(addr, size, more)
+    return injected() or call(addr, size, more)
 
 
 cdef inline int on_image(image_call call, image_pages* img, size_t offset, char* bytes, size_t size) noexcept nogil:
-    cdef int code = injected()
-    return code if code else call(img, offset, bytes, size)
+    return injected() or call(img, offset, bytes, size)
 
 
 cdef int commit(char* addr, size_t size) noexcept nogil:
@@ -133,21 +137,21 @@ cdef int resident(char* addr, size_t size, size_t* bytes) noexcept nogil:
 
 
 cdef int touched(char* addr, size_t size, bint over_image, span* runs, size_t* n, char** next) noexcept nogil:
-    cdef details more
-    more.what, more.runs, more.n, more.next = OVER_IMAGE if over_image else TOUCHED, runs, n, next
-    return with_details(os_touched, addr, size, &more)
+    return find_pages(OVER_IMAGE if over_image else TOUCHED, addr, size, runs, n, next)
 
 
 cdef int present(char* addr, size_t size, span* runs, size_t* n, char** next) noexcept nogil:
+    return find_pages(PRESENT, addr, size, runs, n, next)
+
+
+cdef int find_pages(int what, char* addr, size_t size, span* runs, size_t* n, char** next) noexcept nogil:
     cdef details more
-    more.what, more.runs, more.n, more.next = PRESENT, runs, n, next
+    more.what, more.runs, more.n, more.next = what, runs, n, next
     return with_details(os_touched, addr, size, &more)
 
 
 cdef int image_begin(size_t size, image_pages* out) noexcept nogil:
-    clear_image(out)
-    out.size = size
-    return on_image(os_image_begin, out, 0, NULL, size)
+    return new_image(os_image_begin, -1, 0, size, out)
 
 
 cdef int image_write(image_pages* into, size_t offset, const char* bytes, size_t size) noexcept nogil:
@@ -159,16 +163,14 @@ cdef int image_end(image_pages* img) noexcept nogil:
 
 
 cdef int image_open(int descriptor, long long position, size_t size, image_pages* out) noexcept nogil:
-    cdef image_pages opened
-    cdef int code
-    clear_image(&opened)
-    opened.handle = descriptor
-    opened.position = position
-    code = on_image(os_image_open, &opened, 0, NULL, size)
-    clear_image(out)
-    if code == 0:
-        out[0] = opened
-    return code
+    return new_image(os_image_open, descriptor, position, size, out)
+
+
+cdef int new_image(image_call call, int descriptor, long long position, size_t size, image_pages* out) noexcept nogil:
+    """If `call` succeeds, it has replaced the caller's descriptor in out.handle, and filled what is zero here."""
+    memset(out, 0, sizeof(image_pages))
+    out.handle, out.position, out.size = descriptor, position, size
+    return on_image(call, out, 0, NULL, size)
 
 
 cdef int image_map(const image_pages* img, size_t offset, char* addr, size_t size) noexcept nogil:
@@ -199,16 +201,6 @@ cdef inline void count_released(size_t size) noexcept nogil:
     add(&reserved_bytes, -<long long>size)
 
 
-cdef inline void clear_image(image_pages* img) noexcept nogil:
-    memset(img, 0, sizeof(image_pages))
-    img.handle = -1
-
-
-cdef inline size_t at_most(size_t wanted, size_t room) noexcept nogil:
-    """How much to ask the OS for at a time: as much as is left, but never more than there is room for."""
-    return wanted if wanted < room else room
-
-
 cdef inline bint add_page(span* runs, size_t* n, size_t room, char* page) noexcept nogil:
     """Append a page to the runs, in order of address; False if that needs a run more than there is room for."""
     if n[0] and runs[n[0] - 1].addr + runs[n[0] - 1].size == page:
@@ -231,6 +223,16 @@ cdef int touch_pages(char* addr, size_t size) noexcept nogil:
     return 0
 
 
+cdef bint finds(char* addr, size_t pages) noexcept nogil:
+    """Whether touched() finds, among the three pages at addr, only the `pages` pages that follow the first."""
+    cdef span runs[3]
+    cdef size_t n = 3
+    cdef char* next = NULL
+    if touched(addr, 3 * real_page, False, runs, &n, &next) or next != addr + 3 * real_page:
+        return False
+    return n == 1 and runs[0].addr == addr + real_page and runs[0].size == pages * real_page if pages else n == 0
+
+
 cdef int bits_of(size_t address) noexcept nogil:
     cdef int bits = 0
     while address:
@@ -239,13 +241,21 @@ cdef int bits_of(size_t address) noexcept nogil:
     return bits
 
 
+cdef const char* code_text(int code) noexcept nogil:
+    cdef size_t i
+    for i in range(sizeof(CODE_TEXTS) // sizeof(CODE_TEXTS[0])):
+        if CODE_TEXTS[i].code == code:
+            return CODE_TEXTS[i].text
+    return "refused by the operating system"
+
+
 # -- what Python sees ------------------------------------------------------------------------
 
 def count_calls_to_failure(long long nth, int code, long long times=1):
-    """Make the nth page call from now on, and the times - 1 calls behind it, fail with `code`; 0 switches
-    it off. Tests only.
+    """Make the nth page call from now on fail with `code`, and the times - 1 calls after it. nth=0 ends all failures.
+    Tests only.
 
-    Returns how many calls were still to go before an earlier setting would have failed.
+    Returns the nth of an earlier setting minus the calls since then; 0 if its failures have begun or ended.
     """
     global fail_in, fail_times, fail_code
     if nth < 0 or (nth and (code <= 0 or times <= 0)):
@@ -257,8 +267,38 @@ def count_calls_to_failure(long long nth, int code, long long times=1):
     return left
 
 
+def choose_scan(way):
+    """Sets how touched() finds pages from now on: a name in SCAN_WAYS, or None for not at all. Tests only.
+
+    Returns the way that was set before. Raises ValueError if the way does not work on this machine.
+    """
+    global scan_way
+    if way not in SCAN_WAYS[:best_scan_way + 1]:
+        raise ValueError(f"way must be one that works here, got {way!r}")
+    before = SCAN_WAYS[scan_way]
+    scan_way = SCAN_WAYS.index(way)
+    caps.scans = way is not None
+    return before
+
+
+def choose_image(kind):
+    """Sets what image_begin() makes from now on: a name in IMAGE_KINDS. Tests only.
+
+    Returns the kind that was set before. Raises ValueError if the kind does not work on this machine.
+    """
+    global image_kind
+    kinds = {name: n for n, name in IMAGE_KINDS.items()}
+    if kinds.get(kind, 0) < best_image_kind:
+        raise ValueError(f"kind must be one that works here, got {kind!r}")
+    before = IMAGE_KINDS[image_kind]
+    image_kind = kinds[kind]
+    caps.maps_images = image_kind < IMAGE_SECTION
+    return before
+
+
 def describe():
     """What this machine's page floor can do, as a dict; `linmem info` prints it."""
+    cdef dict members = caps
     cdef size_t total, left
     address_space(&total, &left)
     return {
@@ -268,14 +308,7 @@ def describe():
         "address_space": total,
         "address_space_left": left,
         "reserved": reserved(),
-        "capabilities": {
-            "moves": bool(caps.moves),
-            "names": bool(caps.names),
-            "discard_any_protection": bool(caps.discard_any_protection),
-            "populates": bool(caps.populates),
-            "scans": bool(caps.scans),
-            "maps_images": bool(caps.maps_images),
-        },
+        "capabilities": {name: value for name, value in members.items() if isinstance(value, bool)},
         "images": IMAGE_KINDS[image_kind],
         "huge_page": caps.huge_page,
         "memory": caps.memory,
@@ -285,7 +318,7 @@ def describe():
 
 
 def _page_size_wanted(size_t real):
-    """The host page, or the multiple of it that LINMEM_PAGE_SIZE asks for (to prove the rounding)."""
+    """The size of the host page, or the larger one that LINMEM_PAGE_SIZE asks for, to test the rounding of sizes."""
     text = _os.environ.get("LINMEM_PAGE_SIZE", "")
     if not text:
         return real

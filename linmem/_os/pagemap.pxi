@@ -10,6 +10,8 @@
 
 from libc.stdint cimport uint64_t
 
+cdef tuple SCAN_WAYS = (None, "reading", "ioctl")
+
 cdef enum:
     SCAN_NONE = 0
     SCAN_READING = 1
@@ -42,8 +44,6 @@ cdef pagemap_state* pagemap = &pagemap_static
 # position to a value that no other file has; no read of ours uses the position. Asking for the position takes a third
 # of the time of fstat(2).
 cdef atomic_i64 pagemap_position
-cdef int scan_way = SCAN_NONE
-cdef int best_scan_way = SCAN_NONE      # the best one that works here
 
 
 cdef bint is_pagemap(int fd) noexcept nogil:
@@ -61,16 +61,23 @@ cdef void forget_pagemap_in_child() noexcept nogil:
     store(&pagemap.lock, 0)
 
 
-cdef int pagemap_fd(int* fd) noexcept nogil:
-    """-> a descriptor of this process's own pagemap."""
-    cdef int code = 0
+cdef bint pagemap_is_open(int* fd) noexcept nogil:
     fd[0] = <int>load(&pagemap.fd_and_1) - 1
-    if fd[0] >= 0:
+    return fd[0] >= 0 and is_pagemap(fd[0])
+
+
+cdef int pagemap_fd(int* fd) noexcept nogil:
+    """-> a descriptor of this process's own pagemap.
+
+    If another file had its number, that file would answer, too: another process's pagemap answers the ioctl, any file
+    a read. If the answer were "nothing touched", a page with bytes in it would be given to another guest.
+    """
+    cdef int code = 0
+    if pagemap_is_open(fd):
         return 0
     while not compare_exchange(&pagemap.lock, 0, 1):
         sched_yield()
-    fd[0] = <int>load(&pagemap.fd_and_1) - 1
-    if fd[0] < 0:
+    if not pagemap_is_open(fd):
         code = open_pagemap(fd)
     store(&pagemap.lock, 0)
     return code
@@ -90,24 +97,11 @@ cdef int open_pagemap(int* fd) noexcept nogil:
     return 0
 
 
-cdef int checked_pagemap_fd(int* fd) noexcept nogil:
-    """As pagemap_fd(), but the descriptor is known to be ours.
-
-    If another file has its number, that file answers, too: another process's pagemap answers the ioctl, any file a
-    read. If the answer were "nothing touched", a page with bytes in it would be handed on.
-    """
-    cdef int code = pagemap_fd(fd)
-    if code or is_pagemap(fd[0]):
-        return code
-    compare_exchange(&pagemap.fd_and_1, fd[0] + 1, 0)
-    return pagemap_fd(fd)
-
-
 cdef int scan_by_ioctl(char* addr, size_t size, details* more) noexcept nogil:
     cdef page_region regions[64]
     cdef pm_scan_arg scan
     cdef int fd, got, i
-    cdef int code = checked_pagemap_fd(&fd)
+    cdef int code = pagemap_fd(&fd)
     if code:
         return code
     memset(&scan, 0, sizeof(scan))
@@ -115,7 +109,7 @@ cdef int scan_by_ioctl(char* addr, size_t size, details* more) noexcept nogil:
     scan.start = <uint64_t>addr
     scan.end = scan.start + size
     scan.vec = <uint64_t>&regions[0]
-    scan.vec_len = at_most(more.n[0], sizeof(regions) // sizeof(regions[0]))
+    scan.vec_len = min(more.n[0], sizeof(regions) // sizeof(regions[0]))
     scan.category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED
     if more.what != PRESENT:
         scan.category_inverted = scan.category_mask = PAGE_IS_PFNZERO | (PAGE_IS_FILE if more.what == OVER_IMAGE else 0)
@@ -136,11 +130,11 @@ cdef int scan_by_reading(char* addr, size_t size, details* more) noexcept nogil:
     cdef size_t room = more.n[0], used = 0, offset = 0, count, i
     cdef ssize_t got
     cdef int fd
-    cdef int code = checked_pagemap_fd(&fd)
+    cdef int code = pagemap_fd(&fd)
     if code:
         return code
     while offset < size:
-        count = at_most((size - offset) // real_page, sizeof(entries) // sizeof(entries[0]))
+        count = min((size - offset) // real_page, sizeof(entries) // sizeof(entries[0]))
         got = pread(fd, entries, count * 8, <off_t>(<size_t>(addr + offset) // real_page * 8))
         if got != <ssize_t>(count * 8):
             return errno if got < 0 else EIO
@@ -156,45 +150,35 @@ cdef int scan_by_reading(char* addr, size_t size, details* more) noexcept nogil:
 
 
 cdef int os_touched(char* addr, size_t size, details* more) noexcept nogil:
-    return scan_by(scan_way, addr, size, more)
-
-
-cdef int scan_by(int way, char* addr, size_t size, details* more) noexcept nogil:
-    if way == SCAN_IOCTL:
+    if scan_way == SCAN_IOCTL:
         return scan_by_ioctl(addr, size, more)
-    if way == SCAN_READING:
-        return scan_by_reading(addr, size, more)
-    return ENOSYS
+    return scan_by_reading(addr, size, more) if scan_way == SCAN_READING else ENOSYS
 
 
 cdef bint scan_works(int way) noexcept nogil:
     """Asks about three pages: the first was not touched, the second was written and the third only read."""
-    cdef span runs[3]
-    cdef size_t n = 3, page = real_page
-    cdef char* next = NULL
-    cdef details more
-    cdef bint works = False
-    cdef char* p = <char*>mmap(NULL, 3 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+    global scan_way
+    cdef size_t page = real_page
+    cdef bint works
+    cdef char* p = <char*>mmap(NULL, 3 * page, PROT_READ | PROT_WRITE, MAP_FRESH, -1, 0)
     if p == MAP_FAILED:
         return False
-    more.what, more.runs, more.n, more.next = TOUCHED, runs, &n, &next
     madvise(p, 3 * page, MADV_NOHUGEPAGE)
     touch(p + page)
     load(<atomic_i64*>(p + 2 * page))
-    if scan_by(way, p, 3 * page, &more) == 0:
-        works = (n == 1 and next == p + 3 * page and runs[0].addr == p + page
-                 and runs[0].size == (page if way == SCAN_IOCTL else 2 * page))
+    scan_way = way
+    works = finds(p, 1 if way == SCAN_IOCTL else 2)
     munmap(p, 3 * page)
     return works
 
 
 cdef int scan_start() noexcept nogil:
-    """Prepares for forks, and returns the best way that works here."""
+    """Prepares for forks, and returns the best way that works on this machine."""
     global pagemap
     cdef void* p
     if not ON_LINUX:
         return SCAN_NONE
-    p = mmap(NULL, real_page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+    p = mmap(NULL, real_page, PROT_READ | PROT_WRITE, MAP_FRESH, -1, 0)
     if p != MAP_FAILED:
         if madvise(p, real_page, MADV_WIPEONFORK) == 0:
             pagemap = <pagemap_state*>p

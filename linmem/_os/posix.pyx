@@ -69,12 +69,28 @@ include "common.pxi"
 include "pagemap.pxi"
 include "image_pages.pxi"
 
+IMAGE_KINDS = {IMAGE_SEALED: "sealed", IMAGE_FILE: "file", IMAGE_PRIVATE: "private"}
+
 cdef const char* NAME = "linmem"        # of mappings and of sealed memory
 cdef unsigned long long NO_LIMIT = ~<unsigned long long>0
 
 # NORESERVE: accounting for committed pages costs a sixth of a growth. Under strict overcommit Linux ignores the flag;
 # too_much() replaces the check that Linux makes in its default mode.
 cdef int MAP_FRESH = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
+
+# By ACCESS_ constant.
+cdef int[4] PROTECTIONS = [PROT_NONE, PROT_READ, PROT_READ | PROT_WRITE, PROT_READ | PROT_EXEC]
+
+cdef coded_text[8] CODE_TEXTS = [
+    [ENOMEM, "the operating system has no memory or address space for it (ENOMEM)"],
+    [EAGAIN, "the pages are locked or the lock limit is reached (EAGAIN)"],
+    [EACCES, "access denied (EACCES)"],
+    [EPERM, "not permitted (EPERM)"],
+    [EINVAL, "invalid argument, or pages whose protection forbids it (EINVAL)"],
+    [EFAULT, "a page in the range cannot be written (EFAULT)"],
+    [EBUSY, "busy (EBUSY)"],
+    [ENOSYS, "not implemented by this kernel (ENOSYS)"],
+]
 
 
 cdef inline int set_name(void* addr, size_t size) noexcept nogil:
@@ -84,28 +100,44 @@ cdef inline int set_name(void* addr, size_t size) noexcept nogil:
     return prctl(PR_SET_VMA, PR_SET_VMA_ANON_NAME, <unsigned long>addr, <unsigned long>size, <unsigned long>NAME)
 
 
-cdef int os_reserve(char* unused, size_t size, details* more) noexcept nogil:
+cdef int map_anywhere(size_t size, int prot, int flags, int fd, off_t offset, char** addr) noexcept nogil:
+    """mmap() at an address that the kernel chooses; counts the bytes."""
     cdef int code
     cdef void* p
+    count_reserved(size)
+    p = mmap(NULL, size, prot, flags, fd, offset)
+    if p == MAP_FAILED:
+        code = errno
+        count_released(size)
+        return code
+    addr[0] = <char*>p
+    return 0
+
+
+cdef int map_fresh(char* addr, size_t size, int prot) noexcept nogil:
+    """Replaces what is mapped at addr by pages that were never used."""
+    if mmap(addr, size, prot, MAP_FRESH | MAP_FIXED, -1, 0) == MAP_FAILED:
+        return errno
+    set_name(addr, size)
+    return 0
+
+
+cdef int os_reserve(char* unused, size_t size, details* more) noexcept nogil:
     # The kernel aligns to its own page. A base at a multiple of a larger (overridden) host page is cut out of a
     # longer range.
     cdef size_t extra = caps.page_size - real_page, lead
-    count_reserved(size + extra)
-    p = mmap(NULL, size + extra, PROT_NONE, MAP_FRESH, -1, 0)
-    if p == MAP_FAILED:
-        code = errno
-        count_released(size + extra)
+    cdef char* p = NULL
+    cdef int code = map_anywhere(size + extra, PROT_NONE, MAP_FRESH, -1, 0, &p)
+    if code:
         return code
-    if extra:
-        # If the kernel refuses to unmap an end, that end stays mapped, and counted, for ever.
-        lead = (caps.page_size - (<size_t>p & (caps.page_size - 1))) & (caps.page_size - 1)
-        if lead and munmap(p, lead) == 0:
-            count_released(lead)
-        if extra - lead and munmap(<char*>p + lead + size, extra - lead) == 0:
-            count_released(extra - lead)
-        p = <char*>p + lead
-    set_name(p, size)
-    more.base[0] = <char*>p
+    # If the kernel refuses to unmap an end, that end stays mapped, and counted, for ever.
+    lead = (caps.page_size - <size_t>p) & (caps.page_size - 1)
+    if lead:
+        os_release(p, lead)
+    if extra - lead:
+        os_release(p + lead + size, extra - lead)
+    more.base[0] = p + lead
+    set_name(p + lead, size)
     return 0
 
 
@@ -125,17 +157,18 @@ cdef int os_commit(char* addr, size_t size) noexcept nogil:
 cdef int os_decommit(char* addr, size_t size) noexcept nogil:
     # A fresh mapping instead of mprotect(PROT_NONE), which would keep the charge, and would put the range into core
     # dumps because it once had pages.
-    if mmap(addr, size, PROT_NONE, MAP_FRESH | MAP_FIXED, -1, 0) == MAP_FAILED:
-        return errno
-    set_name(addr, size)
-    return 0
+    return map_fresh(addr, size, PROT_NONE)
+
+
+cdef int os_blank(char* addr, size_t size) noexcept nogil:
+    return map_fresh(addr, size, PROT_READ | PROT_WRITE)
 
 
 cdef int os_discard(char* addr, size_t size) noexcept nogil:
     if ON_LINUX:
         return errno if madvise(addr, size, MADV_DONTNEED) else 0
-    # Elsewhere MADV_DONTNEED is a hint, and the bytes may stay; in a fresh mapping they do not.
-    return errno if mmap(addr, size, PROT_READ | PROT_WRITE, MAP_FRESH | MAP_FIXED, -1, 0) == MAP_FAILED else 0
+    # On other systems MADV_DONTNEED is a hint, and the bytes may stay.
+    return os_blank(addr, size)
 
 
 cdef int os_renew(char* addr, size_t size) noexcept nogil:
@@ -149,14 +182,7 @@ cdef int os_advise_huge(char* addr, size_t size) noexcept nogil:
 
 
 cdef int os_protect(char* addr, size_t size, details* more) noexcept nogil:
-    cdef int protection = PROT_NONE
-    if more.access == ACCESS_READ:
-        protection = PROT_READ
-    elif more.access == ACCESS_READ_WRITE:
-        protection = PROT_READ | PROT_WRITE
-    elif more.access == ACCESS_READ_EXECUTE:
-        protection = PROT_READ | PROT_EXEC
-    if mprotect(addr, size, protection):
+    if mprotect(addr, size, PROTECTIONS[more.access]):
         return errno
     if more.access == ACCESS_READ_EXECUTE:
         clear_cache(addr, addr + size)
@@ -190,7 +216,7 @@ cdef int os_resident(char* addr, size_t size, details* more) noexcept nogil:
     cdef unsigned char vector[4096]
     cdef size_t left = size // real_page, pages = 0, n, i
     while left:
-        n = at_most(left, sizeof(vector))       # mincore() writes as many bytes as the range has pages
+        n = min(left, sizeof(vector))       # mincore() writes as many bytes as the range has pages
         if mincore(addr + size - left * real_page, n * real_page, <void*>vector):
             return errno
         for i in range(n):
@@ -217,27 +243,23 @@ cdef ssize_t read_text(int fd, char* text, size_t room) noexcept nogil:
 
 
 cdef void read_file(const char* path, char* text, size_t room) noexcept nogil:
-    """The beginning of a small file; the empty string if it cannot be read."""
+    """Reads the beginning of a file into `text`; the empty string if the file cannot be read."""
     cdef int fd = open_file(path, O_RDONLY | O_CLOEXEC)
     read_text(fd, text, room)
     close_if_open(fd)
 
 
 cdef long long file_number(const char* path, int field) noexcept nogil:
-    """One of the numbers at the beginning of a small file, counted from 0; -1 if it is not there."""
+    """The number number `field`, counted from 0, of those that a file begins with; -1 if there are not so many."""
     cdef char text[256]
-    cdef char* p = text
-    cdef char* end
-    cdef long long value
+    cdef char* begin = text
+    cdef char* end = text
+    cdef long long value = -1
     read_file(path, text, sizeof(text))
-    while True:
-        value = strtoll(p, &end, 10)
-        if end == p:
-            return -1
-        if field == 0:
-            return value
-        field -= 1
-        p = end
+    for _ in range(field + 1):
+        begin = end
+        value = strtoll(begin, &end, 10)
+    return -1 if end == begin else value
 
 
 cdef long long count_mappings() noexcept nogil:
@@ -295,39 +317,25 @@ cdef size_t physical_memory() noexcept nogil:
 
 
 cdef void address_space(size_t* total, size_t* left) noexcept nogil:
-    cdef unsigned long long limit = soft_limit(RLIMIT_AS)
-    cdef long long used_pages = 0
-    total[0] = <size_t>1 << caps.address_bits
-    left[0] = total[0]
+    cdef unsigned long long limit = soft_limit(RLIMIT_AS), used
+    total[0] = left[0] = <size_t>1 << caps.address_bits
     if limit < total[0]:
-        used_pages = file_number("/proc/self/statm", 0)
-        if used_pages < 0:
-            used_pages = 0
-        left[0] = limit - <size_t>used_pages * real_page if limit > <size_t>used_pages * real_page else 0
+        used = max(0, file_number("/proc/self/statm", 0)) * real_page
+        left[0] = limit - used if limit > used else 0
 
 
-cdef const char* code_text(int code) noexcept nogil:
-    if code == ENOMEM:
-        return "the operating system has no memory or address space for it (ENOMEM)"
-    if code == EAGAIN:
-        return "the pages are locked or the lock limit is reached (EAGAIN)"
-    if code == EACCES:
-        return "access denied (EACCES)"
-    if code == EPERM:
-        return "not permitted (EPERM)"
-    if code == EINVAL:
-        return "invalid argument, or pages whose protection forbids it (EINVAL)"
-    if code == EFAULT:
-        return "a page in the range cannot be written (EFAULT)"
-    if code == EBUSY:
-        return "busy (EBUSY)"
-    if code == ENOSYS:
-        return "not implemented by this kernel (ENOSYS)"
-    return "refused by the operating system"
+cdef bint exceeds(int resource, int field, size_t size, unsigned long long* limit,
+                  unsigned long long* used) noexcept nogil:
+    """Whether `size` bytes more exceed a limit of this process, or may do so. `field` of /proc/self/statm has the
+    number of pages that count."""
+    cdef long long pages = file_number("/proc/self/statm", field)
+    limit[0] = soft_limit(resource)
+    used[0] = <unsigned long long>max(0, pages) * real_page
+    return limit[0] != NO_LIMIT and (pages < 0 or used[0] + size > limit[0])
 
 
 cdef void limit_text(int code, size_t size, char* text, size_t room) noexcept nogil:
-    cdef unsigned long long limit
+    cdef unsigned long long limit = 0, in_use = 0
     cdef long long used, most
     text[0] = 0
     if code != ENOMEM:
@@ -335,15 +343,10 @@ cdef void limit_text(int code, size_t size, char* text, size_t room) noexcept no
     if size >> caps.address_bits:
         snprintf(text, room, "user addresses have %d bits", caps.address_bits)
         return
-    used = file_number("/proc/self/statm", 0)
-    limit = soft_limit(RLIMIT_AS)
-    if limit != NO_LIMIT and (used < 0 or <unsigned long long>used * real_page + size > limit):
-        snprintf(text, room, "RLIMIT_AS (ulimit -v) is %llu bytes and %llu are in use",
-                 limit, <unsigned long long>(used if used > 0 else 0) * real_page)
+    if exceeds(RLIMIT_AS, 0, size, &limit, &in_use):
+        snprintf(text, room, "RLIMIT_AS (ulimit -v) is %llu bytes and %llu are in use", limit, in_use)
         return
-    limit = soft_limit(RLIMIT_DATA)
-    used = file_number("/proc/self/statm", 5)
-    if limit != NO_LIMIT and (used < 0 or <unsigned long long>used * real_page + size > limit):
+    if exceeds(RLIMIT_DATA, 5, size, &limit, &in_use):
         snprintf(text, room, "RLIMIT_DATA (ulimit -d) is %llu bytes", limit)
         return
     used = count_mappings()
@@ -404,32 +407,12 @@ def die_quietly():
         raise OSError(errno, "RLIMIT_CORE cannot be lowered")
 
 
-def choose_scan(way):
-    """How touched() finds pages from now on: "ioctl", "reading" or None; returns how it did. Tests only.
-
-    ValueError where that does not work here.
-    """
-    global scan_way
-    ways = {"ioctl": SCAN_IOCTL, "reading": SCAN_READING, None: SCAN_NONE}
-    if ways.get(way, best_scan_way + 1) > best_scan_way:
-        raise ValueError(f"way must be one that works here, got {way!r}")
-    before = {n: name for name, n in ways.items()}[scan_way]
-    scan_way = ways[way]
-    caps.scans = scan_way != SCAN_NONE
-    return before
-
-
 def _limits():
-    found = {}
-    if soft_limit(RLIMIT_AS) != NO_LIMIT:
-        found["RLIMIT_AS"] = soft_limit(RLIMIT_AS)
-    if soft_limit(RLIMIT_DATA) != NO_LIMIT:
-        found["RLIMIT_DATA"] = soft_limit(RLIMIT_DATA)
-    for name, path in (("vm.max_map_count", b"/proc/sys/vm/max_map_count"),
-                       ("vm.overcommit_memory", b"/proc/sys/vm/overcommit_memory")):
-        if file_number(path, 0) >= 0:
-            found[name] = file_number(path, 0)
-    return found
+    numbers = {"RLIMIT_AS": soft_limit(RLIMIT_AS),
+               "RLIMIT_DATA": soft_limit(RLIMIT_DATA),
+               "vm.max_map_count": file_number("/proc/sys/vm/max_map_count", 0),
+               "vm.overcommit_memory": file_number("/proc/sys/vm/overcommit_memory", 0)}
+    return {name: number for name, number in numbers.items() if number not in (NO_LIMIT, -1)}
 
 
 cdef _start():
