@@ -1,9 +1,9 @@
 # The part of the page floor that is the same on every operating system; posix.pyx and windows.pyx include this file.
 #
-# Each page call of the contract that a test can make fail is here. It calls the system's own function of the same
-# name with the prefix os_, unless a test has asked for a failure. The including file defines those functions, the rest
-# of the contract, CODE_TEXTS, IMAGE_KINDS, SCAN_WAYS and _limits(), and fills the variables below when the module is
-# imported.
+# This file has each page call of the contract that a test can make fail. The page call calls the system's own function
+# of the same name with the prefix os_, unless a test has asked for a failure. The including file defines the functions
+# with this prefix, the rest of the contract, CODE_TEXTS, IMAGE_KINDS, SCAN_WAYS and _limits(). The import of the module
+# fills the variables below.
 
 from libc.string cimport memset
 
@@ -22,7 +22,7 @@ cdef long long fail_times = 0   # how many page calls will fail, one after the o
 cdef int fail_code = 0
 cdef atomic_i64 reserved_bytes = 0
 
-# A code of the OS, and what code_text() says about it.
+# A code of the OS and its description for code_text().
 cdef struct coded_text:
     int code
     const char* text
@@ -30,14 +30,14 @@ cdef struct coded_text:
 
 # -- the page calls, and how tests make them fail ------------------------------------------------
 
-# What os_touched() looks for: pages that may hold a byte other than zero, pages that may differ from the mapped image,
-# or pages of any kind.
+# Which pages os_touched() looks for: those that may hold a byte other than zero, those that may differ from the mapped
+# image, or all.
 cdef enum:
     TOUCHED = 0
     OVER_IMAGE = 1
     PRESENT = 2
 
-# The arguments of a page call that follow the range. Each call uses only its own.
+# The arguments of page calls after the range. A page call uses only its own members.
 cdef struct details:
     bint watched            # reserve()
     char** base
@@ -167,7 +167,7 @@ cdef int image_open(int descriptor, long long position, size_t size, image_pages
 
 
 cdef int new_image(image_call call, int descriptor, long long position, size_t size, image_pages* out) noexcept nogil:
-    """If `call` succeeds, it has replaced the caller's descriptor in out.handle, and filled what is zero here."""
+    """`call` replaces the caller's descriptor in out.handle and fills the members that are zero here, or it fails."""
     memset(out, 0, sizeof(image_pages))
     out.handle, out.position, out.size = descriptor, position, size
     return on_image(call, out, 0, NULL, size)
@@ -181,7 +181,7 @@ cdef int image_renew(const image_pages* img, size_t offset, char* addr, size_t s
     return on_image(os_image_renew, <image_pages*>img, offset, addr, size)
 
 
-# -- what the systems' own functions share -------------------------------------------------------
+# -- helpers of the systems' own functions -------------------------------------------------------
 
 cdef const capabilities_t* capabilities() noexcept nogil:
     return &caps
@@ -202,7 +202,7 @@ cdef inline void count_released(size_t size) noexcept nogil:
 
 
 cdef inline bint add_page(span* runs, size_t* n, size_t room, char* page) noexcept nogil:
-    """Append a page to the runs, in order of address; False if that needs a run more than there is room for."""
+    """Appends a page to the runs, in order of address. Returns False if there is no room for another run."""
     if n[0] and runs[n[0] - 1].addr + runs[n[0] - 1].size == page:
         runs[n[0] - 1].size += real_page
         return True
@@ -215,7 +215,7 @@ cdef inline bint add_page(span* runs, size_t* n, size_t room, char* page) noexce
 
 
 cdef int touch_pages(char* addr, size_t size) noexcept nogil:
-    """Make every page resident by a write that changes no byte."""
+    """Makes every page resident by a write that changes no byte."""
     cdef size_t offset = 0
     while offset < size:
         touch(addr + offset)
@@ -249,11 +249,11 @@ cdef const char* code_text(int code) noexcept nogil:
     return "refused by the operating system"
 
 
-# -- what Python sees ------------------------------------------------------------------------
+# -- functions for Python ------------------------------------------------------------------------
 
 def count_calls_to_failure(long long nth, int code, long long times=1):
-    """Make the nth page call from now on fail with `code`, and the times - 1 calls after it. nth=0 ends all failures.
-    Tests only.
+    """Makes the nth page call from now on fail with `code`, and the times - 1 calls after the nth. nth=0 ends all
+    failures. Tests only.
 
     Returns the nth of an earlier setting minus the calls since then; 0 if its failures have begun or ended.
     """
@@ -268,7 +268,7 @@ def count_calls_to_failure(long long nth, int code, long long times=1):
 
 
 def choose_scan(way):
-    """Sets how touched() finds pages from now on: a name in SCAN_WAYS, or None for not at all. Tests only.
+    """Sets how touched() finds pages from now on: a name in SCAN_WAYS; None: touched() fails. Tests only.
 
     Returns the way that was set before. Raises ValueError if the way does not work on this machine.
     """
@@ -282,7 +282,7 @@ def choose_scan(way):
 
 
 def choose_image(kind):
-    """Sets what image_begin() makes from now on: a name in IMAGE_KINDS. Tests only.
+    """Sets the kind of image that image_begin() makes from now on: a name in IMAGE_KINDS. Tests only.
 
     Returns the kind that was set before. Raises ValueError if the kind does not work on this machine.
     """
@@ -297,7 +297,7 @@ def choose_image(kind):
 
 
 def describe():
-    """What this machine's page floor can do, as a dict; `linmem info` prints it."""
+    """Returns the abilities and the limits of this machine's page floor as a dict; `linmem info` prints them."""
     cdef dict members = caps
     cdef size_t total, left
     address_space(&total, &left)
@@ -318,7 +318,7 @@ def describe():
 
 
 def _page_size_wanted(size_t real):
-    """The size of the host page, or the larger one that LINMEM_PAGE_SIZE asks for, to test the rounding of sizes."""
+    """The size of the host page, or the larger size in LINMEM_PAGE_SIZE, with which tests check the rounding."""
     text = _os.environ.get("LINMEM_PAGE_SIZE", "")
     if not text:
         return real

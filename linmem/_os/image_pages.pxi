@@ -15,7 +15,7 @@ cdef size_t IO_STEP = 1 << 30       # bytes in one read or write; a kernel does 
 
 cdef int os_image_begin(image_pages* img, size_t offset, char* bytes, size_t size) noexcept nogil:
     # The OS may refuse sealed memory or a file for this image only (few descriptors are left, the size of files is
-    # limited). Then the next kind is tried: the caller sees no difference except speed.
+    # limited). Then the loop tries the next kind. The caller sees no difference except speed.
     cdef int kind = image_kind
     while kind != IMAGE_PRIVATE:
         if begin_with_descriptor(kind, size, img) == 0:
@@ -40,7 +40,7 @@ cdef int begin_with_descriptor(int kind, size_t size, image_pages* img) noexcept
     if kind == IMAGE_FILE:
         code = begin_file(size, &fd, &reader)
     else:
-        # Kernels since 6.3 want to be told that the memory is never executed; older ones refuse the flag.
+        # Kernels since 6.3 log a warning without MFD_NOEXEC_SEAL; older kernels refuse this flag.
         fd = memfd_create(NAME, MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL)
         if fd < 0 and errno == EINVAL:
             fd = memfd_create(NAME, MFD_CLOEXEC | MFD_ALLOW_SEALING)
@@ -69,7 +69,7 @@ cdef int begin_file(size_t size, int* fd, int* reader) noexcept nogil:
 
 
 cdef int begin_file_in(const char* directory, size_t size, int* fd, int* reader) noexcept nogil:
-    """An empty file of `size` bytes without a name, and a second descriptor that can only read."""
+    """Opens a new file without a name, with `size` bytes of zeros, and a second descriptor that can only read."""
     cdef int code = open_nameless(directory, fd, reader)
     if code == 0:
         code = set_file_size(fd[0], size)
@@ -105,21 +105,25 @@ cdef int open_nameless(const char* directory, int* fd, int* reader) noexcept nog
 
 
 cdef int set_file_size(int fd, size_t size) noexcept nogil:
-    """Afterwards a read of the file cannot fail. A memory file system takes a page when a hole is read, and if it is
-    full then, SIGBUS kills the reader: so all pages are taken now."""
+    """Makes the file `size` bytes long. No read of the file fails afterwards.
+
+    A memory file system takes a page when a hole is read. If the file system is full then, SIGBUS kills the reader. So
+    this function takes all pages of the file.
+    """
     cdef statfs_t about
     if ftruncate(fd, <off_t>size):
         return errno
     # A file system with 0 blocks has no bound.
     if ON_LINUX and fstatfs(fd, &about) == 0 and <unsigned long>about.f_type == TMPFS_MAGIC and about.f_blocks:
         if size > <size_t>about.f_bavail * <size_t>about.f_bsize // 2:
-            return ENOSPC       # leaves the other half to other programs
+            return ENOSPC       # half of the room is for other programs
         return posix_fallocate(fd, 0, <off_t>size)
     return 0
 
 
 cdef bint too_many_descriptors(int fd) noexcept nogil:
-    """Whether linmem leaves the remaining descriptors to others; a new descriptor has the lowest free number."""
+    """Whether three quarters of the descriptors are in use: linmem leaves the rest to the program. The kernel gives a
+    new descriptor the lowest free number."""
     cdef unsigned long long limit = soft_limit(RLIMIT_NOFILE)
     return limit != NO_LIMIT and <unsigned long long>fd >= limit // 4 * 3
 
@@ -135,7 +139,7 @@ cdef int os_image_write(image_pages* img, size_t offset, char* bytes, size_t siz
         code = write_all(<int>img.handle, bytes, size, <off_t>offset)
         if code == 0:
             return 0
-        # The file system is full, or a limit is reached: the image goes on as private pages.
+        # The file system is full, or a limit is reached. The image becomes private pages.
         if become_private(img):
             return code
     memcpy(img.bytes + offset, bytes, size)
@@ -170,7 +174,7 @@ cdef int become_private(image_pages* img) noexcept nogil:
 
 
 cdef int read_data(int fd, char* to, size_t size) noexcept nogil:
-    """Reads the file into memory that is zero, and skips its holes where the file system knows them."""
+    """Reads the file into memory that is zero. Skips the holes, if the file system reports them."""
     cdef size_t offset = 0, end
     cdef off_t data, hole
     cdef ssize_t n
@@ -220,13 +224,13 @@ cdef int os_image_open(image_pages* img, size_t offset, char* bytes, size_t size
         code = map_anywhere(size, PROT_READ, MAP_PRIVATE | MAP_NORESERVE, fd, <off_t>img.position, &img.bytes)
     img.maps = code == 0 and not too_many_descriptors(fd)
     img.handle = fd if img.maps else -1
-    if not img.maps:        # `bytes` needs no descriptor; memories of this image copy from `bytes`
+    if not img.maps:        # `bytes` stays mapped without a descriptor; memories of this image copy from `bytes`
         close(fd)
     return code
 
 
 cdef int kind_of_descriptor(int fd, int* kind, struct_stat* about) noexcept nogil:
-    """The IMAGE_ kind as which a caller's descriptor can be mapped; returns 0, IMAGE_OPEN or an error."""
+    """-> the IMAGE_ kind and the status of the file of a caller's descriptor. Returns 0, IMAGE_OPEN or a code."""
     cdef char path[64]
     cdef char target[16]
     cdef int seals = fcntl(fd, F_GET_SEALS) if ON_LINUX else -1
@@ -237,7 +241,7 @@ cdef int kind_of_descriptor(int fd, int* kind, struct_stat* about) noexcept nogi
         if seals & F_SEAL_WRITE and seals & F_SEAL_SHRINK:
             kind[0] = IMAGE_SEALED
             return 0
-        # A file of a memory file system has seals, too, but cannot be sealed.
+        # F_GET_SEALS also works on a file of a memory file system, which cannot be sealed.
         snprintf(path, sizeof(path), "/proc/self/fd/%d", fd)
         if readlink(path, target, sizeof(target)) >= 7 and memcmp(target, b"/memfd:", 7) == 0:
             return IMAGE_OPEN
@@ -249,7 +253,7 @@ cdef int kind_of_descriptor(int fd, int* kind, struct_stat* about) noexcept nogi
 
 cdef void image_drop(image_pages* img) noexcept nogil:
     if img.bytes != NULL:
-        os_release(img.bytes, img.size)     # never refused: no mapping is split
+        os_release(img.bytes, img.size)     # if the kernel refuses, the bytes stay mapped and counted
     elif img.kind == IMAGE_FILE:
         close(<int>img.position)
     close_if_open(<int>img.handle)
@@ -262,12 +266,12 @@ cdef int os_image_map(image_pages* img, size_t offset, char* addr, size_t size) 
 
 
 cdef int os_image_renew(image_pages* img, size_t offset, char* addr, size_t size) noexcept nogil:
-    # For the pages of a private file mapping, MADV_DONTNEED drops the written copies.
+    # On Linux MADV_DONTNEED drops the written copies of a private file mapping.
     return os_discard(addr, size) if ON_LINUX else os_image_map(img, offset, addr, size)
 
 
 cdef _start_images():
-    """Find the best kind by making an image of one page."""
+    """Finds the best kind of image that this machine grants, with an image of one page."""
     global image_kind, best_image_kind
     cdef image_pages probe
     image_kind = IMAGE_SEALED

@@ -1,12 +1,12 @@
-# Which pages have been touched, from /proc/self/pagemap; a part of posix.pyx, of use on Linux only.
+# Which pages have been touched, from /proc/self/pagemap; a part of posix.pyx, for Linux only.
 #
-# There are two ways with the same answer: the ioctl PAGEMAP_SCAN (Linux 6.7), and reading the eight bytes that the
-# file has for each page. Both look for "present or swapped", never for "written": a page that is swapped out or being
-# migrated is not present, but holds the guest's bytes.
+# Two ways give the same result: the ioctl PAGEMAP_SCAN (Linux 6.7), and a read of the eight bytes that the file has for
+# each page. Both look for "present or swapped", never for "written". A page that is swapped out or is being migrated is
+# not present, but holds the guest's bytes.
 #
-# The descriptor belongs to the memory map of the process that opened it. In a forked child it would still describe the
-# parent, and pages that the child's guest writes would be missed. So the descriptor's number is kept in a page that
-# the kernel wipes in a child, however the child was made.
+# The descriptor describes the memory map of the process that opened the file. In a forked child it would still describe
+# the parent, and linmem would miss the pages that the child's guest writes. So the descriptor's number is in a page
+# that the kernel clears in a child, also if the child was made without fork().
 
 from libc.stdint cimport uint64_t
 
@@ -40,9 +40,9 @@ cdef struct pagemap_state:
 
 cdef pagemap_state pagemap_static
 cdef pagemap_state* pagemap = &pagemap_static
-# A program may close every descriptor, and the number is then given to another file. To recognise our file we set its
-# position to a value that no other file has; no read of ours uses the position. Asking for the position takes a third
-# of the time of fstat(2).
+# A program may close every descriptor, and the kernel then gives the number to another file. To recognise its file,
+# linmem sets the file's position to a value that no other file has. No read of linmem uses the position. lseek(2) takes
+# a third of the time of fstat(2).
 cdef atomic_i64 pagemap_position
 
 
@@ -51,8 +51,8 @@ cdef bint is_pagemap(int fd) noexcept nogil:
 
 
 cdef void forget_pagemap_in_child() noexcept nogil:
-    # After a fork() that runs this handler, a descriptor with our position is the parent's and is closed. Other ways
-    # of forking leave it open.
+    # A descriptor with this position is the parent's, so the child closes it. In a child that was made without fork()
+    # this handler does not run, and the descriptor stays open.
     cdef int fd = <int>load(&pagemap_static.fd_and_1) - 1
     if fd >= 0 and is_pagemap(fd):
         close(fd)
@@ -69,8 +69,8 @@ cdef bint pagemap_is_open(int* fd) noexcept nogil:
 cdef int pagemap_fd(int* fd) noexcept nogil:
     """-> a descriptor of this process's own pagemap.
 
-    If another file had its number, that file would answer, too: another process's pagemap answers the ioctl, any file
-    a read. If the answer were "nothing touched", a page with bytes in it would be given to another guest.
+    If another file has the descriptor's number, a scan of that file may succeed: another process's pagemap accepts the
+    ioctl, and every file a read. If that scan found no touched page, another guest would get a page with bytes in it.
     """
     cdef int code = 0
     if pagemap_is_open(fd):
@@ -113,7 +113,7 @@ cdef int scan_by_ioctl(char* addr, size_t size, details* more) noexcept nogil:
     scan.category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED
     if more.what != PRESENT:
         scan.category_inverted = scan.category_mask = PAGE_IS_PFNZERO | (PAGE_IS_FILE if more.what == OVER_IMAGE else 0)
-        scan.return_mask = PAGE_IS_PFNZERO      # the same for every page that is found, so neighbours become one run
+        scan.return_mask = PAGE_IS_PFNZERO      # the same for every page found, so neighbours become one run
     got = ioctl(fd, PAGEMAP_SCAN, &scan)
     if got < 0:
         return errno
@@ -141,7 +141,7 @@ cdef int scan_by_reading(char* addr, size_t size, details* more) noexcept nogil:
         for i in range(count):
             if (entries[i] >> ENTRY_SWAPPED and not (more.what == OVER_IMAGE and entries[i] >> ENTRY_FILE & 1)
                     and not add_page(more.runs, &used, room, addr + offset)):
-                size = offset       # no room for another run: the next scan begins here
+                size = offset       # there is no room for another run, and the next scan begins here
                 break
             offset += real_page
     more.n[0] = used
@@ -156,7 +156,7 @@ cdef int os_touched(char* addr, size_t size, details* more) noexcept nogil:
 
 
 cdef bint scan_works(int way) noexcept nogil:
-    """Asks about three pages: the first was not touched, the second was written and the third only read."""
+    """Tries a way on three pages: the first was not touched, the second was written, and the third was only read."""
     global scan_way
     cdef size_t page = real_page
     cdef bint works
@@ -185,5 +185,5 @@ cdef int scan_start() noexcept nogil:
         else:
             munmap(p, real_page)
     if pthread_atfork(NULL, NULL, forget_pagemap_in_child) and pagemap == &pagemap_static:
-        return SCAN_NONE        # a child would not notice that the descriptor is its parent's
+        return SCAN_NONE        # a child would use its parent's descriptor
     return SCAN_IOCTL if scan_works(SCAN_IOCTL) else SCAN_READING if scan_works(SCAN_READING) else SCAN_NONE

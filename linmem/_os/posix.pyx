@@ -18,7 +18,7 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, nanosleep, timespec
 from posix.types cimport off_t
 from posix.unistd cimport close, ftruncate, getpid, lseek, pread, pwrite, read, readlink, sysconf, unlink
 
-# Before all other headers, because it replaces the calls that this system lacks.
+# This header comes before all others, because it replaces the calls that the system lacks.
 cdef extern from "linmem/_os/compat.h" nogil:
     bint ON_LINUX "LINMEM_LINUX"
     enum: RLIMIT_AS, CLOCK_MONOTONIC_COARSE, _SC_PHYS_PAGES, SEEK_DATA, SEEK_HOLE
@@ -74,8 +74,8 @@ IMAGE_KINDS = {IMAGE_SEALED: "sealed", IMAGE_FILE: "file", IMAGE_PRIVATE: "priva
 cdef const char* NAME = "linmem"        # of mappings and of sealed memory
 cdef unsigned long long NO_LIMIT = ~<unsigned long long>0
 
-# NORESERVE: accounting for committed pages costs a sixth of a growth. Under strict overcommit Linux ignores the flag;
-# too_much() replaces the check that Linux makes in its default mode.
+# MAP_NORESERVE, because the accounting for committed pages takes a sixth of the time of a growth. With
+# vm.overcommit_memory 2, Linux ignores the flag. too_much() replaces the check of vm.overcommit_memory 0.
 cdef int MAP_FRESH = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
 
 # By ACCESS_ constant.
@@ -94,7 +94,7 @@ cdef coded_text[8] CODE_TEXTS = [
 
 
 cdef inline int set_name(void* addr, size_t size) noexcept nogil:
-    """For tools that list mappings; a refusal has no effect on anything else."""
+    """Names a mapping for tools that list mappings. linmem works the same if the kernel refuses the name."""
     if not caps.names:
         return 0
     return prctl(PR_SET_VMA, PR_SET_VMA_ANON_NAME, <unsigned long>addr, <unsigned long>size, <unsigned long>NAME)
@@ -115,7 +115,7 @@ cdef int map_anywhere(size_t size, int prot, int flags, int fd, off_t offset, ch
 
 
 cdef int map_fresh(char* addr, size_t size, int prot) noexcept nogil:
-    """Replaces what is mapped at addr by pages that were never used."""
+    """Replaces the mappings of the range with fresh pages."""
     if mmap(addr, size, prot, MAP_FRESH | MAP_FIXED, -1, 0) == MAP_FAILED:
         return errno
     set_name(addr, size)
@@ -123,14 +123,14 @@ cdef int map_fresh(char* addr, size_t size, int prot) noexcept nogil:
 
 
 cdef int os_reserve(char* unused, size_t size, details* more) noexcept nogil:
-    # The kernel aligns to its own page. A base at a multiple of a larger (overridden) host page is cut out of a
-    # longer range.
+    # The kernel aligns to its own page. For a larger host page, which LINMEM_PAGE_SIZE asks for, this function maps a
+    # longer range and unmaps its ends.
     cdef size_t extra = caps.page_size - real_page, lead
     cdef char* p = NULL
     cdef int code = map_anywhere(size + extra, PROT_NONE, MAP_FRESH, -1, 0, &p)
     if code:
         return code
-    # If the kernel refuses to unmap an end, that end stays mapped, and counted, for ever.
+    # If the kernel refuses to unmap an end, this end stays mapped and counted until the process ends.
     lead = (caps.page_size - <size_t>p) & (caps.page_size - 1)
     if lead:
         os_release(p, lead)
@@ -147,16 +147,17 @@ cdef int os_commit(char* addr, size_t size) noexcept nogil:
         return ENOMEM
     if mprotect(addr, size, PROT_READ | PROT_WRITE) == 0:
         return 0
-    # The range may be several mappings (pages that were hidden are one of their own), and those before the refused one
-    # are accessible now. None was accessible before the call, and wasm relies on where the guard begins.
+    # The range may be several mappings, because hidden pages are a mapping of their own. The mappings before the
+    # refused one are accessible now. No page was accessible before the call, and wasm relies on the beginning of the
+    # guard.
     code = errno
     mprotect(addr, size, PROT_NONE)
     return code
 
 
 cdef int os_decommit(char* addr, size_t size) noexcept nogil:
-    # A fresh mapping instead of mprotect(PROT_NONE), which would keep the charge, and would put the range into core
-    # dumps because it once had pages.
+    # mprotect(PROT_NONE) instead would keep the charge, and core dumps would contain the range, because it once had
+    # pages.
     return map_fresh(addr, size, PROT_NONE)
 
 
@@ -167,7 +168,7 @@ cdef int os_blank(char* addr, size_t size) noexcept nogil:
 cdef int os_discard(char* addr, size_t size) noexcept nogil:
     if ON_LINUX:
         return errno if madvise(addr, size, MADV_DONTNEED) else 0
-    # On other systems MADV_DONTNEED is a hint, and the bytes may stay.
+    # On other systems MADV_DONTNEED is a hint, and the bytes may remain.
     return os_blank(addr, size)
 
 
@@ -204,8 +205,8 @@ cdef int os_move(char* addr, size_t size, details* more) noexcept nogil:
     if mremap(addr, size, more.new_size, MREMAP_MAYMOVE | MREMAP_FIXED, more.new_addr) != MAP_FAILED:
         count_released(size)        # the range at addr; the range at new_addr was counted when it was reserved
         return 0
-    # The kernel may have unmapped the destination before it refused. Fill the hole, so that no other thread maps pages
-    # there, which the caller's release() would unmap. If there is no hole, this call changes nothing.
+    # The kernel may have unmapped the destination before it refused. This call fills the hole, because the caller's
+    # release() would unmap the pages that another thread maps there. If there is no hole, the call changes nothing.
     code = errno
     if mmap(more.new_addr, more.new_size, PROT_NONE, MAP_FRESH | MAP_FIXED_NOREPLACE, -1, 0) != MAP_FAILED:
         set_name(more.new_addr, more.new_size)
@@ -233,7 +234,7 @@ cdef int os_release(char* addr, size_t size) noexcept nogil:
     return 0
 
 
-# -- limits, and what /proc and /sys say about them ----------------------------------------------
+# -- limits, and /proc and /sys as their sources --------------------------------------------------
 
 cdef ssize_t read_text(int fd, char* text, size_t room) noexcept nogil:
     """Reads into `text`, which is always terminated; returns how many bytes were read, or less than 1."""
@@ -250,7 +251,7 @@ cdef void read_file(const char* path, char* text, size_t room) noexcept nogil:
 
 
 cdef long long file_number(const char* path, int field) noexcept nogil:
-    """The number number `field`, counted from 0, of those that a file begins with; -1 if there are not so many."""
+    """A file begins with numbers: returns the one with the index `field`; -1 if the file has fewer numbers."""
     cdef char text[256]
     cdef char* begin = text
     cdef char* end = text
@@ -263,7 +264,7 @@ cdef long long file_number(const char* path, int field) noexcept nogil:
 
 
 cdef long long count_mappings() noexcept nogil:
-    """The mappings of this process; -1 where unknown."""
+    """The number of mappings of this process; -1 if unknown."""
     cdef char text[4096]
     cdef long long lines = 0
     cdef ssize_t n, i
@@ -281,8 +282,10 @@ cdef long long count_mappings() noexcept nogil:
 
 
 cdef bint too_much(size_t size) noexcept nogil:
-    """With vm.overcommit_memory 0, Linux refuses a commit that exceeds all memory and swap, but not in a NORESERVE
-    mapping. This gives the same answer; small sizes are not asked about."""
+    """Whether a commit of `size` bytes exceeds all memory and swap, and vm.overcommit_memory is 0.
+
+    Linux refuses such a commit, but not in a mapping with MAP_NORESERVE. Sizes below 64 MiB are never too much.
+    """
     cdef sysinfo_t machine
     if size < <size_t>1 << 26 or sysinfo(&machine):
         return False
@@ -298,7 +301,7 @@ cdef unsigned long long soft_limit(int resource) noexcept nogil:
 
 
 cdef long long huge_page() noexcept nogil:
-    """Bytes in a transparent huge page; 0 if the kernel does not give them on request."""
+    """Bytes in a transparent huge page; 0 if the kernel does not use huge pages on request."""
     cdef char text[64]
     if not ON_LINUX:
         return 0
@@ -309,7 +312,7 @@ cdef long long huge_page() noexcept nogil:
 
 
 cdef size_t physical_memory() noexcept nogil:
-    """Bytes of the machine, or of the control group if that is less; 0: unknown."""
+    """Bytes of memory of the machine or of the control group, the smaller number; 0 if unknown."""
     cdef long long pages = sysconf(_SC_PHYS_PAGES)
     cdef long long limit = file_number("/sys/fs/cgroup/memory.max", 0)
     cdef size_t bytes = <size_t>pages * real_page if pages > 0 else 0
@@ -326,8 +329,8 @@ cdef void address_space(size_t* total, size_t* left) noexcept nogil:
 
 cdef bint exceeds(int resource, int field, size_t size, unsigned long long* limit,
                   unsigned long long* used) noexcept nogil:
-    """Whether `size` bytes more exceed a limit of this process, or may do so. `field` of /proc/self/statm has the
-    number of pages that count."""
+    """-> the limit, and the bytes that count against it: the number in /proc/self/statm with the index `field`, in
+    pages. Returns whether `size` bytes more exceed the limit; True also if the number is unknown."""
     cdef long long pages = file_number("/proc/self/statm", field)
     limit[0] = soft_limit(resource)
     used[0] = <unsigned long long>max(0, pages) * real_page
@@ -375,7 +378,7 @@ cdef void sleep_ns(long long ns) noexcept nogil:
     cdef timespec t
     t.tv_sec = ns // 1000000000
     t.tv_nsec = <long>(ns % 1000000000)
-    nanosleep(&t, NULL)         # a signal ends the sleep early; callers check their condition again anyway
+    nanosleep(&t, NULL)         # a signal ends the sleep early; every caller checks its condition again
 
 
 cdef inline long long nanoseconds(int clock) noexcept nogil:
@@ -392,10 +395,10 @@ cdef long long coarse_ns() noexcept nogil:
     return nanoseconds(CLOCK_MONOTONIC_COARSE)
 
 
-# -- what Python sees ------------------------------------------------------------------------
+# -- functions for Python ------------------------------------------------------------------------
 
 def os_error_args(int code, text):
-    """The arguments that make an OSError carry `code` the way this OS does (errno here)."""
+    """The arguments with which OSError has `code` as its errno."""
     return code, text
 
 
@@ -427,7 +430,7 @@ cdef _start():
     p = mmap(NULL, real_page, PROT_READ | PROT_WRITE, MAP_FRESH, -1, 0)
     if p == MAP_FAILED:
         raise OSError(errno, "linmem cannot map one page")
-    # Linux places mappings from the top down, so an address tells how many bits addresses have.
+    # Linux places mappings from the top down, so this address has as many bits as the highest address.
     caps.address_bits = bits_of(<size_t>p) if ON_LINUX else 47
     caps.names = True
     caps.names = set_name(p, real_page) == 0

@@ -1,5 +1,5 @@
 # cython: language_level=3
-"""The page floor on Windows: VirtualAlloc, VirtualProtect, VirtualFree and their kin."""
+"""The page floor on Windows: VirtualAlloc, VirtualProtect, VirtualFree and related calls."""
 
 from linmem._os cimport pages as _contract    # no-cython-lint: an edit of the contract causes a rebuild
 from linmem._core.atomic cimport add, atomic_i64, load, touch
@@ -11,7 +11,7 @@ from libc.string cimport memcpy
 
 import errno as _errno
 
-# It includes <windows.h>, which must not be included twice with different macros.
+# This header includes <windows.h>, which must not be included twice with different macros.
 cdef extern from "linmem/_os/compat.h" nogil:
     pass
 
@@ -143,12 +143,12 @@ cdef int allocate(size_t size, DWORD allocation_type, DWORD protect, char** addr
 
 
 cdef int os_reserve(char* unused, size_t size, details* more) noexcept nogil:
-    # A part of a reservation cannot be given back. What a larger (overridden) host page needs for its alignment stays
-    # inaccessible in front of the range or behind it, until release() frees all of it.
+    # Windows cannot free a part of a reservation. For a larger host page, which LINMEM_PAGE_SIZE asks for, this
+    # function reserves a longer range. Its ends stay inaccessible until release() frees the whole reservation.
     cdef size_t extra = caps.granularity - real_granularity
     cdef char* p = NULL
     cdef int code = 0
-    # The system keeps a bit for each watched page. If it has no memory for these bits, the range is not watched.
+    # The system needs a bit for each watched page. If it has no memory for these bits, the range is not watched.
     if more.watched and best_scan_way:
         allocate(size + extra, MEM_RESERVE | MEM_WRITE_WATCH, PAGE_NOACCESS, &p)
     if p == NULL:
@@ -162,7 +162,7 @@ cdef int os_commit(char* addr, size_t size) noexcept nogil:
     cdef int code
     if VirtualAlloc(addr, size, MEM_COMMIT, PAGE_READWRITE) != NULL:
         return 0
-    # The documentation does not say that a commit which fails half way leaves the first half as it was.
+    # The documentation does not promise that a refused commit has committed no page.
     code = last_error()
     VirtualFree(addr, size, MEM_DECOMMIT)
     return code
@@ -177,13 +177,13 @@ cdef int os_decommit(char* addr, size_t size) noexcept nogil:
 
 
 cdef int os_discard(char* addr, size_t size) noexcept nogil:
-    # Not decommit and commit: an access of another thread between the two would be a fault, and if the commit is
-    # refused (another program took the charge meanwhile), pages with live views on them would be lost. MEM_RESET keeps
-    # pages and charge. According to the documentation of MEM_RESET_UNDO, the bytes then stay or are replaced with
-    # zeros. They are zeroed first, so they are zero in both cases. VirtualUnlock of pages that are not locked takes
-    # them out of the working set, and returns ERROR_NOT_LOCKED. The loop does this step by step, so that a large range
-    # is never resident as a whole. If MEM_RESET is refused, the bytes from there on are unchanged or zero, and no page
-    # is lost.
+    # A decommit and a commit instead would be wrong for two reasons. Another thread's access between the two calls
+    # would be a fault. If the OS refused the commit (another program took the charge meanwhile), pages with live views
+    # would be lost. MEM_RESET keeps pages and charge. According to the documentation of MEM_RESET_UNDO, the bytes
+    # remain or become zeros. This function zeroes the bytes first, so they are zero in both cases. VirtualUnlock of
+    # pages that are not locked removes them from the working set, and returns ERROR_NOT_LOCKED. The loop goes in steps,
+    # so that a large range is never resident as a whole. If the OS refuses MEM_RESET, the rest is unchanged or zero,
+    # and no page is lost.
     cdef size_t offset = 0, step
     while offset < size:
         step = min(size - offset, DISCARD_STEP)
@@ -196,18 +196,18 @@ cdef int os_discard(char* addr, size_t size) noexcept nogil:
 
 
 cdef int os_renew(char* addr, size_t size) noexcept nogil:
-    # No other thread accesses the range, so discard()'s reason against this way does not hold. It touches no page.
+    # discard() cannot do this, because there other threads may access the range. This way touches no page.
     return os_decommit(addr, size) or os_commit(addr, size)
 
 
 cdef int os_touched(char* addr, size_t size, details* more) noexcept nogil:
-    # QueryWorkingSetEx does not know pages in the paging file, and no call tells which pages differ from an image.
+    # QueryWorkingSetEx does not report pages in the paging file, and no call reports which pages differ from an image.
     return written(addr, size, more) if more.what == TOUCHED and scan_way else ERROR_NOT_SUPPORTED
 
 
 cdef int written(char* addr, size_t size, details* more) noexcept nogil:
-    """The pages that were written since they were reserved, or since ResetWriteWatch(). A listed page may be zero; a
-    page that is not listed has never been anything else."""
+    """The pages that were written since they were reserved, or since ResetWriteWatch(). A listed page may be zero; each
+    other page is zero."""
     cdef void* listed[ASKED_AT_ONCE]
     cdef ULONG_PTR count = ASKED_AT_ONCE, i = 0
     cdef DWORD unit
@@ -227,8 +227,9 @@ cdef int written(char* addr, size_t size, details* more) noexcept nogil:
 
 
 cdef bint writes_are_seen() noexcept nogil:
-    """Asks about three pages: the first is only read, the second is written by this thread, the third by the system (as
-    in the WASI calls of a guest). If one of these writes were missed, a guest would find bytes of another guest."""
+    """Tries the write watch on three pages: this thread only reads the first and writes the second; the system writes
+    the third, as in the WASI calls of a guest. If the watch missed such a write, a guest would find bytes of another
+    guest."""
     cdef size_t page = real_page
     cdef HANDLE out = NULL, into = NULL
     cdef DWORD moved = 0
@@ -242,7 +243,7 @@ cdef bint writes_are_seen() noexcept nogil:
                 and finds(p, 2))
         CloseHandle(out)
         CloseHandle(into)
-    seen = seen and os_renew(p, 3 * page) == 0 and finds(p, 0)      # ResetWriteWatch() makes the system forget them
+    seen = seen and os_renew(p, 3 * page) == 0 and finds(p, 0)      # ResetWriteWatch() resets the watch
     VirtualFree(p, 0, MEM_RELEASE)
     return seen
 
@@ -261,7 +262,7 @@ cdef int os_protect(char* addr, size_t size, details* more) noexcept nogil:
 
 
 cdef int os_prefault(char* addr, size_t size) noexcept nogil:
-    # PrefetchVirtualMemory reads from files; it does not make fresh pages resident.
+    # PrefetchVirtualMemory reads pages from files, and does not make fresh pages resident.
     return touch_pages(addr, size)
 
 
@@ -286,7 +287,7 @@ cdef int os_resident(char* addr, size_t size, details* more) noexcept nogil:
 
 
 cdef int os_release(char* addr, size_t size) noexcept nogil:
-    # MEM_RELEASE takes the base of the reservation that `addr` lies in, and no other address.
+    # MEM_RELEASE accepts only the base of the reservation.
     cdef MEMORY_BASIC_INFORMATION about
     if VirtualQuery(addr, &about, sizeof(about)) == 0:
         return last_error()
@@ -300,8 +301,8 @@ cdef int os_release(char* addr, size_t size) noexcept nogil:
 
 # -- images: section objects, from which memories copy -------------------------------------------
 #
-# Inside a reservation, a view of a section needs a placeholder. Some versions of Windows have none, and a placeholder
-# would make two allocations of one memory.
+# Inside a reservation, a view of a section needs a placeholder. Some versions of Windows have no placeholders, and a
+# memory with a placeholder would be two allocations.
 
 cdef int os_image_begin(image_pages* img, size_t offset, char* bytes, size_t size) noexcept nogil:
     cdef HANDLE section
@@ -342,7 +343,7 @@ cdef int os_image_write(image_pages* img, size_t offset, char* bytes, size_t siz
 cdef int os_image_end(image_pages* img, size_t offset, char* bytes, size_t size) noexcept nogil:
     cdef HANDLE process = GetCurrentProcess(), reader = NULL
     cdef DWORD before
-    # The pages stay where they are. The only handle on them that is left cannot write.
+    # The pages stay at their address. The only handle that remains cannot write to them.
     if img.kind == IMAGE_SECTION:
         if not DuplicateHandle(process, <HANDLE>img.handle, process, &reader, FILE_MAP_READ, False, 0):
             return last_error()
@@ -359,7 +360,7 @@ cdef void ignore_parameter(const wchar_t* expression, const wchar_t* function, c
 cdef int file_of(int descriptor, HANDLE* file, long long* size) noexcept nogil:
     """-> the handle and the size of the file that a descriptor of the C library stands for."""
     cdef LARGE_INTEGER length
-    # The C library calls a handler for a number that is not a descriptor. The default handler ends the process.
+    # If the number is not a descriptor, the C library calls a handler. The default handler ends the process.
     cdef _invalid_parameter_handler before = _set_thread_local_invalid_parameter_handler(ignore_parameter)
     file[0] = <HANDLE>_get_osfhandle(descriptor)
     _set_thread_local_invalid_parameter_handler(before)
@@ -412,7 +413,7 @@ cdef int os_blank(char* addr, size_t size) noexcept nogil:
 # -- limits, clocks ------------------------------------------------------------------------------
 
 cdef MEMORYSTATUSEX memory_status() noexcept nogil:
-    """The memory and the commit limit of this process or of the machine, whichever is smaller; zeros where unknown."""
+    """The memory, and the commit limit of this process or of the machine, the smaller one; zeros if unknown."""
     cdef MEMORYSTATUSEX status
     memset(&status, 0, sizeof(status))
     status.dwLength = sizeof(status)
@@ -464,11 +465,11 @@ cdef long long coarse_ns() noexcept nogil:
     return clock_ns()
 
 
-# -- what Python sees ------------------------------------------------------------------------
+# -- functions for Python ------------------------------------------------------------------------
 
 def os_error_args(int code, text):
-    """The arguments that make an OSError carry `code` the way this OS does (winerror here)."""
-    # OSError knows the errno of most codes, but not those of the commit limit and of some quotas.
+    """The arguments with which OSError has `code` as its winerror."""
+    # OSError derives the errno from most codes, but not from the codes of the commit limit and of some quotas.
     no_memory = code in (ERROR_NOT_ENOUGH_MEMORY, ERROR_OUTOFMEMORY, ERROR_COMMITMENT_LIMIT, ERROR_NO_SYSTEM_RESOURCES,
                          ERROR_NOT_ENOUGH_QUOTA, ERROR_WORKING_SET_QUOTA)
     return _errno.ENOMEM if no_memory else 0, text, None, code
