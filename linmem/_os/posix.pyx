@@ -361,7 +361,7 @@ cdef void limit_text(int code, size_t size, char* text, size_t room) noexcept no
     if most == 2:
         snprintf(text, room, "vm.overcommit_memory is 2: the commit limit is reached")
     elif most == 0:
-        snprintf(text, room, "no limit of this process is in the way: more than the machine has"
+        snprintf(text, room, "no limit of this process is reached: the machine has less memory"
                              " (vm.overcommit_memory is 0), or the address space is full")
 
 
