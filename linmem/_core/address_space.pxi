@@ -52,8 +52,7 @@ cdef void release_address_space(char* at, size_t size) noexcept nogil:
 
 # -- relief: idle slots of pools give up what the OS or a budget refuses
 
-cdef bint (*give_relief)(int what, const void* budget, size_t size) noexcept nogil
-give_relief = NULL
+cdef bint (*give_relief)(int what, const void* budget, size_t size) noexcept nogil      # NULL: no pool yet
 
 
 cdef void set_relief(bint (*give)(int what, const void* budget, size_t size) noexcept nogil) noexcept nogil:
