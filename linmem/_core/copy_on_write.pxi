@@ -132,8 +132,8 @@ cdef void image_fill(memory* m, size_t offset, size_t size) noexcept nogil:
 
 
 cdef int image_reset(memory* m, size_t size) noexcept nogil:
-    """Give the pages of the first `size` bytes back to the OS: they show the mapped image again, and zeros outside of it.
-    The conditions, and what a refusal leaves behind, are those of pages.renew()."""
+    """Give the pages of the first `size` bytes back to the OS. They show the mapped image again, and zeros outside of
+    it. The conditions, and what a refusal leaves behind, are those of pages.renew()."""
     cdef size_t low, high
     cdef int code = 0
     m.cow.dirtied = 0
@@ -233,16 +233,15 @@ cdef void restore_mapped(memory* m, size_t low, size_t high, size_t end) noexcep
     gives all pages back.
     """
     cdef size_t total = 0, bound = m.cow.dirtied << 2 if m.cow.dirtied else SIZE_MAX
-    cdef pages.image_pages* content = &m.cow.image.content
-    cdef size_t first = low - m.cow.image.offset
+    cdef image* img = m.cow.image
     if fill_touched(m, 0, end, bound, &total):
         if m.cow.dirtied == 0:
             m.cow.dirtied = max(total, <size_t>DIRTIED_LEAST)
         return
     m.cow.dirtied = 0
-    if (pages.image_renew(content, first, m.base + low, high - low)
-            and pages.image_map(content, first, m.base + low, high - low)):
-        memcpy(m.base + low, content.bytes + first, high - low)
+    if (pages.image_renew(&img.content, img.low, m.base + low, high - low)
+            and pages.image_map(&img.content, img.low, m.base + low, high - low)):
+        memcpy(m.base + low, img.content.bytes + img.low, high - low)
     discard_or_zero(m, 0, low)
     discard_or_zero(m, high, end)
 

@@ -10,20 +10,15 @@
 
 cdef char[GRANULE] zeros
 
-# The image of no bytes, for an Image object that was made without an image, so that Image.img is never NULL. Never freed.
+# The image of no bytes, which is never freed. An Image object that was made without an image has it, so that Image.img
+# is never NULL.
 cdef image no_image
 no_image.refs = 1
 no_image.content.handle = -1
-no_image.runs_known = True
 
 
 cdef bint is_zero(const char* bytes, size_t size) noexcept nogil:
-    while size > GRANULE:
-        if memcmp(bytes, zeros, GRANULE):
-            return False
-        bytes += GRANULE
-        size -= GRANULE
-    return memcmp(bytes, zeros, size) == 0
+    return while_zero(bytes, size, True) == size
 
 
 cdef void image_retain(image* img) noexcept nogil:
@@ -75,7 +70,6 @@ cdef image* image_alloc(size_t offset, size_t size, size_t* content_size, failur
     img.offset = round_down(offset, page)
     img.end = offset + size
     img.content.handle = -1
-    img.runs_known = True
     content_size[0] = end - img.offset
     return img
 
@@ -118,11 +112,14 @@ cdef size_t while_zero(const char* bytes, size_t size, bint zero) noexcept nogil
 
 
 cdef int add_run(image* img, size_t offset, size_t size, failure* why) noexcept nogil:
-    """Add a run of the content, rounded up to whole granules, behind the last run; joined to that run if they touch."""
+    """Add a run of the content, rounded up to whole granules, behind the last run. Runs that touch are joined."""
     cdef size_t n = img.n_runs
     cdef run* runs
     round_up(size, GRANULE, &size)
-    if n and img.runs[n - 1].offset + img.runs[n - 1].size == offset:
+    round_up(offset + size, host_page(), &img.high)
+    if n == 0:
+        img.low = round_down(offset, host_page())
+    elif img.runs[n - 1].offset + img.runs[n - 1].size == offset:
         img.runs[n - 1].size += size
         return 0
     runs = <run*>with_room(img.runs, n, &img.room, sizeof(run), why)
@@ -136,8 +133,8 @@ cdef int add_run(image* img, size_t offset, size_t size, failure* why) noexcept 
 
 
 cdef void* with_room(void* items, size_t n, size_t* room, size_t item_size, failure* why) noexcept nogil:
-    """The array of `n` items, reallocated if it has no room for one more. NULL: it failed, *why is filled, and the array
-    is as before."""
+    """The array of `n` items, reallocated if it has no room for one more. NULL: it failed, *why is filled, and the
+    array is as before."""
     cdef size_t more = n + (n >> 1) + 16
     if n < room[0]:
         return items
@@ -150,16 +147,7 @@ cdef void* with_room(void* items, size_t n, size_t* room, size_t item_size, fail
 
 
 cdef int image_finish(image* img, failure* why) noexcept nogil:
-    image_bound(img)
     return fail_page_call(why, pages.image_end(&img.content), "image_end", img.content.size) if img.content.size else 0
-
-
-cdef void image_bound(image* img) noexcept nogil:
-    """Set low and high from the runs."""
-    cdef const run* last = img.runs + (img.n_runs - 1)
-    if img.n_runs:
-        img.low = round_down(img.runs[0].offset, host_page())
-        round_up(last.offset + last.size, host_page(), &img.high)
 
 
 # -- pieces that begin and end anywhere: image_put() takes whole granules, so their ends are put together here

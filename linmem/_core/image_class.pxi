@@ -159,7 +159,7 @@ cdef class Image:
         found = runs_of_file(descriptor, first, img.offset, img.offset + img.content.size, runs)
         if runs is None:
             take_runs(made, found)
-        img.runs_known = runs is not None
+        img.runs_unknown = runs is None
         if digest is not None and made.digest != digest:
             raise ValueError(f"digest must be that of the file's content, {made.digest}, got {digest}")
         return made
@@ -194,10 +194,10 @@ cdef class Image:
         cdef image* img = self.img
         found = self.known.get("runs")
         if found is None:
-            if img.runs_known:
-                found = [(img.offset + img.runs[i].offset, img.runs[i].size) for i in range(img.n_runs)]
-            else:
+            if img.runs_unknown:
                 found = find_runs(self)
+            else:
+                found = [(img.offset + img.runs[i].offset, img.runs[i].size) for i in range(img.n_runs)]
             found = self.known.setdefault("runs", found)
         return list(found)
 
@@ -225,7 +225,7 @@ cdef class Image:
         from linmem.records import ImageInfo
         return ImageInfo(
             offset=self.offset, size=self.size,
-            stored=sum([size for _, size in self.runs()]) if self.img.runs_known else None,
+            stored=None if self.img.runs_unknown else sum([size for _, size in self.runs()]),
             kind=_pages.IMAGE_KINDS[self.img.content.kind] if self.img.content.size else "none",
             shares_pages=bool(self.img.content.maps), memories=load(&self.img.memories))
 
@@ -477,12 +477,8 @@ def _parts(Image image_ not None):
 
 
 def _of_parts(descriptor, size, offset, position, runs):
-    from os import close
-    fd = descriptor.detach()
-    try:
-        return Image.from_fd(fd, size, offset, position=position, runs=runs)
-    finally:
-        close(fd)
+    with open(descriptor.detach(), "rb") as file:
+        return Image.from_fd(file.fileno(), size, offset, position=position, runs=runs)
 
 
 cdef Image build_image(size_t offset, size_t size, object pieces):
@@ -546,7 +542,6 @@ cdef int take_runs(Image self, given) except -1:
         end = first + size
         if add_run(img, first, size, &why):
             raise_failure(&why)
-    image_bound(img)
     return 0
 
 

@@ -52,7 +52,7 @@ cdef struct image:
     run* runs                   # of the content, in order and apart, multiples of GRANULE; zeros lie between them
     size_t n_runs
     size_t room                 # runs that the array has room for
-    bint runs_known             # False: there is one run, the whole content, and it may hold zeros too
+    bint runs_unknown           # True: an image of a file without claimed runs; its runs may hold zeros too
 
 cdef enum:
     GRANULE = 4096              # unit of the runs of an image, whatever the host page is
@@ -227,8 +227,9 @@ cdef struct memory:
 cdef enum:
     RUNS = 64                   # runs that the kernel is asked for in one call
 
-# The touched runs of the bytes start .. end of a memory, some at a time. After touched_next() was True there are n runs,
-# all over the mapped image or all outside. After False: the end was reached, or `code` says why the OS cannot tell.
+# The touched runs of the bytes offset .. end of a memory, some at a time. After touched_next() was True there are n
+# runs, all over the mapped image or all outside. After False: the end was reached, or `code` says why the OS cannot
+# tell.
 cdef struct touched_runs:
     memory* m
     size_t offset
@@ -422,7 +423,7 @@ cdef class Image:
     cdef object __weakref__
     cdef readonly size_t offset
     cdef readonly size_t size
-    # What the first thread that asked for it has computed: "digest", "runs"; and "contents": what the file says of an
-    # image that is a mapping of it. A dict, because without a GIL several threads may ask at once. No value is replaced.
+    # "digest" and "runs", when they have been computed, and "contents": what the file says of an image that is mapped
+    # from it. A dict, because without a GIL several threads may ask at once. No value is replaced.
     cdef dict known
     cdef Image adopt(self, image* img, size_t offset)

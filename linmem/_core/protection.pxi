@@ -47,6 +47,11 @@ cdef inline size_t border(const protections* p, size_t i) noexcept nogil:
     return p.borders[i if i < p.gap else i + (p.room - p.n)]
 
 
+cdef inline size_t border_offset(const protections* p, size_t i) noexcept nogil:
+    """SIZE_MAX: there is no i-th border."""
+    return border(p, i) & ~<size_t>ACCESS_MASK if i < p.n else SIZE_MAX
+
+
 cdef inline int access_before(const protections* p, size_t i) noexcept nogil:
     """The access just before the i-th border."""
     return <int>(border(p, i - 1) & ACCESS_MASK) if i else <int>pages.ACCESS_READ_WRITE
@@ -57,7 +62,7 @@ cdef size_t first_border(const protections* p, size_t offset) noexcept nogil:
     cdef size_t low = 0, high = p.n, middle
     while low < high:
         middle = low + ((high - low) >> 1)
-        if border(p, middle) & ~<size_t>ACCESS_MASK < offset:
+        if border_offset(p, middle) < offset:
             low = middle + 1
         else:
             high = middle
@@ -120,13 +125,11 @@ cdef bint memory_has_other(memory* m, size_t offset, size_t size, int allowed, s
     i = first_border(p, offset + 1)
     access[0] = access_before(p, i)
     while allowed >> access[0] & 1:
-        if i == p.n:
-            return False
-        first[0] = border(p, i) & ~<size_t>ACCESS_MASK
+        first[0] = border_offset(p, i)
         if first[0] >= end:
             return False
-        access[0] = <int>(border(p, i) & ACCESS_MASK)
         i += 1
+        access[0] = access_before(p, i)
     return True
 
 
@@ -188,12 +191,11 @@ cdef int is_read_only(memory* m, bint* answer, failure* why) noexcept nogil:
     if load(&m.protection) == PROTECTION_NONE or memory_size(m) == 0:
         return 0
     code = lock_memory(m, why)
-    if code:
-        return code
-    answer[0] = (load(&m.protection) != PROTECTION_NONE
-                 and refuse_access(m, 0, memory_size(m), NOT_WRITABLE, "write", &unused) == 0)
-    unlock(&m.lock)
-    return 0
+    if code == 0:
+        answer[0] = (load(&m.protection) != PROTECTION_NONE
+                     and refuse_access(m, 0, memory_size(m), NOT_WRITABLE, "write", &unused) == 0)
+        unlock(&m.lock)
+    return code
 
 
 cdef memory* find_protected(const char* start, size_t size) noexcept nogil:
@@ -340,7 +342,7 @@ cdef void undo_protect(memory* m, size_t start, size_t end) noexcept nogil:
     while offset < end:
         i = first_border(p, offset + 1)
         access = access_before(p, i)
-        next = min(border(p, i) & ~<size_t>ACCESS_MASK, end) if i < p.n else end
+        next = min(border_offset(p, i), end)
         if access != ACCESS_UNKNOWN and not give_access(m, offset, next, access, &left):
             set_access(p, start, end, ACCESS_UNKNOWN)
             return
