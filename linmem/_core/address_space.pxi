@@ -17,8 +17,8 @@ cdef atomic_i64 n_orphans
 
 
 cdef void release_address_space(char* addr, size_t size) noexcept nogil:
-    """Release the range, or remember it if the OS refuses: munmap fails if it has to split a mapping and the process
-    has vm.max_map_count mappings already."""
+    """Release the range, or add it to `orphans` if the OS refuses: munmap fails if it has to split a mapping and the
+    process has vm.max_map_count mappings already."""
     global orphans
     cdef orphan* o
     while size and pages.release(addr, size) == 0:
@@ -44,7 +44,7 @@ cdef void release_address_space(char* addr, size_t size) noexcept nogil:
     unlock(&orphans_lock.held)
 
 
-# -- relief: idle slots of pools give up what the OS or a budget refuses
+# -- relief: idle slots of pools give up pages, address space or bytes of a budget before a request for them fails
 
 cdef bint (*give_relief)(int what, const void* budget, size_t size) noexcept nogil      # NULL: no pool yet
 
@@ -56,8 +56,8 @@ cdef void set_relief(bint (*give)(int what, const void* budget, size_t size) noe
 
 
 cdef bint relieve(int what, const void* budget, size_t size) noexcept nogil:
-    """`size` bytes were refused. True: idle slots have given something up, so the caller tries again. False: all that
-    idle slots could give up would not be enough, and they keep it. The caller holds no fork_lock."""
+    """`size` bytes were refused. True: idle slots have given something up, so the caller tries again. False: idle
+    slots could not give up enough, so they have given up nothing. The caller holds no fork_lock."""
     return give_relief != NULL and give_relief(what, budget, size)
 
 

@@ -1,11 +1,20 @@
-# The copy-on-write state of a memory: which image its bytes came from, which pages still show the image, and how they
-# come back to it; a part of memory.pyx.
+# The copy-on-write state of a memory: which image the memory started from or was restored to, which pages may show the
+# image, and how bytes and pages become the image's again; a part of memory.pyx.
 #
-# Only this file, and the inline functions beside `cow_state` in memory.pxd, access the fields of m.cow:
-#   image_attach()    the image's bytes into a memory of zeros        image_detach()   drops the reference on the image
-#   image_restore()   all bytes become an image's                     image_rebind()   the same, for a pool's slot
-#   image_reset()     gives pages back, which show the image again    image_fill()     bytes become the image's
-#   touched_begin(), touched_next()   the pages that were written
+# Only this file, and the inline functions beside `cow_state` in memory.pxd, access the fields of m.cow. All other files
+# use these operations:
+#   image_attach()             the image's bytes get into a memory of zeros
+#   image_begin_use()          a creator or a pool hands the memory out
+#   image_restore()            all bytes become an image's
+#   image_rebind()             the same, for a pool's slot, whose memory may also lose its image
+#   image_reset()              pages go back to the OS and show the image again
+#   image_fill()               bytes become the image's
+#   image_replace_pages()      pages that show the image become pages of zeros
+#   image_pages_are_gone()     all pages were decommitted
+#   image_detach()             drops the reference on the image
+#   image_of(), image_is_attached(), image_is_copied(), image_is_broken(), image_is_intact(), image_maps_pages(),
+#   image_split(), image_known_size()       questions
+#   touched_begin(), touched_next()         the pages that were written
 
 # -- images and memories
 
@@ -17,8 +26,8 @@ cdef void image_copy(const image* img, char* base) noexcept nogil:
 
 
 cdef inline size_t image_copy_run(const image* img, size_t i, char* base) noexcept nogil:
-    """Copy the i-th run into a memory at `base`, and return the offset of its end in the memory. What follows img.end
-    in the last granule is not copied, because linmem may not own the bytes behind a memory in Python."""
+    """Copy the i-th run into a memory at `base`, and return the offset of its end in the memory. The zeros behind
+    img.end in the last granule are not copied, because linmem may not own the bytes behind a memory in Python."""
     cdef size_t start = img.offset + img.runs[i].offset
     cdef size_t end = min(start + img.runs[i].size, img.end)
     memcpy(base + start, img.content.bytes + img.runs[i].offset, end - start)
@@ -75,7 +84,7 @@ cdef inline bint image_maps_pages(memory* m) noexcept nogil:
 
 
 cdef void image_split(memory* m, size_t start, size_t end, size_t* low, size_t* high) noexcept nogil:
-    """*low .. *high: the part of start .. end that was mapped from the image. Both are `end` if none was."""
+    """*low .. *high: the part of start .. end that was mapped from the image; end .. end if no part was."""
     low[0] = high[0] = end
     if image_maps_pages(m):
         low[0] = min(max(m.cow.image.offset + m.cow.image.low, start), end)
@@ -119,10 +128,10 @@ cdef int image_replace_pages(memory* m, size_t offset, size_t size) noexcept nog
     return code
 
 
-# -- bytes and pages become again what the memory started from: the mapped image, and zeros outside of it
+# -- bytes and pages become the mapped image's again, and zeros outside of the image
 
 cdef void image_fill(memory* m, size_t offset, size_t size) noexcept nogil:
-    """The bytes become those of the mapped image, and zeros outside of it."""
+    """The bytes become the mapped image's, and zeros outside of the image."""
     cdef size_t low, high
     image_split(m, offset, offset + size, &low, &high)
     memset(m.base + offset, 0, low - offset)
@@ -132,8 +141,8 @@ cdef void image_fill(memory* m, size_t offset, size_t size) noexcept nogil:
 
 
 cdef int image_reset(memory* m, size_t size) noexcept nogil:
-    """Give the pages of the first `size` bytes back to the OS. They show the mapped image again, and zeros outside of
-    it. The conditions, and what a refusal leaves behind, are those of pages.renew()."""
+    """Give the pages of the first `size` bytes back to the OS. The pages show the mapped image again, and zeros outside
+    of the image. The same must hold as before pages.renew(), and a refusal has the same consequences."""
     cdef size_t low, high
     cdef int code = 0
     m.cow.dirtied = 0
@@ -148,7 +157,7 @@ cdef int image_reset(memory* m, size_t size) noexcept nogil:
 
 
 cdef bint image_is_intact(memory* m, size_t size) noexcept nogil:
-    """Whether the first `size` bytes, whole host pages, are those of the memory's image, and zeros outside of it."""
+    """Whether the first `size` bytes, whole host pages, equal the memory's image, and are zero outside of the image."""
     cdef size_t offset = 0, page = host_page()
     cdef const char* expected
     while offset < size:
@@ -183,7 +192,7 @@ cdef bint touched_next(touched_runs* runs) noexcept nogil:
 
 
 cdef bint fill_touched(memory* m, size_t start, size_t end, size_t bound, size_t* total) noexcept nogil:
-    """image_fill() the touched pages of start .. end, and add their size to *total. False: the OS does not tell which
+    """image_fill() the touched pages of start .. end, and add their size to *total. False: the OS does not say which
     pages were touched, or *total exceeds `bound`. Some pages may have been filled then."""
     cdef touched_runs found
     cdef size_t i
@@ -200,16 +209,16 @@ cdef bint fill_touched(memory* m, size_t start, size_t end, size_t bound, size_t
     return found.code == 0
 
 
-# -- all bytes become those of an image
+# -- all bytes become an image's
 
 cdef enum:
-    DIRTIED_LEAST = 1 << 18         # bytes; to restore so few costs next to nothing
+    DIRTIED_LEAST = 1 << 18         # bytes; a restore of fewer bytes is cheap
 
 
 cdef void image_restore(memory* m, image* img) noexcept nogil:
     """Every byte becomes the image's, or zero outside of the image; the size stays. The caller holds the memory's lock
-    or owns the memory exclusively, no page is protected, and img.end is within byte_size. This cannot fail: where the
-    OS refuses to map or to give back pages, their bytes are copied or zeroed."""
+    or owns the memory exclusively, no page is protected, and img.end is within byte_size. A restore cannot fail: if
+    the OS refuses to map or to give back pages, their bytes are copied or zeroed."""
     cdef size_t end = m.accessible if m.ops.pages_are_ours else memory_size(m)
     cdef size_t low = img.offset + img.low
     cdef size_t high = min(img.offset + img.high, end)      # pages that are not linmem's may end within a host page
@@ -256,7 +265,7 @@ cdef void map_or_copy(memory* m, image* img, size_t low, size_t high) noexcept n
     image_unmap(m)          # the pages must not show the other image any more
     if image_shares_pages(img) and m.ops == &mapped_ops and m.cow.how == IMAGE_COPIED:
         hold_image(m, img)
-        store_release(&m.cow.how, IMAGE_BROKEN)       # after the image, because it is this image that is broken
+        store_release(&m.cow.how, IMAGE_BROKEN)       # after the image, because the state is about that image
         if pages.image_map(&img.content, img.low, m.base + low, high - low) == 0:
             m.cow.how = IMAGE_MAPPED
             return

@@ -6,7 +6,7 @@
 #   +------------------+-----------------------------------+--------------------+
 #   ^offset            ^offset+low                         ^offset+high       end^ (<= offset + content.size)
 #
-# Outside offset+low .. offset+high a memory of the image holds zeros, and its pages are those of any memory.
+# Outside offset+low .. offset+high, the pages of a memory that starts from the image are pages of zeros.
 
 cdef char[GRANULE] zeros
 
@@ -134,7 +134,7 @@ cdef int add_run(image* img, size_t offset, size_t size, failure* why) noexcept 
 
 cdef void* with_room(void* items, size_t n, size_t* room, size_t item_size, failure* why) noexcept nogil:
     """The array of `n` items, reallocated if it has no room for one more. NULL: it failed, *why is filled, and the
-    array is as before."""
+    array has not changed."""
     cdef size_t more = n + (n >> 1) + 16
     if n < room[0]:
         return items

@@ -1,4 +1,4 @@
-# The Python class Image: what memories start from and come back to; a part of memory.pyx.
+# The Python class Image, which memories start from and are restored to; a part of memory.pyx.
 
 from cpython.buffer cimport PyBUF_READ
 from cpython.memoryview cimport PyMemoryView_FromMemory
@@ -11,9 +11,9 @@ cdef class Image:
     """Bytes at an offset of a memory, and zeros everywhere else; immutable.
 
     Made by `Memory.snapshot` and `Image.from_bytes`. Memories that start from an image share its pages until they write
-    them, if the OS can do that (`linmem info` tells); otherwise the bytes are copied. Zeros take no space. An image is
-    a read-only buffer of `size` bytes, and equals every image of the same bytes at the same offset. It lives as long as
-    anything uses it, and any thread may use it.
+    them, if the OS can do that (see `linmem info`); otherwise the bytes are copied. Zeros take no space. An image is a
+    read-only buffer of `size` bytes, and equals every image of the same bytes at the same offset. An image exists as
+    long as anything uses it, and any thread may use it.
 
     Attributes
     ----------
@@ -69,7 +69,7 @@ cdef class Image:
 
     @staticmethod
     def from_pieces(pieces, size, offset=0):
-        """An image of `size` bytes at `offset`, made of buffers with zeros between them.
+        """An image of `size` bytes at `offset` that consists of buffers with zeros between them.
 
         Parameters
         ----------
@@ -85,7 +85,7 @@ cdef class Image:
 
     @staticmethod
     def from_fd(fd, size, offset=0, *, position=0, runs=None, digest=None):
-        """An image whose pages are those of a file, read when they are first needed.
+        """An image whose pages are the pages of a file. A page is read when it is first needed.
 
         The file holds whole host pages, from the page of `offset` on; the bytes around the image's own must be zero.
         The descriptor is duplicated and may be closed. If a program later writes to the file, or cuts it short, bytes
@@ -164,15 +164,15 @@ cdef class Image:
             raise ValueError(f"digest must be that of the file's content, {made.digest}, got {digest}")
         return made
 
-    # -- what it is
+    # -- properties
 
     @property
     def digest(self):
         """A hash of the image, as hexadecimal digits; the same on every machine.
 
         BLAKE2b of 32 bytes over the offset and the size, and then over the offset, the size and the bytes of each run
-        of blocks that are not all zero. Blocks have 4096 bytes, counted from a memory's first byte; numbers have 8
-        bytes, least significant first. Computed when first asked for.
+        of blocks that are not all zero. Blocks have 4096 bytes and begin at a multiple of 4096 in a memory; numbers
+        have 8 bytes, least significant first. The first read of this property computes the hash.
         """
         digest = self.known.get("digest")
         if digest is None:
@@ -214,7 +214,7 @@ cdef class Image:
         """The descriptor (a handle on Windows) that shows the image's whole host pages to another process.
 
         The image owns the descriptor: duplicate it to keep it. The other process opens it with
-        ``Image.from_fd(fd, img.size, img.offset)``. OSError if there is none.
+        ``Image.from_fd(fd, img.size, img.offset)``. OSError if there is no descriptor.
         """
         if self.img.content.handle == -1:
             raise OSError("the pages of this image are private: no descriptor shows them")
@@ -229,7 +229,7 @@ cdef class Image:
             kind=_pages.IMAGE_KINDS[self.img.content.kind] if self.img.content.size else "none",
             shares_pages=bool(self.img.content.maps), memories=load(&self.img.memories))
 
-    # -- what it is for
+    # -- memories and deltas
 
     def new_memory(self, maximum=None, *, minimum=None, creator=None, reserve=None, guard=None, may_move=False,
                    domain=None):
@@ -252,12 +252,12 @@ cdef class Image:
         PageError, GrowError
             As of `linmem.create`.
         """
-        cdef NativeCreator by = default_creator if creator is None else check_native(creator, "creator")
-        return by.create(self.offset + self.size if minimum is None else minimum, maximum, reserve, guard, image=self,
-                         may_move=may_move, domain=domain)
+        cdef NativeCreator native = default_creator if creator is None else check_native(creator, "creator")
+        return native.create(self.offset + self.size if minimum is None else minimum, maximum, reserve, guard,
+                             image=self, may_move=may_move, domain=domain)
 
     def diff(self, other not None):
-        """What changed from this image to a memory or to another image, as a `Delta`.
+        """The changes from this image to a memory or to another image, as a `Delta`.
 
         Parameters
         ----------
@@ -334,7 +334,7 @@ cdef class Image:
         """Write the image to a file. Whenever the process is killed, the whole file is there, or the old one is.
 
         An image that was opened from the old file keeps the old file. The new file gets the owner and the rights of the
-        old one. A pipe or a character device is written to, packed.
+        old one. Into a pipe or a character device, the packed format is written.
 
         Parameters
         ----------
@@ -365,9 +365,9 @@ cdef class Image:
             True: call `verify()` at once. False: check the header, the table, each byte that is read instead of mapped,
             and that the file holds zeros where the table says zeros.
         map : bool
-            True: if the file is not packed, pages come from it when they are first needed. A program that changes the
-            file later changes the image, so the file must be one that no stranger can write. False: read the whole file
-            now.
+            True: if the file is not packed, a page is read from the file when the page is first needed. A program that
+            changes the file later changes the image, so open only files that no other user can write. False: read the
+            whole file now.
         max_size : int, optional
             Bytes; a larger image is refused.
 
@@ -546,7 +546,7 @@ cdef int take_runs(Image self, given) except -1:
 
 
 cdef list find_runs(Image self):
-    """The parts of the image's runs that are not zero. It reads every byte of the runs."""
+    """The parts of the image's runs that are not zero. This function reads every byte of the runs."""
     cdef list found = []
     cdef image* img = self.img
     cdef size_t first, last, end, i

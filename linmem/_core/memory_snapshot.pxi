@@ -1,9 +1,10 @@
-# What a memory holds now, as an image, and where it differs from an image; a part of memory.pyx.
+# memory_snapshot(): an image of a memory; memory_changes(), image_changes(): where a memory or an image differs from an
+# image; a part of memory.pyx.
 #
-# Both look only at the pages that may matter: time and space follow the pages that are there, not the memory's size.
+# They read only pages that may differ. So their time depends on the pages that were touched, not on the memory's size.
 
 cdef int add_range(changes* found, size_t offset, size_t size, bint zero, failure* why) noexcept nogil:
-    """Add a range, joined to the last one if they touch or overlap and both are `zero` or both are not."""
+    """Add a range. Join the range and the last one if they touch or overlap, and both are `zero` or both are not."""
     cdef change* last = found.list + (found.n - 1) if found.n else NULL
     cdef change* list
     if last != NULL and last.zero == zero and last.offset <= offset and offset <= last.offset + last.size:
@@ -20,7 +21,7 @@ cdef int add_range(changes* found, size_t offset, size_t size, bint zero, failur
     return 0
 
 
-# -- where a difference may be: ranges of whole host pages, counted from a memory's first byte
+# -- where a difference may be: ranges of whole host pages; the offsets are those of a memory
 
 cdef int add_pages(changes* found, size_t offset, size_t size, failure* why) noexcept nogil:
     """Add the host pages in which the bytes lie."""
@@ -61,7 +62,7 @@ cdef int add_runs(const image* img, changes* found, failure* why) noexcept nogil
 cdef int find_ranges(memory* m, image* img, image* base, size_t end, changes* out, failure* why) noexcept nogil:
     """Where the first `end` bytes (whole host pages) of `m`, or of `img` if m is NULL, may differ from `base` (NULL:
     from zeros); in order and apart."""
-    # What the pages show that were not touched; NULL: zeros.
+    # The image that the untouched pages show; NULL: zeros.
     cdef image* shown = img if m == NULL else image_of(m) if image_maps_pages(m) else NULL
     cdef size_t i, n
     cdef int code = 0
@@ -85,7 +86,7 @@ cdef int find_ranges(memory* m, image* img, image* base, size_t end, changes* ou
 
 
 cdef int lock_readable(memory* m, const char* call, failure* why) noexcept nogil:
-    """Take the lock of a memory whose bytes can all be read. A code: the lock is not taken."""
+    """Take the memory's lock, and refuse a memory with a page that cannot be read. A code: the lock is not taken."""
     cdef int code = lock_unbroken(m, why)
     if code == 0:
         code = refuse_protected(m, READABLE, call, why)
@@ -97,7 +98,7 @@ cdef int lock_readable(memory* m, const char* call, failure* why) noexcept nogil
 # -- snapshot
 
 cdef int memory_snapshot(memory* m, image** out, failure* why) noexcept nogil:
-    """*out: a new image of what the memory holds now."""
+    """*out: a new image of the bytes that the memory holds now."""
     cdef image* img = NULL
     cdef int code = lock_readable(m, "snapshot", why)
     if code:

@@ -2,12 +2,12 @@
 #
 # The access is a step function of the offset. The table keeps its borders in order: the border `offset | access` says
 # that the pages from `offset` on have this access, up to the next border. The pages before the first border are "rw",
-# and so are the pages after the last one. Two neighbours never have the same access.
+# and the pages after the last border too. A border always changes the access.
 #
 # The borders stand in an array with a gap, so that a loop that protects page after page, in either direction, moves few
 # of them.
 #
-# m.protection tells whether the table is valid:
+# m.protection says whether the table is valid:
 #   PROTECTION_NONE     every page is "rw", and there is no table
 #   PROTECTION_KNOWN    the table says which page has which access
 #   PROTECTION_UNKNOWN  a change is under way, or a change was not completed: its thread was lost in a fork, or the OS
@@ -58,7 +58,7 @@ cdef inline int access_before(const protections* p, size_t i) noexcept nogil:
 
 
 cdef size_t first_border(const protections* p, size_t offset) noexcept nogil:
-    """The index of the first border at or after `offset`; p.n if there is none."""
+    """The index of the first border at or after `offset`; p.n if there is no such border."""
     cdef size_t low = 0, high = p.n, middle
     while low < high:
         middle = low + ((high - low) >> 1)
@@ -108,7 +108,7 @@ cdef void set_access(protections* p, size_t start, size_t end, int access) noexc
 # -- questions: the caller holds the memory's lock
 
 cdef inline bint is_guarded(memory* m) noexcept nogil:
-    """Whether an access may fault; needs no lock. It reads one variable while no memory of the process is protected."""
+    """Whether an access may fault. Needs no lock. Reads one variable while no memory of the process is protected."""
     return load(&n_protections) != 0 and (load(&m.protection) != PROTECTION_NONE or not m.ops.pages_are_ours)
 
 
@@ -350,8 +350,8 @@ cdef void undo_protect(memory* m, size_t start, size_t end) noexcept nogil:
 
 
 cdef bint give_access(memory* m, size_t start, size_t end, int access, int* left) noexcept nogil:
-    """Ask the OS for the whole range, and if it refuses, for each half: the access of one refused page becomes unknown,
-    not that of its neighbours. False: more than *left pages would become unknown."""
+    """Ask the OS for the whole range, and if it refuses, for each half: so only the access of the pages that it
+    refuses becomes unknown. False: more than *left pages would become unknown."""
     cdef size_t middle, page = host_page()
     if pages.protect(m.base + start, end - start, access) == 0:
         return True
