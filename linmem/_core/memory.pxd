@@ -52,7 +52,7 @@ cdef struct image:
     run* runs                   # of the content, in order and apart, multiples of GRANULE; zeros lie between them
     size_t n_runs
     size_t room                 # runs that the array has room for
-    bint runs_known             # False: there is one run, the whole content, and it may hold zeros too
+    bint runs_unknown           # True: an image of a file without claimed runs; its runs may hold zeros too
 
 cdef enum:
     GRANULE = 4096              # unit of the runs of an image, whatever the host page is
@@ -227,8 +227,9 @@ cdef struct memory:
 cdef enum:
     RUNS = 64                   # runs that the kernel is asked for in one call
 
-# The touched runs of the bytes at .. end of a memory, some at a time. After touched_next() was True there are n runs,
-# all over the mapped image or all outside. After False: the end was reached, or `code` says why the OS cannot tell.
+# The touched runs of the bytes offset .. end of a memory, some at a time. After touched_next() was True there are n
+# runs, all over the mapped image or all outside. After False: the end was reached, or `code` says why the OS cannot
+# tell.
 cdef struct touched_runs:
     memory* m
     size_t offset
@@ -295,7 +296,7 @@ cdef nogil:
     int memory_unprotect(memory* m, size_t size) noexcept
     void memory_forget_protection(memory* m) noexcept
     void memory_protection_becomes_unknown(memory* m) noexcept
-    int refuse_foreign(const char* at, size_t size, int allowed, const char* call, failure* why) noexcept
+    int refuse_foreign(const char* start, size_t size, int allowed, const char* call, failure* why) noexcept
 
 # Images.
 cdef nogil:
@@ -316,9 +317,9 @@ cdef nogil:
     int image_rebind(memory* m, image* img) noexcept
     void image_restore(memory* m, image* img) noexcept
     int image_reset(memory* m, size_t size) noexcept
-    void image_fill(memory* m, size_t at, size_t size) noexcept
+    void image_fill(memory* m, size_t offset, size_t size) noexcept
     bint image_is_intact(memory* m, size_t size) noexcept
-    void touched_begin(touched_runs* runs, memory* m, size_t at, size_t end) noexcept
+    void touched_begin(touched_runs* runs, memory* m, size_t start, size_t end) noexcept
     bint touched_next(touched_runs* runs) noexcept
 
 cdef inline image* image_of(memory* m) noexcept nogil:
@@ -422,9 +423,7 @@ cdef class Image:
     cdef object __weakref__
     cdef readonly size_t offset
     cdef readonly size_t size
-    # Each of the next three is computed by the first thread that asks for it, and read and written in a critical
-    # section: without a GIL, several threads may ask at once.
-    cdef object _digest         # None: not computed yet
-    cdef object _runs           # None: not computed yet
-    cdef object _contents       # what the file says of the image that is a mapping of it, else None
+    # "digest" and "runs", when they have been computed, and "contents": what the file says of an image that is mapped
+    # from it. A dict, because without a GIL several threads may ask at once. No value is replaced.
+    cdef dict known
     cdef Image adopt(self, image* img, size_t offset)
