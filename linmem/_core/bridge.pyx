@@ -8,7 +8,7 @@ takes the GIL only for the text of an exception that a Python creator raised.
 
 cimport cython
 from cpython.object cimport PyObject
-from cpython.ref cimport Py_DECREF, Py_INCREF
+from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF
 from libc.stdint cimport uint8_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free
@@ -97,7 +97,7 @@ cdef extern from *:
     ctypedef struct queue "linmem_queue":
         void* next          # place*: of the next memory
         void* end           # place*
-        void* of            # the Offer, a reference; NULL: there is no Offer, or the caller of begin() holds it
+        void* of            # the Offer of the last make(), a reference; NULL: take_back() ended it
 
     queue* offered "linmem_of_thread"() noexcept nogil
 
@@ -110,10 +110,10 @@ cdef void next_image(size_t minimum, image** out) noexcept nogil:
     The minimum of a GC heap is 0, and that of a memory with an image is not, so a GC heap takes no image.
     """
     cdef queue* q = offered()
-    cdef place* its = <place*>q.next
-    if q.next < q.end and its.minimum == minimum:
-        out[0] = its.image
-        q.next = its + 1
+    cdef place* next = <place*>q.next
+    if next < <place*>q.end and next.minimum == minimum:
+        out[0] = next.image
+        q.next = next + 1
         image_retain(out[0])
 
 
@@ -298,23 +298,20 @@ cdef class Offer:
         The minimum in bytes and the image of each memory, in the order in which wasmtime asks for them.
     """
 
-    def __init__(self, *args, **kwargs):
-        cdef size_t i
+    def __cinit__(self, *args, **kwargs):
+        cdef place* next
         places, = _given("Offer", ("places",), {}, args, kwargs)
-        cdef list given = list(places)
-        if self.places != NULL:
-            raise RuntimeError("Offer.__init__() must not be called twice")
-        for _, one in given:
-            if one is not None and not isinstance(one, Image):
-                raise TypeError(f"images must be Images or None, got {type(one).__name__}")
-        self.places = <place*>calloc(<size_t>len(given) + 1, sizeof(place))
-        if self.places == NULL:
+        self.images = tuple(places)
+        self.n = <size_t>len(self.images)
+        self.places = next = <place*>calloc(self.n + 1, sizeof(place))
+        if next == NULL:
             raise MemoryError("no memory for an offer of images")
-        for i in range(<size_t>len(given)):
-            self.places[i].minimum = given[i][0]
-            self.places[i].image = NULL if given[i][1] is None else (<Image>given[i][1]).img
-        self.images = tuple(given)
-        self.n = <size_t>len(given)
+        for minimum, img in self.images:
+            if img is not None and not isinstance(img, Image):
+                raise TypeError(f"images must be Images or None, got {type(img).__name__}")
+            next.minimum = minimum
+            next.image = NULL if img is None else (<Image>img).img
+            next += 1
 
     def __dealloc__(self):
         free(self.places)
@@ -328,22 +325,22 @@ cdef class Offer:
         False: the thread has another offer with images that no memory has taken. That offer stays.
         """
         cdef queue* q = offered()
-        if q.next < q.end:
+        cdef PyObject* before = <PyObject*>q.of     # its images were all taken
+        if not self.begin():
             return False
-        end_offer(q)
         Py_INCREF(self)
         q.of = <void*>self
-        return self.begin()
+        Py_XDECREF(before)
+        return True
 
     def take_back(self):
         """End the offer. Returns how many of its images no memory has taken."""
         cdef queue* q = offered()
-        cdef size_t left
         if q.of != <void*>self:     # all images were taken, and another instance made an offer of its own meanwhile
             return 0
-        left = self.end()
-        end_offer(q)
-        return left
+        q.of = NULL
+        Py_DECREF(self)
+        return self.end()
 
     cdef bint begin(self) noexcept nogil:
         cdef queue* q = offered()
@@ -355,18 +352,10 @@ cdef class Offer:
 
     cdef size_t end(self) noexcept nogil:
         cdef queue* q = offered()
-        cdef place* its = <place*>q.next
+        cdef place* next = <place*>q.next
         cdef size_t left = 0
-        while its < <place*>q.end:
-            left += its.image != NULL
-            its += 1
+        while next < <place*>q.end:
+            left += next.image != NULL
+            next += 1
         q.next = q.end
         return left
-
-
-cdef void end_offer(queue* q) noexcept:
-    cdef object of
-    if q.of != NULL:
-        of = <object>q.of
-        q.of = q.next = q.end = NULL
-        Py_DECREF(of)
