@@ -26,6 +26,14 @@ from linmem._core.units cimport E_BROKEN, E_LIMIT, E_NO_MEMORY, E_UNSUPPORTED, r
 
 from linmem._core.arguments import given as _given
 
+
+cdef void* new_zeroed(size_t size, str purpose) except NULL:
+    cdef void* made = calloc(1, size)
+    if made == NULL:
+        raise MemoryError(f"no memory for {purpose}")
+    return made
+
+
 include "limiting_creator.pxi"
 include "statistics_creator.pxi"
 include "python_creator.pxi"

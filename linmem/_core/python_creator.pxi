@@ -2,9 +2,9 @@
 
 cdef struct python_memory:
     memory head
-    size_t reservation      # what was asked for; the capacity may be less
-    PyObject* object        # the LinearMemory: a reference that drop_object ends; touched with the GIL only
-    size_t shelter          # of a broken memory: bytes of inaccessible pages at its base; 0: the OS had none
+    size_t reservation      # of the request; the capacity may be less
+    PyObject* object        # the LinearMemory, a reference; used with the GIL only
+    size_t shelter          # of a broken memory: bytes of inaccessible pages at its base; 0: the OS refused them
 
 # An address that no process can map on any supported system: it is in neither half of the address space.
 cdef size_t UNMAPPABLE = <size_t>1 << 55
@@ -135,10 +135,7 @@ cdef int python_grow_with_gil(python_memory* p, size_t new_size, bint may_move, 
                 check_python_size(p, new_size, &got)
             raise RuntimeError(f"{type(<object>p.object).__name__}.grow_to({new_size}) moved the base within its"
                                f" byte_capacity() ({m.capacity}), or shrank the memory: it is lost") from error
-        if error is None and got.size == new_size:
-            store_answers(p, &got, new_size)
-            return 0
-        store_answers(p, &got, memory_size(m))
+        store_answers(p, &got, new_size if error is None and got.size == new_size else memory_size(m))
         if error is not None:
             raise error
         return check_python_size(p, new_size, &got)
@@ -215,9 +212,7 @@ cdef class PythonCreator(NativeCreator):
             if not callable(getattr(made, method, None)):
                 raise TypeError(f"{type(self.creator).__name__}.new_memory() must return a LinearMemory, got"
                                 f" {type(made).__name__} without {method}()")
-        p = <python_memory*>calloc(1, sizeof(python_memory))
-        if p == NULL:
-            raise MemoryError("no memory for a memory's bookkeeping")
+        p = <python_memory*>new_zeroed(sizeof(python_memory), "the bookkeeping of a memory")
         p.object = <PyObject*>made
         p.reservation = reservation
         p.head.guard = spec.guard

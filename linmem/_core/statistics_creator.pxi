@@ -24,19 +24,19 @@ cdef struct statistics_hook:
     long long started_ns    # of the growth under way
 
 
-cdef void free_records(link* head) noexcept nogil:
-    cdef record* r
-    while head.next.owner != NULL:
-        r = <record*>head.next.owner
-        list_remove(&r.in_ledger)
-        free(r)
+cdef void forget_oldest(statistics_ledger* ledger) noexcept nogil:
+    """Frees the oldest record of a dropped memory. The ledger's lock is held, or no thread has a reference."""
+    cdef record* oldest = <record*>ledger.dropped.previous.owner
+    list_remove(&oldest.in_ledger)
+    ledger.n_dropped -= 1
+    free(oldest)
 
 
 cdef void release_ledger(statistics_ledger* ledger) noexcept nogil:
-    if add(&ledger.refs, -1) == 0:
+    if add(&ledger.refs, -1) == 0:      # so no memory is left, and the list `live` is empty
         unregister_fork_lock(&ledger.lock)
-        free_records(&ledger.live)
-        free_records(&ledger.dropped)
+        while ledger.n_dropped:
+            forget_oldest(ledger)
         free(ledger)
 
 
@@ -72,14 +72,14 @@ cdef void sample_all(statistics_ledger* ledger) noexcept nogil:
     unlock(&ledger.lock.held)
 
 
-cdef memory_report* copy_reports(link* head, memory_report* to) noexcept nogil:
+cdef memory_report* copy_reports(link* head, memory_report* copies) noexcept nogil:
     """The ledger's lock is held. Returns the end of the copies."""
     cdef link* node = head.next
     while node.owner != NULL:
-        to[0] = (<record*>node.owner).report
-        to += 1
+        copies[0] = (<record*>node.owner).report
+        copies += 1
         node = node.next
-    return to
+    return copies
 
 
 cdef int statistics_before_grow(memory_hook* head, memory* m, size_t new_size, failure* why) noexcept nogil:
@@ -110,7 +110,6 @@ cdef void statistics_before_drop(memory_hook* head, memory* m) noexcept nogil:
     cdef statistics_hook* hook = <statistics_hook*>head
     cdef statistics_ledger* ledger = hook.ledger
     cdef record* r = hook.record
-    cdef record* oldest
     cdef size_t resident
     if r == NULL:
         return
@@ -126,10 +125,7 @@ cdef void statistics_before_drop(memory_hook* head, memory* m) noexcept nogil:
     list_add_first(&ledger.dropped, &r.in_ledger, r)
     ledger.n_dropped += 1
     if ledger.n_dropped > ledger.history:
-        oldest = <record*>ledger.dropped.previous.owner
-        list_remove(&oldest.in_ledger)
-        ledger.n_dropped -= 1
-        free(oldest)
+        forget_oldest(ledger)
     unlock(&ledger.lock.held)
 
 
@@ -152,14 +148,14 @@ cdef void statistics_dropped(memory_hook* head) noexcept nogil:
 cdef class StatisticsCreator(NativeCreator):
     """Counts and times what happens to the memories that come through it.
 
-    As rmm's ``StatisticsResourceAdaptor``, with a record of each memory beside the sums.
+    rmm's ``StatisticsResourceAdaptor`` has such sums. This creator also keeps a record of each memory.
 
     Parameters
     ----------
     upstream : NativeCreator
         The creator that makes the memories.
     history : int
-        How many records of dropped memories are kept, the newest.
+        How many records of dropped memories the creator keeps. The oldest record goes first.
     """
 
     def __cinit__(self, *args, **kwargs):
@@ -167,9 +163,7 @@ cdef class StatisticsCreator(NativeCreator):
         upstream, history = _given("StatisticsCreator", ("upstream", "history"), {"history": 256}, args, kwargs)
         self.upstream = check_native(upstream, "upstream")
         check_count(history, "history", &kept)
-        self.ledger = <statistics_ledger*>calloc(1, sizeof(statistics_ledger))
-        if self.ledger == NULL:
-            raise MemoryError("no memory for a ledger")
+        self.ledger = <statistics_ledger*>new_zeroed(sizeof(statistics_ledger), "a ledger")
         self.ledger.refs = 1
         self.ledger.history = kept
         list_init(&self.ledger.live)
@@ -221,7 +215,7 @@ cdef class StatisticsCreator(NativeCreator):
         return 0
 
     def statistics(self):
-        """The sums, as a dict: bytes are byte_size; failures are refused creations and growths."""
+        """The sums over all memories, as a dict. Bytes are byte_size. Failures are refused creations and growths."""
         cdef statistics_sums sums
         with nogil:
             lock(&self.ledger.lock.held)
