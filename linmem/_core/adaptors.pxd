@@ -41,4 +41,3 @@ cdef class StatisticsCreator(NativeCreator):
 
 cdef class PythonCreator(NativeCreator):
     cdef readonly object creator
-    cdef int make_in_python(self, const memory_spec* spec, memory** out) except -1

@@ -102,19 +102,19 @@ cdef extern from *:
     queue* offered "linmem_of_thread"() noexcept nogil
 
 
-cdef void next_image(size_t minimum, image** out) noexcept nogil:
-    """Stores the image that the thread's Offer has for the next memory, and retains it. Stores nothing where there is
-    no image for it.
+cdef image* next_image(size_t minimum) noexcept nogil:
+    """Returns a new reference on the image that the thread's Offer has for the next memory; NULL: no image.
 
     wasmtime makes the GC heap of a store with this creator, too, before the memories of the first module that needs it.
     The minimum of a GC heap is 0, and that of a memory with an image is not, so a GC heap takes no image.
     """
     cdef queue* q = offered()
     cdef place* next = <place*>q.next
-    if next < <place*>q.end and next.minimum == minimum:
-        out[0] = next.image
-        q.next = next + 1
-        image_retain(out[0])
+    if q.next >= q.end or next.minimum != minimum:
+        return NULL
+    q.next = next + 1
+    image_retain(next.image)
+    return next.image
 
 
 # -- callbacks -----------------------------------------------------------------------------------------
@@ -200,11 +200,10 @@ cdef wasmtime_error_t* new_memory(void* env, const wasm_memorytype_t* ty, size_t
     spec.guard = guard
     spec.is_64 = wasmtime.is_64(ty)
     spec.is_shared = wasmtime.is_shared(ty)
-    spec.image = NULL
+    spec.image = next_image(minimum)
     spec.watched = False
     spec.may_move = True        # wasmtime itself checks memory_may_move of its Config
     spec.page_size = 65536 if wasmtime.page_size == NULL else wasmtime.page_size(ty)
-    next_image(minimum, &spec.image)
     code = (<NativeCreator>env).make(&spec, &m, &why)
     image_release(spec.image)
     if code:
@@ -272,12 +271,10 @@ def find(size_t base):
     return None if m == NULL else wrap(m)
 
 
-ctypedef domain_t* domain_ptr
-
-
 def in_domain(domain, call):
     """Return call(). The memories that wasmtime asks for on this thread meanwhile belong to `domain`."""
-    cdef domain_ptr ours = domain_of(domain), before = current_domain()
+    cdef domain_t* ours = domain_of(domain)
+    cdef domain_t* before = current_domain()
     set_domain(ours)
     try:
         return call()

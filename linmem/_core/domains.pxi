@@ -62,7 +62,7 @@ cdef domain* domain_of(object name) except? NULL:
         else:
             free(made)
             made = link[0]
-        made.refs += 1
+        add(&made.refs, 1)
         unlock(&domains_lock.held)
     return made
 
@@ -73,9 +73,7 @@ cdef inline bint is_same_name(const domain* d, const domain* other) noexcept nog
 
 cdef void domain_retain(domain* d) noexcept nogil:
     if d != NULL:
-        lock(&domains_lock.held)
-        d.refs += 1
-        unlock(&domains_lock.held)
+        add(&d.refs, 1)
 
 
 cdef void domain_release(domain* d) noexcept nogil:
@@ -83,8 +81,7 @@ cdef void domain_release(domain* d) noexcept nogil:
     if d == NULL:
         return
     lock(&domains_lock.held)
-    d.refs -= 1
-    if d.refs == 0:
+    if add(&d.refs, -1) == 0:
         link = &domains[d.hash % DOMAIN_BUCKETS]
         while link[0] != d:
             link = &link[0].next

@@ -113,9 +113,8 @@ cdef int limit_resized(memory_hook* head, memory* m, size_t size, size_t accessi
 
 cdef int limit_before_grow(memory_hook* head, memory* m, size_t new_size, failure* why) noexcept nogil:
     cdef limit_hook* hook = <limit_hook*>head
-    cdef size_t need = committed(new_size)
     hook.charged_before = hook.charged
-    return limit_resized(head, m, new_size, need, why) if need > hook.charged else 0
+    return limit_resized(head, m, new_size, max(hook.charged, committed(new_size)), why)
 
 
 cdef void limit_after_grow(memory_hook* head, memory* m, size_t old_size, size_t new_size, int code) noexcept nogil:

@@ -70,10 +70,9 @@ cdef class NativeCreator:
             spec.may_move = may_move
         return self.make_checked(&spec, "guard_size_in_bytes", domain)
 
-    cdef int fill_spec(self, memory_spec* spec, ty, minimum, maximum, reserved_size_in_bytes,
-                       guard_size_in_bytes) except -1:
-        fill_sizes(spec, minimum, maximum, reserved_size_in_bytes, "reserved_size_in_bytes")
-        check_extent(guard_size_in_bytes, "guard_size_in_bytes", &spec.guard)
+    cdef int fill_spec(self, memory_spec* spec, ty, minimum, maximum, reservation, guard) except -1:
+        fill_sizes(spec, minimum, maximum, reservation, "reserved_size_in_bytes")
+        check_extent(guard, "guard_size_in_bytes", &spec.guard)
         spec.may_move = asked().may_move
         try:
             spec.page_size = ty.page_size
@@ -119,11 +118,9 @@ cdef class NativeCreator:
         ours = <domain_ptr>asked().domain if domain is None else domain_of(domain)
         with nogil:
             before = current_domain()
-            if before != ours:
-                set_domain(ours)
+            set_domain(ours)
             code = self.make(spec, &m, &why)
-            if before != ours:
-                set_domain(before)
+            set_domain(before)
             if domain is not None:
                 domain_release(ours)
         if code:

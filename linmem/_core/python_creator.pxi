@@ -21,7 +21,7 @@ cdef struct answers:
 cdef int ask_python_memory(python_memory* p, size_t size, answers* out) except -1:
     """Asks the Python memory where and how large it is. Raises ValueError if the answers contradict each other, or if
     its size is not `size` (NO_MAXIMUM: it may have any size). Changes nothing."""
-    cdef size_t bound
+    cdef size_t bound, end
     cdef size_t reservation = p.reservation, guard = p.head.guard
     made = <object>p.object
     name = type(made).__name__
@@ -37,13 +37,12 @@ cdef int ask_python_memory(python_memory* p, size_t size, answers* out) except -
     if out.capacity < out.size:
         raise ValueError(f"{name}.byte_capacity() must be >= byte_size() ({out.size}), got {out.capacity}")
     out.covered = max(out.capacity, reservation)
-    if (out.covered > SIZE_MAX >> 1 or out.covered > SIZE_MAX - out.base
-            or guard > SIZE_MAX - out.base - out.covered):
+    if (out.covered > SIZE_MAX >> 1 or add_up(out.covered, guard, &out.covered)
+            or add_up(out.base, out.covered, &end)):
         raise ValueError(f"{name}.byte_capacity() does not fit an address: {out.capacity}")
-    out.covered += guard
     # The compiler of wasm relies on this range: each access to it succeeds or faults.
-    if not (accessible.start <= out.base and out.base + out.covered <= accessible.stop):
-        raise ValueError(f"{name}.wasm_accessible() must cover {out.base:#x} .. {out.base + out.covered:#x}: its"
+    if not (accessible.start <= out.base and end <= accessible.stop):
+        raise ValueError(f"{name}.wasm_accessible() must cover {out.base:#x} .. {end:#x}: its"
                          f" capacity of {out.capacity} (reservation asked for: {reservation}) and a guard of {guard}"
                          f" bytes; got {accessible.start:#x} .. {accessible.stop:#x}")
     out.maximum = p.head.maximum
@@ -131,8 +130,6 @@ cdef int python_grow_with_gil(python_memory* p, size_t new_size, bint may_move, 
                     raise error
         if got.size < memory_size(m) or (got.base != <size_t>m.base and not may_move):
             break_memory(m)
-            if error is None and got.size < memory_size(m):
-                check_python_size(p, new_size, &got)
             raise RuntimeError(f"{type(<object>p.object).__name__}.grow_to({new_size}) moved the base within its"
                                f" byte_capacity() ({m.capacity}), or shrank the memory: it is lost") from error
         store_answers(p, &got, new_size if error is None and got.size == new_size else memory_size(m))
@@ -182,62 +179,63 @@ cdef class PythonCreator(NativeCreator):
             return fail(why, E_UNSUPPORTED, "new_memory while the interpreter shuts down", spec.minimum)
         with gil:
             try:
-                return self.make_in_python(spec, out)
+                return make_in_python(self.creator, spec, out)
             except BaseException as error:
                 return fail_python(why, error)
 
-    cdef int make_in_python(self, const memory_spec* spec, memory** out) except -1:
-        cdef python_memory* p
-        cdef answers got
-        cdef failure why
-        cdef request asked
-        cdef size_t reservation = 0 if spec.reservation == UNCHOSEN else spec.reservation
-        from linmem.records import MemoryType
-        if spec.image != NULL and spec.image.end > spec.minimum:
-            raise ValueError(f"minimum must be >= the end of the image ({spec.image.end}), got {spec.minimum}")
-        maximum = None if spec.maximum == NO_MAXIMUM else spec.maximum
-        ty = MemoryType(
-            minimum=spec.minimum // spec.page_size, maximum=None if maximum is None else maximum // spec.page_size,
-            is_64=spec.is_64, is_shared=spec.is_shared, page_size=spec.page_size)
-        asked.may_move, asked.domain = spec.may_move, current_domain()
-        answer_request(&asked)
-        try:
-            made = self.creator.new_memory(
-                ty, spec.minimum, maximum, None if spec.reservation == UNCHOSEN else spec.reservation, spec.guard)
-        finally:
-            answer_request(&asked)
-        if isinstance(made, Memory):
-            return adopt(<Memory>made, spec, reservation, out)
-        for method in ("as_ptr", "byte_size", "byte_capacity", "wasm_accessible", "grow_to"):
-            if not callable(getattr(made, method, None)):
-                raise TypeError(f"{type(self.creator).__name__}.new_memory() must return a LinearMemory, got"
-                                f" {type(made).__name__} without {method}()")
-        p = <python_memory*>new_zeroed(sizeof(python_memory), "the bookkeeping of a memory")
-        p.object = <PyObject*>made
-        p.reservation = reservation
-        p.head.guard = spec.guard
-        p.head.maximum = spec.maximum
-        try:
-            ask_python_memory(p, spec.minimum, &got)
-            if refuse_foreign(<char*>got.base, spec.minimum, 1 << pages.ACCESS_READ_WRITE, "new_memory", &why):
-                raise_failure(&why)
-        except BaseException:
-            free(p)
-            raise
-        store_answers(p, &got, spec.minimum)
-        if spec.image != NULL:
-            image_copy(spec.image, p.head.base)
-        Py_INCREF(made)
-        p.head.ops = &python_ops
-        p.head.refs = 1
-        p.head.is_shared = spec.is_shared
-        p.head.may_move = spec.may_move
-        add_live_memory(&p.head)
-        out[0] = &p.head
-        return 0
-
     def __repr__(self):
         return f"PythonCreator({self.creator!r})"
+
+
+cdef int make_in_python(object creator, const memory_spec* spec, memory** out) except -1:
+    cdef python_memory* p
+    cdef answers got
+    cdef failure why
+    cdef request asked
+    cdef size_t reservation = 0 if spec.reservation == UNCHOSEN else spec.reservation
+    from linmem.records import MemoryType
+    if spec.image != NULL and spec.image.end > spec.minimum:
+        raise ValueError(f"minimum must be >= the end of the image ({spec.image.end}), got {spec.minimum}")
+    maximum = None if spec.maximum == NO_MAXIMUM else spec.maximum
+    ty = MemoryType(
+        minimum=spec.minimum // spec.page_size, maximum=None if maximum is None else maximum // spec.page_size,
+        is_64=spec.is_64, is_shared=spec.is_shared, page_size=spec.page_size)
+    asked.may_move, asked.domain = spec.may_move, current_domain()
+    answer_request(&asked)
+    try:
+        made = creator.new_memory(
+            ty, spec.minimum, maximum, None if spec.reservation == UNCHOSEN else spec.reservation, spec.guard)
+    finally:
+        answer_request(&asked)
+    if isinstance(made, Memory):
+        return adopt(<Memory>made, spec, reservation, out)
+    for method in ("as_ptr", "byte_size", "byte_capacity", "wasm_accessible", "grow_to"):
+        if not callable(getattr(made, method, None)):
+            raise TypeError(f"{type(creator).__name__}.new_memory() must return a LinearMemory, got"
+                            f" {type(made).__name__} without {method}()")
+    p = <python_memory*>new_zeroed(sizeof(python_memory), "the bookkeeping of a memory")
+    p.object = <PyObject*>made
+    p.reservation = reservation
+    p.head.guard = spec.guard
+    p.head.maximum = spec.maximum
+    try:
+        ask_python_memory(p, spec.minimum, &got)
+        if refuse_foreign(<char*>got.base, spec.minimum, 1 << pages.ACCESS_READ_WRITE, "new_memory", &why):
+            raise_failure(&why)
+    except BaseException:
+        free(p)
+        raise
+    store_answers(p, &got, spec.minimum)
+    if spec.image != NULL:
+        image_copy(spec.image, p.head.base)
+    Py_INCREF(made)
+    p.head.ops = &python_ops
+    p.head.refs = 1
+    p.head.is_shared = spec.is_shared
+    p.head.may_move = spec.may_move
+    add_live_memory(&p.head)
+    out[0] = &p.head
+    return 0
 
 
 def check_trait(creator, str name):
@@ -257,22 +255,19 @@ cdef int adopt(Memory made, const memory_spec* spec, size_t reservation, memory*
     """
     cdef memory* m = made.enter_locked()     # the creator may have kept the handle, and other threads may use it
     cdef size_t size, capacity, covered
-    cdef bint fits, is_protected, is_first = False
+    cdef bint fits, is_protected, is_first
     with nogil:
         size, capacity, covered = memory_size(m), m.capacity, m.covered
         fits = (size == spec.minimum and capacity >= reservation
                 and covered >= max(capacity, reservation) + spec.guard)
         is_protected = load(&m.protection) != PROTECTION_NONE
-        if fits and not is_protected:
-            is_first = compare_exchange(&made.is_new, 1, 0)
+        is_first = fits and not is_protected and compare_exchange(&made.is_new, 1, 0)
         if is_first:
             memory_retain(m)
-            # The request decides, whatever the maker of the memory asked for.
-            if spec.is_shared:
-                m.is_shared = True
+            # This request decides, and not the request that the memory was made for.
+            m.is_shared = m.is_shared or spec.is_shared
             m.may_move = spec.may_move
-            if m.maximum > spec.maximum:
-                store_size(&m.maximum, spec.maximum)
+            store_size(&m.maximum, min(m.maximum, spec.maximum))
             if spec.image != NULL:
                 image_copy(spec.image, m.base)
         unlock(&m.lock)

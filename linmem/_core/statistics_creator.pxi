@@ -10,18 +10,16 @@ cdef struct memory_report:
     long long grow_ns
     size_t peak_resident    # sampled when the report is made and when the memory is dropped
 
+# The hook of a memory. After the memory is gone, the ledger keeps the record.
 cdef struct record:
-    link in_ledger          # in the list `live` or `dropped`
+    memory_hook head
+    statistics_ledger* ledger
+    link in_ledger          # in the list `live` or `dropped`; in no list while the memory is being dropped
     memory* m               # valid while the memory is alive
     atomic_i64 sampling     # a lock: the memory is not freed while another thread holds it
     size_t counted          # in current_bytes: the size, or 0 while a pool above keeps the memory without pages
-    memory_report report
-
-cdef struct statistics_hook:
-    memory_hook head
-    statistics_ledger* ledger
-    record* record          # NULL once the memory was dropped
     long long started_ns    # of the growth under way
+    memory_report report
 
 
 cdef void forget_oldest(statistics_ledger* ledger) noexcept nogil:
@@ -83,16 +81,15 @@ cdef memory_report* copy_reports(link* head, memory_report* copies) noexcept nog
 
 
 cdef int statistics_before_grow(memory_hook* head, memory* m, size_t new_size, failure* why) noexcept nogil:
-    (<statistics_hook*>head).started_ns = pages.clock_ns()
+    (<record*>head).started_ns = pages.clock_ns()
     return 0
 
 
 cdef void statistics_after_grow(memory_hook* head, memory* m, size_t old_size, size_t new_size,
                                 int code) noexcept nogil:
-    cdef statistics_hook* hook = <statistics_hook*>head
-    cdef statistics_ledger* ledger = hook.ledger
-    cdef record* r = hook.record
-    cdef long long spent = pages.clock_ns() - hook.started_ns
+    cdef record* r = <record*>head
+    cdef statistics_ledger* ledger = r.ledger
+    cdef long long spent = pages.clock_ns() - r.started_ns
     lock(&ledger.lock.held)
     r.report.grow_ns += spent
     if code:
@@ -107,31 +104,25 @@ cdef void statistics_after_grow(memory_hook* head, memory* m, size_t old_size, s
 
 
 cdef void statistics_before_drop(memory_hook* head, memory* m) noexcept nogil:
-    cdef statistics_hook* hook = <statistics_hook*>head
-    cdef statistics_ledger* ledger = hook.ledger
-    cdef record* r = hook.record
+    cdef record* r = <record*>head
+    cdef statistics_ledger* ledger = r.ledger
     cdef size_t resident
-    if r == NULL:
+    if not r.report.alive:
         return
     lock(&r.sampling)        # and never released
     resident = resident_now(m)
     lock(&ledger.lock.held)
-    hook.record = NULL
     r.report.peak_resident = max(r.report.peak_resident, resident)
     r.report.alive = False
     count_bytes(ledger, r, 0)
     ledger.sums.current_count -= 1
     list_remove(&r.in_ledger)
-    list_add_first(&ledger.dropped, &r.in_ledger, r)
-    ledger.n_dropped += 1
-    if ledger.n_dropped > ledger.history:
-        forget_oldest(ledger)
     unlock(&ledger.lock.held)
 
 
 cdef int statistics_resized(memory_hook* head, memory* m, size_t size, size_t accessible, failure* why) noexcept nogil:
-    cdef statistics_ledger* ledger = (<statistics_hook*>head).ledger
-    cdef record* r = (<statistics_hook*>head).record
+    cdef record* r = <record*>head
+    cdef statistics_ledger* ledger = r.ledger
     lock(&ledger.lock.held)
     r.report.size = size if accessible else r.report.first_size
     count_bytes(ledger, r, size)
@@ -140,8 +131,15 @@ cdef int statistics_resized(memory_hook* head, memory* m, size_t size, size_t ac
 
 
 cdef void statistics_dropped(memory_hook* head) noexcept nogil:
-    release_ledger((<statistics_hook*>head).ledger)
-    free(head)
+    cdef record* r = <record*>head
+    cdef statistics_ledger* ledger = r.ledger
+    lock(&ledger.lock.held)
+    list_add_first(&ledger.dropped, &r.in_ledger, r)
+    ledger.n_dropped += 1
+    if ledger.n_dropped > ledger.history:
+        forget_oldest(ledger)
+    unlock(&ledger.lock.held)
+    release_ledger(ledger)
 
 
 @cython.final
@@ -178,28 +176,25 @@ cdef class StatisticsCreator(NativeCreator):
 
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
         cdef statistics_ledger* ledger = self.ledger
-        cdef statistics_hook* hook = <statistics_hook*>calloc(1, sizeof(statistics_hook))
         cdef record* r = <record*>calloc(1, sizeof(record))
         cdef int code
-        if hook == NULL or r == NULL:
+        if r == NULL:
             code = fail(why, E_NO_MEMORY, "calloc", sizeof(record))
         else:
             code = self.upstream.make(spec, out, why)
         if code:
-            free(hook)
             free(r)
             lock(&ledger.lock.held)
             ledger.sums.failures += 1
             unlock(&ledger.lock.held)
             return code
         add(&ledger.refs, 1)
-        hook.head.before_grow = statistics_before_grow
-        hook.head.after_grow = statistics_after_grow
-        hook.head.before_drop = statistics_before_drop
-        hook.head.dropped = statistics_dropped
-        hook.head.resized = statistics_resized
-        hook.ledger = ledger
-        hook.record = r
+        r.head.before_grow = statistics_before_grow
+        r.head.after_grow = statistics_after_grow
+        r.head.before_drop = statistics_before_drop
+        r.head.dropped = statistics_dropped
+        r.head.resized = statistics_resized
+        r.ledger = ledger
         r.m = out[0]
         r.report.alive = True
         r.report.first_size = r.report.size = memory_size(out[0])
@@ -211,7 +206,7 @@ cdef class StatisticsCreator(NativeCreator):
         ledger.sums.current_count += 1
         ledger.sums.peak_count = max(ledger.sums.peak_count, ledger.sums.current_count)
         unlock(&ledger.lock.held)
-        memory_add_hook(out[0], &hook.head)
+        memory_add_hook(out[0], &r.head)
         return 0
 
     def statistics(self):
