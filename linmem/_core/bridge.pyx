@@ -69,8 +69,8 @@ cdef inline memory** bucket(char* base) noexcept nogil:
 
 
 cdef void update_table(memory* m, char* base) noexcept nogil:
-    """Lists `m` under `base`, and no longer under the base that it was listed under. NULL: it was not, or is not any
-    more. Both under one lock, so that a child that is forked meanwhile finds the memory."""
+    """Moves `m` in the table from its former base, m.registered, to `base`. NULL: the memory is not in the table. The
+    lock is held for the whole move, so that a child that is forked meanwhile finds the memory."""
     cdef memory** place
     lock(&table_lock.held)
     if m.registered != NULL:
@@ -105,8 +105,8 @@ cdef extern from *:
 cdef image* next_image(size_t minimum) noexcept nogil:
     """Returns a new reference on the image that the thread's Offer has for the next memory; NULL: no image.
 
-    wasmtime makes the GC heap of a store with this creator, too, before the memories of the first module that needs it.
-    The minimum of a GC heap is 0, and that of a memory with an image is not, so a GC heap takes no image.
+    wasmtime also makes the GC heap of a store with this creator, before the memories of the first module that needs the
+    heap. The minimum of a GC heap is 0. A memory with an image has another minimum, so a GC heap takes no image.
     """
     cdef queue* q = offered()
     cdef place* next = <place*>q.next
@@ -128,7 +128,7 @@ cdef wasmtime_error_t* to_error(failure* why) noexcept nogil:
 
 
 cdef wasmtime_error_t* python_error(failure* why, bint has_caller) noexcept with gil:
-    """has_caller: Python code called wasmtime on this thread, and goes on when wasmtime returns."""
+    """has_caller: Python code called wasmtime on this thread, and continues when wasmtime returns."""
     cdef object error = <object>why.exception
     cdef bytes text
     Py_DECREF(error)
@@ -149,13 +149,14 @@ cdef extern from *:
 
 cdef void raise_later(object error, bint has_caller) noexcept:
     """For KeyboardInterrupt, SystemExit and other exceptions that the guest must not handle: the next Python code that
-    this thread runs raises `error` itself. That is the caller of wasm, or a host function or a creator that wasm calls
-    first. An exception from there takes the same way again."""
+    this thread runs raises `error` itself. This code is the caller of wasm, or a host function or a creator that wasm
+    calls before it returns. An exception in such a function comes here again."""
     if not has_caller:
         raise error             # Cython prints an exception that leaves a noexcept function
-    # PyThreadState_SetAsyncExc takes a class, and CPython calls that class for the exception. `except` must recognise
-    # the class, so it is a subclass. Some builds without a GIL never free a class, so the class drops its reference on
-    # the exception. CPython 3.10 calls the class a second time, with the exception that it returned.
+    # PyThreadState_SetAsyncExc takes a class, which CPython calls to get the exception. `except` must recognise the
+    # class, so the class is a subclass of the exception's class. Some builds without a GIL never free a class, so the
+    # class drops its reference on the exception. CPython 3.10 calls the class a second time, with the exception that
+    # the first call returned.
     kept = [error]
     members = {"__new__": lambda _, given=None: kept.pop() if kept else given}
     try:
@@ -208,9 +209,9 @@ cdef wasmtime_error_t* new_memory(void* env, const wasm_memorytype_t* ty, size_t
     image_release(spec.image)
     if code:
         return to_error(&why)
-    code = lock_memory(m, &why)     # waits for a growth that Python code runs; a later one sees the new owner
+    code = lock_memory(m, &why)     # waits for a growth that Python code runs; a later growth sees the new owner
     if code == 0:
-        if load(&m.protection) != PROTECTION_NONE:      # a Python creator kept a handle, and used it meanwhile
+        if load(&m.protection) != PROTECTION_NONE:      # a Python creator kept a handle and protected pages meanwhile
             code = fail(&why, E_UNSUPPORTED, "new_memory", minimum)
             snprintf(why.detail, sizeof(why.detail), "with protected pages: a creator protected pages of the memory"
                      " that it returned")
@@ -232,7 +233,7 @@ cdef void finalize_creator(void* env) noexcept nogil:
     deferred_decref(<PyObject*>env)
 
 
-# -- what Python calls ------------------------------------------------------------------------------------
+# -- functions for Python ----------------------------------------------------------------------------------
 
 def bind(size_t set_creator, size_t error_new, size_t is_64, size_t is_shared, size_t page_size):
     """Store the addresses of wasmtime's C functions. Only `page_size` may be missing (0)."""
@@ -246,7 +247,7 @@ def bind(size_t set_creator, size_t error_new, size_t is_64, size_t is_shared, s
 def set_creator(size_t config, NativeCreator creator not None):
     """Make `creator` the host memory creator of the wasm_config_t at the address `config`.
 
-    The Config holds a reference on the creator, and so does each Engine made from the Config.
+    The Config and each Engine made from the Config hold a reference on the creator.
     """
     cdef wasmtime_memory_creator_t c
     if wasmtime.set_creator == NULL:
@@ -322,7 +323,7 @@ cdef class Offer:
         False: the thread has another offer with images that no memory has taken. That offer stays.
         """
         cdef queue* q = offered()
-        cdef PyObject* before = <PyObject*>q.of     # its images were all taken
+        cdef PyObject* before = <PyObject*>q.of     # an Offer whose images were all taken, or NULL
         if not self.begin():
             return False
         Py_INCREF(self)
@@ -333,7 +334,7 @@ cdef class Offer:
     def take_back(self):
         """End the offer. Returns how many of its images no memory has taken."""
         cdef queue* q = offered()
-        if q.of != <void*>self:     # all images were taken, and another instance made an offer of its own meanwhile
+        if q.of != <void*>self:     # all images were taken, and another Offer was made meanwhile
             return 0
         q.of = NULL
         Py_DECREF(self)

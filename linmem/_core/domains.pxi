@@ -14,29 +14,29 @@ register_fork_lock(&domains_lock)
 # (`may_move` and `domain`).
 cdef extern from *:
     """
-    typedef struct { int may_move; void *domain, *making; } linmem_asked_t;
-    static LINMEM_OF_THREAD linmem_asked_t linmem_asked;
-    static linmem_asked_t *linmem_asked_of_thread(void) { return &linmem_asked; }
+    typedef struct { int may_move; void *domain, *making; } linmem_requests_t;
+    static LINMEM_OF_THREAD linmem_requests_t linmem_requests;
+    static linmem_requests_t *linmem_requests_of_thread(void) { return &linmem_requests; }
     """
-    ctypedef struct asked_t "linmem_asked_t":
+    ctypedef struct requests_t "linmem_requests_t":
         bint may_move
         void* domain
         void* making
 
-    asked_t* asked "linmem_asked_of_thread"() noexcept nogil
+    requests_t* thread_requests "linmem_requests_of_thread"() noexcept nogil
 
 
 cdef domain* current_domain() noexcept nogil:
-    """The domain of the memory that this thread is making; NULL: none was named. A borrowed reference."""
-    return <domain*>asked().making
+    """The domain of the memory that this thread is making, a borrowed reference; NULL: the request names no domain."""
+    return <domain*>thread_requests().making
 
 
 cdef void set_domain(domain* d) noexcept nogil:
-    asked().making = d
+    thread_requests().making = d
 
 
 cdef domain* domain_of(object name) except? NULL:
-    """A new reference on the domain with that name; NULL for None."""
+    """Returns a new reference on the domain with that name; NULL for None."""
     cdef bytes text
     cdef domain* made
     cdef domain** link
@@ -91,9 +91,9 @@ cdef void domain_release(domain* d) noexcept nogil:
 
 
 cdef void answer_request(request* new) noexcept:
-    """A Python creator is asked on this thread for a memory as `new` says. Exchanges `new` with the request that was
-    answered until now; the caller exchanges them again afterwards."""
+    """A Python creator on this thread begins to answer the request `new`. Exchanges `new` with the request that was
+    answered before. The caller exchanges them again when the Python creator returns."""
     cdef request before
-    before.may_move, before.domain = asked().may_move, <domain*>asked().domain
-    asked().may_move, asked().domain = new.may_move, new.domain
+    before.may_move, before.domain = thread_requests().may_move, <domain*>thread_requests().domain
+    thread_requests().may_move, thread_requests().domain = new.may_move, new.domain
     new[0] = before

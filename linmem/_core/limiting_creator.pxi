@@ -14,10 +14,10 @@ cdef struct limit_hook:
     budget* budget
     size_t charged              # bytes, in whole host pages
     size_t charged_before       # the growth under way
-    limit_hook* outer           # of this thread, while the memory is being made: the next hook that has no memory yet
+    limit_hook* outer           # while the memory is being made: the thread's next hook without a memory
 
-# The hooks whose memories this thread is making. There are several if limits nest, or if a Python creator upstream makes
-# another memory.
+# The list of the hooks whose memories this thread is making. Several hooks are in it if limits nest, or if a Python
+# creator upstream makes another memory.
 cdef extern from *:
     """
     static LINMEM_OF_THREAD void *linmem_pending;
@@ -51,8 +51,8 @@ cdef void release_budget(budget* b) noexcept nogil:
 
 cdef void charge_anew() noexcept nogil:
     """In a forked child: computes the charges of all budgets again. A thread that the child does not have may have
-    charged bytes for a memory that does not exist yet, or may not have refunded those of a dropped one. So each budget
-    is charged with the memories that exist, and with those that this thread is making."""
+    charged bytes for a memory that does not exist yet, or may not have refunded the bytes of a dropped memory. So each
+    budget is charged with the memories that exist, and with the memories that this thread is making."""
     cdef link* node = budgets.next
     cdef limit_hook* pending = <limit_hook*>pending_hooks()[0]
     cdef memory* m = next_live_memory(NULL)
@@ -208,7 +208,7 @@ cdef class LimitingCreator(NativeCreator):
     @property
     def peak_bytes(self):
         """The most bytes that were ever charged at once."""
-        # charge() stores the peak after the charge. A forked child may lack the thread that was about to store the peak.
+        # charge() stores the peak after the charge. A forked child may lack the thread that was about to store it.
         return max(load(&self.budget.used), load(&self.budget.peak))
 
     def __repr__(self):

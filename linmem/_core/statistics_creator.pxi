@@ -1,6 +1,6 @@
 # StatisticsCreator: counts and times what happens to memories. Part of adaptors.pyx.
 
-# What memories() returns about one memory; sizes in bytes.
+# One row of memories(); sizes in bytes.
 cdef struct memory_report:
     bint alive
     size_t first_size
@@ -17,7 +17,7 @@ cdef struct record:
     link in_ledger          # in the list `live` or `dropped`; in no list while the memory is being dropped
     memory* m               # valid while the memory is alive
     atomic_i64 sampling     # a lock: the memory is not freed while another thread holds it
-    size_t counted          # in current_bytes: the size, or 0 while a pool above keeps the memory without pages
+    size_t counted          # the part of current_bytes: the size, or 0 while a pool above keeps no pages of the memory
     long long started_ns    # of the growth under way
     memory_report report
 
@@ -38,11 +38,12 @@ cdef void release_ledger(statistics_ledger* ledger) noexcept nogil:
         free(ledger)
 
 
-cdef void count_bytes(statistics_ledger* ledger, record* r, size_t size) noexcept nogil:
+cdef void count_bytes(record* r, size_t size) noexcept nogil:
     """The ledger's lock is held."""
-    ledger.sums.current_bytes += size - r.counted       # the difference wraps where the size becomes less
+    cdef statistics_sums* sums = &r.ledger.sums
+    sums.current_bytes += size - r.counted      # if the size becomes less, the difference and the sum wrap around
     r.counted = size
-    ledger.sums.peak_bytes = max(ledger.sums.peak_bytes, ledger.sums.current_bytes)
+    sums.peak_bytes = max(sums.peak_bytes, sums.current_bytes)
 
 
 cdef size_t resident_now(memory* m) noexcept nogil:
@@ -99,7 +100,7 @@ cdef void statistics_after_grow(memory_hook* head, memory* m, size_t old_size, s
         r.report.growths += 1
         r.report.size = new_size
         ledger.sums.total_bytes += new_size - r.counted
-        count_bytes(ledger, r, new_size)
+        count_bytes(r, new_size)
     unlock(&ledger.lock.held)
 
 
@@ -114,7 +115,7 @@ cdef void statistics_before_drop(memory_hook* head, memory* m) noexcept nogil:
     lock(&ledger.lock.held)
     r.report.peak_resident = max(r.report.peak_resident, resident)
     r.report.alive = False
-    count_bytes(ledger, r, 0)
+    count_bytes(r, 0)
     ledger.sums.current_count -= 1
     list_remove(&r.in_ledger)
     unlock(&ledger.lock.held)
@@ -122,11 +123,10 @@ cdef void statistics_before_drop(memory_hook* head, memory* m) noexcept nogil:
 
 cdef int statistics_resized(memory_hook* head, memory* m, size_t size, size_t accessible, failure* why) noexcept nogil:
     cdef record* r = <record*>head
-    cdef statistics_ledger* ledger = r.ledger
-    lock(&ledger.lock.held)
+    lock(&r.ledger.lock.held)
     r.report.size = size if accessible else r.report.first_size
-    count_bytes(ledger, r, size)
-    unlock(&ledger.lock.held)
+    count_bytes(r, size)
+    unlock(&r.ledger.lock.held)
     return 0
 
 
@@ -200,7 +200,7 @@ cdef class StatisticsCreator(NativeCreator):
         r.report.first_size = r.report.size = memory_size(out[0])
         lock(&ledger.lock.held)
         list_add_first(&ledger.live, &r.in_ledger, r)
-        count_bytes(ledger, r, r.report.size)
+        count_bytes(r, r.report.size)
         ledger.sums.total_bytes += r.report.size
         ledger.sums.total_count += 1
         ledger.sums.current_count += 1
@@ -221,8 +221,9 @@ cdef class StatisticsCreator(NativeCreator):
     def memories(self):
         """A dict for each memory, live ones first, then the newest dropped ones.
 
-        Keys: alive, first_size, size, growths, refused, grow_ns, peak_resident. peak_resident is sampled now and when a
-        memory is dropped. It is exact for a memory that never gives pages back, as WebAssembly's.
+        The keys are alive, first_size, size, growths, refused, grow_ns and peak_resident. linmem samples peak_resident
+        in this call and when a memory is dropped. This figure is exact for a memory that never gives pages back, as
+        memories of WebAssembly.
         """
         cdef memory_report* copy
         cdef size_t n, i
