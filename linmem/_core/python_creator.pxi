@@ -22,7 +22,7 @@ cdef int ask_python_memory(object made, size_t size, size_t reservation, size_t 
                            answers* out) except -1:
     """Asks the Python memory where and how large it is. Raises ValueError if the answers contradict each other, or if
     the memory has another size than `size` (NO_MAXIMUM: it may have any size)."""
-    cdef size_t bound, end
+    cdef size_t bound, end = 0
     name = type(made).__name__
     check_size(made.as_ptr(), "as_ptr()", &out.base)
     check_size(made.byte_size(), "byte_size()", &out.size)
