@@ -180,8 +180,9 @@ cdef struct memory_hook:
 # |                 |                         |                      |                         | memory.refs           |
 # | image.refs      | the Image, memories,    | atomically, no lock  | stays                   | no thread: 0 frees    |
 # |                 | slots and requests      |                      |                         | the image             |
-# | domain.refs     | users of the name       | under domains_lock   | stays                   | no thread: 0 frees    |
-# |                 |                         |                      |                         | the name              |
+# | domain.refs     | users of the name       | atomically; 0 to 1   | stays                   | no thread: 0 frees    |
+# |                 |                         | and 1 to 0 under     |                         | the name              |
+# |                 |                         | domains_lock         |                         |                       |
 #
 # memory.lock is no counter: it holds the generation of the process whose thread took it. A forked child takes over a
 # lock of an older generation, because that thread is not there.
@@ -391,8 +392,7 @@ cdef class NativeCreator:
     cdef object __weakref__
     # 0 and *out holds one reference, or a code and nothing is left behind.
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil
-    cdef int fill_spec(self, memory_spec* spec, ty, minimum, maximum, reserved_size_in_bytes,
-                       guard_size_in_bytes) except -1
+    cdef int fill_spec(self, memory_spec* spec, ty, minimum, maximum, reservation, guard) except -1
     cdef object make_checked(self, const memory_spec* spec, str guard_name, object domain=*)
 
 
