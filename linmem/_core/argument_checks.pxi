@@ -3,7 +3,7 @@
 # What is fast for a plain int or bool is here. All else, and the texts of the exceptions, is in arguments.py.
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
-from cpython.exc cimport PyErr_Clear, PyErr_Occurred
+from cpython.exc cimport PyErr_Clear
 
 from linmem._core import arguments as _checks
 from linmem._core.arguments import check_bytes as _check_bytes, check_count as _check_count, \
@@ -23,16 +23,21 @@ cdef extern from *:
     unsigned long long ULLONG_MAX
 
 
-cdef int check_bounded(object value, str name, str bound, size_t* out) except -1:
+# The C compiler makes the next one a part of each method that is called often. So what it does seldom is apart.
+cdef inline int check_bounded(object value, str name, str bound, size_t* out) except -1:
     """A number of bytes that 64 bits can hold. The caller refuses a number that is not within `bound`; the words of
     `bound` are for the message about a number that 64 bits cannot hold."""
     cdef unsigned long long n
     if PyLong_CheckExact(value):
         n = as_unsigned(value)
-        if n != ULLONG_MAX or not PyErr_Occurred():
+        if n != ULLONG_MAX:
             out[0] = <size_t>n
             return 0
         PyErr_Clear()
+    return check_any_size(value, name, bound, out)
+
+
+cdef int check_any_size(object value, str name, str bound, size_t* out) except -1:
     out[0] = _check_size(value, name, bound)
     return 0
 
