@@ -8,7 +8,7 @@ from cpython.exc cimport PyErr_Clear
 from linmem._core import arguments as _checks
 from linmem._core.arguments import check_bytes as _check_bytes, check_count as _check_count, \
     check_flag as _check_flag, check_pairs as _check_pairs, check_path as _check_path, check_size as _check_size, \
-    given as _given, refuse_buffer as _refuse_buffer, shown as _shown
+    given as _given, shown as _shown
 
 # Bounds, in the words of messages.
 cdef str _WITHIN = "within byte_size()"
@@ -120,6 +120,10 @@ cdef int fail_range(memory* m, size_t offset, size_t size, failure* why) noexcep
     return E_VALUE
 
 
+cdef inline int check_span(memory* m, size_t offset, size_t size) except -1:
+    return 0 if is_within(m, offset, size) else refuse_span(m, offset, size)
+
+
 cdef int refuse_span(memory* m, size_t offset, size_t size) except -1:
     cdef failure why
     fail_range(m, offset, size, &why)
@@ -129,48 +133,32 @@ cdef int refuse_span(memory* m, size_t offset, size_t size) except -1:
 # -- buffers
 
 cdef int take_bytes(object data, str name, Py_buffer* out) except -1:
-    """The contiguous bytes of a buffer. The caller releases the buffer."""
-    try:
-        PyObject_GetBuffer(data, out, PyBUF_SIMPLE)
-    except (TypeError, ValueError, BufferError) as error:
-        _refuse_buffer(data, name, error)
-    if load(&n_protections):
-        try:
-            check_readable(out)
-        except BaseException:
-            PyBuffer_Release(out)
-            raise
-    return 0
-
-
-cdef int check_readable(const Py_buffer* given) except -1:
-    """Refuse a buffer whose bytes lie in pages of a linmem memory that cannot be read."""
+    """The contiguous bytes of a buffer, which can all be read. The caller releases the buffer."""
     cdef failure why
     cdef int code
-    cdef const char* start = <const char*>given.buf
-    cdef size_t size = <size_t>given.len
-    with nogil:
-        code = refuse_foreign(start, size, READABLE, "reading the data, which lie in a linmem memory,", &why)
-    return raise_failure(&why) if code else 0
+    try:
+        PyObject_GetBuffer(data, out, PyBUF_SIMPLE)
+    except (TypeError, ValueError, BufferError):
+        PyObject_GetBuffer(_check_bytes(data, name), out, PyBUF_SIMPLE)
+    if load(&n_protections):
+        with nogil:
+            code = refuse_foreign(<const char*>out.buf, <size_t>out.len, READABLE,
+                                  "reading the data, which lie in a linmem memory,", &why)
+        if code:
+            PyBuffer_Release(out)
+            raise_failure(&why)
+    return 0
 
 
 def shows_protected(data):
     """See `shows_protected` in linmem._core.arguments."""
     cdef Py_buffer given
     cdef bint answer
-    if load(&n_protections) == 0:
-        return False
-    try:
-        PyObject_GetBuffer(data, &given, PyBUF_SIMPLE)
-    except BufferError:         # not contiguous
-        return False
-    try:
-        check_readable(&given)
-        with nogil:
-            answer = find_protected(<const char*>given.buf, <size_t>given.len) != NULL
-        return answer
-    finally:
-        PyBuffer_Release(&given)
+    take_bytes(data, "data", &given)
+    with nogil:
+        answer = find_protected(<const char*>given.buf, <size_t>given.len) != NULL
+    PyBuffer_Release(&given)
+    return answer
 
 
 _checks.shows_protected = shows_protected

@@ -115,12 +115,6 @@ def check_bytes(data: object, name: str) -> memoryview:
         raise TypeError(f"{name} must be a contiguous buffer of bytes, got {kind}: {error}") from None
 
 
-def refuse_buffer(data: object, name: str, error: Exception) -> None:
-    """Raise the exception for native code that could not get a buffer from `data`."""
-    check_bytes(data, name)
-    raise TypeError(f"{name} must be a contiguous buffer of bytes, got {type(data).__name__}: {error}") from None
-
-
 def check_path(path: object, name: str = "path") -> str | bytes:
     """A path that the file system can have."""
     try:

@@ -3,8 +3,6 @@
 # Most methods check their arguments, enter() the handle, call one nogil function, and finish().
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from cpython.buffer cimport PyBuffer_FillInfo
-
 from linmem._core.atomic cimport add_with_gil
 
 from linmem._files.delta import Delta as _Delta
@@ -32,6 +30,11 @@ cdef long long TAG = <long long>GENERATION_TAGS << TAG_SHIFT
 cdef long long GIVEN_BACK = <long long>1 << 62
 cdef long long CLOSED = -GIVEN_BACK - GIVEN_BACK
 
+cdef extern from *:
+    # As in cpython.buffer, but the caller looks for the exception itself: a `try` would make each export slower.
+    int fill_buffer "PyBuffer_FillInfo"(Py_buffer* buffer, object exporter, void* data, Py_ssize_t size, bint read_only,
+                                        int flags) noexcept
+
 _ACCESSES = {"none": pages.ACCESS_NONE, "r": pages.ACCESS_READ, "rw": pages.ACCESS_READ_WRITE,
              "rx": pages.ACCESS_READ_EXECUTE}
 
@@ -52,71 +55,50 @@ cdef object wrap(memory* m):
 
 # -- copying bytes
 
-cdef inline void move_bytes(memory* m, size_t start, size_t n, char* to, const char* data) noexcept nogil:
-    if to != NULL:
-        memcpy(to, m.base + start, n)
+cdef inline void move_bytes(memory* m, size_t offset, size_t n, char* out, const char* data) noexcept nogil:
+    if out != NULL:
+        memcpy(out, m.base + offset, n)
     else:
-        memmove(m.base + start, data, n)
+        memmove(m.base + offset, data, n)
 
 
-# The caller of the next two has entered the handle and checked the range. They are small, so that the C compiler makes
-# them a part of each method.
-
-cdef inline int copy_out(memory* m, size_t start, size_t n, char* to) except -1:
-    begin_access(m)
-    if is_guarded(m) or n >= RELEASE_GIL_FROM:
+# Small, so that the C compiler makes it a part of each method.
+cdef inline int copy_bytes(memory* m, size_t offset, size_t n, char* out, const char* data) except -1:
+    """Copy out to `out`, or in from `data` if `out` is NULL. The caller has entered the handle and checked the range."""
+    if n < RELEASE_GIL_FROM and try_access(m):
+        if not is_guarded(m):
+            move_bytes(m, offset, n, out, data)
+            end_access(m)
+            return 0
         end_access(m)
-        return copy_slowly(m, start, n, to, NULL)
-    memcpy(to, m.base + start, n)
-    end_access(m)
-    return 0
+    return copy_slowly(m, offset, n, out, data)
 
 
-cdef inline int copy_in(memory* m, size_t start, size_t n, const char* data) except -1:
-    begin_access(m)
-    if is_guarded(m) or n >= RELEASE_GIL_FROM:
-        end_access(m)
-        return copy_slowly(m, start, n, NULL, data)
-    memmove(m.base + start, data, n)
-    end_access(m)
-    return 0
+cdef int copy_slowly(memory* m, size_t offset, size_t n, char* out, const char* data) except -1:
+    """copy_bytes() without the GIL; checks the access of the pages.
 
-
-cdef int copy_slowly(memory* m, size_t start, size_t n, char* to, const char* data) except -1:
-    """Copy out to `to`, or in from `data` if `to` is NULL."""
-    begin_access(m)
-    if is_guarded(m):
-        end_access(m)
-        return copy_guarded(m, start, n, to, data)
-    with nogil:
-        move_bytes(m, start, n, to, data)
-        end_access(m)
-    return 0
-
-
-cdef int copy_guarded(memory* m, size_t start, size_t n, char* to, const char* data) except -1:
-    """copy_slowly() where the access of the pages must be looked at.
-
-    No page of the range changes its access meanwhile, because the memory is locked. The pages of a Python memory may be
-    another linmem memory's: that memory is not locked, and its user must not protect them during this call.
+    No page of the range changes its access meanwhile, because a guarded memory is locked. The pages of a Python memory
+    may be another linmem memory's: that memory is not locked, and its user must not protect them during this call.
     """
     cdef failure why
-    cdef int allowed = READABLE if to != NULL else WRITABLE
-    cdef bint is_ours = m.ops.pages_are_ours
-    cdef int code = 0
-    if not is_ours:
-        begin_access(m)
+    cdef int code = begin_access(m, &why)
+    cdef bint guarded = is_guarded(m), locks = guarded and m.ops.pages_are_ours
+    if code:
+        return raise_failure(&why)
     with nogil:
-        if is_ours:
+        if locks:
+            end_access(m)
             code = lock_memory(m, &why)
         if code == 0:
-            code = refuse_access(m, start, n, allowed, "read" if to != NULL else "write", &why)
+            if guarded:
+                code = refuse_access(m, offset, n, READABLE if out != NULL else WRITABLE,
+                                     "read" if out != NULL else "write", &why)
             if code == 0:
-                move_bytes(m, start, n, to, data)
-            if is_ours:
+                move_bytes(m, offset, n, out, data)
+            if locks:
                 unlock(&m.lock)
-        if not is_ours:
-            end_access(m)
+            else:
+                end_access(m)
     return raise_failure(&why) if code else 0
 
 
@@ -155,7 +137,16 @@ cdef class Memory:
         cdef failure why
         cdef int code
         with nogil:
-            code = lock_unbroken(m, &why)
+            code = lock_memory(m, &why)
+        if code:
+            self.finish(code, &why)
+        return m
+
+    cdef memory* enter_access(self) except NULL:
+        """enter(), and begin_access(). end_access() and leave() must follow, and no line between may raise."""
+        cdef memory* m = self.enter()
+        cdef failure why
+        cdef int code = begin_access(m, &why)
         if code:
             self.finish(code, &why)
         return m
@@ -346,53 +337,39 @@ cdef class Memory:
 
         Mirrors ``wasmtime::LinearMemory::wasm_accessible``.
         """
-        cdef memory* m = self.enter()
-        cdef size_t base, end
-        try:
-            begin_access(m)
-            base = <size_t>load_address(&m.base)
-            end = base + load_size(&m.covered)
-            end_access(m)
-        finally:
-            self.leave()
+        cdef memory* m = self.enter_access()
+        cdef size_t base = <size_t>load_address(&m.base), end = base + load_size(&m.covered)
+        end_access(m)
+        self.leave()
         return range(base, end)
 
     # -- buffers and views
 
     def __getbuffer__(self, Py_buffer* buffer, int flags):
-        cdef bint read_only
-        cdef memory* m = self.begin_export(&read_only)
-        try:
-            PyBuffer_FillInfo(buffer, self, m.base, <Py_ssize_t>memory_size(m), read_only, flags)
-        except BaseException:
-            self.end_export()
-            raise
+        self.export(buffer, self, 0, -1, flags)
 
     def __releasebuffer__(self, Py_buffer* buffer):
         self.end_export()
 
-    cdef memory* begin_export(self, bint* read_only) except NULL:
-        """Until end_export() the base stays, and so do the pages. read_only: no byte of the memory can be written."""
-        cdef memory* m = self.enter()
-        cdef bint pinned = False
+    cdef int export(self, Py_buffer* buffer, object exporter, size_t offset, Py_ssize_t size, int flags) except -1:
+        """Until end_export() the base stays, and so do the pages. size: -1 means the whole memory."""
+        cdef bint read_only = False
         cdef failure why
-        cdef int code = 0
-        try:
-            pin(m)
-            pinned = True
-            read_only[0] = False
-            if load(&m.protection) != PROTECTION_NONE:
-                with nogil:
-                    code = is_read_only(m, read_only, &why)
+        cdef memory* m = self.enter()
+        cdef int code = pin(m, &why)
+        if code == 0 and load(&m.protection) != PROTECTION_NONE:
+            with nogil:
+                code = is_read_only(m, &read_only, &why)
                 if code:
-                    raise_failure(&why)
-        except BaseException:
-            if pinned:
-                unpin(m)
-            self.leave()
-            raise
+                    unpin(m)
+        if code:
+            self.finish(code, &why)
         add_with_gil(&self.users, ONE_EXPORT - ONE_CALL)
-        return m
+        if fill_buffer(buffer, exporter, m.base + offset, <Py_ssize_t>memory_size(m) if size < 0 else size, read_only,
+                       flags):
+            self.end_export()
+            return -1           # with the exception of fill_buffer()
+        return 0
 
     cdef void end_export(self) noexcept:
         cdef long long now
@@ -502,37 +479,27 @@ cdef class Memory:
             n = len(wanted)
             step = max(n, SEARCH_STEP)
             for at in range(0, size - n + 1, step):
-                if self.read(at, min(step + n, size - at)).find(wanted) >= 0:
+                if self.copy_out(<size_t>at, <size_t>min(step + n, size - at)).find(wanted) >= 0:
                     return True
                 PyErr_CheckSignals()
         return False
 
     def __getitem__(self, key):
-        cdef Py_ssize_t i, size
-        cdef memory* m
         cdef unsigned char byte
+        cdef size_t start, stop
         if isinstance(key, slice):
             if key.step is None or key.step == 1:
-                size = len(self)
-                start, stop, _ = key.indices(size)
-                return self.read(start, stop - start if stop > start else 0)
+                start, stop, _ = key.indices(len(self))
+                return self.copy_out(start, stop - start if stop > start else 0)
             if is_protected(self):
                 return bytes([self[n] for n in range(*key.indices(len(self)))])
             with memoryview(self) as whole:
                 return whole[key].tobytes()
-        i = check_index(key)
-        m = self.enter()
-        try:
-            i = check_range(i, <Py_ssize_t>memory_size(m))      # the size never becomes less
-            copy_out(m, <size_t>i, 1, <char*>&byte)
-            return byte
-        finally:
-            self.leave()
+        self.copy_byte(key, <char*>&byte, NULL)
+        return byte
 
     def __setitem__(self, key, value):
-        cdef Py_ssize_t i, n
-        cdef memory* m
-        cdef Py_ssize_t byte
+        cdef Py_ssize_t i, n, byte
         cdef char as_char
         cdef Py_buffer given
         if isinstance(key, slice):
@@ -545,7 +512,7 @@ cdef class Memory:
                     raise ValueError(f"the slice has {n} bytes and the data {given.len}: a memory cannot be resized by"
                                      " assignment")
                 if step == 1:
-                    self.write(start, value)
+                    self.copy_in(start, &given)
                 elif n:
                     values = PyBytes_FromStringAndSize(<char*>given.buf, given.len)
                     if is_protected(self):
@@ -558,7 +525,6 @@ cdef class Memory:
             finally:
                 PyBuffer_Release(&given)
             return
-        i = check_index(key)
         try:
             byte = value
         except OverflowError:
@@ -568,10 +534,15 @@ cdef class Memory:
         if byte < 0 or byte > 255:
             raise ValueError(f"a byte must be in 0 .. 255, got {_shown(value)}")
         as_char = <char>byte
-        m = self.enter()
+        self.copy_byte(key, NULL, &as_char)
+
+    cdef int copy_byte(self, object key, char* out, const char* data) except -1:
+        """copy_bytes() of the byte that the index means."""
+        cdef Py_ssize_t i = check_index(key)
+        cdef memory* m = self.enter()
         try:
-            i = check_range(i, <Py_ssize_t>memory_size(m))
-            copy_in(m, <size_t>i, 1, &as_char)
+            i = check_range(i, <Py_ssize_t>memory_size(m))      # the size never becomes less
+            return copy_bytes(m, <size_t>i, 1, out, data)
         finally:
             self.leave()
 
@@ -584,16 +555,16 @@ cdef class Memory:
         ValueError past `byte_size`, and if a page cannot be read (`protect`).
         """
         cdef size_t start, n
-        cdef memory* m
-        cdef bytes out
         check_bounded(offset, "offset", _WITHIN, &start)
         check_bounded(size, "size", _WITHIN, &n)
-        m = self.enter()
+        return self.copy_out(start, n)
+
+    cdef bytes copy_out(self, size_t offset, size_t n):
+        cdef memory* m = self.enter()
         try:
-            if not is_within(m, start, n):
-                refuse_span(m, start, n)
+            check_span(m, offset, n)
             out = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>n)
-            copy_out(m, start, n, PyBytes_AS_STRING(out))
+            copy_bytes(m, offset, n, PyBytes_AS_STRING(out), NULL)
             return out
         finally:
             self.leave()
@@ -604,23 +575,23 @@ cdef class Memory:
         ValueError past `byte_size`, if a page cannot be written, or if the data lie in a memory where a page cannot be
         read (`protect`). Nothing is written then.
         """
-        cdef size_t start, n
-        cdef memory* m
+        cdef size_t start
         cdef Py_buffer given
         check_bounded(offset, "offset", _WITHIN, &start)
         take_bytes(data, "data", &given)
         try:
-            n = <size_t>given.len
-            m = self.enter()
-            try:
-                if not is_within(m, start, n):
-                    refuse_span(m, start, n)
-                copy_in(m, start, n, <const char*>given.buf)
-                return n
-            finally:
-                self.leave()
+            self.copy_in(start, &given)
+            return given.len
         finally:
             PyBuffer_Release(&given)
+
+    cdef int copy_in(self, size_t offset, const Py_buffer* given) except -1:
+        cdef memory* m = self.enter()
+        try:
+            check_span(m, offset, <size_t>given.len)
+            return copy_bytes(m, offset, <size_t>given.len, NULL, <const char*>given.buf)
+        finally:
+            self.leave()
 
     # -- images
 
@@ -878,34 +849,28 @@ cdef class Memory:
         A page that was only read counts as resident, as the kernel's page of zeros is.
         """
         from linmem.records import MemoryInfo
-        cdef size_t resident = 0
+        cdef size_t resident = 0, base, size, capacity, maximum, committed, pre_guard, guard
+        cdef long long exports
         cdef failure why
         cdef int code = 0
-        cdef bint known
-        cdef size_t base, size, capacity, maximum, committed, pre_guard, guard
-        cdef long long exports
-        cdef memory* m = self.enter()
-        try:
-            begin_access(m)
-            with nogil:
-                known = m.ops.resident != NULL
-                if known:
-                    code = memory_resident(m, &resident, &why)
-                exports = max(pins_now(m), 0)
-                base, capacity, maximum = <size_t>load_address(&m.base), load_size(&m.capacity), load_size(&m.maximum)
-                size, pre_guard, guard = memory_size(m), m.pre_guard, m.guard
-                committed = load_size(&m.accessible)
-                end_access(m)
-            if code:
-                raise_failure(&why)
-            return MemoryInfo(
-                base=base, byte_size=size, byte_capacity=capacity,
-                maximum_byte_size=None if maximum == NO_MAXIMUM else maximum,
-                reserved=pre_guard + capacity + guard, committed=committed, resident=resident if known else None,
-                pre_guard=pre_guard, guard=guard, page_size=host_page(), exports=exports,
-                kind=m.ops.kind.decode(), owner="wasmtime" if load(&m.owner) == OWNER_WASMTIME else "python")
-        finally:
-            self.leave()
+        cdef memory* m = self.enter_access()
+        cdef const char* kind = m.ops.kind
+        cdef bint known = m.ops.resident != NULL, in_store = load(&m.owner) == OWNER_WASMTIME
+        with nogil:
+            if known:
+                code = memory_resident(m, &resident, &why)
+            exports = max(pins_now(m), 0)
+            base, capacity, maximum = <size_t>load_address(&m.base), load_size(&m.capacity), load_size(&m.maximum)
+            size, pre_guard, guard = memory_size(m), m.pre_guard, m.guard
+            committed = load_size(&m.accessible)
+            end_access(m)
+        self.finish(code, &why)
+        return MemoryInfo(
+            base=base, byte_size=size, byte_capacity=capacity,
+            maximum_byte_size=None if maximum == NO_MAXIMUM else maximum,
+            reserved=pre_guard + capacity + guard, committed=committed, resident=resident if known else None,
+            pre_guard=pre_guard, guard=guard, page_size=host_page(), exports=exports, kind=kind.decode(),
+            owner="wasmtime" if in_store else "python")
 
     def __repr__(self):
         if self.closed:

@@ -27,7 +27,7 @@ cdef int lock_for_restore(memory* m, image* to, bint zero_grown, bint may_wait, 
                      " restore it when no call runs in that store")
             return E_OWNED
     elif may_wait:
-        code = lock_unbroken(m, why)
+        code = lock_memory(m, why)
         if code:
             return code
     elif not try_lock(&m.lock):
@@ -100,7 +100,7 @@ cdef int memory_apply(memory* m, size_t base_size, size_t new_size, const delta_
     """Grow the memory to `new_size`, and write the pieces of a delta that leads there from `base_size` bytes. If this
     fails, nothing was written."""
     cdef size_t i, size
-    cdef int code = lock_unbroken(m, why)
+    cdef int code = lock_memory(m, why)
     if code:
         return code
     size = memory_size(m)
