@@ -6,9 +6,9 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.exc cimport PyErr_Clear
 
 from linmem._core import arguments as _checks
-from linmem._core.arguments import check_bytes as _check_bytes, check_count as _check_count, \
-    check_flag as _check_flag, check_pairs as _check_pairs, check_path as _check_path, check_size as _check_size, \
-    given as _given, shown as _shown
+from linmem._core.arguments import check_bytes as _check_bytes, check_choice as _check_choice, \
+    check_count as _check_count, check_flag as _check_flag, check_pairs as _check_pairs, check_path as _check_path, \
+    check_size as _check_size, given as _given, shown as _shown
 
 # Bounds, in the words of messages.
 cdef str _WITHIN = "within byte_size()"
@@ -21,6 +21,7 @@ cdef extern from *:
     # Only ULLONG_MAX can mean an error, so the caller looks for the error itself.
     unsigned long long as_unsigned "PyLong_AsUnsignedLongLong"(object value) noexcept
     unsigned long long ULLONG_MAX
+    Py_ssize_t as_index "PyNumber_AsSsize_t"(object value, void* exception) except? -1  # NULL: clips
 
 
 # The C compiler makes the next one a part of each method that is called often. So what it does seldom is apart.
@@ -92,21 +93,12 @@ cdef NativeCreator check_native(object value, str name):
 
 # -- offsets and ranges of a memory
 
-cdef Py_ssize_t check_index(object key) except? -1:
+cdef Py_ssize_t clipped_index(object value, str what) except? -1:
+    """An integer; one that Py_ssize_t cannot hold becomes the nearest one that it can hold."""
     try:
-        return key.__index__()
-    except (AttributeError, TypeError):
-        raise TypeError(f"a memory is indexed by an integer or a slice, got {type(key).__name__}") from None
-    except OverflowError:
-        raise IndexError(f"index out of range: {_shown(key)}") from None
-
-
-cdef Py_ssize_t check_range(Py_ssize_t i, Py_ssize_t size) except -1:
-    """The offset that the index `i` means."""
-    cdef Py_ssize_t offset = i + size if i < 0 else i
-    if offset < 0 or offset >= size:
-        raise IndexError(f"index must be in {-size} .. {size - 1}, got {i}")
-    return offset
+        return as_index(value, NULL)
+    except TypeError:
+        raise TypeError(f"{what}, got {type(value).__name__}") from None
 
 
 cdef inline bint is_within(memory* m, size_t offset, size_t size) noexcept nogil:
@@ -115,8 +107,7 @@ cdef inline bint is_within(memory* m, size_t offset, size_t size) noexcept nogil
 
 cdef int fail_range(memory* m, size_t offset, size_t size, failure* why) noexcept nogil:
     fail(why, E_VALUE, "range", size)
-    snprintf(why.detail, sizeof(why.detail), "offset + size must be <= byte_size() (%zu), got offset=%zu size=%zu",
-             memory_size(m), offset, size)
+    explain(why, "offset + size must be <= byte_size() (%zu), got offset=%zu size=%zu", memory_size(m), offset, size)
     return E_VALUE
 
 

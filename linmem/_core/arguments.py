@@ -9,7 +9,7 @@ import os
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
     from typing import Any
 
 
@@ -40,6 +40,12 @@ def printable(text: str) -> str:
 def check_flag(value: object, name: str) -> bool:
     if value is not True and value is not False:
         raise TypeError(f"{name} must be True or False, got {shown(value)}")
+    return value
+
+
+def check_choice(value: object, name: str, choices: Collection[str]) -> str:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {shown(value)}")
     return value
 
 

@@ -136,10 +136,9 @@ cdef int begin_move(memory* m, size_t new_size, failure* why) noexcept nogil:
     cdef int code
     if m.is_shared or load(&m.protection) != PROTECTION_NONE or not m.may_move:
         fail(why, E_CAPACITY, "grow_to", new_size, 0, m.capacity)
-        snprintf(why.detail, sizeof(why.detail), "%s",
-                 "shared memories never do" if m.is_shared else
-                 "make it with a larger reserve= or maximum=, or with may_move=True" if not m.may_move else
-                 "some of its pages have their own protection")
+        explain(why, "%s", "shared memories never do" if m.is_shared else
+                "make it with a larger reserve= or maximum=, or with may_move=True" if not m.may_move else
+                "some of its pages have their own protection")
         return E_CAPACITY
     while not compare_exchange(&m.pins, 0, -generation):
         pins = pins_now(m)

@@ -273,7 +273,7 @@ cdef nogil:
     int memory_discard(memory* m, size_t offset, size_t size, failure* why) noexcept
     int memory_prefault(memory* m, size_t offset, size_t size, failure* why) noexcept
     int memory_snapshot(memory* m, image** out, failure* why) noexcept
-    int memory_restore(memory* m, image* to, bint zero_grown, failure* why) noexcept
+    int memory_restore(memory* m, image* img, bint zero_grown, failure* why) noexcept
     int memory_apply(memory* m, size_t base_size, size_t new_size, const delta_piece* pieces, size_t n,
                      failure* why) noexcept
     int memory_changes(memory* m, image* base, bint for_delta, changes* out, failure* why) noexcept
@@ -406,18 +406,9 @@ cdef class Memory:
     cdef object __weakref__
     cdef memory* enter(self) except NULL
     cdef memory* enter_locked(self) except NULL
-    cdef memory* enter_access(self) except NULL
+    cdef int refuse_entry(self, long long now) except -1
     cdef void leave(self) noexcept
     cdef int finish(self, int code, const failure* why) except -1
-    cdef int refuse_entry(self, long long now) except -1
-    cdef void settle(self) noexcept
-    cdef void last_left(self, long long now) noexcept
-    cdef long long shut(self, long long unless) noexcept
-    cdef int export(self, Py_buffer* buffer, object exporter, size_t offset, Py_ssize_t size, int flags) except -1
-    cdef void end_export(self) noexcept
-    cdef bytes copy_out(self, size_t offset, size_t n)
-    cdef int copy_byte(self, object key, char* out, const char* data) except -1
-    cdef int copy_in(self, size_t offset, const Py_buffer* given) except -1
 
 
 cdef class Image:

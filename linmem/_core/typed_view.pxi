@@ -22,7 +22,7 @@ cdef class Window:
     def __getbuffer__(self, Py_buffer* buffer, int flags):
         if self.memory is None:
             raise TypeError("a Window is made by Memory.view()")
-        self.memory.export(buffer, self, self.offset, self.shape[0] * self.strides[0], flags)
+        export_buffer(self.memory, buffer, self, self.offset, self.shape[0] * self.strides[0], flags)
         buffer.itemsize = self.strides[0]
         if flags & PyBUF_FORMAT:
             buffer.format = PyBytes_AS_STRING(self.format)
@@ -32,7 +32,7 @@ cdef class Window:
             buffer.strides = self.strides
 
     def __releasebuffer__(self, Py_buffer* buffer):
-        self.memory.end_export()
+        end_export(self.memory)
 
 
 cdef Window new_window(Memory mem, size_t offset, bytes format, size_t n, size_t itemsize):
