@@ -10,6 +10,7 @@
 from cpython.object cimport PyObject
 
 from linmem._os cimport pages
+from linmem._core.linked_list cimport link
 from linmem._core.units cimport atomic_i64
 
 # Why a nogil call failed. A call that succeeds does not fill it. failures.pxi makes the text and the exception.
@@ -220,8 +221,7 @@ cdef struct memory:
     size_t growing_to
     memory_hook* tell_from      # the hooks whose after_grow must still be called: from tell_from up to tell_to
     memory_hook* tell_to
-    memory* live_next           # the list of all memories that a forked child repairs
-    memory** live_link          # the pointer of that list that points to this memory
+    link live                   # in the list of all memories that a forked child repairs
     char apart[CACHE_LINE]      # keeps the next allocation, maybe another thread's memory, off the last cache line
 
 
@@ -275,7 +275,7 @@ cdef nogil:
     int memory_discard(memory* m, size_t offset, size_t size, failure* why) noexcept
     int memory_prefault(memory* m, size_t offset, size_t size, failure* why) noexcept
     int memory_snapshot(memory* m, image** out, failure* why) noexcept
-    int memory_restore(memory* m, image* to, bint zero_grown, failure* why) noexcept
+    int memory_restore(memory* m, image* img, bint zero_grown, failure* why) noexcept
     int memory_apply(memory* m, size_t base_size, size_t new_size, const delta_piece* pieces, size_t n,
                      failure* why) noexcept
     int memory_changes(memory* m, image* base, bint for_delta, changes* out, failure* why) noexcept
@@ -379,7 +379,6 @@ cdef void answer_request(request* new) noexcept
 
 # Arguments.
 cdef int check_size(object value, str name, size_t* out) except -1
-cdef int check_extent(object value, str name, size_t* out) except -1
 cdef int check_bounded(object value, str name, str bound, size_t* out) except -1
 cdef int check_count(object value, str name, size_t* out, str bound=*) except -1
 cdef int check_flag(object value, str name) except -1
@@ -408,14 +407,9 @@ cdef class Memory:
     cdef object __weakref__
     cdef memory* enter(self) except NULL
     cdef memory* enter_locked(self) except NULL
+    cdef int refuse_entry(self, long long now) except -1
     cdef void leave(self) noexcept
     cdef int finish(self, int code, const failure* why) except -1
-    cdef int refuse_entry(self, long long now) except -1
-    cdef void settle(self) noexcept
-    cdef void last_left(self, long long now) noexcept
-    cdef long long shut(self, long long unless) noexcept
-    cdef memory* begin_export(self, bint* read_only) except NULL
-    cdef void end_export(self) noexcept
 
 
 cdef class Image:

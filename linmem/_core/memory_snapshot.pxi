@@ -87,7 +87,7 @@ cdef int find_ranges(memory* m, image* img, image* base, size_t end, changes* ou
 
 cdef int lock_readable(memory* m, const char* call, failure* why) noexcept nogil:
     """Take the memory's lock, and refuse a memory with a page that cannot be read. A code: the lock is not taken."""
-    cdef int code = lock_unbroken(m, why)
+    cdef int code = lock_memory(m, why)
     if code == 0:
         code = refuse_protected(m, READABLE, call, why)
         if code:
