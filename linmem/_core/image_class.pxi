@@ -112,7 +112,7 @@ cdef class Image:
         PageError
             The OS refused.
         """
-        cdef size_t start, n, end = 0, first, stored, page = host_page()
+        cdef size_t start, n, end = 0, first, stored = 0, page = host_page()
         cdef int code, descriptor
         cdef image* img
         cdef failure why
