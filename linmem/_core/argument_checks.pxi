@@ -3,12 +3,12 @@
 # What is fast for a plain int or bool is here. All else, and the texts of the exceptions, is in arguments.py.
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
-from cpython.exc cimport PyErr_Clear, PyErr_Occurred
+from cpython.exc cimport PyErr_Clear
 
 from linmem._core import arguments as _checks
-from linmem._core.arguments import check_bytes as _check_bytes, check_count as _check_count, \
-    check_flag as _check_flag, check_pairs as _check_pairs, check_path as _check_path, check_size as _check_size, \
-    given as _given, refuse_buffer as _refuse_buffer, shown as _shown
+from linmem._core.arguments import check_bytes as _check_bytes, check_choice as _check_choice, \
+    check_count as _check_count, check_flag as _check_flag, check_pairs as _check_pairs, check_path as _check_path, \
+    check_size as _check_size, given as _given, shown as _shown
 
 # Bounds, in the words of messages.
 cdef str _WITHIN = "within byte_size()"
@@ -21,18 +21,24 @@ cdef extern from *:
     # Only ULLONG_MAX can mean an error, so the caller looks for the error itself.
     unsigned long long as_unsigned "PyLong_AsUnsignedLongLong"(object value) noexcept
     unsigned long long ULLONG_MAX
+    Py_ssize_t as_index "PyNumber_AsSsize_t"(object value, void* exception) except? -1  # NULL: clips
 
 
-cdef int check_bounded(object value, str name, str bound, size_t* out) except -1:
+# The C compiler makes the next one a part of each method that is called often. So what it does seldom is apart.
+cdef inline int check_bounded(object value, str name, str bound, size_t* out) except -1:
     """A number of bytes that 64 bits can hold. The caller refuses a number that is not within `bound`; the words of
     `bound` are for the message about a number that 64 bits cannot hold."""
     cdef unsigned long long n
     if PyLong_CheckExact(value):
         n = as_unsigned(value)
-        if n != ULLONG_MAX or not PyErr_Occurred():
+        if n != ULLONG_MAX:
             out[0] = <size_t>n
             return 0
         PyErr_Clear()
+    return check_any_size(value, name, bound, out)
+
+
+cdef int check_any_size(object value, str name, str bound, size_t* out) except -1:
     out[0] = _check_size(value, name, bound)
     return 0
 
@@ -87,21 +93,12 @@ cdef NativeCreator check_native(object value, str name):
 
 # -- offsets and ranges of a memory
 
-cdef Py_ssize_t check_index(object key) except? -1:
+cdef Py_ssize_t clipped_index(object value, str what) except? -1:
+    """An integer; one that Py_ssize_t cannot hold becomes the nearest one that it can hold."""
     try:
-        return key.__index__()
-    except (AttributeError, TypeError):
-        raise TypeError(f"a memory is indexed by an integer or a slice, got {type(key).__name__}") from None
-    except OverflowError:
-        raise IndexError(f"index out of range: {_shown(key)}") from None
-
-
-cdef Py_ssize_t check_range(Py_ssize_t i, Py_ssize_t size) except -1:
-    """The offset that the index `i` means."""
-    cdef Py_ssize_t offset = i + size if i < 0 else i
-    if offset < 0 or offset >= size:
-        raise IndexError(f"index must be in {-size} .. {size - 1}, got {i}")
-    return offset
+        return as_index(value, NULL)
+    except TypeError:
+        raise TypeError(f"{what}, got {type(value).__name__}") from None
 
 
 cdef inline bint is_within(memory* m, size_t offset, size_t size) noexcept nogil:
@@ -110,9 +107,12 @@ cdef inline bint is_within(memory* m, size_t offset, size_t size) noexcept nogil
 
 cdef int fail_range(memory* m, size_t offset, size_t size, failure* why) noexcept nogil:
     fail(why, E_VALUE, "range", size)
-    snprintf(why.detail, sizeof(why.detail), "offset + size must be <= byte_size() (%zu), got offset=%zu size=%zu",
-             memory_size(m), offset, size)
+    explain(why, "offset + size must be <= byte_size() (%zu), got offset=%zu size=%zu", memory_size(m), offset, size)
     return E_VALUE
+
+
+cdef inline int check_span(memory* m, size_t offset, size_t size) except -1:
+    return 0 if is_within(m, offset, size) else refuse_span(m, offset, size)
 
 
 cdef int refuse_span(memory* m, size_t offset, size_t size) except -1:
@@ -124,48 +124,32 @@ cdef int refuse_span(memory* m, size_t offset, size_t size) except -1:
 # -- buffers
 
 cdef int take_bytes(object data, str name, Py_buffer* out) except -1:
-    """The contiguous bytes of a buffer. The caller releases the buffer."""
-    try:
-        PyObject_GetBuffer(data, out, PyBUF_SIMPLE)
-    except (TypeError, ValueError, BufferError) as error:
-        _refuse_buffer(data, name, error)
-    if load(&n_protections):
-        try:
-            check_readable(out)
-        except BaseException:
-            PyBuffer_Release(out)
-            raise
-    return 0
-
-
-cdef int check_readable(const Py_buffer* given) except -1:
-    """Refuse a buffer whose bytes lie in pages of a linmem memory that cannot be read."""
+    """The contiguous bytes of a buffer, which can all be read. The caller releases the buffer."""
     cdef failure why
     cdef int code
-    cdef const char* start = <const char*>given.buf
-    cdef size_t size = <size_t>given.len
-    with nogil:
-        code = refuse_foreign(start, size, READABLE, "reading the data, which lie in a linmem memory,", &why)
-    return raise_failure(&why) if code else 0
+    try:
+        PyObject_GetBuffer(data, out, PyBUF_SIMPLE)
+    except (TypeError, ValueError, BufferError):
+        PyObject_GetBuffer(_check_bytes(data, name), out, PyBUF_SIMPLE)
+    if load(&n_protections):
+        with nogil:
+            code = refuse_foreign(<const char*>out.buf, <size_t>out.len, READABLE,
+                                  "reading the data, which lie in a linmem memory,", &why)
+        if code:
+            PyBuffer_Release(out)
+            raise_failure(&why)
+    return 0
 
 
 def shows_protected(data):
     """See `shows_protected` in linmem._core.arguments."""
     cdef Py_buffer given
     cdef bint answer
-    if load(&n_protections) == 0:
-        return False
-    try:
-        PyObject_GetBuffer(data, &given, PyBUF_SIMPLE)
-    except BufferError:         # not contiguous
-        return False
-    try:
-        check_readable(&given)
-        with nogil:
-            answer = find_protected(<const char*>given.buf, <size_t>given.len) != NULL
-        return answer
-    finally:
-        PyBuffer_Release(&given)
+    take_bytes(data, "data", &given)
+    with nogil:
+        answer = find_protected(<const char*>given.buf, <size_t>given.len) != NULL
+    PyBuffer_Release(&given)
+    return answer
 
 
 _checks.shows_protected = shows_protected

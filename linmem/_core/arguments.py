@@ -9,7 +9,7 @@ import os
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
     from typing import Any
 
 
@@ -40,6 +40,12 @@ def printable(text: str) -> str:
 def check_flag(value: object, name: str) -> bool:
     if value is not True and value is not False:
         raise TypeError(f"{name} must be True or False, got {shown(value)}")
+    return value
+
+
+def check_choice(value: object, name: str, choices: Collection[str]) -> str:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {shown(value)}")
     return value
 
 
@@ -113,12 +119,6 @@ def check_bytes(data: object, name: str) -> memoryview:
         raise ValueError(f"{name} must be a buffer that can be read, got {kind}: {error}") from None
     except (TypeError, BufferError) as error:
         raise TypeError(f"{name} must be a contiguous buffer of bytes, got {kind}: {error}") from None
-
-
-def refuse_buffer(data: object, name: str, error: Exception) -> None:
-    """Raise the exception for native code that could not get a buffer from `data`."""
-    check_bytes(data, name)
-    raise TypeError(f"{name} must be a contiguous buffer of bytes, got {type(data).__name__}: {error}") from None
 
 
 def check_path(path: object, name: str = "path") -> str | bytes:

@@ -15,7 +15,7 @@
 #define LINMEM_OF_THREAD __declspec(thread)
 static __inline long long linmem_load(long long *w) { return _InterlockedOr64(w, 0); }
 static __inline void linmem_store(long long *w, long long v) { (void)_InterlockedExchange64(w, v); }
-static __inline void linmem_store_release(long long *w, long long v) { (void)_InterlockedExchange64(w, v); }
+#define linmem_store_release linmem_store
 static __inline long long linmem_add(long long *w, long long v) { return _InterlockedExchangeAdd64(w, v) + v; }
 static __inline int linmem_compare_exchange(long long *w, long long was, long long now) {
     return _InterlockedCompareExchange64(w, now, was) == was;

@@ -13,6 +13,13 @@ from linmem._core.units cimport E_BROKEN, E_EXHAUSTED, E_IMAGE, E_LIMIT, E_OWNED
 from linmem import errors as _errors
 from linmem._os import pages as _pages
 
+cdef extern from *:
+    """
+    #define linmem_explain(why, ...) snprintf((why)->detail, sizeof((why)->detail), __VA_ARGS__)
+    """
+    # The detail of a failure, after fail().
+    int explain "linmem_explain"(failure* why, const char* format, ...) noexcept nogil
+
 # The codes whose exception needs nothing but the text.
 cdef dict exceptions = {
     E_NO_MEMORY: MemoryError, E_OVERFLOW: OverflowError, E_SHRINK: ValueError, E_MAXIMUM: _errors.GrowError,

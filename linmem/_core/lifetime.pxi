@@ -48,34 +48,35 @@ cdef long long pins_now(memory* m) noexcept nogil:
     return pins
 
 
-cdef int pin(memory* m) except -1:
-    """The base stays where it is until unpin(), for a buffer that is exported. The caller holds the GIL. The wait
-    releases the GIL, because a Python memory needs it to move."""
+cdef int pin(memory* m, failure* why) noexcept:
+    """The base stays where it is until unpin(), for a buffer that is exported. A code: no pin."""
     cdef long long pins
-    while True:
+    cdef int code = 0
+    while code == 0:
         pins = pins_now(m)
         if pins < 0:
-            wait_for_mover(m)
+            code = wait_for_mover(m, why)
         elif compare_exchange(&m.pins, pins, pins + 1):
-            return 0
+            break
+    return code
 
 
 cdef inline void unpin(memory* m) noexcept nogil:
     add(&m.pins, -1)
 
 
-cdef int wait_for_mover(memory* m) except -1:
-    cdef failure why
+cdef int wait_for_mover(memory* m, failure* why) noexcept:
+    """Without the GIL, because a Python memory needs it to move."""
     cdef long long since = 0
     cdef int looks = 0, code = 0
     with nogil:
         if is_own_growth(m):
-            code = fail(&why, E_OWN_GROWTH, "wait", 0)
+            code = fail(why, E_OWN_GROWTH, "wait", 0)
         while code == 0 and pins_now(m) < 0:
-            code = wait_for_signals(&looks, &since, &why)
+            code = wait_for_signals(&looks, &since, why)
         if code == 0 and m.broken:
-            code = fail(&why, E_BROKEN, "wait", 0)
-    return raise_failure(&why) if code else 0
+            code = fail(why, E_BROKEN, "wait", 0)
+    return code
 
 
 # -- accesses: short uses of the bytes by calls of linmem
@@ -86,17 +87,24 @@ cdef inline long long accesses_of_now(long long accesses) noexcept nogil:
     return accesses if accesses >> 32 == generation else generation << 32
 
 
-cdef int begin_access(memory* m) except -1:
-    """The base stays where it is until end_access(). A mover waits for that, so until then the caller waits neither for
-    a lock nor for the GIL."""
-    cdef long long accesses
-    while True:
+cdef inline bint try_access(memory* m) noexcept nogil:
+    """begin_access() without a wait. False: the base is about to move."""
+    cdef long long accesses = load(&m.accesses)
+    while not compare_exchange(&m.accesses, accesses, accesses_of_now(accesses) + 1):
         accesses = load(&m.accesses)
-        if compare_exchange(&m.accesses, accesses, accesses_of_now(accesses) + 1):
-            if pins_now(m) >= 0:        # in this order: a mover writes pins first and reads accesses then
-                return 0
-            end_access(m)
-            wait_for_mover(m)
+    if load(&m.pins) >= 0:          # in this order: a mover writes pins first and reads accesses then
+        return True
+    end_access(m)
+    return False
+
+
+cdef int begin_access(memory* m, failure* why) noexcept:
+    """The base stays where it is until end_access(). A mover waits for that, so until then the caller waits neither for
+    a lock nor for the GIL. A code: no access."""
+    cdef int code = 0
+    while code == 0 and not try_access(m):
+        code = wait_for_mover(m, why)
+    return code
 
 
 cdef inline void end_access(memory* m) noexcept nogil:
@@ -128,10 +136,9 @@ cdef int begin_move(memory* m, size_t new_size, failure* why) noexcept nogil:
     cdef int code
     if m.is_shared or load(&m.protection) != PROTECTION_NONE or not m.may_move:
         fail(why, E_CAPACITY, "grow_to", new_size, 0, m.capacity)
-        snprintf(why.detail, sizeof(why.detail), "%s",
-                 "shared memories never do" if m.is_shared else
-                 "make it with a larger reserve= or maximum=, or with may_move=True" if not m.may_move else
-                 "some of its pages have their own protection")
+        explain(why, "%s", "shared memories never do" if m.is_shared else
+                "make it with a larger reserve= or maximum=, or with may_move=True" if not m.may_move else
+                "some of its pages have their own protection")
         return E_CAPACITY
     while not compare_exchange(&m.pins, 0, -generation):
         pins = pins_now(m)

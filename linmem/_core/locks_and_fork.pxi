@@ -107,22 +107,15 @@ cdef bint is_own_growth(memory* m) noexcept nogil:
 # -- a memory's lock
 
 cdef int lock_memory(memory* m, failure* why) noexcept nogil:
-    """As lock(). The holder may be in grow_to() of a memory in Python for long, so Ctrl-C ends the wait. After a 0,
-    unlock(&m.lock) must follow."""
+    """As lock(). The holder may be in grow_to() of a memory in Python for long, so Ctrl-C ends the wait. E_BROKEN if a
+    memory in Python is lost. After a 0, unlock(&m.lock) must follow."""
     cdef long long since = 0
     cdef int looks = 0, code = 0
-    if compare_exchange(&m.lock, 0, generation):
-        return 0
-    if is_own_growth(m):
-        return fail(why, E_OWN_GROWTH, "wait", 0)
-    while code == 0 and not try_lock(&m.lock):
-        code = wait_for_signals(&looks, &since, why)
-    return code
-
-
-cdef int lock_unbroken(memory* m, failure* why) noexcept nogil:
-    """As lock_memory(). E_BROKEN, and no lock, if nobody knows where the memory's bytes are."""
-    cdef int code = lock_memory(m, why)
+    if not compare_exchange(&m.lock, 0, generation):
+        if is_own_growth(m):
+            return fail(why, E_OWN_GROWTH, "wait", 0)
+        while code == 0 and not try_lock(&m.lock):
+            code = wait_for_signals(&looks, &since, why)
     if code == 0 and m.broken:
         unlock(&m.lock)
         code = fail(why, E_BROKEN, "wait", 0)
@@ -139,8 +132,9 @@ cdef fork_lock* fork_locks = NULL
 cdef atomic_i64 fork_locks_lock
 cdef fork_lock moving_lock      # a memory is being moved to another address
 cdef fork_lock orphans_lock     # the ranges that the OS refused to take back
-cdef fork_lock live_lock        # the list of memories; its holder waits for nothing
-cdef memory* live = NULL
+cdef fork_lock live_lock        # the list `live`; its holder waits for nothing
+cdef link live                  # all memories that a forked child repairs
+list_init(&live)
 
 
 cdef void register_fork_lock(fork_lock* to_add) noexcept nogil:
@@ -165,28 +159,21 @@ cdef void unregister_fork_lock(fork_lock* to_remove) noexcept nogil:
 
 cdef void add_live_memory(memory* m) noexcept nogil:
     """From now on a forked child repairs the memory. The last step of making one."""
-    global live
     lock(&live_lock.held)
-    m.live_next = live
-    m.live_link = &live
-    if live != NULL:
-        live.live_link = &m.live_next
-    live = m
+    list_add_first(&live, &m.live, m)
     unlock(&live_lock.held)
 
 
 cdef void remove_live_memory(memory* m) noexcept nogil:
     lock(&live_lock.held)
-    m.live_link[0] = m.live_next
-    if m.live_next != NULL:
-        m.live_next.live_link = m.live_link
+    list_remove(&m.live)
     unlock(&live_lock.held)
 
 
 cdef memory* next_live_memory(memory* m) noexcept nogil:
     """The memory that follows `m` in the list of all memories; NULL: the first, and the end. Only in a forked child,
     before any other code of the child runs: every memory still has its hooks then."""
-    return live if m == NULL else m.live_next
+    return <memory*>(live.next if m == NULL else m.live.next).owner
 
 
 cdef enum:
@@ -235,15 +222,15 @@ cdef void after_fork_in_child() noexcept nogil:
         if load(&own.m.pins) < 0:
             store(&own.m.pins, -generation)
         own = own.outer
-    m = live
+    m = next_live_memory(NULL)
     while m != NULL:        # before any other code of the child runs, also before wasm runs
         repair(m)
-        m = m.live_next
+        m = next_live_memory(m)
     after_fork()
-    m = live
+    m = next_live_memory(NULL)
     while m != NULL:        # now, because hooks may take locks of fork_locks
         end_lost_growth(m)
-        m = m.live_next
+        m = next_live_memory(m)
     for i in range(n_child_calls):
         child_calls[i]()
 

@@ -10,6 +10,7 @@
 from cpython.object cimport PyObject
 
 from linmem._os cimport pages
+from linmem._core.linked_list cimport link
 from linmem._core.units cimport atomic_i64
 
 # Why a nogil call failed. A call that succeeds does not fill it. failures.pxi makes the text and the exception.
@@ -52,7 +53,7 @@ cdef struct image:
     run* runs                   # of the content, in order and apart, multiples of GRANULE; zeros lie between them
     size_t n_runs
     size_t room                 # runs that the array has room for
-    bint runs_known             # False: there is one run, the whole content, and it may hold zeros too
+    bint runs_unknown           # True: an image of a file without claimed runs; its runs may hold zeros too
 
 cdef enum:
     GRANULE = 4096              # unit of the runs of an image, whatever the host page is
@@ -180,8 +181,9 @@ cdef struct memory_hook:
 # |                 |                         |                      |                         | memory.refs           |
 # | image.refs      | the Image, memories,    | atomically, no lock  | stays                   | no thread: 0 frees    |
 # |                 | slots and requests      |                      |                         | the image             |
-# | domain.refs     | users of the name       | under domains_lock   | stays                   | no thread: 0 frees    |
-# |                 |                         |                      |                         | the name              |
+# | domain.refs     | users of the name       | atomically; 0 to 1   | stays                   | no thread: 0 frees    |
+# |                 |                         | and 1 to 0 under     |                         | the name              |
+# |                 |                         | domains_lock         |                         |                       |
 #
 # memory.lock is no counter: it holds the generation of the process whose thread took it. A forked child takes over a
 # lock of an older generation, because that thread is not there.
@@ -219,16 +221,16 @@ cdef struct memory:
     size_t growing_to
     memory_hook* tell_from      # the hooks whose after_grow must still be called: from tell_from up to tell_to
     memory_hook* tell_to
-    memory* live_next           # the list of all memories that a forked child repairs
-    memory** live_link          # the pointer of that list that points to this memory
+    link live                   # in the list of all memories that a forked child repairs
     char apart[CACHE_LINE]      # keeps the next allocation, maybe another thread's memory, off the last cache line
 
 
 cdef enum:
     RUNS = 64                   # runs that the kernel is asked for in one call
 
-# The touched runs of the bytes at .. end of a memory, some at a time. After touched_next() was True there are n runs,
-# all over the mapped image or all outside. After False: the end was reached, or `code` says why the OS cannot tell.
+# The touched runs of the bytes offset .. end of a memory, some at a time. After touched_next() was True there are n
+# runs, all over the mapped image or all outside. After False: the end was reached, or `code` says why the OS cannot
+# tell.
 cdef struct touched_runs:
     memory* m
     size_t offset
@@ -273,7 +275,7 @@ cdef nogil:
     int memory_discard(memory* m, size_t offset, size_t size, failure* why) noexcept
     int memory_prefault(memory* m, size_t offset, size_t size, failure* why) noexcept
     int memory_snapshot(memory* m, image** out, failure* why) noexcept
-    int memory_restore(memory* m, image* to, bint zero_grown, failure* why) noexcept
+    int memory_restore(memory* m, image* img, bint zero_grown, failure* why) noexcept
     int memory_apply(memory* m, size_t base_size, size_t new_size, const delta_piece* pieces, size_t n,
                      failure* why) noexcept
     int memory_changes(memory* m, image* base, bint for_delta, changes* out, failure* why) noexcept
@@ -295,7 +297,7 @@ cdef nogil:
     int memory_unprotect(memory* m, size_t size) noexcept
     void memory_forget_protection(memory* m) noexcept
     void memory_protection_becomes_unknown(memory* m) noexcept
-    int refuse_foreign(const char* at, size_t size, int allowed, const char* call, failure* why) noexcept
+    int refuse_foreign(const char* start, size_t size, int allowed, const char* call, failure* why) noexcept
 
 # Images.
 cdef nogil:
@@ -316,9 +318,9 @@ cdef nogil:
     int image_rebind(memory* m, image* img) noexcept
     void image_restore(memory* m, image* img) noexcept
     int image_reset(memory* m, size_t size) noexcept
-    void image_fill(memory* m, size_t at, size_t size) noexcept
+    void image_fill(memory* m, size_t offset, size_t size) noexcept
     bint image_is_intact(memory* m, size_t size) noexcept
-    void touched_begin(touched_runs* runs, memory* m, size_t at, size_t end) noexcept
+    void touched_begin(touched_runs* runs, memory* m, size_t start, size_t end) noexcept
     bint touched_next(touched_runs* runs) noexcept
 
 cdef inline image* image_of(memory* m) noexcept nogil:
@@ -377,7 +379,6 @@ cdef void answer_request(request* new) noexcept
 
 # Arguments.
 cdef int check_size(object value, str name, size_t* out) except -1
-cdef int check_extent(object value, str name, size_t* out) except -1
 cdef int check_bounded(object value, str name, str bound, size_t* out) except -1
 cdef int check_count(object value, str name, size_t* out, str bound=*) except -1
 cdef int check_flag(object value, str name) except -1
@@ -390,8 +391,7 @@ cdef class NativeCreator:
     cdef object __weakref__
     # 0 and *out holds one reference, or a code and nothing is left behind.
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil
-    cdef int fill_spec(self, memory_spec* spec, ty, minimum, maximum, reserved_size_in_bytes,
-                       guard_size_in_bytes) except -1
+    cdef int fill_spec(self, memory_spec* spec, ty, minimum, maximum, reservation, guard) except -1
     cdef object make_checked(self, const memory_spec* spec, str guard_name, object domain=*)
 
 
@@ -407,14 +407,9 @@ cdef class Memory:
     cdef object __weakref__
     cdef memory* enter(self) except NULL
     cdef memory* enter_locked(self) except NULL
+    cdef int refuse_entry(self, long long now) except -1
     cdef void leave(self) noexcept
     cdef int finish(self, int code, const failure* why) except -1
-    cdef int refuse_entry(self, long long now) except -1
-    cdef void settle(self) noexcept
-    cdef void last_left(self, long long now) noexcept
-    cdef long long shut(self, long long unless) noexcept
-    cdef memory* begin_export(self, bint* read_only) except NULL
-    cdef void end_export(self) noexcept
 
 
 cdef class Image:
@@ -422,9 +417,7 @@ cdef class Image:
     cdef object __weakref__
     cdef readonly size_t offset
     cdef readonly size_t size
-    # Each of the next three is computed by the first thread that asks for it, and read and written in a critical
-    # section: without a GIL, several threads may ask at once.
-    cdef object _digest         # None: not computed yet
-    cdef object _runs           # None: not computed yet
-    cdef object _contents       # what the file says of the image that is a mapping of it, else None
+    # "digest" and "runs", when they have been computed, and "contents": what the file says of an image that is mapped
+    # from it. A dict, because without a GIL several threads may ask at once. No value is replaced.
+    cdef dict known
     cdef Image adopt(self, image* img, size_t offset)

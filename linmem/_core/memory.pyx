@@ -6,6 +6,7 @@ Memory, Image and the creators make and use each other, so they are one module. 
 
 # The parts use these names; the linter does not look into the parts.
 cimport cython  # no-cython-lint
+from cpython.buffer cimport PyBuffer_FillInfo  # no-cython-lint
 from cpython.object cimport PyObject, PyTypeObject  # no-cython-lint
 from cpython.ref cimport Py_DECREF  # no-cython-lint
 from libc.stdint cimport SIZE_MAX  # no-cython-lint
@@ -17,6 +18,7 @@ from linmem._core.atomic cimport (  # no-cython-lint
     add, atomic_i64, compare_exchange, cpu_relax, load, load_address, load_size, store, store_address,  # no-cython-lint
     store_release, store_size,  # no-cython-lint
 )
+from linmem._core.linked_list cimport link, list_add_first, list_init, list_remove  # no-cython-lint
 from linmem._core.units cimport (  # no-cython-lint
     E_CAPACITY, E_EXPORTED, E_MAXIMUM, E_NO_MEMORY, E_OVERFLOW, E_SHRINK, E_UNSUPPORTED,  # no-cython-lint
     SMALL_RESERVATION, add_up, choose_reservation, lay_out, layout, room_to_choose, round_down,  # no-cython-lint

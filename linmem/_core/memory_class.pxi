@@ -3,8 +3,6 @@
 # Most methods check their arguments, enter() the handle, call one nogil function, and finish().
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from cpython.buffer cimport PyBuffer_FillInfo
-
 from linmem._core.atomic cimport add_with_gil
 
 from linmem._files.delta import Delta as _Delta
@@ -15,10 +13,10 @@ cdef size_t RELEASE_GIL_FROM = 1 << 16      # bytes: releasing the GIL costs mor
 
 # Memory.users, from the top bit down. It is one number, so that close() sees all of it at once.
 #
-#   63      62           49 .. 61                        20 .. 48           0 .. 19
-#   closed  given back   the generation of the calls     exported buffers   calls under way
+#   63      62         49 .. 61                        20 .. 48           0 .. 19
+#   closed  released   the generation of the calls     exported buffers   calls under way
 #
-# closed: close() was called. given back: the handle's reference on the memory has been dropped.
+# closed: close() was called. released: the handle's reference on the memory has been dropped.
 # A call belongs to a thread, and a forked child does not have its parent's threads: calls of an older generation do not
 # count. An exported buffer is an object, and the child has it.
 cdef enum:
@@ -29,8 +27,13 @@ cdef enum:
 cdef long long ONE_EXPORT = 1 << EXPORTS_SHIFT
 cdef long long EXPORTS = ((<long long>1 << (TAG_SHIFT - EXPORTS_SHIFT)) - 1) << EXPORTS_SHIFT
 cdef long long TAG = <long long>GENERATION_TAGS << TAG_SHIFT
-cdef long long GIVEN_BACK = <long long>1 << 62
-cdef long long CLOSED = -GIVEN_BACK - GIVEN_BACK
+cdef long long RELEASED = <long long>1 << 62
+cdef long long CLOSED = -RELEASED - RELEASED
+
+cdef extern from *:
+    # As in cpython.buffer, but the caller looks for the exception itself: a `try` would make each export slower.
+    int fill_buffer "PyBuffer_FillInfo"(Py_buffer* buffer, object exporter, void* data, Py_ssize_t size, bint read_only,
+                                        int flags) noexcept
 
 _ACCESSES = {"none": pages.ACCESS_NONE, "r": pages.ACCESS_READ, "rw": pages.ACCESS_READ_WRITE,
              "rx": pages.ACCESS_READ_EXECUTE}
@@ -52,72 +55,163 @@ cdef object wrap(memory* m):
 
 # -- copying bytes
 
-cdef inline void move_bytes(memory* m, size_t start, size_t n, char* to, const char* data) noexcept nogil:
-    if to != NULL:
-        memcpy(to, m.base + start, n)
+cdef inline void move_bytes(memory* m, size_t offset, size_t n, char* out, const char* data) noexcept nogil:
+    if out != NULL:
+        memcpy(out, m.base + offset, n)
     else:
-        memmove(m.base + start, data, n)
+        memmove(m.base + offset, data, n)
 
 
-# The caller of the next two has entered the handle and checked the range. They are small, so that the C compiler makes
-# them a part of each method.
-
-cdef inline int copy_out(memory* m, size_t start, size_t n, char* to) except -1:
-    begin_access(m)
-    if is_guarded(m) or n >= RELEASE_GIL_FROM:
+# Small, so that the C compiler makes it a part of each method.
+cdef inline int copy_bytes(memory* m, size_t offset, size_t n, char* out, const char* data) except -1:
+    """Copy out to `out`, or in from `data` if `out` is NULL. The caller has entered the handle and checked the range."""
+    if n < RELEASE_GIL_FROM and try_access(m):
+        if not is_guarded(m):
+            move_bytes(m, offset, n, out, data)
+            end_access(m)
+            return 0
         end_access(m)
-        return copy_slowly(m, start, n, to, NULL)
-    memcpy(to, m.base + start, n)
-    end_access(m)
-    return 0
+    return copy_slowly(m, offset, n, out, data)
 
 
-cdef inline int copy_in(memory* m, size_t start, size_t n, const char* data) except -1:
-    begin_access(m)
-    if is_guarded(m) or n >= RELEASE_GIL_FROM:
-        end_access(m)
-        return copy_slowly(m, start, n, NULL, data)
-    memmove(m.base + start, data, n)
-    end_access(m)
-    return 0
+cdef int copy_slowly(memory* m, size_t offset, size_t n, char* out, const char* data) except -1:
+    """copy_bytes() without the GIL; checks the access of the pages.
 
-
-cdef int copy_slowly(memory* m, size_t start, size_t n, char* to, const char* data) except -1:
-    """Copy out to `to`, or in from `data` if `to` is NULL."""
-    begin_access(m)
-    if is_guarded(m):
-        end_access(m)
-        return copy_guarded(m, start, n, to, data)
-    with nogil:
-        move_bytes(m, start, n, to, data)
-        end_access(m)
-    return 0
-
-
-cdef int copy_guarded(memory* m, size_t start, size_t n, char* to, const char* data) except -1:
-    """copy_slowly() where the access of the pages must be looked at.
-
-    No page of the range changes its access meanwhile, because the memory is locked. The pages of a Python memory may be
-    another linmem memory's: that memory is not locked, and its user must not protect them during this call.
+    No page of the range changes its access meanwhile, because a guarded memory is locked. The pages of a Python memory
+    may be another linmem memory's: that memory is not locked, and its user must not protect them during this call.
     """
     cdef failure why
-    cdef int allowed = READABLE if to != NULL else WRITABLE
-    cdef bint is_ours = m.ops.pages_are_ours
-    cdef int code = 0
-    if not is_ours:
-        begin_access(m)
+    cdef int code = begin_access(m, &why)
+    cdef bint guarded = is_guarded(m), locks = guarded and m.ops.pages_are_ours
+    if code:
+        return raise_failure(&why)
     with nogil:
-        if is_ours:
+        if locks:
+            end_access(m)
             code = lock_memory(m, &why)
         if code == 0:
-            code = refuse_access(m, start, n, allowed, "read" if to != NULL else "write", &why)
+            if guarded:
+                code = refuse_access(m, offset, n, READABLE if out != NULL else WRITABLE,
+                                     "read" if out != NULL else "write", &why)
             if code == 0:
-                move_bytes(m, start, n, to, data)
-            if is_ours:
+                move_bytes(m, offset, n, out, data)
+            if locks:
                 unlock(&m.lock)
-        if not is_ours:
-            end_access(m)
+            else:
+                end_access(m)
     return raise_failure(&why) if code else 0
+
+
+cdef bytes copy_out(Memory mem, size_t offset, size_t n):
+    cdef memory* m = mem.enter()
+    try:
+        check_span(m, offset, n)
+        out = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>n)
+        copy_bytes(m, offset, n, PyBytes_AS_STRING(out), NULL)
+        return out
+    finally:
+        mem.leave()
+
+
+cdef int copy_in(Memory mem, size_t offset, const Py_buffer* given) except -1:
+    cdef memory* m = mem.enter()
+    try:
+        check_span(m, offset, <size_t>given.len)
+        return copy_bytes(m, offset, <size_t>given.len, NULL, <const char*>given.buf)
+    finally:
+        mem.leave()
+
+
+cdef int copy_byte(Memory mem, object key, char* out, const char* data) except -1:
+    """copy_bytes() of the byte that the index means."""
+    cdef Py_ssize_t size, i = clipped_index(key, "a memory is indexed by an integer or a slice")
+    cdef memory* m = mem.enter()
+    try:
+        size = <Py_ssize_t>memory_size(m)       # it never becomes less
+        if not -size <= i < size:
+            raise IndexError(f"index must be in {-size} .. {size - 1}, got {_shown(key)}")
+        return copy_bytes(m, <size_t>(i + size if i < 0 else i), 1, out, data)
+    finally:
+        mem.leave()
+
+
+# -- Memory.users
+
+cdef void forget_lost_calls(Memory mem) noexcept:
+    """In a forked child, the calls of the parent's threads do not count any more. Elsewhere this does nothing."""
+    cdef long long was, now
+    while True:
+        was = load(&mem.users)
+        now = (was & ~(TAG | CALLS)) | generation_tag << TAG_SHIFT
+        if was & TAG == now & TAG:
+            return
+        if compare_exchange(&mem.users, was, now):
+            break
+    if now < 0:
+        release_if_unused(mem, now)
+
+
+cdef void release_if_unused(Memory mem, long long now) noexcept:
+    """A call or an exported buffer of a closed handle has ended. now: what `users` was then."""
+    cdef memory* m = mem.m
+    if now & CALLS == CALLS:        # below 0: the call entered before a fork, and forget_lost_calls() has forgotten it
+        add_with_gil(&mem.users, ONE_CALL)
+    elif now & (RELEASED | EXPORTS | CALLS) == 0 and compare_exchange(&mem.users, now, now | RELEASED):
+        with nogil:
+            memory_release(m)
+
+
+cdef long long mark_closed(Memory mem, long long unless) noexcept:
+    """Set CLOSED, unless a bit of `unless` is set. Returns what `users` is then."""
+    cdef long long now = load(&mem.users)
+    while now >= 0 and now & unless == 0:
+        if compare_exchange(&mem.users, now, now | CLOSED):
+            return now | CLOSED
+        now = load(&mem.users)
+    return now
+
+
+cdef memory* enter_access(Memory mem) except NULL:
+    """enter(), and begin_access(). end_access() and leave() must follow, and no line between may raise."""
+    cdef memory* m = mem.enter()
+    cdef failure why
+    cdef int code = begin_access(m, &why)
+    if code:
+        mem.finish(code, &why)
+    return m
+
+
+# -- exported buffers
+
+cdef int export_buffer(Memory mem, Py_buffer* buffer, object exporter, size_t offset, Py_ssize_t size,
+                       int flags) except -1:
+    """Until end_export() the base stays, and so do the pages. size: -1 means the whole memory."""
+    cdef bint read_only = False
+    cdef failure why
+    cdef memory* m = mem.enter()
+    cdef int code = pin(m, &why)
+    if code == 0 and load(&m.protection) != PROTECTION_NONE:
+        with nogil:
+            code = is_read_only(m, &read_only, &why)
+            if code:
+                unpin(m)
+    if code:
+        mem.finish(code, &why)
+    add_with_gil(&mem.users, ONE_EXPORT - ONE_CALL)
+    if fill_buffer(buffer, exporter, m.base + offset, <Py_ssize_t>memory_size(m) if size < 0 else size, read_only,
+                   flags):
+        end_export(mem)
+        return -1           # with the exception of fill_buffer()
+    return 0
+
+
+cdef void end_export(Memory mem) noexcept:
+    cdef long long now
+    unpin(mem.m)
+    now = add_with_gil(&mem.users, -ONE_EXPORT)
+    if now < 0:
+        forget_lost_calls(mem)      # they do not keep the memory
+        release_if_unused(mem, load(&mem.users))
 
 
 @cython.final
@@ -134,7 +228,7 @@ cdef class Memory:
             raise TypeError("a Memory is made by a creator: linmem.create(minimum)")
 
     def __dealloc__(self):
-        if self.m != NULL and load(&self.users) & GIVEN_BACK == 0:
+        if self.m != NULL and load(&self.users) & RELEASED == 0:
             with nogil:
                 memory_release(self.m)
 
@@ -149,21 +243,11 @@ cdef class Memory:
             self.refuse_entry(now)
         return self.m
 
-    cdef memory* enter_locked(self) except NULL:
-        """enter(), and take the memory's lock. unlock() and leave() must follow, and no line between may raise."""
-        cdef memory* m = self.enter()
-        cdef failure why
-        cdef int code
-        with nogil:
-            code = lock_unbroken(m, &why)
-        if code:
-            self.finish(code, &why)
-        return m
-
+    # A method and no function: the C compiler would make the function a part of enter(), and each call slower.
     cdef int refuse_entry(self, long long now) except -1:
         """Raises; or returns, if this is only the handle's first use in a forked child."""
         while now >= 0 and now >> TAG_SHIFT != generation_tag and self.m != NULL:
-            self.settle()           # it forgets all calls, also the one that enter() has just counted
+            forget_lost_calls(self)     # also the call that enter() has just counted
             now = add_with_gil(&self.users, ONE_CALL)
         if now < 0 or self.m == NULL:
             self.leave()
@@ -173,36 +257,26 @@ cdef class Memory:
             raise_code(E_BROKEN)
         return 0
 
-    cdef void settle(self) noexcept:
-        """In a forked child: forget the calls of the parent's threads."""
-        cdef long long was, now
-        while True:
-            was = load(&self.users)
-            now = (was & ~(TAG | CALLS)) | generation_tag << TAG_SHIFT
-            if was & TAG == now & TAG:
-                return
-            if compare_exchange(&self.users, was, now):
-                break
-        if now < 0:
-            self.last_left(now)
+    cdef memory* enter_locked(self) except NULL:
+        """enter(), and take the memory's lock. unlock() and leave() must follow, and no line between may raise."""
+        cdef memory* m = self.enter()
+        cdef failure why
+        cdef int code
+        with nogil:
+            code = lock_memory(m, &why)
+        if code:
+            self.finish(code, &why)
+        return m
 
     cdef void leave(self) noexcept:
         cdef long long now = add_with_gil(&self.users, -ONE_CALL)
         if now < 0 or now & CALLS == CALLS:
-            self.last_left(now)
+            release_if_unused(self, now)
 
     cdef int finish(self, int code, const failure* why) except -1:
         """leave(), and raise if the call has failed."""
         self.leave()
         return raise_failure(why) if code else 0
-
-    cdef void last_left(self, long long now) noexcept:
-        cdef memory* m = self.m
-        if now & CALLS == CALLS:        # below 0: the call entered before a fork, and settle() has forgotten it
-            add_with_gil(&self.users, ONE_CALL)
-        elif now & (GIVEN_BACK | EXPORTS | CALLS) == 0 and compare_exchange(&self.users, now, now | GIVEN_BACK):
-            with nogil:
-                memory_release(m)
 
     def close(self):
         """Close this handle. The pages go with the memory's last handle, and not before wasmtime has dropped it.
@@ -223,11 +297,11 @@ cdef class Memory:
         cdef bint own
         if m == NULL:
             return
-        self.settle()
+        forget_lost_calls(self)
         now = add_with_gil(&self.users, ONE_CALL)
         own = is_own_growth(m)
         if not own:
-            now = self.shut(EXPORTS)
+            now = mark_closed(self, EXPORTS)
         self.leave()
         if now < 0:
             return
@@ -235,15 +309,6 @@ cdef class Memory:
             raise_code(E_OWN_GROWTH)
         raise BufferError(f"cannot close the memory: {(now & EXPORTS) >> EXPORTS_SHIFT} exported buffer(s) still point"
                           " into it")
-
-    cdef long long shut(self, long long unless) noexcept:
-        """Set CLOSED, unless a bit of `unless` is set. Returns what `users` is then."""
-        cdef long long now = load(&self.users)
-        while now >= 0 and now & unless == 0:
-            if compare_exchange(&self.users, now, now | CLOSED):
-                return now | CLOSED
-            now = load(&self.users)
-        return now
 
     @property
     def closed(self):
@@ -261,8 +326,8 @@ cdef class Memory:
         It never raises, so an error of the block is not hidden.
         """
         if self.m != NULL:
-            self.settle()
-            self.last_left(self.shut(0))
+            forget_lost_calls(self)
+            release_if_unused(self, mark_closed(self, 0))
 
     # Two handles on one memory are equal while both are open. Afterwards the address may be another memory's. The hash
     # is that of the address, which a handle never changes.
@@ -346,61 +411,19 @@ cdef class Memory:
 
         Mirrors ``wasmtime::LinearMemory::wasm_accessible``.
         """
-        cdef memory* m = self.enter()
-        cdef size_t base, end
-        try:
-            begin_access(m)
-            base = <size_t>load_address(&m.base)
-            end = base + load_size(&m.covered)
-            end_access(m)
-        finally:
-            self.leave()
+        cdef memory* m = enter_access(self)
+        cdef size_t base = <size_t>load_address(&m.base), end = base + load_size(&m.covered)
+        end_access(m)
+        self.leave()
         return range(base, end)
 
     # -- buffers and views
 
     def __getbuffer__(self, Py_buffer* buffer, int flags):
-        cdef bint read_only
-        cdef memory* m = self.begin_export(&read_only)
-        try:
-            PyBuffer_FillInfo(buffer, self, m.base, <Py_ssize_t>memory_size(m), read_only, flags)
-        except BaseException:
-            self.end_export()
-            raise
+        export_buffer(self, buffer, self, 0, -1, flags)
 
     def __releasebuffer__(self, Py_buffer* buffer):
-        self.end_export()
-
-    cdef memory* begin_export(self, bint* read_only) except NULL:
-        """Until end_export() the base stays, and so do the pages. read_only: no byte of the memory can be written."""
-        cdef memory* m = self.enter()
-        cdef bint pinned = False
-        cdef failure why
-        cdef int code = 0
-        try:
-            pin(m)
-            pinned = True
-            read_only[0] = False
-            if load(&m.protection) != PROTECTION_NONE:
-                with nogil:
-                    code = is_read_only(m, read_only, &why)
-                if code:
-                    raise_failure(&why)
-        except BaseException:
-            if pinned:
-                unpin(m)
-            self.leave()
-            raise
-        add_with_gil(&self.users, ONE_EXPORT - ONE_CALL)
-        return m
-
-    cdef void end_export(self) noexcept:
-        cdef long long now
-        unpin(self.m)
-        now = add_with_gil(&self.users, -ONE_EXPORT)
-        if now < 0:
-            self.settle()       # in a forked child: calls of the parent's threads do not keep the memory
-            self.last_left(load(&self.users))
+        end_export(self)
 
     def view(self, format="B", offset=0, count=None):
         """Export a part of the memory as elements of a type, without a copy.
@@ -502,37 +525,27 @@ cdef class Memory:
             n = len(wanted)
             step = max(n, SEARCH_STEP)
             for at in range(0, size - n + 1, step):
-                if self.read(at, min(step + n, size - at)).find(wanted) >= 0:
+                if copy_out(self, <size_t>at, <size_t>min(step + n, size - at)).find(wanted) >= 0:
                     return True
                 PyErr_CheckSignals()
         return False
 
     def __getitem__(self, key):
-        cdef Py_ssize_t i, size
-        cdef memory* m
         cdef unsigned char byte
+        cdef size_t start, stop
         if isinstance(key, slice):
             if key.step is None or key.step == 1:
-                size = len(self)
-                start, stop, _ = key.indices(size)
-                return self.read(start, stop - start if stop > start else 0)
+                start, stop, _ = key.indices(len(self))
+                return copy_out(self, start, stop - start if stop > start else 0)
             if is_protected(self):
                 return bytes([self[n] for n in range(*key.indices(len(self)))])
             with memoryview(self) as whole:
                 return whole[key].tobytes()
-        i = check_index(key)
-        m = self.enter()
-        try:
-            i = check_range(i, <Py_ssize_t>memory_size(m))      # the size never becomes less
-            copy_out(m, <size_t>i, 1, <char*>&byte)
-            return byte
-        finally:
-            self.leave()
+        copy_byte(self, key, <char*>&byte, NULL)
+        return byte
 
     def __setitem__(self, key, value):
-        cdef Py_ssize_t i, n
-        cdef memory* m
-        cdef Py_ssize_t byte
+        cdef Py_ssize_t i, n, byte
         cdef char as_char
         cdef Py_buffer given
         if isinstance(key, slice):
@@ -545,7 +558,7 @@ cdef class Memory:
                     raise ValueError(f"the slice has {n} bytes and the data {given.len}: a memory cannot be resized by"
                                      " assignment")
                 if step == 1:
-                    self.write(start, value)
+                    copy_in(self, start, &given)
                 elif n:
                     values = PyBytes_FromStringAndSize(<char*>given.buf, given.len)
                     if is_protected(self):
@@ -558,22 +571,11 @@ cdef class Memory:
             finally:
                 PyBuffer_Release(&given)
             return
-        i = check_index(key)
-        try:
-            byte = value
-        except OverflowError:
-            byte = -1
-        except TypeError:
-            raise TypeError(f"a byte must be an integer in 0 .. 255, got {type(value).__name__}") from None
-        if byte < 0 or byte > 255:
+        byte = clipped_index(value, "a byte must be an integer in 0 .. 255")
+        if not 0 <= byte <= 255:
             raise ValueError(f"a byte must be in 0 .. 255, got {_shown(value)}")
         as_char = <char>byte
-        m = self.enter()
-        try:
-            i = check_range(i, <Py_ssize_t>memory_size(m))
-            copy_in(m, <size_t>i, 1, &as_char)
-        finally:
-            self.leave()
+        copy_byte(self, key, NULL, &as_char)
 
     def __delitem__(self, key):
         raise TypeError("a memory's bytes cannot be deleted")
@@ -584,19 +586,9 @@ cdef class Memory:
         ValueError past `byte_size`, and if a page cannot be read (`protect`).
         """
         cdef size_t start, n
-        cdef memory* m
-        cdef bytes out
         check_bounded(offset, "offset", _WITHIN, &start)
         check_bounded(size, "size", _WITHIN, &n)
-        m = self.enter()
-        try:
-            if not is_within(m, start, n):
-                refuse_span(m, start, n)
-            out = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>n)
-            copy_out(m, start, n, PyBytes_AS_STRING(out))
-            return out
-        finally:
-            self.leave()
+        return copy_out(self, start, n)
 
     def write(self, offset, data):
         """Copy a contiguous buffer in at `offset` and return its length in bytes.
@@ -604,21 +596,13 @@ cdef class Memory:
         ValueError past `byte_size`, if a page cannot be written, or if the data lie in a memory where a page cannot be
         read (`protect`). Nothing is written then.
         """
-        cdef size_t start, n
-        cdef memory* m
+        cdef size_t start
         cdef Py_buffer given
         check_bounded(offset, "offset", _WITHIN, &start)
         take_bytes(data, "data", &given)
         try:
-            n = <size_t>given.len
-            m = self.enter()
-            try:
-                if not is_within(m, start, n):
-                    refuse_span(m, start, n)
-                copy_in(m, start, n, <const char*>given.buf)
-                return n
-            finally:
-                self.leave()
+            copy_in(self, start, &given)
+            return given.len
         finally:
             PyBuffer_Release(&given)
 
@@ -822,9 +806,7 @@ cdef class Memory:
         cdef failure why
         check_bounded(offset, "offset", _WITHIN, &start)
         check_bounded(size, "size", _WITHIN, &n)
-        if not isinstance(access, str) or access not in _ACCESSES:
-            raise ValueError(f"access must be one of {', '.join(map(repr, _ACCESSES))}, got {_shown(access)}")
-        how = _ACCESSES[access]
+        how = _ACCESSES[_check_choice(access, "access", _ACCESSES)]
         m = self.enter()
         with nogil:
             code = memory_protect(m, start, n, how, &why)
@@ -878,34 +860,28 @@ cdef class Memory:
         A page that was only read counts as resident, as the kernel's page of zeros is.
         """
         from linmem.records import MemoryInfo
-        cdef size_t resident = 0
+        cdef size_t resident = 0, base, size, capacity, maximum, committed, pre_guard, guard
+        cdef long long exports
         cdef failure why
         cdef int code = 0
-        cdef bint known
-        cdef size_t base, size, capacity, maximum, committed, pre_guard, guard
-        cdef long long exports
-        cdef memory* m = self.enter()
-        try:
-            begin_access(m)
-            with nogil:
-                known = m.ops.resident != NULL
-                if known:
-                    code = memory_resident(m, &resident, &why)
-                exports = max(pins_now(m), 0)
-                base, capacity, maximum = <size_t>load_address(&m.base), load_size(&m.capacity), load_size(&m.maximum)
-                size, pre_guard, guard = memory_size(m), m.pre_guard, m.guard
-                committed = load_size(&m.accessible)
-                end_access(m)
-            if code:
-                raise_failure(&why)
-            return MemoryInfo(
-                base=base, byte_size=size, byte_capacity=capacity,
-                maximum_byte_size=None if maximum == NO_MAXIMUM else maximum,
-                reserved=pre_guard + capacity + guard, committed=committed, resident=resident if known else None,
-                pre_guard=pre_guard, guard=guard, page_size=host_page(), exports=exports,
-                kind=m.ops.kind.decode(), owner="wasmtime" if load(&m.owner) == OWNER_WASMTIME else "python")
-        finally:
-            self.leave()
+        cdef memory* m = enter_access(self)
+        cdef const char* kind = m.ops.kind
+        cdef bint known = m.ops.resident != NULL, in_store = load(&m.owner) == OWNER_WASMTIME
+        with nogil:
+            if known:
+                code = memory_resident(m, &resident, &why)
+            exports = max(pins_now(m), 0)
+            base, capacity, maximum = <size_t>load_address(&m.base), load_size(&m.capacity), load_size(&m.maximum)
+            size, pre_guard, guard = memory_size(m), m.pre_guard, m.guard
+            committed = load_size(&m.accessible)
+            end_access(m)
+        self.finish(code, &why)
+        return MemoryInfo(
+            base=base, byte_size=size, byte_capacity=capacity,
+            maximum_byte_size=None if maximum == NO_MAXIMUM else maximum,
+            reserved=pre_guard + capacity + guard, committed=committed, resident=resident if known else None,
+            pre_guard=pre_guard, guard=guard, page_size=host_page(), exports=exports, kind=kind.decode(),
+            owner="wasmtime" if in_store else "python")
 
     def __repr__(self):
         if self.closed:

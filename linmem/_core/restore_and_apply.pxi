@@ -5,44 +5,43 @@ cdef enum:
     LOCK_IS_TAKEN = -2000           # lock_for_restore() only: beside the E_ constants, and never in a failure
 
 
-cdef int memory_restore(memory* m, image* to, bint zero_grown, failure* why) noexcept nogil:
+cdef int memory_restore(memory* m, image* img, bint zero_grown, failure* why) noexcept nogil:
     """Every byte becomes the image's, or zero outside of it; the size stays. zero_grown: also if the memory is larger
     than the image knows. If this fails, no byte has changed."""
-    cdef int code = lock_for_restore(m, to, zero_grown, True, why)
+    cdef int code = lock_for_restore(m, img, zero_grown, True, why)
     if code == 0:
-        image_restore(m, to)
+        image_restore(m, img)
         unlock(&m.lock)
     return code
 
 
-cdef int lock_for_restore(memory* m, image* to, bint zero_grown, bint may_wait, failure* why) noexcept nogil:
+cdef int lock_for_restore(memory* m, image* img, bint zero_grown, bint may_wait, failure* why) noexcept nogil:
     """0: the caller holds the memory's lock, and image_restore() cannot fail. LOCK_IS_TAKEN: another thread holds the
     lock, and the caller may not wait. After every code but 0 the caller does not hold the lock."""
-    cdef size_t size, right
+    cdef size_t size, known
     cdef int code = 0
     if load(&m.owner) == OWNER_WASMTIME:
         if not try_lock(&m.lock):
             fail(why, E_OWNED, "restore", 0)
-            snprintf(why.detail, sizeof(why.detail), "another thread is growing this memory or looks at all of it;"
-                     " restore it when no call runs in that store")
+            explain(why, "another thread is growing this memory or looks at all of it; restore it when no call runs in"
+                    " that store")
             return E_OWNED
     elif may_wait:
-        code = lock_unbroken(m, why)
+        code = lock_memory(m, why)
         if code:
             return code
     elif not try_lock(&m.lock):
         return LOCK_IS_TAKEN
     size = memory_size(m)
-    right = image_known_size(m, to)
+    known = image_known_size(m, img)
     code = refuse_protected(m, WRITABLE, "restore", why)
-    if code == 0 and size < right:
+    if code == 0 and size < known:
         code = fail(why, E_VALUE, "restore", size)
-        snprintf(why.detail, sizeof(why.detail), "the memory has %zu bytes and the image %zu: grow it before",
-                 size, right)
-    elif code == 0 and size > right and not zero_grown:
+        explain(why, "the memory has %zu bytes and the image %zu: grow it before", size, known)
+    elif code == 0 and size > known and not zero_grown:
         code = fail(why, E_VALUE, "restore", size)
-        snprintf(why.detail, sizeof(why.detail), "the memory has grown to %zu bytes since, the image knows of %zu:"
-                 " zero_grown=True keeps the size and zeroes the rest", size, right)
+        explain(why, "the memory has grown to %zu bytes since, the image knows of %zu: zero_grown=True keeps the size"
+                " and zeroes the rest", size, known)
     if code:
         unlock(&m.lock)
     return code
@@ -56,39 +55,35 @@ def restore_all(list memories not None, list images not None):
     OwnedError, TypeError, ValueError
         As `Memory.restore`, for the first memory that cannot be restored. No memory has changed then.
     """
-    cdef Py_ssize_t locked, i, n = len(memories)
+    cdef list pairs = [(<Memory?>memory, <Image?>image) for memory, image in zip(memories, images, strict=True)]
+    cdef size_t locked, i, n = len(pairs)
     cdef Memory mem
     cdef Image img
     cdef memory* m
     cdef failure why
-    cdef bint may_wait
     cdef int code = LOCK_IS_TAKEN
     while code == LOCK_IS_TAKEN:
         locked = code = 0
         try:
             while locked < n:
-                mem, img = <Memory?>memories[locked], <Image?>images[locked]
+                mem, img = pairs[locked]
                 m = mem.enter()
-                may_wait = locked == 0
                 with nogil:
-                    code = lock_for_restore(m, img.img, True, may_wait, &why)
+                    code = lock_for_restore(m, img.img, True, locked == 0, &why)
                 if code:
                     mem.leave()
                     break
                 locked += 1
         finally:
             for i in range(locked):
-                mem, img = <Memory>memories[i], <Image>images[i]
+                mem, img = pairs[i]
                 with nogil:
                     if locked == n:
                         image_restore(mem.m, img.img)
                     unlock(&mem.m.lock)
                 mem.leave()
-        if code == LOCK_IS_TAKEN:       # wait for this lock while this thread holds no other one
-            mem = <Memory>memories[locked]
-            m = mem.enter_locked()
-            unlock(&m.lock)
-            mem.leave()
+        if code == LOCK_IS_TAKEN:       # the next time this lock comes first: the thread waits while it holds no other
+            pairs.insert(0, pairs.pop(locked))
     if code:
         raise_failure(&why)
 
@@ -100,14 +95,14 @@ cdef int memory_apply(memory* m, size_t base_size, size_t new_size, const delta_
     """Grow the memory to `new_size`, and write the pieces of a delta that leads there from `base_size` bytes. If this
     fails, nothing was written."""
     cdef size_t i, size
-    cdef int code = lock_unbroken(m, why)
+    cdef int code = lock_memory(m, why)
     if code:
         return code
     size = memory_size(m)
     if size > new_size or (size < base_size and size < new_size):
         code = fail(why, E_VALUE, "apply", size)
-        snprintf(why.detail, sizeof(why.detail), "the memory has %zu bytes, and the delta is for one of %zu that"
-                 " becomes one of %zu", size, base_size, new_size)
+        explain(why, "the memory has %zu bytes, and the delta is for one of %zu that becomes one of %zu", size,
+                base_size, new_size)
     if code == 0:
         code = refuse_pieces(m, new_size, pieces, n, why)
     if code == 0 and size < new_size:
@@ -132,8 +127,8 @@ cdef int refuse_pieces(memory* m, size_t new_size, const delta_piece* pieces, si
         offset, size = pieces[i].offset, pieces[i].size
         if offset > new_size or size > new_size - offset:
             fail(why, E_VALUE, "apply", size)
-            snprintf(why.detail, sizeof(why.detail), "offset + size must be <= the size that the delta leads to (%zu),"
-                     " got offset=%zu size=%zu", new_size, offset, size)
+            explain(why, "offset + size must be <= the size that the delta leads to (%zu), got offset=%zu size=%zu",
+                    new_size, offset, size)
             return E_VALUE
         if offset >= byte_size:
             continue

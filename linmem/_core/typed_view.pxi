@@ -1,6 +1,6 @@
 # The exporter behind Memory.view(): elements of a format that memoryview.cast() does not know; a part of memory.pyx.
 
-from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES, PyBUF_WRITABLE
+from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES
 
 
 # A memory is in no reference cycle. If the garbage collector cleared a Window as a part of one, the Window would lose
@@ -22,25 +22,17 @@ cdef class Window:
     def __getbuffer__(self, Py_buffer* buffer, int flags):
         if self.memory is None:
             raise TypeError("a Window is made by Memory.view()")
-        cdef bint read_only
-        cdef memory* m = self.memory.begin_export(&read_only)
-        if read_only and flags & PyBUF_WRITABLE:
-            self.memory.end_export()
-            raise BufferError("no page of the memory can be written (protect)")
-        buffer.buf = m.base + self.offset
-        buffer.obj = self
-        buffer.len = self.shape[0] * self.strides[0]
-        buffer.readonly = read_only
+        export_buffer(self.memory, buffer, self, self.offset, self.shape[0] * self.strides[0], flags)
         buffer.itemsize = self.strides[0]
-        buffer.format = PyBytes_AS_STRING(self.format) if flags & PyBUF_FORMAT else NULL
-        buffer.ndim = 1
-        buffer.shape = self.shape if flags & PyBUF_ND else NULL
-        buffer.strides = self.strides if (flags & PyBUF_STRIDES) == PyBUF_STRIDES else NULL
-        buffer.suboffsets = NULL
-        buffer.internal = NULL
+        if flags & PyBUF_FORMAT:
+            buffer.format = PyBytes_AS_STRING(self.format)
+        if flags & PyBUF_ND:
+            buffer.shape = self.shape
+        if (flags & PyBUF_STRIDES) == PyBUF_STRIDES:
+            buffer.strides = self.strides
 
     def __releasebuffer__(self, Py_buffer* buffer):
-        self.memory.end_export()
+        end_export(self.memory)
 
 
 cdef Window new_window(Memory mem, size_t offset, bytes format, size_t n, size_t itemsize):

@@ -36,7 +36,7 @@ def open_image(make: Any, path: str | bytes | os.PathLike[str], *, verify: bool,
     -------
     image : Image
     contents : Contents or None
-        What `verify_image` needs if the pages of the image are a mapping of the file, else None.
+        The argument for `verify_image` if the pages of the image are a mapping of the file, else None.
     """
     with open_file(path) as file:
         contents = read(file, path, IMAGE, max_size)
@@ -57,9 +57,9 @@ def open_image(make: Any, path: str | bytes | os.PathLike[str], *, verify: bool,
             file.seek(header.position(start))
             return fill(file, bytearray(size), contents.path)
 
-        if verify and header.layout == IN_PLACE:
-            check_holes(contents, file.fileno(), bytes_at)
         if verify:
+            if header.layout == IN_PLACE:
+                check_holes(contents, file.fileno(), bytes_at)
             _check_digest(image, contents)
     return image, None
 
