@@ -21,8 +21,8 @@ cdef int memory_discard(memory* m, size_t offset, size_t size, failure* why) noe
     elif code == 0:
         code = discard_pages(m, first, last, why)
         if code == 0:
-            memset(m.base + offset, 0, first - offset)
-            memset(m.base + last, 0, end - last)
+            zero_range(m, offset, first)
+            zero_range(m, last, end)
     unlock(&m.lock)
     return code
 

@@ -273,8 +273,10 @@ cdef class PoolingCreator(NativeCreator):
             spec.image = self.image.img
         key = shape_of(&spec)
         cdef domain_t* domain_struct = domain_of(domain)
+        cdef domain_t* before = current_domain()
         list_init(&held)
         with nogil:
+            set_domain(domain_struct)       # a pool below makes its slots for the same domain
             while taken < wanted and (code == 0 or code == TAKE_AGAIN):
                 code = take(p, &key, domain_struct, False, &m, &why)
                 if code == 0 and m == NULL:
@@ -290,6 +292,7 @@ cdef class PoolingCreator(NativeCreator):
                 m = <memory*>held.next.owner
                 list_remove(held.next)
                 memory_release(m)
+            set_domain(before)
             domain_release(domain_struct)
         if code:
             raise_failure(&why)

@@ -113,19 +113,13 @@ cdef void plan_reset(slot* s, size_t used, long long now, reset_plan* plan) noex
 
 
 cdef bint refill_in_time(slot* s, size_t offset, size_t size, const reset_plan* plan) noexcept nogil:
-    """image_fill(), with a look at the clock before each step. False: the deadline has passed.
-
-    Without an image it calls memset() itself: image_fill() also calls memset() with a size of 0 at the end of the
-    bytes. On some processors this costs hundreds of cycles if the next page is inaccessible."""
+    """image_fill(), with a look at the clock before each step. False: the deadline has passed."""
     cdef size_t step
     while size:
         if plan.deadline and pages.clock_ns() > plan.deadline:
             return False
         step = size if plan.deadline == 0 else min(size, ZERO_STEP)
-        if s.image == NULL:
-            memset(s.original.base + offset, 0, step)
-        else:
-            image_fill(s.m, offset, step)
+        image_fill(s.m, offset, step)
         offset += step
         size -= step
     return True
