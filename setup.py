@@ -11,7 +11,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 PAGES = "windows" if sys.platform == "win32" else "posix"
-# The compiler gets our flags after those of CFLAGS, and the last flag wins. So ours leave out what CFLAGS chooses.
+# The compiler gets the flags below after the user's CFLAGS, and the last flag wins. So BuildExt leaves out a flag if
+# CFLAGS has its kind.
 CFLAGS = os.environ.get("CFLAGS", "").split()
 CHOSE_OPTIMIZATION = any(flag.startswith("-O") for flag in CFLAGS)
 WANTS_DEBUGGING = any(flag.startswith("-g") and flag != "-g0" for flag in CFLAGS)
@@ -49,7 +50,7 @@ directives = {
     "boundscheck": False,
     "wraparound": False,
     "cdivision": True,                  # without it, // in nogil code takes the GIL when the divisor is zero
-    "embedsignature": False,            # it prints keyword-only arguments wrongly; the .pyi files have the signatures
+    "embedsignature": False,            # Cython prints keyword-only arguments wrongly; the .pyi files are right
     "freethreading_compatible": True,
 }
 

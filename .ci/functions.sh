@@ -1,10 +1,12 @@
-# What the stages share. A stage is a file of .ci/stages/, which .ci/run reads after this one, in a process and a folder
-# of its own. These variables are set: $stage is its name, $work/$stage its folder, $repo the checkout, $cache the
-# cache, $stages the folder of this checkout with the programs of the stages, $deep 1 in a deep run and 0 in others.
+# The functions of the stages. .ci/run starts each stage in a process and a folder of its own, and reads this file and
+# then the stage's file in .ci/stages/. These variables are set: $stage is the name of the stage, $work/$stage its
+# folder, $repo the checkout, $cache the cache, $stages the folder of this checkout with the programs of the stages,
+# $deep 1 in a deep run and 0 in others.
 
 if ((deep)); then fast=(); else fast=(-m 'not slow'); fi        # options of pytest: slow tests only in a deep run
 
-# CFLAGS of a build that is not about the compiler. It takes less than half the time. Deep runs build as users do.
+# CFLAGS for stages that do not test the compiler's optimisations: the build takes less than half the time. Deep runs
+# build as users do.
 if ((deep)); then quick=; else quick=-O1; fi
 
 # The text in brackets of the stage's last line.

@@ -1,7 +1,7 @@
 # cython: language_level=3
-"""Loops over memories and instances without Python and without the GIL, so that the time of Python is not in them.
+"""Loops over memories and instances without Python and without the GIL: the figures do not contain the time of Python.
 
-Nothing of wasmtime is linked: `bind` takes the addresses of its C functions.
+The module does not link wasmtime: `bind` takes the addresses of wasmtime's C functions.
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
@@ -22,7 +22,7 @@ def use_memories(NativeCreator creator not None, size_t size, touches not None, 
     """Repeat `n` times: make a memory of `size` bytes, write one byte at each touch, release the memory.
 
     `touches` and `ends` are contiguous arrays of 64-bit integers: use i writes at the offsets
-    touches[ends[i - 1]:ends[i]]; after the last use of `ends` comes the first again. Returns the
+    touches[ends[i - 1]:ends[i]]; the last use of `ends` is followed by the first use. Returns the
     nanoseconds taken.
     """
     cdef Py_buffer at, end
@@ -165,8 +165,8 @@ def instantiate(size_t engine, size_t module, long long n, Offer offer=None):
     """Repeat `n` times: make a store, instantiate a module without imports, drop the store.
 
     `engine` and `module` are the addresses of the wasm_engine_t and the wasmtime_module_t; each instance's
-    memories start from the images of `offer`. Returns the nanoseconds taken; a wasm trap or an error of wasmtime is
-    a RuntimeError with its text, and so are images that no memory took.
+    memories start from the images of `offer`. Returns the nanoseconds. Raises RuntimeError with the text of a
+    wasm trap or of an error of wasmtime, or if no memory took the images.
     """
     cdef long long _, took
     cdef size_t left = 0

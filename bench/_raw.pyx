@@ -9,7 +9,7 @@ from linmem._os import pages as _pages
 def create_close(size_t total, size_t pre_guard, size_t accessible, long long n):
     """Repeat `n` times: reserve `total` bytes, commit `accessible` of them after `pre_guard`, release all.
 
-    All sizes are multiples of the host page and fit each other. Returns the nanoseconds taken.
+    All sizes are multiples of the host page and fit each other. Returns the nanoseconds.
     """
     cdef long long _, took
     cdef char* base
@@ -36,7 +36,7 @@ def grow_steps(size_t total, size_t pre_guard, size_t accessible, size_t step, l
     """Commit `step` more bytes `n` times, in one reservation of `total` bytes, from `accessible` on.
 
     All sizes are multiples of the host page and fit each other. Returns the nanoseconds that the
-    `n` commits took; reserving before and releasing after are not in them.
+    `n` commits took, without the reservation before and the release after.
     """
     cdef long long _, took = 0
     cdef char* base

@@ -1,4 +1,4 @@
-"""The command ``linmem bench``, also ``python -m linmem.bench``. It needs the extra ``linmem[bench]``."""
+"""The command ``linmem bench``, also ``python -m linmem.bench``. Both need the extra ``linmem[bench]``."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ QUICK_ROUNDS = 5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options that `main` reads."""
-    parser.add_argument("--suite", choices=SUITES, default="core", help="what to measure (default: core)")
-    parser.add_argument("--quick", action="store_true", help="short runs and few rounds: a look, not a figure")
+    parser.add_argument("--suite", choices=SUITES, default="core", help="the suite to measure (default: core)")
+    parser.add_argument("--quick", action="store_true", help="short runs and few rounds, for a rough estimate")
     parser.add_argument("--rounds", type=at_least_two, metavar="N",
                         help=f"interleaved rounds (default: the suite's own, 25 or 40; with --quick {QUICK_ROUNDS});"
                              " rows with long runs take half, rows with tight goals two or three times as many")
-    parser.add_argument("--json", type=file_name, metavar="FILE", help="write every raw figure and the machine's facts")
+    parser.add_argument("--json", type=file_name, metavar="FILE", help="write all figures and the facts of the machine")
     parser.add_argument("--picture", type=file_name, metavar="FILE", help="draw the ratios (.png, .svg, .pdf)")
     parser.add_argument("--markdown", type=file_name, metavar="FILE",
                         help="write the tables; in a file that has the suite's marks, between them")
-    parser.add_argument("--check", action="store_true", help="exit with 1 when a goal is missed")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a goal is missed")
 
 
 def at_least_two(text: str) -> int:
@@ -94,5 +94,5 @@ def module_of(suite: str):
 
 
 def shared(rounds: int, group) -> int:
-    """How many of the requested rounds a group takes."""
+    """The number of rounds of a group, of the requested number."""
     return 1 if group.count is not None else max(2, round(rounds * group.share))

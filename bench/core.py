@@ -1,4 +1,4 @@
-"""The suite "core": what a memory costs from Python, compared with the lower bounds of that cost."""
+"""The suite "core": the cost of a memory from Python, beside the lower bounds of this cost."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def grow_by_a_step() -> Group:
 
 
 def sizes(n: int) -> list[int]:
-    """The n sizes after the first step. They are computed before the clock starts."""
+    """The n sizes after the first step, as a list, so that the clock does not time their computation."""
     return list(range(2 * STEP, (n + 2) * STEP, STEP))
 
 
@@ -219,8 +219,8 @@ def grow_under_a_view(total: int) -> Group:
          Contender("bytearray", "bytearray.extend, view dropped before", lambda: make_bytearray_grow(total)),
          Contender("mmap", "mmap.mmap.resize, view dropped before", lambda: make_mmap_live_grow(total))),
         (Goal("numpy", 0.1), Goal("bytearray", 0.1), Goal("mmap", None)),
-        "the others cannot grow under a live view (numpy refuses, bytearray and mmap raise BufferError): they drop it,"
-        " grow in place and make a new one, which is the cheapest way there is; keeping the old view would cost a full"
+        "the others cannot grow under a live view (numpy refuses, bytearray and mmap raise BufferError): they drop the"
+        " view, grow in place and make a new view, which is the cheapest way; to keep the old view would cost a full"
         " copy per step", operations=1, share=0.5)
 
 

@@ -36,7 +36,7 @@ UNBOUNDED_MAPPINGS = 8192
 
 @dataclass(frozen=True)
 class Setting:
-    """A configuration of wasmtime. `configure` prepares a Config and returns what must outlive its engine."""
+    """A configuration of wasmtime. `configure` prepares a Config and returns objects that must outlive the engine."""
 
     key: str
     what: str
@@ -124,8 +124,8 @@ CTYPES = Setting("ctypes", "a creator in Python, by ctypes", lambda config: Ctyp
 class CtypesCreator:
     """The host memory creator that a user of wasmtime-py would write today: ctypes callbacks over libc.
 
-    It is as fast as ctypes can be: one reservation and one change of protection for a memory, one change for a growth,
-    declared argument types, no allocation in get_memory, no wrapper between callback and dictionary.
+    The creator is as fast as ctypes allows: one reservation and one change of protection for a memory, one change for a
+    growth, declared argument types, no allocation in get_memory, no wrapper between callback and dictionary.
     """
 
     def __init__(self, config: wasmtime.Config) -> None:

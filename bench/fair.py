@@ -1,4 +1,7 @@
-"""The suite "fair": does a tenant with many shapes take the warm slots of one with one shape? Counted, not timed."""
+"""The suite "fair": does a tenant with many shapes take the warm slots of a tenant with one shape?
+
+The suite counts and does not time.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ GOAL = 0.95
 class Case:
     key: str
     what: str
-    pools: Callable[[], AbstractContextManager]     # one for each tenant, or one for both
+    pools: Callable[[], AbstractContextManager]     # a pool for each tenant, or a pool for both
 
 
 def of(**options: object) -> Callable[[], AbstractContextManager]:
@@ -35,7 +38,7 @@ def of_all_pools(pools: int = 1) -> Iterator[tuple]:
     linmem.set_pool_limits(max_resident=ROOM * STEP)
     try:
         # The second tenant's pool is made first. If two slots became idle at the same tick of the clock, the slot of
-        # the older pool goes. So the line with one domain is exact.
+        # the older pool is evicted. So the line with one domain is exact.
         yield tuple(pool() for _ in range(pools))[::-1]
     finally:
         linmem.set_pool_limits()

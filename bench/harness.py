@@ -1,13 +1,14 @@
-"""Interleaved measurements, whose ratios can be trusted on a busy machine.
+"""Interleaved measurements: their ratios are reliable also on a busy machine.
 
 The contenders of a group take turns in one process, in a new order in each round, so everything that slows the machine
 down slows all contenders. The harness keeps each contender's time per operation in each round, and computes two ratios:
 
-- The median of the ratios within a round. It does not change when the machine switches between a fast and a slow state.
-- The ratio of the tenth percentiles, which shows the machine at its best. It is wrong if the fast state is so rare that
-  a contender never ran in it.
+- The median of the ratios within a round. A switch of the machine between a fast and a slow state does not change this
+  ratio.
+- The ratio of the tenth percentiles, which shows the machine at its best. If the fast state is so rare that a contender
+  never ran in this state, this ratio is wrong.
 
-The tables show both ratios, and each goal says which of them it applies to.
+The tables show both ratios. A goal applies to one of the two.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ except ImportError:         # without this module, preempted runs are not notice
     resource = None
 
 Run = Callable[[int], int]
-"""Takes the number of operations, returns their nanoseconds. Set-up and clean-up are not in them."""
+"""Takes the number of operations, returns the nanoseconds of these operations, without set-up and clean-up."""
 
 TRIES = 5                   # tries of a run that was preempted
-LONG_RUN = 50_000_000       # ns; a run this long is not repeated, because a busy machine always preempts it
+LONG_RUN = 50_000_000       # ns; a longer run is not repeated, because a busy machine always preempts it
 
 TIME = "time"               # linmem's time over the other's: less is better
 SPEED = "speed"             # the other's time over linmem's, "times faster": more is better
@@ -60,7 +61,7 @@ class Contender:
 class Goal:
     """A comparison of two contenders, with an upper or lower bound of their ratio.
 
-    Without a bound the ratio is only shown. If `against` has several names, it means the fastest of them in this run.
+    Without a bound the ratio is only shown. Several names in `against` mean the contender that was fastest in this run.
     """
 
     against: str | tuple[str, ...]
@@ -68,7 +69,7 @@ class Goal:
     ours: str = ""              # empty means the group's first contender
     sense: str = TIME
     by: str = MEDIAN
-    called: str = ""            # the name of the row, where it is not that of `against`
+    called: str = ""            # the name of the row, if it differs from the name of `against`
     drawn: bool = True          # False if another row of the picture shows it
 
     def holds(self, ratio: float) -> bool | None:
@@ -79,7 +80,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Group:
-    """Contenders for one operation. The first is linmem."""
+    """Contenders for one operation. The first contender is linmem."""
 
     key: str
     operation: str
@@ -100,7 +101,7 @@ T = TypeVar("T")
 
 
 class Shared(Generic[T]):
-    """An object that is made once for the contenders of a group, and lives while one of them holds it."""
+    """An object that is made once for the contenders of a group, and freed when no contender holds it any more."""
 
     def __init__(self, make: Callable[[], T]) -> None:
         self.make = make
@@ -139,10 +140,10 @@ class Series:
         return bool(self.ns) and (self.base is None or bool(self.base.ns))
 
     def why_not(self) -> str | None:
-        """The reason why there is no time to compare with."""
+        """The reason why the comparison has no time."""
         if self.unavailable or (self.base and self.base.unavailable):
             return self.unavailable or self.base.unavailable
-        return "what is left is less than the noise" if self.p10() <= 0 else None
+        return "the difference is less than the noise" if self.p10() <= 0 else None
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def tenth(figures: list[float]) -> float:
 
 
 def measure(group: Group, rounds: int, target_ns: int, tick: Callable[[], object]) -> list[Series]:
-    """Run the group, and return a series for each contender.
+    """Measure the group; returns a series for each contender.
 
     `tick` is called after each round. `target_ns` is the target length of a run for which the group does not fix the
     number of operations.
@@ -207,7 +208,7 @@ def measure(group: Group, rounds: int, target_ns: int, tick: Callable[[], object
                 alike = s.operations
     with quiet():
         for s in able:
-            s.run(s.operations)         # the first run warms caches; its time is not kept
+            s.run(s.operations)         # this run warms the caches; its time is not kept
         for i in range(rounds):
             start = i % len(able)
             turn = able[start:] + able[:start]
@@ -254,7 +255,7 @@ def run_undisturbed(run: Run, n: int, disturbances: Callable[[], int] | None = N
 
 
 def preemptions() -> int:
-    """How often this thread lost its processor. Always 0 where the system does not tell."""
+    """How often this thread lost its processor. Always 0 where the system does not report this."""
     if resource is None:
         return 0
     who = getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)
@@ -303,7 +304,7 @@ def compare(group: Group, series: list[Series]) -> Iterator[Row]:
         judged = best if goal.by == P10 else middle
         yield Row(**row, ratio_median=middle, ratio_quartiles=spread, ratio_p10=best,
                   holds=None if judged is None else goal.holds(judged),
-                  unavailable="what is left is less than the noise" if judged is None else None)
+                  unavailable="the difference is less than the noise" if judged is None else None)
 
 
 def exact(key: str, operation: str, ours: str, against: str, ratio: float | None, bound: float | None = None,
@@ -314,7 +315,7 @@ def exact(key: str, operation: str, ours: str, against: str, ratio: float | None
 
 
 def fastest(series: list[Series]) -> Series:
-    """The series with the least time, or the first if none has a time."""
+    """The series with the least time, or the first series if no series has a time."""
     return min((s for s in series if s.why_not() is None), key=Series.p10, default=series[0])
 
 

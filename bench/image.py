@@ -1,4 +1,4 @@
-"""The suite "image": what it costs to start from an image or to restore it, compared with copies and new starts."""
+"""The suite "image": the cost to start from an image or to restore it, beside copies and new starts."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def restore(count: int, full: Shared[linmem.Image], least: int) -> Group:
          Contender("copy", "memcpy of the whole", functools.partial(make_copy_back, full, count))),
         (Goal("copy", RESTORE[count], by=P10), Goal("copy", None, ours="redrawn", by=P10),
          Goal("copy", None, ours="read", by=P10)),
-        "the writes are counted on both sides, and with them the page faults that a way to put back leaves to the next"
-        " use; every page of the image holds something", least=least, alike=False)
+        "both sides include the writes, and so the page faults that a reset leaves to the next use; the image has no"
+        " page of zeros", least=least, alike=False)
 
 
 def draw(count: int, draws: int) -> list:
-    """Several sets of the offsets of `count` pages. They are the same in every run."""
+    """Several sets of the offsets of `count` pages; each run has the same sets."""
     import numpy as np
 
     page = _pages.describe()["page_size"]
@@ -121,7 +121,7 @@ def make_copy_back(full: Shared[linmem.Image], count: int) -> Run:
 
 def check_restored(mem: linmem.Memory, image: linmem.Image) -> None:
     if memoryview(mem) != memoryview(image):
-        raise RuntimeError("what was put back is not the image")
+        raise RuntimeError("the restored memory has other bytes than the image")
 
 
 def new_memory(full: Shared[linmem.Image]) -> Group:
@@ -200,7 +200,7 @@ def instantiate(least: int) -> Group:
         (Goal(tuple(setting.key for setting in best), INSTANTIATE, by=P10, called="best"),
          Goal(tuple(setting.key for setting in best), None, ours="plain", by=P10, called="best"),
          Goal("default", None, by=P10)),
-        "what a module without a memory costs on the same engine is taken off", least=least, alike=False,
+        "the cost of a module without a memory on the same engine is subtracted", least=least, alike=False,
         table=wasm.TABLE)
 
 
@@ -218,7 +218,7 @@ def instantiate_from_python(least: int) -> Group:
 
 # -- an interpreter ----------------------------------------------------------------------------------------
 
-# What a request evaluates, and its result. It defines words, computes, and leaves a dirty heap.
+# The text of a request, and its result. The request defines words, computes, and leaves a dirty heap.
 REQUEST = (b"variable total  : area sq 355 113 */ ;  : areas 200 0 do i area total +! loop ;  areas"
            b"  here 4096 7 fill  total @ 30 fib + &eacute +\0",
            sum(i * i * 355 // 113 for i in range(200)) + 832040 + 233)
@@ -310,7 +310,7 @@ def start_again(live: Engines, setting: Setting) -> Callable[[], Run]:
     return make
 
 
-# -- what travels -----------------------------------------------------------------------------------------
+# -- images to other processes -----------------------------------------------------------------------------------------
 
 def pickled() -> Group:
     return Group("pickle", "an image of 64 MiB with 1 % of its pages not zero", (), (),

@@ -29,7 +29,7 @@ STYLES = {
 }
 MORE_STYLES = tuple(zip(("#8e6fc0", "#6f7fd0", "#a85fb0", "#4f9fc9", "#b58ad6", "#7b93a8", "#c77fae", "#8a8f3c"),
                         "v^<>PpdH", strict=True))
-MANY = 20           # a picture with more rows leaves out those without a goal
+MANY = 20           # a picture with more rows leaves out rows without a goal
 WIDE = 100          # columns of a terminal; a narrower table has no quartiles
 HEADINGS = {TIME: "linmem's time over the other's, less is better",
             SPEED: "times faster than the other, more is better",
@@ -51,7 +51,7 @@ class About:
 
 
 def machine() -> dict:
-    """The facts of this machine that the figures depend on. They do not say whose machine it is."""
+    """The properties of this machine on which the figures depend, without the names of the machine and its user."""
     system = re.match(r"[^-]+(-\d+(\.\d+)?)?", platform.platform(terse=True))
     pages = _pages.describe()
     return {
@@ -200,7 +200,7 @@ def reasons(results: list[Result]) -> dict[str, list[str]]:
 
 
 def in_a_row(row: Row, told: dict[str, list[str]]) -> str:
-    """The verdict of a row, without a reason that the table tells elsewhere."""
+    """The verdict of a row, without a reason that the table shows elsewhere."""
     return "not measured" if row.unavailable in told else verdict(row)
 
 
@@ -250,7 +250,7 @@ def show(results: list[Result], about: About) -> None:
                            if row.goal is not None and row.by != EXACT}.values())
     how = ("ratio: the median of the ratios within a round, and their quartiles; at best: the ratio of the tenth"
            f" percentiles. Goals are held against {judged or 'neither'}" if about.rounds else about.in_rounds("rounds"))
-    console.print(Text(how + ("; --quick: a look, not a figure" if about.quick else ""), "dim"))
+    console.print(Text(how + ("; --quick: a rough estimate" if about.quick else ""), "dim"))
     goals = [row for row in rows if row.goal is not None]
     console.print(f"{sum(row.holds is True for row in goals)} of {len(goals)} goals hold")
 
@@ -303,7 +303,7 @@ def marks(suite: str) -> tuple[str, str]:
 
 
 def write_markdown(path: str, results: list[Result], about: About) -> None:
-    """Write the tables between the marks of the suite. The text around the marks stays as it is."""
+    """Write the tables between the marks of the suite. The text around the marks does not change."""
     begin, end = marks(about.suite)
     text = "\n".join([begin, "", *markdown(results, about), "", end])
     old = ""
@@ -320,7 +320,7 @@ def write_markdown(path: str, results: list[Result], about: About) -> None:
 
 def markdown(results: list[Result], about: About) -> Iterator[str]:
     yield (f"{in_short(about.machine)}; {about.in_rounds('rounds')}"
-           f"{'; --quick: a look, not a figure' if about.quick else ''}.")
+           f"{'; --quick: a rough estimate' if about.quick else ''}.")
     for table in tables(results):
         yield ""
         yield f"{sentence(table.title)}, microseconds at best:"

@@ -1,4 +1,4 @@
-"""The suite "reset": what it costs to reuse a memory, compared with a new memory and with simpler resets."""
+"""The suite "reset": the cost to reuse a memory, beside the costs of a new memory and of simpler resets."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def bare(touched: bool) -> Group:
          *([] if touched else [Contender("c", "linmem's system calls from a C loop", make_raw_create)])),
         (Goal("mmap", 0.06 if touched else 0.2, by=P10), Goal("bytearray", None, by=P10),
          Goal("numpy", None, by=P10), Goal("plain", None, by=P10), *([] if touched else [Goal("c", None, by=P10)])),
-        "made, touched through a memoryview where it says so, closed; bytearray and numpy have neither guards nor"
-        " room to grow")
+        "make, touch through a memoryview if the row is for touched pages, close; bytearray and numpy have neither"
+        " guards nor room to grow")
 
 
 def make_memories(make_creator: Callable[[], object], page: int, ones: bytes, touched: bool) -> Run:
@@ -171,7 +171,7 @@ def in_c(case: Case, uses: int) -> Group:
 
 
 def draw(case: Case, uses: int):
-    """The offsets to touch, use after use, and the end of each use's touches. They are the same in every run."""
+    """The offsets to touch, use after use, and the end of each use's touches; each run has the same offsets."""
     import numpy as np
 
     random = np.random.default_rng([SEED, case.dirty, case.total, list(PATTERNS).index(case.pattern)])

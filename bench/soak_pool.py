@@ -1,4 +1,4 @@
-"""The suite "soak-pool": is a process as small as before, some time after bursts? Counted, not timed.
+"""The suite "soak-pool": does a process become small again after bursts? The suite counts and does not time.
 
 A pool with default options serves three bursts. After each burst it serves small traffic for twice its `idle_seconds`,
 because a pool releases pages only when a memory comes back to it.
@@ -26,7 +26,7 @@ GOAL, SPARE = 1.1, 2 * MIB
 class Case:
     key: str
     what: str
-    size: int                           # of each memory when it is written to; all of them live at the same time
+    size: int                           # of each memory when it is written to; all memories exist at the same time
     minimum: int                        # size of each memory when it is made
     maximum: int
 
@@ -58,7 +58,7 @@ def group(case: Case, burst: int, server) -> Group:
                 exact(f"{case.key}/at_once/before", f"{what}; right after it", "resident", "before all bursts",
                       before and at_once / before, unavailable=why)]
 
-    return Group(case.key, what, (), (), "the process's resident bytes after a burst, over those before the first one",
+    return Group(case.key, what, (), (), "the process's resident bytes after a burst, over its resident bytes before",
                  count=measured)
 
 
@@ -100,4 +100,4 @@ def resident() -> int:
         with open("/proc/self/smaps_rollup", encoding="ascii") as file:
             return next(int(line.split()[1]) for line in file if line.startswith("Rss:")) * KIB
     except OSError as error:
-        raise Unavailable(f"the system does not say what is resident: {error}") from error
+        raise Unavailable(f"the system does not report the resident bytes: {error}") from error

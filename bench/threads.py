@@ -1,4 +1,4 @@
-"""The suite "threads": how much two threads do, compared with one."""
+"""The suite "threads": the speed of two threads, beside the speed of one thread."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Spoilt:
 
 
 def on_threads(loop: Loop, workers: int, spoilt: Spoilt) -> Run:
-    """A run in which each worker does its part of n operations. Its time is from the first start to the last end."""
+    """A run in which each worker does its part of n operations, timed from the first start to the last end."""
     def run(n: int) -> int:
         part = -(-n // workers)
         spans, preempted = together(loop, part, workers)

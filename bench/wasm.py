@@ -1,4 +1,4 @@
-"""The suite "wasm": what a memory costs a wasm instance, from instantiation to drop."""
+"""The suite "wasm": the cost of the memory of a wasm instance, from instantiation to drop."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def conclude(results: list[Result]) -> list[Result]:
                  MEAN_DEFAULT),
         together("mean/best_pooling", what, [rows[f"{key}/best_pooling"] for key in judged], LINMEM_POOL.what,
                  "the best pooling setting for each module", MEAN_POOLING)]
-    group = Group("mean", what, (), (), "native rows take off what a module without a memory costs on the same engine;"
-                  " the best pooling setting is the fastest of those above in this run")
+    group = Group("mean", what, (), (), "native rows subtract the cost of a module without a memory on the same engine;"
+                  " the best pooling setting is the fastest setting above in this run")
     at = sum(result.group.table == TABLE for result in results)
     return [*results[:at], Result(group, [], means), *results[at:]]

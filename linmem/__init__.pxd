@@ -1,10 +1,11 @@
-# What `cimport linmem` offers to other Cython modules, all of it usable without the GIL.
+# The names that `cimport linmem` offers to other Cython modules. All functions but `raise_failure`
+# and `wrap` run without the GIL.
 #
 #     cimport linmem
 #
 #     def fill(linmem.Memory mem not None, size_t size):
 #         cdef linmem.failure why
-#         cdef linmem.memory* m = mem.enter()     # keeps the pages; mem.leave() lets go
+#         cdef linmem.memory* m = mem.enter()     # the pages stay until mem.leave()
 #         cdef int code
 #         with nogil:
 #             code = linmem.memory_grow_to(m, size, &why)
@@ -14,7 +15,7 @@
 #         if code:
 #             linmem.raise_failure(&why)
 #
-# m.base may change when memory_grow_to() goes past m.capacity; read it again then.
+# Read m.base again after each growth: m.base may change when memory_grow_to() goes past m.capacity.
 
 from linmem._core.memory cimport (
     NO_MAXIMUM, UNCHOSEN, Image, Memory, MmapCreator, NativeCreator, delta_piece, failure, image, image_release,

@@ -1,8 +1,8 @@
 """Linear memories for Python.
 
-A linear memory is a range of contiguous bytes between inaccessible guard pages. Its base address never moves while it
-grows. Python reads and writes it through the buffer protocol without a copy. The interface is that of wasmtime's
-`LinearMemory` and `MemoryCreator` traits.
+A linear memory is a range of contiguous bytes between inaccessible guard pages. The base address never moves while the
+memory grows. Python reads and writes the bytes through the buffer protocol without a copy. The interface follows
+wasmtime's traits `LinearMemory` and `MemoryCreator`.
 
 >>> import linmem
 >>> mem = linmem.create(65536)
@@ -23,36 +23,16 @@ except ModuleNotFoundError as _error:
         raise
     raise ImportError(
         f"linmem was imported from the folder {__path__[0]!r}, where its extension modules are not built for this"
-        f" Python ({_error}). If that is a copy of the sources, it hides an installed linmem: build the extensions in"
-        " it (pip install -e .), or start Python in another folder", name="linmem", path=__file__) from _error
+        f" Python ({_error}). If the folder is a copy of the sources, it hides an installed linmem: build the"
+        " extensions there (pip install -e .), or start Python in another folder",
+        name="linmem", path=__file__) from _error
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Delta",
-    "FileFormatError",
-    "GrowError",
-    "Image",
-    "ImageInfo",
-    "LimitError",
-    "LimitingCreator",
-    "LinearMemory",
-    "Memory",
-    "MemoryCreator",
-    "MemoryInfo",
-    "MemoryType",
-    "MmapCreator",
-    "OwnedError",
-    "PageError",
-    "PoolError",
-    "PoolingCreator",
-    "PythonCreator",
-    "StatisticsCreator",
-    "create",
-    "creator",
-    "set_pool_limits",
-]
-
+__all__ = ["Delta", "FileFormatError", "GrowError", "Image", "ImageInfo", "LimitError", "LimitingCreator",
+           "LinearMemory", "Memory", "MemoryCreator", "MemoryInfo", "MemoryType", "MmapCreator", "OwnedError",
+           "PageError", "PoolError", "PoolingCreator", "PythonCreator", "StatisticsCreator", "create", "creator",
+           "set_pool_limits"]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -61,14 +41,10 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> object:
     # Imported when first used: linmem.wasmtime needs wasmtime-py, the records need `dataclasses`.
-    if name == "wasmtime":
-        import linmem.wasmtime
+    if name in ("wasmtime", "metrics"):
+        from importlib import import_module
 
-        return linmem.wasmtime
-    if name == "metrics":
-        import linmem.metrics
-
-        return linmem.metrics
+        return import_module(f"linmem.{name}")
     if name in ("ImageInfo", "MemoryInfo", "MemoryType"):
         from linmem import records
 

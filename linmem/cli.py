@@ -7,7 +7,6 @@ imported.
 
 from __future__ import annotations
 
-import argparse
 import errno
 import importlib
 import os
@@ -19,15 +18,15 @@ from linmem._commands.parser import EXIT_INTERRUPTED, EXIT_REFUSED, EXIT_USAGE, 
 __all__ = ["main"]
 
 COMMANDS = {"run": "run a WASI program in linmem memories",
-            "demo": "see views survive growth and the end of a store",
-            "info": "what this machine allows, and a self-test",
-            "image": "look at the files of images and deltas",
-            "bench": "the benchmarks"}
+            "demo": "show views that stay valid after a growth and after the end of a store",
+            "info": "show the limits of this machine, and run a self-test",
+            "image": "show, check, compare and make files of images and deltas",
+            "bench": "run the benchmarks"}
 
-DESCRIPTION = "Linear memories for Python: run WebAssembly in them, see them at work, ask what this machine allows."
+DESCRIPTION = "Linear memories for Python: run WebAssembly in them, see a demonstration, test this machine."
 EPILOG = """\
-Exit codes of all commands: 0 if it was done and all is well; 1 if it cannot be done or a check
-failed; 2 if the command line is wrong; 130 on Ctrl-C. What a command adds is in its own help."""
+Exit codes of all commands: 0 if the command succeeded; 1 if it cannot be done or a check failed;
+2 if the command line is wrong; 130 on Ctrl-C. The help of a command lists its other exit codes."""
 
 # The errors of a write if the disk is full or a quota or a size limit is reached.
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC))
@@ -39,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     Parameters
     ----------
     argv : list of str, optional
-        The arguments without the name of the program; by default those of this process.
+        The arguments without the name of the program; by default the arguments of this process.
 
     Returns
     -------
@@ -81,22 +80,20 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except OSError as error:
         # Some systems report a pipe without a reader as EINVAL.
-        if not isinstance(error, BrokenPipeError) and (type(error) is not OSError or error.filename is not None
-                                                       or error.errno not in (errno.EINVAL, *FULL)):
+        if (type(error) not in (OSError, BrokenPipeError) or error.filename is not None
+                or error.errno not in (errno.EPIPE, errno.EINVAL, *FULL)):
             raise
         if error.errno in FULL:
             print(f"linmem {command}: standard output: {error.strerror}", file=sys.stderr)
-        # Nothing reads the output any more (`linmem info | head -1`). Python flushes standard output at exit: without
-        # this line, the flush would fail and print a message.
+        # The reader of the output has closed the pipe (`linmem info | head -1`), or the disk is full. Python flushes
+        # standard output at exit: without this line, the flush would fail and print a message.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_REFUSED
 
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
     """The parser, and the parsers of the subcommands by name, still without arguments."""
-    parser = Parser(prog="linmem", description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="linmem", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"linmem {linmem.__version__}")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
-    return parser, {name: subparsers.add_parser(name, help=text, allow_abbrev=False)
-                    for name, text in COMMANDS.items()}
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
+    return parser, {name: subparsers.add_parser(name, help=text) for name, text in COMMANDS.items()}

@@ -26,7 +26,7 @@ def creator(kind: str = "mmap", **options: Any) -> NativeCreator:
     ----------
     kind : str
         "mmap": each memory is a mapping of its own (`MmapCreator`; options `prefault`, `huge_pages`).
-        "pool": memories are reset and handed out again (`PoolingCreator`; good with no option at all; options
+        "pool": memories are reset and handed out again (`PoolingCreator`; needs no option; options
         `slots`, `keep_resident`, `max_unused_warm`, `max_resident`, `max_reserved`, `idle_seconds`,
         `max_reset_seconds`, `reset`, `when_full`, `timeout`, `check`, `image`, `upstream`).
         "limiting": one budget over all memories (`LimitingCreator`; options `limit_bytes`, `upstream`).
@@ -62,8 +62,8 @@ def create(minimum: int, maximum: int | None = None, *, creator: MemoryCreator |
     maximum : int, optional
         The largest size that the memory can grow to, in bytes. None: only the machine limits it.
     creator : MemoryCreator, optional
-        The creator that makes the memory; by default an `MmapCreator`. It may be an object of a Python class that
-        implements the trait.
+        The creator that makes the memory; by default an `MmapCreator`. An object of a Python class that implements
+        the trait is allowed.
     reserve : int, optional
         The least number of bytes of address space to reserve: growth up to this size never moves the base. None: the
         maximum, if it is given and not too large; else a share of the address space. The share is at most a few times

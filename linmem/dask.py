@@ -68,7 +68,7 @@ def _count(thing: Image | Delta, way: str, size: int) -> None:
 
 
 def traffic() -> dict[str, int]:
-    """Counts what this process sent to other processes and received from them since it imported this module.
+    """The traffic of this process with other processes since it imported this module.
 
     Returns
     -------

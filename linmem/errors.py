@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copyreg
+
 from linmem._core.arguments import printable, shown
 
 TYPE_CHECKING = False
@@ -11,17 +13,15 @@ if TYPE_CHECKING:
 __all__ = ["FileFormatError", "GrowError", "LimitError", "OwnedError", "PageError", "PoolError"]
 
 
-def _without_init(kind: type[BaseException], *args: object) -> BaseException:
-    return kind.__new__(kind, *args)
-
-
 def _reduce(self: BaseException) -> tuple[object, ...]:
-    # Exceptions are pickled as a call of their class with `args`; the constructors of these classes take other ones.
-    return _without_init, (type(self), *self.args), vars(self)
+    # Python pickles an exception as a call of its class with `args`, but some of these classes take other arguments.
+    return copyreg.__newobj__, (type(self), *self.args), vars(self)     # type: ignore[attr-defined]
 
 
 class GrowError(MemoryError):
-    """The memory's own bounds refuse a growth (or a creation): its maximum or its capacity."""
+    """A growth or a creation exceeds a bound of the memory: its maximum or its capacity."""
+
+    __reduce__ = _reduce
 
 
 class LimitError(GrowError):
@@ -30,7 +30,7 @@ class LimitError(GrowError):
     Attributes
     ----------
     limit, used, requested : int
-        Bytes: the budget, how much of the budget is in use, and how much more was asked for.
+        In bytes: the budget, the part of the budget that is in use, and the bytes that the request would add.
     """
 
     def __init__(self, message: str, *, limit: int, used: int, requested: int) -> None:
@@ -39,8 +39,6 @@ class LimitError(GrowError):
         self.used = used
         self.requested = requested
 
-    __reduce__ = _reduce
-
 
 class PoolError(GrowError):
     """Every slot of a pool is in use, and the pool was made to have no more slots.
@@ -48,14 +46,12 @@ class PoolError(GrowError):
     Attributes
     ----------
     slots : int
-        How many slots the pool has.
+        The number of slots of the pool.
     """
 
     def __init__(self, message: str, *, slots: int) -> None:
         super().__init__(message)
         self.slots = slots
-
-    __reduce__ = _reduce
 
 
 # OSError first: in the other order .errno and .winerror are lost.
@@ -66,11 +62,11 @@ class PageError(OSError, MemoryError):
     ----------
     errno, winerror : int
         The code of the operating system, as in any `OSError`. If there is a winerror, errno is ENOMEM for each code
-        that means that memory, a quota or the commit limit is used up.
+        that reports exhausted memory, an exhausted quota or an exhausted commit limit.
     call : str
         The page call: "reserve", "commit", "discard", "protect" ...
     size : int
-        The number of bytes that the call was made for.
+        The number of bytes of the call.
     """
 
     call: str = ""
@@ -81,7 +77,7 @@ class PageError(OSError, MemoryError):
 
 
 class OwnedError(RuntimeError):
-    """The call is reserved for the owner of the memory, which is a wasmtime store."""
+    """Only the owner of the memory, a wasmtime store, may make this call."""
 
 
 class FileFormatError(ValueError):
@@ -111,7 +107,7 @@ class FileFormatError(ValueError):
 def page_error(os_error_args: tuple[Any, ...], call: str, size: int) -> PageError:
     """A `PageError`; `os_error_args` is what `pages.os_error_args` returns for the code."""
     error = PageError(*os_error_args)
-    if os_error_args[0]:        # OSError derives errno from a winerror: 0 means that this errno is right
+    if os_error_args[0]:        # 0: the errno that OSError derives from a winerror is right
         error.errno = os_error_args[0]
     error.call = call
     error.size = size

@@ -1,4 +1,4 @@
-"""What pools hold and have done, for a program and for Prometheus.
+"""Figures of pools, for a program and for Prometheus.
 
 >>> import linmem.metrics, prometheus_client
 >>> prometheus_client.REGISTRY.register(linmem.metrics.collector(pool))
@@ -11,49 +11,49 @@ from linmem._core.pool import PoolingCreator, pool_totals, read_metrics
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
     from typing import Any
 
 __all__ = ["collector", "read", "totals"]
 
-_COUNTERS = {"misses": "Requests that a new slot served.",
+_COUNTERS = {"hits": "Requests that an idle slot served.",
+             "misses": "Requests that a new slot served.",
+             "evictions": "Idle slots that lost their pages or were dropped, without purges.",
              "purges": "Slots whose pages idle_seconds or purge() gave back.",
+             "resets": "Resets by kind.",
+             "reset_seconds": "Estimated time in resets, from samples.",
              "bytes_zeroed": "Bytes that resets have zeroed."}
-_GAUGES = {"live": "Slots in use.", "peak_live": "The most slots that were ever in use at once.",
+_GAUGES = {"live": "Slots in use.", "peak_live": "The largest number of slots that were in use at the same time.",
            "warm": "Idle slots that keep their pages.", "cold": "Idle slots without pages.",
-           "resident": "Bytes that idle slots keep resident, at most.",
-           "page_tables": "Bytes of page tables of idle slots, at most.",
+           "resident": "Upper bound of the resident bytes of idle slots.",
+           "page_tables": "Upper bound of the bytes of page tables of idle slots.",
            "reserved": "Bytes of address space of all slots, guards included."}
 _COUNTERS_OF_A_POOL = {"fallbacks": "Memories that upstream made because the pool was full.",
                        "rejected": "Slots that were dropped because their reset failed."}
-_GAUGES_OF_A_POOL = {"slots": "The most slots there may be.",
-                     "resident_bound": "What resident and page_tables never exceed for long."}
+_GAUGES_OF_A_POOL = {"slots": "The maximum number of slots.",
+                     "resident_bound": "The bound of resident and page_tables together."}
 _GAUGES_OF_IMAGES = {"image_bytes": "Bytes of the images that slots start from.",
                      "image_descriptors": "Descriptors of these images."}
-# Counters with a label of their own: the label, the text, and the values of a row by label.
-_LABELLED: dict[str, tuple[str, str, Callable[[dict[str, Any]], dict[str, int]]]] = {
-    "hits": ("state", "Requests that an idle slot served.",
-             lambda row: {state: row[f"hits_{state}"] for state in ("warm", "cold")}),
-    "evictions": ("cause", "Idle slots that lost pages or went; no purges.", lambda row: row["evictions"]),
-    "resets": ("kind", "Resets by kind.", lambda row: row["resets"]),
-}
+# The counters whose figure is a dict, and the label that has the keys of the dict as values.
+_LABELS = {"hits": "state", "evictions": "cause", "resets": "kind"}
 
 
 def read(pool: PoolingCreator) -> dict[str, Any]:
-    """What a pool holds and has done. Counters never go down.
+    """The figures of a pool: counters, which never decrease, and gauges.
 
     Returns
     -------
     dict
-        Counters: hits_warm, hits_cold, misses, evictions (by cause), purges (by `idle_seconds` or `purge()`, not
-        counted as evictions), resets (by kind), reset_ns (estimated from the first reset of a slot and then one of
-        sixteen), bytes_zeroed. Gauges: live, peak_live (the most guests at once), warm, cold, resident, page_tables,
-        reserved (bytes). Of the pool alone, the counters fallbacks and rejected, and the gauges slots,
-        resident_bound, reserved_bound (None: no bound), images, image_bytes and image_descriptors.
+        Counters: hits_warm, hits_cold, misses, evictions (by cause), purges (by `idle_seconds` or `purge()`; evictions
+        do not include purges), resets (by kind), reset_ns (an estimate from the first reset of a slot and then one
+        reset of sixteen), bytes_zeroed. Gauges: live, peak_live (the largest number of live slots), warm, cold,
+        resident, page_tables, reserved (bytes). Only the pool has the counters fallbacks and rejected, and the gauges
+        slots, resident_bound, reserved_bound (None: no bound), images, image_bytes and image_descriptors.
 
-        shapes: a list with a dict for each shape: the figures that are not of the pool alone, its image_bytes and
-        image_descriptors, and `shape`, a dict. domains: a dict of the same figures for each domain, by name. The pool
-        forgets all shapes (or domains) without slots when there are more than 256; one that comes back begins at 0.
+        shapes: a list with a dict for each shape: the figures that shapes and domains have too, image_bytes,
+        image_descriptors, and `shape`, a dict. domains: a dict with a dict of the same figures for each domain, by
+        name. If there are more than 256 shapes (or domains) without slots, the pool forgets all of these: the counters
+        of a forgotten shape start at 0 again.
 
     Raises
     ------
@@ -64,13 +64,13 @@ def read(pool: PoolingCreator) -> dict[str, Any]:
 
 
 def totals() -> dict[str, int | None]:
-    """What the pools of this process hold together, and the bounds of `linmem.set_pool_limits`.
+    """The sums over all pools of this process, and the bounds of `linmem.set_pool_limits`.
 
     Returns
     -------
     dict
-        resident: bytes that idle slots keep, page tables included, at most. resident_bound, reserved_bound: None
-        means no bound. reserved: bytes of address space of all slots, live and idle.
+        resident: an upper bound of the bytes of idle slots, page tables included. resident_bound, reserved_bound:
+        None means no bound. reserved: bytes of address space of all slots, live and idle.
     """
     return pool_totals()
 
@@ -82,18 +82,17 @@ def _label(name: str) -> str:
 
 
 def _by_shape(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The figures of each shape by its text, summed over images."""
+    """The sums over all images of the figures of each shape, by the text of the shape."""
     found: dict[str, dict[str, Any]] = {}
     for row in rows:
-        text = " ".join(f"{key}={value}" for key, value in row["shape"].items()
+        text = " ".join(f"{key}={value}" for key, value in row.pop("shape").items()
                         if value is not None and value is not False)
         found[text] = _sum(found[text], row) if text in found else row
     return found
 
 
 def _sum(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-    return {key: value if key == "shape" else _sum(value, b[key]) if isinstance(value, dict) else value + b[key]
-            for key, value in a.items()}
+    return {key: _sum(value, b[key]) if isinstance(value, dict) else value + b[key] for key, value in a.items()}
 
 
 def collector(*pools: PoolingCreator, names: Iterable[str] | None = None, per_domain: bool = True,
@@ -103,15 +102,15 @@ def collector(*pools: PoolingCreator, names: Iterable[str] | None = None, per_do
     Parameters
     ----------
     *pools : PoolingCreator
-        The collector keeps them alive. A registry takes one collector, so give all pools to one call.
+        The collector holds references to the pools. A registry takes one collector, so give all pools to one call.
     names : iterable of str, optional
-        The label ``pool`` of each; "0", "1" ... by default.
+        The label ``pool`` of each pool; "0", "1" ... by default.
     per_domain : bool
-        The figures of each domain, too, with the label ``domain``. Prometheus is made for hundreds of these, not for
-        millions. No domain is "". A name that is empty, begins with a quote, or is not valid Unicode is shown in
-        quotes, as by ``ascii()``.
+        Adds the figures of each domain, with the label ``domain``. Prometheus is made for hundreds of domains, not for
+        millions. The label "" means no domain. A name that is empty, begins with a quote, or is not valid Unicode is
+        shown in quotes, as by ``ascii()``.
     per_shape : bool
-        The figures of each shape, too, with the label ``shape``. Shapes that only differ in their image are summed.
+        Adds the figures of each shape, with the label ``shape``: the sum over shapes that only differ in their image.
 
     Returns
     -------
@@ -155,19 +154,19 @@ def collector(*pools: PoolingCreator, names: Iterable[str] | None = None, per_do
 
     def families(prefix: str, keys: list[str], rows: list[tuple[list[str], dict[str, Any]]],
                  counters: dict[str, str], gauges: dict[str, str]) -> Iterator[Any]:
+        for _, row in rows:
+            row["hits"] = {state: row[f"hits_{state}"] for state in ("warm", "cold")}
+            row["reset_seconds"] = row["reset_ns"] / 1e9
         for kind, texts in ((CounterMetricFamily, counters), (GaugeMetricFamily, gauges)):
             for name, text in texts.items():
-                yield family(kind, f"{prefix}_{name}", text, keys, [(labels, row[name]) for labels, row in rows])
-        for name, (key, text, values) in _LABELLED.items():
-            yield family(CounterMetricFamily, f"{prefix}_{name}", text, [*keys, key], [
-                ([*labels, which], n) for labels, row in rows for which, n in values(row).items()])
-        yield family(CounterMetricFamily, f"{prefix}_reset_seconds", "Time in resets, sampled.", keys, [
-            (labels, row["reset_ns"] / 1e9) for labels, row in rows])
-
-    def family(kind: Any, name: str, text: str, keys: list[str], samples: list[tuple[list[str], float]]) -> Any:
-        made = kind(name, text, labels=keys)
-        for labels, value in samples:
-            made.add_metric(labels, value)
-        return made
+                own_key = [_LABELS[name]] if name in _LABELS else []
+                family = kind(f"{prefix}_{name}", text, labels=keys + own_key)
+                for values, row in rows:
+                    if own_key:
+                        for value, n in row[name].items():
+                            family.add_metric([*values, value], n)
+                    else:
+                        family.add_metric(values, row[name])
+                yield family
 
     return Collector()

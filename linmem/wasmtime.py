@@ -24,8 +24,8 @@ from linmem._core.arguments import check_flag
 from linmem._core.memory import Memory, NativeCreator
 from linmem._core.pool import PoolingCreator
 from linmem._os import pages as _pages
-from linmem._wasm.prepared import NOT_OURS, Prepared, prepare
-from linmem._wasm.snapshot import Snapshot, behind, check_store
+from linmem._wasm.prepared import NOT_OURS, Prepared, prepare, wasmtime_version
+from linmem._wasm.snapshot import Snapshot, behind, check_store, check_type
 from linmem.abc import MemoryCreator
 from linmem.creators import as_native
 
@@ -33,12 +33,11 @@ __all__ = ["Prepared", "Snapshot", "install", "linear_memory", "new_memory", "pr
 
 _WASM32_SPACE = 1 << 32
 _SHORT_SPACE = 1 << 40      # bytes; with less space, wasmtime's default of 4 GiB for each memory uses it up soon
-_NEEDED = ("wasmtime_config_host_memory_creator_set", "wasmtime_config_memory_init_cow_set", "wasmtime_error_new",
-           "wasmtime_memorytype_is64", "wasmtime_memorytype_isshared")
-_TUNABLE = ("wasmtime_config_memory_reservation_set", "wasmtime_config_memory_guard_size_set",
-            "wasmtime_config_memory_reservation_for_growth_set")
-# The modules that new_memory() used last, by their text. Few, because each takes memory and address space.
-_MAX_MODULES = 8
+# The functions that `_bridge.bind` takes, in its order.
+_NEEDED = ("wasmtime_config_host_memory_creator_set", "wasmtime_error_new", "wasmtime_memorytype_is64",
+           "wasmtime_memorytype_isshared")
+# The modules that new_memory() used last, by their text. Each module takes memory and address space.
+_MAX_MODULES = 8            # of an engine
 _modules: weakref.WeakKeyDictionary[wasmtime.Engine, dict[str, wasmtime.Module]] = weakref.WeakKeyDictionary()
 _modules_lock = threading.Lock()
 
@@ -68,8 +67,8 @@ def install(config: wasmtime.Config, creator: MemoryCreator | None = None, *, tu
         If `config` is not a `wasmtime.Config` or `creator` is not a creator.
     ValueError
         If the config was given to an engine already, or if a pool in `creator` starts its memories from an image:
-        every memory of the engine would get that image, also those of other modules, and a module's own data
-        would then be copied over it.
+        every memory of the engine, also a memory of another module, would get that image, and a module's own data
+        would then be copied over the image.
     RuntimeError
         If this wasmtime-py has no host memory creators.
 
@@ -80,11 +79,10 @@ def install(config: wasmtime.Config, creator: MemoryCreator | None = None, *, tu
     deadline. So add the fuel and set the deadline before you make the instance. Modules that `prepare` made have no
     such code.
 
-    With the pooling allocation strategy wasmtime ignores host creators without an error. A Config does not tell its
-    strategy, so `linear_memory` and `new_memory` report this case.
+    With the pooling allocation strategy wasmtime ignores host creators without an error. The strategy cannot be read
+    from a Config, so `linear_memory` and `new_memory` report this case.
     """
-    if not isinstance(config, wasmtime.Config):
-        raise TypeError(f"config must be a wasmtime.Config, got {type(config).__name__}")
+    check_type(config, wasmtime.Config, "config")
     try:
         pointer = config.ptr()
     except ValueError:
@@ -142,7 +140,7 @@ def new_memory(store: wasmtime.Store, memory_type: wasmtime.MemoryType, *,
     """Make a wasm memory that linmem owns, for modules that import a memory.
 
     ``wasmtime.Memory(store, ty)`` does not use the creator, but a module that exports a memory does. So this function
-    makes an instance of such a module. The memory lives as long as the store.
+    makes an instance of such a module. The memory exists as long as the store.
 
     Parameters
     ----------
@@ -156,15 +154,13 @@ def new_memory(store: wasmtime.Store, memory_type: wasmtime.MemoryType, *,
     ValueError
         If the store's engine does not make its memories with linmem.
     wasmtime.WasmtimeError
-        If the memory cannot be made; the text is that of the creator.
+        If the memory cannot be made; the exception has the creator's text.
     """
-    if not isinstance(store, wasmtime.Store):
-        raise TypeError(f"store must be a wasmtime.Store, got {type(store).__name__}")
-    if not isinstance(memory_type, wasmtime.MemoryType):
-        raise TypeError(f"memory_type must be a wasmtime.MemoryType, got {type(memory_type).__name__}")
+    check_type(store, wasmtime.Store, "store")
+    check_type(memory_type, wasmtime.MemoryType, "memory_type")
     limits = memory_type.limits
     words = ["i64"] if memory_type.is_64 else []
-    words += [str(limits.min)] if limits.max is None else [str(limits.min), str(limits.max)]
+    words += [str(bound) for bound in (limits.min, limits.max) if bound is not None]
     words += ["shared"] if memory_type.is_shared else []
     page_size = getattr(memory_type, "page_size", 65536)
     words += [] if page_size == 65536 else [f"(pagesize {page_size})"]
@@ -188,13 +184,10 @@ def new_memory(store: wasmtime.Store, memory_type: wasmtime.MemoryType, *,
 
 @functools.cache
 def _bind() -> None:
-    missing = [name for name in _NEEDED if not hasattr(ffi.dll, name)]
+    missing = [name for name in (*_NEEDED, "wasmtime_config_memory_init_cow_set") if not hasattr(ffi.dll, name)]
     if missing:
-        raise RuntimeError(f"wasmtime {getattr(wasmtime, '__version__', '(unknown version)')} has no host memory"
-                           f" creators: {', '.join(missing)} missing")
-    _bridge.bind(_address("wasmtime_config_host_memory_creator_set"), _address("wasmtime_error_new"),
-                 _address("wasmtime_memorytype_is64"), _address("wasmtime_memorytype_isshared"),
-                 _address("wasmtime_memorytype_page_size"))
+        raise RuntimeError(f"wasmtime {wasmtime_version()} has no host memory creators: {', '.join(missing)} missing")
+    _bridge.bind(*map(_address, (*_NEEDED, "wasmtime_memorytype_page_size")))
 
 
 def _address(name: str) -> int:
@@ -204,10 +197,12 @@ def _address(name: str) -> int:
 
 def _tune(pointer: ctypes._Pointer[ffi.wasm_config_t]) -> None:
     left = _pages.describe()["address_space_left"]
-    if left >= _SHORT_SPACE or not all(hasattr(ffi, name) for name in _TUNABLE):
+    if left >= _SHORT_SPACE:
         return
     # For each memory 1/64 of the free address space, rounded down to a power of two, and at least a wasm page.
     reservation = min(_WASM32_SPACE, max(65536, 1 << max(0, (left // 64).bit_length() - 1)))
-    ffi.wasmtime_config_memory_reservation_set(pointer, reservation)
-    ffi.wasmtime_config_memory_reservation_for_growth_set(pointer, reservation)
-    ffi.wasmtime_config_memory_guard_size_set(pointer, 65536)
+    sizes = {"reservation": reservation, "reservation_for_growth": reservation, "guard_size": 65536}
+    names = [f"wasmtime_config_memory_{name}_set" for name in sizes]
+    if all(hasattr(ffi, name) for name in names):
+        for name, size in zip(names, sizes.values(), strict=True):
+            getattr(ffi, name)(pointer, size)

@@ -431,7 +431,7 @@ def test_a_memory_that_was_not_restored_is_detected():
     with some.new_memory() as mem:
         image.check_restored(mem, some)
         mem[PAGE] = 0
-        with pytest.raises(RuntimeError, match="not the image"):
+        with pytest.raises(RuntimeError, match="other bytes than the image"):
             image.check_restored(mem, some)
 
 
@@ -741,7 +741,7 @@ def test_the_cost_of_another_contender_is_subtracted_before_times_are_compared()
     assert [s.p10() for s in series] == [20, 100, 0, 10]
     measured, nothing_left = harness.compare(group, series)
     assert (measured.ratio_p10, measured.ratio_median, measured.holds) == (5.0, 5.0, True)
-    assert nothing_left.unavailable == "what is left is less than the noise"
+    assert nothing_left.unavailable == "the difference is less than the noise"
 
 
 def test_a_row_whose_subject_is_not_the_first_contender_is_marked():

@@ -593,7 +593,7 @@ def test_info_in_words_names_the_signal_of_each_child():
     done = linmem_process("info")
     text = done.stdout.decode()
     assert (done.returncode, done.stderr) == (0, b"")
-    assert len(re.findall(r"\[ok\] .*: died of (?:SIGSEGV|SIGBUS|access violation)", text)) == 3
+    assert len(re.findall(r"\[ok\] .*: ended by (?:SIGSEGV|SIGBUS|access violation)", text)) == 3
     assert "The guards hold." in text
     assert re.search(r"^address bits .*linmem holds 0 bytes\r?$", text, re.MULTILINE)
     assert "linmem.wasmtime works" in text

@@ -1,5 +1,6 @@
-# posix.pyx without what only Linux has, as a BSD or macOS would compile it. The tests that need Linux skip. Left out
-# are the files that test texts, formats, pure functions, the packaging or the suite itself: no page call decides them.
+# posix.pyx without the features that only Linux has, as a BSD or macOS would compile it. The tests that need Linux
+# skip. The stage leaves out the files that test texts, formats, pure functions, the packaging or the suite itself,
+# because their results do not depend on page calls.
 build_over_base '-O1 -U__linux__'
 (cd / && "$work/bsd/venv/bin/python" -c 'from linmem._os import pages
 can = pages.describe()["capabilities"]

@@ -1,5 +1,5 @@
-# CPython without a GIL. Left out are the files that test texts, formats, pure functions, the packaging or the suite
-# itself: they use one thread, and no code that differs without a GIL.
+# CPython without a GIL. The stage leaves out the files that test texts, formats, pure functions, the packaging or the
+# suite itself: they use one thread, and no code that differs without a GIL.
 python=${LINMEM_FTPYTHON:-}
 if [[ -z $python && -x $repo/../shared/ftpython ]]; then
     python=$(FTPYTHON_DIR=$cache/ftpython "$repo/../shared/ftpython")
@@ -8,7 +8,7 @@ fi
 [[ -n $python ]] || not_run "no free-threaded CPython; LINMEM_FTPYTHON names one"
 copy_source src
 new_venv venv "$python"
-# Only wheels are installed, of an older version where necessary. The tests of a package that has none skip.
+# pip installs only wheels, of an older version if necessary. If a package has no wheel, its tests skip.
 missing=()
 while IFS= read -r requirement; do
     venv/bin/pip install -q --only-binary :all: "$requirement" || missing+=("$requirement")

@@ -18,7 +18,7 @@ mkdir found
 runs=0 all=
 while read -r harness seconds; do
     mkdir "found/$harness"
-    # An exit status of libFuzzer may equal that of "NOT RUN", so it is replaced.
+    # An exit status of libFuzzer may be equal to the status of "NOT RUN", so 1 replaces it.
     LD_PRELOAD=$runtime venv/bin/python src/tests/fuzz/run.py --harness="$harness" "found/$harness" \
         "src/tests/fuzz/corpus/$harness" -max_total_time=$((deep ? seconds * 10 : seconds)) -max_len=600 \
         -len_control=10 -timeout=60 -rss_limit_mb=4096 -print_final_stats=1 -seed="${LINMEM_FUZZ_SEED:-1}" \

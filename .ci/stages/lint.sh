@@ -1,4 +1,4 @@
-# ruff and cython-lint have nothing to say.
+# ruff and cython-lint report no error.
 new_venv venv
 venv/bin/pip install -q ruff cython-lint
 PATH=$PWD/venv/bin:$PATH        # cython-lint looks for pycodestyle there

@@ -14,7 +14,7 @@ for source in linmem/_core/*.pyx; do
     "$python" -m cython -3 -X cdivision=True "$source" -o "c/$(basename "$source" .pyx).c"
 done
 rm c/windows.c
-# Nothing is linked, so the headers of this machine's Python fit any 64-bit POSIX system.
+# The stage does not link, so the headers of this machine's Python fit any 64-bit POSIX system.
 for target in aarch64-macos x86_64-macos aarch64-linux-musl; do
     for source in c/*.c; do
         "$python" -m ziglang cc -target "$target" -O1 -fvisibility=hidden -Wall -Wno-unknown-warning-option \

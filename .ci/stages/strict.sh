@@ -1,4 +1,4 @@
-# Neither Cython nor the C compiler warns, and Cython has no performance hint.
+# Cython and the C compiler give no warning, and Cython gives no performance hint.
 copy_source src
 new_venv venv
 venv/bin/pip install -q 'setuptools>=77' 'Cython>=3.1'

@@ -1,14 +1,15 @@
-# ThreadSanitizer, with the runtime of gcc. First come threads in C that use the C API: they give no false report. Then
-# come the threads of tests/test_threads.py, where .ci/tsan.supp silences what lies outside linmem.
+# ThreadSanitizer, with the runtime of gcc. The first program runs threads in C that use the C API: they give no false
+# report. The second program runs the threads of tests/test_threads.py. Here .ci/tsan.supp silences the reports about
+# code outside linmem.
 gcc=${CC:-gcc}
 tsan=$("$gcc" -print-file-name=libtsan.so)
 [[ -e $tsan ]] || not_run "$gcc has no libtsan"
-calm=(setarch "$(uname -m)" -R)     # it cannot start where addresses are more random than it expects
+calm=(setarch "$(uname -m)" -R)     # ThreadSanitizer cannot start if addresses are more random than it expects
 "${calm[@]}" true || calm=()
 venv_over_base "$PWD/venv"
 copy_source src
 venv/bin/pip install -q 'setuptools>=77' 'Cython>=3.1'
-# These flags come last, after the flags of setup.py. Without builtins ThreadSanitizer sees what memcpy copies.
+# These flags come last, after the flags of setup.py. Without builtins ThreadSanitizer sees the accesses of memcpy.
 printf '#!/bin/sh\nexec "%s" "$@" -fsanitize=thread -fno-builtin -fno-omit-frame-pointer -g1 -O1\n' "$gcc" >cc
 chmod +x cc
 export CC=$PWD/cc LDSHARED="$PWD/cc -shared"
@@ -19,9 +20,9 @@ export PYTHONPATH=$PWD/src
 (cd hammer && CFLAGS="-g1 -I$PWD/../src" ../venv/bin/python "$stages/tsan_hammer_setup.py" -q build_ext --inplace)
 export PYTHONPATH=$PWD/src:$PWD/hammer:$stages
 python=("${calm[@]}" env LD_PRELOAD="$tsan" "$PWD/venv/bin/python")
-# The detector of deadlocks is off: it does not know linmem's own locks, and it has limits of its own.
+# The detector of deadlocks is off: it does not know linmem's own locks, and it has bounds of its own.
 options() { echo "exitcode=0:detect_deadlocks=0:history_size=4:log_path=$PWD/$1/tsan:suppressions=$PWD/src/.ci/tsan.supp"; }
-# The program contains a race on purpose. If ThreadSanitizer does not see it, its silence proves nothing.
+# The program contains a race on purpose. If ThreadSanitizer does not report this race, the stage fails.
 TSAN_OPTIONS=$(options proof) "${python[@]}" -c 'import hammer; hammer.race()'
 if [[ -z $(ls proof) ]]; then
     echo "ThreadSanitizer has not seen a race"
@@ -31,7 +32,7 @@ TSAN_OPTIONS=$(options findings)
 export TSAN_OPTIONS
 trap 'cat findings/* || true' ERR
 "${python[@]}" -c 'import tsan_narrow, hammer; hammer.main(4, 20)' | tee hammered
-# ThreadSanitizer's own threads do not survive a fork.
+# A forked child does not have ThreadSanitizer's own threads.
 suite src "${python[@]}" -X faulthandler -c \
     'import tsan_narrow, sys, pytest; sys.exit(pytest.main(["tests/test_threads.py", "-k", "not fork"]))'
 if [[ -n $(ls findings) ]]; then

@@ -1,4 +1,4 @@
-"""Limits the address space to 1 TiB above what is in use.
+"""Limits the address space to the space in use plus 1 TiB.
 
 ThreadSanitizer ends the process when a mapping lies beyond the 1.5 TiB that it expects, and linmem reserves 256 GiB
 for a memory where there is room.

@@ -1,4 +1,8 @@
-"""``linmem bench``: passes its arguments to `linmem.bench`, if what the benchmarks need is installed."""
+"""Measure linmem against the same system calls in C, against wasmtime's own memories, and against NumPy.
+
+Exit code 0 if all was measured; 1 if a library is missing, if a file cannot be written, or if a
+goal is missed (with --check).
+"""
 
 from __future__ import annotations
 
@@ -10,14 +14,10 @@ from typing import Any
 from linmem._commands.parser import Parser, Refused
 
 BENCH_PACKAGES = ("rich", "matplotlib", "numpy", "wasmtime")
-DESCRIPTION = """\
-Measure linmem against the same system calls in C, against wasmtime's own memories and NumPy. Exit
-code 0 if it was measured; 1 if a library is missing, if a file cannot be written, or if a goal is missed
-(with --check)."""
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.description = DESCRIPTION
+    parser.description = __doc__
     with benchmarks() as bench:
         bench.add_arguments(parser)
 

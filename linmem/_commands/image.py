@@ -1,16 +1,17 @@
-"""``linmem image info | verify | diff | apply``: shows, checks, compares and makes files of images and deltas."""
+"""Show files of images and deltas, check them, compare images, and apply deltas to images."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import stat
 import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from linmem._commands.page_map import CHANGED, GONE, NEW, Pages, draw, show_map
+from linmem._commands.page_map import Pages, draw, show_map
 from linmem._commands.parser import EXIT_REFUSED, Refused, file_name
 from linmem._commands.text import count, show_size
 from linmem._core.arguments import printable
@@ -22,36 +23,33 @@ from linmem.errors import FileFormatError
 
 EXIT_DIFFERS = 3
 
-DESCRIPTION = "Look at the files of images and deltas, check them, compare images, and apply deltas to them."
 EPILOG = """\
 If FILE of --output is a pipe or a device (/dev/stdout, /dev/null), it gets a packed file and is not replaced.
 If FILE is the standard output, all other text goes to standard error.
 
-Exit codes: 0 if it was done and all is well; 1 if a file cannot be read or written, is damaged, or needs
-more memory than there is, with one line for each file; 2 if the command line is wrong; 3 if
+Exit codes: 0 if the command succeeded; 1 if a file cannot be read or written, is damaged, or needs more
+memory than there is, with one line for each file; 2 if the command line is wrong; 3 if
 `diff --exit-code` found a difference."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give `parser`, which is that of ``linmem image``, its subcommands."""
-    parser.description, parser.epilog = DESCRIPTION, EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=type(parser))
+    """Declare the subcommands of ``linmem image`` and their options."""
+    parser.description, parser.epilog = __doc__, EPILOG
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
-    for name, text in (("info", "what the headers of files say"), ("verify", "check every byte of files")):
-        actions.add_parser(name, help=text, allow_abbrev=False).add_argument("files", nargs="+", metavar="FILE")
+    for name, text in (("info", "show the headers of files"), ("verify", "check each byte of files")):
+        actions.add_parser(name, help=text).add_argument("files", nargs="+", metavar="FILE")
 
-    diff = actions.add_parser("diff", help="which pages of two images differ", allow_abbrev=False)
+    diff = actions.add_parser("diff", help="which pages of two images differ")
     diff.add_argument("old", metavar="OLD")
     diff.add_argument("new", metavar="NEW")
-    diff.add_argument("--output", "-o", type=file_name, metavar="FILE",
-                      help="save the delta from OLD to NEW")
+    diff.add_argument("--output", "-o", type=file_name, metavar="FILE", help="save the delta from OLD to NEW")
     diff.add_argument("--map", action="store_true", help="show which pages differ, also if output is not a terminal")
     diff.add_argument("--picture", type=file_name, metavar="PNG",
                       help="draw which pages differ (the extension may also be .svg or .pdf)")
-    diff.add_argument("--exit-code", action="store_true", help=f"exit with {EXIT_DIFFERS} if they differ")
+    diff.add_argument("--exit-code", action="store_true", help=f"exit with {EXIT_DIFFERS} if the images differ")
 
-    apply = actions.add_parser("apply", help="apply deltas to an image, one after the other", allow_abbrev=False)
+    apply = actions.add_parser("apply", help="apply deltas to an image, one after the other")
     apply.add_argument("base", metavar="IMAGE")
     apply.add_argument("deltas", nargs="+", metavar="DELTA")
     apply.add_argument("--output", "-o", type=file_name, metavar="FILE", required=True,
@@ -59,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     apply.add_argument("--packed", action="store_true", help="write a file without holes, which cannot be mapped")
 
     for action in actions.choices.values():
-        action.add_argument("--json", action="store_true", help="print it as one line of JSON; sizes are bytes")
+        action.add_argument("--json", action="store_true", help="print one line of JSON; sizes are in bytes")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -72,7 +70,7 @@ def about(name: str) -> Iterator[None]:
     """Refuse an error in the block, with one line about the file `name`."""
     try:
         yield
-    except FileFormatError as error:        # its text names the file
+    except FileFormatError as error:        # the message contains the name of the file
         raise Refused(str(error)) from None
     except OSError as error:
         raise Refused(f"{os.fsdecode(error.filename or name) or repr(name)}: {error.strerror or error}") from None
@@ -81,7 +79,7 @@ def about(name: str) -> Iterator[None]:
 
 
 def say(text: str, to: TextIO | None = None) -> None:
-    """Print one line. The line may contain the name of a file, which the encoding of the output may not have."""
+    """Print one line. The encoding of the output need not have all characters of the line, for example of a name."""
     to = to or sys.stdout
     encoding = getattr(to, "encoding", None) or "utf-8"
     print(printable(text).encode(encoding, "backslashreplace").decode(encoding), file=to)
@@ -89,17 +87,11 @@ def say(text: str, to: TextIO | None = None) -> None:
 
 def report_to(output: str | None) -> TextIO:
     """The stream for messages: standard error if `output` is the standard output, else the standard output."""
-    try:
-        is_output = output is not None and os.path.samestat(os.stat(output), os.fstat(sys.stdout.fileno()))
-    except OSError:         # the file does not exist yet, or the standard output has no descriptor
-        is_output = False
-    return sys.stderr if is_output else sys.stdout
-
-
-def print_json(figures: Any, to: TextIO | None = None) -> None:
-    import json
-
-    print(json.dumps(figures), file=to)
+    # OSError: the file does not exist yet, or the standard output has no descriptor.
+    with contextlib.suppress(OSError):
+        if output is not None and os.path.samestat(os.stat(output), os.fstat(sys.stdout.fileno())):
+            return sys.stderr
+    return sys.stdout
 
 
 # -- info ------------------------------------------------------------------------------------------
@@ -107,7 +99,7 @@ def print_json(figures: Any, to: TextIO | None = None) -> None:
 def info(args: argparse.Namespace) -> int:
     found = [figures_of(path) for path in args.files]
     if args.json:
-        print_json(found)
+        print(json.dumps(found))
         return 0
     for figures in found:
         kind = figures["kind"]
@@ -146,9 +138,8 @@ def figures_of(path: str) -> dict[str, Any]:
         "digest": None if header.digest == NO_DIGEST else header.digest.hex(),
     }
     if is_delta:
-        figures["zero_pages"] = sum((mentioned & ~stored).bit_count() for _, mentioned, stored, _ in contents.groups())
-        figures["base_size"] = header.base_size
-        figures["base_digest"] = header.base_digest.hex()
+        zero_pages = sum((mentioned & ~stored).bit_count() for _, mentioned, stored, _ in contents.groups())
+        figures |= {"zero_pages": zero_pages, "base_size": header.base_size, "base_digest": header.base_digest.hex()}
     return figures
 
 
@@ -157,12 +148,10 @@ def figures_of(path: str) -> dict[str, Any]:
 def verify(args: argparse.Namespace) -> int:
     errors = [(path, why_wrong(path)) for path in args.files]
     if args.json:
-        print_json([{"path": path, "error": error, "ok": error is None} for path, error in errors])
-    for path, error in [] if args.json else errors:
-        if error is None:
-            say(f"{path}: ok")
-        else:
-            say(f"linmem image: {error}", sys.stderr)
+        print(json.dumps([{"path": path, "error": error, "ok": error is None} for path, error in errors]))
+    else:
+        for path, error in errors:
+            say(f"linmem image: {error}" if error else f"{path}: ok", sys.stderr if error else sys.stdout)
     return EXIT_REFUSED if any(error for _, error in errors) else 0
 
 
@@ -187,16 +176,17 @@ def diff(args: argparse.Namespace) -> int:
     with about(f"{args.old}, {args.new}"):
         delta = old.diff(new)
         pages = Pages(old, new, delta)
-    differing = pages.totals[GONE] + pages.totals[NEW] + pages.totals[CHANGED]
+    _, _, became_zero, was_zero, changed = pages.totals
+    differing = became_zero + was_zero + changed
     figures = {
         "old": {"path": args.old, "size": old.size, "digest": old.digest},
         "new": {"path": args.new, "size": new.size, "digest": new.digest},
         "page_size": PAGE,
         "pages": len(pages),
         "differing": differing,
-        "changed": pages.totals[CHANGED],
-        "was_zero": pages.totals[NEW],
-        "became_zero": pages.totals[GONE],
+        "changed": changed,
+        "was_zero": was_zero,
+        "became_zero": became_zero,
         "same": old.digest == new.digest,
     }
     to = report_to(args.output)
@@ -208,13 +198,13 @@ def diff(args: argparse.Namespace) -> int:
             draw(args.picture, pages, f"{os.path.basename(args.old)} and {os.path.basename(args.new)}: "
                  f"{differing} of {count(len(pages), 'page')} differ")
     if args.json:
-        print_json(figures, to)
+        print(json.dumps(figures), file=to)
     else:
         share = f" ({100 * differing / len(pages):.2g} %)" if differing else ""
         say(f"{args.old}: {show_size(old.size)}", to)
         say(f"{args.new}: {show_size(new.size)}", to)
-        say(f"{differing} of {count(len(pages), 'page')} differ{share}: changed {figures['changed']},"
-            f" was zero {figures['was_zero']}, became zero {figures['became_zero']}", to)
+        say(f"{differing} of {count(len(pages), 'page')} differ{share}: changed {changed}, was zero {was_zero},"
+            f" became zero {became_zero}", to)
         if args.map or to.isatty():
             show_map(pages, to, asked=args.map)
     return EXIT_DIFFERS if args.exit_code and not figures["same"] else 0
@@ -238,8 +228,8 @@ def apply(args: argparse.Namespace) -> int:
     if not args.json:
         say(f"{args.output}: {show_size(image.size)}, digest {image.digest}", to)
     elif stat.S_ISREG(os.stat(args.output).st_mode) and to is sys.stdout:
-        print_json(figures_of(args.output))
+        print(json.dumps(figures_of(args.output)))
     else:
-        print_json({"path": args.output, "kind": "image", "size": image.size, "offset": image.offset,
-                    "digest": image.digest}, to)
+        print(json.dumps({"path": args.output, "kind": "image", "size": image.size, "offset": image.offset,
+                          "digest": image.digest}), file=to)
     return 0

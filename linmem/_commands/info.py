@@ -1,18 +1,22 @@
-"""``linmem info``: what this machine can do, and whether the guards hold."""
+"""Print the limits and the capabilities of this machine, and check in child processes that
+accesses to guard pages fault.
+
+Exit code 0 if each of these accesses faults, else 1.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import signal
+import subprocess
 import sys
+from importlib import metadata
 from typing import Any
 
 import linmem
 from linmem._commands.parser import EXIT_REFUSED, Parser
 from linmem._commands.text import show_size
-
-DESCRIPTION = """\
-Print what this machine allows, and let child processes fault on guard pages to see that they
-hold. Exit code 0 if they do, else 1."""
 
 # The byte is read by a getter of ctypes. On some systems a call of a foreign function would turn the fault into an
 # exception.
@@ -48,7 +52,7 @@ if found != (0, 4 * 65536, b"linmem"):
     raise SystemExit(f"after a growth: moved by, size, contents = {found}")
 store.close()
 if bytes(view[7:13]) != b"linmem":
-    raise SystemExit("the view does not survive store.close()")
+    raise SystemExit("the view shows other bytes after store.close()")
 """
 
 PROBES = (
@@ -57,13 +61,16 @@ PROBES = (
     ("after", "the first byte after byte_size", True),
     ("guard", "the last byte of the guard", True),
 )
-ACCESS_VIOLATION = 0xC0000005
+# Memory faults by the exit code of a process that ends with one: 0xC0000005, with or without a sign, is an access
+# violation.
+FAULTS: dict[int | None, str] = dict.fromkeys((0xC0000005, 0xC0000005 - 2 ** 32), "access violation (0xC0000005)")
+FAULTS |= {-getattr(signal, name): name for name in ("SIGSEGV", "SIGBUS") if hasattr(signal, name)}
 CHILD_SECONDS = 60
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.description = DESCRIPTION
-    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    parser.description = __doc__
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def main(args: Any) -> int:
@@ -72,8 +79,6 @@ def main(args: Any) -> int:
     figures = {"linmem": linmem.__version__, "python": ".".join(map(str, sys.version_info[:3])),
                **pages.describe(), "wasmtime": probe_wasmtime(), "self_test": self_test()}
     if args.json:
-        import json
-
         print(json.dumps(figures, indent=2))
     else:
         print_info(figures)
@@ -82,11 +87,9 @@ def main(args: Any) -> int:
 
 def run_child(script: str, *arguments: str) -> tuple[int | None, str, str]:
     """The exit code (None: the child did not end), standard output and standard error of a child that runs Python."""
-    import subprocess
-
     # The child imports the same linmem as this process.
     ours = os.path.dirname(os.path.dirname(os.path.abspath(linmem.__file__)))
-    path = os.pathsep.join(part for part in (ours, os.environ.get("PYTHONPATH", "")) if part)
+    path = os.pathsep.join(filter(None, (ours, os.environ.get("PYTHONPATH"))))
     try:
         done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True,
                               errors="replace", timeout=CHILD_SECONDS, env={**os.environ, "PYTHONPATH": path})
@@ -97,25 +100,16 @@ def run_child(script: str, *arguments: str) -> tuple[int | None, str, str]:
 
 def death(returncode: int | None) -> str | None:
     """The name of the memory fault that ended a process; None if the process ended in another way."""
-    import signal
-
-    if returncode is None:
-        return None
-    if returncode & 0xFFFFFFFF == ACCESS_VIOLATION:
-        return "access violation (0xC0000005)"
-    for name in ("SIGSEGV", "SIGBUS"):
-        if hasattr(signal, name) and -returncode == getattr(signal, name):
-            return name
-    return None
+    return FAULTS.get(returncode)
 
 
 def self_test() -> dict[str, Any]:
-    """Starts children that read one byte each: one byte that is accessible, and three that are not."""
+    """Start children that read one byte each: one byte that is accessible, and three bytes that are not."""
     children = []
     for probe, place, must_die in PROBES:
         returncode, out, error = run_child(GUARD_CHILD, probe)
         died_of = death(returncode)
-        # The child must reach the access. Then comes a fault, or the zero of a new byte.
+        # The child prints "ready" before the access. The access ends in a fault, or reads the zero of a new byte.
         held = died_of is not None and out == "ready\n" if must_die else (returncode, out) == (0, "ready\n0\n")
         children.append({"place": place, "must_fault": must_die, "returncode": returncode, "died_of": died_of,
                          "passed": held, "stderr": "" if held else error.strip()})
@@ -123,19 +117,17 @@ def self_test() -> dict[str, Any]:
 
 
 def probe_wasmtime() -> dict[str, Any]:
-    """Try wasmtime in a child, because a wasmtime that is not compatible could end the process."""
-    from importlib import metadata
-
+    """Try wasmtime in a child process, because an incompatible wasmtime could end the process."""
     try:
         version = metadata.version("wasmtime")
     except metadata.PackageNotFoundError:
         return {"version": None, "works": False, "detail": "not installed: pip install 'linmem[wasmtime]'"}
     returncode, _, error = run_child(WASMTIME_CHILD)
-    if returncode == 0:
-        return {"version": version, "works": True, "detail": "installed, grown and closed under a live view"}
-    lines = error.strip().splitlines()
-    ended = death(returncode) or f"exit code {returncode}"
-    return {"version": version, "works": False, "detail": f"{lines[-1] if lines else 'no message'} ({ended})"}
+    detail = "installed, grown and closed under a live view"
+    if returncode != 0:
+        last_line = (error.strip() or "no message").splitlines()[-1]
+        detail = f"{last_line} ({death(returncode) or f'exit code {returncode}'})"
+    return {"version": version, "works": returncode == 0, "detail": detail}
 
 
 CAPABILITY_WORDS = {
@@ -143,7 +135,7 @@ CAPABILITY_WORDS = {
     "names": "memories carry a name in the system's maps",
     "discard_any_protection": "protected pages can be discarded",
     "populates": "prefault reports pages that cannot be written",
-    "scans": "a pool learns which pages were touched",
+    "scans": "a pool can ask which pages were touched",
     "maps_images": "memories share the pages of their image until they write them",
 }
 
@@ -156,23 +148,17 @@ def print_info(figures: dict[str, Any]) -> None:
     print(f"address bits      {figures['address_bits']}: {show_size(space)}"
           + ("" if left == space else f", of which limits leave {show_size(left)}")
           + f"; linmem holds {show_size(figures['reserved'])}")
-    for title, facts in (("limits", figures["limits"].items()), ("capabilities", figures["capabilities"].items())):
-        lines = []
-        for name, value in facts:
-            if isinstance(value, bool):
-                words = CAPABILITY_WORDS.get(name, "")
-                lines.append(f"{'yes' if value else 'no ':3}  {name}" + (f": {words}" if words else ""))
-            else:
-                lines.append(f"{name} = {value}")
-        for i, line in enumerate(lines or ["none"]):
-            print(f"{title if i == 0 else '':18}{line}")
+    for title in ("limits", "capabilities"):
+        lines = [f"{'yes' if value else 'no':3}  {name}: {CAPABILITY_WORDS[name]}" if isinstance(value, bool)
+                 else f"{name} = {value}" for name, value in figures[title].items()]
+        print(f"{title:18}" + f"\n{'':18}".join(lines or ["none"]))
     wasmtime = figures["wasmtime"]
     version = wasmtime["version"] or "none"
     works = "linmem.wasmtime works" if wasmtime["works"] else "linmem.wasmtime does not work"
     print(f"{'wasmtime':18}{version}, {works}: {wasmtime['detail']}")
     print("\nself-test: each child process reads one byte")
     for child in figures["self_test"]["children"]:
-        outcome = f"died of {child['died_of']}" if child["died_of"] else f"ended with code {child['returncode']}"
+        outcome = f"ended by {child['died_of']}" if child["died_of"] else f"ended with code {child['returncode']}"
         print(f"  [{'ok' if child['passed'] else 'FAILED'}] {child['place']}: {outcome}")
         if child["stderr"]:
             print("    " + child["stderr"].replace("\n", "\n    "))

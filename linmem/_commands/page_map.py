@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Iterable, Iterator
 from typing import TextIO
 
@@ -34,10 +35,12 @@ class Pages:
         self.begins = [0]
         self.classes = [NOTHING]
         self.totals = [0] * len(CLASSES)        # the number of pages of each class
-        in_old = in_new = in_delta = first = 0
+        first = 0
+        inside = [0, 0, 0]                      # whether `first` is in a run of old, of new and of the delta
         for page, source, step in sorted([*edges(0, old.runs()), *edges(1, new.runs()),
                                           *edges(2, delta.ranges + delta.zeros), (self.n, 0, 0)]):
             if page > first:
+                in_old, in_new, in_delta = inside
                 if not (in_old and in_new):
                     self.add(first, page, NEW if in_new else GONE if in_old else NOTHING)
                 elif not in_delta:
@@ -46,9 +49,7 @@ class Pages:
                     for each in range(first, page):
                         self.add(each, each + 1, CHANGED if page_of(old, each) != page_of(new, each) else SAME)
                 first = page
-            in_old += step * (source == 0)
-            in_new += step * (source == 1)
-            in_delta += step * (source == 2)
+            inside[source] += step
 
     def add(self, first: int, end: int, kind: int) -> None:
         self.totals[kind] += max(min(end, self.n) - first, 0)
@@ -73,10 +74,10 @@ def edges(source: int, runs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, i
 
 
 def page_of(image: Image, page: int) -> bytes:
-    low, high = (min(max(place * PAGE - image.offset, 0), image.size) for place in (page, page + 1))
-    missing = max(image.offset - page * PAGE, 0)        # bytes of the page before the image are zero
+    """The bytes of a page of the memory that has at least one byte in the image."""
+    start = page * PAGE - image.offset      # negative: the bytes before the image are zero
     with memoryview(image) as view:
-        return (bytes(missing) + view[low:high]).ljust(PAGE, b"\0")
+        return (bytes(max(-start, 0)) + view[max(start, 0):start + PAGE]).ljust(PAGE, b"\0")
 
 
 def show_map(pages: Pages, to: TextIO, *, asked: bool) -> None:
@@ -91,23 +92,17 @@ def show_map(pages: Pages, to: TextIO, *, asked: bool) -> None:
     glyph = 0 if console.encoding.lower().startswith("utf") else 1
     cells, per_cell = grid(pages, MAP_CELLS)
     console.print(Text(f"each mark is {show_size(per_cell * PAGE)}", "dim"))
+    marks = [(glyphs[glyph], style) for _, _, style, _, glyphs in CLASSES]
     for row in range(0, len(cells), MAP_COLUMNS):
-        line = Text(f"{show_offset(row * per_cell * PAGE):>10} ", "dim")
-        for cell in cells[row:row + MAP_COLUMNS]:
-            line.append(CLASSES[cell][4][glyph], CLASSES[cell][2])
-        console.print(line)
-    legend = Text("           ")
-    for _, name, style, _, glyphs in CLASSES:
-        legend.append(glyphs[glyph], style)
-        legend.append(f" {name}   ", "dim")
-    console.print(legend)
+        console.print(Text.assemble((f"{show_offset(row * per_cell * PAGE):>10} ", "dim"),
+                                    *(marks[cell] for cell in cells[row:row + MAP_COLUMNS])))
+    legend = [Text.assemble((glyphs[glyph], style), (f" {name}   ", "dim")) for _, name, style, _, glyphs in CLASSES]
+    console.print(Text.assemble(" " * 11, *legend))
 
 
 def grid(pages: Pages, most: int) -> tuple[bytearray, int]:
     """At most `most` cells, each with the greatest class of its pages, and the number of pages in a cell."""
-    per_cell = 1
-    while len(pages) > per_cell * most:
-        per_cell *= 2
+    per_cell = 1 << (max(len(pages) - 1, 0) // most).bit_length()
     return bytearray(max(pages[first:first + per_cell]) for first in range(0, len(pages), per_cell)), per_cell
 
 
@@ -117,26 +112,23 @@ def show_offset(offset: int) -> str:
 
 def draw(path: str, pages: Pages, title: str) -> None:
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.colors import ListedColormap
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
+        from numpy import full, nan
     except ImportError as error:
         raise Refused(f"--picture needs matplotlib: pip install 'linmem[image]' ({error})") from None
     cells, per_cell = grid(pages, PICTURE_CELLS)
-    rows = [list(cells[first:first + PICTURE_COLUMNS]) for first in range(0, len(cells), PICTURE_COLUMNS)]
-    if rows:
-        # The end of a short last row is filled with NaN, which is not drawn.
-        rows[-1] += [float("nan")] * (PICTURE_COLUMNS - len(rows[-1]))      # type: ignore[list-item]
-    figure = Figure(figsize=(9, 2.2 + 5 * min(len(rows), 256) / 256), facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
+    rows = max(1, math.ceil(len(cells) / PICTURE_COLUMNS))
+    shown = full((rows, PICTURE_COLUMNS), nan)      # NaN is not drawn
+    shown.flat[:len(cells)] = list(cells)
+    figure = Figure(figsize=(9, 2.2 + 5 * min(rows, 256) / 256), facecolor="white", layout="constrained")
     axes = figure.add_subplot()
-    axes.imshow(rows or [[float("nan")]], cmap=ListedColormap([color for _, _, _, color, _ in CLASSES]),
+    axes.imshow(shown, cmap=ListedColormap([color for _, _, _, color, _ in CLASSES]),
                 vmin=-0.5, vmax=len(CLASSES) - 0.5, interpolation="nearest", aspect="auto")
     cell = per_cell * PAGE
-    step = max(1, len(rows) // 8)
-    axes.set_yticks(range(0, len(rows), step),
-                    [show_offset(row * PICTURE_COLUMNS * cell) for row in range(0, len(rows), step)])
+    ticks = range(0, rows, max(1, rows // 8))
+    axes.set_yticks(ticks, [show_offset(row * PICTURE_COLUMNS * cell) for row in ticks])
     axes.set_xticks([])
     axes.set_xlabel(f"{show_size(PICTURE_COLUMNS * cell)} in a row, {show_size(cell)} in a cell")
     axes.set_title(printable(title), loc="left", fontsize=10, parse_math=False)

@@ -1,4 +1,4 @@
-"""What the subcommands share: the parser of arguments, the types of arguments, refusals and exit codes."""
+"""The parser of arguments, the types of arguments, refusals and exit codes of all subcommands."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from linmem._core.arguments import printable
 
-EXIT_REFUSED = 1            # what was asked for cannot be done, or a check failed
+EXIT_REFUSED = 1            # the command cannot be done, or a check failed
 EXIT_USAGE = 2              # the command line is wrong
 EXIT_INTERRUPTED = 130      # 128 + SIGINT, as a shell reports it
 EXIT_TRAP = 134             # 128 + SIGABRT, as `wasmtime run` does
@@ -28,7 +28,10 @@ class Refused(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports an error in one line, which names --help instead of printing the usage."""
+    """Keeps the line breaks of the help texts, and reports an error in one line with a reference to --help."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"{self.prog}: {printable(message)} (see {self.prog} --help)\n")
@@ -36,7 +39,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         found, unknown = super().parse_known_args(args, namespace)
         for action in self._actions:
-            # Some versions of argparse take the value of "--option=--" for the "--" that ends the options.
+            # Some versions of argparse mistake the value of "--option=--" for the "--" that ends the options.
             value = getattr(found, action.dest, None) if action.option_strings and action.nargs is None else None
             if isinstance(value, list) and ([] in value or action.default is None):
                 self.error(f"argument {action.option_strings[0]}: -- is not a value")

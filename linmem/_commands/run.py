@@ -1,4 +1,7 @@
-"""``linmem run``: runs a WASI program in memories of linmem."""
+"""Run a WASI preview 1 command module (wasm or wat) with wasmtime, in memories that linmem owns.
+
+The program uses linmem's standard input, output and error, and its exit code becomes linmem's.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,7 @@ from linmem._commands.parser import EXIT_INTERRUPTED, EXIT_TRAP, EXIT_USAGE, Par
 from linmem._commands.text import count, one_line, show_size, show_time
 from linmem._core.arguments import printable
 
-USAGE = """linmem run [options] PROGRAM [options] [--] [ARGS ...]"""
-DESCRIPTION = """\
-Run a WASI preview 1 command module (wasm or wat) with wasmtime, in memories that linmem owns.
-The program uses linmem's standard input, output and error, and its exit code becomes linmem's."""
+USAGE = "linmem run [options] PROGRAM [options] [--] [ARGS ...]"
 EPILOG = """\
 Options may stand before PROGRAM and directly after it. The program's own ARGS begin with the first
 argument after PROGRAM that is not an option, or after `--`. argv[0] is the file name of PROGRAM.
@@ -29,20 +29,19 @@ over the creator, as linmem.creator("limiting", limit_bytes=...) does.
 
 The report is the last text on standard error, so that standard output has only the program's
 output. With --json it is the last line, also if PROGRAM could not be run; sizes are in bytes and
-times in nanoseconds. "resident" is the physical memory at the end. This is also the peak, because
+times in nanoseconds. "resident" is the physical memory at the end, which is also the peak, because
 wasm memories never shrink.
 
-Exit codes: the program's (0 to 125, as wasmtime allows); 134 if it trapped; 130 on Ctrl-C; 2 if
-the command line is wrong; 1 if PROGRAM cannot be read or run, with one line that says why."""
+Exit codes: the program's (0 to 125, as wasmtime allows); 134 if the program trapped; 130 on Ctrl-C;
+2 if the command line is wrong; 1 if PROGRAM cannot be read or run, with the reason in one line."""
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.usage, parser.description, parser.epilog = USAGE, DESCRIPTION, EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--dir", action="append", default=[], metavar="HOST[::GUEST]",
+    parser.usage, parser.description, parser.epilog = USAGE, __doc__, EPILOG
+    parser.add_argument("--dir", action="append", default=[], type=split_dir, metavar="HOST[::GUEST]",
                         help="a directory that the program may read and write, under the name GUEST; repeatable")
-    parser.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]",
-                        help="a variable for the program, with this process's value if none is given; repeatable")
+    parser.add_argument("--env", action="append", default=[], type=split_env, metavar="NAME[=VALUE]",
+                        help="a variable for the program, by default with its value in this process; repeatable")
     parser.add_argument("--creator", default="mmap", metavar="KIND",
                         help="the creator of the memories: mmap (the default), pool or statistics; see below")
     parser.add_argument("--max-memory", type=parse_size, metavar="SIZE",
@@ -55,7 +54,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def parse(parser: Parser, words: list[str], namespace: None = None) -> tuple[argparse.Namespace, list[str]]:
-    """Parse the options, and put the program and its arguments beside the options."""
+    """Parse the options, and add the program and the arguments of the program to the result."""
     options, program, arguments = split_words(parser, words)
     args, unknown = Parser.parse_known_args(parser, options)
     if unknown:
@@ -84,7 +83,7 @@ def split_words(parser: Parser, words: list[str]) -> tuple[list[str], str | None
         if word.startswith("-") and word != "-":
             options.append(word)
             if word in takes_value and rest:
-                # Joined, so that argparse takes a value that begins with a dash for a value.
+                # With "=", argparse accepts a value that begins with a dash.
                 options[-1] = f"{word}={rest.pop(0)}"
         elif program is None:
             program = word
@@ -94,22 +93,19 @@ def split_words(parser: Parser, words: list[str]) -> tuple[list[str], str | None
 
 
 def main(args: argparse.Namespace) -> int:
-    environment = [split_env(text) for text in args.env]
-    directories = [split_dir(text) for text in args.dir]
-    report = args.report or args.json
-    creator, statistics = compose_creator(args.creator, args.max_memory, report)
-
-    def work() -> int:
-        return execute(args.program, read_program(args.program), [os.path.basename(args.program), *args.arguments],
-                       environment, directories, creator)
-
+    creator = compose_creator(args.creator, args.max_memory)
+    # The statistics are outside of the budget, so that they count the requests that the budget refuses.
+    statistics = linmem.StatisticsCreator(creator) if args.report or args.json else None
     try:
-        status, running = in_a_thread(work)
+        status, running = in_a_thread(functools.partial(execute, args, statistics or creator))
     except Refused as refusal:
         print(f"linmem run: {refusal}", file=sys.stderr)
         status, running = refusal.code, False
     if statistics is not None:
-        print_report(report_figures(args, status, statistics), as_json=args.json)
+        import json
+
+        figures = report_figures(args, status, statistics)
+        print(json.dumps(figures) if args.json else report_text(figures), file=sys.stderr, flush=True)
     if running:
         # The program is in an endless loop or waits for input. Only the end of the process can end it.
         sys.stdout.flush()
@@ -121,19 +117,19 @@ def main(args: argparse.Namespace) -> int:
 def split_env(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not name:
-        raise Refused(f"--env {text!r}: the name is missing (NAME=VALUE)", EXIT_USAGE)
-    if not equals:
-        if name not in os.environ:
-            raise Refused(f"--env {name}: no such variable in this environment (NAME=VALUE sets one)", EXIT_USAGE)
-        value = os.environ[name]
-    return name, value
+        raise argparse.ArgumentTypeError(f"{text!r}: the name is missing (NAME=VALUE)")
+    if equals:
+        return name, value
+    if name not in os.environ:
+        raise argparse.ArgumentTypeError(f"{name}: no such variable in this environment (NAME=VALUE sets one)")
+    return name, os.environ[name]
 
 
 def split_dir(text: str) -> tuple[str, str]:
     host, _, guest = text.partition("::")
     if not os.path.isdir(host):
         what = "is not a directory" if os.path.exists(host) else "does not exist"
-        raise Refused(f"--dir {text}: {host!r} {what}", EXIT_USAGE)
+        raise argparse.ArgumentTypeError(f"{host!r} {what}")
     return host, guest or host
 
 
@@ -151,25 +147,19 @@ def read_program(path: str) -> bytes:
     return code
 
 
-def compose_creator(kind: str, max_memory: int | None, report: bool) -> tuple[Any, linmem.StatisticsCreator | None]:
+def compose_creator(kind: str, max_memory: int | None) -> Any:
     try:
         creator = linmem.creator(kind)
     except (TypeError, ValueError) as error:
         hint = " (for a budget: --max-memory)" if kind == "limiting" else ""
         raise Refused(f"--creator {kind}: {error}{hint}", EXIT_USAGE) from None
-    if max_memory is not None:
-        creator = linmem.LimitingCreator(creator, max_memory)
-    if not report:
-        return creator, None
-    # The statistics are outside of the budget, so that they count what the budget refuses.
-    statistics = linmem.StatisticsCreator(creator)
-    return statistics, statistics
+    return creator if max_memory is None else linmem.LimitingCreator(creator, max_memory)
 
 
 def in_a_thread(work: Callable[[], int]) -> tuple[int, bool]:
     """The exit code of `work`, and whether it still runs after Ctrl-C.
 
-    Python handles signals between bytecodes of the main thread. So the program runs in another thread: Ctrl-C need not
+    Python handles signals between bytecodes of the main thread. The program runs in another thread, so Ctrl-C does not
     wait for native code.
     """
     import threading
@@ -197,34 +187,30 @@ def in_a_thread(work: Callable[[], int]) -> tuple[int, bool]:
     return status[0], False
 
 
-def import_wasmtime() -> tuple[Any, Any]:
-    """The modules wasmtime and linmem.wasmtime."""
+def execute(args: argparse.Namespace, creator: Any) -> int:
+    """Run the program; returns its exit code."""
+    program = args.program
+    code = read_program(program)
     try:
         import wasmtime
 
-        import linmem.wasmtime as installer
+        from linmem.wasmtime import install
     except (ImportError, OSError) as error:         # OSError: the library of wasmtime does not load
         raise Refused(f"needs wasmtime-py: pip install 'linmem[wasmtime]' ({error})") from None
-    return wasmtime, installer
-
-
-def execute(program: str, code: bytes, argv: list[str], environment: list[tuple[str, str]],
-            directories: list[tuple[str, str]], creator: Any) -> int:
-    wasmtime, installer = import_wasmtime()
     config = wasmtime.Config()
     try:
-        installer.install(config, creator)
+        install(config, creator)
     except RuntimeError as error:
         raise Refused(str(error)) from None
     engine = wasmtime.Engine(config)
     module = compile_program(wasmtime, engine, program, code)
     store = wasmtime.Store(engine)
-    store.set_wasi(wasi_config(wasmtime, argv, environment, directories))
+    store.set_wasi(wasi_config(wasmtime, args))
     linker = wasmtime.Linker(engine)
     linker.define_wasi()
     try:
-        instance = linker.instantiate(store, module)
-        instance.exports(store)["_start"](store)
+        start: Any = linker.instantiate(store, module).exports(store)["_start"]
+        start(store)
     except wasmtime.ExitTrap as end:
         return int(end.code)
     except wasmtime.Trap as trap:
@@ -250,19 +236,18 @@ def compile_program(wasmtime: Any, engine: Any, program: str, code: bytes) -> An
         raise Refused(f"{program} is not valid WebAssembly text: {error}") from None
     start = next((export.type for export in module.exports if export.name == "_start"), None)
     if not isinstance(start, wasmtime.FuncType):
-        raise Refused(f"{program} exports no function _start: it is a library, not a WASI command")
+        raise Refused(f"{program} exports no function _start, so it is a library and not a WASI command")
     if start.params or start.results:
         raise Refused(f"{program}: _start has parameters or results, which the _start of a WASI command does not have")
     return module
 
 
-def wasi_config(wasmtime: Any, argv: list[str], environment: list[tuple[str, str]],
-                directories: list[tuple[str, str]]) -> Any:
+def wasi_config(wasmtime: Any, args: argparse.Namespace) -> Any:
     wasi = wasmtime.WasiConfig()
     try:
-        wasi.argv = argv
-        wasi.env = environment
-        for host, guest in directories:
+        wasi.argv = [os.path.basename(args.program), *args.arguments]
+        wasi.env = args.env
+        for host, guest in args.dir:
             try:
                 wasi.preopen_dir(host, guest)
             except wasmtime.WasmtimeError:
@@ -288,22 +273,17 @@ def report_figures(args: argparse.Namespace, status: int, statistics: linmem.Sta
             "memories": memories, "all": statistics.statistics()}
 
 
-def print_report(figures: dict[str, Any], *, as_json: bool) -> None:
-    if as_json:
-        import json
-
-        print(json.dumps(figures), file=sys.stderr, flush=True)
-        return
+def report_text(figures: dict[str, Any]) -> str:
     everything = figures["all"]
     if not everything["total_count"] and not everything["failures"]:
-        print("linmem: no memory was asked for", file=sys.stderr)
-        return
+        return "linmem: no memory was asked for"
     budget = "" if figures["max_memory"] is None else f", of at most {show_size(figures['max_memory'])}"
-    print(f"linmem: {count(everything['total_count'], 'memory')} by {figures['creator']},"
-          f" {show_size(everything['peak_bytes'])} at the peak{budget};"
-          f" {count(everything['failures'], 'request')} refused", file=sys.stderr)
+    lines = [f"linmem: {count(everything['total_count'], 'memory')} by {figures['creator']},"
+             f" {show_size(everything['peak_bytes'])} at the peak{budget};"
+             f" {count(everything['failures'], 'request')} refused"]
     for number, memory in enumerate(figures["memories"], start=1):
-        print(f"  memory {number}: {show_size(memory['first_size'])} at first, {show_size(memory['peak_size'])} at the"
-              f" peak, {show_size(memory['peak_resident'])} resident;"
-              f" {count(memory['growths'], 'growth')} in {show_time(memory['grow_ns'])},"
-              f" {memory['refused_growths']} refused", file=sys.stderr, flush=True)
+        lines.append(f"  memory {number}: {show_size(memory['first_size'])} at first, {show_size(memory['peak_size'])}"
+                     f" at the peak, {show_size(memory['peak_resident'])} resident;"
+                     f" {count(memory['growths'], 'growth')} in {show_time(memory['grow_ns'])},"
+                     f" {memory['refused_growths']} refused")
+    return "\n".join(lines)

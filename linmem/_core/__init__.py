@@ -1,1 +1,1 @@
-"""The compiled core: memories, images, the pool, adaptors, wasmtime's callbacks, and what all of these share."""
+"""The compiled core: memories, images, the pool, adaptors and wasmtime's callbacks."""

@@ -10,7 +10,6 @@ cdef struct budget
 cdef class LimitingCreator(NativeCreator):
     cdef readonly NativeCreator upstream
     cdef budget* budget
-    cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil
 
 
 # The sums over all memories of a StatisticsCreator, as statistics() returns them; sizes in bytes.
@@ -38,10 +37,7 @@ cdef struct statistics_ledger:
 cdef class StatisticsCreator(NativeCreator):
     cdef readonly NativeCreator upstream
     cdef statistics_ledger* ledger
-    cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil
 
 
 cdef class PythonCreator(NativeCreator):
     cdef readonly object creator
-    cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil
-    cdef int make_in_python(self, const memory_spec* spec, memory** out) except -1

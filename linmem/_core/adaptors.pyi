@@ -24,7 +24,7 @@ class StatisticsCreator(NativeCreator):
 
 @final
 class PythonCreator(NativeCreator):
-    # creator: a MemoryCreator, or whatever has its new_memory.
+    # creator: a MemoryCreator, or another object with the method new_memory.
     def __init__(self, creator: Any) -> None: ...
     @property
     def creator(self) -> Any: ...

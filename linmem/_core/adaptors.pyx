@@ -22,9 +22,17 @@ from linmem._core.memory cimport (
     release_address_space, relieve, remove_live_memory, request, try_lock, unlock, unregister_fork_lock,
 )
 from linmem._os cimport pages
-from linmem._core.units cimport E_BROKEN, E_LIMIT, E_NO_MEMORY, E_UNSUPPORTED, round_up
+from linmem._core.units cimport E_BROKEN, E_LIMIT, E_NO_MEMORY, E_UNSUPPORTED, add_up, round_up
 
 from linmem._core.arguments import given as _given
+
+
+cdef void* new_zeroed(size_t size, str purpose) except NULL:
+    cdef void* made = calloc(1, size)
+    if made == NULL:
+        raise MemoryError(f"no memory for {purpose}")
+    return made
+
 
 include "limiting_creator.pxi"
 include "statistics_creator.pxi"

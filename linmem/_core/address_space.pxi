@@ -12,48 +12,41 @@ cdef struct orphan:
     char* addr
     size_t size
 
-cdef orphan* orphans = NULL     # each release tries one of them again
+cdef orphan* orphans = NULL     # a release that succeeds tries them again, until one is refused
 cdef atomic_i64 n_orphans
 
 
-cdef void release_address_space(char* at, size_t size) noexcept nogil:
-    """Release the range, or remember it if the OS refuses: munmap fails if it has to split a mapping and the process
-    has vm.max_map_count mappings already."""
+cdef void release_address_space(char* addr, size_t size) noexcept nogil:
+    """Release the range, or add it to `orphans` if the OS refuses: munmap fails if it has to split a mapping and the
+    process has vm.max_map_count mappings already."""
     global orphans
     cdef orphan* o
-    cdef orphan* retry
-    if size == 0:
-        return
-    if pages.release(at, size):
-        o = <orphan*>malloc(sizeof(orphan))
-        if o == NULL:
-            return              # the address range stays taken until the process ends
-        o.addr = at
-        o.size = size
-        lock(&orphans_lock.held)
-        o.next = orphans
-        orphans = o
-        add(&n_orphans, 1)
-        unlock(&orphans_lock.held)
-        return
-    if load(&n_orphans) == 0:
-        return
+    while size and pages.release(addr, size) == 0:
+        size = 0
+        if load(&n_orphans):
+            lock(&orphans_lock.held)
+            o = orphans
+            if o != NULL:
+                orphans = o.next
+                add(&n_orphans, -1)
+                addr, size = o.addr, o.size
+            unlock(&orphans_lock.held)
+            free(o)
+    o = <orphan*>malloc(sizeof(orphan)) if size else NULL
+    if o == NULL:
+        return          # nothing is left; or malloc refused, and the range stays taken until the process ends
+    o.addr = addr
+    o.size = size
     lock(&orphans_lock.held)
-    retry = orphans
-    if retry != NULL:
-        orphans = retry.next
-        add(&n_orphans, -1)
+    o.next = orphans
+    orphans = o
+    add(&n_orphans, 1)
     unlock(&orphans_lock.held)
-    if retry != NULL:
-        at, size = retry.addr, retry.size
-        free(retry)
-        release_address_space(at, size)
 
 
-# -- relief: idle slots of pools give up what the OS or a budget refuses
+# -- relief: idle slots of pools give up pages, address space or bytes of a budget before a request for them fails
 
-cdef bint (*give_relief)(int what, const void* budget, size_t size) noexcept nogil
-give_relief = NULL
+cdef bint (*give_relief)(int what, const void* budget, size_t size) noexcept nogil      # NULL: no pool yet
 
 
 cdef void set_relief(bint (*give)(int what, const void* budget, size_t size) noexcept nogil) noexcept nogil:
@@ -63,20 +56,20 @@ cdef void set_relief(bint (*give)(int what, const void* budget, size_t size) noe
 
 
 cdef bint relieve(int what, const void* budget, size_t size) noexcept nogil:
-    """`size` bytes were refused. True: idle slots have given something up, so the caller tries again. False: all that
-    idle slots could give up would not be enough, and they keep it. The caller holds no fork_lock."""
+    """`size` bytes were refused. True: idle slots have given something up, so the caller tries again. False: idle
+    slots could not give up enough, so they have given up nothing. The caller holds no fork_lock."""
     return give_relief != NULL and give_relief(what, budget, size)
 
 
-cdef int commit_pages(char* at, size_t size) noexcept nogil:
+cdef int commit_pages(char* addr, size_t size) noexcept nogil:
     """As pages.commit(). Before it fails, idle slots give up pages. The caller holds no fork_lock."""
-    cdef int code = pages.commit(at, size)
-    return commit_again(at, size, code) if code else 0
+    return commit_again(addr, size, pages.commit(addr, size))
 
 
-cdef int commit_again(char* at, size_t size, int code) noexcept nogil:
+cdef int commit_again(char* addr, size_t size, int code) noexcept nogil:
+    """code: the result of the last pages.commit() of these pages."""
     while code and relieve(RELIEF_PAGES, NULL, size):
-        code = pages.commit(at, size)
+        code = pages.commit(addr, size)
     return code
 
 
@@ -100,8 +93,7 @@ cdef size_t claim_reservation(size_t minimum, size_t bound, size_t guard, size_t
     """Returns the size that linmem chooses. *chosen: the bytes that count for the whole reservation until
     forget_chosen(); 0 if the size is the minimum, which the caller chose. Threads that choose at the same time do not
     exceed half of the address space together."""
-    cdef size_t page = host_page()
-    cdef size_t space, left, room, want, capacity
+    cdef size_t space, left, room, want, capacity, page = host_page()
     cdef long long now
     cdef layout least
     chosen[0] = 0
@@ -147,8 +139,7 @@ cdef int reserve_exactly(size_t minimum, size_t reservation, size_t guard, size_
     if lay_out(minimum, reservation, guard, host_page(), out):
         if guard > minimum and guard > reservation:
             return fail(why, E_OVERFLOW, "guard", guard)
-        return fail(why, E_OVERFLOW, "minimum" if minimum >= reservation else "reserve",
-                    minimum if minimum > reservation else reservation)
+        return fail(why, E_OVERFLOW, "minimum" if minimum >= reservation else "reserve", max(minimum, reservation))
     if alignment and add_up(out.total, alignment, &out.total):
         return fail(why, E_OVERFLOW, "reserve", reservation)
     code = pages.reserve(out.total, watched, region)

@@ -8,7 +8,7 @@ takes the GIL only for the text of an exception that a Python creator raised.
 
 cimport cython
 from cpython.object cimport PyObject
-from cpython.ref cimport Py_DECREF, Py_INCREF
+from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF
 from libc.stdint cimport uint8_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free
@@ -69,8 +69,8 @@ cdef inline memory** bucket(char* base) noexcept nogil:
 
 
 cdef void update_table(memory* m, char* base) noexcept nogil:
-    """Lists `m` under `base`, and no longer under the base that it was listed under. NULL: it was not, or is not any
-    more. Both under one lock, so that a child that is forked meanwhile finds the memory."""
+    """Moves `m` in the table from its former base, m.registered, to `base`. NULL: the memory is not in the table. The
+    lock is held for the whole move, so that a child that is forked meanwhile finds the memory."""
     cdef memory** place
     lock(&table_lock.held)
     if m.registered != NULL:
@@ -97,24 +97,24 @@ cdef extern from *:
     ctypedef struct queue "linmem_queue":
         void* next          # place*: of the next memory
         void* end           # place*
-        void* of            # the Offer, a reference; NULL: there is no Offer, or the caller of begin() holds it
+        void* of            # the Offer of the last make(), a reference; NULL: take_back() ended it
 
     queue* offered "linmem_of_thread"() noexcept nogil
 
 
-cdef void next_image(size_t minimum, image** out) noexcept nogil:
-    """Stores the image that the thread's Offer has for the next memory, and retains it. Stores nothing where there is
-    no image for it.
+cdef image* next_image(size_t minimum) noexcept nogil:
+    """Returns a new reference on the image that the thread's Offer has for the next memory; NULL: no image.
 
-    wasmtime makes the GC heap of a store with this creator, too, before the memories of the first module that needs it.
-    The minimum of a GC heap is 0, and that of a memory with an image is not, so a GC heap takes no image.
+    wasmtime also makes the GC heap of a store with this creator, before the memories of the first module that needs the
+    heap. The minimum of a GC heap is 0. A memory with an image has another minimum, so a GC heap takes no image.
     """
     cdef queue* q = offered()
-    cdef place* its = <place*>q.next
-    if q.next < q.end and its.minimum == minimum:
-        out[0] = its.image
-        q.next = its + 1
-        image_retain(out[0])
+    cdef place* next = <place*>q.next
+    if q.next >= q.end or next.minimum != minimum:
+        return NULL
+    q.next = next + 1
+    image_retain(next.image)
+    return next.image
 
 
 # -- callbacks -----------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ cdef wasmtime_error_t* to_error(failure* why) noexcept nogil:
 
 
 cdef wasmtime_error_t* python_error(failure* why, bint has_caller) noexcept with gil:
-    """has_caller: Python code called wasmtime on this thread, and goes on when wasmtime returns."""
+    """has_caller: Python code called wasmtime on this thread, and continues when wasmtime returns."""
     cdef object error = <object>why.exception
     cdef bytes text
     Py_DECREF(error)
@@ -149,13 +149,14 @@ cdef extern from *:
 
 cdef void raise_later(object error, bint has_caller) noexcept:
     """For KeyboardInterrupt, SystemExit and other exceptions that the guest must not handle: the next Python code that
-    this thread runs raises `error` itself. That is the caller of wasm, or a host function or a creator that wasm calls
-    first. An exception from there takes the same way again."""
+    this thread runs raises `error` itself. This code is the caller of wasm, or a host function or a creator that wasm
+    calls before it returns. An exception in such a function comes here again."""
     if not has_caller:
         raise error             # Cython prints an exception that leaves a noexcept function
-    # PyThreadState_SetAsyncExc takes a class, and CPython calls that class for the exception. `except` must recognise
-    # the class, so it is a subclass. Some builds without a GIL never free a class, so the class drops its reference on
-    # the exception. CPython 3.10 calls the class a second time, with the exception that it returned.
+    # PyThreadState_SetAsyncExc takes a class, which CPython calls to get the exception. `except` must recognise the
+    # class, so the class is a subclass of the exception's class. Some builds without a GIL never free a class, so the
+    # class drops its reference on the exception. CPython 3.10 calls the class a second time, with the exception that
+    # the first call returned.
     kept = [error]
     members = {"__new__": lambda _, given=None: kept.pop() if kept else given}
     try:
@@ -200,18 +201,17 @@ cdef wasmtime_error_t* new_memory(void* env, const wasm_memorytype_t* ty, size_t
     spec.guard = guard
     spec.is_64 = wasmtime.is_64(ty)
     spec.is_shared = wasmtime.is_shared(ty)
-    spec.image = NULL
+    spec.image = next_image(minimum)
     spec.watched = False
     spec.may_move = True        # wasmtime itself checks memory_may_move of its Config
     spec.page_size = 65536 if wasmtime.page_size == NULL else wasmtime.page_size(ty)
-    next_image(minimum, &spec.image)
     code = (<NativeCreator>env).make(&spec, &m, &why)
     image_release(spec.image)
     if code:
         return to_error(&why)
-    code = lock_memory(m, &why)     # waits for a growth that Python code runs; a later one sees the new owner
+    code = lock_memory(m, &why)     # waits for a growth that Python code runs; a later growth sees the new owner
     if code == 0:
-        if load(&m.protection) != PROTECTION_NONE:      # a Python creator kept a handle, and used it meanwhile
+        if load(&m.protection) != PROTECTION_NONE:      # a Python creator kept a handle and protected pages meanwhile
             code = fail(&why, E_UNSUPPORTED, "new_memory", minimum)
             snprintf(why.detail, sizeof(why.detail), "with protected pages: a creator protected pages of the memory"
                      " that it returned")
@@ -233,7 +233,7 @@ cdef void finalize_creator(void* env) noexcept nogil:
     deferred_decref(<PyObject*>env)
 
 
-# -- what Python calls ------------------------------------------------------------------------------------
+# -- functions for Python ----------------------------------------------------------------------------------
 
 def bind(size_t set_creator, size_t error_new, size_t is_64, size_t is_shared, size_t page_size):
     """Store the addresses of wasmtime's C functions. Only `page_size` may be missing (0)."""
@@ -247,7 +247,7 @@ def bind(size_t set_creator, size_t error_new, size_t is_64, size_t is_shared, s
 def set_creator(size_t config, NativeCreator creator not None):
     """Make `creator` the host memory creator of the wasm_config_t at the address `config`.
 
-    The Config holds a reference on the creator, and so does each Engine made from the Config.
+    The Config and each Engine made from the Config hold a reference on the creator.
     """
     cdef wasmtime_memory_creator_t c
     if wasmtime.set_creator == NULL:
@@ -272,12 +272,10 @@ def find(size_t base):
     return None if m == NULL else wrap(m)
 
 
-ctypedef domain_t* domain_ptr
-
-
 def in_domain(domain, call):
     """Return call(). The memories that wasmtime asks for on this thread meanwhile belong to `domain`."""
-    cdef domain_ptr ours = domain_of(domain), before = current_domain()
+    cdef domain_t* ours = domain_of(domain)
+    cdef domain_t* before = current_domain()
     set_domain(ours)
     try:
         return call()
@@ -298,23 +296,20 @@ cdef class Offer:
         The minimum in bytes and the image of each memory, in the order in which wasmtime asks for them.
     """
 
-    def __init__(self, *args, **kwargs):
-        cdef size_t i
+    def __cinit__(self, *args, **kwargs):
+        cdef place* next
         places, = _given("Offer", ("places",), {}, args, kwargs)
-        cdef list given = list(places)
-        if self.places != NULL:
-            raise RuntimeError("Offer.__init__() must not be called twice")
-        for _, one in given:
-            if one is not None and not isinstance(one, Image):
-                raise TypeError(f"images must be Images or None, got {type(one).__name__}")
-        self.places = <place*>calloc(<size_t>len(given) + 1, sizeof(place))
-        if self.places == NULL:
+        self.images = tuple(places)
+        self.n = <size_t>len(self.images)
+        self.places = next = <place*>calloc(self.n + 1, sizeof(place))
+        if next == NULL:
             raise MemoryError("no memory for an offer of images")
-        for i in range(<size_t>len(given)):
-            self.places[i].minimum = given[i][0]
-            self.places[i].image = NULL if given[i][1] is None else (<Image>given[i][1]).img
-        self.images = tuple(given)
-        self.n = <size_t>len(given)
+        for minimum, img in self.images:
+            if img is not None and not isinstance(img, Image):
+                raise TypeError(f"images must be Images or None, got {type(img).__name__}")
+            next.minimum = minimum
+            next.image = NULL if img is None else (<Image>img).img
+            next += 1
 
     def __dealloc__(self):
         free(self.places)
@@ -328,22 +323,22 @@ cdef class Offer:
         False: the thread has another offer with images that no memory has taken. That offer stays.
         """
         cdef queue* q = offered()
-        if q.next < q.end:
+        cdef PyObject* before = <PyObject*>q.of     # an Offer whose images were all taken, or NULL
+        if not self.begin():
             return False
-        end_offer(q)
         Py_INCREF(self)
         q.of = <void*>self
-        return self.begin()
+        Py_XDECREF(before)
+        return True
 
     def take_back(self):
         """End the offer. Returns how many of its images no memory has taken."""
         cdef queue* q = offered()
-        cdef size_t left
-        if q.of != <void*>self:     # all images were taken, and another instance made an offer of its own meanwhile
+        if q.of != <void*>self:     # all images were taken, and another Offer was made meanwhile
             return 0
-        left = self.end()
-        end_offer(q)
-        return left
+        q.of = NULL
+        Py_DECREF(self)
+        return self.end()
 
     cdef bint begin(self) noexcept nogil:
         cdef queue* q = offered()
@@ -355,18 +350,10 @@ cdef class Offer:
 
     cdef size_t end(self) noexcept nogil:
         cdef queue* q = offered()
-        cdef place* its = <place*>q.next
+        cdef place* next = <place*>q.next
         cdef size_t left = 0
-        while its < <place*>q.end:
-            left += its.image != NULL
-            its += 1
+        while next < <place*>q.end:
+            left += next.image != NULL
+            next += 1
         q.next = q.end
         return left
-
-
-cdef void end_offer(queue* q) noexcept:
-    cdef object of
-    if q.of != NULL:
-        of = <object>q.of
-        q.of = q.next = q.end = NULL
-        Py_DECREF(of)

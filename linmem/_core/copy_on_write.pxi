@@ -1,11 +1,20 @@
-# The copy-on-write state of a memory: which image its bytes came from, which pages still show the image, and how they
-# come back to it; a part of memory.pyx.
+# The copy-on-write state of a memory: which image the memory started from or was restored to, which pages may show the
+# image, and how bytes and pages become the image's again; a part of memory.pyx.
 #
-# Only this file, and the inline functions beside `cow_state` in memory.pxd, access the fields of m.cow:
-#   image_attach()    the image's bytes into a memory of zeros        image_detach()   drops the reference on the image
-#   image_restore()   all bytes become an image's                     image_rebind()   the same, for a pool's slot
-#   image_reset()     gives pages back, which become the image's      image_fill()     bytes become the image's
-#   touched_begin(), touched_next()   the pages that were written
+# Only this file, and the inline functions beside `cow_state` in memory.pxd, access the fields of m.cow. All other files
+# use these operations:
+#   image_attach()             the image's bytes get into a memory of zeros
+#   image_begin_use()          a creator or a pool hands the memory out
+#   image_restore()            all bytes become an image's
+#   image_rebind()             the same, for a pool's slot, whose memory may also lose its image
+#   image_reset()              pages go back to the OS and show the image again
+#   image_fill()               bytes become the image's
+#   image_replace_pages()      pages that show the image become pages of zeros
+#   image_pages_are_gone()     all pages were decommitted
+#   image_detach()             drops the reference on the image
+#   image_of(), image_is_attached(), image_is_copied(), image_is_broken(), image_is_intact(), image_maps_pages(),
+#   image_split(), image_known_size()       questions
+#   touched_begin(), touched_next()         the pages that were written
 
 # -- images and memories
 
@@ -17,25 +26,23 @@ cdef void image_copy(const image* img, char* base) noexcept nogil:
 
 
 cdef inline size_t image_copy_run(const image* img, size_t i, char* base) noexcept nogil:
-    """Copy the i-th run into a memory at `base`, and return the offset of its end in the memory. What follows img.end
-    in the last granule is not copied: linmem may not own the bytes behind a memory in Python."""
+    """Copy the i-th run into a memory at `base`, and return the offset of its end in the memory. The zeros behind
+    img.end in the last granule are not copied, because linmem may not own the bytes behind a memory in Python."""
     cdef size_t start = img.offset + img.runs[i].offset
-    cdef size_t end = start + img.runs[i].size
-    if end > img.end:
-        end = img.end
+    cdef size_t end = min(start + img.runs[i].size, img.end)
     memcpy(base + start, img.content.bytes + img.runs[i].offset, end - start)
     return end
 
 
-cdef inline const char* image_bytes(const image* img, size_t at) noexcept nogil:
-    """The image's bytes of the host page at the offset `at` of a memory; NULL: zeros."""
-    if img == NULL or at < img.offset + img.low or at >= img.offset + img.high:
+cdef inline const char* image_bytes(const image* img, size_t offset) noexcept nogil:
+    """The image's bytes of the host page at an offset of a memory; NULL: zeros."""
+    if img == NULL or offset < img.offset + img.low or offset >= img.offset + img.high:
         return NULL
-    return img.content.bytes + (at - img.offset)
+    return img.content.bytes + (offset - img.offset)
 
 
 cdef void hold_image(memory* m, image* img) noexcept nogil:
-    """Exchange the reference on the image that the memory came from."""
+    """Exchange the reference on the image that the memory started from or was last restored to."""
     cdef image* before = m.cow.image
     if img == before:
         return
@@ -43,6 +50,7 @@ cdef void hold_image(memory* m, image* img) noexcept nogil:
         image_retain(img)
         add(&img.memories, 1)
     m.cow.image = img
+    m.cow.started = 0
     if before != NULL:
         add(&before.memories, -1)
         image_release(before)
@@ -66,7 +74,7 @@ cdef int image_attach(memory* m, image* img) noexcept nogil:
 
 
 cdef void image_detach(memory* m) noexcept nogil:
-    """The memory is going, or no page of it is mapped from an image."""
+    """Drop the reference on the image. The memory is being freed, or no page of it is mapped from an image."""
     hold_image(m, NULL)
 
 
@@ -75,16 +83,12 @@ cdef inline bint image_maps_pages(memory* m) noexcept nogil:
     return m.cow.how != IMAGE_COPIED
 
 
-cdef inline size_t clamp(size_t value, size_t low, size_t high) noexcept nogil:
-    return low if value < low else high if value > high else value
-
-
 cdef void image_split(memory* m, size_t start, size_t end, size_t* low, size_t* high) noexcept nogil:
-    """*low .. *high: the part of start .. end that was mapped from the image. Both are `end` if none was."""
+    """*low .. *high: the part of start .. end that was mapped from the image; end .. end if no part was."""
     low[0] = high[0] = end
     if image_maps_pages(m):
-        low[0] = clamp(m.cow.image.offset + m.cow.image.low, start, end)
-        high[0] = clamp(m.cow.image.offset + m.cow.image.high, start, end)
+        low[0] = min(max(m.cow.image.offset + m.cow.image.low, start), end)
+        high[0] = min(max(m.cow.image.offset + m.cow.image.high, start), end)
 
 
 cdef int image_unmap(memory* m) noexcept nogil:
@@ -112,33 +116,33 @@ cdef inline size_t image_known_size(memory* m, const image* img) noexcept nogil:
     return m.cow.started if m.cow.image == img and m.cow.started > img.end else img.end
 
 
-cdef int image_replace_pages(memory* m, size_t at, size_t size) noexcept nogil:
+cdef int image_replace_pages(memory* m, size_t offset, size_t size) noexcept nogil:
     """Replace pages that were mapped from the image by zeros. The next restore maps the image anew. A code: nothing
     has changed."""
     cdef long long before = m.cow.how
     cdef int code
     m.cow.how = IMAGE_BROKEN        # before the call, because a child may be forked during the call
-    code = pages.blank(m.base + at, size)
+    code = pages.blank(m.base + offset, size)
     if code:
         m.cow.how = before
     return code
 
 
-# -- bytes and pages come back to what the memory came from: to the mapped image, and to zeros outside of it
+# -- bytes and pages become the mapped image's again, and zeros outside of the image
 
-cdef void image_fill(memory* m, size_t at, size_t size) noexcept nogil:
-    """The bytes become those of the mapped image, and zeros outside of it."""
+cdef void image_fill(memory* m, size_t offset, size_t size) noexcept nogil:
+    """The bytes become the mapped image's, and zeros outside of the image."""
     cdef size_t low, high
-    image_split(m, at, at + size, &low, &high)
-    memset(m.base + at, 0, low - at)
+    image_split(m, offset, offset + size, &low, &high)
+    memset(m.base + offset, 0, low - offset)
     if high > low:
         memcpy(m.base + low, m.cow.image.content.bytes + (low - m.cow.image.offset), high - low)
-    memset(m.base + high, 0, at + size - high)
+    memset(m.base + high, 0, offset + size - high)
 
 
 cdef int image_reset(memory* m, size_t size) noexcept nogil:
-    """Give the pages of the first `size` bytes back: they show the mapped image again, and zeros outside of it. The
-    conditions, and what a refusal leaves behind, are those of pages.renew()."""
+    """Give the pages of the first `size` bytes back to the OS. The pages show the mapped image again, and zeros outside
+    of the image. The same must hold as before pages.renew(), and a refusal has the same consequences."""
     cdef size_t low, high
     cdef int code = 0
     m.cow.dirtied = 0
@@ -153,20 +157,20 @@ cdef int image_reset(memory* m, size_t size) noexcept nogil:
 
 
 cdef bint image_is_intact(memory* m, size_t size) noexcept nogil:
-    """Whether the first `size` bytes, whole host pages, are those of the memory's image, and zeros outside of it."""
-    cdef size_t at = 0, page = host_page()
+    """Whether the first `size` bytes, whole host pages, equal the memory's image, and are zero outside of the image."""
+    cdef size_t offset = 0, page = host_page()
     cdef const char* expected
-    while at < size:
-        expected = image_bytes(m.cow.image, at)
-        if not is_zero(m.base + at, page) if expected == NULL else memcmp(m.base + at, expected, page) != 0:
+    while offset < size:
+        expected = image_bytes(m.cow.image, offset)
+        if not is_zero(m.base + offset, page) if expected == NULL else memcmp(m.base + offset, expected, page) != 0:
             return False
-        at += page
+        offset += page
     return True
 
 
-cdef void touched_begin(touched_runs* runs, memory* m, size_t at, size_t end) noexcept nogil:
+cdef void touched_begin(touched_runs* runs, memory* m, size_t start, size_t end) noexcept nogil:
     runs.m = m
-    runs.offset = at
+    runs.offset = start
     runs.end = end
     runs.code = 0
 
@@ -187,12 +191,14 @@ cdef bint touched_next(touched_runs* runs) noexcept nogil:
     return True
 
 
-cdef bint fill_touched(memory* m, size_t at, size_t end, size_t bound, size_t* total) noexcept nogil:
-    """image_fill() the touched pages of at .. end, and add their size to *total. False: the OS does not tell which
+cdef bint fill_touched(memory* m, size_t start, size_t end, size_t bound, size_t* total) noexcept nogil:
+    """image_fill() the touched pages of start .. end, and add their size to *total. False: the OS does not say which
     pages were touched, or *total exceeds `bound`. Some pages may have been filled then."""
     cdef touched_runs found
     cdef size_t i
-    touched_begin(&found, m, at, end)
+    if not pages.capabilities().scans:
+        return False
+    touched_begin(&found, m, start, end)
     while touched_next(&found):
         for i in range(found.n):
             total[0] += found.runs[i].size
@@ -203,51 +209,48 @@ cdef bint fill_touched(memory* m, size_t at, size_t end, size_t bound, size_t* t
     return found.code == 0
 
 
-# -- all bytes become those of an image
+# -- all bytes become an image's
 
 cdef enum:
-    DIRTIED_LEAST = 1 << 18         # bytes: a restore of so few bytes costs next to nothing
+    DIRTIED_LEAST = 1 << 18         # bytes; a restore of fewer bytes is cheap
 
 
 cdef void image_restore(memory* m, image* img) noexcept nogil:
     """Every byte becomes the image's, or zero outside of the image; the size stays. The caller holds the memory's lock
-    or owns the memory exclusively, no page is protected, and img.end is within byte_size. It cannot fail: what the OS
-    refuses to map or to give back is copied or zeroed."""
+    or owns the memory exclusively, no page is protected, and img.end is within byte_size. A restore cannot fail: if
+    the OS refuses to map or to give back pages, their bytes are copied or zeroed."""
     cdef size_t end = m.accessible if m.ops.pages_are_ours else memory_size(m)
-    cdef size_t low = img.offset + img.low, high = img.offset + img.high
+    cdef size_t low = img.offset + img.low
+    cdef size_t high = min(img.offset + img.high, end)      # pages that are not linmem's may end within a host page
     if m.cow.how == IMAGE_MAPPED and m.cow.image == img:
         restore_mapped(m, low, high, end)
         return
-    if high > end:          # the image's last host page, in a memory whose pages are not linmem's
-        high = end
     map_or_copy(m, img, low, high)
     zero_bytes(m, 0, low)
     zero_bytes(m, high, end)
     if m.cow.how != IMAGE_BROKEN:
-        if m.cow.image != img:
-            hold_image(m, img)
-            m.cow.started = 0
+        hold_image(m, img)
         m.cow.dirtied = 0
 
 
 cdef void restore_mapped(memory* m, size_t low, size_t high, size_t end) noexcept nogil:
-    """Put back the written pages of a memory that the image low .. high is mapped into.
+    """Put the image's bytes back into the written pages of a memory that the image is mapped into, at low .. high.
 
-    A page that was put back stays the memory's own, and the next restore finds it and puts it back too. That is cheaper
-    than the page faults after giving it back, as long as mostly the same pages are written. So the first restore after
-    pages were given back counts the written bytes, and a restore that finds four times as many gives all pages back.
+    A page that was put back stays the memory's own copy, and the next restore finds that page and puts it back too. As
+    long as mostly the same pages are written, that is cheaper than the page faults after giving the pages back. So the
+    first restore after pages were given back counts the written bytes, and a restore that finds four times as many
+    gives all pages back.
     """
     cdef size_t total = 0, bound = m.cow.dirtied << 2 if m.cow.dirtied else SIZE_MAX
-    cdef pages.image_pages* content = &m.cow.image.content
-    cdef size_t first = low - m.cow.image.offset
-    if pages.capabilities().scans and fill_touched(m, 0, end, bound, &total):
+    cdef image* img = m.cow.image
+    if fill_touched(m, 0, end, bound, &total):
         if m.cow.dirtied == 0:
-            m.cow.dirtied = total if total > DIRTIED_LEAST else DIRTIED_LEAST
+            m.cow.dirtied = max(total, <size_t>DIRTIED_LEAST)
         return
     m.cow.dirtied = 0
-    if (pages.image_renew(content, first, m.base + low, high - low)
-            and pages.image_map(content, first, m.base + low, high - low)):
-        memcpy(m.base + low, content.bytes + first, high - low)
+    if (pages.image_renew(&img.content, img.low, m.base + low, high - low)
+            and pages.image_map(&img.content, img.low, m.base + low, high - low)):
+        memcpy(m.base + low, img.content.bytes + img.low, high - low)
     discard_or_zero(m, 0, low)
     discard_or_zero(m, high, end)
 
@@ -258,33 +261,31 @@ cdef void map_or_copy(memory* m, image* img, size_t low, size_t high) noexcept n
     The state is IMAGE_BROKEN during each page call. A child that is forked during the call takes over the state, and a
     restore in the child must not take a part of another image for this one.
     """
-    cdef size_t at = low, i
+    cdef size_t copied = low, i
     image_unmap(m)          # the pages must not show the other image any more
-    if img.content.maps and high > low and m.ops == &mapped_ops and m.cow.how == IMAGE_COPIED:
-        if m.cow.image != img:
-            hold_image(m, img)
-            m.cow.started = 0
-        store_release(&m.cow.how, IMAGE_BROKEN)       # after the image, because it is this image that is broken
+    if image_shares_pages(img) and m.ops == &mapped_ops and m.cow.how == IMAGE_COPIED:
+        hold_image(m, img)
+        store_release(&m.cow.how, IMAGE_BROKEN)       # after the image, because the state is about that image
         if pages.image_map(&img.content, img.low, m.base + low, high - low) == 0:
             m.cow.how = IMAGE_MAPPED
             return
         m.cow.how = IMAGE_COPIED
     for i in range(img.n_runs):
-        zero_bytes(m, at, img.offset + img.runs[i].offset)
-        at = image_copy_run(img, i, m.base)
-    zero_bytes(m, at, high)
+        zero_bytes(m, copied, img.offset + img.runs[i].offset)
+        copied = image_copy_run(img, i, m.base)
+    zero_bytes(m, copied, high)
 
 
 cdef void zero_bytes(memory* m, size_t start, size_t end) noexcept nogil:
-    """Any bytes that no image is mapped into become zero; whole host pages in the cheapest way."""
+    """Bytes of any range that no image is mapped into become zero; whole host pages in the cheapest way."""
     cdef size_t first = 0, last = round_down(end, host_page()), total = 0
-    if (not m.ops.pages_are_ours or m.cow.how == IMAGE_BROKEN or round_up(start, host_page(), &first)
-            or first >= last):
+    round_up(start, host_page(), &first)
+    if not m.ops.pages_are_ours or m.cow.how == IMAGE_BROKEN or first >= last:
         if end > start:
             memset(m.base + start, 0, end - start)
         return
     memset(m.base + start, 0, first - start)
-    if not (pages.capabilities().scans and fill_touched(m, first, last, SIZE_MAX, &total)):
+    if not fill_touched(m, first, last, SIZE_MAX, &total):
         discard_or_zero(m, first, last)
     memset(m.base + last, 0, end - last)
 
@@ -294,11 +295,11 @@ cdef void discard_or_zero(memory* m, size_t start, size_t end) noexcept nogil:
         memset(m.base + start, 0, end - start)
 
 
-# -- for a pool, whose memories come back to the image that they started from
+# -- for a pool, whose memories return to the image that they started from
 
 cdef int image_rebind(memory* m, image* img) noexcept nogil:
-    """The caller owns the memory exclusively. Rebinds it from its current image to `img`; NULL means no image. 0:
-    image_is_attached(m, img). The bytes are the image's then; those of no image may be anything."""
+    """The caller owns the memory exclusively. Rebinds the memory from its current image to `img`; NULL means no image.
+    After a 0, image_is_attached(m, img) holds. The bytes are the image's then; without an image they have any value."""
     cdef int code
     if img != NULL:
         image_restore(m, img)

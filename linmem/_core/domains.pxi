@@ -10,74 +10,70 @@ cdef domain* domains[DOMAIN_BUCKETS]
 cdef fork_lock domains_lock
 register_fork_lock(&domains_lock)
 
-# What a thread is doing: the domain of the memory that it makes, and the request that a Python creator answers.
+# The domain of the memory that a thread is making (`making`), and the request that a Python creator answers there
+# (`may_move` and `domain`).
 cdef extern from *:
     """
-    typedef struct { int may_move; void *domain, *making; } linmem_asked_t;
-    static LINMEM_OF_THREAD linmem_asked_t linmem_asked;
-    static linmem_asked_t *linmem_asked_of_thread(void) { return &linmem_asked; }
+    typedef struct { int may_move; void *domain, *making; } linmem_requests_t;
+    static LINMEM_OF_THREAD linmem_requests_t linmem_requests;
+    static linmem_requests_t *linmem_requests_of_thread(void) { return &linmem_requests; }
     """
-    ctypedef struct asked_t "linmem_asked_t":
+    ctypedef struct requests_t "linmem_requests_t":
         bint may_move
         void* domain
         void* making
 
-    asked_t* asked "linmem_asked_of_thread"() noexcept nogil
+    requests_t* thread_requests "linmem_requests_of_thread"() noexcept nogil
 
 
 cdef domain* current_domain() noexcept nogil:
-    """The domain of the memory that this thread is making; NULL: none was named. A borrowed reference."""
-    return <domain*>asked().making
+    """The domain of the memory that this thread is making, a borrowed reference; NULL: the request names no domain."""
+    return <domain*>thread_requests().making
 
 
 cdef void set_domain(domain* d) noexcept nogil:
-    asked().making = d
+    thread_requests().making = d
 
 
 cdef domain* domain_of(object name) except? NULL:
-    """A new reference on the domain with that name; NULL for None."""
+    """Returns a new reference on the domain with that name; NULL for None."""
     cdef bytes text
-    cdef domain* d
     cdef domain* made
-    cdef domain** head
-    cdef size_t size, hashed
+    cdef domain** link
     if name is None:
         return NULL
     if not isinstance(name, str):
         raise TypeError(f"domain must be a str or None, got {type(name).__name__}")
     text = (<str>name).encode("utf-8", "surrogatepass")
-    size = <size_t>len(text)
-    hashed = <size_t>hash(text)
-    made = <domain*>calloc(1, sizeof(domain) + size + 1)
+    made = <domain*>calloc(1, sizeof(domain) + <size_t>len(text) + 1)
     if made == NULL:
         raise MemoryError("no memory for the name of a domain")
-    made.refs = 1
-    made.hash = hashed
-    made.size = size
+    made.hash = <size_t>hash(text)
+    made.size = <size_t>len(text)
     made.name = <char*>made + sizeof(domain)
-    memcpy(made.name, <const char*>text, size)
+    memcpy(made.name, <const char*>text, made.size)
     with nogil:
         lock(&domains_lock.held)
-        head = &domains[hashed % DOMAIN_BUCKETS]
-        d = head[0]
-        while d != NULL and not (d.hash == hashed and d.size == size and memcmp(d.name, made.name, size) == 0):
-            d = d.next
-        if d != NULL:
-            d.refs += 1
+        link = &domains[made.hash % DOMAIN_BUCKETS]
+        while link[0] != NULL and not is_same_name(link[0], made):
+            link = &link[0].next
+        if link[0] == NULL:
+            link[0] = made
         else:
-            made.next = head[0]
-            head[0] = made
-        unlock(&domains_lock.held)
-        if d != NULL:
             free(made)
-    return made if d == NULL else d
+            made = link[0]
+        add(&made.refs, 1)
+        unlock(&domains_lock.held)
+    return made
+
+
+cdef inline bint is_same_name(const domain* d, const domain* other) noexcept nogil:
+    return d.hash == other.hash and d.size == other.size and memcmp(d.name, other.name, d.size) == 0
 
 
 cdef void domain_retain(domain* d) noexcept nogil:
     if d != NULL:
-        lock(&domains_lock.held)
-        d.refs += 1
-        unlock(&domains_lock.held)
+        add(&d.refs, 1)
 
 
 cdef void domain_release(domain* d) noexcept nogil:
@@ -85,22 +81,19 @@ cdef void domain_release(domain* d) noexcept nogil:
     if d == NULL:
         return
     lock(&domains_lock.held)
-    d.refs -= 1
-    if d.refs:
-        d = NULL
-    else:
+    if add(&d.refs, -1) == 0:
         link = &domains[d.hash % DOMAIN_BUCKETS]
         while link[0] != d:
             link = &link[0].next
         link[0] = d.next
+        free(d)
     unlock(&domains_lock.held)
-    free(d)
 
 
 cdef void answer_request(request* new) noexcept:
-    """A Python creator is asked on this thread for a memory as `new` says. Exchanges `new` with the request that was
-    answered until now; the caller exchanges them again afterwards."""
+    """A Python creator on this thread begins to answer the request `new`. Exchanges `new` with the request that was
+    answered before. The caller exchanges them again when the Python creator returns."""
     cdef request before
-    before.may_move, before.domain = asked().may_move, <domain*>asked().domain
-    asked().may_move, asked().domain = new.may_move, new.domain
+    before.may_move, before.domain = thread_requests().may_move, <domain*>thread_requests().domain
+    thread_requests().may_move, thread_requests().domain = new.may_move, new.domain
     new[0] = before

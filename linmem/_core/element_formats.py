@@ -1,7 +1,8 @@
-"""Element formats: converts what `Memory.view` and `Memory.array` accept into the terms of the buffer protocol."""
+"""Element formats: converts the arguments of `Memory.view` and `Memory.array` into formats of the buffer protocol."""
 
 from __future__ import annotations
 
+import math
 import struct
 import sys
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 _CHARS = {"b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I", "u8": "Q",
           "f2": "e", "f4": "f", "f8": "d", "c8": "Zf", "c16": "Zd"}
-# NumPy's names of these types. None of the names is a struct format.
+# NumPy's names of these types. No name is also a struct format.
 _NAMES = {"bool": "?", "bool_": "?", "byte": "b", "ubyte": "B", "short": "h", "ushort": "H", "intc": "i", "uintc": "I",
           "long": "l", "ulong": "L", "longlong": "q", "ulonglong": "Q", "int": "q", "uint": "Q", "intp": "n",
           "uintp": "N", "half": "e", "single": "f", "double": "d", "float": "d", "csingle": "Zf", "cdouble": "Zd",
@@ -120,9 +121,7 @@ def array_on(mem: Any, dtype: Any, offset: Any, shape: Any) -> Any:
     if start > size:
         raise ValueError(f"offset must be <= byte_size() ({size}), got {start}")
     most = (size - start) // element.itemsize
-    known = 1
-    for length in lengths:
-        known *= 1 if length is None else length
+    known = math.prod(length for length in lengths if length is not None)
     if None in lengths and known == 0:
         raise ValueError(f"shape must have no -1 beside a 0, got {shown(shape)}")
     if None not in lengths and known > most:

@@ -6,24 +6,19 @@
 #   +------------------+-----------------------------------+--------------------+
 #   ^offset            ^offset+low                         ^offset+high       end^ (<= offset + content.size)
 #
-# Outside offset+low .. offset+high a memory of the image holds zeros, and its pages are those of any memory.
+# Outside offset+low .. offset+high, the pages of a memory that starts from the image are pages of zeros.
 
 cdef char[GRANULE] zeros
 
-# The image of no bytes, for an Image object that was made without an image, so that `it` is never NULL. Never freed.
+# The image of no bytes, which is never freed. An Image object that was made without an image has it, so that Image.img
+# is never NULL.
 cdef image no_image
 no_image.refs = 1
 no_image.content.handle = -1
-no_image.runs_known = True
 
 
 cdef bint is_zero(const char* bytes, size_t size) noexcept nogil:
-    while size > GRANULE:
-        if memcmp(bytes, zeros, GRANULE):
-            return False
-        bytes += GRANULE
-        size -= GRANULE
-    return memcmp(bytes, zeros, size) == 0
+    return while_zero(bytes, size, True) == size
 
 
 cdef void image_retain(image* img) noexcept nogil:
@@ -40,8 +35,7 @@ cdef void image_release(image* img) noexcept nogil:
     free(img)
 
 
-cdef void (*tell_forgotten)(image* img) noexcept nogil
-tell_forgotten = NULL
+cdef void (*tell_forgotten)(image* img) noexcept nogil      # NULL: there is no pool yet
 
 
 cdef void set_forgotten_callback(void (*tell)(image* img) noexcept nogil) noexcept nogil:
@@ -60,8 +54,9 @@ cdef void image_forget(image* img) noexcept nogil:
 
 # -- making one: image_new(), image_put() for each piece, image_finish()
 
-cdef image* image_alloc(size_t offset, size_t size, failure* why) noexcept nogil:
-    """An image without content. NULL: it failed. *why is filled then."""
+cdef image* image_alloc(size_t offset, size_t size, size_t* content_size, failure* why) noexcept nogil:
+    """An image without content. NULL: it failed, and *why is filled. *content_size: bytes of the host pages from
+    img.offset to img.end."""
     cdef size_t end, page = host_page()
     cdef image* img
     if add_up(offset, size, &end) or round_up(end, page, &end) or end > SIZE_MAX >> 1:
@@ -75,32 +70,22 @@ cdef image* image_alloc(size_t offset, size_t size, failure* why) noexcept nogil
     img.offset = round_down(offset, page)
     img.end = offset + size
     img.content.handle = -1
-    img.runs_known = True
+    content_size[0] = end - img.offset
     return img
 
 
-cdef size_t content_size(const image* img) noexcept nogil:
-    """Bytes of the host pages from img.offset to img.end."""
-    cdef size_t size = 0
-    round_up(img.end - img.offset, host_page(), &size)
-    return size
-
-
 cdef image* image_new(size_t offset, size_t size, failure* why) noexcept nogil:
-    """An image of zeros, to be filled. NULL: it failed. *why is filled then."""
-    cdef image* img = image_alloc(offset, size, why)
-    cdef size_t n
-    if img == NULL:
-        return NULL
-    n = content_size(img)
-    if n and fail_page_call(why, pages.image_begin(n, &img.content), "image_begin", n):
+    """An image of zeros, to be filled. NULL: it failed, and *why is filled."""
+    cdef size_t n = 0
+    cdef image* img = image_alloc(offset, size, &n, why)
+    if img != NULL and n and fail_page_call(why, pages.image_begin(n, &img.content), "image_begin", n):
         free(img)
         return NULL
     return img
 
 
-cdef int image_put(image* img, size_t at, const char* bytes, size_t size, failure* why) noexcept nogil:
-    """Put bytes at `at` (a multiple of GRANULE) of the content, after all bytes that are there already. Granules of
+cdef int image_put(image* img, size_t offset, const char* bytes, size_t size, failure* why) noexcept nogil:
+    """Put bytes at an offset of the content (a multiple of GRANULE), after all bytes that were put before. Granules of
     zeros take no space."""
     cdef size_t first, end = 0
     cdef int code = 0
@@ -108,7 +93,10 @@ cdef int image_put(image* img, size_t at, const char* bytes, size_t size, failur
         first = end + while_zero(bytes + end, size - end, True)
         end = first + while_zero(bytes + first, size - first, False)
         if end > first:
-            code = image_put_run(img, at + first, bytes + first, end - first, why)
+            code = fail_page_call(why, pages.image_write(&img.content, offset + first, bytes + first, end - first),
+                                  "image_write", end - first)
+            if code == 0:
+                code = add_run(img, offset + first, end - first, why)
     return code
 
 
@@ -116,63 +104,58 @@ cdef size_t while_zero(const char* bytes, size_t size, bint zero) noexcept nogil
     """The length of the granules at the beginning that are all zero, or that all are not; `size` at most."""
     cdef size_t end = 0, step
     while end < size:
-        step = size - end if size - end < GRANULE else <size_t>GRANULE
+        step = min(size - end, <size_t>GRANULE)
         if (memcmp(bytes + end, zeros, step) == 0) != zero:
             break
         end += step
     return end
 
 
-cdef int image_put_run(image* img, size_t at, const char* bytes, size_t size, failure* why) noexcept nogil:
+cdef int add_run(image* img, size_t offset, size_t size, failure* why) noexcept nogil:
+    """Add a run of the content, rounded up to whole granules, behind the last run. Runs that touch are joined."""
     cdef size_t n = img.n_runs
     cdef run* runs
-    cdef int code = pages.image_write(&img.content, at, bytes, size)
-    if code:
-        return fail_page_call(why, code, "image_write", size)
     round_up(size, GRANULE, &size)
-    if n and img.runs[n - 1].offset + img.runs[n - 1].size == at:
+    round_up(offset + size, host_page(), &img.high)
+    if n == 0:
+        img.low = round_down(offset, host_page())
+    elif img.runs[n - 1].offset + img.runs[n - 1].size == offset:
         img.runs[n - 1].size += size
         return 0
-    runs = <run*>with_room(img.runs, n, &img.room, sizeof(run))
+    runs = <run*>with_room(img.runs, n, &img.room, sizeof(run), why)
     if runs == NULL:
-        return fail(why, E_NO_MEMORY, "realloc", n * sizeof(run))
+        return E_NO_MEMORY
     img.runs = runs
-    runs[n].offset = at
+    runs[n].offset = offset
     runs[n].size = size
     img.n_runs = n + 1
     return 0
 
 
-cdef void* with_room(void* items, size_t n, size_t* room, size_t item_size) noexcept nogil:
-    """The array of `n` items, reallocated if it has no room for one more. NULL: no memory; the array is as before."""
+cdef void* with_room(void* items, size_t n, size_t* room, size_t item_size, failure* why) noexcept nogil:
+    """The array of `n` items, reallocated if it has no room for one more. NULL: it failed, *why is filled, and the
+    array has not changed."""
     cdef size_t more = n + (n >> 1) + 16
     if n < room[0]:
         return items
     items = realloc(items, more * item_size)
     if items != NULL:
         room[0] = more
+    else:
+        fail(why, E_NO_MEMORY, "realloc", more * item_size)
     return items
 
 
 cdef int image_finish(image* img, failure* why) noexcept nogil:
-    image_bound(img)
     return fail_page_call(why, pages.image_end(&img.content), "image_end", img.content.size) if img.content.size else 0
-
-
-cdef void image_bound(image* img) noexcept nogil:
-    """Set low and high from the runs."""
-    cdef size_t page = host_page()
-    if img.n_runs:
-        img.low = round_down(img.runs[0].offset, page)
-        round_up(img.runs[img.n_runs - 1].offset + img.runs[img.n_runs - 1].size, page, &img.high)
 
 
 # -- pieces that begin and end anywhere: image_put() takes whole granules, so their ends are put together here
 
 cdef struct builder:
     image* img
-    size_t granule          # where the granule begins that is being filled, in the content
-    size_t filled           # bytes of the granule that are filled; 0: no granule is being filled
+    size_t granule          # where the granule that is being filled begins in the content
+    size_t filled           # bytes of that granule that are filled; 0: no granule is being filled
     char bytes[GRANULE]
 
 
@@ -182,26 +165,26 @@ cdef int put_granule(builder* b, failure* why) noexcept nogil:
     return image_put(b.img, b.granule, b.bytes, n, why) if n else 0
 
 
-cdef int put_piece(builder* b, size_t at, const char* bytes, size_t size, failure* why) noexcept nogil:
+cdef int put_piece(builder* b, size_t offset, const char* bytes, size_t size, failure* why) noexcept nogil:
     cdef size_t granule, lead, step
     cdef int code = 0
     while size and code == 0:
-        granule = round_down(at, GRANULE)
-        lead = at - granule
+        granule = round_down(offset, GRANULE)
+        lead = offset - granule
         if b.filled and b.granule != granule:
             code = put_granule(b, why)
             continue
         if lead == 0 and b.filled == 0 and size >= GRANULE:
             step = round_down(size, GRANULE)
-            code = image_put(b.img, at, bytes, step, why)
+            code = image_put(b.img, offset, bytes, step, why)
         else:
             if b.filled == 0:
                 memset(b.bytes, 0, GRANULE)
                 b.granule = granule
-            step = GRANULE - lead if size > GRANULE - lead else size
+            step = min(size, GRANULE - lead)
             memcpy(b.bytes + lead, bytes, step)
             b.filled = lead + step
-        at += step
+        offset += step
         bytes += step
         size -= step
     return code

@@ -1,4 +1,4 @@
-# The Python class Image: what memories start from and come back to; a part of memory.pyx.
+# The Python class Image, which memories start from and are restored to; a part of memory.pyx.
 
 from cpython.buffer cimport PyBUF_READ
 from cpython.memoryview cimport PyMemoryView_FromMemory
@@ -11,9 +11,9 @@ cdef class Image:
     """Bytes at an offset of a memory, and zeros everywhere else; immutable.
 
     Made by `Memory.snapshot` and `Image.from_bytes`. Memories that start from an image share its pages until they write
-    them, if the OS can do that (`linmem info` tells); otherwise the bytes are copied. Zeros take no space. An image is
-    a read-only buffer of `size` bytes, and equals every image of the same bytes at the same offset. It lives as long as
-    anything uses it, and any thread may use it.
+    them, if the OS can do that (see `linmem info`); otherwise the bytes are copied. Zeros take no space. An image is a
+    read-only buffer of `size` bytes, and equals every image of the same bytes at the same offset. An image exists as
+    long as anything uses it, and any thread may use it.
 
     Attributes
     ----------
@@ -23,9 +23,10 @@ cdef class Image:
 
     def __cinit__(self):
         self.img = &no_image
+        self.known = {}
 
     def __dealloc__(self):
-        if self.img != NULL and self.img != &no_image:
+        if self.img != &no_image:
             with nogil:
                 image_forget(self.img)
 
@@ -68,7 +69,7 @@ cdef class Image:
 
     @staticmethod
     def from_pieces(pieces, size, offset=0):
-        """An image of `size` bytes at `offset`, made of buffers with zeros between them.
+        """An image of `size` bytes at `offset` that consists of buffers with zeros between them.
 
         Parameters
         ----------
@@ -84,7 +85,7 @@ cdef class Image:
 
     @staticmethod
     def from_fd(fd, size, offset=0, *, position=0, runs=None, digest=None):
-        """An image whose pages are those of a file, read when they are first needed.
+        """An image whose pages are the pages of a file. A page is read when it is first needed.
 
         The file holds whole host pages, from the page of `offset` on; the bytes around the image's own must be zero.
         The descriptor is duplicated and may be closed. If a program later writes to the file, or cuts it short, bytes
@@ -111,14 +112,14 @@ cdef class Image:
         PageError
             The OS refused.
         """
-        cdef size_t start, n, end = 0, at, stored, page = host_page()
+        cdef size_t start, n, end = 0, first, stored = 0, page = host_page()
         cdef int code, descriptor
         cdef image* img
         cdef failure why
         cdef Image made
         check_extent(offset, "offset", &start)
         check_extent(_check_count(size, "size", "an integer number of bytes", 1), "size", &n)
-        check_bounded(position, "position", _BELOW_63_BITS, &at)
+        check_bounded(position, "position", _BELOW_63_BITS, &first)
         try:
             descriptor = fd if isinstance(fd, int) else fd.__index__()
         except (AttributeError, TypeError):
@@ -129,19 +130,18 @@ cdef class Image:
             runs = _check_pairs(runs, "runs", "within the image's host pages")
         if digest is not None:
             check_digest(digest)
-        if at > SIZE_MAX >> 1:
+        if first > SIZE_MAX >> 1:
             raise ValueError(f"position must be below 2**63, got {position}")
-        if at & (page - 1):
+        if first & (page - 1):
             raise ValueError(f"position must be a multiple of the host page ({page}), got {position}")
         if add_up(start, n, &end) or end > (SIZE_MAX >> 1) - page:
             raise ValueError(f"offset + size must fit an address, in whole host pages (together below 2**63 bytes), got"
                              f" {start} + {n}")
-        img = image_alloc(start, n, &why)
+        img = image_alloc(start, n, &stored, &why)
         if img == NULL:
             raise_failure(&why)
-        stored = content_size(img)
         with nogil:
-            code = pages.image_open(descriptor, <long long>at, stored, &img.content)
+            code = pages.image_open(descriptor, <long long>first, stored, &img.content)
         if code:
             free(img)
             if code == pages.IMAGE_SHORT:
@@ -156,38 +156,32 @@ cdef class Image:
         from linmem._files.sparse import runs_of_file
         if runs is not None:
             take_runs(made, runs)
-        found = runs_of_file(descriptor, at, img.offset, img.offset + img.content.size, runs)
+        found = runs_of_file(descriptor, first, img.offset, img.offset + img.content.size, runs)
         if runs is None:
             take_runs(made, found)
-        img.runs_known = runs is not None
+        img.runs_unknown = runs is None
         if digest is not None and made.digest != digest:
             raise ValueError(f"digest must be that of the file's content, {made.digest}, got {digest}")
         return made
 
-    # -- what it is
+    # -- properties
 
     @property
     def digest(self):
         """A hash of the image, as hexadecimal digits; the same on every machine.
 
         BLAKE2b of 32 bytes over the offset and the size, and then over the offset, the size and the bytes of each run
-        of blocks that are not all zero. Blocks have 4096 bytes, counted from a memory's first byte; numbers have 8
-        bytes, least significant first. Computed when first asked for.
+        of blocks that are not all zero. Blocks have 4096 bytes and begin at a multiple of 4096 in a memory; numbers
+        have 8 bytes, least significant first. The first read of this property computes the hash.
         """
-        with cython.critical_section(self):
-            digest = self._digest
+        digest = self.known.get("digest")
         if digest is None:
             from hashlib import blake2b
             state = blake2b(self.offset.to_bytes(8, "little") + self.size.to_bytes(8, "little"), digest_size=32)
-            content = content_of(self)
-            # Not self.runs(): a file may store zeros too.
-            for offset, size in find_runs(self):
+            for offset, size in find_runs(self):        # not self.runs(): a file may store zeros too
                 state.update(offset.to_bytes(8, "little") + size.to_bytes(8, "little"))
-                start = offset - self.img.offset
-                state.update(content[start:start + size])
-            digest = state.hexdigest()
-            with cython.critical_section(self):
-                self._digest = digest
+                state.update(bytes_at(self, offset, size))
+            digest = self.known.setdefault("digest", state.hexdigest())
         return digest
 
     def runs(self):
@@ -197,17 +191,14 @@ cdef class Image:
         bytes (where it is zero).
         """
         cdef size_t i
-        cdef list found
-        with cython.critical_section(self):
-            found = self._runs
+        cdef image* img = self.img
+        found = self.known.get("runs")
         if found is None:
-            if self.img.runs_known:
-                found = [(self.img.offset + self.img.runs[i].offset, self.img.runs[i].size)
-                         for i in range(self.img.n_runs)]
-            else:
+            if img.runs_unknown:
                 found = find_runs(self)
-            with cython.critical_section(self):
-                self._runs = found
+            else:
+                found = [(img.offset + img.runs[i].offset, img.runs[i].size) for i in range(img.n_runs)]
+            found = self.known.setdefault("runs", found)
         return list(found)
 
     def __len__(self):
@@ -223,7 +214,7 @@ cdef class Image:
         """The descriptor (a handle on Windows) that shows the image's whole host pages to another process.
 
         The image owns the descriptor: duplicate it to keep it. The other process opens it with
-        ``Image.from_fd(fd, img.size, img.offset)``. OSError if there is none.
+        ``Image.from_fd(fd, img.size, img.offset)``. OSError if there is no descriptor.
         """
         if self.img.content.handle == -1:
             raise OSError("the pages of this image are private: no descriptor shows them")
@@ -234,11 +225,11 @@ cdef class Image:
         from linmem.records import ImageInfo
         return ImageInfo(
             offset=self.offset, size=self.size,
-            stored=sum([size for _, size in self.runs()]) if self.img.runs_known else None,
+            stored=None if self.img.runs_unknown else sum([size for _, size in self.runs()]),
             kind=_pages.IMAGE_KINDS[self.img.content.kind] if self.img.content.size else "none",
             shares_pages=bool(self.img.content.maps), memories=load(&self.img.memories))
 
-    # -- what it is for
+    # -- memories and deltas
 
     def new_memory(self, maximum=None, *, minimum=None, creator=None, reserve=None, guard=None, may_move=False,
                    domain=None):
@@ -261,14 +252,12 @@ cdef class Image:
         PageError, GrowError
             As of `linmem.create`.
         """
-        cdef NativeCreator by = default_creator
-        if creator is not None:
-            by = check_native(creator, "creator")
-        return by.create(self.offset + self.size if minimum is None else minimum, maximum, reserve, guard, image=self,
-                         may_move=may_move, domain=domain)
+        cdef NativeCreator native = default_creator if creator is None else check_native(creator, "creator")
+        return native.create(self.offset + self.size if minimum is None else minimum, maximum, reserve, guard,
+                             image=self, may_move=may_move, domain=domain)
 
     def diff(self, other not None):
-        """What changed from this image to a memory or to another image, as a `Delta`.
+        """The changes from this image to a memory or to another image, as a `Delta`.
 
         Parameters
         ----------
@@ -280,37 +269,33 @@ cdef class Image:
             The memory has an inaccessible page (`Memory.protect`).
         """
         cdef changes found
+        cdef change* each
         cdef failure why
         cdef int code
         cdef size_t i
-        cdef Image image_
-        target = None
-        begin = 0
-        if isinstance(other, Memory):
-            find_changes(<Memory>other, self, True, &found)
-            size = len(other)
-        elif isinstance(other, Image):
-            image_ = <Image>other
+        cdef Image image_ = <Image>other if isinstance(other, Image) else None
+        cdef list ranges = [], zeros = []
+        if image_ is not None:
             with nogil:
                 code = image_changes(image_.img, self.img, &found, &why)
             if code:
                 raise_failure(&why)
-            size = image_.offset + image_.size
-            target = image_.digest
-            begin = image_.offset
+        elif isinstance(other, Memory):
+            find_changes(<Memory>other, self, True, &found)
         else:
             raise TypeError(f"other must be a Memory or an Image, got {type(other).__name__}")
         try:
-            ranges = [(found.list[i].offset, found.list[i].size) for i in range(found.n) if not found.list[i].zero]
-            zeros = [(found.list[i].offset, found.list[i].size) for i in range(found.n) if found.list[i].zero]
+            for i in range(found.n):
+                each = &found.list[i]
+                (zeros if each.zero else ranges).append((each.offset, each.size))
         finally:
             free(found.list)
-        if isinstance(other, Memory):
-            parts = [other.read(offset, n) for offset, n in ranges]
-            data = parts[0] if len(parts) == 1 else b"".join(parts)
+        if image_ is None:
+            size, target, begin = len(other), None, 0
+            data = b"".join([other.read(offset, n) for offset, n in ranges])
         else:
-            content = content_of(image_)
-            data = b"".join(content[offset - image_.img.offset:offset - image_.img.offset + n] for offset, n in ranges)
+            size, target, begin = image_.offset + image_.size, image_.digest, image_.offset
+            data = b"".join([bytes_at(image_, offset, n) for offset, n in ranges])
         return _Delta(self.digest, self.offset + self.size, size, ranges, zeros, data, target, begin)
 
     def apply(self, delta not None):
@@ -321,19 +306,15 @@ cdef class Image:
         ValueError
             The delta's base is another image, or the result is not the delta's target.
         """
+        from linmem._core.process_handles import own_runs
         check_type(delta, _Delta, "delta")
         if delta.base != self.digest:
             raise ValueError(f"the delta is for the image {delta.base}, and this one is {self.digest}")
-        made = Image.from_pieces(_bytes_after(delta, self._pieces()), delta.size - delta.offset, delta.offset)
+        pieces = _bytes_after(delta, own_runs(self, memoryview(self)))
+        made = Image.from_pieces(pieces, delta.size - delta.offset, delta.offset)
         if delta.target is not None and made.digest != delta.target:
             raise ValueError(f"the delta led to the image {made.digest}, and was to lead to {delta.target}")
         return made
-
-    def _pieces(self):
-        """The runs as a list of (offset, bytes), cut to the image's own bytes."""
-        view = memoryview(self)
-        return [(max(start, self.offset), view[max(start - self.offset, 0):start + n - self.offset])
-                for start, n in self.runs()]
 
     def __eq__(self, other):
         if not isinstance(other, Image):
@@ -353,7 +334,7 @@ cdef class Image:
         """Write the image to a file. Whenever the process is killed, the whole file is there, or the old one is.
 
         An image that was opened from the old file keeps the old file. The new file gets the owner and the rights of the
-        old one. A pipe or a character device is written to, packed.
+        old one. Into a pipe or a character device, the packed format is written.
 
         Parameters
         ----------
@@ -384,9 +365,9 @@ cdef class Image:
             True: call `verify()` at once. False: check the header, the table, each byte that is read instead of mapped,
             and that the file holds zeros where the table says zeros.
         map : bool
-            True: if the file is not packed, pages come from it when they are first needed. A program that changes the
-            file later changes the image, so the file must be one that no stranger can write. False: read the whole file
-            now.
+            True: if the file is not packed, a page is read from the file when the page is first needed. A program that
+            changes the file later changes the image, so open only files that no other user can write. False: read the
+            whole file now.
         max_size : int, optional
             Bytes; a larger image is refused.
 
@@ -404,7 +385,7 @@ cdef class Image:
             max_size = _check_size(max_size, "max_size")
         image_, contents = _files.open_image(Image, _check_path(path), verify=verify, mapped=map, max_size=max_size,
                                              host_page=host_page())
-        (<Image>image_)._contents = contents
+        (<Image>image_).known["contents"] = contents
         return image_
 
     def verify(self):
@@ -418,8 +399,9 @@ cdef class Image:
             The file is damaged.
         """
         from linmem._files import image_file as _files
-        if self._contents is not None:
-            _files.verify_image(self, self._contents)
+        contents = self.known.get("contents")
+        if contents is not None:
+            _files.verify_image(self, contents)
 
     def handle(self):
         """An object that `multiprocessing` can send to another process of this machine without a copy of the bytes.
@@ -438,16 +420,19 @@ cdef class Image:
 
     def __reduce_ex__(self, protocol):
         # The parts are the runs, which a pickler may send without a copy from protocol 5 on. To receive a part costs as
-        # much as to copy about a MiB, so many small runs are joined into one part.
+        # much as to copy about a MiB, so if there are many runs, the small ones are joined into one part.
         from pickle import PickleBuffer
+
+        from linmem._core.process_handles import own_runs
         wrap_part = PickleBuffer if protocol >= 5 else bytes
-        runs = self._pieces()
-        small = [] if len(runs) <= MOST_PARTS else [run for run in runs if len(run[1]) < SMALL_PART]
-        large = runs if not small else [run for run in runs if len(run[1]) >= SMALL_PART]
-        places = tuple([start for start, _ in large])
+        runs = list(own_runs(self, memoryview(self)))
+        least = SMALL_PART if len(runs) > MOST_PARTS else 0
+        large = [run for run in runs if len(run[1]) >= least]
+        small = [run for run in runs if len(run[1]) < least]
+        places = [start for start, _ in large]
         parts = [wrap_part(data) for _, data in large]
         if small:
-            places += tuple([(start, len(data)) for start, data in small]),
+            places.append([(start, len(data)) for start, data in small])
             parts.append(wrap_part(b"".join([data for _, data in small])))
         return _unpickled, (self.size, self.offset, places, *parts)
 
@@ -458,13 +443,14 @@ cdef enum:
 
 
 cdef char* bytes_from(image* img, size_t offset) noexcept nogil:
-    """The image's bytes from the offset of a memory on."""
+    """The image's bytes from an offset of a memory on."""
     return img.content.bytes + (offset - img.offset) if img.content.size else zeros
 
 
-cdef object content_of(Image img):
-    """All of an image's host pages. The caller keeps the image as long as it uses the result."""
-    return PyMemoryView_FromMemory(bytes_from(img.img, img.img.offset), <Py_ssize_t>img.img.content.size, PyBUF_READ)
+cdef object bytes_at(Image img, size_t offset, size_t size):
+    """Bytes of the image's host pages at an offset of a memory. The caller keeps the image as long as it uses the
+    result."""
+    return PyMemoryView_FromMemory(bytes_from(img.img, offset), <Py_ssize_t>size, PyBUF_READ)
 
 
 def _unpickled(size, offset, places, *parts):
@@ -474,13 +460,13 @@ def _unpickled(size, offset, places, *parts):
         if isinstance(place, int):
             pieces.append((place, part))
             continue
-        at = 0
+        used = 0
         view = memoryview(part)
         for start, n in place:
-            pieces.append((start, view[at:at + n]))
-            at += n
-        if at != len(view):
-            raise ValueError(f"a part of {len(view)} bytes must be all of its runs, which have {at}")
+            pieces.append((start, view[used:used + n]))
+            used += n
+        if used != len(view):
+            raise ValueError(f"a part of {len(view)} bytes must be all of its runs, which have {used}")
     pieces.sort(key=lambda piece: piece[0])
     return Image.from_pieces(pieces, size, offset)
 
@@ -491,30 +477,23 @@ def _parts(Image image_ not None):
 
 
 def _of_parts(descriptor, size, offset, position, runs):
-    from os import close
-    fd = descriptor.detach()
-    try:
-        return Image.from_fd(fd, size, offset, position=position, runs=runs)
-    finally:
-        close(fd)
+    with open(descriptor.detach(), "rb") as file:
+        return Image.from_fd(file.fileno(), size, offset, position=position, runs=runs)
 
 
 cdef Image build_image(size_t offset, size_t size, object pieces):
     cdef Image made = Image.__new__(Image)
-    cdef image* img
     cdef failure why
     cdef Py_buffer given
     cdef size_t start, reached = offset
     cdef int code
     cdef builder b
-    with nogil:
-        img = image_new(offset, size, &why)
-    if img == NULL:
-        raise_failure(&why)
-    made.adopt(img, offset)
-    b.img = img
     b.filled = 0
-    b.granule = 0
+    with nogil:
+        b.img = image_new(offset, size, &why)
+    if b.img == NULL:
+        raise_failure(&why)
+    made.adopt(b.img, offset)
     try:
         pairs = iter(pieces)
     except TypeError as error:
@@ -532,7 +511,7 @@ cdef Image build_image(size_t offset, size_t size, object pieces):
                                  f" {given.len} bytes at {start}")
             reached = start + <size_t>given.len
             with nogil:
-                code = put_piece(&b, start - img.offset, <const char*>given.buf, <size_t>given.len, &why)
+                code = put_piece(&b, start - b.img.offset, <const char*>given.buf, <size_t>given.len, &why)
         finally:
             PyBuffer_Release(&given)
         if code:
@@ -540,7 +519,7 @@ cdef Image build_image(size_t offset, size_t size, object pieces):
     with nogil:
         code = put_granule(&b, &why)
         if code == 0:
-            code = image_finish(img, &why)
+            code = image_finish(b.img, &why)
     if code:
         raise_failure(&why)
     return made
@@ -549,51 +528,37 @@ cdef Image build_image(size_t offset, size_t size, object pieces):
 cdef int take_runs(Image self, given) except -1:
     """The runs of an image of a file. None: one run, the whole content."""
     cdef image* img = self.img
-    cdef size_t n, i, offset, size, first, end = 0
+    cdef failure why
+    cdef size_t offset, size, first, end = 0
     cdef size_t lead = self.offset - img.offset, tail = lead + self.size
     if not is_zero(img.content.bytes, lead) or not is_zero(img.content.bytes + tail, img.content.size - tail):
         raise ValueError(f"the file must hold zeros around the image's {self.size} bytes, to whole host pages")
-    cdef list pairs = [(img.offset, img.content.size)] if given is None else given
-    n = <size_t>len(pairs)
-    img.runs = <run*>calloc(n + 1, sizeof(run))
-    if img.runs == NULL:
-        raise_code(E_NO_MEMORY)
-    img.room = n + 1
-    for i in range(n):
-        offset, size = pairs[i]
+    for offset, size in [(img.offset, img.content.size)] if given is None else given:
         first = offset - img.offset
         if (offset < img.offset or first & (GRANULE - 1) or size & (GRANULE - 1) or size == 0 or first < end
                 or first > img.content.size or size > img.content.size - first):
             raise ValueError(f"runs must be in order, apart, multiples of {GRANULE} bytes and within the image's"
-                             f" host pages, got {pairs[i]!r}")
+                             f" host pages, got {(offset, size)}")
         end = first + size
-        img.runs[i].offset = first
-        img.runs[i].size = size
-    img.n_runs = n
-    image_bound(img)
+        if add_run(img, first, size, &why):
+            raise_failure(&why)
     return 0
 
 
 cdef list find_runs(Image self):
-    """The parts of the image's runs that are not zero. It reads every byte of the runs."""
+    """The parts of the image's runs that are not zero. This function reads every byte of the runs."""
     cdef list found = []
     cdef image* img = self.img
-    cdef size_t at, first, end, i, joined = 0, begun = 0
+    cdef size_t first, last, end, i
     for i in range(img.n_runs):
-        at = img.runs[i].offset
-        end = at + img.runs[i].size
-        while at < end:
+        last = img.runs[i].offset
+        end = last + img.runs[i].size
+        while last < end:
             with nogil:
-                first = at + while_zero(img.content.bytes + at, end - at, True)
-                at = first + while_zero(img.content.bytes + first, end - first, False)
-            if at == first:
-                continue
-            if found and joined == first:       # the previous run ends where this one begins
-                found.pop()
-                first = begun
-            found.append((img.offset + first, at - first))
-            begun = first
-            joined = at
+                first = last + while_zero(img.content.bytes + last, end - last, True)
+                last = first + while_zero(img.content.bytes + first, end - first, False)
+            if last > first:
+                found.append((img.offset + first, last - first))
     return found
 
 

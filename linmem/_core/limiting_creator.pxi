@@ -14,20 +14,16 @@ cdef struct limit_hook:
     budget* budget
     size_t charged              # bytes, in whole host pages
     size_t charged_before       # the growth under way
+    limit_hook* outer           # while the memory is being made: the thread's next hook without a memory
 
-# The charge for a memory that this thread is making and that has no hook yet. A thread has several of them where a
-# Python creator upstream makes another memory.
-cdef struct pending_charge:
-    pending_charge* outer
-    budget* budget
-    size_t size
-
+# The list of the hooks whose memories this thread is making. Several hooks are in it if limits nest, or if a Python
+# creator upstream makes another memory.
 cdef extern from *:
     """
     static LINMEM_OF_THREAD void *linmem_pending;
     static void **linmem_pending_of_thread(void) { return &linmem_pending; }
     """
-    void** pending_charges "linmem_pending_of_thread"() noexcept nogil
+    void** pending_hooks "linmem_pending_of_thread"() noexcept nogil
 
 cdef link budgets
 list_init(&budgets)
@@ -36,7 +32,7 @@ cdef atomic_i64 budgets_started
 
 
 cdef void list_budget(budget* b) noexcept nogil:
-    if compare_exchange(&budgets_started, 0, 1):    # not at the import of this module: memory.pyx may not be ready then
+    if compare_exchange(&budgets_started, 0, 1):    # not at the import, because an import that fails may be repeated
         register_fork_lock(&budgets_lock)
         call_in_each_child(charge_anew)
     lock(&budgets_lock.held)
@@ -55,17 +51,17 @@ cdef void release_budget(budget* b) noexcept nogil:
 
 cdef void charge_anew() noexcept nogil:
     """In a forked child: computes the charges of all budgets again. A thread that the child does not have may have
-    charged bytes for a memory that does not exist yet, or may not have refunded those of a dropped one. So each budget
-    is charged with the memories that exist, and with those that this thread is making."""
+    charged bytes for a memory that does not exist yet, or may not have refunded the bytes of a dropped memory. So each
+    budget is charged with the memories that exist, and with the memories that this thread is making."""
     cdef link* node = budgets.next
-    cdef pending_charge* pending = <pending_charge*>pending_charges()[0]
+    cdef limit_hook* pending = <limit_hook*>pending_hooks()[0]
     cdef memory* m = next_live_memory(NULL)
     cdef memory_hook* hook
     while node.owner != NULL:
         store(&(<budget*>node.owner).used, 0)
         node = node.next
     while pending != NULL:
-        add(&pending.budget.used, <long long>pending.size)
+        add(&pending.budget.used, <long long>pending.charged)
         pending = pending.outer
     while m != NULL:
         hook = m.hooks
@@ -83,18 +79,19 @@ cdef inline size_t committed(size_t size) noexcept nogil:
 
 
 cdef int charge(budget* b, size_t size, size_t total, failure* why) noexcept nogil:
-    """Charges `size` bytes or nothing; exact under threads. If the budget does not cover them, idle slots of pools over
-    this budget give up what is missing first. They do not where some limit refuses the memory anyway, which would have
-    `total` bytes. The caller holds no fork_lock."""
+    """Charges `size` bytes or nothing; exact under threads. If the budget does not cover the bytes, idle slots of pools
+    over this budget give up the missing bytes first, unless the memory, which would have `total` bytes, exceeds some
+    limit anyway. The caller holds no fork_lock."""
     cdef long long used, peak
+    cdef size_t left
     while True:
         used = load(&b.used)
-        if size > <size_t>(b.limit - used):
-            if total <= <size_t>b.smallest_limit and relieve(RELIEF_BUDGET, b, size - <size_t>(b.limit - used)):
-                continue
+        left = <size_t>(b.limit - used)
+        if size <= left:
+            if compare_exchange(&b.used, used, used + <long long>size):
+                break
+        elif total > <size_t>b.smallest_limit or not relieve(RELIEF_BUDGET, b, size - left):
             return fail(why, E_LIMIT, "limit", size, <size_t>used, <size_t>b.limit)
-        if compare_exchange(&b.used, used, used + <long long>size):
-            break
     used += <long long>size
     while True:
         peak = load(&b.peak)
@@ -116,9 +113,8 @@ cdef int limit_resized(memory_hook* head, memory* m, size_t size, size_t accessi
 
 cdef int limit_before_grow(memory_hook* head, memory* m, size_t new_size, failure* why) noexcept nogil:
     cdef limit_hook* hook = <limit_hook*>head
-    cdef size_t need = committed(new_size)
     hook.charged_before = hook.charged
-    return limit_resized(head, m, new_size, need, why) if need > hook.charged else 0
+    return limit_resized(head, m, new_size, max(hook.charged, committed(new_size)), why)
 
 
 cdef void limit_after_grow(memory_hook* head, memory* m, size_t old_size, size_t new_size, int code) noexcept nogil:
@@ -128,7 +124,7 @@ cdef void limit_after_grow(memory_hook* head, memory* m, size_t old_size, size_t
 
 
 cdef void limit_dropped(memory_hook* head) noexcept nogil:
-    # The bytes are refunded only now that the pages are gone: what is committed never exceeds the budget.
+    # The bytes are refunded only now that the pages are gone, so the committed bytes never exceed the budget.
     cdef limit_hook* hook = <limit_hook*>head
     add(&hook.budget.used, -<long long>hook.charged)
     release_budget(hook.budget)
@@ -139,9 +135,9 @@ cdef void limit_dropped(memory_hook* head) noexcept nogil:
 cdef class LimitingCreator(NativeCreator):
     """One budget of committed bytes over all memories that come through it.
 
-    Charged (in whole host pages) when a memory is made and when it grows, refunded when it is
-    dropped; exact under threads. Over it: `LimitError`, in wasm -1 from ``memory.grow``. Limits
-    nest: each takes the next as its upstream. As rmm's ``LimitingResourceAdaptor``.
+    The budget is charged (in whole host pages) when a memory is made and when it grows, and refunded when the memory is
+    dropped. The sums are exact under threads. A request that exceeds the budget raises `LimitError`; in wasm,
+    ``memory.grow`` returns -1. Limits nest: each takes the next as its upstream. rmm has ``LimitingResourceAdaptor``.
 
     Parameters
     ----------
@@ -158,9 +154,7 @@ cdef class LimitingCreator(NativeCreator):
         check_bounded(limit_bytes, "limit_bytes", "below 2**63", &limit)
         if limit > SIZE_MAX >> 1:
             raise OverflowError(f"limit_bytes must be below 2**63, got {limit}")
-        self.budget = <budget*>calloc(1, sizeof(budget))
-        if self.budget == NULL:
-            raise MemoryError("no memory for a budget")
+        self.budget = <budget*>new_zeroed(sizeof(budget), "a budget")
         self.budget.refs = 1
         self.budget.limit = self.budget.smallest_limit = <long long>limit
         while upstream is not None:
@@ -176,30 +170,28 @@ cdef class LimitingCreator(NativeCreator):
 
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
         cdef size_t size = committed(spec.minimum)
-        cdef limit_hook* hook
-        cdef pending_charge pending
-        cdef int code = charge(self.budget, size, size, why)
-        if code:
-            return code
-        pending.budget, pending.size, pending.outer = self.budget, size, <pending_charge*>pending_charges()[0]
-        pending_charges()[0] = &pending
-        hook = <limit_hook*>calloc(1, sizeof(limit_hook))
+        cdef limit_hook* hook = <limit_hook*>calloc(1, sizeof(limit_hook))
+        cdef int code
         if hook == NULL:
-            code = fail(why, E_NO_MEMORY, "calloc", sizeof(limit_hook))
-        else:
+            return fail(why, E_NO_MEMORY, "calloc", sizeof(limit_hook))
+        hook.head.budget = hook.budget = self.budget
+        hook.charged = size
+        code = charge(self.budget, size, size, why)
+        if code == 0:
+            hook.outer = <limit_hook*>pending_hooks()[0]
+            pending_hooks()[0] = hook
             code = self.upstream.make(spec, out, why)
-        pending_charges()[0] = pending.outer
+            pending_hooks()[0] = hook.outer
+            if code:
+                add(&self.budget.used, -<long long>size)
         if code:
             free(hook)
-            add(&self.budget.used, -<long long>size)
             return code
         add(&self.budget.refs, 1)
         hook.head.before_grow = limit_before_grow
         hook.head.after_grow = limit_after_grow
         hook.head.dropped = limit_dropped
         hook.head.resized = limit_resized
-        hook.head.budget = hook.budget = self.budget
-        hook.charged = size
         memory_add_hook(out[0], &hook.head)
         return 0
 
@@ -210,13 +202,13 @@ cdef class LimitingCreator(NativeCreator):
 
     @property
     def used_bytes(self):
-        """Bytes charged to the budget now, whole host pages."""
+        """The bytes charged to the budget now, in whole host pages."""
         return load(&self.budget.used)
 
     @property
     def peak_bytes(self):
         """The most bytes that were ever charged at once."""
-        # charge() stores the peak after the charge; in a forked child the thread that was to store it may be missing.
+        # charge() stores the peak after the charge. A forked child may lack the thread that was about to store it.
         return max(load(&self.budget.used), load(&self.budget.peak))
 
     def __repr__(self):

@@ -51,7 +51,7 @@ cdef struct image:
     run* runs                   # of the content, in order and apart, multiples of GRANULE; zeros lie between them
     size_t n_runs
     size_t room                 # runs that the array has room for
-    bint runs_known             # False: there is one run, the whole content, and it may hold zeros too
+    bint runs_unknown           # True: an image of a file without claimed runs; its runs may hold zeros too
 
 cdef enum:
     GRANULE = 4096              # unit of the runs of an image, also if the host page is larger
@@ -176,8 +176,9 @@ cdef struct memory_hook:
 # |                 |                         |                      |                         | memory.refs           |
 # | image.refs      | the Image, memories,    | atomically, no lock  | stays                   | no thread: 0 frees    |
 # |                 | slots and requests      |                      |                         | the image             |
-# | domain.refs     | users of the name       | under domains_lock   | stays                   | no thread: 0 frees    |
-# |                 |                         |                      |                         | the name              |
+# | domain.refs     | users of the name       | atomically; 0 to 1   | stays                   | no thread: 0 frees    |
+# |                 |                         | and 1 to 0 under     |                         | the name              |
+# |                 |                         | domains_lock         |                         |                       |
 #
 # memory.lock does not count: it holds the generation of the process whose thread took it. A forked child takes over a
 # lock of an older generation, because that thread is not there.
@@ -287,7 +288,7 @@ cdef nogil:
     int memory_unprotect(memory* m, size_t size) noexcept
     void memory_forget_protection(memory* m) noexcept
     void memory_protection_becomes_unknown(memory* m) noexcept
-    int refuse_foreign(const char* addr, size_t size, int allowed, const char* call, failure* why) noexcept
+    int refuse_foreign(const char* start, size_t size, int allowed, const char* call, failure* why) noexcept
 
 # Images.
 cdef nogil:
@@ -310,7 +311,7 @@ cdef nogil:
     int image_reset(memory* m, size_t size) noexcept
     void image_fill(memory* m, size_t offset, size_t size) noexcept
     bint image_is_intact(memory* m, size_t size) noexcept
-    void touched_begin(touched_runs* runs, memory* m, size_t offset, size_t end) noexcept
+    void touched_begin(touched_runs* runs, memory* m, size_t start, size_t end) noexcept
     bint touched_next(touched_runs* runs) noexcept
 
 cdef inline image* image_of(memory* m) noexcept nogil:
@@ -381,8 +382,7 @@ cdef class NativeCreator:
     cdef object __weakref__
     # 0 and *out holds one reference, or a code and nothing is left behind.
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil
-    cdef int fill_spec(self, memory_spec* spec, ty, minimum, maximum, reserved_size_in_bytes,
-                       guard_size_in_bytes) except -1
+    cdef int fill_spec(self, memory_spec* spec, ty, minimum, maximum, reservation, guard) except -1
     cdef object make_checked(self, const memory_spec* spec, str guard_name, object domain=*)
 
 
@@ -408,9 +408,7 @@ cdef class Image:
     cdef object __weakref__
     cdef readonly size_t offset
     cdef readonly size_t size
-    # Each of the next three is computed by the first thread that asks for it, and read and written in a critical
-    # section: without a GIL, several threads may ask at once.
-    cdef object _digest         # None: not computed yet
-    cdef object _runs           # None: not computed yet
-    cdef object _contents       # what the file says of the image that is a mapping of it, else None
+    # "digest" and "runs", when they have been computed, and "contents": what the file says of an image that is mapped
+    # from it. A dict, because without a GIL several threads may ask at once. No value is replaced.
+    cdef dict known
     cdef Image adopt(self, image* img, size_t offset)

@@ -56,7 +56,7 @@ class Memory(LinearMemory):  # registered with the trait
     # format: a struct format, a NumPy type string or name, bool, int, float, or a NumPy dtype or scalar type.
     def view(self, format: str | type | Any = "B", offset: SupportsIndex = 0,
              count: SupportsIndex | None = None) -> memoryview: ...
-    # dtype: what numpy.dtype() takes; returns a numpy.ndarray.
+    # dtype: any argument of numpy.dtype(). Returns a numpy.ndarray.
     def array(self, dtype: Any, offset: SupportsIndex = 0,
               shape: SupportsIndex | Sequence[SupportsIndex] | None = None) -> Any: ...
     @overload

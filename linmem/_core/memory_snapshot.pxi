@@ -1,34 +1,33 @@
-# What a memory holds now, as an image, and where it differs from an image; a part of memory.pyx.
+# memory_snapshot(): an image of a memory; memory_changes(), image_changes(): where a memory or an image differs from an
+# image; a part of memory.pyx.
 #
-# Both look only at the pages that may matter: time and space follow the pages that are there, not the memory's size.
+# They read only pages that may differ. So their time depends on the pages that were touched, not on the memory's size.
 
-cdef int add_range(changes* to, size_t offset, size_t size, bint zero, failure* why) noexcept nogil:
-    """Add a range, joined to the last one if they touch or overlap and both are `zero` or both are not."""
-    cdef change* last = to.list + (to.n - 1) if to.n else NULL
+cdef int add_range(changes* found, size_t offset, size_t size, bint zero, failure* why) noexcept nogil:
+    """Add a range. Join the range and the last one if they touch or overlap, and both are `zero` or both are not."""
+    cdef change* last = found.list + (found.n - 1) if found.n else NULL
     cdef change* list
-    if (last != NULL and last.zero == zero and last.offset <= offset and offset <= last.offset + last.size):
-        if offset + size > last.offset + last.size:
-            last.size = offset + size - last.offset
+    if last != NULL and last.zero == zero and last.offset <= offset and offset <= last.offset + last.size:
+        last.size = max(last.size, offset + size - last.offset)
         return 0
-    list = <change*>with_room(to.list, to.n, &to.room, sizeof(change))
+    list = <change*>with_room(found.list, found.n, &found.room, sizeof(change), why)
     if list == NULL:
-        return fail(why, E_NO_MEMORY, "realloc", to.n * sizeof(change))
-    to.list = list
-    list[to.n].offset = offset
-    list[to.n].size = size
-    list[to.n].zero = zero
-    to.n += 1
+        return E_NO_MEMORY
+    found.list = list
+    list[found.n].offset = offset
+    list[found.n].size = size
+    list[found.n].zero = zero
+    found.n += 1
     return 0
 
 
-# -- where a difference may be: ranges of whole host pages, counted from a memory's first byte
+# -- where a difference may be: ranges of whole host pages; the offsets are those of a memory
 
-cdef int add_bytes(changes* to, size_t offset, size_t size, failure* why) noexcept nogil:
-    """The host pages in which the bytes lie."""
-    cdef size_t end = 0, page = host_page()
-    cdef size_t first = round_down(offset, page)
-    round_up(offset + size, page, &end)
-    return add_range(to, first, end - first, False, why)
+cdef int add_pages(changes* found, size_t offset, size_t size, failure* why) noexcept nogil:
+    """Add the host pages in which the bytes lie."""
+    cdef size_t first = round_down(offset, host_page()), end = 0
+    round_up(offset + size, host_page(), &end)
+    return add_range(found, first, end - first, False, why)
 
 
 cdef int by_offset(const void* a, const void* b) noexcept nogil:
@@ -36,47 +35,45 @@ cdef int by_offset(const void* a, const void* b) noexcept nogil:
     return -1 if left < right else 1 if left > right else 0
 
 
-cdef int add_touched(memory* m, size_t end, changes* to, failure* why) noexcept nogil:
-    cdef touched_runs found
+cdef int add_touched(memory* m, size_t end, changes* found, failure* why) noexcept nogil:
+    cdef touched_runs touched
     cdef size_t i
     cdef int code
-    touched_begin(&found, m, 0, end)
-    while touched_next(&found):
-        for i in range(found.n):
+    touched_begin(&touched, m, 0, end)
+    while touched_next(&touched):
+        for i in range(touched.n):
             # The kernel counts in its own pages, which may be smaller than the host page.
-            code = add_bytes(to, <size_t>(found.runs[i].addr - m.base), found.runs[i].size, why)
+            code = add_pages(found, <size_t>(touched.runs[i].addr - m.base), touched.runs[i].size, why)
             if code:
                 return code
-    return found.code
+    return touched.code
 
 
-cdef int add_runs(const image* img, changes* to, failure* why) noexcept nogil:
+cdef int add_runs(const image* img, changes* found, failure* why) noexcept nogil:
     cdef size_t i
     cdef int code = 0
     if img != NULL:
         for i in range(img.n_runs):
             if code == 0:
-                code = add_bytes(to, img.offset + img.runs[i].offset, img.runs[i].size, why)
+                code = add_pages(found, img.offset + img.runs[i].offset, img.runs[i].size, why)
     return code
 
 
 cdef int find_ranges(memory* m, image* img, image* base, size_t end, changes* out, failure* why) noexcept nogil:
     """Where the first `end` bytes (whole host pages) of `m`, or of `img` if m is NULL, may differ from `base` (NULL:
     from zeros); in order and apart."""
-    cdef image* mapped = image_of(m) if m != NULL and image_maps_pages(m) else NULL
+    # The image that the untouched pages show; NULL: zeros.
+    cdef image* shown = img if m == NULL else image_of(m) if image_maps_pages(m) else NULL
     cdef size_t i, n
     cdef int code = 0
     memset(out, 0, sizeof(changes))
-    if end and m != NULL and (
-            not m.ops.pages_are_ours or not pages.capabilities().scans or image_is_broken(m)
-            or (mapped != NULL and mapped.offset + mapped.high > end) or end > m.accessible):
+    if m != NULL and end and (
+            not m.ops.pages_are_ours or not pages.capabilities().scans or image_is_broken(m) or end > m.accessible
+            or (shown != NULL and shown.offset + shown.high > end) or add_touched(m, end, out, why)):
+        out.n = 0       # linmem does not know which pages were touched, so every page is compared
         return add_range(out, 0, end, False, why)
-    if end and m != NULL and add_touched(m, end, out, why):     # the OS does not tell: compare every page
-        out.n = 0
-        return add_range(out, 0, end, False, why)
-    # A page that was not touched shows the mapped image, or zeros. `base` may hold something else there.
-    if m == NULL or mapped == NULL or mapped != base:
-        code = add_runs(img if m == NULL else mapped, out, why)
+    if shown != base:
+        code = add_runs(shown, out, why)
         if code == 0:
             code = add_runs(base, out, why)
     n = out.n
@@ -89,7 +86,7 @@ cdef int find_ranges(memory* m, image* img, image* base, size_t end, changes* ou
 
 
 cdef int lock_readable(memory* m, const char* call, failure* why) noexcept nogil:
-    """Take the lock of a memory whose bytes can all be read. A code: the lock is not taken."""
+    """Take the memory's lock, and refuse a memory with a page that cannot be read. A code: the lock is not taken."""
     cdef int code = lock_memory(m, why)
     if code == 0:
         code = refuse_protected(m, READABLE, call, why)
@@ -101,7 +98,7 @@ cdef int lock_readable(memory* m, const char* call, failure* why) noexcept nogil
 # -- snapshot
 
 cdef int memory_snapshot(memory* m, image** out, failure* why) noexcept nogil:
-    """*out: an image of what the memory holds now."""
+    """*out: a new image of the bytes that the memory holds now."""
     cdef image* img = NULL
     cdef int code = lock_readable(m, "snapshot", why)
     if code:
@@ -117,14 +114,13 @@ cdef int memory_snapshot(memory* m, image** out, failure* why) noexcept nogil:
 
 
 cdef int copy_into_image(memory* m, image* img, failure* why) noexcept nogil:
-    cdef size_t i, first, last
+    cdef size_t i, first
     cdef changes found
     cdef int code = find_ranges(m, NULL, NULL, img.content.size, &found, why)
     for i in range(found.n):
         first = found.list[i].offset
-        last = first + found.list[i].size if first + found.list[i].size < img.end else img.end
-        if code == 0 and first < last:
-            code = image_put(img, first, m.base + first, last - first, why)
+        if code == 0:
+            code = image_put(img, first, m.base + first, min(found.list[i].size, img.end - first), why)
     free(found.list)
     return code if code else image_finish(img, why)
 
@@ -154,8 +150,10 @@ cdef int compare(memory* m, image* img, image* base, size_t size, bint for_delta
                  failure* why) noexcept nogil:
     """Where the first `size` bytes of `m`, or of `img` if m is NULL, differ from `base`."""
     cdef size_t page = host_page()
-    cdef size_t i, at, end = 0
-    cdef bint is_cut = for_delta and size & (page - 1) and base.end > size
+    cdef size_t i, offset, step, end = 0
+    cdef bint is_zero_now, is_same, is_cut = for_delta and size & (page - 1) and base.end > size
+    cdef const char* now
+    cdef const char* before
     cdef changes found
     cdef int code
     memset(out, 0, sizeof(changes))
@@ -164,27 +162,20 @@ cdef int compare(memory* m, image* img, image* base, size_t size, bint for_delta
     if code == 0 and is_cut:        # the last page, so the ranges stay in order
         code = add_range(&found, end - page, page, False, why)
     for i in range(found.n):
-        at = found.list[i].offset
-        end = at + found.list[i].size
-        while at < end and at < size and code == 0:
-            code = compare_page(m, img, base, is_cut, for_delta, at, page, size, out, why)
-            at += page
+        offset = found.list[i].offset
+        end = min(offset + found.list[i].size, size)
+        while offset < end and code == 0:
+            step = min(page, end - offset)
+            now = image_bytes(img, offset) if m == NULL else <const char*>m.base + offset
+            before = image_bytes(base, offset)
+            is_zero_now = now == NULL or is_zero(now, step)
+            is_same = (is_zero_now if before == NULL else is_zero(before, step) if now == NULL
+                       else memcmp(now, before, step) == 0)
+            if not is_same or (is_cut and step < page):
+                code = add_range(out, offset, step, is_zero_now and for_delta, why)
+            offset += step
     free(found.list)
     if code:
         free(out.list)
         out.list = NULL
     return code
-
-
-cdef int compare_page(memory* m, image* img, image* base, bint is_cut, bint for_delta, size_t at, size_t page,
-                      size_t size, changes* out, failure* why) noexcept nogil:
-    """Compare the page at `at`, as far as it lies below `size`. is_cut: if `size` cuts the page, it counts as
-    changed."""
-    cdef size_t step = page if size - at > page else size - at
-    cdef const char* here = image_bytes(img, at) if m == NULL else <const char*>m.base + at
-    cdef const char* there = image_bytes(base, at)
-    cdef bint zero = here == NULL or is_zero(here, step)
-    if step == page or not is_cut:
-        if zero if there == NULL else is_zero(there, step) if here == NULL else memcmp(here, there, step) == 0:
-            return 0
-    return add_range(out, at, step, zero and for_delta, why)

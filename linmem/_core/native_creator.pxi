@@ -4,7 +4,7 @@ DEFAULT_GUARD = 65536
 
 
 class _InPython:
-    """All classes written in Python have CPython's one destructor, which tells them from extension classes."""
+    """All classes written in Python have the same destructor, which extension classes do not have."""
 
 
 cdef class NativeCreator:
@@ -17,7 +17,7 @@ cdef class NativeCreator:
         cls = type(self)
         if cls is NativeCreator:
             raise TypeError("a NativeCreator makes no memories by itself: linmem.creator(kind) makes one that does")
-        # wasmtime and the other creators call `make`, and never a method of a subclass in Python.
+        # wasmtime and the other creators call `make`, and not the methods of a subclass in Python.
         if (<PyTypeObject*>cls).tp_dealloc == (<PyTypeObject*>_InPython).tp_dealloc:
             raise TypeError(f"{cls.__name__} cannot extend a native creator in Python, because its methods would not be"
                             " called: implement linmem.MemoryCreator, with a creator inside where one is needed")
@@ -38,14 +38,14 @@ cdef class NativeCreator:
         ty : MemoryType
             The wasm type. A shared memory never moves.
         minimum, maximum : int
-            In bytes; None is no maximum. They need not be multiples of a page.
+            In bytes; not necessarily multiples of a page. None: the memory has no maximum.
         reserved_size_in_bytes : int or None
             Growth up to this size never moves the base. None: the creator chooses.
         guard_size_in_bytes : int
             Inaccessible bytes after the capacity, a multiple of the host page.
         may_move : bool, optional
             Whether growth past the capacity may move the base. None: no. While a Python creator answers a request on
-            this thread, None means what that request says (wasmtime's memories may move).
+            this thread, None means the may_move of that request (True for requests of wasmtime).
         domain : str or None
             A pool hands this user only pages that were of the same domain before. None is a domain of its own. While a
             Python creator answers a request on this thread, None means the domain of that request.
@@ -70,11 +70,10 @@ cdef class NativeCreator:
             spec.may_move = may_move
         return self.make_checked(&spec, "guard_size_in_bytes", domain)
 
-    cdef int fill_spec(self, memory_spec* spec, ty, minimum, maximum, reserved_size_in_bytes,
-                       guard_size_in_bytes) except -1:
-        fill_sizes(spec, minimum, maximum, reserved_size_in_bytes, "reserved_size_in_bytes")
-        check_extent(guard_size_in_bytes, "guard_size_in_bytes", &spec.guard)
-        spec.may_move = asked().may_move
+    cdef int fill_spec(self, memory_spec* spec, ty, minimum, maximum, reservation, guard) except -1:
+        fill_sizes(spec, minimum, maximum, reservation, "reserved_size_in_bytes")
+        check_extent(guard, "guard_size_in_bytes", &spec.guard)
+        spec.may_move = thread_requests().may_move
         try:
             spec.page_size = ty.page_size
             spec.is_64 = ty.is_64
@@ -88,7 +87,7 @@ cdef class NativeCreator:
     def create(self, minimum, maximum=None, reserve=None, guard=None, *, image=None, may_move=False, domain=None):
         """Make a memory for Python; `linmem.create` says what each argument means (all in bytes).
 
-        It starts as the `image` says, if one is given.
+        The memory starts with the bytes of the `image`, otherwise with zeros.
         """
         cdef memory_spec spec
         fill_sizes(&spec, minimum, maximum, reserve, "reserve")
@@ -116,14 +115,12 @@ cdef class NativeCreator:
             raise ValueError(f"minimum must be <= maximum ({spec.maximum}), got {spec.minimum}")
         if spec.guard & (page - 1):
             raise ValueError(f"{guard_name} must be a multiple of the host page ({page}), got {spec.guard}")
-        ours = <domain_ptr>asked().domain if domain is None else domain_of(domain)
+        ours = <domain_ptr>thread_requests().domain if domain is None else domain_of(domain)
         with nogil:
             before = current_domain()
-            if before != ours:
-                set_domain(ours)
+            set_domain(ours)
             code = self.make(spec, &m, &why)
-            if before != ours:
-                set_domain(before)
+            set_domain(before)
             if domain is not None:
                 domain_release(ours)
         if code:
@@ -143,21 +140,21 @@ cdef int fill_sizes(memory_spec* spec, minimum, maximum, reservation, str name) 
 
 @cython.final
 cdef class MmapCreator(NativeCreator):
-    """Each memory is one mapping of its own: reserve, commit as it grows, release.
+    """Makes each memory as a mapping of its own, which is reserved, committed as the memory grows, and released.
 
-    Mirrors ``wasmtime::MemoryCreator``. Thread-safe; it keeps no memory.
+    Mirrors ``wasmtime::MemoryCreator``. Thread-safe. The creator does not keep memories.
 
     Parameters
     ----------
     prefault : bool
         Make every page resident when it becomes accessible, at creation and at each growth. If the machine has no
-        memory for it, the growth is refused, instead of a page fault later. This pays if nearly all pages are written:
-        one call costs two thirds of the page faults that it saves, and it costs that for every page.
+        memory left, the growth is refused, and no page fault fails later. This pays if nearly all pages are written:
+        for each page, written or not, the call costs two thirds of a page fault.
     huge_pages : bool
         Make the base a multiple of a huge page (2 MiB on most machines), and ask the OS to use huge pages
-        (MADV_HUGEPAGE). This pays if the minimum, or each step of growth, is at least a huge page and most of it is
-        written: first touches are then 3 to 5 times faster. It gains nothing for smaller memories, for growth in
-        smaller steps, and if the OS has no huge pages free.
+        (MADV_HUGEPAGE). This pays if the minimum, or each step of growth, is at least a huge page and most of its bytes
+        are written: first touches are then 3 to 5 times faster. The option gains nothing for smaller memories, for
+        growth in smaller steps, and if the OS has no free huge pages.
     """
 
     def __cinit__(self, *args, **kwargs):
@@ -170,7 +167,7 @@ cdef class MmapCreator(NativeCreator):
 
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
         cdef int code = mapped_make(spec, self.prefault, self.huge_pages, out, why)
-        # Idle slots of pools also hold memory and mappings, which the other page calls need.
+        # Idle slots of pools hold memory and mappings, which page calls other than `reserve` may lack.
         while code > 0 and strcmp(why.call, "reserve") and relieve(RELIEF_PAGES, NULL, why.size):
             code = mapped_make(spec, self.prefault, self.huge_pages, out, why)
         return code

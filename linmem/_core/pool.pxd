@@ -48,19 +48,13 @@ cdef enum:
 
 # What a slot was made for. A slot serves equal requests only.
 cdef struct shape:
-    size_t minimum
-    size_t maximum
-    size_t reservation
-    size_t guard
-    bint is_64
-    bint is_shared
+    size_t minimum, maximum, reservation, guard
+    bint is_64, is_shared
     image* image            # of the request; each slot of the shape holds a reference
 
 # What is counted for each slot. All members have the type size_t: see add_counts().
 cdef struct counts:
-    size_t hits_warm
-    size_t hits_cold
-    size_t misses
+    size_t hits_warm, hits_cold, misses
     size_t resets[3]        # by kind of reset
     size_t zeroed           # bytes
     size_t reset_ns         # estimated: one reset of sixteen is timed, and counts sixteen times
@@ -104,6 +98,8 @@ cdef struct group:
 
 cdef enum:
     BUCKETS = 256
+    EMPTY_GROUPS = 256      # the most groups without members that a table keeps because of their counts
+    BUDGETS = 4             # the most that a pool knows
 
 cdef struct group_table:
     link groups
@@ -112,28 +108,20 @@ cdef struct group_table:
     group* buckets[BUCKETS]
 
 # Parts of a slot, in bytes from the base on; whole host pages. While the slot is idle:
-#   WARM   accessible == initial,  initial <= committed,  hidden <= committed - initial
-#   COLD   accessible == committed == hidden == 0
+#   WARM   `initial` bytes are accessible,  initial <= committed,  hidden <= committed - initial
+#   COLD   no byte is accessible,  committed == hidden == 0
 cdef struct extent:
     size_t initial          # accessible when the slot is handed out
-    size_t accessible       # now
-    size_t committed        # bytes between `accessible` and here are hidden
+    size_t committed        # the bytes between those that are accessible and here are hidden
     size_t hidden           # how many of the hidden bytes may be resident
 
 # Members of the memory as upstream made it: what guests and creators above may change. A copy of the memory's whole
 # struct would take more cache lines.
 cdef struct original_memory:
     char* base
-    size_t capacity
     long long size          # may be less than the request asks for
-    size_t maximum
-    size_t pre_guard
-    size_t guard
-    size_t covered
-    bint is_shared
-    bint has_moved
-    bint huge_pages
-    bint growth_is_watched
+    size_t capacity, maximum, pre_guard, guard, covered
+    bint is_shared, has_moved, huge_pages, growth_is_watched
 
 cdef struct slot:
     memory_hook head        # on the memory; the hooks of upstream are below
@@ -163,7 +151,7 @@ cdef struct slot:
     unsigned int uses       # since then
     reset_policy policy
     size_t zeroed           # bytes, by the reset under way
-    counts counts           # under the lock
+    counts counts           # written under the lock, by the thread that owns the slot
     char apart[CACHE_LINE]  # another thread's slot may be the next one in memory
 
 # A budget below the pool, and how many slots are charged to it.
@@ -171,23 +159,16 @@ cdef struct charged_slots:
     const void* budget      # NULL: the entry is free
     size_t slots
 
-cdef enum:
-    BUDGETS = 4
-
 # Shared by a PoolingCreator and its slots, because wasmtime may outlive the creator. Members are in the order of use:
 # the first cache lines are only read, the next ones are written for each memory.
 cdef struct pool:
     # These never change, except `closed`.
     void* block             # the allocation that holds the pool
-    size_t most_slots
-    size_t reserved_bound
+    size_t most_slots, reserved_bound
     long long wait_ns       # -1: without end
-    bint fall_back
-    bint wait
+    bint fall_back, wait
     size_t most_mappings    # here begins a cache line that is read for each memory
-    size_t keep_resident
-    size_t most_warm
-    size_t resident_bound
+    size_t keep_resident, most_warm, resident_bound
     long long idle_ns       # 0: idle slots are not purged by time
     long long reset_ns      # 0: no bound on the time of a reset
     int reset               # a kind of reset, or ADAPTIVE
@@ -197,19 +178,17 @@ cdef struct pool:
     fork_lock lock          # of all members below except `refs`; at the start of a cache line, and so is `warm_by_age`
     warm_totals warm
     link warm_by_age        # warm slots, the newest first
-    long long next_purge    # before then no slot exceeds idle_seconds; coarse clock
-    size_t reported         # what the process-wide sum counts for this pool; never less than it keeps
     size_t idle_reserved    # bytes of address space, of idle slots
     size_t warm_domains     # domains with warm slots
+    long long next_purge    # before then no slot exceeds idle_seconds; coarse clock
+    totals own              # behind its first two members begins what is seldom written
+    size_t reported         # what the process-wide sum counts for this pool; never less than it keeps
     size_t mappings
-    totals own
-    size_t n_cold           # here begins what is seldom written
-    size_t n_slots
+    size_t n_cold, n_slots
     link cold_by_age
-    link slots
+    link slots              # all
     size_t reserved         # bytes, of all slots
-    size_t fallbacks
-    size_t rejected
+    size_t fallbacks, rejected
     charged_slots budgets[BUDGETS]
     bint more_budgets       # a slot was charged to other budgets, or to one of them twice
     atomic_i64 refs
@@ -226,5 +205,3 @@ cdef class PoolingCreator(NativeCreator):
     cdef readonly Image image
     cdef pool* pool
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil
-    cdef int make_slot(self, const shape* key, domain* domain, const memory_spec* spec, bint counted, memory** out,
-                       failure* why) noexcept nogil

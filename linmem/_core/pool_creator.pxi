@@ -1,7 +1,5 @@
 # The class PoolingCreator: options, requests, and the operator's calls. Part of pool.pyx.
 
-ctypedef domain_t* domain_ptr
-
 _OPTIONS = {"upstream": None, "slots": None, "keep_resident": 64 << 20, "max_unused_warm": 100, "max_resident": None,
             "max_reserved": None, "idle_seconds": 5, "max_reset_seconds": None, "reset": "adaptive",
             "when_full": "fallback", "timeout": None, "check": False, "image": None}
@@ -32,6 +30,43 @@ cdef long long nanoseconds(object seconds, str name, long long none,
         raise ValueError(f"{name} must be >= 0, got {_shown(seconds)}")
     n = 1e18 if seconds > 10**9 else float(seconds) * 1e9
     return 1 if n < 1 and none == 0 else <long long>n
+
+
+cdef int make_slot(PoolingCreator creator, const shape* key, domain_t* domain, const memory_spec* spec, bint counted,
+                   memory** out, failure* why) noexcept nogil:
+    """Makes a memory of upstream, and a slot for it if there is room. TAKE_AGAIN: an idle slot of the shape has become
+    cold, so that it can serve this domain."""
+    cdef pool* p = creator.pool
+    cdef memory_spec watched = spec[0]
+    cdef size_t least_mappings = 5 if image_shares_pages(spec.image) else 3         # see mappings_of()
+    cdef int code = make_room(p, key, least_reserved(spec), least_mappings, why)
+    if code:
+        if p.fall_back and code != TAKE_AGAIN:
+            code = creator.upstream.make(spec, out, why)
+            if code == 0:
+                count_fallback(p)
+        return code
+    watched.watched = p.reset == RESET_SCAN or p.reset == ADAPTIVE
+    cdef slot* s = <slot*>calloc(1, sizeof(slot))
+    if s == NULL:
+        return fail(why, E_NO_MEMORY, "calloc", sizeof(slot))
+    code = creator.upstream.make(&watched, out, why)
+    while code == E_EXHAUSTED and make_upstream_room(p):
+        code = creator.upstream.make(&watched, out, why)
+    if code == 0 and out[0].ops.pages_are_ours:
+        init_slot(p, s, out[0], spec)
+        code = add_slot(p, s, key, domain, counted, why)
+        if code == 0:
+            return 0
+        if p.fall_back:
+            code = 0
+        else:
+            memory_release(out[0])
+            out[0] = NULL
+    free(s)
+    if code == 0:
+        count_fallback(p)
+    return code
 
 
 @cython.final
@@ -95,7 +130,6 @@ cdef class PoolingCreator(NativeCreator):
     """
 
     def __cinit__(self, *args, **kwargs):
-        cdef pool* p
         cdef const pages.capabilities_t* caps = pages.capabilities()
         (upstream, slots, keep_resident, max_unused_warm, max_resident, max_reserved, idle_seconds, max_reset_seconds,
          reset, when_full, timeout, check, image) = _given("PoolingCreator", tuple(_OPTIONS), _OPTIONS, args, kwargs, 1)
@@ -103,7 +137,7 @@ cdef class PoolingCreator(NativeCreator):
         if image is not None and not isinstance(image, Image):
             raise TypeError(f"image must be an Image, got {type(image).__name__}")
         self.image = image
-        p = new_pool()
+        cdef pool* p = new_pool()
         if p == NULL:
             raise MemoryError("no memory for a pool")
         try:
@@ -145,9 +179,9 @@ cdef class PoolingCreator(NativeCreator):
     def __dealloc__(self):
         if self.pool != NULL:
             with nogil:
-                lock(&self.pool.lock.held)
+                lock_pool(self.pool)
                 self.pool.closed = True
-                unlock(&self.pool.lock.held)
+                unlock_pool(self.pool)
                 evict_down_to(self.pool, 0, DROPPING, 0)
                 release_pool(self.pool)
 
@@ -162,20 +196,19 @@ cdef class PoolingCreator(NativeCreator):
             with_image = spec[0]
             with_image.image = self.image.img
             spec = &with_image
-        key_of(spec, &key)
+        key = shape_of(spec)
         while True:
             code = take(p, &key, domain, True, out, why)
             if out[0] != NULL:
                 out[0].may_move = spec.may_move     # not in the shape, because a memory that has moved is not kept
             if code or out[0] != NULL:
                 return code
-            code = self.make_slot(&key, domain, spec, True, out, why)
+            code = make_slot(self, &key, domain, spec, True, out, why)
             if code == TAKE_AGAIN:
                 continue
-            if code != E_EXHAUSTED or not p.wait:
-                return code
-            if why.size > p.reserved_bound or why.size > <size_t>load(&process_reserved_bound):
-                return code         # no slot that comes back makes room for so much
+            if (code != E_EXHAUSTED or not p.wait
+                    or why.size > min(p.reserved_bound, <size_t>load(&process_reserved_bound))):
+                return code         # no slot that comes back makes room for more than a bound
             if start == 0:
                 start = pages.clock_ns()
             if p.wait_ns >= 0 and pages.clock_ns() - start >= p.wait_ns:
@@ -183,45 +216,6 @@ cdef class PoolingCreator(NativeCreator):
             code = wait_a_little(why)
             if code:
                 return code
-
-    cdef int make_slot(self, const shape* key, domain_t* domain, const memory_spec* spec, bint counted, memory** out,
-                       failure* why) noexcept nogil:
-        """Makes a memory of upstream, and a slot for it if there is room. TAKE_AGAIN: an idle slot of the shape has
-        become cold, so that it can serve this domain."""
-        cdef pool* p = self.pool
-        cdef slot* s
-        cdef bint again
-        cdef memory_spec watched = spec[0]
-        cdef int code = make_room(p, key, least_reserved(spec), least_mappings(spec), &again, why)
-        if again:
-            return TAKE_AGAIN
-        if code:
-            if p.fall_back:
-                code = self.upstream.make(spec, out, why)
-                if code == 0:
-                    count_fallback(p)
-            return code
-        watched.watched = p.reset == RESET_SCAN or p.reset == ADAPTIVE
-        s = <slot*>calloc(1, sizeof(slot))
-        if s == NULL:
-            return fail(why, E_NO_MEMORY, "calloc", sizeof(slot))
-        code = self.upstream.make(&watched, out, why)
-        while code and make_upstream_room(p, code, why):
-            code = self.upstream.make(&watched, out, why)
-        if code == 0 and out[0].ops.pages_are_ours:
-            init_slot(p, s, out[0], spec)
-            code = add_slot(p, s, key, domain, counted, why)
-            if code == 0:
-                return 0
-            if p.fall_back:
-                code = 0
-            else:
-                memory_release(out[0])
-                out[0] = NULL
-        free(s)
-        if code == 0:
-            count_fallback(p)
-        return code
 
     def warm(self, n, ty, *, reserved_size_in_bytes=4 << 30, guard_size_in_bytes=32 << 20, domain=None):
         """Make slots ahead, so that the next `n` requests of a type are hits.
@@ -256,7 +250,6 @@ cdef class PoolingCreator(NativeCreator):
         cdef link held              # LIVE slots, by in_stack
         cdef memory_spec spec
         cdef shape key
-        cdef domain_ptr domain_struct
         cdef failure why
         cdef int code = 0
         check_count(n, "n", &wanted)
@@ -278,17 +271,14 @@ cdef class PoolingCreator(NativeCreator):
                              f" ({pages.capabilities().page_size}), got {spec.guard}")
         if self.image is not None:
             spec.image = self.image.img
-        key_of(&spec, &key)
-        domain_struct = domain_of(domain)
+        key = shape_of(&spec)
+        cdef domain_t* domain_struct = domain_of(domain)
         list_init(&held)
         with nogil:
-            while code == 0 and taken < wanted:
+            while taken < wanted and (code == 0 or code == TAKE_AGAIN):
                 code = take(p, &key, domain_struct, False, &m, &why)
                 if code == 0 and m == NULL:
-                    code = self.make_slot(&key, domain_struct, &spec, False, &m, &why)
-                    if code == TAKE_AGAIN:
-                        code = 0
-                        continue
+                    code = make_slot(self, &key, domain_struct, &spec, False, &m, &why)
                     if code == 0 and not is_slot_of(p, m):
                         memory_release(m)
                         code = fail(&why, E_EXHAUSTED, "warm", spec.minimum, p.most_slots, p.most_slots)

@@ -20,11 +20,11 @@ cdef inline size_t held_of(const warm_totals* warm, int what) noexcept nogil:
 
 cdef size_t domains_that_hold(pool* p, int what) noexcept nogil:
     """The number of domains whose warm slots hold something. Warm slots of empty memories hold no bytes."""
-    cdef link* node = p.tables[BY_DOMAIN].groups.next
+    cdef group* g = first_group(p, BY_DOMAIN)
     cdef size_t domains = 0
-    while node.owner != NULL:
-        domains += held_of(&(<group*>node.owner).warm, what) != 0
-        node = node.next
+    while g != NULL:
+        domains += held_of(&g.warm, what) != 0
+        g = next_group(g)
     return domains
 
 
@@ -45,20 +45,22 @@ cdef slot* oldest_above_share(pool* p, int what) noexcept nogil:
 cdef slot* next_to_cool(pool* p, long long now, int* cause) noexcept nogil:
     """The warm slot that must lose its pages next because of a bound of the pool. NULL: all bounds hold."""
     cdef slot* s = oldest(&p.warm_by_age)
+    if s == NULL:
+        return NULL
     if p.warm.n > p.most_warm:
         cause[0] = EVICTED_COUNT
         return oldest_above_share(p, RELIEF_SPACE)
-    if p.warm.resident + p.warm.tables > p.resident_bound and s != NULL:
+    if p.warm.resident + p.warm.tables > p.resident_bound:
         cause[0] = EVICTED_RESIDENT
         return oldest_above_share(p, RESIDENT)
-    if p.mappings > p.most_mappings and s != NULL:
+    if p.mappings > p.most_mappings:
         cause[0] = EVICTED_SLOTS
         return oldest_above_share(p, RELIEF_SPACE)
     if p.idle_ns and now > p.next_purge:
-        if s != NULL and now - s.since > p.idle_ns:
+        if now - s.since > p.idle_ns:
             cause[0] = EVICTED_IDLE
             return s
-        p.next_purge = p.idle_ns + (now if s == NULL else s.since)
+        p.next_purge = p.idle_ns + s.since
     return NULL
 
 
@@ -67,28 +69,33 @@ cdef slot* next_to_drop(pool* p) noexcept nogil:
     return s if s != NULL else oldest_above_share(p, RELIEF_SPACE)
 
 
-cdef void evict(slot* s, int to, int cause) noexcept nogil:
-    """The pool's lock is held. to: COOLING or DROPPING. The caller calls finish_eviction() without the lock."""
+cdef void evict(slot* s, int new_state, int cause) noexcept nogil:
+    """The pool's lock is held. new_state: COOLING or DROPPING. The caller calls finish_eviction() without the lock."""
     count_eviction(s, cause)
-    move_slot(s, to)
+    move_slot(s, new_state)
 
 
 cdef void finish_eviction(slot* s) noexcept nogil:
-    cdef bint kept
     if load(&s.state) == COOLING and cool_pages(s):
-        lock(&s.pool.lock.held)
-        kept = move_slot(s, COLD)
-        unlock(&s.pool.lock.held)
-        if kept:
-            return
-    drop(s)
+        become_cold(s)
+    else:
+        drop(s)
+
+
+cdef void become_cold(slot* s) noexcept nogil:
+    """The slot has no pages. Drops it if it cannot be kept."""
+    lock_pool(s.pool)
+    cdef bint kept = move_slot(s, COLD)
+    unlock_pool(s.pool)
+    if not kept:
+        drop(s)
 
 
 cdef void start_drop(slot* s) noexcept nogil:
-    lock(&s.pool.lock.held)
+    lock_pool(s.pool)
     if load(&s.state) != DROPPING:
         move_slot(s, DROPPING)
-    unlock(&s.pool.lock.held)
+    unlock_pool(s.pool)
 
 
 cdef void drop(slot* s) noexcept nogil:
@@ -108,35 +115,36 @@ cdef void cool_until_bounds_hold(pool* p, slot* s, int cause, long long now) noe
             purged += 1
             purged_bytes += s.resident
         finish_eviction(s)
-        lock(&p.lock.held)
+        lock_pool(p)
         if most == 0:
             most = PURGED_AT_ONCE + p.warm.n // PURGED_SHARE
         s = next_to_cool(p, now, &cause)
-        if s != NULL and cause == EVICTED_IDLE and (purged >= most or purged_bytes >= PURGED_BYTES):
+        if cause == EVICTED_IDLE and (purged >= most or purged_bytes >= PURGED_BYTES):
             s = NULL
         if s != NULL:
             evict(s, COOLING, cause)
-        unlock(&p.lock.held)
+        unlock_pool(p)
     release_pool(p)
 
 
-cdef size_t evict_down_to(pool* p, size_t target, int to, long long older_ns) noexcept nogil:
+cdef size_t evict_down_to(pool* p, size_t target, int new_state, long long older_ns) noexcept nogil:
     """trim() and purge(): evicts idle slots, the oldest first, until at most `target` bytes of the pool's idle slots
-    are resident. to: DROPPING also drops cold slots, and does that first; COOLING leaves slots alone that became idle
-    within the last `older_ns`. Returns the bytes that were resident."""
+    are resident. new_state: DROPPING also drops cold slots, and does that first; COOLING leaves slots alone that became
+    idle within the last `older_ns`. Returns the bytes that were resident."""
     cdef long long now = pages.coarse_ns()
     cdef size_t evicted = 0
     cdef slot* s
     while True:
-        lock(&p.lock.held)
-        s = oldest(&p.cold_by_age) if to == DROPPING else NULL
+        lock_pool(p)
+        s = oldest(&p.cold_by_age) if new_state == DROPPING else NULL
         if s == NULL:
             s = oldest(&p.warm_by_age)
-            if s != NULL and ((target and p.warm.resident <= target) or (to == COOLING and now - s.since < older_ns)):
+            if s != NULL and ((target and p.warm.resident <= target)
+                              or (new_state == COOLING and now - s.since < older_ns)):
                 s = NULL
         if s != NULL:
-            evict(s, to, EVICTED_TRIM if to == DROPPING else EVICTED_PURGE)
-        unlock(&p.lock.held)
+            evict(s, new_state, EVICTED_TRIM if new_state == DROPPING else EVICTED_PURGE)
+        unlock_pool(p)
         if s == NULL:
             return evicted
         evicted += s.resident
@@ -148,22 +156,22 @@ cdef void drop_slots_of_image(image_t* image) noexcept nogil:
     are dropped when they would become idle."""
     cdef pool* p = pool_after(NULL)
     cdef link dropped
-    cdef link* node
+    cdef group* g
     cdef slot* s
     cdef int grouping
     list_init(&dropped)
     while p != NULL:
-        lock(&p.lock.held)
+        lock_pool(p)
         for grouping in range(BY_DOMAIN):       # warm slots are in groups BY_BOTH, cold ones in groups BY_SHAPE
-            node = p.tables[grouping].groups.next
-            while node.owner != NULL:
-                s = top_of(<group*>node.owner) if (<group*>node.owner).shape.image == image else NULL
+            g = first_group(p, grouping)
+            while g != NULL:
+                s = top_of(g) if g.shape.image == image else NULL
                 if s == NULL:
-                    node = node.next
-                    continue
-                evict(s, DROPPING, EVICTED_IMAGE)
-                list_add_first(&dropped, &s.in_stack, s)
-        unlock(&p.lock.held)
+                    g = next_group(g)
+                else:
+                    evict(s, DROPPING, EVICTED_IMAGE)
+                    list_add_first(&dropped, &s.in_stack, s)
+        unlock_pool(p)
         while dropped.next.owner != NULL:
             s = <slot*>dropped.next.owner
             list_remove(&s.in_stack)
@@ -243,7 +251,7 @@ cdef size_t held_by_all(int what, const void* budget) noexcept nogil:
     cdef slot* s
     cdef size_t held = 0
     while p != NULL:
-        lock(&p.lock.held)
+        lock_pool(p)
         if what == RELIEF_SPACE:
             held += p.idle_reserved
         elif what != RELIEF_BUDGET or charges_each_slot(p, budget):
@@ -253,7 +261,7 @@ cdef size_t held_by_all(int what, const void* budget) noexcept nogil:
             while s != NULL:
                 held += held_by(s, what, budget)
                 s = newer(s)
-        unlock(&p.lock.held)
+        unlock_pool(p)
         p = pool_after(p)
     return held
 
@@ -300,7 +308,7 @@ cdef inline bint may_go(domain_t* domain, int choice) noexcept nogil:
 
 cdef void count_pool(pool* p, int what, const void* budget) noexcept nogil:
     """The pool's lock is held."""
-    cdef link* node = p.tables[BY_DOMAIN].groups.next
+    cdef group* g = first_group(p, BY_DOMAIN)
     cdef slot* s = oldest(&p.warm_by_age)
     if s == NULL or (what == RELIEF_BUDGET and slots_charged_to(p, budget) == 0):
         return
@@ -309,9 +317,9 @@ cdef void count_pool(pool* p, int what, const void* budget) noexcept nogil:
             add_holding(s.group.domain, held_by(s, what, budget))
             s = newer(s)
         return
-    while node.owner != NULL:
-        add_holding((<group*>node.owner).domain, held_of(&(<group*>node.owner).warm, what))
-        node = node.next
+    while g != NULL:
+        add_holding(g.domain, held_of(&g.warm, what))
+        g = next_group(g)
 
 
 cdef void take_census(int what, const void* budget) noexcept nogil:
@@ -320,24 +328,24 @@ cdef void take_census(int what, const void* budget) noexcept nogil:
     census += 1
     census_total = census_domains = 0
     while p != NULL:
-        lock(&p.lock.held)
+        lock_pool(p)
         count_pool(p, what, budget)
-        unlock(&p.lock.held)
+        unlock_pool(p)
         p = pool_after(p)
 
 
 cdef slot* oldest_with(pool* p, int choice, int what, const void* budget) noexcept nogil:
     """The least recently used idle slot of that choice that gives something up. The pool's lock is held."""
     cdef slot* s = oldest(&p.warm_by_age)
-    cdef link* node = p.tables[BY_DOMAIN].groups.next
+    cdef group* g = first_group(p, BY_DOMAIN)
     if choice == ANY_COLD:
         return oldest(&p.cold_by_age)
     if what == RELIEF_BUDGET and slots_charged_to(p, budget) == 0:
         return NULL
     # If all domains hold too little, no slot is looked at.
-    while node.owner != NULL and not ((<group*>node.owner).warm.n and may_go((<group*>node.owner).domain, choice)):
-        node = node.next
-    if node.owner == NULL:
+    while g != NULL and not (g.warm.n and may_go(g.domain, choice)):
+        g = next_group(g)
+    if g == NULL:
         return NULL
     while s != NULL and not (held_by(s, what, budget) and may_go(s.group.domain, choice)):
         s = newer(s)
@@ -353,14 +361,14 @@ cdef pool* pool_of_oldest(int choice, int what, const void* budget) noexcept nog
     cdef long long since = 0
     while p != NULL:
         former = NULL
-        lock(&p.lock.held)
+        lock_pool(p)
         s = oldest_with(p, choice, what, budget)
         if s != NULL and (found == NULL or s.since <= since):       # where two are equal: of the older pool
             since = s.since
             add(&p.refs, 1)
             former = found
             found = p
-        unlock(&p.lock.held)
+        unlock_pool(p)
         if former != NULL:
             release_pool(former)
         p = pool_after(p)
@@ -386,12 +394,12 @@ cdef size_t evict_oldest(int what, const void* budget, int cause) noexcept nogil
         p = pool_of_oldest(choice, what, budget)
         choice += p == NULL
     if p != NULL:
-        lock(&p.lock.held)
+        lock_pool(p)
         s = oldest_with(p, choice, what, budget)
         if s != NULL:       # else another thread was faster
             size = held_by(s, what, budget)
             evict(s, DROPPING if dropped else COOLING, cause)
-        unlock(&p.lock.held)
+        unlock_pool(p)
     unlock(&census_lock)
     if p == NULL:
         return 0
@@ -405,13 +413,12 @@ cdef bint can_have(int what, size_t size) noexcept nogil:
     """Tries whether the OS grants `size` bytes of address space, or of pages."""
     cdef char* base
     cdef size_t page = pages.capabilities().page_size
-    cdef int code
     if size > SIZE_MAX >> 1:
         return False
     size = round_down(size + page - 1, page)
     if pages.reserve(size, False, &base):
         return False
-    code = pages.commit(base, size) if what == RELIEF_PAGES else 0
+    cdef int code = pages.commit(base, size) if what == RELIEF_PAGES else 0
     release_address_space(base, size)
     return code == 0
 
@@ -449,9 +456,9 @@ cdef void shed_excess() noexcept nogil:
     """After a change of the bounds that all pools share."""
     cdef pool* p = pool_after(NULL)
     while p != NULL:            # report_step has changed
-        lock(&p.lock.held)
+        lock_pool(p)
         report_held(p)
-        unlock(&p.lock.held)
+        unlock_pool(p)
         p = pool_after(p)
     shed_resident()
     while excess_reserved(0) and evict_oldest(RELIEF_SPACE, NULL, EVICTED_PROCESS):

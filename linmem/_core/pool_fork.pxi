@@ -22,7 +22,6 @@ cdef void drop_lost_slots() noexcept nogil:
     cdef link lost
     cdef link* node
     cdef memory_hook* hook
-    cdef pool* p
     list_init(&lost)
     while m != NULL:
         s = outermost_slot(m)
@@ -39,7 +38,7 @@ cdef void drop_lost_slots() noexcept nogil:
             hook = hook.next
         store(&s.m.refs, 1)
         memory_release(s.m)
-    p = pool_after(NULL)
+    cdef pool* p = pool_after(NULL)
     while p != NULL:
         node = p.slots.next
         while node.owner != NULL:

@@ -45,12 +45,11 @@ cdef void start_pools() noexcept nogil:
 cdef pool* new_pool() noexcept nogil:
     """A pool without options, with one reference. NULL: no memory for it."""
     cdef char* block = <char*>calloc(1, sizeof(pool) + CACHE_LINE)
-    cdef pool* p
     cdef int i
     if block == NULL:
         return NULL
     # Where the lock is at the start of a cache line. The block is one line longer than the pool.
-    p = <pool*>(block + ((0 - <size_t>&(<pool*>block).lock) & (CACHE_LINE - 1)))
+    cdef pool* p = <pool*>(block + ((0 - <size_t>&(<pool*>block).lock) & (CACHE_LINE - 1)))
     p.block = block
     p.refs = 1
     for i in range(GROUPINGS):

@@ -13,20 +13,14 @@ cdef extern from *:
     void* PyGILState_GetThisThreadState() noexcept nogil
 
 
-cdef inline void key_of(const memory_spec* spec, shape* key) noexcept nogil:
-    key.minimum = spec.minimum
-    key.maximum = spec.maximum
-    key.reservation = spec.reservation
-    key.guard = spec.guard
-    key.is_64 = spec.is_64
-    key.is_shared = spec.is_shared
-    key.image = spec.image
+cdef inline shape shape_of(const memory_spec* spec) noexcept nogil:
+    return shape(spec.minimum, spec.maximum, spec.reservation, spec.guard, spec.is_64, spec.is_shared, spec.image)
 
 
 # -- an idle slot -------------------------------------------------------------------------------------------
 
 cdef inline slot* warm_slot_of(group* g) noexcept nogil:
-    """The lock is held. NULL: the group has no warm slot."""
+    """The lock is held. NULL: there is no such group, or it has no warm slot."""
     cdef slot* s = top_of(g)
     cdef slot* below
     if s != NULL and s.thread != this_thread():
@@ -39,51 +33,46 @@ cdef inline slot* warm_slot_of(group* g) noexcept nogil:
 cdef int take(pool* p, const shape* key, domain_t* domain, bint counted, memory** out, failure* why) noexcept nogil:
     """Hands out an idle slot of the shape: a warm one of the domain, otherwise a cold one of any domain. *out == NULL:
     the pool has neither. counted: a request, not warm(), asks for it."""
+    cdef group** bucket = bucket_of(p, BY_BOTH, key, domain)    # before the lock is taken, which keeps it shorter
     cdef group* g
-    cdef group* of_shape
     cdef slot* s
-    cdef bint cold, lost = False
-    cdef int code
+    cdef bint cold
+    cdef int code = 0
     out[0] = NULL
-    lock(&p.lock.held)
-    g = find_group(p, BY_BOTH, key, domain)
-    s = NULL if g == NULL else warm_slot_of(g)
+    lock_pool(p)
+    g = find_group(bucket, BY_BOTH, key, domain)
+    s = warm_slot_of(g)
     cold = s == NULL
     if cold and p.n_cold:
-        of_shape = find_group(p, BY_SHAPE, key, NULL)
-        s = NULL if of_shape == NULL else top_of(of_shape)
+        s = top_of(find_group(bucket_of(p, BY_SHAPE, key, NULL), BY_SHAPE, key, NULL))
         if s != NULL and g == NULL:
             g = need_group(p, BY_BOTH, key, domain)
-            lost = g == NULL
-    if s != NULL and not lost:
+            if g == NULL:
+                code = fail(why, E_NO_MEMORY, "calloc", sizeof(group))
+                s = NULL
+    if s != NULL:
         move_slot(s, LIVE)
         if cold:
             change_group(s, g)
         elif counted:
             s.counts.hits_warm += 1
             count_guest(s, True)
-    unlock(&p.lock.held)
-    if lost:
-        return fail(why, E_NO_MEMORY, "calloc", sizeof(group))
+    unlock_pool(p)
     if s == NULL:
-        return 0
+        return code
     if cold:
         code = warm_up(s, pages.coarse_ns(), why)
-        if code and s.pages.accessible == 0 and s.pages.initial:
-            lock(&p.lock.held)
-            lost = not move_slot(s, COLD)
-            unlock(&p.lock.held)
-            if lost:
-                drop(s)
+        if code and s.pages.committed == 0 and s.pages.initial:
+            become_cold(s)
             return code
         if code:
             drop(s)         # the OS may grant the pages of a new slot where it refuses the pages of this one
             return 0
         if counted:
-            lock(&p.lock.held)
+            lock_pool(p)
             s.counts.hits_cold += 1
             count_guest(s, True)
-            unlock(&p.lock.held)
+            unlock_pool(p)
     elif s.unfilled and s.pages.initial and pages.prefault(s.original.base, s.pages.initial):
         drop(s)
         return 0
@@ -142,30 +131,29 @@ cdef int room_for(pool* p, size_t reserved, size_t mappings, int* cause) noexcep
     return FITS
 
 
-cdef int make_room(pool* p, const shape* key, size_t reserved, size_t mappings, bint* again,
-                   failure* why) noexcept nogil:
-    """Drops idle slots until one more fits. *again: one of them had this shape, and has become cold instead."""
+cdef int make_room(pool* p, const shape* key, size_t reserved, size_t mappings, failure* why) noexcept nogil:
+    """Drops idle slots until one more fits. TAKE_AGAIN: one of them had this shape, and has become cold instead."""
     cdef slot* s
+    cdef bint again = False
     cdef int room, cause = 0
-    again[0] = False
     while True:
-        lock(&p.lock.held)
+        lock_pool(p)
         room = room_for(p, reserved, mappings, &cause)
         s = NULL
         if room == NOT_NOW and cause != EVICTED_PROCESS:
             s = next_to_drop(p)
             if s != NULL:
-                again[0] = (load(&s.state) == WARM and cause == EVICTED_SLOTS and same_shape(&s.group.shape, key))
-                evict(s, COOLING if again[0] else DROPPING, cause)
+                again = load(&s.state) == WARM and cause == EVICTED_SLOTS and same_shape(&s.group.shape, key)
+                evict(s, COOLING if again else DROPPING, cause)
         if room != FITS and s == NULL:
             fail_full(p, cause, key.minimum, reserved, why)
-        unlock(&p.lock.held)
+        unlock_pool(p)
         if room == FITS:
             return 0
         if s != NULL:
             finish_eviction(s)
-            if again[0]:
-                return 0
+            if again:
+                return TAKE_AGAIN
         elif (room == FULL or cause != EVICTED_PROCESS
                 or held_by_all(RELIEF_SPACE, NULL) < excess_reserved(reserved)
                 or evict_oldest(RELIEF_SPACE, NULL, EVICTED_PROCESS) == 0):
@@ -195,20 +183,14 @@ cdef size_t least_reserved(const memory_spec* spec) noexcept nogil:
     return found.total
 
 
-cdef size_t least_mappings(const memory_spec* spec) noexcept nogil:
-    return 5 if image_shares_pages(spec.image) else 3
-
-
-cdef bint make_upstream_room(pool* p, int code, failure* why) noexcept nogil:
-    """Upstream has refused a memory. True: an idle slot was dropped, so the caller asks again."""
-    cdef slot* s
-    if code != E_EXHAUSTED:
-        return False
-    lock(&p.lock.held)       # idle slots of this pool may fill a pool below
-    s = next_to_drop(p)
+cdef bint make_upstream_room(pool* p) noexcept nogil:
+    """Upstream has refused a memory, because idle slots of this pool may fill a pool below. True: an idle slot was
+    dropped, so the caller asks again."""
+    lock_pool(p)
+    cdef slot* s = next_to_drop(p)
     if s != NULL:
         evict(s, DROPPING, EVICTED_REFUSED)
-    unlock(&p.lock.held)
+    unlock_pool(p)
     if s != NULL:
         finish_eviction(s)
     return s != NULL
@@ -235,18 +217,11 @@ cdef int wait_a_little(failure* why) noexcept nogil:
 cdef void init_slot(pool* p, slot* s, memory* m, const memory_spec* spec) noexcept nogil:
     s.pool = p
     s.m = m
-    s.original.base = m.base
-    s.original.capacity = m.capacity
-    s.original.size = load(&m.size)
-    s.original.maximum = m.maximum
-    s.original.pre_guard = m.pre_guard
-    s.original.guard = m.guard
-    s.original.covered = m.covered
-    s.original.is_shared = m.is_shared
-    s.original.has_moved = m.has_moved
-    s.original.huge_pages = m.huge_pages
-    s.original.growth_is_watched = m.growth_is_watched
-    s.pages.initial = s.pages.accessible = s.pages.committed = m.accessible
+    s.original = original_memory(
+        base=m.base, size=load(&m.size), capacity=m.capacity, maximum=m.maximum, pre_guard=m.pre_guard, guard=m.guard,
+        covered=m.covered, is_shared=m.is_shared, has_moved=m.has_moved, huge_pages=m.huge_pages,
+        growth_is_watched=m.growth_is_watched)
+    s.pages.initial = s.pages.committed = m.accessible
     s.reserved = m.pre_guard + m.capacity + m.guard
     s.image = spec.image if spec.image != NULL else image_of(m)     # a pool below may have an image of its own
     s.mappings = mappings_of(s)
@@ -261,21 +236,21 @@ cdef int add_slot(pool* p, slot* s, const shape* key, domain_t* domain, bint cou
     pool meanwhile, so there may be no room."""
     cdef int code = 0, cause = 0, i
     cdef group* g = NULL
-    cdef bint again
-    while code == 0:
-        lock(&p.lock.held)
+    while code == 0 or code == TAKE_AGAIN:
+        lock_pool(p)
         if room_for(p, s.reserved, s.mappings, &cause) == FITS and claim_space(s.reserved):
             g = need_group(p, BY_BOTH, key, domain)
             if g != NULL:
                 break
             add(&process_reserved, -<long long>s.reserved)
-            code = fail(why, E_NO_MEMORY, "calloc", sizeof(group))
-        unlock(&p.lock.held)
-        if code == 0:
-            code = make_room(p, key, s.reserved, s.mappings, &again, why)
-    if code:
+            unlock_pool(p)
+            return fail(why, E_NO_MEMORY, "calloc", sizeof(group))
+        unlock_pool(p)
+        code = make_room(p, key, s.reserved, s.mappings, why)
+    if g == NULL:
         return code
-    join_group(s, g)
+    s.group = g
+    g.members += 1
     if counted:
         for i in range(GROUPINGS):
             totals_of(s, i).counts.misses += 1
@@ -286,7 +261,7 @@ cdef int add_slot(pool* p, slot* s, const shape* key, domain_t* domain, bint cou
     join_budgets(p, s)
     add(&p.refs, 1)
     list_add_first(&p.slots, &s.in_pool, s)
-    unlock(&p.lock.held)
+    unlock_pool(p)
     image_retain(s.image)
     if s.image != NULL:
         add(&s.image.slots, 1)
@@ -295,9 +270,9 @@ cdef int add_slot(pool* p, slot* s, const shape* key, domain_t* domain, bint cou
 
 
 cdef void count_fallback(pool* p) noexcept nogil:
-    lock(&p.lock.held)
+    lock_pool(p)
     p.fallbacks += 1
-    unlock(&p.lock.held)
+    unlock_pool(p)
 
 
 cdef bint is_slot_of(pool* p, memory* m) noexcept nogil:
@@ -319,7 +294,6 @@ cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
     cdef long long now, start = 0
     cdef int how = -1, cause = 0
     cdef size_t resets, took = 0
-    cdef bint kept
     if load(&s.state) == DROPPING:
         return return_to_upstream(s)
     s.zeroed = 0
@@ -336,22 +310,22 @@ cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
         m.hooks = head
         m.growth_is_watched = s.original.growth_is_watched
         store_release(&m.owner, OWNER_PYTHON)
-    lock(&p.lock.held)
+    lock_pool(p)
     s.counts.zeroed += s.zeroed
     s.counts.reset_ns += took
-    kept = how >= 0
+    cdef bint kept = how >= 0
     if kept:
         s.counts.resets[how] += 1
         s.thread = this_thread()
         s.since = now
-        kept = move_slot(s, COLD if s.pages.accessible < s.pages.initial else WARM)
+        kept = move_slot(s, COLD if s.pages.committed < s.pages.initial else WARM)
     elif is_in_place(s):
         p.rejected += 1
     if kept:
         out = next_to_cool(p, now, &cause)
         if out != NULL:
             evict(out, COOLING, cause)
-    unlock(&p.lock.held)
+    unlock_pool(p)
     if not kept:
         return return_to_upstream(s)
     if out != NULL:
@@ -377,7 +351,7 @@ cdef void slot_dropped(memory_hook* head) noexcept nogil:
     """The memory is gone."""
     cdef slot* s = <slot*>head
     cdef pool* p = s.pool
-    lock(&p.lock.held)
+    lock_pool(p)
     list_remove(&s.in_pool)
     p.n_slots -= 1
     p.reserved -= s.reserved
@@ -386,7 +360,7 @@ cdef void slot_dropped(memory_hook* head) noexcept nogil:
     keep_counts(s)
     leave_group(s)
     add(&process_reserved, -<long long>s.reserved)
-    unlock(&p.lock.held)
+    unlock_pool(p)
     if s.image != NULL:
         add(&s.image.slots, -1)
     image_release(s.image)

@@ -31,8 +31,7 @@ cdef struct reset_plan:
 # What a reset found and did.
 cdef struct reset_result:
     int how                 # RESET_, what was done
-    size_t touched_initial  # bytes touched below `initial`
-    size_t touched_grown    # and beyond
+    size_t touched          # bytes; 0: unknown
     size_t kept             # resident bytes, in the units in which the OS keeps them
     size_t kept_grown       # of these, bytes beyond `initial`
     size_t tables           # bytes of page tables
@@ -114,13 +113,19 @@ cdef void plan_reset(slot* s, size_t used, long long now, reset_plan* plan) noex
 
 
 cdef bint refill_in_time(slot* s, size_t offset, size_t size, const reset_plan* plan) noexcept nogil:
-    """image_fill(), with a look at the clock before each step. False: the deadline has passed."""
+    """image_fill(), with a look at the clock before each step. False: the deadline has passed.
+
+    Without an image it calls memset() itself: image_fill() also calls memset() with a size of 0 at the end of the
+    bytes. On some processors this costs hundreds of cycles if the next page is inaccessible."""
     cdef size_t step
     while size:
         if plan.deadline and pages.clock_ns() > plan.deadline:
             return False
         step = size if plan.deadline == 0 else min(size, ZERO_STEP)
-        image_fill(s.m, offset, step)
+        if s.image == NULL:
+            memset(s.original.base + offset, 0, step)
+        else:
+            image_fill(s.m, offset, step)
         offset += step
         size -= step
     return True
@@ -130,36 +135,28 @@ cdef bint zero_touched(slot* s, size_t used, const reset_plan* plan, reset_resul
     """Zeroes the touched pages of the first `used` bytes. False if the OS does not say which pages were touched, if
     they are more than the plan's bound, or if the deadline has passed. Then some bytes may not be zero."""
     cdef touched_runs found
-    cdef size_t i, start, end, total = 0, reached_initial = 0, reached_grown = 0
+    cdef size_t i, start, end, reached_initial = 0, reached_grown = 0
     cdef size_t border = <size_t>s.original.base + s.pages.initial
-    cdef size_t unit = pages.capabilities().huge_page if s.original.huge_pages else 0
+    # Where huge pages are allowed, the OS may make one of each page that was touched.
+    cdef size_t unit = pages.capabilities().huge_page if s.original.huge_pages else 1
     touched_begin(&found, s.m, 0, used)
     while touched_next(&found):
         for i in range(found.n):
-            total += found.runs[i].size
-        if total > plan.bound:
-            result.touched_grown = total
+            result.touched += found.runs[i].size
+        if result.touched > plan.bound:
             return False
         for i in range(found.n):
             start = <size_t>found.runs[i].addr
             end = start + found.runs[i].size
             if not refill_in_time(s, start - <size_t>s.original.base, end - start, plan):
-                result.touched_grown = total
                 return False
-            result.touched_initial += beyond(min(end, border), start)
-            result.touched_grown += beyond(end, max(start, border))
-            if unit:        # the OS may make a huge page of each one that was touched
-                if start < border:
-                    result.kept += cover(start, min(end, border), unit, &reached_initial)
-                if end > border:
-                    result.kept_grown += cover(max(start, border), end, unit, &reached_grown)
-    result.zeroed = total
-    if unit:
-        result.kept_grown = min(result.kept_grown, beyond(used, s.pages.initial))
-        result.kept = min(result.kept, s.pages.initial) + result.kept_grown
-    else:
-        result.kept = total
-        result.kept_grown = result.touched_grown
+            if start < border:
+                result.kept += cover(start, min(end, border), unit, &reached_initial)
+            if end > border:
+                result.kept_grown += cover(max(start, border), end, unit, &reached_grown)
+    result.zeroed = result.touched
+    result.kept_grown = min(result.kept_grown, beyond(used, s.pages.initial))
+    result.kept = min(result.kept, s.pages.initial) + result.kept_grown
     return found.code == 0
 
 
@@ -184,10 +181,9 @@ cdef bint zero_all(slot* s, size_t used, const reset_plan* plan, reset_result* r
 
 cdef int give_back_all(slot* s, size_t used) noexcept nogil:
     """Gives back every page of the slot, hidden ones included. All bytes read as zero afterwards."""
-    cdef int code
     if pages.capabilities().discard_any_protection:
         return image_reset(s.m, s.pages.committed if s.pages.hidden else used)
-    code = image_reset(s.m, used)
+    cdef int code = image_reset(s.m, used)
     # If this guest has grown over all hidden pages, there are none.
     if code == 0 and s.pages.hidden and s.pages.committed > used:
         code = pages.decommit(s.original.base + used, s.pages.committed - used)
@@ -199,20 +195,18 @@ cdef int run_reset(slot* s, size_t used, const reset_plan* plan, reset_result* r
     """Does what was planned. -1: the slot cannot be used again."""
     cdef pool* p = s.pool
     cdef bint kept = False
-    cdef int code
     result.how = plan.how
     if plan.how == RESET_SCAN:
         kept = zero_touched(s, used, plan, result)
-        if plan.adaptive and (kept or result.touched_grown):
-            kept = reset_end(&s.policy, plan.costs, in_pages(used),
-                             in_pages(result.touched_initial + result.touched_grown + plan.hidden),
+        if plan.adaptive and (kept or result.touched):
+            kept = reset_end(&s.policy, plan.costs, in_pages(used), in_pages(result.touched + plan.hidden),
                              in_pages(p.keep_resident)) and kept
         kept = kept and result.kept + plan.hidden <= p.keep_resident
     elif plan.how == RESET_ZERO:
         kept = zero_all(s, used, plan, result)
     if kept:
         return 0
-    code = give_back_all(s, used)
+    cdef int code = give_back_all(s, used)
     if code and code == pages.capabilities().locked:
         image_fill(s.m, 0, used)     # mlock() keeps these pages whatever linmem asks for; hidden pages are zero
         all_zeroed(s, used, result)
@@ -277,10 +271,10 @@ cdef int reset(slot* s, memory* m, long long now) noexcept nogil:
     if used < s.pages.initial:
         # A pool above has cooled the memory, so the bytes are gone.
         return RESET_DISCARD if cool_pages(s) else -1
-    if load(&m.protection) != PROTECTION_NONE and memory_unprotect(m, used):
+    # A user may have protected it, restored it to another image, or given pages of its own image back.
+    if ((load(&m.protection) != PROTECTION_NONE and memory_unprotect(m, used))
+            or (not image_is_attached(m, s.image) and image_rebind(m, s.image))):
         return -1
-    if not image_is_attached(m, s.image) and image_rebind(m, s.image):
-        return -1       # a user restored it to another image, or gave pages of its own image back
     memset(&result, 0, sizeof(result))
     result.how = RESET_SCAN
     if used:
@@ -303,7 +297,6 @@ cdef int reset(slot* s, memory* m, long long now) noexcept nogil:
         s.resident -= s.pages.hidden            # no guest has grown into them for idle_seconds
         s.pages.hidden = 0
         s.pages.committed = used
-    s.pages.accessible = s.pages.initial
     if s.head.next != NULL and (used != s.pages.initial or load(&m.size) != s.original.size):
         notify_resized(s, <size_t>s.original.size, s.pages.initial, &unused)
     if s.resident > s.pool.keep_resident and not cool_pages(s):
@@ -320,30 +313,25 @@ cdef bint cool_pages(slot* s) noexcept nogil:
     store_size(&s.m.accessible, 0)
     image_pages_are_gone(s.m)
     memory_forget_protection(s.m)
-    s.pages.accessible = s.pages.committed = s.pages.hidden = 0
-    s.resident = s.tables = s.old_tables = 0
+    s.pages.committed = s.pages.hidden = s.resident = s.tables = s.old_tables = s.uses = 0
     s.unfilled = False
-    s.uses = 0
     reset_given_back(&s.policy)
-    if s.head.next != NULL:
-        notify_resized(s, 0, 0, &unused)
+    notify_resized(s, 0, 0, &unused)
     return True
 
 
 cdef int warm_up(slot* s, long long now, failure* why) noexcept nogil:
-    """Makes a cold slot accessible again. If it fails and s.pages.accessible is 0, the slot is still cold; otherwise
+    """Makes a cold slot accessible again. If it fails and s.pages.committed is 0, the slot is still cold; otherwise
     its state is unknown."""
-    cdef int code = 0
-    if s.head.next != NULL:
-        code = notify_resized(s, <size_t>s.original.size, s.pages.initial, why)
-        if code:
-            return code
+    cdef int code = notify_resized(s, <size_t>s.original.size, s.pages.initial, why)
+    if code:
+        return code
     s.emptied = s.grown = now
     if s.pages.initial == 0:
         return 0
     if s.original.huge_pages:
         pages.advise_huge(s.original.base, s.original.capacity)
-    s.pages.accessible = s.pages.committed = s.pages.initial
+    s.pages.committed = s.pages.initial
     code = commit_pages(s.original.base, s.pages.initial)
     if code == 0:
         code = image_attach(s.m, s.image)

@@ -1,12 +1,17 @@
 # Groups of slots, and the states of a slot. Part of pool.pyx.
 #
-# The pool's lock is held in all these functions.
-
-cdef enum:
-    EMPTY_GROUPS = 256      # the most groups without members that a table keeps because of their counts
+# The pool's lock is held in all functions below the first two.
 
 cdef extern from "linmem/_core/checked_build.h":
     void must "linmem_must"(bint holds) noexcept nogil
+
+
+cdef inline void lock_pool(pool* p) noexcept nogil:
+    lock(&p.lock.held)
+
+
+cdef inline void unlock_pool(pool* p) noexcept nogil:
+    unlock(&p.lock.held)
 
 
 # -- groups -------------------------------------------------------------------------------------------------
@@ -29,9 +34,9 @@ cdef inline group** bucket_of(pool* p, int grouping, const shape* key, const dom
     return &p.tables[grouping].buckets[h & (BUCKETS - 1)]
 
 
-cdef inline group* find_group(pool* p, int grouping, const shape* key, const domain_t* domain) noexcept nogil:
-    """domain: NULL for BY_SHAPE. key: not used for BY_DOMAIN."""
-    cdef group* g = bucket_of(p, grouping, key, domain)[0]
+cdef inline group* find_group(group** bucket, int grouping, const shape* key, const domain_t* domain) noexcept nogil:
+    """bucket: bucket_of() the other arguments. domain: NULL for BY_SHAPE. key: not used for BY_DOMAIN."""
+    cdef group* g = bucket[0]
     while g != NULL and not (g.domain == domain and (grouping == BY_DOMAIN or same_shape(&g.shape, key))):
         g = g.next
     return g
@@ -39,8 +44,8 @@ cdef inline group* find_group(pool* p, int grouping, const shape* key, const dom
 
 cdef group* need_group(pool* p, int grouping, const shape* key, domain_t* domain) noexcept nogil:
     """The group, which is made if there is none. NULL: no memory for it."""
-    cdef group* g = find_group(p, grouping, key, domain)
-    cdef group** bucket
+    cdef group** bucket = bucket_of(p, grouping, key, domain)
+    cdef group* g = find_group(bucket, grouping, key, domain)
     cdef int parent
     if g != NULL:
         return g
@@ -60,13 +65,20 @@ cdef group* need_group(pool* p, int grouping, const shape* key, domain_t* domain
             p.tables[parent].n_empty -= g.of[parent].members == 0
             g.of[parent].members += 1
     domain_retain(domain)
-    bucket = bucket_of(p, grouping, key, domain)
     g.next = bucket[0]
     bucket[0] = g
     list_add_first(&p.tables[grouping].groups, &g.in_table, g)
     p.tables[grouping].n += 1
     p.tables[grouping].n_empty += grouping != BY_BOTH
     return g
+
+
+cdef inline group* first_group(pool* p, int grouping) noexcept nogil:
+    return <group*>p.tables[grouping].groups.next.owner
+
+
+cdef inline group* next_group(const group* g) noexcept nogil:
+    return <group*>g.in_table.next.owner
 
 
 cdef void remove_group(pool* p, int grouping, group* g) noexcept nogil:
@@ -81,19 +93,14 @@ cdef void remove_group(pool* p, int grouping, group* g) noexcept nogil:
 
 
 cdef void remove_groups(pool* p, int grouping, bint only_empty) noexcept nogil:
-    cdef link* node = p.tables[grouping].groups.next
-    cdef group* g
-    while node.owner != NULL:
-        g = <group*>node.owner
-        node = node.next
+    cdef group* g = first_group(p, grouping)
+    cdef group* after
+    while g != NULL:
+        after = next_group(g)
         if g.members == 0 or not only_empty:
             remove_group(p, grouping, g)
+        g = after
     p.tables[grouping].n_empty = 0
-
-
-cdef inline void join_group(slot* s, group* g) noexcept nogil:
-    s.group = g
-    g.members += 1
 
 
 cdef void leave_group(slot* s) noexcept nogil:
@@ -113,10 +120,10 @@ cdef void leave_group(slot* s) noexcept nogil:
 
 # -- counts -------------------------------------------------------------------------------------------------
 
-cdef void add_counts(counts* to, const counts* more) noexcept nogil:
+cdef void add_counts(counts* sums, const counts* more) noexcept nogil:
     cdef size_t i
     for i in range(sizeof(counts) // sizeof(size_t)):
-        (<size_t*>to)[i] += (<const size_t*>more)[i]
+        (<size_t*>sums)[i] += (<const size_t*>more)[i]
 
 
 cdef inline totals* totals_of(slot* s, int i) noexcept nogil:
@@ -151,26 +158,26 @@ cdef inline void count_guest(slot* s, bint has_guest) noexcept nogil:
             t.live -= 1
 
 
-cdef inline void count_warm(warm_totals* to, const slot* s, size_t by) noexcept nogil:
-    """by: 1, or -1 modulo the size of a word."""
-    to.n += by
-    to.resident += by * s.resident
-    to.tables += by * s.tables
-    to.initial += by * s.pages.initial
-    to.committed += by * s.pages.committed
+cdef inline void count_warm(warm_totals* sums, const slot* s, size_t sign) noexcept nogil:
+    """sign: 1, or <size_t>-1, with which the sums wrap around."""
+    sums.n += sign
+    sums.resident += sign * s.resident
+    sums.tables += sign * s.tables
+    sums.initial += sign * s.pages.initial
+    sums.committed += sign * s.pages.committed
 
 
-cdef inline void count_idle(slot* s, int state, size_t by) noexcept nogil:
+cdef inline void count_idle(slot* s, int state, size_t sign) noexcept nogil:
     cdef pool* p = s.pool
     cdef warm_totals* of_domain = &s.group.of[BY_DOMAIN].warm
-    p.idle_reserved += by * s.reserved
+    p.idle_reserved += sign * s.reserved
     if state == COLD:
-        p.n_cold += by
+        p.n_cold += sign
         return
-    p.warm_domains -= of_domain.n != 0
-    count_warm(of_domain, s, by)
-    p.warm_domains += of_domain.n != 0
-    count_warm(&p.warm, s, by)
+    if of_domain.n == (sign == <size_t>-1):       # its first warm slot, or its last one
+        p.warm_domains += sign
+    count_warm(of_domain, s, sign)
+    count_warm(&p.warm, s, sign)
 
 
 # -- the transition of a slot's state -----------------------------------------------------------------------
@@ -184,59 +191,46 @@ cdef inline slot* newer(const slot* s) noexcept nogil:
 
 
 cdef inline slot* top_of(group* g) noexcept nogil:
-    return <slot*>g.stack.next.owner
+    return NULL if g == NULL else <slot*>g.stack.next.owner
 
 
 cdef inline void check_extent(const extent* e, int state) noexcept nogil:
     if state == WARM:
-        must(e.accessible == e.initial and e.initial <= e.committed and e.hidden <= e.committed - e.initial)
+        must(e.initial <= e.committed and e.hidden <= e.committed - e.initial)
     elif state == COLD:
-        must(e.accessible == 0 and e.committed == 0 and e.hidden == 0)
+        must(e.committed == 0 and e.hidden == 0)
 
 
-cdef inline bint may_become(int state, int to) noexcept nogil:
-    if state == LIVE:
-        return to == RESETTING or to == DROPPING or to == COLD
-    if state == RESETTING:
-        return to == WARM or to == COLD or to == DROPPING
-    if state == WARM:
-        return to == LIVE or to == COOLING or to == DROPPING
-    if state == COLD:
-        return to == LIVE or to == DROPPING
-    return state == COOLING and (to == COLD or to == DROPPING)
+cdef inline bint may_become(int state, int new_state) noexcept nogil:
+    if new_state == LIVE:
+        return state == WARM or state == COLD
+    if new_state == COLD:
+        return state == LIVE or state == RESETTING or state == COOLING
+    if new_state == DROPPING:
+        return state != DROPPING
+    return state == (LIVE if new_state == RESETTING else RESETTING if new_state == WARM else WARM)
 
 
 cdef size_t mappings_of(const slot* s) noexcept nogil:
     """The most mappings that the slot takes: pre-guard, accessible bytes, the rest of the reservation."""
-    cdef size_t n = 3
     if s.pages.committed == 0:
         return 3 if s.original.huge_pages else 1
-    if s.original.huge_pages:
-        n += 1              # the guard has no huge pages
-    if image_shares_pages(s.image):
-        n += 2              # the image's pages and those behind
-    if s.pages.committed > s.pages.initial:
-        n += 1              # hidden bytes
-    return n
+    return (3 + s.original.huge_pages                           # the guard has no huge pages
+            + (2 if image_shares_pages(s.image) else 0)         # the image's pages and those behind
+            + (s.pages.committed > s.pages.initial))            # hidden bytes
 
 
-cdef inline void count_mappings(slot* s) noexcept nogil:
-    cdef size_t n = mappings_of(s)
-    if n != s.mappings:
-        s.pool.mappings += n - s.mappings
-        s.mappings = n
-
-
-cdef inline bint move_slot(slot* s, int to) noexcept nogil:
+cdef inline bint move_slot(slot* s, int new_state) noexcept nogil:
     """The one function that changes a slot's state, with all lists and counts that follow from it. The lock is not
     needed for RESETTING, which changes no list and no count. False: the pool is closed, or the slot's image is
     forgotten. Then the slot does not become idle, and the caller drops it."""
     cdef pool* p = s.pool
     cdef int state = <int>load(&s.state)
-    cdef bint was_idle = state == WARM or state == COLD, idle = to == WARM or to == COLD
-    must(may_become(state, to))
-    if to == RESETTING:
-        store_release(&s.state, to)
+    cdef bint was_idle = state == WARM or state == COLD, idle = new_state == WARM or new_state == COLD
+    cdef size_t mappings
+    must(may_become(state, new_state))
+    if new_state == RESETTING:
+        store_release(&s.state, new_state)
         return True
     if idle:
         if p.closed:
@@ -251,12 +245,15 @@ cdef inline bint move_slot(slot* s, int to) noexcept nogil:
         list_remove(&s.by_age)
         count_idle(s, state, <size_t>-1)
     if idle:
-        check_extent(&s.pages, to)
-        count_mappings(s)
-        list_add_first(&s.group.stack if to == WARM else &s.group.of[BY_SHAPE].stack, &s.in_stack, s)
-        list_add_first(&p.warm_by_age if to == WARM else &p.cold_by_age, &s.by_age, s)
-        count_idle(s, to, 1)
-    if idle or to == LIVE or to == DROPPING:
+        check_extent(&s.pages, new_state)
+        mappings = mappings_of(s)
+        if mappings != s.mappings:
+            p.mappings += mappings - s.mappings
+            s.mappings = mappings
+        list_add_first(&s.group.stack if new_state == WARM else &s.group.of[BY_SHAPE].stack, &s.in_stack, s)
+        list_add_first(&p.warm_by_age if new_state == WARM else &p.cold_by_age, &s.by_age, s)
+        count_idle(s, new_state, 1)
+    if idle or new_state == LIVE or new_state == DROPPING:
         report_held(p)
-    store_release(&s.state, to)
+    store_release(&s.state, new_state)
     return True

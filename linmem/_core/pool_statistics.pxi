@@ -15,19 +15,16 @@ cdef struct report:
     size_t n[GROUPINGS]                 # rows: one of the pool, the others BY_SHAPE and BY_DOMAIN
     report_row* rows[GROUPINGS]
     report_row sums                     # the row of the pool
-    size_t fallbacks
-    size_t rejected
+    size_t fallbacks, rejected
 
 # Names of the EVICTED_ causes; EVICTED_IDLE and EVICTED_PURGE are counted as purges.
 _CAUSES = ("count", "resident", "process", "slots", "reserved", "refused", "image", "trim")
 
 
 cdef void start_rows(pool* p, int grouping, report_row* rows) noexcept nogil:
-    cdef link* node = p.tables[grouping].groups.next
-    cdef group* g
+    cdef group* g = first_group(p, grouping)
     cdef size_t n = 0
-    while node.owner != NULL:
-        g = <group*>node.owner
+    while g != NULL:
         g.row = n
         rows[n].shape = g.shape
         rows[n].domain = g.domain
@@ -35,7 +32,7 @@ cdef void start_rows(pool* p, int grouping, report_row* rows) noexcept nogil:
         rows[n].counts = g.own.counts
         rows[n].peak_live = g.own.peak_live
         n += 1
-        node = node.next
+        g = next_group(g)
 
 
 cdef void count_slot(slot* s, report_row* row) noexcept nogil:
@@ -59,11 +56,10 @@ cdef bint make_report(pool* p, report* out, bint by_groups) noexcept nogil:
     """by_groups: with rows for each shape and each domain, which free_report() frees. False: no memory for them."""
     cdef link* node
     cdef slot* s
-    cdef int i
+    cdef int i, end = GROUPINGS if by_groups else BY_SHAPE
     cdef bint made = True
-    cdef int end = GROUPINGS if by_groups else BY_SHAPE
     memset(out, 0, sizeof(report))
-    lock(&p.lock.held)
+    lock_pool(p)
     out.fallbacks, out.rejected = p.fallbacks, p.rejected
     out.sums.counts = p.own.counts
     out.sums.peak_live = p.own.peak_live
@@ -80,7 +76,7 @@ cdef bint make_report(pool* p, report* out, bint by_groups) noexcept nogil:
         for i in range(BY_SHAPE, end):
             count_slot(s, out.rows[i] + s.group.of[i].row)
         node = node.next
-    unlock(&p.lock.held)
+    unlock_pool(p)
     return made
 
 

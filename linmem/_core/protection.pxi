@@ -2,18 +2,20 @@
 #
 # The access is a step function of the offset. The table keeps its borders in order: the border `offset | access` says
 # that the pages from `offset` on have this access, up to the next border. The pages before the first border are "rw",
-# and so are the pages after the last one. Two neighbours never have the same access.
+# and the pages after the last border too. A border always changes the access.
 #
 # The borders stand in an array with a gap, so that a loop that protects page after page, in either direction, moves few
 # of them.
 #
-# m.protection tells what the table is worth:
+# m.protection says whether the table is valid:
 #   PROTECTION_NONE     every page is "rw", and there is no table
 #   PROTECTION_KNOWN    the table says which page has which access
 #   PROTECTION_UNKNOWN  a change is under way, or a change was not completed: its thread was lost in a fork, or the OS
 #                       refused to undo it. The borders mean nothing then; they may be half written.
 # m.protection and the table change with the memory's lock held. A thread that sees during an access (begin_access) that
 # the memory is not guarded may touch every page: a change waits until the accesses that began before it have ended.
+
+from linmem._core.linked_list cimport link, list_add_first, list_init, list_remove
 
 cdef enum:
     ACCESS_UNKNOWN = 7              # beside the ACCESS_ constants of pages.pxd: the OS refused to undo a change
@@ -34,10 +36,9 @@ cdef struct protections:
     size_t n
     size_t gap                      # the number of borders before the gap
     size_t room
-    protections* next               # the list of all memories' tables
-    protections** link              # the pointer of the list that points to this table
+    link listed                     # in all_protections
 
-cdef protections* all_protections = NULL
+cdef link all_protections
 cdef atomic_i64 n_protections
 cdef fork_lock protections_lock     # for all_protections and every m.protections
 
@@ -46,36 +47,38 @@ cdef inline size_t border(const protections* p, size_t i) noexcept nogil:
     return p.borders[i if i < p.gap else i + (p.room - p.n)]
 
 
+cdef inline size_t border_offset(const protections* p, size_t i) noexcept nogil:
+    """SIZE_MAX: there is no i-th border."""
+    return border(p, i) & ~<size_t>ACCESS_MASK if i < p.n else SIZE_MAX
+
+
 cdef inline int access_before(const protections* p, size_t i) noexcept nogil:
     """The access just before the i-th border."""
     return <int>(border(p, i - 1) & ACCESS_MASK) if i else <int>pages.ACCESS_READ_WRITE
 
 
 cdef size_t first_border(const protections* p, size_t offset) noexcept nogil:
-    """The index of the first border at or after `offset`; p.n if there is none."""
+    """The index of the first border at or after `offset`; p.n if there is no such border."""
     cdef size_t low = 0, high = p.n, middle
     while low < high:
         middle = low + ((high - low) >> 1)
-        if border(p, middle) & ~<size_t>ACCESS_MASK < offset:
+        if border_offset(p, middle) < offset:
             low = middle + 1
         else:
             high = middle
     return low
 
 
-cdef int make_room(protections* p) noexcept nogil:
-    """Make room for one change. E_NO_MEMORY: the table has not changed."""
-    cdef size_t room = p.n + (p.n >> 1) + SPARE_BORDERS
+cdef int make_room(protections* p, failure* why) noexcept nogil:
+    """Make room for one change. A code: the table has not changed."""
+    cdef size_t behind = p.n - p.gap, room = p.n + (p.n >> 1) + SPARE_BORDERS
     cdef size_t* more
     if p.room - p.n >= SPARE_BORDERS:
         return 0
-    more = <size_t*>malloc(room * sizeof(size_t))
+    more = <size_t*>realloc(p.borders, room * sizeof(size_t))
     if more == NULL:
-        return E_NO_MEMORY
-    if p.n:
-        memcpy(more, p.borders, p.gap * sizeof(size_t))
-        memcpy(more + room - (p.n - p.gap), p.borders + p.room - (p.n - p.gap), (p.n - p.gap) * sizeof(size_t))
-    free(p.borders)
+        return fail(why, E_NO_MEMORY, "realloc", room * sizeof(size_t))
+    memmove(more + room - behind, more + p.room - behind, behind * sizeof(size_t))
     p.borders = more
     p.room = room
     return 0
@@ -105,42 +108,37 @@ cdef void set_access(protections* p, size_t start, size_t end, int access) noexc
 # -- questions: the caller holds the memory's lock
 
 cdef inline bint is_guarded(memory* m) noexcept nogil:
-    """Whether an access may fault; needs no lock. It reads one variable while no memory of the process is protected."""
+    """Whether an access may fault. Needs no lock. Reads one variable while no memory of the process is protected."""
     return load(&n_protections) != 0 and (load(&m.protection) != PROTECTION_NONE or not m.ops.pages_are_ours)
 
 
-cdef bint memory_has_other(memory* m, size_t offset, size_t size, int allowed, size_t* at, int* access) noexcept nogil:
-    """Whether a page of the range has an access that is not in the set `allowed`. *at, *access: the first such page."""
+cdef bint memory_has_other(memory* m, size_t offset, size_t size, int allowed, size_t* first,
+                           int* access) noexcept nogil:
+    """Whether a page of the range has an access that is not in the set `allowed`. *first, *access: the first such
+    page."""
     cdef protections* p = m.protections
     cdef size_t i, end = offset + size
-    at[0] = offset
+    first[0] = offset
     access[0] = ACCESS_UNKNOWN
     if load(&m.protection) != PROTECTION_KNOWN or size == 0:
         return load(&m.protection) == PROTECTION_UNKNOWN and size != 0
     i = first_border(p, offset + 1)
     access[0] = access_before(p, i)
     while allowed >> access[0] & 1:
-        if i == p.n:
+        first[0] = border_offset(p, i)
+        if first[0] >= end:
             return False
-        at[0] = border(p, i) & ~<size_t>ACCESS_MASK
-        if at[0] >= end:
-            return False
-        access[0] = <int>(border(p, i) & ACCESS_MASK)
         i += 1
+        access[0] = access_before(p, i)
     return True
 
 
 cdef int refuse_access(memory* m, size_t offset, size_t size, int allowed, const char* call,
                        failure* why) noexcept nogil:
     """A failure if a page of the range has an access that is not in the set `allowed`."""
-    cdef size_t at
-    cdef int access
     if not m.ops.pages_are_ours:
         return refuse_foreign(m.base + offset, size, allowed, call, why)
-    if not memory_has_other(m, offset, size, allowed, &at, &access):
-        return 0
-    fail(why, E_PROTECTED, call, size, offset)
-    return describe_protection(m, at, access, "", why)
+    return refuse_own(m, offset, size, allowed, E_PROTECTED, call, why)
 
 
 cdef int refuse_protected(memory* m, int allowed, const char* call, failure* why) noexcept nogil:
@@ -150,33 +148,34 @@ cdef int refuse_protected(memory* m, int allowed, const char* call, failure* why
             return 0
         fail(why, E_UNSUPPORTED, call, 0)
         snprintf(why.detail, sizeof(why.detail), "with protected pages, which the memory has that this one is made of")
-        return E_UNSUPPORTED
+        return why.code
     return unsupported_on(m, 0, memory_size(m), allowed, call, why)
 
 
 cdef int unsupported_on(memory* m, size_t offset, size_t size, int allowed, const char* call,
                         failure* why) noexcept nogil:
     """As refuse_access() for linmem's own pages; the failure is that the call is not supported."""
-    cdef size_t at
+    return refuse_own(m, offset, size, allowed, E_UNSUPPORTED, call, why)
+
+
+cdef int refuse_own(memory* m, size_t offset, size_t size, int allowed, int code, const char* call,
+                    failure* why) noexcept nogil:
+    """As refuse_access() for linmem's own pages, with this code. The failure says which page is in the way, and what
+    the caller can do."""
+    cdef size_t first, whole = round_down(memory_size(m), host_page())
+    cdef const char* lead = "with protected pages: " if code == E_UNSUPPORTED else ""
     cdef int access
-    if not memory_has_other(m, offset, size, allowed, &at, &access):
+    if not memory_has_other(m, offset, size, allowed, &first, &access):
         return 0
-    fail(why, E_UNSUPPORTED, call, 0)
-    return describe_protection(m, at, access, "with protected pages: ", why)
-
-
-cdef int describe_protection(memory* m, size_t at, int access, const char* lead, failure* why) noexcept nogil:
-    """Write into why.detail which page is in the way, and what to do. Returns the failure's code."""
-    cdef size_t page = host_page()
-    cdef size_t whole = round_down(memory_size(m), page)
-    at = round_down(at, page)
+    first = round_down(first, host_page())
+    fail(why, code, call, size, offset)
     if access == ACCESS_UNKNOWN:
         snprintf(why.detail, sizeof(why.detail), "%sthe access of the page at %zu is not known, because a protect() was"
-                 " refused or did not end; protect(0, %zu, 'rw') gives all pages a known one", lead, at, whole)
+                 " refused or did not end; protect(0, %zu, 'rw') gives all pages a known one", lead, first, whole)
     else:
         snprintf(why.detail, sizeof(why.detail), "%sthe page at %zu has the access '%s'; protect(0, %zu, 'rw') gives"
-                 " all pages back theirs", lead, at, access_name(access), whole)
-    return why.code
+                 " all pages back theirs", lead, first, access_name(access), whole)
+    return code
 
 
 cdef const char* access_name(int access) noexcept nogil:
@@ -192,46 +191,46 @@ cdef int is_read_only(memory* m, bint* answer, failure* why) noexcept nogil:
     if load(&m.protection) == PROTECTION_NONE or memory_size(m) == 0:
         return 0
     code = lock_memory(m, why)
-    if code:
-        return code
-    answer[0] = (load(&m.protection) != PROTECTION_NONE
-                 and refuse_access(m, 0, memory_size(m), NOT_WRITABLE, "write", &unused) == 0)
-    unlock(&m.lock)
-    return 0
+    if code == 0:
+        answer[0] = (load(&m.protection) != PROTECTION_NONE
+                     and refuse_access(m, 0, memory_size(m), NOT_WRITABLE, "write", &unused) == 0)
+        unlock(&m.lock)
+    return code
 
 
-cdef memory* find_protected(const char* at, size_t size) noexcept nogil:
-    """The memory with protected pages that holds a byte of the range, or NULL. The caller's hold on the bytes also
-    keeps the memory."""
-    cdef protections* p
-    cdef memory* m = NULL
+cdef memory* find_protected(const char* start, size_t size) noexcept nogil:
+    """The memory with protected pages that holds a byte of the range, or NULL. The caller keeps the bytes alive, and
+    so the memory."""
+    cdef link* each
+    cdef memory* m
+    cdef memory* found = NULL
     if load(&n_protections) == 0 or size == 0:
         return NULL
     lock(&protections_lock.held)
-    p = all_protections
-    while p != NULL and m == NULL:
-        if at < p.of.base + load_size(&p.of.accessible) and p.of.base < at + size:
-            m = p.of
-        p = p.next
+    each = all_protections.next
+    while each.owner != NULL and found == NULL:
+        m = (<protections*>each.owner).of
+        if start < m.base + load_size(&m.accessible) and m.base < start + size:
+            found = m
+        each = each.next
     unlock(&protections_lock.held)
-    return m
+    return found
 
 
-cdef int refuse_foreign(const char* at, size_t size, int allowed, const char* call, failure* why) noexcept nogil:
+cdef int refuse_foreign(const char* start, size_t size, int allowed, const char* call, failure* why) noexcept nogil:
     """For bytes of unknown origin (a buffer, or the base of a Python memory): a failure if they lie in pages of a
     linmem memory whose access is not in the set `allowed`. The caller keeps the bytes alive and does not hold that
     memory's lock. The user must not protect the pages after this call."""
-    cdef memory* m = find_protected(at, size)
-    cdef size_t start
+    cdef memory* m = find_protected(start, size)
+    cdef size_t first
     cdef int code
     if m == NULL:
         return 0
     code = lock_memory(m, why)
-    if code:
-        return code
-    start = <size_t>(at - m.base) if at > m.base else 0
-    code = refuse_access(m, start, <size_t>(at + size - m.base) - start, allowed, call, why)
-    unlock(&m.lock)
+    if code == 0:
+        first = <size_t>(start - m.base) if start > m.base else 0
+        code = refuse_access(m, first, <size_t>(start + size - m.base) - first, allowed, call, why)
+        unlock(&m.lock)
     return code
 
 
@@ -240,33 +239,28 @@ cdef int refuse_foreign(const char* at, size_t size, int allowed, const char* ca
 cdef int begin_change(memory* m, failure* why) noexcept nogil:
     """Until end_change(), m.protections exists and has room for one change, and m.protection is PROTECTION_UNKNOWN. If
     this fails, nothing has changed."""
-    global all_protections
     cdef long long was = load(&m.protection)
     cdef protections* p = m.protections
+    cdef int code
     store(&m.protection, PROTECTION_UNKNOWN)
     if p == NULL:
         p = <protections*>calloc(1, sizeof(protections))
-        if p == NULL or make_room(p):
+    elif was == PROTECTION_UNKNOWN:         # a lost thread's table: its pointers may be half written, so no free()
+        p.borders = NULL
+        p.n = p.gap = p.room = 0
+    code = make_room(p, why) if p != NULL else fail(why, E_NO_MEMORY, "calloc", sizeof(protections))
+    if code:
+        if m.protections == NULL:
             free(p)
-            store(&m.protection, was)
-            return fail(why, E_NO_MEMORY, "calloc", sizeof(protections))
+        store(&m.protection, was)
+        return code
+    if m.protections == NULL:
         p.of = m
         lock(&protections_lock.held)
-        p.next = all_protections
-        p.link = &all_protections
-        if p.next != NULL:
-            p.next.link = &p.next
-        all_protections = p
+        list_add_first(&all_protections, &p.listed, p)
         m.protections = p
         add(&n_protections, 1)
         unlock(&protections_lock.held)
-    else:
-        if was == PROTECTION_UNKNOWN:       # a lost thread's table: its pointers may be half written, so no free()
-            p.borders = NULL
-            p.n = p.gap = p.room = 0
-        if make_room(p):
-            store(&m.protection, was)
-            return fail(why, E_NO_MEMORY, "malloc", p.n * sizeof(size_t))
     if was == PROTECTION_UNKNOWN:
         set_access(p, 0, round_down(memory_size(m), host_page()), ACCESS_UNKNOWN)
     return 0
@@ -281,13 +275,10 @@ cdef void end_change(memory* m) noexcept nogil:
 cdef void memory_forget_protection(memory* m) noexcept nogil:
     """Every page is "rw", or the memory is going, or the caller owns the memory exclusively and has decommitted all its
     pages."""
-    global all_protections
     cdef protections* p = m.protections
     if p != NULL:
         lock(&protections_lock.held)
-        p.link[0] = p.next
-        if p.next != NULL:
-            p.next.link = p.link
+        list_remove(&p.listed)
         m.protections = NULL
         add(&n_protections, -1)
         unlock(&protections_lock.held)
@@ -300,11 +291,15 @@ cdef void memory_forget_protection(memory* m) noexcept nogil:
 cdef int memory_protect(memory* m, size_t offset, size_t size, int access, failure* why) noexcept nogil:
     """Give whole host pages an access. If the OS refuses, each page has the access that it had, or the table says that
     the page's access is unknown."""
+    cdef size_t page = host_page()
+    cdef bint is_offset = offset & (page - 1) != 0
     cdef int code = begin_page_call(m, "protect", offset, size, why)
     if code:
         return code
-    if (offset | size) & (host_page() - 1):
-        code = refuse_unaligned(offset, size, why)
+    if (offset | size) & (page - 1):
+        code = fail(why, E_VALUE, "protect", size)
+        snprintf(why.detail, sizeof(why.detail), "%s must be a multiple of the host page (%zu), got %zu",
+                 "offset" if is_offset else "size", page, offset if is_offset else size)
     elif size and load(&m.owner) == OWNER_WASMTIME and access != pages.ACCESS_READ_WRITE:
         code = fail(why, E_OWNED, "protect", size)
         snprintf(why.detail, sizeof(why.detail), "its pages stay \"rw\", because memory.fill, memory.copy and WASI"
@@ -322,15 +317,6 @@ cdef int begin_page_call(memory* m, const char* call, size_t offset, size_t size
         snprintf(why.detail, sizeof(why.detail), "by a memory of kind '%s': its pages are not linmem's", m.ops.kind)
         return E_UNSUPPORTED
     return lock_memory(m, why) if is_within(m, offset, size) else fail_range(m, offset, size, why)
-
-
-cdef int refuse_unaligned(size_t offset, size_t size, failure* why) noexcept nogil:
-    cdef size_t page = host_page()
-    cdef bint is_offset = offset & (page - 1) != 0
-    fail(why, E_VALUE, "protect", size)
-    snprintf(why.detail, sizeof(why.detail), "%s must be a multiple of the host page (%zu), got %zu",
-             "offset" if is_offset else "size", page, offset if is_offset else size)
-    return E_VALUE
 
 
 cdef int change_access(memory* m, size_t start, size_t size, int access, failure* why) noexcept nogil:
@@ -351,23 +337,21 @@ cdef int change_access(memory* m, size_t start, size_t size, int access, failure
 cdef void undo_protect(memory* m, size_t start, size_t end) noexcept nogil:
     """A part of the range may have the new access: give each page back the access that the table says."""
     cdef protections* p = m.protections
-    cdef size_t at = start, next, i
+    cdef size_t offset = start, next, i
     cdef int access, left = UNKNOWN_RANGES
-    while at < end:
-        i = first_border(p, at + 1)
+    while offset < end:
+        i = first_border(p, offset + 1)
         access = access_before(p, i)
-        next = border(p, i) & ~<size_t>ACCESS_MASK if i < p.n else end
-        if next > end:
-            next = end
-        if access != ACCESS_UNKNOWN and not give_access(m, at, next, access, &left):
+        next = min(border_offset(p, i), end)
+        if access != ACCESS_UNKNOWN and not give_access(m, offset, next, access, &left):
             set_access(p, start, end, ACCESS_UNKNOWN)
             return
-        at = next
+        offset = next
 
 
 cdef bint give_access(memory* m, size_t start, size_t end, int access, int* left) noexcept nogil:
-    """Ask the OS for the whole range, and if it refuses, for each half: the access of one refused page becomes unknown,
-    not that of its neighbours. False: more than *left pages would become unknown."""
+    """Ask the OS for the whole range, and if it refuses, for each half: so only the access of the pages that it
+    refuses becomes unknown. False: more than *left pages would become unknown."""
     cdef size_t middle, page = host_page()
     if pages.protect(m.base + start, end - start, access) == 0:
         return True
@@ -402,4 +386,5 @@ cdef void memory_protection_becomes_unknown(memory* m) noexcept nogil:
     store(&m.protection, PROTECTION_UNKNOWN)
 
 
+list_init(&all_protections)
 register_fork_lock(&protections_lock)

@@ -2,14 +2,14 @@
 
 cdef struct python_memory:
     memory head
-    size_t reservation      # what was asked for; the capacity may be less
-    PyObject* object        # the LinearMemory: a reference that drop_object ends; touched with the GIL only
-    size_t shelter          # of a broken memory: bytes of inaccessible pages at its base; 0: the OS had none
+    size_t reservation      # of the request; the capacity may be less
+    PyObject* object        # the LinearMemory, a reference; used with the GIL only
+    size_t shelter          # of a broken memory: bytes of inaccessible pages at its base; 0: the OS refused them
 
 # An address that no process can map on any supported system: it is in neither half of the address space.
 cdef size_t UNMAPPABLE = <size_t>1 << 55
 
-# What a Python memory says about itself.
+# The properties that a Python memory reports.
 cdef struct answers:
     size_t base
     size_t size
@@ -18,18 +18,17 @@ cdef struct answers:
     size_t maximum
 
 
-cdef int ask_python_memory(python_memory* p, size_t size, answers* out) except -1:
+cdef int ask_python_memory(object made, size_t size, size_t reservation, size_t guard, size_t maximum,
+                           answers* out) except -1:
     """Asks the Python memory where and how large it is. Raises ValueError if the answers contradict each other, or if
-    its size is not `size` (NO_MAXIMUM: it may have any size). Changes nothing."""
-    cdef size_t bound
-    cdef size_t reservation = p.reservation, guard = p.head.guard
-    made = <object>p.object
+    the memory has another size than `size` (NO_MAXIMUM: it may have any size)."""
+    cdef size_t bound, end = 0
     name = type(made).__name__
     check_size(made.as_ptr(), "as_ptr()", &out.base)
     check_size(made.byte_size(), "byte_size()", &out.size)
     check_size(made.byte_capacity(), "byte_capacity()", &out.capacity)
     if size != NO_MAXIMUM:
-        check_python_size(p, size, out)
+        check_python_size(made, size, out)
     accessible = made.wasm_accessible()
     if out.base == 0 or out.base & (pages.capabilities().page_size - 1):
         raise ValueError(f"{name}.as_ptr() must be a non-zero multiple of the host page"
@@ -37,29 +36,27 @@ cdef int ask_python_memory(python_memory* p, size_t size, answers* out) except -
     if out.capacity < out.size:
         raise ValueError(f"{name}.byte_capacity() must be >= byte_size() ({out.size}), got {out.capacity}")
     out.covered = max(out.capacity, reservation)
-    if (out.covered > SIZE_MAX >> 1 or out.covered > SIZE_MAX - out.base
-            or guard > SIZE_MAX - out.base - out.covered):
+    if (out.covered > SIZE_MAX >> 1 or add_up(out.covered, guard, &out.covered)
+            or add_up(out.base, out.covered, &end)):
         raise ValueError(f"{name}.byte_capacity() does not fit an address: {out.capacity}")
-    out.covered += guard
     # The compiler of wasm relies on this range: each access to it succeeds or faults.
-    if not (accessible.start <= out.base and out.base + out.covered <= accessible.stop):
-        raise ValueError(f"{name}.wasm_accessible() must cover {out.base:#x} .. {out.base + out.covered:#x}: its"
+    if not (accessible.start <= out.base and end <= accessible.stop):
+        raise ValueError(f"{name}.wasm_accessible() must cover {out.base:#x} .. {end:#x}: its"
                          f" capacity of {out.capacity} (reservation asked for: {reservation}) and a guard of {guard}"
                          f" bytes; got {accessible.start:#x} .. {accessible.stop:#x}")
-    out.maximum = p.head.maximum
-    maximum = made.maximum_byte_size() if hasattr(made, "maximum_byte_size") else None
-    if maximum is not None:
-        check_size(maximum, "maximum_byte_size()", &bound)
+    out.maximum = maximum
+    own_maximum = made.maximum_byte_size() if hasattr(made, "maximum_byte_size") else None
+    if own_maximum is not None:
+        check_size(own_maximum, "maximum_byte_size()", &bound)
         if bound < out.size:
             raise ValueError(f"{name}.maximum_byte_size() must be >= byte_size() ({out.size}), got {bound}")
-        out.maximum = min(out.maximum, bound)
+        out.maximum = min(maximum, bound)
     return 0
 
 
-cdef int check_python_size(python_memory* p, size_t size, const answers* got) except -1:
+cdef int check_python_size(object made, size_t size, const answers* got) except -1:
     if got.size != size:
-        raise ValueError(f"{type(<object>p.object).__name__}.byte_size() must be what was asked for ({size}),"
-                         f" got {got.size}")
+        raise ValueError(f"{type(made).__name__}.byte_size() must be what was asked for ({size}), got {got.size}")
     return 0
 
 
@@ -73,8 +70,8 @@ cdef void store_answers(python_memory* p, const answers* got, size_t size) noexc
 
 
 cdef void break_memory(memory* m) noexcept nogil:
-    """The location of the bytes is unknown, so the memory becomes unusable for ever: each use raises. WebAssembly asks
-    for the base after each growth, and faults at the first byte."""
+    """The location of the bytes is unknown, so from now on each use of the memory raises. WebAssembly asks for the base
+    after each growth, and faults at the first byte."""
     cdef python_memory* p = <python_memory*>m
     cdef char* nowhere = <char*>UNMAPPABLE
     cdef size_t size = 0
@@ -90,17 +87,15 @@ cdef void break_memory(memory* m) noexcept nogil:
 
 
 cdef int python_grow(memory* m, size_t new_size, failure* why) noexcept nogil:
-    cdef int code
     cdef bint may_move = new_size > m.capacity
+    cdef int code
     cdef own_growth growth
     if m.broken:
         return fail(why, E_BROKEN, "grow_to", new_size)
     if python_is_ending():
         return fail(why, E_UNSUPPORTED, "grow_to while the interpreter shuts down", new_size)
-    if may_move:
-        code = begin_move(m, new_size, why)
-        if code:
-            return code
+    if may_move and begin_move(m, new_size, why):
+        return why.code
     begin_own_growth(&growth, m)
     code = python_grow_with_gil(<python_memory*>m, new_size, may_move, why)
     end_own_growth(&growth)
@@ -110,19 +105,19 @@ cdef int python_grow(memory* m, size_t new_size, failure* why) noexcept nogil:
 
 
 cdef int python_grow_with_gil(python_memory* p, size_t new_size, bint may_move, failure* why) noexcept with gil:
-    """Collects all answers before it stores one. It also asks after a grow_to() that raised, because the memory may
-    have moved before."""
+    """Stores the answers of the Python memory when all have been given. The memory is also asked if its grow_to()
+    raised, because it may have moved before that."""
     cdef answers got
     cdef memory* m = &p.head
+    made, error = <object>p.object, None
     try:
-        error = None
         try:
-            (<object>p.object).grow_to(new_size)
+            made.grow_to(new_size)
         except BaseException as raised:
             error = raised
         for is_last in (False, True):       # Ctrl-C says nothing about the memory, so the memory is asked once more
             try:
-                ask_python_memory(p, NO_MAXIMUM, &got)
+                ask_python_memory(made, NO_MAXIMUM, p.reservation, m.guard, m.maximum, &got)
                 break
             except BaseException as raised:
                 error = raised if error is None else error
@@ -131,17 +126,12 @@ cdef int python_grow_with_gil(python_memory* p, size_t new_size, bint may_move, 
                     raise error
         if got.size < memory_size(m) or (got.base != <size_t>m.base and not may_move):
             break_memory(m)
-            if error is None and got.size < memory_size(m):
-                check_python_size(p, new_size, &got)
-            raise RuntimeError(f"{type(<object>p.object).__name__}.grow_to({new_size}) moved the base within its"
-                               f" byte_capacity() ({m.capacity}), or shrank the memory: it is lost") from error
-        if error is None and got.size == new_size:
-            store_answers(p, &got, new_size)
-            return 0
-        store_answers(p, &got, memory_size(m))
+            raise RuntimeError(f"{type(made).__name__}.grow_to({new_size}) moved the base within its byte_capacity()"
+                               f" ({m.capacity}), or shrank the memory: it is lost") from error
+        store_answers(p, &got, new_size if error is None and got.size == new_size else memory_size(m))
         if error is not None:
             raise error
-        return check_python_size(p, new_size, &got)
+        return check_python_size(made, new_size, &got)
     except BaseException as failed:
         return fail_python(why, failed)
 
@@ -165,10 +155,10 @@ python_ops.lose = break_memory
 
 @cython.final
 cdef class PythonCreator(NativeCreator):
-    """Lets a Python class that implements the two traits stand wherever a native creator does.
+    """A native creator that calls a Python class, which implements the two traits.
 
-    An exception of the class reaches the caller: as the exception in Python, as its text through wasmtime. Each
-    creation and growth takes the GIL; reading the base and the size does not.
+    A caller in Python gets an exception of the class itself; wasmtime gets the text of the exception. Each creation and
+    growth takes the GIL. Reading the base and the size does not take the GIL.
 
     Parameters
     ----------
@@ -185,64 +175,58 @@ cdef class PythonCreator(NativeCreator):
             return fail(why, E_UNSUPPORTED, "new_memory while the interpreter shuts down", spec.minimum)
         with gil:
             try:
-                return self.make_in_python(spec, out)
+                return make_in_python(self.creator, spec, out)
             except BaseException as error:
                 return fail_python(why, error)
 
-    cdef int make_in_python(self, const memory_spec* spec, memory** out) except -1:
-        cdef python_memory* p
-        cdef answers got
-        cdef failure why
-        cdef request asked
-        cdef size_t reservation = 0 if spec.reservation == UNCHOSEN else spec.reservation
-        from linmem.records import MemoryType
-        if spec.image != NULL and spec.image.end > spec.minimum:
-            raise ValueError(f"minimum must be >= the end of the image ({spec.image.end}), got {spec.minimum}")
-        maximum = None if spec.maximum == NO_MAXIMUM else spec.maximum
-        ty = MemoryType(
-            minimum=spec.minimum // spec.page_size, maximum=None if maximum is None else maximum // spec.page_size,
-            is_64=spec.is_64, is_shared=spec.is_shared, page_size=spec.page_size)
-        asked.may_move, asked.domain = spec.may_move, current_domain()
-        answer_request(&asked)
-        try:
-            made = self.creator.new_memory(
-                ty, spec.minimum, maximum, None if spec.reservation == UNCHOSEN else spec.reservation, spec.guard)
-        finally:
-            answer_request(&asked)
-        if isinstance(made, Memory):
-            return adopt(<Memory>made, spec, reservation, out)
-        for method in ("as_ptr", "byte_size", "byte_capacity", "wasm_accessible", "grow_to"):
-            if not callable(getattr(made, method, None)):
-                raise TypeError(f"{type(self.creator).__name__}.new_memory() must return a LinearMemory, got"
-                                f" {type(made).__name__} without {method}()")
-        p = <python_memory*>calloc(1, sizeof(python_memory))
-        if p == NULL:
-            raise MemoryError("no memory for a memory's bookkeeping")
-        p.object = <PyObject*>made
-        p.reservation = reservation
-        p.head.guard = spec.guard
-        p.head.maximum = spec.maximum
-        try:
-            ask_python_memory(p, spec.minimum, &got)
-            if refuse_foreign(<char*>got.base, spec.minimum, 1 << pages.ACCESS_READ_WRITE, "new_memory", &why):
-                raise_failure(&why)
-        except BaseException:
-            free(p)
-            raise
-        store_answers(p, &got, spec.minimum)
-        if spec.image != NULL:
-            image_copy(spec.image, p.head.base)
-        Py_INCREF(made)
-        p.head.ops = &python_ops
-        p.head.refs = 1
-        p.head.is_shared = spec.is_shared
-        p.head.may_move = spec.may_move
-        add_live_memory(&p.head)
-        out[0] = &p.head
-        return 0
-
     def __repr__(self):
         return f"PythonCreator({self.creator!r})"
+
+
+cdef int make_in_python(object creator, const memory_spec* spec, memory** out) except -1:
+    cdef python_memory* p
+    cdef answers got
+    cdef failure why
+    cdef request answered
+    cdef size_t reservation = 0 if spec.reservation == UNCHOSEN else spec.reservation
+    from linmem.records import MemoryType
+    if spec.image != NULL and spec.image.end > spec.minimum:
+        raise ValueError(f"minimum must be >= the end of the image ({spec.image.end}), got {spec.minimum}")
+    maximum = None if spec.maximum == NO_MAXIMUM else spec.maximum
+    ty = MemoryType(
+        minimum=spec.minimum // spec.page_size, maximum=None if maximum is None else maximum // spec.page_size,
+        is_64=spec.is_64, is_shared=spec.is_shared, page_size=spec.page_size)
+    answered.may_move, answered.domain = spec.may_move, current_domain()
+    answer_request(&answered)
+    try:
+        made = creator.new_memory(
+            ty, spec.minimum, maximum, None if spec.reservation == UNCHOSEN else spec.reservation, spec.guard)
+    finally:
+        answer_request(&answered)
+    if isinstance(made, Memory):
+        return adopt(<Memory>made, spec, reservation, out)
+    for method in ("as_ptr", "byte_size", "byte_capacity", "wasm_accessible", "grow_to"):
+        if not callable(getattr(made, method, None)):
+            raise TypeError(f"{type(creator).__name__}.new_memory() must return a LinearMemory, got"
+                            f" {type(made).__name__} without {method}()")
+    ask_python_memory(made, spec.minimum, reservation, spec.guard, spec.maximum, &got)
+    if refuse_foreign(<char*>got.base, spec.minimum, 1 << pages.ACCESS_READ_WRITE, "new_memory", &why):
+        raise_failure(&why)
+    p = <python_memory*>new_zeroed(sizeof(python_memory), "the bookkeeping of a memory")
+    store_answers(p, &got, spec.minimum)
+    if spec.image != NULL:
+        image_copy(spec.image, p.head.base)
+    Py_INCREF(made)
+    p.object = <PyObject*>made
+    p.reservation = reservation
+    p.head.ops = &python_ops
+    p.head.refs = 1
+    p.head.guard = spec.guard
+    p.head.is_shared = spec.is_shared
+    p.head.may_move = spec.may_move
+    add_live_memory(&p.head)
+    out[0] = &p.head
+    return 0
 
 
 def check_trait(creator, str name):
@@ -257,27 +241,24 @@ def check_trait(creator, str name):
 cdef int adopt(Memory made, const memory_spec* spec, size_t reservation, memory** out) except -1:
     """Returns the struct of a native memory that a Python creator returned.
 
-    A Python creator may return each memory once. That is counted for each handle and not for the struct: where one
-    Python creator is the upstream of another one, each of them returns a handle of its own.
+    A Python creator may return each handle once. Several handles may have one struct, because a Python creator that is
+    the upstream of another one returns a handle of its own.
     """
     cdef memory* m = made.enter_locked()     # the creator may have kept the handle, and other threads may use it
     cdef size_t size, capacity, covered
-    cdef bint fits, is_protected, is_first = False
+    cdef bint fits, is_protected, is_first
     with nogil:
         size, capacity, covered = memory_size(m), m.capacity, m.covered
         fits = (size == spec.minimum and capacity >= reservation
                 and covered >= max(capacity, reservation) + spec.guard)
         is_protected = load(&m.protection) != PROTECTION_NONE
-        if fits and not is_protected:
-            is_first = compare_exchange(&made.is_new, 1, 0)
+        is_first = fits and not is_protected and compare_exchange(&made.is_new, 1, 0)
         if is_first:
             memory_retain(m)
-            # The request decides, whatever the maker of the memory asked for.
-            if spec.is_shared:
-                m.is_shared = True
+            # This request decides, and not the request that the memory was made for.
+            m.is_shared = m.is_shared or spec.is_shared
             m.may_move = spec.may_move
-            if m.maximum > spec.maximum:
-                store_size(&m.maximum, spec.maximum)
+            store_size(&m.maximum, min(m.maximum, spec.maximum))
             if spec.image != NULL:
                 image_copy(spec.image, m.base)
         unlock(&m.lock)

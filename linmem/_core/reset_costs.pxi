@@ -12,8 +12,9 @@ cdef enum:
 
 
 cdef void measure_costs() noexcept nogil:
-    """Takes well below a millisecond. If measuring is impossible, or if the thread lost the processor in each sample,
-    set_costs() makes the results plausible."""
+    """Takes well below a millisecond. All times are of a whole sample. If measuring is impossible, or if the thread
+    lost the processor in each sample, clamp() makes the results plausible."""
+    global wide
     cdef size_t page = pages.capabilities().page_size
     cdef size_t size = SAMPLE * page
     cdef long long start, zero = 0, wide_zero = 0, fault = 0, scan = 0
@@ -52,7 +53,11 @@ cdef void measure_costs() noexcept nogil:
                 code = pages.touched(sparse, size, False, runs, &n, &next)
                 scan = shortest(scan, start, code)
         release_address_space(base, 2 * size)
-    set_costs(fault, zero, wide_zero, scan)
+    zero = max(zero, 1)
+    wide = 0 < wide_zero < zero
+    costs.fault = copying_costs.fault = clamp(fault // zero, 8)
+    costs.scan = clamp(scan * SAMPLE // (wide_zero if wide else zero), 4)
+    copying_costs.scan = clamp(scan * SAMPLE // (2 * zero), 4)
 
 
 cdef void need_costs() noexcept nogil:
@@ -66,16 +71,6 @@ cdef void need_costs() noexcept nogil:
 cdef long long shortest(long long best, long long start, int code) noexcept nogil:
     cdef long long took = pages.clock_ns() - start
     return took if code == 0 and (best == 0 or took < best) else best
-
-
-cdef void set_costs(long long fault, long long zero, long long wide_zero, long long scan) noexcept nogil:
-    """All times are of a whole sample."""
-    global wide
-    zero = max(zero, 1)
-    wide = 0 < wide_zero < zero
-    costs.fault = copying_costs.fault = clamp(fault // zero, 8)
-    costs.scan = clamp(scan * SAMPLE // (wide_zero if wide else zero), 4)
-    copying_costs.scan = clamp(scan * SAMPLE // (2 * zero), 4)
 
 
 cdef unsigned int clamp(long long n, unsigned int least) noexcept nogil:

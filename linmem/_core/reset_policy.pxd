@@ -86,10 +86,7 @@ cdef inline bint worth_keeping_whole(const reset_policy* p, const reset_costs* c
 
 cdef inline void reset_given_back(reset_policy* p) noexcept nogil:
     """After all pages were given back, whatever the reason."""
-    p.resident = 0
-    p.age = 0
-    p.zero_whole = 0
-    p.burst_size = 0
+    p.resident = p.age = p.zero_whole = p.burst_size = 0
     p.empty = True
 
 
@@ -159,9 +156,8 @@ cdef inline bint reset_end(reset_policy* p, const reset_costs* costs, unsigned i
     if touched > most or p.strikes >= (2 if p.probing else 3):
         p.skip = p.backoff
         p.backoff = min(2 * p.backoff, <unsigned int>MOST_BACKOFF)
-        p.strikes = 0
+        p.strikes = p.on_trial = 0
         p.probing = True
-        p.on_trial = 0
         return False
     if p.burst_size and 2 * new_pages > p.burst_size:
         p.burst_size = p.burst_patience = 0

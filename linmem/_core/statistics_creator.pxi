@@ -1,6 +1,6 @@
 # StatisticsCreator: counts and times what happens to memories. Part of adaptors.pyx.
 
-# What memories() returns about one memory; sizes in bytes.
+# One row of memories(); sizes in bytes.
 cdef struct memory_report:
     bint alive
     size_t first_size
@@ -10,41 +10,40 @@ cdef struct memory_report:
     long long grow_ns
     size_t peak_resident    # sampled when the report is made and when the memory is dropped
 
+# The hook of a memory. After the memory is gone, the ledger keeps the record.
 cdef struct record:
-    link in_ledger          # in the list `live` or `dropped`
-    memory* m               # valid while the memory is alive
-    atomic_i64 sampling     # a lock: the memory is not freed while another thread holds it
-    size_t counted          # in current_bytes: the size, or 0 while a pool above keeps the memory without pages
-    memory_report report
-
-cdef struct statistics_hook:
     memory_hook head
     statistics_ledger* ledger
-    record* record          # NULL once the memory was dropped
+    link in_ledger          # in the list `live` or `dropped`; in no list while the memory is being dropped
+    memory* m               # valid while the memory is alive
+    atomic_i64 sampling     # a lock: the memory is not freed while another thread holds it
+    size_t counted          # the part of current_bytes: the size, or 0 while a pool above keeps no pages of the memory
     long long started_ns    # of the growth under way
+    memory_report report
 
 
-cdef void free_records(link* head) noexcept nogil:
-    cdef record* r
-    while head.next.owner != NULL:
-        r = <record*>head.next.owner
-        list_remove(&r.in_ledger)
-        free(r)
+cdef void forget_oldest(statistics_ledger* ledger) noexcept nogil:
+    """Frees the oldest record of a dropped memory. The ledger's lock is held, or no thread has a reference."""
+    cdef record* oldest = <record*>ledger.dropped.previous.owner
+    list_remove(&oldest.in_ledger)
+    ledger.n_dropped -= 1
+    free(oldest)
 
 
 cdef void release_ledger(statistics_ledger* ledger) noexcept nogil:
-    if add(&ledger.refs, -1) == 0:
+    if add(&ledger.refs, -1) == 0:      # so no memory is left, and the list `live` is empty
         unregister_fork_lock(&ledger.lock)
-        free_records(&ledger.live)
-        free_records(&ledger.dropped)
+        while ledger.n_dropped:
+            forget_oldest(ledger)
         free(ledger)
 
 
-cdef void count_bytes(statistics_ledger* ledger, record* r, size_t size) noexcept nogil:
+cdef void count_bytes(record* r, size_t size) noexcept nogil:
     """The ledger's lock is held."""
-    ledger.sums.current_bytes += size - r.counted       # the difference wraps where the size becomes less
+    cdef statistics_sums* sums = &r.ledger.sums
+    sums.current_bytes += size - r.counted      # if the size becomes less, the difference and the sum wrap around
     r.counted = size
-    ledger.sums.peak_bytes = max(ledger.sums.peak_bytes, ledger.sums.current_bytes)
+    sums.peak_bytes = max(sums.peak_bytes, sums.current_bytes)
 
 
 cdef size_t resident_now(memory* m) noexcept nogil:
@@ -72,27 +71,26 @@ cdef void sample_all(statistics_ledger* ledger) noexcept nogil:
     unlock(&ledger.lock.held)
 
 
-cdef memory_report* copy_reports(link* head, memory_report* to) noexcept nogil:
+cdef memory_report* copy_reports(link* head, memory_report* copies) noexcept nogil:
     """The ledger's lock is held. Returns the end of the copies."""
     cdef link* node = head.next
     while node.owner != NULL:
-        to[0] = (<record*>node.owner).report
-        to += 1
+        copies[0] = (<record*>node.owner).report
+        copies += 1
         node = node.next
-    return to
+    return copies
 
 
 cdef int statistics_before_grow(memory_hook* head, memory* m, size_t new_size, failure* why) noexcept nogil:
-    (<statistics_hook*>head).started_ns = pages.clock_ns()
+    (<record*>head).started_ns = pages.clock_ns()
     return 0
 
 
 cdef void statistics_after_grow(memory_hook* head, memory* m, size_t old_size, size_t new_size,
                                 int code) noexcept nogil:
-    cdef statistics_hook* hook = <statistics_hook*>head
-    cdef statistics_ledger* ledger = hook.ledger
-    cdef record* r = hook.record
-    cdef long long spent = pages.clock_ns() - hook.started_ns
+    cdef record* r = <record*>head
+    cdef statistics_ledger* ledger = r.ledger
+    cdef long long spent = pages.clock_ns() - r.started_ns
     lock(&ledger.lock.held)
     r.report.grow_ns += spent
     if code:
@@ -102,64 +100,60 @@ cdef void statistics_after_grow(memory_hook* head, memory* m, size_t old_size, s
         r.report.growths += 1
         r.report.size = new_size
         ledger.sums.total_bytes += new_size - r.counted
-        count_bytes(ledger, r, new_size)
+        count_bytes(r, new_size)
     unlock(&ledger.lock.held)
 
 
 cdef void statistics_before_drop(memory_hook* head, memory* m) noexcept nogil:
-    cdef statistics_hook* hook = <statistics_hook*>head
-    cdef statistics_ledger* ledger = hook.ledger
-    cdef record* r = hook.record
-    cdef record* oldest
+    cdef record* r = <record*>head
+    cdef statistics_ledger* ledger = r.ledger
     cdef size_t resident
-    if r == NULL:
+    if not r.report.alive:
         return
     lock(&r.sampling)        # and never released
     resident = resident_now(m)
     lock(&ledger.lock.held)
-    hook.record = NULL
     r.report.peak_resident = max(r.report.peak_resident, resident)
     r.report.alive = False
-    count_bytes(ledger, r, 0)
+    count_bytes(r, 0)
     ledger.sums.current_count -= 1
     list_remove(&r.in_ledger)
-    list_add_first(&ledger.dropped, &r.in_ledger, r)
-    ledger.n_dropped += 1
-    if ledger.n_dropped > ledger.history:
-        oldest = <record*>ledger.dropped.previous.owner
-        list_remove(&oldest.in_ledger)
-        ledger.n_dropped -= 1
-        free(oldest)
     unlock(&ledger.lock.held)
 
 
 cdef int statistics_resized(memory_hook* head, memory* m, size_t size, size_t accessible, failure* why) noexcept nogil:
-    cdef statistics_ledger* ledger = (<statistics_hook*>head).ledger
-    cdef record* r = (<statistics_hook*>head).record
-    lock(&ledger.lock.held)
+    cdef record* r = <record*>head
+    lock(&r.ledger.lock.held)
     r.report.size = size if accessible else r.report.first_size
-    count_bytes(ledger, r, size)
-    unlock(&ledger.lock.held)
+    count_bytes(r, size)
+    unlock(&r.ledger.lock.held)
     return 0
 
 
 cdef void statistics_dropped(memory_hook* head) noexcept nogil:
-    release_ledger((<statistics_hook*>head).ledger)
-    free(head)
+    cdef record* r = <record*>head
+    cdef statistics_ledger* ledger = r.ledger
+    lock(&ledger.lock.held)
+    list_add_first(&ledger.dropped, &r.in_ledger, r)
+    ledger.n_dropped += 1
+    if ledger.n_dropped > ledger.history:
+        forget_oldest(ledger)
+    unlock(&ledger.lock.held)
+    release_ledger(ledger)
 
 
 @cython.final
 cdef class StatisticsCreator(NativeCreator):
     """Counts and times what happens to the memories that come through it.
 
-    As rmm's ``StatisticsResourceAdaptor``, with a record of each memory beside the sums.
+    rmm's ``StatisticsResourceAdaptor`` has such sums. This creator also keeps a record of each memory.
 
     Parameters
     ----------
     upstream : NativeCreator
         The creator that makes the memories.
     history : int
-        How many records of dropped memories are kept, the newest.
+        How many records of dropped memories the creator keeps. The oldest record goes first.
     """
 
     def __cinit__(self, *args, **kwargs):
@@ -167,9 +161,7 @@ cdef class StatisticsCreator(NativeCreator):
         upstream, history = _given("StatisticsCreator", ("upstream", "history"), {"history": 256}, args, kwargs)
         self.upstream = check_native(upstream, "upstream")
         check_count(history, "history", &kept)
-        self.ledger = <statistics_ledger*>calloc(1, sizeof(statistics_ledger))
-        if self.ledger == NULL:
-            raise MemoryError("no memory for a ledger")
+        self.ledger = <statistics_ledger*>new_zeroed(sizeof(statistics_ledger), "a ledger")
         self.ledger.refs = 1
         self.ledger.history = kept
         list_init(&self.ledger.live)
@@ -184,44 +176,41 @@ cdef class StatisticsCreator(NativeCreator):
 
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
         cdef statistics_ledger* ledger = self.ledger
-        cdef statistics_hook* hook = <statistics_hook*>calloc(1, sizeof(statistics_hook))
         cdef record* r = <record*>calloc(1, sizeof(record))
         cdef int code
-        if hook == NULL or r == NULL:
+        if r == NULL:
             code = fail(why, E_NO_MEMORY, "calloc", sizeof(record))
         else:
             code = self.upstream.make(spec, out, why)
         if code:
-            free(hook)
             free(r)
             lock(&ledger.lock.held)
             ledger.sums.failures += 1
             unlock(&ledger.lock.held)
             return code
         add(&ledger.refs, 1)
-        hook.head.before_grow = statistics_before_grow
-        hook.head.after_grow = statistics_after_grow
-        hook.head.before_drop = statistics_before_drop
-        hook.head.dropped = statistics_dropped
-        hook.head.resized = statistics_resized
-        hook.ledger = ledger
-        hook.record = r
+        r.head.before_grow = statistics_before_grow
+        r.head.after_grow = statistics_after_grow
+        r.head.before_drop = statistics_before_drop
+        r.head.dropped = statistics_dropped
+        r.head.resized = statistics_resized
+        r.ledger = ledger
         r.m = out[0]
         r.report.alive = True
         r.report.first_size = r.report.size = memory_size(out[0])
         lock(&ledger.lock.held)
         list_add_first(&ledger.live, &r.in_ledger, r)
-        count_bytes(ledger, r, r.report.size)
+        count_bytes(r, r.report.size)
         ledger.sums.total_bytes += r.report.size
         ledger.sums.total_count += 1
         ledger.sums.current_count += 1
         ledger.sums.peak_count = max(ledger.sums.peak_count, ledger.sums.current_count)
         unlock(&ledger.lock.held)
-        memory_add_hook(out[0], &hook.head)
+        memory_add_hook(out[0], &r.head)
         return 0
 
     def statistics(self):
-        """The sums, as a dict: bytes are byte_size; failures are refused creations and growths."""
+        """The sums over all memories, as a dict. Bytes are byte_size. Failures are refused creations and growths."""
         cdef statistics_sums sums
         with nogil:
             lock(&self.ledger.lock.held)
@@ -232,8 +221,9 @@ cdef class StatisticsCreator(NativeCreator):
     def memories(self):
         """A dict for each memory, live ones first, then the newest dropped ones.
 
-        Keys: alive, first_size, size, growths, refused, grow_ns, peak_resident. peak_resident is sampled now and when a
-        memory is dropped. It is exact for a memory that never gives pages back, as WebAssembly's.
+        The keys are alive, first_size, size, growths, refused, grow_ns and peak_resident. linmem samples peak_resident
+        in this call and when a memory is dropped. This figure is exact for a memory that never gives pages back, as
+        memories of WebAssembly.
         """
         cdef memory_report* copy
         cdef size_t n, i

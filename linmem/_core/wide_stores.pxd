@@ -6,5 +6,5 @@
 
 cdef extern from "linmem/_core/wide_stores.h":
     bint has_wide_stores "linmem_has_wide_stores"() noexcept nogil
-    # Only where has_wide_stores(); at and size are multiples of 128.
-    void zero_wide "linmem_zero_wide"(char* at, size_t size) noexcept nogil
+    # Only where has_wide_stores(); start and size are multiples of 128.
+    void zero_wide "linmem_zero_wide"(char* start, size_t size) noexcept nogil

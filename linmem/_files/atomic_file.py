@@ -1,8 +1,8 @@
 """Writes a file as a whole or not at all, for `save`, for the cache and for the command line.
 
-The content goes to a temporary file in the folder of the target. The temporary file is locked as long as its writer
-lives. It is flushed to the disk and then renamed over the target. A writer first removes the temporary files of dead
-writers, which have no lock.
+The content goes to a temporary file in the folder of the target. The writer holds a lock on the temporary file until it
+has flushed the file to the disk and renamed it over the target. The system releases the lock of a process that ends.
+So a writer first removes the temporary files that no process has locked.
 """
 
 from __future__ import annotations
@@ -23,25 +23,22 @@ try:
 except ImportError:         # the system has no advisory locks
     fcntl = None            # type: ignore[assignment]
 
-# The length does not depend on the name of the target, so that it is valid for a long name.
+# The length of a temporary name does not depend on the name of the target, which may have the maximum length.
 TEMPORARY = re.compile(r"\.linmem-[0-9a-f]{16}\.tmp")
-ABANDONED = 3600            # seconds; used if the system has no locks
+ABANDONED = 3600            # seconds; without locks, an older temporary file counts as abandoned
 
-_FLAGS = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 _HAS_OWNERS = hasattr(os, "fchown")
 
 
 class Draft:
     """A temporary file that only its owner can read and write, until `become` gives it its name."""
 
-    __slots__ = ("file", "mode", "path")
-
     file: BinaryIO
     path: str
     mode: int               # the mode that the system gives a new file in this folder
 
     def become(self, path: str, mode: int | None = None) -> None:
-        """Make the file durable at `path`, with the permissions `mode`; None: those of a new file."""
+        """Make the file durable at `path`, with the permissions `mode`; None: the permissions of a new file."""
         self.file.flush()
         fd = self.file.fileno()
         mode = self.mode if mode is None else mode
@@ -62,13 +59,14 @@ def draft(folder: str) -> Iterator[Draft]:
     """A `Draft` in `folder`. The temporary file is removed at the end of the block, unless `become` has renamed it."""
     remove_abandoned(folder)
     made = Draft()
-    # The path is known before the file exists, so that an interrupt at any line leaves no file.
-    made.path = _unused(folder)
     try:
-        while not _open(made):
+        while True:
+            # The path is known before the file exists, so that an interrupt at any line leaves no file.
             made.path = _unused(folder)
-        with made.file:
-            yield made
+            with open(made.path, "x+b") as made.file:
+                if _claim(made):
+                    yield made
+                    return
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(made.path)
@@ -81,24 +79,14 @@ def _unused(folder: str) -> str:
             return path
 
 
-def _open(made: Draft) -> bool:
-    """Create and lock the file. False: another writer removed it before it was locked."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _FLAGS
-    file = open(made.path, "x+b", opener=lambda name, _: os.open(name, flags, 0o666))     # noqa: SIM115  it stays open
-    try:
-        fd = file.fileno()
-        made.mode = stat.S_IMODE(os.fstat(fd).st_mode)
-        if _HAS_OWNERS:
-            with contextlib.suppress(PermissionError):      # as in become()
-                os.fchmod(fd, 0o600)
-        if fcntl is None or (_lock(fd) and os.fstat(fd).st_nlink):
-            made.file = file
-            return True
-    except BaseException:
-        file.close()
-        raise
-    file.close()
-    return False
+def _claim(made: Draft) -> bool:
+    """Lock the new file, and close it to other users. False: another writer removed it before it was locked."""
+    fd = made.file.fileno()
+    made.mode = stat.S_IMODE(os.fstat(fd).st_mode)
+    if _HAS_OWNERS:
+        with contextlib.suppress(PermissionError):      # as in become()
+            os.fchmod(fd, 0o600)
+    return fcntl is None or (_lock(fd) and os.fstat(fd).st_nlink > 0)
 
 
 def _lock(fd: int) -> bool:
@@ -114,10 +102,12 @@ def _lock(fd: int) -> bool:
 
 
 def remove_abandoned(folder: str) -> None:
-    """Remove the temporary files of dead writers. Files that this process may not list or remove stay."""
+    """Remove the temporary files whose writers ended before the rename.
+
+    Files that this process may not list or remove stay.
+    """
     try:
-        with os.scandir(folder) as entries:
-            paths = [entry.path for entry in entries if TEMPORARY.fullmatch(entry.name)]
+        paths = [os.path.join(folder, name) for name in os.listdir(folder) if TEMPORARY.fullmatch(name)]
     except OSError:
         return
     for path in paths:
@@ -126,13 +116,11 @@ def remove_abandoned(folder: str) -> None:
                 if os.stat(path).st_mtime < time.time() - ABANDONED:
                     os.unlink(path)
                 continue
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | _FLAGS)
-            try:
-                if stat.S_ISREG(os.fstat(fd).st_mode):
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with open(path, "rb",
+                      opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
+                if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
                     os.unlink(path)
-            finally:
-                os.close(fd)
 
 
 def _sync_folder(folder: str) -> None:
@@ -140,7 +128,7 @@ def _sync_folder(folder: str) -> None:
     if not hasattr(os, "O_DIRECTORY"):
         return
     try:
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | _FLAGS)
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except PermissionError:     # this process may write to the folder, but not read it
         return
     try:
@@ -164,18 +152,18 @@ def replacing(path: str | bytes | os.PathLike[str]) -> Iterator[tuple[BinaryIO, 
         try:
             before = os.stat(name)
         except FileNotFoundError:
+            if not name:
+                raise
             before = None
-            if not os.path.basename(name):
-                raise _error(errno.EISDIR if name else errno.ENOENT) from None
-        if before is not None:
-            if stat.S_ISDIR(before.st_mode):
-                raise _error(errno.EISDIR)
-            if not (stat.S_ISREG(before.st_mode) or stat.S_ISFIFO(before.st_mode) or stat.S_ISCHR(before.st_mode)):
-                raise OSError(errno.ENXIO, "Not a regular file, a pipe or a character device")
-            if not stat.S_ISREG(before.st_mode) or not _is_at(target, before):
-                with open(name, "wb") as stream:
-                    yield stream, True
-                return
+        kind = stat.S_IFREG if before is None else stat.S_IFMT(before.st_mode)
+        if kind == stat.S_IFDIR or not os.path.basename(name):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if kind not in (stat.S_IFREG, stat.S_IFIFO, stat.S_IFCHR):
+            raise OSError(errno.ENXIO, "Not a regular file, a pipe or a character device")
+        if before is not None and (kind != stat.S_IFREG or not _is_at(target, before)):
+            with open(name, "wb") as stream:
+                yield stream, True
+            return
         with draft(os.path.dirname(target)) as made:
             if before is not None:
                 _give(made, before)
@@ -196,10 +184,6 @@ def write_figure(figure: Any, path: str, *, dpi: int) -> None:
     figure.savefig(drawn, dpi=dpi, format=form)
     with replacing(path) as (file, _):
         file.write(drawn.getvalue())
-
-
-def _error(code: int) -> OSError:
-    return OSError(code, os.strerror(code))
 
 
 def _is_at(target: str, status: os.stat_result) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from linmem._core import arguments
 from linmem._core.arguments import check_bytes, check_pairs, check_path, check_size
 
@@ -19,9 +21,9 @@ _MAX_ZEROED = 1 << 36   # bytes: the table of their groups takes about a second 
 
 
 class Delta:
-    """What must be written over one image, the base, to make it another image; immutable.
+    """The bytes to write over one image, the base, to get another image; immutable.
 
-    Made by `Image.diff`, used by `Memory.apply` and `Image.apply`. Deltas compose: ``a | b`` has the effect of
+    `Image.diff` makes deltas. `Memory.apply` and `Image.apply` use them. Deltas compose: ``a | b`` has the effect of
     `a` and then `b`.
 
     Attributes
@@ -35,7 +37,7 @@ class Delta:
     target : str or None
         The digest of the resulting image, if it is known.
     offset : int
-        Where the resulting image begins in the memory. It ends where the memory ends.
+        Where the resulting image begins in the memory. The image ends where the memory ends.
     ranges : tuple of (int, int)
         Offset and size in bytes of each range that is written; the ranges ascend and do not overlap.
     zeros : tuple of (int, int)
@@ -75,11 +77,9 @@ class Delta:
         total = sum(length for _, length in ranges)
         if total != kept.nbytes:
             raise ValueError(f"data must have the {total} bytes of the ranges, got {kept.nbytes}")
-        end = 0
-        for start, length in sorted(ranges + zeros):
-            if start < end:
-                raise ValueError(f"ranges and zeros must not overlap, and do at {start}")
-            end = start + length
+        for (start, length), (following, _) in itertools.pairwise(sorted(ranges + zeros)):
+            if start + length > following:
+                raise ValueError(f"ranges and zeros must not overlap, and do at {following}")
         self = super().__new__(cls)
         fields = {"base": base, "base_size": base_size, "size": size, "target": target, "offset": offset,
                   "ranges": ranges, "zeros": zeros, "data": kept}
@@ -110,10 +110,12 @@ class Delta:
         ValueError
             If `later` is known to start from another image than the result of this delta.
         """
+        from linmem._files.format import joined
+
         if not isinstance(later, Delta):
             raise TypeError(f"later must be a Delta, got {type(later).__name__}")
         if later.base_size != self.size or (self.target is not None and self.target != later.base):
-            raise ValueError(f"later must start from what this delta leads to ({self.size} bytes, digest"
+            raise ValueError(f"later must start from the image that this delta leads to ({self.size} bytes, digest"
                              f" {self.target}), and starts from {later.base_size} bytes, digest {later.base}")
         over = list(later.pieces())
         # Bytes past the size in between are zero in the result, also if the base has them. All bytes past the end of
@@ -125,24 +127,21 @@ class Delta:
                 over = _in_order(_outside([(self.size, end - self.size, None)], over, later.size), over)
         ranges: list[tuple[int, int]] = []
         zeros: list[tuple[int, int]] = []
-        parts: list[memoryview] = []
+        parts: list[bytes | memoryview] = []
         for offset, size, data in _in_order(_outside(self.pieces(), over, later.size), over):
             if data is None and ranges and sum(ranges[-1]) == offset and offset % _PAGE:
                 # A file has whole pages: zeros that follow written bytes in a page become written bytes.
                 lead = min(size, _PAGE - offset % _PAGE)
-                parts.append(memoryview(bytes(lead)))
-                ranges[-1] = (ranges[-1][0], ranges[-1][1] + lead)
+                parts.append(bytes(lead))
+                ranges.append((offset, lead))
                 offset, size = offset + lead, size - lead
-            if not size:
-                continue
-            where = zeros if data is None else ranges
             if data is not None:
+                ranges.append((offset, size))
                 parts.append(data)
-            if where and where[-1][0] + where[-1][1] == offset:
-                where[-1] = (where[-1][0], where[-1][1] + size)
-            else:
-                where.append((offset, size))
-        return Delta(self.base, self.base_size, later.size, ranges, zeros, b"".join(parts), later.target, later.offset)
+            elif size:
+                zeros.append((offset, size))
+        return Delta(self.base, self.base_size, later.size, joined(ranges), joined(zeros), b"".join(parts),
+                     later.target, later.offset)
 
     def __or__(self, later: object) -> Delta:
         return self.then(later) if isinstance(later, Delta) else NotImplemented
@@ -158,8 +157,9 @@ class Delta:
         Raises
         ------
         ValueError
-            If the ranges are not whole blocks of 4096 bytes; those of `Image.diff` and of a chain of such deltas are.
-            Also if the delta zeroes more than 64 GiB, which a chain over images that begin far apart may do.
+            If a range is not of whole blocks of 4096 bytes. The ranges of `Image.diff`, and of a chain of such
+            deltas, are of whole blocks. Also if the delta zeroes more than 64 GiB, which a chain over images that
+            begin far apart may do.
         OSError
             The old file, if there is one, is unchanged.
         """
@@ -169,8 +169,8 @@ class Delta:
         path = check_path(path)
         zeroed = sum(size for _, size in self.zeros)
         if zeroed > _MAX_ZEROED:
-            raise ValueError(f"a saved delta may zero at most {_MAX_ZEROED} bytes, since its file names each 65536 of"
-                             f" them, and this one zeroes {zeroed}")
+            raise ValueError(f"a saved delta may zero at most {_MAX_ZEROED} bytes, because its file has an entry for"
+                             f" each 65536 of them, and this delta zeroes {zeroed}")
         for start, size, _ in self.pieces():
             if start % _PAGE or ((start + size) % _PAGE and start + size != self.size):
                 raise ValueError(f"only deltas of whole pages of {_PAGE} bytes can be saved, and this one has"
@@ -227,14 +227,15 @@ class Delta:
                        self.offset)
 
     def _key(self) -> tuple[object, ...]:
-        return (self.base, self.base_size, self.size, self.target, self.offset, self.ranges, self.zeros,
-                self.data.tobytes())
+        return self.base, self.base_size, self.size, self.target, self.offset, self.ranges, self.zeros
 
     def __eq__(self, other: object) -> bool:
-        return self._key() == other._key() if isinstance(other, Delta) else NotImplemented
+        if not isinstance(other, Delta):
+            return NotImplemented
+        return self._key() == other._key() and self.data.tobytes() == other.data.tobytes()
 
     def __hash__(self) -> int:
-        return hash((self.base, self.base_size, self.size, self.target, self.offset, self.ranges, self.zeros))
+        return hash(self._key())
 
     def __repr__(self) -> str:
         return (f"<linmem.Delta: {len(self.ranges) + len(self.zeros)} ranges, {self.nbytes} bytes, of a memory of"

@@ -1,4 +1,4 @@
-"""The format of saved images and deltas: the header, the table and the constants. docs/file-format.md describes it.
+"""The format of saved images and deltas: the header and its rules, the table, the constants. See docs/file-format.md.
 
 ::
 
@@ -8,7 +8,7 @@
     |          | not there  |                                     | each group           |
     +----------+------------+-------------------------------------+----------------------+
 
-A page has 4096 bytes and a group has 16 pages, whatever the page size of the host is: a file fits every host. The
+A page has 4096 bytes and a group has 16 pages, also on hosts with other page sizes, so every host can read a file. The
 place of a byte of the content ("start") is its offset in the memory, not its offset in the image.
 """
 
@@ -19,16 +19,21 @@ import re
 import struct
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
+
+from linmem.errors import FileFormatError
 
 MAGIC = b"\x89LINMEM\n"     # a byte that no text contains, and a line end that a transfer as text would change
-VERSION = 2                 # since version 2, packed data follow the header at once, and a delta has target_offset
+VERSION = 2                 # from version 2 on, packed data begin where the header ends; a delta has target_offset
+VERSIONS = (1, 2)           # the versions that this code reads
 IMAGE, DELTA = 1, 2
+KINDS = {IMAGE: "an image", DELTA: "a delta"}
 IN_PLACE, PACKED = 1, 2
 PAGE = 4096
 GROUP = 65536               # no host has larger pages or maps files in larger units
 NO_DIGEST = bytes(32)
 ZEROS = bytes(PAGE)
+MAX_SIZE = 1 << 56          # bytes of a memory
 
 HEADER = struct.Struct("<8sHHIIIQQQQQQQIIQ32s32s32s32s")
 ENTRY = struct.Struct("<QHHI")      # of the table: the number of the group, pages mentioned, pages stored, their CRC
@@ -62,10 +67,78 @@ class Header(NamedTuple):
     table_digest: bytes = NO_DIGEST
     header_digest: bytes = NO_DIGEST
 
+    @classmethod
+    def read(cls, file: BinaryIO, path: str) -> Header:
+        """Read the header at the start of a file.
+
+        Raise `FileFormatError` if the file has another format or version, is cut short, or has a damaged header.
+        """
+        head = file.read(HEADER.size)
+        if head[:8] != MAGIC:
+            raise FileFormatError(path, "magic", head[:8], f"{MAGIC!r}: the file is not an image or a delta of linmem")
+        if len(head) >= 10 and (version := int.from_bytes(head[8:10], "little")) not in VERSIONS:
+            raise FileFormatError(path, "version", version, f"{' or '.join(map(str, VERSIONS))}, which is all that this"
+                                  " linmem reads")
+        if len(head) < HEADER.size:
+            raise FileFormatError(path, "header", f"{len(head)} bytes", f"{HEADER.size} bytes: the file is cut short")
+        header = cls(*HEADER.unpack(head))
+        if (found := header.packed()[-len(NO_DIGEST):]) != header.header_digest:
+            raise FileFormatError(path, "header_digest", header.header_digest.hex(),
+                                  f"{found.hex()}: the header is damaged")
+        return header
+
+    def check(self, path: str, file_size: int, kind: int | None, max_size: int | None) -> None:
+        """Raise `FileFormatError` if a field is wrong. `path` is the name of the file; `kind` None means any kind."""
+
+        def must_be(name: str, *allowed: int, why: str = "") -> None:
+            if getattr(self, name) not in allowed:
+                raise FileFormatError(path, name, getattr(self, name), " or ".join(map(str, allowed)) + why)
+
+        def at_most(name: str, bound: int, why: str = "") -> None:
+            if getattr(self, name) > bound:
+                raise FileFormatError(path, name, getattr(self, name), f"at most {bound}{why}")
+
+        must_be("kind", IMAGE, DELTA)
+        if kind is not None and self.kind != kind:
+            raise FileFormatError(path, "kind", f"{self.kind} ({KINDS[self.kind]})", f"{kind} ({KINDS[kind]})")
+        must_be("header_size", HEADER.size)
+        must_be("group_size", GROUP)
+        must_be("page_size", PAGE)
+        must_be("layout", *((IN_PLACE, PACKED) if self.is_image else (PACKED,)))
+        if self.reserved or (self.version == 1 and self.target_offset):
+            raise FileFormatError(path, "reserved", "set", "0")
+        at_most("size", MAX_SIZE)
+        if max_size is not None:
+            at_most("size", max_size, ", which is the max_size that was asked for")
+        at_most("offset", MAX_SIZE if self.is_image else 0)
+        at_most("base_size", 0 if self.is_image else MAX_SIZE)
+        at_most("target_offset", 0 if self.is_image else self.size)
+        if self.is_image and self.base_digest != NO_DIGEST:
+            raise FileFormatError(path, "base_digest", "set", "zero in an image")
+        first, last = self.span()
+        must_be("data_offset", self.data_begin())
+        if self.layout == IN_PLACE:
+            must_be("data_size", last - first, why=", the groups that the content touches")
+        else:
+            at_most("data_size", last - first, ", the groups that the content touches")
+        must_be("table_offset", self.data_offset + self.data_size, why=", where the data ends")
+        at_most("count", (last - first) // GROUP, ", the groups that the content touches")
+        end = self.table_offset + self.count * ENTRY.size
+        if file_size != end:
+            raise FileFormatError(path, "file size", file_size, f"{end}, where the table ends")
+
+    @property
+    def is_image(self) -> bool:
+        return self.kind == IMAGE
+
     def packed(self) -> bytes:
         """The bytes of the header, with their digest at the end."""
         head = HEADER.pack(*self)[:-len(NO_DIGEST)]
         return head + blake2b(head).digest()
+
+    def data_begin(self) -> int:
+        """Where the data begin in a file of this version and layout."""
+        return HEADER.size if self.layout == PACKED and self.version > 1 else DATA_OFFSET
 
     def span(self) -> tuple[int, int]:
         """Where the groups that the content touches begin and end."""

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any, BinaryIO
 
-from linmem._core.process_handles import own_runs
 from linmem._files.format import IMAGE, IN_PLACE, PACKED, Contents, Header, Run
 from linmem._files.reader import check_holes, check_view, fill, not_mentioned, open_file, pieces, read
 from linmem._files.sparse import NotZero, holes_are_known
@@ -23,9 +22,8 @@ def write_image(image: Any, file: BinaryIO) -> None:
 
 
 def _header_and_runs(image: Any, layout: int) -> tuple[Header, Callable[[], Iterable[Run]]]:
-    view = memoryview(image)
     return (Header(kind=IMAGE, size=image.size, digest=bytes.fromhex(image.digest), offset=image.offset, layout=layout),
-            lambda: ((start, len(data), data) for start, data in own_runs(image, view)))
+            lambda: ((start, len(data), data) for start, data in image._pieces()))
 
 
 def open_image(make: Any, path: str | bytes | os.PathLike[str], *, verify: bool, mapped: bool,
@@ -36,7 +34,7 @@ def open_image(make: Any, path: str | bytes | os.PathLike[str], *, verify: bool,
     -------
     image : Image
     contents : Contents or None
-        What `verify_image` needs if the pages of the image are a mapping of the file, else None.
+        The argument for `verify_image` if the pages of the image are a mapping of the file, else None.
     """
     with open_file(path) as file:
         contents = read(file, path, IMAGE, max_size)
@@ -57,9 +55,9 @@ def open_image(make: Any, path: str | bytes | os.PathLike[str], *, verify: bool,
             file.seek(header.position(start))
             return fill(file, bytearray(size), contents.path)
 
-        if verify and header.layout == IN_PLACE:
-            check_holes(contents, file.fileno(), bytes_at)
         if verify:
+            if header.layout == IN_PLACE:
+                check_holes(contents, file.fileno(), bytes_at)
             _check_digest(image, contents)
     return image, None
 

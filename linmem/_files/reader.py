@@ -1,42 +1,21 @@
-"""Reads and checks the files of images and deltas; a file may come from anybody.
+"""Reads and checks the files of images and deltas. A file may come from an attacker.
 
-Time and memory follow the bytes that a file holds, not the sizes that its header claims.
+Time and memory grow with the bytes that a file holds, not with the sizes that its header claims.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO
 
-from linmem._files.format import (
-    DATA_OFFSET,
-    DELTA,
-    ENTRY,
-    GROUP,
-    HEADER,
-    IMAGE,
-    IN_PLACE,
-    MAGIC,
-    NO_DIGEST,
-    PACKED,
-    PAGE,
-    ZEROS,
-    Contents,
-    Header,
-    Run,
-    bit_runs,
-    blake2b,
-    round_up,
-)
+from linmem._files.format import ENTRY, GROUP, IN_PLACE, PAGE, ZEROS, Contents, Header, Run, bit_runs, blake2b, round_up
 from linmem._files.sparse import NotZero, check_gaps
 from linmem.errors import FileFormatError
 
-KINDS = {IMAGE: "an image", DELTA: "a delta"}
-VERSIONS = (1, 2)
-MAX_SIZE = 1 << 56
 TABLE_STEP = 4096 * ENTRY.size
 
 
@@ -49,75 +28,22 @@ def read(file: BinaryIO, path: str | bytes | os.PathLike[str], kind: int | None 
          max_size: int | None = None) -> Contents:
     """Read and check the header and the table; `FileFormatError` if one of them is not valid.
 
-    Nothing was read from `file` before.
+    The file must be at its start.
     """
     name = os.fsdecode(path)
     status = os.fstat(file.fileno())
     if not stat.S_ISREG(status.st_mode):
         raise FileFormatError(name, "file", "not a regular file", "a regular file")
-    head = file.read(HEADER.size)
-    if head[:8] != MAGIC:
-        raise FileFormatError(name, "magic", head[:8], f"{MAGIC!r}: the file is not an image or a delta of linmem")
-    if len(head) >= 10 and (version := int.from_bytes(head[8:10], "little")) not in VERSIONS:
-        raise FileFormatError(name, "version", version, f"{' or '.join(map(str, VERSIONS))}, which is all that this"
-                              " linmem reads")
-    if len(head) < HEADER.size:
-        raise FileFormatError(name, "header", f"{len(head)} bytes", f"{HEADER.size} bytes: the file is cut short")
-    header = Header(*HEADER.unpack(head))
-    if (found := header.packed()[-len(NO_DIGEST):]) != header.header_digest:
-        raise FileFormatError(name, "header_digest", header.header_digest.hex(),
-                              f"{found.hex()}: the header is damaged")
-    _check_header(header, name, status.st_size, kind, max_size)
+    header = Header.read(file, name)
+    header.check(name, status.st_size, kind, max_size)
     if header.layout == IN_PLACE:
         _check_ends(file, name, header)
     file.seek(header.table_offset)
     contents = Contents(name, status.st_size, header, _read_table(file, name, header))
-    if header.layout == PACKED and contents.stored != header.data_size:
+    if header.layout != IN_PLACE and contents.stored != header.data_size:
         raise FileFormatError(name, "data_size", header.data_size,
                               f"{contents.stored}, the pages that the table counts")
     return contents
-
-
-def _check_header(header: Header, path: str, file_size: int, kind: int | None, max_size: int | None) -> None:
-    def must_be(name: str, *allowed: int, why: str = "") -> None:
-        if getattr(header, name) not in allowed:
-            raise FileFormatError(path, name, getattr(header, name), " or ".join(map(str, allowed)) + why)
-
-    def at_most(name: str, bound: int, why: str = "") -> None:
-        if getattr(header, name) > bound:
-            raise FileFormatError(path, name, getattr(header, name), f"at most {bound}{why}")
-
-    must_be("kind", IMAGE, DELTA)
-    if kind is not None and header.kind != kind:
-        raise FileFormatError(path, "kind", f"{header.kind} ({KINDS[header.kind]})", f"{kind} ({KINDS[kind]})")
-    is_image = header.kind == IMAGE
-    must_be("header_size", HEADER.size)
-    must_be("group_size", GROUP)
-    must_be("page_size", PAGE)
-    must_be("layout", *((IN_PLACE, PACKED) if is_image else (PACKED,)))
-    if header.reserved or (header.version == 1 and header.target_offset):
-        raise FileFormatError(path, "reserved", "set", "0")
-    at_most("size", MAX_SIZE)
-    if max_size is not None:
-        at_most("size", max_size, ", which is the max_size that was asked for")
-    at_most("offset", MAX_SIZE)
-    if not is_image:
-        must_be("offset", 0)
-    at_most("base_size", 0 if is_image else MAX_SIZE)
-    at_most("target_offset", 0 if is_image else header.size)
-    if is_image and header.base_digest != NO_DIGEST:
-        raise FileFormatError(path, "base_digest", "set", "zero in an image")
-    first, last = header.span()
-    must_be("data_offset", HEADER.size if header.version > 1 and header.layout == PACKED else DATA_OFFSET)
-    if header.layout == IN_PLACE:
-        must_be("data_size", last - first, why=", the groups that the content touches")
-    else:
-        at_most("data_size", last - first, ", the groups that the content touches")
-    must_be("table_offset", header.data_offset + header.data_size, why=", where the data ends")
-    at_most("count", (last - first) // GROUP, ", the groups that the content touches")
-    end = header.table_offset + header.count * ENTRY.size
-    if file_size != end:
-        raise FileFormatError(path, "file size", file_size, f"{end}, where the table ends")
 
 
 def _check_ends(file: BinaryIO, path: str, header: Header) -> None:
@@ -131,9 +57,10 @@ def _check_ends(file: BinaryIO, path: str, header: Header) -> None:
 
 
 def _read_table(file: BinaryIO, path: str, header: Header) -> bytes:
+    refusal = functools.partial(FileFormatError, path)
     table = bytearray()
     digest = blake2b()
-    is_image, size = header.kind == IMAGE, header.count * ENTRY.size
+    is_image, size = header.is_image, header.count * ENTRY.size
     first, last = (edge // GROUP for edge in header.span())
     # The pages of the first and the last group that hold some of the content.
     first_mask = 0xFFFF << header.offset % GROUP // PAGE
@@ -143,25 +70,23 @@ def _read_table(file: BinaryIO, path: str, header: Header) -> bytes:
         # In steps: a table that is one large hole is refused at its first entry.
         step = file.read(min(TABLE_STEP, size - len(table)))
         if not step or len(step) % ENTRY.size:
-            raise FileFormatError(path, "table", f"{len(table) + len(step)} bytes", f"{size} bytes")
+            raise refusal("table", f"{len(table) + len(step)} bytes", f"{size} bytes")
         for i, (number, mentioned, stored, crc) in enumerate(ENTRY.iter_unpack(step), len(table) // ENTRY.size):
             if not previous < number < last:
-                raise FileFormatError(path, f"table[{i}].group", number, f"more than {previous} and below {last}")
-            allowed = ((first_mask if number == first else 0xFFFF) & (last_mask if number == last - 1 else 0xFFFF))
+                raise refusal(f"table[{i}].group", number, f"more than {previous} and below {last}")
+            allowed = (first_mask if number == first else 0xFFFF) & (last_mask if number == last - 1 else 0xFFFF)
             if not mentioned or mentioned & ~allowed:
-                raise FileFormatError(path, f"table[{i}].mentioned", f"{mentioned:#06x}",
-                                      f"some bits of {allowed:#06x}")
+                raise refusal(f"table[{i}].mentioned", f"{mentioned:#06x}", f"some bits of {allowed:#06x}")
             if stored & ~mentioned or (is_image and stored != mentioned):
-                raise FileFormatError(path, f"table[{i}].stored", f"{stored:#06x}",
-                                      f"{mentioned:#06x}" if is_image else f"within {mentioned:#06x}")
+                raise refusal(f"table[{i}].stored", f"{stored:#06x}",
+                              f"{mentioned:#06x}" if is_image else f"within {mentioned:#06x}")
             if not stored and crc:
-                raise FileFormatError(path, f"table[{i}].crc", f"{crc:#010x}", "0, for no page")
+                raise refusal(f"table[{i}].crc", f"{crc:#010x}", "0, for no page")
             previous = number
         digest.update(step)
         table += step
     if digest.digest() != header.table_digest:
-        raise FileFormatError(path, "table_digest", header.table_digest.hex(),
-                              f"{digest.hexdigest()}: the table is damaged")
+        raise refusal("table_digest", header.table_digest.hex(), f"{digest.hexdigest()}: the table is damaged")
     return bytes(table)
 
 
@@ -170,7 +95,7 @@ def _padding(path: str) -> FileFormatError:
 
 
 def _check_group(path: str, number: int, crc: int, runs: Iterable[memoryview]) -> None:
-    """Check the stored pages of one group: their CRC, and that none is zero."""
+    """Check the stored pages of one group: their CRC must be right, and each page must have a byte that is not zero."""
     found = 0
     for run in runs:
         found = zlib.crc32(run, found)

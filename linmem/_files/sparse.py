@@ -1,4 +1,4 @@
-"""Reads sparse files in time that follows the bytes that they hold: holes are not read."""
+"""Reads sparse files without their holes: the time grows with the bytes that a file holds, not with its size."""
 
 from __future__ import annotations
 
@@ -83,9 +83,11 @@ def runs_of_file(fd: int, position: int, first: int, end: int,
     before = os.lseek(fd, 0, os.SEEK_CUR)       # the position is the caller's, too
     try:
         if claimed is None:
-            return joined((start - start % PAGE, round_up(stop, PAGE) - (start - start % PAGE))
-                          for start, stop in ((start - to_file, stop - to_file)
-                                              for start, stop in _extents(fd, position, position + end - first)))
+            found = []
+            for start, stop in _extents(fd, position, position + end - first):
+                page = (start - to_file) // PAGE * PAGE
+                found.append((page, round_up(stop - to_file, PAGE) - page))
+            return joined(found)
         check_gaps(claimed, first, end, to_file, fd, lambda start, size: _read_fd(fd, to_file + start, size))
         return claimed
     finally:
@@ -100,7 +102,7 @@ def _read_fd(fd: int, place: int, size: int) -> memoryview:
 
 
 def content_digest(fd: int) -> str:
-    """A digest of a whole file, in time that follows what the file holds: hexadecimal digits.
+    """A digest of a whole file, as hexadecimal digits. Holes are not read.
 
     BLAKE2b of 32 bytes over the size and, for each page of the file that is not zero, over its place and its bytes;
     numbers in 8 bytes, least significant first.

@@ -1,1 +1,1 @@
-"""The page floor: the only rooms that may call the operating system's page functions."""
+"""The page calls: only these modules call the operating system's page functions."""

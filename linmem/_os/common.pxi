@@ -1,8 +1,9 @@
 # The part of the page floor that is the same on every operating system; posix.pyx and windows.pyx include this file.
 #
-# Each page call of the contract that a test can make fail is here. It calls the system's own function of the same
-# name with the prefix os_, unless a test has asked for a failure. The including file defines those functions, fills
-# `caps` and `real_page` when the module is imported, and defines the rest of the contract and _limits().
+# This file has each page call of the contract that a test can make fail. The page call calls the system's own function
+# of the same name with the prefix os_, unless a test has asked for a failure. The including file defines the functions
+# with this prefix, the rest of the contract, CODE_TEXTS, IMAGE_KINDS, SCAN_WAYS and _limits(). The import of the module
+# fills the variables below.
 
 from libc.string cimport memset
 
@@ -12,30 +13,36 @@ import os as _os
 
 cdef capabilities_t caps
 cdef size_t real_page           # the page size of the kernel; caps.page_size may be a multiple of it
-cdef int image_kind = 0         # the IMAGE_ kind that image_begin() makes if the OS grants it
+cdef int best_image_kind        # the smallest IMAGE_ kind that works on this machine
+cdef int image_kind             # the IMAGE_ kind that image_begin() makes if the OS grants it
+cdef int best_scan_way          # the greatest index in SCAN_WAYS that works on this machine
+cdef int scan_way               # how touched() finds pages: an index in SCAN_WAYS
 cdef long long fail_in = 0      # 1: the next page call fails. 0: failures have begun, or none were asked for
 cdef long long fail_times = 0   # how many page calls will fail, one after the other; 0: failures are off
 cdef int fail_code = 0
 cdef atomic_i64 reserved_bytes = 0
 
-IMAGE_KINDS = {IMAGE_SEALED: "sealed", IMAGE_FILE: "file", IMAGE_SECTION: "section", IMAGE_PRIVATE: "private"}
+# A code of the OS and its description for code_text().
+cdef struct coded_text:
+    int code
+    const char* text
 
 
 # -- the page calls, and how tests make them fail ------------------------------------------------
 
-# What os_touched() looks for: pages that may hold a byte other than zero, pages that may differ from the mapped image,
-# or pages of any kind.
+# Which pages os_touched() looks for: those that may hold a byte other than zero, those that may differ from the mapped
+# image, or all.
 cdef enum:
     TOUCHED = 0
     OVER_IMAGE = 1
     PRESENT = 2
 
-# The arguments of a page call that follow the range. Each call uses only its own.
+# The arguments of page calls after the range. A page call uses only its own members.
 cdef struct details:
     bint watched            # reserve()
     char** base
     int access              # protect()
-    char* to                # move()
+    char* new_addr          # move()
     size_t new_size
     size_t* bytes           # resident()
     int what                # touched() and present()
@@ -43,8 +50,8 @@ cdef struct details:
     size_t* n
     char** next
 
-ctypedef int (*range_call)(char* at, size_t size) noexcept nogil
-ctypedef int (*detailed_call)(char* at, size_t size, details* more) noexcept nogil
+ctypedef int (*range_call)(char* addr, size_t size) noexcept nogil
+ctypedef int (*detailed_call)(char* addr, size_t size, details* more) noexcept nogil
 ctypedef int (*image_call)(image_pages* img, size_t offset, char* bytes, size_t size) noexcept nogil
 
 
@@ -61,51 +68,48 @@ cdef int injected() noexcept nogil:
     return fail_code
 
 
-cdef inline int on_range(range_call call, char* at, size_t size) noexcept nogil:
-    cdef int code = injected()
-    return code if code else call(at, size)
+cdef inline int on_range(range_call call, char* addr, size_t size) noexcept nogil:
+    return injected() or call(addr, size)
 
 
-cdef inline int with_details(detailed_call call, char* at, size_t size, details* more) noexcept nogil:
-    cdef int code = injected()
-    return code if code else call(at, size, more)
+cdef inline int with_details(detailed_call call, char* addr, size_t size, details* more) noexcept nogil:
+    return injected() or call(addr, size, more)
 
 
 cdef inline int on_image(image_call call, image_pages* img, size_t offset, char* bytes, size_t size) noexcept nogil:
-    cdef int code = injected()
-    return code if code else call(img, offset, bytes, size)
+    return injected() or call(img, offset, bytes, size)
 
 
-cdef int commit(char* at, size_t size) noexcept nogil:
-    return on_range(os_commit, at, size)
+cdef int commit(char* addr, size_t size) noexcept nogil:
+    return on_range(os_commit, addr, size)
 
 
-cdef int decommit(char* at, size_t size) noexcept nogil:
-    return on_range(os_decommit, at, size)
+cdef int decommit(char* addr, size_t size) noexcept nogil:
+    return on_range(os_decommit, addr, size)
 
 
-cdef int discard(char* at, size_t size) noexcept nogil:
-    return on_range(os_discard, at, size)
+cdef int discard(char* addr, size_t size) noexcept nogil:
+    return on_range(os_discard, addr, size)
 
 
-cdef int renew(char* at, size_t size) noexcept nogil:
-    return on_range(os_renew, at, size)
+cdef int renew(char* addr, size_t size) noexcept nogil:
+    return on_range(os_renew, addr, size)
 
 
-cdef int advise_huge(char* at, size_t size) noexcept nogil:
-    return on_range(os_advise_huge, at, size)
+cdef int advise_huge(char* addr, size_t size) noexcept nogil:
+    return on_range(os_advise_huge, addr, size)
 
 
-cdef int prefault(char* at, size_t size) noexcept nogil:
-    return on_range(os_prefault, at, size)
+cdef int prefault(char* addr, size_t size) noexcept nogil:
+    return on_range(os_prefault, addr, size)
 
 
-cdef int blank(char* at, size_t size) noexcept nogil:
-    return on_range(os_blank, at, size)
+cdef int blank(char* addr, size_t size) noexcept nogil:
+    return on_range(os_blank, addr, size)
 
 
-cdef int release(char* at, size_t size) noexcept nogil:
-    return on_range(os_release, at, size)
+cdef int release(char* addr, size_t size) noexcept nogil:
+    return on_range(os_release, addr, size)
 
 
 cdef int reserve(size_t size, bint watched, char** base) noexcept nogil:
@@ -114,40 +118,40 @@ cdef int reserve(size_t size, bint watched, char** base) noexcept nogil:
     return with_details(os_reserve, NULL, size, &more)
 
 
-cdef int protect(char* at, size_t size, int access) noexcept nogil:
+cdef int protect(char* addr, size_t size, int access) noexcept nogil:
     cdef details more
     more.access = access
-    return with_details(os_protect, at, size, &more)
+    return with_details(os_protect, addr, size, &more)
 
 
-cdef int move(char* at, size_t size, char* to, size_t new_size) noexcept nogil:
+cdef int move(char* addr, size_t size, char* new_addr, size_t new_size) noexcept nogil:
     cdef details more
-    more.to, more.new_size = to, new_size
-    return with_details(os_move, at, size, &more)
+    more.new_addr, more.new_size = new_addr, new_size
+    return with_details(os_move, addr, size, &more)
 
 
-cdef int resident(char* at, size_t size, size_t* bytes) noexcept nogil:
+cdef int resident(char* addr, size_t size, size_t* bytes) noexcept nogil:
     cdef details more
     more.bytes = bytes
-    return with_details(os_resident, at, size, &more)
+    return with_details(os_resident, addr, size, &more)
 
 
-cdef int touched(char* at, size_t size, bint over_image, span* runs, size_t* n, char** next) noexcept nogil:
+cdef int touched(char* addr, size_t size, bint over_image, span* runs, size_t* n, char** next) noexcept nogil:
+    return find_pages(OVER_IMAGE if over_image else TOUCHED, addr, size, runs, n, next)
+
+
+cdef int present(char* addr, size_t size, span* runs, size_t* n, char** next) noexcept nogil:
+    return find_pages(PRESENT, addr, size, runs, n, next)
+
+
+cdef int find_pages(int what, char* addr, size_t size, span* runs, size_t* n, char** next) noexcept nogil:
     cdef details more
-    more.what, more.runs, more.n, more.next = OVER_IMAGE if over_image else TOUCHED, runs, n, next
-    return with_details(os_touched, at, size, &more)
-
-
-cdef int present(char* at, size_t size, span* runs, size_t* n, char** next) noexcept nogil:
-    cdef details more
-    more.what, more.runs, more.n, more.next = PRESENT, runs, n, next
-    return with_details(os_touched, at, size, &more)
+    more.what, more.runs, more.n, more.next = what, runs, n, next
+    return with_details(os_touched, addr, size, &more)
 
 
 cdef int image_begin(size_t size, image_pages* out) noexcept nogil:
-    clear_image(out)
-    out.size = size
-    return on_image(os_image_begin, out, 0, NULL, size)
+    return new_image(os_image_begin, -1, 0, size, out)
 
 
 cdef int image_write(image_pages* into, size_t offset, const char* bytes, size_t size) noexcept nogil:
@@ -159,27 +163,25 @@ cdef int image_end(image_pages* img) noexcept nogil:
 
 
 cdef int image_open(int descriptor, long long position, size_t size, image_pages* out) noexcept nogil:
-    cdef image_pages opened
-    cdef int code
-    clear_image(&opened)
-    opened.handle = descriptor
-    opened.position = position
-    code = on_image(os_image_open, &opened, 0, NULL, size)
-    clear_image(out)
-    if code == 0:
-        out[0] = opened
-    return code
+    return new_image(os_image_open, descriptor, position, size, out)
 
 
-cdef int image_map(const image_pages* img, size_t offset, char* at, size_t size) noexcept nogil:
-    return on_image(os_image_map, <image_pages*>img, offset, at, size)
+cdef int new_image(image_call call, int descriptor, long long position, size_t size, image_pages* out) noexcept nogil:
+    """`call` replaces the caller's descriptor in out.handle and fills the members that are zero here, or it fails."""
+    memset(out, 0, sizeof(image_pages))
+    out.handle, out.position, out.size = descriptor, position, size
+    return on_image(call, out, 0, NULL, size)
 
 
-cdef int image_renew(const image_pages* img, size_t offset, char* at, size_t size) noexcept nogil:
-    return on_image(os_image_renew, <image_pages*>img, offset, at, size)
+cdef int image_map(const image_pages* img, size_t offset, char* addr, size_t size) noexcept nogil:
+    return on_image(os_image_map, <image_pages*>img, offset, addr, size)
 
 
-# -- what the systems' own functions share -------------------------------------------------------
+cdef int image_renew(const image_pages* img, size_t offset, char* addr, size_t size) noexcept nogil:
+    return on_image(os_image_renew, <image_pages*>img, offset, addr, size)
+
+
+# -- helpers of the systems' own functions -------------------------------------------------------
 
 cdef const capabilities_t* capabilities() noexcept nogil:
     return &caps
@@ -199,18 +201,8 @@ cdef inline void count_released(size_t size) noexcept nogil:
     add(&reserved_bytes, -<long long>size)
 
 
-cdef inline void clear_image(image_pages* img) noexcept nogil:
-    memset(img, 0, sizeof(image_pages))
-    img.handle = -1
-
-
-cdef inline size_t at_most(size_t wanted, size_t room) noexcept nogil:
-    """How much to ask the OS for at a time: as much as is left, but never more than there is room for."""
-    return wanted if wanted < room else room
-
-
 cdef inline bint add_page(span* runs, size_t* n, size_t room, char* page) noexcept nogil:
-    """Append a page to the runs, in order of address; False if that needs a run more than there is room for."""
+    """Appends a page to the runs, in order of address. Returns False if there is no room for another run."""
     if n[0] and runs[n[0] - 1].addr + runs[n[0] - 1].size == page:
         runs[n[0] - 1].size += real_page
         return True
@@ -222,13 +214,23 @@ cdef inline bint add_page(span* runs, size_t* n, size_t room, char* page) noexce
     return True
 
 
-cdef int touch_pages(char* at, size_t size) noexcept nogil:
-    """Make every page resident by a write that changes no byte."""
+cdef int touch_pages(char* addr, size_t size) noexcept nogil:
+    """Makes every page resident by a write that changes no byte."""
     cdef size_t offset = 0
     while offset < size:
-        touch(at + offset)
+        touch(addr + offset)
         offset += real_page
     return 0
+
+
+cdef bint finds(char* addr, size_t pages) noexcept nogil:
+    """Whether touched() finds, among the three pages at addr, only the `pages` pages that follow the first."""
+    cdef span runs[3]
+    cdef size_t n = 3
+    cdef char* next = NULL
+    if touched(addr, 3 * real_page, False, runs, &n, &next) or next != addr + 3 * real_page:
+        return False
+    return n == 1 and runs[0].addr == addr + real_page and runs[0].size == pages * real_page if pages else n == 0
 
 
 cdef int bits_of(size_t address) noexcept nogil:
@@ -239,13 +241,21 @@ cdef int bits_of(size_t address) noexcept nogil:
     return bits
 
 
-# -- what Python sees ------------------------------------------------------------------------
+cdef const char* code_text(int code) noexcept nogil:
+    cdef size_t i
+    for i in range(sizeof(CODE_TEXTS) // sizeof(CODE_TEXTS[0])):
+        if CODE_TEXTS[i].code == code:
+            return CODE_TEXTS[i].text
+    return "refused by the operating system"
+
+
+# -- functions for Python ------------------------------------------------------------------------
 
 def count_calls_to_failure(long long nth, int code, long long times=1):
-    """Make the nth page call from now on, and the times - 1 calls behind it, fail with `code`; 0 switches
-    it off. Tests only.
+    """Makes the nth page call from now on fail with `code`, and the times - 1 calls after the nth. nth=0 ends all
+    failures. Tests only.
 
-    Returns how many calls were still to go before an earlier setting would have failed.
+    Returns the nth of an earlier setting minus the calls since then; 0 if its failures have begun or ended.
     """
     global fail_in, fail_times, fail_code
     if nth < 0 or (nth and (code <= 0 or times <= 0)):
@@ -257,8 +267,38 @@ def count_calls_to_failure(long long nth, int code, long long times=1):
     return left
 
 
+def choose_scan(way):
+    """Sets how touched() finds pages from now on: a name in SCAN_WAYS; None: touched() fails. Tests only.
+
+    Returns the way that was set before. Raises ValueError if the way does not work on this machine.
+    """
+    global scan_way
+    if way not in SCAN_WAYS[:best_scan_way + 1]:
+        raise ValueError(f"way must be one that works here, got {way!r}")
+    before = SCAN_WAYS[scan_way]
+    scan_way = SCAN_WAYS.index(way)
+    caps.scans = way is not None
+    return before
+
+
+def choose_image(kind):
+    """Sets the kind of image that image_begin() makes from now on: a name in IMAGE_KINDS. Tests only.
+
+    Returns the kind that was set before. Raises ValueError if the kind does not work on this machine.
+    """
+    global image_kind
+    kinds = {name: n for n, name in IMAGE_KINDS.items()}
+    if kinds.get(kind, 0) < best_image_kind:
+        raise ValueError(f"kind must be one that works here, got {kind!r}")
+    before = IMAGE_KINDS[image_kind]
+    image_kind = kinds[kind]
+    caps.maps_images = image_kind < IMAGE_SECTION
+    return before
+
+
 def describe():
-    """What this machine's page floor can do, as a dict; `linmem info` prints it."""
+    """Returns the abilities and the limits of this machine's page floor as a dict; `linmem info` prints them."""
+    cdef dict members = caps
     cdef size_t total, left
     address_space(&total, &left)
     return {
@@ -268,14 +308,7 @@ def describe():
         "address_space": total,
         "address_space_left": left,
         "reserved": reserved(),
-        "capabilities": {
-            "moves": bool(caps.moves),
-            "names": bool(caps.names),
-            "discard_any_protection": bool(caps.discard_any_protection),
-            "populates": bool(caps.populates),
-            "scans": bool(caps.scans),
-            "maps_images": bool(caps.maps_images),
-        },
+        "capabilities": {name: value for name, value in members.items() if isinstance(value, bool)},
         "images": IMAGE_KINDS[image_kind],
         "huge_page": caps.huge_page,
         "memory": caps.memory,
@@ -285,7 +318,7 @@ def describe():
 
 
 def _page_size_wanted(size_t real):
-    """The host page, or the multiple of it that LINMEM_PAGE_SIZE asks for (to prove the rounding)."""
+    """The size of the host page, or the larger size in LINMEM_PAGE_SIZE, with which tests check the rounding."""
     text = _os.environ.get("LINMEM_PAGE_SIZE", "")
     if not text:
         return real

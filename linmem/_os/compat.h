@@ -1,6 +1,6 @@
-/* What only the C preprocessor can decide about an operating system: constants that its headers may be too old for, and
-   stand-ins, under the system's own names, for calls that it lacks. A stand-in fails like a call that the kernel does
-   not have. Only posix.pyx and windows.pyx (with the files that they include) may include this header. */
+/* Decisions about the operating system that only the C preprocessor can make: constants that old headers lack, and
+   stand-ins, under the system's own names, for calls that a system lacks. A stand-in fails like a call that the kernel
+   lacks. Only posix.pyx and windows.pyx (with the files that they include) may include this header. */
 #ifndef LINMEM_OS_COMPAT_H
 #define LINMEM_OS_COMPAT_H
 
@@ -50,7 +50,7 @@ _set_thread_local_invalid_parameter_handler(_invalid_parameter_handler handler);
 #ifndef MAP_ANONYMOUS
 #define MAP_ANONYMOUS MAP_ANON
 #endif
-#ifndef MAP_NORESERVE /* FreeBSD has no such flag: it never accounts for pages in advance */
+#ifndef MAP_NORESERVE /* FreeBSD lacks the flag, because FreeBSD never accounts for pages in advance */
 #define MAP_NORESERVE 0
 #endif
 #ifndef MAP_FIXED_NOREPLACE
@@ -88,7 +88,7 @@ _set_thread_local_invalid_parameter_handler(_invalid_parameter_handler handler);
 #ifndef O_TMPFILE
 #define O_TMPFILE 0
 #endif
-#ifndef SEEK_DATA /* lseek() refuses it, as it does on a file system that does not know its holes */
+#ifndef SEEK_DATA /* lseek() refuses this value, as on a file system that does not report its holes */
 #define SEEK_DATA -1
 #define SEEK_HOLE -1
 #endif
@@ -104,7 +104,7 @@ _set_thread_local_invalid_parameter_handler(_invalid_parameter_handler handler);
 #ifndef TMPFS_MAGIC
 #define TMPFS_MAGIC 0x01021994
 #endif
-#ifndef PAGEMAP_SCAN /* the size is that of struct pm_scan_arg */
+#ifndef PAGEMAP_SCAN /* struct pm_scan_arg has this size */
 #define PAGEMAP_SCAN _IOWR('f', 16, uint64_t[12])
 #endif
 

@@ -9,37 +9,30 @@ from libc.string cimport memcmp, memcpy
 from posix.stat cimport S_ISREG, fstat, struct_stat
 from posix.stdlib cimport mkstemp
 
-cdef int best_image_kind
 cdef int SEALS = F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE
 cdef size_t IO_STEP = 1 << 30       # bytes in one read or write; a kernel does at most 2 GiB
 
 
 cdef int os_image_begin(image_pages* img, size_t offset, char* bytes, size_t size) noexcept nogil:
     # The OS may refuse sealed memory or a file for this image only (few descriptors are left, the size of files is
-    # limited). Then the next kind is tried: the caller sees no difference except speed.
+    # limited). Then the loop tries the next kind. The caller sees no difference except speed.
     cdef int kind = image_kind
     while kind != IMAGE_PRIVATE:
         if begin_with_descriptor(kind, size, img) == 0:
             return 0
         kind = IMAGE_FILE if kind == IMAGE_SEALED else IMAGE_PRIVATE
-    return begin_private(size, img)
+    return begin_private(img)
 
 
-cdef int begin_private(size_t size, image_pages* img) noexcept nogil:
-    cdef void* p
+cdef int begin_private(image_pages* img) noexcept nogil:
     cdef int code
-    if too_much(size):
+    if too_much(img.size):
         return ENOMEM
-    count_reserved(size)
-    p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_FRESH, -1, 0)
-    if p == MAP_FAILED:
-        code = errno
-        count_released(size)
-        return code
-    set_name(p, size)
-    img.kind = IMAGE_PRIVATE
-    img.bytes = <char*>p
-    return 0
+    code = map_anywhere(img.size, PROT_READ | PROT_WRITE, MAP_FRESH, -1, 0, &img.bytes)
+    if code == 0:
+        set_name(img.bytes, img.size)
+        img.kind, img.maps, img.handle, img.position = IMAGE_PRIVATE, False, -1, 0
+    return code
 
 
 cdef int begin_with_descriptor(int kind, size_t size, image_pages* img) noexcept nogil:
@@ -47,7 +40,7 @@ cdef int begin_with_descriptor(int kind, size_t size, image_pages* img) noexcept
     if kind == IMAGE_FILE:
         code = begin_file(size, &fd, &reader)
     else:
-        # Kernels since 6.3 want to be told that the memory is never executed; older ones refuse the flag.
+        # Kernels since 6.3 log a warning without MFD_NOEXEC_SEAL; older kernels refuse this flag.
         fd = memfd_create(NAME, MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL)
         if fd < 0 and errno == EINVAL:
             fd = memfd_create(NAME, MFD_CLOEXEC | MFD_ALLOW_SEALING)
@@ -76,7 +69,7 @@ cdef int begin_file(size_t size, int* fd, int* reader) noexcept nogil:
 
 
 cdef int begin_file_in(const char* directory, size_t size, int* fd, int* reader) noexcept nogil:
-    """An empty file of `size` bytes without a name, and a second descriptor that can only read."""
+    """Opens a new file without a name, with `size` bytes of zeros, and a second descriptor that can only read."""
     cdef int code = open_nameless(directory, fd, reader)
     if code == 0:
         code = set_file_size(fd[0], size)
@@ -112,21 +105,25 @@ cdef int open_nameless(const char* directory, int* fd, int* reader) noexcept nog
 
 
 cdef int set_file_size(int fd, size_t size) noexcept nogil:
-    """Afterwards a read of the file cannot fail. A memory file system takes a page when a hole is read, and if it is
-    full then, SIGBUS kills the reader: so all pages are taken now."""
+    """Makes the file `size` bytes long. No read of the file fails afterwards.
+
+    A memory file system takes a page when a hole is read. If the file system is full then, SIGBUS kills the reader. So
+    this function takes all pages of the file.
+    """
     cdef statfs_t about
     if ftruncate(fd, <off_t>size):
         return errno
     # A file system with 0 blocks has no bound.
     if ON_LINUX and fstatfs(fd, &about) == 0 and <unsigned long>about.f_type == TMPFS_MAGIC and about.f_blocks:
         if size > <size_t>about.f_bavail * <size_t>about.f_bsize // 2:
-            return ENOSPC       # leaves the other half to other programs
+            return ENOSPC       # half of the room is for other programs
         return posix_fallocate(fd, 0, <off_t>size)
     return 0
 
 
 cdef bint too_many_descriptors(int fd) noexcept nogil:
-    """Whether linmem leaves the remaining descriptors to others; a new descriptor has the lowest free number."""
+    """Whether three quarters of the descriptors are in use: linmem leaves the rest to the program. The kernel gives a
+    new descriptor the lowest free number."""
     cdef unsigned long long limit = soft_limit(RLIMIT_NOFILE)
     return limit != NO_LIMIT and <unsigned long long>fd >= limit // 4 * 3
 
@@ -142,7 +139,7 @@ cdef int os_image_write(image_pages* img, size_t offset, char* bytes, size_t siz
         code = write_all(<int>img.handle, bytes, size, <off_t>offset)
         if code == 0:
             return 0
-        # The file system is full, or a limit is reached: the image goes on as private pages.
+        # The file system is full, or a limit is reached. The image becomes private pages.
         if become_private(img):
             return code
     memcpy(img.bytes + offset, bytes, size)
@@ -152,7 +149,7 @@ cdef int os_image_write(image_pages* img, size_t offset, char* bytes, size_t siz
 cdef int write_all(int fd, const char* bytes, size_t size, off_t offset) noexcept nogil:
     cdef ssize_t n
     while size:
-        n = pwrite(fd, bytes, at_most(size, IO_STEP), offset)
+        n = pwrite(fd, bytes, min(size, IO_STEP), offset)
         if n < 0 and errno == EINTR:
             continue
         if n <= 0:
@@ -165,124 +162,89 @@ cdef int write_all(int fd, const char* bytes, size_t size, off_t offset) noexcep
 
 cdef int become_private(image_pages* img) noexcept nogil:
     """Copies an image that is being written from its file to private pages, and closes the file."""
-    cdef image_pages private
-    cdef int code
-    clear_image(&private)
-    private.size = img.size
-    code = begin_private(img.size, &private)
+    cdef image_pages private = img[0]
+    cdef int code = begin_private(&private)
     if code:
         return code
     code = read_data(<int>img.handle, private.bytes, img.size)
-    if code:
-        image_drop(&private)
-        return code
-    if img.kind == IMAGE_FILE:
-        close(<int>img.position)
-    close(<int>img.handle)
-    img[0] = private
-    return 0
+    image_drop(&private if code else img)
+    if code == 0:
+        img[0] = private
+    return code
 
 
 cdef int read_data(int fd, char* to, size_t size) noexcept nogil:
-    """Reads the file into memory that is zero, and skips its holes where the file system knows them."""
-    cdef size_t at = 0, end
+    """Reads the file into memory that is zero. Skips the holes, if the file system reports them."""
+    cdef size_t offset = 0, end
     cdef off_t data, hole
     cdef ssize_t n
-    while at < size:
+    while offset < size:
         end = size
-        data = lseek(fd, <off_t>at, SEEK_DATA)
+        data = lseek(fd, <off_t>offset, SEEK_DATA)
         if data < 0 and errno == ENXIO:
             return 0
         hole = lseek(fd, data, SEEK_HOLE) if data >= 0 else -1
         if hole >= 0:
-            at = <size_t>data
-            end = <size_t>hole if <size_t>hole < size else size
-        while at < end:
-            n = pread(fd, to + at, at_most(end - at, IO_STEP), <off_t>at)
+            offset = <size_t>data
+            end = min(<size_t>hole, size)
+        while offset < end:
+            n = pread(fd, to + offset, min(end - offset, IO_STEP), <off_t>offset)
             if n < 0 and errno == EINTR:
                 continue
             if n <= 0:
                 return EIO if n == 0 else errno
-            at += <size_t>n
+            offset += <size_t>n
     return 0
 
 
 cdef int os_image_end(image_pages* img, size_t offset, char* bytes, size_t size) noexcept nogil:
-    cdef void* p
+    cdef int reader = <int>(img.position if img.kind == IMAGE_FILE else img.handle)
     cdef int code
     if img.kind == IMAGE_PRIVATE:
         return errno if mprotect(img.bytes, size, PROT_READ) else 0
-    if img.kind == IMAGE_SEALED:
-        if not ON_LINUX:
-            return ENOSYS
-        if fcntl(<int>img.handle, F_ADD_SEALS, SEALS):
-            return errno
-    else:
+    if img.kind == IMAGE_SEALED and fcntl(reader, F_ADD_SEALS, SEALS):
+        return errno
+    code = map_anywhere(size, PROT_READ, MAP_PRIVATE | MAP_NORESERVE, reader, 0, &img.bytes)
+    if code == 0 and img.kind == IMAGE_FILE:
         close(<int>img.handle)
-        img.handle = img.position
-        img.position = 0
-    count_reserved(size)
-    p = mmap(NULL, size, PROT_READ, MAP_PRIVATE | MAP_NORESERVE, <int>img.handle, 0)
-    if p == MAP_FAILED:
-        code = errno
-        count_released(size)
-        if img.kind == IMAGE_FILE:
-            img.position = -1       # image_drop() must not take position 0 for a reader's descriptor
-        return code
-    img.bytes = <char*>p
-    return 0
+        img.handle, img.position = reader, 0
+    return code
 
 
 cdef int os_image_open(image_pages* img, size_t offset, char* bytes, size_t size) noexcept nogil:
     cdef int fd = fcntl(<int>img.handle, F_DUPFD_CLOEXEC, 3)
     cdef int code
     cdef struct_stat about
-    cdef void* p
     if fd < 0:
         return errno
-    code = kind_of_descriptor(fd, &img.kind)
+    code = kind_of_descriptor(fd, &img.kind, &about)
+    if code == 0 and (img.position > about.st_size or size > <size_t>(about.st_size - img.position)):
+        code = IMAGE_SHORT
     if code == 0:
-        if fstat(fd, &about):
-            code = errno
-        elif img.position > about.st_size or size > <size_t>(about.st_size - img.position):
-            code = IMAGE_SHORT
-    if code == 0:
-        count_reserved(size)
-        p = mmap(NULL, size, PROT_READ, MAP_PRIVATE | MAP_NORESERVE, fd, <off_t>img.position)
-        if p == MAP_FAILED:
-            code = errno
-            count_released(size)
-    if code:
+        code = map_anywhere(size, PROT_READ, MAP_PRIVATE | MAP_NORESERVE, fd, <off_t>img.position, &img.bytes)
+    img.maps = code == 0 and not too_many_descriptors(fd)
+    img.handle = fd if img.maps else -1
+    if not img.maps:        # `bytes` stays mapped without a descriptor; memories of this image copy from `bytes`
         close(fd)
-        return code
-    img.maps = not too_many_descriptors(fd)
-    img.handle = fd
-    img.bytes = <char*>p
-    img.size = size
-    if not img.maps:        # `bytes` needs no descriptor; memories of this image copy from `bytes`
-        close(fd)
-        img.handle = -1
-    return 0
+    return code
 
 
-cdef int kind_of_descriptor(int fd, int* kind) noexcept nogil:
-    """The IMAGE_ kind as which a descriptor from elsewhere can be mapped; returns 0, IMAGE_OPEN or an error."""
-    cdef struct_stat about
+cdef int kind_of_descriptor(int fd, int* kind, struct_stat* about) noexcept nogil:
+    """-> the IMAGE_ kind and the status of the file of a caller's descriptor. Returns 0, IMAGE_OPEN or a code."""
     cdef char path[64]
     cdef char target[16]
     cdef int seals = fcntl(fd, F_GET_SEALS) if ON_LINUX else -1
-    cdef int flags
+    cdef int flags = fcntl(fd, F_GETFL)
+    if flags < 0 or fstat(fd, about):
+        return errno
     if seals >= 0:
         if seals & F_SEAL_WRITE and seals & F_SEAL_SHRINK:
             kind[0] = IMAGE_SEALED
             return 0
-        # A file of a memory file system has seals, too, but cannot be sealed.
+        # F_GET_SEALS also works on a file of a memory file system, which cannot be sealed.
         snprintf(path, sizeof(path), "/proc/self/fd/%d", fd)
         if readlink(path, target, sizeof(target)) >= 7 and memcmp(target, b"/memfd:", 7) == 0:
             return IMAGE_OPEN
-    flags = fcntl(fd, F_GETFL)
-    if flags < 0 or fstat(fd, &about):
-        return errno
     if not S_ISREG(about.st_mode):
         return ENODEV
     kind[0] = IMAGE_FILE
@@ -291,57 +253,31 @@ cdef int kind_of_descriptor(int fd, int* kind) noexcept nogil:
 
 cdef void image_drop(image_pages* img) noexcept nogil:
     if img.bytes != NULL:
-        if munmap(img.bytes, img.size) == 0:    # a whole mapping: no mapping is split, so no limit is in the way
-            count_released(img.size)
-    elif img.kind == IMAGE_FILE and img.position >= 0:
+        os_release(img.bytes, img.size)     # if the kernel refuses, the bytes stay mapped and counted
+    elif img.kind == IMAGE_FILE:
         close(<int>img.position)
     close_if_open(<int>img.handle)
 
 
-cdef int os_image_map(image_pages* img, size_t offset, char* at, size_t size) noexcept nogil:
-    cdef void* p = mmap(at, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE | MAP_FIXED, <int>img.handle,
+cdef int os_image_map(image_pages* img, size_t offset, char* addr, size_t size) noexcept nogil:
+    cdef void* p = mmap(addr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE | MAP_FIXED, <int>img.handle,
                         <off_t>img.position + <off_t>offset)
     return errno if p == MAP_FAILED else 0
 
 
-cdef int os_image_renew(image_pages* img, size_t offset, char* at, size_t size) noexcept nogil:
-    # For the pages of a private file mapping, MADV_DONTNEED drops the written copies.
-    return os_discard(at, size) if ON_LINUX else os_image_map(img, offset, at, size)
-
-
-cdef int os_blank(char* at, size_t size) noexcept nogil:
-    if mmap(at, size, PROT_READ | PROT_WRITE, MAP_FRESH | MAP_FIXED, -1, 0) == MAP_FAILED:
-        return errno
-    set_name(at, size)
-    return 0
-
-
-def choose_image(kind):
-    """What image_begin() makes from now on: "sealed", "file" or "private"; returns what it did. Tests only.
-
-    ValueError where that does not work here.
-    """
-    global image_kind
-    kinds = {name: n for n, name in IMAGE_KINDS.items() if n != IMAGE_SECTION}
-    if kinds.get(kind, 0) < best_image_kind:
-        raise ValueError(f"kind must be one that works here, got {kind!r}")
-    before = IMAGE_KINDS[image_kind]
-    image_kind = kinds[kind]
-    caps.maps_images = image_kind != IMAGE_PRIVATE
-    return before
+cdef int os_image_renew(image_pages* img, size_t offset, char* addr, size_t size) noexcept nogil:
+    # On Linux MADV_DONTNEED drops the written copies of a private file mapping.
+    return os_discard(addr, size) if ON_LINUX else os_image_map(img, offset, addr, size)
 
 
 cdef _start_images():
-    """Find the best kind by making an image of one page."""
+    """Finds the best kind of image that this machine grants, with an image of one page."""
     global image_kind, best_image_kind
     cdef image_pages probe
     image_kind = IMAGE_SEALED
-    if image_begin(caps.page_size, &probe):
-        best_image_kind = IMAGE_PRIVATE
-    else:
-        best_image_kind = probe.kind
-        if image_end(&probe):
-            best_image_kind = IMAGE_PRIVATE
+    best_image_kind = IMAGE_PRIVATE
+    if image_begin(caps.page_size, &probe) == 0:
+        if image_end(&probe) == 0:
+            best_image_kind = probe.kind
         image_drop(&probe)
-    image_kind = best_image_kind
-    caps.maps_images = image_kind != IMAGE_PRIVATE
+    choose_image(IMAGE_KINDS[best_image_kind])

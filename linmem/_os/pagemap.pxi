@@ -1,14 +1,16 @@
-# Which pages have been touched, from /proc/self/pagemap; a part of posix.pyx, of use on Linux only.
+# Which pages have been touched, from /proc/self/pagemap; a part of posix.pyx, for Linux only.
 #
-# There are two ways with the same answer: the ioctl PAGEMAP_SCAN (Linux 6.7), and reading the eight bytes that the
-# file has for each page. Both look for "present or swapped", never for "written": a page that is swapped out or being
-# migrated is not present, but holds the guest's bytes.
+# Two ways give the same result: the ioctl PAGEMAP_SCAN (Linux 6.7), and a read of the eight bytes that the file has for
+# each page. Both look for "present or swapped", never for "written". A page that is swapped out or is being migrated is
+# not present, but holds the guest's bytes.
 #
-# The descriptor belongs to the memory map of the process that opened it. In a forked child it would still describe the
-# parent, and pages that the child's guest writes would be missed. So the descriptor's number is kept in a page that
-# the kernel wipes in a child, however the child was made.
+# The descriptor describes the memory map of the process that opened the file. In a forked child it would still describe
+# the parent, and linmem would miss the pages that the child's guest writes. So the descriptor's number is in a page
+# that the kernel clears in a child, also if the child was made without fork().
 
 from libc.stdint cimport uint64_t
+
+cdef tuple SCAN_WAYS = (None, "reading", "ioctl")
 
 cdef enum:
     SCAN_NONE = 0
@@ -38,12 +40,10 @@ cdef struct pagemap_state:
 
 cdef pagemap_state pagemap_static
 cdef pagemap_state* pagemap = &pagemap_static
-# A program may close every descriptor, and the number is then given to another file. To recognise our file we set its
-# position to a value that no other file has; no read of ours uses the position. Asking for the position takes a third
-# of the time of fstat(2).
+# A program may close every descriptor, and the kernel then gives the number to another file. To recognise its file,
+# linmem sets the file's position to a value that no other file has. No read of linmem uses the position. lseek(2) takes
+# a third of the time of fstat(2).
 cdef atomic_i64 pagemap_position
-cdef int scan_way = SCAN_NONE
-cdef int best_scan_way = SCAN_NONE      # the best one that works here
 
 
 cdef bint is_pagemap(int fd) noexcept nogil:
@@ -51,8 +51,8 @@ cdef bint is_pagemap(int fd) noexcept nogil:
 
 
 cdef void forget_pagemap_in_child() noexcept nogil:
-    # After a fork() that runs this handler, a descriptor with our position is the parent's and is closed. Other ways
-    # of forking leave it open.
+    # A descriptor with this position is the parent's, so the child closes it. In a child that was made without fork()
+    # this handler does not run, and the descriptor stays open.
     cdef int fd = <int>load(&pagemap_static.fd_and_1) - 1
     if fd >= 0 and is_pagemap(fd):
         close(fd)
@@ -61,16 +61,23 @@ cdef void forget_pagemap_in_child() noexcept nogil:
     store(&pagemap.lock, 0)
 
 
-cdef int pagemap_fd(int* fd) noexcept nogil:
-    """-> a descriptor of this process's own pagemap."""
-    cdef int code = 0
+cdef bint pagemap_is_open(int* fd) noexcept nogil:
     fd[0] = <int>load(&pagemap.fd_and_1) - 1
-    if fd[0] >= 0:
+    return fd[0] >= 0 and is_pagemap(fd[0])
+
+
+cdef int pagemap_fd(int* fd) noexcept nogil:
+    """-> a descriptor of this process's own pagemap.
+
+    If another file has the descriptor's number, a scan of that file may succeed: another process's pagemap accepts the
+    ioctl, and every file a read. If that scan found no touched page, another guest would get a page with bytes in it.
+    """
+    cdef int code = 0
+    if pagemap_is_open(fd):
         return 0
     while not compare_exchange(&pagemap.lock, 0, 1):
         sched_yield()
-    fd[0] = <int>load(&pagemap.fd_and_1) - 1
-    if fd[0] < 0:
+    if not pagemap_is_open(fd):
         code = open_pagemap(fd)
     store(&pagemap.lock, 0)
     return code
@@ -90,36 +97,23 @@ cdef int open_pagemap(int* fd) noexcept nogil:
     return 0
 
 
-cdef int checked_pagemap_fd(int* fd) noexcept nogil:
-    """As pagemap_fd(), but the descriptor is known to be ours.
-
-    If another file has its number, that file answers, too: another process's pagemap answers the ioctl, any file a
-    read. If the answer were "nothing touched", a page with bytes in it would be handed on.
-    """
-    cdef int code = pagemap_fd(fd)
-    if code or is_pagemap(fd[0]):
-        return code
-    compare_exchange(&pagemap.fd_and_1, fd[0] + 1, 0)
-    return pagemap_fd(fd)
-
-
-cdef int scan_by_ioctl(char* at, size_t size, details* more) noexcept nogil:
+cdef int scan_by_ioctl(char* addr, size_t size, details* more) noexcept nogil:
     cdef page_region regions[64]
     cdef pm_scan_arg scan
     cdef int fd, got, i
-    cdef int code = checked_pagemap_fd(&fd)
+    cdef int code = pagemap_fd(&fd)
     if code:
         return code
     memset(&scan, 0, sizeof(scan))
     scan.size = sizeof(scan)
-    scan.start = <uint64_t>at
+    scan.start = <uint64_t>addr
     scan.end = scan.start + size
     scan.vec = <uint64_t>&regions[0]
-    scan.vec_len = at_most(more.n[0], sizeof(regions) // sizeof(regions[0]))
+    scan.vec_len = min(more.n[0], sizeof(regions) // sizeof(regions[0]))
     scan.category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED
     if more.what != PRESENT:
         scan.category_inverted = scan.category_mask = PAGE_IS_PFNZERO | (PAGE_IS_FILE if more.what == OVER_IMAGE else 0)
-        scan.return_mask = PAGE_IS_PFNZERO      # the same for every page that is found, so neighbours become one run
+        scan.return_mask = PAGE_IS_PFNZERO      # the same for every page found, so neighbours become one run
     got = ioctl(fd, PAGEMAP_SCAN, &scan)
     if got < 0:
         return errno
@@ -131,75 +125,65 @@ cdef int scan_by_ioctl(char* at, size_t size, details* more) noexcept nogil:
     return 0
 
 
-cdef int scan_by_reading(char* at, size_t size, details* more) noexcept nogil:
+cdef int scan_by_reading(char* addr, size_t size, details* more) noexcept nogil:
     cdef uint64_t entries[512]
     cdef size_t room = more.n[0], used = 0, offset = 0, count, i
     cdef ssize_t got
     cdef int fd
-    cdef int code = checked_pagemap_fd(&fd)
+    cdef int code = pagemap_fd(&fd)
     if code:
         return code
     while offset < size:
-        count = at_most((size - offset) // real_page, sizeof(entries) // sizeof(entries[0]))
-        got = pread(fd, entries, count * 8, <off_t>(<size_t>(at + offset) // real_page * 8))
+        count = min((size - offset) // real_page, sizeof(entries) // sizeof(entries[0]))
+        got = pread(fd, entries, count * 8, <off_t>(<size_t>(addr + offset) // real_page * 8))
         if got != <ssize_t>(count * 8):
             return errno if got < 0 else EIO
         for i in range(count):
             if (entries[i] >> ENTRY_SWAPPED and not (more.what == OVER_IMAGE and entries[i] >> ENTRY_FILE & 1)
-                    and not add_page(more.runs, &used, room, at + offset)):
-                size = offset       # no room for another run: the next scan begins here
+                    and not add_page(more.runs, &used, room, addr + offset)):
+                size = offset       # there is no room for another run, and the next scan begins here
                 break
             offset += real_page
     more.n[0] = used
-    more.next[0] = at + offset
+    more.next[0] = addr + offset
     return 0
 
 
-cdef int os_touched(char* at, size_t size, details* more) noexcept nogil:
-    return scan_by(scan_way, at, size, more)
-
-
-cdef int scan_by(int way, char* at, size_t size, details* more) noexcept nogil:
-    if way == SCAN_IOCTL:
-        return scan_by_ioctl(at, size, more)
-    if way == SCAN_READING:
-        return scan_by_reading(at, size, more)
-    return ENOSYS
+cdef int os_touched(char* addr, size_t size, details* more) noexcept nogil:
+    if scan_way == SCAN_IOCTL:
+        return scan_by_ioctl(addr, size, more)
+    return scan_by_reading(addr, size, more) if scan_way == SCAN_READING else ENOSYS
 
 
 cdef bint scan_works(int way) noexcept nogil:
-    """Asks about three pages: the first was not touched, the second was written and the third only read."""
-    cdef span runs[3]
-    cdef size_t n = 3, page = real_page
-    cdef char* next = NULL
-    cdef details more
-    cdef bint works = False
-    cdef char* p = <char*>mmap(NULL, 3 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+    """Tries a way on three pages: the first was not touched, the second was written, and the third was only read."""
+    global scan_way
+    cdef size_t page = real_page
+    cdef bint works
+    cdef char* p = <char*>mmap(NULL, 3 * page, PROT_READ | PROT_WRITE, MAP_FRESH, -1, 0)
     if p == MAP_FAILED:
         return False
-    more.what, more.runs, more.n, more.next = TOUCHED, runs, &n, &next
     madvise(p, 3 * page, MADV_NOHUGEPAGE)
     touch(p + page)
     load(<atomic_i64*>(p + 2 * page))
-    if scan_by(way, p, 3 * page, &more) == 0:
-        works = (n == 1 and next == p + 3 * page and runs[0].addr == p + page
-                 and runs[0].size == (page if way == SCAN_IOCTL else 2 * page))
+    scan_way = way
+    works = finds(p, 1 if way == SCAN_IOCTL else 2)
     munmap(p, 3 * page)
     return works
 
 
 cdef int scan_start() noexcept nogil:
-    """Prepares for forks, and returns the best way that works here."""
+    """Prepares for forks, and returns the best way that works on this machine."""
     global pagemap
     cdef void* p
     if not ON_LINUX:
         return SCAN_NONE
-    p = mmap(NULL, real_page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+    p = mmap(NULL, real_page, PROT_READ | PROT_WRITE, MAP_FRESH, -1, 0)
     if p != MAP_FAILED:
         if madvise(p, real_page, MADV_WIPEONFORK) == 0:
             pagemap = <pagemap_state*>p
         else:
             munmap(p, real_page)
     if pthread_atfork(NULL, NULL, forget_pagemap_in_child) and pagemap == &pagemap_static:
-        return SCAN_NONE        # a child would not notice that the descriptor is its parent's
+        return SCAN_NONE        # a child would use its parent's descriptor
     return SCAN_IOCTL if scan_works(SCAN_IOCTL) else SCAN_READING if scan_works(SCAN_READING) else SCAN_NONE

@@ -1,10 +1,10 @@
-# The contract of the page floor. posix.pyx and windows.pyx implement it; setup.py builds one of them as
-# linmem._os.pages. No module above this floor asks which OS it runs on: it asks `capabilities()`.
+# The contract of the page floor. posix.pyx and windows.pyx implement the contract; setup.py builds one of them as
+# linmem._os.pages. No module above this floor asks which OS it runs on; such a module asks capabilities().
 #
-# Every function is nogil. It returns 0, or the OS's own code (errno, GetLastError) read on the line after the
-# call, and does either all of what its comment says or nothing. `at` and `size` are multiples of
-# capabilities().page_size and size > 0, unless the comment says otherwise. The caller rounds; no function checks.
-# In the comments, the text before "->" must hold before the call, and the text after it holds on return.
+# Every function is nogil, and returns 0 or the OS's own code (errno, GetLastError), read on the line after the system
+# call. If the code is not 0, nothing has changed, unless the comment says otherwise. `addr` and `size` are multiples of
+# capabilities().page_size, and size > 0, unless the comment says otherwise. The caller rounds; no function checks.
+# In the comments, the text before "->" must hold before the call, and the text after "->" holds on return.
 
 cdef enum:
     ACCESS_NONE = 0
@@ -21,8 +21,8 @@ cdef struct capabilities_t:
     bint discard_any_protection     # discard() works on pages of any protection and keeps it
     bint populates                  # prefault() reports pages that cannot be written instead of faulting
     bint scans                      # touched() works, on some systems only in reservations made with `watched`
-    int locked                      # the code with which renew() refuses pages locked in memory; 0: it accepts them
-    bint maps_images                # an image's pages can be mapped into a reservation, copied when written
+    int locked                      # the code of renew() for pages that are locked in memory; 0: renew() accepts them
+    bint maps_images                # memories can map an image's pages; a page that is written is copied
     size_t huge_page                # bytes in a huge page that advise_huge() asks for; 0: the system has none
     size_t memory                   # bytes of physical memory that this process may use; 0: unknown
     size_t mappings                 # the most mappings that a process may have; 0: not limited, or unknown
@@ -38,51 +38,51 @@ cdef const capabilities_t* capabilities() noexcept nogil
 # watched: the caller will ask touched() about the pages, and accepts that they cost more; a hint.
 cdef int reserve(size_t size, bint watched, char** base) noexcept nogil
 
-# [at, at+size) lies in one reservation; each page was never committed, or was decommitted, or was hidden by
+# [addr, addr+size) lies in one reservation; each page was never committed, or was decommitted, or was hidden by
 # protect(ACCESS_NONE). -> readable and writable; a hidden page keeps its bytes, every other page is zero.
 # If the OS refuses, hidden pages may have been decommitted.
-cdef int commit(char* at, size_t size) noexcept nogil
+cdef int commit(char* addr, size_t size) noexcept nogil
 
-# [at, at+size) lies in one reservation. -> inaccessible; the contents and their charge are given back.
-cdef int decommit(char* at, size_t size) noexcept nogil
+# [addr, addr+size) lies in one reservation. -> inaccessible; the contents and their charge are given back.
+cdef int decommit(char* addr, size_t size) noexcept nogil
 
-# [at, at+size) is committed, and readable and writable unless discard_any_protection.
+# [addr, addr+size) is committed, and readable and writable unless discard_any_protection.
 # -> reads as zero, protection kept, physical pages given back.
-cdef int discard(char* at, size_t size) noexcept nogil
+cdef int discard(char* addr, size_t size) noexcept nogil
 
-# [at, at+size) is committed, readable and writable, and no other thread accesses it. -> reads as zero, physical
+# [addr, addr+size) is committed, readable and writable, and no other thread accesses it. -> reads as zero, physical
 # pages given back, in the cheapest way. If the OS refuses, the range may have become inaccessible.
-cdef int renew(char* at, size_t size) noexcept nogil
+cdef int renew(char* addr, size_t size) noexcept nogil
 
-# Only where `scans`. [at, at+size) is committed; *n > 0 is the number of runs that `runs` has room for. -> *n runs, in
-# order of address. Each page before *next that may hold a byte other than zero (over_image: a byte that differs from
+# Only where `scans`. [addr, addr+size) is committed; *n > 0 is the number of runs that `runs` has room for. -> *n runs,
+# in order of address. Each page before *next that may hold a byte other than zero (over_image: a byte that differs from
 # the mapped image) lies in a run. A page that the kernel has swapped out or is migrating may hold such a byte.
-# *next == at + size: the scan is complete. If the system cannot tell, any code.
-cdef int touched(char* at, size_t size, bint over_image, span* runs, size_t* n, char** next) noexcept nogil
+# *next == addr + size: the scan is complete. If the system does not support the scan, any code.
+cdef int touched(char* addr, size_t size, bint over_image, span* runs, size_t* n, char** next) noexcept nogil
 
-# As touched(), but for each page that the page tables have, also if it was only read. [at, at+size) lies in one
-# reservation and has any protection. Some systems with `scans` cannot do this, and return any code.
-cdef int present(char* at, size_t size, span* runs, size_t* n, char** next) noexcept nogil
+# As touched(), but for each page that is in the page tables, also if the page was only read. [addr, addr+size) lies in
+# one reservation and has any protection. Some systems with `scans` cannot do this, and return any code.
+cdef int present(char* addr, size_t size, span* runs, size_t* n, char** next) noexcept nogil
 
-# [at, at+size) lies in one reservation. -> the kernel may use huge pages there; a hint.
-cdef int advise_huge(char* at, size_t size) noexcept nogil
+# [addr, addr+size) lies in one reservation. -> the kernel may use huge pages there; a hint.
+cdef int advise_huge(char* addr, size_t size) noexcept nogil
 
-# [at, at+size) is committed. access: an ACCESS_ constant. -> the pages have this access; with ACCESS_READ_EXECUTE the
-# processor executes the code that was written before the call. If the OS refuses, and the pages differed in
+# [addr, addr+size) is committed. access: an ACCESS_ constant. -> the pages have this access; with ACCESS_READ_EXECUTE
+# the processor executes the code that was written before the call. If the OS refuses, and the pages differed in
 # protection before, a part of them may have the access already. A host may refuse every ACCESS_READ_EXECUTE.
-cdef int protect(char* at, size_t size, int access) noexcept nogil
+cdef int protect(char* addr, size_t size, int access) noexcept nogil
 
-# [at, at+size) is committed and writable. -> every page is resident, no byte has changed.
-cdef int prefault(char* at, size_t size) noexcept nogil
+# [addr, addr+size) is committed and writable. -> every page is resident, no byte has changed.
+cdef int prefault(char* addr, size_t size) noexcept nogil
 
-# Only where `moves`. [at, at+size) is committed and one mapping (committed in one run, never
-# protected otherwise); [to, to+new_size) lies in another reservation, new_size >= size.
-# -> the pages are at `to` with the same bytes, followed by zeros, readable and writable; the range at `at` is
-# released.
-cdef int move(char* at, size_t size, char* to, size_t new_size) noexcept nogil
+# Only where `moves`. [addr, addr+size) is committed and one mapping (committed in one run, never
+# protected otherwise); [new_addr, new_addr+new_size) lies in another reservation, new_size >= size.
+# -> the pages are at new_addr with the same bytes, and zeros follow them; all are readable and writable. The range at
+# addr is released.
+cdef int move(char* addr, size_t size, char* new_addr, size_t new_size) noexcept nogil
 
-# The pages of an image. They are filled once, and no process can write them afterwards.
-#   image_begin()  -> `size` bytes of zeros, which image_write() may fill; of the best kind that the OS grants.
+# The pages of an image. linmem fills the pages once, and no process can write them afterwards.
+#   image_begin()  -> `size` bytes of zeros, of the best kind that the OS grants. image_write() may fill them.
 #   image_end()    -> immutable; `bytes` can be read. A page that was not written takes no space until it is read.
 #   image_open()   -> the bytes of a file from `position` (a multiple of page_size) on, immutable at once.
 #   image_drop()   -> `bytes` is unmapped and the handle closed. Call it after each success of image_begin() or
@@ -101,7 +101,7 @@ ctypedef struct image_pages:
     int kind                        # an IMAGE_ constant
     bint maps                       # image_map() works with this image
     long long handle                # a descriptor or handle of this process that shows the same bytes; -1: none
-    long long position              # offset of the image's first byte in what the handle shows
+    long long position              # offset of the image's first byte in the file or section of the handle
     char* bytes
     size_t size
 
@@ -111,37 +111,38 @@ cdef int image_end(image_pages* img) noexcept nogil
 cdef int image_open(int descriptor, long long position, size_t size, image_pages* out) noexcept nogil
 cdef void image_drop(image_pages* img) noexcept nogil
 
-# Only where img.maps. [at, at+size) is committed, or mapped from an image. -> readable and writable, with the image's
-# bytes from `offset` (a multiple of page_size) on; pages are copied when they are written (copy-on-write).
-# Do not call discard() or renew() on such pages: what they read as afterwards differs among systems.
-cdef int image_map(const image_pages* img, size_t offset, char* at, size_t size) noexcept nogil
+# Only where img.maps. [addr, addr+size) is committed, or mapped from an image. -> readable and writable, with the
+# image's bytes from `offset` (a multiple of page_size) on; pages are copied when they are written (copy-on-write).
+# Do not call discard() or renew() on such pages: their bytes afterwards differ among systems.
+cdef int image_map(const image_pages* img, size_t offset, char* addr, size_t size) noexcept nogil
 
-# image_map() mapped [at, at+size) from `offset`; the pages are readable and writable unless discard_any_protection.
+# image_map() mapped [addr, addr+size) from `offset`; the pages are readable and writable unless discard_any_protection.
 # -> the written copies are given back, and the pages show the image again.
-cdef int image_renew(const image_pages* img, size_t offset, char* at, size_t size) noexcept nogil
+cdef int image_renew(const image_pages* img, size_t offset, char* addr, size_t size) noexcept nogil
 
-# Only where maps_images. [at, at+size) is committed. -> zero, readable and writable, and not mapped from an image.
-cdef int blank(char* at, size_t size) noexcept nogil
+# Only where maps_images. [addr, addr+size) is committed. -> zero, readable and writable, and not mapped from an image.
+cdef int blank(char* addr, size_t size) noexcept nogil
 
-# -> bytes: how many bytes of [at, at+size) are in physical memory.
-cdef int resident(char* at, size_t size, size_t* bytes) noexcept nogil
+# -> bytes: how many bytes of [addr, addr+size) are in physical memory.
+cdef int resident(char* addr, size_t size, size_t* bytes) noexcept nogil
 
-# [at, at+size) is a whole reservation (where `moves`: or a part of one). -> the addresses are given back.
-cdef int release(char* at, size_t size) noexcept nogil
+# [addr, addr+size) is a whole reservation (where `moves`: or a part of one). -> the addresses are given back.
+cdef int release(char* addr, size_t size) noexcept nogil
 
 # The address space of this process: `total` bytes, of which `left` may still be reserved under the
 # limits in force now (left == total if there is no limit).
 cdef void address_space(size_t* total, size_t* left) noexcept nogil
 
-# Bytes of address space that the page floor holds now: every whole reservation and every image's `bytes`. They are
-# counted before the OS is asked for them and until the OS has taken them back, so the number is never too small.
+# Bytes of address space that the page floor holds now: every whole reservation and every image's `bytes`. The page
+# floor counts them before it asks the OS for them and until the OS has taken them back, so the number is never too
+# small.
 cdef size_t reserved() noexcept nogil
 
 # A description of a code; static text.
 cdef const char* code_text(int code) noexcept nogil
 
 # Writes into `text` (room bytes, always terminated) which limit refused `size` bytes with `code`; the empty string
-# if the OS does not let that be known.
+# if the OS does not report the limit.
 cdef void limit_text(int code, size_t size, char* text, size_t room) noexcept nogil
 
 # -> every fork() calls `before` in the forking thread before the fork, then `in_parent` and `in_child` in that thread

@@ -18,7 +18,7 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, nanosleep, timespec
 from posix.types cimport off_t
 from posix.unistd cimport close, ftruncate, getpid, lseek, pread, pwrite, read, readlink, sysconf, unlink
 
-# Before all other headers, because it replaces the calls that this system lacks.
+# This header comes before all others, because it replaces the calls that the system lacks.
 cdef extern from "linmem/_os/compat.h" nogil:
     bint ON_LINUX "LINMEM_LINUX"
     enum: RLIMIT_AS, CLOCK_MONOTONIC_COARSE, _SC_PHYS_PAGES, SEEK_DATA, SEEK_HOLE
@@ -43,12 +43,12 @@ cdef extern from "<sys/mman.h>" nogil:
     enum: MADV_DONTNEED, MADV_HUGEPAGE, MADV_NOHUGEPAGE, MADV_WIPEONFORK, MADV_POPULATE_WRITE
     unsigned int MFD_CLOEXEC, MFD_ALLOW_SEALING, MFD_NOEXEC_SEAL
     void* MAP_FAILED
-    void* mmap(void* at, size_t size, int protection, int flags, int fd, off_t offset)
-    int munmap(void* at, size_t size)
-    int mprotect(void* at, size_t size, int protection)
-    int madvise(void* at, size_t size, int advice)
-    void* mremap(void* at, size_t size, size_t new_size, int flags, ...)
-    int mincore(void* at, size_t size, void* vector)
+    void* mmap(void* addr, size_t length, int prot, int flags, int fd, off_t offset)
+    int munmap(void* addr, size_t length)
+    int mprotect(void* addr, size_t length, int prot)
+    int madvise(void* addr, size_t length, int advice)
+    void* mremap(void* old_address, size_t old_size, size_t new_size, int flags, ...)
+    int mincore(void* addr, size_t length, void* vec)
     int memfd_create(const char* name, unsigned int flags)
 
 cdef extern from "<sys/ioctl.h>" nogil:
@@ -69,129 +69,156 @@ include "common.pxi"
 include "pagemap.pxi"
 include "image_pages.pxi"
 
+IMAGE_KINDS = {IMAGE_SEALED: "sealed", IMAGE_FILE: "file", IMAGE_PRIVATE: "private"}
+
 cdef const char* NAME = "linmem"        # of mappings and of sealed memory
 cdef unsigned long long NO_LIMIT = ~<unsigned long long>0
 
-# NORESERVE: accounting for committed pages costs a sixth of a growth. Under strict overcommit Linux ignores the flag;
-# too_much() replaces the check that Linux makes in its default mode.
+# MAP_NORESERVE, because the accounting for committed pages takes a sixth of the time of a growth. With
+# vm.overcommit_memory 2, Linux ignores the flag. too_much() replaces the check of vm.overcommit_memory 0.
 cdef int MAP_FRESH = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
 
+# By ACCESS_ constant.
+cdef int[4] PROTECTIONS = [PROT_NONE, PROT_READ, PROT_READ | PROT_WRITE, PROT_READ | PROT_EXEC]
 
-cdef inline int set_name(void* at, size_t size) noexcept nogil:
-    """For tools that list mappings; a refusal has no effect on anything else."""
+cdef coded_text[8] CODE_TEXTS = [
+    [ENOMEM, "the operating system has no memory or address space for it (ENOMEM)"],
+    [EAGAIN, "the pages are locked or the lock limit is reached (EAGAIN)"],
+    [EACCES, "access denied (EACCES)"],
+    [EPERM, "not permitted (EPERM)"],
+    [EINVAL, "invalid argument, or pages whose protection forbids it (EINVAL)"],
+    [EFAULT, "a page in the range cannot be written (EFAULT)"],
+    [EBUSY, "busy (EBUSY)"],
+    [ENOSYS, "not implemented by this kernel (ENOSYS)"],
+]
+
+
+cdef inline int set_name(void* addr, size_t size) noexcept nogil:
+    """Names a mapping for tools that list mappings. linmem works the same if the kernel refuses the name."""
     if not caps.names:
         return 0
-    return prctl(PR_SET_VMA, PR_SET_VMA_ANON_NAME, <unsigned long>at, <unsigned long>size, <unsigned long>NAME)
+    return prctl(PR_SET_VMA, PR_SET_VMA_ANON_NAME, <unsigned long>addr, <unsigned long>size, <unsigned long>NAME)
+
+
+cdef int map_anywhere(size_t size, int prot, int flags, int fd, off_t offset, char** addr) noexcept nogil:
+    """mmap() at an address that the kernel chooses; counts the bytes."""
+    cdef int code
+    cdef void* p
+    count_reserved(size)
+    p = mmap(NULL, size, prot, flags, fd, offset)
+    if p == MAP_FAILED:
+        code = errno
+        count_released(size)
+        return code
+    addr[0] = <char*>p
+    return 0
+
+
+cdef int map_fresh(char* addr, size_t size, int prot) noexcept nogil:
+    """Replaces the mappings of the range with fresh pages."""
+    if mmap(addr, size, prot, MAP_FRESH | MAP_FIXED, -1, 0) == MAP_FAILED:
+        return errno
+    set_name(addr, size)
+    return 0
 
 
 cdef int os_reserve(char* unused, size_t size, details* more) noexcept nogil:
-    cdef int code
-    cdef void* p
-    # The kernel aligns to its own page. A base at a multiple of a larger (overridden) host page is cut out of a
-    # longer range.
+    # The kernel aligns to its own page. For a larger host page, which LINMEM_PAGE_SIZE asks for, this function maps a
+    # longer range and unmaps its ends.
     cdef size_t extra = caps.page_size - real_page, lead
-    count_reserved(size + extra)
-    p = mmap(NULL, size + extra, PROT_NONE, MAP_FRESH, -1, 0)
-    if p == MAP_FAILED:
-        code = errno
-        count_released(size + extra)
+    cdef char* p = NULL
+    cdef int code = map_anywhere(size + extra, PROT_NONE, MAP_FRESH, -1, 0, &p)
+    if code:
         return code
-    if extra:
-        # If the kernel refuses to unmap an end, that end stays mapped, and counted, for ever.
-        lead = (caps.page_size - (<size_t>p & (caps.page_size - 1))) & (caps.page_size - 1)
-        if lead and munmap(p, lead) == 0:
-            count_released(lead)
-        if extra - lead and munmap(<char*>p + lead + size, extra - lead) == 0:
-            count_released(extra - lead)
-        p = <char*>p + lead
-    set_name(p, size)
-    more.base[0] = <char*>p
+    # If the kernel refuses to unmap an end, this end stays mapped and counted until the process ends.
+    lead = (caps.page_size - <size_t>p) & (caps.page_size - 1)
+    if lead:
+        os_release(p, lead)
+    if extra - lead:
+        os_release(p + lead + size, extra - lead)
+    more.base[0] = p + lead
+    set_name(p + lead, size)
     return 0
 
 
-cdef int os_commit(char* at, size_t size) noexcept nogil:
+cdef int os_commit(char* addr, size_t size) noexcept nogil:
     cdef int code
     if too_much(size):
         return ENOMEM
-    if mprotect(at, size, PROT_READ | PROT_WRITE) == 0:
+    if mprotect(addr, size, PROT_READ | PROT_WRITE) == 0:
         return 0
-    # The range may be several mappings (pages that were hidden are one of their own), and those before the refused one
-    # are accessible now. None was accessible before the call, and wasm relies on where the guard begins.
+    # The range may be several mappings, because hidden pages are a mapping of their own. The mappings before the
+    # refused one are accessible now. No page was accessible before the call, and wasm relies on the beginning of the
+    # guard.
     code = errno
-    mprotect(at, size, PROT_NONE)
+    mprotect(addr, size, PROT_NONE)
     return code
 
 
-cdef int os_decommit(char* at, size_t size) noexcept nogil:
-    # A fresh mapping instead of mprotect(PROT_NONE), which would keep the charge, and would put the range into core
-    # dumps because it once had pages.
-    if mmap(at, size, PROT_NONE, MAP_FRESH | MAP_FIXED, -1, 0) == MAP_FAILED:
-        return errno
-    set_name(at, size)
-    return 0
+cdef int os_decommit(char* addr, size_t size) noexcept nogil:
+    # mprotect(PROT_NONE) instead would keep the charge, and core dumps would contain the range, because it once had
+    # pages.
+    return map_fresh(addr, size, PROT_NONE)
 
 
-cdef int os_discard(char* at, size_t size) noexcept nogil:
+cdef int os_blank(char* addr, size_t size) noexcept nogil:
+    return map_fresh(addr, size, PROT_READ | PROT_WRITE)
+
+
+cdef int os_discard(char* addr, size_t size) noexcept nogil:
     if ON_LINUX:
-        return errno if madvise(at, size, MADV_DONTNEED) else 0
-    # Elsewhere MADV_DONTNEED is a hint, and the bytes may stay; in a fresh mapping they do not.
-    return errno if mmap(at, size, PROT_READ | PROT_WRITE, MAP_FRESH | MAP_FIXED, -1, 0) == MAP_FAILED else 0
+        return errno if madvise(addr, size, MADV_DONTNEED) else 0
+    # On other systems MADV_DONTNEED is a hint, and the bytes may remain.
+    return os_blank(addr, size)
 
 
-cdef int os_renew(char* at, size_t size) noexcept nogil:
-    return os_discard(at, size)
+cdef int os_renew(char* addr, size_t size) noexcept nogil:
+    return os_discard(addr, size)
 
 
-cdef int os_advise_huge(char* at, size_t size) noexcept nogil:
+cdef int os_advise_huge(char* addr, size_t size) noexcept nogil:
     if not ON_LINUX:
         return ENOTSUP
-    return errno if madvise(at, size, MADV_HUGEPAGE) else 0
+    return errno if madvise(addr, size, MADV_HUGEPAGE) else 0
 
 
-cdef int os_protect(char* at, size_t size, details* more) noexcept nogil:
-    cdef int protection = PROT_NONE
-    if more.access == ACCESS_READ:
-        protection = PROT_READ
-    elif more.access == ACCESS_READ_WRITE:
-        protection = PROT_READ | PROT_WRITE
-    elif more.access == ACCESS_READ_EXECUTE:
-        protection = PROT_READ | PROT_EXEC
-    if mprotect(at, size, protection):
+cdef int os_protect(char* addr, size_t size, details* more) noexcept nogil:
+    if mprotect(addr, size, PROTECTIONS[more.access]):
         return errno
     if more.access == ACCESS_READ_EXECUTE:
-        clear_cache(at, at + size)
+        clear_cache(addr, addr + size)
     return 0
 
 
-cdef int os_prefault(char* at, size_t size) noexcept nogil:
+cdef int os_prefault(char* addr, size_t size) noexcept nogil:
     if caps.populates:
-        return errno if madvise(at, size, MADV_POPULATE_WRITE) else 0
-    return touch_pages(at, size)
+        return errno if madvise(addr, size, MADV_POPULATE_WRITE) else 0
+    return touch_pages(addr, size)
 
 
-cdef int os_move(char* at, size_t size, details* more) noexcept nogil:
+cdef int os_move(char* addr, size_t size, details* more) noexcept nogil:
     cdef int code
     if not ON_LINUX:
         return ENOTSUP
     if too_much(more.new_size - size):
         return ENOMEM
-    if mremap(at, size, more.new_size, MREMAP_MAYMOVE | MREMAP_FIXED, more.to) != MAP_FAILED:
-        count_released(size)        # the range at `at`; the range at `to` was counted when it was reserved
+    if mremap(addr, size, more.new_size, MREMAP_MAYMOVE | MREMAP_FIXED, more.new_addr) != MAP_FAILED:
+        count_released(size)        # the range at addr; the range at new_addr was counted when it was reserved
         return 0
-    # The kernel may have unmapped the destination before it refused. Fill the hole, so that no other thread maps pages
-    # there, which the caller's release() would unmap. If there is no hole, this call changes nothing.
+    # The kernel may have unmapped the destination before it refused. This call fills the hole, because the caller's
+    # release() would unmap the pages that another thread maps there. If there is no hole, the call changes nothing.
     code = errno
-    if mmap(more.to, more.new_size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0) != MAP_FAILED:
-        set_name(more.to, more.new_size)
+    if mmap(more.new_addr, more.new_size, PROT_NONE, MAP_FRESH | MAP_FIXED_NOREPLACE, -1, 0) != MAP_FAILED:
+        set_name(more.new_addr, more.new_size)
     return code
 
 
-cdef int os_resident(char* at, size_t size, details* more) noexcept nogil:
+cdef int os_resident(char* addr, size_t size, details* more) noexcept nogil:
     cdef unsigned char vector[4096]
     cdef size_t left = size // real_page, pages = 0, n, i
     while left:
-        n = at_most(left, sizeof(vector))       # mincore() writes as many bytes as the range has pages
-        if mincore(at + size - left * real_page, n * real_page, <void*>vector):
+        n = min(left, sizeof(vector))       # mincore() writes as many bytes as the range has pages
+        if mincore(addr + size - left * real_page, n * real_page, <void*>vector):
             return errno
         for i in range(n):
             pages += vector[i] & 1
@@ -200,14 +227,14 @@ cdef int os_resident(char* at, size_t size, details* more) noexcept nogil:
     return 0
 
 
-cdef int os_release(char* at, size_t size) noexcept nogil:
-    if munmap(at, size):
+cdef int os_release(char* addr, size_t size) noexcept nogil:
+    if munmap(addr, size):
         return errno
     count_released(size)
     return 0
 
 
-# -- limits, and what /proc and /sys say about them ----------------------------------------------
+# -- limits, and /proc and /sys as their sources --------------------------------------------------
 
 cdef ssize_t read_text(int fd, char* text, size_t room) noexcept nogil:
     """Reads into `text`, which is always terminated; returns how many bytes were read, or less than 1."""
@@ -217,31 +244,27 @@ cdef ssize_t read_text(int fd, char* text, size_t room) noexcept nogil:
 
 
 cdef void read_file(const char* path, char* text, size_t room) noexcept nogil:
-    """The beginning of a small file; the empty string if it cannot be read."""
+    """Reads the beginning of a file into `text`; the empty string if the file cannot be read."""
     cdef int fd = open_file(path, O_RDONLY | O_CLOEXEC)
     read_text(fd, text, room)
     close_if_open(fd)
 
 
 cdef long long file_number(const char* path, int field) noexcept nogil:
-    """One of the numbers at the beginning of a small file, counted from 0; -1 if it is not there."""
+    """A file begins with numbers: returns the one with the index `field`; -1 if the file has fewer numbers."""
     cdef char text[256]
-    cdef char* p = text
-    cdef char* end
-    cdef long long value
+    cdef char* begin = text
+    cdef char* end = text
+    cdef long long value = -1
     read_file(path, text, sizeof(text))
-    while True:
-        value = strtoll(p, &end, 10)
-        if end == p:
-            return -1
-        if field == 0:
-            return value
-        field -= 1
-        p = end
+    for _ in range(field + 1):
+        begin = end
+        value = strtoll(begin, &end, 10)
+    return -1 if end == begin else value
 
 
 cdef long long count_mappings() noexcept nogil:
-    """The mappings of this process; -1 where unknown."""
+    """The number of mappings of this process; -1 if unknown."""
     cdef char text[4096]
     cdef long long lines = 0
     cdef ssize_t n, i
@@ -259,8 +282,10 @@ cdef long long count_mappings() noexcept nogil:
 
 
 cdef bint too_much(size_t size) noexcept nogil:
-    """With vm.overcommit_memory 0, Linux refuses a commit that exceeds all memory and swap, but not in a NORESERVE
-    mapping. This gives the same answer; small sizes are not asked about."""
+    """Whether a commit of `size` bytes exceeds all memory and swap, and vm.overcommit_memory is 0.
+
+    Linux refuses such a commit, but not in a mapping with MAP_NORESERVE. Sizes below 64 MiB are never too much.
+    """
     cdef sysinfo_t machine
     if size < <size_t>1 << 26 or sysinfo(&machine):
         return False
@@ -276,7 +301,7 @@ cdef unsigned long long soft_limit(int resource) noexcept nogil:
 
 
 cdef long long huge_page() noexcept nogil:
-    """Bytes in a transparent huge page; 0 if the kernel does not give them on request."""
+    """Bytes in a transparent huge page; 0 if the kernel does not use huge pages on request."""
     cdef char text[64]
     if not ON_LINUX:
         return 0
@@ -287,7 +312,7 @@ cdef long long huge_page() noexcept nogil:
 
 
 cdef size_t physical_memory() noexcept nogil:
-    """Bytes of the machine, or of the control group if that is less; 0: unknown."""
+    """Bytes of memory of the machine or of the control group, the smaller number; 0 if unknown."""
     cdef long long pages = sysconf(_SC_PHYS_PAGES)
     cdef long long limit = file_number("/sys/fs/cgroup/memory.max", 0)
     cdef size_t bytes = <size_t>pages * real_page if pages > 0 else 0
@@ -295,39 +320,25 @@ cdef size_t physical_memory() noexcept nogil:
 
 
 cdef void address_space(size_t* total, size_t* left) noexcept nogil:
-    cdef unsigned long long limit = soft_limit(RLIMIT_AS)
-    cdef long long used_pages = 0
-    total[0] = <size_t>1 << caps.address_bits
-    left[0] = total[0]
+    cdef unsigned long long limit = soft_limit(RLIMIT_AS), used
+    total[0] = left[0] = <size_t>1 << caps.address_bits
     if limit < total[0]:
-        used_pages = file_number("/proc/self/statm", 0)
-        if used_pages < 0:
-            used_pages = 0
-        left[0] = limit - <size_t>used_pages * real_page if limit > <size_t>used_pages * real_page else 0
+        used = max(0, file_number("/proc/self/statm", 0)) * real_page
+        left[0] = limit - used if limit > used else 0
 
 
-cdef const char* code_text(int code) noexcept nogil:
-    if code == ENOMEM:
-        return "the operating system has no memory or address space for it (ENOMEM)"
-    if code == EAGAIN:
-        return "the pages are locked or the lock limit is reached (EAGAIN)"
-    if code == EACCES:
-        return "access denied (EACCES)"
-    if code == EPERM:
-        return "not permitted (EPERM)"
-    if code == EINVAL:
-        return "invalid argument, or pages whose protection forbids it (EINVAL)"
-    if code == EFAULT:
-        return "a page in the range cannot be written (EFAULT)"
-    if code == EBUSY:
-        return "busy (EBUSY)"
-    if code == ENOSYS:
-        return "not implemented by this kernel (ENOSYS)"
-    return "refused by the operating system"
+cdef bint exceeds(int resource, int field, size_t size, unsigned long long* limit,
+                  unsigned long long* used) noexcept nogil:
+    """-> the limit, and the bytes that count against it: the number in /proc/self/statm with the index `field`, in
+    pages. Returns whether `size` bytes more exceed the limit; True also if the number is unknown."""
+    cdef long long pages = file_number("/proc/self/statm", field)
+    limit[0] = soft_limit(resource)
+    used[0] = <unsigned long long>max(0, pages) * real_page
+    return limit[0] != NO_LIMIT and (pages < 0 or used[0] + size > limit[0])
 
 
 cdef void limit_text(int code, size_t size, char* text, size_t room) noexcept nogil:
-    cdef unsigned long long limit
+    cdef unsigned long long limit = 0, in_use = 0
     cdef long long used, most
     text[0] = 0
     if code != ENOMEM:
@@ -335,15 +346,10 @@ cdef void limit_text(int code, size_t size, char* text, size_t room) noexcept no
     if size >> caps.address_bits:
         snprintf(text, room, "user addresses have %d bits", caps.address_bits)
         return
-    used = file_number("/proc/self/statm", 0)
-    limit = soft_limit(RLIMIT_AS)
-    if limit != NO_LIMIT and (used < 0 or <unsigned long long>used * real_page + size > limit):
-        snprintf(text, room, "RLIMIT_AS (ulimit -v) is %llu bytes and %llu are in use",
-                 limit, <unsigned long long>(used if used > 0 else 0) * real_page)
+    if exceeds(RLIMIT_AS, 0, size, &limit, &in_use):
+        snprintf(text, room, "RLIMIT_AS (ulimit -v) is %llu bytes and %llu are in use", limit, in_use)
         return
-    limit = soft_limit(RLIMIT_DATA)
-    used = file_number("/proc/self/statm", 5)
-    if limit != NO_LIMIT and (used < 0 or <unsigned long long>used * real_page + size > limit):
+    if exceeds(RLIMIT_DATA, 5, size, &limit, &in_use):
         snprintf(text, room, "RLIMIT_DATA (ulimit -d) is %llu bytes", limit)
         return
     used = count_mappings()
@@ -355,7 +361,7 @@ cdef void limit_text(int code, size_t size, char* text, size_t room) noexcept no
     if most == 2:
         snprintf(text, room, "vm.overcommit_memory is 2: the commit limit is reached")
     elif most == 0:
-        snprintf(text, room, "no limit of this process is in the way: more than the machine has"
+        snprintf(text, room, "no limit of this process is reached: the machine has less memory"
                              " (vm.overcommit_memory is 0), or the address space is full")
 
 
@@ -372,7 +378,7 @@ cdef void sleep_ns(long long ns) noexcept nogil:
     cdef timespec t
     t.tv_sec = ns // 1000000000
     t.tv_nsec = <long>(ns % 1000000000)
-    nanosleep(&t, NULL)         # a signal ends the sleep early; callers check their condition again anyway
+    nanosleep(&t, NULL)         # a signal ends the sleep early; every caller checks its condition again
 
 
 cdef inline long long nanoseconds(int clock) noexcept nogil:
@@ -389,10 +395,10 @@ cdef long long coarse_ns() noexcept nogil:
     return nanoseconds(CLOCK_MONOTONIC_COARSE)
 
 
-# -- what Python sees ------------------------------------------------------------------------
+# -- functions for Python ------------------------------------------------------------------------
 
 def os_error_args(int code, text):
-    """The arguments that make an OSError carry `code` the way this OS does (errno here)."""
+    """The arguments with which OSError has `code` as its errno."""
     return code, text
 
 
@@ -404,32 +410,12 @@ def die_quietly():
         raise OSError(errno, "RLIMIT_CORE cannot be lowered")
 
 
-def choose_scan(way):
-    """How touched() finds pages from now on: "ioctl", "reading" or None; returns how it did. Tests only.
-
-    ValueError where that does not work here.
-    """
-    global scan_way
-    ways = {"ioctl": SCAN_IOCTL, "reading": SCAN_READING, None: SCAN_NONE}
-    if ways.get(way, best_scan_way + 1) > best_scan_way:
-        raise ValueError(f"way must be one that works here, got {way!r}")
-    before = {n: name for name, n in ways.items()}[scan_way]
-    scan_way = ways[way]
-    caps.scans = scan_way != SCAN_NONE
-    return before
-
-
 def _limits():
-    found = {}
-    if soft_limit(RLIMIT_AS) != NO_LIMIT:
-        found["RLIMIT_AS"] = soft_limit(RLIMIT_AS)
-    if soft_limit(RLIMIT_DATA) != NO_LIMIT:
-        found["RLIMIT_DATA"] = soft_limit(RLIMIT_DATA)
-    for name, path in (("vm.max_map_count", b"/proc/sys/vm/max_map_count"),
-                       ("vm.overcommit_memory", b"/proc/sys/vm/overcommit_memory")):
-        if file_number(path, 0) >= 0:
-            found[name] = file_number(path, 0)
-    return found
+    numbers = {"RLIMIT_AS": soft_limit(RLIMIT_AS),
+               "RLIMIT_DATA": soft_limit(RLIMIT_DATA),
+               "vm.max_map_count": file_number("/proc/sys/vm/max_map_count", 0),
+               "vm.overcommit_memory": file_number("/proc/sys/vm/overcommit_memory", 0)}
+    return {name: number for name, number in numbers.items() if number not in (NO_LIMIT, -1)}
 
 
 cdef _start():
@@ -444,7 +430,7 @@ cdef _start():
     p = mmap(NULL, real_page, PROT_READ | PROT_WRITE, MAP_FRESH, -1, 0)
     if p == MAP_FAILED:
         raise OSError(errno, "linmem cannot map one page")
-    # Linux places mappings from the top down, so an address tells how many bits addresses have.
+    # Linux places mappings from the top down, so this address has as many bits as the highest address.
     caps.address_bits = bits_of(<size_t>p) if ON_LINUX else 47
     caps.names = True
     caps.names = set_name(p, real_page) == 0

@@ -1,5 +1,5 @@
 # cython: language_level=3
-"""The page floor on Windows: VirtualAlloc, VirtualProtect, VirtualFree and their kin."""
+"""The page floor on Windows: VirtualAlloc, VirtualProtect, VirtualFree and related calls."""
 
 from linmem._os cimport pages as _contract    # no-cython-lint: an edit of the contract causes a rebuild
 from linmem._core.atomic cimport add, atomic_i64, load, touch
@@ -11,7 +11,7 @@ from libc.string cimport memcpy
 
 import errno as _errno
 
-# It includes <windows.h>, which must not be included twice with different macros.
+# This header includes <windows.h>, which must not be included twice with different macros.
 cdef extern from "linmem/_os/compat.h" nogil:
     pass
 
@@ -44,29 +44,30 @@ cdef extern from "<windows.h>" nogil:
     int ERROR_WORKING_SET_QUOTA, ERROR_COMMITMENT_LIMIT, ERROR_NOT_ENOUGH_QUOTA, ERROR_INVALID_HANDLE
 
     DWORD GetLastError()
-    void* VirtualAlloc(void* at, size_t size, DWORD type, DWORD protection)
-    bint VirtualFree(void* at, size_t size, DWORD type)
-    bint VirtualProtect(void* at, size_t size, DWORD protection, DWORD* before)
-    size_t VirtualQuery(const void* at, MEMORY_BASIC_INFORMATION* about, size_t size)
-    bint VirtualUnlock(void* at, size_t size)
-    unsigned int GetWriteWatch(DWORD flags, void* at, size_t size, void** pages, ULONG_PTR* n, DWORD* page_size)
-    unsigned int ResetWriteWatch(void* at, size_t size)
-    bint FlushInstructionCache(HANDLE process, const void* at, size_t size)
+    void* VirtualAlloc(void* addr, size_t size, DWORD allocation_type, DWORD protect)
+    bint VirtualFree(void* addr, size_t size, DWORD free_type)
+    bint VirtualProtect(void* addr, size_t size, DWORD new_protect, DWORD* old_protect)
+    size_t VirtualQuery(const void* addr, MEMORY_BASIC_INFORMATION* buffer, size_t length)
+    bint VirtualUnlock(void* addr, size_t size)
+    unsigned int GetWriteWatch(DWORD flags, void* addr, size_t size, void** addresses, ULONG_PTR* count,
+                               DWORD* granularity)
+    unsigned int ResetWriteWatch(void* addr, size_t size)
+    bint FlushInstructionCache(HANDLE process, const void* addr, size_t size)
     HANDLE GetCurrentProcess()
     void GetSystemInfo(SYSTEM_INFO* info)
     bint GlobalMemoryStatusEx(MEMORYSTATUSEX* status)
-    HANDLE CreateFileMappingW(HANDLE file, void* security, DWORD protection, DWORD size_high, DWORD size_low,
-                              const wchar_t* name)
+    HANDLE CreateFileMappingW(HANDLE file, void* attributes, DWORD protect, DWORD maximum_size_high,
+                              DWORD maximum_size_low, const wchar_t* name)
     void* MapViewOfFile(HANDLE section, DWORD access, DWORD offset_high, DWORD offset_low, size_t size)
-    bint UnmapViewOfFile(const void* at)
+    bint UnmapViewOfFile(const void* addr)
     bint CloseHandle(HANDLE handle)
-    bint DuplicateHandle(HANDLE process, HANDLE handle, HANDLE to_process, HANDLE* out, DWORD access, bint inherit,
-                         DWORD options)
+    bint DuplicateHandle(HANDLE process, HANDLE handle, HANDLE target_process, HANDLE* target_handle, DWORD access,
+                         bint inherit, DWORD options)
     DWORD GetFileType(HANDLE file)
     bint GetFileSizeEx(HANDLE file, LARGE_INTEGER* size)
-    bint CreatePipe(HANDLE* out, HANDLE* into, void* security, DWORD size)
-    bint ReadFile(HANDLE file, void* bytes, DWORD size, DWORD* done, void* overlapped)
-    bint WriteFile(HANDLE file, const void* bytes, DWORD size, DWORD* done, void* overlapped)
+    bint CreatePipe(HANDLE* read_pipe, HANDLE* write_pipe, void* attributes, DWORD size)
+    bint ReadFile(HANDLE file, void* buffer, DWORD size, DWORD* bytes_read, void* overlapped)
+    bint WriteFile(HANDLE file, const void* buffer, DWORD size, DWORD* bytes_written, void* overlapped)
     bint QueryPerformanceCounter(LARGE_INTEGER* ticks)
     bint QueryPerformanceFrequency(LARGE_INTEGER* ticks)
     bint SwitchToThread()
@@ -94,100 +95,124 @@ cdef extern from "<stdlib.h>" nogil:
 
 include "common.pxi"
 
+IMAGE_KINDS = {IMAGE_FILE: "file", IMAGE_SECTION: "section", IMAGE_PRIVATE: "private"}
+
+cdef tuple SCAN_WAYS = (None, "watch")  # "watch": reservations can be watched, and every write to them is seen
 cdef size_t real_granularity
-cdef bint can_watch = False             # reservations can be watched, and every write to them is seen
 cdef size_t DISCARD_STEP = 1 << 20      # bytes that discard() has in physical memory at a time
 
 cdef enum:
     ASKED_AT_ONCE = 256                 # pages in one call of QueryWorkingSetEx or GetWriteWatch
 
+# By ACCESS_ constant.
+cdef DWORD[4] PROTECTIONS = [PAGE_NOACCESS, PAGE_READONLY, PAGE_READWRITE, PAGE_EXECUTE_READ]
+
+cdef coded_text[11] CODE_TEXTS = [
+    [ERROR_COMMITMENT_LIMIT, "the commit limit is reached; a larger paging file raises it (ERROR_COMMITMENT_LIMIT)"],
+    [ERROR_NOT_ENOUGH_MEMORY,
+     "the operating system has no memory or address space for it (ERROR_NOT_ENOUGH_MEMORY)"],
+    [ERROR_OUTOFMEMORY, "the operating system has no memory for it (ERROR_OUTOFMEMORY)"],
+    [ERROR_NO_SYSTEM_RESOURCES, "the operating system has no resources for it (ERROR_NO_SYSTEM_RESOURCES)"],
+    [ERROR_NOT_ENOUGH_QUOTA, "the quota of this process is used up (ERROR_NOT_ENOUGH_QUOTA)"],
+    [ERROR_WORKING_SET_QUOTA, "the working set of this process is too small (ERROR_WORKING_SET_QUOTA)"],
+    [ERROR_ACCESS_DENIED, "access denied (ERROR_ACCESS_DENIED)"],
+    [ERROR_INVALID_PARAMETER, "invalid parameter (ERROR_INVALID_PARAMETER)"],
+    [ERROR_INVALID_ADDRESS, "not an address of this reservation (ERROR_INVALID_ADDRESS)"],
+    [ERROR_NOACCESS, "a page in the range cannot be accessed (ERROR_NOACCESS)"],
+    [ERROR_NOT_SUPPORTED, "not supported by this operating system (ERROR_NOT_SUPPORTED)"],
+]
+
 
 cdef int last_error() noexcept nogil:
-    """The code of the call on the line before, which has failed. 0 means success to our callers, so a failed call
-    without a reason gets one."""
+    """The code of the call on the line before, which has failed. To our callers 0 means success, so a failure without a
+    code gets one."""
     cdef DWORD code = GetLastError()
     return ERROR_GEN_FAILURE if code == 0 or code > 0x7fffffff else <int>code
 
 
-cdef int os_reserve(char* unused, size_t size, details* more) noexcept nogil:
-    # A part of a reservation cannot be given back. What a larger (overridden) host page needs for its alignment stays
-    # inaccessible in front of the range or behind it, until release() frees all of it.
-    cdef size_t extra = caps.granularity - real_granularity
-    cdef void* p = NULL
+cdef int allocate(size_t size, DWORD allocation_type, DWORD protect, char** addr) noexcept nogil:
+    """VirtualAlloc() at an address that the system chooses; counts the bytes."""
     cdef int code
-    count_reserved(size + extra)
-    # The system keeps a bit for each watched page. If it has no memory for these bits, the range is not watched.
-    if more.watched and can_watch:
-        p = VirtualAlloc(NULL, size + extra, MEM_RESERVE | MEM_WRITE_WATCH, PAGE_NOACCESS)
-    if p == NULL:
-        p = VirtualAlloc(NULL, size + extra, MEM_RESERVE, PAGE_NOACCESS)
-    if p == NULL:
-        code = last_error()
-        count_released(size + extra)
-        return code
-    more.base[0] = <char*>((<size_t>p + extra) & ~(caps.granularity - 1))
-    return 0
-
-
-cdef int os_commit(char* at, size_t size) noexcept nogil:
-    cdef int code
-    if VirtualAlloc(at, size, MEM_COMMIT, PAGE_READWRITE) != NULL:
+    count_reserved(size)
+    addr[0] = <char*>VirtualAlloc(NULL, size, allocation_type, protect)
+    if addr[0] != NULL:
         return 0
-    # The documentation does not say that a commit which fails half way leaves the first half as it was.
     code = last_error()
-    VirtualFree(at, size, MEM_DECOMMIT)
+    count_released(size)
     return code
 
 
-cdef int os_decommit(char* at, size_t size) noexcept nogil:
-    if not VirtualFree(at, size, MEM_DECOMMIT):
+cdef int os_reserve(char* unused, size_t size, details* more) noexcept nogil:
+    # Windows cannot free a part of a reservation. For a larger host page, which LINMEM_PAGE_SIZE asks for, this
+    # function reserves a longer range. Its ends stay inaccessible until release() frees the whole reservation.
+    cdef size_t extra = caps.granularity - real_granularity
+    cdef char* p = NULL
+    cdef int code = 0
+    # The system needs a bit for each watched page. If it has no memory for these bits, the range is not watched.
+    if more.watched and best_scan_way:
+        allocate(size + extra, MEM_RESERVE | MEM_WRITE_WATCH, PAGE_NOACCESS, &p)
+    if p == NULL:
+        code = allocate(size + extra, MEM_RESERVE, PAGE_NOACCESS, &p)
+    if code == 0:
+        more.base[0] = <char*>((<size_t>p + extra) & ~(caps.granularity - 1))
+    return code
+
+
+cdef int os_commit(char* addr, size_t size) noexcept nogil:
+    cdef int code
+    if VirtualAlloc(addr, size, MEM_COMMIT, PAGE_READWRITE) != NULL:
+        return 0
+    # The documentation does not promise that a refused commit has committed no page.
+    code = last_error()
+    VirtualFree(addr, size, MEM_DECOMMIT)
+    return code
+
+
+cdef int os_decommit(char* addr, size_t size) noexcept nogil:
+    if not VirtualFree(addr, size, MEM_DECOMMIT):
         return last_error()
-    if can_watch:
-        ResetWriteWatch(at, size)       # a decommit does not do this; refused if the range is not watched
+    if best_scan_way:
+        ResetWriteWatch(addr, size)     # a decommit does not do this; refused if the range is not watched
     return 0
 
 
-cdef int os_discard(char* at, size_t size) noexcept nogil:
-    # Not decommit and commit: an access of another thread between the two would be a fault, and if the commit is
-    # refused (another program took the charge meanwhile), pages with live views on them would be lost. MEM_RESET keeps
-    # pages and charge. According to the documentation of MEM_RESET_UNDO, the bytes then stay or are replaced with
-    # zeros. They are zeroed first, so they are zero in both cases. VirtualUnlock of pages that are not locked takes
-    # them out of the working set, and returns ERROR_NOT_LOCKED. All this is done step by step, so that a large range is
-    # never resident as a whole. If MEM_RESET is refused, the bytes from there on are unchanged or zero, and no page is
-    # lost.
+cdef int os_discard(char* addr, size_t size) noexcept nogil:
+    # A decommit and a commit instead would be wrong for two reasons. Another thread's access between the two calls
+    # would be a fault. If the OS refused the commit (another program took the charge meanwhile), pages with live views
+    # would be lost. MEM_RESET keeps pages and charge. According to the documentation of MEM_RESET_UNDO, the bytes
+    # remain or become zeros. This function zeroes the bytes first, so they are zero in both cases. VirtualUnlock of
+    # pages that are not locked removes them from the working set, and returns ERROR_NOT_LOCKED. The loop goes in steps,
+    # so that a large range is never resident as a whole. If the OS refuses MEM_RESET, the rest is unchanged or zero,
+    # and no page is lost.
     cdef size_t offset = 0, step
     while offset < size:
-        step = at_most(size - offset, DISCARD_STEP)
-        memset(at + offset, 0, step)
-        if VirtualAlloc(at + offset, step, MEM_RESET, PAGE_NOACCESS) == NULL:
+        step = min(size - offset, DISCARD_STEP)
+        memset(addr + offset, 0, step)
+        if VirtualAlloc(addr + offset, step, MEM_RESET, PAGE_NOACCESS) == NULL:
             return last_error()
-        VirtualUnlock(at + offset, step)
+        VirtualUnlock(addr + offset, step)
         offset += step
     return 0
 
 
-cdef int os_renew(char* at, size_t size) noexcept nogil:
-    # No other thread accesses the range, so the way that is closed to discard() is open here; it touches no page.
-    if not VirtualFree(at, size, MEM_DECOMMIT):
-        return last_error()
-    if can_watch:
-        ResetWriteWatch(at, size)       # before the commit, which makes this call dearer
-    return 0 if VirtualAlloc(at, size, MEM_COMMIT, PAGE_READWRITE) != NULL else last_error()
+cdef int os_renew(char* addr, size_t size) noexcept nogil:
+    # discard() cannot do this, because there other threads may access the range. This way touches no page.
+    return os_decommit(addr, size) or os_commit(addr, size)
 
 
-cdef int os_touched(char* at, size_t size, details* more) noexcept nogil:
-    # QueryWorkingSetEx does not know pages in the paging file, and no call tells which pages differ from an image.
-    return written(at, size, more) if more.what == TOUCHED and caps.scans else ERROR_NOT_SUPPORTED
+cdef int os_touched(char* addr, size_t size, details* more) noexcept nogil:
+    # QueryWorkingSetEx does not report pages in the paging file, and no call reports which pages differ from an image.
+    return written(addr, size, more) if more.what == TOUCHED and scan_way else ERROR_NOT_SUPPORTED
 
 
-cdef int written(char* at, size_t size, details* more) noexcept nogil:
-    """The pages that were written since they were reserved, or since ResetWriteWatch(). A listed page may be zero; a
-    page that is not listed has never been anything else."""
+cdef int written(char* addr, size_t size, details* more) noexcept nogil:
+    """The pages that were written since they were reserved, or since ResetWriteWatch(). A listed page may be zero; each
+    other page is zero."""
     cdef void* listed[ASKED_AT_ONCE]
     cdef ULONG_PTR count = ASKED_AT_ONCE, i = 0
     cdef DWORD unit
     cdef size_t room = more.n[0]
-    if GetWriteWatch(0, at, size, listed, &count, &unit):
+    if GetWriteWatch(0, addr, size, listed, &count, &unit):
         return ERROR_NOT_SUPPORTED
     more.n[0] = 0
     while i < count and add_page(more.runs, more.n, room, <char*>listed[i]):
@@ -195,82 +220,63 @@ cdef int written(char* at, size_t size, details* more) noexcept nogil:
     if i < count:
         more.next[0] = <char*>listed[i]
     elif count < ASKED_AT_ONCE:
-        more.next[0] = at + size
+        more.next[0] = addr + size
     else:
         more.next[0] = <char*>listed[count - 1] + real_page
     return 0
 
 
 cdef bint writes_are_seen() noexcept nogil:
-    """Asks about three pages: the first is only read, the second is written by this thread, the third by the system (as
-    in the WASI calls of a guest). If one of these writes were missed, a guest would find bytes of another guest."""
-    cdef span runs[3]
-    cdef size_t n = 3, page = real_page
-    cdef char* next = NULL
-    cdef details more
+    """Tries the write watch on three pages: this thread only reads the first and writes the second; the system writes
+    the third, as in the WASI calls of a guest. If the watch missed such a write, a guest would find bytes of another
+    guest."""
+    cdef size_t page = real_page
     cdef HANDLE out = NULL, into = NULL
     cdef DWORD moved = 0
     cdef bint seen = False
     cdef char* p = <char*>VirtualAlloc(NULL, 3 * page, MEM_RESERVE | MEM_COMMIT | MEM_WRITE_WATCH, PAGE_READWRITE)
     if p == NULL:
         return False
-    more.runs, more.n, more.next = runs, &n, &next
     if CreatePipe(&out, &into, NULL, 0):
         (<volatile char*>p + page)[0] = (<volatile char*>p)[0] + 1
         seen = (WriteFile(into, b"x", 1, &moved, NULL) and ReadFile(out, p + 2 * page, 1, &moved, NULL) and moved == 1
-                and written(p, 3 * page, &more) == 0
-                and n == 1 and next == p + 3 * page and runs[0].size == 2 * page and runs[0].addr == p + page)
+                and finds(p, 2))
         CloseHandle(out)
         CloseHandle(into)
-    if seen:        # and ResetWriteWatch() must make the system forget them
-        n = 3
-        seen = (VirtualFree(p, 3 * page, MEM_DECOMMIT) and ResetWriteWatch(p, 3 * page) == 0
-                and VirtualAlloc(p, 3 * page, MEM_COMMIT, PAGE_READWRITE) == p
-                and written(p, 3 * page, &more) == 0 and n == 0)
+    seen = seen and os_renew(p, 3 * page) == 0 and finds(p, 0)      # ResetWriteWatch() resets the watch
     VirtualFree(p, 0, MEM_RELEASE)
     return seen
 
 
-cdef int os_advise_huge(char* at, size_t size) noexcept nogil:
+cdef int os_advise_huge(char* addr, size_t size) noexcept nogil:
     return ERROR_NOT_SUPPORTED
 
 
-cdef int set_protection(char* at, size_t size, DWORD protection) noexcept nogil:
+cdef int os_protect(char* addr, size_t size, details* more) noexcept nogil:
     cdef DWORD before
-    return 0 if VirtualProtect(at, size, protection, &before) else last_error()
+    if not VirtualProtect(addr, size, PROTECTIONS[more.access], &before):
+        return last_error()
+    if more.access == ACCESS_READ_EXECUTE:
+        FlushInstructionCache(GetCurrentProcess(), addr, size)
+    return 0
 
 
-cdef int os_protect(char* at, size_t size, details* more) noexcept nogil:
-    cdef DWORD protection = PAGE_NOACCESS
-    cdef int code
-    if more.access == ACCESS_READ:
-        protection = PAGE_READONLY
-    elif more.access == ACCESS_READ_WRITE:
-        protection = PAGE_READWRITE
-    elif more.access == ACCESS_READ_EXECUTE:
-        protection = PAGE_EXECUTE_READ
-    code = set_protection(at, size, protection)
-    if code == 0 and more.access == ACCESS_READ_EXECUTE:
-        FlushInstructionCache(GetCurrentProcess(), at, size)
-    return code
+cdef int os_prefault(char* addr, size_t size) noexcept nogil:
+    # PrefetchVirtualMemory reads pages from files, and does not make fresh pages resident.
+    return touch_pages(addr, size)
 
 
-cdef int os_prefault(char* at, size_t size) noexcept nogil:
-    # PrefetchVirtualMemory reads from files; it does not make fresh pages resident.
-    return touch_pages(at, size)
-
-
-cdef int os_move(char* at, size_t size, details* more) noexcept nogil:
+cdef int os_move(char* addr, size_t size, details* more) noexcept nogil:
     return ERROR_NOT_SUPPORTED
 
 
-cdef int os_resident(char* at, size_t size, details* more) noexcept nogil:
+cdef int os_resident(char* addr, size_t size, details* more) noexcept nogil:
     cdef PSAPI_WORKING_SET_EX_INFORMATION asked[ASKED_AT_ONCE]
     cdef size_t left = size // real_page, pages = 0, n, i
     while left:
-        n = at_most(left, sizeof(asked) // sizeof(asked[0]))
+        n = min(left, sizeof(asked) // sizeof(asked[0]))
         for i in range(n):
-            asked[i].VirtualAddress = at + size - (left - i) * real_page
+            asked[i].VirtualAddress = addr + size - (left - i) * real_page
         if not QueryWorkingSetEx(GetCurrentProcess(), asked, <DWORD>(n * sizeof(asked[0]))):
             return last_error()
         for i in range(n):
@@ -280,10 +286,10 @@ cdef int os_resident(char* at, size_t size, details* more) noexcept nogil:
     return 0
 
 
-cdef int os_release(char* at, size_t size) noexcept nogil:
-    # MEM_RELEASE takes the base of the reservation that `at` lies in, and no other address.
+cdef int os_release(char* addr, size_t size) noexcept nogil:
+    # MEM_RELEASE accepts only the base of the reservation.
     cdef MEMORY_BASIC_INFORMATION about
-    if VirtualQuery(at, &about, sizeof(about)) == 0:
+    if VirtualQuery(addr, &about, sizeof(about)) == 0:
         return last_error()
     if about.State == MEM_FREE:
         return ERROR_INVALID_ADDRESS
@@ -295,30 +301,37 @@ cdef int os_release(char* at, size_t size) noexcept nogil:
 
 # -- images: section objects, from which memories copy -------------------------------------------
 #
-# Inside a reservation, a view of a section needs a placeholder. Some versions of Windows have none, and a placeholder
-# would make two allocations of one memory.
+# Inside a reservation, a view of a section needs a placeholder. Some versions of Windows have no placeholders, and a
+# memory with a placeholder would be two allocations.
 
 cdef int os_image_begin(image_pages* img, size_t offset, char* bytes, size_t size) noexcept nogil:
-    cdef HANDLE section = NULL
-    cdef int code
-    if image_kind == IMAGE_SECTION:
-        section = CreateFileMappingW(INVALID_HANDLE_VALUE, NULL, PAGE_READWRITE, <DWORD>(size >> 32), <DWORD>size, NULL)
-        if section == NULL:
-            return last_error()
-    count_reserved(size)
-    if section != NULL:
-        img.bytes = <char*>MapViewOfFile(section, FILE_MAP_WRITE, 0, 0, size)
-    else:
-        img.bytes = <char*>VirtualAlloc(NULL, size, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE)
-    if img.bytes == NULL:
-        code = last_error()
-        count_released(size)
-        if section != NULL:
-            CloseHandle(section)
-        return code
+    cdef HANDLE section
     img.kind = image_kind
-    if section != NULL:
-        img.handle = <long long>section
+    if img.kind == IMAGE_PRIVATE:
+        return allocate(size, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE, &img.bytes)
+    section = CreateFileMappingW(INVALID_HANDLE_VALUE, NULL, PAGE_READWRITE, <DWORD>(size >> 32), <DWORD>size, NULL)
+    return map_section(img, section, FILE_MAP_WRITE) if section != NULL else last_error()
+
+
+cdef inline size_t lead_of(image_pages* img) noexcept nogil:
+    """The bytes between the beginning of the view, which is a multiple of the granularity, and the image."""
+    return <size_t>img.position & (real_granularity - 1)
+
+
+cdef int map_section(image_pages* img, HANDLE section, DWORD access) noexcept nogil:
+    """-> `section` is the image's handle, and img.bytes are a view of it; or `section` is closed."""
+    cdef size_t lead = lead_of(img)
+    cdef long long start = img.position - <long long>lead
+    cdef void* p
+    cdef int code
+    count_reserved(lead + img.size)
+    p = MapViewOfFile(section, access, <DWORD>(start >> 32), <DWORD>start, lead + img.size)
+    if p == NULL:
+        code = last_error()
+        count_released(lead + img.size)
+        CloseHandle(section)
+        return code
+    img.handle, img.bytes = <long long>section, <char*>p + lead
     return 0
 
 
@@ -328,21 +341,15 @@ cdef int os_image_write(image_pages* img, size_t offset, char* bytes, size_t siz
 
 
 cdef int os_image_end(image_pages* img, size_t offset, char* bytes, size_t size) noexcept nogil:
-    cdef HANDLE reader = NULL
-    cdef int code
-    if img.kind == IMAGE_PRIVATE:
-        return set_protection(img.bytes, size, PAGE_READONLY)
-    # The pages stay where they are. The only handle on them that is left cannot write.
-    if not DuplicateHandle(GetCurrentProcess(), <HANDLE>img.handle, GetCurrentProcess(), &reader, FILE_MAP_READ, False,
-                           0):
-        return last_error()
-    code = set_protection(img.bytes, size, PAGE_READONLY)
-    if code:
-        CloseHandle(reader)
-        return code
-    CloseHandle(<HANDLE>img.handle)
-    img.handle = <long long>reader
-    return 0
+    cdef HANDLE process = GetCurrentProcess(), reader = NULL
+    cdef DWORD before
+    # The pages stay at their address. The only handle that remains cannot write to them.
+    if img.kind == IMAGE_SECTION:
+        if not DuplicateHandle(process, <HANDLE>img.handle, process, &reader, FILE_MAP_READ, False, 0):
+            return last_error()
+        CloseHandle(<HANDLE>img.handle)
+        img.handle = <long long>reader
+    return 0 if VirtualProtect(img.bytes, size, PAGE_READONLY, &before) else last_error()
 
 
 cdef void ignore_parameter(const wchar_t* expression, const wchar_t* function, const wchar_t* file, unsigned int line,
@@ -351,9 +358,9 @@ cdef void ignore_parameter(const wchar_t* expression, const wchar_t* function, c
 
 
 cdef int file_of(int descriptor, HANDLE* file, long long* size) noexcept nogil:
-    """The handle and the size of the file behind a descriptor of the C library."""
+    """-> the handle and the size of the file that a descriptor of the C library stands for."""
     cdef LARGE_INTEGER length
-    # The C library calls a handler for a number that is not a descriptor. The default handler ends the process.
+    # If the number is not a descriptor, the C library calls a handler. The default handler ends the process.
     cdef _invalid_parameter_handler before = _set_thread_local_invalid_parameter_handler(ignore_parameter)
     file[0] = <HANDLE>_get_osfhandle(descriptor)
     _set_thread_local_invalid_parameter_handler(before)
@@ -369,60 +376,44 @@ cdef int file_of(int descriptor, HANDLE* file, long long* size) noexcept nogil:
 
 cdef int os_image_open(image_pages* img, size_t offset, char* bytes, size_t size) noexcept nogil:
     cdef HANDLE file = NULL, section
-    cdef void* p
-    cdef long long length = 0, start
-    cdef size_t lead = <size_t>img.position & (real_granularity - 1)
+    cdef long long length = 0
     cdef int code = file_of(<int>img.handle, &file, &length)
     if code:
         return code
     if img.position > length or size > <size_t>(length - img.position):
         return IMAGE_SHORT
-    section = CreateFileMappingW(file, NULL, PAGE_READONLY, 0, 0, NULL)
-    if section == NULL:
-        return last_error()
-    start = img.position - <long long>lead
-    count_reserved(lead + size)
-    p = MapViewOfFile(section, FILE_MAP_READ, <DWORD>(start >> 32), <DWORD>start, lead + size)
-    if p == NULL:
-        code = last_error()
-        count_released(lead + size)
-        CloseHandle(section)
-        return code
     img.kind = IMAGE_FILE
-    img.handle = <long long>section
-    img.bytes = <char*>p + lead
-    img.size = size
-    return 0
+    section = CreateFileMappingW(file, NULL, PAGE_READONLY, 0, 0, NULL)
+    return map_section(img, section, FILE_MAP_READ) if section != NULL else last_error()
 
 
 cdef void image_drop(image_pages* img) noexcept nogil:
-    cdef size_t lead = <size_t>img.position & (real_granularity - 1)
-    if img.bytes != NULL:
-        if img.kind == IMAGE_PRIVATE:
-            VirtualFree(img.bytes, 0, MEM_RELEASE)
-        else:       # a view begins at a multiple of the granularity, as position 0 does
-            UnmapViewOfFile(img.bytes - lead)
-        count_released(lead + img.size)
+    cdef size_t lead = lead_of(img)
+    if img.kind == IMAGE_PRIVATE:
+        VirtualFree(img.bytes, 0, MEM_RELEASE)
+    else:
+        UnmapViewOfFile(img.bytes - lead)
+    count_released(lead + img.size)
     if img.handle != -1:
         CloseHandle(<HANDLE>img.handle)
 
 
-cdef int os_image_map(image_pages* img, size_t offset, char* at, size_t size) noexcept nogil:
+cdef int os_image_map(image_pages* img, size_t offset, char* addr, size_t size) noexcept nogil:
     return ERROR_NOT_SUPPORTED
 
 
-cdef int os_image_renew(image_pages* img, size_t offset, char* at, size_t size) noexcept nogil:
+cdef int os_image_renew(image_pages* img, size_t offset, char* addr, size_t size) noexcept nogil:
     return ERROR_NOT_SUPPORTED
 
 
-cdef int os_blank(char* at, size_t size) noexcept nogil:
+cdef int os_blank(char* addr, size_t size) noexcept nogil:
     return ERROR_NOT_SUPPORTED
 
 
 # -- limits, clocks ------------------------------------------------------------------------------
 
 cdef MEMORYSTATUSEX memory_status() noexcept nogil:
-    """The memory and the commit limit of this process or of the machine, whichever is smaller; zeros where unknown."""
+    """The memory, and the commit limit of this process or of the machine, the smaller one; zeros if unknown."""
     cdef MEMORYSTATUSEX status
     memset(&status, 0, sizeof(status))
     status.dwLength = sizeof(status)
@@ -433,32 +424,6 @@ cdef MEMORYSTATUSEX memory_status() noexcept nogil:
 cdef void address_space(size_t* total, size_t* left) noexcept nogil:
     # Windows has no limit on addresses: a job object limits committed memory.
     total[0] = left[0] = <size_t>1 << caps.address_bits
-
-
-cdef const char* code_text(int code) noexcept nogil:
-    if code == ERROR_COMMITMENT_LIMIT:
-        return "the commit limit is reached; a larger paging file raises it (ERROR_COMMITMENT_LIMIT)"
-    if code == ERROR_NOT_ENOUGH_MEMORY:
-        return "the operating system has no memory or address space for it (ERROR_NOT_ENOUGH_MEMORY)"
-    if code == ERROR_OUTOFMEMORY:
-        return "the operating system has no memory for it (ERROR_OUTOFMEMORY)"
-    if code == ERROR_NO_SYSTEM_RESOURCES:
-        return "the operating system has no resources for it (ERROR_NO_SYSTEM_RESOURCES)"
-    if code == ERROR_NOT_ENOUGH_QUOTA:
-        return "the quota of this process is used up (ERROR_NOT_ENOUGH_QUOTA)"
-    if code == ERROR_WORKING_SET_QUOTA:
-        return "the working set of this process is too small (ERROR_WORKING_SET_QUOTA)"
-    if code == ERROR_ACCESS_DENIED:
-        return "access denied (ERROR_ACCESS_DENIED)"
-    if code == ERROR_INVALID_PARAMETER:
-        return "invalid parameter (ERROR_INVALID_PARAMETER)"
-    if code == ERROR_INVALID_ADDRESS:
-        return "not an address of this reservation (ERROR_INVALID_ADDRESS)"
-    if code == ERROR_NOACCESS:
-        return "a page in the range cannot be accessed (ERROR_NOACCESS)"
-    if code == ERROR_NOT_SUPPORTED:
-        return "not supported by this operating system (ERROR_NOT_SUPPORTED)"
-    return "refused by the operating system"
 
 
 cdef void limit_text(int code, size_t size, char* text, size_t room) noexcept nogil:
@@ -500,34 +465,14 @@ cdef long long coarse_ns() noexcept nogil:
     return clock_ns()
 
 
-# -- what Python sees ------------------------------------------------------------------------
+# -- functions for Python ------------------------------------------------------------------------
 
 def os_error_args(int code, text):
-    """The arguments that make an OSError carry `code` the way this OS does (winerror here)."""
-    # OSError knows the errno of most codes, but not those of the commit limit and of some quotas.
+    """The arguments with which OSError has `code` as its winerror."""
+    # OSError derives the errno from most codes, but not from the codes of the commit limit and of some quotas.
     no_memory = code in (ERROR_NOT_ENOUGH_MEMORY, ERROR_OUTOFMEMORY, ERROR_COMMITMENT_LIMIT, ERROR_NO_SYSTEM_RESOURCES,
                          ERROR_NOT_ENOUGH_QUOTA, ERROR_WORKING_SET_QUOTA)
     return _errno.ENOMEM if no_memory else 0, text, None, code
-
-
-def choose_scan(way):
-    """How touched() finds pages from now on: "watch" or None; returns how it did. Tests only."""
-    before = "watch" if caps.scans else None
-    if way is not None and not (way == "watch" and can_watch):
-        raise ValueError(f"way must be one that works here, got {way!r}")
-    caps.scans = way is not None
-    return before
-
-
-def choose_image(kind):
-    """What image_begin() makes from now on: "section" or "private"; returns what it did. Tests only."""
-    global image_kind
-    before = IMAGE_KINDS[image_kind]
-    kinds = {"section": IMAGE_SECTION, "private": IMAGE_PRIVATE}
-    if kind not in kinds:
-        raise ValueError(f"kind must be one that works here, got {kind!r}")
-    image_kind = kinds[kind]
-    return before
 
 
 def die_quietly():
@@ -546,7 +491,7 @@ def _limits():
 
 
 cdef _start():
-    global real_page, real_granularity, image_kind, can_watch
+    global real_page, real_granularity, image_kind, best_image_kind, scan_way, best_scan_way
     cdef SYSTEM_INFO info
     GetSystemInfo(&info)
     real_page = info.dwPageSize
@@ -554,10 +499,11 @@ cdef _start():
     caps.page_size = _page_size_wanted(real_page)
     caps.granularity = max(real_granularity, caps.page_size)
     caps.address_bits = bits_of(<size_t>info.lpMaximumApplicationAddress)
-    can_watch = writes_are_seen()
-    caps.scans = can_watch
+    scan_way = best_scan_way = 1                # writes_are_seen() tries it
+    scan_way = best_scan_way = writes_are_seen()
+    caps.scans = scan_way
     caps.memory = memory_status().ullTotalPhys
-    image_kind = IMAGE_SECTION
+    image_kind = best_image_kind = IMAGE_SECTION
 
 
 _start()

@@ -1,9 +1,9 @@
 """A folder of images and compiled modules that processes share. An entry is used only if it is whole.
 
-An entry is a file ``<key>/<digest of its content><suffix>``. It is written to a temporary file, flushed to the disk and
-renamed, and it is used only if its content has the digest in its name. So no entry that a killed process, a full disk
-or a flipped bit has damaged is ever used. One key may have several entries. The digest is `sparse.content_digest`,
-which does not read holes.
+An entry is a file ``<key>/<digest of its content><suffix>``. Its content is first written to a temporary file and
+flushed to the disk; then the file is renamed. An entry is used only if the content has the digest in the name. So an
+entry that a killed process, a full disk or a flipped bit has damaged is never used. One key may have several entries.
+`sparse.content_digest`, which does not read holes, computes the digest.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Cache:
     Raises
     ------
     PermissionError
-        If users other than the owner may write to the directory, or if it belongs to another user. Some systems
-        cannot tell.
+        If users other than the owner may write to the directory, or if the directory belongs to another user. Systems
+        without owners and modes are not checked.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -40,16 +40,15 @@ class Cache:
         """The paths of whole entries. Entries whose content does not have the digest in the name are removed."""
         place = os.path.join(self.directory, key)
         try:
-            names = sorted(os.listdir(place))
+            names = sorted(name for name in os.listdir(place) if name.endswith(suffix))
         except FileNotFoundError:
             return
         _must_be_private(place)
         for name in names:
-            if not name.endswith(suffix):
-                continue
             path = os.path.join(place, name)
             try:
-                whole = _digest_of(path) == name.removesuffix(suffix)
+                with open_file(path) as file:       # if the entry is a pipe, open_file() does not wait for a writer
+                    whole = content_digest(file.fileno()) == name.removesuffix(suffix)
             except OSError:         # another process removed the entry, or it cannot be read
                 continue
             if whole:
@@ -58,7 +57,7 @@ class Cache:
                 _remove(path)
 
     def add(self, key: str, suffix: str, write: Callable[[BinaryIO], object]) -> str:
-        """Make an entry of what ``write(file)`` writes, with permissions for its owner only; returns its path."""
+        """Make an entry whose content ``write(file)`` writes, with permissions for its owner only; returns its path."""
         place = os.path.join(self.directory, key)
         os.makedirs(place, mode=0o700, exist_ok=True)
         _must_be_private(place)
@@ -72,13 +71,13 @@ class Cache:
 
 
 def _make_room(place: str, suffix: str) -> None:
-    """Remove the oldest entries if there are too many for one more."""
+    """Remove the oldest entries, so that with one more there are at most `_MAX_ENTRIES`."""
     entries = []
     for entry in os.scandir(place):
         if entry.name.endswith(suffix):
             with contextlib.suppress(FileNotFoundError):        # another process removed the entry
                 entries.append((entry.stat().st_mtime, entry.path))
-    for _, path in sorted(entries)[:max(0, len(entries) - _MAX_ENTRIES + 1)]:
+    for _, path in sorted(entries)[:1 - _MAX_ENTRIES]:
         _remove(path)
 
 
@@ -87,18 +86,13 @@ def _must_be_private(path: str) -> None:
     if not hasattr(os, "geteuid"):      # the system has access control lists instead of owners and modes
         return
     if about.st_uid != os.geteuid():
-        raise PermissionError(f"cache directory {path!r} belongs to user {about.st_uid}, not to {os.geteuid()}: what is"
-                              " in it is run as code, so it must be the user's own")
-    if about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(f"cache directory {path!r} may be written by others (mode"
-                              f" {stat.S_IMODE(about.st_mode):o}): what is in it is run as code, so it must be the"
-                              " user's own")
-
-
-def _digest_of(path: str) -> str:
-    # open_file() does not wait for a writer if the entry is a pipe.
-    with open_file(path) as file:
-        return content_digest(file.fileno())
+        fault = f"belongs to user {about.st_uid}, not to {os.geteuid()}"
+    elif about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        fault = f"may be written by others (mode {stat.S_IMODE(about.st_mode):o})"
+    else:
+        return
+    raise PermissionError(f"cache directory {path!r} {fault}: what is in it is run as code, so it must be the user's"
+                          " own")
 
 
 def _remove(path: str) -> None:

@@ -19,8 +19,12 @@ _MOST_TABLES = 0x20         # the pattern for code that changes tables has one b
 
 _CONSTANT = re.compile(rb"[\x41\x42][\x80-\xff]*[\x00-\x7f]\x0b")     # i32.const or i64.const, and end
 
-# What a constant expression computes: (bits, value modulo 2**bits), or None if only the instance knows.
+# The result of a constant expression: (bits, value modulo 2**bits), or None if it depends on the instance.
 Value = tuple[int, int] | None
+
+# The constant instructions of garbage collection, and how many indices follow each. struct.new, array.new and their
+# variants, up to 8, allocate; the two conversions and ref.i31 do not.
+_GC_INDICES = {0: 1, 1: 1, 6: 1, 7: 1, 8: 2, 0x1A: 0, 0x1B: 0, 0x1C: 0}
 
 _ARITHMETIC = {0x6A: (32, operator.add), 0x6B: (32, operator.sub), 0x6C: (32, operator.mul),
                0x7C: (64, operator.add), 0x7D: (64, operator.sub), 0x7E: (64, operator.mul)}
@@ -39,15 +43,12 @@ class DataSegment(NamedTuple):
     start: int
     head: int           # where the flags, the memory and the offset end
     content: int
+    size: int           # of the content
     end: int
     active: bool
     memory: int
     offset: Value
     is_constant: bool   # the offset is a single constant
-
-    @property
-    def size(self) -> int:
-        return self.end - self.content
 
 
 class Module:
@@ -88,7 +89,7 @@ class Module:
             yield from Reader(self.wasm, content, end).items(what)
 
     def replaced(self, kind: int, parts: Iterable[bytes | memoryview]) -> bytes:
-        """The module with another content of one section. The section is added if the module has none."""
+        """The module with another content of one section. A section that the module lacks is added."""
         if kind in self.sections:
             start, _, end = self.sections[kind]
         else:
@@ -121,7 +122,7 @@ class Module:
     def tables(self) -> list[Limits]:
         found = []
         for reader in self.items(TABLE, "tables"):
-            has_initial_value = self.wasm[reader.at:min(reader.at + 2, reader.end)] == b"\x40\x00"
+            has_initial_value = self.wasm.startswith(b"\x40\x00", reader.at, reader.end)
             if has_initial_value:
                 reader.at += 2
             found.append(reader.table_type())
@@ -130,7 +131,7 @@ class Module:
         return found
 
     def globals(self, imported: list[GlobalType]) -> tuple[list[Value], list[GlobalType]]:
-        """Of each global, imports included: the value if it is a constant, and the type."""
+        """The value (None if it is not a constant) and the type of each global, imports included."""
         values: list[Value] = [None] * len(imported)
         types = list(imported)
         for reader in self.items(GLOBAL, "globals"):
@@ -142,7 +143,7 @@ class Module:
     def holds_continuations(self, heap_type: int | None) -> bool:
         """Whether references of a heap type may be continuations.
 
-        True also if the type section only has a byte that looks like the begin of such a type.
+        The result is also True if the type section has a byte that only looks like the begin of such a type.
         """
         if heap_type is None or heap_type < 0:
             return heap_type in _CONTINUATIONS
@@ -178,7 +179,7 @@ class Module:
                 return (stack[0] if sound and len(stack) == 1 else None), allocates
             if code in (0x41, 0x42):
                 bits = 32 if code == 0x41 else 64
-                value = bits, reader.signed(bits, what) & ((1 << bits) - 1)
+                value = bits, reader.integer(bits, what, signed=True) & ((1 << bits) - 1)
             elif code == 0x23:
                 index = reader.u32(what)
                 sound = sound and index < len(values)
@@ -199,16 +200,11 @@ class Module:
                 reader.u32(what)
             elif code == 0xFD and reader.u32(what) == 12:
                 reader.skip(16, what)
-            elif code == 0xFB:
-                operation = reader.u32(what)
+            elif code == 0xFB and (operation := reader.u32(what)) in _GC_INDICES:
                 sound = False
-                if operation in (0, 1, 6, 7, 8):                # struct.new, array.new and their variants
-                    allocates = True
+                allocates = allocates or operation <= 8
+                for _ in range(_GC_INDICES[operation]):
                     reader.u32(what)
-                    if operation == 8:
-                        reader.u32(what)
-                elif operation not in (0x1A, 0x1B, 0x1C):       # conversions, ref.i31
-                    raise Unknown(f"the {what} at byte {start} has an instruction 0xfb {operation}")
             else:
                 raise Unknown(f"the {what} at byte {start} has an instruction 0x{code:02x}")
             stack.append(value)
@@ -261,4 +257,4 @@ class Module:
             head = reader.at
             size = reader.u32("data segment's size")
             content = reader.skip(size, "data segment")
-            yield DataSegment(number, start, head, content, reader.at, flags != 1, memory, offset, is_constant)
+            yield DataSegment(number, start, head, content, size, reader.at, flags != 1, memory, offset, is_constant)

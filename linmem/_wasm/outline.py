@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from linmem._wasm.module import EXPORT, KINDS, Module
@@ -42,17 +43,18 @@ class Outline(NamedTuple):
 
     def hidden_globals(self) -> list[int]:
         """The mutable globals, imports included, that no export names."""
-        return [index for index, mutable in enumerate(self.globals)
-                if mutable and ("global", index) not in self.exports]
+        return self._without_name("global", (index for index, mutable in enumerate(self.globals) if mutable))
 
     def hidden_memories(self) -> list[int]:
         """The memories, imports included, that no export names."""
-        return [index for index in range(self.memories) if ("memory", index) not in self.exports]
+        return self._without_name("memory", range(self.memories))
 
     def hidden_tables(self) -> list[int]:
         """The tables, imports included, that no export names and that the module or its host can change."""
-        return [index for index in range(self.tables) if ("table", index) not in self.exports
-                and (self.changes_tables or index < self.imported_tables)]
+        return self._without_name("table", range(self.tables if self.changes_tables else self.imported_tables))
+
+    def _without_name(self, kind: str, indices: Iterable[int]) -> list[int]:
+        return [index for index in indices if (kind, index) not in self.exports]
 
     def hidden(self) -> list[tuple[str, int, bool]]:
         """Kind, index, and whether it is imported, of all state that no export names."""

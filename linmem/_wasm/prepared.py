@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import hashlib
 import importlib.metadata
@@ -11,7 +10,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO, NoReturn, TypeVar
 
 import wasmtime
 
@@ -19,12 +18,11 @@ from linmem._core import bridge as _bridge
 from linmem._core.arguments import check_flag, check_path
 from linmem._core.memory import Image
 from linmem._files.image_file import write_image
+from linmem._wasm import outline as state
 from linmem._wasm.image_cache import Cache
-from linmem._wasm.outline import Outline
-from linmem._wasm.outline import expose as expose_state
-from linmem._wasm.outline import outline as outline_of
 from linmem._wasm.reader import Malformed
 from linmem._wasm.segments import Hoisted, Run, hoist
+from linmem._wasm.snapshot import behind, check_context, check_type
 from linmem.errors import FileFormatError, PageError
 
 TYPE_CHECKING = False
@@ -37,6 +35,7 @@ NOT_OURS = ("linmem.wasmtime.install(config) was not called for this engine, or 
 _FORMAT = 2         # the version of the cached files; wasmtime has its own version beside it
 _ASKS: weakref.WeakKeyDictionary[wasmtime.Engine, bool] = weakref.WeakKeyDictionary()
 _SIZE_MAX = 2 * sys.maxsize + 1
+_T = TypeVar("_T")
 
 
 class Prepared:
@@ -66,19 +65,19 @@ class Prepared:
     images: tuple[Image | None, ...]
     skipped: tuple[str, ...]
     added: frozenset[str]
-    outline: Outline | None
+    outline: state.Outline | None
     _offer: _bridge.Offer | None
 
     def __init__(self) -> None:
         raise TypeError("a Prepared is made by linmem.wasmtime.prepare(engine, wasm)")
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a Prepared cannot be pickled or copied: it belongs to an engine of this process. prepare()"
-                        " with cache= is quick in the next one")
+        raise TypeError("a Prepared cannot be pickled or copied: it belongs to an engine of this process. In another"
+                        " process, prepare() with the same cache= is quick")
 
     @classmethod
     def _of(cls, module: wasmtime.Module, images: Sequence[Image | None], minima: Sequence[int],
-            skipped: Sequence[str], added: frozenset[str], outline: Outline | None) -> Prepared:
+            skipped: Sequence[str], added: frozenset[str], outline: state.Outline | None) -> Prepared:
         self = object.__new__(cls)
         self.module = module
         self.images = tuple(images)
@@ -109,31 +108,27 @@ class Prepared:
         wasmtime.WasmtimeError, wasmtime.Trap
             As ``wasmtime.Instance`` raises for the original module.
         """
-        if not isinstance(store, wasmtime.Store) and not callable(getattr(store, "_context", None)):    # or a Caller
-            raise TypeError(f"store must be a wasmtime.Store, got {type(store).__name__}")
+        check_context(store)
         if not isinstance(imports, wasmtime.Linker):
             try:
                 imports = list(imports)
             except TypeError:
                 raise TypeError("imports must be a sequence or a wasmtime.Linker, got"
                                 f" {type(imports).__name__}") from None
-        offer = self._offer
+        offer, missing = self._offer, 0
         try:        # make() is in the block, because an interrupt may come when it returns
             if offer is not None and not offer.make():
                 offer = None        # the present offer belongs to another call, which takes it back
-                raise RuntimeError("an instance is being made on this thread, and has not taken its images yet")
+                raise RuntimeError("another instance is being made on this thread, and has not taken its images yet")
             instance = _bridge.in_domain(domain, lambda: (
                 imports.instantiate(store, self.module) if isinstance(imports, wasmtime.Linker)
                 else wasmtime.Instance(store, self.module, imports)))
-        except BaseException:
+        finally:
             if offer is not None:
-                offer.take_back()
-            raise
-        if offer is not None:
-            missing = offer.take_back()
-            if missing:
-                raise RuntimeError(f"{missing} memories were made without their data: the engine did not ask linmem for"
-                                   " them")
+                missing = offer.take_back()
+        if missing:
+            raise RuntimeError(f"{missing} memories were made without their data: the engine did not ask linmem for"
+                               " them")
         instance._linmem_prepared = self        # type: ignore[attr-defined]
         return instance
 
@@ -158,9 +153,9 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
     wasm : bytes or str
         A core module in the binary format, or its text.
     cache : path, optional
-        A directory for the images and for wasmtime's compiled module, made if it is missing. Its files are run as
-        code, so it must belong to the user, and other users must not be able to write to it. Processes that use one
-        cache share the pages of the images.
+        A directory for the images and for wasmtime's compiled module, made if it is missing. The files in it are run
+        as code, so the directory must belong to the user, and other users must not be able to write to it. Processes
+        that use one cache share the pages of the images.
     expose : bool
         Also export the memories, mutable globals and tables that the module does not export, own and imported, so
         that a `Snapshot` can hold them. `Prepared.added` has their names.
@@ -175,30 +170,28 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
     PermissionError
         If other users may write to the directory of the cache.
     """
-    if not isinstance(engine, wasmtime.Engine):
-        raise TypeError(f"engine must be a wasmtime.Engine, got {type(engine).__name__}")
+    check_type(engine, wasmtime.Engine, "engine")
     if not isinstance(wasm, (str, bytes, bytearray)):
         raise TypeError(f"wasm must be bytes or str, got {type(wasm).__name__}")
     check_flag(expose, "expose")
     if cache is not None:
         cache = os.fsdecode(check_path(cache, "cache"))
-    is_text = isinstance(wasm, str)
     try:
-        wasm = wasm.encode() if isinstance(wasm, str) else bytes(wasm)
+        original = wasm.encode() if isinstance(wasm, str) else bytes(wasm)
     except UnicodeEncodeError as error:
         raise ValueError(f"wasm must be text that UTF-8 can encode: {error}") from None
-    if is_text or wasm[:1] not in (b"", b"\0"):
-        wasm = bytes(wasmtime.wat2wasm(wasm))
+    if isinstance(wasm, str) or original[:1] not in (b"", b"\0"):
+        original = bytes(wasmtime.wat2wasm(original))
     if not _asks(engine):
         raise ValueError(f"the engine does not make its memories with linmem: {NOT_OURS}")
-    original = wasm
+    wasm = original
     added: frozenset[str] = frozenset()
     outline = None
     skipped = []
     try:
         if expose:
-            wasm, added = expose_state(wasm)
-        outline = outline_of(wasm)
+            wasm, added = state.expose(wasm)
+        outline = state.outline(wasm)
     except ValueError as error:     # malformed, or not known here; wasmtime decides whether the module is valid
         if expose:
             skipped.append(f"nothing is exposed: {error}")
@@ -212,8 +205,8 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
         for runs in hoisted.images:
             images.append(None if runs is None else _image(runs, directory))
     except (PageError, OverflowError) as error:     # for example, segments that are very far apart
-        hoisted = Hoisted(wasm, [None] * len(hoisted.images), hoisted.minima,
-                                 [f"nothing is hoisted, there is no room for an image: {error}"])
+        hoisted = hoisted._replace(
+            module=wasm, skipped=[f"nothing is hoisted, there is no room for an image: {error}"])
         images = [None] * len(hoisted.images)
     skipped += hoisted.skipped
     try:
@@ -235,68 +228,64 @@ def _asks(engine: wasmtime.Engine) -> bool:
         module = wasmtime.Module(engine, '(module (memory (export "memory") 0))')
         memory = wasmtime.Instance(store, module, []).exports(store)["memory"]
         assert isinstance(memory, wasmtime.Memory)
-        base = ctypes.cast(memory.data_ptr(store), ctypes.c_void_p).value or 0
-        found = _ASKS[engine] = _bridge.find(base) is not None
+        found = _ASKS[engine] = behind(store, memory) is not None
         store.close()
     return found
 
 
 def _image(runs: Sequence[Run], cache: Cache | None) -> Image:
     start, (last, data) = runs[0][0], runs[-1]
+    make = functools.partial(Image.from_pieces, runs, last + len(data) - start, start)
     if cache is None:
-        return Image.from_pieces(runs, last + len(data) - start, start)
+        return make()
     digest = hashlib.sha256(f"linmem {_FORMAT}, image\n".encode())
     for offset, data in runs:
         digest.update(f"{offset} {len(data)}\n".encode())
         digest.update(data)
-    key = digest.hexdigest()
-    for path in cache.entries(key, ".image"):
-        try:
-            return Image.open(path)
-        except (FileFormatError, FileNotFoundError):     # another version of the format, or removed by another process
-            continue
-    image = Image.from_pieces(runs, last + len(data) - start, start)
-    _add(cache, key, ".image", functools.partial(write_image, image))
+    image: Image = _cached(cache, digest.hexdigest(), ".image", Image.open, make, write_image)
     return image
 
 
 @functools.cache
-def _version() -> str:
+def wasmtime_version() -> str:
     try:
         return importlib.metadata.version("wasmtime")
-    except importlib.metadata.PackageNotFoundError:     # wasmtime checks the version of a compiled module, too
-        return ""
+    except importlib.metadata.PackageNotFoundError:
+        return "of an unknown version"
 
 
 def _compiled(engine: wasmtime.Engine, wasm: bytes, cache: Cache | None) -> wasmtime.Module:
+    make = functools.partial(wasmtime.Module, engine, wasm)
     if cache is None:
-        return wasmtime.Module(engine, wasm)
-    key = hashlib.sha256(f"linmem {_FORMAT}, wasmtime {_version()}\n".encode() + wasm).hexdigest()
-    for path in cache.entries(key, ".cwasm"):
-        module = _read(engine, path)
-        if module is not None:
-            return module
-    module = wasmtime.Module(engine, wasm)
-    _add(cache, key, ".cwasm", lambda file: file.write(module.serialize()))
-    return module
+        return make()
+    key = hashlib.sha256(f"linmem {_FORMAT}, wasmtime {wasmtime_version()}\n".encode() + wasm).hexdigest()
+    return _cached(cache, key, ".cwasm", functools.partial(_read, engine), make,
+                   lambda module, file: file.write(module.serialize()))
 
 
-def _read(engine: wasmtime.Engine, path: str) -> wasmtime.Module | None:
-    """The module, or None if it was compiled for an engine with other settings or of another build."""
+def _read(engine: wasmtime.Engine, path: str) -> wasmtime.Module:
     try:
         return wasmtime.Module.deserialize_file(engine, path)
     except wasmtime.WasmtimeError:      # a file system that is mounted noexec allows to read the file, not to map it
-        pass
-    try:
         with open(path, "rb") as file:
             return wasmtime.Module.deserialize(engine, file.read())
-    except (wasmtime.WasmtimeError, OSError):       # another process may have removed the file
-        return None
 
 
-def _add(cache: Cache, key: str, suffix: str, write: Callable[[BinaryIO], object]) -> None:
-    """Add an entry to the cache. If that fails, warn: the next process makes the image or the module again."""
+def _cached(cache: Cache, key: str, suffix: str, read: Callable[[str], _T], make: Callable[[], _T],
+            write: Callable[[_T, BinaryIO], object]) -> _T:
+    """Read an entry of the cache. If no entry can be read, make the object and add it to the cache.
+
+    If the new entry cannot be written, warn: the next process makes the object again.
+    """
+    for path in cache.entries(key, suffix):
+        try:
+            return read(path)
+        # Another version of linmem or wasmtime wrote the entry, or another process removed the entry.
+        except (FileFormatError, wasmtime.WasmtimeError, OSError):
+            continue
+    made = make()
     try:
-        cache.add(key, suffix, write)
+        cache.add(key, suffix, lambda file: write(made, file))
     except OSError as error:
         warnings.warn(f"not cached: {error}", RuntimeWarning, stacklevel=4)
+    return made

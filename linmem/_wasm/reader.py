@@ -26,12 +26,8 @@ class Limits(NamedTuple):
     """The type of a memory or a table."""
 
     minimum: int                    # of a memory, in bytes
-    is_64: bool
+    bits: int                       # of an address or an index
     heap_type: int | None = None    # of the elements of a table
-
-    @property
-    def bits(self) -> int:
-        return 64 if self.is_64 else 32
 
 
 class GlobalType(NamedTuple):
@@ -60,36 +56,24 @@ class Reader:
         self.at += size
         return self.at - size
 
-    def _leb128(self, bits: int, what: str) -> tuple[int, int]:
-        """The number, and how many bits its bytes have."""
-        start, value, shift = self.at, 0, 0
-        while True:
-            byte = self.byte(what)
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value, shift
-            if shift >= bits:
+    def integer(self, bits: int, what: str, signed: bool = False) -> int:
+        """A number in the encoding LEB128."""
+        start, value, width = self.at, 0, 0
+        while (byte := self.byte(what)) >= 0x80:
+            value |= (byte & 0x7F) << width
+            width += 7
+            if width >= bits:
                 raise malformed(start, f"{what} has more bytes than a number of {bits} bits")
-
-    def unsigned(self, bits: int, what: str) -> int:
-        start = self.at
-        value, _ = self._leb128(bits, what)
-        if value >> bits:
+        value |= byte << width
+        if signed and byte & 0x40:
+            value -= 0x80 << width
+        least = -(1 << bits - 1) if signed else 0
+        if not least <= value < least + (1 << bits):
             raise malformed(start, f"{what} has more than {bits} bits")
         return value
 
     def u32(self, what: str) -> int:
-        return self.unsigned(32, what)
-
-    def signed(self, bits: int, what: str) -> int:
-        start = self.at
-        value, width = self._leb128(bits, what)
-        if value >> width - 1:
-            value -= 1 << width
-        if not -(1 << (bits - 1)) <= value < 1 << (bits - 1):
-            raise malformed(start, f"{what} has more than {bits} bits")
-        return value
+        return self.integer(32, what)
 
     def name(self, what: str) -> str:
         size = self.u32(what)
@@ -113,9 +97,9 @@ class Reader:
     def heap_type(self, what: str) -> int:
         """The index of a type, or a negative number, which is the code of an abstract type."""
         start = self.at
-        value = self.signed(33, what)
+        value = self.integer(33, what, signed=True)
         if value == _SHARED - 0x80:
-            value = self.signed(33, what)
+            value = self.integer(33, what, signed=True)
         if value < 0 and value + 0x80 not in _REFERENCES:
             raise Unknown(f"{what} at byte {start} is {value}")
         return value
@@ -145,31 +129,31 @@ class Reader:
         return GlobalType(mutable == 1, heap_type)
 
     def memory_type(self) -> Limits:
-        flags, minimum, is_64 = self._limits("memory type", 0x0F)
+        flags, minimum, bits = self._limits("memory type", 0x0F)
         shift = 16
         if flags & 8:
             start = self.at
             shift = self.u32("page size")
             if shift > 16:
                 raise Unknown(f"the page size at byte {start} is 2 to the power of {shift}")
-        return Limits(minimum << shift, is_64)
+        return Limits(minimum << shift, bits)
 
     def table_type(self) -> Limits:
         heap_type = self.reference_type("table type")
-        _, minimum, is_64 = self._limits("table type", 0x07)
-        return Limits(minimum, is_64, heap_type)
+        _, minimum, bits = self._limits("table type", 0x07)
+        return Limits(minimum, bits, heap_type)
 
-    def _limits(self, what: str, known: int) -> tuple[int, int, bool]:
-        """The flags, the minimum, and whether addresses have 64 bits; `known`: the flags that are known."""
+    def _limits(self, what: str, known: int) -> tuple[int, int, int]:
+        """The flags, the minimum, and the bits of an address or an index; `known`: the flags that are known."""
         start = self.at
         flags = self.byte(what)
         if flags & ~known:
             raise Unknown(f"{what} at byte {start} has flags 0x{flags:02x}")
         bits = 64 if flags & 4 else 32
-        minimum = self.unsigned(bits, what)
+        minimum = self.integer(bits, what)
         if flags & 1:
-            self.unsigned(bits, what)
-        return flags, minimum, bits == 64
+            self.integer(bits, what)
+        return flags, minimum, bits
 
 
 def leb128(value: int) -> bytes:

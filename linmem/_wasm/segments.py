@@ -5,8 +5,8 @@ segments and returns them as runs, from which an image is made once. The segment
 indices of all segments stay valid.
 
 An emptied segment becomes passive if its offset is a single constant. wasmtime compiles no start-up code for such a
-segment, so the segment costs no fuel and no check of a deadline. An offset of any other form stays as it is, because
-only validation can tell whether the engine allows it.
+segment, so the segment costs no fuel and no check of a deadline. An offset of any other form is not changed, because
+only the engine's validation decides whether it is allowed.
 
 Apart from the source of the bytes, an instance of the result behaves as an instance of the original:
 
@@ -17,24 +17,25 @@ Apart from the source of the bytes, an instance of the result behaves as an inst
   as on an empty segment. ``data.drop`` has no effect on either.
 - The order of the writes to a memory stays. If a segment of a memory has to stay, all later segments of that memory
   stay too. Where segments that were taken overlap, the bytes of the later one count.
-- The position of each segment stays, and so does each offset that is not a single constant of the memory's address
-  type. So the result is valid if and only if the original is valid.
-- If instantiation fails, nothing can read the memories of the failed instance. There is one exception: active element
+- The position of each segment is unchanged. Each offset that is not a single constant of the memory's address type is
+  unchanged, too. So the result is valid if and only if the original is valid.
+- If instantiation fails, no code can read the memories of the failed instance, with one exception: active element
   segments may have put functions into an imported table before the data are copied. In a module with such element
-  segments, no data are taken that a failure could precede: none at all if an element segment may trap, else none after
-  the first data segment that may trap. (This rule is stricter than wasmtime, whose copy-on-write initialisation shows
-  such a function data that were never copied.)
+  segments, a segment is taken only if no failure can come before its copy: no segment is taken if an element segment
+  may trap; else no segment is taken after the first data segment that may trap. (This rule is stricter than wasmtime,
+  whose copy-on-write initialisation shows such a function data that were never copied.)
 - No segment is taken after one that is certainly out of bounds: no instance will exist.
 """
 
 from __future__ import annotations
 
+import bisect
 from typing import NamedTuple
 
 from linmem._wasm.module import DATA, DataSegment, Module, Value
 from linmem._wasm.reader import Limits, Unknown, leb128
 
-Run = tuple[int, bytes]
+Run = tuple[int, bytearray]
 
 
 class Hoisted(NamedTuple):
@@ -43,10 +44,10 @@ class Hoisted(NamedTuple):
     Attributes
     ----------
     module : bytes
-        The module with the hoisted segments emptied; the original if there are none.
+        The module with the hoisted segments emptied; the original if no segment was hoisted.
     images : list
-        For each memory that the module defines, what its hoisted segments write, as sorted runs
-        ``(offset, bytes)`` with a gap between each two; None if nothing was hoisted.
+        For each memory that the module defines, the bytes that its hoisted segments write, as sorted runs
+        ``(offset, bytes)`` with a gap between each two; None if no segment was hoisted.
     minima : list of int
         For each memory that the module defines, its minimum in bytes.
     skipped : list of str
@@ -73,8 +74,8 @@ def hoist(wasm: bytes) -> Hoisted:
     Raises
     ------
     Malformed
-        If a part that must be understood is malformed, with its position, or if `wasm` is a component. Other parts
-        are copied as they are: `hoist` does not validate.
+        If a part that `hoist` must read is malformed (the message has the position), or if `wasm` is a component. The
+        other parts are copied without a check: `hoist` does not validate.
     """
     try:
         return _hoist(Module(wasm))
@@ -103,7 +104,7 @@ def _hoist(module: Module) -> Hoisted:
                 "nothing is hoisted: an element segment may trap after others filled an imported table, through which"
                 " the memories of the failed instance can be seen"])
 
-    taken: list[list[DataSegment]] = [[] for _ in minima]
+    taken: list[list[tuple[int, DataSegment]]] = [[] for _ in minima]      # with their offsets
     hoisted: set[int] = set()       # the segments to empty
     skipped: list[str] = []
     stays: set[int] = set()         # the memories of which a segment had to stay
@@ -115,22 +116,22 @@ def _hoist(module: Module) -> Hoisted:
             break
         memory, is_own = memories[segment.memory], segment.memory >= imported
         offset = segment.offset[1] if segment.offset is not None and segment.offset[0] == memory.bits else None
-        inside = offset is not None and offset + segment.size <= memory.minimum
-        if offset is not None and not inside and is_own:
-            skipped.append(f"data segment {segment.number} and all after it: it does not fit into memory"
-                           f" {segment.memory}, so that instantiation traps")
-            break
-        if is_own and inside:
-            if segment.size == 0 and segment.is_constant:
+        if is_own and offset is not None:
+            if offset + segment.size > memory.minimum:
+                skipped.append(f"data segment {segment.number} and all after it: it does not fit into memory"
+                               f" {segment.memory}, so that instantiation traps")
+                break
+            if segment.size and segment.memory not in stays:
+                taken[segment.memory - imported].append((offset, segment))
                 hoisted.add(segment.number)
-            elif segment.size and segment.memory not in stays:
-                taken[segment.memory - imported].append(segment)
+            elif not segment.size and segment.is_constant:
                 hoisted.add(segment.number)
-        elif segment.memory not in stays:
+            continue
+        if segment.memory not in stays:
             stays.add(segment.memory)
             skipped.append(f"data segment {segment.number} and all after it of memory {segment.memory}: " + (
                 "its offset is not a constant of the module" if is_own else "the memory is imported"))
-        if not inside and leaks:
+        if leaks and (offset is None or offset + segment.size > memory.minimum):
             skipped.append(f"all after data segment {segment.number}: it may trap, and an imported table lets others"
                            " see the memories of the failed instance")
             break
@@ -163,22 +164,21 @@ def _leaks(module: Module, values: list[Value], tables: list[Limits], imported: 
     return leaks, traps
 
 
-def _runs(whole: memoryview, segments: list[DataSegment]) -> tuple[Run, ...]:
-    """What the segments write, one after the other, as sorted runs with a gap between each two."""
-    placed = [(segment.offset[1], segment) for segment in segments if segment.offset is not None]
-    groups: list[tuple[int, int, list[tuple[int, DataSegment]]]] = []
-    for offset, segment in sorted(placed, key=lambda pair: pair[0]):
-        end = offset + segment.size
-        if groups and offset <= groups[-1][1]:
-            start, before, members = groups[-1]
-            members.append((offset, segment))
-            groups[-1] = start, max(before, end), members
-        else:
-            groups.append((offset, end, [(offset, segment)]))
-    runs = []
-    for start, end, members in groups:
-        content = bytearray(end - start)
-        for offset, segment in sorted(members, key=lambda pair: pair[1].number):
-            content[offset - start:offset - start + segment.size] = whole[segment.content:segment.end]
-        runs.append((start, bytes(content)))
-    return tuple(runs)
+def _runs(whole: memoryview, placed: list[tuple[int, DataSegment]]) -> tuple[Run, ...]:
+    """The bytes that the segments write at their offsets, as sorted runs with a gap between each two.
+
+    The segments have the order of the module. Where two overlap, the bytes of the later segment count.
+    """
+    starts: list[int] = []
+    ends: list[int] = []
+    for offset, segment in sorted(placed):
+        if not ends or offset > ends[-1]:
+            starts.append(offset)
+            ends.append(offset)
+        ends[-1] = max(ends[-1], offset + segment.size)
+    contents = [bytearray(end - start) for start, end in zip(starts, ends, strict=True)]
+    for offset, segment in placed:
+        run = bisect.bisect(starts, offset) - 1
+        first = offset - starts[run]
+        contents[run][first:first + segment.size] = whole[segment.content:segment.end]
+    return tuple(zip(starts, contents, strict=True))

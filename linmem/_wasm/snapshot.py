@@ -31,14 +31,22 @@ def behind(store: wasmtime.Store, memory: wasmtime.Memory | wasmtime.SharedMemor
     return _bridge.find(ctypes.cast(pointer, ctypes.c_void_p).value or 0)
 
 
-def check_store(store: Any, name: str, handle: ctypes.Structure) -> None:
-    """Refuse an object that is not a store or a Caller, and a store that `handle` is not of.
+def check_type(value: object, kind: type, name: str) -> None:
+    """Refuse a value that is not of the class `kind` of wasmtime."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a wasmtime.{kind.__name__}, got {type(value).__name__}")
 
-    wasmtime would end the process.
-    """
+
+def check_context(store: Any) -> None:
+    """Refuse an object that is neither a store nor a Caller. wasmtime would end the process."""
+    if not callable(getattr(store, "_context", None)):
+        check_type(store, wasmtime.Store, "store")
+
+
+def check_store(store: Any, name: str, handle: ctypes.Structure) -> None:
+    """As `check_context`; also refuse a store that `handle` does not belong to. wasmtime would end the process."""
+    check_context(store)
     if not isinstance(store, wasmtime.Store):
-        if not callable(getattr(store, "_context", None)):
-            raise TypeError(f"store must be a wasmtime.Store, got {type(store).__name__}")
         return
     number = _numbers.get(store)
     if number is None:      # the handle of a new object of the store has the number of the store
@@ -80,7 +88,7 @@ class Snapshot:
     unseen: tuple[str, ...]
     _store: weakref.ref[wasmtime.Store]
     _memories: list[tuple[str, wasmtime.Memory | wasmtime.SharedMemory, int, Image]]
-    _globals: list[tuple[Any, Any]]
+    _globals: list[tuple[str, Any, Any]]
     _tables: list[tuple[str, wasmtime.Table, int, list[Any] | None]]
 
     def __init__(self) -> None:
@@ -114,8 +122,7 @@ class Snapshot:
         RuntimeError
             If a call into the store is running on this thread.
         """
-        if not isinstance(instance, wasmtime.Instance):
-            raise TypeError(f"instance must be a wasmtime.Instance, got {type(instance).__name__}")
+        check_type(instance, wasmtime.Instance, "instance")
         check_flag(partial, "partial")
         context = _idle(store, "taken")
         check_store(store, "instance", instance._instance)
@@ -127,7 +134,6 @@ class Snapshot:
         self._memories, self._globals, self._tables = [], [], []
         memories: dict[str, Image] = {}
         known: dict[int, Image] = {}        # one memory may be exported under several names
-        names = []
         unseen = _hidden(outline, partial)
         unreadable = frozenset() if outline is None else outline.unreadable
 
@@ -153,8 +159,7 @@ class Snapshot:
                 if value is None:
                     refuse(f"mutable global {name!r} is a reference to an object")
                     continue
-                self._globals.append((ctypes.byref(thing._global), value))
-                names.append(name)
+                self._globals.append((name, ctypes.byref(thing._global), value))
             elif isinstance(thing, wasmtime.Table):
                 size = thing.size(store)
                 # Without an outline the elements may be continuations. The C API aborts when it reads one.
@@ -165,10 +170,10 @@ class Snapshot:
                     refuse(f"exported table {name!r} has references to objects")
                 self._tables.append((name, thing, size, elements))
         self.memories = memories
-        self.globals = tuple(names)
+        self.globals = tuple(name for name, _, _ in self._globals)
         self.tables = tuple(name for name, _, _, elements in self._tables if elements is not None)
         if outline is None:
-            if not (partial or memories or names):
+            if not (partial or memories or self.globals):
                 raise ValueError("the instance exports no memory and no mutable global, and what its module hides is"
                                  " not known: make it by prepare(..., expose=True)")
             unseen.append("what it does not export: " + (
@@ -178,7 +183,7 @@ class Snapshot:
         return self
 
     def restore(self, store: wasmtime.Store, *, zero_grown: bool = False) -> None:
-        """Put back the state of the instance, all of it or nothing.
+        """Put back the state of the instance, completely or not at all.
 
         The time follows the number of pages that changed since. All elements of tables are written.
 
@@ -209,17 +214,16 @@ class Snapshot:
             if table.size(store) != size:
                 raise ValueError(f"exported table {name!r} had {size} elements and has {table.size(store)}, and a table"
                                  " cannot shrink: make a new instance")
-        memories, images = [], []
-        for name, memory, size, image in self._memories:
+        memories = []
+        for name, memory, size, _ in self._memories:
             found = behind(store, memory)
             assert found is not None        # the store keeps its memories
             if found.byte_size() != size and not zero_grown:
-                raise ValueError(f"exported memory {name!r} has grown from {size} to {found.byte_size()} bytes, which a"
-                                 " guest that is put back does not know: make a new instance, or pass zero_grown=True")
+                raise ValueError(f"exported memory {name!r} has grown from {size} to {found.byte_size()} bytes, and the"
+                                 " restored guest would not know: make a new instance, or pass zero_grown=True")
             memories.append(found)
-            images.append(image)
-        restore_all(memories, images)       # the following steps cannot be refused
-        for place, value in self._globals:
+        restore_all(memories, [image for _, _, _, image in self._memories])     # the following steps cannot be refused
+        for _, place, value in self._globals:
             _raise(ffi.wasmtime_global_set(context, place, value))
         for _, table, _, elements in self._tables:
             place = ctypes.byref(table._table)
@@ -264,8 +268,8 @@ def _hidden(outline: Outline | None, partial: bool) -> list[str]:
                       for kind, index, is_import in outline.hidden() if is_import == which] for which in (False, True))
     if (own or imported) and not partial:
         text = ", ".join([", ".join(own) + " of its own"] * bool(own) + imported)
-        raise ValueError(f"the module does not export {text}, which would keep what they hold when the rest is"
-                         " restored: prepare it with expose=True, or take a snapshot with partial=True")
+        raise ValueError(f"the module does not export {text}, which would keep their present content when the rest is"
+                         " restored: prepare the module with expose=True, or take a snapshot with partial=True")
     data, elements = outline.passive
     dropped = [f"which of {data} passive data segments and {elements} passive element segments were dropped"]
     return own + imported + dropped * bool(data or elements)

@@ -2,8 +2,8 @@
 """Fuzz one harness by atheris:   python tests/fuzz/run.py --harness=NAME [FOLDER ...] [-OPTION=VALUE ...]
 
 New inputs go into the first folder. The options are libFuzzer's (-max_total_time=60, -print_final_stats=1). libFuzzer
-sees the coverage of an extension only if clang built the extension with -fsanitize=fuzzer-no-link; `stage_fuzz` of
-.ci/run shows how.
+sees the coverage of an extension only if clang built the extension with -fsanitize=fuzzer-no-link;
+.ci/stages/fuzz.sh shows how.
 """
 
 import importlib

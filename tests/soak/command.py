@@ -21,21 +21,21 @@ from soak.run import Soak
 
 
 def main(arguments: list[str] | None = None, *, more: tuple[Maker, ...] = ()) -> int:
-    """Run, print the report, write it to a file. `more` are creators beyond those of linmem.
+    """Run a soak, print the report, and write it to a file. `more` has creators in addition to the soak's own.
 
     Returns
     -------
     int
         0 for a run without a finding, 1 for a finding. A crash, or a hang of the main thread, ends the process at once.
     """
-    parser = argparse.ArgumentParser("python tests/soak", description="Use all of linmem at once, for"
+    parser = argparse.ArgumentParser("python tests/soak", description="Use all features of linmem at the same time, for"
                                      " minutes, and compare every byte with a model.")
-    parser.add_argument("--minutes", type=float, default=1.0, metavar="N", help="how long; fractions are fine")
-    parser.add_argument("--seed", type=int, metavar="N", help="of all that is random; chosen and printed by default")
-    parser.add_argument("--threads", type=int, default=8, metavar="N", help="that do all this at once (default: 8)")
+    parser.add_argument("--minutes", type=float, default=1.0, metavar="N", help="the time of the run (default: 1)")
+    parser.add_argument("--seed", type=int, metavar="N", help="the seed of the run; random by default")
+    parser.add_argument("--threads", type=int, default=8, metavar="N", help="the number of threads (default: 8)")
     parser.add_argument("--json", type=file_name, metavar="FILE", help="write all figures")
     parser.add_argument("--hang", type=float, default=120.0, metavar="SECONDS",
-                        help="after which a step is taken for a hang (default: 120)")
+                        help="a step that takes longer is a hang (default: 120)")
     args = parser.parse_args(arguments)
     if not args.minutes > 0 or args.threads < 1 or not args.hang > 0:
         parser.error("--minutes, --threads and --hang must be above 0")
@@ -46,13 +46,13 @@ def main(arguments: list[str] | None = None, *, more: tuple[Maker, ...] = ()) ->
     if wasmtime is None:
         print("soak: without guests: wasmtime is not installed", file=sys.stderr)
     faulthandler.enable()
-    if hasattr(signal, "SIGALRM"):      # it ends children that hang; see ForkSteps.use_all
+    if hasattr(signal, "SIGALRM"):      # SIGALRM ends children that hang; see ForkSteps.use_all
         faulthandler.register(signal.SIGALRM, chain=True)
-    # Each arena of glibc's malloc reserves inaccessible address space, which looks like that of a memory.
+    # Each arena of glibc's malloc reserves inaccessible address space, which looks like the address space of a memory.
     m_arena_max = -8
     call_malloc("mallopt", m_arena_max, 1)
     with warnings.catch_warnings():
-        # Python warns that a fork may hang in a process with threads. Exactly such forks are tested here.
+        # Python warns that a fork may hang in a process with threads. The soak tests such forks.
         warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
         # An automatic collection could enter wasmtime in a child where that is not allowed. MemorySteps.collect
         # collects instead.

@@ -21,7 +21,7 @@ class CreatorSteps:
             try:
                 pool.warm(2, linmem.MemoryType(1, 2), reserved_size_in_bytes=1 << 18, guard_size_in_bytes=GUARD)
             except (linmem.LimitError, linmem.PoolError):
-                pass        # it is full, or cannot keep memories of this kind
+                pass        # the pool is full, or cannot keep memories of this kind
             except ValueError:
                 must(pool.image is not None or isinstance(pool.upstream, linmem.PythonCreator), "warm() refused")
         stats = pool.stats()

@@ -10,7 +10,7 @@ from soak.checks import FLOOR, PAGE
 
 
 class Borrowed(linmem.LinearMemory):
-    """A memory that is written in Python. Its bytes belong to another memory."""
+    """A memory that is written in Python, over the bytes of another memory."""
 
     def __init__(self, size: int, capacity: int) -> None:
         self.bytes = linmem.create(capacity, capacity, reserve=capacity)
@@ -48,11 +48,11 @@ class Passing(linmem.MemoryCreator):
 
 @dataclass(frozen=True)
 class Maker:
-    """A creator, and what its memories must be like."""
+    """A creator, and the properties that its memories must have."""
 
     name: str
     creator: linmem.MemoryCreator
-    bounded: bool = False       # it may refuse, with LimitError or PoolError
+    bounded: bool = False       # the creator may refuse, with LimitError or PoolError
     ours: bool = True           # linmem owns the pages
     start: bytes = b""          # the first bytes of a new memory
 

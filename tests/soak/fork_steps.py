@@ -29,7 +29,7 @@ class ForkSteps:
         self.check()
 
     def be_a_child(self) -> None:
-        """Use everything that was inherited. Never returns."""
+        """Use everything that was inherited, and end the process."""
         status = 1
         try:
             pages.count_calls_to_failure(0, 0)
@@ -47,7 +47,8 @@ class ForkSteps:
             os._exit(status)
 
     def use_all(self) -> None:
-        # The parent ends a child that hangs. This alarm does if the parent itself ended after a finding or a crash.
+        # The parent ends a child that hangs. If the parent itself has ended after a finding or a crash, this alarm ends
+        # the child.
         signal.setitimer(signal.ITIMER_REAL, 2 * self.soak.hang)
         self.check()
         for held in self.held:

@@ -8,7 +8,7 @@ import linmem
 from soak.checks import PAGE, same
 from soak.creators import Maker
 
-# Minimum, maximum, reservation in host pages. They are few, so that pools can use a slot again.
+# Minimum, maximum, reservation in host pages. The list is short, so that pools can use a slot again.
 SHAPES = ((0, None, 0), (1, None, 0), (1, 8, 8), (2, 32, 32), (4, 40, 4), (7, None, 64), (12, 64, None),
           (1, 3, None))
 

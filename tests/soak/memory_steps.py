@@ -97,7 +97,7 @@ class MemorySteps:
         rng, model = self.rng, held.model
         at = rng.randrange(len(model) + 1)
         size = rng.randrange(len(model) - at + 1)
-        what = f"what was read from {at} on of a memory of {held.maker.name!r}"
+        what = f"the bytes from {at} on of a memory of {held.maker.name!r}"
         same(held.mem.read(at, size), model[at:at + size], what)
         same(held.mem[at:at + size:3], model[at:at + size:3], what)
         if size:
@@ -128,7 +128,8 @@ class MemorySteps:
         if not held.maker.ours:
             self.unsupported(lambda: held.mem.protect(at, size, "r"))
             return
-        if len(held.model) % PAGE:      # its last page cannot be protected, so "rw" for the whole memory would fail
+        # A last page that is not full cannot be protected, so "rw" for the whole memory would fail.
+        if len(held.model) % PAGE:
             return
         access = self.rng.choice(("r", "none"))
         held.mem.protect(at, size, access)

@@ -27,7 +27,7 @@ def tables(figures: dict) -> Iterator[tuple[str, tuple[str, ...], list[tuple[str
     rests = figures["at_rest"]
     if rests:
         quarter = rests[min(PHASES // 4, len(rests)) - 1]
-        yield ("what the process held (at rest: all threads idle, nothing live)",
+        yield ("held by the process (at rest: all threads idle, nothing live)",
                ("what", "first rest", "a quarter", "peak", "end"),
                [(name, *(in_words(name, value) for value in (rests[0][name], quarter[name], figures["peak"].get(name),
                                                             rests[-1][name]))) for name in rests[0]])
@@ -65,7 +65,7 @@ def show_tables(figures: dict) -> None:
 
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[float, str], None]]:
-    """Yield show(share, text). It draws a bar where rich can, and else prints one line for each phase."""
+    """Yield show(share, text). Draws a bar if rich can, else prints one line for each phase."""
     if sys.stderr.isatty() and importlib.util.find_spec("rich"):
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn

@@ -1,4 +1,4 @@
-"""What the process holds, as the operating system says."""
+"""The memory, the mappings and the descriptors that the process holds, according to the operating system."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAME = "[anon:linmem]"
 
 @dataclass(frozen=True)
 class Figures:
-    """A reading: what the process holds. None means that this system does not tell."""
+    """A reading of the figures of the process. None means that this system does not report a figure."""
 
     resident: int | None        # bytes
     mappings: int | None

@@ -32,12 +32,12 @@ from soak.worker import Worker
 
 PHASES = 8                  # all threads rest between two of them
 TICK = 0.05                 # seconds between two looks at the threads
-READING_INTERVAL = 0.25     # seconds between two readings of what the process holds
+READING_INTERVAL = 0.25     # seconds between two readings of the figures of the process
 LAST_SECONDS = 3.0          # that the other threads have to end after a finding
 
-# A figure at rest may exceed the same figure at the first rest by this slack. Python, malloc and wasmtime keep some of
-# what they once needed, and they keep more when each thread has a heap of its own. linmem keeps nothing, so address
-# space and descriptors have no slack.
+# A figure at rest may exceed the same figure at the first rest by this slack. Python, malloc and wasmtime keep a part
+# of the memory that they once needed, and they keep more when each thread has a heap of its own. linmem keeps no
+# memory, so address space and descriptors have no slack.
 RESIDENT_SLACK = (16 if HAS_GIL else 96) * MIB
 GROWTH_SLACK = (8 if HAS_GIL else 48) * MIB     # of the last rest over the rest after a quarter of the time
 MAPPINGS_SLACK = 64 if HAS_GIL else 512
@@ -175,14 +175,14 @@ class Soak:
             self.check_at_rest(number)
 
     def inject(self, nth: int) -> None:
-        """Make the nth page call from now on fail, in whichever thread. 0 cancels this."""
+        """Make the nth page call from now on fail, in any thread. 0 cancels this."""
         with self.arming:
             left = pages.count_calls_to_failure(nth, INJECTED_CODE if nth else 0)
             self.injected += self.armed and left <= 0
             self.armed = nth > 0
 
     def watch(self, seen: dict[Worker, tuple[int, float]], now: float) -> None:
-        """Take a reading now and then, and raise `Wrong` when a thread hangs."""
+        """Take readings at intervals, and raise `Wrong` when a thread hangs."""
         faulthandler.dump_traceback_later(2 * self.hang, exit=True)     # in case this thread hangs
         for worker in self.workers:
             steps, since = seen[worker]
@@ -217,7 +217,8 @@ class Soak:
         creators = [one for maker in self.makers for one in chain(maker.creator)]
         self.image = self.common = None
         self.hosts.clear()
-        # Without a GIL, one collection may free an object of another thread, and only the next one what it held.
+        # Without a GIL, a first collection may free an object of another thread, and the next collection the
+        # objects that it held.
         for _ in range(3):
             gc.collect()
         for one in creators:
