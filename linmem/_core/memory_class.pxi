@@ -64,7 +64,7 @@ cdef inline void move_bytes(memory* m, size_t offset, size_t n, char* out, const
 
 # Small, so that the C compiler makes it a part of each method.
 cdef inline int copy_bytes(memory* m, size_t offset, size_t n, char* out, const char* data) except -1:
-    """Copy out to `out`, or in from `data` if `out` is NULL. The caller entered the handle and checked the range."""
+    """Copy to `out`, or from `data` if `out` is NULL. The caller has entered the handle and checked the range."""
     if n < RELEASE_GIL_FROM and try_access(m):
         if not is_guarded(m):
             move_bytes(m, offset, n, out, data)

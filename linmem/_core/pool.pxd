@@ -6,7 +6,7 @@
 #  +---------------+----------------+------------------------+--------------------+-----------+
 #                  ^base            ^base+initial            ^base+committed
 #  A warm slot. Former guests have grown up to `committed`; a guest that grows again up to there finds resident pages
-#  that hold zeros. Where a comment says that accessible bytes are zero, those of an image hold the image's bytes.
+#  that hold zeros. Where a comment says that accessible bytes are zero, the bytes of an image are the image's instead.
 
 from linmem._core.linked_list cimport link
 from linmem._core.memory cimport (
@@ -29,8 +29,8 @@ cdef enum:
     RESETTING = 1           # the last guest is gone
     WARM = 2                # idle; accessible as when it is handed out, pages kept
     COLD = 3                # idle; keeps address space only
-    COOLING = 4             # its pages are being given back
-    DROPPING = 5            # its memory is being released to upstream
+    COOLING = 4             # linmem is giving the slot's pages back
+    DROPPING = 5            # the slot's memory is being released to upstream
 
 # Why an idle slot lost its pages or was dropped.
 cdef enum:
@@ -46,13 +46,13 @@ cdef enum:
     EVICTED_PURGE = 9       # purge()
     CAUSES = 10
 
-# What a slot was made for. A slot serves equal requests only.
+# The request that a slot was made for. A slot serves equal requests only.
 cdef struct shape:
     size_t minimum, maximum, reservation, guard
     bint is_64, is_shared
     image* image            # of the request; each slot of the shape holds a reference
 
-# What is counted for each slot. All members have the type size_t: see add_counts().
+# The counts of a slot. All members have the type size_t: see add_counts().
 cdef struct counts:
     size_t hits_warm, hits_cold, misses
     size_t resets[3]        # by kind of reset
@@ -60,13 +60,13 @@ cdef struct counts:
     size_t reset_ns         # estimated: one reset of sixteen is timed, and counts sixteen times
     size_t evictions[CAUSES]
 
-# Of all slots of a pool, of a shape, or of a domain.
+# The sums over all slots of a pool, of a shape, or of a domain.
 cdef struct totals:
-    size_t live             # slots with a guest; not those that warm() holds
+    size_t live             # slots with a guest; slots that warm() holds are not counted
     size_t peak_live
     counts counts           # of slots that are gone, and all misses and evictions
 
-# Of the warm slots of a pool or of a domain.
+# The sums over the warm slots of a pool or of a domain.
 cdef struct warm_totals:
     size_t n
     size_t resident         # bytes
@@ -88,7 +88,7 @@ cdef struct group:
     group* of[GROUPINGS]    # BY_BOTH: the groups BY_SHAPE and BY_DOMAIN that its slots are in
     link in_table
     size_t row              # of the report under way
-    char apart[CACHE_LINE]  # above: what is only read
+    char apart[CACHE_LINE]  # the members above are only read
     # Idle slots, the last one given back first. BY_BOTH: warm ones. BY_SHAPE: cold ones of all domains, because cold
     # slots have no pages.
     link stack
@@ -112,10 +112,10 @@ cdef struct group_table:
 #   COLD   no byte is accessible,  committed == hidden == 0
 cdef struct extent:
     size_t initial          # accessible when the slot is handed out
-    size_t committed        # the bytes between those that are accessible and here are hidden
+    size_t committed        # the bytes between the accessible ones and here are hidden
     size_t hidden           # how many of the hidden bytes may be resident
 
-# Members of the memory as upstream made it: what guests and creators above may change. A copy of the memory's whole
+# Members of the memory as upstream made it, which guests and creators above may change. A copy of the memory's whole
 # struct would take more cache lines.
 cdef struct original_memory:
     char* base
@@ -133,18 +133,18 @@ cdef struct slot:
     link in_pool            # all slots of the pool
     atomic_i64 state
     const void* thread      # the thread that gave it back
-    image* image            # what it starts from, a reference; NULL: zeros
+    image* image            # the start of each guest, a reference; NULL: zeros
     original_memory original
     extent pages
     size_t resident         # bytes that may be resident while it is idle
     size_t tables           # bytes of page tables that it may have, idle or not
-    size_t old_tables       # of these, those from before its pages were last given back
+    size_t old_tables       # of `tables`, the part from before the pages were last given back
     size_t reserved         # bytes of address space, guards included
     size_t mappings         # the most that it takes
     unsigned int budgets    # bits: the members of the pool's `budgets` that it is charged to
-    bint unfilled           # its memory is prefaulted, but its pages have been given back
+    bint unfilled           # the memory is prefaulted, but the pages have been given back
     bint has_guest          # counted as live
-    bint changed_domain     # it has served other domains than the one that it was made for
+    bint changed_domain     # the slot has served other domains than the first one
     long long since         # when it became idle, or was handed out; coarse clock
     long long grown         # when a guest last grew beyond `initial`
     long long emptied       # when all its pages were last given back
@@ -162,7 +162,7 @@ cdef struct charged_slots:
 # Shared by a PoolingCreator and its slots, because wasmtime may outlive the creator. Members are in the order of use:
 # the first cache lines are only read, the next ones are written for each memory.
 cdef struct pool:
-    # These never change, except `closed`.
+    # The members of this part never change, except `closed`.
     void* block             # the allocation that holds the pool
     size_t most_slots, reserved_bound
     long long wait_ns       # -1: without end
@@ -175,14 +175,14 @@ cdef struct pool:
     bint check
     bint closed             # under the lock
     char apart[CACHE_LINE]
-    fork_lock lock          # of all members below except `refs`; at the start of a cache line, and so is `warm_by_age`
+    fork_lock lock          # of all members below except `refs`; `lock` and `warm_by_age` are at the start of a line
     warm_totals warm
     link warm_by_age        # warm slots, the newest first
     size_t idle_reserved    # bytes of address space, of idle slots
     size_t warm_domains     # domains with warm slots
     long long next_purge    # before then no slot exceeds idle_seconds; coarse clock
-    totals own              # behind its first two members begins what is seldom written
-    size_t reported         # what the process-wide sum counts for this pool; never less than it keeps
+    totals own              # all members after live and peak_live are seldom written
+    size_t reported         # the part of process_held for this pool; never less than the pool keeps
     size_t mappings
     size_t n_cold, n_slots
     link cold_by_age

@@ -12,7 +12,7 @@ cdef int check_choice(object value, str name, object choices) except -1:
 
 
 cdef int check_optional_size(object value, str name, size_t* out) except -1:
-    """None: *out stays what it is."""
+    """None: *out does not change."""
     return 0 if value is None else check_size(value, name, out)
 
 
@@ -73,8 +73,8 @@ cdef int make_slot(PoolingCreator creator, const shape* key, domain_t* domain, c
 cdef class PoolingCreator(NativeCreator):
     """Memories that are reset and handed out again instead of being made anew.
 
-    The pool keeps a slot (a memory of the upstream creator) when the last reference on it is gone: wasmtime's, those of
-    Python handles, and those of exported buffers. The thread that drops the last reference resets the slot, with no
+    The pool keeps a slot (a memory of the upstream creator) when the last reference on it is gone. wasmtime, Python
+    handles and exported buffers have references. The thread that drops the last reference resets the slot, with no
     lock and no GIL. The slot then serves the next request of the same shape (minimum, maximum, reservation, guard). The
     slot that was given back last goes first. The pool keeps what is expensive to make: the mapping, its protection, and
     the resident pages. wasmtime has a pooling allocator like this, which Python cannot reach, and rmm has
@@ -235,7 +235,7 @@ cdef class PoolingCreator(NativeCreator):
         Returns
         -------
         int
-            How many slots were made, without those that were idle before.
+            The number of new slots, without the slots that were idle before.
 
         Raises
         ------
@@ -261,7 +261,7 @@ cdef class PoolingCreator(NativeCreator):
             for name, value in (("minimum", minimum), ("maximum", maximum)):
                 if value is not None and value >= 2**64 - 1:
                     raise OverflowError(f"ty.{name} * ty.page_size must be below 2**64 - 1, got {_shown(value)}")
-            if maximum is None:     # what wasmtime asks for then, in 64 bits 2**64 - 1, which means no maximum
+            if maximum is None:     # as wasmtime asks; in 64 bits 2**64 - 1 means no maximum
                 maximum = 2**32 if not ty.is_64 else None if ty.page_size == 1 else 2**64 - ty.page_size
         except (AttributeError, TypeError):
             raise TypeError(f"ty must be a MemoryType, got {type(ty).__name__}") from None
@@ -315,7 +315,7 @@ cdef class PoolingCreator(NativeCreator):
         return released
 
     def purge(self, target=0, *, older_than=0):
-        """Give the pages of idle slots back to the OS. Their mappings stay for the next requests. For a timer.
+        """Give the pages of idle slots back to the OS. The mappings stay for the next requests. For a timer.
 
         Parameters
         ----------

@@ -3,17 +3,17 @@
 # An eviction has three steps: choose the slot, evict() it with the pool's lock held, and finish_eviction() without.
 
 cdef enum:
-    RESIDENT = 3                # beside the RELIEF_ kinds: what idle slots keep resident, page tables included
+    RESIDENT = 3                # beside the RELIEF_ kinds: the resident bytes of idle slots, page tables included
     PURGED_AT_ONCE = 2          # slots that one give-back purges at least, and one in this many more
     PURGED_SHARE = 64
 
 cdef size_t PURGED_BYTES = 16 << 20     # after so many bytes one give-back purges no further slot
 
 
-# -- what one pool does -------------------------------------------------------------------------------------
+# -- in one pool --------------------------------------------------------------------------------------------
 
 cdef inline size_t held_of(const warm_totals* warm, int what) noexcept nogil:
-    """What warm slots hold of what is missing: bytes, or for address space their number."""
+    """The amount of the missing resource that warm slots hold: bytes, or for address space the number of slots."""
     return (warm.n if what == RELIEF_SPACE else warm.committed if what == RELIEF_PAGES
             else warm.resident + warm.tables if what == RESIDENT else warm.initial)
 
@@ -106,8 +106,8 @@ cdef void drop(slot* s) noexcept nogil:
 
 
 cdef void cool_until_bounds_hold(pool* p, slot* s, int cause, long long now) noexcept nogil:
-    """Finishes the eviction of `s`, and evicts one warm slot after the other until the bounds of the pool hold. Of the
-    slots that exceed idle_seconds it evicts only a few: the next give-back goes on."""
+    """Finishes the eviction of `s`, and evicts one warm slot after the other until the bounds of the pool hold. Only
+    a few of the slots that exceed idle_seconds are evicted: the next give-back goes on."""
     cdef size_t purged = 0, purged_bytes = 0, most = 0
     add(&p.refs, 1)         # a slot that is dropped here may hold the last reference
     while s != NULL:
@@ -225,11 +225,11 @@ cdef inline bint charges_each_slot(pool* p, const void* budget) noexcept nogil:
     return slots_charged_to(p, budget) == p.n_slots and not p.more_budgets
 
 
-# -- what all pools do together -----------------------------------------------------------------------------
+# -- in all pools -------------------------------------------------------------------------------------------
 
 cdef inline size_t held_by(const slot* s, int what, const void* budget) noexcept nogil:
-    """How many bytes of what is missing the idle slot gives up. It becomes cold; where address space is missing, it is
-    dropped."""
+    """How many bytes of the missing resource the idle slot gives up. The slot becomes cold; where address space is
+    missing, the slot is dropped."""
     cdef memory_hook* hook = s.head.next
     cdef size_t size = 0
     if what == RELIEF_SPACE:
@@ -246,7 +246,7 @@ cdef inline size_t held_by(const slot* s, int what, const void* budget) noexcept
 
 
 cdef size_t held_by_all(int what, const void* budget) noexcept nogil:
-    """How many bytes of what is missing the idle slots of all pools hold."""
+    """How many bytes of the missing resource the idle slots of all pools hold."""
     cdef pool* p = pool_after(NULL)
     cdef slot* s
     cdef size_t held = 0
@@ -266,13 +266,13 @@ cdef size_t held_by_all(int what, const void* budget) noexcept nogil:
     return held
 
 
-# A census counts what the warm slots of each domain hold of what is missing, in all pools. The census decides which
+# A census counts how much of the missing resource each domain's warm slots hold, in all pools. The census decides which
 # slot is evicted where a bound or a refusal concerns several pools. census_lock protects all its data. It is taken
 # before any pool's lock, so it is not a fork_lock. If the thread that holds census_lock does not exist in a forked
 # child, the child takes the lock over, and its next eviction takes a new census.
 
 cdef size_t census = 0          # the number of the last one
-cdef size_t census_total        # what all domains hold
+cdef size_t census_total        # the sum over all domains
 cdef size_t census_domains      # the number of domains that hold something
 cdef domain_t unnamed           # `census` and `holds` of the domain NULL
 
@@ -377,8 +377,8 @@ cdef pool* pool_of_oldest(int choice, int what, const void* budget) noexcept nog
 
 cdef size_t evict_oldest(int what, const void* budget, int cause) noexcept nogil:
     """Evicts the least recently used idle slot of all pools: a cold one where address space is missing, otherwise a
-    warm one of a domain that holds more than its fair share. Returns how many bytes of what is missing it held; 0: no
-    slot holds any.
+    warm one of a domain that holds more than its fair share. Returns how many bytes of the missing resource it held;
+    0: no slot holds any.
 
     Each eviction of a warm slot takes a census of its own, because other threads use slots between two evictions, and
     because a slot that is dropped may become a warm slot of the pool below."""
@@ -424,7 +424,7 @@ cdef bint can_have(int what, size_t size) noexcept nogil:
 
 
 cdef bint relieve_by_eviction(int what, const void* budget, size_t missing) noexcept nogil:
-    """The relief that memory.pxd describes. Of a budget, idle slots give up as many bytes as are missing. If the OS
+    """The relief that memory.pxd describes. Idle slots give up as many bytes of a budget as are missing. If the OS
     refused something, it does not say how much is missing, so one slot gives up what it holds: the caller tries again,
     and asks for more relief."""
     cdef size_t page = pages.capabilities().page_size
@@ -434,8 +434,8 @@ cdef bint relieve_by_eviction(int what, const void* budget, size_t missing) noex
         held = held_by_all(what, budget)
     if held == 0 or (what == RELIEF_BUDGET and held < missing):
         return False
-    # Would the OS grant the request if it got back all that idle slots hold? It is asked for the rest. If it grants not
-    # even one page, mappings are missing.
+    # Would the OS grant the request if all idle slots were given back? The OS is asked for the rest. If the OS does not
+    # grant even one page, mappings are missing.
     if what != RELIEF_BUDGET and missing > held and not can_have(what, missing - held) and can_have(what, page):
         return False
     while True:

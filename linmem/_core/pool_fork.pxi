@@ -1,4 +1,4 @@
-# What a forked child repairs in its pools. Part of pool.pyx.
+# The repair of pools in a forked child. Part of pool.pyx.
 
 cdef slot* outermost_slot(memory* m) noexcept nogil:
     cdef memory_hook* hook = m.hooks
@@ -8,15 +8,15 @@ cdef slot* outermost_slot(memory* m) noexcept nogil:
 
 
 cdef bint was_lost(slot* s, memory* m) noexcept nogil:
-    """`s` is the outermost slot of `m`. It has no guest and is not idle, so a thread was moving it to another state."""
+    """`s` is the outermost slot of `m`. Whether `s` has no guest and is not idle: a thread was changing the state."""
     cdef int state = <int>load(&s.state)
     return state != WARM and state != COLD and (state != LIVE or load(&m.refs) == 0)
 
 
 cdef void drop_lost_slots() noexcept nogil:
     """In a forked child: drops each slot that another thread was working on, because that thread does not exist in the
-    child, and nothing tells how far it came. The forking thread itself was not working on a slot: no Python code runs
-    during such work."""
+    child, and the step that the thread reached is unknown. The forking thread itself was not working on a slot: no
+    Python code runs during such work."""
     cdef memory* m = next_live_memory(NULL)
     cdef slot* s
     cdef link lost

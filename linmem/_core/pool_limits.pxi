@@ -105,8 +105,8 @@ cdef pool* pool_after(pool* p) noexcept nogil:
 
 
 cdef inline void report_held(pool* p) noexcept nogil:
-    """The pool's lock is held. Reports in steps to process_held what the pool's idle slots keep, so that process_held,
-    which all threads share, is seldom written."""
+    """The pool's lock is held. Adds the bytes that the pool's idle slots keep to process_held, in steps, so that
+    process_held, which all threads share, is seldom written."""
     cdef size_t held = p.warm.resident + p.warm.tables
     cdef size_t step = <size_t>load(&report_step)
     cdef size_t to_report
@@ -133,9 +133,9 @@ cdef size_t excess_reserved(size_t reserved) noexcept nogil:
 
 
 def set_pool_limits(max_resident=None, max_reserved=None):
-    """Bound what the pools of this process hold together, beside the bounds of each pool.
+    """Bound the bytes that the pools of this process hold together, beside the bounds of each pool.
 
-    What idle slots hold above a bound is given back before the call returns.
+    Idle slots give everything above a bound back before the call returns.
 
     Parameters
     ----------
@@ -162,7 +162,7 @@ def set_pool_limits(max_resident=None, max_reserved=None):
 
 
 def pool_totals():
-    """What all pools hold together, and what they may hold."""
+    """The bytes that all pools hold together, and the bounds."""
     start_pools()
     found = {"resident": load(&process_held), "resident_bound": load(&process_held_bound),
              "reserved": load(&process_reserved), "reserved_bound": load(&process_reserved_bound)}

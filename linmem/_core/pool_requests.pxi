@@ -25,7 +25,7 @@ cdef inline slot* warm_slot_of(group* g) noexcept nogil:
     cdef slot* below
     if s != NULL and s.thread != this_thread():
         below = <slot*>s.in_stack.next.owner
-        if below != NULL and below.thread == this_thread():     # its pages are in the cache of this processor
+        if below != NULL and below.thread == this_thread():     # pages in the cache of this processor
             return below
     return s
 
@@ -93,8 +93,8 @@ cdef void change_group(slot* s, group* g) noexcept nogil:
 
 
 cdef inline void restore_original(slot* s) noexcept nogil:
-    """Restores what a guest or a creator above may have changed in the memory's struct. No other thread uses the
-    memory, so plain stores are enough."""
+    """Restores the members of the memory's struct that a guest or a creator above may have changed. No other thread
+    uses the memory, so plain stores are enough."""
     cdef memory* m = s.m
     image_begin_use(m, <size_t>s.original.size)
     m.pre_guard = s.original.pre_guard
@@ -111,9 +111,9 @@ cdef inline void restore_original(slot* s) noexcept nogil:
 # -- room for a new slot ------------------------------------------------------------------------------------
 
 cdef enum:
-    FITS = 0                # there is room for one more slot
-    NOT_NOW = 1             # there would be if idle slots were dropped
-    FULL = 2                # there would be none even then
+    FITS = 0                # the pool has room for one more slot
+    NOT_NOW = 1             # the pool would have room if it dropped idle slots
+    FULL = 2                # the pool would not have room even then
 
 
 cdef int room_for(pool* p, size_t reserved, size_t mappings, int* cause) noexcept nogil:
@@ -233,7 +233,7 @@ cdef void init_slot(pool* p, slot* s, memory* m, const memory_spec* spec) noexce
 
 cdef int add_slot(pool* p, slot* s, const shape* key, domain_t* domain, bint counted, failure* why) noexcept nogil:
     """Adds a new slot to the pool. Upstream may have reserved more than the request asks for, and may have used this
-    pool meanwhile, so there may be no room."""
+    pool meanwhile, so the room may be gone."""
     cdef int code = 0, cause = 0, i
     cdef group* g = NULL
     while code == 0 or code == TAKE_AGAIN:
@@ -339,7 +339,7 @@ cdef bint return_to_upstream(slot* s) noexcept nogil:
     """The memory belongs to upstream again, and may be freed before the slot is: nothing reads the memory of a slot
     that is DROPPING."""
     if is_in_place(s) and s.head.next != NULL:
-        # A pool below does not know of the hidden pages, and it hands the other pages to the domain that it made the
+        # A pool below has no record of the hidden pages, and it hands the other pages to the domain that it made the
         # memory for. So after a change of domain all pages are given back. If the OS refuses, they stay, and are zero.
         if not (s.changed_domain and cool_pages(s)) and s.pages.committed > s.m.accessible:
             pages.decommit(s.m.base + s.m.accessible, s.pages.committed - s.m.accessible)

@@ -7,8 +7,8 @@ cdef enum:
     PAGE_BITS = 12              # reset_policy counts runs of 4096 bytes
     USES_TO_EMPTY = 32          # a slot in constant use gives its pages back after idle_seconds, but not more often
     TABLE = 1 << 12             # bytes of a page table,
-    TABLE_SPAN = 1 << 21        # of what it maps,
-    UPPER_SPAN = 1 << 30        # and of what the table above it maps: constants, since division by a variable is slow
+    TABLE_SPAN = 1 << 21        # of the range that it maps,
+    UPPER_SPAN = 1 << 30        # and of the range of the table above: constants, since division by a variable is slow
     TABLES_UNCOUNTED = 8 << 20  # bytes: up to here, a slot counts as having all of its page tables
 
 cdef size_t WIDE_MOST = 1 << 18         # bytes: a memory up to this size is probably in the cache
@@ -22,15 +22,15 @@ _RESETS = ("scan", "zero", "discard", "adaptive")       # names of the RESET_ ki
 cdef struct reset_plan:
     int how                 # RESET_
     bint adaptive           # after a scan the policy decides again
-    bint copied             # the image was copied in, so nothing tells which pages still hold its bytes
+    bint copied             # the image was copied in: which pages still hold its bytes is unknown
     size_t bound            # if more bytes were touched, all pages are given back
     size_t hidden           # bytes that earlier guests left hidden beyond the bytes of this one
     long long deadline      # if zeroing is not over by then, all pages are given back; 0: none
     const reset_costs* costs
 
-# What a reset found and did.
+# The result of a reset.
 cdef struct reset_result:
-    int how                 # RESET_, what was done
+    int how                 # RESET_, the kind that was done
     size_t touched          # bytes; 0: unknown
     size_t kept             # resident bytes, in the units in which the OS keeps them
     size_t kept_grown       # of these, bytes beyond `initial`
@@ -47,7 +47,7 @@ cdef inline size_t beyond(size_t size, size_t bound) noexcept nogil:
 
 
 cdef inline size_t cover(size_t start, size_t end, size_t unit, size_t* reached) noexcept nogil:
-    """Bytes of the units that contain start .. end, without those that an earlier call with *reached counted."""
+    """Bytes of the units that contain start .. end, without the units that an earlier call with *reached counted."""
     start = max(start & ~(unit - 1), reached[0])
     end = (end + unit - 1) & ~(unit - 1)
     if end <= start:
@@ -184,7 +184,7 @@ cdef int give_back_all(slot* s, size_t used) noexcept nogil:
     if pages.capabilities().discard_any_protection:
         return image_reset(s.m, s.pages.committed if s.pages.hidden else used)
     cdef int code = image_reset(s.m, used)
-    # If this guest has grown over all hidden pages, there are none.
+    # A guest that has grown over all hidden pages leaves no hidden page.
     if code == 0 and s.pages.hidden and s.pages.committed > used:
         code = pages.decommit(s.original.base + used, s.pages.committed - used)
         s.pages.committed = used
@@ -192,7 +192,7 @@ cdef int give_back_all(slot* s, size_t used) noexcept nogil:
 
 
 cdef int run_reset(slot* s, size_t used, const reset_plan* plan, reset_result* result) noexcept nogil:
-    """Does what was planned. -1: the slot cannot be used again."""
+    """Does the planned reset. -1: the slot cannot be used again."""
     cdef pool* p = s.pool
     cdef bint kept = False
     result.how = plan.how
@@ -208,7 +208,7 @@ cdef int run_reset(slot* s, size_t used, const reset_plan* plan, reset_result* r
         return 0
     cdef int code = give_back_all(s, used)
     if code and code == pages.capabilities().locked:
-        image_fill(s.m, 0, used)     # mlock() keeps these pages whatever linmem asks for; hidden pages are zero
+        image_fill(s.m, 0, used)     # mlock() keeps these pages in every case; hidden pages are zero
         all_zeroed(s, used, result)
     elif code:
         return -1
@@ -223,7 +223,7 @@ cdef int run_reset(slot* s, size_t used, const reset_plan* plan, reset_result* r
 
 cdef void record_reset(slot* s, size_t used, const reset_plan* plan, const reset_result* result,
                        long long now) noexcept nogil:
-    """Stores what the slot keeps after the reset."""
+    """Stores the amounts that the slot keeps after the reset."""
     s.zeroed = result.zeroed
     s.uses += 1
     s.tables = min(s.old_tables + result.tables, most_tables(s, s.pages.committed))
@@ -281,7 +281,7 @@ cdef int reset(slot* s, memory* m, long long now) noexcept nogil:
         result.tables = count_tables(s)
         plan_reset(s, used, now, &plan)
         if run_reset(s, used, &plan, &result):
-            memory_protection_becomes_unknown(m)     # it may be inaccessible: a pool below repairs that first
+            memory_protection_becomes_unknown(m)     # pages may be inaccessible: a pool below repairs that first
             return -1
         record_reset(s, used, &plan, &result, now)
         if s.pool.check and not image_is_intact(m, used):

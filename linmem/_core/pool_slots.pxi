@@ -43,7 +43,7 @@ cdef inline group* find_group(group** bucket, int grouping, const shape* key, co
 
 
 cdef group* need_group(pool* p, int grouping, const shape* key, domain_t* domain) noexcept nogil:
-    """The group, which is made if there is none. NULL: no memory for it."""
+    """Returns the group, and makes it if necessary. NULL: no memory for it."""
     cdef group** bucket = bucket_of(p, grouping, key, domain)
     cdef group* g = find_group(bucket, grouping, key, domain)
     cdef int parent
@@ -127,7 +127,7 @@ cdef void add_counts(counts* sums, const counts* more) noexcept nogil:
 
 
 cdef inline totals* totals_of(slot* s, int i) noexcept nogil:
-    """Of the pool, of the slot's shape and of its domain."""
+    """Returns the totals of the pool, of the slot's shape or of its domain."""
     return &s.pool.own if i == 0 else &s.group.of[i].own
 
 
@@ -174,7 +174,7 @@ cdef inline void count_idle(slot* s, int state, size_t sign) noexcept nogil:
     if state == COLD:
         p.n_cold += sign
         return
-    if of_domain.n == (sign == <size_t>-1):       # its first warm slot, or its last one
+    if of_domain.n == (sign == <size_t>-1):       # the domain's first warm slot, or the last one
         p.warm_domains += sign
     count_warm(of_domain, s, sign)
     count_warm(&p.warm, s, sign)
@@ -216,7 +216,7 @@ cdef size_t mappings_of(const slot* s) noexcept nogil:
     if s.pages.committed == 0:
         return 3 if s.original.huge_pages else 1
     return (3 + s.original.huge_pages                           # the guard has no huge pages
-            + (2 if image_shares_pages(s.image) else 0)         # the image's pages and those behind
+            + (2 if image_shares_pages(s.image) else 0)         # the image's pages and the pages behind
             + (s.pages.committed > s.pages.initial))            # hidden bytes
 
 

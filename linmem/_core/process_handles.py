@@ -1,11 +1,19 @@
-"""How an image gets to another process as a descriptor of its pages."""
+"""How an image gets to another process: as a pickle of the bytes that are not zero, or as a descriptor of the pages."""
 
 from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from typing import Any
+
+
+def own_runs(image: Any, view: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """The start and the bytes of each run that is not zero, without the parts of runs that are outside of the image."""
+    offset, end = image.offset, image.offset + image.size
+    for start, size in image.runs():
+        low, high = max(start, offset), min(start + size, end)
+        yield low, view[low - offset:high - offset]
 
 
 class Handle:

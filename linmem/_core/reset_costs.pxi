@@ -1,4 +1,4 @@
-# What page faults, scans and zeroing cost on this machine. Part of pool.pyx.
+# The costs of page faults, scans and zeroing on this machine. Part of pool.pyx.
 
 cdef reset_costs costs          # fault == 0: not measured yet
 cdef reset_costs copying_costs  # of a slot whose image is copied into each page

@@ -1,4 +1,4 @@
-# How a pool resets a slot: which pages to zero and keep, and when to give all of them back. Pure arithmetic, no system
+# How a pool resets a slot: which pages to zero and keep, and when to give all pages back. Pure arithmetic, no system
 # call. Layer 0: imports nothing of linmem.
 #
 # A page that was given back costs the next guest a page fault. A page that is kept costs a zeroing at every reset. A
@@ -11,14 +11,14 @@
 #
 #   churn   Each use dirties other pages: in use after use, more than half of the dirtied pages are new. Then each reset
 #           gives all pages back without a scan, for 4 .. 128 uses. After that, scans begin again.
-#   burst   One use dirtied far more pages than guests usually come back to. Zeroing them again and again would be of no
+#   burst   One use dirtied far more pages than guests usually come back to. Zeroing them at every reset would be of no
 #           use, so all pages are given back at once. If bursts come back before the zeroing would have cost as much as
 #           the faults, that was wrong: then they are kept, for longer each time, unless each burst dirties other pages.
 #   age     A scan does not show a page that was dirtied once and never again, because kept pages look the same. So all
 # pages are given back now and then (after 32, 128, 512 .. uses). If half of them come back before keeping them would
 # have cost as much, the next interval is longer. Otherwise fewer pages count as usual for this slot.
 #
-# A "page" in this file is a run of 4096 bytes, whatever the host page is.
+# A "page" in this file is a run of 4096 bytes, also on hosts with larger pages.
 
 from libc.string cimport memset
 
@@ -37,7 +37,7 @@ cdef enum:
     SMALL_RANGE = 256
     ANY = 1 << 30           # pages or uses: no bound
 
-# What this machine's calls cost, in zeroings of one page in the cache.
+# The costs of calls on this machine, in zeroings of one page in the cache.
 cdef struct reset_costs:
     unsigned int fault              # of a page, including the giving back
     unsigned int scan               # of a range with few touched pages, in the cheapest zeroings
@@ -61,7 +61,7 @@ cdef struct reset_policy:
     unsigned int zero_whole         # pages in the range that is zeroed without a scan; 0: scan
     bint probing                    # after a churn: two strikes are enough
     bint empty                      # no page was resident when the slot was handed out
-    bint known                      # one use has been scanned
+    bint known                      # a scan has followed one use
 
 
 cdef inline void reset_start(reset_policy* p) noexcept nogil:
@@ -75,7 +75,7 @@ cdef inline void reset_start(reset_policy* p) noexcept nogil:
 
 cdef inline unsigned int worth(const reset_costs* costs, unsigned int n) noexcept nogil:
     """How many zeroings cost as much as one fault in a range of n pages: in large ranges, where pages fall out of the
-    caches, zeroing takes longer. That is also the number of uses for which n pages are worth keeping."""
+    caches, zeroing takes longer. This number is also the number of uses for which n pages are worth keeping."""
     return costs.fault if n <= 1024 else costs.fault * 2 // 3 if n <= 4096 else costs.fault // 3
 
 
@@ -85,7 +85,7 @@ cdef inline bint worth_keeping_whole(const reset_policy* p, const reset_costs* c
 
 
 cdef inline void reset_given_back(reset_policy* p) noexcept nogil:
-    """After all pages were given back, whatever the reason."""
+    """After all pages were given back, for any reason."""
     p.resident = p.age = p.zero_whole = p.burst_size = 0
     p.empty = True
 

@@ -139,7 +139,7 @@ def _sync_folder(folder: str) -> None:
 
 @contextlib.contextmanager
 def replacing(path: str | bytes | os.PathLike[str]) -> Iterator[tuple[BinaryIO, bool]]:
-    """(file, whether it is a stream): `path` has the bytes that were written to the file when the block ends.
+    """Yield a file and whether it is a stream. When the block ends, `path` has the bytes that were written to the file.
 
     A regular file is replaced as a whole and keeps its owner and its permissions. If the block fails, the old file
     stays. A pipe or a character device (/dev/stdout, /dev/null) is a stream: it is written to directly and cannot seek.
@@ -187,7 +187,7 @@ def write_figure(figure: Any, path: str, *, dpi: int) -> None:
 
 
 def _is_at(target: str, status: os.stat_result) -> bool:
-    """Whether `target` is the name of that file. An open file that /proc shows may have no name."""
+    """Whether `target` is the name of that file. A file that was found through /proc/<pid>/fd may have no name."""
     try:
         return os.path.samestat(os.stat(target), status)
     except FileNotFoundError:

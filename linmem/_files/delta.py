@@ -57,7 +57,7 @@ class Delta:
     zeros: tuple[tuple[int, int], ...]
     data: memoryview
 
-    # __new__ instead of __init__: a delta is complete when it exists, and a second call cannot change it.
+    # __new__ instead of __init__: a delta is complete as soon as it exists, and a call of __init__ cannot change it.
     def __new__(cls, base: str, base_size: int, size: int, ranges: Iterable[tuple[int, int]],
                 zeros: Iterable[tuple[int, int]], data: Any, target: str | None = None,
                 offset: int = 0) -> Delta:
@@ -118,8 +118,8 @@ class Delta:
             raise ValueError(f"later must start from the image that this delta leads to ({self.size} bytes, digest"
                              f" {self.target}), and starts from {later.base_size} bytes, digest {later.base}")
         over = list(later.pieces())
-        # Bytes past the size in between are zero in the result, also if the base has them. All bytes past the end of
-        # the base are zero, so the range of zeros may end at a page, as a file requires.
+        # The bytes past `self.size` are zero in the result, even if the base has other bytes there. All bytes past the
+        # end of the base are zero, so the range of zeros may end at the end of a page, as a file requires.
         reached = self.size in (sum(part) for part in self.ranges[-1:] + self.zeros[-1:])
         if self.base_size > self.size or reached:
             end = min(-(-max(self.base_size, self.size) // _PAGE) * _PAGE, later.size)

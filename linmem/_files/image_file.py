@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any, BinaryIO
 
+from linmem._core.process_handles import own_runs
 from linmem._files.format import IMAGE, IN_PLACE, PACKED, Contents, Header, Run
 from linmem._files.reader import check_holes, check_view, fill, not_mentioned, open_file, pieces, read
 from linmem._files.sparse import NotZero, holes_are_known
@@ -22,8 +23,9 @@ def write_image(image: Any, file: BinaryIO) -> None:
 
 
 def _header_and_runs(image: Any, layout: int) -> tuple[Header, Callable[[], Iterable[Run]]]:
+    view = memoryview(image)
     return (Header(kind=IMAGE, size=image.size, digest=bytes.fromhex(image.digest), offset=image.offset, layout=layout),
-            lambda: ((start, len(data), data) for start, data in image._pieces()))
+            lambda: ((start, len(data), data) for start, data in own_runs(image, view)))
 
 
 def open_image(make: Any, path: str | bytes | os.PathLike[str], *, verify: bool, mapped: bool,

@@ -80,7 +80,7 @@ def runs_of_file(fd: int, position: int, first: int, end: int,
     if claimed is None and not hasattr(os, "SEEK_DATA"):
         return None
     to_file = position - first
-    before = os.lseek(fd, 0, os.SEEK_CUR)       # the position is the caller's, too
+    before = os.lseek(fd, 0, os.SEEK_CUR)       # the caller uses the position, too
     try:
         if claimed is None:
             found = []

@@ -14,7 +14,7 @@ _RANKS = {kind: rank for rank, kind in enumerate((
     TYPE, IMPORT, FUNCTION, TABLE, MEMORY, TAG, GLOBAL, EXPORT, START, ELEMENT, DATA_COUNT, CODE, DATA))}
 KINDS = ("function", "table", "memory", "global", "tag")    # of imports and exports, by their codes
 _CONTINUATIONS = frozenset((0x68 - 0x80, 0x75 - 0x80))      # heap types: cont, nocont
-_CONTINUATION_TYPE = b"\x5d"                                # begins a continuation type in the type section
+_CONTINUATION_TYPE = b"\x5d"                                # the start of a continuation type in the type section
 _MOST_TABLES = 0x20         # the pattern for code that changes tables has one byte for the index of a table
 
 _CONSTANT = re.compile(rb"[\x41\x42][\x80-\xff]*[\x00-\x7f]\x0b")     # i32.const or i64.const, and end
@@ -143,7 +143,7 @@ class Module:
     def holds_continuations(self, heap_type: int | None) -> bool:
         """Whether references of a heap type may be continuations.
 
-        The result is also True if the type section has a byte that only looks like the begin of such a type.
+        The result is also True if the type section has a byte that only looks like the start of such a type.
         """
         if heap_type is None or heap_type < 0:
             return heap_type in _CONTINUATIONS

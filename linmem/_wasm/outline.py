@@ -10,14 +10,14 @@ from linmem._wasm.reader import Unknown, leb128
 
 
 class Outline(NamedTuple):
-    """The state that the instances of a module have, and what of the state they export.
+    """The state that the instances of a module have, and the part of the state that they export.
 
     Attributes
     ----------
     imported_memories, imported_tables, imported_globals : int
-        How many of them are imports: they have the lowest indices.
+        How many memories, tables and globals are imports. Imports have the lowest indices.
     memories, tables : int
-        How many there are, imports included.
+        How many memories and tables the instances have, imports included.
     globals : tuple of bool
         For each global, imports included, whether it is mutable.
     exports : dict
@@ -25,9 +25,9 @@ class Outline(NamedTuple):
     passive : tuple of int
         How many passive data segments and passive element segments an instance can drop.
     changes_tables : bool
-        Whether the code of the module may change a table. False only if it certainly cannot.
+        Whether the code of the module may change a table. False only if the code certainly cannot.
     unreadable : frozenset of str
-        The exported tables and globals that may hold continuations: wasmtime's C API aborts when they are read.
+        The exported tables and globals that may hold continuations. wasmtime's C API aborts when it reads one.
     """
 
     imported_memories: int
@@ -57,7 +57,7 @@ class Outline(NamedTuple):
         return [index for index in indices if (kind, index) not in self.exports]
 
     def hidden(self) -> list[tuple[str, int, bool]]:
-        """Kind, index, and whether it is imported, of all state that no export names."""
+        """All state that no export names: the kind, the index, and whether the state is imported."""
         return [(kind, index, index < imported) for kind, imported, indices in (
             ("memory", self.imported_memories, self.hidden_memories()),
             ("table", self.imported_tables, self.hidden_tables()),

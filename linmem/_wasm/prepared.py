@@ -215,7 +215,7 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
         images, added, outline = [None] * len(images), frozenset(), None
         skipped = [f"nothing is hoisted or exposed, wasmtime takes the module only as it is: {error}"]
         module = None
-    if module is None:      # if wasmtime refuses the original too, its text is about the original
+    if module is None:      # if wasmtime refuses the original, too, the caller gets that refusal alone
         module = _compiled(engine, original, directory)
     return Prepared._of(module, images, hoisted.minima, skipped, added, outline)
 

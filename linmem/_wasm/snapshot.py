@@ -38,13 +38,13 @@ def check_type(value: object, kind: type, name: str) -> None:
 
 
 def check_context(store: Any) -> None:
-    """Refuse an object that is neither a store nor a Caller. wasmtime would end the process."""
+    """Refuse an object that is neither a store nor a Caller. With such an object wasmtime would end the process."""
     if not callable(getattr(store, "_context", None)):
         check_type(store, wasmtime.Store, "store")
 
 
 def check_store(store: Any, name: str, handle: ctypes.Structure) -> None:
-    """As `check_context`; also refuse a store that `handle` does not belong to. wasmtime would end the process."""
+    """Refuse the objects that `check_context` refuses, and a store that `handle` does not belong to."""
     check_context(store)
     if not isinstance(store, wasmtime.Store):
         return
@@ -185,10 +185,10 @@ class Snapshot:
     def restore(self, store: wasmtime.Store, *, zero_grown: bool = False) -> None:
         """Put back the state of the instance, completely or not at all.
 
-        The time follows the number of pages that changed since. All elements of tables are written.
+        The time grows with the number of pages that changed since the snapshot. All elements of tables are written.
 
-        A memory that has grown since is refused, because it cannot shrink: the allocator of the guest would be put back
-        to the old size and would grow the memory anew each time. Make a new instance instead.
+        A memory that has grown since the snapshot is refused. The memory cannot shrink, so the allocator of the guest
+        would know the old size only, and would grow the memory again after each restore. Make a new instance instead.
 
         Parameters
         ----------
@@ -252,7 +252,7 @@ def _value(context: Any, get: Callable[..., Any], *place: Any) -> Any:
 
 
 def _elements_of(context: Any, table: wasmtime.Table, size: int) -> list[Any] | None:
-    """The elements, or None if one is a reference to an object."""
+    """The elements, or None if an element is a reference to an object."""
     elements: list[Any] = []
     while len(elements) < size and None not in elements[-1:]:
         elements.append(_value(context, ffi.wasmtime_table_get, ctypes.byref(table._table), len(elements)))
@@ -260,7 +260,10 @@ def _elements_of(context: Any, table: wasmtime.Table, size: int) -> list[Any] | 
 
 
 def _hidden(outline: Outline | None, partial: bool) -> list[str]:
-    """The state that a prepared module does not export, and that a snapshot does not hold; refused if not `partial`."""
+    """The state that a prepared module does not export, so that a snapshot cannot hold it.
+
+    If `partial` is False, refuse a module that has such state.
+    """
     if outline is None:
         return []
     words = {"global": "mutable global"}
