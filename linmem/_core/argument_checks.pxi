@@ -1,6 +1,7 @@
 # Checks of arguments where Python calls come in; a part of memory.pyx.
 #
-# What is fast for a plain int or bool is here. All else, and the texts of the exceptions, is in arguments.py.
+# The paths for a plain int or bool are here, and fast. All other paths and the texts of the exceptions are in
+# arguments.py.
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.exc cimport PyErr_Clear
@@ -24,7 +25,7 @@ cdef extern from *:
     Py_ssize_t as_index "PyNumber_AsSsize_t"(object value, void* exception) except? -1  # NULL: clips
 
 
-# The C compiler makes the next one a part of each method that is called often. So what it does seldom is apart.
+# Small, so that the C compiler makes it a part of each method. The seldom part is check_any_size().
 cdef inline int check_bounded(object value, str name, str bound, size_t* out) except -1:
     """A number of bytes that 64 bits can hold. The caller refuses a number that is not within `bound`; the words of
     `bound` are for the message about a number that 64 bits cannot hold."""
@@ -32,7 +33,7 @@ cdef inline int check_bounded(object value, str name, str bound, size_t* out) ex
     if PyLong_CheckExact(value):
         n = as_unsigned(value)
         if n != ULLONG_MAX:
-            out[0] = <size_t>n
+            out[0] = n
             return 0
         PyErr_Clear()
     return check_any_size(value, name, bound, out)
@@ -106,9 +107,8 @@ cdef inline bint is_within(memory* m, size_t offset, size_t size) noexcept nogil
 
 
 cdef int fail_range(memory* m, size_t offset, size_t size, failure* why) noexcept nogil:
-    fail(why, E_VALUE, "range", size)
-    explain(why, "offset + size must be <= byte_size() (%zu), got offset=%zu size=%zu", memory_size(m), offset, size)
-    return E_VALUE
+    return fail_text(why, E_VALUE, "offset + size must be <= byte_size() (%zu), got offset=%zu size=%zu",
+                     memory_size(m), offset, size)
 
 
 cdef inline int check_span(memory* m, size_t offset, size_t size) except -1:
@@ -133,7 +133,7 @@ cdef int take_bytes(object data, str name, Py_buffer* out) except -1:
         PyObject_GetBuffer(_check_bytes(data, name), out, PyBUF_SIMPLE)
     if load(&n_protections):
         with nogil:
-            code = refuse_foreign(<const char*>out.buf, <size_t>out.len, READABLE,
+            code = refuse_foreign(<const char*>out.buf, out.len, READABLE,
                                   "reading the data, which lie in a linmem memory,", &why)
         if code:
             PyBuffer_Release(out)
@@ -147,7 +147,7 @@ def shows_protected(data):
     cdef bint answer
     take_bytes(data, "data", &given)
     with nogil:
-        answer = find_protected(<const char*>given.buf, <size_t>given.len) != NULL
+        answer = find_protected(<const char*>given.buf, given.len) != NULL
     PyBuffer_Release(&given)
     return answer
 

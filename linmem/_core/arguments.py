@@ -24,7 +24,7 @@ shows_protected: Callable[[object], bool] = lambda data: False  # noqa: E731
 
 
 def shown(value: object) -> str:
-    """The value as a message shows it: its repr, cut to 100 characters, or its type if repr() fails."""
+    """The value as a message shows it: the first 100 characters of its repr, or its type if repr() fails."""
     try:
         text = repr(value)
     except Exception:       # for example of a number with too many digits

@@ -21,14 +21,14 @@ static __inline int linmem_compare_exchange(long long *w, long long was, long lo
     return _InterlockedCompareExchange64(w, now, was) == was;
 }
 static __inline void linmem_touch(char *p) { (void)_InterlockedOr8(p, 0); }
-static __inline size_t linmem_load_size(size_t *at) { return (size_t)_InterlockedOr64((long long *)at, 0); }
-static __inline void linmem_store_size(size_t *at, size_t v) {
-    (void)_InterlockedExchange64((long long *)at, (long long)v);
+static __inline size_t linmem_load_size(size_t *addr) { return (size_t)_InterlockedOr64((long long *)addr, 0); }
+static __inline void linmem_store_size(size_t *addr, size_t v) {
+    (void)_InterlockedExchange64((long long *)addr, (long long)v);
 }
-static __inline char *linmem_load_address(char **at) {
-    return (char *)_InterlockedCompareExchangePointer((void **)at, 0, 0);
+static __inline char *linmem_load_address(char **addr) {
+    return (char *)_InterlockedCompareExchangePointer((void **)addr, 0, 0);
 }
-static __inline void linmem_store_address(char **at, char *v) { (void)_InterlockedExchangePointer((void **)at, v); }
+static __inline void linmem_store_address(char **addr, char *v) { (void)_InterlockedExchangePointer((void **)addr, v); }
 static __inline void linmem_cpu_relax(void) {
 #if defined(_M_ARM64)
     __yield();
@@ -48,10 +48,10 @@ static inline int linmem_compare_exchange(long long *w, long long was, long long
     return __atomic_compare_exchange_n(w, &was, now, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
 }
 static inline void linmem_touch(char *p) { (void)__atomic_fetch_or(p, 0, __ATOMIC_SEQ_CST); }
-static inline size_t linmem_load_size(size_t *at) { return __atomic_load_n(at, __ATOMIC_ACQUIRE); }
-static inline void linmem_store_size(size_t *at, size_t v) { __atomic_store_n(at, v, __ATOMIC_RELEASE); }
-static inline char *linmem_load_address(char **at) { return __atomic_load_n(at, __ATOMIC_ACQUIRE); }
-static inline void linmem_store_address(char **at, char *v) { __atomic_store_n(at, v, __ATOMIC_RELEASE); }
+static inline size_t linmem_load_size(size_t *addr) { return __atomic_load_n(addr, __ATOMIC_ACQUIRE); }
+static inline void linmem_store_size(size_t *addr, size_t v) { __atomic_store_n(addr, v, __ATOMIC_RELEASE); }
+static inline char *linmem_load_address(char **addr) { return __atomic_load_n(addr, __ATOMIC_ACQUIRE); }
+static inline void linmem_store_address(char **addr, char *v) { __atomic_store_n(addr, v, __ATOMIC_RELEASE); }
 static inline void linmem_cpu_relax(void) {
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();

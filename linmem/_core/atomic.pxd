@@ -1,4 +1,4 @@
-# Atomic operations on integers in structs that threads share without the GIL. Layer 0: imports nothing of linmem.
+# Atomic operations on integers in structs that threads share without the GIL. Layer 0: imports only units.pxd.
 #
 # Every operation is sequentially consistent, except store_release(): a thread that loads the integer sees everything
 # that was written before. Use store_release() at the end of a locked section; it costs a tenth of store().
@@ -17,10 +17,10 @@ cdef extern from "linmem/_core/atomic.h" nogil:
     void store_release "linmem_store_release"(atomic_i64* w, long long value)
     long long add "linmem_add"(atomic_i64* w, long long value)                    # -> the new value
     bint compare_exchange "linmem_compare_exchange"(atomic_i64* w, long long was, long long now)
-    size_t load_size "linmem_load_size"(size_t* at)
-    void store_size "linmem_store_size"(size_t* at, size_t value)
-    char* load_address "linmem_load_address"(char** at)
-    void store_address "linmem_store_address"(char** at, char* value)
+    size_t load_size "linmem_load_size"(size_t* addr)
+    void store_size "linmem_store_size"(size_t* addr, size_t value)
+    char* load_address "linmem_load_address"(char** addr)
+    void store_address "linmem_store_address"(char** addr, char* value)
     void cpu_relax "linmem_cpu_relax"()             # between two reads of an integer that another thread will change
     void touch "linmem_touch"(char* p)      # a write that changes no byte: the page becomes resident and writable
 

@@ -13,9 +13,8 @@ cdef int memory_discard(memory* m, size_t offset, size_t size, failure* why) noe
     if code and pages.capabilities().discard_any_protection:
         code = 0
         if offset & (page - 1) or (size & (page - 1) and end != memory_size(m)):
-            code = fail(why, E_VALUE, "discard", size)
-            explain(why, "offset and size must be multiples of the host page (%zu) in a range with protected pages, got"
-                    " %zu and %zu", page, offset, size)
+            code = fail_text(why, E_VALUE, "offset and size must be multiples of the host page (%zu) in a range with"
+                             " protected pages, got %zu and %zu", page, offset, size)
     if code == 0 and first >= last:
         memset(m.base + offset, 0, size)
     elif code == 0:

@@ -16,11 +16,13 @@ from linmem._os import pages as _pages
 cdef extern from *:
     """
     #define linmem_explain(why, ...) snprintf((why)->detail, sizeof((why)->detail), __VA_ARGS__)
+    #define linmem_fail_text(why, value, ...) ((why)->code = (value), linmem_explain(why, __VA_ARGS__), (value))
     """
-    # The detail of a failure, after fail().
+    # The detail of a failure, after fail(). fail_text() is fail() for E_VALUE, where the detail is the whole text.
     int explain "linmem_explain"(failure* why, const char* format, ...) noexcept nogil
+    int fail_text "linmem_fail_text"(failure* why, int code, const char* format, ...) noexcept nogil
 
-# The codes whose exception needs nothing but the text.
+# The codes whose exception needs only the text.
 cdef dict exceptions = {
     E_NO_MEMORY: MemoryError, E_OVERFLOW: OverflowError, E_SHRINK: ValueError, E_MAXIMUM: _errors.GrowError,
     E_CAPACITY: _errors.GrowError, E_EXPORTED: BufferError, E_UNSUPPORTED: TypeError, E_IMAGE: ValueError,
@@ -52,7 +54,7 @@ cdef int fail_reserve(failure* why, int code, size_t size) noexcept nogil:
     cdef size_t n
     fail_page_call(why, code, "reserve", size)
     if size >> pages.capabilities().address_bits:
-        return code             # the address space itself is smaller, whatever linmem holds
+        return code             # the address space itself is smaller
     n = strlen(why.detail)
     snprintf(why.detail + n, sizeof(why.detail) - n, "%slinmem holds %zu bytes of address space already, and a smaller"
              " maximum= or reserve= asks for less", "; " if n else "", pages.reserved())
@@ -118,7 +120,7 @@ cdef void failure_text(const failure* why, char* text, size_t room) noexcept nog
 
 
 cdef object exception_of(const failure* why):
-    """The exception for a failure. It takes over the failure's reference on an exception of Python code."""
+    """The exception for a failure. The caller's reference on an exception of Python code goes to the result."""
     cdef char text[512]
     cdef object error
     if why.code == E_PYTHON:

@@ -1,7 +1,7 @@
 # Growth of a memory of any kind: checks, hooks, and the call of the kind; a part of memory.pyx.
 
 cdef size_t memory_size(memory* m) noexcept nogil:
-    return <size_t>load(&m.size)
+    return load(&m.size)
 
 
 cdef int memory_grow_to(memory* m, size_t new_size, failure* why) noexcept nogil:
@@ -46,7 +46,6 @@ cdef int refuse_size(memory* m, size_t size, size_t new_size, failure* why) noex
 
 cdef int grow_with_hooks(memory* m, size_t size, size_t new_size, failure* why) noexcept nogil:
     cdef memory_hook* hook = m.hooks
-    cdef memory_hook* end
     cdef int code = 0
     m.tell_from = m.tell_to = hook
     m.growing_from = size
@@ -58,11 +57,10 @@ cdef int grow_with_hooks(memory* m, size_t size, size_t new_size, failure* why) 
                 break
         hook = hook.next
         m.tell_to = hook
-    end = hook
     if code == 0:
         code = m.ops.grow(m, new_size, why)
     hook = m.hooks
-    while hook != end:
+    while hook != m.tell_to:
         m.tell_from = hook.next
         if hook.after_grow != NULL:
             hook.after_grow(hook, m, size, new_size, code)

@@ -66,16 +66,12 @@ cdef inline void unpin(memory* m) noexcept nogil:
 
 
 cdef int wait_for_mover(memory* m, failure* why) noexcept:
-    """Without the GIL, because a Python memory needs it to move."""
-    cdef long long since = 0
-    cdef int looks = 0, code = 0
+    """The mover holds the memory's lock. The wait is without the GIL, because a Python memory needs it to move."""
+    cdef int code
     with nogil:
-        if is_own_growth(m):
-            code = fail(why, E_OWN_GROWTH, "wait", 0)
-        while code == 0 and pins_now(m) < 0:
-            code = wait_for_signals(&looks, &since, why)
-        if code == 0 and m.broken:
-            code = fail(why, E_BROKEN, "wait", 0)
+        code = lock_memory(m, why)
+        if code == 0:
+            unlock(&m.lock)
     return code
 
 
@@ -143,7 +139,7 @@ cdef int begin_move(memory* m, size_t new_size, failure* why) noexcept nogil:
     while not compare_exchange(&m.pins, 0, -generation):
         pins = pins_now(m)
         if pins > 0:
-            return fail(why, E_EXPORTED, "grow_to", new_size, <size_t>pins, m.capacity)
+            return fail(why, E_EXPORTED, "grow_to", new_size, pins, m.capacity)
     code = wait_for_accesses(m, why)
     if code:
         end_move(m)

@@ -4,7 +4,7 @@
 # parent, so it takes over a lock that one of them held.
 cdef long long generation = 1
 
-# The generation in the few bits that Memory.users has for it: 1 .. GENERATION_TAGS. No count lives through so many
+# The generation in the few bits that Memory.users has for it: 1 .. GENERATION_TAGS. No call lasts through so many
 # forks.
 cdef enum:
     GENERATION_TAGS = 8191
@@ -12,7 +12,7 @@ cdef long long generation_tag = 1
 
 cdef enum:
     SPINS = 64                  # looks at a lock before the thread gives the processor away
-    YIELDS = 64                 # and how often it does that before it sleeps
+    YIELDS = 64                 # how often it gives the processor away before it sleeps
     FIRST_SLEEP = 50000         # nanoseconds
     LONGEST_SLEEP = 1000000
     SIGNALS_EACH = 50000000     # nanoseconds between two checks for Ctrl-C
@@ -124,9 +124,9 @@ cdef int lock_memory(memory* m, failure* why) noexcept nogil:
 
 # -- fork
 #
-# The C library calls before_fork() and the after_fork functions around every fork(), also around a fork that Python
-# does not know of. It does not call them around clone(2); not even malloc() works in such a child if another thread was
-# in it. The thread that forks may hold the GIL.
+# The C library calls before_fork() and the after_fork functions around every fork(), also around a fork by code outside
+# of Python. The C library does not call them around clone(2); not even malloc() works in such a child if another thread
+# was in malloc(). The thread that forks may hold the GIL.
 
 cdef fork_lock* fork_locks = NULL
 cdef atomic_i64 fork_locks_lock
@@ -184,8 +184,8 @@ cdef int n_child_calls = 0
 
 
 cdef void call_in_each_child(void (*call)() noexcept nogil) noexcept nogil:
-    """From now on `call` runs in each forked child, after the memories have been repaired. There is room for
-    CHILD_CALLS callers, each once. Do not call this while modules are imported."""
+    """From now on `call` runs in each forked child, after the memories have been repaired. The table has room
+    for CHILD_CALLS callers, each once. Do not call this while modules are imported."""
     global n_child_calls
     lock(&fork_locks_lock)
     child_calls[n_child_calls] = call
@@ -264,7 +264,7 @@ cdef void repair(memory* m) noexcept nogil:
 
 
 cdef void end_lost_growth(memory* m) noexcept nogil:
-    """In a forked child: tells the hooks that know of the beginning of a lost thread's growth how the growth ended."""
+    """In a forked child: calls after_grow of the hooks whose before_grow a lost thread has called."""
     cdef memory_hook* hook = m.tell_from
     cdef int code = 0 if memory_size(m) >= m.growing_to else E_UNSUPPORTED
     if not was_lost(m):

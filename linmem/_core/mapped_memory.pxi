@@ -26,6 +26,9 @@ cdef int mapped_make(const memory_spec* spec, bint prefault, bint huge_pages, me
         free(m)
         return code
     m.base = region + found.pre_guard
+    m.capacity = found.capacity
+    m.pre_guard = found.pre_guard
+    m.guard = found.guard
     if huge:
         pages.advise_huge(m.base, found.capacity)       # a hint: if the OS refuses, the memory has small pages only
     if found.accessible:
@@ -35,21 +38,15 @@ cdef int mapped_make(const memory_spec* spec, bint prefault, bint huge_pages, me
         if code == 0 and prefault:
             code = fail_page_call(why, pages.prefault(m.base, found.accessible), "prefault", found.accessible)
     if code:
-        release_address_space(region, found.total)
-        forget_chosen(m.chosen)
-        image_detach(m)
-        free(m)
+        unmap_and_free(m)
         return code
     m.ops = &prefaulting_ops if prefault else &mapped_ops
     m.huge_pages = huge != 0
     m.refs = 1
-    m.size = <long long>spec.minimum
+    m.size = spec.minimum
     image_begin_use(m, spec.minimum)
     m.accessible = found.accessible
-    m.capacity = found.capacity
     m.maximum = spec.maximum
-    m.pre_guard = found.pre_guard
-    m.guard = found.guard
     m.covered = found.capacity + found.guard
     m.is_shared = spec.is_shared
     m.may_move = spec.may_move
@@ -61,6 +58,10 @@ cdef int mapped_make(const memory_spec* spec, bint prefault, bint huge_pages, me
 cdef void mapped_free(memory* m) noexcept nogil:
     remove_live_memory(m)
     memory_forget_protection(m)
+    unmap_and_free(m)
+
+
+cdef void unmap_and_free(memory* m) noexcept nogil:
     release_address_space(m.base - m.pre_guard, m.pre_guard + m.capacity + m.guard)
     forget_chosen(m.chosen)
     image_detach(m)
@@ -120,7 +121,7 @@ cdef inline int mapped_grow_by(memory* m, size_t size, size_t new_size, failure*
         # New bytes read as zero, also those of the last page, which native code could already reach.
         memset(m.base + size, 0, round_down(size, page) + page - size)
     store_size(&m.accessible, need)
-    store_release(&m.size, <long long>new_size)
+    store_release(&m.size, new_size)
     store_size(&m.opening, 0)
     return 0
 
@@ -130,22 +131,22 @@ cdef inline int mapped_grow_by(memory* m, size_t size, size_t new_size, failure*
 cdef int grow_by_moving(memory* m, size_t new_size, size_t need, failure* why) noexcept nogil:
     """Move to a larger reservation while no other code uses the base. Every step that can fail comes before the old
     reservation is given up."""
-    cdef layout to
+    cdef layout larger
     cdef char* region
     cdef size_t chosen
     cdef size_t huge = pages.capabilities().huge_page if m.huge_pages else 0
     cdef int code = begin_move(m, new_size, why)
     if code:
         return code
-    # Without moving_lock: if the OS refuses the reservation, pools take their own locks to give up what they hold.
-    code = reserve_in_steps(need, m.maximum, m.guard, huge, False, &to, &region, &chosen, why)
+    # Without moving_lock: if the OS refuses the reservation, pools take their own locks to give up idle slots.
+    code = reserve_in_steps(need, m.maximum, m.guard, huge, False, &larger, &region, &chosen, why)
     if code:
         if code == E_OVERFLOW:
             why.call = "new_size"
         end_move(m)
         return code
     lock(&moving_lock.held)
-    code = move_to_larger(m, need, &to, region, why)
+    code = move_to_larger(m, need, &larger, region, why)
     if code == 0:
         store_size(&m.opening, need)
     end_move(m)
@@ -160,13 +161,13 @@ cdef int grow_by_moving(memory* m, size_t new_size, size_t need, failure* why) n
     return code
 
 
-cdef int move_to_larger(memory* m, size_t need, const layout* to, char* region, failure* why) noexcept nogil:
-    cdef char* base = region + to.pre_guard
+cdef int move_to_larger(memory* m, size_t need, const layout* larger, char* region, failure* why) noexcept nogil:
+    cdef char* base = region + larger.pre_guard
     cdef char* old = m.base - m.pre_guard
     cdef size_t old_total = m.pre_guard + m.capacity + m.guard
     cdef int code
     if m.huge_pages:
-        pages.advise_huge(base, to.capacity)
+        pages.advise_huge(base, larger.capacity)
     # The pages may be several mappings, because a fork or a foreign madvise() has split them. The OS refuses to move
     # such pages, and they are copied.
     if (pages.capabilities().moves and m.accessible and not m.has_moved and not image_maps_pages(m)
@@ -177,44 +178,45 @@ cdef int move_to_larger(memory* m, size_t need, const layout* to, char* region, 
     else:
         code = pages.commit(base, need)
         if code:
-            release_address_space(region, to.total)
+            release_address_space(region, larger.total)
             return fail_page_call(why, code, "commit", need)
         memcpy(base, m.base, m.accessible)
         release_address_space(old, old_total)
         m.has_moved = False
         image_pages_are_gone(m)
     store_address(&m.base, base)
-    store_size(&m.pre_guard, to.pre_guard)
-    store_size(&m.capacity, to.capacity)
-    store_size(&m.guard, to.guard)
-    store_size(&m.covered, to.capacity + to.guard)
+    store_size(&m.pre_guard, larger.pre_guard)
+    store_size(&m.capacity, larger.capacity)
+    store_size(&m.guard, larger.guard)
+    store_size(&m.covered, larger.capacity + larger.guard)
     return 0
 
 
 # -- growth with prefault=True
 
 cdef int prefaulting_grow(memory* m, size_t new_size, failure* why) noexcept nogil:
-    """A growth after which every page is resident. Pages that are resident already cost next to nothing."""
+    """A growth after which every page is resident. Pages that are resident already cost almost no time."""
     cdef size_t page = host_page()
     cdef size_t first = round_down(memory_size(m), page)
-    cdef size_t end, accessible = m.accessible
+    cdef size_t end, size
     cdef char* base = m.base
+    cdef char* hidden = base + m.accessible
     cdef int code
     # Other threads see the new size when every step is done, so a refusal changes nothing.
-    if round_up(new_size, page, &end) or end <= accessible or end > m.capacity:
+    if round_up(new_size, page, &end) or end <= m.accessible or end > m.capacity:
         code = mapped_grow(m, new_size, why)
         if code or m.base == base:
             return code
         pages.prefault(m.base + first, m.accessible - first)    # the move is done: if this fails, pages fault in later
         return 0
+    size = end - m.accessible
     store_size(&m.opening, end)
-    code = fail_page_call(why, commit_pages(base + accessible, end - accessible), "commit", end - accessible)
+    code = fail_page_call(why, commit_pages(hidden, size), "commit", size)
     if code == 0:
-        code = fail_page_call(why, pages.prefault(base + accessible, end - accessible), "prefault", end - accessible)
+        code = fail_page_call(why, pages.prefault(hidden, size), "prefault", size)
         # Hide the pages again. If they stayed accessible, wasm could write there and the next growth would show its
         # bytes. So if the OS refuses to hide the pages, the growth succeeds.
-        if (code and pages.decommit(base + accessible, end - accessible)
-                and pages.protect(base + accessible, end - accessible, pages.ACCESS_NONE)):
+        if code and pages.decommit(hidden, size) and pages.protect(hidden, size, pages.ACCESS_NONE):
             code = 0
     if code:
         m.opening = 0

@@ -27,7 +27,7 @@ cdef enum:
     CACHE_LINE = 64
 
 # A lock for lists and tables that a forked child must not find half changed. fork() takes every lock that
-# register_fork_lock() has registered. A thread that holds such a lock may wait for orphans_lock, and for nothing else;
+# register_fork_lock() has registered. A thread that holds such a lock may wait for orphans_lock, and for no other lock;
 # never for the GIL.
 cdef struct fork_lock:
     atomic_i64 held
@@ -35,8 +35,7 @@ cdef struct fork_lock:
     fork_lock** link            # the pointer of the list that points to this lock
 
 ctypedef struct run:
-    size_t offset
-    size_t size
+    size_t offset, size
 
 # The bytes that memories start from or are restored to: runs of bytes with zeros between them. It never changes, any
 # thread may use it, and it is reference-counted as the memories that hold it are.
@@ -46,8 +45,7 @@ cdef struct image:
     pages.image_pages content
     size_t offset               # of the content in a memory, whole host pages
     size_t end                  # a memory of the image has at least this many bytes
-    size_t low                  # in the content, whole host pages: all bytes that are not zero lie in low .. high
-    size_t high
+    size_t low, high            # in the content, whole host pages: all bytes that are not zero lie in low .. high
     atomic_i64 forgotten        # 1: the Image object is gone, so no new memory starts from the image
     atomic_i64 slots            # of pools that start from it
     run* runs                   # of the content, in order and apart, multiples of GRANULE; zeros lie between them
@@ -56,11 +54,11 @@ cdef struct image:
     bint runs_unknown           # True: an image of a file without claimed runs; its runs may hold zeros too
 
 cdef enum:
-    GRANULE = 4096              # unit of the runs of an image, whatever the host page is
+    GRANULE = 4096              # unit of the runs of an image, also if the host page is larger
 
 # How the bytes of a memory's image got into the memory.
 cdef enum:
-    IMAGE_COPIED = 0            # they were copied; or the memory has no image
+    IMAGE_COPIED = 0            # the bytes were copied, or the memory has no image
     IMAGE_MAPPED = 1            # the pages low .. high show the image until they are written (copy-on-write)
     IMAGE_BROKEN = 2            # some of the mapped pages have been replaced by pages of zeros
 
@@ -74,19 +72,16 @@ cdef struct cow_state:
 
 # Parts of a memory that differ from an image.
 ctypedef struct change:
-    size_t offset
-    size_t size
-    bint zero                   # the part holds zeros now; only changes for a delta tell
+    size_t offset, size
+    bint zero                   # the part holds zeros now; known only in changes for a delta
 
 ctypedef struct changes:
     change* list
-    size_t n
-    size_t room
+    size_t n, room
 
 # A part of a delta: `size` bytes to write at `offset`.
 ctypedef struct delta_piece:
-    size_t offset
-    size_t size
+    size_t offset, size
     const char* bytes           # NULL: zeros
 
 # A request, in bytes. The caller has checked that minimum <= maximum.
@@ -98,7 +93,7 @@ cdef struct memory_spec:
     size_t page_size            # wasm page: 1 or 65536
     bint is_64
     bint is_shared              # never moves
-    image* image                # what the memory holds at the start; NULL: zeros
+    image* image                # the contents at the start; NULL: zeros
     bint watched                # the OS will be asked many times which pages were touched
     bint may_move               # a growth past the capacity may move the base
 
@@ -120,7 +115,7 @@ cdef struct own_growth:
     own_growth* outer
     memory* m
 
-# What one kind of memory can do. `grow` is called with the memory's lock held.
+# The operations of one kind of memory. `grow` is called with the memory's lock held.
 cdef struct memory_ops:
     const char* kind
     int (*grow)(memory* m, size_t new_size, failure* why) noexcept nogil
@@ -131,14 +126,14 @@ cdef struct memory_ops:
     bint pages_are_ours                         # linmem mapped the pages: protect, discard and prefault work
     bint prefaults                              # every accessible page is resident when a guest gets the memory
 
-# What an adaptor adds to each memory that it hands on. The outermost adaptor's hook comes first. Every function but
-# `dropped` may be NULL.
+# The part that an adaptor adds to each memory that it hands on. The outermost adaptor's hook comes first. Each function
+# but `dropped` may be NULL.
 cdef struct memory_hook:
     memory_hook* next
     # Called before a growth with the lock held. A code stops the growth: after_grow of this hook is then not called, so
     # the hook undoes its own part.
     int (*before_grow)(memory_hook* hook, memory* m, size_t new_size, failure* why) noexcept nogil
-    # Called after the growth with the lock held, for each hook whose before_grow returned 0. code: the result.
+    # Called with the lock held after the growth, for each hook whose before_grow returned 0. code: the result.
     void (*after_grow)(memory_hook* hook, memory* m, size_t old_size, size_t new_size, int code) noexcept nogil
     # The last reference is gone, so no thread uses the memory. In a forked child this may be called a second time, if
     # the thread that called it first is lost.
@@ -156,14 +151,14 @@ cdef struct memory_hook:
     # NULL: none.
     const void* budget
 
-# The head of every memory, whatever its kind. It holds no Python object, because wasmtime frees memories on any thread
+# The head of a memory of any kind. The head holds no Python object, because wasmtime frees memories on any thread
 # without the GIL.
 #
 # A field that is not an `atomic_i64` is written with the lock held. base, accessible, capacity, maximum and covered are
 # also read without the lock: by load_size() and load_address(), and so they are written by store_size() and
 # store_address(). base and covered fit together only during an access.
 #
-# The counters that decide how long something lives:
+# The counters that decide how long an object exists:
 #
 # | counter         | counts                  | how it changes       | in a forked child       | who waits for it      |
 # |-----------------|-------------------------|----------------------|-------------------------|-----------------------|
@@ -185,7 +180,7 @@ cdef struct memory_hook:
 # |                 |                         | and 1 to 0 under     |                         | the name              |
 # |                 |                         | domains_lock         |                         |                       |
 #
-# memory.lock is no counter: it holds the generation of the process whose thread took it. A forked child takes over a
+# memory.lock does not count: it holds the generation of the process whose thread took it. A forked child takes over a
 # lock of an older generation, because that thread is not there.
 cdef struct memory:
     const memory_ops* ops
@@ -201,8 +196,7 @@ cdef struct memory:
     size_t accessible
     size_t capacity             # bytes
     size_t maximum              # SIZE_MAX: none
-    size_t pre_guard
-    size_t guard
+    size_t pre_guard, guard
     size_t covered              # wasm may touch base .. base+covered: every byte is linmem's, or faults
     bint broken                 # a memory written in Python no longer says where its bytes are
     size_t chosen               # bytes of the reservation, if linmem chose its size; else 0
@@ -217,8 +211,7 @@ cdef struct memory:
     char* registered            # entered
     # For a child that is forked in the middle of a growth and does not have the thread that was growing the memory:
     size_t opening              # pages up to here may be accessible, though byte_size ends before; 0: no growth
-    size_t growing_from         # with hooks: the sizes before and after the growth; growing_to is 0 if there is none
-    size_t growing_to
+    size_t growing_from, growing_to     # with hooks: the sizes before and after it; growing_to is 0 if there is none
     memory_hook* tell_from      # the hooks whose after_grow must still be called: from tell_from up to tell_to
     memory_hook* tell_to
     link live                   # in the list of all memories that a forked child repairs
@@ -229,12 +222,10 @@ cdef enum:
     RUNS = 64                   # runs that the kernel is asked for in one call
 
 # The touched runs of the bytes offset .. end of a memory, some at a time. After touched_next() was True there are n
-# runs, all over the mapped image or all outside. After False: the end was reached, or `code` says why the OS cannot
-# tell.
+# runs, all over the mapped image or all outside. After False: the end was reached, or `code` says why the OS refused.
 cdef struct touched_runs:
     memory* m
-    size_t offset
-    size_t end
+    size_t offset, end
     bint over_image
     int code
     size_t n
@@ -256,7 +247,7 @@ cdef struct domain:
     size_t size
     char* name                  # UTF-8, without a terminating zero
     size_t census               # the last one of the pools that counted the domain; under the lock of censuses
-    size_t holds                # what this census has found
+    size_t holds                # bytes that this census has found
 
 # The parts of a request that new_memory() of a Python creator does not receive as arguments.
 cdef struct request:
@@ -331,11 +322,11 @@ cdef inline bint image_is_attached(memory* m, const image* img) noexcept nogil:
     return m.cow.image == img and m.cow.how != IMAGE_BROKEN
 
 cdef inline bint image_is_copied(memory* m) noexcept nogil:
-    """Whether bytes of an image were copied into the memory: no mapping tells then which bytes were written since."""
+    """Whether bytes of an image were copied into the memory: then no mapping shows which bytes were written since."""
     return m.cow.image != NULL and m.cow.how == IMAGE_COPIED and m.cow.image.n_runs != 0
 
 cdef inline void image_pages_are_gone(memory* m) noexcept nogil:
-    """All pages have been decommitted: none is mapped from an image."""
+    """All pages have been decommitted, so no page is mapped from an image."""
     m.cow.how = IMAGE_COPIED
 
 cdef inline void image_begin_use(memory* m, size_t size) noexcept nogil:
@@ -365,8 +356,8 @@ cdef nogil:
 cdef nogil:
     void set_relief(bint (*give)(int what, const void* budget, size_t size) noexcept nogil) noexcept
     bint relieve(int what, const void* budget, size_t size) noexcept
-    int commit_pages(char* at, size_t size) noexcept
-    void release_address_space(char* at, size_t size) noexcept
+    int commit_pages(char* addr, size_t size) noexcept
+    void release_address_space(char* addr, size_t size) noexcept
 
 # Domains and requests.
 cdef nogil:

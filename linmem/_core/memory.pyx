@@ -1,7 +1,7 @@
 # cython: language_level=3
 """Memories and images: the structs that threads share without the GIL, and the Python classes over them.
 
-Memory, Image and the creators make and use each other, so they are one module. Its parts are the files below.
+Memory, Image and the creators make and use each other, so they are one module. The files below are its parts.
 """
 
 # The parts use these names; the linter does not look into the parts.
@@ -40,10 +40,10 @@ include "protection.pxi"            # which pages are not "rw": protect
 include "discard_and_prefault.pxi"  # pages to and from the OS: discard, prefault
 include "image_builder.pxi"         # images: reference counts, and how one is filled
 include "copy_on_write.pxi"         # which image a memory came from, and how it comes back to it
-include "memory_snapshot.pxi"       # what a memory holds, and where it differs from an image
+include "memory_snapshot.pxi"       # a memory's contents, and where they differ from an image
 include "restore_and_apply.pxi"     # an image's or a delta's bytes into a memory
 include "domains.pxi"               # domains, and the request that a Python creator answers on a thread
 include "native_creator.pxi"        # the classes NativeCreator and MmapCreator
 include "memory_class.pxi"          # the class Memory
-include "typed_view.pxi"            # what Memory.view() exports elements through
+include "typed_view.pxi"            # the exporter of elements behind Memory.view()
 include "image_class.pxi"           # the class Image

@@ -11,7 +11,7 @@ from linmem._core.element_formats import array_on as _array_on, resolve as _reso
 cdef Py_ssize_t SEARCH_STEP = 1 << 20           # bytes that `in` copies at a time
 cdef size_t RELEASE_GIL_FROM = 1 << 16      # bytes: releasing the GIL costs more than copying fewer bytes
 
-# Memory.users, from the top bit down. It is one number, so that close() sees all of it at once.
+# Memory.users, from the top bit down. The parts share one number, so that close() sees all of them at once.
 #
 #   63      62         49 .. 61                        20 .. 48           0 .. 19
 #   closed  released   the generation of the calls     exported buffers   calls under way
@@ -106,7 +106,7 @@ cdef bytes copy_out(Memory mem, size_t offset, size_t n):
     cdef memory* m = mem.enter()
     try:
         check_span(m, offset, n)
-        out = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>n)
+        out = PyBytes_FromStringAndSize(NULL, n)
         copy_bytes(m, offset, n, PyBytes_AS_STRING(out), NULL)
         return out
     finally:
@@ -116,8 +116,8 @@ cdef bytes copy_out(Memory mem, size_t offset, size_t n):
 cdef int copy_in(Memory mem, size_t offset, const Py_buffer* given) except -1:
     cdef memory* m = mem.enter()
     try:
-        check_span(m, offset, <size_t>given.len)
-        return copy_bytes(m, offset, <size_t>given.len, NULL, <const char*>given.buf)
+        check_span(m, offset, given.len)
+        return copy_bytes(m, offset, given.len, NULL, <const char*>given.buf)
     finally:
         mem.leave()
 
@@ -127,10 +127,10 @@ cdef int copy_byte(Memory mem, object key, char* out, const char* data) except -
     cdef Py_ssize_t size, i = clipped_index(key, "a memory is indexed by an integer or a slice")
     cdef memory* m = mem.enter()
     try:
-        size = <Py_ssize_t>memory_size(m)       # it never becomes less
+        size = memory_size(m)       # the size never becomes less
         if not -size <= i < size:
             raise IndexError(f"index must be in {-size} .. {size - 1}, got {_shown(key)}")
-        return copy_bytes(m, <size_t>(i + size if i < 0 else i), 1, out, data)
+        return copy_bytes(m, i + size if i < 0 else i, 1, out, data)
     finally:
         mem.leave()
 
@@ -152,7 +152,7 @@ cdef void forget_lost_calls(Memory mem) noexcept:
 
 
 cdef void release_if_unused(Memory mem, long long now) noexcept:
-    """A call or an exported buffer of a closed handle has ended. now: what `users` was then."""
+    """A call or an exported buffer of a closed handle has ended. now: the value of `users` then."""
     cdef memory* m = mem.m
     if now & CALLS == CALLS:        # below 0: the call entered before a fork, and forget_lost_calls() has forgotten it
         add_with_gil(&mem.users, ONE_CALL)
@@ -162,7 +162,7 @@ cdef void release_if_unused(Memory mem, long long now) noexcept:
 
 
 cdef long long mark_closed(Memory mem, long long unless) noexcept:
-    """Set CLOSED, unless a bit of `unless` is set. Returns what `users` is then."""
+    """Set CLOSED, unless a bit of `unless` is set. Returns the value of `users` then."""
     cdef long long now = load(&mem.users)
     while now >= 0 and now & unless == 0:
         if compare_exchange(&mem.users, now, now | CLOSED):
@@ -185,7 +185,7 @@ cdef memory* enter_access(Memory mem) except NULL:
 
 cdef int export_buffer(Memory mem, Py_buffer* buffer, object exporter, size_t offset, Py_ssize_t size,
                        int flags) except -1:
-    """Until end_export() the base stays, and so do the pages. size: -1 means the whole memory."""
+    """Until end_export() the base and the pages stay. size: -1 means the whole memory."""
     cdef bint read_only = False
     cdef failure why
     cdef memory* m = mem.enter()
@@ -210,7 +210,7 @@ cdef void end_export(Memory mem) noexcept:
     unpin(mem.m)
     now = add_with_gil(&mem.users, -ONE_EXPORT)
     if now < 0:
-        forget_lost_calls(mem)      # they do not keep the memory
+        forget_lost_calls(mem)      # lost calls do not keep the memory
         release_if_unused(mem, load(&mem.users))
 
 
@@ -281,7 +281,7 @@ cdef class Memory:
     def close(self):
         """Close this handle. The pages go with the memory's last handle, and not before wasmtime has dropped it.
 
-        A second call does nothing, in whatever thread. Afterwards every other call is `ValueError`. Calls that are
+        A second call does nothing, also in another thread. Afterwards every other call is `ValueError`. Calls that are
         under way in other threads complete, and the pages go with the last of them. If a wasmtime store owns the
         memory, only this handle is closed: the program goes on, and `linmem.wasmtime.linear_memory` gives a new handle.
 
@@ -330,7 +330,7 @@ cdef class Memory:
             release_if_unused(self, mark_closed(self, 0))
 
     # Two handles on one memory are equal while both are open. Afterwards the address may be another memory's. The hash
-    # is that of the address, which a handle never changes.
+    # is the hash of the address, which a handle never changes.
     def __eq__(self, other):
         if not isinstance(other, Memory):
             return NotImplemented
@@ -396,9 +396,7 @@ cdef class Memory:
         m = self.enter()
         with nogil:
             code = grow_as(m, size, True, &why)
-        self.leave()
-        if code:
-            raise_failure(&why)
+        self.finish(code, &why)
 
     def as_ptr(self):
         """Address of byte 0, a multiple of the host page; mirrors ``wasmtime::LinearMemory::as_ptr``."""
@@ -453,7 +451,7 @@ cdef class Memory:
         cdef size_t start, n, itemsize, size, most
         text, itemsize, castable = _resolve_format(format)
         check_bounded(offset, "offset", _WITHIN, &start)
-        size = <size_t>self.byte_size()
+        size = self.byte_size()
         if start > size:
             raise ValueError(f"offset must be <= byte_size() ({size}), got {start}")
         n = most = (size - start) // itemsize
@@ -498,7 +496,7 @@ cdef class Memory:
     # -- bytes
 
     def __len__(self):
-        cdef Py_ssize_t size = <Py_ssize_t>memory_size(self.enter())
+        cdef Py_ssize_t size = memory_size(self.enter())
         self.leave()
         return size
 
@@ -511,7 +509,7 @@ cdef class Memory:
         Copies at most 1 MiB (or twice the length of the buffer) at a time. Bytes that other threads write meanwhile may
         be found or not.
         """
-        cdef Py_ssize_t at, size = len(self), n, step
+        cdef Py_ssize_t start, size = len(self), n, step
         try:
             byte = item.__index__()
         except (AttributeError, TypeError):     # an array has the method, which works only without dimensions
@@ -524,8 +522,8 @@ cdef class Memory:
             shows_protected(wanted)     # raises if a byte of it cannot be read
             n = len(wanted)
             step = max(n, SEARCH_STEP)
-            for at in range(0, size - n + 1, step):
-                if copy_out(self, <size_t>at, <size_t>min(step + n, size - at)).find(wanted) >= 0:
+            for start in range(0, size - n + 1, step):
+                if copy_out(self, start, min(step + n, size - start)).find(wanted) >= 0:
                     return True
                 PyErr_CheckSignals()
         return False
@@ -609,10 +607,10 @@ cdef class Memory:
     # -- images
 
     def snapshot(self):
-        """An immutable `Image` of what the memory holds now.
+        """An immutable `Image` of the memory's present contents.
 
-        It takes time and space for the pages that are not zero; of the others, most are not even looked at. The bytes
-        are copied one after the other: what other threads write meanwhile is in the image, or is not, or is in part.
+        The call takes time and space for the pages that are not zero, and skips most of the others. The bytes
+        are copied one after the other, so the image may hold a part of the bytes that other threads write meanwhile.
 
         Returns
         -------
@@ -637,13 +635,13 @@ cdef class Memory:
         return made.adopt(img, 0)
 
     def restore(self, image not None, *, zero_grown=False):
-        """Put every byte back to what an image holds, and to zero outside of the image.
+        """Restore every byte from an image; the bytes outside of the image become zero.
 
         Views stay valid and see the restored bytes. A memory that started from the image, or was restored to it before,
         takes time for the pages that were written since. Another memory is mapped or copied anew.
 
-        The size stays, because the guest already knows the memory's size. So a memory that is larger than the image
-        knows of is refused: the image's own idea of its memory's size (an allocator's, above all) would be wrong.
+        The size stays, because the guest already knows the memory's size. So a memory that is larger than the image's
+        memory was is refused: the size that the image records (an allocator's, above all) would be wrong.
 
         Parameters
         ----------
@@ -663,12 +661,11 @@ cdef class Memory:
             A page cannot be written.
         """
         cdef failure why
-        cdef bint grown
         cdef int code
-        cdef Image img
         check_type(image, Image, "image")
         check_flag(zero_grown, "zero_grown")
-        img, grown = <Image>image, zero_grown
+        cdef Image img = <Image>image
+        cdef bint grown = zero_grown
         cdef memory* m = self.enter()
         with nogil:
             code = memory_restore(m, img.img, grown, &why)
@@ -717,7 +714,7 @@ cdef class Memory:
             free(found.list)
 
     def apply(self, delta not None):
-        """Write a `Delta` into the memory, which holds what the delta's base held.
+        """Write a `Delta` into the memory, which has the contents of the delta's base.
 
         A memory that is smaller than the delta's is grown first. The bytes are not compared with the base's. The size
         must be the base's, the delta's, or between.
@@ -755,7 +752,7 @@ cdef class Memory:
                 pieces[i].offset, pieces[i].size = offset, length
                 if data is not None:
                     take_bytes(data, "data", &buffers[taken])
-                    pieces[i].bytes, pieces[i].size = <const char*>buffers[taken].buf, <size_t>buffers[taken].len
+                    pieces[i].bytes, pieces[i].size = <const char*>buffers[taken].buf, buffers[taken].len
                     taken += 1
             m = self.enter()
             with nogil:
@@ -770,7 +767,7 @@ cdef class Memory:
     # -- pages
 
     def protect(self, offset, size, access):
-        """Set what may be done with whole host pages; mprotect(2).
+        """Set the access of whole host pages; mprotect(2).
 
         Calls of linmem that would touch a page against its access raise: `read`, `write`, ``mem[...]`` ValueError,
         calls on the whole memory (`snapshot`, `restore` ...) TypeError. Code that touches the page through a view, or
@@ -855,7 +852,7 @@ cdef class Memory:
         call_on_range(self, memory_prefault, offset, size)
 
     def info(self):
-        """What the memory holds at this moment, as a `MemoryInfo`; asks the OS what is resident (mincore(2)).
+        """The memory's present figures, as a `MemoryInfo`; asks the OS which pages are resident (mincore(2)).
 
         A page that was only read counts as resident, as the kernel's page of zeros is.
         """
@@ -901,7 +898,7 @@ ctypedef int (*range_function)(memory* m, size_t offset, size_t size, failure* w
 
 cdef int call_on_range(Memory mem, range_function call, object offset, object size) except -1:
     """size: None means the rest of the memory from the offset on."""
-    cdef size_t start, n, byte_size = <size_t>mem.byte_size()
+    cdef size_t start, n, byte_size = mem.byte_size()
     cdef failure why
     cdef int code
     check_bounded(offset, "offset", _WITHIN, &start)
@@ -930,7 +927,7 @@ cdef int check_writable(Memory mem, items) except -1:
     with nogil:
         while n and code == 0:
             code = refuse_access(m, offset, 1, WRITABLE, "write", &why)
-            offset += <size_t>step
+            offset += step
             n -= 1
         unlock(&m.lock)
     return mem.finish(code, &why)

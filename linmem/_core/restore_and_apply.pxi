@@ -36,12 +36,10 @@ cdef int lock_for_restore(memory* m, image* img, bint zero_grown, bint may_wait,
     known = image_known_size(m, img)
     code = refuse_protected(m, WRITABLE, "restore", why)
     if code == 0 and size < known:
-        code = fail(why, E_VALUE, "restore", size)
-        explain(why, "the memory has %zu bytes and the image %zu: grow it before", size, known)
+        code = fail_text(why, E_VALUE, "the memory has %zu bytes and the image %zu: grow it before", size, known)
     elif code == 0 and size > known and not zero_grown:
-        code = fail(why, E_VALUE, "restore", size)
-        explain(why, "the memory has grown to %zu bytes since, the image knows of %zu: zero_grown=True keeps the size"
-                " and zeroes the rest", size, known)
+        code = fail_text(why, E_VALUE, "the memory has grown to %zu bytes since, the image knows of %zu:"
+                         " zero_grown=True keeps the size and zeroes the rest", size, known)
     if code:
         unlock(&m.lock)
     return code
@@ -100,9 +98,8 @@ cdef int memory_apply(memory* m, size_t base_size, size_t new_size, const delta_
         return code
     size = memory_size(m)
     if size > new_size or (size < base_size and size < new_size):
-        code = fail(why, E_VALUE, "apply", size)
-        explain(why, "the memory has %zu bytes, and the delta is for one of %zu that becomes one of %zu", size,
-                base_size, new_size)
+        code = fail_text(why, E_VALUE, "the memory has %zu bytes, and the delta is for one of %zu that becomes one of"
+                         " %zu", size, base_size, new_size)
     if code == 0:
         code = refuse_pieces(m, new_size, pieces, n, why)
     if code == 0 and size < new_size:
@@ -126,10 +123,8 @@ cdef int refuse_pieces(memory* m, size_t new_size, const delta_piece* pieces, si
     for i in range(n):
         offset, size = pieces[i].offset, pieces[i].size
         if offset > new_size or size > new_size - offset:
-            fail(why, E_VALUE, "apply", size)
-            explain(why, "offset + size must be <= the size that the delta leads to (%zu), got offset=%zu size=%zu",
-                    new_size, offset, size)
-            return E_VALUE
+            return fail_text(why, E_VALUE, "offset + size must be <= the size that the delta leads to (%zu), got"
+                             " offset=%zu size=%zu", new_size, offset, size)
         if offset >= byte_size:
             continue
         size = size if size < byte_size - offset else byte_size - offset

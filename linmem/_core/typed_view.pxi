@@ -40,6 +40,6 @@ cdef Window new_window(Memory mem, size_t offset, bytes format, size_t n, size_t
     window.memory = mem
     window.offset = offset
     window.format = format
-    window.shape[0] = <Py_ssize_t>n
-    window.strides[0] = <Py_ssize_t>itemsize
+    window.shape[0] = n
+    window.strides[0] = itemsize
     return window

@@ -1,4 +1,4 @@
-# Sizes and codes: pure arithmetic, no system call. Layer 0: imports nothing of linmem.
+# Sizes and codes: pure arithmetic, no system call. Layer 0: imports no module of linmem.
 
 from libc.stdint cimport SIZE_MAX
 
@@ -6,8 +6,8 @@ from libc.stdint cimport SIZE_MAX
 # that a module which only knows the structs needs no C header.
 ctypedef long long atomic_i64
 
-# What a nogil function returns when the reason is ours and not the OS's. Positive numbers are
-# OS codes (errno, GetLastError); 0 is success.
+# The codes of nogil functions for failures that linmem itself finds. Positive numbers are codes of the OS (errno,
+# GetLastError); 0 is success.
 cdef enum:
     E_NO_MEMORY = -1        # malloc refused
     E_OVERFLOW = -2         # the sum of the sizes does not fit an address
@@ -20,7 +20,7 @@ cdef enum:
     E_PYTHON = -9           # a Python creator or memory raised; the exception is in the failure
     E_EXHAUSTED = -10       # every slot of a pool is in use
     E_IMAGE = -11           # the memory is smaller than its image
-    E_OWNED = -12           # a wasmtime store owns the memory, and Python is to leave it alone
+    E_OWNED = -12           # a wasmtime store owns the memory, so Python must not do this
     E_PROTECTED = -13       # the bytes lie in pages whose access does not allow it
     E_OWN_GROWTH = -14      # this thread is growing the memory, and would wait for itself
     E_BROKEN = -15          # a memory in Python no longer says where it is
@@ -37,8 +37,8 @@ cdef inline size_t round_down(size_t n, size_t unit) noexcept nogil:
 
 
 cdef inline int round_up(size_t n, size_t unit, size_t* out) noexcept nogil:
-    """unit: a power of two. Checks before it rounds: a size that wraps to a small number would
-    "succeed", and the next access would be a crash."""
+    """unit: a power of two. The check comes first: a sum that overflows would be a small size, and the next access
+    would fault."""
     if n > SIZE_MAX - (unit - 1):
         return E_OVERFLOW
     out[0] = (n + unit - 1) & ~(unit - 1)
@@ -82,15 +82,13 @@ cdef inline int lay_out(size_t minimum, size_t reservation, size_t guard, size_t
     out.pre_guard = out.guard if out.guard > page else page
     if add_up(out.capacity, out.guard, &out.total) or add_up(out.total, out.pre_guard, &out.total):
         return E_OVERFLOW
-    if out.total > SIZE_MAX >> 1:       # a Python buffer's length is a signed word
-        return E_OVERFLOW
-    return 0
+    return E_OVERFLOW if out.total > SIZE_MAX >> 1 else 0       # the length of a Python buffer is a Py_ssize_t
 
 
-# How large a reservation is where the caller named no size. Of what linmem holds, `chosen` bytes are reservations
-# whose size it chose itself, guards and minimums included; callers asked for the rest. A new choice is made out of
-# `room`: what is missing until `chosen` is half of all that callers did not ask for. So the choices together never
-# exceed that half, however many memories there are.
+# How large a reservation is if the caller named no size. linmem itself chose the size of `chosen` bytes of its
+# reservations, with guards and minimums; callers asked for the rest. `room` is the number of bytes that `chosen` may
+# grow by until it is half of the address space that callers did not ask for. So all choices together never exceed this
+# half, however many memories there are.
 
 cdef enum:
     SMALL_RESERVATION = 1 << 20     # bytes: the least that linmem chooses beyond the minimum while there is room
@@ -98,8 +96,8 @@ cdef enum:
 
 
 cdef inline size_t room_to_choose(size_t space, size_t left, size_t reserved, size_t chosen) noexcept nogil:
-    """space: the whole user address space; left: what RLIMIT_AS and its kin leave of it (== space where there is
-    no limit); reserved: what linmem holds, chosen and asked for."""
+    """space: the whole user address space; left: the part that limits such as RLIMIT_AS leave (== space without a
+    limit); reserved: all bytes that linmem has reserved."""
     cdef size_t asked = reserved - chosen if reserved > chosen else 0
     cdef size_t unasked = space - asked if space > asked else 0
     if left < space and left + chosen < unasked:
@@ -112,7 +110,7 @@ cdef inline size_t choose_reservation(size_t minimum, size_t maximum, bint bound
                                       size_t memory) noexcept nogil:
     """Bytes to reserve; `minimum`: nothing beyond it.
 
-    A known maximum is reserved whole where half of the room holds what exceeds the minimum. Otherwise the minimum gets
+    A known maximum is reserved whole if the part above the minimum fits half of the room. Otherwise the minimum gets
     a share of the room on top: an eighth for the first memory, and less the more `others` of a chosen size there are.
     room: with the minimum and the guards taken from it; memory: bytes of the machine's memory, 0: unknown.
     """
