@@ -20,8 +20,8 @@ from linmem._memory cimport (
     domain_retain, fail, fail_python, failure, forgotten_is, give_back, image as image_t, image_copy, image_release,
     image_retain, in_each_child, list_lock, live_after, memory, memory_doubt, memory_forget_protection, memory_hang,
     memory_hook, memory_is_filled, memory_refill, memory_release, memory_renew, memory_restore, memory_spec,
-    memory_start_again, memory_turn_to, memory_unprotect, python_is_ending, raise_failure, relief_is, touched_begin,
-    touched_next, touched_runs, unlist_lock, unlock,
+    memory_start_again, memory_turn_to, memory_unprotect, python_is_ending, raise_failure, relief_is, set_domain,
+    touched_begin, touched_next, touched_runs, unlist_lock, unlock,
 )
 from linmem._os cimport pages
 from linmem._reset cimport (
@@ -2200,7 +2200,7 @@ cdef class PoolingCreator(NativeCreator):
         cdef memory** memories
         cdef memory_spec spec
         cdef shape key
-        cdef domain_ptr whose
+        cdef domain_ptr whose, before = current_domain()
         cdef failure why
         cdef int code = 0
         check_count(n, "n", &wanted)
@@ -2230,6 +2230,7 @@ cdef class PoolingCreator(NativeCreator):
                 domain_release(whose)
             raise MemoryError(f"no memory for a list of {wanted} slots")
         with nogil:
+            set_domain(whose)       # a pool below makes its slots for the same domain
             while code == 0 and taken < wanted:
                 code = take(p, &key, whose, False, &memories[taken], &why)      # nobody has asked for these yet
                 if code == 0 and memories[taken] == NULL:
@@ -2249,6 +2250,7 @@ cdef class PoolingCreator(NativeCreator):
                 taken -= 1
                 memory_release(memories[taken])
             free(memories)
+            set_domain(before)
             domain_release(whose)
         if code:
             raise_failure(&why)

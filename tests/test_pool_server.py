@@ -972,6 +972,13 @@ def test_every_creator_over_a_pool_tells_it_the_domain(over):
     assert None in linmem.metrics.read(pool)["domains"]
 
 
+def test_slots_that_warm_makes_have_the_same_domain_in_a_pool_below():
+    below = linmem.PoolingCreator()
+    above = linmem.PoolingCreator(below)
+    assert above.warm(2, linmem.MemoryType(1, 2), domain="a") == 2
+    assert set(linmem.metrics.read(below)["domains"]) == {"a"}
+
+
 def test_a_python_creator_may_name_another_domain_and_the_request_s_holds_again_after_it():
     class Python(linmem.MemoryCreator):
         def new_memory(self, *arguments):
