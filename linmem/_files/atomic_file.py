@@ -59,14 +59,15 @@ def draft(folder: str) -> Iterator[Draft]:
     """A `Draft` in `folder`. The temporary file is removed at the end of the block, unless `become` has renamed it."""
     remove_abandoned(folder)
     made = Draft()
+    # The path is known before the file exists, so that an interrupt at any line leaves no file.
+    made.path = _unused(folder)
     try:
         while True:
-            # The path is known before the file exists, so that an interrupt at any line leaves no file.
-            made.path = _unused(folder)
             with open(made.path, "x+b") as made.file:
                 if _claim(made):
                     yield made
                     return
+            made.path = _unused(folder)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(made.path)

@@ -200,7 +200,10 @@ class Module:
                 reader.u32(what)
             elif code == 0xFD and reader.u32(what) == 12:
                 reader.skip(16, what)
-            elif code == 0xFB and (operation := reader.u32(what)) in _GC_INDICES:
+            elif code == 0xFB:
+                operation = reader.u32(what)
+                if operation not in _GC_INDICES:
+                    raise Unknown(f"the {what} at byte {start} has an instruction 0xfb {operation}")
                 sound = False
                 allocates = allocates or operation <= 8
                 for _ in range(_GC_INDICES[operation]):

@@ -128,7 +128,8 @@ def expose(wasm: bytes) -> tuple[bytes, frozenset[str]]:
     while any(name.startswith(prefix) for name, _, _ in exports):
         prefix += "-"
     added = [(f"{prefix}:{kind}:{index}", KINDS.index(kind), index) for kind, index, _ in hidden]
-    parts = [leb128(len(exports) + len(added))]
-    for name, code, index in exports + added:
+    own = next((module.wasm[reader.at:reader.end] for reader in module.items(EXPORT, "exports")), b"")
+    parts = [leb128(len(exports) + len(added)), own]
+    for name, code, index in added:
         parts += [leb128(len(name.encode())), name.encode(), bytes([code]), leb128(index)]
     return module.replaced(EXPORT, parts), frozenset(name for name, _, _ in added)

@@ -253,10 +253,13 @@ def _value(context: Any, get: Callable[..., Any], *place: Any) -> Any:
 
 def _elements_of(context: Any, table: wasmtime.Table, size: int) -> list[Any] | None:
     """The elements, or None if an element is a reference to an object."""
-    elements: list[Any] = []
-    while len(elements) < size and None not in elements[-1:]:
-        elements.append(_value(context, ffi.wasmtime_table_get, ctypes.byref(table._table), len(elements)))
-    return None if None in elements[-1:] else elements
+    place, elements = ctypes.byref(table._table), []
+    for index in range(size):
+        value = _value(context, ffi.wasmtime_table_get, place, index)
+        if value is None:
+            return None
+        elements.append(value)
+    return elements
 
 
 def _hidden(outline: Outline | None, partial: bool) -> list[str]:
