@@ -63,7 +63,11 @@ WAT = f"""
 
 @functools.cache
 def prepared() -> tuple[wasmtime.Engine, linmem.wasmtime.Prepared, Any]:
-    """The module, compiled once for each process; its engine, and the pool of the engine's memories."""
+    """The engine of this process, its compiled module, and the pool of its memories.
+
+    Threads that call this first at the same time may each make an engine. A module belongs to one engine, so a task
+    calls this once.
+    """
     pool = linmem.creator("pool")
     config = wasmtime.Config()
     linmem.wasmtime.install(config, pool)
@@ -84,9 +88,9 @@ def initialised() -> tuple[linmem.Image, dict[str, int | float]]:
     return snapshot.memories["memory"], {name: exports[name].value(store) for name in snapshot.globals}
 
 
-def started(store: wasmtime.Store, image: linmem.Image, globals: dict[str, int | float]) -> Any:
+def started(store: wasmtime.Store, module: linmem.wasmtime.Prepared, image: linmem.Image,
+            globals: dict[str, int | float]) -> Any:
     """The exports of a new instance that is where the initialised one was."""
-    _, module, _ = prepared()
     exports = module.instantiate(store).exports(store)
     memory = exports["memory"]
     grown = image.offset + image.size - memory.data_len(store)
@@ -102,9 +106,9 @@ def count_primes(numbers: Any, image: linmem.Image, globals: dict[str, int | flo
     """The task: runs in a worker, on one partition."""
     import numpy
 
-    engine, _, _ = prepared()
+    engine, module, _ = prepared()
     store = wasmtime.Store(engine)
-    exports = started(store, image, globals)
+    exports = started(store, module, image, globals)
     memory = linmem.wasmtime.linear_memory(store, exports["memory"])
     memory.write(NUMBERS_AT, numpy.ascontiguousarray(numbers, "<u4"))
     found = numpy.array([exports["count"](store, NUMBERS_AT, len(numbers))])

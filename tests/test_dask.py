@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from support import ROOT, file_requires, requires, run_child
+from support import ROOT, answer, file_requires, requires, run_child
 
 from linmem import Delta, Image
 
@@ -301,6 +301,17 @@ def test_a_worker_that_comes_later_knows_images_too(found):
 @cluster
 def test_no_worker_is_left_when_the_cluster_is_closed(found):
     assert [line for line in found["left"] if "resource_tracker" not in line] == []
+
+
+@requires("sources")
+def test_a_task_of_the_example_works_when_threads_make_several_engines():
+    assert answer("""
+        import sys
+        sys.path.insert(0, EXAMPLES)
+        import dask_wasm, numpy
+        dask_wasm.prepared = dask_wasm.prepared.__wrapped__         # each call makes an engine
+        print(dask_wasm.count_primes(numpy.arange(1024), *dask_wasm.initialised()))
+        """.replace("EXAMPLES", repr(str(ROOT / "examples")))) == "[172]"
 
 
 @requires("sources")
