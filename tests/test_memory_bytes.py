@@ -382,3 +382,15 @@ def test_a_slice_with_a_step_takes_the_same_values_as_bytearray(mem):
         model[key] = data
         mem[key] = data
         assert mem[:] == model
+
+
+def test_a_growth_while_a_slice_is_assigned_changes_neither_the_slice_nor_its_length():
+    mem = linmem.create(2 * PAGE, 8 * PAGE)
+
+    class Step:
+        def __index__(self):
+            mem.grow_to(4 * PAGE)
+            return 2
+
+    mem[::Step()] = b"\x07" * PAGE
+    assert mem.read(0, 4 * PAGE) == b"\x07\0" * PAGE + bytes(2 * PAGE)

@@ -565,7 +565,8 @@ cdef class Memory:
                             self[i] = byte
                     else:
                         with memoryview(self) as whole:
-                            whole[key] = values
+                            # Not `key`: another thread may have grown the memory since its indices were computed.
+                            whole[start:stop if stop >= 0 else None:step] = values
             finally:
                 PyBuffer_Release(&given)
             return
