@@ -563,7 +563,7 @@ def test_threads_instantiate_through_one_pool_and_see_only_their_own_bytes():
 def test_a_forked_childs_guests_do_not_see_each_other_either():
     done = run_child("""
         import gc, os, sys, traceback, warnings, wasmtime, linmem, linmem.wasmtime
-        warnings.simplefilter("ignore", DeprecationWarning)     # wasmtime has threads of its own
+        warnings.simplefilter("ignore", DeprecationWarning)     # of a fork with threads; wasmtime starts some
         pool = linmem.PoolingCreator()
         config = wasmtime.Config()
         linmem.wasmtime.install(config, pool)

@@ -1,4 +1,5 @@
-# windows.pyx is valid Cython for the contract of the page calls; posix.pyx and the core compile for macOS and musl.
+# Checks that Cython accepts windows.pyx with the declarations of pages.pxd, and that posix.pyx and the core compile for
+# macOS and musl.
 copy_source src
 new_venv venv
 venv/bin/pip install -q 'Cython>=3.1' ziglang

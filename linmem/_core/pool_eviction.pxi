@@ -271,10 +271,10 @@ cdef size_t held_by_all(int what, const void* budget) noexcept nogil:
 # before any pool's lock, so it is not a fork_lock. If the thread that holds census_lock does not exist in a forked
 # child, the child takes the lock over, and its next eviction takes a new census.
 
-cdef size_t census = 0          # the number of the last one
+cdef size_t census = 0          # the number of the last census
 cdef size_t census_total        # the sum over all domains
 cdef size_t census_domains      # the number of domains that hold something
-cdef domain_t unnamed           # `census` and `holds` of the domain NULL
+cdef domain_t unnamed           # stands for requests without a domain (NULL); only `census` and `holds` are used
 
 # Which slot is chosen: the first kind of which a pool has one.
 cdef enum:

@@ -1,7 +1,7 @@
 # cython: language_level=3
 """The page floor on POSIX: mmap(2), mprotect(2), madvise(2), and on Linux mremap(2)."""
 
-from linmem._os cimport pages as _contract    # no-cython-lint: an edit of the contract causes a rebuild
+from linmem._os cimport pages as _contract    # no-cython-lint: not used; makes an edit of pages.pxd rebuild this file
 from linmem._core.atomic cimport add, atomic_i64, compare_exchange, load, store, touch
 
 from libc.errno cimport EACCES, EAGAIN, EBUSY, EFAULT, EINVAL, ENOMEM, ENOSYS, EPERM, errno
