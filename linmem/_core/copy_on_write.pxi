@@ -272,7 +272,7 @@ cdef void map_or_copy(memory* m, image* img, size_t low, size_t high) noexcept n
     image_unmap(m)          # the pages must not show the other image any more
     if image_shares_pages(img) and m.ops == &mapped_ops and m.cow.how == IMAGE_COPIED:
         hold_image(m, img)
-        store_release(&m.cow.how, IMAGE_BROKEN)       # after the image, because the state is about that image
+        store_release(&m.cow.how, IMAGE_BROKEN)     # after the image: a child forked here reads the state and the image
         if pages.image_map(&img.content, img.low, m.base + low, high - low) == 0:
             m.cow.how = IMAGE_MAPPED
             return

@@ -18,8 +18,8 @@ cdef extern from *:
     #define linmem_explain(why, ...) snprintf((why)->detail, sizeof((why)->detail), __VA_ARGS__)
     #define linmem_fail_text(why, value, ...) ((why)->code = (value), linmem_explain(why, __VA_ARGS__), (value))
     """
-    # explain() writes the detail of a failure; call it after fail(). fail_text() replaces both calls where the detail is
-    # the whole text.
+    # explain() writes the detail of a failure; call it after fail(). fail_text() replaces both calls where the detail
+    # is the whole text.
     int explain "linmem_explain"(failure* why, const char* format, ...) noexcept nogil
     int fail_text "linmem_fail_text"(failure* why, int code, const char* format, ...) noexcept nogil
 
