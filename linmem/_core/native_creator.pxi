@@ -167,8 +167,8 @@ cdef class MmapCreator(NativeCreator):
 
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
         cdef int code = mapped_make(spec, self.prefault, self.huge_pages, out, why)
-        # A page call may have failed for lack of memory or mappings. Idle slots of pools hold both: some are given up, and
-        # the memory is made again. A failed `reserve` has tried that already.
+        # A page call may have failed for lack of memory or mappings. Idle slots of pools hold both: some are given up,
+        # and the memory is made again. A failed `reserve` has tried that already.
         while code > 0 and strcmp(why.call, "reserve") and relieve(RELIEF_PAGES, NULL, why.size):
             code = mapped_make(spec, self.prefault, self.huge_pages, out, why)
         return code
