@@ -65,8 +65,8 @@ WAT = f"""
 def prepared() -> tuple[wasmtime.Engine, linmem.wasmtime.Prepared, Any]:
     """The engine of this process, its compiled module, and the pool of its memories.
 
-    Threads that call this first at the same time may each make an engine. A module belongs to one engine, so a task
-    calls this once.
+    If two threads make the first calls at the same time, each of them may make an engine. A module belongs to one
+    engine, so a task calls this function once.
     """
     pool = linmem.creator("pool")
     config = wasmtime.Config()
@@ -90,7 +90,7 @@ def initialised() -> tuple[linmem.Image, dict[str, int | float]]:
 
 def started(store: wasmtime.Store, module: linmem.wasmtime.Prepared, image: linmem.Image,
             globals: dict[str, int | float]) -> Any:
-    """The exports of a new instance that is where the initialised one was."""
+    """Make a new instance, restore the initialised state, and return the exports of the instance."""
     exports = module.instantiate(store).exports(store)
     memory = exports["memory"]
     grown = image.offset + image.size - memory.data_len(store)

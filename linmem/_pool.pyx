@@ -1740,7 +1740,8 @@ cdef size_t lacking(size_t reserved) noexcept nogil:
 
 
 cdef void full(pool* p, int cause, size_t size, size_t reserved, failure* why) noexcept nogil:
-    """Say why there is no room. The lock is held, for the pool's counts."""
+    """Fill `why` with the reason why the pool has no room. The caller holds the pool's lock, because the text contains
+    counts that this lock protects."""
     fail(why, E_EXHAUSTED, "new_memory", size if cause == EVICTED_SLOTS else reserved, p.most_slots, p.most_slots)
     if cause == EVICTED_RESERVED:
         snprintf(why.detail, sizeof(why.detail), "the memories of the pool reserve %zu of max_reserved=%zu bytes",
@@ -2230,7 +2231,7 @@ cdef class PoolingCreator(NativeCreator):
                 domain_release(whose)
             raise MemoryError(f"no memory for a list of {wanted} slots")
         with nogil:
-            set_domain(whose)       # a pool below makes its slots for the same domain
+            set_domain(whose)       # so that a pool below makes its slots for the same domain
             while code == 0 and taken < wanted:
                 code = take(p, &key, whose, False, &memories[taken], &why)      # nobody has asked for these yet
                 if code == 0 and memories[taken] == NULL:

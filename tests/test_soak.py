@@ -81,7 +81,7 @@ KINDS = ("create", "grow", "view", "protect", "discard", "close", "clone", "comm
 
 
 def test_a_short_soak_finds_nothing_and_says_what_it_did(tmp_path):
-    for minutes in ("0.05", "0.3", "1"):        # until a slow machine comes to every kind of step
+    for minutes in ("0.05", "0.3", "1"):        # until every kind of step has run, also on a slow machine
         done = run_child(f"""
             import runpy, sys
             sys.argv = ["soak", "--minutes", "{minutes}", "--json", {str(tmp_path / "figures.json")!r}]
