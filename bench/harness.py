@@ -88,8 +88,8 @@ class Group:
     goals: tuple[Goal, ...]
     note: str = ""
     operations: int | None = None       # in one run; None means calibrated
-    least: int = 1                      # operations in one run, and at most:
-    most: int = 1 << 20
+    least: int = 1                      # the fewest operations in one run
+    most: int = 1 << 20                 # the most operations in one run
     share: float = 1.0                  # of the rounds: less where runs are long, more where a goal is tight
     alike: bool = True                  # True: all contenders do as many operations in a run as linmem
     disturbances: Callable[[], int] | None = None       # counts the events that spoil a run; None means `preemptions`

@@ -545,6 +545,25 @@ def test_the_factory_names_every_option_of_every_kind():
         assert sorted(str(caught.value).partition("are: ")[2].split(", ")) == sorted(names)
 
 
+# -- two faults in one call -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("call", "error", "named"), [
+    (lambda mem: mem.discard("x"), TypeError, "offset"),
+    (lambda mem: mem.discard(0, "x"), TypeError, "size"),
+    (lambda mem: mem.prefault(-1), ValueError, "offset"),
+    (lambda mem: mem.protect(0, PAGE, "x"), ValueError, "access"),
+    (lambda mem: mem.read("x", 1), TypeError, "offset"),
+    (lambda mem: mem.write("x", b""), TypeError, "offset"),
+    (lambda mem: mem.__setitem__(None, "x"), TypeError, "indexed by"),
+    (lambda mem: mem.__setitem__(0, "x"), TypeError, "a byte"),
+])
+def test_a_wrong_argument_is_named_before_a_closed_memory(call, error, named):
+    closed = linmem.create(PAGE)
+    closed.close()
+    with pytest.raises(error, match=named):
+        call(closed)
+
+
 # -- closed buffers, and shapes --------------------------------------------------------------------------------------
 
 

@@ -191,7 +191,7 @@ def test_an_empty_memory_has_empty_views():
         assert mem.write(0, b"") == 0
         assert len(mem.view("d")) == 0
         assert len(mem.view(">d")) == 0
-        with pytest.raises(IndexError):
+        with pytest.raises(IndexError, match="the memory is empty, got 0"):
             mem[0]
         mem.discard()
         mem.prefault()

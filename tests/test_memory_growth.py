@@ -30,7 +30,7 @@ def test_growth_within_the_capacity_keeps_the_base_and_every_view():
                 assert mem.byte_size() == size
             assert view[0] == 7
             assert typed[0] == 0xDEADBEEF
-            assert len(view) == PAGE            # the view keeps its length at the time of the export
+            assert len(view) == PAGE            # the view keeps the length that the memory had when it was exported
             mem[4] = 1
             assert typed[0] == 0xDEADBE01
         assert mem.as_ptr() == base

@@ -1,4 +1,4 @@
-/* Atomic operations on 64-bit integers, and a few of their kind on sizes and addresses; see atomic.pxd. */
+/* Atomic operations on 64-bit integers, and some on sizes and addresses; see atomic.pxd. */
 #ifndef LINMEM_ATOMIC_H
 #define LINMEM_ATOMIC_H
 

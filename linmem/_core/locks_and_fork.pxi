@@ -14,7 +14,7 @@ cdef enum:
     SPINS = 64                  # looks at a lock before the thread gives the processor away
     YIELDS = 64                 # how often it gives the processor away before it sleeps
     FIRST_SLEEP = 50000         # nanoseconds
-    LONGEST_SLEEP = 1000000
+    LONGEST_SLEEP = 1000000     # nanoseconds
     SIGNALS_EACH = 50000000     # nanoseconds between two checks for Ctrl-C
 
 

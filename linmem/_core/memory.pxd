@@ -232,7 +232,7 @@ cdef struct touched_runs:
     pages.span runs[RUNS]
 
 
-# What the OS or a budget refused, and idle slots of pools may give up.
+# What was missing when the OS or a budget refused a request. Pools can free some of it by dropping idle slots.
 cdef enum:
     RELIEF_PAGES = 0            # pages could not be committed
     RELIEF_SPACE = 1            # address space could not be reserved

@@ -122,14 +122,19 @@ cdef int copy_in(Memory mem, size_t offset, const Py_buffer* given) except -1:
         mem.leave()
 
 
-cdef int copy_byte(Memory mem, object key, char* out, const char* data) except -1:
-    """copy_bytes() of the byte that the index means."""
-    cdef Py_ssize_t size, i = clipped_index(key, "a memory is indexed by an integer or a slice")
+cdef inline Py_ssize_t clipped_key(object key) except? -1:
+    return clipped_index(key, "a memory is indexed by an integer or a slice")
+
+
+cdef int copy_byte(Memory mem, Py_ssize_t i, object key, char* out, const char* data) except -1:
+    """copy_bytes() of the byte that the index `i` means. The key is for the message."""
+    cdef Py_ssize_t size
     cdef memory* m = mem.enter()
     try:
         size = memory_size(m)       # the size never becomes less
         if not -size <= i < size:
-            raise IndexError(f"index must be in {-size} .. {size - 1}, got {_shown(key)}")
+            allowed = f"in {-size} .. {size - 1}" if size else "of a byte, and the memory is empty"
+            raise IndexError(f"index must be {allowed}, got {_shown(key)}")
         return copy_bytes(m, i + size if i < 0 else i, 1, out, data)
     finally:
         mem.leave()
@@ -539,7 +544,7 @@ cdef class Memory:
                 return bytes([self[n] for n in range(*key.indices(len(self)))])
             with memoryview(self) as whole:
                 return whole[key].tobytes()
-        copy_byte(self, key, <char*>&byte, NULL)
+        copy_byte(self, clipped_key(key), key, <char*>&byte, NULL)
         return byte
 
     def __setitem__(self, key, value):
@@ -570,11 +575,12 @@ cdef class Memory:
             finally:
                 PyBuffer_Release(&given)
             return
+        i = clipped_key(key)
         byte = clipped_index(value, "a byte must be an integer in 0 .. 255")
         if not 0 <= byte <= 255:
             raise ValueError(f"a byte must be in 0 .. 255, got {_shown(value)}")
         as_char = <char>byte
-        copy_byte(self, key, NULL, &as_char)
+        copy_byte(self, i, key, NULL, &as_char)
 
     def __delitem__(self, key):
         raise TypeError("a memory's bytes cannot be deleted")
@@ -899,14 +905,17 @@ ctypedef int (*range_function)(memory* m, size_t offset, size_t size, failure* w
 
 cdef int call_on_range(Memory mem, range_function call, object offset, object size) except -1:
     """size: None means the rest of the memory from the offset on."""
-    cdef size_t start, n, byte_size = mem.byte_size()
+    cdef size_t start, n = 0, byte_size
     cdef failure why
     cdef int code
+    cdef memory* m
     check_bounded(offset, "offset", _WITHIN, &start)
-    n = byte_size - start if start <= byte_size else 0
     if size is not None:
         check_bounded(size, "size", _WITHIN, &n)
-    cdef memory* m = mem.enter()
+    m = mem.enter()
+    byte_size = memory_size(m)
+    if size is None and start <= byte_size:
+        n = byte_size - start
     with nogil:
         code = call(m, start, n, &why)
     return mem.finish(code, &why)

@@ -293,14 +293,14 @@ cdef int memory_protect(memory* m, size_t offset, size_t size, int access, failu
     the page's access is unknown."""
     cdef size_t page = host_page()
     cdef bint is_offset = offset & (page - 1) != 0
-    cdef int code = begin_page_call(m, "protect", offset, size, why)
+    cdef int code
+    if (offset | size) & (page - 1):
+        return fail_text(why, E_VALUE, "%s must be a multiple of the host page (%zu), got %zu",
+                         "offset" if is_offset else "size", page, offset if is_offset else size)
+    code = begin_page_call(m, "protect", offset, size, why)
     if code:
         return code
-    if (offset | size) & (page - 1):
-        code = fail(why, E_VALUE, "protect", size)
-        snprintf(why.detail, sizeof(why.detail), "%s must be a multiple of the host page (%zu), got %zu",
-                 "offset" if is_offset else "size", page, offset if is_offset else size)
-    elif size and load(&m.owner) == OWNER_WASMTIME and access != pages.ACCESS_READ_WRITE:
+    if size and load(&m.owner) == OWNER_WASMTIME and access != pages.ACCESS_READ_WRITE:
         code = fail(why, E_OWNED, "protect", size)
         snprintf(why.detail, sizeof(why.detail), "its pages stay \"rw\", because memory.fill, memory.copy and WASI"
                  " calls of the guest run in native code, where a fault ends the process")

@@ -53,8 +53,8 @@ cdef struct reset_policy:
     unsigned int burst_age          # uses since a burst was given back
     unsigned int burst_patience     # uses for which the next burst is kept
     unsigned int burst_size         # pages that the kept burst has added
-    unsigned int distrust           # bursts that are given back although they came back soon
-    unsigned int next_distrust
+    unsigned int distrust           # how many bursts are given back at once, even if one like it came back soon
+    unsigned int next_distrust      # what `distrust` becomes when a burst was kept in vain; doubles each time
     unsigned int skip               # uses left in a churn, which are not scanned
     unsigned int backoff            # uses that the next churn skips
     unsigned int strikes            # uses in a row that dirtied mostly new pages

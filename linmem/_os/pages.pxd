@@ -88,7 +88,7 @@ cdef int move(char* addr, size_t size, char* new_addr, size_t new_size) noexcept
 #   image_drop()   -> `bytes` is unmapped and the handle closed. Call it after each success of image_begin() or
 #                  image_open(), also if image_write() or image_end() has failed since.
 # If image_begin() or image_open() fails, nothing is left behind. image_open() returns IMAGE_SHORT if the file ends
-# before position + size, and IMAGE_OPEN if another process may still write to it; both are not codes of the OS.
+# before position + size, and IMAGE_OPEN if another process may still write to it; neither is a code of the OS.
 cdef enum:
     IMAGE_SEALED = 1                # memory that no descriptor can write any more
     IMAGE_FILE = 2                  # a file; without a name if linmem made it

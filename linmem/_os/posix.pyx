@@ -237,7 +237,8 @@ cdef int os_release(char* addr, size_t size) noexcept nogil:
 # -- limits, and /proc and /sys as their sources --------------------------------------------------
 
 cdef ssize_t read_text(int fd, char* text, size_t room) noexcept nogil:
-    """Reads into `text`, which is always terminated; returns how many bytes were read, or less than 1."""
+    """Reads into `text`, which is always terminated. Returns how many bytes were read: 0 at the end of the file, -1 if
+    it failed."""
     cdef ssize_t n = read(fd, text, room - 1) if fd >= 0 else -1
     text[n if n > 0 else 0] = 0
     return n
