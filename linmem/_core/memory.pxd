@@ -5,7 +5,8 @@
 #  | inaccessible  | accessible           | reserved, inaccessible    | inaccess. |
 #  +---------------+----------------------+---------------------------+-----------+
 #                  ^base     ^byte_size   ^accessible                 ^base+byte_capacity
-#  base is page-aligned and fixed; byte_size <= accessible <= byte_capacity; accessible is a page multiple
+#  base is page-aligned and changes only between begin_move() and end_move(). byte_size <= accessible <= byte_capacity.
+#  accessible is a multiple of the host page.
 
 from cpython.object cimport PyObject
 
@@ -13,13 +14,14 @@ from linmem._os cimport pages
 from linmem._core.linked_list cimport link
 from linmem._core.units cimport atomic_i64
 
-# Why a nogil call failed. A call that succeeds does not fill it. failures.pxi makes the text and the exception.
+# Why a nogil function failed. Such a function returns 0, or the code that it stored here. In comments, "a code" is such
+# a result that is not 0. A call that succeeds stores nothing. failures.pxi makes the text and the exception.
 cdef struct failure:
     int code                    # the returned code: a code of the OS, or an E_ constant
     const char* call            # static text: the page call or the operation
     size_t size                 # bytes that the call asked for
-    size_t used                 # bytes, buffers or an offset, as the code needs
-    size_t limit                # the bound that was hit
+    size_t used                 # bytes, buffers or an offset: the value of `code` determines which
+    size_t limit                # the bound that the call exceeded
     char detail[320]            # further text; may be empty
     PyObject* exception         # E_PYTHON only: a reference; the code that handles the failure must drop it
 
@@ -32,29 +34,29 @@ cdef enum:
 cdef struct fork_lock:
     atomic_i64 held
     fork_lock* next
-    fork_lock** link            # the pointer of the list that points to this lock
+    fork_lock** link            # the address of the pointer to this lock: fork_locks, or `next` of another lock
 
 ctypedef struct run:
     size_t offset, size
 
-# The bytes that memories start from or are restored to: runs of bytes with zeros between them. It never changes, any
-# thread may use it, and it is reference-counted as the memories that hold it are.
+# The bytes that memories start from or are restored to: runs of bytes with zeros between them. The content never
+# changes, any thread may use it, and the struct is reference-counted like a memory.
 cdef struct image:
     atomic_i64 refs
     atomic_i64 memories         # memories that are attached to it; each holds one of the references
     pages.image_pages content
-    size_t offset               # of the content in a memory, whole host pages
+    size_t offset               # where the content begins in a memory; a multiple of the host page
     size_t end                  # a memory of the image has at least this many bytes
-    size_t low, high            # in the content, whole host pages: all bytes that are not zero lie in low .. high
+    size_t low, high            # whole host pages: all nonzero bytes of the content lie in low .. high
     atomic_i64 forgotten        # 1: the Image object is gone, so no new memory starts from the image
-    atomic_i64 slots            # of pools that start from it
-    run* runs                   # of the content, in order and apart, multiples of GRANULE; zeros lie between them
+    atomic_i64 slots            # the number of slots, in all pools, that start from the image
+    run* runs                   # of the content, in ascending order, in multiples of GRANULE; between them are zeros
     size_t n_runs
-    size_t room                 # runs that the array has room for
-    bint runs_unknown           # True: an image of a file without claimed runs; its runs may hold zeros too
+    size_t room                 # the number of runs that fit into the array
+    bint runs_unknown           # True: from_fd() was not told the runs, so `runs` may include zeros
 
 cdef enum:
-    GRANULE = 4096              # unit of the runs of an image, also if the host page is larger
+    GRANULE = 4096              # unit of the runs of an image, even if the host page is larger
 
 # How the bytes of a memory's image got into the memory.
 cdef enum:
@@ -68,7 +70,7 @@ cdef struct cow_state:
     atomic_i64 how              # IMAGE_
     image* image                # the image that the memory started from or was last restored to, one reference; or NULL
     size_t started              # byte_size when the memory started from the image; 0: it was restored to the image
-    size_t dirtied              # bytes that the first restore since the last reset of pages found written; 0: unknown
+    size_t dirtied              # written bytes that the first restore after an image_reset() found; 0: not known yet
 
 # Parts of a memory that differ from an image.
 ctypedef struct change:
@@ -97,7 +99,7 @@ cdef struct memory_spec:
     bint watched                # the OS will be asked many times which pages were touched
     bint may_move               # a growth past the capacity may move the base
 
-# Whether pages of a memory have another access than "rw". Such a memory consists of several mappings and never moves.
+# Whether some pages of a memory have an access other than "rw". Such a memory has several mappings and never moves.
 cdef enum:
     PROTECTION_NONE = 0
     PROTECTION_KNOWN = 1
@@ -121,17 +123,19 @@ cdef struct memory_ops:
     int (*grow)(memory* m, size_t new_size, failure* why) noexcept nogil
     int (*resident)(memory* m, size_t* bytes, failure* why) noexcept nogil     # NULL: linmem cannot ask the OS
     void (*free)(memory* m) noexcept nogil      # the last reference is gone: frees the pages and the struct
-    # Called in a forked child, which does not have the thread that was moving the memory. NULL: fork waits for moves.
+    # Called in a forked child if a thread of the parent was moving the memory. NULL: not needed, because moving_lock
+    # makes fork() wait until a move is complete.
     void (*lose)(memory* m) noexcept nogil
     bint pages_are_ours                         # linmem mapped the pages: protect, discard and prefault work
     bint prefaults                              # every accessible page is resident when a guest gets the memory
 
-# The part that an adaptor adds to each memory that it hands on. The outermost adaptor's hook comes first. Each function
-# but `dropped` may be NULL.
+# What an adaptor (a creator with an upstream) adds to each memory from its upstream before it returns the memory. The
+# hook of the outermost adaptor comes first. Adaptors upstream of a hook's owner are "below" the hook, the others are
+# "above". Each function except `dropped` may be NULL.
 cdef struct memory_hook:
     memory_hook* next
-    # Called before a growth with the lock held. A code stops the growth: after_grow of this hook is then not called, so
-    # the hook undoes its own part.
+    # Called before a growth with the lock held. If it returns a code, the growth fails, and after_grow of this hook is
+    # not called. So before_grow must undo its own changes before it returns a code.
     int (*before_grow)(memory_hook* hook, memory* m, size_t new_size, failure* why) noexcept nogil
     # Called with the lock held after the growth, for each hook whose before_grow returned 0. code: the result.
     void (*after_grow)(memory_hook* hook, memory* m, size_t old_size, size_t new_size, int code) noexcept nogil
@@ -143,12 +147,12 @@ cdef struct memory_hook:
     bint (*keep)(memory_hook* hook, memory* m) noexcept nogil
     # The memory is gone, or kept by an adaptor below. Frees the hook itself.
     void (*dropped)(memory_hook* hook) noexcept nogil
-    # A pool above changes the memory while no guest has it: to `size` bytes, of which `committed` bytes (whole host
-    # pages) are accessible. Called before more becomes accessible and after less has become accessible. A code stops
-    # an increase; a decrease is never refused. The hooks above this one are then told the old figures again.
+    # A pool above changes an idle memory to `size` bytes with `committed` accessible bytes (whole host pages). Called
+    # before an increase and after a decrease. Only an increase from 0 may be refused, with a code. The hooks between
+    # the pool and this hook are then called again, with 0 and 0.
     int (*resized)(memory_hook* hook, memory* m, size_t size, size_t committed, failure* why) noexcept nogil
-    # Identifies the budget that is charged for the memory's pages, as `resized` was last told. It is only compared.
-    # NULL: none.
+    # Identifies the budget that this hook charges for the memory's pages. The pointer is only compared, never
+    # dereferenced. NULL: the hook charges no budget.
     const void* budget
 
 # The head of a memory of any kind. The head holds no Python object, because wasmtime frees memories on any thread
@@ -158,19 +162,19 @@ cdef struct memory_hook:
 # also read without the lock: by load_size() and load_address(), and so they are written by store_size() and
 # store_address(). base and covered fit together only during an access.
 #
-# The counters that decide how long an object exists:
+# The counters that decide how long an object exists. A mover is a thread between begin_move() and end_move().
 #
 # | counter         | counts                  | how it changes       | in a forked child       | who waits for it      |
 # |-----------------|-------------------------|----------------------|-------------------------|-----------------------|
-# | memory.refs     | open Memory handles,    | atomically, no lock  | stays: the child has    | no thread: the one    |
-# |                 | and wasmtime            |                      | the handles and the     | that makes it 0 drops |
+# | memory.refs     | open Memory handles,    | atomically, no lock  | stays: the child has    | no thread: the        |
+# |                 | and wasmtime            |                      | the handles and the     | release to 0 drops    |
 # |                 |                         |                      | store                   | the memory            |
-# | memory.pins     | exported buffers; if    | atomically, no lock; | stays; the mark of a    | pin() while it is <   |
-# |                 | the base is about to    | a mover holds        | mover that is not there | 0; begin_move() fails |
+# | memory.pins     | exported buffers; if    | atomically, no lock; | stays; -generation of   | pin() while it is <   |
+# |                 | the base is about to    | a mover holds        | a mover in the parent   | 0; begin_move() fails |
 # |                 | move, -generation       | memory.lock          | becomes 0               | while it is > 0       |
-# | memory.accesses | threads in a short      | atomically, no lock  | becomes 0: threads of   | begin_move() and a    |
-# |                 | access; from bit 32 on, |                      | an older generation are | change of protection, |
-# |                 | their generation        |                      | not there               | with memory.lock held |
+# | memory.accesses | threads in a short      | atomically, no lock  | becomes 0: the child    | begin_move() and a    |
+# |                 | access; from bit 32 on, |                      | does not have these     | change of protection, |
+# |                 | their generation        |                      | threads                 | with memory.lock held |
 # | Memory.users    | calls and exported      | atomically, with the | calls become 0,         | no thread: the last   |
 # |                 | buffers of one handle   | GIL                  | exported buffers stay   | user drops            |
 # |                 |                         |                      |                         | memory.refs           |
@@ -180,15 +184,15 @@ cdef struct memory_hook:
 # |                 |                         | and 1 to 0 under     |                         | the name              |
 # |                 |                         | domains_lock         |                         |                       |
 #
-# memory.lock does not count: it holds the generation of the process whose thread took it. A forked child takes over a
-# lock of an older generation, because that thread is not there.
+# memory.lock is not a counter: while locked, it holds the generation of the process whose thread took it. A forked
+# child takes over a lock of an older generation, because the child does not have the thread that took it.
 cdef struct memory:
     const memory_ops* ops
     memory_hook* hooks
     atomic_i64 refs
     atomic_i64 pins
     atomic_i64 accesses
-    atomic_i64 lock             # one growth, change of protection, or look at all bytes at a time
+    atomic_i64 lock             # held during a growth, a change of protection, or a read of all bytes
     atomic_i64 owner            # OWNER_
     atomic_i64 size             # byte_size; written under the lock, read without it
     char* base
@@ -197,21 +201,21 @@ cdef struct memory:
     size_t capacity             # bytes
     size_t maximum              # SIZE_MAX: none
     size_t pre_guard, guard
-    size_t covered              # wasm may touch base .. base+covered: every byte is linmem's, or faults
-    bint broken                 # a memory written in Python no longer says where its bytes are
+    size_t covered              # wasm may access base .. base+covered: each byte belongs to this memory, or faults
+    bint broken                 # of a memory in Python: its address is unknown, so each use raises; see break_memory()
     size_t chosen               # bytes of the reservation, if linmem chose its size; else 0
     bint is_shared
     bint may_move               # a growth past the capacity may change the base
-    bint has_moved                  # the mapping has moved once: what was committed since is a second mapping
-    bint huge_pages             # the OS was asked for huge pages; a decommit may have made the OS forget
+    bint has_moved              # pages.move() moved the pages; the pages committed after that form a second mapping
+    bint huge_pages             # the memory was made with huge_pages=True; a decommit may have cancelled the advice
     bint growth_is_watched      # a hook has before_grow or after_grow
     cow_state cow
     protections* protections    # which pages have which access; NULL: all are "rw"
-    memory* registry_next       # the bridge's table of wasmtime's memories, by the base that each had when it was
-    char* registered            # entered
+    memory* registry_next       # the next memory in the same bucket of the bridge's table of wasmtime's memories
+    char* registered            # the base with which the memory was entered into that table
     # For a child that is forked in the middle of a growth and does not have the thread that was growing the memory:
     size_t opening              # pages up to here may be accessible, though byte_size ends before; 0: no growth
-    size_t growing_from, growing_to     # with hooks: the sizes before and after it; growing_to is 0 if there is none
+    size_t growing_from, growing_to     # sizes before and after a growth with hooks; growing_to: 0 if there is none
     memory_hook* tell_from      # the hooks whose after_grow must still be called: from tell_from up to tell_to
     memory_hook* tell_to
     link live                   # in the list of all memories that a forked child repairs
@@ -221,8 +225,9 @@ cdef struct memory:
 cdef enum:
     RUNS = 64                   # runs that the kernel is asked for in one call
 
-# The touched runs of the bytes offset .. end of a memory, some at a time. After touched_next() was True there are n
-# runs, all over the mapped image or all outside. After False: the end was reached, or `code` says why the OS refused.
+# An iterator over the touched runs of the bytes offset .. end of a memory. Each touched_next() that returns True stores
+# `n` runs in `runs`. All of them lie inside the mapped image (over_image), or all of them outside. After False, `code`
+# is 0 if the end was reached; otherwise it says why the OS refused.
 cdef struct touched_runs:
     memory* m
     size_t offset, end
@@ -246,16 +251,16 @@ cdef struct domain:
     size_t hash
     size_t size
     char* name                  # UTF-8, without a terminating zero
-    size_t census               # the last one of the pools that counted the domain; under the lock of censuses
-    size_t holds                # bytes that this census has found
+    size_t census               # the number of the last census that counted the domain; protected by census_lock
+    size_t holds                # the bytes that this census found the domain to hold
 
 # The parts of a request that new_memory() of a Python creator does not receive as arguments.
 cdef struct request:
     bint may_move
-    domain* domain              # a borrowed reference of the caller
+    domain* domain              # borrowed: the caller keeps its reference
 
 
-cdef size_t UNCHOSEN            # of a reservation
+cdef size_t UNCHOSEN            # memory_spec.reservation: the creator chooses the size
 cdef size_t NO_MAXIMUM
 
 # Memories. Each memory_ function that changes bytes, pages or the size takes the memory's lock itself.
@@ -380,7 +385,7 @@ cdef object wrap(memory* m)
 
 cdef class NativeCreator:
     cdef object __weakref__
-    # 0 and *out holds one reference, or a code and nothing is left behind.
+    # Returns 0 and stores a new reference in *out; or returns a code, and has freed everything that it allocated.
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil
     cdef int fill_spec(self, memory_spec* spec, ty, minimum, maximum, reservation, guard) except -1
     cdef object make_checked(self, const memory_spec* spec, str guard_name, object domain=*)
@@ -394,7 +399,7 @@ cdef class MmapCreator(NativeCreator):
 cdef class Memory:
     cdef memory* m
     cdef atomic_i64 users       # exported buffers and calls under way; memory_class.pxi describes the bits
-    cdef atomic_i64 is_new       # 1: as a creator made it; a Python creator hands a fresh one on, once
+    cdef atomic_i64 is_new      # 1: from a native creator; new_memory() of a Python creator may return it, once
     cdef object __weakref__
     cdef memory* enter(self) except NULL
     cdef memory* enter_locked(self) except NULL
@@ -408,7 +413,8 @@ cdef class Image:
     cdef object __weakref__
     cdef readonly size_t offset
     cdef readonly size_t size
-    # "digest" and "runs", when they have been computed, and "contents": what the file says of an image that is mapped
-    # from it. A dict, because without a GIL several threads may ask at once. No value is replaced.
+    # "digest" and "runs", once they have been computed, and "contents", the table of contents of the file from which
+    # the image is mapped. A dict, because without a GIL several threads may compute a value at once; setdefault() keeps
+    # the first one.
     cdef dict known
     cdef Image adopt(self, image* img, size_t offset)

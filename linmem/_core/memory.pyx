@@ -28,21 +28,21 @@ from linmem._os cimport pages  # no-cython-lint
 
 from linmem import abc as _abc  # no-cython-lint
 
-include "failures.pxi"              # from the code of a failed call to a text and an exception
+include "failures.pxi"              # turns the code of a failed call into a text and an exception
 include "argument_checks.pxi"       # checks of sizes, offsets, flags and buffers that Python passes
 include "deferred_decref.pxi"       # Py_DECREF without the GIL
-include "locks_and_fork.pxi"        # locks, waits that answer Ctrl-C, and what a forked child repairs
-include "lifetime.pxi"              # references, pins and accesses: how long a memory and its base stay
+include "locks_and_fork.pxi"        # locks, waits that Ctrl-C can interrupt, and what a forked child repairs
+include "lifetime.pxi"              # references, pins and accesses: what keeps a memory and its base
 include "growth.pxi"                # growth of any kind of memory, and its hooks
 include "address_space.pxi"         # how much is reserved, and what happens if the OS refuses
 include "mapped_memory.pxi"         # the mapped kind of memory
 include "protection.pxi"            # which pages are not "rw": protect
-include "discard_and_prefault.pxi"  # pages to and from the OS: discard, prefault
+include "discard_and_prefault.pxi"  # give pages back to the OS, and make pages resident
 include "image_builder.pxi"         # images: reference counts, and how one is filled
-include "copy_on_write.pxi"         # which image a memory came from, and how it comes back to it
+include "copy_on_write.pxi"         # from which image a memory started, and how to set it back to the image
 include "memory_snapshot.pxi"       # a memory's contents, and where they differ from an image
-include "restore_and_apply.pxi"     # an image's or a delta's bytes into a memory
-include "domains.pxi"               # domains, and the request that a Python creator answers on a thread
+include "restore_and_apply.pxi"     # write an image or a delta into a memory
+include "domains.pxi"               # domains, and the request that a Python creator is handling on a thread
 include "native_creator.pxi"        # the classes NativeCreator and MmapCreator
 include "memory_class.pxi"          # the class Memory
 include "typed_view.pxi"            # the exporter of elements behind Memory.view()
