@@ -1,20 +1,20 @@
-# The copy-on-write state of a memory: which image the memory started from or was restored to, which pages may show the
-# image, and how bytes and pages become the image's again; a part of memory.pyx.
+# The copy-on-write state of a memory: which image the memory started from or was restored to, which pages may be mapped
+# from the image, and how bytes and pages are set back to the image; a part of memory.pyx.
 #
 # Only this file, and the inline functions beside `cow_state` in memory.pxd, access the fields of m.cow. All other files
 # use these operations:
-#   image_attach()             the image's bytes get into a memory of zeros
-#   image_begin_use()          a creator or a pool hands the memory out
-#   image_restore()            all bytes become an image's
-#   image_rebind()             the same, for a pool's slot, whose memory may also lose its image
-#   image_reset()              pages go back to the OS and show the image again
-#   image_fill()               bytes become the image's
-#   image_replace_pages()      pages that show the image become pages of zeros
-#   image_pages_are_gone()     all pages were decommitted
-#   image_detach()             drops the reference on the image
+#   image_attach()             map or copy an image into a memory of zeros
+#   image_begin_use()          note that a creator or a pool hands the memory out
+#   image_restore()            set all bytes to those of an image, which may be another one
+#   image_rebind()             image_restore() for a pool's slot; it can also detach the image
+#   image_reset()              give pages back to the OS, so that they show the mapped image again
+#   image_fill()               copy the mapped image's bytes over a range
+#   image_replace_pages()      replace pages that were mapped from the image by pages of zeros
+#   image_pages_are_gone()     note that all pages were decommitted
+#   image_detach()             drop the reference on the image
 #   image_of(), image_is_attached(), image_is_copied(), image_is_broken(), image_is_intact(), image_maps_pages(),
-#   image_split(), image_known_size()       questions
-#   touched_begin(), touched_next()         the pages that were written
+#   image_split(), image_known_size()       read the state
+#   touched_begin(), touched_next()         find the pages that were written
 
 # -- images and memories
 
@@ -57,8 +57,8 @@ cdef void hold_image(memory* m, image* img) noexcept nogil:
 
 
 cdef int image_attach(memory* m, image* img) noexcept nogil:
-    """All bytes are zero, and no page is mapped from an image. On return they are the image's (NULL: still zeros). A
-    code: the OS refused to map the image, and the bytes are unknown."""
+    """Before: all bytes are zero, and no page is mapped from an image. On return the bytes equal the image (NULL: still
+    zeros). A code: the OS refused to map the image, and the bytes are unknown."""
     cdef int code
     image_pages_are_gone(m)
     m.cow.dirtied = 0
@@ -128,7 +128,7 @@ cdef int image_replace_pages(memory* m, size_t offset, size_t size) noexcept nog
     return code
 
 
-# -- bytes and pages become the mapped image's again, and zeros outside of the image
+# -- set bytes and pages back to the mapped image, and to zeros outside of the image
 
 cdef inline void zero_range(memory* m, size_t start, size_t end) noexcept nogil:
     """Zero the bytes, if start < end. memset() of 0 bytes costs hundreds of cycles on some processors if the next page
@@ -138,7 +138,7 @@ cdef inline void zero_range(memory* m, size_t start, size_t end) noexcept nogil:
 
 
 cdef void image_fill(memory* m, size_t offset, size_t size) noexcept nogil:
-    """The bytes become the mapped image's, and zeros outside of the image."""
+    """Copy the mapped image's bytes over the range, and zeros outside of the image."""
     cdef size_t low, high
     image_split(m, offset, offset + size, &low, &high)
     zero_range(m, offset, low)
@@ -216,10 +216,10 @@ cdef bint fill_touched(memory* m, size_t start, size_t end, size_t bound, size_t
     return found.code == 0
 
 
-# -- all bytes become an image's
+# -- set all bytes to those of an image
 
 cdef enum:
-    DIRTIED_LEAST = 1 << 18         # bytes; a restore of fewer bytes is cheap
+    DIRTIED_LEAST = 1 << 18         # the least value of `dirtied`, because a restore of fewer bytes is cheap anyway
 
 
 cdef void image_restore(memory* m, image* img) noexcept nogil:
@@ -228,7 +228,8 @@ cdef void image_restore(memory* m, image* img) noexcept nogil:
     the OS refuses to map or to give back pages, their bytes are copied or zeroed."""
     cdef size_t end = m.accessible if m.ops.pages_are_ours else memory_size(m)
     cdef size_t low = img.offset + img.low
-    cdef size_t high = min(img.offset + img.high, end)      # pages that are not linmem's may end within a host page
+    # img.high is a multiple of the host page. A memory in Python may end before that, and linmem must not write beyond.
+    cdef size_t high = min(img.offset + img.high, end)
     if m.cow.how == IMAGE_MAPPED and m.cow.image == img:
         restore_mapped(m, low, high, end)
         return
@@ -263,7 +264,7 @@ cdef void restore_mapped(memory* m, size_t low, size_t high, size_t end) noexcep
 
 
 cdef void map_or_copy(memory* m, image* img, size_t low, size_t high) noexcept nogil:
-    """The bytes low .. high become the image's, where the memory has no image, another one, or a broken one.
+    """Set the bytes low .. high to the image's, if the memory has no image, another image, or the state IMAGE_BROKEN.
 
     The state is IMAGE_BROKEN during each page call. A child that is forked during the call takes over the state, and a
     restore in the child must not take a part of another image for this one.
@@ -272,7 +273,8 @@ cdef void map_or_copy(memory* m, image* img, size_t low, size_t high) noexcept n
     image_unmap(m)          # the pages must not show the other image any more
     if image_shares_pages(img) and m.ops == &mapped_ops and m.cow.how == IMAGE_COPIED:
         hold_image(m, img)
-        store_release(&m.cow.how, IMAGE_BROKEN)     # after the image: a child forked here reads the state and the image
+        # A child that is forked from here on sees IMAGE_BROKEN. The image must be stored before that.
+        store_release(&m.cow.how, IMAGE_BROKEN)
         if pages.image_map(&img.content, img.low, m.base + low, high - low) == 0:
             m.cow.how = IMAGE_MAPPED
             return

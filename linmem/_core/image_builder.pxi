@@ -10,8 +10,8 @@
 
 cdef char[GRANULE] zeros
 
-# The image of no bytes, which is never freed. An Image object that was made without an image has it, so that Image.img
-# is never NULL.
+# An image of no bytes, which is never freed. Image.img points to no_image if the Image object was made without an
+# image, so Image.img is never NULL.
 cdef image no_image
 no_image.refs = 1
 no_image.content.handle = -1
@@ -35,11 +35,11 @@ cdef void image_release(image* img) noexcept nogil:
     free(img)
 
 
-cdef void (*tell_forgotten)(image* img) noexcept nogil      # NULL: there is no pool yet
+cdef void (*tell_forgotten)(image* img) noexcept nogil      # NULL until the first pool is made
 
 
 cdef void set_forgotten_callback(void (*tell)(image* img) noexcept nogil) noexcept nogil:
-    """The pool calls this once. `tell` is called with each image that is forgotten and still has slots."""
+    """The first pool calls this. `tell` is called with each image that is forgotten and still has slots."""
     global tell_forgotten
     tell_forgotten = tell
 
@@ -52,7 +52,7 @@ cdef void image_forget(image* img) noexcept nogil:
     image_release(img)
 
 
-# -- making one: image_new(), image_put() for each piece, image_finish()
+# -- how to make an image: image_new(), image_put() for each piece, image_finish()
 
 cdef image* image_alloc(size_t offset, size_t size, size_t* content_size, failure* why) noexcept nogil:
     """An image without content. NULL: it failed, and *why is filled. *content_size: bytes of the host pages from
@@ -150,7 +150,7 @@ cdef int image_finish(image* img, failure* why) noexcept nogil:
     return fail_page_call(why, pages.image_end(&img.content), "image_end", img.content.size) if img.content.size else 0
 
 
-# -- pieces that begin and end anywhere: image_put() takes whole granules, so their ends are put together here
+# -- put_piece(): pieces at any offset. image_put() takes whole granules, so a builder collects the partial ones
 
 cdef struct builder:
     image* img

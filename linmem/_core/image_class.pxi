@@ -61,7 +61,7 @@ cdef class Image:
         cdef Py_buffer given
         cdef size_t start
         check_extent(offset, "offset", &start)
-        take_bytes(data, "data", &given)    # held, so that its length stays
+        take_bytes(data, "data", &given)    # while the buffer is held, its length cannot change
         try:
             return build_image(start, <size_t>given.len, [(start, data)])
         finally:
@@ -74,7 +74,7 @@ cdef class Image:
         Parameters
         ----------
         pieces : iterable of (int, buffer)
-            Each buffer with its offset in a memory, in order and apart.
+            Each buffer with its offset in a memory, in ascending order and without overlap.
         size, offset : int
             In bytes; all pieces lie within.
         """
@@ -178,7 +178,7 @@ cdef class Image:
         if digest is None:
             from hashlib import blake2b
             state = blake2b(self.offset.to_bytes(8, "little") + self.size.to_bytes(8, "little"), digest_size=32)
-            for offset, size in find_runs(self):        # not self.runs(): a file may store zeros too
+            for offset, size in find_runs(self):        # self.runs() may list zeros
                 state.update(offset.to_bytes(8, "little") + size.to_bytes(8, "little"))
                 state.update(bytes_at(self, offset, size))
             digest = self.known.setdefault("digest", state.hexdigest())
@@ -187,8 +187,8 @@ cdef class Image:
     def runs(self):
         """Where the image is not zero, as a list of (offset, size) in a memory.
 
-        In order and apart, in multiples of 4096 bytes. The first and the last run may reach beyond the image's own
-        bytes (where it is zero).
+        In ascending order, with a gap between two runs, in multiples of 4096 bytes. The first and the last run may
+        reach beyond the image's own bytes (where it is zero).
         """
         cdef size_t i
         cdef image* img = self.img
@@ -205,7 +205,7 @@ cdef class Image:
         return self.size
 
     def __bool__(self):
-        return True         # also if it has no bytes
+        return True         # even if the image has no bytes
 
     def __getbuffer__(self, Py_buffer* buffer, int flags):
         PyBuffer_FillInfo(buffer, self, bytes_from(self.img, self.offset), <Py_ssize_t>self.size, 1, flags)
@@ -419,8 +419,8 @@ cdef class Image:
         return Handle(self, _parts, _of_parts)
 
     def __reduce_ex__(self, protocol):
-        # The parts are the runs, which a pickler may send without a copy from protocol 5 on. To receive a part costs as
-        # much as to copy about a MiB, so if there are many runs, the small ones are joined into one part.
+        # Each run is a part. From protocol 5 on, a pickler may send a part without a copy. But receiving a part costs
+        # as much time as copying about 1 MiB. So if there are many runs, the small ones are joined into one part.
         from pickle import PickleBuffer
 
         from linmem._core.process_handles import own_runs

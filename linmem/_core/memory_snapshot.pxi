@@ -61,7 +61,7 @@ cdef int add_runs(const image* img, changes* found, failure* why) noexcept nogil
 
 cdef int find_ranges(memory* m, image* img, image* base, size_t end, changes* out, failure* why) noexcept nogil:
     """Where the first `end` bytes (whole host pages) of `m`, or of `img` if m is NULL, may differ from `base` (NULL:
-    from zeros); in order and apart."""
+    from zeros); in ascending order, without overlap."""
     # The image that the untouched pages show; NULL: zeros.
     cdef image* shown = img if m == NULL else image_of(m) if image_maps_pages(m) else NULL
     cdef size_t i, n
@@ -159,7 +159,9 @@ cdef int compare(memory* m, image* img, image* base, size_t size, bint for_delta
     memset(out, 0, sizeof(changes))
     round_up(size, page, &end)
     code = find_ranges(m, img, base, end, &found, why)
-    if code == 0 and is_cut:        # the last page, so the ranges stay in order
+    # If `base` goes on after `size` in the last page, a delta always contains this page. It is the last page, so the
+    # ranges stay in ascending order.
+    if code == 0 and is_cut:
         code = add_range(&found, end - page, page, False, why)
     for i in range(found.n):
         offset = found.list[i].offset
