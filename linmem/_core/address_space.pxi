@@ -12,7 +12,7 @@ cdef struct orphan:
     char* addr
     size_t size
 
-cdef orphan* orphans = NULL     # a release that succeeds tries them again, until one is refused
+cdef orphan* orphans = NULL     # after each release that succeeds, linmem tries to release these too
 cdef atomic_i64 n_orphans
 
 
@@ -34,7 +34,7 @@ cdef void release_address_space(char* addr, size_t size) noexcept nogil:
             free(o)
     o = <orphan*>malloc(sizeof(orphan)) if size else NULL
     if o == NULL:
-        return          # nothing is left; or malloc refused, and the range stays taken until the process ends
+        return          # all was released; or malloc() failed, and the range stays reserved until the process ends
     o.addr = addr
     o.size = size
     lock(&orphans_lock.held)
@@ -44,13 +44,13 @@ cdef void release_address_space(char* addr, size_t size) noexcept nogil:
     unlock(&orphans_lock.held)
 
 
-# -- relief: idle slots of pools give up pages, address space or bytes of a budget before a request for them fails
+# -- relief: before a request for pages, address space or bytes of a budget fails, idle slots of pools give some up
 
-cdef bint (*give_relief)(int what, const void* budget, size_t size) noexcept nogil      # NULL: no pool yet
+cdef bint (*give_relief)(int what, const void* budget, size_t size) noexcept nogil      # NULL: no pool was made
 
 
 cdef void set_relief(bint (*give)(int what, const void* budget, size_t size) noexcept nogil) noexcept nogil:
-    """The pool calls this once. `give` is called before a refusal that idle slots of pools may prevent."""
+    """The first pool calls this. `give` is called before a refusal that idle slots of pools may prevent."""
     global give_relief
     give_relief = give
 
@@ -77,7 +77,7 @@ cdef int commit_again(char* addr, size_t size, int code) noexcept nogil:
 
 cdef size_t UNCHOSEN = SIZE_MAX
 cdef size_t NO_MAXIMUM = SIZE_MAX
-cdef atomic_i64 chosen_bytes          # whole reservations whose size linmem chose
+cdef atomic_i64 chosen_bytes          # the sum of the reservations whose size linmem chose, guards included
 cdef atomic_i64 chosen_memories       # the number of these reservations
 
 
@@ -98,7 +98,7 @@ cdef size_t claim_reservation(size_t minimum, size_t bound, size_t guard, size_t
     cdef layout least
     chosen[0] = 0
     if lay_out(minimum, 0, guard, page, &least) or add_up(least.total, alignment, &least.total):
-        return minimum          # reserve_exactly() fails for the same reason and fills the failure
+        return minimum          # the caller's reserve_exactly() then fails for the same reason
     pages.address_space(&space, &left)
     while True:
         now = load(&chosen_bytes)
@@ -154,7 +154,7 @@ cdef int reserve_exactly(size_t minimum, size_t reservation, size_t guard, size_
     return 0
 
 
-# -- the pure functions and the counts, for the tests
+# -- for the tests: the functions that choose a size, and the counts of the chosen reservations
 
 def _lay_out(size_t minimum, size_t reservation, size_t guard, size_t page):
     cdef layout found

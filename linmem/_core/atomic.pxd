@@ -1,9 +1,9 @@
 # Atomic operations on integers in structs that threads share without the GIL. Layer 0: imports only units.pxd.
 #
-# Every operation is sequentially consistent, except store_release(): a thread that loads the integer sees everything
-# that was written before. Use store_release() at the end of a locked section; it costs a tenth of store().
-# add_with_gil() is for an integer that only code holding the GIL accesses: it is atomic in a build of Python without a
-# GIL.
+# Every operation is sequentially consistent, except store_release(), which is a release store: a thread that loads the
+# stored value also sees everything that was written before the store. Use store_release() to unlock; it costs a tenth
+# of store(). add_with_gil() is for an integer that only code with the GIL accesses. It is a plain addition, but atomic
+# in a build of Python without a GIL.
 #
 # load_size() and store_size() are for a size that one thread at a time writes, under a lock, and that other threads may
 # read without the lock: an acquire load and a release store, which cost as much as plain accesses. load_address() and
@@ -21,7 +21,7 @@ cdef extern from "linmem/_core/atomic.h" nogil:
     void store_size "linmem_store_size"(size_t* addr, size_t value)
     char* load_address "linmem_load_address"(char** addr)
     void store_address "linmem_store_address"(char** addr, char* value)
-    void cpu_relax "linmem_cpu_relax"()             # between two reads of an integer that another thread will change
+    void cpu_relax "linmem_cpu_relax"()             # call it between two reads in a loop that waits for a value
     void touch "linmem_touch"(char* p)      # a write that changes no byte: the page becomes resident and writable
 
 cdef extern from "linmem/_core/atomic.h":

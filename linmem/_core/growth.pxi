@@ -1,4 +1,4 @@
-# Growth of a memory of any kind: checks, hooks, and the call of the kind; a part of memory.pyx.
+# Growth of a memory of any kind: the checks, the hooks, and the call of m.ops.grow; a part of memory.pyx.
 
 cdef size_t memory_size(memory* m) noexcept nogil:
     return load(&m.size)
@@ -8,9 +8,9 @@ cdef int memory_grow_to(memory* m, size_t new_size, failure* why) noexcept nogil
     return grow_as(m, new_size, False, why)
 
 
-# The C compiler makes one function of the whole path of a growth, hence the inlines and the call of the mapped kind by
-# name. After a system call the processor has forgotten the return addresses, and every return costs as much as all the
-# checks in a function.
+# The functions of a growth are `inline`, and mapped_grow_by() is called by name, so that the C compiler makes one
+# function of the whole path. The reason: after a system call the processor mispredicts the return addresses, and each
+# return from a nested function then costs as much as all checks of that function.
 cdef inline int grow_as(memory* m, size_t new_size, bint by_python, failure* why) noexcept nogil:
     cdef int code
     if not compare_exchange(&m.lock, 0, generation):

@@ -1,4 +1,4 @@
-# How long a memory lives and its base stays where it is: references, pins and accesses; a part of memory.pyx.
+# References, which keep a memory alive, and pins and accesses, which keep its base from moving; a part of memory.pyx.
 #
 # memory.pxd has a table of the counters.
 
@@ -36,7 +36,7 @@ cdef void memory_add_hook(memory* m, memory_hook* hook) noexcept nogil:
     unlock(&m.lock)
 
 
-# -- pins: exported buffers, for which the base stays
+# -- pins: the base cannot move while a buffer is exported
 
 cdef long long pins_now(memory* m) noexcept nogil:
     """The number of pins; negative: the base is about to move. In a forked child, the mark of a thread of the parent is
@@ -75,7 +75,7 @@ cdef int wait_for_mover(memory* m, failure* why) noexcept:
     return code
 
 
-# -- accesses: short uses of the bytes by calls of linmem
+# -- accesses: the base cannot move while a function of linmem uses the bytes for a short time
 
 cdef inline long long accesses_of_now(long long accesses) noexcept nogil:
     """The count with the generation of this process. A count of an older generation is 0: those threads are not in
@@ -88,7 +88,7 @@ cdef inline bint try_access(memory* m) noexcept nogil:
     cdef long long accesses = load(&m.accesses)
     while not compare_exchange(&m.accesses, accesses, accesses_of_now(accesses) + 1):
         accesses = load(&m.accesses)
-    if load(&m.pins) >= 0:          # in this order: a mover writes pins first and reads accesses then
+    if load(&m.pins) >= 0:          # after `accesses` was written; begin_move() writes pins, then reads accesses
         return True
     end_access(m)
     return False

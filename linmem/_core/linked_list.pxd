@@ -1,8 +1,7 @@
-# Circular doubly linked lists. A link is a member of the struct that it lists, so that a struct can be in several
+# Circular doubly linked lists. Each listed struct has a link as a member; a struct with several links can be in several
 # lists. Layer 0: imports nothing of linmem.
 #
-# The head of a list is a link, too: the one without an owner. So the owner of the link after the last one is NULL, and
-# the owner of the link after an empty list's head is NULL.
+# The head of a list is a link whose owner is NULL. A loop over the list ends at the link whose owner is NULL.
 
 cdef struct link:
     link* next              # in the head: the first

@@ -1,25 +1,25 @@
-# Locks that nogil code takes, waits that answer Ctrl-C, and what happens at a fork; a part of memory.pyx.
+# Locks that nogil code takes, waits that Ctrl-C can interrupt, and what happens at a fork; a part of memory.pyx.
 
 # A lock holds the generation of the process whose thread took it. A forked child does not have the other threads of its
 # parent, so it takes over a lock that one of them held.
 cdef long long generation = 1
 
-# The generation in the few bits that Memory.users has for it: 1 .. GENERATION_TAGS. No call lasts through so many
-# forks.
+# The generation, reduced to the bits that Memory.users has for it: 1 .. GENERATION_TAGS. A tag repeats only after
+# GENERATION_TAGS nested forks, and no call takes that long.
 cdef enum:
     GENERATION_TAGS = 8191
 cdef long long generation_tag = 1
 
 cdef enum:
-    SPINS = 64                  # looks at a lock before the thread gives the processor away
-    YIELDS = 64                 # how often it gives the processor away before it sleeps
+    SPINS = 64                  # how often a thread reads a lock before it yields the processor
+    YIELDS = 64                 # how often a thread yields the processor before it sleeps
     FIRST_SLEEP = 50000         # nanoseconds
     LONGEST_SLEEP = 1000000     # nanoseconds
     SIGNALS_EACH = 50000000     # nanoseconds between two checks for Ctrl-C
 
 
 cdef void wait_a_moment(int looks) noexcept nogil:
-    """Between two looks at a value that another thread will change. looks: how many looks there have been."""
+    """Call this between two reads of a value that another thread will change. looks: the number of reads so far."""
     if looks < SPINS:           # most locks are held for less time than a system call takes
         cpu_relax()
     elif looks < SPINS + YIELDS:
@@ -64,7 +64,7 @@ cdef void lock(atomic_i64* lock) noexcept nogil:
 
 
 cdef bint try_lock(atomic_i64* lock) noexcept nogil:
-    cdef long long holder = load(lock)      # a plain look leaves the cache line with the holder
+    cdef long long holder = load(lock)      # a read does not take the cache line away from the holder
     while holder != generation:
         if compare_exchange(lock, holder, generation):
             return True
@@ -76,7 +76,7 @@ cdef void unlock(atomic_i64* lock) noexcept nogil:
     store_release(lock, 0)
 
 
-# -- a growth that runs Python code: the thread must not wait for itself
+# -- a growth that runs Python code: if that code uses the memory, it must not wait for the lock of its own thread
 
 cdef extern from *:
     """
@@ -228,7 +228,7 @@ cdef void after_fork_in_child() noexcept nogil:
         m = next_live_memory(m)
     after_fork()
     m = next_live_memory(NULL)
-    while m != NULL:        # now, because hooks may take locks of fork_locks
+    while m != NULL:        # only after after_fork(), because hooks take locks that after_fork() unlocks
         end_lost_growth(m)
         m = next_live_memory(m)
     for i in range(n_child_calls):
@@ -236,7 +236,7 @@ cdef void after_fork_in_child() noexcept nogil:
 
 
 cdef bint was_lost(memory* m) noexcept nogil:
-    """In a forked child: whether the thread that holds the memory's lock is not there."""
+    """In a forked child: whether the memory's lock was taken by a thread that exists only in the parent."""
     cdef long long holder = load(&m.lock)
     return holder != 0 and holder != generation
 

@@ -118,7 +118,7 @@ cdef inline int mapped_grow_by(memory* m, size_t size, size_t new_size, failure*
                 m.opening = 0
                 return fail_page_call(why, code, "commit", need - m.accessible)
     if size & (page - 1):
-        # New bytes read as zero, also those of the last page, which native code could already reach.
+        # New bytes must read as zero. Native code may have written into the rest of the last accessible page.
         memset(m.base + size, 0, round_down(size, page) + page - size)
     store_size(&m.accessible, need)
     store_release(&m.size, new_size)
@@ -138,7 +138,8 @@ cdef int grow_by_moving(memory* m, size_t new_size, size_t need, failure* why) n
     cdef int code = begin_move(m, new_size, why)
     if code:
         return code
-    # Without moving_lock: if the OS refuses the reservation, pools take their own locks to give up idle slots.
+    # moving_lock is a fork_lock, so it is not held here: if the OS refuses the reservation, pools take their own locks
+    # to give up idle slots.
     code = reserve_in_steps(need, m.maximum, m.guard, huge, False, &larger, &region, &chosen, why)
     if code:
         if code == E_OVERFLOW:
@@ -202,7 +203,7 @@ cdef int prefaulting_grow(memory* m, size_t new_size, failure* why) noexcept nog
     cdef char* base = m.base
     cdef char* hidden = base + m.accessible
     cdef int code
-    # Other threads see the new size when every step is done, so a refusal changes nothing.
+    # The new size is stored only after every step has succeeded, so a failed growth changes nothing.
     if round_up(new_size, page, &end) or end <= m.accessible or end > m.capacity:
         code = mapped_grow(m, new_size, why)
         if code or m.base == base:
