@@ -1,4 +1,4 @@
-# Creators over an upstream creator, for callers in C. Layer 4.
+# The C interface of the creators that pass their requests on to another creator, the upstream. Layer 4.
 
 from linmem._core.linked_list cimport link
 from linmem._core.memory cimport NativeCreator, failure, fork_lock, memory, memory_spec
@@ -26,11 +26,11 @@ cdef struct statistics_sums:
 # Shared by a StatisticsCreator and the hooks of its memories, because wasmtime may outlive the creator.
 cdef struct statistics_ledger:
     atomic_i64 refs
-    fork_lock lock          # of all members below
+    fork_lock lock          # protects all members below
     link live               # records of memories that exist
     link dropped            # records of dropped memories, the newest first
-    size_t n_dropped        # in that list
-    size_t history          # the most records that the list keeps
+    size_t n_dropped        # the number of records in `dropped`
+    size_t history          # the most records that `dropped` keeps
     statistics_sums sums
 
 

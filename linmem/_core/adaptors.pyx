@@ -1,5 +1,5 @@
 # cython: language_level=3
-"""Creators over an upstream creator.
+"""Creators that pass their requests on to another creator, the upstream.
 
 Parts: `limiting_creator.pxi`, a budget of bytes; `statistics_creator.pxi`, counts and times; `python_creator.pxi`, a
 Python class as a creator.

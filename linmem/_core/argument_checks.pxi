@@ -1,7 +1,6 @@
-# Checks of arguments where Python calls come in; a part of memory.pyx.
+# Checks of the arguments that Python code passes; a part of memory.pyx.
 #
-# The paths for a plain int or bool are here, and fast. All other paths and the texts of the exceptions are in
-# arguments.py.
+# The fast paths for a plain int or bool are here. All other paths and the texts of the exceptions are in arguments.py.
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.exc cimport PyErr_Clear
@@ -19,13 +18,13 @@ cdef str _FITS = "below 2**63, in whole host pages and with its guards"
 
 cdef extern from *:
     bint PyLong_CheckExact(object value) noexcept
-    # Only ULLONG_MAX can mean an error, so the caller looks for the error itself.
+    # ULLONG_MAX may mean an error. `noexcept`, because the caller handles that case: it clears the exception.
     unsigned long long as_unsigned "PyLong_AsUnsignedLongLong"(object value) noexcept
     unsigned long long ULLONG_MAX
     Py_ssize_t as_index "PyNumber_AsSsize_t"(object value, void* exception) except? -1  # NULL: clips
 
 
-# Small, so that the C compiler makes it a part of each method. The seldom part is check_any_size().
+# Small, so that the C compiler inlines it into each method. The rare cases are in check_any_size().
 cdef inline int check_bounded(object value, str name, str bound, size_t* out) except -1:
     """A number of bytes that 64 bits can hold. The caller refuses a number that is not within `bound`; the words of
     `bound` are for the message about a number that 64 bits cannot hold."""
@@ -59,7 +58,7 @@ cdef int check_optional_size(object value, str name, size_t* out, str bound="bel
         out[0] = SIZE_MAX
         return 0
     check_bounded(value, name, bound, out)
-    if out[0] == SIZE_MAX:      # would be taken for None
+    if out[0] == SIZE_MAX:      # this value stands for None
         raise OverflowError(f"{name} must be {bound}, got {_shown(value)}")
     return 0
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 
-REQUIRED = object()     # the default of an argument that has no default
+REQUIRED = object()     # marks an argument that was not passed and has no default
 
 _SIZE_BOUND = 1 << 64
 _SHOWN_CHARACTERS = 100
@@ -27,7 +27,7 @@ def shown(value: object) -> str:
     """The value as a message shows it: the first 100 characters of its repr, or its type if repr() fails."""
     try:
         text = repr(value)
-    except Exception:       # for example of a number with too many digits
+    except Exception:       # for example, repr() refuses an int with too many digits
         return f"a {type(value).__name__} that cannot be shown"
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
 

@@ -1,4 +1,4 @@
-# Offers of images, for callers in C. Layer 4.
+# The C interface of class Offer: images for the next memories that wasmtime asks for on a thread. Layer 4.
 
 from linmem._core.memory cimport image
 
@@ -11,7 +11,7 @@ cdef struct place:
 cdef class Offer:
     cdef place* places
     cdef size_t n
-    cdef tuple images           # references
-    # make() and take_back() for a caller that holds a reference on the Offer, and not the GIL.
+    cdef tuple images           # holds the references on the images of `places`
+    # make() and take_back() without the GIL. The caller must hold a reference on the Offer.
     cdef bint begin(self) noexcept nogil
     cdef size_t end(self) noexcept nogil

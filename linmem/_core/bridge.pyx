@@ -95,9 +95,9 @@ cdef extern from *:
     static linmem_queue *linmem_of_thread(void) { return &linmem_offered; }
     """
     ctypedef struct queue "linmem_queue":
-        void* next          # place*: of the next memory
-        void* end           # place*
-        void* of            # the Offer of the last make(), a reference; NULL: take_back() ended it
+        void* next          # a place*: the place of the next memory
+        void* end           # a place*: the end of the array
+        void* of            # a reference on the Offer of the last make(); NULL after its take_back()
 
     queue* offered "linmem_of_thread"() noexcept nogil
 
@@ -209,9 +209,11 @@ cdef wasmtime_error_t* new_memory(void* env, const wasm_memorytype_t* ty, size_t
     image_release(spec.image)
     if code:
         return to_error(&why)
-    code = lock_memory(m, &why)     # waits for a growth that Python code runs; a later growth sees the new owner
+    # A Python creator may have kept a handle, and another thread may be growing the memory through it. The lock waits
+    # for that growth. A later growth through the handle sees that wasmtime owns the memory, and fails.
+    code = lock_memory(m, &why)
     if code == 0:
-        if load(&m.protection) != PROTECTION_NONE:      # a Python creator kept a handle and protected pages meanwhile
+        if load(&m.protection) != PROTECTION_NONE:      # protected through such a handle
             code = fail(&why, E_UNSUPPORTED, "new_memory", minimum)
             snprintf(why.detail, sizeof(why.detail), "with protected pages: a creator protected pages of the memory"
                      " that it returned")

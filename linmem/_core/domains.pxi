@@ -1,5 +1,5 @@
-# Domains, whose pages pools keep apart, and the request that a Python creator answers on this thread; a part of
-# memory.pyx.
+# Domains: names that separate the users of a pool. Also the request that a Python creator is handling on this thread. A
+# part of memory.pyx.
 
 ctypedef domain* domain_ptr
 
@@ -10,8 +10,8 @@ cdef domain* domains[DOMAIN_BUCKETS]
 cdef fork_lock domains_lock
 register_fork_lock(&domains_lock)
 
-# The domain of the memory that a thread is making (`making`), and the request that a Python creator answers there
-# (`may_move` and `domain`).
+# For each thread: `making` is the domain of the memory that the thread is making. `may_move` and `domain` belong to the
+# request for which the thread is running new_memory() of a Python creator.
 cdef extern from *:
     """
     typedef struct { int may_move; void *domain, *making; } linmem_requests_t;
@@ -91,8 +91,8 @@ cdef void domain_release(domain* d) noexcept nogil:
 
 
 cdef void answer_request(request* new) noexcept:
-    """A Python creator on this thread begins to answer the request `new`. Exchanges `new` with the request that was
-    answered before. The caller exchanges them again when the Python creator returns."""
+    """Call this before new_memory() of a Python creator runs for the request `new`. Exchanges `new` with the request
+    that this thread was handling before. The caller exchanges them again when the Python creator returns."""
     cdef request before
     before.may_move, before.domain = thread_requests().may_move, <domain*>thread_requests().domain
     thread_requests().may_move, thread_requests().domain = new.may_move, new.domain

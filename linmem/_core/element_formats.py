@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _CHARS = {"b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I", "u8": "Q",
           "f2": "e", "f4": "f", "f8": "d", "c8": "Zf", "c16": "Zd"}
-# NumPy's names of these types. No name is also a struct format.
+# NumPy's names of these types. None of them is a valid struct format, so no string has two meanings.
 _NAMES = {"bool": "?", "bool_": "?", "byte": "b", "ubyte": "B", "short": "h", "ushort": "H", "intc": "i", "uintc": "I",
           "long": "l", "ulong": "L", "longlong": "q", "ulonglong": "Q", "int": "q", "uint": "Q", "intp": "n",
           "uintp": "N", "half": "e", "single": "f", "double": "d", "float": "d", "csingle": "Zf", "cdouble": "Zd",
@@ -87,8 +87,8 @@ def _from_dtype(format: object) -> tuple[str, int | None]:
         if dtype is not None:
             if dtype.str[1:] in _CHARS:
                 return dtype.str, None
-            # Refused because: bytes read as objects would be used as addresses; the number of elements without a size
-            # is not defined; memoryview reports the format of a sub-array's elements.
+            # Objects: their elements are addresses, and arbitrary bytes are not valid addresses. No size: the number of
+            # elements is not defined. Sub-array: memoryview reports the format of its elements, not of the whole.
             for wrong, why in ((dtype.hasobject, "holds Python objects"), (dtype.itemsize == 0, "has no size"),
                                (dtype.subdtype is not None, f"is a sub-array{_INSTEAD}")):
                 if wrong:
@@ -130,10 +130,10 @@ def array_on(mem: Any, dtype: Any, offset: Any, shape: Any) -> Any:
     whole = [most // known if length is None else length for length in lengths]
     try:
         # numpy.ndarray(buffer=memoryview) would keep a reference to the memory, not to the buffer that pins it.
-        # numpy.asarray(memoryview) keeps the memoryview. No variable refers to the array, because the traceback of an
-        # error would keep the variable.
+        # numpy.asarray(memoryview) keeps the memoryview. The array from asarray() is not in a variable: the traceback
+        # of an error would keep the variable, and so the memory would stay pinned.
         return numpy.ndarray(whole, element, numpy.asarray(memoryview(mem)), start)
-    except (ValueError, OverflowError) as error:        # too many dimensions, or a large dimension beside a 0
+    except (ValueError, OverflowError) as error:        # too many dimensions, or (0, 2**62)
         raise ValueError(f"shape must be one that NumPy takes, got {shown(shape)}: {error}") from None
 
 

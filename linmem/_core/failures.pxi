@@ -1,7 +1,7 @@
-# Why a call failed: from the code of a nogil function to the text and the exception; a part of memory.pyx.
+# Why a call failed: turns the code of a nogil function into a text and an exception; a part of memory.pyx.
 #
 # A nogil function that fails fills the caller's `failure` with one of the fail functions and returns the code.
-# exception_of() is the only place that makes an exception of it.
+# exception_of() is the only function that turns a failure into an exception.
 
 from cpython.ref cimport Py_INCREF
 
@@ -23,7 +23,7 @@ cdef extern from *:
     int explain "linmem_explain"(failure* why, const char* format, ...) noexcept nogil
     int fail_text "linmem_fail_text"(failure* why, int code, const char* format, ...) noexcept nogil
 
-# The codes whose exception needs only the text.
+# The exception class of each code, where the exception takes nothing but the text.
 cdef dict exceptions = {
     E_NO_MEMORY: MemoryError, E_OVERFLOW: OverflowError, E_SHRINK: ValueError, E_MAXIMUM: _errors.GrowError,
     E_CAPACITY: _errors.GrowError, E_EXPORTED: BufferError, E_UNSUPPORTED: TypeError, E_IMAGE: ValueError,
@@ -55,7 +55,7 @@ cdef int fail_reserve(failure* why, int code, size_t size) noexcept nogil:
     cdef size_t n
     fail_page_call(why, code, "reserve", size)
     if size >> pages.capabilities().address_bits:
-        return code             # the address space itself is smaller
+        return code             # the request exceeds the whole address space: the advice below would not help
     n = strlen(why.detail)
     snprintf(why.detail + n, sizeof(why.detail) - n, "%slinmem holds %zu bytes of address space already, and a smaller"
              " maximum= or reserve= asks for less", "; " if n else "", pages.reserved())

@@ -13,11 +13,11 @@ cdef struct limit_hook:
     memory_hook head
     budget* budget
     size_t charged              # bytes, in whole host pages
-    size_t charged_before       # the growth under way
-    limit_hook* outer           # while the memory is being made: the thread's next hook without a memory
+    size_t charged_before       # the value of `charged` before the present growth
+    limit_hook* outer           # while the memory is being made: the next hook in pending_hooks()
 
-# The list of the hooks whose memories this thread is making. Several hooks are in it if limits nest, or if a Python
-# creator upstream makes another memory.
+# pending_hooks(): the list of the hooks whose memories this thread is making. Several hooks are in it if limits nest,
+# or if a Python creator upstream makes another memory.
 cdef extern from *:
     """
     static LINMEM_OF_THREAD void *linmem_pending;
@@ -27,12 +27,13 @@ cdef extern from *:
 
 cdef link budgets
 list_init(&budgets)
-cdef fork_lock budgets_lock     # of the list `budgets`
+cdef fork_lock budgets_lock     # protects the list `budgets`
 cdef atomic_i64 budgets_started
 
 
 cdef void list_budget(budget* b) noexcept nogil:
-    if compare_exchange(&budgets_started, 0, 1):    # not at the import, because an import that fails may be repeated
+    # Not at the import: if the import failed and was tried again, the lock would be registered twice.
+    if compare_exchange(&budgets_started, 0, 1):
         register_fork_lock(&budgets_lock)
         call_in_each_child(charge_anew)
     lock(&budgets_lock.held)

@@ -31,7 +31,8 @@ cdef long long RELEASED = <long long>1 << 62
 cdef long long CLOSED = -RELEASED - RELEASED
 
 cdef extern from *:
-    # As in cpython.buffer, but the caller looks for the exception itself: a `try` would make each export slower.
+    # As in cpython.buffer, but `noexcept`: the caller checks the result, and so needs no `try`, which would make each
+    # export slower.
     int fill_buffer "PyBuffer_FillInfo"(Py_buffer* buffer, object exporter, void* data, Py_ssize_t size, bint read_only,
                                         int flags) noexcept
 
@@ -40,7 +41,7 @@ _ACCESSES = {"none": pages.ACCESS_NONE, "r": pages.ACCESS_READ, "rw": pages.ACCE
 
 
 cdef object wrap(memory* m):
-    """A handle that takes over one reference on the memory, also if the handle cannot be made."""
+    """A handle that takes over one reference on the memory. If this raises, the reference has been dropped."""
     cdef Memory handle
     try:
         handle = Memory.__new__(Memory)
@@ -62,7 +63,7 @@ cdef inline void move_bytes(memory* m, size_t offset, size_t n, char* out, const
         memmove(m.base + offset, data, n)
 
 
-# Small, so that the C compiler makes it a part of each method.
+# Small, so that the C compiler inlines it into each method.
 cdef inline int copy_bytes(memory* m, size_t offset, size_t n, char* out, const char* data) except -1:
     """Copy to `out`, or from `data` if `out` is NULL. The caller has entered the handle and checked the range."""
     if n < RELEASE_GIL_FROM and try_access(m):
@@ -131,7 +132,7 @@ cdef int copy_byte(Memory mem, Py_ssize_t i, object key, char* out, const char* 
     cdef Py_ssize_t size
     cdef memory* m = mem.enter()
     try:
-        size = memory_size(m)       # the size never becomes less
+        size = memory_size(m)       # a memory never shrinks, so the index stays valid after this check
         if not -size <= i < size:
             allowed = f"in {-size} .. {size - 1}" if size else "of a byte, and the memory is empty"
             raise IndexError(f"index must be {allowed}, got {_shown(key)}")
@@ -159,7 +160,9 @@ cdef void forget_lost_calls(Memory mem) noexcept:
 cdef void release_if_unused(Memory mem, long long now) noexcept:
     """A call or an exported buffer of a closed handle has ended. now: the value of `users` then."""
     cdef memory* m = mem.m
-    if now & CALLS == CALLS:        # below 0: the call entered before a fork, and forget_lost_calls() has forgotten it
+    # A call that began before the fork and ends in the child is no longer counted: forget_lost_calls() made the count
+    # 0. The end of this call made the count -1, so it is put back to 0.
+    if now & CALLS == CALLS:
         add_with_gil(&mem.users, ONE_CALL)
     elif now & (RELEASED | EXPORTS | CALLS) == 0 and compare_exchange(&mem.users, now, now | RELEASED):
         with nogil:
@@ -206,7 +209,7 @@ cdef int export_buffer(Memory mem, Py_buffer* buffer, object exporter, size_t of
     if fill_buffer(buffer, exporter, m.base + offset, <Py_ssize_t>memory_size(m) if size < 0 else size, read_only,
                    flags):
         end_export(mem)
-        return -1           # with the exception of fill_buffer()
+        return -1           # fill_buffer() has set the exception
     return 0
 
 
@@ -215,7 +218,7 @@ cdef void end_export(Memory mem) noexcept:
     unpin(mem.m)
     now = add_with_gil(&mem.users, -ONE_EXPORT)
     if now < 0:
-        forget_lost_calls(mem)      # lost calls do not keep the memory
+        forget_lost_calls(mem)      # lost calls must not keep the memory alive
         release_if_unused(mem, load(&mem.users))
 
 
@@ -248,7 +251,7 @@ cdef class Memory:
             self.refuse_entry(now)
         return self.m
 
-    # A method and no function: the C compiler would make the function a part of enter(), and each call slower.
+    # A method, because the C compiler would inline a function into enter(), which would make each call slower.
     cdef int refuse_entry(self, long long now) except -1:
         """Raises; or returns, if this is only the handle's first use in a forked child."""
         while now >= 0 and now >> TAG_SHIFT != generation_tag and self.m != NULL:
@@ -364,7 +367,7 @@ cdef class Memory:
         self.leave()
         return None if maximum == NO_MAXIMUM else maximum
 
-    @cython.binding(False)      # a plain method descriptor: two C calls less for each call
+    @cython.binding(False)      # a plain method descriptor, which saves two C calls per call
     @cython.embedsignature(True)
     @cython.embedsignature.format("clinic")
     def grow_to(self, new_size):
@@ -506,7 +509,7 @@ cdef class Memory:
         return size
 
     def __bool__(self):
-        return True         # as a file is true: len() tells whether there are bytes
+        return True         # even if the memory has no bytes: it is an object like an open file, not a container
 
     def __contains__(self, item):
         """Whether the bytes of a buffer lie in the memory, one after the other; of an integer: whether the byte does.
@@ -517,7 +520,7 @@ cdef class Memory:
         cdef Py_ssize_t start, size = len(self), n, step
         try:
             byte = item.__index__()
-        except (AttributeError, TypeError):     # an array has the method, which works only without dimensions
+        except (AttributeError, TypeError):     # a NumPy array with dimensions raises TypeError here
             byte = None
         if isinstance(byte, int):
             if not 0 <= byte <= 255:
@@ -748,7 +751,7 @@ cdef class Memory:
         cdef delta_piece* pieces
         cdef Py_buffer* buffers
         check_type(delta, _Delta, "delta")
-        parts = list(delta.pieces())        # from here on, no code of a subclass of the caller's runs
+        parts = list(delta.pieces())        # a subclass may override pieces(); the rest runs no foreign code
         base_size, size, n = delta.base_size, delta.size, len(parts)
         pieces = <delta_piece*>calloc(n + 1, sizeof(delta_piece))
         buffers = <Py_buffer*>calloc(n + 1, sizeof(Py_buffer))
