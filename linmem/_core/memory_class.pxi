@@ -224,7 +224,7 @@ cdef void end_export(Memory mem) noexcept:
 
 @cython.final
 cdef class Memory:
-    """A linear memory: bytes at an address that never moves while they grow.
+    """A linear memory: bytes at an address that a growth within `byte_capacity` does not change.
 
     A creator makes it (`linmem.create`, `linmem.MmapCreator`, `linmem.wasmtime.linear_memory`); the class cannot be
     called. It is a writable buffer of `len(mem)` bytes: ``memoryview(mem)``, ``numpy.asarray(mem)``. Sizes and offsets
@@ -509,7 +509,7 @@ cdef class Memory:
         return size
 
     def __bool__(self):
-        return True         # even if the memory has no bytes: it is an object like an open file, not a container
+        return True         # even if the memory has no bytes; len() tells that
 
     def __contains__(self, item):
         """Whether the bytes of a buffer lie in the memory, one after the other; of an integer: whether the byte does.
