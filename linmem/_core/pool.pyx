@@ -8,7 +8,7 @@ Parts:
 - `pool_eviction.pxi`: which idle slot goes first; bounds, `trim()`, `purge()`, relief for a refused request
 - `reset_costs.pxi`: the costs of page faults, scans and zeroing on this machine
 - `pool_reset.pxi`: how the pages of a slot become zero again
-- `pool_requests.pxi`: how a request gets a slot, and how a slot comes back
+- `pool_requests.pxi`: how a request gets a slot, and how the pool takes a slot back after use
 - `pool_fork.pxi`: the repair of pools in a forked child
 - `pool_statistics.pxi`: `stats()` and the metrics
 - `pool_creator.pxi`: the class `PoolingCreator`
