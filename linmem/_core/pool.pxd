@@ -1,12 +1,14 @@
-# The pool: slots, which are memories of an upstream creator that serve one guest after the other. Layer 4.
+# The pool. A slot is a memory of the upstream creator that serves one guest after the other. A guest is one use of the
+# memory: it begins when the pool hands out the memory, and ends with the last reference on it. Layer 4.
 #
 #  |<- pre_guard ->|<------------------- capacity (reserved) ------------------->|<- guard ->|
 #  +---------------+----------------+------------------------+--------------------+-----------+
 #  | inaccessible  | accessible     | hidden: zero, resident | never committed    | inaccess. |
 #  +---------------+----------------+------------------------+--------------------+-----------+
 #                  ^base            ^base+initial            ^base+committed
-#  A warm slot. Former guests have grown up to `committed`; a guest that grows again up to there finds resident pages
-#  that hold zeros. Where a comment says that accessible bytes are zero, the bytes of an image are the image's instead.
+#  A warm slot. Earlier guests grew up to `committed`. The pages beyond `initial` are hidden: inaccessible, but still
+#  resident and zero, so that the next guest can grow into them without page faults. If the slot has an image, the bytes
+#  that comments call zero are the bytes of the image, where the image has any.
 
 from linmem._core.linked_list cimport link
 from linmem._core.memory cimport (
@@ -27,8 +29,8 @@ from linmem._core.units cimport atomic_i64
 cdef enum:
     LIVE = 0                # a guest has the slot, or is about to get it
     RESETTING = 1           # the last guest is gone
-    WARM = 2                # idle; accessible as when it is handed out, pages kept
-    COLD = 3                # idle; keeps address space only
+    WARM = 2                # idle; keeps pages, and the bytes of the next guest are accessible
+    COLD = 3                # idle; keeps only its address space
     COOLING = 4             # linmem is giving the slot's pages back
     DROPPING = 5            # the slot's memory is being released to upstream
 
@@ -37,9 +39,9 @@ cdef enum:
     EVICTED_COUNT = 0       # max_unused_warm
     EVICTED_RESIDENT = 1    # max_resident of the pool
     EVICTED_PROCESS = 2     # a bound of set_pool_limits()
-    EVICTED_SLOTS = 3       # room for a new slot
+    EVICTED_SLOTS = 3       # too many slots, or too many mappings
     EVICTED_RESERVED = 4    # max_reserved
-    EVICTED_REFUSED = 5     # a budget or the OS refused something that the slot held
+    EVICTED_REFUSED = 5     # a budget or the OS refused a request for a resource that the slot held
     EVICTED_IMAGE = 6       # the slot's image is forgotten: see `image` in memory.pxd
     EVICTED_TRIM = 7        # trim()
     EVICTED_IDLE = 8        # idle_seconds
@@ -50,7 +52,7 @@ cdef enum:
 cdef struct shape:
     size_t minimum, maximum, reservation, guard
     bint is_64, is_shared
-    image* image            # of the request; each slot of the shape holds a reference
+    image* image            # the request's image; each slot of the shape holds a reference
 
 # The counts of a slot. All members have the type size_t: see add_counts().
 cdef struct counts:
@@ -64,7 +66,7 @@ cdef struct counts:
 cdef struct totals:
     size_t live             # slots with a guest; slots that warm() holds are not counted
     size_t peak_live
-    counts counts           # of slots that are gone, and all misses and evictions
+    counts counts           # all misses and evictions; other counts only of slots that have left: see keep_counts()
 
 # The sums over the warm slots of a pool or of a domain.
 cdef struct warm_totals:
@@ -74,7 +76,8 @@ cdef struct warm_totals:
     size_t initial          # bytes that are accessible
     size_t committed        # bytes
 
-# A group holds slots of one shape, of one domain, or of one shape and one domain.
+# A group holds slots of one shape, of one domain, or of one shape and one domain. In the comments on its members, "in
+# BY_BOTH" says that only groups of this kind use the member.
 cdef enum:
     BY_BOTH = 0
     BY_SHAPE = 1
@@ -83,40 +86,40 @@ cdef enum:
 
 cdef struct group:
     group* next             # in its bucket
-    domain* domain          # BY_BOTH and BY_DOMAIN: a reference; NULL: the requests named no domain
-    shape shape             # BY_BOTH and BY_SHAPE
-    group* of[GROUPINGS]    # BY_BOTH: the groups BY_SHAPE and BY_DOMAIN that its slots are in
+    domain* domain          # in BY_BOTH and BY_DOMAIN: a reference, or NULL if the requests named no domain
+    shape shape             # in BY_BOTH and BY_SHAPE
+    group* of[GROUPINGS]    # in BY_BOTH: the groups BY_SHAPE and BY_DOMAIN that hold the same slots
     link in_table
-    size_t row              # of the report under way
-    char apart[CACHE_LINE]  # the members above are only read
-    # Idle slots, the last one given back first. BY_BOTH: warm ones. BY_SHAPE: cold ones of all domains, because cold
-    # slots have no pages.
+    size_t row              # the index of the group's row in the report that make_report() makes
+    char apart[CACHE_LINE]  # padding: the members above are seldom written, and the members below often
+    # Idle slots. The slot that became idle last is the first. A group BY_BOTH lists its warm slots. A group BY_SHAPE
+    # lists the cold slots of all domains: a cold slot has no pages, so it can serve any domain.
     link stack
-    size_t members          # BY_BOTH: slots. BY_SHAPE and BY_DOMAIN: groups BY_BOTH
-    warm_totals warm        # BY_DOMAIN
-    totals own              # BY_SHAPE and BY_DOMAIN
+    size_t members          # in BY_BOTH: the number of slots; otherwise: the number of groups BY_BOTH
+    warm_totals warm        # in BY_DOMAIN
+    totals own              # in BY_SHAPE and BY_DOMAIN
 
 cdef enum:
     BUCKETS = 256
-    EMPTY_GROUPS = 256      # the most groups without members that a table keeps because of their counts
-    BUDGETS = 4             # the most that a pool knows
+    EMPTY_GROUPS = 256      # a table keeps up to this many groups without members, so that their counts are not lost
+    BUDGETS = 4             # a pool counts its slots for up to this many budgets
 
 cdef struct group_table:
     link groups
     size_t n
-    size_t n_empty          # groups without members; some are kept because of their counts
+    size_t n_empty          # the number of groups without members: see EMPTY_GROUPS
     group* buckets[BUCKETS]
 
-# Parts of a slot, in bytes from the base on; whole host pages. While the slot is idle:
+# Parts of a slot, in bytes that are multiples of the host page. While the slot is idle:
 #   WARM   `initial` bytes are accessible,  initial <= committed,  hidden <= committed - initial
 #   COLD   no byte is accessible,  committed == hidden == 0
 cdef struct extent:
-    size_t initial          # accessible when the slot is handed out
-    size_t committed        # the bytes between the accessible ones and here are hidden
-    size_t hidden           # how many of the hidden bytes may be resident
+    size_t initial          # offset: the bytes before it are accessible when the slot is handed out
+    size_t committed        # offset: the bytes between the accessible bytes and this offset are hidden
+    size_t hidden           # number: how many of the hidden bytes may be resident
 
-# Members of the memory as upstream made it, which guests and creators above may change. A copy of the memory's whole
-# struct would take more cache lines.
+# The values that upstream gave to some members of the memory's struct. Guests and creators above may change these
+# members. A copy of the whole struct would take more cache lines.
 cdef struct original_memory:
     char* base
     long long size          # may be less than the request asks for
@@ -124,50 +127,50 @@ cdef struct original_memory:
     bint is_shared, has_moved, huge_pages, growth_is_watched
 
 cdef struct slot:
-    memory_hook head        # on the memory; the hooks of upstream are below
+    memory_hook head        # the pool's hook on the memory; head.next is the first hook of the creators below
     pool* pool
-    group* group            # BY_BOTH
+    group* group            # a group BY_BOTH
     memory* m
-    link in_stack           # WARM and COLD: of its group. Otherwise in a list of slots to drop or to release
-    link by_age             # WARM and COLD: in the pool's list, the newest first
-    link in_pool            # all slots of the pool
+    link in_stack           # in WARM and COLD: in `stack` of a group; otherwise free for a function's local list
+    link by_age             # in WARM and COLD: in warm_by_age or cold_by_age of the pool
+    link in_pool            # in `slots` of the pool
     atomic_i64 state
-    const void* thread      # the thread that gave it back
-    image* image            # the start of each guest, a reference; NULL: zeros
+    const void* thread      # the thread that gave the slot back last
+    image* image            # a reference: each guest starts with its bytes; NULL: with zeros
     original_memory original
     extent pages
     size_t resident         # bytes that may be resident while it is idle
     size_t tables           # bytes of page tables that it may have, idle or not
-    size_t old_tables       # of `tables`, the part from before the pages were last given back
+    size_t old_tables       # the part of `tables` that may remain from before all pages were last given back
     size_t reserved         # bytes of address space, guards included
-    size_t mappings         # the most that it takes
-    unsigned int budgets    # bits: the members of the pool's `budgets` that it is charged to
+    size_t mappings         # the greatest number of OS mappings that the memory may need
+    unsigned int budgets    # bit i is set: the slot is charged to pool.budgets[i]
     bint unfilled           # the memory is prefaulted, but the pages have been given back
     bint has_guest          # counted as live
     bint changed_domain     # the slot has served other domains than the first one
     long long since         # when it became idle, or was handed out; coarse clock
     long long grown         # when a guest last grew beyond `initial`
     long long emptied       # when all its pages were last given back
-    unsigned int uses       # since then
+    unsigned int uses       # how many guests it has had since `emptied`
     reset_policy policy
     size_t zeroed           # bytes, by the reset under way
     counts counts           # written under the lock, by the thread that owns the slot
-    char apart[CACHE_LINE]  # another thread's slot may be the next one in memory
+    char apart[CACHE_LINE]  # padding: the next slot in memory may be in use by another thread
 
 # A budget below the pool, and how many slots are charged to it.
 cdef struct charged_slots:
     const void* budget      # NULL: the entry is free
     size_t slots
 
-# Shared by a PoolingCreator and its slots, because wasmtime may outlive the creator. Members are in the order of use:
-# the first cache lines are only read, the next ones are written for each memory.
+# A PoolingCreator and its slots share the pool, because a slot that wasmtime uses may outlive the creator. The members
+# are ordered by how they are used: threads only read the first cache lines, and write the next ones for each memory.
 cdef struct pool:
     # The members of this part never change, except `closed`.
     void* block             # the allocation that holds the pool
     size_t most_slots, reserved_bound
-    long long wait_ns       # -1: without end
+    long long wait_ns       # -1: no timeout
     bint fall_back, wait
-    size_t most_mappings    # here begins a cache line that is read for each memory
+    size_t most_mappings    # starts a cache line that is read for each memory
     size_t keep_resident, most_warm, resident_bound
     long long idle_ns       # 0: idle slots are not purged by time
     long long reset_ns      # 0: no bound on the time of a reset
@@ -175,14 +178,15 @@ cdef struct pool:
     bint check
     bint closed             # under the lock
     char apart[CACHE_LINE]
-    fork_lock lock          # of all members below except `refs`; `lock` and `warm_by_age` are at the start of a line
+    # Protects all members below, except `refs` and `in_pools`. `lock` and `warm_by_age` each start a cache line.
+    fork_lock lock
     warm_totals warm
     link warm_by_age        # warm slots, the newest first
     size_t idle_reserved    # bytes of address space, of idle slots
     size_t warm_domains     # domains with warm slots
     long long next_purge    # before then no slot exceeds idle_seconds; coarse clock
-    totals own              # all members after live and peak_live are seldom written
-    size_t reported         # the part of process_held for this pool; never less than the pool keeps
+    totals own              # from own.counts on, the members of the pool are seldom written
+    size_t reported         # this pool's part of process_held; >= the bytes that its idle slots keep
     size_t mappings
     size_t n_cold, n_slots
     link cold_by_age
@@ -190,9 +194,9 @@ cdef struct pool:
     size_t reserved         # bytes, of all slots
     size_t fallbacks, rejected
     charged_slots budgets[BUDGETS]
-    bint more_budgets       # a slot was charged to other budgets, or to one of them twice
+    bint more_budgets       # a slot was charged to a budget that `budgets` had no room for, or twice to one budget
     atomic_i64 refs
-    link in_pools           # of all pools, under pools_lock
+    link in_pools           # in the list `pools` of all pools, under pools_lock
     char apart_too[CACHE_LINE]
     group_table tables[GROUPINGS]
 

@@ -5,10 +5,10 @@ Parts:
 
 - `pool_slots.pxi`: groups of slots, and the states of a slot
 - `pool_limits.pxi`: all pools of the process, and the bounds that they share
-- `pool_eviction.pxi`: which idle slot goes first; bounds, `trim()`, `purge()`, relief for a refused request
+- `pool_eviction.pxi`: which idle slot is evicted first; bounds, `trim()`, `purge()`, relief for a refused request
 - `reset_costs.pxi`: the costs of page faults, scans and zeroing on this machine
 - `pool_reset.pxi`: how the pages of a slot become zero again
-- `pool_requests.pxi`: how a request gets a slot, and how a slot comes back
+- `pool_requests.pxi`: how a request gets a slot, and how the pool takes a slot back after use
 - `pool_fork.pxi`: the repair of pools in a forked child
 - `pool_statistics.pxi`: `stats()` and the metrics
 - `pool_creator.pxi`: the class `PoolingCreator`

@@ -200,7 +200,9 @@ cdef class PoolingCreator(NativeCreator):
         while True:
             code = take(p, &key, domain, True, out, why)
             if out[0] != NULL:
-                out[0].may_move = spec.may_move     # not in the shape, because a memory that has moved is not kept
+                # may_move is not a part of the shape: a slot serves requests with either value, because the pool does
+                # not keep a memory that has moved.
+                out[0].may_move = spec.may_move
             if code or out[0] != NULL:
                 return code
             code = make_slot(self, &key, domain, spec, True, out, why)
@@ -208,7 +210,7 @@ cdef class PoolingCreator(NativeCreator):
                 continue
             if (code != E_EXHAUSTED or not p.wait
                     or why.size > min(p.reserved_bound, <size_t>load(&process_reserved_bound))):
-                return code         # no slot that comes back makes room for more than a bound
+                return code         # waiting cannot help a request that alone exceeds a bound
             if start == 0:
                 start = pages.clock_ns()
             if p.wait_ns >= 0 and pages.clock_ns() - start >= p.wait_ns:
@@ -261,7 +263,7 @@ cdef class PoolingCreator(NativeCreator):
             for name, value in (("minimum", minimum), ("maximum", maximum)):
                 if value is not None and value >= 2**64 - 1:
                     raise OverflowError(f"ty.{name} * ty.page_size must be below 2**64 - 1, got {_shown(value)}")
-            if maximum is None:     # as wasmtime asks; in 64 bits 2**64 - 1 means no maximum
+            if maximum is None:     # wasmtime asks for this maximum; in 64 bits, 2**64 - 1 means no maximum
                 maximum = 2**32 if not ty.is_64 else None if ty.page_size == 1 else 2**64 - ty.page_size
         except (AttributeError, TypeError):
             raise TypeError(f"ty must be a MemoryType, got {type(ty).__name__}") from None
@@ -325,7 +327,7 @@ cdef class PoolingCreator(NativeCreator):
         target : int
             The most bytes that idle slots may keep resident. The least recently used ones give their pages back first.
         older_than : float
-            Only slots that have been idle for so many seconds give their pages back.
+            Only slots that have been idle for at least this many seconds give their pages back.
 
         Returns
         -------

@@ -1,13 +1,15 @@
-# Which idle slot goes first, and what it gives up. Part of pool.pyx.
+# Which idle slot is evicted first, and which of its resources are released. Part of pool.pyx.
 #
-# An eviction has three steps: choose the slot, evict() it with the pool's lock held, and finish_eviction() without.
+# An eviction has three steps: choose the slot, call evict() with the pool's lock held, and call finish_eviction()
+# without the lock.
 
 cdef enum:
-    RESIDENT = 3                # beside the RELIEF_ kinds: the resident bytes of idle slots, page tables included
-    PURGED_AT_ONCE = 2          # slots that one give-back purges at least, and one in this many more
+    RESIDENT = 3                # continues the RELIEF_ kinds: the resident bytes of idle slots, page tables included
+    # When a slot is given back to a pool with n warm slots, at most PURGED_AT_ONCE + n / PURGED_SHARE slots are purged.
+    PURGED_AT_ONCE = 2
     PURGED_SHARE = 64
 
-cdef size_t PURGED_BYTES = 16 << 20     # after so many bytes one give-back purges no further slot
+cdef size_t PURGED_BYTES = 16 << 20     # bytes: purging stops when the purged slots held at least this much
 
 
 # -- in one pool --------------------------------------------------------------------------------------------
@@ -276,11 +278,11 @@ cdef size_t census_total        # the sum over all domains
 cdef size_t census_domains      # the number of domains that hold something
 cdef domain_t unnamed           # stands for requests without a domain (NULL); only `census` and `holds` are used
 
-# Which slot is chosen: the first kind of which a pool has one.
+# Which slots may be chosen. evict_oldest() tries the choices in this order, until a pool has such a slot.
 cdef enum:
-    ANY_COLD = 0                # only where address space is missing
-    FAIR_WARM = 1               # of a domain that holds more than its fair share
-    ANY_WARM = 2                # all domains hold the same
+    ANY_COLD = 0                # any cold slot; tried only if address space is missing
+    FAIR_WARM = 1               # a warm slot of a domain that holds more than its fair share
+    ANY_WARM = 2                # any warm slot, because no domain holds more than its fair share
     CHOICES = 3
 
 
@@ -335,14 +337,15 @@ cdef void take_census(int what, const void* budget) noexcept nogil:
 
 
 cdef slot* oldest_with(pool* p, int choice, int what, const void* budget) noexcept nogil:
-    """The least recently used idle slot of that choice that gives something up. The pool's lock is held."""
+    """The pool's lock is held. Returns the least recently used idle slot that `choice` allows and that holds some of
+    the missing resource."""
     cdef slot* s = oldest(&p.warm_by_age)
     cdef group* g = first_group(p, BY_DOMAIN)
     if choice == ANY_COLD:
         return oldest(&p.cold_by_age)
     if what == RELIEF_BUDGET and slots_charged_to(p, budget) == 0:
         return NULL
-    # If all domains hold too little, no slot is looked at.
+    # If no domain qualifies, the loop over all slots is not needed.
     while g != NULL and not (g.warm.n and may_go(g.domain, choice)):
         g = next_group(g)
     if g == NULL:
@@ -363,7 +366,8 @@ cdef pool* pool_of_oldest(int choice, int what, const void* budget) noexcept nog
         former = NULL
         lock_pool(p)
         s = oldest_with(p, choice, what, budget)
-        if s != NULL and (found == NULL or s.since <= since):       # where two are equal: of the older pool
+        # If two slots are equally old, <= chooses the slot of the older pool, because pool_after() returns it later.
+        if s != NULL and (found == NULL or s.since <= since):
             since = s.since
             add(&p.refs, 1)
             former = found
@@ -396,7 +400,7 @@ cdef size_t evict_oldest(int what, const void* budget, int cause) noexcept nogil
     if p != NULL:
         lock_pool(p)
         s = oldest_with(p, choice, what, budget)
-        if s != NULL:       # else another thread was faster
+        if s != NULL:       # otherwise another thread has taken the slot
             size = held_by(s, what, budget)
             evict(s, DROPPING if dropped else COOLING, cause)
         unlock_pool(p)
@@ -406,11 +410,11 @@ cdef size_t evict_oldest(int what, const void* budget, int cause) noexcept nogil
     if s != NULL:
         finish_eviction(s)
     release_pool(p)
-    return size if size else 1          # 1: the caller asks again
+    return size if size else 1          # not 0 if another thread has taken the slot: the caller may try again
 
 
 cdef bint can_have(int what, size_t size) noexcept nogil:
-    """Tries whether the OS grants `size` bytes of address space, or of pages."""
+    """Returns whether the OS grants `size` bytes of address space, or of pages."""
     cdef char* base
     cdef size_t page = pages.capabilities().page_size
     if size > SIZE_MAX >> 1:
@@ -430,12 +434,12 @@ cdef bint relieve_by_eviction(int what, const void* budget, size_t missing) noex
     cdef size_t page = pages.capabilities().page_size
     cdef size_t held = held_by_all(what, budget), evicted = 0, step
     if held == 0 and what == RELIEF_PAGES and not can_have(what, page):
-        what = RELIEF_SPACE         # mappings are missing: cold slots have some, too
+        what = RELIEF_SPACE         # the OS has no mapping left, and cold slots have mappings, too
         held = held_by_all(what, budget)
     if held == 0 or (what == RELIEF_BUDGET and held < missing):
         return False
-    # Would the OS grant the request if all idle slots were given back? The OS is asked for the rest. If the OS does not
-    # grant even one page, mappings are missing.
+    # Evicts nothing if the eviction of all idle slots would not be enough: the OS must grant the bytes that idle slots
+    # do not hold. But if the OS does not grant even one page, it has no mapping left, and an eviction may help.
     if what != RELIEF_BUDGET and missing > held and not can_have(what, missing - held) and can_have(what, page):
         return False
     while True:

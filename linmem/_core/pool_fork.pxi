@@ -44,6 +44,7 @@ cdef void drop_lost_slots() noexcept nogil:
         while node.owner != NULL:
             s = <slot*>node.owner
             node = node.next
-            if load(&s.state) == DROPPING:      # the lost thread had freed its memory
+            # A thread that does not exist in the child had freed the memory, but not yet the slot.
+            if load(&s.state) == DROPPING:
                 slot_dropped(&s.head)
         p = pool_after(p)

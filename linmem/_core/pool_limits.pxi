@@ -3,16 +3,16 @@
 # Locks are taken in reverse order of registration: a pool's lock before pools_lock, because pools_lock is registered
 # before the first pool.
 
-cdef fork_lock pools_lock           # of the list `pools`
-cdef link pools                     # the newest first
+cdef fork_lock pools_lock           # protects the list `pools`
+cdef link pools                     # of all pools, the newest first
 list_init(&pools)
-cdef atomic_i64 start_lock          # start_pools() and need_costs() run once
+cdef atomic_i64 start_lock          # held by start_pools() and need_costs(), which do their work once
 cdef bint pools_started = False
-cdef atomic_i64 process_held        # bytes that idle slots keep, page tables included; never less, and a little more
+cdef atomic_i64 process_held        # >= the bytes that idle slots keep, page tables included; see report_step
 cdef atomic_i64 process_held_bound
 cdef atomic_i64 process_reserved    # bytes of address space of all slots
 cdef atomic_i64 process_reserved_bound
-cdef atomic_i64 report_step         # how many bytes more than it keeps a pool may report to process_held
+cdef atomic_i64 report_step         # bytes: a pool's part of process_held may exceed what the pool keeps by this much
 
 cdef size_t NO_BOUND = SIZE_MAX >> 1
 
@@ -48,7 +48,7 @@ cdef pool* new_pool() noexcept nogil:
     cdef int i
     if block == NULL:
         return NULL
-    # Where the lock is at the start of a cache line. The block is one line longer than the pool.
+    # Places the pool so that its lock starts a cache line. The block has one spare cache line for this.
     cdef pool* p = <pool*>(block + ((0 - <size_t>&(<pool*>block).lock) & (CACHE_LINE - 1)))
     p.block = block
     p.refs = 1
@@ -133,7 +133,7 @@ cdef size_t excess_reserved(size_t reserved) noexcept nogil:
 
 
 def set_pool_limits(max_resident=None, max_reserved=None):
-    """Bound the bytes that the pools of this process hold together, beside the bounds of each pool.
+    """Bound the bytes that the pools of this process hold together, in addition to the bounds of each pool.
 
     Idle slots give everything above a bound back before the call returns.
 

@@ -1,8 +1,8 @@
-# How a request gets a slot, and how a slot comes back. Part of pool.pyx.
+# How a request gets a slot, and how the pool takes a slot back after use. Part of pool.pyx.
 
 cdef enum:
-    TIMED = 16              # of so many resets of a slot, one is timed
-    TAKE_AGAIN = -100       # make_slot() alone returns it: not a failure
+    TIMED = 16              # one of this many resets of a slot is timed
+    TAKE_AGAIN = -100       # from make_slot(): not a failure; the caller calls take() again
 
 cdef extern from *:
     """
@@ -25,7 +25,7 @@ cdef inline slot* warm_slot_of(group* g) noexcept nogil:
     cdef slot* below
     if s != NULL and s.thread != this_thread():
         below = <slot*>s.in_stack.next.owner
-        if below != NULL and below.thread == this_thread():     # pages in the cache of this processor
+        if below != NULL and below.thread == this_thread():     # its pages are probably in this processor's cache
             return below
     return s
 
@@ -33,7 +33,8 @@ cdef inline slot* warm_slot_of(group* g) noexcept nogil:
 cdef int take(pool* p, const shape* key, domain_t* domain, bint counted, memory** out, failure* why) noexcept nogil:
     """Hands out an idle slot of the shape: a warm one of the domain, otherwise a cold one of any domain. *out == NULL:
     the pool has neither. counted: a request, not warm(), asks for it."""
-    cdef group** bucket = bucket_of(p, BY_BOTH, key, domain)    # before the lock is taken, which keeps it shorter
+    # The bucket is computed before the lock is taken, so that the lock is held for a shorter time.
+    cdef group** bucket = bucket_of(p, BY_BOTH, key, domain)
     cdef group* g
     cdef slot* s
     cdef bint cold
@@ -179,7 +180,7 @@ cdef size_t least_reserved(const memory_spec* spec) noexcept nogil:
     cdef layout found
     cdef size_t reservation = 0 if spec.reservation == UNCHOSEN else spec.reservation
     if lay_out(spec.minimum, reservation, spec.guard, pages.capabilities().page_size, &found):
-        return 0            # upstream refuses it, with a text
+        return 0            # upstream refuses the request, with an error message
     return found.total
 
 
@@ -279,7 +280,7 @@ cdef bint is_slot_of(pool* p, memory* m) noexcept nogil:
     return m.hooks != NULL and m.hooks.keep == slot_keep and (<slot*>m.hooks).pool == p
 
 
-# -- a slot comes back: the hooks of its memory -------------------------------------------------------------
+# -- a slot is given back: the hooks of its memory ----------------------------------------------------------
 
 cdef inline bint is_in_place(const slot* s) noexcept nogil:
     """False: the memory has moved, and has another shape than the slot."""
@@ -304,7 +305,7 @@ cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
         if resets & (TIMED - 1) == 0:
             start = pages.clock_ns()
         how = reset(s, m, now)
-        if start:       # the time stands for all resets since the last one that was timed
+        if start:       # the time counts for all resets since the last timed one
             took = <size_t>(pages.clock_ns() - start) * (TIMED if resets else 1)
     if how >= 0:
         m.hooks = head
@@ -339,8 +340,9 @@ cdef bint return_to_upstream(slot* s) noexcept nogil:
     """The memory belongs to upstream again, and may be freed before the slot is: nothing reads the memory of a slot
     that is DROPPING."""
     if is_in_place(s) and s.head.next != NULL:
-        # A pool below has no record of the hidden pages, and it hands the other pages to the domain that it made the
-        # memory for. So after a change of domain all pages are given back. If the OS refuses, they stay, and are zero.
+        # A pool below does not know of the hidden pages, so they are given back. The pool below keeps the other pages
+        # for the domain that it made the memory for. So if the slot has served other domains, all pages are given back.
+        # If the OS refuses, the pages stay, and the pool below resets them, as it does after every guest.
         if not (s.changed_domain and cool_pages(s)) and s.pages.committed > s.m.accessible:
             pages.decommit(s.m.base + s.m.accessible, s.pages.committed - s.m.accessible)
     start_drop(s)

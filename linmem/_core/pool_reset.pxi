@@ -3,18 +3,18 @@
 # No lock is held. The thread that dropped the memory owns the slot.
 
 cdef enum:
-    ADAPTIVE = 3                # beside the RESET_ kinds of reset_policy.pxd
+    ADAPTIVE = 3                # continues the RESET_ kinds of reset_policy.pxd
     PAGE_BITS = 12              # reset_policy counts runs of 4096 bytes
-    USES_TO_EMPTY = 32          # a slot in constant use gives its pages back after idle_seconds, but not more often
-    TABLE = 1 << 12             # bytes of a page table,
-    TABLE_SPAN = 1 << 21        # of the range that it maps,
-    UPPER_SPAN = 1 << 30        # and of the range of the table above: constants, since division by a variable is slow
-    TABLES_UNCOUNTED = 8 << 20  # bytes: up to here, a slot counts as having all of its page tables
+    USES_TO_EMPTY = 32          # a slot in constant use gives its pages back after idle_seconds and this many uses
+    TABLE = 1 << 12             # bytes of a page table
+    TABLE_SPAN = 1 << 21        # bytes that a page table maps; a constant, because division by a variable is slow
+    UPPER_SPAN = 1 << 30        # bytes that a table of the next level maps; a constant for the same reason
+    TABLES_UNCOUNTED = 8 << 20  # bytes: a slot of up to this size counts as having all its page tables
 
 cdef size_t WIDE_MOST = 1 << 18         # bytes: a memory up to this size is probably in the cache
 cdef size_t ZERO_UNSEEN = 1 << 18       # bytes: without scans, zeroing up to this size costs no more than giving back
 cdef size_t ZERO_STEP = 1 << 20         # bytes that are zeroed between two looks at the clock
-cdef size_t WORTH_EMPTYING = 1 << 20    # bytes: a slot in constant use that keeps less keeps it
+cdef size_t WORTH_EMPTYING = 1 << 20    # bytes: a slot in constant use keeps its pages if they are not more than this
 
 _RESETS = ("scan", "zero", "discard", "adaptive")       # names of the RESET_ kinds, and of ADAPTIVE
 
@@ -24,7 +24,7 @@ cdef struct reset_plan:
     bint adaptive           # after a scan the policy decides again
     bint copied             # the image was copied in: which pages still hold its bytes is unknown
     size_t bound            # if more bytes were touched, all pages are given back
-    size_t hidden           # bytes that earlier guests left hidden beyond the bytes of this one
+    size_t hidden           # bytes that are hidden since earlier guests, and that this guest has not grown into
     long long deadline      # if zeroing is not over by then, all pages are given back; 0: none
     const reset_costs* costs
 
@@ -32,7 +32,7 @@ cdef struct reset_plan:
 cdef struct reset_result:
     int how                 # RESET_, the kind that was done
     size_t touched          # bytes; 0: unknown
-    size_t kept             # resident bytes, in the units in which the OS keeps them
+    size_t kept             # resident bytes; where huge pages are allowed, rounded up to whole huge pages
     size_t kept_grown       # of these, bytes beyond `initial`
     size_t tables           # bytes of page tables
     size_t zeroed
@@ -95,7 +95,7 @@ cdef void plan_reset(slot* s, size_t used, long long now, reset_plan* plan) noex
     plan.deadline = 0
     if plan.how == ADAPTIVE:
         if p.idle_ns and s.uses >= USES_TO_EMPTY and s.resident > WORTH_EMPTYING and now - s.emptied > p.idle_ns:
-            plan.how = RESET_DISCARD        # a scan does not show which pages only a burst has touched
+            plan.how = RESET_DISCARD        # a scan cannot tell pages that only a burst touched from pages in use
         elif pages.capabilities().scans:
             plan.adaptive = True
             plan.how = reset_begin(&s.policy, plan.costs, in_pages(used))
@@ -178,7 +178,7 @@ cdef int give_back_all(slot* s, size_t used) noexcept nogil:
     if pages.capabilities().discard_any_protection:
         return image_reset(s.m, s.pages.committed if s.pages.hidden else used)
     cdef int code = image_reset(s.m, used)
-    # A guest that has grown over all hidden pages leaves no hidden page.
+    # If the guest has grown over all hidden pages, no hidden page is left.
     if code == 0 and s.pages.hidden and s.pages.committed > used:
         code = pages.decommit(s.original.base + used, s.pages.committed - used)
         s.pages.committed = used
@@ -202,7 +202,7 @@ cdef int run_reset(slot* s, size_t used, const reset_plan* plan, reset_result* r
         return 0
     cdef int code = give_back_all(s, used)
     if code and code == pages.capabilities().locked:
-        image_fill(s.m, 0, used)     # mlock() keeps these pages in every case; hidden pages are zero
+        image_fill(s.m, 0, used)     # locked by mlock(), so the OS cannot discard them; hidden pages are zero already
         all_zeroed(s, used, result)
     elif code:
         return -1
@@ -265,7 +265,7 @@ cdef int reset(slot* s, memory* m, long long now) noexcept nogil:
     if used < s.pages.initial:
         # A pool above has cooled the memory, so the bytes are gone.
         return RESET_DISCARD if cool_pages(s) else -1
-    # A user may have protected it, restored it to another image, or given pages of its own image back.
+    # A user may have protected pages, restored the memory to another image, or discarded pages of the slot's image.
     if ((load(&m.protection) != PROTECTION_NONE and memory_unprotect(m, used))
             or (not image_is_attached(m, s.image) and image_rebind(m, s.image))):
         return -1
@@ -275,7 +275,8 @@ cdef int reset(slot* s, memory* m, long long now) noexcept nogil:
         result.tables = count_tables(s)
         plan_reset(s, used, now, &plan)
         if run_reset(s, used, &plan, &result):
-            memory_protection_becomes_unknown(m)     # pages may be inaccessible: a pool below repairs that first
+            # Pages may be inaccessible. A pool below then makes all pages accessible before it resets them.
+            memory_protection_becomes_unknown(m)
             return -1
         record_reset(s, used, &plan, &result, now)
         if s.pool.check and not image_is_intact(m, used):
@@ -301,7 +302,8 @@ cdef int reset(slot* s, memory* m, long long now) noexcept nogil:
 cdef bint cool_pages(slot* s) noexcept nogil:
     """Gives back all pages; nothing is accessible afterwards. False: the OS refused, and the slot must be dropped."""
     cdef failure unused
-    # The guards too: of a part of a reservation the OS keeps the page tables at both ends.
+    # The range includes the guards: if only a part of the reservation is decommitted, the OS keeps the page tables at
+    # both ends of the part.
     if s.pages.committed and pages.decommit(s.original.base - s.original.pre_guard, s.reserved):
         return False
     store_size(&s.m.accessible, 0)

@@ -216,7 +216,7 @@ cdef size_t mappings_of(const slot* s) noexcept nogil:
     if s.pages.committed == 0:
         return 3 if s.original.huge_pages else 1
     return (3 + s.original.huge_pages                           # the guard has no huge pages
-            + (2 if image_shares_pages(s.image) else 0)         # the image's pages and the pages behind
+            + (2 if image_shares_pages(s.image) else 0)         # the image's pages, and the pages after them
             + (s.pages.committed > s.pages.initial))            # hidden bytes
 
 

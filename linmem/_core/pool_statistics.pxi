@@ -4,7 +4,7 @@
 cdef struct report_row:
     shape shape
     domain_t* domain        # a reference
-    image_t* image          # of the last slot, so that all slots of a shape have it; compared only
+    image_t* image          # of the last slot counted; the same for all slots of a shape. No reference: only compared
     size_t image_bytes
     bint image_descriptor
     counts counts
@@ -12,9 +12,9 @@ cdef struct report_row:
     size_t resident, tables, reserved
 
 cdef struct report:
-    size_t n[GROUPINGS]                 # rows: one of the pool, the others BY_SHAPE and BY_DOMAIN
+    size_t n[GROUPINGS]                 # the number of rows, BY_SHAPE and BY_DOMAIN; BY_BOTH is not used
     report_row* rows[GROUPINGS]
-    report_row sums                     # the row of the pool
+    report_row sums                     # the figures of the whole pool
     size_t fallbacks, rejected
 
 # Names of the EVICTED_ causes; EVICTED_IDLE and EVICTED_PURGE are counted as purges.

@@ -1,8 +1,8 @@
 # Which pages of a memory have another access than "rw", and memory_protect(); a part of memory.pyx.
 #
 # The access is a step function of the offset. The table keeps its borders in order: the border `offset | access` says
-# that the pages from `offset` on have this access, up to the next border. The pages before the first border are "rw",
-# and the pages after the last border too. A border always changes the access.
+# that the pages from `offset` on have this access, up to the next border. The pages before the first border and the
+# pages after the last border are "rw". Two neighbouring ranges always have different accesses.
 #
 # The borders stand in an array with a gap, so that a loop that protects page after page, in either direction, moves few
 # of them.
@@ -10,23 +10,26 @@
 # m.protection says whether the table is valid:
 #   PROTECTION_NONE     every page is "rw", and there is no table
 #   PROTECTION_KNOWN    the table says which page has which access
-#   PROTECTION_UNKNOWN  a change is under way, or a change was not completed: its thread was lost in a fork, or the OS
-#                       refused to undo it. The borders mean nothing then; they may be half written.
-# m.protection and the table change with the memory's lock held. A thread that sees during an access (begin_access) that
-# the memory is not guarded may touch every page: a change waits until the accesses that began before it have ended.
+#   PROTECTION_UNKNOWN  a change is under way, or a change was not completed: its thread does not exist in a forked
+#                       child, or the OS refused to undo the change. The borders may be half written, and are not used.
+# m.protection and the table are changed only with the memory's lock held. If is_guarded() returns False to a thread
+# after begin_access(), the thread may touch every page until it ends the access: a change waits until all accesses that
+# began earlier have ended.
 
 from linmem._core.linked_list cimport link, list_add_first, list_init, list_remove
 
 cdef enum:
-    ACCESS_UNKNOWN = 7              # beside the ACCESS_ constants of pages.pxd: the OS refused to undo a change
-    ACCESS_MASK = 7                 # the low bits of an offset of a host page are free for the access
+    ACCESS_UNKNOWN = 7              # in addition to the ACCESS_ constants of pages.pxd: the OS refused to undo a change
+    ACCESS_MASK = 7                 # the low bits of a border: offsets of host pages do not use them
 
     # Sets of accesses: the bit 1 << access.
     READABLE = 1 << pages.ACCESS_READ | 1 << pages.ACCESS_READ_WRITE | 1 << pages.ACCESS_READ_EXECUTE
     WRITABLE = 1 << pages.ACCESS_READ_WRITE
     NOT_WRITABLE = 1 << pages.ACCESS_NONE | 1 << pages.ACCESS_READ | 1 << pages.ACCESS_READ_EXECUTE
 
-    UNKNOWN_RANGES = 16             # if a refused change leaves more ranges unknown, all of its range becomes unknown
+    # If the OS refuses a change, and then refuses to undo the change for more pages than this, the access of the whole
+    # range becomes unknown.
+    UNKNOWN_RANGES = 16
     SPARE_BORDERS = 2 * UNKNOWN_RANGES + 4  # borders that one change may add
 
 # Exists while the memory has protected pages.
@@ -105,7 +108,7 @@ cdef void set_access(protections* p, size_t start, size_t end, int access) noexc
         p.n += 1
 
 
-# -- questions: the caller holds the memory's lock
+# -- functions that read the table: the caller holds the memory's lock
 
 cdef inline bint is_guarded(memory* m) noexcept nogil:
     """Whether an access may fault. Needs no lock. Reads one variable while no memory of the process is protected."""
@@ -234,7 +237,7 @@ cdef int refuse_foreign(const char* start, size_t size, int allowed, const char*
     return code
 
 
-# -- changes: the caller holds the memory's lock
+# -- functions that change the table: the caller holds the memory's lock
 
 cdef int begin_change(memory* m, failure* why) noexcept nogil:
     """Until end_change(), m.protections exists and has room for one change, and m.protection is PROTECTION_UNKNOWN. If
@@ -245,7 +248,8 @@ cdef int begin_change(memory* m, failure* why) noexcept nogil:
     store(&m.protection, PROTECTION_UNKNOWN)
     if p == NULL:
         p = <protections*>calloc(1, sizeof(protections))
-    elif was == PROTECTION_UNKNOWN:         # a lost thread's table: its pointers may be half written, so no free()
+    elif was == PROTECTION_UNKNOWN:
+        # A thread that does not exist in this forked child may have left the pointer half written, so no free().
         p.borders = NULL
         p.n = p.gap = p.room = 0
     code = make_room(p, why) if p != NULL else fail(why, E_NO_MEMORY, "calloc", sizeof(protections))
@@ -273,8 +277,8 @@ cdef void end_change(memory* m) noexcept nogil:
 
 
 cdef void memory_forget_protection(memory* m) noexcept nogil:
-    """Every page is "rw", or the memory is going, or the caller owns the memory exclusively and has decommitted all its
-    pages."""
+    """Every page is "rw", or the memory is being freed, or the caller owns the memory exclusively and has decommitted
+    all its pages."""
     cdef protections* p = m.protections
     if p != NULL:
         lock(&protections_lock.held)
@@ -282,14 +286,16 @@ cdef void memory_forget_protection(memory* m) noexcept nogil:
         m.protections = NULL
         add(&n_protections, -1)
         unlock(&protections_lock.held)
-        if load(&m.protection) == PROTECTION_KNOWN:     # else a lost thread may have left the pointer half written
+        # In the state PROTECTION_UNKNOWN, a thread that does not exist in this forked child may have left the pointer
+        # half written.
+        if load(&m.protection) == PROTECTION_KNOWN:
             free(p.borders)
         free(p)
     store(&m.protection, PROTECTION_NONE)
 
 
 cdef int memory_protect(memory* m, size_t offset, size_t size, int access, failure* why) noexcept nogil:
-    """Give whole host pages an access. If the OS refuses, each page has the access that it had, or the table says that
+    """Give whole host pages an access. If the OS refuses, each page keeps its former access, or the table says that
     the page's access is unknown."""
     cdef size_t page = host_page()
     cdef bint is_offset = offset & (page - 1) != 0
@@ -335,7 +341,7 @@ cdef int change_access(memory* m, size_t start, size_t size, int access, failure
 
 
 cdef void undo_protect(memory* m, size_t start, size_t end) noexcept nogil:
-    """A part of the range may have the new access: give each page back the access that the table says."""
+    """A part of the range may have the new access already. Gives each page the access that the table says."""
     cdef protections* p = m.protections
     cdef size_t offset = start, next, i
     cdef int access, left = UNKNOWN_RANGES
@@ -350,8 +356,8 @@ cdef void undo_protect(memory* m, size_t start, size_t end) noexcept nogil:
 
 
 cdef bint give_access(memory* m, size_t start, size_t end, int access, int* left) noexcept nogil:
-    """Ask the OS for the whole range, and if it refuses, for each half: so only the access of the pages that it
-    refuses becomes unknown. False: more than *left pages would become unknown."""
+    """Asks the OS for the whole range, and if the OS refuses, for each half. So only the pages that the OS refuses get
+    an unknown access. False: more than *left pages would become unknown."""
     cdef size_t middle, page = host_page()
     if pages.protect(m.base + start, end - start, access) == 0:
         return True

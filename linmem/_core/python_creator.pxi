@@ -6,7 +6,8 @@ cdef struct python_memory:
     PyObject* object        # the LinearMemory, a reference; used with the GIL only
     size_t shelter          # of a broken memory: bytes of inaccessible pages at its base; 0: the OS refused them
 
-# An address that no process can map on any supported system: it is in neither half of the address space.
+# An access to this address faults: it is not a valid address with 48 bits, and with 57 bits the OS maps it only if a
+# process asks for it.
 cdef size_t UNMAPPABLE = <size_t>1 << 55
 
 # The properties that a Python memory reports.
@@ -115,7 +116,8 @@ cdef int python_grow_with_gil(python_memory* p, size_t new_size, bint may_move, 
             made.grow_to(new_size)
         except BaseException as raised:
             error = raised
-        for is_last in (False, True):       # Ctrl-C says nothing about the memory, so the memory is asked once more
+        # An exception such as KeyboardInterrupt may come from elsewhere, so the memory is then asked a second time.
+        for is_last in (False, True):
             try:
                 ask_python_memory(made, NO_MAXIMUM, p.reservation, m.guard, m.maximum, &got)
                 break
@@ -255,7 +257,7 @@ cdef int adopt(Memory made, const memory_spec* spec, size_t reservation, memory*
         is_first = fits and not is_protected and compare_exchange(&made.is_new, 1, 0)
         if is_first:
             memory_retain(m)
-            # This request decides, and not the request that the memory was made for.
+            # The memory was made for another request, so it gets the properties of this request.
             m.is_shared = m.is_shared or spec.is_shared
             m.may_move = spec.may_move
             store_size(&m.maximum, min(m.maximum, spec.maximum))

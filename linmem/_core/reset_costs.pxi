@@ -12,8 +12,8 @@ cdef enum:
 
 
 cdef void measure_costs() noexcept nogil:
-    """Takes well below a millisecond. All times are of a whole sample. If measuring is impossible, or if the thread
-    lost the processor in each sample, clamp() makes the results plausible."""
+    """Takes well below a millisecond. Each time is the time for a whole sample. If measuring is impossible, or if the
+    thread lost the processor in each sample, clamp() makes the results plausible."""
     global wide
     cdef size_t page = pages.capabilities().page_size
     cdef size_t size = SAMPLE * page
@@ -47,7 +47,8 @@ cdef void measure_costs() noexcept nogil:
                     start = pages.clock_ns()
                     zero_wide(base, size)
                     wide_zero = shortest(wide_zero, start, 0)
-                # After other work, as in a busy pool: a scan that follows a scan takes two thirds of the time.
+                # The scan is timed after other work, as in a busy pool. Directly after another scan, it would take only
+                # two thirds of the time.
                 n = 4
                 start = pages.clock_ns()
                 code = pages.touched(sparse, size, False, runs, &n, &next)

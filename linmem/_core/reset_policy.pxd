@@ -2,21 +2,23 @@
 # call. Layer 0: imports nothing of linmem.
 #
 # A page that was given back costs the next guest a page fault. A page that is kept costs a zeroing at every reset. A
-# fault costs as much as 12 to 70 zeroings, as measured on each machine (reset_costs). So pages are kept as long as
-# guests use them again, and a scan finds those that may hold bytes, which alone are zeroed. Zeroing a small range whole
-# is cheaper than a scan. But the first time it faults in pages that no guest has touched, so the slot must first have
-# served as many uses as it has pages.
+# fault costs as much as 12 to 70 zeroings; reset_costs holds the value for this machine. So pages are kept as long as
+# guests use them again. A scan finds the pages that may hold bytes, and only these pages are zeroed.
+#
+# In a small range, zeroing all pages is cheaper than a scan. But the first time, it faults in the pages that no guest
+# has touched. So a small range is scanned until the slot has served as many uses as the range has pages.
 #
 # Three signs show that guests do not use the kept pages again:
 #
-#   churn   Each use dirties other pages: in use after use, more than half of the dirtied pages are new. Then each reset
-#           gives all pages back without a scan, for 4 .. 128 uses. After that, scans begin again.
-#   burst   One use dirtied far more pages than guests usually come back to. Zeroing them at every reset would be of no
-#           use, so all pages are given back at once. If bursts come back before the zeroing would have cost as much as
-#           the faults, that was wrong: then they are kept, for longer each time, unless each burst dirties other pages.
-#   age     A scan does not show a page that was dirtied once and never again, because kept pages look the same. So all
-# pages are given back now and then (after 32, 128, 512 .. uses). If half of them come back before keeping them would
-# have cost as much, the next interval is longer. Otherwise fewer pages count as usual for this slot.
+#   churn   Each use dirties other pages: in several uses in a row, more than half of the dirtied pages are new. Then
+#           each reset gives all pages back without a scan, for 4 .. 128 uses. After that, scans begin again.
+#   burst   One use dirtied far more pages than usual. It would be a waste to zero these pages at every reset, so all
+#           pages are given back at once. But if the next burst follows so soon that keeping the pages would have cost
+#           less than the faults, bursts are kept, for longer each time, unless each burst dirties other pages.
+#   age     A scan cannot tell a page that was dirtied only once from a page in use, because a kept page stays resident.
+#           So all pages are given back from time to time (after 32, 128, 512 .. uses). If guests then dirty at
+#           least half of that number of pages before keeping them would have cost as much as the faults, the next
+#           interval is longer. Otherwise fewer pages count as usual for this slot.
 #
 # A "page" in this file is a run of 4096 bytes, also on hosts with larger pages.
 
@@ -39,29 +41,29 @@ cdef enum:
 
 # The costs of calls on this machine, in zeroings of one page in the cache.
 cdef struct reset_costs:
-    unsigned int fault              # of a page, including the giving back
-    unsigned int scan               # of a range with few touched pages, in the cheapest zeroings
+    unsigned int fault              # of one page, including the call that gave the page back
+    unsigned int scan               # of a range with few touched pages; in zeroings by the fastest way to zero
 
 cdef struct reset_policy:
     unsigned int uses               # counted up to the number of pages
     unsigned int resident           # pages, when the slot was handed out
-    unsigned int dirty              # pages that the last use dirtied that began without resident pages
-    unsigned int usual              # pages that guests come back to
-    unsigned int on_trial           # pages that were resident when all were given back because of age; 0: no trial runs
+    unsigned int dirty              # pages that a use dirtied: the last use that began without resident pages
+    unsigned int usual              # pages that guests usually dirty
+    unsigned int on_trial           # pages that were resident when all were given back because of age; 0: no trial
     unsigned int age                # uses since all pages were given back, or since a burst was kept
     unsigned int patience           # the age at which all pages are given back
     unsigned int burst_age          # uses since a burst was given back
     unsigned int burst_patience     # uses for which the next burst is kept
     unsigned int burst_size         # pages that the kept burst has added
-    unsigned int distrust           # how many bursts are given back at once, even if one like it came back soon
+    unsigned int distrust           # how many of the next bursts are given back at once, even if bursts recur soon
     unsigned int next_distrust      # what `distrust` becomes when a burst was kept in vain; doubles each time
-    unsigned int skip               # uses left in a churn, which are not scanned
-    unsigned int backoff            # uses that the next churn skips
+    unsigned int skip               # in a churn: how many of the next resets give all pages back without a scan
+    unsigned int backoff            # the value of `skip` when the next churn begins
     unsigned int strikes            # uses in a row that dirtied mostly new pages
     unsigned int zero_whole         # pages in the range that is zeroed without a scan; 0: scan
     bint probing                    # after a churn: two strikes are enough
     bint empty                      # no page was resident when the slot was handed out
-    bint known                      # a scan has followed one use
+    bint known                      # `usual` is known, because there has been a scan
 
 
 cdef inline void reset_start(reset_policy* p) noexcept nogil:
@@ -110,8 +112,8 @@ cdef inline int reset_begin(reset_policy* p, const reset_costs* costs, unsigned 
 
 
 cdef inline unsigned int reset_bound(const reset_policy* p, const reset_costs* costs, unsigned int n) noexcept nogil:
-    """If a scan finds more touched pages than this, it stops, and all pages are given back. reset_end() mostly decides
-    the same. In rare cases, this use would have shown it that the pages are worth keeping."""
+    """If a scan finds more touched pages than this, it stops, and all pages are given back. A complete scan would
+    mostly lead reset_end() to the same decision. In rare cases, reset_end() would have kept the pages."""
     if (not p.known or p.burst_patience or p.burst_age <= worth(costs, 1) or p.strikes
             or worth_keeping_whole(p, costs, n)):
         return ANY
@@ -170,7 +172,7 @@ cdef inline bint reset_end(reset_policy* p, const reset_costs* costs, unsigned i
         if p.burst_age <= worth(costs, touched) and p.distrust:
             p.distrust -= 1
         elif p.burst_age <= worth(costs, touched):
-            # Long enough to see whether the next burst dirties the same pages.
+            # The burst is kept until the next burst shows whether it dirties the same pages.
             p.burst_patience = max(4 * p.burst_patience if p.burst_patience else 8, 2 * p.burst_age + 2)
             p.burst_patience = min(p.burst_patience, <unsigned int>MOST_PATIENCE)
         else:

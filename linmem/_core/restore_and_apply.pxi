@@ -1,13 +1,13 @@
-# The bytes of an image or of a delta come into a memory: memory_restore(), restore_all(), memory_apply(); a part of
+# Writes the bytes of an image or of a delta into a memory: memory_restore(), restore_all(), memory_apply(); a part of
 # memory.pyx.
 
 cdef enum:
-    LOCK_IS_TAKEN = -2000           # lock_for_restore() only: beside the E_ constants, and never in a failure
+    LOCK_IS_TAKEN = -2000           # from lock_for_restore() only; not one of the E_ constants, and never in a failure
 
 
 cdef int memory_restore(memory* m, image* img, bint zero_grown, failure* why) noexcept nogil:
-    """Every byte becomes the image's, or zero outside of it; the size stays. zero_grown: also if the memory is larger
-    than the image knows. If this fails, no byte has changed."""
+    """Gives each byte the value that it has in the image, or zero outside of the image. The size stays. zero_grown:
+    allows a memory that is larger than the image's known size. If this fails, no byte has changed."""
     cdef int code = lock_for_restore(m, img, zero_grown, True, why)
     if code == 0:
         image_restore(m, img)
@@ -80,7 +80,8 @@ def restore_all(list memories not None, list images not None):
                         image_restore(mem.m, img.img)
                     unlock(&mem.m.lock)
                 mem.leave()
-        if code == LOCK_IS_TAKEN:       # the next time this lock comes first: the thread waits while it holds no other
+        # The next round begins with this lock, so the thread waits for it without holding another lock: no deadlock.
+        if code == LOCK_IS_TAKEN:
             pairs.insert(0, pairs.pop(locked))
     if code:
         raise_failure(&why)

@@ -17,7 +17,7 @@ cdef struct record:
     link in_ledger          # in the list `live` or `dropped`; in no list while the memory is being dropped
     memory* m               # valid while the memory is alive
     atomic_i64 sampling     # a lock: the memory is not freed while another thread holds it
-    size_t counted          # the part of current_bytes: the size, or 0 while a pool above keeps no pages of the memory
+    size_t counted          # the memory's part of current_bytes: its size, or 0 while it is a cold slot of a pool above
     long long started_ns    # of the growth under way
     memory_report report
 
@@ -41,7 +41,7 @@ cdef void release_ledger(statistics_ledger* ledger) noexcept nogil:
 cdef void count_bytes(record* r, size_t size) noexcept nogil:
     """The ledger's lock is held."""
     cdef statistics_sums* sums = &r.ledger.sums
-    sums.current_bytes += size - r.counted      # if the size becomes less, the difference and the sum wrap around
+    sums.current_bytes += size - r.counted      # if the memory shrinks, both operations wrap around: the sum is right
     r.counted = size
     sums.peak_bytes = max(sums.peak_bytes, sums.current_bytes)
 

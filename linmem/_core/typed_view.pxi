@@ -3,8 +3,8 @@
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES
 
 
-# A memory is in no reference cycle. If the garbage collector cleared a Window as a part of one, the Window would lose
-# the memory before its buffers are released.
+# A Window needs no garbage collection, because its memory is in no reference cycle. If the collector cleared a Window,
+# the Window would lose the memory before its buffers are released.
 @cython.no_gc
 @cython.final
 cdef class Window:

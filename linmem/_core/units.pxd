@@ -23,8 +23,8 @@ cdef enum:
     E_OWNED = -12           # a wasmtime store owns the memory, so Python must not do this
     E_PROTECTED = -13       # the bytes lie in pages whose access does not allow it
     E_OWN_GROWTH = -14      # this thread is growing the memory, and would wait for itself
-    E_BROKEN = -15          # a memory in Python no longer says where it is
-    E_VALUE = -16           # an argument's value; the failure's detail is the whole message
+    E_BROKEN = -15          # a memory of a Python creator has failed to report where its bytes are
+    E_VALUE = -16           # an argument has a wrong value; the failure's detail is the whole message
 
 
 cdef inline bint is_power_of_two(size_t n) noexcept nogil:
@@ -60,7 +60,7 @@ cdef inline int add_up(size_t a, size_t b, size_t* out) noexcept nogil:
 cdef struct layout:
     size_t pre_guard        # bytes, >= 1 host page
     size_t accessible       # bytes, minimum rounded up
-    size_t capacity         # bytes, >= 1 host page, so that a base is never another memory's
+    size_t capacity         # bytes, >= 1 host page, so that no two memories have the same base
     size_t guard            # bytes, may be 0
     size_t total            # pre_guard + capacity + guard
 
@@ -85,14 +85,15 @@ cdef inline int lay_out(size_t minimum, size_t reservation, size_t guard, size_t
     return E_OVERFLOW if out.total > SIZE_MAX >> 1 else 0       # the length of a Python buffer is a Py_ssize_t
 
 
-# How large a reservation is if the caller named no size. linmem itself chose the size of `chosen` bytes of its
-# reservations, with guards and minimums; callers asked for the rest. `room` is the number of bytes that `chosen` may
-# grow by until it is half of the address space that callers did not ask for. So all choices together never exceed this
-# half, however many memories there are.
+# How large a reservation is if the caller named no size.
+#   chosen   the bytes of all reservations whose size linmem chose, with their minimums and guards
+#   asked    the bytes of all other reservations, whose size callers named
+#   room     how many bytes `chosen` may still grow by
+# Invariant: chosen <= (address space - asked) / 2, however many memories there are.
 
 cdef enum:
     SMALL_RESERVATION = 1 << 20     # bytes: the least that linmem chooses beyond the minimum while there is room
-    MEMORY_TIMES = 4                # no choice exceeds so many times the machine's memory
+    MEMORY_TIMES = 4                # a share of the room is at most this many times the machine's memory
 
 
 cdef inline size_t room_to_choose(size_t space, size_t left, size_t reserved, size_t chosen) noexcept nogil:
@@ -108,11 +109,11 @@ cdef inline size_t room_to_choose(size_t space, size_t left, size_t reserved, si
 
 cdef inline size_t choose_reservation(size_t minimum, size_t maximum, bint bounded, size_t room, size_t others,
                                       size_t memory) noexcept nogil:
-    """Bytes to reserve; `minimum`: nothing beyond it.
+    """Returns the bytes to reserve: just `minimum` if there is no room for more.
 
     A known maximum is reserved whole if the part above the minimum fits half of the room. Otherwise the minimum gets
     a share of the room on top: an eighth for the first memory, and less the more `others` of a chosen size there are.
-    room: with the minimum and the guards taken from it; memory: bytes of the machine's memory, 0: unknown.
+    room: room_to_choose() minus the minimum and the guards; memory: bytes of the machine's memory, 0: unknown.
     """
     cdef size_t share = room // 4 // (others + 2)
     if bounded and maximum - minimum <= room >> 1:
