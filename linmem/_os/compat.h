@@ -1,7 +1,7 @@
 /* Decisions about the operating system that only the C preprocessor can make: constants that old headers lack, and
-   stand-ins, under the system's own names, for calls that a system lacks. A stand-in fails with
-   ENOSYS, like a system call that the kernel does not know. Only posix.pyx and windows.pyx (with the files that they
-   include) may include this header. */
+   stand-ins, under the system's own names, for calls that a system lacks. A stand-in fails with ENOSYS,
+   like a system call that the kernel does not know. Only posix.pyx and windows.pyx (with the files that they include)
+   may include this header. */
 #ifndef LINMEM_OS_COMPAT_H
 #define LINMEM_OS_COMPAT_H
 

@@ -1,7 +1,7 @@
 # cython: language_level=3
 """The page floor on Windows: VirtualAlloc, VirtualProtect, VirtualFree and related calls."""
 
-from linmem._os cimport pages as _contract    # no-cython-lint: an edit of the contract causes a rebuild
+from linmem._os cimport pages as _contract    # no-cython-lint: not used; makes an edit of pages.pxd rebuild this file
 from linmem._core.atomic cimport add, atomic_i64, load, touch
 
 from libc.stddef cimport wchar_t

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 NOT_OURS = ("linmem.wasmtime.install(config) was not called for this engine, or the config uses the pooling"
             " allocation strategy (which ignores host creators)")
 
-_FORMAT = 2         # a part of the cache's keys; the keys of modules also have wasmtime's version
+_FORMAT = 2         # the version of cached files, in their keys; keys of modules also have wasmtime's
 _ASKS: weakref.WeakKeyDictionary[wasmtime.Engine, bool] = weakref.WeakKeyDictionary()
 _SIZE_MAX = 2 * sys.maxsize + 1
 _T = TypeVar("_T")
