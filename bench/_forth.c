@@ -1,10 +1,11 @@
 /* The interpreter of `linmem bench --suite image`: a Forth that reads its standard library at its start.
  *
  * Colon definitions are compiled to threaded code; names are looked up in one list, latest first, as in most Forths.
- * The library, _forth.fs, is in the module as text: init() reads it, which makes the dictionary and computes the tables
- * that some of its words use. eval() then serves requests, and wears the interpreter out as any guest's.
+ * The module contains the text of the library, _forth.fs. init() interprets this text, and so fills the dictionary and
+ * computes the tables that some words of the library use. eval() then serves requests. Each request changes the
+ * interpreter's dictionary and heap, as the requests of a typical guest do.
  *
- * Freestanding. _forth.wasm was built by
+ * The program uses no C library. _forth.wasm was built by
  *
  *   python -m ziglang cc -target wasm32-freestanding -mcpu=mvp -nostdlib -std=c23 -O2 -s \
  *     -Wl,--no-entry -Wl,--export-memory -Wl,--export=init -Wl,--export=request -Wl,--export=eval \
@@ -100,7 +101,7 @@ static void end_loop(void)
     }
 }
 
-/* Words that the compiler needs by themselves; filled by the first of init(). */
+/* Hidden words, which compiled code uses. The first lines of init() make them. */
 static word *w_literal, *w_leave, *w_jump, *w_jump_if_zero, *w_begin_loop, *w_end_loop;
 
 static void execute(word *w)
@@ -229,7 +230,7 @@ static void interpret(const char *source)
 
 static word *hidden(primitive run) { return create(" ", 1, run); }
 
-/* How many words there are; what went wrong, as a negative number. */
+/* Returns the number of words in the dictionary, or the code of an error as a negative number. */
 int init(void)
 {
     int count = 0;
@@ -252,10 +253,10 @@ int init(void)
     return broken ? -(int)broken : count;
 }
 
-/* Where to write what eval() is to read, with a zero at its end. */
+/* Returns the buffer for the text of the next request, which must end with a zero byte. */
 char *request(void) { return text; }
 
-/* What the request leaves on top of the stack; what went wrong, as a negative number. */
+/* Interprets the request. Returns the top of the stack, or the code of an error as a negative number. */
 cell eval(void)
 {
     interpret(text);

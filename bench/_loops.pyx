@@ -174,7 +174,7 @@ def instantiate(size_t engine, size_t module, long long n, Offer offer=None):
     cdef void* store
     cdef void* error = NULL
     cdef void* trap = NULL
-    cdef uint64_t[8] instance       # a wasmtime_instance_t has the size of two of them
+    cdef uint64_t[8] instance       # a wasmtime_instance_t has 16 bytes; the rest is spare
     if wasmtime.store_new == NULL:
         raise RuntimeError("bind() comes first")
     with nogil:

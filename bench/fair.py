@@ -15,10 +15,11 @@ from linmem._os import pages as _pages
 from linmem.bench.engines import KIB, MIB, pool
 from linmem.bench.harness import RATE, Group, Row, exact
 
-SHAPES = 100                # of the first tenant, which requests each shape between two requests of the second tenant
+# The number of shapes of the first tenant, which requests each shape between two requests of the second tenant.
+SHAPES = 100
 ROUNDS_OF_SHAPES, QUICK_ROUNDS_OF_SHAPES = 300, 30
 STEP = 64 * KIB             # bytes of each memory, all written
-ROOM = SHAPES // 2          # memories that fit into a bound
+ROOM = SHAPES // 2          # memories that each bound has room for
 GOAL = 0.95
 
 
@@ -38,7 +39,7 @@ def of_all_pools(pools: int = 1) -> Iterator[tuple]:
     linmem.set_pool_limits(max_resident=ROOM * STEP)
     try:
         # The second tenant's pool is made first. If two slots became idle at the same tick of the clock, the slot of
-        # the older pool is evicted. So the line with one domain is exact.
+        # the older pool is evicted. So the result for tenants in one domain does not depend on the clock.
         yield tuple(pool() for _ in range(pools))[::-1]
     finally:
         linmem.set_pool_limits()

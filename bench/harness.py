@@ -39,7 +39,7 @@ RATE = "rate"               # the share of the requests that a warm slot served:
 MORE = (SPEED, RATE)        # the senses in which more is better
 MEDIAN = "median"           # the median of the ratios within a round
 P10 = "p10"                 # the ratio of the tenth percentiles
-EXACT = "exact"             # one ratio of counted figures, in the place of the median; there is no other ratio
+EXACT = "exact"             # a ratio of two counts; it is stored as the median, and there is no ratio of P10
 
 
 class Unavailable(Exception):
@@ -70,7 +70,7 @@ class Goal:
     sense: str = TIME
     by: str = MEDIAN
     called: str = ""            # the name of the row, if it differs from the name of `against`
-    drawn: bool = True          # False if another row of the picture shows it
+    drawn: bool = True          # False if another row of the picture shows this ratio
 
     def holds(self, ratio: float) -> bool | None:
         if self.bound is None:
@@ -90,11 +90,11 @@ class Group:
     operations: int | None = None       # in one run; None means calibrated
     least: int = 1                      # the fewest operations in one run
     most: int = 1 << 20                 # the most operations in one run
-    share: float = 1.0                  # of the rounds: less where runs are long, more where a goal is tight
+    share: float = 1.0                  # factor of the number of rounds: < 1 for long runs, > 1 for tight goals
     alike: bool = True                  # True: all contenders do as many operations in a run as linmem
     disturbances: Callable[[], int] | None = None       # counts the events that spoil a run; None means `preemptions`
     table: str = ""                     # the title of the table of times that has a line for this group
-    count: Callable[[], list[Row]] | None = None        # instead of contenders and goals: counts, and times nothing
+    count: Callable[[], list[Row]] | None = None        # makes the rows by counting; then nothing is timed
 
 
 T = TypeVar("T")

@@ -18,7 +18,8 @@ ROUNDS = 25
 RUN_NS, QUICK_RUN_NS = 4_000_000, 200_000
 SPACE = 64 * MIB
 SEED = 20_240_229
-# The first operation after other contenders finds cold caches, for every contender.
+# The fewest restores in one run. A run has several, because the first restore after another contender's run finds cold
+# caches.
 PUTTINGS, QUICK_PUTTINGS = 8, 2
 DRAWS = 64                  # sets of pages to write; each use takes another set
 FEW, MANY = 16, 1600        # pages

@@ -24,11 +24,11 @@ class Module:
     key: str
     what: str
     source: Callable[[], str]
-    default: float | None = None        # lower bounds of how many times faster than wasmtime's default
-    pooling: float | None = None        # the same for the best pooling setting
+    default: float | None = None        # goal: at least so many times faster than wasmtime's default
+    pooling: float | None = None        # goal against the best pooling setting
     ctypes: float | None = None
-    python: float | None = None         # the same for wasmtime's default in the Python loop, with everything counted
-    prepared: bool = False              # which are measured with their data in an image too
+    python: float | None = None         # goal against wasmtime's default in the Python loop; counts all time
+    prepared: bool = False              # True: the module is also measured with its data in an image
 
 
 def text(memory: str, start: str, more: str = "") -> Callable[[], str]:

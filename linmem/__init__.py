@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> object:
-    # Imported when first used: linmem.wasmtime needs wasmtime-py, the records need `dataclasses`.
+    # These modules are imported at their first use. linmem.wasmtime needs wasmtime-py, and linmem.records takes time to
+    # import `dataclasses`.
     if name in ("wasmtime", "metrics"):
         from importlib import import_module
 

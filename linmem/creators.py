@@ -100,7 +100,7 @@ def create(minimum: int, maximum: int | None = None, *, creator: MemoryCreator |
     1
     """
     native = _DEFAULT if creator is None else as_native(creator)
-    if domain is None:      # one keyword less: a keyword takes 5 % of the time that a pool needs for a memory
+    if domain is None:      # a keyword argument takes 5 % of the time in which a pool makes a memory
         return native.create(minimum, maximum, reserve, guard, may_move=may_move)
     return native.create(minimum, maximum, reserve, guard, may_move=may_move, domain=domain)
 

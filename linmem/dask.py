@@ -34,7 +34,7 @@ from linmem.creators import creator
 
 __all__ = ["LinmemPlugin", "memory", "setup", "traffic", "worker_pool"]
 
-_MAX_POOLS = 8                  # of a worker; each pool keeps the pages of its image
+_MAX_POOLS = 8                  # in a worker; each pool keeps the pages of its image
 
 _lock = threading.Lock()
 if hasattr(os, "register_at_fork"):     # else a lock that another thread holds would stay locked in a forked child
@@ -48,7 +48,7 @@ _traffic = {"images_sent": 0, "images_received": 0, "deltas_sent": 0, "deltas_re
 
 def _serialize(thing: Image | Delta) -> tuple[dict[str, Any], list[memoryview]]:
     buffers: list[pickle.PickleBuffer] = []
-    # The frames are the pages of the object. The pickle itself has only their places.
+    # The frames contain the bytes of the object's pages. The pickle itself contains only their offsets and sizes.
     head = pickle.dumps(thing, protocol=5, buffer_callback=buffers.append)
     frames = [buffer.raw() for buffer in buffers]
     _count(thing, "sent", len(head) + sum(frame.nbytes for frame in frames))

@@ -106,7 +106,7 @@ def _can_mount() -> bool:
 
 
 SCAN_WAYS = _scan_ways()
-# The C library, for calls of its functions. A call holds the GIL.
+# The C library. PyDLL does not release the GIL during a call of a C function.
 LIBC = ctypes.PyDLL(None, use_errno=True) if HAS_PROC else None
 
 
@@ -174,7 +174,7 @@ NEEDS = {
     "sources": ((ROOT / "linmem" / "_core" / "memory.pyx").exists(), "the sources are not beside the tests"),
     "interrupts": (hasattr(signal, "pthread_kill"), "a process cannot be sent an interrupt here"),
     "failing_allocations": (_has_module("_testcapi"), "Python's allocations cannot be made to fail here"),
-    # CPython 3.12 and 3.13 crash so without linmem, too.
+    # CPython 3.12 and 3.13 also crash in this way without linmem.
     "failing_generators": (sys.version_info < (3, 12), "CPython crashes where a generator gets no memory"),
     "docstrings": (sysconfig.get_config_var("WITH_DOC_STRINGS") != 0, "this Python was built without docstrings"),
     "numpy": (_has_module("numpy"), "NumPy is not installed"),

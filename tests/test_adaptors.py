@@ -489,7 +489,7 @@ def test_an_export_waits_for_a_memory_in_python_that_is_moving():
 
         def during():
             moving.set()
-            thread.join(0.05)           # the other thread runs but cannot enter
+            thread.join(0.05)           # the other thread runs, but its export must wait
             assert seen == []
 
         creator.made[0]().during_growth = during

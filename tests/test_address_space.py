@@ -10,7 +10,7 @@ import linmem
 from linmem._core.memory import _chosen
 from linmem._os import pages
 
-# For children: whether allocations outside linmem still find room.
+# For children. others_find_room() checks that allocations outside linmem still succeed.
 OTHERS = """
 import mmap, threading
 import linmem
@@ -140,7 +140,8 @@ def test_under_a_limit_the_chosen_sizes_leave_half_of_the_space():
         left = pages.describe()["address_space_left"]
         mems = [linmem.create(4096, maximum=maximum, guard=None) for maximum in (None, 1 << 32) * 400]
         assert mems[0].byte_capacity() > 1 << 20
-        assert pages.describe()["reserved"] <= left // 2 + (150 << 20)      # guards of memories with only the minimum
+        # The slack is for memories that reserve only their minimum and their guard.
+        assert pages.describe()["reserved"] <= left // 2 + (150 << 20)
         print(pages.describe()["address_space_left"] >= left // 2 - (200 << 20))
         """, limits={"RLIMIT_AS": 4 << 30}) == "True"
 
@@ -199,7 +200,7 @@ def test_pools_also_give_slots_back_if_a_new_memory_is_refused_after_its_reserva
         try:
             linmem.create(1 << 45)
         except linmem.PageError as error:
-            print(error.call, pool.stats()["warm"])     # no machine has so much, so pools give back no slot
+            print(error.call, pool.stats()["warm"])     # too large for any machine: pools give back no slot
         """) == "commit 1"
 
 

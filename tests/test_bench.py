@@ -861,7 +861,7 @@ def test_the_markdown_replaces_only_what_stands_between_the_marks(tmp_path):
 @requires("maps", "scans")       # without scans, a reset discards the pages of large memories immediately
 def test_a_burst_raises_resident_bytes_and_later_traffic_gives_them_back(monkeypatch):
     case = soak_pool.CASES[0]
-    for idle in (0.1, 2, 20):       # until the burst takes less time than this on a slow machine
+    for idle in (0.1, 2, 20):       # a slow machine needs a larger `idle`: the burst must take less time
         before, at_once, later = soak_pool.Server(idle).serve(case, 4)
         if at_once - before > 3 * case.size:
             break

@@ -971,7 +971,7 @@ def test_the_refusal_of_any_page_call_loses_no_state_and_leaks_no_resource(one):
         told, faults = trial(one, code, times)
         assert bool(faults) == one.calls, "a row is of an operation that makes a page call"
         assert {call for call in told.values() if call} <= one.refused, way
-    assert bool(told.get(1)) == bool(one.refused)       # the cases in which every call is refused
+    assert bool(told.get(1)) == bool(one.refused)       # the last way, "for good", refuses every call
 
 
 # -- partial work of the OS before a refusal ------------------------------------------------------------
@@ -1230,10 +1230,10 @@ def test_every_public_name_is_in_a_row_or_makes_no_page_call():
 
 def test_the_operations_without_page_calls_make_no_page_call():
     scene = quiet_scene()
-    scene.mem.discard()     # shows that calls are counted
+    scene.mem.discard()
     with counting() as counted:
         scene.mem.discard()
-    assert counted.calls == 1
+    assert counted.calls == 1       # page calls are counted
     for name, act in QUIET.items():
         with counting() as counted:
             act(scene)

@@ -625,7 +625,7 @@ def let_go():
     held = 0
 
 
-cdef struct table:          # as begin_change() has it
+cdef struct table:          # the first fields of the struct `protections` in protection.pxi
     void* of
     size_t* borders
     size_t n
@@ -805,7 +805,7 @@ def test_a_slot_that_a_lost_thread_was_using_is_neither_in_use_nor_charged_in_th
             threads = [threading.Thread(target=mem.close) for mem in mems]
             for thread in threads:
                 thread.start()
-            while creator.statistics()["current_count"]:    # until then the threads have references
+            while creator.statistics()["current_count"]:    # while it is not 0, threads still hold references
                 time.sleep(0)
             time.sleep(n * 0.003)
             child(os.fork, work)

@@ -157,7 +157,7 @@ def hashing(kind, index):
 @st.composite
 def kinds(draw):
     """Memory types of all kinds, of a few pages."""
-    is_64 = draw(st.booleans())  # imported memories are not shared, because wasmtime-py cannot pass shared memories
+    is_64 = draw(st.booleans())
     small = CUSTOM_PAGES and draw(st.integers(0, 3)) == 0
     page_size = 1 if small else PAGE
     is_shared = SHARED and draw(st.integers(0, 4)) == 0
@@ -170,6 +170,7 @@ def kinds(draw):
     else:
         far = (2**32 if is_64 else 2**32 - 1) if small else (2**48 if is_64 else 2**16)
         maximum = draw(st.sampled_from([None, None, minimum, minimum + 1, minimum + 4, minimum + 40, far]))
+    # Shared memories are never imported, because wasmtime-py cannot pass a shared memory.
     return Kind(is_64, minimum, maximum, page_size, is_shared,
                 draw(st.integers(0, 3)) > 0, not small and not is_shared and draw(st.integers(0, 5)) == 0)
 

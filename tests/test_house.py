@@ -28,7 +28,7 @@ def room_of(path):
 MAP = re.findall(r"^\| (\d) \| `([^`]+)` \|", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), flags=re.MULTILINE)
 LAYERS = {room_of(HOUSE / name): int(layer) for layer, name in MAP}
 LAYERS |= {"_os": 1}
-STRANGERS = (3, 4)      # the files of these layers do not know each other
+STRANGERS = (3, 4)      # files within one of these layers must not import each other
 
 
 def code_of(path):
@@ -165,7 +165,7 @@ def test_every_code_of_ours_has_a_text_and_an_exception():
             continue
         error = _exception_of(int(code))
         assert isinstance(error, Exception)
-        texts.add("" if name == "E_VALUE" else str(error))      # the text of E_VALUE is all in the failure
+        texts.add("" if name == "E_VALUE" else str(error))      # each failure with E_VALUE has its own text
     assert len(texts) == len(codes()) - 1, "two codes have the same text"
 
 

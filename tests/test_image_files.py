@@ -1176,7 +1176,7 @@ def test_an_image_crosses_to_another_process_by_its_handle(tmp_path, method, sou
     assert child.exitcode == 0
     assert (content, digest, offset, runs) == (bytes(image), image.digest, image.offset, image.runs())
     about = os.fstat(image.fileno())
-    assert file == (about.st_dev, about.st_ino)         # the OS shows the same pages
+    assert file == (about.st_dev, about.st_ino)         # the child has the same file
     assert bytes(image) == content
 
 

@@ -366,9 +366,9 @@ def test_in_lets_an_interrupt_through():
         found = "not yet"
         with linmem.create(1 << 29) as mem:
             try:
-                signal.setitimer(signal.ITIMER_REAL, 0.01)      # in here: it may be early
+                signal.setitimer(signal.ITIMER_REAL, 0.01)      # inside the `try`, because the signal may come early
                 found = b"x" in mem
-                signal.pause()          # only if the search is over before
+                signal.pause()          # waits for the signal if the search ends first
             except KeyboardInterrupt:
                 print(found)
         """) == "not yet"

@@ -46,7 +46,7 @@ def test_fresh_bytes_read_as_zero_even_where_native_code_wrote_past_the_size(old
         mem.grow_to(old + step)
         assert mem.read(0, old) == b"\xaa" * old
         assert mem.read(old, step) == bytes(step)
-        # ... and so do the bytes past the size that native code can reach.
+        # The accessible bytes past the new size, which native code can reach, are zero too.
         rest = mem.info().committed - old
         assert ctypes.string_at(mem.as_ptr() + old, rest) == bytes(rest)
 

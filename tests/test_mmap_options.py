@@ -163,7 +163,7 @@ def test_growth_in_place_keeps_to_huge_pages_and_the_guard_exact():
         (part,) = smaps(base, base + 8 * MIB + PAGE)
         assert "hg" in part.flags
         assert part.figures["AnonHugePages"] > 0
-        # the part of a huge page behind the size is inaccessible and not resident
+        # The part of a huge page past the size is inaccessible and not resident.
         assert resident_within(base + 8 * MIB + PAGE, base + 16 * MIB) == 0
 
 

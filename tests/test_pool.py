@@ -651,7 +651,7 @@ def test_beyond_its_slots_a_pool_falls_back_to_upstream():
         base = mem.as_ptr()
         mem.close()
         if NEEDS["regions"][0]:
-            assert not is_mapped(base)      # no slot, so it is released immediately
+            assert not is_mapped(base)      # the memory has no slot, so its close releases it
     assert idle(pool) == 0
     for mem in mems[:2]:
         mem.close()

@@ -186,7 +186,7 @@ def test_a_request_that_cannot_succeed_takes_no_slot_from_others(above):
                 pool.create(size, **SHAPE)
         after = pool.stats()
         assert [after[key] for key in ("warm", "cold", "live")] == [before[key] for key in ("warm", "cold", "live")]
-        # Only as much as is missing, and the oldest slots first.
+        # A request evicts only as many slots as it needs, and the oldest slots first.
         with pool.create(15 * PAGE, **SHAPE):
             assert (pool.stats()["warm"], pool.stats()["cold"]) == (1, 1)
 
@@ -530,7 +530,7 @@ def test_a_full_pool_takes_at_most_half_of_the_mappings(kind):
         image = linmem.Image.from_pieces([(2 * P, b"x" * P)], 8 * P) if kind == "image" else None
         upstream = linmem.MmapCreator(huge_pages=kind == "huge")
         pool = linmem.PoolingCreator(upstream, image=image, when_full="error", max_unused_warm=1 << 20,
-                                     idle_seconds=None)     # at any speed of the machine
+                                     idle_seconds=None)     # a slow machine must not give back idle pages
         def count():
             with open("/proc/self/maps") as file:
                 return sum(1 for _ in file)
@@ -913,7 +913,7 @@ def test_one_domain_cannot_evict_the_warm_slots_of_another_below_its_share(optio
     figures = linmem.metrics.read(pool)
     one = figures["domains"]["one"]
     assert (one["misses"], one["hits_cold"], one["hits_warm"], one["warm"]) == (1, 0, 11, 1)
-    assert sum(figures["evictions"].values()) > 400     # of the other domain: the bound was in effect
+    assert sum(figures["evictions"].values()) > 400     # slots of the domain "many": the bound had an effect
 
 
 @requires("maps")

@@ -363,7 +363,7 @@ def test_an_instance_in_between_is_refused_and_takes_no_image_of_the_instance_be
     prepared = prepare(MMAP, HELLO)
     make, refused = wasmtime.Instance.__init__, []
 
-    def interrupted(self, *args):           # an exception as a signal handler could raise it
+    def interrupted(self, *args):           # begins a second instantiation, as a signal handler could do
         monkeypatch.undo()
         with pytest.raises(RuntimeError, match="is being made on this thread"):
             prepared.instantiate(wasmtime.Store(MMAP))
@@ -567,7 +567,7 @@ FUEL_ENGINES = limited(False, consume_fuel=True), engine_of(consume_fuel=True)
 def test_an_instance_is_made_past_its_deadline_where_plain_wasmtime_makes_it(name):
     for engine in [limited(ours, epoch_interruption=True) for ours in (False, True) if ours or PLAIN_IS_FREE]:
         make = (prepare(engine, FREE[name]).instantiate if linmem_makes(engine) else plain_maker(engine, FREE[name]))
-        store = wasmtime.Store(engine)      # without a deadline set, the deadline has passed
+        store = wasmtime.Store(engine)      # no deadline is set: the deadline is epoch 0, which has passed
         engine.increment_epoch()
         memory = make(store, []).exports(store)["m"]
         assert memory.data_len(store) >= PAGE
@@ -694,7 +694,7 @@ def test_engines_of_other_settings_have_entries_of_their_own(tmp_path, compilati
     for engine in (MMAP, other) * 2:
         prepare(engine, HELLO, cache=tmp_path)
     assert len(entries(tmp_path)) == 2
-    assert len(compilations) == 2 + 1       # one compilation checks whether the new engine asks linmem
+    assert len(compilations) == 2 + 1       # the third checks whether `other` makes memories with linmem
 
 
 def damaged(how, content):

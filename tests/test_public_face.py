@@ -481,7 +481,7 @@ def refused_as_promised(error, labels):
         return bool({"as_array", "dtype"} & set(names)) and not NEEDS["numpy"][0]
     if isinstance(error, (Own, linmem.GrowError, linmem.PageError, linmem.OwnedError, linmem.FileFormatError)):
         return True
-    # Further errors of files and modules come from their own libraries.
+    # Other errors about files and modules are raised by the OS or by wasmtime.
     if isinstance(error, (OSError, wasmtime.WasmtimeError)):
         return "path" in names or "wasm" in names or "cache" in names
     if not isinstance(error, REFUSALS):
@@ -490,10 +490,10 @@ def refused_as_promised(error, labels):
     return any(re.search(rf"\b{re.escape(word)}\b", text) for name in names for word in (name, *ALSO.get(name, ())))
 
 
-# Texts that some objects raise themselves.
+# Error texts of some values: the value itself raises an error with this text.
 SAYS = {"a closed memory": "the memory is closed", "an unmade memory": "the memory is closed",
         "released": "released memoryview", "two dimensions": "multi-dimensional"}
-# Other names of an argument in texts.
+# Other words by which an error text may name an argument.
 ALSO = {
     "key": ("a memory is indexed", "a memory's bytes", "the slice has", "slice step", "data"),
     "value": ("a byte", "data"), "item": ("a byte", "what is looked for"), "options": ("bogus",),

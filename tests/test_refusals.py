@@ -23,7 +23,7 @@ def data_in_use():
         return int(re.search(r"VmData:\\s+(\\d+) kB", status.read())[1]) << 10
 
 def state(mem):
-    return mem.info(), accessible_parts(mem), mem.read(0, 4)    # the first page, which was already written
+    return mem.info(), accessible_parts(mem), mem.read(0, 4)    # this page is already resident
 
 def refused(call, name, code, words):
     try:

@@ -54,7 +54,7 @@ def test_other_users_cannot_read_a_file_during_its_write(tmp_path, old, monkeypa
 
     def look(fd):
         if stat.S_ISREG(os.fstat(fd).st_mode):
-            # At fsync the content is complete, and other users could not open the file before.
+            # At fsync the content is complete. Until then, the mode 0600 keeps other users out.
             seen.extend(name for name in os.listdir(tmp_path) if name.startswith("."))
         whole(fd)
 

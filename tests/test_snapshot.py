@@ -169,7 +169,7 @@ def test_of_several_memories_all_are_restored_or_none():
     restore_all([*memories, larger], [*images, small])
     assert [memory[0] for memory in memories] == [0, 0, 0]
     for memory in (*memories, larger):
-        memory.close()          # close() works, so no lock and no use is left
+        memory.close()          # close() succeeds, so restore_all() has released its locks and references
 
 
 def test_a_grown_memory_keeps_its_size_and_its_new_pages_are_zeroed_on_demand():

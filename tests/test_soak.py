@@ -83,7 +83,7 @@ KINDS = ("create", "grow", "view", "protect", "discard", "close", "clone", "comm
 
 
 def test_a_short_soak_finds_nothing_and_says_what_it_did(tmp_path):
-    for minutes in ("0.05", "0.3", "1"):        # until a slow machine comes to every kind of step
+    for minutes in ("0.05", "0.3", "1"):        # a slow machine needs longer to do every kind of step
         done = subprocess.run([sys.executable, "-W", "error", str(ROOT / "tests" / "soak"), "--minutes", minutes,
                                "--json", str(tmp_path / "figures.json")], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -115,7 +115,7 @@ def test_a_planted_fault_is_found_and_named(wrong, said):
 
 
 def test_a_thread_that_hangs_is_found_with_its_frames():
-    for seconds in ("1.5", "15", "60"):     # until no step of another thread takes this long on a slow machine
+    for seconds in ("1.5", "15", "60"):     # on a slow machine, steps that do not hang also take long
         said = planted("hang", "--hang", seconds)
         if "in hang" in said:
             break

@@ -36,7 +36,7 @@ def test_with(value):
     if value == "second":
         {WAITS[how]}
 """)
-    for seconds in (1, 10, 60):     # until a slow machine has time for the rest of the run
+    for seconds in (1, 10, 60):     # on a slow machine, a limit of 1 second may end another part of the run
         done = run_pytest(tmp_path, "-o", f"faulthandler_timeout={seconds}", "test_hanging.py")
         if "[second]" in done.stderr:
             break

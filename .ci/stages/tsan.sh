@@ -20,7 +20,7 @@ export PYTHONPATH=$PWD/src
 (cd hammer && CFLAGS="-g1 -I$PWD/../src" ../venv/bin/python "$stages/tsan_hammer_setup.py" -q build_ext --inplace)
 export PYTHONPATH=$PWD/src:$PWD/hammer:$stages
 python=("${calm[@]}" env LD_PRELOAD="$tsan" "$PWD/venv/bin/python")
-# The detector of deadlocks is off: it does not know linmem's own locks, and it has bounds of its own.
+# The deadlock detector is off: it does not know linmem's own locks, and it limits how many locks a thread may hold.
 options() { echo "exitcode=0:detect_deadlocks=0:history_size=4:log_path=$PWD/$1/tsan:suppressions=$PWD/src/.ci/tsan.supp"; }
 # The program contains a race on purpose. If ThreadSanitizer does not report this race, the stage fails.
 TSAN_OPTIONS=$(options proof) "${python[@]}" -c 'import hammer; hammer.race()'

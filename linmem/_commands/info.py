@@ -61,8 +61,8 @@ PROBES = (
     ("after", "the first byte after byte_size", True),
     ("guard", "the last byte of the guard", True),
 )
-# Memory faults by the exit code of a process that ends with one: 0xC0000005, with or without a sign, is an access
-# violation.
+# The names of exit codes after a memory fault. Python may show Windows' code for an access violation, 0xC0000005, as a
+# negative number.
 FAULTS: dict[int | None, str] = dict.fromkeys((0xC0000005, 0xC0000005 - 2 ** 32), "access violation (0xC0000005)")
 FAULTS |= {-getattr(signal, name): name for name in ("SIGSEGV", "SIGBUS") if hasattr(signal, name)}
 CHILD_SECONDS = 60

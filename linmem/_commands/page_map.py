@@ -45,7 +45,7 @@ class Pages:
                     self.add(first, page, NEW if in_new else GONE if in_old else NOTHING)
                 elif not in_delta:
                     self.add(first, page, SAME)
-                else:       # a delta covers whole host pages, which may be larger
+                else:       # a delta covers whole host pages, which may be larger than PAGE
                     for each in range(first, page):
                         self.add(each, each + 1, CHANGED if page_of(old, each) != page_of(new, each) else SAME)
                 first = page

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from linmem._core.arguments import printable
 
-EXIT_REFUSED = 1            # the command cannot be done, or a check failed
+EXIT_REFUSED = 1            # the command failed, or a check failed
 EXIT_USAGE = 2              # the command line is wrong
 EXIT_INTERRUPTED = 130      # 128 + SIGINT, as a shell reports it
 EXIT_TRAP = 134             # 128 + SIGABRT, as `wasmtime run` does

@@ -94,7 +94,8 @@ def split_words(parser: Parser, words: list[str]) -> tuple[list[str], str | None
 
 def main(args: argparse.Namespace) -> int:
     creator = compose_creator(args.creator, args.max_memory)
-    # The statistics are outside of the budget, so that they count the requests that the budget refuses.
+    # The statistics creator wraps the creator with the budget, so that it also counts the requests that the budget
+    # refuses.
     statistics = linmem.StatisticsCreator(creator) if args.report or args.json else None
     try:
         status, running = in_a_thread(functools.partial(execute, args, statistics or creator))

@@ -181,7 +181,7 @@ def replacing(path: str | bytes | os.PathLike[str]) -> Iterator[tuple[BinaryIO, 
 def write_figure(figure: Any, path: str, *, dpi: int) -> None:
     """Draw a figure of matplotlib into `path`. The extension of the name is the format; without one it is PNG."""
     form = os.path.splitext(path)[1][1:].lower() or "png"
-    drawn = io.BytesIO()        # some formats seek, which a stream cannot
+    drawn = io.BytesIO()        # the writers of some formats seek, and `path` may be a pipe
     figure.savefig(drawn, dpi=dpi, format=form)
     with replacing(path) as (file, _):
         file.write(drawn.getvalue())

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     Piece = tuple[int, int, "memoryview | None"]
 
 
-_PAGE = 4096            # of a file
-_MAX_ZEROED = 1 << 36   # bytes: the table of their groups takes about a second to write
+_PAGE = 4096            # bytes in a page of a saved delta
+_MAX_ZEROED = 1 << 36   # bytes; the table entries for so many zeros take about a second to write
 
 
 class Delta:
@@ -118,8 +118,9 @@ class Delta:
             raise ValueError(f"later must start from the image that this delta leads to ({self.size} bytes, digest"
                              f" {self.target}), and starts from {later.base_size} bytes, digest {later.base}")
         over = list(later.pieces())
-        # The bytes past `self.size` are zero in the result, even if the base has other bytes there. All bytes past the
-        # end of the base are zero, so the range of zeros may end at the end of a page, as a file requires.
+        # `later` starts from an image whose bytes past `self.size` are zero. The base may have other bytes there, so
+        # the joined delta must zero them. In a file, a range of zeros must end at the end of a page. This is possible,
+        # because all bytes past the end of the base are zero anyway.
         reached = self.size in (sum(part) for part in self.ranges[-1:] + self.zeros[-1:])
         if self.base_size > self.size or reached:
             end = min(-(-max(self.base_size, self.size) // _PAGE) * _PAGE, later.size)

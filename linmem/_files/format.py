@@ -36,7 +36,9 @@ ZEROS = bytes(PAGE)
 MAX_SIZE = 1 << 56          # bytes of a memory
 
 HEADER = struct.Struct("<8sHHIIIQQQQQQQIIQ32s32s32s32s")
-ENTRY = struct.Struct("<QHHI")      # of the table: the number of the group, pages mentioned, pages stored, their CRC
+# An entry of the table: the number of the group, the mask of the pages that the file mentions, the mask of the pages
+# that it stores, and the CRC of the stored pages.
+ENTRY = struct.Struct("<QHHI")
 DATA_OFFSET = GROUP
 
 # (start, size, bytes); None for the bytes means zeros.

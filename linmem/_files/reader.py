@@ -47,7 +47,8 @@ def read(file: BinaryIO, path: str | bytes | os.PathLike[str], kind: int | None 
 
 
 def _check_ends(file: BinaryIO, path: str, header: Header) -> None:
-    # A memory that starts from a mapping of the file may show these bytes, at once or after a growth.
+    # The bytes before and after the content must be zero, because a memory that maps the file may show them,
+    # immediately or after a growth.
     first, last = header.span()
     end = header.offset + header.size
     for start, size in ((first, header.offset - first), (end, last - end)):
@@ -62,12 +63,12 @@ def _read_table(file: BinaryIO, path: str, header: Header) -> bytes:
     digest = blake2b()
     is_image, size = header.is_image, header.count * ENTRY.size
     first, last = (edge // GROUP for edge in header.span())
-    # The pages of the first and the last group that hold some of the content.
+    # The masks of the pages with content in the first and in the last group.
     first_mask = 0xFFFF << header.offset % GROUP // PAGE
     last_mask = (1 << (round_up(header.offset + header.size, PAGE) - (last - 1) * GROUP) // PAGE) - 1
     previous = first - 1
     while len(table) < size:
-        # In steps: a table that is one large hole is refused at its first entry.
+        # The table is read in steps, so that a table that is one large hole is refused after the first step.
         step = file.read(min(TABLE_STEP, size - len(table)))
         if not step or len(step) % ENTRY.size:
             raise refusal("table", f"{len(table) + len(step)} bytes", f"{size} bytes")
@@ -102,7 +103,7 @@ def _check_group(path: str, number: int, crc: int, runs: Iterable[memoryview]) -
     if found != crc:
         raise FileFormatError(path, f"crc of group {number} (bytes {number * GROUP} to {(number + 1) * GROUP - 1})",
                               f"{found:#010x}", f"{crc:#010x}: the content is damaged")
-    # If zeros could be stored, holes of the file could pass for any amount of content.
+    # If pages of zeros could be stored, a sparse file without data could claim any amount of stored content.
     pages = (run[place:place + PAGE] for run in runs for place in range(0, len(run), PAGE))
     for nth, page in enumerate(pages):
         if page.tobytes() == ZEROS:

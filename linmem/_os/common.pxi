@@ -1,9 +1,10 @@
 # The part of the page floor that is the same on every operating system; posix.pyx and windows.pyx include this file.
 #
-# This file has each page call of the contract that a test can make fail. The page call calls the system's own function
-# of the same name with the prefix os_, unless a test has asked for a failure. The including file defines the functions
-# with this prefix, the rest of the contract, CODE_TEXTS, IMAGE_KINDS, SCAN_WAYS and _limits(). The import of the module
-# fills the variables below.
+# A page call is a function of pages.pxd that works on pages. This file defines the page calls that tests can make fail.
+# If a test has asked for a failure, the page call returns the test's code. Otherwise the page call calls the function
+# of the same name with the prefix os_. The including file defines the functions with this prefix, the other functions
+# of pages.pxd, CODE_TEXTS, IMAGE_KINDS, SCAN_WAYS and _limits(), and sets the first six variables below when it is
+# imported.
 
 from libc.string cimport memset
 
@@ -13,12 +14,12 @@ import os as _os
 
 cdef capabilities_t caps
 cdef size_t real_page           # the page size of the kernel; caps.page_size may be a multiple of it
-cdef int best_image_kind        # the smallest IMAGE_ kind that works on this machine
+cdef int best_image_kind        # the smallest, and so best, IMAGE_ kind that works on this machine
 cdef int image_kind             # the IMAGE_ kind that image_begin() makes if the OS grants it
-cdef int best_scan_way          # the greatest index in SCAN_WAYS that works on this machine
+cdef int best_scan_way          # the greatest, and so best, index in SCAN_WAYS that works on this machine
 cdef int scan_way               # how touched() finds pages: an index in SCAN_WAYS
-cdef long long fail_in = 0      # 1: the next page call fails. 0: failures have begun, or none were asked for
-cdef long long fail_times = 0   # how many page calls will fail, one after the other; 0: failures are off
+cdef long long fail_in = 0      # counts page calls down to the first failure (1: the next one); 0: failing, or off
+cdef long long fail_times = 0   # how many page calls in a row will still fail; 0: failures are off
 cdef int fail_code = 0
 cdef atomic_i64 reserved_bytes = 0
 
@@ -181,7 +182,7 @@ cdef int image_renew(const image_pages* img, size_t offset, char* addr, size_t s
     return on_image(os_image_renew, <image_pages*>img, offset, addr, size)
 
 
-# -- helpers of the systems' own functions -------------------------------------------------------
+# -- what posix.pyx and windows.pyx share besides the page calls ----------------------------------
 
 cdef const capabilities_t* capabilities() noexcept nogil:
     return &caps

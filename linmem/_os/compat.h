@@ -1,6 +1,7 @@
 /* Decisions about the operating system that only the C preprocessor can make: constants that old headers lack, and
-   stand-ins, under the system's own names, for calls that a system lacks. A stand-in fails like a call that the kernel
-   lacks. Only posix.pyx and windows.pyx (with the files that they include) may include this header. */
+   stand-ins, under the system's own names, for calls that a system lacks. A stand-in fails with ENOSYS,
+   like a system call that the kernel does not know. Only posix.pyx and windows.pyx (with the files that they include)
+   may include this header. */
 #ifndef LINMEM_OS_COMPAT_H
 #define LINMEM_OS_COMPAT_H
 
@@ -108,7 +109,7 @@ _set_thread_local_invalid_parameter_handler(_invalid_parameter_handler handler);
 #define PAGEMAP_SCAN _IOWR('f', 16, uint64_t[12])
 #endif
 
-/* The C library's memfd_create() came years after the kernel's. */
+/* An old C library may lack memfd_create() although the kernel has the system call. */
 #if !defined(MFD_CLOEXEC) || !LINMEM_LINUX
 #undef MFD_CLOEXEC
 #undef MFD_ALLOW_SEALING

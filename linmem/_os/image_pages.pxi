@@ -54,7 +54,7 @@ cdef int begin_with_descriptor(int kind, size_t size, image_pages* img) noexcept
     img.kind = kind
     img.maps = True
     img.handle = fd
-    img.position = reader if kind == IMAGE_FILE else 0      # a file's reader is kept here until image_end()
+    img.position = reader if kind == IMAGE_FILE else 0      # a file's read-only descriptor, until image_end()
     return 0
 
 
@@ -62,7 +62,7 @@ cdef int begin_file(size_t size, int* fd, int* reader) noexcept nogil:
     cdef const char* chosen = getenv("TMPDIR")
     cdef int code = ENOSYS
     if ON_LINUX:
-        code = begin_file_in("/dev/shm", size, fd, reader)      # physical memory, if it exists and has room
+        code = begin_file_in("/dev/shm", size, fd, reader)      # a file in /dev/shm is in physical memory
     if code and chosen != NULL and chosen[0] == c"/":
         code = begin_file_in(chosen, size, fd, reader)
     return begin_file_in("/tmp", size, fd, reader) if code else 0
@@ -113,7 +113,7 @@ cdef int set_file_size(int fd, size_t size) noexcept nogil:
     cdef statfs_t about
     if ftruncate(fd, <off_t>size):
         return errno
-    # A file system with 0 blocks has no bound.
+    # A tmpfs that reports 0 blocks has no size limit.
     if ON_LINUX and fstatfs(fd, &about) == 0 and <unsigned long>about.f_type == TMPFS_MAGIC and about.f_blocks:
         if size > <size_t>about.f_bavail * <size_t>about.f_bsize // 2:
             return ENOSPC       # half of the room is for other programs
@@ -241,7 +241,8 @@ cdef int kind_of_descriptor(int fd, int* kind, struct_stat* about) noexcept nogi
         if seals & F_SEAL_WRITE and seals & F_SEAL_SHRINK:
             kind[0] = IMAGE_SEALED
             return 0
-        # F_GET_SEALS also works on a file of a memory file system, which cannot be sealed.
+        # A memfd without these seals may still be written to, so it is refused. F_GET_SEALS also succeeds for a file in
+        # a tmpfs. Such a file cannot be sealed, and the code below handles it like any other file.
         snprintf(path, sizeof(path), "/proc/self/fd/%d", fd)
         if readlink(path, target, sizeof(target)) >= 7 and memcmp(target, b"/memfd:", 7) == 0:
             return IMAGE_OPEN

@@ -25,7 +25,7 @@ cdef enum:
 
     # Bits of a page's entry in the file.
     ENTRY_FILE = 61
-    ENTRY_SWAPPED = 62      # and above it: present
+    ENTRY_SWAPPED = 62      # the next bit, 63, means that the page is present
 
 cdef struct page_region:            # as in <linux/fs.h>
     uint64_t start, end, categories

@@ -1,5 +1,6 @@
-# The contract of the page floor. posix.pyx and windows.pyx implement the contract; setup.py builds one of them as
-# linmem._os.pages. No module above this floor asks which OS it runs on; such a module asks capabilities().
+# The interface of the page floor, the lowest layer of linmem: the only modules that ask the OS for pages. posix.pyx and
+# windows.pyx implement this interface; setup.py builds one of them as linmem._os.pages. The other modules do not check
+# which OS they run on. They call capabilities() instead.
 #
 # Every function is nogil, and returns 0 or the OS's own code (errno, GetLastError), read on the line after the system
 # call. If the code is not 0, nothing has changed, unless the comment says otherwise. `addr` and `size` are multiples of
@@ -19,9 +20,9 @@ cdef struct capabilities_t:
     bint moves                      # move() works, and release() takes a part of a reservation
     bint names                      # the mappings carry a name that tools show
     bint discard_any_protection     # discard() works on pages of any protection and keeps it
-    bint populates                  # prefault() reports pages that cannot be written instead of faulting
+    bint populates                  # prefault() returns a code for pages that cannot be written; False: it faults
     bint scans                      # touched() works, on some systems only in reservations made with `watched`
-    int locked                      # the code of renew() for pages that are locked in memory; 0: renew() accepts them
+    int locked                      # the code that renew() returns for pages locked in memory; 0: renew() accepts them
     bint maps_images                # memories can map an image's pages; a page that is written is copied
     size_t huge_page                # bytes in a huge page that advise_huge() asks for; 0: the system has none
     size_t memory                   # bytes of physical memory that this process may use; 0: unknown
@@ -57,11 +58,12 @@ cdef int renew(char* addr, size_t size) noexcept nogil
 # Only where `scans`. [addr, addr+size) is committed; *n > 0 is the number of runs that `runs` has room for. -> *n runs,
 # in order of address. Each page before *next that may hold a byte other than zero (over_image: a byte that differs from
 # the mapped image) lies in a run. A page that the kernel has swapped out or is migrating may hold such a byte.
-# *next == addr + size: the scan is complete. If the system does not support the scan, any code.
+# *next == addr + size: the scan is complete. If the system does not support the scan, touched() returns some code.
 cdef int touched(char* addr, size_t size, bint over_image, span* runs, size_t* n, char** next) noexcept nogil
 
-# As touched(), but for each page that is in the page tables, also if the page was only read. [addr, addr+size) lies in
-# one reservation and has any protection. Some systems with `scans` cannot do this, and return any code.
+# Like touched(), but finds each page that is in the page tables, even if the page was only read. [addr, addr+size) lies
+# in one reservation and has any protection. Some systems with `scans` do not support this; present() then returns some
+# code.
 cdef int present(char* addr, size_t size, span* runs, size_t* n, char** next) noexcept nogil
 
 # [addr, addr+size) lies in one reservation. -> the kernel may use huge pages there; a hint.

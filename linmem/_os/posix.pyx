@@ -74,8 +74,9 @@ IMAGE_KINDS = {IMAGE_SEALED: "sealed", IMAGE_FILE: "file", IMAGE_PRIVATE: "priva
 cdef const char* NAME = "linmem"        # of mappings and of sealed memory
 cdef unsigned long long NO_LIMIT = ~<unsigned long long>0
 
-# MAP_NORESERVE, because the accounting for committed pages takes a sixth of the time of a growth. With
-# vm.overcommit_memory 2, Linux ignores the flag. too_much() replaces the check of vm.overcommit_memory 0.
+# MAP_NORESERVE saves the kernel's accounting for committed pages, a sixth of the time of a growth. The flag also
+# turns off the check that Linux makes if vm.overcommit_memory is 0; too_much() replaces this check. If
+# vm.overcommit_memory is 2, Linux ignores the flag.
 cdef int MAP_FRESH = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
 
 # By ACCESS_ constant.
@@ -147,9 +148,9 @@ cdef int os_commit(char* addr, size_t size) noexcept nogil:
         return ENOMEM
     if mprotect(addr, size, PROT_READ | PROT_WRITE) == 0:
         return 0
-    # The range may be several mappings, because hidden pages are a mapping of their own. The mappings before the
-    # refused one are accessible now. No page was accessible before the call, and wasm relies on the beginning of the
-    # guard.
+    # The range may consist of several mappings, because hidden pages are separate mappings. If the kernel refused one,
+    # the mappings before it are accessible now. No page was accessible before the call, and none may stay
+    # accessible: wasm must fault at the first byte after the committed bytes.
     code = errno
     mprotect(addr, size, PROT_NONE)
     return code
@@ -205,8 +206,9 @@ cdef int os_move(char* addr, size_t size, details* more) noexcept nogil:
     if mremap(addr, size, more.new_size, MREMAP_MAYMOVE | MREMAP_FIXED, more.new_addr) != MAP_FAILED:
         count_released(size)        # the range at addr; the range at new_addr was counted when it was reserved
         return 0
-    # The kernel may have unmapped the destination before it refused. This call fills the hole, because the caller's
-    # release() would unmap the pages that another thread maps there. If there is no hole, the call changes nothing.
+    # The kernel may have unmapped the destination before it refused the move. Another thread could map pages into this
+    # hole, and the caller's release() would unmap them. So mmap() reserves the hole again. If there is no hole, mmap()
+    # changes nothing.
     code = errno
     if mmap(more.new_addr, more.new_size, PROT_NONE, MAP_FRESH | MAP_FIXED_NOREPLACE, -1, 0) != MAP_FAILED:
         set_name(more.new_addr, more.new_size)

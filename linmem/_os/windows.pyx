@@ -1,7 +1,7 @@
 # cython: language_level=3
 """The page floor on Windows: VirtualAlloc, VirtualProtect, VirtualFree and related calls."""
 
-from linmem._os cimport pages as _contract    # no-cython-lint: an edit of the contract causes a rebuild
+from linmem._os cimport pages as _contract    # no-cython-lint: not used; makes an edit of pages.pxd rebuild this file
 from linmem._core.atomic cimport add, atomic_i64, load, touch
 
 from libc.stddef cimport wchar_t
@@ -196,7 +196,8 @@ cdef int os_discard(char* addr, size_t size) noexcept nogil:
 
 
 cdef int os_renew(char* addr, size_t size) noexcept nogil:
-    # discard() cannot do this, because there other threads may access the range. This way touches no page.
+    # Unlike discard(), renew() may make the range inaccessible for a moment, because no other thread accesses it. A
+    # decommit and a commit touch no page.
     return os_decommit(addr, size) or os_commit(addr, size)
 
 
@@ -243,7 +244,7 @@ cdef bint writes_are_seen() noexcept nogil:
                 and finds(p, 2))
         CloseHandle(out)
         CloseHandle(into)
-    seen = seen and os_renew(p, 3 * page) == 0 and finds(p, 0)      # ResetWriteWatch() resets the watch
+    seen = seen and os_renew(p, 3 * page) == 0 and finds(p, 0)      # os_renew() resets the watch
     VirtualFree(p, 0, MEM_RELEASE)
     return seen
 
@@ -301,8 +302,8 @@ cdef int os_release(char* addr, size_t size) noexcept nogil:
 
 # -- images: section objects, from which memories copy -------------------------------------------
 #
-# Inside a reservation, a view of a section needs a placeholder. Some versions of Windows have no placeholders, and a
-# memory with a placeholder would be two allocations.
+# Memories copy the bytes and do not map the section. A view of a section inside a reservation needs a placeholder. Some
+# versions of Windows do not have placeholders, and a memory with a placeholder would be two allocations.
 
 cdef int os_image_begin(image_pages* img, size_t offset, char* bytes, size_t size) noexcept nogil:
     cdef HANDLE section
@@ -499,7 +500,7 @@ cdef _start():
     caps.page_size = _page_size_wanted(real_page)
     caps.granularity = max(real_granularity, caps.page_size)
     caps.address_bits = bits_of(<size_t>info.lpMaximumApplicationAddress)
-    scan_way = best_scan_way = 1                # writes_are_seen() tries it
+    scan_way = best_scan_way = 1                # writes_are_seen() tests this way
     scan_way = best_scan_way = writes_are_seen()
     caps.scans = scan_way
     caps.memory = memory_status().ullTotalPhys

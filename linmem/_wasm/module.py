@@ -22,8 +22,8 @@ _CONSTANT = re.compile(rb"[\x41\x42][\x80-\xff]*[\x00-\x7f]\x0b")     # i32.cons
 # The result of a constant expression: (bits, value modulo 2**bits), or None if it depends on the instance.
 Value = tuple[int, int] | None
 
-# The constant instructions of garbage collection, and how many indices follow each. struct.new, array.new and their
-# variants, up to 8, allocate; the two conversions and ref.i31 do not.
+# The constant instructions of garbage collection, and how many indices follow each. The instructions 0 to 8, which are
+# struct.new, array.new and their variants, allocate; the two conversions and ref.i31 do not.
 _GC_INDICES = {0: 1, 1: 1, 6: 1, 7: 1, 8: 2, 0x1A: 0, 0x1B: 0, 0x1C: 0}
 
 _ARITHMETIC = {0x6A: (32, operator.add), 0x6B: (32, operator.sub), 0x6C: (32, operator.mul),
@@ -64,7 +64,7 @@ class Module:
                 raise Malformed("a WebAssembly component, not a core module: components own no memories, the core"
                                 " modules inside them do")
             raise malformed(4, f"unknown version {wasm[4:8].hex()}" if len(wasm) >= 8 else "version ends too early")
-        self.sections: dict[int, tuple[int, int, int]] = {}     # kind: where it begins, its content begins, and it ends
+        self.sections: dict[int, tuple[int, int, int]] = {}     # kind -> (start of the section, of its content, end)
         reader = Reader(wasm, 8, len(wasm))
         rank = -1
         while reader.at < reader.end:
@@ -169,7 +169,7 @@ class Module:
         """Read a constant expression: its value if that is known, and whether it allocates."""
         stack: list[Value] = []
         allocates = False
-        sound = True        # False: the expression is not valid, or its use of the stack is not known here
+        sound = True        # False: the expression is not valid, or this method does not compute its value
         what = "constant expression"
         while True:
             start = reader.at

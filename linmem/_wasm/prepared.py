@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 NOT_OURS = ("linmem.wasmtime.install(config) was not called for this engine, or the config uses the pooling"
             " allocation strategy (which ignores host creators)")
 
-_FORMAT = 2         # the version of the cached files; wasmtime has its own version beside it
+_FORMAT = 2         # the version of cached files, in their keys; keys of modules also have wasmtime's
 _ASKS: weakref.WeakKeyDictionary[wasmtime.Engine, bool] = weakref.WeakKeyDictionary()
 _SIZE_MAX = 2 * sys.maxsize + 1
 _T = TypeVar("_T")
@@ -192,7 +192,7 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
         if expose:
             wasm, added = state.expose(wasm)
         outline = state.outline(wasm)
-    except ValueError as error:     # malformed, or not known here; wasmtime decides whether the module is valid
+    except ValueError as error:     # malformed or unknown to linmem; wasmtime decides whether the module is valid
         if expose:
             skipped.append(f"nothing is exposed: {error}")
     try:
@@ -266,7 +266,7 @@ def _compiled(engine: wasmtime.Engine, wasm: bytes, cache: Cache | None) -> wasm
 def _read(engine: wasmtime.Engine, path: str) -> wasmtime.Module:
     try:
         return wasmtime.Module.deserialize_file(engine, path)
-    except wasmtime.WasmtimeError:      # a file system that is mounted noexec allows to read the file, not to map it
+    except wasmtime.WasmtimeError:      # the file may be in a noexec file system: it can be read, but not mapped
         with open(path, "rb") as file:
             return wasmtime.Module.deserialize(engine, file.read())
 

@@ -104,10 +104,10 @@ def _hoist(module: Module) -> Hoisted:
                 "nothing is hoisted: an element segment may trap after others filled an imported table, through which"
                 " the memories of the failed instance can be seen"])
 
-    taken: list[list[tuple[int, DataSegment]]] = [[] for _ in minima]      # with their offsets
-    hoisted: set[int] = set()       # the segments to empty
+    taken: list[list[tuple[int, DataSegment]]] = [[] for _ in minima]      # (offset, segment), by memory
+    hoisted: set[int] = set()       # the numbers of the segments that become empty
     skipped: list[str] = []
-    stays: set[int] = set()         # the memories of which a segment had to stay
+    stays: set[int] = set()         # the memories that have a segment which cannot be hoisted
     for segment in segments:
         if not segment.active:
             continue
@@ -144,7 +144,7 @@ def _hoist(module: Module) -> Hoisted:
         if segment.number not in hoisted:
             parts.append(whole[segment.start:segment.end])
         elif segment.is_constant:
-            parts.append(b"\1\0")            # passive, of no bytes
+            parts.append(b"\1\0")            # a passive segment without bytes
         else:
             parts += [whole[segment.start:segment.head], b"\0"]
     images = [_runs(whole, group) if group else None for group in taken]

@@ -44,7 +44,7 @@ def one(data: bytes) -> None:
                 refused(cache, key, suffix, c.bytes(c.below(8)))
                 now = os.listdir(place) if os.path.isdir(place) else []
                 assert set(now) <= set(names), "a writer that failed left a file"
-            elif what == 3 and names:       # lost data: the disk's, or a killed writer's
+            elif what == 3 and names:       # damage a file, as a disk error or a killed writer would
                 path = os.path.join(place, c.pick(names))
                 with open(path, "r+b") as file:
                     file.truncate(c.below(8))

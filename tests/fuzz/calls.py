@@ -32,7 +32,8 @@ def up(n: int, unit: int = PAGE) -> int:
 def inaccessible() -> int:
     """Bytes of address space that memories keep inaccessible, as live_bytes() of tests/support.py. Every memory has
     some."""
-    if not MAPS.exists() or not hasattr(os, "fork"):       # Windows has no fork; Wine shows /proc
+    # Under Wine, which has no fork, /proc shows the mappings of the host system's kernel.
+    if not MAPS.exists() or not hasattr(os, "fork"):
         return 0
     total = 0
     for line in MAPS.read_text().splitlines():

@@ -53,7 +53,7 @@ cdef struct shared:
     image* image
     cell cells[CELLS]
     atomic_i64 stop
-    atomic_i64 hooks        # hooks of this program on a memory
+    atomic_i64 hooks        # how many hooks of this program are registered on memories
     size_t page
 
 cdef struct worker:

@@ -21,7 +21,7 @@ GUARD = max(PAGE, 65536)
 MIB = 1 << 20
 # The code of an injected failure. No page call of an operating system fails with it, so real failures differ.
 INJECTED_CODE = errno.EXDEV
-PATIENCE = 200              # how often a call is tried that only injected failures may stop
+PATIENCE = 200              # how often a call is repeated if injected failures make it fail
 HAS_GIL = getattr(sys, "_is_gil_enabled", lambda: True)()
 
 GuestError = wasmtime.WasmtimeError if wasmtime else ()

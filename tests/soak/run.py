@@ -30,16 +30,17 @@ from soak.memories import Common, Held
 from soak.process import Figures, call_malloc, judged
 from soak.worker import Worker
 
-PHASES = 8                  # all threads rest between two of them
-TICK = 0.05                 # seconds between two looks at the threads
+PHASES = 8                  # between two phases, all threads rest
+TICK = 0.05                 # seconds between two checks of the threads
 READING_INTERVAL = 0.25     # seconds between two readings of the figures of the process
-LAST_SECONDS = 3.0          # that the other threads have to end after a finding
+LAST_SECONDS = 3.0          # seconds in which the other threads must end after a finding
 
 # A figure at rest may exceed the same figure at the first rest by this slack. Python, malloc and wasmtime keep a part
 # of the memory that they once needed, and they keep more when each thread has a heap of its own. linmem keeps no
 # memory, so address space and descriptors have no slack.
 RESIDENT_SLACK = (16 if HAS_GIL else 96) * MIB
-GROWTH_SLACK = (8 if HAS_GIL else 48) * MIB     # of the last rest over the rest after a quarter of the time
+# The resident bytes at the last rest may exceed those at the rest after a quarter of the time by this slack.
+GROWTH_SLACK = (8 if HAS_GIL else 48) * MIB
 MAPPINGS_SLACK = 64 if HAS_GIL else 512
 
 

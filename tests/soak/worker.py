@@ -21,7 +21,7 @@ from soak.memory_steps import MemorySteps
 if TYPE_CHECKING:
     from soak.run import Soak
 
-INJECTED_SHARE = 0.1        # of the steps; such a step makes a page call fail, of this thread or of another
+INJECTED_SHARE = 0.1        # the share of steps that make one of the next page calls fail, of any thread
 
 
 class Worker(threading.Thread, MemorySteps, ImageSteps, CreatorSteps, GuestSteps, ForkSteps):
@@ -70,7 +70,8 @@ class Worker(threading.Thread, MemorySteps, ImageSteps, CreatorSteps, GuestSteps
         if self.soak.faults and self.rng.random() < INJECTED_SHARE:
             self.soak.inject(self.rng.randrange(1, 12))
         try:
-            # Without a GIL the same holds for Python's own locks.
+            # A step that may enter wasmtime holds `busy`. Without a GIL every step except `fork` holds it, because a
+            # child could not take a lock of Python that was locked at the fork.
             if name.startswith("guest") or name == "collect" or not (HAS_GIL or name == "fork"):
                 with self.busy:
                     getattr(self, name)()
