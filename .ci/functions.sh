@@ -66,12 +66,13 @@ venv_over_base() {
     "$base/venv/bin/python" -c "$site" >"$("$1/bin/python" -c "$site")/base.pth"
 }
 
-# Makes `venv` over the base, unless it is there, with linmem built from `src` with these CFLAGS.
+# Makes `venv` over the base, unless it is there, with linmem built from `src` with these variables: CFLAGS='-O1 -g'.
+# They are arguments, because variables before the call would also apply to a build of the base.
 build_over_base() {
     [[ -e venv ]] || venv_over_base "$PWD/venv"
     copy_source src
     venv/bin/pip install -q 'setuptools>=77' 'Cython>=3.1'
-    CFLAGS=$1 venv/bin/pip install -q --no-deps --no-build-isolation ./src
+    env "$@" venv/bin/pip install -q --no-deps --no-build-isolation ./src
 }
 
 # Installs a program that pip does not have: its name, and the name of its package.

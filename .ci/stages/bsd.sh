@@ -1,7 +1,7 @@
 # posix.pyx without the features that only Linux has, as a BSD or macOS would compile it. The tests that need Linux
 # skip. The stage leaves out the files that test texts, formats, pure functions, the packaging or the suite itself,
 # because their results do not depend on page calls.
-build_over_base '-O1 -U__linux__'
+build_over_base CFLAGS='-O1 -U__linux__'
 (cd / && "$work/bsd/venv/bin/python" -c 'from linmem._os import pages
 can = pages.describe()["capabilities"]
 assert not any(can[name] for name in ("moves", "names", "discard_any_protection", "populates", "scans")), can')

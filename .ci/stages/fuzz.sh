@@ -9,8 +9,8 @@ venv/bin/pip install -q --only-binary :all: 'atheris>=3' || not_run "no wheel of
 # Cython's code adds 0 to a null pointer when a constructor is called without arguments, and clang reports that.
 printf '[pointer-overflow]\nfun:__pyx_pw_*__cinit__\n' >ignored
 # Atheris' own library is the runtime, so nothing is linked by clang. gcc does not know the sanitizer flags in CC.
-CC="clang -fsanitize=address,undefined,fuzzer-no-link -fno-sanitize-recover=undefined -fno-omit-frame-pointer \
-    -fsanitize-ignorelist=$PWD/ignored" LDSHARED="$linker -shared" build_over_base '-O1 -g'
+build_over_base CFLAGS='-O1 -g' LDSHARED="$linker -shared" CC="clang -fsanitize=address,undefined,fuzzer-no-link \
+    -fno-sanitize-recover=undefined -fno-omit-frame-pointer -fsanitize-ignorelist=$PWD/ignored"
 runtime=$(venv/bin/python -c 'import atheris; print(atheris.path())')/asan_with_fuzzer.so
 export ASAN_OPTIONS=detect_leaks=0:allow_user_segv_handler=1:allocator_may_return_null=1
 export UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc

@@ -3,7 +3,7 @@ gcc=${CC:-gcc}
 asan=$("$gcc" -print-file-name=libasan.so)
 [[ -e $asan ]] || not_run "$gcc has no libasan"
 flags='-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1 -DLINMEM_CHECKED'
-LDFLAGS='-fsanitize=address,undefined' build_over_base "$flags"
+build_over_base CFLAGS="$flags" LDFLAGS='-fsanitize=address,undefined'
 mkdir findings
 # Python and wasmtime handle SIGSEGV themselves. The sanitizer needs terabytes of address space and of data, so the
 # tests that limit these are left out. All processes write their findings into one folder, because a finding of a child

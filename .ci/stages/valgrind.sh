@@ -1,6 +1,6 @@
 # valgrind's memcheck: invalid accesses, uninitialized values, lost blocks.
 from_apt valgrind valgrind
-build_over_base '-g -O1'
+build_over_base CFLAGS='-g -O1'
 checked=(valgrind --suppressions="$PWD/src/.ci/valgrind.supp" --error-exitcode=99 --num-callers=30 -q
          --leak-check=full --show-leak-kinds=definite --errors-for-leak-kinds=none
          --child-silent-after-fork=yes --log-file="$PWD/valgrind.%p"

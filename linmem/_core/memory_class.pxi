@@ -76,7 +76,7 @@ cdef inline int copy_bytes(memory* m, size_t offset, size_t n, char* out, const 
 
 
 cdef int copy_slowly(memory* m, size_t offset, size_t n, char* out, const char* data) except -1:
-    """copy_bytes() without the GIL; checks the access of the pages.
+    """copy_bytes() of many bytes, of protected pages, or after a wait for a mover.
 
     No page of the range changes its access meanwhile, because a guarded memory is locked. The pages of a Python memory
     may be another linmem memory's: that memory is not locked, and its user must not protect them during this call.
@@ -86,6 +86,10 @@ cdef int copy_slowly(memory* m, size_t offset, size_t n, char* out, const char* 
     cdef bint guarded = is_guarded(m), locks = guarded and m.ops.pages_are_ours
     if code:
         return raise_failure(&why)
+    if n < RELEASE_GIL_FROM and not guarded:
+        move_bytes(m, offset, n, out, data)
+        end_access(m)
+        return 0
     with nogil:
         if locks:
             end_access(m)
