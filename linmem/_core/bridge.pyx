@@ -63,7 +63,7 @@ register_fork_lock(&table_lock)
 
 
 cdef inline memory** bucket(char* base) noexcept nogil:
-    # The bases of two memories differ above bit 15, because a memory with its guards takes at least 64 KiB.
+    # A hash of the bits 12 to 47 of the base. The bits below are the same in all bases, which are multiples of a page.
     cdef size_t key = <size_t>base >> 12
     return &table[(key ^ (key >> 12) ^ (key >> 24)) & (BUCKETS - 1)]
 

@@ -263,7 +263,8 @@ cdef class PoolingCreator(NativeCreator):
             for name, value in (("minimum", minimum), ("maximum", maximum)):
                 if value is not None and value >= 2**64 - 1:
                     raise OverflowError(f"ty.{name} * ty.page_size must be below 2**64 - 1, got {_shown(value)}")
-            if maximum is None:     # wasmtime asks for this maximum; in 64 bits, 2**64 - 1 means no maximum
+            # wasmtime asks for the largest maximum that the type allows. 2**64 - 1 would mean that there is no maximum.
+            if maximum is None:
                 maximum = 2**32 if not ty.is_64 else None if ty.page_size == 1 else 2**64 - ty.page_size
         except (AttributeError, TypeError):
             raise TypeError(f"ty must be a MemoryType, got {type(ty).__name__}") from None

@@ -116,7 +116,8 @@ cdef int python_grow_with_gil(python_memory* p, size_t new_size, bint may_move, 
             made.grow_to(new_size)
         except BaseException as raised:
             error = raised
-        # An exception such as KeyboardInterrupt may come from elsewhere, so the memory is then asked a second time.
+        # If the first question raises, the memory is asked again: the exception may be a KeyboardInterrupt, for example, and
+        # then says nothing about the memory.
         for is_last in (False, True):
             try:
                 ask_python_memory(made, NO_MAXIMUM, p.reservation, m.guard, m.maximum, &got)
