@@ -137,7 +137,7 @@ class Start:
             try:
                 if delta and isinstance(memory, wasmtime.SharedMemory):
                     memory.grow(delta)
-                elif delta:
+                elif delta and isinstance(memory, wasmtime.Memory):
                     memory.grow(store, delta)
             except wasmtime.WasmtimeError as reason:
                 raise GrowError(f"memory {name!r} cannot get the {size} bytes that it has in the snapshot:"
