@@ -2,13 +2,18 @@
 
 import gc
 import hashlib
-import struct
+import random
 import threading
 import weakref
+from collections import Counter
 
 import pytest
 import wasmtime
-from support import FORKING, answer, failing, requires
+from hypothesis import example, given
+from hypothesis import strategies as st
+from support import FORKING, answer, failing, fewer_examples, requires
+from test_guests import KNOWN, Program, guests
+from test_guests import Guest as GeneratedGuest
 from test_hoist import binary, needs_gc, number, table
 from test_prepare import CREATORS, engine_of, with_every_creator
 
@@ -119,7 +124,6 @@ def test_a_started_instance_can_be_held_and_restored_like_any_other():
 
 NUMBERS = {"i32": "(i32.const 5)", "i64": "(i64.const -6)", "f32": "(f32.const nan:0x200001)",
            "f64": "(f64.const -nan:0x4000000000001)", "v128": "(v128.const i64x2 1 2)"}
-CHANGED = {"i32": -5, "i64": 1 << 62, "f32": struct.unpack("<f", b"\1\0\xa0\x7f")[0], "f64": -0.0}
 
 
 @pytest.mark.parametrize("exported", [False, True])
@@ -795,3 +799,157 @@ child(os.fork, begin)
 begin()
 print("done")
 """) == "done"
+
+
+# -- generated modules -------------------------------------------------------------------------------
+
+
+def goes_on_alike(guest, first, second, take):
+    """Runs `guest` until its snapshot, and compares how it goes on with how instances go on that start from it.
+
+    first, second: engines. Returns whether an instance could be made.
+    """
+    prepared, other = (prepare(engine, guest.wat, expose=True) for engine in (first, second))
+    store = wasmtime.Store(first)
+
+    def imports(store):
+        return [kind.made(store, ours=True) for kind in guest.kinds if kind.imported]
+
+    try:
+        instance = prepared.instantiate(store, imports(store))
+    except (wasmtime.Trap, wasmtime.WasmtimeError):
+        return False
+    calls = [call for call in guest.calls if not call[0].startswith("drop ")]     # what was dropped is not held
+    exports = instance.exports(store)
+    Program(GeneratedGuest(guest.wat, guest.kinds, calls[:take])).run(store, exports)
+    snapshot = Snapshot.take(store, instance)
+    rest = Program(GeneratedGuest(guest.wat, guest.kinds, calls[take:]))
+
+    def going_on(store, exports):
+        seen = rest.run(store, exports)
+        return seen + [(exports[f"size {index}"](store), exports[f"hash {index}"](store))
+                       for index in range(len(guest.kinds))]
+
+    expected = going_on(store, exports)
+    for engine, module in ((first, prepared), (second, other)):
+        store = wasmtime.Store(engine)
+        instance = module.instantiate(store, imports(store), start=snapshot)
+        assert going_on(store, instance.exports(store)) == expected
+        store.close()
+    return True
+
+
+def test_generated_memories_go_on_in_another_store_as_the_original_goes_on():
+    engines = [engine_of("mmap"), engine_of("pool"), engine_of("limited pool")]
+    done = Counter()
+
+    @fewer_examples(2)
+    @given(guests(), st.integers(0, 40), st.sampled_from(engines), st.sampled_from(engines))
+    @example(KNOWN, 4, *engines[:2])
+    def check(guest, take, first, second):
+        done[goes_on_alike(guest, first, second, take)] += 1
+
+    check()
+    assert done[True] > done[False]
+
+
+class Machine:
+    """A module of tables, globals, passive segments and a start function, and calls of it, by chance."""
+
+    TYPES = ("i32", "i64", "f32", "f64", "v128", "funcref")
+
+    def __init__(self, chance):
+        self.chance = chance
+        self.types = [chance.choice(self.TYPES) for _ in range(chance.randrange(1, 6))]
+        self.tables = [chance.randrange(1, 6) for _ in range(chance.randrange(1, 4))]
+        functions = 6
+        parts = [f'(func $f{i} {chance.choice(["", f"""(export "f{i}")"""])} (result i32) (i32.const {i + 10}))'
+                 for i in range(functions)]
+        for size in self.tables:
+            parts.append(f'(table {chance.choice(["", f"""(export "t{len(parts)}")"""])} {size} {size + 6} funcref)')
+        for i, kind in enumerate(self.types):
+            value = f"({kind}.const {'i64x2 1 ' * (kind == 'v128')}{i})" if kind != "funcref" else chance.choice(
+                ["(ref.null func)", f"(ref.func $f{i})"])
+            parts.append(f'(global $g{i} {chance.choice(["", f"""(export "g{i}")"""])} (mut {kind}) {value})')
+        chosen = [f"$f{chance.randrange(functions)}" for _ in range(4)]
+        table = chance.randrange(len(self.tables))
+        parts.append(f"(elem (table {table}) (i32.const {chance.randrange(self.tables[table])}) func {chosen[0]})")
+        parts.append(f"(elem func {' '.join(chosen)})")
+        parts.append(f"(elem declare func {' '.join(f'$f{i}' for i in range(functions))})")
+        parts.append('(memory (export "m") 1) (data "passive bytes") (data (i32.const 9) "active bytes")')
+        self.calls = {"init": 3, "byte": 1}
+        parts.append("""(func (export "init") (param i32 i32 i32)
+            (memory.init 0 (local.get 0) (local.get 1) (local.get 2)))
+            (func (export "byte") (param i32) (result i32) (i32.load8_u (local.get 0)))""")
+        for i, kind in enumerate(self.types):
+            change = {"i32": f"(i32.mul (global.get $g{i}) (local.get 0))",
+                      "i64": f"(i64.sub (global.get $g{i}) (i64.extend_i32_s (local.get 0)))",
+                      "f32": f"(f32.div (global.get $g{i}) (f32.convert_i32_s (local.get 0)))",
+                      "f64": f"(f64.sqrt (f64.sub (global.get $g{i}) (f64.convert_i32_s (local.get 0))))",
+                      "v128": f"(i32x4.add (global.get $g{i}) (i32x4.splat (local.get 0)))",
+                      "funcref": f"(table.get {table} (local.get 0))"}[kind]
+            store = {"funcref": "(i32.store (i32.const 64) (ref.is_null (global.get $g%d)))"}.get(
+                kind, f"({kind}.store (i32.const 64) (global.get $g%d))") % i
+            parts.append(f'(func $change{i} (export "change{i}") (param i32) (global.set $g{i} {change}) {store})')
+            self.calls[f"change{i}"] = 1
+        for i in range(len(self.tables)):
+            other = chance.randrange(len(self.tables))
+            parts.append(f"""(func (export "set{i}") (param i32 i32)
+                  (table.set {i} (local.get 0) (table.get {other} (local.get 1))))
+                (func (export "grow{i}") (param i32) (result i32)
+                  (table.grow {i} (ref.func {chance.choice(chosen)}) (i32.and (local.get 0) (i32.const 3))))
+                (func (export "fill{i}") (param i32 i32) (table.fill {i} (local.get 0) (ref.null func) (local.get 1)))
+                (func (export "copy{i}") (param i32 i32 i32)
+                  (table.copy {i} {other} (local.get 0) (local.get 1) (local.get 2)))
+                (func (export "load{i}") (param i32 i32 i32)
+                  (table.init {i} 1 (local.get 0) (local.get 1) (local.get 2)))
+                (func (export "call{i}") (param i32) (result i32) (call_indirect {i} (result i32) (local.get 0)))
+                (func (export "size{i}") (result i32) (table.size {i}))""")
+            self.calls.update({f"set{i}": 2, f"grow{i}": 1, f"fill{i}": 2, f"copy{i}": 3, f"load{i}": 3, f"call{i}": 1,
+                               f"size{i}": 0})
+        parts.append("(func $start (call $change0 (i32.const 0))) (start $start)")
+        self.wat = f"(module {' '.join(parts)})"
+
+    def program(self, length):
+        names = sorted(self.calls)
+        return [(name, [self.chance.choice((0, 1, 2, 3, 4, 5, 7, -1)) for _ in range(self.calls[name])])
+                for name in (self.chance.choice(names) for _ in range(length))]
+
+    def run(self, guest, program):
+        """All results, and then the content of all tables and of the memory."""
+        seen = [repr(guest.outcome(name, *arguments)) for name, arguments in program]
+        seen += [repr(guest.outcome(f"call{table}", index)) for table in range(len(self.tables)) for index in range(12)]
+        return seen, guest.content()
+
+
+def test_generated_tables_and_globals_go_on_in_another_store_as_the_original_goes_on():
+    engines = [ENGINE, OTHER, engine_of("pool")]
+    seen = set()
+
+    @fewer_examples(2)
+    @given(st.integers(0, 2**32), st.integers(0, 30))
+    def check(seed, take):
+        machine = Machine(random.Random(seed))
+        first, second = machine.chance.choice(engines), machine.chance.choice(engines)
+        prepared = prepare(first, machine.wat, expose=True)
+        guest = Guest(prepared, first)
+        fresh = guest.take()
+        machine.run(guest, machine.program(take))
+        snapshot = guest.take()
+        assert snapshot.unseen == ()
+        rest = machine.program(30)
+        expected = machine.run(guest, rest)
+        started = Guest(prepare(second, machine.wat, expose=True), second, start=snapshot)
+        assert machine.run(started, rest) == expected
+        seen.update(expected[0])
+        sizes = [[table.size for table in each._state.tables] for each in (snapshot, started.take())]
+        if sizes[0] == sizes[1]:
+            snapshot.restore(started.store, started.instance)
+            assert machine.run(started, rest) == expected
+        again = Guest(prepared, first, start=fresh)
+        assert again.take()._state.tables == fresh._state.tables
+        assert again.take()._state.globals == fresh._state.globals
+
+    check()
+    assert {"10", "15", "TrapCode.INDIRECT_CALL_TO_NULL", "TrapCode.TABLE_OUT_OF_BOUNDS"} <= {
+        each.split(":")[0].lstrip("<") for each in seen} | seen
