@@ -544,7 +544,7 @@ def test_a_larger_image_than_asked_for_is_refused(saved, delta, image):
 
 
 LIES = {
-    "kind": (10, "<H", 3), "header_size": (12, "<I", 225), "group_size": (16, "<I", 1 << 31),
+    "kind": (10, "<H", 4), "header_size": (12, "<I", 225), "group_size": (16, "<I", 1 << 31),
     "page_size": (20, "<I", 0), "size": (24, "<Q", (1 << 56) + 1), "offset": (32, "<Q", 1 << 63),
     "base_size": (40, "<Q", 1), "data_offset": (48, "<Q", 2 * GROUP), "data_size": (56, "<Q", 1 << 62),
     "table_offset": (64, "<Q", 1 << 40), "count": (72, "<Q", 1 << 60), "layout": (80, "<I", 0),

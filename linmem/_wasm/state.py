@@ -88,6 +88,8 @@ class State(NamedTuple):
     unseen : tuple of str
         The state of the instance that is not held.
     version : int
+    names : tuple of (str, int, str)
+        Exports of the instance: "memory", "global" or "table", the index, and the name.
     """
 
     module: str
@@ -97,3 +99,4 @@ class State(NamedTuple):
     working_set: tuple[tuple[tuple[int, int], ...], ...] = ()
     unseen: tuple[str, ...] = ()
     version: int = VERSION
+    names: tuple[tuple[str, int, str], ...] = ()
