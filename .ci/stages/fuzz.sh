@@ -1,6 +1,6 @@
 # libFuzzer, with AddressSanitizer and UndefinedBehaviorSanitizer. LINMEM_FUZZ_SEED=0 takes another way in each run.
 # Names and seconds; the corpus runs in addition.
-harnesses="calls 20 files 10 modules 10 arithmetic 8 deltas 6 cache 5"
+harnesses="calls 20 files 10 modules 10 arithmetic 8 snapshots 8 deltas 6 cache 5"
 linker=${CC:-gcc}
 from_apt clang clang
 venv_over_base "$PWD/venv"

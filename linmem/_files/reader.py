@@ -23,7 +23,8 @@ TABLE_STEP = 4096 * ENTRY.size
 
 def open_file(path: str | bytes | os.PathLike[str]) -> BinaryIO:
     """Open for reading. If the path names a pipe, do not wait for a writer."""
-    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+    # Without a buffer: a search for holes moves the position of the descriptor, and a buffer would not know.
+    return open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
 
 
 def read(file: BinaryIO, path: str | bytes | os.PathLike[str], kind: int | None = None,
