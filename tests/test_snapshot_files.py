@@ -14,6 +14,7 @@ import random
 import struct
 import subprocess
 import sys
+import time
 import tracemalloc
 
 import pytest
@@ -21,14 +22,15 @@ from fuzz.files import blake
 from fuzz.snapshots import Draft, plain, state_in
 from hypothesis import given
 from hypothesis import strategies as st
-from support import counting, descriptors, failing, mappings, requires, smaps
+from support import counting, descriptors, failing, mappings, requires, resident_within, smaps
 
 from linmem import FileFormatError, Image, PageError
+from linmem._files import sparse
 from linmem._files.format import joined
 from linmem._os import pages
 from linmem._wasm.snapshot_file import (
     StoredSnapshot,
-    make_state_resident,
+    fetch_working_set,
     open_state,
     parts_of,
     save_state,
@@ -420,33 +422,82 @@ def test_files_of_other_kinds_and_larger_ones_are_refused(path, tmp_path, state)
 
 # -- the working set ----------------------------------------------------------------------------------------
 
-@requires("smaps", "maps_images", "populates", "real_pages")
-def test_the_pages_of_the_working_set_are_resident_when_the_file_is_open(path):
+def forget(path):
+    """Drop the pages of the file from physical memory, if the file system can do so."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@requires("regions", "maps_images", "fork", "real_pages")
+def test_the_pages_of_the_working_set_are_read_when_the_file_is_opened(path):
     image = Image.from_bytes(random.Random(1).randbytes(8 << 20))
-    near = tuple((page * PAGE, PAGE) for page in range(0, 500, 5))
-    far = ((4 << 20, 3 * PAGE), (7 << 20, PAGE))
-    state = State(MODULE, (MemoryState(3, image.size, image),), (), (), ((near + far),))
-    save_state(state, path)
-    with counting() as without:
-        open_state(path, max_size=1 << 30)
-    with counting() as made:
-        opened = open_state(path)
-    assert made.calls == without.calls
-    save_state(state._replace(working_set=()), path)
-    with counting() as plainly:
-        other = open_state(path)
-    # One call for the runs that are near each other, and one for each of the others; not one for each run.
-    assert made.calls - plainly.calls == 3
-    found = [m for m in mappings() if m.name.startswith(str(path))]
-    resident = sorted(smaps(m.start, m.end)[0].figures["Rss"] for m in found)
-    wanted = 496 * PAGE + 4 * PAGE
-    assert resident[0] == 0
-    assert wanted <= resident[1] < image.size // 2
-    assert opened.memories == other.memories
+    near = tuple((page * PAGE, PAGE) for page in range(0, 500, 3))
+    far = ((4 << 20, 3 * PAGE), (6 << 20, 400 * PAGE))
+    save_state(State(MODULE, (MemoryState(3, image.size, image),), (), (), (near + far,)), path)
+    forget(path)
+    opened = open_state(path)
+    (found,) = [m for m in mappings() if m.name.startswith(str(path))]
+    places = [found.start + offset for offset, _ in near] + [
+        found.start + offset + page for offset, size in far for page in range(0, size, PAGE)]
+    for _ in range(1000):       # the system reads the pages in the background
+        if all(resident_within(place, place + PAGE) for place in places):
+            break
+        time.sleep(0.01)
+    else:
+        pytest.fail("pages are missing")
+    assert opened.memories[0].image == image
+
+
+@requires("maps_images", "real_pages")
+def test_runs_near_each_other_are_read_by_one_call(path):
+    image = Image.from_bytes(random.Random(1).randbytes(8 << 20))
+    near = tuple((page * PAGE, PAGE) for page in range(0, 500, 3))
+    far = ((4 << 20, 3 * PAGE), (6 << 20, 400 * PAGE))
+    state = State(MODULE, (MemoryState(3, image.size, image),), (), (), (near + far,))
+    calls = []
+    for each in (state, state._replace(working_set=())):
+        save_state(each, path)
+        with counting() as made:
+            assert open_state(path) == each
+        calls.append(made.calls)
+    assert calls[0] - calls[1] == 3
+
+
+@pytest.mark.parametrize("holes", [True, False])
+def test_the_parts_of_a_working_set_are_those_that_the_file_has(tmp_path, holes, monkeypatch):
+    path = tmp_path / "file"
+    with open(path, "wb") as file:
+        for place in (0, 10 * GROUP, 11 * GROUP, 30 * GROUP):
+            file.seek(place)
+            file.write(b"x" * GROUP)
+    kept = [(0, GROUP), (10 * GROUP, 12 * GROUP), (30 * GROUP, 31 * GROUP)]
+    monkeypatch.setattr(sparse, "extents", lambda fd, start, end: (
+        (max(begin, start), min(stop, end)) for begin, stop in (kept if holes else [(0, 31 * GROUP)])
+        if begin < end and stop > start))
+
+    def parts(*runs, first=GROUP, end=31 * GROUP, position=0):
+        return list(sparse.parts_of_file(-1, position, first, end, runs))
+
+    every = [(0, 40 * GROUP)]
+    assert parts(*every) == ([(begin, min(stop, 30 * GROUP)) for begin, stop in kept if begin < 30 * GROUP] if holes
+                             else [(0, 30 * GROUP)])
+    assert parts((GROUP, PAGE), (GROUP + 3 * PAGE, PAGE), (GROUP + 8 * PAGE, PAGE)) == [
+        (0, 4 * PAGE), (8 * PAGE, 9 * PAGE)]
+    assert parts((GROUP // 2, GROUP), (12 * GROUP, 2 * PAGE)) == [(0, GROUP // 2), (11 * GROUP, 11 * GROUP + 2 * PAGE)]
+    assert parts((0, PAGE), (50 * GROUP, PAGE)) == parts() == []
+    # The file holds the memory from a group on.
+    assert parts((2 * GROUP, PAGE), first=2 * GROUP, position=10 * GROUP) == [(0, PAGE)]
+    assert parts((5 * GROUP, PAGE), first=2 * GROUP, position=10 * GROUP) == ([] if holes else [
+        (3 * GROUP, 3 * GROUP + PAGE)])
+    # A run over two extents, and two runs in one extent.
+    assert parts((GROUP, 10 * GROUP + PAGE), (11 * GROUP + 8 * PAGE, PAGE)) == ([
+        (0, GROUP), (10 * GROUP, 10 * GROUP + PAGE), (10 * GROUP + 8 * PAGE, 10 * GROUP + 9 * PAGE)] if holes else [
+        (0, 10 * GROUP + PAGE), (10 * GROUP + 8 * PAGE, 10 * GROUP + 9 * PAGE)])
 
 
 @requires("holes", "maps_images", "real_pages")
-def test_a_working_set_does_not_make_the_holes_of_a_file_resident(path):
+def test_a_working_set_of_holes_makes_no_call(path):
     size = 1 << 38
     image = Image.from_pieces([(1 << 30, b"x" * PAGE)], size)
     save_state(State(MODULE, (MemoryState(0, size, image),), (), (), (((0, size),),)), path)
@@ -462,7 +513,7 @@ def test_a_working_set_does_not_make_the_holes_of_a_file_resident(path):
 def test_a_working_set_of_an_image_in_memory_makes_no_call(state):
     assert any(state.working_set)
     with counting() as made:
-        make_state_resident(state)
+        fetch_working_set(state)
     assert made.calls == 0
 
 

@@ -13,7 +13,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from linmem._core.arguments import check_flag, check_path, check_size
-from linmem._core.memory import Image, image_in_file, make_resident
+from linmem._core.memory import Image, fetch_pages, image_in_file
 from linmem._core.process_handles import own_runs
 from linmem._files.format import (
     GROUP,
@@ -342,7 +342,7 @@ def open_state(path: str | bytes | os.PathLike[str], verify: bool = False, *, ma
                max_size: int | None = None) -> State:
     """The state that a file holds; the arguments and exceptions are those of `Image.open`.
 
-    The images are mappings of the file, and the pages of the working set are made resident.
+    The images are mappings of the file, and the OS begins to read the pages of the working set.
     """
     check_flag(verify, "verify")
     check_flag(map, "map")
@@ -351,7 +351,7 @@ def open_state(path: str | bytes | os.PathLike[str], verify: bool = False, *, ma
     with open_file(path) as file:
         state, parts = read_state(file, read(file, path, SNAPSHOT, bound))
         state = _with_images(state, [image_in_file(file, part, verify, map) for part in parts])
-    make_state_resident(state)
+    fetch_working_set(state)
     return state
 
 
@@ -360,10 +360,10 @@ def _with_images(state: State, images: Iterable[Image]) -> State:
                                          for memory, image in zip(state.memories, images, strict=True)))
 
 
-def make_state_resident(state: State) -> None:
-    """Make the pages of the working set resident, if the images are mappings of a file."""
+def fetch_working_set(state: State) -> None:
+    """Have the OS read the pages of the working set, if the images are mappings of a file."""
     for memory, runs in zip(state.memories, state.working_set, strict=bool(state.working_set)):
-        make_resident(memory.image, runs)
+        fetch_pages(memory.image, runs)
 
 
 # -- pickles and other processes ------------------------------------------------------------------
@@ -433,8 +433,8 @@ class StoredSnapshot:
     def save(self, path: str | bytes | os.PathLike[str], *, packed: bool = False) -> None:
         """Write the snapshot to a file, as a whole or not at all.
 
-        The file is written, and an old file is replaced, as `Image.save` describes. A file that `record` was used
-        before has the working set, too.
+        The file is written, and an old file is replaced, as `Image.save` describes. The file has the working set, too,
+        if `record` has noted one.
 
         Parameters
         ----------
@@ -461,7 +461,7 @@ class StoredSnapshot:
         path : path-like
             Written by `save`, on any machine.
         verify, map, max_size
-            As for `Image.open`. If the pages of the file are mapped, those of the working set are read now.
+            As for `Image.open`. If the pages of the file are mapped, the OS begins to read those of the working set.
 
         Raises
         ------
