@@ -209,6 +209,7 @@ cdef struct memory:
     protections* protections    # which pages have which access; NULL: all are "rw"
     memory* registry_next       # the bridge's table of wasmtime's memories, by the base that each had when it was
     char* registered            # entered
+    size_t reported             # the size that wasmtime knows, until it grows the memory to `size`; 0: `size` itself
     # For a child that is forked in the middle of a growth and does not have the thread that was growing the memory:
     size_t opening              # pages up to here may be accessible, though byte_size ends before; 0: no growth
     size_t growing_from, growing_to     # with hooks: the sizes before and after it; growing_to is 0 if there is none
