@@ -90,9 +90,9 @@ class Prepared:
                         " process, prepare() with the same cache= is quick")
 
     @classmethod
-    def _of(cls, engine: wasmtime.Engine, module: wasmtime.Module, images: Sequence[Image | None], minima: Sequence[int],
-            skipped: Sequence[str], added: frozenset[str], outline: state.Outline | None, digest: str,
-            compile_start: Callable[[], wasmtime.Module] | None) -> Prepared:
+    def _of(cls, engine: wasmtime.Engine, module: wasmtime.Module, images: Sequence[Image | None],
+            minima: Sequence[int], skipped: Sequence[str], added: frozenset[str], outline: state.Outline | None,
+            digest: str, compile_start: Callable[[], wasmtime.Module] | None) -> Prepared:
         self = object.__new__(cls)
         self.engine = engine
         self.module = module

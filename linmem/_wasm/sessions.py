@@ -347,29 +347,46 @@ class _Warm:
         self.memories.clear()
         self.store.close()
 
-    __del__ = close
+    def __del__(self) -> None:
+        if hasattr(self, "store"):      # else an interrupt ended __init__()
+            self.close()
+
+
+class _Context:
+    """The context of a store as an argument of wasmtime's C functions.
+
+    ctypes passes the pointer in `_as_parameter_` and holds it during the call. No frame or traceback has a reference on
+    it. So if the session has dropped its own reference, and the pointer still exists, then a call is running.
+    """
+
+    __slots__ = ("_as_parameter_",)
+
+    def __init__(self, context: Any) -> None:
+        self._as_parameter_ = type(context).from_buffer_copy(context)
+
+    @property
+    def contents(self) -> Any:
+        return self._as_parameter_.contents
 
 
 class _Lent(wasmtime.Store):
-    """The store that a session hands out: it reaches the instance's store until the session ends.
-
-    Each call into the store holds the context object of the session while it runs. So if the session has dropped its
-    own reference, and the object still exists, then a call is running.
-    """
+    """The store that a session hands out: it reaches the instance's store until the session ends."""
 
     _linmem_warm = True
+    _lent_store: wasmtime.Store | None = None
+    _lent_context: _Context | None = None
+    _call: Callable[[], Any] = staticmethod(lambda: None)
 
     def __init__(self, store: wasmtime.Store) -> None:
         self.engine = store.engine
-        context = store._context()
-        self._lent_context: Any = type(context).from_buffer_copy(context)      # type: ignore[arg-type]
-        self._lent_store: wasmtime.Store | None = store
+        context = self._lent_context = _Context(store._context())
+        self._call = weakref.ref(context._as_parameter_)
+        self._lent_store = store
 
     def _context(self) -> Any:
-        context = self._lent_context
-        if context is None:
+        if self._lent_store is None:
             raise ValueError("the store is closed, because its session has ended or closed it")
-        return context
+        return self._lent_context
 
     @property
     def _linmem_store(self) -> wasmtime.Store:
@@ -380,11 +397,13 @@ class _Lent(wasmtime.Store):
         return self._linmem_store.ptr()
 
     def close(self) -> None:
-        self._lent_context = self._lent_store = None
+        self._lent_store = None
+        if self._lent_context is not None:
+            self._lent_context._as_parameter_ = None
 
 
 class _Running:
-    """An instance whose session ended during a call. The context of the call holds this object until the call ends."""
+    """An instance whose session ended during a call. The argument of the call holds this object until the call ends."""
 
     parts: tuple[Sessions, _Warm, threading.Lock] | None = None
 
@@ -400,15 +419,13 @@ class _Running:
 class _Session:
     """The context manager that `Sessions.get` returns. If its block never ends, collecting it ends the session."""
 
-    __slots__ = ("_context", "_instance", "_lent", "_permit", "_sessions", "_timeout", "_warm")
+    _permit: threading.Lock | None = None
+    _warm: _Warm | None = None
+    _lent: _Lent | None = None
+    _instance: wasmtime.Instance | None = None
 
     def __init__(self, sessions: Sessions, timeout: float | None) -> None:
         self._sessions, self._timeout = sessions, timeout
-        self._permit: threading.Lock | None = None
-        self._warm: _Warm | None = None
-        self._lent: _Lent | None = None
-        self._context: Callable[[], Any] = lambda: None
-        self._instance: wasmtime.Instance | None = None
 
     def __enter__(self) -> tuple[wasmtime.Store, wasmtime.Instance]:
         if self._permit is not None or self._lent is not None:
@@ -419,7 +436,6 @@ class _Session:
             warm = self._warm = sessions._instance()
             # New objects for each session, so that nothing that an earlier user keeps or sets reaches this one.
             lent = self._lent = _Lent(warm.store)
-            self._context = weakref.ref(lent._lent_context)
             instance = self._instance = object.__new__(type(warm.instance))
             vars(instance).update(vars(warm.instance))
             if sessions._begin is not None:
@@ -439,17 +455,17 @@ class _Session:
 
     def _end(self) -> None:
         """May be called again. An interrupt leaves the session as it is, or without its instance and permit."""
-        sessions, warm, permit, lent = self._sessions, self._warm, self._permit, self._lent
+        permit = self._permit
         if permit is None:
             return
-        reason = ""
+        sessions, warm, lent, reason = self._sessions, self._warm, self._lent, ""
         if warm is not None and lent is not None:
             if lent._lent_store is None:
                 reason = "closed"
             lent.close()
-            context = self._context()
-            if context is not None:
-                context.linmem_running = running = _Running()
+            call = lent._call()
+            if call is not None:
+                call.linmem_running = running = _Running()
                 sessions._taken[permit] = 0     # no thread waits for itself if it waits for the end of this call
                 running.parts = sessions, warm, permit
                 self._warm = self._permit = None
