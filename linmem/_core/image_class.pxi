@@ -378,15 +378,14 @@ cdef class Image:
         OSError, PageError
             The file cannot be read, or the OS has no room for the image.
         """
-        from linmem._files import image_file as _files
+        from linmem._files import format, reader
         check_flag(verify, "verify")
         check_flag(map, "map")
         if max_size is not None:
             max_size = _check_size(max_size, "max_size")
-        image_, contents = _files.open_image(Image, _check_path(path), verify=verify, mapped=map, max_size=max_size,
-                                             host_page=host_page())
-        (<Image>image_).known["contents"] = contents
-        return image_
+        path = _check_path(path)
+        with reader.open_file(path) as file:
+            return image_in_file(file, reader.read(file, path, format.IMAGE, max_size), verify, map)
 
     def verify(self):
         """Compare every byte with the checksums of the file that the image is a mapping of.
@@ -451,6 +450,43 @@ cdef object bytes_at(Image img, size_t offset, size_t size):
     """Bytes of the image's host pages at an offset of a memory. The caller keeps the image as long as it uses the
     result."""
     return PyMemoryView_FromMemory(bytes_from(img.img, offset), <Py_ssize_t>size, PyBUF_READ)
+
+
+def image_in_file(file, contents, verify, map):
+    """The image in an open file whose header and table were read; `contents` may be a part of the file."""
+    from linmem._files import image_file as _files
+    image_, known = _files.image_in(file, contents, Image, verify=verify, mapped=map, host_page=host_page())
+    (<Image>image_).known["contents"] = known
+    return image_
+
+
+def make_resident(Image image_ not None, runs):
+    """Have the OS read runs (offset, size) of a memory from the file that the image is a mapping of, in few calls.
+
+    The holes of the file are not read. PageError if the OS refuses.
+    """
+    cdef image* img = image_.img
+    cdef size_t start, size, page = host_page()
+    cdef char* first
+    cdef failure why
+    cdef int code
+    if img.content.kind != pages.IMAGE_FILE or img.content.handle == -1:     # the bytes are in memory
+        return
+    from linmem._files.format import GROUP, joined
+    from linmem._files.sparse import extents
+    position = img.content.position
+    to_file = position - img.offset
+    for offset, length in joined(runs, GROUP):
+        begin, end = max(offset + to_file, position), min(offset + length + to_file, position + img.content.size)
+        for begin, end in extents(img.content.handle, begin, end) if begin < end else ():
+            start = round_down(begin - position, page)
+            size = end - position - start
+            round_up(size, page, &size)
+            first = img.content.bytes + start
+            with nogil:
+                code = pages.image_fetch(first, size)
+            if fail_page_call(&why, code, "image_fetch", size):
+                raise_failure(&why)
 
 
 def _unpickled(size, offset, places, *parts):

@@ -28,7 +28,7 @@ def holes_are_known(file: BinaryIO) -> bool:
     return hasattr(os, "SEEK_DATA") or not attributes & stat.FILE_ATTRIBUTE_SPARSE_FILE
 
 
-def _extents(fd: int | None, start: int, end: int) -> Iterator[tuple[int, int]]:
+def extents(fd: int | None, start: int, end: int) -> Iterator[tuple[int, int]]:
     """(first, end) of each part of start .. end that is not a hole. One part, if the system does not find holes."""
     if fd is None or not hasattr(os, "SEEK_DATA"):
         yield start, end
@@ -61,7 +61,7 @@ def check_gaps(runs: Iterable[tuple[int, int]], first: int, end: int, to_file: i
         Returns the bytes of (start, size).
     """
     for start, size in (*runs, (end, 0)):
-        for begin, stop in _extents(fd, to_file + first, to_file + min(start, end)):
+        for begin, stop in extents(fd, to_file + first, to_file + min(start, end)):
             for step in range(begin - to_file, stop - to_file, READ_STEP):
                 part = bytes_at(step, min(READ_STEP, stop - to_file - step)).tobytes()
                 if part.count(0) < len(part):
@@ -84,7 +84,7 @@ def runs_of_file(fd: int, position: int, first: int, end: int,
     try:
         if claimed is None:
             found = []
-            for start, stop in _extents(fd, position, position + end - first):
+            for start, stop in extents(fd, position, position + end - first):
                 page = (start - to_file) // PAGE * PAGE
                 found.append((page, round_up(stop - to_file, PAGE) - page))
             return joined(found)
@@ -110,7 +110,7 @@ def content_digest(fd: int) -> str:
     size = os.fstat(fd).st_size
     digest = blake2b(size.to_bytes(8, "little"))
     done = 0
-    for first, stop in _extents(fd, 0, size):
+    for first, stop in extents(fd, 0, size):
         for start in range(max(first - first % PAGE, done), stop, READ_STEP):
             done = min(start + READ_STEP, round_up(stop, PAGE))
             part = _read_fd(fd, start, done - start)

@@ -271,6 +271,12 @@ cdef int os_image_renew(image_pages* img, size_t offset, char* addr, size_t size
     return os_discard(addr, size) if ON_LINUX else os_image_map(img, offset, addr, size)
 
 
+cdef int os_image_fetch(char* addr, size_t size) noexcept nogil:
+    # MADV_POPULATE_READ is as old as MADV_POPULATE_WRITE. MADV_WILLNEED reads a limited number of pages, but does not
+    # wait for them.
+    return errno if madvise(addr, size, MADV_POPULATE_READ if caps.populates else MADV_WILLNEED) else 0
+
+
 cdef _start_images():
     """Finds the best kind of image that this machine grants, with an image of one page."""
     global image_kind, best_image_kind
