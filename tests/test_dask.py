@@ -48,6 +48,29 @@ def test_images_and_deltas_come_back_from_their_frames(image, delta):
     assert after["bytes_sent"] - before["bytes_sent"] == after["bytes_received"] - before["bytes_received"]
 
 
+def test_a_snapshot_comes_back_from_its_frames(image):
+    from dask.sizeof import sizeof
+    from dask.tokenize import tokenize
+    from distributed.protocol import deserialize, serialize
+    from test_snapshot_files import Kept
+
+    import linmem.dask
+    from linmem._wasm.state import MemoryState, State
+
+    before = linmem.dask.traffic()
+    one, other = (Kept(State("ab" * 32, (MemoryState(0, size, image),), (), ())) for size in (image.size, 1 << 30))
+    header, frames = serialize(one)
+    assert header["serializer"] == "dask"
+    back = deserialize(header, [bytearray(frame) for frame in frames])
+    assert back.state == one.state
+    after = linmem.dask.traffic()
+    assert [after[f"snapshots_{way}"] - before[f"snapshots_{way}"] for way in ("sent", "received")] == [1, 1]
+    assert 16 * PAGE < after["bytes_sent"] - before["bytes_sent"] == after["bytes_received"] - before["bytes_received"]
+    assert sizeof(one) == 16 * PAGE
+    tokens = [tokenize(thing, ensure_deterministic=True) for thing in (one, back, other)]
+    assert tokens[0] == tokens[1] != tokens[2]
+
+
 def test_the_frames_are_the_images_own_pages(image):
     import numpy
     from distributed.protocol import serialize

@@ -385,8 +385,9 @@ def test_a_process_killed_at_any_step_leaves_the_old_file_or_the_new_one(tmp_pat
 
     save(old)
     seen, most = [], 0
-    with subprocess.Popen([sys.executable, "-c", SAVES, path, kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                          env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}) as saves:
+    with subprocess.Popen([sys.executable, "-c", SAVES, path, kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                          text=True) as saves:
         for step in itertools.count(1):
             save(old)
             left = [name for name in os.listdir(tmp_path) if name != "image"]

@@ -460,33 +460,26 @@ def image_in_file(file, contents, verify, map):
     return image_
 
 
-def make_resident(Image image_ not None, runs):
+def fetch_pages(Image image_ not None, runs):
     """Have the OS read runs (offset, size) of a memory from the file that the image is a mapping of, in few calls.
 
-    The holes of the file are not read. PageError if the OS refuses.
+    The runs ascend. The holes of the file are not read, and the call does not wait. PageError if the OS refuses.
     """
     cdef image* img = image_.img
-    cdef size_t start, size, page = host_page()
-    cdef char* first
+    cdef size_t start, end, page = host_page()
     cdef failure why
     cdef int code
-    if img.content.kind != pages.IMAGE_FILE or img.content.handle == -1:     # the bytes are in memory
+    if img.content.kind != pages.IMAGE_FILE or img.content.handle == -1:     # the bytes are in physical memory
         return
-    from linmem._files.format import GROUP, joined
-    from linmem._files.sparse import extents
-    position = img.content.position
-    to_file = position - img.offset
-    for offset, length in joined(runs, GROUP):
-        begin, end = max(offset + to_file, position), min(offset + length + to_file, position + img.content.size)
-        for begin, end in extents(img.content.handle, begin, end) if begin < end else ():
-            start = round_down(begin - position, page)
-            size = end - position - start
-            round_up(size, page, &size)
-            first = img.content.bytes + start
-            with nogil:
-                code = pages.image_fetch(first, size)
-            if fail_page_call(&why, code, "image_fetch", size):
-                raise_failure(&why)
+    from linmem._files.sparse import parts_of_file
+    for start, end in parts_of_file(img.content.handle, img.content.position, img.offset,
+                                    img.offset + img.content.size, runs):
+        start = round_down(start, page)
+        round_up(end, page, &end)
+        with nogil:
+            code = pages.image_fetch(img.content.bytes + start, end - start)
+        if fail_page_call(&why, code, "image_fetch", end - start):
+            raise_failure(&why)
 
 
 def _unpickled(size, offset, places, *parts):

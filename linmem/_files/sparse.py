@@ -11,6 +11,7 @@ from typing import BinaryIO
 from linmem._files.format import PAGE, ZEROS, blake2b, joined, round_up
 
 READ_STEP = 1 << 20
+NEAR = 2 * PAGE             # reading so many bytes costs less than another request
 
 
 class NotZero(ValueError):
@@ -92,6 +93,26 @@ def runs_of_file(fd: int, position: int, first: int, end: int,
         return claimed
     finally:
         os.lseek(fd, before, os.SEEK_SET)
+
+
+def parts_of_file(fd: int, position: int, first: int, end: int,
+                  runs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """(start, end) of the parts of runs that are not holes of a file, as distances from `first`.
+
+    The file holds first .. end of a memory from `position` on. The runs ascend. A part may have pages between runs that
+    are near each other.
+    """
+    to_file = position - first
+    wanted = [(max(start, first) + to_file, min(start + size, end) + to_file)
+              for start, size in joined(runs, NEAR) if start < end and start + size > first]
+    i = 0
+    for begin, stop in extents(fd, wanted[0][0], wanted[-1][1]) if wanted else ():
+        while i < len(wanted) and wanted[i][0] < stop:
+            if begin < wanted[i][1]:
+                yield max(begin, wanted[i][0]) - position, min(stop, wanted[i][1]) - position
+            if wanted[i][1] > stop:     # the rest of the run lies in the next extent
+                break
+            i += 1
 
 
 def _read_fd(fd: int, place: int, size: int) -> memoryview:

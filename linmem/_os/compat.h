@@ -69,7 +69,6 @@ _set_thread_local_invalid_parameter_handler(_invalid_parameter_handler handler);
 #define MADV_WIPEONFORK 18
 #endif
 #ifndef MADV_POPULATE_WRITE
-#define MADV_POPULATE_READ 22
 #define MADV_POPULATE_WRITE 23
 #endif
 #ifndef PR_SET_VMA

@@ -11,6 +11,7 @@ from posix.stdlib cimport mkstemp
 
 cdef int SEALS = F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE
 cdef size_t IO_STEP = 1 << 30       # bytes in one read or write; a kernel does at most 2 GiB
+cdef size_t FETCH_STEP = 128 << 10  # bytes in one MADV_WILLNEED; a kernel reads at most the readahead of the device
 
 
 cdef int os_image_begin(image_pages* img, size_t offset, char* bytes, size_t size) noexcept nogil:
@@ -272,9 +273,13 @@ cdef int os_image_renew(image_pages* img, size_t offset, char* addr, size_t size
 
 
 cdef int os_image_fetch(char* addr, size_t size) noexcept nogil:
-    # MADV_POPULATE_READ is as old as MADV_POPULATE_WRITE. MADV_WILLNEED reads a limited number of pages, but does not
-    # wait for them.
-    return errno if madvise(addr, size, MADV_POPULATE_READ if caps.populates else MADV_WILLNEED) else 0
+    # MADV_POPULATE_READ would wait for each read, and would read the neighbourhood of each page.
+    cdef size_t offset = 0
+    while offset < size:
+        if madvise(addr + offset, min(size - offset, FETCH_STEP), MADV_WILLNEED):
+            return errno
+        offset += FETCH_STEP
+    return 0
 
 
 cdef _start_images():

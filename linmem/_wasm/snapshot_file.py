@@ -10,10 +10,10 @@ import itertools
 import os
 import struct
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from linmem._core.arguments import check_flag, check_path, check_size
-from linmem._core.memory import Image, image_in_file, make_resident
+from linmem._core.memory import Image, fetch_pages, image_in_file
 from linmem._core.process_handles import own_runs
 from linmem._files.format import (
     GROUP,
@@ -35,9 +35,13 @@ from linmem._files.writer import write
 from linmem._wasm.state import NULL, NUMBERS, VERSION, GlobalState, MemoryState, Reference, State, TableState
 from linmem.errors import FileFormatError
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 MOST_MEMORIES = 100         # of a WebAssembly module; each image of a file takes a descriptor and a mapping
 
-# The parts of a description, in their order. The strings follow their lengths, and the digests of the images end it.
+# The parts of a description, in their order. The strings follow their lengths. END and the digests of the images follow
+# the last part. Strings are numbered from 1. So a page of the description has a byte that is not zero, and is stored.
 HEAD = struct.Struct("<IIIIIIII")   # version; how many strings, memories, globals, tables, names, unseen; 0
 LENGTH = struct.Struct("<I")        # of a string
 MEMORY = struct.Struct("<IIQQQ")    # index, runs of its working set, size, offset and size of the image
@@ -47,6 +51,7 @@ TABLE = struct.Struct("<IIQ")       # index, changed elements, size
 CHANGE = struct.Struct("<QIII")     # of all tables: the element, a reference
 NAME = struct.Struct("<III")        # kind, index, string
 UNSEEN = struct.Struct("<I")        # string
+END = b"\xff" * 4
 
 GLOBAL_KINDS = (*NUMBERS, "funcref", "null")
 REFERENCE = struct.Struct("<IIII")  # in a global: kind, string or segment, index; 0
@@ -73,7 +78,7 @@ def encoded(state: State) -> bytes:
     strings: dict[str, int] = {}
 
     def string(text: str) -> int:
-        return strings.setdefault(text, len(strings))
+        return strings.setdefault(text, len(strings) + 1)
 
     def reference(it: Reference) -> tuple[int, int, int]:
         return REFERENCE_KINDS.index(it.kind), string(it.name) if it.kind == "export" else it.segment, it.index
@@ -94,7 +99,7 @@ def encoded(state: State) -> bytes:
     texts = [text.encode() for text in strings]
     head = HEAD.pack(VERSION, len(texts), len(state.memories), len(state.globals), len(state.tables), len(state.names),
                      len(state.unseen), 0)
-    return b"".join([head, *(LENGTH.pack(len(text)) for text in texts), *texts, *records])
+    return b"".join([head, *(LENGTH.pack(len(text)) for text in texts), *texts, *records, END])
 
 
 class _Description:
@@ -128,9 +133,9 @@ class _Description:
         return kinds[number]
 
     def string(self, name: str, number: int) -> str:
-        if number >= len(self.strings):
-            raise self.refusal(f"{name}.string", number, f"below {len(self.strings)}, the number of strings")
-        return self.strings[number]
+        if not 0 < number <= len(self.strings):
+            raise self.refusal(f"{name}.string", number, f"from 1 to {len(self.strings)}, the number of strings")
+        return self.strings[number - 1]
 
     def reference(self, name: str, kind: int, first: int, index: int) -> Reference:
         what = self.kind(name, kind, REFERENCE_KINDS)
@@ -199,7 +204,9 @@ def decoded(raw: bytes | bytearray | memoryview, module: str, path: str) -> tupl
         It names `path` and the field.
     """
     it = _Description(raw, path)
-    version, strings, *counts, zero = HEAD.unpack(it.take("size", HEAD.size))
+    if len(raw) < HEAD.size:
+        raise it.refusal("size", len(raw), f"at least {HEAD.size}")
+    version, strings, *counts, zero = HEAD.unpack(it.take("head", HEAD.size))
     if version != VERSION:
         raise it.refusal("version", version, f"{VERSION}, which is all that this linmem reads")
     if zero:
@@ -238,6 +245,9 @@ def decoded(raw: bytes | bytearray | memoryview, module: str, path: str) -> tupl
                                "table": {each.index for each in tables}})
     unseen = tuple(it.string(f"unseen[{i}]", number) for i, (number,) in enumerate(
         it.records("unseen", n_unseen, UNSEEN)))
+    end = bytes(it.take("size of the end", len(END)))
+    if end != END:
+        raise it.refusal("end", end, END)
     return State(module, tuple(memories), tuple(globals), tuple(tables), tuple(sets) if any(sets) else (), unseen,
                  names=names), extents, it.rest
 
@@ -249,9 +259,9 @@ def save_state(state: State, path: str | bytes | os.PathLike[str], *, packed: bo
     check_flag(packed, "packed")
     path = check_path(path)
     images = [memory.image for memory in state.memories]
-    description = encoded(state) + b"".join(bytes.fromhex(image.digest) for image in images)
+    description = _whole_description(state)
     if any(description[place:place + PAGE] == ZEROS for place in range(0, len(description), PAGE)):
-        raise ValueError(f"the names in a snapshot must not have a run of {PAGE} NUL characters or more")
+        raise ValueError("the names in a snapshot must not have thousands of NUL characters in a row")
     module = bytes.fromhex(state.module)
     header = Header(kind=SNAPSHOT, size=sum(_sizes(len(description), map(_extent, images))), base_size=len(description),
                     base_digest=module, digest=_digest(module, description), layout=PACKED if packed else IN_PLACE)
@@ -269,8 +279,16 @@ def _sizes(description: int, extents: Iterable[Extent]) -> Iterator[int]:
         yield end - first
 
 
-def _digest(module: bytes, description: bytes | bytearray) -> bytes:
-    # The description has the digests of the images, so this digest is one of the whole snapshot.
+def state_digest(state: State) -> str:
+    """A digest of the whole state: the one in the header of its file."""
+    return _digest(bytes.fromhex(state.module), _whole_description(state)).hex()
+
+
+def _whole_description(state: State) -> bytes:
+    return encoded(state) + b"".join(bytes.fromhex(memory.image.digest) for memory in state.memories)
+
+
+def _digest(module: bytes, description: bytes) -> bytes:
     digest = blake2b(module)
     digest.update(description)
     return digest.digest()
@@ -297,7 +315,7 @@ def read_state(file: BinaryIO, contents: Contents) -> tuple[State, list[Contents
     # Every page is stored, so that a hole of the file cannot pass for a long description.
     if part.stored != round_up(header.base_size, PAGE):
         raise contents.refusal("base_size", header.base_size,
-                               f"at most {part.stored}, the stored bytes of the description")
+                               f"at most {part.stored} and in the last page of these, which are all that is stored")
     check_ends(file, part)
     raw = b"".join(data for _, _, data in pieces(file, part) if data is not None)
     found = _digest(header.base_digest, raw)
@@ -324,7 +342,7 @@ def open_state(path: str | bytes | os.PathLike[str], verify: bool = False, *, ma
                max_size: int | None = None) -> State:
     """The state that a file holds; the arguments and exceptions are those of `Image.open`.
 
-    The images are mappings of the file, and the pages of the working set are made resident.
+    The images are mappings of the file, and the OS begins to read the pages of the working set.
     """
     check_flag(verify, "verify")
     check_flag(map, "map")
@@ -333,7 +351,7 @@ def open_state(path: str | bytes | os.PathLike[str], verify: bool = False, *, ma
     with open_file(path) as file:
         state, parts = read_state(file, read(file, path, SNAPSHOT, bound))
         state = _with_images(state, [image_in_file(file, part, verify, map) for part in parts])
-    make_state_resident(state)
+    fetch_working_set(state)
     return state
 
 
@@ -342,10 +360,10 @@ def _with_images(state: State, images: Iterable[Image]) -> State:
                                          for memory, image in zip(state.memories, images, strict=True)))
 
 
-def make_state_resident(state: State) -> None:
-    """Make the pages of the working set resident, if the images are mappings of a file."""
+def fetch_working_set(state: State) -> None:
+    """Have the OS read the pages of the working set, if the images are mappings of a file."""
     for memory, runs in zip(state.memories, state.working_set, strict=bool(state.working_set)):
-        make_resident(memory.image, runs)
+        fetch_pages(memory.image, runs)
 
 
 # -- pickles and other processes ------------------------------------------------------------------
@@ -355,8 +373,9 @@ def parts_of(state: State) -> tuple[str, bytes, list[Image]]:
     return state.module, encoded(state), [memory.image for memory in state.memories]
 
 
-def state_of(module: str, description: bytes, images: Sequence[Image], path: str = "a pickled snapshot") -> State:
-    """The state that `parts_of` took apart."""
+def state_of(module: str, description: bytes, images: Sequence[Image]) -> State:
+    """The state that `parts_of` took apart. `FileFormatError` if the parts do not fit each other."""
+    path = "a pickled snapshot"
     state, extents, rest = decoded(description, module, path)
     if rest:
         raise FileFormatError(path, "description.size", len(description), len(description) - len(rest))
@@ -364,3 +383,113 @@ def state_of(module: str, description: bytes, images: Sequence[Image], path: str
     if found != extents:
         raise FileFormatError(path, "images", found, extents)
     return _with_images(state, images)
+
+
+class SnapshotHandle:
+    """A snapshot that `multiprocessing` sends to another process as descriptors of its pages, without the bytes.
+
+    Made by `Snapshot.handle`. Only `multiprocessing` can pickle it.
+
+    Attributes
+    ----------
+    snapshot : Snapshot
+        In this process, the snapshot that the handle was made from. In the other process, a snapshot whose images have
+        the same pages.
+    """
+
+    __slots__ = ("snapshot",)
+
+    def __init__(self, snapshot: StoredSnapshot) -> None:
+        self.snapshot = snapshot
+
+    def __reduce__(self) -> tuple[object, ...]:
+        module, description, images = parts_of(self.snapshot._to_store())
+        return _arrived, (type(self.snapshot), module, description,
+                          [image.handle() if image.size else image for image in images])
+
+
+def _arrived(cls: type[StoredSnapshot], module: str, description: bytes, images: Sequence[Any]) -> SnapshotHandle:
+    return SnapshotHandle(_unpickled(cls, module, description, [getattr(each, "image", each) for each in images]))
+
+
+def _unpickled(cls: type[StoredSnapshot], module: str, description: bytes, images: Sequence[Image]) -> StoredSnapshot:
+    return cls._of_state(state_of(module, description, images))
+
+
+class StoredSnapshot:
+    """What the class `Snapshot` can do without wasmtime."""
+
+    __slots__ = ()
+
+    @classmethod
+    def _of_state(cls, state: State) -> Self:
+        """A snapshot that has no instance of its own."""
+        raise NotImplementedError
+
+    def _to_store(self) -> State:
+        """The state; ValueError if the snapshot has only objects of its store."""
+        raise NotImplementedError
+
+    def save(self, path: str | bytes | os.PathLike[str], *, packed: bool = False) -> None:
+        """Write the snapshot to a file, as a whole or not at all.
+
+        The file is written, and an old file is replaced, as `Image.save` describes. The file has the working set, too,
+        if `record` has noted one.
+
+        Parameters
+        ----------
+        path : path-like
+        packed : bool
+            True: the file has no holes and cannot be mapped; as for `Image.save`.
+
+        Raises
+        ------
+        ValueError
+            The module was not made by `prepare`.
+        OSError
+            The exception names `path`. The old file is still there.
+        """
+        save_state(self._to_store(), path, packed=packed)
+
+    @classmethod
+    def open(cls, path: str | bytes | os.PathLike[str], verify: bool = False, *, map: bool = True,
+             max_size: int | None = None) -> Self:
+        """The snapshot that a file holds. It has no instance of its own: `instantiate` starts instances from it.
+
+        Parameters
+        ----------
+        path : path-like
+            Written by `save`, on any machine.
+        verify, map, max_size
+            As for `Image.open`. If the pages of the file are mapped, the OS begins to read those of the working set.
+
+        Raises
+        ------
+        FileFormatError
+            The file is not a snapshot, or is damaged.
+        OSError, PageError
+            The file cannot be read, or the OS has no room for the images.
+        """
+        return cls._of_state(open_state(path, verify, map=map, max_size=max_size))
+
+    def handle(self) -> SnapshotHandle:
+        """An object that `multiprocessing` can send to another process of this machine without a copy of the bytes.
+
+        Pass it as an argument of a Process, or through a Queue or a Pipe. In the other process, ``handle.snapshot`` is
+        a snapshot whose images have the same pages.
+
+        Raises
+        ------
+        ValueError
+            The module was not made by `prepare`.
+        OSError
+            No descriptor shows the pages of an image; see `Image.fileno`.
+        """
+        for memory in self._to_store().memories:
+            if memory.image.size:
+                memory.image.fileno()
+        return SnapshotHandle(self)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Each image sends its pages beside the pickle if the protocol can do so.
+        return _unpickled, (type(self), *parts_of(self._to_store()))

@@ -57,6 +57,7 @@ class Draft:
         parts += [struct.pack("<I", len(string)) for string in self.strings]
         parts += self.strings
         parts += [struct.pack(form, *record) for name, form in RECORDS.items() for record in self.records[name]]
+        parts.append(b"\xff" * 4)
         for (_, _, _, offset, length), pages in zip(self.records["memories"], self.images, strict=False):
             parts.append(image_digest(offset, length, pages))
         return b"".join(parts) + self.end
@@ -111,7 +112,7 @@ def of_choices(c: Choices) -> Draft:
 
     def reference():
         kind = c.below(3) if strings else c.pick((0, 2))
-        return [kind, (0, c.below(strings or 1), c.word() & 0xFFFFFFFF)[kind], c.byte() if kind == 2 else 0]
+        return [kind, (0, c.below(strings or 1) + 1, c.word() & 0xFFFFFFFF)[kind], c.byte() if kind == 2 else 0]
 
     index = 0
     for _ in range(c.below(4)):
@@ -145,8 +146,8 @@ def of_choices(c: Choices) -> Draft:
     for _ in range(c.below(4) if strings and kinds else 0):
         kind = c.pick(kinds)
         index = c.pick(draft.records[("memories", "globals", "tables")[kind]])[0]
-        draft.records["names"].append([kind, index, c.below(strings)])
-    draft.records["unseen"] = [[c.below(strings)] for _ in range(c.below(3) if strings else 0)]
+        draft.records["names"].append([kind, index, c.below(strings) + 1])
+    draft.records["unseen"] = [[c.below(strings) + 1] for _ in range(c.below(3) if strings else 0)]
     return draft
 
 
@@ -216,8 +217,8 @@ def state_in(raw: bytes):
         raise Wrong from None
 
     def string(number: int) -> str:
-        need(number < len(strings))
-        return strings[number]
+        need(0 < number <= len(strings))
+        return strings[number - 1]
 
     def reference(kind: int, second: int, third: int):
         need(kind < 3)
@@ -271,6 +272,7 @@ def state_in(raw: bytes):
         need(kind < 3 and index in held[kind])
         names.append((NAME_KINDS[kind], index, string(number)))
     unseen = tuple(string(number) for number, in parts.records("unseen", counts[4]))
+    need(parts.take(4) == b"\xff" * 4)
     images = []
     for i, (offset, n, first, begin) in enumerate(places):
         last = begin + span(offset, n)[1] - first
