@@ -91,11 +91,11 @@ _dask.tokenize.normalize_token.register(Delta, lambda delta: (
     "linmem.Delta", delta.base, delta.base_size, delta.size, delta.offset, delta.ranges, delta.zeros,
     bytes(delta.data)))
 _dask.tokenize.normalize_token.register(StoredSnapshot, lambda snapshot: (
-    "linmem.Snapshot", state_digest(snapshot._to_store())))
+    "linmem.Snapshot", state_digest(snapshot._travels())))
 # The scheduler compares the costs of storing and sending. The zeros of an image cost nothing.
 _dask.sizeof.sizeof.register(Image, lambda image: sum(size for _, size in image.runs()))
 _dask.sizeof.sizeof.register(StoredSnapshot, lambda snapshot: sum(
-    size for memory in snapshot._to_store().memories for _, size in memory.image.runs()))
+    size for memory in snapshot._travels().memories for _, size in memory.image.runs()))
 _dask.sizeof.sizeof.register(Delta, lambda delta: delta.nbytes)
 
 

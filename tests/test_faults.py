@@ -48,6 +48,8 @@ from linmem import Image
 from linmem._core import pool as _pool
 from linmem._core.memory import NativeCreator
 from linmem._core.process_handles import Handle
+from linmem._wasm.snapshot_file import SnapshotHandle, StoredSnapshot
+from linmem._wasm.state import MemoryState, State
 from linmem._os import pages
 
 # Two error codes: out of memory, and another code, because no result may depend on the code.
@@ -860,7 +862,17 @@ def descriptor_rows():
         handle = scene.img.handle()
         return handle._rebuild(Duplicate(scene.img.fileno()), *handle._parts_of(scene.img))
 
+    def a_snapshot():
+        img = Image.from_bytes(DATA, 3 * PAGE)
+        states = MemoryState(0, 3 * PAGE + len(DATA), img), MemoryState(1, 9 * PAGE, img)
+        state = State("ab" * 32, states, (), (), (((3 * PAGE, PAGE),), ()))
+        scene = Scene(path=os.path.join(FOLDER.name, "snapshot"), kept=state)
+        linmem.wasmtime.Snapshot._from_state(state).save(scene.path)
+        return scene
+
     check = holds(lambda scene, img: (img.offset, bytes(img)) == (3 * PAGE, DATA))
+    row("Snapshot.open", "StoredSnapshot.open", a_snapshot, lambda scene: linmem.wasmtime.Snapshot.open(scene.path),
+        holds(lambda scene, snapshot: snapshot._travels() == scene.kept), "image_open image_fetch")
     row("from_fd", "Image.from_fd", a_file, from_fd, check, "image_open")
     if not HAS_KERNEL32:
         row("a handle that arrives", "Handle.__reduce__", lambda: Scene(img=Image.from_bytes(DATA, 3 * PAGE)), arrive,
@@ -1181,7 +1193,13 @@ QUIET = {
         ("MmapCreator", "mmap"), ("LimitingCreator", "limit"), ("StatisticsCreator", "sums"),
         ("PythonCreator", "python"), ("PoolingCreator", "pool"), ("Prepared", "prepared"), ("Snapshot", "snapshot"))},
     **{f"{cls}.__reduce__": refuses(TypeError, lambda scene, name=name: pickle.dumps(getattr(scene, name)))
-       for cls, name in (("NativeCreator", "pool"), ("Prepared", "prepared"), ("Snapshot", "snapshot"))},
+       for cls, name in (("NativeCreator", "pool"), ("Prepared", "prepared"))},
+    "StoredSnapshot.save": lambda scene: scene.snapshot.save(scene.path + " snapshot"),
+    "StoredSnapshot.handle": lambda scene: scene.snapshot.handle(),
+    "StoredSnapshot": lambda scene: StoredSnapshot(),
+    "SnapshotHandle": lambda scene: SnapshotHandle(scene.snapshot),
+    "StoredSnapshot.__reduce__": lambda scene: pickle.dumps(scene.snapshot),
+    "SnapshotHandle.__reduce__": lambda scene: scene.snapshot.handle().__reduce__(),
     "Snapshot": refuses(TypeError, lambda scene: linmem.wasmtime.Snapshot()),
     "linear_memory": lambda scene: linmem.wasmtime.linear_memory(scene.store, scene.exports["memory"]),
     # Plain Python: the traits, and classes for results.
@@ -1208,7 +1226,7 @@ OF_PYTHON = {"__dict__", "__weakref__", "__new__", "__init__", "__setstate__", "
 def public_names():
     """The public names that can be called or are computed on access."""
     things = [getattr(room, name) for room in (linmem, linmem.wasmtime) for name in room.__all__]
-    for thing in [*things, NativeCreator, Handle]:
+    for thing in [*things, NativeCreator, Handle, StoredSnapshot, SnapshotHandle]:
         if inspect.ismodule(thing) or (inspect.isclass(thing) and issubclass(thing, BaseException)):
             continue
         yield thing.__name__

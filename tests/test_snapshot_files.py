@@ -561,10 +561,10 @@ class Kept(StoredSnapshot):
         self.state = state
 
     @classmethod
-    def _of_state(cls, state):
+    def _from_state(cls, state):
         return cls(state)
 
-    def _to_store(self):
+    def _travels(self):
         return self.state
 
 
@@ -603,7 +603,7 @@ def test_a_snapshot_saves_and_opens_itself(path, state):
 
 def look(connection):
     snapshot = connection.recv().snapshot
-    state = snapshot._to_store()
+    state = snapshot._travels()
     about = [os.fstat(memory.image.fileno()) for memory in state.memories if memory.image.size]
     connection.send((plain(state), [bytes(memory.image) for memory in state.memories],
                      [(each.st_dev, each.st_ino) for each in about]))
@@ -676,3 +676,181 @@ def test_verify_checks_a_snapshot(path, state, capsys):
     assert main(["image", "verify", str(path)]) == 1
     assert "of memory 0 is" in capsys.readouterr().err
     assert main(["image", "info", str(path)]) == 0
+
+
+# -- snapshots of real instances --------------------------------------------------------------------------
+
+GUEST = """(module
+  (memory (export "memory") 1 40)
+  (memory 2)
+  (table $t 3 funcref)
+  (elem (i32.const 0) $one $two)
+  (global $hidden (mut i64) (i64.const 5))
+  (global (export "fixed") i32 (i32.const 1))
+  (global $v (export "v") (mut v128) (v128.const i64x2 1 2))
+  (func $one (result i32) (i32.const 1))
+  (func $two (export "two") (result i32) (i32.const 2))
+  (start $begin)
+  (func $begin (global.set $hidden (i64.add (global.get $hidden) (i64.const 1))))
+  (data (i32.const 16) "seed")
+  (func (export "init")
+    (drop (memory.grow (i32.const 3)))
+    (i32.store (i32.const 200000) (i32.const 77))
+    (i64.store 1 (i32.const 70000) (i64.const 99))
+    (global.set $hidden (i64.const 1000))
+    (table.set $t (i32.const 0) (ref.func $two))
+    (table.set $t (i32.const 1) (ref.null func)))
+  (func (export "serve") (param i32) (result i64)
+    (i32.store (i32.const 200000) (i32.add (i32.load (i32.const 200000)) (local.get 0)))
+    (global.set $hidden (i64.add (global.get $hidden) (i64.load 1 (i32.const 70000))))
+    (i64.add (global.get $hidden) (i64.extend_i32_u (i32.add (i32.load (i32.const 200000))
+      (i32.add (i32.mul (memory.size) (i32.const 1000000))
+               (i32.add (i32.load8_u (i32.const 16)) (call_indirect $t (result i32) (i32.const 0)))))))))"""
+SERVE = """
+import sys
+import wasmtime
+import linmem.wasmtime
+
+config = wasmtime.Config()
+linmem.wasmtime.install(config)
+engine = wasmtime.Engine(config)
+module = linmem.wasmtime.prepare(engine, sys.stdin.read(), expose=True)
+snapshot = linmem.wasmtime.Snapshot.open(sys.argv[1])
+store = wasmtime.Store(engine)
+exports = module.instantiate(store, start=snapshot).exports(store)
+print([exports["serve"](store, n) for n in (1, 2, 3)])
+"""
+
+
+@pytest.fixture
+def guest():
+    """An initialised instance: (wasmtime's engine, the prepared module, store, instance, snapshot, its answers)."""
+    wasmtime = pytest.importorskip("wasmtime")
+    import linmem.wasmtime
+
+    config = wasmtime.Config()
+    linmem.wasmtime.install(config, linmem.MmapCreator())
+    engine = wasmtime.Engine(config)
+    module = linmem.wasmtime.prepare(engine, GUEST, expose=True)
+    store = wasmtime.Store(engine)
+    instance = module.instantiate(store)
+    exports = instance.exports(store)
+    exports["init"](store)
+    snapshot = linmem.wasmtime.Snapshot.take(store, instance)
+    answers = [exports["serve"](store, n) for n in (1, 2, 3)]
+    snapshot.restore(store)
+    assert answers[0] == 1000 + 99 + 77 + 1 + 4_000_000 + ord("s") + 2
+    yield engine, module, store, instance, snapshot, answers
+    store.close()
+
+
+def served(engine, module, snapshot):
+    import wasmtime
+
+    store = wasmtime.Store(engine)
+    try:
+        exports = module.instantiate(store, start=snapshot).exports(store)
+        return [exports["serve"](store, n) for n in (1, 2, 3)]
+    finally:
+        store.close()
+
+
+def test_an_instance_starts_from_a_saved_snapshot_in_another_process(path, guest):
+    *_, snapshot, answers = guest
+    snapshot.save(path)
+    done = subprocess.run([sys.executable, "-c", SERVE, path], input=GUEST, stdout=subprocess.PIPE, text=True,
+                          timeout=120, check=True,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
+    assert done.stdout == f"{answers}\n"
+
+
+@pytest.mark.parametrize("way", ["opened", "packed", "read", "pickled", "pickled out of band", "copied"])
+def test_an_instance_starts_from_a_snapshot_that_came_in_any_way(path, guest, way):
+    engine, module, store, instance, snapshot, answers = guest
+    if way.startswith("pickled"):
+        buffers = [] if "out" in way else None
+        head = pickle.dumps(snapshot, 5, buffer_callback=None if buffers is None else buffers.append)
+        back = pickle.loads(head, buffers=buffers)
+    elif way == "copied":
+        back = copy.deepcopy(snapshot)
+    else:
+        snapshot.save(path, packed=way == "packed")
+        back = type(snapshot).open(path, verify=True, map=way == "opened")
+    for name in ("memories", "globals", "tables", "unseen", "module"):
+        assert getattr(back, name) == getattr(snapshot, name), name
+    assert "v" in back.globals
+    assert "fixed" not in back.globals
+    assert back.module == module.digest
+    assert served(engine, module, back) == answers
+    with pytest.raises(ValueError, match=r"^the snapshot has no instance of its own: name the instance .* instance="):
+        back.restore(store)
+    exports = instance.exports(store)
+    for _ in range(2):
+        assert [exports["serve"](store, n) for n in (1, 2, 3)] == answers
+        back.restore(store, instance)
+    # What came back can go on.
+    back.save(path)
+    assert served(engine, module, type(snapshot).open(path)) == answers
+
+
+def test_a_saved_snapshot_of_another_module_is_refused_by_name(path, guest):
+    engine, *_, snapshot, _ = guest
+    import linmem.wasmtime
+
+    snapshot.save(path)
+    other = linmem.wasmtime.prepare(engine, GUEST.replace("seed", "soot"), expose=True)
+    with pytest.raises(ValueError) as caught:
+        served(engine, other, linmem.wasmtime.Snapshot.open(path))
+    assert all(digest[:12] in str(caught.value) for digest in (snapshot.module, other.digest))
+
+
+def serve_once(connection):
+    import wasmtime
+
+    import linmem.wasmtime
+
+    config = wasmtime.Config()
+    linmem.wasmtime.install(config)
+    engine = wasmtime.Engine(config)
+    snapshot = connection.recv().snapshot
+    found = served(engine, linmem.wasmtime.prepare(engine, GUEST, expose=True), snapshot)
+    connection.send((found, [os.fstat(image.fileno()).st_ino for image in snapshot.memories.values()]))
+    connection.close()
+
+
+@requires("fork", "maps_images")
+def test_an_instance_starts_from_a_snapshot_that_came_by_its_handle(guest):
+    *_, snapshot, answers = guest
+    handle = snapshot.handle()
+    assert handle.snapshot is snapshot
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    child = context.Process(target=serve_once, args=(there,))
+    child.start()
+    there.close()
+    try:
+        here.send(handle)
+        assert here.poll(120)
+        found, files = here.recv()
+    finally:
+        child.join(60)
+        here.close()
+    assert child.exitcode == 0
+    assert found == answers
+    assert files == [os.fstat(image.fileno()).st_ino for image in snapshot.memories.values()]
+
+
+def test_a_snapshot_of_a_module_that_was_not_prepared_stays_in_its_store(path, guest):
+    wasmtime = pytest.importorskip("wasmtime")
+    import linmem.wasmtime
+
+    engine = guest[0]
+    store = wasmtime.Store(engine)
+    instance = wasmtime.Instance(store, wasmtime.Module(engine, '(module (memory (export "memory") 1))'), [])
+    snapshot = linmem.wasmtime.Snapshot.take(store, instance)
+    for act in (lambda: snapshot.save(path), snapshot.handle, lambda: pickle.dumps(snapshot)):
+        with pytest.raises(ValueError, match="prepare"):
+            act()
+    assert not path.exists()
+    snapshot.restore(store)
+    store.close()

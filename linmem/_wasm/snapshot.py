@@ -6,8 +6,8 @@ import ctypes
 import os
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn
+from collections.abc import Container, Iterator, Mapping
+from typing import Any
 
 import wasmtime
 from wasmtime import _ffi as ffi
@@ -32,6 +32,7 @@ from linmem._wasm.instance_state import (
     read,
 )
 from linmem._wasm.outline import Outline
+from linmem._wasm.snapshot_file import StoredSnapshot
 from linmem._wasm.start import Start
 from linmem._wasm.state import NULL, NUMBERS, GlobalState, MemoryState, Reference, State, TableState
 
@@ -69,14 +70,15 @@ def _number_in(handle: ctypes.Structure) -> int:
     return ctypes.c_uint64.from_buffer(handle).value        # store_id, which is the first field of every handle
 
 
-class Snapshot:
-    """The memories, mutable globals and tables of an instance at one moment. Made by `take`.
+class Snapshot(StoredSnapshot):
+    """The memories, mutable globals and tables of an instance at one moment. Made by `take` and `open`.
 
     A snapshot holds the state that the instance exports, its own and imported state. `take` refuses other state. With
     ``partial=True`` it names the other state in `unseen` instead, as far as that state is known. If code of the module
     can drop segments, `unseen` says that dropped segments are not held. The state of the host is never named.
 
-    A snapshot of an instance that `Prepared.instantiate` made can start new instances in any store.
+    A snapshot of an instance that `Prepared.instantiate` made can start new instances in any store. It can be saved to
+    a file, pickled, and sent to another process.
 
     Attributes
     ----------
@@ -108,11 +110,7 @@ class Snapshot:
     _starts: weakref.WeakKeyDictionary[Any, Start]  # by the Prepared
 
     def __init__(self) -> None:
-        raise TypeError("snapshots are made by Snapshot.take(store, instance)")
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a Snapshot cannot be pickled or copied: it belongs to a store of this process. The Images in"
-                        " its `memories` can")
+        raise TypeError("snapshots are made by Snapshot.take(store, instance) and Snapshot.open(path)")
 
     @classmethod
     def _new(cls, module: str | None, unseen: tuple[str, ...], state: State | None, stays: str = "") -> Snapshot:
@@ -185,7 +183,7 @@ class Snapshot:
         elif not taken.stays:
             state = State(prepared.digest, *(tuple(each[index] for index in sorted(each)) for each in (
                 taken.memory_states, taken.global_states, taken.table_states)), unseen=tuple(taken.unseen),
-                names=tuple((kind, index, name) for name, kind, index in outline.names))
+                names=tuple((kind, index, name) for name, kind, index in outline.names if index in taken.held(kind)))
         self = cls._new(getattr(prepared, "digest", None), tuple(taken.unseen), state, taken.stays)
         self._store, self._parts = weakref.ref(store), taken.parts
         self.memories, self.globals, self.tables = taken.memories, tuple(taken.globals), tuple(taken.tables)
@@ -222,8 +220,8 @@ class Snapshot:
         """
         check_flag(zero_grown, "zero_grown")
         if instance is None and (self._store is None or self._store() is not store):
-            raise ValueError("the snapshot was taken in another store: name the instance that shall get its state, with"
-                             " instance=")
+            why = "has no instance of its own" if self._store is None else "was taken in another store"
+            raise ValueError(f"the snapshot {why}: name the instance that shall get its state, with instance=")
         context = _idle(store, "restored")
         parts = self._parts if instance is None else self._parts_of(store, context, instance)
         for held in parts.tables:
@@ -287,6 +285,11 @@ class _Taken:
                 self.table(name, index, thing)
             elif isinstance(thing, wasmtime.Global):
                 self.value(name, index, thing)
+
+    def held(self, kind: str) -> Container[int]:
+        states: dict[str, Mapping[int, object]] = {
+            "memory": self.memory_states, "global": self.global_states, "table": self.table_states}
+        return states[kind]
 
     def refuse(self, text: str) -> None:
         if not self.partial:

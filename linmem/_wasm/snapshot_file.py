@@ -403,7 +403,7 @@ class SnapshotHandle:
         self.snapshot = snapshot
 
     def __reduce__(self) -> tuple[object, ...]:
-        module, description, images = parts_of(self.snapshot._to_store())
+        module, description, images = parts_of(self.snapshot._travels())
         return _arrived, (type(self.snapshot), module, description,
                           [image.handle() if image.size else image for image in images])
 
@@ -413,7 +413,7 @@ def _arrived(cls: type[StoredSnapshot], module: str, description: bytes, images:
 
 
 def _unpickled(cls: type[StoredSnapshot], module: str, description: bytes, images: Sequence[Image]) -> StoredSnapshot:
-    return cls._of_state(state_of(module, description, images))
+    return cls._from_state(state_of(module, description, images))
 
 
 class StoredSnapshot:
@@ -422,11 +422,11 @@ class StoredSnapshot:
     __slots__ = ()
 
     @classmethod
-    def _of_state(cls, state: State) -> Self:
+    def _from_state(cls, state: State) -> Self:
         """A snapshot that has no instance of its own."""
         raise NotImplementedError
 
-    def _to_store(self) -> State:
+    def _travels(self) -> State:
         """The state; ValueError if the snapshot has only objects of its store."""
         raise NotImplementedError
 
@@ -449,7 +449,7 @@ class StoredSnapshot:
         OSError
             The exception names `path`. The old file is still there.
         """
-        save_state(self._to_store(), path, packed=packed)
+        save_state(self._travels(), path, packed=packed)
 
     @classmethod
     def open(cls, path: str | bytes | os.PathLike[str], verify: bool = False, *, map: bool = True,
@@ -470,7 +470,7 @@ class StoredSnapshot:
         OSError, PageError
             The file cannot be read, or the OS has no room for the images.
         """
-        return cls._of_state(open_state(path, verify, map=map, max_size=max_size))
+        return cls._from_state(open_state(path, verify, map=map, max_size=max_size))
 
     def handle(self) -> SnapshotHandle:
         """An object that `multiprocessing` can send to another process of this machine without a copy of the bytes.
@@ -485,11 +485,11 @@ class StoredSnapshot:
         OSError
             No descriptor shows the pages of an image; see `Image.fileno`.
         """
-        for memory in self._to_store().memories:
+        for memory in self._travels().memories:
             if memory.image.size:
                 memory.image.fileno()
         return SnapshotHandle(self)
 
     def __reduce__(self) -> tuple[object, ...]:
         # Each image sends its pages beside the pickle if the protocol can do so.
-        return _unpickled, (type(self), *parts_of(self._to_store()))
+        return _unpickled, (type(self), *parts_of(self._travels()))
