@@ -49,6 +49,7 @@ def add_arguments(parser: Parser) -> None:
     add_options(parser)
     parser.add_argument("--partial", action="store_true",
                         help="save the snapshot also if it cannot hold all of the state; the report names the rest")
+    parser.add_argument("--packed", action="store_true", help="write a file without holes, which cannot be mapped")
     parser.add_argument("--json", action="store_true", help="the report as one line of JSON; sizes are in bytes")
 
 
@@ -70,9 +71,8 @@ def output_to_standard_error() -> Iterator[None]:
     sys.stdout.flush()
     try:
         saved = os.dup(1)
-    except OSError:         # the caller has closed it
-        yield
-        return
+    except OSError:         # the caller has closed descriptor 1
+        saved = os.open(os.devnull, os.O_WRONLY)
     try:
         with contextlib.suppress(OSError):
             os.dup2(2, 1)
@@ -110,7 +110,7 @@ def save(program: Program, args: argparse.Namespace, results: list[int | float])
         raise Refused(f"{args.program}: {str(error).replace('partial=True', '--partial')}") from None
     to = report_to(args.output)
     with about(args.output):
-        snapshot.save(args.output)
+        snapshot.save(args.output, packed=args.packed)
     about_init = {"program": args.program, "init": args.init, "results": results}
     if to is not sys.stdout or not stat.S_ISREG(os.stat(args.output).st_mode):
         figures = {"path": args.output, "kind": "snapshot", "module": snapshot.module, **about_init}

@@ -13,8 +13,6 @@ from linmem._commands.parser import EXIT_INTERRUPTED, EXIT_TRAP, EXIT_USAGE, Par
 from linmem._commands.text import one_line
 from linmem._core.arguments import printable
 
-NUMBERS = ("i32", "i64", "f32", "f64")
-
 _T = TypeVar("_T")
 
 
@@ -164,21 +162,14 @@ class Program:
         prepared._ASKS[self.engine] = True
         return prepared.prepare(self.engine, binary, expose=True)
 
-    def has_function(self, name: str) -> bool:
-        return any(export.name == name and isinstance(export.type, self.wasmtime.FuncType)
-                   for export in self.module.exports)
-
-    def check_function(self, name: str, *, may_return: bool, hint: str) -> None:
+    def check_function(self, name: str, *, may_return: bool = False, hint: str = "") -> None:
         """Refuse a function that is not exported, or that cannot be called without arguments."""
         function = next((export.type for export in self.module.exports if export.name == name), None)
         if not isinstance(function, self.wasmtime.FuncType):
             raise Refused(f"{self.path} exports no function {name}{hint}")
-        results = [str(result) for result in function.results]
-        if function.params or (results and not may_return):
-            raise Refused(f"{self.path}: {name} has parameters or results, and must have none" if not may_return else
-                          f"{self.path}: {name} has parameters, and must have none")
-        if any(result not in NUMBERS for result in results):
-            raise Refused(f"{self.path}: {name} has results that are not numbers ({', '.join(results)})")
+        if function.params or (function.results and not may_return):
+            what = "parameters" if may_return else "parameters or results"
+            raise Refused(f"{self.path}: {name} has {what}, and must have none")
 
     def run(self, command: str, work: Callable[[], None]) -> int:
         """The exit code of `work`, which makes the instance and calls its functions."""
@@ -227,10 +218,15 @@ class Program:
 
     def initialise(self) -> None:
         """Call `_initialize`, which a reactor exports and a command does not. Only a new instance is initialised."""
-        if self.has_function("_initialize"):
+        if any(export.name == "_initialize" for export in self.module.exports):
+            self.check_function("_initialize")
             self.call("_initialize")
 
     def call(self, name: str) -> list[int | float]:
-        """The results of a function."""
+        """The results of a function, which must be numbers."""
         results = self.instance.exports(self.store)[name](self.store)
-        return [] if results is None else results if isinstance(results, list) else [results]
+        found = [] if results is None else results if isinstance(results, list) else [results]
+        # The types are not asked for before the call, because wasmtime-py aborts the process at the type v128.
+        if not all(isinstance(result, (int, float)) for result in found):
+            raise Refused(f"{self.path}: {name} returned a value that is not a number")
+        return found

@@ -118,10 +118,10 @@ def execute(args: argparse.Namespace, creator: Any) -> int:
     snapshot = None if args.start is None else open_snapshot(args.start)
     program.compile(prepare=snapshot is not None)
     if args.invoke is None:
-        program.check_function("_start", may_return=False, hint=", so it is a library and not a WASI command: --invoke"
+        program.check_function("_start", hint=", so it is a library and not a WASI command: --invoke"
                                " NAME calls another function")
     else:
-        program.check_function(args.invoke, may_return=True, hint="")
+        program.check_function(args.invoke, may_return=True)
 
     def work() -> None:
         program.instantiate(args, args.arguments, snapshot)
