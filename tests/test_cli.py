@@ -423,6 +423,7 @@ def test_an_impossible_command_is_refused_in_one_line(tmp_path, words, code, exp
 
 @pytest.mark.parametrize(("words", "missing", "advice"), [
     (["run", "PROGRAM"], "wasmtime", "pip install 'linmem[wasmtime]'"),
+    (["prewarm", "PROGRAM", "-o", "no-file"], "wasmtime", "pip install 'linmem[wasmtime]'"),
     (["demo"], "wasmtime", "pip install 'linmem[demo]'"),
     (["demo"], "numpy", "pip install 'linmem[demo]'"),
 ])
@@ -694,7 +695,8 @@ def test_a_closed_output_stream_causes_no_traceback_and_no_output_elsewhere(word
 @pytest.mark.parametrize("arguments", [
     ["run", "no\nprogram.wasm"], ["run", "--dir", "no\nfolder", "x.wasm"], ["run", "--env", "no\nvariable", "x.wasm"],
     ["run", "--no\noption", "x.wasm"], ["run", "--creator", "no\nkind", "x.wasm"],
-    ["run", "--max-memory", "1\nMiB", "x.wasm"],
+    ["run", "--max-memory", "1\nMiB", "x.wasm"], ["run", "--start", "no\nfile", demo.__file__.replace(".py", ".wasm")],
+    ["prewarm", "no\nprogram.wasm", "-o", "no-file"], ["prewarm", "--no\noption"],
     ["info", "--no\noption"], ["info", "no\nword"], ["image", "info", "--no\noption", "x"], ["no\ncommand"],
     ["image", "no\naction"], ["bench", "--no\noption"]])
 def test_a_refusal_is_one_line_for_words_with_any_characters(arguments):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -11,17 +12,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import requires, run_child
+import wasmtime
+from support import NEEDS, requires, run_child
 from test_cli import ENVIRONMENT, RUNS_ON, SECONDS, TRAPS, linmem_process, report_of
 
 from linmem import cli
 from linmem.wasmtime import Snapshot
 
-pytest.importorskip("wasmtime")
-
 PAGE = 65536
-# Each function writes its name to standard output. The memory grows in init. The module exports neither its global nor
-# its memory's growth, and its start function and data would overwrite what init wrote.
+GUIDE = Path(__file__).resolve().parent.parent / "docs" / "wasmtime.md"
+# Most functions write their names to standard output. init grows the memory. The global is not exported. The start
+# function and the data would overwrite what init wrote.
 PROGRAM = """
 (module
   (import "wasi_snapshot_preview1" "fd_write" (func $fd_write (param i32 i32 i32 i32) (result i32)))
@@ -299,8 +300,6 @@ def test_what_cannot_be_prewarmed_is_refused_in_one_line(there, refused, words, 
 
 
 def test_state_that_a_snapshot_cannot_hold_is_refused_or_with_partial_named(there, linmem, refused):
-    import wasmtime
-
     try:
         wasmtime.Module(wasmtime.Engine(), HOLDS_AN_OBJECT)
     except wasmtime.WasmtimeError:
@@ -345,8 +344,6 @@ def test_a_program_starts_from_one_file_as_often_as_wanted(snapshot, linmem):
 
 
 def test_the_binary_of_a_text_is_the_same_module(snapshot, linmem):
-    import wasmtime
-
     (snapshot.parent / "program.wasm").write_bytes(wasmtime.wat2wasm(PROGRAM))
     assert linmem("run", "--start", snapshot, "--invoke", "serve", "program.wasm")[1] == "serve 111\n"
 
@@ -407,3 +404,61 @@ def test_a_command_line_that_cannot_be_run_has_its_report_with_start_too(there):
     first, last = done.stderr.decode().splitlines()
     assert (done.returncode, done.stdout, first) == (1, b"", "linmem run: missing: No such file or directory")
     assert (json.loads(last)["exit_code"], json.loads(last)["memories"]) == (1, [])
+
+
+# -- WASI -------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def folders(there):
+    """The folders "one" and "two", and the reactor of the guide, which keeps the number of its folder in a global."""
+    for name, text in ("one", "hello"), ("two", "world"):
+        (there / name).mkdir()
+        (there / name / "words.txt").write_text(text)
+    reactor = re.search(r'prepare\(engine, """\n(.*?)"""', GUIDE.read_text("utf-8"), re.DOTALL)[1]
+    (there / "reactor.wat").write_text(reactor)
+    return there
+
+
+def test_a_started_program_finds_its_folders_by_the_numbers_that_it_kept(folders, linmem):
+    assert linmem("prewarm", "reactor.wat", "--init", "_initialize", "--dir", "one::/data", "-o", "snapshot")[0] == 0
+
+    def first_byte(*options):
+        code, out, error = linmem("run", "--start", "snapshot", *options, "--invoke", "first_byte", "reactor.wat")
+        assert (code, error) == (0, "")
+        return int(out)
+
+    assert first_byte("--dir", "one::/data") == ord("h")
+    assert first_byte("--dir", "two::/data") == ord("w")                        # other files under the same number
+    assert first_byte("--dir", "two::/data", "--dir", "one::/data") == ord("w")
+    assert first_byte() == -8                                                   # EBADF
+
+
+def test_a_program_that_was_initialised_without_a_folder_has_none_in_a_store_with_one(folders, linmem):
+    assert linmem("prewarm", "reactor.wat", "--init", "_initialize", "-o", "snapshot")[0] == 0
+    for options in (), ("--dir", "one::/data"):
+        code, out, _ = linmem("run", "--start", "snapshot", *options, "--invoke", "first_byte", "reactor.wat")
+        assert (code, int(out) < 0) == (0, True)
+
+
+def test_the_reactor_in_c_of_the_guide_does_what_the_guide_says(there):
+    if not NEEDS["zig"][0]:
+        pytest.skip(NEEDS["zig"][1])
+    if importlib.util.find_spec("ziglang") is None:
+        pytest.fail("ziglang is not installed: pip install 'linmem[test]'")
+    guide = GUIDE.read_text("utf-8")
+    (there / "words.c").write_text(re.search(r"^```c\n(.*?)^```$", guide, re.DOTALL | re.MULTILINE)[1])
+    commands = re.search(r"^```sh\n(.*?-o words\.snapshot\n.*?)^```$", guide, re.DOTALL | re.MULTILINE)[1]
+    for name, file, text in ("dictionary", "words.txt", "all well"), ("requests", "request.txt", "l"):
+        (there / name).mkdir()
+        (there / name / file).write_text(text)
+    said = []
+    for line in commands.splitlines():
+        words = line.removeprefix("python ").split()
+        words = ["-m", *words] if words[0] == "linmem" else words
+        done = subprocess.run([sys.executable, *words], capture_output=True, timeout=300, env=ENVIRONMENT, cwd=there)
+        assert done.returncode == 0, done.stderr
+        said.append((done.stdout, done.stderr))
+    _, (report, output), answered = said
+    assert report.startswith(b"words.snapshot: snapshot, ")
+    assert output == b"read 8 bytes\n"
+    assert answered == (b"4\n", b"")
