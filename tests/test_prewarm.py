@@ -313,6 +313,35 @@ def test_state_that_a_snapshot_cannot_hold_is_refused_or_with_partial_named(ther
     assert linmem("run", "--start", "object.snapshot", "object.wat") == (0, "", "")
 
 
+def test_the_program_is_not_replaced_by_its_snapshot(there, refused):
+    for name in "program.wat", os.path.join(".", "program.wat"):
+        assert "is PROGRAM itself" in refused("prewarm", "program.wat", "-o", name, code=2)
+    assert (there / "program.wat").read_text() == PROGRAM
+
+
+class NeverCompiles(wasmtime.Module):
+    def __init__(self, *args):
+        pytest.fail("a module was compiled")
+
+
+def test_the_cache_keeps_the_compiled_program_for_both_commands(there, linmem, monkeypatch):
+    assert linmem("prewarm", "program.wat", "--cache", "cache", "-o", "program.snapshot")[0] == 0
+    words = "run", "--start", "program.snapshot", "--cache", "cache", "--invoke", "serve", "program.wat"
+    assert linmem(*words) == (0, "serve 111\n", "")        # compiles the program without its start function
+    monkeypatch.setattr(wasmtime, "Module", NeverCompiles)
+    assert linmem("prewarm", "program.wat", "--cache", "cache", "-o", "program.snapshot")[0] == 0
+    assert linmem(*words) == (0, "serve 111\n", "")
+    assert linmem("run", "--cache", "cache", "program.wat") == (0, "start main start", "")
+
+
+@requires("owners")
+def test_a_cache_that_others_may_write_to_is_refused(there, refused):
+    (there / "cache").mkdir()
+    (there / "cache").chmod(0o777)
+    assert "may be written by others" in refused("prewarm", "program.wat", "--cache", "cache", "-o", "x")
+    assert "Not a directory" in refused("run", "--cache", "program.wat/x", "program.wat")
+
+
 # -- run --start and --invoke -----------------------------------------------------------------------------
 
 def test_a_started_program_runs_only_start_and_has_the_state_of_the_snapshot(snapshot):
@@ -328,6 +357,7 @@ def test_a_function_is_invoked_in_place_of_start_and_its_results_are_printed(sna
 
 def test_without_a_snapshot_initialize_runs_before_the_invoked_function(there, linmem):
     assert linmem("run", "program.wat", "--invoke", "serve") == (0, "start _initialize serve 11\n", "")
+    assert linmem("run", "program.wat", "--invoke", "_initialize") == (0, "start _initialize ", "")
     assert linmem("run", "program.wat") == (0, "start main start", "")
 
 

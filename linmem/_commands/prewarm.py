@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 
 from linmem._commands.image import figures_of, report_to, say, show
-from linmem._commands.parser import Parser, Refused, about, file_name, function_name
+from linmem._commands.parser import EXIT_USAGE, Parser, Refused, about, file_name, function_name
 from linmem._commands.program import Program, add_options, compose_creator, in_a_thread, leave_running
 
 DEFAULT_INIT = "wizer.initialize"
@@ -54,6 +54,9 @@ def add_arguments(parser: Parser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    with contextlib.suppress(OSError):      # one of the files does not exist
+        if os.path.samefile(args.program, args.output):
+            raise Refused(f"the file for the snapshot is PROGRAM itself: {args.output}", EXIT_USAGE)
     program = Program(args.program, compose_creator("mmap", args.max_memory))
     results: list[int | float] = []
     with output_to_standard_error():
@@ -83,16 +86,14 @@ def output_to_standard_error() -> Iterator[None]:
 
 
 def initialise(program: Program, args: argparse.Namespace, results: list[int | float]) -> int:
-    program.compile(prepare=True)
+    program.compile(args.cache, prepare=True)
     hint = "" if args.init != DEFAULT_INIT else ", which is what initialises it by default: --init names another"
     program.check_function(args.init, may_return=True, hint=hint)
 
     def work() -> None:
         try:
             program.instantiate(args, [])
-            if args.init != "_initialize":
-                program.initialise()
-            results.extend(program.call(args.init))
+            results.extend(program.initialise(args.init))
         except program.wasmtime.ExitTrap as end:
             raise Refused(f"{args.program} ended itself with exit code {end.code} while it was initialised, so there is"
                           " no state to save") from None
@@ -105,9 +106,10 @@ def save(program: Program, args: argparse.Namespace, results: list[int | float])
     from linmem.wasmtime import Snapshot
 
     try:
-        snapshot = Snapshot.take(program.store, program.instance, partial=args.partial)
-    except ValueError as error:
-        raise Refused(f"{args.program}: {str(error).replace('partial=True', '--partial')}") from None
+        with about(args.program):
+            snapshot = Snapshot.take(program.store, program.instance, partial=args.partial)
+    except Refused as refusal:
+        raise Refused(str(refusal).replace("partial=True", "--partial")) from None
     to = report_to(args.output)
     with about(args.output):
         snapshot.save(args.output, packed=args.packed)

@@ -9,7 +9,16 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import linmem
-from linmem._commands.parser import EXIT_INTERRUPTED, EXIT_TRAP, EXIT_USAGE, Parser, Refused, about, parse_size
+from linmem._commands.parser import (
+    EXIT_INTERRUPTED,
+    EXIT_TRAP,
+    EXIT_USAGE,
+    Parser,
+    Refused,
+    about,
+    file_name,
+    parse_size,
+)
 from linmem._commands.text import one_line
 from linmem._core.arguments import printable
 
@@ -26,6 +35,9 @@ def add_options(parser: Parser) -> None:
                         help="a budget for all memories of the program: bytes, or a number with KiB, MiB, GiB (powers"
                              " of 1024; K, M, G mean the same) or KB, MB, GB (powers of 1000). Beyond the budget"
                              " memory.grow returns -1")
+    parser.add_argument("--cache", type=file_name, metavar="DIR",
+                        help="keep the compiled program in DIR for the next time; DIR must belong to this user, and"
+                             " other users must not be able to write to it")
 
 
 def split_env(text: str) -> tuple[str, str]:
@@ -138,8 +150,11 @@ class Program:
             raise Refused(str(error)) from None
         self.engine = wasmtime.Engine(config)
 
-    def compile(self, *, prepare: bool) -> None:
-        """prepare: for instances that a snapshot is taken from, or that are started from one."""
+    def compile(self, cache: str | None, *, prepare: bool) -> None:
+        """Compile the program.
+
+        prepare: for an instance that a snapshot is taken from, or that is started from one.
+        """
         wasmtime, code = self.wasmtime, self.code
         try:
             binary = code if code.startswith(b"\0asm") else bytes(wasmtime.wat2wasm(code.decode()))
@@ -147,20 +162,21 @@ class Program:
             if binary[6:8] == b"\1\0":
                 raise Refused(f"{self.path} is a component; linmem runs WASI preview 1 modules"
                               " (compile it for wasm32-wasip1)")
-            self.prepared = self._prepare(binary) if prepare else None
-            self.module = self.prepared.module if prepare else wasmtime.Module(self.engine, binary)
+            self.prepared = self._prepare(binary, cache) if prepare or cache is not None else None
+            self.module = wasmtime.Module(self.engine, binary) if self.prepared is None else self.prepared.module
         except wasmtime.WasmtimeError as error:
             raise Refused(f"{self.path}: {one_line(error)}") from None
         except UnicodeDecodeError as error:
             raise Refused(f"{self.path} is not valid WebAssembly text: {error}") from None
 
-    def _prepare(self, binary: bytes) -> Any:
+    def _prepare(self, binary: bytes, cache: str | None) -> Any:
         from linmem._wasm import prepared
 
         # `install` was called for this engine. Otherwise `prepare` would make a memory to find this out, and the report
         # would have that memory.
         prepared._ASKS[self.engine] = True
-        return prepared.prepare(self.engine, binary, expose=True)
+        with about(self.path if cache is None else cache):
+            return prepared.prepare(self.engine, binary, cache=cache, expose=True)
 
     def check_function(self, name: str, *, may_return: bool = False, hint: str = "") -> None:
         """Refuse a function that is not exported, or that cannot be called without arguments."""
@@ -216,11 +232,12 @@ class Program:
         wasi.inherit_stderr()
         return wasi
 
-    def initialise(self) -> None:
-        """Call `_initialize`, which a reactor exports and a command does not. Only a new instance is initialised."""
-        if any(export.name == "_initialize" for export in self.module.exports):
+    def initialise(self, name: str) -> list[int | float]:
+        """Call `_initialize`, which a reactor exports, and then the function; returns the results of the function."""
+        if name != "_initialize" and any(export.name == "_initialize" for export in self.module.exports):
             self.check_function("_initialize")
             self.call("_initialize")
+        return self.call(name)
 
     def call(self, name: str) -> list[int | float]:
         """The results of a function, which must be numbers."""

@@ -116,7 +116,7 @@ def execute(args: argparse.Namespace, creator: Any) -> int:
     """Run the program; returns its exit code."""
     program = Program(args.program, creator)
     snapshot = None if args.start is None else open_snapshot(args.start)
-    program.compile(prepare=snapshot is not None)
+    program.compile(args.cache, prepare=snapshot is not None)
     if args.invoke is None:
         program.check_function("_start", hint=", so it is a library and not a WASI command: --invoke"
                                " NAME calls another function")
@@ -125,9 +125,8 @@ def execute(args: argparse.Namespace, creator: Any) -> int:
 
     def work() -> None:
         program.instantiate(args, args.arguments, snapshot)
-        if args.invoke is not None and snapshot is None:
-            program.initialise()
-        for result in program.call(args.invoke or "_start"):
+        begin = program.call if args.invoke is None or snapshot is not None else program.initialise
+        for result in begin(args.invoke or "_start"):
             print(result)
 
     return program.run("run", work)
