@@ -54,7 +54,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    with contextlib.suppress(OSError):      # one of the files does not exist
+    with contextlib.suppress(OSError, ValueError):      # a file does not exist, or its name is not valid
         if os.path.samefile(args.program, args.output):
             raise Refused(f"the file for the snapshot is PROGRAM itself: {args.output}", EXIT_USAGE)
     program = Program(args.program, compose_creator("mmap", args.max_memory))
