@@ -251,7 +251,10 @@ class Module:
                 block = _BLOCK_TYPE.match(self.wasm, reader.at, reader.end)
                 reader.at = reader.end if block is None else block.end()
                 for _ in range(reader.u32(what)):
-                    for _ in range(2 if reader.byte(what) < 2 else 1):
+                    catch = reader.byte("catch clause")
+                    if catch > 3:
+                        raise Unknown(f"the catch clause before byte {reader.at} is of kind {catch}")
+                    for _ in range(2 if catch < 2 else 1):
                         reader.u32(what)
             else:
                 raise Unknown(f"the {what} at byte {start} is 0x{code:02x}")

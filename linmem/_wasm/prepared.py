@@ -37,6 +37,7 @@ NOT_OURS = ("linmem.wasmtime.install(config) was not called for this engine, or 
 
 _FORMAT = 2         # the version of cached files, in their keys; keys of modules also have wasmtime's
 _ASKS: weakref.WeakKeyDictionary[wasmtime.Engine, bool] = weakref.WeakKeyDictionary()
+_alive: weakref.WeakSet[Prepared] = weakref.WeakSet()       # each with a module that is still to be compiled
 _SIZE_MAX = 2 * sys.maxsize + 1
 _T = TypeVar("_T")
 
@@ -101,6 +102,8 @@ class Prepared:
         self._places = [(min(minimum, _SIZE_MAX), image) for minimum, image in zip(minima, images, strict=True)]
         self._offer = _bridge.Offer(self._places) if any(image is not None for image in images) else None
         self._start_module, self._compile, self._lock = module, compile_start, threading.Lock()
+        if compile_start is not None:
+            _alive.add(self)
         return self
 
     def instantiate(self, store: wasmtime.Store,
@@ -190,6 +193,15 @@ class Prepared:
 
     def __repr__(self) -> str:
         return f"<linmem.wasmtime.Prepared: {sum(image is not None for image in self.images)} images>"
+
+
+def _renew_locks() -> None:
+    for prepared in list(_alive):
+        prepared._lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):     # else a lock that another thread holds would stay locked in a forked child
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,

@@ -137,7 +137,7 @@ class Start:
             try:
                 if delta and isinstance(memory, wasmtime.SharedMemory):
                     memory.grow(delta)
-                elif delta:
+                elif delta and isinstance(memory, wasmtime.Memory):
                     memory.grow(store, delta)
             except wasmtime.WasmtimeError as reason:
                 raise GrowError(f"memory {name!r} cannot get the {size} bytes that it has in the snapshot:"
@@ -162,10 +162,9 @@ def _raise(error: int) -> None:
 
 
 def _grow_table(context: Any, held: HeldTable, size: int, delta: int) -> None:
-    """Grow with the value that the first new element will have, or else with a null reference of the table's type."""
-    first = next((value for index, value in held.elements if index == size), None)
-    tries = [null(kind) for kind in _REFERENCE_KINDS] if first is None else [first]
-    for value in tries:
+    """Grow with null references. A table whose type has none gets the value of its first new element everywhere: the
+    state of such a table lists all new elements."""
+    for value in [*map(null, _REFERENCE_KINDS), *(value for index, value in held.elements if index == size)]:
         before = ctypes.c_uint64()
         error = ffi.wasmtime_table_grow(context, handle(held.table), delta, ctypes.byref(value), ctypes.byref(before))
         if not error:
