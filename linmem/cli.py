@@ -18,6 +18,7 @@ from linmem._commands.parser import EXIT_INTERRUPTED, EXIT_REFUSED, EXIT_USAGE, 
 __all__ = ["main"]
 
 COMMANDS = {"run": "run a WASI program in linmem memories",
+            "prewarm": "initialise a WASI program and save its state, for `linmem run --start`",
             "demo": "show views that stay valid after a growth and after the end of a store",
             "info": "show the limits of this machine, and run a self-test",
             "image": "show and check files of images, deltas and snapshots; compare images",

@@ -423,6 +423,7 @@ def test_an_impossible_command_is_refused_in_one_line(tmp_path, words, code, exp
 
 @pytest.mark.parametrize(("words", "missing", "advice"), [
     (["run", "PROGRAM"], "wasmtime", "pip install 'linmem[wasmtime]'"),
+    (["prewarm", "PROGRAM", "-o", "no-file"], "wasmtime", "pip install 'linmem[wasmtime]'"),
     (["demo"], "wasmtime", "pip install 'linmem[demo]'"),
     (["demo"], "numpy", "pip install 'linmem[demo]'"),
 ])
@@ -439,8 +440,8 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, 
 def test_a_bare_linmem_prints_its_help_and_is_a_usage_error():
     done = linmem_process()
     assert (done.returncode, done.stdout) == (2, b"")
-    for command in (b"run", b"demo", b"info", b"bench"):
-        assert command in done.stderr
+    for command in cli.COMMANDS:
+        assert command.encode() in done.stderr
 
 
 def test_the_version_is_the_packages():
@@ -454,7 +455,7 @@ def test_each_command_is_a_module_that_declares_its_arguments_and_runs(command):
     assert list(inspect.signature(module.main).parameters) == ["args"]
 
 
-@pytest.mark.parametrize("command", ["run", "demo", "info", "image", "bench"])
+@pytest.mark.parametrize("command", cli.COMMANDS)
 def test_each_command_explains_itself_and_its_exit_codes(command):
     done = linmem_process(command, "--help")
     assert done.returncode == 0
@@ -539,7 +540,7 @@ def test_an_address_that_moved_fails_the_demo(monkeypatch, capsys):
     assert "[FAILED] address: 0x10000 before, 0x20000 after" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["demo", "info", "run", "image", "bench"])
+@pytest.mark.parametrize("command", cli.COMMANDS)
 def test_a_subcommand_after_two_dashes_is_accepted_or_is_a_wrong_command_line(monkeypatch, command):
     """Versions of Python differ in whether argparse accepts a subcommand after two dashes."""
     monkeypatch.setattr(demo, "main", lambda args: 7)
@@ -694,7 +695,8 @@ def test_a_closed_output_stream_causes_no_traceback_and_no_output_elsewhere(word
 @pytest.mark.parametrize("arguments", [
     ["run", "no\nprogram.wasm"], ["run", "--dir", "no\nfolder", "x.wasm"], ["run", "--env", "no\nvariable", "x.wasm"],
     ["run", "--no\noption", "x.wasm"], ["run", "--creator", "no\nkind", "x.wasm"],
-    ["run", "--max-memory", "1\nMiB", "x.wasm"],
+    ["run", "--max-memory", "1\nMiB", "x.wasm"], ["run", "--start", "no\nfile", demo.__file__.replace(".py", ".wasm")],
+    ["prewarm", "no\nprogram.wasm", "-o", "no-file"], ["prewarm", "--no\noption"],
     ["info", "--no\noption"], ["info", "no\nword"], ["image", "info", "--no\noption", "x"], ["no\ncommand"],
     ["image", "no\naction"], ["bench", "--no\noption"]])
 def test_a_refusal_is_one_line_for_words_with_any_characters(arguments):

@@ -25,6 +25,7 @@ from linmem import cli
 from linmem._commands import demo as demo_cli
 from linmem._commands import image as image_cli
 from linmem._commands import info as info_cli
+from linmem._commands import prewarm as prewarm_cli
 from linmem._commands import run as run_cli
 
 PATTERN = bytes(range(1, 251))
@@ -847,7 +848,8 @@ def test_a_delta_of_the_callers_own_class_cannot_write_out_of_bounds(worlds):
 WORDS = ["", " ", "-", "--", "-1", "--no-such", "0x10", "nan", "inf", "1e999", "9" * 5000, str(2**63), str(2**64),
          "text", "\u00e9", "\udc80", "a\nb", "a\0b", "a=b", "=", "::", "::::", ".", "no/such/file", "x" * 5000]
 COMMANDS = {
-    "run": ["{wat}"], "demo": None, "info": [], "image info": ["{image}"], "image verify": ["{image}"],
+    "run": ["{wat}"], "prewarm": ["{wat}", "--init", "_start", "--output", "{new}"], "demo": None, "info": [],
+    "image info": ["{image}"], "image verify": ["{image}"],
     "image diff": ["{image}", "{other}"], "image apply": ["{image}", "{delta}", "--output", "{new}"],
     "image": None, "bench": None,       # "image" only has subcommands; test_bench.py covers "bench"
 }
@@ -856,7 +858,8 @@ COMMANDS = {
 def parsers():
     """All commands: words of the command -> its parser."""
     _, found = cli.build_parser()
-    for name, command in (("run", run_cli), ("demo", demo_cli), ("info", info_cli), ("image", image_cli)):
+    for name, command in (("run", run_cli), ("prewarm", prewarm_cli), ("demo", demo_cli), ("info", info_cli),
+                          ("image", image_cli)):
         command.add_arguments(found[name])
     (actions,) = (action for action in found["image"]._actions if isinstance(action, argparse._SubParsersAction))
     return found | {f"image {name}": parser for name, parser in actions.choices.items()}

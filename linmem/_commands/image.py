@@ -8,11 +8,10 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Iterator
 from typing import Any, TextIO
 
 from linmem._commands.page_map import Pages, draw, show_map
-from linmem._commands.parser import EXIT_REFUSED, Refused, file_name
+from linmem._commands.parser import EXIT_REFUSED, Refused, about, file_name
 from linmem._commands.text import count, show_size
 from linmem._core.arguments import printable
 from linmem._core.memory import Image
@@ -20,7 +19,6 @@ from linmem._files.delta import Delta
 from linmem._files.format import DELTA, KINDS, NO_DIGEST, PACKED, PAGE, SNAPSHOT
 from linmem._files.reader import open_file, read
 from linmem._wasm.snapshot_file import open_state, read_state
-from linmem.errors import FileFormatError
 
 EXIT_DIFFERS = 3
 
@@ -66,19 +64,6 @@ def main(args: argparse.Namespace) -> int:
     return {"info": info, "verify": verify, "diff": diff, "apply": apply}[args.action](args)
 
 
-@contextlib.contextmanager
-def about(name: str) -> Iterator[None]:
-    """Refuse an error in the block, with one line about the file `name`."""
-    try:
-        yield
-    except FileFormatError as error:        # the message contains the name of the file
-        raise Refused(str(error)) from None
-    except OSError as error:
-        raise Refused(f"{os.fsdecode(error.filename or name) or repr(name)}: {error.strerror or error}") from None
-    except (MemoryError, OverflowError, ValueError) as error:
-        raise Refused(f"{name}: {error or 'there is not enough memory for it'}") from None
-
-
 def say(text: str, to: TextIO | None = None) -> None:
     """Print one line. The encoding of the output need not have all characters of the line, for example of a name."""
     to = to or sys.stdout
@@ -103,30 +88,35 @@ def info(args: argparse.Namespace) -> int:
         print(json.dumps(found))
         return 0
     for figures in found:
-        kind = figures["kind"]
-        say(f"{figures['path']}: {kind}, {show_size(figures['size'])}"
-            + (f" at {figures['offset']}" if figures["offset"] else ""))
-        zero = f"; {count(figures['zero_pages'], 'page')} became zero" if kind == "delta" else ""
-        say(f"  stored    {show_size(figures['stored'])} in {count(figures['groups'], 'group')},"
-            f" {figures['layout']}{zero}")
-        on_disk = "" if figures["on_disk"] is None else f", of which {show_size(figures['on_disk'])} on the disk"
-        say(f"  file      {show_size(figures['file_size'])}{on_disk}; version {figures['version']}")
-        if kind != "delta":
-            say(f"  digest    {figures['digest']}")
-        if kind == "snapshot":
-            say(f"  module    {figures['module']}")
-            parts = [f"memory {memory['index']} of {show_size(memory['size'])}" for memory in figures["memories"]]
-            say("  holds     " + ", ".join([*parts, count(figures["globals"], "mutable global"), *(
-                f"table {table['index']} of {count(table['size'], 'element')}, {table['changed']} changed"
-                for table in figures["tables"])]))
-            if figures["working_set"]:
-                say(f"  first     {show_size(figures['working_set'])}, the working set")
-            for text in figures["unseen"]:
-                say(f"  unseen    {text}")
-        if kind == "delta":
-            say(f"  from      {show_size(figures['base_size'])}, digest {figures['base_digest']}")
-            say(f"  to        {show_size(figures['size'])}, digest {figures['digest'] or 'unknown'}")
+        show(figures)
     return 0
+
+
+def show(figures: dict[str, Any]) -> None:
+    """Print the figures of a file in words."""
+    kind = figures["kind"]
+    say(f"{figures['path']}: {kind}, {show_size(figures['size'])}"
+        + (f" at {figures['offset']}" if figures["offset"] else ""))
+    zero = f"; {count(figures['zero_pages'], 'page')} became zero" if kind == "delta" else ""
+    say(f"  stored    {show_size(figures['stored'])} in {count(figures['groups'], 'group')},"
+        f" {figures['layout']}{zero}")
+    on_disk = "" if figures["on_disk"] is None else f", of which {show_size(figures['on_disk'])} on the disk"
+    say(f"  file      {show_size(figures['file_size'])}{on_disk}; version {figures['version']}")
+    if kind != "delta":
+        say(f"  digest    {figures['digest']}")
+    if kind == "snapshot":
+        say(f"  module    {figures['module']}")
+        parts = [f"memory {memory['index']} of {show_size(memory['size'])}" for memory in figures["memories"]]
+        say("  holds     " + ", ".join([*parts, count(figures["globals"], "mutable global"), *(
+            f"table {table['index']} of {count(table['size'], 'element')}, {table['changed']} changed"
+            for table in figures["tables"])]))
+        if figures["working_set"]:
+            say(f"  first     {show_size(figures['working_set'])}, the working set")
+        for text in figures["unseen"]:
+            say(f"  unseen    {text}")
+    if kind == "delta":
+        say(f"  from      {show_size(figures['base_size'])}, digest {figures['base_digest']}")
+        say(f"  to        {show_size(figures['size'])}, digest {figures['digest'] or 'unknown'}")
 
 
 def figures_of(path: str) -> dict[str, Any]:

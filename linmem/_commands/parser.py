@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import re
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from linmem._core.arguments import printable
+from linmem.errors import FileFormatError
 
 EXIT_REFUSED = 1            # the command failed, or a check failed
 EXIT_USAGE = 2              # the command line is wrong
@@ -25,6 +29,19 @@ class Refused(Exception):
     def __init__(self, message: str, code: int = EXIT_REFUSED) -> None:
         super().__init__(printable(message))
         self.code = code
+
+
+@contextlib.contextmanager
+def about(name: str) -> Iterator[None]:
+    """Refuse an error in the block, with one line about the file `name`."""
+    try:
+        yield
+    except FileFormatError as error:        # the message contains the name of the file
+        raise Refused(str(error)) from None
+    except OSError as error:
+        raise Refused(f"{os.fsdecode(error.filename or name) or repr(name)}: {error.strerror or error}") from None
+    except (MemoryError, OverflowError, ValueError) as error:
+        raise Refused(f"{name}: {error or 'there is not enough memory for it'}") from None
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,9 +64,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def file_name(text: str) -> str:
-    """The name of a file to write."""
+    """The name of a file, which is not empty."""
     if not text:
         raise argparse.ArgumentTypeError("must be the name of a file, got ''")
+    return text
+
+
+def function_name(text: str) -> str:
+    """The name of an exported function, which is not empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be the name of an exported function, got ''")
     return text
 
 

@@ -1,4 +1,4 @@
-"""Run a WASI preview 1 command module (wasm or wat) with wasmtime, in memories that linmem owns.
+"""Run a WASI preview 1 module (wasm or wat) with wasmtime, in memories that linmem owns.
 
 The program uses linmem's standard input, output and error, and its exit code becomes linmem's.
 """
@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import linmem
-from linmem._commands.parser import EXIT_INTERRUPTED, EXIT_TRAP, EXIT_USAGE, Parser, Refused, parse_size
-from linmem._commands.text import count, one_line, show_size, show_time
-from linmem._core.arguments import printable
+from linmem._commands.parser import Parser, Refused, about, file_name, function_name
+from linmem._commands.program import Program, add_options, compose_creator, in_a_thread, leave_running
+from linmem._commands.text import count, show_size, show_time
 
 USAGE = "linmem run [options] PROGRAM [options] [--] [ARGS ...]"
 EPILOG = """\
 Options may stand before PROGRAM and directly after it. The program's own ARGS begin with the first
 argument after PROGRAM that is not an option, or after `--`. argv[0] is the file name of PROGRAM.
 The program can access only the directories and the variables that --dir and --env give it.
+
+With --start the program has the state that it had when `linmem prewarm` took the snapshot, and nothing
+is initialised again. Give the same --dir options in the same order, because the program may know its
+directories by number. Without --start, --invoke calls _initialize first if PROGRAM exports it. The
+results of NAME are printed, each in one line.
 
 --creator takes "mmap" (each memory is a mapping of its own), "pool" (memories are reset and used
 again) and "statistics", each with the defaults of linmem.creator(). --max-memory puts one budget
@@ -38,16 +41,13 @@ Exit codes: the program's (0 to 125, as wasmtime allows); 134 if the program tra
 
 def add_arguments(parser: Parser) -> None:
     parser.usage, parser.description, parser.epilog = USAGE, __doc__, EPILOG
-    parser.add_argument("--dir", action="append", default=[], type=split_dir, metavar="HOST[::GUEST]",
-                        help="a directory that the program may read and write, under the name GUEST; repeatable")
-    parser.add_argument("--env", action="append", default=[], type=split_env, metavar="NAME[=VALUE]",
-                        help="a variable for the program, by default with its value in this process; repeatable")
+    add_options(parser)
+    parser.add_argument("--start", type=file_name, metavar="FILE",
+                        help="start from the snapshot of PROGRAM in FILE, which `linmem prewarm` wrote")
+    parser.add_argument("--invoke", type=function_name, metavar="NAME",
+                        help="call the exported function NAME, which takes no parameters, instead of _start")
     parser.add_argument("--creator", default="mmap", metavar="KIND",
                         help="the creator of the memories: mmap (the default), pool or statistics; see below")
-    parser.add_argument("--max-memory", type=parse_size, metavar="SIZE",
-                        help="a budget for all memories of the program: bytes, or a number with KiB, MiB, GiB (powers"
-                             " of 1024; K, M, G mean the same) or KB, MB, GB (powers of 1000). Beyond the budget"
-                             " memory.grow returns -1")
     parser.add_argument("--report", action="store_true", help="at the end, report the sizes and growths of each memory")
     parser.add_argument("--json", action="store_true", help="the report as one line of JSON (implies --report)")
     parser.parse_known_args = functools.partial(parse, parser)      # type: ignore[method-assign]
@@ -108,157 +108,35 @@ def main(args: argparse.Namespace) -> int:
         figures = report_figures(args, status, statistics)
         print(json.dumps(figures) if args.json else report_text(figures), file=sys.stderr, flush=True)
     if running:
-        # The program is in an endless loop or waits for input. Only the end of the process can end it.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        leave_running(status)
     return status
-
-
-def split_env(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not name:
-        raise argparse.ArgumentTypeError(f"{text!r}: the name is missing (NAME=VALUE)")
-    if equals:
-        return name, value
-    if name not in os.environ:
-        raise argparse.ArgumentTypeError(f"{name}: no such variable in this environment (NAME=VALUE sets one)")
-    return name, os.environ[name]
-
-
-def split_dir(text: str) -> tuple[str, str]:
-    host, _, guest = text.partition("::")
-    if not os.path.isdir(host):
-        what = "is not a directory" if os.path.exists(host) else "does not exist"
-        raise argparse.ArgumentTypeError(f"{host!r} {what}")
-    return host, guest or host
-
-
-def read_program(path: str) -> bytes:
-    """The bytes of a wasm module or of its text; a file of another kind is refused."""
-    try:
-        with open(path, "rb") as file:
-            code = file.read()
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise Refused(f"cannot read {path!r}: {reason}") from None
-    is_text = path.lower().endswith(".wat") or code.lstrip().startswith((b"(", b";;"))
-    if not code.startswith(b"\0asm") and not is_text:
-        raise Refused(f"{path!r} is not a WebAssembly module (neither wasm nor wat)")
-    return code
-
-
-def compose_creator(kind: str, max_memory: int | None) -> Any:
-    try:
-        creator = linmem.creator(kind)
-    except (TypeError, ValueError) as error:
-        hint = " (for a budget: --max-memory)" if kind == "limiting" else ""
-        raise Refused(f"--creator {kind}: {error}{hint}", EXIT_USAGE) from None
-    return creator if max_memory is None else linmem.LimitingCreator(creator, max_memory)
-
-
-def in_a_thread(work: Callable[[], int]) -> tuple[int, bool]:
-    """The exit code of `work`, and whether it still runs after Ctrl-C.
-
-    Python handles signals between bytecodes of the main thread. The program runs in another thread, so Ctrl-C does not
-    wait for native code.
-    """
-    import threading
-
-    status: list[int] = []
-    errors: list[BaseException] = []
-
-    def target() -> None:
-        try:
-            status.append(work())
-        except BaseException as error:      # raised again in the main thread
-            errors.append(error)
-
-    threading.stack_size(8 << 20)           # some systems give a second thread less than the stack of wasm
-    thread = threading.Thread(target=target, name="linmem run", daemon=True)
-    thread.start()
-    threading.stack_size(0)
-    try:
-        while thread.is_alive():
-            thread.join(0.2)                # on some systems, a wait without a timeout cannot be interrupted
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED, thread.is_alive()
-    if errors:
-        raise errors[0]
-    return status[0], False
 
 
 def execute(args: argparse.Namespace, creator: Any) -> int:
     """Run the program; returns its exit code."""
-    program = args.program
-    code = read_program(program)
-    try:
-        import wasmtime
+    program = Program(args.program, creator)
+    snapshot = None if args.start is None else open_snapshot(args.start)
+    program.compile(args.cache, prepare=snapshot is not None)
+    if args.invoke is None:
+        program.check_function("_start", hint=", so it is a library and not a WASI command: --invoke"
+                               " NAME calls another function")
+    else:
+        program.check_function(args.invoke, may_return=True)
 
-        from linmem.wasmtime import install
-    except (ImportError, OSError) as error:         # OSError: the library of wasmtime does not load
-        raise Refused(f"needs wasmtime-py: pip install 'linmem[wasmtime]' ({error})") from None
-    config = wasmtime.Config()
-    try:
-        install(config, creator)
-    except RuntimeError as error:
-        raise Refused(str(error)) from None
-    engine = wasmtime.Engine(config)
-    module = compile_program(wasmtime, engine, program, code)
-    store = wasmtime.Store(engine)
-    store.set_wasi(wasi_config(wasmtime, args))
-    linker = wasmtime.Linker(engine)
-    linker.define_wasi()
-    try:
-        start: Any = linker.instantiate(store, module).exports(store)["_start"]
-        start(store)
-    except wasmtime.ExitTrap as end:
-        return int(end.code)
-    except wasmtime.Trap as trap:
-        where = str(trap).partition("Stack backtrace:")[0].partition("Caused by:")[0].rstrip()
-        print(f"linmem run: {printable(program)} trapped: {one_line(trap)}\n{where}", file=sys.stderr)
-        return EXIT_TRAP
-    except wasmtime.WasmtimeError as error:
-        raise Refused(f"{program}: {one_line(error)}") from None
-    return 0
+    def work() -> None:
+        program.instantiate(args, args.arguments, snapshot)
+        begin = program.call if args.invoke is None or snapshot is not None else program.initialise
+        for result in begin(args.invoke or "_start"):
+            print(result)
+
+    return program.run("run", work)
 
 
-def compile_program(wasmtime: Any, engine: Any, program: str, code: bytes) -> Any:
-    try:
-        binary = code if code.startswith(b"\0asm") else bytes(wasmtime.wat2wasm(code.decode()))
-        # The second half of the version is the layer: 0 for a module, 1 for a component.
-        if binary[6:8] == b"\1\0":
-            raise Refused(f"{program} is a component; linmem runs WASI preview 1 command modules"
-                          " (compile it for wasm32-wasip1)")
-        module = wasmtime.Module(engine, binary)
-    except wasmtime.WasmtimeError as error:
-        raise Refused(f"{program}: {one_line(error)}") from None
-    except UnicodeDecodeError as error:
-        raise Refused(f"{program} is not valid WebAssembly text: {error}") from None
-    start = next((export.type for export in module.exports if export.name == "_start"), None)
-    if not isinstance(start, wasmtime.FuncType):
-        raise Refused(f"{program} exports no function _start, so it is a library and not a WASI command")
-    if start.params or start.results:
-        raise Refused(f"{program}: _start has parameters or results, which the _start of a WASI command does not have")
-    return module
+def open_snapshot(path: str) -> Any:
+    from linmem.wasmtime import Snapshot
 
-
-def wasi_config(wasmtime: Any, args: argparse.Namespace) -> Any:
-    wasi = wasmtime.WasiConfig()
-    try:
-        wasi.argv = [os.path.basename(args.program), *args.arguments]
-        wasi.env = args.env
-        for host, guest in args.dir:
-            try:
-                wasi.preopen_dir(host, guest)
-            except wasmtime.WasmtimeError:
-                raise Refused(f"--dir {host}: the directory cannot be opened", EXIT_USAGE) from None
-    except UnicodeEncodeError as error:
-        raise Refused(f"{error.object!r} is not valid UTF-8, which WASI requires", EXIT_USAGE) from None
-    wasi.inherit_stdin()
-    wasi.inherit_stdout()
-    wasi.inherit_stderr()
-    return wasi
+    with about(path):
+        return Snapshot.open(path)
 
 
 def report_figures(args: argparse.Namespace, status: int, statistics: linmem.StatisticsCreator) -> dict[str, Any]:

@@ -1,0 +1,249 @@
+"""A WASI preview 1 program (wasm or wat), as `linmem run` and `linmem prewarm` run it: options, functions, endings."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import linmem
+from linmem._commands.parser import (
+    EXIT_INTERRUPTED,
+    EXIT_TRAP,
+    EXIT_USAGE,
+    Parser,
+    Refused,
+    about,
+    file_name,
+    parse_size,
+)
+from linmem._commands.text import one_line
+from linmem._core.arguments import printable
+
+_T = TypeVar("_T")
+
+
+def add_options(parser: Parser) -> None:
+    """Declare the options that say what the program may use."""
+    parser.add_argument("--dir", action="append", default=[], type=split_dir, metavar="HOST[::GUEST]",
+                        help="a directory that the program may read and write, under the name GUEST; repeatable")
+    parser.add_argument("--env", action="append", default=[], type=split_env, metavar="NAME[=VALUE]",
+                        help="a variable for the program, by default with its value in this process; repeatable")
+    parser.add_argument("--max-memory", type=parse_size, metavar="SIZE",
+                        help="a budget for all memories of the program: bytes, or a number with KiB, MiB, GiB (powers"
+                             " of 1024; K, M, G mean the same) or KB, MB, GB (powers of 1000). Beyond the budget"
+                             " memory.grow returns -1")
+    parser.add_argument("--cache", type=file_name, metavar="DIR",
+                        help="keep the compiled program in DIR for the next time; DIR must belong to this user, and"
+                             " other users must not be able to write to it")
+
+
+def split_env(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name:
+        raise argparse.ArgumentTypeError(f"{text!r}: the name is missing (NAME=VALUE)")
+    if equals:
+        return name, value
+    if name not in os.environ:
+        raise argparse.ArgumentTypeError(f"{name}: no such variable in this environment (NAME=VALUE sets one)")
+    return name, os.environ[name]
+
+
+def split_dir(text: str) -> tuple[str, str]:
+    host, _, guest = text.partition("::")
+    if not os.path.isdir(host):
+        what = "is not a directory" if os.path.exists(host) else "does not exist"
+        raise argparse.ArgumentTypeError(f"{host!r} {what}")
+    return host, guest or host
+
+
+def compose_creator(kind: str, max_memory: int | None) -> Any:
+    try:
+        creator = linmem.creator(kind)
+    except (TypeError, ValueError) as error:
+        hint = " (for a budget: --max-memory)" if kind == "limiting" else ""
+        raise Refused(f"--creator {kind}: {error}{hint}", EXIT_USAGE) from None
+    return creator if max_memory is None else linmem.LimitingCreator(creator, max_memory)
+
+
+def in_a_thread(work: Callable[[], _T]) -> tuple[_T | int, bool]:
+    """The result of `work`, or the exit code after Ctrl-C; and whether `work` still runs after Ctrl-C.
+
+    Python handles signals between bytecodes of the main thread. The program runs in another thread, so Ctrl-C does not
+    wait for native code.
+    """
+    import threading
+
+    results: list[_T] = []
+    errors: list[BaseException] = []
+
+    def target() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:      # raised again in the main thread
+            errors.append(error)
+
+    threading.stack_size(8 << 20)           # some systems give a second thread less than the stack of wasm
+    thread = threading.Thread(target=target, name="linmem program", daemon=True)
+    thread.start()
+    threading.stack_size(0)
+    try:
+        while thread.is_alive():
+            thread.join(0.2)                # on some systems, a wait without a timeout cannot be interrupted
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED, thread.is_alive()
+    if errors:
+        raise errors[0]
+    return results[0], False
+
+
+def leave_running(status: int) -> None:
+    """End the process although the program is in an endless loop or waits for input. Nothing else can end such code."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def read_program(path: str) -> bytes:
+    """The bytes of a wasm module or of its text; a file of another kind is refused."""
+    try:
+        with open(path, "rb") as file:
+            code = file.read()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise Refused(f"cannot read {path!r}: {reason}") from None
+    is_text = path.lower().endswith(".wat") or code.lstrip().startswith((b"(", b";;"))
+    if not code.startswith(b"\0asm") and not is_text:
+        raise Refused(f"{path!r} is not a WebAssembly module (neither wasm nor wat)")
+    return code
+
+
+class Program:
+    """A program and its only instance, in memories of a creator.
+
+    Attributes
+    ----------
+    store, instance : wasmtime.Store, wasmtime.Instance
+        After `instantiate`.
+    """
+
+    store: Any
+    instance: Any
+    module: Any
+    prepared: Any
+
+    def __init__(self, path: str, creator: Any) -> None:
+        self.path, self.code = path, read_program(path)
+        try:
+            import wasmtime
+
+            from linmem.wasmtime import install
+        except (ImportError, OSError) as error:         # OSError: the library of wasmtime does not load
+            raise Refused(f"needs wasmtime-py: pip install 'linmem[wasmtime]' ({error})") from None
+        self.wasmtime = wasmtime
+        config = wasmtime.Config()
+        try:
+            install(config, creator)
+        except RuntimeError as error:
+            raise Refused(str(error)) from None
+        self.engine = wasmtime.Engine(config)
+
+    def compile(self, cache: str | None, *, prepare: bool) -> None:
+        """Compile the program.
+
+        prepare: for an instance that a snapshot is taken from, or that is started from one.
+        """
+        wasmtime, code = self.wasmtime, self.code
+        try:
+            binary = code if code.startswith(b"\0asm") else bytes(wasmtime.wat2wasm(code.decode()))
+            # The second half of the version is the layer: 0 for a module, 1 for a component.
+            if binary[6:8] == b"\1\0":
+                raise Refused(f"{self.path} is a component; linmem runs WASI preview 1 modules"
+                              " (compile it for wasm32-wasip1)")
+            self.prepared = self._prepare(binary, cache) if prepare or cache is not None else None
+            self.module = wasmtime.Module(self.engine, binary) if self.prepared is None else self.prepared.module
+        except wasmtime.WasmtimeError as error:
+            raise Refused(f"{self.path}: {one_line(error)}") from None
+        except UnicodeDecodeError as error:
+            raise Refused(f"{self.path} is not valid WebAssembly text: {error}") from None
+
+    def _prepare(self, binary: bytes, cache: str | None) -> Any:
+        from linmem._wasm import prepared
+
+        # `install` was called for this engine. Otherwise `prepare` would make a memory to find this out, and the report
+        # would have that memory.
+        prepared._ASKS[self.engine] = True
+        with about(self.path if cache is None else cache):
+            return prepared.prepare(self.engine, binary, cache=cache, expose=True)
+
+    def check_function(self, name: str, *, may_return: bool = False, hint: str = "") -> None:
+        """Refuse a function that is not exported, or that cannot be called without arguments."""
+        function = next((export.type for export in self.module.exports if export.name == name), None)
+        if not isinstance(function, self.wasmtime.FuncType):
+            raise Refused(f"{self.path} exports no function {name}{hint}")
+        if function.params or (function.results and not may_return):
+            what = "parameters" if may_return else "parameters or results"
+            raise Refused(f"{self.path}: {name} has {what}, and must have none")
+
+    def run(self, command: str, work: Callable[[], None]) -> int:
+        """The exit code of `work`, which makes the instance and calls its functions."""
+        try:
+            work()
+        except self.wasmtime.ExitTrap as end:
+            return int(end.code)
+        except self.wasmtime.Trap as trap:
+            where = str(trap).partition("Stack backtrace:")[0].partition("Caused by:")[0].rstrip()
+            print(f"linmem {command}: {printable(self.path)} trapped: {one_line(trap)}\n{where}", file=sys.stderr)
+            return EXIT_TRAP
+        except self.wasmtime.WasmtimeError as error:
+            raise Refused(f"{self.path}: {one_line(error)}") from None
+        return 0
+
+    def instantiate(self, args: argparse.Namespace, arguments: list[str], snapshot: Any = None) -> None:
+        """Make the instance, with the directories and the variables of the options; from `args.start` if given."""
+        self.store = self.wasmtime.Store(self.engine)
+        self.store.set_wasi(self._wasi_config(args, arguments))
+        linker = self.wasmtime.Linker(self.engine)
+        linker.define_wasi()
+        if self.prepared is None:
+            self.instance = linker.instantiate(self.store, self.module)
+        elif snapshot is None:
+            self.instance = self.prepared.instantiate(self.store, linker)
+        else:
+            with about(args.start):
+                self.instance = self.prepared.instantiate(self.store, linker, start=snapshot)
+
+    def _wasi_config(self, args: argparse.Namespace, arguments: list[str]) -> Any:
+        wasi = self.wasmtime.WasiConfig()
+        try:
+            wasi.argv = [os.path.basename(self.path), *arguments]
+            wasi.env = args.env
+            for host, guest in args.dir:
+                try:
+                    wasi.preopen_dir(host, guest)
+                except self.wasmtime.WasmtimeError:
+                    raise Refused(f"--dir {host}: the directory cannot be opened", EXIT_USAGE) from None
+        except UnicodeEncodeError as error:
+            raise Refused(f"{error.object!r} is not valid UTF-8, which WASI requires", EXIT_USAGE) from None
+        wasi.inherit_stdin()
+        wasi.inherit_stdout()
+        wasi.inherit_stderr()
+        return wasi
+
+    def initialise(self, name: str) -> list[int | float]:
+        """Call `_initialize`, which a reactor exports, and then the function; returns the results of the function."""
+        if name != "_initialize" and any(export.name == "_initialize" for export in self.module.exports):
+            self.check_function("_initialize")
+            self.call("_initialize")
+        return self.call(name)
+
+    def call(self, name: str) -> list[int | float]:
+        """The results of a function, which must be numbers."""
+        results = self.instance.exports(self.store)[name](self.store)
+        found = [] if results is None else results if isinstance(results, list) else [results]
+        # The types are not asked for before the call, because wasmtime-py aborts the process at the type v128.
+        if not all(isinstance(result, (int, float)) for result in found):
+            raise Refused(f"{self.path}: {name} returned a value that is not a number")
+        return found
