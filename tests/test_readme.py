@@ -96,6 +96,13 @@ def test_the_array_that_grows_under_a_live_view_takes_at_most_fifteen_lines():
     assert len(code.splitlines()) <= 15
 
 
+def test_a_snapshot_is_saved_opened_started_and_restored_in_ten_lines():
+    code = [block[2] for block in BLOCK.finditer(PAGES[0].read_text("utf-8"))][4]
+    lines = code[code.index("store = "):].splitlines()
+    assert len([line for line in lines if line]) <= 10
+    assert all(word in code for word in ("take(", "save(", "open(", "start=", "restore("))
+
+
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "CHANGELOG.md"],
                          ids=lambda page: page.name)
 def test_a_link_to_a_file_of_this_project_points_to_an_existing_file(page):
