@@ -1,13 +1,20 @@
-"""linmem under Dask: an image or a snapshot is sent to each worker once, and each task works in a memory of its own.
+"""linmem under Dask: an image or a snapshot is sent to each worker once, and each task has its own memory or instance.
 
 >>> import linmem.dask
 >>> linmem.dask.setup(client)                               # on every worker, also on those that start later
 >>> client.amm.stop()                                       # it would drop copies that no task needs at the moment
->>> image = client.scatter(snapshot, broadcast=True)        # one transfer to each worker
+>>> sent = client.scatter(image, broadcast=True)            # one transfer to each worker
 >>> def task(part, image):
 ...     with linmem.dask.memory(image) as mem:              # copy-on-write, from this worker's pool
 ...         ...
->>> collection.map_partitions(task, image)
+>>> collection.map_partitions(task, sent)
+
+Send a `linmem.wasmtime.Snapshot` to tasks that run WebAssembly. Each worker prepares the module itself:
+
+>>> def task(part, snapshot):
+...     store = wasmtime.Store(engine)
+...     instance = prepared.instantiate(store, start=snapshot)      # copy-on-write, with the globals and tables
+...     ...
 """
 
 from __future__ import annotations
