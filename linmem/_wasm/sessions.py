@@ -252,7 +252,7 @@ class Sessions:
         store = self._make_store()
         if not isinstance(store, wasmtime.Store):
             raise TypeError(f"store must return a wasmtime.Store, got {type(store).__name__}")
-        if hasattr(store, "_linmem_warm"):
+        if getattr(store, "_linmem_warm", False):
             raise ValueError("store must return a new wasmtime.Store at each call, got one that has an instance")
         warm = _Warm(store)
         try:
@@ -270,7 +270,7 @@ class Sessions:
         if self._start.unseen:
             warm.once = "unseen"
         for name in self._memories:
-            memory = export(store._context(), warm.instance, name)
+            memory: Any = export(store._context(), warm.instance, name)
             ours = behind(store, memory)
             if isinstance(memory, wasmtime.SharedMemory):
                 warm.once = "shared"
