@@ -81,6 +81,7 @@ class Sessions:
                  "_memories", "_prepared", "_replaced", "_reused", "_start", "_taken", "_waiting", "size")
 
     size: int
+    _make_store: Callable[[], wasmtime.Store]
 
     def __init__(self, prepared: Prepared,
                  imports: wasmtime.Linker | Callable[[wasmtime.Store], Any] | Sequence[AsExtern] = (), *,
