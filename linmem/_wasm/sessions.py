@@ -81,6 +81,7 @@ class Sessions:
                  "_memories", "_prepared", "_replaced", "_reused", "_start", "_taken", "_waiting", "size")
 
     size: int
+    _make_store: Callable[[], wasmtime.Store]
 
     def __init__(self, prepared: Prepared,
                  imports: wasmtime.Linker | Callable[[wasmtime.Store], Any] | Sequence[AsExtern] = (), *,
@@ -252,7 +253,7 @@ class Sessions:
         store = self._make_store()
         if not isinstance(store, wasmtime.Store):
             raise TypeError(f"store must return a wasmtime.Store, got {type(store).__name__}")
-        if hasattr(store, "_linmem_warm"):
+        if getattr(store, "_linmem_warm", False):
             raise ValueError("store must return a new wasmtime.Store at each call, got one that has an instance")
         warm = _Warm(store)
         try:
@@ -270,7 +271,7 @@ class Sessions:
         if self._start.unseen:
             warm.once = "unseen"
         for name in self._memories:
-            memory = export(store._context(), warm.instance, name)
+            memory: Any = export(store._context(), warm.instance, name)
             ours = behind(store, memory)
             if isinstance(memory, wasmtime.SharedMemory):
                 warm.once = "shared"
