@@ -52,6 +52,7 @@ PROGRAM = """
   (func (export "arguments") (result i32)
     (drop (call $args_sizes_get (i32.const 80) (i32.const 84))) (i32.load (i32.const 80)))
   (func (export "numbers") (result f32 f64) (f32.const 0.5) (f64.const -2.25))
+  (func (export "no_numbers") (result f32 f64 f64) (f32.const nan) (f64.const -inf) (f64.const 1))
   (func (export "grow") (result i32) (memory.grow (i32.const 1)))
   (func (export "wants") (param i32))
   (func $object (export "object") (result funcref) (ref.func $object)))
@@ -139,6 +140,11 @@ def test_the_report_as_json_is_the_only_line_of_standard_output(there):
 def test_the_results_of_the_initialising_function_are_in_the_report(there, linmem):
     out = linmem("prewarm", "program.wat", "--init", "init_twice", "-o", "program.snapshot")[1]
     assert out.splitlines()[-1].endswith("init_twice of program.wat, which returned -7, which returned 1234567890123")
+
+
+def test_results_that_json_has_no_numbers_for_are_text(there, linmem):
+    out = linmem("prewarm", "program.wat", "--json", "--init", "no_numbers", "-o", "program.snapshot")[1]
+    assert json.loads(out, parse_constant=pytest.fail)["results"] == ["nan", "-inf", 1.0]
 
 
 def test_the_file_is_a_snapshot_that_python_opens(snapshot):

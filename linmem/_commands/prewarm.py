@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import stat
 import sys
@@ -113,7 +114,9 @@ def save(program: Program, args: argparse.Namespace, results: list[int | float])
     to = report_to(args.output)
     with about(args.output):
         snapshot.save(args.output, packed=args.packed)
-    about_init = {"program": args.program, "init": args.init, "results": results}
+    # JSON has no NaN and no infinity.
+    texts = [result if math.isfinite(result) else str(result) for result in results]
+    about_init = {"program": args.program, "init": args.init, "results": texts}
     if to is not sys.stdout or not stat.S_ISREG(os.stat(args.output).st_mode):
         figures = {"path": args.output, "kind": "snapshot", "module": snapshot.module, **about_init}
         say(json.dumps(figures) if args.json else f"{args.output}: snapshot, module {snapshot.module}", to)
