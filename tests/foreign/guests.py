@@ -247,6 +247,7 @@ class QuickJS(Instance):
             return this.#balance -= sum; } }
         globalThis.account = new Account();
         globalThis.ids = (function* () { for (let i = 1; ; i++) yield i; })();
+        globalThis.rows = Array.from({length: 250000}, (_, i) => [i, i % 1000]);        // for which the memory grows
         0
     """
     requests = (
@@ -257,7 +258,7 @@ class QuickJS(Instance):
         "ids.next().value + ids.next().value",
         "'linear memory'.replace(/(\\w)(\\w*)/g, (_, a, b) => a.toUpperCase() + b)",
         "let big = 1n; for (let i = 1n; i < 60n; i++) big *= i; String(big)",
-        "Array.from({length: 100000}, (_, i) => ({i})).reduce((sum, each) => sum + each.i, 0)",
+        "Array.from({length: 400000}, (_, i) => ({i})).reduce((sum, {i}) => sum + i, rows.length + rows[5432][1])",
         "new Function('a', 'b', 'return a ** b')(2, 40)",
         "this.calls = (this.calls ?? 0) + 1; [0.1 + 0.2, [3, 1, 2].sort(), typeof Symbol(), null].join()",
     )
