@@ -1,9 +1,9 @@
 """Run a wasm function over the partitions of a Dask collection, on a cluster of processes.
 
 The module computes a table of primes in its memory, which takes some time, and then uses the table to test
-numbers. This program makes the table once and sends an image of the initialised memory to each worker once.
-Every task makes an instance, restores its memory to the image (copy-on-write), and sets its mutable globals to
-the saved values. A compiled program has at least one mutable global, its stack pointer.
+numbers. This program makes the table once and sends a snapshot of the initialised instance to each worker once.
+Every task starts an instance from the snapshot: the memory shares the pages of the snapshot until it writes them,
+and mutable globals and tables have the saved values.
 
     pip install 'linmem[dask,wasmtime]' 'dask[array]'
     python examples/dask_wasm.py
@@ -75,40 +75,24 @@ def prepared() -> tuple[wasmtime.Engine, linmem.wasmtime.Prepared, Any]:
     return engine, linmem.wasmtime.prepare(engine, WAT, expose=True), pool
 
 
-def initialised() -> tuple[linmem.Image, dict[str, int | float]]:
-    """The state of an instance after `init`: an image of its memory, and its mutable globals."""
+def initialised() -> linmem.wasmtime.Snapshot:
+    """The state of an instance after `init`."""
     engine, module, _ = prepared()
     store = wasmtime.Store(engine)
     instance = module.instantiate(store)
-    exports = instance.exports(store)
-    exports["init"](store)
-    snapshot = linmem.wasmtime.Snapshot.take(store, instance)       # raises if the instance has other state
-    if snapshot.tables or snapshot.unseen:
-        raise ValueError(f"this recipe does not send {[*snapshot.tables, *snapshot.unseen]}")
-    return snapshot.memories["memory"], {name: exports[name].value(store) for name in snapshot.globals}
+    instance.exports(store)["init"](store)
+    snapshot = linmem.wasmtime.Snapshot.take(store, instance)       # raises if the instance has state that stays here
+    store.close()
+    return snapshot
 
 
-def started(store: wasmtime.Store, module: linmem.wasmtime.Prepared, image: linmem.Image,
-            globals: dict[str, int | float]) -> Any:
-    """Make a new instance, restore the initialised state, and return its exports."""
-    exports = module.instantiate(store).exports(store)
-    memory = exports["memory"]
-    grown = image.offset + image.size - memory.data_len(store)
-    if grown > 0:
-        memory.grow(store, grown // 65536)
-    linmem.wasmtime.linear_memory(store, memory).restore(image)     # shares the image's pages until a write
-    for name, value in globals.items():
-        exports[name].set_value(store, value)
-    return exports
-
-
-def count_primes(numbers: Any, image: linmem.Image, globals: dict[str, int | float]) -> Any:
+def count_primes(numbers: Any, snapshot: linmem.wasmtime.Snapshot) -> Any:
     """The task: counts the primes in one partition, in a worker."""
     import numpy
 
     engine, module, _ = prepared()
     store = wasmtime.Store(engine)
-    exports = started(store, module, image, globals)
+    exports = module.instantiate(store, start=snapshot).exports(store)     # shares the pages until a write
     memory = linmem.wasmtime.linear_memory(store, exports["memory"])
     memory.write(NUMBERS_AT, numpy.ascontiguousarray(numbers, "<u4"))
     found = numpy.array([exports["count"](store, NUMBERS_AT, len(numbers))])
@@ -116,19 +100,19 @@ def count_primes(numbers: Any, image: linmem.Image, globals: dict[str, int | flo
     return found
 
 
-def run(client: Any, partitions: int = 16) -> tuple[int, linmem.Image]:
-    """Count the primes below `BELOW` on the client's cluster. Returns the count and the image."""
+def run(client: Any, partitions: int = 16) -> tuple[int, linmem.wasmtime.Snapshot]:
+    """Count the primes below `BELOW` on the client's cluster. Returns the count and the snapshot."""
     import dask.array
 
     linmem.dask.setup(client)
-    image, globals = initialised()
+    snapshot = initialised()
     # Dask's memory manager drops copies that no task waits for. A later task of the worker would need a new copy.
     client.amm.stop()
-    # direct=True: the image does not go through the scheduler, which would send it over the network twice.
-    everywhere = client.scatter(image, broadcast=True, direct=True)
+    # direct=True: the snapshot does not go through the scheduler, which would send it over the network twice.
+    everywhere = client.scatter(snapshot, broadcast=True, direct=True)
     numbers = dask.array.arange(BELOW, chunks=BELOW // partitions, dtype="uint32")
-    found = numbers.map_blocks(count_primes, everywhere, globals, dtype="int64", chunks=(1,))
-    return int(found.sum().compute(scheduler=client)), image
+    found = numbers.map_blocks(count_primes, everywhere, dtype="int64", chunks=(1,))
+    return int(found.sum().compute(scheduler=client)), snapshot
 
 
 def main() -> None:
@@ -136,13 +120,14 @@ def main() -> None:
 
     cluster = distributed.LocalCluster(n_workers=2, threads_per_worker=2, processes=True, dashboard_address=None)
     with cluster, distributed.Client(cluster) as client:
-        primes, image = run(client)
+        primes, snapshot = run(client)
         assert primes == PRIMES_BELOW, primes
         received = client.run(linmem.dask.traffic)
+    image = snapshot.memories["memory"]
     print(f"{primes} primes below {BELOW}")
     print(f"the image has {image.size >> 20} MiB, of which {image.info().stored >> 10} KiB are not zero")
     for worker, figures in received.items():
-        print(f"{worker} got it {figures['images_received']} time(s), {figures['bytes_received'] >> 10} KiB")
+        print(f"{worker} got it {figures['snapshots_received']} time(s), {figures['bytes_received'] >> 10} KiB")
 
 
 if __name__ == "__main__":

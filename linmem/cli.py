@@ -20,7 +20,7 @@ __all__ = ["main"]
 COMMANDS = {"run": "run a WASI program in linmem memories",
             "demo": "show views that stay valid after a growth and after the end of a store",
             "info": "show the limits of this machine, and run a self-test",
-            "image": "show, check, compare and make files of images and deltas",
+            "image": "show and check files of images, deltas and snapshots; compare images",
             "bench": "run the benchmarks"}
 
 DESCRIPTION = "Linear memories for Python: run WebAssembly in them, see a demonstration, test this machine."

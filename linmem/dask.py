@@ -1,4 +1,4 @@
-"""linmem under Dask: an image is sent to each worker once, and each task works in a memory of its own.
+"""linmem under Dask: an image or a snapshot is sent to each worker once, and each task works in a memory of its own.
 
 >>> import linmem.dask
 >>> linmem.dask.setup(client)                               # on every worker, also on those that start later
@@ -30,6 +30,7 @@ except ImportError as error:
 
 from linmem._core.memory import Image, Memory, NativeCreator
 from linmem._files.delta import Delta
+from linmem._wasm.snapshot_file import StoredSnapshot, state_digest
 from linmem.creators import creator
 
 __all__ = ["LinmemPlugin", "memory", "setup", "traffic", "worker_pool"]
@@ -40,13 +41,13 @@ _lock = threading.Lock()
 if hasattr(os, "register_at_fork"):     # else a lock that another thread holds would stay locked in a forked child
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 _pools: OrderedDict[tuple[object, ...], NativeCreator] = OrderedDict()
-_traffic = {"images_sent": 0, "images_received": 0, "deltas_sent": 0, "deltas_received": 0,
-            "bytes_sent": 0, "bytes_received": 0}
+_KINDS = {Image: "images", Delta: "deltas", StoredSnapshot: "snapshots"}
+_traffic = {f"{kind}_{way}": 0 for kind in (*_KINDS.values(), "bytes") for way in ("sent", "received")}
 
 
 # -- across the cluster ------------------------------------------------------------------------------
 
-def _serialize(thing: Image | Delta) -> tuple[dict[str, Any], list[memoryview]]:
+def _serialize(thing: Image | Delta | StoredSnapshot) -> tuple[dict[str, Any], list[memoryview]]:
     buffers: list[pickle.PickleBuffer] = []
     # The frames contain the bytes of the object's pages. The pickle itself contains only their offsets and sizes.
     head = pickle.dumps(thing, protocol=5, buffer_callback=buffers.append)
@@ -55,15 +56,15 @@ def _serialize(thing: Image | Delta) -> tuple[dict[str, Any], list[memoryview]]:
     return {"head": head}, frames
 
 
-def _deserialize(header: dict[str, Any], frames: list[Any]) -> Image | Delta:
-    thing: Image | Delta = pickle.loads(header["head"], buffers=frames)
+def _deserialize(header: dict[str, Any], frames: list[Any]) -> Image | Delta | StoredSnapshot:
+    thing: Image | Delta | StoredSnapshot = pickle.loads(header["head"], buffers=frames)
     _count(thing, "received", len(header["head"]) + sum(memoryview(frame).nbytes for frame in frames))
     return thing
 
 
-def _count(thing: Image | Delta, way: str, size: int) -> None:
+def _count(thing: Image | Delta | StoredSnapshot, way: str, size: int) -> None:
     with _lock:
-        _traffic[f"{'images' if isinstance(thing, Image) else 'deltas'}_{way}"] += 1
+        _traffic[f"{next(_KINDS[kind] for kind in type(thing).__mro__ if kind in _KINDS)}_{way}"] += 1
         _traffic[f"bytes_{way}"] += size
 
 
@@ -73,8 +74,9 @@ def traffic() -> dict[str, int]:
     Returns
     -------
     dict
-        ``images_sent``, ``images_received``, ``deltas_sent``, ``deltas_received``, ``bytes_sent``,
-        ``bytes_received``. ``client.run(linmem.dask.traffic)`` asks every worker.
+        ``images_sent``, ``images_received``, ``deltas_sent``, ``deltas_received``, ``snapshots_sent``,
+        ``snapshots_received``, ``bytes_sent``, ``bytes_received``. ``client.run(linmem.dask.traffic)`` asks every
+        worker.
     """
     with _lock:
         return dict(_traffic)
@@ -82,14 +84,18 @@ def traffic() -> dict[str, int]:
 
 _dask: Any = dask
 _protocol: Any = distributed.protocol
-_protocol.dask_serialize.register((Image, Delta), _serialize)
-_protocol.dask_deserialize.register((Image, Delta), _deserialize)
+_protocol.dask_serialize.register(tuple(_KINDS), _serialize)
+_protocol.dask_deserialize.register(tuple(_KINDS), _deserialize)
 _dask.tokenize.normalize_token.register(Image, lambda image: ("linmem.Image", image.digest))
 _dask.tokenize.normalize_token.register(Delta, lambda delta: (
     "linmem.Delta", delta.base, delta.base_size, delta.size, delta.offset, delta.ranges, delta.zeros,
     bytes(delta.data)))
+_dask.tokenize.normalize_token.register(StoredSnapshot, lambda snapshot: (
+    "linmem.Snapshot", state_digest(snapshot._travels())))
 # The scheduler compares the costs of storing and sending. The zeros of an image cost nothing.
 _dask.sizeof.sizeof.register(Image, lambda image: sum(size for _, size in image.runs()))
+_dask.sizeof.sizeof.register(StoredSnapshot, lambda snapshot: sum(
+    size for memory in snapshot._travels().memories for _, size in memory.image.runs()))
 _dask.sizeof.sizeof.register(Delta, lambda delta: delta.nbytes)
 
 
@@ -104,10 +110,10 @@ class LinmemPlugin(distributed.WorkerPlugin):
 
 
 def setup(client: distributed.Client) -> None:
-    """Register the serialisers of images and deltas in every worker of the client's cluster, also in later ones.
+    """Register the serialisers in every worker of the client's cluster, also in later ones.
 
-    A worker that has not imported this module cannot read images and deltas that another worker sends. A cluster whose
-    workers are started with ``--preload linmem.dask`` needs no setup.
+    A worker that has not imported this module cannot read images, deltas and snapshots that another worker sends. A
+    cluster whose workers are started with ``--preload linmem.dask`` needs no setup.
     """
     if not isinstance(client, distributed.Client):
         raise TypeError(f"client must be a distributed.Client, got {type(client).__name__}")

@@ -81,7 +81,7 @@ class OwnedError(RuntimeError):
 
 
 class FileFormatError(ValueError):
-    """The file is not an image or a delta of linmem, is damaged, or contradicts itself.
+    """The file is not an image, a delta or a snapshot of linmem, is damaged, or contradicts itself.
 
     Attributes
     ----------

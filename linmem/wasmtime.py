@@ -24,8 +24,9 @@ from linmem._core.arguments import check_flag
 from linmem._core.memory import Memory, NativeCreator
 from linmem._core.pool import PoolingCreator
 from linmem._os import pages as _pages
+from linmem._wasm.instance_state import behind
 from linmem._wasm.prepared import NOT_OURS, Prepared, prepare, wasmtime_version
-from linmem._wasm.snapshot import Snapshot, behind, check_store, check_type
+from linmem._wasm.snapshot import Snapshot, check_store, check_type
 from linmem.abc import MemoryCreator
 from linmem.creators import as_native
 
@@ -188,6 +189,11 @@ def _bind() -> None:
     if missing:
         raise RuntimeError(f"wasmtime {wasmtime_version()} has no host memory creators: {', '.join(missing)} missing")
     _bridge.bind(*map(_address, (*_NEEDED, "wasmtime_memorytype_page_size")))
+    _bridge.bind_instances(
+        _address("wasmtime_instance_export_get"), _address("wasmtime_memory_grow"),
+        _address("wasmtime_sharedmemory_grow"), _address("wasmtime_sharedmemory_delete"),
+        _address("wasmtime_global_set"), extern_size=ctypes.sizeof(ffi.wasmtime_extern_t),
+        extern_of=ffi.wasmtime_extern_t.of.offset, value_size=ctypes.sizeof(ffi.wasmtime_val_t))
 
 
 def _address(name: str) -> int:

@@ -48,6 +48,29 @@ def test_images_and_deltas_come_back_from_their_frames(image, delta):
     assert after["bytes_sent"] - before["bytes_sent"] == after["bytes_received"] - before["bytes_received"]
 
 
+def test_a_snapshot_comes_back_from_its_frames(image):
+    from dask.sizeof import sizeof
+    from dask.tokenize import tokenize
+    from distributed.protocol import deserialize, serialize
+    from test_snapshot_files import Kept
+
+    import linmem.dask
+    from linmem._wasm.state import MemoryState, State
+
+    before = linmem.dask.traffic()
+    one, other = (Kept(State("ab" * 32, (MemoryState(0, size, image),), (), ())) for size in (image.size, 1 << 30))
+    header, frames = serialize(one)
+    assert header["serializer"] == "dask"
+    back = deserialize(header, [bytearray(frame) for frame in frames])
+    assert back.state == one.state
+    after = linmem.dask.traffic()
+    assert [after[f"snapshots_{way}"] - before[f"snapshots_{way}"] for way in ("sent", "received")] == [1, 1]
+    assert 16 * PAGE < after["bytes_sent"] - before["bytes_sent"] == after["bytes_received"] - before["bytes_received"]
+    assert sizeof(one) == 16 * PAGE
+    tokens = [tokenize(thing, ensure_deterministic=True) for thing in (one, back, other)]
+    assert tokens[0] == tokens[1] != tokens[2]
+
+
 def test_the_frames_are_the_images_own_pages(image):
     import numpy
     from distributed.protocol import serialize
@@ -206,7 +229,8 @@ def main():
         client.run(count_writes)
         client.run(compile_once)
         before = everywhere(client)
-        found["primes"], image = dask_wasm.run(client, PARTITIONS)
+        found["primes"], snapshot = dask_wasm.run(client, PARTITIONS)
+        image = snapshot.memories["memory"]
         found["travelled"] = everywhere(client) - before
         found["drops_copies"] = client.amm.running()
         found["size"], found["stored"] = image.size, image.info().stored
@@ -261,11 +285,11 @@ def test_the_example_counts_the_primes(found):
 
 
 @cluster
-def test_an_image_crosses_once_to_each_worker_and_not_for_each_task(found):
-    assert [each["images_received"] for each in found["traffic"]] == [1, 1]
+def test_a_snapshot_crosses_once_to_each_worker_and_not_for_each_task(found):
+    assert [each["snapshots_received"] for each in found["traffic"]] == [1, 1]
     assert found["drops_copies"] is False       # on a busy machine, a dropped copy could make the first figure 2
-    # The bytes that all connections wrote: the image twice, the messages about 32 tasks, and the numbers (4 MiB in all)
-    # that workers took from each other to share the work. An image for each task would be 32 MiB.
+    # The bytes that all connections wrote: the snapshot twice, the messages about 32 tasks, and the numbers (4 MiB in all)
+    # that workers took from each other to share the work. A snapshot for each task would be 32 MiB.
     assert found["stored"] == 1 << 20
     assert 2 * found["stored"] <= found["travelled"] < 2 * found["stored"] + (4 << 20) + (1 << 20)
 
@@ -310,7 +334,7 @@ def test_a_task_of_the_example_works_when_threads_make_several_engines():
         sys.path.insert(0, EXAMPLES)
         import dask_wasm, numpy
         dask_wasm.prepared = dask_wasm.prepared.__wrapped__         # each call makes an engine
-        print(dask_wasm.count_primes(numpy.arange(1024), *dask_wasm.initialised()))
+        print(dask_wasm.count_primes(numpy.arange(1024), dask_wasm.initialised()))
         """.replace("EXAMPLES", repr(str(ROOT / "examples")))) == "[172]"
 
 

@@ -48,6 +48,8 @@ from linmem import Image
 from linmem._core import pool as _pool
 from linmem._core.memory import NativeCreator
 from linmem._core.process_handles import Handle
+from linmem._wasm.snapshot_file import SnapshotHandle, StoredSnapshot
+from linmem._wasm.state import MemoryState, State
 from linmem._os import pages
 
 # Two error codes: out of memory, and another code, because no result may depend on the code.
@@ -803,6 +805,33 @@ def image_wasm_rows(kind):
         assert scene.exports["count"].value(scene.store) == 7
         assert scene.load(scene.store, 16) == ord("h")
 
+    def travelling(make):
+        scene = prepared(make)
+        store = wasmtime.Store(scene.engine)
+        instance = scene.prepared.instantiate(store)
+        exports = instance.exports(store)
+        exports["grow"](store, 2)
+        exports["store"](store, 3 * WASM_PAGE - 1, 9)
+        exports["count"].set_value(store, 8)
+        scene.snapshot = linmem.wasmtime.Snapshot.take(store, instance)
+        store.close()
+        return scene
+
+    def start(scene):
+        store = wasmtime.Store(scene.engine)
+        scene.others.append(store)
+        return store, scene.prepared.instantiate(store, start=scene.snapshot).exports(store)
+
+    def check_started(scene, made):
+        store, exports = made
+        assert (exports["count"].value(store), exports["size"](store)) == (8, 3)
+        assert [exports["load"](store, at) for at in (16, 21, 3 * WASM_PAGE - 1)] == [ord("h"), 0, 9]
+        assert exports["grow"](store, 5) == 3
+        assert exports["load"](store, 8 * WASM_PAGE - 1) == 0
+        assert traps(exports["load"], store, 8 * WASM_PAGE)
+        for one in scene.others:
+            one.close()
+
     def new_memory(scene, shared=False):
         store = wasmtime.Store(scene.engine)
         scene.others.append(store)
@@ -831,6 +860,8 @@ def image_wasm_rows(kind):
            check_prepared, "reserve commit", error=error)
         of(f"Prepared.instantiate: {name}", "Prepared.instantiate", functools.partial(prepared, make),
            instantiate_prepared, check_instance, "reserve commit image_map", error=error)
+        of(f"Prepared.instantiate with start: {name}", "Prepared.instantiate", functools.partial(travelling, make),
+           start, check_started, "reserve commit image_map", error=error)
         of(f"Snapshot.take: {name}", "Snapshot.take", functools.partial(running, make, True), snapshot_of,
            check_snapshot, "image_begin image_write image_end")
         of(f"Snapshot.restore: {name}", "Snapshot.restore", functools.partial(spoilt, make),
@@ -860,7 +891,17 @@ def descriptor_rows():
         handle = scene.img.handle()
         return handle._rebuild(Duplicate(scene.img.fileno()), *handle._parts_of(scene.img))
 
+    def a_snapshot():
+        img = Image.from_bytes(DATA, 3 * PAGE)
+        states = MemoryState(0, 3 * PAGE + len(DATA), img), MemoryState(1, 9 * PAGE, img)
+        state = State("ab" * 32, states, (), (), (((3 * PAGE, PAGE),), ()))
+        scene = Scene(path=os.path.join(FOLDER.name, "snapshot"), kept=state)
+        linmem.wasmtime.Snapshot._from_state(state).save(scene.path)
+        return scene
+
     check = holds(lambda scene, img: (img.offset, bytes(img)) == (3 * PAGE, DATA))
+    row("Snapshot.open", "StoredSnapshot.open", a_snapshot, lambda scene: linmem.wasmtime.Snapshot.open(scene.path),
+        holds(lambda scene, snapshot: snapshot._travels() == scene.kept), "image_open image_fetch")
     row("from_fd", "Image.from_fd", a_file, from_fd, check, "image_open")
     if not HAS_KERNEL32:
         row("a handle that arrives", "Handle.__reduce__", lambda: Scene(img=Image.from_bytes(DATA, 3 * PAGE)), arrive,
@@ -1181,7 +1222,13 @@ QUIET = {
         ("MmapCreator", "mmap"), ("LimitingCreator", "limit"), ("StatisticsCreator", "sums"),
         ("PythonCreator", "python"), ("PoolingCreator", "pool"), ("Prepared", "prepared"), ("Snapshot", "snapshot"))},
     **{f"{cls}.__reduce__": refuses(TypeError, lambda scene, name=name: pickle.dumps(getattr(scene, name)))
-       for cls, name in (("NativeCreator", "pool"), ("Prepared", "prepared"), ("Snapshot", "snapshot"))},
+       for cls, name in (("NativeCreator", "pool"), ("Prepared", "prepared"))},
+    "StoredSnapshot.save": lambda scene: scene.snapshot.save(scene.path + " snapshot"),
+    "StoredSnapshot.handle": lambda scene: scene.snapshot.handle(),
+    "StoredSnapshot": lambda scene: StoredSnapshot(),
+    "SnapshotHandle": lambda scene: SnapshotHandle(scene.snapshot),
+    "StoredSnapshot.__reduce__": lambda scene: pickle.dumps(scene.snapshot),
+    "SnapshotHandle.__reduce__": lambda scene: scene.snapshot.handle().__reduce__(),
     "Snapshot": refuses(TypeError, lambda scene: linmem.wasmtime.Snapshot()),
     "linear_memory": lambda scene: linmem.wasmtime.linear_memory(scene.store, scene.exports["memory"]),
     # Plain Python: the traits, and classes for results.
@@ -1208,7 +1255,7 @@ OF_PYTHON = {"__dict__", "__weakref__", "__new__", "__init__", "__setstate__", "
 def public_names():
     """The public names that can be called or are computed on access."""
     things = [getattr(room, name) for room in (linmem, linmem.wasmtime) for name in room.__all__]
-    for thing in [*things, NativeCreator, Handle]:
+    for thing in [*things, NativeCreator, Handle, StoredSnapshot, SnapshotHandle]:
         if inspect.ismodule(thing) or (inspect.isclass(thing) and issubclass(thing, BaseException)):
             continue
         yield thing.__name__

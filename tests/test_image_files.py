@@ -28,6 +28,8 @@ from support import ROOT, answer, mappings, requires, smaps
 import linmem
 from linmem import Delta, FileFormatError, Image
 from linmem._files import sparse as sparse_file
+from linmem._wasm.snapshot_file import open_state, save_state
+from linmem._wasm.state import GlobalState, MemoryState, Reference, State, TableState
 
 PAGE, GROUP = 4096, 65536
 MOST_ZEROED = 64 << 30
@@ -193,8 +195,9 @@ def test_a_file_can_be_named_in_any_way_that_python_knows(tmp_path, image, delta
 def test_the_header_is_the_one_that_the_page_describes(saved, image):
     page = (ROOT / "docs" / "file-format.md").read_text("utf-8")
     rows = re.findall(r"^\| (\d+) \| (\d+) \| `?(\w+)`? \|", page, flags=re.M)
-    header, entry = rows[:rows.index(("0", "8", "group"))], rows[rows.index(("0", "8", "group")):]
-    for table, size in ((header, HEADER), (entry, 16)):
+    first, last = rows.index(("0", "8", "group")), rows.index(("0", "4", "version"))
+    header = rows[:first]
+    for table, size in ((header, HEADER), (rows[first:last], 16), (rows[last:last + 8], 32)):
         ends = [int(at) + int(n) for at, n, _ in table]
         assert [int(at) for at, _, _ in table] == [0, *ends[:-1]]
         assert ends[-1] == size
@@ -313,9 +316,15 @@ def test_the_modules_for_files_are_not_imported_before_a_file_is_named():
 SAVES = """
 import os, signal, sys, traceback
 import linmem
-path = sys.argv[1]
-old = linmem.Image.open(path, map=False)
+from linmem._wasm.snapshot_file import save_state
+from linmem._wasm.state import MemoryState, State
+path, kind = sys.argv[1:]
 new = linmem.Image.from_bytes(bytes(70000) + b"new" * 100000)
+if kind == "snapshot":
+    state = State("ab" * 32, (MemoryState(0, new.size, new),), (), ())
+    save = lambda: save_state(state, path)
+else:
+    save = lambda: new.save(path)
 
 def dies_at(function, taken=[0]):
     def step(*args, **named):
@@ -348,7 +357,7 @@ for steps in sys.stdin:
             atomic_file.open = lambda *args, **named: File(builtins.open(*args, **named))
             for name in ("open", "fsync", "replace", "close", "fchmod"):
                 setattr(os, name, dies_at(getattr(os, name)))
-            new.save(path)
+            save()
             status = 0
         except BaseException:
             traceback.print_exc()
@@ -359,23 +368,35 @@ for steps in sys.stdin:
 
 
 @requires("fork")
-def test_a_process_killed_at_any_step_leaves_the_old_file_or_the_new_one(tmp_path):
+@pytest.mark.parametrize("kind", ["image", "snapshot"])
+def test_a_process_killed_at_any_step_leaves_the_old_file_or_the_new_one(tmp_path, kind):
     path = tmp_path / "image"
     old = sparse(4 * GROUP, [0, GROUP])
     new = Image.from_bytes(bytes(70000) + b"new" * 100000)
-    old.save(path)
+
+    def read():
+        return Image.open(path, verify=True) if kind == "image" else open_state(path, verify=True).memories[0].image
+
+    def save(image):
+        if kind == "image":
+            image.save(path)
+        else:
+            save_state(State("ab" * 32, (MemoryState(0, image.size, image),), (), ()), path)
+
+    save(old)
     seen, most = [], 0
-    with subprocess.Popen([sys.executable, "-c", SAVES, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                          env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}) as saves:
+    with subprocess.Popen([sys.executable, "-c", SAVES, path, kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                          text=True) as saves:
         for step in itertools.count(1):
-            old.save(path)
+            save(old)
             left = [name for name in os.listdir(tmp_path) if name != "image"]
             assert left == []
             print(step, file=saves.stdin, flush=True)
             ended = saves.stdout.readline().strip()
             most = max(most, len(os.listdir(tmp_path)) - 1)
             assert all(re.fullmatch(r"\.linmem-[0-9a-f]{16}\.tmp|image", name) for name in os.listdir(tmp_path))
-            found = Image.open(path, verify=True)
+            found = read()
             assert found in (old, new)
             seen.append(found == new)
             if ended == "0":
@@ -544,7 +565,7 @@ def test_a_larger_image_than_asked_for_is_refused(saved, delta, image):
 
 
 LIES = {
-    "kind": (10, "<H", 3), "header_size": (12, "<I", 225), "group_size": (16, "<I", 1 << 31),
+    "kind": (10, "<H", 4), "header_size": (12, "<I", 225), "group_size": (16, "<I", 1 << 31),
     "page_size": (20, "<I", 0), "size": (24, "<Q", (1 << 56) + 1), "offset": (32, "<Q", 1 << 63),
     "base_size": (40, "<Q", 1), "data_offset": (48, "<Q", 2 * GROUP), "data_size": (56, "<Q", 1 << 62),
     "table_offset": (64, "<Q", 1 << 40), "count": (72, "<Q", 1 << 60), "layout": (80, "<I", 0),
@@ -844,7 +865,7 @@ def test_a_packed_file_that_claims_a_huge_size_is_refused_without_the_memory(tmp
     assert refused(path, max_size=1 << 30).field == "size"
 
 
-MUTATIONS = 4_000       # for each of three files
+MUTATIONS = 4_000       # for each of five files
 
 
 def mutate(rnd, data):
@@ -883,7 +904,7 @@ def overwrite(path, data):
         file.truncate()
 
 
-@pytest.mark.parametrize("kind", ["image in place", "image packed", "delta"])
+@pytest.mark.parametrize("kind", ["image in place", "image packed", "delta", "snapshot in place", "snapshot packed"])
 def test_ten_thousand_mutations_cause_no_crash_no_large_cost_and_no_wrong_bytes(tmp_path, kind):
     path = tmp_path / "file"
     image = sparse(2 * GROUP + 100, [0, 2 * PAGE, GROUP, 2 * GROUP])
@@ -891,8 +912,14 @@ def test_ten_thousand_mutations_cause_no_crash_no_large_cost_and_no_wrong_bytes(
         mem[0] = 1
         mem[GROUP:GROUP + PAGE] = bytes(PAGE)
         delta = image.diff(mem.snapshot())
+    state = State("ab" * 32, (MemoryState(0, image.size, image), MemoryState(1, GROUP, Image.from_bytes(b"1" * 10))),
+                  (GlobalState(0, "i64", b"12345678"), GlobalState(3, "funcref", Reference("export", "f"))),
+                  (TableState(0, 7, ((6, Reference("element", segment=1, index=2)),)),), (((0, PAGE),), ()))
+    make = Delta.open if kind == "delta" else open_state if kind.startswith("snapshot") else Image.open
     if kind == "delta":
         delta.save(path)
+    elif kind.startswith("snapshot"):
+        save_state(state, path, packed=kind.endswith("packed"))
     else:
         image.save(path, packed=kind.endswith("packed"))
     data = path.read_bytes()
@@ -902,7 +929,11 @@ def test_ten_thousand_mutations_cause_no_crash_no_large_cost_and_no_wrong_bytes(
         harm = mutate(rnd, data)
         overwrite(path, harm)
         try:
-            if kind == "delta":
+            if kind.startswith("snapshot"):
+                found = open_state(path, verify=True, max_size=1 << 24)
+                # The module's digest is covered by the digest of the snapshot, and so is all of the description.
+                right = found == state
+            elif kind == "delta":
                 found = Delta.open(path, max_size=1 << 24)
                 # A delta has no digest of its own. If all checksums are renewed, the file is another valid delta.
                 right = blocks(found) == blocks(delta) or harm[:HEADER] != data[:HEADER]
@@ -921,7 +952,7 @@ def test_ten_thousand_mutations_cause_no_crash_no_large_cost_and_no_wrong_bytes(
         path.write_bytes(mutate(rnd, data))
         tracemalloc.start()
         try:
-            (Delta.open if kind == "delta" else Image.open)(path, max_size=1 << 24)
+            make(path, max_size=1 << 24)
         except FileFormatError:
             pass
         finally:

@@ -146,7 +146,8 @@ def test_an_open_offer_is_kept_alive_and_holds_its_images():
 
 @pytest.mark.parametrize(("wrong", "error"), [
     ([(1, b"x")], TypeError), ([(1, 5)], TypeError), (5, TypeError), ([5], TypeError), ([("1", None)], TypeError),
-    ([(-1, None)], OverflowError), ([(1 << 64, None)], OverflowError), ([(1, None, None)], ValueError)])
+    ([(-1, None)], OverflowError), ([(1 << 64, None)], OverflowError), ([(1, None, None)], TypeError),
+    ([(1, None, 1, 1)], ValueError)])
 def test_an_offer_of_something_else_is_refused(wrong, error):
     with pytest.raises(error):
         _bridge.Offer(wrong)

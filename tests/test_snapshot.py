@@ -352,22 +352,26 @@ def test_state_that_a_snapshot_does_not_hold_is_refused_or_named():
     instance = prepare(ENGINE, """(module (import "e" "m" (memory 1)) (import "e" "t" (table 1 funcref))
         (import "e" "g" (global i32)) (import "e" "h" (global (mut i32)))
         (memory (export "memory") 1) (table 1 funcref) (table (export "t") 2 funcref)
-        (data (i32.const 0) "active") (data "passive") (elem func) (elem func))""").instantiate(store, imports)
+        (data (i32.const 0) "active") (data "passive") (elem func $f) (elem func)
+        (func $f (data.drop 1) (elem.drop 0)))""").instantiate(store, imports)
     hidden = ("imported memory 0", "imported table 0", "imported mutable global 1")
     with pytest.raises(ValueError, match=f"does not export {', '.join(hidden)}, which would keep"):
         Snapshot.take(store, instance)
     snapshot = Snapshot.take(store, instance, partial=True)
-    assert snapshot.unseen == (
-        *hidden, "which of 1 passive data segments and 2 passive element segments were dropped")
+    assert snapshot.unseen == (*hidden, "which of 1 passive data segments were dropped",
+                               "which of 1 passive element segments were dropped")
     assert snapshot.tables == ("t",)
 
 
-@pytest.mark.parametrize(("data", "elements"), [(0, 1), (1, 0), (0, 2)])
-def test_passive_segments_of_either_kind_are_named(data, elements):
-    store, instance, _ = start(f"""(module (memory (export "memory") 1)
-        {'(data "passive")' * data} {'(elem func)' * elements})""")
-    assert Snapshot.take(store, instance).unseen == (
-        f"which of {data} passive data segments and {elements} passive element segments were dropped",)
+@pytest.mark.parametrize(("segments", "code", "unseen"), [
+    ('(data "passive") (elem func $f)', "(memory.init 0 (i32.const 0) (i32.const 0) (i32.const 1))", ()),
+    ('(data "passive") (elem func $f)', "(data.drop 0)", ("which of 1 passive data segments were dropped",)),
+    ('(data "passive") (elem func $f)', "(elem.drop 0)", ("which of 1 passive element segments were dropped",)),
+    ('(data "") (elem func)', "(data.drop 0) (elem.drop 0)", ()),
+    ('(data (i32.const 0) "active") (elem declare func $f)', "(data.drop 0) (elem.drop 0)", ())])
+def test_passive_segments_are_named_if_they_have_content_and_code_can_drop_them(segments, code, unseen):
+    store, instance, _ = start(f"""(module (memory (export "memory") 1) {segments} (func $f {code}))""")
+    assert Snapshot.take(store, instance).unseen == unseen
 
 
 IMPORTING = """(module (import "e" "m" (memory 1)) (import "e" "g" (global (mut i32)))
@@ -480,6 +484,8 @@ def test_tables_and_globals_of_objects_and_foreign_memories_are_refused_or_named
     instance = prepare(ENGINE, """(module (import "e" "m" (memory 1)) (export "m" (memory 0)) (memory (export "own") 1)
         (table (export "t") 2 externref) (global (export "g") (mut externref) (ref.null extern)))""").instantiate(
         store, [memory])
+    instance.exports(store)["g"].set_value(store, "an object")
+    instance.exports(store)["t"].set(store, 1, "an object")
     with pytest.raises(ValueError, match=r"memory 'm' is not linmem's, which a snapshot cannot hold: partial=True"):
         Snapshot.take(store, instance)
     snapshot = Snapshot.take(store, instance, partial=True)
@@ -513,11 +519,29 @@ def test_a_resized_table_is_reported_before_any_state_is_changed():
     assert exports["memory"].read(store, 8, 9) == bytes([101])
 
 
-@pytest.mark.parametrize("kind", ["extern", pytest.param("any", marks=needs_gc)])
-def test_a_mutable_reference_to_an_object_is_refused(kind):
-    store, instance, _ = start(f'(module (global (export "g") (mut {kind}ref) (ref.null {kind})))')
+@pytest.mark.parametrize(("kind", "value"), [("extern", "(local.get 0)"),
+                                             pytest.param("any", "(any.convert_extern (local.get 0))", marks=needs_gc),
+                                             pytest.param("any", "(ref.i31 (i32.const 5))", marks=needs_gc)])
+def test_a_mutable_reference_to_an_object_is_refused_and_a_null_reference_is_restored(kind, value):
+    store, instance, exports = start(f"""(module (global (export "g") (mut {kind}ref) (ref.null {kind}))
+        (table (export "t") 2 {kind}ref)
+        (func (export "set") (param externref) (global.set 0 {value}))
+        (func (export "put") (param externref) (table.set 0 (i32.const 1) {value}))
+        (func (export "null") (result i32)
+          (i32.and (ref.is_null (global.get 0)) (ref.is_null (table.get 0 (i32.const 1))))))""")
+    snapshot = Snapshot.take(store, instance)
+    assert (snapshot.globals, snapshot.tables, snapshot.unseen) == (("g",), ("t",), ())
+    exports["set"](store, "an object")
     with pytest.raises(ValueError, match="mutable global 'g' is a reference to an object"):
         Snapshot.take(store, instance)
+    snapshot.restore(store)
+    assert exports["null"](store) == 1
+    exports["put"](store, "an object")
+    with pytest.raises(ValueError, match="exported table 't' has references to objects"):
+        Snapshot.take(store, instance)
+    assert exports["null"](store) == 0
+    snapshot.restore(store)
+    assert exports["null"](store) == 1
 
 
 def test_a_memory_that_is_not_linmems_is_refused():

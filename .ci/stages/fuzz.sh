@@ -1,7 +1,7 @@
 # libFuzzer, with AddressSanitizer and UndefinedBehaviorSanitizer. With LINMEM_FUZZ_SEED=0, libFuzzer chooses a random
 # seed in each run.
 # The harnesses, each with the seconds that it runs. Each harness also runs the inputs of its corpus.
-harnesses="calls 20 files 10 modules 10 arithmetic 8 deltas 6 cache 5"
+harnesses="calls 20 files 10 modules 10 arithmetic 8 snapshots 8 deltas 6 cache 5"
 linker=${CC:-gcc}
 from_apt clang clang
 venv_over_base "$PWD/venv"

@@ -1,4 +1,4 @@
-"""Show files of images and deltas, check them, compare images, and apply deltas to images."""
+"""Show files of images, deltas and snapshots, check them, compare images, and apply deltas to images."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from linmem._commands.text import count, show_size
 from linmem._core.arguments import printable
 from linmem._core.memory import Image
 from linmem._files.delta import Delta
-from linmem._files.format import DELTA, NO_DIGEST, PACKED, PAGE
+from linmem._files.format import DELTA, KINDS, NO_DIGEST, PACKED, PAGE, SNAPSHOT
 from linmem._files.reader import open_file, read
+from linmem._wasm.snapshot_file import open_state, read_state
 from linmem.errors import FileFormatError
 
 EXIT_DIFFERS = 3
@@ -110,9 +111,19 @@ def info(args: argparse.Namespace) -> int:
             f" {figures['layout']}{zero}")
         on_disk = "" if figures["on_disk"] is None else f", of which {show_size(figures['on_disk'])} on the disk"
         say(f"  file      {show_size(figures['file_size'])}{on_disk}; version {figures['version']}")
-        if kind == "image":
+        if kind != "delta":
             say(f"  digest    {figures['digest']}")
-        else:
+        if kind == "snapshot":
+            say(f"  module    {figures['module']}")
+            parts = [f"memory {memory['index']} of {show_size(memory['size'])}" for memory in figures["memories"]]
+            say("  holds     " + ", ".join([*parts, count(figures["globals"], "mutable global"), *(
+                f"table {table['index']} of {count(table['size'], 'element')}, {table['changed']} changed"
+                for table in figures["tables"])]))
+            if figures["working_set"]:
+                say(f"  first     {show_size(figures['working_set'])}, the working set")
+            for text in figures["unseen"]:
+                say(f"  unseen    {text}")
+        if kind == "delta":
             say(f"  from      {show_size(figures['base_size'])}, digest {figures['base_digest']}")
             say(f"  to        {show_size(figures['size'])}, digest {figures['digest'] or 'unknown'}")
     return 0
@@ -121,12 +132,13 @@ def info(args: argparse.Namespace) -> int:
 def figures_of(path: str) -> dict[str, Any]:
     with about(path), open_file(path) as file:
         contents = read(file, path)
+        state = read_state(file, contents)[0] if contents.header.kind == SNAPSHOT else None
         blocks = getattr(os.fstat(file.fileno()), "st_blocks", None)
     header = contents.header
     is_delta = header.kind == DELTA
     figures = {
         "path": path,
-        "kind": "delta" if is_delta else "image",
+        "kind": KINDS[header.kind].split()[1],
         "version": header.version,
         "layout": "packed" if header.layout == PACKED else "in place",
         "size": header.size,
@@ -140,6 +152,16 @@ def figures_of(path: str) -> dict[str, Any]:
     if is_delta:
         zero_pages = sum((mentioned & ~stored).bit_count() for _, mentioned, stored, _ in contents.groups())
         figures |= {"zero_pages": zero_pages, "base_size": header.base_size, "base_digest": header.base_digest.hex()}
+    if state is not None:
+        figures |= {
+            "module": state.module,
+            "memories": [{"index": memory.index, "size": memory.size} for memory in state.memories],
+            "globals": len(state.globals),
+            "tables": [{"index": table.index, "size": table.size, "changed": len(table.changed)}
+                       for table in state.tables],
+            "working_set": sum(size for runs in state.working_set for _, size in runs),
+            "unseen": list(state.unseen),
+        }
     return figures
 
 
@@ -162,6 +184,8 @@ def why_wrong(path: str) -> str | None:
                 kind = read(file, path).header.kind
             if kind == DELTA:
                 Delta.open(path)
+            elif kind == SNAPSHOT:
+                open_state(path, verify=True)
             else:
                 Image.open(path, verify=True)
     except Refused as refusal:

@@ -1,10 +1,14 @@
-# The C interface of class Offer: images for the next memories that wasmtime asks for on a thread. Layer 4.
+# The C interface of the classes Offer and Writes: images for the next memories that wasmtime asks for on a thread, and
+# the state that is written into a new instance. Layer 4.
+
+from libc.stdint cimport uint64_t
 
 from linmem._core.memory cimport image
 
 
 cdef struct place:
-    size_t minimum              # of the memory, in bytes
+    size_t minimum              # of the memory, in bytes, as wasmtime asks for it
+    size_t size                 # that the memory gets, in bytes; >= minimum
     image* image                # NULL: the memory starts as zeros
 
 
@@ -15,3 +19,18 @@ cdef class Offer:
     # make() and take_back() without the GIL. The caller must hold a reference on the Offer.
     cdef bint begin(self) noexcept nogil
     cdef size_t end(self) noexcept nogil
+
+
+# A value of a global, or the growth of a memory, in an instance.
+cdef struct write:
+    const char* name            # of the export
+    size_t name_size
+    uint64_t delta              # wasm pages by which the memory grows; 0: a global is set
+    const void* value           # wasmtime_val_t*, of a global
+
+
+cdef class Writes:
+    cdef write* writes
+    cdef size_t n
+    cdef tuple given            # references
+    cdef size_t write_all(self, void* context, void* instance, void** error) noexcept nogil

@@ -16,17 +16,19 @@ from libc.stdlib cimport calloc, free
 from linmem._core.atomic cimport load, store
 from linmem._core.memory cimport (
     OWNER_LEFT, OWNER_WASMTIME, PROTECTION_NONE, UNCHOSEN, Image, NativeCreator, current_domain, deferred_decref,
-    domain as domain_t, domain_of, domain_release, fail, failure, failure_text, fork_lock, image, image_release,
+    domain as domain_t, domain_of, domain_release, fail, failure, failure_text, fork_lock, image_release,
     image_retain, lock, lock_memory, memory, memory_grow_to, memory_release, memory_retain, memory_spec,
     register_fork_lock, set_domain, unlock, wrap,
 )
-from linmem._core.units cimport E_PYTHON, E_UNSUPPORTED
+from linmem._core.units cimport E_MAXIMUM, E_PYTHON, E_UNSUPPORTED
 
 from linmem._core.arguments import given as _given
 
 ctypedef void wasmtime_error_t
 ctypedef void wasm_memorytype_t
 ctypedef void wasm_config_t
+ctypedef void wasmtime_context_t
+ctypedef void wasmtime_instance_t
 
 cdef struct wasmtime_linear_memory_t:
     void* env
@@ -48,6 +50,16 @@ cdef struct wasmtime_functions:
     unsigned char (*is_64)(const wasm_memorytype_t* ty) noexcept nogil
     unsigned char (*is_shared)(const wasm_memorytype_t* ty) noexcept nogil
     uint64_t (*page_size)(const wasm_memorytype_t* ty) noexcept nogil       # NULL in old releases
+    # bind_instances() fills the rest once. A wasmtime_extern_t has its kind at 0, and its handle at `extern_of`.
+    unsigned char (*export_get)(wasmtime_context_t* context, const wasmtime_instance_t* instance, const char* name,
+                                size_t name_size, void* extern) noexcept nogil
+    wasmtime_error_t* (*memory_grow)(wasmtime_context_t* context, const void* memory, uint64_t delta,
+                                     uint64_t* before) noexcept nogil
+    wasmtime_error_t* (*shared_grow)(void* memory, uint64_t delta, uint64_t* before) noexcept nogil
+    void (*shared_delete)(void* memory) noexcept nogil
+    wasmtime_error_t* (*global_set)(wasmtime_context_t* context, const void* handle, const void* value) noexcept nogil
+    size_t extern_of
+    size_t value_size
 
 cdef wasmtime_functions wasmtime
 
@@ -55,6 +67,10 @@ cdef wasmtime_functions wasmtime
 # -- the table of memories that wasmtime holds, by base address ------------------------------------
 
 cdef enum:
+    EXTERN_GLOBAL = 1           # kinds of a wasmtime_extern_t
+    EXTERN_MEMORY = 3
+    EXTERN_SHARED_MEMORY = 4    # its handle is a pointer, which the caller must delete
+    EXTERN_WORDS = 8            # of 8 bytes, that a wasmtime_extern_t has at most
     BUCKETS = 1 << 12
 
 cdef memory* table[BUCKETS]
@@ -86,7 +102,7 @@ cdef void update_table(memory* m, char* base) noexcept nogil:
     unlock(&table_lock.held)
 
 
-# -- images for the next memories that wasmtime asks for on this thread ------------------------------------
+# -- images and sizes of the next memories that wasmtime asks for on this thread ---------------------------
 
 cdef extern from *:
     """
@@ -102,19 +118,22 @@ cdef extern from *:
     queue* offered "linmem_of_thread"() noexcept nogil
 
 
-cdef image* next_image(size_t minimum) noexcept nogil:
-    """Returns a new reference on the image that the thread's Offer has for the next memory; NULL: no image.
+cdef void take_place(memory_spec* spec) noexcept nogil:
+    """Puts the size and the image that the thread's Offer has for the next memory into `spec`; the image is a new
+    reference.
 
     wasmtime also makes the GC heap of a store with this creator, before the memories of the first module that needs the
     heap. The minimum of a GC heap is 0. A memory with an image has another minimum, so a GC heap takes no image.
     """
     cdef queue* q = offered()
     cdef place* next = <place*>q.next
-    if q.next >= q.end or next.minimum != minimum:
-        return NULL
+    spec.image = NULL
+    if q.next >= q.end or next.minimum != spec.minimum:
+        return
     q.next = next + 1
     image_retain(next.image)
-    return next.image
+    spec.image = next.image
+    spec.minimum = next.size
 
 
 # -- callbacks -----------------------------------------------------------------------------------------
@@ -168,7 +187,8 @@ cdef void raise_later(object error, bint has_caller) noexcept:
 
 cdef uint8_t* get_memory(void* env, size_t* byte_size, size_t* byte_capacity) noexcept nogil:
     cdef memory* m = <memory*>env
-    byte_size[0] = <size_t>load(&m.size)        # memory_size() without the call into another module
+    # load(&m.size) is memory_size() without the call into another module.
+    byte_size[0] = m.reported if m.reported else <size_t>load(&m.size)
     byte_capacity[0] = m.capacity
     return <uint8_t*>m.base
 
@@ -179,7 +199,10 @@ cdef wasmtime_error_t* grow_memory(void* env, size_t new_size) noexcept nogil:
     cdef int code = memory_grow_to(m, new_size, &why)
     if m.base != m.registered:
         update_table(m, m.base)
-    return to_error(&why) if code else NULL
+    if code:
+        return to_error(&why)
+    m.reported = 0
+    return NULL
 
 
 cdef void finalize_memory(void* env) noexcept nogil:
@@ -201,11 +224,14 @@ cdef wasmtime_error_t* new_memory(void* env, const wasm_memorytype_t* ty, size_t
     spec.guard = guard
     spec.is_64 = wasmtime.is_64(ty)
     spec.is_shared = wasmtime.is_shared(ty)
-    spec.image = next_image(minimum)
+    take_place(&spec)
     spec.watched = False
     spec.may_move = True        # wasmtime itself checks memory_may_move of its Config
     spec.page_size = 65536 if wasmtime.page_size == NULL else wasmtime.page_size(ty)
-    code = (<NativeCreator>env).make(&spec, &m, &why)
+    if spec.minimum > maximum:
+        code = fail(&why, E_MAXIMUM, "new_memory", spec.minimum, 0, maximum)
+    else:
+        code = (<NativeCreator>env).make(&spec, &m, &why)
     image_release(spec.image)
     if code:
         return to_error(&why)
@@ -219,6 +245,7 @@ cdef wasmtime_error_t* new_memory(void* env, const wasm_memorytype_t* ty, size_t
                      " that it returned")
         else:
             store(&m.owner, OWNER_WASMTIME)
+            m.reported = minimum if spec.minimum > minimum else 0
         unlock(&m.lock)
     if code:
         memory_release(m)
@@ -244,6 +271,23 @@ def bind(size_t set_creator, size_t error_new, size_t is_64, size_t is_shared, s
     wasmtime.is_64 = <unsigned char (*)(const wasm_memorytype_t*) noexcept nogil>is_64
     wasmtime.is_shared = <unsigned char (*)(const wasm_memorytype_t*) noexcept nogil>is_shared
     wasmtime.page_size = <uint64_t (*)(const wasm_memorytype_t*) noexcept nogil>page_size
+
+
+def bind_instances(size_t export_get, size_t memory_grow, size_t shared_grow, size_t shared_delete, size_t global_set,
+                   size_t extern_size, size_t extern_of, size_t value_size):
+    """Store the addresses of the C functions that `Writes` calls, and the layout of a wasmtime_extern_t."""
+    if extern_size > EXTERN_WORDS * 8:
+        raise RuntimeError(f"a wasmtime_extern_t has {extern_size} bytes, and linmem has room for {EXTERN_WORDS * 8}")
+    wasmtime.export_get = <unsigned char (*)(wasmtime_context_t*, const wasmtime_instance_t*, const char*, size_t,
+                                             void*) noexcept nogil>export_get
+    wasmtime.memory_grow = <wasmtime_error_t* (*)(wasmtime_context_t*, const void*, uint64_t,
+                                                  uint64_t*) noexcept nogil>memory_grow
+    wasmtime.shared_grow = <wasmtime_error_t* (*)(void*, uint64_t, uint64_t*) noexcept nogil>shared_grow
+    wasmtime.shared_delete = <void (*)(void*) noexcept nogil>shared_delete
+    wasmtime.global_set = <wasmtime_error_t* (*)(wasmtime_context_t*, const void*,
+                                                 const void*) noexcept nogil>global_set
+    wasmtime.extern_of = extern_of
+    wasmtime.value_size = value_size
 
 
 def set_creator(size_t config, NativeCreator creator not None):
@@ -294,8 +338,9 @@ cdef class Offer:
 
     Parameters
     ----------
-    places : iterable of (int, Image or None)
-        The minimum in bytes and the image of each memory, in the order in which wasmtime asks for them.
+    places : iterable of (int, Image or None) or (int, Image or None, int)
+        The minimum in bytes, the image and the size (by default the minimum) of each memory, in the order in which
+        wasmtime asks for them. wasmtime is told the minimum until it grows the memory to the size.
     """
 
     def __cinit__(self, *args, **kwargs):
@@ -306,10 +351,12 @@ cdef class Offer:
         self.places = next = <place*>calloc(self.n + 1, sizeof(place))
         if next == NULL:
             raise MemoryError("no memory for an offer of images")
-        for minimum, img in self.images:
+        for given in self.images:
+            minimum, img, size = given if len(given) == 3 else (*given, given[0])
             if img is not None and not isinstance(img, Image):
                 raise TypeError(f"images must be Images or None, got {type(img).__name__}")
             next.minimum = minimum
+            next.size = size
             next.image = NULL if img is None else (<Image>img).img
             next += 1
 
@@ -359,3 +406,80 @@ cdef class Offer:
             next += 1
         q.next = q.end
         return left
+
+
+@cython.final
+cdef class Writes:
+    """Growths of memories and values of globals that a new instance gets. No wasm code runs.
+
+    Parameters
+    ----------
+    given : iterable of (bytes, int or bytes)
+        The name of an export, and the wasm pages by which the memory grows, or the wasmtime_val_t of the global.
+    """
+
+    def __cinit__(self, *args, **kwargs):
+        cdef write* next
+        cdef bytes name, value
+        given, = _given("Writes", ("given",), {}, args, kwargs)
+        self.given = tuple([(name, what) for name, what in given])
+        self.n = <size_t>len(self.given)
+        self.writes = next = <write*>calloc(self.n + 1, sizeof(write))
+        if next == NULL:
+            raise MemoryError("no memory for the state of an instance")
+        for name, what in self.given:
+            next.name = name
+            next.name_size = <size_t>len(name)
+            if isinstance(what, bytes):
+                value = what
+                if <size_t>len(value) != wasmtime.value_size:
+                    raise ValueError(f"a value must have {wasmtime.value_size} bytes, got {len(value)}")
+                next.value = <const char*>value
+            else:
+                next.delta = what
+            next += 1
+
+    def __dealloc__(self):
+        free(self.writes)
+
+    def __reduce__(self):
+        raise TypeError("Writes cannot be pickled or copied: they belong to the wasmtime of this process")
+
+    def apply(self, size_t context, size_t instance):
+        """Do all of it in the instance at the address `instance`, or stop at the first refusal.
+
+        Returns None; or the index of the refused write and the address of the wasmtime_error_t, which is the caller's
+        (0: the instance has no such export).
+        """
+        cdef wasmtime_error_t* error = NULL
+        cdef size_t i
+        if self.n == 0:
+            return None
+        with nogil:
+            i = self.write_all(<wasmtime_context_t*>context, <wasmtime_instance_t*>instance, &error)
+        return None if i == self.n else (i, <size_t>error)
+
+    cdef size_t write_all(self, void* context, void* instance, void** error) noexcept nogil:
+        cdef uint64_t[EXTERN_WORDS] found
+        cdef const char* handle = <const char*>found + wasmtime.extern_of
+        cdef uint64_t before
+        cdef write* next
+        cdef unsigned char kind
+        cdef size_t i
+        for i in range(self.n):
+            next = self.writes + i
+            if not wasmtime.export_get(context, instance, next.name, next.name_size, found):
+                return i
+            kind = (<unsigned char*>found)[0]
+            if next.value != NULL and kind == EXTERN_GLOBAL:
+                error[0] = wasmtime.global_set(context, handle, next.value)
+            elif next.value == NULL and kind == EXTERN_MEMORY:
+                error[0] = wasmtime.memory_grow(context, handle, next.delta, &before)
+            elif next.value == NULL and kind == EXTERN_SHARED_MEMORY:
+                error[0] = wasmtime.shared_grow((<void**>handle)[0], next.delta, &before)
+                wasmtime.shared_delete((<void**>handle)[0])
+            else:
+                return i
+            if error[0] != NULL:
+                return i
+        return self.n

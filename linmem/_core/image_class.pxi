@@ -378,15 +378,14 @@ cdef class Image:
         OSError, PageError
             The file cannot be read, or the OS has no room for the image.
         """
-        from linmem._files import image_file as _files
+        from linmem._files import format, reader
         check_flag(verify, "verify")
         check_flag(map, "map")
         if max_size is not None:
             max_size = _check_size(max_size, "max_size")
-        image_, contents = _files.open_image(Image, _check_path(path), verify=verify, mapped=map, max_size=max_size,
-                                             host_page=host_page())
-        (<Image>image_).known["contents"] = contents
-        return image_
+        path = _check_path(path)
+        with reader.open_file(path) as file:
+            return image_in_file(file, reader.read(file, path, format.IMAGE, max_size), verify, map)
 
     def verify(self):
         """Compare every byte with the checksums of the file that the image is a mapping of.
@@ -451,6 +450,36 @@ cdef object bytes_at(Image img, size_t offset, size_t size):
     """Bytes of the image's host pages at an offset of a memory. The caller keeps the image as long as it uses the
     result."""
     return PyMemoryView_FromMemory(bytes_from(img.img, offset), <Py_ssize_t>size, PyBUF_READ)
+
+
+def image_in_file(file, contents, verify, map):
+    """The image in an open file whose header and table were read; `contents` may be a part of the file."""
+    from linmem._files import image_file as _files
+    image_, known = _files.image_in(file, contents, Image, verify=verify, mapped=map, host_page=host_page())
+    (<Image>image_).known["contents"] = known
+    return image_
+
+
+def fetch_pages(Image image_ not None, runs):
+    """Have the OS read runs (offset, size) of a memory from the file that the image is a mapping of, in few calls.
+
+    The runs ascend. The holes of the file are not read, and the call does not wait. PageError if the OS refuses.
+    """
+    cdef image* img = image_.img
+    cdef size_t start, end, page = host_page()
+    cdef failure why
+    cdef int code
+    if img.content.kind != pages.IMAGE_FILE or img.content.handle == -1:     # the bytes are in physical memory
+        return
+    from linmem._files.sparse import parts_of_file
+    for start, end in parts_of_file(img.content.handle, img.content.position, img.offset,
+                                    img.offset + img.content.size, runs):
+        start = round_down(start, page)
+        round_up(end, page, &end)
+        with nogil:
+            code = pages.image_fetch(img.content.bytes + start, end - start)
+        if fail_page_call(&why, code, "image_fetch", end - start):
+            raise_failure(&why)
 
 
 def _unpickled(size, offset, places, *parts):

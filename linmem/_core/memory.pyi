@@ -1,10 +1,11 @@
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, SupportsIndex, final, overload
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NoReturn, SupportsIndex, final, overload
 
 from linmem._core.process_handles import Handle
 from linmem._files.delta import Delta
+from linmem._files.format import Contents
 from linmem.abc import LinearMemory, MemoryCreator
 from linmem.records import ImageInfo, MemoryInfo, MemoryType
 
@@ -21,6 +22,8 @@ class NativeCreator(MemoryCreator):  # registered with the trait
                guard: SupportsIndex | None = None, *, image: Image | None = None, may_move: bool = False,
                domain: str | None = None) -> Memory: ...
 
+def image_in_file(file: BinaryIO, contents: Contents, verify: bool, map: bool) -> Image: ...
+def fetch_pages(image_: Image, runs: Iterable[tuple[int, int]]) -> None: ...
 def restore_all(memories: list[Memory], images: list[Image]) -> None: ...
 def shows_protected(data: Buffer) -> bool: ...
 

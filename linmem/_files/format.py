@@ -1,6 +1,6 @@
-"""The format of saved images and deltas: the header and its rules, the table, the constants. See docs/file-format.md.
+"""The format of saved images, deltas and snapshots: the header and its rules, the table, the constants.
 
-::
+docs/file-format.md describes the format::
 
     0          224          data_offset                           table_offset           end of file
     +----------+------------+-------------------------------------+----------------------+
@@ -26,8 +26,8 @@ from linmem.errors import FileFormatError
 MAGIC = b"\x89LINMEM\n"     # a byte that no text contains, and a line end that a transfer as text would change
 VERSION = 2                 # from version 2 on, packed data begin where the header ends; a delta has target_offset
 VERSIONS = (1, 2)           # the versions that this code reads
-IMAGE, DELTA = 1, 2
-KINDS = {IMAGE: "an image", DELTA: "a delta"}
+IMAGE, DELTA, SNAPSHOT = 1, 2, 3
+KINDS = {IMAGE: "an image", DELTA: "a delta", SNAPSHOT: "a snapshot"}
 IN_PLACE, PACKED = 1, 2
 PAGE = 4096
 GROUP = 65536               # no host has larger pages or maps files in larger units
@@ -46,7 +46,11 @@ Run = tuple[int, int, "memoryview | None"]
 
 
 class Header(NamedTuple):
-    """The fields of a header, in their order in the file."""
+    """The fields of a header, in their order in the file.
+
+    The content of a snapshot is one range of groups that begins at 0: first its description of `base_size` bytes, then
+    the groups of each memory's image. See `_wasm/snapshot_file.py`.
+    """
 
     magic: bytes = MAGIC
     version: int = VERSION
@@ -77,7 +81,8 @@ class Header(NamedTuple):
         """
         head = file.read(HEADER.size)
         if head[:8] != MAGIC:
-            raise FileFormatError(path, "magic", head[:8], f"{MAGIC!r}: the file is not an image or a delta of linmem")
+            raise FileFormatError(path, "magic", head[:8],
+                                  f"{MAGIC!r}: the file is not an image, a delta or a snapshot of linmem")
         if len(head) >= 10 and (version := int.from_bytes(head[8:10], "little")) not in VERSIONS:
             raise FileFormatError(path, "version", version, f"{' or '.join(map(str, VERSIONS))}, which is all that this"
                                   " linmem reads")
@@ -100,22 +105,25 @@ class Header(NamedTuple):
             if getattr(self, name) > bound:
                 raise FileFormatError(path, name, getattr(self, name), f"at most {bound}{why}")
 
-        must_be("kind", IMAGE, DELTA)
+        is_image, is_delta = self.kind == IMAGE, self.kind == DELTA
+        must_be("kind", IMAGE, DELTA, *(SNAPSHOT,) * (self.version > 1))
         if kind is not None and self.kind != kind:
             raise FileFormatError(path, "kind", f"{self.kind} ({KINDS[self.kind]})", f"{kind} ({KINDS[kind]})")
         must_be("header_size", HEADER.size)
         must_be("group_size", GROUP)
         must_be("page_size", PAGE)
-        must_be("layout", *((IN_PLACE, PACKED) if self.is_image else (PACKED,)))
+        must_be("layout", *((PACKED,) if is_delta else (IN_PLACE, PACKED)))
         if self.reserved or (self.version == 1 and self.target_offset):
             raise FileFormatError(path, "reserved", "set", "0")
         at_most("size", MAX_SIZE)
         if max_size is not None:
             at_most("size", max_size, ", which is the max_size that was asked for")
-        at_most("offset", MAX_SIZE if self.is_image else 0)
-        at_most("base_size", 0 if self.is_image else MAX_SIZE)
-        at_most("target_offset", 0 if self.is_image else self.size)
-        if self.is_image and self.base_digest != NO_DIGEST:
+        if self.kind == SNAPSHOT and self.size % GROUP:
+            raise FileFormatError(path, "size", self.size, f"a multiple of {GROUP} in a snapshot")
+        at_most("offset", MAX_SIZE if is_image else 0)
+        at_most("base_size", {IMAGE: 0, DELTA: MAX_SIZE, SNAPSHOT: self.size}[self.kind])
+        at_most("target_offset", self.size if is_delta else 0)
+        if is_image and self.base_digest != NO_DIGEST:
             raise FileFormatError(path, "base_digest", "set", "zero in an image")
         first, last = self.span()
         must_be("data_offset", self.data_begin())
@@ -128,10 +136,6 @@ class Header(NamedTuple):
         end = self.table_offset + self.count * ENTRY.size
         if file_size != end:
             raise FileFormatError(path, "file size", file_size, f"{end}, where the table ends")
-
-    @property
-    def is_image(self) -> bool:
-        return self.kind == IMAGE
 
     def packed(self) -> bytes:
         """The bytes of the header, with their digest at the end."""
@@ -147,18 +151,33 @@ class Header(NamedTuple):
         first = self.offset - self.offset % GROUP
         return first, round_up(self.offset + self.size, GROUP) if self.size else first
 
+    def edges(self) -> dict[int, int]:
+        """For the first and the last group: a mask of the pages that hold some of the content."""
+        first, last = (edge // GROUP for edge in self.span())
+        masks = {first: (0xFFFF << self.offset % GROUP // PAGE) & 0xFFFF}
+        end = (round_up(self.offset + self.size, PAGE) - (last - 1) * GROUP) // PAGE
+        masks[last - 1] = masks.get(last - 1, 0xFFFF) & (1 << end) - 1
+        return masks
+
     def position(self, start: int) -> int:
         """The place of a byte in the file, if the layout is IN_PLACE."""
         return self.data_offset + start - self.span()[0]
 
 
 class Contents(NamedTuple):
-    """A file whose header and table were found to be valid."""
+    """A file whose header and table were found to be valid; or a part of it that holds an image.
+
+    `part` is the empty string, or " of ..." with the name of the part.
+    """
 
     path: str
     file_size: int
     header: Header
     table: bytes
+    part: str = ""
+
+    def refusal(self, field: str, value: object, bound: object) -> FileFormatError:
+        return FileFormatError(self.path, field + self.part, value, bound)
 
     def groups(self) -> Iterator[tuple[int, int, int, int]]:
         """The entries of the table: group, pages mentioned, pages stored, CRC of the pages stored."""
@@ -188,12 +207,16 @@ def bit_runs(mask: int) -> tuple[tuple[int, int], ...]:
     return tuple((run.start(), len(run[0])) for run in re.finditer("1+", f"{mask:b}"[::-1]))
 
 
-def joined(runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The same runs; runs that touch each other are one run."""
+def joined(runs: Iterable[tuple[int, int]], gap: int = 0) -> list[tuple[int, int]]:
+    """The same runs; runs that touch each other, or have at most `gap` bytes between them, are one run."""
     found: list[tuple[int, int]] = []
+    begin = end = -1            # -1: there is no run yet
     for start, size in runs:
-        if found and sum(found[-1]) == start:
-            found[-1] = (found[-1][0], found[-1][1] + size)
-        else:
-            found.append((start, size))
+        if end < 0 or not 0 <= start - end <= gap:
+            if end >= 0:
+                found.append((begin, end - begin))
+            begin = start
+        end = start + size
+    if end >= 0:
+        found.append((begin, end - begin))
     return found

@@ -8,10 +8,9 @@ from typing import Any, BinaryIO
 
 from linmem._core.process_handles import own_runs
 from linmem._files.format import IMAGE, IN_PLACE, PACKED, Contents, Header, Run
-from linmem._files.reader import check_holes, check_view, fill, not_mentioned, open_file, pieces, read
+from linmem._files.reader import check_holes, check_view, fill, not_mentioned, pieces
 from linmem._files.sparse import NotZero, holes_are_known
 from linmem._files.writer import write, write_to
-from linmem.errors import FileFormatError
 
 
 def save_image(image: Any, path: str | bytes | os.PathLike[str], *, packed: bool) -> None:
@@ -28,9 +27,9 @@ def _header_and_runs(image: Any, layout: int) -> tuple[Header, Callable[[], Iter
             lambda: ((start, len(data), data) for start, data in own_runs(image, view)))
 
 
-def open_image(make: Any, path: str | bytes | os.PathLike[str], *, verify: bool, mapped: bool,
-               max_size: int | None, host_page: int) -> tuple[Any, Contents | None]:
-    """Open an image; `make` is the class `Image`.
+def image_in(file: BinaryIO, contents: Contents, make: Any, *, verify: bool, mapped: bool,
+             host_page: int) -> tuple[Any, Contents | None]:
+    """The image that a file, or a part of a file, holds; `make` is the class `Image`.
 
     Returns
     -------
@@ -38,29 +37,27 @@ def open_image(make: Any, path: str | bytes | os.PathLike[str], *, verify: bool,
     contents : Contents or None
         The argument for `verify_image` if the pages of the image are a mapping of the file, else None.
     """
-    with open_file(path) as file:
-        contents = read(file, path, IMAGE, max_size)
-        header = contents.header
-        if header.layout == IN_PLACE and mapped and header.size and holes_are_known(file):
-            try:
-                image = make.from_fd(file.fileno(), header.size, header.offset, runs=contents.stored_runs(),
-                                     position=header.position(header.offset - header.offset % host_page))
-            except NotZero as error:
-                raise not_mentioned(contents, error) from None
-            if verify:
-                verify_image(image, contents)
-            return image, contents
-        found = ((start, data) for start, _, data in pieces(file, contents) if data is not None)
-        image = make.from_pieces(found, header.size, header.offset)
-
-        def bytes_at(start: int, size: int) -> memoryview:
-            file.seek(header.position(start))
-            return fill(file, bytearray(size), contents.path)
-
+    header = contents.header
+    if header.layout == IN_PLACE and mapped and header.size and holes_are_known(file):
+        try:
+            image = make.from_fd(file.fileno(), header.size, header.offset, runs=contents.stored_runs(),
+                                 position=header.position(header.offset - header.offset % host_page))
+        except NotZero as error:
+            raise not_mentioned(contents, error) from None
         if verify:
-            if header.layout == IN_PLACE:
-                check_holes(contents, file.fileno(), bytes_at)
-            _check_digest(image, contents)
+            verify_image(image, contents)
+        return image, contents
+    found = ((start, data) for start, _, data in pieces(file, contents) if data is not None)
+    image = make.from_pieces(found, header.size, header.offset)
+
+    def bytes_at(start: int, size: int) -> memoryview:
+        file.seek(header.position(start))
+        return fill(file, bytearray(size), contents.path)
+
+    if verify:
+        if header.layout == IN_PLACE:
+            check_holes(contents, file.fileno(), bytes_at)
+        _check_digest(image, contents)
     return image, None
 
 
@@ -76,4 +73,4 @@ def verify_image(image: Any, contents: Contents) -> None:
 def _check_digest(image: Any, contents: Contents) -> None:
     expected = contents.header.digest.hex()
     if image.digest != expected:
-        raise FileFormatError(contents.path, "digest", expected, f"{image.digest}, that of the content")
+        raise contents.refusal("digest", expected, f"{image.digest}, that of the content")

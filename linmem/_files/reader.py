@@ -1,18 +1,20 @@
-"""Reads and checks the files of images and deltas. A file may come from an attacker.
+"""Reads and checks the files of images, deltas and snapshots. A file may come from an attacker.
 
 Time and memory grow with the bytes that a file holds, not with the sizes that its header claims.
 """
 
 from __future__ import annotations
 
+import bisect
 import functools
 import os
 import stat
+import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO
 
-from linmem._files.format import ENTRY, GROUP, IN_PLACE, PAGE, ZEROS, Contents, Header, Run, bit_runs, blake2b, round_up
+from linmem._files.format import DELTA, ENTRY, GROUP, IN_PLACE, PAGE, ZEROS, Contents, Header, Run, bit_runs, blake2b
 from linmem._files.sparse import NotZero, check_gaps
 from linmem.errors import FileFormatError
 
@@ -21,7 +23,8 @@ TABLE_STEP = 4096 * ENTRY.size
 
 def open_file(path: str | bytes | os.PathLike[str]) -> BinaryIO:
     """Open for reading. If the path names a pipe, do not wait for a writer."""
-    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+    # Without a buffer: a search for holes moves the position of the descriptor, and a buffer would not know.
+    return open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
 
 
 def read(file: BinaryIO, path: str | bytes | os.PathLike[str], kind: int | None = None,
@@ -36,36 +39,40 @@ def read(file: BinaryIO, path: str | bytes | os.PathLike[str], kind: int | None 
         raise FileFormatError(name, "file", "not a regular file", "a regular file")
     header = Header.read(file, name)
     header.check(name, status.st_size, kind, max_size)
-    if header.layout == IN_PLACE:
-        _check_ends(file, name, header)
+    contents = Contents(name, status.st_size, header, b"")
+    check_ends(file, contents)
     file.seek(header.table_offset)
-    contents = Contents(name, status.st_size, header, _read_table(file, name, header))
+    contents = contents._replace(table=_read_table(file, name, header))
     if header.layout != IN_PLACE and contents.stored != header.data_size:
         raise FileFormatError(name, "data_size", header.data_size,
                               f"{contents.stored}, the pages that the table counts")
     return contents
 
 
-def _check_ends(file: BinaryIO, path: str, header: Header) -> None:
-    # The bytes before and after the content must be zero, because a memory that maps the file may show them,
-    # immediately or after a growth.
+def check_ends(file: BinaryIO, contents: Contents) -> None:
+    """Check that the bytes around the content of an IN_PLACE file are zero, to whole groups.
+
+    A memory that maps the file may show these bytes, immediately or after a growth.
+    """
+    header = contents.header
+    if header.layout != IN_PLACE:
+        return
     first, last = header.span()
     end = header.offset + header.size
     for start, size in ((first, header.offset - first), (end, last - end)):
         file.seek(header.position(start))
         if header.size and file.read(size).strip(b"\0"):
-            raise _padding(path)
+            raise _padding(contents)
 
 
 def _read_table(file: BinaryIO, path: str, header: Header) -> bytes:
     refusal = functools.partial(FileFormatError, path)
     table = bytearray()
     digest = blake2b()
-    is_image, size = header.is_image, header.count * ENTRY.size
+    is_delta, size = header.kind == DELTA, header.count * ENTRY.size
     first, last = (edge // GROUP for edge in header.span())
     # The masks of the pages with content in the first and in the last group.
-    first_mask = 0xFFFF << header.offset % GROUP // PAGE
-    last_mask = (1 << (round_up(header.offset + header.size, PAGE) - (last - 1) * GROUP) // PAGE) - 1
+    edges = header.edges()
     previous = first - 1
     while len(table) < size:
         # The table is read in steps, so that a table that is one large hole is refused after the first step.
@@ -75,12 +82,12 @@ def _read_table(file: BinaryIO, path: str, header: Header) -> bytes:
         for i, (number, mentioned, stored, crc) in enumerate(ENTRY.iter_unpack(step), len(table) // ENTRY.size):
             if not previous < number < last:
                 raise refusal(f"table[{i}].group", number, f"more than {previous} and below {last}")
-            allowed = (first_mask if number == first else 0xFFFF) & (last_mask if number == last - 1 else 0xFFFF)
+            allowed = edges.get(number, 0xFFFF)
             if not mentioned or mentioned & ~allowed:
                 raise refusal(f"table[{i}].mentioned", f"{mentioned:#06x}", f"some bits of {allowed:#06x}")
-            if stored & ~mentioned or (is_image and stored != mentioned):
+            if stored & ~mentioned or (stored != mentioned and not is_delta):
                 raise refusal(f"table[{i}].stored", f"{stored:#06x}",
-                              f"{mentioned:#06x}" if is_image else f"within {mentioned:#06x}")
+                              f"within {mentioned:#06x}" if is_delta else f"{mentioned:#06x}")
             if not stored and crc:
                 raise refusal(f"table[{i}].crc", f"{crc:#010x}", "0, for no page")
             previous = number
@@ -91,24 +98,58 @@ def _read_table(file: BinaryIO, path: str, header: Header) -> bytes:
     return bytes(table)
 
 
-def _padding(path: str) -> FileFormatError:
-    return FileFormatError(path, "padding", "set", "zero before and after the content")
+def split(contents: Contents, parts: Iterable[tuple[str, int, int, bytes]]) -> Iterator[Contents]:
+    """The images of a snapshot, whose groups follow each other from the start of the content on.
+
+    The caller has checked that the content has these groups.
+
+    Parameters
+    ----------
+    parts : iterable of (str, int, int, bytes)
+        Name, offset, size and digest of each image.
+    """
+    whole = contents.header
+    words = struct.unpack(f"<{len(contents.table) // 8}Q", contents.table)      # two of each entry: group; the rest
+    groups, rest = words[::2], words[1::2]
+    at = packed = position = 0
+    for name, offset, size, digest in parts:
+        header = Header(version=whole.version, layout=whole.layout, size=size, offset=offset, digest=digest,
+                        data_offset=whole.data_offset + (position if whole.layout == IN_PLACE else packed))
+        first, end = header.span()
+        shift, edges, begin = (position - first) // GROUP, header.edges(), at
+        position += end - first
+        at = bisect.bisect_left(groups, position // GROUP, begin)
+        own = list(words[begin * 2:at * 2])
+        own[::2] = [group - shift for group in groups[begin:at]]
+        part = Contents(contents.path, contents.file_size, header, struct.pack(f"<{len(own)}Q", *own), f" of {name}")
+        for i in {begin, at - 1} if own else ():
+            mentioned, allowed = rest[i] & 0xFFFF, edges.get(groups[i] - shift, 0xFFFF)
+            if mentioned & ~allowed:
+                raise contents.refusal(f"table[{i}].mentioned", f"{mentioned:#06x}",
+                                       f"some bits of {allowed:#06x}, the pages of {name}")
+        if whole.layout != IN_PLACE:
+            packed += part.stored
+        yield part
 
 
-def _check_group(path: str, number: int, crc: int, runs: Iterable[memoryview]) -> None:
+def _padding(contents: Contents) -> FileFormatError:
+    return contents.refusal("padding", "set", "zero before and after the content")
+
+
+def _check_group(contents: Contents, number: int, crc: int, runs: Iterable[memoryview]) -> None:
     """Check the stored pages of one group: their CRC must be right, and each page must have a byte that is not zero."""
     found = 0
     for run in runs:
         found = zlib.crc32(run, found)
     if found != crc:
-        raise FileFormatError(path, f"crc of group {number} (bytes {number * GROUP} to {(number + 1) * GROUP - 1})",
-                              f"{found:#010x}", f"{crc:#010x}: the content is damaged")
+        raise contents.refusal(f"crc of group {number} (bytes {number * GROUP} to {(number + 1) * GROUP - 1})",
+                               f"{found:#010x}", f"{crc:#010x}: the content is damaged")
     # If pages of zeros could be stored, a sparse file without data could claim any amount of stored content.
     pages = (run[place:place + PAGE] for run in runs for place in range(0, len(run), PAGE))
     for nth, page in enumerate(pages):
         if page.tobytes() == ZEROS:
-            raise FileFormatError(path, f"page {nth} of those stored in group {number}", "all zero",
-                                  "something else: such a page is not stored")
+            raise contents.refusal(f"page {nth} of those stored in group {number}", "all zero",
+                                   "something else: such a page is not stored")
 
 
 def pieces(file: BinaryIO, contents: Contents) -> Iterator[Run]:
@@ -116,22 +157,22 @@ def pieces(file: BinaryIO, contents: Contents) -> Iterator[Run]:
 
     Each group is checked before its bytes are returned. The caller may keep the bytes.
     """
-    path, header = contents.path, contents.header
+    header = contents.header
     packed = header.data_offset
     for number, mentioned, stored, crc in contents.groups():
         runs: dict[int, memoryview] = {}
         for page, count in bit_runs(stored):
             file.seek(header.position(number * GROUP + page * PAGE) if header.layout == IN_PLACE else packed)
-            runs[page] = fill(file, bytearray(count * PAGE), path)
+            runs[page] = fill(file, bytearray(count * PAGE), contents.path)
             packed += count * PAGE
-        _check_group(path, number, crc, runs.values())
+        _check_group(contents, number, crc, runs.values())
         for page, count in sorted(bit_runs(stored) + bit_runs(mentioned & ~stored)):
             run = runs.get(page)
             start = number * GROUP + page * PAGE
             head = max(header.offset - start, 0)
             tail = min(count * PAGE, header.offset + header.size - start)
             if run is not None and (run[:head].tobytes().strip(b"\0") or run[tail:].tobytes().strip(b"\0")):
-                raise _padding(path)
+                raise _padding(contents)
             yield start + head, tail - head, None if run is None else run[head:tail]
 
 
@@ -156,7 +197,7 @@ def check_view(view: memoryview, contents: Contents, fd: int | None) -> None:
         return part if len(part) == size else memoryview(bytes(low - start) + part + bytes(start + size - high))
 
     for number, _, stored, crc in contents.groups():
-        _check_group(contents.path, number, crc, [run(number * GROUP + page * PAGE, count * PAGE)
+        _check_group(contents, number, crc, [run(number * GROUP + page * PAGE, count * PAGE)
                                                   for page, count in bit_runs(stored)])
     check_holes(contents, fd, lambda start, size: view[start - offset:start - offset + size])
 
@@ -171,4 +212,4 @@ def check_holes(contents: Contents, fd: int | None, bytes_at: Callable[[int, int
 
 
 def not_mentioned(contents: Contents, error: NotZero) -> FileFormatError:
-    return FileFormatError(contents.path, f"page at {error.at}", "set", "zero: the table does not mention it")
+    return contents.refusal(f"page at {error.at}", "set", "zero: the table does not mention it")

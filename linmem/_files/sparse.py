@@ -11,6 +11,7 @@ from typing import BinaryIO
 from linmem._files.format import PAGE, ZEROS, blake2b, joined, round_up
 
 READ_STEP = 1 << 20
+NEAR = 2 * PAGE             # reading so many bytes costs less than another request
 
 
 class NotZero(ValueError):
@@ -28,7 +29,7 @@ def holes_are_known(file: BinaryIO) -> bool:
     return hasattr(os, "SEEK_DATA") or not attributes & stat.FILE_ATTRIBUTE_SPARSE_FILE
 
 
-def _extents(fd: int | None, start: int, end: int) -> Iterator[tuple[int, int]]:
+def extents(fd: int | None, start: int, end: int) -> Iterator[tuple[int, int]]:
     """(first, end) of each part of start .. end that is not a hole. One part, if the system does not find holes."""
     if fd is None or not hasattr(os, "SEEK_DATA"):
         yield start, end
@@ -61,7 +62,7 @@ def check_gaps(runs: Iterable[tuple[int, int]], first: int, end: int, to_file: i
         Returns the bytes of (start, size).
     """
     for start, size in (*runs, (end, 0)):
-        for begin, stop in _extents(fd, to_file + first, to_file + min(start, end)):
+        for begin, stop in extents(fd, to_file + first, to_file + min(start, end)):
             for step in range(begin - to_file, stop - to_file, READ_STEP):
                 part = bytes_at(step, min(READ_STEP, stop - to_file - step)).tobytes()
                 if part.count(0) < len(part):
@@ -84,7 +85,7 @@ def runs_of_file(fd: int, position: int, first: int, end: int,
     try:
         if claimed is None:
             found = []
-            for start, stop in _extents(fd, position, position + end - first):
+            for start, stop in extents(fd, position, position + end - first):
                 page = (start - to_file) // PAGE * PAGE
                 found.append((page, round_up(stop - to_file, PAGE) - page))
             return joined(found)
@@ -92,6 +93,26 @@ def runs_of_file(fd: int, position: int, first: int, end: int,
         return claimed
     finally:
         os.lseek(fd, before, os.SEEK_SET)
+
+
+def parts_of_file(fd: int, position: int, first: int, end: int,
+                  runs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """(start, end) of the parts of runs that are not holes of a file, as distances from `first`.
+
+    The file holds first .. end of a memory from `position` on. The runs ascend. A part may have pages between runs that
+    are near each other.
+    """
+    to_file = position - first
+    wanted = [(max(start, first) + to_file, min(start + size, end) + to_file)
+              for start, size in joined(runs, NEAR) if start < end and start + size > first]
+    i = 0
+    for begin, stop in extents(fd, wanted[0][0], wanted[-1][1]) if wanted else ():
+        while i < len(wanted) and wanted[i][0] < stop:
+            if begin < wanted[i][1]:
+                yield max(begin, wanted[i][0]) - position, min(stop, wanted[i][1]) - position
+            if wanted[i][1] > stop:     # the rest of the run lies in the next extent
+                break
+            i += 1
 
 
 def _read_fd(fd: int, place: int, size: int) -> memoryview:
@@ -110,7 +131,7 @@ def content_digest(fd: int) -> str:
     size = os.fstat(fd).st_size
     digest = blake2b(size.to_bytes(8, "little"))
     done = 0
-    for first, stop in _extents(fd, 0, size):
+    for first, stop in extents(fd, 0, size):
         for start in range(max(first - first % PAGE, done), stop, READ_STEP):
             done = min(start + READ_STEP, round_up(stop, PAGE))
             part = _read_fd(fd, start, done - start)

@@ -1,4 +1,4 @@
-"""Writes the files of images and deltas."""
+"""Writes the files of images, deltas and snapshots."""
 
 from __future__ import annotations
 
@@ -9,7 +9,21 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO
 
 from linmem._files.atomic_file import replacing
-from linmem._files.format import ENTRY, GROUP, IN_PLACE, PACKED, PAGE, ZEROS, Header, Run, bit_runs, blake2b, round_up
+from linmem._files.format import (
+    DELTA,
+    ENTRY,
+    GROUP,
+    IMAGE,
+    IN_PLACE,
+    PACKED,
+    PAGE,
+    ZEROS,
+    Header,
+    Run,
+    bit_runs,
+    blake2b,
+    round_up,
+)
 
 
 def write(path: str | bytes | os.PathLike[str], header: Header, runs: Callable[[], Iterable[Run]]) -> None:
@@ -34,7 +48,7 @@ def write_to(file: BinaryIO, header: Header, runs: Callable[[], Iterable[Run]], 
     is_stream : bool
         The file cannot seek. `runs` is then called twice, first for the table, whose digest is in the header.
     """
-    if header.layout == IN_PLACE:       # a reader that supports only version 1 can read such a file
+    if header.layout == IN_PLACE and header.kind == IMAGE:      # a reader of version 1 can read such a file
         header = header._replace(version=1)
     header = header._replace(data_offset=header.data_begin())
     if not is_stream:
@@ -67,7 +81,7 @@ def _write_data(file: BinaryIO | None, header: Header, runs: Iterable[Run]) -> t
         mentioned = stored = crc = 0
         for start, size, view in parts:
             first = start % GROUP // PAGE
-            if not header.is_image:
+            if header.kind == DELTA:
                 mentioned |= ((1 << round_up(size, PAGE) // PAGE) - 1) << first
             if view is None:
                 continue

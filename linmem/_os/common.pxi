@@ -105,6 +105,10 @@ cdef int prefault(char* addr, size_t size) noexcept nogil:
     return on_range(os_prefault, addr, size)
 
 
+cdef int image_fetch(char* addr, size_t size) noexcept nogil:
+    return on_range(os_image_fetch, addr, size)
+
+
 cdef int blank(char* addr, size_t size) noexcept nogil:
     return on_range(os_blank, addr, size)
 

@@ -11,6 +11,7 @@ from posix.stdlib cimport mkstemp
 
 cdef int SEALS = F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE
 cdef size_t IO_STEP = 1 << 30       # bytes in one read or write; a kernel does at most 2 GiB
+cdef size_t FETCH_STEP = 128 << 10  # bytes in one MADV_WILLNEED; a kernel reads at most the readahead of the device
 
 
 cdef int os_image_begin(image_pages* img, size_t offset, char* bytes, size_t size) noexcept nogil:
@@ -269,6 +270,16 @@ cdef int os_image_map(image_pages* img, size_t offset, char* addr, size_t size) 
 cdef int os_image_renew(image_pages* img, size_t offset, char* addr, size_t size) noexcept nogil:
     # On Linux MADV_DONTNEED drops the written copies of a private file mapping.
     return os_discard(addr, size) if ON_LINUX else os_image_map(img, offset, addr, size)
+
+
+cdef int os_image_fetch(char* addr, size_t size) noexcept nogil:
+    # MADV_POPULATE_READ would wait for each read, and would read the neighbourhood of each page.
+    cdef size_t offset = 0
+    while offset < size:
+        if madvise(addr + offset, min(size - offset, FETCH_STEP), MADV_WILLNEED):
+            return errno
+        offset += FETCH_STEP
+    return 0
 
 
 cdef _start_images():

@@ -122,6 +122,10 @@ cdef int image_map(const image_pages* img, size_t offset, char* addr, size_t siz
 # -> the written copies are given back, and the pages show the image again.
 cdef int image_renew(const image_pages* img, size_t offset, char* addr, size_t size) noexcept nogil
 
+# [addr, addr+size) lies in the `bytes` of an image. -> the system reads the pages from the file of the image, if they
+# are not in physical memory. The call does not wait for the reads. No byte changes.
+cdef int image_fetch(char* addr, size_t size) noexcept nogil
+
 # Only where maps_images. [addr, addr+size) is committed. -> zero, readable and writable, and not mapped from an image.
 cdef int blank(char* addr, size_t size) noexcept nogil
 

@@ -40,7 +40,7 @@ cdef extern from "linmem/_os/compat.h" nogil:
 cdef extern from "<sys/mman.h>" nogil:
     enum: PROT_NONE, PROT_READ, PROT_WRITE, PROT_EXEC
     enum: MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE, MAP_FIXED, MAP_FIXED_NOREPLACE, MREMAP_MAYMOVE, MREMAP_FIXED
-    enum: MADV_DONTNEED, MADV_HUGEPAGE, MADV_NOHUGEPAGE, MADV_WIPEONFORK, MADV_POPULATE_WRITE
+    enum: MADV_DONTNEED, MADV_WILLNEED, MADV_HUGEPAGE, MADV_NOHUGEPAGE, MADV_WIPEONFORK, MADV_POPULATE_WRITE
     unsigned int MFD_CLOEXEC, MFD_ALLOW_SEALING, MFD_NOEXEC_SEAL
     void* MAP_FAILED
     void* mmap(void* addr, size_t length, int prot, int flags, int fd, off_t offset)

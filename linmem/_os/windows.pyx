@@ -32,6 +32,9 @@ cdef extern from "<windows.h>" nogil:
         void* lpMaximumApplicationAddress
     ctypedef struct EXCEPTION_POINTERS:
         pass
+    ctypedef struct WIN32_MEMORY_RANGE_ENTRY:
+        void* VirtualAddress
+        size_t NumberOfBytes
 
     DWORD MEM_RESERVE, MEM_COMMIT, MEM_DECOMMIT, MEM_RELEASE, MEM_RESET, MEM_WRITE_WATCH, MEM_FREE
     DWORD PAGE_NOACCESS, PAGE_READONLY, PAGE_READWRITE, PAGE_EXECUTE_READ
@@ -49,6 +52,7 @@ cdef extern from "<windows.h>" nogil:
     bint VirtualProtect(void* addr, size_t size, DWORD new_protect, DWORD* old_protect)
     size_t VirtualQuery(const void* addr, MEMORY_BASIC_INFORMATION* buffer, size_t length)
     bint VirtualUnlock(void* addr, size_t size)
+    bint PrefetchVirtualMemory(HANDLE process, ULONG_PTR count, WIN32_MEMORY_RANGE_ENTRY* ranges, DWORD flags)
     unsigned int GetWriteWatch(DWORD flags, void* addr, size_t size, void** addresses, ULONG_PTR* count,
                                DWORD* granularity)
     unsigned int ResetWriteWatch(void* addr, size_t size)
@@ -405,6 +409,12 @@ cdef int os_image_map(image_pages* img, size_t offset, char* addr, size_t size) 
 
 cdef int os_image_renew(image_pages* img, size_t offset, char* addr, size_t size) noexcept nogil:
     return ERROR_NOT_SUPPORTED
+
+
+cdef int os_image_fetch(char* addr, size_t size) noexcept nogil:
+    cdef WIN32_MEMORY_RANGE_ENTRY range_
+    range_.VirtualAddress, range_.NumberOfBytes = addr, size
+    return 0 if PrefetchVirtualMemory(GetCurrentProcess(), 1, &range_, 0) else last_error()
 
 
 cdef int os_blank(char* addr, size_t size) noexcept nogil:

@@ -15,12 +15,13 @@ _RANKS = {kind: rank for rank, kind in enumerate((
 KINDS = ("function", "table", "memory", "global", "tag")    # of imports and exports, by their codes
 _CONTINUATIONS = frozenset((0x68 - 0x80, 0x75 - 0x80))      # heap types: cont, nocont
 _CONTINUATION_TYPE = b"\x5d"                                # the start of a continuation type in the type section
-_MOST_TABLES = 0x20         # the pattern for code that changes tables has one byte for the index of a table
 
 _CONSTANT = re.compile(rb"[\x41\x42][\x80-\xff]*[\x00-\x7f]\x0b")     # i32.const or i64.const, and end
 
-# The result of a constant expression: (bits, value modulo 2**bits), or None if it depends on the instance.
+# The result of a constant expression: (bits, value modulo 2**bits), (0, index of a function), or None if it depends on
+# the instance.
 Value = tuple[int, int] | None
+NULL = 0, -1        # the Value of a null reference
 
 # The constant instructions of garbage collection, and how many indices follow each. The instructions 0 to 8, which are
 # struct.new, array.new and their variants, allocate; the two conversions and ref.i31 do not.
@@ -30,11 +31,48 @@ _ARITHMETIC = {0x6A: (32, operator.add), 0x6B: (32, operator.sub), 0x6C: (32, op
                0x7C: (64, operator.add), 0x7D: (64, operator.sub), 0x7E: (64, operator.mul)}
 
 
+# Instructions that name no table and drop no segment, as a pattern of their bytes. The pattern lacks those that have
+# a list of operands: br_table, select with types, and try_table.
+_NUMBER = rb"[\x80-\xff]*[\x00-\x7f]"                       # LEB128
+_TYPE = rb"\x65?" + _NUMBER                                 # a heap type
+_BLOCK = rb"[\x63\x64]?" + _TYPE
+_PLACE = (rb"(?:[\x00-\x3f]|[\x80-\xbf]%b|(?:[\x40-\x7f]|[\xc0-\xff]%b)%b)%b" % ((_NUMBER,) * 4))    # in a memory
+_WITHOUT_EFFECT = re.compile(rb"(?:" + rb"|".join((
+    rb"[\x07-\x09\x0c\x0d\x10\x12\x14\x15\x18\x20-\x24\x3f-\x42\xd2\xd5\xd6]" + _NUMBER,
+    rb"[\x00\x01\x05\x0a\x0b\x0f\x19-\x1b\x45-\xc4\xd1\xd3\xd4]",
+    rb"[\x28-\x3e]" + _PLACE,
+    rb"[\x02-\x04\x06]" + _BLOCK,
+    rb"\x43.{4}|\x44.{8}|\xd0" + _TYPE,
+    rb"\xfc(?:[\x00-\x07\x13-\x16]|[\x08\x0a]%b%b|\x0b%b)" % ((_NUMBER,) * 3),
+    rb"\xfd(?:[\x00-\x0b\x5c\x5d]%b|[\x0c\x0d].{16}|[\x15-\x22].|[\x54-\x5b]%b."
+    rb"|[\x0e-\x14\x23-\x53\x5e-\x7f]|[\x80-\xff]\x01|[\x80-\x93]\x02)" % ((_PLACE,) * 2),
+    rb"\xfe(?:[\x00-\x02\x10-\x4e]%b|\x03.)" % _PLACE,
+    rb"\xfb(?:[\x00\x01\x06\x07\x0b-\x0e\x10]%b|[\x02-\x05\x08-\x0a\x11-\x13]%b%b"
+    rb"|[\x0f\x1a-\x1e]|[\x14-\x17]%b|[\x18\x19].%b%b%b)" % ((_NUMBER,) * 3 + (_TYPE, _NUMBER, _TYPE, _TYPE)),
+)) + rb"){1,500}", re.DOTALL)
+_BLOCK_TYPE = re.compile(_BLOCK)
+# The operands of instructions that name tables. "w": a table that is changed, "r": one that is not, "-": no table.
+_TABLE_OPERANDS = {0x11: "-r", 0x13: "-r", 0x25: "r", 0x26: "w", 0xFC0C: "-w", 0xFC0E: "wr", 0xFC0F: "w", 0xFC10: "r",
+                   0xFC11: "w"}
+# The instructions that change one of the first tables (%02x: the last one, at most 127) or drop a segment have bytes of
+# this form.
+_EFFECT = rb"\x26[\x00-\x%02x\x80-\xff]|\xfc[\x09\x0c-\x0f\x11\x89\x8c-\x8f\x91]"
+# The instructions that name one table (%b: its number): table.get, table.set, two calls, and table.init to table.fill.
+_TABLE_USE = rb"(?:[\x25\x26]|[\x11\x13]%b|\xfc(?:[\x0c\x0e-\x11]|[\x8c\x8e-\x91]\x80*\x00)(?:%b)?)%%b" % (
+    (_NUMBER,) * 2)
+
+
+class Effects(NamedTuple):
+    tables: set[int]        # that code may change
+    used: set[int]          # tables that any instruction names
+    drops: set[str]         # the kinds of segments that code may drop: "data", "element"
+
+
 class ElementSegment(NamedTuple):
     mode: str           # "active", "passive" or "declared"
     table: int
     offset: Value
-    length: int
+    elements: list[Value]
     allocates: bool     # one of the elements is an expression that allocates
 
 
@@ -119,26 +157,28 @@ class Module:
     def memories(self) -> list[Limits]:
         return [reader.memory_type() for reader in self.items(MEMORY, "memories")]
 
-    def tables(self) -> list[Limits]:
-        found = []
+    def tables(self, imported: list[Limits]) -> tuple[list[Limits], list[Value]]:
+        """The type and the initial value of the elements (imports: None) of each table, imports included."""
+        found = list(imported)
+        initial: list[Value] = [None] * len(imported)
         for reader in self.items(TABLE, "tables"):
             has_initial_value = self.wasm.startswith(b"\x40\x00", reader.at, reader.end)
             if has_initial_value:
                 reader.at += 2
             found.append(reader.table_type())
-            if has_initial_value:
-                self.expression(reader, [])
-        return found
+            initial.append(self.expression(reader, [])[0] if has_initial_value else NULL)
+        return found, initial
 
-    def globals(self, imported: list[GlobalType]) -> tuple[list[Value], list[GlobalType]]:
-        """The value (None if it is not a constant) and the type of each global, imports included."""
+    def globals(self, imported: list[GlobalType]) -> tuple[list[Value], list[GlobalType], list[Value]]:
+        """The value (None if it is not a constant), the type and the initial value of each global, imports included."""
         values: list[Value] = [None] * len(imported)
+        initial = list(values)
         types = list(imported)
         for reader in self.items(GLOBAL, "globals"):
             types.append(reader.global_type())
-            value, _ = self.expression(reader, values)
-            values.append(None if types[-1].mutable else value)
-        return values, types
+            initial.append(self.expression(reader, values)[0])
+            values.append(None if types[-1].mutable else initial[-1])
+        return values, types, initial
 
     def holds_continuations(self, heap_type: int | None) -> bool:
         """Whether references of a heap type may be continuations.
@@ -150,20 +190,74 @@ class Module:
         start, _, end = self.sections.get(TYPE, (0, 0, 0))
         return self.wasm.find(_CONTINUATION_TYPE, start, end) >= 0
 
-    def changes_tables(self, tables: int) -> bool:
-        """Whether the code may change a table: it has bytes that look like table.set, .init, .copy, .grow or .fill.
+    def effects(self, tables: int) -> Effects:
+        """What the code changes beside memories and globals; everything if an instruction is not known."""
+        found = self._search(_EFFECT % min(max(tables - 1, 0), 0x7F))
+        return Effects(set(range(tables)), set(), {"data", "element"}) if found is None else found
 
-        Such bytes may also be part of another instruction. The encoding of a number may be longer than necessary.
-        """
-        if CODE not in self.sections or not tables:
-            return False
-        if tables > _MOST_TABLES:
-            return True
-        _, content, end = self.sections[CODE]
-        last = tables - 1
-        pattern = (b"\x26(?:[\\x00-\\x%02x]|[\\x80-\\x%02x]\\x80*\\x00)" % (last, 0x80 + last)
-                   + rb"|\xfc(?:[\x0c\x0e\x0f\x11]|[\x8c\x8e\x8f\x91]\x80*\x00)")
-        return re.compile(pattern).search(self.wasm, content, end) is not None
+    def may_use_table(self, index: int) -> bool:
+        """Whether the code has an instruction that names the table, or one that is not known."""
+        *first, last = leb128(index)
+        number = re.escape(bytes(first)) + rb"(?:\x%02x|\x%02x\x80*\x00)" % (last, last | 0x80)
+        found = self._search(_TABLE_USE % number)
+        return found is None or index in found.used
+
+    def _search(self, candidates: bytes) -> Effects | None:
+        """The effects of each function whose bytes have the pattern somewhere; None: an instruction is not known."""
+        found = Effects(set(), set(), set())
+        pattern = re.compile(candidates, re.DOTALL)
+        if CODE not in self.sections or not pattern.search(self.wasm, *self.sections[CODE][1:]):
+            return found
+        try:
+            for reader in self.items(CODE, "functions"):
+                size = reader.u32("size of a function")
+                start = reader.skip(size, "function")
+                if pattern.search(self.wasm, start, reader.at):
+                    self._effects_of(Reader(self.wasm, start, reader.at), found)
+        except (Unknown, Malformed):
+            return None
+        return found
+
+    def _effects_of(self, reader: Reader, found: Effects) -> None:
+        """Read the body of a function, from its local variables on."""
+        for _ in range(reader.u32("number of local variables")):
+            reader.u32("number of local variables")
+            reader.value_type("local variable")
+        what = "instruction"
+        while reader.at < reader.end:
+            without = _WITHOUT_EFFECT.match(self.wasm, reader.at, reader.end)
+            if without is not None:
+                reader.at = without.end()
+                continue
+            start = reader.at
+            code = reader.byte(what)
+            if code == 0xFC:
+                code = 0xFC00 + reader.u32(what)
+            if code in _TABLE_OPERANDS:
+                operands = [reader.u32(what) for _ in _TABLE_OPERANDS[code]]
+                for kind, operand in zip(_TABLE_OPERANDS[code], operands, strict=True):
+                    found.used.update([operand] if kind in "rw" else [])
+                    found.tables.update([operand] if kind == "w" else [])
+            elif code in (0xFC09, 0xFC0D):          # data.drop, elem.drop
+                found.drops.add("data" if code == 0xFC09 else "element")
+                reader.u32(what)
+            elif code == 0x0E:                      # br_table
+                for _ in range(reader.u32(what) + 1):
+                    reader.u32(what)
+            elif code == 0x1C:                      # select with types
+                for _ in range(reader.u32(what)):
+                    reader.value_type(what)
+            elif code == 0x1F:                      # try_table
+                block = _BLOCK_TYPE.match(self.wasm, reader.at, reader.end)
+                reader.at = reader.end if block is None else block.end()
+                for _ in range(reader.u32(what)):
+                    catch = reader.byte("catch clause")
+                    if catch > 3:
+                        raise Unknown(f"the catch clause before byte {reader.at} is of kind {catch}")
+                    for _ in range(2 if catch < 2 else 1):
+                        reader.u32(what)
+            else:
+                raise Unknown(f"the {what} at byte {start} is 0x{code:02x}")
 
     def expression(self, reader: Reader, values: list[Value]) -> tuple[Value, bool]:
         """Read a constant expression: its value if that is known, and whether it allocates."""
@@ -196,8 +290,9 @@ class Module:
                 reader.skip(4 if code == 0x43 else 8, what)
             elif code == 0xD0:
                 reader.heap_type(what)
+                value = NULL
             elif code == 0xD2:
-                reader.u32(what)
+                value = 0, reader.u32(what)
             elif code == 0xFD and reader.u32(what) == 12:
                 reader.skip(16, what)
             elif code == 0xFB:
@@ -237,12 +332,15 @@ class Module:
             length = reader.u32("number of elements")
             if length > reader.end - reader.at:
                 raise malformed(reader.at, f"{length} elements in {reader.end - reader.at} bytes")
+            elements: list[Value] = []
             for _ in range(length):
                 if flags & 4:
-                    allocates |= self.expression(reader, values)[1]
+                    element, its_allocates = self.expression(reader, values)
+                    allocates |= its_allocates
                 else:
-                    reader.u32("function index")
-            yield ElementSegment(mode, table, offset, length, allocates)
+                    element = 0, reader.u32("function index")
+                elements.append(element)
+            yield ElementSegment(mode, table, offset, elements, allocates)
 
     def data(self, values: list[Value]) -> Iterator[DataSegment]:
         for number, reader in enumerate(self.items(DATA, "data segments")):

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from linmem._wasm.module import EXPORT, KINDS, Module
-from linmem._wasm.reader import Unknown, leb128
+from linmem._wasm.module import (
+    ELEMENT,
+    EXPORT,
+    KINDS,
+    NULL,
+    TABLE,
+    ElementSegment,
+    Module,
+    Value,
+)
+from linmem._wasm.reader import GlobalType, Limits, Reader, Unknown, leb128
+from linmem._wasm.state import Reference
+
+_FUNCTION_TABLE = re.compile("linmem-*:elements")
 
 
 class Outline(NamedTuple):
     """The state that the instances of a module have, and the part of the state that they export.
+
+    The table of functions that `expose` adds, and its element segment, are not counted.
 
     Attributes
     ----------
@@ -22,12 +37,27 @@ class Outline(NamedTuple):
         For each global, imports included, whether it is mutable.
     exports : dict
         From (kind, index), with the kinds "memory", "table" and "global", to a name.
+    names : tuple of (str, str, int)
+        The name, the kind and the index of each export of a memory, a table or a global.
     passive : tuple of int
-        How many passive data segments and passive element segments an instance can drop.
-    changes_tables : bool
-        Whether the code of the module may change a table. False only if the code certainly cannot.
+        How many passive data segments and passive element segments have content that an instance can drop.
+    drops : frozenset of str
+        The kinds of segments, "data" and "element", that the code may drop.
+    written_tables : frozenset of int
+        The tables that the code may change. If the code has an instruction that is not known here: all tables.
     unreadable : frozenset of str
         The exported tables and globals that may hold continuations. wasmtime's C API aborts when it reads one.
+    memory_types, table_types : tuple of Limits
+    global_types : tuple of GlobalType
+    segments : tuple of ElementSegment
+    initial : tuple of Value
+        What instantiation puts into each element of each table before it copies the segments.
+    functions : dict
+        Each function that can be named in every instance, with its name. The table of functions has them in this order.
+    function_table : str
+        The export of the table of functions; "" if there is none.
+    function_exports : tuple of str
+        The names of the exported functions.
     """
 
     imported_memories: int
@@ -37,9 +67,24 @@ class Outline(NamedTuple):
     tables: int
     globals: tuple[bool, ...]
     exports: dict[tuple[str, int], str]
+    names: tuple[tuple[str, str, int], ...]
     passive: tuple[int, int]
-    changes_tables: bool
+    drops: frozenset[str]
+    written_tables: frozenset[int]
     unreadable: frozenset[str]
+    memory_types: tuple[Limits, ...]
+    table_types: tuple[Limits, ...]
+    global_types: tuple[GlobalType, ...]
+    segments: tuple[ElementSegment, ...]
+    initial: tuple[Value, ...]
+    functions: dict[int, Reference]
+    function_table: str
+    function_exports: tuple[str, ...]
+
+    @property
+    def changes_tables(self) -> bool:
+        """Whether the code of the module may change a table."""
+        return bool(self.written_tables)
 
     def hidden_globals(self) -> list[int]:
         """The mutable globals, imports included, that no export names."""
@@ -51,7 +96,7 @@ class Outline(NamedTuple):
 
     def hidden_tables(self) -> list[int]:
         """The tables, imports included, that no export names and that the module or its host can change."""
-        return self._without_name("table", range(self.tables if self.changes_tables else self.imported_tables))
+        return self._without_name("table", sorted({*range(self.imported_tables), *self.written_tables}))
 
     def _without_name(self, kind: str, indices: Iterable[int]) -> list[int]:
         return [index for index in indices if (kind, index) not in self.exports]
@@ -62,6 +107,33 @@ class Outline(NamedTuple):
             ("memory", self.imported_memories, self.hidden_memories()),
             ("table", self.imported_tables, self.hidden_tables()),
             ("global", self.imported_globals, self.hidden_globals())) for index in indices]
+
+    def needs_functions(self) -> bool:
+        """Whether the state has references, which name functions: in a table that can change, or in a global."""
+        return bool(self.imported_tables or self.written_tables or any(kind == "table" for _, kind, _ in self.names)
+                    or any(each.mutable and not each.number for each in self.global_types))
+
+    def contents(self, table: int) -> list[int | None]:
+        """The function that instantiation puts into each element of a table; -1: null, None: not known.
+
+        The list has the minimum of the table. It is empty for an imported table, of which nothing is known.
+        """
+        if table < self.imported_tables:
+            return []
+        found = [_function(self.initial[table])] * self.table_types[table].minimum
+        for segment in self.segments:
+            if segment.mode == "active" and segment.table == table:
+                if segment.offset is None:
+                    return [None] * len(found)
+                start = segment.offset[1]
+                found[start:start + len(segment.elements)] = map(_function, segment.elements)
+        return found
+
+
+
+def _function(value: Value) -> int | None:
+    """The function that the Value of an element is; -1: null, None: not known."""
+    return value[1] if value is not None and value[0] == 0 else None
 
 
 def outline(wasm: bytes) -> Outline:
@@ -79,30 +151,56 @@ def outline(wasm: bytes) -> Outline:
 
 
 def _outline(module: Module) -> Outline:
-    memories, tables, imported = module.imports()
-    counts = len(memories), len(tables), len(imported)
-    values, globals = module.globals(imported)
+    memories, imported_tables, imported = module.imports()
+    counts = len(memories), len(imported_tables), len(imported)
+    values, globals, initial_globals = module.globals(imported)
     memories += module.memories()
-    tables += module.tables()
+    tables, initial = module.tables(imported_tables)
+    segments = list(module.elements(values))
+    effects = module.effects(len(tables))
+    functions, function_table = _functions(segments, initial, initial_globals), ""
+    exports = module.exports()
+    last = len(tables) - 1
+    for name, code, index in exports:
+        if KINDS[code:code + 1] == ("table",) and index == last and _FUNCTION_TABLE.fullmatch(name) and segments:
+            known = _functions(segments[:-1], initial[:-1], initial_globals)
+            if segments[-1] == ("active", last, (32, 0), [(0, each) for each in known], False):
+                functions, function_table = known, name
+                del tables[-1], initial[-1], segments[-1]
     heap_types = {"table": [table.heap_type for table in tables], "global": [each.heap_type for each in globals]}
-    exports: dict[tuple[str, int], str] = {}
-    unreadable = []
-    for name, code, index in module.exports():
-        kind = KINDS[code] if code < len(KINDS) else ""
-        if kind in ("memory", "table", "global"):
-            exports.setdefault((kind, index), name)
-            if any(map(module.holds_continuations, heap_types.get(kind, [])[index:index + 1])):
-                unreadable.append(name)
-    passive_data = sum(not segment.active for segment in module.data(values))
-    passive_elements = sum(segment.mode == "passive" for segment in module.elements(values))
-    return Outline(*counts, len(memories), len(tables), tuple(each.mutable for each in globals), exports,
-                   (passive_data, passive_elements), module.changes_tables(len(tables)), frozenset(unreadable))
+    names = [(name, KINDS[code], index) for name, code, index in exports
+             if KINDS[code:code + 1] in (("memory",), ("table",), ("global",)) and name != function_table]
+    unreadable = [name for name, kind, index in names
+                  if any(map(module.holds_continuations, heap_types.get(kind, [])[index:index + 1]))]
+    passive_data = sum(not segment.active and segment.size > 0 for segment in module.data(values))
+    passive_elements = sum(segment.mode == "passive" and bool(segment.elements) for segment in segments)
+    return Outline(
+        *counts, len(memories), len(tables), tuple(each.mutable for each in globals),
+        {(kind, index): name for name, kind, index in reversed(names)}, tuple(names), (passive_data, passive_elements),
+        frozenset(effects.drops), frozenset(effects.tables), frozenset(unreadable), tuple(memories), tuple(tables),
+        tuple(globals), tuple(segments), tuple(initial), functions, function_table,
+        tuple(name for name, code, _ in exports if code == 0))
+
+
+def _functions(segments: Iterable[ElementSegment], *initial: Iterable[Value]) -> dict[int, Reference]:
+    """The functions in element segments, and in the initial values of tables and then of globals, each by one name.
+
+    An initial value is named as if it were an element segment behind the others.
+    """
+    places = [segment.elements for segment in segments] + [[value] for values in initial for value in values]
+    found: dict[int, Reference] = {}
+    for number, elements in enumerate(places):
+        for index, value in enumerate(elements):
+            if value is not None and value[0] == 0 and value != NULL:
+                found.setdefault(value[1], Reference("element", segment=number, index=index))
+    return found
 
 
 def expose(wasm: bytes) -> tuple[bytes, frozenset[str]]:
     """Export the state that a module hides: memories, mutable globals, and tables that can be changed.
 
-    State that the module imports and does not export is hidden, too.
+    State that the module imports and does not export is hidden, too. If the state has references, a table is added that
+    no code changes. It has each function that is an element or an initial value, so that references can be named.
 
     Returns
     -------
@@ -118,18 +216,41 @@ def expose(wasm: bytes) -> tuple[bytes, frozenset[str]]:
     """
     try:
         module = Module(wasm)
-        hidden = _outline(module).hidden()
+        found = _outline(module)
         exports = module.exports()
     except Unknown as reason:
         raise ValueError(f"cannot expose what the module hides: {reason}") from None
-    if not hidden:
-        return module.wasm, frozenset()
     prefix = "linmem"
     while any(name.startswith(prefix) for name, _, _ in exports):
         prefix += "-"
-    added = [(f"{prefix}:{kind}:{index}", KINDS.index(kind), index) for kind, index, _ in hidden]
-    own = next((module.wasm[reader.at:reader.end] for reader in module.items(EXPORT, "exports")), b"")
-    parts = [leb128(len(exports) + len(added)), own]
-    for name, code, index in added:
-        parts += [leb128(len(name.encode())), name.encode(), bytes([code]), leb128(index)]
-    return module.replaced(EXPORT, parts), frozenset(name for name, _, _ in added)
+    added = [(f"{prefix}:{kind}:{index}", KINDS.index(kind), index) for kind, index, _ in found.hidden()]
+    if _takes_function_table(module, found):
+        added.append((f"{prefix}:elements", KINDS.index("table"), found.tables))
+        count = leb128(len(found.functions))
+        module = _extended(module, TABLE, [b"\x70\x01" + count + count])
+        module = _extended(module, ELEMENT, [b"".join((
+            b"\2", leb128(found.tables), b"\x41\0\x0b\0", count, *map(leb128, found.functions)))])
+    if added:
+        module = _extended(module, EXPORT, [b"".join((
+            leb128(len(name.encode())), name.encode(), bytes([code]), leb128(index))) for name, code, index in added])
+    return module.wasm, frozenset(name for name, _, _ in added)
+
+
+def _takes_function_table(module: Module, found: Outline) -> bool:
+    """Whether the module needs the table of functions, and stays invalid if it wrongly names a table of this number."""
+    number = found.tables
+    return bool(found.needs_functions() and found.functions and not found.function_table
+                and not any(segment.table == number for segment in found.segments)
+                and not any((kind, index) == ("table", number) for _, kind, index in found.names)
+                and not module.may_use_table(number))
+
+
+def _extended(module: Module, kind: int, items: list[bytes]) -> Module:
+    """The module with more items at the end of a section that is a vector."""
+    count, own = 0, b""
+    if kind in module.sections:
+        _, content, end = module.sections[kind]
+        reader = Reader(module.wasm, content, end)
+        count = reader.u32("number of items")
+        own = module.wasm[reader.at:end]
+    return Module(module.replaced(kind, [leb128(count + len(items)), own, *items]))

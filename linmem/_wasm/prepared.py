@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import os
 import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -20,9 +21,11 @@ from linmem._core.memory import Image
 from linmem._files.image_file import write_image
 from linmem._wasm import outline as state
 from linmem._wasm.image_cache import Cache
+from linmem._wasm.instance_state import behind
 from linmem._wasm.reader import Malformed
-from linmem._wasm.segments import Hoisted, Run, hoist
-from linmem._wasm.snapshot import behind, check_context, check_type
+from linmem._wasm.segments import Hoisted, Run, hoist, without_start
+from linmem._wasm.snapshot import Snapshot, check_context, check_type
+from linmem._wasm.start import Start
 from linmem.errors import FileFormatError, PageError
 
 TYPE_CHECKING = False
@@ -34,6 +37,7 @@ NOT_OURS = ("linmem.wasmtime.install(config) was not called for this engine, or 
 
 _FORMAT = 2         # the version of cached files, in their keys; keys of modules also have wasmtime's
 _ASKS: weakref.WeakKeyDictionary[wasmtime.Engine, bool] = weakref.WeakKeyDictionary()
+_alive: weakref.WeakSet[Prepared] = weakref.WeakSet()       # each with a module that is still to be compiled
 _SIZE_MAX = 2 * sys.maxsize + 1
 _T = TypeVar("_T")
 
@@ -57,16 +61,24 @@ class Prepared:
         The exports that ``expose=True`` added.
     outline : linmem._wasm.outline.Outline or None
         The state that instances have; None if the module uses features that linmem does not know.
+    digest : str
+        SHA-256 of the binary that `prepare` was given (or made from text), as hexadecimal digits.
     """
 
-    __slots__ = ("__weakref__", "_offer", "added", "images", "module", "outline", "skipped")
+    __slots__ = ("__weakref__", "_compile", "_lock", "_offer", "_places", "_start_module", "added", "digest", "images",
+                 "module", "outline", "skipped")
 
     module: wasmtime.Module
     images: tuple[Image | None, ...]
     skipped: tuple[str, ...]
     added: frozenset[str]
     outline: state.Outline | None
+    digest: str
     _offer: _bridge.Offer | None
+    _places: list[tuple[int, Image | None]]
+    _compile: Callable[[], wasmtime.Module] | None      # makes _start_module; None: it is made
+    _start_module: wasmtime.Module                      # the module that instances with start= are made of
+    _lock: threading.Lock                               # of _compile
 
     def __init__(self) -> None:
         raise TypeError("a Prepared is made by linmem.wasmtime.prepare(engine, wasm)")
@@ -77,22 +89,32 @@ class Prepared:
 
     @classmethod
     def _of(cls, module: wasmtime.Module, images: Sequence[Image | None], minima: Sequence[int],
-            skipped: Sequence[str], added: frozenset[str], outline: state.Outline | None) -> Prepared:
+            skipped: Sequence[str], added: frozenset[str], outline: state.Outline | None, digest: str,
+            compile_start: Callable[[], wasmtime.Module] | None) -> Prepared:
         self = object.__new__(cls)
         self.module = module
         self.images = tuple(images)
         self.skipped = tuple(skipped)
         self.added = added
         self.outline = outline
+        self.digest = digest
         # A minimum may be more than an address space. wasmtime refuses to instantiate such a module.
-        places = [(min(minimum, _SIZE_MAX), image) for minimum, image in zip(minima, images, strict=True)]
-        self._offer = _bridge.Offer(places) if any(image is not None for image in images) else None
+        self._places = [(min(minimum, _SIZE_MAX), image) for minimum, image in zip(minima, images, strict=True)]
+        self._offer = _bridge.Offer(self._places) if any(image is not None for image in images) else None
+        self._start_module, self._compile, self._lock = module, compile_start, threading.Lock()
+        if compile_start is not None:
+            _alive.add(self)
         return self
 
     def instantiate(self, store: wasmtime.Store,
                     imports: Sequence[AsExtern] | wasmtime.Linker = (), *,
-                    domain: str | None = None) -> wasmtime.Instance:
+                    start: Snapshot | None = None, domain: str | None = None) -> wasmtime.Instance:
         """Make an instance whose memories share the pages of the images until they write to them.
+
+        With ``start=snapshot`` the instance has the state of the snapshot: its memories share the pages of the
+        snapshot's images, and its globals and tables have the snapshot's values. No wasm code runs, no fuel is used,
+        and no deadline is checked: neither the start function nor a data segment takes effect. Imported memories,
+        mutable globals and tables get the snapshot's content, too.
 
         Parameters
         ----------
@@ -100,6 +122,9 @@ class Prepared:
             A store of the engine that the module was prepared for.
         imports : sequence or wasmtime.Linker
             As for ``wasmtime.Instance``; or a linker that defines them.
+        start : Snapshot, optional
+            A snapshot of an instance of the same module, from any store of any engine. If the module has a start
+            function, or data that `skipped` names, it is compiled once more at the first use.
         domain : str, optional
             A pool never gives this guest pages of another domain; as for `linmem.create`.
 
@@ -107,6 +132,12 @@ class Prepared:
         ------
         wasmtime.WasmtimeError, wasmtime.Trap
             As ``wasmtime.Instance`` raises for the original module.
+        ValueError
+            If `start` is a snapshot of another module, if it cannot leave its store, if it has state that this module
+            does not export (prepare it with ``expose=True``), or if an imported memory or table is larger than in the
+            snapshot, or is not linmem's.
+        GrowError
+            If the store does not let a memory or a table have the size that it has in the snapshot.
         """
         check_context(store)
         if not isinstance(imports, wasmtime.Linker):
@@ -115,25 +146,62 @@ class Prepared:
             except TypeError:
                 raise TypeError("imports must be a sequence or a wasmtime.Linker, got"
                                 f" {type(imports).__name__}") from None
-        offer, missing = self._offer, 0
+        module, offer, missing = self.module, self._offer, 0
+        plan = None
+        if start is not None:
+            if not isinstance(start, Snapshot):
+                raise TypeError(f"start must be a Snapshot, got {type(start).__name__}")
+            plan = start._starts.get(self) or self._plan(start)
+            module, offer = self._start_module, plan.offer
         try:        # make() is in the block, because an interrupt may come when it returns
             if offer is not None and not offer.make():
                 offer = None        # the present offer belongs to another call, which takes it back
                 raise RuntimeError("another instance is being made on this thread, and has not taken its images yet")
             instance = _bridge.in_domain(domain, lambda: (
-                imports.instantiate(store, self.module) if isinstance(imports, wasmtime.Linker)
-                else wasmtime.Instance(store, self.module, imports)))
+                imports.instantiate(store, module) if isinstance(imports, wasmtime.Linker)
+                else wasmtime.Instance(store, module, imports)))
         finally:
             if offer is not None:
                 missing = offer.take_back()
         if missing:
             raise RuntimeError(f"{missing} memories were made without their data: the engine did not ask linmem for"
                                " them")
+        if plan is not None:
+            plan.finish(store, instance)
         instance._linmem_prepared = self        # type: ignore[attr-defined]
         return instance
 
+    def _plan(self, snapshot: Snapshot) -> Start:
+        """How instances of this module start from the snapshot. Also compiles the module that they are made of."""
+        found = snapshot._travels()
+        if found.module != self.digest:
+            raise ValueError(f"start is a snapshot of the module {found.module[:16]}..., and this is the module"
+                             f" {self.digest[:16]}...")
+        if self.outline is None:
+            raise ValueError("start cannot be used: this module uses what linmem does not know")
+        own = sum(each.index >= self.outline.imported_memories for each in found.memories)
+        if self.skipped and own < len(self.images):
+            raise ValueError("start has not all memories of the module, and the data of the others would be missing:"
+                             " prepare the module with expose=True")
+        made = Start(self.outline, found, self._places)
+        with self._lock:
+            if self._compile is not None:
+                self._start_module = self._compile()
+                self._compile = None
+        snapshot._starts[self] = made
+        return made
+
     def __repr__(self) -> str:
         return f"<linmem.wasmtime.Prepared: {sum(image is not None for image in self.images)} images>"
+
+
+def _renew_locks() -> None:
+    for prepared in list(_alive):
+        prepared._lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):     # else a lock that another thread holds would stay locked in a forked child
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
@@ -217,7 +285,10 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
         module = None
     if module is None:      # if wasmtime refuses the original, too, the caller gets that refusal alone
         module = _compiled(engine, original, directory)
-    return Prepared._of(module, images, hoisted.minima, skipped, added, outline)
+    variant = None if outline is None else without_start(hoisted.module)
+    compile_start = None if variant is None else functools.partial(_compiled, engine, variant, directory)
+    return Prepared._of(module, images, hoisted.minima, skipped, added, outline,
+                        hashlib.sha256(original).hexdigest(), compile_start)
 
 
 def _asks(engine: wasmtime.Engine) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-_NUMBERS = frozenset((0x7F, 0x7E, 0x7D, 0x7C, 0x7B))        # i32, i64, f32, f64, v128
+_NUMBERS = {0x7F: "i32", 0x7E: "i64", 0x7D: "f32", 0x7C: "f64", 0x7B: "v128"}
 _REFERENCES = frozenset(range(0x68, 0x76))                  # the reference types of one byte: cont .. nocont
 _SHARED = 0x65                                              # precedes the heap type of shared references
 
@@ -28,11 +28,13 @@ class Limits(NamedTuple):
     minimum: int                    # of a memory, in bytes
     bits: int                       # of an address or an index
     heap_type: int | None = None    # of the elements of a table
+    page_size: int = 65536          # of a memory
 
 
 class GlobalType(NamedTuple):
     mutable: bool
-    heap_type: int | None           # None: a number
+    number: str                     # "i32", "i64", "f32", "f64" or "v128"; "": a reference
+    heap_type: int | None           # of a reference
 
 
 class Reader:
@@ -116,17 +118,21 @@ class Reader:
             raise Unknown(f"{what} at byte {start} is 0x{first:02x}")
         return self.heap_type(what)
 
-    def global_type(self) -> GlobalType:
-        heap_type = None
-        if self.at < self.end and self.data[self.at] in _NUMBERS:
+    def value_type(self, what: str) -> tuple[str, int | None]:
+        """The name of the type if it is a number, else "" and the heap type."""
+        number = _NUMBERS.get(self.data[self.at], "") if self.at < self.end else ""
+        if number:
             self.at += 1
-        else:
-            heap_type = self.reference_type("global type")
+            return number, None
+        return "", self.reference_type(what)
+
+    def global_type(self) -> GlobalType:
+        number, heap_type = self.value_type("global type")
         start = self.at
         mutable = self.byte("global type")
         if mutable > 1:
             raise Unknown(f"the global type at byte {start} has flags 0x{mutable:02x}")
-        return GlobalType(mutable == 1, heap_type)
+        return GlobalType(mutable == 1, number, heap_type)
 
     def memory_type(self) -> Limits:
         flags, minimum, bits = self._limits("memory type", 0x0F)
@@ -136,7 +142,7 @@ class Reader:
             shift = self.u32("page size")
             if shift > 16:
                 raise Unknown(f"the page size at byte {start} is 2 to the power of {shift}")
-        return Limits(minimum << shift, bits)
+        return Limits(minimum << shift, bits, page_size=1 << shift)
 
     def table_type(self) -> Limits:
         heap_type = self.reference_type("table type")

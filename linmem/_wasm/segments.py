@@ -32,7 +32,7 @@ from __future__ import annotations
 import bisect
 from typing import NamedTuple
 
-from linmem._wasm.module import DATA, DataSegment, Module, Value
+from linmem._wasm.module import DATA, START, DataSegment, Module, Value
 from linmem._wasm.reader import Limits, Unknown, leb128
 
 Run = tuple[int, bytearray]
@@ -91,14 +91,14 @@ def _hoist(module: Module) -> Hoisted:
     unchanged = Hoisted(module.wasm, [None] * len(minima), minima, [])
     if DATA not in module.sections:
         return unchanged
-    values, _ = module.globals(imported_globals)
+    values, _, _ = module.globals(imported_globals)
     segments = list(module.data(values))
     if not any(segment.active for segment in segments):
         return unchanged
 
     leaks = False
     if imported_tables:
-        leaks, traps = _leaks(module, values, imported_tables + module.tables(), len(imported_tables))
+        leaks, traps = _leaks(module, values, module.tables(imported_tables)[0], len(imported_tables))
         if leaks and traps:
             return unchanged._replace(skipped=[
                 "nothing is hoisted: an element segment may trap after others filled an imported table, through which"
@@ -151,6 +151,24 @@ def _hoist(module: Module) -> Hoisted:
     return Hoisted(module.replaced(DATA, parts), images, minima, skipped)
 
 
+def without_start(wasm: bytes) -> bytes | None:
+    """The module without its start function, and with an empty passive segment for each active data segment.
+
+    Its instances have the memories that they are given. None: the module is already so.
+    """
+    module = Module(wasm)
+    values, _, _ = module.globals(module.imports()[2])
+    whole = memoryview(module.wasm)
+    segments = list(module.data(values))
+    if any(segment.active for segment in segments):
+        module = Module(module.replaced(DATA, [leb128(len(segments)), *(
+            b"\1\0" if segment.active else whole[segment.start:segment.end] for segment in segments)]))
+    if START in module.sections:
+        start, _, end = module.sections[START]
+        return module.wasm[:start] + module.wasm[end:]
+    return None if module.wasm is wasm else module.wasm
+
+
 def _leaks(module: Module, values: list[Value], tables: list[Limits], imported: int) -> tuple[bool, bool]:
     """Whether active element segments fill imported tables, and whether an active element segment may trap."""
     leaks = traps = False
@@ -160,7 +178,7 @@ def _leaks(module: Module, values: list[Value], tables: list[Limits], imported: 
         leaks = leaks or segment.table < imported
         table, offset = tables[segment.table] if segment.table < len(tables) else None, segment.offset
         traps = (traps or segment.allocates or table is None or offset is None or offset[0] != table.bits
-                 or offset[1] + segment.length > table.minimum)
+                 or offset[1] + len(segment.elements) > table.minimum)
     return leaks, traps
 
 

@@ -6,29 +6,39 @@ import ctypes
 import os
 import sys
 import weakref
-from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from collections.abc import Container, Iterator, Mapping
+from typing import Any
 
 import wasmtime
 from wasmtime import _ffi as ffi
 
-from linmem._core import bridge as _bridge
 from linmem._core.arguments import check_flag
-from linmem._core.memory import Image, Memory, restore_all
+from linmem._core.memory import Image
+from linmem._wasm.instance_state import (
+    KIND_NAMES,
+    Functions,
+    HeldGlobal,
+    HeldMemory,
+    HeldTable,
+    Parts,
+    behind,
+    elements_of,
+    export,
+    handle,
+    initial_elements,
+    is_null,
+    parts_of,
+    raw_bytes,
+    read,
+)
 from linmem._wasm.outline import Outline
+from linmem._wasm.snapshot_file import StoredSnapshot
+from linmem._wasm.start import Start
+from linmem._wasm.state import NULL, NUMBERS, GlobalState, MemoryState, Reference, State, TableState
 
-# The kinds of values that are complete in a wasmtime_val_t: numbers, vectors and functions. (wasmtime-py's types are
-# not used to find the kind, because wasmtime-py aborts the process at v128.)
-_PLAIN = range(ffi.WASMTIME_I32.value, ffi.WASMTIME_FUNCREF.value + 1)
 _WASMTIME = os.path.dirname(wasmtime.__file__) + os.sep
 _numbers: weakref.WeakKeyDictionary[wasmtime.Store, int] = weakref.WeakKeyDictionary()
 _ENTRIES = frozenset(("__call__", "__init__", "instantiate", "call_async"))
-
-
-def behind(store: wasmtime.Store, memory: wasmtime.Memory | wasmtime.SharedMemory) -> Memory | None:
-    """The linmem memory behind a wasm memory; None if the memory is not linmem's."""
-    pointer = memory.data_ptr(store) if isinstance(memory, wasmtime.Memory) else memory.data_ptr()
-    return _bridge.find(ctypes.cast(pointer, ctypes.c_void_p).value or 0)
 
 
 def check_type(value: object, kind: type, name: str) -> None:
@@ -60,13 +70,15 @@ def _number_in(handle: ctypes.Structure) -> int:
     return ctypes.c_uint64.from_buffer(handle).value        # store_id, which is the first field of every handle
 
 
-class Snapshot:
-    """The memories, mutable globals and tables of an instance at one moment. Made by `take`.
+class Snapshot(StoredSnapshot):
+    """The memories, mutable globals and tables of an instance at one moment. Made by `take` and `open`.
 
     A snapshot holds the state that the instance exports, its own and imported state. `take` refuses other state. With
-    ``partial=True`` it names the other state in `unseen` instead, as far as that state is known. Which segments were
-    dropped is always named and never held. The objects that references refer to and the state of the host are never
-    named.
+    ``partial=True`` it names the other state in `unseen` instead, as far as that state is known. If code of the module
+    can drop segments, `unseen` says that dropped segments are not held. The state of the host is never named.
+
+    A snapshot of an instance that `Prepared.instantiate` made can start new instances in any store. It can be saved to
+    a file, pickled, and sent to another process.
 
     Attributes
     ----------
@@ -78,25 +90,54 @@ class Snapshot:
         The names of the tables whose elements are held.
     unseen : tuple of str
         The state of the instance that the snapshot does not hold.
+    module : str or None
+        The `Prepared.digest` of the module; None if the module was not made by `prepare`.
     """
 
-    __slots__ = ("_globals", "_memories", "_store", "_tables", "globals", "memories", "tables", "unseen")
+    __slots__ = ("__weakref__", "_bound", "_parts", "_starts", "_state", "_stays", "_store", "globals", "memories",
+                 "module", "tables", "unseen")
 
     memories: Mapping[str, Image]
     globals: tuple[str, ...]
     tables: tuple[str, ...]
     unseen: tuple[str, ...]
-    _store: weakref.ref[wasmtime.Store]
-    _memories: list[tuple[str, wasmtime.Memory | wasmtime.SharedMemory, int, Image]]
-    _globals: list[tuple[str, Any, Any]]
-    _tables: list[tuple[str, wasmtime.Table, int, list[Any] | None]]
+    module: str | None
+    _store: weakref.ref[wasmtime.Store] | None      # of _parts; None: not taken in this process
+    _parts: Parts                                   # of the instance that the snapshot was taken from
+    _state: State | None
+    _stays: str                                     # if _state is None: why the snapshot cannot leave its store
+    _bound: weakref.WeakKeyDictionary[wasmtime.Instance, Parts]     # of other instances
+    _starts: weakref.WeakKeyDictionary[Any, Start]  # by the Prepared
 
     def __init__(self) -> None:
-        raise TypeError("snapshots are made by Snapshot.take(store, instance)")
+        raise TypeError("snapshots are made by Snapshot.take(store, instance) and Snapshot.open(path)")
 
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a Snapshot cannot be pickled or copied: it belongs to a store of this process. The Images in"
-                        " its `memories` can")
+    @classmethod
+    def _new(cls, module: str | None, unseen: tuple[str, ...], state: State | None, stays: str = "") -> Snapshot:
+        self = object.__new__(cls)
+        self._store, self._parts, self._state, self._stays = None, Parts([], [], []), state, stays
+        self._bound, self._starts = weakref.WeakKeyDictionary(), weakref.WeakKeyDictionary()
+        self.memories, self.globals, self.tables, self.unseen, self.module = {}, (), (), unseen, module
+        return self
+
+    @classmethod
+    def _from_state(cls, state: State) -> Snapshot:
+        """A snapshot that was not taken in this process."""
+        self = cls._new(state.module, state.unseen, state)
+        images = {memory.index: memory.image for memory in state.memories}
+        held = {*(("global", each.index) for each in state.globals), *(("table", each.index) for each in state.tables)}
+        self.memories = {name: images[index] for kind, index, name in state.names
+                         if kind == "memory" and index in images}
+        names = [(kind, name) for kind, index, name in state.names if (kind, index) in held]
+        self.globals = tuple(name for kind, name in names if kind == "global")
+        self.tables = tuple(name for kind, name in names if kind == "table")
+        return self
+
+    def _travels(self) -> State:
+        """The state, for use in any store; ValueError if the snapshot cannot leave its store."""
+        if self._state is None:
+            raise ValueError(f"the snapshot cannot leave the store that it was taken in: {self._stays}")
+        return self._state
 
     @classmethod
     def take(cls, store: wasmtime.Store, instance: wasmtime.Instance, *, partial: bool = False) -> Snapshot:
@@ -112,7 +153,8 @@ class Snapshot:
             Name the state that cannot be held in `unseen`, and take a snapshot of the rest. `restore` does not change
             such state: memories, mutable globals and tables that the instance does not export
             (``prepare(..., expose=True)`` exports them), exported memories that are not linmem's, and exported
-            globals and tables that refer to objects.
+            globals and tables that refer to objects, or to functions that the module neither exports nor has as
+            elements, for example functions of the host.
 
         Raises
         ------
@@ -127,63 +169,33 @@ class Snapshot:
         context = _idle(store, "taken")
         check_store(store, "instance", instance._instance)
         prepared = getattr(instance, "_linmem_prepared", None)
-        exports = instance.exports(store)
         outline = None if prepared is None else prepared.outline
-        self = object.__new__(cls)
-        self._store = weakref.ref(store)
-        self._memories, self._globals, self._tables = [], [], []
-        memories: dict[str, Image] = {}
-        known: dict[int, Image] = {}        # one memory may be exported under several names
-        unseen = _hidden(outline, partial)
-        unreadable = frozenset() if outline is None else outline.unreadable
-
-        def refuse(text: str) -> None:
-            if not partial:
-                raise ValueError(f"{text}, which a snapshot cannot hold: partial=True takes the rest")
-            unseen.append(text)
-
-        for name, thing in exports.items():
-            if isinstance(thing, (wasmtime.Memory, wasmtime.SharedMemory)):
-                memory = behind(store, thing)
-                if memory is None:
-                    refuse(f"exported memory {name!r} is not linmem's")
-                    continue
-                base = memory.as_ptr()
-                if base not in known:
-                    known[base] = memory.snapshot()
-                    self._memories.append((name, thing, memory.byte_size(), known[base]))
-                memories[name] = known[base]
-            elif isinstance(thing, wasmtime.Global) and thing.type(store).mutable:
-                value = None if name in unreadable else _value(
-                    context, ffi.wasmtime_global_get, ctypes.byref(thing._global))
-                if value is None:
-                    refuse(f"mutable global {name!r} is a reference to an object")
-                    continue
-                self._globals.append((name, ctypes.byref(thing._global), value))
-            elif isinstance(thing, wasmtime.Table):
-                size = thing.size(store)
-                # Without an outline the elements may be continuations. The C API aborts when it reads one.
-                elements = None if outline is None or name in unreadable else _elements_of(context, thing, size)
-                if outline is None:
-                    unseen.append(f"the elements of exported table {name!r}")
-                elif elements is None:
-                    refuse(f"exported table {name!r} has references to objects")
-                self._tables.append((name, thing, size, elements))
-        self.memories = memories
-        self.globals = tuple(name for name, _, _ in self._globals)
-        self.tables = tuple(name for name, _, _, elements in self._tables if elements is not None)
-        if outline is None:
-            if not (partial or memories or self.globals):
+        digest = None if prepared is None else prepared.digest
+        taken = _Taken(store, context, instance, outline, partial)
+        state = None
+        if prepared is None or outline is None:
+            if not (partial or taken.memories or taken.globals):
                 raise ValueError("the instance exports no memory and no mutable global, and what its module hides is"
                                  " not known: make it by prepare(..., expose=True)")
-            unseen.append("what it does not export: " + (
-                "it is not known, since the module was not made by prepare" if prepared is None else
-                "the module uses what linmem does not know"))
-        self.unseen = tuple(unseen)
+            reason = ("it is not known, since the module was not made by prepare" if prepared is None else
+                      "the module uses what linmem does not know")
+            taken.unseen.append(f"what it does not export: {reason}")
+            taken.stays = f"its state is not all known ({reason})"
+        elif not taken.stays:
+            memories, globals, tables = taken.memory_states, taken.global_states, taken.table_states
+            state = State(
+                prepared.digest, tuple(memories[index] for index in sorted(memories)),
+                tuple(globals[index] for index in sorted(globals)), tuple(tables[index] for index in sorted(tables)),
+                unseen=tuple(taken.unseen), names=tuple((kind, index, name) for name, kind, index in outline.names
+                                                        if index in taken.held(kind)))
+        self = cls._new(digest, tuple(taken.unseen), state, taken.stays)
+        self._store, self._parts = weakref.ref(store), taken.parts
+        self.memories, self.globals, self.tables = taken.memories, tuple(taken.globals), tuple(taken.tables)
         return self
 
-    def restore(self, store: wasmtime.Store, *, zero_grown: bool = False) -> None:
-        """Put back the state of the instance, completely or not at all.
+    def restore(self, store: wasmtime.Store, instance: wasmtime.Instance | None = None, *,
+                zero_grown: bool = False) -> None:
+        """Put back the state of an instance, completely or not at all.
 
         The time grows with the number of pages that changed since the snapshot. All elements of tables are written.
 
@@ -193,73 +205,181 @@ class Snapshot:
         Parameters
         ----------
         store : wasmtime.Store
-            The store that the snapshot was taken in. No call into the store may be running.
+            The store of the instance. No call into the store may be running.
+        instance : wasmtime.Instance, optional
+            An instance of the same module that `Prepared.instantiate` made, in any store; for example, one that was
+            started from the snapshot. By default the instance that the snapshot was taken from.
         zero_grown : bool
             Accept memories that have grown: they keep their size, and their new bytes are zeroed.
 
         Raises
         ------
         ValueError
-            If the store is another one or is closed, if a memory has grown, or if an exported table was resized.
+            If the instance is of another module, if the store is another one or is closed, if a memory has grown, or
+            if a table was resized.
         OwnedError, TypeError
             If a memory cannot be restored now; as for `Memory.restore`.
         RuntimeError
             If a call into the store is running on this thread.
         """
         check_flag(zero_grown, "zero_grown")
-        if self._store() is not store:
-            raise ValueError("the snapshot was taken in another store")
+        if instance is None and (self._store is None or self._store() is not store):
+            why = "has no instance of its own" if self._store is None else "was taken in another store"
+            raise ValueError(f"the snapshot {why}: name the instance that shall get its state, with instance=")
         context = _idle(store, "restored")
-        for name, table, size, _ in self._tables:
-            if table.size(store) != size:
-                raise ValueError(f"exported table {name!r} had {size} elements and has {table.size(store)}, and a table"
+        parts = self._parts if instance is None else self._parts_of(store, context, instance)
+        for held in parts.tables:
+            size = held.table.size(store)
+            if size != held.size:
+                raise ValueError(f"exported table {held.name!r} had {held.size} elements and has {size}, and a table"
                                  " cannot shrink: make a new instance")
-        memories = []
-        for name, memory, size, _ in self._memories:
+        for name, memory, size, _ in parts.memories:
             found = behind(store, memory)
             assert found is not None        # the store keeps its memories
-            if found.byte_size() != size and not zero_grown:
-                raise ValueError(f"exported memory {name!r} has grown from {size} to {found.byte_size()} bytes, and the"
+            present = found.byte_size()
+            if present < size:
+                raise ValueError(f"exported memory {name!r} has {present} bytes and had {size} in the snapshot: make a"
+                                 " new instance with start=")
+            if present > size and not zero_grown:
+                raise ValueError(f"exported memory {name!r} has grown from {size} to {present} bytes, and the"
                                  " restored guest would not know: make a new instance, or pass zero_grown=True")
-            memories.append(found)
-        restore_all(memories, [image for _, _, _, image in self._memories])     # the following steps cannot be refused
-        for _, place, value in self._globals:
-            _raise(ffi.wasmtime_global_set(context, place, value))
-        for _, table, _, elements in self._tables:
-            place = ctypes.byref(table._table)
-            for index, value in enumerate(elements or ()):
-                _raise(ffi.wasmtime_table_set(context, place, index, value))
+        parts.write(store, context)
+
+    def _parts_of(self, store: wasmtime.Store, context: Any, instance: wasmtime.Instance) -> Parts:
+        """The parts of another instance."""
+        check_type(instance, wasmtime.Instance, "instance")
+        check_store(store, "instance", instance._instance)
+        found = self._bound.get(instance)
+        if found is None:
+            state = self._travels()
+            prepared = getattr(instance, "_linmem_prepared", None)
+            if prepared is None or prepared.outline is None or prepared.digest != state.module:
+                of = "a module that was not prepared" if prepared is None else f"the module {prepared.digest[:16]}..."
+                raise ValueError(f"instance must be of the module of the snapshot ({state.module[:16]}...), made by"
+                                 f" Prepared.instantiate, got an instance of {of}")
+            found = self._bound[instance] = parts_of(store, context, instance, prepared.outline, state,
+                                                     every_element=True)
+        return found
 
     def __repr__(self) -> str:
         return f"<linmem.wasmtime.Snapshot: {len(self.memories)} memories, {len(self.globals)} globals>"
 
 
-def _raise(error: Any) -> None:
-    if error:
-        raise wasmtime.WasmtimeError._from_ptr(error)
+class _Taken:
+    """What `take` finds in an instance."""
 
+    def __init__(self, store: wasmtime.Store, context: Any, instance: wasmtime.Instance, outline: Outline | None,
+                 partial: bool) -> None:
+        self.store, self.context, self.outline, self.partial = store, context, outline, partial
+        self.parts = Parts([], [], [])
+        self.memories: dict[str, Image] = {}
+        self.globals: list[str] = []
+        self.tables: list[str] = []
+        self.unseen = _hidden(outline, partial)
+        self.stays = ""                     # why the state cannot leave the store
+        self.memory_states: dict[int, MemoryState] = {}
+        self.global_states: dict[int, GlobalState] = {}
+        self.table_states: dict[int, TableState] = {}
+        self.known: dict[int, Image] = {}   # by base: one memory may be exported under several names
+        self.functions = None if outline is None else Functions(context, instance, outline)
+        for name, index, thing in _exports(store, context, instance, outline):
+            if isinstance(thing, (wasmtime.Memory, wasmtime.SharedMemory)):
+                self.memory(name, index, thing)
+            elif isinstance(thing, wasmtime.Table):
+                self.table(name, index, thing)
+            elif isinstance(thing, wasmtime.Global):
+                self.value(name, index, thing)
 
-def _value(context: Any, get: Callable[..., Any], *place: Any) -> Any:
-    """A value in the form that wasmtime_global_set and wasmtime_table_set take; None for a reference to an object."""
-    value = ffi.wasmtime_val_t()
-    get(context, *place, ctypes.byref(value))
-    kind: Any = value.kind
-    if kind in _PLAIN:
-        return ctypes.byref(value)
-    unroot = ffi.dll.wasmtime_val_unroot        # older versions take the context too
-    unroot(*[context, ctypes.byref(value)][-len(unroot.argtypes or ()):])
-    return None
+    def held(self, kind: str) -> Container[int]:
+        states: dict[str, Mapping[int, object]] = {
+            "memory": self.memory_states, "global": self.global_states, "table": self.table_states}
+        return states[kind]
 
+    def refuse(self, text: str) -> None:
+        if not self.partial:
+            raise ValueError(f"{text}, which a snapshot cannot hold: partial=True takes the rest")
+        self.unseen.append(text)
 
-def _elements_of(context: Any, table: wasmtime.Table, size: int) -> list[Any] | None:
-    """The elements, or None if an element is a reference to an object."""
-    place, elements = ctypes.byref(table._table), []
-    for index in range(size):
-        value = _value(context, ffi.wasmtime_table_get, place, index)
+    def memory(self, name: str, index: int, thing: Any) -> None:
+        memory = behind(self.store, thing)
+        if memory is None:
+            self.refuse(f"exported memory {name!r} is not linmem's")
+            return
+        base = memory.as_ptr()
+        if base not in self.known:
+            image = self.known[base] = memory.snapshot()
+            self.parts.memories.append(HeldMemory(name, thing, image.size, image))
+        image = self.memories[name] = self.known[base]
+        self.memory_states[index] = MemoryState(index, image.size, image)
+
+    def value(self, name: str, index: int, thing: Any) -> None:
+        value = None if self.is_unreadable(name) else read(self.context, ffi.wasmtime_global_get, handle(thing))
         if value is None:
-            return None
-        elements.append(value)
-    return elements
+            self.refuse(f"mutable global {name!r} is a reference to an object")
+            return
+        kind = KIND_NAMES.get(value.kind, "null")
+        content: bytes | Reference | None = None
+        if kind in NUMBERS:
+            content = raw_bytes(value, NUMBERS[kind])
+        else:
+            content = self.name_of(value)
+            if content is None and not self.may_lack_names(f"global {name!r}"):
+                self.refuse(f"mutable global {name!r} refers to a function that has no name in the module")
+                return
+        if content is not None:
+            self.global_states[index] = GlobalState(index, kind, content)
+        self.parts.globals.append(HeldGlobal(name, handle(thing), value))
+        self.globals.append(name)
+
+    def table(self, name: str, index: int, thing: Any) -> None:
+        size = thing.size(self.store)
+        # Without an outline the elements may be continuations. The C API aborts when it reads one.
+        elements = None if self.outline is None or self.is_unreadable(name) else elements_of(self.context, thing, size)
+        if self.outline is None:
+            self.unseen.append(f"the elements of exported table {name!r}")
+        elif elements is None:
+            self.refuse(f"exported table {name!r} has references to objects")
+        else:
+            names = [self.name_of(value) for value in elements]
+            if None not in names:
+                initial = initial_elements(self.outline, index, size)
+                self.table_states[index] = TableState(index, size, tuple(
+                    (element, found) for element, (found, first) in enumerate(zip(names, initial, strict=True))
+                    if found is not None and found != first))
+            elif not self.may_lack_names(f"table {name!r}"):
+                self.refuse(f"element {names.index(None)} of exported table {name!r} refers to a function that has no"
+                            " name in the module")
+                elements = None
+        self.parts.tables.append(HeldTable(name, thing, size, list(enumerate(elements or ()))))
+        if elements is not None:
+            self.tables.append(name)
+
+    def is_unreadable(self, name: str) -> bool:
+        return self.outline is not None and name in self.outline.unreadable
+
+    def name_of(self, value: Any) -> Reference | None:
+        """The name of a reference. Without an outline there are no names."""
+        return NULL if is_null(value) else None if self.functions is None else self.functions.name(value)
+
+    def may_lack_names(self, what: str) -> bool:
+        """Whether functions of the module itself lack names. Then the state of `what` cannot leave the store."""
+        lacks = self.outline is None or bool(self.outline.functions and not self.outline.function_table)
+        if lacks:
+            self.stays = f"{what} refers to functions that have no name: prepare the module with expose=True"
+        return lacks
+
+
+def _exports(store: wasmtime.Store, context: Any, instance: wasmtime.Instance,
+             outline: Outline | None) -> Iterator[tuple[str, int, Any]]:
+    """The name, the index (if it is known) and the object of each memory, mutable global and table."""
+    if outline is None:
+        for name, thing in instance.exports(store).items():
+            if not isinstance(thing, wasmtime.Global) or thing.type(store).mutable:
+                yield name, -1, thing
+        return
+    for name, kind, index in outline.names:
+        if kind != "global" or outline.globals[index]:
+            yield name, index, export(context, instance, name)
 
 
 def _hidden(outline: Outline | None, partial: bool) -> list[str]:
@@ -276,9 +396,10 @@ def _hidden(outline: Outline | None, partial: bool) -> list[str]:
         text = ", ".join([", ".join(own) + " of its own"] * bool(own) + imported)
         raise ValueError(f"the module does not export {text}, which would keep their present content when the rest is"
                          " restored: prepare the module with expose=True, or take a snapshot with partial=True")
-    data, elements = outline.passive
-    dropped = [f"which of {data} passive data segments and {elements} passive element segments were dropped"]
-    return own + imported + dropped * bool(data or elements)
+    dropped = [f"which of {count} passive {kind} segments were dropped"
+               for kind, count in zip(("data", "element"), outline.passive, strict=True)
+               if count and kind in outline.drops]
+    return own + imported + dropped
 
 
 def _idle(store: wasmtime.Store, what: str) -> Any:

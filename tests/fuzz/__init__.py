@@ -4,4 +4,4 @@
 without atheris.
 """
 
-HARNESSES = ("arithmetic", "cache", "calls", "deltas", "files", "modules")
+HARNESSES = ("arithmetic", "cache", "calls", "deltas", "files", "modules", "snapshots")

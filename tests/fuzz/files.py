@@ -151,18 +151,20 @@ def need(truth) -> None:
 
 
 def judge(raw: bytes):
-    """Returns (fields, stored pages, zeroed pages) or raises Wrong, by the rules of docs/file-format.md alone."""
+    """Returns (fields, stored pages, zeroed pages) or raises Wrong, by the rules of docs/file-format.md alone. The
+    description of a snapshot is not judged."""
     need(len(raw) >= 224)
     f = dict(zip(NAMES, struct.unpack_from(FORMAT, raw), strict=True))
     need(raw[192:224] == blake(raw[:192]))
-    is_image = f["kind"] == 1
+    is_image, is_delta = f["kind"] == 1, f["kind"] == 2
     offset, size = f["offset"], f["size"]
-    need(f["magic"] == b"\x89LINMEM\n" and f["version"] in (1, 2) and f["kind"] in (1, 2) and f["reserved"] == 0)
-    need(f["target_offset"] <= (f["size"] if f["version"] == f["kind"] == 2 else 0))
+    need(f["magic"] == b"\x89LINMEM\n" and f["version"] in (1, 2) and f["reserved"] == 0)
+    need(f["kind"] in (1, 2) or (f["kind"] == 3 and f["version"] == 2 and size % GROUP == 0 and f["base_size"] <= size))
+    need(f["target_offset"] <= (size if f["version"] == f["kind"] == 2 else 0))
     start = 224 if f["version"] == f["layout"] == 2 else GROUP
     need((f["header_size"], f["group_size"], f["page_size"], f["data_offset"]) == (224, GROUP, PAGE, start))
     need(size <= 1 << 56 and offset <= 1 << 56 and f["base_size"] <= 1 << 56)
-    need(f["layout"] in (1, 2) and (is_image or f["layout"] == 2))
+    need(f["layout"] in (1, 2) and (not is_delta or f["layout"] == 2))
     need((f["base_size"] == 0 and f["base_digest"] == bytes(32)) if is_image else offset == 0)
     first, last = span(offset, size)
     need(f["table_offset"] == start + f["data_size"] and len(raw) == f["table_offset"] + 16 * f["count"])
@@ -176,7 +178,7 @@ def judge(raw: bytes):
     for group, mentioned, there, crc in struct.iter_unpack("<QHHI", table):
         need(previous < group and first <= group < last and mentioned)
         previous, found = group, 0
-        need(there & ~mentioned == 0 and (there == mentioned or not is_image))
+        need(there & ~mentioned == 0 and (there == mentioned or is_delta))
         for k in range(16):
             number = group * 16 + k
             if mentioned >> k & 1:

@@ -1,0 +1,275 @@
+"""Finds, reads and writes the state of one instance, through wasmtime's C functions.
+
+wasmtime-py's own methods are not used where they abort the process (values of the type v128, elements of typed tables)
+or take time that is quadratic in the number of exports (`Instance.exports`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, NamedTuple
+
+import wasmtime
+from wasmtime import _ffi as ffi
+from wasmtime._extern import wrap_extern
+
+from linmem._core import bridge as _bridge
+from linmem._core.memory import Image, Memory, restore_all
+from linmem._wasm.outline import Outline
+from linmem._wasm.state import NULL, NUMBERS, Reference, State
+
+# The kinds of a wasmtime_val_t.
+KINDS = {name: getattr(ffi, f"WASMTIME_{name.upper()}").value for name in (*NUMBERS, "funcref")}
+KIND_NAMES = {kind: name for name, kind in KINDS.items()}
+_REFERENCES = range(KINDS["funcref"], KINDS["funcref"] + 4)        # funcref, externref, anyref, exnref
+_OF = ffi.wasmtime_val_t.of.offset
+
+Thing = Any         # a memory, global, table or function of wasmtime-py
+
+
+def behind(store: Any, memory: wasmtime.Memory | wasmtime.SharedMemory) -> Memory | None:
+    """The linmem memory behind a wasm memory; None if the memory is not linmem's."""
+    pointer = memory.data_ptr(store) if isinstance(memory, wasmtime.Memory) else memory.data_ptr()
+    return _bridge.find(ctypes.cast(pointer, ctypes.c_void_p).value or 0)
+
+
+def export(context: Any, instance: wasmtime.Instance, name: str) -> Thing | None:
+    """An export of the instance, or None."""
+    found, raw = ffi.wasmtime_extern_t(), name.encode()
+    if not ffi.wasmtime_instance_export_get(context, ctypes.byref(instance._instance), ctypes.create_string_buffer(raw),
+                                            len(raw), ctypes.byref(found)):
+        return None
+    return wrap_extern(found)
+
+
+def handle(thing: Thing) -> Any:
+    """A pointer to the handle of a global or a table."""
+    return ctypes.byref(thing._global if isinstance(thing, wasmtime.Global) else thing._table)
+
+
+def check(error: Any) -> None:
+    """Raise the error that a C function returned, if any."""
+    if error:
+        raise wasmtime.WasmtimeError._from_ptr(error)
+
+
+# -- values -------------------------------------------------------------------------------------------
+
+def read(context: Any, get: Any, *place: Any) -> Any | None:
+    """A number, a function or a null reference, as a wasmtime_val_t; None for a reference to an object."""
+    value = ffi.wasmtime_val_t()
+    get(context, *place, ctypes.byref(value))
+    if value.kind in KIND_NAMES or is_null(value):
+        return value
+    unroot(context, value)
+    return None
+
+
+def unroot(context: Any, value: Any) -> None:
+    """End the reference that a C function made for a value."""
+    function = ffi.dll.wasmtime_val_unroot      # older versions take the context too
+    function(*[context, ctypes.byref(value)][-len(function.argtypes or ()):])
+
+
+def is_null(value: Any) -> bool:
+    """Whether a value is a null reference: such a reference belongs to no store."""
+    return value.kind in _REFERENCES and value.of.funcref.store_id == 0
+
+
+def null(kind: int) -> Any:
+    """A null reference of a kind of a wasmtime_val_t."""
+    value = ffi.wasmtime_val_t()
+    value.kind = ctypes.c_uint8(kind)
+    return value
+
+
+def number(kind: str, raw: bytes) -> Any:
+    """A number, from its little-endian bytes."""
+    value = null(KINDS[kind])
+    ctypes.memmove(ctypes.addressof(value) + _OF, raw, NUMBERS[kind])
+    return value
+
+
+def raw_bytes(value: Any, size: int) -> bytes:
+    """The little-endian bytes of a number."""
+    return ctypes.string_at(ctypes.addressof(value) + _OF, size)
+
+
+def elements_of(context: Any, table: wasmtime.Table, size: int) -> list[Any] | None:
+    """The elements of a table, or None if an element is a reference to an object."""
+    place, found = handle(table), []
+    for index in range(size):
+        value = read(context, ffi.wasmtime_table_get, place, index)
+        if value is None:
+            return None
+        found.append(value)
+    return found
+
+
+def kind_of(context: Any, get: Any, *place: Any) -> int:
+    """The kind of the value in a global or a table. A table without this element: "funcref"."""
+    value = null(KINDS["funcref"])
+    get(context, *place, ctypes.byref(value))
+    kind = int(value.kind)
+    if kind not in KIND_NAMES:
+        unroot(context, value)
+    return kind
+
+
+class Functions:
+    """The functions of one instance that have a name: from a name to a value, and from a value to its name."""
+
+    def __init__(self, context: Any, instance: wasmtime.Instance, outline: Outline) -> None:
+        self.context, self.instance, self.outline = context, instance, outline
+        self.table = export(context, instance, outline.function_table) if outline.function_table else None
+        self.places: dict[Reference, int] = {}
+        self.names: dict[int, Reference] = {}
+
+    def value(self, reference: Reference) -> Any | None:
+        """The value of a reference that is not null; None if this instance does not have the function."""
+        if reference.kind == "export":
+            found = export(self.context, self.instance, reference.name)
+            if not isinstance(found, wasmtime.Func):
+                return None
+            value = null(KINDS["funcref"])
+            value.of.funcref = found._func
+            return value
+        if not self.places:
+            self.places.update((name, place) for place, name in enumerate(self.outline.functions.values()))
+        place = self.places.get(reference)
+        if place is None or self.table is None:
+            return None
+        return read(self.context, ffi.wasmtime_table_get, handle(self.table), place)
+
+    def name(self, value: Any) -> Reference | None:
+        """The name of a function or of a null reference; None if it has no name."""
+        if is_null(value):
+            return NULL
+        if not self.names:
+            if self.table is not None:
+                for place, reference in enumerate(self.outline.functions.values()):
+                    element = read(self.context, ffi.wasmtime_table_get, handle(self.table), place)
+                    self.names[self._identity(element)] = reference
+            for name in self.outline.function_exports:
+                reference = Reference("export", name)
+                self.names.setdefault(self._identity(self.value(reference)), reference)
+        return self.names.get(self._identity(value))
+
+    def _identity(self, value: Any) -> int:
+        return int(ffi.wasmtime_func_to_raw(self.context, ctypes.byref(value.of.funcref)) or 0)
+
+
+# -- the parts of an instance ------------------------------------------------------------------------
+
+class HeldMemory(NamedTuple):
+    name: str
+    memory: wasmtime.Memory | wasmtime.SharedMemory
+    size: int
+    image: Image
+
+
+class HeldGlobal(NamedTuple):
+    name: str
+    place: Any
+    value: Any              # a wasmtime_val_t
+
+
+class HeldTable(NamedTuple):
+    name: str
+    table: wasmtime.Table
+    size: int
+    elements: list[tuple[int, Any]]     # with their indices, as wasmtime_val_t
+
+
+class Parts(NamedTuple):
+    """Memories, globals and tables of one instance, each with the content that is held of it."""
+
+    memories: list[HeldMemory]
+    globals: list[HeldGlobal]
+    tables: list[HeldTable]
+
+    def write(self, store: Any, context: Any) -> None:
+        """Write the contents. The sizes agree, and the memories are linmem's. If one refuses, nothing is written."""
+        found = [behind(store, held.memory) for held in self.memories]
+        restore_all([memory for memory in found if memory is not None], [held.image for held in self.memories])
+        # The following steps cannot be refused.
+        for _, place, value in self.globals:
+            check(ffi.wasmtime_global_set(context, place, ctypes.byref(value)))
+        for held in self.tables:
+            place = handle(held.table)
+            for index, value in held.elements:
+                check(ffi.wasmtime_table_set(context, place, index, ctypes.byref(value)))
+
+
+def initial_elements(outline: Outline, table: int, size: int) -> list[Reference | None]:
+    """What instantiation puts into the elements of a table that has grown to `size`; None: not known."""
+    known = outline.contents(table)[:size]
+    known += [None if table < outline.imported_tables else -1] * (size - len(known))
+    return [None if function is None else NULL if function < 0 else outline.functions.get(function)
+            for function in known]
+
+
+def parts_of(store: Any, context: Any, instance: wasmtime.Instance, outline: Outline, state: State, *,
+             every_element: bool) -> Parts:
+    """The parts of an instance that a state has, with their contents in the state.
+
+    every_element: also the elements of tables that the state does not list, because instantiation put them there.
+
+    Raises
+    ------
+    ValueError
+        If the instance does not have or does not export a part, or the two disagree.
+    """
+    functions = Functions(context, instance, outline)
+    found = Parts([], [], [])
+    images: dict[int, Image] = {}       # by the base of the memory
+
+    def part(kind: str, index: int) -> tuple[str, Thing]:
+        name = name_of(outline, kind, index)
+        return name, export(context, instance, name)
+
+    def value(of: str, reference: Reference, kind: int) -> Any:
+        made = null(kind) if reference == NULL else functions.value(reference)
+        if made is None:
+            raise ValueError(f"the state of {of} has {reference}, which the module does not name: prepare the module"
+                             " with expose=True")
+        return made
+
+    for index, size, image in state.memories:
+        name, memory = part("memory", index)
+        ours = behind(store, memory)
+        if ours is None:
+            raise ValueError(f"memory {name!r} is not linmem's")
+        base = ours.as_ptr()
+        if base not in images:
+            images[base] = image
+            found.memories.append(HeldMemory(name, memory, size, image))
+        elif images[base] is not image and images[base] != image:
+            raise ValueError(f"memory {name!r} is also another memory of the instance, and the snapshot has two"
+                             " contents")
+    for index, kind, content in state.globals:
+        name, thing = part("global", index)
+        if isinstance(content, bytes):
+            found.globals.append(HeldGlobal(name, handle(thing), number(kind, content)))
+        else:
+            present = kind_of(context, ffi.wasmtime_global_get, handle(thing))
+            found.globals.append(HeldGlobal(name, handle(thing), value(f"global {name!r}", content, present)))
+    for index, size, changed in state.tables:
+        name, table = part("table", index)
+        present = kind_of(context, ffi.wasmtime_table_get, handle(table), 0)
+        wanted = dict(changed)
+        if every_element:
+            known = enumerate(initial_elements(outline, index, size))
+            wanted = {element: reference for element, reference in known if reference is not None} | wanted
+        found.tables.append(HeldTable(name, table, size, [
+            (element, value(f"table {name!r}", reference, present)) for element, reference in wanted.items()]))
+    return found
+
+
+def name_of(outline: Outline, kind: str, index: int) -> str:
+    """The export that names a part of the instance."""
+    name = outline.exports.get((kind, index))
+    if name is None:
+        raise ValueError(f"the snapshot has {kind} {index}, which the module does not export: prepare the module with"
+                         " expose=True")
+    return name

@@ -1,0 +1,173 @@
+"""How instances of one module start from one snapshot: what is checked, offered and written."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import wasmtime
+from wasmtime import _ffi as ffi
+
+from linmem._core import bridge as _bridge
+from linmem._core.memory import Image
+from linmem._wasm.instance_state import (
+    KINDS,
+    HeldTable,
+    Parts,
+    behind,
+    check,
+    handle,
+    name_of,
+    null,
+    number,
+    parts_of,
+)
+from linmem._wasm.outline import Outline
+from linmem._wasm.state import NUMBERS, MemoryState, State
+from linmem.errors import GrowError
+
+_REFERENCE_KINDS = range(KINDS["funcref"], KINDS["funcref"] + 4)
+
+
+class Start:
+    """Checks that a state fits a module, once. `offer` is for the memories of an instance; `finish` does the rest.
+
+    wasmtime asks for a memory of the minimum of its type. The offer makes the memory larger, with the image of the
+    snapshot, and wasmtime is told of the minimum. Then wasmtime itself grows the memory, so that the maximum of the
+    type and the limits of the store are checked. Two kinds of memories are not offered, but grown and restored:
+    imported memories, and memories whose minimum is 0, which cannot be told from the GC heap of a store.
+    """
+
+    def __init__(self, outline: Outline, state: State, places: Sequence[tuple[int, Image | None]]) -> None:
+        """places: the minimum and the image of each memory of the module's own, for memories that the state lacks."""
+        self.outline = outline
+        offered: list[tuple[int, Image | None] | tuple[int, Image | None, int]] = list(places)
+        grown: list[tuple[bytes, int | bytes]] = []
+        numbers: list[tuple[bytes, int | bytes]] = []
+        self.sizes: dict[str, int] = {}
+        later: list[MemoryState] = []
+        for memory in state.memories:
+            index, size, image = memory
+            kind = _type_of(outline.memory_types, "memory", index)
+            name = name_of(outline, "memory", index)
+            if size < kind.minimum or (size - kind.minimum) % kind.page_size or image.offset + image.size > size:
+                raise ValueError(f"the snapshot has {size} bytes of memory {name!r}, which has at least {kind.minimum}"
+                                 f" bytes, in pages of {kind.page_size}; its image ends at {image.offset + image.size}")
+            self.sizes[name] = size
+            if index < outline.imported_memories or not kind.minimum:
+                later.append(memory)
+                continue
+            offered[index - outline.imported_memories] = kind.minimum, image, size
+            if size > kind.minimum:
+                grown.append((name.encode(), (size - kind.minimum) // kind.page_size))
+        references = []
+        for each in state.globals:
+            kind_of_global = _type_of(outline.global_types, "global", each.index)
+            name = name_of(outline, "global", each.index)
+            is_number = isinstance(each.value, bytes)
+            if not kind_of_global.mutable or is_number != bool(kind_of_global.number) or (
+                    is_number and (each.kind != kind_of_global.number or len(each.value) != NUMBERS[each.kind])):
+                raise ValueError(f"the snapshot has a value of the type {each.kind} of global {name!r}, which the"
+                                 " module does not have like that")
+            if isinstance(each.value, bytes):
+                numbers.append((name.encode(), bytes(number(each.kind, each.value))))
+            else:
+                references.append(each)
+        tables = []
+        for table in state.tables:
+            kind = _type_of(outline.table_types, "table", table.index)
+            name = name_of(outline, "table", table.index)
+            if table.size < kind.minimum or any(not 0 <= element < table.size for element, _ in table.changed):
+                raise ValueError(f"the snapshot has {table.size} elements of table {name!r}, which has at least"
+                                 f" {kind.minimum}")
+            if table.changed or table.size != kind.minimum or table.index < outline.imported_tables:
+                tables.append(table)
+        self.offer = _bridge.Offer(offered) if any(place[1] is not None for place in offered) else None
+        self.grown = _bridge.Writes(grown) if grown else None
+        self.numbers = _bridge.Writes(numbers) if numbers else None
+        self.names = [name.decode() for name, _ in grown]
+        # The rest, which is slower.
+        rest = state._replace(memories=tuple(later), globals=tuple(references), tables=tuple(tables))
+        self.rest = rest if later or references or tables else None
+
+    def finish(self, store: Any, instance: wasmtime.Instance) -> None:
+        """Grow the memories and tables of a new instance, and write the rest of its state. No wasm code runs."""
+        context = store._context()
+        address = ctypes.addressof(context.contents)
+        place = ctypes.addressof(instance._instance)
+        if self.grown is not None:
+            refused = self.grown.apply(address, place)
+            if refused is not None:
+                self._refuse(*refused)
+        parts = None if self.rest is None else self._sized(store, context, instance, self.rest)
+        if self.numbers is not None:
+            refused = self.numbers.apply(address, place)
+            if refused is not None:
+                _raise(refused[1])
+        if parts is not None:
+            parts.write(store, context)
+
+    def _refuse(self, index: int, error: int) -> None:
+        name = self.names[index]
+        try:
+            _raise(error)
+        except wasmtime.WasmtimeError as reason:
+            raise GrowError(f"memory {name!r} cannot get the {self.sizes[name]} bytes that it has in the snapshot:"
+                            f" {reason}") from reason
+
+    def _sized(self, store: Any, context: Any, instance: wasmtime.Instance, state: State) -> Parts:
+        """The parts of the instance that were not offered, grown to their sizes in the snapshot."""
+        parts = parts_of(store, context, instance, self.outline, state, every_element=False)
+        deltas = []
+        for name, memory, size, _ in parts.memories:
+            ours = behind(store, memory)
+            assert ours is not None     # parts_of has refused other memories
+            page = memory.page_size(store) if hasattr(memory, "page_size") else 65536
+            delta, left = divmod(size - ours.byte_size(), page)
+            if delta < 0 or left:
+                raise ValueError(f"memory {name!r} has {ours.byte_size()} bytes and had {size} in the snapshot, and a"
+                                 " memory cannot shrink")
+            deltas.append(delta)
+        for held in parts.tables:
+            if held.table.size(store) > held.size:
+                raise ValueError(f"table {held.name!r} has {held.table.size(store)} elements and had {held.size} in the"
+                                 " snapshot, and a table cannot shrink")
+        for (name, memory, size, _), delta in zip(parts.memories, deltas, strict=True):
+            try:
+                if delta and isinstance(memory, wasmtime.SharedMemory):
+                    memory.grow(delta)
+                elif delta and isinstance(memory, wasmtime.Memory):
+                    memory.grow(store, delta)
+            except wasmtime.WasmtimeError as reason:
+                raise GrowError(f"memory {name!r} cannot get the {size} bytes that it has in the snapshot:"
+                                f" {reason}") from reason
+        for held in parts.tables:
+            delta = held.size - held.table.size(store)
+            if delta:
+                _grow_table(context, held, held.size - delta, delta)
+        return parts
+
+
+def _type_of(types: tuple[Any, ...], kind: str, index: int) -> Any:
+    if not 0 <= index < len(types):
+        raise ValueError(f"the snapshot has {kind} {index}, and the module has {len(types)} of this kind")
+    return types[index]
+
+
+def _raise(error: int) -> None:
+    if not error:
+        raise RuntimeError("the instance does not have an export of its module")
+    check(ctypes.cast(error, ctypes.POINTER(ffi.wasmtime_error_t)))
+
+
+def _grow_table(context: Any, held: HeldTable, size: int, delta: int) -> None:
+    """Grow with null references. A table whose type has none gets the value of its first new element everywhere: the
+    state of such a table lists all new elements."""
+    for value in [*map(null, _REFERENCE_KINDS), *(value for index, value in held.elements if index == size)]:
+        before = ctypes.c_uint64()
+        error = ffi.wasmtime_table_grow(context, handle(held.table), delta, ctypes.byref(value), ctypes.byref(before))
+        if not error:
+            return
+        reason = wasmtime.WasmtimeError._from_ptr(error)
+    raise GrowError(f"table {held.name!r} cannot get the {held.size} elements that it has in the snapshot: {reason}")
