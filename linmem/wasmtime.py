@@ -190,10 +190,11 @@ def _bind() -> None:
     if missing:
         raise RuntimeError(f"wasmtime {wasmtime_version()} has no host memory creators: {', '.join(missing)} missing")
     _bridge.bind(*map(_address, (*_NEEDED, "wasmtime_memorytype_page_size")))
-    _bridge.bind_instances(*map(_address, (
-        "wasmtime_instance_export_get", "wasmtime_memory_grow", "wasmtime_sharedmemory_grow",
-        "wasmtime_sharedmemory_delete", "wasmtime_global_set")),
-        ctypes.sizeof(ffi.wasmtime_extern_t), ffi.wasmtime_extern_t.of.offset, ctypes.sizeof(ffi.wasmtime_val_t))
+    _bridge.bind_instances(
+        _address("wasmtime_instance_export_get"), _address("wasmtime_memory_grow"),
+        _address("wasmtime_sharedmemory_grow"), _address("wasmtime_sharedmemory_delete"),
+        _address("wasmtime_global_set"), extern_size=ctypes.sizeof(ffi.wasmtime_extern_t),
+        extern_of=ffi.wasmtime_extern_t.of.offset, value_size=ctypes.sizeof(ffi.wasmtime_val_t))
 
 
 def _address(name: str) -> int:

@@ -803,6 +803,33 @@ def image_wasm_rows(kind):
         assert scene.exports["count"].value(scene.store) == 7
         assert scene.load(scene.store, 16) == ord("h")
 
+    def travelling(make):
+        scene = prepared(make)
+        store = wasmtime.Store(scene.engine)
+        instance = scene.prepared.instantiate(store)
+        exports = instance.exports(store)
+        exports["grow"](store, 2)
+        exports["store"](store, 3 * WASM_PAGE - 1, 9)
+        exports["count"].set_value(store, 8)
+        scene.snapshot = linmem.wasmtime.Snapshot.take(store, instance)
+        store.close()
+        return scene
+
+    def start(scene):
+        store = wasmtime.Store(scene.engine)
+        scene.others.append(store)
+        return store, scene.prepared.instantiate(store, start=scene.snapshot).exports(store)
+
+    def check_started(scene, made):
+        store, exports = made
+        assert (exports["count"].value(store), exports["size"](store)) == (8, 3)
+        assert [exports["load"](store, at) for at in (16, 21, 3 * WASM_PAGE - 1)] == [ord("h"), 0, 9]
+        assert exports["grow"](store, 5) == 3
+        assert exports["load"](store, 8 * WASM_PAGE - 1) == 0
+        assert traps(exports["load"], store, 8 * WASM_PAGE)
+        for one in scene.others:
+            one.close()
+
     def new_memory(scene, shared=False):
         store = wasmtime.Store(scene.engine)
         scene.others.append(store)
@@ -831,6 +858,8 @@ def image_wasm_rows(kind):
            check_prepared, "reserve commit", error=error)
         of(f"Prepared.instantiate: {name}", "Prepared.instantiate", functools.partial(prepared, make),
            instantiate_prepared, check_instance, "reserve commit image_map", error=error)
+        of(f"Prepared.instantiate with start: {name}", "Prepared.instantiate", functools.partial(travelling, make),
+           start, check_started, "reserve commit image_map", error=error)
         of(f"Snapshot.take: {name}", "Snapshot.take", functools.partial(running, make, True), snapshot_of,
            check_snapshot, "image_begin image_write image_end")
         of(f"Snapshot.restore: {name}", "Snapshot.restore", functools.partial(spoilt, make),

@@ -13,6 +13,7 @@ from wasmtime import _ffi as ffi
 
 import linmem
 import linmem.wasmtime
+from linmem._wasm.module import Module
 from linmem._wasm.outline import expose, outline
 from linmem._wasm.segments import hoist
 
@@ -628,6 +629,75 @@ def test_code_that_changes_the_last_of_many_tables_is_seen(tables):
         (func (table.set {tables - 1} (i32.const 0) (ref.null func))))"""))
     assert found.changes_tables
     assert found.hidden_tables() == [tables - 1]
+
+
+# An instruction of each form: with each number and kind of operands.
+INSTRUCTIONS = """
+    nop|block end|block (result i32) i32.const 38 end|loop (param i32) (result i32 i64) end|if else end|
+    block (result v128) unreachable end|block (result externref) unreachable end|
+    block (result (ref null $f)) unreachable end|block (result (ref 40)) unreachable end|
+    try_table (result i32) (catch $x 0) (catch_ref $x 0) (catch_all 1) (catch_all_ref 1) unreachable end|throw $x|
+    throw_ref|br 0|br_if 0|br_table 0 0 0|br_table 0|return|call $g|call_indirect 2 (type 38)|call_indirect (type $f)|
+    return_call $g|return_call_indirect 1 (type 38)|call_ref 38|return_call_ref $f|drop|select|select (result i32)|
+    select (result (ref null 38))|select (result externref)|local.get 38|local.set 300|local.tee 0|global.get 0|
+    global.set 0|table.get 2|i32.load offset=38|i64.store8 offset=0x26fc0f align=1|f64.load 38 offset=0xffffffff|
+    i64.load32_u 1 offset=0x1000000000|memory.size|memory.size 38|memory.grow 1|i32.const 38|i32.const -38|
+    i64.const 0x26260026|f32.const 38|f64.const 38|i32.eqz|f64.max|i64.extend32_s|i32.trunc_sat_f32_s|
+    i64.trunc_sat_f64_u|memory.init 0|memory.init 38 1|memory.copy|memory.copy 38 1|memory.fill|memory.fill 38|
+    table.size 2|i64.add128|i64.mul_wide_u|ref.null func|ref.null 38|ref.null any|ref.is_null|ref.func $g|ref.eq|
+    ref.as_non_null|br_on_null 0|br_on_non_null 0|v128.load offset=38|v128.load32_splat 38 offset=38|
+    v128.const i8x16 38 0 38 0 38 0 38 0 0 0 0 0 0 0 0 0|i8x16.shuffle 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15|
+    i8x16.swizzle|i32x4.splat|i8x16.extract_lane_s 15|f64x2.replace_lane 1|v128.load8_lane offset=38 3|
+    v128.store64_lane 38 offset=38 1|v128.load64_zero|f32x4.add|i64x2.extmul_high_i32x4_u|i8x16.relaxed_swizzle|
+    i32x4.relaxed_dot_i8x16_i7x16_add_s|memory.atomic.notify|memory.atomic.wait64 38 offset=38|atomic.fence|
+    i64.atomic.rmw32.cmpxchg_u offset=38|i32.atomic.load|struct.new $s|struct.new_default 38|struct.get $s 0|
+    struct.get_u 38 38|struct.set $s 0|array.new $a|array.new_default 38|array.new_fixed 38 38|array.new_data 38 38|
+    array.new_elem 38 38|array.get 38|array.get_s 38|array.set 38|array.len|array.fill 38|array.copy 38 38|
+    array.init_data 38 38|array.init_elem 38 38|ref.test (ref 38)|ref.test (ref null any)|ref.cast (ref 38)|
+    ref.cast anyref|br_on_cast 0 anyref (ref 38)|br_on_cast_fail 0 (ref null 38) nullref|any.convert_extern|
+    extern.convert_any|ref.i31|i31.get_s|i31.get_u"""
+
+
+@pytest.mark.parametrize("instruction", [each.strip() for each in INSTRUCTIONS.split("|")])
+def test_every_instruction_is_read_with_its_operands(instruction):
+    def effects(code):
+        return Module(binary(f"""(module (type $f (func (result i32))) (type $s (struct (field i32)))
+            (type $a (array (mut i32))) (tag $x) (table 1 funcref) (table 1 funcref) (table 1 funcref)
+            (memory 1) (memory i64 1) (global (mut i32) (i32.const 0))
+            (func $g (local i32 i64 v128) (local externref funcref) (local (ref null $f)) {code}))""")).effects(3)
+
+    found = effects(f"{instruction} i32.const 0 ref.null func table.set 1")
+    assert (found.tables, found.drops) == ({1}, set())
+    found = effects(f"i32.const 38 drop {instruction}")
+    assert (found.tables, found.drops) == (set(), set())
+    assert effects(f"elem.drop 2 {instruction} table.copy 2 0 data.drop 0").drops == {"data", "element"}
+
+
+@pytest.mark.parametrize("code", [
+    b"\xfb\x7f", b"\xfc\x30", b"\xfe\x7f\0", b"\xfd\xff\x7f", b"\x27", b"\xff", b"\x1f\x40\1", b"\xfc\x80\0",
+    b"\x44\0"])
+def test_if_an_instruction_is_not_known_all_tables_may_change(code):
+    body = b"\0" + code + b"\x26\0\x0b"
+    code = b"\x0a" + bytes([len(body) + 2, 1, len(body)]) + body
+    wasm = b"\0asm\1\0\0\0\1\4\1\x60\0\0\3\2\1\0\4\7\2\x70\0\1\x70\0\1" + code
+    assert Module(wasm).effects(2) == ({0, 1}, set(), {"data", "element"})
+    assert Module(wasm).may_use_table(0)
+
+
+@pytest.mark.parametrize("use", [
+    "(func (drop (table.get 1 (i32.const 0))))", "(func (drop (table.size 1)))", "(elem (table 1) (i32.const 0) func)",
+    "(func (call_indirect 1 (i32.const 0)))", "(func (return_call_indirect 1 (i32.const 0)))", '(export "t" (table 1))',
+    "(func (table.copy 0 1 (i32.const 0) (i32.const 0) (i32.const 0)))",
+    "(func (table.init 1 0 (i32.const 0) (i32.const 0) (i32.const 0)))"])
+def test_a_module_that_names_a_missing_table_stays_invalid(use):
+    text = "(module (table (export \"own\") 1 funcref) {} (elem (i32.const 0) $f) (func $f) {})"
+    wasm = binary(text.format("", use))
+    assert not verdict(wasm)
+    assert not verdict(expose(wasm)[0])
+    valid = binary(text.format("(table 1 funcref)", use))
+    assert verdict(valid)
+    assert verdict(expose(valid)[0])
+    assert "linmem:elements" in expose(valid)[1]
 
 
 def test_code_that_changes_a_table_is_seen_however_its_numbers_are_written():

@@ -401,18 +401,22 @@ FACE = {
     "linmem.wasmtime.Prepared": (lambda w: linmem.wasmtime.Prepared, {}),
     "linmem.wasmtime.Prepared.instantiate": (lambda w: w.prepared.instantiate, {
         "store": (of(wasmtime.Store), given_by("store")), "imports": (nothing_in, ()),
+        "start": (either(of(linmem.wasmtime.Snapshot), nothing), given_by("snapshot")),
         "domain": (text_or_none, None)}),
     "linmem.wasmtime.Sessions": (lambda w: linmem.wasmtime.Sessions, {
         "prepared": (of(linmem.wasmtime.Prepared), given_by("prepared")), "imports": (either(nothing_in, callable), ()),
         "start": (of(linmem.wasmtime.Snapshot), given_by("snapshot")), "size": (count_from_one, 1),
         "store": (either(nothing, callable), None), "begin": (either(nothing, callable), None)}),
+    "linmem.wasmtime.Sessions.__exit__": (lambda w: w.sessions.__exit__, {
+        "kind": (anything, None), "error": (anything, None), "trace": (anything, None)}),
     "linmem.wasmtime.Sessions.get": (lambda w: w.sessions.get, {"timeout": (either(seconds, nothing), None)}),
     "linmem.wasmtime.Snapshot": (lambda w: linmem.wasmtime.Snapshot, {}),
     "linmem.wasmtime.Snapshot.take": (lambda w: linmem.wasmtime.Snapshot.take, {
         "store": (of(wasmtime.Store), given_by("store")), "instance": (of(wasmtime.Instance), given_by("instance")),
         "partial": (flag, False)}),
     "linmem.wasmtime.Snapshot.restore": (lambda w: w.snapshot.restore, {
-        "store": (of(wasmtime.Store), given_by("store")), "zero_grown": (flag, False)}),
+        "store": (of(wasmtime.Store), given_by("store")),
+        "instance": (either(of(wasmtime.Instance), nothing), None), "zero_grown": (flag, False)}),
 }
 
 

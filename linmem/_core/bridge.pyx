@@ -15,8 +15,8 @@ from libc.stdlib cimport calloc, free
 
 from linmem._core.atomic cimport load, store
 from linmem._core.memory cimport (
-    OWNER_LEFT, OWNER_WASMTIME, PROTECTION_NONE, UNCHOSEN, Image, Memory, NativeCreator, current_domain, deferred_decref,
-    domain as domain_t, domain_of, domain_release, fail, failure, failure_text, fork_lock, image, image_release,
+    OWNER_LEFT, OWNER_WASMTIME, PROTECTION_NONE, UNCHOSEN, Image, Memory, NativeCreator, current_domain,
+    deferred_decref, domain as domain_t, domain_of, domain_release, fail, failure, failure_text, fork_lock, image_release,
     image_retain, lock, lock_memory, memory, memory_grow_to, memory_release, memory_retain, memory_spec,
     register_fork_lock, set_domain, unlock, wrap,
 )
@@ -50,14 +50,14 @@ cdef struct wasmtime_functions:
     unsigned char (*is_64)(const wasm_memorytype_t* ty) noexcept nogil
     unsigned char (*is_shared)(const wasm_memorytype_t* ty) noexcept nogil
     uint64_t (*page_size)(const wasm_memorytype_t* ty) noexcept nogil       # NULL in old releases
-    # bind_instances() fills the rest once. A wasmtime_extern_t has its kind at its start, and at `extern_of` the handle.
+    # bind_instances() fills the rest once. A wasmtime_extern_t has its kind at 0, and its handle at `extern_of`.
     unsigned char (*export_get)(wasmtime_context_t* context, const wasmtime_instance_t* instance, const char* name,
                                 size_t name_size, void* extern) noexcept nogil
     wasmtime_error_t* (*memory_grow)(wasmtime_context_t* context, const void* memory, uint64_t delta,
                                      uint64_t* before) noexcept nogil
     wasmtime_error_t* (*shared_grow)(void* memory, uint64_t delta, uint64_t* before) noexcept nogil
     void (*shared_delete)(void* memory) noexcept nogil
-    wasmtime_error_t* (*global_set)(wasmtime_context_t* context, const void* it, const void* value) noexcept nogil
+    wasmtime_error_t* (*global_set)(wasmtime_context_t* context, const void* handle, const void* value) noexcept nogil
     size_t extern_of
     size_t value_size
 
@@ -284,7 +284,8 @@ def bind_instances(size_t export_get, size_t memory_grow, size_t shared_grow, si
                                                   uint64_t*) noexcept nogil>memory_grow
     wasmtime.shared_grow = <wasmtime_error_t* (*)(void*, uint64_t, uint64_t*) noexcept nogil>shared_grow
     wasmtime.shared_delete = <void (*)(void*) noexcept nogil>shared_delete
-    wasmtime.global_set = <wasmtime_error_t* (*)(wasmtime_context_t*, const void*, const void*) noexcept nogil>global_set
+    wasmtime.global_set = <wasmtime_error_t* (*)(wasmtime_context_t*, const void*,
+                                                 const void*) noexcept nogil>global_set
     wasmtime.extern_of = extern_of
     wasmtime.value_size = value_size
 
@@ -317,10 +318,10 @@ def find(size_t base):
     return None if m == NULL else wrap(m)
 
 
-def references(Memory memory):
-    """The number of references on a memory: one of its wasmtime store, and one of each open handle. Exported buffers
-    keep their handle open."""
-    return load(&memory.m.refs)
+def references(Memory handle):
+    """The number of references on the memory of a handle: one of its wasmtime store, and one of each open handle.
+    Exported buffers keep their handle open."""
+    return load(&handle.m.refs)
 
 
 def in_domain(domain, call):

@@ -7,7 +7,6 @@ or take time that is quadratic in the number of exports (`Instance.exports`).
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Container
 from typing import Any, NamedTuple
 
 import wasmtime
@@ -80,7 +79,7 @@ def is_null(value: Any) -> bool:
 def null(kind: int) -> Any:
     """A null reference of a kind of a wasmtime_val_t."""
     value = ffi.wasmtime_val_t()
-    value.kind = kind
+    value.kind = ctypes.c_uint8(kind)
     return value
 
 
@@ -150,7 +149,8 @@ class Functions:
             if self.table is not None:
                 for place, reference in enumerate(self.outline.functions.values()):
                     element = read(self.context, ffi.wasmtime_table_get, handle(self.table), place)
-                    self.names[self._identity(element)] = reference
+                    if not is_null(element):        # unless the host has changed the table
+                        self.names[self._identity(element)] = reference
             for name in self.outline.function_exports:
                 reference = Reference("export", name)
                 self.names.setdefault(self._identity(self.value(reference)), reference)
@@ -189,13 +189,10 @@ class Parts(NamedTuple):
     globals: list[HeldGlobal]
     tables: list[HeldTable]
 
-    def write(self, store: Any, context: Any, skipped: Container[str] = ()) -> None:
-        """Write the contents; the sizes agree. If a memory refuses its image, nothing is written.
-
-        The memories whose names are in `skipped` hold their contents already.
-        """
-        memories = [held for held in self.memories if held.name not in skipped]
-        restore_all([behind(store, held.memory) for held in memories], [held.image for held in memories])
+    def write(self, store: Any, context: Any) -> None:
+        """Write the contents. The sizes agree, and the memories are linmem's. If one refuses, nothing is written."""
+        found = [behind(store, held.memory) for held in self.memories]
+        restore_all([memory for memory in found if memory is not None], [held.image for held in self.memories])
         # The following steps cannot be refused.
         for _, place, value in self.globals:
             check(ffi.wasmtime_global_set(context, place, ctypes.byref(value)))
@@ -244,9 +241,11 @@ def parts_of(store: Any, context: Any, instance: wasmtime.Instance, outline: Out
         ours = behind(store, memory)
         if ours is None:
             raise ValueError(f"memory {name!r} is not linmem's")
-        if images.setdefault(ours.as_ptr(), image) is image:
+        base = ours.as_ptr()
+        if base not in images:
+            images[base] = image
             found.memories.append(HeldMemory(name, memory, size, image))
-        elif images[ours.as_ptr()] != image:
+        elif images[base] is not image and images[base] != image:
             raise ValueError(f"memory {name!r} is also another memory of the instance, and the snapshot has two"
                              " contents")
     for index, kind, content in state.globals:

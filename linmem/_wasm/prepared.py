@@ -37,6 +37,7 @@ NOT_OURS = ("linmem.wasmtime.install(config) was not called for this engine, or 
 
 _FORMAT = 2         # the version of cached files, in their keys; keys of modules also have wasmtime's
 _ASKS: weakref.WeakKeyDictionary[wasmtime.Engine, bool] = weakref.WeakKeyDictionary()
+_alive: weakref.WeakSet[Prepared] = weakref.WeakSet()       # each with a module that is still to be compiled
 _SIZE_MAX = 2 * sys.maxsize + 1
 _T = TypeVar("_T")
 
@@ -105,6 +106,8 @@ class Prepared:
         self._places = [(min(minimum, _SIZE_MAX), image) for minimum, image in zip(minima, images, strict=True)]
         self._offer = _bridge.Offer(self._places) if any(image is not None for image in images) else None
         self._start_module, self._compile, self._lock = module, compile_start, threading.Lock()
+        if compile_start is not None:
+            _alive.add(self)
         return self
 
     def instantiate(self, store: wasmtime.Store,
@@ -113,9 +116,11 @@ class Prepared:
         """Make an instance whose memories share the pages of the images until they write to them.
 
         With ``start=snapshot`` the instance has the state of the snapshot: its memories share the pages of the
-        snapshot's images, and its globals and tables have the snapshot's values. No wasm code runs, no fuel is used,
-        and no deadline is checked: neither the start function nor a data segment takes effect. Imported memories,
-        mutable globals and tables get the snapshot's content, too.
+        snapshot's images, and its globals and tables have the snapshot's values. No code of the module runs: neither
+        the start function nor a data segment takes effect. No fuel is used and no deadline is checked, with one
+        exception: wasmtime 50 itself has start-up code, of a few units of fuel, for globals that hold references or
+        are computed, and for passive element segments. Imported memories, mutable globals and tables get the
+        snapshot's content, too.
 
         Parameters
         ----------
@@ -181,9 +186,10 @@ class Prepared:
         if self.outline is None:
             raise ValueError("start cannot be used: this module uses what linmem does not know")
         own = sum(each.index >= self.outline.imported_memories for each in found.memories)
-        if self.skipped and own < len(self.images):
-            raise ValueError("start has not all memories of the module, and the data of the others would be missing:"
-                             " prepare the module with expose=True")
+        missing = self.outline.computed_tables() - {each.index for each in found.tables}
+        if missing or (self.skipped and own < len(self.images)):
+            raise ValueError("the snapshot lacks a memory or a table that instantiation fills with code, which does not"
+                             " run for start=: prepare the module with expose=True")
         made = Start(self.outline, found, self._places)
         with self._lock:
             if self._compile is not None:
@@ -194,6 +200,15 @@ class Prepared:
 
     def __repr__(self) -> str:
         return f"<linmem.wasmtime.Prepared: {sum(image is not None for image in self.images)} images>"
+
+
+def _renew_locks() -> None:
+    for prepared in list(_alive):
+        prepared._lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):     # else a lock that another thread holds would stay locked in a forked child
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
@@ -277,7 +292,7 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
         module = None
     if module is None:      # if wasmtime refuses the original, too, the caller gets that refusal alone
         module = _compiled(engine, original, directory)
-    variant = None if outline is None else without_start(hoisted.module)
+    variant = None if outline is None else without_start(hoisted.module, outline)
     compile_start = None if variant is None else functools.partial(_compiled, engine, variant, directory)
     return Prepared._of(engine, module, images, hoisted.minima, skipped, added, outline,
                         hashlib.sha256(original).hexdigest(), compile_start)

@@ -173,9 +173,10 @@ class Snapshot:
         check_store(store, "instance", instance._instance)
         prepared = getattr(instance, "_linmem_prepared", None)
         outline = None if prepared is None else prepared.outline
+        digest = None if prepared is None else prepared.digest
         taken = _Taken(store, context, instance, outline, partial)
         state = None
-        if outline is None:
+        if prepared is None or outline is None:
             if not (partial or taken.memories or taken.globals):
                 raise ValueError("the instance exports no memory and no mutable global, and what its module hides is"
                                  " not known: make it by prepare(..., expose=True)")
@@ -184,10 +185,12 @@ class Snapshot:
             taken.unseen.append(f"what it does not export: {reason}")
             taken.stays = f"its state is not all known ({reason})"
         elif not taken.stays:
-            state = State(prepared.digest, *(tuple(each[index] for index in sorted(each)) for each in (
-                taken.memory_states, taken.global_states, taken.table_states)), unseen=tuple(taken.unseen),
-                names=tuple((kind, index, name) for name, kind, index in outline.names))
-        self = cls._new(getattr(prepared, "digest", None), tuple(taken.unseen), state, taken.stays)
+            memories, globals, tables = taken.memory_states, taken.global_states, taken.table_states
+            state = State(
+                prepared.digest, tuple(memories[index] for index in sorted(memories)),
+                tuple(globals[index] for index in sorted(globals)), tuple(tables[index] for index in sorted(tables)),
+                unseen=tuple(taken.unseen), names=tuple((kind, index, name) for name, kind, index in outline.names))
+        self = cls._new(digest, tuple(taken.unseen), state, taken.stays)
         self._store, self._parts = weakref.ref(store), taken.parts
         self.memories, self.globals, self.tables = taken.memories, tuple(taken.globals), tuple(taken.tables)
         return self

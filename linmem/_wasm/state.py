@@ -29,7 +29,7 @@ class Reference(NamedTuple):
     kind: str
     name: str = ""
     segment: int = 0
-    index: int = 0
+    index: int = 0      # type: ignore[assignment]
 
 
 NULL = Reference("null")
@@ -38,7 +38,7 @@ NULL = Reference("null")
 class MemoryState(NamedTuple):
     """A memory of `size` bytes that holds the bytes of `image`, which ends within `size`, and zeros elsewhere."""
 
-    index: int
+    index: int          # type: ignore[assignment]
     size: int
     image: Image
 
@@ -54,7 +54,7 @@ class GlobalState(NamedTuple):
         The little-endian bytes of a number, or a reference.
     """
 
-    index: int
+    index: int          # type: ignore[assignment]
     kind: str
     value: bytes | Reference
 
@@ -69,7 +69,7 @@ class TableState(NamedTuple):
         size that the table has at instantiation count as null there.
     """
 
-    index: int
+    index: int          # type: ignore[assignment]
     size: int
     changed: tuple[tuple[int, Reference], ...] = ()
 
