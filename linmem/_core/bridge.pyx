@@ -16,8 +16,8 @@ from libc.stdlib cimport calloc, free
 from linmem._core.atomic cimport load, store
 from linmem._core.memory cimport (
     OWNER_LEFT, OWNER_WASMTIME, PROTECTION_NONE, UNCHOSEN, Image, Memory, NativeCreator, current_domain,
-    deferred_decref, domain as domain_t, domain_of, domain_release, fail, failure, failure_text, fork_lock, image_release,
-    image_retain, lock, lock_memory, memory, memory_grow_to, memory_release, memory_retain, memory_spec,
+    deferred_decref, domain as domain_t, domain_of, domain_release, fail, failure, failure_text, fork_lock,
+    image_release, image_retain, lock, lock_memory, memory, memory_grow_to, memory_release, memory_retain, memory_spec,
     register_fork_lock, set_domain, unlock, wrap,
 )
 from linmem._core.units cimport E_MAXIMUM, E_PYTHON, E_UNSUPPORTED
