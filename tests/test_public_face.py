@@ -413,6 +413,8 @@ FACE = {
         "prepared": (of(linmem.wasmtime.Prepared), given_by("prepared")), "imports": (either(nothing_in, callable), ()),
         "start": (of(linmem.wasmtime.Snapshot), given_by("snapshot")), "size": (count_from_one, 1),
         "store": (either(nothing, callable), None), "begin": (either(nothing, callable), None)}),
+    "linmem.wasmtime.Sessions.__exit__": (lambda w: w.sessions.__exit__, {
+        "kind": (anything, None), "error": (anything, None), "trace": (anything, None)}),
     "linmem.wasmtime.Sessions.get": (lambda w: w.sessions.get, {"timeout": (either(seconds, nothing), None)}),
     "linmem.wasmtime.Snapshot": (lambda w: linmem.wasmtime.Snapshot, {}),
     "linmem.wasmtime.Snapshot.take": (lambda w: linmem.wasmtime.Snapshot.take, {

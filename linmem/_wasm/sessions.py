@@ -183,7 +183,8 @@ class Sessions:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
         self.close()
 
     def __reduce__(self) -> NoReturn:
@@ -451,7 +452,7 @@ class _Session:
             raise
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 traceback: TracebackType | None) -> None:
+                 trace: TracebackType | None) -> None:
         self._end()
 
     def _end(self) -> None:
