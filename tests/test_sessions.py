@@ -117,6 +117,26 @@ def test_each_session_has_the_state_of_the_snapshot_and_the_instance_is_used_aga
     figures(sessions, live=1, idle=1, handed_out=5, reused=4)
 
 
+def test_the_reset_happens_at_the_end_of_the_block_on_its_thread(monkeypatch):
+    threads = []
+    restore = Snapshot.restore
+
+    def records(self, store, instance):
+        threads.append(threading.get_ident())
+        restore(self, store, instance)
+
+    monkeypatch.setattr(Snapshot, "restore", records)
+    sessions = sessions_of()
+    other = threading.Thread(target=use, args=[sessions])
+    other.start()
+    ident = other.ident
+    other.join(60)
+    assert threads == [ident]
+    with sessions.get():
+        assert threads == [ident]
+    assert threads == [ident, threading.get_ident()]
+
+
 def test_an_instance_that_trapped_is_used_again_and_the_trap_is_raised_unchanged():
     sessions = sessions_of()
     for _ in range(3):
@@ -982,4 +1002,4 @@ def test_an_interrupt_anywhere_loses_no_session_and_spoils_no_session(used, grow
         figures = sessions.stats()
         assert figures["live"] == figures["idle"] == 1
         sessions.close()
-    assert nth > 30
+    assert nth > 10

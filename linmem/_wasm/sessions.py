@@ -34,7 +34,8 @@ class Sessions:
 
     ``with sessions.get() as (store, instance):`` hands out an instance that has exactly the state of the snapshot. At
     the end of the block the instance is reset to the snapshot, on the thread that ran the block. If that is impossible,
-    its store is closed, and a later `get` makes a new instance. An exception of the block is raised unchanged.
+    its store is closed. `get` makes a new instance if no instance is idle. An exception of the block is raised
+    unchanged.
 
     The store that the block gets is a handle that ends with the block: a later use raises `ValueError`. A memory handle
     or a view that is still open at the end of the block keeps the memory of this session, and the instance is replaced.
