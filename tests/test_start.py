@@ -274,6 +274,64 @@ def test_no_fuel_is_used_and_no_deadline_is_checked():
     assert started.call("n") == 1
 
 
+def test_element_segments_of_imported_tables_and_of_unknown_places_use_no_fuel():
+    engine = engine_of(consume_fuel=True, epoch_interruption=True)
+    wat = """(module (import "e" "t" (table 4 funcref)) (import "e" "g" (global i32)) (table 9 funcref)
+        (memory (export "m") 1) (func $f (result i32) (i32.const 5)) (elem (i32.const 1) $f)
+        (elem (table 1) (global.get 0) func $f) (elem (table 1) (i32.const 0) funcref (ref.func $f) (ref.null func))
+        (func (export "set") (table.set 1 (i32.const 2) (ref.func $f)))
+        (func (export "call") (param i32) (result i32) (call_indirect 1 (result i32) (local.get 0))))"""
+    prepared = prepare(engine, wat, expose=True)
+    store = wasmtime.Store(engine)
+    store.set_fuel(1000)
+    store.set_epoch_deadline(1)
+    guest = Guest(prepared, store=store, imports=[table(store), number(store, 3)])
+    guest.call("set")
+    snapshot = guest.take()
+    store = wasmtime.Store(engine)
+    store.set_fuel(0)
+    store.set_epoch_deadline(0)
+    engine.increment_epoch()
+    # The element at the imported place 3 is the snapshot's, and not the new instance's place 6.
+    started = Guest(prepared, store=store, imports=[table(store), number(store, 6)], start=snapshot)
+    store.set_fuel(1000)
+    store.set_epoch_deadline(9)
+    null = wasmtime.TrapCode.INDIRECT_CALL_TO_NULL
+    assert [started.outcome("call", index) for index in range(9)] == [5, null, 5, 5, null, null, null, null, null]
+
+
+def test_an_instance_starts_inside_of_a_host_function():
+    prepared = prepare(ENGINE, COUNTER, expose=True)
+    guest = Guest(prepared)
+    guest.call("grow", 1)
+    snapshot = guest.take()
+    made = []
+    store = wasmtime.Store(ENGINE)
+    host = wasmtime.Func(store, wasmtime.FuncType([], []), lambda caller: made.append(
+        prepared.instantiate(caller, start=snapshot)), access_caller=True)
+    caller = wasmtime.Module(ENGINE, '(module (import "e" "f" (func $f)) (func (export "call") (call $f)))')
+    wasmtime.Instance(store, caller, [host]).exports(store)["call"](store)
+    assert made[0].exports(store)["size"](store) == 2
+    store.close()       # breaks a cycle
+
+
+@needs_gc
+def test_a_module_that_allocates_objects_starts_with_its_memories():
+    wat = """(module (type $s (struct (field i32))) (global $g (ref $s) (struct.new $s (i32.const 7)))
+        (memory (export "a") 0 5) (memory (export "m") 1 5) (data (memory 1) (i32.const 0) "data")
+        (func (export "grow") (drop (memory.grow 0 (i32.const 2))) (drop (memory.grow 1 (i32.const 1)))
+          (i32.store8 0 (i32.const 70000) (i32.const 1)))
+        (func (export "get") (result i32) (struct.get $s 0 (global.get $g)))
+        (func (export "new") (result i32) (struct.get $s 0 (struct.new $s (i32.load8_u 0 (i32.const 70000))))))"""
+    prepared = prepare(ENGINE, wat, expose=True)
+    guest = Guest(prepared)
+    guest.call("grow")
+    started = Guest(prepared, start=guest.take())
+    assert (started.call("new"), started.call("get")) == (1, 7)
+    for name in "am":
+        assert started.content(name) == guest.content(name)
+
+
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize(("wat", "modules"), [(COUNTER, 2), (COUNTER.replace("(start $count)", ""), 1)])
 def test_the_module_is_compiled_at_most_once_more(monkeypatch, tmp_path, wat, modules, cached):
@@ -406,6 +464,23 @@ def test_a_state_that_does_not_fit_the_module_is_refused_before_an_instance_is_m
     for reference in (Reference("export", "none"), Reference("export", "m"), Reference("element", segment=7)):
         with pytest.raises(ValueError, match="which the module does not name"):
             Guest(prepared, start=changed(snapshot, tables=(TableState(0, 2, ((0, reference),)),)))
+
+
+def test_the_limit_of_the_store_holds_for_the_elements_of_a_table():
+    wat = """(module (table (export "t") 2 funcref) (func (export "grow") (drop (table.grow 0 (ref.null func)
+        (i32.const 3)))))"""
+    prepared = prepare(ENGINE, wat, expose=True)
+    guest = Guest(prepared)
+    guest.call("grow")
+    snapshot = guest.take()
+    for limit, accepted in ((5, True), (4, False)):
+        store = wasmtime.Store(ENGINE)
+        store.set_limits(table_elements=limit)
+        if accepted:
+            assert Guest(prepared, store=store, start=snapshot).instance.exports(store)["t"].size(store) == 5
+        else:
+            with pytest.raises(linmem.GrowError, match="table 't' cannot get the 5 elements that it has in the"):
+                Guest(prepared, store=store, start=snapshot)
 
 
 # -- what is refused ---------------------------------------------------------------------------------
@@ -598,7 +673,8 @@ def test_tables_travel_with_their_size_and_every_function_that_has_a_name(kind, 
     prepared = prepare(ENGINE, wat, expose=True)
     guest = Guest(prepared)
     fresh = guest.take()
-    assert fresh._state.tables == (TableState(0, 4),)
+    if kind is FUNCREF:     # the content of the other table is not a part of the compiled module
+        assert fresh._state.tables == (TableState(0, 4),)
     before = [guest.outcome("call", index) for index in range(7)]
     guest.call("set")
     guest.call("grow")
@@ -771,6 +847,44 @@ def test_after_each_refused_page_call_the_next_instance_starts(kind):
         else:
             pytest.fail("there are more page calls than expected")
     assert refused or kind == "pool"
+
+
+@requires("fork")
+def test_a_child_that_is_forked_during_the_compilation_compiles_the_module_itself():
+    assert answer(FORKING + f"COUNTER = {COUNTER!r}" + """
+import wasmtime, linmem.wasmtime
+from linmem.wasmtime import Snapshot, prepare
+config = wasmtime.Config()
+config.parallel_compilation = False
+linmem.wasmtime.install(config)
+engine = wasmtime.Engine(config)
+prepared = prepare(engine, COUNTER, expose=True)
+store = wasmtime.Store(engine)
+snapshot = Snapshot.take(store, prepared.instantiate(store))
+compiling, forked, compile_it = threading.Event(), threading.Event(), prepared._compile
+
+def slow():
+    compiling.set()
+    forked.wait(60)
+    return compile_it()
+
+def begin():
+    store = wasmtime.Store(engine)
+    assert prepared.instantiate(store, start=snapshot).exports(store)["n"](store) == 1
+
+def begin_quickly():
+    prepared._compile = compile_it
+    begin()
+
+prepared._compile = slow
+thread = threading.Thread(target=begin)
+thread.start()
+assert compiling.wait(60)
+child(os.fork, begin_quickly)
+forked.set()
+thread.join()
+print("done")
+""") == "done"
 
 
 @requires("fork")

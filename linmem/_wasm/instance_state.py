@@ -149,7 +149,8 @@ class Functions:
             if self.table is not None:
                 for place, reference in enumerate(self.outline.functions.values()):
                     element = read(self.context, ffi.wasmtime_table_get, handle(self.table), place)
-                    self.names[self._identity(element)] = reference
+                    if not is_null(element):        # unless the host has changed the table
+                        self.names[self._identity(element)] = reference
             for name in self.outline.function_exports:
                 reference = Reference("export", name)
                 self.names.setdefault(self._identity(self.value(reference)), reference)

@@ -74,6 +74,10 @@ class ElementSegment(NamedTuple):
     offset: Value
     elements: list[Value]
     allocates: bool     # one of the elements is an expression that allocates
+    start: int
+    end: int
+    element_type: bytes | None      # None: the elements are indices of functions, not expressions
+    is_constant: bool   # the offset is a single constant
 
 
 class DataSegment(NamedTuple):
@@ -319,14 +323,19 @@ class Module:
             if flags > 7:
                 raise malformed(start, f"element segment has flags {flags}")
             mode = "active" if not flags & 1 else "declared" if flags & 2 else "passive"
-            table, offset, allocates = 0, None, False
+            table, offset, allocates, is_constant = 0, None, False, False
             if mode == "active":
                 if flags & 2:
                     table = reader.u32("table index")
+                first = reader.at
                 offset, allocates = self.expression(reader, values)
+                is_constant = _CONSTANT.fullmatch(self.wasm, first, reader.at) is not None
+            element_type = b"\x70" if flags & 4 else None
             if flags & 4:
                 if flags & 3:
+                    first = reader.at
                     reader.reference_type("element type")
+                    element_type = self.wasm[first:reader.at]
             elif flags & 3 and reader.byte("element kind") != 0:
                 raise Unknown(f"the element segment at byte {start} is not of functions")
             length = reader.u32("number of elements")
@@ -340,7 +349,7 @@ class Module:
                 else:
                     element = 0, reader.u32("function index")
                 elements.append(element)
-            yield ElementSegment(mode, table, offset, elements, allocates)
+            yield ElementSegment(mode, table, offset, elements, allocates, start, reader.at, element_type, is_constant)
 
     def data(self, values: list[Value]) -> Iterator[DataSegment]:
         for number, reader in enumerate(self.items(DATA, "data segments")):

@@ -19,6 +19,7 @@ from linmem._wasm.module import (
 from linmem._wasm.reader import GlobalType, Limits, Reader, Unknown, leb128
 from linmem._wasm.state import Reference
 
+_MOST_ELEMENTS = 1 << 20        # of a table whose content wasmtime computes when it compiles the module
 _FUNCTION_TABLE = re.compile("linmem-*:elements")
 
 
@@ -110,8 +111,28 @@ class Outline(NamedTuple):
 
     def needs_functions(self) -> bool:
         """Whether the state has references, which name functions: in a table that can change, or in a global."""
-        return bool(self.imported_tables or self.written_tables or any(kind == "table" for _, kind, _ in self.names)
+        return bool(self.imported_tables or self.written_tables or self.computed_tables()
+                    or any(kind == "table" for _, kind, _ in self.names)
                     or any(each.mutable and not each.number for each in self.global_types))
+
+    def computed_tables(self) -> set[int]:
+        """The tables that instantiation fills with code: wasmtime's own start-up code, which costs fuel."""
+        return {segment.table for segment in self.segments if self.is_computed(segment)}
+
+    def is_computed(self, segment: ElementSegment) -> bool:
+        """Whether wasmtime copies the segment by start-up code; all other active segments are part of the module.
+
+        wasmtime 50 has no code for indices of functions at a constant place of a table that the module defines. It has
+        code for every segment behind one with code.
+        """
+        if segment.mode != "active" or segment.table >= self.tables:        # the table of functions
+            return False
+        if segment.table < self.imported_tables:
+            return True
+        end = (segment.offset or (0, 0))[1] + len(segment.elements)
+        return not (segment.element_type is None and segment.is_constant
+                    and end <= min(self.table_types[segment.table].minimum, _MOST_ELEMENTS)
+                    and _function(self.initial[segment.table]) is not None)
 
     def contents(self, table: int) -> list[int | None]:
         """The function that instantiation puts into each element of a table; -1: null, None: not known.
@@ -123,7 +144,7 @@ class Outline(NamedTuple):
         found = [_function(self.initial[table])] * self.table_types[table].minimum
         for segment in self.segments:
             if segment.mode == "active" and segment.table == table:
-                if segment.offset is None:
+                if segment.offset is None or self.is_computed(segment):
                     return [None] * len(found)
                 start = segment.offset[1]
                 found[start:start + len(segment.elements)] = map(_function, segment.elements)
@@ -164,7 +185,8 @@ def _outline(module: Module) -> Outline:
     for name, code, index in exports:
         if KINDS[code:code + 1] == ("table",) and index == last and _FUNCTION_TABLE.fullmatch(name) and segments:
             known = _functions(segments[:-1], initial[:-1], initial_globals)
-            if segments[-1] == ("active", last, (32, 0), [(0, each) for each in known], False):
+            segment = segments[-1]
+            if segment[:3] == ("active", last, (32, 0)) and segment.elements == [(0, each) for each in known]:
                 functions, function_table = known, name
                 del tables[-1], initial[-1], segments[-1]
     heap_types = {"table": [table.heap_type for table in tables], "global": [each.heap_type for each in globals]}
@@ -223,7 +245,9 @@ def expose(wasm: bytes) -> tuple[bytes, frozenset[str]]:
     prefix = "linmem"
     while any(name.startswith(prefix) for name, _, _ in exports):
         prefix += "-"
-    added = [(f"{prefix}:{kind}:{index}", KINDS.index(kind), index) for kind, index, _ in found.hidden()]
+    hidden = [(kind, index) for kind, index, _ in found.hidden()]
+    hidden += [("table", index) for index in sorted(found.computed_tables()) if ("table", index) not in found.exports]
+    added = [(f"{prefix}:{kind}:{index}", KINDS.index(kind), index) for kind, index in dict.fromkeys(hidden)]
     if _takes_function_table(module, found):
         added.append((f"{prefix}:elements", KINDS.index("table"), found.tables))
         count = leb128(len(found.functions))

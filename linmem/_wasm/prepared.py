@@ -112,9 +112,11 @@ class Prepared:
         """Make an instance whose memories share the pages of the images until they write to them.
 
         With ``start=snapshot`` the instance has the state of the snapshot: its memories share the pages of the
-        snapshot's images, and its globals and tables have the snapshot's values. No wasm code runs, no fuel is used,
-        and no deadline is checked: neither the start function nor a data segment takes effect. Imported memories,
-        mutable globals and tables get the snapshot's content, too.
+        snapshot's images, and its globals and tables have the snapshot's values. No code of the module runs: neither
+        the start function nor a data segment takes effect. No fuel is used and no deadline is checked, with one
+        exception: wasmtime 50 itself has start-up code, of a few units of fuel, for globals that hold references or
+        are computed, and for passive element segments. Imported memories, mutable globals and tables get the
+        snapshot's content, too.
 
         Parameters
         ----------
@@ -180,9 +182,10 @@ class Prepared:
         if self.outline is None:
             raise ValueError("start cannot be used: this module uses what linmem does not know")
         own = sum(each.index >= self.outline.imported_memories for each in found.memories)
-        if self.skipped and own < len(self.images):
-            raise ValueError("start has not all memories of the module, and the data of the others would be missing:"
-                             " prepare the module with expose=True")
+        missing = self.outline.computed_tables() - {each.index for each in found.tables}
+        if missing or (self.skipped and own < len(self.images)):
+            raise ValueError("the snapshot lacks a memory or a table that instantiation fills with code, which does not"
+                             " run for start=: prepare the module with expose=True")
         made = Start(self.outline, found, self._places)
         with self._lock:
             if self._compile is not None:
@@ -285,7 +288,7 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
         module = None
     if module is None:      # if wasmtime refuses the original, too, the caller gets that refusal alone
         module = _compiled(engine, original, directory)
-    variant = None if outline is None else without_start(hoisted.module)
+    variant = None if outline is None else without_start(hoisted.module, outline)
     compile_start = None if variant is None else functools.partial(_compiled, engine, variant, directory)
     return Prepared._of(module, images, hoisted.minima, skipped, added, outline,
                         hashlib.sha256(original).hexdigest(), compile_start)

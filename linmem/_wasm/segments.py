@@ -32,7 +32,8 @@ from __future__ import annotations
 import bisect
 from typing import NamedTuple
 
-from linmem._wasm.module import DATA, START, DataSegment, Module, Value
+from linmem._wasm.module import DATA, ELEMENT, START, DataSegment, Module, Value
+from linmem._wasm.outline import Outline
 from linmem._wasm.reader import Limits, Unknown, leb128
 
 Run = tuple[int, bytearray]
@@ -151,22 +152,26 @@ def _hoist(module: Module) -> Hoisted:
     return Hoisted(module.replaced(DATA, parts), images, minima, skipped)
 
 
-def without_start(wasm: bytes) -> bytes | None:
-    """The module without its start function, and with an empty passive segment for each active data segment.
+def without_start(wasm: bytes, outline: Outline) -> bytes | None:
+    """The module without code that runs at instantiation; None: the module has none.
 
-    Its instances have the memories that they are given. None: the module is already so.
+    The start function is gone, active data segments are empty and passive, and the element segments that wasmtime
+    copies by start-up code are empty and declared. So these memories and tables must get all content in another way.
+    wasmtime 50 has start-up code also for passive element segments and for globals that are not a constant. It stays.
     """
     module = Module(wasm)
     values, _, _ = module.globals(module.imports()[2])
-    whole = memoryview(module.wasm)
-    segments = list(module.data(values))
-    if any(segment.active for segment in segments):
-        module = Module(module.replaced(DATA, [leb128(len(segments)), *(
-            b"\1\0" if segment.active else whole[segment.start:segment.end] for segment in segments)]))
+    data = [b"\1\0" if segment.active else wasm[segment.start:segment.end] for segment in module.data(values)]
+    elements = [wasm[segment.start:segment.end] if not outline.is_computed(segment) else
+                b"\3\0\0" if segment.element_type is None else b"\7" + segment.element_type + b"\0"
+                for segment in module.elements(values)]
+    for kind, segments in ((DATA, data), (ELEMENT, elements)):
+        if segments:
+            module = Module(module.replaced(kind, [leb128(len(segments)), *segments]))
     if START in module.sections:
         start, _, end = module.sections[START]
         return module.wasm[:start] + module.wasm[end:]
-    return None if module.wasm is wasm else module.wasm
+    return None if module.wasm == wasm else module.wasm
 
 
 def _leaks(module: Module, values: list[Value], tables: list[Limits], imported: int) -> tuple[bool, bool]:

@@ -27,7 +27,10 @@ from linmem._wasm.outline import Outline
 from linmem._wasm.state import NUMBERS, MemoryState, State
 from linmem.errors import GrowError
 
-_REFERENCE_KINDS = range(KINDS["funcref"], KINDS["funcref"] + 4)
+# The kinds of references, and the kind of an abstract heap type; the other heap types are of anyref.
+_FUNCREF, _EXTERNREF, _ANYREF, _EXNREF = range(KINDS["funcref"], KINDS["funcref"] + 4)
+_ABSTRACT = {0x70 - 0x80: _FUNCREF, 0x73 - 0x80: _FUNCREF, 0x6F - 0x80: _EXTERNREF, 0x72 - 0x80: _EXTERNREF,
+             0x69 - 0x80: _EXNREF, 0x74 - 0x80: _EXNREF}
 
 
 class Start:
@@ -142,10 +145,10 @@ class Start:
             except wasmtime.WasmtimeError as reason:
                 raise GrowError(f"memory {name!r} cannot get the {size} bytes that it has in the snapshot:"
                                 f" {reason}") from reason
-        for held in parts.tables:
+        for held, table in zip(parts.tables, state.tables, strict=True):
             delta = held.size - held.table.size(store)
             if delta:
-                _grow_table(context, held, held.size - delta, delta)
+                _grow_table(context, held, delta, self.outline.table_types[table.index].heap_type)
         return parts
 
 
@@ -161,10 +164,12 @@ def _raise(error: int) -> None:
     check(ctypes.cast(error, ctypes.POINTER(ffi.wasmtime_error_t)))
 
 
-def _grow_table(context: Any, held: HeldTable, size: int, delta: int) -> None:
+def _grow_table(context: Any, held: HeldTable, delta: int, heap_type: int | None) -> None:
     """Grow with null references. A table whose type has none gets the value of its first new element everywhere: the
-    state of such a table lists all new elements."""
-    for value in [*map(null, _REFERENCE_KINDS), *(value for index, value in held.elements if index == size)]:
+    state of such a table lists all new elements. A heap type that has an index is a type of functions or of objects."""
+    kinds = (_FUNCREF, _ANYREF) if heap_type is None or heap_type >= 0 else (_ABSTRACT.get(heap_type, _ANYREF),)
+    first = [value for index, value in held.elements if index == held.size - delta]
+    for value in [*map(null, kinds), *first]:
         before = ctypes.c_uint64()
         error = ffi.wasmtime_table_grow(context, handle(held.table), delta, ctypes.byref(value), ctypes.byref(before))
         if not error:
