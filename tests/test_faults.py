@@ -48,9 +48,9 @@ from linmem import Image
 from linmem._core import pool as _pool
 from linmem._core.memory import NativeCreator
 from linmem._core.process_handles import Handle
+from linmem._os import pages
 from linmem._wasm.snapshot_file import SnapshotHandle, StoredSnapshot
 from linmem._wasm.state import MemoryState, State
-from linmem._os import pages
 
 # Two error codes: out of memory, and another code, because no result may depend on the code.
 OUT_OF_MEMORY, OTHER = (8, 1455) if HAS_KERNEL32 else (12, 11)
