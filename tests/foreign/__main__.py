@@ -45,7 +45,7 @@ def start(guest: Guest) -> None:
     def make() -> Instance:
         return guest.kind(guest, snapshot, saved["remembered"])
 
-    # This comes first, because a pool lets a memory have pages that an earlier memory wrote to.
+    # Before other instances are made: a pool makes memories from earlier ones, and keeps some of their own pages.
     many = [make() for _ in range(MANY)]
     assert memory_use(many, "Anonymous") == [0], "instances have pages of their own before they write"
     for instance in many:
