@@ -51,8 +51,10 @@ def test_a_python_block_does_what_the_page_says(code, dies, tmp_path):
 @pytest.mark.parametrize("page", [page for page in PAGES if FILE.search(page.read_text("utf-8"))],
                          ids=lambda page: page.name)
 def test_the_files_of_a_page_work_in_one_folder_one_after_the_other(page, tmp_path):
-    for name, text in FILE.findall(page.read_text("utf-8")):
+    shown = page.read_text("utf-8")
+    for name, text in FILE.findall(shown):
         if name:
+            assert f"`{name}`" in shown, "the comment before a block is not visible in the page"
             (tmp_path / name).write_text(text, "utf-8")
         commands = [[name]] if name.endswith(".py") else [] if name else [
             ["-m", *shlex.split(line, comments=True)] for line in text.splitlines()]
