@@ -450,7 +450,8 @@ def folders(there):
     for name, text in ("one", "hello"), ("two", "world"):
         (there / name).mkdir()
         (there / name / "words.txt").write_text(text)
-    reactor = re.search(r'prepare\(engine, """\n(.*?)"""', GUIDE.read_text("utf-8"), re.DOTALL)[1]
+    section = GUIDE.read_text("utf-8").partition("## WASI programs")[2]
+    reactor = re.search(r'prepare\(engine, """\n(.*?)"""', section, re.DOTALL)[1]
     (there / "reactor.wat").write_text(reactor)
     return there
 
