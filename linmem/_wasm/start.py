@@ -17,6 +17,7 @@ from linmem._wasm.instance_state import (
     Parts,
     behind,
     check,
+    export,
     handle,
     name_of,
     null,
@@ -24,6 +25,7 @@ from linmem._wasm.instance_state import (
     parts_of,
 )
 from linmem._wasm.outline import Outline
+from linmem._wasm.recording import Recording
 from linmem._wasm.state import NUMBERS, MemoryState, State
 from linmem.errors import GrowError
 
@@ -110,6 +112,15 @@ class Start:
                 _raise(refused[1])
         if parts is not None:
             parts.write(store, context)
+
+    def watch(self, store: Any, instance: wasmtime.Instance, recording: Recording) -> None:
+        """Have a recording watch the memories of a new instance, before code runs in it."""
+        context = store._context()
+        for place, memory in enumerate(recording.state.memories):
+            found: Any = export(context, instance, name_of(self.outline, "memory", memory.index))
+            ours = behind(store, found)
+            assert ours is not None     # the memory was offered, or parts_of has found it
+            recording.add(place, ours)
 
     def _refuse(self, index: int, error: int) -> None:
         name = self.names[index]
