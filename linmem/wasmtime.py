@@ -26,11 +26,12 @@ from linmem._core.pool import PoolingCreator
 from linmem._os import pages as _pages
 from linmem._wasm.instance_state import behind
 from linmem._wasm.prepared import NOT_OURS, Prepared, prepare, wasmtime_version
+from linmem._wasm.sessions import Sessions
 from linmem._wasm.snapshot import Snapshot, check_store, check_type
 from linmem.abc import MemoryCreator
 from linmem.creators import as_native
 
-__all__ = ["Prepared", "Snapshot", "install", "linear_memory", "new_memory", "prepare"]
+__all__ = ["Prepared", "Sessions", "Snapshot", "install", "linear_memory", "new_memory", "prepare"]
 
 _WASM32_SPACE = 1 << 32
 _SHORT_SPACE = 1 << 40      # bytes; with less space, wasmtime's default of 4 GiB for each memory uses it up soon

@@ -832,6 +832,17 @@ def image_wasm_rows(kind):
         for one in scene.others:
             one.close()
 
+    def session(scene):
+        sessions = linmem.wasmtime.Sessions(scene.prepared, start=scene.snapshot, size=1)
+        scene.others.append(sessions)
+        with sessions.get() as (store, instance):
+            assert instance.exports(store)["count"].value(store) == 8
+        return sessions
+
+    def check_session(scene, sessions):
+        with sessions.get() as (store, instance):
+            check_started(scene, (store, instance.exports(store)))      # also closes the sessions
+
     def new_memory(scene, shared=False):
         store = wasmtime.Store(scene.engine)
         scene.others.append(store)
@@ -862,6 +873,8 @@ def image_wasm_rows(kind):
            instantiate_prepared, check_instance, "reserve commit image_map", error=error)
         of(f"Prepared.instantiate with start: {name}", "Prepared.instantiate", functools.partial(travelling, make),
            start, check_started, "reserve commit image_map", error=error)
+        of(f"Sessions.get: {name}", "Sessions Sessions.get Sessions.close", functools.partial(travelling, make),
+           session, check_session, "reserve commit image_map", error=error)
         of(f"Snapshot.take: {name}", "Snapshot.take", functools.partial(running, make, True), snapshot_of,
            check_snapshot, "image_begin image_write image_end")
         of(f"Snapshot.restore: {name}", "Snapshot.restore", functools.partial(spoilt, make),
@@ -1136,6 +1149,7 @@ def quiet_scene():
         pool=linmem.PoolingCreator(), limit=linmem.LimitingCreator(MMAP(), BUDGET),
         sums=linmem.StatisticsCreator(MMAP()), mmap=MMAP(), python=linmem.PythonCreator(MMAP()),
         snapshot=linmem.wasmtime.Snapshot.take(scene.store, scene.instance))
+    scene.sessions = linmem.wasmtime.Sessions(scene.instance._linmem_prepared, start=scene.snapshot, size=1)
     scene.pool.create(3 * PAGE, **SHAPE).close()
     return scene
 
@@ -1155,6 +1169,11 @@ def attributes(what, *names):
 
 # The operations that make no page call, with any argument.
 QUIET = {
+    "Sessions.stats": lambda scene: scene.sessions.stats(),
+    "Sessions.__enter__": lambda scene: scene.sessions.__enter__(),
+    "Sessions.__exit__": lambda scene: scene.sessions.__exit__(None, None, None),
+    "Sessions.__repr__": lambda scene: repr(scene.sessions),
+    "Sessions.__reduce__": refuses(TypeError, lambda scene: pickle.dumps(scene.sessions)),
     "Memory": refuses(TypeError, lambda scene: linmem.Memory()),
     "Memory.byte_size": lambda scene: scene.mem.byte_size(),
     "Memory.byte_capacity": lambda scene: scene.mem.byte_capacity(),

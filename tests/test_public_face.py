@@ -85,6 +85,10 @@ def is_count(value):
     return isinstance(number, int) and number >= 0
 
 
+def count_from_one(value):
+    return is_count(value) and (value.value if isinstance(value, Index) else value) >= 1
+
+
 def is_buffer(value):
     try:
         with memoryview(value) as view:
@@ -233,6 +237,9 @@ class World:
     def _make_snapshot(self):
         return linmem.wasmtime.Snapshot.take(self.store, self.instance)
 
+    def _make_sessions(self):
+        return linmem.wasmtime.Sessions(self.prepared, start=self.snapshot, size=1)
+
     def state(self):
         """The state that a refused call must not change."""
         mem, there = self.mem, self.__dict__
@@ -249,7 +256,8 @@ class World:
         return seen
 
     def close(self):
-        for name in ("prepared", "instance", "wasm_memory", "snapshot", "delta", "image", "pool", "limiting"):
+        for name in ("sessions", "prepared", "instance", "wasm_memory", "snapshot", "delta", "image", "pool",
+                     "limiting"):
             self.__dict__.pop(name, None)
         if "store" in self.__dict__:
             self.store.close()
@@ -395,6 +403,13 @@ FACE = {
         "store": (of(wasmtime.Store), given_by("store")), "imports": (nothing_in, ()),
         "start": (either(of(linmem.wasmtime.Snapshot), nothing), given_by("snapshot")),
         "domain": (text_or_none, None)}),
+    "linmem.wasmtime.Sessions": (lambda w: linmem.wasmtime.Sessions, {
+        "prepared": (of(linmem.wasmtime.Prepared), given_by("prepared")), "imports": (either(nothing_in, callable), ()),
+        "start": (of(linmem.wasmtime.Snapshot), given_by("snapshot")), "size": (count_from_one, 1),
+        "store": (either(nothing, callable), None), "begin": (either(nothing, callable), None)}),
+    "linmem.wasmtime.Sessions.__exit__": (lambda w: w.sessions.__exit__, {
+        "kind": (anything, None), "error": (anything, None), "trace": (anything, None)}),
+    "linmem.wasmtime.Sessions.get": (lambda w: w.sessions.get, {"timeout": (either(seconds, nothing), None)}),
     "linmem.wasmtime.Snapshot": (lambda w: linmem.wasmtime.Snapshot, {}),
     "linmem.wasmtime.Snapshot.take": (lambda w: linmem.wasmtime.Snapshot.take, {
         "store": (of(wasmtime.Store), given_by("store")), "instance": (of(wasmtime.Instance), given_by("instance")),

@@ -12,7 +12,7 @@ import wasmtime
 from hypothesis import example, given
 from hypothesis import strategies as st
 from support import FORKING, answer, failing, fewer_examples, requires
-from test_guests import KNOWN, Program, guests
+from test_guests import KNOWN, RESERVATIONS, Program, guests
 from test_guests import Guest as GeneratedGuest
 from test_hoist import binary, needs_gc, number, table
 from test_prepare import CREATORS, engine_of, with_every_creator
@@ -461,6 +461,9 @@ def test_a_state_that_does_not_fit_the_module_is_refused_before_an_instance_is_m
         Guest(prepared, start=changed(snapshot, memories=(MemoryState(0, 11 * PAGE, image),)))
     with pytest.raises(linmem.GrowError, match="table 't' cannot get the 6 elements"):
         Guest(prepared, start=changed(snapshot, tables=(TableState(0, 6),)))
+    guest = Guest(prepared)
+    with pytest.raises(ValueError, match="had 1152921504606846976 elements and has 2"):
+        changed(snapshot, tables=(TableState(0, 1 << 60),)).restore(guest.store, guest.instance)
     for reference in (Reference("export", "none"), Reference("export", "m"), Reference("element", segment=7)):
         with pytest.raises(ValueError, match="which the module does not name"):
             Guest(prepared, start=changed(snapshot, tables=(TableState(0, 2, ((0, reference),)),)))
@@ -954,7 +957,8 @@ def goes_on_alike(guest, first, second, take):
 
 
 def test_generated_memories_go_on_in_another_store_as_the_original_goes_on():
-    engines = [engine_of("mmap"), engine_of("pool"), engine_of("limited pool")]
+    engines = [engine_of("mmap"), engine_of("pool"), engine_of("limited pool"),
+               engine_of("mmap", **RESERVATIONS["none"]), engine_of("pool", **RESERVATIONS["small"])]
     done = Counter()
 
     @fewer_examples(2)

@@ -1,5 +1,5 @@
-# The C interface of the classes Offer and Writes: images for the next memories that wasmtime asks for on a thread, and
-# the state that is written into a new instance. Layer 4.
+# The C interfaces of the classes Offer (images for the next memories that wasmtime asks for on a thread) and Writes
+# (state that is put into new instances). Layer 4.
 
 from libc.stdint cimport uint64_t
 

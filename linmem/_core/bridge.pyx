@@ -15,9 +15,9 @@ from libc.stdlib cimport calloc, free
 
 from linmem._core.atomic cimport load, store
 from linmem._core.memory cimport (
-    OWNER_LEFT, OWNER_WASMTIME, PROTECTION_NONE, UNCHOSEN, Image, NativeCreator, current_domain, deferred_decref,
-    domain as domain_t, domain_of, domain_release, fail, failure, failure_text, fork_lock, image_release,
-    image_retain, lock, lock_memory, memory, memory_grow_to, memory_release, memory_retain, memory_spec,
+    OWNER_LEFT, OWNER_WASMTIME, PROTECTION_NONE, UNCHOSEN, Image, Memory, NativeCreator, current_domain,
+    deferred_decref, domain as domain_t, domain_of, domain_release, fail, failure, failure_text, fork_lock,
+    image_release, image_retain, lock, lock_memory, memory, memory_grow_to, memory_release, memory_retain, memory_spec,
     register_fork_lock, set_domain, unlock, wrap,
 )
 from linmem._core.units cimport E_MAXIMUM, E_PYTHON, E_UNSUPPORTED
@@ -316,6 +316,12 @@ def find(size_t base):
         memory_retain(m)
     unlock(&table_lock.held)
     return None if m == NULL else wrap(m)
+
+
+def references(Memory handle):
+    """The number of references on the memory of a handle: one of its wasmtime store, and one of each open handle.
+    Exported buffers keep their handle open."""
+    return load(&handle.m.refs)
 
 
 def in_domain(domain, call):

@@ -262,6 +262,10 @@ def parts_of(store: Any, context: Any, instance: wasmtime.Instance, outline: Out
         present = kind_of(context, ffi.wasmtime_table_get, handle(table), 0)
         wanted = dict(changed)
         if every_element:
+            present_size = table.size(store)
+            if present_size != size:
+                raise ValueError(f"exported table {name!r} had {size} elements and has {present_size}, and a table"
+                                 " cannot shrink: make a new instance")
             known = enumerate(initial_elements(outline, index, size))
             wanted = {element: reference for element, reference in known if reference is not None} | wanted
         found.tables.append(HeldTable(name, table, size, [

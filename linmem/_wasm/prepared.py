@@ -51,6 +51,8 @@ class Prepared:
 
     Attributes
     ----------
+    engine : wasmtime.Engine
+        The engine that the module was prepared for.
     module : wasmtime.Module
         The module that is instantiated: its hoisted data segments are empty. Use it for its imports and exports. An
         instance that is not made by `instantiate` lacks the data.
@@ -66,9 +68,10 @@ class Prepared:
         SHA-256 of the binary that `prepare` was given (or made from text), as hexadecimal digits.
     """
 
-    __slots__ = ("__weakref__", "_compile", "_lock", "_offer", "_places", "_start_module", "added", "digest", "images",
-                 "module", "outline", "skipped")
+    __slots__ = ("__weakref__", "_compile", "_lock", "_offer", "_places", "_start_module", "added", "digest", "engine",
+                 "images", "module", "outline", "skipped")
 
+    engine: wasmtime.Engine
     module: wasmtime.Module
     images: tuple[Image | None, ...]
     skipped: tuple[str, ...]
@@ -89,10 +92,11 @@ class Prepared:
                         " process, prepare() with the same cache= is quick")
 
     @classmethod
-    def _of(cls, module: wasmtime.Module, images: Sequence[Image | None], minima: Sequence[int],
-            skipped: Sequence[str], added: frozenset[str], outline: state.Outline | None, digest: str,
-            compile_start: Callable[[], wasmtime.Module] | None) -> Prepared:
+    def _of(cls, engine: wasmtime.Engine, module: wasmtime.Module, images: Sequence[Image | None],
+            minima: Sequence[int], skipped: Sequence[str], added: frozenset[str], outline: state.Outline | None,
+            digest: str, compile_start: Callable[[], wasmtime.Module] | None) -> Prepared:
         self = object.__new__(cls)
+        self.engine = engine
         self.module = module
         self.images = tuple(images)
         self.skipped = tuple(skipped)
@@ -294,7 +298,7 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
         module = _compiled(engine, original, directory)
     variant = None if outline is None else without_start(hoisted.module, outline)
     compile_start = None if variant is None else functools.partial(_compiled, engine, variant, directory)
-    return Prepared._of(module, images, hoisted.minima, skipped, added, outline,
+    return Prepared._of(engine, module, images, hoisted.minima, skipped, added, outline,
                         hashlib.sha256(original).hexdigest(), compile_start)
 
 

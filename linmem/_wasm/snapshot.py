@@ -62,6 +62,7 @@ def check_store(store: Any, name: str, handle: ctypes.Structure) -> None:
     check_context(store)
     if not isinstance(store, wasmtime.Store):
         return
+    store = getattr(store, "_linmem_store", store)      # the store behind the one that a session hands out
     number = _numbers.get(store)
     if number is None:      # the handle of a new object of the store has the number of the store
         mark = wasmtime.Global(store, wasmtime.GlobalType(wasmtime.ValType.i32(), False), 0)

@@ -25,8 +25,9 @@ from linmem._wasm.instance_state import (
     parts_of,
 )
 from linmem._wasm.outline import Outline
+from linmem._wasm.reader import GlobalType, Limits
 from linmem._wasm.recording import Recording
-from linmem._wasm.state import NUMBERS, MemoryState, State
+from linmem._wasm.state import NUMBERS, GlobalState, MemoryState, State, TableState
 from linmem.errors import GrowError
 
 # The kinds of references, and the kind of an abstract heap type; the other heap types are of anyref.
@@ -47,54 +48,62 @@ class Start:
     def __init__(self, outline: Outline, state: State, places: Sequence[tuple[int, Image | None]]) -> None:
         """places: the minimum and the image of each memory of the module's own, for memories that the state lacks."""
         self.outline = outline
+        self.sizes: dict[str, int] = {}     # of memories that are offered and then grown
         offered: list[tuple[int, Image | None] | tuple[int, Image | None, int]] = list(places)
         grown: list[tuple[bytes, int | bytes]] = []
-        numbers: list[tuple[bytes, int | bytes]] = []
-        self.sizes: dict[str, int] = {}
-        later: list[MemoryState] = []
+        memories = []
         for memory in state.memories:
-            index, size, image = memory
-            kind = _type_of(outline.memory_types, "memory", index)
-            name = name_of(outline, "memory", index)
-            if size < kind.minimum or (size - kind.minimum) % kind.page_size or image.offset + image.size > size:
-                raise ValueError(f"the snapshot has {size} bytes of memory {name!r}, which has at least {kind.minimum}"
-                                 f" bytes, in pages of {kind.page_size}; its image ends at {image.offset + image.size}")
-            self.sizes[name] = size
-            if index < outline.imported_memories or not kind.minimum:
-                later.append(memory)
+            name, kind = self._checked_memory(memory)
+            if memory.index < outline.imported_memories or not kind.minimum:
+                memories.append(memory)
                 continue
-            offered[index - outline.imported_memories] = kind.minimum, image, size
-            if size > kind.minimum:
-                grown.append((name.encode(), (size - kind.minimum) // kind.page_size))
+            offered[memory.index - outline.imported_memories] = kind.minimum, memory.image, memory.size
+            if memory.size > kind.minimum:
+                self.sizes[name] = memory.size
+                grown.append((name.encode(), (memory.size - kind.minimum) // kind.page_size))
+        numbers: list[tuple[bytes, int | bytes]] = []
         references = []
         for each in state.globals:
-            kind_of_global = _type_of(outline.global_types, "global", each.index)
-            name = name_of(outline, "global", each.index)
-            is_number = isinstance(each.value, bytes)
-            if not kind_of_global.mutable or is_number != bool(kind_of_global.number) or (
-                    is_number and (each.kind != kind_of_global.number or len(each.value) != NUMBERS[each.kind])):
-                raise ValueError(f"the snapshot has a value of the type {each.kind} of global {name!r}, which the"
-                                 " module does not have like that")
+            name = self._checked_global(each)
             if isinstance(each.value, bytes):
                 numbers.append((name.encode(), bytes(number(each.kind, each.value))))
             else:
                 references.append(each)
-        tables = []
-        for table in state.tables:
-            kind = _type_of(outline.table_types, "table", table.index)
-            name = name_of(outline, "table", table.index)
-            if table.size < kind.minimum or any(not 0 <= element < table.size for element, _ in table.changed):
-                raise ValueError(f"the snapshot has {table.size} elements of table {name!r}, which has at least"
-                                 f" {kind.minimum}")
-            if table.changed or table.size != kind.minimum or table.index < outline.imported_tables:
-                tables.append(table)
+        tables = [table for table in state.tables if self._changes_table(table)]
         self.offer = _bridge.Offer(offered) if any(place[1] is not None for place in offered) else None
         self.grown = _bridge.Writes(grown) if grown else None
         self.numbers = _bridge.Writes(numbers) if numbers else None
-        self.names = [name.decode() for name, _ in grown]
         # The rest, which is slower.
-        rest = state._replace(memories=tuple(later), globals=tuple(references), tables=tuple(tables))
-        self.rest = rest if later or references or tables else None
+        rest = state._replace(memories=tuple(memories), globals=tuple(references), tables=tuple(tables))
+        self.rest = rest if memories or references or tables else None
+
+    def _checked_memory(self, memory: MemoryState) -> tuple[str, Limits]:
+        kind: Limits = _type_of(self.outline.memory_types, "memory", memory.index)
+        name = name_of(self.outline, "memory", memory.index)
+        size, end = memory.size, memory.image.offset + memory.image.size
+        if size < kind.minimum or (size - kind.minimum) % kind.page_size or end > size:
+            raise ValueError(f"the snapshot has {size} bytes of memory {name!r}, and an image that ends at {end}; the"
+                             f" memory has at least {kind.minimum} bytes, in pages of {kind.page_size}")
+        return name, kind
+
+    def _checked_global(self, each: GlobalState) -> str:
+        kind: GlobalType = _type_of(self.outline.global_types, "global", each.index)
+        name = name_of(self.outline, "global", each.index)
+        has_number = isinstance(each.value, bytes) and len(each.value) == NUMBERS.get(each.kind)
+        if not kind.mutable or (each.kind if has_number else "") != kind.number or (
+                isinstance(each.value, bytes) and not has_number):
+            raise ValueError(f"the snapshot has a value of the type {each.kind!r} of global {name!r}, which is"
+                             f" {'' if kind.mutable else 'not '}mutable, of the type {kind.number or 'reference'!r}")
+        return name
+
+    def _changes_table(self, table: TableState) -> bool:
+        """Whether the table differs from what instantiation makes of it."""
+        kind: Limits = _type_of(self.outline.table_types, "table", table.index)
+        name = name_of(self.outline, "table", table.index)
+        if table.size < kind.minimum or any(not 0 <= element < table.size for element, _ in table.changed):
+            raise ValueError(f"the snapshot has {table.size} elements of table {name!r}, which has at least"
+                             f" {kind.minimum}, or elements beyond this size")
+        return bool(table.changed) or table.size != kind.minimum or table.index < self.outline.imported_tables
 
     def finish(self, store: Any, instance: wasmtime.Instance) -> None:
         """Grow the memories and tables of a new instance, and write the rest of its state. No wasm code runs."""
@@ -105,13 +114,12 @@ class Start:
             refused = self.grown.apply(address, place)
             if refused is not None:
                 self._refuse(*refused)
-        parts = None if self.rest is None else self._sized(store, context, instance, self.rest)
+        if self.rest is not None:
+            self._sized(store, context, instance, self.rest).write(store, context)
         if self.numbers is not None:
             refused = self.numbers.apply(address, place)
             if refused is not None:
                 _raise(refused[1])
-        if parts is not None:
-            parts.write(store, context)
 
     def watch(self, store: Any, instance: wasmtime.Instance, recording: Recording) -> None:
         """Have a recording watch the memories of a new instance, before code runs in it."""
@@ -123,7 +131,7 @@ class Start:
             recording.add(place, ours)
 
     def _refuse(self, index: int, error: int) -> None:
-        name = self.names[index]
+        name = list(self.sizes)[index]
         try:
             _raise(error)
         except wasmtime.WasmtimeError as reason:
