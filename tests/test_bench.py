@@ -69,7 +69,8 @@ GOALS = {
              for bound in ("by_count", "by_resident", "by_slots", "by_all_pools", "by_two_pools", "by_budget")},
     "travel": {key: (goal, TIME, P10) for key, goal in {
         "start_toy/plain": 1.2, "start_large/plain": 1.2, "start_interpreter/plain": 1.2,
-        "start_interpreter/init": 0.02, "new_process/limit": 1, "cold_file/without": 0.5, "session/allowed": 1}.items()},
+        "start_interpreter/init": 0.02, "new_process/limit": 1, "cold_file/without": 0.5,
+        "session/allowed": 1}.items()},
 }
 # Rows that some machines cannot measure. Such a row gives the reason.
 MAY_LACK = {"pool/one": r"the control scales only \d\.\d\d x here",

@@ -220,6 +220,20 @@ def test_an_instance_whose_creator_copies_the_image_has_read_all_of_it(filled):
         tuple(image.runs()) for image in filled.snapshot.memories.values())
 
 
+def test_each_session_counts_and_is_reset_as_usual(filled):
+    sessions = linmem.wasmtime.Sessions(filled.prepared, start=filled.snapshot, size=1)
+    with filled.snapshot.record():
+        for page in (50, 60, 70):
+            with sessions.get() as (store, instance):
+                exports = instance.exports(store)
+                assert exports["m"].read(store, 50 * PAGE, 50 * PAGE + 1) == b"\1"
+                exports["write"](store, page * PAGE)
+    assert {50, 60, 70} <= {*working_set(filled.snapshot)}
+    assert max(working_set(filled.snapshot)) == 70
+    with sessions.get() as (store, instance):
+        assert instance.exports(store)["m"].read(store, 70 * PAGE, 70 * PAGE + 1) == b"\1"
+
+
 # -- blocks ----------------------------------------------------------------------------------------------
 
 
@@ -452,13 +466,6 @@ begun.wait()
 def in_child():
     assert len(OPEN) == 1
     serve(5)
-
-class Ended(Exception):
-    pass
-
-def ends_in_child():
-    in_child()
-    raise Ended
 
 pid = None
 try:
