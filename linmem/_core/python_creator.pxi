@@ -116,8 +116,8 @@ cdef int python_grow_with_gil(python_memory* p, size_t new_size, bint may_move, 
             made.grow_to(new_size)
         except BaseException as raised:
             error = raised
-        # If the first question raises, the memory is asked again: the exception may be a KeyboardInterrupt, for example, and
-        # then says nothing about the memory.
+        # If the first question raises, the memory is asked again: the exception may be a KeyboardInterrupt, which says
+        # nothing about the memory.
         for is_last in (False, True):
             try:
                 ask_python_memory(made, NO_MAXIMUM, p.reservation, m.guard, m.maximum, &got)
