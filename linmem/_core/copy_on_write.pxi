@@ -8,6 +8,7 @@
 #   image_restore()            set all bytes to those of an image, which may be another one
 #   image_rebind()             image_restore() for a pool's slot; it can also detach the image
 #   image_reset()              give pages back to the OS, so that they show the mapped image again
+#   image_renew_pages()        the same for the image's pages alone, in a memory that still has the image's bytes
 #   image_fill()               copy the mapped image's bytes over a range
 #   image_replace_pages()      replace pages that were mapped from the image by pages of zeros
 #   image_pages_are_gone()     note that all pages were decommitted
@@ -161,6 +162,15 @@ cdef int image_reset(memory* m, size_t size) noexcept nogil:
     if code == 0 and size > high:
         code = pages.renew(m.base + high, size - high)
     return code
+
+
+cdef int image_renew_pages(memory* m) noexcept nogil:
+    """Give the pages that are mapped from the image back to the OS. The caller knows that the bytes equal the image, so
+    no byte changes; afterwards no such page is in the page tables. A code: the pages are as before."""
+    cdef size_t low, high
+    image_split(m, 0, SIZE_MAX, &low, &high)
+    m.cow.dirtied = 0
+    return pages.image_renew(&m.cow.image.content, low - m.cow.image.offset, m.base + low, high - low)
 
 
 cdef bint image_is_intact(memory* m, size_t size) noexcept nogil:

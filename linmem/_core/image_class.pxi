@@ -482,6 +482,83 @@ def fetch_pages(Image image_ not None, runs):
             raise_failure(&why)
 
 
+def forget_touched(Memory mem not None, Image image_ not None):
+    """Begin to watch which pages of an image are touched in a memory, which has exactly the image's bytes.
+
+    Returns
+    -------
+    bool
+        False: the memory holds a copy of the image, and no page of it is mapped from the image.
+    """
+    cdef image* img = image_.img
+    cdef failure why
+    cdef int code = 0
+    cdef memory* m = mem.enter_locked()
+    cdef bint mapped = image_is_attached(m, img) and image_maps_pages(m)
+    with nogil:
+        if mapped:
+            code = fail_page_call(&why, image_renew_pages(m), "image_renew", img.high - img.low)
+        unlock(&m.lock)
+    mem.finish(code, &why)
+    return mapped
+
+
+def touched_pages(Memory mem not None, Image image_ not None):
+    """The pages of an image's runs that a memory which maps the image has in its page tables, as runs (offset, size).
+
+    The kernel also maps pages beside a page that is read (up to the next multiple of 64 KiB, by default), if they are
+    in the page cache.
+    """
+    cdef image* img = image_.img
+    cdef changes found
+    cdef size_t i
+    cdef failure why
+    cdef int code
+    cdef memory* m = mem.enter_locked()
+    with nogil:
+        code = add_present(m, img, &found, &why)
+        unlock(&m.lock)
+    try:
+        mem.finish(code, &why)
+        return [(found.list[i].offset, found.list[i].size) for i in range(found.n)]
+    finally:
+        free(found.list)
+
+
+cdef int add_present(memory* m, const image* img, changes* found, failure* why) noexcept nogil:
+    cdef size_t start, end, n, i, last = 0
+    cdef pages.span runs[RUNS]
+    cdef char* next
+    cdef int code = 0
+    memset(found, 0, sizeof(changes))
+    if not image_is_attached(m, img) or not image_maps_pages(m):
+        return 0        # the memory was restored to another image, or discarded
+    round_up(img.end, GRANULE, &last)
+    for i in range(img.n_runs):
+        start = round_down(img.offset + img.runs[i].offset, host_page())
+        round_up(img.offset + img.runs[i].offset + img.runs[i].size, host_page(), &end)
+        next = m.base + start
+        while next < m.base + end and code == 0:
+            n = RUNS
+            code = fail_page_call(why, pages.present(next, <size_t>(m.base + end - next), runs, &n, &next), "present",
+                                  end - start)
+            if code == 0:
+                code = add_spans(m, runs, n, last, found, why)
+    return code
+
+
+cdef int add_spans(memory* m, const pages.span* runs, size_t n, size_t last, changes* found,
+                   failure* why) noexcept nogil:
+    """Add runs of pages up to the offset `last`, where the image ends in a host page."""
+    cdef size_t i, offset
+    cdef int code = 0
+    for i in range(n):
+        offset = <size_t>(runs[i].addr - m.base)
+        if code == 0 and offset < last:
+            code = add_range(found, offset, min(runs[i].size, last - offset), False, why)
+    return code
+
+
 def _unpickled(size, offset, places, *parts):
     """places: for each part, the offset of its run; or the offsets and sizes of the runs that are joined in it."""
     pieces = []

@@ -15,6 +15,7 @@ from wasmtime._extern import wrap_extern
 
 from linmem._core import bridge as _bridge
 from linmem._core.memory import Image, Memory, restore_all
+from linmem._wasm import recording
 from linmem._wasm.outline import Outline
 from linmem._wasm.state import NULL, NUMBERS, Reference, State
 
@@ -191,8 +192,9 @@ class Parts(NamedTuple):
 
     def write(self, store: Any, context: Any) -> None:
         """Write the contents. The sizes agree, and the memories are linmem's. If one refuses, nothing is written."""
-        found = [behind(store, held.memory) for held in self.memories]
-        restore_all([memory for memory in found if memory is not None], [held.image for held in self.memories])
+        found = [memory for held in self.memories if (memory := behind(store, held.memory)) is not None]
+        recording.note(found)
+        restore_all(found, [held.image for held in self.memories])
         # The following steps cannot be refused.
         for _, place, value in self.globals:
             check(ffi.wasmtime_global_set(context, place, ctypes.byref(value)))

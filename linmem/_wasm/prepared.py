@@ -23,6 +23,7 @@ from linmem._wasm import outline as state
 from linmem._wasm.image_cache import Cache
 from linmem._wasm.instance_state import behind
 from linmem._wasm.reader import Malformed
+from linmem._wasm.recording import OPEN
 from linmem._wasm.segments import Hoisted, Run, hoist, without_start
 from linmem._wasm.snapshot import Snapshot, check_context, check_type
 from linmem._wasm.start import Start
@@ -174,6 +175,9 @@ class Prepared:
                                " them")
         if plan is not None:
             plan.finish(store, instance)
+            for recording in list(OPEN) if OPEN else ():
+                if recording.snapshot is start:
+                    plan.watch(store, instance, recording)
         instance._linmem_prepared = self        # type: ignore[attr-defined]
         return instance
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import itertools
 import os
 import sys
+import warnings
 import weakref
 from collections.abc import Container, Iterator, Mapping
 from typing import Any
@@ -32,6 +35,7 @@ from linmem._wasm.instance_state import (
     read,
 )
 from linmem._wasm.outline import Outline
+from linmem._wasm.recording import OPEN, Recording, Runs, union
 from linmem._wasm.snapshot_file import StoredSnapshot
 from linmem._wasm.start import Start
 from linmem._wasm.state import NULL, NUMBERS, GlobalState, MemoryState, Reference, State, TableState
@@ -95,8 +99,8 @@ class Snapshot(StoredSnapshot):
         The `Prepared.digest` of the module; None if the module was not made by `prepare`.
     """
 
-    __slots__ = ("__weakref__", "_bound", "_parts", "_starts", "_state", "_stays", "_store", "globals", "memories",
-                 "module", "tables", "unseen")
+    __slots__ = ("__weakref__", "_bound", "_parts", "_recorded", "_starts", "_state", "_stays", "_store", "globals",
+                 "memories", "module", "tables", "unseen")
 
     memories: Mapping[str, Image]
     globals: tuple[str, ...]
@@ -106,6 +110,7 @@ class Snapshot(StoredSnapshot):
     _store: weakref.ref[wasmtime.Store] | None      # of _parts; None: not taken in this process
     _parts: Parts                                   # of the instance that the snapshot was taken from
     _state: State | None
+    _recorded: list[tuple[Runs, ...]]               # the working sets of the record() blocks that have ended
     _stays: str                                     # if _state is None: why the snapshot cannot leave its store
     _bound: weakref.WeakKeyDictionary[wasmtime.Instance, Parts]     # of other instances
     _starts: weakref.WeakKeyDictionary[Any, Start]  # by the Prepared
@@ -117,6 +122,7 @@ class Snapshot(StoredSnapshot):
     def _new(cls, module: str | None, unseen: tuple[str, ...], state: State | None, stays: str = "") -> Snapshot:
         self = object.__new__(cls)
         self._store, self._parts, self._state, self._stays = None, Parts([], [], []), state, stays
+        self._recorded = []
         self._bound, self._starts = weakref.WeakKeyDictionary(), weakref.WeakKeyDictionary()
         self.memories, self.globals, self.tables, self.unseen, self.module = {}, (), (), unseen, module
         return self
@@ -138,7 +144,63 @@ class Snapshot(StoredSnapshot):
         """The state, for use in any store; ValueError if the snapshot cannot leave its store."""
         if self._state is None:
             raise ValueError(f"the snapshot cannot leave the store that it was taken in: {self._stays}")
-        return self._state
+        recorded = list(self._recorded)
+        if not recorded:
+            return self._state
+        by_memory = zip(*filter(None, [self._state.working_set, *recorded]), strict=True)
+        working_set = tuple(union(itertools.chain(*runs)) for runs in by_memory)
+        return self._state._replace(working_set=working_set if any(working_set) else ())
+
+    @contextlib.contextmanager
+    def record(self) -> Iterator[None]:
+        """Add the pages that instances touch to the working set, as a context manager.
+
+        In the ``with`` block, serve some typical requests with instances that are started from this snapshot, on any
+        thread. At the end of the block, each page of the snapshot's images that such an instance has read or written
+        belongs to the working set. `save` stores the working set, and `open` then has the OS read these pages in few
+        calls, so that the first request does not wait for each page.
+
+        Blocks may overlap, on one thread or on several, and the working set is what all of them have noted together.
+        What a block has noted counts also if the block raises. Instances that were started before the block do not
+        count.
+
+        Notes
+        -----
+        The block holds the memories of all its instances, also of those that are dropped, until it ends: they take
+        room, count in budgets, and return to no pool.
+
+        Where a page is read, the kernel maps the pages beside it too, if they are in the page cache: usually up to the
+        next multiples of 64 KiB. linmem cannot tell these pages from pages that were read. Written pages are exact.
+        What Python reads from a memory counts like what the guest reads, and `take` reads all of the memory.
+
+        If an instance cannot map the image, for example because its creator is written in Python, it has read all of
+        the image.
+
+        Raises
+        ------
+        ValueError
+            The module was not made by `prepare`.
+        OSError
+            This system does not tell which pages a guest touches. The text names the missing capability, as in
+            ``linmem info``. Or the pages of an image are private, for lack of descriptors or of room.
+        PageError
+            The OS refused to say which pages were touched. If the block itself raises, this is a `RuntimeWarning`.
+        """
+        recording = Recording(self, self._travels())
+        raised = True
+        try:
+            OPEN.append(recording)
+            yield
+            raised = False
+        finally:
+            if recording in OPEN:       # a forked child has removed those of other threads
+                OPEN.remove(recording)
+            try:
+                self._recorded.append(recording.end())
+            except OSError as error:
+                if not raised:
+                    raise
+                warnings.warn(f"no working set was recorded: {error}", RuntimeWarning, stacklevel=3)
 
     @classmethod
     def take(cls, store: wasmtime.Store, instance: wasmtime.Instance, *, partial: bool = False) -> Snapshot:

@@ -17,6 +17,7 @@ from linmem._wasm.instance_state import (
     Parts,
     behind,
     check,
+    export,
     handle,
     name_of,
     null,
@@ -25,6 +26,7 @@ from linmem._wasm.instance_state import (
 )
 from linmem._wasm.outline import Outline
 from linmem._wasm.reader import GlobalType, Limits
+from linmem._wasm.recording import Recording
 from linmem._wasm.state import NUMBERS, GlobalState, MemoryState, State, TableState
 from linmem.errors import GrowError
 
@@ -118,6 +120,15 @@ class Start:
             refused = self.numbers.apply(address, place)
             if refused is not None:
                 _raise(refused[1])
+
+    def watch(self, store: Any, instance: wasmtime.Instance, recording: Recording) -> None:
+        """Have a recording watch the memories of a new instance, before code runs in it."""
+        context = store._context()
+        for place, memory in enumerate(recording.state.memories):
+            found: Any = export(context, instance, name_of(self.outline, "memory", memory.index))
+            ours = behind(store, found)
+            assert ours is not None     # the memory was offered, or parts_of has found it
+            recording.add(place, ours)
 
     def _refuse(self, index: int, error: int) -> None:
         name = list(self.sizes)[index]
