@@ -526,7 +526,7 @@ def touched_pages(Memory mem not None, Image image_ not None):
 
 
 cdef int add_present(memory* m, const image* img, changes* found, failure* why) noexcept nogil:
-    cdef size_t start, end, n, i, last = 0
+    cdef size_t start, n, i, end = 0, last = 0
     cdef pages.span runs[RUNS]
     cdef char* next
     cdef int code = 0
