@@ -288,8 +288,8 @@ def test_the_example_counts_the_primes(found):
 def test_a_snapshot_crosses_once_to_each_worker_and_not_for_each_task(found):
     assert [each["snapshots_received"] for each in found["traffic"]] == [1, 1]
     assert found["drops_copies"] is False       # on a busy machine, a dropped copy could make the first figure 2
-    # The bytes that all connections wrote: the snapshot twice, the messages about 32 tasks, and the numbers (4 MiB in all)
-    # that workers took from each other to share the work. A snapshot for each task would be 32 MiB.
+    # The bytes that all connections wrote: the snapshot twice, the messages about 32 tasks, and the numbers (4 MiB in
+    # all) that workers took from each other to share the work. A snapshot for each task would be 32 MiB.
     assert found["stored"] == 1 << 20
     assert 2 * found["stored"] <= found["travelled"] < 2 * found["stored"] + (4 << 20) + (1 << 20)
 

@@ -240,6 +240,11 @@ class World:
     def _make_sessions(self):
         return linmem.wasmtime.Sessions(self.prepared, start=self.snapshot, size=1)
 
+    def _make_snapshot_path(self):
+        path = self.folder / "snapshot.linmem"
+        self.snapshot.save(path)
+        return path
+
     def state(self):
         """The state that a refused call must not change."""
         mem, there = self.mem, self.__dict__
@@ -414,6 +419,11 @@ FACE = {
     "linmem.wasmtime.Snapshot.take": (lambda w: linmem.wasmtime.Snapshot.take, {
         "store": (of(wasmtime.Store), given_by("store")), "instance": (of(wasmtime.Instance), given_by("instance")),
         "partial": (flag, False)}),
+    "linmem.wasmtime.Snapshot.save": (lambda w: w.snapshot.save, {
+        "path": (is_path, lambda w: w.folder / "saved"), "packed": (flag, False)}),
+    "linmem.wasmtime.Snapshot.open": (lambda w: linmem.wasmtime.Snapshot.open, {
+        "path": (is_path, given_by("snapshot_path")), "verify": (flag, False), "map": (flag, True),
+        "max_size": (size_or_none, None)}),
     "linmem.wasmtime.Snapshot.restore": (lambda w: w.snapshot.restore, {
         "store": (of(wasmtime.Store), given_by("store")),
         "instance": (either(of(wasmtime.Instance), nothing), None), "zero_grown": (flag, False)}),
@@ -810,7 +820,8 @@ def test_the_last_reference_may_be_dropped_during_the_check_of_an_argument():
         assert holder == []
 
 
-@pytest.mark.parametrize("path", ["linmem.Image.open", "linmem.Image.save", "linmem.Delta.open", "linmem.Delta.save"])
+@pytest.mark.parametrize("path", ["linmem.Image.open", "linmem.Image.save", "linmem.Delta.open", "linmem.Delta.save",
+                                  "linmem.wasmtime.Snapshot.open", "linmem.wasmtime.Snapshot.save"])
 def test_a_path_with_side_effects_is_a_valid_path(path, worlds):
     world = worlds()
     what, arguments = FACE[path]

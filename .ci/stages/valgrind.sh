@@ -7,7 +7,7 @@ checked=(valgrind --suppressions="$PWD/src/.ci/valgrind.supp" --error-exitcode=9
          "$PWD/venv/bin/python" "$stages/valgrind_main.py")
 export PYTHONMALLOC=malloc
 trap 'cat valgrind.* || true' ERR
-"${checked[@]}" src/tests/fuzz/replay.py --stay arithmetic deltas files calls
+"${checked[@]}" src/tests/fuzz/replay.py --stay arithmetic deltas files snapshots calls
 entries=$(awk '/entries, no finding$/ {n += $2} END {print n}' log)
 # valgrind guards the stack of a thread with pages that look like the guard of a memory.
 suite src "${checked[@]}" pytest -p no:cacheprovider "${fast[@]}" \

@@ -1,1 +1,1 @@
-"""Files of images and deltas: their format, reading, writing; and `Delta`."""
+"""Files of images, deltas and snapshots: their format, reading, writing; and `Delta`."""

@@ -249,8 +249,8 @@ class Snapshot(StoredSnapshot):
             state = State(
                 prepared.digest, tuple(memories[index] for index in sorted(memories)),
                 tuple(globals[index] for index in sorted(globals)), tuple(tables[index] for index in sorted(tables)),
-                unseen=tuple(taken.unseen), names=tuple((kind, index, name) for name, kind, index in outline.names
-                                                        if index in taken.held(kind)))
+                unseen=tuple(taken.unseen),
+                names=tuple((kind, index, name) for name, kind, index in outline.names if index in taken.held(kind)))
         self = cls._new(digest, tuple(taken.unseen), state, taken.stays)
         self._store, self._parts = weakref.ref(store), taken.parts
         self.memories, self.globals, self.tables = taken.memories, tuple(taken.globals), tuple(taken.tables)

@@ -1,7 +1,7 @@
 """The state of an instance in a file, in a pickle and for another process: a description, and an image of each memory.
 
-A file is a container of kind SNAPSHOT. Its content, a range of groups, is the description and then the images, each
-from a new group on. docs/file-format.md has every field. Pickles send the same description, and the images beside it.
+A file is a container of kind SNAPSHOT. The content of the file is the description and then the images, each from a new
+group on. docs/file-format.md has every field. Pickles send the same description, and the images beside the description.
 """
 
 from __future__ import annotations
@@ -280,7 +280,7 @@ def _sizes(description: int, extents: Iterable[Extent]) -> Iterator[int]:
 
 
 def state_digest(state: State) -> str:
-    """A digest of the whole state: the one in the header of its file."""
+    """A digest of the whole state, as in the header of the file of the state."""
     return _digest(bytes.fromhex(state.module), _whole_description(state)).hex()
 
 
@@ -340,7 +340,7 @@ def read_state(file: BinaryIO, contents: Contents) -> tuple[State, list[Contents
 
 def open_state(path: str | bytes | os.PathLike[str], verify: bool = False, *, map: bool = True,
                max_size: int | None = None) -> State:
-    """The state that a file holds; the arguments and exceptions are those of `Image.open`.
+    """The state that a file holds; with the arguments and exceptions of `Image.open`.
 
     The images are mappings of the file, and the OS begins to read the pages of the working set.
     """
@@ -417,7 +417,7 @@ def _unpickled(cls: type[StoredSnapshot], module: str, description: bytes, image
 
 
 class StoredSnapshot:
-    """What the class `Snapshot` can do without wasmtime."""
+    """The methods of the class `Snapshot` that do not need wasmtime."""
 
     __slots__ = ()
 
@@ -454,14 +454,15 @@ class StoredSnapshot:
     @classmethod
     def open(cls, path: str | bytes | os.PathLike[str], verify: bool = False, *, map: bool = True,
              max_size: int | None = None) -> Self:
-        """The snapshot that a file holds. It has no instance of its own: `instantiate` starts instances from it.
+        """The snapshot that a file holds. `Prepared.instantiate` starts instances from the snapshot.
 
         Parameters
         ----------
         path : path-like
             Written by `save`, on any machine.
         verify, map, max_size
-            As for `Image.open`. If the pages of the file are mapped, the OS begins to read those of the working set.
+            As for `Image.open`. If the pages of the file are mapped, the OS begins to read the pages of the
+            working set.
 
         Raises
         ------
