@@ -1249,6 +1249,7 @@ QUIET = {
     "StoredSnapshot.__reduce__": lambda scene: pickle.dumps(scene.snapshot),
     "SnapshotHandle.__reduce__": lambda scene: scene.snapshot.handle().__reduce__(),
     "Snapshot": refuses(TypeError, lambda scene: linmem.wasmtime.Snapshot()),
+    "Snapshot.record": lambda scene: record_nothing(scene.snapshot),
     "linear_memory": lambda scene: linmem.wasmtime.linear_memory(scene.store, scene.exports["memory"]),
     # Plain Python: the traits, and classes for results.
     "LinearMemory": lambda scene: InPython(scene.mem),
@@ -1269,6 +1270,12 @@ if HAS_KERNEL32:        # multiprocessing does not pass descriptors on Windows
 
 OF_PYTHON = {"__dict__", "__weakref__", "__new__", "__init__", "__setstate__", "__lt__", "__le__", "__ne__", "__gt__",
              "__ge__", "__reduce_cython__", "__setstate_cython__", "__annotate__", "__annotate_func__"}
+
+
+def record_nothing(snapshot):
+    # test_recording.py makes the page calls of instances in a block fail.
+    with contextlib.suppress(OSError), snapshot.record():       # a system may not tell which pages are touched
+        pass
 
 
 def public_names():
