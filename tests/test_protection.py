@@ -601,7 +601,7 @@ def work():
 
 thread = threading.Thread(target=toggle, daemon=True)
 thread.start()
-for _ in range(60):
+for _ in range(200):
     child({fork}, work)
 done.set()
 thread.join()

@@ -280,15 +280,17 @@ cdef void memory_forget_protection(memory* m) noexcept nogil:
     """Every page is "rw", or the memory is being freed, or the caller owns the memory exclusively and has decommitted
     all its pages."""
     cdef protections* p = m.protections
+    cdef bint is_whole = load(&m.protection) == PROTECTION_KNOWN
     if p != NULL:
+        store(&m.protection, PROTECTION_UNKNOWN)    # for a child that is forked before the end: it may have no table
         lock(&protections_lock.held)
         list_remove(&p.listed)
         m.protections = NULL
         add(&n_protections, -1)
         unlock(&protections_lock.held)
-        # In the state PROTECTION_UNKNOWN, a thread that does not exist in this forked child may have left the pointer
-        # half written.
-        if load(&m.protection) == PROTECTION_KNOWN:
+        # If the state was PROTECTION_UNKNOWN, a thread that does not exist in this forked child may have left the
+        # pointer half written.
+        if is_whole:
             free(p.borders)
         free(p)
     store(&m.protection, PROTECTION_NONE)
