@@ -159,7 +159,7 @@ def test_the_wheel_has_types_the_c_face_and_the_license_and_no_sources(tmp_path)
     assert not [name for name in names if name.endswith((".pyx", ".pxi"))]
     not_for_users = re.compile(r"\b(docs|tests?|test_\w+|conftest|support|soak|stress|hammer|fuzz)\b")
     assert not [name for name in names if not_for_users.search(name)]
-    assert {name for name in names if name.endswith(".c")} == {"linmem/_commands/demo.c", "linmem/bench/_forth.c"}
+    assert {name for name in names if name.endswith(".c")} == {"linmem/_commands/demo.c"}
     # The installed package linmem.bench has every Python file of the folder bench/.
     assert {name for name in names if re.fullmatch(r"linmem/bench/\w+\.py", name)} == {
         f"linmem/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "bench").glob("*.py")}
