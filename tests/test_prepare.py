@@ -523,8 +523,8 @@ def plain_maker(engine, wat):
     return lambda store, imports: wasmtime.Instance(store, module, imports)
 
 
-# Where this wasmtime has no copy-on-write initialisation, also plain wasmtime runs code that copies the data. That code
-# costs fuel, so there is no engine that makes the instance for nothing, and PLAIN_IS_FREE is False.
+# PLAIN is an engine without linmem. If its wasmtime initialises memories by copy-on-write, an instance with data costs no
+# fuel. Otherwise wasmtime copies the data with code that costs fuel.
 PLAIN = limited(False, consume_fuel=True)
 PLAIN_IS_FREE = fuel_of(PLAIN, plain_maker(PLAIN, HELLO), 0) == (0, 0)
 
