@@ -39,7 +39,7 @@ RATE = "rate"               # the share of the requests that a warm slot served:
 MORE = (SPEED, RATE)        # the senses in which more is better
 MEDIAN = "median"           # the median of the ratios within a round
 P10 = "p10"                 # the ratio of the tenth percentiles
-EXACT = "exact"             # a ratio of two counts; it is stored as the median, and there is no ratio of P10
+EXACT = "exact"             # the ratio of two counts, stored in ratio_median; such a row has no ratio_p10
 
 
 class Unavailable(Exception):

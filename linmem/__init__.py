@@ -1,8 +1,8 @@
 """Linear memories for Python.
 
-A linear memory is a range of contiguous bytes between inaccessible guard pages. The base address never moves while the
-memory grows. Python reads and writes the bytes through the buffer protocol without a copy. The interface follows
-wasmtime's traits `LinearMemory` and `MemoryCreator`.
+A linear memory is a range of contiguous bytes between inaccessible guard pages. A growth within the
+capacity never moves the base address. Python reads and writes the bytes through the buffer protocol without a copy.
+The interface follows wasmtime's traits `LinearMemory` and `MemoryCreator`.
 
 >>> import linmem
 >>> mem = linmem.create(65536)

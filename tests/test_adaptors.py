@@ -261,6 +261,8 @@ def test_a_memory_in_python_is_used_like_any_other():
     for call in (lambda: mem.protect(0, PAGE, "r"), mem.discard, mem.prefault):
         with pytest.raises(TypeError, match="not supported by a memory of kind 'python'"):
             call()
+    with pytest.raises(ValueError, match="offset must be a multiple of the host page"):
+        mem.protect(1, PAGE, "r")
     with pytest.raises(linmem.GrowError, match="no more than"):
         mem.grow_to(5 * PAGE)
     assert mem.byte_size() == 2 * PAGE + 1

@@ -164,8 +164,8 @@ cdef void forget_lost_calls(Memory mem) noexcept:
 cdef void release_if_unused(Memory mem, long long now) noexcept:
     """A call or an exported buffer of a closed handle has ended. now: the value of `users` then."""
     cdef memory* m = mem.m
-    # A call that began before the fork and ends in the child is no longer counted: forget_lost_calls() made the count
-    # 0. The end of this call made the count -1, so it is put back to 0.
+    # A count of -1: the call began before a fork and ends in the child. forget_lost_calls() had set the count of calls
+    # to 0, and the end of this call subtracted 1 from it. Add 1, so that the count is 0 again.
     if now & CALLS == CALLS:
         add_with_gil(&mem.users, ONE_CALL)
     elif now & (RELEASED | EXPORTS | CALLS) == 0 and compare_exchange(&mem.users, now, now | RELEASED):

@@ -263,7 +263,8 @@ cdef class PoolingCreator(NativeCreator):
             for name, value in (("minimum", minimum), ("maximum", maximum)):
                 if value is not None and value >= 2**64 - 1:
                     raise OverflowError(f"ty.{name} * ty.page_size must be below 2**64 - 1, got {_shown(value)}")
-            # wasmtime asks for the largest maximum that the type allows. 2**64 - 1 would mean that there is no maximum.
+            # A type without a maximum: use the maximum with which wasmtime asks for such a type. With pages of one byte
+            # and 64-bit addresses that is 2**64 - 1, which means that there is no maximum.
             if maximum is None:
                 maximum = 2**32 if not ty.is_64 else None if ty.page_size == 1 else 2**64 - ty.page_size
         except (AttributeError, TypeError):

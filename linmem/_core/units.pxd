@@ -109,7 +109,7 @@ cdef inline size_t room_to_choose(size_t space, size_t left, size_t reserved, si
 
 cdef inline size_t choose_reservation(size_t minimum, size_t maximum, bint bounded, size_t room, size_t others,
                                       size_t memory) noexcept nogil:
-    """Returns the bytes to reserve: just `minimum` if there is no room for more.
+    """Returns how many bytes to reserve. The result is `minimum` if there is no room for more.
 
     A known maximum is reserved whole if the part above the minimum fits half of the room. Otherwise the minimum gets
     a share of the room on top: an eighth for the first memory, and less the more `others` of a chosen size there are.

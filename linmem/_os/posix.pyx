@@ -207,8 +207,8 @@ cdef int os_move(char* addr, size_t size, details* more) noexcept nogil:
         count_released(size)        # the range at addr; the range at new_addr was counted when it was reserved
         return 0
     # The kernel may have unmapped the destination before it refused the move. Another thread could map pages into this
-    # hole, and the caller's release() would unmap them. So mmap() reserves the hole again. If there is no hole, mmap()
-    # changes nothing.
+    # hole, and the caller's release() would unmap them. So linmem reserves the destination again. If the kernel has not
+    # unmapped the destination, this mmap() fails and changes nothing.
     code = errno
     if mmap(more.new_addr, more.new_size, PROT_NONE, MAP_FRESH | MAP_FIXED_NOREPLACE, -1, 0) != MAP_FAILED:
         set_name(more.new_addr, more.new_size)

@@ -47,7 +47,9 @@ class Prepared:
     """A module whose data come from images. Made by `prepare`; immutable and usable from any thread.
 
     As long as `skipped` is empty, an instance costs no more fuel, and checks no more epoch deadlines, than an instance
-    of the original module in an engine without linmem.
+    of the original module in an engine without linmem. There is one exception. If the module fills an imported table,
+    wasmtime counts one unit of fuel for each element segment and one for each of its elements. In plain wasmtime it
+    counts less if the module also has data.
 
     Attributes
     ----------
