@@ -465,12 +465,43 @@ def test_parts_that_linmem_does_not_know_are_left_unchanged(monkeypatch):
 
 def test_a_module_that_wasmtime_accepts_only_unchanged_stays_unchanged(monkeypatch):
     made = _prepared.hoist
-    monkeypatch.setattr(_prepared, "hoist", lambda wasm: made(wasm)._replace(module=wasm + b"\x63\0"))
+    monkeypatch.setattr(_prepared, "hoist", lambda wasm: made(wasm)._replace(module=wasm.wasm + b"\x63\0"))
     prepared = prepare(MMAP, HELLO, expose=True)
     assert (prepared.images, prepared.added, prepared.outline) == ((None,), frozenset(), None)
     assert "wasmtime takes the module only as it is" in prepared.skipped[0]
     store = wasmtime.Store(MMAP)
     assert memory_of(store, prepared.instantiate(store)) == of(PAGE, filled=GREETED)
+
+
+@pytest.mark.parametrize("expose", [False, True])
+def test_each_section_is_read_once(monkeypatch, expose):
+    read = []
+    items = _module.Module.items
+
+    def counted(self, kind, what):
+        read.append(kind)
+        return items(self, kind, what)
+
+    monkeypatch.setattr(_module.Module, "items", counted)
+    prepared = prepare(MMAP, """(module (import "e" "t" (table 1 funcref)) (memory 1) (table 1 funcref)
+        (global (mut i32) (i32.const 0)) (func $f (table.set 1 (i32.const 0) (ref.func $f)))
+        (elem (i32.const 0) $f) (data (i32.const 0) "x") (data (memory 0) (i32.const 9) "y"))""", expose=expose)
+    assert (prepared.outline.written_tables, bool(prepared.added), prepared.skipped) == ({1}, expose, ())
+    for kind in (_module.CODE, _module.DATA, _module.ELEMENT):
+        assert read.count(kind) == 1
+
+
+def test_the_module_for_start_is_made_only_when_an_instance_starts(monkeypatch):
+    made = []
+    without_start = _prepared.without_start
+    monkeypatch.setattr(_prepared, "without_start", lambda *args: made.append(1) or without_start(*args))
+    prepared = prepare(MMAP, START, expose=True)
+    store = wasmtime.Store(MMAP)
+    snapshot = linmem.wasmtime.Snapshot.take(store, prepared.instantiate(store))
+    assert made == []
+    for _ in range(2):
+        prepared.instantiate(store, start=snapshot)
+    assert made == [1]
 
 
 # -- the cost of an instance ---------------------------------------------------------------------------

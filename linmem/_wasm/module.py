@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -94,10 +95,19 @@ class DataSegment(NamedTuple):
 
 
 class Module:
-    """The places of the sections. The methods read a section at each call."""
+    """The places of the sections. The methods read a section at each call, the properties once."""
 
     def __init__(self, wasm: bytes) -> None:
-        self.wasm = wasm = bytes(wasm)
+        self.wasm = bytes(wasm)
+
+    @classmethod
+    def of(cls, wasm: bytes | Module) -> Module:
+        return wasm if isinstance(wasm, Module) else cls(wasm)
+
+    @functools.cached_property
+    def sections(self) -> dict[int, tuple[int, int, int]]:
+        """From the kind of a section to where the section starts, where its content starts, and where both end."""
+        wasm = self.wasm
         if wasm[:4] != b"\0asm":
             raise Malformed("not a wasm module in the binary format: it does not start with \\0asm"
                             " (wasmtime.wat2wasm makes it from text)")
@@ -106,7 +116,7 @@ class Module:
                 raise Malformed("a WebAssembly component, not a core module: components own no memories, the core"
                                 " modules inside them do")
             raise malformed(4, f"unknown version {wasm[4:8].hex()}" if len(wasm) >= 8 else "version ends too early")
-        self.sections: dict[int, tuple[int, int, int]] = {}     # kind -> (start of the section, of its content, end)
+        found: dict[int, tuple[int, int, int]] = {}
         reader = Reader(wasm, 8, len(wasm))
         rank = -1
         while reader.at < reader.end:
@@ -122,7 +132,8 @@ class Module:
                 raise malformed(start, f"section {kind} stands twice or too late")
             else:
                 rank = _RANKS[kind]
-                self.sections[kind] = start, content, reader.at
+                found[kind] = start, content, reader.at
+        return found
 
     def items(self, kind: int, what: str) -> Iterator[Reader]:
         """For each item of a section, a reader that stands at the item; none if there is no such section."""
@@ -316,7 +327,14 @@ class Module:
         return [(reader.name("export's name"), reader.byte("export's kind"), reader.u32("export's index"))
                 for reader in self.items(EXPORT, "exports")]
 
-    def elements(self, values: list[Value]) -> Iterator[ElementSegment]:
+    @functools.cached_property
+    def values(self) -> list[Value]:
+        """The values of the globals, as `globals` gives them."""
+        return self.globals(self.imports()[2])[0]
+
+    @functools.cached_property
+    def elements(self) -> list[ElementSegment]:
+        found = []
         for reader in self.items(ELEMENT, "element segments"):
             start = reader.at
             flags = reader.u32("element segment's flags")
@@ -328,7 +346,7 @@ class Module:
                 if flags & 2:
                     table = reader.u32("table index")
                 first = reader.at
-                offset, allocates = self.expression(reader, values)
+                offset, allocates = self.expression(reader, self.values)
                 is_constant = _CONSTANT.fullmatch(self.wasm, first, reader.at) is not None
             element_type = b"\x70" if flags & 4 else None
             if flags & 4:
@@ -344,14 +362,18 @@ class Module:
             elements: list[Value] = []
             for _ in range(length):
                 if flags & 4:
-                    element, its_allocates = self.expression(reader, values)
+                    element, its_allocates = self.expression(reader, self.values)
                     allocates |= its_allocates
                 else:
                     element = 0, reader.u32("function index")
                 elements.append(element)
-            yield ElementSegment(mode, table, offset, elements, allocates, start, reader.at, element_type, is_constant)
+            found.append(ElementSegment(mode, table, offset, elements, allocates, start, reader.at, element_type,
+                                        is_constant))
+        return found
 
-    def data(self, values: list[Value]) -> Iterator[DataSegment]:
+    @functools.cached_property
+    def data(self) -> list[DataSegment]:
+        found = []
         for number, reader in enumerate(self.items(DATA, "data segments")):
             start = reader.at
             flags = reader.u32("data segment's flags")
@@ -362,9 +384,11 @@ class Module:
                 memory = reader.u32("memory index")
             if flags != 1:
                 first = reader.at
-                offset, _ = self.expression(reader, values)
+                offset, _ = self.expression(reader, self.values)
                 is_constant = _CONSTANT.fullmatch(self.wasm, first, reader.at) is not None
             head = reader.at
             size = reader.u32("data segment's size")
             content = reader.skip(size, "data segment")
-            yield DataSegment(number, start, head, content, size, reader.at, flags != 1, memory, offset, is_constant)
+            found.append(DataSegment(number, start, head, content, size, reader.at, flags != 1, memory, offset,
+                                     is_constant))
+        return found

@@ -157,7 +157,7 @@ def _function(value: Value) -> int | None:
     return value[1] if value is not None and value[0] == 0 else None
 
 
-def outline(wasm: bytes) -> Outline:
+def outline(wasm: bytes | Module) -> Outline:
     """The state that instances of a module have.
 
     Raises
@@ -166,7 +166,7 @@ def outline(wasm: bytes) -> Outline:
         As for `segments.hoist`; also if a part of the module is of a kind that is not known here.
     """
     try:
-        return _outline(Module(wasm))
+        return _outline(Module.of(wasm))
     except Unknown as reason:
         raise ValueError(f"cannot outline the module: {reason}") from None
 
@@ -174,10 +174,10 @@ def outline(wasm: bytes) -> Outline:
 def _outline(module: Module) -> Outline:
     memories, imported_tables, imported = module.imports()
     counts = len(memories), len(imported_tables), len(imported)
-    values, globals, initial_globals = module.globals(imported)
+    _, globals, initial_globals = module.globals(imported)
     memories += module.memories()
     tables, initial = module.tables(imported_tables)
-    segments = list(module.elements(values))
+    segments = list(module.elements)
     effects = module.effects(len(tables))
     functions, function_table = _functions(segments, initial, initial_globals), ""
     exports = module.exports()
@@ -189,19 +189,25 @@ def _outline(module: Module) -> Outline:
             if segment[:3] == ("active", last, (32, 0)) and segment.elements == [(0, each) for each in known]:
                 functions, function_table = known, name
                 del tables[-1], initial[-1], segments[-1]
-    heap_types = {"table": [table.heap_type for table in tables], "global": [each.heap_type for each in globals]}
-    names = [(name, KINDS[code], index) for name, code, index in exports
-             if KINDS[code:code + 1] in (("memory",), ("table",), ("global",)) and name != function_table]
-    unreadable = [name for name, kind, index in names
-                  if any(map(module.holds_continuations, heap_types.get(kind, [])[index:index + 1]))]
-    passive_data = sum(not segment.active and segment.size > 0 for segment in module.data(values))
+    names = tuple((name, KINDS[code], index) for name, code, index in exports
+                  if KINDS[code:code + 1] in (("memory",), ("table",), ("global",)) and name != function_table)
+    passive_data = sum(not segment.active and segment.size > 0 for segment in module.data)
     passive_elements = sum(segment.mode == "passive" and bool(segment.elements) for segment in segments)
-    return Outline(
+    found = Outline(
         *counts, len(memories), len(tables), tuple(each.mutable for each in globals),
-        {(kind, index): name for name, kind, index in reversed(names)}, tuple(names), (passive_data, passive_elements),
-        frozenset(effects.drops), frozenset(effects.tables), frozenset(unreadable), tuple(memories), tuple(tables),
-        tuple(globals), tuple(segments), tuple(initial), functions, function_table,
+        {}, (), (passive_data, passive_elements), frozenset(effects.drops), frozenset(effects.tables), frozenset(),
+        tuple(memories), tuple(tables), tuple(globals), tuple(segments), tuple(initial), functions, function_table,
         tuple(name for name, code, _ in exports if code == 0))
+    return _with_names(module, found, names)
+
+
+def _with_names(module: Module, found: Outline, names: tuple[tuple[str, str, int], ...]) -> Outline:
+    """The outline of a module with these exports of memories, tables and globals."""
+    types: dict[str, tuple[Limits | GlobalType, ...]] = {"table": found.table_types, "global": found.global_types}
+    return found._replace(
+        exports={(kind, index): name for name, kind, index in reversed(names)}, names=names,
+        unreadable=frozenset(name for name, kind, index in names for each in types.get(kind, ())[index:index + 1]
+                             if module.holds_continuations(each.heap_type)))
 
 
 def _functions(segments: Iterable[ElementSegment], *initial: Iterable[Value]) -> dict[int, Reference]:
@@ -218,7 +224,7 @@ def _functions(segments: Iterable[ElementSegment], *initial: Iterable[Value]) ->
     return found
 
 
-def expose(wasm: bytes) -> tuple[bytes, frozenset[str]]:
+def expose(wasm: bytes | Module) -> tuple[bytes, frozenset[str]]:
     """Export the state that a module hides: memories, mutable globals, and tables that can be changed.
 
     State that the module imports and does not export is hidden, too. If the state has references, a table is added that
@@ -236,8 +242,17 @@ def expose(wasm: bytes) -> tuple[bytes, frozenset[str]]:
     ValueError
         As for `outline`.
     """
+    module = Module.of(wasm)
+    items, names, _ = additions(module)
+    return extended(module.wasm, items), names
+
+
+def additions(module: Module) -> tuple[dict[int, list[bytes]], frozenset[str], Outline]:
+    """What `expose` adds: items by the kind of their section, names, and the outline of the module with them.
+
+    The element segments of the outline have the places that they have in the module without the items.
+    """
     try:
-        module = Module(wasm)
         found = _outline(module)
         exports = module.exports()
     except Unknown as reason:
@@ -248,16 +263,19 @@ def expose(wasm: bytes) -> tuple[bytes, frozenset[str]]:
     hidden = [(kind, index) for kind, index, _ in found.hidden()]
     hidden += [("table", index) for index in sorted(found.computed_tables()) if ("table", index) not in found.exports]
     added = [(f"{prefix}:{kind}:{index}", KINDS.index(kind), index) for kind, index in dict.fromkeys(hidden)]
+    found = _with_names(module, found, (*found.names, *((name, KINDS[code], index) for name, code, index in added)))
+    items = {}
     if _takes_function_table(module, found):
-        added.append((f"{prefix}:elements", KINDS.index("table"), found.tables))
+        found = found._replace(function_table=f"{prefix}:elements")
+        added.append((found.function_table, KINDS.index("table"), found.tables))
         count = leb128(len(found.functions))
-        module = _extended(module, TABLE, [b"\x70\x01" + count + count])
-        module = _extended(module, ELEMENT, [b"".join((
-            b"\2", leb128(found.tables), b"\x41\0\x0b\0", count, *map(leb128, found.functions)))])
+        items[TABLE] = [b"\x70\x01" + count + count]
+        items[ELEMENT] = [b"".join((
+            b"\2", leb128(found.tables), b"\x41\0\x0b\0", count, *map(leb128, found.functions)))]
     if added:
-        module = _extended(module, EXPORT, [b"".join((
-            leb128(len(name.encode())), name.encode(), bytes([code]), leb128(index))) for name, code, index in added])
-    return module.wasm, frozenset(name for name, _, _ in added)
+        items[EXPORT] = [b"".join((
+            leb128(len(name.encode())), name.encode(), bytes([code]), leb128(index))) for name, code, index in added]
+    return items, frozenset(name for name, _, _ in added), found
 
 
 def _takes_function_table(module: Module, found: Outline) -> bool:
@@ -269,12 +287,15 @@ def _takes_function_table(module: Module, found: Outline) -> bool:
                 and not module.may_use_table(number))
 
 
-def _extended(module: Module, kind: int, items: list[bytes]) -> Module:
-    """The module with more items at the end of a section that is a vector."""
-    count, own = 0, b""
-    if kind in module.sections:
-        _, content, end = module.sections[kind]
-        reader = Reader(module.wasm, content, end)
-        count = reader.u32("number of items")
-        own = module.wasm[reader.at:end]
-    return Module(module.replaced(kind, [leb128(count + len(items)), own, *items]))
+def extended(wasm: bytes, items: dict[int, list[bytes]]) -> bytes:
+    """The module with more items at the end of each of the sections, which are vectors."""
+    for kind, more in items.items():
+        module = Module(wasm)
+        count, own = 0, b""
+        if kind in module.sections:
+            _, content, end = module.sections[kind]
+            reader = Reader(wasm, content, end)
+            count = reader.u32("number of items")
+            own = wasm[reader.at:end]
+        wasm = module.replaced(kind, [leb128(count + len(more)), own, *more])
+    return wasm

@@ -22,6 +22,7 @@ from linmem._files.image_file import write_image
 from linmem._wasm import outline as state
 from linmem._wasm.image_cache import Cache
 from linmem._wasm.instance_state import behind
+from linmem._wasm.module import START, Module
 from linmem._wasm.reader import Malformed
 from linmem._wasm.recording import OPEN
 from linmem._wasm.segments import Hoisted, Run, hoist, without_start
@@ -265,21 +266,23 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
         original = bytes(wasmtime.wat2wasm(original))
     if not _asks(engine):
         raise ValueError(f"the engine does not make its memories with linmem: {NOT_OURS}")
-    wasm = original
+    read = Module(original)
+    items: dict[int, list[bytes]] = {}
     added: frozenset[str] = frozenset()
     outline = None
     skipped = []
     try:
         if expose:
-            wasm, added = state.expose(wasm)
-        outline = state.outline(wasm)
+            items, added, outline = state.additions(read)
+        else:
+            outline = state.outline(read)
     except ValueError as error:     # malformed or unknown to linmem; wasmtime decides whether the module is valid
         if expose:
             skipped.append(f"nothing is exposed: {error}")
     try:
-        hoisted = hoist(wasm)
+        hoisted = hoist(read)
     except Malformed as error:
-        hoisted = Hoisted(wasm, [], [], [f"nothing is hoisted: {error}"])
+        hoisted = Hoisted(original, [], [], [f"nothing is hoisted: {error}"])
     directory = None if cache is None else Cache(cache)
     images: list[Image | None] = []
     try:
@@ -287,19 +290,21 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
             images.append(None if runs is None else _image(runs, directory))
     except (PageError, OverflowError) as error:     # for example, segments that are very far apart
         hoisted = hoisted._replace(
-            module=wasm, skipped=[f"nothing is hoisted, there is no room for an image: {error}"])
+            module=original, skipped=[f"nothing is hoisted, there is no room for an image: {error}"], active=True)
         images = [None] * len(hoisted.images)
     skipped += hoisted.skipped
+    wasm = state.extended(hoisted.module, items)
     try:
-        module = _compiled(engine, hoisted.module, directory)
+        module = _compiled(engine, wasm, directory)
     except wasmtime.WasmtimeError as error:
         images, added, outline = [None] * len(images), frozenset(), None
         skipped = [f"nothing is hoisted or exposed, wasmtime takes the module only as it is: {error}"]
         module = None
     if module is None:      # if wasmtime refuses the original, too, the caller gets that refusal alone
         module = _compiled(engine, original, directory)
-    variant = None if outline is None else without_start(hoisted.module, outline)
-    compile_start = None if variant is None else functools.partial(_compiled, engine, variant, directory)
+    compile_start = None
+    if outline is not None and (hoisted.active or START in read.sections or outline.computed_tables()):
+        compile_start = functools.partial(_compiled_for_start, engine, wasm, outline, directory)
     return Prepared._of(engine, module, images, hoisted.minima, skipped, added, outline,
                         hashlib.sha256(original).hexdigest(), compile_start)
 
@@ -345,6 +350,11 @@ def _compiled(engine: wasmtime.Engine, wasm: bytes, cache: Cache | None) -> wasm
     key = hashlib.sha256(f"linmem {_FORMAT}, wasmtime {wasmtime_version()}\n".encode() + wasm).hexdigest()
     return _cached(cache, key, ".cwasm", functools.partial(_read, engine), make,
                    lambda module, file: file.write(module.serialize()))
+
+
+def _compiled_for_start(engine: wasmtime.Engine, wasm: bytes, outline: state.Outline,
+                        cache: Cache | None) -> wasmtime.Module:
+    return _compiled(engine, without_start(wasm, outline), cache)
 
 
 def _read(engine: wasmtime.Engine, path: str) -> wasmtime.Module:

@@ -32,7 +32,7 @@ from __future__ import annotations
 import bisect
 from typing import NamedTuple
 
-from linmem._wasm.module import DATA, ELEMENT, START, DataSegment, Module, Value
+from linmem._wasm.module import DATA, ELEMENT, START, DataSegment, Module
 from linmem._wasm.outline import Outline
 from linmem._wasm.reader import Limits, Unknown, leb128
 
@@ -55,6 +55,8 @@ class Hoisted(NamedTuple):
         Why segments were not hoisted; empty if all were.
     unknown : bool
         The module uses features that are not known here, so nothing was hoisted.
+    active : bool
+        Whether `module` has active data segments.
     """
 
     module: bytes
@@ -62,14 +64,15 @@ class Hoisted(NamedTuple):
     minima: list[int]
     skipped: list[str]
     unknown: bool = False
+    active: bool = False
 
 
-def hoist(wasm: bytes) -> Hoisted:
+def hoist(wasm: bytes | Module) -> Hoisted:
     """Take the active data segments of a module's own memories out of it.
 
     Parameters
     ----------
-    wasm : bytes
+    wasm : bytes or Module
         A core module in the binary format.
 
     Raises
@@ -78,28 +81,29 @@ def hoist(wasm: bytes) -> Hoisted:
         If a part that `hoist` must read is malformed (the message has the position), or if `wasm` is a component. The
         other parts are copied without a check: `hoist` does not validate.
     """
+    module = Module.of(wasm)
     try:
-        return _hoist(Module(wasm))
+        return _hoist(module)
     except Unknown as reason:
-        return Hoisted(bytes(wasm), [], [], [f"nothing is hoisted: {reason}"], unknown=True)
+        return Hoisted(module.wasm, [], [], [f"nothing is hoisted: {reason}"], unknown=True)
 
 
 def _hoist(module: Module) -> Hoisted:
-    memories, imported_tables, imported_globals = module.imports()
+    memories, imported_tables, _ = module.imports()
     imported = len(memories)
     memories += module.memories()
     minima = [memory.minimum for memory in memories[imported:]]
     unchanged = Hoisted(module.wasm, [None] * len(minima), minima, [])
     if DATA not in module.sections:
         return unchanged
-    values, _, _ = module.globals(imported_globals)
-    segments = list(module.data(values))
+    segments = module.data
     if not any(segment.active for segment in segments):
         return unchanged
+    unchanged = unchanged._replace(active=True)
 
     leaks = False
     if imported_tables:
-        leaks, traps = _leaks(module, values, module.tables(imported_tables)[0], len(imported_tables))
+        leaks, traps = _leaks(module, module.tables(imported_tables)[0], len(imported_tables))
         if leaks and traps:
             return unchanged._replace(skipped=[
                 "nothing is hoisted: an element segment may trap after others filled an imported table, through which"
@@ -149,35 +153,35 @@ def _hoist(module: Module) -> Hoisted:
         else:
             parts += [whole[segment.start:segment.head], b"\0"]
     images = [_runs(whole, group) if group else None for group in taken]
-    return Hoisted(module.replaced(DATA, parts), images, minima, skipped)
+    return Hoisted(module.replaced(DATA, parts), images, minima, skipped,
+                   active=any(each.active and not (each.number in hoisted and each.is_constant) for each in segments))
 
 
-def without_start(wasm: bytes, outline: Outline) -> bytes | None:
-    """The module without code that runs at instantiation; None: the module has none.
+def without_start(wasm: bytes, outline: Outline) -> bytes:
+    """The module without code that runs at instantiation.
 
     The start function is gone, active data segments are empty and passive, and the element segments that wasmtime
     copies by start-up code are empty and declared. So these memories and tables must get all content in another way.
     wasmtime 50 has start-up code also for passive element segments and for globals that are not a constant. It stays.
     """
     module = Module(wasm)
-    values, _, _ = module.globals(module.imports()[2])
-    data = [b"\1\0" if segment.active else wasm[segment.start:segment.end] for segment in module.data(values)]
+    data = [b"\1\0" if segment.active else wasm[segment.start:segment.end] for segment in module.data]
     elements = [wasm[segment.start:segment.end] if not outline.is_computed(segment) else
                 b"\3\0\0" if segment.element_type is None else b"\7" + segment.element_type + b"\0"
-                for segment in module.elements(values)]
+                for segment in module.elements]
     for kind, segments in ((DATA, data), (ELEMENT, elements)):
         if segments:
             module = Module(module.replaced(kind, [leb128(len(segments)), *segments]))
     if START in module.sections:
         start, _, end = module.sections[START]
         return module.wasm[:start] + module.wasm[end:]
-    return None if module.wasm == wasm else module.wasm
+    return module.wasm
 
 
-def _leaks(module: Module, values: list[Value], tables: list[Limits], imported: int) -> tuple[bool, bool]:
+def _leaks(module: Module, tables: list[Limits], imported: int) -> tuple[bool, bool]:
     """Whether active element segments fill imported tables, and whether an active element segment may trap."""
     leaks = traps = False
-    for segment in module.elements(values):
+    for segment in module.elements:
         if segment.mode != "active":
             continue
         leaks = leaks or segment.table < imported

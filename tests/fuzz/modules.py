@@ -6,7 +6,8 @@ import functools
 import platform
 import sys
 
-from linmem._wasm.outline import expose, outline
+from linmem._wasm.module import Module
+from linmem._wasm.outline import Outline, additions, expose, extended, outline
 from linmem._wasm.reader import Malformed
 from linmem._wasm.segments import hoist
 
@@ -130,6 +131,9 @@ def one(data: bytes) -> None:
     if not valid or isinstance(outlined, ValueError):
         return
     known = outline(wider)
+    items, _, follows = additions(Module(wasm))
+    assert _without_places(follows) == _without_places(known)
+    assert extended(hoisted.module, items) == hoist(wider).module
     assert known.hidden_memories() == known.hidden_globals() == []
     assert (known.memories, known.tables, known.globals) == (outlined.memories, outlined.tables, outlined.globals)
     assert {*known.exports.values(), known.function_table} >= set(names)
@@ -139,6 +143,10 @@ def one(data: bytes) -> None:
         expected = contents(wider, own)
         if expected is not None:
             assert contents(hoist(wider).module, own, hoisted.images) == expected
+
+
+def _without_places(known: Outline) -> Outline:
+    return known._replace(segments=tuple(segment._replace(start=0, end=0) for segment in known.segments))
 
 
 def _starts(wasm: bytes) -> bool:
