@@ -2,7 +2,7 @@
 
 cdef reset_costs costs          # fault == 0: not measured yet
 cdef reset_costs copying_costs  # of a slot whose image is copied into each page
-cdef bint wide = False          # zero_wide() beats memset() on a sample that is in the cache
+cdef bint wide = False          # memset() is not clearly faster than zero_wide() on a sample that is in the cache
 costs.fault = costs.scan = 0
 
 cdef enum:
@@ -55,7 +55,8 @@ cdef void measure_costs() noexcept nogil:
                 scan = shortest(scan, start, code)
         release_address_space(base, 2 * size)
     zero = max(zero, 1)
-    wide = 0 < wide_zero < zero
+    # Where both take about the same time, chance must not choose: zero_wide() is better for a few pages.
+    wide = 0 < wide_zero < zero + (zero >> 3)
     costs.fault = copying_costs.fault = clamp(fault // zero, 8)
     costs.scan = clamp(scan * SAMPLE // (wide_zero if wide else zero), 4)
     copying_costs.scan = clamp(scan * SAMPLE // (2 * zero), 4)
