@@ -24,5 +24,7 @@ cdef inline void list_add_first(link* head, link* to_add, void* owner) noexcept 
 
 cdef inline void list_remove(link* to_remove) noexcept nogil:
     """The link itself still points to its former neighbours, so a walk that stands on it can go on."""
-    to_remove.next.previous = to_remove.previous
-    to_remove.previous.next = to_remove.next
+    cdef link* after = to_remove.next
+    cdef link* before = to_remove.previous
+    after.previous = before
+    before.next = after

@@ -23,10 +23,10 @@ cdef inline slot* warm_slot_of(group* g) noexcept nogil:
     """The lock is held. NULL: there is no such group, or it has no warm slot."""
     cdef slot* s = top_of(g)
     cdef slot* below
-    if s != NULL and s.thread != this_thread():
+    if s != NULL:
         below = <slot*>s.in_stack.next.owner
-        if below != NULL and below.thread == this_thread():     # its pages are probably in this processor's cache
-            return below
+        if below != NULL and s.thread != this_thread() and below.thread == this_thread():
+            return below        # its pages are probably in this processor's cache
     return s
 
 

@@ -12,6 +12,7 @@ cdef enum:
     TABLES_UNCOUNTED = 8 << 20  # bytes: a slot of up to this size counts as having all its page tables
 
 cdef size_t WIDE_MOST = 1 << 18         # bytes: a memory up to this size is probably in the cache
+cdef size_t WIDE_IF_EQUAL = 1 << 15     # bytes: wide_most where a sample takes the same time either way
 cdef size_t ZERO_UNSEEN = 1 << 18       # bytes: without scans, zeroing up to this size costs no more than giving back
 cdef size_t ZERO_STEP = 1 << 20         # bytes that are zeroed between two looks at the clock
 cdef size_t WORTH_EMPTYING = 1 << 20    # bytes: a slot in constant use keeps its pages if they are not more than this
@@ -165,7 +166,7 @@ cdef bint zero_all(slot* s, size_t used, const reset_plan* plan, reset_result* r
     """False: the deadline has passed."""
     if plan.copied:
         image_restore(s.m, s.image)
-    elif wide and s.image == NULL and used <= WIDE_MOST:
+    elif used <= wide_most and s.image == NULL:
         zero_wide(s.original.base, used)
     elif not refill_in_time(s, 0, used, plan):
         return False

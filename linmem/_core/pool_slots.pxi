@@ -153,7 +153,8 @@ cdef inline void count_guest(slot* s, bint has_guest) noexcept nogil:
         t = totals_of(s, i)
         if has_guest:
             t.live += 1
-            t.peak_live = max(t.peak_live, t.live)
+            if t.live > t.peak_live:
+                t.peak_live = t.live
         else:
             t.live -= 1
 

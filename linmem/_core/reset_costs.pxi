@@ -2,7 +2,7 @@
 
 cdef reset_costs costs          # fault == 0: not measured yet
 cdef reset_costs copying_costs  # of a slot whose image is copied into each page
-cdef bint wide = False          # zero_wide() beats memset() on a sample that is in the cache
+cdef size_t wide_most = 0       # bytes: a memory up to this size is zeroed by zero_wide()
 costs.fault = costs.scan = 0
 
 cdef enum:
@@ -14,7 +14,7 @@ cdef enum:
 cdef void measure_costs() noexcept nogil:
     """Takes well below a millisecond. Each time is the time for a whole sample. If measuring is impossible, or if the
     thread lost the processor in each sample, clamp() makes the results plausible."""
-    global wide
+    global wide_most
     cdef size_t page = pages.capabilities().page_size
     cdef size_t size = SAMPLE * page
     cdef long long start, zero = 0, wide_zero = 0, fault = 0, scan = 0
@@ -55,9 +55,12 @@ cdef void measure_costs() noexcept nogil:
                 scan = shortest(scan, start, code)
         release_address_space(base, 2 * size)
     zero = max(zero, 1)
-    wide = 0 < wide_zero < zero
+    # Where both take about the same time for the sample, zero_wide() is better for a few pages: memset() starts slowly.
+    wide_most = 0
+    if wide_zero and wide_zero - zero < zero >> 3:
+        wide_most = WIDE_MOST if zero - wide_zero > zero >> 3 else WIDE_IF_EQUAL
     costs.fault = copying_costs.fault = clamp(fault // zero, 8)
-    costs.scan = clamp(scan * SAMPLE // (wide_zero if wide else zero), 4)
+    costs.scan = clamp(scan * SAMPLE // (wide_zero if wide_most == WIDE_MOST else zero), 4)
     copying_costs.scan = clamp(scan * SAMPLE // (2 * zero), 4)
 
 
