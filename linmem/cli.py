@@ -26,8 +26,9 @@ COMMANDS = {"run": "run a WASI program in linmem memories",
 
 DESCRIPTION = "Linear memories for Python: run WebAssembly in them, see a demonstration, test this machine."
 EPILOG = """\
-Exit codes of all commands: 0 if the command succeeded; 1 if it cannot be done or a check failed;
-2 if the command line is wrong; 130 on Ctrl-C. The help of a command lists its other exit codes."""
+Exit codes of all commands: 0 if the command succeeded; 1 if it cannot be done or a check failed, or
+if the reader of standard output has ended, which causes no message; 2 if the command line is wrong;
+130 on Ctrl-C. The help of a command lists its other exit codes."""
 
 # The errors of a write if the disk is full or a quota or a size limit is reached.
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC))

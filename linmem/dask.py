@@ -89,6 +89,13 @@ def traffic() -> dict[str, int]:
         return dict(_traffic)
 
 
+def _token(snapshot: StoredSnapshot) -> object:
+    try:
+        return "linmem.Snapshot", state_digest(snapshot._travels())
+    except ValueError:      # it cannot leave its store, and is refused when it is sent
+        return _dask.tokenize.normalize_object(snapshot)
+
+
 _dask: Any = dask
 _protocol: Any = distributed.protocol
 _protocol.dask_serialize.register(tuple(_KINDS), _serialize)
@@ -97,12 +104,11 @@ _dask.tokenize.normalize_token.register(Image, lambda image: ("linmem.Image", im
 _dask.tokenize.normalize_token.register(Delta, lambda delta: (
     "linmem.Delta", delta.base, delta.base_size, delta.size, delta.offset, delta.ranges, delta.zeros,
     bytes(delta.data)))
-_dask.tokenize.normalize_token.register(StoredSnapshot, lambda snapshot: (
-    "linmem.Snapshot", state_digest(snapshot._travels())))
+_dask.tokenize.normalize_token.register(StoredSnapshot, _token)
 # The scheduler compares the costs of storing and sending. The zeros of an image cost nothing.
 _dask.sizeof.sizeof.register(Image, lambda image: sum(size for _, size in image.runs()))
 _dask.sizeof.sizeof.register(StoredSnapshot, lambda snapshot: sum(
-    size for memory in snapshot._travels().memories for _, size in memory.image.runs()))
+    size for image in {id(image): image for image in snapshot.memories.values()}.values() for _, size in image.runs()))
 _dask.sizeof.sizeof.register(Delta, lambda delta: delta.nbytes)
 
 

@@ -71,6 +71,30 @@ def test_a_snapshot_comes_back_from_its_frames(image):
     assert tokens[0] == tokens[1] != tokens[2]
 
 
+def test_a_snapshot_that_stays_in_its_store_is_refused_only_when_it_is_sent():
+    wasmtime = pytest.importorskip("wasmtime")
+    import dask
+    from dask.sizeof import sizeof
+    from dask.tokenize import tokenize
+    from distributed.protocol import deserialize, serialize
+
+    import linmem.dask
+    import linmem.wasmtime
+
+    config = wasmtime.Config()
+    linmem.wasmtime.install(config)
+    engine = wasmtime.Engine(config)
+    store = wasmtime.Store(engine)
+    module = wasmtime.Module(engine, '(module (memory (export "a") (export "b") 1) (data (i32.const 0) "x"))')
+    snapshot = linmem.wasmtime.Snapshot.take(store, wasmtime.Instance(store, module, []), partial=True)
+    assert sizeof(snapshot) == PAGE
+    assert tokenize(snapshot) != tokenize(snapshot)     # nothing else can be known to be equal
+    assert dask.delayed(lambda it: it is snapshot, pure=True)(snapshot).compute(scheduler="sync")
+    with pytest.raises((TypeError, ValueError), match=r"the snapshot cannot leave the store|Could not serialize"):
+        deserialize(*serialize(snapshot, on_error="raise"))
+    store.close()
+
+
 def test_the_frames_are_the_images_own_pages(image):
     import numpy
     from distributed.protocol import serialize

@@ -160,6 +160,34 @@ def test_initialize_alone_runs_once(there, linmem):
     assert linmem("run", "--start", "program.snapshot", "--invoke", "serve", "program.wat")[1] == "serve 11\n"
 
 
+@pytest.mark.parametrize("thing", ["(global (export NAME) i32 (i32.const 1))", "(memory (export NAME) 1)",
+                                   "(table (export NAME) 1 funcref)"])
+def test_only_an_exported_function_is_called(there, linmem, thing):
+    things = thing.replace("NAME", '"_initialize"') + thing.replace("NAME", '"_start"')
+    (there / "odd.wat").write_text(f'(module {things} (func (export "init")))')
+    assert linmem("prewarm", "odd.wat", "--init", "init", "-o", "odd.snapshot")[0] == 0
+    assert linmem("run", "--invoke", "init", "odd.wat") == (0, "", "")
+    for words, name in (["prewarm", "--init", "_initialize", "-o", "x"], "_initialize"), (["run"], "_start"), (
+            ["run", "--invoke", "_initialize"], "_initialize"), (
+            ["run", "--start", "odd.snapshot", "--invoke", "_initialize"], "_initialize"):
+        code, _, error = linmem(words[0], *words[1:], "odd.wat")
+        assert (code, f"odd.wat exports no function {name}" in error) == (1, True), error
+
+
+@requires("fork")
+@pytest.mark.parametrize("words", [["prewarm", "program.wat", "-o", "other"], ["image", "info", "program.snapshot"],
+                                   ["image", "verify", "program.snapshot"], ["info", "--json"]])
+def test_a_command_whose_reader_has_ended_exits_with_1_and_its_file_is_complete(snapshot, words):
+    process = subprocess.Popen([sys.executable, "-m", "linmem", *words], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, env=ENVIRONMENT, cwd=snapshot.parent)
+    process.stdout.close()
+    with process.stderr:
+        error = process.stderr.read()
+    assert (process.wait(SECONDS), error.replace(b"start _initialize init ", b"")) == (1, b"")
+    if "other" in words:
+        assert Snapshot.open(snapshot.parent / "other", verify=True).module == Snapshot.open(snapshot).module
+
+
 def test_standard_input_and_the_options_reach_the_initialisation(there):
     (there / "reads.wat").write_text("""
     (module

@@ -15,7 +15,7 @@ from test_start import Guest
 
 import linmem.wasmtime
 from linmem._os import pages
-from linmem._wasm.recording import OPEN, union
+from linmem._wasm.recording import OPEN, Noted, _merging, union
 from linmem.wasmtime import Snapshot, prepare
 
 file_requires("maps_images", "scans", "real_pages")
@@ -316,6 +316,71 @@ def test_the_block_holds_the_memories_of_its_instances_until_it_ends(filled):
     assert budget.used_bytes == before
     serve()
     assert working_set(filled.snapshot) == [4]
+
+
+def test_finished_blocks_and_restores_leave_only_their_union(filled):
+    snapshot = filled.snapshot
+    for page in (3, 5, 3, 4, 5):
+        with snapshot.record():
+            guest = filled.start()
+            for again in (page, page + 100):
+                guest.call("write", again * PAGE)
+                snapshot.restore(guest.store, guest.instance)
+            (recording,) = OPEN
+            assert len(recording._noted._sets) == 1
+        assert len(snapshot._recorded._sets) == 1
+    assert working_set(snapshot) == [3, 4, 5, 103, 104, 105]
+
+
+def test_blocks_that_end_on_eight_threads_lose_no_page(filled):
+    def serve(first):
+        for page in range(first, 400, 8):
+            with filled.snapshot.record():
+                guest = filled.start()
+                guest.call("write", page * PAGE)
+                guest.store.close()
+
+    threads = [threading.Thread(target=serve, args=[first]) for first in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert working_set(filled.snapshot) == [*range(400)]
+
+
+def test_what_is_added_in_the_middle_of_a_merge_counts():
+    noted = Noted((((0, 1),),))
+    _merging.acquire()
+    try:
+        for start in (4, 8):
+            noted.add((((start, 1),),))
+        assert noted.all() == (((0, 1), (4, 1), (8, 1)),)
+    finally:
+        _merging.release()
+    noted.add(())
+    assert noted._sets == [(((0, 1), (4, 1), (8, 1)),)]
+
+
+@pytest.mark.parametrize("way", ["taken", "opened"])
+def test_a_memory_that_is_imported_twice_has_its_working_set_in_its_first_place(tmp_path, way):
+    prepared = prepare(ENGINE, """(module (import "h" "a" (memory 4)) (import "h" "b" (memory 4))
+      (func (export "fill") (memory.fill 0 (i32.const 0) (i32.const 1) (i32.const 262144)))
+      (func (export "write") (param i32) (i32.store8 1 (local.get 0) (i32.const 7))))""", expose=True)
+
+    def start(**how):
+        store = wasmtime.Store(ENGINE)
+        memory = linmem.wasmtime.new_memory(store, wasmtime.MemoryType(wasmtime.Limits(4, None)))
+        return Guest(prepared, store=store, imports=[memory, memory], **how)
+
+    first = start()
+    first.call("fill")
+    snapshot = first.take()
+    if way == "opened":
+        snapshot.save(tmp_path / "snapshot")
+        snapshot = Snapshot.open(tmp_path / "snapshot")
+    with snapshot.record():
+        start(start=snapshot).call("write", 2 * PAGE)
+    assert snapshot._travels().working_set == (((2 * PAGE, PAGE),), ())
 
 
 # -- what cannot be recorded -----------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from fuzz.files import blake
 from fuzz.snapshots import Draft, plain, state_in
 from hypothesis import given
 from hypothesis import strategies as st
-from support import counting, descriptors, failing, mappings, requires, resident_within, smaps
+from support import answer, counting, descriptors, failing, mappings, requires, resident_within, smaps
 
 from linmem import FileFormatError, Image, PageError
 from linmem._files import sparse
@@ -124,7 +124,7 @@ def states(draw):
     held = [(kind, each.index) for kind, part in (("memory", memories), ("global", globals_), ("table", tables))
             for each in part]
     return State(draw(st.binary(min_size=32, max_size=32)).hex(), memories, globals_, tables,
-                 sets if any(sets) else (), tuple(draw(st.lists(names, max_size=2))),
+                 sets if any(sets) else (), tuple(draw(st.lists(names, max_size=3, unique=True))),
                  names=tuple((*draw(st.sampled_from(held)), draw(names))
                              for _ in range(draw(st.integers(0, 3))) if held))
 
@@ -155,6 +155,13 @@ def test_a_stream_gets_a_packed_file(tmp_path, state):
     assert open_state(tmp_path / "there", verify=True) == state
     save_state(state, tmp_path / "packed", packed=True)
     assert done.stdout == (tmp_path / "packed").read_bytes()
+
+
+def test_no_text_of_unseen_is_repeated_in_a_file_or_a_pickle(path):
+    reference = GlobalState(0, "funcref", Reference("export", "b"))
+    state = State(MODULE, (), (reference,), (), unseen=("c", "b", "c", "a", "b"), names=(("global", 0, "a"),))
+    save_state(state, path)
+    assert open_state(path) == state_of(*parts_of(state)) == state._replace(unseen=("c", "b", "a"))
 
 
 def test_a_name_of_thousands_of_nuls_is_refused_when_it_is_saved(path):
@@ -261,6 +268,8 @@ HARMS = [
     (put("names", 1, 1, 2), "description.names[1].index", 2, "that of a global of the snapshot"),
     (put("names", 1, 2, MANY), "description.names[1].string", MANY, "from 1 to 3, the number of strings"),
     (put("unseen", 0, 0, 4), "description.unseen[0].string", 4, "from 1 to 3, the number of strings"),
+    (lambda draft: draft.records["unseen"].append([3]), "description.unseen[1].string", 3, "more than 3"),
+    (lambda draft: draft.records["unseen"].append([1]), "description.unseen[1].string", 1, "more than 3"),
     (lambda draft: draft.strings.__setitem__(1, b"\xc3("), "description.strings[1]", "b'\\xc3('", "UTF-8"),
     (lambda draft: setattr(draft, "end", b"x" * 32), "description.size", 478, "446, where the digests of 2 images end"),
     (lambda draft: draft.images.pop(), "description.size", 414, "446, where the digests of 2 images end"),
@@ -567,6 +576,10 @@ class Kept(StoredSnapshot):
     def _travels(self):
         return self.state
 
+    @property
+    def memories(self):
+        return {str(memory.index): memory.image for memory in self.state.memories}
+
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_a_snapshot_pickles_by_every_protocol(state, protocol):
@@ -635,6 +648,21 @@ def test_a_snapshot_crosses_to_another_process_by_its_handle(path, state, source
     assert contents == [bytes(memory.image) for memory in state.memories]
     about = [os.fstat(memory.image.fileno()) for memory in state.memories if memory.image.size]
     assert files == [(each.st_dev, each.st_ino) for each in about]      # the OS shows the same pages
+
+
+@requires("fork", "maps_images")
+def test_a_pickle_of_a_handle_can_be_loaded_once():
+    assert answer("""
+        import pickle
+        import linmem
+        image = linmem.Image.from_bytes(b"x" * 4096)
+        sent = pickle.dumps(image.handle())
+        print(pickle.loads(sent).image == image)
+        try:
+            pickle.loads(sent)
+        except Exception:
+            print("once")
+        """).split() == ["True", "once"]
 
 
 def test_a_snapshot_whose_pages_no_descriptor_shows_has_no_handle(state):

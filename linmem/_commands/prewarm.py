@@ -35,9 +35,10 @@ FILE is complete or unchanged: it is written at the end, and replaced as a whole
 device (/dev/stdout, /dev/null), it gets a packed file. If it is the standard output, the report goes to
 standard error.
 
-Exit codes: 0 if FILE was written; 134 if the program trapped; 130 on Ctrl-C; 2 if the command line is
+Exit codes: 0 if FILE and the report were written; 134 if the program trapped; 130 on Ctrl-C; 2 if the command line is
 wrong; 1 if PROGRAM cannot be read or initialised, if it ended itself, if it has state that a snapshot
-cannot hold, or if FILE cannot be written, with the reason in one line."""
+cannot hold, or if FILE cannot be written, with the reason in one line; or if the report cannot be
+written, and then FILE is complete."""
 
 
 def add_arguments(parser: Parser) -> None:

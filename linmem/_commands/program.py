@@ -178,10 +178,15 @@ class Program:
         with about(self.path if cache is None else cache):
             return prepared.prepare(self.engine, binary, cache=cache, expose=True)
 
+    def _function(self, name: str) -> Any:
+        """The type of the exported function; None if the program exports no function of this name."""
+        found = next((export.type for export in self.module.exports if export.name == name), None)
+        return found if isinstance(found, self.wasmtime.FuncType) else None
+
     def check_function(self, name: str, *, may_return: bool = False, hint: str = "") -> None:
         """Refuse a function that is not exported, or that cannot be called without arguments."""
-        function = next((export.type for export in self.module.exports if export.name == name), None)
-        if not isinstance(function, self.wasmtime.FuncType):
+        function = self._function(name)
+        if function is None:
             raise Refused(f"{self.path} exports no function {name}{hint}")
         if function.params or (function.results and not may_return):
             what = "parameters" if may_return else "parameters or results"
@@ -234,7 +239,7 @@ class Program:
 
     def initialise(self, name: str) -> list[int | float]:
         """Call `_initialize`, which a reactor exports, and then the function; returns the results of the function."""
-        if name != "_initialize" and any(export.name == "_initialize" for export in self.module.exports):
+        if name != "_initialize" and self._function("_initialize") is not None:
             self.check_function("_initialize")
             self.call("_initialize")
         return self.call(name)

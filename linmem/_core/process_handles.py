@@ -19,7 +19,8 @@ def own_runs(image: Any, view: memoryview) -> Iterator[tuple[int, memoryview]]:
 class Handle:
     """An image that `multiprocessing` sends to another process as a descriptor of its pages, without the bytes.
 
-    Made by `Image.handle`. Only `multiprocessing` can pickle it.
+    Made by `Image.handle`. While this process runs, one process with the same ``multiprocessing`` authkey can load a
+    pickle of it, once.
 
     Attributes
     ----------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections.abc import Iterable
@@ -11,8 +12,36 @@ from linmem._os import pages
 from linmem._wasm.state import State
 
 Runs = tuple[tuple[int, int], ...]
+RunsOfMemories = tuple[Runs, ...]       # for each memory of a state; () if all have none
 
 OPEN: list[Recording] = []      # of all blocks that run now. Lists are iterated as copies: other threads change them.
+_merging = threading.Lock()     # of the thread that merges what was noted; no thread waits for it
+
+
+class Noted:
+    """The union of what was noted. Any thread may add, also in a finalizer that interrupts a merge."""
+
+    def __init__(self, *sets: RunsOfMemories) -> None:
+        self._sets = [*sets]    # What was added during a merge stays at the end, for the next merge.
+
+    def add(self, found: RunsOfMemories) -> None:
+        self._sets.append(found)
+        while len(self._sets) > 1 and _merging.acquire(blocking=False):
+            try:
+                count = len(self._sets)
+                self._sets[:count] = [_merged(self._sets[:count])]
+            finally:
+                _merging.release()
+
+    def all(self) -> RunsOfMemories:
+        return _merged(self._sets[:])
+
+
+def _merged(sets: list[RunsOfMemories]) -> RunsOfMemories:
+    if len(sets) == 1:
+        return sets[0]
+    found = tuple(map(union, map(itertools.chain.from_iterable, zip(*filter(None, sets), strict=True))))
+    return found if any(found) else ()
 
 
 class Recording:
@@ -40,7 +69,7 @@ class Recording:
         self.snapshot, self.state = snapshot, state
         self.thread = threading.get_ident()
         self._held: list[tuple[int, Memory]] = []       # with the places of the memories in the state
-        self._noted: list[tuple[int, list[tuple[int, int]]]] = []
+        self._noted = Noted()
 
     def add(self, place: int, memory: Memory) -> None:
         """Watch a memory of a new instance, which has exactly the bytes of its image.
@@ -51,21 +80,24 @@ class Recording:
         if forget_touched(memory, image):
             self._held.append((place, memory))
         else:       # all bytes of the image were read to make a copy
-            self._noted.append((place, image.runs()))
+            self._note(place, image.runs())
+
+    def _note(self, place: int, runs: Iterable[tuple[int, int]]) -> None:
+        self._noted.add(tuple(tuple(runs) if each == place else () for each in range(len(self.state.memories))))
 
     def note(self, memories: Iterable[Memory]) -> None:
         """Note what was touched in some memories, which may get other pages now."""
         ours = set(memories)
         for place, memory in list(self._held):
             if memory in ours:
-                self._noted.append((place, touched_pages(memory, self.state.memories[place].image)))
+                self._note(place, touched_pages(memory, self.state.memories[place].image))
 
-    def end(self) -> tuple[Runs, ...]:
-        """What was touched, for each memory of the state. The memories are not held any longer."""
-        held, self._held = self._held, []
-        self._noted += [(place, touched_pages(memory, self.state.memories[place].image)) for place, memory in held]
-        return tuple(union(run for of, runs in self._noted if of == place for run in runs)
-                     for place in range(len(self.state.memories)))
+    def end(self) -> RunsOfMemories:
+        """What was touched. The memories are not held any longer."""
+        while self._held:
+            place, memory = self._held.pop()
+            self._note(place, touched_pages(memory, self.state.memories[place].image))
+        return self._noted.all()
 
 
 def union(runs: Iterable[tuple[int, int]]) -> Runs:
@@ -89,7 +121,10 @@ def note(memories: Iterable[Memory]) -> None:
 def _forget_other_threads() -> None:
     thread = threading.get_ident()
     OPEN[:] = [each for each in OPEN if each.thread == thread]
+    global _merging
+    _merging = threading.Lock()
 
 
-if hasattr(os, "register_at_fork"):     # else a child would hold its memories for blocks that never end there
+if hasattr(os, "register_at_fork"):     # else a child would hold its memories for blocks that never end there, and a
+    # lock that another thread held would stay locked
     os.register_at_fork(after_in_child=_forget_other_threads)

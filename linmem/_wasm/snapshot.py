@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import itertools
 import os
 import sys
 import warnings
@@ -35,7 +34,7 @@ from linmem._wasm.instance_state import (
     read,
 )
 from linmem._wasm.outline import Outline
-from linmem._wasm.recording import OPEN, Recording, Runs, union
+from linmem._wasm.recording import OPEN, Noted, Recording
 from linmem._wasm.snapshot_file import StoredSnapshot
 from linmem._wasm.start import Start
 from linmem._wasm.state import NULL, NUMBERS, GlobalState, MemoryState, Reference, State, TableState
@@ -110,7 +109,7 @@ class Snapshot(StoredSnapshot):
     _store: weakref.ref[wasmtime.Store] | None      # of _parts; None: not taken in this process
     _parts: Parts                                   # of the instance that the snapshot was taken from
     _state: State | None
-    _recorded: list[tuple[Runs, ...]]               # the working sets of the record() blocks that have ended
+    _recorded: Noted                                # the working set, also of the record() blocks that have ended
     _stays: str                                     # if _state is None: why the snapshot cannot leave its store
     _bound: weakref.WeakKeyDictionary[wasmtime.Instance, Parts]     # of other instances
     _starts: weakref.WeakKeyDictionary[Any, Start]  # by the Prepared
@@ -122,7 +121,7 @@ class Snapshot(StoredSnapshot):
     def _new(cls, module: str | None, unseen: tuple[str, ...], state: State | None, stays: str = "") -> Snapshot:
         self = object.__new__(cls)
         self._store, self._parts, self._state, self._stays = None, Parts([], [], []), state, stays
-        self._recorded = []
+        self._recorded = Noted(() if state is None else state.working_set)
         self._bound, self._starts = weakref.WeakKeyDictionary(), weakref.WeakKeyDictionary()
         self.memories, self.globals, self.tables, self.unseen, self.module = {}, (), (), unseen, module
         return self
@@ -144,12 +143,7 @@ class Snapshot(StoredSnapshot):
         """The state, for use in any store; ValueError if the snapshot cannot leave its store."""
         if self._state is None:
             raise ValueError(f"the snapshot cannot leave the store that it was taken in: {self._stays}")
-        recorded = list(self._recorded)
-        if not recorded:
-            return self._state
-        by_memory = zip(*filter(None, [self._state.working_set, *recorded]), strict=True)
-        working_set = tuple(union(itertools.chain(*runs)) for runs in by_memory)
-        return self._state._replace(working_set=working_set if any(working_set) else ())
+        return self._state._replace(working_set=self._recorded.all())
 
     @contextlib.contextmanager
     def record(self) -> Iterator[None]:
@@ -196,7 +190,7 @@ class Snapshot(StoredSnapshot):
             if recording in OPEN:       # a forked child has removed those of other threads
                 OPEN.remove(recording)
             try:
-                self._recorded.append(recording.end())
+                self._recorded.add(recording.end())
             except OSError as error:
                 if not raised:
                     raise

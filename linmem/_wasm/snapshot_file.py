@@ -86,6 +86,7 @@ def encoded(state: State) -> bytes:
     def value(it: bytes | Reference) -> bytes:
         return it if isinstance(it, bytes) else REFERENCE.pack(*reference(it), 0)
 
+    unseen = [string(text) for text in dict.fromkeys(state.unseen)]      # the first strings: the numbers ascend
     sets = state.working_set or ((),) * len(state.memories)
     records = [
         *(MEMORY.pack(index, len(runs), size, image.offset, image.size)
@@ -95,10 +96,10 @@ def encoded(state: State) -> bytes:
         *(TABLE.pack(index, len(changed), size) for index, size, changed in state.tables),
         *(CHANGE.pack(element, *reference(to)) for table in state.tables for element, to in table.changed),
         *(NAME.pack(NAME_KINDS.index(kind), index, string(name)) for kind, index, name in state.names),
-        *(UNSEEN.pack(string(text)) for text in state.unseen)]
+        *map(UNSEEN.pack, unseen)]
     texts = [text.encode() for text in strings]
     head = HEAD.pack(VERSION, len(texts), len(state.memories), len(state.globals), len(state.tables), len(state.names),
-                     len(state.unseen), 0)
+                     len(unseen), 0)
     return b"".join([head, *(LENGTH.pack(len(text)) for text in texts), *texts, *records, END])
 
 
@@ -122,10 +123,10 @@ class _Description:
     def records(self, name: str, count: int, form: struct.Struct) -> list[Any]:
         return list(form.iter_unpack(self.take(f"number of {name}", count * form.size, form.size)))
 
-    def ascending(self, name: str, numbers: Iterable[int]) -> None:
+    def ascending(self, name: str, numbers: Iterable[int], field: str = "index") -> None:
         for i, (before, number) in enumerate(itertools.pairwise(numbers), 1):
             if number <= before:
-                raise self.refusal(f"{name}[{i}].index", number, f"more than {before}")
+                raise self.refusal(f"{name}[{i}].{field}", number, f"more than {before}")
 
     def kind(self, name: str, number: int, kinds: Sequence[str]) -> str:
         if number >= len(kinds):
@@ -243,8 +244,9 @@ def decoded(raw: bytes | bytearray | memoryview, module: str, path: str) -> tupl
 
     names = it.names(n_names, {"memory": {each.index for each in memories}, "global": {each.index for each in globals},
                                "table": {each.index for each in tables}})
-    unseen = tuple(it.string(f"unseen[{i}]", number) for i, (number,) in enumerate(
-        it.records("unseen", n_unseen, UNSEEN)))
+    numbers = [number for number, in it.records("unseen", n_unseen, UNSEEN)]
+    it.ascending("unseen", numbers, "string")       # else a short file could repeat a long text
+    unseen = tuple(it.string(f"unseen[{i}]", number) for i, number in enumerate(numbers))
     end = bytes(it.take("size of the end", len(END)))
     if end != END:
         raise it.refusal("end", end, END)
@@ -388,7 +390,8 @@ def state_of(module: str, description: bytes, images: Sequence[Image]) -> State:
 class SnapshotHandle:
     """A snapshot that `multiprocessing` sends to another process as descriptors of its pages, without the bytes.
 
-    Made by `Snapshot.handle`. Only `multiprocessing` can pickle it.
+    Made by `Snapshot.handle`. While this process runs, one process with the same ``multiprocessing`` authkey can load a
+    pickle of it, once.
 
     Attributes
     ----------

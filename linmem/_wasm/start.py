@@ -124,11 +124,14 @@ class Start:
     def watch(self, store: Any, instance: wasmtime.Instance, recording: Recording) -> None:
         """Have a recording watch the memories of a new instance, before code runs in it."""
         context = store._context()
+        known = set()
         for place, memory in enumerate(recording.state.memories):
             found: Any = export(context, instance, name_of(self.outline, "memory", memory.index))
             ours = behind(store, found)
             assert ours is not None     # the memory was offered, or parts_of has found it
-            recording.add(place, ours)
+            if ours not in known:       # a memory that was imported twice has the image of its first place
+                known.add(ours)
+                recording.add(place, ours)
 
     def _refuse(self, index: int, error: int) -> None:
         name = list(self.sizes)[index]

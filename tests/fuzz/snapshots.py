@@ -147,7 +147,8 @@ def of_choices(c: Choices) -> Draft:
         kind = c.pick(kinds)
         index = c.pick(draft.records[("memories", "globals", "tables")[kind]])[0]
         draft.records["names"].append([kind, index, c.below(strings) + 1])
-    draft.records["unseen"] = [[c.below(strings) + 1] for _ in range(c.below(3) if strings else 0)]
+    draft.records["unseen"] = [[number] for number in sorted({
+        c.below(strings) + 1 for _ in range(c.below(3) if strings else 0)})]
     return draft
 
 
@@ -271,7 +272,9 @@ def state_in(raw: bytes):
     for kind, index, number in parts.records("names", counts[3]):
         need(kind < 3 and index in held[kind])
         names.append((NAME_KINDS[kind], index, string(number)))
-    unseen = tuple(string(number) for number, in parts.records("unseen", counts[4]))
+    numbers = [number for number, in parts.records("unseen", counts[4])]
+    ascend(numbers)
+    unseen = tuple(map(string, numbers))
     need(parts.take(4) == b"\xff" * 4)
     images = []
     for i, (offset, n, first, begin) in enumerate(places):
