@@ -11,11 +11,11 @@ import wasmtime
 from hypothesis import example, given, note, settings
 from hypothesis import strategies as st
 from support import answer, fewer_examples, requires
-from test_hoist import CUSTOM_PAGES, EVERYTHING, Prefilled, all_features, binary, contents, judged
+from test_hoist import CUSTOM_PAGES, EVERYTHING, Prefilled, all_features, binary, contents, expose, judged
 
 import linmem
 import linmem.wasmtime
-from linmem._wasm.outline import expose, outline
+from linmem._wasm.outline import outline
 from linmem._wasm.segments import hoist
 from linmem.wasmtime import prepare
 

@@ -312,7 +312,7 @@ def test_a_program_that_ends_itself_has_no_state_to_save(there, refused, code):
     (["program.wat", "-o", "x", "--init", "memory"], 1, "program.wat exports no function memory"),
     (["program.wat", "-o", "x", "--init", "wants"], 1, "wants has parameters, and must have none"),
     (["quiet.wat", "-o", "x", "--init", "object"], 1, "object returned a value that is not a number"),
-    (["quiet.wat", "-o", "x", "--init", "vector"], 1, "quiet.wat: "),
+    (["quiet.wat", "-o", "x", "--init", "vector"], 1, "vector returned a value that is not a number"),
     (["odd.wat", "-o", "x"], 1, "_initialize has parameters or results, and must have none"),
     (["quiet.wat", "-o", "no/such/folder"], 1, "no/such/folder: No such file or directory"),
     (["quiet.wat", "-o", "."], 1, ".: Is a directory"),

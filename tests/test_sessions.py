@@ -302,6 +302,18 @@ def test_limits_of_the_store_are_set_before_the_instance_is_made():
         assert exports["grow"](store, 1) == -1
 
 
+def test_a_setting_that_a_block_makes_and_begin_does_not_is_not_passed_on():
+    sessions = sessions_of(begin=lambda store: store.set_epoch_deadline(1))
+    for setter in (lambda store: store.set_limits(memory_size=PAGE),
+                   lambda store: store.set_wasi(wasmtime.WasiConfig())):
+        with sessions.get() as (store, _):
+            setter(store)
+    with sessions.get() as (store, instance):
+        store.set_epoch_deadline(5)
+        assert check(store, instance)["memory"].grow(store, 0) == 2
+    figures(sessions, live=1, idle=1, handed_out=3, replaced={"configured": 2})
+
+
 WASI = """(module (import "wasi_snapshot_preview1" "fd_write" (func $write (param i32 i32 i32 i32) (result i32)))
   (memory (export "memory") 1) (data (i32.const 0) "\\10\\00\\00\\00\\04\\00\\00\\00") (data (i32.const 16) "said")
   (func (export "say") (result i32) (call $write (i32.const 1) (i32.const 0) (i32.const 1) (i32.const 8))))"""

@@ -12,7 +12,7 @@ import pytest
 import wasmtime
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from support import NEEDS
+from support import NEEDS, answer
 from test_hoist import STACK_SWITCHING, all_features, needs_gc, number, table
 from test_prepare import engine_of, with_every_creator
 
@@ -508,6 +508,32 @@ def test_continuations_are_never_read_and_always_refused(wat):
     Snapshot.take(store, instance, partial=True).restore(store)
 
 
+@pytest.mark.skipif(not STACK_SWITCHING, reason="this wasmtime has no stack switching here")
+@pytest.mark.parametrize("fields", ["globals=(GlobalState(0, 'null', NULL),)",
+                                    "tables=(TableState(0, 1, ((0, NULL),)),)"])
+def test_a_snapshot_that_names_continuations_is_refused_without_reading_them(fields):
+    assert answer(f"""
+        import wasmtime
+        from test_hoist import all_features
+        import linmem.wasmtime
+        from linmem._wasm.state import NULL, GlobalState, TableState
+        config = all_features()
+        linmem.wasmtime.install(config)
+        engine = wasmtime.Engine(config)
+        prepared = linmem.wasmtime.prepare(engine, '(module (table (export "a") (export "b") 1 nullcontref)'
+            '(global (export "c") (export "d") (mut contref) (ref.null cont)))', expose=True)
+        store = wasmtime.Store(engine)
+        instance = prepared.instantiate(store)
+        snapshot = linmem.wasmtime.Snapshot.take(store, instance, partial=True)
+        forged = snapshot._from_state(snapshot._state._replace({fields}))
+        for refused in (lambda: prepared.instantiate(store, start=forged), lambda: forged.restore(store, instance)):
+            try:
+                refused()
+            except ValueError as error:
+                print("may hold continuations" in str(error))
+    """) == "True\nTrue"
+
+
 def test_a_resized_table_is_reported_before_any_state_is_changed():
     store, instance, exports = start(COUNTER.replace("(memory", '(table (export "table") 2 funcref) (memory', 1))
     snapshot = Snapshot.take(store, instance)
@@ -736,6 +762,6 @@ def test_a_restored_interpreter_answers_like_a_new_one(forth, kind):
     snapshot = Snapshot.take(program.store, program.instance)
     assert all("tables" in text for text in snapshot.unseen)
     for turn in range(3):
-        for text, answer in zip(REQUESTS, expected, strict=True):
-            assert program.eval(text) == answer, (turn, text)
+        for text, said in zip(REQUESTS, expected, strict=True):
+            assert program.eval(text) == said, (turn, text)
             snapshot.restore(program.store, zero_grown=True)

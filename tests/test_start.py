@@ -456,14 +456,17 @@ def test_a_state_that_does_not_fit_the_module_is_refused_before_an_instance_is_m
     for fields in bad:
         with pytest.raises(ValueError, match="the snapshot has"):
             Guest(prepared, store=creators, start=changed(snapshot, **fields))
-    # The maximum of the module is not known to linmem: wasmtime refuses these sizes.
-    with pytest.raises(wasmtime.WasmtimeError, match=r"must be <= maximum_byte_size\(\) \(655360\), got 720896"):
-        Guest(prepared, start=changed(snapshot, memories=(MemoryState(0, 11 * PAGE, image),)))
-    with pytest.raises(linmem.GrowError, match="table 't' cannot get the 6 elements"):
-        Guest(prepared, start=changed(snapshot, tables=(TableState(0, 6),)))
     guest = Guest(prepared)
-    with pytest.raises(ValueError, match="had 1152921504606846976 elements and has 2"):
-        changed(snapshot, tables=(TableState(0, 1 << 60),)).restore(guest.store, guest.instance)
+    guest.call("set", 0, 9)
+    bad += [{"memories": (MemoryState(0, 11 * PAGE, image),)},          # beyond the maximum
+            {"tables": (TableState(0, 6, tuple((index, NULL) for index in range(2, 6))),)},
+            {"tables": (TableState(0, 3),)}, {"tables": (TableState(0, 1 << 60),)}]    # not listed
+    for fields in bad:
+        with pytest.raises(ValueError, match="the snapshot has"):
+            changed(snapshot, **fields).restore(guest.store, guest.instance)
+        with pytest.raises(ValueError, match="the snapshot has"):
+            Guest(prepared, start=changed(snapshot, **fields))
+    assert guest.call("get", 0) == 9
     for reference in (Reference("export", "none"), Reference("export", "m"), Reference("element", segment=7)):
         with pytest.raises(ValueError, match="which the module does not name"):
             Guest(prepared, start=changed(snapshot, tables=(TableState(0, 2, ((0, reference),)),)))
@@ -648,6 +651,84 @@ def test_one_memory_that_is_imported_twice_needs_one_content():
     Guest(prepared, store=store, imports=given[:1] * 2, start=twice)
     with pytest.raises(ValueError, match="is also another memory of the instance, and the snapshot has two contents"):
         Guest(prepared, store=store, imports=given[:1] * 2, start=two)
+
+
+def test_one_global_or_table_that_is_imported_twice_needs_one_content():
+    wat = """(module (import "e" "a" (global $a (mut i32))) (import "e" "b" (global $b (mut i32)))
+        (import "e" "t" (table $t 1 funcref)) (import "e" "u" (table $u 1 funcref)) (memory (export "m") 1)
+        (func $f (export "f")) (func (export "init") (param i32) (global.set $a (local.get 0))
+            (if (i32.eqz (local.get 0)) (then (table.set $t (i32.const 0) (ref.func $f))))))"""
+    prepared = prepare(ENGINE, wat, expose=True)
+
+    def imports(store, repeated=()):
+        globals = [wasmtime.Global(store, wasmtime.GlobalType(wasmtime.ValType.i32(), True), 5) for _ in range(2)]
+        tables = [table(store, 1) for _ in range(2)]
+        return [part for kind, parts in (("global", globals), ("table", tables))
+                for part in (parts[:1] * 2 if kind in repeated else parts)]
+
+    both = {"global", "table"}
+    for kind, argument in (("global", 1), ("table", 0)):
+        store = wasmtime.Store(ENGINE)
+        guest = Guest(prepared, store=store, imports=imports(store, both - {kind}))
+        guest.call("init", argument)
+        snapshot = guest.take()
+        store = wasmtime.Store(ENGINE)
+        Guest(prepared, store=store, imports=imports(store, both - {kind}), start=snapshot)
+        given = imports(store, both)
+        with pytest.raises(ValueError, match=f"{kind} .* is also another {kind} of the instance, and the snapshot has"):
+            Guest(prepared, store=store, imports=given, start=snapshot)
+        assert given[0].value(store) == 5
+
+
+@pytest.mark.parametrize("kind", ["externref", pytest.param("(ref null $s)", marks=needs_gc)])
+def test_an_imported_table_that_is_empty_gets_the_null_references_of_the_snapshot(kind):
+    prepared = prepare(ENGINE, f"""(module {"(type $s (struct))" * ("$s" in kind)} (table (import "e" "t") 0 {kind})
+        (func (export "grow") (drop (table.grow 0 (ref.null {"$s" if "$s" in kind else "extern"}) (i32.const 3))))
+        (func (export "size") (result i32) (table.size 0)))""", expose=True)
+    wat = f'(module {"(type $s (struct))" * ("$s" in kind)} (table (export "t") 0 {kind}))'
+
+    def imports(store):
+        return [wasmtime.Instance(store, wasmtime.Module(ENGINE, wat), []).exports(store)["t"]]
+
+    store = wasmtime.Store(ENGINE)
+    guest = Guest(prepared, store=store, imports=imports(store))
+    guest.call("grow")
+    snapshot = guest.take()
+    store = wasmtime.Store(ENGINE)
+    assert Guest(prepared, store=store, imports=imports(store), start=snapshot).call("size") == 3
+
+
+@needs_gc
+def test_a_reference_of_a_wrong_type_is_refused_before_any_state_is_changed():
+    prepared = prepare(ENGINE, """(module (type $t (func (result i32))) (memory (export "m") 1)
+        (global (export "n") (mut i32) (i32.const 1)) (global (export "g") (mut (ref $t)) (ref.func $f))
+        (table (export "t") 1 (ref null $t)) (elem declare func $f)
+        (func $f (export "f") (type $t) (i32.const 7)) (func (export "h") (param i64))
+        (func (export "set") (i32.store (i32.const 0) (i32.const 9)) (global.set 0 (i32.const 9))
+            (table.set 0 (i32.const 0) (ref.func $f)))
+        (func (export "call") (result i32) (call_ref $t (table.get 0 (i32.const 0))))
+        (func (export "own") (result i32) (call_ref $t (global.get 1))))""", expose=True)
+    snapshot = Guest(prepared).take()
+    number, reference = snapshot._state.globals
+    wrong = Reference("export", "h")
+    guest = Guest(prepared)
+    guest.call("set")
+    for what, fields in (("global 'g'", {"globals": (number, reference._replace(value=wrong))}),
+                         ("global 'g'", {"globals": (number, reference._replace(kind="null", value=NULL))}),
+                         ("table 't'", {"tables": (TableState(0, 1, ((0, wrong),)),)})):
+        forged = changed(snapshot, **fields)
+        with pytest.raises(ValueError, match=f"the snapshot has a value that {what} cannot hold"):
+            forged.restore(guest.store, guest.instance)
+        with pytest.raises(ValueError, match=f"the snapshot has a value that {what} cannot hold"):
+            Guest(prepared, start=forged)
+        assert (guest.content()[:1], guest.call("call"), guest.call("own")) == (b"\x09", 7, 7)
+        assert guest.instance.exports(guest.store)["n"].value(guest.store) == 9
+
+
+def test_functions_of_globals_are_named_in_a_module_without_tables():
+    prepared = prepare(ENGINE, """(module (global (mut funcref) (ref.func $f)) (elem declare func $f) (func $f))""",
+                       expose=True)
+    Guest(prepared, start=Guest(prepared).take())
 
 
 # -- tables and references ---------------------------------------------------------------------------

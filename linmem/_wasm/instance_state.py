@@ -7,6 +7,7 @@ or take time that is quadratic in the number of exports (`Instance.exports`).
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import wasmtime
@@ -17,6 +18,7 @@ from linmem._core import bridge as _bridge
 from linmem._core.memory import Image, Memory, restore_all
 from linmem._wasm import recording
 from linmem._wasm.outline import Outline
+from linmem._wasm.reader import GlobalType, Limits
 from linmem._wasm.state import NULL, NUMBERS, Reference, State
 
 # The kinds of a wasmtime_val_t.
@@ -108,7 +110,7 @@ def elements_of(context: Any, table: wasmtime.Table, size: int) -> list[Any] | N
 
 
 def kind_of(context: Any, get: Any, *place: Any) -> int:
-    """The kind of the value in a global or a table. A table without this element: "funcref"."""
+    """The kind of the value in a global, or in a table that has this element."""
     value = null(KINDS["funcref"])
     get(context, *place, ctypes.byref(value))
     kind = int(value.kind)
@@ -178,9 +180,10 @@ class HeldGlobal(NamedTuple):
 
 class HeldTable(NamedTuple):
     name: str
+    index: int          # type: ignore[assignment]
     table: wasmtime.Table
     size: int
-    elements: list[tuple[int, Any]]     # with their indices, as wasmtime_val_t
+    elements: list[tuple[int, Any]]     # with their indices, as wasmtime_val_t; None: null
 
 
 class Parts(NamedTuple):
@@ -195,26 +198,50 @@ class Parts(NamedTuple):
         found = [memory for held in self.memories if (memory := behind(store, held.memory)) is not None]
         recording.note(found)
         restore_all(found, [held.image for held in self.memories])
-        # The following steps cannot be refused.
-        for _, place, value in self.globals:
-            check(ffi.wasmtime_global_set(context, place, ctypes.byref(value)))
+        # The following steps cannot be refused: take() has read the values, or check_values() has tried them.
+        for _, _, write, place, value in self._values(context):
+            check(write(context, *place, ctypes.byref(value)))
+
+    def check_values(self, context: Any) -> None:
+        """Refuse a value that is not of the type of its global or table: write each value, and put the old one back."""
+        tried = set()
+        for name, get, write, place, value in self._values(context):
+            if (name, id(value)) in tried:
+                continue
+            tried.add((name, id(value)))
+            before = ffi.wasmtime_val_t()
+            get(context, *place, ctypes.byref(before))
+            try:
+                check(write(context, *place, ctypes.byref(value)))
+            except wasmtime.WasmtimeError as error:
+                raise ValueError(f"the snapshot has a value that {name} cannot hold: {error}") from error
+            finally:
+                check(write(context, *place, ctypes.byref(before)))
+                unroot(context, before)
+
+    def _values(self, context: Any) -> Iterator[tuple[str, Any, Any, tuple[Any, ...], Any]]:
+        """Each value: the name of its global or table, how this is read and written, the place in it, and the value."""
+        for name, place, value in self.globals:
+            yield f"global {name!r}", ffi.wasmtime_global_get, ffi.wasmtime_global_set, (place,), value
         for held in self.tables:
-            place = handle(held.table)
+            name, place, nothing = f"table {held.name!r}", handle(held.table), None
             for index, value in held.elements:
-                check(ffi.wasmtime_table_set(context, place, index, ctypes.byref(value)))
+                if value is None:
+                    nothing = value = nothing or null(kind_of(context, ffi.wasmtime_table_get, place, index))
+                yield name, ffi.wasmtime_table_get, ffi.wasmtime_table_set, (place, index), value
 
 
 def initial_elements(outline: Outline, table: int, size: int) -> list[Reference | None]:
-    """What instantiation puts into the elements of a table that has grown to `size`; None: not known."""
+    """What instantiation puts into the elements of a table that has grown to `size`; None: nothing, or not known."""
     known = outline.contents(table)[:size]
-    known += [None if table < outline.imported_tables else -1] * (size - len(known))
+    known += [None] * (size - len(known))
     return [None if function is None else NULL if function < 0 else outline.functions.get(function)
             for function in known]
 
 
 def parts_of(store: Any, context: Any, instance: wasmtime.Instance, outline: Outline, state: State, *,
              every_element: bool) -> Parts:
-    """The parts of an instance that a state has, with their contents in the state.
+    """The parts of an instance that a state has, with their contents in the state. `check_state` accepts the state.
 
     every_element: also the elements of tables that the state does not list, because instantiation put them there.
 
@@ -225,41 +252,46 @@ def parts_of(store: Any, context: Any, instance: wasmtime.Instance, outline: Out
     """
     functions = Functions(context, instance, outline)
     found = Parts([], [], [])
-    images: dict[int, Image] = {}       # by the base of the memory
+    values: dict[Reference, Any] = {}
+    contents: dict[tuple[object, ...], object] = {}     # what the objects of the instance shall hold
 
     def part(kind: str, index: int) -> tuple[str, Thing]:
         name = name_of(outline, kind, index)
         return name, export(context, instance, name)
 
-    def value(of: str, reference: Reference, kind: int) -> Any:
-        made = null(kind) if reference == NULL else functions.value(reference)
-        if made is None:
+    def is_new(kind: str, name: str, thing: object, content: object) -> bool:
+        """Whether this object is not held yet: the host may give one object to several imports."""
+        held = contents.setdefault((kind, thing), content)
+        if held is not content and held != content:
+            raise ValueError(f"{kind} {name!r} is also another {kind} of the instance, and the snapshot has two"
+                             " contents")
+        return held is content
+
+    def value(of: str, reference: Reference) -> Any:
+        if reference not in values:
+            values[reference] = functions.value(reference)
+        if values[reference] is None:
             raise ValueError(f"the state of {of} has {reference}, which the module does not name: prepare the module"
                              " with expose=True")
-        return made
+        return values[reference]
 
     for index, size, image in state.memories:
         name, memory = part("memory", index)
         ours = behind(store, memory)
         if ours is None:
             raise ValueError(f"memory {name!r} is not linmem's")
-        base = ours.as_ptr()
-        if base not in images:
-            images[base] = image
+        if is_new("memory", name, ours.as_ptr(), (size, image)):
             found.memories.append(HeldMemory(name, memory, size, image))
-        elif images[base] is not image and images[base] != image:
-            raise ValueError(f"memory {name!r} is also another memory of the instance, and the snapshot has two"
-                             " contents")
     for index, kind, content in state.globals:
         name, thing = part("global", index)
-        if isinstance(content, bytes):
-            found.globals.append(HeldGlobal(name, handle(thing), number(kind, content)))
-        else:
-            present = kind_of(context, ffi.wasmtime_global_get, handle(thing))
-            found.globals.append(HeldGlobal(name, handle(thing), value(f"global {name!r}", content, present)))
+        place = handle(thing)
+        if is_new("global", name, _fields(thing._global), (kind, content)):
+            found.globals.append(HeldGlobal(
+                name, place, number(kind, content) if isinstance(content, bytes) else
+                null(kind_of(context, ffi.wasmtime_global_get, place)) if content == NULL else
+                value(f"global {name!r}", content)))
     for index, size, changed in state.tables:
         name, table = part("table", index)
-        present = kind_of(context, ffi.wasmtime_table_get, handle(table), 0)
         wanted = dict(changed)
         if every_element:
             present_size = table.size(store)
@@ -268,9 +300,53 @@ def parts_of(store: Any, context: Any, instance: wasmtime.Instance, outline: Out
                                  " cannot shrink: make a new instance")
             known = enumerate(initial_elements(outline, index, size))
             wanted = {element: reference for element, reference in known if reference is not None} | wanted
-        found.tables.append(HeldTable(name, table, size, [
-            (element, value(f"table {name!r}", reference, present)) for element, reference in wanted.items()]))
+        if is_new("table", name, _fields(table._table), (size, wanted)):
+            found.tables.append(HeldTable(name, index, table, size, [
+                (element, None if reference == NULL else value(f"table {name!r}", reference))
+                for element, reference in wanted.items()]))
     return found
+
+
+def _fields(handle: Any) -> object:
+    """The fields of a handle, without the bytes between them, which are not set."""
+    if not isinstance(handle, ctypes.Structure):
+        return handle
+    return tuple(_fields(getattr(handle, name)) for name, *_ in handle._fields_)
+
+
+def check_state(outline: Outline, state: State) -> None:
+    """Refuse a state whose sizes and types are not those of the module. Only an instance can tell of references."""
+    for index, size, image in state.memories:
+        memory: Limits = _type_of(outline.memory_types, "memory", index)
+        name, end = name_of(outline, "memory", index), image.offset + image.size
+        if not memory.minimum <= size <= memory.maximum or (size - memory.minimum) % memory.page_size or end > size:
+            raise ValueError(f"the snapshot has {size} bytes of memory {name!r}, and an image that ends at {end}; the"
+                             f" memory has {memory.minimum} to {memory.maximum} bytes, in pages of {memory.page_size}")
+    for index, kind, value in state.globals:
+        declared: GlobalType = _type_of(outline.global_types, "global", index)
+        name = name_of(outline, "global", index)
+        is_number = isinstance(value, bytes)
+        if not declared.mutable or (kind if is_number else "") != declared.number or (
+                isinstance(value, bytes) and len(value) != NUMBERS.get(kind)):
+            raise ValueError(f"the snapshot has a value of the type {kind!r} of global {name!r}, which is"
+                             f" {'' if declared.mutable else 'not '}mutable, of the type"
+                             f" {declared.number or 'reference'!r}")
+    for index, size, changed in state.tables:
+        table: Limits = _type_of(outline.table_types, "table", index)
+        name = name_of(outline, "table", index)
+        listed = sum(element >= table.minimum for element, _ in changed)
+        # A file that claims a size must hold the elements, so that the time of a start follows the size of the file.
+        if not table.minimum <= size <= table.maximum or size - table.minimum != listed or any(
+                not 0 <= element < size for element, _ in changed):
+            raise ValueError(f"the snapshot has {size} elements of table {name!r}, and lists {listed} beyond its"
+                             f" minimum; the table has {table.minimum} to {table.maximum}, and all beyond the minimum"
+                             " must be listed")
+
+
+def _type_of(types: tuple[Any, ...], kind: str, index: int) -> Any:
+    if not 0 <= index < len(types):
+        raise ValueError(f"the snapshot has {kind} {index}, and the module has {len(types)} of this kind")
+    return types[index]
 
 
 def name_of(outline: Outline, kind: str, index: int) -> str:
@@ -279,4 +355,6 @@ def name_of(outline: Outline, kind: str, index: int) -> str:
     if name is None:
         raise ValueError(f"the snapshot has {kind} {index}, which the module does not export: prepare the module with"
                          " expose=True")
+    if name in outline.unreadable:
+        raise ValueError(f"the snapshot has {kind} {name!r}, which may hold continuations: wasmtime cannot read these")
     return name

@@ -34,8 +34,6 @@ class Outline(NamedTuple):
         How many memories, tables and globals are imports. Imports have the lowest indices.
     memories, tables : int
         How many memories and tables the instances have, imports included.
-    globals : tuple of bool
-        For each global, imports included, whether it is mutable.
     exports : dict
         From (kind, index), with the kinds "memory", "table" and "global", to a name.
     names : tuple of (str, str, int)
@@ -66,7 +64,6 @@ class Outline(NamedTuple):
     imported_globals: int
     memories: int
     tables: int
-    globals: tuple[bool, ...]
     exports: dict[tuple[str, int], str]
     names: tuple[tuple[str, str, int], ...]
     passive: tuple[int, int]
@@ -82,14 +79,9 @@ class Outline(NamedTuple):
     function_table: str
     function_exports: tuple[str, ...]
 
-    @property
-    def changes_tables(self) -> bool:
-        """Whether the code of the module may change a table."""
-        return bool(self.written_tables)
-
     def hidden_globals(self) -> list[int]:
         """The mutable globals, imports included, that no export names."""
-        return self._without_name("global", (index for index, mutable in enumerate(self.globals) if mutable))
+        return self._without_name("global", (index for index, each in enumerate(self.global_types) if each.mutable))
 
     def hidden_memories(self) -> list[int]:
         """The memories, imports included, that no export names."""
@@ -151,7 +143,6 @@ class Outline(NamedTuple):
         return found
 
 
-
 def _function(value: Value) -> int | None:
     """The function that the Value of an element is; -1: null, None: not known."""
     return value[1] if value is not None and value[0] == 0 else None
@@ -194,8 +185,8 @@ def _outline(module: Module) -> Outline:
     passive_data = sum(not segment.active and segment.size > 0 for segment in module.data)
     passive_elements = sum(segment.mode == "passive" and bool(segment.elements) for segment in segments)
     found = Outline(
-        *counts, len(memories), len(tables), tuple(each.mutable for each in globals),
-        {}, (), (passive_data, passive_elements), frozenset(effects.drops), frozenset(effects.tables), frozenset(),
+        *counts, len(memories), len(tables), {}, (), (passive_data, passive_elements), frozenset(effects.drops),
+        frozenset(effects.tables), frozenset(),
         tuple(memories), tuple(tables), tuple(globals), tuple(segments), tuple(initial), functions, function_table,
         tuple(name for name, code, _ in exports if code == 0))
     return _with_names(module, found, names)
@@ -224,33 +215,19 @@ def _functions(segments: Iterable[ElementSegment], *initial: Iterable[Value]) ->
     return found
 
 
-def expose(wasm: bytes | Module) -> tuple[bytes, frozenset[str]]:
-    """Export the state that a module hides: memories, mutable globals, and tables that can be changed.
+def additions(module: Module) -> tuple[dict[int, list[bytes]], frozenset[str], Outline]:
+    """What exports the state that a module hides: memories, mutable globals, and tables that can be changed.
 
-    State that the module imports and does not export is hidden, too. If the state has references, a table is added that
-    no code changes. It has each function that is an element or an initial value, so that references can be named.
+    Returns items by the kind of their section, the names of the exports, and the outline of the module with them. State
+    that the module imports and does not export is hidden, too. If the state has references, a table is added that no
+    code changes. It has each function that is an element or an initial value, so that references can be named.
 
-    Returns
-    -------
-    wasm : bytes
-        The module with those exports added after its own.
-    names : frozenset of str
-        The names that were added.
+    The element segments of the outline have the places that they have in the module without the items.
 
     Raises
     ------
     ValueError
         As for `outline`.
-    """
-    module = Module.of(wasm)
-    items, names, _ = additions(module)
-    return extended(module.wasm, items), names
-
-
-def additions(module: Module) -> tuple[dict[int, list[bytes]], frozenset[str], Outline]:
-    """What `expose` adds: items by the kind of their section, names, and the outline of the module with them.
-
-    The element segments of the outline have the places that they have in the module without the items.
     """
     try:
         found = _outline(module)
@@ -282,7 +259,7 @@ def _takes_function_table(module: Module, found: Outline) -> bool:
     """Whether the module needs the table of functions, and stays invalid if it wrongly names a table of this number."""
     number = found.tables
     return bool(found.needs_functions() and found.functions and not found.function_table
-                and not any(segment.table == number for segment in found.segments)
+                and not any(segment.mode == "active" and segment.table == number for segment in found.segments)
                 and not any((kind, index) == ("table", number) for _, kind, index in found.names)
                 and not module.may_use_table(number))
 

@@ -50,7 +50,8 @@ class Prepared:
     As long as `skipped` is empty, an instance costs no more fuel, and checks no more epoch deadlines, than an instance
     of the original module in an engine without linmem. There is one exception. If the module fills an imported table,
     wasmtime counts one unit of fuel for each element segment and one for each of its elements. In plain wasmtime it
-    counts less if the module also has data.
+    counts less if the module also has data. ``expose=True`` adds one such segment, with each function that references
+    name. It costs fuel only if wasmtime fills a table by code: an imported one, or one of typed references.
 
     Attributes
     ----------
@@ -240,7 +241,8 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
         that use one cache share the pages of the images.
     expose : bool
         Also export the memories, mutable globals and tables that the module does not export, own and imported, so
-        that a `Snapshot` can hold them. `Prepared.added` has their names.
+        that a `Snapshot` can hold them. `Prepared.added` has their names. The added table of functions, if there is
+        one, counts in ``Store.set_limits(tables=, table_elements=)``.
 
     Raises
     ------

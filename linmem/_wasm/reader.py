@@ -26,6 +26,7 @@ class Limits(NamedTuple):
     """The type of a memory or a table."""
 
     minimum: int                    # of a memory, in bytes
+    maximum: int                    # without a declared maximum, what the addresses or indices allow
     bits: int                       # of an address or an index
     heap_type: int | None = None    # of the elements of a table
     page_size: int = 65536          # of a memory
@@ -135,31 +136,30 @@ class Reader:
         return GlobalType(mutable == 1, number, heap_type)
 
     def memory_type(self) -> Limits:
-        flags, minimum, bits = self._limits("memory type", 0x0F)
+        flags, minimum, maximum, bits = self._limits("memory type", 0x0F)
         shift = 16
         if flags & 8:
             start = self.at
             shift = self.u32("page size")
             if shift > 16:
                 raise Unknown(f"the page size at byte {start} is 2 to the power of {shift}")
-        return Limits(minimum << shift, bits, page_size=1 << shift)
+        return Limits(minimum << shift, min(maximum << shift, 1 << bits), bits, page_size=1 << shift)
 
     def table_type(self) -> Limits:
         heap_type = self.reference_type("table type")
-        _, minimum, bits = self._limits("table type", 0x07)
-        return Limits(minimum, bits, heap_type)
+        _, minimum, maximum, bits = self._limits("table type", 0x07)
+        return Limits(minimum, maximum, bits, heap_type)
 
-    def _limits(self, what: str, known: int) -> tuple[int, int, int]:
-        """The flags, the minimum, and the bits of an address or an index; `known`: the flags that are known."""
+    def _limits(self, what: str, known: int) -> tuple[int, int, int, int]:
+        """The flags, the limits, and the bits of an address or an index; `known`: the flags that are known."""
         start = self.at
         flags = self.byte(what)
         if flags & ~known:
             raise Unknown(f"{what} at byte {start} has flags 0x{flags:02x}")
         bits = 64 if flags & 4 else 32
         minimum = self.integer(bits, what)
-        if flags & 1:
-            self.integer(bits, what)
-        return flags, minimum, bits
+        maximum = self.integer(bits, what) if flags & 1 else (1 << bits) - 1
+        return flags, minimum, maximum, bits
 
 
 def leb128(value: int) -> bytes:

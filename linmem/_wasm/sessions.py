@@ -57,7 +57,8 @@ class Sessions:
         ``wasmtime.Store(prepared.engine)``.
     begin : callable, optional
         Called with the store at the start of each session, for what a reset does not change: fuel, the epoch deadline
-        and the configuration of WASI.
+        and the configuration of WASI. If a block calls a setter of the store that `begin` did not call, for example
+        `set_limits`, the instance is replaced, so that the setting does not reach the next user.
 
     Raises
     ------
@@ -162,6 +163,7 @@ class Sessions:
         - "kept": a memory handle or a view was open at the end of the block
         - "running": a call into the store was running at the end of the block; it is `in_use` until the call ends
         - "closed": the block closed the store
+        - "configured": the block called a setter of the store, such as `set_limits`, that `begin` did not call
         - "refused": linmem or the operating system refused the reset
         - "interrupted": an exception such as `KeyboardInterrupt` came during the reset
         - "unseen": the snapshot does not hold all state of its instances
@@ -381,6 +383,8 @@ class _Lent(wasmtime.Store):
     _call: Callable[[], Any] = staticmethod(lambda: None)
 
     def __init__(self, store: wasmtime.Store) -> None:
+        self._lent_begun: set[str] = set()      # the setters that `begin` called
+        self._lent_set: set[str] = set()        # those that were called since
         self.engine = store.engine
         context = self._lent_context = _Context(store._context())
         self._call = weakref.ref(context._as_parameter_)
@@ -403,6 +407,18 @@ class _Lent(wasmtime.Store):
         self._lent_store = None
         if self._lent_context is not None:
             self._lent_context._as_parameter_ = None
+
+
+def _noted(name: str) -> Callable[..., None]:
+    def setter(self: _Lent, *args: Any, **named: Any) -> None:
+        self._lent_set.add(name)
+        getattr(wasmtime.Store, name)(self, *args, **named)
+    return setter
+
+
+for _name in dir(wasmtime.Store):
+    if _name.startswith("set_"):
+        setattr(_Lent, _name, _noted(_name))
 
 
 class _Running:
@@ -443,6 +459,7 @@ class _Session:
             vars(instance).update(vars(warm.instance))
             if sessions._begin is not None:
                 sessions._begin(lent)
+                lent._lent_begun, lent._lent_set = lent._lent_set, set()
             with sessions._lock:
                 sessions._handed_out += 1
                 sessions._reused += warm.used
@@ -465,6 +482,8 @@ class _Session:
         if warm is not None and lent is not None:
             if lent._lent_store is None:
                 reason = "closed"
+            elif lent._lent_set - lent._lent_begun:
+                reason = "configured"
             lent.close()
             call = lent._call()
             if call is not None:

@@ -24,6 +24,7 @@ from linmem._wasm.instance_state import (
     HeldTable,
     Parts,
     behind,
+    check_state,
     elements_of,
     export,
     handle,
@@ -234,10 +235,10 @@ class Snapshot(StoredSnapshot):
             if not (partial or taken.memories or taken.globals):
                 raise ValueError("the instance exports no memory and no mutable global, and what its module hides is"
                                  " not known: make it by prepare(..., expose=True)")
-            reason = ("it is not known, since the module was not made by prepare" if prepared is None else
+            reason = ("the module was not made by prepare" if prepared is None else
                       "the module uses what linmem does not know")
-            taken.unseen.append(f"what it does not export: {reason}")
-            taken.stays = f"its state is not all known ({reason})"
+            taken.unseen.append(f"what it does not export: it is not known, since {reason}")
+            taken.stays = f"its state is not all known, since {reason}"
         elif not taken.stays:
             memories, globals, tables = taken.memory_states, taken.global_states, taken.table_states
             state = State(
@@ -314,8 +315,10 @@ class Snapshot(StoredSnapshot):
                 of = "a module that was not prepared" if prepared is None else f"the module {prepared.digest[:16]}..."
                 raise ValueError(f"instance must be of the module of the snapshot ({state.module[:16]}...), made by"
                                  f" Prepared.instantiate, got an instance of {of}")
-            found = self._bound[instance] = parts_of(store, context, instance, prepared.outline, state,
-                                                     every_element=True)
+            check_state(prepared.outline, state)
+            found = parts_of(store, context, instance, prepared.outline, state, every_element=True)
+            found.check_values(context)
+            self._bound[instance] = found
         return found
 
     def __repr__(self) -> str:
@@ -407,7 +410,7 @@ class _Taken:
                 self.refuse(f"element {names.index(None)} of exported table {name!r} refers to a function that has no"
                             " name in the module")
                 elements = None
-        self.parts.tables.append(HeldTable(name, thing, size, list(enumerate(elements or ()))))
+        self.parts.tables.append(HeldTable(name, index, thing, size, list(enumerate(elements or ()))))
         if elements is not None:
             self.tables.append(name)
 
@@ -435,7 +438,7 @@ def _exports(store: wasmtime.Store, context: Any, instance: wasmtime.Instance,
                 yield name, -1, thing
         return
     for name, kind, index in outline.names:
-        if kind != "global" or outline.globals[index]:
+        if kind != "global" or outline.global_types[index].mutable:
             yield name, index, export(context, instance, name)
 
 

@@ -17,6 +17,7 @@ from linmem._wasm.instance_state import (
     Parts,
     behind,
     check,
+    check_state,
     export,
     handle,
     name_of,
@@ -25,9 +26,8 @@ from linmem._wasm.instance_state import (
     parts_of,
 )
 from linmem._wasm.outline import Outline
-from linmem._wasm.reader import GlobalType, Limits
 from linmem._wasm.recording import Recording
-from linmem._wasm.state import NUMBERS, GlobalState, MemoryState, State, TableState
+from linmem._wasm.state import State
 from linmem.errors import GrowError
 
 # The kinds of references, and the kind of an abstract heap type; the other heap types are of anyref.
@@ -47,13 +47,15 @@ class Start:
 
     def __init__(self, outline: Outline, state: State, places: Sequence[tuple[int, Image | None]]) -> None:
         """places: the minimum and the image of each memory of the module's own, for memories that the state lacks."""
+        check_state(outline, state)
         self.outline = outline
+        self.checked = False                # whether an instance has accepted the values of the rest
         self.sizes: dict[str, int] = {}     # of memories that are offered and then grown
         offered: list[tuple[int, Image | None] | tuple[int, Image | None, int]] = list(places)
         grown: list[tuple[bytes, int | bytes]] = []
-        memories = []
+        memories, values = [], []
         for memory in state.memories:
-            name, kind = self._checked_memory(memory)
+            name, kind = name_of(outline, "memory", memory.index), outline.memory_types[memory.index]
             if memory.index < outline.imported_memories or not kind.minimum:
                 memories.append(memory)
                 continue
@@ -62,48 +64,20 @@ class Start:
                 self.sizes[name] = memory.size
                 grown.append((name.encode(), (memory.size - kind.minimum) // kind.page_size))
         numbers: list[tuple[bytes, int | bytes]] = []
-        references = []
         for each in state.globals:
-            name = self._checked_global(each)
-            if isinstance(each.value, bytes):
+            if isinstance(each.value, bytes) and each.index >= outline.imported_globals:
+                name = name_of(outline, "global", each.index)
                 numbers.append((name.encode(), bytes(number(each.kind, each.value))))
-            else:
-                references.append(each)
-        tables = [table for table in state.tables if self._changes_table(table)]
+            else:       # the host may give one global to several imports
+                values.append(each)
+        # The others are as instantiation makes them.
+        tables = [table for table in state.tables if table.changed or table.index < outline.imported_tables]
         self.offer = _bridge.Offer(offered) if any(place[1] is not None for place in offered) else None
         self.grown = _bridge.Writes(grown) if grown else None
         self.numbers = _bridge.Writes(numbers) if numbers else None
         # The rest, which is slower.
-        rest = state._replace(memories=tuple(memories), globals=tuple(references), tables=tuple(tables))
-        self.rest = rest if memories or references or tables else None
-
-    def _checked_memory(self, memory: MemoryState) -> tuple[str, Limits]:
-        kind: Limits = _type_of(self.outline.memory_types, "memory", memory.index)
-        name = name_of(self.outline, "memory", memory.index)
-        size, end = memory.size, memory.image.offset + memory.image.size
-        if size < kind.minimum or (size - kind.minimum) % kind.page_size or end > size:
-            raise ValueError(f"the snapshot has {size} bytes of memory {name!r}, and an image that ends at {end}; the"
-                             f" memory has at least {kind.minimum} bytes, in pages of {kind.page_size}")
-        return name, kind
-
-    def _checked_global(self, each: GlobalState) -> str:
-        kind: GlobalType = _type_of(self.outline.global_types, "global", each.index)
-        name = name_of(self.outline, "global", each.index)
-        has_number = isinstance(each.value, bytes) and len(each.value) == NUMBERS.get(each.kind)
-        if not kind.mutable or (each.kind if has_number else "") != kind.number or (
-                isinstance(each.value, bytes) and not has_number):
-            raise ValueError(f"the snapshot has a value of the type {each.kind!r} of global {name!r}, which is"
-                             f" {'' if kind.mutable else 'not '}mutable, of the type {kind.number or 'reference'!r}")
-        return name
-
-    def _changes_table(self, table: TableState) -> bool:
-        """Whether the table differs from what instantiation makes of it."""
-        kind: Limits = _type_of(self.outline.table_types, "table", table.index)
-        name = name_of(self.outline, "table", table.index)
-        if table.size < kind.minimum or any(not 0 <= element < table.size for element, _ in table.changed):
-            raise ValueError(f"the snapshot has {table.size} elements of table {name!r}, which has at least"
-                             f" {kind.minimum}, or elements beyond this size")
-        return bool(table.changed) or table.size != kind.minimum or table.index < self.outline.imported_tables
+        rest = state._replace(memories=tuple(memories), globals=tuple(values), tables=tuple(tables))
+        self.rest = rest if memories or values or tables else None
 
     def finish(self, store: Any, instance: wasmtime.Instance) -> None:
         """Grow the memories and tables of a new instance, and write the rest of its state. No wasm code runs."""
@@ -115,7 +89,11 @@ class Start:
             if refused is not None:
                 self._refuse(*refused)
         if self.rest is not None:
-            self._sized(store, context, instance, self.rest).write(store, context)
+            parts = self._sized(store, context, instance, self.rest)
+            if not self.checked:
+                parts.check_values(context)
+                self.checked = True
+            parts.write(store, context)
         if self.numbers is not None:
             refused = self.numbers.apply(address, place)
             if refused is not None:
@@ -167,17 +145,11 @@ class Start:
             except wasmtime.WasmtimeError as reason:
                 raise GrowError(f"memory {name!r} cannot get the {size} bytes that it has in the snapshot:"
                                 f" {reason}") from reason
-        for held, table in zip(parts.tables, state.tables, strict=True):
+        for held in parts.tables:
             delta = held.size - held.table.size(store)
             if delta:
-                _grow_table(context, held, delta, self.outline.table_types[table.index].heap_type)
+                _grow_table(context, held, delta, self.outline.table_types[held.index].heap_type)
         return parts
-
-
-def _type_of(types: tuple[Any, ...], kind: str, index: int) -> Any:
-    if not 0 <= index < len(types):
-        raise ValueError(f"the snapshot has {kind} {index}, and the module has {len(types)} of this kind")
-    return types[index]
 
 
 def _raise(error: int) -> None:
@@ -190,7 +162,7 @@ def _grow_table(context: Any, held: HeldTable, delta: int, heap_type: int | None
     """Grow with null references. A table whose type has none gets the value of its first new element everywhere: the
     state of such a table lists all new elements. A heap type that has an index is a type of functions or of objects."""
     kinds = (_FUNCREF, _ANYREF) if heap_type is None or heap_type >= 0 else (_ABSTRACT.get(heap_type, _ANYREF),)
-    first = [value for index, value in held.elements if index == held.size - delta]
+    first = [value for index, value in held.elements if index == held.size - delta and value is not None]
     for value in [*map(null, kinds), *first]:
         before = ctypes.c_uint64()
         error = ffi.wasmtime_table_grow(context, handle(held.table), delta, ctypes.byref(value), ctypes.byref(before))

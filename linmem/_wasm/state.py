@@ -65,8 +65,8 @@ class TableState(NamedTuple):
     Attributes
     ----------
     changed : tuple of (int, Reference)
-        The elements that differ from what instantiation puts into the table, in ascending order. Elements beyond the
-        size that the table has at instantiation count as null there.
+        The elements that differ from what instantiation puts into the table, in ascending order. All elements beyond
+        the minimum of the table are listed.
     """
 
     index: int          # type: ignore[assignment]
