@@ -79,6 +79,11 @@ def elsewhere():
 alike = settings(fewer_examples(4), suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
+def new_file(folder):
+    """A new name for each snapshot: Windows replaces no file that the other process has mapped."""
+    return folder / str(sum(1 for _ in folder.iterdir()))
+
+
 def test_generated_memories_go_on_in_another_process_as_the_original_goes_on(elsewhere, tmp_path):
     engine, seen = engine_of(), set()
 
@@ -94,10 +99,11 @@ def test_generated_memories_go_on_in_another_process_as_the_original_goes_on(els
         calls = [call for call in guest.calls if not call[0].startswith("drop ")]     # what was dropped is not held
         exports = instance.exports(store)
         Program(GeneratedGuest(guest.wat, guest.kinds, calls[:take])).run(store, exports)
-        Snapshot.take(store, instance).save(tmp_path / "snapshot", packed=kind == "pool")
+        path = new_file(tmp_path)
+        Snapshot.take(store, instance).save(path, packed=kind == "pool")
         program = Program(GeneratedGuest(guest.wat, guest.kinds, calls[take:]))
         expected = goes_on(store, exports, program)
-        assert elsewhere(tmp_path / "snapshot", guest.wat, kind, program.guest, program.fixed) == expected
+        assert elsewhere(path, guest.wat, kind, program.guest, program.fixed) == expected
         store.close()
         seen.add(bool(expected))
 
@@ -114,10 +120,11 @@ def test_generated_tables_and_globals_go_on_in_another_process_as_the_original_g
         machine = Machine(random.Random(seed))
         guest = Guest(prepare(engine, machine.wat, expose=True), engine)
         machine.run(guest, machine.program(take))
-        guest.take().save(tmp_path / "snapshot")
+        path = new_file(tmp_path)
+        guest.take().save(path)
         rest = machine.program(30)
         expected = machine.run(guest, rest)
-        assert elsewhere(tmp_path / "snapshot", machine.wat, kind, machine, rest) == expected
+        assert elsewhere(path, machine.wat, kind, machine, rest) == expected
         seen.update(expected[0])
 
     check()
