@@ -58,7 +58,8 @@ class Sessions:
     begin : callable, optional
         Called with the store at the start of each session, for what a reset does not change: fuel, the epoch deadline
         and the configuration of WASI. If a block calls a setter of the store that `begin` did not call, for example
-        `set_limits`, the instance is replaced, so that the setting does not reach the next user.
+        `set_limits`, the instance is replaced, so that the setting does not reach the next user. A setting that a host
+        function makes with the store that the callable `imports` got is not noticed: `begin` must make it anew.
 
     Raises
     ------
