@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import random
+import re
 import threading
 import weakref
 from collections import Counter
@@ -212,6 +213,24 @@ def test_shared_memories_start_from_a_snapshot(kind):
         assert [started.call(*call) for call in (("n",), ("size",), ("get", 2 * PAGE), ("get", 0))] == [2, 3, 4, 115]
         assert started.call("grow", 1) == 3
         started.call("set", 0, 1)
+
+
+@pytest.mark.skipif(not hasattr(wasmtime, "SharedMemory"), reason="no shared memories here")
+@pytest.mark.parametrize("page", [1, PAGE])
+def test_a_shared_memory_without_pages_starts_with_the_pages_of_the_snapshot(page):
+    engine = engine_of()
+    if page == 1 and not hasattr(wasmtime.Config, "wasm_custom_page_sizes"):
+        pytest.skip("no pages of one byte here")
+    wat = COUNTER.replace("1 10)", f"0 10 shared{' (pagesize 1)' * (page == 1)})")
+    for part in ('(data (i32.const 0) "seed")', "(i32.store (i32.const 8) (global.get $n))"):
+        wat = wat.replace(part, "")
+    prepared = prepare(engine, wat, expose=True)
+    guest = Guest(prepared, engine)
+    assert guest.call("grow", 7) == 0
+    guest.call("set", 6 * page, 4)
+    snapshot = guest.take()
+    started = Guest(prepared, engine, start=snapshot)
+    assert [started.call(*call) for call in (("size",), ("get", 6 * page), ("grow", 3), ("grow", 1))] == [7, 4, 7, -1]
 
 
 @pytest.mark.parametrize("segments", [
@@ -723,6 +742,52 @@ def test_a_reference_of_a_wrong_type_is_refused_before_any_state_is_changed():
             Guest(prepared, start=forged)
         assert (guest.content()[:1], guest.call("call"), guest.call("own")) == (b"\x09", 7, 7)
         assert guest.instance.exports(guest.store)["n"].value(guest.store) == 9
+
+
+SUBTYPES = "(type $super (sub (func (result anyref)))) (type $sub (sub $super (func (result i31ref))))"
+
+
+def functions(store):
+    """A function of each of the types, both of which an import of the type $super takes."""
+    wat = f"""(module {SUBTYPES} (func (export "sub") (type $sub) (ref.null i31))
+        (func (export "super") (type $super) (ref.null any)))"""
+    exports = wasmtime.Instance(store, wasmtime.Module(ENGINE, wat), []).exports(store)
+    return exports["sub"], exports["super"]
+
+
+@needs_gc
+@pytest.mark.parametrize("change", ["global.set 0", "table.set 1 (i32.const 0)"])
+def test_a_refused_start_has_changed_no_import(change):
+    prepared = prepare(ENGINE, f"""(module {SUBTYPES} (import "e" "h" (func $h (type $super))) (export "h" (func $h))
+        (memory (import "e" "m") 1) (table (import "e" "t") 1 funcref) (global (import "e" "n") (mut i32))
+        (global (export "g") (mut (ref null $sub)) (ref.null $sub)) (table (export "u") 1 (ref null $sub))
+        (elem declare func $h)
+        (func (export "set") ({change.replace("global.set 0", "global.set 1")} (ref.cast (ref $sub) (ref.func $h))))
+        (func (export "grow") (drop (memory.grow (i32.const 2))) (drop (table.grow 0 (ref.func $h) (i32.const 3)))
+            (i32.store (i32.const 0) (i32.const 9)) (global.set 0 (i32.const 9))))""", expose=True)
+
+    def start(which, **how):
+        store = wasmtime.Store(ENGINE)
+        memory, _, elements = world(store, 1, 1)
+        value = wasmtime.Global(store, wasmtime.GlobalType(wasmtime.ValType.i32(), True), 5)
+        imports = [functions(store)[which], memory, elements, value]
+
+        def seen():
+            return memory.size(store), elements.size(store), value.value(store), bytes(memory.read(store, 0, 1))
+        try:
+            return Guest(prepared, store=store, imports=imports, **how), seen
+        except ValueError as error:
+            return error, seen
+
+    guest, seen = start(0)
+    guest.call("set")
+    guest.call("grow")
+    snapshot = guest.take()
+    for _ in range(2):          # each start checks its own imports, whatever an earlier one had
+        assert start(0, start=snapshot)[1]() == (3, 4, 9, b"\t")
+        error, seen = start(1, start=snapshot)
+        assert re.search("the snapshot has a value that (global 'g'|table 'u') cannot hold", str(error))
+        assert seen() == (1, 1, 5, b"\0")
 
 
 def test_functions_of_globals_are_named_in_a_module_without_tables():

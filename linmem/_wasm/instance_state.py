@@ -7,7 +7,6 @@ or take time that is quadratic in the number of exports (`Instance.exports`).
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import wasmtime
@@ -24,7 +23,11 @@ from linmem._wasm.state import NULL, NUMBERS, Reference, State
 # The kinds of a wasmtime_val_t.
 KINDS = {name: getattr(ffi, f"WASMTIME_{name.upper()}").value for name in (*NUMBERS, "funcref")}
 KIND_NAMES = {kind: name for name, kind in KINDS.items()}
-_REFERENCES = range(KINDS["funcref"], KINDS["funcref"] + 4)        # funcref, externref, anyref, exnref
+_REFERENCES = range(KINDS["funcref"], KINDS["funcref"] + 4)
+_FUNCREF, _EXTERNREF, _ANYREF, _EXNREF = _REFERENCES
+# The kind of an abstract heap type; all other heap types are of anyref.
+_ABSTRACT = {0x70 - 0x80: _FUNCREF, 0x73 - 0x80: _FUNCREF, 0x6F - 0x80: _EXTERNREF, 0x72 - 0x80: _EXTERNREF,
+             0x69 - 0x80: _EXNREF, 0x74 - 0x80: _EXNREF}
 _OF = ffi.wasmtime_val_t.of.offset
 
 Thing = Any         # a memory, global, table or function of wasmtime-py
@@ -109,14 +112,30 @@ def elements_of(context: Any, table: wasmtime.Table, size: int) -> list[Any] | N
     return found
 
 
-def kind_of(context: Any, get: Any, *place: Any) -> int:
-    """The kind of the value in a global, or in a table that has this element."""
+def null_global(context: Any, place: Any) -> Any:
+    """A null reference for a global."""
     value = null(KINDS["funcref"])
-    get(context, *place, ctypes.byref(value))
-    kind = int(value.kind)
-    if kind not in KIND_NAMES:
+    ffi.wasmtime_global_get(context, place, ctypes.byref(value))
+    if value.kind not in KIND_NAMES:
         unroot(context, value)
-    return kind
+    return null(value.kind)
+
+
+def null_element(context: Any, table: wasmtime.Table, heap_type: int | None) -> Any | None:
+    """A null reference for a table of this type; None if the type has no null reference."""
+    # A heap type that is not negative is the index of a type of functions or of objects.
+    kinds = (_FUNCREF, _ANYREF) if heap_type is None or heap_type >= 0 else (_ABSTRACT.get(heap_type, _ANYREF),)
+    for value in map(null, kinds):
+        if grow_table(context, table, 0, value) is None:
+            return value
+    return None
+
+
+def grow_table(context: Any, table: wasmtime.Table, delta: int, value: Any) -> wasmtime.WasmtimeError | None:
+    """Add elements that hold `value`. With a delta of 0 wasmtime only checks that the table can hold the value."""
+    before = ctypes.c_uint64()
+    error = ffi.wasmtime_table_grow(context, handle(table), delta, ctypes.byref(value), ctypes.byref(before))
+    return wasmtime.WasmtimeError._from_ptr(error) if error else None
 
 
 class Functions:
@@ -180,10 +199,9 @@ class HeldGlobal(NamedTuple):
 
 class HeldTable(NamedTuple):
     name: str
-    index: int          # type: ignore[assignment]
     table: wasmtime.Table
     size: int
-    elements: list[tuple[int, Any]]     # with their indices, as wasmtime_val_t; None: null
+    elements: list[tuple[int, Any]]     # with their indices, as wasmtime_val_t
 
 
 class Parts(NamedTuple):
@@ -193,42 +211,37 @@ class Parts(NamedTuple):
     globals: list[HeldGlobal]
     tables: list[HeldTable]
 
-    def write(self, store: Any, context: Any) -> None:
-        """Write the contents. The sizes agree, and the memories are linmem's. If one refuses, nothing is written."""
-        found = [memory for held in self.memories if (memory := behind(store, held.memory)) is not None]
-        recording.note(found)
-        restore_all(found, [held.image for held in self.memories])
+    def write(self, context: Any, memories: list[Memory]) -> None:
+        """Write the contents. The sizes agree, and `memories` are behind those of the parts. If one refuses, nothing is
+        written."""
+        recording.note(memories)
+        restore_all(memories, [held.image for held in self.memories])
         # The following steps cannot be refused: take() has read the values, or check_values() has tried them.
-        for _, _, write, place, value in self._values(context):
-            check(write(context, *place, ctypes.byref(value)))
+        for _, place, value in self.globals:
+            check(ffi.wasmtime_global_set(context, place, ctypes.byref(value)))
+        for held in self.tables:
+            place = handle(held.table)
+            for index, value in held.elements:
+                check(ffi.wasmtime_table_set(context, place, index, ctypes.byref(value)))
 
     def check_values(self, context: Any) -> None:
-        """Refuse a value that is not of the type of its global or table: write each value, and put the old one back."""
-        tried = set()
-        for name, get, write, place, value in self._values(context):
-            if (name, id(value)) in tried:
-                continue
-            tried.add((name, id(value)))
-            before = ffi.wasmtime_val_t()
-            get(context, *place, ctypes.byref(before))
-            try:
-                check(write(context, *place, ctypes.byref(value)))
-            except wasmtime.WasmtimeError as error:
-                raise ValueError(f"the snapshot has a value that {name} cannot hold: {error}") from error
-            finally:
-                check(write(context, *place, ctypes.byref(before)))
-                unroot(context, before)
-
-    def _values(self, context: Any) -> Iterator[tuple[str, Any, Any, tuple[Any, ...], Any]]:
-        """Each value: the name of its global or table, how this is read and written, the place in it, and the value."""
+        """Refuse a value that is not of the type of its global or table. Nothing is changed, not even sizes."""
         for name, place, value in self.globals:
-            yield f"global {name!r}", ffi.wasmtime_global_get, ffi.wasmtime_global_set, (place,), value
+            before = ffi.wasmtime_val_t()
+            ffi.wasmtime_global_get(context, place, ctypes.byref(before))
+            try:
+                check(ffi.wasmtime_global_set(context, place, ctypes.byref(value)))
+            except wasmtime.WasmtimeError as error:
+                raise ValueError(f"the snapshot has a value that global {name!r} cannot hold: {error}") from error
+            finally:
+                check(ffi.wasmtime_global_set(context, place, ctypes.byref(before)))
+                unroot(context, before)
         for held in self.tables:
-            name, place, nothing = f"table {held.name!r}", handle(held.table), None
-            for index, value in held.elements:
-                if value is None:
-                    nothing = value = nothing or null(kind_of(context, ffi.wasmtime_table_get, place, index))
-                yield name, ffi.wasmtime_table_get, ffi.wasmtime_table_set, (place, index), value
+            for value in {id(value): value for _, value in held.elements}.values():
+                refusal = grow_table(context, held.table, 0, value)
+                if refusal is not None:
+                    raise ValueError(f"the snapshot has a value that table {held.name!r} cannot hold: {refusal}"
+                                     ) from refusal
 
 
 def initial_elements(outline: Outline, table: int, size: int) -> list[Reference | None]:
@@ -288,7 +301,7 @@ def parts_of(store: Any, context: Any, instance: wasmtime.Instance, outline: Out
         if is_new("global", name, _fields(thing._global), (kind, content)):
             found.globals.append(HeldGlobal(
                 name, place, number(kind, content) if isinstance(content, bytes) else
-                null(kind_of(context, ffi.wasmtime_global_get, place)) if content == NULL else
+                null_global(context, place) if content == NULL else
                 value(f"global {name!r}", content)))
     for index, size, changed in state.tables:
         name, table = part("table", index)
@@ -301,8 +314,11 @@ def parts_of(store: Any, context: Any, instance: wasmtime.Instance, outline: Out
             known = enumerate(initial_elements(outline, index, size))
             wanted = {element: reference for element, reference in known if reference is not None} | wanted
         if is_new("table", name, _fields(table._table), (size, wanted)):
-            found.tables.append(HeldTable(name, index, table, size, [
-                (element, None if reference == NULL else value(f"table {name!r}", reference))
+            empty = null_element(context, table, outline.table_types[index].heap_type)
+            if empty is None and NULL in wanted.values():
+                raise ValueError(f"the snapshot has a null reference in table {name!r}, whose type has none")
+            found.tables.append(HeldTable(name, table, size, [
+                (element, empty if reference == NULL else value(f"table {name!r}", reference))
                 for element, reference in wanted.items()]))
     return found
 

@@ -291,9 +291,11 @@ class Snapshot(StoredSnapshot):
             if size != held.size:
                 raise ValueError(f"exported table {held.name!r} had {held.size} elements and has {size}, and a table"
                                  " cannot shrink: make a new instance")
+        memories = []
         for name, memory, size, _ in parts.memories:
             found = behind(store, memory)
             assert found is not None        # the store keeps its memories
+            memories.append(found)
             present = found.byte_size()
             if present < size:
                 raise ValueError(f"exported memory {name!r} has {present} bytes and had {size} in the snapshot: make a"
@@ -301,7 +303,7 @@ class Snapshot(StoredSnapshot):
             if present > size and not zero_grown:
                 raise ValueError(f"exported memory {name!r} has grown from {size} to {present} bytes, and the"
                                  " restored guest would not know: make a new instance, or pass zero_grown=True")
-        parts.write(store, context)
+        parts.write(context, memories)
 
     def _parts_of(self, store: wasmtime.Store, context: Any, instance: wasmtime.Instance) -> Parts:
         """The parts of another instance."""
@@ -410,7 +412,7 @@ class _Taken:
                 self.refuse(f"element {names.index(None)} of exported table {name!r} refers to a function that has no"
                             " name in the module")
                 elements = None
-        self.parts.tables.append(HeldTable(name, index, thing, size, list(enumerate(elements or ()))))
+        self.parts.tables.append(HeldTable(name, thing, size, list(enumerate(elements or ()))))
         if elements is not None:
             self.tables.append(name)
 

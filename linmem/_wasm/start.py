@@ -10,18 +10,15 @@ import wasmtime
 from wasmtime import _ffi as ffi
 
 from linmem._core import bridge as _bridge
-from linmem._core.memory import Image
+from linmem._core.memory import Image, Memory
 from linmem._wasm.instance_state import (
-    KINDS,
-    HeldTable,
     Parts,
     behind,
     check,
     check_state,
     export,
-    handle,
+    grow_table,
     name_of,
-    null,
     number,
     parts_of,
 )
@@ -29,11 +26,6 @@ from linmem._wasm.outline import Outline
 from linmem._wasm.recording import Recording
 from linmem._wasm.state import State
 from linmem.errors import GrowError
-
-# The kinds of references, and the kind of an abstract heap type; the other heap types are of anyref.
-_FUNCREF, _EXTERNREF, _ANYREF, _EXNREF = range(KINDS["funcref"], KINDS["funcref"] + 4)
-_ABSTRACT = {0x70 - 0x80: _FUNCREF, 0x73 - 0x80: _FUNCREF, 0x6F - 0x80: _EXTERNREF, 0x72 - 0x80: _EXTERNREF,
-             0x69 - 0x80: _EXNREF, 0x74 - 0x80: _EXNREF}
 
 
 class Start:
@@ -49,15 +41,16 @@ class Start:
         """places: the minimum and the image of each memory of the module's own, for memories that the state lacks."""
         check_state(outline, state)
         self.outline = outline
-        self.checked = False                # whether an instance has accepted the values of the rest
         self.sizes: dict[str, int] = {}     # of memories that are offered and then grown
         offered: list[tuple[int, Image | None] | tuple[int, Image | None, int]] = list(places)
         grown: list[tuple[bytes, int | bytes]] = []
         memories, values = [], []
+        self.page_sizes: dict[str, int] = {}        # of memories that are grown and restored
         for memory in state.memories:
             name, kind = name_of(outline, "memory", memory.index), outline.memory_types[memory.index]
             if memory.index < outline.imported_memories or not kind.minimum:
                 memories.append(memory)
+                self.page_sizes[name] = kind.page_size
                 continue
             offered[memory.index - outline.imported_memories] = kind.minimum, memory.image, memory.size
             if memory.size > kind.minimum:
@@ -89,11 +82,8 @@ class Start:
             if refused is not None:
                 self._refuse(*refused)
         if self.rest is not None:
-            parts = self._sized(store, context, instance, self.rest)
-            if not self.checked:
-                parts.check_values(context)
-                self.checked = True
-            parts.write(store, context)
+            parts = parts_of(store, context, instance, self.outline, self.rest, every_element=False)
+            parts.write(context, self._grow(store, context, parts))
         if self.numbers is not None:
             refused = self.numbers.apply(address, place)
             if refused is not None:
@@ -119,15 +109,17 @@ class Start:
             raise GrowError(f"memory {name!r} cannot get the {self.sizes[name]} bytes that it has in the snapshot:"
                             f" {reason}") from reason
 
-    def _sized(self, store: Any, context: Any, instance: wasmtime.Instance, state: State) -> Parts:
-        """The parts of the instance that were not offered, grown to their sizes in the snapshot."""
-        parts = parts_of(store, context, instance, self.outline, state, every_element=False)
-        deltas = []
+    def _grow(self, store: Any, context: Any, parts: Parts) -> list[Memory]:
+        """Grow the parts of an instance, which were not offered, to their sizes in the snapshot. Returns the memories.
+
+        All checks come first. Then only wasmtime can refuse, if a limit of the store or of a creator forbids a growth.
+        """
+        memories, deltas = [], []
         for name, memory, size, _ in parts.memories:
             ours = behind(store, memory)
             assert ours is not None     # parts_of has refused other memories
-            page = memory.page_size(store) if hasattr(memory, "page_size") else 65536
-            delta, left = divmod(size - ours.byte_size(), page)
+            memories.append(ours)
+            delta, left = divmod(size - ours.byte_size(), self.page_sizes[name])
             if delta < 0 or left:
                 raise ValueError(f"memory {name!r} has {ours.byte_size()} bytes and had {size} in the snapshot, and a"
                                  " memory cannot shrink")
@@ -136,6 +128,7 @@ class Start:
             if held.table.size(store) > held.size:
                 raise ValueError(f"table {held.name!r} has {held.table.size(store)} elements and had {held.size} in the"
                                  " snapshot, and a table cannot shrink")
+        parts.check_values(context)
         for (name, memory, size, _), delta in zip(parts.memories, deltas, strict=True):
             try:
                 if delta and isinstance(memory, wasmtime.SharedMemory):
@@ -146,27 +139,17 @@ class Start:
                 raise GrowError(f"memory {name!r} cannot get the {size} bytes that it has in the snapshot:"
                                 f" {reason}") from reason
         for held in parts.tables:
-            delta = held.size - held.table.size(store)
-            if delta:
-                _grow_table(context, held, delta, self.outline.table_types[held.index].heap_type)
-        return parts
+            present = held.table.size(store)
+            if present < held.size:
+                # check_state: the state lists all elements beyond the minimum of the table
+                refusal = grow_table(context, held.table, held.size - present, dict(held.elements)[present])
+                if refusal is not None:
+                    raise GrowError(f"table {held.name!r} cannot get the {held.size} elements that it has in the"
+                                    f" snapshot: {refusal}") from refusal
+        return memories
 
 
 def _raise(error: int) -> None:
     if not error:
         raise RuntimeError("the instance does not have an export of its module")
     check(ctypes.cast(error, ctypes.POINTER(ffi.wasmtime_error_t)))
-
-
-def _grow_table(context: Any, held: HeldTable, delta: int, heap_type: int | None) -> None:
-    """Grow with null references. A table whose type has none gets the value of its first new element everywhere: the
-    state of such a table lists all new elements. A heap type that has an index is a type of functions or of objects."""
-    kinds = (_FUNCREF, _ANYREF) if heap_type is None or heap_type >= 0 else (_ABSTRACT.get(heap_type, _ANYREF),)
-    first = [value for index, value in held.elements if index == held.size - delta and value is not None]
-    for value in [*map(null, kinds), *first]:
-        before = ctypes.c_uint64()
-        error = ffi.wasmtime_table_grow(context, handle(held.table), delta, ctypes.byref(value), ctypes.byref(before))
-        if not error:
-            return
-        reason = wasmtime.WasmtimeError._from_ptr(error)
-    raise GrowError(f"table {held.name!r} cannot get the {held.size} elements that it has in the snapshot: {reason}")
