@@ -46,25 +46,27 @@ cdef int lock_for_restore(memory* m, image* img, bint zero_grown, bint may_wait,
 
 
 def restore_all(list memories not None, list images not None):
-    """Restore each of several different memories to its image, also if a memory has grown: all of them, or none.
+    """Restore each of several different memories to its image, the one at the same place of `images`, also if the
+    memory has grown: all of them, or none.
 
     Raises
     ------
     OwnedError, TypeError, ValueError
         As `Memory.restore`, for the first memory that cannot be restored. No memory has changed then.
     """
-    cdef list pairs = [(<Memory?>memory, <Image?>image) for memory, image in zip(memories, images, strict=True)]
-    cdef size_t locked, i, n = len(pairs)
+    cdef size_t locked, i, n = len(memories)
     cdef Memory mem
     cdef Image img
     cdef memory* m
     cdef failure why
     cdef int code = LOCK_IS_TAKEN
+    if len(images) != n:
+        raise ValueError(f"restore_all() needs as many images as memories, got {len(images)} and {n}")
     while code == LOCK_IS_TAKEN:
         locked = code = 0
         try:
             while locked < n:
-                mem, img = pairs[locked]
+                mem, img = <Memory?>memories[locked], <Image?>images[locked]
                 m = mem.enter()
                 with nogil:
                     code = lock_for_restore(m, img.img, True, locked == 0, &why)
@@ -74,7 +76,7 @@ def restore_all(list memories not None, list images not None):
                 locked += 1
         finally:
             for i in range(locked):
-                mem, img = pairs[i]
+                mem, img = <Memory>memories[i], <Image>images[i]
                 with nogil:
                     if locked == n:
                         image_restore(mem.m, img.img)
@@ -82,7 +84,8 @@ def restore_all(list memories not None, list images not None):
                 mem.leave()
         # The next round begins with this lock, so the thread waits for it without holding another lock: no deadlock.
         if code == LOCK_IS_TAKEN:
-            pairs.insert(0, pairs.pop(locked))
+            memories = [memories[locked], *memories[:locked], *memories[locked + 1:]]
+            images = [images[locked], *images[:locked], *images[locked + 1:]]
     if code:
         raise_failure(&why)
 

@@ -36,7 +36,7 @@ Thing = Any         # a memory, global, table or function of wasmtime-py
 def behind(store: Any, memory: wasmtime.Memory | wasmtime.SharedMemory) -> Memory | None:
     """The linmem memory behind a wasm memory; None if the memory is not linmem's."""
     pointer = memory.data_ptr(store) if isinstance(memory, wasmtime.Memory) else memory.data_ptr()
-    return _bridge.find(ctypes.cast(pointer, ctypes.c_void_p).value or 0)
+    return _bridge.find(ctypes.addressof(pointer.contents) if pointer else 0)
 
 
 def export(context: Any, instance: wasmtime.Instance, name: str) -> Thing | None:
@@ -122,19 +122,19 @@ def null_global(context: Any, place: Any) -> Any:
 
 
 def null_element(context: Any, table: wasmtime.Table, heap_type: int | None) -> Any | None:
-    """A null reference for a table of this type; None if the type has no null reference."""
+    """A pointer to a null reference for a table of this type; None if the type has no null reference."""
     # A heap type that is not negative is the index of a type of functions or of objects.
     kinds = (_FUNCREF, _ANYREF) if heap_type is None or heap_type >= 0 else (_ABSTRACT.get(heap_type, _ANYREF),)
-    for value in map(null, kinds):
+    for value in map(ctypes.byref, map(null, kinds)):
         if grow_table(context, table, 0, value) is None:
             return value
     return None
 
 
 def grow_table(context: Any, table: wasmtime.Table, delta: int, value: Any) -> wasmtime.WasmtimeError | None:
-    """Add elements that hold `value`. With a delta of 0 wasmtime only checks that the table can hold the value."""
+    """Add elements that hold `value`, a pointer. With a delta of 0 wasmtime only checks the type of the value."""
     before = ctypes.c_uint64()
-    error = ffi.wasmtime_table_grow(context, handle(table), delta, ctypes.byref(value), ctypes.byref(before))
+    error = ffi.wasmtime_table_grow(context, handle(table), delta, value, ctypes.byref(before))
     return wasmtime.WasmtimeError._from_ptr(error) if error else None
 
 
@@ -194,14 +194,14 @@ class HeldMemory(NamedTuple):
 class HeldGlobal(NamedTuple):
     name: str
     place: Any
-    value: Any              # a wasmtime_val_t
+    value: Any              # a pointer to a wasmtime_val_t
 
 
 class HeldTable(NamedTuple):
     name: str
     table: wasmtime.Table
     size: int
-    elements: list[tuple[int, Any]]     # with their indices, as wasmtime_val_t
+    elements: list[tuple[int, Any]]     # with their indices, as pointers to wasmtime_val_t
 
 
 class Parts(NamedTuple):
@@ -211,18 +211,23 @@ class Parts(NamedTuple):
     globals: list[HeldGlobal]
     tables: list[HeldTable]
 
-    def write(self, context: Any, memories: list[Memory]) -> None:
-        """Write the contents. The sizes agree, and `memories` are behind those of the parts. If one refuses, nothing is
-        written."""
-        recording.note(memories)
-        restore_all(memories, [held.image for held in self.memories])
+    def write(self, context: Any, memories: list[Memory], images: list[Image]) -> None:
+        """Write the contents. `memories` and `images` are those of the parts, whose sizes agree with the state. If a
+        memory refuses, nothing is written."""
+        if recording.OPEN:
+            recording.note(memories)
+        restore_all(memories, images)
         # The following steps cannot be refused: take() has read the values, or check_values() has tried them.
         for _, place, value in self.globals:
-            check(ffi.wasmtime_global_set(context, place, ctypes.byref(value)))
-        for held in self.tables:
-            place = handle(held.table)
-            for index, value in held.elements:
-                check(ffi.wasmtime_table_set(context, place, index, ctypes.byref(value)))
+            error = ffi.wasmtime_global_set(context, place, value)
+            if error:
+                check(error)
+        for _, table, _, elements in self.tables:
+            place = handle(table)
+            for index, value in elements:
+                error = ffi.wasmtime_table_set(context, place, index, value)
+                if error:
+                    check(error)
 
     def check_values(self, context: Any) -> None:
         """Refuse a value that is not of the type of its global or table. Nothing is changed, not even sizes."""
@@ -230,7 +235,7 @@ class Parts(NamedTuple):
             before = ffi.wasmtime_val_t()
             ffi.wasmtime_global_get(context, place, ctypes.byref(before))
             try:
-                check(ffi.wasmtime_global_set(context, place, ctypes.byref(value)))
+                check(ffi.wasmtime_global_set(context, place, value))
             except wasmtime.WasmtimeError as error:
                 raise ValueError(f"the snapshot has a value that global {name!r} cannot hold: {error}") from error
             finally:
@@ -282,10 +287,11 @@ def parts_of(store: Any, context: Any, instance: wasmtime.Instance, outline: Out
 
     def value(of: str, reference: Reference) -> Any:
         if reference not in values:
-            values[reference] = functions.value(reference)
-        if values[reference] is None:
-            raise ValueError(f"the state of {of} has {reference}, which the module does not name: prepare the module"
-                             " with expose=True")
+            found = functions.value(reference)
+            if found is None:
+                raise ValueError(f"the state of {of} has {reference}, which the module does not name: prepare the"
+                                 " module with expose=True")
+            values[reference] = ctypes.byref(found)
         return values[reference]
 
     for index, size, image in state.memories:
@@ -300,8 +306,8 @@ def parts_of(store: Any, context: Any, instance: wasmtime.Instance, outline: Out
         place = handle(thing)
         if is_new("global", name, _fields(thing._global), (kind, content)):
             found.globals.append(HeldGlobal(
-                name, place, number(kind, content) if isinstance(content, bytes) else
-                null_global(context, place) if content == NULL else
+                name, place, ctypes.byref(number(kind, content)) if isinstance(content, bytes) else
+                ctypes.byref(null_global(context, place)) if content == NULL else
                 value(f"global {name!r}", content)))
     for index, size, changed in state.tables:
         name, table = part("table", index)

@@ -291,11 +291,12 @@ class Snapshot(StoredSnapshot):
             if size != held.size:
                 raise ValueError(f"exported table {held.name!r} had {held.size} elements and has {size}, and a table"
                                  " cannot shrink: make a new instance")
-        memories = []
-        for name, memory, size, _ in parts.memories:
+        memories, images = [], []
+        for name, memory, size, image in parts.memories:
             found = behind(store, memory)
             assert found is not None        # the store keeps its memories
             memories.append(found)
+            images.append(image)
             present = found.byte_size()
             if present < size:
                 raise ValueError(f"exported memory {name!r} has {present} bytes and had {size} in the snapshot: make a"
@@ -303,7 +304,7 @@ class Snapshot(StoredSnapshot):
             if present > size and not zero_grown:
                 raise ValueError(f"exported memory {name!r} has grown from {size} to {present} bytes, and the"
                                  " restored guest would not know: make a new instance, or pass zero_grown=True")
-        parts.write(context, memories)
+        parts.write(context, memories, images)
 
     def _parts_of(self, store: wasmtime.Store, context: Any, instance: wasmtime.Instance) -> Parts:
         """The parts of another instance."""
@@ -390,7 +391,7 @@ class _Taken:
                 return
         if content is not None:
             self.global_states[index] = GlobalState(index, kind, content)
-        self.parts.globals.append(HeldGlobal(name, handle(thing), value))
+        self.parts.globals.append(HeldGlobal(name, handle(thing), ctypes.byref(value)))
         self.globals.append(name)
 
     def table(self, name: str, index: int, thing: Any) -> None:
@@ -412,7 +413,7 @@ class _Taken:
                 self.refuse(f"element {names.index(None)} of exported table {name!r} refers to a function that has no"
                             " name in the module")
                 elements = None
-        self.parts.tables.append(HeldTable(name, thing, size, list(enumerate(elements or ()))))
+        self.parts.tables.append(HeldTable(name, thing, size, list(enumerate(map(ctypes.byref, elements or ())))))
         if elements is not None:
             self.tables.append(name)
 

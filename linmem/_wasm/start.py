@@ -83,7 +83,7 @@ class Start:
                 self._refuse(*refused)
         if self.rest is not None:
             parts = parts_of(store, context, instance, self.outline, self.rest, every_element=False)
-            parts.write(context, self._grow(store, context, parts))
+            parts.write(context, self._grow(store, context, parts), [held.image for held in parts.memories])
         if self.numbers is not None:
             refused = self.numbers.apply(address, place)
             if refused is not None:
