@@ -11,7 +11,7 @@ import sys
 from typing import Any, TextIO
 
 from linmem._commands.page_map import Pages, draw, show_map
-from linmem._commands.parser import EXIT_REFUSED, Refused, about, file_name
+from linmem._commands.parser import EXIT_REFUSED, Refused, file_name, refuse_errors_of
 from linmem._commands.text import count, show_size
 from linmem._core.arguments import printable
 from linmem._core.memory import Image
@@ -120,7 +120,7 @@ def show(figures: dict[str, Any]) -> None:
 
 
 def figures_of(path: str) -> dict[str, Any]:
-    with about(path), open_file(path) as file:
+    with refuse_errors_of(path), open_file(path) as file:
         contents = read(file, path)
         state = read_state(file, contents)[0] if contents.header.kind == SNAPSHOT else None
         blocks = getattr(os.fstat(file.fileno()), "st_blocks", None)
@@ -169,7 +169,7 @@ def verify(args: argparse.Namespace) -> int:
 
 def why_wrong(path: str) -> str | None:
     try:
-        with about(path):
+        with refuse_errors_of(path):
             with open_file(path) as file:
                 kind = read(file, path).header.kind
             if kind == DELTA:
@@ -187,7 +187,7 @@ def why_wrong(path: str) -> str | None:
 
 def diff(args: argparse.Namespace) -> int:
     old, new = open_image(args.old), open_image(args.new)
-    with about(f"{args.old}, {args.new}"):
+    with refuse_errors_of(f"{args.old}, {args.new}"):
         delta = old.diff(new)
         pages = Pages(old, new, delta)
     _, _, became_zero, was_zero, changed = pages.totals
@@ -205,10 +205,10 @@ def diff(args: argparse.Namespace) -> int:
     }
     to = report_to(args.output)
     if args.output is not None:
-        with about(args.output):
+        with refuse_errors_of(args.output):
             delta.save(args.output)
     if args.picture is not None:
-        with about(args.picture):       # ValueError: matplotlib does not know the format
+        with refuse_errors_of(args.picture):       # ValueError: matplotlib does not know the format
             draw(args.picture, pages, f"{os.path.basename(args.old)} and {os.path.basename(args.new)}: "
                  f"{differing} of {count(len(pages), 'page')} differ")
     if args.json:
@@ -225,7 +225,7 @@ def diff(args: argparse.Namespace) -> int:
 
 
 def open_image(path: str, *, verify: bool = False) -> Image:
-    with about(path):
+    with refuse_errors_of(path):
         return Image.open(path, verify)
 
 
@@ -234,10 +234,10 @@ def open_image(path: str, *, verify: bool = False) -> Image:
 def apply(args: argparse.Namespace) -> int:
     image = open_image(args.base, verify=True)
     for path in args.deltas:
-        with about(path):
+        with refuse_errors_of(path):
             image = image.apply(Delta.open(path))
     to = report_to(args.output)
-    with about(args.output):
+    with refuse_errors_of(args.output):
         image.save(args.output, packed=args.packed)
     if not args.json:
         say(f"{args.output}: {show_size(image.size)}, digest {image.digest}", to)

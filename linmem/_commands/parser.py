@@ -32,7 +32,7 @@ class Refused(Exception):
 
 
 @contextlib.contextmanager
-def about(name: str) -> Iterator[None]:
+def refuse_errors_of(name: str) -> Iterator[None]:
     """Refuse an error in the block, with one line about the file `name`."""
     try:
         yield

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 
 from linmem._commands.image import figures_of, report_to, say, show
-from linmem._commands.parser import EXIT_USAGE, Parser, Refused, about, file_name, function_name
+from linmem._commands.parser import EXIT_USAGE, Parser, Refused, file_name, function_name, refuse_errors_of
 from linmem._commands.program import Program, add_options, compose_creator, in_a_thread, leave_running
 
 DEFAULT_INIT = "wizer.initialize"
@@ -108,12 +108,12 @@ def save(program: Program, args: argparse.Namespace, results: list[int | float])
     from linmem.wasmtime import Snapshot
 
     try:
-        with about(args.program):
+        with refuse_errors_of(args.program):
             snapshot = Snapshot.take(program.store, program.instance, partial=args.partial)
     except Refused as refusal:
         raise Refused(str(refusal).replace("partial=True", "--partial")) from None
     to = report_to(args.output)
-    with about(args.output):
+    with refuse_errors_of(args.output):
         snapshot.save(args.output, packed=args.packed)
     # JSON has no NaN and no infinity.
     texts = [result if math.isfinite(result) else str(result) for result in results]

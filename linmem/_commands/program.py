@@ -15,9 +15,9 @@ from linmem._commands.parser import (
     EXIT_USAGE,
     Parser,
     Refused,
-    about,
     file_name,
     parse_size,
+    refuse_errors_of,
 )
 from linmem._commands.text import one_line
 from linmem._core.arguments import printable
@@ -175,7 +175,7 @@ class Program:
         # `install` was called for this engine. Otherwise `prepare` would make a memory to find this out, and the report
         # would have that memory.
         prepared._ASKS[self.engine] = True
-        with about(self.path if cache is None else cache):
+        with refuse_errors_of(self.path if cache is None else cache):
             return prepared.prepare(self.engine, binary, cache=cache, expose=True)
 
     def _function(self, name: str) -> Any:
@@ -217,7 +217,7 @@ class Program:
         elif snapshot is None:
             self.instance = self.prepared.instantiate(self.store, linker)
         else:
-            with about(args.start):
+            with refuse_errors_of(args.start):
                 self.instance = self.prepared.instantiate(self.store, linker, start=snapshot)
 
     def _wasi_config(self, args: argparse.Namespace, arguments: list[str]) -> Any:

@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 import linmem
-from linmem._commands.parser import Parser, Refused, about, file_name, function_name
+from linmem._commands.parser import Parser, Refused, file_name, function_name, refuse_errors_of
 from linmem._commands.program import Program, add_options, compose_creator, in_a_thread, leave_running
 from linmem._commands.text import count, show_size, show_time
 
@@ -135,7 +135,7 @@ def execute(args: argparse.Namespace, creator: Any) -> int:
 def open_snapshot(path: str) -> Any:
     from linmem.wasmtime import Snapshot
 
-    with about(path):
+    with refuse_errors_of(path):
         return Snapshot.open(path)
 
 
