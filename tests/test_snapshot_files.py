@@ -270,6 +270,8 @@ HARMS = [
     (lambda draft: draft.records["unseen"].append([3]), "description.unseen[1].string", 3, "more than 3"),
     (lambda draft: draft.records["unseen"].append([1]), "description.unseen[1].string", 1, "more than 3"),
     (lambda draft: draft.strings.__setitem__(1, b"\xc3("), "description.strings[1]", "b'\\xc3('", "UTF-8"),
+    (lambda draft: draft.strings.__setitem__(2, draft.strings[0]), "description.strings[2]", "memory",
+     "another text than that of strings[0]"),
     (lambda draft: setattr(draft, "end", b"x" * 32), "description.size", 478, "446, where the digests of 2 images end"),
     (lambda draft: draft.images.pop(), "description.size", 414, "446, where the digests of 2 images end"),
     (lambda draft: draft.records["unseen"].append([0xFFFFFFFF]) or head("unseen", 1)(draft), "description.size", 450,

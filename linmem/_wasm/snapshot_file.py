@@ -165,6 +165,10 @@ class _Description:
                 self.strings.append(raw.decode())
             except UnicodeDecodeError:
                 raise self.refusal(f"strings[{i}]", raw, "UTF-8") from None
+        first: dict[str, int] = {}
+        for i, text in enumerate(self.strings):
+            if first.setdefault(text, i) != i:
+                raise self.refusal(f"strings[{i}]", text, f"another text than that of strings[{first[text]}]")
 
     def working_set(self, i: int, count: int, size: int) -> tuple[tuple[int, int], ...]:
         end, last = 0, round_up(size, PAGE)

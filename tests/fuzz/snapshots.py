@@ -107,7 +107,8 @@ class Draft:
 def of_choices(c: Choices) -> Draft:
     draft = Draft()
     draft.layout = c.pick((1, 2))
-    draft.strings = [c.pick((b"", b"memory", "f\u00fc".encode(), b"f" * 5000)) for _ in range(c.below(4))]
+    draft.strings = list(dict.fromkeys(
+        c.pick((b"", b"memory", "f\u00fc".encode(), b"f" * 5000)) for _ in range(c.below(4))))
     strings = len(draft.strings)
 
     def reference():
@@ -153,7 +154,7 @@ def of_choices(c: Choices) -> Draft:
 
 
 def damage(draft: Draft, c: Choices) -> None:
-    what = c.below(6)
+    what = c.below(7)
     records = [record for part in draft.records.values() for record in part]
     if what == 0:
         name = c.pick([name for name in NAMES if name not in ("magic", "table_digest")])
@@ -182,6 +183,8 @@ def damage(draft: Draft, c: Choices) -> None:
         (part.append(list(c.pick(part))) if c.flag() else part.pop(c.below(len(part))))
     elif what == 5:
         draft.end = c.bytes(c.pick((1, 32, 64)))
+    elif what == 6 and draft.strings:
+        draft.strings.append(c.pick(draft.strings))
 
 
 class Parts:
@@ -216,6 +219,7 @@ def state_in(raw: bytes):
         strings = [parts.take(n).decode() for n in lengths]
     except UnicodeDecodeError:
         raise Wrong from None
+    need(len(set(strings)) == n_strings)
 
     def string(number: int) -> str:
         need(0 < number <= len(strings))
