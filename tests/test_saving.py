@@ -15,7 +15,7 @@ import tempfile
 import threading
 
 import pytest
-from support import answer, requires
+from support import answer, requires, start_child
 
 from linmem import Delta, Image
 from linmem._files import atomic_file
@@ -270,9 +270,8 @@ with atomic_file.draft(sys.argv[1]) as made:
 
 
 def writer(folder, what):
-    child = subprocess.Popen([sys.executable, "-c", DIES, folder, what], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
-    assert child.stdout.readline() == b"ready\n"
+    child = start_child(DIES, folder, what)
+    assert child.stdout.readline() == "ready\n"
     return child
 
 
