@@ -563,6 +563,29 @@ def test_a_description_in_a_pickle_is_checked_like_one_in_a_file(state):
         state_of(module, description[:-1], images)
 
 
+@pytest.mark.parametrize("wrong", [
+    None, 5, b"ab" * 32, "", "ab" * 31, "ab" * 33, "AB" * 32, "ab" * 31 + "a ", "ab" * 31 + "zz", "ab" * 32 + "\n"])
+def test_a_module_in_a_pickle_must_be_64_lowercase_hexadecimal_digits(state, wrong):
+    make, (cls, _, *rest) = Kept(state).__reduce__()
+    with pytest.raises(FileFormatError, match="must be 64 lowercase hexadecimal digits") as caught:
+        make(cls, wrong, *rest)
+    assert (caught.value.path, caught.value.field, caught.value.value) == ("a pickled snapshot", "module", wrong)
+
+
+@pytest.mark.parametrize("wrong", [None, 5, "images", [b""], [None]])
+def test_the_images_in_a_pickle_must_be_a_list_of_images(state, wrong):
+    module, description, _ = parts_of(state)
+    with pytest.raises(FileFormatError, match=r"a pickled snapshot: images is .*, must be a list of images"):
+        state_of(module, description, wrong)
+
+
+@pytest.mark.parametrize("wrong", [None, 5, "description", [1]])
+def test_the_description_in_a_pickle_must_be_bytes(state, wrong):
+    module, _, images = parts_of(state)
+    with pytest.raises(TypeError, match="description must be a contiguous buffer of bytes, got"):
+        state_of(module, wrong, images)
+
+
 class Kept(StoredSnapshot):
     """A snapshot without wasmtime."""
 
