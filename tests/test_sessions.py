@@ -603,7 +603,7 @@ def test_a_session_whose_block_never_ends_is_given_back_when_it_is_collected():
 
 
 @requires("interrupts")
-def test_ctrl_c_ends_a_wait():
+def test_ctrl_c_ends_a_wait(interruptible):
     assert answer("""
         import signal, sys, threading, time
         sys.path.insert(0, TESTS)
