@@ -43,7 +43,6 @@ extensions = [
     Extension("linmem._core.adaptors", ["linmem/_core/adaptors.pyx"]),
     Extension("linmem._core.pool", ["linmem/_core/pool.pyx"]),
     Extension("linmem._core.bridge", ["linmem/_core/bridge.pyx"]),
-    Extension("linmem.bench._raw", ["bench/_raw.pyx"]),
     Extension("linmem.bench._loops", ["bench/_loops.pyx"]),
 ]
 directives = {

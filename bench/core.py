@@ -6,7 +6,7 @@ from collections import deque
 from itertools import repeat
 
 import linmem
-from linmem.bench import _raw
+from linmem.bench import _loops
 from linmem.bench.engines import DEFAULT, GIB, INSTALLED, KIB, LINMEM_PLAIN, MIB, Kept, Setting
 from linmem.bench.harness import Contender, Goal, Group, Run, Unavailable, clock
 
@@ -54,7 +54,7 @@ def make_raw_create() -> Run:
         info = mem.info()
 
     def run(n: int) -> int:
-        return _raw.create_close(info.reserved, info.pre_guard, info.committed, n)
+        return _loops.create_close(info.reserved, info.pre_guard, info.committed, n)
 
     return run
 
@@ -106,7 +106,7 @@ def make_raw_grow() -> Run:
         info = mem.info()
 
     def run(n: int) -> int:
-        return _raw.grow_steps(info.reserved, info.pre_guard, info.committed, STEP, n)
+        return _loops.grow_steps(info.reserved, info.pre_guard, info.committed, STEP, n)
 
     return run
 

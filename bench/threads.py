@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import linmem
 from linmem._os import pages as _pages
-from linmem.bench import _loops, _raw, engines, wasm
+from linmem.bench import _loops, engines, wasm
 from linmem.bench.engines import DEFAULT, KIB, LINMEM_POOL, Engines, Setting, pool
 from linmem.bench.harness import P10, SPEED, Contender, Goal, Group, Result, Row, Run, Shared, clock, preemptions
 
@@ -40,7 +40,7 @@ def groups(quick: bool) -> list[Group]:
 def raw_loop() -> Loop:
     with linmem.create(STEP, SPACE) as mem:
         info = mem.info()
-    return lambda n: _raw.create_close(info.reserved, info.pre_guard, info.committed, n)
+    return lambda n: _loops.create_close(info.reserved, info.pre_guard, info.committed, n)
 
 
 def touching_loop(make_creator: Callable[[], object], page: int) -> Loop:

@@ -3,10 +3,12 @@ crash."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
 import mmap
+import multiprocessing
 import os
 import platform
 import re
@@ -18,7 +20,9 @@ import sys
 import sysconfig
 import tempfile
 import textwrap
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -405,8 +409,35 @@ def run_child(code: str, *, limits: dict[str, int] | None = None, env: dict[str,
         head += QUIET_DEATH
     return subprocess.run(
         [sys.executable, "-W", "error", "-c", head + textwrap.dedent(code)], capture_output=True, text=True,
-        timeout=timeout, cwd=cwd,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **(env or {})})
+        timeout=timeout, cwd=cwd, env={**_environment(), **(env or {})})
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
+def start_child(code: str, *arguments: str | Path) -> subprocess.Popen[str]:
+    """Starts Python code in a child that exchanges lines with the test."""
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), *arguments], stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE, text=True, env=_environment())
+
+
+@contextlib.contextmanager
+def new_process(serve: Callable, *arguments: object, method: str = "spawn") -> Iterator[Connection]:
+    """Runs ``serve(connection, *arguments)`` in a new process, which must succeed. Gives the other connection."""
+    context = multiprocessing.get_context(method)
+    here, there = context.Pipe()
+    child = context.Process(target=serve, args=(there, *arguments))
+    child.start()
+    there.close()
+    try:
+        yield here
+        child.join(60)
+        assert child.exitcode == 0
+    finally:
+        child.kill()
+        child.join()
+        here.close()
 
 
 def answer(code: str, **how) -> str:

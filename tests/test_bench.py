@@ -18,11 +18,10 @@ import pytest
 import support
 from support import PAGE, ROOT, mappings, requires, run_child, whichever
 
-pytest.importorskip("linmem.bench._raw")
+pytest.importorskip("linmem.bench._loops")
 import linmem
 from linmem.bench import (
     _loops,
-    _raw,
     command,
     core,
     engines,
@@ -195,17 +194,17 @@ def test_the_c_loops_give_their_reservations_back():
     # Each reservation takes a sixteenth of all addresses, so 32 leaked reservations would not fit.
     page = report.machine()["page_size"]
     total = 1 << (report.machine()["address_bits"] - 4)
-    assert _raw.create_close(total, page, page, 32) > 0
+    assert _loops.create_close(total, page, page, 32) > 0
     for _ in range(32):
-        assert _raw.grow_steps(total, page, page, page, 5) > 0
+        assert _loops.grow_steps(total, page, page, page, 5) > 0
 
 
 def test_the_c_loops_raise_the_systems_error():
     page = report.machine()["page_size"]
     with pytest.raises(OSError, match=r"\((ENOMEM|ERROR_\w+)\)"):
-        _raw.create_close((1 << 62) & -page, page, page, 1)
+        _loops.create_close((1 << 62) & -page, page, page, 1)
     with pytest.raises(OSError, match=r"\((ENOMEM|ERROR_\w+)\)"):
-        _raw.grow_steps((1 << 62) & -page, page, page, page, 1)
+        _loops.grow_steps((1 << 62) & -page, page, page, page, 1)
 
 
 def test_the_c_loop_over_memories_gives_each_back():

@@ -1244,7 +1244,7 @@ QUIET = {
        for cls, name in (("NativeCreator", "pool"), ("Prepared", "prepared"))},
     "StoredSnapshot.save": lambda scene: scene.snapshot.save(scene.path + " snapshot"),
     "StoredSnapshot.handle": lambda scene: scene.snapshot.handle(),
-    "StoredSnapshot": lambda scene: StoredSnapshot(),
+    "StoredSnapshot": refuses(TypeError, lambda scene: StoredSnapshot()),
     "SnapshotHandle": lambda scene: SnapshotHandle(scene.snapshot),
     "StoredSnapshot.__reduce__": lambda scene: pickle.dumps(scene.snapshot),
     "SnapshotHandle.__reduce__": lambda scene: scene.snapshot.handle().__reduce__(),

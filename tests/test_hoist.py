@@ -13,12 +13,14 @@ from wasmtime import _ffi as ffi
 
 import linmem
 import linmem.wasmtime
+from linmem._wasm.instance_state import _fields
 from linmem._wasm.module import Module
 from linmem._wasm.outline import additions, extended, outline
 from linmem._wasm.segments import hoist
 
 PAGE = 65536
 CUSTOM_PAGES = hasattr(wasmtime.Config, "wasm_custom_page_sizes")
+needs_page_sizes = pytest.mark.skipif(not CUSTOM_PAGES, reason="this wasmtime-py has no custom page sizes")
 # garbage collection also allows constant expressions that name the module's own globals
 GC = hasattr(wasmtime.Config, "wasm_gc")
 needs_gc = pytest.mark.skipif(not GC, reason="this wasmtime-py cannot turn garbage collection on")
@@ -69,6 +71,17 @@ PLAIN = wasmtime.Engine(_config)
 _config = all_features()
 linmem.wasmtime.install(_config, CREATOR)
 OURS = wasmtime.Engine(_config)
+
+
+def _has_one_handle():
+    store = wasmtime.Store(PLAIN)
+    module = wasmtime.Module(PLAIN, '(module (table (export "a") (export "b") 1 funcref))')
+    exports = wasmtime.Instance(store, module, []).exports(store)
+    return _fields(exports["a"]._table) == _fields(exports["b"]._table)
+
+
+# wasmtime before 34 makes a new handle for each export of an object.
+HAS_ONE_HANDLE = _has_one_handle()
 
 
 def expose(wasm):
@@ -197,7 +210,7 @@ def test_an_offset_is_unsigned_and_arithmetic_wraps():
     assert made.images == [((4, b"x"),), ((8, b"y"),)]
 
 
-@pytest.mark.skipif(not CUSTOM_PAGES, reason="this wasmtime-py has no custom page sizes")
+@needs_page_sizes
 def test_the_minimum_of_a_memory_with_small_pages_is_in_bytes():
     made = same('(module (memory (export "m") 10 (pagesize 1)) (data (i32.const 7) "xyz"))')
     assert (made.images, made.minima) == ([((7, b"xyz"),)], [10])

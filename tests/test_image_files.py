@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import multiprocessing
 import multiprocessing.resource_sharer
 import os
 import pickle
@@ -13,9 +12,6 @@ import random
 import re
 import signal
 import struct
-import subprocess
-import sys
-import textwrap
 import time
 import tracemalloc
 import zlib
@@ -23,7 +19,7 @@ import zlib
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import ROOT, answer, mappings, requires, smaps
+from support import ROOT, answer, mappings, new_process, requires, smaps, start_child
 
 import linmem
 from linmem import Delta, FileFormatError, Image
@@ -385,9 +381,7 @@ def test_a_process_killed_at_any_step_leaves_the_old_file_or_the_new_one(tmp_pat
 
     save(old)
     seen, most = [], 0
-    with subprocess.Popen([sys.executable, "-c", SAVES, path, kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                          env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-                          text=True) as saves:
+    with start_child(SAVES, path, kind) as saves:
         for step in itertools.count(1):
             save(old)
             left = [name for name in os.listdir(tmp_path) if name != "image"]
@@ -418,26 +412,22 @@ def test_a_process_killed_at_any_time_leaves_the_old_file_or_the_new_one(tmp_pat
     for i, image in enumerate(images):
         image.save(tmp_path / f"source{i}")
     images[0].save(path)
-    code = textwrap.dedent("""
+    code = """
         import sys, linmem
         images = [linmem.Image.open(source, map=False) for source in sys.argv[2:]]
         print("ready", flush=True)
         while True:
             for image in images:
                 image.save(sys.argv[1])
-        """)
+        """
     rnd = random.Random(5)
     for _ in range(12):
-        child = subprocess.Popen([sys.executable, "-c", code, path, tmp_path / "source0", tmp_path / "source1"],
-                                 stdout=subprocess.PIPE,
-                                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
-        try:
-            assert child.stdout.readline() == b"ready\n"
-            time.sleep(rnd.random() * 0.05)
-        finally:
-            child.kill()
-            child.wait(60)
-            child.stdout.close()
+        with start_child(code, path, tmp_path / "source0", tmp_path / "source1") as child:
+            try:
+                assert child.stdout.readline() == "ready\n"
+                time.sleep(rnd.random() * 0.05)
+            finally:
+                child.kill()
         assert Image.open(path, verify=True) in images
 
 
@@ -1175,7 +1165,7 @@ def test_a_pickle_whose_parts_do_not_fit_is_refused(image):
 
 # -- handles --------------------------------------------------------------------------------------------------------
 
-def look(handle, connection):
+def look(connection, handle):
     image = handle.image
     about = os.fstat(image.fileno())
     with image.new_memory() as mem:
@@ -1193,18 +1183,9 @@ def test_an_image_crosses_to_another_process_by_its_handle(tmp_path, method, sou
     if source == "opened":
         image.save(tmp_path / "image")
         image = Image.open(tmp_path / "image")
-    context = multiprocessing.get_context(method)
-    here, there = context.Pipe()
-    child = context.Process(target=look, args=(image.handle(), there))
-    child.start()
-    there.close()
-    try:
-        assert here.poll(60)
-        content, digest, offset, runs, file = here.recv()
-    finally:
-        child.join(60)
-        here.close()
-    assert child.exitcode == 0
+    with new_process(look, image.handle(), method=method) as there:
+        assert there.poll(60)
+        content, digest, offset, runs, file = there.recv()
     assert (content, digest, offset, runs) == (bytes(image), image.digest, image.offset, image.runs())
     about = os.fstat(image.fileno())
     assert file == (about.st_dev, about.st_ino)         # the child has the same file
@@ -1219,20 +1200,13 @@ def echo(connection):
 
 @requires("fork", "maps_images")
 def test_a_handle_goes_through_a_pipe_to_a_process_that_runs_already(image):
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    child = context.Process(target=echo, args=(there,))
-    child.start()
-    there.close()
     try:
-        here.send(image.handle())
-        assert here.poll(60)
-        assert here.recv_bytes() == bytes(image)
+        with new_process(echo) as there:
+            there.send(image.handle())
+            assert there.poll(60)
+            assert there.recv_bytes() == bytes(image)
     finally:
-        child.join(60)
-        here.close()
         multiprocessing.resource_sharer.stop(60)        # stops the thread that sent the descriptor
-    assert child.exitcode == 0
 
 
 @requires("maps_images")

@@ -5,16 +5,13 @@ import os
 import random
 import signal
 import stat
-import subprocess
-import sys
-import textwrap
 import threading
 
 import pytest
 import wasmtime
 from hypothesis import given
 from hypothesis import strategies as st
-from support import REAL_PAGE, fewer_examples, requires, smaps
+from support import REAL_PAGE, fewer_examples, requires, smaps, start_child
 from test_hoist import (
     EVERYTHING,
     STACK_SWITCHING,
@@ -893,7 +890,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
 
 
 def test_the_files_of_a_killed_writer_are_never_used(tmp_path):
-    child = textwrap.dedent(f"""
+    child = f"""
         from linmem._wasm.image_cache import Cache
         cache = Cache({str(tmp_path)!r})
         print("go", flush=True)
@@ -903,15 +900,12 @@ def test_the_files_of_a_killed_writer_are_never_used(tmp_path):
                 file.write(n.to_bytes(4, "little") * (1 << 16))
             cache.add("key", ".x", lambda file: file.write(open({str(tmp_path / "content")!r}, "rb").read()))
             n += 1
-        """)
+        """
     for delay in (0.0, 0.003, 0.01, 0.02):
-        process = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE,
-                                   env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
-        assert process.stdout.readline().strip() == b"go"
-        threading.Event().wait(delay)
-        process.kill()
-        process.wait(30)
-        process.stdout.close()
+        with start_child(child) as process:
+            assert process.stdout.readline() == "go\n"
+            threading.Event().wait(delay)
+            process.kill()
         for path in Cache(tmp_path).entries("key", ".x"):
             with open(path, "rb") as file:
                 content = file.read()

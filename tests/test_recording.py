@@ -10,6 +10,7 @@ import warnings
 import pytest
 import wasmtime
 from support import FORKING, PAGE, answer, failing, file_requires, requires, scanning
+from test_hoist import needs_page_sizes
 from test_prepare import engine_of
 from test_start import Guest
 
@@ -481,6 +482,7 @@ def test_the_working_set_is_saved_opened_and_pickled_and_an_open_block_is_not(fi
     assert working_set(Snapshot.open(path, map=False)) == [11, 12]
 
 
+@needs_page_sizes
 def test_a_memory_that_ends_within_a_page_has_whole_pages_in_its_working_set(tmp_path):
     wat = """(module (memory (export "m") 5000 9000 (pagesize 1))
       (func (export "fill") (memory.fill (i32.const 0) (i32.const 1) (i32.const 5000)))

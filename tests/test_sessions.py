@@ -6,6 +6,7 @@ import ctypes
 import dis
 import functools
 import gc
+import importlib.metadata
 import itertools
 import os
 import pickle
@@ -25,6 +26,7 @@ from linmem.wasmtime import Sessions, Snapshot, linear_memory, prepare
 
 PAGE = 65536
 ENGINE = engine_of()
+WASMTIME = int(importlib.metadata.version("wasmtime").partition(".")[0])
 GUEST = """(module
   (import "host" "call" (func $call))
   (memory (export "memory") 2 10)
@@ -179,17 +181,19 @@ def test_an_exception_of_the_block_is_raised_unchanged(spoil, kind):
     assert sessions.stats()["live"] == 1
 
 
-def test_an_exception_of_a_host_function_is_raised_and_the_instance_is_used_again():
-    mine = [KeyError("mine"), KeyboardInterrupt()]
+@pytest.mark.parametrize("kind", [KeyError, pytest.param(KeyboardInterrupt, marks=pytest.mark.skipif(
+    WASMTIME < 45, reason="this wasmtime-py crashes the process if a host function raises KeyboardInterrupt"))])
+def test_an_exception_of_a_host_function_is_raised_and_the_instance_is_used_again(kind):
+    mine = [kind("mine")]       # the store keeps `fails`, which must not keep the frames of the exception
 
     def fails():
-        raise mine[-1]
+        raise mine[0]
 
     sessions = sessions_of(imports=calling(fails))
-    while mine:
-        with pytest.raises(type(mine[-1])) as caught, sessions.get() as (store, instance):
-            check(store, instance)["call"](store)
-        assert caught.value is mine.pop()
+    with pytest.raises(kind) as caught, sessions.get() as (store, instance):
+        check(store, instance)["call"](store)
+    assert caught.value is mine.pop()
+    use(sessions)
     figures(sessions, live=1, idle=1, handed_out=2, reused=1)
 
 
@@ -599,7 +603,7 @@ def test_a_session_whose_block_never_ends_is_given_back_when_it_is_collected():
 
 
 @requires("interrupts")
-def test_ctrl_c_ends_a_wait():
+def test_ctrl_c_ends_a_wait(interruptible):
     assert answer("""
         import signal, sys, threading, time
         sys.path.insert(0, TESTS)

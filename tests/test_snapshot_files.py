@@ -7,7 +7,6 @@ import copy
 import gc
 import hashlib
 import json
-import multiprocessing
 import os
 import pickle
 import random
@@ -22,7 +21,7 @@ from fuzz.files import blake
 from fuzz.snapshots import Draft, plain, state_in
 from hypothesis import given
 from hypothesis import strategies as st
-from support import answer, counting, descriptors, failing, mappings, requires, resident_within, smaps
+from support import answer, counting, descriptors, failing, mappings, new_process, requires, resident_within, smaps
 
 from linmem import FileFormatError, Image, PageError
 from linmem._files import sparse
@@ -566,6 +565,29 @@ def test_a_description_in_a_pickle_is_checked_like_one_in_a_file(state):
         state_of(module, description[:-1], images)
 
 
+@pytest.mark.parametrize("wrong", [
+    None, 5, b"ab" * 32, "", "ab" * 31, "ab" * 33, "AB" * 32, "ab" * 31 + "a ", "ab" * 31 + "zz", "ab" * 32 + "\n"])
+def test_a_module_in_a_pickle_must_be_64_lowercase_hexadecimal_digits(state, wrong):
+    make, (cls, _, *rest) = Kept(state).__reduce__()
+    with pytest.raises(FileFormatError, match="must be 64 lowercase hexadecimal digits") as caught:
+        make(cls, wrong, *rest)
+    assert (caught.value.path, caught.value.field, caught.value.value) == ("a pickled snapshot", "module", wrong)
+
+
+@pytest.mark.parametrize("wrong", [None, 5, "images", [b""], [None]])
+def test_the_images_in_a_pickle_must_be_a_list_of_images(state, wrong):
+    module, description, _ = parts_of(state)
+    with pytest.raises(FileFormatError, match=r"a pickled snapshot: images is .*, must be a list of images"):
+        state_of(module, description, wrong)
+
+
+@pytest.mark.parametrize("wrong", [None, 5, "description", [1]])
+def test_the_description_in_a_pickle_must_be_bytes(state, wrong):
+    module, _, images = parts_of(state)
+    with pytest.raises(TypeError, match="description must be a contiguous buffer of bytes, got"):
+        state_of(module, wrong, images)
+
+
 class Kept(StoredSnapshot):
     """A snapshot without wasmtime."""
 
@@ -634,19 +656,10 @@ def test_a_snapshot_crosses_to_another_process_by_its_handle(path, state, source
     if source == "opened":
         save_state(state, path)
         state = open_state(path)
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    child = context.Process(target=look, args=(there,))
-    child.start()
-    there.close()
-    try:
-        here.send(Kept(state).handle())
-        assert here.poll(60)
-        found, contents, files = here.recv()
-    finally:
-        child.join(60)
-        here.close()
-    assert child.exitcode == 0
+    with new_process(look) as there:
+        there.send(Kept(state).handle())
+        assert there.poll(60)
+        found, contents, files = there.recv()
     assert found == plain(state)
     assert contents == [bytes(memory.image) for memory in state.memories]
     about = [os.fstat(memory.image.fileno()) for memory in state.memories if memory.image.size]
@@ -855,19 +868,10 @@ def test_an_instance_starts_from_a_snapshot_that_came_by_its_handle(guest):
     *_, snapshot, answers = guest
     handle = snapshot.handle()
     assert handle.snapshot is snapshot
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    child = context.Process(target=serve_once, args=(there,))
-    child.start()
-    there.close()
-    try:
-        here.send(handle)
-        assert here.poll(120)
-        found, files = here.recv()
-    finally:
-        child.join(60)
-        here.close()
-    assert child.exitcode == 0
+    with new_process(serve_once) as there:
+        there.send(handle)
+        assert there.poll(120)
+        found, files = there.recv()
     assert found == answers
     assert files == [os.fstat(image.fileno()).st_ino for image in snapshot.memories.values()]
 

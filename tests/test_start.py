@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from support import FORKING, answer, failing, fewer_examples, requires
 from test_guests import KNOWN, RESERVATIONS, Program, guests
 from test_guests import Guest as GeneratedGuest
-from test_hoist import binary, needs_gc, number, table
+from test_hoist import HAS_ONE_HANDLE, binary, needs_gc, needs_page_sizes, number, table
 from test_prepare import CREATORS, engine_of, with_every_creator
 
 import linmem.wasmtime
@@ -177,7 +177,7 @@ def test_several_memories_start_each_with_its_size_and_content(kind):
     assert bytes(started.content("c")[-4:]) == b"\5\0\0\0"
 
 
-@pytest.mark.skipif(not hasattr(wasmtime.Config, "wasm_custom_page_sizes"), reason="no pages of one byte here")
+@needs_page_sizes
 @with_every_creator
 def test_memories_with_pages_of_one_byte_start_with_their_exact_size(kind):
     engine = engine_of(kind)
@@ -216,11 +216,9 @@ def test_shared_memories_start_from_a_snapshot(kind):
 
 
 @pytest.mark.skipif(not hasattr(wasmtime, "SharedMemory"), reason="no shared memories here")
-@pytest.mark.parametrize("page", [1, PAGE])
+@pytest.mark.parametrize("page", [pytest.param(1, marks=needs_page_sizes), PAGE])
 def test_a_shared_memory_without_pages_starts_with_the_pages_of_the_snapshot(page):
     engine = engine_of()
-    if page == 1 and not hasattr(wasmtime.Config, "wasm_custom_page_sizes"):
-        pytest.skip("no pages of one byte here")
     wat = COUNTER.replace("1 10)", f"0 10 shared{' (pagesize 1)' * (page == 1)})")
     for part in ('(data (i32.const 0) "seed")', "(i32.store (i32.const 8) (global.get $n))"):
         wat = wat.replace(part, "")
@@ -672,6 +670,7 @@ def test_one_memory_that_is_imported_twice_needs_one_content():
         Guest(prepared, store=store, imports=given[:1] * 2, start=two)
 
 
+@pytest.mark.skipif(not HAS_ONE_HANDLE, reason="in this wasmtime, one global or table has several handles")
 def test_one_global_or_table_that_is_imported_twice_needs_one_content():
     wat = """(module (import "e" "a" (global $a (mut i32))) (import "e" "b" (global $b (mut i32)))
         (import "e" "t" (table $t 1 funcref)) (import "e" "u" (table $u 1 funcref)) (memory (export "m") 1)

@@ -1,13 +1,12 @@
 """Instances of generated modules go on in another process as the original goes on."""
 
-import multiprocessing
 import random
 
 import pytest
 import wasmtime
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from support import fewer_examples
+from support import fewer_examples, new_process
 from test_guests import KNOWN, Program, guests
 from test_guests import Guest as GeneratedGuest
 from test_prepare import engine_of
@@ -54,26 +53,14 @@ def serve(connection):
 @pytest.fixture(scope="module")
 def elsewhere():
     """Sends a request to the other process, and returns the answer."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    child = context.Process(target=serve, args=(there,), daemon=True)
-    child.start()
-    there.close()
+    with new_process(serve) as there:
+        def ask(*request):
+            there.send(request)
+            assert there.poll(120)
+            return there.recv()
 
-    def ask(*request):
-        here.send(request)
-        assert here.poll(120)
-        return here.recv()
-
-    try:
         yield ask
-        here.send(None)
-        child.join(60)
-        assert child.exitcode == 0
-    finally:
-        child.kill()
-        child.join()
-        here.close()
+        there.send(None)
 
 
 alike = settings(fewer_examples(4), suppress_health_check=[HealthCheck.function_scoped_fixture])

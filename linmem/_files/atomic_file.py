@@ -174,7 +174,8 @@ def replacing(path: str | bytes | os.PathLike[str]) -> Iterator[tuple[BinaryIO, 
         # An error about another file, which the block opened, keeps the name of that file.
         given = error.filename if error.filename is None else os.fsdecode(error.filename)
         if given is None or TEMPORARY.fullmatch(os.path.basename(given)) or given == os.path.dirname(target):
-            error.filename, error.filename2 = name, None
+            error.filename = name
+            del error.filename2         # str(error) would show a None
         raise
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from linmem._core.arguments import check_flag, check_path, check_size
+from linmem._core.arguments import check_bytes, check_flag, check_path, check_size
 from linmem._core.memory import Image, fetch_pages, image_in_file
 from linmem._core.process_handles import own_runs
 from linmem._files.format import (
@@ -380,9 +382,13 @@ def parts_of(state: State) -> tuple[str, bytes, list[Image]]:
 
 
 def state_of(module: str, description: bytes, images: Sequence[Image]) -> State:
-    """The state that `parts_of` took apart. `FileFormatError` if the parts do not fit each other."""
+    """The state that `parts_of` took apart. `FileFormatError` if a part is wrong or does not fit the others."""
     path = "a pickled snapshot"
-    state, extents, rest = decoded(description, module, path)
+    if not isinstance(module, str) or not re.fullmatch("[0-9a-f]{64}", module):
+        raise FileFormatError(path, "module", module, "64 lowercase hexadecimal digits")
+    if not isinstance(images, list) or not all(isinstance(image, Image) for image in images):
+        raise FileFormatError(path, "images", images, "a list of images")
+    state, extents, rest = decoded(check_bytes(description, "description"), module, path)
     if rest:
         raise FileFormatError(path, "description.size", len(description), len(description) - len(rest))
     found = [_extent(image) for image in images]
@@ -423,19 +429,19 @@ def _unpickled(cls: type[StoredSnapshot], module: str, description: bytes, image
     return cls._from_state(state_of(module, description, images))
 
 
-class StoredSnapshot:
+class StoredSnapshot(ABC):
     """The methods of the class `Snapshot` that do not need wasmtime."""
 
     __slots__ = ()
 
     @classmethod
+    @abstractmethod
     def _from_state(cls, state: State) -> Self:
         """A snapshot that has no instance of its own."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _travels(self) -> State:
         """The state; ValueError if the snapshot has only objects of its store."""
-        raise NotImplementedError
 
     def save(self, path: str | bytes | os.PathLike[str], *, packed: bool = False) -> None:
         """Write the snapshot to a file, as a whole or not at all.

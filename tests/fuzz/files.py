@@ -3,11 +3,13 @@ docs/file-format.md alone, judges them."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import struct
 import tempfile
 import zlib
+from collections.abc import Iterator
 
 import linmem
 from linmem.errors import FileFormatError
@@ -272,6 +274,16 @@ def check_delta(path: str, truth, size: int, again: bool) -> None:
         assert linmem.Delta.open(path + "2") == delta
 
 
+@contextlib.contextmanager
+def file_of(raw: bytes) -> Iterator[str]:
+    """The path of a file with these bytes, in a folder of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "file")
+        with open(path, "wb") as file:
+            file.write(raw)
+        yield path
+
+
 def one(data: bytes) -> None:
     for version in (1, 2):
         of_version(data, version)
@@ -288,10 +300,7 @@ def of_version(data: bytes, version: int) -> None:
         truth = judge(raw)
     except Wrong:
         truth = None
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "file")
-        with open(path, "wb") as file:
-            file.write(raw)
+    with file_of(raw) as path:
         kind, size = draft.field["kind"], draft.field["size"]
         if kind == 2:
             check_delta(path, truth, size, again)

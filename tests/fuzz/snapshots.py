@@ -3,17 +3,15 @@ them."""
 
 from __future__ import annotations
 
-import os
 import pickle
 import struct
-import tempfile
 import zlib
 
 import linmem
 from linmem._wasm.snapshot_file import open_state, parts_of, save_state, state_of
 
 from .choices import Choices
-from .files import FORMAT, GROUP, LARGE, NAMES, PAGE, Wrong, blake, image_digest, judge, need, opened, span
+from .files import FORMAT, GROUP, LARGE, NAMES, PAGE, Wrong, blake, file_of, image_digest, judge, need, opened, span
 
 SIZES = (4, 8, 4, 8, 16)        # of the values of i32, i64, f32, f64, v128
 GLOBAL_KINDS = ("i32", "i64", "f32", "f64", "v128", "funcref", "null")
@@ -351,10 +349,7 @@ def one(data: bytes) -> None:
         truth = state_in(raw)
     except Wrong:
         truth = None
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "file")
-        with open(path, "wb") as file:
-            file.write(raw)
+    with file_of(raw) as path:
         check(path, truth, len(raw), again)
         assert opened(linmem.Image.open, path, size=len(raw)) is None or draft.field.get("kind") == 1
         assert opened(linmem.Delta.open, path, size=len(raw)) is None or draft.field.get("kind") == 2
