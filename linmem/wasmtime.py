@@ -1,4 +1,4 @@
-"""linmem in a wasmtime engine: `install`, `linear_memory` and `new_memory`.
+"""linmem in a wasmtime engine: `install`, `linear_memory`, `new_memory` and `patch`.
 
 >>> import wasmtime, linmem.wasmtime
 >>> config = wasmtime.Config()
@@ -25,13 +25,15 @@ from linmem._core.memory import Memory, NativeCreator
 from linmem._core.pool import PoolingCreator
 from linmem._os import pages as _pages
 from linmem._wasm.instance_state import behind
+from linmem._wasm.patch import Patch
 from linmem._wasm.prepared import NOT_OURS, Prepared, prepare, wasmtime_version
 from linmem._wasm.sessions import Sessions
 from linmem._wasm.snapshot import Snapshot, check_store, check_type
 from linmem.abc import MemoryCreator
 from linmem.creators import as_native
 
-__all__ = ["Prepared", "Sessions", "Snapshot", "install", "linear_memory", "new_memory", "prepare"]
+__all__ = ["Prepared", "Sessions", "Snapshot", "install", "linear_memory", "new_memory", "patch",
+           "prepare"]
 
 _WASM32_SPACE = 1 << 32
 _SHORT_SPACE = 1 << 40      # bytes; with less space, wasmtime's default of 4 GiB for each memory uses it up soon
@@ -44,7 +46,7 @@ _modules: weakref.WeakKeyDictionary[wasmtime.Engine, dict[str, wasmtime.Module]]
 _modules_lock = threading.Lock()
 
 
-def install(config: wasmtime.Config, creator: MemoryCreator | None = None, *, tune: bool = True) -> None:
+def install(config: wasmtime.Config, creator: MemoryCreator | None = None, *, tune: bool = True) -> MemoryCreator:
     """Make every memory of the engines built from `config` come from `creator`.
 
     Mirrors ``wasmtime::Config::with_host_memory``. The creator makes the memories that modules define, also shared
@@ -62,6 +64,11 @@ def install(config: wasmtime.Config, creator: MemoryCreator | None = None, *, tu
         If this process has little address space (because of a limit, or of few address bits), set a smaller memory
         reservation and guard in the config, so that memories can be made at all. Pass False to keep the values of the
         config.
+
+    Returns
+    -------
+    MemoryCreator
+        `creator`, or the new pool.
 
     Raises
     ------
@@ -91,7 +98,8 @@ def install(config: wasmtime.Config, creator: MemoryCreator | None = None, *, tu
         raise ValueError("config was given to an Engine already (or closed): install() comes before Engine(config)"
                          ) from None
     check_flag(tune, "tune")
-    native = as_native(PoolingCreator() if creator is None else creator)
+    creator = PoolingCreator() if creator is None else creator
+    native = as_native(creator)
     part: object = native
     while isinstance(part, NativeCreator):      # each creator of the chain
         if getattr(part, "image", None) is not None:
@@ -104,6 +112,46 @@ def install(config: wasmtime.Config, creator: MemoryCreator | None = None, *, tu
         _tune(pointer)
     ffi.wasmtime_config_memory_init_cow_set(pointer, False)
     _bridge.set_creator(ctypes.addressof(pointer.contents), native)
+    config._linmem_installed = True     # type: ignore[attr-defined]
+    return creator
+
+
+def patch(creator: MemoryCreator | None = None) -> Patch:
+    """Install linmem in every engine that is made from now on, also by libraries that make their own ``Engine()``.
+
+    Use it in a ``with`` block, or call the `undo` of the result. Classes of wasmtime that a library imported before are
+    patched, too. An engine whose config was given to `install` keeps that creator. Modules that are compiled in the
+    other engines are prepared (`prepare`, without a cache and without ``expose``), so their data starts as images that
+    instances share until they write to them.
+
+    Patches may overlap, also on several threads. The newest patch that is not undone gives its creator to a new engine.
+    After the last `undo`, the methods of wasmtime-py are the same objects as before.
+
+    Parameters
+    ----------
+    creator : MemoryCreator, optional
+        By default a new `PoolingCreator`. All the engines share the creator.
+
+    Returns
+    -------
+    Patch
+        A context manager with the method `undo` and the attribute `creator`.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As for `install`.
+
+    Notes
+    -----
+    Engines and modules that were made under a patch stay usable when it is undone. Then, and for `Module.serialize`,
+    ``Linker.define_module`` and ``Linker.instantiate_pre``, wasmtime compiles the original module once more; the data
+    of these instances is copied. A module that was deserialized is not prepared. An engine with the pooling allocation
+    strategy ignores creators, and its modules are not prepared.
+    """
+    creator = PoolingCreator() if creator is None else creator
+    install(wasmtime.Config(), creator)     # refuses a wrong creator
+    return Patch(creator, install)
 
 
 def linear_memory(store: wasmtime.Store, memory: wasmtime.Memory | wasmtime.SharedMemory) -> Memory:

@@ -324,13 +324,19 @@ def test_data_at_both_ends_of_a_large_memory_costs_its_two_pages():
 # -- refusals --------------------------------------------------------------------------------------
 
 
-def pooling():
+def with_pooling():
+    """A config with the pooling allocation strategy, which ignores host creators."""
     config = all_features()
     settings = ffi.wasmtime_pooling_allocation_config_new()
     for what in ("memories", "stacks", "tables"):
         getattr(ffi, f"wasmtime_pooling_allocation_config_total_{what}_set")(settings, 2)
     ffi.wasmtime_pooling_allocation_strategy_set(config.ptr(), settings)
     ffi.wasmtime_pooling_allocation_config_delete(settings)
+    return config
+
+
+def pooling():
+    config = with_pooling()
     linmem.wasmtime.install(config)
     return wasmtime.Engine(config)
 
@@ -347,7 +353,7 @@ def test_an_engine_that_never_requests_memories_from_linmem_is_refused():
 @with_every_creator
 def test_data_that_no_memory_took_is_an_error_and_is_not_offered_again(monkeypatch, kind):
     engine = engine_of(kind)
-    monkeypatch.setattr(_prepared, "_asks", lambda engine: True)
+    monkeypatch.setattr(_prepared, "makes_our_memories", lambda engine: True)
     prepared = prepare(PLAIN, HELLO)
     with pytest.raises(RuntimeError, match="1 memories were made without their data"):
         prepared.instantiate(wasmtime.Store(PLAIN))

@@ -394,6 +394,8 @@ FACE = {
     "linmem.wasmtime.install": (lambda w: linmem.wasmtime.install, {
         "config": (of(wasmtime.Config), given_by("config")), "creator": (either(trait, nothing), None),
         "tune": (flag, True)}),
+    "linmem.wasmtime.patch": (lambda w: lambda creator=None: linmem.wasmtime.patch(creator).undo(), {
+        "creator": (either(trait, nothing), None)}),
     "linmem.wasmtime.linear_memory": (lambda w: linmem.wasmtime.linear_memory, {
         "store": (of(wasmtime.Store), given_by("store")), "memory": (of(wasmtime.Memory), given_by("wasm_memory"))}),
     "linmem.wasmtime.new_memory": (lambda w: linmem.wasmtime.new_memory, {

@@ -266,7 +266,7 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
         raise ValueError(f"wasm must be text that UTF-8 can encode: {error}") from None
     if isinstance(wasm, str) or original[:1] not in (b"", b"\0"):
         original = bytes(wasmtime.wat2wasm(original))
-    if not _asks(engine):
+    if not makes_our_memories(engine):
         raise ValueError(f"the engine does not make its memories with linmem: {NOT_OURS}")
     read = Module(original)
     items: dict[int, list[bytes]] = {}
@@ -311,7 +311,7 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
                         hashlib.sha256(original).hexdigest(), compile_start)
 
 
-def _asks(engine: wasmtime.Engine) -> bool:
+def makes_our_memories(engine: wasmtime.Engine) -> bool:
     """Whether linmem makes the memories of the engine; tried once for each engine."""
     found = _ASKS.get(engine)
     if found is None:

@@ -1,0 +1,161 @@
+"""`patch`: linmem in the engines that other libraries make, and images for the modules that they compile."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import wasmtime
+
+from linmem._wasm.prepared import Prepared, makes_our_memories, prepare
+from linmem.abc import MemoryCreator
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_lock = threading.Lock()            # of both lists
+_active: list[Patch] = []           # the patches that are not undone; the newest is at the end
+_in_prepare = threading.local()     # `now` is True while prepare() runs on the thread: its modules stay as they are
+_replaced: list[tuple[type, str, Any, Any]] = []    # class, name of the method, wasmtime's own method, the new method
+
+
+class Patch:
+    """A patch of wasmtime-py, made by `linmem.wasmtime.patch`. The end of a ``with`` block undoes it.
+
+    Attributes
+    ----------
+    creator : MemoryCreator
+        Makes the memories of the engines that are made while this patch is the newest one.
+    """
+
+    __slots__ = ("_install", "creator")
+
+    def __init__(self, creator: MemoryCreator, install: Callable[[wasmtime.Config, MemoryCreator], object]) -> None:
+        self.creator, self._install = creator, install
+        with _lock:
+            _active.append(self)
+            if not _replaced:
+                for kind, name, new in _METHODS:
+                    own = vars(kind)[name]
+                    _replaced.append((kind, name, own, _method(own, new)))
+                    setattr(kind, name, _replaced[-1][-1])
+
+    def undo(self) -> None:
+        """End the patch. Engines and modules that were made under it stay as they are. May be called again."""
+        with _lock:
+            if self in _active:
+                _active.remove(self)
+            # If another library has wrapped one of the methods since, they all stay, and only call wasmtime's methods.
+            if not _active and all(vars(kind)[name] is new for kind, name, _, new in _replaced):
+                for kind, name, own, _ in _replaced:
+                    setattr(kind, name, own)
+                _replaced.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.undo()
+
+
+class PreparedModule(wasmtime.Module):
+    """A module that was compiled under a patch, and whose instances start from images.
+
+    Code that does not know of the images gets the original module, which is compiled at its first use: `serialize`,
+    ``Linker.define_module``, ``Linker.instantiate_pre``, and everything after the patch was undone.
+    """
+
+    _linmem_prepared: Prepared | None
+    _linmem_source: tuple[wasmtime.Engine, str | bytes]
+
+    @property
+    def imports(self) -> list[wasmtime.ImportType]:
+        return self._opened().module.imports
+
+    @property
+    def exports(self) -> list[wasmtime.ExportType]:
+        return self._opened().module.exports
+
+    def ptr(self) -> Any:
+        self._opened()
+        found = vars(self).get("_linmem_original")
+        if found is None:       # several threads may compile the module; all of them use the first one
+            found = vars(self).setdefault("_linmem_original", _Plain(*self._linmem_source))
+        return found.ptr()
+
+    def close(self) -> None:
+        self._linmem_prepared = None
+        original = vars(self).pop("_linmem_original", None)
+        if original is not None:
+            original.close()
+
+    def _opened(self) -> Prepared:
+        if self._linmem_prepared is None:
+            raise ValueError("already closed")
+        return self._linmem_prepared
+
+
+class _Plain(wasmtime.Module):
+    """A module that a patch leaves alone."""
+
+
+def _make_engine(own: Callable[..., None], self: wasmtime.Engine, config: wasmtime.Config | None = None) -> None:
+    patch = next(reversed(_active), None)
+    ours = patch is not None and (config is None or (
+        isinstance(config, wasmtime.Config) and not getattr(config, "_linmem_installed", False)))
+    if patch is not None and ours:
+        config = wasmtime.Config() if config is None else config
+        patch._install(config, patch.creator)
+    own(self, config)
+    self._linmem_patched = ours         # type: ignore[attr-defined]
+
+
+def _make_module(own: Callable[..., None], self: wasmtime.Module, engine: wasmtime.Engine, wasm: str | bytes) -> None:
+    prepared = None
+    source = bytes(wasm) if isinstance(wasm, bytearray) else wasm
+    if (_active and type(self) is wasmtime.Module and getattr(engine, "_linmem_patched", False)
+            and isinstance(wasm, (str, bytes, bytearray)) and not getattr(_in_prepare, "now", False)):
+        _in_prepare.now = True
+        try:
+            if makes_our_memories(engine):      # an engine with the pooling allocation strategy ignores its creator
+                prepared = prepare(engine, source)
+        finally:
+            _in_prepare.now = False
+    if prepared is None:
+        own(self, engine, wasm)
+    elif any(image is not None for image in prepared.images):
+        self.__class__ = PreparedModule
+        vars(self).update(_linmem_prepared=prepared, _linmem_source=(engine, source))
+    else:
+        self._set_ptr(prepared.module._consume())
+
+
+def _make_instance(own: Callable[..., None], self: wasmtime.Instance, store: Any, module: wasmtime.Module,
+                   imports: Sequence[Any]) -> None:
+    if _active and isinstance(module, PreparedModule):
+        vars(self).update(vars(module._opened().instantiate(store, imports)))
+    else:
+        own(self, store, module, imports)
+
+
+def _link_instance(own: Callable[..., wasmtime.Instance], self: wasmtime.Linker, store: Any,
+                   module: wasmtime.Module) -> wasmtime.Instance:
+    if _active and isinstance(module, PreparedModule):
+        return module._opened().instantiate(store, self)
+    return own(self, store, module)
+
+
+_METHODS: tuple[tuple[type, str, Callable[..., Any]], ...] = (
+    (wasmtime.Engine, "__init__", _make_engine), (wasmtime.Module, "__init__", _make_module),
+    (wasmtime.Instance, "__init__", _make_instance), (wasmtime.Linker, "instantiate", _link_instance))
+
+
+def _method(own: Callable[..., Any], new: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(own)
+    def method(*args: Any, **named: Any) -> Any:
+        return new(own, *args, **named)
+    return method
