@@ -24,6 +24,7 @@ from linmem._core.arguments import check_flag
 from linmem._core.memory import Memory, NativeCreator
 from linmem._core.pool import PoolingCreator
 from linmem._os import pages as _pages
+from linmem._wasm.cause import cause, note
 from linmem._wasm.instance_state import behind
 from linmem._wasm.patch import Patch
 from linmem._wasm.prepared import NOT_OURS, Prepared, prepare, wasmtime_version
@@ -32,8 +33,7 @@ from linmem._wasm.snapshot import Snapshot, check_store, check_type
 from linmem.abc import MemoryCreator
 from linmem.creators import as_native
 
-__all__ = ["Prepared", "Sessions", "Snapshot", "install", "linear_memory", "new_memory", "patch",
-           "prepare"]
+__all__ = ["Prepared", "Sessions", "Snapshot", "cause", "install", "linear_memory", "new_memory", "patch", "prepare"]
 
 _WASM32_SPACE = 1 << 32
 _SHORT_SPACE = 1 << 40      # bytes; with less space, wasmtime's default of 4 GiB for each memory uses it up soon
@@ -237,6 +237,7 @@ def _bind() -> None:
     missing = [name for name in (*_NEEDED, "wasmtime_config_memory_init_cow_set") if not hasattr(ffi.dll, name)]
     if missing:
         raise RuntimeError(f"wasmtime {wasmtime_version()} has no host memory creators: {', '.join(missing)} missing")
+    _bridge.noted_by(note)
     _bridge.bind(*map(_address, (*_NEEDED, "wasmtime_memorytype_page_size")))
     _bridge.bind_instances(
         _address("wasmtime_instance_export_get"), _address("wasmtime_memory_grow"),

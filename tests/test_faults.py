@@ -1250,6 +1250,7 @@ QUIET = {
     "SnapshotHandle.__reduce__": lambda scene: scene.snapshot.handle().__reduce__(),
     "Snapshot": refuses(TypeError, lambda scene: linmem.wasmtime.Snapshot()),
     "Snapshot.record": lambda scene: record_nothing(scene.snapshot),
+    "cause": lambda scene: linmem.wasmtime.cause(ValueError()),
     "patch": lambda scene: linmem.wasmtime.patch(MMAP()).undo(),
     "linear_memory": lambda scene: linmem.wasmtime.linear_memory(scene.store, scene.exports["memory"]),
     # Plain Python: the traits, and classes for results.

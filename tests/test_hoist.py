@@ -3,6 +3,7 @@
 import functools
 import platform
 import random
+import re
 import sys
 
 import pytest
@@ -92,8 +93,9 @@ def expose(wasm):
 
 
 def said(error):
-    """An error's class and text, without the backtrace."""
-    return type(error).__name__, str(error).split("wasm backtrace")[0].split("Stack backtrace")[0].strip()
+    """An error's class and text, without the backtrace and the number of the refusal."""
+    text = str(error).split("wasm backtrace")[0].split("Stack backtrace")[0].strip()
+    return type(error).__name__, re.sub(r" \[refusal \w+\]", "", text)
 
 
 def contents(store, memory):

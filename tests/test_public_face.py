@@ -394,6 +394,7 @@ FACE = {
     "linmem.wasmtime.install": (lambda w: linmem.wasmtime.install, {
         "config": (of(wasmtime.Config), given_by("config")), "creator": (either(trait, nothing), None),
         "tune": (flag, True)}),
+    "linmem.wasmtime.cause": (lambda w: linmem.wasmtime.cause, {"error": (of(BaseException), ValueError())}),
     "linmem.wasmtime.patch": (lambda w: lambda creator=None: linmem.wasmtime.patch(creator).undo(), {
         "creator": (either(trait, nothing), None)}),
     "linmem.wasmtime.linear_memory": (lambda w: linmem.wasmtime.linear_memory, {

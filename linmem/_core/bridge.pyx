@@ -16,9 +16,9 @@ from libc.stdlib cimport calloc, free
 from linmem._core.atomic cimport load, store
 from linmem._core.memory cimport (
     OWNER_LEFT, OWNER_WASMTIME, PROTECTION_NONE, UNCHOSEN, Image, Memory, NativeCreator, current_domain,
-    deferred_decref, domain as domain_t, domain_of, domain_release, fail, failure, failure_text, fork_lock,
-    image_release, image_retain, lock, lock_memory, memory, memory_grow_to, memory_release, memory_retain, memory_spec,
-    register_fork_lock, set_domain, unlock, wrap,
+    deferred_decref, domain as domain_t, domain_of, domain_release, exception_of, fail, failure, failure_text,
+    fork_lock, image_release, image_retain, lock, lock_memory, memory, memory_grow_to, memory_release,
+    memory_retain, memory_spec, python_is_ending, register_fork_lock, set_domain, unlock, wrap,
 )
 from linmem._core.units cimport E_MAXIMUM, E_PYTHON, E_UNSUPPORTED
 
@@ -140,24 +140,39 @@ cdef void take_place(memory_spec* spec) noexcept nogil:
 
 cdef wasmtime_error_t* to_error(failure* why) noexcept nogil:
     cdef char text[512]
-    if why.code == E_PYTHON:
-        return python_error(why, PyGILState_GetThisThreadState() != NULL)
+    # Only if Python code called wasmtime on this thread can it ask for the cause.
+    cdef bint has_caller = PyGILState_GetThisThreadState() != NULL
+    if why.code == E_PYTHON or (has_caller and not python_is_ending()):
+        return python_error(why, has_caller)
     failure_text(why, text, sizeof(text))
     return wasmtime.error_new(text)
 
 
+cdef object note_refusal        # noted_by() stores it
+
+
 cdef wasmtime_error_t* python_error(failure* why, bint has_caller) noexcept with gil:
     """has_caller: Python code called wasmtime on this thread, and continues when wasmtime returns."""
-    cdef object error = <object>why.exception
-    cdef bytes text
-    Py_DECREF(error)
+    cdef object error
+    cdef str text
+    cdef bytes raw
     try:
-        text = f"{type(error).__name__}: {error}".encode("utf-8", "replace")
-    except BaseException:
-        text = type(error).__name__.encode("utf-8", "replace")
+        error = exception_of(why)
+        text = f"{type(error).__name__}: {error}" if why.code == E_PYTHON else str(error)
+    except BaseException as without_text:
+        if why.code != E_PYTHON:
+            error = without_text
+        text = type(error).__name__
+    try:
+        if isinstance(error, Exception):
+            text = f"{text} {note_refusal(error)}"
+    except BaseException as interrupt:      # Ctrl-C, or there is no memory for the note
+        if not isinstance(interrupt, Exception):
+            error = interrupt
+    raw = text.encode("utf-8", "replace")
     if not isinstance(error, Exception):
         raise_later(error, has_caller)
-    return wasmtime.error_new(<const char*>text)
+    return wasmtime.error_new(<const char*>raw)
 
 
 cdef extern from *:
@@ -288,6 +303,12 @@ def bind_instances(size_t export_get, size_t memory_grow, size_t shared_grow, si
                                                  const void*) noexcept nogil>global_set
     wasmtime.extern_of = extern_of
     wasmtime.value_size = value_size
+
+
+def noted_by(call):
+    """call(exception) keeps the exception of each refusal. It returns text for the error of wasmtime."""
+    global note_refusal
+    note_refusal = call
 
 
 def set_creator(size_t config, NativeCreator creator not None):

@@ -345,6 +345,7 @@ cdef nogil:
     int fail(failure* why, int code, const char* call, size_t size, size_t used=*, size_t limit=*) noexcept
     void failure_text(const failure* why, char* text, size_t room) noexcept
 cdef int fail_python(failure* why, object error) noexcept
+cdef object exception_of(const failure* why)
 cdef int raise_failure(const failure* why) except -1
 
 # Locks and forks.

@@ -11,6 +11,7 @@ from wasmtime import _ffi as ffi
 
 from linmem._core import bridge as _bridge
 from linmem._core.memory import Image, Memory
+from linmem._wasm import cause
 from linmem._wasm.instance_state import (
     Parts,
     behind,
@@ -78,9 +79,10 @@ class Start:
         address = ctypes.addressof(context.contents)
         place = ctypes.addressof(instance._instance)
         if self.grown is not None:
+            before = cause.last()
             refused = self.grown.apply(address, place)
             if refused is not None:
-                self._refuse(*refused)
+                self._refuse(*refused, cause.last(), before)
         if self.rest is not None:
             parts = parts_of(store, context, instance, self.outline, self.rest, every_element=False)
             parts.write(context, self._grow(store, context, parts), [held.image for held in parts.memories])
@@ -101,11 +103,13 @@ class Start:
                 known.add(ours)
                 recording.add(place, ours)
 
-    def _refuse(self, index: int, error: int) -> None:
+    def _refuse(self, index: int, error: int, last: Exception | None, before: Exception | None) -> None:
         name = list(self.sizes)[index]
         try:
             _raise(error)
-        except wasmtime.WasmtimeError as reason:
+        except wasmtime.WasmtimeError as refusal:
+            # The call was not made by wasmtime-py, so `cause` would not find it.
+            reason = refusal if last is None or last is before else last
             raise GrowError(f"memory {name!r} cannot get the {self.sizes[name]} bytes that it has in the snapshot:"
                             f" {reason}") from reason
 

@@ -1,0 +1,137 @@
+"""`cause`: the exceptions of linmem and of creators behind the errors that wasmtime raises."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import re
+import secrets
+import sys
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any, NamedTuple
+
+import wasmtime
+
+_KEPT = 256         # refusals; `cause` finds no older ones
+_DEEPEST = 32       # calls into wasmtime that a refusal knows, if they are nested
+_WASMTIME = os.path.dirname(wasmtime.__file__) + os.sep
+# A guest cannot guess the number of another guest's refusal.
+_TOKEN = re.compile(r"\[refusal ([0-9a-f]{16})\]")
+
+
+class _Refusal(NamedTuple):
+    token: str
+    calls: tuple[weakref.ref[Any], ...]     # each to an object of its own call into wasmtime
+    error: Exception
+
+
+_refusals: deque[_Refusal] = deque(maxlen=_KEPT)
+_of_thread = threading.local()      # `last` is the last refusal on this thread
+
+
+def note(error: Exception) -> str:
+    """Keep the exception of a refusal. Returns the text by which `cause` finds it in an error of wasmtime."""
+    token = secrets.token_hex(8)
+    for link in _chain(error):      # a traceback keeps the variables of all callers
+        link.__traceback__ = None
+    calls = [weakref.ref(mark) for frame in _stack(sys._getframe(1)) for mark in itertools.islice(_marks(frame), 1)]
+    _refusals.append(_Refusal(token, tuple(calls[-_DEEPEST:]), error))
+    _of_thread.last = error
+    return f"[refusal {token}]"
+
+
+def last() -> Exception | None:
+    """The exception of the last refusal on this thread."""
+    return getattr(_of_thread, "last", None)
+
+
+def cause(error: BaseException) -> Exception | None:
+    """The exception because of which linmem, or a creator, refused a memory or a growth.
+
+    wasmtime turns such an exception into a `wasmtime.WasmtimeError` with its text, or into a `memory.grow` that
+    returns -1. `cause` returns the exception itself: a `LimitError`, a `PageError`, or what a creator in Python raised.
+
+    Parameters
+    ----------
+    error : BaseException
+        - A ``wasmtime.WasmtimeError``: a memory could not be made, or ``wasmtime.Memory.grow`` was refused.
+        - A ``wasmtime.Trap`` that the guest raised itself ("unreachable"), or a ``wasmtime.ExitTrap`` with another code
+          than 0: the last refusal inside of the same call.
+        - An exception that was raised from one of these (``raise ... from``), or while one of these was handled.
+
+    Returns
+    -------
+    Exception or None
+        None if linmem refused nothing, if wasmtime itself names the reason of the trap (for example, an access out of
+        bounds), or if 256 other refusals came since.
+
+    Notes
+    -----
+    May be called later, and on another thread. A trap is found by its traceback. The result has no traceback: it would
+    keep the variables of all callers.
+    """
+    if not isinstance(error, BaseException):
+        raise TypeError(f"error must be an exception, got {type(error).__name__}")
+    return next((found for found in map(_behind, _chain(error)) if found is not None), None)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The exception, and those because of which or during which it was raised."""
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        yield link
+        link = link.__cause__ if link.__suppress_context__ else link.__context__
+
+
+def _behind(error: BaseException) -> Exception | None:
+    kept: list[_Refusal] = list(_refusals)
+    for refusal in kept:
+        if refusal.error is error:
+            return refusal.error
+    if isinstance(error, wasmtime.Trap):
+        if error.trap_code not in (None, wasmtime.TrapCode.UNREACHABLE):
+            return None
+    elif isinstance(error, wasmtime.WasmtimeError):
+        tokens = set(_TOKEN.findall(str(error)))
+        for refusal in kept:
+            if refusal.token in tokens:
+                return refusal.error
+        if tokens or (isinstance(error, wasmtime.ExitTrap) and error.code == 0):
+            return None
+    else:
+        return None
+    marks: set[int] = set()
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename.startswith(_WASMTIME):
+            marks |= {id(mark) for mark in _marks(trace.tb_frame)}      # the traceback keeps these objects
+        trace = trace.tb_next
+    for refusal in kept[::-1]:
+        if any(id(mark) in marks for mark in (call() for call in refusal.calls) if mark is not None):
+            return refusal.error
+    return None
+
+
+def _stack(frame: FrameType | None) -> Iterator[FrameType]:
+    """The frames of wasmtime-py's functions, the innermost one first."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith(_WASMTIME):
+            yield frame
+        frame = frame.f_back
+
+
+def _marks(frame: FrameType) -> Iterator[Any]:
+    """The objects that only this call has: C values and arrays that its function made. A frame itself takes no weak
+    reference, and its address may be that of a later call."""
+    code, values = frame.f_code, frame.f_locals
+    for name in code.co_varnames[code.co_argcount:]:
+        value = values.get(name)
+        if isinstance(value, (ctypes.Array, ctypes.Structure, ctypes._SimpleCData, ctypes._Pointer)):
+            yield value
