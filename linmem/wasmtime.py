@@ -264,7 +264,7 @@ def new_memory(store: wasmtime.Store, memory_type: wasmtime.MemoryType, *,
         modules[wat] = module               # the module used last is at the end
         while len(modules) > _MAX_MODULES:
             del modules[next(iter(modules))]
-    instance = _bridge.making(native, domain, lambda: wasmtime.Instance(store, module, []))
+    instance = _bridge.making(native, domain, wasmtime.Instance, store, module, ())
     memory = instance.exports(store)["memory"]
     assert isinstance(memory, (wasmtime.Memory, wasmtime.SharedMemory))
     linear_memory(store, memory)

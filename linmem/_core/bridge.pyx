@@ -374,8 +374,8 @@ def creators_are_chosen():
     creator_was_chosen = True
 
 
-def making(NativeCreator creator, domain, call):
-    """Return call(). The memories that wasmtime asks for on this thread meanwhile come from `creator` and belong to
+def making(NativeCreator creator, domain, call, *arguments):
+    """Return call(*arguments). The memories that wasmtime asks for on this thread meanwhile come from `creator` and belong to
     `domain`. None as the creator: the creator of `linmem.wasmtime.use` or of the engine makes them, also inside another
     making()."""
     cdef queue* q = offered()
@@ -385,7 +385,7 @@ def making(NativeCreator creator, domain, call):
     q.creator = NULL if creator is None else <void*>creator
     set_domain(ours)
     try:
-        return call()
+        return call(*arguments)
     finally:
         q.creator = creator_before
         set_domain(domain_before)

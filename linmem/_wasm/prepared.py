@@ -181,9 +181,10 @@ class Prepared:
             if offer is not None and not offer.make():
                 offer = None        # the present offer belongs to another call, which takes it back
                 raise RuntimeError("another instance is being made on this thread, and has not taken its images yet")
-            instance = _bridge.making(native, domain, lambda: (
-                imports.instantiate(store, module) if isinstance(imports, wasmtime.Linker)
-                else wasmtime.Instance(store, module, imports)))
+            instance = (
+                _bridge.making(native, domain, imports.instantiate, store, module)
+                if isinstance(imports, wasmtime.Linker) else
+                _bridge.making(native, domain, wasmtime.Instance, store, module, imports))
         finally:
             if offer is not None:
                 missing = offer.take_back()
@@ -345,7 +346,7 @@ def makes_our_memories(engine: wasmtime.Engine) -> bool:
         module = wasmtime.Module(engine, '(module (memory (export "memory") 0))')
         # The engine's own creator makes this memory, also while another creator was chosen.
         instance = contextvars.Context().run(
-            _bridge.making, None, None, lambda: wasmtime.Instance(store, module, []))
+            _bridge.making, None, None, wasmtime.Instance, store, module, ())
         memory = instance.exports(store)["memory"]
         assert isinstance(memory, wasmtime.Memory)
         found = _ASKS[engine] = behind(store, memory) is not None
