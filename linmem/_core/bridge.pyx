@@ -375,9 +375,9 @@ def creators_are_chosen():
 
 
 def making(NativeCreator creator, domain, call, *arguments):
-    """Return call(*arguments). The memories that wasmtime asks for on this thread meanwhile come from `creator` and belong to
-    `domain`. None as the creator: the creator of `linmem.wasmtime.use` or of the engine makes them, also inside another
-    making()."""
+    """Return call(*arguments). The memories that wasmtime asks for on this thread meanwhile come from `creator` and
+    belong to `domain`. None as the creator: the creator of `linmem.wasmtime.use` or of the engine makes them, also
+    inside another making()."""
     cdef queue* q = offered()
     cdef void* creator_before = q.creator
     cdef domain_t* ours = domain_of(domain)
