@@ -1,4 +1,5 @@
-"""The records of the public interface: the type of a memory, and the state of a memory and of an image.
+"""The records of the public interface: the type of a memory, the state of a memory and of an image, and what a tracker
+knows.
 
 This module is imported when it is first used, because the import of `dataclasses` takes longer than ``import linmem``.
 """
@@ -9,7 +10,11 @@ from dataclasses import dataclass
 
 from linmem._core.arguments import check_count, check_flag, shown
 
-__all__ = ["ImageInfo", "MemoryInfo", "MemoryType"]
+__all__ = ["Allocation", "ImageInfo", "MemoryInfo", "MemoryType", "ScopeTotals"]
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from traceback import FrameSummary
 
 
 @dataclass(frozen=True)
@@ -118,3 +123,52 @@ class ImageInfo:
     kind: str
     shares_pages: bool
     memories: int
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A memory that a `TrackingCreator` has noted.
+
+    Attributes
+    ----------
+    size, peak : int
+        The bytes that it has, and the most that it had. A slot of a pool above the creator that has no pages has 0.
+    age : float
+        Seconds since the memory was made.
+    stack, peak_stack : tuple of traceback.FrameSummary
+        The Python stack that made the memory, and the one that grew it to its peak, the oldest frame first, as
+        ``traceback.format_list`` takes them. Empty: not known.
+    scope : tuple of str
+        The names of the scopes in which the memory was made, the outermost first.
+    name : str or None
+        The name of the creator, if it has one.
+    """
+
+    size: int
+    peak: int
+    age: float
+    stack: tuple[FrameSummary, ...]
+    peak_stack: tuple[FrameSummary, ...]
+    scope: tuple[str, ...]
+    name: str | None
+
+
+@dataclass(frozen=True)
+class ScopeTotals:
+    """The sums over the memories of a scope of a `TrackingCreator` and of the scopes in it.
+
+    Attributes
+    ----------
+    size, peak : int
+        The bytes that the memories have, and the most that they had at the same time.
+    total : int
+        The bytes that all memories had at their creation, and all bytes of their growths.
+    memories, made : int
+        How many memories exist, and how many have been made.
+    """
+
+    size: int
+    peak: int
+    total: int
+    memories: int
+    made: int

@@ -126,6 +126,7 @@ COUNT_ARGUMENTS = {
     "slots": lambda bad: linmem.PoolingCreator(slots=bad),
     "max_unused_warm": lambda bad: linmem.PoolingCreator(max_unused_warm=bad),
     "n": lambda bad: linmem.PoolingCreator().warm(bad, TYPE),
+    "frames": lambda bad: linmem.TrackingCreator(linmem.MmapCreator(), frames=bad),
     "history": lambda bad: linmem.StatisticsCreator(linmem.MmapCreator(), bad),
     "count": lambda bad: linmem.create(PAGE).view("B", 0, bad),
 }
@@ -339,24 +340,25 @@ class Quota(linmem.MemoryCreator):
 @pytest.mark.parametrize("make", [
     lambda: linmem.create(1, creator=Quota()), lambda: linmem.PythonCreator(Quota()).create(1),
     *(partial(lambda kind, options: linmem.creator(kind, upstream=Quota(), **options).create(1), kind, options)
-      for kind, options in (("statistics", {}), ("limiting", {"limit_bytes": 1 << 20}), ("pool", {})))])
+      for kind, options in (("statistics", {}), ("limiting", {"limit_bytes": 1 << 20}), ("pool", {}),
+                            ("tracking", {})))])
 def test_a_creator_with_a_false_truth_value_is_used(make):
     with pytest.raises(linmem.GrowError, match="the quota is used up"):
         make()
 
 
-@pytest.mark.parametrize("kind", ["statistics", "limiting", "pool"])
+@pytest.mark.parametrize("kind", ["statistics", "limiting", "pool", "tracking"])
 @pytest.mark.parametrize("bad", [0, False, "", [], (), 0.0, b"", linmem.MmapCreator, Quota, NativeCreator])
 def test_an_upstream_that_is_not_a_creator_is_refused_by_name(kind, bad):
     options = {"limit_bytes": 1} if kind == "limiting" else {}
     with pytest.raises(TypeError, match=r"^upstream must be a MemoryCreator, got"):
         linmem.creator(kind, upstream=bad, **options)
     with pytest.raises(TypeError, match=r"^upstream must be a NativeCreator \(a PythonCreator for .*\), got"):
-        {"statistics": linmem.StatisticsCreator, "limiting": linmem.LimitingCreator,
+        {"statistics": linmem.StatisticsCreator, "limiting": linmem.LimitingCreator, "tracking": linmem.TrackingCreator,
          "pool": linmem.PoolingCreator}[kind](bad, **options)
 
 
-@pytest.mark.parametrize("kind", ["statistics", "limiting", "pool"])
+@pytest.mark.parametrize("kind", ["statistics", "limiting", "pool", "tracking"])
 def test_an_upstream_of_none_is_the_default(kind):
     options = {"limit_bytes": 1 << 20} if kind == "limiting" else {}
     assert isinstance(linmem.creator(kind, upstream=None, **options).upstream, linmem.MmapCreator)
@@ -489,6 +491,7 @@ def test_a_constructor_names_a_missing_or_unexpected_argument(make, text):
 
 @pytest.mark.parametrize("make", [
     linmem.MmapCreator, linmem.PoolingCreator, lambda: linmem.creator("statistics"),
+    lambda: linmem.creator("tracking"), lambda: linmem.creator("tracking").scope("name"),
     lambda: linmem.creator("limiting", limit_bytes=1), lambda: linmem.PythonCreator(Quota()), lambda: Offer([]),
     lambda: linmem.create(8), lambda: linmem.create(8).view(">d").obj])
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps, partial(pickle.dumps, protocol=2)])
@@ -532,7 +535,7 @@ def test_the_factory_names_every_option_of_every_kind():
 
     said = inspect.getdoc(linmem.creator)
     options = {"mmap": ["prefault", "huge_pages"], "limiting": ["upstream", "limit_bytes"],
-               "statistics": ["upstream", "history"],
+               "statistics": ["upstream", "history"], "tracking": ["upstream", "frames"],
                "pool": ["upstream", "slots", "keep_resident", "max_unused_warm", "max_resident", "max_reserved",
                         "idle_seconds", "max_reset_seconds", "reset", "when_full", "timeout", "check", "image"]}
     assert set(options) == set(creators._KINDS)

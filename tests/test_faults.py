@@ -1147,7 +1147,8 @@ def quiet_scene():
     vars(scene).update(
         guest=scene.mem, mem=mem, img=img, delta=img.diff(mem), path=path, file=Image.open(path),
         pool=linmem.PoolingCreator(), limit=linmem.LimitingCreator(MMAP(), BUDGET),
-        sums=linmem.StatisticsCreator(MMAP()), mmap=MMAP(), python=linmem.PythonCreator(MMAP()),
+        sums=linmem.StatisticsCreator(MMAP()), tracking=linmem.TrackingCreator(MMAP()), mmap=MMAP(),
+        python=linmem.PythonCreator(MMAP()),
         snapshot=linmem.wasmtime.Snapshot.take(scene.store, scene.instance))
     scene.sessions = linmem.wasmtime.Sessions(scene.instance._linmem_prepared, start=scene.snapshot, size=1)
     scene.pool.create(3 * PAGE, **SHAPE).close()
@@ -1237,6 +1238,15 @@ QUIET = {
     "StatisticsCreator": lambda scene: linmem.StatisticsCreator(scene.mmap),
     "StatisticsCreator.statistics": lambda scene: scene.sums.statistics(),
     **attributes("sums StatisticsCreator", "upstream"),
+    "TrackingCreator": lambda scene: linmem.TrackingCreator(scene.mmap),
+    "TrackingCreator.scope": lambda scene: scene.tracking.scope("tenant").__enter__(),
+    "TrackingCreator.outstanding": lambda scene: scene.tracking.outstanding(),
+    "TrackingCreator.leaks": lambda scene: scene.tracking.leaks(),
+    "TrackingCreator.report": lambda scene: scene.tracking.report(),
+    "TrackingCreator.scopes": lambda scene: scene.tracking.scopes(),
+    "TrackingCreator.history": lambda scene: scene.tracking.history(),
+    "TrackingCreator.overhead": lambda scene: scene.tracking.overhead(),
+    **attributes("tracking TrackingCreator", "upstream", "frames"),
     "PythonCreator": lambda scene: linmem.PythonCreator(scene.mmap),
     **attributes("python PythonCreator", "creator"),
     "PoolingCreator.stats": lambda scene: scene.pool.stats(),
@@ -1244,7 +1254,8 @@ QUIET = {
     **attributes("pool PoolingCreator", "upstream", "image"),
     **{f"{cls}.__repr__": lambda scene, name=name: repr(getattr(scene, name)) for cls, name in (
         ("MmapCreator", "mmap"), ("LimitingCreator", "limit"), ("StatisticsCreator", "sums"),
-        ("PythonCreator", "python"), ("PoolingCreator", "pool"), ("Prepared", "prepared"), ("Snapshot", "snapshot"))},
+        ("TrackingCreator", "tracking"), ("PythonCreator", "python"), ("PoolingCreator", "pool"),
+        ("Prepared", "prepared"), ("Snapshot", "snapshot"))},
     **{f"{cls}.__reduce__": refuses(TypeError, lambda scene, name=name: pickle.dumps(getattr(scene, name)))
        for cls, name in (("NativeCreator", "pool"), ("Prepared", "prepared"))},
     "StoredSnapshot.save": lambda scene: scene.snapshot.save(scene.path + " snapshot"),
@@ -1268,6 +1279,8 @@ QUIET = {
     "MemoryType": lambda scene: linmem.MemoryType(1, 2),
     "MemoryInfo": lambda scene: linmem.MemoryInfo(*range(13)),
     "ImageInfo": lambda scene: linmem.ImageInfo(*range(6)),
+    "Allocation": lambda scene: linmem.Allocation(*range(7)),
+    "ScopeTotals": lambda scene: linmem.ScopeTotals(*range(5)),
 }
 
 for cls, where in ((linmem.Memory, "mem"), (Image, "img")):

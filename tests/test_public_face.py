@@ -86,6 +86,10 @@ def is_count(value):
     return isinstance(number, int) and number >= 0
 
 
+def frames(value):
+    return is_count(value) and (value.value if isinstance(value, Index) else value) <= 64
+
+
 def count_from_one(value):
     return is_count(value) and (value.value if isinstance(value, Index) else value) >= 1
 
@@ -139,7 +143,7 @@ size = is_size
 size_or_none = either(is_size, nothing)
 flag = one_of(True, False)
 native = of(linmem.MmapCreator, linmem.PoolingCreator, linmem.LimitingCreator, linmem.StatisticsCreator,
-            linmem.PythonCreator)
+            linmem.TrackingCreator, linmem.PythonCreator)
 native_or_none = either(native, nothing)
 trait = either(native, lambda value: isinstance(value, Upstream))
 image = of(linmem.Image)
@@ -191,6 +195,9 @@ class World:
         with self.image.new_memory() as other:
             other[5] = 99
             return self.image.diff(other)
+
+    def _make_tracking(self):
+        return linmem.TrackingCreator(self.mmap)
 
     def _make_pool(self):
         return linmem.PoolingCreator(slots=4)
@@ -321,6 +328,10 @@ FACE = {
         "upstream": (native, given_by("mmap")), "limit_bytes": (size, PAGE)}),
     "linmem.StatisticsCreator": (lambda w: linmem.StatisticsCreator, {
         "upstream": (native, given_by("mmap")), "history": (size, 4)}),
+    "linmem.TrackingCreator": (lambda w: linmem.TrackingCreator, {
+        "upstream": (native, given_by("mmap")), "frames": (frames, 4)}),
+    "linmem.TrackingCreator.scope": (lambda w: w.tracking.scope, {"name": (text, "tenant")}),
+    "linmem.TrackingCreator.report": (lambda w: w.tracking.report, {"path": (either(is_path, nothing), None)}),
     "linmem.PythonCreator": (lambda w: linmem.PythonCreator, {
         "creator": (lambda value: callable(getattr(value, "new_memory", None)), Upstream())}),
     "linmem.MmapCreator.new_memory": (lambda w: w.mmap.new_memory, {
@@ -335,6 +346,10 @@ FACE = {
     "linmem.MemoryInfo": (lambda w: linmem.MemoryInfo, RECORD),
     "linmem.ImageInfo": (lambda w: linmem.ImageInfo, dict.fromkeys(
         ("offset", "size", "stored", "kind", "shares_pages", "memories"), (anything, 1))),
+    "linmem.Allocation": (lambda w: linmem.Allocation, dict.fromkeys(
+        ("size", "peak", "age", "stack", "peak_stack", "scope", "name"), (anything, 1))),
+    "linmem.ScopeTotals": (lambda w: linmem.ScopeTotals, dict.fromkeys(
+        ("size", "peak", "total", "memories", "made"), (anything, 1))),
     "linmem.GrowError": (lambda w: linmem.GrowError, {}),
     "linmem.PageError": (lambda w: linmem.PageError, {}),
     "linmem.OwnedError": (lambda w: linmem.OwnedError, {}),

@@ -65,7 +65,7 @@ class Mine(linmem.MemoryCreator):
 def make():
     image = linmem.Image.from_bytes(b"i" * 3 * P)
     pool = linmem.PoolingCreator(linmem.LimitingCreator(linmem.MmapCreator(), 1 << 30), image=image)
-    creator = linmem.StatisticsCreator(linmem.PythonCreator(Mine(pool)))
+    creator = linmem.TrackingCreator(linmem.PythonCreator(Mine(linmem.TrackingCreator(pool))))
     memory = creator.create(3 * P, **how)
     other = image.new_memory(creator=pool)
     other.restore(image)
@@ -86,7 +86,7 @@ WAT = '''(module (memory (export "memory") 1) (global (export "g") (mut i32) (i3
   (data (i32.const 16) "hello") (func (export "grow") (param i32) (result i32) (memory.grow (local.get 0))))'''
 
 def make():
-    creator = linmem.StatisticsCreator(linmem.PoolingCreator())
+    creator = linmem.StatisticsCreator(linmem.TrackingCreator(linmem.PoolingCreator()))
     config = wasmtime.Config()
     linmem.wasmtime.install(config, creator)
     engine = wasmtime.Engine(config)

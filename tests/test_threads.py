@@ -185,7 +185,7 @@ class Chains:
         self.limit = linmem.LimitingCreator(self.pools["adaptive"], 60 * 40 * PAGE)
         self.below = linmem.StatisticsCreator(linmem.MmapCreator(prefault=True), history=16)
         self.pools["between"] = linmem.PoolingCreator(linmem.LimitingCreator(self.below, 1 << 40), max_unused_warm=2)
-        self.above = linmem.StatisticsCreator(self.pools["between"], history=16)
+        self.above = linmem.StatisticsCreator(linmem.TrackingCreator(self.pools["between"]), history=16)
         python = [linmem.PythonCreator(Handing()), linmem.StatisticsCreator(linmem.PythonCreator(Delegating()))]
         self.creators = [self.mmap, self.limit, self.above, *self.pools.values(), *python]
 

@@ -4,15 +4,7 @@ from __future__ import annotations
 
 import re
 
-
-def show_size(size: int) -> str:
-    """1536 -> "1.5 KiB"; whole numbers without a fraction."""
-    value, unit = float(size), "bytes"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{value:.1f}".removesuffix(".0") + f" {unit}"
+from linmem._core.arguments import show_size as show_size
 
 
 def show_time(ns: int) -> str:

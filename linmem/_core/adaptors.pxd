@@ -39,5 +39,14 @@ cdef class StatisticsCreator(NativeCreator):
     cdef statistics_ledger* ledger
 
 
+cdef struct tracker
+
+
+cdef class TrackingCreator(NativeCreator):
+    cdef readonly NativeCreator upstream
+    cdef tracker* tracker
+    cdef list allocations(self, bint only_leaks)
+
+
 cdef class PythonCreator(NativeCreator):
     cdef readonly object creator

@@ -1,4 +1,4 @@
-"""Checks of arguments in Python, and how a message shows a refused value.
+"""Checks of arguments in Python, and how messages show refused values and sizes.
 
 `memory.pyx` checks the arguments of native calls. Its checks accept the same values and raise the same messages.
 """
@@ -35,6 +35,16 @@ def shown(value: object) -> str:
 def printable(text: str) -> str:
     """The text in one line: each character that is not printable is replaced by its escape."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def show_size(size: int) -> str:
+    """1536 -> "1.5 KiB"; whole numbers without a fraction."""
+    value, unit = float(size), "bytes"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.1f}".removesuffix(".0") + f" {unit}"
 
 
 def check_flag(value: object, name: str) -> bool:

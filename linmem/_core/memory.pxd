@@ -154,6 +154,9 @@ cdef struct memory_hook:
     # Identifies the budget that this hook charges for the memory's pages. The pointer is only compared, never
     # dereferenced. NULL: the hook charges no budget.
     const void* budget
+    # Called with the GIL for each new handle on the memory. `handle` is borrowed, and the call must not raise. Only
+    # called if some hook of the memory has before_grow or after_grow.
+    void (*wrapped)(memory_hook* hook, memory* m, PyObject* handle) noexcept
 
 # The head of a memory of any kind. The head holds no Python object, because wasmtime frees memories on any thread
 # without the GIL.
@@ -237,6 +240,14 @@ cdef struct touched_runs:
     size_t n
     pages.span runs[RUNS]
 
+
+# One frame of a Python stack. The frame object itself would keep its local variables alive.
+ctypedef struct stack_frame:
+    PyObject* code              # a code object; the owner of the struct has a reference
+    long long line
+
+cdef enum:
+    MOST_FRAMES = 64            # of a captured stack
 
 # What was missing when the OS or a budget refused a request. Pools can free some of it by dropping idle slots.
 cdef enum:
@@ -358,6 +369,12 @@ cdef nogil:
     void call_in_each_child(void (*call)() noexcept nogil) noexcept
     void deferred_decref(PyObject* object) noexcept
     bint python_is_ending() noexcept
+
+# Python stacks.
+cdef bint may_run_python() noexcept nogil
+cdef int capture_stack(stack_frame* frames, int most) noexcept
+cdef void drop_frames(stack_frame* frames, int n) noexcept
+cdef bint only_buffers_hold(Memory handle) noexcept
 
 # Address space and pages.
 cdef nogil:

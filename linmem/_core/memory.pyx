@@ -31,6 +31,7 @@ from linmem import abc as _abc  # no-cython-lint
 include "failures.pxi"              # turns the code of a failed call into a text and an exception
 include "argument_checks.pxi"       # checks of sizes, offsets, flags and buffers that Python passes
 include "deferred_decref.pxi"       # Py_DECREF without the GIL
+include "python_stack.pxi"          # which lines of Python are being executed
 include "locks_and_fork.pxi"        # locks, waits that Ctrl-C can interrupt, and what a forked child repairs
 include "lifetime.pxi"              # references, pins and accesses: what keeps a memory and its base
 include "growth.pxi"                # growth of any kind of memory, and its hooks

@@ -3,6 +3,7 @@
 # Most methods check their arguments, enter() the handle, call one nogil function, and finish().
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.ref cimport Py_REFCNT
 from linmem._core.atomic cimport add_with_gil
 
 from linmem._files.delta import Delta as _Delta
@@ -51,7 +52,23 @@ cdef object wrap(memory* m):
         raise
     handle.m = m
     handle.users = generation_tag << TAG_SHIFT
+    if m.growth_is_watched:
+        tell_wrapped(m, handle)
     return handle
+
+
+cdef void tell_wrapped(memory* m, Memory handle) noexcept:
+    cdef memory_hook* hook = m.hooks
+    while hook != NULL:
+        if hook.wrapped != NULL:
+            hook.wrapped(hook, m, <PyObject*>handle)
+        hook = hook.next
+
+
+cdef bint only_buffers_hold(Memory handle) noexcept:
+    """Whether the handle is closed, or exported buffers have all references on it except for one of the caller."""
+    cdef long long now = load(&handle.users)
+    return now < 0 or Py_REFCNT(handle) - 1 <= (now & EXPORTS) >> EXPORTS_SHIFT
 
 
 # -- copying bytes
