@@ -12,7 +12,7 @@ The interface follows wasmtime's traits `LinearMemory` and `MemoryCreator`.
 
 try:
     from linmem._core.adaptors import LimitingCreator, PythonCreator, StatisticsCreator, TrackingCreator
-    from linmem._core.memory import Image, Memory, MmapCreator
+    from linmem._core.memory import Image, Memory, MmapCreator, tracemalloc_domain
     from linmem._core.pool import PoolingCreator, set_pool_limits
     from linmem._files.delta import Delta
     from linmem.abc import LinearMemory, MemoryCreator
@@ -32,7 +32,7 @@ __version__ = "0.1.0"
 __all__ = ["Allocation", "Delta", "FileFormatError", "GrowError", "Image", "ImageInfo", "LimitError", "LimitingCreator",
            "LinearMemory", "Memory", "MemoryCreator", "MemoryInfo", "MemoryType", "MmapCreator", "OwnedError",
            "PageError", "PoolError", "PoolingCreator", "PythonCreator", "ScopeTotals", "StatisticsCreator",
-           "TrackingCreator", "create", "creator", "set_pool_limits"]
+           "TrackingCreator", "create", "creator", "set_pool_limits", "tracemalloc_domain"]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -172,6 +172,8 @@ NEEDS = {
     "mypy": (not HAS_KERNEL32 or _has_module("mypy"), "mypy is not installed"),
     "matplotlib": (not HAS_KERNEL32 or _has_module("matplotlib"), "matplotlib is not installed"),
     "prometheus_client": (not HAS_KERNEL32 or _has_module("prometheus_client"), "prometheus_client is not installed"),
+    "memray": (_has_module("memray"), "memray is not installed"),
+    "psutil": (_has_module("psutil"), "psutil is not installed"),
     "odd_names": (not HAS_KERNEL32, "no file's name has control characters here"),
     "fifos": (hasattr(os, "mkfifo"), "no pipe has a name here"),
     "kernel32": (HAS_KERNEL32, "no kernel32 to ask"),

@@ -1304,7 +1304,8 @@ def public_names():
     """The public names that can be called or are computed on access."""
     things = [getattr(room, name) for room in (linmem, linmem.wasmtime) for name in room.__all__]
     for thing in [*things, NativeCreator, Handle, StoredSnapshot, SnapshotHandle]:
-        if inspect.ismodule(thing) or (inspect.isclass(thing) and issubclass(thing, BaseException)):
+        if (inspect.ismodule(thing) or isinstance(thing, int)
+                or (inspect.isclass(thing) and issubclass(thing, BaseException))):
             continue
         yield thing.__name__
         if not inspect.isclass(thing) or dataclasses.is_dataclass(thing):

@@ -646,6 +646,8 @@ def public_face():
             full = f"{home}.{name}"
             if inspect.ismodule(thing):
                 assert full in modules
+            elif isinstance(thing, int):        # a constant
+                continue
             elif not inspect.isclass(thing):
                 found[full] = arguments_of(definitions(thing.__module__)[name])
             elif not inspect.isabstract(thing):

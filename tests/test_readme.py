@@ -40,6 +40,8 @@ def run(cwd: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize(("code", "dies"), BLOCKS)
 def test_a_python_block_does_what_the_page_says(code, dies, tmp_path):
+    if lacks(code):
+        pytest.skip("a package or a feature of the OS is missing")
     # die_quietly() starts no debugger on a crash; a debugger would block the test.
     child = run(tmp_path, "-c", f"from linmem._os import pages\npages.die_quietly()\n{code}" if dies else code)
     if dies:
@@ -68,7 +70,8 @@ def test_the_files_of_a_page_work_in_one_folder_one_after_the_other(page, tmp_pa
 def lacks(text: str) -> bool:
     """Whether a block needs a package or a feature of the OS that is missing here."""
     return any(part in text and not NEEDS[need][0]
-               for part, need in (("import distributed", "dask"), (".handle()", "maps_images")))
+               for part, need in (("import distributed", "dask"), (".handle()", "maps_images"),
+                                  ("import memray", "memray"), ("import psutil", "psutil")))
 
 
 def test_each_refusal_that_the_guide_lists_is_a_text_of_linmem():

@@ -66,4 +66,6 @@ cdef int grow_with_hooks(memory* m, size_t size, size_t new_size, failure* why) 
             hook.after_grow(hook, m, size, new_size, code)
         hook = hook.next
     store_size(&m.growing_to, 0)
+    if code == 0 and m.trace != NULL:
+        trace_growth(m)
     return code

@@ -12,6 +12,7 @@ cdef void memory_release(memory* m) noexcept nogil:
     cdef memory_hook* kept
     if add(&m.refs, -1):
         return
+    end_trace(m)
     kept = hooks = m.hooks
     while kept != NULL:
         if kept.before_drop != NULL:

@@ -50,6 +50,7 @@ cdef int mapped_make(const memory_spec* spec, bint prefault, bint huge_pages, me
     m.covered = found.capacity + found.guard
     m.is_shared = spec.is_shared
     m.may_move = spec.may_move
+    trace_if_on(m)
     add_live_memory(m)
     out[0] = m
     return 0

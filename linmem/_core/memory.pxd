@@ -192,6 +192,7 @@ cdef struct memory_hook:
 cdef struct memory:
     const memory_ops* ops
     memory_hook* hooks
+    PyObject* trace             # while tracemalloc traces the memory: a Trace, a reference; else NULL
     atomic_i64 refs
     atomic_i64 pins
     atomic_i64 accesses
@@ -375,6 +376,7 @@ cdef bint may_run_python() noexcept nogil
 cdef int capture_stack(stack_frame* frames, int most) noexcept
 cdef void drop_frames(stack_frame* frames, int n) noexcept
 cdef bint only_buffers_hold(Memory handle) noexcept
+cdef void trace_if_on(memory* m) noexcept nogil
 
 # Address space and pages.
 cdef nogil:

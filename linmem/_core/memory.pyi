@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer, Self
 
 DEFAULT_GUARD: int
+tracemalloc_domain: int
 
 class NativeCreator(MemoryCreator):  # registered with the trait
     def new_memory(self, ty: MemoryType, minimum: SupportsIndex, maximum: SupportsIndex | None,

@@ -34,6 +34,7 @@ include "deferred_decref.pxi"       # Py_DECREF without the GIL
 include "python_stack.pxi"          # which lines of Python are being executed
 include "locks_and_fork.pxi"        # locks, waits that Ctrl-C can interrupt, and what a forked child repairs
 include "lifetime.pxi"              # references, pins and accesses: what keeps a memory and its base
+include "tracemalloc_domain.pxi"    # the bytes of memories in Python's tracemalloc
 include "growth.pxi"                # growth of any kind of memory, and its hooks
 include "address_space.pxi"         # how much is reserved, and what happens if the OS refuses
 include "mapped_memory.pxi"         # the mapped kind of memory

@@ -203,6 +203,7 @@ cdef class PoolingCreator(NativeCreator):
                 # may_move is not a part of the shape: a slot serves requests with either value, because the pool does
                 # not keep a memory that has moved.
                 out[0].may_move = spec.may_move
+                trace_if_on(out[0])
             if code or out[0] != NULL:
                 return code
             code = make_slot(self, &key, domain, spec, True, out, why)

@@ -36,6 +36,7 @@ cdef void drop_lost_slots() noexcept nogil:
             if hook.keep == slot_keep and load(&(<slot*>hook).state) != DROPPING:
                 move_slot(<slot*>hook, DROPPING)
             hook = hook.next
+        s.m.trace = NULL        # its end might wait for the GIL, which a thread of the parent may have had
         store(&s.m.refs, 1)
         memory_release(s.m)
     cdef pool* p = pool_after(NULL)
