@@ -21,6 +21,7 @@ COMMANDS = {"run": "run a WASI program in linmem memories",
             "prewarm": "initialise a WASI program and save its state, for `linmem run --start`",
             "demo": "show views that stay valid after a growth and after the end of a store",
             "info": "show the limits of this machine, and run a self-test",
+            "top": "show the memories of another process",
             "image": "show and check files of images, deltas and snapshots; compare images",
             "bench": "run the benchmarks"}
 

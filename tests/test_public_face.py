@@ -27,6 +27,7 @@ from linmem._commands import image as image_cli
 from linmem._commands import info as info_cli
 from linmem._commands import prewarm as prewarm_cli
 from linmem._commands import run as run_cli
+from linmem._commands import top as top_cli
 
 PATTERN = bytes(range(1, 251))
 TYPE = linmem.MemoryType(1, page_size=1)
@@ -906,6 +907,7 @@ WORDS = ["", " ", "-", "--", "-1", "--no-such", "0x10", "nan", "inf", "1e999", "
          "text", "\u00e9", "\udc80", "a\nb", "a\0b", "a=b", "=", "::", "::::", ".", "no/such/file", "x" * 5000]
 COMMANDS = {
     "run": ["{wat}"], "prewarm": ["{wat}", "--init", "_start", "--output", "{new}"], "demo": None, "info": [],
+    "top": ["1", "--once"],
     "image info": ["{image}"], "image verify": ["{image}"],
     "image diff": ["{image}", "{other}"], "image apply": ["{image}", "{delta}", "--output", "{new}"],
     "image": None, "bench": None,       # "image" only has subcommands; test_bench.py covers "bench"
@@ -916,7 +918,7 @@ def parsers():
     """All commands: words of the command -> its parser."""
     _, found = cli.build_parser()
     for name, command in (("run", run_cli), ("prewarm", prewarm_cli), ("demo", demo_cli), ("info", info_cli),
-                          ("image", image_cli)):
+                          ("top", top_cli), ("image", image_cli)):
         command.add_arguments(found[name])
     (actions,) = (action for action in found["image"]._actions if isinstance(action, argparse._SubParsersAction))
     return found | {f"image {name}": parser for name, parser in actions.choices.items()}

@@ -27,7 +27,7 @@ directories by number. Without --start, --invoke calls _initialize first if PROG
 results of NAME are printed, each in one line.
 
 --creator takes "mmap" (each memory is a mapping of its own), "pool" (memories are reset and used
-again) and "statistics", each with the defaults of linmem.creator(). --max-memory puts one budget
+again), "statistics" and "tracking", each with the defaults of linmem.creator(). --max-memory puts one budget
 over the creator, as linmem.creator("limiting", limit_bytes=...) does.
 
 The report is the last text on standard error, so that standard output has only the program's
@@ -47,7 +47,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--invoke", type=function_name, metavar="NAME",
                         help="call the exported function NAME, which takes no parameters, instead of _start")
     parser.add_argument("--creator", default="mmap", metavar="KIND",
-                        help="the creator of the memories: mmap (the default), pool or statistics; see below")
+                        help="the creator of the memories: mmap (the default), pool, statistics or tracking; see below")
     parser.add_argument("--report", action="store_true", help="at the end, report the sizes and growths of each memory")
     parser.add_argument("--json", action="store_true", help="the report as one line of JSON (implies --report)")
     parser.parse_known_args = functools.partial(parse, parser)      # type: ignore[method-assign]
