@@ -265,7 +265,8 @@ cdef class EnteredScope:
 
     def __dealloc__(self):
         if self.tracker != NULL:
-            release_tracker(self.tracker)
+            with nogil:
+                release_tracker(self.tracker)
 
     def __reduce__(self):
         raise TypeError("an EnteredScope cannot be pickled or copied: it belongs to a tracker of this process")

@@ -74,6 +74,7 @@ def makers(image: linmem.Image, content: bytes) -> Iterator[Maker]:
     yield Maker("limit", linmem.LimitingCreator(over(), 48 * PAGE), bounded=True)
     yield Maker("limit of a pool", linmem.LimitingCreator(pool(), 96 * PAGE), bounded=True)
     yield Maker("statistics", linmem.StatisticsCreator(pool(linmem.LimitingCreator(over(), 1 << 40)), history=8))
+    yield Maker("tracking", linmem.TrackingCreator(pool(linmem.TrackingCreator(over()))))
     yield Maker("python, native", linmem.PythonCreator(Passing()))
     yield Maker("python", linmem.PythonCreator(Borrowing()), ours=False)
     yield Maker("pool of python", pool(linmem.PythonCreator(Borrowing())), ours=False)
