@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from linmem._core.adaptors import LimitingCreator, PythonCreator, StatisticsCreator, check_trait
+from linmem._core.adaptors import CallbackCreator, LimitingCreator, PythonCreator, StatisticsCreator, check_trait
 from linmem._core.arguments import shown
 from linmem._core.memory import Memory, MmapCreator, NativeCreator
 from linmem._core.pool import PoolingCreator
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 __all__ = ["as_native", "create", "creator"]
 
 _KINDS: dict[str, type[NativeCreator]] = {
-    "mmap": MmapCreator, "pool": PoolingCreator, "limiting": LimitingCreator, "statistics": StatisticsCreator}
+    "mmap": MmapCreator, "pool": PoolingCreator, "limiting": LimitingCreator, "statistics": StatisticsCreator,
+    "callback": CallbackCreator}
 _DEFAULT = MmapCreator()
 
 
@@ -31,6 +32,8 @@ def creator(kind: str = "mmap", **options: Any) -> NativeCreator:
         `max_reset_seconds`, `reset`, `when_full`, `timeout`, `check`, `image`, `upstream`).
         "limiting": one budget over all memories (`LimitingCreator`; options `limit_bytes`, `upstream`).
         "statistics": counts and times what happens (`StatisticsCreator`; options `upstream`, `history`).
+        "callback": Python functions, or limits for each memory, decide (`CallbackCreator`; options `on_made`,
+        `on_grow`, `on_refused`, `on_dropped`, `limit_each`, `limit_growths`, `upstream`).
     **options
         The options of the constructor. An `upstream` that is missing or None is an `MmapCreator`.
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from linmem._core.arguments import check_count, check_flag, shown
 
-__all__ = ["ImageInfo", "MemoryInfo", "MemoryType"]
+__all__ = ["DroppedInfo", "ImageInfo", "MemoryInfo", "MemoryType"]
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,28 @@ class MemoryInfo:
     exports: int
     kind: str
     owner: str
+
+
+@dataclass(frozen=True)
+class DroppedInfo:
+    """A memory that was dropped, as `on_dropped` of a `CallbackCreator` gets it.
+
+    Attributes
+    ----------
+    base : int
+        The address that byte 0 had at the end. Another memory may be there now.
+    byte_size : int
+        The size at the end, in bytes.
+    growths : int
+        How often the memory grew.
+    kind : str
+        As in `MemoryInfo`.
+    """
+
+    base: int
+    byte_size: int
+    growths: int
+    kind: str
 
 
 @dataclass(frozen=True)

@@ -275,6 +275,10 @@ def dirty(mem):
     mem.protect(2 * PAGE, 3 * PAGE, "none")
 
 
+def refuses_nothing(*_):
+    return None
+
+
 CREATORS = {        # name -> (creator, the page calls that a creation needs, the page calls that a growth needs)
     "mmap": (MMAP, "reserve commit", "commit"),
     "prefaulting": (lambda: MMAP(prefault=True), "reserve commit prefault", "commit prefault"),
@@ -286,6 +290,9 @@ CREATORS = {        # name -> (creator, the page calls that a creation needs, th
                                  "commit protect"),
     "limiting": (lambda: linmem.LimitingCreator(MMAP(), BUDGET), "reserve commit", "commit"),
     "statistics": (lambda: linmem.StatisticsCreator(MMAP()), "reserve commit", "commit"),
+    "callbacks": (lambda: linmem.CallbackCreator(MMAP(), on_made=refuses_nothing, on_grow=refuses_nothing,
+                                                 on_refused=refuses_nothing, on_dropped=refuses_nothing,
+                                                 limit_each=1 << 40, limit_growths=9), "reserve commit", "commit"),
     "limits above and below a pool": (
         lambda: linmem.LimitingCreator(linmem.StatisticsCreator(used(linmem.PoolingCreator(
             linmem.LimitingCreator(linmem.StatisticsCreator(MMAP()), BUDGET), max_unused_warm=0))), BUDGET),
@@ -1147,7 +1154,8 @@ def quiet_scene():
     vars(scene).update(
         guest=scene.mem, mem=mem, img=img, delta=img.diff(mem), path=path, file=Image.open(path),
         pool=linmem.PoolingCreator(), limit=linmem.LimitingCreator(MMAP(), BUDGET),
-        sums=linmem.StatisticsCreator(MMAP()), mmap=MMAP(), python=linmem.PythonCreator(MMAP()),
+        sums=linmem.StatisticsCreator(MMAP()), callback=linmem.CallbackCreator(MMAP()),
+        mmap=MMAP(), python=linmem.PythonCreator(MMAP()),
         snapshot=linmem.wasmtime.Snapshot.take(scene.store, scene.instance))
     scene.sessions = linmem.wasmtime.Sessions(scene.instance._linmem_prepared, start=scene.snapshot, size=1)
     scene.pool.create(3 * PAGE, **SHAPE).close()
@@ -1232,6 +1240,9 @@ QUIET = {
     "StatisticsCreator": lambda scene: linmem.StatisticsCreator(scene.mmap),
     "StatisticsCreator.statistics": lambda scene: scene.sums.statistics(),
     **attributes("sums StatisticsCreator", "upstream"),
+    "CallbackCreator": lambda scene: linmem.CallbackCreator(scene.mmap, on_made=print, limit_each=0),
+    **attributes("callback CallbackCreator", "upstream", "on_made", "on_grow", "on_refused", "on_dropped",
+                 "limit_each", "limit_growths"),
     "PythonCreator": lambda scene: linmem.PythonCreator(scene.mmap),
     **attributes("python PythonCreator", "creator"),
     "PoolingCreator.stats": lambda scene: scene.pool.stats(),
@@ -1239,6 +1250,7 @@ QUIET = {
     **attributes("pool PoolingCreator", "upstream", "image"),
     **{f"{cls}.__repr__": lambda scene, name=name: repr(getattr(scene, name)) for cls, name in (
         ("MmapCreator", "mmap"), ("LimitingCreator", "limit"), ("StatisticsCreator", "sums"),
+        ("CallbackCreator", "callback"),
         ("PythonCreator", "python"), ("PoolingCreator", "pool"), ("Prepared", "prepared"), ("Snapshot", "snapshot"))},
     **{f"{cls}.__reduce__": refuses(TypeError, lambda scene, name=name: pickle.dumps(getattr(scene, name)))
        for cls, name in (("NativeCreator", "pool"), ("Prepared", "prepared"))},
@@ -1260,6 +1272,7 @@ QUIET = {
     "MemoryCreator": lambda scene: PythonMemories(None),
     "MemoryType": lambda scene: linmem.MemoryType(1, 2),
     "MemoryInfo": lambda scene: linmem.MemoryInfo(*range(13)),
+    "DroppedInfo": lambda scene: linmem.DroppedInfo(*range(4)),
     "ImageInfo": lambda scene: linmem.ImageInfo(*range(6)),
 }
 

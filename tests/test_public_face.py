@@ -139,7 +139,7 @@ size = is_size
 size_or_none = either(is_size, nothing)
 flag = one_of(True, False)
 native = of(linmem.MmapCreator, linmem.PoolingCreator, linmem.LimitingCreator, linmem.StatisticsCreator,
-            linmem.PythonCreator)
+            linmem.CallbackCreator, linmem.PythonCreator)
 native_or_none = either(native, nothing)
 trait = either(native, lambda value: isinstance(value, Upstream))
 image = of(linmem.Image)
@@ -315,6 +315,10 @@ FACE = {
         "upstream": (native, given_by("mmap")), "limit_bytes": (size, PAGE)}),
     "linmem.StatisticsCreator": (lambda w: linmem.StatisticsCreator, {
         "upstream": (native, given_by("mmap")), "history": (size, 4)}),
+    "linmem.CallbackCreator": (lambda w: linmem.CallbackCreator, {
+        "upstream": (native, given_by("mmap")), **dict.fromkeys(
+            ("on_made", "on_grow", "on_refused", "on_dropped"), (either(callable, nothing), None)),
+        "limit_each": (size_or_none, PAGE), "limit_growths": (size_or_none, 1)}),
     "linmem.PythonCreator": (lambda w: linmem.PythonCreator, {
         "creator": (lambda value: callable(getattr(value, "new_memory", None)), Upstream())}),
     "linmem.MmapCreator.new_memory": (lambda w: w.mmap.new_memory, {
@@ -327,6 +331,8 @@ FACE = {
         "minimum": (is_count, 1), "maximum": (either(is_count, nothing), None),
         "is_64": (flag, False), "is_shared": (flag, False), "page_size": (one_of(1, 65536, True), 65536)}),
     "linmem.MemoryInfo": (lambda w: linmem.MemoryInfo, RECORD),
+    "linmem.DroppedInfo": (lambda w: linmem.DroppedInfo, dict.fromkeys(
+        ("base", "byte_size", "growths", "kind"), (anything, 1))),
     "linmem.ImageInfo": (lambda w: linmem.ImageInfo, dict.fromkeys(
         ("offset", "size", "stored", "kind", "shares_pages", "memories"), (anything, 1))),
     "linmem.GrowError": (lambda w: linmem.GrowError, {}),

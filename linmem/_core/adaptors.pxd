@@ -39,5 +39,12 @@ cdef class StatisticsCreator(NativeCreator):
     cdef statistics_ledger* ledger
 
 
+cdef class CallbackCreator(NativeCreator):
+    cdef readonly NativeCreator upstream
+    cdef readonly object on_made, on_grow, on_refused, on_dropped
+    cdef size_t most_bytes, most_growths
+    cdef bint calls_python
+
+
 cdef class PythonCreator(NativeCreator):
     cdef readonly object creator

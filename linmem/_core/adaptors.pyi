@@ -1,6 +1,8 @@
+from collections.abc import Callable
 from typing import Any, SupportsIndex, final
 
-from linmem._core.memory import NativeCreator
+from linmem._core.memory import Memory, NativeCreator
+from linmem.records import DroppedInfo
 
 @final
 class LimitingCreator(NativeCreator):
@@ -21,6 +23,28 @@ class StatisticsCreator(NativeCreator):
     def upstream(self) -> NativeCreator: ...
     def statistics(self) -> dict[str, int]: ...
     def memories(self) -> list[dict[str, Any]]: ...
+
+@final
+class CallbackCreator(NativeCreator):
+    def __init__(self, upstream: NativeCreator, *, on_made: Callable[[Memory, int], object] | None = None,
+                 on_grow: Callable[[Memory, int, int], object] | None = None,
+                 on_refused: Callable[[Memory | None, int, Exception], object] | None = None,
+                 on_dropped: Callable[[DroppedInfo], object] | None = None, limit_each: SupportsIndex | None = None,
+                 limit_growths: SupportsIndex | None = None) -> None: ...
+    @property
+    def upstream(self) -> NativeCreator: ...
+    @property
+    def on_made(self) -> Callable[[Memory, int], object] | None: ...
+    @property
+    def on_grow(self) -> Callable[[Memory, int, int], object] | None: ...
+    @property
+    def on_refused(self) -> Callable[[Memory | None, int, Exception], object] | None: ...
+    @property
+    def on_dropped(self) -> Callable[[DroppedInfo], object] | None: ...
+    @property
+    def limit_each(self) -> int | None: ...
+    @property
+    def limit_growths(self) -> int | None: ...
 
 @final
 class PythonCreator(NativeCreator):

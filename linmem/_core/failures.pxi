@@ -7,8 +7,8 @@ from cpython.ref cimport Py_INCREF
 
 from libc.string cimport strlen
 
-from linmem._core.units cimport E_BROKEN, E_EXHAUSTED, E_IMAGE, E_LIMIT, E_OWNED, E_OWN_GROWTH, E_PROTECTED, \
-    E_PYTHON, E_VALUE
+from linmem._core.units cimport E_BROKEN, E_EXHAUSTED, E_GROWTHS, E_IMAGE, E_LIMIT, E_OWNED, E_OWN_GROWTH, \
+    E_PROTECTED, E_PYTHON, E_VALUE
 
 from linmem import errors as _errors
 from linmem._os import pages as _pages
@@ -28,7 +28,7 @@ cdef dict exceptions = {
     E_NO_MEMORY: MemoryError, E_OVERFLOW: OverflowError, E_SHRINK: ValueError, E_MAXIMUM: _errors.GrowError,
     E_CAPACITY: _errors.GrowError, E_EXPORTED: BufferError, E_UNSUPPORTED: TypeError, E_IMAGE: ValueError,
     E_OWNED: _errors.OwnedError, E_PROTECTED: ValueError, E_OWN_GROWTH: RuntimeError, E_BROKEN: RuntimeError,
-    E_VALUE: ValueError,
+    E_VALUE: ValueError, E_GROWTHS: _errors.GrowError,
 }
 
 
@@ -95,8 +95,11 @@ cdef void failure_text(const failure* why, char* text, size_t room) noexcept nog
         snprintf(text, room, "growing to %zu bytes would move the memory (its capacity is %zu), and %zu exported"
                              " buffer(s) point into it", why.size, why.limit, why.used)
     elif code == E_LIMIT:
-        snprintf(text, room, "limit of %zu bytes reached: %zu in use and %zu more asked for",
-                 why.limit, why.used, why.size)
+        snprintf(text, room, "limit of %zu bytes%s reached: %zu in use and %zu more asked for",
+                 why.limit, detail, why.used, why.size)
+    elif code == E_GROWTHS:
+        snprintf(text, room, "growing to %zu bytes is refused: the memory has grown %zu times, and limit_growths is"
+                             " %zu", why.size, why.used, why.limit)
     elif code == E_EXHAUSTED and detail[0]:
         snprintf(text, room, "%s, and %zu bytes more are asked for", detail, why.size)
     elif code == E_EXHAUSTED:
@@ -109,7 +112,8 @@ cdef void failure_text(const failure* why, char* text, size_t room) noexcept nog
                  <const char*>"grow it with wasmtime.Memory.grow(store, delta) instead")
     elif code == E_OWN_GROWTH:
         snprintf(text, room, "this thread is in a growth of this memory already, and would wait for itself: the"
-                             " grow_to() of a memory in Python must not use linmem's handle on that memory")
+                             " grow_to() of a memory in Python must not use linmem's handle on that memory, and"
+                             " on_made, on_grow and on_refused must not grow or close theirs")
     elif code == E_BROKEN:
         snprintf(text, room, "the memory is lost: its grow_to() failed, or broke off, and the object behind it no"
                              " longer says where its bytes are")

@@ -46,6 +46,21 @@ cdef int refuse_size(memory* m, size_t size, size_t new_size, failure* why) noex
 
 cdef int grow_with_hooks(memory* m, size_t size, size_t new_size, failure* why) noexcept nogil:
     cdef memory_hook* hook = m.hooks
+    cdef int code = grow_once(m, size, new_size, why)
+    while code and hook != NULL:
+        if hook.refused != NULL:
+            if hook.refused(hook, m, new_size, why):
+                return grow_once(m, size, new_size, why)
+            code = why.code
+        if hook == m.tell_to:       # this hook refused, so the hooks below do not know of the growth
+            break
+        hook = hook.next
+    return code
+
+
+cdef int grow_once(memory* m, size_t size, size_t new_size, failure* why) noexcept nogil:
+    """Afterwards m.tell_to is the hook that refused; NULL: no hook refused."""
+    cdef memory_hook* hook = m.hooks
     cdef int code = 0
     m.tell_from = m.tell_to = hook
     m.growing_from = size

@@ -112,7 +112,8 @@ cdef enum:
     OWNER_WASMTIME = 1
     OWNER_LEFT = 2              # wasmtime has dropped the memory, and Python still holds it
 
-# A growth of this thread that runs Python code. If that code waited for the memory, the thread would wait for itself.
+# A growth of this thread that runs Python code, or a new memory for which this thread runs on_made. If that code waited
+# for the memory, the thread would wait for itself.
 cdef struct own_growth:
     own_growth* outer
     memory* m
@@ -151,6 +152,10 @@ cdef struct memory_hook:
     # before an increase and after a decrease. Only an increase from 0 may be refused, with a code. The hooks between
     # the pool and this hook are then called again, with 0 and 0.
     int (*resized)(memory_hook* hook, memory* m, size_t size, size_t committed, failure* why) noexcept nogil
+    # This hook, a hook below or the OS refused a growth. Called with the lock held, after after_grow of all hooks.
+    # True: the growth is tried again, once, and no further hook is asked. False: *why holds the failure; the function
+    # may have put another one in its place.
+    bint (*refused)(memory_hook* hook, memory* m, size_t new_size, failure* why) noexcept nogil
     # Identifies the budget that this hook charges for the memory's pages. The pointer is only compared, never
     # dereferenced. NULL: the hook charges no budget.
     const void* budget
@@ -208,7 +213,7 @@ cdef struct memory:
     bint may_move               # a growth past the capacity may change the base
     bint has_moved              # pages.move() moved the pages; the pages committed after that form a second mapping
     bint huge_pages             # the memory was made with huge_pages=True; a decommit may have cancelled the advice
-    bint growth_is_watched      # a hook has before_grow or after_grow
+    bint growth_is_watched      # a hook has before_grow, after_grow or refused
     cow_state cow
     protections* protections    # which pages have which access; NULL: all are "rw"
     memory* registry_next       # the next memory in the same bucket of the bridge's table of wasmtime's memories
