@@ -11,7 +11,7 @@ The interface follows wasmtime's traits `LinearMemory` and `MemoryCreator`.
 """
 
 try:
-    from linmem._core.adaptors import CallbackCreator, LimitingCreator, PythonCreator, StatisticsCreator
+    from linmem._core.adaptors import CallbackCreator, LimitingCreator, PythonCreator, RoutingCreator, StatisticsCreator
     from linmem._core.memory import Image, Memory, MmapCreator
     from linmem._core.pool import PoolingCreator, set_pool_limits
     from linmem._files.delta import Delta
@@ -31,7 +31,7 @@ __version__ = "0.1.0"
 
 __all__ = ["CallbackCreator", "Delta", "DroppedInfo", "FileFormatError", "GrowError", "Image", "ImageInfo",
            "LimitError", "LimitingCreator", "LinearMemory", "Memory", "MemoryCreator", "MemoryInfo", "MemoryType",
-           "MmapCreator", "OwnedError", "PageError", "PoolError", "PoolingCreator", "PythonCreator",
+           "MmapCreator", "OwnedError", "PageError", "PoolError", "PoolingCreator", "PythonCreator", "RoutingCreator",
            "StatisticsCreator", "create", "creator", "set_pool_limits"]
 
 TYPE_CHECKING = False

@@ -508,7 +508,7 @@ def test_a_native_creator_cannot_be_extended_where_its_methods_would_not_be_call
     with pytest.raises(TypeError, match=r"linmem\.creator\(kind\)"):
         NativeCreator()
     for final in (linmem.MmapCreator, linmem.PoolingCreator, linmem.LimitingCreator, linmem.StatisticsCreator,
-                  linmem.CallbackCreator, linmem.PythonCreator):
+                  linmem.CallbackCreator, linmem.RoutingCreator, linmem.PythonCreator):
         with pytest.raises(TypeError, match="not an acceptable base type"):
             type("Extended", (final,), {})
 
@@ -535,6 +535,7 @@ def test_the_factory_names_every_option_of_every_kind():
                "statistics": ["upstream", "history"],
                "callback": ["upstream", "on_made", "on_grow", "on_refused", "on_dropped", "limit_each",
                             "limit_growths"],
+               "routing": ["rule"],
                "pool": ["upstream", "slots", "keep_resident", "max_unused_warm", "max_resident", "max_reserved",
                         "idle_seconds", "max_reset_seconds", "reset", "when_full", "timeout", "check", "image"]}
     assert set(options) == set(creators._KINDS)

@@ -275,6 +275,9 @@ def dirty(mem):
     mem.protect(2 * PAGE, 3 * PAGE, "none")
 
 
+DEFAULT = MMAP()
+
+
 def refuses_nothing(*_):
     return None
 
@@ -293,6 +296,9 @@ CREATORS = {        # name -> (creator, the page calls that a creation needs, th
     "callbacks": (lambda: linmem.CallbackCreator(MMAP(), on_made=refuses_nothing, on_grow=refuses_nothing,
                                                  on_refused=refuses_nothing, on_dropped=refuses_nothing,
                                                  limit_each=1 << 40, limit_growths=9), "reserve commit", "commit"),
+    "a table of routes": (lambda: linmem.RoutingCreator([({"max_size": 0}, MMAP()), ({}, linmem.PoolingCreator())]),
+                          "reserve commit", "commit"),
+    "a rule": (lambda: linmem.RoutingCreator(lambda ty, size: DEFAULT), "reserve commit", "commit"),
     "limits above and below a pool": (
         lambda: linmem.LimitingCreator(linmem.StatisticsCreator(used(linmem.PoolingCreator(
             linmem.LimitingCreator(linmem.StatisticsCreator(MMAP()), BUDGET), max_unused_warm=0))), BUDGET),
@@ -1155,6 +1161,7 @@ def quiet_scene():
         guest=scene.mem, mem=mem, img=img, delta=img.diff(mem), path=path, file=Image.open(path),
         pool=linmem.PoolingCreator(), limit=linmem.LimitingCreator(MMAP(), BUDGET),
         sums=linmem.StatisticsCreator(MMAP()), callback=linmem.CallbackCreator(MMAP()),
+        routing=linmem.RoutingCreator([({}, MMAP())]),
         mmap=MMAP(), python=linmem.PythonCreator(MMAP()),
         snapshot=linmem.wasmtime.Snapshot.take(scene.store, scene.instance))
     scene.sessions = linmem.wasmtime.Sessions(scene.instance._linmem_prepared, start=scene.snapshot, size=1)
@@ -1243,6 +1250,8 @@ QUIET = {
     "CallbackCreator": lambda scene: linmem.CallbackCreator(scene.mmap, on_made=print, limit_each=0),
     **attributes("callback CallbackCreator", "upstream", "on_made", "on_grow", "on_refused", "on_dropped",
                  "limit_each", "limit_growths"),
+    "RoutingCreator": lambda scene: linmem.RoutingCreator([({"is_64": True}, scene.mmap), ({}, scene.limit)]),
+    **attributes("routing RoutingCreator", "rule"),
     "PythonCreator": lambda scene: linmem.PythonCreator(scene.mmap),
     **attributes("python PythonCreator", "creator"),
     "PoolingCreator.stats": lambda scene: scene.pool.stats(),
@@ -1250,7 +1259,7 @@ QUIET = {
     **attributes("pool PoolingCreator", "upstream", "image"),
     **{f"{cls}.__repr__": lambda scene, name=name: repr(getattr(scene, name)) for cls, name in (
         ("MmapCreator", "mmap"), ("LimitingCreator", "limit"), ("StatisticsCreator", "sums"),
-        ("CallbackCreator", "callback"),
+        ("CallbackCreator", "callback"), ("RoutingCreator", "routing"),
         ("PythonCreator", "python"), ("PoolingCreator", "pool"), ("Prepared", "prepared"), ("Snapshot", "snapshot"))},
     **{f"{cls}.__reduce__": refuses(TypeError, lambda scene, name=name: pickle.dumps(getattr(scene, name)))
        for cls, name in (("NativeCreator", "pool"), ("Prepared", "prepared"))},

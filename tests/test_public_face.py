@@ -139,7 +139,7 @@ size = is_size
 size_or_none = either(is_size, nothing)
 flag = one_of(True, False)
 native = of(linmem.MmapCreator, linmem.PoolingCreator, linmem.LimitingCreator, linmem.StatisticsCreator,
-            linmem.CallbackCreator, linmem.PythonCreator)
+            linmem.CallbackCreator, linmem.RoutingCreator, linmem.PythonCreator)
 native_or_none = either(native, nothing)
 trait = either(native, lambda value: isinstance(value, Upstream))
 image = of(linmem.Image)
@@ -319,6 +319,8 @@ FACE = {
         "upstream": (native, given_by("mmap")), **dict.fromkeys(
             ("on_made", "on_grow", "on_refused", "on_dropped"), (either(callable, nothing), None)),
         "limit_each": (size_or_none, PAGE), "limit_growths": (size_or_none, 1)}),
+    "linmem.RoutingCreator": (lambda w: linmem.RoutingCreator, {
+        "rule": (callable, lambda w: [({"max_size": PAGE}, w.mmap)])}),
     "linmem.PythonCreator": (lambda w: linmem.PythonCreator, {
         "creator": (lambda value: callable(getattr(value, "new_memory", None)), Upstream())}),
     "linmem.MmapCreator.new_memory": (lambda w: w.mmap.new_memory, {

@@ -46,5 +46,14 @@ cdef class CallbackCreator(NativeCreator):
     cdef bint calls_python
 
 
+cdef struct route
+
+
+cdef class RoutingCreator(NativeCreator):
+    cdef readonly object rule
+    cdef route* routes          # NULL: `rule` is a function
+    cdef size_t n_routes
+
+
 cdef class PythonCreator(NativeCreator):
     cdef readonly object creator

@@ -1,8 +1,9 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, SupportsIndex, final
 
 from linmem._core.memory import Memory, NativeCreator
-from linmem.records import DroppedInfo
+from linmem.abc import MemoryCreator
+from linmem.records import DroppedInfo, MemoryType
 
 @final
 class LimitingCreator(NativeCreator):
@@ -46,6 +47,15 @@ class CallbackCreator(NativeCreator):
     @property
     def limit_growths(self) -> int | None: ...
 
+_Rule = Callable[[MemoryType, int], MemoryCreator]
+_Table = Iterable[tuple[Mapping[str, int], MemoryCreator]]
+
+@final
+class RoutingCreator(NativeCreator):
+    def __init__(self, rule: _Rule | _Table) -> None: ...
+    @property
+    def rule(self) -> _Rule | tuple[tuple[dict[str, int], NativeCreator], ...]: ...
+
 @final
 class PythonCreator(NativeCreator):
     # creator: a MemoryCreator, or another object with the method new_memory.
@@ -53,4 +63,5 @@ class PythonCreator(NativeCreator):
     @property
     def creator(self) -> Any: ...
 
+def as_native(creator: MemoryCreator, name: str = "creator") -> NativeCreator: ...
 def check_trait(creator: object, name: str) -> None: ...

@@ -2,7 +2,8 @@
 """Creators that pass their requests on to another creator, the upstream.
 
 Parts: `limiting_creator.pxi`, a budget of bytes; `statistics_creator.pxi`, counts and times; `callback_creator.pxi`,
-Python functions that are told and decide; `python_creator.pxi`, a Python class as a creator.
+Python functions that are told and decide; `routing_creator.pxi`, one of several creators for each request;
+`python_creator.pxi`, a Python class as a creator.
 """
 
 cimport cython
@@ -16,17 +17,19 @@ from linmem._core.atomic cimport add, compare_exchange, load, store, store_addre
 from linmem._core.linked_list cimport link, list_add_first, list_init, list_remove
 from linmem._core.memory cimport (
     NO_MAXIMUM, PROTECTION_NONE, RELIEF_BUDGET, UNCHOSEN, Image, Memory, NativeCreator, add_live_memory,
-    answer_request, begin_move, begin_own_growth, call_in_each_child, check_bounded, check_count, check_native,
-    check_size, current_domain, deferred_decref, end_move, end_own_growth, exception_of, fail, fail_python, failure,
-    image_copy, image_detach, lock, lock_memory, memory, memory_add_hook, memory_hook, memory_ops, memory_release,
-    memory_resident, memory_retain, memory_size, memory_spec, next_live_memory, own_growth, python_is_ending,
-    raise_failure, refuse_foreign, register_fork_lock, release_address_space, relieve, remove_live_memory, request,
-    try_lock, unlock, unregister_fork_lock, wrap,
+    answer_request, begin_move, begin_own_growth, call_in_each_child, check_bounded, check_count, check_flag,
+    check_native, check_size, current_domain, deferred_decref, end_move, end_own_growth, exception_of, fail,
+    fail_python, failure, image_copy, image_detach, lock, lock_memory, memory, memory_add_hook, memory_hook,
+    memory_ops, memory_release, memory_resident, memory_retain, memory_size, memory_spec, next_live_memory, own_growth,
+    python_is_ending, raise_failure, refuse_foreign, register_fork_lock, release_address_space, relieve,
+    remove_live_memory, request, try_lock, unlock, unregister_fork_lock, wrap,
 )
 from linmem._os cimport pages
-from linmem._core.units cimport E_BROKEN, E_GROWTHS, E_LIMIT, E_NO_MEMORY, E_PYTHON, E_UNSUPPORTED, add_up, round_up
+from linmem._core.units cimport (
+    E_BROKEN, E_GROWTHS, E_LIMIT, E_NO_MEMORY, E_PYTHON, E_UNSUPPORTED, E_VALUE, add_up, round_up,
+)
 
-from linmem._core.arguments import given as _given
+from linmem._core.arguments import given as _given, shown as _shown
 
 
 cdef void* new_zeroed(size_t size, str purpose) except NULL:
@@ -39,4 +42,5 @@ cdef void* new_zeroed(size_t size, str purpose) except NULL:
 include "limiting_creator.pxi"
 include "statistics_creator.pxi"
 include "callback_creator.pxi"
+include "routing_creator.pxi"
 include "python_creator.pxi"
