@@ -36,7 +36,7 @@ def creator(kind: str = "mmap", **options: Any) -> NativeCreator:
         `on_grow`, `on_refused`, `on_dropped`, `limit_each`, `limit_growths`, `upstream`).
         "routing": passes each request to one of several creators (`RoutingCreator`; option `rule`).
     **options
-        The options of the constructor. An `upstream` that is missing or None is an `MmapCreator`.
+        The options of the constructor; each has `name`, too. An `upstream` that is missing or None is an `MmapCreator`.
 
     Raises
     ------

@@ -75,6 +75,8 @@ class MemoryInfo:
         "mmap", "python", ...
     owner : str
         "wasmtime" while a store owns it, else "python".
+    name : str or None
+        The name of the outermost creator with a name, of those that the memory came through.
     """
 
     base: int
@@ -90,6 +92,7 @@ class MemoryInfo:
     exports: int
     kind: str
     owner: str
+    name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ class DroppedInfo:
     growths : int
         How often the memory grew.
     kind : str
+    name : str or None
         As in `MemoryInfo`.
     """
 
@@ -112,6 +116,7 @@ class DroppedInfo:
     byte_size: int
     growths: int
     kind: str
+    name: str | None = None
 
 
 @dataclass(frozen=True)

@@ -299,6 +299,9 @@ CREATORS = {        # name -> (creator, the page calls that a creation needs, th
     "a table of routes": (lambda: linmem.RoutingCreator([({"max_size": 0}, MMAP()), ({}, linmem.PoolingCreator())]),
                           "reserve commit", "commit"),
     "a rule": (lambda: linmem.RoutingCreator(lambda ty, size: DEFAULT), "reserve commit", "commit"),
+    "creators with names": (lambda: linmem.LimitingCreator(used(linmem.PoolingCreator(MMAP(name="maps"), name="pool",
+                                                                                      max_unused_warm=0)), BUDGET,
+                                                            name="limit"), "reserve commit", "commit"),
     "limits above and below a pool": (
         lambda: linmem.LimitingCreator(linmem.StatisticsCreator(used(linmem.PoolingCreator(
             linmem.LimitingCreator(linmem.StatisticsCreator(MMAP()), BUDGET), max_unused_warm=0))), BUDGET),
@@ -952,7 +955,8 @@ def call_refused(error, code):
         assert isinstance(error, MemoryError)
         assert os_code(error) == code
         assert error.size > 0
-        assert error.strerror.startswith(f"{error.call} of {error.size} bytes failed with code {code}")
+        text = error.strerror.removeprefix("creator 'maps': ")
+        assert text.startswith(f"{error.call} of {error.size} bytes failed with code {code}")
         again = pickle.loads(pickle.dumps(error))
         assert (again.errno, os_code(again), again.call, again.size, str(again)) == \
             (error.errno, code, error.call, error.size, str(error))
@@ -1240,6 +1244,7 @@ QUIET = {
     "Delta.__setattr__": refuses(AttributeError, lambda scene: setattr(scene.delta, "size", 1)),
     "Delta.__delattr__": refuses(AttributeError, lambda scene: delattr(scene.delta, "size")),
     "NativeCreator": refuses(TypeError, lambda scene: NativeCreator()),
+    **attributes("pool NativeCreator", "name"),
     "MmapCreator": lambda scene: MMAP(prefault=True, huge_pages=True),
     **attributes("mmap MmapCreator", "prefault", "huge_pages"),
     "LimitingCreator": lambda scene: linmem.LimitingCreator(scene.mmap, 0),
@@ -1280,8 +1285,8 @@ QUIET = {
     "LinearMemory.wasm_accessible": lambda scene: linmem.LinearMemory.wasm_accessible(scene.mem),
     "MemoryCreator": lambda scene: PythonMemories(None),
     "MemoryType": lambda scene: linmem.MemoryType(1, 2),
-    "MemoryInfo": lambda scene: linmem.MemoryInfo(*range(13)),
-    "DroppedInfo": lambda scene: linmem.DroppedInfo(*range(4)),
+    "MemoryInfo": lambda scene: linmem.MemoryInfo(*range(14)),
+    "DroppedInfo": lambda scene: linmem.DroppedInfo(*range(5)),
     "ImageInfo": lambda scene: linmem.ImageInfo(*range(6)),
 }
 

@@ -12,15 +12,17 @@ from cpython.ref cimport Py_INCREF
 from libc.stdint cimport SIZE_MAX
 from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcpy
 
 from linmem._core.atomic cimport add, compare_exchange, load, store, store_address, store_size
 from linmem._core.linked_list cimport link, list_add_first, list_init, list_remove
 from linmem._core.memory cimport (
-    NO_MAXIMUM, PROTECTION_NONE, RELIEF_BUDGET, UNCHOSEN, Image, Memory, NativeCreator, add_live_memory,
+    NAME_BYTES, NO_MAXIMUM, PROTECTION_NONE, RELIEF_BUDGET, UNCHOSEN, Image, Memory, NativeCreator, add_live_memory,
     answer_request, begin_move, begin_own_growth, call_in_each_child, check_bounded, check_count, check_flag,
-    check_native, check_size, current_domain, deferred_decref, end_move, end_own_growth, exception_of, fail,
-    fail_python, failure, image_copy, image_detach, lock, lock_memory, memory, memory_add_hook, memory_hook,
-    memory_ops, memory_release, memory_resident, memory_retain, memory_size, memory_spec, next_live_memory, own_growth,
+    check_native, check_size, current_domain, deferred_decref, domain as domain_t, domain_name, domain_release,
+    domain_retain, end_move, end_own_growth, exception_of, fail, fail_python, failure, image_copy, image_detach, lock,
+    lock_memory, memory, memory_add_hook, memory_hook, memory_name, memory_ops, memory_release, memory_resident,
+    memory_retain, memory_size, memory_spec, name_failure, name_option, named, next_live_memory, own_growth,
     python_is_ending, raise_failure, refuse_foreign, register_fork_lock, release_address_space, relieve,
     remove_live_memory, request, try_lock, unlock, unregister_fork_lock, wrap,
 )

@@ -14,6 +14,12 @@ cdef struct callback_hook:
     # Of a dropped memory:
     size_t base, size
     const char* kind
+    domain_t* name              # a reference
+
+
+cdef void free_callback_hook(callback_hook* hook) noexcept nogil:
+    domain_release(hook.name)
+    free(hook)
 
 
 @cython.final
@@ -28,10 +34,11 @@ cdef class MemoryCallbacks:
         if hook.told and self.on_dropped is not None:
             from linmem.records import DroppedInfo
             self.on_dropped(DroppedInfo(base=hook.base, byte_size=hook.size, growths=hook.growths,
-                                        kind=hook.kind.decode()))
+                                        kind=hook.kind.decode(), name=domain_name(hook.name)))
 
     def __dealloc__(self):
-        free(self.hook)
+        with nogil:
+            free_callback_hook(self.hook)
 
 
 cdef object call_with_handle(object function, memory* m, tuple arguments):
@@ -128,12 +135,15 @@ cdef int callback_resized(memory_hook* head, memory* m, size_t size, size_t acce
 cdef void callback_before_drop(memory_hook* head, memory* m) noexcept nogil:
     cdef callback_hook* hook = <callback_hook*>head
     hook.base, hook.size, hook.kind = <size_t>m.base, memory_size(m), m.ops.kind
+    if hook.name == NULL:       # a forked child may come here a second time
+        hook.name = memory_name(m)
+        domain_retain(hook.name)
 
 
 cdef void callback_dropped(memory_hook* head) noexcept nogil:
     cdef callback_hook* hook = <callback_hook*>head
     if hook.callbacks == NULL:
-        free(hook)
+        free_callback_hook(hook)
     else:
         deferred_decref(hook.callbacks)
 
@@ -177,6 +187,8 @@ cdef class CallbackCreator(NativeCreator):
         The most bytes that a memory may have. Otherwise `LimitError`, or -1 from ``memory.grow``. No Python code runs.
     limit_growths : int, optional
         How often a memory may grow. Otherwise `GrowError`. No Python code runs.
+    name : str, optional
+        Stands in the text of what its limits refuse, in `MemoryInfo` and in `DroppedInfo` of its memories.
 
     Notes
     -----
@@ -195,8 +207,7 @@ cdef class CallbackCreator(NativeCreator):
 
     def __cinit__(self, *args, **kwargs):
         functions = ("on_made", "on_grow", "on_refused", "on_dropped")
-        limits = ("limit_each", "limit_growths")
-        names = ("upstream", *functions, *limits)
+        names = ("upstream", *functions, "limit_each", "limit_growths", "name")
         upstream, *rest = _given("CallbackCreator", names, dict.fromkeys(names[1:]), args, kwargs, 1)
         self.upstream = check_native(upstream, "upstream")
         self.on_made, self.on_grow, self.on_refused, self.on_dropped = map(check_callback, rest[:4], functions)
@@ -214,13 +225,15 @@ cdef class CallbackCreator(NativeCreator):
         if hook == NULL:
             return fail(why, E_NO_MEMORY, "calloc", sizeof(callback_hook))
         code = make_within_limit(self, spec, out, why)
+        if code:
+            name_failure(why, self.name_struct)
         if code and self.on_refused is not None and not python_is_ending():
             with gil:
                 again = ask_again(self.on_refused, NULL, spec.minimum, why)
             code = make_within_limit(self, spec, out, why) if again else why.code
         if code:
             free(hook)
-            return code
+            return named(self, code, out, why)
         hook.most_bytes, hook.most_growths = self.most_bytes, self.most_growths
         hook.head.before_grow = callback_before_grow
         hook.head.after_grow = callback_after_grow
@@ -237,7 +250,7 @@ cdef class CallbackCreator(NativeCreator):
             callback_dropped(&hook.head)
         else:
             memory_add_hook(out[0], &hook.head)
-        return code
+        return named(self, code, out, why)
 
     @property
     def limit_each(self):
@@ -251,7 +264,7 @@ cdef class CallbackCreator(NativeCreator):
 
     def __repr__(self):
         options = [repr(self.upstream)]
-        for name in ("on_made", "on_grow", "on_refused", "on_dropped", "limit_each", "limit_growths"):
+        for name in ("on_made", "on_grow", "on_refused", "on_dropped", "limit_each", "limit_growths", "name"):
             value = getattr(self, name)
             if value is not None:
                 options.append(f"{name}={value!r}")

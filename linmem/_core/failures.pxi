@@ -16,7 +16,8 @@ from linmem._os import pages as _pages
 cdef extern from *:
     """
     #define linmem_explain(why, ...) snprintf((why)->detail, sizeof((why)->detail), __VA_ARGS__)
-    #define linmem_fail_text(why, value, ...) ((why)->code = (value), linmem_explain(why, __VA_ARGS__), (value))
+    #define linmem_fail_text(why, value, ...) ((why)->code = (value), (why)->name[0] = 0, \\
+                                               linmem_explain(why, __VA_ARGS__), (value))
     """
     # explain() writes the detail of a failure; call it after fail(). fail_text() replaces both calls where the detail
     # is the whole text.
@@ -38,7 +39,7 @@ cdef int fail(failure* why, int code, const char* call, size_t size, size_t used
     why.size = size
     why.used = used
     why.limit = limit
-    why.detail[0] = 0
+    why.detail[0] = why.name[0] = 0
     why.exception = NULL
     return code
 
@@ -73,6 +74,9 @@ cdef void failure_text(const failure* why, char* text, size_t room) noexcept nog
     cdef int code = why.code
     cdef const char* detail = <const char*>why.detail
     cdef const char* between = "; " if detail[0] else ""
+    cdef size_t n = <size_t>snprintf(text, room, "creator '%s': ", <const char*>why.name) if why.name[0] else 0
+    text += n
+    room -= n
     if code > 0:
         snprintf(text, room, "%s of %zu bytes failed with code %d: %s%s%s", why.call, why.size, code,
                  pages.code_text(code), between, detail)
@@ -126,7 +130,7 @@ cdef void failure_text(const failure* why, char* text, size_t room) noexcept nog
 
 cdef object exception_of(const failure* why):
     """The exception for a failure. The caller's reference on an exception of Python code goes to the result."""
-    cdef char text[512]
+    cdef char text[640]
     cdef object error
     if why.code == E_PYTHON:
         error = <object>why.exception

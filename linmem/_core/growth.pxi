@@ -25,17 +25,21 @@ cdef inline int grow_as(memory* m, size_t new_size, bint by_python, failure* why
 cdef inline int grow_locked(memory* m, size_t new_size, bint by_python, failure* why) noexcept nogil:
     """The caller holds the memory's lock. by_python: a call that a memory of a wasmtime store refuses."""
     cdef size_t size = memory_size(m)
+    cdef int code
     if by_python and load(&m.owner) == OWNER_WASMTIME:
         return fail(why, E_OWNED, "grow_to", new_size)
     if new_size < size or new_size > m.maximum:
-        return refuse_size(m, size, new_size, why)
+        refuse_size(m, size, new_size, why)
+        return name_refusal(m, NULL, why)
     if new_size == size:
         return 0
     if m.growth_is_watched:
         return grow_with_hooks(m, size, new_size, why)
     if m.ops == &mapped_ops:
-        return mapped_grow_by(m, size, new_size, why)
-    return m.ops.grow(m, new_size, why)
+        code = mapped_grow_by(m, size, new_size, why)
+    else:
+        code = m.ops.grow(m, new_size, why)
+    return name_refusal(m, NULL, why) if code else 0
 
 
 cdef int refuse_size(memory* m, size_t size, size_t new_size, failure* why) noexcept nogil:
@@ -81,4 +85,4 @@ cdef int grow_once(memory* m, size_t size, size_t new_size, failure* why) noexce
             hook.after_grow(hook, m, size, new_size, code)
         hook = hook.next
     store_size(&m.growing_to, 0)
-    return code
+    return name_refusal(m, m.tell_to, why) if code else 0

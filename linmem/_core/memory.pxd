@@ -14,6 +14,9 @@ from linmem._os cimport pages
 from linmem._core.linked_list cimport link
 from linmem._core.units cimport atomic_i64
 
+cdef enum:
+    NAME_BYTES = 100            # the most bytes of a creator's name; arguments.py has the same number
+
 # Why a nogil function failed. Such a function returns 0, or the code that it stored here. In comments, "a code" is such
 # a result that is not 0. A call that succeeds stores nothing. failures.pxi makes the text and the exception.
 cdef struct failure:
@@ -23,6 +26,7 @@ cdef struct failure:
     size_t used                 # bytes, buffers or an offset: the value of `code` determines which
     size_t limit                # the bound that the call exceeded
     char detail[320]            # further text; may be empty
+    char name[NAME_BYTES + 1]   # of the creator that refused; empty: it has none, or `code` tells of no refusal
     PyObject* exception         # E_PYTHON only: a reference; the code that handles the failure must drop it
 
 cdef enum:
@@ -249,8 +253,8 @@ cdef enum:
     RELIEF_SPACE = 1            # address space could not be reserved
     RELIEF_BUDGET = 2           # a budget does not cover the bytes
 
-# A name that separates the users of a pool: pages are never handed from one domain to another. Reference-counted;
-# equal names are one struct.
+# A name that separates the users of a pool: pages are never handed from one domain to another. Also the name of a
+# creator. Reference-counted; equal names are one struct.
 cdef struct domain:
     atomic_i64 refs
     domain* next
@@ -378,7 +382,17 @@ cdef nogil:
     void domain_retain(domain* d) noexcept
     void domain_release(domain* d) noexcept
 cdef domain* domain_of(object name) except? NULL
+cdef object domain_name(const domain* d)
 cdef void answer_request(request* new) noexcept
+
+# Names of creators. make() of a creator ends with named(): `code` is its result so far. A memory has the name of the
+# outermost creator with a name. A refusal has the name of the creator that refused or, if that creator has none, of the
+# next creator above.
+cdef nogil:
+    int named(NativeCreator creator, int code, memory** out, failure* why) noexcept
+    void name_failure(failure* why, const domain* name) noexcept
+    domain* memory_name(memory* m) noexcept     # borrowed; NULL: no name
+cdef str name_option(NativeCreator creator)
 
 # Arguments.
 cdef int check_size(object value, str name, size_t* out) except -1
@@ -392,6 +406,7 @@ cdef object wrap(memory* m)
 
 cdef class NativeCreator:
     cdef object __weakref__
+    cdef domain* name_struct    # a reference; NULL: no name
     # Returns 0 and stores a new reference in *out; or returns a code, and has freed everything that it allocated.
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil
     cdef int fill_spec(self, memory_spec* spec, ty, minimum, maximum, reservation, guard) except -1

@@ -167,10 +167,12 @@ cdef class PythonCreator(NativeCreator):
     ----------
     creator : MemoryCreator
         Its `new_memory` returns a `LinearMemory`, or a `Memory` that linmem made.
+    name : str, optional
+        Stands in `MemoryInfo` of its memories, and in the text of a `GrowError` or a `PageError` for their growth.
     """
 
     def __cinit__(self, *args, **kwargs):
-        self.creator, = _given("PythonCreator", ("creator",), {}, args, kwargs)
+        self.creator, _ = _given("PythonCreator", ("creator", "name"), {"name": None}, args, kwargs, 1)
         check_trait(self.creator, "creator")
 
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
@@ -178,12 +180,13 @@ cdef class PythonCreator(NativeCreator):
             return fail(why, E_UNSUPPORTED, "new_memory while the interpreter shuts down", spec.minimum)
         with gil:
             try:
-                return make_in_python(self.creator, spec, out)
+                make_in_python(self.creator, spec, out)
             except BaseException as error:
                 return fail_python(why, error)
+        return named(self, 0, out, why)
 
     def __repr__(self):
-        return f"PythonCreator({self.creator!r})"
+        return f"PythonCreator({self.creator!r}{name_option(self)})"
 
 
 cdef object type_of(const memory_spec* spec):

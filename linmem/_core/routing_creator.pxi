@@ -59,10 +59,12 @@ cdef class RoutingCreator(NativeCreator):
 
         A function ``rule(ty, size)``: it gets the `MemoryType` and the bytes at the start, and returns the creator. If
         it raises, the request is refused with this exception.
+    name : str, optional
+        Stands in the text of refusals whose creator has no name, and in `MemoryInfo` of the memories.
     """
 
     def __cinit__(self, *args, **kwargs):
-        rule, = _given("RoutingCreator", ("rule",), {}, args, kwargs)
+        rule, _ = _given("RoutingCreator", ("rule", "name"), {"name": None}, args, kwargs, 1)
         if callable(rule):
             self.rule = rule
             return
@@ -81,23 +83,29 @@ cdef class RoutingCreator(NativeCreator):
         free(self.routes)
 
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
-        cdef size_t i
-        if self.routes == NULL:
-            if python_is_ending():
-                return fail(why, E_UNSUPPORTED, "new_memory while the interpreter shuts down", spec.minimum)
-            return make_by_function(self, spec, out, why)
-        for i in range(self.n_routes):
-            if fits(&self.routes[i], spec):
-                return (<NativeCreator>self.routes[i].creator).make(spec, out, why)
-        fail(why, E_VALUE, "rule", spec.minimum)
-        snprintf(why.detail, sizeof(why.detail), "no row of rule fits a memory of %zu bytes with is_64=%s and"
-                 " is_shared=%s: a last row without fields would", spec.minimum,
-                 <const char*>("True" if spec.is_64 else "False"),
-                 <const char*>("True" if spec.is_shared else "False"))
-        return E_VALUE
+        cdef int code
+        if self.routes != NULL:
+            code = make_by_table(self, spec, out, why)
+        elif python_is_ending():
+            code = fail(why, E_UNSUPPORTED, "new_memory while the interpreter shuts down", spec.minimum)
+        else:
+            code = make_by_function(self, spec, out, why)
+        return named(self, code, out, why)
 
     def __repr__(self):
-        return f"RoutingCreator({self.rule!r})"
+        return f"RoutingCreator({self.rule!r}{name_option(self)})"
+
+
+cdef int make_by_table(RoutingCreator creator, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
+    cdef size_t i
+    for i in range(creator.n_routes):
+        if fits(&creator.routes[i], spec):
+            return (<NativeCreator>creator.routes[i].creator).make(spec, out, why)
+    fail(why, E_VALUE, "rule", spec.minimum)
+    snprintf(why.detail, sizeof(why.detail), "no row of rule fits a memory of %zu bytes with is_64=%s and"
+             " is_shared=%s: a last row without fields would", spec.minimum,
+             <const char*>("True" if spec.is_64 else "False"), <const char*>("True" if spec.is_shared else "False"))
+    return E_VALUE
 
 
 cdef int make_by_function(RoutingCreator creator, const memory_spec* spec, memory** out,
