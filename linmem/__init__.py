@@ -11,7 +11,14 @@ The interface follows wasmtime's traits `LinearMemory` and `MemoryCreator`.
 """
 
 try:
-    from linmem._core.adaptors import LimitingCreator, PythonCreator, StatisticsCreator, TrackingCreator
+    from linmem._core.adaptors import (
+        CallbackCreator,
+        LimitingCreator,
+        PythonCreator,
+        RoutingCreator,
+        StatisticsCreator,
+        TrackingCreator,
+    )
     from linmem._core.memory import Image, Memory, MmapCreator, tracemalloc_domain
     from linmem._core.pool import PoolingCreator, set_pool_limits
     from linmem._files.delta import Delta
@@ -29,14 +36,15 @@ except ModuleNotFoundError as _error:
 
 __version__ = "0.1.0"
 
-__all__ = ["Allocation", "Delta", "FileFormatError", "GrowError", "Image", "ImageInfo", "LimitError", "LimitingCreator",
-           "LinearMemory", "Memory", "MemoryCreator", "MemoryInfo", "MemoryType", "MmapCreator", "OwnedError",
-           "PageError", "PoolError", "PoolingCreator", "PythonCreator", "ScopeTotals", "StatisticsCreator",
-           "TrackingCreator", "create", "creator", "set_pool_limits", "tracemalloc_domain"]
+__all__ = ["Allocation", "CallbackCreator", "Delta", "DroppedInfo", "FileFormatError", "GrowError", "Image",
+           "ImageInfo", "LimitError", "LimitingCreator", "LinearMemory", "Memory", "MemoryCreator", "MemoryInfo",
+           "MemoryType", "MmapCreator", "OwnedError", "PageError", "PoolError", "PoolingCreator", "PythonCreator",
+           "RoutingCreator", "ScopeTotals", "StatisticsCreator", "TrackingCreator", "create", "creator",
+           "set_pool_limits", "tracemalloc_domain"]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from linmem.records import Allocation, ImageInfo, MemoryInfo, MemoryType, ScopeTotals
+    from linmem.records import Allocation, DroppedInfo, ImageInfo, MemoryInfo, MemoryType, ScopeTotals
 
 
 def __getattr__(name: str) -> object:
@@ -46,7 +54,7 @@ def __getattr__(name: str) -> object:
         from importlib import import_module
 
         return import_module(f"linmem.{name}")
-    if name in ("Allocation", "ImageInfo", "MemoryInfo", "MemoryType", "ScopeTotals"):
+    if name in ("Allocation", "DroppedInfo", "ImageInfo", "MemoryInfo", "MemoryType", "ScopeTotals"):
         from linmem import records
 
         return globals().setdefault(name, getattr(records, name))

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from linmem._core.adaptors import LimitingCreator, PythonCreator, StatisticsCreator, TrackingCreator, check_trait
+from linmem._core.adaptors import (
+    CallbackCreator,
+    LimitingCreator,
+    RoutingCreator,
+    StatisticsCreator,
+    TrackingCreator,
+    as_native,
+)
 from linmem._core.arguments import shown
 from linmem._core.memory import Memory, MmapCreator, NativeCreator
 from linmem._core.pool import PoolingCreator
@@ -16,7 +23,7 @@ __all__ = ["as_native", "create", "creator"]
 
 _KINDS: dict[str, type[NativeCreator]] = {
     "mmap": MmapCreator, "pool": PoolingCreator, "limiting": LimitingCreator, "statistics": StatisticsCreator,
-    "tracking": TrackingCreator}
+    "tracking": TrackingCreator, "callback": CallbackCreator, "routing": RoutingCreator}
 _DEFAULT = MmapCreator()
 
 
@@ -33,8 +40,11 @@ def creator(kind: str = "mmap", **options: Any) -> NativeCreator:
         "limiting": one budget over all memories (`LimitingCreator`; options `limit_bytes`, `upstream`).
         "statistics": counts and times what happens (`StatisticsCreator`; options `upstream`, `history`).
         "tracking": notes which lines and scopes made memories (`TrackingCreator`; options `upstream`, `frames`).
+        "callback": Python functions, or limits for each memory, decide (`CallbackCreator`; options `on_made`,
+        `on_grow`, `on_refused`, `on_dropped`, `limit_each`, `limit_growths`, `upstream`).
+        "routing": passes each request to one of several creators (`RoutingCreator`; option `rule`).
     **options
-        The options of the constructor. An `upstream` that is missing or None is an `MmapCreator`.
+        The options of the constructor; each has `name`, too. An `upstream` that is missing or None is an `MmapCreator`.
 
     Raises
     ------
@@ -46,7 +56,7 @@ def creator(kind: str = "mmap", **options: Any) -> NativeCreator:
     if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(f"kind must be one of {', '.join(map(repr, _KINDS))}, got {shown(kind)}")
     made = _KINDS[kind]
-    if made is not MmapCreator:
+    if made is not MmapCreator and made is not RoutingCreator:
         upstream = options.get("upstream")
         options["upstream"] = _DEFAULT if upstream is None else as_native(upstream, "upstream")
     return made(**options)
@@ -106,11 +116,3 @@ def create(minimum: int, maximum: int | None = None, *, creator: MemoryCreator |
     if domain is None:
         return native.create(minimum, maximum, reserve, guard, may_move=may_move)
     return native.create(minimum, maximum, reserve, guard, may_move=may_move, domain=domain)
-
-
-def as_native(creator: MemoryCreator, name: str = "creator") -> NativeCreator:
-    """The creator itself, or a `PythonCreator` for a creator in Python; `name` is the name of the argument."""
-    if isinstance(creator, NativeCreator):
-        return creator
-    check_trait(creator, name)
-    return PythonCreator(creator)

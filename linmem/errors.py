@@ -25,12 +25,12 @@ class GrowError(MemoryError):
 
 
 class LimitError(GrowError):
-    """The budget of a `LimitingCreator` does not cover the request.
+    """A limit of bytes does not cover the request: a `LimitingCreator`'s, or `limit_each` of a `CallbackCreator`.
 
     Attributes
     ----------
     limit, used, requested : int
-        In bytes: the budget, the part of the budget that is in use, and the bytes that the request would add.
+        In bytes: the limit, the part of the limit that is in use, and the bytes that the request would add.
     """
 
     def __init__(self, message: str, *, limit: int, used: int, requested: int) -> None:

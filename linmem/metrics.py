@@ -50,10 +50,10 @@ def read(pool: PoolingCreator) -> dict[str, Any]:
         resident, page_tables, reserved (bytes). Only the pool has the counters fallbacks and rejected, and the gauges
         slots, resident_bound, reserved_bound (None: no bound), images, image_bytes and image_descriptors.
 
-        shapes: a list with a dict for each shape: the figures that shapes and domains have too, image_bytes,
-        image_descriptors, and `shape`, a dict. domains: a dict with a dict of the same figures for each domain, by
-        name. If there are more than 256 shapes (or domains) without slots, the pool forgets all of these: the counters
-        of a forgotten shape start at 0 again.
+        name: the pool's name, or None. shapes: a list with a dict for each shape: the figures that shapes and domains
+        have too, image_bytes, image_descriptors, and `shape`, a dict. domains: a dict with a dict of the same figures
+        for each domain, by name. If there are more than 256 shapes (or domains) without slots, the pool forgets all of
+        these: the counters of a forgotten shape start at 0 again.
 
     Raises
     ------
@@ -104,7 +104,7 @@ def collector(*pools: PoolingCreator, names: Iterable[str] | None = None, per_do
     *pools : PoolingCreator
         The collector holds references to the pools. A registry takes one collector, so give all pools to one call.
     names : iterable of str, optional
-        The label ``pool`` of each pool; "0", "1" ... by default.
+        The label ``pool`` of each pool. By default its `name`, or "0", "1" ... for the pools without a name.
     per_domain : bool
         Adds the figures of each domain, with the label ``domain``. Prometheus is made for hundreds of domains, not for
         millions. The label "" means no domain. A name that is empty, begins with a quote, or is not valid Unicode is
@@ -127,7 +127,9 @@ def collector(*pools: PoolingCreator, names: Iterable[str] | None = None, per_do
     for pool in pools:
         if not isinstance(pool, PoolingCreator):
             raise TypeError(f"pools must be PoolingCreators, got {type(pool).__name__}")
-    labels = [str(i) for i in range(len(pools))] if names is None else [_label(str(name)) for name in names]
+    if names is None:
+        names = [str(i) if pool.name is None else pool.name for i, pool in enumerate(pools)]
+    labels = [_label(str(name)) for name in names]
     check_flag(per_domain, "per_domain")
     check_flag(per_shape, "per_shape")
     if len(labels) != len(pools) or len(set(labels)) != len(labels):

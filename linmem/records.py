@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from linmem._core.arguments import check_count, check_flag, shown
 
-__all__ = ["Allocation", "ImageInfo", "MemoryInfo", "MemoryType", "ScopeTotals"]
+__all__ = ["Allocation", "DroppedInfo", "ImageInfo", "MemoryInfo", "MemoryType", "ScopeTotals"]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -80,6 +80,8 @@ class MemoryInfo:
         "mmap", "python", ...
     owner : str
         "wasmtime" while a store owns it, else "python".
+    name : str or None
+        The name of the outermost creator with a name, of those that the memory came through.
     """
 
     base: int
@@ -95,6 +97,31 @@ class MemoryInfo:
     exports: int
     kind: str
     owner: str
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class DroppedInfo:
+    """A memory that was dropped, as `on_dropped` of a `CallbackCreator` gets it.
+
+    Attributes
+    ----------
+    base : int
+        The address that byte 0 had at the end. Another memory may be there now.
+    byte_size : int
+        The size at the end, in bytes.
+    growths : int
+        How often the memory grew.
+    kind : str
+    name : str or None
+        As in `MemoryInfo`.
+    """
+
+    base: int
+    byte_size: int
+    growths: int
+    kind: str
+    name: str | None = None
 
 
 @dataclass(frozen=True)

@@ -525,7 +525,7 @@ def test_a_memory_in_python_may_know_a_smaller_maximum_of_its_own():
 
 
 @pytest.mark.parametrize("kind", [linmem.MmapCreator, linmem.LimitingCreator, linmem.StatisticsCreator,
-                                  linmem.PythonCreator])
+                                  linmem.CallbackCreator, linmem.RoutingCreator, linmem.PythonCreator])
 def test_a_native_creator_cannot_be_subclassed_in_python_because_overrides_would_be_ignored(kind):
     with pytest.raises(TypeError, match="not an acceptable base type"):
         type("Sub", (kind,), {})

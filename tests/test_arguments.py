@@ -347,7 +347,7 @@ def test_a_creator_with_a_false_truth_value_is_used(make):
         make()
 
 
-@pytest.mark.parametrize("kind", ["statistics", "limiting", "pool", "tracking"])
+@pytest.mark.parametrize("kind", ["statistics", "limiting", "pool", "tracking", "callback"])
 @pytest.mark.parametrize("bad", [0, False, "", [], (), 0.0, b"", linmem.MmapCreator, Quota, NativeCreator])
 def test_an_upstream_that_is_not_a_creator_is_refused_by_name(kind, bad):
     options = {"limit_bytes": 1} if kind == "limiting" else {}
@@ -355,10 +355,10 @@ def test_an_upstream_that_is_not_a_creator_is_refused_by_name(kind, bad):
         linmem.creator(kind, upstream=bad, **options)
     with pytest.raises(TypeError, match=r"^upstream must be a NativeCreator \(a PythonCreator for .*\), got"):
         {"statistics": linmem.StatisticsCreator, "limiting": linmem.LimitingCreator, "tracking": linmem.TrackingCreator,
-         "pool": linmem.PoolingCreator}[kind](bad, **options)
+         "pool": linmem.PoolingCreator, "callback": linmem.CallbackCreator}[kind](bad, **options)
 
 
-@pytest.mark.parametrize("kind", ["statistics", "limiting", "pool", "tracking"])
+@pytest.mark.parametrize("kind", ["statistics", "limiting", "pool", "tracking", "callback"])
 def test_an_upstream_of_none_is_the_default(kind):
     options = {"limit_bytes": 1 << 20} if kind == "limiting" else {}
     assert isinstance(linmem.creator(kind, upstream=None, **options).upstream, linmem.MmapCreator)
@@ -511,7 +511,7 @@ def test_a_native_creator_cannot_be_extended_where_its_methods_would_not_be_call
     with pytest.raises(TypeError, match=r"linmem\.creator\(kind\)"):
         NativeCreator()
     for final in (linmem.MmapCreator, linmem.PoolingCreator, linmem.LimitingCreator, linmem.StatisticsCreator,
-                  linmem.PythonCreator):
+                  linmem.CallbackCreator, linmem.RoutingCreator, linmem.PythonCreator):
         with pytest.raises(TypeError, match="not an acceptable base type"):
             type("Extended", (final,), {})
 
@@ -536,6 +536,9 @@ def test_the_factory_names_every_option_of_every_kind():
     said = inspect.getdoc(linmem.creator)
     options = {"mmap": ["prefault", "huge_pages"], "limiting": ["upstream", "limit_bytes"],
                "statistics": ["upstream", "history"], "tracking": ["upstream", "frames"],
+               "callback": ["upstream", "on_made", "on_grow", "on_refused", "on_dropped", "limit_each",
+                            "limit_growths"],
+               "routing": ["rule"],
                "pool": ["upstream", "slots", "keep_resident", "max_unused_warm", "max_resident", "max_reserved",
                         "idle_seconds", "max_reset_seconds", "reset", "when_full", "timeout", "check", "image"]}
     assert set(options) == set(creators._KINDS)
@@ -545,7 +548,7 @@ def test_the_factory_names_every_option_of_every_kind():
             assert f"`{name}`" in paragraph, (kind, name)
         with pytest.raises(TypeError) as caught:
             linmem.creator(kind, option=1)
-        assert sorted(str(caught.value).partition("are: ")[2].split(", ")) == sorted(names)
+        assert sorted(str(caught.value).partition("are: ")[2].split(", ")) == sorted([*names, "name"])
 
 
 # -- two faults in one call -----------------------------------------------------------------------------------------

@@ -275,6 +275,13 @@ def dirty(mem):
     mem.protect(2 * PAGE, 3 * PAGE, "none")
 
 
+DEFAULT = MMAP()
+
+
+def refuses_nothing(*_):
+    return None
+
+
 CREATORS = {        # name -> (creator, the page calls that a creation needs, the page calls that a growth needs)
     "mmap": (MMAP, "reserve commit", "commit"),
     "prefaulting": (lambda: MMAP(prefault=True), "reserve commit prefault", "commit prefault"),
@@ -286,6 +293,15 @@ CREATORS = {        # name -> (creator, the page calls that a creation needs, th
                                  "commit protect"),
     "limiting": (lambda: linmem.LimitingCreator(MMAP(), BUDGET), "reserve commit", "commit"),
     "statistics": (lambda: linmem.StatisticsCreator(MMAP()), "reserve commit", "commit"),
+    "callbacks": (lambda: linmem.CallbackCreator(MMAP(), on_made=refuses_nothing, on_grow=refuses_nothing,
+                                                 on_refused=refuses_nothing, on_dropped=refuses_nothing,
+                                                 limit_each=1 << 40, limit_growths=9), "reserve commit", "commit"),
+    "a table of routes": (lambda: linmem.RoutingCreator([({"max_size": 0}, MMAP()), ({}, linmem.PoolingCreator())]),
+                          "reserve commit", "commit"),
+    "a rule": (lambda: linmem.RoutingCreator(lambda ty, size: DEFAULT), "reserve commit", "commit"),
+    "creators with names": (lambda: linmem.LimitingCreator(used(linmem.PoolingCreator(MMAP(name="maps"), name="pool",
+                                                                                      max_unused_warm=0)), BUDGET,
+                                                            name="limit"), "reserve commit", "commit"),
     "limits above and below a pool": (
         lambda: linmem.LimitingCreator(linmem.StatisticsCreator(used(linmem.PoolingCreator(
             linmem.LimitingCreator(linmem.StatisticsCreator(MMAP()), BUDGET), max_unused_warm=0))), BUDGET),
@@ -939,7 +955,8 @@ def call_refused(error, code):
         assert isinstance(error, MemoryError)
         assert os_code(error) == code
         assert error.size > 0
-        assert error.strerror.startswith(f"{error.call} of {error.size} bytes failed with code {code}")
+        text = error.strerror.removeprefix("creator 'maps': ")
+        assert text.startswith(f"{error.call} of {error.size} bytes failed with code {code}")
         again = pickle.loads(pickle.dumps(error))
         assert (again.errno, os_code(again), again.call, again.size, str(again)) == \
             (error.errno, code, error.call, error.size, str(error))
@@ -1148,6 +1165,7 @@ def quiet_scene():
         guest=scene.mem, mem=mem, img=img, delta=img.diff(mem), path=path, file=Image.open(path),
         pool=linmem.PoolingCreator(), limit=linmem.LimitingCreator(MMAP(), BUDGET),
         sums=linmem.StatisticsCreator(MMAP()), tracking=linmem.TrackingCreator(MMAP()), mmap=MMAP(),
+        callback=linmem.CallbackCreator(MMAP()), routing=linmem.RoutingCreator([({}, MMAP())]),
         python=linmem.PythonCreator(MMAP()),
         snapshot=linmem.wasmtime.Snapshot.take(scene.store, scene.instance))
     scene.sessions = linmem.wasmtime.Sessions(scene.instance._linmem_prepared, start=scene.snapshot, size=1)
@@ -1231,6 +1249,7 @@ QUIET = {
     "Delta.__setattr__": refuses(AttributeError, lambda scene: setattr(scene.delta, "size", 1)),
     "Delta.__delattr__": refuses(AttributeError, lambda scene: delattr(scene.delta, "size")),
     "NativeCreator": refuses(TypeError, lambda scene: NativeCreator()),
+    **attributes("pool NativeCreator", "name"),
     "MmapCreator": lambda scene: MMAP(prefault=True, huge_pages=True),
     **attributes("mmap MmapCreator", "prefault", "huge_pages"),
     "LimitingCreator": lambda scene: linmem.LimitingCreator(scene.mmap, 0),
@@ -1247,6 +1266,11 @@ QUIET = {
     "TrackingCreator.history": lambda scene: scene.tracking.history(),
     "TrackingCreator.overhead": lambda scene: scene.tracking.overhead(),
     **attributes("tracking TrackingCreator", "upstream", "frames"),
+    "CallbackCreator": lambda scene: linmem.CallbackCreator(scene.mmap, on_made=print, limit_each=0),
+    **attributes("callback CallbackCreator", "upstream", "on_made", "on_grow", "on_refused", "on_dropped",
+                 "limit_each", "limit_growths"),
+    "RoutingCreator": lambda scene: linmem.RoutingCreator([({"is_64": True}, scene.mmap), ({}, scene.limit)]),
+    **attributes("routing RoutingCreator", "rule"),
     "PythonCreator": lambda scene: linmem.PythonCreator(scene.mmap),
     **attributes("python PythonCreator", "creator"),
     "PoolingCreator.stats": lambda scene: scene.pool.stats(),
@@ -1254,8 +1278,8 @@ QUIET = {
     **attributes("pool PoolingCreator", "upstream", "image"),
     **{f"{cls}.__repr__": lambda scene, name=name: repr(getattr(scene, name)) for cls, name in (
         ("MmapCreator", "mmap"), ("LimitingCreator", "limit"), ("StatisticsCreator", "sums"),
-        ("TrackingCreator", "tracking"), ("PythonCreator", "python"), ("PoolingCreator", "pool"),
-        ("Prepared", "prepared"), ("Snapshot", "snapshot"))},
+        ("TrackingCreator", "tracking"), ("CallbackCreator", "callback"), ("RoutingCreator", "routing"),
+        ("PythonCreator", "python"), ("PoolingCreator", "pool"), ("Prepared", "prepared"), ("Snapshot", "snapshot"))},
     **{f"{cls}.__reduce__": refuses(TypeError, lambda scene, name=name: pickle.dumps(getattr(scene, name)))
        for cls, name in (("NativeCreator", "pool"), ("Prepared", "prepared"))},
     "StoredSnapshot.save": lambda scene: scene.snapshot.save(scene.path + " snapshot"),
@@ -1277,7 +1301,8 @@ QUIET = {
     "LinearMemory.wasm_accessible": lambda scene: linmem.LinearMemory.wasm_accessible(scene.mem),
     "MemoryCreator": lambda scene: PythonMemories(None),
     "MemoryType": lambda scene: linmem.MemoryType(1, 2),
-    "MemoryInfo": lambda scene: linmem.MemoryInfo(*range(13)),
+    "MemoryInfo": lambda scene: linmem.MemoryInfo(*range(14)),
+    "DroppedInfo": lambda scene: linmem.DroppedInfo(*range(5)),
     "ImageInfo": lambda scene: linmem.ImageInfo(*range(6)),
     "Allocation": lambda scene: linmem.Allocation(*range(7)),
     "ScopeTotals": lambda scene: linmem.ScopeTotals(*range(5)),

@@ -131,6 +131,10 @@ def anything(value):
     return True
 
 
+def is_name(value):
+    return isinstance(value, str) and value.isprintable() and 0 < len(value.encode()) <= 100
+
+
 def is_dtype(value):
     import numpy
 
@@ -144,13 +148,14 @@ size = is_size
 size_or_none = either(is_size, nothing)
 flag = one_of(True, False)
 native = of(linmem.MmapCreator, linmem.PoolingCreator, linmem.LimitingCreator, linmem.StatisticsCreator,
-            linmem.TrackingCreator, linmem.PythonCreator)
+            linmem.TrackingCreator, linmem.CallbackCreator, linmem.RoutingCreator, linmem.PythonCreator)
 native_or_none = either(native, nothing)
 trait = either(native, lambda value: isinstance(value, Upstream))
 image = of(linmem.Image)
 delta = of(linmem.Delta)
 text = of(str)
 text_or_none = either(text, nothing)
+name_or_none = either(is_name, nothing)
 
 
 def seconds(value):
@@ -286,7 +291,7 @@ WAT = '(module (memory (export "m") 1 4) (data (i32.const 8) "data"))'
 MAKE = {"minimum": (size, PAGE), "maximum": (size_or_none, None), "reserve": (size_or_none, None),
         "guard": (size_or_none, None)}
 RECORD = dict.fromkeys(("base", "byte_size", "byte_capacity", "maximum_byte_size", "reserved", "committed", "resident",
-                        "pre_guard", "guard", "page_size", "exports", "kind", "owner"), (anything, 1))
+                        "pre_guard", "guard", "page_size", "exports", "kind", "owner", "name"), (anything, 1))
 
 
 def given_by(name):
@@ -309,14 +314,15 @@ FACE = {
         "domain": (text_or_none, None)}),
     "linmem.creator": (lambda w: linmem.creator, {
         "kind": (one_of("mmap", "pool"), "mmap"), "options": (lambda value: False, None)}),
-    "linmem.MmapCreator": (lambda w: linmem.MmapCreator, {"prefault": (flag, False), "huge_pages": (flag, False)}),
+    "linmem.MmapCreator": (lambda w: linmem.MmapCreator, {
+        "prefault": (flag, False), "huge_pages": (flag, False), "name": (name_or_none, None)}),
     "linmem.PoolingCreator": (lambda w: linmem.PoolingCreator, {
         "upstream": (native_or_none, None), "slots": (size_or_none, None), "keep_resident": (size, PAGE),
         "max_unused_warm": (size, 1), "max_resident": (size_or_none, None), "max_reserved": (size_or_none, None),
         "idle_seconds": (either(seconds, nothing), 5), "max_reset_seconds": (either(seconds, nothing), None),
         "reset": (one_of("adaptive", "scan", "zero", "discard"), "zero"),
         "when_full": (one_of("fallback", "error", "wait"), "error"), "timeout": (nothing, None), "check": (flag, True),
-        "image": (either(image, nothing), None)}),
+        "image": (either(image, nothing), None), "name": (name_or_none, None)}),
     "linmem.PoolingCreator.warm": (lambda w: w.pool.warm, {
         "n": (size, 1), "ty": (of(linmem.MemoryType), linmem.MemoryType(1)),
         "reserved_size_in_bytes": (size_or_none, 0), "guard_size_in_bytes": (size, 0),
@@ -326,15 +332,23 @@ FACE = {
     "linmem.set_pool_limits": (lambda w: limits_for_a_moment, {
         "max_resident": (size_or_none, None), "max_reserved": (size_or_none, None)}),
     "linmem.LimitingCreator": (lambda w: linmem.LimitingCreator, {
-        "upstream": (native, given_by("mmap")), "limit_bytes": (size, PAGE)}),
+        "upstream": (native, given_by("mmap")), "limit_bytes": (size, PAGE), "name": (name_or_none, None)}),
     "linmem.StatisticsCreator": (lambda w: linmem.StatisticsCreator, {
-        "upstream": (native, given_by("mmap")), "history": (size, 4)}),
+        "upstream": (native, given_by("mmap")), "history": (size, 4), "name": (name_or_none, None)}),
     "linmem.TrackingCreator": (lambda w: linmem.TrackingCreator, {
-        "upstream": (native, given_by("mmap")), "frames": (frames, 4)}),
+        "upstream": (native, given_by("mmap")), "frames": (frames, 4), "name": (name_or_none, None)}),
     "linmem.TrackingCreator.scope": (lambda w: w.tracking.scope, {"name": (text, "tenant")}),
     "linmem.TrackingCreator.report": (lambda w: w.tracking.report, {"path": (either(is_path, nothing), None)}),
+    "linmem.CallbackCreator": (lambda w: linmem.CallbackCreator, {
+        "upstream": (native, given_by("mmap")), **dict.fromkeys(
+            ("on_made", "on_grow", "on_refused", "on_dropped"), (either(callable, nothing), None)),
+        "limit_each": (size_or_none, PAGE), "limit_growths": (size_or_none, 1),
+        "name": (name_or_none, None)}),
+    "linmem.RoutingCreator": (lambda w: linmem.RoutingCreator, {
+        "rule": (callable, lambda w: [({"max_size": PAGE}, w.mmap)]), "name": (name_or_none, None)}),
     "linmem.PythonCreator": (lambda w: linmem.PythonCreator, {
-        "creator": (lambda value: callable(getattr(value, "new_memory", None)), Upstream())}),
+        "creator": (lambda value: callable(getattr(value, "new_memory", None)), Upstream()),
+        "name": (name_or_none, None)}),
     "linmem.MmapCreator.new_memory": (lambda w: w.mmap.new_memory, {
         "ty": (of(linmem.MemoryType), TYPE), "minimum": (size, PAGE), "maximum": (size_or_none, None),
         "reserved_size_in_bytes": (size_or_none, 0), "guard_size_in_bytes": (size, 0),
@@ -345,6 +359,8 @@ FACE = {
         "minimum": (is_count, 1), "maximum": (either(is_count, nothing), None),
         "is_64": (flag, False), "is_shared": (flag, False), "page_size": (one_of(1, 65536, True), 65536)}),
     "linmem.MemoryInfo": (lambda w: linmem.MemoryInfo, RECORD),
+    "linmem.DroppedInfo": (lambda w: linmem.DroppedInfo, dict.fromkeys(
+        ("base", "byte_size", "growths", "kind", "name"), (anything, 1))),
     "linmem.ImageInfo": (lambda w: linmem.ImageInfo, dict.fromkeys(
         ("offset", "size", "stored", "kind", "shares_pages", "memories"), (anything, 1))),
     "linmem.Allocation": (lambda w: linmem.Allocation, dict.fromkeys(

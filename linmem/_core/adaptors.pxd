@@ -48,5 +48,21 @@ cdef class TrackingCreator(NativeCreator):
     cdef list allocations(self, bint only_leaks)
 
 
+cdef class CallbackCreator(NativeCreator):
+    cdef readonly NativeCreator upstream
+    cdef readonly object on_made, on_grow, on_refused, on_dropped
+    cdef size_t most_bytes, most_growths
+    cdef bint calls_python
+
+
+cdef struct route
+
+
+cdef class RoutingCreator(NativeCreator):
+    cdef readonly object rule
+    cdef route* routes          # NULL: `rule` is a function
+    cdef size_t n_routes
+
+
 cdef class PythonCreator(NativeCreator):
     cdef readonly object creator

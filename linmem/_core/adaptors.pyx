@@ -2,34 +2,39 @@
 """Creators that pass their requests on to another creator, the upstream.
 
 Parts: `limiting_creator.pxi`, a budget of bytes; `statistics_creator.pxi`, counts and times; `tracking_creator.pxi`,
-the lines and scopes that made memories; `python_creator.pxi`, a Python class as a creator.
+the lines and scopes that made memories; `callback_creator.pxi`, Python functions that are told and decide;
+`routing_creator.pxi`, one of several creators for each request; `python_creator.pxi`, a Python class as a creator.
 """
 
 cimport cython
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport SIZE_MAX
+from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy
 
 from linmem._core.atomic cimport add, compare_exchange, load, store, store_address, store_size
 from linmem._core.linked_list cimport link, list_add_first, list_init, list_remove
 from linmem._core.memory cimport (
-    MOST_FRAMES, NO_MAXIMUM, OWNER_WASMTIME, PROTECTION_NONE, RELIEF_BUDGET, UNCHOSEN, Image, Memory, NativeCreator,
-    add_live_memory, answer_request, begin_move, begin_own_growth, call_in_each_child, capture_stack, check_bounded,
-    check_count, check_native, check_size, current_domain, deferred_decref, domain, domain_of, domain_release,
-    domain_retain, drop_frames, end_move, end_own_growth, fail, fail_python, failure, image_copy, image_detach, lock,
-    may_run_python, memory, memory_add_hook, memory_hook, memory_ops, memory_resident, memory_retain, memory_size,
-    memory_spec, next_live_memory, only_buffers_hold, own_growth, python_is_ending, raise_failure, refuse_foreign,
-    register_fork_lock, release_address_space, relieve, remove_live_memory, request, stack_frame, try_lock, unlock,
-    unregister_fork_lock,
+    MOST_FRAMES, NAME_BYTES, NO_MAXIMUM, OWNER_WASMTIME, PROTECTION_NONE, RELIEF_BUDGET, UNCHOSEN, Image, Memory,
+    NativeCreator, add_live_memory, answer_request, begin_move, begin_own_growth, call_in_each_child, capture_stack,
+    check_bounded, check_count, check_flag, check_native, check_size, current_domain, deferred_decref, domain,
+    domain as domain_t, domain_name, domain_of, domain_release, domain_retain, drop_frames, end_move,
+    end_own_growth, exception_of, fail, fail_python, failure, image_copy, image_detach, lock, lock_memory,
+    may_run_python, memory, memory_add_hook, memory_hook, memory_name, memory_ops, memory_release, memory_resident,
+    memory_retain, memory_size, memory_spec, name_failure, name_option, named, next_live_memory, only_buffers_hold,
+    own_growth, python_is_ending, raise_failure, refuse_foreign, register_fork_lock, release_address_space, relieve,
+    remove_live_memory, request, stack_frame, try_lock, unlock, unregister_fork_lock, wrap,
 )
 from linmem._os cimport pages
-from linmem._core.units cimport E_BROKEN, E_LIMIT, E_NO_MEMORY, E_UNSUPPORTED, add_up, round_up
+from linmem._core.units cimport (
+    E_BROKEN, E_GROWTHS, E_LIMIT, E_NO_MEMORY, E_PYTHON, E_UNSUPPORTED, E_VALUE, add_up, round_up,
+)
 
 from contextvars import ContextVar
 
-from linmem._core.arguments import given as _given
+from linmem._core.arguments import given as _given, shown as _shown
 
 
 cdef void* new_zeroed(size_t size, str purpose) except NULL:
@@ -42,4 +47,6 @@ cdef void* new_zeroed(size_t size, str purpose) except NULL:
 include "limiting_creator.pxi"
 include "statistics_creator.pxi"
 include "tracking_creator.pxi"
+include "callback_creator.pxi"
+include "routing_creator.pxi"
 include "python_creator.pxi"

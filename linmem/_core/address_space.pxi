@@ -58,7 +58,13 @@ cdef void set_relief(bint (*give)(int what, const void* budget, size_t size) noe
 cdef bint relieve(int what, const void* budget, size_t size) noexcept nogil:
     """`size` bytes were refused. True: idle slots have given something up, so the caller tries again. False: idle
     slots could not give up enough, so they have given up nothing. The caller holds no fork_lock."""
-    return give_relief != NULL and give_relief(what, budget, size)
+    cdef bint gave
+    if give_relief == NULL:
+        return False
+    relieving()[0] += 1
+    gave = give_relief(what, budget, size)
+    relieving()[0] -= 1
+    return gave
 
 
 cdef int commit_pages(char* addr, size_t size) noexcept nogil:

@@ -17,6 +17,7 @@ REQUIRED = object()     # marks an argument that was not passed and has no defau
 
 _SIZE_BOUND = 1 << 64
 _SHOWN_CHARACTERS = 100
+NAME_BYTES = 100        # the most bytes of a creator's name; memory.pxd has the same number
 
 # Returns whether a buffer shows bytes of a memory that has protected pages. Raises ValueError if one of them cannot
 # be read. `linmem._core.memory` replaces this function when it is imported: before that, no memory exists.
@@ -129,6 +130,17 @@ def check_bytes(data: object, name: str) -> memoryview:
         raise ValueError(f"{name} must be a buffer that can be read, got {kind}: {error}") from None
     except (TypeError, BufferError) as error:
         raise TypeError(f"{name} must be a contiguous buffer of bytes, got {kind}: {error}") from None
+
+
+def check_name(value: object) -> str | None:
+    """The name of a creator, which stands in the text of errors."""
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise TypeError(f"name must be a str or None, got {type(value).__name__}")
+    if not value or not value.isprintable() or len(value.encode()) > NAME_BYTES:
+        raise ValueError(f"name must be 1 to {NAME_BYTES} bytes of printable text in UTF-8, got {shown(value)}")
+    return value
 
 
 def check_path(path: object, name: str = "path") -> str | bytes:

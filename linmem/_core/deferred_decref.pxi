@@ -11,6 +11,14 @@ cdef extern from *:
     int Py_AddPendingCall(int (*call)(void*), void* argument) noexcept nogil
     void* PyGILState_GetThisThreadState() noexcept nogil
 
+# The number of relieve() calls that this thread is in.
+cdef extern from *:
+    """
+    static LINMEM_OF_THREAD int linmem_relieving;
+    static int *linmem_relieving_of_thread(void) { return &linmem_relieving; }
+    """
+    int* relieving "linmem_relieving_of_thread"() noexcept nogil
+
 cdef struct deferred_object:
     deferred_object* next
     PyObject* object
@@ -27,14 +35,15 @@ cdef void deferred_decref(PyObject* object) noexcept nogil:
     """Py_DECREF from any thread, at any time.
 
     A thread that Python knows takes the GIL. A thread that Python does not know (wasmtime's own) must not take the GIL,
-    so the main thread drops the object later. While the interpreter shuts down, nothing is dropped: the process ends,
-    and a thread that waits for the GIL then waits forever.
+    so the main thread drops the object later. A thread in relieve() may hold the lock of a memory that the object's
+    Python code uses, so the main thread drops this object, too. While the interpreter shuts down, nothing is dropped:
+    the process ends, and a thread that waits for the GIL then waits forever.
     """
     global deferred_objects
     cdef deferred_object* d
     if python_is_finalizing():
         return
-    if PyGILState_GetThisThreadState() != NULL:
+    if PyGILState_GetThisThreadState() != NULL and relieving()[0] == 0:
         drop_with_gil(object)
         return
     d = <deferred_object*>malloc(sizeof(deferred_object))

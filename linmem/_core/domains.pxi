@@ -90,6 +90,10 @@ cdef void domain_release(domain* d) noexcept nogil:
     unlock(&domains_lock.held)
 
 
+cdef object domain_name(const domain* d):
+    return None if d == NULL else d.name[:d.size].decode("utf-8", "surrogatepass")
+
+
 cdef void answer_request(request* new) noexcept:
     """Call this before new_memory() of a Python creator runs for the request `new`. Exchanges `new` with the request
     that this thread was handling before. The caller exchanges them again when the Python creator returns."""

@@ -7,8 +7,8 @@ from cpython.ref cimport Py_INCREF
 
 from libc.string cimport strlen
 
-from linmem._core.units cimport E_BROKEN, E_EXHAUSTED, E_IMAGE, E_LIMIT, E_OWNED, E_OWN_GROWTH, E_PROTECTED, \
-    E_PYTHON, E_VALUE
+from linmem._core.units cimport E_BROKEN, E_EXHAUSTED, E_GROWTHS, E_IMAGE, E_LIMIT, E_OWNED, E_OWN_GROWTH, \
+    E_PROTECTED, E_PYTHON, E_VALUE
 
 from linmem import errors as _errors
 from linmem._os import pages as _pages
@@ -16,7 +16,8 @@ from linmem._os import pages as _pages
 cdef extern from *:
     """
     #define linmem_explain(why, ...) snprintf((why)->detail, sizeof((why)->detail), __VA_ARGS__)
-    #define linmem_fail_text(why, value, ...) ((why)->code = (value), linmem_explain(why, __VA_ARGS__), (value))
+    #define linmem_fail_text(why, value, ...) ((why)->code = (value), (why)->name[0] = 0, \\
+                                               linmem_explain(why, __VA_ARGS__), (value))
     """
     # explain() writes the detail of a failure; call it after fail(). fail_text() replaces both calls where the detail
     # is the whole text.
@@ -28,7 +29,7 @@ cdef dict exceptions = {
     E_NO_MEMORY: MemoryError, E_OVERFLOW: OverflowError, E_SHRINK: ValueError, E_MAXIMUM: _errors.GrowError,
     E_CAPACITY: _errors.GrowError, E_EXPORTED: BufferError, E_UNSUPPORTED: TypeError, E_IMAGE: ValueError,
     E_OWNED: _errors.OwnedError, E_PROTECTED: ValueError, E_OWN_GROWTH: RuntimeError, E_BROKEN: RuntimeError,
-    E_VALUE: ValueError,
+    E_VALUE: ValueError, E_GROWTHS: _errors.GrowError,
 }
 
 
@@ -38,7 +39,7 @@ cdef int fail(failure* why, int code, const char* call, size_t size, size_t used
     why.size = size
     why.used = used
     why.limit = limit
-    why.detail[0] = 0
+    why.detail[0] = why.name[0] = 0
     why.exception = NULL
     return code
 
@@ -73,6 +74,9 @@ cdef void failure_text(const failure* why, char* text, size_t room) noexcept nog
     cdef int code = why.code
     cdef const char* detail = <const char*>why.detail
     cdef const char* between = "; " if detail[0] else ""
+    cdef size_t n = <size_t>snprintf(text, room, "creator '%s': ", <const char*>why.name) if why.name[0] else 0
+    text += n
+    room -= n
     if code > 0:
         snprintf(text, room, "%s of %zu bytes failed with code %d: %s%s%s", why.call, why.size, code,
                  pages.code_text(code), between, detail)
@@ -95,8 +99,11 @@ cdef void failure_text(const failure* why, char* text, size_t room) noexcept nog
         snprintf(text, room, "growing to %zu bytes would move the memory (its capacity is %zu), and %zu exported"
                              " buffer(s) point into it", why.size, why.limit, why.used)
     elif code == E_LIMIT:
-        snprintf(text, room, "limit of %zu bytes reached: %zu in use and %zu more asked for",
-                 why.limit, why.used, why.size)
+        snprintf(text, room, "limit of %zu bytes%s reached: %zu in use and %zu more asked for",
+                 why.limit, detail, why.used, why.size)
+    elif code == E_GROWTHS:
+        snprintf(text, room, "growing to %zu bytes is refused: the memory has grown %zu times, and limit_growths is"
+                             " %zu", why.size, why.used, why.limit)
     elif code == E_EXHAUSTED and detail[0]:
         snprintf(text, room, "%s, and %zu bytes more are asked for", detail, why.size)
     elif code == E_EXHAUSTED:
@@ -109,7 +116,8 @@ cdef void failure_text(const failure* why, char* text, size_t room) noexcept nog
                  <const char*>"grow it with wasmtime.Memory.grow(store, delta) instead")
     elif code == E_OWN_GROWTH:
         snprintf(text, room, "this thread is in a growth of this memory already, and would wait for itself: the"
-                             " grow_to() of a memory in Python must not use linmem's handle on that memory")
+                             " grow_to() of a memory in Python must not use linmem's handle on that memory, and"
+                             " on_made, on_grow and on_refused must not grow or close theirs")
     elif code == E_BROKEN:
         snprintf(text, room, "the memory is lost: its grow_to() failed, or broke off, and the object behind it no"
                              " longer says where its bytes are")
@@ -122,7 +130,7 @@ cdef void failure_text(const failure* why, char* text, size_t room) noexcept nog
 
 cdef object exception_of(const failure* why):
     """The exception for a failure. The caller's reference on an exception of Python code goes to the result."""
-    cdef char text[512]
+    cdef char text[640]
     cdef object error
     if why.code == E_PYTHON:
         error = <object>why.exception

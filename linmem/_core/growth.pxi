@@ -25,17 +25,21 @@ cdef inline int grow_as(memory* m, size_t new_size, bint by_python, failure* why
 cdef inline int grow_locked(memory* m, size_t new_size, bint by_python, failure* why) noexcept nogil:
     """The caller holds the memory's lock. by_python: a call that a memory of a wasmtime store refuses."""
     cdef size_t size = memory_size(m)
+    cdef int code
     if by_python and load(&m.owner) == OWNER_WASMTIME:
         return fail(why, E_OWNED, "grow_to", new_size)
     if new_size < size or new_size > m.maximum:
-        return refuse_size(m, size, new_size, why)
+        refuse_size(m, size, new_size, why)
+        return name_refusal(m, NULL, why)
     if new_size == size:
         return 0
     if m.growth_is_watched:
         return grow_with_hooks(m, size, new_size, why)
     if m.ops == &mapped_ops:
-        return mapped_grow_by(m, size, new_size, why)
-    return m.ops.grow(m, new_size, why)
+        code = mapped_grow_by(m, size, new_size, why)
+    else:
+        code = m.ops.grow(m, new_size, why)
+    return name_refusal(m, NULL, why) if code else 0
 
 
 cdef int refuse_size(memory* m, size_t size, size_t new_size, failure* why) noexcept nogil:
@@ -45,6 +49,21 @@ cdef int refuse_size(memory* m, size_t size, size_t new_size, failure* why) noex
 
 
 cdef int grow_with_hooks(memory* m, size_t size, size_t new_size, failure* why) noexcept nogil:
+    cdef memory_hook* hook = m.hooks
+    cdef int code = grow_once(m, size, new_size, why)
+    while code and hook != NULL:
+        if hook.refused != NULL:
+            if hook.refused(hook, m, new_size, why):
+                return grow_once(m, size, new_size, why)
+            code = why.code
+        if hook == m.tell_to:       # this hook refused, so the hooks below do not know of the growth
+            break
+        hook = hook.next
+    return code
+
+
+cdef int grow_once(memory* m, size_t size, size_t new_size, failure* why) noexcept nogil:
+    """Afterwards m.tell_to is the hook that refused; NULL: no hook refused."""
     cdef memory_hook* hook = m.hooks
     cdef int code = 0
     m.tell_from = m.tell_to = hook
@@ -66,6 +85,8 @@ cdef int grow_with_hooks(memory* m, size_t size, size_t new_size, failure* why) 
             hook.after_grow(hook, m, size, new_size, code)
         hook = hook.next
     store_size(&m.growing_to, 0)
-    if code == 0 and m.trace != NULL:
+    if code:
+        return name_refusal(m, m.tell_to, why)
+    if m.trace != NULL:
         trace_growth(m)
-    return code
+    return 0

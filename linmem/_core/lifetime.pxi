@@ -32,7 +32,7 @@ cdef void memory_add_hook(memory* m, memory_hook* hook) noexcept nogil:
     lock(&m.lock)
     hook.next = m.hooks
     m.hooks = hook
-    if hook.before_grow != NULL or hook.after_grow != NULL:
+    if hook.before_grow != NULL or hook.after_grow != NULL or hook.refused != NULL:
         m.growth_is_watched = True
     unlock(&m.lock)
 

@@ -146,11 +146,14 @@ cdef class LimitingCreator(NativeCreator):
         The creator that makes the memories.
     limit_bytes : int
         The budget in bytes.
+    name : str, optional
+        Stands in the text of its `LimitError`, and in `MemoryInfo` of its memories.
     """
 
     def __cinit__(self, *args, **kwargs):
         cdef size_t limit
-        upstream, limit_bytes = _given("LimitingCreator", ("upstream", "limit_bytes"), {}, args, kwargs)
+        upstream, limit_bytes, _ = _given("LimitingCreator", ("upstream", "limit_bytes", "name"), {"name": None}, args,
+                                          kwargs, 2)
         self.upstream = check_native(upstream, "upstream")
         check_bounded(limit_bytes, "limit_bytes", "below 2**63", &limit)
         if limit > SIZE_MAX >> 1:
@@ -187,14 +190,14 @@ cdef class LimitingCreator(NativeCreator):
                 add(&self.budget.used, -<long long>size)
         if code:
             free(hook)
-            return code
+            return named(self, code, out, why)
         add(&self.budget.refs, 1)
         hook.head.before_grow = limit_before_grow
         hook.head.after_grow = limit_after_grow
         hook.head.dropped = limit_dropped
         hook.head.resized = limit_resized
         memory_add_hook(out[0], &hook.head)
-        return 0
+        return named(self, 0, out, why)
 
     @property
     def limit_bytes(self):
@@ -213,4 +216,5 @@ cdef class LimitingCreator(NativeCreator):
         return max(load(&self.budget.used), load(&self.budget.peak))
 
     def __repr__(self):
-        return f"LimitingCreator({self.upstream!r}, limit_bytes={self.limit_bytes}, used_bytes={self.used_bytes})"
+        return (f"LimitingCreator({self.upstream!r}, limit_bytes={self.limit_bytes},"
+                f" used_bytes={self.used_bytes}{name_option(self)})")

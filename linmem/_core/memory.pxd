@@ -14,6 +14,9 @@ from linmem._os cimport pages
 from linmem._core.linked_list cimport link
 from linmem._core.units cimport atomic_i64
 
+cdef enum:
+    NAME_BYTES = 100            # the most bytes of a creator's name; arguments.py has the same number
+
 # Why a nogil function failed. Such a function returns 0, or the code that it stored here. In comments, "a code" is such
 # a result that is not 0. A call that succeeds stores nothing. failures.pxi makes the text and the exception.
 cdef struct failure:
@@ -23,6 +26,7 @@ cdef struct failure:
     size_t used                 # bytes, buffers or an offset: the value of `code` determines which
     size_t limit                # the bound that the call exceeded
     char detail[320]            # further text; may be empty
+    char name[NAME_BYTES + 1]   # of the creator that refused; empty: it has none, or `code` tells of no refusal
     PyObject* exception         # E_PYTHON only: a reference; the code that handles the failure must drop it
 
 cdef enum:
@@ -112,7 +116,8 @@ cdef enum:
     OWNER_WASMTIME = 1
     OWNER_LEFT = 2              # wasmtime has dropped the memory, and Python still holds it
 
-# A growth of this thread that runs Python code. If that code waited for the memory, the thread would wait for itself.
+# A growth of this thread that runs Python code, or a new memory for which this thread runs on_made. If that code waited
+# for the memory, the thread would wait for itself.
 cdef struct own_growth:
     own_growth* outer
     memory* m
@@ -151,6 +156,10 @@ cdef struct memory_hook:
     # before an increase and after a decrease. Only an increase from 0 may be refused, with a code. The hooks between
     # the pool and this hook are then called again, with 0 and 0.
     int (*resized)(memory_hook* hook, memory* m, size_t size, size_t committed, failure* why) noexcept nogil
+    # This hook, a hook below or the OS refused a growth. Called with the lock held, after after_grow of all hooks.
+    # True: the growth is tried again, once, and no further hook is asked. False: *why holds the failure; the function
+    # may have put another one in its place.
+    bint (*refused)(memory_hook* hook, memory* m, size_t new_size, failure* why) noexcept nogil
     # Identifies the budget that this hook charges for the memory's pages. The pointer is only compared, never
     # dereferenced. NULL: the hook charges no budget.
     const void* budget
@@ -212,7 +221,7 @@ cdef struct memory:
     bint may_move               # a growth past the capacity may change the base
     bint has_moved              # pages.move() moved the pages; the pages committed after that form a second mapping
     bint huge_pages             # the memory was made with huge_pages=True; a decommit may have cancelled the advice
-    bint growth_is_watched      # a hook has before_grow or after_grow
+    bint growth_is_watched      # a hook has before_grow, after_grow or refused
     cow_state cow
     protections* protections    # which pages have which access; NULL: all are "rw"
     memory* registry_next       # the next memory in the same bucket of the bridge's table of wasmtime's memories
@@ -256,8 +265,8 @@ cdef enum:
     RELIEF_SPACE = 1            # address space could not be reserved
     RELIEF_BUDGET = 2           # a budget does not cover the bytes
 
-# A name that separates the users of a pool: pages are never handed from one domain to another. Reference-counted;
-# equal names are one struct.
+# A name that separates the users of a pool: pages are never handed from one domain to another. Also the name of a
+# creator. Reference-counted; equal names are one struct.
 cdef struct domain:
     atomic_i64 refs
     domain* next
@@ -392,7 +401,17 @@ cdef nogil:
     void domain_retain(domain* d) noexcept
     void domain_release(domain* d) noexcept
 cdef domain* domain_of(object name) except? NULL
+cdef object domain_name(const domain* d)
 cdef void answer_request(request* new) noexcept
+
+# Names of creators. make() of a creator ends with named(): `code` is its result so far. A memory has the name of the
+# outermost creator with a name. A refusal has the name of the creator that refused or, if that creator has none, of the
+# next creator above.
+cdef nogil:
+    int named(NativeCreator creator, int code, memory** out, failure* why) noexcept
+    void name_failure(failure* why, const domain* name) noexcept
+    domain* memory_name(memory* m) noexcept     # borrowed; NULL: no name
+cdef str name_option(NativeCreator creator)
 
 # Arguments.
 cdef int check_size(object value, str name, size_t* out) except -1
@@ -406,6 +425,7 @@ cdef object wrap(memory* m)
 
 cdef class NativeCreator:
     cdef object __weakref__
+    cdef domain* name_struct    # a reference; NULL: no name
     # Returns 0 and stores a new reference in *out; or returns a code, and has freed everything that it allocated.
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil
     cdef int fill_spec(self, memory_spec* spec, ty, minimum, maximum, reservation, guard) except -1

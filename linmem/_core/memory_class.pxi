@@ -894,6 +894,7 @@ cdef class Memory:
         cdef int code = 0
         cdef memory* m = enter_access(self)
         cdef const char* kind = m.ops.kind
+        cdef domain* name = memory_name(m)
         cdef bint known = m.ops.resident != NULL, in_store = load(&m.owner) == OWNER_WASMTIME
         with nogil:
             if known:
@@ -902,14 +903,20 @@ cdef class Memory:
             base, capacity, maximum = <size_t>load_address(&m.base), load_size(&m.capacity), load_size(&m.maximum)
             size, pre_guard, guard = memory_size(m), m.pre_guard, m.guard
             committed = load_size(&m.accessible)
+            domain_retain(name)
             end_access(m)
-        self.finish(code, &why)
+        self.leave()
+        name_text = domain_name(name)
+        with nogil:
+            domain_release(name)
+        if code:
+            raise_failure(&why)
         return MemoryInfo(
             base=base, byte_size=size, byte_capacity=capacity,
             maximum_byte_size=None if maximum == NO_MAXIMUM else maximum,
             reserved=pre_guard + capacity + guard, committed=committed, resident=resident if known else None,
             pre_guard=pre_guard, guard=guard, page_size=host_page(), exports=exports, kind=kind.decode(),
-            owner="wasmtime" if in_store else "python")
+            owner="wasmtime" if in_store else "python", name=name_text)
 
     def __repr__(self):
         if self.closed:

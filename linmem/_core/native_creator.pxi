@@ -10,6 +10,71 @@ class _InPython:
     """All classes written in Python have the same destructor, which extension classes do not have."""
 
 
+# The hook of a memory whose creator has a name.
+cdef struct name_hook:
+    memory_hook head
+    domain* name            # a reference
+
+
+cdef void name_dropped(memory_hook* head) noexcept nogil:
+    domain_release((<name_hook*>head).name)
+    free(head)
+
+
+cdef int named(NativeCreator creator, int code, memory** out, failure* why) noexcept nogil:
+    cdef name_hook* hook
+    if creator.name_struct == NULL:
+        return code
+    if code:
+        name_failure(why, creator.name_struct)
+        return code
+    hook = <name_hook*>calloc(1, sizeof(name_hook))
+    if hook == NULL:
+        memory_release(out[0])
+        out[0] = NULL
+        return fail(why, E_NO_MEMORY, "calloc", sizeof(name_hook))
+    domain_retain(creator.name_struct)
+    hook.name = creator.name_struct
+    hook.head.dropped = name_dropped
+    memory_add_hook(out[0], &hook.head)
+    return 0
+
+
+cdef void name_failure(failure* why, const domain* name) noexcept nogil:
+    """Notes which creator refused, unless a creator below has done so."""
+    cdef int code = why.code
+    if name == NULL or why.name[0] or not (
+            code > 0 or code == E_LIMIT or code == E_GROWTHS or code == E_EXHAUSTED or code == E_MAXIMUM
+            or code == E_CAPACITY):
+        return
+    memcpy(why.name, name.name, name.size)
+    why.name[name.size] = 0
+
+
+cdef domain* memory_name(memory* m) noexcept nogil:
+    cdef memory_hook* hook = m.hooks
+    while hook != NULL and hook.dropped != name_dropped:
+        hook = hook.next
+    return NULL if hook == NULL else (<name_hook*>hook).name
+
+
+cdef int name_refusal(memory* m, memory_hook* refusing, failure* why) noexcept nogil:
+    """The hook `refusing` has refused a growth; NULL: the memory itself has. Returns the code."""
+    cdef memory_hook* hook = m.hooks
+    cdef domain* name = NULL
+    while hook != refusing:
+        if hook.dropped == name_dropped:
+            name = (<name_hook*>hook).name
+        hook = hook.next
+    name_failure(why, name)
+    return why.code
+
+
+cdef str name_option(NativeCreator creator):
+    """For repr()."""
+    return "" if creator.name_struct == NULL else f", name={creator.name!r}"
+
+
 cdef class NativeCreator:
     """Base of the creators that wasmtime can call without the GIL. A subclass in Cython overrides `make`.
 
@@ -24,6 +89,16 @@ cdef class NativeCreator:
         if (<PyTypeObject*>cls).tp_dealloc == (<PyTypeObject*>_InPython).tp_dealloc:
             raise TypeError(f"{cls.__name__} cannot extend a native creator in Python, because its methods would not be"
                             " called: implement linmem.MemoryCreator, with a creator inside where one is needed")
+        self.name_struct = domain_of(_check_name(kwargs.get("name")))
+
+    def __dealloc__(self):
+        with nogil:
+            domain_release(self.name_struct)
+
+    @property
+    def name(self):
+        """The name of the creator, or None."""
+        return domain_name(self.name_struct)
 
     def __reduce__(self):
         raise TypeError(f"{type(self).__name__} objects cannot be pickled or copied: their memories are of this"
@@ -159,11 +234,14 @@ cdef class MmapCreator(NativeCreator):
         (MADV_HUGEPAGE). This pays if the minimum, or each step of growth, is at least a huge page and most of its bytes
         are written: first touches are then 3 to 5 times faster. The option gains nothing for smaller memories, for
         growth in smaller steps, and if the OS has no free huge pages.
+    name : str, optional
+        At most 100 bytes of printable text. The name stands in the text of what the creator refuses (`GrowError`,
+        `PageError`) and in `MemoryInfo` of its memories. A memory has the name of the outermost creator with a name.
     """
 
     def __cinit__(self, *args, **kwargs):
-        prefault, huge_pages = _given("MmapCreator", ("prefault", "huge_pages"),
-                                      {"prefault": False, "huge_pages": False}, args, kwargs, 0)
+        prefault, huge_pages, _ = _given("MmapCreator", ("prefault", "huge_pages", "name"),
+                                         {"prefault": False, "huge_pages": False, "name": None}, args, kwargs, 0)
         check_flag(prefault, "prefault")
         check_flag(huge_pages, "huge_pages")
         self.prefault = prefault
@@ -175,10 +253,12 @@ cdef class MmapCreator(NativeCreator):
         # and the memory is made again. A failed `reserve` has tried that already.
         while code > 0 and strcmp(why.call, "reserve") and relieve(RELIEF_PAGES, NULL, why.size):
             code = mapped_make(spec, self.prefault, self.huge_pages, out, why)
-        return code
+        return named(self, code, out, why)
 
     def __repr__(self):
         options = [f"{name}=True" for name, on in (("prefault", self.prefault), ("huge_pages", self.huge_pages)) if on]
+        if self.name is not None:
+            options.append(f"name={self.name!r}")
         return f"MmapCreator({', '.join(options)})"
 
 

@@ -2,7 +2,7 @@
 
 _OPTIONS = {"upstream": None, "slots": None, "keep_resident": 64 << 20, "max_unused_warm": 100, "max_resident": None,
             "max_reserved": None, "idle_seconds": 5, "max_reset_seconds": None, "reset": "adaptive",
-            "when_full": "fallback", "timeout": None, "check": False, "image": None}
+            "when_full": "fallback", "timeout": None, "check": False, "image": None, "name": None}
 
 
 cdef int check_choice(object value, str name, object choices) except -1:
@@ -69,6 +69,42 @@ cdef int make_slot(PoolingCreator creator, const shape* key, domain_t* domain, c
     return code
 
 
+cdef int take_or_make(PoolingCreator creator, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
+    cdef shape key
+    cdef pool* p = creator.pool
+    cdef memory_spec with_image
+    cdef domain_t* domain = current_domain()
+    cdef long long start = 0
+    cdef int code
+    if spec.image == NULL and creator.image is not None:
+        with_image = spec[0]
+        with_image.image = creator.image.img
+        spec = &with_image
+    key = shape_of(spec)
+    while True:
+        code = take(p, &key, domain, True, out, why)
+        if out[0] != NULL:
+            # may_move is not a part of the shape: a slot serves requests with either value, because the pool does
+            # not keep a memory that has moved.
+            out[0].may_move = spec.may_move
+            trace_if_on(out[0])
+        if code or out[0] != NULL:
+            return code
+        code = make_slot(creator, &key, domain, spec, True, out, why)
+        if code == TAKE_AGAIN:
+            continue
+        if (code != E_EXHAUSTED or not p.wait
+                or why.size > min(p.reserved_bound, <size_t>load(&process_reserved_bound))):
+            return code         # waiting cannot help a request that alone exceeds a bound
+        if start == 0:
+            start = pages.clock_ns()
+        if p.wait_ns >= 0 and pages.clock_ns() - start >= p.wait_ns:
+            return code
+        code = wait_a_little(why)
+        if code:
+            return code
+
+
 @cython.final
 cdef class PoolingCreator(NativeCreator):
     """Memories that are reset and handed out again instead of being made anew.
@@ -122,6 +158,8 @@ cdef class PoolingCreator(NativeCreator):
     check : bool
         Compare all bytes of a slot with zero after each reset. A slot with another byte is dropped and counted as
         rejected. This is meant for tests; it costs more than everything else.
+    name : str, optional
+        Stands in the text of its refusals, in `MemoryInfo` of its memories, and in `linmem.metrics`.
 
     Notes
     -----
@@ -132,7 +170,8 @@ cdef class PoolingCreator(NativeCreator):
     def __cinit__(self, *args, **kwargs):
         cdef const pages.capabilities_t* caps = pages.capabilities()
         (upstream, slots, keep_resident, max_unused_warm, max_resident, max_reserved, idle_seconds, max_reset_seconds,
-         reset, when_full, timeout, check, image) = _given("PoolingCreator", tuple(_OPTIONS), _OPTIONS, args, kwargs, 1)
+         reset, when_full, timeout, check, image, _) = _given("PoolingCreator", tuple(_OPTIONS), _OPTIONS, args,
+                                                              kwargs, 1)
         self.upstream = check_native(MmapCreator() if upstream is None else upstream, "upstream")
         if image is not None and not isinstance(image, Image):
             raise TypeError(f"image must be an Image, got {type(image).__name__}")
@@ -186,39 +225,7 @@ cdef class PoolingCreator(NativeCreator):
                 release_pool(self.pool)
 
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
-        cdef shape key
-        cdef pool* p = self.pool
-        cdef memory_spec with_image
-        cdef domain_t* domain = current_domain()
-        cdef long long start = 0
-        cdef int code
-        if spec.image == NULL and self.image is not None:
-            with_image = spec[0]
-            with_image.image = self.image.img
-            spec = &with_image
-        key = shape_of(spec)
-        while True:
-            code = take(p, &key, domain, True, out, why)
-            if out[0] != NULL:
-                # may_move is not a part of the shape: a slot serves requests with either value, because the pool does
-                # not keep a memory that has moved.
-                out[0].may_move = spec.may_move
-                trace_if_on(out[0])
-            if code or out[0] != NULL:
-                return code
-            code = make_slot(self, &key, domain, spec, True, out, why)
-            if code == TAKE_AGAIN:
-                continue
-            if (code != E_EXHAUSTED or not p.wait
-                    or why.size > min(p.reserved_bound, <size_t>load(&process_reserved_bound))):
-                return code         # waiting cannot help a request that alone exceeds a bound
-            if start == 0:
-                start = pages.clock_ns()
-            if p.wait_ns >= 0 and pages.clock_ns() - start >= p.wait_ns:
-                return code
-            code = wait_a_little(why)
-            if code:
-                return code
+        return named(self, take_or_make(self, spec, out, why), out, why)
 
     def warm(self, n, ty, *, reserved_size_in_bytes=4 << 30, guard_size_in_bytes=32 << 20, domain=None):
         """Make slots ahead, so that the next `n` requests of a type are hits.
@@ -375,4 +382,4 @@ cdef class PoolingCreator(NativeCreator):
         }
 
     def __repr__(self):
-        return f"PoolingCreator({self.upstream!r}, slots={self.pool.most_slots})"
+        return f"PoolingCreator({self.upstream!r}, slots={self.pool.most_slots}{name_option(self)})"

@@ -112,10 +112,6 @@ cdef dict shape_dict(const report_row* row):
     return dict(row_dict(row), shape=shown, image_bytes=row.image_bytes, image_descriptors=int(row.image_descriptor))
 
 
-cdef object domain_name(const domain_t* domain):
-    return None if domain == NULL else domain.name[:domain.size].decode("utf-8", "surrogatepass")
-
-
 def read_metrics(PoolingCreator pool not None):
     """The result of `linmem.metrics.read`."""
     cdef report made
@@ -131,8 +127,8 @@ def read_metrics(PoolingCreator pool not None):
         images = {<size_t>shapes[i].image: (shapes[i].image_bytes, shapes[i].image_descriptor)
                   for i in range(made.n[BY_SHAPE]) if shapes[i].image != NULL}
         return dict(
-            row_dict(&made.sums), fallbacks=made.fallbacks, rejected=made.rejected, slots=pool.pool.most_slots,
-            resident_bound=pool.pool.resident_bound,
+            row_dict(&made.sums), name=pool.name, fallbacks=made.fallbacks, rejected=made.rejected,
+            slots=pool.pool.most_slots, resident_bound=pool.pool.resident_bound,
             reserved_bound=None if pool.pool.reserved_bound == SIZE_MAX else pool.pool.reserved_bound,
             images=len(images), image_bytes=sum(size for size, _ in images.values()),
             image_descriptors=sum(has_one for _, has_one in images.values()),

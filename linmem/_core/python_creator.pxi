@@ -167,10 +167,12 @@ cdef class PythonCreator(NativeCreator):
     ----------
     creator : MemoryCreator
         Its `new_memory` returns a `LinearMemory`, or a `Memory` that linmem made.
+    name : str, optional
+        Stands in `MemoryInfo` of its memories, and in the text of a `GrowError` or a `PageError` for their growth.
     """
 
     def __cinit__(self, *args, **kwargs):
-        self.creator, = _given("PythonCreator", ("creator",), {}, args, kwargs)
+        self.creator, _ = _given("PythonCreator", ("creator", "name"), {"name": None}, args, kwargs, 1)
         check_trait(self.creator, "creator")
 
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
@@ -178,12 +180,20 @@ cdef class PythonCreator(NativeCreator):
             return fail(why, E_UNSUPPORTED, "new_memory while the interpreter shuts down", spec.minimum)
         with gil:
             try:
-                return make_in_python(self.creator, spec, out)
+                make_in_python(self.creator, spec, out)
             except BaseException as error:
                 return fail_python(why, error)
+        return named(self, 0, out, why)
 
     def __repr__(self):
-        return f"PythonCreator({self.creator!r})"
+        return f"PythonCreator({self.creator!r}{name_option(self)})"
+
+
+cdef object type_of(const memory_spec* spec):
+    from linmem.records import MemoryType
+    maximum = None if spec.maximum == NO_MAXIMUM else spec.maximum // spec.page_size
+    return MemoryType(minimum=spec.minimum // spec.page_size, maximum=maximum, is_64=spec.is_64,
+                      is_shared=spec.is_shared, page_size=spec.page_size)
 
 
 cdef int make_in_python(object creator, const memory_spec* spec, memory** out) except -1:
@@ -192,13 +202,10 @@ cdef int make_in_python(object creator, const memory_spec* spec, memory** out) e
     cdef failure why
     cdef request answered
     cdef size_t reservation = 0 if spec.reservation == UNCHOSEN else spec.reservation
-    from linmem.records import MemoryType
     if spec.image != NULL and spec.image.end > spec.minimum:
         raise ValueError(f"minimum must be >= the end of the image ({spec.image.end}), got {spec.minimum}")
     maximum = None if spec.maximum == NO_MAXIMUM else spec.maximum
-    ty = MemoryType(
-        minimum=spec.minimum // spec.page_size, maximum=None if maximum is None else maximum // spec.page_size,
-        is_64=spec.is_64, is_shared=spec.is_shared, page_size=spec.page_size)
+    ty = type_of(spec)
     answered.may_move, answered.domain = spec.may_move, current_domain()
     answer_request(&answered)
     try:
@@ -239,6 +246,14 @@ def check_trait(creator, str name):
     # An Image has a new_memory() too, but with other parameters.
     if isinstance(creator, Image) or not callable(getattr(creator, "new_memory", None)):
         raise TypeError(f"{name} must be a MemoryCreator, got {type(creator).__name__}")
+
+
+def as_native(creator, str name="creator"):
+    """The creator itself, or a `PythonCreator` for a creator in Python; `name` is the name of the argument."""
+    if isinstance(creator, NativeCreator):
+        return creator
+    check_trait(creator, name)
+    return PythonCreator(creator)
 
 
 cdef int adopt(Memory made, const memory_spec* spec, size_t reservation, memory** out) except -1:

@@ -9,6 +9,7 @@ cdef struct memory_report:
     size_t refused
     long long grow_ns
     size_t peak_resident    # sampled when the report is made and when the memory is dropped
+    char name[NAME_BYTES + 1]
 
 # The hook of a memory. After the memory is gone, the ledger keeps the record.
 cdef struct record:
@@ -142,6 +143,14 @@ cdef void statistics_dropped(memory_hook* head) noexcept nogil:
     release_ledger(ledger)
 
 
+cdef void copy_name(StatisticsCreator creator, memory* m, char* out) noexcept nogil:
+    cdef domain_t* name = memory_name(m)
+    if name == NULL:
+        name = creator.name_struct
+    if name != NULL:
+        memcpy(out, name.name, name.size)
+
+
 @cython.final
 cdef class StatisticsCreator(NativeCreator):
     """Counts and times what happens to the memories that come through it.
@@ -154,11 +163,14 @@ cdef class StatisticsCreator(NativeCreator):
         The creator that makes the memories.
     history : int
         How many records of dropped memories the creator keeps. The oldest record goes first.
+    name : str, optional
+        Stands in the text of refusals whose creator has no name, and in `MemoryInfo` of the memories.
     """
 
     def __cinit__(self, *args, **kwargs):
         cdef size_t kept
-        upstream, history = _given("StatisticsCreator", ("upstream", "history"), {"history": 256}, args, kwargs)
+        upstream, history, _ = _given("StatisticsCreator", ("upstream", "history", "name"),
+                                      {"history": 256, "name": None}, args, kwargs, 2)
         self.upstream = check_native(upstream, "upstream")
         check_count(history, "history", &kept)
         self.ledger = <statistics_ledger*>new_zeroed(sizeof(statistics_ledger), "a ledger")
@@ -187,7 +199,7 @@ cdef class StatisticsCreator(NativeCreator):
             lock(&ledger.lock.held)
             ledger.sums.failures += 1
             unlock(&ledger.lock.held)
-            return code
+            return named(self, code, out, why)
         add(&ledger.refs, 1)
         r.head.before_grow = statistics_before_grow
         r.head.after_grow = statistics_after_grow
@@ -196,6 +208,7 @@ cdef class StatisticsCreator(NativeCreator):
         r.head.resized = statistics_resized
         r.ledger = ledger
         r.m = out[0]
+        copy_name(self, out[0], r.report.name)
         r.report.alive = True
         r.report.first_size = r.report.size = memory_size(out[0])
         lock(&ledger.lock.held)
@@ -207,7 +220,7 @@ cdef class StatisticsCreator(NativeCreator):
         ledger.sums.peak_count = max(ledger.sums.peak_count, ledger.sums.current_count)
         unlock(&ledger.lock.held)
         memory_add_hook(out[0], &r.head)
-        return 0
+        return named(self, 0, out, why)
 
     def statistics(self):
         """The sums over all memories, as a dict. Bytes are byte_size. Failures are refused creations and growths."""
@@ -221,9 +234,9 @@ cdef class StatisticsCreator(NativeCreator):
     def memories(self):
         """A dict for each memory, live ones first, then the newest dropped ones.
 
-        The keys are alive, first_size, size, growths, refused, grow_ns and peak_resident. linmem samples peak_resident
-        in this call and when a memory is dropped. This figure is exact for a memory that never gives pages back, as
-        memories of WebAssembly.
+        The keys are alive, first_size, size, growths, refused, grow_ns, peak_resident and name (of the outermost
+        creator upstream with a name, or of this one, or None). linmem samples peak_resident in this call and when a
+        memory is dropped. This figure is exact for a memory that never gives pages back, as memories of WebAssembly.
         """
         cdef memory_report* copy
         cdef size_t n, i
@@ -238,9 +251,9 @@ cdef class StatisticsCreator(NativeCreator):
         if copy == NULL:
             raise MemoryError(f"no memory for {n} records")
         try:
-            return [copy[i] for i in range(n)]
+            return [dict(copy[i], name=copy[i].name.decode() or None) for i in range(n)]
         finally:
             free(copy)
 
     def __repr__(self):
-        return f"StatisticsCreator({self.upstream!r})"
+        return f"StatisticsCreator({self.upstream!r}{name_option(self)})"

@@ -504,6 +504,8 @@ cdef class TrackingCreator(NativeCreator):
         The creator that makes the memories.
     frames : int
         The most frames of a stack, at most 64. 0: no stacks, only scopes.
+    name : str, optional
+        Stands in the text of refusals whose creator has no name, and in `MemoryInfo` of the memories.
 
     Notes
     -----
@@ -516,7 +518,8 @@ cdef class TrackingCreator(NativeCreator):
     def __cinit__(self, *args, **kwargs):
         cdef size_t most
         cdef tracker* t
-        upstream, frames = _given("TrackingCreator", ("upstream", "frames"), {"frames": 16}, args, kwargs, 1)
+        upstream, frames, _ = _given("TrackingCreator", ("upstream", "frames", "name"), {"frames": 16, "name": None},
+                                     args, kwargs, 1)
         self.upstream = check_native(upstream, "upstream")
         check_count(frames, "frames", &most)
         if most > MOST_FRAMES:
@@ -552,7 +555,7 @@ cdef class TrackingCreator(NativeCreator):
         code = self.upstream.make(spec, out, why)
         if code:
             free(r)
-            return code
+            return named(self, code, out, why)
         if may_run_python():
             find_place(t, &r.made, &r.scope)
         if r.scope == NULL:
@@ -577,7 +580,7 @@ cdef class TrackingCreator(NativeCreator):
         count_size(r, r.peak)
         unlock(&t.lock.held)
         memory_add_hook(out[0], &r.head)
-        return 0
+        return named(self, 0, out, why)
 
     @property
     def frames(self):
@@ -617,7 +620,7 @@ cdef class TrackingCreator(NativeCreator):
         cdef long long now = pages.clock_ns()
         if rows == NULL:
             raise MemoryError("no memory for the rows of a tracker")
-        name = getattr(self, "name", None)
+        name = self.name
         found = []
         try:
             for i in range(n):
@@ -759,4 +762,4 @@ cdef class TrackingCreator(NativeCreator):
         return tracking_report.draw(path, *self.history())
 
     def __repr__(self):
-        return f"TrackingCreator({self.upstream!r}, frames={self.tracker.frames})"
+        return f"TrackingCreator({self.upstream!r}, frames={self.tracker.frames}{name_option(self)})"

@@ -25,6 +25,7 @@ cdef enum:
     E_OWN_GROWTH = -14      # this thread is growing the memory, and would wait for itself
     E_BROKEN = -15          # a memory of a Python creator has failed to report where its bytes are
     E_VALUE = -16           # an argument has a wrong value; the failure's detail is the whole message
+    E_GROWTHS = -17         # a CallbackCreator's limit_growths is used up
 
 
 cdef inline bint is_power_of_two(size_t n) noexcept nogil:
