@@ -258,6 +258,21 @@ def test_sessions_take_their_memories_from_a_creator_and_give_the_place_back_if_
     assert creator.used_bytes == 0
 
 
+def test_sessions_without_a_creator_use_the_one_of_the_engine_also_in_a_block(engine):
+    prepared = prepare(engine, WAT, expose=True)
+    store = wasmtime.Store(engine)
+    snapshot = Snapshot.take(store, prepared.instantiate(store))
+    creator = limited(1)
+    with Sessions(prepared, start=snapshot, size=1) as sessions:
+        for _ in range(2):
+            with use(creator), sessions.get() as (store, instance):
+                assert instance.exports(store)["grow"](store, 9) == 1
+                assert creator.used_bytes == 0
+                made_in_block = Tenant(lambda store: prepared.instantiate(store), wasmtime.Store(engine))
+                assert creator.used_bytes == PAGE
+            made_in_block.store.close()
+
+
 # -- threads and tasks -----------------------------------------------------------------------------------
 
 

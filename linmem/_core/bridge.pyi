@@ -6,7 +6,7 @@ from linmem._core.memory import Image, Memory, NativeCreator
 
 _T = TypeVar("_T")
 
-chosen_creator: ContextVar[NativeCreator]
+chosen_creator: ContextVar[NativeCreator | None]
 
 
 def bind(set_creator: int, error_new: int, is_64: int, is_shared: int, page_size: int) -> None: ...

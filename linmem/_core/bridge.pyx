@@ -144,11 +144,14 @@ cdef bint creator_was_chosen        # some context may have a value; never reset
 
 
 cdef PyObject* creator_in_context() noexcept with gil:
-    """The NativeCreator that the present context has, a new reference; or NULL."""
+    """The NativeCreator that the present context has, a new reference; or NULL. The context may have None."""
     cdef PyObject* found = NULL
     try:
         PyContextVar_Get(chosen_creator, NULL, &found)
     except BaseException:           # no memory for a context
+        return NULL
+    if found == <PyObject*>None:    # the creator of the engine was chosen
+        Py_DECREF(None)
         return NULL
     return found
 
@@ -170,26 +173,50 @@ cdef object note_refusal        # noted_by() stores it
 
 cdef wasmtime_error_t* python_error(failure* why, bint has_caller) noexcept with gil:
     """has_caller: Python code called wasmtime on this thread, and continues when wasmtime returns."""
-    cdef object error
-    cdef str text
-    cdef bytes raw
+    cdef object error = None, interrupt = None
+    cdef bytes text
+    if why.code == E_PYTHON:
+        error = <object>why.exception
+        Py_DECREF(error)
+        text = text_of(error)
+        if not PyErr_GivenExceptionMatches(error, Exception):
+            interrupt = error
+    else:
+        text = refusal_text(why)
+    # A handler of a signal may run in the following Python code. What it raises is for the caller of wasm.
     try:
-        error = exception_of(why)
-        text = f"{type(error).__name__}: {error}" if why.code == E_PYTHON else str(error)
-    except BaseException as without_text:
-        if why.code != E_PYTHON:
-            error = without_text
-        text = type(error).__name__
+        if error is None:
+            error = exception_of(why)
+        if interrupt is None:
+            text = b"%b %b" % (text, note_refusal(error).encode())
+    except (MemoryError, RecursionError):
+        pass            # the error of wasmtime has no note
+    except BaseException as raised:
+        interrupt = raised
+    if interrupt is not None:
+        raise_later(interrupt, has_caller)
+    return wasmtime.error_new(<const char*>text)
+
+
+cdef bytes text_of(object error):
+    """The name of the class and the text of an exception; only the name if Python code of the class raises."""
     try:
-        if isinstance(error, Exception):
-            text = f"{text} {note_refusal(error)}"
-    except BaseException as interrupt:      # Ctrl-C, or there is no memory for the note
-        if not isinstance(interrupt, Exception):
-            error = interrupt
-    raw = text.encode("utf-8", "replace")
-    if not isinstance(error, Exception):
-        raise_later(error, has_caller)
-    return wasmtime.error_new(<const char*>raw)
+        return f"{type(error).__name__}: {error}".encode("utf-8", "replace")
+    except BaseException:
+        return Py_TYPE(error).tp_name
+
+
+cdef bytes refusal_text(failure* why):
+    cdef char text[512]
+    failure_text(why, text, sizeof(text))
+    return text
+
+
+cdef extern from *:
+    ctypedef struct PyTypeObject:
+        const char* tp_name
+    PyTypeObject* Py_TYPE(object object)
+    int PyErr_GivenExceptionMatches(object error, object kind) noexcept
 
 
 cdef extern from *:
