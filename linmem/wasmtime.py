@@ -174,20 +174,19 @@ class use:
         If the same object is used for a second ``with`` block.
     """
 
-    __slots__ = ("_native", "_token")
+    __slots__ = ("_choice", "_native")
 
     def __init__(self, creator: MemoryCreator) -> None:
         self._native = checked_creator(creator)
 
     def __enter__(self) -> None:
-        if hasattr(self, "_token"):
+        if hasattr(self, "_choice"):
             raise RuntimeError("this object has begun a block already: call use() for each `with` block")
-        _bridge.creators_are_chosen()
-        self._token = _bridge.chosen_creator.set(self._native)
+        self._choice = _bridge.choose(self._native)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        _bridge.chosen_creator.reset(self._token)
+        _bridge.release_choice(self._choice)
 
 
 def linear_memory(store: wasmtime.Store, memory: wasmtime.Memory | wasmtime.SharedMemory) -> Memory:

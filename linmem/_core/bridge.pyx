@@ -107,7 +107,7 @@ cdef void update_table(memory* m, char* base) noexcept nogil:
 
 cdef extern from *:
     """
-    typedef struct { void *next, *end, *of, *creator; } linmem_queue;
+    typedef struct { void *next, *end, *of, *creator; size_t call, last_call; } linmem_queue;
     static LINMEM_OF_THREAD linmem_queue linmem_offered;
     static linmem_queue *linmem_of_thread(void) { return &linmem_offered; }
     """
@@ -116,6 +116,8 @@ cdef extern from *:
         void* end           # a place*: the end of the array
         void* of            # a reference on the Offer of the last make(); NULL after its take_back()
         void* creator       # a borrowed NativeCreator: the argument of the running making(); NULL: none was given
+        size_t call         # the number of the running making() on this thread; 0: none runs
+        size_t last_call
 
     queue* offered "linmem_of_thread"() noexcept nogil
 
@@ -395,10 +397,24 @@ def references(Memory handle):
     return load(&handle.m.refs)
 
 
-def creators_are_chosen():
-    """To be called before `chosen_creator` is set for the first time."""
+def choose(creator):
+    """Let memories come from `creator`, in this context, until release_choice() gets the result. None: from the
+    engine's creator. The choice is inside of the running making(), and so it counts more."""
     global creator_was_chosen
+    cdef queue* q = offered()
+    cdef size_t before = <size_t>q.creator
     creator_was_chosen = True
+    token = chosen_creator.set(creator)
+    q.creator = NULL
+    return token, <size_t>q, q.call, before
+
+
+def release_choice(tuple choice):
+    cdef queue* q = offered()
+    token, thread, call, before = choice
+    chosen_creator.reset(token)
+    if <size_t>q == thread and q.call == call:      # else the creator of that making() may not exist any longer
+        q.creator = <void*><size_t>before
 
 
 def making(NativeCreator creator, domain, call, *arguments):
@@ -407,13 +423,17 @@ def making(NativeCreator creator, domain, call, *arguments):
     inside another making()."""
     cdef queue* q = offered()
     cdef void* creator_before = q.creator
+    cdef size_t call_before = q.call
     cdef domain_t* ours = domain_of(domain)
     cdef domain_t* domain_before = current_domain()
+    q.last_call += 1
+    q.call = q.last_call
     q.creator = NULL if creator is None else <void*>creator
     set_domain(ours)
     try:
         return call(*arguments)
     finally:
+        q.call = call_before
         q.creator = creator_before
         set_domain(domain_before)
         domain_release(ours)

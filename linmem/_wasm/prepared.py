@@ -344,11 +344,11 @@ def makes_our_memories(engine: wasmtime.Engine) -> bool:
         store = wasmtime.Store(engine)
         module = wasmtime.Module(engine, '(module (memory (export "memory") 0))')
         # The engine's own creator makes this memory, also while another creator was chosen.
-        token = _bridge.chosen_creator.set(None)
+        choice = _bridge.choose(None)
         try:
-            instance = _bridge.making(None, None, wasmtime.Instance, store, module, ())
+            instance = wasmtime.Instance(store, module, [])
         finally:
-            _bridge.chosen_creator.reset(token)
+            _bridge.release_choice(choice)
         memory = instance.exports(store)["memory"]
         assert isinstance(memory, wasmtime.Memory)
         found = _ASKS[engine] = behind(store, memory) is not None

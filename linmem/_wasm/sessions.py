@@ -282,12 +282,12 @@ class Sessions:
     def _fill(self, warm: _Warm) -> None:
         """Make the instance in its new store."""
         store = warm.store
-        token = _bridge.chosen_creator.set(None)        # the instance may serve users with other creators later
+        choice = _bridge.choose(None)       # the instance may serve users with other creators later
         try:
             imports = self._imports(store) if callable(self._imports) else self._imports
             warm.instance = self._prepared.instantiate(store, imports, start=self._start, creator=self._creator)
         finally:
-            _bridge.chosen_creator.reset(token)
+            _bridge.release_choice(choice)
         if self._start.unseen:
             warm.once = "unseen"
         for name in self._memories:
