@@ -141,7 +141,7 @@ cdef void take_place(memory_spec* spec) noexcept nogil:
 
 
 # The creator of `linmem.wasmtime.use`, for the thread or task. Only threads with a Python state have one.
-chosen_creator = PyContextVar_New("linmem_creator", NULL)
+cdef object chosen_creator = PyContextVar_New("linmem_creator", NULL)
 cdef bint creator_was_chosen        # some context may have a value; never reset, because contexts are copied
 
 
