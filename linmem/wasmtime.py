@@ -140,8 +140,8 @@ def patch(creator: MemoryCreator | None = None) -> Patch:
     -----
     Engines and modules that were made under a patch stay usable when it is undone. Then, and for `Module.serialize`,
     ``Linker.define_module`` and ``Linker.instantiate_pre``, wasmtime compiles the original module once more; the data
-    of these instances is copied. A module that was deserialized is not prepared. An engine with the pooling allocation
-    strategy ignores creators, and its modules are not prepared.
+    of these instances is copied. The engine must not be closed before. A module that was deserialized is not prepared.
+    An engine with the pooling allocation strategy ignores creators, and its modules are not prepared.
     """
     creator = PoolingCreator() if creator is None else creator
     install(wasmtime.Config(), creator)     # refuses a wrong creator
@@ -156,8 +156,9 @@ class use:
     one compilation, serves many tenants, each with a budget of its own.
 
     The memories keep their creator as long as they live: they grow under its budget also after the block. Blocks may be
-    nested; the innermost one counts. The argument ``creator=`` of `Prepared.instantiate`, `Sessions` and `new_memory`
-    wins over the block.
+    nested; the innermost one counts. Do not `yield` in the block: the caller of a generator would be in the block, too.
+    The argument ``creator=`` of `Prepared.instantiate`, `Sessions` and `new_memory` wins over the block. `Sessions`
+    without the argument use the creator of the engine, because they hand an instance to one user after the other.
 
     Parameters
     ----------
@@ -173,20 +174,19 @@ class use:
         If the same object is used for a second ``with`` block.
     """
 
-    __slots__ = ("_native", "_token")
+    __slots__ = ("_choice", "_native")
 
     def __init__(self, creator: MemoryCreator) -> None:
         self._native = checked_creator(creator)
 
     def __enter__(self) -> None:
-        if hasattr(self, "_token"):
+        if hasattr(self, "_choice"):
             raise RuntimeError("this object has begun a block already: call use() for each `with` block")
-        _bridge.creators_are_chosen()
-        self._token = _bridge.chosen_creator.set(self._native)
+        self._choice = _bridge.choose(self._native)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        _bridge.chosen_creator.reset(self._token)
+        _bridge.release_choice(self._choice)
 
 
 def linear_memory(store: wasmtime.Store, memory: wasmtime.Memory | wasmtime.SharedMemory) -> Memory:

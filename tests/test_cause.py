@@ -267,14 +267,137 @@ def test_threads_find_their_own_causes():
     assert wrong == []
 
 
-def test_ctrl_c_that_comes_while_a_refusal_is_kept_is_raised(monkeypatch):
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, TimeoutError])
+def test_what_a_signal_handler_raises_while_a_refusal_is_kept_reaches_the_caller_of_wasm(kind):
     def interrupted(error):
-        raise KeyboardInterrupt
+        raise kind
 
     guest = Guest()
     linmem._core.bridge.noted_by(interrupted)
     try:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(kind):
             guest.call("grow", 9)
     finally:
         linmem._core.bridge.noted_by(linmem._wasm.cause.note)
+    assert guest.call("grow", 1) == 1
+
+
+def test_a_refusal_without_memory_for_its_note_is_a_refusal_all_the_same():
+    def fails(error):
+        raise MemoryError
+
+    guest = Guest()
+    linmem._core.bridge.noted_by(fails)
+    try:
+        assert guest.call("grow", 9) == -1
+        error = refused(lambda: Guest(wat='(module (import "e" "call" (func)) (memory 5))'))
+    finally:
+        linmem._core.bridge.noted_by(linmem._wasm.cause.note)
+    assert "limit of 262144 bytes reached" in str(error)
+    assert cause(error) is None
+
+
+def test_an_exception_whose_class_has_no_name_is_a_refusal():
+    class Nameless(type):
+        @property
+        def __name__(cls):
+            raise ValueError
+
+    class Odd(Exception, metaclass=Nameless):
+        def __str__(self):
+            raise ValueError
+
+    class Creator(Refuses):
+        def __init__(self):
+            self.error = Odd()
+
+    config = wasmtime.Config()
+    creator = linmem.wasmtime.install(config, Creator())
+    engine = wasmtime.Engine(config)
+    assert cause(refused(lambda: Guest(engine))) is creator.error
+
+
+def test_the_exception_that_the_caller_is_handling_is_no_part_of_a_refusal():
+    config = wasmtime.Config()
+    linmem.wasmtime.install(config, Refuses())
+    engine = wasmtime.Engine(config)
+    try:
+        raise OwnError("of the caller")
+    except OwnError as own:
+        trace = own.__traceback__
+        error = cause(refused(lambda: Guest(engine)))
+        assert own.__traceback__ is trace       # noqa: PT017
+        assert error.__context__ is None
+
+
+def test_hidden_contexts_of_a_kept_refusal_hold_no_creator():
+    class Hides(Refuses):
+        def new_memory(self, *arguments):
+            held = self
+            try:
+                raise KeyError(str(type(held)))
+            except KeyError:
+                raise OwnError("instead") from None
+
+    config = wasmtime.Config()
+    creator = linmem.wasmtime.install(config, Hides())
+    engine = wasmtime.Engine(config)
+    error = refused(lambda: Guest(engine))
+    gone = weakref.ref(creator)
+    del creator, config
+    engine = None
+    assert str(cause(error)) == "instead"
+    del error
+    gc.collect()
+    assert gone() is None
+
+
+def test_an_error_of_the_host_after_a_refused_growth_has_no_cause():
+    def wrong_module():
+        wasmtime.Module(engine, b"\0asm")
+
+    def denied():
+        raise wasmtime.Trap("the host denies access to a file")
+
+    def wrong_call():
+        other.call("grow", 1, 2)
+
+    engine = limited()
+    other = Guest(engine_of())
+    for fails in (wrong_module, denied, wrong_call):
+        assert cause(Guest(engine_of(), fails).error("grow_and_call", 1 << 20)) is None
+        assert cause(Guest(limited(), fails).error("grow_and_call", 9)) is None
+
+
+def test_errors_that_cannot_be_read_have_no_cause():
+    class Unready(wasmtime.WasmtimeError):
+        def __init__(self):
+            pass
+
+    trap = Guest().error("trap")
+    trap.close()
+    assert [cause(Unready()), cause(trap)] == [None, None]
+
+
+def test_nested_calls_find_the_cause_of_the_innermost_and_of_the_outermost_one():
+    depth, seen = 40, []
+
+    def call():
+        if len(guests) < depth:
+            guests.append(Guest(engine, call))
+            guests[-1].call("grow_and_call", 0)
+        else:
+            error = Guest(engine).error("must_grow", 50)
+            seen.append(type(cause(error)))
+            raise error
+
+    config = wasmtime.Config()
+    linmem.wasmtime.install(config, linmem.LimitingCreator(linmem.creator("mmap"), 50 * PAGE))
+    engine = wasmtime.Engine(config)
+    guests = [Guest(engine, call)]
+    error = guests[0].error("grow_and_call", 0)
+    assert seen == [linmem.LimitError]
+    assert type(cause(error)) is linmem.LimitError
+    del error
+    for guest in guests:
+        guest.store.close()     # the host function has the guests, and a store has the host function

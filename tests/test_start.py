@@ -652,6 +652,34 @@ def test_imports_that_cannot_get_the_state_are_refused_before_any_changes():
         Guest(prepared, store=store, imports=world(store)[::-1], start=snapshot)
 
 
+def test_no_import_has_changed_if_the_maximum_of_another_one_is_too_small():
+    wat = """(module (import "e" "a" (memory 1 10)) (import "e" "b" (memory 1 10)) (import "e" "t" (table 1 10 funcref))
+        (func (export "grow") (drop (memory.grow 0 (i32.const 1))) (drop (memory.grow 1 (i32.const 2)))
+            (drop (table.grow 0 (ref.null func) (i32.const 3)))))"""
+    prepared = prepare(ENGINE, wat, expose=True)
+
+    def imports(store, *largest):
+        memories = [linmem.wasmtime.new_memory(store, wasmtime.MemoryType(wasmtime.Limits(1, most)))
+                    for most in largest[:2]]
+        kind = wasmtime.TableType(wasmtime.ValType.funcref(), wasmtime.Limits(1, largest[2]))
+        return [*memories, wasmtime.Table(store, kind, None)]
+
+    store = wasmtime.Store(ENGINE)
+    guest = Guest(prepared, store=store, imports=imports(store, 9, 9, 9))
+    guest.call("grow")
+    snapshot = guest.take()
+    for largest in ((9, 2, 9), (9, 9, 3)):
+        store = wasmtime.Store(ENGINE)
+        given = imports(store, *largest)
+        with pytest.raises(linmem.GrowError, match="has in the snapshot: its maximum is"):
+            Guest(prepared, store=store, imports=given, start=snapshot)
+        assert [each.size(store) for each in given] == [1, 1, 1]
+    store = wasmtime.Store(ENGINE)
+    given = imports(store, 2, 3, 4)
+    Guest(prepared, store=store, imports=given, start=snapshot)
+    assert [each.size(store) for each in given] == [2, 3, 4]
+
+
 def test_one_memory_that_is_imported_twice_needs_one_content():
     wat = '(module (import "e" "a" (memory 1)) (import "e" "b" (memory 1)))'
     prepared = prepare(ENGINE, wat, expose=True)

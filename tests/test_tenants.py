@@ -191,6 +191,60 @@ def test_an_instance_that_a_host_function_makes_meanwhile_has_its_own_creator(en
     assert len(kept) == 3
 
 
+def test_a_block_in_a_host_function_wins_over_the_argument_of_the_outer_call(engine):
+    prepared = prepare(engine, WAT, expose=True)
+    store = wasmtime.Store(engine)
+    snapshot = Snapshot.take(store, prepared.instantiate(store))
+    module = wasmtime.Module(engine, WAT)
+    argument, block = limited(9), limited(9)
+    kept, used = [], []
+
+    def plain():
+        kept.append(Tenant(lambda store: wasmtime.Instance(store, module, []), wasmtime.Store(engine)))
+        used.append((argument.used_bytes // PAGE, block.used_bytes // PAGE))
+
+    def imports(store):
+        plain()
+        return []
+
+    def host():
+        plain()
+        with use(block):
+            plain()
+        plain()
+        with Sessions(prepared, imports, start=snapshot, size=1) as sessions, sessions.get():
+            plain()
+
+    calling = prepare(engine, '(module (import "e" "f" (func $f)) (start $f))')
+    store = wasmtime.Store(engine)
+    calling.instantiate(store, [wasmtime.Func(store, wasmtime.FuncType([], []), host)], creator=argument)
+    assert used == [(1, 0), (1, 1), (2, 1), (2, 1), (3, 1)]
+    plain()
+    assert used[-1] == (3, 1)
+
+
+def test_a_block_that_ends_in_another_call_leaves_its_creator_alone(engine):
+    prepared = prepare(engine, WAT)
+    first, second = limited(9), limited(9)
+    kept, blocks = [], []
+
+    def begin():
+        blocks.append(use(limited(0)))
+        blocks[0].__enter__()
+
+    def end():
+        blocks[0].__exit__(None, None, None)
+        kept.append(Tenant(lambda store: wasmtime.Instance(store, wasmtime.Module(engine, WAT), []),
+                           wasmtime.Store(engine)))
+
+    calling = prepare(engine, '(module (import "e" "f" (func $f)) (start $f))')
+    for creator, work in ((first, begin), (second, end)):
+        store = wasmtime.Store(engine)
+        calling.instantiate(store, [wasmtime.Func(store, wasmtime.FuncType([], []), work)], creator=creator)
+    assert (first.used_bytes, second.used_bytes) == (0, PAGE)
+    assert made(prepared).grow(1) == 1
+
+
 def test_after_an_exception_the_creator_of_the_engine_counts_again(engine):
     prepared = prepare(engine, WAT)
     creator = limited(1)
@@ -256,6 +310,21 @@ def test_sessions_take_their_memories_from_a_creator_and_give_the_place_back_if_
             assert linear_memory(store, instance.exports(store)["m"]).read(0, 4) == b"data"
         assert sessions.stats()["replaced"] == {}
     assert creator.used_bytes == 0
+
+
+def test_sessions_without_a_creator_use_the_one_of_the_engine_also_in_a_block(engine):
+    prepared = prepare(engine, WAT, expose=True)
+    store = wasmtime.Store(engine)
+    snapshot = Snapshot.take(store, prepared.instantiate(store))
+    creator = limited(1)
+    with Sessions(prepared, start=snapshot, size=1) as sessions:
+        for _ in range(2):
+            with use(creator), sessions.get() as (store, instance):
+                assert instance.exports(store)["grow"](store, 9) == 1
+                assert creator.used_bytes == 0
+                made_in_block = Tenant(lambda store: prepared.instantiate(store), wasmtime.Store(engine))
+                assert creator.used_bytes == PAGE
+            made_in_block.store.close()
 
 
 # -- threads and tasks -----------------------------------------------------------------------------------

@@ -107,7 +107,7 @@ cdef void update_table(memory* m, char* base) noexcept nogil:
 
 cdef extern from *:
     """
-    typedef struct { void *next, *end, *of, *creator; } linmem_queue;
+    typedef struct { void *next, *end, *of, *creator; size_t call, last_call; } linmem_queue;
     static LINMEM_OF_THREAD linmem_queue linmem_offered;
     static linmem_queue *linmem_of_thread(void) { return &linmem_offered; }
     """
@@ -116,6 +116,8 @@ cdef extern from *:
         void* end           # a place*: the end of the array
         void* of            # a reference on the Offer of the last make(); NULL after its take_back()
         void* creator       # a borrowed NativeCreator: the argument of the running making(); NULL: none was given
+        size_t call         # the number of the running making() on this thread; 0: none runs
+        size_t last_call
 
     queue* offered "linmem_of_thread"() noexcept nogil
 
@@ -139,16 +141,19 @@ cdef void take_place(memory_spec* spec) noexcept nogil:
 
 
 # The creator of `linmem.wasmtime.use`, for the thread or task. Only threads with a Python state have one.
-chosen_creator = PyContextVar_New("linmem_creator", NULL)
+cdef object chosen_creator = PyContextVar_New("linmem_creator", NULL)
 cdef bint creator_was_chosen        # some context may have a value; never reset, because contexts are copied
 
 
 cdef PyObject* creator_in_context() noexcept with gil:
-    """The NativeCreator that the present context has, a new reference; or NULL."""
+    """The NativeCreator that the present context has, a new reference; or NULL. The context may have None."""
     cdef PyObject* found = NULL
     try:
         PyContextVar_Get(chosen_creator, NULL, &found)
     except BaseException:           # no memory for a context
+        return NULL
+    if found == <PyObject*>None:    # the creator of the engine was chosen
+        Py_DECREF(None)
         return NULL
     return found
 
@@ -170,26 +175,50 @@ cdef object note_refusal        # noted_by() stores it
 
 cdef wasmtime_error_t* python_error(failure* why, bint has_caller) noexcept with gil:
     """has_caller: Python code called wasmtime on this thread, and continues when wasmtime returns."""
-    cdef object error
-    cdef str text
-    cdef bytes raw
+    cdef object error = None, interrupt = None
+    cdef bytes text
+    if why.code == E_PYTHON:
+        error = <object>why.exception
+        Py_DECREF(error)
+        text = text_of(error)
+        if not PyErr_GivenExceptionMatches(error, Exception):
+            interrupt = error
+    else:
+        text = refusal_text(why)
+    # A handler of a signal may run in the following Python code. What it raises is for the caller of wasm.
     try:
-        error = exception_of(why)
-        text = f"{type(error).__name__}: {error}" if why.code == E_PYTHON else str(error)
-    except BaseException as without_text:
-        if why.code != E_PYTHON:
-            error = without_text
-        text = type(error).__name__
+        if error is None:
+            error = exception_of(why)
+        if interrupt is None:
+            text = b"%b %b" % (text, note_refusal(error).encode())
+    except (MemoryError, RecursionError):
+        pass            # the error of wasmtime has no note
+    except BaseException as raised:
+        interrupt = raised
+    if interrupt is not None:
+        raise_later(interrupt, has_caller)
+    return wasmtime.error_new(<const char*>text)
+
+
+cdef bytes text_of(object error):
+    """The name of the class and the text of an exception; only the name if Python code of the class raises."""
     try:
-        if isinstance(error, Exception):
-            text = f"{text} {note_refusal(error)}"
-    except BaseException as interrupt:      # Ctrl-C, or there is no memory for the note
-        if not isinstance(interrupt, Exception):
-            error = interrupt
-    raw = text.encode("utf-8", "replace")
-    if not isinstance(error, Exception):
-        raise_later(error, has_caller)
-    return wasmtime.error_new(<const char*>raw)
+        return f"{type(error).__name__}: {error}".encode("utf-8", "replace")
+    except BaseException:
+        return Py_TYPE(error).tp_name
+
+
+cdef bytes refusal_text(failure* why):
+    cdef char text[512]
+    failure_text(why, text, sizeof(text))
+    return text
+
+
+cdef extern from *:
+    ctypedef struct PyTypeObject:
+        const char* tp_name
+    PyTypeObject* Py_TYPE(object object)
+    int PyErr_GivenExceptionMatches(object error, object kind) noexcept
 
 
 cdef extern from *:
@@ -368,10 +397,24 @@ def references(Memory handle):
     return load(&handle.m.refs)
 
 
-def creators_are_chosen():
-    """To be called before `chosen_creator` is set for the first time."""
+def choose(creator):
+    """Let memories come from `creator`, in this context, until release_choice() gets the result. None: from the
+    engine's creator. The choice is inside of the running making(), and so it counts more."""
     global creator_was_chosen
+    cdef queue* q = offered()
+    cdef size_t before = <size_t>q.creator
     creator_was_chosen = True
+    token = chosen_creator.set(creator)
+    q.creator = NULL
+    return token, <size_t>q, q.call, before
+
+
+def release_choice(tuple choice):
+    cdef queue* q = offered()
+    token, thread, call, before = choice
+    chosen_creator.reset(token)
+    if <size_t>q == thread and q.call == call:      # else the creator of that making() may not exist any longer
+        q.creator = <void*><size_t>before
 
 
 def making(NativeCreator creator, domain, call, *arguments):
@@ -380,13 +423,17 @@ def making(NativeCreator creator, domain, call, *arguments):
     inside another making()."""
     cdef queue* q = offered()
     cdef void* creator_before = q.creator
+    cdef size_t call_before = q.call
     cdef domain_t* ours = domain_of(domain)
     cdef domain_t* domain_before = current_domain()
+    q.last_call += 1
+    q.call = q.last_call
     q.creator = NULL if creator is None else <void*>creator
     set_domain(ours)
     try:
         return call(*arguments)
     finally:
+        q.call = call_before
         q.creator = creator_before
         set_domain(domain_before)
         domain_release(ours)

@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 import wasmtime
 
 _KEPT = 256         # refusals; `cause` finds no older ones
-_DEEPEST = 32       # calls into wasmtime that a refusal knows, if they are nested
+_DEEPEST = 16       # of nested calls into wasmtime, a refusal knows so many of the innermost and of the outermost ones
+_UNREACHABLE = "wasm trap: wasm `unreachable` instruction executed"
+_NOT_GROWN = "failed to grow memory"
 _WASMTIME = os.path.dirname(wasmtime.__file__) + os.sep
 # A guest cannot guess the number of another guest's refusal.
 _TOKEN = re.compile(r"\[refusal ([0-9a-f]{16})\]")
@@ -26,28 +28,45 @@ _TOKEN = re.compile(r"\[refusal ([0-9a-f]{16})\]")
 
 class _Refusal(NamedTuple):
     token: str
+    thread: int
     calls: tuple[weakref.ref[Any], ...]     # each to an object of its own call into wasmtime
     error: Exception
 
 
 _refusals: deque[_Refusal] = deque(maxlen=_KEPT)
-_of_thread = threading.local()      # `last` is the last refusal on this thread
 
 
 def note(error: Exception) -> str:
     """Keep the exception of a refusal. Returns the text by which `cause` finds it in an error of wasmtime."""
     token = secrets.token_hex(8)
-    for link in _chain(error):      # a traceback keeps the variables of all callers
-        link.__traceback__ = None
+    _forget_frames(error, sys.exc_info()[1])
     calls = [weakref.ref(mark) for frame in _stack(sys._getframe(1)) for mark in itertools.islice(_marks(frame), 1)]
-    _refusals.append(_Refusal(token, tuple(calls[-_DEEPEST:]), error))
-    _of_thread.last = error
+    calls = [*calls[:_DEEPEST], *calls[_DEEPEST:][-_DEEPEST:]]
+    _refusals.append(_Refusal(token, threading.get_ident(), tuple(calls), error))
     return f"[refusal {token}]"
 
 
+def _forget_frames(error: BaseException, handled: BaseException | None) -> None:
+    """Drop the tracebacks of an exception and of those that led to it: a traceback keeps the variables of all callers.
+
+    handled: the exception that the caller of wasm is handling. It is no part of the refusal.
+    """
+    left, seen = [error], {id(error)}
+    while left:
+        link = left.pop()
+        link.__traceback__ = None
+        if link.__context__ is handled:
+            link.__context__ = None
+        for other in (link.__cause__, link.__context__):
+            if other is not None and other is not handled and id(other) not in seen:
+                seen.add(id(other))
+                left.append(other)
+
+
 def last() -> Exception | None:
-    """The exception of the last refusal on this thread."""
-    return getattr(_of_thread, "last", None)
+    """The exception of the last refusal on this thread that is still kept."""
+    thread = threading.get_ident()
+    return next((refusal.error for refusal in list(_refusals)[::-1] if refusal.thread == thread), None)
 
 
 def cause(error: BaseException) -> Exception | None:
@@ -60,8 +79,8 @@ def cause(error: BaseException) -> Exception | None:
     ----------
     error : BaseException
         - A ``wasmtime.WasmtimeError``: a memory could not be made, or ``wasmtime.Memory.grow`` was refused.
-        - A ``wasmtime.Trap`` that the guest raised itself ("unreachable"), or a ``wasmtime.ExitTrap`` with another code
-          than 0: the last refusal inside of the same call.
+        - A ``wasmtime.Trap`` that the guest raised itself ("unreachable"; in a component it is a `WasmtimeError`), or a
+          ``wasmtime.ExitTrap`` with another code than 0: the last refusal inside of the same call.
         - An exception that was raised from one of these (``raise ... from``), or while one of these was handled.
 
     Returns
@@ -72,8 +91,9 @@ def cause(error: BaseException) -> Exception | None:
 
     Notes
     -----
-    May be called later, and on another thread. A trap is found by its traceback. The result has no traceback: it would
-    keep the variables of all callers.
+    May be called later, and on another thread. A trap is found by the frames of its traceback, so
+    ``traceback.clear_frames``, which `unittest` calls, makes its cause unknown. The result, and the exceptions that led
+    to it, have no traceback: it would keep the variables of all callers.
     """
     if not isinstance(error, BaseException):
         raise TypeError(f"error must be an exception, got {type(error).__name__}")
@@ -95,17 +115,23 @@ def _behind(error: BaseException) -> Exception | None:
     for refusal in kept:
         if refusal.error is error:
             return refusal.error
-    if isinstance(error, wasmtime.Trap):
-        if error.trap_code not in (None, wasmtime.TrapCode.UNREACHABLE):
-            return None
-    elif isinstance(error, wasmtime.WasmtimeError):
-        tokens = set(_TOKEN.findall(str(error)))
-        for refusal in kept:
-            if refusal.token in tokens:
-                return refusal.error
-        if tokens or (isinstance(error, wasmtime.ExitTrap) and error.code == 0):
-            return None
-    else:
+    if not isinstance(error, (wasmtime.Trap, wasmtime.WasmtimeError)):
+        return None
+    try:
+        text, code = str(error), getattr(error, "trap_code", None)
+    except Exception:       # the error was closed, or a subclass did not initialise it
+        return None
+    tokens = set(_TOKEN.findall(text))
+    for refusal in kept:
+        if refusal.token in tokens:
+            return refusal.error
+    if isinstance(error, wasmtime.ExitTrap):
+        by_guest = error.code != 0
+    elif isinstance(error, wasmtime.Trap):
+        by_guest = code == wasmtime.TrapCode.UNREACHABLE
+    else:                   # of a component, or of Memory.grow()
+        by_guest = _UNREACHABLE in text or text.startswith(_NOT_GROWN)
+    if tokens or not by_guest:
         return None
     marks: set[int] = set()
     trace = error.__traceback__
@@ -131,7 +157,9 @@ def _marks(frame: FrameType) -> Iterator[Any]:
     """The objects that only this call has: C values and arrays that its function made. A frame itself takes no weak
     reference, and its address may be that of a later call."""
     code, values = frame.f_code, frame.f_locals
-    for name in code.co_varnames[code.co_argcount:]:
+    arguments = code.co_varnames[:code.co_argcount]
+    for name in (*code.co_varnames, *code.co_cellvars):
         value = values.get(name)
-        if isinstance(value, (ctypes.Array, ctypes.Structure, ctypes._SimpleCData, ctypes._Pointer)):
+        if name not in arguments and isinstance(
+                value, (ctypes.Array, ctypes.Structure, ctypes._SimpleCData, ctypes._Pointer)):
             yield value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -38,21 +39,16 @@ class Patch:
         with _lock:
             _active.append(self)
             if not _replaced:
-                for kind, name, new in _METHODS:
-                    own = vars(kind)[name]
-                    _replaced.append((kind, name, own, _method(own, new)))
-                    setattr(kind, name, _replaced[-1][-1])
+                _replaced.extend((kind, name, own, _method(own, new))
+                                 for kind, name, new in _METHODS for own in [vars(kind)[name]])
+            _replace()
 
     def undo(self) -> None:
         """End the patch. Engines and modules that were made under it stay as they are. May be called again."""
         with _lock:
             if self in _active:
                 _active.remove(self)
-            # If another library has wrapped one of the methods since, they all stay, and only call wasmtime's methods.
-            if not _active and all(vars(kind)[name] is new for kind, name, _, new in _replaced):
-                for kind, name, own, _ in _replaced:
-                    setattr(kind, name, own)
-                _replaced.clear()
+            _replace()
 
     def __enter__(self) -> Self:
         return self
@@ -60,6 +56,30 @@ class Patch:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
         self.undo()
+
+
+def _replace() -> None:
+    """Put in the new methods if a patch is active, else wasmtime's own. Under the lock."""
+    if _active:
+        for kind, name, own, new in _replaced:
+            if vars(kind)[name] is own:
+                setattr(kind, name, new)
+    # If another library has wrapped one of the methods since, they all stay, and only call wasmtime's methods.
+    elif all(vars(kind)[name] in (own, new) for kind, name, own, new in _replaced):
+        for kind, name, own, _ in _replaced:
+            setattr(kind, name, own)
+        _replaced.clear()
+
+
+def _start_over_in_child() -> None:
+    """Another thread of the parent may have held the lock, in the middle of _replace()."""
+    global _lock
+    _lock = threading.Lock()
+    _replace()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_over_in_child)
 
 
 class PreparedModule(wasmtime.Module):
@@ -121,7 +141,7 @@ def _make_module(own: Callable[..., None], self: wasmtime.Module, engine: wasmti
             and isinstance(wasm, (str, bytes, bytearray)) and not getattr(_in_prepare, "now", False)):
         _in_prepare.now = True
         try:
-            if makes_our_memories(engine):      # an engine with the pooling allocation strategy ignores its creator
+            if _has_our_memories(engine):
                 prepared = prepare(engine, source)
         finally:
             _in_prepare.now = False
@@ -132,6 +152,15 @@ def _make_module(own: Callable[..., None], self: wasmtime.Module, engine: wasmti
         vars(self).update(_linmem_prepared=prepared, _linmem_source=(engine, source))
     else:
         self._set_ptr(prepared.module._consume())
+
+
+def _has_our_memories(engine: wasmtime.Engine) -> bool:
+    """False for an engine with the pooling allocation strategy, which ignores its creator; and if the creator refuses a
+    memory now."""
+    try:
+        return makes_our_memories(engine)
+    except wasmtime.WasmtimeError:
+        return False
 
 
 def _make_instance(own: Callable[..., None], self: wasmtime.Instance, store: Any, module: wasmtime.Module,

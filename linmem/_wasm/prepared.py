@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextvars
 import functools
 import hashlib
 import importlib.metadata
@@ -182,7 +181,7 @@ class Prepared:
                 offer = None        # the present offer belongs to another call, which takes it back
                 raise RuntimeError("another instance is being made on this thread, and has not taken its images yet")
             instance = (
-                _bridge.making(native, domain, imports.instantiate, store, module)
+                _bridge.making(native, domain, wasmtime.Linker.instantiate, imports, store, module)
                 if isinstance(imports, wasmtime.Linker) else
                 _bridge.making(native, domain, wasmtime.Instance, store, module, imports))
         finally:
@@ -345,8 +344,11 @@ def makes_our_memories(engine: wasmtime.Engine) -> bool:
         store = wasmtime.Store(engine)
         module = wasmtime.Module(engine, '(module (memory (export "memory") 0))')
         # The engine's own creator makes this memory, also while another creator was chosen.
-        instance = contextvars.Context().run(
-            _bridge.making, None, None, wasmtime.Instance, store, module, ())
+        choice = _bridge.choose(None)
+        try:
+            instance = wasmtime.Instance(store, module, [])
+        finally:
+            _bridge.release_choice(choice)
         memory = instance.exports(store)["memory"]
         assert isinstance(memory, wasmtime.Memory)
         found = _ASKS[engine] = behind(store, memory) is not None

@@ -63,8 +63,9 @@ class Sessions:
         `set_limits`, the instance is replaced, so that the setting does not reach the next user. A setting that a host
         function makes with the store that the callable `imports` got is not noticed: `begin` must make it anew.
     creator : MemoryCreator, optional
-        Makes the memories of all instances, as for `Prepared.instantiate`. Idle instances keep their memories. If the
-        creator refuses a memory (for example, because its budget is used up), the start of the block raises
+        Makes the memories of all instances, as for `Prepared.instantiate`; by default the creator that `install` gave
+        to the engine, also in a block of `linmem.wasmtime.use`. Idle instances keep their memories. If the creator
+        refuses a memory (for example, because its budget is used up), the start of the block raises
         `wasmtime.WasmtimeError`, and the place among the `size` sessions is free again.
 
     Raises
@@ -281,8 +282,12 @@ class Sessions:
     def _fill(self, warm: _Warm) -> None:
         """Make the instance in its new store."""
         store = warm.store
-        imports = self._imports(store) if callable(self._imports) else self._imports
-        warm.instance = self._prepared.instantiate(store, imports, start=self._start, creator=self._creator)
+        choice = _bridge.choose(None)       # the instance may serve users with other creators later
+        try:
+            imports = self._imports(store) if callable(self._imports) else self._imports
+            warm.instance = self._prepared.instantiate(store, imports, start=self._start, creator=self._creator)
+        finally:
+            _bridge.release_choice(choice)
         if self._start.unseen:
             warm.once = "unseen"
         for name in self._memories:

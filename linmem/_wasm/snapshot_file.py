@@ -382,7 +382,8 @@ def parts_of(state: State) -> tuple[str, bytes, list[Image]]:
 
 
 def state_of(module: str, description: bytes, images: Sequence[Image]) -> State:
-    """The state that `parts_of` took apart. `FileFormatError` if a part is wrong or does not fit the others."""
+    """The state that `parts_of` took apart. `FileFormatError` if a part is wrong or does not fit the others; TypeError
+    if the description is not bytes."""
     path = "a pickled snapshot"
     if not isinstance(module, str) or not re.fullmatch("[0-9a-f]{64}", module):
         raise FileFormatError(path, "module", module, "64 lowercase hexadecimal digits")

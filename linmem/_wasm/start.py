@@ -127,11 +127,19 @@ class Start:
             if delta < 0 or left:
                 raise ValueError(f"memory {name!r} has {ours.byte_size()} bytes and had {size} in the snapshot, and a"
                                  " memory cannot shrink")
+            most = ours.maximum_byte_size()         # of an import it may be less than the module's own maximum
+            if delta and most is not None and most < size:
+                raise GrowError(f"memory {name!r} cannot get the {size} bytes that it has in the snapshot: its maximum"
+                                f" is {most}")
             deltas.append(delta)
         for held in parts.tables:
             if held.table.size(store) > held.size:
                 raise ValueError(f"table {held.name!r} has {held.table.size(store)} elements and had {held.size} in the"
                                  " snapshot, and a table cannot shrink")
+            most = held.table.type(store).limits.max
+            if most is not None and most < held.size:
+                raise GrowError(f"table {held.name!r} cannot get the {held.size} elements that it has in the snapshot:"
+                                f" its maximum is {most}")
         parts.check_values(context)
         for (name, memory, size, _), delta in zip(parts.memories, deltas, strict=True):
             try:
