@@ -1,4 +1,4 @@
-"""linmem in a wasmtime engine: `install`, `linear_memory`, `new_memory` and `patch`.
+"""linmem in a wasmtime engine: `install`, `use`, `linear_memory`, `new_memory` and `patch`.
 
 >>> import wasmtime, linmem.wasmtime
 >>> config = wasmtime.Config()
@@ -12,6 +12,7 @@ import ctypes
 import functools
 import threading
 import weakref
+from types import TracebackType
 
 try:
     import wasmtime
@@ -21,19 +22,19 @@ from wasmtime import _ffi as ffi
 
 from linmem._core import bridge as _bridge
 from linmem._core.arguments import check_flag
-from linmem._core.memory import Memory, NativeCreator
+from linmem._core.memory import Memory
 from linmem._core.pool import PoolingCreator
 from linmem._os import pages as _pages
 from linmem._wasm.cause import cause, note
 from linmem._wasm.instance_state import behind
 from linmem._wasm.patch import Patch
-from linmem._wasm.prepared import NOT_OURS, Prepared, prepare, wasmtime_version
+from linmem._wasm.prepared import NOT_OURS, Prepared, checked_creator, prepare, wasmtime_version
 from linmem._wasm.sessions import Sessions
 from linmem._wasm.snapshot import Snapshot, check_store, check_type
 from linmem.abc import MemoryCreator
-from linmem.creators import as_native
 
-__all__ = ["Prepared", "Sessions", "Snapshot", "cause", "install", "linear_memory", "new_memory", "patch", "prepare"]
+__all__ = ["Prepared", "Sessions", "Snapshot", "cause", "install", "linear_memory", "new_memory", "patch", "prepare",
+           "use"]
 
 _WASM32_SPACE = 1 << 32
 _SHORT_SPACE = 1 << 40      # bytes; with less space, wasmtime's default of 4 GiB for each memory uses it up soon
@@ -99,14 +100,7 @@ def install(config: wasmtime.Config, creator: MemoryCreator | None = None, *, tu
                          ) from None
     check_flag(tune, "tune")
     creator = PoolingCreator() if creator is None else creator
-    native = as_native(creator)
-    part: object = native
-    while isinstance(part, NativeCreator):      # each creator of the chain
-        if getattr(part, "image", None) is not None:
-            raise ValueError("creator must not have a pool with an image: every memory of the engine would start from"
-                             " that image, and the data of a module would be copied over it. Leave image= out, and"
-                             " restore() each instance's memory to the image, or prepare() the module")
-        part = getattr(part, "upstream", getattr(part, "creator", None))
+    native = checked_creator(creator)
     _bind()
     if tune:
         _tune(pointer)
@@ -154,6 +148,47 @@ def patch(creator: MemoryCreator | None = None) -> Patch:
     return Patch(creator, install)
 
 
+class use:
+    """Let the memories that are made in the ``with`` block come from `creator`, on engines that linmem is installed in.
+
+    The block counts for the running thread or task, as a context variable does: tasks that asyncio starts in the block
+    and ``asyncio.to_thread`` inherit it, also if they go on after the block. A new thread does not. So one engine, and
+    one compilation, serves many tenants, each with a budget of its own.
+
+    The memories keep their creator as long as they live: they grow under its budget also after the block. Blocks may be
+    nested; the innermost one counts. The argument ``creator=`` of `Prepared.instantiate`, `Sessions` and `new_memory`
+    wins over the block.
+
+    Parameters
+    ----------
+    creator : MemoryCreator
+
+    Raises
+    ------
+    TypeError
+        If `creator` is not a creator.
+    ValueError
+        If a pool in `creator` has an ``image=``.
+    RuntimeError
+        If the same object is used for a second ``with`` block.
+    """
+
+    __slots__ = ("_native", "_token")
+
+    def __init__(self, creator: MemoryCreator) -> None:
+        self._native = checked_creator(creator)
+
+    def __enter__(self) -> None:
+        if hasattr(self, "_token"):
+            raise RuntimeError("this object has begun a block already: call use() for each `with` block")
+        _bridge.creators_are_chosen()
+        self._token = _bridge.chosen_creator.set(self._native)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        _bridge.chosen_creator.reset(self._token)
+
+
 def linear_memory(store: wasmtime.Store, memory: wasmtime.Memory | wasmtime.SharedMemory) -> Memory:
     """The linmem memory behind a wasm memory.
 
@@ -186,7 +221,8 @@ def linear_memory(store: wasmtime.Store, memory: wasmtime.Memory | wasmtime.Shar
 
 
 def new_memory(store: wasmtime.Store, memory_type: wasmtime.MemoryType, *,
-               domain: str | None = None) -> wasmtime.Memory | wasmtime.SharedMemory:
+               domain: str | None = None,
+               creator: MemoryCreator | None = None) -> wasmtime.Memory | wasmtime.SharedMemory:
     """Make a wasm memory that linmem owns, for modules that import a memory.
 
     ``wasmtime.Memory(store, ty)`` does not use the creator, but a module that exports a memory does. So this function
@@ -198,16 +234,19 @@ def new_memory(store: wasmtime.Store, memory_type: wasmtime.MemoryType, *,
     memory_type : wasmtime.MemoryType
     domain : str, optional
         A pool never gives this memory pages of another domain; as for `linmem.create`.
+    creator : MemoryCreator, optional
+        Makes the memory; by default the creator that `install` gave to the engine.
 
     Raises
     ------
     ValueError
-        If the store's engine does not make its memories with linmem.
+        If the store's engine does not make its memories with linmem, or if a pool in `creator` has an ``image=``.
     wasmtime.WasmtimeError
         If the memory cannot be made; the exception has the creator's text.
     """
     check_type(store, wasmtime.Store, "store")
     check_type(memory_type, wasmtime.MemoryType, "memory_type")
+    native = None if creator is None else checked_creator(creator)
     limits = memory_type.limits
     words = ["i64"] if memory_type.is_64 else []
     words += [str(bound) for bound in (limits.min, limits.max) if bound is not None]
@@ -225,7 +264,7 @@ def new_memory(store: wasmtime.Store, memory_type: wasmtime.MemoryType, *,
         modules[wat] = module               # the module used last is at the end
         while len(modules) > _MAX_MODULES:
             del modules[next(iter(modules))]
-    instance = _bridge.in_domain(domain, lambda: wasmtime.Instance(store, module, []))
+    instance = _bridge.making(native, domain, wasmtime.Instance, store, module, ())
     memory = instance.exports(store)["memory"]
     assert isinstance(memory, (wasmtime.Memory, wasmtime.SharedMemory))
     linear_memory(store, memory)

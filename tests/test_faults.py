@@ -1186,6 +1186,11 @@ def attributes(what, *names):
     return {f"{cls}.{name}": lambda scene, name=name: getattr(getattr(scene, where), name) for name in names}
 
 
+def use_block():
+    with linmem.wasmtime.use(MMAP()):
+        pass
+
+
 # The operations that make no page call, with any argument.
 QUIET = {
     "Sessions.stats": lambda scene: scene.sessions.stats(),
@@ -1276,6 +1281,8 @@ QUIET = {
     "SnapshotHandle.__reduce__": lambda scene: scene.snapshot.handle().__reduce__(),
     "Snapshot": refuses(TypeError, lambda scene: linmem.wasmtime.Snapshot()),
     "Snapshot.record": lambda scene: record_nothing(scene.snapshot),
+    "use": lambda scene: linmem.wasmtime.use(MMAP()),
+    **dict.fromkeys(("use.__enter__", "use.__exit__"), lambda scene: use_block()),
     "cause": lambda scene: linmem.wasmtime.cause(ValueError()),
     "patch": lambda scene: linmem.wasmtime.patch(MMAP()).undo(),
     "linear_memory": lambda scene: linmem.wasmtime.linear_memory(scene.store, scene.exports["memory"]),

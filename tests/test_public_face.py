@@ -293,6 +293,12 @@ def given_by(name):
 
 # The public functions: name -> (the callable, {argument: (a check of valid values, a valid value)}). The traits are
 # abstract. If a valid value is a function, the function makes the value from the world.
+def use_block(kind, error, trace):
+    block = linmem.wasmtime.use(linmem.MmapCreator())
+    block.__enter__()
+    block.__exit__(kind, error, trace)
+
+
 FACE = {
     "linmem.create": (lambda w: linmem.create, {
         "minimum": (size, PAGE), "maximum": (size_or_none, None), "creator": (either(trait, nothing), None),
@@ -410,6 +416,9 @@ FACE = {
     "linmem.wasmtime.install": (lambda w: linmem.wasmtime.install, {
         "config": (of(wasmtime.Config), given_by("config")), "creator": (either(trait, nothing), None),
         "tune": (flag, True)}),
+    "linmem.wasmtime.use": (lambda w: linmem.wasmtime.use, {"creator": (trait, linmem.MmapCreator())}),
+    "linmem.wasmtime.use.__exit__": (lambda w: use_block, {
+        "kind": (anything, None), "error": (anything, None), "trace": (anything, None)}),
     "linmem.wasmtime.cause": (lambda w: linmem.wasmtime.cause, {"error": (of(BaseException), ValueError())}),
     "linmem.wasmtime.patch": (lambda w: lambda creator=None: linmem.wasmtime.patch(creator).undo(), {
         "creator": (either(trait, nothing), None)}),
@@ -418,7 +427,8 @@ FACE = {
     "linmem.wasmtime.new_memory": (lambda w: linmem.wasmtime.new_memory, {
         "store": (of(wasmtime.Store), given_by("store")),
         "memory_type": (of(wasmtime.MemoryType), wasmtime.MemoryType(wasmtime.Limits(1, None))),
-        "domain": (text_or_none, None)}),
+        "domain": (text_or_none, None),
+        "creator": (either(trait, nothing), None)}),
     "linmem.wasmtime.prepare": (lambda w: linmem.wasmtime.prepare, {
         "engine": (of(wasmtime.Engine), given_by("engine")),
         "wasm": (of(str, bytes, bytearray), WAT),
@@ -427,11 +437,12 @@ FACE = {
     "linmem.wasmtime.Prepared.instantiate": (lambda w: w.prepared.instantiate, {
         "store": (of(wasmtime.Store), given_by("store")), "imports": (nothing_in, ()),
         "start": (either(of(linmem.wasmtime.Snapshot), nothing), given_by("snapshot")),
-        "domain": (text_or_none, None)}),
+        "domain": (text_or_none, None), "creator": (either(trait, nothing), None)}),
     "linmem.wasmtime.Sessions": (lambda w: linmem.wasmtime.Sessions, {
         "prepared": (of(linmem.wasmtime.Prepared), given_by("prepared")), "imports": (either(nothing_in, callable), ()),
         "start": (of(linmem.wasmtime.Snapshot), given_by("snapshot")), "size": (count_from_one, 1),
-        "store": (either(nothing, callable), None), "begin": (either(nothing, callable), None)}),
+        "store": (either(nothing, callable), None), "begin": (either(nothing, callable), None),
+        "creator": (either(trait, nothing), None)}),
     "linmem.wasmtime.Sessions.__exit__": (lambda w: w.sessions.__exit__, {
         "kind": (anything, None), "error": (anything, None), "trace": (anything, None)}),
     "linmem.wasmtime.Sessions.get": (lambda w: w.sessions.get, {"timeout": (either(seconds, nothing), None)}),

@@ -7,6 +7,7 @@ takes the GIL only for the text of an exception that a Python creator raised.
 """
 
 cimport cython
+from cpython.contextvars cimport PyContextVar_Get, PyContextVar_New
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF
 from libc.stdint cimport uint8_t, uint64_t
@@ -102,11 +103,11 @@ cdef void update_table(memory* m, char* base) noexcept nogil:
     unlock(&table_lock.held)
 
 
-# -- images and sizes of the next memories that wasmtime asks for on this thread ---------------------------
+# -- images, sizes and creator of the next memories that wasmtime asks for on this thread ------------------
 
 cdef extern from *:
     """
-    typedef struct { void *next, *end, *of; } linmem_queue;
+    typedef struct { void *next, *end, *of, *creator; } linmem_queue;
     static LINMEM_OF_THREAD linmem_queue linmem_offered;
     static linmem_queue *linmem_of_thread(void) { return &linmem_offered; }
     """
@@ -114,6 +115,7 @@ cdef extern from *:
         void* next          # a place*: the place of the next memory
         void* end           # a place*: the end of the array
         void* of            # a reference on the Offer of the last make(); NULL after its take_back()
+        void* creator       # a borrowed NativeCreator: the argument of the running making(); NULL: none was given
 
     queue* offered "linmem_of_thread"() noexcept nogil
 
@@ -134,6 +136,21 @@ cdef void take_place(memory_spec* spec) noexcept nogil:
     image_retain(next.image)
     spec.image = next.image
     spec.minimum = next.size
+
+
+# The creator of `linmem.wasmtime.use`, for the thread or task. Only threads with a Python state have one.
+chosen_creator = PyContextVar_New("linmem_creator", NULL)
+cdef bint creator_was_chosen        # some context may have a value; never reset, because contexts are copied
+
+
+cdef PyObject* creator_in_context() noexcept with gil:
+    """The NativeCreator that the present context has, a new reference; or NULL."""
+    cdef PyObject* found = NULL
+    try:
+        PyContextVar_Get(chosen_creator, NULL, &found)
+    except BaseException:           # no memory for a context
+        return NULL
+    return found
 
 
 # -- callbacks -----------------------------------------------------------------------------------------
@@ -232,6 +249,8 @@ cdef wasmtime_error_t* new_memory(void* env, const wasm_memorytype_t* ty, size_t
     cdef memory_spec spec
     cdef failure why
     cdef memory* m = NULL
+    cdef void* creator = offered().creator
+    cdef PyObject* in_context = NULL
     cdef int code
     spec.minimum = minimum
     spec.maximum = maximum                                  # for wasmtime, too, SIZE_MAX means no maximum
@@ -240,13 +259,17 @@ cdef wasmtime_error_t* new_memory(void* env, const wasm_memorytype_t* ty, size_t
     spec.is_64 = wasmtime.is_64(ty)
     spec.is_shared = wasmtime.is_shared(ty)
     take_place(&spec)
+    if creator == NULL and creator_was_chosen and PyGILState_GetThisThreadState() != NULL and not python_is_ending():
+        creator = in_context = creator_in_context()
     spec.watched = False
     spec.may_move = True        # wasmtime itself checks memory_may_move of its Config
     spec.page_size = 65536 if wasmtime.page_size == NULL else wasmtime.page_size(ty)
     if spec.minimum > maximum:
         code = fail(&why, E_MAXIMUM, "new_memory", spec.minimum, 0, maximum)
     else:
-        code = (<NativeCreator>env).make(&spec, &m, &why)
+        code = (<NativeCreator>(env if creator == NULL else creator)).make(&spec, &m, &why)
+    if in_context != NULL:
+        deferred_decref(in_context)
     image_release(spec.image)
     if code:
         return to_error(&why)
@@ -345,15 +368,27 @@ def references(Memory handle):
     return load(&handle.m.refs)
 
 
-def in_domain(domain, call):
-    """Return call(). The memories that wasmtime asks for on this thread meanwhile belong to `domain`."""
+def creators_are_chosen():
+    """To be called before `chosen_creator` is set for the first time."""
+    global creator_was_chosen
+    creator_was_chosen = True
+
+
+def making(NativeCreator creator, domain, call, *arguments):
+    """Return call(*arguments). The memories that wasmtime asks for on this thread meanwhile come from `creator` and
+    belong to `domain`. None as the creator: the creator of `linmem.wasmtime.use` or of the engine makes them, also
+    inside another making()."""
+    cdef queue* q = offered()
+    cdef void* creator_before = q.creator
     cdef domain_t* ours = domain_of(domain)
-    cdef domain_t* before = current_domain()
+    cdef domain_t* domain_before = current_domain()
+    q.creator = NULL if creator is None else <void*>creator
     set_domain(ours)
     try:
-        return call()
+        return call(*arguments)
     finally:
-        set_domain(before)
+        q.creator = creator_before
+        set_domain(domain_before)
         domain_release(ours)
 
 

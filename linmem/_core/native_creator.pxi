@@ -1,6 +1,9 @@
 # The base class of all creators, and the creator of the mapped kind, MmapCreator; a part of memory.pyx.
 
-DEFAULT_GUARD = 65536
+cdef enum:
+    USUAL_GUARD = 65536
+
+DEFAULT_GUARD = USUAL_GUARD
 
 
 class _InPython:
@@ -171,9 +174,10 @@ cdef class NativeCreator:
         if image is not None:
             check_type(image, Image, "image")
             spec.image = (<Image>image).img
-        check_extent(DEFAULT_GUARD if guard is None else guard, "guard", &spec.guard)
         if guard is None:
-            round_up(spec.guard, host_page(), &spec.guard)
+            round_up(USUAL_GUARD, host_page(), &spec.guard)
+        else:
+            check_extent(guard, "guard", &spec.guard)
         spec.page_size = 1
         spec.is_64 = True
         spec.is_shared = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import hashlib
 import importlib.metadata
@@ -17,7 +18,7 @@ import wasmtime
 
 from linmem._core import bridge as _bridge
 from linmem._core.arguments import check_flag, check_path
-from linmem._core.memory import Image
+from linmem._core.memory import Image, NativeCreator
 from linmem._files.image_file import write_image
 from linmem._wasm import outline as state
 from linmem._wasm.image_cache import Cache
@@ -28,11 +29,14 @@ from linmem._wasm.recording import OPEN
 from linmem._wasm.segments import Hoisted, Run, hoist, without_start
 from linmem._wasm.snapshot import Snapshot, check_context, check_type
 from linmem._wasm.start import Start
+from linmem.creators import as_native
 from linmem.errors import FileFormatError, PageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from wasmtime._exportable import AsExtern
+
+    from linmem.abc import MemoryCreator
 
 NOT_OURS = ("linmem.wasmtime.install(config) was not called for this engine, or the config uses the pooling"
             " allocation strategy (which ignores host creators)")
@@ -117,7 +121,8 @@ class Prepared:
 
     def instantiate(self, store: wasmtime.Store,
                     imports: Sequence[AsExtern] | wasmtime.Linker = (), *,
-                    start: Snapshot | None = None, domain: str | None = None) -> wasmtime.Instance:
+                    start: Snapshot | None = None, domain: str | None = None,
+                    creator: MemoryCreator | None = None) -> wasmtime.Instance:
         """Make an instance whose memories share the pages of the images until they write to them.
 
         With ``start=snapshot`` the instance has the state of the snapshot: its memories share the pages of the
@@ -138,6 +143,13 @@ class Prepared:
             function, or data that `skipped` names, it is compiled once more at the first use.
         domain : str, optional
             A pool never gives this guest pages of another domain; as for `linmem.create`.
+        creator : MemoryCreator, optional
+            Makes the memories of this instance, also its shared memories; by default the creator of
+            `linmem.wasmtime.use`, or the one that `install` gave to the engine. The memories have the reservation and
+            the guard of the engine. If wasmtime makes the GC heap of the store during this call, the heap comes from
+            this creator, too. The same holds for each instance that a host function makes during this call, unless the
+            host function calls `instantiate` or `new_memory`. The memories keep their creator, and its budget, as long
+            as they live. Imported memories keep their creators (`new_memory` has this argument, too).
 
         Raises
         ------
@@ -146,11 +158,12 @@ class Prepared:
         ValueError
             If `start` is a snapshot of another module, if it cannot leave its store, if it has state that this module
             does not export (prepare it with ``expose=True``), or if an imported memory or table is larger than in the
-            snapshot, or is not linmem's.
+            snapshot, or is not linmem's; or if a pool in `creator` has an ``image=``.
         GrowError
             If the store does not let a memory or a table have the size that it has in the snapshot.
         """
         check_context(store)
+        native = None if creator is None else checked_creator(creator)
         if not isinstance(imports, wasmtime.Linker):
             try:
                 imports = list(imports)
@@ -168,9 +181,10 @@ class Prepared:
             if offer is not None and not offer.make():
                 offer = None        # the present offer belongs to another call, which takes it back
                 raise RuntimeError("another instance is being made on this thread, and has not taken its images yet")
-            instance = _bridge.in_domain(domain, lambda: (
-                imports.instantiate(store, module) if isinstance(imports, wasmtime.Linker)
-                else wasmtime.Instance(store, module, imports)))
+            instance = (
+                _bridge.making(native, domain, imports.instantiate, store, module)
+                if isinstance(imports, wasmtime.Linker) else
+                _bridge.making(native, domain, wasmtime.Instance, store, module, imports))
         finally:
             if offer is not None:
                 missing = offer.take_back()
@@ -311,13 +325,29 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
                         hashlib.sha256(original).hexdigest(), compile_start)
 
 
+def checked_creator(creator: MemoryCreator) -> NativeCreator:
+    """The native creator of an argument `creator` whose memories wasmtime uses."""
+    native = as_native(creator)
+    part: object = native
+    while isinstance(part, NativeCreator):      # each creator of the chain
+        if getattr(part, "image", None) is not None:
+            raise ValueError("creator must not have a pool with an image: every memory would start from that image, and"
+                             " the data of a module would be copied over it. Leave image= out, and restore() each"
+                             " instance's memory to the image, or prepare() the module")
+        part = getattr(part, "upstream", getattr(part, "creator", None))
+    return native
+
+
 def makes_our_memories(engine: wasmtime.Engine) -> bool:
     """Whether linmem makes the memories of the engine; tried once for each engine."""
     found = _ASKS.get(engine)
     if found is None:
         store = wasmtime.Store(engine)
         module = wasmtime.Module(engine, '(module (memory (export "memory") 0))')
-        memory = wasmtime.Instance(store, module, []).exports(store)["memory"]
+        # The engine's own creator makes this memory, also while another creator was chosen.
+        instance = contextvars.Context().run(
+            _bridge.making, None, None, wasmtime.Instance, store, module, ())
+        memory = instance.exports(store)["memory"]
         assert isinstance(memory, wasmtime.Memory)
         found = _ASKS[engine] = behind(store, memory) is not None
         store.close()

@@ -17,13 +17,15 @@ from linmem._core import bridge as _bridge
 from linmem._core.arguments import check_count, shown
 from linmem._core.memory import Memory
 from linmem._wasm.instance_state import behind, export
-from linmem._wasm.prepared import Prepared
+from linmem._wasm.prepared import Prepared, checked_creator
 from linmem._wasm.snapshot import Snapshot
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing_extensions import Self
     from wasmtime._exportable import AsExtern
+
+    from linmem.abc import MemoryCreator
 
 _ALL: weakref.WeakSet[Sessions] = weakref.WeakSet()
 _LOOK_EACH = 0.5        # seconds: on some systems a wait for a lock answers Ctrl-C only when it ends
@@ -60,12 +62,17 @@ class Sessions:
         and the configuration of WASI. If a block calls a setter of the store that `begin` did not call, for example
         `set_limits`, the instance is replaced, so that the setting does not reach the next user. A setting that a host
         function makes with the store that the callable `imports` got is not noticed: `begin` must make it anew.
+    creator : MemoryCreator, optional
+        Makes the memories of all instances, as for `Prepared.instantiate`. Idle instances keep their memories. If the
+        creator refuses a memory (for example, because its budget is used up), the start of the block raises
+        `wasmtime.WasmtimeError`, and the place among the `size` sessions is free again.
 
     Raises
     ------
     ValueError
         If instances of this module cannot start from this snapshot, as for `Prepared.instantiate`; if `imports` has
-        objects, which belong to one store; or if the module imports a shared memory.
+        objects, which belong to one store; if the module imports a shared memory; or if a pool in `creator` has an
+        ``image=``.
 
     Attributes
     ----------
@@ -80,8 +87,9 @@ class Sessions:
     others.
     """
 
-    __slots__ = ("__weakref__", "_begin", "_closed", "_handed_out", "_idle", "_imports", "_lock", "_make_store",
-                 "_memories", "_prepared", "_replaced", "_reused", "_start", "_taken", "_waiting", "size")
+    __slots__ = ("__weakref__", "_begin", "_closed", "_creator", "_handed_out", "_idle", "_imports", "_lock",
+                 "_make_store", "_memories", "_prepared", "_replaced", "_reused", "_start", "_taken", "_waiting",
+                 "size")
 
     size: int
     _make_store: Callable[[], wasmtime.Store]
@@ -89,12 +97,14 @@ class Sessions:
     def __init__(self, prepared: Prepared,
                  imports: wasmtime.Linker | Callable[[wasmtime.Store], Any] | Sequence[AsExtern] = (), *,
                  start: Snapshot, size: int, store: Callable[[], wasmtime.Store] | None = None,
-                 begin: Callable[[wasmtime.Store], object] | None = None) -> None:
+                 begin: Callable[[wasmtime.Store], object] | None = None,
+                 creator: MemoryCreator | None = None) -> None:
         if not isinstance(prepared, Prepared):
             raise TypeError(f"prepared must be a Prepared, got {type(prepared).__name__}")
         if not isinstance(start, Snapshot):
             raise TypeError(f"start must be a Snapshot, got {type(start).__name__}")
         self.size = check_count(size, "size", least=1)
+        self._creator = None if creator is None else checked_creator(creator)
         for name, call in (("store", store), ("begin", begin)):
             if call is not None and not callable(call):
                 raise TypeError(f"{name} must be callable, got {type(call).__name__}")
@@ -272,7 +282,7 @@ class Sessions:
         """Make the instance in its new store."""
         store = warm.store
         imports = self._imports(store) if callable(self._imports) else self._imports
-        warm.instance = self._prepared.instantiate(store, imports, start=self._start)
+        warm.instance = self._prepared.instantiate(store, imports, start=self._start, creator=self._creator)
         if self._start.unseen:
             warm.once = "unseen"
         for name in self._memories:
