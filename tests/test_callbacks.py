@@ -526,6 +526,55 @@ def test_a_slot_that_a_pool_drops_for_another_request_is_told_later_and_may_use_
     assert sizes[1][1] == 4 * PAGE
 
 
+# -- forks, and allocations that fail ------------------------------------------------------------------------
+
+@requires("fork")
+def test_a_function_may_fork_and_both_processes_are_told_of_the_rest():
+    assert answer("""
+import linmem, os, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+def on_grow(mem, old, new):
+    global pid
+    pid = os.fork()
+def on_dropped(info):
+    print("parent" if pid else "child", info.byte_size, info.growths, flush=True)
+mem = linmem.CallbackCreator(linmem.MmapCreator(), on_grow=on_grow, on_dropped=on_dropped).create(1, maximum=9)
+mem.grow_to(5)
+if pid:
+    assert os.waitpid(pid, 0)[1] == 0
+mem.close()
+""") == "child 5 1\nparent 5 1"
+
+
+@requires("failing_allocations")
+def test_an_allocation_that_fails_is_a_memory_error_and_leaves_nothing_behind():
+    assert answer("""
+import _testcapi, contextlib, linmem, linmem.records
+def told(*_):
+    counts.append(1)
+counts = []
+limit = linmem.LimitingCreator(linmem.MmapCreator(), 1 << 20, name="limit")
+creator = linmem.CallbackCreator(limit, on_made=told, on_grow=told, on_refused=told, on_dropped=told, name="told")
+for creator in (creator, linmem.RoutingCreator(lambda ty, size, creator=creator: creator, name="routes")):
+    for n in range(120):
+        mem = None
+        _testcapi.set_nomemory(n, n + 1)
+        try:
+            mem = creator.create(4096, 1 << 21)
+            mem.grow_to(8192)
+            with contextlib.suppress(linmem.LimitError):
+                mem.grow_to(1 << 21)
+        except MemoryError:
+            pass
+        finally:
+            _testcapi.remove_mem_hooks()
+        if mem is not None:
+            mem.close()
+        assert limit.used_bytes == 0
+print(len(counts) > 500)
+""") == "True"
+
+
 # -- shutdown ------------------------------------------------------------------------------------------------
 
 def test_on_dropped_is_not_called_while_the_interpreter_shuts_down():

@@ -28,7 +28,8 @@ results of NAME are printed, each in one line.
 
 --creator takes "mmap" (each memory is a mapping of its own), "pool" (memories are reset and used
 again), "statistics" and "tracking", each with the defaults of linmem.creator(). --max-memory puts one budget
-over the creator, as linmem.creator("limiting", limit_bytes=...) does.
+over the creator, as linmem.creator("limiting", limit_bytes=...) does. The kinds "callback" and
+"routing" are for programs in Python.
 
 The report is the last text on standard error, so that standard output has only the program's
 output. With --json it is the last line, also if PROGRAM could not be run; sizes are in bytes and
