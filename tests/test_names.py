@@ -23,6 +23,7 @@ MAKE = {
     "PoolingCreator": lambda **name: linmem.PoolingCreator(**name),
     "LimitingCreator": lambda **name: linmem.LimitingCreator(MMAP, 1 << 30, **name),
     "StatisticsCreator": lambda **name: linmem.StatisticsCreator(MMAP, **name),
+    "TrackingCreator": lambda **name: linmem.TrackingCreator(MMAP, **name),
     "CallbackCreator": lambda **name: linmem.CallbackCreator(MMAP, limit_each=1 << 30, **name),
     "RoutingCreator": lambda **name: linmem.RoutingCreator([({}, MMAP)], **name),
     "PythonCreator": lambda **name: linmem.PythonCreator(Python(), **name),
