@@ -329,7 +329,7 @@ LIBRARIES = {
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_a_library_that_makes_its_own_engines_runs_in_memories_of_linmem(library, tmp_path):
-    pytest.importorskip(library)
+    pytest.importorskip(library, reason=f"{library} is not installed")
     code = f"""
         import {library}
         import linmem.wasmtime
