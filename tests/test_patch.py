@@ -273,7 +273,7 @@ def test_a_module_is_compiled_while_the_creator_refuses_memories():
         assert type(wasmtime.Module(engine, DATA)) is wasmtime.Module
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@requires("fork")
 def test_a_forked_child_can_patch_whatever_other_threads_were_doing():
     assert answer(FORKING + """
 import linmem.wasmtime, wasmtime
