@@ -140,8 +140,9 @@ def patch(creator: MemoryCreator | None = None) -> Patch:
     -----
     Engines and modules that were made under a patch stay usable when it is undone. Then, and for `Module.serialize`,
     ``Linker.define_module`` and ``Linker.instantiate_pre``, wasmtime compiles the original module once more; the data
-    of these instances is copied. The engine must not be closed before. A module that was deserialized is not prepared.
-    An engine with the pooling allocation strategy ignores creators, and its modules are not prepared.
+    of these instances is copied. For this each module keeps its bytes, and its engine must stay open. A module that was
+    deserialized is not prepared. An engine with the pooling allocation strategy ignores creators, and its modules are
+    not prepared.
     """
     creator = PoolingCreator() if creator is None else creator
     install(wasmtime.Config(), creator)     # refuses a wrong creator

@@ -28,10 +28,14 @@ GROWS = """(module (import "e" "call" (func $call)) (memory (export "m") 1)
     (func (export "trap") (unreachable)))"""
 
 
-def limited():
+def engine_with(creator):
     config = wasmtime.Config()
-    linmem.wasmtime.install(config, linmem.LimitingCreator(linmem.creator("mmap"), LIMIT))
+    linmem.wasmtime.install(config, creator)
     return wasmtime.Engine(config)
+
+
+def limited(limit=LIMIT):
+    return engine_with(linmem.LimitingCreator(linmem.creator("mmap"), limit))
 
 
 class Guest:
@@ -94,9 +98,8 @@ class Refuses:
 
 
 def test_the_cause_is_the_very_exception_that_a_creator_in_python_raised():
-    config = wasmtime.Config()
-    creator = linmem.wasmtime.install(config, Refuses())
-    engine = wasmtime.Engine(config)
+    creator = Refuses()
+    engine = engine_with(creator)
     error = refused(lambda: Guest(engine))
     found = []
     thread = threading.Thread(target=lambda: found.append(cause(error)))
@@ -197,9 +200,7 @@ def test_a_refused_start_has_the_cause_of_the_refused_growth():
 
 
 def test_a_program_that_exits_after_a_refused_growth_has_a_cause_unless_it_succeeds():
-    config = wasmtime.Config()
-    linmem.wasmtime.install(config, linmem.LimitingCreator(linmem.creator("mmap"), LIMIT))
-    engine = wasmtime.Engine(config)
+    engine = limited()
     linker = wasmtime.Linker(engine)
     linker.define_wasi()
     for code, found in ((0, type(None)), (3, linmem.LimitError)):
@@ -229,12 +230,11 @@ def test_a_kept_refusal_holds_no_creator_and_no_call():
             held = self
             raise OwnError(str(type(held)))
 
-    config = wasmtime.Config()
-    creator = linmem.wasmtime.install(config, Holds())
-    engine = wasmtime.Engine(config)
+    creator = Holds()
+    engine = engine_with(creator)
     error = refused(lambda: Guest(engine))
     gone = weakref.ref(creator)
-    del creator, config
+    del creator
     engine = None
     assert type(cause(error)) is OwnError
     del error
@@ -282,7 +282,7 @@ def test_what_a_signal_handler_raises_while_a_refusal_is_kept_reaches_the_caller
     assert guest.call("grow", 1) == 1
 
 
-def test_a_refusal_without_memory_for_its_note_is_a_refusal_all_the_same():
+def test_a_refusal_without_memory_for_its_note_is_still_a_refusal():
     def fails(error):
         raise MemoryError
 
@@ -311,16 +311,13 @@ def test_an_exception_whose_class_has_no_name_is_a_refusal():
         def __init__(self):
             self.error = Odd()
 
-    config = wasmtime.Config()
-    creator = linmem.wasmtime.install(config, Creator())
-    engine = wasmtime.Engine(config)
+    creator = Creator()
+    engine = engine_with(creator)
     assert cause(refused(lambda: Guest(engine))) is creator.error
 
 
 def test_the_exception_that_the_caller_is_handling_is_no_part_of_a_refusal():
-    config = wasmtime.Config()
-    linmem.wasmtime.install(config, Refuses())
-    engine = wasmtime.Engine(config)
+    engine = engine_with(Refuses())
     try:
         raise OwnError("of the caller")
     except OwnError as own:
@@ -339,12 +336,11 @@ def test_hidden_contexts_of_a_kept_refusal_hold_no_creator():
             except KeyError:
                 raise OwnError("instead") from None
 
-    config = wasmtime.Config()
-    creator = linmem.wasmtime.install(config, Hides())
-    engine = wasmtime.Engine(config)
+    creator = Hides()
+    engine = engine_with(creator)
     error = refused(lambda: Guest(engine))
     gone = weakref.ref(creator)
-    del creator, config
+    del creator
     engine = None
     assert str(cause(error)) == "instead"
     del error
@@ -391,9 +387,7 @@ def test_nested_calls_find_the_cause_of_the_innermost_and_of_the_outermost_one()
             seen.append(type(cause(error)))
             raise error
 
-    config = wasmtime.Config()
-    linmem.wasmtime.install(config, linmem.LimitingCreator(linmem.creator("mmap"), 50 * PAGE))
-    engine = wasmtime.Engine(config)
+    engine = limited(50 * PAGE)
     guests = [Guest(engine, call)]
     error = guests[0].error("grow_and_call", 0)
     assert seen == [linmem.LimitError]

@@ -241,21 +241,26 @@ def test_errors_are_those_of_wasmtime():
         assert errors() == expected
 
 
+class CountingLinker(wasmtime.Linker):
+    calls = 0
+
+    def instantiate(self, store, module):
+        self.calls += 1
+        self.define_func("e", "f", result_type(), seven)
+        return super().instantiate(store, module)
+
+
+def seven():
+    return 7
+
+
 def test_a_linker_of_a_subclass_instantiates_once():
-    calls = []
-
-    class Linker(wasmtime.Linker):
-        def instantiate(self, store, module):
-            calls.append(module)
-            self.define_func("e", "f", result_type(), lambda: 7)
-            return super().instantiate(store, module)
-
     with patch():
         engine = wasmtime.Engine()
-        store = wasmtime.Store(engine)
-        exports = Linker(engine).instantiate(store, wasmtime.Module(engine, DATA)).exports(store)
+        linker, store = CountingLinker(engine), wasmtime.Store(engine)
+        exports = linker.instantiate(store, wasmtime.Module(engine, DATA)).exports(store)
         assert exports["f"](store) == 7
-        assert len(calls) == 1
+        assert linker.calls == 1
 
 
 def test_a_module_is_compiled_while_the_creator_refuses_memories():
@@ -268,7 +273,7 @@ def test_a_module_is_compiled_while_the_creator_refuses_memories():
         assert type(wasmtime.Module(engine, DATA)) is wasmtime.Module
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@requires("fork")
 def test_a_forked_child_can_patch_whatever_other_threads_were_doing():
     assert answer(FORKING + """
 import linmem.wasmtime, wasmtime
@@ -324,7 +329,7 @@ LIBRARIES = {
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_a_library_that_makes_its_own_engines_runs_in_memories_of_linmem(library, tmp_path):
-    pytest.importorskip(library)
+    pytest.importorskip(library, reason=f"{library} is not installed")
     code = f"""
         import {library}
         import linmem.wasmtime

@@ -668,7 +668,8 @@ def test_no_import_has_changed_if_the_maximum_of_another_one_is_too_small():
     guest = Guest(prepared, store=store, imports=imports(store, 9, 9, 9))
     guest.call("grow")
     snapshot = guest.take()
-    for largest in ((9, 2, 9), (9, 9, 3)):
+    # An old wasmtime says of an imported table what the module declares.
+    for largest in ((9, 2, 9), (9, 9, 3))[:1 + HAS_ONE_HANDLE]:
         store = wasmtime.Store(ENGINE)
         given = imports(store, *largest)
         with pytest.raises(linmem.GrowError, match="has in the snapshot: its maximum is"):

@@ -3,7 +3,6 @@
 import asyncio
 import contextvars
 import gc
-import os
 import threading
 import weakref
 
@@ -391,7 +390,7 @@ def test_a_copied_context_keeps_the_creator(engine):
     assert len(kept) == 2
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@requires("fork")
 def test_a_child_that_is_forked_in_a_block_uses_the_creator():
     assert answer(FORKING + """
 import wasmtime, linmem.wasmtime

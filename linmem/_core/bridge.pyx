@@ -142,17 +142,17 @@ cdef void take_place(memory_spec* spec) noexcept nogil:
 
 # The creator of `linmem.wasmtime.use`, for the thread or task. Only threads with a Python state have one.
 cdef object chosen_creator = PyContextVar_New("linmem_creator", NULL)
-cdef bint creator_was_chosen        # some context may have a value; never reset, because contexts are copied
+cdef bint creator_was_chosen        # a context may have a creator; never reset, because contexts are copied
 
 
 cdef PyObject* creator_in_context() noexcept with gil:
-    """The NativeCreator that the present context has, a new reference; or NULL. The context may have None."""
+    """Returns a new reference on the NativeCreator of the present context; NULL if choose() has set none."""
     cdef PyObject* found = NULL
     try:
         PyContextVar_Get(chosen_creator, NULL, &found)
     except BaseException:           # no memory for a context
         return NULL
-    if found == <PyObject*>None:    # the creator of the engine was chosen
+    if found == <PyObject*>None:    # choose(None)
         Py_DECREF(None)
         return NULL
     return found
@@ -162,7 +162,7 @@ cdef PyObject* creator_in_context() noexcept with gil:
 
 cdef wasmtime_error_t* to_error(failure* why) noexcept nogil:
     cdef char text[512]
-    # Only if Python code called wasmtime on this thread can it ask for the cause.
+    # Only Python code that called wasmtime can ask for the cause, so other threads keep no exception.
     cdef bint has_caller = PyGILState_GetThisThreadState() != NULL
     if why.code == E_PYTHON or (has_caller and not python_is_ending()):
         return python_error(why, has_caller)
@@ -185,7 +185,7 @@ cdef wasmtime_error_t* python_error(failure* why, bint has_caller) noexcept with
             interrupt = error
     else:
         text = refusal_text(why)
-    # A handler of a signal may run in the following Python code. What it raises is for the caller of wasm.
+    # A signal handler may run in the following Python code. Its exception goes to the caller of wasm.
     try:
         if error is None:
             error = exception_of(why)
@@ -399,11 +399,12 @@ def references(Memory handle):
 
 def choose(creator):
     """Let memories come from `creator`, in this context, until release_choice() gets the result. None: from the
-    engine's creator. The choice is inside of the running making(), and so it counts more."""
+    engine's creator. The choice hides the creator of the making() that runs on this thread."""
     global creator_was_chosen
     cdef queue* q = offered()
     cdef size_t before = <size_t>q.creator
-    creator_was_chosen = True
+    if creator is not None:     # else the creation of a memory need not take the GIL to look
+        creator_was_chosen = True
     token = chosen_creator.set(creator)
     q.creator = NULL
     return token, <size_t>q, q.call, before

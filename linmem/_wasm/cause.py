@@ -10,7 +10,6 @@ import secrets
 import sys
 import threading
 import weakref
-from collections import deque
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any, NamedTuple
@@ -33,7 +32,7 @@ class _Refusal(NamedTuple):
     error: Exception
 
 
-_refusals: deque[_Refusal] = deque(maxlen=_KEPT)
+_refusals: list[_Refusal] = []      # the newest at the end. Read as a copy: other threads change the list.
 
 
 def note(error: Exception) -> str:
@@ -43,13 +42,15 @@ def note(error: Exception) -> str:
     calls = [weakref.ref(mark) for frame in _stack(sys._getframe(1)) for mark in itertools.islice(_marks(frame), 1)]
     calls = [*calls[:_DEEPEST], *calls[_DEEPEST:][-_DEEPEST:]]
     _refusals.append(_Refusal(token, threading.get_ident(), tuple(calls), error))
+    del _refusals[:-_KEPT]
     return f"[refusal {token}]"
 
 
 def _forget_frames(error: BaseException, handled: BaseException | None) -> None:
     """Drop the tracebacks of an exception and of those that led to it: a traceback keeps the variables of all callers.
 
-    handled: the exception that the caller of wasm is handling. It is no part of the refusal.
+    The caller of wasm may be in an ``except`` block, for the exception `handled`. Python made `handled` the context of
+    the new exceptions; they lose this reference, and `handled` keeps its traceback.
     """
     left, seen = [error], {id(error)}
     while left:
@@ -63,10 +64,20 @@ def _forget_frames(error: BaseException, handled: BaseException | None) -> None:
                 left.append(other)
 
 
-def last() -> Exception | None:
-    """The exception of the last refusal on this thread that is still kept."""
+def newest() -> object:
+    """The newest refusal, for `refused_since`."""
+    return next(iter(_refusals[-1:]), None)
+
+
+def refused_since(before: object) -> Exception | None:
+    """The exception of the last refusal on this thread that came after the refusal `before`."""
     thread = threading.get_ident()
-    return next((refusal.error for refusal in list(_refusals)[::-1] if refusal.thread == thread), None)
+    for refusal in _refusals[::-1]:
+        if refusal is before:
+            break
+        if refusal.thread == thread:
+            return refusal.error
+    return None
 
 
 def cause(error: BaseException) -> Exception | None:
@@ -111,7 +122,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _behind(error: BaseException) -> Exception | None:
-    kept: list[_Refusal] = list(_refusals)
+    kept = _refusals[:]
     for refusal in kept:
         if refusal.error is error:
             return refusal.error

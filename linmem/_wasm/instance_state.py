@@ -320,8 +320,9 @@ def parts_of(store: Any, context: Any, instance: wasmtime.Instance, outline: Out
             known = enumerate(initial_elements(outline, index, size))
             wanted = {element: reference for element, reference in known if reference is not None} | wanted
         if is_new("table", name, _fields(table._table), (size, wanted)):
-            empty = null_element(context, table, outline.table_types[index].heap_type)
-            if empty is None and NULL in wanted.values():
+            has_null = NULL in wanted.values()
+            empty = null_element(context, table, outline.table_types[index].heap_type) if has_null else None
+            if has_null and empty is None:
                 raise ValueError(f"the snapshot has a null reference in table {name!r}, whose type has none")
             found.tables.append(HeldTable(name, table, size, [
                 (element, empty if reference == NULL else value(f"table {name!r}", reference))

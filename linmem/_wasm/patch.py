@@ -39,8 +39,9 @@ class Patch:
         with _lock:
             _active.append(self)
             if not _replaced:
-                _replaced.extend((kind, name, own, _method(own, new))
-                                 for kind, name, new in _METHODS for own in [vars(kind)[name]])
+                # One step, so that a forked child finds all methods or none.
+                _replaced[:] = [(kind, name, own, _method(own, new))
+                                for kind, name, new in _METHODS for own in [vars(kind)[name]]]
             _replace()
 
     def undo(self) -> None:

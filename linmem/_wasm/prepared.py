@@ -159,7 +159,8 @@ class Prepared:
             does not export (prepare it with ``expose=True``), or if an imported memory or table is larger than in the
             snapshot, or is not linmem's; or if a pool in `creator` has an ``image=``.
         GrowError
-            If the store does not let a memory or a table have the size that it has in the snapshot.
+            If the store, or the maximum of an import, does not let a memory or a table have the size that it has in
+            the snapshot.
         """
         check_context(store)
         native = None if creator is None else checked_creator(creator)

@@ -188,7 +188,9 @@ class Snapshot(StoredSnapshot):
             yield
             raised = False
         finally:
-            if recording in OPEN:       # a forked child has removed those of other threads
+            # A forked child has removed those of other threads. Without a GIL, `in` could miss the recording while
+            # another thread removes its own.
+            with contextlib.suppress(ValueError):
                 OPEN.remove(recording)
             try:
                 self._recorded.add(recording.end())

@@ -79,10 +79,10 @@ class Start:
         address = ctypes.addressof(context.contents)
         place = ctypes.addressof(instance._instance)
         if self.grown is not None:
-            before = cause.last()
+            before = cause.newest()
             refused = self.grown.apply(address, place)
             if refused is not None:
-                self._refuse(*refused, cause.last(), before)
+                self._refuse(*refused, cause.refused_since(before))
         if self.rest is not None:
             parts = parts_of(store, context, instance, self.outline, self.rest, every_element=False)
             parts.write(context, self._grow(store, context, parts), [held.image for held in parts.memories])
@@ -103,13 +103,13 @@ class Start:
                 known.add(ours)
                 recording.add(place, ours)
 
-    def _refuse(self, index: int, error: int, last: Exception | None, before: Exception | None) -> None:
+    def _refuse(self, index: int, error: int, by_linmem: Exception | None) -> None:
         name = list(self.sizes)[index]
         try:
             _raise(error)
         except wasmtime.WasmtimeError as refusal:
             # The call was not made by wasmtime-py, so `cause` would not find it.
-            reason = refusal if last is None or last is before else last
+            reason = refusal if by_linmem is None else by_linmem
             raise GrowError(f"memory {name!r} cannot get the {self.sizes[name]} bytes that it has in the snapshot:"
                             f" {reason}") from reason
 
@@ -132,11 +132,12 @@ class Start:
                 raise GrowError(f"memory {name!r} cannot get the {size} bytes that it has in the snapshot: its maximum"
                                 f" is {most}")
             deltas.append(delta)
-        for held in parts.tables:
-            if held.table.size(store) > held.size:
-                raise ValueError(f"table {held.name!r} has {held.table.size(store)} elements and had {held.size} in the"
-                                 " snapshot, and a table cannot shrink")
-            most = held.table.type(store).limits.max
+        present_sizes = [held.table.size(store) for held in parts.tables]
+        for held, present in zip(parts.tables, present_sizes, strict=True):
+            if present > held.size:
+                raise ValueError(f"table {held.name!r} has {present} elements and had {held.size} in the snapshot, and"
+                                 " a table cannot shrink")
+            most = held.table.type(store).limits.max if present < held.size else None
             if most is not None and most < held.size:
                 raise GrowError(f"table {held.name!r} cannot get the {held.size} elements that it has in the snapshot:"
                                 f" its maximum is {most}")
@@ -150,8 +151,7 @@ class Start:
             except wasmtime.WasmtimeError as reason:
                 raise GrowError(f"memory {name!r} cannot get the {size} bytes that it has in the snapshot:"
                                 f" {reason}") from reason
-        for held in parts.tables:
-            present = held.table.size(store)
+        for held, present in zip(parts.tables, present_sizes, strict=True):
             if present < held.size:
                 # check_state: the state lists all elements beyond the minimum of the table
                 refusal = grow_table(context, held.table, held.size - present, dict(held.elements)[present])
