@@ -12,7 +12,7 @@ The interface follows wasmtime's traits `LinearMemory` and `MemoryCreator`.
 
 try:
     from linmem._core.adaptors import LimitingCreator, PythonCreator, StatisticsCreator
-    from linmem._core.memory import Image, Memory, MmapCreator
+    from linmem._core.memory import Image, Memory, MmapCreator, find, live
     from linmem._core.pool import PoolingCreator, set_pool_limits
     from linmem._files.delta import Delta
     from linmem.abc import LinearMemory, MemoryCreator
@@ -31,12 +31,12 @@ __version__ = "0.1.0"
 
 __all__ = ["Delta", "FileFormatError", "GrowError", "Image", "ImageInfo", "LimitError", "LimitingCreator",
            "LinearMemory", "Memory", "MemoryCreator", "MemoryInfo", "MemoryType", "MmapCreator", "OwnedError",
-           "PageError", "PoolError", "PoolingCreator", "PythonCreator", "StatisticsCreator", "create", "creator",
-           "set_pool_limits"]
+           "PageError", "Place", "PoolError", "PoolingCreator", "PythonCreator", "StatisticsCreator", "create",
+           "creator", "find", "live", "set_pool_limits"]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from linmem.records import ImageInfo, MemoryInfo, MemoryType
+    from linmem.records import ImageInfo, MemoryInfo, MemoryType, Place
 
 
 def __getattr__(name: str) -> object:
@@ -46,7 +46,7 @@ def __getattr__(name: str) -> object:
         from importlib import import_module
 
         return import_module(f"linmem.{name}")
-    if name in ("ImageInfo", "MemoryInfo", "MemoryType"):
+    if name in ("ImageInfo", "MemoryInfo", "MemoryType", "Place"):
         from linmem import records
 
         return globals().setdefault(name, getattr(records, name))

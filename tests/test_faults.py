@@ -427,6 +427,8 @@ row("prefault", "Memory.prefault", plain, lambda scene: scene.mem.prefault(),
     holds(lambda scene, result: bytes(scene.mem) == scene.content), "prefault")
 row("info", "Memory.info", plain, lambda scene: scene.mem.info(),
     holds(lambda scene, info: info.committed == 3 * PAGE), "resident")
+row("live", "live", plain, lambda scene: linmem.live(),
+    holds(lambda scene, found: scene.mem.info() in found), "resident")
 row("records", "StatisticsCreator.memories", functools.partial(with_memory, lambda: linmem.StatisticsCreator(MMAP())),
     lambda scene: scene.creator.memories(), holds(lambda scene, found: len(found) == 1))
 
@@ -1268,6 +1270,8 @@ QUIET = {
     "MemoryType": lambda scene: linmem.MemoryType(1, 2),
     "MemoryInfo": lambda scene: linmem.MemoryInfo(*range(13)),
     "ImageInfo": lambda scene: linmem.ImageInfo(*range(6)),
+    "find": lambda scene: linmem.find(scene.mem.as_ptr()),
+    "Place": lambda scene: linmem.Place(*range(3)),
 }
 
 for cls, where in ((linmem.Memory, "mem"), (Image, "img")):

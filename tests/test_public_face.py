@@ -335,6 +335,9 @@ FACE = {
     "linmem.MemoryInfo": (lambda w: linmem.MemoryInfo, RECORD),
     "linmem.ImageInfo": (lambda w: linmem.ImageInfo, dict.fromkeys(
         ("offset", "size", "stored", "kind", "shares_pages", "memories"), (anything, 1))),
+    "linmem.Place": (lambda w: linmem.Place, dict.fromkeys(("memory", "region", "offset"), (anything, 1))),
+    "linmem.find": (lambda w: linmem.find, {"address": (size, 0)}),
+    "linmem.live": (lambda w: linmem.live, {}),
     "linmem.GrowError": (lambda w: linmem.GrowError, {}),
     "linmem.PageError": (lambda w: linmem.PageError, {}),
     "linmem.OwnedError": (lambda w: linmem.OwnedError, {}),

@@ -51,6 +51,8 @@ cdef object wrap(memory* m):
         raise
     handle.m = m
     handle.users = generation_tag << TAG_SHIFT
+    if load(&m.owner) == OWNER_CREATOR:
+        store_release(&m.owner, OWNER_PYTHON)
     return handle
 
 
@@ -240,7 +242,7 @@ cdef class Memory:
             raise TypeError("a Memory is made by a creator: linmem.create(minimum)")
 
     def __dealloc__(self):
-        if self.m != NULL and load(&self.users) & RELEASED == 0:
+        if self.m != NULL and load(&self.users) & RELEASED == 0 and not release_if_shared(self.m):
             with nogil:
                 memory_release(self.m)
 

@@ -135,6 +135,9 @@ cdef int resident(char* addr, size_t size, size_t* bytes) noexcept nogil
 # [addr, addr+size) is a whole reservation (where `moves`: or a part of one). -> the addresses are given back.
 cdef int release(char* addr, size_t size) noexcept nogil
 
+# addr: any address, in or out of a reservation. Whether no mapping holds the page at addr.
+cdef bint is_free(char* addr) noexcept nogil
+
 # The address space of this process: `total` bytes, of which `left` may still be reserved under the
 # limits in force now (left == total if there is no limit).
 cdef void address_space(size_t* total, size_t* left) noexcept nogil

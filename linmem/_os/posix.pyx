@@ -42,6 +42,7 @@ cdef extern from "<sys/mman.h>" nogil:
     enum: MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE, MAP_FIXED, MAP_FIXED_NOREPLACE, MREMAP_MAYMOVE, MREMAP_FIXED
     enum: MADV_DONTNEED, MADV_WILLNEED, MADV_HUGEPAGE, MADV_NOHUGEPAGE, MADV_WIPEONFORK, MADV_POPULATE_WRITE
     unsigned int MFD_CLOEXEC, MFD_ALLOW_SEALING, MFD_NOEXEC_SEAL
+    int MS_ASYNC
     void* MAP_FAILED
     void* mmap(void* addr, size_t length, int prot, int flags, int fd, off_t offset)
     int munmap(void* addr, size_t length)
@@ -49,6 +50,7 @@ cdef extern from "<sys/mman.h>" nogil:
     int madvise(void* addr, size_t length, int advice)
     void* mremap(void* old_address, size_t old_size, size_t new_size, int flags, ...)
     int mincore(void* addr, size_t length, void* vec)
+    int msync(void* addr, size_t length, int flags)
     int memfd_create(const char* name, unsigned int flags)
 
 cdef extern from "<sys/ioctl.h>" nogil:
@@ -227,6 +229,11 @@ cdef int os_resident(char* addr, size_t size, details* more) noexcept nogil:
         left -= n
     more.bytes[0] = pages * real_page
     return 0
+
+
+cdef bint is_free(char* addr) noexcept nogil:
+    # MS_ASYNC writes nothing: the call only checks that the pages are mapped.
+    return msync(addr - (<size_t>addr & (real_page - 1)), real_page, MS_ASYNC) != 0 and errno == ENOMEM
 
 
 cdef int os_release(char* addr, size_t size) noexcept nogil:
