@@ -12,7 +12,7 @@ The interface follows wasmtime's traits `LinearMemory` and `MemoryCreator`.
 
 try:
     from linmem._core.adaptors import LimitingCreator, PythonCreator, StatisticsCreator
-    from linmem._core.memory import Image, Memory, MmapCreator, find, live
+    from linmem._core.memory import Image, Memory, MmapCreator, disable_fault_report, enable_fault_report, find, live
     from linmem._core.pool import PoolingCreator, set_pool_limits
     from linmem._files.delta import Delta
     from linmem.abc import LinearMemory, MemoryCreator
@@ -32,7 +32,7 @@ __version__ = "0.1.0"
 __all__ = ["Delta", "FileFormatError", "GrowError", "Image", "ImageInfo", "LimitError", "LimitingCreator",
            "LinearMemory", "Memory", "MemoryCreator", "MemoryInfo", "MemoryType", "MmapCreator", "OwnedError",
            "PageError", "Place", "PoolError", "PoolingCreator", "PythonCreator", "StatisticsCreator", "create",
-           "creator", "find", "live", "set_pool_limits"]
+           "creator", "disable_fault_report", "enable_fault_report", "find", "live", "set_pool_limits"]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -1270,6 +1270,9 @@ QUIET = {
     "MemoryType": lambda scene: linmem.MemoryType(1, 2),
     "MemoryInfo": lambda scene: linmem.MemoryInfo(*range(13)),
     "ImageInfo": lambda scene: linmem.ImageInfo(*range(6)),
+    "enable_fault_report": lambda scene: (linmem.enable_fault_report() if NEEDS["fault_reports"][0] else None,
+                                          linmem.disable_fault_report()),
+    "disable_fault_report": lambda scene: linmem.disable_fault_report(),
     "find": lambda scene: linmem.find(scene.mem.as_ptr()),
     "Place": lambda scene: linmem.Place(*range(3)),
 }

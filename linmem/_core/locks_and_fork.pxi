@@ -172,7 +172,6 @@ cdef void remove_live_memory(memory* m) noexcept nogil:
     list_remove(&m.live)
     if m.range.start != NULL:
         unregister_range(m)
-        remember_range(&m.range, m.accessible)
     unlock(&live_lock.held)
 
 

@@ -59,11 +59,19 @@ cdef int mapped_make(const memory_spec* spec, bint prefault, bint huge_pages, me
 cdef void mapped_free(memory* m) noexcept nogil:
     remove_live_memory(m)
     memory_forget_protection(m)
+    if load(&held_bound) and try_hold(m):
+        free_struct(m)
+        return
+    leave_range(m, &m.range, False)
     unmap_and_free(m)
 
 
 cdef void unmap_and_free(memory* m) noexcept nogil:
     release_address_space(m.base - m.pre_guard, m.pre_guard + m.capacity + m.guard)
+    free_struct(m)
+
+
+cdef void free_struct(memory* m) noexcept nogil:
     forget_chosen(m.chosen)
     image_detach(m)
     free(m)
@@ -190,7 +198,7 @@ cdef int move_to_larger(memory* m, size_t need, const layout* larger, char* regi
         release_address_space(old, old_total)
         m.has_moved = False
         image_pages_are_gone(m)
-    leave_range(&old_range, m.accessible)
+    leave_range(m, &old_range, False)
     store_address(&m.base, base)
     store_size(&m.pre_guard, larger.pre_guard)
     store_size(&m.capacity, larger.capacity)

@@ -27,6 +27,7 @@ cdef struct failure:
 
 cdef enum:
     CACHE_LINE = 64
+    MAKER_BYTES = 96
 
 # A lock for lists and tables that a forked child must not find half changed. fork() takes every lock that
 # register_fork_lock() has registered. A thread that holds such a lock may wait for orphans_lock or live_lock, for no
@@ -234,6 +235,7 @@ cdef struct memory:
     memory_hook* tell_from      # the hooks whose after_grow must still be called: from tell_from up to tell_to
     memory_hook* tell_to
     link live                   # in the list of all memories
+    char maker[MAKER_BYTES]     # the line of Python code that got the memory first; see fault_report.pxi
     char apart[CACHE_LINE]      # keeps the next allocation, maybe another thread's memory, off the last cache line
 
 

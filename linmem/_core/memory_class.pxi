@@ -53,6 +53,8 @@ cdef object wrap(memory* m):
     handle.users = generation_tag << TAG_SHIFT
     if load(&m.owner) == OWNER_CREATOR:
         store_release(&m.owner, OWNER_PYTHON)
+        if load(&reports_are_on):
+            note_maker(m)
     return handle
 
 

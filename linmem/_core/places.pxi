@@ -25,10 +25,13 @@ cdef size_t ranges_of_class[ADDRESS_BITS]
 cdef int classes[ADDRESS_BITS]          # the size classes in use
 cdef int n_classes = 0
 
-# A reservation that a memory gave back.
+# A reservation that a memory gave back, or that is in the quarantine; see fault_report.pxi.
 cdef struct dropped_range:
     address_range range
+    size_t size                 # byte_size
     size_t accessible
+    bint held                   # in the quarantine
+    char maker[MAKER_BYTES]
 
 cdef dropped_range dropped_ranges[DROPPED_RANGES]       # the newest is at (n_dropped_ranges - 1) % DROPPED_RANGES
 cdef size_t n_dropped_ranges = 0
@@ -105,15 +108,6 @@ cdef memory* memory_at(const char* address) noexcept nogil:
     return NULL
 
 
-cdef void remember_range(const address_range* r, size_t accessible) noexcept nogil:
-    """A memory gives the reservation back."""
-    global n_dropped_ranges
-    cdef dropped_range* oldest = &dropped_ranges[n_dropped_ranges % DROPPED_RANGES]
-    oldest.range = r[0]
-    oldest.accessible = accessible
-    n_dropped_ranges += 1
-
-
 cdef dropped_range* dropped_range_at(const char* address) noexcept nogil:
     """The last reservation that held the address and was given back, or NULL."""
     cdef size_t i
@@ -153,10 +147,28 @@ cdef void move_range(memory* m, const address_range* to) noexcept nogil:
     unlock(&live_lock.held)
 
 
-cdef void leave_range(const address_range* r, size_t accessible) noexcept nogil:
+cdef void leave_range(memory* m, const address_range* r, bint hold) noexcept nogil:
+    """The memory gives the reservation back. hold: to the quarantine, which owns the range from now on."""
+    global n_dropped_ranges, held_bytes
+    cdef dropped_range* oldest
+    cdef address_range before
+    cdef bint held
     lock(&live_lock.held)
-    remember_range(r, accessible)
+    oldest = &dropped_ranges[n_dropped_ranges % DROPPED_RANGES]
+    before, held = oldest.range, oldest.held
+    oldest.range = r[0]
+    oldest.size = memory_size(m)
+    oldest.accessible = m.accessible
+    oldest.held = hold
+    memcpy(oldest.maker, m.maker, MAKER_BYTES)
+    n_dropped_ranges += 1
+    if hold:
+        held_bytes += <size_t>(r.end - r.start)
+    if held:
+        held_bytes -= <size_t>(before.end - before.start)
     unlock(&live_lock.held)
+    if held:
+        release_address_space(before.start, <size_t>(before.end - before.start))
 
 
 # -- a reference on a memory that another thread may be dropping
@@ -232,7 +244,7 @@ def find(address):
     cdef dropped_range* dropped = NULL
     cdef address_range r
     cdef size_t accessible = 0
-    cdef bint held = False
+    cdef bint held = False, is_stale = False
     check_size(address, "address", &given)
     at = <char*>given
     lock(&live_lock.held)
@@ -246,8 +258,9 @@ def find(address):
         if dropped != NULL:
             r = dropped.range
             accessible = dropped.accessible
+            is_stale = not dropped.held
     unlock(&live_lock.held)
-    if m == NULL and (dropped == NULL or not pages.is_free(at)):
+    if m == NULL and (dropped == NULL or (is_stale and not pages.is_free(at))):
         return None
     return place_of(wrap(m) if held and check_retained(m) else None, region_of(&r, accessible, at), at - r.base)
 
