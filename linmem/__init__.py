@@ -19,7 +19,16 @@ try:
         StatisticsCreator,
         TrackingCreator,
     )
-    from linmem._core.memory import Image, Memory, MmapCreator, tracemalloc_domain
+    from linmem._core.memory import (
+        Image,
+        Memory,
+        MmapCreator,
+        disable_fault_report,
+        enable_fault_report,
+        find,
+        live,
+        tracemalloc_domain,
+    )
     from linmem._core.pool import PoolingCreator, set_pool_limits
     from linmem._files.delta import Delta
     from linmem.abc import LinearMemory, MemoryCreator
@@ -38,13 +47,14 @@ __version__ = "0.1.0"
 
 __all__ = ["Allocation", "CallbackCreator", "Delta", "DroppedInfo", "FileFormatError", "GrowError", "Image",
            "ImageInfo", "LimitError", "LimitingCreator", "LinearMemory", "Memory", "MemoryCreator", "MemoryInfo",
-           "MemoryType", "MmapCreator", "OwnedError", "PageError", "PoolError", "PoolingCreator", "PythonCreator",
-           "RoutingCreator", "ScopeTotals", "StatisticsCreator", "TrackingCreator", "create", "creator",
-           "set_pool_limits", "tracemalloc_domain"]
+           "MemoryType", "MmapCreator", "OwnedError", "PageError", "Place", "PoolError", "PoolingCreator",
+           "PythonCreator", "RoutingCreator", "ScopeTotals", "StatisticsCreator", "TrackingCreator", "create",
+           "creator", "disable_fault_report", "enable_fault_report", "find", "live", "set_pool_limits",
+           "tracemalloc_domain"]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from linmem.records import Allocation, DroppedInfo, ImageInfo, MemoryInfo, MemoryType, ScopeTotals
+    from linmem.records import Allocation, DroppedInfo, ImageInfo, MemoryInfo, MemoryType, Place, ScopeTotals
 
 
 def __getattr__(name: str) -> object:
@@ -54,7 +64,7 @@ def __getattr__(name: str) -> object:
         from importlib import import_module
 
         return import_module(f"linmem.{name}")
-    if name in ("Allocation", "DroppedInfo", "ImageInfo", "MemoryInfo", "MemoryType", "ScopeTotals"):
+    if name in ("Allocation", "DroppedInfo", "ImageInfo", "MemoryInfo", "MemoryType", "Place", "ScopeTotals"):
         from linmem import records
 
         return globals().setdefault(name, getattr(records, name))

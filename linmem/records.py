@@ -7,10 +7,11 @@ This module is imported when it is first used, because the import of `dataclasse
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from linmem._core.arguments import check_count, check_flag, shown
 
-__all__ = ["Allocation", "DroppedInfo", "ImageInfo", "MemoryInfo", "MemoryType", "ScopeTotals"]
+__all__ = ["Allocation", "DroppedInfo", "ImageInfo", "MemoryInfo", "MemoryType", "Place", "ScopeTotals"]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -122,6 +123,27 @@ class DroppedInfo:
     growths: int
     kind: str
     name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where in linmem's reservations an address lies, as `linmem.find` returns it.
+
+    Attributes
+    ----------
+    memory : Memory or None
+        A handle on the memory, which keeps the memory alive. None if the memory is dropped and nothing has replaced it,
+        if it has moved away, if it is an idle slot of a pool, or if its creator is still making it.
+    region : str
+        "guard before" the base, "accessible", "reserved" for growth, or "guard after" the capacity. Of a dropped
+        memory: what the address was last.
+    offset : int
+        Bytes from the memory's base; negative in the guard before the base.
+    """
+
+    memory: Any                 # Memory | None; the layer of this file does not know the class
+    region: Literal["guard before", "accessible", "reserved", "guard after"]
+    offset: int
 
 
 @dataclass(frozen=True)

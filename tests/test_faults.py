@@ -443,6 +443,8 @@ row("prefault", "Memory.prefault", plain, lambda scene: scene.mem.prefault(),
     holds(lambda scene, result: bytes(scene.mem) == scene.content), "prefault")
 row("info", "Memory.info", plain, lambda scene: scene.mem.info(),
     holds(lambda scene, info: info.committed == 3 * PAGE), "resident")
+row("live", "live", plain, lambda scene: linmem.live(),
+    holds(lambda scene, found: scene.mem.info() in found), "resident")
 row("records", "StatisticsCreator.memories", functools.partial(with_memory, lambda: linmem.StatisticsCreator(MMAP())),
     lambda scene: scene.creator.memories(), holds(lambda scene, found: len(found) == 1))
 
@@ -1306,6 +1308,11 @@ QUIET = {
     "ImageInfo": lambda scene: linmem.ImageInfo(*range(6)),
     "Allocation": lambda scene: linmem.Allocation(*range(7)),
     "ScopeTotals": lambda scene: linmem.ScopeTotals(*range(5)),
+    "enable_fault_report": lambda scene: (linmem.enable_fault_report() if NEEDS["fault_reports"][0] else None,
+                                          linmem.disable_fault_report()),
+    "disable_fault_report": lambda scene: linmem.disable_fault_report(),
+    "find": lambda scene: linmem.find(scene.mem.as_ptr()),
+    "Place": lambda scene: linmem.Place(*range(3)),
 }
 
 for cls, where in ((linmem.Memory, "mem"), (Image, "img")):

@@ -218,7 +218,7 @@ def public_things():
 
 
 # Classes of plain data. The class docstring describes the fields.
-FIELDS = {"MemoryType", "MemoryInfo", "ImageInfo", "LimitError", "PageError"}
+FIELDS = {"MemoryType", "MemoryInfo", "ImageInfo", "Place", "LimitError", "PageError"}
 
 
 @requires("docstrings")

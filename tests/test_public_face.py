@@ -167,6 +167,11 @@ def limits_for_a_moment(*limits, **more):
     linmem.set_pool_limits()
 
 
+def report_for_a_moment(*arguments, **more):
+    linmem.enable_fault_report(*arguments, **more)
+    linmem.disable_fault_report()
+
+
 class Upstream(linmem.MemoryCreator):
     def new_memory(self, *arguments):
         return linmem.MmapCreator().new_memory(*arguments)
@@ -367,6 +372,12 @@ FACE = {
         ("size", "peak", "age", "stack", "peak_stack", "scope", "name"), (anything, 1))),
     "linmem.ScopeTotals": (lambda w: linmem.ScopeTotals, dict.fromkeys(
         ("size", "peak", "total", "memories", "made"), (anything, 1))),
+    "linmem.Place": (lambda w: linmem.Place, dict.fromkeys(("memory", "region", "offset"), (anything, 1))),
+    "linmem.find": (lambda w: linmem.find, {"address": (size, 0)}),
+    "linmem.live": (lambda w: linmem.live, {}),
+    "linmem.enable_fault_report": (lambda w: report_for_a_moment, {
+        "quarantine": (lambda value: is_size(value) and getattr(value, "value", value) < 2**63, 0)}),
+    "linmem.disable_fault_report": (lambda w: linmem.disable_fault_report, {}),
     "linmem.GrowError": (lambda w: linmem.GrowError, {}),
     "linmem.PageError": (lambda w: linmem.PageError, {}),
     "linmem.OwnedError": (lambda w: linmem.OwnedError, {}),

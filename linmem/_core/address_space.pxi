@@ -149,7 +149,7 @@ cdef int reserve_exactly(size_t minimum, size_t reservation, size_t guard, size_
     if alignment and add_up(out.total, alignment, &out.total):
         return fail(why, E_OVERFLOW, "reserve", reservation)
     code = pages.reserve(out.total, watched, region)
-    while code and relieve(RELIEF_SPACE, NULL, out.total):
+    while code and (release_held(0) or relieve(RELIEF_SPACE, NULL, out.total)):
         code = pages.reserve(out.total, watched, region)
     if code:
         return fail_reserve(why, code, out.total)

@@ -6,6 +6,17 @@ cdef void memory_retain(memory* m) noexcept nogil:
     add(&m.refs, 1)
 
 
+cdef inline bint release_if_shared(memory* m) noexcept nogil:
+    """memory_release(), if another reference is left. The caller may hold the GIL, because no page call and no lock is
+    needed then. False: no reference was dropped."""
+    cdef long long refs = load(&m.refs)
+    while refs > 1:
+        if compare_exchange(&m.refs, refs, refs - 1):
+            return True
+        refs = load(&m.refs)
+    return False
+
+
 cdef void memory_release(memory* m) noexcept nogil:
     cdef memory_hook* hooks
     cdef memory_hook* hook

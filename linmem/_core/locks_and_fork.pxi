@@ -132,9 +132,9 @@ cdef fork_lock* fork_locks = NULL
 cdef atomic_i64 fork_locks_lock
 cdef fork_lock moving_lock      # a memory is being moved to another address
 cdef fork_lock orphans_lock     # the ranges that the OS refused to take back
-cdef fork_lock live_lock        # the list `live`; its holder waits for nothing
-cdef link live                  # all memories that a forked child repairs
-list_init(&live)
+cdef fork_lock live_lock        # live_memories and the table of ranges; its holder waits for nothing
+cdef link live_memories         # all memories. A forked child repairs each of them
+list_init(&live_memories)
 
 
 cdef void register_fork_lock(fork_lock* to_add) noexcept nogil:
@@ -158,22 +158,27 @@ cdef void unregister_fork_lock(fork_lock* to_remove) noexcept nogil:
 
 
 cdef void add_live_memory(memory* m) noexcept nogil:
-    """From now on a forked child repairs the memory. The last step of making one."""
+    """From now on a forked child repairs the memory, and find() and live() know it. The last step of making one."""
     lock(&live_lock.held)
-    list_add_first(&live, &m.live, m)
+    list_add_first(&live_memories, &m.live, m)
+    if m.range.start != NULL:
+        register_range(m)
     unlock(&live_lock.held)
 
 
 cdef void remove_live_memory(memory* m) noexcept nogil:
+    """The caller gives the addresses back afterwards."""
     lock(&live_lock.held)
     list_remove(&m.live)
+    if m.range.start != NULL:
+        unregister_range(m)
     unlock(&live_lock.held)
 
 
 cdef memory* next_live_memory(memory* m) noexcept nogil:
     """The memory that follows `m` in the list of all memories; NULL: the first, and the end. Only in a forked child,
     before any other code of the child runs: every memory still has its hooks then."""
-    return <memory*>(live.next if m == NULL else m.live.next).owner
+    return <memory*>(live_memories.next if m == NULL else m.live.next).owner
 
 
 cdef enum:
@@ -278,7 +283,7 @@ cdef void end_lost_growth(memory* m) noexcept nogil:
     store(&m.lock, 0)
 
 
-# moving_lock is taken before orphans_lock, because a thread that moves a memory may wait for orphans_lock.
+# moving_lock is taken first, because a thread that moves a memory may wait for orphans_lock and for live_lock.
 register_fork_lock(&live_lock)
 register_fork_lock(&deferred_lock)
 register_fork_lock(&orphans_lock)

@@ -51,6 +51,7 @@ cdef int mapped_make(const memory_spec* spec, bint prefault, bint huge_pages, me
     m.is_shared = spec.is_shared
     m.may_move = spec.may_move
     trace_if_on(m)
+    m.range = range_of(region, &found)
     add_live_memory(m)
     out[0] = m
     return 0
@@ -59,11 +60,19 @@ cdef int mapped_make(const memory_spec* spec, bint prefault, bint huge_pages, me
 cdef void mapped_free(memory* m) noexcept nogil:
     remove_live_memory(m)
     memory_forget_protection(m)
+    if load(&held_bound) and try_hold(m):
+        free_struct(m)
+        return
+    leave_range(m, &m.range, False)
     unmap_and_free(m)
 
 
 cdef void unmap_and_free(memory* m) noexcept nogil:
     release_address_space(m.base - m.pre_guard, m.pre_guard + m.capacity + m.guard)
+    free_struct(m)
+
+
+cdef void free_struct(memory* m) noexcept nogil:
     forget_chosen(m.chosen)
     image_detach(m)
     free(m)
@@ -167,9 +176,12 @@ cdef int move_to_larger(memory* m, size_t need, const layout* larger, char* regi
     cdef char* base = region + larger.pre_guard
     cdef char* old = m.base - m.pre_guard
     cdef size_t old_total = m.pre_guard + m.capacity + m.guard
+    cdef address_range old_range = m.range, new_range = range_of(region, larger)
     cdef int code
     if m.huge_pages:
         pages.advise_huge(base, larger.capacity)
+    # Before a part of the old reservation is released, because another thread may then reserve the same addresses.
+    move_range(m, &new_range)
     # The pages may be several mappings, because a fork or a foreign madvise() has split them. The OS refuses to move
     # such pages, and they are copied.
     if (pages.capabilities().moves and m.accessible and not m.has_moved and not image_maps_pages(m)
@@ -180,12 +192,14 @@ cdef int move_to_larger(memory* m, size_t need, const layout* larger, char* regi
     else:
         code = pages.commit(base, need)
         if code:
+            move_range(m, &old_range)
             release_address_space(region, larger.total)
             return fail_page_call(why, code, "commit", need)
         memcpy(base, m.base, m.accessible)
         release_address_space(old, old_total)
         m.has_moved = False
         image_pages_are_gone(m)
+    leave_range(m, &old_range, False)
     store_address(&m.base, base)
     store_size(&m.pre_guard, larger.pre_guard)
     store_size(&m.capacity, larger.capacity)

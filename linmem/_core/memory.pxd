@@ -31,10 +31,11 @@ cdef struct failure:
 
 cdef enum:
     CACHE_LINE = 64
+    MAKER_BYTES = 96
 
 # A lock for lists and tables that a forked child must not find half changed. fork() takes every lock that
-# register_fork_lock() has registered. A thread that holds such a lock may wait for orphans_lock, and for no other lock;
-# never for the GIL.
+# register_fork_lock() has registered. A thread that holds such a lock may wait for orphans_lock or live_lock, for no
+# other lock, and never for the GIL.
 cdef struct fork_lock:
     atomic_i64 held
     fork_lock* next
@@ -112,9 +113,10 @@ cdef enum:
 cdef struct protections
 
 cdef enum:
-    OWNER_PYTHON = 0
-    OWNER_WASMTIME = 1
-    OWNER_LEFT = 2              # wasmtime has dropped the memory, and Python still holds it
+    OWNER_CREATOR = 0           # a creator is making the memory, or a pool keeps it
+    OWNER_PYTHON = 1
+    OWNER_WASMTIME = 2
+    OWNER_LEFT = 3              # wasmtime has dropped the memory, and Python still holds it
 
 # A growth of this thread that runs Python code, or a new memory for which this thread runs on_made. If that code waited
 # for the memory, the thread would wait for itself.
@@ -167,6 +169,18 @@ cdef struct memory_hook:
     # called if some hook of the memory has before_grow or after_grow.
     void (*wrapped)(memory_hook* hook, memory* m, PyObject* handle) noexcept
 
+# The addresses that linmem reserved for a memory, in the table of ranges; see places.pxi. Protected by live_lock.
+cdef struct range_entry:
+    range_entry* next           # in the same bucket
+    memory* m
+
+cdef struct address_range:
+    char* start                 # NULL: linmem did not reserve the memory's addresses
+    char* base
+    char* limit                 # base + capacity
+    char* end                   # start .. end includes the guards
+    range_entry entries[2]
+
 # The head of a memory of any kind. The head holds no Python object, because wasmtime frees memories on any thread
 # without the GIL.
 #
@@ -208,6 +222,7 @@ cdef struct memory:
     atomic_i64 lock             # held during a growth, a change of protection, or a read of all bytes
     atomic_i64 owner            # OWNER_
     atomic_i64 size             # byte_size; written under the lock, read without it
+    address_range range
     char* base
     atomic_i64 protection       # PROTECTION_; written under the lock
     size_t accessible
@@ -232,7 +247,8 @@ cdef struct memory:
     size_t growing_from, growing_to     # sizes before and after a growth with hooks; growing_to: 0 if there is none
     memory_hook* tell_from      # the hooks whose after_grow must still be called: from tell_from up to tell_to
     memory_hook* tell_to
-    link live                   # in the list of all memories that a forked child repairs
+    link live                   # in the list of all memories
+    char maker[MAKER_BYTES]     # the line of Python code that got the memory first; see fault_report.pxi
     char apart[CACHE_LINE]      # keeps the next allocation, maybe another thread's memory, off the last cache line
 
 

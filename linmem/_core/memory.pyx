@@ -37,6 +37,8 @@ include "lifetime.pxi"              # references, pins and accesses: what keeps 
 include "tracemalloc_domain.pxi"    # the bytes of memories in Python's tracemalloc
 include "growth.pxi"                # growth of any kind of memory, and its hooks
 include "address_space.pxi"         # how much is reserved, and what happens if the OS refuses
+include "places.pxi"                # which memory an address belongs to, and all live memories
+include "fault_report.pxi"          # names the memory before the process dies of a memory fault; the quarantine
 include "mapped_memory.pxi"         # the mapped kind of memory
 include "protection.pxi"            # which pages are not "rw": protect
 include "discard_and_prefault.pxi"  # give pages back to the OS, and make pages resident

@@ -54,6 +54,10 @@ cdef object wrap(memory* m):
     handle.users = generation_tag << TAG_SHIFT
     if m.growth_is_watched:
         tell_wrapped(m, handle)
+    if load(&m.owner) == OWNER_CREATOR:
+        store_release(&m.owner, OWNER_PYTHON)
+        if load(&reports_are_on):
+            note_maker(m)
     return handle
 
 
@@ -257,7 +261,7 @@ cdef class Memory:
             raise TypeError("a Memory is made by a creator: linmem.create(minimum)")
 
     def __dealloc__(self):
-        if self.m != NULL and load(&self.users) & RELEASED == 0:
+        if self.m != NULL and load(&self.users) & RELEASED == 0 and not release_if_shared(self.m):
             with nogil:
                 memory_release(self.m)
 

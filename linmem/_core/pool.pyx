@@ -24,7 +24,7 @@ from libc.string cimport memset
 from linmem._core.atomic cimport add, atomic_i64, compare_exchange, load, store, store_release, store_size, touch
 from linmem._core.linked_list cimport link, list_add_first, list_init, list_remove
 from linmem._core.memory cimport (
-    CACHE_LINE, NO_MAXIMUM, OWNER_LEFT, OWNER_PYTHON, PROTECTION_NONE, RELIEF_BUDGET, RELIEF_PAGES, RELIEF_SPACE, RUNS,
+    CACHE_LINE, NO_MAXIMUM, OWNER_CREATOR, OWNER_LEFT, PROTECTION_NONE, RELIEF_BUDGET, RELIEF_PAGES, RELIEF_SPACE, RUNS,
     UNCHOSEN, Image, Memory, MmapCreator, NativeCreator, call_in_each_child, check_count, check_flag, check_native,
     check_size, commit_pages, current_domain, domain as domain_t, domain_name, domain_of, domain_release,
     domain_retain, fail, fail_python, failure, image as image_t, image_attach, image_begin_use, image_copy,

@@ -310,7 +310,7 @@ cdef bint slot_keep(memory_hook* head, memory* m) noexcept nogil:
     if how >= 0:
         m.hooks = head
         m.growth_is_watched = s.original.growth_is_watched
-        store_release(&m.owner, OWNER_PYTHON)
+        store_release(&m.owner, OWNER_CREATOR)
     lock_pool(p)
     s.counts.zeroed += s.zeroed
     s.counts.reset_ns += took

@@ -126,6 +126,40 @@ static inline int linmem_memfd_create(const char *name, unsigned int flags) {
 #define memfd_create linmem_memfd_create
 #endif
 
+/* What a signal handler reads from its context: where the instruction is, and how it accesses memory (FAULT_ in
+   pages.pxd). */
+#if LINMEM_LINUX && defined(SYS_rt_tgsigqueueinfo) && (defined(__x86_64__) || defined(__aarch64__))
+#include <signal.h>
+#include <ucontext.h>
+#define LINMEM_CAN_REPORT_FAULTS 1
+static inline size_t linmem_fault_pc(void *context) {
+#if defined(__x86_64__)
+    return (size_t)((ucontext_t *)context)->uc_mcontext.gregs[REG_RIP];
+#else
+    return (size_t)((ucontext_t *)context)->uc_mcontext.pc;
+#endif
+}
+static inline int linmem_fault_access(void *context) {
+#if defined(__x86_64__)
+    long long error = ((ucontext_t *)context)->uc_mcontext.gregs[REG_ERR];
+    return error & 16 ? 3 : error & 2 ? 2 : 1;
+#else
+    return (void)context, 0;
+#endif
+}
+static inline long long linmem_thread_id(void) { return syscall(SYS_gettid); }
+static inline int linmem_send_again(int signum, siginfo_t *info) { /* with the same sender and code */
+    return (int)syscall(SYS_rt_tgsigqueueinfo, getpid(), syscall(SYS_gettid), signum, info);
+}
+#else
+#include <signal.h>
+#define LINMEM_CAN_REPORT_FAULTS 0
+static inline size_t linmem_fault_pc(void *context) { return (void)context, 0; }
+static inline int linmem_fault_access(void *context) { return (void)context, 0; }
+static inline long long linmem_thread_id(void) { return 0; }
+static inline int linmem_send_again(int signum, siginfo_t *info) { return (void)signum, (void)info, -1; }
+#endif
+
 #if !LINMEM_LINUX
 struct linmem_sysinfo {
     unsigned long totalram, totalswap;

@@ -23,6 +23,7 @@ cdef struct capabilities_t:
     bint populates                  # prefault() returns a code for pages that cannot be written; False: it faults
     bint scans                      # touched() works, on some systems only in reservations made with `watched`
     int locked                      # the code that renew() returns for pages locked in memory; 0: renew() accepts them
+    bint reports_faults             # watch_faults() works
     bint maps_images                # memories can map an image's pages; a page that is written is copied
     size_t huge_page                # bytes in a huge page that advise_huge() asks for; 0: the system has none
     size_t memory                   # bytes of physical memory that this process may use; 0: unknown
@@ -134,6 +135,25 @@ cdef int resident(char* addr, size_t size, size_t* bytes) noexcept nogil
 
 # [addr, addr+size) is a whole reservation (where `moves`: or a part of one). -> the addresses are given back.
 cdef int release(char* addr, size_t size) noexcept nogil
+
+# addr: any address, in or out of a reservation. Whether no mapping holds the page at addr.
+cdef bint is_free(char* addr) noexcept nogil
+
+# How an instruction accessed an address.
+cdef enum:
+    FAULT_UNKNOWN = 0
+    FAULT_READ = 1
+    FAULT_WRITE = 2
+    FAULT_EXECUTE = 3
+
+ctypedef void (*fault_report)(char* addr, int access) noexcept nogil
+
+# Only where reports_faults. -> if the process is about to die of a memory fault, `report` is called in the thread of
+# the fault, in a signal handler. So `report` must not wait for a lock that the thread may hold, and must not call
+# malloc() or Python. unwatch_faults() ends the calls. write_error() is for `report`: it writes to the standard error.
+cdef int watch_faults(fault_report report) noexcept nogil
+cdef void unwatch_faults() noexcept nogil
+cdef void write_error(const char* text, size_t size) noexcept nogil
 
 # The address space of this process: `total` bytes, of which `left` may still be reserved under the
 # limits in force now (left == total if there is no limit).

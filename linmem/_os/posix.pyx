@@ -2,8 +2,11 @@
 """The page floor on POSIX: mmap(2), mprotect(2), madvise(2), and on Linux mremap(2)."""
 
 from linmem._os cimport pages as _contract    # no-cython-lint: not used; makes an edit of pages.pxd rebuild this file
-from linmem._core.atomic cimport add, atomic_i64, compare_exchange, load, store, touch
+from linmem._core.atomic cimport (
+    add, atomic_i64, compare_exchange, load, load_address, load_size, store, store_address, store_size, touch,
+)
 
+from libc cimport errno as libc_errno
 from libc.errno cimport EACCES, EAGAIN, EBUSY, EFAULT, EINVAL, ENOMEM, ENOSYS, EPERM, errno
 from libc.stdio cimport snprintf
 from libc.stdlib cimport strtoll
@@ -16,7 +19,7 @@ from posix.fcntl cimport posix_fallocate
 from posix.resource cimport RLIMIT_CORE, RLIMIT_DATA, RLIMIT_NOFILE, RLIM_INFINITY, getrlimit, rlimit, setrlimit
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, nanosleep, timespec
 from posix.types cimport off_t
-from posix.unistd cimport close, ftruncate, getpid, lseek, pread, pwrite, read, readlink, sysconf, unlink
+from posix.unistd cimport close, ftruncate, getpid, lseek, pread, pwrite, read, readlink, sysconf, unlink, write
 
 # This header comes before all others, because it replaces the calls that the system lacks.
 cdef extern from "linmem/_os/compat.h" nogil:
@@ -42,6 +45,7 @@ cdef extern from "<sys/mman.h>" nogil:
     enum: MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE, MAP_FIXED, MAP_FIXED_NOREPLACE, MREMAP_MAYMOVE, MREMAP_FIXED
     enum: MADV_DONTNEED, MADV_WILLNEED, MADV_HUGEPAGE, MADV_NOHUGEPAGE, MADV_WIPEONFORK, MADV_POPULATE_WRITE
     unsigned int MFD_CLOEXEC, MFD_ALLOW_SEALING, MFD_NOEXEC_SEAL
+    int MS_ASYNC
     void* MAP_FAILED
     void* mmap(void* addr, size_t length, int prot, int flags, int fd, off_t offset)
     int munmap(void* addr, size_t length)
@@ -49,6 +53,7 @@ cdef extern from "<sys/mman.h>" nogil:
     int madvise(void* addr, size_t length, int advice)
     void* mremap(void* old_address, size_t old_size, size_t new_size, int flags, ...)
     int mincore(void* addr, size_t length, void* vec)
+    int msync(void* addr, size_t length, int flags)
     int memfd_create(const char* name, unsigned int flags)
 
 cdef extern from "<sys/ioctl.h>" nogil:
@@ -68,6 +73,7 @@ cdef extern from * nogil:
 include "common.pxi"
 include "pagemap.pxi"
 include "image_pages.pxi"
+include "fault_signals.pxi"
 
 IMAGE_KINDS = {IMAGE_SEALED: "sealed", IMAGE_FILE: "file", IMAGE_PRIVATE: "private"}
 
@@ -227,6 +233,11 @@ cdef int os_resident(char* addr, size_t size, details* more) noexcept nogil:
         left -= n
     more.bytes[0] = pages * real_page
     return 0
+
+
+cdef bint is_free(char* addr) noexcept nogil:
+    # MS_ASYNC writes nothing: the call only checks that the pages are mapped.
+    return msync(addr - (<size_t>addr & (real_page - 1)), real_page, MS_ASYNC) != 0 and errno == ENOMEM
 
 
 cdef int os_release(char* addr, size_t size) noexcept nogil:
@@ -428,6 +439,7 @@ cdef _start():
     caps.page_size = _page_size_wanted(real_page)
     caps.granularity = caps.page_size
     caps.moves = ON_LINUX
+    caps.reports_faults = CAN_REPORT_FAULTS
     caps.discard_any_protection = ON_LINUX
     caps.locked = EINVAL if ON_LINUX else 0
     p = mmap(NULL, real_page, PROT_READ | PROT_WRITE, MAP_FRESH, -1, 0)

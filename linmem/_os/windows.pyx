@@ -291,6 +291,23 @@ cdef int os_resident(char* addr, size_t size, details* more) noexcept nogil:
     return 0
 
 
+cdef bint is_free(char* addr) noexcept nogil:
+    cdef MEMORY_BASIC_INFORMATION about
+    return VirtualQuery(addr, &about, sizeof(about)) != 0 and about.State == MEM_FREE
+
+
+cdef int watch_faults(fault_report report) noexcept nogil:
+    return ERROR_NOT_SUPPORTED
+
+
+cdef void unwatch_faults() noexcept nogil:
+    pass
+
+
+cdef void write_error(const char* text, size_t size) noexcept nogil:
+    pass
+
+
 cdef int os_release(char* addr, size_t size) noexcept nogil:
     # MEM_RELEASE accepts only the base of the reservation.
     cdef MEMORY_BASIC_INFORMATION about

@@ -1,0 +1,179 @@
+# Linux: a handler of SIGSEGV and SIGBUS, which reports a fault before the process dies of it; a part of posix.pyx.
+#
+# The handler calls the handler that was installed before. A fault in native code is reported first, because the earlier
+# handler may end the process. A fault in other code (compiled WebAssembly) is reported only if the earlier handler
+# returns and the thread would run into the same fault again: wasmtime turns such a fault into a trap, and the process
+# goes on.
+#
+# All code here is async-signal-safe: no lock, no malloc(), no Python.
+
+cdef extern from "<signal.h>" nogil:
+    enum: SIGSEGV, SIGBUS, SA_SIGINFO, SA_ONSTACK
+    ctypedef struct siginfo_t:
+        int si_code
+        void* si_addr
+    ctypedef void (*plain_handler)(int signum) noexcept nogil
+    ctypedef void (*info_handler)(int signum, siginfo_t* info, void* context) noexcept nogil
+    plain_handler SIG_DFL, SIG_IGN
+    cdef struct sigaction_t "sigaction":
+        plain_handler sa_handler
+        info_handler sa_sigaction
+        int sa_flags
+    int sigaction(int signum, const sigaction_t* new, sigaction_t* old)
+    int raise_ "raise"(int signum)
+
+cdef extern from "linmem/_os/compat.h" nogil:
+    bint CAN_REPORT_FAULTS "LINMEM_CAN_REPORT_FAULTS"
+    size_t fault_pc "linmem_fault_pc"(void* context)
+    int fault_access "linmem_fault_access"(void* context)
+    int send_again "linmem_send_again"(int signum, siginfo_t* info)
+    long long thread_id "linmem_thread_id"()
+
+cdef enum:
+    FAULT_SIGNALS = 2
+    ELFOSABI_WASMTIME = 200         # in the ELF header of a file of compiled WebAssembly
+
+cdef int[FAULT_SIGNALS] fault_signals = [SIGSEGV, SIGBUS]
+cdef sigaction_t[FAULT_SIGNALS] handlers_before
+cdef bint[FAULT_SIGNALS] has_handler        # the handlers that are installed include on_fault()
+cdef fault_report report_of_faults = NULL
+cdef atomic_i64 reporting_thread            # the thread that is in the report; 0: none
+cdef char* last_address = NULL              # of the last fault that was reported
+cdef size_t last_pc = 0
+# A mapping with code that is not native, so that not each trap of WebAssembly reads /proc/self/maps.
+cdef size_t other_code_start = 0
+cdef size_t other_code_end = 0
+
+
+cdef void on_fault(int signum, siginfo_t* info, void* context) noexcept nogil:
+    cdef int saved = errno
+    cdef size_t pc = fault_pc(context)
+    cdef bint is_fault = info.si_code > 0       # otherwise a process sent the signal
+    cdef bint is_native = is_fault and report_of_faults != NULL and is_native_code(pc)
+    if is_native:
+        report_once(<char*>info.si_addr, context)
+    call_handler_before(&handlers_before[signum == SIGBUS], signum, info, context)
+    if is_fault and not is_native and fault_pc(context) == pc:
+        report_once(<char*>info.si_addr, context)
+    libc_errno.errno = saved
+
+
+cdef void report_once(char* addr, void* context) noexcept nogil:
+    """A fault in the report itself is not reported. If the earlier handler only returns, the thread runs into the same
+    fault again and again: only the first is reported."""
+    cdef fault_report report = report_of_faults
+    cdef long long me = thread_id()
+    if report == NULL or load(&reporting_thread) == me:
+        return
+    if load_address(&last_address) == addr and load_size(&last_pc) == fault_pc(context):
+        return
+    store_address(&last_address, addr)
+    store_size(&last_pc, fault_pc(context))
+    compare_exchange(&reporting_thread, 0, me)
+    report(addr, fault_access(context))
+    compare_exchange(&reporting_thread, me, 0)
+
+
+cdef void call_handler_before(const sigaction_t* before, int signum, siginfo_t* info, void* context) noexcept nogil:
+    if before.sa_flags & SA_SIGINFO:
+        before.sa_sigaction(signum, info, context)
+    elif before.sa_handler != SIG_DFL and before.sa_handler != SIG_IGN:
+        before.sa_handler(signum)
+    elif info.si_code > 0:
+        # The thread runs into the same fault again, and the kernel ends the process with the right address.
+        sigaction(signum, before, NULL)
+    elif before.sa_handler == SIG_DFL:
+        sigaction(signum, before, NULL)
+        if send_again(signum, info):
+            raise_(signum)
+
+
+cdef bint is_native_code(size_t pc) noexcept nogil:
+    """Whether the instruction lies in a program or a shared library. False also if /proc/self/maps does not say so."""
+    cdef char text[1024]
+    cdef size_t[6] fields           # start, end, access, offset, device, inode; of the line
+    cdef size_t file_start = 0, file = 0, end = 0
+    cdef int field = 0, fd
+    cdef bint readable = False, found = False, answer = False
+    cdef ssize_t n = 1, i
+    cdef char c
+    if load_size(&other_code_start) <= pc < load_size(&other_code_end):
+        return False
+    fd = open_file("/proc/self/maps", O_RDONLY | O_CLOEXEC)
+    fields[0] = 0
+    while fd >= 0 and n > 0 and not found:
+        n = read(fd, text, sizeof(text))
+        i = 0
+        while i < n and not found:
+            c = text[i]
+            i += 1
+            if c == c"\n":
+                if fields[3] == 0 and readable:
+                    file_start, file = fields[0], fields[5]
+                found = fields[0] <= pc < fields[1]
+                answer = found and fields[5] != 0 and fields[5] == file and is_shared_object(<char*>file_start)
+                end = fields[1]
+                field = 0
+                if not found:
+                    fields[0] = 0
+            elif field < 6 and (c == c" " or (field == 0 and c == c"-")):
+                field += 1
+                if field < 6:
+                    fields[field] = 0
+            elif field == 2:
+                readable = c == c"r" or (readable and fields[2] != 0)
+                fields[2] += 1
+            elif field == 5:
+                fields[5] = fields[5] * 10 + <size_t>(c - c"0")
+            elif field < 4:
+                fields[field] = fields[field] << 4 | <size_t>(c - c"0" if c <= c"9" else c - c"a" + 10)
+    close_if_open(fd)
+    if found and not answer:
+        store_size(&other_code_end, 0)
+        store_size(&other_code_start, fields[0])
+        store_size(&other_code_end, end)
+    return answer
+
+
+cdef bint is_shared_object(const char* header) noexcept nogil:
+    return (header[0] == 0x7f and header[1] == c"E" and header[2] == c"L" and header[3] == c"F"
+            and <unsigned char>header[7] != ELFOSABI_WASMTIME)
+
+
+cdef int watch_faults(fault_report report) noexcept nogil:
+    global report_of_faults
+    cdef sigaction_t action
+    cdef int i
+    if not CAN_REPORT_FAULTS:
+        return ENOSYS
+    report_of_faults = report
+    for i in range(FAULT_SIGNALS):
+        if has_handler[i]:
+            continue
+        if sigaction(fault_signals[i], NULL, &handlers_before[i]):
+            return errno
+        # The mask and the flags of the earlier handler: it may leave by a jump, and relies on them then.
+        action = handlers_before[i]
+        action.sa_flags |= SA_SIGINFO | SA_ONSTACK
+        action.sa_sigaction = on_fault
+        has_handler[i] = True
+        if sigaction(fault_signals[i], &action, NULL):
+            has_handler[i] = False
+            return errno
+    return 0
+
+
+cdef void unwatch_faults() noexcept nogil:
+    global report_of_faults
+    cdef sigaction_t now
+    cdef int i
+    report_of_faults = NULL
+    for i in range(FAULT_SIGNALS):
+        # A handler that was installed later may call on_fault(), which then only calls the handler before.
+        if has_handler[i] and sigaction(fault_signals[i], NULL, &now) == 0 and now.sa_sigaction == on_fault:
+            sigaction(fault_signals[i], &handlers_before[i], NULL)
+            has_handler[i] = False
+
+
+cdef void write_error(const char* text, size_t size) noexcept nogil:
+    write(2, text, size)

@@ -1,0 +1,420 @@
+"""The fault report: one line that names the memory, and a death that is the same as without the report.
+
+Every fault is in a child process. `scene` compares two children: one with the report, and one without.
+"""
+
+import re
+import signal
+import struct
+import sys
+import textwrap
+
+import pytest
+from support import FORKING, PAGE, TOUCH, file_requires, requires, run_child
+
+import linmem
+
+file_requires("fault_reports")
+
+HEAD = FORKING + TOUCH + f"""
+import pathlib, signal, time
+import linmem
+P = {PAGE}
+how = dict(maximum=4 * P, reserve=4 * P, guard=P)
+on = lambda **more: linmem.enable_fault_report(**more) if REPORT else None
+libc = ctypes.CDLL(None, use_errno=True)
+"""
+LINE = re.compile(r"^linmem: .*\n", re.MULTILINE)
+
+
+def children(code, **how):
+    """The results of the child without the report, and with it."""
+    return [run_child(f"REPORT = {report}\n{HEAD}{textwrap.dedent(code)}", timeout=60, **how)
+            for report in (False, True)]
+
+
+def lines_of(code, status=-signal.SIGSEGV, **how):
+    """The lines of the report. Apart from them, both children have the same status and the same output."""
+    without, with_report = children(code, **how)
+    assert (without.returncode, LINE.findall(without.stderr)) == (status, []), without.stderr
+    assert with_report.returncode == status, with_report.stderr
+    assert with_report.stdout == without.stdout
+    hide = re.compile(r"0x[0-9a-f]+")
+    assert hide.sub("", LINE.sub("", with_report.stderr)) == hide.sub("", without.stderr)
+    return [re.sub("0x[0-9a-f]+", "BASE", line.rstrip()) for line in LINE.findall(with_report.stderr)]
+
+
+# -- the line ---------------------------------------------------------------------------------------------
+
+MEMORY = "mem = linmem.create(2 * P + 5, **how)\nbase = mem.as_ptr()\n"
+NUMBER = "{:,}".format
+MADE = f"at BASE ({NUMBER(2 * PAGE + 5)} bytes), made at <string>:"
+FAULTS = {
+    "poke(base + 3 * P)": f"write at byte {NUMBER(3 * PAGE)} ({NUMBER(PAGE - 5)} bytes past byte_size, reserved) of the"
+                          " memory",
+    "peek(base + 4 * P - 1)": f"read at byte {NUMBER(4 * PAGE - 1)} ({NUMBER(2 * PAGE - 6)} bytes past byte_size,"
+                              " reserved) of the memory",
+    "poke(base + 4 * P)": f"write at byte {NUMBER(4 * PAGE)} ({NUMBER(2 * PAGE - 5)} bytes past byte_size, guard after)"
+                          " of the memory",
+    "peek(base - 1)": "read at byte -1 (guard before) of the memory",
+    "mem.protect(P, P, 'none'); peek(base + P)": f"read at byte {NUMBER(PAGE)} (accessible) of the memory",
+    "mem.close(); poke(base + 7)": "write at byte 7 (accessible) of a dropped memory",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_line_names_the_access_the_byte_the_region_and_the_memory(fault):
+    (line,) = lines_of(f"on(quarantine=1 << 20)\n{MEMORY}{fault}")
+    if sys.platform == "linux" and "x86_64" not in sys.version and not line.startswith(f"linmem: {FAULTS[fault]}"):
+        line = re.sub("linmem: access", f"linmem: {FAULTS[fault].split()[0]}", line)     # no access on other processors
+    assert line.startswith(f"linmem: {FAULTS[fault]} {MADE}"), line
+
+
+def test_the_line_names_a_pools_slot_and_a_memory_made_before_the_report():
+    (line,) = lines_of("""
+        pool = linmem.PoolingCreator()
+        mem = pool.create(P, **how)
+        base = mem.as_ptr()
+        mem.close()
+        on()
+        poke(base - 5)
+    """)
+    assert line.endswith(f" at byte -5 (guard before) of an idle slot of a pool at BASE ({PAGE:,} bytes)")
+    (line,) = lines_of(f"{MEMORY}on()\npoke(base - 5)")
+    assert line.endswith(f"of the memory at BASE ({NUMBER(2 * PAGE + 5)} bytes)")
+
+
+@pytest.mark.parametrize("fault", ["poke(0)", "poke(id(mem) ^ 1 << 46)", "ctypes.string_at(1 << 62)"])
+def test_a_fault_outside_of_linmems_memories_is_not_reported(fault):
+    assert lines_of(f"on()\n{MEMORY}{fault}") == []
+
+
+def test_after_disable_nothing_is_reported_and_the_handlers_are_those_of_before():
+    assert lines_of(f"""
+        def handlers():
+            found = []
+            for number in (signal.SIGSEGV, signal.SIGBUS):
+                action = ctypes.create_string_buffer(256)
+                assert libc.sigaction(number, None, action) == 0
+                flags = ctypes.c_uint.from_buffer(action, 136).value & ~0x04000000      # the C library's SA_RESTORER
+                found.append((action.raw[:16], flags))
+            return found
+        before = handlers()
+        on()
+        on(quarantine=5)
+        assert (handlers() != before) == REPORT
+        linmem.disable_fault_report()
+        linmem.disable_fault_report()
+        assert handlers() == before
+        {MEMORY.splitlines()[0]}
+        poke(mem.as_ptr() - 1)
+    """) == []
+
+
+# -- the death ---------------------------------------------------------------------------------------------
+
+# A handler that is there before (or after) the report. It ends the process with what the kernel said about the fault.
+WITNESS = """
+handler_type = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+
+@handler_type
+def witness(number, info, context):
+    address = ctypes.c_size_t.from_address(info + 16).value
+    print(number, ctypes.c_int.from_address(info + 8).value, address - base, flush=True)
+    os._exit(9)
+
+def install_witness():
+    action = (ctypes.c_size_t * 19)(ctypes.cast(witness, ctypes.c_void_p).value)
+    ctypes.c_int.from_buffer(action, 8 + 128).value = 4     # SA_SIGINFO
+    assert libc.sigaction(signal.SIGSEGV, action, None) == 0
+"""
+
+
+def test_the_handler_of_before_gets_the_same_signal_code_and_address():
+    (line,) = lines_of(f"{WITNESS}\ninstall_witness()\non()\n{MEMORY}poke(base + 3 * P + 2)", status=9)
+    assert "reserved" in line
+    assert lines_of(f"{WITNESS}\non()\ninstall_witness()\n{MEMORY}poke(base + 3 * P + 2)", status=9) == []
+
+
+def fault_in(core):
+    """Signal, code and address in the NT_SIGINFO note of a core file of a 64-bit process."""
+    data = core.read_bytes()
+    headers, count = struct.unpack_from("<Q", data, 32)[0], struct.unpack_from("<H", data, 56)[0]
+    for n in range(count):
+        kind, _, start, _, _, size = struct.unpack_from("<IIQQQQ", data, headers + 56 * n)
+        at = start
+        while kind == 4 and at < start + size:          # PT_NOTE
+            name_size, note_size, note = struct.unpack_from("<III", data, at)
+            at += 12 + -(-name_size // 4) * 4
+            if note == 0x53494749:
+                return *struct.unpack_from("<i4xi", data, at), struct.unpack_from("<Q", data, at + 16)[0]
+            at += -(-note_size // 4) * 4
+    raise AssertionError("the core file has no NT_SIGINFO")
+
+
+@requires("core_files")
+def test_the_core_file_has_the_signal_the_code_and_the_address_of_the_fault(tmp_path):
+    code = f"REPORT = True\n{HEAD}on()\n{MEMORY}print(base - 1, flush=True)\npoke(base - 1)"
+    done = run_child(code, limits={"RLIMIT_CORE": 8 << 30}, cwd=tmp_path)
+    assert done.returncode == -signal.SIGSEGV
+    (core,) = tmp_path.glob("core*")
+    assert fault_in(core) == (signal.SIGSEGV, 2, int(done.stdout))      # 2: SEGV_ACCERR
+
+
+@pytest.mark.parametrize("send", ["signal.raise_signal(signal.SIGSEGV)", "os.kill(os.getpid(), signal.SIGSEGV)",
+                                  "signal.raise_signal(signal.SIGBUS)", "os.abort()"])
+def test_a_signal_that_a_process_sends_is_not_reported(send):
+    number = signal.SIGABRT if "abort" in send else signal.SIGBUS if "BUS" in send else signal.SIGSEGV
+    assert lines_of(f"on()\n{MEMORY}{send}\ntime.sleep(30)", status=-number) == []
+
+
+@pytest.mark.parametrize("before", ["signal.SIG_IGN", "lambda *args: print('called')"])
+def test_a_handler_of_python_and_an_ignored_signal_work_as_before(before):
+    assert lines_of(f"""
+        signal.signal(signal.SIGSEGV, {before})
+        on()
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGSEGV)
+        print("alive")
+    """, status=0) == []
+
+
+def test_an_ignored_signal_does_not_stop_a_fault():
+    (line,) = lines_of(f"signal.signal(signal.SIGSEGV, signal.SIG_IGN)\non()\n{MEMORY}poke(base - 1)")
+    assert "guard before" in line
+
+
+def test_a_fault_that_a_handler_of_python_repeats_for_ever_is_reported_once():
+    (line,) = lines_of(f"""
+        signal.signal(signal.SIGSEGV, lambda *args: None)
+        on()
+        {MEMORY.splitlines()[0]}
+        signal.alarm(1)
+        poke(mem.as_ptr() - 1)
+    """, status=-signal.SIGALRM)
+    assert "guard before" in line
+
+
+def test_a_stack_overflow_is_not_reported():
+    assert lines_of("""
+        on()
+        sys.setrecursionlimit(10**7)
+        libc.qsort.argtypes = None
+        compare = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+        array = (ctypes.c_int * 2)(1, 2)
+
+        @compare
+        def again(a, b):
+            libc.qsort(array, ctypes.c_size_t(2), ctypes.c_size_t(4), again)
+            return 0
+        again(0, 0)
+    """) == []
+
+
+@pytest.mark.parametrize("order", ["first", "last"])
+def test_faulthandler_prints_its_traceback(order):
+    enable = ["import faulthandler; faulthandler.enable()", "on()"]
+    lines = lines_of("\n".join([*enable[::1 if order == "first" else -1], MEMORY, "poke(base - 1)"]))
+    # A faulthandler that was enabled later raises the signal again, without the address.
+    assert len(lines) == (order == "first")
+
+
+def test_faulthandler_may_be_disabled_again():
+    (line,) = lines_of(f"import faulthandler as f\non()\nf.enable()\nf.disable()\n{MEMORY}poke(base - 1)")
+    assert "guard before" in line
+
+
+@requires("fork")
+def test_a_forked_child_reports_its_own_fault():
+    (line,) = lines_of(f"""
+        on()
+        {MEMORY.splitlines()[0]}
+        pid = os.fork()
+        if pid == 0:
+            poke(mem.as_ptr() - 1)
+        print(os.waitpid(pid, 0)[1] & 127)
+    """, status=0)
+    assert "guard before" in line
+
+
+def test_threads_that_make_and_drop_memories_do_not_hinder_the_report():
+    (line,) = lines_of(f"""
+        on(quarantine=1 << 20)
+        def work():
+            while True:
+                linmem.create(P, maximum=64 * P, reserve=0, guard=P, may_move=True).grow_to(20 * P)
+        for _ in range(4):
+            threading.Thread(target=work, daemon=True).start()
+        {MEMORY.splitlines()[0]}
+        time.sleep(0.2)
+        poke(mem.as_ptr() - 1)
+    """)
+    assert "guard before" in line
+
+
+@requires("fork")
+def test_forks_of_another_thread_which_hold_all_locks_do_not_hinder_the_report():
+    (line,) = lines_of(f"""
+        on()
+        {MEMORY.splitlines()[0]}
+        def work():
+            while True:
+                pid = os.fork()
+                if pid == 0:
+                    os._exit(0)
+                os.waitpid(pid, 0)
+        threading.Thread(target=work, daemon=True).start()
+        time.sleep(0.2)
+        poke(mem.as_ptr() - 1)
+    """)
+    assert "guard before" in line
+
+
+@pytest.mark.parametrize("call", ["mem.read(0, 1)", "mem.write(0, bytes(1 << 16))", "mem.snapshot()",
+                                  "mem.restore(linmem.Image.from_bytes(bytes(16 * P + 5)))", "mem.grow_to(17 * P)"])
+def test_a_fault_inside_of_linmem_is_reported_while_the_memory_is_locked(call):
+    (line,) = lines_of(f"""
+        on()
+        mem = linmem.create(P * 16 + 5, maximum=1 << 22)
+        mem.write(0, b"x" * (16 * P + 5))
+        assert libc.mprotect(ctypes.c_void_p(mem.as_ptr()), ctypes.c_size_t(17 * P), 0) == 0    # behind linmem's back
+        {call}
+    """)
+    assert re.search(r" at byte [\d,]+ \(.*accessible\) of the memory at BASE \(", line), line
+
+
+# -- wasmtime ---------------------------------------------------------------------------------------------
+
+WASM = """
+import wasmtime
+
+def engine():
+    config = wasmtime.Config()
+    linmem.wasmtime.install(config, linmem.MmapCreator())
+    return wasmtime.Engine(config)
+
+def trap(engine):
+    store = wasmtime.Store(engine)
+    text = '(module (memory (export "memory") 1 2) (func (export "f") (result i32) (i32.load (i32.const 100000))))'
+    exports = wasmtime.Instance(store, wasmtime.Module(engine, text), []).exports(store)
+    for _ in range(3):
+        try:
+            exports["f"](store)
+        except wasmtime.Trap as error:
+            print(error.trap_code)
+    return store, exports["memory"]
+"""
+
+
+@pytest.mark.parametrize("order", ["e = engine(); on()", "on(); e = engine()", "e = engine(); trap(e); on()",
+                                   "import faulthandler; faulthandler.enable(); on(); e = engine()",
+                                   "import faulthandler; faulthandler.enable(); e = engine(); on()"])
+def test_a_trap_of_webassembly_is_not_reported_and_a_native_fault_is(order):
+    pytest.importorskip("wasmtime")
+    (line,) = lines_of(f"""{WASM}
+store = None
+{order}
+store, memory = trap(e)
+base = ctypes.addressof(memory.data_ptr(store).contents)
+poke(base + 65536)
+""")
+    assert re.fullmatch(r"linmem: \w+ at byte 65,536 \(0 bytes past byte_size, reserved\) of the memory at BASE"
+                        r" \(65,536 bytes\), of a wasmtime store", line)
+
+
+def test_a_trap_in_a_module_from_a_file_is_not_reported(tmp_path):
+    pytest.importorskip("wasmtime")
+    assert lines_of(f"""{WASM}
+e = engine()
+on()
+text = '(module (memory 1) (func (export "f") (result i32) (i32.load (i32.const 100000))))'
+REPORT or pathlib.Path("compiled").write_bytes(wasmtime.Module(e, text).serialize())
+module = wasmtime.Module.deserialize_file(e, "compiled")
+store = wasmtime.Store(e)
+try:
+    wasmtime.Instance(store, module, []).exports(store)["f"](store)
+except wasmtime.Trap as error:
+    print(error.trap_code)
+""", status=0, cwd=tmp_path) == []
+
+
+# -- the quarantine ------------------------------------------------------------------------------------------
+
+def in_quarantine(code):
+    done = run_child(f"REPORT = True\n{HEAD}" + textwrap.dedent(code), timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_quarantine_keeps_addresses_inaccessible_up_to_its_bytes_the_oldest_go_first():
+    in_quarantine("""
+        from support import accessible_parts, live_bytes, mappings, whole
+        before = live_bytes()
+        on(quarantine=3 * 7 * P)
+        memories = [linmem.create(P, **{**how, "guard": P}) for _ in range(5)]
+        spans = [whole(mem) for mem in memories]
+        total = spans[0][1] - spans[0][0]
+        on(quarantine=3 * total)
+        for mem in memories:
+            mem.write(0, b"gone")
+            mem.close()
+        kept = [all(m.access == "---p" for m in mappings(*span)) and sum(m.size for m in mappings(*span)) == total
+                for span in spans]
+        assert kept == [False, False, True, True, True], kept
+        assert live_bytes() - before == 3 * total
+        assert [linmem.find(span[0]).region for span in spans[2:]] == ["guard before"] * 3
+        on(quarantine=total)
+        assert live_bytes() - before == total
+        on(quarantine=0)
+        assert live_bytes() == before
+        on(quarantine=total)
+        linmem.create(P, **how).close()
+        assert live_bytes() == before + total
+        linmem.create(9 * P, **{**how, "maximum": 9 * P}).close()      # larger than the quarantine
+        assert live_bytes() == before + total
+        linmem.disable_fault_report()
+        assert live_bytes() == before
+    """)
+
+
+def test_a_memory_that_the_os_does_not_make_inaccessible_is_released():
+    in_quarantine("""
+        from support import failing, live_bytes
+        before = live_bytes()
+        on(quarantine=1 << 30)
+        mem = linmem.create(P, **how)
+        with failing(1, 12) as refused:
+            mem.close()
+        assert refused.happened and live_bytes() == before
+    """)
+
+
+def test_the_quarantine_has_at_most_256_memories():
+    in_quarantine("""
+        from support import live_bytes, whole
+        before = live_bytes()
+        on(quarantine=1 << 40)
+        for _ in range(600):
+            mem = linmem.create(P, **how)
+            start, end = whole(mem)
+            mem.close()
+        assert live_bytes() - before == 256 * (end - start)
+        linmem.disable_fault_report()
+        assert live_bytes() == before
+    """)
+
+
+@requires("rlimits", "large_space")
+def test_the_quarantine_gives_way_to_a_reservation_that_the_os_refuses():
+    in_quarantine("""
+        import resource
+        on(quarantine=1 << 40)
+        linmem.create(P, reserve=1 << 36).close()
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 36, 1 << 36))
+        linmem.create(P, reserve=1 << 34)
+    """)
+
+
+@pytest.mark.parametrize("bad", [-1, 1.5, "1", None, 2**63, 2**64])
+def test_an_invalid_quarantine_is_refused_by_its_name(bad):
+    with pytest.raises((ValueError, TypeError, OverflowError), match=r"^quarantine must be "):
+        linmem.enable_fault_report(bad)
