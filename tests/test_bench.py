@@ -70,10 +70,16 @@ GOALS = {
         "start_toy/plain": 1.2, "start_large/plain": 1.2, "start_interpreter/plain": 1.2,
         "start_interpreter/init": 0.02, "new_process/limit": 1, "cold_file/without": 0.5,
         "session/allowed": 1}.items()},
+    "hooks": {**{f"unused_{what}/before": (1.01, TIME, MEDIAN) for what in ("create", "grow", "instance")},
+              **{key: (goal, TIME, P10) for key, goal in {
+                  "rule_grow/without": 1.1, "callback_grow/allowed": 1, "use/allowed": 1, "chosen/allowed": 1,
+                  "tracked/without": 3, "find/allowed": 1}.items()}},
 }
 # Rows that some machines cannot measure. Such a row gives the reason.
 MAY_LACK = {"pool/one": r"the control scales only \d\.\d\d x here",
             "cold_file/without": ".*(page cache|working set).*",
+            **dict.fromkeys([key for key in GOALS["hooks"] if key.startswith("unused")],
+                            "LINMEM_BENCH_BASE names no Python with an older linmem"),
             **dict.fromkeys(GOALS["soak-pool"], "the system does not say what is resident: .+")}
 
 

@@ -35,11 +35,14 @@ cdef inline int grow_locked(memory* m, size_t new_size, bint by_python, failure*
         return 0
     if m.growth_is_watched:
         return grow_with_hooks(m, size, new_size, why)
-    if m.ops == &mapped_ops:
-        code = mapped_grow_by(m, size, new_size, why)
-    else:
-        code = m.ops.grow(m, new_size, why)
+    code = grow_pages(m, size, new_size, why)
     return name_refusal(m, NULL, why) if code else 0
+
+
+cdef inline int grow_pages(memory* m, size_t size, size_t new_size, failure* why) noexcept nogil:
+    if m.ops == &mapped_ops:
+        return mapped_grow_by(m, size, new_size, why)
+    return m.ops.grow(m, new_size, why)
 
 
 cdef int refuse_size(memory* m, size_t size, size_t new_size, failure* why) noexcept nogil:
@@ -49,9 +52,13 @@ cdef int refuse_size(memory* m, size_t size, size_t new_size, failure* why) noex
 
 
 cdef int grow_with_hooks(memory* m, size_t size, size_t new_size, failure* why) noexcept nogil:
-    cdef memory_hook* hook = m.hooks
     cdef int code = grow_once(m, size, new_size, why)
-    while code and hook != NULL:
+    return grow_if_asked_again(m, size, new_size, code, why) if code else 0
+
+
+cdef int grow_if_asked_again(memory* m, size_t size, size_t new_size, int code, failure* why) noexcept nogil:
+    cdef memory_hook* hook = m.hooks
+    while hook != NULL:
         if hook.refused != NULL:
             if hook.refused(hook, m, new_size, why):
                 return grow_once(m, size, new_size, why)
@@ -62,7 +69,7 @@ cdef int grow_with_hooks(memory* m, size_t size, size_t new_size, failure* why) 
     return code
 
 
-cdef int grow_once(memory* m, size_t size, size_t new_size, failure* why) noexcept nogil:
+cdef inline int grow_once(memory* m, size_t size, size_t new_size, failure* why) noexcept nogil:
     """Afterwards m.tell_to is the hook that refused; NULL: no hook refused."""
     cdef memory_hook* hook = m.hooks
     cdef int code = 0
@@ -77,7 +84,7 @@ cdef int grow_once(memory* m, size_t size, size_t new_size, failure* why) noexce
         hook = hook.next
         m.tell_to = hook
     if code == 0:
-        code = m.ops.grow(m, new_size, why)
+        code = grow_pages(m, size, new_size, why)
     hook = m.hooks
     while hook != m.tell_to:
         m.tell_from = hook.next
