@@ -48,13 +48,23 @@ __version__ = "0.1.0"
 __all__ = ["Allocation", "CallbackCreator", "Delta", "DroppedInfo", "FileFormatError", "GrowError", "Image",
            "ImageInfo", "LimitError", "LimitingCreator", "LinearMemory", "Memory", "MemoryCreator", "MemoryInfo",
            "MemoryType", "MmapCreator", "OwnedError", "PageError", "Place", "PoolError", "PoolingCreator",
-           "PythonCreator", "RoutingCreator", "ScopeTotals", "StatisticsCreator", "TrackingCreator", "create",
-           "creator", "disable_fault_report", "enable_fault_report", "find", "live", "set_pool_limits",
-           "tracemalloc_domain"]
+           "PythonCreator", "Refusal", "Refusals", "RoutingCreator", "ScopeTotals", "StatisticsCreator",
+           "TrackingCreator", "create", "creator", "disable_fault_report", "enable_fault_report", "find", "live",
+           "set_pool_limits", "tracemalloc_domain"]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from linmem.records import Allocation, DroppedInfo, ImageInfo, MemoryInfo, MemoryType, Place, ScopeTotals
+    from linmem.records import (
+        Allocation,
+        DroppedInfo,
+        ImageInfo,
+        MemoryInfo,
+        MemoryType,
+        Place,
+        Refusal,
+        Refusals,
+        ScopeTotals,
+    )
 
 
 def __getattr__(name: str) -> object:
@@ -64,7 +74,8 @@ def __getattr__(name: str) -> object:
         from importlib import import_module
 
         return import_module(f"linmem.{name}")
-    if name in ("Allocation", "DroppedInfo", "ImageInfo", "MemoryInfo", "MemoryType", "Place", "ScopeTotals"):
+    if name in ("Allocation", "DroppedInfo", "ImageInfo", "MemoryInfo", "MemoryType", "Place", "Refusal", "Refusals",
+                "ScopeTotals"):
         from linmem import records
 
         return globals().setdefault(name, getattr(records, name))

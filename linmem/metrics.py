@@ -29,7 +29,8 @@ _GAUGES = {"live": "Slots in use.", "peak_live": "The largest number of slots th
            "page_tables": "Upper bound of the bytes of page tables of idle slots.",
            "reserved": "Bytes of address space of all slots, guards included."}
 _COUNTERS_OF_A_POOL = {"fallbacks": "Memories that upstream made because the pool was full.",
-                       "rejected": "Slots that were dropped because their reset failed."}
+                       "rejected": "Slots that were dropped because their reset failed.",
+                       "refusals": "Requests that the pool itself refused."}
 _GAUGES_OF_A_POOL = {"slots": "The maximum number of slots.",
                      "resident_bound": "The bound of resident and page_tables together."}
 _GAUGES_OF_IMAGES = {"image_bytes": "Bytes of the images that slots start from.",
@@ -47,8 +48,8 @@ def read(pool: PoolingCreator) -> dict[str, Any]:
         Counters: hits_warm, hits_cold, misses, evictions (by cause), purges (by `idle_seconds` or `purge()`; evictions
         do not include purges), resets (by kind), reset_ns (an estimate from the first reset of a slot and then one
         reset of sixteen), bytes_zeroed. Gauges: live, peak_live (the largest number of live slots), warm, cold,
-        resident, page_tables, reserved (bytes). Only the pool has the counters fallbacks and rejected, and the gauges
-        slots, resident_bound, reserved_bound (None: no bound), images, image_bytes and image_descriptors.
+        resident, page_tables, reserved (bytes). Only the pool has the counters fallbacks, rejected and refusals, and
+        the gauges slots, resident_bound, reserved_bound (None: no bound), images, image_bytes and image_descriptors.
 
         name: the pool's name, or None. shapes: a list with a dict for each shape: the figures that shapes and domains
         have too, image_bytes, image_descriptors, and `shape`, a dict. domains: a dict with a dict of the same figures

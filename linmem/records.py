@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from linmem._core.arguments import check_count, check_flag, shown
 
-__all__ = ["Allocation", "DroppedInfo", "ImageInfo", "MemoryInfo", "MemoryType", "Place", "ScopeTotals"]
+__all__ = ["Allocation", "DroppedInfo", "ImageInfo", "MemoryInfo", "MemoryType", "Place", "Refusal", "Refusals",
+           "ScopeTotals"]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -172,6 +173,56 @@ class ImageInfo:
     kind: str
     shares_pages: bool
     memories: int
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A new memory or a growth that a creator refused.
+
+    Attributes
+    ----------
+    time : float
+        Seconds since the epoch, as `time.time`.
+    requested : int
+        The bytes that the memory would have had.
+    limit : int or None
+        The bound in the way, in the unit of this bound: the bytes of a budget, of `limit_each`, of `max_reserved`, of
+        the memory's maximum or of its capacity; the slots or mappings of a pool; the number of `limit_growths`. None if
+        the OS, a function or a creator in Python refused.
+    error : str
+        The name of the exception's class: "LimitError", "PageError", "PoolError", "GrowError", or what a function
+        raised. `linmem.wasmtime.cause` returns the exception itself.
+    creator : str or None
+        The name of the creator that refused.
+    memory : str or None
+        The name of the memory that did not grow, as in `MemoryInfo`. None if the memory has no name, or was not made.
+    base : int or None
+        The address of byte 0 of the memory that did not grow; None if no memory was made.
+    """
+
+    time: float
+    requested: int
+    limit: int | None
+    error: str
+    creator: str | None
+    memory: str | None
+    base: int | None
+
+
+@dataclass(frozen=True)
+class Refusals:
+    """What a creator has refused.
+
+    Attributes
+    ----------
+    count : int
+        All refusals since the creator was made.
+    last : tuple of Refusal
+        The last refusals, at most 16, the oldest first.
+    """
+
+    count: int
+    last: tuple[Refusal, ...]
 
 
 @dataclass(frozen=True)

@@ -1352,8 +1352,9 @@ def test_every_figure_is_there_for_the_pool_each_shape_and_each_domain():
     mems = [image.new_memory(creator=pool, domain="a", **SHAPE), pool.create(PAGE, domain="a", **SHAPE),
             pool.create(PAGE, domain="b", **SHAPE)]
     figures = linmem.metrics.read(pool)
-    assert set(figures) == FIGURES | {"name", "fallbacks", "rejected", "slots", "resident_bound", "reserved_bound",
-                                      "images", "image_bytes", "image_descriptors", "shapes", "domains"}
+    assert set(figures) == FIGURES | {"name", "fallbacks", "rejected", "refusals", "slots", "resident_bound",
+                                      "reserved_bound", "images", "image_bytes", "image_descriptors", "shapes",
+                                      "domains"}
     assert all(set(row) == FIGURES | {"shape", "image_bytes", "image_descriptors"} for row in figures["shapes"])
     assert all(set(row) == FIGURES for row in figures["domains"].values())
     shapes = {row["shape"]["image"]: (row["live"], row["peak_live"], row["image_bytes"]) for row in figures["shapes"]}

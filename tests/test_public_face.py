@@ -366,6 +366,9 @@ FACE = {
     "linmem.MemoryInfo": (lambda w: linmem.MemoryInfo, RECORD),
     "linmem.DroppedInfo": (lambda w: linmem.DroppedInfo, dict.fromkeys(
         ("base", "byte_size", "growths", "kind", "name"), (anything, 1))),
+    "linmem.Refusal": (lambda w: linmem.Refusal, dict.fromkeys(
+        ("time", "requested", "limit", "error", "creator", "memory", "base"), (anything, 1))),
+    "linmem.Refusals": (lambda w: linmem.Refusals, dict.fromkeys(("count", "last"), (anything, 1))),
     "linmem.ImageInfo": (lambda w: linmem.ImageInfo, dict.fromkeys(
         ("offset", "size", "stored", "kind", "shares_pages", "memories"), (anything, 1))),
     "linmem.Allocation": (lambda w: linmem.Allocation, dict.fromkeys(

@@ -19,7 +19,7 @@ from linmem._core.memory cimport (
     OWNER_LEFT, OWNER_WASMTIME, PROTECTION_NONE, UNCHOSEN, Image, Memory, NativeCreator, current_domain,
     deferred_decref, domain as domain_t, domain_of, domain_release, exception_of, fail, failure, failure_text,
     fork_lock, image_release, image_retain, lock, lock_memory, memory, memory_grow_to, memory_release,
-    memory_retain, memory_spec, python_is_ending, register_fork_lock, set_domain, unlock, wrap,
+    memory_retain, memory_spec, python_is_ending, refuse_make, register_fork_lock, set_domain, unlock, wrap,
 )
 from linmem._core.units cimport E_MAXIMUM, E_PYTHON, E_UNSUPPORTED
 
@@ -296,7 +296,10 @@ cdef wasmtime_error_t* new_memory(void* env, const wasm_memorytype_t* ty, size_t
     if spec.minimum > maximum:
         code = fail(&why, E_MAXIMUM, "new_memory", spec.minimum, 0, maximum)
     else:
-        code = (<NativeCreator>(env if creator == NULL else creator)).make(&spec, &m, &why)
+        creator = env if creator == NULL else creator
+        code = (<NativeCreator>creator).make(&spec, &m, &why)
+        if code:
+            refuse_make(<NativeCreator>creator, &spec, &why)
     if in_context != NULL:
         deferred_decref(in_context)
     image_release(spec.image)

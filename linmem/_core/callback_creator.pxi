@@ -19,6 +19,7 @@ cdef struct callback_hook:
 
 cdef void free_callback_hook(callback_hook* hook) noexcept nogil:
     domain_release(hook.name)
+    refusals_release(hook.head.refusals)
     free(hook)
 
 
@@ -79,6 +80,7 @@ cdef bint ask_again(object on_refused, memory* m, size_t requested, failure* why
         return False
     if not again and why.code == E_PYTHON:
         fail_python(why, error)                 # exception_of() took the reference
+        why.counted = True                      # before on_refused was asked
     return again
 
 
@@ -223,18 +225,19 @@ cdef class CallbackCreator(NativeCreator):
         cdef bint again = False
         cdef int code
         if hook == NULL:
-            return fail(why, E_NO_MEMORY, "calloc", sizeof(callback_hook))
+            return finish_make(self, spec, fail(why, E_NO_MEMORY, "calloc", sizeof(callback_hook)), out, why)
         code = make_within_limit(self, spec, out, why)
         if code:
-            name_failure(why, self.name_struct)
+            refuse_make(self, spec, why)
         if code and self.on_refused is not None and not python_is_ending():
             with gil:
                 again = ask_again(self.on_refused, NULL, spec.minimum, why)
             code = make_within_limit(self, spec, out, why) if again else why.code
         if code:
             free(hook)
-            return named(self, code, out, why)
+            return finish_make(self, spec, code, out, why)
         hook.most_bytes, hook.most_growths = self.most_bytes, self.most_growths
+        hook.head.refusals = refusals_retain(self.refusal_log)
         hook.head.before_grow = callback_before_grow
         hook.head.after_grow = callback_after_grow
         hook.head.before_drop = callback_before_drop
@@ -250,7 +253,7 @@ cdef class CallbackCreator(NativeCreator):
             callback_dropped(&hook.head)
         else:
             memory_add_hook(out[0], &hook.head)
-        return named(self, code, out, why)
+        return finish_make(self, spec, code, out, why)
 
     @property
     def limit_each(self):

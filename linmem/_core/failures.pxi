@@ -16,7 +16,7 @@ from linmem._os import pages as _pages
 cdef extern from *:
     """
     #define linmem_explain(why, ...) snprintf((why)->detail, sizeof((why)->detail), __VA_ARGS__)
-    #define linmem_fail_text(why, value, ...) ((why)->code = (value), (why)->name[0] = 0, \\
+    #define linmem_fail_text(why, value, ...) ((why)->code = (value), (why)->name[0] = 0, (why)->counted = 0, \\
                                                linmem_explain(why, __VA_ARGS__), (value))
     """
     # explain() writes the detail of a failure; call it after fail(). fail_text() replaces both calls where the detail
@@ -24,12 +24,17 @@ cdef extern from *:
     int explain "linmem_explain"(failure* why, const char* format, ...) noexcept nogil
     int fail_text "linmem_fail_text"(failure* why, int code, const char* format, ...) noexcept nogil
 
-# The exception class of each code, where the exception takes nothing but the text.
+cdef extern from *:
+    ctypedef struct named_type "PyTypeObject":
+        const char* tp_name
+    named_type* Py_TYPE(object object)
+
+# The exception class of each code. All but LimitError and PoolError take nothing but the text.
 cdef dict exceptions = {
     E_NO_MEMORY: MemoryError, E_OVERFLOW: OverflowError, E_SHRINK: ValueError, E_MAXIMUM: _errors.GrowError,
     E_CAPACITY: _errors.GrowError, E_EXPORTED: BufferError, E_UNSUPPORTED: TypeError, E_IMAGE: ValueError,
     E_OWNED: _errors.OwnedError, E_PROTECTED: ValueError, E_OWN_GROWTH: RuntimeError, E_BROKEN: RuntimeError,
-    E_VALUE: ValueError, E_GROWTHS: _errors.GrowError,
+    E_VALUE: ValueError, E_GROWTHS: _errors.GrowError, E_LIMIT: _errors.LimitError, E_EXHAUSTED: _errors.PoolError,
 }
 
 
@@ -41,6 +46,7 @@ cdef int fail(failure* why, int code, const char* call, size_t size, size_t used
     why.limit = limit
     why.detail[0] = why.name[0] = 0
     why.exception = NULL
+    why.counted = False
     return code
 
 
@@ -64,7 +70,10 @@ cdef int fail_reserve(failure* why, int code, size_t size) noexcept nogil:
 
 
 cdef int fail_python(failure* why, object error) noexcept:
+    """The detail is the name of the exception's class."""
     fail(why, E_PYTHON, "python", 0)
+    snprintf(why.detail, sizeof(why.detail), "%s", Py_TYPE(error).tp_name)
+    why.counted = not isinstance(error, Exception)      # Ctrl-C is not a refusal
     Py_INCREF(error)
     why.exception = <PyObject*>error
     return E_PYTHON
@@ -143,8 +152,13 @@ cdef object exception_of(const failure* why):
     if why.code == E_LIMIT:
         return _errors.LimitError(message, limit=why.limit, used=why.used, requested=why.size)
     if why.code == E_EXHAUSTED:
-        return _errors.PoolError(message, slots=why.limit)
+        return _errors.PoolError(message, slots=why.used)
     return exceptions[why.code](message)
+
+
+cdef object error_class(int code):
+    """The class of the exception for a code, except for E_PYTHON."""
+    return _errors.PageError if code > 0 else exceptions[code]
 
 
 cdef int raise_failure(const failure* why) except -1:

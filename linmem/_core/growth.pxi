@@ -29,14 +29,13 @@ cdef inline int grow_locked(memory* m, size_t new_size, bint by_python, failure*
     if by_python and load(&m.owner) == OWNER_WASMTIME:
         return fail(why, E_OWNED, "grow_to", new_size)
     if new_size < size or new_size > m.maximum:
-        refuse_size(m, size, new_size, why)
-        return name_refusal(m, NULL, why)
+        return refuse_size(m, size, new_size, why)
     if new_size == size:
         return 0
     if m.growth_is_watched:
         return grow_with_hooks(m, size, new_size, why)
     code = grow_pages(m, size, new_size, why)
-    return name_refusal(m, NULL, why) if code else 0
+    return refuse_growth(m, NULL, new_size, why) if code else 0
 
 
 cdef inline int grow_pages(memory* m, size_t size, size_t new_size, failure* why) noexcept nogil:
@@ -48,7 +47,8 @@ cdef inline int grow_pages(memory* m, size_t size, size_t new_size, failure* why
 cdef int refuse_size(memory* m, size_t size, size_t new_size, failure* why) noexcept nogil:
     if new_size < size:
         return fail(why, E_SHRINK, "grow_to", new_size, 0, size)
-    return fail(why, E_MAXIMUM, "grow_to", new_size, 0, m.maximum)
+    fail(why, E_MAXIMUM, "grow_to", new_size, 0, m.maximum)
+    return refuse_growth(m, NULL, new_size, why)
 
 
 cdef int grow_with_hooks(memory* m, size_t size, size_t new_size, failure* why) noexcept nogil:
@@ -62,7 +62,7 @@ cdef int grow_if_asked_again(memory* m, size_t size, size_t new_size, int code, 
         if hook.refused != NULL:
             if hook.refused(hook, m, new_size, why):
                 return grow_once(m, size, new_size, why)
-            code = why.code
+            code = refuse_growth(m, hook, new_size, why)        # counts if refused() has put another failure there
         if hook == m.tell_to:       # this hook refused, so the hooks below do not know of the growth
             break
         hook = hook.next
@@ -93,7 +93,7 @@ cdef inline int grow_once(memory* m, size_t size, size_t new_size, failure* why)
         hook = hook.next
     store_size(&m.growing_to, 0)
     if code:
-        return name_refusal(m, m.tell_to, why)
+        return refuse_growth(m, m.tell_to, new_size, why)
     if m.trace != NULL:
         trace_growth(m)
     return 0

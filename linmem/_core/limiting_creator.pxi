@@ -8,6 +8,7 @@ cdef struct budget:
     atomic_i64 peak             # the most bytes that were ever charged at once
     long long limit             # bytes
     long long smallest_limit    # of this budget and all budgets upstream of it
+    refusal_log* refusals       # of the creator, a reference
 
 cdef struct limit_hook:
     memory_hook head
@@ -47,6 +48,7 @@ cdef void release_budget(budget* b) noexcept nogil:
     lock(&budgets_lock.held)
     list_remove(&b.in_budgets)
     unlock(&budgets_lock.held)
+    refusals_release(b.refusals)
     free(b)
 
 
@@ -160,6 +162,7 @@ cdef class LimitingCreator(NativeCreator):
             raise OverflowError(f"limit_bytes must be below 2**63, got {limit}")
         self.budget = <budget*>new_zeroed(sizeof(budget), "a budget")
         self.budget.refs = 1
+        self.budget.refusals = refusals_retain(self.refusal_log)
         self.budget.limit = self.budget.smallest_limit = <long long>limit
         while upstream is not None:
             if isinstance(upstream, LimitingCreator):
@@ -177,8 +180,9 @@ cdef class LimitingCreator(NativeCreator):
         cdef limit_hook* hook = <limit_hook*>calloc(1, sizeof(limit_hook))
         cdef int code
         if hook == NULL:
-            return fail(why, E_NO_MEMORY, "calloc", sizeof(limit_hook))
+            return finish_make(self, spec, fail(why, E_NO_MEMORY, "calloc", sizeof(limit_hook)), out, why)
         hook.head.budget = hook.budget = self.budget
+        hook.head.refusals = self.budget.refusals
         hook.charged = size
         code = charge(self.budget, size, size, why)
         if code == 0:
@@ -190,14 +194,14 @@ cdef class LimitingCreator(NativeCreator):
                 add(&self.budget.used, -<long long>size)
         if code:
             free(hook)
-            return named(self, code, out, why)
+            return finish_make(self, spec, code, out, why)
         add(&self.budget.refs, 1)
         hook.head.before_grow = limit_before_grow
         hook.head.after_grow = limit_after_grow
         hook.head.dropped = limit_dropped
         hook.head.resized = limit_resized
         memory_add_hook(out[0], &hook.head)
-        return named(self, 0, out, why)
+        return finish_make(self, spec, 0, out, why)
 
     @property
     def limit_bytes(self):

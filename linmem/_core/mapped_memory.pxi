@@ -73,6 +73,7 @@ cdef void unmap_and_free(memory* m) noexcept nogil:
 
 
 cdef void free_struct(memory* m) noexcept nogil:
+    refusals_release(m.refusals)
     forget_chosen(m.chosen)
     image_detach(m)
     free(m)

@@ -28,6 +28,7 @@ cdef struct failure:
     char detail[320]            # further text; may be empty
     char name[NAME_BYTES + 1]   # of the creator that refused; empty: it has none, or `code` tells of no refusal
     PyObject* exception         # E_PYTHON only: a reference; the code that handles the failure must drop it
+    bint counted                # a creator has counted it as a refusal, or nobody must (Ctrl-C)
 
 cdef enum:
     CACHE_LINE = 64
@@ -112,6 +113,9 @@ cdef enum:
 
 cdef struct protections
 
+# The refusals of a creator; see refusals.pxi.
+cdef struct refusal_log
+
 cdef enum:
     OWNER_CREATOR = 0           # a creator is making the memory, or a pool keeps it
     OWNER_PYTHON = 1
@@ -165,6 +169,8 @@ cdef struct memory_hook:
     # Identifies the budget that this hook charges for the memory's pages. The pointer is only compared, never
     # dereferenced. NULL: the hook charges no budget.
     const void* budget
+    # The creator that counts the growths which before_grow refuses. A borrowed pointer. NULL: the memory's own creator.
+    refusal_log* refusals
     # Called with the GIL for each new handle on the memory. `handle` is borrowed, and the call must not raise. Only
     # called if some hook of the memory has before_grow or after_grow.
     void (*wrapped)(memory_hook* hook, memory* m, PyObject* handle) noexcept
@@ -215,6 +221,7 @@ cdef struct address_range:
 cdef struct memory:
     const memory_ops* ops
     memory_hook* hooks
+    refusal_log* refusals       # of the creator that made the memory, a reference; NULL: not known yet
     PyObject* trace             # while tracemalloc traces the memory: a Trace, a reference; else NULL
     atomic_i64 refs
     atomic_i64 pins
@@ -420,12 +427,16 @@ cdef domain* domain_of(object name) except? NULL
 cdef object domain_name(const domain* d)
 cdef void answer_request(request* new) noexcept
 
-# Names of creators. make() of a creator ends with named(): `code` is its result so far. A memory has the name of the
-# outermost creator with a name. A refusal has the name of the creator that refused or, if that creator has none, of the
-# next creator above.
+# Names and refusals of creators. make() of a creator ends with finish_make(): `code` is its result so far. A memory has
+# the name of the outermost creator with a name. A refusal has the name of the creator that refused or, if that creator
+# has none, of the next creator above.
 cdef nogil:
-    int named(NativeCreator creator, int code, memory** out, failure* why) noexcept
-    void name_failure(failure* why, const domain* name) noexcept
+    int finish_make(NativeCreator creator, const memory_spec* spec, int code, memory** out, failure* why) noexcept
+    void refuse_make(NativeCreator creator, const memory_spec* spec, failure* why) noexcept
+    refusal_log* refusals_retain(refusal_log* log) noexcept
+    void refusals_release(refusal_log* log) noexcept
+    size_t refusals_count(refusal_log* log) noexcept
+    void count_refusal(refusal_log* log, memory* m, size_t requested, failure* why) noexcept
     domain* memory_name(memory* m) noexcept     # borrowed; NULL: no name
 cdef str name_option(NativeCreator creator)
 
@@ -442,6 +453,7 @@ cdef object wrap(memory* m)
 cdef class NativeCreator:
     cdef object __weakref__
     cdef domain* name_struct    # a reference; NULL: no name
+    cdef refusal_log* refusal_log       # a reference
     # Returns 0 and stores a new reference in *out; or returns a code, and has freed everything that it allocated.
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil
     cdef int fill_spec(self, memory_spec* spec, ty, minimum, maximum, reservation, guard) except -1

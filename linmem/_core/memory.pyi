@@ -7,7 +7,7 @@ from linmem._core.process_handles import Handle
 from linmem._files.delta import Delta
 from linmem._files.format import Contents
 from linmem.abc import LinearMemory, MemoryCreator
-from linmem.records import ImageInfo, MemoryInfo, MemoryType, Place
+from linmem.records import ImageInfo, MemoryInfo, MemoryType, Place, Refusals
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer, Self
@@ -18,6 +18,8 @@ tracemalloc_domain: int
 class NativeCreator(MemoryCreator):  # registered with the trait
     @property
     def name(self) -> str | None: ...
+    @property
+    def refusals(self) -> Refusals: ...
     def new_memory(self, ty: MemoryType, minimum: SupportsIndex, maximum: SupportsIndex | None,
                    reserved_size_in_bytes: SupportsIndex | None, guard_size_in_bytes: SupportsIndex, *,
                    may_move: bool | None = None, domain: str | None = None) -> Memory: ...

@@ -47,6 +47,7 @@ include "copy_on_write.pxi"         # from which image a memory started, and how
 include "memory_snapshot.pxi"       # a memory's contents, and where they differ from an image
 include "restore_and_apply.pxi"     # write an image or a delta into a memory
 include "domains.pxi"               # domains, and the request that a Python creator is handling on a thread
+include "refusals.pxi"              # which requests each creator refused
 include "native_creator.pxi"        # the classes NativeCreator and MmapCreator
 include "memory_class.pxi"          # the class Memory
 include "typed_view.pxi"            # the exporter of elements behind Memory.view()

@@ -21,23 +21,32 @@ cdef void name_dropped(memory_hook* head) noexcept nogil:
     free(head)
 
 
-cdef int named(NativeCreator creator, int code, memory** out, failure* why) noexcept nogil:
-    cdef name_hook* hook
-    if creator.name_struct == NULL:
-        return code
+cdef int finish_make(NativeCreator creator, const memory_spec* spec, int code, memory** out,
+                     failure* why) noexcept nogil:
+    cdef name_hook* hook = NULL
+    if code == 0 and out[0].refusals == NULL:
+        out[0].refusals = refusals_retain(creator.refusal_log)
+    if code == 0 and creator.name_struct != NULL:
+        hook = <name_hook*>calloc(1, sizeof(name_hook))
+        if hook == NULL:
+            memory_release(out[0])
+            out[0] = NULL
+            code = fail(why, E_NO_MEMORY, "calloc", sizeof(name_hook))
     if code:
-        name_failure(why, creator.name_struct)
-        return code
-    hook = <name_hook*>calloc(1, sizeof(name_hook))
+        refuse_make(creator, spec, why)
     if hook == NULL:
-        memory_release(out[0])
-        out[0] = NULL
-        return fail(why, E_NO_MEMORY, "calloc", sizeof(name_hook))
+        return code
     domain_retain(creator.name_struct)
     hook.name = creator.name_struct
     hook.head.dropped = name_dropped
     memory_add_hook(out[0], &hook.head)
     return 0
+
+
+cdef void refuse_make(NativeCreator creator, const memory_spec* spec, failure* why) noexcept nogil:
+    """Notes which creator refused a new memory, unless a creator below has done so."""
+    name_failure(why, creator.name_struct)
+    count_refusal(creator.refusal_log, NULL, spec.minimum, why)
 
 
 cdef void name_failure(failure* why, const domain* name) noexcept nogil:
@@ -58,8 +67,8 @@ cdef domain* memory_name(memory* m) noexcept nogil:
     return NULL if hook == NULL else (<name_hook*>hook).name
 
 
-cdef int name_refusal(memory* m, memory_hook* refusing, failure* why) noexcept nogil:
-    """The hook `refusing` has refused a growth; NULL: the memory itself has. Returns the code."""
+cdef int refuse_growth(memory* m, memory_hook* refusing, size_t new_size, failure* why) noexcept nogil:
+    """The hook `refusing` has refused a growth; NULL: the memory itself has. Notes the creator. Returns the code."""
     cdef memory_hook* hook = m.hooks
     cdef domain* name = NULL
     while hook != refusing:
@@ -67,6 +76,7 @@ cdef int name_refusal(memory* m, memory_hook* refusing, failure* why) noexcept n
             name = (<name_hook*>hook).name
         hook = hook.next
     name_failure(why, name)
+    count_refusal(m.refusals if refusing == NULL or refusing.refusals == NULL else refusing.refusals, m, new_size, why)
     return why.code
 
 
@@ -90,15 +100,30 @@ cdef class NativeCreator:
             raise TypeError(f"{cls.__name__} cannot extend a native creator in Python, because its methods would not be"
                             " called: implement linmem.MemoryCreator, with a creator inside where one is needed")
         self.name_struct = domain_of(_check_name(kwargs.get("name")))
+        self.refusal_log = <refusal_log*>calloc(1, sizeof(refusal_log))
+        if self.refusal_log == NULL:
+            raise MemoryError("no memory for a creator")
+        self.refusal_log.refs = 1
 
     def __dealloc__(self):
         with nogil:
             domain_release(self.name_struct)
+            refusals_release(self.refusal_log)
 
     @property
     def name(self):
         """The name of the creator, or None."""
         return domain_name(self.name_struct)
+
+    @property
+    def refusals(self):
+        """How many new memories and growths this creator itself has refused, and the last 16, as `Refusals`.
+
+        A refusal counts at the creator that refused: at a `LimitingCreator` if its budget was used up, at the
+        `MmapCreator` if the OS refused, at a `CallbackCreator` if a function raised. It counts each time, also if
+        `on_refused` or a pool then tried again. Growths that are refused after the creator is gone count no longer.
+        """
+        return refusals_of(self.refusal_log, self.name)
 
     def __reduce__(self):
         raise TypeError(f"{type(self).__name__} objects cannot be pickled or copied: their memories are of this"
@@ -203,6 +228,7 @@ cdef class NativeCreator:
             if domain is not None:
                 domain_release(ours)
         if code:
+            refuse_make(self, spec, &why)       # this class may be a user's, whose make() does not count
             raise_failure(&why)
         made = <Memory>wrap(m)
         made.is_new = 1
@@ -253,7 +279,7 @@ cdef class MmapCreator(NativeCreator):
         # and the memory is made again. A failed `reserve` has tried that already.
         while code > 0 and strcmp(why.call, "reserve") and relieve(RELIEF_PAGES, NULL, why.size):
             code = mapped_make(spec, self.prefault, self.huge_pages, out, why)
-        return named(self, code, out, why)
+        return finish_make(self, spec, code, out, why)
 
     def __repr__(self):
         options = [f"{name}=True" for name, on in (("prefault", self.prefault), ("huge_pages", self.huge_pages)) if on]

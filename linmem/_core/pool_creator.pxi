@@ -225,7 +225,7 @@ cdef class PoolingCreator(NativeCreator):
                 release_pool(self.pool)
 
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
-        return named(self, take_or_make(self, spec, out, why), out, why)
+        return finish_make(self, spec, take_or_make(self, spec, out, why), out, why)
 
     def warm(self, n, ty, *, reserved_size_in_bytes=4 << 30, guard_size_in_bytes=32 << 20, domain=None):
         """Make slots ahead, so that the next `n` requests of a type are hits.

@@ -165,12 +165,15 @@ cdef void fail_full(pool* p, int cause, size_t size, size_t reserved, failure* w
     """Describes why the pool has no room. The lock is held."""
     fail(why, E_EXHAUSTED, "new_memory", size if cause == EVICTED_SLOTS else reserved, p.most_slots, p.most_slots)
     if cause == EVICTED_RESERVED:
+        why.limit = p.reserved_bound
         snprintf(why.detail, sizeof(why.detail), "the memories of the pool reserve %zu of max_reserved=%zu bytes",
                  p.reserved, p.reserved_bound)
     elif cause == EVICTED_PROCESS:
+        why.limit = <size_t>load(&process_reserved_bound)
         snprintf(why.detail, sizeof(why.detail), "the memories of all pools reserve %zu of the %zu bytes that"
-                 " set_pool_limits() allows", <size_t>load(&process_reserved), <size_t>load(&process_reserved_bound))
+                 " set_pool_limits() allows", <size_t>load(&process_reserved), why.limit)
     elif p.n_slots < p.most_slots:
+        why.limit = p.most_mappings
         snprintf(why.detail, sizeof(why.detail), "the %zu slots of the pool take %zu of %zu mappings",
                  p.n_slots, p.mappings, p.most_mappings)
 

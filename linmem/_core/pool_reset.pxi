@@ -246,6 +246,7 @@ cdef int notify_resized(slot* s, size_t size, size_t accessible, failure* why) n
         if hook.resized != NULL:
             code = hook.resized(hook, s.m, size, accessible, why)
             if code:
+                count_refusal(hook.refusals, NULL, size, why)
                 while undo != hook:
                     if undo.resized != NULL:
                         undo.resized(undo, s.m, 0, 0, &unused)

@@ -116,10 +116,11 @@ def read_metrics(PoolingCreator pool not None):
     """The result of `linmem.metrics.read`."""
     cdef report made
     cdef report_row* shapes
-    cdef size_t i
+    cdef size_t i, refusals
     cdef bint complete
     with nogil:
         complete = make_report(pool.pool, &made, True)
+        refusals = refusals_count(pool.refusal_log)
     try:
         if not complete:
             raise MemoryError("no memory for a report")
@@ -128,7 +129,7 @@ def read_metrics(PoolingCreator pool not None):
                   for i in range(made.n[BY_SHAPE]) if shapes[i].image != NULL}
         return dict(
             row_dict(&made.sums), name=pool.name, fallbacks=made.fallbacks, rejected=made.rejected,
-            slots=pool.pool.most_slots, resident_bound=pool.pool.resident_bound,
+            refusals=refusals, slots=pool.pool.most_slots, resident_bound=pool.pool.resident_bound,
             reserved_bound=None if pool.pool.reserved_bound == SIZE_MAX else pool.pool.reserved_bound,
             images=len(images), image_bytes=sum(size for size, _ in images.values()),
             image_descriptors=sum(has_one for _, has_one in images.values()),

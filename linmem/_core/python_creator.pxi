@@ -143,6 +143,7 @@ cdef void python_free(memory* m) noexcept nogil:
     cdef python_memory* p = <python_memory*>m
     remove_live_memory(m)
     image_detach(m)      # restore() may have given the memory an image
+    refusals_release(m.refusals)
     if p.shelter:
         release_address_space(m.base, p.shelter)
     deferred_decref(p.object)
@@ -176,14 +177,16 @@ cdef class PythonCreator(NativeCreator):
         check_trait(self.creator, "creator")
 
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
+        cdef int code = 0
         if python_is_ending():
-            return fail(why, E_UNSUPPORTED, "new_memory while the interpreter shuts down", spec.minimum)
-        with gil:
-            try:
-                make_in_python(self.creator, spec, out)
-            except BaseException as error:
-                return fail_python(why, error)
-        return named(self, 0, out, why)
+            code = fail(why, E_UNSUPPORTED, "new_memory while the interpreter shuts down", spec.minimum)
+        else:
+            with gil:
+                try:
+                    make_in_python(self.creator, spec, out)
+                except BaseException as error:
+                    code = fail_python(why, error)
+        return finish_make(self, spec, code, out, why)
 
     def __repr__(self):
         return f"PythonCreator({self.creator!r}{name_option(self)})"

@@ -90,7 +90,7 @@ cdef class RoutingCreator(NativeCreator):
             code = fail(why, E_UNSUPPORTED, "new_memory while the interpreter shuts down", spec.minimum)
         else:
             code = make_by_function(self, spec, out, why)
-        return named(self, code, out, why)
+        return finish_make(self, spec, code, out, why)
 
     def __repr__(self):
         return f"RoutingCreator({self.rule!r}{name_option(self)})"

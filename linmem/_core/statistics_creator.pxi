@@ -199,7 +199,7 @@ cdef class StatisticsCreator(NativeCreator):
             lock(&ledger.lock.held)
             ledger.sums.failures += 1
             unlock(&ledger.lock.held)
-            return named(self, code, out, why)
+            return finish_make(self, spec, code, out, why)
         add(&ledger.refs, 1)
         r.head.before_grow = statistics_before_grow
         r.head.after_grow = statistics_after_grow
@@ -220,7 +220,7 @@ cdef class StatisticsCreator(NativeCreator):
         ledger.sums.peak_count = max(ledger.sums.peak_count, ledger.sums.current_count)
         unlock(&ledger.lock.held)
         memory_add_hook(out[0], &r.head)
-        return named(self, 0, out, why)
+        return finish_make(self, spec, 0, out, why)
 
     def statistics(self):
         """The sums over all memories, as a dict. Bytes are byte_size. Failures are refused creations and growths."""

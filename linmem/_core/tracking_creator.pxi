@@ -551,11 +551,12 @@ cdef class TrackingCreator(NativeCreator):
         cdef tracked* r = <tracked*>calloc(1, sizeof(tracked))
         cdef int code
         if r == NULL:
-            return fail(why, E_NO_MEMORY, "calloc", sizeof(tracked))
-        code = self.upstream.make(spec, out, why)
+            code = fail(why, E_NO_MEMORY, "calloc", sizeof(tracked))
+        else:
+            code = self.upstream.make(spec, out, why)
         if code:
             free(r)
-            return named(self, code, out, why)
+            return finish_make(self, spec, code, out, why)
         if may_run_python():
             find_place(t, &r.made, &r.scope)
         if r.scope == NULL:
@@ -580,7 +581,7 @@ cdef class TrackingCreator(NativeCreator):
         count_size(r, r.peak)
         unlock(&t.lock.held)
         memory_add_hook(out[0], &r.head)
-        return named(self, 0, out, why)
+        return finish_make(self, spec, 0, out, why)
 
     @property
     def frames(self):

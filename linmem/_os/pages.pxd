@@ -178,8 +178,9 @@ cdef int at_fork(void (*before)() noexcept nogil, void (*in_parent)() noexcept n
 
 # yield_processor() gives the processor to another thread. sleep_ns() sleeps for about `ns` nanoseconds, at least one
 # tick of the system's clock. clock_ns() is a monotonic clock; coarse_ns() is the same clock some milliseconds old, and
-# cheaper.
+# cheaper. utc_ns() is the time since the epoch.
 cdef void yield_processor() noexcept nogil
 cdef void sleep_ns(long long ns) noexcept nogil
 cdef long long clock_ns() noexcept nogil
 cdef long long coarse_ns() noexcept nogil
+cdef long long utc_ns() noexcept nogil

@@ -17,7 +17,7 @@ from posix.fcntl cimport (
 from posix.fcntl cimport open as open_file
 from posix.fcntl cimport posix_fallocate
 from posix.resource cimport RLIMIT_CORE, RLIMIT_DATA, RLIMIT_NOFILE, RLIM_INFINITY, getrlimit, rlimit, setrlimit
-from posix.time cimport CLOCK_MONOTONIC, clock_gettime, nanosleep, timespec
+from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, nanosleep, timespec
 from posix.types cimport off_t
 from posix.unistd cimport close, ftruncate, getpid, lseek, pread, pwrite, read, readlink, sysconf, unlink, write
 
@@ -407,6 +407,10 @@ cdef long long clock_ns() noexcept nogil:
 
 cdef long long coarse_ns() noexcept nogil:
     return nanoseconds(CLOCK_MONOTONIC_COARSE)
+
+
+cdef long long utc_ns() noexcept nogil:
+    return nanoseconds(CLOCK_REALTIME)
 
 
 # -- functions for Python ------------------------------------------------------------------------

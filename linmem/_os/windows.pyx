@@ -21,6 +21,8 @@ cdef extern from "<windows.h>" nogil:
     ctypedef size_t ULONG_PTR
     ctypedef union LARGE_INTEGER:
         long long QuadPart
+    ctypedef struct FILETIME:
+        DWORD dwLowDateTime, dwHighDateTime
     ctypedef struct MEMORY_BASIC_INFORMATION:
         void* AllocationBase
         DWORD State
@@ -72,6 +74,7 @@ cdef extern from "<windows.h>" nogil:
     bint CreatePipe(HANDLE* read_pipe, HANDLE* write_pipe, void* attributes, DWORD size)
     bint ReadFile(HANDLE file, void* buffer, DWORD size, DWORD* bytes_read, void* overlapped)
     bint WriteFile(HANDLE file, const void* buffer, DWORD size, DWORD* bytes_written, void* overlapped)
+    void GetSystemTimeAsFileTime(FILETIME* now)
     bint QueryPerformanceCounter(LARGE_INTEGER* ticks)
     bint QueryPerformanceFrequency(LARGE_INTEGER* ticks)
     bint SwitchToThread()
@@ -491,6 +494,12 @@ cdef long long clock_ns() noexcept nogil:
 
 cdef long long coarse_ns() noexcept nogil:
     return clock_ns()
+
+
+cdef long long utc_ns() noexcept nogil:
+    cdef FILETIME now       # in units of 100 ns since 1601
+    GetSystemTimeAsFileTime(&now)
+    return ((<long long>now.dwHighDateTime << 32) + now.dwLowDateTime - 116444736000000000LL) * 100
 
 
 # -- functions for Python ------------------------------------------------------------------------
