@@ -195,6 +195,27 @@ def test_tracing_that_is_on_before_the_import_and_until_the_end_of_the_process_i
     assert (done.returncode, done.stdout, done.stderr) == (0, "131072\n", "")
 
 
+def test_memories_of_one_line_leave_no_objects_behind():
+    # In a child whose only thread besides the first starts here: since then, CPython 3.13 without a GIL frees no code.
+    assert answer("""
+        import threading, tracemalloc
+        import linmem
+        from linmem._core import borrowed_lines
+        thread = threading.Thread(target=int)
+        thread.start()
+        thread.join()
+        tracemalloc.start()
+        creator = linmem.MmapCreator()
+        def objects(memories):
+            for _ in range(memories):
+                creator.create(1)
+            lines = tracemalloc.Filter(True, borrowed_lines.__file__)
+            return len(tracemalloc.take_snapshot().filter_traces([lines]).traces)
+        before = objects(10)
+        print(before > 0, objects(1000) == before)
+    """) == "True True"
+
+
 @requires("fork")
 def test_a_forked_child_goes_on_tracing():
     answer(FORKING + textwrap.dedent("""
