@@ -45,6 +45,7 @@ FDS = Path("/proc/self/fd")
 CORE_PATTERN = Path("/proc/sys/kernel/core_pattern")
 # Under Wine, /proc shows the mappings of the host system's kernel, and the tests ask kernel32 instead.
 HAS_KERNEL32 = hasattr(ctypes, "WinDLL")
+IN_WINE = HAS_KERNEL32 and hasattr(ctypes.WinDLL("ntdll"), "wine_get_version")
 HAS_PROC = MAPS.exists() and not HAS_KERNEL32
 
 
@@ -159,6 +160,9 @@ NEEDS = {
     "many_mappings": (HAS_PROC and (FLOOR["mappings"] or 65530) >= 65530, "a process may have but few mappings here"),
     "large_space": (HAS_PROC and FLOOR["address_bits"] >= 47 and FLOOR["address_space_left"] == FLOOR["address_space"]
                     and "LD_PRELOAD" not in os.environ, "addresses are short, limited, or taken by a sanitizer"),
+    "sigaction": (not HAS_KERNEL32, "this OS has no sigaction(2)"),
+    "stack_overflow": (not IN_WINE, "Wine ends a process with status 0 after a stack overflow"),
+    "module_files": (not IN_WINE, "wasmtime cannot map the file of a module in Wine"),
     "rlimits": (_has_module("resource"), "this OS has no resource limits"),
     "fork": (hasattr(os, "fork"), "this OS has no fork"),
     "code": (_code_is_allowed(), "this host does not allow memory that was written to become code"),

@@ -5,12 +5,13 @@ import gc
 import threading
 
 import pytest
-from support import PAGE, failing
+from support import HAS_KERNEL32, PAGE, failing, requires
 
 import linmem
 from linmem._core.memory import NativeCreator
 
 MMAP = linmem.MmapCreator()
+NO_MEMORY = 8 if HAS_KERNEL32 else errno.ENOMEM
 
 
 class Python(linmem.MemoryCreator):
@@ -121,9 +122,9 @@ def test_a_refusal_of_a_creator_without_a_name_has_the_name_of_the_next_one_abov
     (linmem.LimitingCreator(linmem.MmapCreator(name="maps"), 1 << 30, name="limit"), "maps"),
     (linmem.LimitingCreator(MMAP, 1 << 30, name="limit"), "limit")])
 def test_a_page_error_names_the_creator(creator, name):
-    with failing(2, errno.ENOMEM), pytest.raises(linmem.PageError, match=f"creator '{name}': commit of "):
+    with failing(2, NO_MEMORY), pytest.raises(linmem.PageError, match=f"creator '{name}': commit of "):
         creator.create(PAGE)
-    with creator.create(PAGE, maximum=2 * PAGE) as mem, failing(1, errno.ENOMEM):
+    with creator.create(PAGE, maximum=2 * PAGE) as mem, failing(1, NO_MEMORY):
         with pytest.raises(linmem.PageError, match=f"creator '{name}': commit of ") as raised:
             mem.grow_to(2 * PAGE)
         assert raised.value.errno == errno.ENOMEM
@@ -164,10 +165,10 @@ def test_a_slot_has_the_name_of_its_present_user():
     assert pool.stats()["misses"] == 1
 
 
+@requires("prometheus_client")
 def test_names_of_a_pool_in_metrics():
     pools = [linmem.PoolingCreator(name="guests"), linmem.PoolingCreator()]
     assert [linmem.metrics.read(pool)["name"] for pool in pools] == ["guests", None]
-    pytest.importorskip("prometheus_client")
     labels = {sample.labels["pool"] for family in linmem.metrics.collector(*pools).collect()
               for sample in family.samples}
     assert labels == {"guests", "1"}

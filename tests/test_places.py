@@ -125,7 +125,23 @@ def test_the_handle_of_a_place_keeps_the_memory():
 
 # -- find: dropped memories ------------------------------------------------------------------------------------
 
-@requires("maps")
+# For children. An inaccessible mapping of other code at [address, address + 65536).
+FOREIGN_MAPPING = """
+import ctypes, os
+if hasattr(os, "fork"):
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    place = lambda address: libc.mmap(ctypes.c_void_p(address), ctypes.c_size_t(65536), 0, 0x4032, -1, ctypes.c_long(0))
+    remove = lambda address: libc.munmap(ctypes.c_void_p(address), ctypes.c_size_t(65536)) == 0
+else:
+    kernel32 = ctypes.WinDLL("kernel32")
+    kernel32.VirtualAlloc.restype = ctypes.c_void_p
+    place = lambda address: kernel32.VirtualAlloc(ctypes.c_void_p(address), ctypes.c_size_t(65536), 0x2000, 1)
+    remove = lambda address: kernel32.VirtualFree(ctypes.c_void_p(address), ctypes.c_size_t(0), 0x8000)
+"""
+
+
+@requires("regions")
 def test_a_dropped_memory_is_named_until_another_mapping_replaces_it():
     mem = linmem.create(3 * PAGE, **SHAPE)
     base = mem.as_ptr()
@@ -135,20 +151,18 @@ def test_a_dropped_memory_is_named_until_another_mapping_replaces_it():
         assert not is_mapped(base + start)
         assert linmem.find(base + start) == linmem.Place(None, name, start)
         assert linmem.find(base + end - 1) == linmem.Place(None, name, end - 1)
-    done = run_child("""
-        import ctypes, linmem
+    done = run_child(FOREIGN_MAPPING + textwrap.dedent("""
+        import linmem
         mem = linmem.create(1 << 16)
         base = mem.as_ptr()
         mem.close()
-        libc = ctypes.CDLL(None)
-        libc.mmap.restype = ctypes.c_void_p
         assert linmem.find(base) == linmem.Place(None, "accessible", 0)
-        assert libc.mmap(ctypes.c_void_p(base), ctypes.c_size_t(65536), 0, 0x4032, -1, ctypes.c_long(0)) == base
+        assert place(base) == base
         assert linmem.find(base) is None
         assert linmem.find(base - 1) == linmem.Place(None, "guard before", -1)
-        assert libc.munmap(ctypes.c_void_p(base), ctypes.c_size_t(65536)) == 0
+        assert remove(base)
         assert linmem.find(base) == linmem.Place(None, "accessible", 0)
-    """)
+    """))
     assert (done.returncode, done.stderr) == (0, "")
 
 

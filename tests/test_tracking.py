@@ -384,8 +384,8 @@ def test_the_report_names_scopes_lines_and_what_the_tracker_keeps():
     assert a.byte_size() + b.byte_size() == 4 << 20
 
 
+@requires("matplotlib")
 def test_the_picture_has_bytes_over_time(tmp_path):
-    pytest.importorskip("matplotlib")
     tracker = tracking()
     kept = []
     for i in range(12):

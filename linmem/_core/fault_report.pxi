@@ -1,6 +1,7 @@
 # The report of a memory fault: one line that names the memory, before the process dies; a part of memory.pyx.
 #
-# report_fault() runs in a signal handler. It takes live_lock by try_lock() only, and allocates nothing.
+# report_fault() runs in a signal handler or in an exception handler. It takes live_lock by try_lock() only, and
+# allocates nothing.
 #
 # The quarantine holds the address space of dropped memories, inaccessible, so that a use after the end of a memory is a
 # fault in a range that linmem can name. The ranges are those of `dropped_ranges` with `held`. The oldest is released
@@ -15,8 +16,8 @@ cdef size_t held_bytes = 0
 
 cdef enum:
     REPORT_BYTES = 480
-    LOCK_TRIES = 2000               # a fork() of another thread may hold live_lock for some time
-    LOCK_SLEEP = 500000             # nanoseconds
+    LOCK_WAIT = 1000000000          # nanoseconds; a fork() of another thread may hold live_lock for some time
+    LOCK_SLEEP = 500000
 
 
 # -- the quarantine
@@ -143,10 +144,9 @@ cdef void report_fault(char* addr, int access) noexcept nogil:
     cdef line out
     cdef memory* m
     cdef dropped_range* dropped = NULL
-    cdef int tries = 0
+    cdef long long deadline = pages.clock_ns() + LOCK_WAIT
     while not try_lock_of_fault():
-        tries += 1
-        if tries == LOCK_TRIES:
+        if pages.clock_ns() > deadline:
             return
         pages.sleep_ns(LOCK_SLEEP)
     m = memory_at(addr)
@@ -199,8 +199,8 @@ def enable_fault_report(quarantine=0):
 
     The line names the access, the byte, the region and the memory, and the line of Python code that made the memory if
     the report was on then. Afterwards the process dies exactly as it would have died. A trap of WebAssembly is not
-    reported, because wasmtime handles it. Enable `faulthandler` before this, because a `faulthandler` that is enabled
-    later raises the signal once more, without the address.
+    reported, because wasmtime handles it. On Linux enable `faulthandler` before this, because a `faulthandler` that is
+    enabled later raises the signal once more, without the address.
 
     Parameters
     ----------
@@ -212,11 +212,14 @@ def enable_fault_report(quarantine=0):
     Raises
     ------
     NotImplementedError
-        On this system linmem cannot report faults (only Linux on x86-64 and on aarch64).
+        On this system linmem cannot report faults (only Windows, and Linux on x86-64 and on aarch64).
 
     Notes
     -----
     A second call changes the quarantine only.
+
+    The line comes before the fault handlers of the code that runs, so it also comes if such a handler lets the process
+    live. On Windows, `ctypes` raises an `OSError` for a fault inside of a function that it calls.
     """
     cdef size_t bound
     cdef failure why
@@ -225,12 +228,12 @@ def enable_fault_report(quarantine=0):
     if bound >> 63:
         raise OverflowError(f"quarantine must be {_BELOW_63_BITS}, got {_shown(quarantine)}")
     if not pages.capabilities().reports_faults:
-        raise NotImplementedError("enable_fault_report() needs Linux on x86-64 or aarch64")
+        raise NotImplementedError("enable_fault_report() needs Windows, or Linux on x86-64 or aarch64")
     with nogil:
         lock(&reports_lock)
         if load(&reports_are_on) == 0:
             forget_makers()
-            code = fail_page_call(&why, pages.watch_faults(report_fault), "sigaction", 0)
+            code = fail_page_call(&why, pages.watch_faults(report_fault), "watch_faults", 0)
         if code == 0:
             store(&reports_are_on, 1)
             store(&held_bound, <long long>bound)

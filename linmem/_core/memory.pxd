@@ -185,7 +185,6 @@ cdef struct address_range:
     char* base
     char* limit                 # base + capacity
     char* end                   # start .. end includes the guards
-    range_entry entries[2]
 
 # The head of a memory of any kind. The head holds no Python object, because wasmtime frees memories on any thread
 # without the GIL.
@@ -230,6 +229,7 @@ cdef struct memory:
     atomic_i64 owner            # OWNER_
     atomic_i64 size             # byte_size; written under the lock, read without it
     address_range range
+    range_entry range_entries[2]
     char* base
     atomic_i64 protection       # PROTECTION_; written under the lock
     size_t accessible

@@ -64,9 +64,9 @@ cdef void register_range(memory* m) noexcept nogil:
     ranges_of_class[of_class] += 1
     for i in range(last - first + 1):
         bucket = range_bucket(first + i, of_class)
-        m.range.entries[i].m = m
-        m.range.entries[i].next = bucket[0]
-        bucket[0] = &m.range.entries[i]
+        m.range_entries[i].m = m
+        m.range_entries[i].next = bucket[0]
+        bucket[0] = &m.range_entries[i]
 
 
 cdef void unregister_range(memory* m) noexcept nogil:
@@ -75,9 +75,9 @@ cdef void unregister_range(memory* m) noexcept nogil:
     cdef range_entry** place
     for i in range(last - first + 1):
         place = range_bucket(first + i, of_class)
-        while place[0] != &m.range.entries[i]:
+        while place[0] != &m.range_entries[i]:
             place = &place[0].next
-        place[0] = m.range.entries[i].next
+        place[0] = m.range_entries[i].next
     ranges_of_class[of_class] -= 1
     if ranges_of_class[of_class] == 0:
         while classes[at] != of_class:

@@ -238,6 +238,28 @@ cdef bint finds(char* addr, size_t pages) noexcept nogil:
     return n == 1 and runs[0].addr == addr + real_page and runs[0].size == pages * real_page if pages else n == 0
 
 
+# The report that watch_faults() was given; NULL: none.
+cdef fault_report report_of_faults = NULL
+cdef atomic_i64 reporting_thread    # the thread that is in the report; 0: none
+cdef char* last_address = NULL      # of the last fault that was reported, and its instruction
+cdef size_t last_pc = 0
+
+
+cdef void report_once(char* addr, size_t pc, int access, long long thread) noexcept nogil:
+    """A fault in the report itself is not reported. If a handler only returns, the thread runs into the same fault
+    again and again: only the first is reported."""
+    cdef fault_report report = report_of_faults
+    if report == NULL or load(&reporting_thread) == thread:
+        return
+    if load_address(&last_address) == addr and load_size(&last_pc) == pc:
+        return
+    store_address(&last_address, addr)
+    store_size(&last_pc, pc)
+    compare_exchange(&reporting_thread, 0, thread)
+    report(addr, access)
+    compare_exchange(&reporting_thread, thread, 0)
+
+
 cdef int bits_of(size_t address) noexcept nogil:
     cdef int bits = 0
     while address:

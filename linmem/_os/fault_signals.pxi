@@ -36,10 +36,6 @@ cdef enum:
 cdef int[FAULT_SIGNALS] fault_signals = [SIGSEGV, SIGBUS]
 cdef sigaction_t[FAULT_SIGNALS] handlers_before
 cdef bint[FAULT_SIGNALS] has_handler        # the handlers that are installed include on_fault()
-cdef fault_report report_of_faults = NULL
-cdef atomic_i64 reporting_thread            # the thread that is in the report; 0: none
-cdef char* last_address = NULL              # of the last fault that was reported
-cdef size_t last_pc = 0
 # A mapping with code that is not native, so that not each trap of WebAssembly reads /proc/self/maps.
 cdef size_t other_code_start = 0
 cdef size_t other_code_end = 0
@@ -51,27 +47,11 @@ cdef void on_fault(int signum, siginfo_t* info, void* context) noexcept nogil:
     cdef bint is_fault = info.si_code > 0       # otherwise a process sent the signal
     cdef bint is_native = is_fault and report_of_faults != NULL and is_native_code(pc)
     if is_native:
-        report_once(<char*>info.si_addr, context)
+        report_once(<char*>info.si_addr, pc, fault_access(context), thread_id())
     call_handler_before(&handlers_before[signum == SIGBUS], signum, info, context)
     if is_fault and not is_native and fault_pc(context) == pc:
-        report_once(<char*>info.si_addr, context)
+        report_once(<char*>info.si_addr, pc, fault_access(context), thread_id())
     libc_errno.errno = saved
-
-
-cdef void report_once(char* addr, void* context) noexcept nogil:
-    """A fault in the report itself is not reported. If the earlier handler only returns, the thread runs into the same
-    fault again and again: only the first is reported."""
-    cdef fault_report report = report_of_faults
-    cdef long long me = thread_id()
-    if report == NULL or load(&reporting_thread) == me:
-        return
-    if load_address(&last_address) == addr and load_size(&last_pc) == fault_pc(context):
-        return
-    store_address(&last_address, addr)
-    store_size(&last_pc, fault_pc(context))
-    compare_exchange(&reporting_thread, 0, me)
-    report(addr, fault_access(context))
-    compare_exchange(&reporting_thread, me, 0)
 
 
 cdef void call_handler_before(const sigaction_t* before, int signum, siginfo_t* info, void* context) noexcept nogil:

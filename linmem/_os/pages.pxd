@@ -149,8 +149,9 @@ cdef enum:
 ctypedef void (*fault_report)(char* addr, int access) noexcept nogil
 
 # Only where reports_faults. -> if the process is about to die of a memory fault, `report` is called in the thread of
-# the fault, in a signal handler. So `report` must not wait for a lock that the thread may hold, and must not call
-# malloc() or Python. unwatch_faults() ends the calls. write_error() is for `report`: it writes to the standard error.
+# the fault, in a signal handler or an exception handler. So `report` must not wait for a lock that the thread may hold,
+# and must not call malloc() or Python. unwatch_faults() ends the calls. write_error() is for `report`: it writes to the
+# standard error.
 cdef int watch_faults(fault_report report) noexcept nogil
 cdef void unwatch_faults() noexcept nogil
 cdef void write_error(const char* text, size_t size) noexcept nogil

@@ -2,7 +2,9 @@
 """The page floor on Windows: VirtualAlloc, VirtualProtect, VirtualFree and related calls."""
 
 from linmem._os cimport pages as _contract    # no-cython-lint: not used; makes an edit of pages.pxd rebuild this file
-from linmem._core.atomic cimport add, atomic_i64, load, touch
+from linmem._core.atomic cimport (
+    add, atomic_i64, compare_exchange, load, load_address, load_size, store_address, store_size, touch,
+)
 
 from libc.stddef cimport wchar_t
 from libc.stdint cimport intptr_t, uintptr_t
@@ -32,8 +34,13 @@ cdef extern from "<windows.h>" nogil:
     ctypedef struct SYSTEM_INFO:
         DWORD dwPageSize, dwAllocationGranularity
         void* lpMaximumApplicationAddress
+    ctypedef struct EXCEPTION_RECORD:
+        DWORD ExceptionCode
+        void* ExceptionAddress
+        DWORD NumberParameters
+        ULONG_PTR* ExceptionInformation
     ctypedef struct EXCEPTION_POINTERS:
-        pass
+        EXCEPTION_RECORD* ExceptionRecord
     ctypedef struct WIN32_MEMORY_RANGE_ENTRY:
         void* VirtualAddress
         size_t NumberOfBytes
@@ -43,12 +50,14 @@ cdef extern from "<windows.h>" nogil:
     DWORD FILE_MAP_READ, FILE_MAP_WRITE, FILE_TYPE_DISK
     DWORD SEM_FAILCRITICALERRORS, SEM_NOGPFAULTERRORBOX
     HANDLE INVALID_HANDLE_VALUE
-    int EXCEPTION_EXECUTE_HANDLER
+    DWORD EXCEPTION_ACCESS_VIOLATION, EXCEPTION_IN_PAGE_ERROR, STD_ERROR_HANDLE
+    int EXCEPTION_EXECUTE_HANDLER, EXCEPTION_CONTINUE_SEARCH
     int ERROR_ACCESS_DENIED, ERROR_NOT_ENOUGH_MEMORY, ERROR_OUTOFMEMORY, ERROR_GEN_FAILURE, ERROR_NOT_SUPPORTED
     int ERROR_INVALID_PARAMETER, ERROR_INVALID_ADDRESS, ERROR_NOACCESS, ERROR_NO_SYSTEM_RESOURCES
     int ERROR_WORKING_SET_QUOTA, ERROR_COMMITMENT_LIMIT, ERROR_NOT_ENOUGH_QUOTA, ERROR_INVALID_HANDLE
 
     DWORD GetLastError()
+    void SetLastError(DWORD code)
     void* VirtualAlloc(void* addr, size_t size, DWORD allocation_type, DWORD protect)
     bint VirtualFree(void* addr, size_t size, DWORD free_type)
     bint VirtualProtect(void* addr, size_t size, DWORD new_protect, DWORD* old_protect)
@@ -81,7 +90,11 @@ cdef extern from "<windows.h>" nogil:
     void Sleep(DWORD milliseconds)
     unsigned int GetErrorMode()
     unsigned int SetErrorMode(unsigned int mode)
+    DWORD GetCurrentThreadId()
+    HANDLE GetStdHandle(DWORD which)
     void* SetUnhandledExceptionFilter(long (*filter)(EXCEPTION_POINTERS*) noexcept nogil)
+    void* AddVectoredExceptionHandler(unsigned long first, long (*handler)(EXCEPTION_POINTERS*) noexcept nogil)
+    unsigned long RemoveVectoredExceptionHandler(void* handle)
 
 cdef extern from "<psapi.h>" nogil:
     ctypedef struct PSAPI_WORKING_SET_EX_BLOCK:
@@ -299,18 +312,6 @@ cdef bint is_free(char* addr) noexcept nogil:
     return VirtualQuery(addr, &about, sizeof(about)) != 0 and about.State == MEM_FREE
 
 
-cdef int watch_faults(fault_report report) noexcept nogil:
-    return ERROR_NOT_SUPPORTED
-
-
-cdef void unwatch_faults() noexcept nogil:
-    pass
-
-
-cdef void write_error(const char* text, size_t size) noexcept nogil:
-    pass
-
-
 cdef int os_release(char* addr, size_t size) noexcept nogil:
     # MEM_RELEASE accepts only the base of the reservation.
     cdef MEMORY_BASIC_INFORMATION about
@@ -441,6 +442,56 @@ cdef int os_blank(char* addr, size_t size) noexcept nogil:
     return ERROR_NOT_SUPPORTED
 
 
+# -- faults: a vectored exception handler, the last in the list -----------------------------------
+#
+# wasmtime, faulthandler and most others put their handlers at the front. If wasmtime turns a fault into a trap, the
+# system does not call the rest of the list. After the list come the handlers of the frames, the filter of unhandled
+# exceptions, and the error report of Windows. A handler of a frame may let the process live: ctypes raises an OSError.
+# So such a fault is reported first, like a fault in native code on Linux.
+#
+# A page that cannot be read from its file or from the paging file is a fault, too. The exception of a PAGE_GUARD page
+# is not, because that page is accessible afterwards; linmem has no such pages.
+
+cdef void* fault_handler = NULL
+
+
+cdef long on_exception(EXCEPTION_POINTERS* about) noexcept nogil:
+    cdef const EXCEPTION_RECORD* fault = about.ExceptionRecord
+    cdef DWORD saved = GetLastError()
+    cdef ULONG_PTR way
+    if (fault.NumberParameters >= 2 and (fault.ExceptionCode == EXCEPTION_ACCESS_VIOLATION
+                                         or fault.ExceptionCode == EXCEPTION_IN_PAGE_ERROR)):
+        way = fault.ExceptionInformation[0]
+        report_once(<char*>fault.ExceptionInformation[1], <size_t>fault.ExceptionAddress,
+                    FAULT_READ if way == 0 else FAULT_WRITE if way == 1 else FAULT_EXECUTE if way == 8 else
+                    FAULT_UNKNOWN, GetCurrentThreadId())
+        SetLastError(saved)
+    return EXCEPTION_CONTINUE_SEARCH
+
+
+cdef int watch_faults(fault_report report) noexcept nogil:
+    global report_of_faults, fault_handler
+    if fault_handler == NULL:
+        fault_handler = AddVectoredExceptionHandler(0, on_exception)
+        if fault_handler == NULL:
+            return last_error()
+    report_of_faults = report
+    return 0
+
+
+cdef void unwatch_faults() noexcept nogil:
+    global report_of_faults, fault_handler
+    report_of_faults = NULL
+    if fault_handler != NULL:
+        RemoveVectoredExceptionHandler(fault_handler)
+        fault_handler = NULL
+
+
+cdef void write_error(const char* text, size_t size) noexcept nogil:
+    cdef DWORD written
+    WriteFile(GetStdHandle(STD_ERROR_HANDLE), text, <DWORD>size, &written, NULL)
+
+
 # -- limits, clocks ------------------------------------------------------------------------------
 
 cdef MEMORYSTATUSEX memory_status() noexcept nogil:
@@ -539,6 +590,7 @@ cdef _start():
     scan_way = best_scan_way = 1                # writes_are_seen() tests this way
     scan_way = best_scan_way = writes_are_seen()
     caps.scans = scan_way
+    caps.reports_faults = True
     caps.memory = memory_status().ullTotalPhys
     image_kind = best_image_kind = IMAGE_SECTION
 
