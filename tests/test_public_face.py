@@ -462,7 +462,7 @@ FACE = {
     "linmem.wasmtime.prepare": (lambda w: linmem.wasmtime.prepare, {
         "engine": (of(wasmtime.Engine), given_by("engine")),
         "wasm": (of(str, bytes, bytearray), WAT),
-        "cache": (either(is_path, nothing), None), "expose": (flag, False)}),
+        "cache": (either(is_path, nothing), None), "expose": (flag, False), "trap_on_refused": (flag, False)}),
     "linmem.wasmtime.Prepared": (lambda w: linmem.wasmtime.Prepared, {}),
     "linmem.wasmtime.Prepared.instantiate": (lambda w: w.prepared.instantiate, {
         "store": (of(wasmtime.Store), given_by("store")), "imports": (nothing_in, ()),

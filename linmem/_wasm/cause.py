@@ -91,7 +91,8 @@ def cause(error: BaseException) -> Exception | None:
     error : BaseException
         - A ``wasmtime.WasmtimeError``: a memory could not be made, or ``wasmtime.Memory.grow`` was refused.
         - A ``wasmtime.Trap`` that the guest raised itself ("unreachable"; in a component it is a `WasmtimeError`), or a
-          ``wasmtime.ExitTrap`` with another code than 0: the last refusal inside of the same call.
+          ``wasmtime.ExitTrap`` with another code than 0: the last refusal inside of the same call. A refused growth is
+          such a trap in a module that was prepared with ``trap_on_refused=True``.
         - An exception that was raised from one of these (``raise ... from``), or while one of these was handled.
 
     Returns

@@ -32,14 +32,14 @@ _ARITHMETIC = {0x6A: (32, operator.add), 0x6B: (32, operator.sub), 0x6C: (32, op
                0x7C: (64, operator.add), 0x7D: (64, operator.sub), 0x7E: (64, operator.mul)}
 
 
-# Instructions that name no table and drop no segment, as a pattern of their bytes. The pattern lacks those that have
-# a list of operands: br_table, select with types, and try_table.
+# Instructions that name no table, drop no segment and grow no memory, as a pattern of their bytes. The pattern lacks
+# those that have a list of operands: br_table, select with types, and try_table.
 _NUMBER = rb"[\x80-\xff]*[\x00-\x7f]"                       # LEB128
 _TYPE = rb"\x65?" + _NUMBER                                 # a heap type
 _BLOCK = rb"[\x63\x64]?" + _TYPE
 _PLACE = (rb"(?:[\x00-\x3f]|[\x80-\xbf]%b|(?:[\x40-\x7f]|[\xc0-\xff]%b)%b)%b" % ((_NUMBER,) * 4))    # in a memory
-_WITHOUT_EFFECT = re.compile(rb"(?:" + rb"|".join((
-    rb"[\x07-\x09\x0c\x0d\x10\x12\x14\x15\x18\x20-\x24\x3f-\x42\xd2\xd5\xd6]" + _NUMBER,
+_PASSED = re.compile(rb"(?:" + rb"|".join((
+    rb"[\x07-\x09\x0c\x0d\x10\x12\x14\x15\x18\x20-\x24\x3f\x41\x42\xd2\xd5\xd6]" + _NUMBER,
     rb"[\x00\x01\x05\x0a\x0b\x0f\x19-\x1b\x45-\xc4\xd1\xd3\xd4]",
     rb"[\x28-\x3e]" + _PLACE,
     rb"[\x02-\x04\x06]" + _BLOCK,
@@ -52,9 +52,10 @@ _WITHOUT_EFFECT = re.compile(rb"(?:" + rb"|".join((
     rb"|[\x0f\x1a-\x1e]|[\x14-\x17]%b|[\x18\x19].%b%b%b)" % ((_NUMBER,) * 3 + (_TYPE, _NUMBER, _TYPE, _TYPE)),
 )) + rb"){1,500}", re.DOTALL)
 _BLOCK_TYPE = re.compile(_BLOCK)
-# The operands of instructions that name tables. "w": a table that is changed, "r": one that is not, "-": no table.
-_TABLE_OPERANDS = {0x11: "-r", 0x13: "-r", 0x25: "r", 0x26: "w", 0xFC0C: "-w", 0xFC0E: "wr", 0xFC0F: "w", 0xFC10: "r",
-                   0xFC11: "w"}
+MEMORY_GROW, _DATA_DROP, _ELEMENT_DROP = 0x40, 0xFC09, 0xFC0D
+# The operands of other instructions. "w": a table that is changed, "r": one that is not, "-": an index of no table.
+_OPERANDS = {MEMORY_GROW: "-", _DATA_DROP: "-", _ELEMENT_DROP: "-", 0x11: "-r", 0x13: "-r", 0x25: "r", 0x26: "w",
+             0xFC0C: "-w", 0xFC0E: "wr", 0xFC0F: "w", 0xFC10: "r", 0xFC11: "w"}
 # The instructions that change one of the first tables (%02x: the last one, at most 127) or drop a segment have bytes of
 # this form.
 _EFFECT = rb"\x26[\x00-\x%02x\x80-\xff]|\xfc[\x09\x0c-\x0f\x11\x89\x8c-\x8f\x91]"
@@ -141,7 +142,7 @@ class Module:
             _, content, end = self.sections[kind]
             yield from Reader(self.wasm, content, end).items(what)
 
-    def replaced(self, kind: int, parts: Iterable[bytes | memoryview]) -> bytes:
+    def replaced(self, kind: int, parts: Iterable[bytes | bytearray | memoryview]) -> bytes:
         """The module with another content of one section. A section that the module lacks is added."""
         if kind in self.sections:
             start, _, end = self.sections[kind]
@@ -154,6 +155,11 @@ class Module:
 
     def imports(self) -> tuple[list[Limits], list[Limits], list[GlobalType]]:
         """Memories, tables, and globals."""
+        found = self.all_imports()
+        return found["memory"], found["table"], found["global"]
+
+    def all_imports(self) -> dict[str, list[Any]]:
+        """The types of the imports of each kind; of a function, the index of its type."""
         read: dict[str, Callable[[Reader], Any]] = {
             "function": lambda reader: reader.u32("type index"), "table": Reader.table_type,
             "memory": Reader.memory_type, "global": Reader.global_type,
@@ -167,7 +173,19 @@ class Module:
             if code >= len(KINDS):
                 raise Unknown(f"the import at byte {start} is of kind 0x{code:02x}")
             found[KINDS[code]].append(read[KINDS[code]](reader))
-        return found["memory"], found["table"], found["global"]
+        return found
+
+    def type_count(self) -> int:
+        """How many types the module has: the types of a recursion group count, not the group."""
+        count = 0
+        for reader in self.items(TYPE, "types"):
+            is_group = self.wasm.startswith(b"\x4e", reader.at, reader.end)
+            reader.at += is_group
+            size = reader.u32("number of types") if is_group else 1
+            for _ in range(size):
+                reader.composite_type()
+            count += size
+        return count
 
     def memories(self) -> list[Limits]:
         return [reader.memory_type() for reader in self.items(MEMORY, "memories")]
@@ -234,28 +252,34 @@ class Module:
         return found
 
     def _effects_of(self, reader: Reader, found: Effects) -> None:
-        """Read the body of a function, from its local variables on."""
+        for _, code, operands in self.instructions(reader):
+            for kind, operand in zip(_OPERANDS[code], operands, strict=True):
+                found.used.update([operand] if kind in "rw" else [])
+                found.tables.update([operand] if kind == "w" else [])
+            if code in (_DATA_DROP, _ELEMENT_DROP):
+                found.drops.add("data" if code == _DATA_DROP else "element")
+
+    def instructions(self, reader: Reader) -> Iterator[tuple[int, int, list[int]]]:
+        """The instructions of a function that name a table, drop a segment or grow a memory.
+
+        Reads the function from its local variables on. Yields where the instruction starts, its code and its operands.
+        Meanwhile the reader stands behind the instruction.
+        """
         for _ in range(reader.u32("number of local variables")):
             reader.u32("number of local variables")
             reader.value_type("local variable")
         what = "instruction"
         while reader.at < reader.end:
-            without = _WITHOUT_EFFECT.match(self.wasm, reader.at, reader.end)
-            if without is not None:
-                reader.at = without.end()
+            passed = _PASSED.match(self.wasm, reader.at, reader.end)
+            if passed is not None:
+                reader.at = passed.end()
                 continue
             start = reader.at
             code = reader.byte(what)
             if code == 0xFC:
                 code = 0xFC00 + reader.u32(what)
-            if code in _TABLE_OPERANDS:
-                operands = [reader.u32(what) for _ in _TABLE_OPERANDS[code]]
-                for kind, operand in zip(_TABLE_OPERANDS[code], operands, strict=True):
-                    found.used.update([operand] if kind in "rw" else [])
-                    found.tables.update([operand] if kind == "w" else [])
-            elif code in (0xFC09, 0xFC0D):          # data.drop, elem.drop
-                found.drops.add("data" if code == 0xFC09 else "element")
-                reader.u32(what)
+            if code in _OPERANDS:
+                yield start, code, [reader.u32(what) for _ in _OPERANDS[code]]
             elif code == 0x0E:                      # br_table
                 for _ in range(reader.u32(what) + 1):
                     reader.u32(what)

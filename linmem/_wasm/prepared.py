@@ -20,10 +20,11 @@ from linmem._core.arguments import check_flag, check_path
 from linmem._core.memory import Image, NativeCreator
 from linmem._files.image_file import write_image
 from linmem._wasm import outline as state
+from linmem._wasm.growth_traps import with_growth_traps
 from linmem._wasm.image_cache import Cache
 from linmem._wasm.instance_state import behind
 from linmem._wasm.module import START, Module
-from linmem._wasm.reader import Malformed
+from linmem._wasm.reader import Malformed, Unknown
 from linmem._wasm.recording import OPEN
 from linmem._wasm.segments import Hoisted, Run, hoist, without_start
 from linmem._wasm.snapshot import Snapshot, check_context, check_type
@@ -234,7 +235,8 @@ if hasattr(os, "register_at_fork"):     # else a lock that another thread holds 
 
 
 def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
-            cache: str | os.PathLike[str] | None = None, expose: bool = False) -> Prepared:
+            cache: str | os.PathLike[str] | None = None, expose: bool = False,
+            trap_on_refused: bool = False) -> Prepared:
     """Compile a module such that its instances start from images of its data.
 
     The active data segments of the module's own memories are taken out of the module and put into an `Image` for each
@@ -257,6 +259,12 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
         Also export the memories, mutable globals and tables that the module does not export, own and imported, so
         that a `Snapshot` can hold them. `Prepared.added` has their names. The added table of functions, if there is
         one, counts in ``Store.set_limits(tables=, table_elements=)``.
+    trap_on_refused : bool
+        A ``memory.grow`` of this module that would return -1 traps ("unreachable") instead, whoever refused: a
+        creator, the OS, ``Store.set_limits``, or the memory's maximum. `cause` returns the exception of a creator. Rust
+        has ``StoreLimitsBuilder::trap_on_grow_failure``. A growth costs a few more units of fuel. Debug information
+        (DWARF) and branch hints are left out, because their places in the code would be wrong. The `digest` does not
+        depend on this option, so snapshots fit modules with and without it.
 
     Raises
     ------
@@ -264,7 +272,8 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
         If wasmtime refuses the module (or component), with wasmtime's own text; or if the creator of the engine
         refuses the memory that tests the engine.
     ValueError
-        If the engine does not make its memories with linmem.
+        If the engine does not make its memories with linmem; or if `trap_on_refused` is True, and the module has
+        instructions or types that linmem does not know.
     PermissionError
         If other users may write to the directory of the cache.
     """
@@ -272,6 +281,7 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
     if not isinstance(wasm, (str, bytes, bytearray)):
         raise TypeError(f"wasm must be bytes or str, got {type(wasm).__name__}")
     check_flag(expose, "expose")
+    check_flag(trap_on_refused, "trap_on_refused")
     if cache is not None:
         cache = os.fsdecode(check_path(cache, "cache"))
     try:
@@ -282,6 +292,9 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
         original = bytes(wasmtime.wat2wasm(original))
     if not makes_our_memories(engine):
         raise ValueError(f"the engine does not make its memories with linmem: {NOT_OURS}")
+    digest = hashlib.sha256(original).hexdigest()
+    if trap_on_refused:
+        original = _with_growth_traps(engine, original)
     read = Module(original)
     items: dict[int, list[bytes]] = {}
     added: frozenset[str] = frozenset()
@@ -322,7 +335,20 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
     if outline is not None and (hoisted.active or START in read.sections or outline.computed_tables()):
         compile_start = functools.partial(_compiled_for_start, engine, wasm, outline, directory)
     return Prepared._of(engine, module, images, hoisted.minima, skipped, added, outline,
-                        hashlib.sha256(original).hexdigest(), compile_start)
+                        digest, compile_start)
+
+
+def _with_growth_traps(engine: wasmtime.Engine, wasm: bytes) -> bytes:
+    try:
+        wasmtime.Module.validate(engine, wasm)
+    except wasmtime.WasmtimeError:
+        wasmtime.Module(engine, wasm)       # refuses with the text that it has without the option
+        raise
+    try:
+        return with_growth_traps(Module(wasm))
+    except (Unknown, Malformed) as reason:
+        raise ValueError("trap_on_refused must be False for this module, because linmem cannot find each memory.grow"
+                         f" in it: {reason}") from None
 
 
 def checked_creator(creator: MemoryCreator) -> NativeCreator:

@@ -135,6 +135,30 @@ class Reader:
             raise Unknown(f"the global type at byte {start} has flags 0x{mutable:02x}")
         return GlobalType(mutable == 1, number, heap_type)
 
+    def composite_type(self) -> None:
+        """Step over the type of a function, a struct, an array or a continuation, with its supertypes."""
+        what = "type"
+        code = self.byte(what)
+        if code in (0x4F, 0x50):
+            for _ in range(self.u32(what)):
+                self.u32(what)
+            code = self.byte(what)
+        if code == 0x60:
+            for _ in "parameters", "results":
+                for _ in range(self.u32(what)):
+                    self.value_type(what)
+        elif code in (0x5E, 0x5F):
+            for _ in range(self.u32(what) if code == 0x5F else 1):
+                if self.data[self.at:self.at + 1] in (b"\x77", b"\x78"):       # i16, i8
+                    self.at += 1
+                else:
+                    self.value_type(what)
+                self.byte("whether a field is mutable")
+        elif code == 0x5D:
+            self.heap_type(what)
+        else:
+            raise Unknown(f"the {what} before byte {self.at} is 0x{code:02x}")
+
     def memory_type(self) -> Limits:
         flags, minimum, maximum, bits = self._limits("memory type", 0x0F)
         shift = 16

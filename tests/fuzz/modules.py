@@ -6,9 +6,10 @@ import functools
 import platform
 import sys
 
+from linmem._wasm.growth_traps import with_growth_traps
 from linmem._wasm.module import Module
 from linmem._wasm.outline import Outline, additions, extended, outline
-from linmem._wasm.reader import Malformed
+from linmem._wasm.reader import Malformed, Unknown
 from linmem._wasm.segments import hoist
 
 from .choices import Choices
@@ -112,6 +113,17 @@ def one(data: bytes) -> None:
     for with_all in (False, True):
         found = judged(prepare, engine(True), wasm, expose=with_all)
         assert found == expected, f"prepare: {found}, wasmtime: {expected}"
+    if valid:
+        try:
+            with_traps = with_growth_traps(Module(wasm))
+        except Unknown:
+            pass
+        else:
+            assert is_valid(with_traps)
+            judged_with_traps = judged(prepare, engine(True), wasm, trap_on_refused=True)
+            assert judged_with_traps is None, f"prepare with traps: {judged_with_traps}"
+    else:
+        assert judged(prepare, engine(True), wasm, trap_on_refused=True) == expected
     if isinstance(hoisted, ValueError):
         assert not valid, f"refused a module that wasmtime takes: {hoisted}"
         return
