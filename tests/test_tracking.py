@@ -1,10 +1,13 @@
 """TrackingCreator: which lines and scopes made memories, and what keeps the memories alive."""
 
 import asyncio
+import contextlib
 import contextvars
 import errno
 import gc
 import inspect
+import re
+import sys
 import textwrap
 import threading
 import traceback
@@ -396,6 +399,25 @@ def test_the_picture_has_bytes_over_time(tmp_path):
     assert "<svg" in drawn
     assert tracker.report(tmp_path / "drawn.png") is None
     assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_has_each_scope_under_its_own_name(tmp_path):
+    matplotlib = pytest.importorskip("matplotlib")
+    tracker = tracking()
+    paths = [("a/b",), ("a", "b"), ("_hidden",), (r"$\bad$",), ("no scope",), ("",), ("other scopes",)]
+    kept = []
+    for i, path in enumerate(paths):
+        with contextlib.ExitStack() as stack:
+            for name in path:
+                stack.enter_context(tracker.scope(name))
+            kept.append(tracker.create(PAGE * (i + 1)))
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        assert tracker.report(tmp_path / "drawn.svg") is None
+    drawn = (tmp_path / "drawn.svg").read_text("utf-8")
+    texts = [text for text in re.findall(r">([^<>\n]+)</text>", drawn) if text[0] not in "\u22120123456789"]
+    assert sorted(texts) == sorted(["a/b", "a/b", "a", "_hidden", r"$\bad$", "no scope", "other scopes", "other scopes",
+                                    "seconds", "MiB"])
+    assert len(kept) == 7
 
 
 def test_the_history_is_bounded_and_keeps_each_peak():
