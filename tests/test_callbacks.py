@@ -668,3 +668,60 @@ def test_a_garbage_collected_heap_of_a_guest_is_told():
     assert [event[0] for event in told] == ["made"]
     store.close()
     assert [event[0] for event in told] == ["made", "dropped"]
+
+
+TWO = """(module (memory (export "a") 1) (memory (export "b") 1)
+    (data (memory 0) (i32.const 0) "AAAA") (data (memory 1) (i32.const 0) "BBBB"))"""
+
+
+class MadeByCalling(linmem.MemoryCreator):
+    def __init__(self, function):
+        self.function = function
+
+    def new_memory(self, *request):
+        self.function()
+        return MMAP.new_memory(*request)
+
+
+def refused_once(function):
+    refusals = [KeyError("once")]
+
+    def refuse():
+        if refusals:
+            raise refusals.pop()
+
+    return callback(linmem.PythonCreator(MadeByCalling(refuse)), on_refused=lambda *_: function() or True)
+
+
+@pytest.mark.parametrize("calling", [
+    lambda function: callback(on_made=lambda *_: function()),
+    refused_once,
+    lambda function: linmem.RoutingCreator(lambda *_: function() or MMAP),
+    lambda function: linmem.PythonCreator(MadeByCalling(function))])
+@pytest.mark.parametrize("is_prepared", [False, True])
+def test_an_instance_that_a_function_makes_takes_no_data_of_the_instance_that_is_being_made(calling, is_prepared):
+    wasmtime = pytest.importorskip("wasmtime")
+
+    def function():
+        if not made:
+            made.append(store := wasmtime.Store(engine))
+            inner = plain.instantiate(store, []) if is_prepared else wasmtime.Instance(store, plain.module, [])
+            data.append(read(store, inner, "m"))
+
+    def read(store, instance, name):
+        return linmem.wasmtime.linear_memory(store, instance.exports(store)[name]).read(0, 4)
+
+    made, data = [], []
+    creator = calling(function)
+    config = wasmtime.Config()
+    linmem.wasmtime.install(config, MMAP)
+    engine = wasmtime.Engine(config)
+    plain = linmem.wasmtime.prepare(engine, wasmtime.wat2wasm(
+        '(module (memory (export "m") 1) (data (i32.const 0) "MM"))' if is_prepared else
+        '(module (memory (export "m") 1))'))
+    two = linmem.wasmtime.prepare(engine, wasmtime.wat2wasm(TWO))
+    store = wasmtime.Store(engine)
+    outer = two.instantiate(store, [], creator=creator)
+    assert [read(store, outer, name) for name in "ab"] == [b"AAAA", b"BBBB"]
+    assert data == [b"MM\0\0" if is_prepared else bytes(4)]
+    made.pop().close()      # its memory keeps on_refused alive, and on_refused keeps the store alive
