@@ -271,6 +271,24 @@ def test_an_exception_of_on_refused_takes_the_place_of_the_refusal(grows):
     assert type(error.__context__) is linmem.LimitError
 
 
+def test_on_refused_may_raise_the_cause_of_the_refusal():
+    class Refusing(linmem.MemoryCreator):
+        def new_memory(self, *_):
+            try:
+                raise KeyError("cause")
+            except KeyError as cause:
+                raise ValueError("refusal") from cause
+
+    def on_refused(mem, requested, error):
+        raise error.__cause__
+
+    with pytest.raises(KeyError) as raised:
+        callback(linmem.PythonCreator(Refusing()), on_refused=on_refused).create(PAGE)
+    chain = [raised.value, raised.value.__context__]
+    assert type(chain[1]) is ValueError
+    assert chain[1].__context__ is None         # a cycle would be endless for contextlib.ExitStack
+
+
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt(), SystemExit(3)])
 def test_an_interrupt_in_upstream_is_not_a_refusal(interrupt):
     class Interrupted(linmem.MemoryCreator):

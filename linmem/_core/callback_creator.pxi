@@ -69,13 +69,14 @@ cdef bint ask_again(object on_refused, memory* m, size_t requested, failure* why
     try:
         error = exception_of(why)
         if isinstance(error, Exception):        # Ctrl-C is not a refusal
-            if m == NULL:
-                again = on_refused(None, requested, error)
-            else:
-                again = call_with_handle(on_refused, m, (requested, error))
+            try:
+                raise error
+            except Exception:                   # so Python makes the error the context of what on_refused raises
+                if m == NULL:
+                    again = on_refused(None, requested, error)
+                else:
+                    again = call_with_handle(on_refused, m, (requested, error))
     except BaseException as raised:
-        if raised is not error and raised.__context__ is None:
-            raised.__context__ = error
         fail_python(why, raised)
         return False
     if not again and why.code == E_PYTHON:
