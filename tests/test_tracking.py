@@ -289,6 +289,30 @@ def test_a_memory_that_only_a_view_keeps_is_a_leak_and_one_with_a_handle_is_not(
     assert tracker.leaks() == tracker.outstanding() == []
 
 
+@pytest.mark.parametrize("above", [
+    lambda tracker: tracker, lambda tracker: linmem.CallbackCreator(tracker, on_made=lambda mem, size: None)])
+def test_a_memory_that_is_being_made_is_no_leak(above):
+    def work():
+        while not stop.is_set():
+            creator.create(PAGE).close()
+
+    tracker = tracking()
+    creator = above(tracker)
+    stop = threading.Event()
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    for thread in threads:
+        thread.start()
+    try:
+        assert sum(len(tracker.leaks()) for _ in range(100000)) == 0
+    finally:
+        sys.setswitchinterval(interval)
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
 def test_an_array_is_a_buffer_like_any_other():
     pytest.importorskip("numpy")
     tracker = tracking()

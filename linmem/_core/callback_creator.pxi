@@ -44,8 +44,11 @@ cdef class MemoryCallbacks:
 
 cdef object call_with_handle(object function, memory* m, tuple arguments):
     """Calls the function with a handle on the memory, which is closed when the function returns."""
+    cdef bint is_new = load(&m.owner) == OWNER_CREATOR
     memory_retain(m)
     cdef Memory handle = <Memory>wrap(m)
+    if is_new:          # the creators above do not know the memory yet, so find() and live() must not return it
+        store_release(&m.owner, OWNER_CREATOR)
     try:
         return function(handle, *arguments)
     finally:
@@ -249,6 +252,7 @@ cdef class CallbackCreator(NativeCreator):
         if self.calls_python:
             code = tell_made(self, hook, out[0], why)
         if code:
+            store_release(&out[0].owner, OWNER_PYTHON)      # buffers that on_made exported may keep the memory
             memory_release(out[0])
             out[0] = NULL
             callback_dropped(&hook.head)

@@ -448,6 +448,7 @@ cdef struct tracked_row:
     stack* peaked
     scope* scope
     bint has_store              # a wasmtime store owns the memory
+    bint is_new                 # a creator is making the memory, or a pool above has it
     bint is_idle                # the memory is a slot of a pool above that has no user
     PyObject* handles           # a reference, or NULL
 
@@ -466,6 +467,7 @@ cdef size_t rows_of(tracker* t, tracked_row** out) noexcept:
         row.size, row.peak, row.made_ns, row.scope = r.size, r.peak, r.made_ns, r.scope
         row.made, row.peaked, row.handles = r.made, r.peaked, r.handles
         row.has_store = load(&r.m.owner) == OWNER_WASMTIME
+        row.is_new = load(&r.m.owner) == OWNER_CREATOR
         row.is_idle = load(&r.m.refs) == 0
         if row.made != NULL:
             row.made.uses += 1
@@ -626,7 +628,7 @@ cdef class TrackingCreator(NativeCreator):
         try:
             for i in range(n):
                 row = &rows[i]
-                if only_leaks and (row.has_store or row.is_idle
+                if only_leaks and (row.has_store or row.is_new or row.is_idle
                                    or (row.handles != NULL and has_handle(<list>row.handles))):
                     continue
                 found.append(Allocation(row.size, row.peak, (now - row.made_ns) / 1e9, summaries(row.made),
