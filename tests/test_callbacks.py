@@ -85,6 +85,15 @@ def test_on_dropped_comes_when_the_pages_are_gone():
     assert (limit.used_bytes, above.used_bytes) == (0, 0)
 
 
+def test_on_dropped_may_use_the_budget_of_the_dropped_memory():
+    limit = linmem.LimitingCreator(MMAP, PAGE)
+    mem = callback(limit, on_dropped=lambda info: next_tenant.append(limit.create(PAGE))).create(PAGE)
+    next_tenant = []
+    mem.close()
+    assert len(next_tenant[0]) == limit.used_bytes == PAGE
+    next_tenant[0].close()
+
+
 def test_functions_are_called_after_the_creator_is_gone():
     told = Told()
     mem = callback(**told.options("on_grow", "on_dropped")).create(PAGE, maximum=2 * PAGE)
@@ -562,6 +571,22 @@ if pid:
     assert os.waitpid(pid, 0)[1] == 0
 mem.close()
 """) == "child 5 1\nparent 5 1"
+
+
+@requires("fork")
+def test_on_dropped_may_fork_and_the_budget_is_right_in_both_processes():
+    assert answer("""
+import linmem, os, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+def on_dropped(info):
+    global pid
+    pid = os.fork()
+limit = linmem.LimitingCreator(linmem.MmapCreator(), 1 << 20)
+linmem.CallbackCreator(limit, on_dropped=on_dropped).create(1).close()
+if pid:
+    assert os.waitpid(pid, 0)[1] == 0
+print("parent" if pid else "child", limit.used_bytes, flush=True)
+""") == "child 0\nparent 0"
 
 
 @requires("failing_allocations")

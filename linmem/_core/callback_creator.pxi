@@ -246,6 +246,7 @@ cdef class CallbackCreator(NativeCreator):
         hook.head.after_grow = callback_after_grow
         hook.head.before_drop = callback_before_drop
         hook.head.dropped = callback_dropped
+        hook.head.dropped_runs_python = self.calls_python
         hook.head.resized = callback_resized
         if self.on_refused is not None:
             hook.head.refused = callback_refused

@@ -21,6 +21,8 @@ cdef void memory_drop(memory* m) noexcept nogil:
     cdef memory_hook* hooks
     cdef memory_hook* hook
     cdef memory_hook* kept
+    cdef memory_hook* last = NULL
+    cdef memory_hook** end = &last
     end_trace(m)
     kept = hooks = m.hooks
     while kept != NULL:
@@ -34,6 +36,15 @@ cdef void memory_drop(memory* m) noexcept nogil:
     while hooks != kept:
         hook = hooks
         hooks = hook.next
+        if hook.dropped_runs_python:
+            hook.next = NULL
+            end[0] = hook
+            end = &hook.next
+        else:
+            hook.dropped(hook)
+    while last != NULL:
+        hook = last
+        last = hook.next
         hook.dropped(hook)
 
 
