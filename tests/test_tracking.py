@@ -260,6 +260,39 @@ def test_the_number_of_scopes_is_bounded():
     assert mem.byte_size() == PAGE
 
 
+def test_scopes_beyond_the_bound_take_no_memory_in_contexts_that_inherit_each_other():
+    assert answer("""
+import contextvars, linmem, tracemalloc
+def enter():
+    for tracker in trackers:
+        tracker.scope("step").__enter__()
+trackers = [linmem.creator("tracking"), linmem.creator("tracking")]
+context = contextvars.Context()
+for n in range(2000):
+    context.run(enter)
+tracemalloc.start()
+for n in range(300000):     # as a task does that starts the next task in its scope
+    context.run(enter)
+print(tracemalloc.get_traced_memory()[0] < 10000, trackers[0].overhead()["lost_scopes"])
+del context                 # the end of a chain of blocks would be a recursion
+""", timeout=100) == f"True {302000 - 1023}"
+
+
+def test_the_names_of_scopes_are_bounded_and_count_in_the_overhead():
+    tracker = tracking()
+    before = tracker.overhead()["bytes"]
+    with tracker.scope(""):
+        pass
+    empty = tracker.overhead()["bytes"] - before
+    for name in ("x" * 1000, "\u20ac" * 333):
+        with tracker.scope(name):
+            pass
+    assert tracker.overhead()["bytes"] == before + 3 * empty + 1000 + 999
+    for name in ("x" * 1001, "\u20ac" * 334):
+        with pytest.raises(ValueError, match=r"^name must be at most 1000 bytes in UTF-8, got '"):
+            tracker.scope(name)
+
+
 def test_a_context_may_outlive_the_tracker():
     tracker = tracking()
     with tracker.scope("kept"):
