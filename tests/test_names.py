@@ -161,6 +161,12 @@ def test_the_limits_of_a_pool_and_of_callbacks_are_named():
     assert [error[:12] for error in errors] == ["creator 'c':"] * 2
 
 
+def test_a_request_that_no_row_of_a_table_fits_names_the_router():
+    creator = linmem.RoutingCreator([({"max_size": 1}, linmem.MmapCreator(name="small"))], name="sizes")
+    with pytest.raises(ValueError, match=r"^creator 'sizes': no row of rule fits a memory of 2 bytes"):
+        creator.create(2)
+
+
 def test_other_errors_are_not_named():
     creator = linmem.MmapCreator(name="maps")
     with creator.create(PAGE) as mem, pytest.raises(ValueError, match=r"^new_size must be >="):
