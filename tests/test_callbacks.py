@@ -85,6 +85,15 @@ def test_on_dropped_comes_when_the_pages_are_gone():
     assert (limit.used_bytes, above.used_bytes) == (0, 0)
 
 
+def test_on_dropped_may_use_the_budget_of_the_dropped_memory():
+    limit = linmem.LimitingCreator(MMAP, PAGE)
+    mem = callback(limit, on_dropped=lambda info: next_tenant.append(limit.create(PAGE))).create(PAGE)
+    next_tenant = []
+    mem.close()
+    assert len(next_tenant[0]) == limit.used_bytes == PAGE
+    next_tenant[0].close()
+
+
 def test_functions_are_called_after_the_creator_is_gone():
     told = Told()
     mem = callback(**told.options("on_grow", "on_dropped")).create(PAGE, maximum=2 * PAGE)
@@ -269,6 +278,24 @@ def test_an_exception_of_on_refused_takes_the_place_of_the_refusal(grows):
             make(2 * PAGE)
     assert raised.value is error
     assert type(error.__context__) is linmem.LimitError
+
+
+def test_on_refused_may_raise_the_cause_of_the_refusal():
+    class Refusing(linmem.MemoryCreator):
+        def new_memory(self, *_):
+            try:
+                raise KeyError("cause")
+            except KeyError as cause:
+                raise ValueError("refusal") from cause
+
+    def on_refused(mem, requested, error):
+        raise error.__cause__
+
+    with pytest.raises(KeyError) as raised:
+        callback(linmem.PythonCreator(Refusing()), on_refused=on_refused).create(PAGE)
+    chain = [raised.value, raised.value.__context__]
+    assert type(chain[1]) is ValueError
+    assert chain[1].__context__ is None         # a cycle would be endless for contextlib.ExitStack
 
 
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt(), SystemExit(3)])
@@ -546,6 +573,22 @@ mem.close()
 """) == "child 5 1\nparent 5 1"
 
 
+@requires("fork")
+def test_on_dropped_may_fork_and_the_budget_is_right_in_both_processes():
+    assert answer("""
+import linmem, os, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+def on_dropped(info):
+    global pid
+    pid = os.fork()
+limit = linmem.LimitingCreator(linmem.MmapCreator(), 1 << 20)
+linmem.CallbackCreator(limit, on_dropped=on_dropped).create(1).close()
+if pid:
+    assert os.waitpid(pid, 0)[1] == 0
+print("parent" if pid else "child", limit.used_bytes, flush=True)
+""") == "child 0\nparent 0"
+
+
 @requires("failing_allocations")
 def test_an_allocation_that_fails_is_a_memory_error_and_leaves_nothing_behind():
     assert answer("""
@@ -668,3 +711,60 @@ def test_a_garbage_collected_heap_of_a_guest_is_told():
     assert [event[0] for event in told] == ["made"]
     store.close()
     assert [event[0] for event in told] == ["made", "dropped"]
+
+
+TWO = """(module (memory (export "a") 1) (memory (export "b") 1)
+    (data (memory 0) (i32.const 0) "AAAA") (data (memory 1) (i32.const 0) "BBBB"))"""
+
+
+class MadeByCalling(linmem.MemoryCreator):
+    def __init__(self, function):
+        self.function = function
+
+    def new_memory(self, *request):
+        self.function()
+        return MMAP.new_memory(*request)
+
+
+def refused_once(function):
+    refusals = [KeyError("once")]
+
+    def refuse():
+        if refusals:
+            raise refusals.pop()
+
+    return callback(linmem.PythonCreator(MadeByCalling(refuse)), on_refused=lambda *_: function() or True)
+
+
+@pytest.mark.parametrize("calling", [
+    lambda function: callback(on_made=lambda *_: function()),
+    refused_once,
+    lambda function: linmem.RoutingCreator(lambda *_: function() or MMAP),
+    lambda function: linmem.PythonCreator(MadeByCalling(function))])
+@pytest.mark.parametrize("is_prepared", [False, True])
+def test_an_instance_that_a_function_makes_takes_no_data_of_the_instance_that_is_being_made(calling, is_prepared):
+    wasmtime = pytest.importorskip("wasmtime")
+
+    def function():
+        if not made:
+            made.append(store := wasmtime.Store(engine))
+            inner = plain.instantiate(store, []) if is_prepared else wasmtime.Instance(store, plain.module, [])
+            data.append(read(store, inner, "m"))
+
+    def read(store, instance, name):
+        return linmem.wasmtime.linear_memory(store, instance.exports(store)[name]).read(0, 4)
+
+    made, data = [], []
+    creator = calling(function)
+    config = wasmtime.Config()
+    linmem.wasmtime.install(config, MMAP)
+    engine = wasmtime.Engine(config)
+    plain = linmem.wasmtime.prepare(engine, wasmtime.wat2wasm(
+        '(module (memory (export "m") 1) (data (i32.const 0) "MM"))' if is_prepared else
+        '(module (memory (export "m") 1))'))
+    two = linmem.wasmtime.prepare(engine, wasmtime.wat2wasm(TWO))
+    store = wasmtime.Store(engine)
+    outer = two.instantiate(store, [], creator=creator)
+    assert [read(store, outer, name) for name in "ab"] == [b"AAAA", b"BBBB"]
+    assert data == [b"MM\0\0" if is_prepared else bytes(4)]
+    made.pop().close()      # its memory keeps on_refused alive, and on_refused keeps the store alive

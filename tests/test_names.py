@@ -83,6 +83,24 @@ def test_any_printable_name_comes_back_whole(kind, name):
         assert str(raised.value).startswith(f"creator '{name}': new_size must be <= ")
 
 
+def test_a_name_may_be_a_str_of_another_class_whose_own_methods_do_not_count():
+    class Tenant(str):
+        __slots__ = ()
+
+        def __str__(self):
+            return "another"
+
+        def encode(self, *_):
+            return b""
+
+    assert linmem.MmapCreator(name=Tenant("seven")).name == "seven"
+    with pytest.raises(ValueError, match=r"^name must be 1 to 100 bytes of printable"):
+        linmem.MmapCreator(name=Tenant("x" * 101))
+    tracker = linmem.TrackingCreator(MMAP)
+    with tracker.scope(Tenant("seven")), tracker.create(PAGE):
+        assert tracker.outstanding()[0].scope == ("seven",)
+
+
 def test_a_name_is_given_by_keyword_only():
     with pytest.raises(TypeError, match="takes at most 2 arguments without a name"):
         linmem.LimitingCreator(MMAP, 5, "x")
@@ -142,6 +160,12 @@ def test_the_limits_of_a_pool_and_of_callbacks_are_named():
     with creator.create(1, maximum=PAGE) as mem, pytest.raises(linmem.GrowError, match=r"^creator 'c': growing to 2"):
         mem.grow_to(2)
     assert [error[:12] for error in errors] == ["creator 'c':"] * 2
+
+
+def test_a_request_that_no_row_of_a_table_fits_names_the_router():
+    creator = linmem.RoutingCreator([({"max_size": 1}, linmem.MmapCreator(name="small"))], name="sizes")
+    with pytest.raises(ValueError, match=r"^creator 'sizes': no row of rule fits a memory of 2 bytes"):
+        creator.create(2)
 
 
 def test_other_errors_are_not_named():

@@ -1,10 +1,13 @@
 """TrackingCreator: which lines and scopes made memories, and what keeps the memories alive."""
 
 import asyncio
+import contextlib
 import contextvars
 import errno
 import gc
 import inspect
+import re
+import sys
 import textwrap
 import threading
 import traceback
@@ -257,6 +260,39 @@ def test_the_number_of_scopes_is_bounded():
     assert mem.byte_size() == PAGE
 
 
+def test_scopes_beyond_the_bound_take_no_memory_in_contexts_that_inherit_each_other():
+    assert answer("""
+import contextvars, linmem, tracemalloc
+def enter():
+    for tracker in trackers:
+        tracker.scope("step").__enter__()
+trackers = [linmem.creator("tracking"), linmem.creator("tracking")]
+context = contextvars.Context()
+for n in range(2000):
+    context.run(enter)
+tracemalloc.start()
+for n in range(300000):     # as a task does that starts the next task in its scope
+    context.run(enter)
+print(tracemalloc.get_traced_memory()[0] < 10000, trackers[0].overhead()["lost_scopes"])
+del context                 # the end of a chain of blocks would be a recursion
+""", timeout=100) == f"True {302000 - 1023}"
+
+
+def test_the_names_of_scopes_are_bounded_and_count_in_the_overhead():
+    tracker = tracking()
+    before = tracker.overhead()["bytes"]
+    with tracker.scope(""):
+        pass
+    empty = tracker.overhead()["bytes"] - before
+    for name in ("x" * 1000, "\u20ac" * 333):
+        with tracker.scope(name):
+            pass
+    assert tracker.overhead()["bytes"] == before + 3 * empty + 1000 + 999
+    for name in ("x" * 1001, "\u20ac" * 334):
+        with pytest.raises(ValueError, match=r"^name must be at most 1000 bytes in UTF-8, got '"):
+            tracker.scope(name)
+
+
 def test_a_context_may_outlive_the_tracker():
     tracker = tracking()
     with tracker.scope("kept"):
@@ -284,6 +320,30 @@ def test_a_memory_that_only_a_view_keeps_is_a_leak_and_one_with_a_handle_is_not(
     typed.release()
     del view, typed
     assert tracker.leaks() == tracker.outstanding() == []
+
+
+@pytest.mark.parametrize("above", [
+    lambda tracker: tracker, lambda tracker: linmem.CallbackCreator(tracker, on_made=lambda mem, size: None)])
+def test_a_memory_that_is_being_made_is_no_leak(above):
+    def work():
+        while not stop.is_set():
+            creator.create(PAGE).close()
+
+    tracker = tracking()
+    creator = above(tracker)
+    stop = threading.Event()
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    for thread in threads:
+        thread.start()
+    try:
+        assert sum(len(tracker.leaks()) for _ in range(100000)) == 0
+    finally:
+        sys.setswitchinterval(interval)
+        stop.set()
+        for thread in threads:
+            thread.join()
 
 
 def test_an_array_is_a_buffer_like_any_other():
@@ -396,6 +456,25 @@ def test_the_picture_has_bytes_over_time(tmp_path):
     assert "<svg" in drawn
     assert tracker.report(tmp_path / "drawn.png") is None
     assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_has_each_scope_under_its_own_name(tmp_path):
+    matplotlib = pytest.importorskip("matplotlib")
+    tracker = tracking()
+    paths = [("a/b",), ("a", "b"), ("_hidden",), (r"$\bad$",), ("no scope",), ("",), ("other scopes",)]
+    kept = []
+    for i, path in enumerate(paths):
+        with contextlib.ExitStack() as stack:
+            for name in path:
+                stack.enter_context(tracker.scope(name))
+            kept.append(tracker.create(PAGE * (i + 1)))
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        assert tracker.report(tmp_path / "drawn.svg") is None
+    drawn = (tmp_path / "drawn.svg").read_text("utf-8")
+    texts = [text for text in re.findall(r">([^<>\n]+)</text>", drawn) if text[0] not in "\u22120123456789"]
+    assert sorted(texts) == sorted(["a/b", "a/b", "a", "_hidden", r"$\bad$", "no scope", "other scopes", "other scopes",
+                                    "seconds", "MiB"])
+    assert len(kept) == 7
 
 
 def test_the_history_is_bounded_and_keeps_each_peak():

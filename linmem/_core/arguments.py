@@ -138,6 +138,7 @@ def check_name(value: object) -> str | None:
         return None
     if not isinstance(value, str):
         raise TypeError(f"name must be a str or None, got {type(value).__name__}")
+    value = str.__str__(value)      # the text, whatever methods a class of the caller has
     if not value or not value.isprintable() or len(value.encode()) > NAME_BYTES:
         raise ValueError(f"name must be 1 to {NAME_BYTES} bytes of printable text in UTF-8, got {shown(value)}")
     return value

@@ -44,8 +44,11 @@ cdef class MemoryCallbacks:
 
 cdef object call_with_handle(object function, memory* m, tuple arguments):
     """Calls the function with a handle on the memory, which is closed when the function returns."""
+    cdef bint is_new = load(&m.owner) == OWNER_CREATOR
     memory_retain(m)
     cdef Memory handle = <Memory>wrap(m)
+    if is_new:          # the creators above do not know the memory yet, so find() and live() must not return it
+        store_release(&m.owner, OWNER_CREATOR)
     try:
         return function(handle, *arguments)
     finally:
@@ -69,13 +72,14 @@ cdef bint ask_again(object on_refused, memory* m, size_t requested, failure* why
     try:
         error = exception_of(why)
         if isinstance(error, Exception):        # Ctrl-C is not a refusal
-            if m == NULL:
-                again = on_refused(None, requested, error)
-            else:
-                again = call_with_handle(on_refused, m, (requested, error))
+            try:
+                raise error
+            except Exception:                   # so Python makes the error the context of what on_refused raises
+                if m == NULL:
+                    again = on_refused(None, requested, error)
+                else:
+                    again = call_with_handle(on_refused, m, (requested, error))
     except BaseException as raised:
-        if raised is not error and raised.__context__ is None:
-            raised.__context__ = error
         fail_python(why, raised)
         return False
     if not again and why.code == E_PYTHON:
@@ -242,12 +246,14 @@ cdef class CallbackCreator(NativeCreator):
         hook.head.after_grow = callback_after_grow
         hook.head.before_drop = callback_before_drop
         hook.head.dropped = callback_dropped
+        hook.head.dropped_runs_python = self.calls_python
         hook.head.resized = callback_resized
         if self.on_refused is not None:
             hook.head.refused = callback_refused
         if self.calls_python:
             code = tell_made(self, hook, out[0], why)
         if code:
+            store_release(&out[0].owner, OWNER_PYTHON)      # buffers that on_made exported may keep the memory
             memory_release(out[0])
             out[0] = NULL
             callback_dropped(&hook.head)

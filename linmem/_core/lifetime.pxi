@@ -6,23 +6,23 @@ cdef void memory_retain(memory* m) noexcept nogil:
     add(&m.refs, 1)
 
 
-cdef inline bint release_if_shared(memory* m) noexcept nogil:
-    """memory_release(), if another reference is left. The caller may hold the GIL, because no page call and no lock is
-    needed then. False: no reference was dropped."""
-    cdef long long refs = load(&m.refs)
-    while refs > 1:
-        if compare_exchange(&m.refs, refs, refs - 1):
-            return True
-        refs = load(&m.refs)
-    return False
+cdef inline bint memory_unref(memory* m) noexcept nogil:
+    """Drops a reference, without a page call and without a lock, so the caller may hold the GIL. True: the reference
+    was the last one, and the caller must call memory_drop() without the GIL."""
+    return add(&m.refs, -1) == 0
 
 
 cdef void memory_release(memory* m) noexcept nogil:
+    if memory_unref(m):
+        memory_drop(m)
+
+
+cdef void memory_drop(memory* m) noexcept nogil:
     cdef memory_hook* hooks
     cdef memory_hook* hook
     cdef memory_hook* kept
-    if add(&m.refs, -1):
-        return
+    cdef memory_hook* last = NULL
+    cdef memory_hook** end = &last
     end_trace(m)
     kept = hooks = m.hooks
     while kept != NULL:
@@ -36,6 +36,15 @@ cdef void memory_release(memory* m) noexcept nogil:
     while hooks != kept:
         hook = hooks
         hooks = hook.next
+        if hook.dropped_runs_python:
+            hook.next = NULL
+            end[0] = hook
+            end = &hook.next
+        else:
+            hook.dropped(hook)
+    while last != NULL:
+        hook = last
+        last = hook.next
         hook.dropped(hook)
 
 

@@ -158,6 +158,9 @@ cdef struct memory_hook:
     bint (*keep)(memory_hook* hook, memory* m) noexcept nogil
     # The memory is gone, or kept by an adaptor below. Frees the hook itself.
     void (*dropped)(memory_hook* hook) noexcept nogil
+    # `dropped` runs Python code, so it is called after those of all hooks without this flag: the code finds the budgets
+    # refunded, and may fork.
+    bint dropped_runs_python
     # A pool above changes an idle memory to `size` bytes with `committed` accessible bytes (whole host pages). Called
     # before an increase and after a decrease. Only an increase from 0 may be refused, with a code. The hooks between
     # the pool and this hook are then called again, with 0 and 0.

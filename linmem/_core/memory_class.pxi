@@ -190,8 +190,9 @@ cdef void release_if_unused(Memory mem, long long now) noexcept:
     if now & CALLS == CALLS:
         add_with_gil(&mem.users, ONE_CALL)
     elif now & (RELEASED | EXPORTS | CALLS) == 0 and compare_exchange(&mem.users, now, now | RELEASED):
-        with nogil:
-            memory_release(m)
+        if memory_unref(m):     # before the GIL is released, so that a tracker sees no memory without a handle
+            with nogil:
+                memory_drop(m)
 
 
 cdef long long mark_closed(Memory mem, long long unless) noexcept:
@@ -261,9 +262,9 @@ cdef class Memory:
             raise TypeError("a Memory is made by a creator: linmem.create(minimum)")
 
     def __dealloc__(self):
-        if self.m != NULL and load(&self.users) & RELEASED == 0 and not release_if_shared(self.m):
+        if self.m != NULL and load(&self.users) & RELEASED == 0 and memory_unref(self.m):
             with nogil:
-                memory_release(self.m)
+                memory_drop(self.m)
 
     # enter() and leave(): between them the handle keeps its reference on the memory. After close(), enter() raises, and
     # the last call that leaves drops the reference. self.m is written once, before other code sees the handle.

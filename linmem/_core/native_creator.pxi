@@ -54,7 +54,7 @@ cdef void name_failure(failure* why, const domain* name) noexcept nogil:
     cdef int code = why.code
     if name == NULL or why.name[0] or not (
             code > 0 or code == E_LIMIT or code == E_GROWTHS or code == E_EXHAUSTED or code == E_MAXIMUM
-            or code == E_CAPACITY):
+            or code == E_CAPACITY or code == E_VALUE):
         return
     memcpy(why.name, name.name, name.size)
     why.name[name.size] = 0

@@ -7,6 +7,7 @@ cdef enum:
     MOST_STACKS = 4096          # of a tracker; memories of further stacks have no stack
     STACK_BUCKETS = 1024
     MOST_SCOPES = 1024          # of a tracker; memories of further scopes count in the enclosing scope
+    SCOPE_NAME_BYTES = 1000     # the most bytes of the name of a scope
     POINTS = 256                # of the history of a scope; an even number
     FIRST_INTERVAL = 1000000    # nanoseconds between two points; doubles when the history is full
 
@@ -49,6 +50,7 @@ cdef struct tracker:
     scope* root
     size_t n_scopes
     size_t lost_scopes          # how often a scope was not kept
+    size_t name_bytes           # of the names of all scopes
     long long begun_ns, interval_ns
 
 # The hook of a memory.
@@ -240,6 +242,7 @@ cdef scope* inner_scope(tracker* t, scope* outer, domain* name) noexcept nogil:
     domain_retain(name)
     t.scopes = s
     t.n_scopes += 1
+    t.name_bytes += name.size
     return s
 
 
@@ -299,15 +302,18 @@ cdef class ScopeBlock:
         e = EnteredScope.__new__(EnteredScope)
         name = domain_of(self.name)
         outer = scope_of_thread(t)
+        if outer == NULL:
+            outer = t.root
         with nogil:
             add(&t.refs, 1)
             lock(&t.lock.held)
-            e.scope = inner_scope(t, t.root if outer == NULL else outer, name)
+            e.scope = inner_scope(t, outer, name)
             unlock(&t.lock.held)
             domain_release(name)
         e.tracker = t
         e.outer = entered.get(None)
-        self.token = entered.set(e)
+        # If there are too many scopes, the context stays as it is, because contexts inherit each other without bound.
+        self.token = entered.set(e.outer if e.scope == outer else e)
 
     def __exit__(self, kind, error, trace):
         entered.reset(self.token)
@@ -448,6 +454,7 @@ cdef struct tracked_row:
     stack* peaked
     scope* scope
     bint has_store              # a wasmtime store owns the memory
+    bint is_new                 # a creator is making the memory, or a pool above has it
     bint is_idle                # the memory is a slot of a pool above that has no user
     PyObject* handles           # a reference, or NULL
 
@@ -466,6 +473,7 @@ cdef size_t rows_of(tracker* t, tracked_row** out) noexcept:
         row.size, row.peak, row.made_ns, row.scope = r.size, r.peak, r.made_ns, r.scope
         row.made, row.peaked, row.handles = r.made, r.peaked, r.handles
         row.has_store = load(&r.m.owner) == OWNER_WASMTIME
+        row.is_new = load(&r.m.owner) == OWNER_CREATOR
         row.is_idle = load(&r.m.refs) == 0
         if row.made != NULL:
             row.made.uses += 1
@@ -592,12 +600,14 @@ cdef class TrackingCreator(NativeCreator):
         """Count the memories that are made in a ``with`` block under a name.
 
         The scope is a context variable: tasks that are started in the block, and ``asyncio.to_thread``, inherit it. A
-        new `threading.Thread` does not, unless this Python passes the context on. Blocks nest. A memory counts in the
-        scope in which it was made, until it is dropped, and in all scopes around that one.
+        new `threading.Thread` does not, unless this Python passes the context on. Blocks nest. Do not `yield` in the
+        block: the caller of a generator would be in the block, too. A memory counts in the scope in which it was made,
+        until it is dropped, and in all scopes around that one.
 
         Parameters
         ----------
         name : str
+            At most 1000 bytes in UTF-8.
 
         Returns
         -------
@@ -607,9 +617,12 @@ cdef class TrackingCreator(NativeCreator):
         cdef ScopeBlock block
         if not isinstance(name, str):
             raise TypeError(f"name must be a str, got {type(name).__name__}")
+        name = str.__str__(name)        # the text, whatever methods a class of the caller has
+        if len(name.encode("utf-8", "surrogatepass")) > SCOPE_NAME_BYTES:
+            raise ValueError(f"name must be at most {SCOPE_NAME_BYTES} bytes in UTF-8, got {_shown(name)}")
         block = ScopeBlock.__new__(ScopeBlock)
         block.creator = self
-        block.name = str(name)
+        block.name = name
         return block
 
     cdef list allocations(self, bint only_leaks):
@@ -626,7 +639,7 @@ cdef class TrackingCreator(NativeCreator):
         try:
             for i in range(n):
                 row = &rows[i]
-                if only_leaks and (row.has_store or row.is_idle
+                if only_leaks and (row.has_store or row.is_new or row.is_idle
                                    or (row.handles != NULL and has_handle(<list>row.handles))):
                     continue
                 found.append(Allocation(row.size, row.peak, (now - row.made_ns) / 1e9, summaries(row.made),
@@ -732,7 +745,8 @@ cdef class TrackingCreator(NativeCreator):
         """
         cdef tracker* t = self.tracker
         lock(&t.lock.held)
-        found = (t.root.sums.memories, t.n_stacks, t.n_scopes, t.lost_stacks, t.lost_scopes, t.stack_bytes)
+        found = (t.root.sums.memories, t.n_stacks, t.n_scopes, t.lost_stacks, t.lost_scopes,
+                 t.stack_bytes + t.name_bytes)
         unlock(&t.lock.held)
         return {"memories": found[0], "stacks": found[1], "scopes": found[2], "lost_stacks": found[3],
                 "lost_scopes": found[4],

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 LINES = 10                  # of code in a text
 AREAS = 8                   # of a picture; the other scopes are drawn as one
 REST = "other scopes"
+LABEL = 60                  # the most characters of the name of an area
 
 
 def text(outstanding: list[Allocation], scopes: dict[tuple[str, ...], ScopeTotals], overhead: dict[str, int]) -> str:
@@ -51,16 +52,19 @@ def draw(path: str | bytes | os.PathLike[str], seconds: float, points: dict[tupl
     from linmem._files.atomic_file import write_figure
 
     by_peak = sorted(points.items(), key=lambda item: -max(item[1]))
-    areas = {printable("/".join(names)) or "no scope": sizes for names, sizes in by_peak[:AREAS]}
+    areas = [(printable("/".join(names)) if names else "no scope", sizes) for names, sizes in by_peak[:AREAS]]
     if len(by_peak) > AREAS:
-        areas[REST] = [sum(sizes) for sizes in zip(*(sizes for _, sizes in by_peak[AREAS:]), strict=True)]
+        areas.append((REST, [sum(sizes) for sizes in zip(*(sizes for _, sizes in by_peak[AREAS:]), strict=True)]))
     n = len(by_peak[0][1])
     figure = Figure(figsize=(9, 5), facecolor="white", layout="constrained")
     axes = figure.add_subplot()
-    axes.stackplot([i * seconds for i in range(n)],
-                   *([size / 2**20 for size in sizes] for sizes in areas.values()), labels=list(areas), step="post")
+    drawn = axes.stackplot([i * seconds for i in range(n)],
+                           *([size / 2**20 for size in sizes] for _, sizes in areas), step="post")
     axes.set_xlabel("seconds")
     axes.set_ylabel("MiB")
     axes.set_ylim(bottom=0)
-    axes.legend(loc="upper left", frameon=False, fontsize=9)
+    legend = axes.legend(drawn, [str(i) for i in range(len(drawn))], loc="upper left", frameon=False, fontsize=9)
+    for text, (label, _) in zip(legend.get_texts(), areas, strict=True):
+        text.set_parse_math(False)      # a name may have any character, also "$", or a "_" at its start
+        text.set_text(label if len(label) <= LABEL else f"{label[:LABEL]}...")
     write_figure(figure, path, dpi=130)
