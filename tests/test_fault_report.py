@@ -136,6 +136,27 @@ def test_the_handler_of_before_gets_the_same_signal_code_and_address():
     assert lines_of(f"{WITNESS}\non()\ninstall_witness()\n{MEMORY}poke(base + 3 * P + 2)", status=9) == []
 
 
+@pytest.mark.parametrize("end", ["a pipe that is full", "a pipe without a reader"])
+def test_a_standard_error_that_cannot_be_written_does_not_keep_the_process_alive(end):
+    assert lines_of(f"""
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        try:
+            while True:
+                os.write(writer, bytes(1 << 16))
+        except BlockingIOError:
+            pass
+        os.set_blocking(writer, True)
+        {"os.close(reader)" if "without" in end else ""}
+        on()
+        {MEMORY.splitlines()[0]}
+        signal.alarm(30)
+        os.dup2(writer, 2)
+        poke(mem.as_ptr() - 1)
+    """) == []
+
+
 def fault_in(core):
     """Signal, code and address in the NT_SIGINFO note of a core file of a 64-bit process."""
     data = core.read_bytes()

@@ -22,6 +22,13 @@ cdef extern from "<signal.h>" nogil:
     int sigaction(int signum, const sigaction_t* new, sigaction_t* old)
     int raise_ "raise"(int signum)
 
+cdef extern from "<poll.h>" nogil:
+    enum: POLLOUT
+    cdef struct pollfd:
+        int fd
+        short events, revents
+    int poll(pollfd* fds, unsigned long n, int timeout)
+
 cdef extern from "linmem/_os/compat.h" nogil:
     bint CAN_REPORT_FAULTS "LINMEM_CAN_REPORT_FAULTS"
     size_t fault_pc "linmem_fault_pc"(void* context)
@@ -32,6 +39,7 @@ cdef extern from "linmem/_os/compat.h" nogil:
 cdef enum:
     FAULT_SIGNALS = 2
     ELFOSABI_WASMTIME = 200         # in the ELF header of a file of compiled WebAssembly
+    WRITE_MS = 1000                 # how long the report waits for a standard error whose pipe is full
 
 cdef int[FAULT_SIGNALS] fault_signals = [SIGSEGV, SIGBUS]
 cdef sigaction_t[FAULT_SIGNALS] handlers_before
@@ -176,4 +184,10 @@ cdef void unwatch_faults() noexcept nogil:
 
 
 cdef void write_error(const char* text, size_t size) noexcept nogil:
-    write(2, text, size)
+    """Nothing is written to a pipe that stays full, because the process would wait instead of dying, and nothing to a
+    pipe without a reader, because the process would die of SIGPIPE."""
+    cdef pollfd standard_error
+    standard_error.fd = 2
+    standard_error.events = POLLOUT
+    if poll(&standard_error, 1, WRITE_MS) == 1 and standard_error.revents == POLLOUT:
+        write(2, text, size)
