@@ -240,6 +240,11 @@ def test_faulthandler_prints_its_traceback(order):
     assert len(lines) == (order == "first")
 
 
+def test_a_call_of_an_address_in_a_memory_is_reported_before_faulthandler_ends_the_process():
+    (line,) = lines_of(f"import faulthandler; faulthandler.enable()\non()\n{MEMORY}ctypes.CFUNCTYPE(None)(base + 8)()")
+    assert re.match(r"linmem: (call|access) at byte 8 \(accessible\) of the memory ", line), line
+
+
 def test_faulthandler_may_be_disabled_again():
     (line,) = lines_of(f"import faulthandler as f\non()\nf.enable()\nf.disable()\n{MEMORY}poke(base - 1)")
     assert "guard before" in line

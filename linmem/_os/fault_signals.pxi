@@ -57,7 +57,8 @@ cdef void on_fault(int signum, siginfo_t* info, void* context) noexcept nogil:
     cdef int saved = errno
     cdef size_t pc = fault_pc(context)
     cdef bint is_fault = info.si_code > 0       # otherwise a process sent the signal
-    cdef bint is_native = is_fault and report_of_faults != NULL and is_native_code(pc)
+    # A call of an address that is not executable is no trap of WebAssembly.
+    cdef bint is_native = is_fault and report_of_faults != NULL and (pc == <size_t>info.si_addr or is_native_code(pc))
     if is_native:
         report_once(<char*>info.si_addr, context)
     call_handler_before(&handlers_before[signum == SIGBUS], signum, info, context)
