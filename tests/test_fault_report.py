@@ -157,6 +157,19 @@ def test_a_standard_error_that_cannot_be_written_does_not_keep_the_process_alive
     """) == []
 
 
+@pytest.mark.parametrize("before", ["SIG_DFL", "SIG_IGN"])
+def test_a_memory_error_that_the_kernel_tells_later_ends_the_process_as_before(before):
+    status = -signal.SIGBUS if before == "SIG_DFL" else 0
+    assert lines_of(f"""
+        signal.signal(signal.SIGBUS, signal.{before})
+        on()
+        info = (ctypes.c_int * 32)(signal.SIGBUS, 0, 5)         # BUS_MCEERR_AO: no instruction touched the page
+        call = {{"x86_64": 297, "aarch64": 240}}[os.uname().machine]           # rt_tgsigqueueinfo
+        for _ in range(2):
+            assert libc.syscall(call, os.getpid(), threading.get_native_id(), signal.SIGBUS, info) == 0
+    """, status=status) == []
+
+
 def fault_in(core):
     """Signal, code and address in the NT_SIGINFO note of a core file of a 64-bit process."""
     data = core.read_bytes()

@@ -39,6 +39,8 @@ cdef extern from "linmem/_os/compat.h" nogil:
 cdef enum:
     FAULT_SIGNALS = 2
     ELFOSABI_WASMTIME = 200         # in the ELF header of a file of compiled WebAssembly
+    ASYNC_SIGBUS = 5                # BUS_MCEERR_AO, which not all headers have
+    ASYNC_SIGSEGV = 8               # SEGV_MTEAERR
     WRITE_MS = 1000                 # how long the report waits for a standard error whose pipe is full
 
 cdef int[FAULT_SIGNALS] fault_signals = [SIGSEGV, SIGBUS]
@@ -56,7 +58,7 @@ cdef size_t other_code_end = 0
 cdef void on_fault(int signum, siginfo_t* info, void* context) noexcept nogil:
     cdef int saved = errno
     cdef size_t pc = fault_pc(context)
-    cdef bint is_fault = info.si_code > 0       # otherwise a process sent the signal
+    cdef bint is_fault = is_synchronous(signum, info.si_code)
     # A call of an address that is not executable is no trap of WebAssembly.
     cdef bint is_native = is_fault and report_of_faults != NULL and (pc == <size_t>info.si_addr or is_native_code(pc))
     if is_native:
@@ -65,6 +67,12 @@ cdef void on_fault(int signum, siginfo_t* info, void* context) noexcept nogil:
     if is_fault and not is_native and fault_pc(context) == pc:
         report_once(<char*>info.si_addr, context)
     libc_errno.errno = saved
+
+
+cdef inline bint is_synchronous(int signum, int code) noexcept nogil:
+    """Whether the interrupted instruction caused the signal, so that it causes the signal again if it is repeated.
+    Otherwise a process sent the signal, or the kernel sends it later or because of something else."""
+    return code > 0 and code != (ASYNC_SIGBUS if signum == SIGBUS else ASYNC_SIGSEGV)
 
 
 cdef void report_once(char* addr, void* context) noexcept nogil:
@@ -88,7 +96,7 @@ cdef void call_handler_before(const sigaction_t* before, int signum, siginfo_t* 
         before.sa_sigaction(signum, info, context)
     elif before.sa_handler != SIG_DFL and before.sa_handler != SIG_IGN:
         before.sa_handler(signum)
-    elif info.si_code > 0:
+    elif is_synchronous(signum, info.si_code):
         # The thread runs into the same fault again, and the kernel ends the process with the right address.
         sigaction(signum, before, NULL)
     elif before.sa_handler == SIG_DFL:
