@@ -111,6 +111,20 @@ def test_after_disable_nothing_is_reported_and_the_handlers_are_those_of_before(
     """) == []
 
 
+@pytest.mark.parametrize("between", ["linmem.disable_fault_report()", ""])
+def test_a_handler_that_was_installed_later_and_is_gone_again_does_not_prevent_a_new_report(between):
+    (line,) = lines_of(f"""
+        on()
+        signal.signal(signal.SIGSEGV, lambda *args: None)
+        {between}
+        signal.signal(signal.SIGSEGV, signal.SIG_DFL)
+        on()
+        {MEMORY.splitlines()[0]}
+        poke(mem.as_ptr() - 1)
+    """)
+    assert "guard before" in line
+
+
 # -- the death ---------------------------------------------------------------------------------------------
 
 # A handler that is there before (or after) the report. It ends the process with what the kernel said about the fault.

@@ -216,7 +216,7 @@ def enable_fault_report(quarantine=0):
 
     Notes
     -----
-    A second call changes the quarantine only.
+    A second call changes the quarantine, and installs the handlers again if they were replaced by the default action.
     """
     cdef size_t bound
     cdef failure why
@@ -230,7 +230,7 @@ def enable_fault_report(quarantine=0):
         lock(&reports_lock)
         if load(&reports_are_on) == 0:
             forget_makers()
-            code = fail_page_call(&why, pages.watch_faults(report_fault), "sigaction", 0)
+        code = fail_page_call(&why, pages.watch_faults(report_fault), "sigaction", 0)
         if code == 0:
             store(&reports_are_on, 1)
             store(&held_bound, <long long>bound)

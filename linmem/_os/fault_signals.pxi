@@ -157,6 +157,11 @@ cdef bint is_shared_object(const char* header) noexcept nogil:
             and <unsigned char>header[7] != ELFOSABI_WASMTIME)
 
 
+cdef inline bint is_default(const sigaction_t* action) noexcept nogil:
+    """No handler is installed, so the kernel ends the process or ignores the signal."""
+    return not action.sa_flags & SA_SIGINFO and (action.sa_handler == SIG_DFL or action.sa_handler == SIG_IGN)
+
+
 cdef int watch_faults(fault_report report) noexcept nogil:
     global report_of_faults
     cdef sigaction_t action
@@ -165,12 +170,13 @@ cdef int watch_faults(fault_report report) noexcept nogil:
         return ENOSYS
     report_of_faults = report
     for i in range(FAULT_SIGNALS):
-        if has_handler[i]:
-            continue
-        if sigaction(fault_signals[i], NULL, &handlers_before[i]):
+        if sigaction(fault_signals[i], NULL, &action):
             return errno
+        # A handler that was installed after on_fault() may call on_fault(), so on_fault() must not call that handler.
+        if has_handler[i] and not is_default(&action):
+            continue
+        handlers_before[i] = action
         # The mask and the flags of the earlier handler: it may leave by a jump, and relies on them then.
-        action = handlers_before[i]
         action.sa_flags |= SA_SIGINFO | SA_ONSTACK
         action.sa_sigaction = on_fault
         has_handler[i] = True
