@@ -137,8 +137,8 @@ def witness(number, info, context):
     print(number, ctypes.c_int.from_address(info + 8).value, address - base, flush=True)
     os._exit(9)
 
-def install_witness():
-    action = (ctypes.c_size_t * 19)(ctypes.cast(witness, ctypes.c_void_p).value)
+def install_witness(handler=witness):
+    action = (ctypes.c_size_t * 19)(ctypes.cast(handler, ctypes.c_void_p).value)
     ctypes.c_int.from_buffer(action, 8 + 128).value = 4     # SA_SIGINFO
     assert libc.sigaction(signal.SIGSEGV, action, None) == 0
 """
@@ -148,6 +148,26 @@ def test_the_handler_of_before_gets_the_same_signal_code_and_address():
     (line,) = lines_of(f"{WITNESS}\ninstall_witness()\non()\n{MEMORY}poke(base + 3 * P + 2)", status=9)
     assert "reserved" in line
     assert lines_of(f"{WITNESS}\non()\ninstall_witness()\n{MEMORY}poke(base + 3 * P + 2)", status=9) == []
+
+
+def test_the_handler_of_before_runs_on_the_same_stack():
+    (line,) = lines_of(f"""{WITNESS}
+class Stack(ctypes.Structure):
+    _fields_ = [("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+@handler_type
+def show_stack(number, info, context):
+    now = Stack()
+    assert libc.sigaltstack(None, ctypes.byref(now)) == 0
+    print("on the alternate stack:", now.flags & 1, flush=True)
+    os._exit(9)
+
+install_witness(show_stack)
+room = ctypes.create_string_buffer(1 << 18)
+assert libc.sigaltstack(ctypes.byref(Stack(ctypes.addressof(room), 0, len(room))), None) == 0
+on()
+{MEMORY}poke(base - 1)""", status=9)
+    assert "guard before" in line
 
 
 @pytest.mark.parametrize("end", ["a pipe that is full", "a pipe without a reader"])

@@ -176,8 +176,11 @@ cdef int watch_faults(fault_report report) noexcept nogil:
         if has_handler[i] and not is_default(&action):
             continue
         handlers_before[i] = action
-        # The mask and the flags of the earlier handler: it may leave by a jump, and relies on them then.
-        action.sa_flags |= SA_SIGINFO | SA_ONSTACK
+        # The mask and the flags of the earlier handler: it may leave by a jump, and relies on them then. It runs on the
+        # stack on which it would run without on_fault().
+        if is_default(&action):
+            action.sa_flags |= SA_ONSTACK
+        action.sa_flags |= SA_SIGINFO
         action.sa_sigaction = on_fault
         has_handler[i] = True
         if sigaction(fault_signals[i], &action, NULL):
