@@ -70,6 +70,23 @@ def test_the_line_names_the_access_the_byte_the_region_and_the_memory(fault):
     assert line.startswith(f"linmem: {FAULTS[fault]} {MADE}"), line
 
 
+def test_the_line_has_the_name_of_the_creator():
+    (line,) = lines_of("""
+        mem = linmem.creator("mmap", name="frames \xe4").create(P, **how)
+        on()
+        poke(mem.as_ptr() - 1)
+    """)
+    assert line.endswith(f"of the memory 'frames \xe4' at BASE ({PAGE:,} bytes)")
+    (line,) = lines_of("""
+        on(quarantine=1 << 20)
+        mem = linmem.creator("mmap", name="n" * 100).create(P, **how)
+        base = mem.as_ptr()
+        mem.close()
+        poke(base)
+    """)
+    assert f"of a dropped memory '{'n' * 100}' at BASE ({PAGE:,} bytes), made at <string>:" in line
+
+
 def test_the_line_names_a_pools_slot_and_a_memory_made_before_the_report():
     (line,) = lines_of("""
         pool = linmem.PoolingCreator()
