@@ -84,6 +84,8 @@ class MemoryInfo:
         "wasmtime" while a store owns it, else "python".
     name : str or None
         The name of the outermost creator with a name, of those that the memory came through.
+    growths : int
+        How often the memory grew; of a slot of a pool, since its present user got it.
     """
 
     base: int
@@ -100,6 +102,7 @@ class MemoryInfo:
     kind: str
     owner: str
     name: str | None = None
+    growths: int = 0
 
 
 @dataclass(frozen=True)

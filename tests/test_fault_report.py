@@ -78,6 +78,23 @@ def test_the_line_names_the_access_the_byte_the_region_and_the_memory(fault):
     assert line.startswith(f"linmem: {FAULTS[fault]} {MADE}"), line
 
 
+def test_the_line_has_the_name_of_the_creator():
+    (line,) = lines_of("""
+        mem = linmem.creator("mmap", name="frames \xe4").create(P, **how)
+        on()
+        poke(mem.as_ptr() - 1)
+    """)
+    assert line.endswith(f"of the memory 'frames \xe4' at BASE ({PAGE:,} bytes)")
+    (line,) = lines_of("""
+        on(quarantine=1 << 20)
+        mem = linmem.creator("mmap", name="n" * 100).create(P, **how)
+        base = mem.as_ptr()
+        mem.close()
+        poke(base)
+    """)
+    assert f"of a dropped memory '{'n' * 100}' at BASE ({PAGE:,} bytes), made at <string>:" in line
+
+
 def test_the_line_names_a_pools_slot_and_a_memory_made_before_the_report():
     (line,) = lines_of("""
         pool = linmem.PoolingCreator()
@@ -133,6 +150,21 @@ def test_after_disable_the_handlers_are_those_of_before():
     """, status=0) == []
 
 
+@requires("sigaction")
+@pytest.mark.parametrize("between", ["linmem.disable_fault_report()", ""])
+def test_a_handler_that_was_installed_later_and_is_gone_again_does_not_prevent_a_new_report(between):
+    (line,) = lines_of(f"""
+        on()
+        signal.signal(signal.SIGSEGV, lambda *args: None)
+        {between}
+        signal.signal(signal.SIGSEGV, signal.SIG_DFL)
+        on()
+        {MEMORY.splitlines()[0]}
+        poke(mem.as_ptr() - 1)
+    """)
+    assert "guard before" in line
+
+
 # -- the death ---------------------------------------------------------------------------------------------
 
 # A handler that is there before (or after) the report. It ends the process with what the kernel said about the fault.
@@ -145,8 +177,8 @@ def witness(number, info, context):
     print(number, ctypes.c_int.from_address(info + 8).value, address - base, flush=True)
     os._exit(9)
 
-def install_witness():
-    action = (ctypes.c_size_t * 19)(ctypes.cast(witness, ctypes.c_void_p).value)
+def install_witness(handler=witness):
+    action = (ctypes.c_size_t * 19)(ctypes.cast(handler, ctypes.c_void_p).value)
     ctypes.c_int.from_buffer(action, 8 + 128).value = 4     # SA_SIGINFO
     assert libc.sigaction(signal.SIGSEGV, action, None) == 0
 """
@@ -219,6 +251,63 @@ def test_a_fault_that_ctypes_turns_into_an_exception_is_reported():
                 print("alive")
     """, status=0)
     assert "read at byte" in line
+
+
+@requires("sigaction")
+def test_the_handler_of_before_runs_on_the_same_stack():
+    (line,) = lines_of(f"""{WITNESS}
+class Stack(ctypes.Structure):
+    _fields_ = [("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+@handler_type
+def show_stack(number, info, context):
+    now = Stack()
+    assert libc.sigaltstack(None, ctypes.byref(now)) == 0
+    print("on the alternate stack:", now.flags & 1, flush=True)
+    os._exit(9)
+
+install_witness(show_stack)
+room = ctypes.create_string_buffer(1 << 18)
+assert libc.sigaltstack(ctypes.byref(Stack(ctypes.addressof(room), 0, len(room))), None) == 0
+on()
+{MEMORY}poke(base - 1)""", status=9)
+    assert "guard before" in line
+
+
+@requires("sigaction")
+@pytest.mark.parametrize("end", ["a pipe that is full", "a pipe without a reader"])
+def test_a_standard_error_that_cannot_be_written_does_not_keep_the_process_alive(end):
+    assert lines_of(f"""
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        try:
+            while True:
+                os.write(writer, bytes(1 << 16))
+        except BlockingIOError:
+            pass
+        os.set_blocking(writer, True)
+        {"os.close(reader)" if "without" in end else ""}
+        on()
+        {MEMORY.splitlines()[0]}
+        signal.alarm(30)
+        os.dup2(writer, 2)
+        poke(mem.as_ptr() - 1)
+    """) == []
+
+
+@requires("sigaction")
+@pytest.mark.parametrize("before", ["SIG_DFL", "SIG_IGN"])
+def test_a_memory_error_that_the_kernel_tells_later_ends_the_process_as_before(before):
+    status = -signal.SIGBUS if before == "SIG_DFL" else 0
+    assert lines_of(f"""
+        signal.signal(signal.SIGBUS, signal.{before})
+        on()
+        info = (ctypes.c_int * 32)(signal.SIGBUS, 0, 5)         # BUS_MCEERR_AO: no instruction touched the page
+        call = {{"x86_64": 297, "aarch64": 240}}[os.uname().machine]           # rt_tgsigqueueinfo
+        for _ in range(2):
+            assert libc.syscall(call, os.getpid(), threading.get_native_id(), signal.SIGBUS, info) == 0
+    """, status=status) == []
 
 
 def fault_in(core):
@@ -309,6 +398,11 @@ def test_faulthandler_prints_its_traceback(order):
     lines = lines_of("\n".join([*enable[::1 if order == "first" else -1], MEMORY, "poke(base - 1)"]))
     # A faulthandler that was enabled later raises the signal again, without the address. Windows raises no signal.
     assert len(lines) == (order == "first" or HAS_KERNEL32)
+
+
+def test_a_call_of_an_address_in_a_memory_is_reported_before_faulthandler_ends_the_process():
+    (line,) = lines_of(f"import faulthandler; faulthandler.enable()\non()\n{MEMORY}ctypes.CFUNCTYPE(None)(base + 8)()")
+    assert re.match(r"linmem: (call|access) at byte 8 \(accessible\) of the memory ", line), line
 
 
 def test_faulthandler_may_be_disabled_again():

@@ -266,3 +266,25 @@ def test_a_forked_child_may_grow_and_move_inherited_memories():
         mem.grow_to(3 * P)
         print(mem[0], mem[P])
         """) == "1 0"
+
+
+@pytest.mark.parametrize("creator", [linmem.MmapCreator(), linmem.PythonCreator(linmem.MmapCreator()),
+                                     linmem.creator("statistics")], ids=["mmap", "python", "with a hook"])
+def test_info_counts_the_growths_that_changed_the_size(creator):
+    mem = creator.create(PAGE, 9 * PAGE)
+    for size in (PAGE, PAGE + 1, 3 * PAGE):
+        mem.grow_to(size)
+    with pytest.raises(linmem.GrowError):
+        mem.grow_to(10 * PAGE)
+    with pytest.raises(ValueError, match="shrink"):
+        mem.grow_to(1)
+    assert mem.info().growths == 2
+
+
+def test_info_of_a_slot_counts_the_growths_of_its_present_user():
+    pool = linmem.creator("pool")
+    with pool.create(PAGE, 9 * PAGE) as mem:
+        mem.grow_to(2 * PAGE)
+        assert mem.info().growths == 1
+    mem = pool.create(PAGE, 9 * PAGE)
+    assert (pool.stats()["hits"], mem.info().growths) == (1, 0)

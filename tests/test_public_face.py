@@ -296,7 +296,8 @@ WAT = '(module (memory (export "m") 1 4) (data (i32.const 8) "data"))'
 MAKE = {"minimum": (size, PAGE), "maximum": (size_or_none, None), "reserve": (size_or_none, None),
         "guard": (size_or_none, None)}
 RECORD = dict.fromkeys(("base", "byte_size", "byte_capacity", "maximum_byte_size", "reserved", "committed", "resident",
-                        "pre_guard", "guard", "page_size", "exports", "kind", "owner", "name"), (anything, 1))
+                        "pre_guard", "guard", "page_size", "exports", "kind", "owner", "name", "growths"),
+                       (anything, 1))
 
 
 def given_by(name):

@@ -99,10 +99,14 @@ cdef struct line:
 
 
 cdef void put(line* to, const char* text) noexcept nogil:
-    while text[0] and to.n < REPORT_BYTES - 1:      # one byte is left for the end of the line
-        to.text[to.n] = c"?" if 0 < text[0] < c" " or text[0] == 127 else text[0]
+    put_bytes(to, text, strlen(text))
+
+
+cdef void put_bytes(line* to, const char* text, size_t size) noexcept nogil:
+    cdef size_t i
+    for i in range(min(size, REPORT_BYTES - 1 - to.n)):     # one byte is left for the end of the line
+        to.text[to.n] = c"?" if 0 <= text[i] < c" " or text[i] == 127 else text[i]
         to.n += 1
-        text += 1
 
 
 cdef void put_number(line* to, size_t number, unsigned int base) noexcept nogil:
@@ -144,6 +148,7 @@ cdef void report_fault(char* addr, int access) noexcept nogil:
     cdef line out
     cdef memory* m
     cdef dropped_range* dropped = NULL
+    cdef domain* name
     cdef long long deadline = pages.clock_ns() + LOCK_WAIT
     while not try_lock_of_fault():
         if pages.clock_ns() > deadline:
@@ -161,7 +166,9 @@ cdef void report_fault(char* addr, int access) noexcept nogil:
         put_place(&out, &m.range, memory_size(m), m.accessible, addr)
         put(&out, " of ")
         put(&out, "an idle slot of a pool" if load(&m.refs) == 0 else "the memory")
-        put_memory(&out, &m.range, memory_size(m), m.maker if load(&m.owner) == OWNER_PYTHON else NULL)
+        name = memory_name(m)
+        put_memory(&out, &m.range, memory_size(m), NULL if name == NULL else name.name,
+                   0 if name == NULL else name.size, m.maker if load(&m.owner) == OWNER_PYTHON else NULL)
         if load(&m.owner) == OWNER_WASMTIME:
             put(&out, ", of a wasmtime store")
         elif load(&m.protection) != PROTECTION_NONE:
@@ -169,7 +176,7 @@ cdef void report_fault(char* addr, int access) noexcept nogil:
     elif dropped != NULL:
         put_place(&out, &dropped.range, dropped.size, dropped.accessible, addr)
         put(&out, " of a dropped memory")
-        put_memory(&out, &dropped.range, dropped.size, dropped.maker)
+        put_memory(&out, &dropped.range, dropped.size, dropped.name, dropped.name_size, dropped.maker)
     unlock(&live_lock.held)
     if m != NULL or dropped != NULL:
         out.text[out.n] = c"\n"
@@ -181,7 +188,12 @@ cdef inline bint try_lock_of_fault() noexcept nogil:
     return try_lock(&live_lock.held) if load(&live_lock.held) != generation else False
 
 
-cdef void put_memory(line* to, const address_range* r, size_t size, const char* maker) noexcept nogil:
+cdef void put_memory(line* to, const address_range* r, size_t size, const char* name, size_t name_size,
+                     const char* maker) noexcept nogil:
+    if name_size:
+        put(to, " '")
+        put_bytes(to, name, name_size)
+        put(to, "'")
     put(to, " at ")
     put_number(to, <size_t>r.base, 16)
     put(to, " (")
@@ -216,7 +228,7 @@ def enable_fault_report(quarantine=0):
 
     Notes
     -----
-    A second call changes the quarantine only.
+    A second call changes the quarantine, and installs the handlers again if they were replaced by the default action.
 
     The line comes before the fault handlers of the code that runs, so it also comes if such a handler lets the process
     live. On Windows, `ctypes` raises an `OSError` for a fault inside of a function that it calls.
@@ -233,7 +245,7 @@ def enable_fault_report(quarantine=0):
         lock(&reports_lock)
         if load(&reports_are_on) == 0:
             forget_makers()
-            code = fail_page_call(&why, pages.watch_faults(report_fault), "watch_faults", 0)
+        code = fail_page_call(&why, pages.watch_faults(report_fault), "watch_faults", 0)
         if code == 0:
             store(&reports_are_on, 1)
             store(&held_bound, <long long>bound)

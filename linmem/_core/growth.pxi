@@ -39,9 +39,10 @@ cdef inline int grow_locked(memory* m, size_t new_size, bint by_python, failure*
 
 
 cdef inline int grow_pages(memory* m, size_t size, size_t new_size, failure* why) noexcept nogil:
-    if m.ops == &mapped_ops:
-        return mapped_grow_by(m, size, new_size, why)
-    return m.ops.grow(m, new_size, why)
+    cdef int code = mapped_grow_by(m, size, new_size, why) if m.ops == &mapped_ops else m.ops.grow(m, new_size, why)
+    if code == 0:
+        store_size(&m.growths, m.growths + 1)
+    return code
 
 
 cdef int refuse_size(memory* m, size_t size, size_t new_size, failure* why) noexcept nogil:

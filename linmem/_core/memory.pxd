@@ -254,6 +254,7 @@ cdef struct memory:
     size_t reported             # the size that wasmtime knows, until it grows the memory to `size`; 0: `size` itself
     # For a child that is forked in the middle of a growth and does not have the thread that was growing the memory:
     size_t opening              # pages up to here may be accessible, though byte_size ends before; 0: no growth
+    size_t growths              # how often the memory grew; written under the lock
     size_t growing_from, growing_to     # sizes before and after a growth with hooks; growing_to: 0 if there is none
     memory_hook* tell_from      # the hooks whose after_grow must still be called: from tell_from up to tell_to
     memory_hook* tell_to

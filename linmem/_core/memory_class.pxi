@@ -893,7 +893,7 @@ cdef class Memory:
         A page that was only read counts as resident, as the kernel's page of zeros is.
         """
         from linmem.records import MemoryInfo
-        cdef size_t resident = 0, base, size, capacity, maximum, committed, pre_guard, guard
+        cdef size_t resident = 0, base, size, capacity, maximum, committed, pre_guard, guard, growths
         cdef long long exports
         cdef failure why
         cdef int code = 0
@@ -907,7 +907,7 @@ cdef class Memory:
             exports = max(pins_now(m), 0)
             base, capacity, maximum = <size_t>load_address(&m.base), load_size(&m.capacity), load_size(&m.maximum)
             size, pre_guard, guard = memory_size(m), m.pre_guard, m.guard
-            committed = load_size(&m.accessible)
+            committed, growths = load_size(&m.accessible), load_size(&m.growths)
             domain_retain(name)
             end_access(m)
         self.leave()
@@ -921,7 +921,7 @@ cdef class Memory:
             maximum_byte_size=None if maximum == NO_MAXIMUM else maximum,
             reserved=pre_guard + capacity + guard, committed=committed, resident=resident if known else None,
             pre_guard=pre_guard, guard=guard, page_size=host_page(), exports=exports, kind=kind.decode(),
-            owner="wasmtime" if in_store else "python", name=name_text)
+            owner="wasmtime" if in_store else "python", name=name_text, growths=growths)
 
     def __repr__(self):
         if self.closed:

@@ -32,6 +32,8 @@ cdef struct dropped_range:
     size_t accessible
     bint held                   # in the quarantine
     char maker[MAKER_BYTES]
+    size_t name_size            # of the creator's name; 0: it had none
+    char name[NAME_BYTES]
 
 cdef dropped_range dropped_ranges[DROPPED_RANGES]       # the newest is at (n_dropped_ranges - 1) % DROPPED_RANGES
 cdef size_t n_dropped_ranges = 0
@@ -153,6 +155,7 @@ cdef void leave_range(memory* m, const address_range* r, bint hold) noexcept nog
     cdef dropped_range* oldest
     cdef address_range before
     cdef bint held
+    cdef domain* name = memory_name(m)
     lock(&live_lock.held)
     oldest = &dropped_ranges[n_dropped_ranges % DROPPED_RANGES]
     before, held = oldest.range, oldest.held
@@ -161,6 +164,9 @@ cdef void leave_range(memory* m, const address_range* r, bint hold) noexcept nog
     oldest.accessible = m.accessible
     oldest.held = hold
     memcpy(oldest.maker, m.maker, MAKER_BYTES)
+    oldest.name_size = 0 if name == NULL else name.size
+    if name != NULL:
+        memcpy(oldest.name, name.name, name.size)
     n_dropped_ranges += 1
     if hold:
         held_bytes += <size_t>(r.end - r.start)

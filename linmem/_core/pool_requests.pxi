@@ -105,6 +105,7 @@ cdef inline void restore_original(slot* s) noexcept nogil:
     m.is_shared = s.original.is_shared
     m.has_moved = s.original.has_moved
     m.huge_pages = s.original.huge_pages
+    store_size(&m.growths, 0)
     store_release(&m.size, s.original.size)
     store_release(&m.refs, 1)
 

@@ -22,6 +22,13 @@ cdef extern from "<signal.h>" nogil:
     int sigaction(int signum, const sigaction_t* new, sigaction_t* old)
     int raise_ "raise"(int signum)
 
+cdef extern from "<poll.h>" nogil:
+    enum: POLLOUT
+    cdef struct pollfd:
+        int fd
+        short events, revents
+    int poll(pollfd* fds, unsigned long n, int timeout)
+
 cdef extern from "linmem/_os/compat.h" nogil:
     bint CAN_REPORT_FAULTS "LINMEM_CAN_REPORT_FAULTS"
     size_t fault_pc "linmem_fault_pc"(void* context)
@@ -32,6 +39,9 @@ cdef extern from "linmem/_os/compat.h" nogil:
 cdef enum:
     FAULT_SIGNALS = 2
     ELFOSABI_WASMTIME = 200         # in the ELF header of a file of compiled WebAssembly
+    ASYNC_SIGBUS = 5                # BUS_MCEERR_AO, which not all headers have
+    ASYNC_SIGSEGV = 8               # SEGV_MTEAERR
+    WRITE_MS = 1000                 # how long the report waits for a standard error whose pipe is full
 
 cdef int[FAULT_SIGNALS] fault_signals = [SIGSEGV, SIGBUS]
 cdef sigaction_t[FAULT_SIGNALS] handlers_before
@@ -44,8 +54,9 @@ cdef size_t other_code_end = 0
 cdef void on_fault(int signum, siginfo_t* info, void* context) noexcept nogil:
     cdef int saved = errno
     cdef size_t pc = fault_pc(context)
-    cdef bint is_fault = info.si_code > 0       # otherwise a process sent the signal
-    cdef bint is_native = is_fault and report_of_faults != NULL and is_native_code(pc)
+    cdef bint is_fault = is_synchronous(signum, info.si_code)
+    # A call of an address that is not executable is no trap of WebAssembly.
+    cdef bint is_native = is_fault and report_of_faults != NULL and (pc == <size_t>info.si_addr or is_native_code(pc))
     if is_native:
         report_once(<char*>info.si_addr, pc, fault_access(context), thread_id())
     call_handler_before(&handlers_before[signum == SIGBUS], signum, info, context)
@@ -54,12 +65,18 @@ cdef void on_fault(int signum, siginfo_t* info, void* context) noexcept nogil:
     libc_errno.errno = saved
 
 
+cdef inline bint is_synchronous(int signum, int code) noexcept nogil:
+    """Whether the interrupted instruction caused the signal, so that it causes the signal again if it is repeated.
+    Otherwise a process sent the signal, or the kernel sends it later or because of something else."""
+    return code > 0 and code != (ASYNC_SIGBUS if signum == SIGBUS else ASYNC_SIGSEGV)
+
+
 cdef void call_handler_before(const sigaction_t* before, int signum, siginfo_t* info, void* context) noexcept nogil:
     if before.sa_flags & SA_SIGINFO:
         before.sa_sigaction(signum, info, context)
     elif before.sa_handler != SIG_DFL and before.sa_handler != SIG_IGN:
         before.sa_handler(signum)
-    elif info.si_code > 0:
+    elif is_synchronous(signum, info.si_code):
         # The thread runs into the same fault again, and the kernel ends the process with the right address.
         sigaction(signum, before, NULL)
     elif before.sa_handler == SIG_DFL:
@@ -120,6 +137,11 @@ cdef bint is_shared_object(const char* header) noexcept nogil:
             and <unsigned char>header[7] != ELFOSABI_WASMTIME)
 
 
+cdef inline bint is_default(const sigaction_t* action) noexcept nogil:
+    """No handler is installed, so the kernel ends the process or ignores the signal."""
+    return not action.sa_flags & SA_SIGINFO and (action.sa_handler == SIG_DFL or action.sa_handler == SIG_IGN)
+
+
 cdef int watch_faults(fault_report report) noexcept nogil:
     global report_of_faults
     cdef sigaction_t action
@@ -128,13 +150,17 @@ cdef int watch_faults(fault_report report) noexcept nogil:
         return ENOSYS
     report_of_faults = report
     for i in range(FAULT_SIGNALS):
-        if has_handler[i]:
-            continue
-        if sigaction(fault_signals[i], NULL, &handlers_before[i]):
+        if sigaction(fault_signals[i], NULL, &action):
             return errno
-        # The mask and the flags of the earlier handler: it may leave by a jump, and relies on them then.
-        action = handlers_before[i]
-        action.sa_flags |= SA_SIGINFO | SA_ONSTACK
+        # A handler that was installed after on_fault() may call on_fault(), so on_fault() must not call that handler.
+        if has_handler[i] and not is_default(&action):
+            continue
+        handlers_before[i] = action
+        # The mask and the flags of the earlier handler: it may leave by a jump, and relies on them then. It runs on the
+        # stack on which it would run without on_fault().
+        if is_default(&action):
+            action.sa_flags |= SA_ONSTACK
+        action.sa_flags |= SA_SIGINFO
         action.sa_sigaction = on_fault
         has_handler[i] = True
         if sigaction(fault_signals[i], &action, NULL):
@@ -156,4 +182,10 @@ cdef void unwatch_faults() noexcept nogil:
 
 
 cdef void write_error(const char* text, size_t size) noexcept nogil:
-    write(2, text, size)
+    """Nothing is written to a pipe that stays full, because the process would wait instead of dying, and nothing to a
+    pipe without a reader, because the process would die of SIGPIPE."""
+    cdef pollfd standard_error
+    standard_error.fd = 2
+    standard_error.events = POLLOUT
+    if poll(&standard_error, 1, WRITE_MS) == 1 and standard_error.revents == POLLOUT:
+        write(2, text, size)
