@@ -114,9 +114,9 @@ def patch(creator: MemoryCreator | None = None) -> Patch:
     """Install linmem in every engine that is made from now on, also by libraries that make their own ``Engine()``.
 
     Use it in a ``with`` block, or call the `undo` of the result. Classes of wasmtime that a library imported before are
-    patched, too. An engine whose config was given to `install` keeps that creator. Modules that are compiled in the
-    other engines are prepared (`prepare`, without a cache and without ``expose``), so their data starts as images that
-    instances share until they write to them.
+    patched, too. An engine whose config was given to `install` keeps that creator. Modules and components that are
+    compiled in the other engines are prepared (`prepare`, without a cache and without ``expose``), so their data starts
+    as images that instances share until they write to them.
 
     Patches may overlap, also on several threads. The newest patch that is not undone gives its creator to a new engine.
     After the last `undo`, the methods of wasmtime-py are the same objects as before.
@@ -138,9 +138,10 @@ def patch(creator: MemoryCreator | None = None) -> Patch:
 
     Notes
     -----
-    Engines and modules that were made under a patch stay usable when it is undone. Then, and for `Module.serialize`,
-    ``Linker.define_module`` and ``Linker.instantiate_pre``, wasmtime compiles the original module once more; the data
-    of these instances is copied. For this each module keeps its bytes, and its engine must stay open. A module that was
+    Engines, modules and components that were made under a patch stay usable when it is undone. Then, and for
+    `serialize`, ``Linker.define_module`` and ``Linker.instantiate_pre``, wasmtime compiles the original once more; the
+    data of these instances is copied. An index of ``Component.get_export_index`` is of no use for these instances if
+    it was made under the patch. For this each module keeps its bytes, and its engine must stay open. A module that was
     deserialized is not prepared. An engine with the pooling allocation strategy ignores creators, and its modules are
     not prepared.
     """
