@@ -52,6 +52,8 @@ class HoistedComponent(NamedTuple):
         `images`. The list ends before the first core instance whose memories are not known.
     names : list of str
         The name of each memory in `order`.
+    complete : bool
+        Whether `order` has all memories of an instance.
     skipped : list of str
         Why segments were not hoisted; empty if all were.
     """
@@ -61,6 +63,7 @@ class HoistedComponent(NamedTuple):
     minima: list[int]
     order: list[int]
     names: list[str]
+    complete: bool
     skipped: list[str]
 
 
@@ -129,7 +132,7 @@ def hoist_component(wasm: bytes) -> HoistedComponent:
         root = run.read(wasm, 8, len(wasm), 0)
         run.instantiate(root, None, None, 0)
     except Unknown as reason:
-        return HoistedComponent(wasm, [], [], [], [], [f"nothing is hoisted: {reason}"])
+        return HoistedComponent(wasm, [], [], [], [], False, [f"nothing is hoisted: {reason}"])
     return run.result(wasm, root)
 
 
@@ -281,7 +284,7 @@ class _Run:
             self.write(root, changed, out)
             component = b"".join(out)
         return HoistedComponent(component, images, minima, [first[module] + memory for module, _, memory in self.order],
-                                names, skipped)
+                                names, not self.unknown, skipped)
 
     def write(self, component: _Component, changed: set[_CoreModule], out: list[bytes | memoryview]) -> int:
         """Append the bytes of a component; returns how many there are."""

@@ -18,7 +18,7 @@ import wasmtime
 
 from linmem._core import bridge as _bridge
 from linmem._core.arguments import check_flag, check_path
-from linmem._core.memory import Image, NativeCreator
+from linmem._core.memory import Image, Memory, NativeCreator
 from linmem._files.image_file import write_image
 from linmem._wasm import outline as state
 from linmem._wasm.component import HoistedComponent, hoist_component, is_component
@@ -81,8 +81,8 @@ class Prepared:
         SHA-256 of the binary that `prepare` was given (or made from text), as hexadecimal digits.
     """
 
-    __slots__ = ("__weakref__", "_compile", "_lock", "_names", "_offer", "_places", "_start_module", "added",
-                 "digest", "engine", "images", "module", "outline", "skipped")
+    __slots__ = ("__weakref__", "_compile", "_complete", "_lock", "_names", "_offer", "_places", "_start_module",
+                 "added", "digest", "engine", "images", "module", "outline", "skipped")
 
     engine: wasmtime.Engine
     module: wasmtime.Module | Any           # Any: the one who prepared the file knows whether it is a component
@@ -93,6 +93,7 @@ class Prepared:
     digest: str
     _offer: _bridge.Offer
     _places: list[tuple[int, Image | None]]
+    _complete: bool                                     # `_places` has all memories of an instance
     _names: tuple[str, ...] | None                      # of a component's memories in `_places`; None: a module
     _compile: Callable[[], wasmtime.Module] | None      # makes _start_module; None: it is made
     _start_module: Any                                  # the module that instances with start= are made of
@@ -109,8 +110,8 @@ class Prepared:
     def _of(cls, engine: wasmtime.Engine, module: wasmtime.Module | component.Component,
             images: Sequence[Image | None], minima: Sequence[int], skipped: Sequence[str], digest: str, *,
             added: frozenset[str] = frozenset(), outline: state.Outline | None = None,
-            compile_start: Callable[[], wasmtime.Module] | None = None, names: Sequence[str] | None = None
-            ) -> Prepared:
+            compile_start: Callable[[], wasmtime.Module] | None = None, names: Sequence[str] | None = None,
+            complete: bool = True) -> Prepared:
         self = object.__new__(cls)
         self.engine = engine
         self.module = module
@@ -122,7 +123,7 @@ class Prepared:
         # A minimum may be more than an address space. wasmtime refuses to instantiate such a module.
         self._places = [(min(minimum, _SIZE_MAX), image) for minimum, image in zip(minima, images, strict=True)]
         self._offer = _bridge.Offer(self._places)
-        self._names = None if names is None else tuple(names)
+        self._names, self._complete = None if names is None else tuple(names), complete
         self._start_module = module
         self._compile, self._lock = compile_start, threading.Lock()
         if compile_start is not None:
@@ -219,24 +220,43 @@ class Prepared:
             raise TypeError("imports must be a sequence or a wasmtime.Linker, got"
                             f" {type(imports).__module__}.{type(imports).__name__}") from None
 
+    def _memories(self, call: int, surplus: int | None) -> dict[str, Memory]:
+        """The memories of the instance that the call of that number made. surplus: its first request without a place.
+
+        wasmtime also asks for the GC heap of the store, once and before the memories of a module. A memory of a module
+        with the minimum 0 looks the same. So if there was one request too many, the heap is the first of the requests
+        of 0 bytes that end with the request without a place.
+        """
+        names = self._memory_names()
+        heap = surplus
+        if heap == len(names) and not self._complete:
+            heap = None
+        while heap and self._places[heap - 1][0] == 0:
+            heap -= 1
+        found: dict[str, Memory] = {}
+        for request, memory in _bridge.made_by(call):
+            place = request - (heap is not None and request > heap)
+            for name in ("GC heap",) if request == heap else names[place] if place < len(names) else (
+                    f"memory {request}",):
+                found[name] = memory
+        return found
+
     def _memory_names(self) -> list[tuple[str, ...]]:
         """The names of each memory in `_places`: of a module the exports, if there are any."""
         if self._names is not None:
             return [(name,) for name in self._names]
-        names: list[list[str]] = [[] for _ in self._places]
-        exported: set[str] = set()
-        for name, kind, index in () if self.outline is None else self.outline.names:
-            exported.add(name)
-            if kind == "memory" and self.outline is not None and index >= self.outline.imported_memories:
-                names[index - self.outline.imported_memories].append(name)
-        imported = 0 if self.outline is None else self.outline.imported_memories
-        for index, found in enumerate(names, imported):
-            if not found:
-                name = f"memory {index}"
-                while name in exported:
-                    name = f"hidden {name}"
-                found.append(name)
-        return [tuple(found) for found in names]
+        imported, exports = (0, ()) if self.outline is None else (self.outline.imported_memories, self.outline.names)
+        names: list[tuple[str, ...]] = [()] * len(self._places)
+        for name, kind, index in exports:
+            if kind == "memory" and index >= imported:
+                names[index - imported] += (name,)
+        taken = {name for each in names for name in each}
+        for index, exported in enumerate(names):
+            name = f"memory {imported + index}"
+            while not exported and name in taken:
+                name = f"hidden {name}"
+            names[index] = exported or (name,)
+        return names
 
     def _plan(self, snapshot: Snapshot) -> Start:
         """How instances of this module start from the snapshot. Also compiles the module that they are made of."""
@@ -346,7 +366,7 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
     try:
         hoisted = hoist(read)
     except Malformed as error:
-        hoisted = Hoisted(original, [], [], [f"nothing is hoisted: {error}"])
+        hoisted = Hoisted(original, [], [], [f"nothing is hoisted: {error}"], unknown=True)
     directory = None if cache is None else Cache(cache)
     images: list[Image | None] = [None] * len(hoisted.images)
     try:
@@ -367,7 +387,7 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
     if outline is not None and (hoisted.active or START in read.sections or outline.computed_tables()):
         compile_start = functools.partial(_compiled_for_start, engine, wasm, outline, directory)
     return Prepared._of(engine, module, images, hoisted.minima, skipped, digest, added=added, outline=outline,
-                        compile_start=compile_start)
+                        compile_start=compile_start, complete=not hoisted.unknown)
 
 
 def binary_of(wasm: str | bytes | bytearray) -> bytes:
@@ -385,7 +405,7 @@ def _prepare_component(engine: wasmtime.Engine, original: bytes, cache: Cache | 
     try:
         hoisted = hoist_component(original)
     except Malformed as error:
-        hoisted = HoistedComponent(original, [], [], [], [], [f"nothing is hoisted: {error}"])
+        hoisted = HoistedComponent(original, [], [], [], [], False, [f"nothing is hoisted: {error}"])
     images: list[Image | None] = [None] * len(hoisted.images)
     wasm, skipped, component = hoisted.component, hoisted.skipped, None
     try:
@@ -401,7 +421,8 @@ def _prepare_component(engine: wasmtime.Engine, original: bytes, cache: Cache | 
     if component is None:
         component = _compiled(engine, original, cache)
     return Prepared._of(engine, component, [images[index] for index in hoisted.order],
-                        [hoisted.minima[index] for index in hoisted.order], skipped, digest, names=hoisted.names)
+                        [hoisted.minima[index] for index in hoisted.order], skipped, digest, names=hoisted.names,
+                        complete=hoisted.complete)
 
 
 def _no_room(error: Exception) -> str:
