@@ -1,4 +1,4 @@
-"""linmem in a wasmtime engine: `install`, `use`, `linear_memory`, `new_memory` and `patch`.
+"""linmem in a wasmtime engine: `install`, `use`, `linear_memory`, `memories`, `new_memory` and `patch`.
 
 >>> import wasmtime, linmem.wasmtime
 >>> config = wasmtime.Config()
@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import sys
 import threading
 import weakref
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 try:
     import wasmtime
@@ -33,8 +35,11 @@ from linmem._wasm.sessions import Sessions
 from linmem._wasm.snapshot import Snapshot, check_store, check_type
 from linmem.abc import MemoryCreator
 
-__all__ = ["Prepared", "Sessions", "Snapshot", "cause", "install", "linear_memory", "new_memory", "patch", "prepare",
-           "use"]
+if TYPE_CHECKING:
+    from wasmtime import component
+
+__all__ = ["Prepared", "Sessions", "Snapshot", "cause", "install", "linear_memory", "memories", "new_memory", "patch",
+           "prepare", "use"]
 
 _WASM32_SPACE = 1 << 32
 _SHORT_SPACE = 1 << 40      # bytes; with less space, wasmtime's default of 4 GiB for each memory uses it up soon
@@ -114,9 +119,9 @@ def patch(creator: MemoryCreator | None = None) -> Patch:
     """Install linmem in every engine that is made from now on, also by libraries that make their own ``Engine()``.
 
     Use it in a ``with`` block, or call the `undo` of the result. Classes of wasmtime that a library imported before are
-    patched, too. An engine whose config was given to `install` keeps that creator. Modules that are compiled in the
-    other engines are prepared (`prepare`, without a cache and without ``expose``), so their data starts as images that
-    instances share until they write to them.
+    patched, too. An engine whose config was given to `install` keeps that creator. Modules and components that are
+    compiled in the other engines are prepared (`prepare`, without a cache and without ``expose``), so their data starts
+    as images that instances share until they write to them.
 
     Patches may overlap, also on several threads. The newest patch that is not undone gives its creator to a new engine.
     After the last `undo`, the methods of wasmtime-py are the same objects as before.
@@ -138,9 +143,10 @@ def patch(creator: MemoryCreator | None = None) -> Patch:
 
     Notes
     -----
-    Engines and modules that were made under a patch stay usable when it is undone. Then, and for `Module.serialize`,
-    ``Linker.define_module`` and ``Linker.instantiate_pre``, wasmtime compiles the original module once more; the data
-    of these instances is copied. For this each module keeps its bytes, and its engine must stay open. A module that was
+    Engines, modules and components that were made under a patch stay usable when it is undone. Then, and for
+    `serialize`, ``Linker.define_module`` and ``Linker.instantiate_pre``, wasmtime compiles the original once more; the
+    data of these instances is copied. An index of ``Component.get_export_index`` is of no use for these instances if
+    it was made under the patch. For this each module keeps its bytes, and its engine must stay open. A module that was
     deserialized is not prepared. An engine with the pooling allocation strategy ignores creators, and its modules are
     not prepared.
     """
@@ -219,6 +225,63 @@ def linear_memory(store: wasmtime.Store, memory: wasmtime.Memory | wasmtime.Shar
         raise ValueError(f"memory is not linmem's: {NOT_OURS}, or the memory was made by wasmtime.Memory() or"
                          " wasmtime.SharedMemory() (use linmem.wasmtime.new_memory)")
     return found
+
+
+def memories(instance: wasmtime.Instance | component.Instance, store: wasmtime.Store | None = None
+             ) -> dict[str, Memory]:
+    """The linmem memories of an instance, by name.
+
+    For an instance that `Prepared.instantiate` made, these are all memories that wasmtime made for it, exported or not.
+    An imported memory is not among them. The names are:
+
+    - of a memory that a module exports: the names of its exports
+    - of another memory of a module: ``"memory 1"``, with its index in the module
+    - of a memory of a component: ``"module 2, memory 0"``. The core modules are numbered in the order of the file,
+      those of nested components included. If a module has several instances: ``"module 2, instance 1, memory 0"``
+    - of the heap of the garbage collector, which wasmtime makes for the first instance in a store that needs a heap:
+      ``"GC heap"``
+    - of a memory that linmem cannot assign, because a core module of the host is in the component, or because a module
+      has features that linmem does not know: ``"memory 3"``, with its number among the memories of the instance
+
+    For any other instance, these are the memories that the instance exports, imported memories too, as far as they are
+    linmem's. A component exports no memories.
+
+    Parameters
+    ----------
+    instance : wasmtime.Instance or wasmtime.component.Instance
+    store : wasmtime.Store, optional
+        The store of the instance, or a Caller. Needed if `Prepared.instantiate` did not make the instance.
+
+    Returns
+    -------
+    dict
+        Its views stay valid as those of `linear_memory`. The dict is empty once the store is closed.
+
+    Raises
+    ------
+    TypeError
+        If `instance` is of another type, or if the store is needed and missing.
+    ValueError
+        If the instance belongs to another store.
+    """
+    api = sys.modules.get("wasmtime.component")
+    if not isinstance(instance, (wasmtime.Instance, *([] if api is None else [api.Instance]))):
+        raise TypeError("instance must be a wasmtime.Instance or a wasmtime.component.Instance, got"
+                        f" {type(instance).__name__}")
+    if store is not None:
+        check_store(store, "instance", instance._instance)
+    made = getattr(instance, "_linmem_made", None)
+    if made is not None:
+        prepared: Prepared = instance._linmem_prepared      # type: ignore[union-attr]
+        return prepared._memories(*made)
+    if not isinstance(instance, wasmtime.Instance):
+        return {}
+    if store is None:
+        raise TypeError("store must be the store of the instance, because Prepared.instantiate did not make the"
+                        " instance, got None")
+    exported = [(name, each) for name, each in instance.exports(store).items()
+                if isinstance(each, (wasmtime.Memory, wasmtime.SharedMemory))]
+    return {name: found for name, each in exported if (found := behind(store, each)) is not None}
 
 
 def new_memory(store: wasmtime.Store, memory_type: wasmtime.MemoryType, *,

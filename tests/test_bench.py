@@ -392,10 +392,8 @@ def test_the_native_loop_does_not_take_the_open_offer_of_another_caller():
     made, other = (engines.prepare(kept.engine, WITH_DATA) for _ in range(2))
     at = engines.address(kept.engine.ptr()), engines.address(made.module.ptr())
     assert _loops.instantiate(*at, 1, made._offer) > 0      # binds, too
-    assert other._offer.make()
     with pytest.raises(RuntimeError, match="an instance was made without its images"):
-        _loops.instantiate(*at, 5, made._offer)
-    assert other._offer.take_back() == 1
+        other._offer.making(None, None, _loops.instantiate, *at, 5, made._offer)
     assert _loops.instantiate(*at, 5, made._offer) > 0
 
 

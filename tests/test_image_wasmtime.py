@@ -32,13 +32,8 @@ def offer(*images):
 def instantiate(engine, images, wat=TWO):
     store = wasmtime.Store(engine)
     module = wasmtime.Module(engine, wat)
-    offered = offer(*images)
-    offered.make()
-    try:
-        exports = wasmtime.Instance(store, module, []).exports(store)
-    finally:
-        left = offered.take_back()
-    return store, exports, left
+    instance, left, _, _ = offer(*images).making(None, None, wasmtime.Instance, store, module, [])
+    return store, instance.exports(store), left
 
 
 def test_each_memory_takes_the_next_image_in_order(engine):
@@ -94,53 +89,42 @@ def test_an_offer_is_seen_by_its_own_thread_only(engine):
 
     def other():
         store, exports, left = instantiate(engine, [])
-        seen.append((exports["load"](store, 70000), left, offered.take_back()))
+        seen.append((exports["load"](store, 70000), left))
 
-    offered = offer(img, None)
-    offered.make()
-    try:
+    def start_another_thread():
         thread = threading.Thread(target=other)
         thread.start()
         thread.join()
-    finally:
-        assert offered.take_back() == 1
-    assert seen == [(0, 0, 0)]
+
+    assert offer(img, None).making(None, None, start_another_thread)[1] == 1
+    assert seen == [(0, 0)]
 
 
-def test_an_offer_can_be_repeated_but_not_while_another_offer_is_open(engine):
-    img = Image.from_bytes(b"\x2a", 70000)
-    first, second = offer(img, None, img), offer(img, img)
+def test_an_offer_inside_another_one_ends_before_the_other_goes_on(engine):
+    img, other = Image.from_bytes(b"\x2a", 70000), Image.from_bytes(b"\x2b", 70000)
+    outer, inner = offer(img, None), offer(other, None)
+
+    def first():        # as a signal handler does, before wasmtime has asked for a memory of the outer instance
+        store, exports, left = instantiate(engine, [other])
+        assert (exports["load"](store, 70000), left) == (43, 0)
+        assert inner.making(None, None, lambda: None)[1] == 1
+        store = wasmtime.Store(engine)
+        return store, wasmtime.Instance(store, wasmtime.Module(engine, TWO), [])
+
     for _ in range(3):
-        assert first.make()
-        try:
-            assert not second.make()
-            assert not first.make()
-            assert second.take_back() == 0
-        finally:
-            assert first.take_back() == 2
-    assert first.take_back() == 0
-    # A new offer ends an offer that is used up, for example if a start function makes instances.
-    store = wasmtime.Store(engine)
-    module = wasmtime.Module(engine, TWO)
-    outer = offer(img, None)
-    outer.make()
-    wasmtime.Instance(store, module, [])
-    assert second.make()
-    assert second.take_back() == 2
-    assert outer.take_back() == 0
+        (store, instance), left, _, _ = outer.making(None, None, first)
+        assert (instance.exports(store)["load"](store, 70000), left) == (42, 0)
+    store, exports, _ = instantiate(engine, [])
+    assert exports["load"](store, 70000) == 0
 
 
-def test_an_open_offer_is_kept_alive_and_holds_its_images():
+def test_a_running_offer_holds_its_images_and_no_offer_does_afterwards():
     img = Image.from_bytes(b"x" * 5000)
     offered = offer(img)
-    before = sys.getrefcount(offered)
-    offered.make()
-    assert sys.getrefcount(offered) == before + 1
-    assert offered.take_back() == 1
-    assert sys.getrefcount(offered) == before
-    assert sys.getrefcount(img) > 2
-    held = sys.getrefcount(img)
+    making, held = offered.making, sys.getrefcount(img)
     del offered
+    assert making(None, None, lambda: sys.getrefcount(img))[0] == held
+    del making
     assert sys.getrefcount(img) == held - 1
 
 

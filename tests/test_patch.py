@@ -18,8 +18,16 @@ from wasmtime import _ffi as ffi
 import linmem.wasmtime
 from linmem.wasmtime import patch
 
+try:
+    from wasmtime import component
+except ImportError:             # this wasmtime-py has no components
+    component = None
+needs_components = pytest.mark.skipif(component is None, reason="this wasmtime-py has no components")
+
 METHODS = [(wasmtime.Engine, "__init__"), (wasmtime.Module, "__init__"), (wasmtime.Instance, "__init__"),
            (wasmtime.Linker, "instantiate")]
+METHODS += [(component.Component, "__init__"), (component.Linker, "instantiate"),
+            (component.Linker, "define_unknown_imports_as_traps")] if component else []
 OWN = [vars(kind)[name] for kind, name in METHODS]
 
 DATA = """(module (import "e" "f" (func $f (result i32))) (memory (export "m") 1) (data (i32.const 0) "some data")
@@ -154,6 +162,53 @@ def test_a_closed_module_is_refused():
                     use(module)
 
 
+COMPONENT = """(component (import "f" (func $f (result u32))) (core func $g (canon lower (func $f)))
+    (core module $m (import "e" "f" (func $f (result i32))) (memory (export "m") 1) (data (i32.const 0) "some data")
+        (func (export "first") (result i32) (i32.load8_u (i32.const 0))) (func (export "f") (result i32) (call $f)))
+    (core instance $i (instantiate $m (with "e" (instance (export "f" (func $g))))))
+    (func (export "first") (result u32) (canon lift (core func $i "first")))
+    (func (export "f") (result u32) (canon lift (core func $i "f"))))"""
+
+
+def component_results(engine, compiled, traps=False):
+    linker, store = component.Linker(engine), wasmtime.Store(engine)
+    if traps:
+        linker.define_unknown_imports_as_traps(compiled)
+    else:
+        with linker.root() as root:
+            root.add_func("f", lambda store: 7)
+    instance = linker.instantiate(store, compiled)
+    return [instance.get_func(store, compiled.get_export_index(name))(store) for name in ("first", "f")[:2 - traps]]
+
+
+@needs_components
+def test_a_component_that_a_library_compiles_gets_images_and_stays_usable(monkeypatch, tmp_path):
+    compile, compiled_bytes = component.Component.__init__, []
+    monkeypatch.setattr(component.Component, "__init__",
+                        lambda self, engine, wasm: (compiled_bytes.append(bytes(wasm)), compile(self, engine, wasm))[1])
+    (tmp_path / "component.wat").write_text(COMPONENT)
+    patched = patch()
+    try:
+        engine = wasmtime.Engine()
+        loaded = component.Component.from_file(engine, tmp_path / "component.wat")
+        for each in (component.Component(engine, COMPONENT), loaded):
+            assert component_results(engine, each) == [ord("s"), 7]
+            assert component_results(engine, each, traps=True) == [ord("s")]
+            assert list(each.type.imports(engine)) == ["f"]
+            assert isinstance(each, component.Component)
+        assert [b"some data" in wasm for wasm in compiled_bytes] == [False, False]
+        copy = component.Component.deserialize(engine, loaded.serialize())
+        assert component_results(engine, copy) == [ord("s"), 7]
+        assert [b"some data" in wasm for wasm in compiled_bytes] == [False, False, True]
+        assert type(component.Component(engine, "(component)")) is component.Component
+    finally:
+        patched.undo()
+    assert component_results(engine, loaded) == [ord("s"), 7]
+    loaded.close()
+    with pytest.raises(ValueError, match="already closed"):
+        component_results(engine, loaded)
+
+
 def test_an_explicit_install_wins():
     with patch() as patched:
         config = wasmtime.Config()
@@ -227,6 +282,10 @@ def test_errors_are_those_of_wasmtime():
         found = []
         for make in (lambda: wasmtime.Module(engine, b"\0asm\1\0\0\0\1"), lambda: wasmtime.Module(engine, "(modul)"),
                      lambda: wasmtime.Module(engine, 5), lambda: wasmtime.Module(None, DATA),
+                     lambda: wasmtime.Module(engine, "(component)"),
+                     *([lambda: component.Component(engine, "(module)"), lambda: component.Component(engine, DATA),
+                        lambda: component.Component(None, "(component)"), lambda: component.Component(engine, 5),
+                        lambda: component.Component(engine, b"\0asm\x0d\0\1\0\1")] if component else []),
                      lambda: wasmtime.Engine(5), lambda: wasmtime.Instance(
                          wasmtime.Store(engine), wasmtime.Module(engine, DATA), []),
                      lambda: wasmtime.Linker(engine).instantiate(

@@ -455,6 +455,9 @@ FACE = {
         "creator": (either(trait, nothing), None)}),
     "linmem.wasmtime.linear_memory": (lambda w: linmem.wasmtime.linear_memory, {
         "store": (of(wasmtime.Store), given_by("store")), "memory": (of(wasmtime.Memory), given_by("wasm_memory"))}),
+    "linmem.wasmtime.memories": (lambda w: linmem.wasmtime.memories, {
+        "instance": (of(wasmtime.Instance), given_by("instance")),
+        "store": (either(of(wasmtime.Store), nothing), given_by("store"))}),
     "linmem.wasmtime.new_memory": (lambda w: linmem.wasmtime.new_memory, {
         "store": (of(wasmtime.Store), given_by("store")),
         "memory_type": (of(wasmtime.MemoryType), wasmtime.MemoryType(wasmtime.Limits(1, None))),
@@ -899,6 +902,7 @@ def test_a_path_with_side_effects_is_a_valid_path(path, worlds):
 
 
 @pytest.mark.parametrize("call", ["linmem.wasmtime.linear_memory(other, memory)",
+                                  "linmem.wasmtime.memories(instance, other)",
                                   "linmem.wasmtime.Snapshot.take(other, instance)"])
 def test_a_foreign_store_is_refused(call):
     # In a child, because wasmtime itself would end the process.

@@ -494,3 +494,48 @@ def test_no_other_instruction_is_taken_for_a_growth():
     _, content, end = Module(wasm).sections[10]
     reader = Reader(wasm, content + 2, end)
     assert [code for _, code, _ in Module(wasm).instructions(reader)].count(MEMORY_GROW) == 0
+
+
+# -- components ------------------------------------------------------------------------------------------
+
+GROWS_IN_A_COMPONENT = """(component
+    (component $inner
+        (core module $m (memory (export "memory") 1) (data (i32.const 0) "data")
+            (func (export "grow") (param i32) (result i32) (memory.grow (local.get 0))))
+        (core instance $i (instantiate $m))
+        (func (export "grow") (param "pages" u32) (result s32) (canon lift (core func $i "grow"))))
+    (instance $i (instantiate $inner))
+    (export "grow" (func $i "grow")))"""
+
+
+def test_a_refused_growth_inside_of_a_component_traps():
+    component = pytest.importorskip("wasmtime.component")
+    config = all_features()
+    linmem.wasmtime.install(config, limited())
+    engine = wasmtime.Engine(config)
+    for trap_on_refused in False, True:
+        prepared = prepare(engine, GROWS_IN_A_COMPONENT, trap_on_refused=trap_on_refused)
+        assert prepared.skipped == ()
+        store = wasmtime.Store(engine)
+        grow = prepared.instantiate(store, component.Linker(engine)).get_func(store, "grow")
+        assert grow(store, 2) == 1
+        if trap_on_refused:
+            with pytest.raises(wasmtime.WasmtimeError, match="unreachable") as caught:
+                grow(store, 9)
+            assert isinstance(cause(caught.value), linmem.LimitError)
+        else:
+            grow.post_return(store)
+            assert grow(store, 9) == -1
+        store.close()
+
+
+def test_a_component_with_an_invalid_module_is_refused_as_without_the_option():
+    component = pytest.importorskip("wasmtime.component")
+    engine = engine_of("mmap")
+    wasm = bytes(wasmtime.wat2wasm('(component (core module (func (drop (i32.const 1)))))')).replace(
+        b"\x41\x01\x1a", b"\x41\x01\x10")
+    with pytest.raises(wasmtime.WasmtimeError) as plain:
+        component.Component(engine, wasm)
+    with pytest.raises(wasmtime.WasmtimeError) as caught:
+        prepare(engine, wasm, trap_on_refused=True)
+    assert str(caught.value) == str(plain.value)

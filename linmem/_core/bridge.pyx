@@ -9,19 +9,21 @@ takes the GIL only for the text of an exception that a Python creator raised.
 cimport cython
 from cpython.contextvars cimport PyContextVar_Get, PyContextVar_New
 from cpython.object cimport PyObject
-from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF
-from libc.stdint cimport uint8_t, uint64_t
+from cpython.ref cimport Py_DECREF, Py_INCREF
+from libc.stdint cimport SIZE_MAX, uint8_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free
 
-from linmem._core.atomic cimport load, store
+from linmem._core.atomic cimport add, load, store
 from linmem._core.memory cimport (
     OWNER_LEFT, OWNER_WASMTIME, PROTECTION_NONE, UNCHOSEN, Image, Memory, NativeCreator, current_domain,
     deferred_decref, domain as domain_t, domain_of, domain_release, exception_of, fail, failure, failure_text,
     fork_lock, image_release, image_retain, lock, lock_memory, memory, memory_grow_to, memory_release,
     memory_retain, memory_spec, python_is_ending, refuse_make, register_fork_lock, set_domain, unlock, wrap,
 )
-from linmem._core.units cimport E_MAXIMUM, E_PYTHON, E_UNSUPPORTED
+from linmem._core.units cimport E_MAXIMUM, E_PYTHON, E_UNSUPPORTED, atomic_i64
+
+from operator import itemgetter
 
 from linmem._core.arguments import given as _given
 
@@ -75,7 +77,8 @@ cdef enum:
     BUCKETS = 1 << 12
 
 cdef memory* table[BUCKETS]
-cdef fork_lock table_lock
+cdef memory* call_table[BUCKETS]    # the memories that have a call number, by this number
+cdef fork_lock table_lock           # of both tables
 register_fork_lock(&table_lock)
 
 
@@ -90,6 +93,15 @@ cdef void update_table(memory* m, char* base) noexcept nogil:
     lock is held for the whole move, so that a child that is forked meanwhile finds the memory."""
     cdef memory** place
     lock(&table_lock.held)
+    if m.call and m.registered == NULL:
+        place = &call_table[m.call & (BUCKETS - 1)]
+        m.call_next = place[0]
+        place[0] = m
+    elif m.call and base == NULL:
+        place = &call_table[m.call & (BUCKETS - 1)]
+        while place[0] != m:
+            place = &place[0].call_next
+        place[0] = m.call_next
     if m.registered != NULL:
         place = bucket(m.registered)
         while place[0] != m:
@@ -107,24 +119,39 @@ cdef void update_table(memory* m, char* base) noexcept nogil:
 
 cdef extern from *:
     """
-    typedef struct { void *next, *end, *of, *creator; size_t call, last_call; } linmem_queue;
+    typedef struct { void *next, *end, *creator; size_t call, requests, surplus; int depth, is_numbered; } linmem_queue;
     static LINMEM_OF_THREAD linmem_queue linmem_offered;
     static linmem_queue *linmem_of_thread(void) { return &linmem_offered; }
     """
     ctypedef struct queue "linmem_queue":
         void* next          # a place*: the place of the next memory
         void* end           # a place*: the end of the array
-        void* of            # a reference on the Offer of the last make(); NULL after its take_back()
         void* creator       # a borrowed NativeCreator: the argument of the running making(); NULL: none was given
-        size_t call         # the number of the running making() on this thread; 0: none runs
-        size_t last_call
+        size_t call         # the number of the running making() or Offer.making() on this thread; 0: none runs
+        size_t requests     # how many memories this Offer.making() has been asked for
+        size_t surplus      # the number of the first request that took no place, from 0; SIZE_MAX: each took a place
+        int depth           # python_depth() of the code that made the offer
+        bint is_numbered    # the memories get the number of the call, so that made_by() finds them
 
     queue* offered "linmem_of_thread"() noexcept nogil
+    ctypedef struct PyThreadState:
+        int gilstate_counter        # CPython counts the calls of PyGILState_Ensure() that have not been released
+    PyThreadState* PyGILState_GetThisThreadState() noexcept nogil
 
 
-cdef void take_place(memory_spec* spec) noexcept nogil:
+cdef int python_depth() noexcept nogil:
+    """How many calls from C into Python run on this thread.
+
+    Code that wasmtime calls, such as a host function of a start function, has another depth than the code that called
+    wasmtime. The memories of an instance that such code makes are not memories of the instance being made.
+    """
+    cdef PyThreadState* state = PyGILState_GetThisThreadState()
+    return 0 if state == NULL else state.gilstate_counter
+
+
+cdef void take_place(memory_spec* spec, size_t* call, size_t* request) noexcept nogil:
     """Puts the size and the image that the thread's Offer has for the next memory into `spec`; the image is a new
-    reference.
+    reference. Stores the number of the call (0: the memory gets no number) and the number of the request.
 
     wasmtime also makes the GC heap of a store with this creator, before the memories of the first module that needs the
     heap. The minimum of a GC heap is 0. A memory with an image has another minimum, so a GC heap takes no image.
@@ -132,7 +159,16 @@ cdef void take_place(memory_spec* spec) noexcept nogil:
     cdef queue* q = offered()
     cdef place* next = <place*>q.next
     spec.image = NULL
+    call[0] = 0
+    if (q.next >= q.end and not q.is_numbered) or python_depth() != q.depth:
+        return
+    if q.is_numbered:
+        call[0] = q.call
+        request[0] = q.requests
+        q.requests += 1
     if q.next >= q.end or next.minimum != spec.minimum:
+        if q.is_numbered and q.surplus == SIZE_MAX:
+            q.surplus = request[0]
         return
     q.next = next + 1
     image_retain(next.image)
@@ -236,7 +272,6 @@ cdef extern from *:
 
 
 cdef extern from *:
-    void* PyGILState_GetThisThreadState() noexcept nogil
     unsigned long PyThread_get_thread_ident() noexcept nogil
     int PyThreadState_SetAsyncExc(unsigned long thread, PyObject* exception) except -1
 
@@ -294,6 +329,7 @@ cdef wasmtime_error_t* new_memory(void* env, const wasm_memorytype_t* ty, size_t
     cdef memory* m = NULL
     cdef void* creator = offered().creator
     cdef PyObject* in_context = NULL
+    cdef size_t call, request = 0
     cdef int code
     spec.minimum = minimum
     spec.maximum = maximum                                  # for wasmtime, too, SIZE_MAX means no maximum
@@ -301,7 +337,7 @@ cdef wasmtime_error_t* new_memory(void* env, const wasm_memorytype_t* ty, size_t
     spec.guard = guard
     spec.is_64 = wasmtime.is_64(ty)
     spec.is_shared = wasmtime.is_shared(ty)
-    take_place(&spec)
+    take_place(&spec, &call, &request)
     if creator == NULL and creator_was_chosen and PyGILState_GetThisThreadState() != NULL and not python_is_ending():
         creator = in_context = creator_in_context()
     spec.watched = False
@@ -334,6 +370,7 @@ cdef wasmtime_error_t* new_memory(void* env, const wasm_memorytype_t* ty, size_t
     if code:
         memory_release(m)
         return to_error(&why)
+    m.call, m.request = call, request
     update_table(m, m.base)
     out.env = m
     out.get_memory = get_memory
@@ -435,33 +472,97 @@ def release_choice(tuple choice):
         q.creator = <void*><size_t>before
 
 
+cdef atomic_i64 last_call
+
+
 def making(NativeCreator creator, domain, call, *arguments):
     """Return call(*arguments). The memories that wasmtime asks for on this thread meanwhile come from `creator` and
     belong to `domain`. None as the creator: the creator of `linmem.wasmtime.use` or of the engine makes them, also
     inside another making()."""
+    return make_with(None, creator, domain, call, arguments)[0]
+
+
+cdef tuple make_with(Offer offer, NativeCreator creator, domain, call, arguments):
+    """Returns the result of call(*arguments), how many images of the offer no memory has taken, the number of the call,
+    and the first request that took no place."""
     cdef queue* q = offered()
-    cdef void* creator_before = q.creator
-    cdef size_t call_before = q.call
+    cdef queue before = q[0]        # of a call that this one interrupts, or that has called the host
     cdef domain_t* ours = domain_of(domain)
     cdef domain_t* domain_before = current_domain()
-    q.last_call += 1
-    q.call = q.last_call
+    cdef size_t left = 0, number, surplus
+    number = q.call = <size_t>add(&last_call, 1)
     q.creator = NULL if creator is None else <void*>creator
+    q.requests = 0
+    q.surplus = SIZE_MAX
+    q.is_numbered = offer is not None
+    q.next = q.end = NULL
     set_domain(ours)
     try:
-        return call(*arguments)
+        if offer is not None:
+            offer.begin()
+        result = call(*arguments)
     finally:
-        q.call = call_before
-        q.creator = creator_before
+        if offer is not None:
+            left = offer.end()
+        surplus = q.surplus
+        q[0] = before
         set_domain(domain_before)
         domain_release(ours)
+    return result, left, number, None if surplus == SIZE_MAX else surplus
+
+
+def made_by(size_t call):
+    """The memories that Offer.making() with the number `call` was asked for, and that wasmtime still holds.
+
+    Returns pairs of the number of the request, from 0, and the Memory, in the order of the requests.
+    """
+    cdef memory** found
+    cdef memory* m
+    cdef size_t i, n = of_call(call, NULL, 0)
+    cdef list made = []
+    found = <memory**>calloc(n + 1, sizeof(void*))
+    if found == NULL:
+        raise MemoryError("no memory for the list of the memories of an instance")
+    if n:
+        n = of_call(call, found, n)
+    try:
+        for i in range(n):
+            number = found[i].request
+            m, found[i] = found[i], NULL
+            made.append((number, wrap(m)))
+    finally:
+        for i in range(n):
+            if found[i] != NULL:
+                memory_release(found[i])
+        free(found)
+    made.sort(key=itemgetter(0))
+    return made
+
+
+cdef size_t of_call(size_t call, memory** found, size_t room) noexcept nogil:
+    """Stores at most `room` memories with the number `call`, each with a new reference. Returns how many there are, or
+    how many were stored if `room` is not 0."""
+    cdef memory* m
+    cdef size_t n = 0
+    lock(&table_lock.held)
+    m = call_table[call & (BUCKETS - 1)]
+    while m != NULL and (n < room or room == 0):
+        if m.call == call:
+            if room:
+                memory_retain(m)
+                found[n] = m
+            n += 1
+        m = m.call_next
+    unlock(&table_lock.held)
+    return n
 
 
 @cython.final
 cdef class Offer:
     """The images that the memories of one instance start from.
 
-    Between make() and take_back(), the memories that wasmtime asks for on this thread start from these images.
+    During `making`, the memories that wasmtime asks for on this thread start from these images. Memories of other
+    instances, which the host makes when wasm calls it, do not.
 
     Parameters
     ----------
@@ -493,33 +594,22 @@ cdef class Offer:
     def __reduce__(self):
         raise TypeError("an Offer cannot be pickled or copied: it belongs to a thread of this process")
 
-    def make(self):
-        """Offer the images on this thread. The caller must call take_back() afterwards.
+    def making(self, creator, domain, call, *arguments):
+        """As the function `making`; the memories that wasmtime asks for take the images.
 
-        False: the thread has another offer with images that no memory has taken. That offer stays.
+        Returns
+        -------
+        tuple
+            The result of call(*arguments); how many images no memory has taken; the number of this call, for
+            `made_by`; and the number of the first request that took no place, or None.
         """
-        cdef queue* q = offered()
-        cdef PyObject* before = <PyObject*>q.of     # an Offer whose images were all taken, or NULL
-        if not self.begin():
-            return False
-        Py_INCREF(self)
-        q.of = <void*>self
-        Py_XDECREF(before)
-        return True
-
-    def take_back(self):
-        """End the offer. Returns how many of its images no memory has taken."""
-        cdef queue* q = offered()
-        if q.of != <void*>self:     # all images were taken, and another Offer was made meanwhile
-            return 0
-        q.of = NULL
-        Py_DECREF(self)
-        return self.end()
+        return make_with(self, creator, domain, call, arguments)
 
     cdef bint begin(self) noexcept nogil:
         cdef queue* q = offered()
         if q.next < q.end:
             return False
+        q.depth = python_depth()
         q.next = self.places
         q.end = self.places + self.n
         return True

@@ -251,6 +251,8 @@ cdef struct memory:
     protections* protections    # which pages have which access; NULL: all are "rw"
     memory* registry_next       # the next memory in the same bucket of the bridge's table of wasmtime's memories
     char* registered            # the base with which the memory was entered into that table
+    memory* call_next           # the next memory in the same bucket of the bridge's table of calls
+    size_t call, request        # the number of the call that made an instance with this memory, or 0; which request
     size_t reported             # the size that wasmtime knows, until it grows the memory to `size`; 0: `size` itself
     # For a child that is forked in the middle of a growth and does not have the thread that was growing the memory:
     size_t opening              # pages up to here may be accessible, though byte_size ends before; 0: no growth

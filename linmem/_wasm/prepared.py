@@ -1,25 +1,28 @@
-"""`prepare` and `Prepared`: modules whose memories start from images of their data."""
+"""`prepare` and `Prepared`: modules and components whose memories start from images of their data."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import importlib
 import importlib.metadata
 import os
 import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
-from typing import BinaryIO, NoReturn, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, BinaryIO, NoReturn, TypeVar
 
 import wasmtime
 
 from linmem._core import bridge as _bridge
 from linmem._core.arguments import check_flag, check_path
-from linmem._core.memory import Image, NativeCreator
+from linmem._core.memory import Image, Memory, NativeCreator
 from linmem._files.image_file import write_image
 from linmem._wasm import outline as state
+from linmem._wasm.component import HoistedComponent, hoist_component, is_component, with_modules
 from linmem._wasm.growth_traps import with_growth_traps
 from linmem._wasm.image_cache import Cache
 from linmem._wasm.instance_state import behind
@@ -34,6 +37,7 @@ from linmem.errors import FileFormatError, PageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from wasmtime import component
     from wasmtime._exportable import AsExtern
 
     from linmem.abc import MemoryCreator
@@ -43,13 +47,14 @@ NOT_OURS = ("linmem.wasmtime.install(config) was not called for this engine, or 
 
 _FORMAT = 2         # the version of cached files, in their keys; keys of modules also have wasmtime's
 _ASKS: weakref.WeakKeyDictionary[wasmtime.Engine, bool] = weakref.WeakKeyDictionary()
+_NO_ROOM = PageError, OverflowError     # for an image, for example of segments that are very far apart
 _alive: weakref.WeakSet[Prepared] = weakref.WeakSet()       # each with a module that is still to be compiled
 _SIZE_MAX = 2 * sys.maxsize + 1
 _T = TypeVar("_T")
 
 
 class Prepared:
-    """A module whose data come from images. Made by `prepare`; immutable and usable from any thread.
+    """A module or component whose data come from images. Made by `prepare`; immutable and usable from any thread.
 
     As long as `skipped` is empty, an instance costs no more fuel, and checks no more epoch deadlines, than an instance
     of the original module in an engine without linmem. There is one exception. If the module fills an imported table,
@@ -61,35 +66,39 @@ class Prepared:
     ----------
     engine : wasmtime.Engine
         The engine that the module was prepared for.
-    module : wasmtime.Module
+    module : wasmtime.Module or wasmtime.component.Component
         The module that is instantiated: its hoisted data segments are empty. Use it for its imports and exports. An
         instance that is not made by `instantiate` lacks the data.
     images : tuple
-        For each memory that the module defines, an `Image` of its data, or None.
+        For each memory that the module defines, an `Image` of its data, or None. For a component: for each memory of
+        an instance, in the order in which wasmtime makes them. The tuple ends before the first core instance whose
+        memories are not known.
     skipped : tuple of str
         Why data segments stayed in the module, or why `expose` did nothing; empty if all was done.
     added : frozenset of str
         The exports that ``expose=True`` added.
     outline : linmem._wasm.outline.Outline or None
-        The state that instances have; None if the module uses features that linmem does not know.
+        The state that instances have; None for a component, or if the module uses features that linmem does not know.
     digest : str
         SHA-256 of the binary that `prepare` was given (or made from text), as hexadecimal digits.
     """
 
-    __slots__ = ("__weakref__", "_compile", "_lock", "_offer", "_places", "_start_module", "added", "digest", "engine",
-                 "images", "module", "outline", "skipped")
+    __slots__ = ("__weakref__", "_compile", "_complete", "_lock", "_names", "_offer", "_places", "_start_module",
+                 "added", "digest", "engine", "images", "module", "outline", "skipped")
 
     engine: wasmtime.Engine
-    module: wasmtime.Module
+    module: wasmtime.Module | Any           # Any: the one who prepared the file knows whether it is a component
     images: tuple[Image | None, ...]
     skipped: tuple[str, ...]
     added: frozenset[str]
     outline: state.Outline | None
     digest: str
-    _offer: _bridge.Offer | None
+    _offer: _bridge.Offer
     _places: list[tuple[int, Image | None]]
+    _complete: bool                                     # `_places` has all memories of an instance
+    _names: tuple[str, ...] | None                      # of a component's memories in `_places`; None: a module
     _compile: Callable[[], wasmtime.Module] | None      # makes _start_module; None: it is made
-    _start_module: wasmtime.Module                      # the module that instances with start= are made of
+    _start_module: Any                                  # the module that instances with start= are made of
     _lock: threading.Lock                               # of _compile
 
     def __init__(self) -> None:
@@ -100,9 +109,11 @@ class Prepared:
                         " process, prepare() with the same cache= is quick")
 
     @classmethod
-    def _of(cls, engine: wasmtime.Engine, module: wasmtime.Module, images: Sequence[Image | None],
-            minima: Sequence[int], skipped: Sequence[str], added: frozenset[str], outline: state.Outline | None,
-            digest: str, compile_start: Callable[[], wasmtime.Module] | None) -> Prepared:
+    def _of(cls, engine: wasmtime.Engine, module: wasmtime.Module | component.Component,
+            images: Sequence[Image | None], minima: Sequence[int], skipped: Sequence[str], digest: str, *,
+            added: frozenset[str] = frozenset(), outline: state.Outline | None = None,
+            compile_start: Callable[[], wasmtime.Module] | None = None, names: Sequence[str] | None = None,
+            complete: bool = True) -> Prepared:
         self = object.__new__(cls)
         self.engine = engine
         self.module = module
@@ -113,16 +124,18 @@ class Prepared:
         self.digest = digest
         # A minimum may be more than an address space. wasmtime refuses to instantiate such a module.
         self._places = [(min(minimum, _SIZE_MAX), image) for minimum, image in zip(minima, images, strict=True)]
-        self._offer = _bridge.Offer(self._places) if any(image is not None for image in images) else None
-        self._start_module, self._compile, self._lock = module, compile_start, threading.Lock()
+        self._offer = _bridge.Offer(self._places)
+        self._names, self._complete = None if names is None else tuple(names), complete
+        self._start_module = module
+        self._compile, self._lock = compile_start, threading.Lock()
         if compile_start is not None:
             _alive.add(self)
         return self
 
     def instantiate(self, store: wasmtime.Store,
-                    imports: Sequence[AsExtern] | wasmtime.Linker = (), *,
+                    imports: Sequence[AsExtern] | wasmtime.Linker | component.Linker = (), *,
                     start: Snapshot | None = None, domain: str | None = None,
-                    creator: MemoryCreator | None = None) -> wasmtime.Instance:
+                    creator: MemoryCreator | None = None) -> wasmtime.Instance | Any:
         """Make an instance whose memories share the pages of the images until they write to them.
 
         With ``start=snapshot`` the instance has the state of the snapshot: its memories share the pages of the
@@ -136,11 +149,12 @@ class Prepared:
         ----------
         store : wasmtime.Store
             A store of the engine that the module was prepared for.
-        imports : sequence or wasmtime.Linker
-            As for ``wasmtime.Instance``; or a linker that defines them.
+        imports : sequence, wasmtime.Linker or wasmtime.component.Linker
+            As for ``wasmtime.Instance``; or a linker that defines them. For a component, a linker of components; it
+            may be left out if the component imports nothing.
         start : Snapshot, optional
             A snapshot of an instance of the same module, from any store of any engine. If the module has a start
-            function, or data that `skipped` names, it is compiled once more at the first use.
+            function, or data that `skipped` names, it is compiled once more at the first use. Not for a component.
         domain : str, optional
             A pool never gives this guest pages of another domain; as for `linmem.create`.
         creator : MemoryCreator, optional
@@ -151,57 +165,105 @@ class Prepared:
             host function calls `instantiate` or `new_memory`. The memories keep their creator, and its budget, as long
             as they live. Imported memories keep their creators (`new_memory` has this argument, too).
 
+        Returns
+        -------
+        wasmtime.Instance or wasmtime.component.Instance
+
         Raises
         ------
         wasmtime.WasmtimeError, wasmtime.Trap
-            As ``wasmtime.Instance`` raises for the original module.
+            As ``wasmtime.Instance`` or ``wasmtime.component.Linker`` raises for the original module or component.
         ValueError
-            If `start` is a snapshot of another module, if it cannot leave its store, if it has state that this module
-            does not export (prepare it with ``expose=True``), or if an imported memory or table is larger than in the
-            snapshot, or is not linmem's; or if a pool in `creator` has an ``image=``.
+            If `start` is given for a component, if `start` is a snapshot of another module, if it cannot leave its
+            store, if it has state that this module does not export (prepare it with ``expose=True``), or if an
+            imported memory or table is larger than in the snapshot, or is not linmem's; or if a pool in `creator` has
+            an ``image=``.
         GrowError
             If the store, or the maximum of an import, does not let a memory or a table have the size that it has in
             the snapshot.
         """
         check_context(store)
         native = None if creator is None else checked_creator(creator)
-        if not isinstance(imports, wasmtime.Linker):
-            try:
-                imports = list(imports)
-            except TypeError:
-                raise TypeError("imports must be a sequence or a wasmtime.Linker, got"
-                                f" {type(imports).__name__}") from None
-        module, offer, missing = self.module, self._offer, 0
-        plan = None
+        module, offer, plan = self.module, self._offer, None
         if start is not None:
             if not isinstance(start, Snapshot):
                 raise TypeError(f"start must be a Snapshot, got {type(start).__name__}")
             plan = start._starts.get(self) or self._plan(start)
             module, offer = self._start_module, plan.offer
-        try:        # make() is in the block, because an interrupt may come when it returns
-            if offer is not None and not offer.make():
-                offer = None        # the present offer belongs to another call, which takes it back
-                raise RuntimeError("another instance is being made on this thread, and has not taken its images yet")
-            instance = (
-                _bridge.making(native, domain, wasmtime.Linker.instantiate, imports, store, module)
-                if isinstance(imports, wasmtime.Linker) else
-                _bridge.making(native, domain, wasmtime.Instance, store, module, imports))
-        finally:
-            if offer is not None:
-                missing = offer.take_back()
+        instance: Any
+        instance, missing, call, surplus = offer.making(native, domain, *self._call(imports, store, module))
         if missing:
             raise RuntimeError(f"{missing} memories were made without their data: the engine did not ask linmem for"
                                " them")
+        instance._linmem_made = call, surplus
         if plan is not None:
             plan.finish(store, instance)
             for recording in list(OPEN) if OPEN else ():
                 if recording.snapshot is start:
                     plan.watch(store, instance, recording)
-        instance._linmem_prepared = self        # type: ignore[attr-defined]
+        instance._linmem_prepared = self
         return instance
+
+    def _call(self, imports: Any, store: wasmtime.Store, module: Any) -> tuple[Any, ...]:
+        """The function of wasmtime-py that makes an instance, and its arguments."""
+        if self._names is not None:
+            linker = component_api().Linker
+            if not isinstance(imports, linker):
+                if imports != ():
+                    raise TypeError("imports must be a wasmtime.component.Linker, because a component was prepared, got"
+                                    f" {type(imports).__module__}.{type(imports).__name__}")
+                imports = linker(self.engine)
+            return linker.instantiate, imports, store, module
+        if isinstance(imports, wasmtime.Linker):
+            return wasmtime.Linker.instantiate, imports, store, module
+        try:
+            return wasmtime.Instance, store, module, list(imports)
+        except TypeError:
+            raise TypeError("imports must be a sequence or a wasmtime.Linker, got"
+                            f" {type(imports).__module__}.{type(imports).__name__}") from None
+
+    def _memories(self, call: int, surplus: int | None) -> dict[str, Memory]:
+        """The memories of the instance that the call of that number made. surplus: its first request without a place.
+
+        wasmtime also asks for the GC heap of the store, once and before the memories of a module. A memory of a module
+        with the minimum 0 looks the same. So if there was one request too many, the heap is the first of the requests
+        of 0 bytes that end with the request without a place.
+        """
+        names = self._memory_names()
+        heap = surplus
+        if heap == len(names) and not self._complete:
+            heap = None
+        while heap and self._places[heap - 1][0] == 0:
+            heap -= 1
+        found: dict[str, Memory] = {}
+        for request, memory in _bridge.made_by(call):
+            place = request - (heap is not None and request > heap)
+            for name in ("GC heap",) if request == heap else names[place] if place < len(names) else (
+                    f"memory {request}",):
+                found[name] = memory
+        return found
+
+    def _memory_names(self) -> list[tuple[str, ...]]:
+        """The names of each memory in `_places`: of a module the exports, if there are any."""
+        if self._names is not None:
+            return [(name,) for name in self._names]
+        imported, exports = (0, ()) if self.outline is None else (self.outline.imported_memories, self.outline.names)
+        names: list[tuple[str, ...]] = [()] * len(self._places)
+        for name, kind, index in exports:
+            if kind == "memory" and index >= imported:
+                names[index - imported] += (name,)
+        taken = {name for each in names for name in each}
+        for index, exported in enumerate(names):
+            name = f"memory {imported + index}"
+            while not exported and name in taken:
+                name = f"hidden {name}"
+            names[index] = exported or (name,)
+        return names
 
     def _plan(self, snapshot: Snapshot) -> Start:
         """How instances of this module start from the snapshot. Also compiles the module that they are made of."""
+        if self._names is not None:
+            raise ValueError("start must be None for a component: a snapshot holds the state of a core module")
         found = snapshot._travels()
         if found.module != self.digest:
             raise ValueError(f"start is a snapshot of the module {found.module[:16]}..., and this is the module"
@@ -237,7 +299,7 @@ if hasattr(os, "register_at_fork"):     # else a lock that another thread holds 
 def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
             cache: str | os.PathLike[str] | None = None, expose: bool = False,
             trap_on_refused: bool = False) -> Prepared:
-    """Compile a module such that its instances start from images of its data.
+    """Compile a module or a component such that its instances start from images of its data.
 
     The active data segments of the module's own memories are taken out of the module and put into an `Image` for each
     memory. The memories of an instance that `Prepared.instantiate` makes share the pages of the images until they
@@ -245,12 +307,16 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
     removal would change that stay in the module. All segments stay if the OS has no room for the images.
     `Prepared.skipped` gives the reasons.
 
+    The same is done for each core module inside a component, also in nested components. The data stays if it is not
+    known at which point of an instantiation wasmtime makes the memories of the module, or if the component exports the
+    module.
+
     Parameters
     ----------
     engine : wasmtime.Engine
         An engine of a config that linmem is installed in.
     wasm : bytes or str
-        A core module in the binary format, or its text.
+        A core module or a component in the binary format, or its text.
     cache : path, optional
         A directory for the images and for wasmtime's compiled module, made if it is missing. The files in it are run
         as code, so the directory must belong to the user, and other users must not be able to write to it. Processes
@@ -258,9 +324,9 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
     expose : bool
         Also export the memories, mutable globals and tables that the module does not export, own and imported, so
         that a `Snapshot` can hold them. `Prepared.added` has their names. The added table of functions, if there is
-        one, counts in ``Store.set_limits(tables=, table_elements=)``.
+        one, counts in ``Store.set_limits(tables=, table_elements=)``. Refused for a component.
     trap_on_refused : bool
-        A ``memory.grow`` of this module that would return -1 traps ("unreachable") instead, whoever refused: a
+        A ``memory.grow`` of this module, or component, that would return -1 traps ("unreachable") instead, whoever refused: a
         creator, the OS, ``Store.set_limits``, or the memory's maximum. `cause` returns the exception of a creator. Rust
         has ``StoreLimitsBuilder::trap_on_grow_failure``. A growth costs a few more units of fuel. Debug information
         (DWARF) and branch hints are left out, because their places in the code would be wrong. The `digest` does not
@@ -272,10 +338,12 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
         If wasmtime refuses the module (or component), with wasmtime's own text; or if the creator of the engine
         refuses the memory that tests the engine.
     ValueError
-        If the engine does not make its memories with linmem; or if `trap_on_refused` is True, and the module has
-        instructions or types that linmem does not know.
+        If the engine does not make its memories with linmem; if `expose` is set for a component; or if
+        `trap_on_refused` is set, and the module has instructions or types that linmem does not know.
     PermissionError
         If other users may write to the directory of the cache.
+    RuntimeError
+        If this wasmtime-py has no components.
     """
     check_type(engine, wasmtime.Engine, "engine")
     if not isinstance(wasm, (str, bytes, bytearray)):
@@ -284,15 +352,16 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
     check_flag(trap_on_refused, "trap_on_refused")
     if cache is not None:
         cache = os.fsdecode(check_path(cache, "cache"))
-    try:
-        original = wasm.encode() if isinstance(wasm, str) else bytes(wasm)
-    except UnicodeEncodeError as error:
-        raise ValueError(f"wasm must be text that UTF-8 can encode: {error}") from None
-    if isinstance(wasm, str) or original[:1] not in (b"", b"\0"):
-        original = bytes(wasmtime.wat2wasm(original))
+    original = binary_of(wasm)
     if not makes_our_memories(engine):
         raise ValueError(f"the engine does not make its memories with linmem: {NOT_OURS}")
     digest = hashlib.sha256(original).hexdigest()
+    if is_component(original):
+        if expose:
+            raise ValueError("expose must be False for a component: a component cannot export its memories and globals")
+        component_api()
+        directory = None if cache is None else Cache(cache)
+        return _prepare_component(engine, original, directory, digest, trap_on_refused)
     if trap_on_refused:
         original = _with_growth_traps(engine, original)
     read = Module(original)
@@ -311,31 +380,28 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
     try:
         hoisted = hoist(read)
     except Malformed as error:
-        hoisted = Hoisted(original, [], [], [f"nothing is hoisted: {error}"])
+        hoisted = Hoisted(original, [], [], [f"nothing is hoisted: {error}"], unknown=True)
     directory = None if cache is None else Cache(cache)
-    images: list[Image | None] = []
+    images: list[Image | None] = [None] * len(hoisted.images)
     try:
-        for runs in hoisted.images:
-            images.append(None if runs is None else _image(runs, directory))
-    except (PageError, OverflowError) as error:     # for example, segments that are very far apart
-        hoisted = hoisted._replace(
-            module=original, skipped=[f"nothing is hoisted, there is no room for an image: {error}"], active=True)
-        images = [None] * len(hoisted.images)
+        images = _images(hoisted.images, directory)
+    except _NO_ROOM as error:
+        hoisted = hoisted._replace(module=original, skipped=[_no_room(error)], active=True)
     skipped += hoisted.skipped
     wasm = state.extended(hoisted.module, items)
     try:
         module = _compiled(engine, wasm, directory)
     except wasmtime.WasmtimeError as error:
         images, added, outline = [None] * len(images), frozenset(), None
-        skipped = [f"nothing is hoisted or exposed, wasmtime takes the module only as it is: {error}"]
+        skipped = [f"nothing is hoisted or exposed, {_only_original('module', error)}"]
         module = None
     if module is None:      # if wasmtime refuses the original, too, the caller gets that refusal alone
         module = _compiled(engine, original, directory)
     compile_start = None
     if outline is not None and (hoisted.active or START in read.sections or outline.computed_tables()):
         compile_start = functools.partial(_compiled_for_start, engine, wasm, outline, directory)
-    return Prepared._of(engine, module, images, hoisted.minima, skipped, added, outline,
-                        digest, compile_start)
+    return Prepared._of(engine, module, images, hoisted.minima, skipped, digest, added=added, outline=outline,
+                        compile_start=compile_start, complete=not hoisted.unknown)
 
 
 def _with_growth_traps(engine: wasmtime.Engine, wasm: bytes) -> bytes:
@@ -344,11 +410,76 @@ def _with_growth_traps(engine: wasmtime.Engine, wasm: bytes) -> bytes:
     except wasmtime.WasmtimeError:
         wasmtime.Module(engine, wasm)       # refuses with the text that it has without the option
         raise
-    try:
+    with _growths_must_be_found("module"):
         return with_growth_traps(Module(wasm))
+
+
+@contextlib.contextmanager
+def _growths_must_be_found(kind: str) -> Iterator[None]:
+    try:
+        yield
     except (Unknown, Malformed) as reason:
-        raise ValueError("trap_on_refused must be False for this module, because linmem cannot find each memory.grow"
+        raise ValueError(f"trap_on_refused must be False for this {kind}, because linmem cannot find each memory.grow"
                          f" in it: {reason}") from None
+
+
+def binary_of(wasm: str | bytes | bytearray) -> bytes:
+    """The binary format of a module or a component, which may be given as text."""
+    try:
+        original = wasm.encode() if isinstance(wasm, str) else bytes(wasm)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"wasm must be text that UTF-8 can encode: {error}") from None
+    if isinstance(wasm, str) or original[:1] not in (b"", b"\0"):
+        return bytes(wasmtime.wat2wasm(original))
+    return original
+
+
+def _prepare_component(engine: wasmtime.Engine, original: bytes, cache: Cache | None, digest: str,
+                       trap_on_refused: bool) -> Prepared:
+    if trap_on_refused:
+        try:
+            with _growths_must_be_found("component"):
+                original = with_modules(original, functools.partial(_with_growth_traps, engine))
+        except wasmtime.WasmtimeError:
+            component_api().Component(engine, original)     # refuses with the text that it has without the option
+            raise
+    try:
+        hoisted = hoist_component(original)
+    except Malformed as error:
+        hoisted = HoistedComponent(original, [], [], [], [], False, [f"nothing is hoisted: {error}"])
+    images: list[Image | None] = [None] * len(hoisted.images)
+    wasm, skipped, component = hoisted.component, hoisted.skipped, None
+    try:
+        images = _images(hoisted.images, cache)
+    except _NO_ROOM as error:
+        wasm, skipped = original, [_no_room(error)]
+    if wasm is not original:
+        try:
+            component = _compiled(engine, wasm, cache)
+        except wasmtime.WasmtimeError as error:
+            images = [None] * len(images)
+            skipped = [f"nothing is hoisted, {_only_original('component', error)}"]
+    if component is None:
+        component = _compiled(engine, original, cache)
+    return Prepared._of(engine, component, [images[index] for index in hoisted.order],
+                        [hoisted.minima[index] for index in hoisted.order], skipped, digest, names=hoisted.names,
+                        complete=hoisted.complete)
+
+
+def _no_room(error: Exception) -> str:
+    return f"nothing is hoisted, there is no room for an image: {error}"
+
+
+def _only_original(kind: str, error: Exception) -> str:
+    return f"wasmtime takes the {kind} only as it is: {error}"
+
+
+def component_api() -> Any:
+    """The module ``wasmtime.component``."""
+    try:
+        return importlib.import_module("wasmtime.component")
+    except ImportError as error:
+        raise RuntimeError(f"wasmtime {wasmtime_version()} has no components: {error}") from None
 
 
 def checked_creator(creator: MemoryCreator) -> NativeCreator:
@@ -383,6 +514,10 @@ def makes_our_memories(engine: wasmtime.Engine) -> bool:
     return found
 
 
+def _images(contents: Sequence[Sequence[Run] | None], cache: Cache | None) -> list[Image | None]:
+    return [None if runs is None else _image(runs, cache) for runs in contents]
+
+
 def _image(runs: Sequence[Run], cache: Cache | None) -> Image:
     start, (last, data) = runs[0][0], runs[-1]
     make = functools.partial(Image.from_pieces, runs, last + len(data) - start, start)
@@ -404,26 +539,29 @@ def wasmtime_version() -> str:
         return "of an unknown version"
 
 
-def _compiled(engine: wasmtime.Engine, wasm: bytes, cache: Cache | None) -> wasmtime.Module:
-    make = functools.partial(wasmtime.Module, engine, wasm)
+def _compiled(engine: wasmtime.Engine, wasm: bytes, cache: Cache | None) -> Any:
+    """The compiled module or component."""
+    kind = component_api().Component if is_component(wasm) else wasmtime.Module
+    make = functools.partial(kind, engine, wasm)
     if cache is None:
         return make()
     key = hashlib.sha256(f"linmem {_FORMAT}, wasmtime {wasmtime_version()}\n".encode() + wasm).hexdigest()
-    return _cached(cache, key, ".cwasm", functools.partial(_read, engine), make,
+    return _cached(cache, key, ".cwasm", functools.partial(_read, kind, engine), make,
                    lambda module, file: file.write(module.serialize()))
 
 
 def _compiled_for_start(engine: wasmtime.Engine, wasm: bytes, outline: state.Outline,
                         cache: Cache | None) -> wasmtime.Module:
-    return _compiled(engine, without_start(wasm, outline), cache)
+    module: wasmtime.Module = _compiled(engine, without_start(wasm, outline), cache)
+    return module
 
 
-def _read(engine: wasmtime.Engine, path: str) -> wasmtime.Module:
+def _read(kind: Any, engine: wasmtime.Engine, path: str) -> Any:
     try:
-        return wasmtime.Module.deserialize_file(engine, path)
+        return kind.deserialize_file(engine, path)
     except wasmtime.WasmtimeError:      # the file may be in a noexec file system: it can be read, but not mapped
         with open(path, "rb") as file:
-            return wasmtime.Module.deserialize(engine, file.read())
+            return kind.deserialize(engine, file.read())
 
 
 def _cached(cache: Cache, key: str, suffix: str, read: Callable[[str], _T], make: Callable[[], _T],
@@ -442,5 +580,8 @@ def _cached(cache: Cache, key: str, suffix: str, read: Callable[[str], _T], make
     try:
         cache.add(key, suffix, lambda file: write(made, file))
     except OSError as error:
-        warnings.warn(f"not cached: {error}", RuntimeWarning, stacklevel=4)
+        frame, level = sys._getframe(), 1       # the warning names the line that called prepare()
+        while frame.f_back is not None and frame.f_code.co_filename == __file__:
+            frame, level = frame.f_back, level + 1
+        warnings.warn(f"not cached: {error}", RuntimeWarning, stacklevel=level)
     return made

@@ -116,11 +116,11 @@ class Sessions:
             if len(imports):
                 raise ValueError("imports must be empty, a wasmtime.Linker or a callable that gets each new store,"
                                  f" because each session has a store of its own, got {shown(imports)}")
+        prepared._plan(start)       # refuses a snapshot that does not fit, and a component
         for each in prepared.module.imports:
             if isinstance(each.type, wasmtime.MemoryType) and each.type.is_shared:
                 raise ValueError("prepared must be a module without an imported shared memory, which other instances"
                                  f" may write to at any time, got one that imports {each.module!r} {each.name!r}")
-        prepared._plan(start)       # refuses a snapshot that does not fit
         assert prepared.outline is not None
         self._prepared, self._imports, self._start, self._begin = prepared, imports, start, begin
         self._memories = [name for (kind, _), name in prepared.outline.exports.items() if kind == "memory"]

@@ -66,7 +66,7 @@ class Start:
                 values.append(each)
         # The others are as instantiation makes them.
         tables = [table for table in state.tables if table.changed or table.index < outline.imported_tables]
-        self.offer = _bridge.Offer(offered) if any(place[1] is not None for place in offered) else None
+        self.offer = _bridge.Offer(offered)
         self.grown = _bridge.Writes(grown) if grown else None
         self.numbers = _bridge.Writes(numbers) if numbers else None
         # The rest, which is slower.
