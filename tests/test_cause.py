@@ -224,6 +224,18 @@ def test_only_the_last_refusals_are_kept():
     assert [cause(error) is None for error in errors] == [True, True] + [False] * 256
 
 
+def test_a_guest_that_tries_in_a_loop_does_not_push_out_the_refusals_of_others():
+    other = Guest(wat="""(module (import "e" "call" (func)) (memory (export "m") 1)
+        (func (export "try") (param $times i32)
+            (loop (drop (memory.grow (i32.const 9)))
+                (br_if 0 (local.tee $times (i32.sub (local.get $times) (i32.const 1)))))
+            (if (i32.eq (memory.grow (i32.const 7)) (i32.const -1)) (then unreachable))))""")
+    error = Guest().error("must_grow", 5)
+    last = other.error("try", 300)
+    assert is_of_the_budget(cause(error), 5 * PAGE)
+    assert is_of_the_budget(cause(last), 7 * PAGE)
+
+
 def test_a_kept_refusal_holds_no_creator_and_no_call():
     class Holds(Refuses):
         def new_memory(self, *arguments):

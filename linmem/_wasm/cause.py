@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import os
@@ -9,6 +10,7 @@ import re
 import secrets
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from types import FrameType
@@ -28,6 +30,7 @@ _TOKEN = re.compile(r"\[refusal ([0-9a-f]{16})\]")
 class _Refusal(NamedTuple):
     token: str
     thread: int
+    time: int       # of time.perf_counter_ns
     calls: tuple[weakref.ref[Any], ...]     # each to an object of its own call into wasmtime
     error: Exception
 
@@ -41,7 +44,13 @@ def note(error: Exception) -> str:
     _forget_frames(error, sys.exc_info()[1])
     calls = [weakref.ref(mark) for frame in _stack(sys._getframe(1)) for mark in itertools.islice(_marks(frame), 1)]
     calls = [*calls[:_DEEPEST], *calls[_DEEPEST:][-_DEEPEST:]]
-    _refusals.append(_Refusal(token, threading.get_ident(), tuple(calls), error))
+    thread = threading.get_ident()
+    before = next((refusal for refusal in _refusals[::-1] if refusal.thread == thread), None)
+    _refusals.append(_Refusal(token, thread, time.perf_counter_ns(), tuple(calls), error))
+    # Only the last refusal of a call is needed, so that a guest that tries in a loop does not push out all others.
+    if before is not None and before.calls and calls and before.calls[0]() is calls[0]():
+        with contextlib.suppress(ValueError):       # another thread has pushed it out
+            _refusals.remove(before)
     del _refusals[:-_KEPT]
     return f"[refusal {token}]"
 
@@ -64,20 +73,10 @@ def _forget_frames(error: BaseException, handled: BaseException | None) -> None:
                 left.append(other)
 
 
-def newest() -> object:
-    """The newest refusal, for `refused_since`."""
-    return next(iter(_refusals[-1:]), None)
-
-
-def refused_since(before: object) -> Exception | None:
-    """The exception of the last refusal on this thread that came after the refusal `before`."""
+def refused_since(start: int) -> Exception | None:
+    """The exception of the last refusal on this thread that came after a time of ``time.perf_counter_ns``."""
     thread = threading.get_ident()
-    for refusal in _refusals[::-1]:
-        if refusal is before:
-            break
-        if refusal.thread == thread:
-            return refusal.error
-    return None
+    return next((each.error for each in _refusals[::-1] if each.thread == thread and each.time > start), None)
 
 
 def cause(error: BaseException) -> Exception | None:
@@ -98,7 +97,7 @@ def cause(error: BaseException) -> Exception | None:
     -------
     Exception or None
         None if linmem refused nothing, if wasmtime itself names the reason of the trap (for example, an access out of
-        bounds), or if 256 other refusals came since.
+        bounds), or if 256 refusals in other calls came since.
 
     Notes
     -----
