@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("wasmtime")
 
 import wasmtime
+from test_hoist import needs_gc
 from test_prepare import engine_of
 
 import linmem.wasmtime
@@ -213,6 +214,22 @@ def test_a_program_that_exits_after_a_refused_growth_has_a_cause_unless_it_succe
         with pytest.raises(wasmtime.ExitTrap) as raised:
             exports["run"](store)
         assert type(cause(raised.value)) is found
+
+
+@needs_gc
+def test_a_gc_heap_that_may_not_grow_has_a_cause():
+    config = wasmtime.Config()
+    config.gc_support = config.wasm_function_references = config.wasm_gc = True
+    linmem.wasmtime.install(config, linmem.LimitingCreator(linmem.creator("mmap"), LIMIT))
+    guest = Guest(wasmtime.Engine(config), wat="""(module
+        (import "e" "call" (func)) (type $bytes (array i8)) (memory (export "m") 1)
+        (func (export "make") (param i32) (drop (array.new_default $bytes (local.get 0)))))""")
+    error = guest.error("make", 8 * PAGE)
+    assert "GC heap out of memory" in str(error)
+    found = cause(error)
+    assert type(found) is linmem.LimitError
+    assert found.limit == LIMIT < found.used + found.requested
+    guest.call("make", 1000)
 
 
 # -- what is kept -------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ _KEPT = 256         # refusals; `cause` finds no older ones
 _DEEPEST = 16       # of nested calls into wasmtime, a refusal knows so many of the innermost and of the outermost ones
 _UNREACHABLE = "wasm trap: wasm `unreachable` instruction executed"
 _NOT_GROWN = "failed to grow memory"
+_NO_OBJECT = "GC heap out of memory"
 _WASMTIME = os.path.dirname(wasmtime.__file__) + os.sep
 # A guest cannot guess the number of another guest's refusal.
 _TOKEN = re.compile(r"\[refusal ([0-9a-f]{16})\]")
@@ -88,7 +89,8 @@ def cause(error: BaseException) -> Exception | None:
     Parameters
     ----------
     error : BaseException
-        - A ``wasmtime.WasmtimeError``: a memory could not be made, or ``wasmtime.Memory.grow`` was refused.
+        - A ``wasmtime.WasmtimeError``: a memory could not be made, ``wasmtime.Memory.grow`` was refused, or the GC heap
+          was too small for an object of the guest.
         - A ``wasmtime.Trap`` that the guest raised itself ("unreachable"; in a component it is a `WasmtimeError`), or a
           ``wasmtime.ExitTrap`` with another code than 0: the last refusal inside of the same call.
         - An exception that was raised from one of these (``raise ... from``), or while one of these was handled.
@@ -139,8 +141,8 @@ def _behind(error: BaseException) -> Exception | None:
         by_guest = error.code != 0
     elif isinstance(error, wasmtime.Trap):
         by_guest = code == wasmtime.TrapCode.UNREACHABLE
-    else:                   # of a component, or of Memory.grow()
-        by_guest = _UNREACHABLE in text or text.startswith(_NOT_GROWN)
+    else:                   # of a component, of Memory.grow(), or of an allocation of a GC object
+        by_guest = _UNREACHABLE in text or text.startswith(_NOT_GROWN) or _NO_OBJECT in text
     if tokens or not by_guest:
         return None
     marks: set[int] = set()
