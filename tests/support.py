@@ -191,6 +191,8 @@ NEEDS = {
     "numpy": (_has_module("numpy"), "NumPy is not installed"),
     # find_spec() instead of an import, because the import takes longer than the rest of a test run's start.
     "dask": (all(map(importlib.util.find_spec, ("distributed", "numpy"))), "Dask's distributed is not installed"),
+    "service": (all(map(importlib.util.find_spec, ("wasmtime", "prometheus_client", "starlette", "uvicorn", "httpx"))),
+                "the web server and client of the example are not installed"),
 }
 
 

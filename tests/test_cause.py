@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("wasmtime")
 
 import wasmtime
+from test_hoist import needs_gc
 from test_prepare import engine_of
 
 import linmem.wasmtime
@@ -215,6 +216,22 @@ def test_a_program_that_exits_after_a_refused_growth_has_a_cause_unless_it_succe
         assert type(cause(raised.value)) is found
 
 
+@needs_gc
+def test_a_gc_heap_that_may_not_grow_has_a_cause():
+    config = wasmtime.Config()
+    config.gc_support = config.wasm_function_references = config.wasm_gc = True
+    linmem.wasmtime.install(config, linmem.LimitingCreator(linmem.creator("mmap"), LIMIT))
+    guest = Guest(wasmtime.Engine(config), wat="""(module
+        (import "e" "call" (func)) (type $bytes (array i8)) (memory (export "m") 1)
+        (func (export "make") (param i32) (drop (array.new_default $bytes (local.get 0)))))""")
+    error = guest.error("make", 8 * PAGE)
+    assert "GC heap out of memory" in str(error)
+    found = cause(error)
+    assert type(found) is linmem.LimitError
+    assert found.limit == LIMIT < found.used + found.requested
+    guest.call("make", 1000)
+
+
 # -- what is kept -------------------------------------------------------------------------------------------
 
 
@@ -222,6 +239,18 @@ def test_only_the_last_refusals_are_kept():
     guest = Guest()
     errors = [guest.error("must_grow", 9) for _ in range(258)]
     assert [cause(error) is None for error in errors] == [True, True] + [False] * 256
+
+
+def test_a_guest_that_tries_in_a_loop_does_not_push_out_the_refusals_of_others():
+    other = Guest(wat="""(module (import "e" "call" (func)) (memory (export "m") 1)
+        (func (export "try") (param $times i32)
+            (loop (drop (memory.grow (i32.const 9)))
+                (br_if 0 (local.tee $times (i32.sub (local.get $times) (i32.const 1)))))
+            (if (i32.eq (memory.grow (i32.const 7)) (i32.const -1)) (then unreachable))))""")
+    error = Guest().error("must_grow", 5)
+    last = other.error("try", 300)
+    assert is_of_the_budget(cause(error), 5 * PAGE)
+    assert is_of_the_budget(cause(last), 7 * PAGE)
 
 
 def test_a_kept_refusal_holds_no_creator_and_no_call():

@@ -18,6 +18,7 @@ import time
 import pytest
 import wasmtime
 from support import FORKING, LIBC, answer, counting, descriptors, failing, live_bytes, mappings, requires
+from test_hoist import needs_gc
 from test_prepare import engine_of
 
 import linmem.wasmtime
@@ -822,6 +823,42 @@ def test_an_instance_with_a_shared_memory_is_used_once():
     kept.data_ptr()[0] = 7
     with sessions.get() as (store, instance):
         assert instance.exports(store)["memory"].data_ptr()[0] == 0
+
+
+@needs_gc
+def test_a_user_who_fills_the_gc_heap_leaves_the_next_users_a_whole_heap():
+    config = wasmtime.Config()
+    config.gc_support = config.wasm_function_references = config.wasm_gc = True
+    linmem.wasmtime.install(config, linmem.LimitingCreator(linmem.creator("mmap"), 16 * PAGE))
+    engine = wasmtime.Engine(config)
+    prepared = prepare(engine, f"""(module
+        (type $bytes (array i8)) (type $pair (struct (field (mut (ref null $pair))) (field (ref $bytes))))
+        (memory (export "memory") 1)
+        (func (export "circle") (local $pair (ref $pair))
+          (local.set $pair (struct.new $pair (ref.null $pair) (array.new_default $bytes (i32.const {4 * PAGE}))))
+          (struct.set $pair 0 (local.get $pair) (local.get $pair))))""", expose=True)
+    store = wasmtime.Store(engine)
+    snapshot = Snapshot.take(store, prepared.instantiate(store))
+    store.close()
+    sessions = Sessions(prepared, start=snapshot, size=1)
+    for _ in range(20):
+        with sessions.get() as (store, instance):
+            instance.exports(store)["circle"](store)
+    figures(sessions, handed_out=20, replaced={"objects": 20})
+
+
+@pytest.mark.parametrize("types", [93, 94, 95, 96])
+def test_an_instance_without_objects_is_used_again(types):
+    """The number of types is the first byte of the section; 94 and 95 also begin the types of arrays and structures."""
+    parameters = [format(n, "07b").replace("0", "i32 ").replace("1", "i64 ") for n in range(types)]
+    prepared = prepare(ENGINE, f"""(module {''.join(f'(type (func (param {each})))' for each in parameters)}
+        (memory (export "memory") 1))""", expose=True)
+    store = wasmtime.Store(ENGINE)
+    sessions = Sessions(prepared, start=Snapshot.take(store, prepared.instantiate(store)), size=1)
+    for _ in range(2):
+        with sessions.get():
+            pass
+    figures(sessions, live=1, idle=1, handed_out=2, reused=1)
 
 
 def test_a_module_that_imports_a_shared_memory_is_refused():

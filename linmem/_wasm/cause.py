@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import os
@@ -9,6 +10,7 @@ import re
 import secrets
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from types import FrameType
@@ -20,6 +22,7 @@ _KEPT = 256         # refusals; `cause` finds no older ones
 _DEEPEST = 16       # of nested calls into wasmtime, a refusal knows so many of the innermost and of the outermost ones
 _UNREACHABLE = "wasm trap: wasm `unreachable` instruction executed"
 _NOT_GROWN = "failed to grow memory"
+_NO_OBJECT = "GC heap out of memory"
 _WASMTIME = os.path.dirname(wasmtime.__file__) + os.sep
 # A guest cannot guess the number of another guest's refusal.
 _TOKEN = re.compile(r"\[refusal ([0-9a-f]{16})\]")
@@ -28,6 +31,7 @@ _TOKEN = re.compile(r"\[refusal ([0-9a-f]{16})\]")
 class _Refusal(NamedTuple):
     token: str
     thread: int
+    time: int       # of time.perf_counter_ns
     calls: tuple[weakref.ref[Any], ...]     # each to an object of its own call into wasmtime
     error: Exception
 
@@ -41,7 +45,13 @@ def note(error: Exception) -> str:
     _forget_frames(error, sys.exc_info()[1])
     calls = [weakref.ref(mark) for frame in _stack(sys._getframe(1)) for mark in itertools.islice(_marks(frame), 1)]
     calls = [*calls[:_DEEPEST], *calls[_DEEPEST:][-_DEEPEST:]]
-    _refusals.append(_Refusal(token, threading.get_ident(), tuple(calls), error))
+    thread = threading.get_ident()
+    before = next((refusal for refusal in _refusals[::-1] if refusal.thread == thread), None)
+    _refusals.append(_Refusal(token, thread, time.perf_counter_ns(), tuple(calls), error))
+    # Only the last refusal of a call is needed, so that a guest that tries in a loop does not push out all others.
+    if before is not None and before.calls and calls and before.calls[0]() is calls[0]():
+        with contextlib.suppress(ValueError):       # another thread has pushed it out
+            _refusals.remove(before)
     del _refusals[:-_KEPT]
     return f"[refusal {token}]"
 
@@ -64,20 +74,10 @@ def _forget_frames(error: BaseException, handled: BaseException | None) -> None:
                 left.append(other)
 
 
-def newest() -> object:
-    """The newest refusal, for `refused_since`."""
-    return next(iter(_refusals[-1:]), None)
-
-
-def refused_since(before: object) -> Exception | None:
-    """The exception of the last refusal on this thread that came after the refusal `before`."""
+def refused_since(start: int) -> Exception | None:
+    """The exception of the last refusal on this thread that came after a time of ``time.perf_counter_ns``."""
     thread = threading.get_ident()
-    for refusal in _refusals[::-1]:
-        if refusal is before:
-            break
-        if refusal.thread == thread:
-            return refusal.error
-    return None
+    return next((each.error for each in _refusals[::-1] if each.thread == thread and each.time > start), None)
 
 
 def cause(error: BaseException) -> Exception | None:
@@ -89,7 +89,8 @@ def cause(error: BaseException) -> Exception | None:
     Parameters
     ----------
     error : BaseException
-        - A ``wasmtime.WasmtimeError``: a memory could not be made, or ``wasmtime.Memory.grow`` was refused.
+        - A ``wasmtime.WasmtimeError``: a memory could not be made, ``wasmtime.Memory.grow`` was refused, or the GC heap
+          was too small for an object of the guest.
         - A ``wasmtime.Trap`` that the guest raised itself ("unreachable"; in a component it is a `WasmtimeError`), or a
           ``wasmtime.ExitTrap`` with another code than 0: the last refusal inside of the same call. A refused growth is
           such a trap in a module that was prepared with ``trap_on_refused=True``.
@@ -99,7 +100,7 @@ def cause(error: BaseException) -> Exception | None:
     -------
     Exception or None
         None if linmem refused nothing, if wasmtime itself names the reason of the trap (for example, an access out of
-        bounds), or if 256 other refusals came since.
+        bounds), or if 256 refusals in other calls came since.
 
     Notes
     -----
@@ -141,8 +142,8 @@ def _behind(error: BaseException) -> Exception | None:
         by_guest = error.code != 0
     elif isinstance(error, wasmtime.Trap):
         by_guest = code == wasmtime.TrapCode.UNREACHABLE
-    else:                   # of a component, or of Memory.grow()
-        by_guest = _UNREACHABLE in text or text.startswith(_NOT_GROWN)
+    else:                   # of a component, of Memory.grow(), or of an allocation of a GC object
+        by_guest = _UNREACHABLE in text or text.startswith(_NOT_GROWN) or _NO_OBJECT in text
     if tokens or not by_guest:
         return None
     marks: set[int] = set()

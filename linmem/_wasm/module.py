@@ -15,6 +15,7 @@ _RANKS = {kind: rank for rank, kind in enumerate((
     TYPE, IMPORT, FUNCTION, TABLE, MEMORY, TAG, GLOBAL, EXPORT, START, ELEMENT, DATA_COUNT, CODE, DATA))}
 KINDS = ("function", "table", "memory", "global", "tag")    # of imports and exports, by their codes
 _CONTINUATIONS = frozenset((0x68 - 0x80, 0x75 - 0x80))      # heap types: cont, nocont
+_OBJECT_TYPE = re.compile(rb"[\x5e\x5f]")                     # the start of an array or structure type there
 _CONTINUATION_TYPE = b"\x5d"                                # the start of a continuation type in the type section
 
 _CONSTANT = re.compile(rb"[\x41\x42][\x80-\xff]*[\x00-\x7f]\x0b")     # i32.const or i64.const, and end
@@ -222,6 +223,14 @@ class Module:
             return heap_type in _CONTINUATIONS
         start, _, end = self.sections.get(TYPE, (0, 0, 0))
         return self.wasm.find(_CONTINUATION_TYPE, start, end) >= 0
+
+    def makes_objects(self) -> bool:
+        """Whether the module may make objects in the GC heap: it has types of structures or arrays.
+
+        The result is also True if the type section has a byte that only looks like the start of such a type.
+        """
+        first = next(self.items(TYPE, "types"), None)       # behind the number of types
+        return first is not None and _OBJECT_TYPE.search(self.wasm, first.at, first.end) is not None
 
     def effects(self, tables: int) -> Effects:
         """What the code changes beside memories and globals; everything if an instruction is not known."""

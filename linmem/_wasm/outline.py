@@ -57,6 +57,8 @@ class Outline(NamedTuple):
         The export of the table of functions; "" if there is none.
     function_exports : tuple of str
         The names of the exported functions.
+    makes_objects : bool
+        Whether the code may make objects in the GC heap of the store.
     """
 
     imported_memories: int
@@ -78,6 +80,7 @@ class Outline(NamedTuple):
     functions: dict[int, Reference]
     function_table: str
     function_exports: tuple[str, ...]
+    makes_objects: bool
 
     def hidden_globals(self) -> list[int]:
         """The mutable globals, imports included, that no export names."""
@@ -188,7 +191,7 @@ def _outline(module: Module) -> Outline:
         *counts, len(memories), len(tables), {}, (), (passive_data, passive_elements), frozenset(effects.drops),
         frozenset(effects.tables), frozenset(),
         tuple(memories), tuple(tables), tuple(globals), tuple(segments), tuple(initial), functions, function_table,
-        tuple(name for name, code, _ in exports if code == 0))
+        tuple(name for name, code, _ in exports if code == 0), module.makes_objects())
     return _with_names(module, found, names)
 
 

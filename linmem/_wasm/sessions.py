@@ -180,6 +180,8 @@ class Sessions:
         - "interrupted": an exception such as `KeyboardInterrupt` came during the reset
         - "unseen": the snapshot does not hold all state of its instances
         - "shared": the instance has a shared memory
+        - "objects": the module has types of structures or arrays, so the GC heap of the store may have objects, and
+          wasmtime does not free circles of objects
         """
         with self._lock:
             return {"size": self.size, "live": len(self._idle) + len(self._taken), "idle": len(self._idle),
@@ -290,6 +292,9 @@ class Sessions:
             _bridge.release_choice(choice)
         if self._start.unseen:
             warm.once = "unseen"
+        assert self._prepared.outline is not None
+        if self._prepared.outline.makes_objects:
+            warm.once = "objects"
         for name in self._memories:
             memory: Any = export(store._context(), warm.instance, name)
             ours = behind(store, memory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,10 +80,10 @@ class Start:
         address = ctypes.addressof(context.contents)
         place = ctypes.addressof(instance._instance)
         if self.grown is not None:
-            before = cause.newest()
+            begun = time.perf_counter_ns()
             refused = self.grown.apply(address, place)
             if refused is not None:
-                self._refuse(*refused, cause.refused_since(before))
+                self._refuse(*refused, cause.refused_since(begun))
         if self.rest is not None:
             parts = parts_of(store, context, instance, self.outline, self.rest, every_element=False)
             parts.write(context, self._grow(store, context, parts), [held.image for held in parts.memories])
