@@ -176,20 +176,6 @@ cdef void take_place(memory_spec* spec, size_t* call, size_t* request) noexcept 
     spec.minimum = next.size
 
 
-cdef int make_apart(NativeCreator creator, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
-    """Makes the memory. If Python code of the creator makes an instance meanwhile, the memories of that instance take
-    nothing from the thread's Offer, which is for the instance that is being made already."""
-    cdef queue* q = offered()
-    cdef void* next = q.next
-    cdef void* end = q.end
-    cdef void* of = q.of
-    cdef int code
-    q.next = q.end = q.of = NULL
-    code = creator.make(spec, out, why)
-    q.next, q.end, q.of = next, end, of
-    return code
-
-
 # The creator of `linmem.wasmtime.use`, for the thread or task. Only threads with a Python state have one.
 cdef object chosen_creator = PyContextVar_New("linmem_creator", NULL)
 cdef bint creator_was_chosen        # a context may have a creator; never reset, because contexts are copied
@@ -347,7 +333,7 @@ cdef wasmtime_error_t* new_memory(void* env, const wasm_memorytype_t* ty, size_t
         code = fail(&why, E_MAXIMUM, "new_memory", spec.minimum, 0, maximum)
     else:
         creator = env if creator == NULL else creator
-        code = make_apart(<NativeCreator>creator, &spec, &m, &why)
+        code = (<NativeCreator>creator).make(&spec, &m, &why)
         if code:
             refuse_make(<NativeCreator>creator, &spec, &why)
     if in_context != NULL:
