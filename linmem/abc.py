@@ -19,7 +19,8 @@ __all__ = ["LinearMemory", "MemoryCreator"]
 class LinearMemory(ABC):
     """A linear memory, as the trait ``wasmtime::LinearMemory``.
 
-    Sizes are in bytes. Implementations must be usable from any thread.
+    Sizes are in bytes. Implementations must be usable from any thread. The methods must not use the wasmtime store that
+    the memory belongs to: wasmtime does not allow such calls, and may abort the process.
     """
 
     @abstractmethod
@@ -54,7 +55,11 @@ class LinearMemory(ABC):
 
 
 class MemoryCreator(ABC):
-    """A factory of linear memories, as the trait ``wasmtime::MemoryCreator``. Thread-safe."""
+    """A factory of linear memories, as the trait ``wasmtime::MemoryCreator``. Thread-safe.
+
+    `new_memory` must not use the wasmtime store that asks for the memory: wasmtime does not allow such calls, and may
+    abort the process. Other stores may be used.
+    """
 
     @abstractmethod
     def new_memory(self, ty: MemoryType, minimum: int, maximum: int | None,
