@@ -204,9 +204,9 @@ cdef class CallbackCreator(NativeCreator):
     time, requests that `on_made` or `on_grow` would decide are refused.
 
     A function may make, grow and drop other memories, and may read and write `mem`. It must not grow, restore, protect
-    or close `mem` (`RuntimeError`). Two functions that wait for each other's memories wait until Ctrl-C. A function must
-    not use the wasmtime store that asks for the memory or for its growth: wasmtime does not allow such calls, and may
-    abort the process. Other stores, also of the same engine, may be used.
+    or close `mem` (`RuntimeError`). Two functions that wait for each other's memories wait until Ctrl-C. A function
+    must not use the wasmtime store that asks for the memory or for its growth: wasmtime does not allow such calls, and
+    may abort the process. Other stores, also of the same engine, may be used.
 
     Below a pool, a memory is a slot: it is made once and dropped once for many users, and `limit_growths` counts the
     growths of each user. Put the creator above the pool to be told of each user. The functions live as long as the
