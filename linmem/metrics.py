@@ -1,4 +1,4 @@
-"""Figures of pools, for a program and for Prometheus.
+"""Figures of pools, for a program, for Prometheus and for `linmem top`.
 
 >>> import linmem.metrics, prometheus_client
 >>> prometheus_client.REGISTRY.register(linmem.metrics.collector(pool))
@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from linmem._core.arguments import check_flag
+from linmem._core.arguments import check_flag, shown
+from linmem._core.memory import live
 from linmem._core.pool import PoolingCreator, pool_totals, read_metrics
 
 TYPE_CHECKING = False
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from typing import Any
 
-__all__ = ["collector", "read", "totals"]
+    from linmem._core.publication import Publication
+
+__all__ = ["collector", "publish", "read", "totals"]
 
 _COUNTERS = {"hits": "Requests that an idle slot served.",
              "misses": "Requests that a new slot served.",
@@ -96,6 +99,61 @@ def _sum(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     return {key: _sum(value, b[key]) if isinstance(value, dict) else value + b[key] for key, value in a.items()}
 
 
+def _check_pools(pools: tuple[object, ...]) -> None:
+    for pool in pools:
+        if not isinstance(pool, PoolingCreator):
+            raise TypeError(f"pools must be PoolingCreators, got {type(pool).__name__}")
+
+
+def publish(*pools: PoolingCreator, interval: float = 1.0) -> Publication:
+    """Publish the memories of this process and the figures of pools, so that `linmem top` shows them.
+
+    Without this, `linmem top` shows what the kernel knows: addresses and sizes. Names, growths and pools are known to
+    this process alone. Who may read its ``/proc/PID/smaps``, the same user and root, may read the figures, too.
+
+    Parameters
+    ----------
+    *pools : PoolingCreator
+        The pools whose figures are published. The figures have the pool's `name`, or its number in this call.
+    interval : float
+        Seconds between two updates. An update takes the time of `linmem.live`.
+
+    Returns
+    -------
+    Publication
+        Its `close` ends the publication; it is also a context manager. Keep a reference: the publication ends with the
+        last one, or with the process. At most 4096 memories are published, the largest ones.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a pool is not a `PoolingCreator`, or `interval` is not a number of seconds from 0.01 to a day.
+    NotImplementedError
+        On this system a file cannot be without a path (only Linux).
+    """
+    from linmem._core import publication
+
+    _check_pools(pools)
+    if isinstance(interval, bool) or not isinstance(interval, (int, float)):
+        raise TypeError(f"interval must be a number of seconds, got {type(interval).__name__}")
+    if not 0.01 <= interval <= 86400:
+        raise ValueError(f"interval must be 0.01 to 86400 seconds, got {shown(interval)}")
+    if not publication.is_possible():
+        raise NotImplementedError("publish() needs memfd_create(2), which only Linux has")
+
+    def figures() -> dict[str, Any]:
+        infos = sorted(live(), key=lambda info: -info.committed)[:publication.MOST_MEMORIES]
+        return {
+            "memories": [{"start": info.base - info.pre_guard, "base": info.base,
+                          "end": info.base + info.byte_capacity + info.guard, "size": info.byte_size,
+                          "growths": info.growths, "name": info.name} for info in infos],
+            "pools": [{"name": str(i) if pool.name is None else pool.name,
+                       **{key: value for key, value in read(pool).items() if type(value) is int}}
+                      for i, pool in enumerate(pools)]}
+
+    return publication.Publication(figures, interval)
+
+
 def collector(*pools: PoolingCreator, names: Iterable[str] | None = None, per_domain: bool = True,
               per_shape: bool = True) -> Any:
     """A collector for ``prometheus_client``, which the extra ``linmem[metrics]`` installs.
@@ -125,9 +183,7 @@ def collector(*pools: PoolingCreator, names: Iterable[str] | None = None, per_do
     ImportError
         If ``prometheus_client`` is not installed.
     """
-    for pool in pools:
-        if not isinstance(pool, PoolingCreator):
-            raise TypeError(f"pools must be PoolingCreators, got {type(pool).__name__}")
+    _check_pools(pools)
     if names is None:
         names = [str(i) if pool.name is None else pool.name for i, pool in enumerate(pools)]
     labels = [_label(str(name)) for name in names]

@@ -135,6 +135,7 @@ NEEDS = {
     "regions": (HAS_PROC or HAS_KERNEL32, "the OS does not say what is mapped, and how it may be touched"),
     "names": (HAS_PROC and FLOOR["capabilities"]["names"], "mappings carry no names here"),
     "smaps": (HAS_PROC and SMAPS.exists(), "no /proc/self/smaps to ask"),
+    "published": (hasattr(os, "memfd_create"), "files always have a path here"),
     "fault_reports": (FLOOR["capabilities"]["reports_faults"], "linmem cannot report faults here"),
     "moves": (FLOOR["capabilities"]["moves"], "this OS cannot move mappings"),
     "discard_any_protection": (FLOOR["capabilities"]["discard_any_protection"],
