@@ -1297,6 +1297,7 @@ QUIET = {
     "cause": lambda scene: linmem.wasmtime.cause(ValueError()),
     "patch": lambda scene: linmem.wasmtime.patch(MMAP()).undo(),
     "linear_memory": lambda scene: linmem.wasmtime.linear_memory(scene.store, scene.exports["memory"]),
+    "memories": lambda scene: linmem.wasmtime.memories(scene.instance, scene.store),
     # Plain Python: the traits, and classes for results.
     "LinearMemory": lambda scene: InPython(scene.mem),
     "LinearMemory.maximum_byte_size": lambda scene: linmem.LinearMemory.maximum_byte_size(scene.mem),
