@@ -12,7 +12,8 @@ from linmem._core.arguments import printable
 
 __all__ = ["add_arguments", "main"]
 
-SUITES = ("core", "wasm", "reset", "threads", "image", "soak-pool", "fair", "travel")     # see module_of()
+SUITES = ("core", "wasm", "reset", "threads", "image", "soak-pool", "fair", "travel",
+          "component")      # see module_of()
 QUICK_ROUNDS = 5
 
 

@@ -70,10 +70,13 @@ GOALS = {
         "start_toy/plain": 1.2, "start_large/plain": 1.2, "start_interpreter/plain": 1.2,
         "start_interpreter/init": 0.02, "new_process/limit": 1, "cold_file/without": 0.5,
         "session/allowed": 1}.items()},
+    "component": {key: (goal, TIME, P10) for key, goal in {
+        "component_data/default": 0.65, "component_data/bare": 1.3, "component_bare/default": 0.8}.items()},
 }
 # Rows that some machines cannot measure. Such a row gives the reason.
 MAY_LACK = {"pool/one": r"the control scales only \d\.\d\d x here",
             "cold_file/without": ".*(page cache|working set).*",
+            **dict.fromkeys(GOALS["component"], "this wasmtime-py has no components: .+"),
             **dict.fromkeys(GOALS["soak-pool"], "the system does not say what is resident: .+")}
 
 
