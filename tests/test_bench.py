@@ -74,12 +74,15 @@ GOALS = {
               **{key: (goal, TIME, P10) for key, goal in {
                   "rule_grow/without": 1.1, "callback_grow/allowed": 1, "use/allowed": 1, "chosen/allowed": 1,
                   "tracked/without": 3, "find/allowed": 1}.items()}},
+    "component": {key: (goal, TIME, P10) for key, goal in {
+        "component_data/default": 0.65, "component_data/bare": 1.3, "component_bare/default": 0.8}.items()},
 }
 # Rows that some machines cannot measure. Such a row gives the reason.
 MAY_LACK = {"pool/one": r"the control scales only \d\.\d\d x here",
             "cold_file/without": ".*(page cache|working set).*",
             **dict.fromkeys([key for key in GOALS["hooks"] if key.startswith("unused")],
                             "LINMEM_BENCH_BASE names no Python with an older linmem"),
+            **dict.fromkeys(GOALS["component"], "this wasmtime-py has no components: .+"),
             **dict.fromkeys(GOALS["soak-pool"], "the system does not say what is resident: .+")}
 
 

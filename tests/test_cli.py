@@ -582,6 +582,10 @@ def test_info_shows_the_page_floors_values_and_that_guards_crash_a_child(tmp_pat
     assert 30 < figures["address_bits"] <= 64
     assert figures["reserved"] == 0         # that process had made no memory
     assert (figures["wasmtime"]["version"], figures["wasmtime"]["works"]) == (version("wasmtime"), True)
+    # A wasmtime-py before 39 has no components.
+    has_components = importlib.util.find_spec("wasmtime.component") is not None
+    assert figures["wasmtime"]["components"]["works"] is has_components
+    assert ("has no components" in figures["wasmtime"]["components"]["detail"]) is not has_components
     children = figures["self_test"]["children"]
     assert figures["self_test"]["passed"] is True
     assert [child["must_fault"] for child in children] == [False, True, True, True]
@@ -598,6 +602,7 @@ def test_info_in_words_names_the_signal_of_each_child():
     assert "The guards hold." in text
     assert re.search(r"^address bits .*linmem holds 0 bytes\r?$", text, re.MULTILINE)
     assert "linmem.wasmtime works" in text
+    assert re.search(r"^components +(work|do not work): ", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize(("script", "why"), [
@@ -621,6 +626,14 @@ def test_info_gives_the_reason_if_the_installer_does_not_work(monkeypatch, capsy
     figures = json.loads(capsys.readouterr().out)["wasmtime"]
     assert figures["works"] is False
     assert figures["detail"] == "RuntimeError: no host memory creators (exit code 1)"
+    assert "components" not in figures
+
+
+def test_info_gives_the_reason_if_components_do_not_work(monkeypatch, capsys):
+    monkeypatch.setattr(info, "COMPONENT_CHILD", "raise RuntimeError('no components')")
+    assert cli.main(["info"]) == 0
+    assert re.search(r"^components +do not work: RuntimeError: no components \(exit code 1\)$", capsys.readouterr().out,
+                     re.MULTILINE)
 
 
 @pytest.mark.parametrize(("returncode", "name"), [

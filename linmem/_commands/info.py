@@ -55,6 +55,28 @@ if bytes(view[7:13]) != b"linmem":
     raise SystemExit("the view shows other bytes after store.close()")
 """
 
+COMPONENT_CHILD = """
+import wasmtime
+import linmem.wasmtime
+config = wasmtime.Config()
+linmem.wasmtime.install(config)
+engine = wasmtime.Engine(config)
+prepared = linmem.wasmtime.prepare(engine, '''(component
+    (core module $m (memory 1) (data (i32.const 7) "linmem")
+        (func (export "first") (result i32) (i32.load8_u (i32.const 7))))
+    (core instance $i (instantiate $m)) (func (export "first") (result u32) (canon lift (core func $i "first"))))''')
+store = wasmtime.Store(engine)
+instance = prepared.instantiate(store)
+memories = linmem.wasmtime.memories(instance)
+view = memoryview(memories["module 0, memory 0"])
+found = (instance.get_func(store, "first")(store), prepared.skipped)
+if found != (ord("l"), ()):
+    raise SystemExit(f"the component's first byte, and what was skipped = {found}")
+store.close()
+if bytes(view[7:13]) != b"linmem":
+    raise SystemExit("the view shows other bytes after store.close()")
+"""
+
 PROBES = (
     ("last", "the last byte of the memory", False),
     ("before", "the first byte before the base", True),
@@ -122,12 +144,18 @@ def probe_wasmtime() -> dict[str, Any]:
         version = metadata.version("wasmtime")
     except metadata.PackageNotFoundError:
         return {"version": None, "works": False, "detail": "not installed: pip install 'linmem[wasmtime]'"}
-    returncode, _, error = run_child(WASMTIME_CHILD)
-    detail = "installed, grown and closed under a live view"
-    if returncode != 0:
-        last_line = (error.strip() or "no message").splitlines()[-1]
-        detail = f"{last_line} ({death(returncode) or f'exit code {returncode}'})"
-    return {"version": version, "works": returncode == 0, "detail": detail}
+    found = {"version": version, **tried(WASMTIME_CHILD, "installed, grown and closed under a live view")}
+    if found["works"]:
+        found["components"] = tried(COMPONENT_CHILD, "prepared, called and closed under a live view")
+    return found
+
+
+def tried(script: str, success: str) -> dict[str, Any]:
+    returncode, _, error = run_child(script)
+    if returncode == 0:
+        return {"works": True, "detail": success}
+    last_line = (error.strip() or "no message").splitlines()[-1]
+    return {"works": False, "detail": f"{last_line} ({death(returncode) or f'exit code {returncode}'})"}
 
 
 CAPABILITY_WORDS = {
@@ -157,6 +185,9 @@ def print_info(figures: dict[str, Any]) -> None:
     version = wasmtime["version"] or "none"
     works = "linmem.wasmtime works" if wasmtime["works"] else "linmem.wasmtime does not work"
     print(f"{'wasmtime':18}{version}, {works}: {wasmtime['detail']}")
+    if "components" in wasmtime:
+        components = wasmtime["components"]
+        print(f"{'components':18}{'work' if components['works'] else 'do not work'}: {components['detail']}")
     print("\nself-test: each child process reads one byte")
     for child in figures["self_test"]["children"]:
         outcome = f"ended by {child['died_of']}" if child["died_of"] else f"ended with code {child['returncode']}"
