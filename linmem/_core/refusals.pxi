@@ -54,7 +54,7 @@ cdef void count_refusal(refusal_log* log, memory* m, size_t requested, failure* 
     noted.time_ns = pages.utc_ns()
     noted.requested, noted.limit, noted.code = requested, why.limit, why.code
     if why.code == E_PYTHON:
-        snprintf(noted.error, sizeof(noted.error), "%s", <const char*>why.detail)
+        snprintf(noted.error, sizeof(noted.error), "%.63s", <const char*>why.detail)
     if m != NULL:
         noted.base, noted.name = <size_t>m.base, memory_name(m)
         domain_retain(noted.name)

@@ -294,8 +294,8 @@ class _Run:
             minima += hoisted.minima
         names = [f"module {module.number}, " + f"instance {instance}, " * (module.instances > 1) + f"memory {memory}"
                  for module, instance, memory in self.order]
-        return HoistedComponent(self.written(wasm, root), images, minima, [first[module] + memory for module, _, memory in self.order],
-                                names, not self.unknown, skipped)
+        order = [first[module] + memory for module, _, memory in self.order]
+        return HoistedComponent(self.written(wasm, root), images, minima, order, names, not self.unknown, skipped)
 
     def written(self, wasm: bytes, root: _Component) -> bytes:
         """The component with the modules as they are to be written; the same bytes if no module changed."""
