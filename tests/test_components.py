@@ -492,6 +492,24 @@ def test_every_truncation_is_malformed_or_ends_between_two_sections():
     assert 0 < whole < len(wasm) / 10
 
 
+@pytest.mark.parametrize("parts", [
+    # A nested component that imports a module "m", or an instance, and gets an empty instance, or a core module.
+    section(4, PREAMBLE + section(10, b"\1\0\1m\0\x11\0") + section(2, b"\1\0\0\0")) + section(5, b"\1\1\0")
+    + section(5, b"\1\0\0\1\1m\5\0"),
+    section(4, PREAMBLE + section(10, b"\1\0\1m\5\0")) + section(1, b"\0asm\1\0\0\0")
+    + section(5, b"\1\0\0\1\1m\0\x11\0"),
+    # An export that is a core module, used as an instance.
+    section(1, b"\0asm\1\0\0\0") + section(5, b"\1\1\1\0\1m\0\x11\0") + section(6, b"\1\5\0\0\1m"),
+    section(2, b"\1\0\0\0"), section(6, b"\1\0\x11\2\1\0"), section(6, b"\1\0\x11\2\xff\xff\xff\xff\x0f\0")])
+def test_values_of_other_kinds_and_missing_values_are_malformed(parts):
+    wasm = PREAMBLE + parts
+    with pytest.raises(Malformed, match=r"another kind of value as a (module|instance)|has no module 0|fewer than \d+"):
+        hoist_component(wasm)
+    refused = verdict_of(component.Component, MMAP, wasm)
+    assert refused is not None
+    assert verdict_of(prepare, MMAP, wasm) == refused
+
+
 @pytest.mark.parametrize("part", [
     b"\x09\1\0", b"\x0c\1\0", b"\x0d\1\0", section(10, b"\1\2\1a\1\0"), section(10, b"\1\0\1a\6\0"),
     section(6, b"\1\x06\2\0\0"), section(6, b"\1\5\3\0\0"), section(2, b"\1\2\0"), section(5, b"\1\2\0"),

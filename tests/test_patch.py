@@ -178,7 +178,13 @@ def component_results(engine, compiled, traps=False):
         with linker.root() as root:
             root.add_func("f", lambda store: 7)
     instance = linker.instantiate(store, compiled)
-    return [instance.get_func(store, compiled.get_export_index(name))(store) for name in ("first", "f")[:2 - traps]]
+    found = []
+    for name in ("first", "f")[:2 - traps]:
+        function = instance.get_func(store, compiled.get_export_index(name))
+        found.append(function(store))
+        if hasattr(function, "post_return"):        # of older versions
+            function.post_return(store)
+    return found
 
 
 @needs_components
@@ -292,7 +298,7 @@ def test_errors_are_those_of_wasmtime():
                          wasmtime.Store(engine), wasmtime.Module(engine, DATA))):
             with pytest.raises(Exception) as raised:
                 make()
-            found.append((raised.type, str(raised.value)))
+            found.append((raised.type, str(raised.value).partition("Stack backtrace")[0]))
         return found
 
     expected = errors()

@@ -77,7 +77,7 @@ class _CoreModule:
 
 
 class _Item(NamedTuple):
-    """An action, and its operands."""
+    """An action, and its operands. Only items with a sort, and instantiations of core modules, are kept."""
 
     action: str
     sort: str = ""
@@ -111,6 +111,9 @@ class _Closure(NamedTuple):
 
     component: _Component
     scope: _Scope
+
+
+_KINDS: dict[str, type] = {"module": _CoreModule, "component": _Closure, "instance": dict}
 
 
 def hoist_component(wasm: bytes) -> HoistedComponent:
@@ -186,7 +189,8 @@ class _Run:
                 found.items.append(_Item("define", "component", value=part))
             elif kind in _ITEMS:
                 section = Reader(wasm, content, reader.at)
-                found.items.extend(_ITEMS[kind](item) for item in section.items("items of a component"))
+                items = (_ITEMS[kind](item) for item in section.items("items of a component"))
+                found.items.extend(item for item in items if item.sort or item.action == "core")
             elif kind not in _WITHOUT_EFFECT:
                 raise Unknown(f"the section at byte {first} of a component is of kind {kind}")
             found.parts.append(part)
@@ -208,12 +212,12 @@ class _Run:
             elif item.action == "import":
                 value = None if arguments is None else arguments.get(item.name)
             elif item.action == "export":
-                value = exports[item.name] = scope.get(item.sort, item.number) if item.sort else None
+                value = exports[item.name] = scope.get(item.sort, item.number)
             elif item.action == "alias":
-                instance = scope.get("instance", item.number) if item.sort else None
+                instance = scope.get("instance", item.number)
                 value = None if instance is None else instance.get(item.name)
             elif item.action == "outer":
-                value = self.outer(scope, item) if item.sort else None
+                value = self.outer(scope, item)
             elif item.action == "core":
                 self.instantiate_core(scope.get("module", item.number))
             else:       # an instance of a component, or of named values
@@ -221,11 +225,13 @@ class _Run:
                 value = named
                 if item.action == "instantiate":
                     closure = scope.get("component", item.number)
-                    value = None if closure is None else self.instantiate(closure.component, closure.scope, named,
-                                                                              depth + 1)
                     if closure is None:
-                        self.unknown = self.unknown or "a component that the host gives"
+                        value, self.unknown = None, self.unknown or "a component that the host gives"
+                    else:
+                        value = self.instantiate(closure.component, closure.scope, named, depth + 1)
             if item.sort:
+                if value is not None and not isinstance(value, _KINDS[item.sort]):
+                    raise Malformed(f"the component uses another kind of value as a {item.sort}")
                 scope.values[item.sort].append(value)
         if arguments is None:
             self.keep_exported(exports)
