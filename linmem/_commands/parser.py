@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -44,11 +45,32 @@ def refuse_errors_of(name: str) -> Iterator[None]:
         raise Refused(f"{name}: {error or 'there is not enough memory for it'}") from None
 
 
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str, **options: Any) -> None:
+        # argparse makes a formatter for each option, also if it prints nothing, and asks `shutil` for the width, which
+        # takes long to import.
+        super().__init__(prog, **{"width": columns() - 2, **options})
+
+
+def columns() -> int:
+    """The width of the terminal, as `shutil.get_terminal_size` finds it."""
+    try:
+        width = int(os.environ["COLUMNS"])
+    except (KeyError, ValueError):
+        width = 0
+    if width <= 0:
+        try:
+            width = os.get_terminal_size(sys.__stdout__.fileno()).columns       # type: ignore[union-attr]
+        except (AttributeError, ValueError, OSError):       # standard output is closed, or is not a terminal
+            width = 0
+    return width or 80
+
+
 class Parser(argparse.ArgumentParser):
     """Keeps the line breaks of the help texts, and reports an error in one line with a reference to --help."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        super().__init__(allow_abbrev=False, formatter_class=Formatter, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"{self.prog}: {printable(message)} (see {self.prog} --help)\n")

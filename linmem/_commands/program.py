@@ -139,7 +139,7 @@ class Program:
         try:
             import wasmtime
 
-            from linmem.wasmtime import install
+            from linmem._wasm.install import install
         except (ImportError, OSError) as error:         # OSError: the library of wasmtime does not load
             raise Refused(f"needs wasmtime-py: pip install 'linmem[wasmtime]' ({error})") from None
         self.wasmtime = wasmtime

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
 import os
 import sys
 import threading
@@ -17,18 +16,18 @@ import wasmtime
 
 from linmem._core import bridge as _bridge
 from linmem._core.arguments import check_flag, check_path
-from linmem._core.memory import Image, NativeCreator
+from linmem._core.memory import Image
 from linmem._files.image_file import write_image
 from linmem._wasm import outline as state
 from linmem._wasm.image_cache import Cache
+from linmem._wasm.install import check_type, checked_creator, wasmtime_version
 from linmem._wasm.instance_state import behind
 from linmem._wasm.module import START, Module
 from linmem._wasm.reader import Malformed
 from linmem._wasm.recording import OPEN
 from linmem._wasm.segments import Hoisted, Run, hoist, without_start
-from linmem._wasm.snapshot import Snapshot, check_context, check_type
+from linmem._wasm.snapshot import Snapshot, check_context
 from linmem._wasm.start import Start
-from linmem.creators import as_native
 from linmem.errors import FileFormatError, PageError
 
 TYPE_CHECKING = False
@@ -325,19 +324,6 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
                         hashlib.sha256(original).hexdigest(), compile_start)
 
 
-def checked_creator(creator: MemoryCreator) -> NativeCreator:
-    """The native creator of an argument `creator` whose memories wasmtime uses."""
-    native = as_native(creator)
-    part: object = native
-    while isinstance(part, NativeCreator):      # each creator of the chain
-        if getattr(part, "image", None) is not None:
-            raise ValueError("creator must not have a pool with an image: every memory would start from that image, and"
-                             " the data of a module would be copied over it. Leave image= out, and restore() each"
-                             " instance's memory to the image, or prepare() the module")
-        part = getattr(part, "upstream", getattr(part, "creator", None))
-    return native
-
-
 def makes_our_memories(engine: wasmtime.Engine) -> bool:
     """Whether linmem makes the memories of the engine; tried once for each engine."""
     found = _ASKS.get(engine)
@@ -368,14 +354,6 @@ def _image(runs: Sequence[Run], cache: Cache | None) -> Image:
         digest.update(data)
     image: Image = _cached(cache, digest.hexdigest(), ".image", Image.open, make, write_image)
     return image
-
-
-@functools.cache
-def wasmtime_version() -> str:
-    try:
-        return importlib.metadata.version("wasmtime")
-    except importlib.metadata.PackageNotFoundError:
-        return "of an unknown version"
 
 
 def _compiled(engine: wasmtime.Engine, wasm: bytes, cache: Cache | None) -> wasmtime.Module:
