@@ -19,6 +19,7 @@ __all__ = ["main"]
 
 COMMANDS = {"run": "run a WASI program in linmem memories",
             "prewarm": "initialise a WASI program and save its state, for `linmem run --start`",
+            "cache": "show and bound the cache of compiled programs",
             "demo": "show views that stay valid after a growth and after the end of a store",
             "info": "show the limits of this machine, and run a self-test",
             "image": "show and check files of images, deltas and snapshots; compare images",

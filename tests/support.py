@@ -173,6 +173,7 @@ NEEDS = {
     "matplotlib": (not HAS_KERNEL32 or _has_module("matplotlib"), "matplotlib is not installed"),
     "prometheus_client": (not HAS_KERNEL32 or _has_module("prometheus_client"), "prometheus_client is not installed"),
     "odd_names": (not HAS_KERNEL32, "no file's name has control characters here"),
+    "terminals": (hasattr(os, "openpty"), "no pseudoterminal can be made here"),
     "fifos": (hasattr(os, "mkfifo"), "no pipe has a name here"),
     "kernel32": (HAS_KERNEL32, "no kernel32 to ask"),
     "sources": ((ROOT / "linmem" / "_core" / "memory.pyx").exists(), "the sources are not beside the tests"),

@@ -80,7 +80,7 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             # Some versions of argparse mistake the value of "--option=--" for the "--" that ends the options.
             value = getattr(found, action.dest, None) if action.option_strings and action.nargs is None else None
-            if isinstance(value, list) and ([] in value or action.default is None):
+            if isinstance(value, list) and ([] in value or not isinstance(action.default, list)):
                 self.error(f"argument {action.option_strings[0]}: -- is not a value")
         return found, unknown
 

@@ -14,6 +14,7 @@ import stat
 import sys
 from collections.abc import Iterator
 
+from linmem._commands import compile_cache
 from linmem._commands.image import figures_of, report_to, say, show
 from linmem._commands.parser import EXIT_USAGE, Parser, Refused, file_name, function_name, refuse_errors_of
 from linmem._commands.program import Program, add_options, compose_creator, in_a_thread, leave_running
@@ -88,8 +89,8 @@ def output_to_standard_error() -> Iterator[None]:
 
 
 def initialise(program: Program, args: argparse.Namespace, results: list[int | float]) -> int:
-    program.compile(args.cache, prepare=True)
     hint = "" if args.init != DEFAULT_INIT else ", which is what initialises it by default: --init names another"
+    program.compile("prewarm", compile_cache.directory_of(args, "prewarm"), args.init, prepare=True, hint=hint)
     program.check_function(args.init, may_return=True, hint=hint)
 
     def work() -> None:

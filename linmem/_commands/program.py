@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import linmem
+from linmem._commands import compile_cache
 from linmem._commands.parser import (
     EXIT_INTERRUPTED,
     EXIT_TRAP,
     EXIT_USAGE,
     Parser,
     Refused,
-    file_name,
     parse_size,
     refuse_errors_of,
 )
@@ -35,9 +37,7 @@ def add_options(parser: Parser) -> None:
                         help="a budget for all memories of the program: bytes, or a number with KiB, MiB, GiB (powers"
                              " of 1024; K, M, G mean the same) or KB, MB, GB (powers of 1000). Beyond the budget"
                              " memory.grow returns -1")
-    parser.add_argument("--cache", type=file_name, metavar="DIR",
-                        help="keep the compiled program in DIR for the next time; DIR must belong to this user, and"
-                             " other users must not be able to write to it")
+    compile_cache.add_options(parser)
 
 
 def split_env(text: str) -> tuple[str, str]:
@@ -101,23 +101,37 @@ def in_a_thread(work: Callable[[], _T]) -> tuple[_T | int, bool]:
 
 def leave_running(status: int) -> None:
     """End the process although the program is in an endless loop or waits for input. Nothing else can end such code."""
+    compile_cache.end_announcements()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
-def read_program(path: str) -> bytes:
-    """The bytes of a wasm module or of its text; a file of another kind is refused."""
+def read_program(path: str) -> tuple[bytes, str | None]:
+    """The bytes of a wasm module or of its text, and the state of the file; a file of another kind is refused."""
+    from linmem._wasm.known_files import read_file
+
     try:
-        with open(path, "rb") as file:
-            code = file.read()
+        code, state = read_file(path)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise Refused(f"cannot read {path!r}: {reason}") from None
     is_text = path.lower().endswith(".wat") or code.lstrip().startswith((b"(", b";;"))
     if not code.startswith(b"\0asm") and not is_text:
         raise Refused(f"{path!r} is not a WebAssembly module (neither wasm nor wat)")
-    return code
+    return code, state
+
+
+@contextlib.contextmanager
+def one_line_warnings(command: str) -> Iterator[None]:
+    """Print that a program could not be cached without the line of linmem's source that issued the warning."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", "not cached", RuntimeWarning)
+        warnings.showwarning = lambda message, *where: print(
+            f"linmem {command}: {printable(str(message))}", file=sys.stderr)
+        yield
 
 
 class Program:
@@ -133,9 +147,10 @@ class Program:
     instance: Any
     module: Any
     prepared: Any
+    settings = ""       # what of the engine's settings differs from run to run; programs are kept apart by it
 
     def __init__(self, path: str, creator: Any) -> None:
-        self.path, self.code = path, read_program(path)
+        self.path = path
         try:
             import wasmtime
 
@@ -150,24 +165,80 @@ class Program:
             raise Refused(str(error)) from None
         self.engine = wasmtime.Engine(config)
 
-    def compile(self, cache: str | None, *, prepare: bool) -> None:
-        """Compile the program.
+    @functools.cached_property
+    def _file(self) -> tuple[bytes, str | None]:
+        return read_program(self.path)
+
+    def compile(self, command: str, cache: str | None, function: str, *, prepare: bool, hint: str = "") -> None:
+        """Compile the program, or take it from the directory of a cache.
 
         prepare: for an instance that a snapshot is taken from, or that is started from one.
+        function: a program that does not export it is refused before it is compiled, with `hint`.
         """
-        wasmtime, code = self.wasmtime, self.code
+        self.prepared = None
+        self.module = None if cache is None or prepare else self._kept(cache)
+        if self.module is not None:
+            return
+        wasmtime, (code, _) = self.wasmtime, self._file
         try:
             binary = code if code.startswith(b"\0asm") else bytes(wasmtime.wat2wasm(code.decode()))
             # The second half of the version is the layer: 0 for a module, 1 for a component.
             if binary[6:8] == b"\1\0":
                 raise Refused(f"{self.path} is a component; linmem runs WASI preview 1 modules"
                               " (compile it for wasm32-wasip1)")
-            self.prepared = self._prepare(binary, cache) if prepare or cache is not None else None
-            self.module = wasmtime.Module(self.engine, binary) if self.prepared is None else self.prepared.module
+            self._check_export(binary, function, hint)
+            with compile_cache.announced(f"linmem {command}: compiling {printable(self.path)} ..."), \
+                    one_line_warnings(command):
+                if prepare:
+                    self.prepared = self._prepare(binary, cache)
+                    self.module = self.prepared.module
+                else:
+                    self.module = self._compiled(binary, cache)
         except wasmtime.WasmtimeError as error:
             raise Refused(f"{self.path}: {one_line(error)}") from None
         except UnicodeDecodeError as error:
             raise Refused(f"{self.path} is not valid WebAssembly text: {error}") from None
+        compile_cache.bound(cache)
+
+    def _kept(self, cache: str) -> Any:
+        """The compiled program, if the file is unchanged since it was compiled."""
+        from linmem._wasm.known_files import entry_of
+
+        with refuse_errors_of(cache):
+            entry = entry_of(cache, self.path, self.settings)
+        try:
+            return None if entry is None else self.wasmtime.Module.deserialize_file(self.engine, entry)
+        except self.wasmtime.WasmtimeError:     # the entry is of another version of wasmtime, or cannot be mapped
+            return None
+
+    def _compiled(self, binary: bytes, cache: str | None) -> Any:
+        """The compiled program, by its bytes."""
+        from linmem._wasm.compiled import compiled
+        from linmem._wasm.image_cache import Cache
+        from linmem._wasm.known_files import note_entry
+
+        if cache is None:
+            return compiled(self.engine, binary, None)[0]
+        with refuse_errors_of(cache):
+            module, entry = compiled(self.engine, binary, Cache(cache))
+        state = self._file[1]
+        if entry is not None and state is not None:
+            with contextlib.suppress(OSError):      # without the note, the next run reads the program again
+                note_entry(cache, self.path, state, self.settings, entry)
+        return module
+
+    def _check_export(self, binary: bytes, function: str, hint: str) -> None:
+        from linmem._wasm.module import Module
+
+        try:
+            exports = Module(binary).exports()
+        except ValueError:      # wasmtime decides whether the module is valid
+            return
+        if (function, 0) not in [(name, kind) for name, kind, _ in exports]:
+            raise self._no_function(function, hint)
+
+    def _no_function(self, name: str, hint: str) -> Refused:
+        return Refused(f"{self.path} exports no function {name}{hint}")
 
     def _prepare(self, binary: bytes, cache: str | None) -> Any:
         from linmem._wasm import prepared
@@ -187,7 +258,7 @@ class Program:
         """Refuse a function that is not exported, or that cannot be called without arguments."""
         function = self._function(name)
         if function is None:
-            raise Refused(f"{self.path} exports no function {name}{hint}")
+            raise self._no_function(name, hint)
         if function.params or (function.results and not may_return):
             what = "parameters" if may_return else "parameters or results"
             raise Refused(f"{self.path}: {name} has {what}, and must have none")

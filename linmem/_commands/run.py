@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 import linmem
+from linmem._commands import compile_cache
 from linmem._commands.parser import Parser, Refused, file_name, function_name, refuse_errors_of
 from linmem._commands.program import Program, add_options, compose_creator, in_a_thread, leave_running
 from linmem._commands.text import count, show_size, show_time
@@ -29,6 +30,9 @@ results of NAME are printed, each in one line.
 --creator takes "mmap" (each memory is a mapping of its own), "pool" (memories are reset and used
 again) and "statistics", each with the defaults of linmem.creator(). --max-memory puts one budget
 over the creator, as linmem.creator("limiting", limit_bytes=...) does.
+
+The compiled program is kept in the user's cache directory, or in the DIR of --cache: `linmem cache info`
+shows it. A program that has not changed is neither read nor compiled again.
 
 The report is the last text on standard error, so that standard output has only the program's
 output. With --json it is the last line, also if PROGRAM could not be run; sizes are in bytes and
@@ -116,17 +120,16 @@ def execute(args: argparse.Namespace, creator: Any) -> int:
     """Run the program; returns its exit code."""
     program = Program(args.program, creator)
     snapshot = None if args.start is None else open_snapshot(args.start)
-    program.compile(args.cache, prepare=snapshot is not None)
-    if args.invoke is None:
-        program.check_function("_start", hint=", so it is a library and not a WASI command: --invoke"
-                               " NAME calls another function")
-    else:
-        program.check_function(args.invoke, may_return=True)
+    hint = ", so it is a library and not a WASI command: --invoke NAME calls another function"
+    hint = "" if args.invoke else hint
+    function = args.invoke or "_start"
+    program.compile("run", compile_cache.directory_of(args, "run"), function, prepare=snapshot is not None, hint=hint)
+    program.check_function(function, may_return=bool(args.invoke), hint=hint)
 
     def work() -> None:
         program.instantiate(args, args.arguments, snapshot)
         begin = program.call if args.invoke is None or snapshot is not None else program.initialise
-        for result in begin(args.invoke or "_start"):
+        for result in begin(function):
             print(result)
 
     return program.run("run", work)

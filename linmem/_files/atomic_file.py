@@ -12,7 +12,6 @@ import errno
 import io
 import os
 import re
-import secrets
 import stat
 import time
 from collections.abc import Iterator
@@ -75,7 +74,7 @@ def draft(folder: str) -> Iterator[Draft]:
 
 def _unused(folder: str) -> str:
     while True:
-        path = os.path.join(folder, f".linmem-{secrets.token_hex(8)}.tmp")
+        path = os.path.join(folder, f".linmem-{os.urandom(8).hex()}.tmp")
         if not os.path.lexists(path):
             return path
 

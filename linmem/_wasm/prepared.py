@@ -7,10 +7,9 @@ import hashlib
 import os
 import sys
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import BinaryIO, NoReturn, TypeVar
+from typing import NoReturn
 
 import wasmtime
 
@@ -19,8 +18,9 @@ from linmem._core.arguments import check_flag, check_path
 from linmem._core.memory import Image
 from linmem._files.image_file import write_image
 from linmem._wasm import outline as state
+from linmem._wasm.compiled import FORMAT, cached, compiled
 from linmem._wasm.image_cache import Cache
-from linmem._wasm.install import check_type, checked_creator, wasmtime_version
+from linmem._wasm.install import check_type, checked_creator
 from linmem._wasm.instance_state import behind
 from linmem._wasm.module import START, Module
 from linmem._wasm.reader import Malformed
@@ -28,7 +28,7 @@ from linmem._wasm.recording import OPEN
 from linmem._wasm.segments import Hoisted, Run, hoist, without_start
 from linmem._wasm.snapshot import Snapshot, check_context
 from linmem._wasm.start import Start
-from linmem.errors import FileFormatError, PageError
+from linmem.errors import PageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,11 +39,9 @@ if TYPE_CHECKING:
 NOT_OURS = ("linmem.wasmtime.install(config) was not called for this engine, or the config uses the pooling"
             " allocation strategy (which ignores host creators)")
 
-_FORMAT = 2         # the version of cached files, in their keys; keys of modules also have wasmtime's
 _ASKS: weakref.WeakKeyDictionary[wasmtime.Engine, bool] = weakref.WeakKeyDictionary()
 _alive: weakref.WeakSet[Prepared] = weakref.WeakSet()       # each with a module that is still to be compiled
 _SIZE_MAX = 2 * sys.maxsize + 1
-_T = TypeVar("_T")
 
 
 class Prepared:
@@ -310,13 +308,13 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
     skipped += hoisted.skipped
     wasm = state.extended(hoisted.module, items)
     try:
-        module = _compiled(engine, wasm, directory)
+        module = compiled(engine, wasm, directory)[0]
     except wasmtime.WasmtimeError as error:
         images, added, outline = [None] * len(images), frozenset(), None
         skipped = [f"nothing is hoisted or exposed, wasmtime takes the module only as it is: {error}"]
         module = None
     if module is None:      # if wasmtime refuses the original, too, the caller gets that refusal alone
-        module = _compiled(engine, original, directory)
+        module = compiled(engine, original, directory)[0]
     compile_start = None
     if outline is not None and (hoisted.active or START in read.sections or outline.computed_tables()):
         compile_start = functools.partial(_compiled_for_start, engine, wasm, outline, directory)
@@ -348,51 +346,15 @@ def _image(runs: Sequence[Run], cache: Cache | None) -> Image:
     make = functools.partial(Image.from_pieces, runs, last + len(data) - start, start)
     if cache is None:
         return make()
-    digest = hashlib.sha256(f"linmem {_FORMAT}, image\n".encode())
+    digest = hashlib.sha256(f"linmem {FORMAT}, image\n".encode())
     for offset, data in runs:
         digest.update(f"{offset} {len(data)}\n".encode())
         digest.update(data)
-    image: Image = _cached(cache, digest.hexdigest(), ".image", Image.open, make, write_image)
+    image: Image = cached(cache, digest.hexdigest(), ".image", Image.open, make, write_image)[0]
     return image
-
-
-def _compiled(engine: wasmtime.Engine, wasm: bytes, cache: Cache | None) -> wasmtime.Module:
-    make = functools.partial(wasmtime.Module, engine, wasm)
-    if cache is None:
-        return make()
-    key = hashlib.sha256(f"linmem {_FORMAT}, wasmtime {wasmtime_version()}\n".encode() + wasm).hexdigest()
-    return _cached(cache, key, ".cwasm", functools.partial(_read, engine), make,
-                   lambda module, file: file.write(module.serialize()))
 
 
 def _compiled_for_start(engine: wasmtime.Engine, wasm: bytes, outline: state.Outline,
                         cache: Cache | None) -> wasmtime.Module:
-    return _compiled(engine, without_start(wasm, outline), cache)
-
-
-def _read(engine: wasmtime.Engine, path: str) -> wasmtime.Module:
-    try:
-        return wasmtime.Module.deserialize_file(engine, path)
-    except wasmtime.WasmtimeError:      # the file may be in a noexec file system: it can be read, but not mapped
-        with open(path, "rb") as file:
-            return wasmtime.Module.deserialize(engine, file.read())
-
-
-def _cached(cache: Cache, key: str, suffix: str, read: Callable[[str], _T], make: Callable[[], _T],
-            write: Callable[[_T, BinaryIO], object]) -> _T:
-    """Read an entry of the cache. If no entry can be read, make the object and add it to the cache.
-
-    If the new entry cannot be written, warn: the next process makes the object again.
-    """
-    for path in cache.entries(key, suffix):
-        try:
-            return read(path)
-        # Another version of linmem or wasmtime wrote the entry, or another process removed the entry.
-        except (FileFormatError, wasmtime.WasmtimeError, OSError):
-            continue
-    made = make()
-    try:
-        cache.add(key, suffix, lambda file: write(made, file))
-    except OSError as error:
-        warnings.warn(f"not cached: {error}", RuntimeWarning, stacklevel=4)
-    return made
+    module: wasmtime.Module = compiled(engine, without_start(wasm, outline), cache)[0]
+    return module
