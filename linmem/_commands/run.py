@@ -12,6 +12,7 @@ from typing import Any
 
 import linmem
 from linmem._commands import compile_cache
+from linmem._commands.core_file import CoreFile
 from linmem._commands.parser import Parser, Refused, file_name, function_name, refuse_errors_of
 from linmem._commands.program import Program, add_options, compose_creator, in_a_thread, leave_running
 from linmem._commands.text import count, show_size, show_time
@@ -34,6 +35,9 @@ over the creator, as linmem.creator("limiting", limit_bytes=...) does.
 The compiled program is kept in the user's cache directory, or in the DIR of --cache: `linmem cache info`
 shows it. A program that has not changed is neither read nor compiled again.
 
+The core dump has the format of the WebAssembly tool conventions: `wasm-tools print FILE` reads it. FILE is
+written after a trap only, and a new FILE has mode 0600.
+
 The report is the last text on standard error, so that standard output has only the program's
 output. With --json it is the last line, also if PROGRAM could not be run; sizes are in bytes and
 times in nanoseconds. "resident" is the physical memory at the end, which is also the peak, because
@@ -50,6 +54,9 @@ def add_arguments(parser: Parser) -> None:
                         help="start from the snapshot of PROGRAM in FILE, which `linmem prewarm` wrote")
     parser.add_argument("--invoke", type=function_name, metavar="NAME",
                         help="call the exported function NAME, which takes no parameters, instead of _start")
+    parser.add_argument("--coredump", type=file_name, metavar="FILE",
+                        help="if the program traps, write its memories, globals and stack to FILE, a WebAssembly core"
+                             " dump")
     parser.add_argument("--creator", default="mmap", metavar="KIND",
                         help="the creator of the memories: mmap (the default), pool or statistics; see below")
     parser.add_argument("--report", action="store_true", help="at the end, report the sizes and growths of each memory")
@@ -123,7 +130,9 @@ def execute(args: argparse.Namespace, creator: Any) -> int:
     hint = ", so it is a library and not a WASI command: --invoke NAME calls another function"
     hint = "" if args.invoke else hint
     function = args.invoke or "_start"
-    program.compile("run", compile_cache.directory_of(args, "run"), function, prepare=snapshot is not None, hint=hint)
+    program.core = CoreFile(args.coredump, args.program) if args.coredump is not None else None
+    program.compile("run", compile_cache.directory_of(args, "run"), function,
+                    prepare=snapshot is not None or args.coredump is not None, hint=hint)
     program.check_function(function, may_return=bool(args.invoke), hint=hint)
 
     def work() -> None:
