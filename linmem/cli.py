@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         parser = Parser(prog=f"linmem {command}")
         module.add_arguments(parser)
         args = parser.parse_args(words[1:])
+        args.own_process = argv is None
         code = int(module.main(args))
         sys.stdout.flush()
         return code

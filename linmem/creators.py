@@ -30,7 +30,8 @@ def creator(kind: str = "mmap", **options: Any) -> NativeCreator:
         `slots`, `keep_resident`, `max_unused_warm`, `max_resident`, `max_reserved`, `idle_seconds`,
         `max_reset_seconds`, `reset`, `when_full`, `timeout`, `check`, `image`, `upstream`).
         "limiting": one budget over all memories (`LimitingCreator`; options `limit_bytes`, `upstream`).
-        "statistics": counts and times what happens (`StatisticsCreator`; options `upstream`, `history`).
+        "statistics": counts and times what happens (`StatisticsCreator`; options `upstream`, `history`,
+        `timeline`).
     **options
         The options of the constructor. An `upstream` that is missing or None is an `MmapCreator`.
 

@@ -127,6 +127,7 @@ COUNT_ARGUMENTS = {
     "max_unused_warm": lambda bad: linmem.PoolingCreator(max_unused_warm=bad),
     "n": lambda bad: linmem.PoolingCreator().warm(bad, TYPE),
     "history": lambda bad: linmem.StatisticsCreator(linmem.MmapCreator(), bad),
+    "timeline": lambda bad: linmem.StatisticsCreator(linmem.MmapCreator(), 4, bad),
     "count": lambda bad: linmem.create(PAGE).view("B", 0, bad),
 }
 
@@ -532,7 +533,7 @@ def test_the_factory_names_every_option_of_every_kind():
 
     said = inspect.getdoc(linmem.creator)
     options = {"mmap": ["prefault", "huge_pages"], "limiting": ["upstream", "limit_bytes"],
-               "statistics": ["upstream", "history"],
+               "statistics": ["upstream", "history", "timeline"],
                "pool": ["upstream", "slots", "keep_resident", "max_unused_warm", "max_resident", "max_reserved",
                         "idle_seconds", "max_reset_seconds", "reset", "when_full", "timeout", "check", "image"]}
     assert set(options) == set(creators._KINDS)

@@ -328,7 +328,7 @@ def test_the_text_report_prints_the_same_figures_on_standard_error(wat):
     assert (done.returncode, done.stdout) == (0, b"")
     head, line = done.stderr.decode().splitlines()
     assert head == "linmem: 1 memory by mmap, 448 KiB at the peak; 0 requests refused"
-    assert re.fullmatch(r"  memory 1: 64 KiB at first, 448 KiB at the peak, \S+ \S+ resident;"
+    assert re.fullmatch(r"  memory: 64 KiB at first, 448 KiB at the peak, \S+ \S+ resident;"
                         r" 3 growths in [\d.]+ (us|ms|s), 0 refused", line)
 
 

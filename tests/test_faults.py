@@ -1236,6 +1236,7 @@ QUIET = {
     **attributes("limit LimitingCreator", "limit_bytes", "used_bytes", "peak_bytes", "upstream"),
     "StatisticsCreator": lambda scene: linmem.StatisticsCreator(scene.mmap),
     "StatisticsCreator.statistics": lambda scene: scene.sums.statistics(),
+    "StatisticsCreator.timeline": lambda scene: scene.sums.timeline(),
     **attributes("sums StatisticsCreator", "upstream"),
     "PythonCreator": lambda scene: linmem.PythonCreator(scene.mmap),
     **attributes("python PythonCreator", "creator"),

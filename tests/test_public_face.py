@@ -321,7 +321,7 @@ FACE = {
     "linmem.LimitingCreator": (lambda w: linmem.LimitingCreator, {
         "upstream": (native, given_by("mmap")), "limit_bytes": (size, PAGE)}),
     "linmem.StatisticsCreator": (lambda w: linmem.StatisticsCreator, {
-        "upstream": (native, given_by("mmap")), "history": (size, 4)}),
+        "upstream": (native, given_by("mmap")), "history": (size, 4), "timeline": (size, 2)}),
     "linmem.PythonCreator": (lambda w: linmem.PythonCreator, {
         "creator": (lambda value: callable(getattr(value, "new_memory", None)), Upstream())}),
     "linmem.MmapCreator.new_memory": (lambda w: w.mmap.new_memory, {

@@ -143,13 +143,10 @@ class Program:
 
     Attributes
     ----------
-    binary : bytes
-        The module, after `compile`, unless it came from the cache.
     store, instance : wasmtime.Store, wasmtime.Instance
         After `instantiate`.
     """
 
-    binary: bytes
     store: Any
     instance: Any = None
     module: Any
@@ -177,6 +174,17 @@ class Program:
     def _file(self) -> tuple[bytes, str | None]:
         return read_program(self.path)
 
+    @functools.cached_property
+    def binary(self) -> bytes:
+        """The module in the binary format. A module that comes from the cache is read when this is first used."""
+        code = self._file[0]
+        try:
+            return code if code.startswith(b"\0asm") else bytes(self.wasmtime.wat2wasm(code.decode()))
+        except self.wasmtime.WasmtimeError as error:
+            raise Refused(f"{self.path}: {one_line(error)}") from None
+        except UnicodeDecodeError as error:
+            raise Refused(f"{self.path} is not valid WebAssembly text: {error}") from None
+
     def compile(self, command: str, cache: str | None, function: str, *, prepare: bool, hint: str = "") -> None:
         """Compile the program, or take it from the directory of a cache.
 
@@ -187,15 +195,13 @@ class Program:
         self.module = None if cache is None or prepare else self._kept(cache)
         if self.module is not None:
             return
-        wasmtime, (code, _) = self.wasmtime, self._file
+        wasmtime, binary = self.wasmtime, self.binary
         try:
-            binary = code if code.startswith(b"\0asm") else bytes(wasmtime.wat2wasm(code.decode()))
             # The second half of the version is the layer: 0 for a module, 1 for a component.
             if binary[6:8] == b"\1\0":
                 raise Refused(f"{self.path} is a component; linmem runs WASI preview 1 modules"
                               " (compile it for wasm32-wasip1)")
             self._check_export(binary, function, hint)
-            self.binary = binary
             with compile_cache.announced(f"linmem {command}: compiling {printable(self.path)} ..."), \
                     one_line_warnings(command):
                 if prepare:
@@ -205,8 +211,6 @@ class Program:
                     self.module = self._compiled(binary, cache)
         except wasmtime.WasmtimeError as error:
             raise Refused(f"{self.path}: {one_line(error)}") from None
-        except UnicodeDecodeError as error:
-            raise Refused(f"{self.path} is not valid WebAssembly text: {error}") from None
         compile_cache.bound(cache)
 
     def _kept(self, cache: str) -> Any:

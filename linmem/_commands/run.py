@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import sys
+import time
 from typing import Any
 
 import linmem
 from linmem._commands import compile_cache
-from linmem._commands.core_file import CoreFile
-from linmem._commands.parser import Parser, Refused, file_name, function_name, refuse_errors_of
+from linmem._commands.parser import EXIT_REFUSED, Parser, Refused, file_name, function_name, refuse_errors_of
 from linmem._commands.program import Program, add_options, compose_creator, in_a_thread, leave_running
-from linmem._commands.text import count, show_size, show_time
 
 USAGE = "linmem run [options] PROGRAM [options] [--] [ARGS ...]"
 EPILOG = """\
@@ -40,7 +40,8 @@ written after a trap only, and a new FILE has mode 0600.
 
 The report is the last text on standard error, so that standard output has only the program's
 output. With --json it is the last line, also if PROGRAM could not be run; sizes are in bytes and
-times in nanoseconds. "resident" is the physical memory at the end, which is also the peak, because
+times in nanoseconds. A memory has the name of its export, or its number if it is not exported; "GC heap"
+is the heap for garbage-collected objects. "resident" is the physical memory at the end, which is also the peak, because
 wasm memories never shrink.
 
 Exit codes: the program's (0 to 125, as wasmtime allows); 134 if the program trapped; 130 on Ctrl-C;
@@ -61,6 +62,8 @@ def add_arguments(parser: Parser) -> None:
                         help="the creator of the memories: mmap (the default), pool or statistics; see below")
     parser.add_argument("--report", action="store_true", help="at the end, report the sizes and growths of each memory")
     parser.add_argument("--json", action="store_true", help="the report as one line of JSON (implies --report)")
+    parser.add_argument("--report-file", type=file_name, metavar="FILE",
+                        help="draw the size of each memory over time: .png (needs matplotlib) or .html")
     parser.parse_known_args = functools.partial(parse, parser)      # type: ignore[method-assign]
 
 
@@ -104,33 +107,56 @@ def split_words(parser: Parser, words: list[str]) -> tuple[list[str], str | None
 
 
 def main(args: argparse.Namespace) -> int:
+    reported, file, timeline = args.report or args.json, None, 0
+    if reported or args.report_file is not None:
+        from linmem._commands import run_report
+
+        if args.report_file is not None:
+            file, timeline = run_report.ReportFile(args.report_file), run_report.CHANGES
     creator = compose_creator(args.creator, args.max_memory)
     # The statistics creator wraps the creator with the budget, so that it also counts the requests that the budget
     # refuses.
-    statistics = linmem.StatisticsCreator(creator) if args.report or args.json else None
+    began = time.perf_counter_ns()
+    statistics = linmem.StatisticsCreator(creator, timeline=timeline) if reported or file is not None else None
+    programs: list[Program] = []
     try:
-        status, running = in_a_thread(functools.partial(execute, args, statistics or creator))
+        status, running = in_a_thread(functools.partial(execute, args, statistics or creator, programs))
     except Refused as refusal:
         print(f"linmem run: {refusal}", file=sys.stderr)
         status, running = refusal.code, False
     if statistics is not None:
-        import json
+        end_ns, sizes = time.perf_counter_ns() - began, statistics.timeline()[::-1]
+        figures = run_report.figures(args, status, statistics, programs[0] if programs else None)
+        try:
+            if file is not None:
+                file.write(figures, sizes, end_ns)
+        except Refused as refusal:
+            print(f"linmem run: --report-file: {refusal}", file=sys.stderr)
+            status = figures["exit_code"] = status or EXIT_REFUSED
+        if reported:
+            import json
 
-        figures = report_figures(args, status, statistics)
-        print(json.dumps(figures) if args.json else report_text(figures), file=sys.stderr, flush=True)
+            print(json.dumps(figures) if args.json else run_report.text_of(figures), file=sys.stderr, flush=True)
     if running:
         leave_running(status)
     return status
 
 
-def execute(args: argparse.Namespace, creator: Any) -> int:
-    """Run the program; returns its exit code."""
+def execute(args: argparse.Namespace, creator: Any, programs: list[Program]) -> int:
+    """Run the program, and append it to `programs`; returns its exit code."""
     program = Program(args.program, creator)
+    programs.append(program)
+    if args.own_process:
+        # At its end the interpreter would look for cycles in all that was imported, and take 8 ms.
+        gc.freeze()
     snapshot = None if args.start is None else open_snapshot(args.start)
     hint = ", so it is a library and not a WASI command: --invoke NAME calls another function"
     hint = "" if args.invoke else hint
     function = args.invoke or "_start"
-    program.core = CoreFile(args.coredump, args.program) if args.coredump is not None else None
+    if args.coredump is not None:
+        from linmem._commands.core_file import CoreFile
+
+        program.core = CoreFile(args.coredump, args.program)
     program.compile("run", compile_cache.directory_of(args, "run"), function,
                     prepare=snapshot is not None or args.coredump is not None, hint=hint)
     program.check_function(function, may_return=bool(args.invoke), hint=hint)
@@ -149,32 +175,3 @@ def open_snapshot(path: str) -> Any:
 
     with refuse_errors_of(path):
         return Snapshot.open(path)
-
-
-def report_figures(args: argparse.Namespace, status: int, statistics: linmem.StatisticsCreator) -> dict[str, Any]:
-    memories = [{
-        "first_size": memory["first_size"],
-        "peak_size": memory["size"],        # a wasm memory never shrinks
-        "growths": memory["growths"],
-        "refused_growths": memory["refused"],
-        "grow_ns": memory["grow_ns"],
-        "peak_resident": memory["peak_resident"],
-    } for memory in reversed(statistics.memories())]
-    return {"program": args.program, "exit_code": status, "creator": args.creator, "max_memory": args.max_memory,
-            "memories": memories, "all": statistics.statistics()}
-
-
-def report_text(figures: dict[str, Any]) -> str:
-    everything = figures["all"]
-    if not everything["total_count"] and not everything["failures"]:
-        return "linmem: no memory was asked for"
-    budget = "" if figures["max_memory"] is None else f", of at most {show_size(figures['max_memory'])}"
-    lines = [f"linmem: {count(everything['total_count'], 'memory')} by {figures['creator']},"
-             f" {show_size(everything['peak_bytes'])} at the peak{budget};"
-             f" {count(everything['failures'], 'request')} refused"]
-    for number, memory in enumerate(figures["memories"], start=1):
-        lines.append(f"  memory {number}: {show_size(memory['first_size'])} at first, {show_size(memory['peak_size'])}"
-                     f" at the peak, {show_size(memory['peak_resident'])} resident;"
-                     f" {count(memory['growths'], 'growth')} in {show_time(memory['grow_ns'])},"
-                     f" {memory['refused_growths']} refused")
-    return "\n".join(lines)

@@ -11,7 +11,7 @@ from cpython.ref cimport Py_INCREF
 from libc.stdint cimport SIZE_MAX
 from libc.stdlib cimport calloc, free, malloc
 
-from linmem._core.atomic cimport add, compare_exchange, load, store, store_address, store_size
+from linmem._core.atomic cimport add, compare_exchange, load, load_address, store, store_address, store_size
 from linmem._core.linked_list cimport link, list_add_first, list_init, list_remove
 from linmem._core.memory cimport (
     NO_MAXIMUM, PROTECTION_NONE, RELIEF_BUDGET, UNCHOSEN, Image, Memory, NativeCreator, add_live_memory,
