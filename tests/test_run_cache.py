@@ -18,7 +18,7 @@ from test_cli import linmem_process
 
 from linmem import cli
 from linmem._commands import compile_cache
-from linmem._wasm import known_files
+from linmem._wasm import compiled, known_files
 from linmem._wasm.image_cache import Cache
 
 # The exit code is a digit in the text, so that programs of equal size behave differently.
@@ -29,7 +29,7 @@ HIDES_THE_CURSOR, SHOWS_THE_CURSOR = "\x1b[?25l", "\x1b[?25h"
 OPENS = """
     import sys
     from linmem import cli
-    from linmem._wasm import known_files
+    from linmem._wasm import compiled, known_files
     known_files._RESOLUTION = -10**18
     opened = []
     sys.addaudithook(lambda event, args: opened.append(args[0]) if event == "open" else None)
@@ -216,6 +216,21 @@ def test_a_run_that_starts_from_a_snapshot_uses_what_prewarm_compiled(here, linm
     words = "run", "--cache", "cache", "--invoke", "f", "program.wat"
     assert linmem(*words, "--start", "snapshot") == (0, "42\n", "")
     assert compilations == []
+
+
+@requires("components")
+def test_components_are_cached_like_modules(here):
+    from wasmtime import component
+
+    engine = wasmtime.Engine()
+    wasm = bytes(wasmtime.wat2wasm("(component (core module (memory 1)))"))
+    cache = Cache("cache")
+    made, path = compiled.compiled(engine, wasm, cache, component.Component)
+    found, same = compiled.compiled(engine, wasm, cache, component.Component)
+    assert type(made) is type(found) is component.Component
+    assert (path, path.endswith(known_files.COMPONENT), entries()) == (same, True, [path])
+    module, other = compiled.compiled(engine, bytes(wasmtime.wat2wasm("(module)")), cache)
+    assert (type(module), other.endswith(known_files.MODULE), len(entries())) == (wasmtime.Module, True, 2)
 
 
 # -- where the cache is -----------------------------------------------------------------------------------------------

@@ -215,12 +215,14 @@ class Program:
 
     def _kept(self, cache: str) -> Any:
         """The compiled program, if the file is unchanged since it was compiled."""
-        from linmem._wasm.known_files import entry_of
+        from linmem._wasm.known_files import MODULE, entry_of
 
         with refuse_errors_of(cache):
             entry = entry_of(cache, self.path, self.settings)
         try:
-            return None if entry is None else self.wasmtime.Module.deserialize_file(self.engine, entry)
+            if entry is None or not entry.endswith(MODULE):
+                return None
+            return self.wasmtime.Module.deserialize_file(self.engine, entry)
         except self.wasmtime.WasmtimeError:     # the entry is of another version of wasmtime, or cannot be mapped
             return None
 

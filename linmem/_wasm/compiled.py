@@ -12,6 +12,7 @@ import wasmtime
 
 from linmem._wasm.image_cache import Cache
 from linmem._wasm.install import wasmtime_version
+from linmem._wasm.known_files import COMPONENT, MODULE
 from linmem.errors import FileFormatError
 
 FORMAT = 2          # the version of cached files, in their keys; keys of compiled code also have wasmtime's
@@ -25,7 +26,8 @@ def compiled(engine: wasmtime.Engine, wasm: bytes, cache: Cache | None,
     if cache is None:
         return make(), None
     key = hashlib.sha256(f"linmem {FORMAT}, wasmtime {wasmtime_version()}\n".encode() + wasm).hexdigest()
-    return cached(cache, key, ".cwasm", functools.partial(read, kind, engine), make,
+    suffix = MODULE if kind is wasmtime.Module else COMPONENT
+    return cached(cache, key, suffix, functools.partial(read, kind, engine), make,
                   lambda made, file: file.write(made.serialize()))
 
 

@@ -21,7 +21,7 @@ from linmem._wasm.known_files import forget_entries, must_be_private
 
 _MAX_ENTRIES = 8    # of one key
 _KEY = re.compile("[0-9a-f]{64}")
-_ENTRY = re.compile(r"[0-9a-f]{64}\.(?:cwasm|image)")
+_ENTRY = re.compile(r"[0-9a-f]{64}\.(?:cwasm|ccomponent|image)")
 
 
 class Used(NamedTuple):

@@ -18,6 +18,7 @@ import os
 import stat
 import time
 
+MODULE, COMPONENT = ".cwasm", ".ccomponent"     # the suffixes of entries of compiled code
 _RESOLUTION = 2_000_000_000     # ns; FAT has the coarsest clock
 _NOTES = "notes"
 
