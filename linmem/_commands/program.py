@@ -7,7 +7,7 @@ import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import linmem
@@ -21,7 +21,8 @@ from linmem._commands.parser import (
     parse_size,
     refuse_errors_of,
 )
-from linmem._commands.text import one_line
+from linmem._commands.text import count, one_line
+from linmem._commands.values import parse_float, parse_integer, parse_number
 from linmem._core.arguments import printable
 
 TYPE_CHECKING = False
@@ -33,14 +34,18 @@ _T = TypeVar("_T")
 
 def add_options(parser: Parser) -> None:
     """Declare the options that say what the program may use."""
-    parser.add_argument("--dir", action="append", default=[], type=split_dir, metavar="HOST[::GUEST]",
-                        help="a directory that the program may read and write, under the name GUEST; repeatable")
+    parser.add_argument("--dir", action="append", default=[], type=split_dir, metavar="HOST[::GUEST][:ro]",
+                        help="a directory that the program may read and write, under the name GUEST; with :ro at the"
+                             " end, it may only read. A name that itself ends in :ro is given with :rw at the end"
+                             " (x:ro:rw); repeatable")
     parser.add_argument("--env", action="append", default=[], type=split_env, metavar="NAME[=VALUE]",
                         help="a variable for the program, by default with its value in this process; repeatable")
+    parser.add_argument("--env-all", action="store_true",
+                        help="all variables of this process; --env adds to them and overrides them")
     parser.add_argument("--max-memory", type=parse_size, metavar="SIZE",
-                        help="a budget for all memories of the program: bytes, or a number with KiB, MiB, GiB (powers"
-                             " of 1024; K, M, G mean the same) or KB, MB, GB (powers of 1000). Beyond the budget"
-                             " memory.grow returns -1")
+                        help="a budget for the sum of all memories of the program: bytes, or a number with KiB, MiB,"
+                             " GiB (powers of 1024; K, M, G mean the same) or KB, MB, GB (powers of 1000). Beyond the"
+                             " budget memory.grow returns -1")
     compile_cache.add_options(parser)
 
 
@@ -55,21 +60,47 @@ def split_env(text: str) -> tuple[str, str]:
     return name, os.environ[name]
 
 
-def split_dir(text: str) -> tuple[str, str]:
-    host, _, guest = text.partition("::")
+def split_dir(text: str) -> tuple[str, str, bool]:
+    """The directory, its name for the program, and whether the program may write to it."""
+    access = next((access for access in (":ro", ":rw") if text.endswith(access)), "")
+    host, _, guest = text.removesuffix(access).partition("::")
     if not os.path.isdir(host):
         what = "is not a directory" if os.path.exists(host) else "does not exist"
-        raise argparse.ArgumentTypeError(f"{host!r} {what}")
-    return host, guest or host
+        hint = f" (for the directory {text!r}, write {text}:rw)" if access == ":ro" and os.path.isdir(text) else ""
+        raise argparse.ArgumentTypeError(f"{host!r} {what}{hint}")
+    return host, guest or host, access != ":ro"
 
 
-def compose_creator(kind: str, max_memory: int | None) -> Any:
+def compose_creator(text: str, max_memory: int | None) -> Any:
+    """The creator that KIND[:OPTION=VALUE,...] describes, under the budget."""
+    kind, colon, rest = text.partition(":")
+    options: dict[str, Any] = {}
+    for option in rest.split(",") if colon else ():
+        name, _, value = option.partition("=")
+        if not name or not value or name in options:
+            what = f"{name} stands twice" if name in options else f"{option!r} is not an option, like idle_seconds=5"
+            raise Refused(f"--creator {text}: {what}", EXIT_USAGE)
+        options[name] = option_value(value)
     try:
-        creator = linmem.creator(kind)
-    except (TypeError, ValueError) as error:
+        creator = linmem.creator(kind, **options)
+    except (TypeError, ValueError, OverflowError) as error:
         hint = " (for a budget: --max-memory)" if kind == "limiting" else ""
-        raise Refused(f"--creator {kind}: {error}{hint}", EXIT_USAGE) from None
+        raise Refused(f"--creator {text}: {error}{hint}", EXIT_USAGE) from None
     return creator if max_memory is None else linmem.LimitingCreator(creator, max_memory)
+
+
+def option_value(text: str) -> bool | int | float | str | None:
+    """The value of an option of a creator: true, false, none, a number, a size (64MiB) or a word."""
+    if text in ("true", "false", "none"):
+        return {"true": True, "false": False}.get(text)
+    kinds: tuple[Callable[[str], int | float], ...] = (
+        lambda text: parse_integer(text, 64), lambda text: parse_float(text, 64), parse_size)
+    for parse in kinds:
+        try:
+            return parse(text)
+        except (ValueError, argparse.ArgumentTypeError):
+            continue
+    return text
 
 
 def in_a_thread(work: Callable[[], _T]) -> tuple[_T | int, bool]:
@@ -195,13 +226,13 @@ class Program:
         self.module = None if cache is None or prepare else self._kept(cache)
         if self.module is not None:
             return
-        wasmtime, binary = self.wasmtime, self.binary
+        binary = self.binary
+        # The second half of the version is the layer: 0 for a module, 1 for a component.
+        if binary[6:8] == b"\1\0":
+            raise Refused(f"{self.path} is a component; linmem runs WASI preview 1 modules"
+                          " (compile it for wasm32-wasip1)")
+        self._check_export(binary, function, hint)
         try:
-            # The second half of the version is the layer: 0 for a module, 1 for a component.
-            if binary[6:8] == b"\1\0":
-                raise Refused(f"{self.path} is a component; linmem runs WASI preview 1 modules"
-                              " (compile it for wasm32-wasip1)")
-            self._check_export(binary, function, hint)
             with compile_cache.announced(f"linmem {command}: compiling {printable(self.path)} ..."), \
                     one_line_warnings(command):
                 if prepare:
@@ -209,7 +240,7 @@ class Program:
                     self.module = self.prepared.module
                 else:
                     self.module = self._compiled(binary, cache)
-        except wasmtime.WasmtimeError as error:
+        except self.wasmtime.WasmtimeError as error:
             raise Refused(f"{self.path}: {one_line(error)}") from None
         compile_cache.bound(cache)
 
@@ -271,12 +302,48 @@ class Program:
 
     def check_function(self, name: str, *, may_return: bool = False, hint: str = "") -> None:
         """Refuse a function that is not exported, or that cannot be called without arguments."""
-        function = self._function(name)
-        if function is None:
-            raise self._no_function(name, hint)
+        function = self._exported_function(name, hint)
         if function.params or (function.results and not may_return):
             what = "parameters" if may_return else "parameters or results"
             raise Refused(f"{self.path}: {name} has {what}, and must have none")
+
+    def parse_arguments(self, name: str, texts: list[str]) -> list[int | float]:
+        """The arguments for the exported function, by the types of its parameters.
+
+        If it has none, returns no arguments: then `texts` are the program's arguments alone.
+        """
+        if not self._exported_function(name).params:
+            return []
+        from linmem._wasm.module import Module
+        from linmem._wasm.reader import Unknown
+
+        # The types are read here, because wasmtime-py aborts the process if it is asked for a type v128.
+        try:
+            kinds = Module(self.binary).parameters(name)
+        except (Unknown, ValueError) as reason:     # ValueError: the file is not the one that is in the cache
+            raise Refused(f"{self.path}: the parameters of {name} are not known: {reason}") from None
+        signature = f"{name}({', '.join(kind or 'a reference' for kind in kinds)})"
+        unfit = next((kind or "a reference" for kind in kinds if kind in ("", "v128")), None)
+        if unfit is not None:
+            raise Refused(f"{self.path}: {signature} cannot be called from the command line, because no argument can be"
+                          f" {unfit}")
+        if len(texts) != len(kinds):
+            raise Refused(f"{self.path}: {signature} takes {count(len(kinds), 'argument')}, got {len(texts)}",
+                          EXIT_USAGE)
+        found = []
+        for number, (text, kind) in enumerate(zip(texts, kinds, strict=True), start=1):
+            try:
+                found.append(parse_number(text, kind))
+            except ValueError as reason:
+                raise Refused(f"{self.path}: {signature}: argument {number}, {text!r:.100}, {reason}",
+                              EXIT_USAGE) from None
+        return found
+
+    def _exported_function(self, name: str, hint: str = "") -> Any:
+        function = self._function(name)
+        if function is None:
+            raise self._no_function(name, hint)
+        return function
 
     def run(self, command: str, work: Callable[[], None]) -> int:
         """The exit code of `work`, which makes the instance and calls its functions."""
@@ -312,10 +379,10 @@ class Program:
         wasi = self.wasmtime.WasiConfig()
         try:
             wasi.argv = [os.path.basename(self.path), *arguments]
-            wasi.env = args.env
-            for host, guest in args.dir:
+            wasi.env = list({**(os.environ if args.env_all else {}), **dict(args.env)}.items())
+            for host, guest, writable in args.dir:
                 try:
-                    wasi.preopen_dir(host, guest)
+                    wasi.preopen_dir(host, guest, *self._permissions(writable))
                 except self.wasmtime.WasmtimeError:
                     raise Refused(f"--dir {host}: the directory cannot be opened", EXIT_USAGE) from None
         except UnicodeEncodeError as error:
@@ -325,18 +392,27 @@ class Program:
         wasi.inherit_stderr()
         return wasi
 
-    def initialise(self, name: str) -> list[int | float]:
+    def _permissions(self, writable: bool) -> tuple[Any, ...]:
+        """The last arguments of `WasiConfig.preopen_dir`."""
+        if writable:
+            return ()
+        wasmtime: Any = self.wasmtime
+        if hasattr(wasmtime, "DirPerms"):       # an older wasmtime-py
+            return wasmtime.DirPerms.READ_ONLY, wasmtime.FilePerms.READ_ONLY
+        return (False,)
+
+    def initialise(self, name: str, arguments: Sequence[int | float] = ()) -> list[int | float]:
         """Call `_initialize`, which a reactor exports, and then the function; returns the results of the function."""
         if name != "_initialize" and self._function("_initialize") is not None:
             self.check_function("_initialize")
             self.call("_initialize")
-        return self.call(name)
+        return self.call(name, arguments)
 
-    def call(self, name: str) -> list[int | float]:
+    def call(self, name: str, arguments: Sequence[int | float] = ()) -> list[int | float]:
         """The results of a function, which must be numbers."""
         results: Any
         try:
-            results = self.instance.exports(self.store)[name](self.store)
+            results = self.instance.exports(self.store)[name](self.store, *arguments)
         except self.wasmtime.WasmtimeError as error:
             if "wasmtime_valkind_t" not in str(error):
                 raise

@@ -17,20 +17,21 @@ from linmem._commands import compile_cache
 from linmem._commands.parser import EXIT_REFUSED, Parser, Refused, file_name, function_name, refuse_errors_of
 from linmem._commands.program import Program, add_options, compose_creator, in_a_thread, leave_running
 
-USAGE = "linmem run [options] PROGRAM [options] [--] [ARGS ...]"
+USAGE = "linmem run [options] PROGRAM [ARGS ...]"
 EPILOG = """\
-Options may stand before PROGRAM and directly after it. The program's own ARGS begin with the first
-argument after PROGRAM that is not an option, or after `--`. argv[0] is the file name of PROGRAM.
-The program can access only the directories and the variables that --dir and --env give it.
+The options stand before PROGRAM. Everything after PROGRAM belongs to the program, also `--` and what looks
+like an option of linmem. argv[0] is the file name of PROGRAM. The program can access only the directories
+and the variables that --dir, --env and --env-all give it.
 
 With --start the program has the state that it had when `linmem prewarm` took the snapshot, and nothing
 is initialised again. Give the same --dir options in the same order, because the program may know its
-directories by number. Without --start, --invoke calls _initialize first if PROGRAM exports it. The
-results of NAME are printed, each in one line.
+directories by number. Without --start, --invoke calls _initialize first if PROGRAM exports it. If NAME
+has parameters, ARGS are their values: integers (42, -1, 0x2a) and numbers (1.5, inf, nan). The results of
+NAME are printed, each in one line.
 
 --creator takes "mmap" (each memory is a mapping of its own), "pool" (memories are reset and used
-again) and "statistics", each with the defaults of linmem.creator(). --max-memory puts one budget
-over the creator, as linmem.creator("limiting", limit_bytes=...) does.
+again) and "statistics". Options of linmem.creator() follow a colon: pool:idle_seconds=5,keep_resident=64KiB.
+--max-memory puts one budget over the creator, as linmem.creator("limiting", limit_bytes=...) does.
 
 The compiled program is kept in the user's cache directory, or in the DIR of --cache: `linmem cache info`
 shows it. A program that has not changed is neither read nor compiled again.
@@ -54,12 +55,14 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--start", type=file_name, metavar="FILE",
                         help="start from the snapshot of PROGRAM in FILE, which `linmem prewarm` wrote")
     parser.add_argument("--invoke", type=function_name, metavar="NAME",
-                        help="call the exported function NAME, which takes no parameters, instead of _start")
+                        help="call the exported function NAME instead of _start; ARGS are the values of its parameters,"
+                             " if it has any")
     parser.add_argument("--coredump", type=file_name, metavar="FILE",
                         help="if the program traps, write its memories, globals and stack to FILE, a WebAssembly core"
                              " dump")
-    parser.add_argument("--creator", default="mmap", metavar="KIND",
-                        help="the creator of the memories: mmap (the default), pool or statistics; see below")
+    parser.add_argument("--creator", default="mmap", metavar="KIND[:OPTION=VALUE,...]",
+                        help="the creator of the memories: mmap (the default), pool or statistics, and its options; see"
+                             " below")
     parser.add_argument("--report", action="store_true", help="at the end, report the sizes and growths of each memory")
     parser.add_argument("--json", action="store_true", help="the report as one line of JSON (implies --report)")
     parser.add_argument("--report-file", type=file_name, metavar="FILE",
@@ -69,41 +72,32 @@ def add_arguments(parser: Parser) -> None:
 
 def parse(parser: Parser, words: list[str], namespace: None = None) -> tuple[argparse.Namespace, list[str]]:
     """Parse the options, and add the program and the arguments of the program to the result."""
-    options, program, arguments = split_words(parser, words)
+    options, rest = split_words(parser, words)
     args, unknown = Parser.parse_known_args(parser, options)
     if unknown:
-        parser.error(f"no such option: {unknown[0]}; the program's own come after --")
-    if program is None:
+        parser.error(f"no such option: {unknown[0]}")
+    if not rest:
         parser.error("PROGRAM is missing")
-    args.program, args.arguments = program, arguments
+    args.program, *args.arguments = rest
     return args, []
 
 
-def split_words(parser: Parser, words: list[str]) -> tuple[list[str], str | None, list[str]]:
-    """The options of linmem, the program, and the arguments of the program.
+def split_words(parser: Parser, words: list[str]) -> tuple[list[str], list[str]]:
+    """The options of linmem, and the program with its arguments. A `--` before the program ends the options.
 
-    argparse cannot express "options before and after the first positional argument, and none after the second".
+    Some versions of argparse drop a `--` from the arguments of the program.
     """
     takes_value = {name for action in parser._actions if action.nargs != 0 for name in action.option_strings}
     options: list[str] = []
-    program = None
     rest = list(words)
-    while rest:
+    while rest and rest[0].startswith("-") and rest[0] != "-":
         word = rest.pop(0)
         if word == "--":
-            if program is None and rest:
-                program = rest.pop(0)
-            return options, program, rest
-        if word.startswith("-") and word != "-":
-            options.append(word)
-            if word in takes_value and rest:
-                # With "=", argparse accepts a value that begins with a dash.
-                options[-1] = f"{word}={rest.pop(0)}"
-        elif program is None:
-            program = word
-        else:
-            return options, program, [word, *rest]
-    return options, program, []
+            break
+        if word in takes_value and rest:
+            word += f"={rest.pop(0)}"       # with "=", argparse accepts a value that begins with a dash
+        options.append(word)
+    return options, rest
 
 
 def main(args: argparse.Namespace) -> int:
@@ -159,12 +153,16 @@ def execute(args: argparse.Namespace, creator: Any, programs: list[Program]) -> 
         program.core = CoreFile(args.coredump, args.program)
     program.compile("run", compile_cache.directory_of(args, "run"), function,
                     prepare=snapshot is not None or args.coredump is not None, hint=hint)
-    program.check_function(function, may_return=bool(args.invoke), hint=hint)
+    arguments: list[int | float] = []
+    if args.invoke:
+        arguments = program.parse_arguments(function, args.arguments)
+    else:
+        program.check_function(function, hint=hint)
 
     def work() -> None:
         program.instantiate(args, args.arguments, snapshot)
         begin = program.call if args.invoke is None or snapshot is not None else program.initialise
-        for result in begin(function):
+        for result in begin(function, arguments):
             print(result)
 
     return program.run("run", work)

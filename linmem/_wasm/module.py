@@ -154,6 +154,11 @@ class Module:
 
     def imports(self) -> tuple[list[Limits], list[Limits], list[GlobalType]]:
         """Memories, tables, and globals."""
+        found = self._imports()
+        return found["memory"], found["table"], found["global"]
+
+    def _imports(self) -> dict[str, list[Any]]:
+        """The types of the imports by kind. The type of a function is the index of a type."""
         read: dict[str, Callable[[Reader], Any]] = {
             "function": lambda reader: reader.u32("type index"), "table": Reader.table_type,
             "memory": Reader.memory_type, "global": Reader.global_type,
@@ -167,7 +172,24 @@ class Module:
             if code >= len(KINDS):
                 raise Unknown(f"the import at byte {start} is of kind 0x{code:02x}")
             found[KINDS[code]].append(read[KINDS[code]](reader))
-        return found["memory"], found["table"], found["global"]
+        return found
+
+    def parameters(self, name: str) -> list[str]:
+        """The types of the parameters of the exported function: names of numbers, and "" for a reference."""
+        index = next((index for exported, code, index in self.exports() if exported == name and code == 0), None)
+        if index is None:
+            raise Unknown(f"no function {name} is exported")
+        types = [*self._imports()["function"],
+                 *(reader.u32("type index") for reader in self.items(FUNCTION, "functions"))]
+        found: list[list[str]] = []
+        for reader in self.items(TYPE, "types"):
+            count = 1
+            if self.wasm.startswith(b"\x4e", reader.at, reader.end):        # a group of recursive types
+                reader.byte("type")
+                count = reader.u32("number of types")
+            for _ in range(count):
+                found.append(reader.parameters())
+        return found[types[index]]
 
     def memories(self) -> list[Limits]:
         return [reader.memory_type() for reader in self.items(MEMORY, "memories")]

@@ -127,6 +127,32 @@ class Reader:
             return number, None
         return "", self.reference_type(what)
 
+    def parameters(self) -> list[str]:
+        """Step over a defined type; returns its parameters as `value_type` names them, none if it is not a function's.
+        """
+        start = self.at
+        code = self.byte("type")
+        if code in (0x4F, 0x50):        # a subtype: its supertypes come first
+            for _ in range(self.u32("number of supertypes")):
+                self.u32("supertype")
+            code = self.byte("type")
+        if code == _SHARED:
+            code = self.byte("type")
+        if code == 0x60:                # a function
+            found = [self.value_type("parameter")[0] for _ in range(self.u32("number of parameters"))]
+            for _ in range(self.u32("number of results")):
+                self.value_type("result")
+            return found
+        if code not in (0x5E, 0x5F):    # an array or a structure
+            raise Unknown(f"the type at byte {start} is 0x{code:02x}")
+        for _ in range(1 if code == 0x5E else self.u32("number of fields")):
+            if self.data.startswith((b"\x77", b"\x78"), self.at, self.end):     # i16, i8
+                self.byte("field")
+            else:
+                self.value_type("field")
+            self.byte("field's mutability")
+        return []
+
     def global_type(self) -> GlobalType:
         number, heap_type = self.value_type("global type")
         start = self.at
