@@ -15,6 +15,7 @@ from linmem.errors import FileFormatError
 
 EXIT_REFUSED = 1            # the command failed, or a check failed
 EXIT_USAGE = 2              # the command line is wrong
+EXIT_TIMEOUT = 124          # as `timeout` of the coreutils does
 EXIT_INTERRUPTED = 130      # 128 + SIGINT, as a shell reports it
 EXIT_TRAP = 134             # 128 + SIGABRT, as `wasmtime run` does
 

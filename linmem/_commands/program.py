@@ -8,12 +8,14 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import linmem
 from linmem._commands import compile_cache
+from linmem._commands.limits import Clock, Limits
 from linmem._commands.parser import (
     EXIT_INTERRUPTED,
+    EXIT_TIMEOUT,
     EXIT_TRAP,
     EXIT_USAGE,
     Parser,
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
     from linmem._commands.core_file import CoreFile
 
 _T = TypeVar("_T")
+_INTERRUPTIBLE = 0.2        # seconds of a wait of the main thread
+_PATIENCE = 1.0             # seconds that the last words of a process may take
+_BRIEF_PATIENCE = 0.02      # the same if nobody seems to read them
 
 
 def add_options(parser: Parser) -> None:
@@ -103,14 +108,15 @@ def option_value(text: str) -> bool | int | float | str | None:
     return text
 
 
-def in_a_thread(work: Callable[[], _T]) -> tuple[_T | int, bool]:
-    """The result of `work`, or the exit code after Ctrl-C; and whether `work` still runs after Ctrl-C.
+def in_a_thread(work: Callable[[], _T], clock: Clock | None = None) -> tuple[_T | int, bool]:
+    """The result of `work`, or the exit code after Ctrl-C or a timeout; and whether `work` still runs.
 
-    Python handles signals between bytecodes of the main thread. The program runs in another thread, so Ctrl-C does not
-    wait for native code.
+    Python handles signals between bytecodes of the main thread. The program runs in another thread, so neither Ctrl-C
+    nor the timeout waits for native code.
     """
     import threading
 
+    clock = clock or Clock()
     results: list[_T] = []
     errors: list[BaseException] = []
 
@@ -119,6 +125,8 @@ def in_a_thread(work: Callable[[], _T]) -> tuple[_T | int, bool]:
             results.append(work())
         except BaseException as error:      # raised again in the main thread
             errors.append(error)
+        finally:
+            clock.begun.set()
 
     threading.stack_size(8 << 20)           # some systems give a second thread less than the stack of wasm
     thread = threading.Thread(target=target, name="linmem program", daemon=True)
@@ -126,7 +134,12 @@ def in_a_thread(work: Callable[[], _T]) -> tuple[_T | int, bool]:
     threading.stack_size(0)
     try:
         while thread.is_alive():
-            thread.join(0.2)                # on some systems, a wait without a timeout cannot be interrupted
+            left = clock.left()
+            if left == 0:
+                return EXIT_TIMEOUT, True
+            wait = thread.join if clock.begun.is_set() else clock.begun.wait
+            # On some systems, a wait without a timeout cannot be interrupted.
+            wait(_INTERRUPTIBLE if left is None else min(left, _INTERRUPTIBLE))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED, thread.is_alive()
     if errors:
@@ -134,12 +147,41 @@ def in_a_thread(work: Callable[[], _T]) -> tuple[_T | int, bool]:
     return results[0], False
 
 
-def leave_running(status: int) -> None:
-    """End the process although the program is in an endless loop or waits for input. Nothing else can end such code."""
+def leave_running(status: int, text: str = "") -> None:
+    """End the process although the program is in an endless loop or waits. Nothing else can end such code.
+
+    `text` is the last text on standard error: what the program writes there from now on is dropped. If standard error
+    is a full pipe that nobody reads, `text` is dropped.
+    """
+    import threading
+
+    def finish() -> None:
+        if text:
+            last = os.dup(sys.stderr.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+            data = text.replace("\n", os.linesep).encode(sys.stderr.encoding, "backslashreplace")
+            while data:
+                data = data[os.write(last, data):]
+        sys.stdout.flush()
+
     compile_cache.end_announcements()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    try:
+        patience = _PATIENCE if _is_writable(sys.stderr) else _BRIEF_PATIENCE
+        thread = threading.Thread(target=finish, daemon=True)
+        thread.start()
+        thread.join(patience)
+    finally:            # also on another Ctrl-C
+        os._exit(status)
+
+
+def _is_writable(file: TextIO) -> bool:
+    """Whether the file takes some bytes now; also True if the system does not say."""
+    import select
+
+    try:
+        return bool(select.select([], [file], [], 0)[1])
+    except (OSError, ValueError):       # Windows says this of sockets alone
+        return True
 
 
 def read_program(path: str) -> tuple[bytes, str | None]:
@@ -185,8 +227,8 @@ class Program:
     core: CoreFile | None = None        # where a trap is written
     settings = ""       # what of the engine's settings differs from run to run; programs are kept apart by it
 
-    def __init__(self, path: str, creator: Any) -> None:
-        self.path = path
+    def __init__(self, path: str, creator: Any, limits: Limits) -> None:
+        self.path, self.limits = path, limits
         try:
             import wasmtime
 
@@ -195,6 +237,7 @@ class Program:
             raise Refused(f"needs wasmtime-py: pip install 'linmem[wasmtime]' ({error})") from None
         self.wasmtime = wasmtime
         config = wasmtime.Config()
+        limits.configure(config)
         try:
             install(config, creator)
         except RuntimeError as error:
@@ -295,6 +338,11 @@ class Program:
         with refuse_errors_of(self.path if cache is None else cache):
             return prepared.prepare(self.engine, binary, cache=cache, expose=True)
 
+    def plan_start(self, path: str, snapshot: Any) -> None:
+        """Compile what a start from the snapshot needs, so that the start compiles nothing."""
+        with refuse_errors_of(path):
+            self.prepared._plan(snapshot)
+
     def _function(self, name: str) -> Any:
         """The type of the exported function; None if the program exports no function of this name."""
         found = next((export.type for export in self.module.exports if export.name == name), None)
@@ -352,18 +400,27 @@ class Program:
         except self.wasmtime.ExitTrap as end:
             return int(end.code)
         except self.wasmtime.Trap as trap:
-            where = str(trap).partition("Stack backtrace:")[0].partition("Caused by:")[0].rstrip()
-            print(f"linmem {command}: {printable(self.path)} trapped: {one_line(trap)}\n{where}", file=sys.stderr)
+            text = self._trap_text(trap)
+            print(f"linmem {command}: {printable(self.path)} {text}", file=sys.stderr)
             if self.core is not None:
                 self.core.write(self, trap)
             return EXIT_TRAP
         except self.wasmtime.WasmtimeError as error:
-            raise Refused(f"{self.path}: {one_line(error)}") from None
+            reason = one_line(error)
+            raise Refused(f"{self.path}: {reason}{self.limits.explain(reason)}") from None
         return 0
+
+    def _trap_text(self, trap: Any) -> str:
+        reason = one_line(trap)
+        if self.limits.fuel is not None and reason.endswith("all fuel consumed by WebAssembly"):
+            return f"ran out of fuel (--fuel {self.limits.fuel})"
+        where = str(trap).partition("Stack backtrace:")[0].partition("Caused by:")[0].rstrip()
+        return f"trapped: {reason}\n{where}"
 
     def instantiate(self, args: argparse.Namespace, arguments: list[str], snapshot: Any = None) -> None:
         """Make the instance, with the directories and the variables of the options; from `args.start` if given."""
         self.store = self.wasmtime.Store(self.engine)
+        self.limits.apply(self.store)
         self.store.set_wasi(self._wasi_config(args, arguments))
         linker = self.wasmtime.Linker(self.engine)
         linker.define_wasi()

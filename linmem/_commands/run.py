@@ -14,8 +14,18 @@ from typing import Any
 
 import linmem
 from linmem._commands import compile_cache
-from linmem._commands.parser import EXIT_REFUSED, Parser, Refused, file_name, function_name, refuse_errors_of
+from linmem._commands.limits import Limits, add_limits
+from linmem._commands.parser import (
+    EXIT_REFUSED,
+    EXIT_TIMEOUT,
+    Parser,
+    Refused,
+    file_name,
+    function_name,
+    refuse_errors_of,
+)
 from linmem._commands.program import Program, add_options, compose_creator, in_a_thread, leave_running
+from linmem._core.arguments import printable
 
 USAGE = "linmem run [options] PROGRAM [ARGS ...]"
 EPILOG = """\
@@ -45,13 +55,15 @@ times in nanoseconds. A memory has the name of its export, or its number if it i
 is the heap for garbage-collected objects. "resident" is the physical memory at the end, which is also the peak, because
 wasm memories never shrink.
 
-Exit codes: the program's (0 to 125, as wasmtime allows); 134 if the program trapped; 130 on Ctrl-C;
-2 if the command line is wrong; 1 if PROGRAM cannot be read or run, with the reason in one line."""
+Exit codes: the program's (0 to 125, as wasmtime allows); 134 if the program trapped or ran out of fuel;
+124 if it ran for longer than --timeout; 130 on Ctrl-C; 2 if the command line is wrong; 1 if PROGRAM cannot
+be read or run, with the reason in one line."""
 
 
 def add_arguments(parser: Parser) -> None:
     parser.usage, parser.description, parser.epilog = USAGE, __doc__, EPILOG
     add_options(parser)
+    add_limits(parser)
     parser.add_argument("--start", type=file_name, metavar="FILE",
                         help="start from the snapshot of PROGRAM in FILE, which `linmem prewarm` wrote")
     parser.add_argument("--invoke", type=function_name, metavar="NAME",
@@ -112,11 +124,16 @@ def main(args: argparse.Namespace) -> int:
     # refuses.
     began = time.perf_counter_ns()
     statistics = linmem.StatisticsCreator(creator, timeline=timeline) if reported or file is not None else None
+    limits = Limits(timeout=args.timeout, fuel=args.fuel, max_instances=args.max_instances, max_memory=args.max_memory)
     programs: list[Program] = []
+    said = []
     try:
-        status, running = in_a_thread(functools.partial(execute, args, statistics or creator, programs))
+        status, running = in_a_thread(functools.partial(execute, args, statistics or creator, limits, programs),
+                                      limits.clock)
+        if running and status == EXIT_TIMEOUT:
+            said.append(f"linmem run: {printable(args.program)} ran for longer than --timeout {args.timeout:g} seconds")
     except Refused as refusal:
-        print(f"linmem run: {refusal}", file=sys.stderr)
+        said.append(f"linmem run: {refusal}")
         status, running = refusal.code, False
     if statistics is not None:
         end_ns, sizes = time.perf_counter_ns() - began, statistics.timeline()[::-1]
@@ -125,20 +142,23 @@ def main(args: argparse.Namespace) -> int:
             if file is not None:
                 file.write(figures, sizes, end_ns)
         except Refused as refusal:
-            print(f"linmem run: --report-file: {refusal}", file=sys.stderr)
+            said.append(f"linmem run: --report-file: {refusal}")
             status = figures["exit_code"] = status or EXIT_REFUSED
         if reported:
             import json
 
-            print(json.dumps(figures) if args.json else run_report.text_of(figures), file=sys.stderr, flush=True)
+            said.append(json.dumps(figures) if args.json else run_report.text_of(figures))
+    text = "".join(f"{part}\n" for part in said)
     if running:
-        leave_running(status)
+        leave_running(status, text)
+    sys.stderr.write(text)
+    sys.stderr.flush()
     return status
 
 
-def execute(args: argparse.Namespace, creator: Any, programs: list[Program]) -> int:
+def execute(args: argparse.Namespace, creator: Any, limits: Limits, programs: list[Program]) -> int:
     """Run the program, and append it to `programs`; returns its exit code."""
-    program = Program(args.program, creator)
+    program = Program(args.program, creator, limits)
     programs.append(program)
     if args.own_process:
         # At its end the interpreter would look for cycles in all that was imported, and take 8 ms.
@@ -152,17 +172,22 @@ def execute(args: argparse.Namespace, creator: Any, programs: list[Program]) -> 
 
         program.core = CoreFile(args.coredump, args.program)
     program.compile("run", compile_cache.directory_of(args, "run"), function,
-                    prepare=snapshot is not None or args.coredump is not None, hint=hint)
+                    # A prepared module starts without code, so the data of the program costs no fuel.
+                    prepare=any(option is not None for option in (args.start, args.coredump, args.fuel)), hint=hint)
     arguments: list[int | float] = []
     if args.invoke:
         arguments = program.parse_arguments(function, args.arguments)
     else:
         program.check_function(function, hint=hint)
+    if snapshot is not None:
+        program.plan_start(args.start, snapshot)
 
     def work() -> None:
-        program.instantiate(args, args.arguments, snapshot)
-        begin = program.call if args.invoke is None or snapshot is not None else program.initialise
-        for result in begin(function, arguments):
+        with limits.clock.running():
+            program.instantiate(args, args.arguments, snapshot)
+            begin = program.call if args.invoke is None or snapshot is not None else program.initialise
+            results = begin(function, arguments)
+        for result in results:
             print(result)
 
     return program.run("run", work)
