@@ -213,8 +213,8 @@ def test_a_run_that_starts_from_a_snapshot_uses_what_prewarm_compiled(here, linm
                                       ' (i32.load (i32.const 0))) (data (i32.const 0) "*"))')
     assert linmem("prewarm", "program.wat", "--init", "f", "--cache", "cache", "-o", "snapshot")[0] == 0
     del compilations[:]
-    words = "run", "--cache", "cache", "--invoke", "f", "program.wat"
-    assert linmem(*words, "--start", "snapshot") == (0, "42\n", "")
+    words = "--cache", "cache", "--invoke", "f", "program.wat"
+    assert linmem("run", "--start", "snapshot", *words) == (0, "42\n", "")
     assert compilations == []
 
 

@@ -211,6 +211,10 @@ def one_line_warnings(command: str) -> Iterator[None]:
         yield
 
 
+def _is_component(binary: bytes) -> bool:
+    return binary[6:8] == b"\1\0"       # the layer: 0 for a module, 1 for a component
+
+
 class Program:
     """A program and its only instance, in memories of a creator.
 
@@ -218,12 +222,17 @@ class Program:
     ----------
     store, instance : wasmtime.Store, wasmtime.Instance
         After `instantiate`.
+    status : int
+        The exit code of a program that does not exit and does not trap.
     """
+
+    status = 0
 
     store: Any
     instance: Any = None
     module: Any
     prepared: Any
+    kind: Any                           # wasmtime's class of compiled programs
     core: CoreFile | None = None        # where a trap is written
     settings = ""       # what of the engine's settings differs from run to run; programs are kept apart by it
 
@@ -235,7 +244,7 @@ class Program:
             from linmem._wasm.install import install
         except (ImportError, OSError) as error:         # OSError: the library of wasmtime does not load
             raise Refused(f"needs wasmtime-py: pip install 'linmem[wasmtime]' ({error})") from None
-        self.wasmtime = wasmtime
+        self.wasmtime, self.kind = wasmtime, wasmtime.Module
         config = wasmtime.Config()
         limits.configure(config)
         try:
@@ -270,10 +279,6 @@ class Program:
         if self.module is not None:
             return
         binary = self.binary
-        # The second half of the version is the layer: 0 for a module, 1 for a component.
-        if binary[6:8] == b"\1\0":
-            raise Refused(f"{self.path} is a component; linmem runs WASI preview 1 modules"
-                          " (compile it for wasm32-wasip1)")
         self._check_export(binary, function, hint)
         try:
             with compile_cache.announced(f"linmem {command}: compiling {printable(self.path)} ..."), \
@@ -287,16 +292,27 @@ class Program:
             raise Refused(f"{self.path}: {one_line(error)}") from None
         compile_cache.bound(cache)
 
+    def is_component(self, cache: str | None) -> bool:
+        """Whether the program is a component; the file is read if the cache does not know it."""
+        if cache is not None:
+            from linmem._wasm.known_files import COMPONENT, entry_of
+
+            with refuse_errors_of(cache):
+                entry = entry_of(cache, self.path, self.settings)
+            if entry is not None:
+                return entry.endswith(COMPONENT)
+        return _is_component(self.binary)
+
     def _kept(self, cache: str) -> Any:
         """The compiled program, if the file is unchanged since it was compiled."""
-        from linmem._wasm.known_files import MODULE, entry_of
+        from linmem._wasm.known_files import COMPONENT, MODULE, entry_of
 
         with refuse_errors_of(cache):
             entry = entry_of(cache, self.path, self.settings)
         try:
-            if entry is None or not entry.endswith(MODULE):
+            if entry is None or not entry.endswith(MODULE if self.kind is self.wasmtime.Module else COMPONENT):
                 return None
-            return self.wasmtime.Module.deserialize_file(self.engine, entry)
+            return self.kind.deserialize_file(self.engine, entry)
         except self.wasmtime.WasmtimeError:     # the entry is of another version of wasmtime, or cannot be mapped
             return None
 
@@ -307,9 +323,9 @@ class Program:
         from linmem._wasm.known_files import note_entry
 
         if cache is None:
-            return compiled(self.engine, binary, None)[0]
+            return compiled(self.engine, binary, None, self.kind)[0]
         with refuse_errors_of(cache):
-            module, entry = compiled(self.engine, binary, Cache(cache))
+            module, entry = compiled(self.engine, binary, Cache(cache), self.kind)
         state = self._file[1]
         if entry is not None and state is not None:
             with contextlib.suppress(OSError):      # without the note, the next run reads the program again
@@ -319,6 +335,9 @@ class Program:
     def _check_export(self, binary: bytes, function: str, hint: str) -> None:
         from linmem._wasm.module import Module
 
+        if _is_component(binary):
+            raise Refused(f"{self.path} is a component, which cannot be prewarmed; a module can (compile it for"
+                          " wasm32-wasip1)")
         try:
             exports = Module(binary).exports()
         except ValueError:      # wasmtime decides whether the module is valid
@@ -399,16 +418,19 @@ class Program:
             work()
         except self.wasmtime.ExitTrap as end:
             return int(end.code)
-        except self.wasmtime.Trap as trap:
+        except (self.wasmtime.Trap, self.wasmtime.WasmtimeError) as trap:
+            if not self._is_trap(trap):
+                reason = one_line(trap)
+                raise Refused(f"{self.path}: {reason}{self.limits.explain(reason)}") from None
             text = self._trap_text(trap)
             print(f"linmem {command}: {printable(self.path)} {text}", file=sys.stderr)
             if self.core is not None:
                 self.core.write(self, trap)
             return EXIT_TRAP
-        except self.wasmtime.WasmtimeError as error:
-            reason = one_line(error)
-            raise Refused(f"{self.path}: {reason}{self.limits.explain(reason)}") from None
-        return 0
+        return self.status
+
+    def _is_trap(self, error: Exception) -> bool:
+        return isinstance(error, self.wasmtime.Trap)
 
     def _trap_text(self, trap: Any) -> str:
         reason = one_line(trap)
@@ -445,9 +467,12 @@ class Program:
         except UnicodeEncodeError as error:
             raise Refused(f"{error.object!r} is not valid UTF-8, which WASI requires", EXIT_USAGE) from None
         wasi.inherit_stdin()
+        self._inherit_output(wasi)
+        return wasi
+
+    def _inherit_output(self, wasi: Any) -> None:
         wasi.inherit_stdout()
         wasi.inherit_stderr()
-        return wasi
 
     def _permissions(self, writable: bool) -> tuple[Any, ...]:
         """The last arguments of `WasiConfig.preopen_dir`."""

@@ -1,4 +1,4 @@
-"""Run a WASI preview 1 module (wasm or wat) with wasmtime, in memories that linmem owns.
+"""Run a WASI program (wasm or wat) with wasmtime, in memories that linmem owns: a preview 1 module, or a component.
 
 The program uses linmem's standard input, output and error, and its exit code becomes linmem's.
 """
@@ -18,6 +18,7 @@ from linmem._commands.limits import Limits, add_limits
 from linmem._commands.parser import (
     EXIT_REFUSED,
     EXIT_TIMEOUT,
+    EXIT_USAGE,
     Parser,
     Refused,
     file_name,
@@ -39,6 +40,10 @@ directories by number. Without --start, --invoke calls _initialize first if PROG
 has parameters, ARGS are their values: integers (42, -1, 0x2a) and numbers (1.5, inf, nan). The results of
 NAME are printed, each in one line.
 
+A component is a command if it exports wasi:cli/run of a version 0.2. --invoke calls another of its
+functions; a function of an exported interface is INTERFACE#FUNCTION. ARGS are texts, true and false,
+numbers, and JSON for all other types, as are the results. --start and --coredump need a module.
+
 --creator takes "mmap" (each memory is a mapping of its own), "pool" (memories are reset and used
 again) and "statistics". Options of linmem.creator() follow a colon: pool:idle_seconds=5,keep_resident=64KiB.
 --max-memory puts one budget over the creator, as linmem.creator("limiting", limit_bytes=...) does.
@@ -55,7 +60,8 @@ times in nanoseconds. A memory has the name of its export, or its number if it i
 is the heap for garbage-collected objects. "resident" is the physical memory at the end, which is also the peak, because
 wasm memories never shrink.
 
-Exit codes: the program's (0 to 125, as wasmtime allows); 134 if the program trapped or ran out of fuel;
+Exit codes: the program's (wasmtime allows 0 to 125, and 0 to 255 for a component); 1 if run of a component,
+or the function of --invoke, returns an error; 134 if the program trapped or ran out of fuel;
 124 if it ran for longer than --timeout; 130 on Ctrl-C; 2 if the command line is wrong; 1 if PROGRAM cannot
 be read or run, with the reason in one line."""
 
@@ -158,7 +164,8 @@ def main(args: argparse.Namespace) -> int:
 
 def execute(args: argparse.Namespace, creator: Any, limits: Limits, programs: list[Program]) -> int:
     """Run the program, and append it to `programs`; returns its exit code."""
-    program = Program(args.program, creator, limits)
+    cache = compile_cache.directory_of(args, "run")
+    program = open_program(args, creator, limits, cache)
     programs.append(program)
     if args.own_process:
         # At its end the interpreter would look for cycles in all that was imported, and take 8 ms.
@@ -171,10 +178,10 @@ def execute(args: argparse.Namespace, creator: Any, limits: Limits, programs: li
         from linmem._commands.core_file import CoreFile
 
         program.core = CoreFile(args.coredump, args.program)
-    program.compile("run", compile_cache.directory_of(args, "run"), function,
+    program.compile("run", cache, function,
                     # A prepared module starts without code, so the data of the program costs no fuel.
                     prepare=any(option is not None for option in (args.start, args.coredump, args.fuel)), hint=hint)
-    arguments: list[int | float] = []
+    arguments: list[Any] = []
     if args.invoke:
         arguments = program.parse_arguments(function, args.arguments)
     else:
@@ -191,6 +198,22 @@ def execute(args: argparse.Namespace, creator: Any, limits: Limits, programs: li
             print(result)
 
     return program.run("run", work)
+
+
+def open_program(args: argparse.Namespace, creator: Any, limits: Limits, cache: str | None) -> Program:
+    program = Program(args.program, creator, limits)
+    if not program.is_component(cache):
+        return program
+    for name, option in ("--start", args.start), ("--coredump", args.coredump):
+        if option is not None:
+            raise Refused(f"{name}: {args.program} is a component, and this needs a module", EXIT_USAGE)
+    import importlib.util
+
+    if importlib.util.find_spec("wasmtime.component") is None:
+        raise Refused(f"{args.program} is a component, which this wasmtime-py cannot run: pip install -U wasmtime")
+    from linmem._commands.component_program import ComponentProgram
+
+    return ComponentProgram(program)
 
 
 def open_snapshot(path: str) -> Any:
