@@ -350,8 +350,8 @@ def test_a_function_may_have_several_parameters_or_none(invoke):
     (["shape-id", '{"none": 1}'], 2, "none without a value"),
     (["shape-id", '"number"'], 2, "an integer (u32)"),
     (["shape-id", '{"a": 1, "b": 2}'], 2, "one of none, number, text"),
-    (["make-object", "1"], 1, "make-object(rep: u32) -> resource cannot be called from the command line, because no word"
-                              " can be a resource"),
+    (["make-object", "1"], 1, "make-object(rep: u32) -> resource cannot be called from the command line, because no"
+                              " word can be a resource"),
     (["missing"], 1, "is a component and exports no function missing; its functions are "),
     (["color"], 1, "exports no function color"),
     (["a#b"], 1, "exports no function a#b"),
