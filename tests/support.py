@@ -192,7 +192,6 @@ NEEDS = {
     # CPython 3.12 and 3.13 also crash in this way without linmem.
     "failing_generators": (sys.version_info < (3, 12), "CPython crashes where a generator gets no memory"),
     "docstrings": (sysconfig.get_config_var("WITH_DOC_STRINGS") != 0, "this Python was built without docstrings"),
-    "components": (_has_module("wasmtime.component"), "this wasmtime-py has no components"),
     "numpy": (_has_module("numpy"), "NumPy is not installed"),
     # find_spec() instead of an import, because the import takes longer than the rest of a test run's start.
     "dask": (all(map(importlib.util.find_spec, ("distributed", "numpy"))), "Dask's distributed is not installed"),

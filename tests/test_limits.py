@@ -91,7 +91,7 @@ def test_results_are_printed_after_the_time_has_stopped(wat):
     assert (done.returncode, done.stdout.split(), done.stderr) == (0, [b"7"], b"")
 
 
-@pytest.mark.parametrize("slow", ["program.Program.compile", "program.Program.plan_start", "run.report_figures"])
+@pytest.mark.parametrize("slow", ["program.Program.compile", "program.Program.plan_start", "run_report.figures"])
 def test_the_time_counts_from_the_first_instruction_and_to_the_last(tmp_path, slow):
     (tmp_path / "program.wat").write_text('(module (memory (export "memory") 1) (func (export "_start")))')
     assert cli.main(["prewarm", str(tmp_path / "program.wat"), "--init", "_start",
@@ -100,9 +100,9 @@ def test_the_time_counts_from_the_first_instruction_and_to_the_last(tmp_path, sl
     done = run_child(f"""
         import sys, time
         from linmem import cli
-        from linmem._commands import program, run
+        from linmem._commands import program, run_report
         *place, last = {[name, *attributes]!r}
-        owner = {{"program": program, "run": run}}[place[0]]
+        owner = {{"program": program, "run_report": run_report}}[place[0]]
         for part in place[1:]:
             owner = getattr(owner, part)
         original = getattr(owner, last)
