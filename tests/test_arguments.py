@@ -128,6 +128,7 @@ COUNT_ARGUMENTS = {
     "n": lambda bad: linmem.PoolingCreator().warm(bad, TYPE),
     "frames": lambda bad: linmem.TrackingCreator(linmem.MmapCreator(), frames=bad),
     "history": lambda bad: linmem.StatisticsCreator(linmem.MmapCreator(), bad),
+    "timeline": lambda bad: linmem.StatisticsCreator(linmem.MmapCreator(), 4, bad),
     "count": lambda bad: linmem.create(PAGE).view("B", 0, bad),
 }
 
@@ -535,7 +536,7 @@ def test_the_factory_names_every_option_of_every_kind():
 
     said = inspect.getdoc(linmem.creator)
     options = {"mmap": ["prefault", "huge_pages"], "limiting": ["upstream", "limit_bytes"],
-               "statistics": ["upstream", "history"], "tracking": ["upstream", "frames"],
+               "statistics": ["upstream", "history", "timeline"], "tracking": ["upstream", "frames"],
                "callback": ["upstream", "on_made", "on_grow", "on_refused", "on_dropped", "limit_each",
                             "limit_growths"],
                "routing": ["rule"],

@@ -30,6 +30,7 @@ from linmem.bench import (
     image,
     report,
     reset,
+    run_command,
     soak_pool,
     threads,
     wasm,
@@ -990,3 +991,18 @@ def test_figures_go_into_a_pipe_as_a_stream(monkeypatch, tmp_path):
     reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE)
     assert measured(monkeypatch, "--json", tmp_path / "pipe") == 0
     assert json.loads(reader.communicate(timeout=60)[0])["suite"] == "core"
+
+
+def test_both_processes_of_the_cached_run_run_the_same_program(monkeypatch):
+    monkeypatch.setattr(run_command, "CODE_BYTES", 10_000)
+    monkeypatch.setattr(run_command, "DATA_BYTES", 100)
+    monkeypatch.setattr(run_command, "SETTLED", 0)
+    group = run_command.cached_run()
+    runs = [contender.make() for contender in group.contenders]
+    assert all(run(1) > 0 for run in runs)
+    folder = run_command.Folder()
+    assert len(list(folder.cache.glob("*/*.cwasm"))) == 1
+    folder.program.write_bytes(b"damaged")
+    for words in (folder.linmem(), [run_command.SCRIPT, str(folder.program)]):
+        with pytest.raises(subprocess.CalledProcessError):
+            folder.start(words)

@@ -15,12 +15,14 @@ import sys
 import types
 
 import pytest
+import wasmtime
 from support import NEEDS, requires
 
 import linmem
 from linmem import cli
 from linmem._commands import demo, info
 from linmem._commands.parser import parse_size
+from linmem._commands.program import compose_creator, option_value
 
 SECONDS = 120
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(
@@ -187,24 +189,25 @@ def test_arguments_are_the_programs_and_the_first_is_its_file_name(program):
 
 @pytest.mark.parametrize("words", [
     ["--json", "PROGRAM", "args", "--json"],
-    ["PROGRAM", "--json", "args", "--json"],
-    ["PROGRAM", "--json", "--", "args", "--json"],
     ["--json", "--", "PROGRAM", "args", "--json"],
-    ["--env", "A=-1", "PROGRAM", "--max-memory", "1GiB", "--json", "--dir=.", "args", "--json"],
+    ["--env", "A=-1", "--max-memory", "1GiB", "--json", "--dir=.", "PROGRAM", "args", "--json"],
 ])
-def test_options_stand_before_the_program_and_directly_after_it(program, words):
+def test_options_of_linmem_stand_before_the_program(program, words):
     done = linmem_process("run", *[str(program) if word == "PROGRAM" else word for word in words])
     assert done.stdout == b"[program.wasm][args][--json]"
     assert report_of(done)["exit_code"] == 0
 
 
-def test_after_two_dashes_a_word_with_a_dash_is_the_programs_first_argument(program):
-    done = linmem_process("run", program, "--", "--report")
-    assert (done.stdout, done.stderr) == (b"[program.wasm][--report]", b"")
+@pytest.mark.parametrize("words", [["--report"], ["--", "--report"], ["--", "--"], ["--max-memory", "1"], ["-h"]])
+def test_all_words_after_the_program_are_its_arguments(wat, program, words):
+    # Without "args", the program prints its arguments too.
+    done = linmem_process("run", program, *words)
+    expected = "".join(f"[{word}]" for word in ["program.wasm", *words])
+    assert (done.returncode, done.stdout.decode(), done.stderr) == (0, expected, b"")
 
 
 def test_the_program_sees_only_the_variables_it_is_given(program):
-    done = linmem_process("run", program, "--env", "A=1=2", "--env=B=", "--env", "FROM_HERE", "env",
+    done = linmem_process("run", "--env", "A=1=2", "--env=B=", "--env", "FROM_HERE", program, "env",
                           "A", "B", "FROM_HERE", "NOT_GIVEN", env={"FROM_HERE": "here", "NOT_GIVEN": "there"})
     assert done.stdout.decode().splitlines() == ["A=1=2", "B=", "FROM_HERE=here", "NOT_GIVEN=(none)"]
 
@@ -214,7 +217,7 @@ def test_the_program_reads_and_writes_files_in_the_directories_it_is_given(progr
     for folder in (one, two):
         folder.mkdir()
     (one / "in.bin").write_bytes(b"\x00text\xff")
-    done = linmem_process("run", program, "--dir", "one", f"--dir={two}::/out", "copy", "one/in.bin", "/out/copy.bin",
+    done = linmem_process("run", "--dir", "one", f"--dir={two}::/out", program, "copy", "one/in.bin", "/out/copy.bin",
                           cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, b"")
     assert (two / "copy.bin").read_bytes() == b"\x00text\xff"
@@ -223,9 +226,52 @@ def test_the_program_reads_and_writes_files_in_the_directories_it_is_given(progr
 def test_the_program_cannot_open_a_file_outside_its_directories(program, tmp_path):
     (tmp_path / "in.bin").write_bytes(b"secret")
     (tmp_path / "given").mkdir()
-    done = linmem_process("run", program, "--dir", tmp_path / "given", "copy", tmp_path / "in.bin",
+    done = linmem_process("run", "--dir", tmp_path / "given", program, "copy", tmp_path / "in.bin",
                           tmp_path / "given" / "out.bin")
     assert (done.returncode, done.stdout) == (9, b"")
+
+
+def test_env_all_gives_all_variables_and_env_overrides_them(program):
+    done = linmem_process("run", "--env", "ONE=new", "--env-all", program, "env", "ONE", "TWO",
+                          env={"ONE": "old", "TWO": "b"})
+    assert done.stdout.decode().splitlines() == ["ONE=new", "TWO=b"]
+
+
+def test_the_last_of_two_values_of_a_variable_counts(program):
+    done = linmem_process("run", "--env", "A=1", "--env", "A=2", program, "env", "A")
+    assert done.stdout.decode().splitlines() == ["A=2"]
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """The folders "in", "in:ro" and "out", the first two with a file."""
+    for name in "in", "in:ro", "out":
+        (tmp_path / name).mkdir()
+    (tmp_path / "in" / "file").write_text("of in")
+    (tmp_path / "in:ro" / "file").write_text("of in:ro")
+    return tmp_path
+
+
+@requires("odd_names")
+@pytest.mark.parametrize(("option", "read", "content", "may_write"), [
+    ("in", "in", "of in", True), ("in:rw", "in", "of in", True), ("in:ro", "in", "of in", False),
+    ("in::/a", "/a", "of in", True), ("in::/a:ro", "/a", "of in", False), ("in::/a:ro:rw", "/a:ro", "of in", True),
+    ("in:ro:rw", "in:ro", "of in:ro", True), ("in:ro:ro", "in:ro", "of in:ro", False),
+    ("in:ro::/a", "/a", "of in:ro", True), ("in:ro::/a:ro", "/a", "of in:ro", False),
+])
+def test_a_folder_with_ro_may_only_be_read(program, folders, option, read, content, may_write):
+    done = linmem_process("run", "--dir", option, "--dir", "out", program, "copy", f"{read}/file", "out/copy",
+                          cwd=folders)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (folders / "out" / "copy").read_text() == content
+    # 9: the file cannot be opened
+    for name in "file", "new":
+        done = linmem_process("run", "--dir", option, "--dir", "out", program, "copy", "out/copy", f"{read}/{name}",
+                              cwd=folders)
+        assert (done.returncode, done.stderr) == (0 if may_write else 9, b"")
+    found = {path.name: (path / "new").exists() for path in folders.iterdir()}
+    assert found == {"in": may_write and content == "of in", "in:ro": may_write and content == "of in:ro",
+                     "out": False}
 
 
 @pytest.mark.parametrize("backtrace", ["0", "1"])
@@ -286,7 +332,7 @@ def test_a_budget_refuses_growth_and_the_program_sees_minus_one(wat):
 # Each budget is far below or far above the allocation, because the program's C library may round a large allocation up.
 @pytest.mark.parametrize(("budget", "answer"), [("48MiB", b"refused\n"), ("512MiB", b"got 7\n")])
 def test_the_budget_limits_malloc_in_a_real_program(program, budget, answer):
-    assert linmem_process("run", program, f"--max-memory={budget}", "allocate", 64 << 20).stdout == answer
+    assert linmem_process("run", f"--max-memory={budget}", program, "allocate", 64 << 20).stdout == answer
 
 
 def test_a_program_that_does_not_fit_its_budget_is_refused_with_the_figures(wat):
@@ -324,16 +370,16 @@ def test_the_reports_resident_peak_counts_the_pages_that_the_program_touched(pro
 
 
 def test_the_text_report_prints_the_same_figures_on_standard_error(wat):
-    done = linmem_process("run", wat(GROWS_THREE_TIMES), "--report")
+    done = linmem_process("run", "--report", wat(GROWS_THREE_TIMES))
     assert (done.returncode, done.stdout) == (0, b"")
     head, line = done.stderr.decode().splitlines()
     assert head == "linmem: 1 memory by mmap, 448 KiB at the peak; 0 requests refused"
-    assert re.fullmatch(r"  memory 1: 64 KiB at first, 448 KiB at the peak, \S+ \S+ resident;"
+    assert re.fullmatch(r"  memory: 64 KiB at first, 448 KiB at the peak, \S+ \S+ resident;"
                         r" 3 growths in [\d.]+ (us|ms|s), 0 refused", line)
 
 
 def test_the_report_comes_after_a_trap_too(wat):
-    done = linmem_process("run", wat(TRAPS), "--json")
+    done = linmem_process("run", "--json", wat(TRAPS))
     assert (done.returncode, report_of(done)["exit_code"]) == (134, 134)
 
 
@@ -346,6 +392,94 @@ def test_every_memory_of_the_program_has_its_line(wat):
 def test_the_report_of_a_program_without_memory_states_this(wat):
     done = linmem_process("run", "--report", wat('(module (func (export "_start")))'))
     assert (done.returncode, done.stderr.splitlines()) == (0, [b"linmem: no memory was asked for"])
+
+
+@pytest.mark.parametrize(("text", "value"), [
+    ("true", True), ("false", False), ("none", None), ("5", 5), ("-1", -1), ("0x10", 16), ("1.5", 1.5), ("5e-1", 0.5),
+    ("64KiB", 65536), ("wait", "wait"), ("1.5.2", "1.5.2")])
+def test_a_value_of_an_option_of_a_creator_has_the_type_that_its_text_has(text, value):
+    found = option_value(text)
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_a_creator_gets_the_options_after_its_name():
+    pool = compose_creator("pool:idle_seconds=0.5,keep_resident=64KiB,slots=1,when_full=error", None)
+    assert isinstance(pool, linmem.PoolingCreator)
+    memory = pool.create(65536)
+    with pytest.raises(linmem.PoolError):
+        pool.create(65536)
+    del memory
+    with pytest.raises(linmem.LimitError):
+        compose_creator("limiting:limit_bytes=1KiB", None).create(4096)
+
+
+def test_the_report_names_the_creator_with_its_options(wat):
+    figures = report_of(linmem_process("run", "--creator=pool:idle_seconds=5", "--json", wat(GROWS_THREE_TIMES)))
+    assert figures["creator"] == "pool:idle_seconds=5"
+    assert figures["memories"][0]["growths"] == 3
+
+
+# -- run: functions with parameters ------------------------------------------------------------------------
+
+FUNCTIONS = """(module
+  (type $pair (sub (struct (field i8) (field (mut funcref)))))
+  (rec (type $list (array (mut i64))) (type $other (func (param i64))))
+  (import "wasi_snapshot_preview1" "args_sizes_get" (func $sizes (param i32 i32) (result i32)))
+  (memory (export "memory") 1)
+  (func (export "sum") (param i32 i64 f32 f64) (result i32 i64 f32 f64)
+    (i32.add (local.get 0) (i32.const 1)) (i64.add (local.get 1) (i64.const 1)) (local.get 2) (local.get 3))
+  (func (export "count") (param i32) (result i32)
+    (drop (call $sizes (i32.const 0) (i32.const 4))) (i32.load (i32.const 0)))
+  (func (export "vector") (param i32 v128))
+  (func (export "object") (param funcref)))
+"""
+
+
+@pytest.fixture
+def invoked(wat):
+    try:
+        path = wat(wasmtime.Module(wasmtime.Engine(), FUNCTIONS) and FUNCTIONS, "functions.wat")
+    except wasmtime.WasmtimeError:      # this wasmtime has no structures by default
+        lines = [line for line in FUNCTIONS.splitlines() if "$pair" not in line and "$list" not in line]
+        path = wat("\n".join(lines), "functions.wat")
+    return lambda name, *arguments: linmem_process("run", "--invoke", name, path, *arguments)
+
+
+@pytest.mark.parametrize(("arguments", "results"), [
+    (["1", "2", "0.5", "-2.25"], ["2", "3", "0.5", "-2.25"]),
+    (["-1", "0xffffffffffffffff", "inf", "nan"], ["0", "0", "inf", "nan"]),
+    (["0x7fffffff", "-9223372036854775808", "-1e-3", "1e300"],
+     ["-2147483648", "-9223372036854775807", "-0.0010000000474974513", "1e+300"]),
+    (["4294967295", "+5", "-0", "7"], ["0", "6", "-0.0", "7.0"]),
+])
+def test_arguments_have_the_types_of_the_parameters(invoked, arguments, results):
+    done = invoked("sum", *arguments)
+    assert (done.returncode, done.stdout.decode().splitlines(), done.stderr) == (0, results, b"")
+
+
+def test_arguments_of_a_function_are_also_arguments_of_the_program(invoked):
+    assert invoked("count", "5").stdout == b"2\n" if os.name != "nt" else b"2\r\n"
+
+
+@pytest.mark.parametrize(("arguments", "code", "expected"), [
+    (["sum", "1"], 2, "sum(i32, i64, f32, f64) takes 4 arguments, got 1"),
+    (["sum", "1", "2", "3", "4", "5"], 2, "takes 4 arguments, got 5"),
+    (["sum", "1", "--", "3", "4"], 2, "argument 2, '--', is not an integer, like 42, -1 or 0x2a"),
+    (["sum", "1.5", "2", "3", "4"], 2, "argument 1, '1.5', is not an integer"),
+    (["sum", "4294967296", "2", "3", "4"], 2, "argument 1, '4294967296', must be from -2147483648 to 4294967295"),
+    (["sum", "-2147483649", "2", "3", "4"], 2, "must be from -2147483648 to 4294967295"),
+    (["sum", "9" * 5000, "2", "3", "4"], 2, "must be from -2147483648 to 4294967295"),
+    (["sum", "1", "2", "1e39", "4"], 2, "argument 3, '1e39', is too large for an f32"),
+    (["sum", "1", "2", "3", "1_0"], 2, "argument 4, '1_0', is not a number"),
+    (["sum", "1", "2", "3", ""], 2, "argument 4, '', is not a number"),
+    (["sum", "\u0661", "2", "3", "4"], 2, "is not an integer"),
+    (["vector", "1", "2"], 1, "vector(i32, v128) cannot be called from the command line, because no argument can be"),
+    (["object", "1"], 1, "object(a reference) cannot be called from the command line"),
+    (["missing"], 1, "exports no function missing"),
+    (["memory"], 1, "exports no function memory"),
+])
+def test_wrong_arguments_of_a_function_are_named_in_one_line(invoked, arguments, code, expected):
+    assert expected in refusal(invoked(*arguments), code)
 
 
 def test_a_creator_is_chosen_by_its_name(wat):
@@ -378,7 +512,9 @@ def test_a_wrong_size_is_named_in_one_line(text):
     (["run", "--dir"], 2, "expected one argument"),
     (["run", "missing.wasm"], 1, "No such file"),
     (["run", "."], 1, "cannot read '.'"),
-    (["run", "ok.wat", "--no-such-option"], 2, "no such option: --no-such-option; the program's own come after --"),
+    (["run", "--no-such-option", "ok.wat"], 2, "no such option: --no-such-option"),
+    (["run", "--no-such-option=5"], 2, "no such option: --no-such-option=5"),
+    (["run", "--json"], 2, "PROGRAM is missing"),
     (["run", "--rep", "ok.wat"], 2, "no such option: --rep"),
     (["run", "--env", "=x", "ok.wat"], 2, "the name is missing"),
     (["run", "--env", "NOT_SET_ANYWHERE", "ok.wat"], 2, "NOT_SET_ANYWHERE: no such variable"),
@@ -386,6 +522,16 @@ def test_a_wrong_size_is_named_in_one_line(text):
     (["run", "--dir", "ok.wat::/x", "ok.wat"], 2, "'ok.wat' is not a directory"),
     (["run", "--creator", "paper", "ok.wat"], 2, "kind must be one of 'mmap'"),
     (["run", "--creator", "limiting", "ok.wat"], 2, "--max-memory"),
+    (["run", "--creator", "pool:", "ok.wat"], 2, "--creator pool:: '' is not an option, like idle_seconds=5"),
+    (["run", "--creator", "pool:slots", "ok.wat"], 2, "'slots' is not an option"),
+    (["run", "--creator", "pool:slots=", "ok.wat"], 2, "'slots=' is not an option"),
+    (["run", "--creator", "pool:slots=1,slots=2", "ok.wat"], 2, "slots stands twice"),
+    (["run", "--creator", "pool:slots=-1", "ok.wat"], 2, "slots must be "),
+    (["run", "--creator", "pool:when_full=cry", "ok.wat"], 2, "when_full must be "),
+    (["run", "--creator", "mmap:idle_seconds=5", "ok.wat"], 2, "idle_seconds"),
+    (["run", "--creator", "pool:upstream=mmap", "ok.wat"], 2, "upstream"),
+    (["run", "--dir", "missing:ro", "ok.wat"], 2, "'missing' does not exist"),
+    (["run", "--dir", ":ro", "ok.wat"], 2, "'' does not exist"),
     (["run", "empty.wasm"], 1, "not a WebAssembly module"),
     (["run", "image.png"], 1, "not a WebAssembly module"),
     (["run", "broken.wasm"], 1, "malformed section id"),

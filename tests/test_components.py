@@ -589,7 +589,7 @@ def test_a_component_is_compiled_once_and_then_read(tmp_path, compilations, monk
     other = GREETING.replace("hello", "HELLO")      # the same code; the data is stored elsewhere
     assert Greeting(prepare(MMAP, other, cache=tmp_path)).text(16, 5) == b"HELLO"
     assert compilations == [1]
-    for path in tmp_path.rglob("*.cwasm"):
+    for path in tmp_path.rglob("*.ccomponent"):
         path.write_bytes(path.read_bytes()[:-1])    # a damaged entry
     assert text(tmp_path) == b"hello"
     assert compilations == [1, 1]

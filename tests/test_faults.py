@@ -1258,6 +1258,7 @@ QUIET = {
     **attributes("limit LimitingCreator", "limit_bytes", "used_bytes", "peak_bytes", "upstream"),
     "StatisticsCreator": lambda scene: linmem.StatisticsCreator(scene.mmap),
     "StatisticsCreator.statistics": lambda scene: scene.sums.statistics(),
+    "StatisticsCreator.timeline": lambda scene: scene.sums.timeline(),
     **attributes("sums StatisticsCreator", "upstream"),
     "TrackingCreator": lambda scene: linmem.TrackingCreator(scene.mmap),
     "TrackingCreator.scope": lambda scene: scene.tracking.scope("tenant").__enter__(),

@@ -60,7 +60,8 @@ def test_the_version_is_the_one_of_the_changelog():
 
 def test_types_and_the_c_face_are_beside_the_code():
     for name in ("py.typed", "__init__.pxd", "_core/memory.pxd", "_core/adaptors.pxd", "_core/units.pxd",
-                 "_core/atomic.pxd", "_core/atomic.h", "_os/pages.pxd", "_commands/demo.c", "_commands/demo.wasm"):
+                 "_core/atomic.pxd", "_core/atomic.h", "_os/pages.pxd", "_commands/demo.c", "_commands/demo.wasm",
+                 "_commands/flush.wat"):
         assert (PACKAGE / name).is_file(), name
 
 
@@ -153,7 +154,8 @@ def test_the_wheel_has_types_the_c_face_and_the_license_and_no_sources(tmp_path)
     # Headers that a .pxd file names are shipped, too.
     headers = {path.relative_to(ROOT).as_posix() for pattern in ("**/*.pxd", "_core/*.h")
                for path in (ROOT / "linmem").glob(pattern)}
-    assert stubs | headers | {"linmem/py.typed", "linmem/_commands/demo.wasm", "linmem/bench/_forth.wasm"} <= names
+    assert stubs | headers | {"linmem/py.typed", "linmem/_commands/demo.wasm", "linmem/_commands/flush.wat",
+                               "linmem/bench/_forth.wasm"} <= names
     assert [name for name in names if name.endswith("/LICENSE")]
     assert {name.partition("/")[0] for name in names} == {"linmem", f"linmem-{linmem.__version__}.dist-info"}
     assert not [name for name in names if name.endswith((".pyx", ".pxi", ".fs"))]

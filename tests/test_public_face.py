@@ -22,6 +22,7 @@ from support import NEEDS, PAGE, answer
 
 import linmem
 from linmem import cli
+from linmem._commands import cache as cache_cli
 from linmem._commands import demo as demo_cli
 from linmem._commands import image as image_cli
 from linmem._commands import info as info_cli
@@ -340,7 +341,8 @@ FACE = {
     "linmem.LimitingCreator": (lambda w: linmem.LimitingCreator, {
         "upstream": (native, given_by("mmap")), "limit_bytes": (size, PAGE), "name": (name_or_none, None)}),
     "linmem.StatisticsCreator": (lambda w: linmem.StatisticsCreator, {
-        "upstream": (native, given_by("mmap")), "history": (size, 4), "name": (name_or_none, None)}),
+        "upstream": (native, given_by("mmap")), "history": (size, 4), "timeline": (size, 2),
+        "name": (name_or_none, None)}),
     "linmem.TrackingCreator": (lambda w: linmem.TrackingCreator, {
         "upstream": (native, given_by("mmap")), "frames": (frames, 4), "name": (name_or_none, None)}),
     "linmem.TrackingCreator.scope": (lambda w: w.tracking.scope, {"name": (text, "tenant")}),
@@ -943,20 +945,21 @@ WORDS = ["", " ", "-", "--", "-1", "--no-such", "0x10", "nan", "inf", "1e999", "
 COMMANDS = {
     "run": ["{wat}"], "prewarm": ["{wat}", "--init", "_start", "--output", "{new}"], "demo": None, "info": [],
     "top": ["1", "--once"],
-    "image info": ["{image}"], "image verify": ["{image}"],
+    "cache info": [], "cache prune": [], "image info": ["{image}"], "image verify": ["{image}"],
     "image diff": ["{image}", "{other}"], "image apply": ["{image}", "{delta}", "--output", "{new}"],
-    "image": None, "bench": None,       # "image" only has subcommands; test_bench.py covers "bench"
+    # "cache" and "image" only have subcommands; test_bench.py covers "bench".
+    "cache": None, "image": None, "bench": None,
 }
 
 
 def parsers():
     """All commands: words of the command -> its parser."""
     _, found = cli.build_parser()
-    for name, command in (("run", run_cli), ("prewarm", prewarm_cli), ("demo", demo_cli), ("info", info_cli),
-                          ("top", top_cli), ("image", image_cli)):
+    for name, command in (("run", run_cli), ("prewarm", prewarm_cli), ("cache", cache_cli), ("demo", demo_cli),
+                          ("info", info_cli), ("top", top_cli), ("image", image_cli)):
         command.add_arguments(found[name])
-    (actions,) = (action for action in found["image"]._actions if isinstance(action, argparse._SubParsersAction))
-    return found | {f"image {name}": parser for name, parser in actions.choices.items()}
+    return found | {f"{name} {inner}": parser for name in ("cache", "image") for action in found[name]._actions
+                    if isinstance(action, argparse._SubParsersAction) for inner, parser in action.choices.items()}
 
 
 def values_of(parser):

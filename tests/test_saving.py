@@ -210,14 +210,14 @@ def test_a_save_that_fails_leaves_the_old_file_and_names_the_target(old, monkeyp
 
 @pytest.mark.parametrize("names", [0, 1])
 def test_an_interrupt_while_a_temporary_name_is_chosen_is_an_interrupt(old, monkeypatch, names):
-    chosen = iter("0" * 16 for _ in range(names))
+    chosen = iter(bytes(8) for _ in range(names))
 
     def interrupted(size):
         for name in chosen:
             return name
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(atomic_file.secrets, "token_hex", interrupted)
+    monkeypatch.setattr(atomic_file.os, "urandom", interrupted)
     monkeypatch.setattr(atomic_file, "_claim", lambda made: False)
     with pytest.raises(KeyboardInterrupt):
         B.save(old)

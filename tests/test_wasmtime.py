@@ -319,8 +319,8 @@ def test_a_config_that_an_engine_took_is_refused():
 
 
 def test_a_wasmtime_without_the_entry_point_is_refused(monkeypatch):
-    linmem.wasmtime._bind.cache_clear()
-    monkeypatch.setattr(linmem.wasmtime, "_NEEDED", (*linmem.wasmtime._NEEDED, "wasmtime_no_such_function"))
+    linmem._wasm.install._bind.cache_clear()
+    monkeypatch.setattr(linmem._wasm.install, "_NEEDED", (*linmem._wasm.install._NEEDED, "wasmtime_no_such_function"))
     with pytest.raises(RuntimeError, match="wasmtime_no_such_function missing"):
         linmem.wasmtime.install(wasmtime.Config())
 

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -14,6 +15,7 @@ from linmem.errors import FileFormatError
 
 EXIT_REFUSED = 1            # the command failed, or a check failed
 EXIT_USAGE = 2              # the command line is wrong
+EXIT_TIMEOUT = 124          # as `timeout` of the coreutils does
 EXIT_INTERRUPTED = 130      # 128 + SIGINT, as a shell reports it
 EXIT_TRAP = 134             # 128 + SIGABRT, as `wasmtime run` does
 
@@ -44,11 +46,32 @@ def refuse_errors_of(name: str) -> Iterator[None]:
         raise Refused(f"{name}: {error or 'there is not enough memory for it'}") from None
 
 
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str, **options: Any) -> None:
+        # argparse makes a formatter for each option, also if it prints nothing, and asks `shutil` for the width, which
+        # takes long to import.
+        super().__init__(prog, **{"width": columns() - 2, **options})
+
+
+def columns() -> int:
+    """The width of the terminal, as `shutil.get_terminal_size` finds it."""
+    try:
+        width = int(os.environ["COLUMNS"])
+    except (KeyError, ValueError):
+        width = 0
+    if width <= 0:
+        try:
+            width = os.get_terminal_size(sys.__stdout__.fileno()).columns       # type: ignore[union-attr]
+        except (AttributeError, ValueError, OSError):       # standard output is closed, or is not a terminal
+            width = 0
+    return width or 80
+
+
 class Parser(argparse.ArgumentParser):
     """Keeps the line breaks of the help texts, and reports an error in one line with a reference to --help."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        super().__init__(allow_abbrev=False, formatter_class=Formatter, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"{self.prog}: {printable(message)} (see {self.prog} --help)\n")
@@ -58,7 +81,7 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             # Some versions of argparse mistake the value of "--option=--" for the "--" that ends the options.
             value = getattr(found, action.dest, None) if action.option_strings and action.nargs is None else None
-            if isinstance(value, list) and ([] in value or action.default is None):
+            if isinstance(value, list) and ([] in value or not isinstance(action.default, list)):
                 self.error(f"argument {action.option_strings[0]}: -- is not a value")
         return found, unknown
 

@@ -14,7 +14,9 @@ import stat
 import sys
 from collections.abc import Iterator
 
+from linmem._commands import compile_cache
 from linmem._commands.image import figures_of, report_to, say, show
+from linmem._commands.limits import Limits
 from linmem._commands.parser import EXIT_USAGE, Parser, Refused, file_name, function_name, refuse_errors_of
 from linmem._commands.program import Program, add_options, compose_creator, in_a_thread, leave_running
 
@@ -59,7 +61,7 @@ def main(args: argparse.Namespace) -> int:
     with contextlib.suppress(OSError, ValueError):      # a file does not exist, or its name is not valid
         if os.path.samefile(args.program, args.output):
             raise Refused(f"the file for the snapshot is PROGRAM itself: {args.output}", EXIT_USAGE)
-    program = Program(args.program, compose_creator("mmap", args.max_memory))
+    program = Program(args.program, compose_creator("mmap", args.max_memory), Limits(max_memory=args.max_memory))
     results: list[int | float] = []
     with output_to_standard_error():
         status, running = in_a_thread(lambda: initialise(program, args, results))
@@ -88,8 +90,8 @@ def output_to_standard_error() -> Iterator[None]:
 
 
 def initialise(program: Program, args: argparse.Namespace, results: list[int | float]) -> int:
-    program.compile(args.cache, prepare=True)
     hint = "" if args.init != DEFAULT_INIT else ", which is what initialises it by default: --init names another"
+    program.compile("prewarm", compile_cache.directory_of(args, "prewarm"), args.init, prepare=True, hint=hint)
     program.check_function(args.init, may_return=True, hint=hint)
 
     def work() -> None:

@@ -3,41 +3,55 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import os
 import sys
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TextIO, TypeVar
 
 import linmem
+from linmem._commands import compile_cache
+from linmem._commands.limits import Clock, Limits
 from linmem._commands.parser import (
     EXIT_INTERRUPTED,
+    EXIT_TIMEOUT,
     EXIT_TRAP,
     EXIT_USAGE,
     Parser,
     Refused,
-    file_name,
     parse_size,
     refuse_errors_of,
 )
-from linmem._commands.text import one_line
+from linmem._commands.text import count, one_line
+from linmem._commands.values import parse_float, parse_integer, parse_number
 from linmem._core.arguments import printable
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from linmem._commands.core_file import CoreFile
+
 _T = TypeVar("_T")
+_INTERRUPTIBLE = 0.2        # seconds of a wait of the main thread
+_PATIENCE = 1.0             # seconds that the last words of a process may take
+_BRIEF_PATIENCE = 0.02      # the same if nobody seems to read them
 
 
 def add_options(parser: Parser) -> None:
     """Declare the options that say what the program may use."""
-    parser.add_argument("--dir", action="append", default=[], type=split_dir, metavar="HOST[::GUEST]",
-                        help="a directory that the program may read and write, under the name GUEST; repeatable")
+    parser.add_argument("--dir", action="append", default=[], type=split_dir, metavar="HOST[::GUEST][:ro]",
+                        help="a directory that the program may read and write, under the name GUEST; with :ro at the"
+                             " end, it may only read. A name that itself ends in :ro is given with :rw at the end"
+                             " (x:ro:rw); repeatable")
     parser.add_argument("--env", action="append", default=[], type=split_env, metavar="NAME[=VALUE]",
                         help="a variable for the program, by default with its value in this process; repeatable")
+    parser.add_argument("--env-all", action="store_true",
+                        help="all variables of this process; --env adds to them and overrides them")
     parser.add_argument("--max-memory", type=parse_size, metavar="SIZE",
-                        help="a budget for all memories of the program: bytes, or a number with KiB, MiB, GiB (powers"
-                             " of 1024; K, M, G mean the same) or KB, MB, GB (powers of 1000). Beyond the budget"
-                             " memory.grow returns -1")
-    parser.add_argument("--cache", type=file_name, metavar="DIR",
-                        help="keep the compiled program in DIR for the next time; DIR must belong to this user, and"
-                             " other users must not be able to write to it")
+                        help="a budget for the sum of all memories of the program: bytes, or a number with KiB, MiB,"
+                             " GiB (powers of 1024; K, M, G mean the same) or KB, MB, GB (powers of 1000). Beyond the"
+                             " budget memory.grow returns -1")
+    compile_cache.add_options(parser)
 
 
 def split_env(text: str) -> tuple[str, str]:
@@ -51,31 +65,58 @@ def split_env(text: str) -> tuple[str, str]:
     return name, os.environ[name]
 
 
-def split_dir(text: str) -> tuple[str, str]:
-    host, _, guest = text.partition("::")
+def split_dir(text: str) -> tuple[str, str, bool]:
+    """The directory, its name for the program, and whether the program may write to it."""
+    access = next((access for access in (":ro", ":rw") if text.endswith(access)), "")
+    host, _, guest = text.removesuffix(access).partition("::")
     if not os.path.isdir(host):
         what = "is not a directory" if os.path.exists(host) else "does not exist"
-        raise argparse.ArgumentTypeError(f"{host!r} {what}")
-    return host, guest or host
+        hint = f" (for the directory {text!r}, write {text}:rw)" if access == ":ro" and os.path.isdir(text) else ""
+        raise argparse.ArgumentTypeError(f"{host!r} {what}{hint}")
+    return host, guest or host, access != ":ro"
 
 
-def compose_creator(kind: str, max_memory: int | None) -> Any:
+def compose_creator(text: str, max_memory: int | None) -> Any:
+    """The creator that KIND[:OPTION=VALUE,...] describes, under the budget."""
+    kind, colon, rest = text.partition(":")
+    options: dict[str, Any] = {}
+    for option in rest.split(",") if colon else ():
+        name, _, value = option.partition("=")
+        if not name or not value or name in options:
+            what = f"{name} stands twice" if name in options else f"{option!r} is not an option, like idle_seconds=5"
+            raise Refused(f"--creator {text}: {what}", EXIT_USAGE)
+        options[name] = option_value(value)
     try:
-        creator = linmem.creator(kind)
-    except (TypeError, ValueError) as error:
+        creator = linmem.creator(kind, **options)
+    except (TypeError, ValueError, OverflowError) as error:
         hint = " (for a budget: --max-memory)" if kind == "limiting" else ""
-        raise Refused(f"--creator {kind}: {error}{hint}", EXIT_USAGE) from None
+        raise Refused(f"--creator {text}: {error}{hint}", EXIT_USAGE) from None
     return creator if max_memory is None else linmem.LimitingCreator(creator, max_memory)
 
 
-def in_a_thread(work: Callable[[], _T]) -> tuple[_T | int, bool]:
-    """The result of `work`, or the exit code after Ctrl-C; and whether `work` still runs after Ctrl-C.
+def option_value(text: str) -> bool | int | float | str | None:
+    """The value of an option of a creator: true, false, none, a number, a size (64MiB) or a word."""
+    if text in ("true", "false", "none"):
+        return {"true": True, "false": False}.get(text)
+    kinds: tuple[Callable[[str], int | float], ...] = (
+        lambda text: parse_integer(text, 64), lambda text: parse_float(text, 64), parse_size)
+    for parse in kinds:
+        try:
+            return parse(text)
+        except (ValueError, argparse.ArgumentTypeError):
+            continue
+    return text
 
-    Python handles signals between bytecodes of the main thread. The program runs in another thread, so Ctrl-C does not
-    wait for native code.
+
+def in_a_thread(work: Callable[[], _T], clock: Clock | None = None) -> tuple[_T | int, bool]:
+    """The result of `work`, or the exit code after Ctrl-C or a timeout; and whether `work` still runs.
+
+    Python handles signals between bytecodes of the main thread. The program runs in another thread, so neither Ctrl-C
+    nor the timeout waits for native code.
     """
     import threading
 
+    clock = clock or Clock()
     results: list[_T] = []
     errors: list[BaseException] = []
 
@@ -84,6 +125,8 @@ def in_a_thread(work: Callable[[], _T]) -> tuple[_T | int, bool]:
             results.append(work())
         except BaseException as error:      # raised again in the main thread
             errors.append(error)
+        finally:
+            clock.begun.set()
 
     threading.stack_size(8 << 20)           # some systems give a second thread less than the stack of wasm
     thread = threading.Thread(target=target, name="linmem program", daemon=True)
@@ -91,7 +134,12 @@ def in_a_thread(work: Callable[[], _T]) -> tuple[_T | int, bool]:
     threading.stack_size(0)
     try:
         while thread.is_alive():
-            thread.join(0.2)                # on some systems, a wait without a timeout cannot be interrupted
+            left = clock.left()
+            if left == 0:
+                return EXIT_TIMEOUT, True
+            wait = thread.join if clock.begun.is_set() else clock.begun.wait
+            # On some systems, a wait without a timeout cannot be interrupted.
+            wait(_INTERRUPTIBLE if left is None else min(left, _INTERRUPTIBLE))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED, thread.is_alive()
     if errors:
@@ -99,25 +147,72 @@ def in_a_thread(work: Callable[[], _T]) -> tuple[_T | int, bool]:
     return results[0], False
 
 
-def leave_running(status: int) -> None:
-    """End the process although the program is in an endless loop or waits for input. Nothing else can end such code."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+def leave_running(status: int, text: str = "") -> None:
+    """End the process although the program is in an endless loop or waits. Nothing else can end such code.
 
+    `text` is the last text on standard error: what the program writes there from now on is dropped. If standard error
+    is a full pipe that nobody reads, `text` is dropped.
+    """
+    import threading
 
-def read_program(path: str) -> bytes:
-    """The bytes of a wasm module or of its text; a file of another kind is refused."""
+    def finish() -> None:
+        if text:
+            last = os.dup(sys.stderr.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+            data = text.replace("\n", os.linesep).encode(sys.stderr.encoding, "backslashreplace")
+            while data:
+                data = data[os.write(last, data):]
+        sys.stdout.flush()
+
+    compile_cache.end_announcements()
     try:
-        with open(path, "rb") as file:
-            code = file.read()
+        patience = _PATIENCE if _is_writable(sys.stderr) else _BRIEF_PATIENCE
+        thread = threading.Thread(target=finish, daemon=True)
+        thread.start()
+        thread.join(patience)
+    finally:            # also on another Ctrl-C
+        os._exit(status)
+
+
+def _is_writable(file: TextIO) -> bool:
+    """Whether the file takes some bytes now; also True if the system does not say."""
+    import select
+
+    try:
+        return bool(select.select([], [file], [], 0)[1])
+    except (OSError, ValueError):       # Windows says this of sockets alone
+        return True
+
+
+def read_program(path: str) -> tuple[bytes, str | None]:
+    """The bytes of a wasm module or of its text, and the state of the file; a file of another kind is refused."""
+    from linmem._wasm.known_files import read_file
+
+    try:
+        code, state = read_file(path)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise Refused(f"cannot read {path!r}: {reason}") from None
     is_text = path.lower().endswith(".wat") or code.lstrip().startswith((b"(", b";;"))
     if not code.startswith(b"\0asm") and not is_text:
         raise Refused(f"{path!r} is not a WebAssembly module (neither wasm nor wat)")
-    return code
+    return code, state
+
+
+@contextlib.contextmanager
+def one_line_warnings(command: str) -> Iterator[None]:
+    """Print that a program could not be cached without the line of linmem's source that issued the warning."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", "not cached", RuntimeWarning)
+        warnings.showwarning = lambda message, *where: print(
+            f"linmem {command}: {printable(str(message))}", file=sys.stderr)
+        yield
+
+
+def _is_component(binary: bytes) -> bool:
+    return binary[6:8] == b"\1\0"       # the layer: 0 for a module, 1 for a component
 
 
 class Program:
@@ -127,47 +222,131 @@ class Program:
     ----------
     store, instance : wasmtime.Store, wasmtime.Instance
         After `instantiate`.
+    status : int
+        The exit code of a program that does not exit and does not trap.
     """
 
+    status = 0
+
     store: Any
-    instance: Any
+    instance: Any = None
     module: Any
     prepared: Any
+    kind: Any                           # wasmtime's class of compiled programs
+    core: CoreFile | None = None        # where a trap is written
+    settings = ""       # what of the engine's settings differs from run to run; programs are kept apart by it
 
-    def __init__(self, path: str, creator: Any) -> None:
-        self.path, self.code = path, read_program(path)
+    def __init__(self, path: str, creator: Any, limits: Limits) -> None:
+        self.path, self.limits = path, limits
         try:
             import wasmtime
 
-            from linmem.wasmtime import install
+            from linmem._wasm.install import install
         except (ImportError, OSError) as error:         # OSError: the library of wasmtime does not load
             raise Refused(f"needs wasmtime-py: pip install 'linmem[wasmtime]' ({error})") from None
-        self.wasmtime = wasmtime
+        self.wasmtime, self.kind = wasmtime, wasmtime.Module
         config = wasmtime.Config()
+        limits.configure(config)
         try:
             install(config, creator)
         except RuntimeError as error:
             raise Refused(str(error)) from None
         self.engine = wasmtime.Engine(config)
 
-    def compile(self, cache: str | None, *, prepare: bool) -> None:
-        """Compile the program.
+    @functools.cached_property
+    def _file(self) -> tuple[bytes, str | None]:
+        return read_program(self.path)
 
-        prepare: for an instance that a snapshot is taken from, or that is started from one.
-        """
-        wasmtime, code = self.wasmtime, self.code
+    @functools.cached_property
+    def binary(self) -> bytes:
+        """The module in the binary format. A module that comes from the cache is read when this is first used."""
+        code = self._file[0]
         try:
-            binary = code if code.startswith(b"\0asm") else bytes(wasmtime.wat2wasm(code.decode()))
-            # The second half of the version is the layer: 0 for a module, 1 for a component.
-            if binary[6:8] == b"\1\0":
-                raise Refused(f"{self.path} is a component; linmem runs WASI preview 1 modules"
-                              " (compile it for wasm32-wasip1)")
-            self.prepared = self._prepare(binary, cache) if prepare or cache is not None else None
-            self.module = wasmtime.Module(self.engine, binary) if self.prepared is None else self.prepared.module
-        except wasmtime.WasmtimeError as error:
+            return code if code.startswith(b"\0asm") else bytes(self.wasmtime.wat2wasm(code.decode()))
+        except self.wasmtime.WasmtimeError as error:
             raise Refused(f"{self.path}: {one_line(error)}") from None
         except UnicodeDecodeError as error:
             raise Refused(f"{self.path} is not valid WebAssembly text: {error}") from None
+
+    def compile(self, command: str, cache: str | None, function: str, *, prepare: bool, hint: str = "") -> None:
+        """Compile the program, or take it from the directory of a cache.
+
+        prepare: for an instance that a snapshot is taken from, or that is started from one.
+        function: a program that does not export it is refused before it is compiled, with `hint`.
+        """
+        self.prepared = None
+        self.module = None if cache is None or prepare else self._kept(cache)
+        if self.module is not None:
+            return
+        binary = self.binary
+        self._check_export(binary, function, hint)
+        try:
+            with compile_cache.announced(f"linmem {command}: compiling {printable(self.path)} ..."), \
+                    one_line_warnings(command):
+                if prepare:
+                    self.prepared = self._prepare(binary, cache)
+                    self.module = self.prepared.module
+                else:
+                    self.module = self._compiled(binary, cache)
+        except self.wasmtime.WasmtimeError as error:
+            raise Refused(f"{self.path}: {one_line(error)}") from None
+        compile_cache.bound(cache)
+
+    def is_component(self, cache: str | None) -> bool:
+        """Whether the program is a component; the file is read if the cache does not know it."""
+        if cache is not None:
+            from linmem._wasm.known_files import COMPONENT, entry_of
+
+            with refuse_errors_of(cache):
+                entry = entry_of(cache, self.path, self.settings)
+            if entry is not None:
+                return entry.endswith(COMPONENT)
+        return _is_component(self.binary)
+
+    def _kept(self, cache: str) -> Any:
+        """The compiled program, if the file is unchanged since it was compiled."""
+        from linmem._wasm.known_files import COMPONENT, MODULE, entry_of
+
+        with refuse_errors_of(cache):
+            entry = entry_of(cache, self.path, self.settings)
+        try:
+            if entry is None or not entry.endswith(MODULE if self.kind is self.wasmtime.Module else COMPONENT):
+                return None
+            return self.kind.deserialize_file(self.engine, entry)
+        except self.wasmtime.WasmtimeError:     # the entry is of another version of wasmtime, or cannot be mapped
+            return None
+
+    def _compiled(self, binary: bytes, cache: str | None) -> Any:
+        """The compiled program, by its bytes."""
+        from linmem._wasm.compiled import compiled
+        from linmem._wasm.image_cache import Cache
+        from linmem._wasm.known_files import note_entry
+
+        if cache is None:
+            return compiled(self.engine, binary, None, self.kind)[0]
+        with refuse_errors_of(cache):
+            module, entry = compiled(self.engine, binary, Cache(cache), self.kind)
+        state = self._file[1]
+        if entry is not None and state is not None:
+            with contextlib.suppress(OSError):      # without the note, the next run reads the program again
+                note_entry(cache, self.path, state, self.settings, entry)
+        return module
+
+    def _check_export(self, binary: bytes, function: str, hint: str) -> None:
+        from linmem._wasm.module import Module
+
+        if _is_component(binary):
+            raise Refused(f"{self.path} is a component, which cannot be prewarmed; a module can (compile it for"
+                          " wasm32-wasip1)")
+        try:
+            exports = Module(binary).exports()
+        except ValueError:      # wasmtime decides whether the module is valid
+            return
+        if (function, 0) not in [(name, kind) for name, kind, _ in exports]:
+            raise self._no_function(function, hint)
+
+    def _no_function(self, name: str, hint: str) -> Refused:
+        return Refused(f"{self.path} exports no function {name}{hint}")
 
     def _prepare(self, binary: bytes, cache: str | None) -> Any:
         from linmem._wasm import prepared
@@ -178,6 +357,11 @@ class Program:
         with refuse_errors_of(self.path if cache is None else cache):
             return prepared.prepare(self.engine, binary, cache=cache, expose=True)
 
+    def plan_start(self, path: str, snapshot: Any) -> None:
+        """Compile what a start from the snapshot needs, so that the start compiles nothing."""
+        with refuse_errors_of(path):
+            self.prepared._plan(snapshot)
+
     def _function(self, name: str) -> Any:
         """The type of the exported function; None if the program exports no function of this name."""
         found = next((export.type for export in self.module.exports if export.name == name), None)
@@ -185,12 +369,48 @@ class Program:
 
     def check_function(self, name: str, *, may_return: bool = False, hint: str = "") -> None:
         """Refuse a function that is not exported, or that cannot be called without arguments."""
-        function = self._function(name)
-        if function is None:
-            raise Refused(f"{self.path} exports no function {name}{hint}")
+        function = self._exported_function(name, hint)
         if function.params or (function.results and not may_return):
             what = "parameters" if may_return else "parameters or results"
             raise Refused(f"{self.path}: {name} has {what}, and must have none")
+
+    def parse_arguments(self, name: str, texts: list[str]) -> list[int | float]:
+        """The arguments for the exported function, by the types of its parameters.
+
+        If it has none, returns no arguments: then `texts` are the program's arguments alone.
+        """
+        if not self._exported_function(name).params:
+            return []
+        from linmem._wasm.module import Module
+        from linmem._wasm.reader import Unknown
+
+        # The types are read here, because wasmtime-py aborts the process if it is asked for a type v128.
+        try:
+            kinds = Module(self.binary).parameters(name)
+        except (Unknown, ValueError) as reason:     # ValueError: the file is not the one that is in the cache
+            raise Refused(f"{self.path}: the parameters of {name} are not known: {reason}") from None
+        signature = f"{name}({', '.join(kind or 'a reference' for kind in kinds)})"
+        unfit = next((kind or "a reference" for kind in kinds if kind in ("", "v128")), None)
+        if unfit is not None:
+            raise Refused(f"{self.path}: {signature} cannot be called from the command line, because no argument can be"
+                          f" {unfit}")
+        if len(texts) != len(kinds):
+            raise Refused(f"{self.path}: {signature} takes {count(len(kinds), 'argument')}, got {len(texts)}",
+                          EXIT_USAGE)
+        found = []
+        for number, (text, kind) in enumerate(zip(texts, kinds, strict=True), start=1):
+            try:
+                found.append(parse_number(text, kind))
+            except ValueError as reason:
+                raise Refused(f"{self.path}: {signature}: argument {number}, {text!r:.100}, {reason}",
+                              EXIT_USAGE) from None
+        return found
+
+    def _exported_function(self, name: str, hint: str = "") -> Any:
+        function = self._function(name)
+        if function is None:
+            raise self._no_function(name, hint)
+        return function
 
     def run(self, command: str, work: Callable[[], None]) -> int:
         """The exit code of `work`, which makes the instance and calls its functions."""
@@ -198,17 +418,31 @@ class Program:
             work()
         except self.wasmtime.ExitTrap as end:
             return int(end.code)
-        except self.wasmtime.Trap as trap:
-            where = str(trap).partition("Stack backtrace:")[0].partition("Caused by:")[0].rstrip()
-            print(f"linmem {command}: {printable(self.path)} trapped: {one_line(trap)}\n{where}", file=sys.stderr)
+        except (self.wasmtime.Trap, self.wasmtime.WasmtimeError) as trap:
+            if not self._is_trap(trap):
+                reason = one_line(trap)
+                raise Refused(f"{self.path}: {reason}{self.limits.explain(reason)}") from None
+            text = self._trap_text(trap)
+            print(f"linmem {command}: {printable(self.path)} {text}", file=sys.stderr)
+            if self.core is not None:
+                self.core.write(self, trap)
             return EXIT_TRAP
-        except self.wasmtime.WasmtimeError as error:
-            raise Refused(f"{self.path}: {one_line(error)}") from None
-        return 0
+        return self.status
+
+    def _is_trap(self, error: Exception) -> bool:
+        return isinstance(error, self.wasmtime.Trap)
+
+    def _trap_text(self, trap: Any) -> str:
+        reason = one_line(trap)
+        if self.limits.fuel is not None and reason.endswith("all fuel consumed by WebAssembly"):
+            return f"ran out of fuel (--fuel {self.limits.fuel})"
+        where = str(trap).partition("Stack backtrace:")[0].partition("Caused by:")[0].rstrip()
+        return f"trapped: {reason}\n{where}"
 
     def instantiate(self, args: argparse.Namespace, arguments: list[str], snapshot: Any = None) -> None:
         """Make the instance, with the directories and the variables of the options; from `args.start` if given."""
         self.store = self.wasmtime.Store(self.engine)
+        self.limits.apply(self.store)
         self.store.set_wasi(self._wasi_config(args, arguments))
         linker = self.wasmtime.Linker(self.engine)
         linker.define_wasi()
@@ -224,31 +458,43 @@ class Program:
         wasi = self.wasmtime.WasiConfig()
         try:
             wasi.argv = [os.path.basename(self.path), *arguments]
-            wasi.env = args.env
-            for host, guest in args.dir:
+            wasi.env = list({**(os.environ if args.env_all else {}), **dict(args.env)}.items())
+            for host, guest, writable in args.dir:
                 try:
-                    wasi.preopen_dir(host, guest)
+                    wasi.preopen_dir(host, guest, *self._permissions(writable))
                 except self.wasmtime.WasmtimeError:
                     raise Refused(f"--dir {host}: the directory cannot be opened", EXIT_USAGE) from None
         except UnicodeEncodeError as error:
             raise Refused(f"{error.object!r} is not valid UTF-8, which WASI requires", EXIT_USAGE) from None
         wasi.inherit_stdin()
-        wasi.inherit_stdout()
-        wasi.inherit_stderr()
+        self._inherit_output(wasi)
         return wasi
 
-    def initialise(self, name: str) -> list[int | float]:
+    def _inherit_output(self, wasi: Any) -> None:
+        wasi.inherit_stdout()
+        wasi.inherit_stderr()
+
+    def _permissions(self, writable: bool) -> tuple[Any, ...]:
+        """The last arguments of `WasiConfig.preopen_dir`."""
+        if writable:
+            return ()
+        wasmtime: Any = self.wasmtime
+        if hasattr(wasmtime, "DirPerms"):       # an older wasmtime-py
+            return wasmtime.DirPerms.READ_ONLY, wasmtime.FilePerms.READ_ONLY
+        return (False,)
+
+    def initialise(self, name: str, arguments: Sequence[int | float] = ()) -> list[int | float]:
         """Call `_initialize`, which a reactor exports, and then the function; returns the results of the function."""
         if name != "_initialize" and self._function("_initialize") is not None:
             self.check_function("_initialize")
             self.call("_initialize")
-        return self.call(name)
+        return self.call(name, arguments)
 
-    def call(self, name: str) -> list[int | float]:
+    def call(self, name: str, arguments: Sequence[int | float] = ()) -> list[int | float]:
         """The results of a function, which must be numbers."""
         results: Any
         try:
-            results = self.instance.exports(self.store)[name](self.store)
+            results = self.instance.exports(self.store)[name](self.store, *arguments)
         except self.wasmtime.WasmtimeError as error:
             if "wasmtime_valkind_t" not in str(error):
                 raise

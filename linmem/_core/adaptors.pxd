@@ -31,6 +31,8 @@ cdef struct statistics_ledger:
     link dropped            # records of dropped memories, the newest first
     size_t n_dropped        # the number of records in `dropped`
     size_t history          # the most records that `dropped` keeps
+    size_t timeline         # the most changes of its size that a record keeps; not 1
+    long long started_ns    # when the creator was made
     statistics_sums sums
 
 

@@ -14,7 +14,9 @@ from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy
 
-from linmem._core.atomic cimport add, compare_exchange, load, store, store_address, store_release, store_size
+from linmem._core.atomic cimport (
+    add, compare_exchange, load, load_address, store, store_address, store_release, store_size,
+)
 from linmem._core.linked_list cimport link, list_add_first, list_init, list_remove
 from linmem._core.memory cimport (
     MOST_FRAMES, NAME_BYTES, NO_MAXIMUM, OWNER_CREATOR, OWNER_PYTHON, OWNER_WASMTIME, PROTECTION_NONE, RELIEF_BUDGET,

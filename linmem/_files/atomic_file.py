@@ -12,7 +12,6 @@ import errno
 import io
 import os
 import re
-import secrets
 import stat
 import time
 from collections.abc import Iterator
@@ -75,7 +74,7 @@ def draft(folder: str) -> Iterator[Draft]:
 
 def _unused(folder: str) -> str:
     while True:
-        path = os.path.join(folder, f".linmem-{secrets.token_hex(8)}.tmp")
+        path = os.path.join(folder, f".linmem-{os.urandom(8).hex()}.tmp")
         if not os.path.lexists(path):
             return path
 
@@ -139,12 +138,14 @@ def _sync_folder(folder: str) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: str | bytes | os.PathLike[str]) -> Iterator[tuple[BinaryIO, bool]]:
+def replacing(path: str | bytes | os.PathLike[str], mode: int | None = None) -> Iterator[tuple[BinaryIO, bool]]:
     """Yield a file and whether it is a stream. When the block ends, `path` has the bytes that were written to the file.
 
     A regular file is replaced as a whole and keeps its owner and its permissions. If the block fails, the old file
     stays. A pipe or a character device (/dev/stdout, /dev/null) is a stream: it is written to directly and cannot seek.
     Files of other kinds are refused. Every OSError names `path`.
+
+    mode: the permissions of a file that did not exist; by default those of a new file.
     """
     name = os.fsdecode(path)
     # Symbolic links are followed, as by open().
@@ -169,7 +170,7 @@ def replacing(path: str | bytes | os.PathLike[str]) -> Iterator[tuple[BinaryIO, 
             if before is not None:
                 _give(made, before)
             yield made.file, False
-            made.become(target, None if before is None else stat.S_IMODE(before.st_mode))
+            made.become(target, mode if before is None else stat.S_IMODE(before.st_mode))
     except OSError as error:
         # An error about another file, which the block opened, keeps the name of that file.
         given = error.filename if error.filename is None else os.fsdecode(error.filename)

@@ -42,7 +42,7 @@ def with_growth_traps(module: Module) -> bytes:
     code, grown = _calling(module, len(memories), len(imports["function"]) + functions)
     if not grown:
         return module.wasm
-    types, widths = module.type_count(), sorted({memories[memory].bits for memory in grown})
+    types, widths = sum(1 for _ in module.types()), sorted({memories[memory].bits for memory in grown})
     bodies = [_grow_or_trap(memory, memories[memory].bits) for memory in grown]
     wasm = extended(module.replaced(CODE, [leb128(functions), code]), {
         TYPE: [b"\x60\1%b\1%b" % (_OF_BITS[bits][0], _OF_BITS[bits][0]) for bits in widths],

@@ -10,15 +10,26 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
+import re
 from collections.abc import Callable, Iterator
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
-from linmem._files.atomic_file import draft
+from linmem._files.atomic_file import draft, remove_abandoned
 from linmem._files.reader import open_file
 from linmem._files.sparse import content_digest
+from linmem._wasm.known_files import forget_entries, must_be_private
 
 _MAX_ENTRIES = 8    # of one key
+_KEY = re.compile("[0-9a-f]{64}")
+_ENTRY = re.compile(r"[0-9a-f]{64}\.(?:cwasm|ccomponent|image)")
+
+
+class Used(NamedTuple):
+    """An entry. Its size in bytes counts no holes."""
+
+    time: float         # of the last use, as exactly as the file system notes it
+    size: int
+    path: str
 
 
 class Cache:
@@ -34,7 +45,7 @@ class Cache:
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = os.path.abspath(os.fspath(directory))
         os.makedirs(self.directory, mode=0o700, exist_ok=True)
-        _must_be_private(self.directory)
+        must_be_private(self.directory)
 
     def entries(self, key: str, suffix: str) -> Iterator[str]:
         """The paths of whole entries. Entries whose content does not have the digest in the name are removed."""
@@ -43,7 +54,7 @@ class Cache:
             names = sorted(name for name in os.listdir(place) if name.endswith(suffix))
         except FileNotFoundError:
             return
-        _must_be_private(place)
+        must_be_private(place)
         for name in names:
             path = os.path.join(place, name)
             try:
@@ -60,7 +71,7 @@ class Cache:
         """Make an entry whose content ``write(file)`` writes, with permissions for its owner only; returns its path."""
         place = os.path.join(self.directory, key)
         os.makedirs(place, mode=0o700, exist_ok=True)
-        _must_be_private(place)
+        must_be_private(place)
         _make_room(place, suffix)
         with draft(place) as made:
             write(made.file)
@@ -68,6 +79,41 @@ class Cache:
             path = os.path.join(place, content_digest(made.file.fileno()) + suffix)
             made.become(path, 0o600)
         return path
+
+    def used(self) -> list[Used]:
+        """All entries; the one that was not used for the longest time comes first."""
+        found = []
+        for key in os.scandir(self.directory):
+            if not _KEY.fullmatch(key.name) or not key.is_dir(follow_symlinks=False):
+                continue
+            for entry in os.scandir(key.path):
+                if _ENTRY.fullmatch(entry.name):
+                    with contextlib.suppress(FileNotFoundError):    # another process removed the entry
+                        about = entry.stat(follow_symlinks=False)
+                        size = min(about.st_size, getattr(about, "st_blocks", about.st_size) * 512)
+                        found.append(Used(max(about.st_atime, about.st_mtime), size, entry.path))
+        return sorted(found)
+
+    def prune(self, max_size: int) -> list[Used]:
+        """Remove the entries that were not used for the longest time, until all have at most `max_size` bytes.
+
+        Returns what was removed. A process that runs an entry is not affected.
+        """
+        entries = self.used()
+        left, removed = sum(entry.size for entry in entries), []
+        for entry in entries:
+            if left <= max_size:
+                break
+            _remove(entry.path)
+            if not os.path.lexists(entry.path):
+                left -= entry.size
+                removed.append(entry)
+        for key in {os.path.dirname(entry.path) for entry in removed}:
+            remove_abandoned(key)
+            with contextlib.suppress(OSError):      # the key has other entries, or gets a new one
+                os.rmdir(key)
+        forget_entries(self.directory)
+        return removed
 
 
 def _make_room(place: str, suffix: str) -> None:
@@ -79,20 +125,6 @@ def _make_room(place: str, suffix: str) -> None:
                 entries.append((entry.stat().st_mtime, entry.path))
     for _, path in sorted(entries)[:1 - _MAX_ENTRIES]:
         _remove(path)
-
-
-def _must_be_private(path: str) -> None:
-    about = os.stat(path)
-    if not hasattr(os, "geteuid"):      # the system has access control lists instead of owners and modes
-        return
-    if about.st_uid != os.geteuid():
-        fault = f"belongs to user {about.st_uid}, not to {os.geteuid()}"
-    elif about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        fault = f"may be written by others (mode {stat.S_IMODE(about.st_mode):o})"
-    else:
-        return
-    raise PermissionError(f"cache directory {path!r} {fault}: what is in it is run as code, so it must be the user's"
-                          " own")
 
 
 def _remove(path: str) -> None:

@@ -176,17 +176,23 @@ class Module:
             found[KINDS[code]].append(read[KINDS[code]](reader))
         return found
 
-    def type_count(self) -> int:
-        """How many types the module has: the types of a recursion group count, not the group."""
-        count = 0
+    def types(self) -> Iterator[list[str]]:
+        """For each type its parameters, as `Reader.composite_type` names them. A recursion group is not a type, its
+        members are."""
         for reader in self.items(TYPE, "types"):
             is_group = self.wasm.startswith(b"\x4e", reader.at, reader.end)
             reader.at += is_group
-            size = reader.u32("number of types") if is_group else 1
-            for _ in range(size):
-                reader.composite_type()
-            count += size
-        return count
+            for _ in range(reader.u32("number of types") if is_group else 1):
+                yield reader.composite_type()
+
+    def parameters(self, name: str) -> list[str]:
+        """The types of the parameters of the exported function: names of numbers, and "" for a reference."""
+        index = next((index for exported, code, index in self.exports() if exported == name and code == 0), None)
+        if index is None:
+            raise Unknown(f"no function {name} is exported")
+        types = [*self.all_imports()["function"],
+                 *(reader.u32("type index") for reader in self.items(FUNCTION, "functions"))]
+        return list(self.types())[types[index]]
 
     def memories(self) -> list[Limits]:
         return [reader.memory_type() for reader in self.items(MEMORY, "memories")]

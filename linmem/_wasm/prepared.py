@@ -6,34 +6,33 @@ import contextlib
 import functools
 import hashlib
 import importlib
-import importlib.metadata
 import os
 import sys
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import wasmtime
 
 from linmem._core import bridge as _bridge
 from linmem._core.arguments import check_flag, check_path
-from linmem._core.memory import Image, Memory, NativeCreator
+from linmem._core.memory import Image, Memory
 from linmem._files.image_file import write_image
 from linmem._wasm import outline as state
+from linmem._wasm.compiled import FORMAT, cached, compiled
 from linmem._wasm.component import HoistedComponent, hoist_component, is_component, with_modules
 from linmem._wasm.growth_traps import with_growth_traps
 from linmem._wasm.image_cache import Cache
+from linmem._wasm.install import check_type, checked_creator, wasmtime_version
 from linmem._wasm.instance_state import behind
 from linmem._wasm.module import START, Module
 from linmem._wasm.reader import Malformed, Unknown
 from linmem._wasm.recording import OPEN
 from linmem._wasm.segments import Hoisted, Run, hoist, without_start
-from linmem._wasm.snapshot import Snapshot, check_context, check_type
+from linmem._wasm.snapshot import Snapshot, check_context
 from linmem._wasm.start import Start
-from linmem.creators import as_native
-from linmem.errors import FileFormatError, PageError
+from linmem.errors import PageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -45,12 +44,10 @@ if TYPE_CHECKING:
 NOT_OURS = ("linmem.wasmtime.install(config) was not called for this engine, or the config uses the pooling"
             " allocation strategy (which ignores host creators)")
 
-_FORMAT = 2         # the version of cached files, in their keys; keys of modules also have wasmtime's
 _ASKS: weakref.WeakKeyDictionary[wasmtime.Engine, bool] = weakref.WeakKeyDictionary()
 _NO_ROOM = PageError, OverflowError     # for an image, for example of segments that are very far apart
 _alive: weakref.WeakSet[Prepared] = weakref.WeakSet()       # each with a module that is still to be compiled
 _SIZE_MAX = 2 * sys.maxsize + 1
-_T = TypeVar("_T")
 
 
 class Prepared:
@@ -390,13 +387,13 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
     skipped += hoisted.skipped
     wasm = state.extended(hoisted.module, items)
     try:
-        module = _compiled(engine, wasm, directory)
+        module = compiled(engine, wasm, directory)[0]
     except wasmtime.WasmtimeError as error:
         images, added, outline = [None] * len(images), frozenset(), None
         skipped = [f"nothing is hoisted or exposed, {_only_original('module', error)}"]
         module = None
     if module is None:      # if wasmtime refuses the original, too, the caller gets that refusal alone
-        module = _compiled(engine, original, directory)
+        module = compiled(engine, original, directory)[0]
     compile_start = None
     if outline is not None and (hoisted.active or START in read.sections or outline.computed_tables()):
         compile_start = functools.partial(_compiled_for_start, engine, wasm, outline, directory)
@@ -436,12 +433,13 @@ def binary_of(wasm: str | bytes | bytearray) -> bytes:
 
 def _prepare_component(engine: wasmtime.Engine, original: bytes, cache: Cache | None, digest: str,
                        trap_on_refused: bool) -> Prepared:
+    kind = component_api().Component
     if trap_on_refused:
         try:
             with _growths_must_be_found("component"):
                 original = with_modules(original, functools.partial(_with_growth_traps, engine))
         except wasmtime.WasmtimeError:
-            component_api().Component(engine, original)     # refuses with the text that it has without the option
+            kind(engine, original)      # refuses with the text that it has without the option
             raise
     try:
         hoisted = hoist_component(original)
@@ -455,12 +453,12 @@ def _prepare_component(engine: wasmtime.Engine, original: bytes, cache: Cache | 
         wasm, skipped = original, [_no_room(error)]
     if wasm is not original:
         try:
-            component = _compiled(engine, wasm, cache)
+            component = compiled(engine, wasm, cache, kind)[0]
         except wasmtime.WasmtimeError as error:
             images = [None] * len(images)
             skipped = [f"nothing is hoisted, {_only_original('component', error)}"]
     if component is None:
-        component = _compiled(engine, original, cache)
+        component = compiled(engine, original, cache, kind)[0]
     return Prepared._of(engine, component, [images[index] for index in hoisted.order],
                         [hoisted.minima[index] for index in hoisted.order], skipped, digest, names=hoisted.names,
                         complete=hoisted.complete)
@@ -480,19 +478,6 @@ def component_api() -> Any:
         return importlib.import_module("wasmtime.component")
     except ImportError as error:
         raise RuntimeError(f"wasmtime {wasmtime_version()} has no components: {error}") from None
-
-
-def checked_creator(creator: MemoryCreator) -> NativeCreator:
-    """The native creator of an argument `creator` whose memories wasmtime uses."""
-    native = as_native(creator)
-    part: object = native
-    while isinstance(part, NativeCreator):      # each creator of the chain
-        if getattr(part, "image", None) is not None:
-            raise ValueError("creator must not have a pool with an image: every memory would start from that image, and"
-                             " the data of a module would be copied over it. Leave image= out, and restore() each"
-                             " instance's memory to the image, or prepare() the module")
-        part = getattr(part, "upstream", getattr(part, "creator", None))
-    return native
 
 
 def makes_our_memories(engine: wasmtime.Engine) -> bool:
@@ -523,65 +508,15 @@ def _image(runs: Sequence[Run], cache: Cache | None) -> Image:
     make = functools.partial(Image.from_pieces, runs, last + len(data) - start, start)
     if cache is None:
         return make()
-    digest = hashlib.sha256(f"linmem {_FORMAT}, image\n".encode())
+    digest = hashlib.sha256(f"linmem {FORMAT}, image\n".encode())
     for offset, data in runs:
         digest.update(f"{offset} {len(data)}\n".encode())
         digest.update(data)
-    image: Image = _cached(cache, digest.hexdigest(), ".image", Image.open, make, write_image)
+    image: Image = cached(cache, digest.hexdigest(), ".image", Image.open, make, write_image)[0]
     return image
-
-
-@functools.cache
-def wasmtime_version() -> str:
-    try:
-        return importlib.metadata.version("wasmtime")
-    except importlib.metadata.PackageNotFoundError:
-        return "of an unknown version"
-
-
-def _compiled(engine: wasmtime.Engine, wasm: bytes, cache: Cache | None) -> Any:
-    """The compiled module or component."""
-    kind = component_api().Component if is_component(wasm) else wasmtime.Module
-    make = functools.partial(kind, engine, wasm)
-    if cache is None:
-        return make()
-    key = hashlib.sha256(f"linmem {_FORMAT}, wasmtime {wasmtime_version()}\n".encode() + wasm).hexdigest()
-    return _cached(cache, key, ".cwasm", functools.partial(_read, kind, engine), make,
-                   lambda module, file: file.write(module.serialize()))
 
 
 def _compiled_for_start(engine: wasmtime.Engine, wasm: bytes, outline: state.Outline,
                         cache: Cache | None) -> wasmtime.Module:
-    module: wasmtime.Module = _compiled(engine, without_start(wasm, outline), cache)
+    module: wasmtime.Module = compiled(engine, without_start(wasm, outline), cache)[0]
     return module
-
-
-def _read(kind: Any, engine: wasmtime.Engine, path: str) -> Any:
-    try:
-        return kind.deserialize_file(engine, path)
-    except wasmtime.WasmtimeError:      # the file may be in a noexec file system: it can be read, but not mapped
-        with open(path, "rb") as file:
-            return kind.deserialize(engine, file.read())
-
-
-def _cached(cache: Cache, key: str, suffix: str, read: Callable[[str], _T], make: Callable[[], _T],
-            write: Callable[[_T, BinaryIO], object]) -> _T:
-    """Read an entry of the cache. If no entry can be read, make the object and add it to the cache.
-
-    If the new entry cannot be written, warn: the next process makes the object again.
-    """
-    for path in cache.entries(key, suffix):
-        try:
-            return read(path)
-        # Another version of linmem or wasmtime wrote the entry, or another process removed the entry.
-        except (FileFormatError, wasmtime.WasmtimeError, OSError):
-            continue
-    made = make()
-    try:
-        cache.add(key, suffix, lambda file: write(made, file))
-    except OSError as error:
-        frame, level = sys._getframe(), 1       # the warning names the line that called prepare()
-        while frame.f_back is not None and frame.f_code.co_filename == __file__:
-            frame, level = frame.f_back, level + 1
-        warnings.warn(f"not cached: {error}", RuntimeWarning, stacklevel=level)
-    return made

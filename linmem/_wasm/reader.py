@@ -135,29 +135,36 @@ class Reader:
             raise Unknown(f"the global type at byte {start} has flags 0x{mutable:02x}")
         return GlobalType(mutable == 1, number, heap_type)
 
-    def composite_type(self) -> None:
-        """Step over the type of a function, a struct, an array or a continuation, with its supertypes."""
-        what = "type"
-        code = self.byte(what)
+    def composite_type(self) -> list[str]:
+        """Step over the type of a function, a struct, an array or a continuation, with its supertypes.
+
+        Returns the parameters of a function as `value_type` names them, and nothing for other types.
+        """
+        start = self.at
+        code = self.byte("type")
         if code in (0x4F, 0x50):
-            for _ in range(self.u32(what)):
-                self.u32(what)
-            code = self.byte(what)
+            for _ in range(self.u32("number of supertypes")):
+                self.u32("supertype")
+            code = self.byte("type")
+        if code == _SHARED:
+            code = self.byte("type")
         if code == 0x60:
-            for _ in "parameters", "results":
-                for _ in range(self.u32(what)):
-                    self.value_type(what)
-        elif code in (0x5E, 0x5F):
-            for _ in range(self.u32(what) if code == 0x5F else 1):
-                if self.data[self.at:self.at + 1] in (b"\x77", b"\x78"):       # i16, i8
-                    self.at += 1
+            found = [self.value_type("parameter")[0] for _ in range(self.u32("number of parameters"))]
+            for _ in range(self.u32("number of results")):
+                self.value_type("result")
+            return found
+        if code in (0x5E, 0x5F):        # an array, a struct
+            for _ in range(self.u32("number of fields") if code == 0x5F else 1):
+                if self.data.startswith((b"\x77", b"\x78"), self.at, self.end):     # i16, i8
+                    self.byte("field")
                 else:
-                    self.value_type(what)
+                    self.value_type("field")
                 self.byte("whether a field is mutable")
-        elif code == 0x5D:
-            self.heap_type(what)
+        elif code == 0x5D:              # a continuation
+            self.heap_type("type")
         else:
-            raise Unknown(f"the {what} before byte {self.at} is 0x{code:02x}")
+            raise Unknown(f"the type at byte {start} is 0x{code:02x}")
+        return []
 
     def memory_type(self) -> Limits:
         flags, minimum, maximum, bits = self._limits("memory type", 0x0F)

@@ -16,8 +16,9 @@ import wasmtime
 from linmem._core import bridge as _bridge
 from linmem._core.arguments import check_count, shown
 from linmem._core.memory import Memory
+from linmem._wasm.install import checked_creator
 from linmem._wasm.instance_state import behind, export
-from linmem._wasm.prepared import Prepared, checked_creator
+from linmem._wasm.prepared import Prepared
 from linmem._wasm.snapshot import Snapshot
 
 TYPE_CHECKING = False

@@ -16,6 +16,7 @@ from wasmtime import _ffi as ffi
 
 from linmem._core.arguments import check_flag
 from linmem._core.memory import Image
+from linmem._wasm.install import check_type
 from linmem._wasm.instance_state import (
     KIND_NAMES,
     Functions,
@@ -43,12 +44,6 @@ from linmem._wasm.state import NULL, NUMBERS, GlobalState, MemoryState, Referenc
 _WASMTIME = os.path.dirname(wasmtime.__file__) + os.sep
 _numbers: weakref.WeakKeyDictionary[wasmtime.Store, int] = weakref.WeakKeyDictionary()
 _ENTRIES = frozenset(("__call__", "__init__", "instantiate", "call_async"))
-
-
-def check_type(value: object, kind: type, name: str) -> None:
-    """Refuse a value that is not of the class `kind` of wasmtime."""
-    if not isinstance(value, kind):
-        raise TypeError(f"{name} must be a wasmtime.{kind.__name__}, got {type(value).__name__}")
 
 
 def check_context(store: Any) -> None:

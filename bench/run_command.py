@@ -1,0 +1,123 @@
+"""Whole processes: `linmem run` of a program in the cache, against the shortest script with wasmtime-py."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+from linmem._files.atomic_file import replacing
+from linmem._wasm.module import CODE, DATA, EXPORT, FUNCTION, MEMORY, TYPE
+from linmem._wasm.reader import leb128
+from linmem.bench.harness import Contender, Goal, Group, Run, Shared
+
+CODE_BYTES, DATA_BYTES = 18_000_000, 2_000_000      # of the program
+STATEMENTS = 150            # of a function
+GOAL = 1.3
+SETTLED = 2.1               # seconds after which linmem notes that a new file is unchanged
+
+# What the console script of linmem does.
+LINMEM = "import sys; from linmem.cli import main; sys.exit(main())"
+SCRIPT = """
+import sys
+import wasmtime
+engine = wasmtime.Engine()
+module = wasmtime.Module.deserialize_file(engine, sys.argv[1])
+linker = wasmtime.Linker(engine)
+linker.define_wasi()
+store = wasmtime.Store(engine)
+wasi = wasmtime.WasiConfig()
+wasi.argv = sys.argv[1:]
+wasi.inherit_stdin()
+wasi.inherit_stdout()
+wasi.inherit_stderr()
+store.set_wasi(wasi)
+linker.instantiate(store, module).exports(store)["_start"](store)
+"""
+
+
+def cached_run() -> Group:
+    there = Shared(Folder)
+    return Group(
+        "cached_run", "linmem run of a cached 20 MB program, whole process",
+        (Contender("linmem", "linmem run", processes(there, Folder.linmem)),
+         Contender("script", "the shortest wasmtime-py script with a serialized module",
+                   processes(there, Folder.script))),
+        (Goal("script", GOAL),), "18 MB of code and 2 MB of data, of which nothing runs",
+        operations=1)
+
+
+def program() -> bytes:
+    """A WASI command of many functions, which returns at once."""
+    some = random.Random(1)
+    bodies, size = [], 0
+    while size < CODE_BYTES:
+        body = b"\0" + b"".join(map(statement, [some] * STATEMENTS)) + b"\x0b"
+        bodies.append(leb128(len(body)) + body)
+        size += len(bodies[-1])
+    n = leb128(len(bodies) + 1)
+    sections = (
+        (TYPE, b"\1\x60\0\0"), (FUNCTION, n + bytes(len(bodies) + 1)),
+        (MEMORY, b"\1\0" + leb128(DATA_BYTES // 65536 + 2)),
+        (EXPORT, b"\2\6memory\2\0\6_start\0" + leb128(len(bodies))), (CODE, n + b"".join(bodies) + b"\2\0\x0b"),
+        (DATA, b"\1\0\x41\0\x0b" + leb128(DATA_BYTES) + some.randbytes(DATA_BYTES)))
+    return b"\0asm\1\0\0\0" + b"".join(bytes([kind]) + leb128(len(content)) + content for kind, content in sections)
+
+
+def statement(some: random.Random) -> bytes:
+    """A load, an addition and a store. These numbers have two bytes, also as signed ones."""
+    target, source, summand = (b"\x41" + leb128(some.randrange(128, 8192)) for _ in range(3))
+    return target + source + b"\x28\2\0" + summand + b"\x6a\x36\2\0"
+
+
+class Folder:
+    """A temporary folder with the program, compiled for both."""
+
+    def __init__(self) -> None:
+        import wasmtime
+
+        here = Path(tempfile.mkdtemp())
+        weakref.finalize(self, shutil.rmtree, here)
+        self.program, self.serialized, self.cache = here / "program.wasm", here / "program.cwasm", here / "cache"
+        self.environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(here / "bytecode"),
+                            "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        self.environment.pop("PYTHONDONTWRITEBYTECODE", None)
+        content = program()
+        serialized = wasmtime.Module(wasmtime.Engine(), content).serialize()
+        for path, data in ((self.program, content), (self.serialized, serialized)):
+            with replacing(path) as (file, _):
+                file.write(data)
+        self.start(self.linmem())
+        time.sleep(SETTLED)
+        self.start(self.linmem())       # reads the program and notes its state
+
+    def linmem(self) -> list[str]:
+        return [LINMEM, "run", "--cache", str(self.cache), str(self.program)]
+
+    def script(self) -> list[str]:
+        return [SCRIPT, str(self.serialized)]
+
+    def start(self, words: list[str]) -> None:
+        subprocess.run([sys.executable, "-c", *words], check=True, env=self.environment, stdin=subprocess.DEVNULL)
+
+
+def processes(there: Shared[Folder], words: Callable[[Folder], list[str]]) -> Callable[[], Run]:
+    def make() -> Run:
+        folder = there()
+
+        def run(n: int) -> int:
+            began = time.perf_counter_ns()
+            for _ in range(n):
+                folder.start(words(folder))
+            return time.perf_counter_ns() - began
+
+        return run
+
+    return make

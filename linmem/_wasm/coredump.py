@@ -1,0 +1,227 @@
+"""Core dumps of WebAssembly programs, which `wasm-tools print` and `wasmgdb` read.
+
+A dump is a module that is not instantiated. Its memories hold what the memories of the program held, in data segments
+without the zeros, and its globals are constants. The custom sections are those of the tool conventions (Coredump.md):
+``core`` names the program, ``coremodules`` its modules, ``coreinstances`` which memories and globals an instance has,
+and ``corestack`` the frames, the innermost one first. wasmtime's C API gives neither locals nor operands.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any, BinaryIO, NamedTuple
+
+import wasmtime
+from wasmtime import _ffi as ffi
+
+from linmem._core.memory import Image
+from linmem._core.process_handles import own_runs
+from linmem._files.atomic_file import replacing
+from linmem._files.format import PAGE, joined
+from linmem._wasm.instance_state import behind, export, handle, raw_bytes, read
+from linmem._wasm.module import DATA, GLOBAL, MEMORY, Module
+from linmem._wasm.outline import Outline
+from linmem._wasm.reader import GlobalType, Limits, leb128
+from linmem._wasm.state import NUMBERS
+
+_MAX_SEGMENTS = 90_000          # of a memory; wasm-tools reads at most 100,000 segments of a module
+_MAX_SECTION = (1 << 32) - 1    # bytes
+_NUMBER_TYPES = {"i32": 0x7F, "i64": 0x7E, "f32": 0x7D, "f64": 0x7C, "v128": 0x7B}
+_END = b"\x0b"
+_FUNCREF = 0x70
+
+
+class Frame(NamedTuple):
+    instance: int           # an index into the instances of the dump
+    function: int           # its index in the module of the instance
+    offset: int             # of the instruction, from the start of the function
+
+
+class Held(NamedTuple):
+    """A memory with its content."""
+
+    type: bytes             # in the binary format, with the present size as the minimum
+    bits: int               # of an address
+    pieces: list[tuple[int, memoryview]]
+
+
+class Instance(NamedTuple):
+    """The memories and the globals of an instance, by their indices; a global is its type and its value."""
+
+    module: int             # an index into the modules of the dump
+    memories: list[Held]
+    globals: list[bytes]
+
+
+def frames_of(error: wasmtime.Trap | wasmtime.WasmtimeError, instance: int = 0) -> list[Frame]:
+    """The frames of a trap, the innermost one first. An offset that wasmtime does not know is 0."""
+    return [Frame(instance, frame.func_index, frame.func_offset if frame.func_offset < 1 << 32 else 0)
+            for frame in getattr(error, "frames", ())]
+
+
+def instance_of(store: wasmtime.Store, instance: wasmtime.Instance, outline: Outline | None,
+                wasm: bytes) -> Instance:
+    """What an instance holds that a prepared module made. No call into the store may be running.
+
+    outline: of the prepared module. None: only the exported memories are found.
+    wasm: the binary of the module, as it was given to `prepare`.
+    """
+    context = store._context()
+    held = []
+    if outline is None:
+        exports = [thing for thing in instance.exports(store).values()
+                   if isinstance(thing, (wasmtime.Memory, wasmtime.SharedMemory))]
+        for memory in exports:
+            about = memory.type(store) if isinstance(memory, wasmtime.Memory) else memory.type()
+            page_size = getattr(about, "page_size", 65536)
+            held.append(_held(store, memory, Limits(0, (about.limits.max or 0) * page_size, 64 if about.is_64 else 32,
+                                                    page_size=page_size)))
+        return Instance(0, held, [])
+    for index, limits in enumerate(outline.memory_types):
+        name = outline.exports.get(("memory", index))
+        if name is not None:
+            held.append(_held(store, export(context, instance, name), limits))
+    initial = _initial_values(Module(wasm), outline.imported_globals)
+    return Instance(0, held, [_global(context, instance, outline, index, each, initial)
+                              for index, each in enumerate(outline.global_types)])
+
+
+def _held(store: wasmtime.Store, memory: Any, limits: Limits) -> Held:
+    ours = behind(store, memory)
+    image = Image.from_bytes(memory.read(store)) if ours is None else ours.snapshot()
+    size = image.offset + image.size if ours is None else ours.byte_size()
+    shared = isinstance(memory, wasmtime.SharedMemory)
+    flags = 3 * shared | 4 * (limits.bits == 64) | 8 * (limits.page_size != 65536)
+    kind = bytes([flags]) + leb128(size // limits.page_size)
+    if shared:          # such a type has a maximum
+        kind += leb128(limits.maximum // limits.page_size)
+    if limits.page_size != 65536:
+        kind += leb128(limits.page_size.bit_length() - 1)
+    return Held(kind, limits.bits, _pieces(image))
+
+
+def _pieces(image: Image) -> list[tuple[int, memoryview]]:
+    """The bytes of an image that are not zero, in at most `_MAX_SEGMENTS` pieces with their places."""
+    runs = []
+    for start, data in own_runs(image, memoryview(image)):
+        for at in range(0, len(data), PAGE):
+            page = data[at:at + PAGE].tobytes()
+            skipped = len(page) - len(page.lstrip(b"\0"))
+            if skipped < len(page):
+                runs.append((start + at + skipped, len(page.strip(b"\0"))))
+    near = 16       # a segment takes as many bytes beside its content
+    found = joined(runs, near)
+    while len(found) > _MAX_SEGMENTS:
+        near *= 2
+        found = joined(found, near)
+    whole = memoryview(image)
+    return [(start, whole[start - image.offset:start - image.offset + size]) for start, size in found]
+
+
+def _initial_values(module: Module, imported: int) -> dict[int, bytes]:
+    """From the index of each global that the module defines to the constant expression of its initial value."""
+    found = {}
+    for index, reader in enumerate(module.items(GLOBAL, "globals"), start=imported):
+        reader.global_type()
+        start = reader.at
+        module.expression(reader, [None] * index)
+        found[index] = module.wasm[start:reader.at]
+    return found
+
+
+def _global(context: Any, instance: wasmtime.Instance, outline: Outline, index: int, kind: GlobalType,
+            initial: dict[int, bytes]) -> bytes:
+    """The type and the value of a global, both in the binary format; a reference is written as null."""
+    if not kind.number:
+        code = _FUNCREF if kind.heap_type is None or kind.heap_type >= 0 else kind.heap_type & 0x7F
+        return bytes([code, 0, 0xD0, code]) + _END
+    head = bytes([_NUMBER_TYPES[kind.number], 0])
+    name = outline.exports.get(("global", index))
+    if name is None:        # nobody can change this global
+        return head + initial[index]
+    value = read(context, ffi.wasmtime_global_get, handle(export(context, instance, name)))
+    return head + _constant(kind.number, raw_bytes(value, NUMBERS[kind.number])) + _END
+
+
+def _constant(kind: str, raw: bytes) -> bytes:
+    if kind in ("i32", "i64"):
+        return bytes([0x41 if kind == "i32" else 0x42]) + signed_leb128(int.from_bytes(raw, "little", signed=True))
+    return {"f32": b"\x43", "f64": b"\x44", "v128": b"\xfd\x0c"}[kind] + raw
+
+
+def signed_leb128(value: int) -> bytes:
+    out = bytearray()
+    while not -64 <= value < 64:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value & 0x7F)
+    return bytes(out)
+
+
+# -- the file --------------------------------------------------------------------------------------------
+
+def write(path: str | os.PathLike[str], program: str, modules: Sequence[str], instances: Sequence[Instance],
+          frames: Sequence[Frame]) -> None:
+    """Write a core dump. Only its owner can read a new file, because memories hold secrets.
+
+    Raises
+    ------
+    OverflowError
+        If the memories hold more than a section of a module can have.
+    """
+    memories = [memory for instance in instances for memory in instance.memories]
+    globals = [each for instance in instances for each in instance.globals]
+    segments = list(_segments(memories))
+    size = len(leb128(len(segments))) + sum(len(head) + len(data) for head, data in segments)
+    if size > _MAX_SECTION:
+        raise OverflowError(f"the memories hold {size} bytes that are not zero, and a core dump at most {_MAX_SECTION}")
+    with replacing(path, 0o600) as (file, _):
+        file.write(b"\0asm\1\0\0\0")
+        _custom(file, "core", b"\0" + _name(program))
+        _custom(file, "coremodules", _vector(b"\0" + _name(module) for module in modules))
+        _custom(file, "coreinstances", _vector(_instances(instances)))
+        _custom(file, "corestack", b"\0" + _name("main") + _vector(
+            b"\0" + leb128(frame.instance) + leb128(frame.function) + leb128(frame.offset) + b"\0\0"
+            for frame in frames))
+        for kind, items in ((MEMORY, [memory.type for memory in memories]), (GLOBAL, globals)):
+            content = _vector(items)
+            file.write(bytes([kind]) + leb128(len(content)) + content)
+        file.write(bytes([DATA]) + leb128(size) + leb128(len(segments)))
+        for head, data in segments:
+            file.write(head)
+            file.write(data)
+
+
+def _segments(memories: Sequence[Held]) -> Iterable[tuple[bytes, memoryview]]:
+    """The head and the content of each data segment."""
+    for number, memory in enumerate(memories):
+        for start, data in memory.pieces:
+            head = b"\0" if number == 0 else b"\2" + leb128(number)
+            bits = memory.bits
+            address = start - (start >> (bits - 1) << bits)        # the constant is a signed number
+            yield head + bytes([0x41 if bits == 32 else 0x42]) + signed_leb128(address) + _END + leb128(len(data)), data
+
+
+def _instances(instances: Sequence[Instance]) -> Iterable[bytes]:
+    first_memory = first_global = 0
+    for instance in instances:
+        memories = range(first_memory, first_memory + len(instance.memories))
+        globals = range(first_global, first_global + len(instance.globals))
+        first_memory, first_global = memories.stop, globals.stop
+        yield b"\0" + leb128(instance.module) + _vector(map(leb128, memories)) + _vector(map(leb128, globals))
+
+
+def _vector(items: Iterable[bytes]) -> bytes:
+    found = list(items)
+    return leb128(len(found)) + b"".join(found)
+
+
+def _name(text: str) -> bytes:
+    raw = text.encode("utf-8", "backslashreplace")
+    return leb128(len(raw)) + raw
+
+
+def _custom(file: BinaryIO, name: str, content: bytes) -> None:
+    content = _name(name) + content
+    file.write(b"\0" + leb128(len(content)) + content)

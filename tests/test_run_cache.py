@@ -1,0 +1,495 @@
+"""The cache of compiled programs: what is compiled again, what is not even read, and what is refused early."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import stat
+import sys
+import threading
+import types
+
+import pytest
+import wasmtime
+from support import answer, requires, run_child
+from test_cli import linmem_process
+
+from linmem import cli
+from linmem._commands import compile_cache
+from linmem._wasm import compiled, known_files
+from linmem._wasm.image_cache import Cache
+
+# The exit code is a digit in the text, so that programs of equal size behave differently.
+EXITS = """(module (import "wasi_snapshot_preview1" "proc_exit" (func $exit (param i32))) (memory (export "memory") 1)
+  (func (export "_start") (call $exit (i32.const {}))))"""
+LIBRARY = '(module (memory (export "memory") 1) (func (export "useful")) (global (export "_start") i32 (i32.const 1)))'
+HIDES_THE_CURSOR, SHOWS_THE_CURSOR = "\x1b[?25l", "\x1b[?25h"
+OPENS = """
+    import sys
+    from linmem import cli
+    from linmem._wasm import compiled, known_files
+    known_files._RESOLUTION = -10**18
+    opened = []
+    sys.addaudithook(lambda event, args: opened.append(args[0]) if event == "open" else None)
+    code = cli.main(["run", "--cache", "cache", "program.wat"])
+    print(code, "program.wat" in opened)
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """The current directory, with a program. Its state is noted also if it was just written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(known_files, "_RESOLUTION", -10**18)
+    (tmp_path / "program.wat").write_text(EXITS.format(7))
+    return tmp_path
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """A list that gets an item whenever wasmtime compiles a module."""
+    found = []
+    plain = wasmtime.Module.__init__
+    monkeypatch.setattr(wasmtime.Module, "__init__", lambda self, *args: (found.append(1), plain(self, *args))[1])
+    return found
+
+
+@pytest.fixture
+def linmem(capfd):
+    """Runs the command line in this process: the exit code, standard output and standard error."""
+    def run(*words):
+        code = cli.main([str(word) for word in words])
+        return code, *capfd.readouterr()
+    return run
+
+
+def run(linmem, cache="cache"):
+    code, out, error = linmem("run", "--cache", cache, "program.wat")
+    assert (out, error) == ("", "")
+    return code
+
+
+def notes():
+    with contextlib.suppress(FileNotFoundError):
+        return [os.path.join("cache", "notes", name) for name in sorted(os.listdir("cache/notes"))]
+    return []
+
+
+def entries(directory="cache"):
+    return [entry.path for entry in Cache(directory).used()]
+
+
+# -- what is compiled, and what is read ------------------------------------------------------------------------------
+
+def test_a_program_is_compiled_once(here, linmem, compilations):
+    assert [run(linmem) for _ in range(3)] == [7, 7, 7]
+    assert len(compilations) == 1
+
+
+@requires("owners")
+def test_an_unchanged_program_is_not_even_opened(here):
+    assert [answer(OPENS, cwd=here) for _ in range(3)] == ["7 True", "7 False", "7 False"]
+
+
+@requires("owners")
+def test_a_program_with_the_size_and_the_modification_time_of_another_is_read_again(here, linmem):
+    assert run(linmem) == 7
+    before = os.stat("program.wat")
+    (here / "program.wat").write_text(EXITS.format(8))
+    os.utime("program.wat", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (os.stat("program.wat").st_size, os.stat("program.wat").st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert run(linmem) == 8
+
+
+@requires("owners")
+def test_a_file_that_takes_the_place_of_the_program_is_read(here, linmem):
+    assert run(linmem) == 7
+    before = os.stat("program.wat")
+    (here / "other.wat").write_text(EXITS.format(9))
+    os.utime("other.wat", ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.replace("other.wat", "program.wat")
+    assert run(linmem) == 9
+
+
+def test_a_program_that_was_just_changed_is_not_noted(here, linmem, compilations, monkeypatch):
+    monkeypatch.setattr(known_files, "_RESOLUTION", 10**18)
+    assert [run(linmem), run(linmem)] == [7, 7]
+    assert (notes(), len(compilations)) == ([], 1)
+
+
+def test_a_program_that_changes_while_it_is_read_is_not_noted(here, linmem, monkeypatch):
+    read = os.fstat
+    monkeypatch.setattr(known_files, "os", types.SimpleNamespace(
+        **{**vars(os), "fstat": lambda fd: (read(fd), (here / "program.wat").chmod(0o640))[0]}))
+    (here / "program.wat").chmod(0o600)
+    assert run(linmem) == 7
+    assert notes() == []
+
+
+@requires("owners")
+@pytest.mark.parametrize("mode", [0o620, 0o602])
+def test_a_program_that_others_may_write_to_is_not_noted(here, linmem, compilations, mode):
+    (here / "program.wat").chmod(mode)
+    assert [run(linmem), run(linmem)] == [7, 7]
+    assert (notes(), len(compilations)) == ([], 1)
+
+
+@requires("root")
+def test_a_program_of_another_user_is_not_noted(here, linmem):
+    os.chown("program.wat", 12345, -1)
+    assert run(linmem) == 7
+    assert notes() == []
+
+
+@requires("fifos")
+def test_a_program_may_come_from_a_pipe(here, linmem):
+    os.mkfifo("pipe.wat")
+    for code in (3, 4):
+        writer = threading.Thread(target=lambda code=code: (here / "pipe.wat").write_text(EXITS.format(code)))
+        writer.start()
+        assert linmem("run", "--cache", "cache", "pipe.wat") == (code, "", "")
+        writer.join()
+    assert notes() == []
+
+
+@requires("owners")
+def test_a_damaged_entry_is_made_again(here, linmem, compilations):
+    assert run(linmem) == 7
+    (entry,) = entries()
+    with open(entry, "r+b") as file:
+        file.seek(-100, os.SEEK_END)
+        file.write(b"damaged")
+    assert [run(linmem), run(linmem)] == [7, 7]
+    assert len(compilations) == 2
+
+
+@requires("owners")
+@pytest.mark.parametrize("change", [
+    lambda text: b"", lambda text: b"\xff\xfe\0", lambda text: text + b"more\n", lambda text: text.splitlines()[0],
+    lambda text: text.replace(b".cwasm", b".other"), lambda text: text.replace(b" ", b"  "),
+], ids=["empty", "no text", "a line too many", "a line", "no such entry", "another state"])
+def test_a_damaged_note_is_not_used_and_is_written_again(here, linmem, compilations, change):
+    assert run(linmem) == 7
+    (path,) = notes()
+    with open(path, "rb") as file:
+        good = file.read()
+    with open(path, "wb") as file:
+        file.write(change(good))
+    assert run(linmem) == 7
+    with open(path, "rb") as file:
+        assert file.read() == good
+    assert len(compilations) == 1
+
+
+@requires("owners")
+def test_an_entry_that_this_wasmtime_does_not_take_is_made_again(here, linmem, compilations):
+    assert run(linmem) == 7
+    (entry,), (note,) = entries(), notes()
+    with open(entry, "wb") as file:
+        file.write(b"of another version")
+    with open(note) as file:
+        lines = file.read().split("\n")
+    lines[1] = known_files.state_of(os.stat(entry))
+    with open(note, "w") as file:
+        file.write("\n".join(lines))
+    assert run(linmem) == 7
+    assert len(compilations) == 2
+
+
+@requires("owners")
+@pytest.mark.parametrize("place", [".", "notes"])
+def test_a_folder_that_others_may_write_to_is_refused(here, linmem, place):
+    assert run(linmem) == 7
+    (here / "cache" / place).chmod(0o722)
+    code, out, error = linmem("run", "--cache", "cache", "program.wat")
+    assert (code, out) == (1, "")
+    assert "may be written by others (mode 722)" in error
+
+
+def test_a_run_that_starts_from_a_snapshot_uses_what_prewarm_compiled(here, linmem, compilations):
+    (here / "program.wat").write_text('(module (memory (export "memory") 1) (func (export "f") (result i32)'
+                                      ' (i32.load (i32.const 0))) (data (i32.const 0) "*"))')
+    assert linmem("prewarm", "program.wat", "--init", "f", "--cache", "cache", "-o", "snapshot")[0] == 0
+    del compilations[:]
+    words = "--cache", "cache", "--invoke", "f", "program.wat"
+    assert linmem("run", "--start", "snapshot", *words) == (0, "42\n", "")
+    assert compilations == []
+
+
+@requires("components")
+def test_components_are_cached_like_modules(here):
+    from wasmtime import component
+
+    engine = wasmtime.Engine()
+    wasm = bytes(wasmtime.wat2wasm("(component (core module (memory 1)))"))
+    cache = Cache("cache")
+    made, path = compiled.compiled(engine, wasm, cache, component.Component)
+    found, same = compiled.compiled(engine, wasm, cache, component.Component)
+    assert type(made) is type(found) is component.Component
+    assert (path, path.endswith(known_files.COMPONENT), entries()) == (same, True, [path])
+    module, other = compiled.compiled(engine, bytes(wasmtime.wat2wasm("(module)")), cache)
+    assert (type(module), other.endswith(known_files.MODULE), len(entries())) == (wasmtime.Module, True, 2)
+
+
+# -- where the cache is -----------------------------------------------------------------------------------------------
+
+def test_the_default_is_a_private_directory_in_the_users_cache_directory(here, linmem, monkeypatch, compilations):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(here / "caches"))
+    assert [linmem("run", "program.wat") for _ in range(2)] == [(7, "", "")] * 2
+    assert os.listdir("caches") == ["linmem"]
+    if hasattr(os, "geteuid"):
+        assert stat.S_IMODE(os.stat("caches/linmem").st_mode) == 0o700
+    assert len(compilations) == 1
+
+
+def test_no_cache_keeps_nothing(here, linmem, monkeypatch, compilations):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(here / "caches"))
+    assert [linmem("run", "--no-cache", "program.wat") for _ in range(2)] == [(7, "", "")] * 2
+    assert len(compilations) == 2
+    assert os.listdir() == ["program.wat"]
+
+
+@pytest.mark.parametrize(("variable", "expected"), [("/caches", "/caches/linmem"), ("", "/home/me/.cache/linmem"),
+                                                    ("relative", "/home/me/.cache/linmem")])
+@requires("owners")
+def test_the_users_cache_directory_is_that_of_the_environment_or_of_the_home(monkeypatch, variable, expected):
+    monkeypatch.setenv("XDG_CACHE_HOME", variable)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert compile_cache.default_directory() == expected
+
+
+@requires("owners")
+def test_on_macos_the_caches_are_in_the_library(monkeypatch, tmp_path):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "Library" / "Caches").mkdir(parents=True)
+    assert compile_cache.default_directory() == str(tmp_path / "Library" / "Caches" / "linmem")
+
+
+def test_without_a_usable_default_the_program_runs_and_one_line_says_so(here, linmem, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(here / "program.wat"))
+    code, out, error = linmem("run", "program.wat")
+    assert (code, out, error.count("\n")) == (7, "", 1)
+    assert error.startswith("linmem run: the compiled program is not kept: ")
+    assert linmem("run", "--no-cache", "program.wat") == (7, "", "")
+
+
+@requires("owners")
+def test_a_default_that_others_may_write_to_is_not_used(here, linmem, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(here))
+    (here / "linmem").mkdir()
+    (here / "linmem").chmod(0o777)
+    code, _, error = linmem("run", "program.wat")
+    assert code == 7
+    assert "may be written by others" in error
+    assert os.listdir("linmem") == []
+
+
+@requires("rlimits")
+def test_a_full_disk_is_one_line_and_the_program_runs(here):
+    done = run_child("""
+        import sys
+        from linmem import cli
+        sys.exit(cli.main(["run", "--cache", "cache", "program.wat"]))
+        """, cwd=here, limits={"RLIMIT_FSIZE": 100})
+    assert (done.returncode, done.stdout) == (7, "")
+    assert re.fullmatch(r"linmem run: not cached: .*File too large.*\n", done.stderr)
+    assert entries() == []
+
+
+# -- what is refused before it is compiled ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("words", "reason"), [
+    (["run"], "exports no function _start, so it is a library"),
+    (["run", "--invoke", "missing"], "exports no function missing"),
+    (["prewarm", "-o", "out"], "exports no function wizer.initialize"),
+])
+def test_a_program_without_the_function_is_refused_before_it_is_compiled(here, compilations, capfd, words, reason):
+    (here / "library.wat").write_text(LIBRARY)
+    assert cli.main([*words, "--no-cache", "library.wat"]) == 1
+    error = capfd.readouterr().err
+    assert reason in error
+    assert error.count("\n") == 1
+    assert compilations == []
+
+
+def test_a_program_that_linmem_cannot_read_gets_wasmtimes_own_refusal(here, linmem):
+    (here / "bad.wasm").write_bytes(b"\0asm\1\0\0\0\x07\xff")
+    code, _, error = linmem("run", "--no-cache", "bad.wasm")
+    assert code == 1
+    assert error.startswith("linmem run: bad.wasm: failed to parse")
+
+
+# -- while a program is compiled --------------------------------------------------------------------------------------
+
+class Terminal:
+    """In the ``with`` block, standard error is a terminal."""
+
+    def __enter__(self):
+        self.controller, device = os.openpty()
+        self.shown, self.before, sys.stderr = "", sys.stderr, open(device, "w")
+        return self
+
+    def __exit__(self, *exc):
+        sys.stderr.close()
+        sys.stderr = self.before
+        os.close(self.controller)
+
+    def wait_for(self, text):
+        while text not in self.shown:
+            self.shown += os.read(self.controller, 1 << 16).decode(errors="replace")
+
+
+@requires("terminals")
+@pytest.mark.parametrize("rich", [True, False])
+def test_a_long_compilation_is_announced_on_a_terminal(monkeypatch, rich):
+    monkeypatch.setattr(compile_cache, "DELAY", 0)
+    monkeypatch.setenv("TERM", "xterm")
+    if not rich:
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    with Terminal() as terminal:
+        with compile_cache.announced("compiling [bold]x.wasm ..."):
+            terminal.wait_for("compiling [bold]x.wasm ...")
+        if rich:
+            terminal.wait_for(SHOWS_THE_CURSOR)
+        assert rich == (HIDES_THE_CURSOR in terminal.shown)
+
+
+@requires("terminals")
+def test_a_process_that_ends_while_a_program_is_compiled_shows_the_cursor_again(monkeypatch):
+    monkeypatch.setattr(compile_cache, "DELAY", 0)
+    monkeypatch.setenv("TERM", "xterm")
+    with Terminal() as terminal, compile_cache.announced("compiling"):
+        terminal.wait_for("compiling")
+        compile_cache.end_announcements()
+        terminal.wait_for(SHOWS_THE_CURSOR)
+
+
+@requires("terminals")
+def test_what_the_process_prints_to_standard_output_is_not_taken_to_the_terminal(monkeypatch):
+    monkeypatch.setattr(compile_cache, "DELAY", 0)
+    monkeypatch.setenv("TERM", "xterm")
+    with Terminal() as terminal, compile_cache.announced("compiling"):
+        out = sys.stdout
+        terminal.wait_for("compiling")
+        assert sys.stdout is out
+
+
+@requires("terminals")
+def test_a_short_compilation_is_not_announced(monkeypatch):
+    monkeypatch.setattr(compile_cache, "DELAY", 600)
+    with Terminal() as terminal:
+        with compile_cache.announced("compiling"):
+            pass
+        print("end", file=sys.stderr, flush=True)
+        terminal.wait_for("end")
+        assert terminal.shown.startswith("end")
+
+
+def test_nothing_is_announced_where_standard_error_is_no_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(compile_cache, "DELAY", 0)
+    before = threading.active_count()
+    with compile_cache.announced("compiling"):
+        assert threading.active_count() == before
+    assert capsys.readouterr().err == ""
+
+
+# -- linmem cache -----------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def three(here, linmem):
+    """A cache with three programs: the paths of the entries, the one that was used first comes first."""
+    made = []
+    for n in (1, 2, 3):
+        (here / f"{n}.wat").write_text(EXITS.format(n))
+        before = set(entries())
+        assert linmem("run", "--cache", "cache", f"{n}.wat")[0] == n
+        (new,) = set(entries()) - before
+        os.utime(new, (1e9 + n, 1e9 + n))
+        made.append(new)
+    return made
+
+
+def figures(linmem, *words):
+    code, out, error = linmem("cache", *words, "--json")
+    assert (code, error) == (0, "")
+    return json.loads(out)
+
+
+def test_info_counts_the_entries_and_their_bytes(here, linmem, three):
+    sizes = [os.stat(path).st_size for path in three]
+    assert figures(linmem, "info", "--cache", "cache") == {
+        "directory": "cache", "entries": 3, "size": sum(sizes), "oldest": 1e9 + 1, "removed": 0, "removed_size": 0}
+    code, out, _ = linmem("cache", "info", "--cache", "cache")
+    assert code == 0
+    assert out.startswith("cache: 3 entries of ")
+
+
+def test_prune_removes_the_oldest_entries_and_their_notes(here, linmem, three):
+    sizes = [os.stat(path).st_size for path in three]
+    assert len(notes()) == (3 if hasattr(os, "geteuid") else 0)
+    found = figures(linmem, "prune", "--max-size", sizes[2] + sizes[1], "--cache", "cache")
+    assert (found["entries"], found["removed"], found["removed_size"]) == (2, 1, sizes[0])
+    assert entries() == three[1:]
+    assert not os.path.exists(os.path.dirname(three[0]))
+    assert len(notes()) == (2 if hasattr(os, "geteuid") else 0)
+    assert figures(linmem, "prune", "--max-size", "0", "--cache", "cache")["entries"] == 0
+    assert notes() == []
+    assert linmem("run", "--cache", "cache", "1.wat")[0] == 1
+
+
+def test_prune_removes_nothing_but_entries(here, linmem, three):
+    kept = [here / "cache" / "precious", here / "cache" / ("a" * 64) / "precious", here / "cache" / ("b" * 64)]
+    kept[1].parent.mkdir()
+    for path in kept:
+        path.write_text("mine")
+    (here / "elsewhere").mkdir()
+    outside = here / "elsewhere" / ("c" * 64 + ".cwasm")
+    outside.write_text("mine")
+    with contextlib.suppress(OSError):      # not every user may make links on Windows
+        os.symlink(here / "elsewhere", here / "cache" / ("d" * 64), target_is_directory=True)
+    found = figures(linmem, "prune", "--max-size", "0", "--cache", "cache")
+    assert (found["entries"], found["removed"]) == (0, 3)
+    assert [path.read_text() for path in [*kept, outside]] == ["mine"] * 4
+
+
+def test_the_default_directory_is_bounded_by_itself(here, linmem, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(here))
+    assert linmem("run", "program.wat")[0] == 7
+    (first,) = entries("linmem")
+    os.utime(first, (1e9, 1e9))
+    monkeypatch.setattr(compile_cache, "LIMIT", os.stat(first).st_size * 3 // 2)
+    (here / "program.wat").write_text(EXITS.format(5))
+    assert linmem("run", "program.wat")[0] == 5
+    (second,) = entries("linmem")
+    assert second != first
+    found = figures(linmem, "info")
+    assert (found["directory"], found["entries"]) == (os.path.join(str(here), "linmem"), 1)
+
+
+def test_a_cache_that_is_not_there_is_empty_if_it_is_the_default_and_else_refused(here, linmem, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(here / "caches"))
+    assert figures(linmem, "info")["entries"] == 0
+    assert figures(linmem, "prune")["removed"] == 0
+    assert not os.path.exists("caches")
+    for path in ("missing", "program.wat"):
+        code, out, error = linmem("cache", "prune", "--cache", path)
+        assert (code, out) == (1, "")
+        assert error.startswith(f"linmem cache: {path}: ")
+
+
+@requires("owners")
+def test_the_cache_of_others_is_not_touched(here, linmem, three):
+    (here / "cache").chmod(0o777)
+    code, _, error = linmem("cache", "prune", "--max-size", "0", "--cache", "cache")
+    assert code == 1
+    assert "may be written by others" in error
+    assert all(map(os.path.exists, three))
+
+
+def test_cache_and_no_cache_exclude_each_other(here):
+    done = linmem_process("run", "--cache", "cache", "--no-cache", "program.wat", cwd=here)
+    assert done.returncode == 2
+    assert b"not allowed with argument" in done.stderr
