@@ -10,6 +10,7 @@ import re
 import pytest
 from support import file_requires
 from test_cli import linmem_process, refusal, report_of, wat
+from test_run_report import takes_objects
 
 from linmem import cli
 
@@ -233,6 +234,62 @@ def test_a_component_is_compiled_once(wat, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("linmem._commands.component_program.component.Component", component.Component)
     assert cli.main(words) == 0
     assert capfd.readouterr() == ("texttext", "")
+
+
+def test_a_component_with_fuel_and_report_is_compiled_once(wat, tmp_path, monkeypatch, capfd):
+    path = wat(command(f'(memory 1) (data (i32.const 0) "{"data" * 1000}") (func (export "run") (result i32)'
+                       " (i32.ne (i32.load (i32.const 3996)) (i32.const 0x61746164)))"))
+    words = ["run", "--cache", str(tmp_path / "cache"), "--json", "--fuel", "50", str(path)]
+    assert cli.main(words) == 0
+    monkeypatch.setattr(component, "Component", type("Component", (component.Component,), {
+        "__init__": lambda *arguments: pytest.fail("a component was compiled")}))
+    monkeypatch.setattr("linmem._commands.component_program.component.Component", component.Component)
+    assert cli.main(words) == 0
+    assert capfd.readouterr().out == ""
+
+
+# -- the report -----------------------------------------------------------------------------------------------
+
+def names_in(done):
+    return [memory["name"] for memory in report_of(done)["memories"]]
+
+
+@pytest.mark.parametrize(("body", "code"), [
+    ("(i32.const 0)", 0), ("unreachable", 134), ("(loop $l (br $l)) (i32.const 0)", 124)])
+@pytest.mark.parametrize("options", [[], ["--no-cache"], ["--fuel", "1000000000000"]])
+def test_the_report_names_the_memories_of_a_component_however_it_ends(wat, body, code, options):
+    path = wat(f"""(component
+      (core module $empty)
+      (core module $two (memory 1) (memory 2) (func (export "grow") (drop (memory.grow 1 (i32.const 7)))))
+      (component $inner (core module $m (memory 3)) (core instance (instantiate $m)))
+      (core instance (instantiate $empty)) (core instance $a (instantiate $two)) (core instance (instantiate $two))
+      (instance (instantiate $inner))
+      (core module $main (import "a" "grow" (func $grow)) (func (export "run") (result i32) (call $grow) {body}))
+      (core instance $main (instantiate $main (with "a" (instance $a))))
+      (func $run (result (result)) (canon lift (core func $main "run")))
+      (instance $command (export "run" (func $run)))
+      (export "wasi:cli/run@0.2.0" (instance $command)))""")
+    done = linmem_process("run", *options, "--timeout", "1", "--json", path)
+    assert done.returncode == code, done.stderr
+    assert [(memory["name"], memory["first_size"] // PAGE, memory["peak_size"] // PAGE)
+            for memory in report_of(done)["memories"]] == [
+        ("module 1, instance 0, memory 0", 1, 1), ("module 1, instance 0, memory 1", 2, 9),
+        ("module 1, instance 1, memory 0", 1, 1), ("module 1, instance 1, memory 1", 2, 2),
+        ("module 2, memory 0", 3, 3)]
+
+
+@pytest.mark.skipif(not takes_objects(), reason="this wasmtime has no references to objects by default")
+def test_the_report_names_the_heap_of_a_component(wat):
+    done = linmem_process("run", "--json", wat(command("""
+        (type $box (struct (field i32))) (memory 1) (global $kept (mut (ref null $box)) (ref.null $box))
+        (func (export "run") (result i32) (global.set $kept (struct.new $box (i32.const 1))) (i32.const 0))""")))
+    assert (done.returncode, sorted(names_in(done))) == (0, ["GC heap", "module 0, memory 0"])
+
+
+def test_the_memories_of_a_component_that_could_not_be_made_have_no_names(wat):
+    done = linmem_process("run", "--json", "--max-memory", "192KiB", wat(command(
+        '(memory 1) (memory 2) (memory 3) (func (export "run") (result i32) (i32.const 0))')))
+    assert (done.returncode, names_in(done)) == (1, [None, None])
 
 
 # -- functions ------------------------------------------------------------------------------------------------

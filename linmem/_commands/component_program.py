@@ -29,6 +29,7 @@ _FLUSH_FUEL = 1_000_000
 class ComponentProgram(Program):
     """A component and its only instance. "_start" is the name of `run` of its export `wasi:cli/run`."""
 
+    named_if_prepared = True
     _calling = False        # a function of the component runs
     _flush: Any = None      # the component of flush.wat, if the program may leave output in wasmtime's buffer
 
@@ -39,7 +40,7 @@ class ComponentProgram(Program):
             self.settings = "fuel"
 
     def compile(self, command: str, cache: str | None, function: str, *, prepare: bool, hint: str = "") -> None:
-        Program.compile(self, command, cache, function, prepare=False, hint=hint)
+        Program.compile(self, command, cache, function, prepare=prepare, hint=hint)
         imports = self.module.type.imports(self.engine)
         streams = [_type_of(imports[name]) for name in filter(_STREAMS.fullmatch, imports)]
         if any("[method]output-stream.write" in each.exports(self.engine) for each in streams
@@ -133,7 +134,18 @@ class ComponentProgram(Program):
         for name in filter(_LOGGING.fullmatch, self.module.type.imports(self.engine)):
             with linker.root() as root, root.add_instance(name) as logging:
                 logging.add_func("log", _log)
-        self.instance = linker.instantiate(self.store, self.module)
+        if self.prepared is None:
+            self.instance = linker.instantiate(self.store, self.module)
+        else:
+            self.instance = self.prepared.instantiate(self.store, linker)
+
+    def names_by_address(self) -> dict[int, str]:
+        """The names of the memories of a prepared component that has an instance."""
+        if self.prepared is None or self.instance is None:
+            return {}
+        from linmem.wasmtime import memories
+
+        return {memory.as_ptr(): name for name, memory in memories(self.instance).items()}
 
     def initialise(self, name: str, arguments: Sequence[Any] = ()) -> list[Any]:
         return self.call(name, arguments)

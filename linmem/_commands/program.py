@@ -234,6 +234,7 @@ class Program:
     prepared: Any
     kind: Any                           # wasmtime's class of compiled programs
     core: CoreFile | None = None        # where a trap is written
+    named_if_prepared = False           # `names_by_address` has names if the program is prepared
     settings = ""       # what of the engine's settings differs from run to run; programs are kept apart by it
 
     def __init__(self, path: str, creator: Any, limits: Limits) -> None:
@@ -271,7 +272,8 @@ class Program:
     def compile(self, command: str, cache: str | None, function: str, *, prepare: bool, hint: str = "") -> None:
         """Compile the program, or take it from the directory of a cache.
 
-        prepare: for an instance that a snapshot is taken from, or that is started from one.
+        prepare: for an instance that a snapshot is taken from or that is started from one, or whose data must cost no
+        fuel.
         function: a program that does not export it is refused before it is compiled, with `hint`.
         """
         self.prepared = None
@@ -355,7 +357,11 @@ class Program:
         # would have that memory.
         prepared._ASKS[self.engine] = True
         with refuse_errors_of(self.path if cache is None else cache):
-            return prepared.prepare(self.engine, binary, cache=cache, expose=True)
+            return prepared.prepare(self.engine, binary, cache=cache, expose=self.kind is self.wasmtime.Module)
+
+    def names_by_address(self) -> dict[int, str]:
+        """The names of memories by the addresses of their first bytes; of a module, the report finds the names."""
+        return {}
 
     def plan_start(self, path: str, snapshot: Any) -> None:
         """Compile what a start from the snapshot needs, so that the start compiles nothing."""

@@ -179,9 +179,11 @@ def execute(args: argparse.Namespace, creator: Any, limits: Limits, programs: li
         from linmem._commands.core_file import CoreFile
 
         program.core = CoreFile(args.coredump, args.program)
-    program.compile("run", cache, function,
-                    # A prepared module starts without code, so the data of the program costs no fuel.
-                    prepare=any(option is not None for option in (args.start, args.coredump, args.fuel)), hint=hint)
+    # A prepared program starts without code, so its data costs no fuel. A component is prepared for the report, too,
+    # because only then the names of its memories are known.
+    prepare = any(option is not None for option in (args.start, args.coredump, args.fuel)) or (
+        program.named_if_prepared and (args.report or args.json or args.report_file is not None))
+    program.compile("run", cache, function, prepare=prepare, hint=hint)
     arguments: list[Any] = []
     if args.invoke:
         arguments = program.parse_arguments(function, args.arguments)

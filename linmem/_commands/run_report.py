@@ -21,7 +21,9 @@ _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 900, 360, 90, 40, 20     # of the pictur
 def figures(args: Any, status: int, statistics: linmem.StatisticsCreator, program: Any) -> dict[str, Any]:
     """The report as a dict. program: None if the program could not be read."""
     records = statistics.memories()[::-1]
-    names = names_of(program, [memory["first_size"] for memory in records])
+    made = {} if program is None else program.names_by_address()
+    names = [made.get(memory["base"]) for memory in records] if made else names_of(
+        program, [memory["first_size"] for memory in records])
     memories = [{
         "name": name,
         "first_size": memory["first_size"],
