@@ -1,4 +1,5 @@
-"""The suite "component": a component from instantiation to drop, with its data in an image, and without data."""
+"""The suite "component": a component from instantiation to drop, with its data in an image and without data; and the
+command `linmem run`."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from itertools import repeat
 
 from linmem.bench.engines import DEFAULT, INSTALLED, MIB, Kept, Setting, prepare
 from linmem.bench.harness import P10, Contender, Goal, Group, Run, Unavailable, clock
+from linmem.bench.run_command import run_cached
 
 ROUNDS = 25
 RUN_NS, QUICK_RUN_NS = 4_000_000, 200_000
@@ -16,7 +18,7 @@ TEXT = b"linmem! "
 
 
 def groups(quick: bool) -> list[Group]:
-    """A component with data, then one without."""
+    """A component with data, then one without, then a whole process."""
     least = QUICK_USES if quick else USES
     return [
         Group("component_data", "a component with 4 MiB of data: make, call, drop",
@@ -32,7 +34,8 @@ def groups(quick: bool) -> list[Group]:
                Contender("prepared", "prepared, though there is no data",
                          using(INSTALLED, prepared=True, data=False)),
                Contender("default", DEFAULT.what, using(DEFAULT, data=False))),
-              (Goal("default", INSTALL_ALONE, by=P10), Goal("default", None, ours="prepared", by=P10)), least=least)]
+              (Goal("default", INSTALL_ALONE, by=P10), Goal("default", None, ours="prepared", by=P10)), least=least),
+        run_cached(quick)]
 
 
 def source(*, data: bool) -> str:

@@ -18,7 +18,7 @@ from linmem._wasm.module import CODE, DATA, EXPORT, FUNCTION, MEMORY, TYPE
 from linmem._wasm.reader import leb128
 from linmem.bench.harness import Contender, Goal, Group, Run, Shared
 
-CODE_BYTES, DATA_BYTES = 18_000_000, 2_000_000      # of the program
+CODE_BYTES, QUICK_CODE_BYTES, DATA_BYTES = 18_000_000, 200_000, 2_000_000       # of the program
 STATEMENTS = 150            # of a function
 GOAL = 1.3
 SETTLED = 2.1               # seconds after which linmem notes that a new file is unchanged
@@ -43,10 +43,10 @@ linker.instantiate(store, module).exports(store)["_start"](store)
 """
 
 
-def cached_run() -> Group:
-    there = Shared(Folder)
+def run_cached(quick: bool) -> Group:
+    there = Shared(lambda: Folder(QUICK_CODE_BYTES if quick else CODE_BYTES))
     return Group(
-        "cached_run", "linmem run of a cached 20 MB program, whole process",
+        "run_cached", "linmem run of a cached 20 MB program, whole process",
         (Contender("linmem", "linmem run", processes(there, Folder.linmem)),
          Contender("script", "the shortest wasmtime-py script with a serialized module",
                    processes(there, Folder.script))),
@@ -54,11 +54,11 @@ def cached_run() -> Group:
         operations=1)
 
 
-def program() -> bytes:
+def program(code_bytes: int) -> bytes:
     """A WASI command of many functions, which returns at once."""
     some = random.Random(1)
     bodies, size = [], 0
-    while size < CODE_BYTES:
+    while size < code_bytes:
         body = b"\0" + b"".join(map(statement, [some] * STATEMENTS)) + b"\x0b"
         bodies.append(leb128(len(body)) + body)
         size += len(bodies[-1])
@@ -80,7 +80,7 @@ def statement(some: random.Random) -> bytes:
 class Folder:
     """A temporary folder with the program, compiled for both."""
 
-    def __init__(self) -> None:
+    def __init__(self, code_bytes: int) -> None:
         import wasmtime
 
         here = Path(tempfile.mkdtemp())
@@ -89,7 +89,7 @@ class Folder:
         self.environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(here / "bytecode"),
                             "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self.environment.pop("PYTHONDONTWRITEBYTECODE", None)
-        content = program()
+        content = program(code_bytes)
         serialized = wasmtime.Module(wasmtime.Engine(), content).serialize()
         for path, data in ((self.program, content), (self.serialized, serialized)):
             with replacing(path) as (file, _):
