@@ -1,5 +1,6 @@
 """pytest in a process with the fault report, tracking and tracemalloc on."""
 
+import inspect
 import sys
 import tracemalloc
 
@@ -8,11 +9,33 @@ import pytest
 import linmem
 from linmem import creators
 
+# These tests are about the creator that is the default of the factory. Here it is a tracker.
+OF_THE_DEFAULT = ("test_the_factory_makes_each_kind_by_name", "test_an_upstream_of_none_is_the_default",
+                  "test_the_factory_makes_a_callback_creator")
+
+
+class Watch:
+    """Traces each test that does not start tracemalloc itself. Child processes trace nothing: under tracemalloc CPython
+    hangs in a new subinterpreter."""
+
+    traced = 0
+
+    def pytest_collection_modifyitems(self, items):
+        items[:] = [item for item in items if not item.name.startswith(OF_THE_DEFAULT)]
+
+    def pytest_runtest_setup(self, item):
+        if "tracemalloc" in inspect.getsource(item.function) or item.path.name == "test_tracemalloc.py":
+            tracemalloc.stop()
+        elif not tracemalloc.is_tracing():
+            tracemalloc.start()
+        self.traced += tracemalloc.is_tracing()
+
+
 if __name__ == "__main__":      # multiprocessing imports this file in its children
+    watch = Watch()
     tracker = creators._DEFAULT = linmem.TrackingCreator(creators._DEFAULT)
     linmem.enable_fault_report()        # without a quarantine, whose ranges would count as leftovers
-    tracemalloc.start()                 # not in children: under tracemalloc, CPython hangs in a new subinterpreter
-    code = pytest.main()
-    assert code or tracker.scopes()[()].made > 1000, "tracking did not see the memories of the suite"
-    assert tracemalloc.is_tracing()
+    code = pytest.main(plugins=[watch])
+    assert code or tracker.scopes()[()].made > 100, "tracking did not see the memories of the suite"
+    assert code or watch.traced > 1000, "tracemalloc did not see the tests"
     sys.exit(code)
