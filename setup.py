@@ -18,16 +18,13 @@ CHOSE_OPTIMIZATION = any(flag.startswith("-O") for flag in CFLAGS)
 WANTS_DEBUGGING = any(flag.startswith("-g") and flag != "-g0" for flag in CFLAGS)
 # CPython's installer for Windows has one pyconfig.h for the builds with and without a GIL. Extensions must define this.
 WITHOUT_GIL = sys.platform == "win32" and bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
-# These flags make the wheel smaller by a tenth. GCC inlines only where it gains most: otherwise a file's code grows
-# by up to 40 % instead of 10 %, mostly in code that Python calls seldom. Cython does not compress its strings, because
-# the wheel compresses them better. Clang does not know some of the flags, and would warn.
-SMALLER = ["--param=inline-unit-growth=10", "-fno-align-functions", "-fno-align-jumps", "-fno-align-labels",
-           "-fno-align-loops", "-Wno-ignored-optimization-argument", "-Wno-unused-command-line-argument",
-           "-DCYTHON_COMPRESS_STRINGS=0"]
+# Extensions whose code is mostly wrappers that Python calls seldom: -O3 makes them larger and hardly faster.
+SELDOM_CALLED = ("linmem._core.adaptors", "linmem.bench._loops")
 STRICT = os.environ.get("LINMEM_STRICT") == "1"     # CI sets it: a compiler warning is an error
 FLAGS = {
     # GCC would load two neighbouring counters at once. Directly after a store to one of them, that is slow.
-    "unix": ["-O3", "-g0", "-fvisibility=hidden", "-fno-tree-slp-vectorize", *SMALLER],
+    "unix": ["-O3", "-g0", "-fvisibility=hidden", "-fno-tree-slp-vectorize",
+             "-DCYTHON_COMPRESS_STRINGS=0"],        # the wheel compresses strings better than Cython
     "mingw32": ["-O3", "-D__USE_MINGW_ANSI_STDIO=1"],       # with this macro, mingw's printf knows %zu
     "msvc": ["/O2"],
 }
@@ -74,8 +71,7 @@ class BuildExt(build_ext):
         for extension in self.extensions:
             extension.include_dirs.append(".")
             extension.depends += HEADERS
-            # The loops of the benchmarks only call linmem.
-            level = "-O2" if extension.name == "linmem.bench._loops" else "-O3"
+            level = "-O2" if extension.name in SELDOM_CALLED else "-O3"
             extension.extra_compile_args += [level if flag == "-O3" else flag for flag in FLAGS.get(kind, [])
                                              if not (flag == "-O3" and CHOSE_OPTIMIZATION)
                                              and not (flag == "-g0" and WANTS_DEBUGGING)]

@@ -147,7 +147,7 @@ def test_the_wheel_has_types_the_c_face_and_the_license_and_no_sources(tmp_path)
     pytest.importorskip("build")
     pytest.importorskip("Cython")
     wheel = build("wheel", tmp_path)
-    assert wheel.stat().st_size <= 800_000, f"the wheel has {wheel.stat().st_size:,} bytes, may have 800,000"
+    assert wheel.stat().st_size <= 950_000, f"the wheel has {wheel.stat().st_size:,} bytes, may have 950,000"
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     stubs = {path.relative_to(ROOT).as_posix() for path in (ROOT / "linmem").rglob("*.py[i]")}
@@ -296,8 +296,10 @@ def test_a_build_has_debug_information_and_symbols_only_when_cflags_asks_for_the
     monkeypatch.delenv("LINMEM_STRICT", raising=False)
     for extension in extensions_of_setup(platform, compiler=compiler):
         flags = [*extension.extra_compile_args, *extension.extra_link_args]
-        chosen = ["-O3" if flag == "-O2" and extension.name == "linmem.bench._loops" else flag for flag in flags]
-        assert [flag for flag in chosen if re.match("-O|-g|-Wl", flag)] == expected
+        seldom_called = extension.name in ("linmem._core.adaptors", "linmem.bench._loops")
+        level = "-O2" if seldom_called else "-O3"
+        assert [flag for flag in flags if re.match("-O|-g|-Wl", flag)] == [
+            level if flag == "-O3" else flag for flag in expected]
 
 
 @requires("zig")

@@ -322,6 +322,8 @@ def test_a_memory_that_only_a_view_keeps_is_a_leak_and_one_with_a_handle_is_not(
     assert tracker.leaks() == tracker.outstanding() == []
 
 
+# Without a GIL, leaks() may see a memory between the end of its last handle and its own end.
+@pytest.mark.skipif(not getattr(sys, "_is_gil_enabled", lambda: True)(), reason="this Python has no GIL")
 @pytest.mark.parametrize("above", [
     lambda tracker: tracker, lambda tracker: linmem.CallbackCreator(tracker, on_made=lambda mem, size: None)])
 def test_a_memory_that_is_being_made_is_no_leak(above):
