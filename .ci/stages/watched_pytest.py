@@ -11,7 +11,7 @@ from linmem import creators
 if __name__ == "__main__":      # multiprocessing imports this file in its children
     tracker = creators._DEFAULT = linmem.TrackingCreator(creators._DEFAULT)
     linmem.enable_fault_report()        # without a quarantine, whose ranges would count as leftovers
-    tracemalloc.start()                 # not in child processes: a new subinterpreter under tracemalloc hangs in CPython
+    tracemalloc.start()                 # not in children: a new subinterpreter under tracemalloc hangs in CPython
     code = pytest.main()
     assert code or tracker.scopes()[()].made > 1000, "tracking did not see the memories of the suite"
     assert tracemalloc.is_tracing()

@@ -668,8 +668,8 @@ cdef class TrackingCreator(NativeCreator):
 
         Such a memory belongs to no wasmtime store, and the program has no open `Memory` of it: every handle is closed
         or is kept by memoryviews and arrays alone. An array that the program still uses looks the same. A handle in a
-        reference cycle counts as one of the program's until ``gc.collect()``. Without a GIL, memories that other threads
-        are closing at this moment are listed, too.
+        reference cycle counts as one of the program's until ``gc.collect()``. Without a GIL, memories that other
+        threads are closing at this moment are listed, too.
 
         Returns
         -------
