@@ -426,6 +426,8 @@ def run_child(code: str, *, limits: dict[str, int] | None = None, env: dict[str,
     if NEEDS["rlimits"][0]:
         head = "import resource\n" + "".join(
             f"resource.setrlimit(resource.{name}, ({size}, {size}))\n" for name, size in limits.items())
+    if "RLIMIT_FSIZE" in limits:        # CPython would put cut-off bytecode where all children look for bytecode
+        head = "import sys\nsys.dont_write_bytecode = True\n" + head
     if NEEDS["kernel32"][0]:
         head += QUIET_DEATH
     return subprocess.run(

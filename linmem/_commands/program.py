@@ -231,7 +231,7 @@ class Program:
     store: Any
     instance: Any = None
     module: Any
-    prepared: Any
+    prepared: Any = None
     kind: Any                           # wasmtime's class of compiled programs
     core: CoreFile | None = None        # where a trap is written
     named_if_prepared = False           # `names_by_address` has names if the program is prepared
