@@ -572,8 +572,8 @@ def refused_as_promised(error, labels):
     if isinstance(error, IndexError):
         return "key" in names
     if isinstance(error, ImportError):
-        return (bool({"as_array", "dtype"} & set(names)) and not NEEDS["numpy"][0]
-                or "matplotlib" in str(error) and not NEEDS["matplotlib"][0])
+        return ((bool({"as_array", "dtype"} & set(names)) and not NEEDS["numpy"][0])
+                or ("matplotlib" in str(error) and not NEEDS["matplotlib"][0]))
     if isinstance(error, (Own, linmem.GrowError, linmem.PageError, linmem.OwnedError, linmem.FileFormatError)):
         return True
     # Other errors about files and modules are raised by the OS or by wasmtime.
