@@ -22,8 +22,9 @@ _T = TypeVar("_T")
 
 
 def compiled(engine: wasmtime.Engine, wasm: bytes, cache: Cache | None,
-             kind: Any = wasmtime.Module) -> tuple[Any, str | None]:
-    """What wasmtime makes of the bytes, and the entry of the cache that has it. kind: Module or Component."""
+             kind: Any = None) -> tuple[Any, str | None]:
+    """What wasmtime makes of the bytes, and the entry of the cache that has it. kind: Component; by default Module."""
+    kind = wasmtime.Module if kind is None else kind
     make = functools.partial(kind, engine, wasm)
     if cache is None:
         return make(), None
