@@ -203,6 +203,19 @@ def test_a_stack_overflow_leaves_a_dump_of_the_frames_that_wasmtime_gives(trappe
     assert [frame[:3] for frame in frames[:3]] == [(0, 0, 0), (0, 0, 1), (0, 0, 1)]
 
 
+def test_a_call_of_the_host_that_fails_is_a_trap_and_leaves_a_dump(trapped):
+    dump, error = trapped("""(module
+      (import "wasi_snapshot_preview1" "fd_write" (func $write (param i32 i32 i32 i32) (result i32)))
+      (memory (export "memory") 1) (data (i32.const 70) "hello")
+      (func (export "_start")
+        (drop (call $write (i32.const 1) (i32.const -4) (i32.const 1) (i32.const 0)))))""")
+    assert error.startswith("linmem run: guest.wat trapped: Pointer out of bounds")
+    assert segments(dump) == [(0, 70, b"hello")]
+    _, [(_, function, offset, *_)] = stack(dump)
+    assert function == 1
+    assert offset > 0
+
+
 def test_a_program_that_started_from_a_snapshot_leaves_a_dump_of_its_whole_state(trapped, here):
     text = """(module (memory 1) (global $n (mut i32) (i32.const 1)) (data (i32.const 0) "data")
       (func (export "init") (i32.store8 (i32.const 5000) (i32.const 65)) (global.set $n (i32.const 2)))

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from linmem._commands.core_file import CoreFile
 
 _T = TypeVar("_T")
+RAN = "error while executing at wasm backtrace"     # begins an error of wasmtime if code of the program ran
 _INTERRUPTIBLE = 0.2        # seconds of a wait of the main thread
 _PATIENCE = 1.0             # seconds that the last words of a process may take
 _BRIEF_PATIENCE = 0.02      # the same if nobody seems to read them
@@ -436,7 +437,9 @@ class Program:
         return self.status
 
     def _is_trap(self, error: Exception) -> bool:
-        return isinstance(error, self.wasmtime.Trap)
+        """A call of the host that fails, for example at a wrong pointer, is a trap in another class of wasmtime-py."""
+        return isinstance(error, self.wasmtime.Trap) or (
+            str(error).startswith(RAN) and not one_line(error).startswith("exit with invalid exit status"))
 
     def _trap_text(self, trap: Any) -> str:
         reason = one_line(trap)
