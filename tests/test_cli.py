@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
 import inspect
@@ -798,6 +799,31 @@ def test_a_reader_that_closes_the_pipe_causes_no_traceback():
         error = process.stderr.read()
     assert process.wait(SECONDS) == 1
     assert error == b""
+
+
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_a_run_whose_results_nobody_reads_has_its_report(wat, buffered):
+    path = wat('(module (memory (export "memory") 3) (func (export "seven") (result i32) (i32.const 7)))')
+    process = subprocess.Popen([sys.executable, "-m", "linmem", "run", "--json", "--invoke", "seven", path],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env={**ENVIRONMENT, "PYTHONUNBUFFERED": buffered})
+    process.stdout.close()
+    with process.stderr:
+        (line,) = process.stderr.read().splitlines()
+    assert process.wait(SECONDS) == 1
+    report = json.loads(line)
+    assert (report["exit_code"], report["memories"][0]["first_size"]) == (1, 3 * 65536)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no device that is always full")
+def test_the_report_of_a_run_whose_results_do_not_fit_the_disk_is_the_last_line(wat):
+    path = wat('(module (func (export "seven") (result i32) (i32.const 7)))')
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, "-m", "linmem", "run", "--json", "--invoke", "seven", path],
+                              stdout=full, stderr=subprocess.PIPE, timeout=SECONDS, env=ENVIRONMENT)
+    reason, line = done.stderr.decode().splitlines()
+    assert (done.returncode, reason) == (1, f"linmem run: standard output: {os.strerror(errno.ENOSPC)}")
+    assert json.loads(line)["exit_code"] == 1
 
 
 # -- bench --------------------------------------------------------------------------------------------------
