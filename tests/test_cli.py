@@ -286,6 +286,15 @@ def test_a_trap_ends_with_134_and_prints_its_kind_and_place(wat, backtrace):
     assert "Traceback" not in done.stderr.decode()
 
 
+def test_names_of_functions_cannot_change_the_terminal_or_fill_it(wat):
+    name = r"\1b[31m" + 10_000 * "a" + 1_000 * r"\0a"
+    done = linmem_process("run", wat(f'(module (func $f (@name "{name}") (export "_start") unreachable))'))
+    assert done.returncode == 134
+    assert len(done.stderr) < 2_000
+    assert done.stderr.decode().replace("\n", "").replace("\r", "").isprintable()
+    assert b"\\x1b[31maaa" in done.stderr
+
+
 def test_an_access_past_the_memory_is_a_trap_and_not_a_crash(wat):
     done = linmem_process("run", wat(TOUCHES_THE_GUARD))
     assert done.returncode == 134

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 RAN = "error while executing at wasm backtrace"     # begins an error of wasmtime if code of the program ran
+_MAX_LINE, _MAX_LINES = 500, 50     # of the text of a trap
 _INTERRUPTIBLE = 0.2        # seconds of a wait of the main thread
 _PATIENCE = 1.0             # seconds that the last words of a process may take
 _BRIEF_PATIENCE = 0.02      # the same if nobody seems to read them
@@ -446,7 +447,9 @@ class Program:
         if self.limits.fuel is not None and reason.endswith("all fuel consumed by WebAssembly"):
             return f"ran out of fuel (--fuel {self.limits.fuel})"
         where = str(trap).partition("Stack backtrace:")[0].partition("Caused by:")[0].rstrip()
-        return f"trapped: {reason}\n{where}"
+        # The program chooses the names of its functions.
+        lines = [f"trapped: {reason}", *where.splitlines()[:_MAX_LINES]]
+        return "\n".join(printable(line[:_MAX_LINE]) for line in lines)
 
     def instantiate(self, args: argparse.Namespace, arguments: list[str], snapshot: Any = None) -> None:
         """Make the instance, with the directories and the variables of the options; from `args.start` if given."""
