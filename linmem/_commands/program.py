@@ -132,9 +132,9 @@ def in_a_thread(work: Callable[[], _T], clock: Clock | None = None) -> tuple[_T 
 
     threading.stack_size(8 << 20)           # some systems give a second thread less than the stack of wasm
     thread = threading.Thread(target=target, name="linmem program", daemon=True)
-    thread.start()
-    threading.stack_size(0)
     try:
+        thread.start()
+        threading.stack_size(0)
         while thread.is_alive():
             left = clock.left()
             if left == 0:
@@ -143,7 +143,8 @@ def in_a_thread(work: Callable[[], _T], clock: Clock | None = None) -> tuple[_T 
             # On some systems, a wait without a timeout cannot be interrupted.
             wait(_INTERRUPTIBLE if left is None else min(left, _INTERRUPTIBLE))
     except KeyboardInterrupt:
-        return EXIT_INTERRUPTED, thread.is_alive()
+        # CPython before 3.13 takes a thread for ended if an exception ends join().
+        return EXIT_INTERRUPTED, not results and not errors
     if errors:
         raise errors[0]
     return results[0], False
