@@ -293,3 +293,23 @@ def test_a_dump_that_does_not_fit_the_disk_is_one_line_and_leaves_nothing(here):
     assert (done.returncode, done.stdout) == (134, "")
     assert done.stderr.splitlines()[-1] == "linmem run: no core dump: core: File too large"
     assert os.listdir() == ["guest.wat"]
+
+
+@requires("owners")     # Windows removes no open file; the next dump in the folder removes the abandoned one
+def test_an_interrupt_while_a_dump_is_written_leaves_nothing(here, interruptible):
+    (here / "guest.wat").write_text(TRAPS)
+    done = run_child("""
+        import _thread, os, threading
+        from linmem import cli
+        from linmem._wasm import coredump
+
+        def write(*arguments):
+            print(len(os.listdir()), flush=True)
+            _thread.interrupt_main()
+            threading.Event().wait()
+
+        coredump._custom = write
+        cli.main(["run", "--no-cache", "--coredump", "core", "guest.wat"])
+        """, cwd=here)
+    assert (done.returncode, done.stdout) == (130, "2\n")
+    assert os.listdir() == ["guest.wat"]

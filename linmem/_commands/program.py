@@ -174,6 +174,9 @@ def leave_running(status: int, text: str = "") -> None:
         thread.start()
         thread.join(patience)
     finally:            # also on another Ctrl-C
+        files = sys.modules.get("linmem._files.atomic_file")
+        if files is not None:
+            files.remove_drafts()
         os._exit(status)
 
 
