@@ -177,6 +177,21 @@ def test_standard_input_reaches_the_program_and_its_output_comes_back_byte_by_by
     assert (done.returncode, done.stdout, done.stderr) == (0, data, b"")
 
 
+@requires("fork")
+@pytest.mark.parametrize(("call", "descriptor"), [("fd_read", 0), ("fd_write", 1), ("fd_write", 2)])
+def test_a_stream_that_the_caller_closed_is_empty_for_the_program(wat, call, descriptor):
+    path = wat(f"""(module
+      (import "wasi_snapshot_preview1" "{call}" (func $call (param i32 i32 i32 i32) (result i32)))
+      (import "wasi_snapshot_preview1" "proc_exit" (func $exit (param i32)))
+      (memory (export "memory") 1) (data (i32.const 0) "\\40\\00\\00\\00\\08")
+      (func (export "_start") (local $failed i32)
+        (local.set $failed (call $call (i32.const {descriptor}) (i32.const 0) (i32.const 1) (i32.const 16)))
+        (call $exit (i32.or (i32.mul (i32.const 100) (local.get $failed)) (i32.load (i32.const 16))))))""")
+    done = subprocess.run(["sh", "-c", f'exec "$@" {descriptor}<&-', "sh", sys.executable, "-m", "linmem", "run", path],
+                          timeout=SECONDS, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert done.returncode == (0 if descriptor == 0 else 8)
+
+
 def test_standard_error_is_the_programs(program):
     done = linmem_process("run", program, "complain")
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"a complaint\n")

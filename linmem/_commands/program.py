@@ -482,7 +482,9 @@ class Program:
                     raise Refused(f"--dir {host}: the directory cannot be opened", EXIT_USAGE) from None
         except UnicodeEncodeError as error:
             raise Refused(f"{error.object!r} is not valid UTF-8, which WASI requires", EXIT_USAGE) from None
-        wasi.inherit_stdin()
+        # If the caller closed standard input (`linmem run program.wasm <&-`), descriptor 0 is a file of linmem.
+        if sys.__stdin__ is not None:
+            wasi.inherit_stdin()
         self._inherit_output(wasi)
         return wasi
 
