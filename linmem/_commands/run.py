@@ -126,7 +126,7 @@ def main(args: argparse.Namespace) -> int:
         from linmem._commands import run_report
 
         if args.report_file is not None:
-            file, timeline = run_report.ReportFile(args.report_file), run_report.CHANGES
+            file, timeline = run_report.ReportFile(args.report_file, args.program), run_report.CHANGES
     creator = compose_creator(args.creator, args.max_memory)
     # The statistics creator wraps the creator with the budget, so that it also counts the requests that the budget
     # refuses.
