@@ -7,13 +7,12 @@ imported.
 
 from __future__ import annotations
 
-import errno
 import importlib
 import os
 import sys
 
 import linmem
-from linmem._commands.parser import EXIT_INTERRUPTED, EXIT_REFUSED, EXIT_USAGE, Parser, Refused
+from linmem._commands.parser import EXIT_INTERRUPTED, EXIT_REFUSED, EXIT_USAGE, Parser, Refused, drop_output
 
 __all__ = ["main"]
 
@@ -31,9 +30,6 @@ EPILOG = """\
 Exit codes of all commands: 0 if the command succeeded; 1 if it cannot be done or a check failed, or
 if the reader of standard output has ended, which causes no message; 2 if the command line is wrong;
 130 on Ctrl-C. The help of a command lists its other exit codes."""
-
-# The errors of a write if the disk is full or a quota or a size limit is reached.
-FULL = (errno.ENOSPC, errno.EFBIG, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -87,15 +83,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except OSError as error:
-        # Some systems report a pipe without a reader as EINVAL.
-        if (type(error) not in (OSError, BrokenPipeError) or error.filename is not None
-                or error.errno not in (errno.EPIPE, errno.EINVAL, *FULL)):
-            raise
-        if error.errno in FULL:
-            print(f"linmem {command}: standard output: {error.strerror}", file=sys.stderr)
-        # The reader of the output has closed the pipe (`linmem info | head -1`), or the disk is full. Python flushes
-        # standard output at exit: without this line, the flush would fail and print a message.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        reason = drop_output(error)
+        if reason:
+            print(f"linmem {command}: {reason}", file=sys.stderr)
         return EXIT_REFUSED
 
 

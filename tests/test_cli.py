@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
 import inspect
@@ -176,6 +177,21 @@ def test_standard_input_reaches_the_program_and_its_output_comes_back_byte_by_by
     assert (done.returncode, done.stdout, done.stderr) == (0, data, b"")
 
 
+@requires("fork")
+@pytest.mark.parametrize(("call", "descriptor"), [("fd_read", 0), ("fd_write", 1), ("fd_write", 2)])
+def test_a_stream_that_the_caller_closed_is_empty_for_the_program(wat, call, descriptor):
+    path = wat(f"""(module
+      (import "wasi_snapshot_preview1" "{call}" (func $call (param i32 i32 i32 i32) (result i32)))
+      (import "wasi_snapshot_preview1" "proc_exit" (func $exit (param i32)))
+      (memory (export "memory") 1) (data (i32.const 0) "\\40\\00\\00\\00\\08")
+      (func (export "_start") (local $failed i32)
+        (local.set $failed (call $call (i32.const {descriptor}) (i32.const 0) (i32.const 1) (i32.const 16)))
+        (call $exit (i32.or (i32.mul (i32.const 100) (local.get $failed)) (i32.load (i32.const 16))))))""")
+    done = subprocess.run(["sh", "-c", f'exec "$@" {descriptor}<&-', "sh", sys.executable, "-m", "linmem", "run", path],
+                          timeout=SECONDS, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert done.returncode == (0 if descriptor == 0 else 8)
+
+
 def test_standard_error_is_the_programs(program):
     done = linmem_process("run", program, "complain")
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"a complaint\n")
@@ -283,6 +299,15 @@ def test_a_trap_ends_with_134_and_prints_its_kind_and_place(wat, backtrace):
     assert lines[0] == f"linmem run: {path} trapped: wasm trap: wasm `unreachable` instruction executed"
     assert any("deep" in line for line in lines[1:])
     assert "Traceback" not in done.stderr.decode()
+
+
+def test_names_of_functions_cannot_change_the_terminal_or_fill_it(wat):
+    name = r"\1b[31m" + 10_000 * "a" + 1_000 * r"\0a"
+    done = linmem_process("run", wat(f'(module (func $f (@name "{name}") (export "_start") unreachable))'))
+    assert done.returncode == 134
+    assert len(done.stderr) < 2_000
+    assert done.stderr.decode().replace("\n", "").replace("\r", "").isprintable()
+    assert b"\\x1b[31maaa" in done.stderr
 
 
 def test_an_access_past_the_memory_is_a_trap_and_not_a_crash(wat):
@@ -798,6 +823,31 @@ def test_a_reader_that_closes_the_pipe_causes_no_traceback():
         error = process.stderr.read()
     assert process.wait(SECONDS) == 1
     assert error == b""
+
+
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_a_run_whose_results_nobody_reads_has_its_report(wat, buffered):
+    path = wat('(module (memory (export "memory") 3) (func (export "seven") (result i32) (i32.const 7)))')
+    process = subprocess.Popen([sys.executable, "-m", "linmem", "run", "--json", "--invoke", "seven", path],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env={**ENVIRONMENT, "PYTHONUNBUFFERED": buffered})
+    process.stdout.close()
+    with process.stderr:
+        (line,) = process.stderr.read().splitlines()
+    assert process.wait(SECONDS) == 1
+    report = json.loads(line)
+    assert (report["exit_code"], report["memories"][0]["first_size"]) == (1, 3 * 65536)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no device that is always full")
+def test_the_report_of_a_run_whose_results_do_not_fit_the_disk_is_the_last_line(wat):
+    path = wat('(module (func (export "seven") (result i32) (i32.const 7)))')
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, "-m", "linmem", "run", "--json", "--invoke", "seven", path],
+                              stdout=full, stderr=subprocess.PIPE, timeout=SECONDS, env=ENVIRONMENT)
+    reason, line = done.stderr.decode().splitlines()
+    assert (done.returncode, reason) == (1, f"linmem run: standard output: {os.strerror(errno.ENOSPC)}")
+    assert json.loads(line)["exit_code"] == 1
 
 
 # -- bench --------------------------------------------------------------------------------------------------

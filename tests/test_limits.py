@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -15,6 +17,7 @@ from test_prewarm import EXITS
 
 from linmem import cli
 from linmem._commands.limits import Clock
+from linmem._commands.program import in_a_thread
 
 __all__ = ["wat"]       # a fixture
 
@@ -142,6 +145,22 @@ def test_an_interrupt_comes_before_the_timeout(wat, interruptible):
         process.kill()
         process.wait()
     assert process.returncode == 130
+
+
+@pytest.mark.parametrize("delay", [0, 0.1])
+def test_after_an_interrupt_it_is_known_that_the_program_still_runs(interruptible, delay):
+    ended, clock = threading.Event(), Clock()
+
+    def work():
+        clock.begun.set()
+        time.sleep(delay)
+        _thread.interrupt_main()
+        return ended.wait(SECONDS)
+
+    try:
+        assert in_a_thread(work, clock) == (130, True)
+    finally:
+        ended.set()
 
 
 # -- fuel -------------------------------------------------------------------------------------------------

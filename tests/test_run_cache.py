@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import stat
 import sys
 import threading
@@ -438,6 +439,53 @@ def test_prune_removes_the_oldest_entries_and_their_notes(here, linmem, three):
     assert figures(linmem, "prune", "--max-size", "0", "--cache", "cache")["entries"] == 0
     assert notes() == []
     assert linmem("run", "--cache", "cache", "1.wat")[0] == 1
+
+
+def test_prune_removes_what_killed_processes_left(here, linmem, three):
+    left = [here / "cache" / place / ".linmem-0123456789abcdef.tmp" for place in ("a" * 64, "notes")]
+    for path in left:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("half of an ent")
+        os.utime(path, (0, 0))      # without locks, only an old file is known to be abandoned
+    assert figures(linmem, "prune", "--cache", "cache")["entries"] == 3
+    assert not any(path.exists() for path in left)
+
+
+@requires("owners")
+@pytest.mark.parametrize("change", ["removed", "changed"])
+def test_prune_removes_the_notes_of_programs_that_are_gone(here, linmem, three, change):
+    if change == "removed":
+        (here / "1.wat").unlink()
+    else:
+        (here / "1.wat").write_text(EXITS.format(4) + " ")
+    assert figures(linmem, "prune", "--cache", "cache")["entries"] == 3
+    assert len(notes()) == 2
+
+
+def test_entries_that_another_process_removes_are_no_error(here, linmem, three, monkeypatch):
+    plain = os.scandir
+
+    def scandir(path):
+        if path == os.path.dirname(os.path.abspath(three[0])):
+            shutil.rmtree(path)
+        return plain(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert figures(linmem, "info", "--cache", "cache")["entries"] == 2
+
+
+def test_a_key_that_another_process_removes_has_no_entries(here, monkeypatch):
+    cache = Cache("cache")
+    cache.add("a" * 64, ".cwasm", lambda file: file.write(b"x"))
+    plain = os.listdir
+
+    def listdir(path):
+        names = plain(path)
+        shutil.rmtree(path)
+        return names
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    assert list(cache.entries("a" * 64, ".cwasm")) == []
 
 
 def test_prune_removes_nothing_but_entries(here, linmem, three):

@@ -399,6 +399,7 @@ def test_a_function_may_have_several_parameters_or_none(invoke):
     (["numbers-id", "[" * 100_000], 2, "is not JSON, in which list<u32> is written"),
     (["numbers-id", "[" + "9" * 5000 + "]"], 2, ""),
     (["strings-id", "[1]"], 2, "a string"),
+    (["strings-id", '["\\ud800"]'], 2, "a string without surrogates"),
     (["pair-id", "[1]"], 2, "tuple<u32, string>, a list"),
     (["point-id", '{"at-x": 1}'], 2, "a string"),
     (["point-id", '{"at-x": 1, "name": "x", "more": 2}'], 2, "a record, an object with at-x, name"),
@@ -425,6 +426,12 @@ def test_a_function_of_an_interface_is_named_with_its_interface(wat, capfd):
     path = wat(returns(1, "0.2.3"))
     assert cli.main(["run", "--no-cache", "--invoke", "wasi:cli/run@0.2.3#run", str(path)]) == 1
     assert capfd.readouterr() == ('"err"\n', "")
+
+
+@pytest.mark.parametrize("code", [0xD800, 0xDCFF, 0xDFFF])
+def test_a_surrogate_is_no_character(code):
+    with pytest.raises(ValueError, match="one character, and no surrogate"):
+        component_values.from_json(chr(code), component.Char())
 
 
 def test_a_value_of_a_case_that_is_unknown_is_an_error():

@@ -227,6 +227,14 @@ def test_a_file_that_cannot_be_drawn_is_refused_before_the_run(run, path, reason
     assert run(TRAPS, "--report-file", path) == (2, f"linmem run: --report-file {path}: {reason}\n")
 
 
+def test_a_report_does_not_replace_the_program(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "program.html").write_text(TRAPS)
+    assert cli.main(["run", "--no-cache", "--report-file", "./program.html", "program.html"]) == 2
+    assert capfd.readouterr().err == "linmem run: --report-file ./program.html: it is PROGRAM itself\n"
+    assert (tmp_path / "program.html").read_text() == TRAPS
+
+
 def test_a_png_without_matplotlib_is_refused_and_an_html_is_drawn(run, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))

@@ -12,7 +12,7 @@ from typing import Any
 from wasmtime import component
 
 from linmem._commands.parser import EXIT_REFUSED, EXIT_USAGE, Refused
-from linmem._commands.program import Program
+from linmem._commands.program import RAN, Program
 from linmem._commands.text import count
 from linmem._core.arguments import printable
 from linmem._core.bridge import making
@@ -200,7 +200,7 @@ class ComponentProgram(Program):
 
         What ends a call is a trap. What ends the instantiation is a trap if code of the component ran.
         """
-        return self._calling or str(error).startswith("error while executing at wasm backtrace")
+        return self._calling or str(error).startswith(RAN)
 
 
 def _type_of(item: Any) -> Any:

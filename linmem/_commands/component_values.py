@@ -77,9 +77,9 @@ def from_json(value: Any, kind: Any) -> Any:
         _check(isinstance(value, (int, float, str)) and not isinstance(value, bool), f"a number ({name.lower()})")
         return parse_float(str(value), int(name[1:]))
     elif isinstance(kind, component.Char):
-        _check(isinstance(value, str) and len(value) == 1, "one character")
+        _check(isinstance(value, str) and len(value) == 1 and _is_unicode(value), "one character, and no surrogate")
     elif isinstance(kind, component.String):
-        _check(isinstance(value, str), "a string")
+        _check(isinstance(value, str) and _is_unicode(value), "a string without surrogates")
     elif isinstance(kind, component.EnumType):
         _check(value in kind.names, f"one of {', '.join(kind.names)}")
     elif isinstance(kind, component.FlagsType):
@@ -120,6 +120,11 @@ def _choose(value: Any, kind: Any) -> Any:
     _check(chosen is not None or payload is None, f"{case} without a value")
     payload = None if chosen is None else from_json(payload, chosen)
     return component.Variant(case, payload) if kind._tagged() else payload
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether the text has no surrogate. wasmtime aborts the process at a surrogate."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _check(condition: bool, expected: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import re
 import sys
@@ -18,6 +19,9 @@ EXIT_USAGE = 2              # the command line is wrong
 EXIT_TIMEOUT = 124          # as `timeout` of the coreutils does
 EXIT_INTERRUPTED = 130      # 128 + SIGINT, as a shell reports it
 EXIT_TRAP = 134             # 128 + SIGABRT, as `wasmtime run` does
+
+# The errors of a write if the disk is full or a quota or a size limit is reached.
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 UNITS: dict[str, int] = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
@@ -44,6 +48,20 @@ def refuse_errors_of(name: str) -> Iterator[None]:
         raise Refused(f"{os.fsdecode(error.filename or name) or repr(name)}: {error.strerror or error}") from None
     except (MemoryError, OverflowError, ValueError) as error:
         raise Refused(f"{name}: {error or 'there is not enough memory for it'}") from None
+
+
+def drop_output(error: OSError) -> str:
+    """The reason of a failed write to standard output; "" if the reader of the output has ended, as in `| head -1`.
+
+    What is still to be written is dropped. Any other error is raised again.
+    """
+    # Some systems report a pipe without a reader as EINVAL.
+    if (type(error) not in (OSError, BrokenPipeError) or error.filename is not None
+            or error.errno not in (errno.EPIPE, errno.EINVAL, *FULL)):
+        raise error
+    # Python flushes standard output at exit: without this line, the flush would fail and print a message.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return f"standard output: {error.strerror}" if error.errno in FULL else ""
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from linmem._commands.core_file import CoreFile
 
 _T = TypeVar("_T")
+RAN = "error while executing at wasm backtrace"     # begins an error of wasmtime if code of the program ran
+_MAX_LINE, _MAX_LINES = 500, 50     # of the text of a trap
 _INTERRUPTIBLE = 0.2        # seconds of a wait of the main thread
 _PATIENCE = 1.0             # seconds that the last words of a process may take
 _BRIEF_PATIENCE = 0.02      # the same if nobody seems to read them
@@ -130,9 +132,9 @@ def in_a_thread(work: Callable[[], _T], clock: Clock | None = None) -> tuple[_T 
 
     threading.stack_size(8 << 20)           # some systems give a second thread less than the stack of wasm
     thread = threading.Thread(target=target, name="linmem program", daemon=True)
-    thread.start()
-    threading.stack_size(0)
     try:
+        thread.start()
+        threading.stack_size(0)
         while thread.is_alive():
             left = clock.left()
             if left == 0:
@@ -141,7 +143,8 @@ def in_a_thread(work: Callable[[], _T], clock: Clock | None = None) -> tuple[_T 
             # On some systems, a wait without a timeout cannot be interrupted.
             wait(_INTERRUPTIBLE if left is None else min(left, _INTERRUPTIBLE))
     except KeyboardInterrupt:
-        return EXIT_INTERRUPTED, thread.is_alive()
+        # CPython before 3.13 takes a thread for ended if an exception ends join().
+        return EXIT_INTERRUPTED, not results and not errors
     if errors:
         raise errors[0]
     return results[0], False
@@ -171,6 +174,9 @@ def leave_running(status: int, text: str = "") -> None:
         thread.start()
         thread.join(patience)
     finally:            # also on another Ctrl-C
+        files = sys.modules.get("linmem._files.atomic_file")
+        if files is not None:
+            files.remove_drafts()
         os._exit(status)
 
 
@@ -436,14 +442,18 @@ class Program:
         return self.status
 
     def _is_trap(self, error: Exception) -> bool:
-        return isinstance(error, self.wasmtime.Trap)
+        """A call of the host that fails, for example at a wrong pointer, is a trap in another class of wasmtime-py."""
+        return isinstance(error, self.wasmtime.Trap) or (
+            str(error).startswith(RAN) and not one_line(error).startswith("exit with invalid exit status"))
 
     def _trap_text(self, trap: Any) -> str:
         reason = one_line(trap)
         if self.limits.fuel is not None and reason.endswith("all fuel consumed by WebAssembly"):
             return f"ran out of fuel (--fuel {self.limits.fuel})"
         where = str(trap).partition("Stack backtrace:")[0].partition("Caused by:")[0].rstrip()
-        return f"trapped: {reason}\n{where}"
+        # The program chooses the names of its functions.
+        lines = [f"trapped: {reason}", *where.splitlines()[:_MAX_LINES]]
+        return "\n".join(printable(line[:_MAX_LINE]) for line in lines)
 
     def instantiate(self, args: argparse.Namespace, arguments: list[str], snapshot: Any = None) -> None:
         """Make the instance, with the directories and the variables of the options; from `args.start` if given."""
@@ -472,7 +482,9 @@ class Program:
                     raise Refused(f"--dir {host}: the directory cannot be opened", EXIT_USAGE) from None
         except UnicodeEncodeError as error:
             raise Refused(f"{error.object!r} is not valid UTF-8, which WASI requires", EXIT_USAGE) from None
-        wasi.inherit_stdin()
+        # If the caller closed standard input (`linmem run program.wasm <&-`), descriptor 0 is a file of linmem.
+        if sys.__stdin__ is not None:
+            wasi.inherit_stdin()
         self._inherit_output(wasi)
         return wasi
 

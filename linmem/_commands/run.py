@@ -21,6 +21,7 @@ from linmem._commands.parser import (
     EXIT_USAGE,
     Parser,
     Refused,
+    drop_output,
     file_name,
     function_name,
     refuse_errors_of,
@@ -125,7 +126,7 @@ def main(args: argparse.Namespace) -> int:
         from linmem._commands import run_report
 
         if args.report_file is not None:
-            file, timeline = run_report.ReportFile(args.report_file), run_report.CHANGES
+            file, timeline = run_report.ReportFile(args.report_file, args.program), run_report.CHANGES
     creator = compose_creator(args.creator, args.max_memory)
     # The statistics creator wraps the creator with the budget, so that it also counts the requests that the budget
     # refuses.
@@ -142,6 +143,10 @@ def main(args: argparse.Namespace) -> int:
     except Refused as refusal:
         said.append(f"linmem run: {refusal}")
         status, running = refusal.code, False
+    except OSError as error:        # the results of --invoke could not be printed
+        reason = drop_output(error)
+        said += [f"linmem run: {reason}"] if reason else []
+        status, running = EXIT_REFUSED, False
     if statistics is not None:
         end_ns, sizes = time.perf_counter_ns() - began, statistics.timeline()[::-1]
         figures = run_report.figures(args, status, statistics, programs[0] if programs else None)
@@ -199,6 +204,7 @@ def execute(args: argparse.Namespace, creator: Any, limits: Limits, programs: li
             results = begin(function, arguments)
         for result in results:
             print(result)
+        sys.stdout.flush()
 
     return program.run("run", work)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import importlib.util
 import os
@@ -87,7 +88,7 @@ def text_of(report: dict[str, Any]) -> str:
 class ReportFile:
     """The file of --report-file. A file that could not be drawn after the run is refused before the run."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, program: str) -> None:
         self.path = path
         self.form = os.path.splitext(path)[1].lower()
         fault = ""
@@ -97,6 +98,8 @@ class ReportFile:
             fault = "a .png needs matplotlib: pip install 'linmem[image]' (an .html needs nothing)"
         elif os.path.isdir(path) or not os.path.isdir(os.path.dirname(os.path.abspath(path))):
             fault = "its folder does not exist" if not os.path.isdir(path) else "it is a directory"
+        with contextlib.suppress(OSError, ValueError):      # a file does not exist, or its name is not valid
+            fault = fault or ("it is PROGRAM itself" if os.path.samefile(path, program) else "")
         if fault:
             raise Refused(f"--report-file {path}: {fault}", EXIT_USAGE)
 

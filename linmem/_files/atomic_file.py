@@ -27,6 +27,7 @@ TEMPORARY = re.compile(r"\.linmem-[0-9a-f]{16}\.tmp")
 ABANDONED = 3600            # seconds; without locks, an older temporary file counts as abandoned
 
 _HAS_OWNERS = hasattr(os, "fchown")
+_drafts: list[Draft] = []       # which this process has neither renamed nor removed
 
 
 class Draft:
@@ -60,6 +61,7 @@ def draft(folder: str) -> Iterator[Draft]:
     made = Draft()
     # The path is known before the file exists, so that an interrupt at any line leaves no file.
     made.path = _unused(folder)
+    _drafts.append(made)
     try:
         while True:
             with open(made.path, "x+b") as made.file:
@@ -69,6 +71,14 @@ def draft(folder: str) -> Iterator[Draft]:
             made.path = _unused(folder)
     finally:
         with contextlib.suppress(FileNotFoundError):
+            os.unlink(made.path)
+        _drafts.remove(made)
+
+
+def remove_drafts() -> None:
+    """Remove the temporary files of this process, because it ends while other threads write to them."""
+    for made in _drafts[:]:
+        with contextlib.suppress(OSError):      # the file was renamed, or a system cannot remove an open file
             os.unlink(made.path)
 
 

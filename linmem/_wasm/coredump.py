@@ -8,6 +8,7 @@ and ``corestack`` the frames, the innermost one first. wasmtime's C API gives ne
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any, BinaryIO, NamedTuple
@@ -56,8 +57,15 @@ class Instance(NamedTuple):
 
 def frames_of(error: wasmtime.Trap | wasmtime.WasmtimeError, instance: int = 0) -> list[Frame]:
     """The frames of a trap, the innermost one first. An offset that wasmtime does not know is 0."""
-    return [Frame(instance, frame.func_index, frame.func_offset if frame.func_offset < 1 << 32 else 0)
-            for frame in getattr(error, "frames", ())]
+    found = ffi.wasm_frame_vec_t()
+    trace = ffi.wasm_trap_trace if isinstance(error, wasmtime.Trap) else ffi.wasmtime_error_wasm_trace
+    trace(error.ptr(), ctypes.byref(found))
+    try:
+        return [Frame(instance, ffi.wasm_frame_func_index(frame),
+                      offset if (offset := ffi.wasm_frame_func_offset(frame)) < 1 << 32 else 0)
+                for frame in found.data[:found.size]]
+    finally:
+        ffi.wasm_frame_vec_delete(ctypes.byref(found))
 
 
 def instance_of(store: wasmtime.Store, instance: wasmtime.Instance, outline: Outline | None,

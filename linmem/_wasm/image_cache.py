@@ -52,9 +52,9 @@ class Cache:
         place = os.path.join(self.directory, key)
         try:
             names = sorted(name for name in os.listdir(place) if name.endswith(suffix))
-        except FileNotFoundError:
+            must_be_private(place)
+        except FileNotFoundError:       # no entry was made, or another process removed all
             return
-        must_be_private(place)
         for name in names:
             path = os.path.join(place, name)
             try:
@@ -80,13 +80,16 @@ class Cache:
             made.become(path, 0o600)
         return path
 
+    def _keys(self) -> list[str]:
+        """The folders of entries."""
+        return [each.path for each in os.scandir(self.directory)
+                if _KEY.fullmatch(each.name) and each.is_dir(follow_symlinks=False)]
+
     def used(self) -> list[Used]:
         """All entries; the one that was not used for the longest time comes first."""
         found = []
-        for key in os.scandir(self.directory):
-            if not _KEY.fullmatch(key.name) or not key.is_dir(follow_symlinks=False):
-                continue
-            for entry in os.scandir(key.path):
+        for key in self._keys():
+            for entry in _files(key):
                 if _ENTRY.fullmatch(entry.name):
                     with contextlib.suppress(FileNotFoundError):    # another process removed the entry
                         about = entry.stat(follow_symlinks=False)
@@ -97,7 +100,8 @@ class Cache:
     def prune(self, max_size: int) -> list[Used]:
         """Remove the entries that were not used for the longest time, until all have at most `max_size` bytes.
 
-        Returns what was removed. A process that runs an entry is not affected.
+        Temporary files that killed processes left are removed, too. Returns the removed entries. A process that runs an
+        entry is not affected.
         """
         entries = self.used()
         left, removed = sum(entry.size for entry in entries), []
@@ -108,12 +112,20 @@ class Cache:
             if not os.path.lexists(entry.path):
                 left -= entry.size
                 removed.append(entry)
-        for key in {os.path.dirname(entry.path) for entry in removed}:
+        for key in self._keys():
             remove_abandoned(key)
+        for key in {os.path.dirname(entry.path) for entry in removed}:
             with contextlib.suppress(OSError):      # the key has other entries, or gets a new one
                 os.rmdir(key)
         forget_entries(self.directory)
         return removed
+
+
+def _files(key: str) -> list[os.DirEntry[str]]:
+    try:
+        return list(os.scandir(key))
+    except FileNotFoundError:       # another process removed the key
+        return []
 
 
 def _make_room(place: str, suffix: str) -> None:

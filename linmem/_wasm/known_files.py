@@ -14,6 +14,8 @@ the entry in the cache, and the path of the file.
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import os
 import stat
 import time
@@ -87,20 +89,30 @@ def _place(directory: str, state: str, settings: str) -> str:
 
 
 def forget_entries(directory: str) -> None:
-    """Remove the notes of entries that do not exist."""
+    """Remove the notes of files that changed or were removed, and of entries that do not exist."""
+    from linmem._files.atomic_file import TEMPORARY, remove_abandoned
+
     folder = os.path.join(directory, _NOTES)
+    remove_abandoned(folder)
     try:
         names = os.listdir(folder)
     except FileNotFoundError:
         return
     for name in names:
-        try:
-            with open(os.path.join(folder, name), encoding="utf-8") as note:
-                lines = note.read().split("\n")
-            if len(lines) != 5 or not os.path.exists(os.path.join(directory, lines[2])):
-                os.unlink(os.path.join(folder, name))
-        except (FileNotFoundError, ValueError):     # another process removed the note, or the note is damaged
-            continue
+        place = os.path.join(folder, name)
+        if not TEMPORARY.fullmatch(name) and not _is_current(directory, place):
+            with contextlib.suppress(FileNotFoundError):        # another process removed the note
+                os.unlink(place)
+
+
+def _is_current(directory: str, place: str) -> bool:
+    """Whether the note is whole, its entry exists, and its file is in the noted state."""
+    try:
+        with open(place, encoding="utf-8") as note:
+            state, _, entry, path, _ = note.read().split("\n")
+        return os.path.exists(os.path.join(directory, entry)) and state_of(os.stat(ast.literal_eval(path))) == state
+    except (OSError, ValueError, SyntaxError, TypeError):
+        return False
 
 
 def must_be_private(path: str) -> None:
