@@ -28,7 +28,7 @@ from test_hoist import (
     observe,
     verdict,
 )
-from test_prepare import STACKS, TYPES, engine_of
+from test_prepare import STACKS, TYPES, engine_of, verdict_of
 
 import linmem.wasmtime
 from linmem._wasm.growth_traps import NAME, _calling, with_growth_traps
@@ -539,3 +539,15 @@ def test_a_component_with_an_invalid_module_is_refused_as_without_the_option():
     with pytest.raises(wasmtime.WasmtimeError) as caught:
         prepare(engine, wasm, trap_on_refused=True)
     assert str(caught.value) == str(plain.value)
+
+
+@pytest.mark.parametrize("change", [
+    lambda wasm: wasm[:-3], lambda wasm: wasm + b"\1\5", lambda wasm: wasm + b"\x63\0",
+    lambda wasm: wasm + b"\x06\5\1\0\x11\2\x09", lambda wasm: wasm.replace(b"\4grow\x08", b"\4grog\x08")])
+def test_a_malformed_component_is_refused_as_without_the_option(change):
+    component = pytest.importorskip("wasmtime.component")
+    engine = engine_of("mmap")
+    wasm = change(binary(GROWS_IN_A_COMPONENT))
+    refused = verdict_of(component.Component, engine, wasm)
+    assert refused is not None
+    assert verdict_of(prepare, engine, wasm, trap_on_refused=True) == refused

@@ -358,7 +358,12 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
             raise ValueError("expose must be False for a component: a component cannot export its memories and globals")
         component_api()
         directory = None if cache is None else Cache(cache)
-        return _prepare_component(engine, original, directory, digest, trap_on_refused)
+        try:
+            return _prepare_component(engine, original, directory, digest, trap_on_refused)
+        except (ValueError, wasmtime.WasmtimeError):
+            if trap_on_refused:
+                component_api().Component(engine, original)     # refuses with the text that it has without the option
+            raise
     if trap_on_refused:
         original = _with_growth_traps(engine, original)
     read = Module(original)
@@ -435,12 +440,8 @@ def _prepare_component(engine: wasmtime.Engine, original: bytes, cache: Cache | 
                        trap_on_refused: bool) -> Prepared:
     kind = component_api().Component
     if trap_on_refused:
-        try:
-            with _growths_must_be_found("component"):
-                original = with_modules(original, functools.partial(_with_growth_traps, engine))
-        except wasmtime.WasmtimeError:
-            kind(engine, original)      # refuses with the text that it has without the option
-            raise
+        with _growths_must_be_found("component"):
+            original = with_modules(original, functools.partial(_with_growth_traps, engine))
     try:
         hoisted = hoist_component(original)
     except Malformed as error:
