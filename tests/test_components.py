@@ -698,6 +698,34 @@ def test_an_interrupt_leaves_no_image_on_offer(monkeypatch, interruptible):
     assert Greeting(prepared).text(16, 5) == b"hello"
 
 
+class Interrupted(wasmtime.Store):
+    """A store that a signal interrupts between the offer of the images and the call of wasmtime."""
+
+    def _context(self):
+        signal.raise_signal(signal.SIGINT)
+        return super()._context()
+
+
+@pytest.mark.parametrize("wat", [GREETING, '(module (memory 1) (data (i32.const 16) "hello"))'])
+@pytest.mark.parametrize(("minimum", "is_refused"), [(1, True), (0, False)])
+def test_an_instance_that_a_signal_handler_makes_takes_no_data_unnoticed(wat, minimum, is_refused):
+    bystander, prepared = wasmtime.Module(MMAP, f"(module (memory {minimum}))"), prepare(MMAP, wat)
+
+    def handler(number, frame):
+        store = wasmtime.Store(MMAP)
+        wasmtime.Instance(store, bystander, [])
+        prepare(MMAP, wat).instantiate(store)
+
+    refused = pytest.raises(RuntimeError, match="a signal handler or a finalizer")
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with refused if is_refused else contextlib.nullcontext():
+            prepared.instantiate(Interrupted(MMAP))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    prepared.instantiate(wasmtime.Store(MMAP))
+
+
 def test_data_that_no_memory_took_is_an_error(monkeypatch):
     monkeypatch.setattr(_prepared, "makes_our_memories", lambda engine: True)
     prepared = prepare(PLAIN, GREETING)

@@ -170,6 +170,19 @@ def test_instances_that_a_host_function_makes_are_not_mixed_up():
     store.close()
 
 
+def test_an_instance_that_a_linker_makes_for_a_call_of_the_start_function_is_another_one():
+    command = wasmtime.Module(MMAP, """(module (memory 7) (func (export "_start"))
+        (func (export "size") (result i32) (memory.size)))""")
+    prepared = prepare(MMAP, """(module (import "command" "size" (func $size (result i32))) (memory (export "m") 1)
+        (data (i32.const 0) "x") (global (export "g") (mut i32) (i32.const 5))
+        (func $start (global.set 0 (call $size))) (start $start))""")
+    store, linker = wasmtime.Store(MMAP), wasmtime.Linker(MMAP)
+    linker.define_module(store, "command", command)
+    instance = prepared.instantiate(store, linker)
+    assert instance.exports(store)["g"].value(store) == 7
+    assert sizes(instance) == {"m": 1}
+
+
 def test_threads_that_make_and_drop_instances_find_their_own_memories():
     engine = engine_of("pool")
     wrong = []
