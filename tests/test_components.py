@@ -463,6 +463,18 @@ def test_memory_and_time_follow_the_size_of_the_file():
     assert peak < 4 * len(wasm)
 
 
+def test_many_small_sections_take_no_memory():
+    wasm = binary(GREETING) + b"\0\1\0" * 20_000
+    tracemalloc.start()
+    try:
+        found = hoist_component(wasm)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(wasm) - len(found.component) < 100
+    assert peak < 3 * len(wasm)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_any_bytes_are_judged_as_by_wasmtime(seed):
     chance = random.Random(seed)

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import os
 import random
+import tracemalloc
 
 import pytest
 
@@ -339,6 +340,17 @@ def test_sections_that_name_places_in_the_code_are_left_out_and_all_others_stay(
     assert sections(changed) == [*kept, *own, *kept, "name"]
     other = binary("(module (func))") + custom
     assert with_growth_traps(Module(other)) == other
+
+
+def test_many_small_sections_take_no_memory():
+    wasm = binary(GROWS) + b"\0\1\0" * 5_000
+    tracemalloc.start()
+    try:
+        assert len(with_growth_traps(Module(wasm))) > len(wasm)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 6 * len(wasm)
 
 
 def test_the_names_of_functions_stay():
