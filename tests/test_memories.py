@@ -11,7 +11,7 @@ from test_hoist import all_features, needs_gc
 from test_prepare import HELLO, MMAP, PLAIN, engine_of
 
 import linmem.wasmtime
-from linmem.wasmtime import memories, prepare
+from linmem.wasmtime import Sessions, Snapshot, memories, prepare
 
 PAGE = 65536
 try:
@@ -143,6 +143,18 @@ def test_an_instance_that_starts_from_a_snapshot_has_its_memories():
     assert sizes(prepared.instantiate(other, start=snapshot)) == sizes(instance) == expected
     with linmem.wasmtime.Sessions(prepared, start=snapshot, size=1) as sessions, sessions.get() as (_, handed):
         assert sizes(handed) == expected
+
+
+def test_an_earlier_user_of_a_session_finds_no_memory_of_a_later_one():
+    prepared, store = prepare(MMAP, HELLO), wasmtime.Store(MMAP)
+    sessions = Sessions(prepared, start=Snapshot.take(store, prepared.instantiate(store)), size=1)
+    with sessions.get() as (lent, earlier):
+        names = sizes(earlier).keys()
+        assert names == sizes(earlier, lent).keys() != set()
+    with sessions.get() as (lent, later):
+        assert (memories(earlier), sizes(later).keys()) == ({}, names)
+    assert sessions.stats()["reused"] == 1
+    sessions.close()
 
 
 def test_an_instance_of_a_patched_library_has_its_memories():
