@@ -133,7 +133,8 @@ def linear_memory(store: wasmtime.Store, memory: wasmtime.Memory | wasmtime.Shar
     Parameters
     ----------
     store : wasmtime.Store
-        The store that `memory` belongs to, or a Caller. Not used for a shared memory.
+        The store that `memory` belongs to, or a Caller of it. Not used for a shared memory. With a Caller of another
+        store, wasmtime ends the process.
     memory : wasmtime.Memory or wasmtime.SharedMemory
 
     Raises
@@ -178,7 +179,8 @@ def memories(instance: wasmtime.Instance | component.Instance, store: wasmtime.S
     ----------
     instance : wasmtime.Instance or wasmtime.component.Instance
     store : wasmtime.Store, optional
-        The store of the instance, or a Caller. Needed if `Prepared.instantiate` did not make the instance.
+        The store of the instance, or a Caller of it. Needed if `Prepared.instantiate` did not make the instance. Then
+        wasmtime ends the process if it gets a Caller of another store.
 
     Returns
     -------

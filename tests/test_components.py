@@ -463,6 +463,18 @@ def test_memory_and_time_follow_the_size_of_the_file():
     assert peak < 4 * len(wasm)
 
 
+def test_many_small_sections_take_no_memory():
+    wasm = binary(GREETING) + b"\0\1\0" * 20_000
+    tracemalloc.start()
+    try:
+        found = hoist_component(wasm)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(wasm) - len(found.component) < 100
+    assert peak < 3 * len(wasm)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_any_bytes_are_judged_as_by_wasmtime(seed):
     chance = random.Random(seed)
@@ -696,6 +708,34 @@ def test_an_interrupt_leaves_no_image_on_offer(monkeypatch, interruptible):
     plain = wasmtime.Instance(store, wasmtime.Module(MMAP, '(module (memory (export "m") 1))'), [])
     assert bytes(plain.exports(store)["m"].read(store, 16, 21)) == bytes(5)
     assert Greeting(prepared).text(16, 5) == b"hello"
+
+
+class Interrupted(wasmtime.Store):
+    """A store that a signal interrupts between the offer of the images and the call of wasmtime."""
+
+    def _context(self):
+        signal.raise_signal(signal.SIGINT)
+        return super()._context()
+
+
+@pytest.mark.parametrize("wat", [GREETING, '(module (memory 1) (data (i32.const 16) "hello"))'])
+@pytest.mark.parametrize(("minimum", "is_refused"), [(1, True), (0, False)])
+def test_an_instance_that_a_signal_handler_makes_takes_no_data_unnoticed(wat, minimum, is_refused):
+    bystander, prepared = wasmtime.Module(MMAP, f"(module (memory {minimum}))"), prepare(MMAP, wat)
+
+    def handler(number, frame):
+        store = wasmtime.Store(MMAP)
+        wasmtime.Instance(store, bystander, [])
+        prepare(MMAP, wat).instantiate(store)
+
+    refused = pytest.raises(RuntimeError, match="a signal handler or a finalizer")
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with refused if is_refused else contextlib.nullcontext():
+            prepared.instantiate(Interrupted(MMAP))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    prepared.instantiate(wasmtime.Store(MMAP))
 
 
 def test_data_that_no_memory_took_is_an_error(monkeypatch):

@@ -32,7 +32,7 @@ def offer(*images):
 def instantiate(engine, images, wat=TWO):
     store = wasmtime.Store(engine)
     module = wasmtime.Module(engine, wat)
-    instance, left, _, _ = offer(*images).making(None, None, wasmtime.Instance, store, module, [])
+    instance, left, *_ = offer(*images).making(None, None, wasmtime.Instance, store, module, [])
     return store, instance.exports(store), left
 
 
@@ -112,7 +112,7 @@ def test_an_offer_inside_another_one_ends_before_the_other_goes_on(engine):
         return store, wasmtime.Instance(store, wasmtime.Module(engine, TWO), [])
 
     for _ in range(3):
-        (store, instance), left, _, _ = outer.making(None, None, first)
+        (store, instance), left, *_ = outer.making(None, None, first)
         assert (instance.exports(store)["load"](store, 70000), left) == (42, 0)
     store, exports, _ = instantiate(engine, [])
     assert exports["load"](store, 70000) == 0

@@ -11,7 +11,7 @@ from test_hoist import all_features, needs_gc
 from test_prepare import HELLO, MMAP, PLAIN, engine_of
 
 import linmem.wasmtime
-from linmem.wasmtime import memories, prepare
+from linmem.wasmtime import Sessions, Snapshot, memories, prepare
 
 PAGE = 65536
 try:
@@ -145,6 +145,18 @@ def test_an_instance_that_starts_from_a_snapshot_has_its_memories():
         assert sizes(handed) == expected
 
 
+def test_an_earlier_user_of_a_session_finds_no_memory_of_a_later_one():
+    prepared, store = prepare(MMAP, HELLO), wasmtime.Store(MMAP)
+    sessions = Sessions(prepared, start=Snapshot.take(store, prepared.instantiate(store)), size=1)
+    with sessions.get() as (lent, earlier):
+        names = sizes(earlier).keys()
+        assert names == sizes(earlier, lent).keys() != set()
+    with sessions.get() as (lent, later):
+        assert (memories(earlier), sizes(later).keys()) == ({}, names)
+    assert sessions.stats()["reused"] == 1
+    sessions.close()
+
+
 def test_an_instance_of_a_patched_library_has_its_memories():
     with linmem.wasmtime.patch():
         engine = wasmtime.Engine()
@@ -168,6 +180,19 @@ def test_instances_that_a_host_function_makes_are_not_mixed_up():
     instance = outer.instantiate(store, [wasmtime.Func(store, wasmtime.FuncType([], []), host)])
     assert (sizes(instance), sizes(made[0])) == ({"memory 0": 1, "memory 1": 7}, {"memory 0": 1, "memory 1": 5})
     store.close()
+
+
+def test_an_instance_that_a_linker_makes_for_a_call_of_the_start_function_is_another_one():
+    command = wasmtime.Module(MMAP, """(module (memory 7) (func (export "_start"))
+        (func (export "size") (result i32) (memory.size)))""")
+    prepared = prepare(MMAP, """(module (import "command" "size" (func $size (result i32))) (memory (export "m") 1)
+        (data (i32.const 0) "x") (global (export "g") (mut i32) (i32.const 5))
+        (func $start (global.set 0 (call $size))) (start $start))""")
+    store, linker = wasmtime.Store(MMAP), wasmtime.Linker(MMAP)
+    linker.define_module(store, "command", command)
+    instance = prepared.instantiate(store, linker)
+    assert instance.exports(store)["g"].value(store) == 7
+    assert sizes(instance) == {"m": 1}
 
 
 def test_threads_that_make_and_drop_instances_find_their_own_memories():

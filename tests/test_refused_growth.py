@@ -5,6 +5,7 @@ import functools
 import hashlib
 import os
 import random
+import tracemalloc
 
 import pytest
 
@@ -28,7 +29,7 @@ from test_hoist import (
     observe,
     verdict,
 )
-from test_prepare import STACKS, TYPES, engine_of
+from test_prepare import STACKS, TYPES, engine_of, verdict_of
 
 import linmem.wasmtime
 from linmem._wasm.growth_traps import NAME, _calling, with_growth_traps
@@ -341,6 +342,17 @@ def test_sections_that_name_places_in_the_code_are_left_out_and_all_others_stay(
     assert with_growth_traps(Module(other)) == other
 
 
+def test_many_small_sections_take_no_memory():
+    wasm = binary(GROWS) + b"\0\1\0" * 5_000
+    tracemalloc.start()
+    try:
+        assert len(with_growth_traps(Module(wasm))) > len(wasm)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 6 * len(wasm)
+
+
 def test_the_names_of_functions_stay():
     trap = Guest("""(module (memory 1 9) (func $inside (drop (memory.grow (i32.const 9))))
         (func $outside (export "run") (call $inside)))""").trap("run")
@@ -539,3 +551,15 @@ def test_a_component_with_an_invalid_module_is_refused_as_without_the_option():
     with pytest.raises(wasmtime.WasmtimeError) as caught:
         prepare(engine, wasm, trap_on_refused=True)
     assert str(caught.value) == str(plain.value)
+
+
+@pytest.mark.parametrize("change", [
+    lambda wasm: wasm[:-3], lambda wasm: wasm + b"\1\5", lambda wasm: wasm + b"\x63\0",
+    lambda wasm: wasm + b"\x06\5\1\0\x11\2\x09", lambda wasm: wasm.replace(b"\4grow\x08", b"\4grog\x08")])
+def test_a_malformed_component_is_refused_as_without_the_option(change):
+    component = pytest.importorskip("wasmtime.component")
+    engine = engine_of("mmap")
+    wasm = change(binary(GROWS_IN_A_COMPONENT))
+    refused = verdict_of(component.Component, engine, wasm)
+    assert refused is not None
+    assert verdict_of(prepare, engine, wasm, trap_on_refused=True) == refused

@@ -119,17 +119,18 @@ cdef void update_table(memory* m, char* base) noexcept nogil:
 
 cdef extern from *:
     """
-    typedef struct { void *next, *end, *creator; size_t call, requests, surplus; int depth, is_numbered; } linmem_queue;
-    static LINMEM_OF_THREAD linmem_queue linmem_offered;
-    static linmem_queue *linmem_of_thread(void) { return &linmem_offered; }
+    struct linmem_queue { void *next, *end, *creator; size_t call, requests, surplus, extra; int depth, is_numbered; };
+    static LINMEM_OF_THREAD struct linmem_queue linmem_offered;
+    static struct linmem_queue *linmem_of_thread(void) { return &linmem_offered; }
     """
-    ctypedef struct queue "linmem_queue":
+    ctypedef struct queue "struct linmem_queue":
         void* next          # a place*: the place of the next memory
         void* end           # a place*: the end of the array
         void* creator       # a borrowed NativeCreator: the argument of the running making(); NULL: none was given
         size_t call         # the number of the running making() or Offer.making() on this thread; 0: none runs
         size_t requests     # how many memories this Offer.making() has been asked for
-        size_t surplus      # the number of the first request that took no place, from 0; SIZE_MAX: each took a place
+        size_t surplus      # the number of the first request that took no place, if it is of 0 bytes; else SIZE_MAX
+        size_t extra        # how many requests of more than 0 bytes took no place
         int depth           # python_depth() of the code that made the offer
         bint is_numbered    # the memories get the number of the call, so that made_by() finds them
 
@@ -167,7 +168,9 @@ cdef void take_place(memory_spec* spec, size_t* call, size_t* request) noexcept 
         request[0] = q.requests
         q.requests += 1
     if q.next >= q.end or next.minimum != spec.minimum:
-        if q.is_numbered and q.surplus == SIZE_MAX:
+        if spec.minimum:
+            q.extra += 1
+        elif q.extra == 0 and q.surplus == SIZE_MAX:
             q.surplus = request[0]
         return
     q.next = next + 1
@@ -470,16 +473,17 @@ def making(NativeCreator creator, domain, call, *arguments):
 
 cdef tuple make_with(Offer offer, NativeCreator creator, domain, call, arguments):
     """Returns the result of call(*arguments), how many images of the offer no memory has taken, the number of the call,
-    and the first request that took no place."""
+    the first request that took no place if it is of 0 bytes, and how many of more than 0 bytes took no place."""
     cdef queue* q = offered()
     cdef queue before = q[0]        # of a call that this one interrupts, or that has called the host
     cdef domain_t* ours = domain_of(domain)
     cdef domain_t* domain_before = current_domain()
-    cdef size_t left = 0, number, surplus
+    cdef size_t left = 0, number, surplus, extra
     number = q.call = <size_t>add(&last_call, 1)
     q.creator = NULL if creator is None else <void*>creator
     q.requests = 0
     q.surplus = SIZE_MAX
+    q.extra = 0
     q.is_numbered = offer is not None
     q.next = q.end = NULL
     set_domain(ours)
@@ -490,11 +494,11 @@ cdef tuple make_with(Offer offer, NativeCreator creator, domain, call, arguments
     finally:
         if offer is not None:
             left = offer.end()
-        surplus = q.surplus
+        surplus, extra = q.surplus, q.extra
         q[0] = before
         set_domain(domain_before)
         domain_release(ours)
-    return result, left, number, None if surplus == SIZE_MAX else surplus
+    return result, left, number, None if surplus == SIZE_MAX else surplus, extra
 
 
 def made_by(size_t call):
@@ -587,7 +591,8 @@ cdef class Offer:
         -------
         tuple
             The result of call(*arguments); how many images no memory has taken; the number of this call, for
-            `made_by`; and the number of the first request that took no place, or None.
+            `made_by`; the number of the first request that took no place, or None if it is of more than 0 bytes or if
+            there is none; and how many requests of more than 0 bytes took no place.
         """
         return make_with(self, creator, domain, call, arguments)
 

@@ -90,7 +90,7 @@ class _Item(NamedTuple):
 
 class _Component(NamedTuple):
     items: list[_Item]
-    parts: list[memoryview | _CoreModule | _Component]      # sections, each with its kind and size, or what is in them
+    parts: list[memoryview | _CoreModule | _Component]      # other sections, with their kinds and sizes, in between
 
 
 class _Scope:
@@ -171,13 +171,13 @@ class _Run:
         if depth > _DEEPEST:
             raise Unknown(f"components are nested deeper than {_DEEPEST}")
         whole, reader = memoryview(wasm), Reader(wasm, start, end)
-        found = _Component([], [])
+        found, copied = _Component([], []), start       # the parts have what stands before `copied`
         while reader.at < reader.end:
             first = reader.at
             kind = reader.byte("section")
             size = reader.u32("section size")
             content = reader.skip(size, f"section {kind}")
-            part: memoryview | _CoreModule | _Component = whole[first:reader.at]
+            part: _CoreModule | _Component | None = None
             if kind == _CORE_MODULE:
                 part = _CoreModule(len(self.modules), wasm[content:reader.at])
                 self.modules.append(part)
@@ -193,7 +193,10 @@ class _Run:
                 found.items.extend(item for item in items if item.sort or item.action == "core")
             elif kind not in _WITHOUT_EFFECT:
                 raise Unknown(f"the section at byte {first} of a component is of kind {kind}")
-            found.parts.append(part)
+            if part is not None:
+                found.parts.extend((whole[copied:first], part))
+                copied = reader.at
+        found.parts.append(whole[copied:reader.at])
         return found
 
     # -- an instance

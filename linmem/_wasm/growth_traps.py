@@ -96,7 +96,7 @@ def _grow_or_trap(memory: int, bits: int) -> bytes:
 
 def _without_places(wasm: bytes) -> bytes:
     whole = memoryview(wasm)
-    parts = [whole[:8]]
+    parts, copied = [], 0       # the parts have what stands before `copied` and stays
     reader = Reader(wasm, 8, len(wasm))
     while reader.at < reader.end:
         start = reader.at
@@ -104,9 +104,10 @@ def _without_places(wasm: bytes) -> bytes:
         size = reader.u32("section size")
         content = reader.skip(size, "section")
         name = Reader(wasm, content, reader.at).name("custom section's name") if kind == 0 else ""
-        if not _NAMES_PLACES.fullmatch(name):
-            parts.append(whole[start:reader.at])
-    return b"".join(parts)
+        if _NAMES_PLACES.fullmatch(name):
+            parts.append(whole[copied:start])
+            copied = reader.at
+    return b"".join([*parts, whole[copied:]])
 
 
 def _names(functions: list[int]) -> bytes:

@@ -80,8 +80,8 @@ class Prepared:
         SHA-256 of the binary that `prepare` was given (or made from text), as hexadecimal digits.
     """
 
-    __slots__ = ("__weakref__", "_compile", "_complete", "_lock", "_names", "_offer", "_places", "_start_module",
-                 "added", "digest", "engine", "images", "module", "outline", "skipped")
+    __slots__ = ("__weakref__", "_compile", "_complete", "_is_alone", "_lock", "_names", "_offer", "_places",
+                 "_start_module", "added", "digest", "engine", "images", "module", "outline", "skipped")
 
     engine: wasmtime.Engine
     module: wasmtime.Module | Any           # Any: the one who prepared the file knows whether it is a component
@@ -93,6 +93,7 @@ class Prepared:
     _offer: _bridge.Offer
     _places: list[tuple[int, Image | None]]
     _complete: bool                                     # `_places` has all memories of an instance
+    _is_alone: bool                                     # else code may run that lets wasmtime make more instances
     _names: tuple[str, ...] | None                      # of a component's memories in `_places`; None: a module
     _compile: Callable[[], wasmtime.Module] | None      # makes _start_module; None: it is made
     _start_module: Any                                  # the module that instances with start= are made of
@@ -110,7 +111,7 @@ class Prepared:
             images: Sequence[Image | None], minima: Sequence[int], skipped: Sequence[str], digest: str, *,
             added: frozenset[str] = frozenset(), outline: state.Outline | None = None,
             compile_start: Callable[[], wasmtime.Module] | None = None, names: Sequence[str] | None = None,
-            complete: bool = True) -> Prepared:
+            complete: bool, is_alone: bool) -> Prepared:
         self = object.__new__(cls)
         self.engine = engine
         self.module = module
@@ -123,6 +124,7 @@ class Prepared:
         self._places = [(min(minimum, _SIZE_MAX), image) for minimum, image in zip(minima, images, strict=True)]
         self._offer = _bridge.Offer(self._places)
         self._names, self._complete = None if names is None else tuple(names), complete
+        self._is_alone = is_alone
         self._start_module = module
         self._compile, self._lock = compile_start, threading.Lock()
         if compile_start is not None:
@@ -170,6 +172,11 @@ class Prepared:
         ------
         wasmtime.WasmtimeError, wasmtime.Trap
             As ``wasmtime.Instance`` or ``wasmtime.component.Linker`` raises for the original module or component.
+        RuntimeError
+            If a signal handler or a finalizer (``__del__``) interrupts this method, and makes an instance that was not
+            prepared. linmem cannot tell its memories from those of this instance. So the data of this instance may be
+            in that one. This is not noticed if the module has a start function, or if a core module of the host is in
+            the component.
         ValueError
             If `start` is given for a component, if `start` is a snapshot of another module, if it cannot leave its
             store, if it has state that this module does not export (prepare it with ``expose=True``), or if an
@@ -188,10 +195,13 @@ class Prepared:
             plan = start._starts.get(self) or self._plan(start)
             module, offer = self._start_module, plan.offer
         instance: Any
-        instance, missing, call, surplus = offer.making(native, domain, *self._call(imports, store, module))
+        instance, missing, call, surplus, extra = offer.making(native, domain, *self._call(imports, store, module))
         if missing:
             raise RuntimeError(f"{missing} memories were made without their data: the engine did not ask linmem for"
                                " them")
+        if extra and self._is_alone:    # wasmtime asks for the GC heap with 0 bytes
+            raise RuntimeError("a signal handler or a finalizer made an instance meanwhile, without linmem's prepare():"
+                               " that instance may have got data of this one, which may lack the data")
         instance._linmem_made = call, surplus
         if plan is not None:
             plan.finish(store, instance)
@@ -220,7 +230,8 @@ class Prepared:
                             f" {type(imports).__module__}.{type(imports).__name__}") from None
 
     def _memories(self, call: int, surplus: int | None) -> dict[str, Memory]:
-        """The memories of the instance that the call of that number made. surplus: its first request without a place.
+        """The memories of the instance that the call of that number made. surplus: its first request, of 0 bytes, that
+        took no place.
 
         wasmtime also asks for the GC heap of the store, once and before the memories of a module. A memory of a module
         with the minimum 0 looks the same. So if there was one request too many, the heap is the first of the requests
@@ -236,7 +247,7 @@ class Prepared:
         for request, memory in _bridge.made_by(call):
             place = request - (heap is not None and request > heap)
             for name in ("GC heap",) if request == heap else names[place] if place < len(names) else (
-                    f"memory {request}",):
+                    () if self._complete else (f"memory {request}",)):
                 found[name] = memory
         return found
 
@@ -358,7 +369,12 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
             raise ValueError("expose must be False for a component: a component cannot export its memories and globals")
         component_api()
         directory = None if cache is None else Cache(cache)
-        return _prepare_component(engine, original, directory, digest, trap_on_refused)
+        try:
+            return _prepare_component(engine, original, directory, digest, trap_on_refused)
+        except (ValueError, wasmtime.WasmtimeError):
+            if trap_on_refused:
+                component_api().Component(engine, original)     # refuses with the text that it has without the option
+            raise
     if trap_on_refused:
         original = _with_growth_traps(engine, original)
     read = Module(original)
@@ -398,7 +414,8 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
     if outline is not None and (hoisted.active or START in read.sections or outline.computed_tables()):
         compile_start = functools.partial(_compiled_for_start, engine, wasm, outline, directory)
     return Prepared._of(engine, module, images, hoisted.minima, skipped, digest, added=added, outline=outline,
-                        compile_start=compile_start, complete=not hoisted.unknown)
+                        compile_start=compile_start, complete=not hoisted.unknown,
+                        is_alone=not hoisted.unknown and START not in read.sections)
 
 
 def _with_growth_traps(engine: wasmtime.Engine, wasm: bytes) -> bytes:
@@ -435,12 +452,8 @@ def _prepare_component(engine: wasmtime.Engine, original: bytes, cache: Cache | 
                        trap_on_refused: bool) -> Prepared:
     kind = component_api().Component
     if trap_on_refused:
-        try:
-            with _growths_must_be_found("component"):
-                original = with_modules(original, functools.partial(_with_growth_traps, engine))
-        except wasmtime.WasmtimeError:
-            kind(engine, original)      # refuses with the text that it has without the option
-            raise
+        with _growths_must_be_found("component"):
+            original = with_modules(original, functools.partial(_with_growth_traps, engine))
     try:
         hoisted = hoist_component(original)
     except Malformed as error:
@@ -461,7 +474,7 @@ def _prepare_component(engine: wasmtime.Engine, original: bytes, cache: Cache | 
         component = compiled(engine, original, cache, kind)[0]
     return Prepared._of(engine, component, [images[index] for index in hoisted.order],
                         [hoisted.minima[index] for index in hoisted.order], skipped, digest, names=hoisted.names,
-                        complete=hoisted.complete)
+                        complete=hoisted.complete, is_alone=hoisted.complete)
 
 
 def _no_room(error: Exception) -> str:

@@ -507,6 +507,8 @@ class _Session:
             elif lent._lent_set - lent._lent_begun:
                 reason = "configured"
             lent.close()
+            if self._instance is not None:
+                vars(self._instance)["_linmem_made"] = 0, None      # memories() finds none; no call has the number 0
             call = lent._call()
             if call is not None:
                 call.linmem_running = running = _Running()
