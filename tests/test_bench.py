@@ -994,6 +994,7 @@ def test_figures_go_into_a_pipe_as_a_stream(monkeypatch, tmp_path):
     assert json.loads(reader.communicate(timeout=60)[0])["suite"] == "core"
 
 
+@requires("module_files")
 def test_both_processes_of_the_cached_run_run_the_same_program(monkeypatch):
     monkeypatch.setattr(run_command, "QUICK_CODE_BYTES", 10_000)
     monkeypatch.setattr(run_command, "DATA_BYTES", 100)
