@@ -202,7 +202,8 @@ def test_the_limits_hold_for_a_component(wat):
     done = linmem_process("run", "--timeout", "0.2", "--json", path)
     assert (done.returncode, [memory["first_size"] for memory in report_of(done)["memories"]]) == (124, [3 * PAGE])
     done = linmem_process("run", "--fuel", "10000", path)
-    assert (done.returncode, done.stderr.decode().rstrip()) == (134, f"linmem run: {path} ran out of fuel (--fuel 10000)")
+    said = done.stderr.decode().rstrip()
+    assert (done.returncode, said) == (134, f"linmem run: {path} ran out of fuel (--fuel 10000)")
     assert "limit of 65536 bytes reached" in refusal(linmem_process("run", "--max-memory", "64KiB", path), 1)
 
 
