@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from itertools import repeat
 from pathlib import Path
@@ -22,6 +23,7 @@ START, AGAIN, COLD, SESSION = 1.2, 0.02, 0.5, 30_000        # SESSION: ns more t
 NEW_PROCESS = 2_000_000                                     # ns
 REQUESTED = 400         # pages that a request reads
 SEED = 20_261_128
+TRIES_TO_DROP = 50
 
 TOY = """(module (memory (export "memory") 1) (global $n (mut i32) (i32.const 0)) (data (i32.const 0) "seed")
   (func (export "init") (global.set $n (i32.const 1)) (i32.store (i32.const 8) (i32.const 42))))"""
@@ -218,15 +220,19 @@ def drop(path: Path) -> None:
         raise Unavailable("the system does not drop the page cache of a file on request")
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        try:
-            found = os.preadv(file.fileno(), [bytearray(1)], os.path.getsize(path) // 2, os.RWF_NOWAIT)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            raise Unavailable(f"the file system does not say what is in the page cache: {error.strerror}") from error
-        if found:
-            raise Unavailable("the file system keeps the file in the page cache")
+        for _ in range(TRIES_TO_DROP):      # the system keeps a page that it uses at this moment
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            try:
+                found = os.preadv(file.fileno(), [bytearray(1)], os.path.getsize(path) // 2, os.RWF_NOWAIT)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                raise Unavailable(
+                    f"the file system does not say what is in the page cache: {error.strerror}") from error
+            if not found:
+                return
+            time.sleep(0.01)
+        raise Unavailable("the file system keeps the file in the page cache")
 
 
 # -- sessions ------------------------------------------------------------------------------------------
