@@ -9,8 +9,8 @@ import pytest
 import linmem
 from linmem import creators
 
-# Tests about the creator that is the default of the factory, which is a tracker here, and about the bytes of a struct that
-# has a pointer for tracemalloc.
+# Tests about the creator that is the default of the factory, which is a tracker here, and about the bytes of a struct
+# that has a pointer for tracemalloc.
 LEFT_OUT = ("test_the_factory_makes_each_kind_by_name", "test_an_upstream_of_none_is_the_default",
             "test_the_factory_makes_a_callback_creator", "test_every_field_of_the_struct_has_its_value_from_the_first")
 
