@@ -469,6 +469,7 @@ def test_entries_that_another_process_removes_are_no_error(here, linmem, three, 
 
     def scandir(path):
         if path == os.path.dirname(os.path.abspath(three[0])):
+            monkeypatch.setattr(os, "scandir", plain)       # rmtree() uses it, too
             shutil.rmtree(path)
         return plain(path)
 
