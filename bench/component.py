@@ -31,7 +31,7 @@ def groups(quick: bool) -> list[Group]:
               "Store, instance, one call and close with wasmtime-py; everything is counted", least=least, alike=False),
         Group("component_bare", "a component without data: make, call, drop",
               (Contender("linmem", "install alone", using(INSTALLED, data=False)),
-               Contender("prepared", "prepared, though there is no data",
+               Contender("prepared", "prepared; the component has no data",
                          using(INSTALLED, prepared=True, data=False)),
                Contender("default", DEFAULT.what, using(DEFAULT, data=False))),
               (Goal("default", INSTALL_ALONE, by=P10), Goal("default", None, ours="prepared", by=P10)), least=least),

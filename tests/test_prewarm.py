@@ -314,8 +314,8 @@ def test_a_program_that_ends_itself_has_no_state_to_save(there, refused, code):
     (["quiet.wat", "-o", "x", "--init", "object"], 1, "object returned a value that is not a number"),
     (["quiet.wat", "-o", "x", "--init", "vector"], 1, "vector returned a value that is not a number"),
     (["odd.wat", "-o", "x"], 1, "_initialize has parameters or results, and must have none"),
-    (["quiet.wat", "-o", "no/such/folder"], 1, "no/such/folder: No such file or directory"),
-    (["quiet.wat", "-o", "."], 1, ".: Is a directory"),
+    (["quiet.wat", "-o", "no/such/folder"], 2, "such' is not a directory"),
+    (["quiet.wat", "-o", "."], 2, "--output .: it is a directory"),
     (["program.wat", "-o", "x", "--max-memory", "1KiB"], 1, "limit of 1024 bytes reached"),
 ])
 def test_what_cannot_be_prewarmed_is_refused_in_one_line(there, refused, words, code, expected):

@@ -221,10 +221,30 @@ def test_names_in_the_html_are_text(run):
 
 @pytest.mark.parametrize(("path", "reason"), [
     ("report.svg", "the name must end in .png or .html"), ("report", "the name must end in .png or .html"),
-    ("no/such.html", "its folder does not exist"), ("folder.html", "it is a directory")])
+    ("no/such.html", "/no' is not a directory"), ("folder.html", "it is a directory")])
 def test_a_file_that_cannot_be_drawn_is_refused_before_the_run(run, path, reason):
     os.makedirs("folder.html")
-    assert run(TRAPS, "--report-file", path) == (2, f"linmem run: --report-file {path}: {reason}\n")
+    code, error = run(TRAPS, "--report-file", path)
+    assert (code, error.count("\n")) == (2, 1)
+    assert error.startswith(f"linmem run: --report-file {path}: ")
+    assert error.replace("\\", "/").endswith(f"{reason}\n")
+
+
+@pytest.mark.parametrize("option", ["--coredump", "--start"])
+def test_a_report_does_not_replace_the_file_of_another_option(run, option):
+    assert run(TRAPS, option, "one.html", "--report-file", "./one.html") == (
+        2, f"linmem run: --report-file ./one.html: it is the FILE of {option} itself\n")
+    assert not os.path.exists("one.html")
+
+
+def test_a_memory_that_a_program_makes_after_the_report_is_not_drawn(tmp_path):
+    path = tmp_path / "report.html"
+    memory = dict.fromkeys(("first_size", "peak_size", "peak_resident", "growths", "grow_ns", "refused_growths"), 1)
+    report = {"program": "p", "exit_code": 124, "max_memory": None, "creator": "mmap",
+              "memories": [{"name": "memory", **memory}],
+              "all": {"total_count": 1, "failures": 0, "peak_bytes": 1}}
+    run_report.ReportFile(str(path), {}).write(report, [[(0, 1), (5, 2)], [(7, 3)]], 10)
+    assert path.read_text().count('class="line"') == 1
 
 
 def test_a_report_does_not_replace_the_program(tmp_path, monkeypatch, capfd):

@@ -26,7 +26,7 @@ def add_options(parser: Parser) -> None:
 
 
 def directory_of(args: argparse.Namespace, command: str) -> str | None:
-    """The directory of the cache, which exists and belongs to the user; None: there is no cache."""
+    """The directory of the cache, which belongs to the user. It is made if it is missing. None: no cache is used."""
     if args.no_cache:
         return None
     if args.cache is not None:

@@ -11,9 +11,8 @@ from typing import Any
 
 from wasmtime import component
 
-from linmem._commands.parser import EXIT_REFUSED, EXIT_USAGE, Refused
+from linmem._commands.parser import EXIT_REFUSED, Refused
 from linmem._commands.program import RAN, Program
-from linmem._commands.text import count
 from linmem._core.arguments import printable
 from linmem._core.bridge import making
 from linmem._core.memory import MmapCreator
@@ -105,17 +104,7 @@ class ComponentProgram(Program):
         if wrong is not None:
             raise Refused(f"{self.path}: {signature} cannot be called from the command line, because no word can be a"
                           f" {wrong}")
-        if kinds and len(texts) != len(kinds):
-            raise Refused(f"{self.path}: {signature} takes {count(len(kinds), 'argument')}, got {len(texts)}",
-                          EXIT_USAGE)
-        found = []
-        for number, (text, kind) in enumerate(zip(texts, kinds), start=1):     # noqa: B905  there may be no kinds
-            try:
-                found.append(parse_value(text, kind))
-            except ValueError as reason:
-                raise Refused(f"{self.path}: {signature}: argument {number}, {text!r:.100}, {reason}",
-                              EXIT_USAGE) from None
-        return found
+        return self._converted(signature, texts, kinds, parse_value) if kinds else []
 
     def check_function(self, name: str, *, may_return: bool = False, hint: str = "") -> None:
         """Refuse a function that is not exported, or that is not `run` of a command."""

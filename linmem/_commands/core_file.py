@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
 from typing import Any
 
-from linmem._commands.parser import EXIT_USAGE, Refused, refuse_errors_of
+from linmem._commands.parser import Refused, check_output, refuse_errors_of
 from linmem._commands.text import count
 from linmem._core.arguments import printable
 
 
 class CoreFile:
-    """The file for the core dump of `program`. A file that could not be written after a trap is refused now."""
+    """The file for the core dump. A file that could not be written after a trap is refused now."""
 
-    def __init__(self, path: str, program: str) -> None:
+    def __init__(self, path: str, others: dict[str, str | None]) -> None:
+        check_output("--coredump", path, others)
         self.path = path
-        with contextlib.suppress(OSError, ValueError):      # a file does not exist, or its name is not valid
-            if os.path.samefile(path, program):
-                raise Refused(f"the file for the core dump is PROGRAM itself: {path}", EXIT_USAGE)
-        folder = os.path.dirname(os.path.abspath(path))
-        if os.path.isdir(path) or not os.path.isdir(folder):
-            what = "it is a directory" if os.path.isdir(path) else f"{folder!r} is not a directory"
-            raise Refused(f"--coredump {path}: {what}", EXIT_USAGE)
 
     def write(self, program: Any, trap: Any) -> None:
         """Write the core dump, and say so in a line. A program that trapped in its start function has no memories."""

@@ -104,6 +104,24 @@ class Parser(argparse.ArgumentParser):
         return found, unknown
 
 
+def check_output(option: str, path: str, others: dict[str, str | None]) -> None:
+    """Refuse a file that cannot be written, or that replaces one of the other files of the command."""
+    folder = os.path.dirname(os.path.abspath(path))
+    fault = ""
+    if os.path.isdir(path):
+        fault = "it is a directory"
+    elif not os.path.isdir(folder):
+        fault = f"{folder!r} is not a directory"
+    for use, other in others.items():
+        if other is not None and os.path.realpath(path) == os.path.realpath(other):
+            fault = f"it is {use} itself"
+        with contextlib.suppress(OSError, ValueError):      # a file does not exist, or its name is not valid
+            if other is not None and os.path.samefile(path, other):
+                fault = f"it is {use} itself"
+    if fault:
+        raise Refused(f"{option} {path}: {fault}", EXIT_USAGE)
+
+
 def file_name(text: str) -> str:
     """The name of a file, which is not empty."""
     if not text:

@@ -17,7 +17,14 @@ from collections.abc import Iterator
 from linmem._commands import compile_cache
 from linmem._commands.image import figures_of, report_to, say, show
 from linmem._commands.limits import Limits
-from linmem._commands.parser import EXIT_USAGE, Parser, Refused, file_name, function_name, refuse_errors_of
+from linmem._commands.parser import (
+    Parser,
+    Refused,
+    check_output,
+    file_name,
+    function_name,
+    refuse_errors_of,
+)
 from linmem._commands.program import Program, add_options, compose_creator, in_a_thread, leave_running
 
 DEFAULT_INIT = "wizer.initialize"
@@ -58,9 +65,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    with contextlib.suppress(OSError, ValueError):      # a file does not exist, or its name is not valid
-        if os.path.samefile(args.program, args.output):
-            raise Refused(f"the file for the snapshot is PROGRAM itself: {args.output}", EXIT_USAGE)
+    check_output("--output", args.output, {"PROGRAM": args.program})
     program = Program(args.program, compose_creator("mmap", args.max_memory), Limits(max_memory=args.max_memory))
     results: list[int | float] = []
     with output_to_standard_error():

@@ -36,7 +36,7 @@ RAN = "error while executing at wasm backtrace"     # begins an error of wasmtim
 _MAX_LINE, _MAX_LINES = 500, 50     # of the text of a trap
 _INTERRUPTIBLE = 0.2        # seconds of a wait of the main thread
 _PATIENCE = 1.0             # seconds that the last words of a process may take
-_BRIEF_PATIENCE = 0.02      # the same if nobody seems to read them
+_BRIEF_PATIENCE = 0.02      # the same if no process seems to read them
 
 
 def add_options(parser: Parser) -> None:
@@ -154,7 +154,7 @@ def leave_running(status: int, text: str = "") -> None:
     """End the process although the program is in an endless loop or waits. Nothing else can end such code.
 
     `text` is the last text on standard error: what the program writes there from now on is dropped. If standard error
-    is a full pipe that nobody reads, `text` is dropped.
+    is a full pipe and no process reads it, `text` is dropped.
     """
     import threading
 
@@ -215,10 +215,6 @@ def one_line_warnings(command: str) -> Iterator[None]:
         warnings.showwarning = lambda message, *where: print(
             f"linmem {command}: {printable(str(message))}", file=sys.stderr)
         yield
-
-
-def _is_component(binary: bytes) -> bool:
-    return binary[6:8] == b"\1\0"       # the layer: 0 for a module, 1 for a component
 
 
 class Program:
@@ -309,7 +305,9 @@ class Program:
                 entry = entry_of(cache, self.path, self.settings)
             if entry is not None:
                 return entry.endswith(COMPONENT)
-        return _is_component(self.binary)
+        from linmem._wasm.component import is_component
+
+        return is_component(self.binary)
 
     def _kept(self, cache: str) -> Any:
         """The compiled program, if the file is unchanged since it was compiled."""
@@ -341,9 +339,10 @@ class Program:
         return module
 
     def _check_export(self, binary: bytes, function: str, hint: str) -> None:
+        from linmem._wasm.component import is_component
         from linmem._wasm.module import Module
 
-        if _is_component(binary):
+        if is_component(binary):
             raise Refused(f"{self.path} is a component, which cannot be prewarmed; a module can (compile it for"
                           " wasm32-wasip1)")
         try:
@@ -406,13 +405,18 @@ class Program:
         if unfit is not None:
             raise Refused(f"{self.path}: {signature} cannot be called from the command line, because no argument can be"
                           f" {unfit}")
+        return self._converted(signature, texts, kinds, parse_number)
+
+    def _converted(self, signature: str, texts: list[str], kinds: list[Any],
+                   convert: Callable[[str, Any], Any]) -> list[Any]:
+        """One value for each type."""
         if len(texts) != len(kinds):
             raise Refused(f"{self.path}: {signature} takes {count(len(kinds), 'argument')}, got {len(texts)}",
                           EXIT_USAGE)
         found = []
         for number, (text, kind) in enumerate(zip(texts, kinds, strict=True), start=1):
             try:
-                found.append(parse_number(text, kind))
+                found.append(convert(text, kind))
             except ValueError as reason:
                 raise Refused(f"{self.path}: {signature}: argument {number}, {text!r:.100}, {reason}",
                               EXIT_USAGE) from None

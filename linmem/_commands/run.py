@@ -59,8 +59,8 @@ written after a trap only, and a new FILE has mode 0600.
 The report is the last text on standard error, so that standard output has only the program's
 output. With --json it is the last line, also if PROGRAM could not be run; sizes are in bytes and
 times in nanoseconds. A memory has the name of its export, or its number if it is not exported; "GC heap"
-is the heap for garbage-collected objects. "resident" is the physical memory at the end, which is also the peak, because
-wasm memories never shrink.
+is the heap for garbage-collected objects. "resident" is the physical memory at the end, which is also the
+peak, because wasm memories never shrink.
 
 Exit codes: the program's (wasmtime allows 0 to 125, and 0 to 255 for a component); 1 if run of a component,
 or the function of --invoke, returns an error; 134 if the program trapped or ran out of fuel;
@@ -126,7 +126,9 @@ def main(args: argparse.Namespace) -> int:
         from linmem._commands import run_report
 
         if args.report_file is not None:
-            file, timeline = run_report.ReportFile(args.report_file, args.program), run_report.CHANGES
+            others = {"PROGRAM": args.program, "the FILE of --start": args.start,
+                      "the FILE of --coredump": args.coredump}
+            file, timeline = run_report.ReportFile(args.report_file, others), run_report.CHANGES
     creator = compose_creator(args.creator, args.max_memory)
     # The statistics creator wraps the creator with the budget, so that it also counts the requests that the budget
     # refuses.
@@ -148,8 +150,8 @@ def main(args: argparse.Namespace) -> int:
         said += [f"linmem run: {reason}"] if reason else []
         status, running = EXIT_REFUSED, False
     if statistics is not None:
-        end_ns, sizes = time.perf_counter_ns() - began, statistics.timeline()[::-1]
         figures = run_report.figures(args, status, statistics, programs[0] if programs else None)
+        end_ns, sizes = time.perf_counter_ns() - began, statistics.timeline()[::-1]
         try:
             if file is not None:
                 file.write(figures, sizes, end_ns)
@@ -183,7 +185,7 @@ def execute(args: argparse.Namespace, creator: Any, limits: Limits, programs: li
     if args.coredump is not None:
         from linmem._commands.core_file import CoreFile
 
-        program.core = CoreFile(args.coredump, args.program)
+        program.core = CoreFile(args.coredump, {"PROGRAM": args.program, "the FILE of --start": args.start})
     # A prepared program starts without code, so its data costs no fuel. A component is prepared for the report, too,
     # because only then the names of its memories are known.
     prepare = any(option is not None for option in (args.start, args.coredump, args.fuel)) or (

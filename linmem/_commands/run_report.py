@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import html
 import importlib.util
 import os
@@ -10,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import linmem
-from linmem._commands.parser import EXIT_USAGE, Refused, refuse_errors_of
+from linmem._commands.parser import EXIT_USAGE, Refused, check_output, refuse_errors_of
 from linmem._commands.text import count, show_size, show_time
 from linmem._core.arguments import printable
 
@@ -88,7 +87,7 @@ def text_of(report: dict[str, Any]) -> str:
 class ReportFile:
     """The file of --report-file. A file that could not be drawn after the run is refused before the run."""
 
-    def __init__(self, path: str, program: str) -> None:
+    def __init__(self, path: str, others: dict[str, str | None]) -> None:
         self.path = path
         self.form = os.path.splitext(path)[1].lower()
         fault = ""
@@ -96,18 +95,17 @@ class ReportFile:
             fault = "the name must end in .png or .html"
         elif self.form == ".png" and importlib.util.find_spec("matplotlib") is None:
             fault = "a .png needs matplotlib: pip install 'linmem[image]' (an .html needs nothing)"
-        elif os.path.isdir(path) or not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-            fault = "its folder does not exist" if not os.path.isdir(path) else "it is a directory"
-        with contextlib.suppress(OSError, ValueError):      # a file does not exist, or its name is not valid
-            fault = fault or ("it is PROGRAM itself" if os.path.samefile(path, program) else "")
         if fault:
             raise Refused(f"--report-file {path}: {fault}", EXIT_USAGE)
+        check_output("--report-file", path, others)
 
     def write(self, report: dict[str, Any], timeline: list[list[tuple[int, int]]], end_ns: int) -> None:
         """Draw the sizes over time, from the first memory on, because the program is compiled before.
 
-        timeline: as `StatisticsCreator.timeline`, in the order of the report.
+        timeline: as `StatisticsCreator.timeline`, in the order of the report. A program that goes on after the timeout
+        may have made more memories than the report has.
         """
+        timeline = timeline[:len(report["memories"])]
         begin = min([changes[0][0] for changes in timeline if changes], default=0)
         lines = [[(at - begin, size) for at, size in _line(changes, end_ns)] for changes in timeline]
         end_ns = max(end_ns - begin, 1)

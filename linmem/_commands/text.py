@@ -24,5 +24,7 @@ def one_line(error: Exception) -> str:
     lines = head.strip().splitlines()
     said = [] if not lines or "wasm backtrace" in lines[0] else [lines[0]]
     said += [re.sub(r"^\d+: ", "", line.strip()) for line in causes.splitlines() if line.strip()]
+    from linmem._wasm.cause import without_tokens
+
     place = re.search(r"--> .*:(\d+):(\d+)$", head, re.MULTILINE)
-    return ": ".join(said) + (f" (line {place[1]}, column {place[2]})" if place else "")
+    return without_tokens(": ".join(said)) + (f" (line {place[1]}, column {place[2]})" if place else "")

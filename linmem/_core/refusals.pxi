@@ -18,8 +18,10 @@ cdef struct refusal:
 # Shared by a creator and its memories, because wasmtime may outlive the creator.
 cdef struct refusal_log:
     atomic_i64 refs
-    size_t count                # protected by refusals_lock
-    refusal* last               # a ring, made at the first refusal; protected by refusals_lock
+    # Protected by refusals_lock:
+    size_t count
+    size_t n_kept               # how many refusals were written to the ring; less than `count` if there was no memory
+    refusal* last               # a ring, made at the first refusal
 
 cdef fork_lock refusals_lock
 register_fork_lock(&refusals_lock)
@@ -64,9 +66,10 @@ cdef void count_refusal(refusal_log* log, memory* m, size_t requested, failure* 
     if log.last == NULL:        # then only the count tells of the refusal
         replaced = noted.name
     else:
-        place = &log.last[log.count % KEPT_REFUSALS]
+        place = &log.last[log.n_kept % KEPT_REFUSALS]
         replaced = place.name
         place[0] = noted
+        log.n_kept += 1
     log.count += 1
     unlock(&refusals_lock.held)
     domain_release(replaced)
@@ -94,14 +97,13 @@ cdef object refusal_record(const refusal* noted, creator_name):
 cdef object refusals_of(refusal_log* log, creator_name):
     from linmem.records import Refusals
     cdef refusal[KEPT_REFUSALS] last
-    cdef size_t count, n = 0, i
+    cdef size_t count, n, i
     with nogil:
         lock(&refusals_lock.held)
         count = log.count
-        if log.last != NULL:
-            n = min(count, <size_t>KEPT_REFUSALS)
+        n = min(log.n_kept, <size_t>KEPT_REFUSALS)
         for i in range(n):
-            last[i] = log.last[(count - n + i) % KEPT_REFUSALS]
+            last[i] = log.last[(log.n_kept - n + i) % KEPT_REFUSALS]
             domain_retain(last[i].name)
         unlock(&refusals_lock.held)
     try:

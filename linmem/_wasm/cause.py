@@ -25,7 +25,7 @@ _NOT_GROWN = "failed to grow memory"
 _NO_OBJECT = "GC heap out of memory"
 _WASMTIME = os.path.dirname(wasmtime.__file__) + os.sep
 # A guest cannot guess the number of another guest's refusal.
-_TOKEN = re.compile(r"\[refusal ([0-9a-f]{16})\]")
+_TOKEN = re.compile(r" ?\[refusal ([0-9a-f]{16})\]")
 
 
 class _Refusal(NamedTuple):
@@ -54,6 +54,11 @@ def note(error: Exception) -> str:
             _refusals.remove(before)
     del _refusals[:-_KEPT]
     return f"[refusal {token}]"
+
+
+def without_tokens(text: str) -> str:
+    """The text of an error of wasmtime, as people should see it."""
+    return _TOKEN.sub("", text).rstrip()
 
 
 def _forget_frames(error: BaseException, handled: BaseException | None) -> None:

@@ -130,10 +130,8 @@ def hoist_component(wasm: bytes) -> HoistedComponent:
         If a part that is read here is malformed. The other parts are copied without a check.
     """
     run = _Run()
-    if not wasm.startswith(PREAMBLE):
-        raise malformed(4, f"a component of version {wasm[4:6].hex()}")
     try:
-        root = run.read(wasm, 8, len(wasm), 0)
+        root = run.read_file(wasm)
         run.instantiate(root, None, None, 0)
     except Unknown as reason:
         return HoistedComponent(wasm, [], [], [], [], False, [f"nothing is hoisted: {reason}"])
@@ -149,12 +147,10 @@ def with_modules(wasm: bytes, change: Callable[[bytes], bytes]) -> bytes:
         If a part that is read here is malformed, or not known.
     """
     run = _Run()
-    if not wasm.startswith(PREAMBLE):
-        raise malformed(4, f"a component of version {wasm[4:6].hex()}")
-    root = run.read(wasm, 8, len(wasm), 0)
+    root = run.read_file(wasm)
     for module in run.modules:
         module.written = change(module.wasm)
-    return run.written(wasm, root)
+    return run.bytes_of(wasm, root)
 
 
 class _Run:
@@ -165,6 +161,11 @@ class _Run:
         self.order: list[tuple[_CoreModule, int, int]] = []     # module, which of its instances, which of its memories
 
     # -- the file
+
+    def read_file(self, wasm: bytes) -> _Component:
+        if not wasm.startswith(PREAMBLE):
+            raise malformed(4, f"a component of version {wasm[4:6].hex()}")
+        return self.read(wasm, 8, len(wasm), 0)
 
     def read(self, wasm: bytes, start: int, end: int, depth: int) -> _Component:
         """Read the sections of a component, which stand at start .. end, behind the preamble."""
@@ -304,9 +305,9 @@ class _Run:
         names = [f"module {module.number}, " + f"instance {instance}, " * (module.instances > 1) + f"memory {memory}"
                  for module, instance, memory in self.order]
         order = [first[module] + memory for module, _, memory in self.order]
-        return HoistedComponent(self.written(wasm, root), images, minima, order, names, not self.unknown, skipped)
+        return HoistedComponent(self.bytes_of(wasm, root), images, minima, order, names, not self.unknown, skipped)
 
-    def written(self, wasm: bytes, root: _Component) -> bytes:
+    def bytes_of(self, wasm: bytes, root: _Component) -> bytes:
         """The component with the modules as they are to be written; the same bytes if no module changed."""
         if all(module.written is module.wasm for module in self.modules):
             return wasm

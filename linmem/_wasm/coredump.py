@@ -146,7 +146,7 @@ def _global(context: Any, instance: wasmtime.Instance, outline: Outline, index: 
         return bytes([code, 0, 0xD0, code]) + _END
     head = bytes([_NUMBER_TYPES[kind.number], 0])
     name = outline.exports.get(("global", index))
-    if name is None:        # nobody can change this global
+    if name is None:        # no code can change this global
         return head + initial[index]
     value = read(context, ffi.wasmtime_global_get, handle(export(context, instance, name)))
     return head + _constant(kind.number, raw_bytes(value, NUMBERS[kind.number])) + _END

@@ -84,7 +84,7 @@ class Prepared:
                  "_start_module", "added", "digest", "engine", "images", "module", "outline", "skipped")
 
     engine: wasmtime.Engine
-    module: wasmtime.Module | Any           # Any: the one who prepared the file knows whether it is a component
+    module: wasmtime.Module | Any           # Any: a Component, if a component was prepared
     images: tuple[Image | None, ...]
     skipped: tuple[str, ...]
     added: frozenset[str]
@@ -334,11 +334,11 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
         that a `Snapshot` can hold them. `Prepared.added` has their names. The added table of functions, if there is
         one, counts in ``Store.set_limits(tables=, table_elements=)``. Refused for a component.
     trap_on_refused : bool
-        A ``memory.grow`` of this module, or component, that would return -1 traps ("unreachable") instead, whoever
-        refused: a creator, the OS, ``Store.set_limits``, or the memory's maximum. `cause` returns the exception of a
-        creator. Rust has ``StoreLimitsBuilder::trap_on_grow_failure``. A growth costs a few more units of fuel. Debug
-        information (DWARF) and branch hints are left out, because their places in the code would be wrong. The `digest`
-        does not depend on this option, so snapshots fit modules with and without it.
+        A ``memory.grow`` of this module, or component, that would return -1 traps ("unreachable") instead. It does not
+        matter what refused: a creator, the OS, ``Store.set_limits``, or the memory's maximum. `cause` returns the
+        exception of a creator. Rust has ``StoreLimitsBuilder::trap_on_grow_failure``. A growth costs a few more units
+        of fuel. Debug information (DWARF) and branch hints are left out, because their places in the code would be
+        wrong. The `digest` does not depend on this option, so snapshots fit modules with and without it.
 
     Raises
     ------
