@@ -203,3 +203,26 @@ def test_modules_of_one_engine_get_memories_by_their_size():
     engine = wasmtime.Engine(config)
     with pytest.raises(wasmtime.WasmtimeError, match=r"the result of rule\(ty, size\) must be a MemoryCreator"):
         wasmtime.Instance(wasmtime.Store(engine), wasmtime.Module(engine, "(module (memory 1))"), [])
+
+
+@pytest.mark.parametrize("above", [lambda creator: creator, lambda creator: linmem.LimitingCreator(creator, 1 << 30)])
+def test_wasmtime_gets_no_memory_that_starts_from_an_image_of_its_pool(above):
+    wasmtime = pytest.importorskip("wasmtime")
+    pool = linmem.PoolingCreator(image=linmem.Image.from_bytes(b"x" * 65536, 0))
+    with pytest.raises(ValueError, match="creator must not have a pool with an image"):
+        linmem.wasmtime.install(wasmtime.Config(), above(linmem.RoutingCreator([({"max_size": 1}, MMAP), ({}, pool)])))
+
+    chosen = [pool]
+    config = wasmtime.Config()
+    linmem.wasmtime.install(config, above(linmem.RoutingCreator(lambda ty, size: chosen[0])))
+    engine = wasmtime.Engine(config)
+    module = wasmtime.Module(engine, '(module (memory (export "m") 1) (data (i32.const 3) "data"))')
+    with pytest.raises(wasmtime.WasmtimeError, match="must not start from an image of its pool") as caught:
+        wasmtime.Instance(wasmtime.Store(engine), module, [])
+    assert isinstance(linmem.wasmtime.cause(caught.value), ValueError)
+    assert pool.stats()["live"] == 0
+    chosen[0] = linmem.PoolingCreator()
+    store = wasmtime.Store(engine)
+    memory = wasmtime.Instance(store, module, []).exports(store)["m"]
+    assert linmem.wasmtime.linear_memory(store, memory).read(0, 8) == b"\0\0\0data\0"
+    store.close()

@@ -18,10 +18,10 @@ from linmem._core.atomic cimport add, load, store
 from linmem._core.memory cimport (
     OWNER_LEFT, OWNER_WASMTIME, PROTECTION_NONE, UNCHOSEN, Image, Memory, NativeCreator, current_domain,
     deferred_decref, domain as domain_t, domain_of, domain_release, exception_of, fail, failure, failure_text,
-    fork_lock, image_release, image_retain, lock, lock_memory, memory, memory_grow_to, memory_release,
+    fork_lock, image_of, image_release, image_retain, lock, lock_memory, memory, memory_grow_to, memory_release,
     memory_retain, memory_spec, python_is_ending, refuse_make, register_fork_lock, set_domain, unlock, wrap,
 )
-from linmem._core.units cimport E_MAXIMUM, E_PYTHON, E_UNSUPPORTED, atomic_i64
+from linmem._core.units cimport E_MAXIMUM, E_PYTHON, E_UNSUPPORTED, E_VALUE, atomic_i64
 
 from operator import itemgetter
 
@@ -337,6 +337,13 @@ cdef wasmtime_error_t* new_memory(void* env, const wasm_memorytype_t* ty, size_t
     else:
         creator = env if creator == NULL else creator
         code = (<NativeCreator>creator).make(&spec, &m, &why)
+        # checked_creator() does not see the pools that the function of a RoutingCreator chooses. The memory of a
+        # creator in Python has no image, because the bytes of the image are copied.
+        if code == 0 and image_of(m) != NULL and image_of(m) != spec.image:
+            memory_release(m)
+            code = fail(&why, E_VALUE, "new_memory", minimum)
+            snprintf(why.detail, sizeof(why.detail), "the memory must not start from an image of its pool, because the"
+                     " data of a module would be copied over the image: leave image= out")
         if code:
             refuse_make(<NativeCreator>creator, &spec, &why)
     if in_context != NULL:

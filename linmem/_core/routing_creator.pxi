@@ -58,7 +58,8 @@ cdef class RoutingCreator(NativeCreator):
         fits each request. If no row fits, the request is refused with `ValueError`. A table runs no Python code.
 
         A function ``rule(ty, size)``: it gets the `MemoryType` and the bytes at the start, and returns the creator. If
-        it raises, the request is refused with this exception. It must not use the wasmtime store that asks.
+        it raises, the request is refused with this exception. It must not use the wasmtime store that asks. If wasmtime
+        asks, a memory of a pool with an ``image=`` is refused with `ValueError`.
     name : str, optional
         Stands in the text of refusals whose creator has no name, and in `MemoryInfo` of the memories.
     """

@@ -102,13 +102,16 @@ def check_type(value: object, kind: type, name: str) -> None:
 def checked_creator(creator: MemoryCreator) -> NativeCreator:
     """The native creator of an argument `creator` whose memories wasmtime uses."""
     native = as_native(creator)
-    part: object = native
-    while isinstance(part, NativeCreator):      # each creator of the chain
-        if getattr(part, "image", None) is not None:
-            raise ValueError("creator must not have a pool with an image: every memory would start from that image, and"
-                             " the data of a module would be copied over it. Leave image= out, and restore() each"
-                             " instance's memory to the image, or prepare() the module")
-        part = getattr(part, "upstream", getattr(part, "creator", None))
+    parts: list[object] = [native]
+    for part in parts:                          # each creator of the chain; a table of routes has several
+        if isinstance(part, NativeCreator):
+            if getattr(part, "image", None) is not None:
+                raise ValueError("creator must not have a pool with an image: every memory would start from that image,"
+                                 " and the data of a module would be copied over it. Leave image= out, and restore()"
+                                 " each instance's memory to the image, or prepare() the module")
+            rule = getattr(part, "rule", ())
+            parts += [getattr(part, "upstream", getattr(part, "creator", None)),
+                      *(chosen for _, chosen in (rule if isinstance(rule, tuple) else ()))]
     return native
 
 
