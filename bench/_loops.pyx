@@ -250,11 +250,13 @@ def instantiate(size_t engine, size_t module, long long n, Offer offer=None):
         took = -pages.clock_ns()
         for _ in range(n):
             store = wasmtime.store_new(<void*>engine, NULL, NULL)
-            if offering:
-                offer.begin()
-            error = wasmtime.instance_new(wasmtime.store_context(store), <const void*>module, NULL, 0, instance, &trap)
-            if offering:
-                left = offer.end()
+            if offering and not offer.begin():
+                left = 1
+            else:
+                error = wasmtime.instance_new(wasmtime.store_context(store), <const void*>module, NULL, 0, instance,
+                                              &trap)
+                if offering:
+                    left = offer.end()
             wasmtime.store_delete(store)
             if error != NULL or trap != NULL or left:
                 break

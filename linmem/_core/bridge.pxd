@@ -18,7 +18,7 @@ cdef class Offer:
     cdef tuple images           # holds the references on the images of `places`
     # For a call of wasmtime between both, without the GIL. The caller must hold a reference on the Offer. begin()
     # returns False if another offer of the thread has places left; end() returns how many images no memory has taken.
-    cdef void begin(self) noexcept nogil
+    cdef bint begin(self) noexcept nogil
     cdef size_t end(self) noexcept nogil
 
 

@@ -603,11 +603,14 @@ cdef class Offer:
         """
         return make_with(self, creator, domain, call, arguments)
 
-    cdef void begin(self) noexcept nogil:
+    cdef bint begin(self) noexcept nogil:
         cdef queue* q = offered()
+        if q.next < q.end:
+            return False
         q.depth = python_depth()
         q.next = self.places
         q.end = self.places + self.n
+        return True
 
     cdef size_t end(self) noexcept nogil:
         cdef queue* q = offered()
