@@ -179,8 +179,8 @@ def test_opening_reads_no_page_of_a_memory(path):
     save_state(State(MODULE, (MemoryState(0, image.size, image), MemoryState(1, image.size, image)), (), ()), path)
     opened = open_state(path)
     found = [m for m in mappings() if m.name.startswith(str(path))]
-    assert [m.size for m in found] == [image.size] * 2
-    assert sum(smaps(m.start, m.end)[0].figures["Rss"] for m in found) == 0
+    assert sum(m.size for m in found) == 2 * image.size     # the kernel may have made one mapping of both
+    assert [part.figures["Rss"] for m in found for part in smaps(m.start, m.end)] == [0] * len(found)
     assert opened.memories[0].image.info().kind == "file"
     assert opened.memories[1].image == image
 
