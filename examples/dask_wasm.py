@@ -125,7 +125,7 @@ def main() -> None:
         received = client.run(linmem.dask.traffic)
     image = snapshot.memories["memory"]
     print(f"{primes} primes below {BELOW}")
-    print(f"the image has {image.size >> 20} MiB, of which {image.info().stored >> 10} KiB are not zero")
+    print(f"the image has {image.size >> 20} MiB, of which {(image.info().stored or 0) >> 10} KiB are not zero")
     for worker, figures in received.items():
         print(f"{worker} got it {figures['snapshots_received']} time(s), {figures['bytes_received'] >> 10} KiB")
 

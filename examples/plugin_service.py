@@ -36,6 +36,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import prometheus_client
@@ -191,6 +192,7 @@ class Service:
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
         """What a worker has and its parent does not: threads. A process with threads must not fork."""
         parent = multiprocessing.parent_process()       # when it dies, the worker ends too
+        assert parent is not None
         asyncio.get_running_loop().add_reader(parent.sentinel, os.kill, os.getpid(), signal.SIGTERM)
         with contextlib.ExitStack() as stack:       # ends in the reverse order: the ticks last
             stack.enter_context(ticking(self.engine))
@@ -247,7 +249,7 @@ def work(service: Service, *sockets: socket.socket) -> None:
 
 def supervise(service: Service, shared: socket.socket, *own: socket.socket) -> None:
     """Keep one worker for each socket of `own` until SIGTERM or Ctrl-C."""
-    def start(n: int) -> multiprocessing.Process:
+    def start(n: int) -> BaseProcess:
         worker = multiprocessing.get_context("fork").Process(target=work, args=(service, shared, own[n]))
         worker.start()
         return worker
@@ -277,7 +279,7 @@ def main() -> None:
     ``uvicorn --workers`` starts its workers with the method "spawn", so each worker would compile every plugin itself.
     No guest may use WASI before the fork: wasmtime's threads for WASI do not exist in the workers.
     """
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("plugins", type=Path)
     parser.add_argument("--port", type=int, default=8000, help="0: any free ports")
     parser.add_argument("--workers", type=int, default=2)

@@ -23,6 +23,7 @@ try:
         Image,
         Memory,
         MmapCreator,
+        NativeCreator,
         disable_fault_report,
         enable_fault_report,
         find,
@@ -31,6 +32,7 @@ try:
     )
     from linmem._core.pool import PoolingCreator, set_pool_limits
     from linmem._files.delta import Delta
+    from linmem._os.pages import describe
     from linmem.abc import LinearMemory, MemoryCreator
     from linmem.creators import create, creator
     from linmem.errors import FileFormatError, GrowError, LimitError, OwnedError, PageError, PoolError
@@ -47,13 +49,15 @@ __version__ = "0.1.0"
 
 __all__ = ["Allocation", "CallbackCreator", "Delta", "DroppedInfo", "FileFormatError", "GrowError", "Image",
            "ImageInfo", "LimitError", "LimitingCreator", "LinearMemory", "Memory", "MemoryCreator", "MemoryInfo",
-           "MemoryType", "MmapCreator", "OwnedError", "PageError", "Place", "PoolError", "PoolingCreator",
-           "PythonCreator", "Refusal", "Refusals", "RoutingCreator", "ScopeTotals", "StatisticsCreator",
-           "TrackingCreator", "create", "creator", "disable_fault_report", "enable_fault_report", "find", "live",
-           "set_pool_limits", "tracemalloc_domain"]
+           "MemoryType", "MmapCreator", "NativeCreator", "OwnedError", "PageError", "Place", "PoolError",
+           "PoolingCreator", "PythonCreator", "Refusal", "Refusals", "RoutingCreator", "ScopeTotals",
+           "StatisticsCreator", "TrackingCreator", "create", "creator", "describe", "disable_fault_report",
+           "enable_fault_report", "find", "live", "set_pool_limits", "tracemalloc_domain"]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from linmem import metrics as metrics
+    from linmem import wasmtime as wasmtime
     from linmem.records import (
         Allocation,
         DroppedInfo,
@@ -65,18 +69,17 @@ if TYPE_CHECKING:
         Refusals,
         ScopeTotals,
     )
+else:
+    def __getattr__(name: str) -> object:
+        # These modules are imported at their first use. linmem.wasmtime needs wasmtime-py, and linmem.records takes
+        # time to import `dataclasses`.
+        if name in ("wasmtime", "metrics"):
+            from importlib import import_module
 
+            return import_module(f"linmem.{name}")
+        if name in ("Allocation", "DroppedInfo", "ImageInfo", "MemoryInfo", "MemoryType", "Place", "Refusal",
+                    "Refusals", "ScopeTotals"):
+            from linmem import records
 
-def __getattr__(name: str) -> object:
-    # These modules are imported at their first use. linmem.wasmtime needs wasmtime-py, and linmem.records takes time to
-    # import `dataclasses`.
-    if name in ("wasmtime", "metrics"):
-        from importlib import import_module
-
-        return import_module(f"linmem.{name}")
-    if name in ("Allocation", "DroppedInfo", "ImageInfo", "MemoryInfo", "MemoryType", "Place", "Refusal", "Refusals",
-                "ScopeTotals"):
-        from linmem import records
-
-        return globals().setdefault(name, getattr(records, name))
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            return globals().setdefault(name, getattr(records, name))
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,7 +17,11 @@ from linmem.abc import MemoryCreator
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from collections.abc import Callable, Iterable, Mapping
+    from typing import Any, Literal, SupportsIndex, overload
+
+    from linmem._core.memory import Image
+    from linmem.records import DroppedInfo, MemoryType
 
 __all__ = ["as_native", "create", "creator"]
 
@@ -25,6 +29,41 @@ _KINDS: dict[str, type[NativeCreator]] = {
     "mmap": MmapCreator, "pool": PoolingCreator, "limiting": LimitingCreator, "statistics": StatisticsCreator,
     "tracking": TrackingCreator, "callback": CallbackCreator, "routing": RoutingCreator}
 _DEFAULT = MmapCreator()
+
+if TYPE_CHECKING:
+    @overload
+    def creator(kind: Literal["mmap"] = "mmap", *, prefault: bool = False, huge_pages: bool = False,
+                name: str | None = None) -> MmapCreator: ...
+    @overload
+    def creator(kind: Literal["pool"], *, upstream: MemoryCreator | None = None, slots: SupportsIndex | None = None,
+                keep_resident: SupportsIndex = 67108864, max_unused_warm: SupportsIndex = 100,
+                max_resident: SupportsIndex | None = None, max_reserved: SupportsIndex | None = None,
+                idle_seconds: float | None = 5, max_reset_seconds: float | None = None,
+                reset: Literal["adaptive", "scan", "zero", "discard"] = "adaptive",
+                when_full: Literal["fallback", "error", "wait"] = "fallback", timeout: float | None = None,
+                check: bool = False, image: Image | None = None, name: str | None = None) -> PoolingCreator: ...
+    @overload
+    def creator(kind: Literal["limiting"], *, limit_bytes: SupportsIndex, upstream: MemoryCreator | None = None,
+                name: str | None = None) -> LimitingCreator: ...
+    @overload
+    def creator(kind: Literal["statistics"], *, upstream: MemoryCreator | None = None, history: SupportsIndex = 256,
+                timeline: SupportsIndex = 0, name: str | None = None) -> StatisticsCreator: ...
+    @overload
+    def creator(kind: Literal["tracking"], *, upstream: MemoryCreator | None = None, frames: SupportsIndex = 16,
+                name: str | None = None) -> TrackingCreator: ...
+    @overload
+    def creator(kind: Literal["callback"], *, upstream: MemoryCreator | None = None,
+                on_made: Callable[[Memory, int], object] | None = None,
+                on_grow: Callable[[Memory, int, int], object] | None = None,
+                on_refused: Callable[[Memory | None, int, Exception], object] | None = None,
+                on_dropped: Callable[[DroppedInfo], object] | None = None, limit_each: SupportsIndex | None = None,
+                limit_growths: SupportsIndex | None = None, name: str | None = None) -> CallbackCreator: ...
+    @overload
+    def creator(kind: Literal["routing"], *,
+                rule: Callable[[MemoryType, int], MemoryCreator] | Iterable[tuple[Mapping[str, int], MemoryCreator]],
+                name: str | None = None) -> RoutingCreator: ...
+    @overload
+    def creator(kind: str, **options: Any) -> NativeCreator: ...
 
 
 def creator(kind: str = "mmap", **options: Any) -> NativeCreator:

@@ -32,10 +32,11 @@ try:
     import dask.tokenize
     import distributed
     import distributed.protocol
-except ImportError as error:
-    raise ImportError(f"linmem.dask needs Dask's distributed: pip install 'linmem[dask]' ({error})") from error
+except ImportError as _error:
+    raise ImportError(f"linmem.dask needs Dask's distributed: pip install 'linmem[dask]' ({_error})") from _error
 
 from linmem._core.memory import Image, Memory, NativeCreator
+from linmem._core.pool import PoolingCreator
 from linmem._files.delta import Delta
 from linmem._wasm.snapshot_file import StoredSnapshot, state_digest
 from linmem.creators import creator
@@ -157,7 +158,7 @@ def worker_pool(image: Image, **options: Any) -> NativeCreator:
     try:
         hash(key)
     except Exception:       # an option cannot be hashed, so it is not valid: the pool raises the exception
-        return creator("pool", image=image, **options)
+        return PoolingCreator(image=image, **options)
     with _lock:
         pool = _pools.get(key)
         if pool is None:

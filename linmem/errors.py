@@ -21,7 +21,11 @@ def _reduce(self: BaseException) -> tuple[object, ...]:
 class GrowError(MemoryError):
     """A growth or a creation exceeds a bound of the memory: its maximum or its capacity."""
 
-    __reduce__ = _reduce
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _reduce(self)
 
 
 class LimitError(GrowError):
@@ -72,12 +76,18 @@ class PageError(OSError, MemoryError):
     call: str = ""
     size: int = 0
 
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), self.args, {**vars(self), "errno": self.errno}
 
 
 class OwnedError(RuntimeError):
     """Only the owner of the memory, a wasmtime store, may make this call."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
 
 
 class FileFormatError(ValueError):
@@ -101,7 +111,8 @@ class FileFormatError(ValueError):
         self.value = value
         self.bound = bound
 
-    __reduce__ = _reduce
+    def __reduce__(self) -> tuple[object, ...]:
+        return _reduce(self)
 
 
 def page_error(os_error_args: tuple[Any, ...], call: str, size: int) -> PageError:

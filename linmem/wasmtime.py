@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 try:
     import wasmtime
-except ImportError as error:
-    raise ImportError("linmem.wasmtime needs wasmtime-py: pip install 'linmem[wasmtime]'") from error
+except ImportError as _error:
+    raise ImportError("linmem.wasmtime needs wasmtime-py: pip install 'linmem[wasmtime]'") from _error
 
 from linmem._core import bridge as _bridge
 from linmem._core.memory import Memory
@@ -33,6 +33,7 @@ from linmem.abc import MemoryCreator
 
 if TYPE_CHECKING:
     from wasmtime import component
+    from wasmtime._exportable import AsExtern  # the type of what `exports()` gives
 
 __all__ = ["Prepared", "Sessions", "Snapshot", "cause", "install", "linear_memory", "memories", "new_memory", "patch",
            "prepare", "use"]
@@ -124,7 +125,7 @@ class use:
         _bridge.release_choice(self._choice)
 
 
-def linear_memory(store: wasmtime.Store, memory: wasmtime.Memory | wasmtime.SharedMemory) -> Memory:
+def linear_memory(store: wasmtime.Store | wasmtime.Caller, memory: AsExtern) -> Memory:
     """The linmem memory behind a wasm memory.
 
     Views of it stay valid after ``memory.grow`` and ``store.close()``. While the store owns the memory, it grows by

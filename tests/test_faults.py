@@ -1200,6 +1200,7 @@ QUIET = {
     "Sessions.__exit__": lambda scene: scene.sessions.__exit__(None, None, None),
     "Sessions.__repr__": lambda scene: repr(scene.sessions),
     "Sessions.__reduce__": refuses(TypeError, lambda scene: pickle.dumps(scene.sessions)),
+    "describe": lambda scene: linmem.describe(),
     "Memory": refuses(TypeError, lambda scene: linmem.Memory()),
     "Memory.byte_size": lambda scene: scene.mem.byte_size(),
     "Memory.byte_capacity": lambda scene: scene.mem.byte_capacity(),
@@ -1339,7 +1340,7 @@ def record_nothing(snapshot):
 def public_names():
     """The public names that can be called or are computed on access."""
     things = [getattr(room, name) for room in (linmem, linmem.wasmtime) for name in room.__all__]
-    for thing in [*things, NativeCreator, Handle, StoredSnapshot, SnapshotHandle]:
+    for thing in [*things, Handle, StoredSnapshot, SnapshotHandle]:
         if (inspect.ismodule(thing) or isinstance(thing, int)
                 or (inspect.isclass(thing) and issubclass(thing, BaseException))):
             continue

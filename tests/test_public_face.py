@@ -15,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import stub_docstrings
 import wasmtime
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -395,6 +396,10 @@ FACE = {
     "linmem.PoolError": (lambda w: linmem.PoolError, {"message": (anything, ""), "slots": (anything, 1)}),
     "linmem.FileFormatError": (lambda w: linmem.FileFormatError, {
         "path": (anything, ""), "field": (anything, ""), "value": (anything, 1), "bound": (anything, 1)}),
+    "linmem.NativeCreator": (lambda w: linmem.NativeCreator, {}),
+    "linmem.describe": (lambda w: linmem.describe, {}),
+    **{f"linmem.{name}": (lambda w, name=name: getattr(linmem, name), {"args": (anything, "text")})
+       for name in ("GrowError", "OwnedError", "PageError")},
     "linmem.Memory": (lambda w: linmem.Memory, {}),
     "linmem.Memory.grow_to": (lambda w: w.mem.grow_to, {"new_size": (size, 2 * PAGE)}),
     "linmem.Memory.view": (lambda w: w.mem.view, {
@@ -709,6 +714,23 @@ def is_the_same(name):
 
 
 KINDS = {is_the_same(name): arguments for name, arguments in public_face().items()}
+
+
+def test_inspect_shows_the_arguments_of_each_public_class_and_function():
+    declared = {name: list(arguments) for name, arguments in public_face().items()
+                if name != "linmem.NativeCreator" and "__" not in name}
+    shown = {}
+    for name in declared:
+        thing = functools.reduce(getattr, name.split(".")[1:], linmem)
+        shown[name] = [argument for argument in inspect.signature(thing).parameters if argument != "self"]
+    assert len(shown) > 90
+    assert shown == declared
+
+
+def test_the_docstrings_of_the_stubs_are_those_of_the_extension_modules():
+    assert len(stub_docstrings.stubs()) == 5
+    for path in stub_docstrings.stubs():
+        assert stub_docstrings.documented(path) == path.read_text("utf-8"), "run python tests/stub_docstrings.py"
 
 
 def test_every_public_argument_has_its_row():

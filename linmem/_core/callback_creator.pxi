@@ -162,7 +162,9 @@ cdef object check_callback(object value, str name):
 
 @cython.final
 cdef class CallbackCreator(NativeCreator):
-    """Calls Python functions for the memories that come through it, and limits each memory.
+    """CallbackCreator(upstream, *, on_made=None, on_grow=None, on_refused=None, on_dropped=None,\
+    limit_each=None, limit_growths=None, name=None)\n--\n
+    Calls Python functions for the memories that come through it, and limits each memory.
 
     rmm has ``TrackingResourceAdaptor`` and ``FailureCallbackResourceAdaptor``, wasmtime has ``ResourceLimiter``. The
     requests of WebAssembly modules, components and garbage-collected heaps arrive here as those of Python do.

@@ -8,7 +8,8 @@ from linmem._files.delta import bytes_after as _bytes_after
 
 @cython.final
 cdef class Image:
-    """Bytes at an offset of a memory, and zeros everywhere else; immutable.
+    """Image()\n--\n
+    Bytes at an offset of a memory, and zeros everywhere else; immutable.
 
     Made by `Memory.snapshot` and `Image.from_bytes`. Memories that start from an image share its pages until they write
     them, if the OS can do that (see `linmem info`); otherwise the bytes are copied. Zeros take no space. An image is a

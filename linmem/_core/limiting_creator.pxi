@@ -136,7 +136,8 @@ cdef void limit_dropped(memory_hook* head) noexcept nogil:
 
 @cython.final
 cdef class LimitingCreator(NativeCreator):
-    """One budget of committed bytes over all memories that come through it.
+    """LimitingCreator(upstream, limit_bytes, *, name=None)\n--\n
+    One budget of committed bytes over all memories that come through it.
 
     The budget is charged (in whole host pages) when a memory is made and when it grows, and refunded when the memory is
     dropped. The sums are exact under threads. A request that exceeds the budget raises `LimitError`; in wasm,

@@ -250,7 +250,8 @@ cdef void end_export(Memory mem) noexcept:
 
 @cython.final
 cdef class Memory:
-    """A linear memory: bytes at an address that a growth within `byte_capacity` does not change.
+    """Memory()\n--\n
+    A linear memory: bytes at an address that a growth within `byte_capacity` does not change.
 
     A creator makes it (`linmem.create`, `linmem.MmapCreator`, `linmem.wasmtime.linear_memory`); the class cannot be
     called. It is a writable buffer of `len(mem)` bytes: ``memoryview(mem)``, ``numpy.asarray(mem)``. Sizes and offsets

@@ -86,7 +86,8 @@ cdef str name_option(NativeCreator creator):
 
 
 cdef class NativeCreator:
-    """Base of the creators that wasmtime can call without the GIL. A subclass in Cython overrides `make`.
+    """NativeCreator(**options)\n--\n
+    Base of the creators that wasmtime can call without the GIL. A subclass in Cython overrides `make`.
 
     A creator in Python implements `linmem.MemoryCreator` instead.
     """
@@ -245,7 +246,8 @@ cdef int fill_sizes(memory_spec* spec, minimum, maximum, reservation, str name) 
 
 @cython.final
 cdef class MmapCreator(NativeCreator):
-    """Makes each memory as a mapping of its own, which is reserved, committed as the memory grows, and released.
+    """MmapCreator(*, prefault=False, huge_pages=False, name=None)\n--\n
+    Makes each memory as a mapping of its own, which is reserved, committed as the memory grows, and released.
 
     Mirrors ``wasmtime::MemoryCreator``. Thread-safe. The creator does not keep memories.
 

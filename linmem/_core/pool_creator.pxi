@@ -107,7 +107,10 @@ cdef int take_or_make(PoolingCreator creator, const memory_spec* spec, memory** 
 
 @cython.final
 cdef class PoolingCreator(NativeCreator):
-    """Memories that are reset and handed out again instead of being made anew.
+    """PoolingCreator(upstream=None, *, slots=None, keep_resident=67108864, max_unused_warm=100, max_resident=None,\
+    max_reserved=None, idle_seconds=5, max_reset_seconds=None, reset='adaptive', when_full='fallback', timeout=None,\
+    check=False, image=None, name=None)\n--\n
+    Memories that are reset and handed out again instead of being made anew.
 
     The pool keeps a slot (a memory of the upstream creator) when the last reference on it is gone. wasmtime, Python
     handles and exported buffers have references. The thread that drops the last reference resets the slot, with no

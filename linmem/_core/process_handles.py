@@ -29,6 +29,7 @@ class Handle:
     """
 
     __slots__ = ("_parts_of", "_rebuild", "image")
+    image: Any
 
     def __init__(self, image: Any, parts_of: Callable[[Any], tuple[Any, ...]], rebuild: Callable[..., Any]) -> None:
         """``rebuild(descriptor, *parts_of(image))`` makes the image in the other process."""

@@ -159,7 +159,8 @@ python_ops.lose = break_memory
 
 @cython.final
 cdef class PythonCreator(NativeCreator):
-    """A native creator that calls a Python class, which implements the two traits.
+    """PythonCreator(creator, *, name=None)\n--\n
+    A native creator that calls a Python class, which implements the two traits.
 
     A caller in Python gets an exception of the class itself; wasmtime gets the text of the exception. Each creation and
     growth takes the GIL. Reading the base and the size does not take the GIL.

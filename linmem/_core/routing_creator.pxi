@@ -46,7 +46,8 @@ cdef bint fits(const route* r, const memory_spec* spec) noexcept nogil:
 
 @cython.final
 cdef class RoutingCreator(NativeCreator):
-    """Passes each request to one of several creators, by the memory's type and size.
+    """RoutingCreator(rule, *, name=None)\n--\n
+    Passes each request to one of several creators, by the memory's type and size.
 
     A memory belongs to the creator that made it: its growth, its budget and its pool are those of this creator.
 

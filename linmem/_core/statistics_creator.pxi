@@ -187,7 +187,8 @@ cdef void copy_name(StatisticsCreator creator, memory* m, char* out) noexcept no
 
 @cython.final
 cdef class StatisticsCreator(NativeCreator):
-    """Counts and times what happens to the memories that come through it.
+    """StatisticsCreator(upstream, history=256, timeline=0, *, name=None)\n--\n
+    Counts and times what happens to the memories that come through it.
 
     rmm's ``StatisticsResourceAdaptor`` has such sums. This creator also keeps a record of each memory.
 

@@ -500,7 +500,8 @@ cdef bint has_handle(list handles):
 
 @cython.final
 cdef class TrackingCreator(NativeCreator):
-    """Notes by which lines, and in which scope, the memories that come through it were made.
+    """TrackingCreator(upstream, *, frames=16, name=None)\n--\n
+    Notes by which lines, and in which scope, the memories that come through it were made.
 
     A memory is noted with the Python stack that made it and with the stack of the growth to its largest size. The stack
     is the one of the thread that asks for the memory, also if wasmtime asks. The newest frames of linmem and wasmtime

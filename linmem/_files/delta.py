@@ -9,9 +9,10 @@ from linmem._core.arguments import check_bytes, check_pairs, check_path, check_s
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterable, Iterator
     from typing import Any, SupportsIndex
+
+    from linmem._core.arguments import AnyPath
 
     Piece = tuple[int, int, "memoryview | None"]
 
@@ -152,7 +153,7 @@ class Delta:
         """The number of bytes in `data`."""
         return self.data.nbytes
 
-    def save(self, path: str | bytes | os.PathLike[str]) -> None:
+    def save(self, path: AnyPath) -> None:
         """Write the delta to a file, in the way of `Image.save`.
 
         Raises
@@ -181,7 +182,7 @@ class Delta:
                            target_offset=self.offset), self.pieces)
 
     @staticmethod
-    def open(path: str | bytes | os.PathLike[str], *, max_size: int | None = None) -> Delta:
+    def open(path: AnyPath, *, max_size: int | None = None) -> Delta:
         """Read the delta in a file and check it as a whole.
 
         Parameters

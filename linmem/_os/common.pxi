@@ -324,7 +324,17 @@ def choose_image(kind):
 
 
 def describe():
-    """Returns the abilities and the limits of this machine's page floor as a dict; `linmem info` prints them."""
+    """What the operating system gives linmem on this machine, as a dict; ``linmem info`` prints it.
+
+    Returns
+    -------
+    dict
+        Sizes are in bytes. "page_size" (the host page), "granularity" (of reservations), "huge_page" (0: none),
+        "address_bits", "address_space", "address_space_left", "reserved" (address space that linmem holds now),
+        "memory" (physical memory that this process may use; 0: unknown), "mappings" (the most that a process may have;
+        0: no limit), "images" (the kind of pages that images have), "capabilities" (a dict of bools), "limits" (a
+        dict of the limits that are set, by their names).
+    """
     cdef dict members = caps
     cdef size_t total, left
     address_space(&total, &left)

@@ -21,13 +21,24 @@ from linmem.creators import as_native
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import TypeVar, overload
+
     from linmem.abc import MemoryCreator
+
+    _Creator = TypeVar("_Creator", bound=MemoryCreator)
 
 _WASM32_SPACE = 1 << 32
 _SHORT_SPACE = 1 << 40      # bytes; with less space, wasmtime's default of 4 GiB for each memory uses it up soon
 # The functions that `_bridge.bind` takes, in its order.
 _NEEDED = ("wasmtime_config_host_memory_creator_set", "wasmtime_error_new", "wasmtime_memorytype_is64",
            "wasmtime_memorytype_isshared")
+
+
+if TYPE_CHECKING:
+    @overload
+    def install(config: wasmtime.Config, creator: None = None, *, tune: bool = True) -> PoolingCreator: ...
+    @overload
+    def install(config: wasmtime.Config, creator: _Creator, *, tune: bool = True) -> _Creator: ...
 
 
 def install(config: wasmtime.Config, creator: MemoryCreator | None = None, *, tune: bool = True) -> MemoryCreator:

@@ -35,6 +35,7 @@ class Patch:
     """
 
     __slots__ = ("_install", "creator")
+    creator: MemoryCreator
 
     def __init__(self, creator: MemoryCreator, install: Callable[[wasmtime.Config, MemoryCreator], object]) -> None:
         self.creator, self._install = creator, install

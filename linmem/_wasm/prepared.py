@@ -36,9 +36,12 @@ from linmem.errors import PageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import overload
+
     from wasmtime import component
     from wasmtime._exportable import AsExtern
 
+    from linmem._core.arguments import AnyPath
     from linmem.abc import MemoryCreator
 
 NOT_OURS = ("linmem.wasmtime.install(config) was not called for this engine, or the config uses the pooling"
@@ -130,6 +133,15 @@ class Prepared:
         if compile_start is not None:
             _alive.add(self)
         return self
+
+    if TYPE_CHECKING:
+        @overload
+        def instantiate(self, store: wasmtime.Store, imports: Sequence[AsExtern] | wasmtime.Linker = (), *,
+                        start: Snapshot | None = None, domain: str | None = None,
+                        creator: MemoryCreator | None = None) -> wasmtime.Instance: ...
+        @overload
+        def instantiate(self, store: wasmtime.Store, imports: component.Linker, *, domain: str | None = None,
+                        creator: MemoryCreator | None = None) -> component.Instance: ...
 
     def instantiate(self, store: wasmtime.Store,
                     imports: Sequence[AsExtern] | wasmtime.Linker | component.Linker = (), *,
@@ -305,7 +317,7 @@ if hasattr(os, "register_at_fork"):     # else a lock that another thread holds 
 
 
 def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
-            cache: str | os.PathLike[str] | None = None, expose: bool = False,
+            cache: AnyPath | None = None, expose: bool = False,
             trap_on_refused: bool = False) -> Prepared:
     """Compile a module or a component such that its instances start from images of its data.
 

@@ -7,7 +7,6 @@ group on. docs/file-format.md has every field. Pickles send the same description
 from __future__ import annotations
 
 import itertools
-import os
 import re
 import struct
 from abc import ABC, abstractmethod
@@ -39,6 +38,8 @@ from linmem.errors import FileFormatError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from linmem._core.arguments import AnyPath
 
 MOST_MEMORIES = 100         # of a WebAssembly module; each image of a file takes a descriptor and a mapping
 
@@ -262,7 +263,7 @@ def decoded(raw: bytes | bytearray | memoryview, module: str, path: str) -> tupl
 
 # -- files ------------------------------------------------------------------------------------------------
 
-def save_state(state: State, path: str | bytes | os.PathLike[str], *, packed: bool = False) -> None:
+def save_state(state: State, path: AnyPath, *, packed: bool = False) -> None:
     """Write a state to a file as `Image.save` writes an image: as a whole or not at all."""
     check_flag(packed, "packed")
     path = check_path(path)
@@ -346,7 +347,7 @@ def read_state(file: BinaryIO, contents: Contents) -> tuple[State, list[Contents
     return state, parts
 
 
-def open_state(path: str | bytes | os.PathLike[str], verify: bool = False, *, map: bool = True,
+def open_state(path: AnyPath, verify: bool = False, *, map: bool = True,
                max_size: int | None = None) -> State:
     """The state that a file holds; with the arguments and exceptions of `Image.open`.
 
@@ -412,6 +413,7 @@ class SnapshotHandle:
     """
 
     __slots__ = ("snapshot",)
+    snapshot: StoredSnapshot
 
     def __init__(self, snapshot: StoredSnapshot) -> None:
         self.snapshot = snapshot
@@ -444,7 +446,7 @@ class StoredSnapshot(ABC):
     def _travels(self) -> State:
         """The state; ValueError if the snapshot has only objects of its store."""
 
-    def save(self, path: str | bytes | os.PathLike[str], *, packed: bool = False) -> None:
+    def save(self, path: AnyPath, *, packed: bool = False) -> None:
         """Write the snapshot to a file, as a whole or not at all.
 
         The file is written, and an old file is replaced, as `Image.save` describes. The file has the working set, too,
@@ -466,7 +468,7 @@ class StoredSnapshot(ABC):
         save_state(self._travels(), path, packed=packed)
 
     @classmethod
-    def open(cls, path: str | bytes | os.PathLike[str], verify: bool = False, *, map: bool = True,
+    def open(cls, path: AnyPath, verify: bool = False, *, map: bool = True,
              max_size: int | None = None) -> Self:
         """The snapshot that a file holds. `Prepared.instantiate` starts instances from the snapshot.
 
