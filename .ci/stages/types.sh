@@ -7,7 +7,7 @@ copy_source src
 venv/bin/pip install -q 'setuptools>=77' 'Cython>=3.1'
 CFLAGS=$quick venv/bin/pip install -q --no-deps --no-build-isolation -e ./src
 PATH=$PWD/venv/bin:$PATH        # pyright looks for the packages of the first Python there
-(cd src && mypy --cache-dir "$cache/mypy" linmem) | tee mypy.txt
+(cd src && python -m mypy --cache-dir "$cache/mypy" linmem) | tee mypy.txt
 mkdir empty
 (cd empty && pyright --verifytypes linmem --ignoreexternal) | tee pyright.txt
 grep -q 'src/linmem/py.typed' pyright.txt
