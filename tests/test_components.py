@@ -671,7 +671,7 @@ def test_arguments_of_a_component_are_checked():
         prepared.instantiate(store, start=snapshot)
     with pytest.raises(ValueError, match="start must be None for a component"):
         linmem.wasmtime.Sessions(prepared, start=snapshot, size=1)
-    with pytest.raises(TypeError, match=r"instance must be a wasmtime\.Instance"):
+    with pytest.raises(TypeError, match=r"must be a wasmtime\.Instance, got an instance of a component"):
         linmem.wasmtime.Snapshot.take(store, prepared.instantiate(store))
     with pytest.raises(TypeError, match="store must be"):
         prepared.instantiate(None)

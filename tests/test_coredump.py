@@ -13,7 +13,9 @@ from support import WASM_TOOLS, requires, run_child
 
 import linmem.wasmtime
 from linmem import cli
-from linmem._wasm import coredump
+from linmem._wasm import component as linmem_component
+from linmem._wasm import coredump, prepared
+from linmem._wasm.component import core_modules
 from linmem._wasm.module import Module
 from linmem._wasm.reader import Reader
 
@@ -231,15 +233,16 @@ def test_a_program_that_started_from_a_snapshot_leaves_a_dump_of_its_whole_state
 
 
 def test_more_pieces_than_a_module_may_have_segments_are_joined(trapped, monkeypatch):
-    monkeypatch.setattr(coredump, "_MAX_SEGMENTS", 5)
-    dump, _ = trapped("""(module (memory 64) (func (export "_start") (local $at i32)
+    monkeypatch.setattr(coredump, "_MAX_SEGMENTS", 11)
+    dump, _ = trapped("""(module (memory 64) (memory $more 64) (func (export "_start") (local $at i32)
       (loop $next
         (i32.store8 (local.get $at) (i32.const 7))
+        (i32.store8 $more (local.get $at) (i32.const 7))
         (br_if $next (i32.lt_u (local.tee $at (i32.add (local.get $at) (i32.const 30000))) (i32.const 4000000))))
       unreachable))""")
-    assert len(segments(dump)) <= 5
-    (content,) = contents(dump)
-    assert content == b"".join(b"\7" if at % 30000 == 0 and at < 4000000 else b"\0" for at in range(64 * PAGE))
+    assert [sum(number == memory for number, *_ in segments(dump)) <= 5 for memory in (0, 1)] == [True, True]
+    content = b"".join(b"\7" if at % 30000 == 0 and at < 4000000 else b"\0" for at in range(64 * PAGE))
+    assert contents(dump) == [content, content]
 
 
 def test_of_a_module_that_linmem_does_not_know_the_exported_memories_are_found():
@@ -250,7 +253,7 @@ def test_of_a_module_that_linmem_does_not_know_the_exported_memories_are_found()
     instance = wasmtime.Instance(store, wasmtime.Module(
         engine, '(module (memory (export "m") 2) (memory 1) (data (i32.const 3) "x"))'), [])
     held = coredump.instance_of(store, instance, None, b"")
-    assert [(memory.type, [(start, bytes(data)) for start, data in memory.pieces]) for memory in held.memories] == [
+    assert [(memory.type, [(start, bytes(data)) for start, data in memory.pieces(9)]) for memory in held.memories] == [
         (b"\0\2", [(3, b"x")])]
     assert held.globals == []
 
@@ -313,3 +316,120 @@ def test_an_interrupt_while_a_dump_is_written_leaves_nothing(here, interruptible
         """, cwd=here)
     assert (done.returncode, done.stdout) == (130, "2\n")
     assert os.listdir() == ["guest.wat"]
+
+
+# -- components --------------------------------------------------------------------------------------------------------
+
+# The component $inner calls `take` of the outer one, and wasmtime makes a function that passes the string.
+COMPONENT = """
+(component
+  (core module $grows (memory (export "memory") 1 9) (data (i32.const 70) "first")
+    (func (export "realloc") (param i32 i32 i32 i32) (result i32) (i32.const 5000))
+    (func $deep (i32.store (i32.const 131068) (i32.const 0x01020304)) unreachable)
+    (func (export "take") (param i32 i32) (drop (memory.grow (i32.const 1))) (call $deep)))
+  (core instance $grows (instantiate $grows))
+  (alias core export $grows "memory" (core memory $memory))
+  (alias core export $grows "realloc" (core func $realloc))
+  (func $take (param "text" string) (canon lift (core func $grows "take") (memory $memory) (realloc $realloc)))
+  (component $inner
+    (import "take" (func $take (param "text" string)))
+    (core module $library (memory (export "memory") 2) (data (i32.const 5) "library"))
+    (core instance $one (instantiate $library))
+    (core instance $two (instantiate $library))
+    (alias core export $two "memory" (core memory $memory))
+    (core func $take (canon lower (func $take) (memory $memory)))
+    (core module $main (import "" "take" (func $take (param i32 i32))) (memory i64 3 4)
+      (func (export "run") (result i32)
+        (i64.store (i64.const 65536) (i64.const -1)) (call $take (i32.const 5) (i32.const 4)) (i32.const 0)))
+    (core instance $main (instantiate $main (with "" (instance (export "take" (func $take))))))
+    (func (export "run") (result (result)) (canon lift (core func $main "run"))))
+  (instance $inner (instantiate $inner (with "take" (func $take))))
+  (alias export $inner "run" (func $run))
+  (instance $command (export "run" (func $run)))
+  (export "wasi:cli/run@0.2.0" (instance $command)))"""
+COMPONENT_SEGMENTS = [(0, 70, b"first"), (0, 5000, b"libr"), (0, 131068, b"\4\3\2\1"), (1, 5, b"library"),
+                      (2, 5, b"library"), (3, 65536, b"\xff" * 8)]
+
+
+def instances(dump):
+    """The names of the modules, and (module, memories, globals) of each instance."""
+    found = custom_sections(dump)
+    reader, names, items = found["coremodules"], [], []
+    for _ in range(reader.u32("modules")):
+        assert reader.byte("module") == 0
+        names.append(reader.name("module"))
+    reader = found["coreinstances"]
+    for _ in range(reader.u32("instances")):
+        assert reader.byte("instance") == 0
+        module = reader.u32("module")
+        items.append((names[module], *(numbers(reader, reader.u32("number")) for _ in ("memories", "globals"))))
+    assert reader.at == reader.end
+    return names, items
+
+
+@requires("components")
+def test_a_dump_of_a_component_has_the_memories_of_each_core_instance(trapped):
+    dump, error = trapped(COMPONENT)
+    assert error.splitlines()[-1] == "linmem run: core dump: core (4 memories, 0 globals, 4 frames)"
+    assert instances(dump) == (["module 0", "module 1", "module 2", "unknown"], [
+        ("module 0", [0], []), ("module 1", [1], []), ("module 1", [2], []), ("module 2", [3], []),
+        ("unknown", [], [])])
+    assert [(limits.minimum // PAGE, limits.bits) for limits in Module(dump).memories()] == [
+        (2, 32), (2, 32), (2, 32), (3, 64)]
+    assert segments(dump) == COMPONENT_SEGMENTS
+
+
+@requires("components")
+def test_the_frames_of_a_component_name_the_module_of_each_function(trapped):
+    dump, _ = trapped(COMPONENT)
+    _, held = instances(dump)
+    frames = stack(dump)[1]
+    # The third function is wasmtime's.
+    assert [(held[frame[0]][0], frame[1]) for frame in frames if frame[0] != 4] == [
+        ("module 0", 1), ("module 0", 2), ("module 2", 1)]
+    assert [held[frame[0]][0] for frame in frames] == ["module 0", "module 0", "unknown", "module 2"]
+    modules = [Module(wasm) for _, wasm in core_modules(bytes(wasmtime.wat2wasm(COMPONENT)))]
+    codes = []
+    for instance, function, offset, *_ in frames:
+        if held[instance][0] != "unknown":
+            module = modules[int(held[instance][0][-1])]
+            starts = [reader.skip(reader.u32("size"), "function") for reader in module.items(10, "functions")]
+            codes.append(module.wasm[starts[function - len(module.all_imports()["function"])] + offset])
+    assert codes == [0x00, 0x10, 0x10]      # an unreachable, and two calls
+
+
+@requires("components")
+def test_a_component_whose_data_stays_leaves_the_same_dump(trapped, monkeypatch):
+    expected, _ = trapped(COMPONENT)
+    monkeypatch.setattr(prepared, "_images", lambda *arguments: (_ for _ in ()).throw(OverflowError("no room")))
+    assert trapped(COMPONENT)[0] == expected
+
+
+@requires("components")
+def test_a_component_that_linmem_cannot_follow_leaves_a_dump_of_its_memories_and_frames(trapped, monkeypatch):
+    monkeypatch.setattr(linmem_component, "_MOST_STEPS", 1)
+    dump, _ = trapped(COMPONENT)
+    names, held = instances(dump)
+    assert names == ["module 0", "module 1", "module 2", "unknown"]
+    assert held[-1] == ("unknown", [0, 1, 2, 3], [])
+    assert sorted(data for _, _, data in segments(dump)) == sorted(data for _, _, data in COMPONENT_SEGMENTS)
+    assert [frame[0] for frame in stack(dump)[1]] == [0, 0, 3, 2]
+
+
+@requires("components")
+def test_a_component_that_traps_before_it_is_an_instance_leaves_a_dump_of_the_stack(trapped):
+    dump, error = trapped(COMPONENT.replace("(func $deep", "(start $deep) (func $deep"))
+    assert "(0 memories, 0 globals, 1 frame)" in error
+    assert instances(dump)[1][0] == ("module 0", [], [])
+    assert [frame[:2] for frame in stack(dump)[1]] == [(0, 1)]
+
+
+@requires("components", "wasm_tools")
+def test_wasm_tools_reads_a_dump_of_a_component(trapped):
+    trapped(COMPONENT)
+    printed = wasm_tools("print")
+    for line in ("(memory (;0;) 2)", "(memory (;3;) i64 3)", '(data (;2;) (i32.const 131068) "\\04\\03\\02\\01")',
+                 '(data (;4;) (memory 2) (i32.const 5) "library")'):
+        assert line in printed
+    wasm_tools("validate", "--features", "all")
+    assert "CoreDumpInstance { module_index: 2, memories: [3], globals: [] }" in wasm_tools("dump")

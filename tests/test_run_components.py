@@ -471,8 +471,8 @@ LIBRARY = """(component (core module $m (func (export "f"))) (core instance $m (
              '(import "unknown:place/things" (instance (export "f" (func))))'), [], 1, "unknown:place/things"),
     (command('(func (export "run") (result i32) (i32.const 0))', '(import "wasi:io/streams@0.2.0" (func))'), [], 1,
      "wasi:io/streams@0.2.0"),
-    (returns(0), ["--start", "file"], 2, "--start: "),
-    (returns(0), ["--coredump", "file"], 2, "--coredump: "),
+    (returns(0), ["--start", "file"], 2, "--start: component.wat is a component, and there are no snapshots of"
+                                         " components"),
     (b"\0asm\x0d\0\x01\0\xff\xff\xff", [], 1, "component.wat: "),
 ])
 def test_a_component_that_cannot_be_run_is_refused_in_one_line(wat, tmp_path, text, words, code, expected):

@@ -128,13 +128,21 @@ class ComponentProgram(Program):
         else:
             self.instance = self.prepared.instantiate(self.store, linker)
 
-    def names_by_address(self) -> dict[int, str]:
-        """The names of the memories of a prepared component that has an instance."""
+    def _memories(self) -> dict[str, Any]:
+        """The memories of a prepared component that has an instance, by name."""
         if self.prepared is None or self.instance is None:
             return {}
         from linmem.wasmtime import memories
 
-        return {memory.as_ptr(): name for name, memory in memories(self.instance).items()}
+        return dict(memories(self.instance))
+
+    def names_by_address(self) -> dict[int, str]:
+        return {memory.as_ptr(): name for name, memory in self._memories().items()}
+
+    def core_content(self, trap: Any) -> Any:
+        from linmem._wasm.coredump import content_of_component
+
+        return content_of_component(self.binary, self.prepared, self._memories(), trap)
 
     def initialise(self, name: str, arguments: Sequence[Any] = ()) -> list[Any]:
         return self.call(name, arguments)

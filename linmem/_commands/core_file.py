@@ -19,17 +19,16 @@ class CoreFile:
 
     def write(self, program: Any, trap: Any) -> None:
         """Write the core dump, and say so in a line. A program that trapped in its start function has no memories."""
-        from linmem._wasm.coredump import Instance, frames_of, instance_of, write
+        from linmem._wasm.coredump import write
 
-        held = Instance(0, [], [])
         try:
             with refuse_errors_of(self.path):
-                if program.instance is not None:
-                    held = instance_of(program.store, program.instance, program.prepared.outline, program.binary)
-                frames = frames_of(trap)
-                write(self.path, program.path, [program.path], [held], frames)
+                content = program.core_content(trap)
+                write(self.path, program.path, content)
         except Refused as refusal:
             print(f"linmem run: no core dump: {refusal}", file=sys.stderr)
             return
-        parts = [count(len(held.memories), "memory"), count(len(held.globals), "global"), count(len(frames), "frame")]
+        parts = [count(sum(len(each.memories) for each in content.instances), "memory"),
+                 count(sum(len(each.globals) for each in content.instances), "global"),
+                 count(len(content.frames), "frame")]
         print(f"linmem run: core dump: {printable(self.path)} ({', '.join(parts)})", file=sys.stderr)

@@ -368,6 +368,14 @@ class Program:
         """The names of memories by the addresses of their first bytes; of a module, the report finds the names."""
         return {}
 
+    def core_content(self, trap: Any) -> Any:
+        """What a core dump of the program has, after the trap."""
+        from linmem._wasm.coredump import content_of_module, instance_of
+
+        held = [] if self.instance is None else [
+            instance_of(self.store, self.instance, self.prepared.outline, self.binary)]
+        return content_of_module(self.path, held, trap)
+
     def plan_start(self, path: str, snapshot: Any) -> None:
         """Compile what a start from the snapshot needs, so that the start compiles nothing."""
         with refuse_errors_of(path):

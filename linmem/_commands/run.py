@@ -43,7 +43,7 @@ NAME are printed, each in one line.
 
 A component is a command if it exports wasi:cli/run of a version 0.2. --invoke calls another of its
 functions; a function of an exported interface is INTERFACE#FUNCTION. ARGS are texts, true and false,
-numbers, and JSON for all other types, as are the results. --start and --coredump need a module.
+numbers, and JSON for all other types, as are the results. --start needs a module.
 
 --creator takes "mmap" (each memory is a mapping of its own), "pool" (memories are reset and used
 again), "statistics" and "tracking". Options of linmem.creator() follow a colon:
@@ -215,9 +215,9 @@ def open_program(args: argparse.Namespace, creator: Any, limits: Limits, cache: 
     program = Program(args.program, creator, limits)
     if not program.is_component(cache):
         return program
-    for name, option in ("--start", args.start), ("--coredump", args.coredump):
-        if option is not None:
-            raise Refused(f"{name}: {args.program} is a component, and this needs a module", EXIT_USAGE)
+    if args.start is not None:
+        raise Refused(f"--start: {args.program} is a component, and there are no snapshots of components, because the"
+                      " globals and tables inside a component cannot be reached", EXIT_USAGE)
     import importlib.util
 
     if importlib.util.find_spec("wasmtime.component") is None:

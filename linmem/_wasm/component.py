@@ -38,6 +38,14 @@ def is_component(wasm: bytes) -> bool:
     return wasm[:4] == PREAMBLE[:4] and wasm[6:8] == PREAMBLE[6:]
 
 
+class Place(NamedTuple):
+    """A memory of an instance of the component."""
+
+    module: int         # the number of the core module, in the order of the file
+    instance: int       # its number among the instances of the module
+    memory: int         # its number among the memories that the module defines
+
+
 class HoistedComponent(NamedTuple):
     """The result of `hoist_component`.
 
@@ -50,8 +58,8 @@ class HoistedComponent(NamedTuple):
     order : list of int
         For each memory of an instance of the component, in the order in which wasmtime asks for them: its index in
         `images`. The list ends before the first core instance whose memories are not known.
-    names : list of str
-        The name of each memory in `order`.
+    places : list of Place
+        Of which core instance each memory in `order` is.
     complete : bool
         Whether `order` has all memories of an instance.
     skipped : list of str
@@ -62,14 +70,21 @@ class HoistedComponent(NamedTuple):
     images: list[tuple[Run, ...] | None]
     minima: list[int]
     order: list[int]
-    names: list[str]
+    places: list[Place]
     complete: bool
     skipped: list[str]
 
+    @property
+    def names(self) -> list[str]:
+        """The name of each memory in `order`."""
+        several = {place.module for place in self.places if place.instance}
+        return [f"module {place.module}, " + f"instance {place.instance}, " * (place.module in several)
+                + f"memory {place.memory}" for place in self.places]
+
 
 class _CoreModule:
-    def __init__(self, number: int, wasm: bytes) -> None:
-        self.number, self.wasm = number, wasm
+    def __init__(self, number: int, start: int, wasm: bytes) -> None:
+        self.number, self.start, self.wasm = number, start, wasm    # start: its place in the component
         self.written = wasm                     # its bytes in the component that is written
         self.hoisted: Hoisted | None = None     # of a module that has an instance
         self.stays = ""                         # why no data is taken; "": data may be taken
@@ -153,6 +168,19 @@ def with_modules(wasm: bytes, change: Callable[[bytes], bytes]) -> bytes:
     return run.bytes_of(wasm, root)
 
 
+def core_modules(wasm: bytes) -> list[tuple[int, bytes]]:
+    """For each core module in the component, in the order of the file: where it starts, and its bytes.
+
+    Raises
+    ------
+    Malformed, Unknown
+        As `with_modules`.
+    """
+    run = _Run()
+    run.read_file(wasm)
+    return [(module.start, module.wasm) for module in run.modules]
+
+
 class _Run:
     def __init__(self) -> None:
         self.modules: list[_CoreModule] = []
@@ -180,7 +208,7 @@ class _Run:
             content = reader.skip(size, f"section {kind}")
             part: _CoreModule | _Component | None = None
             if kind == _CORE_MODULE:
-                part = _CoreModule(len(self.modules), wasm[content:reader.at])
+                part = _CoreModule(len(self.modules), content, wasm[content:reader.at])
                 self.modules.append(part)
                 found.items.append(_Item("define", "module", value=part))
             elif kind == _COMPONENT:
@@ -302,10 +330,9 @@ class _Run:
             first[module] = len(images)
             images += [None] * len(hoisted.minima) if module.stays else hoisted.images
             minima += hoisted.minima
-        names = [f"module {module.number}, " + f"instance {instance}, " * (module.instances > 1) + f"memory {memory}"
-                 for module, instance, memory in self.order]
+        places = [Place(module.number, instance, memory) for module, instance, memory in self.order]
         order = [first[module] + memory for module, _, memory in self.order]
-        return HoistedComponent(self.bytes_of(wasm, root), images, minima, order, names, not self.unknown, skipped)
+        return HoistedComponent(self.bytes_of(wasm, root), images, minima, order, places, not self.unknown, skipped)
 
     def bytes_of(self, wasm: bytes, root: _Component) -> bytes:
         """The component with the modules as they are to be written; the same bytes if no module changed."""

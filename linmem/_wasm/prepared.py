@@ -83,7 +83,7 @@ class Prepared:
         SHA-256 of the binary that `prepare` was given (or made from text), as hexadecimal digits.
     """
 
-    __slots__ = ("__weakref__", "_compile", "_complete", "_is_alone", "_lock", "_names", "_offer", "_places",
+    __slots__ = ("__weakref__", "_compile", "_complete", "_hoists", "_is_alone", "_lock", "_names", "_offer", "_places",
                  "_start_module", "added", "digest", "engine", "images", "module", "outline", "skipped")
 
     engine: wasmtime.Engine
@@ -96,6 +96,7 @@ class Prepared:
     _offer: _bridge.Offer
     _places: list[tuple[int, Image | None]]
     _complete: bool                                     # `_places` has all memories of an instance
+    _hoists: bool                                       # of a component: `module` was made of what was hoisted
     _is_alone: bool                                     # else code may run that lets wasmtime make more instances
     _names: tuple[str, ...] | None                      # of a component's memories in `_places`; None: a module
     _compile: Callable[[], wasmtime.Module] | None      # makes _start_module; None: it is made
@@ -114,7 +115,7 @@ class Prepared:
             images: Sequence[Image | None], minima: Sequence[int], skipped: Sequence[str], digest: str, *,
             added: frozenset[str] = frozenset(), outline: state.Outline | None = None,
             compile_start: Callable[[], wasmtime.Module] | None = None, names: Sequence[str] | None = None,
-            complete: bool, is_alone: bool) -> Prepared:
+            complete: bool, is_alone: bool, hoists: bool = False) -> Prepared:
         self = object.__new__(cls)
         self.engine = engine
         self.module = module
@@ -127,7 +128,7 @@ class Prepared:
         self._places = [(min(minimum, _SIZE_MAX), image) for minimum, image in zip(minima, images, strict=True)]
         self._offer = _bridge.Offer(self._places)
         self._names, self._complete = None if names is None else tuple(names), complete
-        self._is_alone = is_alone
+        self._is_alone, self._hoists = is_alone, hoists
         self._start_module = module
         self._compile, self._lock = compile_start, threading.Lock()
         if compile_start is not None:
@@ -482,11 +483,12 @@ def _prepare_component(engine: wasmtime.Engine, original: bytes, cache: Cache | 
         except wasmtime.WasmtimeError as error:
             images = [None] * len(images)
             skipped = [f"nothing is hoisted, {_only_original('component', error)}"]
+    hoists = component is not None
     if component is None:
         component = compiled(engine, original, cache, kind)[0]
     return Prepared._of(engine, component, [images[index] for index in hoisted.order],
                         [hoisted.minima[index] for index in hoisted.order], skipped, digest, names=hoisted.names,
-                        complete=hoisted.complete, is_alone=hoisted.complete)
+                        complete=hoisted.complete, is_alone=hoisted.complete, hoists=hoists)
 
 
 def _no_room(error: Exception) -> str:

@@ -219,6 +219,9 @@ class Snapshot(StoredSnapshot):
         RuntimeError
             If a call into the store is running on this thread.
         """
+        if type(instance).__module__.startswith("wasmtime.component."):
+            raise TypeError("instance must be a wasmtime.Instance, got an instance of a component: its globals and"
+                            " tables cannot be reached")
         check_type(instance, wasmtime.Instance, "instance")
         check_flag(partial, "partial")
         context = _idle(store, "taken")
