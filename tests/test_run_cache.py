@@ -19,7 +19,7 @@ from test_cli import linmem_process
 
 from linmem import cli
 from linmem._commands import compile_cache
-from linmem._wasm import compiled, known_files
+from linmem._wasm import compiled, known_files, offered, prepared
 from linmem._wasm.image_cache import Cache
 
 # The exit code is a digit in the text, so that programs of equal size behave differently.
@@ -34,9 +34,33 @@ OPENS = """
     known_files._RESOLUTION = -10**18
     opened = []
     sys.addaudithook(lambda event, args: opened.append(args[0]) if event == "open" else None)
-    code = cli.main(["run", "--cache", "cache", "program.wat"])
+    code = cli.main(["run", "--cache", "cache", *WORDS, "program.wat"])
     print(code, "program.wat" in opened)
 """
+# The exit code of each shows that the data is in the memory: "*" is 42.
+DATA = """(module (import "wasi_snapshot_preview1" "proc_exit" (func $exit (param i32)))
+  (memory (export "memory") 1) (memory $second 2) (data (i32.const 60000) "*") (data (memory 1) (i32.const 9) "+")
+  (func (export "_start") (call $exit (i32.load8_u (i32.const 60000)))))"""
+DATA_COMPONENT = """(component
+  (import "wasi:cli/exit@0.2.0" (instance $process (export "exit-with-code" (func (param "code" u8)))))
+  (core module $lib (memory 1) (data (i32.const 60000) "library") (func (export "get") (result i32)
+    (i32.load8_u offset=1 (i32.const 60000))))
+  (core instance $lib (instantiate $lib))
+  (core module $main (import "" "exit" (func $exit (param i32))) (import "lib" "get" (func $get (result i32)))
+    (memory 0) (memory 3) (data (memory 1) (i32.const 7) "*") (data (memory 1) (i32.const 80000) "far")
+    (func (export "run") (result i32)
+      (if (i32.eq (call $get) (i32.const 105)) (then (call $exit (i32.load8_u 1 (i32.const 7)))))
+      (i32.const 1)))
+  (core func $exit (canon lower (func $process "exit-with-code")))
+  (core instance $main (instantiate $main
+    (with "" (instance (export "exit" (func $exit)))) (with "lib" (instance $lib))))
+  (func $run (result (result)) (canon lift (core func $main "run")))
+  (instance $command (export "run" (func $run)))
+  (export "wasi:cli/run@0.2.0" (instance $command)))"""
+PREPARED = [
+    pytest.param(DATA, ["--fuel", "100000"], id="module, fuel"),
+    *(pytest.param(DATA_COMPONENT, words, id=f"component, {words[0]}", marks=requires("components"))
+      for words in (["--fuel", "100000"], ["--json"], ["--report"], ["--report-file", "report.html"]))]
 
 
 @pytest.fixture
@@ -91,7 +115,89 @@ def test_a_program_is_compiled_once(here, linmem, compilations):
 
 @requires("owners")
 def test_an_unchanged_program_is_not_even_opened(here):
-    assert [answer(OPENS, cwd=here) for _ in range(3)] == ["7 True", "7 False", "7 False"]
+    assert [answer(OPENS.replace("WORDS", "[]"), cwd=here) for _ in range(3)] == ["7 True", "7 False", "7 False"]
+
+
+@requires("owners")
+@pytest.mark.parametrize(("text", "words"), PREPARED)
+def test_an_unchanged_program_that_is_prepared_is_not_even_opened(here, text, words):
+    (here / "program.wat").write_text(text)
+    code = OPENS.replace("WORDS", str(words))
+    assert [answer(code, cwd=here) for _ in range(3)] == ["42 True", "42 False", "42 False"]
+
+
+@requires("owners", "components")
+def test_the_report_of_a_component_that_is_not_opened_is_the_same(here, linmem):
+    (here / "program.wat").write_text(DATA_COMPONENT)
+    names = []
+    for _ in range(3):
+        code, _, error = linmem("run", "--cache", "cache", "--json", "program.wat")
+        names.append((code, [memory["name"] for memory in json.loads(error)["memories"]]))
+    assert names == [(42, ["module 0, memory 0", "module 1, memory 0", "module 1, memory 1"])] * 3
+    assert [name.endswith("-prepared") for name in notes()] == [True]
+
+
+@requires("owners")
+@pytest.mark.parametrize(("text", "words"), PREPARED[:2])
+@pytest.mark.parametrize("change", ["removed", "touched", "damaged"])
+@pytest.mark.parametrize("suffix", [".image", "cwasm", ".ccomponent"])
+def test_a_prepared_program_is_prepared_again_if_an_entry_changed(here, linmem, text, words, change, suffix):
+    (here / "program.wat").write_text(text)
+    for _ in range(2):
+        assert linmem("run", "--cache", "cache", *words, "program.wat") == (42, "", "")
+        for entry in entries():
+            if not entry.endswith(suffix):
+                continue
+            if change == "removed":
+                os.unlink(entry)
+            elif change == "touched":
+                os.utime(entry)
+            else:
+                with open(entry, "r+b") as file:
+                    file.seek(-100, os.SEEK_END)
+                    file.write(b"damaged")
+
+
+@requires("owners")
+@pytest.mark.parametrize(("text", "words"), PREPARED[:2])
+@pytest.mark.parametrize("change", [
+    lambda note: note._replace(about="what no program wrote"), lambda note: note._replace(about="()"),
+    lambda note: note._replace(entries=note.entries[:1]), lambda note: note._replace(entries=[]),
+    lambda note: note._replace(entries=note.entries[::-1]), lambda note: note._replace(state="0 0 0 0 0"),
+    lambda note: note._replace(path="other.wat"),
+], ids=["no description", "an empty description", "no images", "no entries", "the wrong order", "another state",
+        "another path"])
+def test_a_wrong_note_of_a_prepared_program_is_not_used_and_is_written_again(here, linmem, text, words, change):
+    (here / "program.wat").write_text(text)
+    assert linmem("run", "--cache", "cache", *words, "program.wat") == (42, "", "")
+    (path,) = notes()
+    good = known_files.Note.read(path)
+    with open(path, "w") as file:
+        file.write(change(good).text())
+    assert linmem("run", "--cache", "cache", *words, "program.wat") == (42, "", "")
+    assert known_files.Note.read(path) == good
+
+
+@requires("owners")
+@pytest.mark.parametrize(("text", "words"), PREPARED[:2])
+def test_an_image_of_very_many_runs_is_not_noted(here, linmem, monkeypatch, text, words):
+    monkeypatch.setattr(offered, "_MAX_RUNS", 0)
+    (here / "program.wat").write_text(text)
+    for _ in range(2):
+        assert linmem("run", "--cache", "cache", *words, "program.wat") == (42, "", "")
+    assert notes() == []
+
+
+@requires("owners")
+@pytest.mark.parametrize(("text", "words"), PREPARED[1:3])
+def test_a_program_whose_images_found_no_room_is_prepared_anew_in_the_next_run(here, linmem, monkeypatch, text, words):
+    (here / "program.wat").write_text(text)
+    with monkeypatch.context() as patched:
+        patched.setattr(prepared, "_images", lambda *arguments: (_ for _ in ()).throw(OverflowError("no room")))
+        assert linmem("run", "--cache", "cache", *words, "program.wat")[0] == 42
+    assert notes() == []
+    assert linmem("run", "--cache", "cache", *words, "program.wat")[0] == 42
+    assert len(notes()) == 1
 
 
 @requires("owners")
@@ -190,11 +296,10 @@ def test_an_entry_that_this_wasmtime_does_not_take_is_made_again(here, linmem, c
     (entry,), (note,) = entries(), notes()
     with open(entry, "wb") as file:
         file.write(b"of another version")
-    with open(note) as file:
-        lines = file.read().split("\n")
-    lines[1] = known_files.state_of(os.stat(entry))
+    noted = known_files.Note.read(note)
+    ((_, path),) = noted.entries
     with open(note, "w") as file:
-        file.write("\n".join(lines))
+        file.write(noted._replace(entries=[(known_files.state_of(os.stat(entry)), path)]).text())
     assert run(linmem) == 7
     assert len(compilations) == 2
 

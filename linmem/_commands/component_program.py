@@ -35,11 +35,10 @@ class ComponentProgram(Program):
     def __init__(self, program: Program) -> None:
         vars(self).update(vars(program))
         self.kind = component.Component
-        if self.limits.fuel is not None:
-            self.settings = "fuel"
 
-    def compile(self, command: str, cache: str | None, function: str, *, prepare: bool, hint: str = "") -> None:
-        Program.compile(self, command, cache, function, prepare=prepare, hint=hint)
+    def compile(self, command: str, cache: str | None, function: str, *, prepare: bool, outline: bool = False,
+                hint: str = "") -> None:
+        Program.compile(self, command, cache, function, prepare=prepare, outline=outline, hint=hint)
         imports = self.module.type.imports(self.engine)
         streams = [_type_of(imports[name]) for name in filter(_STREAMS.fullmatch, imports)]
         if any("[method]output-stream.write" in each.exports(self.engine) for each in streams
@@ -132,9 +131,8 @@ class ComponentProgram(Program):
         """The memories of a prepared component that has an instance, by name."""
         if self.prepared is None or self.instance is None:
             return {}
-        from linmem.wasmtime import memories
-
-        return dict(memories(self.instance))
+        found: dict[str, Any] = self.prepared._memories(*self.instance._linmem_made)
+        return found
 
     def names_by_address(self) -> dict[int, str]:
         return {memory.as_ptr(): name for name, memory in self._memories().items()}

@@ -96,7 +96,8 @@ def output_to_standard_error() -> Iterator[None]:
 
 def initialise(program: Program, args: argparse.Namespace, results: list[int | float]) -> int:
     hint = "" if args.init != DEFAULT_INIT else ", which is what initialises it by default: --init names another"
-    program.compile("prewarm", compile_cache.directory_of(args, "prewarm"), args.init, prepare=True, hint=hint)
+    program.compile("prewarm", compile_cache.directory_of(args, "prewarm"), args.init, prepare=True,
+                    outline=True, hint=hint)
     program.check_function(args.init, may_return=True, hint=hint)
 
     def work() -> None:

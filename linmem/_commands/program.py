@@ -237,7 +237,6 @@ class Program:
     kind: Any                           # wasmtime's class of compiled programs
     core: CoreFile | None = None        # where a trap is written
     named_if_prepared = False           # `names_by_address` has names if the program is prepared
-    settings = ""       # what of the engine's settings differs from run to run; programs are kept apart by it
 
     def __init__(self, path: str, creator: Any, limits: Limits) -> None:
         self.path, self.limits = path, limits
@@ -271,19 +270,19 @@ class Program:
         except UnicodeDecodeError as error:
             raise Refused(f"{self.path} is not valid WebAssembly text: {error}") from None
 
-    def compile(self, command: str, cache: str | None, function: str, *, prepare: bool, hint: str = "") -> None:
+    def compile(self, command: str, cache: str | None, function: str, *, prepare: bool, outline: bool = False,
+                hint: str = "") -> None:
         """Compile the program, or take it from the directory of a cache.
 
-        prepare: for an instance that a snapshot is taken from or that is started from one, or whose data must cost no
-        fuel.
+        prepare: for an instance that starts from images.
+        outline: also for a snapshot or a core dump, which need to know the state that an instance has.
         function: a program that does not export it is refused before it is compiled, with `hint`.
         """
-        self.prepared = None
-        self.module = None if cache is None or prepare else self._kept(cache)
-        if self.module is not None:
+        if cache is not None and not outline and self._take_kept(cache, prepare):
             return
         binary = self.binary
         self._check_export(binary, function, hint)
+        self.prepared = None
         try:
             with compile_cache.announced(f"linmem {command}: compiling {printable(self.path)} ..."), \
                     one_line_warnings(command):
@@ -299,43 +298,69 @@ class Program:
     def is_component(self, cache: str | None) -> bool:
         """Whether the program is a component; the file is read if the cache does not know it."""
         if cache is not None:
-            from linmem._wasm.known_files import COMPONENT, entry_of
+            from linmem._wasm.known_files import COMPONENT
 
-            with refuse_errors_of(cache):
-                entry = entry_of(cache, self.path, self.settings)
-            if entry is not None:
-                return entry.endswith(COMPONENT)
+            found = self._noted(cache, False) or self._noted(cache, True)
+            if found is not None:
+                return found[0][0].endswith(COMPONENT)
         from linmem._wasm.component import is_component
 
         return is_component(self.binary)
 
-    def _kept(self, cache: str) -> Any:
-        """The compiled program, if the file is unchanged since it was compiled."""
-        from linmem._wasm.known_files import COMPONENT, MODULE, entry_of
+    def _noted(self, cache: str, prepare: bool) -> tuple[list[str], str] | None:
+        """The entries of the cache that were made of the program, if it is unchanged; see `entries_of`. The first entry
+        is the compiled program."""
+        from linmem._wasm.known_files import COMPONENT, MODULE, entries_of
 
         with refuse_errors_of(cache):
-            entry = entry_of(cache, self.path, self.settings)
+            found = entries_of(cache, self.path, self._settings(prepare))
+        return found if found and found[0] and found[0][0].endswith((MODULE, COMPONENT)) else None
+
+    def _settings(self, prepare: bool) -> str:
+        """What differs from run to run in what is made of a program."""
+        return "fuel" * (self.limits.fuel is not None) + "prepared" * prepare
+
+    def _take_kept(self, cache: str, prepare: bool) -> bool:
+        """Take the compiled program from the cache, if the file is unchanged since it was compiled."""
+        from linmem._wasm.known_files import COMPONENT, MODULE
+
+        found = self._noted(cache, prepare)
+        if found is None:
+            return False
+        (entry, *images), description = found
+        if not entry.endswith(MODULE if self.kind is self.wasmtime.Module else COMPONENT):
+            return False
         try:
-            if entry is None or not entry.endswith(MODULE if self.kind is self.wasmtime.Module else COMPONENT):
-                return None
-            return self.kind.deserialize_file(self.engine, entry)
-        except self.wasmtime.WasmtimeError:     # the entry is of another version of wasmtime, or cannot be mapped
-            return None
+            self.module = self.kind.deserialize_file(self.engine, entry)
+            if prepare:
+                from linmem._wasm.offered import from_description
+
+                self.prepared = from_description(self.module, images, description)
+        # The entry is of another version of wasmtime, or cannot be mapped; or there is no room for an image.
+        except (self.wasmtime.WasmtimeError, ValueError, OSError, MemoryError):
+            return False
+        return True
+
+    def _note(self, cache: str, prepare: bool, entries: list[str], description: str = "") -> None:
+        """Note that the entries were made of the program."""
+        from linmem._wasm.known_files import note_entries
+
+        state = self._file[1]
+        if state is not None:
+            with contextlib.suppress(OSError):      # without the note, the next run reads the program again
+                note_entries(cache, self.path, state, self._settings(prepare), entries, description)
 
     def _compiled(self, binary: bytes, cache: str | None) -> Any:
         """The compiled program, by its bytes."""
         from linmem._wasm.compiled import compiled
         from linmem._wasm.image_cache import Cache
-        from linmem._wasm.known_files import note_entry
 
         if cache is None:
             return compiled(self.engine, binary, None, self.kind)[0]
         with refuse_errors_of(cache):
             module, entry = compiled(self.engine, binary, Cache(cache), self.kind)
-        state = self._file[1]
-        if entry is not None and state is not None:
-            with contextlib.suppress(OSError):      # without the note, the next run reads the program again
-                note_entry(cache, self.path, state, self.settings, entry)
+        if entry is not None:
+            self._note(cache, False, [entry])
         return module
 
     def _check_export(self, binary: bytes, function: str, hint: str) -> None:
@@ -362,7 +387,11 @@ class Program:
         # would have that memory.
         prepared._ASKS[self.engine] = True
         with refuse_errors_of(self.path if cache is None else cache):
-            return prepared.prepare(self.engine, binary, cache=cache, expose=self.kind is self.wasmtime.Module)
+            made = prepared.prepare(self.engine, binary, cache=cache, expose=self.kind is self.wasmtime.Module)
+        found = None if cache is None else made._described()
+        if cache is not None and found is not None:
+            self._note(cache, True, *found)
+        return made
 
     def names_by_address(self) -> dict[int, str]:
         """The names of memories by the addresses of their first bytes; of a module, the report finds the names."""

@@ -188,9 +188,10 @@ def execute(args: argparse.Namespace, creator: Any, limits: Limits, programs: li
         program.core = CoreFile(args.coredump, {"PROGRAM": args.program, "the FILE of --start": args.start})
     # A prepared program starts without code, so its data costs no fuel. A component is prepared for the report, too,
     # because only then the names of its memories are known.
-    prepare = any(option is not None for option in (args.start, args.coredump, args.fuel)) or (
+    outline = args.start is not None or args.coredump is not None
+    prepare = outline or args.fuel is not None or (
         program.named_if_prepared and (args.report or args.json or args.report_file is not None))
-    program.compile("run", cache, function, prepare=prepare, hint=hint)
+    program.compile("run", cache, function, prepare=prepare, outline=outline, hint=hint)
     arguments: list[Any] = []
     if args.invoke:
         arguments = program.parse_arguments(function, args.arguments)

@@ -14,7 +14,6 @@ place of a byte of the content ("start") is its offset in the memory, not its of
 
 from __future__ import annotations
 
-import hashlib
 import re
 import struct
 from collections.abc import Iterable, Iterator
@@ -22,6 +21,10 @@ from functools import lru_cache
 from typing import BinaryIO, NamedTuple
 
 from linmem.errors import FileFormatError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import hashlib
 
 MAGIC = b"\x89LINMEM\n"     # a byte that no text contains, and a line end that a transfer as text would change
 VERSION = 2                 # from version 2 on, packed data begin where the header ends; a delta has target_offset
@@ -194,6 +197,9 @@ class Contents(NamedTuple):
 
 
 def blake2b(data: bytes | bytearray = b"") -> hashlib.blake2b:
+    # hashlib takes longer to import than `linmem run` takes for all its work on an image.
+    import hashlib
+
     return hashlib.blake2b(data, digest_size=len(NO_DIGEST))
 
 

@@ -1,4 +1,4 @@
-"""Notes in a cache: which entry was made of a file. As long as the file is unchanged, it is not read again.
+"""Notes in a cache: which entries were made of a file. As long as the file is unchanged, it is not read again.
 
 A note names the state of the file: device, inode, size, and the times of the last modification and the last change. No
 program can choose the time of the last change. A state is noted only if
@@ -8,8 +8,8 @@ program can choose the time of the last change. A state is noted only if
   the file system's clock would have the same time;
 - the system knows a time of change (Windows does not).
 
-A note is ``notes/<device>-<inode>-<settings>``, four lines: the state of the file, the state of the entry, the path of
-the entry in the cache, and the path of the file.
+A note is a file ``notes/<device>-<inode>-<settings>``. Its lines are a checksum of the other lines, the state and the
+path of the file, what else is known about it, and the state and the path of each entry.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import contextlib
 import os
 import stat
 import time
+import zlib
+from typing import NamedTuple
 
 MODULE, COMPONENT = ".cwasm", ".ccomponent"     # the suffixes of entries of compiled code
 _RESOLUTION = 2_000_000_000     # ns; FAT has the coarsest clock
@@ -46,8 +48,44 @@ def read_file(path: str) -> tuple[bytes, str | None]:
     return content, state_of(before) if settled and state_of(before) == state_of(after) else None
 
 
-def entry_of(directory: str, path: str, settings: str) -> str | None:
-    """The path of the entry that was made of the file, if the file and the entry are unchanged."""
+class Note(NamedTuple):
+    """What a note says. The paths of the entries are relative to the directory of the cache."""
+
+    state: str
+    path: str
+    about: str
+    entries: list[tuple[str, str]]      # state, path
+
+    @classmethod
+    def read(cls, place: str) -> Note | None:
+        """None if there is no whole note."""
+        try:
+            # A pipe is not waited for.
+            with open(place, encoding="utf-8", opener=lambda name, flags: os.open(
+                    name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    return None
+                checksum, _, rest = file.read().partition("\n")
+            state, path, about, *entries, end = rest.split("\n")
+            if checksum != _checksum(rest) or end or len(entries) % 2:
+                return None
+            return cls(state, ast.literal_eval(path), about, list(zip(entries[::2], entries[1::2], strict=True)))
+        except (OSError, ValueError, SyntaxError):
+            return None
+
+    def text(self) -> str:
+        lines = self.state, ascii(self.path), self.about, *(line for entry in self.entries for line in entry), ""
+        rest = "\n".join(lines)
+        return f"{_checksum(rest)}\n{rest}"
+
+
+def _checksum(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
+def entries_of(directory: str, path: str, settings: str) -> tuple[list[str], str] | None:
+    """The paths of the entries that were made of the file, and what else is known, if the file and they are unchanged.
+    """
     try:
         state = state_of(os.stat(path))
         if state is None:
@@ -55,31 +93,37 @@ def entry_of(directory: str, path: str, settings: str) -> str | None:
         must_be_private(directory)
         place = _place(directory, state, settings)
         must_be_private(os.path.dirname(place))
-        with open(place, encoding="utf-8") as note:
-            lines = note.read().split("\n")
-        if len(lines) != 5 or lines[0] != state or lines[3] != ascii(os.path.abspath(path)):
+        note = Note.read(place)
+        if note is None or (note.state, note.path) != (state, os.path.abspath(path)):
             return None
-        entry = os.path.join(directory, lines[2])
-        must_be_private(os.path.dirname(entry))
-        return entry if state_of(os.stat(entry)) == lines[1] else None
-    # There is no note, or no entry, or no such file; or a damaged note.
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        entries = []
+        for expected, name in note.entries:
+            entry = os.path.join(directory, name)
+            must_be_private(os.path.dirname(entry))
+            if state_of(os.stat(entry)) != expected:
+                return None
+            entries.append(entry)
+        return entries, note.about
+    except (FileNotFoundError, NotADirectoryError, ValueError):     # there is no note, or no entry, or no such file
         return None
 
 
-def note_entry(directory: str, path: str, state: str, settings: str, entry: str) -> None:
-    """Note that `entry` was made of the file in `state`."""
+def note_entries(directory: str, path: str, state: str, settings: str, entries: list[str], about: str = "") -> None:
+    """Note that the entries were made of the file in `state`. about: one line."""
     from linmem._files.atomic_file import draft
 
-    entry_state = state_of(os.stat(entry))
-    if entry_state is None:
-        return
+    noted = []
+    for entry in entries:
+        entry_state = state_of(os.stat(entry))
+        if entry_state is None:
+            return
+        noted.append((entry_state, os.path.relpath(entry, directory)))
     place = _place(directory, state, settings)
     os.makedirs(os.path.dirname(place), mode=0o700, exist_ok=True)
     must_be_private(os.path.dirname(place))
-    lines = state, entry_state, os.path.relpath(entry, directory), ascii(os.path.abspath(path)), ""
+    note = Note(state, os.path.abspath(path), about, noted)
     with draft(os.path.dirname(place)) as made:
-        made.file.write("\n".join(lines).encode())
+        made.file.write(note.text().encode())
         made.become(place, 0o600)
 
 
@@ -96,22 +140,23 @@ def forget_entries(directory: str) -> None:
     remove_abandoned(folder)
     try:
         names = os.listdir(folder)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     for name in names:
         place = os.path.join(folder, name)
         if not TEMPORARY.fullmatch(name) and not _is_current(directory, place):
-            with contextlib.suppress(FileNotFoundError):        # another process removed the note
+            # Another process removed the note, or it is a folder, which linmem did not make.
+            with contextlib.suppress(FileNotFoundError, IsADirectoryError, PermissionError):
                 os.unlink(place)
 
 
 def _is_current(directory: str, place: str) -> bool:
-    """Whether the note is whole, its entry exists, and its file is in the noted state."""
+    """Whether the note is whole, its entries exist, and its file is in the noted state."""
+    note = Note.read(place)
     try:
-        with open(place, encoding="utf-8") as note:
-            state, _, entry, path, _ = note.read().split("\n")
-        return os.path.exists(os.path.join(directory, entry)) and state_of(os.stat(ast.literal_eval(path))) == state
-    except (OSError, ValueError, SyntaxError, TypeError):
+        return note is not None and state_of(os.stat(note.path)) == note.state and all(
+            os.path.exists(os.path.join(directory, entry)) for _, entry in note.entries)
+    except (OSError, ValueError, TypeError):
         return False
 
 

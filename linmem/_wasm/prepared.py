@@ -7,7 +7,6 @@ import functools
 import hashlib
 import importlib
 import os
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ import wasmtime
 
 from linmem._core import bridge as _bridge
 from linmem._core.arguments import check_flag, check_path
-from linmem._core.memory import Image, Memory
+from linmem._core.memory import Image
 from linmem._files.image_file import write_image
 from linmem._wasm import outline as state
 from linmem._wasm.compiled import FORMAT, cached, compiled
@@ -27,6 +26,7 @@ from linmem._wasm.image_cache import Cache
 from linmem._wasm.install import check_type, checked_creator, wasmtime_version
 from linmem._wasm.instance_state import behind
 from linmem._wasm.module import START, Module
+from linmem._wasm.offered import Offered, described
 from linmem._wasm.reader import Malformed, Unknown
 from linmem._wasm.recording import OPEN
 from linmem._wasm.segments import Hoisted, Run, hoist, without_start
@@ -48,12 +48,12 @@ NOT_OURS = ("linmem.wasmtime.install(config) was not called for this engine, or 
             " allocation strategy (which ignores host creators)")
 
 _ASKS: weakref.WeakKeyDictionary[wasmtime.Engine, bool] = weakref.WeakKeyDictionary()
+_Kept = tuple[Image | None, str | None]     # an image, and the entry of the cache that has it
 _NO_ROOM = PageError, OverflowError     # for an image, for example of segments that are very far apart
 _alive: weakref.WeakSet[Prepared] = weakref.WeakSet()       # each with a module that is still to be compiled
-_SIZE_MAX = 2 * sys.maxsize + 1
 
 
-class Prepared:
+class Prepared(Offered):
     """A module or component whose data come from images. Made by `prepare`; immutable and usable from any thread.
 
     As long as `skipped` is empty, an instance costs no more fuel, and checks no more epoch deadlines, than an instance
@@ -83,8 +83,8 @@ class Prepared:
         SHA-256 of the binary that `prepare` was given (or made from text), as hexadecimal digits.
     """
 
-    __slots__ = ("__weakref__", "_compile", "_complete", "_hoists", "_is_alone", "_lock", "_names", "_offer", "_places",
-                 "_start_module", "added", "digest", "engine", "images", "module", "outline", "skipped")
+    __slots__ = ("__weakref__", "_compile", "_entry", "_hoists", "_image_entries", "_lock", "_start_module", "added",
+                 "digest", "engine", "images", "outline", "skipped")
 
     engine: wasmtime.Engine
     module: wasmtime.Module | Any           # Any: a Component, if a component was prepared
@@ -93,12 +93,9 @@ class Prepared:
     added: frozenset[str]
     outline: state.Outline | None
     digest: str
-    _offer: _bridge.Offer
-    _places: list[tuple[int, Image | None]]
-    _complete: bool                                     # `_places` has all memories of an instance
     _hoists: bool                                       # of a component: `module` was made of what was hoisted
-    _is_alone: bool                                     # else code may run that lets wasmtime make more instances
-    _names: tuple[str, ...] | None                      # of a component's memories in `_places`; None: a module
+    _entry: str | None                                  # of the cache: that of `module`; None: it is not to be noted
+    _image_entries: list[str | None]                    # of the cache: those of `images`
     _compile: Callable[[], wasmtime.Module] | None      # makes _start_module; None: it is made
     _start_module: Any                                  # the module that instances with start= are made of
     _lock: threading.Lock                               # of _compile
@@ -112,23 +109,19 @@ class Prepared:
 
     @classmethod
     def _of(cls, engine: wasmtime.Engine, module: wasmtime.Module | component.Component,
-            images: Sequence[Image | None], minima: Sequence[int], skipped: Sequence[str], digest: str, *,
+            images: Sequence[_Kept], minima: Sequence[int], skipped: Sequence[str], digest: str, *,
             added: frozenset[str] = frozenset(), outline: state.Outline | None = None,
             compile_start: Callable[[], wasmtime.Module] | None = None, names: Sequence[str] | None = None,
-            complete: bool, is_alone: bool, hoists: bool = False) -> Prepared:
+            complete: bool, is_alone: bool, hoists: bool = False, entry: str | None) -> Prepared:
         self = object.__new__(cls)
+        self.images = tuple(image for image, _ in images)
+        Offered.__init__(self, module, self.images, minima, names, complete=complete, is_alone=is_alone)
         self.engine = engine
-        self.module = module
-        self.images = tuple(images)
         self.skipped = tuple(skipped)
         self.added = added
         self.outline = outline
         self.digest = digest
-        # A minimum may be more than an address space. wasmtime refuses to instantiate such a module.
-        self._places = [(min(minimum, _SIZE_MAX), image) for minimum, image in zip(minima, images, strict=True)]
-        self._offer = _bridge.Offer(self._places)
-        self._names, self._complete = None if names is None else tuple(names), complete
-        self._is_alone, self._hoists = is_alone, hoists
+        self._hoists, self._entry, self._image_entries = hoists, entry, [path for _, path in images]
         self._start_module = module
         self._compile, self._lock = compile_start, threading.Lock()
         if compile_start is not None:
@@ -207,15 +200,7 @@ class Prepared:
                 raise TypeError(f"start must be a Snapshot, got {type(start).__name__}")
             plan = start._starts.get(self) or self._plan(start)
             module, offer = self._start_module, plan.offer
-        instance: Any
-        instance, missing, call, surplus, extra = offer.making(native, domain, *self._call(imports, store, module))
-        if missing:
-            raise RuntimeError(f"{missing} memories were made without their data: the engine did not ask linmem for"
-                               " them")
-        if extra and self._is_alone:    # wasmtime asks for the GC heap with 0 bytes
-            raise RuntimeError("a signal handler or a finalizer made an instance meanwhile, without linmem's prepare():"
-                               " that instance may have got data of this one, which may lack the data")
-        instance._linmem_made = call, surplus
+        instance = self._instance(offer, native, domain, *self._call(imports, store, module))
         if plan is not None:
             plan.finish(store, instance)
             for recording in list(OPEN) if OPEN else ():
@@ -242,32 +227,10 @@ class Prepared:
             raise TypeError("imports must be a sequence or a wasmtime.Linker, got"
                             f" {type(imports).__module__}.{type(imports).__name__}") from None
 
-    def _memories(self, call: int, surplus: int | None) -> dict[str, Memory]:
-        """The memories of the instance that the call of that number made. surplus: its first request, of 0 bytes, that
-        took no place.
-
-        wasmtime also asks for the GC heap of the store, once and before the memories of a module. A memory of a module
-        with the minimum 0 looks the same. So if there was one request too many, the heap is the first of the requests
-        of 0 bytes that end with the request without a place.
-        """
-        names = self._memory_names()
-        heap = surplus
-        if heap == len(names) and not self._complete:
-            heap = None
-        while heap and self._places[heap - 1][0] == 0:
-            heap -= 1
-        found: dict[str, Memory] = {}
-        for request, memory in _bridge.made_by(call):
-            place = request - (heap is not None and request > heap)
-            for name in ("GC heap",) if request == heap else names[place] if place < len(names) else (
-                    () if self._complete else (f"memory {request}",)):
-                found[name] = memory
-        return found
-
     def _memory_names(self) -> list[tuple[str, ...]]:
         """The names of each memory in `_places`: of a module the exports, if there are any."""
         if self._names is not None:
-            return [(name,) for name in self._names]
+            return super()._memory_names()
         imported, exports = (0, ()) if self.outline is None else (self.outline.imported_memories, self.outline.names)
         names: list[tuple[str, ...]] = [()] * len(self._places)
         for name, kind, index in exports:
@@ -303,6 +266,13 @@ class Prepared:
                 self._compile = None
         snapshot._starts[self] = made
         return made
+
+    def _described(self) -> tuple[list[str], str] | None:
+        """The entries of the cache that this program is made of, and a line for `from_description`; None: do not note
+        them."""
+        missing = any(image and not entry for image, entry in zip(self.images, self._image_entries, strict=True))
+        found = None if missing or self._entry is None else described(self, self._image_entries)
+        return None if found is None or self._entry is None else ([self._entry, *found[0]], found[1])
 
     def __repr__(self) -> str:
         return f"<linmem.wasmtime.Prepared: {sum(image is not None for image in self.images)} images>"
@@ -408,27 +378,30 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
     except Malformed as error:
         hoisted = Hoisted(original, [], [], [f"nothing is hoisted: {error}"], unknown=True)
     directory = None if cache is None else Cache(cache)
-    images: list[Image | None] = [None] * len(hoisted.images)
+    images: list[_Kept] = [(None, None)] * len(hoisted.images)
+    is_lasting = True       # another run would prepare the same
     try:
         images = _images(hoisted.images, directory)
     except _NO_ROOM as error:
         hoisted = hoisted._replace(module=original, skipped=[_no_room(error)], active=True)
+        is_lasting = False
     skipped += hoisted.skipped
     wasm = state.extended(hoisted.module, items)
     try:
-        module = compiled(engine, wasm, directory)[0]
+        module, entry = compiled(engine, wasm, directory)
     except wasmtime.WasmtimeError as error:
-        images, added, outline = [None] * len(images), frozenset(), None
+        images, added, outline = [(None, None)] * len(images), frozenset(), None
         skipped = [f"nothing is hoisted or exposed, {_only_original('module', error)}"]
         module = None
     if module is None:      # if wasmtime refuses the original, too, the caller gets that refusal alone
-        module = compiled(engine, original, directory)[0]
+        module, entry = compiled(engine, original, directory)
     compile_start = None
     if outline is not None and (hoisted.active or START in read.sections or outline.computed_tables()):
         compile_start = functools.partial(_compiled_for_start, engine, wasm, outline, directory)
     return Prepared._of(engine, module, images, hoisted.minima, skipped, digest, added=added, outline=outline,
                         compile_start=compile_start, complete=not hoisted.unknown,
-                        is_alone=not hoisted.unknown and START not in read.sections)
+                        is_alone=not hoisted.unknown and START not in read.sections,
+                        entry=entry if is_lasting else None)
 
 
 def _with_growth_traps(engine: wasmtime.Engine, wasm: bytes) -> bytes:
@@ -471,24 +444,26 @@ def _prepare_component(engine: wasmtime.Engine, original: bytes, cache: Cache | 
         hoisted = hoist_component(original)
     except Malformed as error:
         hoisted = HoistedComponent(original, [], [], [], [], False, [f"nothing is hoisted: {error}"])
-    images: list[Image | None] = [None] * len(hoisted.images)
-    wasm, skipped, component = hoisted.component, hoisted.skipped, None
+    none: list[tuple[Image | None, str | None]] = [(None, None)] * len(hoisted.images)
+    images = none
+    wasm, skipped, component, is_lasting = hoisted.component, hoisted.skipped, None, True
     try:
         images = _images(hoisted.images, cache)
     except _NO_ROOM as error:
-        wasm, skipped = original, [_no_room(error)]
+        wasm, skipped, is_lasting = original, [_no_room(error)], False
     if wasm is not original:
         try:
-            component = compiled(engine, wasm, cache, kind)[0]
+            component, entry = compiled(engine, wasm, cache, kind)
         except wasmtime.WasmtimeError as error:
-            images = [None] * len(images)
+            images = [(None, None)] * len(images)
             skipped = [f"nothing is hoisted, {_only_original('component', error)}"]
     hoists = component is not None
     if component is None:
-        component = compiled(engine, original, cache, kind)[0]
+        component, entry = compiled(engine, original, cache, kind)
     return Prepared._of(engine, component, [images[index] for index in hoisted.order],
                         [hoisted.minima[index] for index in hoisted.order], skipped, digest, names=hoisted.names,
-                        complete=hoisted.complete, is_alone=hoisted.complete, hoists=hoists)
+                        complete=hoisted.complete, is_alone=hoisted.complete, hoists=hoists,
+                        entry=entry if is_lasting else None)
 
 
 def _no_room(error: Exception) -> str:
@@ -526,21 +501,20 @@ def makes_our_memories(engine: wasmtime.Engine) -> bool:
     return found
 
 
-def _images(contents: Sequence[Sequence[Run] | None], cache: Cache | None) -> list[Image | None]:
-    return [None if runs is None else _image(runs, cache) for runs in contents]
+def _images(contents: Sequence[Sequence[Run] | None], cache: Cache | None) -> list[_Kept]:
+    return [(None, None) if runs is None else _image(runs, cache) for runs in contents]
 
 
-def _image(runs: Sequence[Run], cache: Cache | None) -> Image:
+def _image(runs: Sequence[Run], cache: Cache | None) -> _Kept:
     start, (last, data) = runs[0][0], runs[-1]
     make = functools.partial(Image.from_pieces, runs, last + len(data) - start, start)
     if cache is None:
-        return make()
+        return make(), None
     digest = hashlib.sha256(f"linmem {FORMAT}, image\n".encode())
     for offset, data in runs:
         digest.update(f"{offset} {len(data)}\n".encode())
         digest.update(data)
-    image: Image = cached(cache, digest.hexdigest(), ".image", Image.open, make, write_image)[0]
-    return image
+    return cached(cache, digest.hexdigest(), ".image", Image.open, make, write_image)
 
 
 def _compiled_for_start(engine: wasmtime.Engine, wasm: bytes, outline: state.Outline,
