@@ -19,7 +19,7 @@ from test_cli import linmem_process
 
 from linmem import cli
 from linmem._commands import compile_cache
-from linmem._wasm import compiled, known_files, offered, prepared
+from linmem._wasm import compiled, image_cache, known_files, offered, prepared
 from linmem._wasm.image_cache import Cache
 
 # The exit code is a digit in the text, so that programs of equal size behave differently.
@@ -59,8 +59,10 @@ DATA_COMPONENT = """(component
   (export "wasi:cli/run@0.2.0" (instance $command)))"""
 PREPARED = [
     pytest.param(DATA, ["--fuel", "100000"], id="module, fuel"),
+    pytest.param(DATA, ["--timeout", "60"], id="module, timeout"),
     *(pytest.param(DATA_COMPONENT, words, id=f"component, {words[0]}", marks=requires("components"))
-      for words in (["--fuel", "100000"], ["--json"], ["--report"], ["--report-file", "report.html"]))]
+      for words in (["--fuel", "100000"], ["--timeout", "60"], ["--json"], ["--report"],
+                    ["--report-file", "report.html"]))]
 
 
 @pytest.fixture
@@ -138,7 +140,7 @@ def test_the_report_of_a_component_that_is_not_opened_is_the_same(here, linmem):
 
 
 @requires("owners")
-@pytest.mark.parametrize(("text", "words"), PREPARED[:2])
+@pytest.mark.parametrize(("text", "words"), PREPARED[:3:2])
 @pytest.mark.parametrize("change", ["removed", "touched", "damaged"])
 @pytest.mark.parametrize("suffix", [".image", "cwasm", ".ccomponent"])
 def test_a_prepared_program_is_prepared_again_if_an_entry_changed(here, linmem, text, words, change, suffix):
@@ -159,7 +161,7 @@ def test_a_prepared_program_is_prepared_again_if_an_entry_changed(here, linmem, 
 
 
 @requires("owners")
-@pytest.mark.parametrize(("text", "words"), PREPARED[:2])
+@pytest.mark.parametrize(("text", "words"), PREPARED[:3:2])
 @pytest.mark.parametrize("change", [
     lambda note: note._replace(about="what no program wrote"), lambda note: note._replace(about="()"),
     lambda note: note._replace(entries=note.entries[:1]), lambda note: note._replace(entries=[]),
@@ -179,7 +181,7 @@ def test_a_wrong_note_of_a_prepared_program_is_not_used_and_is_written_again(her
 
 
 @requires("owners")
-@pytest.mark.parametrize(("text", "words"), PREPARED[:2])
+@pytest.mark.parametrize(("text", "words"), PREPARED[:3:2])
 def test_an_image_of_very_many_runs_is_not_noted(here, linmem, monkeypatch, text, words):
     monkeypatch.setattr(offered, "_MAX_RUNS", 0)
     (here / "program.wat").write_text(text)
@@ -189,7 +191,7 @@ def test_an_image_of_very_many_runs_is_not_noted(here, linmem, monkeypatch, text
 
 
 @requires("owners")
-@pytest.mark.parametrize(("text", "words"), PREPARED[1:3])
+@pytest.mark.parametrize(("text", "words"), PREPARED[2:4])
 def test_a_program_whose_images_found_no_room_is_prepared_anew_in_the_next_run(here, linmem, monkeypatch, text, words):
     (here / "program.wat").write_text(text)
     with monkeypatch.context() as patched:
@@ -290,6 +292,24 @@ def test_a_damaged_note_is_not_used_and_is_written_again(here, linmem, compilati
     assert len(compilations) == 1
 
 
+@requires("owners", "fifos")
+@pytest.mark.parametrize("make", [os.mkdir, lambda path: os.mkfifo(path)])
+@pytest.mark.parametrize("place", ["note", "entry", "notes"])
+def test_a_pipe_or_a_folder_in_the_cache_neither_blocks_nor_fails_a_command(here, linmem, make, place):
+    assert run(linmem) == 7
+    (path,) = {"note": notes, "entry": entries, "notes": lambda: ["cache/notes"]}[place]()
+    shutil.rmtree(path) if place == "notes" else os.unlink(path)
+    make(path)
+    assert linmem("cache", "info", "--cache", "cache")[::2] == (0, "")
+    assert linmem("cache", "prune", "--cache", "cache", "--max-size", "1GiB")[::2] == (0, "")
+    if make is os.mkdir and place == "entry":       # the new entry would have the name of the folder
+        code, _, error = linmem("run", "--cache", "cache", "program.wat")
+        assert (code, error.count("\n")) == (7, 1)
+        assert error.startswith("linmem run: not cached: ")
+    else:
+        assert [run(linmem), run(linmem)] == [7, 7]
+
+
 @requires("owners")
 def test_an_entry_that_this_wasmtime_does_not_take_is_made_again(here, linmem, compilations):
     assert run(linmem) == 7
@@ -337,6 +357,29 @@ def test_components_are_cached_like_modules(here):
     assert (path, path.endswith(known_files.COMPONENT), entries()) == (same, True, [path])
     module, other = compiled.compiled(engine, bytes(wasmtime.wat2wasm("(module)")), cache)
     assert (type(module), other.endswith(known_files.MODULE), len(entries())) == (wasmtime.Module, True, 2)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_an_entry_is_added_although_prune_removes_its_empty_folder_meanwhile(here, linmem, monkeypatch, times):
+    plain, removed = image_cache.draft, []
+
+    def draft(folder):
+        if len(removed) < times:
+            os.rmdir(folder)
+            removed.append(folder)
+        return plain(folder)
+
+    monkeypatch.setattr(image_cache, "draft", draft)
+    assert run(linmem) == 7
+    assert (len(removed), len(entries())) == (times, 1)
+
+
+def test_an_entry_whose_folder_is_removed_again_and_again_is_given_up(here, linmem, monkeypatch):
+    plain = image_cache.draft
+    monkeypatch.setattr(image_cache, "draft", lambda folder: (os.rmdir(folder), plain(folder))[1])
+    code, _, error = linmem("run", "--cache", "cache", "program.wat")
+    assert (code, error.count("\n")) == (7, 1)
+    assert error.startswith("linmem run: not cached: ")
 
 
 # -- where the cache is -----------------------------------------------------------------------------------------------

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 from support import file_requires
-from test_cli import linmem_process, refusal, report_of, wat
+from test_cli import ENVIRONMENT, SECONDS, linmem_process, refusal, report_of, wat
 from test_run_report import takes_objects
 
 from linmem import cli
@@ -221,6 +223,27 @@ def test_the_budget_is_one_over_the_memories_of_all_instances(wat):
     assert linmem_process("run", "--max-instances", "2", "--invoke", "a", path).returncode == 0
     assert "instance count too high at 2 (--max-instances 1)" in refusal(
         linmem_process("run", "--max-instances", "1", "--invoke", "a", path), 1)
+
+
+LOOP = "(loop $l (br $l)) (i32.const 0)"
+WRITE = "(call $write (call $get) (i32.const 4096) (i32.const 4) (i32.const 0))"
+
+
+@pytest.mark.parametrize("options", [[], ["--fuel", "1000000000000"]])
+def test_a_line_without_an_end_arrives_also_if_the_command_is_ended_by_a_timeout(wat, options):
+    path = wat(writes("text", "write").replace("(i32.load8_u (i32.const 0))", LOOP))
+    done = linmem_process("run", "--timeout", "0.2", *options, path)
+    assert (done.returncode, done.stdout) == (124, b"text")
+    assert done.stderr.splitlines() == [f"linmem run: {path} ran for longer than --timeout 0.2 seconds".encode()]
+
+
+def test_a_timeout_ends_a_command_that_fills_a_pipe_that_nobody_reads(wat):
+    path = wat(writes("text", "blocking-write-and-flush").replace(WRITE, f"(loop $again {WRITE} (br $again))"))
+    words = [sys.executable, "-m", "linmem", "run", "--timeout", "0.2", str(path)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT) as process:
+        assert process.wait(SECONDS) == 124
+        assert set(process.stdout.read()) == set(b"text")
+        assert b"--timeout" in process.stderr.read()
 
 
 # -- the cache ------------------------------------------------------------------------------------------------

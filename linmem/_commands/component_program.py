@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import sys
@@ -112,20 +111,13 @@ class ComponentProgram(Program):
         if function.params or not isinstance(result, component.ResultType) or result.ok or result.err:
             raise Refused(f"{self.path}: {self._resolve(name)} is not of the type func() -> result")
 
-    def instantiate(self, args: argparse.Namespace, arguments: list[str], snapshot: Any = None) -> None:
-        """Make the instance, with the directories and the variables of the options."""
-        self.store = self.wasmtime.Store(self.engine)
-        self.limits.apply(self.store)
-        self.store.set_wasi(self._wasi_config(args, arguments))
+    def _linker(self) -> Any:
         linker = component.Linker(self.engine)
         linker.add_wasip2()
         for name in filter(_LOGGING.fullmatch, self.module.type.imports(self.engine)):
             with linker.root() as root, root.add_instance(name) as logging:
                 logging.add_func("log", _log)
-        if self.prepared is None:
-            self.instance = linker.instantiate(self.store, self.module)
-        else:
-            self.instance = self.prepared.instantiate(self.store, linker)
+        return linker
 
     def _memories(self) -> dict[str, Any]:
         """The memories of a prepared component that has an instance, by name."""
@@ -160,7 +152,7 @@ class ComponentProgram(Program):
         except (TypeError, ValueError, NotImplementedError) as error:       # some versions cannot pass some values
             raise Refused(f"{self.path}: {name}: wasmtime-py cannot convert a value: {error}") from None
         finally:
-            self._flush_output()
+            self.flush_output()
         self._calling = False
         if name == "_start":        # a result without values
             self.status = EXIT_REFUSED if value.tag == "err" else 0
@@ -174,8 +166,7 @@ class ComponentProgram(Program):
         encoding = sys.stdout.encoding
         return [show_value(value, kind).encode(encoding, "backslashreplace").decode(encoding)]
 
-    def _flush_output(self) -> None:
-        """Write what the component left in wasmtime's buffer of standard output."""
+    def flush_output(self) -> None:
         if self._flush is None:
             return
         store, wasi = self.wasmtime.Store(self.engine), self.wasmtime.WasiConfig()

@@ -66,6 +66,7 @@ def add_arguments(parser: Parser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     check_output("--output", args.output, {"PROGRAM": args.program})
+    target = os.path.realpath(args.output)
     program = Program(args.program, compose_creator("mmap", args.max_memory), Limits(max_memory=args.max_memory))
     results: list[int | float] = []
     with output_to_standard_error():
@@ -73,6 +74,8 @@ def main(args: argparse.Namespace) -> int:
         if running:
             leave_running(status)
     if status == 0:
+        if os.path.realpath(args.output) != target:
+            raise Refused(f"--output {args.output}: the program replaced it, or a folder of it, by a link")
         save(program, args, results)
     return status
 
@@ -102,7 +105,8 @@ def initialise(program: Program, args: argparse.Namespace, results: list[int | f
 
     def work() -> None:
         try:
-            program.instantiate(args, [])
+            program.link(args, [])
+            program.instantiate()
             results.extend(program.initialise(args.init))
         except program.wasmtime.ExitTrap as end:
             raise Refused(f"{args.program} ended itself with exit code {end.code} while it was initialised, so there is"

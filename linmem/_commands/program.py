@@ -150,11 +150,12 @@ def in_a_thread(work: Callable[[], _T], clock: Clock | None = None) -> tuple[_T 
     return results[0], False
 
 
-def leave_running(status: int, text: str = "") -> None:
+def leave_running(status: int, text: str = "", flush: Callable[[], None] | None = None) -> None:
     """End the process although the program is in an endless loop or waits. Nothing else can end such code.
 
     `text` is the last text on standard error: what the program writes there from now on is dropped. If standard error
-    is a full pipe and no process reads it, `text` is dropped.
+    is a full pipe and no process reads it, `text` is dropped. `flush` writes what the program left in a buffer of
+    standard output. It is not called if standard output is a full pipe.
     """
     import threading
 
@@ -165,6 +166,8 @@ def leave_running(status: int, text: str = "") -> None:
             data = text.replace("\n", os.linesep).encode(sys.stderr.encoding, "backslashreplace")
             while data:
                 data = data[os.write(last, data):]
+        if flush is not None and _is_writable(sys.stdout):
+            flush()
         sys.stdout.flush()
 
     compile_cache.end_announcements()
@@ -222,7 +225,9 @@ class Program:
 
     Attributes
     ----------
-    store, instance : wasmtime.Store, wasmtime.Instance
+    store, linker : wasmtime.Store, wasmtime.Linker
+        After `link`.
+    instance : wasmtime.Instance
         After `instantiate`.
     status : int
         The exit code of a program that does not exit and does not trap.
@@ -231,6 +236,7 @@ class Program:
     status = 0
 
     store: Any
+    linker: Any
     instance: Any = None
     module: Any
     prepared: Any = None
@@ -496,20 +502,30 @@ class Program:
         lines = [f"trapped: {reason}", *where.splitlines()[:_MAX_LINES]]
         return "\n".join(printable(line[:_MAX_LINE]) for line in lines)
 
-    def instantiate(self, args: argparse.Namespace, arguments: list[str], snapshot: Any = None) -> None:
-        """Make the instance, with the directories and the variables of the options; from `args.start` if given."""
+    def link(self, args: argparse.Namespace, arguments: list[str]) -> None:
+        """Make the store and the linker, with the directories and the variables of the options."""
         self.store = self.wasmtime.Store(self.engine)
         self.limits.apply(self.store)
         self.store.set_wasi(self._wasi_config(args, arguments))
+        self.linker = self._linker()
+
+    def _linker(self) -> Any:
         linker = self.wasmtime.Linker(self.engine)
         linker.define_wasi()
+        return linker
+
+    def instantiate(self, snapshot: Any = None, path: str = "") -> None:
+        """Make the instance; from the snapshot of the file at `path`, if one is given."""
         if self.prepared is None:
-            self.instance = linker.instantiate(self.store, self.module)
+            self.instance = self.linker.instantiate(self.store, self.module)
         elif snapshot is None:
-            self.instance = self.prepared.instantiate(self.store, linker)
+            self.instance = self.prepared.instantiate(self.store, self.linker)
         else:
-            with refuse_errors_of(args.start):
-                self.instance = self.prepared.instantiate(self.store, linker, start=snapshot)
+            with refuse_errors_of(path):
+                self.instance = self.prepared.instantiate(self.store, self.linker, start=snapshot)
+
+    def flush_output(self) -> None:
+        """Write what the program left in a buffer of standard output. Any thread may do this while the program runs."""
 
     def _wasi_config(self, args: argparse.Namespace, arguments: list[str]) -> Any:
         wasi = self.wasmtime.WasiConfig()

@@ -164,7 +164,7 @@ def main(args: argparse.Namespace) -> int:
             said.append(json.dumps(figures) if args.json else run_report.text_of(figures))
     text = "".join(f"{part}\n" for part in said)
     if running:
-        leave_running(status, text)
+        leave_running(status, text, programs[0].flush_output if programs else None)
     sys.stderr.write(text)
     sys.stderr.flush()
     return status
@@ -186,10 +186,10 @@ def execute(args: argparse.Namespace, creator: Any, limits: Limits, programs: li
         from linmem._commands.core_file import CoreFile
 
         program.core = CoreFile(args.coredump, {"PROGRAM": args.program, "the FILE of --start": args.start})
-    # A prepared program starts without code, so its data costs no fuel. A component is prepared for the report, too,
-    # because only then the names of its memories are known.
+    # The data of a prepared program is not copied, and so costs no fuel and no time of --timeout. A component is
+    # prepared for the report, too, because only then the names of its memories are known.
     outline = args.start is not None or args.coredump is not None
-    prepare = outline or args.fuel is not None or (
+    prepare = outline or args.fuel is not None or args.timeout is not None or (
         program.named_if_prepared and (args.report or args.json or args.report_file is not None))
     program.compile("run", cache, function, prepare=prepare, outline=outline, hint=hint)
     arguments: list[Any] = []
@@ -201,8 +201,9 @@ def execute(args: argparse.Namespace, creator: Any, limits: Limits, programs: li
         program.plan_start(args.start, snapshot)
 
     def work() -> None:
+        program.link(args, args.arguments)
         with limits.clock.running():
-            program.instantiate(args, args.arguments, snapshot)
+            program.instantiate(snapshot, args.start)
             begin = program.call if args.invoke is None or snapshot is not None else program.initialise
             results = begin(function, arguments)
         for result in results:

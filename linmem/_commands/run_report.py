@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import linmem
-from linmem._commands.parser import EXIT_USAGE, Refused, check_output, refuse_errors_of
+from linmem._commands.output_file import OutputFile
+from linmem._commands.parser import EXIT_USAGE, Refused
 from linmem._commands.text import count, show_size, show_time
 from linmem._core.arguments import printable
 
@@ -88,7 +89,6 @@ class ReportFile:
     """The file of --report-file. A file that could not be drawn after the run is refused before the run."""
 
     def __init__(self, path: str, others: dict[str, str | None]) -> None:
-        self.path = path
         self.form = os.path.splitext(path)[1].lower()
         fault = ""
         if self.form not in (".png", ".html"):
@@ -97,7 +97,7 @@ class ReportFile:
             fault = "a .png needs matplotlib: pip install 'linmem[image]' (an .html needs nothing)"
         if fault:
             raise Refused(f"--report-file {path}: {fault}", EXIT_USAGE)
-        check_output("--report-file", path, others)
+        self.file = OutputFile("--report-file", path, others)
 
     def write(self, report: dict[str, Any], timeline: list[list[tuple[int, int]]], end_ns: int) -> None:
         """Draw the sizes over time, from the first memory on, because the program is compiled before.
@@ -109,16 +109,13 @@ class ReportFile:
         begin = min([changes[0][0] for changes in timeline if changes], default=0)
         lines = [[(at - begin, size) for at, size in _line(changes, end_ns)] for changes in timeline]
         end_ns = max(end_ns - begin, 1)
-        with refuse_errors_of(self.path):
+        with self.file.writing() as file:
             if self.form == ".html":
-                from linmem._files.atomic_file import replacing
-
-                with replacing(self.path) as (file, _):
-                    file.write(html_of(report, lines, end_ns).encode())
+                file.write(html_of(report, lines, end_ns).encode())
             else:
-                from linmem._files.atomic_file import write_figure
+                from linmem._files.atomic_file import figure_bytes
 
-                write_figure(figure_of(report, lines, end_ns), self.path, dpi=130)
+                file.write(figure_bytes(figure_of(report, lines, end_ns), "png", dpi=130))
 
 
 def _line(changes: list[tuple[int, int]], end_ns: int) -> list[tuple[int, int]]:

@@ -148,7 +148,8 @@ def _sync_folder(folder: str) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: str | bytes | os.PathLike[str], mode: int | None = None) -> Iterator[tuple[BinaryIO, bool]]:
+def replacing(path: str | bytes | os.PathLike[str], mode: int | None = None, *,
+              follow: bool = True) -> Iterator[tuple[BinaryIO, bool]]:
     """Yield a file and whether it is a stream. When the block ends, `path` has the bytes that were written to the file.
 
     A regular file is replaced as a whole and keeps its owner and its permissions. If the block fails, the old file
@@ -156,23 +157,27 @@ def replacing(path: str | bytes | os.PathLike[str], mode: int | None = None) -> 
     Files of other kinds are refused. Every OSError names `path`.
 
     mode: the permissions of a file that did not exist; by default those of a new file.
+    follow: False if a program that is not trusted can change the folder. Then the new file takes the place of a link, a
+    pipe or a device, and none of these is followed or opened.
     """
     name = os.fsdecode(path)
     # Symbolic links are followed, as by open().
-    target = os.path.realpath(name)
+    target = os.path.realpath(name) if follow else name
     try:
         try:
-            before = os.stat(name)
+            before = os.stat(name, follow_symlinks=follow)
         except FileNotFoundError:
             if not name:
                 raise
+            before = None
+        if before is not None and not follow and not stat.S_ISREG(before.st_mode) and not stat.S_ISDIR(before.st_mode):
             before = None
         kind = stat.S_IFREG if before is None else stat.S_IFMT(before.st_mode)
         if kind == stat.S_IFDIR or not os.path.basename(name):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if kind not in (stat.S_IFREG, stat.S_IFIFO, stat.S_IFCHR):
             raise OSError(errno.ENXIO, "Not a regular file, a pipe or a character device")
-        if before is not None and (kind != stat.S_IFREG or not _is_at(target, before)):
+        if before is not None and follow and (kind != stat.S_IFREG or not _is_at(target, before)):
             with open(name, "wb") as stream:
                 yield stream, True
             return
@@ -192,11 +197,15 @@ def replacing(path: str | bytes | os.PathLike[str], mode: int | None = None) -> 
 
 def write_figure(figure: Any, path: str, *, dpi: int) -> None:
     """Draw a figure of matplotlib into `path`. The extension of the name is the format; without one it is PNG."""
-    form = os.path.splitext(path)[1][1:].lower() or "png"
-    drawn = io.BytesIO()        # the writers of some formats seek, and `path` may be a pipe
-    figure.savefig(drawn, dpi=dpi, format=form)
+    drawn = figure_bytes(figure, os.path.splitext(path)[1][1:].lower() or "png", dpi=dpi)
     with replacing(path) as (file, _):
-        file.write(drawn.getvalue())
+        file.write(drawn)
+
+
+def figure_bytes(figure: Any, form: str, *, dpi: int) -> bytes:
+    drawn = io.BytesIO()        # the writers of some formats seek, and a pipe cannot
+    figure.savefig(drawn, dpi=dpi, format=form)
+    return drawn.getvalue()
 
 
 def _is_at(target: str, status: os.stat_result) -> bool:

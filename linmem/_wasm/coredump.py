@@ -12,7 +12,6 @@ from __future__ import annotations
 import bisect
 import contextlib
 import ctypes
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
@@ -21,7 +20,6 @@ from wasmtime import _ffi as ffi
 
 from linmem._core.memory import Image, Memory
 from linmem._core.process_handles import own_runs
-from linmem._files.atomic_file import replacing
 from linmem._files.format import PAGE, joined
 from linmem._wasm.component import Place, core_modules, hoist_component
 from linmem._wasm.instance_state import behind, export, handle, raw_bytes, read
@@ -259,8 +257,8 @@ def signed_leb128(value: int) -> bytes:
 
 # -- the file --------------------------------------------------------------------------------------------
 
-def write(path: str | os.PathLike[str], program: str, content: Content) -> None:
-    """Write a core dump. Only its owner can read a new file, because memories hold secrets.
+def write(file: BinaryIO, program: str, content: Content) -> None:
+    """Write a core dump.
 
     Raises
     ------
@@ -274,21 +272,19 @@ def write(path: str | os.PathLike[str], program: str, content: Content) -> None:
     size = len(leb128(len(segments))) + sum(len(head) + len(data) for head, data in segments)
     if size > _MAX_SECTION:
         raise OverflowError(f"the memories hold {size} bytes that are not zero, and a core dump at most {_MAX_SECTION}")
-    with replacing(path, 0o600) as (file, _):
-        file.write(b"\0asm\1\0\0\0")
-        _custom(file, "core", b"\0" + _name(program))
-        _custom(file, "coremodules", _vector(b"\0" + _name(module) for module in modules))
-        _custom(file, "coreinstances", _vector(_instances(instances)))
-        _custom(file, "corestack", b"\0" + _name("main") + _vector(
-            b"\0" + leb128(frame.instance) + leb128(frame.function) + leb128(frame.offset) + b"\0\0"
-            for frame in frames))
-        for kind, items in ((MEMORY, [memory.type for memory in memories]), (GLOBAL, globals)):
-            section = _vector(items)
-            file.write(bytes([kind]) + leb128(len(section)) + section)
-        file.write(bytes([DATA]) + leb128(size) + leb128(len(segments)))
-        for head, data in segments:
-            file.write(head)
-            file.write(data)
+    file.write(b"\0asm\1\0\0\0")
+    _custom(file, "core", b"\0" + _name(program))
+    _custom(file, "coremodules", _vector(b"\0" + _name(module) for module in modules))
+    _custom(file, "coreinstances", _vector(_instances(instances)))
+    _custom(file, "corestack", b"\0" + _name("main") + _vector(
+        b"\0" + leb128(frame.instance) + leb128(frame.function) + leb128(frame.offset) + b"\0\0" for frame in frames))
+    for kind, items in ((MEMORY, [memory.type for memory in memories]), (GLOBAL, globals)):
+        section = _vector(items)
+        file.write(bytes([kind]) + leb128(len(section)) + section)
+    file.write(bytes([DATA]) + leb128(size) + leb128(len(segments)))
+    for head, data in segments:
+        file.write(head)
+        file.write(data)
 
 
 def _segments(memories: Sequence[Held]) -> Iterable[tuple[bytes, memoryview]]:

@@ -20,6 +20,7 @@ from linmem._files.sparse import content_digest
 from linmem._wasm.known_files import forget_entries, must_be_private
 
 _MAX_ENTRIES = 8    # of one key
+_ATTEMPTS = 10      # to add an entry while other processes remove its folder
 _KEY = re.compile("[0-9a-f]{64}")
 _ENTRY = re.compile(r"[0-9a-f]{64}\.(?:cwasm|ccomponent|image)")
 
@@ -70,14 +71,20 @@ class Cache:
     def add(self, key: str, suffix: str, write: Callable[[BinaryIO], object]) -> str:
         """Make an entry whose content ``write(file)`` writes, with permissions for its owner only; returns its path."""
         place = os.path.join(self.directory, key)
-        os.makedirs(place, mode=0o700, exist_ok=True)
-        must_be_private(place)
-        _make_room(place, suffix)
-        with draft(place) as made:
-            write(made.file)
-            made.file.flush()
-            path = os.path.join(place, content_digest(made.file.fileno()) + suffix)
-            made.become(path, 0o600)
+        for attempts_left in reversed(range(_ATTEMPTS)):
+            os.makedirs(place, mode=0o700, exist_ok=True)
+            try:
+                must_be_private(place)
+                _make_room(place, suffix)
+                with draft(place) as made:
+                    write(made.file)
+                    made.file.flush()
+                    path = os.path.join(place, content_digest(made.file.fileno()) + suffix)
+                    made.become(path, 0o600)
+                break
+            except FileNotFoundError:       # prune() of another process removed the empty folder
+                if not attempts_left:
+                    raise
         return path
 
     def _keys(self) -> list[str]:
@@ -90,7 +97,7 @@ class Cache:
         found = []
         for key in self._keys():
             for entry in _files(key):
-                if _ENTRY.fullmatch(entry.name):
+                if _ENTRY.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
                     with contextlib.suppress(FileNotFoundError):    # another process removed the entry
                         about = entry.stat(follow_symlinks=False)
                         size = min(about.st_size, getattr(about, "st_blocks", about.st_size) * 512)
@@ -132,7 +139,7 @@ def _make_room(place: str, suffix: str) -> None:
     """Remove the oldest entries, so that with one more there are at most `_MAX_ENTRIES`."""
     entries = []
     for entry in os.scandir(place):
-        if entry.name.endswith(suffix):
+        if entry.name.endswith(suffix) and entry.is_file(follow_symlinks=False):
             with contextlib.suppress(FileNotFoundError):        # another process removed the entry
                 entries.append((entry.stat().st_mtime, entry.path))
     for _, path in sorted(entries)[:1 - _MAX_ENTRIES]:
@@ -140,6 +147,7 @@ def _make_room(place: str, suffix: str) -> None:
 
 
 def _remove(path: str) -> None:
-    # PermissionError: the file is in use, or belongs to another user. The entry stays and is not used.
-    with contextlib.suppress(FileNotFoundError, PermissionError):
+    # PermissionError: the file is in use, or belongs to another user. IsADirectoryError: linmem did not make the entry.
+    # In both cases the entry stays and is not used.
+    with contextlib.suppress(FileNotFoundError, PermissionError, IsADirectoryError):
         os.unlink(path)
