@@ -181,6 +181,15 @@ def test_a_wrong_note_of_a_prepared_program_is_not_used_and_is_written_again(her
 
 
 @requires("owners")
+def test_a_note_of_another_version_of_linmem_is_not_used(here, linmem, monkeypatch):
+    assert run(linmem) == 7
+    (path,) = notes()
+    assert known_files.Note.read(path) is not None
+    monkeypatch.setattr(known_files, "FORMAT", known_files.FORMAT + 1)
+    assert known_files.Note.read(path) is None
+
+
+@requires("owners")
 @pytest.mark.parametrize(("text", "words"), PREPARED[:3:2])
 def test_an_image_of_very_many_runs_is_not_noted(here, linmem, monkeypatch, text, words):
     monkeypatch.setattr(offered, "_MAX_RUNS", 0)

@@ -166,9 +166,9 @@ def leave_running(status: int, text: str = "", flush: Callable[[], None] | None 
             data = text.replace("\n", os.linesep).encode(sys.stderr.encoding, "backslashreplace")
             while data:
                 data = data[os.write(last, data):]
+        sys.stdout.flush()
         if flush is not None and _is_writable(sys.stdout):
             flush()
-        sys.stdout.flush()
 
     compile_cache.end_announcements()
     try:

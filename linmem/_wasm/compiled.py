@@ -14,10 +14,9 @@ import wasmtime
 
 from linmem._wasm.image_cache import Cache
 from linmem._wasm.install import wasmtime_version
-from linmem._wasm.known_files import COMPONENT, MODULE
+from linmem._wasm.known_files import COMPONENT, FORMAT, MODULE
 from linmem.errors import FileFormatError
 
-FORMAT = 2          # the version of cached files, in their keys; keys of compiled code also have wasmtime's
 _T = TypeVar("_T")
 
 

@@ -290,7 +290,7 @@ def write(file: BinaryIO, program: str, content: Content) -> None:
 def _segments(memories: Sequence[Held]) -> Iterable[tuple[bytes, memoryview]]:
     """The head and the content of each data segment."""
     for number, memory in enumerate(memories):
-        for start, data in memory.pieces(_MAX_SEGMENTS // len(memories)):
+        for start, data in memory.pieces(max(1, _MAX_SEGMENTS // len(memories))):
             head = b"\0" if number == 0 else b"\2" + leb128(number)
             bits = memory.bits
             address = start - (start >> (bits - 1) << bits)        # the constant is a signed number

@@ -22,6 +22,8 @@ import time
 import zlib
 from typing import NamedTuple
 
+# The version of cached files, in their keys and in the checksums of notes; keys of compiled code also have wasmtime's.
+FORMAT = 2
 MODULE, COMPONENT = ".cwasm", ".ccomponent"     # the suffixes of entries of compiled code
 _RESOLUTION = 2_000_000_000     # ns; FAT has the coarsest clock
 _NOTES = "notes"
@@ -80,7 +82,8 @@ class Note(NamedTuple):
 
 
 def _checksum(text: str) -> str:
-    return f"{zlib.crc32(text.encode()):08x}"
+    checked = f"linmem {FORMAT}\n{text}"
+    return f"{zlib.crc32(checked.encode()):08x}"
 
 
 def entries_of(directory: str, path: str, settings: str) -> tuple[list[str], str] | None:

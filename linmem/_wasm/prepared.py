@@ -19,12 +19,13 @@ from linmem._core.arguments import check_flag, check_path
 from linmem._core.memory import Image
 from linmem._files.image_file import write_image
 from linmem._wasm import outline as state
-from linmem._wasm.compiled import FORMAT, cached, compiled
+from linmem._wasm.compiled import cached, compiled
 from linmem._wasm.component import HoistedComponent, hoist_component, is_component, with_modules
 from linmem._wasm.growth_traps import with_growth_traps
 from linmem._wasm.image_cache import Cache
 from linmem._wasm.install import check_type, checked_creator, wasmtime_version
 from linmem._wasm.instance_state import behind
+from linmem._wasm.known_files import FORMAT
 from linmem._wasm.module import START, Module
 from linmem._wasm.offered import Offered, described
 from linmem._wasm.reader import Malformed, Unknown
