@@ -8,7 +8,7 @@ from itertools import repeat
 
 from linmem.bench.engines import DEFAULT, INSTALLED, MIB, Kept, Setting, prepare
 from linmem.bench.harness import P10, Contender, Goal, Group, Run, Unavailable, clock
-from linmem.bench.run_command import run_cached
+from linmem.bench.run_command import run_cached, run_prepared
 
 ROUNDS = 25
 RUN_NS, QUICK_RUN_NS = 4_000_000, 200_000
@@ -18,7 +18,7 @@ TEXT = b"linmem! "
 
 
 def groups(quick: bool) -> list[Group]:
-    """A component with data, then one without, then a whole process."""
+    """A component with data, then one without, then whole processes."""
     least = QUICK_USES if quick else USES
     return [
         Group("component_data", "a component with 4 MiB of data: make, call, drop",
@@ -35,7 +35,7 @@ def groups(quick: bool) -> list[Group]:
                          using(INSTALLED, prepared=True, data=False)),
                Contender("default", DEFAULT.what, using(DEFAULT, data=False))),
               (Goal("default", INSTALL_ALONE, by=P10), Goal("default", None, ours="prepared", by=P10)), least=least),
-        run_cached(quick)]
+        run_cached(quick), run_prepared(quick)]
 
 
 def source(*, data: bool) -> str:

@@ -12,11 +12,13 @@ import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from linmem._files.atomic_file import replacing
+from linmem._wasm.component import with_modules
 from linmem._wasm.module import CODE, DATA, EXPORT, FUNCTION, MEMORY, TYPE
 from linmem._wasm.reader import leb128
-from linmem.bench.harness import Contender, Goal, Group, Run, Shared
+from linmem.bench.harness import Contender, Goal, Group, Run, Shared, Unavailable
 
 CODE_BYTES, QUICK_CODE_BYTES, DATA_BYTES = 18_000_000, 200_000, 2_000_000       # of the program
 STATEMENTS = 150            # of a function
@@ -41,6 +43,38 @@ wasi.inherit_stderr()
 store.set_wasi(wasi)
 linker.instantiate(store, module).exports(store)["_start"](store)
 """
+FUEL = 1_000_000
+COMPONENT_SCRIPT = f"""
+import sys
+import wasmtime
+from wasmtime import component
+config = wasmtime.Config()
+config.consume_fuel = True
+engine = wasmtime.Engine(config)
+program = component.Component.deserialize_file(engine, sys.argv[1])
+linker = component.Linker(engine)
+linker.add_wasip2()
+store = wasmtime.Store(engine)
+store.set_fuel({FUEL})
+wasi = wasmtime.WasiConfig()
+wasi.argv = sys.argv[1:]
+wasi.inherit_stdin()
+wasi.inherit_stdout()
+wasi.inherit_stderr()
+store.set_wasi(wasi)
+instance = linker.instantiate(store, program)
+run = program.get_export_index("run", program.get_export_index("wasi:cli/run@0.2.0"))
+instance.get_func(store, run)(store)
+"""
+# A command; the first module is replaced by the program.
+COMPONENT = """(component
+  (core module $program)
+  (core instance (instantiate $program))
+  (core module $main (func (export "run") (result i32) (i32.const 0)))
+  (core instance $main (instantiate $main))
+  (func $run (result (result)) (canon lift (core func $main "run")))
+  (instance $command (export "run" (func $run)))
+  (export "wasi:cli/run@0.2.0" (instance $command)))"""
 
 
 def run_cached(quick: bool) -> Group:
@@ -52,6 +86,17 @@ def run_cached(quick: bool) -> Group:
                    processes(there, Folder.script))),
         (Goal("script", GOAL),), "18 MB of code and 2 MB of data, of which nothing runs",
         operations=1)
+
+
+def run_prepared(quick: bool) -> Group:
+    there = Shared(lambda: ComponentFolder(QUICK_CODE_BYTES if quick else CODE_BYTES))
+    return Group(
+        "run_prepared", "linmem run --fuel of a cached 20 MB component, whole process",
+        (Contender("linmem", "linmem run --fuel, which prepares the component",
+                   processes(there, ComponentFolder.linmem)),
+         Contender("script", "the shortest wasmtime-py script with fuel and a serialized component",
+                   processes(there, ComponentFolder.script))),
+        (Goal("script", GOAL),), "the same code and data inside a component", operations=1)
 
 
 def program(code_bytes: int) -> bytes:
@@ -81,22 +126,25 @@ class Folder:
     """A temporary folder with the program, compiled for both."""
 
     def __init__(self, code_bytes: int) -> None:
-        import wasmtime
-
+        content, serialized = self.compiled(program(code_bytes))
         here = Path(tempfile.mkdtemp())
         weakref.finalize(self, shutil.rmtree, here)
         self.program, self.serialized, self.cache = here / "program.wasm", here / "program.cwasm", here / "cache"
         self.environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(here / "bytecode"),
                             "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self.environment.pop("PYTHONDONTWRITEBYTECODE", None)
-        content = program(code_bytes)
-        serialized = wasmtime.Module(wasmtime.Engine(), content).serialize()
         for path, data in ((self.program, content), (self.serialized, serialized)):
             with replacing(path) as (file, _):
                 file.write(data)
         self.start(self.linmem())
         time.sleep(SETTLED)
         self.start(self.linmem())       # reads the program and notes its state
+
+    def compiled(self, module: bytes) -> tuple[bytes, bytes]:
+        """The program, and what the script deserializes."""
+        import wasmtime
+
+        return module, wasmtime.Module(wasmtime.Engine(), module).serialize()
 
     def linmem(self) -> list[str]:
         return [LINMEM, "run", "--cache", str(self.cache), str(self.program)]
@@ -108,7 +156,28 @@ class Folder:
         subprocess.run([sys.executable, "-c", *words], check=True, env=self.environment, stdin=subprocess.DEVNULL)
 
 
-def processes(there: Shared[Folder], words: Callable[[Folder], list[str]]) -> Callable[[], Run]:
+class ComponentFolder(Folder):
+    """The same with a component, which counts fuel."""
+
+    def compiled(self, module: bytes) -> tuple[bytes, bytes]:
+        try:
+            from wasmtime import Config, Engine, component, wat2wasm
+        except ImportError as error:
+            raise Unavailable(f"this wasmtime-py has no components: {error}") from error
+        config = Config()
+        config.consume_fuel = True
+        modules = iter([module])
+        content = with_modules(bytes(wat2wasm(COMPONENT)), lambda core: next(modules, core))
+        return content, component.Component(Engine(config), content).serialize()
+
+    def linmem(self) -> list[str]:
+        return [LINMEM, "run", "--cache", str(self.cache), "--fuel", str(FUEL), str(self.program)]
+
+    def script(self) -> list[str]:
+        return [COMPONENT_SCRIPT, str(self.serialized)]
+
+
+def processes(there: Shared[Any], words: Callable[[Any], list[str]]) -> Callable[[], Run]:
     def make() -> Run:
         folder = there()
 

@@ -75,15 +75,17 @@ GOALS = {
               **{key: (goal, TIME, P10) for key, goal in {
                   "rule_grow/without": 1.1, "callback_grow/allowed": 1, "use/allowed": 1, "chosen/allowed": 1,
                   "tracked/without": 3, "find/allowed": 1}.items()}},
-    "component": {"run_cached/script": (1.3, TIME, MEDIAN), **{key: (goal, TIME, P10) for key, goal in {
-        "component_data/default": 0.65, "component_data/bare": 1.3, "component_bare/default": 0.8}.items()}},
+    "component": {
+        "run_cached/script": (1.3, TIME, MEDIAN), "run_prepared/script": (1.3, TIME, MEDIAN),
+        "component_data/default": (0.65, TIME, P10), "component_data/bare": (1.3, TIME, P10),
+        "component_bare/default": (0.8, TIME, P10)},
 }
 # Rows that some machines cannot measure. Such a row gives the reason.
 MAY_LACK = {"pool/one": r"the control scales only \d\.\d\d x here",
             "cold_file/without": ".*(page cache|working set).*",
             **dict.fromkeys([key for key in GOALS["hooks"] if key.startswith("unused")],
                             "LINMEM_BENCH_BASE names no Python with an older linmem"),
-            **dict.fromkeys([key for key in GOALS["component"] if key.startswith("component")],
+            **dict.fromkeys([key for key in GOALS["component"] if key != "run_cached/script"],
                             "this wasmtime-py has no components: .+"),
             **dict.fromkeys(GOALS["soak-pool"], "the system does not say what is resident: .+")}
 
@@ -995,16 +997,18 @@ def test_figures_go_into_a_pipe_as_a_stream(monkeypatch, tmp_path):
 
 
 @requires("module_files")
-def test_both_processes_of_the_cached_run_run_the_same_program(monkeypatch):
+@pytest.mark.parametrize(("group", "kind", "suffix"), [
+    (run_command.run_cached, run_command.Folder, "cwasm"),
+    pytest.param(run_command.run_prepared, run_command.ComponentFolder, "ccomponent", marks=requires("components"))])
+def test_both_processes_of_the_cached_run_run_the_same_program(monkeypatch, group, kind, suffix):
     monkeypatch.setattr(run_command, "QUICK_CODE_BYTES", 10_000)
     monkeypatch.setattr(run_command, "DATA_BYTES", 100)
     monkeypatch.setattr(run_command, "SETTLED", 0)
-    group = run_command.run_cached(quick=True)
-    runs = [contender.make() for contender in group.contenders]
+    runs = [contender.make() for contender in group(quick=True).contenders]
     assert all(run(1) > 0 for run in runs)
-    folder = run_command.Folder(10_000)
-    assert len(list(folder.cache.glob("*/*.cwasm"))) == 1
+    folder = kind(10_000)
+    assert len(list(folder.cache.glob(f"*/*.{suffix}"))) == 1
     folder.program.write_bytes(b"damaged")
-    for words in (folder.linmem(), [run_command.SCRIPT, str(folder.program)]):
+    for words in (folder.linmem(), [folder.script()[0], str(folder.program)]):
         with pytest.raises(subprocess.CalledProcessError):
             folder.start(words)

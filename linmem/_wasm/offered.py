@@ -43,12 +43,11 @@ class Offered:
 
     def instantiate(self, store: Any, linker: Any) -> Any:
         """Make an instance of the program, with a linker of its kind."""
-        return self._instance(self._offer, None, None, type(linker).instantiate, linker, store, self.module)
+        return self._checked(self._offer.making(None, None, type(linker).instantiate, linker, store, self.module))
 
-    def _instance(self, offer: _bridge.Offer, native: Any, domain: str | None, make: Any, *arguments: Any) -> Any:
-        """What `make` makes of the arguments."""
-        instance: Any
-        instance, missing, call, surplus, extra = offer.making(native, domain, make, *arguments)
+    def _checked(self, made: tuple[Any, int, int, int | None, int]) -> Any:
+        """The instance that `Offer.making` made, after a check that each memory got what was meant for it."""
+        instance, missing, call, surplus, extra = made
         if missing:
             raise RuntimeError(f"{missing} memories were made without their data: the engine did not ask linmem for"
                                " them")

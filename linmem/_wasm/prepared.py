@@ -201,7 +201,7 @@ class Prepared(Offered):
                 raise TypeError(f"start must be a Snapshot, got {type(start).__name__}")
             plan = start._starts.get(self) or self._plan(start)
             module, offer = self._start_module, plan.offer
-        instance = self._instance(offer, native, domain, *self._call(imports, store, module))
+        instance = self._checked(offer.making(native, domain, *self._call(imports, store, module)))
         if plan is not None:
             plan.finish(store, instance)
             for recording in list(OPEN) if OPEN else ():
