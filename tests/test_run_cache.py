@@ -37,23 +37,20 @@ OPENS = """
     code = cli.main(["run", "--cache", "cache", *WORDS, "program.wat"])
     print(code, "program.wat" in opened)
 """
-# The exit code of each shows that the data is in the memory: "*" is 42.
+# The exit code of each is 0 if the data is in the memory; "*" is 42, and "i" is 105.
 DATA = """(module (import "wasi_snapshot_preview1" "proc_exit" (func $exit (param i32)))
   (memory (export "memory") 1) (memory $second 2) (data (i32.const 60000) "*") (data (memory 1) (i32.const 9) "+")
-  (func (export "_start") (call $exit (i32.load8_u (i32.const 60000)))))"""
+  (func (export "_start")
+    (call $exit (i32.ne (i32.add (i32.load8_u (i32.const 60000)) (i32.load8_u 1 (i32.const 9))) (i32.const 85)))))"""
 DATA_COMPONENT = """(component
-  (import "wasi:cli/exit@0.2.0" (instance $process (export "exit-with-code" (func (param "code" u8)))))
   (core module $lib (memory 1) (data (i32.const 60000) "library") (func (export "get") (result i32)
     (i32.load8_u offset=1 (i32.const 60000))))
   (core instance $lib (instantiate $lib))
-  (core module $main (import "" "exit" (func $exit (param i32))) (import "lib" "get" (func $get (result i32)))
+  (core module $main (import "lib" "get" (func $get (result i32)))
     (memory 0) (memory 3) (data (memory 1) (i32.const 7) "*") (data (memory 1) (i32.const 80000) "far")
     (func (export "run") (result i32)
-      (if (i32.eq (call $get) (i32.const 105)) (then (call $exit (i32.load8_u 1 (i32.const 7)))))
-      (i32.const 1)))
-  (core func $exit (canon lower (func $process "exit-with-code")))
-  (core instance $main (instantiate $main
-    (with "" (instance (export "exit" (func $exit)))) (with "lib" (instance $lib))))
+      (i32.ne (i32.add (call $get) (i32.load8_u 1 (i32.const 7))) (i32.const 147))))
+  (core instance $main (instantiate $main (with "lib" (instance $lib))))
   (func $run (result (result)) (canon lift (core func $main "run")))
   (instance $command (export "run" (func $run)))
   (export "wasi:cli/run@0.2.0" (instance $command)))"""
@@ -125,7 +122,7 @@ def test_an_unchanged_program_is_not_even_opened(here):
 def test_an_unchanged_program_that_is_prepared_is_not_even_opened(here, text, words):
     (here / "program.wat").write_text(text)
     code = OPENS.replace("WORDS", str(words))
-    assert [answer(code, cwd=here) for _ in range(3)] == ["42 True", "42 False", "42 False"]
+    assert [answer(code, cwd=here) for _ in range(3)] == ["0 True", "0 False", "0 False"]
 
 
 @requires("owners", "components")
@@ -135,7 +132,7 @@ def test_the_report_of_a_component_that_is_not_opened_is_the_same(here, linmem):
     for _ in range(3):
         code, _, error = linmem("run", "--cache", "cache", "--json", "program.wat")
         names.append((code, [memory["name"] for memory in json.loads(error)["memories"]]))
-    assert names == [(42, ["module 0, memory 0", "module 1, memory 0", "module 1, memory 1"])] * 3
+    assert names == [(0, ["module 0, memory 0", "module 1, memory 0", "module 1, memory 1"])] * 3
     assert [name.endswith("-prepared") for name in notes()] == [True]
 
 
@@ -146,7 +143,7 @@ def test_the_report_of_a_component_that_is_not_opened_is_the_same(here, linmem):
 def test_a_prepared_program_is_prepared_again_if_an_entry_changed(here, linmem, text, words, change, suffix):
     (here / "program.wat").write_text(text)
     for _ in range(2):
-        assert linmem("run", "--cache", "cache", *words, "program.wat") == (42, "", "")
+        assert linmem("run", "--cache", "cache", *words, "program.wat") == (0, "", "")
         for entry in entries():
             if not entry.endswith(suffix):
                 continue
@@ -171,12 +168,12 @@ def test_a_prepared_program_is_prepared_again_if_an_entry_changed(here, linmem, 
         "another path"])
 def test_a_wrong_note_of_a_prepared_program_is_not_used_and_is_written_again(here, linmem, text, words, change):
     (here / "program.wat").write_text(text)
-    assert linmem("run", "--cache", "cache", *words, "program.wat") == (42, "", "")
+    assert linmem("run", "--cache", "cache", *words, "program.wat") == (0, "", "")
     (path,) = notes()
     good = known_files.Note.read(path)
     with open(path, "w") as file:
         file.write(change(good).text())
-    assert linmem("run", "--cache", "cache", *words, "program.wat") == (42, "", "")
+    assert linmem("run", "--cache", "cache", *words, "program.wat") == (0, "", "")
     assert known_files.Note.read(path) == good
 
 
@@ -195,7 +192,7 @@ def test_an_image_of_very_many_runs_is_not_noted(here, linmem, monkeypatch, text
     monkeypatch.setattr(offered, "_MAX_RUNS", 0)
     (here / "program.wat").write_text(text)
     for _ in range(2):
-        assert linmem("run", "--cache", "cache", *words, "program.wat") == (42, "", "")
+        assert linmem("run", "--cache", "cache", *words, "program.wat") == (0, "", "")
     assert notes() == []
 
 
@@ -205,9 +202,9 @@ def test_a_program_whose_images_found_no_room_is_prepared_anew_in_the_next_run(h
     (here / "program.wat").write_text(text)
     with monkeypatch.context() as patched:
         patched.setattr(prepared, "_images", lambda *arguments: (_ for _ in ()).throw(OverflowError("no room")))
-        assert linmem("run", "--cache", "cache", *words, "program.wat")[0] == 42
+        assert linmem("run", "--cache", "cache", *words, "program.wat")[0] == 0
     assert notes() == []
-    assert linmem("run", "--cache", "cache", *words, "program.wat")[0] == 42
+    assert linmem("run", "--cache", "cache", *words, "program.wat")[0] == 0
     assert len(notes()) == 1
 
 
