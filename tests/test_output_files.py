@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 
@@ -9,6 +10,7 @@ import pytest
 from support import requires
 
 from linmem import cli
+from linmem._wasm import known_files
 
 # The program replaces the file that linmem is about to write, or its folder, by a link to what it may not write to.
 PROGRAM = """(module
@@ -112,6 +114,20 @@ def test_a_pipe_that_the_program_puts_in_the_place_of_the_file_is_not_opened(her
     guest = program("pipe", "nothing", end, moved="out/result.html")
     assert cli.main(["run", "--no-cache", "--dir", "its", *words, guest]) == code
     assert is_written(here / "its" / "out" / "result.html")
+
+
+@requires("fifos")
+@pytest.mark.parametrize("end", [RETURNS, TRAPS])
+def test_a_program_that_puts_a_pipe_in_its_own_place_does_not_block_the_report(here, program, monkeypatch, capfd, end):
+    monkeypatch.setattr(known_files, "_RESOLUTION", -10**18)
+    os.rename(program("pipe", "nothing", end, moved="guest.wat"), "its/guest.wat")
+    words = ["run", "--cache", "cache", "--dir", "its", "--json", "its/guest.wat"]
+    assert cli.main(words) == 134       # there is no pipe to move
+    os.mkfifo("its/pipe")
+    assert cli.main(words) == (134 if end else 0)
+    report = json.loads(capfd.readouterr().err.splitlines()[-1])
+    assert [memory["name"] for memory in report["memories"]] == ["memory"]
+    assert stat.S_ISFIFO(os.stat("its/guest.wat").st_mode)
 
 
 @requires("owners")

@@ -22,6 +22,7 @@ import linmem
 from linmem import cli
 from linmem._commands import run_report
 from linmem._wasm import known_files
+from linmem._wasm.module import Module
 
 PAGE = 65536
 GROWS = """
@@ -123,13 +124,13 @@ def test_a_name_cannot_change_the_terminal_or_fill_it(run):
     ([2 * PAGE, PAGE, 0], ["memory 0", "main", "GC heap"]), ([2 * PAGE], ["memory 0"]), ([], []),
     ([0], [None]), ([0, 0, 0], [None] * 3)])
 def test_the_names_follow_from_the_order_in_which_the_memories_were_made(sizes, expected):
-    program = types.SimpleNamespace(binary=bytes(wasmtime.wat2wasm(GROWS)))
+    program = types.SimpleNamespace(names_from=Module(wasmtime.wat2wasm(GROWS)))
     assert run_report.names_of(program, sizes) == expected
 
 
 def test_without_a_module_no_name_is_known():
     assert run_report.names_of(None, [PAGE]) == [None]
-    assert run_report.names_of(types.SimpleNamespace(binary=b"\0asm\1\0\0\0\5\xff"), [PAGE]) == [None]
+    assert run_report.names_of(types.SimpleNamespace(names_from=Module(b"\0asm\1\0\0\0\5\xff")), [PAGE]) == [None]
     assert run_report.label({"name": None}, 3) == "memory number 3"
 
 

@@ -243,6 +243,7 @@ class Program:
     kind: Any                           # wasmtime's class of compiled programs
     core: CoreFile | None = None        # where a trap is written
     named_if_prepared = False           # `names_by_address` has names if the program is prepared
+    names_from: Any = None              # the module, after `keep_names`
 
     def __init__(self, path: str, creator: Any, limits: Limits) -> None:
         self.path, self.limits = path, limits
@@ -398,6 +399,12 @@ class Program:
         if cache is not None and found is not None:
             self._note(cache, True, *found)
         return made
+
+    def keep_names(self) -> None:
+        """Keep what the report needs for names. Later the program itself may have changed its file."""
+        from linmem._wasm.module import Module
+
+        self.names_from = Module(self.binary)
 
     def names_by_address(self) -> dict[int, str]:
         """The names of memories by the addresses of their first bytes; of a module, the report finds the names."""

@@ -189,9 +189,11 @@ def execute(args: argparse.Namespace, creator: Any, limits: Limits, programs: li
     # The data of a prepared program is not copied, and so costs no fuel and no time of --timeout. A component is
     # prepared for the report, too, because only then the names of its memories are known.
     outline = args.start is not None or args.coredump is not None
-    prepare = outline or args.fuel is not None or args.timeout is not None or (
-        program.named_if_prepared and (args.report or args.json or args.report_file is not None))
+    reported = args.report or args.json or args.report_file is not None
+    prepare = outline or args.fuel is not None or args.timeout is not None or (program.named_if_prepared and reported)
     program.compile("run", cache, function, prepare=prepare, outline=outline, hint=hint)
+    if reported and not program.named_if_prepared:
+        program.keep_names()
     arguments: list[Any] = []
     if args.invoke:
         arguments = program.parse_arguments(function, args.arguments)

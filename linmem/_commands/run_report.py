@@ -44,13 +44,11 @@ def names_of(program: Any, first_sizes: list[int]) -> list[str | None]:
     A memory that is exported has the name of its first export, another one its number. wasmtime makes the memories of a
     module in their order, and the GC heap of the store before or after all of them.
     """
-    from linmem._wasm.module import Module
-
     try:
-        module = Module(program.binary)
+        module = program.names_from
         imported, own = len(module.imports()[0]), module.memories()
         exports = {index: name for name, kind, index in reversed(module.exports()) if kind == 2}
-    except (AttributeError, ValueError, Refused):
+    except (AttributeError, ValueError):       # there is no program, or it is not known
         return [None] * len(first_sizes)
     named: list[tuple[str | None, int]] = [
         (exports.get(index, f"memory {index}"), limits.minimum) for index, limits in enumerate(own, start=imported)]
