@@ -197,6 +197,17 @@ def test_an_image_of_very_many_runs_is_not_noted(here, linmem, monkeypatch, text
 
 
 @requires("owners")
+@pytest.mark.parametrize(("text", "words"), PREPARED[:3:2])
+def test_a_program_runs_although_another_process_removes_its_image_meanwhile(here, linmem, monkeypatch, text, words):
+    plain = prepared.Prepared._described
+    monkeypatch.setattr(prepared.Prepared, "_described", lambda self: (
+        [os.unlink(entry) for entry in entries() if entry.endswith(".image")], plain(self))[1])
+    (here / "program.wat").write_text(text)
+    assert linmem("run", "--cache", "cache", *words, "program.wat") == (0, "", "")
+    assert notes() == []
+
+
+@requires("owners")
 @pytest.mark.parametrize(("text", "words"), PREPARED[2:4])
 def test_a_program_whose_images_found_no_room_is_prepared_anew_in_the_next_run(here, linmem, monkeypatch, text, words):
     (here / "program.wat").write_text(text)

@@ -26,6 +26,7 @@ from linmem._commands.parser import (
 from linmem._commands.text import count, one_line
 from linmem._commands.values import parse_float, parse_integer, parse_number
 from linmem._core.arguments import printable
+from linmem.errors import FileFormatError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -395,9 +396,11 @@ class Program:
         prepared._ASKS[self.engine] = True
         with refuse_errors_of(self.path if cache is None else cache):
             made = prepared.prepare(self.engine, binary, cache=cache, expose=self.kind is self.wasmtime.Module)
-        found = None if cache is None else made._described()
-        if cache is not None and found is not None:
-            self._note(cache, True, *found)
+        if cache is not None:
+            with contextlib.suppress(OSError, FileFormatError):     # another process removed an entry
+                found = made._described()
+                if found is not None:
+                    self._note(cache, True, *found)
         return made
 
     def keep_names(self) -> None:

@@ -41,10 +41,6 @@ class Offered:
         self._names = None if names is None else tuple(names)
         self._complete, self._is_alone = complete, is_alone
 
-    def instantiate(self, store: Any, linker: Any) -> Any:
-        """Make an instance of the program, with a linker of its kind."""
-        return self._checked(self._offer.making(None, None, type(linker).instantiate, linker, store, self.module))
-
     def _checked(self, made: tuple[Any, int, int, int | None, int]) -> Any:
         """The instance that `Offer.making` made, after a check that each memory got what was meant for it."""
         instance, missing, call, surplus, extra = made
@@ -85,6 +81,16 @@ class Offered:
         return [(name,) for name in self._names]
 
 
+class Kept(Offered):
+    """A prepared program that a cache describes."""
+
+    __slots__ = ()
+
+    def instantiate(self, store: Any, linker: Any) -> Any:
+        """Make an instance of the program, with a linker of its kind."""
+        return self._checked(self._offer.making(None, None, type(linker).instantiate, linker, store, self.module))
+
+
 def described(made: Offered, images: Sequence[str | None]) -> tuple[list[str], str] | None:
     """The files of the images, and a line from which `from_description` makes the object again.
 
@@ -94,7 +100,7 @@ def described(made: Offered, images: Sequence[str | None]) -> tuple[list[str], s
     from linmem._files.format import IN_PLACE
     from linmem._files.reader import open_file, read
 
-    files = list(dict.fromkeys(path for path in images if path is not None))
+    files = {path: number for number, path in enumerate(dict.fromkeys(filter(None, images)))}
     abouts = []
     for path in files:
         with open_file(path) as file:
@@ -104,12 +110,12 @@ def described(made: Offered, images: Sequence[str | None]) -> tuple[list[str], s
             return None
         first = header.offset - header.offset % mmap.PAGESIZE
         abouts.append((header.size, header.offset, header.position(first), runs))
-    numbers = [None if path is None else files.index(path) for path in images]
+    numbers = [None if path is None else files[path] for path in images]
     minima = [minimum for minimum, _ in made._places]
-    return files, repr((abouts, numbers, minima, made._names, made._complete, made._is_alone))
+    return list(files), repr((abouts, numbers, minima, made._names, made._complete, made._is_alone))
 
 
-def from_description(module: Any, files: Sequence[str], description: str) -> Offered:
+def from_description(module: Any, files: Sequence[str], description: str) -> Kept:
     """The object that `described` described, with the compiled module.
 
     Raises
@@ -122,8 +128,8 @@ def from_description(module: Any, files: Sequence[str], description: str) -> Off
     try:
         abouts, numbers, minima, names, complete, is_alone = ast.literal_eval(description)
         images = [_mapped(path, *about) for path, about in zip(files, abouts, strict=True)]
-        return Offered(module, [None if number is None else images[number] for number in numbers], minima, names,
-                       complete=complete, is_alone=is_alone)
+        return Kept(module, [None if number is None else images[number] for number in numbers], minima, names,
+                    complete=complete, is_alone=is_alone)
     except (SyntaxError, TypeError, IndexError, OverflowError) as error:
         raise ValueError(f"not a description: {error}") from None
 

@@ -49,7 +49,7 @@ NOT_OURS = ("linmem.wasmtime.install(config) was not called for this engine, or 
             " allocation strategy (which ignores host creators)")
 
 _ASKS: weakref.WeakKeyDictionary[wasmtime.Engine, bool] = weakref.WeakKeyDictionary()
-_Kept = tuple[Image | None, str | None]     # an image, and the entry of the cache that has it
+_ImageEntry = tuple[Image | None, str | None]     # an image, and the entry of the cache that has it
 _NO_ROOM = PageError, OverflowError     # for an image, for example of segments that are very far apart
 _alive: weakref.WeakSet[Prepared] = weakref.WeakSet()       # each with a module that is still to be compiled
 
@@ -110,7 +110,7 @@ class Prepared(Offered):
 
     @classmethod
     def _of(cls, engine: wasmtime.Engine, module: wasmtime.Module | component.Component,
-            images: Sequence[_Kept], minima: Sequence[int], skipped: Sequence[str], digest: str, *,
+            images: Sequence[_ImageEntry], minima: Sequence[int], skipped: Sequence[str], digest: str, *,
             added: frozenset[str] = frozenset(), outline: state.Outline | None = None,
             compile_start: Callable[[], wasmtime.Module] | None = None, names: Sequence[str] | None = None,
             complete: bool, is_alone: bool, hoists: bool = False, entry: str | None) -> Prepared:
@@ -379,7 +379,7 @@ def prepare(engine: wasmtime.Engine, wasm: str | bytes | bytearray, *,
     except Malformed as error:
         hoisted = Hoisted(original, [], [], [f"nothing is hoisted: {error}"], unknown=True)
     directory = None if cache is None else Cache(cache)
-    images: list[_Kept] = [(None, None)] * len(hoisted.images)
+    images: list[_ImageEntry] = [(None, None)] * len(hoisted.images)
     is_lasting = True       # another run would prepare the same
     try:
         images = _images(hoisted.images, directory)
@@ -502,11 +502,11 @@ def makes_our_memories(engine: wasmtime.Engine) -> bool:
     return found
 
 
-def _images(contents: Sequence[Sequence[Run] | None], cache: Cache | None) -> list[_Kept]:
+def _images(contents: Sequence[Sequence[Run] | None], cache: Cache | None) -> list[_ImageEntry]:
     return [(None, None) if runs is None else _image(runs, cache) for runs in contents]
 
 
-def _image(runs: Sequence[Run], cache: Cache | None) -> _Kept:
+def _image(runs: Sequence[Run], cache: Cache | None) -> _ImageEntry:
     start, (last, data) = runs[0][0], runs[-1]
     make = functools.partial(Image.from_pieces, runs, last + len(data) - start, start)
     if cache is None:
