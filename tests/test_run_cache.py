@@ -453,6 +453,36 @@ def test_a_default_that_others_may_write_to_is_not_used(here, linmem, monkeypatc
     assert os.listdir("linmem") == []
 
 
+@requires("owners")     # Windows lets few users make links
+@pytest.mark.parametrize(("directory", "host"), [
+    ("its/cache", "its"), ("its/cache", "."), ("its/cache", "its/cache"), ("its/cache", "its/cache/notes"),
+    ("link/cache", "its"), ("its/cache", "link")])
+@pytest.mark.parametrize("words", [["run"], ["prewarm", "-o", "snapshot"]])
+def test_a_cache_that_the_program_may_write_to_is_refused(here, linmem, words, directory, host):
+    os.makedirs("its/cache/notes", mode=0o700)
+    os.chmod("its/cache", 0o700)
+    os.symlink("its", "link")
+    code, out, error = linmem(*words, "--cache", directory, "--dir", host, "program.wat")
+    assert (code, out, error.count("\n")) == (1, "", 1)
+    assert f"the program may write to this cache by --dir {host}" in error
+    assert entries("its/cache") == []
+
+
+def test_a_cache_beside_the_directories_of_the_program_or_in_one_that_it_may_only_read_is_used(here, linmem):
+    os.mkdir("its")
+    for host in "its", ".:ro", "cache:ro":
+        assert linmem("run", "--cache", "cache", "--dir", host, "program.wat") == (7, "", "")
+    assert len(entries()) == 1
+
+
+def test_the_default_cache_is_not_used_if_the_program_may_write_to_it(here, linmem, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(here / "caches"))
+    code, out, error = linmem("run", "--dir", ".", "program.wat")
+    assert (code, out, error.count("\n")) == (7, "", 1)
+    assert error.startswith("linmem run: the compiled program is not kept: the program may write to this cache")
+    assert entries("caches/linmem") == []
+
+
 @requires("rlimits")
 def test_a_full_disk_is_one_line_and_the_program_runs(here):
     done = run_child("""

@@ -29,26 +29,43 @@ def directory_of(args: argparse.Namespace, command: str) -> str | None:
     """The directory of the cache, which belongs to the user. It is made if it is missing. None: no cache is used."""
     if args.no_cache:
         return None
+    writable = [host for host, _, may_write in args.dir if may_write]
     if args.cache is not None:
         with refuse_errors_of(args.cache):
-            return _made(args.cache)
+            return _made(args.cache, writable)
     directory = default_directory()
     try:
         if directory is None:
             raise FileNotFoundError("this user has no cache directory")
-        return _made(directory)
+        return _made(directory, writable)
     except OSError as error:
         print(f"linmem {command}: the compiled program is not kept: {printable(str(error))} (--cache DIR keeps it,"
               " --no-cache does without)", file=sys.stderr)
         return None
 
 
-def _made(directory: str) -> str:
+def _made(directory: str, writable: list[str]) -> str:
+    """writable: the directories that the program may write to."""
     from linmem._wasm.known_files import must_be_private
 
     os.makedirs(directory, mode=0o700, exist_ok=True)
     must_be_private(directory)
+    for host in writable:
+        if _is_inside(directory, host) or _is_inside(host, directory):
+            raise PermissionError(f"the program may write to this cache by --dir {host}, and what is in it is run as"
+                                  " native code (--cache names another directory, :ro forbids writing)")
     return os.path.abspath(directory)
+
+
+def _is_inside(folder: str, other: str) -> bool:
+    """Whether one existing folder is, or is inside of, the other."""
+    path = os.path.realpath(folder)
+    while not os.path.samefile(path, other):
+        parent = os.path.dirname(path)
+        if parent == path:
+            return False
+        path = parent
+    return True
 
 
 def default_directory() -> str | None:
