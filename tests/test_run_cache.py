@@ -391,6 +391,21 @@ def test_an_entry_is_added_although_prune_removes_its_empty_folder_meanwhile(her
     assert (len(removed), len(entries())) == (times, 1)
 
 
+def test_an_entry_is_added_although_prune_removes_its_folder_while_it_is_made(here, linmem, monkeypatch):
+    plain, failed = os.makedirs, []
+
+    def makedirs(path, *arguments, **options):
+        if not failed and os.path.dirname(path).endswith("cache"):
+            failed.append(path)
+            raise FileExistsError(17, "File exists", path)     # mkdir() found a folder, and isdir() found none
+        plain(path, *arguments, **options)
+
+    Cache("cache")
+    monkeypatch.setattr(os, "makedirs", makedirs)
+    assert run(linmem) == 7
+    assert (len(failed), len(entries())) == (1, 1)
+
+
 def test_an_entry_whose_folder_is_removed_again_and_again_is_given_up(here, linmem, monkeypatch):
     plain = image_cache.draft
     monkeypatch.setattr(image_cache, "draft", lambda folder: (os.rmdir(folder), plain(folder))[1])

@@ -72,8 +72,8 @@ class Cache:
         """Make an entry whose content ``write(file)`` writes, with permissions for its owner only; returns its path."""
         place = os.path.join(self.directory, key)
         for attempts_left in reversed(range(_ATTEMPTS)):
-            os.makedirs(place, mode=0o700, exist_ok=True)
             try:
+                os.makedirs(place, mode=0o700, exist_ok=True)
                 must_be_private(place)
                 _make_room(place, suffix)
                 with draft(place) as made:
@@ -82,7 +82,9 @@ class Cache:
                     path = os.path.join(place, content_digest(made.file.fileno()) + suffix)
                     made.become(path, 0o600)
                 break
-            except FileNotFoundError:       # prune() of another process removed the empty folder
+            # prune() of another process removed the empty folder, or the new entry. FileExistsError: it did so while
+            # makedirs() looked at the folder.
+            except (FileNotFoundError, FileExistsError):
                 if not attempts_left:
                     raise
         return path
