@@ -212,6 +212,8 @@ def show(results: list[Result], about: About) -> None:
     from rich.text import Text
 
     console = Console(file=sys.stdout)
+    if about.quick:
+        console.print(Text("--quick: a rough estimate, not a measurement", "bold yellow"))
     for times_table in tables(results):
         table = Table(title=f"{times_table.title}: microseconds at best", box=box.SIMPLE_HEAD, title_justify="left")
         table.add_column("")
@@ -228,8 +230,9 @@ def show(results: list[Result], about: About) -> None:
     senses = [sense for sense in HEADINGS if any(row.sense == sense for row in rows)]
     for sense in senses:
         table = Table(title=f"linmem bench: {HEADINGS[sense]}", box=box.SIMPLE_HEAD, title_justify="left")
-        table.add_column("operation", ratio=3)
-        table.add_column("against", ratio=3)
+        # A word that is longer than its column, such as the name of a method, goes on in the next line.
+        table.add_column("operation", ratio=3, overflow="fold")
+        table.add_column("against", ratio=3, overflow="fold")
         wide = console.width >= WIDE
         for heading in ("ratio", *["quartiles"] * wide, "at best", "goal"):
             table.add_column(heading, justify="right", no_wrap=True)
@@ -250,7 +253,7 @@ def show(results: list[Result], about: About) -> None:
                            if row.goal is not None and row.by != EXACT}.values())
     how = ("ratio: the median of the ratios within a round, and their quartiles; at best: the ratio of the tenth"
            f" percentiles. Goals are held against {judged or 'neither'}" if about.rounds else about.in_rounds("rounds"))
-    console.print(Text(how + ("; --quick: a rough estimate" if about.quick else ""), "dim"))
+    console.print(Text(how, "dim"))
     goals = [row for row in rows if row.goal is not None]
     console.print(f"{sum(row.holds is True for row in goals)} of {len(goals)} goals hold")
 
@@ -320,7 +323,7 @@ def write_markdown(path: str, results: list[Result], about: About) -> None:
 
 def markdown(results: list[Result], about: About) -> Iterator[str]:
     yield (f"{in_short(about.machine)}; {about.in_rounds('rounds')}"
-           f"{'; --quick: a rough estimate' if about.quick else ''}.")
+           f"{'; --quick: a rough estimate, not a measurement' if about.quick else ''}.")
     for table in tables(results):
         yield ""
         yield f"{sentence(table.title)}, microseconds at best:"
@@ -389,7 +392,7 @@ def draw(path: str, results: list[Result], about: About) -> None:
         axes.set_axisbelow(True)
         paint(axes)
         axes.grid(axis="x", color="#e3e8ed", linewidth=0.8, zorder=0)
-    figure.suptitle(f"linmem bench, {about.suite}{'  (--quick)' if about.quick else ''}", x=0.012, ha="left",
+    figure.suptitle(f"linmem bench, {about.suite}" + "  (--quick: not a measurement)" * about.quick, x=0.012, ha="left",
                     fontsize=15, fontweight="bold", color=INK)
     figure.text(0.988, 0.998, f"{in_short(about.machine)}\n{about.in_rounds('interleaved rounds')}", ha="right",
                 va="top", fontsize=8.2, color=FAINT, linespacing=1.4)
@@ -451,7 +454,7 @@ def draw_ratios(axes, rows: list[Row]) -> None:
     sense = rows[0].sense
     spreads = [row.ratio_quartiles or (row.judged(), row.judged()) for row in rows]
     others = [ratio for row in rows for ratio in (row.ratio_p10, row.goal) if ratio is not None]
-    left = min([low for low, _ in spreads] + others) / 1.6
+    left = min(0.8, *[low for low, _ in spreads], *others) / 1.6
     right = max(2.0, max([high for _, high in spreads] + others) * 1.25)
     operations = list(dict.fromkeys(row.operation for row in rows))
     for at, (row, (low, high)) in enumerate(zip(rows, spreads, strict=True)):
@@ -463,7 +466,8 @@ def draw_ratios(axes, rows: list[Row]) -> None:
                       solid_capstyle="butt")
             worse = (left, row.goal) if sense in MORE else (row.goal, right)
             axes.barh(at, worse[1] - worse[0], left=worse[0], height=0.68, color=BAD, alpha=0.07, zorder=1, linewidth=0)
-        axes.plot([left, row.judged()], [at, at], color=color, linewidth=1, alpha=0.35, zorder=2)
+        # From 1 x on: to the left linmem takes less, to the right more.
+        axes.plot([1.0, row.judged()], [at, at], color=color, linewidth=1.6, alpha=0.5, zorder=2)
         axes.plot([low, high], [at, at], color=color, linewidth=7, alpha=0.35, zorder=3, solid_capstyle="round")
         median, best = row.ratio_median, row.ratio_p10
         minor = median if row.by == P10 else best

@@ -56,6 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))      # noqa: SIM115  it stays open
+    if "_ARGCOMPLETE" in os.environ:        # the shell asks for completions
+        complete()
     try:
         for word in words:
             if "\0" in word:        # a shell cannot pass such an argument
@@ -87,6 +89,23 @@ def main(argv: list[str] | None = None) -> int:
         if reason:
             print(f"linmem {command}: {reason}", file=sys.stderr)
         return EXIT_REFUSED
+
+
+def complete() -> None:
+    """Tell the shell what may come next, and end the process. Does nothing without argcomplete."""
+    try:
+        import argcomplete
+    except ImportError:
+        return
+    argcomplete.autocomplete(whole_parser())
+
+
+def whole_parser() -> Parser:
+    """The parser with the arguments of all subcommands, for completion and for the manual page."""
+    parser, parsers = build_parser()
+    for name, subparser in parsers.items():
+        importlib.import_module(f"linmem._commands.{name}").add_arguments(subparser)
+    return parser
 
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:

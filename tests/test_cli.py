@@ -927,3 +927,18 @@ def test_a_program_with_a_newline_in_its_name_is_named_in_one_line(tmp_path, tex
     assert (done.returncode, first.startswith("linmem run: "), bool(more)) == (code, True, code == 134)
     assert first.isprintable()
     assert "a\\nprogram.wat" in first
+
+
+@pytest.mark.skipif(os.name == "nt", reason="argcomplete answers shells of POSIX systems")
+@pytest.mark.parametrize(("line", "expected"), [
+    ("linmem pre", {"prewarm"}), ("linmem run --max-", {"--max-memory", "--max-instances"}),
+    ("linmem cache ", {"-h", "--help", "info", "prune"}), ("linmem nothing --x", set())])
+def test_a_shell_gets_what_may_come_next(line, expected, tmp_path):
+    pytest.importorskip("argcomplete")
+    answer = tmp_path / "answer"
+    subprocess.run(
+        [sys.executable, "-m", "linmem"], timeout=60, check=True, cwd=tmp_path, capture_output=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n",
+             "_ARGCOMPLETE_SUPPRESS_SPACE": "1", "_ARGCOMPLETE_STDOUT_FILENAME": str(answer),
+             "COMP_LINE": line, "COMP_POINT": str(len(line))})
+    assert set(answer.read_text().split()) == expected

@@ -160,7 +160,7 @@ def test_a_memory_cannot_be_copied_or_pickled(clone):
 
 def test_a_memory_shows_its_size_and_address():
     with linmem.create(5, reserve=PAGE) as mem:
-        assert repr(mem) == f"<linmem.Memory: 5 bytes at {mem.as_ptr():#x}, capacity {PAGE}>"
+        assert repr(mem) == f"<linmem.Memory: 5 bytes at {mem.as_ptr():#x}, capacity {PAGE >> 10} KiB>"
 
 
 def test_memories_alive_at_the_end_of_the_interpreter_do_no_harm():

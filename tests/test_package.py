@@ -157,7 +157,9 @@ def test_the_wheel_has_types_the_c_face_and_the_license_and_no_sources(tmp_path)
     assert stubs | headers | {"linmem/py.typed", "linmem/_commands/demo.wasm", "linmem/_commands/flush.wat",
                                "linmem/bench/_forth.wasm"} <= names
     assert [name for name in names if name.endswith("/LICENSE")]
-    assert {name.partition("/")[0] for name in names} == {"linmem", f"linmem-{linmem.__version__}.dist-info"}
+    release = f"linmem-{linmem.__version__}"
+    assert {name.partition("/")[0] for name in names} == {"linmem", f"{release}.dist-info", f"{release}.data"}
+    assert [name for name in names if ".data/" in name] == [f"{release}.data/data/share/man/man1/linmem.1"]
     assert not [name for name in names if name.endswith((".pyx", ".pxi", ".fs"))]
     not_for_users = re.compile(r"\b(docs|tests?|test_\w+|conftest|support|soak|stress|hammer|fuzz)\b")
     assert not [name for name in names if not_for_users.search(name)]

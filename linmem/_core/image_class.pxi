@@ -327,7 +327,7 @@ cdef class Image:
         return hash(self.digest)
 
     def __repr__(self):
-        return f"<linmem.Image: {self.size} bytes at offset {self.offset}>"
+        return f"<linmem.Image: {_show_size(self.size)} at offset {self.offset}>"
 
     # -- to files and to other processes
 

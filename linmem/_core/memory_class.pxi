@@ -928,8 +928,8 @@ cdef class Memory:
         if self.closed:
             return "<linmem.Memory, closed>"
         try:
-            return (f"<linmem.Memory: {self.byte_size()} bytes at {self.as_ptr():#x},"
-                    f" capacity {self.byte_capacity()}>")
+            return (f"<linmem.Memory: {_show_size(self.byte_size())} at {self.as_ptr():#x},"
+                    f" capacity {_show_size(self.byte_capacity())}>")
         except RuntimeError:
             return "<linmem.Memory, lost>"
 
