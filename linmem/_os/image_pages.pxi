@@ -41,10 +41,7 @@ cdef int begin_with_descriptor(int kind, size_t size, image_pages* img) noexcept
     if kind == IMAGE_FILE:
         code = begin_file(size, &fd, &reader)
     else:
-        # Kernels since 6.3 log a warning without MFD_NOEXEC_SEAL; older kernels refuse this flag.
-        fd = memfd_create(NAME, MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL)
-        if fd < 0 and errno == EINVAL:
-            fd = memfd_create(NAME, MFD_CLOEXEC | MFD_ALLOW_SEALING)
+        fd = open_memory()
         code = errno if fd < 0 or ftruncate(fd, <off_t>size) else 0
     if code == 0 and too_many_descriptors(reader if kind == IMAGE_FILE else fd):
         code = EMFILE
@@ -57,6 +54,15 @@ cdef int begin_with_descriptor(int kind, size_t size, image_pages* img) noexcept
     img.handle = fd
     img.position = reader if kind == IMAGE_FILE else 0      # a file's read-only descriptor, until image_end()
     return 0
+
+
+cdef int open_memory() noexcept nogil:
+    """A descriptor of new memory that can be sealed; -1 and errno."""
+    # Kernels since 6.3 log a warning without MFD_NOEXEC_SEAL; older kernels refuse this flag.
+    cdef int fd = memfd_create(NAME, MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL)
+    if fd < 0 and errno == EINVAL:
+        fd = memfd_create(NAME, MFD_CLOEXEC | MFD_ALLOW_SEALING)
+    return fd
 
 
 cdef int begin_file(size_t size, int* fd, int* reader) noexcept nogil:

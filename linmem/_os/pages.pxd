@@ -25,6 +25,7 @@ cdef struct capabilities_t:
     int locked                      # the code that renew() returns for pages locked in memory; 0: renew() accepts them
     bint reports_faults             # watch_faults() works
     bint maps_images                # memories can map an image's pages; a page that is written is copied
+    bint shares                     # file_begin() works, so processes can share the pages of a file that grows
     size_t huge_page                # bytes in a huge page that advise_huge() asks for; 0: the system has none
     size_t memory                   # bytes of physical memory that this process may use; 0: unknown
     size_t mappings                 # the most mappings that a process may have; 0: not limited, or unknown
@@ -129,6 +130,60 @@ cdef int image_fetch(char* addr, size_t size) noexcept nogil
 
 # Only where maps_images. [addr, addr+size) is committed. -> zero, readable and writable, and not mapped from an image.
 cdef int blank(char* addr, size_t size) noexcept nogil
+
+# The pages of a file that memories map and write through: of an own file without a name, which processes share, or of a
+# file of the caller. Positions and sizes in the file are multiples of page_size, unless the comment says otherwise.
+#   file_begin()    -> a new file of `size` bytes of zeros. No name leads to it, and it is gone when the last descriptor
+#                      and the last mapping of all processes are. The best kind that the OS grants.
+#   file_adopt()    -> a duplicate of a descriptor of the caller, of a regular file that can be read. only_writer: the
+#                      caller has made sure that nothing else changes the file (file_extend() and file_allocate() then
+#                      also work on file systems that cannot allocate space, and give back what a failed call took).
+#   file_drop()     -> the descriptor is closed. The mappings stay until decommit(), blank() or release().
+# If file_begin() or file_adopt() fails, nothing is left behind.
+cdef enum:
+    FILE_SEALED = 1                 # memory of the kernel that no process can make smaller
+    # A file. A process that may write to the file can make the file smaller, and pages past the end fault (SIGBUS).
+    FILE_PLAIN = 2
+
+ctypedef struct file_pages:
+    int kind                        # a FILE_ constant
+    bint writable                   # the descriptor can write
+    bint only_writer
+    long long handle                # a descriptor of this process; -1: none
+
+cdef int file_begin(size_t size, file_pages* out) noexcept nogil
+cdef int file_adopt(int descriptor, bint only_writer, file_pages* out) noexcept nogil
+cdef void file_drop(file_pages* file) noexcept nogil
+
+# -> size: the length of the file in bytes now; not necessarily a multiple of anything.
+cdef int file_size(const file_pages* file, size_t* size) noexcept nogil
+
+# size: any number. -> the file has at least `size` bytes, the new ones are zero, and no process ever saw a part of the
+# change. The file never gets smaller, also if another process extends it meanwhile. allocate: the OS has space for each
+# new byte, so no access faults later because the file system or the memory is full; True is implied where the OS could
+# otherwise refuse a page later. A limit of the process (RLIMIT_FSIZE) is a code and not a signal.
+cdef int file_extend(file_pages* file, size_t size, bint allocate) noexcept nogil
+
+# [position, position+size): any range in the file. -> the OS has space for each byte of the range; no byte has changed.
+# If the OS refuses, a part of the space may have been allocated.
+cdef int file_allocate(file_pages* file, size_t position, size_t size) noexcept nogil
+
+# [addr, addr+size) lies in one reservation, committed or not. access: an ACCESS_ constant. -> the range shows the bytes
+# of the file from `position` on, with this access; what is written there is written to the file. ACCESS_NONE pages may
+# lie past the end of the file. commit() makes them readable and writable, when the file has them; protect() changes the
+# access; decommit() and blank() end the mapping; a fork shares the pages. Do not call discard(), renew(), touched() or
+# move() on such pages. If the OS refuses, the range may be inaccessible and hold nothing.
+cdef int file_map(const file_pages* file, size_t position, char* addr, size_t size, int access) noexcept nogil
+
+# [position, position+size) lies in the file. -> reads as zero in every mapping of every process, and the space is given
+# back. Pages that file_allocate() took may not be there afterwards: call it again where that matters.
+cdef int file_discard(file_pages* file, size_t position, size_t size) noexcept nogil
+
+# [addr, addr+size) was mapped by file_map(). file_flush() -> what was written there before the call is in the file also
+# for calls that do not go through a mapping, and on its way to the disk. file_sync() -> the bytes and the length of the
+# file are on the disk, as far as the OS knows.
+cdef int file_flush(char* addr, size_t size) noexcept nogil
+cdef int file_sync(const file_pages* file) noexcept nogil
 
 # -> bytes: how many bytes of [addr, addr+size) are in physical memory.
 cdef int resident(char* addr, size_t size, size_t* bytes) noexcept nogil

@@ -442,6 +442,51 @@ cdef int os_blank(char* addr, size_t size) noexcept nogil:
     return ERROR_NOT_SUPPORTED
 
 
+# -- the pages of files: not implemented ----------------------------------------------------------
+#
+# A view of a section inside a reservation needs a placeholder, as for images, and a file that grows under its views
+# needs a section with SEC_RESERVE whose views the system commits. linmem has neither yet.
+
+cdef int os_file_begin(char* addr, size_t size, details* more) noexcept nogil:
+    return ERROR_NOT_SUPPORTED
+
+
+cdef int os_file_adopt(char* addr, size_t size, details* more) noexcept nogil:
+    return ERROR_NOT_SUPPORTED
+
+
+cdef void file_drop(file_pages* file) noexcept nogil:
+    pass
+
+
+cdef int os_file_size(char* addr, size_t size, details* more) noexcept nogil:
+    return ERROR_NOT_SUPPORTED
+
+
+cdef int os_file_extend(char* addr, size_t size, details* more) noexcept nogil:
+    return ERROR_NOT_SUPPORTED
+
+
+cdef int os_file_allocate(char* addr, size_t size, details* more) noexcept nogil:
+    return ERROR_NOT_SUPPORTED
+
+
+cdef int os_file_map(char* addr, size_t size, details* more) noexcept nogil:
+    return ERROR_NOT_SUPPORTED
+
+
+cdef int os_file_discard(char* addr, size_t size, details* more) noexcept nogil:
+    return ERROR_NOT_SUPPORTED
+
+
+cdef int os_file_flush(char* addr, size_t size) noexcept nogil:
+    return ERROR_NOT_SUPPORTED
+
+
+cdef int os_file_sync(char* addr, size_t size, details* more) noexcept nogil:
+    return ERROR_NOT_SUPPORTED
+
+
 # -- faults: a vectored exception handler, the last in the list -----------------------------------
 #
 # wasmtime, faulthandler and most others put their handlers at the front. If wasmtime turns a fault into a trap, the
