@@ -10,20 +10,22 @@ from linmem._core.adaptors import (
     TrackingCreator,
     as_native,
 )
-from linmem._core.arguments import shown
-from linmem._core.memory import Memory, MmapCreator, NativeCreator
+from linmem._core.arguments import check_choice, shown
+from linmem._core.memory import FileCreator, Memory, MmapCreator, NativeCreator, open_for_reading
 from linmem._core.pool import PoolingCreator
 from linmem.abc import MemoryCreator
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from os import PathLike
     from typing import Any
 
-__all__ = ["as_native", "create", "creator"]
+__all__ = ["as_native", "create", "creator", "open_file"]
 
 _KINDS: dict[str, type[NativeCreator]] = {
     "mmap": MmapCreator, "pool": PoolingCreator, "limiting": LimitingCreator, "statistics": StatisticsCreator,
-    "tracking": TrackingCreator, "callback": CallbackCreator, "routing": RoutingCreator}
+    "tracking": TrackingCreator, "callback": CallbackCreator, "routing": RoutingCreator, "file": FileCreator}
+_WITHOUT_UPSTREAM = MmapCreator, RoutingCreator, FileCreator
 _DEFAULT = MmapCreator()
 
 
@@ -44,6 +46,7 @@ def creator(kind: str = "mmap", **options: Any) -> NativeCreator:
         "callback": Python functions, or limits for each memory, decide (`CallbackCreator`; options `on_made`,
         `on_grow`, `on_refused`, `on_dropped`, `limit_each`, `limit_growths`, `upstream`).
         "routing": passes each request to one of several creators (`RoutingCreator`; option `rule`).
+        "file": the memory of a file (`FileCreator`; option `path`).
     **options
         The options of the constructor; each has `name`, too. An `upstream` that is missing or None is an `MmapCreator`.
 
@@ -57,7 +60,7 @@ def creator(kind: str = "mmap", **options: Any) -> NativeCreator:
     if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(f"kind must be one of {', '.join(map(repr, _KINDS))}, got {shown(kind)}")
     made = _KINDS[kind]
-    if made is not MmapCreator and made is not RoutingCreator:
+    if made not in _WITHOUT_UPSTREAM:
         upstream = options.get("upstream")
         options["upstream"] = _DEFAULT if upstream is None else as_native(upstream, "upstream")
     return made(**options)
@@ -117,3 +120,52 @@ def create(minimum: int, maximum: int | None = None, *, creator: MemoryCreator |
     if domain is None:
         return native.create(minimum, maximum, reserve, guard, may_move=may_move)
     return native.create(minimum, maximum, reserve, guard, may_move=may_move, domain=domain)
+
+
+def open_file(path: str | bytes | PathLike[str] | PathLike[bytes], access: str = "rw", *, minimum: int = 0,
+              maximum: int | None = None, reserve: int | None = None) -> Memory:
+    """Open a file as a linear memory: the bytes of the memory are the file's, and stay there.
+
+    The file has no head, and its size is `byte_size`. It grows with the memory, under live views. If the process is
+    killed, the file keeps every byte that was written. `Memory.flush` makes bytes durable also if the power fails.
+
+    Parameters
+    ----------
+    path : str, bytes or os.PathLike
+        Of a regular file on this machine. A symbolic link is refused.
+    access : {"rw", "r"}
+        "rw": a file that does not exist is made, with the mode 0600. There is one writer at a time, of all processes.
+        "r": the file exists. Any number of readers may be there, also beside a writer, whose growth they see at their
+        next call. A reader's views are read-only, and calls that write raise.
+    minimum : int
+        A smaller file is grown to this size, in bytes. Not for readers.
+    maximum, reserve : int, optional
+        As for `create`. The base never moves, so the memory grows to at most its `byte_capacity`.
+
+    Returns
+    -------
+    Memory
+
+    Raises
+    ------
+    BlockingIOError
+        The file has a writer already.
+    OSError
+        The file cannot be opened: there is none, it is no regular file, its permissions do not allow it ...
+    PageError
+        The OS refused: the file system is full, or cannot allocate space in advance.
+    ValueError, TypeError, OverflowError
+        An argument is not valid, or the file is larger than the maximum.
+
+    Examples
+    --------
+    >>> mem = linmem.open_file("numbers.bin")
+    >>> mem.grow_to(1 << 20)
+    >>> mem[0] = 1
+    >>> mem.flush()
+    """
+    if check_choice(access, "access", ("rw", "r")) == "r":
+        if minimum != 0:
+            raise ValueError(f"minimum must be 0 where access is 'r', got {shown(minimum)}")
+        return open_for_reading(path, maximum, reserve)
+    return FileCreator(path).create(minimum, maximum, reserve)

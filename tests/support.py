@@ -143,6 +143,7 @@ NEEDS = {
     "regions": (HAS_PROC or HAS_KERNEL32, "the OS does not say what is mapped, and how it may be touched"),
     "names": (HAS_PROC and FLOOR["capabilities"]["names"], "mappings carry no names here"),
     "smaps": (HAS_PROC and SMAPS.exists(), "no /proc/self/smaps to ask"),
+    "file_memories": (FLOOR["capabilities"]["shares"], "files are not mapped into memories here"),
     "published": (hasattr(os, "memfd_create"), "files always have a path here"),
     "fault_reports": (FLOOR["capabilities"]["reports_faults"], "linmem cannot report faults here"),
     "moves": (FLOOR["capabilities"]["moves"], "this OS cannot move mappings"),
@@ -344,7 +345,7 @@ def accessible_parts(mem) -> list[tuple[int, int, str]]:
     for m in mappings(start, end):
         assert m.start == reached, f"nothing is mapped at {reached:#x}"
         reached = m.end
-        if m.access == "---p":
+        if m.access in ("---p", "---s"):
             continue
         if found and found[-1][1:] == (m.start - base, m.access):
             found[-1] = (found[-1][0], m.end - base, m.access)

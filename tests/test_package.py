@@ -147,7 +147,7 @@ def test_the_wheel_has_types_the_c_face_and_the_license_and_no_sources(tmp_path)
     pytest.importorskip("build")
     pytest.importorskip("Cython")
     wheel = build("wheel", tmp_path)
-    assert wheel.stat().st_size <= 950_000, f"the wheel has {wheel.stat().st_size:,} bytes, may have 950,000"
+    assert wheel.stat().st_size <= 1_000_000, f"the wheel has {wheel.stat().st_size:,} bytes, may have 1,000,000"
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     stubs = {path.relative_to(ROOT).as_posix() for path in (ROOT / "linmem").rglob("*.py[i]")}

@@ -203,6 +203,9 @@ class World:
         mem.write(2 * PAGE - len(PATTERN), PATTERN)
         return mem
 
+    def _make_file_mem(self):
+        return linmem.open_file(self.folder / "numbers", minimum=PAGE)
+
     def _make_image(self):
         return self.mem.snapshot()
 
@@ -291,6 +294,8 @@ class World:
             self.store.close()
         if "file" in self.__dict__:
             self.file.close()
+        if "file_mem" in self.__dict__:
+            self.file_mem.close()
         with contextlib.suppress(BufferError):
             self.mem.close()
         self.__dict__.clear()
@@ -307,6 +312,11 @@ RECORD = dict.fromkeys(("base", "byte_size", "byte_capacity", "maximum_byte_size
 def given_by(name):
     """A valid argument: an attribute of the world."""
     return lambda world: getattr(world, name)
+
+
+def opened(*arguments, **options):
+    with linmem.open_file(*arguments, **options) as mem:
+        return mem.byte_size()
 
 
 # The public functions: name -> (the callable, {argument: (a check of valid values, a valid value)}). The traits are
@@ -326,6 +336,11 @@ FACE = {
         "kind": (one_of("mmap", "pool"), "mmap"), "options": (lambda value: False, None)}),
     "linmem.MmapCreator": (lambda w: linmem.MmapCreator, {
         "prefault": (flag, False), "huge_pages": (flag, False), "name": (name_or_none, None)}),
+    "linmem.FileCreator": (lambda w: linmem.FileCreator, {
+        "path": (is_path, lambda w: w.folder / "numbers"), "name": (name_or_none, None)}),
+    "linmem.open_file": (lambda w: opened, {
+        "path": (is_path, lambda w: w.folder / "numbers"), "access": (one_of("rw"), "rw"), "minimum": (size, 1),
+        "maximum": (size_or_none, None), "reserve": (size_or_none, None)}),
     "linmem.PoolingCreator": (lambda w: linmem.PoolingCreator, {
         "upstream": (native_or_none, None), "slots": (size_or_none, None), "keep_resident": (size, PAGE),
         "max_unused_warm": (size, 1), "max_resident": (size_or_none, None), "max_reserved": (size_or_none, None),
@@ -413,6 +428,7 @@ FACE = {
         "offset": (size, 0), "size": (size, 0), "access": (one_of("none", "r", "rw"), "rw")}),
     "linmem.Memory.discard": (lambda w: w.mem.discard, {"offset": (size, 0), "size": (size_or_none, 0)}),
     "linmem.Memory.prefault": (lambda w: w.mem.prefault, {"offset": (size, 0), "size": (size_or_none, 0)}),
+    "linmem.Memory.flush": (lambda w: w.file_mem.flush, {"offset": (size, 0), "size": (size_or_none, 0)}),
     "linmem.Memory.__getitem__": (lambda w: w.mem.__getitem__, {"key": (either(of(int, Index, slice)), 0)}),
     "linmem.Memory.__setitem__": (lambda w: w.mem.__setitem__, {
         "key": (either(of(int, Index, slice)), 0), "value": (size, 1)}),

@@ -299,7 +299,7 @@ cdef void zero_bytes(memory* m, size_t start, size_t end) noexcept nogil:
     """Bytes of any range that no image is mapped into become zero; whole host pages in the cheapest way."""
     cdef size_t first = 0, last = round_down(end, host_page()), total = 0
     round_up(start, host_page(), &first)
-    if not m.ops.pages_are_ours or m.cow.how == IMAGE_BROKEN or first >= last:
+    if not m.ops.pages_are_ours or m.ops.pages_are_shared or m.cow.how == IMAGE_BROKEN or first >= last:
         zero_range(m, start, end)
         return
     zero_range(m, start, first)

@@ -9,13 +9,14 @@ cdef int memory_discard(memory* m, size_t offset, size_t size, failure* why) noe
     if code:
         return code
     round_up(offset, page, &first)
-    code = unsupported_on(m, offset, size, WRITABLE, "discard, on this system,", why)
-    if code and pages.capabilities().discard_any_protection:
+    code = unsupported_on(m, offset, size, WRITABLE, "discard of these pages" if m.ops.pages_are_shared else
+                          "discard, on this system,", why)
+    if code and pages.capabilities().discard_any_protection and not m.ops.pages_are_shared:
         code = 0
         if offset & (page - 1) or (size & (page - 1) and end != memory_size(m)):
             code = fail_text(why, E_VALUE, "offset and size must be multiples of the host page (%zu) in a range with"
                              " protected pages, got %zu and %zu", page, offset, size)
-    if code == 0 and first >= last:
+    if code == 0 and (first >= last or m.ops.pages_are_shared):
         memset(m.base + offset, 0, size)
     elif code == 0:
         code = discard_pages(m, first, last, why)

@@ -110,6 +110,7 @@ cdef enum:
     PROTECTION_NONE = 0
     PROTECTION_KNOWN = 1
     PROTECTION_UNKNOWN = 2
+    PROTECTION_READ_ONLY = 3    # every page is "r", for good: the memory was opened for reading
 
 cdef struct protections
 
@@ -139,6 +140,14 @@ cdef struct memory_ops:
     void (*lose)(memory* m) noexcept nogil
     bint pages_are_ours                         # linmem mapped the pages: protect, discard and prefault work
     bint prefaults                              # every accessible page is resident when a guest gets the memory
+    # The pages show a file: untouched pages are not zero, written pages are not this process's own, and the pages are
+    # never given back, moved, or mapped from an image.
+    bint pages_are_shared
+    # Called when a call of a handle begins, with the GIL, if m.enters_slowly. A code: the call must not touch the
+    # bytes. NULL: nothing to check.
+    int (*check)(memory* m, failure* why) noexcept
+    # Makes the bytes of the range durable. NULL: they are in no file.
+    int (*flush)(memory* m, size_t offset, size_t size, failure* why) noexcept nogil
 
 # What an adaptor (a creator with an upstream) adds to each memory from its upstream before it returns the memory. The
 # hook of the outermost adaptor comes first. Adaptors upstream of a hook's owner are "below" the hook, the others are
@@ -241,6 +250,7 @@ cdef struct memory:
     size_t pre_guard, guard
     size_t covered              # wasm may access base .. base+covered: each byte belongs to this memory, or faults
     bint broken                 # of a memory in Python: its address is unknown, so each use raises; see break_memory()
+    bint enters_slowly          # the memory is broken, or has ops.check
     size_t chosen               # bytes of the reservation, if linmem chose its size; else 0
     bint is_shared
     bint may_move               # a growth past the capacity may change the base
@@ -469,6 +479,10 @@ cdef class NativeCreator:
 cdef class MmapCreator(NativeCreator):
     cdef readonly bint prefault
     cdef readonly bint huge_pages
+
+
+cdef class FileCreator(NativeCreator):
+    cdef readonly object path
 
 
 cdef class Memory:

@@ -273,13 +273,15 @@ cdef class Memory:
     # between them, except grow_to() of a memory in Python.
     cdef memory* enter(self) except NULL:
         cdef long long now = add_with_gil(&self.users, ONE_CALL)
-        if now >> TAG_SHIFT != generation_tag or self.m.broken:
+        if now >> TAG_SHIFT != generation_tag or self.m.enters_slowly:
             self.refuse_entry(now)
         return self.m
 
     # A method, because the C compiler would inline a function into enter(), which would make each call slower.
     cdef int refuse_entry(self, long long now) except -1:
-        """Raises; or returns, if this is only the handle's first use in a forked child."""
+        """Raises; or returns, if this is only the handle's first use in a forked child, or a check that succeeds."""
+        cdef failure why
+        cdef int code
         while now >= 0 and now >> TAG_SHIFT != generation_tag and self.m != NULL:
             forget_lost_calls(self)     # also the call that enter() has just counted
             now = add_with_gil(&self.users, ONE_CALL)
@@ -289,6 +291,10 @@ cdef class Memory:
         if self.m.broken:
             self.leave()
             raise_code(E_BROKEN)
+        if self.m.ops.check != NULL:
+            code = self.m.ops.check(self.m, &why)
+            if code:
+                return self.finish(code, &why)
         return 0
 
     cdef memory* enter_locked(self) except NULL:
@@ -886,6 +892,28 @@ cdef class Memory:
             The pages are not linmem's, or are protected and the OS would fault.
         """
         call_on_range(self, memory_prefault, offset, size)
+
+    def flush(self, offset=0, size=None):
+        """Make the bytes of a file memory durable: they are in the file, also if the power fails after the call.
+
+        msync(2), and fdatasync(2) after a growth. The call may write more than the range. Growth and close() do not
+        flush: the OS writes the bytes within seconds, also if the process is killed, but not if the power fails.
+
+        Parameters
+        ----------
+        offset, size : int
+            In bytes; the default is the rest of the memory.
+
+        Raises
+        ------
+        ValueError
+            The range is not within `byte_size`, or the memory was opened for reading.
+        PageError
+            The OS could not write. Bytes that were not flushed before may be lost.
+        TypeError
+            The memory has no file.
+        """
+        call_on_range(self, memory_flush, offset, size)
 
     def info(self):
         """The memory's present figures, as a `MemoryInfo`; asks the OS which pages are resident (mincore(2)).

@@ -68,7 +68,8 @@ cdef int find_ranges(memory* m, image* img, image* base, size_t end, changes* ou
     cdef int code = 0
     memset(out, 0, sizeof(changes))
     if m != NULL and end and (
-            not m.ops.pages_are_ours or not pages.capabilities().scans or image_is_broken(m) or end > m.accessible
+            not m.ops.pages_are_ours or m.ops.pages_are_shared or not pages.capabilities().scans or image_is_broken(m)
+            or end > m.accessible
             or (shown != NULL and shown.offset + shown.high > end) or add_touched(m, end, out, why)):
         out.n = 0       # linmem does not know which pages were touched, so every page is compared
         return add_range(out, 0, end, False, why)

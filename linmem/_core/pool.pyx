@@ -25,7 +25,7 @@ from linmem._core.atomic cimport add, atomic_i64, compare_exchange, load, store,
 from linmem._core.linked_list cimport link, list_add_first, list_init, list_remove
 from linmem._core.memory cimport (
     CACHE_LINE, NO_MAXIMUM, OWNER_CREATOR, OWNER_LEFT, PROTECTION_NONE, RELIEF_BUDGET, RELIEF_PAGES, RELIEF_SPACE,
-    RUNS, UNCHOSEN, Image, Memory, MmapCreator, NativeCreator, call_in_each_child, check_count, check_flag,
+    RUNS, UNCHOSEN, FileCreator, Image, Memory, MmapCreator, NativeCreator, call_in_each_child, check_count, check_flag,
     check_native, check_size, commit_pages, count_refusal, current_domain, domain as domain_t, domain_name,
     domain_of, domain_release, domain_retain, fail, fail_python, failure, finish_make, image as image_t,
     image_attach, image_begin_use, image_copy, image_fill, image_is_attached, image_is_copied, image_is_intact,
@@ -41,7 +41,7 @@ from linmem._core.reset_policy cimport (
     ANY, RESET_DISCARD, RESET_SCAN, RESET_ZERO, reset_begin, reset_bound, reset_costs, reset_end, reset_given_back,
     reset_policy, reset_start,
 )
-from linmem._core.units cimport E_EXHAUSTED, E_NO_MEMORY, lay_out, layout, round_down
+from linmem._core.units cimport E_EXHAUSTED, E_NO_MEMORY, E_UNSUPPORTED, lay_out, layout, round_down
 from linmem._core.wide_stores cimport has_wide_stores, zero_wide
 
 from time import sleep as _sleep

@@ -221,6 +221,11 @@ cdef int file_extend(file_pages* file, size_t size, bint allocate) noexcept nogi
     return on_file(os_file_extend, file, 0, NULL, size, &more)
 
 
+cdef int file_cut(file_pages* file, size_t size) noexcept nogil:
+    cdef details more
+    return on_file(os_file_cut, file, 0, NULL, size, &more)
+
+
 cdef int file_allocate(file_pages* file, size_t position, size_t size) noexcept nogil:
     cdef details more
     return on_file(os_file_allocate, file, position, NULL, size, &more)

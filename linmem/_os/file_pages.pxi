@@ -1,6 +1,6 @@
 # The pages of files that memories map and write through; a part of posix.pyx.
 
-from libc.errno cimport EFBIG, EOPNOTSUPP
+from libc.errno cimport EDQUOT, EFBIG, EOPNOTSUPP
 from posix.fcntl cimport O_WRONLY
 
 cdef size_t ALLOCATION_STEP = 1 << 26       # bytes in one fallocate(); a signal makes the kernel undo one call
@@ -78,7 +78,7 @@ cdef int os_file_extend(char* addr, size_t size, details* more) noexcept nogil:
         return 0
     if file.kind == FILE_SEALED:
         return extend_sealed(<int>file.handle, now, size, more.allocate)
-    code = refuse_length(size) or allocate_range(file, now, size - now, now)
+    code = refuse_length(size) or allocate_steps(<int>file.handle, now, size - now, size - now)
     if code == 0:
         # Sets the length, but never to less than it is now.
         code = allocate_space(<int>file.handle, 0, size - 1, 1)
@@ -98,7 +98,7 @@ cdef int extend_sealed(int fd, size_t now, size_t size, bint allocate) noexcept 
         return ENOMEM
     # If vm.overcommit_memory is 2, the kernel may have no memory for a page when it is touched, and that is a SIGBUS.
     if allocate or file_number("/proc/sys/vm/overcommit_memory", 0) == 2:
-        return allocate_steps(fd, now, size - now) or allocate_space(fd, 0, size - 1, 1)
+        return allocate_steps(fd, now, size - now, size - now) or allocate_space(fd, 0, size - 1, 1)
     if ftruncate(fd, <off_t>size) == 0:
         return 0
     # The kernel refuses to shrink a sealed file: another process has extended the file further meanwhile.
@@ -125,9 +125,10 @@ cdef int allocate_space(int fd, int mode, size_t position, size_t size) noexcept
     return 0
 
 
-cdef int allocate_steps(int fd, size_t position, size_t size) noexcept nogil:
+cdef int allocate_steps(int fd, size_t position, size_t size, size_t missing) noexcept nogil:
+    """missing: how many bytes of the range have no space yet."""
     cdef size_t done = 0, step
-    cdef int code = refuse_allocation(fd, size)
+    cdef int code = refuse_allocation(fd, missing)
     while done < size and code == 0:
         step = min(size - done, ALLOCATION_STEP)
         code = allocate_space(fd, FALLOC_FL_KEEP_SIZE, position + done, step)
@@ -153,31 +154,16 @@ cdef int refuse_allocation(int fd, size_t size) noexcept nogil:
 
 cdef int os_file_allocate(char* addr, size_t size, details* more) noexcept nogil:
     cdef file_pages* file = more.file
-    return allocate_range(file, more.position, size, more.position + size)
+    cdef struct_stat about
+    cdef size_t has
+    if fstat(<int>file.handle, &about):
+        return errno
+    has = <size_t>about.st_blocks * 512
+    return allocate_steps(<int>file.handle, more.position, size, 0 if has > size else size - has)
 
 
-cdef int allocate_range(file_pages* file, size_t position, size_t size, size_t length) noexcept nogil:
-    """Allocates a range of a file of at least `length` bytes."""
-    cdef int code = allocate_steps(<int>file.handle, position, size)
-    if file.only_writer and (code == EOPNOTSUPP or code == ENOSYS):
-        return write_space(<int>file.handle, position, size, length)
-    return code
-
-
-cdef int write_space(int fd, size_t position, size_t size, size_t length) noexcept nogil:
-    """For a file system that cannot allocate: writes the range, with the bytes that it has, and with zeros from
-    `length` on. Another process must not write there meanwhile."""
-    cdef char[4096] block
-    cdef size_t end = position + size, step
-    cdef int code = 0
-    while position < end and code == 0:
-        step = min(end - position, sizeof(block))
-        memset(block, 0, step)
-        if position < length and pread(fd, block, min(step, length - position), <off_t>position) < 0:
-            return errno
-        code = write_all(fd, block, step, <off_t>position)
-        position += step
-    return code
+cdef int os_file_cut(char* addr, size_t size, details* more) noexcept nogil:
+    return set_length(more.file, size)
 
 
 cdef int os_file_map(char* addr, size_t size, details* more) noexcept nogil:

@@ -136,10 +136,10 @@ cdef int blank(char* addr, size_t size) noexcept nogil
 #   file_begin()    -> a new file of `size` bytes of zeros. No name leads to it, and it is gone when the last descriptor
 #                      and the last mapping of all processes are. The best kind that the OS grants.
 #   file_adopt()    -> a duplicate of a descriptor of the caller, of a regular file that can be read. only_writer: the
-#                      caller has made sure that nothing else changes the file (file_extend() and file_allocate() then
-#                      also work on file systems that cannot allocate space, and give back what a failed call took).
+#                      caller has made sure that nothing else changes the file (a failed file_extend() then gives back
+#                      the space that it took).
 #   file_drop()     -> the descriptor is closed. The mappings stay until decommit(), blank() or release().
-# If file_begin() or file_adopt() fails, nothing is left behind.
+# If file_begin() or file_adopt() fails, nothing is left behind. A file system that cannot allocate space refuses.
 cdef enum:
     FILE_SEALED = 1                 # memory of the kernel that no process can make smaller
     # A file. A process that may write to the file can make the file smaller, and pages past the end fault (SIGBUS).
@@ -163,6 +163,9 @@ cdef int file_size(const file_pages* file, size_t* size) noexcept nogil
 # new byte, so no access faults later because the file system or the memory is full; True is implied where the OS could
 # otherwise refuse a page later. A limit of the process (RLIMIT_FSIZE) is a code and not a signal.
 cdef int file_extend(file_pages* file, size_t size, bint allocate) noexcept nogil
+
+# No page past `size` is accessible, and only_writer. -> the file has `size` bytes, fewer than before.
+cdef int file_cut(file_pages* file, size_t size) noexcept nogil
 
 # [position, position+size): any range in the file. -> the OS has space for each byte of the range; no byte has changed.
 # If the OS refuses, a part of the space may have been allocated.

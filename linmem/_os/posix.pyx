@@ -96,7 +96,7 @@ cdef int MAP_FRESH = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
 # By ACCESS_ constant.
 cdef int[4] PROTECTIONS = [PROT_NONE, PROT_READ, PROT_READ | PROT_WRITE, PROT_READ | PROT_EXEC]
 
-cdef coded_text[11] CODE_TEXTS = [
+cdef coded_text[13] CODE_TEXTS = [
     [ENOMEM, "the operating system has no memory or address space for it (ENOMEM)"],
     [EAGAIN, "the pages are locked or the lock limit is reached (EAGAIN)"],
     [EACCES, "access denied (EACCES)"],
@@ -106,6 +106,8 @@ cdef coded_text[11] CODE_TEXTS = [
     [EBUSY, "busy (EBUSY)"],
     [ENOSYS, "not implemented by this kernel (ENOSYS)"],
     [ENOSPC, "the file system is full (ENOSPC)"],
+    [EDQUOT, "the disk quota is used up (EDQUOT)"],
+    [EOPNOTSUPP, "the file system cannot do this, for example allocate space in advance (EOPNOTSUPP)"],
     [EFBIG, "a file cannot have this length (EFBIG)"],
     [ENODEV, "not a regular file (ENODEV)"],
 ]

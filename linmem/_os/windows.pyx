@@ -467,6 +467,10 @@ cdef int os_file_extend(char* addr, size_t size, details* more) noexcept nogil:
     return ERROR_NOT_SUPPORTED
 
 
+cdef int os_file_cut(char* addr, size_t size, details* more) noexcept nogil:
+    return ERROR_NOT_SUPPORTED
+
+
 cdef int os_file_allocate(char* addr, size_t size, details* more) noexcept nogil:
     return ERROR_NOT_SUPPORTED
 
