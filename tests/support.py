@@ -161,6 +161,8 @@ NEEDS = {
     "maps_images": (FLOOR["capabilities"]["maps_images"], "images cannot be mapped into memories here"),
     "descriptors": (HAS_PROC and FDS.exists(), "no /proc/self/fd to ask"),
     "mounts": (_can_mount(), "a process may not mount file systems of its own"),
+    "disks": (_can_mount() and os.path.exists("/dev/loop-control") and shutil.which("mkfs.ext4") is not None,
+              "a process may not mount a disk that is a file"),
     "holes": (_files_have_holes(), "the file system has no holes, or does not say"),
     "few_mappings": (HAS_PROC and 0 < FLOOR["mappings"] <= 1 << 18, "a process may have too many mappings to make all"),
     "overcommit_is_guessed": (FLOOR["limits"].get("vm.overcommit_memory") == 0 and 0 < FLOOR["memory"] < 1 << 41,

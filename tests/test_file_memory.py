@@ -820,3 +820,80 @@ def test_a_growth_that_died_between_its_steps_leaves_a_file_that_opens_and_grows
         assert bytes(mem) == b"abc"
         mem.grow_to(PAGE)
         assert bytes(mem) == b"abc" + bytes(PAGE - 3)
+
+
+# -- power failures: a disk that is a file is copied, and the copy is mounted, as after the failure -----------------
+
+DISK = """
+import ctypes, os, shutil, subprocess
+import linmem
+from pathlib import Path
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.unshare(0x20000) == 0                                           # CLONE_NEWNS
+assert libc.mount(b"none", b"/", None, 1 << 14 | 1 << 18, None) == 0        # MS_REC | MS_PRIVATE
+folder = Path(%r)
+disk, place, copy, later = folder / "disk", folder / "place", folder / "copy", folder / "later"
+def mount(image, at):
+    at.mkdir()
+    # The journal is not committed by itself before the test ends.
+    subprocess.run(["mount", "-o", "loop,commit=600", image, at], check=True)
+with disk.open("wb") as file:
+    file.truncate(32 << 20)
+subprocess.run(["mkfs.ext4", "-q", disk], check=True)
+mount(disk, place)
+path = place / "numbers"
+def after_a_power_failure():
+    shutil.copyfile(disk, copy)
+    mount(copy, later)
+    try:
+        found = later / "numbers"
+        return found.read_bytes() if found.exists() else None
+    finally:
+        subprocess.run(["umount", later], check=True)
+        later.rmdir()
+"""
+
+
+@requires("disks")
+def test_bytes_and_the_size_are_there_after_a_power_failure_if_they_were_flushed_and_only_then(tmp_path):
+    assert answer(DISK % str(tmp_path) + f"""
+PAGE = {PAGE}
+mem = linmem.open_file(path)
+mem.grow_to(100 * PAGE)
+mem.write(0, b"1" * 100 * PAGE)
+assert after_a_power_failure() == b"", "the disk of this test is written before flush()"
+mem.flush()
+assert after_a_power_failure() == b"1" * 100 * PAGE
+mem.write(0, b"2" * 100 * PAGE)
+mem.grow_to(200 * PAGE)
+assert after_a_power_failure() == b"1" * 100 * PAGE
+mem.flush(PAGE + 1, 10)
+seen = after_a_power_failure()
+assert len(seen) == 200 * PAGE and seen[PAGE:2 * PAGE] == b"2" * PAGE
+view = memoryview(mem)
+view[199 * PAGE:] = b"3" * PAGE
+mem.flush()
+assert after_a_power_failure() == b"2" * 100 * PAGE + bytes(99 * PAGE) + b"3" * PAGE
+view.release()
+mem.close()
+subprocess.run(["umount", place], check=True)
+print("durable")
+""", timeout=300) == "durable"
+
+
+@requires("disks")
+def test_a_growth_is_whole_or_not_at_all_after_a_power_failure_without_a_flush(tmp_path):
+    assert answer(DISK % str(tmp_path) + f"""
+PAGE = {PAGE}
+mem = linmem.open_file(path, minimum=PAGE)
+mem.write(0, b"1" * PAGE)
+mem.flush()
+for size in (2 * PAGE, 1000 * PAGE, 1000 * PAGE + 1):
+    mem.grow_to(size)
+    os.sync() if size == 1000 * PAGE else None
+    seen = after_a_power_failure()
+    assert seen in (b"1" * PAGE, b"1" * PAGE + bytes(size - PAGE), b"1" * PAGE + bytes(999 * PAGE)), len(seen)
+mem.close()
+subprocess.run(["umount", place], check=True)
+print("whole")
+""", timeout=300) == "whole"
