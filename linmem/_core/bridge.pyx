@@ -295,7 +295,10 @@ cdef uint8_t* get_memory(void* env, size_t* byte_size, size_t* byte_capacity) no
 cdef wasmtime_error_t* grow_memory(void* env, size_t new_size) noexcept nogil:
     cdef memory* m = <memory*>env
     cdef failure why
-    cdef int code = memory_grow_to(m, new_size, &why)
+    cdef int code = 0
+    # The start from a snapshot grows a memory to the size in the snapshot. The memory of a file may have grown further.
+    if m.reported == 0 or new_size > <size_t>load(&m.size):
+        code = memory_grow_to(m, new_size, &why)
     if m.base != m.registered:
         update_table(m, m.base)
     if code:
