@@ -1194,7 +1194,40 @@ def use_block():
 
 
 # The operations that make no page call, with any argument.
+# -- memories of files
+
+def new_path():
+    with tempfile.NamedTemporaryFile(dir=FOLDER.name, delete=False) as file:
+        return file.name
+
+
+def of_file():
+    mem = linmem.open_file(new_path(), minimum=3 * PAGE, maximum=32 * PAGE)
+    mem.write(0, b"kept")
+    return Scene(mem=mem)
+
+
+def check_file(scene, mem):
+    assert (len(mem), os.path.getsize(scene.path), bytes(mem)) == (3 * PAGE, 3 * PAGE, bytes(3 * PAGE))
+    mem.close()
+
+
+if NEEDS["file_memories"][0]:
+    row("open_file", "open_file", lambda: Scene(path=new_path()),
+        lambda scene: linmem.open_file(scene.path, minimum=3 * PAGE, maximum=32 * PAGE), check_file,
+        "file_size file_adopt reserve file_map extend commit")
+    row("grow a file", "Memory.grow_to", of_file, lambda scene: scene.mem.grow_to(20 * PAGE),
+        holds(lambda scene, result: bytes(scene.mem) == b"kept" + bytes(20 * PAGE - 4)), "file_size extend commit")
+    row("flush", "Memory.flush", of_file, lambda scene: scene.mem.flush(),
+        holds(lambda scene, result: scene.mem[:4] == b"kept"), "file_size flush")
+
 QUIET = {
+    **({} if NEEDS["file_memories"][0] else {
+        "open_file": refuses(TypeError, lambda scene: linmem.open_file(scene.path + " memory")),
+        "Memory.flush": refuses(TypeError, lambda scene: scene.mem.flush())}),
+    "FileCreator": lambda scene: linmem.FileCreator(scene.path),
+    "FileCreator.path": lambda scene: linmem.FileCreator(scene.path).path,
+    "FileCreator.__repr__": lambda scene: repr(linmem.FileCreator(scene.path)),
     "Sessions.stats": lambda scene: scene.sessions.stats(),
     "Sessions.__enter__": lambda scene: scene.sessions.__enter__(),
     "Sessions.__exit__": lambda scene: scene.sessions.__exit__(None, None, None),

@@ -204,6 +204,8 @@ class World:
         return mem
 
     def _make_file_mem(self):
+        if not NEEDS["file_memories"][0]:
+            return linmem.create(PAGE)
         return linmem.open_file(self.folder / "numbers", minimum=PAGE)
 
     def _make_image(self):
