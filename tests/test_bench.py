@@ -77,6 +77,8 @@ GOALS = {
                   "tracked/without": 3, "find/allowed": 1}.items()}},
     "component": {"run_cached/script": (1.3, TIME, MEDIAN), **{key: (goal, TIME, P10) for key, goal in {
         "component_data/default": 0.65, "component_data/bare": 1.3, "component_bare/default": 0.8}.items()}},
+    "files": {**{f"file_{what}/memmap": (1, TIME, P10) for what in (
+        "read", "write", "random_read", "random_write", "element")}, "file_grow/c": (1.5, TIME, P10)},
 }
 # Rows that some machines cannot measure. Such a row gives the reason.
 MAY_LACK = {"pool/one": r"the control scales only \d\.\d\d x here",
@@ -85,6 +87,7 @@ MAY_LACK = {"pool/one": r"the control scales only \d\.\d\d x here",
                             "LINMEM_BENCH_BASE names no Python with an older linmem"),
             **dict.fromkeys([key for key in GOALS["component"] if key.startswith("component")],
                             "this wasmtime-py has no components: .+"),
+            **dict.fromkeys(GOALS["files"], "(a memory of a file cannot be made|the C library has no fallocate).+"),
             **dict.fromkeys(GOALS["soak-pool"], "the system does not say what is resident: .+")}
 
 
@@ -155,7 +158,7 @@ def test_a_suite_measures_each_goals_contenders_unless_the_system_lacks_somethin
                for contender in group["contenders"] if contender["unavailable"]}
     for key, why in lacking.items():
         assert key.partition("/")[0] in ("pooling_scan", "mmap", "scan") or re.search(
-                "page cache|working set|LINMEM_BENCH_BASE", why), (
+                "page cache|working set|LINMEM_BENCH_BASE|memory of a file|fallocate", why), (
             f"{key}: {why}")
 
 
