@@ -71,6 +71,7 @@ def lacks(text: str) -> bool:
     """Whether a block needs a package or a feature of the OS that is missing here."""
     return any(part in text and not NEEDS[need][0]
                for part, need in (("import distributed", "dask"), (".handle()", "maps_images"),
+                                  ('creator("shared"', "shared"),
                                   ("metrics.publish(", "published"),
                                   ("import memray", "memray"), ("import psutil", "psutil")))
 

@@ -303,7 +303,10 @@ cdef void zero_bytes(memory* m, size_t start, size_t end) noexcept nogil:
         zero_range(m, start, end)
         return
     zero_range(m, start, first)
-    if not fill_touched(m, first, last, SIZE_MAX, &total):
+    if m.ops.pages_are_shared:
+        if m.ops.zero_pages == NULL or m.ops.zero_pages(m, first, last):
+            zero_range(m, first, last)
+    elif not fill_touched(m, first, last, SIZE_MAX, &total):
         discard_or_zero(m, first, last)
     zero_range(m, last, end)
 

@@ -30,6 +30,8 @@ cdef int discard_pages(memory* m, size_t start, size_t end, failure* why) noexce
     """Whole host pages. If the OS refuses a part when another part is discarded already, that part is zeroed."""
     cdef size_t low, high
     cdef int code = 0
+    if m.ops.zero_pages != NULL:
+        return fail_page_call(why, m.ops.zero_pages(m, start, end), "discard", end - start)
     image_split(m, start, end, &low, &high)
     if high > low:
         code = unsupported_on(m, start, end - start, WRITABLE, "discard, where the range holds pages of an image,", why)

@@ -190,8 +190,13 @@ cdef class LimitingCreator(NativeCreator):
             pending_hooks()[0] = hook
             code = self.upstream.make(spec, out, why)
             pending_hooks()[0] = hook.outer
+            if code == 0 and memory_size(out[0]) > spec.minimum:       # a memory that another process has made
+                code = limit_resized(&hook.head, out[0], memory_size(out[0]), committed(memory_size(out[0])), why)
+                if code:
+                    memory_release(out[0])
+                    out[0] = NULL
             if code:
-                add(&self.budget.used, -<long long>size)
+                add(&self.budget.used, -<long long>hook.charged)
         if code:
             free(hook)
             return finish_make(self, spec, code, out, why)

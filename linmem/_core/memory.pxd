@@ -139,6 +139,20 @@ cdef struct memory_ops:
     void (*lose)(memory* m) noexcept nogil
     bint pages_are_ours                         # linmem mapped the pages: protect, discard and prefault work
     bint prefaults                              # every accessible page is resident when a guest gets the memory
+    # The pages show a file: untouched pages are not zero, written pages are not this process's own, and the pages are
+    # never given back, moved, or mapped from an image.
+    bint pages_are_shared
+    # Called when a call of a handle begins, with the GIL, if m.enters_slowly. A code: the call must not touch the
+    # bytes. NULL: nothing to check.
+    int (*check)(memory* m, failure* why) noexcept
+    # Called when wasmtime asks for the size. The memory takes over the size that other processes gave it. NULL: none
+    # do.
+    void (*take_size)(memory* m) noexcept nogil
+    # Whole host pages become zero for all that share them, in the cheapest way; a code of the OS. NULL: memset().
+    int (*zero_pages)(memory* m, size_t start, size_t end) noexcept nogil
+    # -> the first run in start .. end that may not be zero, in pages of the kernel; found_start == end: there is none.
+    # A code of the OS. NULL: it is not known.
+    int (*find_data)(memory* m, size_t start, size_t end, size_t* found_start, size_t* found_end) noexcept nogil
 
 # What an adaptor (a creator with an upstream) adds to each memory from its upstream before it returns the memory. The
 # hook of the outermost adaptor comes first. Adaptors upstream of a hook's owner are "below" the hook, the others are
@@ -241,6 +255,7 @@ cdef struct memory:
     size_t pre_guard, guard
     size_t covered              # wasm may access base .. base+covered: each byte belongs to this memory, or faults
     bint broken                 # of a memory in Python: its address is unknown, so each use raises; see break_memory()
+    bint enters_slowly          # the memory is broken, or has ops.check
     size_t chosen               # bytes of the reservation, if linmem chose its size; else 0
     bint is_shared
     bint may_move               # a growth past the capacity may change the base
@@ -469,6 +484,14 @@ cdef class NativeCreator:
 cdef class MmapCreator(NativeCreator):
     cdef readonly bint prefault
     cdef readonly bint huge_pages
+
+
+cdef class SharedCreator(NativeCreator):
+    cdef pages.file_pages file          # of the memory to attach; kind 0: none
+    cdef readonly object shm_name
+    cdef char[16] token                 # the beginning of the tokens of its memories
+    cdef atomic_i64 made
+    cdef void fill_token(self, char* token) noexcept nogil
 
 
 cdef class Memory:

@@ -49,6 +49,8 @@ include "restore_and_apply.pxi"     # write an image or a delta into a memory
 include "domains.pxi"               # domains, and the request that a Python creator is handling on a thread
 include "refusals.pxi"              # which requests each creator refused
 include "native_creator.pxi"        # the classes NativeCreator and MmapCreator
+include "shared_memory.pxi"         # the kind of memory that processes share
+include "shared_creator.pxi"        # the class SharedCreator
 include "memory_class.pxi"          # the class Memory
 include "typed_view.pxi"            # the exporter of elements behind Memory.view()
 include "image_class.pxi"           # the class Image

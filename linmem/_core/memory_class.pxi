@@ -273,13 +273,15 @@ cdef class Memory:
     # between them, except grow_to() of a memory in Python.
     cdef memory* enter(self) except NULL:
         cdef long long now = add_with_gil(&self.users, ONE_CALL)
-        if now >> TAG_SHIFT != generation_tag or self.m.broken:
+        if now >> TAG_SHIFT != generation_tag or self.m.enters_slowly:
             self.refuse_entry(now)
         return self.m
 
     # A method, because the C compiler would inline a function into enter(), which would make each call slower.
     cdef int refuse_entry(self, long long now) except -1:
-        """Raises; or returns, if this is only the handle's first use in a forked child."""
+        """Raises; or returns, if this is only the handle's first use in a forked child, or a check that succeeds."""
+        cdef failure why
+        cdef int code
         while now >= 0 and now >> TAG_SHIFT != generation_tag and self.m != NULL:
             forget_lost_calls(self)     # also the call that enter() has just counted
             now = add_with_gil(&self.users, ONE_CALL)
@@ -289,6 +291,10 @@ cdef class Memory:
         if self.m.broken:
             self.leave()
             raise_code(E_BROKEN)
+        if self.m.ops.check != NULL:
+            code = self.m.ops.check(self.m, &why)
+            if code:
+                return self.finish(code, &why)
         return 0
 
     cdef memory* enter_locked(self) except NULL:
@@ -886,6 +892,64 @@ cdef class Memory:
             The pages are not linmem's, or are protected and the OS would fault.
         """
         call_on_range(self, memory_prefault, offset, size)
+
+    # -- shared memories
+
+    def handle(self):
+        """What another process needs to attach this shared memory: `linmem.attach` takes it.
+
+        The handle can be pickled any number of times, also as an argument of a ``Process``, a ``Pool`` or a Dask task
+        on this machine. It does not keep the memory.
+
+        Returns
+        -------
+        SharedHandle
+
+        Raises
+        ------
+        TypeError
+            The memory is not a shared one.
+        """
+        return shared_handle(self)
+
+    def wait_for_growth(self, size, timeout=None):
+        """Wait until a shared memory has at least `size` bytes; futex(2).
+
+        Parameters
+        ----------
+        size : int
+            In bytes.
+        timeout : float, optional
+            In seconds; None: no limit.
+
+        Returns
+        -------
+        bool
+            False: the time is over. In a memory that a wasmtime store owns, True means that other processes have the
+            size; the guest has it after its next ``memory.grow``.
+
+        Raises
+        ------
+        ValueError
+            The memory can never have `size` bytes.
+        TypeError
+            The memory is not a shared one.
+        """
+        return wait_for_growth(self, size, timeout)
+
+    def unlink(self):
+        """Remove the name of a shared memory (`shm_name`). Processes that have the memory keep it.
+
+        Raises
+        ------
+        ValueError
+            The memory has no name.
+        FileNotFoundError
+            The name has been removed already.
+        TypeError
+            The memory is not a shared one.
+        """
+        shared_unlink(self)
 
     def info(self):
         """The memory's present figures, as a `MemoryInfo`; asks the OS which pages are resident (mincore(2)).

@@ -53,7 +53,7 @@ cdef int make_slot(PoolingCreator creator, const shape* key, domain_t* domain, c
     code = creator.upstream.make(&watched, out, why)
     while code == E_EXHAUSTED and make_upstream_room(p):
         code = creator.upstream.make(&watched, out, why)
-    if code == 0 and out[0].ops.pages_are_ours:
+    if code == 0 and out[0].ops.pages_are_ours and not out[0].ops.pages_are_shared:
         init_slot(p, s, out[0], spec)
         code = add_slot(p, s, key, domain, counted, why)
         if code == 0:

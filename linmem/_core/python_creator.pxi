@@ -78,7 +78,7 @@ cdef void break_memory(memory* m) noexcept nogil:
     cdef size_t size = 0
     if m.broken:
         return
-    m.broken = True
+    m.broken = m.enters_slowly = True
     if (round_up(m.covered + 1, pages.capabilities().granularity, &size) == 0
             and pages.reserve(size, False, &nowhere) == 0):
         p.shelter = size
