@@ -24,6 +24,7 @@ try:
         Image,
         Memory,
         MmapCreator,
+        SharedCreator,
         disable_fault_report,
         enable_fault_report,
         find,
@@ -33,7 +34,7 @@ try:
     from linmem._core.pool import PoolingCreator, set_pool_limits
     from linmem._files.delta import Delta
     from linmem.abc import LinearMemory, MemoryCreator
-    from linmem.creators import create, creator, open_file
+    from linmem.creators import attach, create, creator, open_file
     from linmem.errors import FileFormatError, GrowError, LimitError, OwnedError, PageError, PoolError
 except ModuleNotFoundError as _error:
     if not (_error.name or "").startswith("linmem."):
@@ -49,9 +50,9 @@ __version__ = "0.1.0"
 __all__ = ["Allocation", "CallbackCreator", "Delta", "DroppedInfo", "FileCreator", "FileFormatError", "GrowError",
            "Image", "ImageInfo", "LimitError", "LimitingCreator", "LinearMemory", "Memory", "MemoryCreator",
            "MemoryInfo", "MemoryType", "MmapCreator", "OwnedError", "PageError", "Place", "PoolError", "PoolingCreator",
-           "PythonCreator", "Refusal", "Refusals", "RoutingCreator", "ScopeTotals", "StatisticsCreator",
-           "TrackingCreator", "create", "creator", "disable_fault_report", "enable_fault_report", "find", "live",
-           "open_file", "set_pool_limits", "tracemalloc_domain"]
+           "PythonCreator", "Refusal", "Refusals", "RoutingCreator", "ScopeTotals", "SharedCreator",
+           "StatisticsCreator", "TrackingCreator", "attach", "create", "creator", "disable_fault_report",
+           "enable_fault_report", "find", "live", "open_file", "set_pool_limits", "tracemalloc_domain"]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

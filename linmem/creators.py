@@ -11,7 +11,7 @@ from linmem._core.adaptors import (
     as_native,
 )
 from linmem._core.arguments import check_choice, shown
-from linmem._core.memory import FileCreator, Memory, MmapCreator, NativeCreator, open_for_reading
+from linmem._core.memory import FileCreator, Memory, MmapCreator, NativeCreator, SharedCreator, open_for_reading
 from linmem._core.pool import PoolingCreator
 from linmem.abc import MemoryCreator
 
@@ -20,12 +20,15 @@ if TYPE_CHECKING:
     from os import PathLike
     from typing import Any
 
-__all__ = ["as_native", "create", "creator", "open_file"]
+    from linmem._core.shared_handles import SharedHandle
+
+__all__ = ["as_native", "attach", "create", "creator", "open_file"]
 
 _KINDS: dict[str, type[NativeCreator]] = {
     "mmap": MmapCreator, "pool": PoolingCreator, "limiting": LimitingCreator, "statistics": StatisticsCreator,
-    "tracking": TrackingCreator, "callback": CallbackCreator, "routing": RoutingCreator, "file": FileCreator}
-_WITHOUT_UPSTREAM = MmapCreator, RoutingCreator, FileCreator
+    "tracking": TrackingCreator, "callback": CallbackCreator, "routing": RoutingCreator, "shared": SharedCreator,
+    "file": FileCreator}
+_WITHOUT_UPSTREAM = MmapCreator, RoutingCreator, SharedCreator, FileCreator
 _DEFAULT = MmapCreator()
 
 
@@ -45,6 +48,7 @@ def creator(kind: str = "mmap", **options: Any) -> NativeCreator:
         "tracking": notes which lines and scopes made memories (`TrackingCreator`; options `upstream`, `frames`).
         "callback": Python functions, or limits for each memory, decide (`CallbackCreator`; options `on_made`,
         `on_grow`, `on_refused`, `on_dropped`, `limit_each`, `limit_growths`, `upstream`).
+        "shared": memories that processes share and that grow (`SharedCreator`; options `shm_name`, `attach`).
         "routing": passes each request to one of several creators (`RoutingCreator`; option `rule`).
         "file": the memory of a file (`FileCreator`; option `path`).
     **options
@@ -120,6 +124,41 @@ def create(minimum: int, maximum: int | None = None, *, creator: MemoryCreator |
     if domain is None:
         return native.create(minimum, maximum, reserve, guard, may_move=may_move)
     return native.create(minimum, maximum, reserve, guard, may_move=may_move, domain=domain)
+
+
+def attach(handle_or_name: SharedHandle | str | int) -> Memory:
+    """A memory on the bytes of a shared memory that another process made.
+
+    Parameters
+    ----------
+    handle_or_name : SharedHandle, str or int
+        What `Memory.handle` returned, the `shm_name` of the memory, or a descriptor that the other process has sent.
+
+    Returns
+    -------
+    Memory
+        It grows when any process grows it. The bytes stay while some process has the memory.
+
+    Raises
+    ------
+    FileNotFoundError
+        No process has the memory any more, or there is no such name.
+    PermissionError
+        The memory belongs to another user.
+    ValueError
+        The file is not a shared memory of linmem, or its control words are damaged.
+
+    Examples
+    --------
+    >>> mem = linmem.create(65536, maximum=1 << 30, creator=linmem.creator("shared"))
+    >>> other = linmem.attach(mem.handle())     # usually in another process
+    >>> mem.grow_to(1 << 20)
+    >>> len(other)
+    1048576
+    """
+    if handle_or_name is None:      # to SharedCreator this means a new memory
+        raise TypeError("handle_or_name must be a handle, the name of a shared memory or a descriptor, got None")
+    return SharedCreator(attach=handle_or_name).create(0)
 
 
 def open_file(path: str | bytes | PathLike[str] | PathLike[bytes], access: str = "rw", *, minimum: int = 0,

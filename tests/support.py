@@ -159,6 +159,7 @@ NEEDS = {
     "sealed": ("sealed" in image_kinds(), "memory cannot be sealed here"),
     "unnamed_files": ("file" in image_kinds(), "images are not kept in files here"),
     "maps_images": (FLOOR["capabilities"]["maps_images"], "images cannot be mapped into memories here"),
+    "shared": (FLOOR["capabilities"]["shares"], "processes cannot share a memory that grows here"),
     "descriptors": (HAS_PROC and FDS.exists(), "no /proc/self/fd to ask"),
     "mounts": (_can_mount(), "a process may not mount file systems of its own"),
     "disks": (_can_mount() and os.path.exists("/dev/loop-control") and shutil.which("mkfs.ext4") is not None,
@@ -347,7 +348,7 @@ def accessible_parts(mem) -> list[tuple[int, int, str]]:
     for m in mappings(start, end):
         assert m.start == reached, f"nothing is mapped at {reached:#x}"
         reached = m.end
-        if m.access in ("---p", "---s"):
+        if m.access.startswith("---"):
             continue
         if found and found[-1][1:] == (m.start - base, m.access):
             found[-1] = (found[-1][0], m.end - base, m.access)
@@ -362,7 +363,8 @@ def check_fresh(mem, minimum: int) -> None:
     info = mem.info()
     assert (info.byte_size, info.committed, info.exports) == (minimum, round_up(minimum), 0)
     if NEEDS["regions"][0]:
-        assert accessible_parts(mem) == ([(0, info.committed, "rw-p")] if info.committed else [])
+        assert accessible_parts(mem) == ([(0, info.committed, "rw-s" if info.kind == "shared" else "rw-p")]
+                                         if info.committed else [])
     assert ctypes.string_at(info.base, info.committed).count(0) == info.committed, "a byte of someone else"
 
 

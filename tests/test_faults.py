@@ -314,6 +314,9 @@ CREATORS = {        # name -> (creator, the page calls that a creation needs, th
     "a pool above memories in Python": (
         lambda: linmem.PoolingCreator(linmem.PythonCreator(PythonMemories(InPython))), "reserve commit", "commit"),
 }
+if NEEDS["shared"][0]:
+    CREATORS["shared memories"] = (linmem.SharedCreator, "file_begin file_size reserve file_map extend commit",
+                                   "commit")
 
 
 def check_made(scene, mem):
@@ -359,8 +362,9 @@ def creator_rows():
             check_made, creation)
         row(f"grow in place: {name}", "Memory.grow_to", functools.partial(with_memory, make),
             lambda scene: scene.mem.grow_to(20 * PAGE), check_grown, growth)
-        row(f"grow past the capacity: {name}", "Memory.grow_to", functools.partial(with_memory, make, MOVING),
-            lambda scene: scene.mem.grow_to(20 * PAGE), check_grown, "reserve commit")
+        if name != "shared memories":       # they never move
+            row(f"grow past the capacity: {name}", "Memory.grow_to", functools.partial(with_memory, make, MOVING),
+                lambda scene: scene.mem.grow_to(20 * PAGE), check_grown, "reserve commit")
         row(f"close: {name}", "Memory.close Memory.__exit__", functools.partial(with_memory, make, grown=20 * PAGE),
             lambda scene: scene.mem.close(), holds(lambda scene, result: scene.mem.closed))
 
@@ -443,6 +447,11 @@ row("prefault", "Memory.prefault", plain, lambda scene: scene.mem.prefault(),
     holds(lambda scene, result: bytes(scene.mem) == scene.content), "prefault")
 row("info", "Memory.info", plain, lambda scene: scene.mem.info(),
     holds(lambda scene, info: info.committed == 3 * PAGE), "resident")
+if NEEDS["shared"][0]:
+    row("attach", "attach", lambda: with_memory(linmem.SharedCreator), lambda scene: linmem.attach(scene.mem.handle()),
+        holds(lambda scene, mem: bytes(mem) == scene.content), "file_adopt file_size reserve file_map commit")
+    row("discard shared pages", "Memory.discard", lambda: with_memory(linmem.SharedCreator),
+        lambda scene: scene.mem.discard(), check_zero, "discard")
 row("live", "live", plain, lambda scene: linmem.live(),
     holds(lambda scene, found: scene.mem.info() in found), "resident")
 row("records", "StatisticsCreator.memories", functools.partial(with_memory, lambda: linmem.StatisticsCreator(MMAP())),
@@ -1256,6 +1265,13 @@ QUIET = {
     "Memory.__repr__": lambda scene: repr(scene.mem),
     "Memory.__reduce__": refuses(TypeError, lambda scene: pickle.dumps(scene.mem)),
     **attributes("mem Memory", "closed"),
+    **{f"Memory.{name}": refuses(TypeError, lambda scene, call=call: call(scene.mem)) for name, call in (
+        ("handle", lambda mem: mem.handle()), ("unlink", lambda mem: mem.unlink()),
+        ("wait_for_growth", lambda mem: mem.wait_for_growth(1)))},
+    "SharedCreator": lambda scene: linmem.SharedCreator(shm_name="x"),
+    "SharedCreator.shm_name": lambda scene: linmem.SharedCreator(shm_name="x").shm_name,
+    "SharedCreator.__repr__": lambda scene: repr(linmem.SharedCreator()),
+    **({} if NEEDS["shared"][0] else {"attach": refuses(TypeError, lambda scene: linmem.attach("x"))}),
     "Image": refuses(TypeError, lambda scene: Image()),
     "Image.__bool__": lambda scene: bool(scene.img),
     "Image.__len__": lambda scene: len(scene.img),

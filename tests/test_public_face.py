@@ -29,6 +29,7 @@ from linmem._commands import info as info_cli
 from linmem._commands import prewarm as prewarm_cli
 from linmem._commands import run as run_cli
 from linmem._commands import top as top_cli
+from linmem._core.shared_handles import SharedHandle
 
 PATTERN = bytes(range(1, 251))
 TYPE = linmem.MemoryType(1, page_size=1)
@@ -149,7 +150,8 @@ size = is_size
 size_or_none = either(is_size, nothing)
 flag = one_of(True, False)
 native = of(linmem.MmapCreator, linmem.PoolingCreator, linmem.LimitingCreator, linmem.StatisticsCreator,
-            linmem.TrackingCreator, linmem.CallbackCreator, linmem.RoutingCreator, linmem.PythonCreator)
+            linmem.TrackingCreator, linmem.CallbackCreator, linmem.RoutingCreator, linmem.PythonCreator,
+            linmem.SharedCreator)
 native_or_none = either(native, nothing)
 trait = either(native, lambda value: isinstance(value, Upstream))
 image = of(linmem.Image)
@@ -224,6 +226,14 @@ class World:
 
     def _make_limiting(self):
         return linmem.LimitingCreator(linmem.MmapCreator(), 1 << 30)
+
+    def _make_shared(self):
+        if not NEEDS["shared"][0]:
+            pytest.skip(NEEDS["shared"][1])
+        return linmem.SharedCreator().create(PAGE, PAGE)
+
+    def _make_handle(self):
+        return self.shared.handle()
 
     def _make_mmap(self):
         return linmem.MmapCreator()
@@ -336,6 +346,13 @@ FACE = {
         "domain": (text_or_none, None)}),
     "linmem.creator": (lambda w: linmem.creator, {
         "kind": (one_of("mmap", "pool"), "mmap"), "options": (lambda value: False, None)}),
+    "linmem.attach": (lambda w: linmem.attach, {
+        "handle_or_name": (either(of(SharedHandle), text), given_by("handle"))}),
+    "linmem.SharedCreator": (lambda w: linmem.SharedCreator, {
+        "shm_name": (text_or_none, None), "attach": (either(of(SharedHandle), text, nothing), None),
+        "name": (name_or_none, None)}),
+    "linmem.Memory.wait_for_growth": (lambda w: w.shared.wait_for_growth, {
+        "size": (size, PAGE), "timeout": (either(seconds, nothing), 0)}),
     "linmem.MmapCreator": (lambda w: linmem.MmapCreator, {
         "prefault": (flag, False), "huge_pages": (flag, False), "name": (name_or_none, None)}),
     "linmem.FileCreator": (lambda w: linmem.FileCreator, {
@@ -598,6 +615,8 @@ def refused_as_promised(error, labels):
     if isinstance(error, (Own, linmem.GrowError, linmem.PageError, linmem.OwnedError, linmem.FileFormatError)):
         return True
     # Other errors about files and modules are raised by the OS or by wasmtime.
+    if isinstance(error, FileNotFoundError) and {"attach", "handle_or_name"} & set(names):
+        return True         # a name that no memory has
     if isinstance(error, (OSError, wasmtime.WasmtimeError)):
         return "path" in names or "wasm" in names or "cache" in names
     if not isinstance(error, REFUSALS):
@@ -615,7 +634,8 @@ ALSO = {
     "value": ("a byte", "data"), "item": ("a byte", "what is looked for"), "options": ("bogus",),
     "pieces": ("offset", "data"), "imports": ("expected a Func",), "offset": ("pieces",),
     "size": ("the file must have", "ranges", "zeros", "pieces", "data"),
-    "fd": ("the file",), "reserved_size_in_bytes": ("reserve",), "guard_size_in_bytes": ("guard",),
+    "fd": ("the file",), "handle_or_name": ("attach",), "reserved_size_in_bytes": ("reserve",),
+    "guard_size_in_bytes": ("guard",),
 }
 
 

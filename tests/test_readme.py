@@ -72,7 +72,7 @@ def lacks(text: str) -> bool:
     return any(part in text and not NEEDS[need][0]
                for part, need in (("import distributed", "dask"), (".handle()", "maps_images"),
                                   ("metrics.publish(", "published"), ("linmem.open_file(", "file_memories"),
-                                  ('creator("file"', "file_memories"),
+                                  ('creator("file"', "file_memories"), ('creator("shared"', "shared"),
                                   ("import memray", "memray"), ("import psutil", "psutil")))
 
 

@@ -286,6 +286,8 @@ cdef void raise_later(object error, bint has_caller) noexcept:
 
 cdef uint8_t* get_memory(void* env, size_t* byte_size, size_t* byte_capacity) noexcept nogil:
     cdef memory* m = <memory*>env
+    if m.enters_slowly and m.ops.take_size != NULL:
+        m.ops.take_size(m)
     # load(&m.size) is memory_size() without the call into another module.
     byte_size[0] = m.reported if m.reported else <size_t>load(&m.size)
     byte_capacity[0] = m.capacity

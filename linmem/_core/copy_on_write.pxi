@@ -299,11 +299,14 @@ cdef void zero_bytes(memory* m, size_t start, size_t end) noexcept nogil:
     """Bytes of any range that no image is mapped into become zero; whole host pages in the cheapest way."""
     cdef size_t first = 0, last = round_down(end, host_page()), total = 0
     round_up(start, host_page(), &first)
-    if not m.ops.pages_are_ours or m.ops.pages_are_shared or m.cow.how == IMAGE_BROKEN or first >= last:
+    if not m.ops.pages_are_ours or m.cow.how == IMAGE_BROKEN or first >= last:
         zero_range(m, start, end)
         return
     zero_range(m, start, first)
-    if not fill_touched(m, first, last, SIZE_MAX, &total):
+    if m.ops.pages_are_shared:
+        if m.ops.zero_pages == NULL or m.ops.zero_pages(m, first, last):
+            zero_range(m, first, last)
+    elif not fill_touched(m, first, last, SIZE_MAX, &total):
         discard_or_zero(m, first, last)
     zero_range(m, last, end)
 

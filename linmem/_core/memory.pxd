@@ -148,6 +148,14 @@ cdef struct memory_ops:
     int (*check)(memory* m, failure* why) noexcept
     # Makes the bytes of the range durable. NULL: they are in no file.
     int (*flush)(memory* m, size_t offset, size_t size, failure* why) noexcept nogil
+    # Called when wasmtime asks for the size. The memory takes over the size that other processes gave it. NULL: none
+    # do.
+    void (*take_size)(memory* m) noexcept nogil
+    # Whole host pages become zero for all that share them, in the cheapest way; a code of the OS. NULL: memset().
+    int (*zero_pages)(memory* m, size_t start, size_t end) noexcept nogil
+    # -> the first run in start .. end that may not be zero, in pages of the kernel; found_start == end: there is none.
+    # A code of the OS. NULL: it is not known.
+    int (*find_data)(memory* m, size_t start, size_t end, size_t* found_start, size_t* found_end) noexcept nogil
 
 # What an adaptor (a creator with an upstream) adds to each memory from its upstream before it returns the memory. The
 # hook of the outermost adaptor comes first. Adaptors upstream of a hook's owner are "below" the hook, the others are
@@ -483,6 +491,14 @@ cdef class MmapCreator(NativeCreator):
 
 cdef class FileCreator(NativeCreator):
     cdef readonly object path
+
+
+cdef class SharedCreator(NativeCreator):
+    cdef pages.file_pages file          # of the memory to attach; kind 0: none
+    cdef readonly object shm_name
+    cdef char[16] token                 # the beginning of the tokens of its memories
+    cdef atomic_i64 made
+    cdef void fill_token(self, char* token) noexcept nogil
 
 
 cdef class Memory:

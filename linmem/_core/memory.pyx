@@ -50,6 +50,8 @@ include "domains.pxi"               # domains, and the request that a Python cre
 include "refusals.pxi"              # which requests each creator refused
 include "native_creator.pxi"        # the classes NativeCreator and MmapCreator
 include "file_memory.pxi"           # the kind of memory whose pages are a file's, and the class FileCreator
+include "shared_memory.pxi"         # the kind of memory that processes share
+include "shared_creator.pxi"        # the class SharedCreator
 include "memory_class.pxi"          # the class Memory
 include "typed_view.pxi"            # the exporter of elements behind Memory.view()
 include "image_class.pxi"           # the class Image

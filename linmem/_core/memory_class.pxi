@@ -915,6 +915,64 @@ cdef class Memory:
         """
         call_on_range(self, memory_flush, offset, size)
 
+    # -- shared memories
+
+    def handle(self):
+        """What another process needs to attach this shared memory: `linmem.attach` takes it.
+
+        The handle can be pickled any number of times, also as an argument of a ``Process``, a ``Pool`` or a Dask task
+        on this machine. It does not keep the memory.
+
+        Returns
+        -------
+        SharedHandle
+
+        Raises
+        ------
+        TypeError
+            The memory is not a shared one.
+        """
+        return shared_handle(self)
+
+    def wait_for_growth(self, size, timeout=None):
+        """Wait until a shared memory has at least `size` bytes; futex(2).
+
+        Parameters
+        ----------
+        size : int
+            In bytes.
+        timeout : float, optional
+            In seconds; None: no limit.
+
+        Returns
+        -------
+        bool
+            False: the time is over. In a memory that a wasmtime store owns, True means that other processes have the
+            size; the guest has it after its next ``memory.grow``.
+
+        Raises
+        ------
+        ValueError
+            The memory can never have `size` bytes.
+        TypeError
+            The memory is not a shared one.
+        """
+        return wait_for_growth(self, size, timeout)
+
+    def unlink(self):
+        """Remove the name of a shared memory (`shm_name`). Processes that have the memory keep it.
+
+        Raises
+        ------
+        ValueError
+            The memory has no name.
+        FileNotFoundError
+            The name has been removed already.
+        TypeError
+            The memory is not a shared one.
+        """
+        shared_unlink(self)
+
     def info(self):
         """The memory's present figures, as a `MemoryInfo`; asks the OS which pages are resident (mincore(2)).
 

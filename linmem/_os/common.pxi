@@ -46,6 +46,8 @@ cdef struct details:
     file_pages* file        # the calls on files
     size_t position
     bint allocate           # file_extend()
+    size_t* start           # file_data()
+    size_t* end
     char* new_addr          # move()
     size_t new_size
     size_t* bytes           # resident() and file_size()
@@ -240,6 +242,12 @@ cdef int file_map(const file_pages* file, size_t position, char* addr, size_t si
 cdef int file_discard(file_pages* file, size_t position, size_t size) noexcept nogil:
     cdef details more
     return on_file(os_file_discard, file, position, NULL, size, &more)
+
+
+cdef int file_data(const file_pages* file, size_t position, size_t limit, size_t* start, size_t* end) noexcept nogil:
+    cdef details more
+    more.start, more.end = start, end
+    return on_file(os_file_data, file, position, NULL, limit - position, &more)
 
 
 cdef int file_flush(char* addr, size_t size) noexcept nogil:

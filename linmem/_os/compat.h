@@ -164,6 +164,18 @@ static inline long long linmem_thread_id(void) { return 0; }
 static inline int linmem_send_again(int signum, siginfo_t *info) { return (void)signum, (void)info, -1; }
 #endif
 
+/* The words may be in pages that processes share, so the operations are not the private ones. */
+#define LINMEM_FUTEX_WAIT 0
+#define LINMEM_FUTEX_WAKE 1
+static inline long linmem_futex(int *word, int operation, int value, const struct timespec *most) {
+#if LINMEM_LINUX && defined(SYS_futex)
+    return syscall(SYS_futex, word, operation, value, most, NULL, 0);
+#else
+    (void)word, (void)operation, (void)value, (void)most, errno = ENOSYS;
+    return -1;
+#endif
+}
+
 #if !LINMEM_LINUX
 struct linmem_sysinfo {
     unsigned long totalram, totalswap;

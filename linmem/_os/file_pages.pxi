@@ -1,6 +1,6 @@
 # The pages of files that memories map and write through; a part of posix.pyx.
 
-from libc.errno cimport EDQUOT, EFBIG, EOPNOTSUPP
+from libc.errno cimport EDQUOT, EFBIG, EOPNOTSUPP, ETIMEDOUT
 from posix.fcntl cimport O_WRONLY
 
 cdef size_t ALLOCATION_STEP = 1 << 26       # bytes in one fallocate(); a signal makes the kernel undo one call
@@ -182,6 +182,38 @@ cdef int os_file_discard(char* addr, size_t size, details* more) noexcept nogil:
     cdef file_pages* file = more.file
     return allocate_space(<int>file.handle, FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, more.position,
                           size)
+
+
+cdef int os_file_data(char* addr, size_t size, details* more) noexcept nogil:
+    cdef off_t data, hole
+    cdef size_t limit = more.position + size
+    more.start[0] = more.end[0] = limit
+    data = lseek(<int>more.file.handle, <off_t>more.position, SEEK_DATA)
+    if data < 0:
+        return 0 if errno == ENXIO else errno
+    if <size_t>data >= limit:
+        return 0
+    hole = lseek(<int>more.file.handle, data, SEEK_HOLE)
+    if hole < 0:
+        return errno
+    more.start[0] = <size_t>data
+    more.end[0] = min(<size_t>hole, limit)
+    return 0
+
+
+cdef int wait_while_equal(int* word, int value, long long ns) noexcept nogil:
+    cdef timespec most
+    most.tv_sec = ns // 1000000000
+    most.tv_nsec = <long>(ns % 1000000000)
+    if futex(word, FUTEX_WAIT, value, &most) == 0 or errno == EAGAIN or errno == EINTR or errno == ETIMEDOUT:
+        return 0
+    return errno
+
+
+cdef int wake_waiters(int* word, int n, int* woken) noexcept nogil:
+    cdef long found = futex(word, FUTEX_WAKE, n, NULL)
+    woken[0] = <int>found
+    return errno if found < 0 else 0
 
 
 cdef int os_file_flush(char* addr, size_t size) noexcept nogil:

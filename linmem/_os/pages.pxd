@@ -182,11 +182,22 @@ cdef int file_map(const file_pages* file, size_t position, char* addr, size_t si
 # back. Pages that file_allocate() took may not be there afterwards: call it again where that matters.
 cdef int file_discard(file_pages* file, size_t position, size_t size) noexcept nogil
 
+# [position, limit) lies in the file. -> *start .. *end, in whole pages of the kernel: the first run in the range that
+# may hold a byte other than zero; limit .. limit: there is none. A code if the file system does not report its holes.
+cdef int file_data(const file_pages* file, size_t position, size_t limit, size_t* start, size_t* end) noexcept nogil
+
 # [addr, addr+size) was mapped by file_map(). file_flush() -> what was written there before the call is in the file also
 # for calls that do not go through a mapping, and on its way to the disk. file_sync() -> the bytes and the length of the
 # file are on the disk, as far as the OS knows.
 cdef int file_flush(char* addr, size_t size) noexcept nogil
 cdef int file_sync(const file_pages* file) noexcept nogil
+
+# A word of 32 bits, at a multiple of 4, on which threads wait until another thread, maybe of another process that maps
+# the same file, calls wake_waiters(). wait_while_equal() sleeps while the word has the `value`, for about `ns`
+# nanoseconds at most. It may return early (signals): the caller checks its condition again. -> *woken: how many of at
+# most `n` waiters were woken. A word that is not readable is a code.
+cdef int wait_while_equal(int* word, int value, long long ns) noexcept nogil
+cdef int wake_waiters(int* word, int n, int* woken) noexcept nogil
 
 # -> bytes: how many bytes of [addr, addr+size) are in physical memory.
 cdef int resident(char* addr, size_t size, size_t* bytes) noexcept nogil
@@ -213,6 +224,10 @@ ctypedef void (*fault_report)(char* addr, int access) noexcept nogil
 cdef int watch_faults(fault_report report) noexcept nogil
 cdef void unwatch_faults() noexcept nogil
 cdef void write_error(const char* text, size_t size) noexcept nogil
+
+# Whether this thread is in a handler of a signal that has its own stack, such as the handler of memory faults of a wasm
+# runtime.
+cdef bint on_signal_stack() noexcept nogil
 
 # The address space of this process: `total` bytes, of which `left` may still be reserved under the
 # limits in force now (left == total if there is no limit).

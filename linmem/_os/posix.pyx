@@ -41,6 +41,9 @@ cdef extern from "linmem/_os/compat.h" nogil:
         unsigned long f_type, f_blocks, f_bavail, f_bsize
     int fstatfs(int fd, statfs_t* about)
 
+    enum: FUTEX_WAIT "LINMEM_FUTEX_WAIT", FUTEX_WAKE "LINMEM_FUTEX_WAKE"
+    long futex "linmem_futex"(int* word, int operation, int value, const timespec* most)
+
     cdef struct sysinfo_t "sysinfo":
         unsigned long totalram, totalswap
         unsigned int mem_unit
@@ -68,6 +71,12 @@ cdef extern from "<sys/ioctl.h>" nogil:
 
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
+
+cdef extern from "<signal.h>" nogil:
+    enum: SS_ONSTACK
+    ctypedef struct stack_t:
+        int ss_flags
+    int sigaltstack(const stack_t* new, stack_t* old)
 
 cdef extern from "<pthread.h>" nogil:
     int pthread_atfork(void (*before)() noexcept nogil, void (*in_parent)() noexcept nogil,
@@ -344,6 +353,11 @@ cdef size_t physical_memory() noexcept nogil:
     cdef long long limit = file_number("/sys/fs/cgroup/memory.max", 0)
     cdef size_t bytes = <size_t>pages * real_page if pages > 0 else 0
     return <size_t>limit if limit > 0 and (bytes == 0 or <size_t>limit < bytes) else bytes
+
+
+cdef bint on_signal_stack() noexcept nogil:
+    cdef stack_t now
+    return sigaltstack(NULL, &now) == 0 and (now.ss_flags & SS_ONSTACK) != 0
 
 
 cdef void address_space(size_t* total, size_t* left) noexcept nogil:

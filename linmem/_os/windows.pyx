@@ -483,6 +483,18 @@ cdef int os_file_discard(char* addr, size_t size, details* more) noexcept nogil:
     return ERROR_NOT_SUPPORTED
 
 
+cdef int os_file_data(char* addr, size_t size, details* more) noexcept nogil:
+    return ERROR_NOT_SUPPORTED
+
+
+cdef int wait_while_equal(int* word, int value, long long ns) noexcept nogil:
+    return ERROR_NOT_SUPPORTED          # WaitOnAddress() waits only for threads of the same process
+
+
+cdef int wake_waiters(int* word, int n, int* woken) noexcept nogil:
+    return ERROR_NOT_SUPPORTED
+
+
 cdef int os_file_flush(char* addr, size_t size) noexcept nogil:
     return ERROR_NOT_SUPPORTED
 
@@ -550,6 +562,10 @@ cdef MEMORYSTATUSEX memory_status() noexcept nogil:
     status.dwLength = sizeof(status)
     GlobalMemoryStatusEx(&status)
     return status
+
+
+cdef bint on_signal_stack() noexcept nogil:
+    return False
 
 
 cdef void address_space(size_t* total, size_t* left) noexcept nogil:
