@@ -30,12 +30,14 @@ try:
         find,
         live,
         tracemalloc_domain,
+        wait,
+        wake,
     )
     from linmem._core.pool import PoolingCreator, set_pool_limits
     from linmem._files.delta import Delta
     from linmem.abc import LinearMemory, MemoryCreator
     from linmem.creators import attach, create, creator, open_file
-    from linmem.errors import FileFormatError, GrowError, LimitError, OwnedError, PageError, PoolError
+    from linmem.errors import FileFormatError, GrowError, LimitError, OwnedError, OwnerDied, PageError, PoolError
 except ModuleNotFoundError as _error:
     if not (_error.name or "").startswith("linmem."):
         raise
@@ -48,14 +50,15 @@ except ModuleNotFoundError as _error:
 __version__ = "0.1.0"
 
 __all__ = ["Allocation", "CallbackCreator", "Delta", "DroppedInfo", "FileCreator", "FileFormatError", "GrowError",
-           "Image", "ImageInfo", "LimitError", "LimitingCreator", "LinearMemory", "Memory", "MemoryCreator",
-           "MemoryInfo", "MemoryType", "MmapCreator", "OwnedError", "PageError", "Place", "PoolError", "PoolingCreator",
-           "PythonCreator", "Refusal", "Refusals", "RoutingCreator", "ScopeTotals", "SharedCreator",
+           "Image", "ImageInfo", "LimitError", "LimitingCreator", "LinearMemory", "Lock", "Memory", "MemoryCreator",
+           "MemoryInfo", "MemoryType", "MmapCreator", "OwnedError", "OwnerDied", "PageError", "Place", "PoolError",
+           "PoolingCreator", "PythonCreator", "Refusal", "Refusals", "RoutingCreator", "ScopeTotals", "SharedCreator",
            "StatisticsCreator", "TrackingCreator", "attach", "create", "creator", "disable_fault_report",
-           "enable_fault_report", "find", "live", "open_file", "set_pool_limits", "tracemalloc_domain"]
+           "enable_fault_report", "find", "live", "open_file", "set_pool_limits", "tracemalloc_domain", "wait", "wake"]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from linmem.locks import Lock
     from linmem.records import (
         Allocation,
         DroppedInfo,
@@ -76,6 +79,10 @@ def __getattr__(name: str) -> object:
         from importlib import import_module
 
         return import_module(f"linmem.{name}")
+    if name == "Lock":
+        from linmem.locks import Lock
+
+        return globals().setdefault(name, Lock)
     if name in ("Allocation", "DroppedInfo", "ImageInfo", "MemoryInfo", "MemoryType", "Place", "Refusal", "Refusals",
                 "ScopeTotals"):
         from linmem import records

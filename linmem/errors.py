@@ -10,7 +10,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-__all__ = ["FileFormatError", "GrowError", "LimitError", "OwnedError", "PageError", "PoolError"]
+__all__ = ["FileFormatError", "GrowError", "LimitError", "OwnedError", "OwnerDied", "PageError", "PoolError"]
 
 
 def _reduce(self: BaseException) -> tuple[object, ...]:
@@ -78,6 +78,10 @@ class PageError(OSError, MemoryError):
 
 class OwnedError(RuntimeError):
     """Only the owner of the memory, a wasmtime store, may make this call."""
+
+
+class OwnerDied(RuntimeError):
+    """The process that held a `Lock` ended without a release."""
 
 
 class FileFormatError(ValueError):

@@ -1202,6 +1202,8 @@ def use_block():
         pass
 
 
+LOCK = linmem.Lock(linmem.SharedCreator().create(8), 0) if NEEDS["shared"][0] else None
+
 # The operations that make no page call, with any argument.
 # -- memories of files
 
@@ -1268,6 +1270,15 @@ QUIET = {
     **{f"Memory.{name}": refuses(TypeError, lambda scene, call=call: call(scene.mem)) for name, call in (
         ("handle", lambda mem: mem.handle()), ("unlink", lambda mem: mem.unlink()),
         ("wait_for_growth", lambda mem: mem.wait_for_growth(1)))},
+    "wait": refuses(TypeError, lambda scene: linmem.wait(scene.mem, 0, 0)),
+    "wake": refuses(TypeError, lambda scene: linmem.wake(scene.mem, 0)),
+    "Lock": refuses(TypeError, lambda scene: linmem.Lock(scene.mem, 0)),
+    "Lock.acquire": lambda scene: LOCK and (LOCK.acquire(), LOCK.release()),
+    "Lock.release": lambda scene: LOCK and (LOCK.acquire(), LOCK.release()),
+    "Lock.__enter__": lambda scene: LOCK and LOCK.__enter__().release(),
+    "Lock.__exit__": lambda scene: LOCK and LOCK.__enter__().__exit__(None, None, None),
+    "Lock.__reduce__": lambda scene: LOCK and refuses(TypeError, lambda _: pickle.dumps(LOCK))(scene),
+    "Lock.__del__": lambda scene: LOCK and linmem.Lock(LOCK._mem, 4),
     "SharedCreator": lambda scene: linmem.SharedCreator(shm_name="x"),
     "SharedCreator.shm_name": lambda scene: linmem.SharedCreator(shm_name="x").shm_name,
     "SharedCreator.__repr__": lambda scene: repr(linmem.SharedCreator()),

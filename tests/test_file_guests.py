@@ -230,7 +230,7 @@ def test_the_example_keeps_its_notes_also_when_it_is_killed(tmp_path):
     for _ in range(300):
         child.stdout.readline()
     child.send_signal(signal.SIGKILL)
-    last = [300, *(int(line) for line in child.stdout.read().split("\n")[:-1])][-1]
+    last = [299, *(int(line) for line in child.stdout.read().split("\n")[:-1])][-1]
     child.wait()
     child.stdout.close()
     kept = run_example(folder)

@@ -339,6 +339,12 @@ def use_block(kind, error, trace):
     block.__exit__(kind, error, trace)
 
 
+def held_lock(mem):
+    lock = linmem.Lock(mem, 0)
+    lock.acquire()
+    return lock
+
+
 FACE = {
     "linmem.create": (lambda w: linmem.create, {
         "minimum": (size, PAGE), "maximum": (size_or_none, None), "creator": (either(trait, nothing), None),
@@ -348,6 +354,18 @@ FACE = {
         "kind": (one_of("mmap", "pool"), "mmap"), "options": (lambda value: False, None)}),
     "linmem.attach": (lambda w: linmem.attach, {
         "handle_or_name": (either(of(SharedHandle), text), given_by("handle"))}),
+    "linmem.wait": (lambda w: linmem.wait, {
+        "mem": (of(linmem.Memory), given_by("shared")), "offset": (size, 0),
+        "value": (lambda value: is_size(value) or -1 <= getattr(value, "value", value) < 0, 1),
+        "timeout": (either(seconds, nothing), 0)}),
+    "linmem.wake": (lambda w: linmem.wake, {
+        "mem": (of(linmem.Memory), given_by("shared")), "offset": (size, 0), "n": (size_or_none, 1)}),
+    "linmem.Lock": (lambda w: linmem.Lock, {"mem": (of(linmem.Memory), given_by("shared")), "offset": (size, 0)}),
+    "linmem.Lock.acquire": (lambda w: linmem.Lock(w.shared, 0).acquire, {
+        "timeout": (either(seconds, nothing), 0), "recover": (flag, False)}),
+    "linmem.Lock.__exit__": (lambda w: held_lock(w.shared).__exit__, {
+        "kind": (anything, None), "error": (anything, None), "trace": (anything, None)}),
+    "linmem.OwnerDied": (lambda w: linmem.OwnerDied, {}),
     "linmem.SharedCreator": (lambda w: linmem.SharedCreator, {
         "shm_name": (text_or_none, None), "attach": (either(of(SharedHandle), text, nothing), None),
         "name": (name_or_none, None)}),
@@ -634,8 +652,8 @@ ALSO = {
     "value": ("a byte", "data"), "item": ("a byte", "what is looked for"), "options": ("bogus",),
     "pieces": ("offset", "data"), "imports": ("expected a Func",), "offset": ("pieces",),
     "size": ("the file must have", "ranges", "zeros", "pieces", "data"),
-    "fd": ("the file",), "handle_or_name": ("attach",), "reserved_size_in_bytes": ("reserve",),
-    "guard_size_in_bytes": ("guard",),
+    "fd": ("the file",), "handle_or_name": ("attach",), "mem": ("needs a shared memory",),
+    "reserved_size_in_bytes": ("reserve",), "guard_size_in_bytes": ("guard",),
 }
 
 

@@ -17,7 +17,18 @@ import time
 
 import pytest
 import wasmtime
-from support import PAGE, answer, failing, file_requires, live_bytes, new_process, requires, run_child, start_child
+from support import (
+    PAGE,
+    ROOT,
+    answer,
+    failing,
+    file_requires,
+    live_bytes,
+    new_process,
+    requires,
+    run_child,
+    start_child,
+)
 
 import linmem
 import linmem.wasmtime
@@ -798,3 +809,147 @@ def test_a_fresh_shared_memory_may_be_the_guests_own():
     guest.fill(5, 2)
     assert other.read(4, 4) == b"\0\7\7\0"
     assert (guest.grow(1), len(other)) == (1, 2 * KIB64)
+
+
+# -- words and locks
+
+def pong(connection, handle):
+    mem = linmem.attach(handle)
+    for n in range(100):
+        linmem.wait(mem, 0, n)
+        mem.write(4, (n + 1).to_bytes(4, "little"))
+        linmem.wake(mem, 4)
+    connection.send("done")
+
+
+def test_two_processes_wait_for_words_in_turn():
+    mem = shared()
+    with new_process(pong, mem.handle()) as there:
+        for n in range(100):
+            mem.write(0, (n + 1).to_bytes(4, "little"))
+            linmem.wake(mem, 0)
+            assert linmem.wait(mem, 4, n, timeout=60)
+        assert there.recv() == "done"
+
+
+def test_a_wait_ends_at_once_if_the_word_differs_and_in_time_if_it_does_not():
+    mem = shared()
+    mem.write(8, (-5).to_bytes(4, "little", signed=True))
+    assert linmem.wait(mem, 8, -6) is True
+    assert linmem.wait(mem, 8, -5, timeout=0.01) is False
+    assert linmem.wake(mem, 8) == linmem.wake(mem, 8, 0) == 0
+
+
+@pytest.mark.parametrize(("call", "error", "text"), [
+    (lambda mem: linmem.wait(mem, 2, 0), ValueError, "offset must be a multiple of 4, got 2"),
+    (lambda mem: linmem.wait(mem, KIB64, 0), ValueError, r"offset \+ size must be <= byte_size\(\)"),
+    (lambda mem: linmem.wait(mem, 0, 1 << 31), ValueError, "value must be in"),
+    (lambda mem: linmem.wait(mem, 0, -(1 << 31) - 1), ValueError, "value must be >= -2147483648"),
+    (lambda mem: linmem.wake(mem, 0, -1), ValueError, "n must be >= 0, got -1"),
+    (lambda mem: linmem.wake(linmem.create(8), 0), TypeError, "needs a shared memory"),
+    (lambda mem: linmem.wait(None, 0, 0), TypeError, "mem must be a Memory, got NoneType"),
+    (lambda mem: linmem.Lock(mem, 2), ValueError, "offset must be a multiple of 4, got 2"),
+    (lambda mem: linmem.Lock(mem, KIB64), ValueError, r"offset \+ size must be <= byte_size\(\)"),
+    (lambda mem: linmem.Lock(linmem.create(8), 0), TypeError, "needs a shared memory"),
+    (lambda mem: linmem.Lock(mem, 0).release(), RuntimeError, "does not hold"),
+    (lambda mem: pickle.dumps(linmem.Lock(mem, 0)), TypeError, "a Lock cannot be pickled"),
+])
+def test_wrong_arguments_of_words_and_locks_are_refused_by_name(call, error, text):
+    with pytest.raises(error, match=text):
+        call(shared())
+
+
+def count_up(connection, handle, times):
+    mem = linmem.attach(handle)
+    lock = linmem.Lock(mem, 0)
+    number = mem.view("q", 8, 1)
+    for _ in range(times):
+        with lock:
+            before = number[0]
+            time.sleep(0)
+            number[0] = before + 1
+    connection.send("done")
+
+
+def test_a_lock_keeps_processes_and_threads_apart():
+    mem = shared()
+    with new_process(count_up, mem.handle(), 300) as one, new_process(count_up, mem.handle(), 300) as two:
+        lock, number = linmem.Lock(mem, 0), mem.view("q", 8, 1)
+
+        def count(lock):
+            for _ in range(150):
+                with lock:
+                    before = number[0]
+                    time.sleep(0)
+                    number[0] = before + 1
+
+        threads = [threading.Thread(target=count, args=(each,)) for each in (lock, lock, linmem.Lock(mem, 0))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (one.recv(), two.recv()) == ("done", "done")
+    assert number[0] == 600 + 450
+
+
+@pytest.mark.parametrize("maker_forks", [False, True])
+def test_a_killed_owner_releases_the_lock_and_the_next_one_is_told(maker_forks):
+    mem = shared()
+    lock = linmem.Lock(mem, 16)
+    with lock:
+        pass
+    child = start_child(f"""
+        import os, pickle, sys, time, linmem
+        mem = linmem.attach(pickle.loads(bytes.fromhex({pickle.dumps(mem.handle()).hex()!r})))
+        lock = linmem.Lock(mem, 16)
+        assert lock.acquire()
+        if {maker_forks} and os.fork() == 0:
+            sys.stdout.close()
+            time.sleep(3)       # the child has the descriptors of the owner, and lives longer
+            os._exit(0)
+        print("held", flush=True)
+        time.sleep(600)
+    """)
+    assert child.stdout.readline() == "held\n"
+    time.sleep(0.2 if maker_forks else 0)
+    assert lock.acquire(timeout=0.05) is False
+    child.kill()
+    child.communicate()
+    for _ in range(2):
+        with pytest.raises(linmem.OwnerDied, match="the last owner of the lock at offset 16 ended without a release"):
+            lock.acquire(timeout=2)
+    assert lock.acquire(timeout=2, recover=True) is True
+    lock.release()
+    with lock:
+        assert linmem.Lock(mem, 16).acquire(timeout=0) is False
+
+
+@requires("interrupts")
+def test_ctrl_c_ends_a_wait_for_a_lock_or_a_word():
+    child = start_child("""
+        import linmem
+        mem = linmem.create(64, creator=linmem.creator("shared"))
+        first, second = linmem.Lock(mem, 0), linmem.Lock(mem, 0)
+        first.acquire()
+        for wait in (second.acquire, first.acquire, lambda: linmem.wait(mem, 4, 0)):
+            print("waiting", flush=True)
+            try:
+                wait()
+            except KeyboardInterrupt:
+                print("interrupted", flush=True)
+        first.release()
+        print(second.acquire(timeout=0), flush=True)
+    """)
+    for _ in range(3):
+        assert child.stdout.readline() == "waiting\n"
+        time.sleep(0.2)
+        child.send_signal(signal.SIGINT)
+        assert child.stdout.readline() == "interrupted\n"
+    assert child.communicate(timeout=30)[0] == "True\n"
+
+
+@requires("sources")
+def test_the_example_of_a_ring_passes_every_message_in_order():
+    example = ROOT / "examples" / "shared_ring.py"
+    done = subprocess.run([sys.executable, example, "20000"], capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("20000 messages in order"), done.stderr

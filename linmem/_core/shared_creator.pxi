@@ -175,3 +175,98 @@ cdef bint wait_for_growth(Memory mem, object size, object timeout) except -1:
             code = shared_wait(s, n, deadline, &reached, &why)
     mem.finish(code, &why)
     return reached
+
+
+# -- words on which processes wait
+
+cdef int* enter_word(Memory mem, object offset, str call) except NULL:
+    """The address of a word of 32 bits. leave() must follow."""
+    cdef size_t start
+    cdef shared_memory* s
+    cdef failure why
+    check_bounded(offset, "offset", _WITHIN, &start)
+    if start & 3:
+        raise ValueError(f"offset must be a multiple of 4, got {start}")
+    s = enter_shared(mem, call)
+    if not is_within(&s.head, start, 4):
+        mem.finish(fail_range(&s.head, start, 4, &why), &why)
+    return <int*>(s.head.base + start)
+
+
+def wait(mem, offset, value, timeout=None):
+    """Wait while a word of a shared memory has a value; futex(2). `wake` ends the waits of other processes.
+
+    Parameters
+    ----------
+    mem : Memory
+        A shared memory.
+    offset : int
+        In bytes, a multiple of 4. The word has 32 bits, the byte order of the machine, and a sign.
+    value : int
+        The wait ends when the word has another value, after the next `wake` or some milliseconds later.
+    timeout : float, optional
+        In seconds; None: no limit.
+
+    Returns
+    -------
+    bool
+        False: the time is over, and the word still has the value.
+    """
+    cdef int* word
+    cdef int expected, code = 0
+    cdef long long deadline = -1, left = SIGNALS_EACH
+    cdef bint differs = False
+    cdef failure why
+    check_type(mem, Memory, "mem")
+    number = _check_count(value, "value", least=-1 << 31)
+    if number >= 1 << 31:
+        raise ValueError(f"value must be in -2**31 .. 2**31 - 1, got {_shown(number)}")
+    expected = number
+    if timeout is not None:
+        deadline = pages.clock_ns() + <long long>handles().check_timeout(timeout)
+    word = enter_word(<Memory>mem, offset, "wait()")
+    with nogil:
+        while code == 0:
+            differs = (<volatile int*>word)[0] != expected
+            if deadline >= 0:
+                left = min(<long long>SIGNALS_EACH, deadline - pages.clock_ns())
+            if differs or left <= 0:
+                break
+            code = fail_page_call(&why, pages.wait_while_equal(word, expected, left), "wait", 4)
+            if code == 0:
+                code = interrupted(&why)
+    (<Memory>mem).finish(code, &why)
+    return differs
+
+
+def wake(mem, offset, n=None):
+    """Wake threads, of all processes, that are in `wait` for a word; futex(2).
+
+    Parameters
+    ----------
+    mem : Memory
+        A shared memory.
+    offset : int
+        As for `wait`.
+    n : int, optional
+        The most threads to wake; None: all.
+
+    Returns
+    -------
+    int
+        How many threads were woken.
+    """
+    cdef size_t most = 0x7fffffff
+    cdef int woken = 0, code
+    cdef int* word
+    cdef failure why
+    check_type(mem, Memory, "mem")
+    if n is not None:
+        check_count(n, "n", &most)
+    word = enter_word(<Memory>mem, offset, "wake()")
+    if most == 0:
+        (<Memory>mem).leave()
+        return 0
+    code = fail_page_call(&why, pages.wake_waiters(word, <int>min(most, <size_t>0x7fffffff), &woken), "wake", 4)
+    (<Memory>mem).finish(code, &why)
+    return woken

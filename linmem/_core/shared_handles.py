@@ -241,6 +241,7 @@ def check_timeout(timeout: Any) -> int:
 
     if isinstance(timeout, bool) or not isinstance(timeout, Real):
         raise TypeError(f"timeout must be a number of seconds or None, got {shown(timeout)}")
-    if not timeout >= 0:
+    number: Any = timeout
+    if not number >= 0:
         raise ValueError(f"timeout must be >= 0, got {shown(timeout)}")
-    return _LONGEST_WAIT if timeout > 10**9 else int(float(timeout) * 1e9)
+    return _LONGEST_WAIT if number > 10**9 else int(float(number) * 1e9)

@@ -265,10 +265,12 @@ cdef int shared_check(memory* m, failure* why) noexcept:
 
 cdef void shared_take_size(memory* m) noexcept nogil:
     """When wasmtime asks for the size, which it does when it makes an instance and in memory.grow. If this fails, the
-    size stays the one that the guest knows. wasmtime also asks after a fault of the guest has become a trap, to find the
-    memory of the address, and linmem cannot tell that from memory.grow: after such a trap the new pages are accessible,
-    although the guest does not know them. A wasmtime that asks in its signal handler changes nothing: the handler must
-    not wait for a lock."""
+    size stays the one that the guest knows.
+
+    wasmtime also asks after a fault of the guest has become a trap, to find the memory of the address. linmem cannot
+    tell that from memory.grow: after such a trap the new pages are accessible, although the guest does not know them.
+    If a wasmtime asks in its signal handler, nothing changes, because the handler must not wait for a lock.
+    """
     cdef shared_memory* s = <shared_memory*>m
     cdef failure why
     why.exception = NULL
