@@ -445,6 +445,69 @@ row("discard from within an image on", "Memory.discard", over_image, lambda scen
     holds(lambda scene, result: scene.mem[4 * PAGE:] == bytes(8 * PAGE)), "discard blank")
 row("prefault", "Memory.prefault", plain, lambda scene: scene.mem.prefault(),
     holds(lambda scene, result: bytes(scene.mem) == scene.content), "prefault")
+
+
+def with_windows():
+    """A memory over an image, with a window over a part of the image, and a protected window."""
+    scene = over_image()
+    scene.shown = Image.from_bytes(b"window" * PAGE)
+    scene.mem.map(2 * PAGE, scene.shown, 0, 3 * PAGE)
+    scene.mem.map(9 * PAGE, scene.shown, 0, 2 * PAGE, "r")
+    return scene
+
+
+def check_window(start, size, source_offset):
+    def check(scene, result):
+        assert scene.mem[start:start + size] == bytes(scene.shown)[source_offset:source_offset + size]
+        scene.mem.unmap(0, 12 * PAGE)
+        assert scene.mem[start:start + size] == bytes(size)
+    return check
+
+
+def file_of_windows():
+    path = os.path.join(FOLDER.name, "windows")
+    with open(path, "wb") as file:
+        file.write(b"file" * PAGE)
+    return path
+
+
+def map_file(mode):
+    def act(scene):
+        with open(file_of_windows(), mode) as file:
+            scene.mem.map(PAGE, file)
+    return act
+
+
+if NEEDS["maps_images"][0]:
+    row("map an image", "Memory.map", with_windows, lambda scene: scene.mem.map(5 * PAGE, scene.shown, PAGE, 2 * PAGE),
+        check_window(5 * PAGE, 2 * PAGE, PAGE), "map")
+    row("map read-only over windows", "Memory.map", with_windows,
+        lambda scene: scene.mem.map(PAGE, scene.shown, access="r"), check_window(PAGE, 6 * PAGE, 0), "map")
+    row("map into a part of a window", "Memory.map", with_windows,
+        lambda scene: scene.mem.map(3 * PAGE, scene.shown, 5 * PAGE), check_window(3 * PAGE, PAGE, 5 * PAGE), "map")
+    row("map a file", "Memory.map", with_windows, map_file("rb"),
+        holds(lambda scene, result: scene.mem[PAGE:5 * PAGE] == b"file" * PAGE), "file_adopt file_size map")
+    row("map a file for update", "Memory.map", with_windows, map_file("r+b"),
+        holds(lambda scene, result: scene.mem[PAGE:5 * PAGE] == b"file" * PAGE),
+        "file_adopt file_size file_allocate map")
+    row("unmap a window", "Memory.unmap", with_windows, lambda scene: scene.mem.unmap(3 * PAGE, 6 * PAGE),
+        holds(lambda scene, result: scene.mem[3 * PAGE:5 * PAGE] == bytes(2 * PAGE)), "unmap")
+    row("restore into a window", "Memory.restore",
+        lambda: Scene(mem=(mem := linmem.create(12 * PAGE, **SHAPE)), img=mem.snapshot(),
+                      shown=mem.map(2 * PAGE, Image.from_bytes(DATA))),
+        lambda scene: scene.mem.restore(scene.img),
+        holds(lambda scene, result: scene.mem.dirty_pages(scene.img) == []))
+    row("discard windows", "Memory.discard",
+        lambda: (scene := with_windows(), scene.mem.protect(0, 12 * PAGE, "rw"))[0],
+        lambda scene: scene.mem.discard(), check_zero, "discard")
+    row("a pool's slot with windows is dropped", "Memory.close",
+        lambda: Scene(creator=(pool := linmem.PoolingCreator(check=True)), mem=(mem := pool.create(3 * PAGE, **SHAPE)),
+                      made=[mem.map(n * PAGE, Image.from_bytes(b"x" * PAGE)) for n in range(3)]),
+        lambda scene: scene.mem.close(), holds(lambda scene, result: scene.mem.closed))
+else:
+    row("map where images cannot be mapped", "Memory.map Memory.unmap", over_image,
+        lambda scene: refuses(TypeError, lambda scene: scene.mem.map(0, scene.img))(scene), nothing, calls=False)
+
 row("info", "Memory.info", plain, lambda scene: scene.mem.info(),
     holds(lambda scene, info: info.committed == 3 * PAGE), "resident")
 if NEEDS["shared"][0]:

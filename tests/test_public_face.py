@@ -463,6 +463,10 @@ FACE = {
     "linmem.Memory.apply": (lambda w: w.mem.apply, {"delta": (delta, given_by("delta"))}),
     "linmem.Memory.protect": (lambda w: w.mem.protect, {
         "offset": (size, 0), "size": (size, 0), "access": (one_of("none", "r", "rw"), "rw")}),
+    "linmem.Memory.map": (lambda w: w.mem.map, {
+        "offset": (size, 0), "source": (image, given_by("image")), "source_offset": (size, 0),
+        "size": (size_or_none, 0), "access": (one_of("r", "rw"), "rw")}),
+    "linmem.Memory.unmap": (lambda w: w.mem.unmap, {"offset": (size, 0), "size": (size, 0)}),
     "linmem.Memory.discard": (lambda w: w.mem.discard, {"offset": (size, 0), "size": (size_or_none, 0)}),
     "linmem.Memory.prefault": (lambda w: w.mem.prefault, {"offset": (size, 0), "size": (size_or_none, 0)}),
     "linmem.Memory.flush": (lambda w: w.file_mem.flush, {"offset": (size, 0), "size": (size_or_none, 0)}),

@@ -73,6 +73,7 @@ def lacks(text: str) -> bool:
                for part, need in (("import distributed", "dask"), (".handle()", "maps_images"),
                                   ("metrics.publish(", "published"), ("linmem.open_file(", "file_memories"),
                                   ('creator("file"', "file_memories"), ('creator("shared"', "shared"),
+                                  (".map(", "maps_images"),
                                   ("import memray", "memray"), ("import psutil", "psutil")))
 
 

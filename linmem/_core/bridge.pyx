@@ -19,7 +19,8 @@ from linmem._core.memory cimport (
     OWNER_LEFT, OWNER_WASMTIME, PROTECTION_NONE, UNCHOSEN, Image, Memory, NativeCreator, current_domain,
     deferred_decref, domain as domain_t, domain_of, domain_release, exception_of, fail, failure, failure_text,
     fork_lock, image_of, image_release, image_retain, lock, lock_memory, memory, memory_grow_to, memory_release,
-    memory_retain, memory_spec, python_is_ending, refuse_make, register_fork_lock, set_domain, unlock, wrap,
+    memory_retain, memory_spec, python_is_ending, refuse_make, register_fork_lock, set_domain, unlock,
+    window_may_shrink, wrap,
 )
 from linmem._core.units cimport E_MAXIMUM, E_PYTHON, E_UNSUPPORTED, E_VALUE, atomic_i64
 
@@ -364,6 +365,10 @@ cdef wasmtime_error_t* new_memory(void* env, const wasm_memorytype_t* ty, size_t
             code = fail(&why, E_UNSUPPORTED, "new_memory", minimum)
             snprintf(why.detail, sizeof(why.detail), "with protected pages: a creator protected pages of the memory"
                      " that it returned")
+        elif window_may_shrink(m):
+            code = fail(&why, E_UNSUPPORTED, "new_memory", minimum)
+            snprintf(why.detail, sizeof(why.detail), "with pages of a file that another program can cut short, which a"
+                     " creator mapped into the memory that it returned")
         else:
             store(&m.owner, OWNER_WASMTIME)
             m.reported = minimum if spec.minimum > minimum else 0

@@ -20,11 +20,34 @@ cdef int memory_discard(memory* m, size_t offset, size_t size, failure* why) noe
     if code == 0 and (first >= last or is_file):
         memset(m.base + offset, 0, size)
     elif code == 0:
-        code = discard_pages(m, first, last, why)
+        code = discard_around_windows(m, first, last, why)
         if code == 0:
             zero_range(m, offset, first)
             zero_range(m, last, end)
     unlock(&m.lock)
+    return code
+
+
+cdef int discard_around_windows(memory* m, size_t start, size_t end, failure* why) noexcept nogil:
+    """Whole host pages. A page that is written through is zeroed, also in its source. Every other page goes back to the
+    OS. If the OS refuses a part when another part is discarded already, that part is zeroed."""
+    cdef size_t offset = start, next
+    cdef int code, shows
+    if not has_window(m, start, end):
+        return discard_pages(m, start, end, why)
+    code = unsupported_on(m, start, end - start, WRITABLE, "discard, where the range holds mapped pages,", why)
+    while offset < end and code == 0:
+        shows = window_at(m, offset, end, &next)
+        if shows == WRITTEN_THROUGH:
+            memset(m.base + offset, 0, next - offset)
+        elif shows == COPIED_ON_WRITE:
+            code = fail_page_call(why, pages.blank(m.base + offset, next - offset), "discard", next - offset)
+        else:
+            code = discard_pages(m, offset, next, why)
+        if code and offset > start:
+            memset(m.base + offset, 0, next - offset)
+            code = 0
+        offset = next
     return code
 
 

@@ -32,6 +32,8 @@ cdef void memory_drop(memory* m) noexcept nogil:
             break       # from now on another thread may use the memory
         kept = kept.next
     if kept == NULL:
+        if m.windows != NULL:
+            forget_windows(m)
         m.ops.free(m)
     while hooks != kept:
         hook = hooks
@@ -151,10 +153,11 @@ cdef int begin_move(memory* m, size_t new_size, failure* why) noexcept nogil:
     holds the memory's lock."""
     cdef long long pins
     cdef int code
-    if m.is_shared or load(&m.protection) != PROTECTION_NONE or not m.may_move:
+    if m.is_shared or load(&m.protection) != PROTECTION_NONE or m.windows != NULL or not m.may_move:
         fail(why, E_CAPACITY, "grow_to", new_size, 0, m.capacity)
         explain(why, "%s", "shared memories never do" if m.is_shared else
                 "make it with a larger reserve= or maximum=, or with may_move=True" if not m.may_move else
+                "some of its pages show another source (map)" if m.windows != NULL else
                 "some of its pages have their own protection")
         return E_CAPACITY
     while not compare_exchange(&m.pins, 0, -generation):

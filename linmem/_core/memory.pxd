@@ -114,6 +114,9 @@ cdef enum:
 
 cdef struct protections
 
+# The parts of a memory that show pages of another source; see map_and_unmap.pxi.
+cdef struct window_list
+
 # The refusals of a creator; see refusals.pxi.
 cdef struct refusal_log
 
@@ -267,6 +270,7 @@ cdef struct memory:
     bint growth_is_watched      # a hook has before_grow, after_grow or refused
     cow_state cow
     protections* protections    # which pages have which access; NULL: all are "rw"
+    window_list* windows        # which pages show another source; NULL: none
     memory* registry_next       # the next memory in the same bucket of the bridge's table of wasmtime's memories
     char* registered            # the base with which the memory was entered into that table
     memory* call_next           # the next memory in the same bucket of the bridge's table of calls
@@ -363,6 +367,11 @@ cdef nogil:
     void memory_forget_protection(memory* m) noexcept
     void memory_protection_becomes_unknown(memory* m) noexcept
     int refuse_foreign(const char* start, size_t size, int allowed, const char* call, failure* why) noexcept
+
+# Windows.
+cdef nogil:
+    int memory_close_windows(memory* m) noexcept
+    bint window_may_shrink(const memory* m) noexcept
 
 # Images.
 cdef nogil:

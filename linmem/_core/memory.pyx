@@ -42,6 +42,7 @@ include "fault_report.pxi"          # names the memory before the process dies o
 include "mapped_memory.pxi"         # the mapped kind of memory
 include "protection.pxi"            # which pages are not "rw": protect
 include "discard_and_prefault.pxi"  # give pages back to the OS, and make pages resident
+include "map_and_unmap.pxi"         # which pages show another source: map and unmap
 include "image_builder.pxi"         # images: reference counts, and how one is filled
 include "copy_on_write.pxi"         # from which image a memory started, and how to set it back to the image
 include "memory_snapshot.pxi"       # a memory's contents, and where they differ from an image

@@ -851,6 +851,71 @@ cdef class Memory:
             code = memory_protect(m, start, n, how, &why)
         self.finish(code, &why)
 
+    def map(self, offset, source, source_offset=0, size=None, access="rw"):
+        """Show pages of a source in a part of the memory, without a copy; mmap(2), MAP_FIXED.
+
+        ========================= ============================ =========================================
+        source                    what a write does            what later writes to the source do
+        ========================= ============================ =========================================
+        an `Image`                changes only this memory     there are none
+        a file open for reading   changes only this memory     they show in pages that were not written
+        a file open for update    changes the file             they show
+        ========================= ============================ =========================================
+
+        Views stay valid and show the new pages. Offsets and sizes are multiples of the host page. The last page of a
+        source may be incomplete: its rest is zero. `docs/mapping.md` says what each other call does on such pages.
+
+        Parameters
+        ----------
+        offset : int
+            Where the pages appear in this memory.
+        source : Image or file
+            A file is an object with ``fileno()``, of a regular file. Into a memory that a wasmtime store owns, the
+            bytes of a file that other programs can cut short are copied, and such a file that is open for update is
+            refused, because an access to a page past the end of a file ends the process.
+        source_offset : int
+            Where the pages begin in the source; for an `Image`, counted from its first byte.
+        size : int, optional
+            In bytes; the default is the rest of the source, to the end of its last page.
+        access : {"rw", "r"}
+            "r": the pages are read-only, as after `protect`. In a memory that a wasmtime store owns, "r" means that
+            writes change only this memory.
+
+        Raises
+        ------
+        ValueError
+            The range is not whole pages of this memory or of the source.
+        TypeError
+            The source has no pages that another memory can show, the pages of this memory are not linmem's, or the
+            system cannot map pages (Windows).
+        OwnedError
+            A wasmtime store owns the memory, and the file is open for update.
+        PageError
+            The OS refused. Nothing has changed, or, by an old kernel that failed half way, the range is zero.
+        MemoryError
+            The windows of all memories would take more than half of the mappings of the process.
+        """
+        map_into(self, offset, source, source_offset, size, access)
+
+    def unmap(self, offset, size):
+        """Replace the pages of a range that show a source by pages of zeros; other pages stay as they are.
+
+        Parameters
+        ----------
+        offset, size : int
+            In bytes, multiples of the host page, within `byte_size`.
+
+        Raises
+        ------
+        ValueError
+            The range is not whole pages of the memory.
+        PageError
+            The OS refused. Windows before the refused one may have been unmapped.
+        """
+        if size is None:
+            raise TypeError("size must be an integer number of bytes, got None")
+        call_on_range(self, memory_unmap, offset, size)
+
     def discard(self, offset=0, size=None):
         """Give the pages back to the OS; the bytes read as zero afterwards. madvise(2), MADV_DONTNEED.
 

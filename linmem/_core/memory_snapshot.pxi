@@ -72,6 +72,16 @@ cdef int add_runs(const image* img, changes* found, failure* why) noexcept nogil
     return code
 
 
+cdef int add_windows(memory* m, size_t end, changes* found, failure* why) noexcept nogil:
+    """The OS does not say which pages of a window differ from anything."""
+    cdef size_t i
+    cdef int code = 0
+    for i in range(m.windows.n if m.windows != NULL else 0):
+        if code == 0 and m.windows.items[i].offset < end:
+            code = add_pages(found, m.windows.items[i].offset, m.windows.items[i].size, why)
+    return code
+
+
 cdef int find_ranges(memory* m, image* img, image* base, size_t end, changes* out, failure* why) noexcept nogil:
     """Where the first `end` bytes (whole host pages) of `m`, or of `img` if m is NULL, may differ from `base` (NULL:
     from zeros); in ascending order, without overlap."""
@@ -93,6 +103,8 @@ cdef int find_ranges(memory* m, image* img, image* base, size_t end, changes* ou
         code = add_runs(shown, out, why)
         if code == 0:
             code = add_runs(base, out, why)
+    if m != NULL and code == 0:
+        code = add_windows(m, end, out, why)
     n = out.n
     if n:
         qsort(out.list, n, sizeof(change), by_offset)

@@ -42,9 +42,12 @@ cdef enum:
 cdef struct details:
     bint watched            # reserve()
     char** base
-    int access              # protect() and file_map()
+    int access              # protect(), file_map() and window_map()
     file_pages* file        # the calls on files
-    size_t position
+    size_t position         # of the calls on files, and of window_map()
+    long long handle        # window_map()
+    bint written_through
+    bint* emptied
     bint allocate           # file_extend()
     size_t* start           # file_data()
     size_t* end
@@ -257,6 +260,15 @@ cdef int file_flush(char* addr, size_t size) noexcept nogil:
 cdef int file_sync(const file_pages* file) noexcept nogil:
     cdef details more
     return on_file(os_file_sync, file, 0, NULL, 0, &more)
+
+
+cdef int window_map(long long handle, size_t position, char* addr, size_t size, int access, bint written_through,
+                    bint* emptied) noexcept nogil:
+    cdef details more
+    more.handle, more.position, more.access = handle, position, access
+    more.written_through, more.emptied = written_through, emptied
+    emptied[0] = False
+    return with_details(os_window_map, addr, size, &more)
 
 
 # -- what posix.pyx and windows.pyx share besides the page calls ----------------------------------

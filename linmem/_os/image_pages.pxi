@@ -273,6 +273,20 @@ cdef int os_image_map(image_pages* img, size_t offset, char* addr, size_t size) 
     return errno if p == MAP_FAILED else 0
 
 
+cdef int os_window_map(char* addr, size_t size, details* more) noexcept nogil:
+    cdef int kind = MAP_SHARED if more.written_through else MAP_PRIVATE
+    cdef int code
+    if mmap(addr, size, PROTECTIONS[more.access], kind | MAP_NORESERVE | MAP_FIXED, <int>more.handle,
+            <off_t>more.position) != MAP_FAILED:
+        return 0
+    # As in os_move(): the kernel may have unmapped the range before it refused. No other mapping may get in there.
+    code = errno
+    if mmap(addr, size, PROT_READ | PROT_WRITE, MAP_FRESH | MAP_FIXED_NOREPLACE, -1, 0) != MAP_FAILED:
+        set_name(addr, size)
+        more.emptied[0] = True
+    return code
+
+
 cdef int os_image_renew(image_pages* img, size_t offset, char* addr, size_t size) noexcept nogil:
     # On Linux MADV_DONTNEED drops the written copies of a private file mapping.
     return os_discard(addr, size) if ON_LINUX else os_image_map(img, offset, addr, size)

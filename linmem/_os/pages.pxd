@@ -128,6 +128,15 @@ cdef int image_renew(const image_pages* img, size_t offset, char* addr, size_t s
 # are not in physical memory. The call does not wait for the reads. No byte changes.
 cdef int image_fetch(char* addr, size_t size) noexcept nogil
 
+# Only where maps_images. [addr, addr+size) is committed. handle: a descriptor of a regular file that can be read, with
+# at least position + size bytes, except for less than a page of the kernel. access: ACCESS_READ or ACCESS_READ_WRITE.
+# -> the range shows the bytes of the file from `position` (a multiple of page_size) on, and zeros after the end of the
+# file, with this access. What is written there is written to the file (written_through), or the page is copied when it
+# is written. blank() and decommit() end the mapping. Do not call discard(), renew() or move() on such pages.
+# If the OS refuses, nothing has changed; or *emptied is True, and the range is committed and reads as zero.
+cdef int window_map(long long handle, size_t position, char* addr, size_t size, int access, bint written_through,
+                    bint* emptied) noexcept nogil
+
 # Only where maps_images. [addr, addr+size) is committed. -> zero, readable and writable, and not mapped from an image.
 cdef int blank(char* addr, size_t size) noexcept nogil
 

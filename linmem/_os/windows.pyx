@@ -428,6 +428,10 @@ cdef int os_image_map(image_pages* img, size_t offset, char* addr, size_t size) 
     return ERROR_NOT_SUPPORTED
 
 
+cdef int os_window_map(char* addr, size_t size, details* more) noexcept nogil:
+    return ERROR_NOT_SUPPORTED
+
+
 cdef int os_image_renew(image_pages* img, size_t offset, char* addr, size_t size) noexcept nogil:
     return ERROR_NOT_SUPPORTED
 
