@@ -1,5 +1,6 @@
 """`Memory.map` and `Memory.unmap`: parts of a memory that show pages of an image or of a file."""
 
+import importlib.util
 import io
 import itertools
 import os
@@ -11,10 +12,12 @@ from support import (
     FORKING,
     PAGE,
     REAL_PAGE,
+    ROOT,
     answer,
     dies_at,
     file_requires,
     mappings,
+    rebuilt,
     requires,
     run_child,
     smaps,
@@ -792,3 +795,63 @@ def test_a_map_that_finds_the_table_of_mappings_full_is_a_page_error():
         print("done")
     """)
     assert done.stdout.strip() == "done", done.stderr
+
+
+# -- the example: an input of 100 MiB in several guests
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory):
+    """examples/mapped_input.py as a module, an engine, and the guest's compiled module."""
+    spec = importlib.util.spec_from_file_location("mapped_input", ROOT / "examples" / "mapped_input.py")
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    made.path = rebuilt(ROOT / "examples" / "mapped_input.c", tmp_path_factory.mktemp("example"))
+    config = wasmtime.Config()
+    linmem.wasmtime.install(config, linmem.MmapCreator())
+    made.engine = wasmtime.Engine(config)
+    made.module = wasmtime.Module.from_file(made.engine, made.path)
+    yield made
+    del made.module, made.engine
+
+
+@requires("zig", "smaps", "sources")
+def test_guests_read_an_input_of_a_hundred_mib_of_which_no_page_is_copied(example):
+    line = b"a line of text, and\0zeros\n"
+    size = (100 << 20) + 13
+    source = Image.from_pieces([(n << 20, line * 100) for n in range(100)], size)
+    guests = [example.Guest(example.engine, example.module) for _ in range(3)]
+    for guest in guests:
+        assert guest.count_lines(source) == 100 * 100
+        with guest.showing(source) as address:
+            memory = linmem.wasmtime.linear_memory(guest.store, guest.exports["memory"])
+            assert guest.call("count_lines", address, size) == 100 * 100
+            start = memory.as_ptr() + address
+            window = [m for m in smaps(start, start + size + PAGE) if "memfd" in m.name or "linmem" in m.name]
+            assert sum(m.size for m in window) >= size
+            assert sum(m.figures["Anonymous"] for m in window) == 0
+            memory[address] = ord("\n")         # one page of this guest alone
+            assert guest.call("count_lines", address, size) == 100 * 100 + 1
+        assert memory[address] == 0
+        assert guest.count_lines(source) == 100 * 100
+    for guest in guests:
+        guest.store.close()
+
+
+@requires("zig", "sources")
+def test_the_example_counts_the_lines_of_files(example, tmp_path, capsys):
+    for name, text in (("one", b"1\n2\n3"), ("two", b"\n" * 5000)):
+        (tmp_path / name).write_bytes(text)
+    example.main(str(example.path), str(tmp_path / "one"), str(tmp_path / "two"))
+    assert capsys.readouterr().out.split() == ["2", str(tmp_path / "one"), "5000", str(tmp_path / "two")]
+
+
+@requires("zig", "sources")
+def test_a_guest_that_gives_no_room_or_a_wrong_address_is_refused(example):
+    guest = example.Guest(example.engine, example.module)
+    source = Image.from_bytes(b"x" * PAGE)
+    call = guest.call
+    for answer_, error in ((0, MemoryError), (1, ValueError), (-65536, ValueError)):
+        guest.call = lambda name, *how, value=answer_: value if name == "input_room" else call(name, *how)
+        with pytest.raises(error):
+            guest.count_lines(source)
+    guest.store.close()
