@@ -471,6 +471,14 @@ def file_of_windows():
     return path
 
 
+def shown_memory():
+    scene = with_windows()
+    scene.source = linmem.create(4 * PAGE, creator=linmem.creator("shared"))
+    scene.source.write(0, b"s" * 4 * PAGE)
+    scene.mem.map(0, scene.source, 0, PAGE)
+    return scene
+
+
 def map_file(mode):
     def act(scene):
         with open(file_of_windows(), mode) as file:
@@ -490,6 +498,10 @@ if NEEDS["maps_images"][0]:
     row("map a file for update", "Memory.map", with_windows, map_file("r+b"),
         holds(lambda scene, result: scene.mem[PAGE:5 * PAGE] == b"file" * PAGE),
         "file_adopt file_size file_allocate map")
+    if NEEDS["shared"][0]:
+        row("map a shared memory", "Memory.map", shown_memory,
+            lambda scene: scene.mem.map(5 * PAGE, scene.source, PAGE, 2 * PAGE),
+            holds(lambda scene, result: scene.mem[5 * PAGE:7 * PAGE] == b"s" * 2 * PAGE), "map")
     row("unmap a window", "Memory.unmap", with_windows, lambda scene: scene.mem.unmap(3 * PAGE, 6 * PAGE),
         holds(lambda scene, result: scene.mem[3 * PAGE:5 * PAGE] == bytes(2 * PAGE)), "unmap")
     row("restore into a window", "Memory.restore",

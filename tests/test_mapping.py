@@ -254,6 +254,124 @@ def test_the_pieces_of_a_file_keep_its_position_and_end_with_the_file(tmp_path):
         assert file.tell() == 3
 
 
+# -- memories as sources
+
+@pytest.fixture
+def source():
+    """A memory that processes share, of four pages of letters."""
+    with linmem.create(4 * PAGE, maximum=16 * PAGE, creator=linmem.creator("shared")) as made:
+        made.write(0, b"a" * PAGE + b"b" * PAGE + b"c" * PAGE + b"d" * PAGE)
+        yield made
+
+
+@requires("shared")
+def test_a_window_of_a_shared_memory_is_written_through_in_both_directions(mem, source):
+    mem.map(PAGE, source, 2 * PAGE)
+    assert shown(mem) == "ocdooooo"
+    mem[PAGE] = 1
+    source[3 * PAGE] = 2
+    assert (source[2 * PAGE], mem[2 * PAGE]) == (1, 2)
+    source.grow_to(6 * PAGE)
+    mem.map(3 * PAGE, source, 4 * PAGE)
+    source.write(4 * PAGE, b"e" * 2 * PAGE)
+    assert mem[3 * PAGE:6 * PAGE] == b"e" * 2 * PAGE + OWN[:PAGE]
+
+
+@requires("shared")
+def test_two_windows_of_the_same_pages_are_a_ring(source):
+    with linmem.create(8 * PAGE) as ring:
+        ring.map(0, source)
+        ring.map(4 * PAGE, source)
+        ring.write(4 * PAGE - 3, b"across")
+        assert ring[:3] == b"oss"
+        assert ring[8 * PAGE - 3:] == b"acr"
+        assert source[:3] == b"oss"
+        before = ring.snapshot()
+        ring.write(0, b"x" * PAGE)
+        ring.restore(before)
+        assert ring[:] == bytes(before) == source[:] * 2
+        ring.discard(4 * PAGE, PAGE)
+        assert source[:PAGE] == ring[:PAGE] == bytes(PAGE)
+
+
+@requires("shared")
+def test_a_window_keeps_the_memory_that_it_shows(mem):
+    with linmem.create(2 * PAGE, creator=linmem.creator("shared")) as source:
+        handle = source.handle()
+        mem.map(0, source)
+        mem.map(4 * PAGE, source)
+        mem.map(PAGE, source, 0, PAGE)
+    for start, size in ((0, PAGE), (PAGE, PAGE), (4 * PAGE, 2 * PAGE)):
+        with linmem.attach(handle) as again:
+            again[0] = start // PAGE + 1
+            assert mem[start] == start // PAGE + 1
+        mem.unmap(start, size)
+    with pytest.raises(FileNotFoundError, match="is gone"):
+        linmem.attach(handle)
+
+
+@requires("shared")
+def test_a_pool_gives_back_the_memories_that_a_tenant_has_shown():
+    pool = linmem.PoolingCreator(check=True)
+    with pool.create(SIZE) as mem:
+        with linmem.create(PAGE, creator=linmem.creator("shared")) as source:
+            handle = source.handle()
+            source[0] = 7
+            mem.map(0, source)
+        linmem.attach(handle).close()
+    with pytest.raises(FileNotFoundError, match="is gone"):
+        linmem.attach(handle)
+    with pool.create(SIZE) as mem:
+        assert mem[:] == bytes(SIZE)
+
+
+def test_a_memory_with_pages_of_its_own_is_refused_as_a_source_with_the_way_out(mem):
+    with linmem.create(PAGE) as other:
+        for one in (other, mem):
+            with pytest.raises(TypeError, match=r"^source must be a memory that processes share or one of a file, got"
+                                                r" one of kind 'mmap', .*linmem\.creator\('shared'\)"):
+                mem.map(0, one, 0, PAGE)
+
+
+@requires("shared")
+def test_a_shared_memory_has_no_windows(source, img):
+    for one in (img, source):
+        with pytest.raises(TypeError, match="map is not supported into a memory of kind 'shared'"):
+            source.map(0, one, 0, PAGE)
+    source.unmap(0, 4 * PAGE)
+    assert source[0] == ord("a")
+
+
+@requires("shared", "real_pages")
+@pytest.mark.parametrize("access", ["rw", "r"])
+def test_a_guest_shares_the_pages_of_a_shared_memory_or_sees_them_read_only(source, access):
+    guest = Guest()
+    guest.mem.map(WASM_PAGE, source, access=access)
+    assert guest.call("load", WASM_PAGE + PAGE) == ord("b")
+    source[2 * PAGE] = ord("z")
+    assert guest.call("load", WASM_PAGE + 2 * PAGE) == ord("z")
+    guest.call("fill", WASM_PAGE, 1, PAGE)              # an inaccessible page would end the process here
+    guest.call("copy", WASM_PAGE + PAGE, WASM_PAGE, 16)
+    written = access == "rw"
+    assert source[:PAGE] == (b"\1" if written else b"a") * PAGE
+    assert source[PAGE] == (1 if written else ord("b"))
+    assert guest.mem[WASM_PAGE:WASM_PAGE + PAGE] == b"\1" * PAGE
+    guest.store.close()
+
+
+@requires("shared")
+def test_the_range_lies_within_the_memory_that_is_shown(mem, source):
+    source.grow_to(4 * PAGE + 5)
+    for how in ((1,), (6 * PAGE,), (0, 6 * PAGE), (PAGE, 5 * PAGE)):
+        with pytest.raises(ValueError, match="source"):
+            mem.map(0, source, *how)
+    mem.map(0, source, 3 * PAGE, PAGE)
+    assert shown(mem) == "dooooooo"
+    source.close()
+    with pytest.raises(ValueError, match="closed"):
+        mem.map(0, source)
+
+
 # -- arguments
 
 @pytest.mark.parametrize("source", [b"bytes", bytearray(PAGE), memoryview(b"x"), 5, None, "path", object()])

@@ -22,6 +22,7 @@ cdef void memory_drop(memory* m) noexcept nogil:
     cdef memory_hook* hook
     cdef memory_hook* kept
     cdef memory_hook* last = NULL
+    cdef window_list* windows = NULL
     cdef memory_hook** end = &last
     end_trace(m)
     kept = hooks = m.hooks
@@ -32,8 +33,9 @@ cdef void memory_drop(memory* m) noexcept nogil:
             break       # from now on another thread may use the memory
         kept = kept.next
     if kept == NULL:
-        if m.windows != NULL:
-            forget_windows(m)
+        windows = m.windows
+        if windows != NULL:
+            publish_windows(m, NULL)
         m.ops.free(m)
     while hooks != kept:
         hook = hooks
@@ -48,6 +50,7 @@ cdef void memory_drop(memory* m) noexcept nogil:
         hook = last
         last = hook.next
         hook.dropped(hook)
+    drop_windows(windows)
 
 
 cdef void memory_add_hook(memory* m, memory_hook* hook) noexcept nogil:

@@ -7,7 +7,9 @@
 # the memory's own, because a discard() replaced them, or because this is a child that was forked during a change.
 # Therefore other code takes a window for bytes of which nothing is known, and compares or writes them one by one.
 #
-# The kernel keeps the pages of a source as long as they are mapped, also after the source is gone.
+# The kernel keeps the pages of a source as long as they are mapped, also after the source is gone. A window of a memory
+# also has a reference on that memory, because budgets count its pages, and a file has one writer. References make no
+# cycle: a memory whose pages are a file's can be a source, and only a memory with pages of its own has windows.
 
 cdef enum:
     SPARE_WINDOWS = 4
@@ -22,6 +24,7 @@ ctypedef struct window:
     size_t offset, size             # whole host pages of the memory
     int shows                       # COPIED_ON_WRITE or WRITTEN_THROUGH
     bint may_shrink                 # another program may cut the source short; an access then ends the process
+    memory* source                  # a reference; NULL: the source is no memory
 
 cdef struct window_list:
     size_t n
@@ -32,6 +35,7 @@ cdef struct window_list:
 # write, and if the file's bytes can be written at all.
 ctypedef struct page_source:
     const image* img                # NULL: the file
+    memory* of                      # the memory whose file it is, which the caller keeps; NULL: none
     pages.file_pages file
     bint is_constant                # the file's bytes can never change: it is sealed
     size_t position                 # where the first page lies in the content of the image, or in the file
@@ -90,6 +94,8 @@ cdef window_list* twice_the_room(const window_list* old, failure* why) noexcept 
 
 cdef void add_window(window_list* list, const window* like, size_t start, size_t end) noexcept nogil:
     if start < end:
+        if like.source != NULL:
+            memory_retain(like.source)
         list.items[list.n] = like[0]
         list.items[list.n].offset = start
         list.items[list.n].size = end - start
@@ -114,12 +120,15 @@ cdef window_list* publish_windows(memory* m, window_list* list) noexcept nogil:
     return before
 
 
-cdef window_list* or_none(window_list* list) noexcept nogil:
-    """The list; NULL if it has no window."""
-    if list.n:
-        return list
+cdef void drop_windows(window_list* list) noexcept nogil:
+    """Free a list that is not published. The caller holds no lock, because a source may be dropped."""
+    cdef size_t i
+    if list == NULL:
+        return
+    for i in range(list.n):
+        if list.items[i].source != NULL:
+            memory_release(list.items[i].source)
     free(list)
-    return NULL
 
 
 cdef int make_room_for_window(memory* m, failure* why) noexcept nogil:
@@ -130,14 +139,11 @@ cdef int make_room_for_window(memory* m, failure* why) noexcept nogil:
     list = twice_the_room(m.windows, why)
     if list == NULL:
         return why.code
-    add_outside(list, m.windows, 0, 0)
+    if m.windows != NULL:
+        memcpy(list.items, m.windows.items, m.windows.n * sizeof(window))       # takes the references over
+        list.n = m.windows.n
     free(publish_windows(m, list))
     return 0
-
-
-cdef void forget_windows(memory* m) noexcept nogil:
-    """No page of the memory shows a source any more."""
-    free(publish_windows(m, NULL))
 
 
 # -- map
@@ -156,6 +162,7 @@ cdef int memory_map(memory* m, size_t offset, const page_source* source, size_t 
     native code, where a fault ends the process. If this fails, nothing has changed, unless the OS has emptied the
     range: then its bytes are zero."""
     cdef window_list* after = NULL
+    cdef window_list* before = NULL
     cdef size_t most = pages.capabilities().mappings // 2
     cdef window new
     cdef int code = check_whole_pages("offset", offset, why) or check_whole_pages("size", size, why)
@@ -163,12 +170,16 @@ cdef int memory_map(memory* m, size_t offset, const page_source* source, size_t 
         code = begin_page_call(m, "map", offset, size, why)
     if code:
         return code
-    new.offset, new.size = offset, size
+    new.offset, new.size, new.source = offset, size, source.of
     new.shows = COPIED_ON_WRITE
     new.may_shrink = source.img == NULL and source.file.kind != pages.FILE_SEALED
     if source.img == NULL and source.file.writable and not source.is_constant:
         new.shows = WRITTEN_THROUGH
-    if load(&m.owner) == OWNER_WASMTIME:
+    if m.ops.pages_are_shared:
+        code = fail(why, E_UNSUPPORTED, "map", size)
+        snprintf(why.detail, sizeof(why.detail), "into a memory of kind '%s', whose own pages are shown elsewhere: map"
+                 " it into a memory of linmem.create()", m.ops.kind)
+    elif load(&m.owner) == OWNER_WASMTIME:
         if access == pages.ACCESS_READ:
             access = pages.ACCESS_READ_WRITE
             new.shows = COPIED_ON_WRITE
@@ -192,6 +203,8 @@ cdef int memory_map(memory* m, size_t offset, const page_source* source, size_t 
         code = map_pages(m, source, &new, access, why)
         if code:
             store_size(&m.windows.n, m.windows.n - 1)
+            if new.source != NULL:
+                memory_release(new.source)      # not the last reference
             add(&n_windows, -1)
             if m.windows.n == 0:
                 free(publish_windows(m, NULL))
@@ -199,8 +212,9 @@ cdef int memory_map(memory* m, size_t offset, const page_source* source, size_t 
         elif after != NULL:
             add_outside(after, m.windows, offset, offset + size)
             add_window(after, &new, offset, offset + size)
-            free(publish_windows(m, after))
+            before = publish_windows(m, after)
     unlock(&m.lock)
+    drop_windows(before)
     return code
 
 
@@ -244,18 +258,18 @@ cdef int memory_unmap(memory* m, size_t offset, size_t size, failure* why) noexc
         return code
     if has_window(m, offset, offset + size):
         list = twice_the_room(m.windows, why)
-        code = why.code if list == NULL else close_windows(m, offset, offset + size, list, why)
+        code = why.code if list == NULL else close_windows(m, offset, offset + size, &list, why)
     unlock(&m.lock)
+    drop_windows(list)
     return code
 
 
-cdef int close_windows(memory* m, size_t offset, size_t end, window_list* list, failure* why) noexcept nogil:
-    """list: twice_the_room(), which this function takes over."""
+cdef int close_windows(memory* m, size_t offset, size_t end, window_list** list, failure* why) noexcept nogil:
+    """*list: twice_the_room(). Afterwards it is another list, for drop_windows()."""
     cdef bint has_table = load(&m.protection) != PROTECTION_NONE
     cdef size_t start = offset, next
     cdef int code = begin_change(m, why) if has_table else 0
     if code:
-        free(list)
         return code
     while start < end and code == 0:
         if window_at(m, start, end, &next) != OWN_PAGES:
@@ -271,8 +285,11 @@ cdef int close_windows(memory* m, size_t offset, size_t end, window_list* list, 
         start = next
     if has_table:
         end_change(m)
-    add_outside(list, m.windows, offset, start)
-    free(publish_windows(m, or_none(list)))
+    add_outside(list[0], m.windows, offset, start)
+    if list[0].n == 0:
+        free(list[0])
+        list[0] = NULL
+    list[0] = publish_windows(m, list[0])
     return code
 
 
@@ -280,10 +297,13 @@ cdef int memory_close_windows(memory* m) noexcept nogil:
     """The caller owns the memory exclusively. No page shows a source afterwards. A code: the bytes are unknown."""
     cdef failure why
     cdef window_list* list
+    cdef int code
     if m.windows == NULL:
         return 0
     list = twice_the_room(m.windows, &why)
-    return why.code if list == NULL else close_windows(m, 0, SIZE_MAX, list, &why)
+    code = why.code if list == NULL else close_windows(m, 0, SIZE_MAX, &list, &why)
+    drop_windows(list)
+    return code
 
 
 # -- what Python code passes as a source
@@ -308,6 +328,8 @@ cdef int map_into(Memory mem, object offset, object source, object source_offset
     how = _MAP_ACCESSES[_check_choice(access, "access", _MAP_ACCESSES)]
     if isinstance(source, Image):
         return map_image(mem, start, <Image>source, first, size, how)
+    if isinstance(source, Memory):
+        return map_memory(mem, start, <Memory>source, first, size, how)
     return map_file(mem, start, descriptor_of(source), first, size, how)
 
 
@@ -319,8 +341,8 @@ cdef int descriptor_of(object file) except? -1:
         descriptor = None
     if isinstance(descriptor, int) and 0 <= descriptor < 1 << 31:
         return descriptor
-    raise TypeError(f"source must be an Image or an open file, got {type(file).__name__}, which has no pages of its own"
-                    " that a memory can show: mem.write(offset, source) copies the bytes of a buffer, and"
+    raise TypeError(f"source must be an Image, a memory or an open file, got {type(file).__name__}, which has no pages"
+                    " of its own that a memory can show: mem.write(offset, source) copies the bytes of a buffer, and"
                     " linmem.Image.from_bytes(source) copies them once for many memories")
 
 
@@ -351,6 +373,37 @@ cdef int map_image(Memory mem, size_t offset, Image source, size_t first, object
     return call_map(mem, offset, &given, n, access)
 
 
+cdef int check_source_offset(size_t first) except -1:
+    if first & (host_page() - 1):
+        raise ValueError(f"source_offset must be a multiple of the host page ({host_page()}), got {first}")
+    return 0
+
+
+cdef int map_memory(Memory mem, size_t offset, Memory source, size_t first, object size, int access) except -1:
+    cdef page_source given
+    cdef const pages.file_pages* file = NULL
+    cdef size_t position = 0, length, whole = 0
+    cdef memory* m
+    check_source_offset(first)
+    m = source.enter()
+    try:
+        if m.ops.file_of != NULL:
+            file = m.ops.file_of(m, &position)
+        if file == NULL:
+            raise TypeError(f"source must be a memory that processes share or one of a file, got one of kind"
+                            f" {m.ops.kind.decode()!r}, whose pages cannot be shown a second time:"
+                            " linmem.creator('shared') makes memories whose pages can")
+        length = memory_size(m)
+        round_up(length, host_page(), &whole)
+        if whole >= length + kernel_page:       # with LINMEM_PAGE_SIZE, the file may end before its last host page
+            whole = round_down(length, host_page())
+        memset(&given, 0, sizeof(given))
+        given.of, given.file, given.position = m, file[0], position + first
+        return call_map(mem, offset, &given, size_in_source(length, whole, first, size), access)
+    finally:
+        source.leave()
+
+
 cdef int call_map(Memory mem, size_t offset, const page_source* source, size_t size, int access) except -1:
     cdef failure why
     cdef int code
@@ -366,8 +419,7 @@ cdef int map_file(Memory mem, size_t offset, int descriptor, size_t first, objec
     cdef bint is_plain, is_owned
     cdef failure why
     cdef int code
-    if first & (host_page() - 1):
-        raise ValueError(f"source_offset must be a multiple of the host page ({host_page()}), got {first}")
+    check_source_offset(first)
     if not pages.capabilities().maps_images:
         raise TypeError("map of a file is not supported on this system: mem.write(offset, file.read()) copies the"
                         " bytes")

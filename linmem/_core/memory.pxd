@@ -159,6 +159,9 @@ cdef struct memory_ops:
     # -> the first run in start .. end that may not be zero, in pages of the kernel; found_start == end: there is none.
     # A code of the OS. NULL: it is not known.
     int (*find_data)(memory* m, size_t start, size_t end, size_t* found_start, size_t* found_end) noexcept nogil
+    # -> the file whose pages the memory shows; *position: where byte 0 of the memory lies in it. NULL: the pages belong
+    # to this process alone.
+    const pages.file_pages* (*file_of)(memory* m, size_t* position) noexcept nogil
 
 # What an adaptor (a creator with an upstream) adds to each memory from its upstream before it returns the memory. The
 # hook of the outermost adaptor comes first. Adaptors upstream of a hook's owner are "below" the hook, the others are

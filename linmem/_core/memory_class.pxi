@@ -860,6 +860,7 @@ cdef class Memory:
         an `Image`                changes only this memory     there are none
         a file open for reading   changes only this memory     they show in pages that were not written
         a file open for update    changes the file             they show
+        a shared memory           changes that memory          they show
         ========================= ============================ =========================================
 
         Views stay valid and show the new pages. Offsets and sizes are multiples of the host page. The last page of a
@@ -869,10 +870,11 @@ cdef class Memory:
         ----------
         offset : int
             Where the pages appear in this memory.
-        source : Image or file
-            A file is an object with ``fileno()``, of a regular file. Into a memory that a wasmtime store owns, the
-            bytes of a file that other programs can cut short are copied, and such a file that is open for update is
-            refused, because an access to a page past the end of a file ends the process.
+        source : Image, Memory or file
+            A memory that processes share, or the memory of a file. A file is an object with
+            ``fileno()``, of a regular file. Into a memory that a wasmtime store owns, the bytes of a file that other
+            programs can cut short are copied. If such a file is open for update, it is refused, and so is the memory
+            of such a file, because an access to a page past the end of a file ends the process.
         source_offset : int
             Where the pages begin in the source; for an `Image`, counted from its first byte.
         size : int, optional
@@ -886,10 +888,10 @@ cdef class Memory:
         ValueError
             The range is not whole pages of this memory or of the source.
         TypeError
-            The source has no pages that another memory can show, the pages of this memory are not linmem's, or the
+            The source has no pages that another memory can show, the pages of this memory are not its own, or the
             system cannot map pages (Windows).
         OwnedError
-            A wasmtime store owns the memory, and the file is open for update.
+            A wasmtime store owns the memory, and the source is a file that is open for update, or its memory.
         PageError
             The OS refused. Nothing has changed, or, by an old kernel that failed half way, the range is zero.
         MemoryError

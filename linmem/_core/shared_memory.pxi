@@ -361,6 +361,11 @@ cdef void shared_free(memory* m) noexcept nogil:
     free_struct(m)
 
 
+cdef const pages.file_pages* shared_file_of(memory* m, size_t* position) noexcept nogil:
+    position[0] = HEAD_BYTES
+    return &(<shared_memory*>m).file
+
+
 cdef memory_ops shared_ops
 shared_ops.kind = "shared"
 shared_ops.grow = shared_grow
@@ -370,5 +375,6 @@ shared_ops.check = shared_check
 shared_ops.take_size = shared_take_size
 shared_ops.zero_pages = shared_zero_pages
 shared_ops.find_data = shared_find_data
+shared_ops.file_of = shared_file_of
 shared_ops.pages_are_ours = True
 shared_ops.pages_are_shared = True
