@@ -447,7 +447,7 @@ cdef int map_file(Memory mem, size_t offset, int descriptor, size_t first, objec
                              f" has {length} bytes, got {first} + {n}")
         if (is_owned and is_plain and not given.file.writable) or first + n >= length + kernel_page:
             return map_copy(mem, offset, given.file.handle, first, min(length - first, n), n, access)
-        if n and given.file.writable and not given.is_constant and not (is_owned and is_plain):
+        if n and given.file.writable and is_plain and not is_owned:
             with nogil:     # a page without space is a fault when it is written
                 code = fail_page_call(&why, pages.file_allocate(&given.file, first, min(length - first, n)),
                                       "file_allocate", n)
