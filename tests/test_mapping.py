@@ -372,6 +372,41 @@ def test_the_range_lies_within_the_memory_that_is_shown(mem, source):
         mem.map(0, source)
 
 
+@requires("file_memories")
+def test_a_window_of_a_memory_of_a_file_is_written_to_the_file_and_keeps_its_lock(mem, tmp_path):
+    path = tmp_path / "source"
+    with linmem.open_file(path, minimum=2 * PAGE) as source:
+        mem.map(0, source)
+        with pytest.raises(TypeError, match="map is not supported into a memory of kind 'file'"):
+            source.map(0, source)
+    mem[PAGE] = 7
+    assert path.read_bytes() == bytes(PAGE) + b"\7" + bytes(PAGE - 1)
+    with pytest.raises(BlockingIOError):        # the file has one writer as long as a window shows it
+        linmem.open_file(path)
+    mem.unmap(0, 2 * PAGE)
+    linmem.open_file(path).close()
+
+
+@requires("file_memories")
+def test_a_memory_that_was_opened_for_reading_is_copied_on_write(mem, tmp_path):
+    path = tmp_path / "source"
+    with linmem.open_file(path, minimum=2 * PAGE) as writer:
+        with linmem.open_file(path, access="r") as reader:
+            mem.map(0, reader)
+        writer[PAGE] = 5
+        mem[0] = 1
+        assert (mem[PAGE], writer[0]) == (5, 0)
+
+
+@requires("file_memories")
+def test_a_memory_that_another_program_can_cut_short_is_not_shown_to_a_guest(tmp_path):
+    guest = Guest()
+    with linmem.open_file(tmp_path / "source", minimum=PAGE) as source, pytest.raises(
+            linmem.OwnedError, match="cuts short"):
+        guest.mem.map(0, source)
+    guest.store.close()
+
+
 # -- arguments
 
 @pytest.mark.parametrize("source", [b"bytes", bytearray(PAGE), memoryview(b"x"), 5, None, "path", object()])

@@ -248,6 +248,11 @@ cdef void file_free(memory* m) noexcept nogil:
     free_struct(m)
 
 
+cdef const pages.file_pages* file_of(memory* m, size_t* position) noexcept nogil:
+    position[0] = 0
+    return &(<file_memory*>m).file
+
+
 cdef memory_ops file_ops
 file_ops.kind = "file"
 file_ops.grow = file_grow
@@ -255,6 +260,7 @@ file_ops.resident = mapped_resident
 file_ops.free = file_free
 file_ops.check = file_check
 file_ops.flush = file_flush
+file_ops.file_of = file_of
 file_ops.pages_are_ours = True
 file_ops.pages_are_shared = True
 
