@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
-import os
-
 import linmem
 from linmem.bench.engines import LINMEM_PLAIN, MIB, Kept
 from linmem.bench.harness import Contender, Goal, Group, Run, Unavailable, clock
@@ -35,9 +32,11 @@ def make_reader(maps: bool) -> Run:
     import wasmtime
 
     kept = Kept(LINMEM_PLAIN)
-    file = shared_pages()
-    shared = mmap.mmap(file.fileno(), INPUT)
-    shared.write(bytes(range(1, 256)) * (INPUT // 255) + b"\xff" * (INPUT % 255))
+    try:
+        shared = linmem.create(INPUT, creator=linmem.creator("shared"))
+    except TypeError as error:
+        raise Unavailable(str(error)) from None
+    shared.write(0, bytes(range(1, 256)) * (INPUT // 255) + b"\xff" * (INPUT % 255))
     store = wasmtime.Store(kept.engine)
     exports = wasmtime.Instance(store, wasmtime.Module(kept.engine, READER), []).exports(store)
     mem = linmem.wasmtime.linear_memory(store, exports["memory"])
@@ -50,7 +49,7 @@ def make_reader(maps: bool) -> Run:
         began = clock()
         for _ in range(n):
             if maps:
-                mem.map(AT, file)
+                mem.map(AT, shared)
             else:
                 mem.write(AT, shared)
             found = read(store)
@@ -64,15 +63,3 @@ def make_reader(maps: bool) -> Run:
         return took
 
     return run
-
-
-def shared_pages():
-    """The pages of a shared memory: memory that can be written, and that no process can make smaller."""
-    try:
-        import fcntl
-        made = os.memfd_create("input", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    except (ImportError, AttributeError, OSError):
-        raise Unavailable("this system has no memory that can be sealed") from None
-    os.truncate(made, INPUT)
-    fcntl.fcntl(made, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-    return open(made, "r+b", buffering=0)
