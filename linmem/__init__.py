@@ -20,22 +20,26 @@ try:
         TrackingCreator,
     )
     from linmem._core.memory import (
+        FileCreator,
         Image,
         Memory,
         MmapCreator,
         NativeCreator,
+        SharedCreator,
         disable_fault_report,
         enable_fault_report,
         find,
         live,
         tracemalloc_domain,
+        wait,
+        wake,
     )
     from linmem._core.pool import PoolingCreator, set_pool_limits
     from linmem._files.delta import Delta
     from linmem._os.pages import describe
     from linmem.abc import LinearMemory, MemoryCreator
-    from linmem.creators import create, creator
-    from linmem.errors import FileFormatError, GrowError, LimitError, OwnedError, PageError, PoolError
+    from linmem.creators import attach, create, creator, open_file
+    from linmem.errors import FileFormatError, GrowError, LimitError, OwnedError, OwnerDied, PageError, PoolError
 except ModuleNotFoundError as _error:
     if not (_error.name or "").startswith("linmem."):
         raise
@@ -47,17 +51,19 @@ except ModuleNotFoundError as _error:
 
 __version__ = "0.1.0"
 
-__all__ = ["Allocation", "CallbackCreator", "Delta", "DroppedInfo", "FileFormatError", "GrowError", "Image",
-           "ImageInfo", "LimitError", "LimitingCreator", "LinearMemory", "Memory", "MemoryCreator", "MemoryInfo",
-           "MemoryType", "MmapCreator", "NativeCreator", "OwnedError", "PageError", "Place", "PoolError",
-           "PoolingCreator", "PythonCreator", "Refusal", "Refusals", "RoutingCreator", "ScopeTotals",
-           "StatisticsCreator", "TrackingCreator", "create", "creator", "describe", "disable_fault_report",
-           "enable_fault_report", "find", "live", "set_pool_limits", "tracemalloc_domain"]
+__all__ = ["Allocation", "CallbackCreator", "Delta", "DroppedInfo", "FileCreator", "FileFormatError", "GrowError",
+           "Image", "ImageInfo", "LimitError", "LimitingCreator", "LinearMemory", "Lock", "Memory", "MemoryCreator",
+           "MemoryInfo", "MemoryType", "MmapCreator", "NativeCreator", "OwnedError", "OwnerDied", "PageError", "Place",
+           "PoolError", "PoolingCreator", "PythonCreator", "Refusal", "Refusals", "RoutingCreator", "ScopeTotals",
+           "SharedCreator", "StatisticsCreator", "TrackingCreator", "attach", "create", "creator", "describe",
+           "disable_fault_report", "enable_fault_report", "find", "live", "open_file", "set_pool_limits",
+           "tracemalloc_domain", "wait", "wake"]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from linmem import metrics as metrics
     from linmem import wasmtime as wasmtime
+    from linmem.locks import Lock
     from linmem.records import (
         Allocation,
         DroppedInfo,
@@ -77,6 +83,10 @@ else:
             from importlib import import_module
 
             return import_module(f"linmem.{name}")
+        if name == "Lock":
+            from linmem.locks import Lock
+
+            return globals().setdefault(name, Lock)
         if name in ("Allocation", "DroppedInfo", "ImageInfo", "MemoryInfo", "MemoryType", "Place", "Refusal",
                     "Refusals", "ScopeTotals"):
             from linmem import records

@@ -10,8 +10,8 @@ from linmem._core.adaptors import (
     TrackingCreator,
     as_native,
 )
-from linmem._core.arguments import shown
-from linmem._core.memory import Memory, MmapCreator, NativeCreator
+from linmem._core.arguments import check_choice, shown
+from linmem._core.memory import FileCreator, Memory, MmapCreator, NativeCreator, SharedCreator, open_for_reading
 from linmem._core.pool import PoolingCreator
 from linmem.abc import MemoryCreator
 
@@ -20,14 +20,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from typing import Any, Literal, SupportsIndex, overload
 
+    from linmem._core.arguments import AnyPath
     from linmem._core.memory import Image
+    from linmem._core.shared_handles import SharedHandle
     from linmem.records import DroppedInfo, MemoryType
 
-__all__ = ["as_native", "create", "creator"]
+__all__ = ["as_native", "attach", "create", "creator", "open_file"]
 
 _KINDS: dict[str, type[NativeCreator]] = {
     "mmap": MmapCreator, "pool": PoolingCreator, "limiting": LimitingCreator, "statistics": StatisticsCreator,
-    "tracking": TrackingCreator, "callback": CallbackCreator, "routing": RoutingCreator}
+    "tracking": TrackingCreator, "callback": CallbackCreator, "routing": RoutingCreator, "shared": SharedCreator,
+    "file": FileCreator}
+_WITHOUT_UPSTREAM = MmapCreator, RoutingCreator, SharedCreator, FileCreator
 _DEFAULT = MmapCreator()
 
 if TYPE_CHECKING:
@@ -63,6 +67,11 @@ if TYPE_CHECKING:
                 rule: Callable[[MemoryType, int], MemoryCreator] | Iterable[tuple[Mapping[str, int], MemoryCreator]],
                 name: str | None = None) -> RoutingCreator: ...
     @overload
+    def creator(kind: Literal["shared"], *, shm_name: str | None = None,
+                attach: SharedHandle | str | int | None = None, name: str | None = None) -> SharedCreator: ...
+    @overload
+    def creator(kind: Literal["file"], *, path: AnyPath, name: str | None = None) -> FileCreator: ...
+    @overload
     def creator(kind: str, **options: Any) -> NativeCreator: ...
 
 
@@ -82,7 +91,9 @@ def creator(kind: str = "mmap", **options: Any) -> NativeCreator:
         "tracking": notes which lines and scopes made memories (`TrackingCreator`; options `upstream`, `frames`).
         "callback": Python functions, or limits for each memory, decide (`CallbackCreator`; options `on_made`,
         `on_grow`, `on_refused`, `on_dropped`, `limit_each`, `limit_growths`, `upstream`).
+        "shared": memories that processes share and that grow (`SharedCreator`; options `shm_name`, `attach`).
         "routing": passes each request to one of several creators (`RoutingCreator`; option `rule`).
+        "file": the memory of a file (`FileCreator`; option `path`).
     **options
         The options of the constructor; each has `name`, too. An `upstream` that is missing or None is an `MmapCreator`.
 
@@ -96,7 +107,7 @@ def creator(kind: str = "mmap", **options: Any) -> NativeCreator:
     if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(f"kind must be one of {', '.join(map(repr, _KINDS))}, got {shown(kind)}")
     made = _KINDS[kind]
-    if made is not MmapCreator and made is not RoutingCreator:
+    if made not in _WITHOUT_UPSTREAM:
         upstream = options.get("upstream")
         options["upstream"] = _DEFAULT if upstream is None else as_native(upstream, "upstream")
     return made(**options)
@@ -156,3 +167,87 @@ def create(minimum: int, maximum: int | None = None, *, creator: MemoryCreator |
     if domain is None:
         return native.create(minimum, maximum, reserve, guard, may_move=may_move)
     return native.create(minimum, maximum, reserve, guard, may_move=may_move, domain=domain)
+
+
+def attach(handle_or_name: SharedHandle | str | int) -> Memory:
+    """A memory on the bytes of a shared memory that another process made.
+
+    Parameters
+    ----------
+    handle_or_name : SharedHandle, str or int
+        What `Memory.handle` returned, the `shm_name` of the memory, or a descriptor that the other process has sent.
+
+    Returns
+    -------
+    Memory
+        It grows when any process grows it. The bytes stay while some process has the memory.
+
+    Raises
+    ------
+    FileNotFoundError
+        No process has the memory any more, or there is no such name.
+    PermissionError
+        The memory belongs to another user.
+    ValueError
+        The file is not a shared memory of linmem, or its control words are damaged.
+
+    Examples
+    --------
+    >>> mem = linmem.create(65536, maximum=1 << 30, creator=linmem.creator("shared"))
+    >>> other = linmem.attach(mem.handle())     # usually in another process
+    >>> mem.grow_to(1 << 20)
+    >>> len(other)
+    1048576
+    """
+    if handle_or_name is None:      # to SharedCreator this means a new memory
+        raise TypeError("handle_or_name must be a handle, the name of a shared memory or a descriptor, got None")
+    return SharedCreator(attach=handle_or_name).create(0)
+
+
+def open_file(path: AnyPath, access: Literal["r", "rw"] = "rw", *, minimum: int = 0,
+              maximum: int | None = None, reserve: int | None = None) -> Memory:
+    """Open a file as a linear memory: the bytes of the memory are the file's, and stay there.
+
+    The file has no head, and its size is `byte_size`. It grows with the memory, under live views. If the process is
+    killed, the file keeps every byte that was written. `Memory.flush` makes bytes durable also if the power fails.
+
+    Parameters
+    ----------
+    path : str, bytes or os.PathLike
+        Of a regular file on this machine. A symbolic link is refused.
+    access : {"rw", "r"}
+        "rw": a file that does not exist is made, with the mode 0600. There is one writer at a time, of all processes.
+        "r": the file exists. Any number of readers may be there, also beside a writer, whose growth they see at their
+        next call. A reader's views are read-only, and calls that write raise.
+    minimum : int
+        A smaller file is grown to this size, in bytes. Not for readers.
+    maximum, reserve : int, optional
+        As for `create`. The base never moves, so the memory grows to at most its `byte_capacity`.
+
+    Returns
+    -------
+    Memory
+
+    Raises
+    ------
+    BlockingIOError
+        The file has a writer already.
+    OSError
+        The file cannot be opened: there is none, it is no regular file, its permissions do not allow it ...
+    PageError
+        The OS refused: the file system is full, or cannot allocate space in advance.
+    ValueError, TypeError, OverflowError
+        An argument is not valid, or the file is larger than the maximum.
+
+    Examples
+    --------
+    >>> mem = linmem.open_file("numbers.bin")
+    >>> mem.grow_to(1 << 20)
+    >>> mem[0] = 1
+    >>> mem.flush()
+    """
+    if check_choice(access, "access", ("rw", "r")) == "r":
+        if minimum != 0:
+            raise ValueError(f"minimum must be 0 where access is 'r', got {shown(minimum)}")
+        return open_for_reading(path, maximum, reserve)
+    return FileCreator(path).create(minimum, maximum, reserve)

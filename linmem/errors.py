@@ -10,7 +10,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-__all__ = ["FileFormatError", "GrowError", "LimitError", "OwnedError", "PageError", "PoolError"]
+__all__ = ["FileFormatError", "GrowError", "LimitError", "OwnedError", "OwnerDied", "PageError", "PoolError"]
 
 
 def _reduce(self: BaseException) -> tuple[object, ...]:
@@ -88,6 +88,10 @@ class OwnedError(RuntimeError):
 
     def __init__(self, *args: object) -> None:
         super().__init__(*args)
+
+
+class OwnerDied(RuntimeError):
+    """The process that held a `Lock` ended without a release."""
 
 
 class FileFormatError(ValueError):

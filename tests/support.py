@@ -143,6 +143,7 @@ NEEDS = {
     "regions": (HAS_PROC or HAS_KERNEL32, "the OS does not say what is mapped, and how it may be touched"),
     "names": (HAS_PROC and FLOOR["capabilities"]["names"], "mappings carry no names here"),
     "smaps": (HAS_PROC and SMAPS.exists(), "no /proc/self/smaps to ask"),
+    "file_memories": (FLOOR["capabilities"]["shares"], "files are not mapped into memories here"),
     "published": (hasattr(os, "memfd_create"), "files always have a path here"),
     "fault_reports": (FLOOR["capabilities"]["reports_faults"], "linmem cannot report faults here"),
     "moves": (FLOOR["capabilities"]["moves"], "this OS cannot move mappings"),
@@ -158,8 +159,11 @@ NEEDS = {
     "sealed": ("sealed" in image_kinds(), "memory cannot be sealed here"),
     "unnamed_files": ("file" in image_kinds(), "images are not kept in files here"),
     "maps_images": (FLOOR["capabilities"]["maps_images"], "images cannot be mapped into memories here"),
+    "shared": (FLOOR["capabilities"]["shares"], "processes cannot share a memory that grows here"),
     "descriptors": (HAS_PROC and FDS.exists(), "no /proc/self/fd to ask"),
     "mounts": (_can_mount(), "a process may not mount file systems of its own"),
+    "disks": (_can_mount() and os.path.exists("/dev/loop-control") and shutil.which("mkfs.ext4") is not None,
+              "a process may not mount a disk that is a file"),
     "holes": (_files_have_holes(), "the file system has no holes, or does not say"),
     "few_mappings": (HAS_PROC and 0 < FLOOR["mappings"] <= 1 << 18, "a process may have too many mappings to make all"),
     "overcommit_is_guessed": (FLOOR["limits"].get("vm.overcommit_memory") == 0 and 0 < FLOOR["memory"] < 1 << 41,
@@ -344,7 +348,7 @@ def accessible_parts(mem) -> list[tuple[int, int, str]]:
     for m in mappings(start, end):
         assert m.start == reached, f"nothing is mapped at {reached:#x}"
         reached = m.end
-        if m.access == "---p":
+        if m.access.startswith("---"):
             continue
         if found and found[-1][1:] == (m.start - base, m.access):
             found[-1] = (found[-1][0], m.end - base, m.access)
@@ -359,7 +363,8 @@ def check_fresh(mem, minimum: int) -> None:
     info = mem.info()
     assert (info.byte_size, info.committed, info.exports) == (minimum, round_up(minimum), 0)
     if NEEDS["regions"][0]:
-        assert accessible_parts(mem) == ([(0, info.committed, "rw-p")] if info.committed else [])
+        assert accessible_parts(mem) == ([(0, info.committed, "rw-s" if info.kind == "shared" else "rw-p")]
+                                         if info.committed else [])
     assert ctypes.string_at(info.base, info.committed).count(0) == info.committed, "a byte of someone else"
 
 

@@ -539,7 +539,7 @@ def test_the_factory_names_every_option_of_every_kind():
                "statistics": ["upstream", "history", "timeline"], "tracking": ["upstream", "frames"],
                "callback": ["upstream", "on_made", "on_grow", "on_refused", "on_dropped", "limit_each",
                             "limit_growths"],
-               "routing": ["rule"],
+               "routing": ["rule"], "file": ["path"], "shared": ["shm_name", "attach"],
                "pool": ["upstream", "slots", "keep_resident", "max_unused_warm", "max_resident", "max_reserved",
                         "idle_seconds", "max_reset_seconds", "reset", "when_full", "timeout", "check", "image"]}
     assert set(options) == set(creators._KINDS)

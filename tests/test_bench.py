@@ -79,6 +79,8 @@ GOALS = {
         "run_cached/script": (1.3, TIME, MEDIAN), "run_prepared/script": (1.3, TIME, MEDIAN),
         "component_data/default": (0.65, TIME, P10), "component_data/bare": (1.3, TIME, P10),
         "component_bare/default": (0.8, TIME, P10)},
+    "files": {**{f"file_{what}/memmap": (1, TIME, P10) for what in (
+        "read", "write", "random_read", "random_write", "element")}, "file_grow/c": (1.5, TIME, P10)},
 }
 # Rows that some machines cannot measure. Such a row gives the reason.
 MAY_LACK = {"pool/one": r"the control scales only \d\.\d\d x here",
@@ -87,6 +89,7 @@ MAY_LACK = {"pool/one": r"the control scales only \d\.\d\d x here",
                             "LINMEM_BENCH_BASE names no Python with an older linmem"),
             **dict.fromkeys([key for key in GOALS["component"] if key != "run_cached/script"],
                             "this wasmtime-py has no components: .+"),
+            **dict.fromkeys(GOALS["files"], "(a memory of a file cannot be made|the C library has no fallocate).+"),
             **dict.fromkeys(GOALS["soak-pool"], "the system does not say what is resident: .+")}
 
 
@@ -157,7 +160,7 @@ def test_a_suite_measures_each_goals_contenders_unless_the_system_lacks_somethin
                for contender in group["contenders"] if contender["unavailable"]}
     for key, why in lacking.items():
         assert key.partition("/")[0] in ("pooling_scan", "mmap", "scan") or re.search(
-                "page cache|working set|LINMEM_BENCH_BASE", why), (
+                "page cache|working set|LINMEM_BENCH_BASE|memory of a file|fallocate", why), (
             f"{key}: {why}")
 
 

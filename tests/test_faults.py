@@ -314,6 +314,9 @@ CREATORS = {        # name -> (creator, the page calls that a creation needs, th
     "a pool above memories in Python": (
         lambda: linmem.PoolingCreator(linmem.PythonCreator(PythonMemories(InPython))), "reserve commit", "commit"),
 }
+if NEEDS["shared"][0]:
+    CREATORS["shared memories"] = (linmem.SharedCreator, "file_begin file_size reserve file_map extend commit",
+                                   "commit")
 
 
 def check_made(scene, mem):
@@ -359,8 +362,9 @@ def creator_rows():
             check_made, creation)
         row(f"grow in place: {name}", "Memory.grow_to", functools.partial(with_memory, make),
             lambda scene: scene.mem.grow_to(20 * PAGE), check_grown, growth)
-        row(f"grow past the capacity: {name}", "Memory.grow_to", functools.partial(with_memory, make, MOVING),
-            lambda scene: scene.mem.grow_to(20 * PAGE), check_grown, "reserve commit")
+        if name != "shared memories":       # they never move
+            row(f"grow past the capacity: {name}", "Memory.grow_to", functools.partial(with_memory, make, MOVING),
+                lambda scene: scene.mem.grow_to(20 * PAGE), check_grown, "reserve commit")
         row(f"close: {name}", "Memory.close Memory.__exit__", functools.partial(with_memory, make, grown=20 * PAGE),
             lambda scene: scene.mem.close(), holds(lambda scene, result: scene.mem.closed))
 
@@ -441,8 +445,88 @@ row("discard from within an image on", "Memory.discard", over_image, lambda scen
     holds(lambda scene, result: scene.mem[4 * PAGE:] == bytes(8 * PAGE)), "discard blank")
 row("prefault", "Memory.prefault", plain, lambda scene: scene.mem.prefault(),
     holds(lambda scene, result: bytes(scene.mem) == scene.content), "prefault")
+
+
+def with_windows():
+    """A memory over an image, with a window over a part of the image, and a protected window."""
+    scene = over_image()
+    scene.shown = Image.from_bytes(b"window" * PAGE)
+    scene.mem.map(2 * PAGE, scene.shown, 0, 3 * PAGE)
+    scene.mem.map(9 * PAGE, scene.shown, 0, 2 * PAGE, "r")
+    return scene
+
+
+def check_window(start, size, source_offset):
+    def check(scene, result):
+        assert scene.mem[start:start + size] == bytes(scene.shown)[source_offset:source_offset + size]
+        scene.mem.unmap(0, 12 * PAGE)
+        assert scene.mem[start:start + size] == bytes(size)
+    return check
+
+
+def file_of_windows():
+    path = os.path.join(FOLDER.name, "windows")
+    with open(path, "wb") as file:
+        file.write(b"file" * PAGE)
+    return path
+
+
+def shown_memory():
+    scene = with_windows()
+    scene.source = linmem.create(4 * PAGE, creator=linmem.creator("shared"))
+    scene.source.write(0, b"s" * 4 * PAGE)
+    scene.mem.map(0, scene.source, 0, PAGE)
+    return scene
+
+
+def map_file(mode):
+    def act(scene):
+        with open(file_of_windows(), mode) as file:
+            scene.mem.map(PAGE, file)
+    return act
+
+
+if NEEDS["maps_images"][0]:
+    row("map an image", "Memory.map", with_windows, lambda scene: scene.mem.map(5 * PAGE, scene.shown, PAGE, 2 * PAGE),
+        check_window(5 * PAGE, 2 * PAGE, PAGE), "map")
+    row("map read-only over windows", "Memory.map", with_windows,
+        lambda scene: scene.mem.map(PAGE, scene.shown, access="r"), check_window(PAGE, 6 * PAGE, 0), "map")
+    row("map into a part of a window", "Memory.map", with_windows,
+        lambda scene: scene.mem.map(3 * PAGE, scene.shown, 5 * PAGE), check_window(3 * PAGE, PAGE, 5 * PAGE), "map")
+    row("map a file", "Memory.map", with_windows, map_file("rb"),
+        holds(lambda scene, result: scene.mem[PAGE:5 * PAGE] == b"file" * PAGE), "file_adopt file_size map")
+    row("map a file for update", "Memory.map", with_windows, map_file("r+b"),
+        holds(lambda scene, result: scene.mem[PAGE:5 * PAGE] == b"file" * PAGE),
+        "file_adopt file_size file_allocate map")
+    if NEEDS["shared"][0]:
+        row("map a shared memory", "Memory.map", shown_memory,
+            lambda scene: scene.mem.map(5 * PAGE, scene.source, PAGE, 2 * PAGE),
+            holds(lambda scene, result: scene.mem[5 * PAGE:7 * PAGE] == b"s" * 2 * PAGE), "map")
+    row("unmap a window", "Memory.unmap", with_windows, lambda scene: scene.mem.unmap(3 * PAGE, 6 * PAGE),
+        holds(lambda scene, result: scene.mem[3 * PAGE:5 * PAGE] == bytes(2 * PAGE)), "unmap")
+    row("restore into a window", "Memory.restore",
+        lambda: Scene(mem=(mem := linmem.create(12 * PAGE, **SHAPE)), img=mem.snapshot(),
+                      shown=mem.map(2 * PAGE, Image.from_bytes(DATA))),
+        lambda scene: scene.mem.restore(scene.img),
+        holds(lambda scene, result: scene.mem.dirty_pages(scene.img) == []))
+    row("discard windows", "Memory.discard",
+        lambda: (scene := with_windows(), scene.mem.protect(0, 12 * PAGE, "rw"))[0],
+        lambda scene: scene.mem.discard(), check_zero, "discard")
+    row("a pool's slot with windows is dropped", "Memory.close",
+        lambda: Scene(creator=(pool := linmem.PoolingCreator(check=True)), mem=(mem := pool.create(3 * PAGE, **SHAPE)),
+                      made=[mem.map(n * PAGE, Image.from_bytes(b"x" * PAGE)) for n in range(3)]),
+        lambda scene: scene.mem.close(), holds(lambda scene, result: scene.mem.closed))
+else:
+    row("map where images cannot be mapped", "Memory.map Memory.unmap", over_image,
+        lambda scene: refuses(TypeError, lambda scene: scene.mem.map(0, scene.img))(scene), nothing, calls=False)
+
 row("info", "Memory.info", plain, lambda scene: scene.mem.info(),
     holds(lambda scene, info: info.committed == 3 * PAGE), "resident")
+if NEEDS["shared"][0]:
+    row("attach", "attach", lambda: with_memory(linmem.SharedCreator), lambda scene: linmem.attach(scene.mem.handle()),
+        holds(lambda scene, mem: bytes(mem) == scene.content), "file_adopt file_size reserve file_map commit")
+    row("discard shared pages", "Memory.discard", lambda: with_memory(linmem.SharedCreator),
+        lambda scene: scene.mem.discard(), check_zero, "discard")
 row("live", "live", plain, lambda scene: linmem.live(),
     holds(lambda scene, found: scene.mem.info() in found), "resident")
 row("records", "StatisticsCreator.memories", functools.partial(with_memory, lambda: linmem.StatisticsCreator(MMAP())),
@@ -1193,8 +1277,43 @@ def use_block():
         pass
 
 
+LOCK = linmem.Lock(linmem.SharedCreator().create(8), 0) if NEEDS["shared"][0] else None
+
 # The operations that make no page call, with any argument.
+# -- memories of files
+
+def new_path():
+    with tempfile.NamedTemporaryFile(dir=FOLDER.name, delete=False) as file:
+        return file.name
+
+
+def of_file():
+    mem = linmem.open_file(new_path(), minimum=3 * PAGE, maximum=32 * PAGE)
+    mem.write(0, b"kept")
+    return Scene(mem=mem)
+
+
+def check_file(scene, mem):
+    assert (len(mem), os.path.getsize(scene.path), bytes(mem)) == (3 * PAGE, 3 * PAGE, bytes(3 * PAGE))
+    mem.close()
+
+
+if NEEDS["file_memories"][0]:
+    row("open_file", "open_file", lambda: Scene(path=new_path()),
+        lambda scene: linmem.open_file(scene.path, minimum=3 * PAGE, maximum=32 * PAGE), check_file,
+        "file_size file_adopt reserve file_map extend commit")
+    row("grow a file", "Memory.grow_to", of_file, lambda scene: scene.mem.grow_to(20 * PAGE),
+        holds(lambda scene, result: bytes(scene.mem) == b"kept" + bytes(20 * PAGE - 4)), "file_size extend commit")
+    row("flush", "Memory.flush", of_file, lambda scene: scene.mem.flush(),
+        holds(lambda scene, result: scene.mem[:4] == b"kept"), "file_size flush")
+
 QUIET = {
+    **({} if NEEDS["file_memories"][0] else {
+        "open_file": refuses(TypeError, lambda scene: linmem.open_file(scene.path + " memory")),
+        "Memory.flush": refuses(TypeError, lambda scene: scene.mem.flush())}),
+    "FileCreator": lambda scene: linmem.FileCreator(scene.path),
+    "FileCreator.path": lambda scene: linmem.FileCreator(scene.path).path,
+    "FileCreator.__repr__": lambda scene: repr(linmem.FileCreator(scene.path)),
     "Sessions.stats": lambda scene: scene.sessions.stats(),
     "Sessions.__enter__": lambda scene: scene.sessions.__enter__(),
     "Sessions.__exit__": lambda scene: scene.sessions.__exit__(None, None, None),
@@ -1224,6 +1343,22 @@ QUIET = {
     "Memory.__repr__": lambda scene: repr(scene.mem),
     "Memory.__reduce__": refuses(TypeError, lambda scene: pickle.dumps(scene.mem)),
     **attributes("mem Memory", "closed"),
+    **{f"Memory.{name}": refuses(TypeError, lambda scene, call=call: call(scene.mem)) for name, call in (
+        ("handle", lambda mem: mem.handle()), ("unlink", lambda mem: mem.unlink()),
+        ("wait_for_growth", lambda mem: mem.wait_for_growth(1)))},
+    "wait": refuses(TypeError, lambda scene: linmem.wait(scene.mem, 0, 0)),
+    "wake": refuses(TypeError, lambda scene: linmem.wake(scene.mem, 0)),
+    "Lock": refuses(TypeError, lambda scene: linmem.Lock(scene.mem, 0)),
+    "Lock.acquire": lambda scene: LOCK and (LOCK.acquire(), LOCK.release()),
+    "Lock.release": lambda scene: LOCK and (LOCK.acquire(), LOCK.release()),
+    "Lock.__enter__": lambda scene: LOCK and LOCK.__enter__().release(),
+    "Lock.__exit__": lambda scene: LOCK and LOCK.__enter__().__exit__(None, None, None),
+    "Lock.__reduce__": lambda scene: LOCK and refuses(TypeError, lambda _: pickle.dumps(LOCK))(scene),
+    "Lock.__del__": lambda scene: LOCK and linmem.Lock(LOCK._mem, 4),
+    "SharedCreator": lambda scene: linmem.SharedCreator(shm_name="x"),
+    "SharedCreator.shm_name": lambda scene: linmem.SharedCreator(shm_name="x").shm_name,
+    "SharedCreator.__repr__": lambda scene: repr(linmem.SharedCreator()),
+    **({} if NEEDS["shared"][0] else {"attach": refuses(TypeError, lambda scene: linmem.attach("x"))}),
     "Image": refuses(TypeError, lambda scene: Image()),
     "Image.__bool__": lambda scene: bool(scene.img),
     "Image.__len__": lambda scene: len(scene.img),

@@ -134,7 +134,7 @@ def test_only_compat_h_has_os_conditions_and_a_cimport_needs_no_header():
     knows = [path.relative_to(HOUSE).as_posix() for path in HOUSE.rglob("*.h")
              if re.search(r"__linux__|_WIN32|sys/mman\.h|windows\.h", path.read_text("utf-8"))]
     assert knows == ["_os/compat.h"]
-    assert len((HOUSE / "_os" / "compat.h").read_text("utf-8").splitlines()) <= 200
+    assert len((HOUSE / "_os" / "compat.h").read_text("utf-8").splitlines()) <= 220
     rooms, reached = [""], []
     for room in rooms:      # the loop appends to this list
         reached.append(HOUSE.joinpath(*(room or "__init__").split(".")).with_suffix(".pxd"))

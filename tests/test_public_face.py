@@ -30,6 +30,7 @@ from linmem._commands import info as info_cli
 from linmem._commands import prewarm as prewarm_cli
 from linmem._commands import run as run_cli
 from linmem._commands import top as top_cli
+from linmem._core.shared_handles import SharedHandle
 
 PATTERN = bytes(range(1, 251))
 TYPE = linmem.MemoryType(1, page_size=1)
@@ -150,7 +151,8 @@ size = is_size
 size_or_none = either(is_size, nothing)
 flag = one_of(True, False)
 native = of(linmem.MmapCreator, linmem.PoolingCreator, linmem.LimitingCreator, linmem.StatisticsCreator,
-            linmem.TrackingCreator, linmem.CallbackCreator, linmem.RoutingCreator, linmem.PythonCreator)
+            linmem.TrackingCreator, linmem.CallbackCreator, linmem.RoutingCreator, linmem.PythonCreator,
+            linmem.SharedCreator)
 native_or_none = either(native, nothing)
 trait = either(native, lambda value: isinstance(value, Upstream))
 image = of(linmem.Image)
@@ -204,6 +206,11 @@ class World:
         mem.write(2 * PAGE - len(PATTERN), PATTERN)
         return mem
 
+    def _make_file_mem(self):
+        if not NEEDS["file_memories"][0]:
+            return linmem.create(PAGE)
+        return linmem.open_file(self.folder / "numbers", minimum=PAGE)
+
     def _make_image(self):
         return self.mem.snapshot()
 
@@ -220,6 +227,14 @@ class World:
 
     def _make_limiting(self):
         return linmem.LimitingCreator(linmem.MmapCreator(), 1 << 30)
+
+    def _make_shared(self):
+        if not NEEDS["shared"][0]:
+            pytest.skip(NEEDS["shared"][1])
+        return linmem.SharedCreator().create(PAGE, PAGE)
+
+    def _make_handle(self):
+        return self.shared.handle()
 
     def _make_mmap(self):
         return linmem.MmapCreator()
@@ -292,6 +307,8 @@ class World:
             self.store.close()
         if "file" in self.__dict__:
             self.file.close()
+        if "file_mem" in self.__dict__:
+            self.file_mem.close()
         with contextlib.suppress(BufferError):
             self.mem.close()
         self.__dict__.clear()
@@ -310,12 +327,23 @@ def given_by(name):
     return lambda world: getattr(world, name)
 
 
+def opened(*arguments, **options):
+    with linmem.open_file(*arguments, **options) as mem:
+        return mem.byte_size()
+
+
 # The public functions: name -> (the callable, {argument: (a check of valid values, a valid value)}). The traits are
 # abstract. If a valid value is a function, the function makes the value from the world.
 def use_block(kind, error, trace):
     block = linmem.wasmtime.use(linmem.MmapCreator())
     block.__enter__()
     block.__exit__(kind, error, trace)
+
+
+def held_lock(mem):
+    lock = linmem.Lock(mem, 0)
+    lock.acquire()
+    return lock
 
 
 FACE = {
@@ -325,8 +353,32 @@ FACE = {
         "domain": (text_or_none, None)}),
     "linmem.creator": (lambda w: linmem.creator, {
         "kind": (one_of("mmap", "pool"), "mmap"), "options": (lambda value: False, None)}),
+    "linmem.attach": (lambda w: linmem.attach, {
+        "handle_or_name": (either(of(SharedHandle), text), given_by("handle"))}),
+    "linmem.wait": (lambda w: linmem.wait, {
+        "mem": (of(linmem.Memory), given_by("shared")), "offset": (size, 0),
+        "value": (lambda value: is_size(value) or -1 <= getattr(value, "value", value) < 0, 1),
+        "timeout": (either(seconds, nothing), 0)}),
+    "linmem.wake": (lambda w: linmem.wake, {
+        "mem": (of(linmem.Memory), given_by("shared")), "offset": (size, 0), "n": (size_or_none, 1)}),
+    "linmem.Lock": (lambda w: linmem.Lock, {"mem": (of(linmem.Memory), given_by("shared")), "offset": (size, 0)}),
+    "linmem.Lock.acquire": (lambda w: linmem.Lock(w.shared, 0).acquire, {
+        "timeout": (either(seconds, nothing), 0), "recover": (flag, False)}),
+    "linmem.Lock.__exit__": (lambda w: held_lock(w.shared).__exit__, {
+        "kind": (anything, None), "error": (anything, None), "trace": (anything, None)}),
+    "linmem.OwnerDied": (lambda w: linmem.OwnerDied, {}),
+    "linmem.SharedCreator": (lambda w: linmem.SharedCreator, {
+        "shm_name": (text_or_none, None), "attach": (either(of(SharedHandle), text, nothing), None),
+        "name": (name_or_none, None)}),
+    "linmem.Memory.wait_for_growth": (lambda w: w.shared.wait_for_growth, {
+        "size": (size, PAGE), "timeout": (either(seconds, nothing), 0)}),
     "linmem.MmapCreator": (lambda w: linmem.MmapCreator, {
         "prefault": (flag, False), "huge_pages": (flag, False), "name": (name_or_none, None)}),
+    "linmem.FileCreator": (lambda w: linmem.FileCreator, {
+        "path": (is_path, lambda w: w.folder / "numbers"), "name": (name_or_none, None)}),
+    "linmem.open_file": (lambda w: opened, {
+        "path": (is_path, lambda w: w.folder / "numbers"), "access": (one_of("rw"), "rw"), "minimum": (size, 1),
+        "maximum": (size_or_none, None), "reserve": (size_or_none, None)}),
     "linmem.PoolingCreator": (lambda w: linmem.PoolingCreator, {
         "upstream": (native_or_none, None), "slots": (size_or_none, None), "keep_resident": (size, PAGE),
         "max_unused_warm": (size, 1), "max_resident": (size_or_none, None), "max_reserved": (size_or_none, None),
@@ -416,8 +468,13 @@ FACE = {
     "linmem.Memory.apply": (lambda w: w.mem.apply, {"delta": (delta, given_by("delta"))}),
     "linmem.Memory.protect": (lambda w: w.mem.protect, {
         "offset": (size, 0), "size": (size, 0), "access": (one_of("none", "r", "rw"), "rw")}),
+    "linmem.Memory.map": (lambda w: w.mem.map, {
+        "offset": (size, 0), "source": (image, given_by("image")), "source_offset": (size, 0),
+        "size": (size_or_none, 0), "access": (one_of("r", "rw"), "rw")}),
+    "linmem.Memory.unmap": (lambda w: w.mem.unmap, {"offset": (size, 0), "size": (size, 0)}),
     "linmem.Memory.discard": (lambda w: w.mem.discard, {"offset": (size, 0), "size": (size_or_none, 0)}),
     "linmem.Memory.prefault": (lambda w: w.mem.prefault, {"offset": (size, 0), "size": (size_or_none, 0)}),
+    "linmem.Memory.flush": (lambda w: w.file_mem.flush, {"offset": (size, 0), "size": (size_or_none, 0)}),
     "linmem.Memory.__getitem__": (lambda w: w.mem.__getitem__, {"key": (either(of(int, Index, slice)), 0)}),
     "linmem.Memory.__setitem__": (lambda w: w.mem.__setitem__, {
         "key": (either(of(int, Index, slice)), 0), "value": (size, 1)}),
@@ -585,6 +642,8 @@ def refused_as_promised(error, labels):
     if isinstance(error, (Own, linmem.GrowError, linmem.PageError, linmem.OwnedError, linmem.FileFormatError)):
         return True
     # Other errors about files and modules are raised by the OS or by wasmtime.
+    if isinstance(error, FileNotFoundError) and {"attach", "handle_or_name"} & set(names):
+        return True         # a name that no memory has
     if isinstance(error, (OSError, wasmtime.WasmtimeError)):
         return "path" in names or "wasm" in names or "cache" in names
     if not isinstance(error, REFUSALS):
@@ -602,7 +661,8 @@ ALSO = {
     "value": ("a byte", "data"), "item": ("a byte", "what is looked for"), "options": ("bogus",),
     "pieces": ("offset", "data"), "imports": ("expected a Func",), "offset": ("pieces",),
     "size": ("the file must have", "ranges", "zeros", "pieces", "data"),
-    "fd": ("the file",), "reserved_size_in_bytes": ("reserve",), "guard_size_in_bytes": ("guard",),
+    "fd": ("the file",), "handle_or_name": ("attach",), "mem": ("needs a shared memory",),
+    "reserved_size_in_bytes": ("reserve",), "guard_size_in_bytes": ("guard",),
 }
 
 

@@ -165,6 +165,7 @@ CAPABILITY_WORDS = {
     "populates": "prefault reports pages that cannot be written",
     "scans": "a pool can ask which pages were touched",
     "maps_images": "memories share the pages of their image until they write them",
+    "shares": "processes can share a memory that grows",
     "reports_faults": "a report can name the memory before a memory fault ends the process",
 }
 

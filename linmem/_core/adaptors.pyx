@@ -28,7 +28,7 @@ from linmem._core.memory cimport (
     memory_resident, memory_retain, memory_size, memory_spec, name_option, next_live_memory, only_buffers_hold,
     own_growth, python_is_ending, raise_failure, refusal_log, refusals_release, refusals_retain, refuse_foreign,
     refuse_make, register_fork_lock, release_address_space, relieve, remove_live_memory, request, stack_frame, try_lock,
-    unlock, unregister_fork_lock, wrap,
+    unlock, unregister_fork_lock, window_may_shrink, wrap,
 )
 from linmem._os cimport pages
 from linmem._core.units cimport (

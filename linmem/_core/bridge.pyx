@@ -19,7 +19,8 @@ from linmem._core.memory cimport (
     OWNER_LEFT, OWNER_WASMTIME, PROTECTION_NONE, UNCHOSEN, Image, Memory, NativeCreator, current_domain,
     deferred_decref, domain as domain_t, domain_of, domain_release, exception_of, fail, failure, failure_text,
     fork_lock, image_of, image_release, image_retain, lock, lock_memory, memory, memory_grow_to, memory_release,
-    memory_retain, memory_spec, python_is_ending, refuse_make, register_fork_lock, set_domain, unlock, wrap,
+    memory_retain, memory_spec, python_is_ending, refuse_make, register_fork_lock, set_domain, unlock,
+    window_may_shrink, wrap,
 )
 from linmem._core.units cimport E_MAXIMUM, E_PYTHON, E_UNSUPPORTED, E_VALUE, atomic_i64
 
@@ -286,6 +287,8 @@ cdef void raise_later(object error, bint has_caller) noexcept:
 
 cdef uint8_t* get_memory(void* env, size_t* byte_size, size_t* byte_capacity) noexcept nogil:
     cdef memory* m = <memory*>env
+    if m.enters_slowly and m.ops.take_size != NULL:
+        m.ops.take_size(m)
     # load(&m.size) is memory_size() without the call into another module.
     byte_size[0] = m.reported if m.reported else <size_t>load(&m.size)
     byte_capacity[0] = m.capacity
@@ -295,7 +298,10 @@ cdef uint8_t* get_memory(void* env, size_t* byte_size, size_t* byte_capacity) no
 cdef wasmtime_error_t* grow_memory(void* env, size_t new_size) noexcept nogil:
     cdef memory* m = <memory*>env
     cdef failure why
-    cdef int code = memory_grow_to(m, new_size, &why)
+    cdef int code = 0
+    # The start from a snapshot grows a memory to the size in the snapshot. The memory of a file may have grown further.
+    if m.reported == 0 or new_size > <size_t>load(&m.size):
+        code = memory_grow_to(m, new_size, &why)
     if m.base != m.registered:
         update_table(m, m.base)
     if code:
@@ -359,6 +365,10 @@ cdef wasmtime_error_t* new_memory(void* env, const wasm_memorytype_t* ty, size_t
             code = fail(&why, E_UNSUPPORTED, "new_memory", minimum)
             snprintf(why.detail, sizeof(why.detail), "with protected pages: a creator protected pages of the memory"
                      " that it returned")
+        elif window_may_shrink(m):
+            code = fail(&why, E_UNSUPPORTED, "new_memory", minimum)
+            snprintf(why.detail, sizeof(why.detail), "with pages of a file that another program can cut short, which a"
+                     " creator mapped into the memory that it returned")
         else:
             store(&m.owner, OWNER_WASMTIME)
             m.reported = minimum if spec.minimum > minimum else 0

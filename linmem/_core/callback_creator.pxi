@@ -286,9 +286,15 @@ cdef class CallbackCreator(NativeCreator):
 
 cdef int make_within_limit(CallbackCreator creator, const memory_spec* spec, memory** out,
                            failure* why) noexcept nogil:
+    cdef int code
     if spec.minimum > creator.most_bytes:
         return fail_limit_each(0, spec.minimum, creator.most_bytes, why)
-    return creator.upstream.make(spec, out, why)
+    code = creator.upstream.make(spec, out, why)
+    if code == 0 and memory_size(out[0]) > creator.most_bytes:      # the memory of a file that has bytes already
+        code = fail_limit_each(0, memory_size(out[0]), creator.most_bytes, why)
+        memory_release(out[0])
+        out[0] = NULL
+    return code
 
 
 cdef int tell_made(CallbackCreator creator, callback_hook* hook, memory* m, failure* why) noexcept nogil:

@@ -11,6 +11,7 @@
 #   image_renew_pages()        the same for the image's pages alone, in a memory that still has the image's bytes
 #   image_fill()               copy the mapped image's bytes over a range
 #   image_replace_pages()      replace pages that were mapped from the image by pages of zeros
+#   image_loses_pages()        note that some pages will show another source
 #   image_pages_are_gone()     note that all pages were decommitted
 #   image_detach()             drop the reference on the image
 #   image_of(), image_is_attached(), image_is_copied(), image_is_broken(), image_is_intact(), image_maps_pages(),
@@ -90,6 +91,14 @@ cdef void image_split(memory* m, size_t start, size_t end, size_t* low, size_t* 
     if image_maps_pages(m):
         low[0] = min(max(m.cow.image.offset + m.cow.image.low, start), end)
         high[0] = min(max(m.cow.image.offset + m.cow.image.high, start), end)
+
+
+cdef inline void image_loses_pages(memory* m, size_t start, size_t end) noexcept nogil:
+    """The pages of the range will show something else than the mapped image."""
+    cdef size_t low, high
+    image_split(m, start, end, &low, &high)
+    if high > low:
+        m.cow.how = IMAGE_BROKEN
 
 
 cdef int image_unmap(memory* m) noexcept nogil:
@@ -240,6 +249,9 @@ cdef void image_restore(memory* m, image* img) noexcept nogil:
     cdef size_t low = img.offset + img.low
     # img.high is a multiple of the host page. A memory in Python may end before that, and linmem must not write beyond.
     cdef size_t high = min(img.offset + img.high, end)
+    if m.windows != NULL:
+        write_differences(m, img, end)
+        return
     if m.cow.how == IMAGE_MAPPED and m.cow.image == img:
         restore_mapped(m, low, high, end)
         return
@@ -249,6 +261,29 @@ cdef void image_restore(memory* m, image* img) noexcept nogil:
     if m.cow.how != IMAGE_BROKEN:
         hold_image(m, img)
         m.cow.dirtied = 0
+
+
+cdef void write_differences(memory* m, image* img, size_t end) noexcept nogil:
+    """Write the pages that differ from the image, and no other page. No mapping changes. So windows stay: a page that
+    is written through changes its source, and a page that is copied on write becomes the memory's own."""
+    cdef failure unused
+    cdef changes found
+    cdef size_t offset, stop, i, page = host_page()
+    cdef const char* wanted
+    if find_ranges(m, NULL, img, end, &found, &unused):
+        found.n = 0
+    for i in range(max(found.n, <size_t>1)):
+        offset = found.list[i].offset if found.n else 0
+        stop = offset + found.list[i].size if found.n else end
+        while offset < stop:
+            wanted = image_bytes(img, offset)
+            if wanted == NULL:
+                if not is_zero(m.base + offset, page):
+                    memset(m.base + offset, 0, page)
+            elif memcmp(m.base + offset, wanted, page):
+                memcpy(m.base + offset, wanted, page)
+            offset += page
+    free(found.list)
 
 
 cdef void restore_mapped(memory* m, size_t low, size_t high, size_t end) noexcept nogil:
@@ -303,7 +338,10 @@ cdef void zero_bytes(memory* m, size_t start, size_t end) noexcept nogil:
         zero_range(m, start, end)
         return
     zero_range(m, start, first)
-    if not fill_touched(m, first, last, SIZE_MAX, &total):
+    if m.ops.pages_are_shared:
+        if m.ops.zero_pages == NULL or m.ops.zero_pages(m, first, last):
+            zero_range(m, first, last)
+    elif not fill_touched(m, first, last, SIZE_MAX, &total):
         discard_or_zero(m, first, last)
     zero_range(m, last, end)
 

@@ -7,8 +7,8 @@ from cpython.ref cimport Py_INCREF
 
 from libc.string cimport strlen
 
-from linmem._core.units cimport E_BROKEN, E_EXHAUSTED, E_GROWTHS, E_IMAGE, E_LIMIT, E_OWNED, E_OWN_GROWTH, \
-    E_PROTECTED, E_PYTHON, E_VALUE
+from linmem._core.units cimport E_BROKEN, E_EXHAUSTED, E_FILE, E_GROWTHS, E_IMAGE, E_LIMIT, E_MAPPINGS, E_OWNED, \
+    E_OWN_GROWTH, E_PROTECTED, E_PYTHON, E_VALUE
 
 from linmem import errors as _errors
 from linmem._os import pages as _pages
@@ -34,7 +34,8 @@ cdef dict exceptions = {
     E_NO_MEMORY: MemoryError, E_OVERFLOW: OverflowError, E_SHRINK: ValueError, E_MAXIMUM: _errors.GrowError,
     E_CAPACITY: _errors.GrowError, E_EXPORTED: BufferError, E_UNSUPPORTED: TypeError, E_IMAGE: ValueError,
     E_OWNED: _errors.OwnedError, E_PROTECTED: ValueError, E_OWN_GROWTH: RuntimeError, E_BROKEN: RuntimeError,
-    E_VALUE: ValueError, E_GROWTHS: _errors.GrowError, E_LIMIT: _errors.LimitError, E_EXHAUSTED: _errors.PoolError,
+    E_VALUE: ValueError, E_MAPPINGS: MemoryError, E_FILE: OSError, E_GROWTHS: _errors.GrowError,
+    E_LIMIT: _errors.LimitError, E_EXHAUSTED: _errors.PoolError,
 }
 
 
@@ -113,6 +114,10 @@ cdef void failure_text(const failure* why, char* text, size_t room) noexcept nog
     elif code == E_GROWTHS:
         snprintf(text, room, "growing to %zu bytes is refused: the memory has grown %zu times, and limit_growths is"
                              " %zu", why.size, why.used, why.limit)
+    elif code == E_MAPPINGS:
+        snprintf(text, room, "%s is refused: the memories of this process have %zu windows, each takes up to two"
+                 " mappings, and linmem leaves half of vm.max_map_count (%zu) to others; unmap() ends windows",
+                 why.call, why.used, why.limit)
     elif code == E_EXHAUSTED and detail[0]:
         snprintf(text, room, "%s, and %zu bytes more are asked for", detail, why.size)
     elif code == E_EXHAUSTED:
@@ -130,6 +135,9 @@ cdef void failure_text(const failure* why, char* text, size_t room) noexcept nog
     elif code == E_BROKEN:
         snprintf(text, room, "the memory is lost: its grow_to() failed, or broke off, and the object behind it no"
                              " longer says where its bytes are")
+    elif code == E_FILE:
+        snprintf(text, room, "the file has %zu bytes, and the memory %zu: another program has changed the file, and"
+                             " views of the memory fault past its end", why.used, why.limit)
     elif code == E_PROTECTED:
         snprintf(text, room, "%s is refused for %zu bytes at offset %zu: %s", why.call, why.size, why.used, detail)
     else:

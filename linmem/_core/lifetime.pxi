@@ -22,6 +22,7 @@ cdef void memory_drop(memory* m) noexcept nogil:
     cdef memory_hook* hook
     cdef memory_hook* kept
     cdef memory_hook* last = NULL
+    cdef window_list* windows = NULL
     cdef memory_hook** end = &last
     end_trace(m)
     kept = hooks = m.hooks
@@ -32,6 +33,9 @@ cdef void memory_drop(memory* m) noexcept nogil:
             break       # from now on another thread may use the memory
         kept = kept.next
     if kept == NULL:
+        windows = m.windows
+        if windows != NULL:
+            publish_windows(m, NULL)
         m.ops.free(m)
     while hooks != kept:
         hook = hooks
@@ -46,6 +50,7 @@ cdef void memory_drop(memory* m) noexcept nogil:
         hook = last
         last = hook.next
         hook.dropped(hook)
+    drop_windows(windows)
 
 
 cdef void memory_add_hook(memory* m, memory_hook* hook) noexcept nogil:
@@ -151,10 +156,11 @@ cdef int begin_move(memory* m, size_t new_size, failure* why) noexcept nogil:
     holds the memory's lock."""
     cdef long long pins
     cdef int code
-    if m.is_shared or load(&m.protection) != PROTECTION_NONE or not m.may_move:
+    if m.is_shared or load(&m.protection) != PROTECTION_NONE or m.windows != NULL or not m.may_move:
         fail(why, E_CAPACITY, "grow_to", new_size, 0, m.capacity)
         explain(why, "%s", "shared memories never do" if m.is_shared else
                 "make it with a larger reserve= or maximum=, or with may_move=True" if not m.may_move else
+                "some of its pages show another source (map)" if m.windows != NULL else
                 "some of its pages have their own protection")
         return E_CAPACITY
     while not compare_exchange(&m.pins, 0, -generation):

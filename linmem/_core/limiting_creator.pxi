@@ -190,9 +190,14 @@ cdef class LimitingCreator(NativeCreator):
             hook.outer = <limit_hook*>pending_hooks()[0]
             pending_hooks()[0] = hook
             code = self.upstream.make(spec, out, why)
+            if code == 0 and committed(memory_size(out[0])) > size:     # of an old file, or of another process
+                code = limit_resized(&hook.head, out[0], memory_size(out[0]), committed(memory_size(out[0])), why)
+                if code:
+                    memory_release(out[0])
+                    out[0] = NULL
             pending_hooks()[0] = hook.outer
             if code:
-                add(&self.budget.used, -<long long>size)
+                add(&self.budget.used, -<long long>hook.charged)
         if code:
             free(hook)
             return finish_make(self, spec, code, out, why)

@@ -8,7 +8,6 @@ cdef int mapped_make(const memory_spec* spec, bint prefault, bint huge_pages, me
     cdef layout found
     cdef char* region
     cdef int code = 0
-    cdef size_t bound = spec.maximum
     cdef size_t huge = pages.capabilities().huge_page if huge_pages else 0
     cdef memory* m
     if spec.image != NULL and spec.image.end > spec.minimum:
@@ -16,12 +15,7 @@ cdef int mapped_make(const memory_spec* spec, bint prefault, bint huge_pages, me
     m = <memory*>calloc(1, sizeof(memory))
     if m == NULL:
         return fail(why, E_NO_MEMORY, "calloc", sizeof(memory))
-    if spec.reservation == UNCHOSEN:
-        if bound == NO_MAXIMUM and not spec.is_64:
-            bound = WASM32_SPACE
-        code = reserve_in_steps(spec.minimum, bound, spec.guard, huge, spec.watched, &found, &region, &m.chosen, why)
-    else:
-        code = reserve_exactly(spec.minimum, spec.reservation, spec.guard, huge, spec.watched, &found, &region, why)
+    code = reserve_for(spec, huge, &found, &region, &m.chosen, why)
     if code:
         free(m)
         return code
@@ -55,6 +49,18 @@ cdef int mapped_make(const memory_spec* spec, bint prefault, bint huge_pages, me
     add_live_memory(m)
     out[0] = m
     return 0
+
+
+cdef int reserve_for(const memory_spec* spec, size_t alignment, layout* found, char** region, size_t* chosen,
+                     failure* why) noexcept nogil:
+    """Reserve what a request needs. The parameters are those of reserve_exactly(). *chosen: for forget_chosen(); not
+    changed if the request says how much to reserve."""
+    cdef size_t bound = spec.maximum
+    if spec.reservation != UNCHOSEN:
+        return reserve_exactly(spec.minimum, spec.reservation, spec.guard, alignment, spec.watched, found, region, why)
+    if bound == NO_MAXIMUM and not spec.is_64:
+        bound = WASM32_SPACE
+    return reserve_in_steps(spec.minimum, bound, spec.guard, alignment, spec.watched, found, region, chosen, why)
 
 
 cdef void mapped_free(memory* m) noexcept nogil:

@@ -110,8 +110,12 @@ cdef enum:
     PROTECTION_NONE = 0
     PROTECTION_KNOWN = 1
     PROTECTION_UNKNOWN = 2
+    PROTECTION_READ_ONLY = 3    # every page is "r", for good: the memory was opened for reading
 
 cdef struct protections
+
+# The parts of a memory that show pages of another source; see map_and_unmap.pxi.
+cdef struct window_list
 
 # The refusals of a creator; see refusals.pxi.
 cdef struct refusal_log
@@ -139,6 +143,25 @@ cdef struct memory_ops:
     void (*lose)(memory* m) noexcept nogil
     bint pages_are_ours                         # linmem mapped the pages: protect, discard and prefault work
     bint prefaults                              # every accessible page is resident when a guest gets the memory
+    # The pages show a file: untouched pages are not zero, written pages are not this process's own, and the pages are
+    # never given back, moved, or mapped from an image.
+    bint pages_are_shared
+    # Called when a call of a handle begins, with the GIL, if m.enters_slowly. A code: the call must not touch the
+    # bytes. NULL: nothing to check.
+    int (*check)(memory* m, failure* why) noexcept
+    # Makes the bytes of the range durable. NULL: they are in no file.
+    int (*flush)(memory* m, size_t offset, size_t size, failure* why) noexcept nogil
+    # Called when wasmtime asks for the size. The memory takes over the size that other processes gave it. NULL: none
+    # do.
+    void (*take_size)(memory* m) noexcept nogil
+    # Whole host pages become zero for all that share them, in the cheapest way; a code of the OS. NULL: memset().
+    int (*zero_pages)(memory* m, size_t start, size_t end) noexcept nogil
+    # -> the first run in start .. end that may not be zero, in pages of the kernel; found_start == end: there is none.
+    # A code of the OS. NULL: it is not known.
+    int (*find_data)(memory* m, size_t start, size_t end, size_t* found_start, size_t* found_end) noexcept nogil
+    # -> the file whose pages the memory shows; *position: where byte 0 of the memory lies in it. NULL: the pages belong
+    # to this process alone.
+    const pages.file_pages* (*file_of)(memory* m, size_t* position) noexcept nogil
 
 # What an adaptor (a creator with an upstream) adds to each memory from its upstream before it returns the memory. The
 # hook of the outermost adaptor comes first. Adaptors upstream of a hook's owner are "below" the hook, the others are
@@ -241,6 +264,7 @@ cdef struct memory:
     size_t pre_guard, guard
     size_t covered              # wasm may access base .. base+covered: each byte belongs to this memory, or faults
     bint broken                 # of a memory in Python: its address is unknown, so each use raises; see break_memory()
+    bint enters_slowly          # the memory is broken, or has ops.check
     size_t chosen               # bytes of the reservation, if linmem chose its size; else 0
     bint is_shared
     bint may_move               # a growth past the capacity may change the base
@@ -249,6 +273,7 @@ cdef struct memory:
     bint growth_is_watched      # a hook has before_grow, after_grow or refused
     cow_state cow
     protections* protections    # which pages have which access; NULL: all are "rw"
+    window_list* windows        # which pages show another source; NULL: none
     memory* registry_next       # the next memory in the same bucket of the bridge's table of wasmtime's memories
     char* registered            # the base with which the memory was entered into that table
     memory* call_next           # the next memory in the same bucket of the bridge's table of calls
@@ -345,6 +370,11 @@ cdef nogil:
     void memory_forget_protection(memory* m) noexcept
     void memory_protection_becomes_unknown(memory* m) noexcept
     int refuse_foreign(const char* start, size_t size, int allowed, const char* call, failure* why) noexcept
+
+# Windows.
+cdef nogil:
+    int memory_close_windows(memory* m) noexcept
+    bint window_may_shrink(const memory* m) noexcept
 
 # Images.
 cdef nogil:
@@ -469,6 +499,18 @@ cdef class NativeCreator:
 cdef class MmapCreator(NativeCreator):
     cdef readonly bint prefault
     cdef readonly bint huge_pages
+
+
+cdef class FileCreator(NativeCreator):
+    cdef readonly object path
+
+
+cdef class SharedCreator(NativeCreator):
+    cdef pages.file_pages file          # of the memory to attach; kind 0: none
+    cdef readonly object shm_name
+    cdef char[16] token                 # the beginning of the tokens of its memories
+    cdef atomic_i64 made
+    cdef void fill_token(self, char* token) noexcept nogil
 
 
 cdef class Memory:

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NoReturn, Protocol, Su
 
 from linmem._core.arguments import AnyPath
 from linmem._core.process_handles import Handle
+from linmem._core.shared_handles import SharedHandle
 from linmem._files.delta import Delta
 from linmem._files.format import Contents
 from linmem.abc import LinearMemory, MemoryCreator
@@ -177,6 +178,94 @@ class MmapCreator(NativeCreator):
     def prefault(self) -> bool: ...
     @property
     def huge_pages(self) -> bool: ...
+
+@final
+class FileCreator(NativeCreator):
+    """Makes the memory of a file: its bytes are those of the file, and they are there when the file is opened again.
+
+    The file has no head, and its size is `byte_size`. A file that does not exist is made, with the mode 0600. A file
+    that exists keeps its bytes: the memory is as large as the file, or as the minimum if that is larger. An `image` is
+    the content of a new file, and does not change a file that has bytes already.
+
+    A creator has one memory at a time: the next one is `BlockingIOError` while a memory of the file exists, in this
+    process or in another one. `linmem.open_file` is the short way.
+
+    Parameters
+    ----------
+    path : str, bytes or os.PathLike
+        Of a regular file. A symbolic link is refused.
+    name : str, optional
+        Stands in the text of refusals, and in `MemoryInfo`.
+    """
+    def __new__(cls, path: AnyPath, *, name: str | None = None) -> Self: ...
+    @property
+    def path(self) -> str | bytes: ...
+
+def open_for_reading(path: AnyPath, maximum: SupportsIndex | None,
+                     reserve: SupportsIndex | None) -> Memory: ...
+
+@final
+class SharedCreator(NativeCreator):
+    """Makes memories that processes share and that grow: each process sees a growth at its next call.
+
+    ``mem.handle()`` is what another process attaches, with `linmem.attach` or with ``attach=`` here. Without a name, a
+    memory exists while some process has it, and leaves nothing behind, however the processes end. Linux only.
+
+    Parameters
+    ----------
+    shm_name : str, optional
+        A name of the OS, as of shm_open(3): the file ``/dev/shm/NAME``, mode 0600. The memory then exists until
+        `Memory.unlink`, also if no process has it. The creator makes one memory of this name; the next is
+        `FileExistsError`.
+    attach : optional
+        A handle, the name of a memory, or a descriptor. Each memory that the creator makes shows the bytes of that
+        memory. The creator itself keeps the bytes. A memory that wasmtime asks for takes over a new size in its own
+        ``memory.grow``.
+    name : str, optional
+        Stands in the text of refusals, and in `MemoryInfo`.
+    """
+    def __new__(cls, *, shm_name: str | None = None, attach: SharedHandle | str | int | None = None,
+                name: str | None = None) -> Self: ...
+    @property
+    def shm_name(self) -> str | None: ...
+
+def _stop_growth_at(step: int) -> None: ...
+def wait(mem: Memory, offset: SupportsIndex, value: SupportsIndex, timeout: float | None = None) -> bool:
+    """Wait while a word of a shared memory has a value; futex(2). `wake` ends the waits of other processes.
+
+    Parameters
+    ----------
+    mem : Memory
+        A shared memory.
+    offset : int
+        In bytes, a multiple of 4. The word has 32 bits, the byte order of the machine, and a sign.
+    value : int
+        The wait ends when the word has another value, after the next `wake` or some milliseconds later.
+    timeout : float, optional
+        In seconds; None: no limit.
+
+    Returns
+    -------
+    bool
+        False: the time is over, and the word still has the value.
+    """
+def wake(mem: Memory, offset: SupportsIndex, n: SupportsIndex | None = None) -> int:
+    """Wake threads, of all processes, that are in `wait` for a word; futex(2).
+
+    Parameters
+    ----------
+    mem : Memory
+        A shared memory.
+    offset : int
+        As for `wait`.
+    n : int, optional
+        The most threads to wake; None: all.
+
+    Returns
+    -------
+    int
+        How many threads were woken.
+    """
 
 @final
 class Memory(LinearMemory):  # registered with the trait
@@ -463,6 +552,69 @@ class Memory(LinearMemory):  # registered with the trait
         TypeError
             The pages are not linmem's (a memory made in Python).
         """
+    # source: a file is an object with fileno().
+    def map(self, offset: SupportsIndex, source: Image | Memory | Any, source_offset: SupportsIndex = 0,
+            size: SupportsIndex | None = None, access: Literal["rw", "r"] = "rw") -> None:
+        """Show pages of a source in a part of the memory, without a copy; mmap(2), MAP_FIXED.
+
+        ========================= ============================ =========================================
+        source                    what a write does            what later writes to the source do
+        ========================= ============================ =========================================
+        an `Image`                changes only this memory     there are none
+        a file open for reading   changes only this memory     they show in pages that were not written
+        a file open for update    changes the file             they show
+        a shared memory           changes that memory          they show
+        ========================= ============================ =========================================
+
+        Views stay valid and show the new pages. Offsets and sizes are multiples of the host page. The last page of a
+        source may be incomplete: its rest is zero. `docs/mapping.md` says what each other call does on such pages.
+
+        Parameters
+        ----------
+        offset : int
+            Where the pages appear in this memory.
+        source : Image, Memory or file
+            A memory that processes share, or the memory of a file. A file is an object with
+            ``fileno()``, of a regular file. Into a memory that a wasmtime store owns, the bytes of a file that other
+            programs can cut short are copied. If such a file is open for update, it is refused, and so is the memory
+            of such a file, because an access to a page past the end of a file ends the process.
+        source_offset : int
+            Where the pages begin in the source; for an `Image`, counted from its first byte.
+        size : int, optional
+            In bytes; the default is the rest of the source, to the end of its last page.
+        access : {"rw", "r"}
+            "r": the pages are read-only, as after `protect`. In a memory that a wasmtime store owns, "r" means that
+            writes change only this memory.
+
+        Raises
+        ------
+        ValueError
+            The range is not whole pages of this memory or of the source.
+        TypeError
+            The source has no pages that another memory can show, the pages of this memory are not its own, or the
+            system cannot map pages (Windows).
+        OwnedError
+            A wasmtime store owns the memory, and the source is a file that is open for update, or its memory.
+        PageError
+            The OS refused. Nothing has changed, or, by an old kernel that failed half way, the range is zero.
+        MemoryError
+            The windows of all memories would take more than half of the mappings of the process.
+        """
+    def unmap(self, offset: SupportsIndex, size: SupportsIndex) -> None:
+        """Replace the pages of a range that show a source by pages of zeros; other pages stay as they are.
+
+        Parameters
+        ----------
+        offset, size : int
+            In bytes, multiples of the host page, within `byte_size`.
+
+        Raises
+        ------
+        ValueError
+            The range is not whole pages of the memory.
+        PageError
+            The OS refused. Windows before the refused one may have been unmapped.
+        """
     def discard(self, offset: SupportsIndex = 0, size: SupportsIndex | None = None) -> None:
         """Give the pages back to the OS; the bytes read as zero afterwards. madvise(2), MADV_DONTNEED.
 
@@ -500,6 +652,76 @@ class Memory(LinearMemory):  # registered with the trait
             The OS refused, or a page cannot be written.
         TypeError
             The pages are not linmem's, or are protected and the OS would fault.
+        """
+    def flush(self, offset: SupportsIndex = 0, size: SupportsIndex | None = None) -> None:
+        """Make the bytes of a file memory durable: they are in the file, also if the power fails after the call.
+
+        msync(2), and fdatasync(2) after a growth. The call may write more than the range. Growth and close() do not
+        flush: the OS writes the bytes within seconds, also if the process is killed, but not if the power fails.
+
+        Parameters
+        ----------
+        offset, size : int
+            In bytes; the default is the rest of the memory.
+
+        Raises
+        ------
+        ValueError
+            The range is not within `byte_size`, or the memory was opened for reading.
+        PageError
+            The OS could not write. Bytes that were not flushed before may be lost.
+        TypeError
+            The memory has no file.
+        """
+    def handle(self) -> SharedHandle:
+        """What another process needs to attach this shared memory: `linmem.attach` takes it.
+
+        The handle can be pickled any number of times, also as an argument of a ``Process``, a ``Pool`` or a Dask task
+        on this machine. It does not keep the memory.
+
+        Returns
+        -------
+        SharedHandle
+
+        Raises
+        ------
+        TypeError
+            The memory is not a shared one.
+        """
+    def wait_for_growth(self, size: SupportsIndex, timeout: float | None = None) -> bool:
+        """Wait until a shared memory has at least `size` bytes; futex(2).
+
+        Parameters
+        ----------
+        size : int
+            In bytes.
+        timeout : float, optional
+            In seconds; None: no limit.
+
+        Returns
+        -------
+        bool
+            False: the time is over. In a memory that a wasmtime store owns, True means that other processes have the
+            size; the guest has it after its next ``memory.grow``.
+
+        Raises
+        ------
+        ValueError
+            The memory can never have `size` bytes.
+        TypeError
+            The memory is not a shared one.
+        """
+    def unlink(self) -> None:
+        """Remove the name of a shared memory (`shm_name`). Processes that have the memory keep it.
+
+        Raises
+        ------
+        ValueError
+            The memory has no name.
+        FileNotFoundError
+            The name has been removed already.
+        TypeError
+            The memory is not a shared one.
         """
     def info(self) -> MemoryInfo:
         """The memory's present figures, as a `MemoryInfo`; asks the OS which pages are resident (mincore(2)).

@@ -42,6 +42,7 @@ include "fault_report.pxi"          # names the memory before the process dies o
 include "mapped_memory.pxi"         # the mapped kind of memory
 include "protection.pxi"            # which pages are not "rw": protect
 include "discard_and_prefault.pxi"  # give pages back to the OS, and make pages resident
+include "map_and_unmap.pxi"         # which pages show another source: map and unmap
 include "image_builder.pxi"         # images: reference counts, and how one is filled
 include "copy_on_write.pxi"         # from which image a memory started, and how to set it back to the image
 include "memory_snapshot.pxi"       # a memory's contents, and where they differ from an image
@@ -49,6 +50,9 @@ include "restore_and_apply.pxi"     # write an image or a delta into a memory
 include "domains.pxi"               # domains, and the request that a Python creator is handling on a thread
 include "refusals.pxi"              # which requests each creator refused
 include "native_creator.pxi"        # the classes NativeCreator and MmapCreator
+include "file_memory.pxi"           # the kind of memory whose pages are a file's, and the class FileCreator
+include "shared_memory.pxi"         # the kind of memory that processes share
+include "shared_creator.pxi"        # the class SharedCreator
 include "memory_class.pxi"          # the class Memory
 include "typed_view.pxi"            # the exporter of elements behind Memory.view()
 include "image_class.pxi"           # the class Image

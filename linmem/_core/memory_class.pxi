@@ -274,13 +274,15 @@ cdef class Memory:
     # between them, except grow_to() of a memory in Python.
     cdef memory* enter(self) except NULL:
         cdef long long now = add_with_gil(&self.users, ONE_CALL)
-        if now >> TAG_SHIFT != generation_tag or self.m.broken:
+        if now >> TAG_SHIFT != generation_tag or self.m.enters_slowly:
             self.refuse_entry(now)
         return self.m
 
     # A method, because the C compiler would inline a function into enter(), which would make each call slower.
     cdef int refuse_entry(self, long long now) except -1:
-        """Raises; or returns, if this is only the handle's first use in a forked child."""
+        """Raises; or returns, if this is only the handle's first use in a forked child, or a check that succeeds."""
+        cdef failure why
+        cdef int code
         while now >= 0 and now >> TAG_SHIFT != generation_tag and self.m != NULL:
             forget_lost_calls(self)     # also the call that enter() has just counted
             now = add_with_gil(&self.users, ONE_CALL)
@@ -290,6 +292,10 @@ cdef class Memory:
         if self.m.broken:
             self.leave()
             raise_code(E_BROKEN)
+        if self.m.ops.check != NULL:
+            code = self.m.ops.check(self.m, &why)
+            if code:
+                return self.finish(code, &why)
         return 0
 
     cdef memory* enter_locked(self) except NULL:
@@ -846,6 +852,73 @@ cdef class Memory:
             code = memory_protect(m, start, n, how, &why)
         self.finish(code, &why)
 
+    def map(self, offset, source, source_offset=0, size=None, access="rw"):
+        """Show pages of a source in a part of the memory, without a copy; mmap(2), MAP_FIXED.
+
+        ========================= ============================ =========================================
+        source                    what a write does            what later writes to the source do
+        ========================= ============================ =========================================
+        an `Image`                changes only this memory     there are none
+        a file open for reading   changes only this memory     they show in pages that were not written
+        a file open for update    changes the file             they show
+        a shared memory           changes that memory          they show
+        ========================= ============================ =========================================
+
+        Views stay valid and show the new pages. Offsets and sizes are multiples of the host page. The last page of a
+        source may be incomplete: its rest is zero. `docs/mapping.md` says what each other call does on such pages.
+
+        Parameters
+        ----------
+        offset : int
+            Where the pages appear in this memory.
+        source : Image, Memory or file
+            A memory that processes share, or the memory of a file. A file is an object with
+            ``fileno()``, of a regular file. Into a memory that a wasmtime store owns, the bytes of a file that other
+            programs can cut short are copied. If such a file is open for update, it is refused, and so is the memory
+            of such a file, because an access to a page past the end of a file ends the process.
+        source_offset : int
+            Where the pages begin in the source; for an `Image`, counted from its first byte.
+        size : int, optional
+            In bytes; the default is the rest of the source, to the end of its last page.
+        access : {"rw", "r"}
+            "r": the pages are read-only, as after `protect`. In a memory that a wasmtime store owns, "r" means that
+            writes change only this memory.
+
+        Raises
+        ------
+        ValueError
+            The range is not whole pages of this memory or of the source.
+        TypeError
+            The source has no pages that another memory can show, the pages of this memory are not its own, or the
+            system cannot map pages (Windows).
+        OwnedError
+            A wasmtime store owns the memory, and the source is a file that is open for update, or its memory.
+        PageError
+            The OS refused. Nothing has changed, or, by an old kernel that failed half way, the range is zero.
+        MemoryError
+            The windows of all memories would take more than half of the mappings of the process.
+        """
+        map_into(self, offset, source, source_offset, size, access)
+
+    def unmap(self, offset, size):
+        """Replace the pages of a range that show a source by pages of zeros; other pages stay as they are.
+
+        Parameters
+        ----------
+        offset, size : int
+            In bytes, multiples of the host page, within `byte_size`.
+
+        Raises
+        ------
+        ValueError
+            The range is not whole pages of the memory.
+        PageError
+            The OS refused. Windows before the refused one may have been unmapped.
+        """
+        if size is None:
+            raise TypeError("size must be an integer number of bytes, got None")
+        call_on_range(self, memory_unmap, offset, size)
+
     def discard(self, offset=0, size=None):
         """Give the pages back to the OS; the bytes read as zero afterwards. madvise(2), MADV_DONTNEED.
 
@@ -887,6 +960,86 @@ cdef class Memory:
             The pages are not linmem's, or are protected and the OS would fault.
         """
         call_on_range(self, memory_prefault, offset, size)
+
+    def flush(self, offset=0, size=None):
+        """Make the bytes of a file memory durable: they are in the file, also if the power fails after the call.
+
+        msync(2), and fdatasync(2) after a growth. The call may write more than the range. Growth and close() do not
+        flush: the OS writes the bytes within seconds, also if the process is killed, but not if the power fails.
+
+        Parameters
+        ----------
+        offset, size : int
+            In bytes; the default is the rest of the memory.
+
+        Raises
+        ------
+        ValueError
+            The range is not within `byte_size`, or the memory was opened for reading.
+        PageError
+            The OS could not write. Bytes that were not flushed before may be lost.
+        TypeError
+            The memory has no file.
+        """
+        call_on_range(self, memory_flush, offset, size)
+
+    # -- shared memories
+
+    def handle(self):
+        """What another process needs to attach this shared memory: `linmem.attach` takes it.
+
+        The handle can be pickled any number of times, also as an argument of a ``Process``, a ``Pool`` or a Dask task
+        on this machine. It does not keep the memory.
+
+        Returns
+        -------
+        SharedHandle
+
+        Raises
+        ------
+        TypeError
+            The memory is not a shared one.
+        """
+        return shared_handle(self)
+
+    def wait_for_growth(self, size, timeout=None):
+        """Wait until a shared memory has at least `size` bytes; futex(2).
+
+        Parameters
+        ----------
+        size : int
+            In bytes.
+        timeout : float, optional
+            In seconds; None: no limit.
+
+        Returns
+        -------
+        bool
+            False: the time is over. In a memory that a wasmtime store owns, True means that other processes have the
+            size; the guest has it after its next ``memory.grow``.
+
+        Raises
+        ------
+        ValueError
+            The memory can never have `size` bytes.
+        TypeError
+            The memory is not a shared one.
+        """
+        return wait_for_growth(self, size, timeout)
+
+    def unlink(self):
+        """Remove the name of a shared memory (`shm_name`). Processes that have the memory keep it.
+
+        Raises
+        ------
+        ValueError
+            The memory has no name.
+        FileNotFoundError
+            The name has been removed already.
+        TypeError
+            The memory is not a shared one.
+        """
+        shared_unlink(self)
 
     def info(self):
         """The memory's present figures, as a `MemoryInfo`; asks the OS which pages are resident (mincore(2)).

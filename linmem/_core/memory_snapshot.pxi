@@ -49,6 +49,19 @@ cdef int add_touched(memory* m, size_t end, changes* found, failure* why) noexce
     return touched.code
 
 
+cdef int add_data(memory* m, size_t end, changes* found, failure* why) noexcept nogil:
+    cdef size_t offset = 0, start = 0, stop = 0
+    cdef int code
+    while offset < end:
+        code = m.ops.find_data(m, offset, end, &start, &stop)
+        if code == 0 and start < end:
+            code = add_pages(found, start, stop - start, why)
+        if code or start >= end:
+            return code
+        offset = stop
+    return 0
+
+
 cdef int add_runs(const image* img, changes* found, failure* why) noexcept nogil:
     cdef size_t i
     cdef int code = 0
@@ -56,6 +69,16 @@ cdef int add_runs(const image* img, changes* found, failure* why) noexcept nogil
         for i in range(img.n_runs):
             if code == 0:
                 code = add_pages(found, img.offset + img.runs[i].offset, img.runs[i].size, why)
+    return code
+
+
+cdef int add_windows(memory* m, size_t end, changes* found, failure* why) noexcept nogil:
+    """The OS does not say which pages of a window differ from anything."""
+    cdef size_t i
+    cdef int code = 0
+    for i in range(m.windows.n if m.windows != NULL else 0):
+        if code == 0 and m.windows.items[i].offset < end:
+            code = add_pages(found, m.windows.items[i].offset, m.windows.items[i].size, why)
     return code
 
 
@@ -67,7 +90,11 @@ cdef int find_ranges(memory* m, image* img, image* base, size_t end, changes* ou
     cdef size_t i, n
     cdef int code = 0
     memset(out, 0, sizeof(changes))
-    if m != NULL and end and (
+    if m != NULL and end and m.ops.pages_are_shared:
+        if m.ops.find_data == NULL or add_data(m, end, out, why):
+            out.n = 0
+            return add_range(out, 0, end, False, why)
+    elif m != NULL and end and (
             not m.ops.pages_are_ours or not pages.capabilities().scans or image_is_broken(m) or end > m.accessible
             or (shown != NULL and shown.offset + shown.high > end) or add_touched(m, end, out, why)):
         out.n = 0       # linmem does not know which pages were touched, so every page is compared
@@ -76,6 +103,8 @@ cdef int find_ranges(memory* m, image* img, image* base, size_t end, changes* ou
         code = add_runs(shown, out, why)
         if code == 0:
             code = add_runs(base, out, why)
+    if m != NULL and code == 0:
+        code = add_windows(m, end, out, why)
     n = out.n
     if n:
         qsort(out.list, n, sizeof(change), by_offset)

@@ -53,7 +53,12 @@ cdef int make_slot(PoolingCreator creator, const shape* key, domain_t* domain, c
     code = creator.upstream.make(&watched, out, why)
     while code == E_EXHAUSTED and make_upstream_room(p):
         code = creator.upstream.make(&watched, out, why)
-    if code == 0 and out[0].ops.pages_are_ours:
+    if code == 0 and out[0].ops.flush != NULL:
+        memory_release(out[0])
+        out[0] = NULL
+        free(s)
+        return refuse_file(why)
+    if code == 0 and out[0].ops.pages_are_ours and not out[0].ops.pages_are_shared:
         init_slot(p, s, out[0], spec)
         code = add_slot(p, s, key, domain, counted, why)
         if code == 0:
@@ -67,6 +72,13 @@ cdef int make_slot(PoolingCreator creator, const shape* key, domain_t* domain, c
     if code == 0:
         count_fallback(p)
     return code
+
+
+cdef int refuse_file(failure* why) noexcept nogil:
+    fail(why, E_UNSUPPORTED, "a pool", 0)
+    snprintf(why.detail, sizeof(why.detail), "over memories whose pages are a file's: the next user would find the"
+             " bytes of the file")
+    return why.code
 
 
 cdef int take_or_make(PoolingCreator creator, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
@@ -172,10 +184,17 @@ cdef class PoolingCreator(NativeCreator):
 
     def __cinit__(self, *args, **kwargs):
         cdef const pages.capabilities_t* caps = pages.capabilities()
+        cdef failure why
         (upstream, slots, keep_resident, max_unused_warm, max_resident, max_reserved, idle_seconds, max_reset_seconds,
          reset, when_full, timeout, check, image, _) = _given("PoolingCreator", tuple(_OPTIONS), _OPTIONS, args,
                                                               kwargs, 1)
         self.upstream = check_native(MmapCreator() if upstream is None else upstream, "upstream")
+        below = self.upstream
+        while below is not None:
+            if isinstance(below, FileCreator):
+                refuse_file(&why)
+                raise_failure(&why)
+            below = getattr(below, "upstream", None)
         if image is not None and not isinstance(image, Image):
             raise TypeError(f"image must be an Image, got {type(image).__name__}")
         self.image = image

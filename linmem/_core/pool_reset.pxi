@@ -264,6 +264,11 @@ cdef int reset(slot* s, memory* m, long long now) noexcept nogil:
     cdef reset_result result
     cdef failure unused
     s.pages.committed = max(s.pages.committed, used)
+    if m.windows != NULL:
+        if memory_close_windows(m):
+            memory_protection_becomes_unknown(m)
+            return -1
+        s.unfilled = m.ops.prefaults
     if used < s.pages.initial:
         # A pool above has cooled the memory, so the bytes are gone.
         return RESET_DISCARD if cool_pages(s) else -1

@@ -122,6 +122,9 @@ cdef bint memory_has_other(memory* m, size_t offset, size_t size, int allowed, s
     cdef protections* p = m.protections
     cdef size_t i, end = offset + size
     first[0] = offset
+    if load(&m.protection) == PROTECTION_READ_ONLY:
+        access[0] = pages.ACCESS_READ
+        return size != 0 and not allowed >> pages.ACCESS_READ & 1
     access[0] = ACCESS_UNKNOWN
     if load(&m.protection) != PROTECTION_KNOWN or size == 0:
         return load(&m.protection) == PROTECTION_UNKNOWN and size != 0
@@ -172,7 +175,9 @@ cdef int refuse_own(memory* m, size_t offset, size_t size, int allowed, int code
         return 0
     first = round_down(first, host_page())
     fail(why, code, call, size, offset)
-    if access == ACCESS_UNKNOWN:
+    if load(&m.protection) == PROTECTION_READ_ONLY:
+        snprintf(why.detail, sizeof(why.detail), "%sthe memory was opened for reading", lead)
+    elif access == ACCESS_UNKNOWN:
         snprintf(why.detail, sizeof(why.detail), "%sthe access of the page at %zu is not known, because a protect() was"
                  " refused or did not end; protect(0, %zu, 'rw') gives all pages a known one", lead, first, whole)
     else:
@@ -312,6 +317,8 @@ cdef int memory_protect(memory* m, size_t offset, size_t size, int access, failu
         code = fail(why, E_OWNED, "protect", size)
         snprintf(why.detail, sizeof(why.detail), "its pages stay \"rw\", because memory.fill, memory.copy and WASI"
                  " calls of the guest run in native code, where a fault ends the process")
+    elif size and load(&m.protection) == PROTECTION_READ_ONLY:
+        code = unsupported_on(m, offset, size, 0, "protect", why)
     elif size:
         code = change_access(m, offset, size, access, why)
     unlock(&m.lock)
@@ -392,6 +399,19 @@ cdef int memory_unprotect(memory* m, size_t size) noexcept nogil:
 cdef void memory_protection_becomes_unknown(memory* m) noexcept nogil:
     """The caller owns the memory exclusively. Some pages may be inaccessible."""
     store(&m.protection, PROTECTION_UNKNOWN)
+
+
+cdef void make_read_only(memory* m) noexcept nogil:
+    """The memory is being made, and its pages are "r"."""
+    add(&n_protections, 1)
+    store(&m.protection, PROTECTION_READ_ONLY)
+
+
+cdef void forget_read_only(memory* m) noexcept nogil:
+    """The memory is being freed."""
+    if load(&m.protection) == PROTECTION_READ_ONLY:
+        store(&m.protection, PROTECTION_NONE)
+        add(&n_protections, -1)
 
 
 list_init(&all_protections)

@@ -78,7 +78,7 @@ cdef void break_memory(memory* m) noexcept nogil:
     cdef size_t size = 0
     if m.broken:
         return
-    m.broken = True
+    m.broken = m.enters_slowly = True
     if (round_up(m.covered + 1, pages.capabilities().granularity, &size) == 0
             and pages.reserve(size, False, &nowhere) == 0):
         p.shelter = size
@@ -268,13 +268,14 @@ cdef int adopt(Memory made, const memory_spec* spec, size_t reservation, memory*
     """
     cdef memory* m = made.enter_locked()     # the creator may have kept the handle, and other threads may use it
     cdef size_t size, capacity, covered
-    cdef bint fits, is_protected, is_first
+    cdef bint fits, is_protected, may_shrink, is_first
     with nogil:
         size, capacity, covered = memory_size(m), m.capacity, m.covered
         fits = (size == spec.minimum and capacity >= reservation
                 and covered >= max(capacity, reservation) + spec.guard)
         is_protected = load(&m.protection) != PROTECTION_NONE
-        is_first = fits and not is_protected and compare_exchange(&made.is_new, 1, 0)
+        may_shrink = window_may_shrink(m)
+        is_first = fits and not is_protected and not may_shrink and compare_exchange(&made.is_new, 1, 0)
         if is_first:
             memory_retain(m)
             # The memory was made for another request, so it gets the properties of this request.
@@ -293,6 +294,9 @@ cdef int adopt(Memory made, const memory_spec* spec, size_t reservation, memory*
     if is_protected:
         raise ValueError("new_memory() must return a memory whose pages are all readable and writable, got one with"
                          " protected pages")
+    if may_shrink:
+        raise ValueError("new_memory() must return a memory without pages of a file that another program can cut short,"
+                         " got one into which such a file was mapped")
     if not is_first:
         raise ValueError("new_memory() returned a memory that it has returned before")
     out[0] = m

@@ -26,6 +26,8 @@ cdef enum:
     E_BROKEN = -15          # a memory of a Python creator has failed to report where its bytes are
     E_VALUE = -16           # an argument has a wrong value; the failure's detail is the whole message
     E_GROWTHS = -17         # a CallbackCreator's limit_growths is used up
+    E_MAPPINGS = -18        # windows would take more than half of the mappings of the process
+    E_FILE = -20            # another program has changed the size of the memory's file
 
 
 cdef inline bint is_power_of_two(size_t n) noexcept nogil:

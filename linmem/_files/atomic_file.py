@@ -51,7 +51,7 @@ class Draft:
         # The lock is held until after the rename, so that no other writer removes the file.
         os.replace(self.path, path)
         self.file.close()
-        _sync_folder(os.path.dirname(path))
+        sync_folder(os.path.dirname(path))
 
 
 @contextlib.contextmanager
@@ -133,7 +133,7 @@ def remove_abandoned(folder: str) -> None:
                     os.unlink(path)
 
 
-def _sync_folder(folder: str) -> None:
+def sync_folder(folder: str | bytes) -> None:
     # The rename is durable once the folder is. Some systems cannot open folders.
     if not hasattr(os, "O_DIRECTORY"):
         return

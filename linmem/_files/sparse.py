@@ -115,6 +115,24 @@ def parts_of_file(fd: int, position: int, first: int, end: int,
             i += 1
 
 
+def pieces_of_file(fd: int, position: int, size: int) -> Iterator[tuple[int, memoryview]]:
+    """(distance from `position`, bytes) of the parts of a file that are not holes.
+
+    ValueError if the file ends before `position` + `size`.
+    """
+    before = os.lseek(fd, 0, os.SEEK_CUR)       # the caller uses the position, too
+    try:
+        for start, stop in extents(fd, position, position + size):
+            while start < stop:
+                part = _read_fd(fd, start, min(READ_STEP, stop - start))
+                if not part:
+                    raise ValueError(f"the file has become shorter: it ends at {start}, before {position + size}")
+                yield start - position, part
+                start += len(part)
+    finally:
+        os.lseek(fd, before, os.SEEK_SET)
+
+
 def _read_fd(fd: int, place: int, size: int) -> memoryview:
     if hasattr(os, "pread"):
         return memoryview(os.pread(fd, size, place))

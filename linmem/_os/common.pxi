@@ -42,10 +42,18 @@ cdef enum:
 cdef struct details:
     bint watched            # reserve()
     char** base
-    int access              # protect()
+    int access              # protect(), file_map() and window_map()
+    file_pages* file        # the calls on files
+    size_t position         # of the calls on files, and of window_map()
+    long long handle        # window_map()
+    bint written_through
+    bint* emptied
+    bint allocate           # file_extend()
+    size_t* start           # file_data()
+    size_t* end
     char* new_addr          # move()
     size_t new_size
-    size_t* bytes           # resident()
+    size_t* bytes           # resident() and file_size()
     int what                # touched() and present()
     span* runs
     size_t* n
@@ -184,6 +192,83 @@ cdef int image_map(const image_pages* img, size_t offset, char* addr, size_t siz
 
 cdef int image_renew(const image_pages* img, size_t offset, char* addr, size_t size) noexcept nogil:
     return on_image(os_image_renew, <image_pages*>img, offset, addr, size)
+
+
+cdef inline int on_file(detailed_call call, const file_pages* file, size_t position, char* addr, size_t size,
+                        details* more) noexcept nogil:
+    more.file, more.position = <file_pages*>file, position
+    return with_details(call, addr, size, more)
+
+
+cdef int file_begin(size_t size, file_pages* out) noexcept nogil:
+    cdef details more
+    memset(out, 0, sizeof(file_pages))
+    out.handle = -1
+    return on_file(os_file_begin, out, 0, NULL, size, &more)
+
+
+cdef int file_adopt(int descriptor, bint only_writer, file_pages* out) noexcept nogil:
+    cdef details more
+    memset(out, 0, sizeof(file_pages))
+    out.handle, out.only_writer = descriptor, only_writer
+    return on_file(os_file_adopt, out, 0, NULL, 0, &more)       # replaces the caller's descriptor, or fails
+
+
+cdef int file_size(const file_pages* file, size_t* size) noexcept nogil:
+    cdef details more
+    more.bytes = size
+    return on_file(os_file_size, file, 0, NULL, 0, &more)
+
+
+cdef int file_extend(file_pages* file, size_t size, bint allocate) noexcept nogil:
+    cdef details more
+    more.allocate = allocate
+    return on_file(os_file_extend, file, 0, NULL, size, &more)
+
+
+cdef int file_cut(file_pages* file, size_t size) noexcept nogil:
+    cdef details more
+    return on_file(os_file_cut, file, 0, NULL, size, &more)
+
+
+cdef int file_allocate(file_pages* file, size_t position, size_t size) noexcept nogil:
+    cdef details more
+    return on_file(os_file_allocate, file, position, NULL, size, &more)
+
+
+cdef int file_map(const file_pages* file, size_t position, char* addr, size_t size, int access) noexcept nogil:
+    cdef details more
+    more.access = access
+    return on_file(os_file_map, file, position, addr, size, &more)
+
+
+cdef int file_discard(file_pages* file, size_t position, size_t size) noexcept nogil:
+    cdef details more
+    return on_file(os_file_discard, file, position, NULL, size, &more)
+
+
+cdef int file_data(const file_pages* file, size_t position, size_t limit, size_t* start, size_t* end) noexcept nogil:
+    cdef details more
+    more.start, more.end = start, end
+    return on_file(os_file_data, file, position, NULL, limit - position, &more)
+
+
+cdef int file_flush(char* addr, size_t size) noexcept nogil:
+    return on_range(os_file_flush, addr, size)
+
+
+cdef int file_sync(const file_pages* file) noexcept nogil:
+    cdef details more
+    return on_file(os_file_sync, file, 0, NULL, 0, &more)
+
+
+cdef int window_map(long long handle, size_t position, char* addr, size_t size, int access, bint written_through,
+                    bint* emptied) noexcept nogil:
+    cdef details more
+    more.handle, more.position, more.access = handle, position, access
+    more.written_through, more.emptied = written_through, emptied
+    emptied[0] = False
+    return with_details(os_window_map, addr, size, &more)
 
 
 # -- what posix.pyx and windows.pyx share besides the page calls ----------------------------------

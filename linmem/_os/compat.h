@@ -83,6 +83,10 @@ _set_thread_local_invalid_parameter_handler(_invalid_parameter_handler handler);
 #define F_SEAL_GROW 4
 #define F_SEAL_WRITE 8
 #endif
+#ifndef FALLOC_FL_KEEP_SIZE
+#define FALLOC_FL_KEEP_SIZE 1
+#define FALLOC_FL_PUNCH_HOLE 2
+#endif
 #ifndef MFD_NOEXEC_SEAL
 #define MFD_NOEXEC_SEAL 8
 #endif
@@ -160,6 +164,18 @@ static inline long long linmem_thread_id(void) { return 0; }
 static inline int linmem_send_again(int signum, siginfo_t *info) { return (void)signum, (void)info, -1; }
 #endif
 
+/* The words may be in pages that processes share, so the operations are not the private ones. */
+#define LINMEM_FUTEX_WAIT 0
+#define LINMEM_FUTEX_WAKE 1
+static inline long linmem_futex(int *word, int operation, int value, const struct timespec *most) {
+#if LINMEM_LINUX && defined(SYS_futex)
+    return syscall(SYS_futex, word, operation, value, most, NULL, 0);
+#else
+    (void)word, (void)operation, (void)value, (void)most, errno = ENOSYS;
+    return -1;
+#endif
+}
+
 #if !LINMEM_LINUX
 struct linmem_sysinfo {
     unsigned long totalram, totalswap;
@@ -176,6 +192,9 @@ static inline int linmem_prctl(int option, ...) { return (void)option, errno = E
 static inline int linmem_fallocate(int fd, off_t offset, off_t size) {
     return (void)fd, (void)offset, (void)size, ENOSYS;
 }
+static inline int linmem_fallocate_range(int fd, int mode, off_t offset, off_t size) {
+    return (void)fd, (void)mode, (void)offset, (void)size, errno = ENOSYS, -1;
+}
 static inline void *linmem_mremap(void *old, size_t old_size, size_t size, int flags, ...) {
     return (void)old, (void)old_size, (void)size, (void)flags, errno = ENOSYS, MAP_FAILED;
 }
@@ -184,6 +203,7 @@ static inline void *linmem_mremap(void *old, size_t old_size, size_t size, int f
 #define fstatfs linmem_fstatfs
 #define prctl linmem_prctl
 #define posix_fallocate linmem_fallocate
+#define fallocate linmem_fallocate_range
 #define mremap linmem_mremap
 #endif
 

@@ -41,10 +41,7 @@ cdef int begin_with_descriptor(int kind, size_t size, image_pages* img) noexcept
     if kind == IMAGE_FILE:
         code = begin_file(size, &fd, &reader)
     else:
-        # Kernels since 6.3 log a warning without MFD_NOEXEC_SEAL; older kernels refuse this flag.
-        fd = memfd_create(NAME, MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL)
-        if fd < 0 and errno == EINVAL:
-            fd = memfd_create(NAME, MFD_CLOEXEC | MFD_ALLOW_SEALING)
+        fd = open_memory()
         code = errno if fd < 0 or ftruncate(fd, <off_t>size) else 0
     if code == 0 and too_many_descriptors(reader if kind == IMAGE_FILE else fd):
         code = EMFILE
@@ -57,6 +54,15 @@ cdef int begin_with_descriptor(int kind, size_t size, image_pages* img) noexcept
     img.handle = fd
     img.position = reader if kind == IMAGE_FILE else 0      # a file's read-only descriptor, until image_end()
     return 0
+
+
+cdef int open_memory() noexcept nogil:
+    """A descriptor of new memory that can be sealed; -1 and errno."""
+    # Kernels since 6.3 log a warning without MFD_NOEXEC_SEAL; older kernels refuse this flag.
+    cdef int fd = memfd_create(NAME, MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL)
+    if fd < 0 and errno == EINVAL:
+        fd = memfd_create(NAME, MFD_CLOEXEC | MFD_ALLOW_SEALING)
+    return fd
 
 
 cdef int begin_file(size_t size, int* fd, int* reader) noexcept nogil:
@@ -265,6 +271,20 @@ cdef int os_image_map(image_pages* img, size_t offset, char* addr, size_t size) 
     cdef void* p = mmap(addr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE | MAP_FIXED, <int>img.handle,
                         <off_t>img.position + <off_t>offset)
     return errno if p == MAP_FAILED else 0
+
+
+cdef int os_window_map(char* addr, size_t size, details* more) noexcept nogil:
+    cdef int kind = MAP_SHARED if more.written_through else MAP_PRIVATE
+    cdef int code
+    if mmap(addr, size, PROTECTIONS[more.access], kind | MAP_NORESERVE | MAP_FIXED, <int>more.handle,
+            <off_t>more.position) != MAP_FAILED:
+        return 0
+    # As in os_move(): the kernel may have unmapped the range before it refused. No other mapping may get in there.
+    code = errno
+    if mmap(addr, size, PROT_READ | PROT_WRITE, MAP_FRESH | MAP_FIXED_NOREPLACE, -1, 0) != MAP_FAILED:
+        set_name(addr, size)
+        more.emptied[0] = True
+    return code
 
 
 cdef int os_image_renew(image_pages* img, size_t offset, char* addr, size_t size) noexcept nogil:

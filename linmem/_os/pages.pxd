@@ -25,6 +25,7 @@ cdef struct capabilities_t:
     int locked                      # the code that renew() returns for pages locked in memory; 0: renew() accepts them
     bint reports_faults             # watch_faults() works
     bint maps_images                # memories can map an image's pages; a page that is written is copied
+    bint shares                     # file_begin() works, so processes can share the pages of a file that grows
     size_t huge_page                # bytes in a huge page that advise_huge() asks for; 0: the system has none
     size_t memory                   # bytes of physical memory that this process may use; 0: unknown
     size_t mappings                 # the most mappings that a process may have; 0: not limited, or unknown
@@ -127,8 +128,85 @@ cdef int image_renew(const image_pages* img, size_t offset, char* addr, size_t s
 # are not in physical memory. The call does not wait for the reads. No byte changes.
 cdef int image_fetch(char* addr, size_t size) noexcept nogil
 
+# Only where maps_images. [addr, addr+size) is committed. handle: a descriptor of a regular file that can be read, with
+# at least position + size bytes, except for less than a page of the kernel. access: ACCESS_READ or ACCESS_READ_WRITE.
+# -> the range shows the bytes of the file from `position` (a multiple of page_size) on, and zeros after the end of the
+# file, with this access. What is written there is written to the file (written_through), or the page is copied when it
+# is written. blank() and decommit() end the mapping. Do not call discard(), renew() or move() on such pages.
+# If the OS refuses, nothing has changed; or *emptied is True, and the range is committed and reads as zero.
+cdef int window_map(long long handle, size_t position, char* addr, size_t size, int access, bint written_through,
+                    bint* emptied) noexcept nogil
+
 # Only where maps_images. [addr, addr+size) is committed. -> zero, readable and writable, and not mapped from an image.
 cdef int blank(char* addr, size_t size) noexcept nogil
+
+# The pages of a file that memories map and write through: of an own file without a name, which processes share, or of a
+# file of the caller. Positions and sizes in the file are multiples of page_size, unless the comment says otherwise.
+#   file_begin()    -> a new file of `size` bytes of zeros. No name leads to it, and it is gone when the last descriptor
+#                      and the last mapping of all processes are. The best kind that the OS grants.
+#   file_adopt()    -> a duplicate of a descriptor of the caller, of a regular file that can be read. only_writer: the
+#                      caller has made sure that nothing else changes the file (a failed file_extend() then gives back
+#                      the space that it took).
+#   file_drop()     -> the descriptor is closed. The mappings stay until decommit(), blank() or release().
+# If file_begin() or file_adopt() fails, nothing is left behind. A file system that cannot allocate space refuses.
+cdef enum:
+    FILE_SEALED = 1                 # memory of the kernel that no process can make smaller
+    # A file. A process that may write to the file can make the file smaller, and pages past the end fault (SIGBUS).
+    FILE_PLAIN = 2
+
+ctypedef struct file_pages:
+    int kind                        # a FILE_ constant
+    bint writable                   # the descriptor can write
+    bint only_writer
+    long long handle                # a descriptor of this process; -1: none
+
+cdef int file_begin(size_t size, file_pages* out) noexcept nogil
+cdef int file_adopt(int descriptor, bint only_writer, file_pages* out) noexcept nogil
+cdef void file_drop(file_pages* file) noexcept nogil
+
+# -> size: the length of the file in bytes now; not necessarily a multiple of anything.
+cdef int file_size(const file_pages* file, size_t* size) noexcept nogil
+
+# size: any number. -> the file has at least `size` bytes, the new ones are zero, and no process ever saw a part of the
+# change. The file never gets smaller, also if another process extends it meanwhile. allocate: the OS has space for each
+# new byte, so no access faults later because the file system or the memory is full; True is implied where the OS could
+# otherwise refuse a page later. A limit of the process (RLIMIT_FSIZE) is a code and not a signal.
+cdef int file_extend(file_pages* file, size_t size, bint allocate) noexcept nogil
+
+# No page past `size` is accessible, and only_writer. -> the file has `size` bytes, fewer than before.
+cdef int file_cut(file_pages* file, size_t size) noexcept nogil
+
+# [position, position+size): any range in the file. -> the OS has space for each byte of the range; no byte has changed.
+# If the OS refuses, a part of the space may have been allocated.
+cdef int file_allocate(file_pages* file, size_t position, size_t size) noexcept nogil
+
+# [addr, addr+size) lies in one reservation, committed or not. access: an ACCESS_ constant. -> the range shows the bytes
+# of the file from `position` on, with this access; what is written there is written to the file. ACCESS_NONE pages may
+# lie past the end of the file. commit() makes them readable and writable, when the file has them; protect() changes the
+# access; decommit() and blank() end the mapping; a fork shares the pages. Do not call discard(), renew(), touched() or
+# move() on such pages. If the OS refuses, the range may be inaccessible and hold nothing.
+cdef int file_map(const file_pages* file, size_t position, char* addr, size_t size, int access) noexcept nogil
+
+# [position, position+size) lies in the file. -> reads as zero in every mapping of every process, and the space is given
+# back. Pages that file_allocate() took may not be there afterwards: call it again where that matters.
+cdef int file_discard(file_pages* file, size_t position, size_t size) noexcept nogil
+
+# [position, limit) lies in the file. -> *start .. *end, in whole pages of the kernel: the first run in the range that
+# may hold a byte other than zero; limit .. limit: there is none. A code if the file system does not report its holes.
+cdef int file_data(const file_pages* file, size_t position, size_t limit, size_t* start, size_t* end) noexcept nogil
+
+# [addr, addr+size) was mapped by file_map(). file_flush() -> what was written there before the call is in the file also
+# for calls that do not go through a mapping, and on its way to the disk. file_sync() -> the bytes and the length of the
+# file are on the disk, as far as the OS knows.
+cdef int file_flush(char* addr, size_t size) noexcept nogil
+cdef int file_sync(const file_pages* file) noexcept nogil
+
+# A word of 32 bits, at a multiple of 4, on which threads wait until another thread, maybe of another process that maps
+# the same file, calls wake_waiters(). wait_while_equal() sleeps while the word has the `value`, for about `ns`
+# nanoseconds at most. It may return early (signals): the caller checks its condition again. -> *woken: how many of at
+# most `n` waiters were woken. A word that is not readable is a code.
+cdef int wait_while_equal(int* word, int value, long long ns) noexcept nogil
+cdef int wake_waiters(int* word, int n, int* woken) noexcept nogil
 
 # -> bytes: how many bytes of [addr, addr+size) are in physical memory.
 cdef int resident(char* addr, size_t size, size_t* bytes) noexcept nogil
@@ -155,6 +233,10 @@ ctypedef void (*fault_report)(char* addr, int access) noexcept nogil
 cdef int watch_faults(fault_report report) noexcept nogil
 cdef void unwatch_faults() noexcept nogil
 cdef void write_error(const char* text, size_t size) noexcept nogil
+
+# Whether this thread is in a handler of a signal that has its own stack, such as the handler of memory faults of a wasm
+# runtime.
+cdef bint on_signal_stack() noexcept nogil
 
 # The address space of this process: `total` bytes, of which `left` may still be reserved under the
 # limits in force now (left == total if there is no limit).

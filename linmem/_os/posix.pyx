@@ -16,15 +16,21 @@ from posix.fcntl cimport (
 )
 from posix.fcntl cimport open as open_file
 from posix.fcntl cimport posix_fallocate
-from posix.resource cimport RLIMIT_CORE, RLIMIT_DATA, RLIMIT_NOFILE, RLIM_INFINITY, getrlimit, rlimit, setrlimit
+from posix.resource cimport (
+    RLIMIT_CORE, RLIMIT_DATA, RLIMIT_FSIZE, RLIMIT_NOFILE, RLIM_INFINITY, getrlimit, rlimit, setrlimit,
+)
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, nanosleep, timespec
 from posix.types cimport off_t
-from posix.unistd cimport close, ftruncate, getpid, lseek, pread, pwrite, read, readlink, sysconf, unlink, write
+from posix.unistd cimport (
+    close, fdatasync, fsync, ftruncate, getpid, lseek, pread, pwrite, read, readlink, sysconf, unlink, write,
+)
 
 # This header comes before all others, because it replaces the calls that the system lacks.
 cdef extern from "linmem/_os/compat.h" nogil:
     bint ON_LINUX "LINMEM_LINUX"
     enum: RLIMIT_AS, CLOCK_MONOTONIC_COARSE, _SC_PHYS_PAGES, SEEK_DATA, SEEK_HOLE
+    enum: FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
+    int fallocate(int fd, int mode, off_t offset, off_t size)
     enum: F_ADD_SEALS, F_GET_SEALS, F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW, F_SEAL_WRITE
     int O_TMPFILE
     unsigned long TMPFS_MAGIC, PAGEMAP_SCAN
@@ -35,6 +41,9 @@ cdef extern from "linmem/_os/compat.h" nogil:
         unsigned long f_type, f_blocks, f_bavail, f_bsize
     int fstatfs(int fd, statfs_t* about)
 
+    enum: FUTEX_WAIT "LINMEM_FUTEX_WAIT", FUTEX_WAKE "LINMEM_FUTEX_WAKE"
+    long futex "linmem_futex"(int* word, int operation, int value, const timespec* most)
+
     cdef struct sysinfo_t "sysinfo":
         unsigned long totalram, totalswap
         unsigned int mem_unit
@@ -42,10 +51,11 @@ cdef extern from "linmem/_os/compat.h" nogil:
 
 cdef extern from "<sys/mman.h>" nogil:
     enum: PROT_NONE, PROT_READ, PROT_WRITE, PROT_EXEC
-    enum: MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE, MAP_FIXED, MAP_FIXED_NOREPLACE, MREMAP_MAYMOVE, MREMAP_FIXED
+    enum: MAP_PRIVATE, MAP_SHARED, MAP_ANONYMOUS, MAP_NORESERVE, MAP_FIXED, MAP_FIXED_NOREPLACE
+    enum: MREMAP_MAYMOVE, MREMAP_FIXED
     enum: MADV_DONTNEED, MADV_WILLNEED, MADV_HUGEPAGE, MADV_NOHUGEPAGE, MADV_WIPEONFORK, MADV_POPULATE_WRITE
     unsigned int MFD_CLOEXEC, MFD_ALLOW_SEALING, MFD_NOEXEC_SEAL
-    int MS_ASYNC
+    int MS_ASYNC, MS_SYNC
     void* MAP_FAILED
     void* mmap(void* addr, size_t length, int prot, int flags, int fd, off_t offset)
     int munmap(void* addr, size_t length)
@@ -62,6 +72,12 @@ cdef extern from "<sys/ioctl.h>" nogil:
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
 
+cdef extern from "<signal.h>" nogil:
+    enum: SS_ONSTACK
+    ctypedef struct stack_t:
+        int ss_flags
+    int sigaltstack(const stack_t* new, stack_t* old)
+
 cdef extern from "<pthread.h>" nogil:
     int pthread_atfork(void (*before)() noexcept nogil, void (*in_parent)() noexcept nogil,
                        void (*in_child)() noexcept nogil)
@@ -73,6 +89,7 @@ cdef extern from * nogil:
 include "common.pxi"
 include "pagemap.pxi"
 include "image_pages.pxi"
+include "file_pages.pxi"
 include "fault_signals.pxi"
 
 IMAGE_KINDS = {IMAGE_SEALED: "sealed", IMAGE_FILE: "file", IMAGE_PRIVATE: "private"}
@@ -88,7 +105,7 @@ cdef int MAP_FRESH = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
 # By ACCESS_ constant.
 cdef int[4] PROTECTIONS = [PROT_NONE, PROT_READ, PROT_READ | PROT_WRITE, PROT_READ | PROT_EXEC]
 
-cdef coded_text[8] CODE_TEXTS = [
+cdef coded_text[13] CODE_TEXTS = [
     [ENOMEM, "the operating system has no memory or address space for it (ENOMEM)"],
     [EAGAIN, "the pages are locked or the lock limit is reached (EAGAIN)"],
     [EACCES, "access denied (EACCES)"],
@@ -97,6 +114,11 @@ cdef coded_text[8] CODE_TEXTS = [
     [EFAULT, "a page in the range cannot be written (EFAULT)"],
     [EBUSY, "busy (EBUSY)"],
     [ENOSYS, "not implemented by this kernel (ENOSYS)"],
+    [ENOSPC, "the file system is full (ENOSPC)"],
+    [EDQUOT, "the disk quota is used up (EDQUOT)"],
+    [EOPNOTSUPP, "the file system cannot do this, for example allocate space in advance (EOPNOTSUPP)"],
+    [EFBIG, "a file cannot have this length (EFBIG)"],
+    [ENODEV, "not a regular file (ENODEV)"],
 ]
 
 
@@ -333,6 +355,11 @@ cdef size_t physical_memory() noexcept nogil:
     return <size_t>limit if limit > 0 and (bytes == 0 or <size_t>limit < bytes) else bytes
 
 
+cdef bint on_signal_stack() noexcept nogil:
+    cdef stack_t now
+    return sigaltstack(NULL, &now) == 0 and (now.ss_flags & SS_ONSTACK) != 0
+
+
 cdef void address_space(size_t* total, size_t* left) noexcept nogil:
     cdef unsigned long long limit = soft_limit(RLIMIT_AS), used
     total[0] = left[0] = <size_t>1 << caps.address_bits
@@ -355,6 +382,8 @@ cdef void limit_text(int code, size_t size, char* text, size_t room) noexcept no
     cdef unsigned long long limit = 0, in_use = 0
     cdef long long used, most
     text[0] = 0
+    if code == EFBIG and soft_limit(RLIMIT_FSIZE) != NO_LIMIT:
+        snprintf(text, room, "RLIMIT_FSIZE (ulimit -f) is %llu bytes", soft_limit(RLIMIT_FSIZE))
     if code != ENOMEM:
         return
     if size >> caps.address_bits:
@@ -458,6 +487,7 @@ cdef _start():
     scan_way = best_scan_way = scan_start()
     caps.scans = scan_way != SCAN_NONE
     _start_images()
+    caps.shares = can_share()
     caps.huge_page = huge_page()
     caps.memory = physical_memory()
     caps.mappings = max(0, file_number("/proc/sys/vm/max_map_count", 0))

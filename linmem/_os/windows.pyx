@@ -428,6 +428,10 @@ cdef int os_image_map(image_pages* img, size_t offset, char* addr, size_t size) 
     return ERROR_NOT_SUPPORTED
 
 
+cdef int os_window_map(char* addr, size_t size, details* more) noexcept nogil:
+    return ERROR_NOT_SUPPORTED
+
+
 cdef int os_image_renew(image_pages* img, size_t offset, char* addr, size_t size) noexcept nogil:
     return ERROR_NOT_SUPPORTED
 
@@ -439,6 +443,67 @@ cdef int os_image_fetch(char* addr, size_t size) noexcept nogil:
 
 
 cdef int os_blank(char* addr, size_t size) noexcept nogil:
+    return ERROR_NOT_SUPPORTED
+
+
+# -- the pages of files: not implemented ----------------------------------------------------------
+#
+# A view of a section inside a reservation needs a placeholder, as for images, and a file that grows under its views
+# needs a section with SEC_RESERVE whose views the system commits. linmem has neither yet.
+
+cdef int os_file_begin(char* addr, size_t size, details* more) noexcept nogil:
+    return ERROR_NOT_SUPPORTED
+
+
+cdef int os_file_adopt(char* addr, size_t size, details* more) noexcept nogil:
+    return ERROR_NOT_SUPPORTED
+
+
+cdef void file_drop(file_pages* file) noexcept nogil:
+    pass
+
+
+cdef int os_file_size(char* addr, size_t size, details* more) noexcept nogil:
+    return ERROR_NOT_SUPPORTED
+
+
+cdef int os_file_extend(char* addr, size_t size, details* more) noexcept nogil:
+    return ERROR_NOT_SUPPORTED
+
+
+cdef int os_file_cut(char* addr, size_t size, details* more) noexcept nogil:
+    return ERROR_NOT_SUPPORTED
+
+
+cdef int os_file_allocate(char* addr, size_t size, details* more) noexcept nogil:
+    return ERROR_NOT_SUPPORTED
+
+
+cdef int os_file_map(char* addr, size_t size, details* more) noexcept nogil:
+    return ERROR_NOT_SUPPORTED
+
+
+cdef int os_file_discard(char* addr, size_t size, details* more) noexcept nogil:
+    return ERROR_NOT_SUPPORTED
+
+
+cdef int os_file_data(char* addr, size_t size, details* more) noexcept nogil:
+    return ERROR_NOT_SUPPORTED
+
+
+cdef int wait_while_equal(int* word, int value, long long ns) noexcept nogil:
+    return ERROR_NOT_SUPPORTED          # WaitOnAddress() waits only for threads of the same process
+
+
+cdef int wake_waiters(int* word, int n, int* woken) noexcept nogil:
+    return ERROR_NOT_SUPPORTED
+
+
+cdef int os_file_flush(char* addr, size_t size) noexcept nogil:
+    return ERROR_NOT_SUPPORTED
+
+
+cdef int os_file_sync(char* addr, size_t size, details* more) noexcept nogil:
     return ERROR_NOT_SUPPORTED
 
 
@@ -501,6 +566,10 @@ cdef MEMORYSTATUSEX memory_status() noexcept nogil:
     status.dwLength = sizeof(status)
     GlobalMemoryStatusEx(&status)
     return status
+
+
+cdef bint on_signal_stack() noexcept nogil:
+    return False
 
 
 cdef void address_space(size_t* total, size_t* left) noexcept nogil:

@@ -123,6 +123,9 @@ class Start:
         for name, memory, size, _ in parts.memories:
             ours = behind(store, memory)
             assert ours is not None     # parts_of has refused other memories
+            if ours.info().kind == "file":
+                raise ValueError(f"memory {name!r} is a file's, and it is imported or has the minimum 0: the snapshot"
+                                 " would overwrite the file")
             memories.append(ours)
             delta, left = divmod(size - ours.byte_size(), self.page_sizes[name])
             if delta < 0 or left:

@@ -1,0 +1,247 @@
+"""How a shared memory gets to another process: its handle, its name, and how a process finds the file of the memory.
+
+A memory without a name is a file that no path leads to. Each process that has the memory has a descriptor of the file,
+which the kernel shows as /proc/PID/fd/N to processes of the same user. A handle says which process and which descriptor
+that was. If the process has ended, or has closed the descriptor, the other processes of the user are searched. The
+device, the inode and the random token of the memory tell whether a file is the right one, so a number that the kernel
+has used again is never taken for the memory.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from linmem._core.arguments import shown
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+__all__ = ["SharedHandle"]
+
+close = os.close
+
+_DIRECTORY = "/dev/shm"
+_TOKEN_AT, _TOKEN_BYTES = 16, 32        # in the file: control_words in shared_memory.pxi
+_MAGIC = b"linmem shared 1\n"
+_LONGEST_WAIT = 10**18                  # nanoseconds
+
+
+class SharedHandle:
+    """What another process needs to attach a shared memory, as `Memory.handle` returns it.
+
+    A handle can be pickled any number of times. It does not keep the memory: `linmem.attach` works while some process
+    of the same user has the memory, or while the memory has a name.
+    """
+
+    __slots__ = ("_device", "_fd", "_inode", "_pid", "_token")
+
+    def __init__(self, pid: int, fd: int, device: int, inode: int, token: bytes) -> None:
+        for name, value in (("pid", pid), ("fd", fd), ("device", device), ("inode", inode)):
+            if type(value) is not int or not 0 <= value < 1 << 64:
+                raise ValueError(f"{name} of a handle must be an int in 0 .. 2**64 - 1, got {shown(value)}")
+        if type(token) is not bytes or len(token) != _TOKEN_BYTES:
+            raise ValueError(f"token of a handle must be {_TOKEN_BYTES} bytes, got {shown(token)}")
+        self._pid, self._fd, self._device, self._inode, self._token = pid, fd, device, inode, token
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return SharedHandle, self._parts()
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both are handles of the same memory."""
+        return isinstance(other, SharedHandle) and self._parts()[2:] == other._parts()[2:]
+
+    def __hash__(self) -> int:
+        return hash(self._token)
+
+    def __repr__(self) -> str:
+        return f"<linmem shared memory {self._token[:8].hex()}, from process {self._pid}>"
+
+    def _parts(self) -> tuple[int, int, int, int, bytes]:
+        return self._pid, self._fd, self._device, self._inode, self._token
+
+    def fileno(self) -> int:
+        """The descriptor of the memory in the process that made the handle, for ``socket.send_fds``.
+
+        The other process passes the descriptor that it receives to `linmem.attach`.
+
+        Raises
+        ------
+        ValueError
+            This process did not make the handle, or it has closed the memory.
+        """
+        try:
+            if os.getpid() == self._pid and self._is_ours(os.fstat(self._fd)):
+                return self._fd
+        except OSError:
+            pass
+        raise ValueError("fileno() works in the process that made the handle, while that process has the memory")
+
+    def _is_ours(self, about: os.stat_result) -> bool:
+        return stat.S_ISREG(about.st_mode) and (about.st_dev, about.st_ino) == (self._device, self._inode)
+
+    def _open(self, path: str) -> int | None:
+        """A descriptor, if the path leads to the memory. A path to anything else is not opened: that may block, or do
+        something."""
+        if not self._is_ours(os.stat(path)):
+            return None
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        try:
+            found = self._is_ours(os.fstat(fd)) and os.pread(fd, _TOKEN_BYTES, _TOKEN_AT) == self._token
+        except BaseException:
+            close(fd)
+            raise
+        if found:
+            return fd
+        close(fd)
+        return None
+
+    def open(self) -> int:
+        """A new descriptor of the memory; the caller closes it."""
+        refused: OSError | None = None
+        for path in self._paths():
+            try:
+                fd = self._open(path)
+            except PermissionError as error:
+                if path == f"/proc/{self._pid}/fd/{self._fd}":
+                    refused = error
+                continue
+            except OSError:         # the process has ended, or has closed the descriptor
+                continue
+            if fd is not None:
+                return fd
+        if refused is not None:
+            raise PermissionError(
+                refused.errno, "the shared memory belongs to another user, or the OS does not let this process see the"
+                f" descriptors of process {self._pid}")
+        raise FileNotFoundError(
+            f"the shared memory {self._token[:8].hex()} is gone: no process of this user that can be seen from here has"
+            f" it any more (process {self._pid} made the handle)")
+
+    def _paths(self) -> Iterator[str]:
+        yield f"/proc/{self._pid}/fd/{self._fd}"
+        user = os.geteuid()
+        for process in filter(str.isdecimal, os.listdir("/proc")):
+            try:
+                if os.stat(f"/proc/{process}").st_uid == user:
+                    yield from (f"/proc/{process}/fd/{fd}" for fd in os.listdir(f"/proc/{process}/fd"))
+            except OSError:         # the process has ended, or is another user's
+                continue
+
+
+def handle_of(fd: int, token: bytes) -> SharedHandle:
+    about = os.fstat(fd)
+    return SharedHandle(os.getpid(), fd, about.st_dev, about.st_ino, token)
+
+
+def new_token() -> bytes:
+    return os.urandom(16)
+
+
+def open_shared(what: Any) -> int:
+    """A new descriptor of the memory that a handle, a name or a descriptor stands for."""
+    if not hasattr(os, "memfd_create"):
+        raise TypeError("attach is not supported on this system: shared memories need Linux")
+    if isinstance(what, SharedHandle):
+        return what.open()
+    if isinstance(what, str):
+        return _owned(os.open(_path(check_shm_name(what, "attach")),
+                              os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY))
+    if isinstance(what, int) and not isinstance(what, bool) and 0 <= what < 1 << 31:
+        return _owned(os.dup(what))
+    raise TypeError(f"attach must be a handle, the name of a shared memory or a descriptor, got {shown(what)}")
+
+
+def _owned(fd: int) -> int:
+    """Refuse a file that another user made. That user could make the file shorter, and each access would be fatal."""
+    try:
+        about = os.fstat(fd)
+        if not stat.S_ISREG(about.st_mode):
+            raise ValueError("attach must be a shared memory of linmem, and this is not a regular file")
+        if about.st_uid != os.geteuid() and not _is_sealed(fd):
+            raise PermissionError(f"the shared memory belongs to the user {about.st_uid}")
+        return fd
+    except BaseException:
+        close(fd)
+        raise
+
+
+def _is_sealed(fd: int) -> bool:
+    import fcntl
+
+    try:
+        return bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
+    except OSError:
+        return False
+
+
+# -- names
+
+def check_shm_name(name: object, argument: str) -> str:
+    """A name as of shm_open(3), without the slash that it may begin with."""
+    if not isinstance(name, str):
+        raise TypeError(f"{argument} must be a str, got {type(name).__name__}")
+    text = str.__str__(name).removeprefix("/")
+    try:
+        size = len(os.fsencode(text))
+    except UnicodeEncodeError:
+        size = 0
+    if not 1 <= size <= 255 or "/" in text or "\0" in text or text in (".", ".."):
+        raise ValueError(f"{argument} must be 1 to 255 bytes without '/' and NUL, got {shown(name)}")
+    return text
+
+
+def _path(name: str) -> str:
+    return f"{_DIRECTORY}/{name}"
+
+
+def open_nameless(size: int) -> int:
+    fd = os.open(_DIRECTORY, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(fd, 0, size)
+        return fd
+    except BaseException:
+        close(fd)
+        raise
+
+
+def link(fd: int, name: str) -> None:
+    """Give the file of `open_nameless` a name; `FileExistsError` if the name is taken."""
+    directory = os.open(_DIRECTORY, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:        # without dst_dir_fd, os.link() calls link(2), which does not follow the symbolic link in /proc
+        os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=directory, follow_symlinks=True)
+        # The kernel does not know the name of a descriptor that was opened without one, and unlink() asks for the name.
+        named = os.open(name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=directory)
+        try:
+            if os.path.samestat(os.fstat(named), os.fstat(fd)):
+                os.dup2(named, fd, inheritable=False)
+        finally:
+            close(named)
+    finally:
+        close(directory)
+
+
+def unlink(fd: int) -> None:
+    """Remove the name of the file, and no other file that has got the name meanwhile."""
+    path = os.readlink(f"/proc/self/fd/{fd}")
+    if os.path.dirname(path) != _DIRECTORY:
+        raise ValueError("the shared memory has no name: it was made without shm_name=, or the name has been removed")
+    if path.endswith(" (deleted)") or not os.path.samestat(os.lstat(path), os.fstat(fd)):
+        raise FileNotFoundError(f"the name of the shared memory has been removed already: {path}")
+    os.unlink(path)
+
+
+# -- times
+
+def check_timeout(timeout: Any) -> int:
+    """Seconds as nanoseconds."""
+    from numbers import Real
+
+    if isinstance(timeout, bool) or not isinstance(timeout, Real):
+        raise TypeError(f"timeout must be a number of seconds or None, got {shown(timeout)}")
+    number: Any = timeout
+    if not number >= 0:
+        raise ValueError(f"timeout must be >= 0, got {shown(timeout)}")
+    return _LONGEST_WAIT if number > 10**9 else int(float(number) * 1e9)
