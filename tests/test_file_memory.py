@@ -30,7 +30,7 @@ from support import (
 
 import linmem
 
-file_requires("file_memories")
+file_requires("file_memories", "real_pages")
 
 SIZE = 3 * PAGE + 100
 ENOMEM, EFBIG = errno.ENOMEM, errno.EFBIG

@@ -245,7 +245,7 @@ cdef void image_restore(memory* m, image* img) noexcept nogil:
     """Every byte becomes the image's, or zero outside of the image; the size stays. The caller holds the memory's lock
     or owns the memory exclusively, no page is protected, and img.end is within byte_size. A restore cannot fail: if
     the OS refuses to map or to give back pages, their bytes are copied or zeroed."""
-    cdef size_t end = m.accessible if m.ops.pages_are_ours else memory_size(m)
+    cdef size_t end = m.accessible if m.ops.pages_are_ours and m.ops.flush == NULL else memory_size(m)
     cdef size_t low = img.offset + img.low
     # img.high is a multiple of the host page. A memory in Python may end before that, and linmem must not write beyond.
     cdef size_t high = min(img.offset + img.high, end)

@@ -107,7 +107,7 @@ cdef int file_fill(memory* m, pages.file_pages* file, const memory_spec* spec, s
 
 cdef int file_grow(memory* m, size_t new_size, failure* why) noexcept nogil:
     cdef file_memory* f = <file_memory*>m
-    cdef size_t size = memory_size(m), page = host_page(), need, length = 0
+    cdef size_t size = memory_size(m), page = host_page(), need, length = 0, end = size
     cdef int code
     if load(&m.protection) == PROTECTION_READ_ONLY:
         return refuse_own(m, 0, 1, WRITABLE, E_PROTECTED, "grow_to", why)
@@ -127,7 +127,8 @@ cdef int file_grow(memory* m, size_t new_size, failure* why) noexcept nogil:
     if code:
         return code
     # New bytes must read as zero. Native code may have written into the rest of the last accessible page.
-    zero_range(m, size, m.accessible)
+    round_up(size, pages.capabilities().file_page, &end)
+    zero_range(m, size, end)
     store_size(&m.opening, need)
     code = fail_page_call(why, pages.file_extend(&f.file, new_size, True), "extend", new_size - size)
     if code == 0 and need > m.accessible:

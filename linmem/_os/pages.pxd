@@ -15,6 +15,7 @@ cdef enum:
 
 cdef struct capabilities_t:
     size_t page_size                # bytes in a host page (the override of LINMEM_PAGE_SIZE, if any)
+    size_t file_page                # mapped bytes past the end of a file are accessible up to a multiple of this
     size_t granularity              # reserve() returns multiples of this
     int address_bits                # user addresses are below 2 ** address_bits
     bint moves                      # move() works, and release() takes a part of a reservation

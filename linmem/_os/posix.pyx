@@ -471,6 +471,7 @@ cdef _start():
     real_page = _os.sysconf("SC_PAGE_SIZE")
     caps.page_size = _page_size_wanted(real_page)
     caps.granularity = caps.page_size
+    caps.file_page = real_page
     caps.moves = ON_LINUX
     caps.reports_faults = CAN_REPORT_FAULTS
     caps.discard_any_protection = ON_LINUX
