@@ -93,6 +93,9 @@ class OwnedError(RuntimeError):
 class OwnerDied(RuntimeError):
     """The process that held a `Lock` ended without a release."""
 
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+
 
 class FileFormatError(ValueError):
     """The file is not an image, a delta or a snapshot of linmem, is damaged, or contradicts itself.

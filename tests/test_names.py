@@ -5,7 +5,7 @@ import gc
 import threading
 
 import pytest
-from support import HAS_KERNEL32, PAGE, failing, requires
+from support import HAS_KERNEL32, NEEDS, PAGE, failing, requires
 
 import linmem
 from linmem._core.memory import NativeCreator
@@ -29,13 +29,15 @@ MAKE = {
     "RoutingCreator": lambda **name: linmem.RoutingCreator([({}, MMAP)], **name),
     "PythonCreator": lambda **name: linmem.PythonCreator(Python(), **name),
 }
+if NEEDS["shared"][0]:
+    MAKE["SharedCreator"] = lambda **name: linmem.SharedCreator(**name)
 each_kind = pytest.mark.parametrize("kind", MAKE)
 
 
 def test_every_creator_is_here():
     natives = {name for name in linmem.__all__ if isinstance(getattr(linmem, name), type)
                and issubclass(getattr(linmem, name), NativeCreator)}
-    assert natives == {*MAKE, "NativeCreator"}
+    assert natives == {*MAKE, "NativeCreator", "SharedCreator"}
 
 
 @each_kind

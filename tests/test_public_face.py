@@ -366,7 +366,6 @@ FACE = {
         "timeout": (either(seconds, nothing), 0), "recover": (flag, False)}),
     "linmem.Lock.__exit__": (lambda w: held_lock(w.shared).__exit__, {
         "kind": (anything, None), "error": (anything, None), "trace": (anything, None)}),
-    "linmem.OwnerDied": (lambda w: linmem.OwnerDied, {}),
     "linmem.SharedCreator": (lambda w: linmem.SharedCreator, {
         "shm_name": (text_or_none, None), "attach": (either(of(SharedHandle), text, nothing), None),
         "name": (name_or_none, None)}),
@@ -451,7 +450,7 @@ FACE = {
     "linmem.NativeCreator": (lambda w: linmem.NativeCreator, {}),
     "linmem.describe": (lambda w: linmem.describe, {}),
     **{f"linmem.{name}": (lambda w, name=name: getattr(linmem, name), {"args": (anything, "text")})
-       for name in ("GrowError", "OwnedError", "PageError")},
+       for name in ("GrowError", "OwnedError", "OwnerDied", "PageError")},
     "linmem.Memory": (lambda w: linmem.Memory, {}),
     "linmem.Memory.grow_to": (lambda w: w.mem.grow_to, {"new_size": (size, 2 * PAGE)}),
     "linmem.Memory.view": (lambda w: w.mem.view, {
