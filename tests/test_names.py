@@ -2,6 +2,9 @@
 
 import errno
 import gc
+import itertools
+import os
+import tempfile
 import threading
 
 import pytest
@@ -31,6 +34,9 @@ MAKE = {
 }
 if NEEDS["shared"][0]:
     MAKE["SharedCreator"] = lambda **name: linmem.SharedCreator(**name)
+    FILES = tempfile.TemporaryDirectory()
+    NUMBERS = itertools.count()
+    MAKE["FileCreator"] = lambda **name: linmem.FileCreator(os.path.join(FILES.name, str(next(NUMBERS))), **name)
 each_kind = pytest.mark.parametrize("kind", MAKE)
 
 
