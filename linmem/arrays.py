@@ -11,7 +11,7 @@ from linmem._core.element_formats import check_dtype, import_numpy
 from linmem._core.memory import Memory, RowBuffer
 from linmem._files.npy_head import MOST_HEAD_BYTES, make_head, read_head
 from linmem._os import pages
-from linmem.creators import create
+from linmem.creators import attach, create
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from linmem._core.shared_handles import SharedHandle
     from linmem._files.npy_head import Head
     from linmem.abc import MemoryCreator
 
@@ -154,7 +155,7 @@ class GrowableArray(RowBuffer):
 
     @classmethod
     def attach(cls, memory: Memory) -> Self:
-        """The array whose rows are in a memory already: one of a file, for readers too.
+        """The array whose rows are in a memory already: one of a file, for readers too, or a shared one.
 
         Parameters
         ----------
@@ -394,8 +395,21 @@ class GrowableArray(RowBuffer):
         self.memory.__exit__(kind, error, trace)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy of the rows, on a memory of an `MmapCreator`."""
+        """A copy of the rows, on a memory of an `MmapCreator`; of a shared array, its live handle."""
+        if self.memory.info().kind == "shared":
+            return _attached, (type(self), self.memory.handle())
+        return self._copied()
+
+    def _copied(self) -> tuple[Any, ...]:
         return _copy, (type(self), self._dtype, self._row_shape, self._maximum, self.array)
+
+    def __copy__(self) -> Self:
+        make, arguments = self._copied()
+        made: Self = make(*arguments)
+        return made
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self.__copy__()
 
 
 def _copy(kind: type[GrowableArray], dtype: Any, row_shape: tuple[int, ...], maximum: int | None,
@@ -403,6 +417,15 @@ def _copy(kind: type[GrowableArray], dtype: Any, row_shape: tuple[int, ...], max
     made = kind(dtype, row_shape, maximum=maximum)
     made.extend(rows)
     return made
+
+
+def _attached(kind: type[GrowableArray], handle: SharedHandle) -> GrowableArray:
+    memory = attach(handle)
+    try:
+        return kind.attach(memory)
+    except BaseException:
+        memory.close()
+        raise
 
 
 def _begin_with(memory: Memory, head: Head) -> None:

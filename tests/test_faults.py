@@ -1498,6 +1498,8 @@ if NEEDS["numpy"][0]:
         "RowBuffer": refuses(TypeError, lambda scene: RowBuffer().append(1)),
         "RowBuffer.__len__": lambda scene: len(scene.rows),
         "GrowableArray.attach": lambda scene: linmem.GrowableArray.attach(scene.headed),
+        "GrowableArray.__copy__": lambda scene: copy.copy(scene.rows),
+        "GrowableArray.__deepcopy__": lambda scene: copy.deepcopy(scene.rows),
         "RowBuffer.clear": lambda scene: (scene.rows.clear(), scene.rows.extend(b"abc")),
         "RowBuffer.__reduce__": refuses(TypeError, lambda scene: pickle.dumps(RowBuffer())),
         "GrowableArray.__getitem__": lambda scene: scene.rows[:2],
