@@ -621,6 +621,19 @@ def test_empty_keeps_its_pages_as_long_as_the_array_exists():
     assert found is None or found.memory is None
 
 
+@requires("shared", "maps_images")
+def test_the_pages_of_empty_on_a_shared_memory_are_shown_elsewhere_without_a_copy():
+    array = linmem.empty((3, 1000), "u2", creator=linmem.creator("shared"))
+    source = linmem.find(array.ctypes.data).memory
+    with linmem.create(4 * PAGE) as mem:
+        mem.map(PAGE, source)
+        array[:] = 0x0102
+        size = source.byte_size()
+        assert mem.read(PAGE, size) == array.tobytes() + bytes(size - array.nbytes)
+        mem.write(PAGE, b"\7\7")
+        assert array[0, 0] == 0x0707
+
+
 @pytest.mark.parametrize(("shape", "dtype", "error", "text"), [
     (-1, "f8", ValueError, "shape must be >= 0, got -1"), (1.5, "f8", TypeError, "shape must be an integer or a tuple"),
     ((1, "x"), "f8", TypeError, "shape must be an integer or a tuple"), (3, "O", ValueError, "holds Python objects"),
