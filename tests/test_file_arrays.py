@@ -6,6 +6,7 @@ import gc
 import os
 import pickle
 import random
+import re
 import signal
 import time
 
@@ -247,6 +248,21 @@ def test_a_file_that_was_truncated_is_an_error_at_the_next_call(path):
                      lambda: a.extend([1.0])):
             with pytest.raises(OSError, match=r"rows\.npy|file"):
                 call()
+
+
+def test_a_file_that_lost_its_end_in_a_power_failure_opens_again_as_the_error_says(path):
+    with in_file(path) as a:
+        a.extend(np.ones(10_000))
+    os.truncate(path, HEAD_UNIT + 8 * 5000 + 3)     # the head was written, and the new length of the file was not
+    for call in (in_file, reader_of):
+        with pytest.raises(ValueError, match=r"says 10000 rows, and the file has room for 5000: if the power") as no:
+            call(path)
+    size = int(re.search(r"grow_to\((\d+)\)", str(no.value))[1])
+    with linmem.open_file(path) as mem:
+        mem.grow_to(size)
+    with in_file(path) as a:
+        assert a.array.tolist() == [1.0] * 5000 + [0.0] * 5000
+    assert np.load(path, mmap_mode="r").shape == (10_000,)
 
 
 # -- readers --------------------------------------------------------------------------------------------------------

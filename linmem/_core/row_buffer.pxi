@@ -128,6 +128,10 @@ cdef class RowBuffer:
         if memory_size(m) < self.start or count_from_text(m.base + self.count_at, rows):
             return fail_text(why, E_VALUE, "the number of rows in the head of the array is damaged")
         room = (memory_size(m) - self.start) // self.row_bytes      # read after the number: a growth comes first
+        if rows[0] > room and m.ops.flush != NULL and rows[0] <= self.most:
+            return fail_text(why, E_VALUE, "the head of the array says %zu rows, and the file has room for %zu: if the"
+                             " power has failed, linmem.open_file(path).grow_to(%zu) makes the other rows zero",
+                             rows[0], room, self.start + rows[0] * self.row_bytes)
         if rows[0] > room:
             return fail_text(why, E_VALUE, "the head of the array says %zu rows, and the memory has room for %zu",
                              rows[0], room)
