@@ -52,17 +52,18 @@ except ModuleNotFoundError as _error:
 __version__ = "0.1.0"
 
 __all__ = ["Allocation", "CallbackCreator", "Delta", "DroppedInfo", "FileCreator", "FileFormatError", "GrowError",
-           "Image", "ImageInfo", "LimitError", "LimitingCreator", "LinearMemory", "Lock", "Memory", "MemoryCreator",
-           "MemoryInfo", "MemoryType", "MmapCreator", "NativeCreator", "OwnedError", "OwnerDied", "PageError", "Place",
-           "PoolError", "PoolingCreator", "PythonCreator", "Refusal", "Refusals", "RoutingCreator", "ScopeTotals",
-           "SharedCreator", "StatisticsCreator", "TrackingCreator", "attach", "create", "creator", "describe",
-           "disable_fault_report", "enable_fault_report", "find", "live", "open_file", "set_pool_limits",
-           "tracemalloc_domain", "wait", "wake"]
+           "GrowableArray", "Image", "ImageInfo", "LimitError", "LimitingCreator", "LinearMemory", "Lock", "Memory",
+           "MemoryCreator", "MemoryInfo", "MemoryType", "MmapCreator", "NativeCreator", "OwnedError", "OwnerDied",
+           "PageError", "Place", "PoolError", "PoolingCreator", "PythonCreator", "Refusal", "Refusals",
+           "RoutingCreator", "ScopeTotals", "SharedCreator", "StatisticsCreator", "TrackingCreator", "attach", "create",
+           "creator", "describe", "disable_fault_report", "empty", "enable_fault_report", "find", "live", "open_file",
+           "set_pool_limits", "tracemalloc_domain", "wait", "wake"]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from linmem import metrics as metrics
     from linmem import wasmtime as wasmtime
+    from linmem.arrays import GrowableArray, empty
     from linmem.locks import Lock
     from linmem.records import (
         Allocation,
@@ -77,8 +78,8 @@ if TYPE_CHECKING:
     )
 else:
     def __getattr__(name: str) -> object:
-        # These modules are imported at their first use. linmem.wasmtime needs wasmtime-py, and linmem.records takes
-        # time to import `dataclasses`.
+        # These modules are imported at their first use. linmem.wasmtime needs wasmtime-py, linmem.records takes time to
+        # import `dataclasses`, and few programs need linmem.arrays.
         if name in ("wasmtime", "metrics"):
             from importlib import import_module
 
@@ -92,4 +93,8 @@ else:
             from linmem import records
 
             return globals().setdefault(name, getattr(records, name))
+        if name in ("GrowableArray", "empty"):
+            from linmem import arrays
+
+            return globals().setdefault(name, getattr(arrays, name))
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -81,6 +81,8 @@ GOALS = {
         "component_bare/default": (0.8, TIME, P10)},
     "files": {**{f"file_{what}/memmap": (1, TIME, P10) for what in (
         "read", "write", "random_read", "random_write", "element")}, "file_grow/c": (1.5, TIME, P10)},
+    "arrays": {"array_extend/copy": (1.1, TIME, P10), "array_append/list": (3, TIME, P10),
+               **{f"array_peak/{way}": (1.05, SIZE, EXACT) for way in ("append", "extend", "iterator")}},
 }
 # Rows that some machines cannot measure. Such a row gives the reason.
 MAY_LACK = {"pool/one": r"the control scales only \d\.\d\d x here",
@@ -90,6 +92,7 @@ MAY_LACK = {"pool/one": r"the control scales only \d\.\d\d x here",
             **dict.fromkeys([key for key in GOALS["component"] if key != "run_cached/script"],
                             "this wasmtime-py has no components: .+"),
             **dict.fromkeys(GOALS["files"], "(a memory of a file cannot be made|the C library has no fallocate).+"),
+            **dict.fromkeys([key for key in GOALS["arrays"] if "peak" in key], "no /proc/self/status to ask"),
             **dict.fromkeys(GOALS["soak-pool"], "the system does not say what is resident: .+")}
 
 

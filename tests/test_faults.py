@@ -46,7 +46,7 @@ import linmem
 import linmem.wasmtime
 from linmem import Image
 from linmem._core import pool as _pool
-from linmem._core.memory import NativeCreator
+from linmem._core.memory import NativeCreator, RowBuffer
 from linmem._core.process_handles import Handle
 from linmem._os import pages
 from linmem._wasm.snapshot_file import SnapshotHandle, StoredSnapshot
@@ -1023,6 +1023,40 @@ def descriptor_rows():
             check, "image_open")
 
 
+def mem_with_a_head():
+    from linmem._files.npy_head import make_head
+
+    raw = make_head(linmem.empty(0, "u1").dtype, ()).raw
+    mem = linmem.create(len(raw), **SHAPE)
+    mem.write(0, raw)
+    return mem
+
+
+def array_rows():
+    def made(creator=MMAP):
+        rows = linmem.GrowableArray("u1", maximum=32 * PAGE, creator=creator())
+        rows.extend(b"a")
+        rows.extend(b"b" * (rows.memory.byte_size() - 1))       # the next row needs a page call
+        return Scene(rows=rows, mem=rows.memory, before=len(rows))
+
+    def added(n):
+        return holds(lambda scene, result: len(scene.rows) == scene.before + n)
+
+    row("GrowableArray", "GrowableArray", Scene, lambda scene: linmem.GrowableArray("u1", maximum=32 * PAGE),
+        holds(lambda scene, rows: len(rows) == 0), "reserve")
+    row("empty", "empty", Scene, lambda scene: linmem.empty(3 * PAGE, "u1"),
+        holds(lambda scene, array: array.tobytes() == bytes(3 * PAGE)), "reserve commit")
+    row("append", "RowBuffer.append", made, lambda scene: scene.rows.append(7), added(1), "commit")
+    row("extend", "GrowableArray.extend", made, lambda scene: scene.rows.extend(b"c" * PAGE), added(PAGE), "commit")
+    row("extend by an iterator", "GrowableArray.extend", made, lambda scene: scene.rows.extend(iter(b"c" * 20000)),
+        added(20000), "reserve commit")
+    row("resize", "RowBuffer.resize", made, lambda scene: scene.rows.resize(scene.before + PAGE), added(PAGE), "commit")
+    row("close an array", "GrowableArray.close GrowableArray.__exit__", made, lambda scene: scene.rows.close(),
+        holds(lambda scene, result: scene.rows.closed and scene.mem.closed))
+
+
+if NEEDS["numpy"][0]:
+    array_rows()
 for kind in image_kinds():
     image_rows(kind)
     image_wasm_rows(kind)
@@ -1254,6 +1288,10 @@ def quiet_scene():
         callback=linmem.CallbackCreator(MMAP()), routing=linmem.RoutingCreator([({}, MMAP())]),
         python=linmem.PythonCreator(MMAP()),
         snapshot=linmem.wasmtime.Snapshot.take(scene.store, scene.instance))
+    if NEEDS["numpy"][0]:
+        scene.rows = linmem.GrowableArray("u1", maximum=9)
+        scene.rows.extend(b"abc")
+        scene.headed = mem_with_a_head()
     scene.sessions = linmem.wasmtime.Sessions(scene.instance._linmem_prepared, start=scene.snapshot, size=1)
     scene.pool.create(3 * PAGE, **SHAPE).close()
     return scene
@@ -1455,6 +1493,28 @@ QUIET = {
     "Place": lambda scene: linmem.Place(*range(3)),
 }
 
+if NEEDS["numpy"][0]:
+    QUIET |= {
+        "RowBuffer": refuses(TypeError, lambda scene: RowBuffer().append(1)),
+        "RowBuffer.__len__": lambda scene: len(scene.rows),
+        "GrowableArray.attach": lambda scene: linmem.GrowableArray.attach(scene.headed),
+        "GrowableArray.__copy__": lambda scene: copy.copy(scene.rows),
+        "GrowableArray.__deepcopy__": lambda scene: copy.deepcopy(scene.rows),
+        "RowBuffer.clear": lambda scene: (scene.rows.clear(), scene.rows.extend(b"abc")),
+        "RowBuffer.__reduce__": refuses(TypeError, lambda scene: pickle.dumps(RowBuffer())),
+        "GrowableArray.__getitem__": lambda scene: scene.rows[:2],
+        "GrowableArray.__setitem__": lambda scene: scene.rows.__setitem__(0, 1),
+        "GrowableArray.__iter__": lambda scene: list(scene.rows),
+        "GrowableArray.__array__": lambda scene: scene.rows.__array__("f8"),
+        "GrowableArray.__dlpack__": lambda scene: scene.rows.__dlpack__(),
+        "GrowableArray.__dlpack_device__": lambda scene: scene.rows.__dlpack_device__(),
+        "GrowableArray.__repr__": lambda scene: repr(scene.rows),
+        "GrowableArray.__enter__": lambda scene: scene.rows.__enter__(),
+        "GrowableArray.__reduce__": lambda scene: pickle.dumps(scene.rows),
+        **attributes("rows RowBuffer", "memory"),
+        **attributes("rows GrowableArray", "array", "closed", "dtype", "maximum", "row_shape"),
+    }
+
 for cls, where in ((linmem.Memory, "mem"), (Image, "img")):
     for name in ("__buffer__", "__release_buffer__"):       # these exist from Python 3.12 on
         if name in vars(cls):
@@ -1475,7 +1535,9 @@ def record_nothing(snapshot):
 def public_names():
     """The public names that can be called or are computed on access."""
     things = [getattr(room, name) for room in (linmem, linmem.wasmtime) for name in room.__all__]
-    for thing in [*things, Handle, StoredSnapshot, SnapshotHandle]:
+    for thing in [*things, RowBuffer, Handle, StoredSnapshot, SnapshotHandle]:
+        if not NEEDS["numpy"][0] and (thing is RowBuffer or thing is linmem.empty or thing is linmem.GrowableArray):
+            continue
         if (inspect.ismodule(thing) or isinstance(thing, int)
                 or (inspect.isclass(thing) and issubclass(thing, BaseException))):
             continue

@@ -147,6 +147,14 @@ def is_dtype(value):
         return False
 
 
+def a_dtype(value):
+    return NEEDS["numpy"][0] and is_dtype(value)
+
+
+def lengths(value):
+    return is_count(value) or (isinstance(value, (tuple, list)) and all(map(is_count, value)))
+
+
 size = is_size
 size_or_none = either(is_size, nothing)
 flag = one_of(True, False)
@@ -218,6 +226,19 @@ class World:
         with self.image.new_memory() as other:
             other[5] = 99
             return self.image.diff(other)
+
+    def _make_rows(self):
+        rows = linmem.GrowableArray("u1", maximum=1 << 20)
+        rows.extend(PATTERN)
+        return rows
+
+    def _make_headed(self):
+        from linmem._files.npy_head import make_head
+
+        raw = make_head(self.rows.dtype, ()).raw
+        mem = linmem.create(len(raw))
+        mem.write(0, raw)
+        return mem
 
     def _make_tracking(self):
         return linmem.TrackingCreator(self.mmap)
@@ -482,6 +503,20 @@ FACE = {
     "linmem.Memory.__delitem__": (lambda w: w.mem.__delitem__, {"key": (lambda value: False, 0)}),
     "linmem.Memory.__exit__": (lambda w: linmem.create(1).__exit__, {
         "kind": (anything, None), "error": (anything, None), "trace": (anything, None)}),
+    "linmem.GrowableArray": (lambda w: linmem.GrowableArray, {
+        "dtype": (a_dtype, "u1"), "row_shape": (lengths, ()), "maximum": (size_or_none, None),
+        "creator": (either(trait, nothing), None)}),
+    "linmem.GrowableArray.append": (lambda w: w.rows.append, {"row": (is_count, 1)}),
+    "linmem.GrowableArray.extend": (lambda w: w.rows.extend, {"rows": (anything, (1, 2))}),
+    "linmem.GrowableArray.resize": (lambda w: w.rows.resize, {"n": (size, 3)}),
+    "linmem.GrowableArray.__getitem__": (lambda w: w.rows.__getitem__, {"key": (anything, 0)}),
+    "linmem.GrowableArray.__setitem__": (lambda w: w.rows.__setitem__, {"key": (anything, 0), "value": (anything, 1)}),
+    "linmem.GrowableArray.__exit__": (lambda w: linmem.GrowableArray("u1").__exit__, {
+        "kind": (anything, None), "error": (anything, None), "trace": (anything, None)}),
+    "linmem.GrowableArray.attach": (lambda w: linmem.GrowableArray.attach, {
+        "memory": (lambda value: False, given_by("headed"))}),
+    "linmem.empty": (lambda w: linmem.empty, {
+        "shape": (lengths, 3), "dtype": (a_dtype, "u1"), "creator": (either(trait, nothing), None)}),
     "linmem.Image": (lambda w: linmem.Image, {}),
     "linmem.Image.from_bytes": (lambda w: linmem.Image.from_bytes, {"data": (is_buffer, b"x"), "offset": (size, 0)}),
     "linmem.Image.from_pieces": (lambda w: linmem.Image.from_pieces, {

@@ -4,6 +4,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 #if SIZE_MAX < 0xFFFFFFFFFFFFFFFF
 #error "linmem needs a 64-bit Python: a 32-bit address space has no room for the reservations that it makes"
@@ -29,6 +30,12 @@ static __inline char *linmem_load_address(char **addr) {
     return (char *)_InterlockedCompareExchangePointer((void **)addr, 0, 0);
 }
 static __inline void linmem_store_address(char **addr, char *v) { (void)_InterlockedExchangePointer((void **)addr, v); }
+static __inline void linmem_store_16(char *addr, const char *v) {
+    long long was[2] = {0, 0}, now[2];
+    memcpy(now, v, 16);
+    while (!_InterlockedCompareExchange128((long long *)addr, now[1], now[0], was)) {
+    }
+}
 static __inline void linmem_cpu_relax(void) {
 #if defined(_M_ARM64)
     __yield();
@@ -52,6 +59,13 @@ static inline size_t linmem_load_size(size_t *addr) { return __atomic_load_n(add
 static inline void linmem_store_size(size_t *addr, size_t v) { __atomic_store_n(addr, v, __ATOMIC_RELEASE); }
 static inline char *linmem_load_address(char **addr) { return __atomic_load_n(addr, __ATOMIC_ACQUIRE); }
 static inline void linmem_store_address(char **addr, char *v) { __atomic_store_n(addr, v, __ATOMIC_RELEASE); }
+typedef long long linmem_16_bytes __attribute__((vector_size(16), may_alias));
+static inline void linmem_store_16(char *addr, const char *v) {
+    linmem_16_bytes bytes;
+    memcpy(&bytes, v, 16);
+    __atomic_thread_fence(__ATOMIC_RELEASE);
+    *(volatile linmem_16_bytes *)addr = bytes;
+}
 static inline void linmem_cpu_relax(void) {
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();

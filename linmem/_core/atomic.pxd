@@ -7,7 +7,8 @@
 #
 # load_size() and store_size() are for a size that one thread at a time writes, under a lock, and that other threads may
 # read without the lock: an acquire load and a release store, which cost as much as plain accesses. load_address() and
-# store_address() are the same for an address.
+# store_address() are the same for an address. store_16() is one release store: if the process is killed, the bytes are
+# the old ones or the new ones.
 
 from linmem._core.units cimport atomic_i64
 
@@ -21,6 +22,7 @@ cdef extern from "linmem/_core/atomic.h" nogil:
     void store_size "linmem_store_size"(size_t* addr, size_t value)
     char* load_address "linmem_load_address"(char** addr)
     void store_address "linmem_store_address"(char** addr, char* value)
+    void store_16 "linmem_store_16"(char* addr, const char* value)      # 16 bytes; addr is a multiple of 16
     void cpu_relax "linmem_cpu_relax"()             # call it between two reads in a loop that waits for a value
     void touch "linmem_touch"(char* p)      # a write that changes no byte: the page becomes resident and writable
 

@@ -100,12 +100,17 @@ def _from_dtype(format: object) -> tuple[str, int | None]:
     raise TypeError(f"format must be a str, a Python number type or a NumPy dtype, got {type(format).__name__}")
 
 
-def array_on(mem: Any, dtype: Any, offset: Any, shape: Any) -> Any:
-    """The array that `Memory.array` returns."""
+def import_numpy(caller: str) -> Any:
     try:
         import numpy
     except ImportError as error:
-        raise ImportError(f"Memory.array needs NumPy: pip install 'linmem[numpy]' ({error})") from error
+        raise ImportError(f"{caller} needs NumPy: pip install 'linmem[numpy]' ({error})") from error
+    return numpy
+
+
+def check_dtype(dtype: Any, caller: str) -> Any:
+    """The NumPy dtype, whose elements any bytes are valid for."""
+    numpy = import_numpy(caller)
     try:
         element = numpy.dtype(dtype)
     except Exception as error:      # NumPy raises many classes of exceptions here
@@ -115,6 +120,13 @@ def array_on(mem: Any, dtype: Any, offset: Any, shape: Any) -> Any:
     if element.hasobject or element.itemsize == 0:
         why = "holds Python objects" if element.hasobject else "has no size"
         raise ValueError(f"dtype must be that of plain bytes, got {shown(dtype)}, which {why}")
+    return element
+
+
+def array_on(mem: Any, dtype: Any, offset: Any, shape: Any) -> Any:
+    """The array that `Memory.array` returns."""
+    numpy = import_numpy("Memory.array")
+    element = check_dtype(dtype, "Memory.array")
     start = check_size(offset, "offset", "within byte_size()")
     lengths = _lengths(shape)
     size = mem.byte_size()

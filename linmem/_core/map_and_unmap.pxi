@@ -343,7 +343,8 @@ cdef int descriptor_of(object file) except? -1:
         return descriptor
     raise TypeError(f"source must be an Image, a memory or an open file, got {type(file).__name__}, which has no pages"
                     " of its own that a memory can show: mem.write(offset, source) copies the bytes of a buffer, and"
-                    " linmem.Image.from_bytes(source) copies them once for many memories")
+                    " linmem.Image.from_bytes(source) copies them once for many memories; linmem.empty(shape, dtype,"
+                    " creator=linmem.creator('shared')) makes a NumPy array whose memory can be shown")
 
 
 cdef size_t size_in_source(size_t most, size_t whole, size_t first, object size) except? 0:

@@ -16,7 +16,7 @@ from libc.string cimport memcmp, memcpy, memmove, memset, strcmp  # no-cython-li
 
 from linmem._core.atomic cimport (  # no-cython-lint
     add, atomic_i64, compare_exchange, cpu_relax, load, load_address, load_size, store, store_address,  # no-cython-lint
-    store_release, store_size,  # no-cython-lint
+    store_16, store_release, store_size,  # no-cython-lint
 )
 from linmem._core.linked_list cimport link, list_add_first, list_init, list_remove  # no-cython-lint
 from linmem._core.units cimport (  # no-cython-lint
@@ -55,4 +55,5 @@ include "shared_memory.pxi"         # the kind of memory that processes share
 include "shared_creator.pxi"        # the class SharedCreator
 include "memory_class.pxi"          # the class Memory
 include "typed_view.pxi"            # the exporter of elements behind Memory.view()
+include "row_buffer.pxi"            # rows in a memory, and how many there are: the base of linmem.GrowableArray
 include "image_class.pxi"           # the class Image
