@@ -750,6 +750,38 @@ except linmem.PageError as error:
 """).splitlines() == ["True ['a', 'b']", "True allocate True"]
 
 
+@requires("mounts")
+@pytest.mark.parametrize("group", [None, {"memory.max": 100 << 20, "memory.current": 60 << 20,
+                                          "memory.stat": "anon 9\ninactive_file 41943040\n"}])
+def test_a_growth_in_a_tmpfs_beyond_the_memory_that_is_free_is_refused_before_the_kernel_ends_processes(
+        tmp_path, group):
+    assert answer(FULL % str(tmp_path) + f"""
+PAGE, group = {PAGE}, {group!r}
+mount(1 << 30)
+folder = {str(tmp_path)!r}
+def replace(path, text):
+    with open(os.path.join(folder, "fake"), "w") as file:
+        file.write(text)
+    assert libc.mount(file.name.encode(), path.encode(), None, 4096, None) == 0         # MS_BIND
+if group is None:
+    replace("/proc/meminfo", "MemTotal: 9999999 kB\\nMemAvailable: 71680 kB\\nSwapFree: 10240 kB\\n")
+else:
+    assert libc.mount(b"tmpfs", b"/sys/fs/cgroup", b"tmpfs", 0, None) == 0
+    for name, text in group.items():
+        with open("/sys/fs/cgroup/" + name, "w") as file:
+            file.write(str(text))
+mem = linmem.open_file(folder + "/a", minimum=PAGE)
+for size in (PAGE + (80 << 20) + 1, 1 << 29):
+    try:
+        mem.grow_to(size)
+    except linmem.PageError as error:
+        print(error.errno, error.call, os.path.getsize(folder + "/a") == len(mem) == PAGE,
+              os.stat(folder + "/a").st_blocks * 512 == PAGE)
+mem.grow_to(PAGE + (79 << 20))
+print(len(mem) >> 20)
+""").splitlines() == [f"{ENOMEM} extend True True"] * 2 + ["79"]
+
+
 @requires("rlimits")
 def test_a_limit_of_the_size_of_files_is_an_error_and_no_signal(path):
     assert answer(f"""

@@ -178,7 +178,7 @@ static inline long linmem_futex(int *word, int operation, int value, const struc
 
 #if !LINMEM_LINUX
 struct linmem_sysinfo {
-    unsigned long totalram, totalswap;
+    unsigned long totalram, freeram, totalswap;
     unsigned int mem_unit;
 };
 struct linmem_statfs {
