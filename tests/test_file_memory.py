@@ -17,6 +17,7 @@ from support import (
     PAGE,
     accessible_parts,
     answer,
+    counting,
     descriptors,
     failing,
     file_requires,
@@ -573,6 +574,22 @@ def test_a_flush_that_the_os_refuses_is_an_error_and_the_next_one_flushes_again(
                 mem.flush()
             assert (refused.value.errno, refused.value.call, refused.value.size) == (errno.EIO, "flush", SIZE)
         mem.flush()
+
+
+def test_a_flush_makes_the_size_durable_that_another_process_may_have_left(path):
+    def calls(mem):
+        with counting() as counted:
+            mem.flush(0, 1)
+        return counted.calls
+
+    path.write_bytes(bytes(SIZE))
+    with linmem.open_file(path) as mem:
+        # The calls ask for the size of the file, flush pages, and make the size durable once.
+        assert [calls(mem), calls(mem)] == [3, 2]
+        with path.open("ab") as other:
+            other.write(b"more")
+        assert len(mem) == SIZE + 4
+        assert [calls(mem), calls(mem)] == [3, 2]
 
 
 def test_a_pool_over_the_memory_of_a_file_is_refused(path):

@@ -238,7 +238,7 @@ cdef int os_file_flush(char* addr, size_t size) noexcept nogil:
 
 cdef int os_file_sync(char* addr, size_t size, details* more) noexcept nogil:
     cdef file_pages* file = more.file
-    return errno if (fdatasync(<int>file.handle) if ON_LINUX else fsync(<int>file.handle)) else 0
+    return errno if fdatasync(<int>file.handle) else 0
 
 
 cdef bint can_share() noexcept nogil:
