@@ -17,6 +17,7 @@ from support import (
     PAGE,
     accessible_parts,
     answer,
+    counting,
     descriptors,
     failing,
     file_requires,
@@ -575,6 +576,22 @@ def test_a_flush_that_the_os_refuses_is_an_error_and_the_next_one_flushes_again(
         mem.flush()
 
 
+def test_a_flush_makes_the_size_durable_that_another_process_may_have_left(path):
+    def calls(mem):
+        with counting() as counted:
+            mem.flush(0, 1)
+        return counted.calls
+
+    path.write_bytes(bytes(SIZE))
+    with linmem.open_file(path) as mem:
+        # The calls ask for the size of the file, flush pages, and make the size durable once.
+        assert [calls(mem), calls(mem)] == [3, 2]
+        with path.open("ab") as other:
+            other.write(b"more")
+        assert len(mem) == SIZE + 4
+        assert [calls(mem), calls(mem)] == [3, 2]
+
+
 def test_a_pool_over_the_memory_of_a_file_is_refused(path):
     creator = linmem.creator("file", path=path)
     for upstream in (creator, linmem.creator("limiting", upstream=creator, limit_bytes=PAGE)):
@@ -748,6 +765,38 @@ try:
 except linmem.PageError as error:
     print(error.errno == errno.ENOSPC, error.call, os.path.getsize(holes.name) == 1000 * PAGE)
 """).splitlines() == ["True ['a', 'b']", "True allocate True"]
+
+
+@requires("mounts")
+@pytest.mark.parametrize("group", [None, {"memory.max": 100 << 20, "memory.current": 60 << 20,
+                                          "memory.stat": "anon 9\ninactive_file 41943040\n"}])
+def test_a_growth_in_a_tmpfs_beyond_the_memory_that_is_free_is_refused_before_the_kernel_ends_processes(
+        tmp_path, group):
+    assert answer(FULL % str(tmp_path) + f"""
+PAGE, group = {PAGE}, {group!r}
+mount(1 << 30)
+folder = {str(tmp_path)!r}
+def replace(path, text):
+    with open(os.path.join(folder, "fake"), "w") as file:
+        file.write(text)
+    assert libc.mount(file.name.encode(), path.encode(), None, 4096, None) == 0         # MS_BIND
+if group is None:
+    replace("/proc/meminfo", "MemTotal: 9999999 kB\\nMemAvailable: 71680 kB\\nSwapFree: 10240 kB\\n")
+else:
+    assert libc.mount(b"tmpfs", b"/sys/fs/cgroup", b"tmpfs", 0, None) == 0
+    for name, text in group.items():
+        with open("/sys/fs/cgroup/" + name, "w") as file:
+            file.write(str(text))
+mem = linmem.open_file(folder + "/a", minimum=PAGE)
+for size in (PAGE + (80 << 20) + 1, 1 << 29):
+    try:
+        mem.grow_to(size)
+    except linmem.PageError as error:
+        print(error.errno, error.call, os.path.getsize(folder + "/a") == len(mem) == PAGE,
+              os.stat(folder + "/a").st_blocks * 512 == PAGE)
+mem.grow_to(PAGE + (79 << 20))
+print(len(mem) >> 20)
+""").splitlines() == [f"{ENOMEM} extend True True"] * 2 + ["79"]
 
 
 @requires("rlimits")

@@ -17,7 +17,7 @@ cdef struct file_memory:
     memory head
     pages.file_pages file
     long long opened_in         # the generation of the process that opened the file: forked children do not grow it
-    atomic_i64 unsynced         # 1: the length has changed since the last flush of the whole file
+    atomic_i64 unsynced         # 1: the length may have changed since the last flush
 
 
 cdef int file_make(const memory_spec* asked, pages.file_pages* file, memory** out, failure* why) noexcept nogil:
@@ -67,7 +67,7 @@ cdef int file_make(const memory_spec* asked, pages.file_pages* file, memory** ou
     m.is_shared = spec.is_shared
     (<file_memory*>m).file = file[0]
     (<file_memory*>m).opened_in = generation
-    (<file_memory*>m).unsynced = length != spec.minimum
+    (<file_memory*>m).unsynced = 1      # a writer that was killed may have changed the length
     if not file.writable:
         make_read_only(m)
     elif spec.image != NULL and length == 0:
@@ -183,6 +183,7 @@ cdef int take_length(file_memory* f, failure* why) noexcept nogil:
             round_up(length, host_page(), &end)
             code = open_pages(f, size, length, end, why)
         if code == 0:
+            store(&f.unsynced, 1)
             store_size(&m.accessible, end)
             store_release(&m.size, length)
     unlock(&m.lock)

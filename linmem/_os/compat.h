@@ -178,7 +178,7 @@ static inline long linmem_futex(int *word, int operation, int value, const struc
 
 #if !LINMEM_LINUX
 struct linmem_sysinfo {
-    unsigned long totalram, totalswap;
+    unsigned long totalram, freeram, totalswap;
     unsigned int mem_unit;
 };
 struct linmem_statfs {
@@ -201,6 +201,7 @@ static inline void *linmem_mremap(void *old, size_t old_size, size_t size, int f
 #define sysinfo linmem_sysinfo
 #define statfs linmem_statfs
 #define fstatfs linmem_fstatfs
+#define fdatasync fsync
 #define prctl linmem_prctl
 #define posix_fallocate linmem_fallocate
 #define fallocate linmem_fallocate_range

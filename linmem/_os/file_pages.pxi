@@ -140,16 +140,32 @@ cdef int refuse_allocation(int fd, size_t size) noexcept nogil:
     """The kernel fills a file system, and memory, up to the last page before it refuses, and may end processes before
     it refuses. So linmem asks first."""
     cdef statfs_t about
-    cdef sysinfo_t machine
-    if not ON_LINUX or size < ALLOCATION_STEP or fstatfs(fd, &about):
+    if not ON_LINUX or fstatfs(fd, &about):
         return 0
     # A file system that reports 0 blocks has no limit.
     if about.f_blocks and size // <size_t>about.f_bsize > <size_t>about.f_bavail:
         return ENOSPC
-    if <unsigned long>about.f_type == TMPFS_MAGIC and sysinfo(&machine) == 0:
-        if size // machine.mem_unit > machine.totalram + machine.totalswap:
-            return ENOMEM
-    return 0
+    return ENOMEM if <unsigned long>about.f_type == TMPFS_MAGIC and exceeds_free_memory(size) else 0
+
+
+cdef bint exceeds_free_memory(size_t size) noexcept nogil:
+    """Whether the machine or the control group has less memory for `size` bytes that stay in memory. The files below
+    take microseconds to read, so small sizes are compared with the unused memory first."""
+    cdef sysinfo_t machine
+    cdef long long free_kb, swap_kb, limit
+    if size < ALLOCATION_STEP and sysinfo(&machine) == 0 and size // machine.mem_unit < machine.freeram // 2:
+        return False
+    free_kb = named_number("/proc/meminfo", "MemAvailable:")
+    swap_kb = named_number("/proc/meminfo", "SwapFree:")
+    if free_kb >= 0 and size >> 10 >= <size_t>(free_kb + max(0, swap_kb)):
+        return True
+    limit = file_number("/sys/fs/cgroup/memory.max", 0)
+    if limit < 0:
+        return False        # "max", or no such file
+    # The kernel takes the pages of files back that were not used for a while.
+    limit -= file_number("/sys/fs/cgroup/memory.current", 0)
+    limit += max(0, named_number("/sys/fs/cgroup/memory.stat", "inactive_file"))
+    return limit < 0 or size > <size_t>limit
 
 
 cdef int os_file_allocate(char* addr, size_t size, details* more) noexcept nogil:
@@ -222,7 +238,7 @@ cdef int os_file_flush(char* addr, size_t size) noexcept nogil:
 
 cdef int os_file_sync(char* addr, size_t size, details* more) noexcept nogil:
     cdef file_pages* file = more.file
-    return errno if (fdatasync(<int>file.handle) if ON_LINUX else fsync(<int>file.handle)) else 0
+    return errno if fdatasync(<int>file.handle) else 0
 
 
 cdef bint can_share() noexcept nogil:

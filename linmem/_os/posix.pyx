@@ -10,7 +10,7 @@ from libc cimport errno as libc_errno
 from libc.errno cimport EACCES, EAGAIN, EBUSY, EFAULT, EINVAL, ENOMEM, ENOSYS, EPERM, errno
 from libc.stdio cimport snprintf
 from libc.stdlib cimport strtoll
-from libc.string cimport strstr
+from libc.string cimport strchr, strlen, strncmp, strstr
 from posix.fcntl cimport (
     FD_CLOEXEC, F_DUPFD_CLOEXEC, F_GETFL, F_SETFD, O_ACCMODE, O_CLOEXEC, O_RDONLY, O_RDWR, SEEK_CUR, SEEK_SET, fcntl,
 )
@@ -22,7 +22,7 @@ from posix.resource cimport (
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, nanosleep, timespec
 from posix.types cimport off_t
 from posix.unistd cimport (
-    close, fdatasync, fsync, ftruncate, getpid, lseek, pread, pwrite, read, readlink, sysconf, unlink, write,
+    close, fdatasync, ftruncate, getpid, lseek, pread, pwrite, read, readlink, sysconf, unlink, write,
 )
 
 # This header comes before all others, because it replaces the calls that the system lacks.
@@ -45,7 +45,7 @@ cdef extern from "linmem/_os/compat.h" nogil:
     long futex "linmem_futex"(int* word, int operation, int value, const timespec* most)
 
     cdef struct sysinfo_t "sysinfo":
-        unsigned long totalram, totalswap
+        unsigned long totalram, freeram, totalswap
         unsigned int mem_unit
     int sysinfo(sysinfo_t* about)
 
@@ -297,6 +297,20 @@ cdef long long file_number(const char* path, int field) noexcept nogil:
         begin = end
         value = strtoll(begin, &end, 10)
     return -1 if end == begin else value
+
+
+cdef long long named_number(const char* path, const char* name) noexcept nogil:
+    """A line of a file is `name` and a number: returns the number; -1 if the first 8 KiB have no such line."""
+    cdef char text[8192]
+    cdef char* line = text
+    cdef size_t length = strlen(name)
+    read_file(path, text, sizeof(text))
+    while line != NULL:
+        if strncmp(line, name, length) == 0:
+            return strtoll(line + length, NULL, 10)
+        line = strchr(line, c"\n")
+        line = line + 1 if line != NULL else NULL
+    return -1
 
 
 cdef long long count_mappings() noexcept nogil:
