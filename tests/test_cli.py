@@ -555,6 +555,7 @@ def test_a_wrong_size_is_named_in_one_line(text):
     (["run", "--creator", "pool:slots=-1", "ok.wat"], 2, "slots must be "),
     (["run", "--creator", "pool:when_full=cry", "ok.wat"], 2, "when_full must be "),
     (["run", "--creator", "mmap:idle_seconds=5", "ok.wat"], 2, "idle_seconds"),
+    (["run", "--creator", "shared:attach=no-memory-has-this-name", "ok.wat"], 2, "--creator shared:attach="),
     (["run", "--creator", "pool:upstream=mmap", "ok.wat"], 2, "upstream"),
     (["run", "--dir", "missing:ro", "ok.wat"], 2, "'missing' does not exist"),
     (["run", "--dir", ":ro", "ok.wat"], 2, "'' does not exist"),

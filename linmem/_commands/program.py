@@ -91,7 +91,7 @@ def compose_creator(text: str, max_memory: int | None) -> Any:
         options[name] = option_value(value)
     try:
         creator = linmem.creator(kind, **options)
-    except (TypeError, ValueError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError, OSError) as error:
         hint = " (for a budget: --max-memory)" if kind == "limiting" else ""
         raise Refused(f"--creator {text}: {error}{hint}", EXIT_USAGE) from None
     return creator if max_memory is None else linmem.LimitingCreator(creator, max_memory)

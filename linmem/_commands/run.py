@@ -48,9 +48,9 @@ numbers, and JSON for all other types, as are the results. --start needs a modul
 --creator takes "mmap" (each memory is a mapping of its own), "pool" (memories are reset and used
 again), "statistics" and "tracking". Options of linmem.creator() follow a colon:
 pool:idle_seconds=5,keep_resident=64KiB. --max-memory puts one budget over the creator, as
-linmem.creator("limiting", limit_bytes=...) does. "file" keeps the memory of a program in a file
-(file:path=NAME), and "shared" lets other processes attach it (shared:shm_name=NAME), on Linux. The kinds
-"callback" and "routing" are for programs in Python.
+linmem.creator("limiting", limit_bytes=...) does. "shared" with shm_name=NAME and "file" with path=FILE keep the
+bytes of the program's memory, if the program has one memory. The kinds "callback" and "routing" are for programs in
+Python.
 
 The compiled program is kept in the user's cache directory, or in the DIR of --cache: `linmem cache info`
 shows it. A program that has not changed is neither read nor compiled again.
