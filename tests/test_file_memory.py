@@ -201,6 +201,15 @@ def test_what_is_no_regular_file_is_refused_and_nothing_is_left_behind(path, kin
     assert (sorted(path.parent.iterdir()), descriptors()) == (names, open_files)
 
 
+@requires("maps")
+def test_a_file_in_a_folder_that_cannot_be_made_durable_is_refused_with_its_name():
+    before = descriptors()
+    with pytest.raises(OSError, match="folder of path cannot be made durable") as refused:
+        linmem.open_file("/proc/self/comm")
+    assert (refused.value.errno, refused.value.filename) == (errno.EINVAL, "/proc/self/comm")
+    assert descriptors() == before
+
+
 def test_a_reader_does_not_make_a_file(path):
     with pytest.raises(FileNotFoundError):
         linmem.open_file(path, "r")

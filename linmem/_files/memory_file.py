@@ -42,7 +42,7 @@ def open_for_writing(path: str | bytes) -> tuple[int, bool]:
                 raise BlockingIOError(errno.EAGAIN, "the file has a writer already, in this process or in another one"
                                                     " (open_file(path, 'r') reads beside it)", path)
             if is_at(fd, path):
-                sync_folder(os.path.dirname(path) or os.curdir)
+                _sync_folder_of(path)
                 return fd, is_new
         except BaseException:
             if is_new:
@@ -94,6 +94,13 @@ def _open_or_make(path: str | bytes) -> tuple[int, bool]:
             continue
         except OSError as error:
             _explain(error, path)
+
+
+def _sync_folder_of(path: str | bytes) -> None:
+    try:
+        sync_folder(os.path.dirname(path) or os.curdir)
+    except OSError as error:        # fsync() names no file
+        raise OSError(error.errno, f"the folder of path cannot be made durable: {error.strerror}", path) from None
 
 
 def _explain(error: OSError, path: str | bytes) -> NoReturn:
