@@ -186,6 +186,124 @@ def fill(size_t size, long long n):
     return took
 
 
+# -- futexes ---------------------------------------------------------------------------------------
+
+cdef enum:
+    READY = 8                   # indices as in share.py
+    AWOKE = 16
+    SETTLED = 50_000            # ns after which a thread that said that it will sleep sleeps
+
+cdef long long PATIENCE = 10_000_000_000        # ns
+
+
+cdef int until(volatile long long* words, long long turn) noexcept nogil:
+    """Spin until the other process is ready for a turn. -1: it is not, after PATIENCE."""
+    cdef long long last = pages.clock_ns() + PATIENCE
+    while words[READY] < turn:
+        if pages.clock_ns() > last:
+            return -1
+    return 0
+
+
+cdef void settle() noexcept nogil:
+    cdef long long last = pages.clock_ns() + SETTLED
+    while pages.clock_ns() < last:
+        pass
+
+
+cdef int sleep_while(volatile int* word, int value) noexcept nogil:
+    cdef int code = 0
+    while code == 0 and word[0] == value:
+        code = pages.wait_while_equal(<int*>word, value, PATIENCE)
+    return code
+
+
+cdef class Words:
+    """A buffer of words of another process."""
+    cdef Py_buffer view
+    cdef long long* at
+
+    def __cinit__(self, buffer):
+        PyObject_GetBuffer(buffer, &self.view, PyBUF_SIMPLE)
+        if self.view.len < (AWOKE + 1) * 8:
+            raise ValueError("the buffer is too small")
+        self.at = <long long*>self.view.buf
+
+    def __dealloc__(self):
+        PyBuffer_Release(&self.view)
+
+
+def until_ready(buffer, long long turn, bint settles=True):
+    """Wait, without sleeping, until the other process has said that it is ready for `turn`."""
+    cdef Words words = Words(buffer)
+    cdef int code
+    with nogil:
+        code = until(words.at, turn)
+        if code == 0 and settles:
+            settle()
+    if code:
+        raise RuntimeError("the other process has ended or hangs")
+
+
+def futex_wait(buffer, int value):
+    """Sleep while the first word has the value."""
+    cdef Words words = Words(buffer)
+    cdef int code
+    with nogil:
+        code = sleep_while(<int*>words.at, value)
+    checked(0, code)
+
+
+def futex_wake(buffer, int value):
+    """Set the first word, and wake the process that sleeps on it."""
+    cdef Words words = Words(buffer)
+    cdef int woken, code
+    with nogil:
+        (<volatile int*>words.at)[0] = value
+        code = pages.wake_waiters(<int*>words.at, 1, &woken)
+    checked(0, code)
+
+
+def sleep_rounds(buffer, long long n):
+    """Be woken `n` times by wake_rounds()."""
+    cdef Words words = Words(buffer)
+    cdef volatile long long* at = words.at
+    cdef long long turn
+    cdef int code = 0
+    with nogil:
+        for turn in range(1, n):
+            at[READY] = turn
+            code = sleep_while(<int*>words.at, <int>(turn - 1))
+            at[AWOKE] = pages.clock_ns()
+            if code:
+                break
+    checked(0, code)
+
+
+def wake_rounds(buffer, long long first, long long n):
+    """Wake sleep_rounds() `n` times. Returns the nanoseconds from each wake to the return in the other process."""
+    cdef Words words = Words(buffer)
+    cdef volatile long long* at = words.at
+    cdef long long turn, began, took = 0
+    cdef int woken, code = 0, late = 0
+    with nogil:
+        for turn in range(first, first + n):
+            late = until(at, turn)
+            if late:
+                break
+            settle()
+            began = pages.clock_ns()
+            (<volatile int*>at)[0] = <int>turn
+            code = pages.wake_waiters(<int*>words.at, 1, &woken)
+            late = until(at, turn + 1)
+            if code or late:
+                break
+            took += at[AWOKE] - began
+    if late:
+        raise RuntimeError("the other process has ended or hangs")
+    return checked(took, code)
+
+
 # -- instances -------------------------------------------------------------------------------------
 
 cdef struct byte_vec:       # wasm_byte_vec_t

@@ -13,7 +13,7 @@ from linmem._core.arguments import printable
 __all__ = ["add_arguments", "main"]
 
 SUITES = ("core", "wasm", "reset", "threads", "image", "soak-pool", "fair", "travel",
-          "component", "hooks", "files", "arrays")   # see module_of()
+          "component", "hooks", "share", "arrays")   # see module_of()
 QUICK_ROUNDS = 5
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import weakref
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import support
@@ -79,7 +80,9 @@ GOALS = {
         "run_cached/script": (1.3, TIME, MEDIAN), "run_prepared/script": (1.3, TIME, MEDIAN),
         "component_data/default": (0.65, TIME, P10), "component_data/bare": (1.3, TIME, P10),
         "component_bare/default": (0.8, TIME, P10)},
-    "files": {**{f"file_{what}/memmap": (1, TIME, P10) for what in (
+    "share": {"share_grow/private": (1.5, TIME, P10), "share_wake/python": (1.3, TIME, P10),
+              "share_attach/name": (1, TIME, P10), "share_ring/queue": (0.25, TIME, P10), "map/copy": (0.33, TIME, P10),
+              **{f"file_{what}/memmap": (1, TIME, P10) for what in (
         "read", "write", "random_read", "random_write", "element")}, "file_grow/c": (1.5, TIME, P10)},
     "arrays": {"array_extend/copy": (1.1, TIME, P10), "array_append/list": (3, TIME, P10),
                **{f"array_peak/{way}": (1.05, SIZE, EXACT) for way in ("append", "extend", "iterator")}},
@@ -91,8 +94,9 @@ MAY_LACK = {"pool/one": r"the control scales only \d\.\d\d x here",
                             "LINMEM_BENCH_BASE names no Python with an older linmem"),
             **dict.fromkeys([key for key in GOALS["component"] if key != "run_cached/script"],
                             "this wasmtime-py has no components: .+"),
-            **dict.fromkeys(GOALS["files"], "(a memory of a file cannot be made|the C library has no fallocate).+"),
             **dict.fromkeys([key for key in GOALS["arrays"] if "peak" in key], "no /proc/self/status to ask"),
+            **dict.fromkeys(GOALS["share"], "(a (shared memory|memory of a file) cannot be made"
+                            "|the C library has no fallocate|the ring is an example of a checkout).+"),
             **dict.fromkeys(GOALS["soak-pool"], "the system does not say what is resident: .+")}
 
 
@@ -217,6 +221,20 @@ def test_the_c_loops_give_their_reservations_back():
     assert _loops.create_close(total, page, page, 32) > 0
     for _ in range(32):
         assert _loops.grow_steps(total, page, page, page, 5) > 0
+
+
+@requires("shared")
+def test_the_c_loops_wake_a_thread_that_sleeps_on_a_word():
+    words = bytearray(256)
+    with ThreadPoolExecutor(1) as pool:
+        slept = pool.submit(_loops.sleep_rounds, words, 5)
+        assert 0 < _loops.wake_rounds(words, 1, 3) < 10**10
+        _loops.until_ready(words, 4)
+        _loops.futex_wake(words, 4)
+        assert slept.result(60) is None
+    assert words[0] == 4
+    with pytest.raises(ValueError, match="too small"):
+        _loops.futex_wait(bytes(8), 0)
 
 
 def test_the_c_loops_raise_the_systems_error():

@@ -315,7 +315,8 @@ CREATORS = {        # name -> (creator, the page calls that a creation needs, th
         lambda: linmem.PoolingCreator(linmem.PythonCreator(PythonMemories(InPython))), "reserve commit", "commit"),
 }
 if NEEDS["shared"][0]:
-    CREATORS["shared memories"] = (linmem.SharedCreator, "file_begin file_size reserve file_map extend commit",
+    CREATORS["shared memories"] = (linmem.SharedCreator,
+                                   "file_begin file_size file_show reserve file_map extend commit",
                                    "commit")
 
 
@@ -524,7 +525,8 @@ row("info", "Memory.info", plain, lambda scene: scene.mem.info(),
     holds(lambda scene, info: info.committed == 3 * PAGE), "resident")
 if NEEDS["shared"][0]:
     row("attach", "attach", lambda: with_memory(linmem.SharedCreator), lambda scene: linmem.attach(scene.mem.handle()),
-        holds(lambda scene, mem: bytes(mem) == scene.content), "file_adopt file_size reserve file_map commit")
+        holds(lambda scene, mem: bytes(mem) == scene.content),
+        "file_take file_copy file_size file_show reserve file_map commit")
     row("discard shared pages", "Memory.discard", lambda: with_memory(linmem.SharedCreator),
         lambda scene: scene.mem.discard(), check_zero, "discard")
 row("live", "live", plain, lambda scene: linmem.live(),

@@ -38,19 +38,15 @@ cdef class SharedCreator(NativeCreator):
             raise ValueError("shm_name and attach cannot both be given: shm_name makes a new memory")
         if shm_name is not None:
             self.shm_name = handles().check_shm_name(shm_name, "shm_name")
-        random = handles().new_token()
-        memcpy(self.token, <const char*>random, 16)
         if attach is None:
+            random = handles().new_token()
+            memcpy(self.token, <const char*>random, 16)
             return
-        opened = handles().open_shared(attach)
-        try:
-            fd = opened
-            with nogil:
-                code = fail_page_call(&why, pages.file_adopt(fd, False, &self.file), "file_adopt", HEAD_BYTES)
-        finally:
-            handles().close(opened)
+        fd = handles().open_shared(attach)
+        code = fail_page_call(&why, pages.file_take(fd, &self.file), "file_take", HEAD_BYTES)
         if code:
             self.file.kind = 0
+            handles().close(fd)
             raise_failure(&why)
 
     def __dealloc__(self):
@@ -68,13 +64,14 @@ cdef class SharedCreator(NativeCreator):
             explain(why, "on this system")
             code = why.code
         elif attaches:
-            code = fail_page_call(why, pages.file_adopt(<int>self.file.handle, False, &file), "file_adopt", HEAD_BYTES)
+            code = fail_page_call(why, pages.file_copy(&self.file, &file), "file_copy", HEAD_BYTES)
         elif named:
             code = open_named(&file, why)
         else:
             code = fail_page_call(why, pages.file_begin(HEAD_BYTES, &file), "file_begin", HEAD_BYTES)
         if code == 0:
-            self.fill_token(token)
+            if not attaches:
+                self.fill_token(token)
             code = shared_make(spec, &file, NULL if attaches else new_token, out, why)
             if code:
                 pages.file_drop(&file)

@@ -117,16 +117,10 @@ cdef int map_control_words(shared_memory* s, failure* why) noexcept nogil:
         code = fail_text(why, E_VALUE, "attach must be a shared memory of linmem, and the file has only %zu bytes",
                          s.file_length)
     if code == 0:
-        code = fail_page_call(why, pages.reserve(host_page(), False, &addr), "reserve", host_page())
-    if code:
-        return code
-    code = fail_page_call(why, pages.file_map(&s.file, 0, addr, host_page(), pages.ACCESS_READ_WRITE), "file_map",
-                          host_page())
-    if code:
-        release_address_space(addr, host_page())
-        return code
-    s.words = <control_words*>addr
-    return 0
+        code = fail_page_call(why, pages.file_show(&s.file, 0, host_page(), &addr), "file_show", host_page())
+    if code == 0:
+        s.words = <control_words*>addr
+    return code
 
 
 cdef int read_control_words(shared_memory* s, memory_spec* spec, failure* why) noexcept nogil:

@@ -49,6 +49,7 @@ cdef struct details:
     bint written_through
     bint* emptied
     bint allocate           # file_extend()
+    bint takes              # file_adopt() and file_take()
     size_t* start           # file_data()
     size_t* end
     char* new_addr          # move()
@@ -210,8 +211,21 @@ cdef int file_begin(size_t size, file_pages* out) noexcept nogil:
 cdef int file_adopt(int descriptor, bint only_writer, file_pages* out) noexcept nogil:
     cdef details more
     memset(out, 0, sizeof(file_pages))
-    out.handle, out.only_writer = descriptor, only_writer
+    out.handle, out.only_writer, more.takes = descriptor, only_writer, False
     return on_file(os_file_adopt, out, 0, NULL, 0, &more)       # replaces the caller's descriptor, or fails
+
+
+cdef int file_take(int descriptor, file_pages* out) noexcept nogil:
+    cdef details more
+    memset(out, 0, sizeof(file_pages))
+    out.handle, more.takes = descriptor, True
+    return on_file(os_file_adopt, out, 0, NULL, 0, &more)
+
+
+cdef int file_copy(const file_pages* file, file_pages* out) noexcept nogil:
+    cdef details more
+    out[0] = file[0]
+    return on_file(os_file_copy, out, 0, NULL, 0, &more)        # replaces the descriptor in `out`, or fails
 
 
 cdef int file_size(const file_pages* file, size_t* size) noexcept nogil:
@@ -240,6 +254,12 @@ cdef int file_map(const file_pages* file, size_t position, char* addr, size_t si
     cdef details more
     more.access = access
     return on_file(os_file_map, file, position, addr, size, &more)
+
+
+cdef int file_show(const file_pages* file, size_t position, size_t size, char** addr) noexcept nogil:
+    cdef details more
+    more.base = addr
+    return on_file(os_file_show, file, position, NULL, size, &more)
 
 
 cdef int file_discard(file_pages* file, size_t position, size_t size) noexcept nogil:

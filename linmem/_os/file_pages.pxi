@@ -31,7 +31,9 @@ cdef int os_file_adopt(char* addr, size_t size, details* more) noexcept nogil:
     cdef file_pages* file = more.file
     cdef struct_stat about
     cdef int flags, seals, code = 0
-    cdef int fd = fcntl(<int>file.handle, F_DUPFD_CLOEXEC, 3)
+    cdef int given = <int>file.handle
+    # A program may write to 0, 1 and 2 as its standard streams, so no memory keeps one of these descriptors.
+    cdef int fd = given if more.takes and given > 2 else fcntl(given, F_DUPFD_CLOEXEC, 3)
     file.handle = -1
     if fd < 0:
         return errno
@@ -44,12 +46,20 @@ cdef int os_file_adopt(char* addr, size_t size, details* more) noexcept nogil:
     elif not S_ISREG(about.st_mode):
         code = ENODEV
     if code:
-        close(fd)
+        if fd != given:
+            close(fd)
         return code
+    if more.takes and fd != given:
+        close(given)
     file.handle = fd
     file.writable = flags & O_ACCMODE == O_RDWR
     file.kind = FILE_SEALED if seals >= 0 and seals & F_SEAL_SHRINK else FILE_PLAIN
     return 0
+
+
+cdef int os_file_copy(char* addr, size_t size, details* more) noexcept nogil:
+    more.file.handle = fcntl(<int>more.file.handle, F_DUPFD_CLOEXEC, 3)
+    return errno if more.file.handle < 0 else 0
 
 
 cdef void file_drop(file_pages* file) noexcept nogil:
@@ -192,6 +202,15 @@ cdef int os_file_map(char* addr, size_t size, details* more) noexcept nogil:
     code = errno
     mmap(addr, size, PROT_NONE, MAP_FRESH | MAP_FIXED_NOREPLACE, -1, 0)
     return code
+
+
+cdef int os_file_show(char* addr, size_t size, details* more) noexcept nogil:
+    cdef void* p = mmap(NULL, size, PROTECTIONS[ACCESS_READ_WRITE], MAP_SHARED | MAP_NORESERVE,
+                        <int>more.file.handle, <off_t>more.position)
+    if p == MAP_FAILED:
+        return errno
+    more.base[0] = <char*>p
+    return 0
 
 
 cdef int os_file_discard(char* addr, size_t size, details* more) noexcept nogil:

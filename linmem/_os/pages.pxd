@@ -148,8 +148,10 @@ cdef int blank(char* addr, size_t size) noexcept nogil
 #   file_adopt()    -> a duplicate of a descriptor of the caller, of a regular file that can be read. only_writer: the
 #                      caller has made sure that nothing else changes the file (a failed file_extend() then gives back
 #                      the space that it took).
+#   file_take()     -> as file_adopt(), of the descriptor itself. After a failure the caller still owns the descriptor.
+#   file_copy()     -> the same file again, with a descriptor of its own.
 #   file_drop()     -> the descriptor is closed. The mappings stay until decommit(), blank() or release().
-# If file_begin() or file_adopt() fails, nothing is left behind. A file system that cannot allocate space refuses.
+# If one of these calls fails, nothing is left behind. A file system that cannot allocate space refuses.
 cdef enum:
     FILE_SEALED = 1                 # memory of the kernel that no process can make smaller
     # A file. A process that may write to the file can make the file smaller, and pages past the end fault (SIGBUS).
@@ -163,6 +165,8 @@ ctypedef struct file_pages:
 
 cdef int file_begin(size_t size, file_pages* out) noexcept nogil
 cdef int file_adopt(int descriptor, bint only_writer, file_pages* out) noexcept nogil
+cdef int file_take(int descriptor, file_pages* out) noexcept nogil
+cdef int file_copy(const file_pages* file, file_pages* out) noexcept nogil
 cdef void file_drop(file_pages* file) noexcept nogil
 
 # -> size: the length of the file in bytes now; not necessarily a multiple of anything.
@@ -187,6 +191,10 @@ cdef int file_allocate(file_pages* file, size_t position, size_t size) noexcept 
 # access; decommit() and blank() end the mapping; a fork shares the pages. Do not call discard(), renew(), touched() or
 # move() on such pages. If the OS refuses, the range may be inaccessible and hold nothing.
 cdef int file_map(const file_pages* file, size_t position, char* addr, size_t size, int access) noexcept nogil
+
+# -> *addr: readable and writable pages at a place that the OS chooses, which show the bytes of the file from `position`
+# on. release() ends them.
+cdef int file_show(const file_pages* file, size_t position, size_t size, char** addr) noexcept nogil
 
 # [position, position+size) lies in the file. -> reads as zero in every mapping of every process, and the space is given
 # back. Pages that file_allocate() took may not be there afterwards: call it again where that matters.

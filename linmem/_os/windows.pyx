@@ -459,6 +459,10 @@ cdef int os_file_adopt(char* addr, size_t size, details* more) noexcept nogil:
     return ERROR_NOT_SUPPORTED
 
 
+cdef int os_file_copy(char* addr, size_t size, details* more) noexcept nogil:
+    return ERROR_NOT_SUPPORTED
+
+
 cdef void file_drop(file_pages* file) noexcept nogil:
     pass
 
@@ -480,6 +484,10 @@ cdef int os_file_allocate(char* addr, size_t size, details* more) noexcept nogil
 
 
 cdef int os_file_map(char* addr, size_t size, details* more) noexcept nogil:
+    return ERROR_NOT_SUPPORTED
+
+
+cdef int os_file_show(char* addr, size_t size, details* more) noexcept nogil:
     return ERROR_NOT_SUPPORTED
 
 

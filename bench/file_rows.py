@@ -1,4 +1,4 @@
-"""The suite "files": memories of files, against np.memmap and against the system calls of a growth."""
+"""The rows of files of the suite "share": against np.memmap, and against the system calls of a growth."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ import linmem
 from linmem.bench.engines import KIB, MIB
 from linmem.bench.harness import P10, Contender, Goal, Group, Run, Shared, Unavailable, clock
 
-ROUNDS = 25
-RUN_NS, QUICK_RUN_NS = 4_000_000, 400_000
 SPACE = 16 * MIB
 STEP = 64 * KIB
 BLOCK = 4 * KIB
@@ -25,7 +23,7 @@ AS_MEMMAP, GROWTH = 1.00, 1.5
 SEED = 20_261_129
 
 
-def groups(quick: bool) -> list[Group]:
+def groups() -> list[Group]:
     files = Shared(Files)
     return [access(files, "read", "read 16 MiB in order, as an array", Files.read_all),
             access(files, "write", "write 16 MiB in order, as an array", Files.write_all),
