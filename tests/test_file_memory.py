@@ -9,6 +9,7 @@ import signal
 import socket
 import stat
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -469,6 +470,28 @@ def test_bytes_that_another_program_appends_belong_to_the_memory_at_the_next_cal
         assert (len(mem), mem[3 * PAGE]) == (3 + 3 * PAGE, b"def"[(3 * PAGE - 3) % 3])
         mem.grow_to(4 * PAGE)
         assert path.stat().st_size == 4 * PAGE
+
+
+def test_a_budget_and_tracemalloc_count_the_bytes_that_another_program_appends(path):
+    tracemalloc.start()
+    try:
+        path.write_bytes(bytes(PAGE))
+        budget = linmem.creator("limiting", upstream=linmem.creator("file", path=path), limit_bytes=4 * PAGE)
+        with budget.create(1, 8 * PAGE) as mem, linmem.open_file(path, "r", maximum=8 * PAGE) as reader:
+            with path.open("ab") as file:
+                file.write(b"x" * 2 * PAGE)
+            assert (len(mem), reader[3 * PAGE - 1], budget.used_bytes) == (3 * PAGE, ord("x"), 3 * PAGE)
+            mine = tracemalloc.DomainFilter(True, linmem.tracemalloc_domain)
+            traces = tracemalloc.take_snapshot().filter_traces([mine])
+            assert [trace.size for trace in traces.traces] == [3 * PAGE, 3 * PAGE]
+            with path.open("ab") as file:
+                file.write(b"x" * 2 * PAGE)
+            with pytest.raises(linmem.LimitError):
+                len(mem)
+            assert (len(reader), budget.used_bytes) == (5 * PAGE, 3 * PAGE)
+        assert budget.used_bytes == 0
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_memory_stays_usable_when_its_file_is_unlinked_or_renamed(path):

@@ -18,6 +18,7 @@ cdef struct file_memory:
     pages.file_pages file
     long long opened_in         # the generation of the process that opened the file: forked children do not grow it
     atomic_i64 unsynced         # 1: the length may have changed since the last flush
+    bint taking                 # the growth takes over the length that another program gave the file
 
 
 cdef int file_make(const memory_spec* asked, pages.file_pages* file, memory** out, failure* why) noexcept nogil:
@@ -109,6 +110,8 @@ cdef int file_grow(memory* m, size_t new_size, failure* why) noexcept nogil:
     cdef file_memory* f = <file_memory*>m
     cdef size_t size = memory_size(m), page = host_page(), need, length = 0, end = size
     cdef int code
+    if f.taking:
+        return open_pages(f, size, new_size, why)
     if load(&m.protection) == PROTECTION_READ_ONLY:
         return refuse_own(m, 0, 1, WRITABLE, E_PROTECTED, "grow_to", why)
     if f.opened_in != generation:
@@ -161,7 +164,7 @@ cdef int file_check(memory* m, failure* why) noexcept:
 cdef int take_length(file_memory* f, failure* why) noexcept nogil:
     """The file had another length than the memory. The memory gets the length of the file if that is larger."""
     cdef memory* m = &f.head
-    cdef size_t length = 0, size, end = 0
+    cdef size_t length = 0, size
     cdef int code
     if is_own_growth(m):
         return 0
@@ -172,35 +175,38 @@ cdef int take_length(file_memory* f, failure* why) noexcept nogil:
     code = fail_page_call(why, pages.file_size(&f.file, &length), "file_size", 0)
     if code == 0 and length < size:
         code = fail(why, E_FILE, "use", 0, length, size)
-    # A guest must not find more pages than it knows, and the hooks of creators must not miss a growth. Such memories
-    # keep their size.
-    elif code == 0 and length > size and load(&m.owner) != OWNER_WASMTIME and not m.growth_is_watched:
+    # A guest must not find more pages than it knows, so its memory keeps the size.
+    elif code == 0 and length > size and load(&m.owner) != OWNER_WASMTIME:
         if length > m.maximum or length > m.capacity:
             fail(why, E_CAPACITY, "the size of the file", length, 0, min(m.capacity, m.maximum))
             explain(why, "the file has grown further: open it again, with a larger reserve= or maximum=")
             code = why.code
         else:
-            round_up(length, host_page(), &end)
-            code = open_pages(f, size, length, end, why)
-        if code == 0:
-            store(&f.unsynced, 1)
-            store_size(&m.accessible, end)
-            store_release(&m.size, length)
+            f.taking = True         # a growth like any other, because budgets and tracemalloc count the new bytes
+            code = grow_locked(m, length, False, why)
+            f.taking = False
+            if code == 0:
+                store(&f.unsynced, 1)
     unlock(&m.lock)
     return code
 
 
-cdef int open_pages(file_memory* f, size_t size, size_t length, size_t end, failure* why) noexcept nogil:
+cdef int open_pages(file_memory* f, size_t size, size_t length, failure* why) noexcept nogil:
     """Make the pages of the file's new bytes accessible. The pages are mapped anew: in a forked child they may have
     been decommitted."""
     cdef memory* m = &f.head
+    cdef size_t end = 0
     cdef int code = 0
+    round_up(length, host_page(), &end)
     if f.file.writable:
         code = fail_page_call(why, pages.file_allocate(&f.file, size, length - size), "allocate", length - size)
     if code == 0 and end > m.accessible:
         code = fail_page_call(why, pages.file_map(&f.file, m.accessible, m.base + m.accessible, end - m.accessible,
                                                   pages.ACCESS_READ_WRITE if f.file.writable else pages.ACCESS_READ),
                               "file_map", end - m.accessible)
+    if code == 0:
+        store_size(&m.accessible, end)
+        store_release(&m.size, length)
     return code
 
 

@@ -12,7 +12,7 @@ with a status other than 0, with the seed, and with the current step of each thr
 ``command.py``       the options, and the report at the end
 ``run.py``           a run: its threads, its phases, the search for leaks
 ``worker.py``        a thread, which takes one step after the other
-``*_steps.py``       the steps: with memories, images, creators, guests, forked children
+``*_steps.py``       the steps: with memories, images, creators, files, guests, forked children
 ``memories.py``      a memory together with the bytes that it must have
 ``creators.py``      the creators of the memories
 ``process.py``       the memory, mappings and descriptors of the process, according to the operating system

@@ -55,6 +55,7 @@ class Maker:
     bounded: bool = False       # the creator may refuse, with LimitError or PoolError
     ours: bool = True           # linmem owns the pages
     start: bytes = b""          # the first bytes of a new memory
+    shared: bool = False        # forked children have the same bytes, and the memory does not move
 
 
 def makers(image: linmem.Image, content: bytes) -> Iterator[Maker]:
@@ -75,6 +76,11 @@ def makers(image: linmem.Image, content: bytes) -> Iterator[Maker]:
     yield Maker("limit of a pool", linmem.LimitingCreator(pool(), 96 * PAGE), bounded=True)
     yield Maker("statistics", linmem.StatisticsCreator(pool(linmem.LimitingCreator(over(), 1 << 40)), history=8))
     yield Maker("tracking", linmem.TrackingCreator(pool(linmem.TrackingCreator(over()))))
+    if FLOOR["capabilities"]["shares"]:
+        yield Maker("shared", linmem.SharedCreator(), shared=True)
+        yield Maker("limit of shared", linmem.LimitingCreator(linmem.SharedCreator(), 96 * PAGE), bounded=True,
+                    shared=True)
+        yield Maker("pool of shared", pool(linmem.SharedCreator()), shared=True)
     yield Maker("python, native", linmem.PythonCreator(Passing()))
     yield Maker("python", linmem.PythonCreator(Borrowing()), ours=False)
     yield Maker("pool of python", pool(linmem.PythonCreator(Borrowing())), ours=False)

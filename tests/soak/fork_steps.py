@@ -52,6 +52,8 @@ class ForkSteps:
         signal.setitimer(signal.ITIMER_REAL, 2 * self.soak.hang)
         self.check()
         for held in self.held:
+            if held.maker.shared:       # the parent would find the bytes that a child writes
+                continue
             held.mem.write(0, b"child"[:len(held.model)])
             held.model[:5] = b"child"[:len(held.model)]
             held.check()
@@ -64,6 +66,8 @@ class ForkSteps:
             same(mem, self.soak.content, "a memory of an inherited image")
         for guest in self.guests:
             guest.check()
+            if guest.host.maker.shared:
+                continue
             for _ in range(3):
                 guest.call("store", 5, 55)
             guest.model[5] = 55

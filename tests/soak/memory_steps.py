@@ -58,7 +58,8 @@ class MemorySteps:
         except linmem.LimitError:
             must(held.maker.bounded, f"{held.maker.name!r} has no bound, and said that it is reached")
         except linmem.GrowError:
-            must((maximum is not None and new > maximum) or (new > capacity and not held.maker.ours),
+            stays = held.maker.shared or not held.maker.ours
+            must((maximum is not None and new > maximum) or (new > capacity and stays),
                  f"growth to {new} refused: capacity {capacity}, maximum {maximum}, {held.maker.name!r}")
         except BufferError:
             must(held.views and new > capacity, f"growth to {new} refused for {len(held.views)} views: {capacity}")
