@@ -663,4 +663,3 @@ def test_linmem_is_imported_without_numpy_and_says_what_is_missing():
 def test_importing_linmem_does_not_import_numpy():
     assert answer("import sys, linmem; print('numpy' in sys.modules, 'linmem.arrays' in sys.modules)"
                   ).split() == ["False", "False"]
-
