@@ -24,8 +24,8 @@ def public_part(stub: Path) -> object:
 
 def documented(stub: Path) -> str:
     """The text of the stub, in which every public name of linmem has its docstring,
-    and every method and property of such a class, but for methods such as __len__, and for attributes
-    that the docstring of the class tells of."""
+    and every method and property of such a class (of the base of GrowableArray, too), but for methods such as __len__,
+    and for attributes that the docstring of the class tells of."""
     text = stub.read_text("utf-8")
     lines = text.splitlines()
     module = public_part(stub)
@@ -40,7 +40,8 @@ def documented(stub: Path) -> str:
 def with_owners(tree, module):
     """The classes, functions and methods in the order of their lines; of overloads, the first."""
     for node in tree.body:
-        if isinstance(node, ast.ClassDef) and node.name in linmem.__all__:
+        if isinstance(node, ast.ClassDef) and (
+                node.name in linmem.__all__ or getattr(module, node.name, None) in linmem.GrowableArray.__bases__):
             yield node, module
             before = None
             for member in node.body:

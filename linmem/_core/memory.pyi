@@ -947,14 +947,50 @@ class Image:
 
 @disjoint_base
 class RowBuffer:
+    """Rows of equal size in a memory: the base of `linmem.GrowableArray`."""
     def _open(self, memory: Memory, start: SupportsIndex, row_bytes: SupportsIndex, most: SupportsIndex,
-              count_at: SupportsIndex, kind: str) -> None: ...
-    def append(self, row: Any) -> None: ...
-    def resize(self, n: SupportsIndex) -> None: ...
-    def clear(self) -> None: ...
+              count_at: SupportsIndex, kind: str) -> None:
+        """The caller has checked the numbers: the head ends at `start`, and the text of the number is inside."""
+    def append(self, row: Any) -> None:
+        """Add one row at the end.
+
+        Parameters
+        ----------
+        row : array_like
+            What NumPy converts to the dtype without loss of its kind: a float is not a row of integers.
+
+        Raises
+        ------
+        TypeError, ValueError, OverflowError
+            The row does not convert, or has another shape than `row_shape`. Nothing was added.
+        GrowError, PageError
+            There is no room. Nothing was added.
+        """
+    def resize(self, n: SupportsIndex) -> None:
+        """Change the number of rows. Rows that are new, or that come back, are zero.
+
+        Arrays that were taken from this one before stay valid and keep their length.
+
+        Parameters
+        ----------
+        n : int
+            Rows.
+
+        Raises
+        ------
+        GrowError, PageError
+            There is no room. Nothing has changed.
+        """
+    def clear(self) -> None:
+        """Remove all rows. The bytes stay where they are until rows are added again."""
     def __reduce__(self) -> Any: ...
-    def _extend_bytes(self, data: Buffer) -> None: ...
-    def _take_rows(self, staged: RowBuffer) -> None: ...
+    def _extend_bytes(self, data: Buffer) -> None:
+        """Add rows that have the bytes of a contiguous buffer."""
+    def _take_rows(self, staged: RowBuffer) -> None:
+        """Add the rows of a private RowBuffer that no other code uses. Its pages go back to the OS as they are copied,
+        so that the rows are hardly ever resident twice.
+        """
     def __len__(self) -> int: ...
     @property
-    def memory(self) -> Memory: ...
+    def memory(self) -> Memory:
+        """The `Memory` that has the rows: for `flush`, `info` and `protect`."""
