@@ -205,12 +205,8 @@ cdef int os_file_map(char* addr, size_t size, details* more) noexcept nogil:
 
 
 cdef int os_file_show(char* addr, size_t size, details* more) noexcept nogil:
-    cdef void* p = mmap(NULL, size, PROTECTIONS[ACCESS_READ_WRITE], MAP_SHARED | MAP_NORESERVE,
-                        <int>more.file.handle, <off_t>more.position)
-    if p == MAP_FAILED:
-        return errno
-    more.base[0] = <char*>p
-    return 0
+    return map_anywhere(size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, <int>more.file.handle,
+                        <off_t>more.position, more.base)
 
 
 cdef int os_file_discard(char* addr, size_t size, details* more) noexcept nogil:
