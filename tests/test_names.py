@@ -43,7 +43,7 @@ each_kind = pytest.mark.parametrize("kind", MAKE)
 def test_every_creator_is_here():
     natives = {name for name in linmem.__all__ if isinstance(getattr(linmem, name), type)
                and issubclass(getattr(linmem, name), NativeCreator)}
-    assert natives == {*MAKE, "NativeCreator", "SharedCreator"}
+    assert natives == {*MAKE, "NativeCreator", "SharedCreator", "FileCreator"}
 
 
 @each_kind
