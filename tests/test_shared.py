@@ -158,13 +158,13 @@ def test_the_limit_on_file_sizes_is_a_page_error_and_no_signal():
         import resource, signal, linmem
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         mem = linmem.create(65536, 1 << 30, creator=linmem.creator("shared"))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 20, 8 << 20))
-        mem.grow_to((8 << 20) - 65536)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (32 << 20, 32 << 20))
+        mem.grow_to((32 << 20) - 65536)
         try:
-            mem.grow_to(8 << 20)
+            mem.grow_to(32 << 20)
         except linmem.PageError as error:
-            print(error.errno, error.call, "RLIMIT_FSIZE (ulimit -f) is 8388608 bytes" in str(error), len(mem))
-    """) == f"27 extend True {(8 << 20) - 65536}"
+            print(error.errno, error.call, "RLIMIT_FSIZE (ulimit -f) is 33554432 bytes" in str(error), len(mem))
+    """) == f"27 extend True {(32 << 20) - 65536}"
 
 
 # -- waiting
