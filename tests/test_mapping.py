@@ -158,7 +158,7 @@ def test_a_file_that_is_open_for_reading_is_copied_on_write(mem, path):
     assert path.read_bytes() == b"f" * (2 * PAGE + 7)
 
 
-@requires("real_pages")
+@requires("real_pages", "file_memories")
 def test_a_file_that_is_open_for_update_is_written_through(mem, path):
     with path.open("r+b") as file:
         mem.map(0, file, PAGE)
@@ -174,7 +174,7 @@ def test_a_file_that_is_open_for_update_is_written_through(mem, path):
     assert mem[PAGE:PAGE + 7] == b"outside"
 
 
-@requires("real_pages")
+@requires("real_pages", "file_memories")
 def test_a_file_that_is_open_for_update_can_be_shown_read_only(mem, path):
     with path.open("r+b") as file:
         mem.map(0, file, access="r")
@@ -185,7 +185,7 @@ def test_a_file_that_is_open_for_update_can_be_shown_read_only(mem, path):
     assert path.read_bytes()[:2] == b"\1f"
 
 
-@requires("real_pages")
+@requires("real_pages", "file_memories")
 def test_map_neither_moves_the_position_of_a_file_nor_changes_its_length(mem, path):
     with path.open("r+b") as file:
         file.seek(5)
@@ -239,7 +239,7 @@ def test_a_host_page_that_is_larger_than_the_kernels_shows_no_page_past_the_end_
     assert answer(code, env={"LINMEM_PAGE_SIZE": str(larger)}) == "done"
 
 
-@requires("maps")
+@requires("maps", "file_memories")
 def test_a_file_that_is_cut_short_faults_as_the_documentation_says(tmp_path):
     setup = (f"import linmem; mem = linmem.create({2 * PAGE}); file = open({str(tmp_path / 'cut')!r}, 'w+b');"
              f" file.truncate({2 * PAGE}); mem.map(0, file); assert mem[{PAGE}] == 0; file.truncate({PAGE})")
@@ -560,7 +560,7 @@ def test_differences_are_exact_in_windows(mem, img):
         assert other[:] == mem[:]
 
 
-@requires("maps")
+@requires("maps", "file_memories")
 def test_restore_writes_into_windows_and_keeps_them(mem, path):
     before = mem.snapshot()
     with path.open("r+b") as file:
@@ -646,7 +646,7 @@ def test_a_memory_whose_every_page_is_read_only_exports_read_only_buffers(img):
             assert view == IMAGE
 
 
-@requires("maps")
+@requires("maps", "file_memories")
 def test_discard_gives_zeros_and_writes_them_through(mem, img, path):
     mem.map(0, img)
     with path.open("r+b") as file:
@@ -680,7 +680,7 @@ def test_the_pages_of_a_window_go_with_the_memory(path):
     assert not any(str(path) in m.name for m in mappings())
 
 
-@requires("maps")
+@requires("maps", "file_memories")
 @pytest.mark.parametrize("image", [None, Image.from_bytes(b"start" * PAGE)])
 @pytest.mark.parametrize("reset", ["adaptive", "scan", "zero", "discard"])
 @pytest.mark.parametrize("upstream", [linmem.MmapCreator, lambda: linmem.MmapCreator(prefault=True),
@@ -717,7 +717,7 @@ def test_a_pool_hands_no_window_to_the_next_tenant(path, reset, upstream, image)
     assert pool.stats()["misses"] == 1
 
 
-@requires("fork")
+@requires("fork", "file_memories")
 def test_a_forked_child_has_the_windows(path):
     assert answer(FORKING + f"""
 import linmem
