@@ -449,6 +449,10 @@ cdef int map_file(Memory mem, size_t offset, int descriptor, size_t first, objec
         if (is_owned and is_plain and not given.file.writable) or first + n >= length + kernel_page:
             return map_copy(mem, offset, given.file.handle, first, min(length - first, n), n, access)
         if n and given.file.writable and is_plain and not is_owned:
+            if not pages.capabilities().shares:
+                raise TypeError("map of a file that is open for update is not supported on this system, which does not"
+                                " allocate space: open the file for reading, or write(offset, file.read()) copies the"
+                                " bytes")
             with nogil:     # a page without space is a fault when it is written
                 code = fail_page_call(&why, pages.file_allocate(&given.file, first, min(length - first, n)),
                                       "file_allocate", n)

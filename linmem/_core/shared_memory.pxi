@@ -17,7 +17,7 @@
 cdef enum:
     HEAD_BYTES = 65536              # a multiple of every host page
     TOKEN_BYTES = 32
-    GROW_AHEAD = 1 << 22            # bytes by which the file of a sealed memory is longer than the growth asks for
+    GROW_AHEAD = 1 << 24            # bytes by which the file of a sealed memory is longer than the growth asks for
 
 cdef struct control_words:
     char[16] magic
