@@ -396,9 +396,11 @@ class GrowableArray(RowBuffer):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of the rows, on a memory of an `MmapCreator`; of a shared array, its live handle."""
-        if self.memory.info().kind == "shared":
-            return _attached, (type(self), self.memory.handle())
-        return self._copied()
+        try:
+            handle = self.memory.handle()
+        except TypeError:       # the memory is not shared
+            return self._copied()
+        return _attached, (type(self), handle)
 
     def _copied(self) -> tuple[Any, ...]:
         return _copy, (type(self), self._dtype, self._row_shape, self._maximum, self.array)

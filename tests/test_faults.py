@@ -1053,6 +1053,19 @@ def array_rows():
     row("extend by an iterator", "GrowableArray.extend", made, lambda scene: scene.rows.extend(iter(b"c" * 20000)),
         added(20000), "reserve commit")
     row("resize", "RowBuffer.resize", made, lambda scene: scene.rows.resize(scene.before + PAGE), added(PAGE), "commit")
+    def by(copying):
+        def act(scene):
+            try:
+                return copying(scene.rows)
+            except linmem.PageError as error:
+                raise error.with_traceback(None) from None      # the frames hold an array, which pins the memory
+            finally:
+                scene.rows._whole = None                        # does, too
+        return act
+
+    same = holds(lambda scene, copied: len(copied) == scene.before and copied.memory is not scene.mem)
+    row("copy an array", "GrowableArray.__copy__", made, by(copy.copy), same, "reserve commit")
+    row("copy an array deeply", "GrowableArray.__deepcopy__", made, by(copy.deepcopy), same, "reserve commit")
     row("close an array", "GrowableArray.close GrowableArray.__exit__", made, lambda scene: scene.rows.close(),
         holds(lambda scene, result: scene.rows.closed and scene.mem.closed))
 
@@ -1500,8 +1513,6 @@ if NEEDS["numpy"][0]:
         "RowBuffer": refuses(TypeError, lambda scene: RowBuffer().append(1)),
         "RowBuffer.__len__": lambda scene: len(scene.rows),
         "GrowableArray.attach": lambda scene: linmem.GrowableArray.attach(scene.headed),
-        "GrowableArray.__copy__": lambda scene: copy.copy(scene.rows),
-        "GrowableArray.__deepcopy__": lambda scene: copy.deepcopy(scene.rows),
         "RowBuffer.clear": lambda scene: (scene.rows.clear(), scene.rows.extend(b"abc")),
         "RowBuffer.__reduce__": refuses(TypeError, lambda scene: pickle.dumps(RowBuffer())),
         "GrowableArray.__getitem__": lambda scene: scene.rows[:2],
