@@ -215,6 +215,7 @@ def test_no_page_past_the_end_of_a_file_becomes_accessible(mem, path):
     assert mem[:] == OWN
 
 
+@requires("file_memories")
 def test_a_host_page_that_is_larger_than_the_kernels_shows_no_page_past_the_end_of_a_file():
     larger = 4 * REAL_PAGE
     code = f"""
@@ -682,7 +683,7 @@ def test_the_pages_of_a_window_go_with_the_memory(path):
 
 @requires("maps", "file_memories")
 @pytest.mark.parametrize("image", [None, Image.from_bytes(b"start" * PAGE)])
-@pytest.mark.parametrize("reset", ["adaptive", "scan", "zero", "discard"])
+@pytest.mark.parametrize("reset", ["adaptive", pytest.param("scan", marks=requires("scans")), "zero", "discard"])
 @pytest.mark.parametrize("upstream", [linmem.MmapCreator, lambda: linmem.MmapCreator(prefault=True),
                                       linmem.PoolingCreator], ids=["mmap", "prefault", "pool"])
 def test_a_pool_hands_no_window_to_the_next_tenant(path, reset, upstream, image):
