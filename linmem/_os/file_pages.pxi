@@ -220,9 +220,20 @@ cdef int os_file_flush(char* addr, size_t size) noexcept nogil:
     return errno if msync(addr, size, MS_SYNC) else 0
 
 
+cdef extern from *:
+    """
+    #ifdef __linux__
+    #define linmem_sync fdatasync
+    #else
+    #define linmem_sync fsync       /* the headers of macOS do not declare fdatasync() */
+    #endif
+    """
+    int sync_data "linmem_sync"(int descriptor) nogil
+
+
 cdef int os_file_sync(char* addr, size_t size, details* more) noexcept nogil:
     cdef file_pages* file = more.file
-    return errno if (fdatasync(<int>file.handle) if ON_LINUX else fsync(<int>file.handle)) else 0
+    return errno if sync_data(<int>file.handle) else 0
 
 
 cdef bint can_share() noexcept nogil:

@@ -22,7 +22,7 @@ from posix.resource cimport (
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, nanosleep, timespec
 from posix.types cimport off_t
 from posix.unistd cimport (
-    close, fdatasync, fsync, ftruncate, getpid, lseek, pread, pwrite, read, readlink, sysconf, unlink, write,
+    close, ftruncate, getpid, lseek, pread, pwrite, read, readlink, sysconf, unlink, write,
 )
 
 # This header comes before all others, because it replaces the calls that the system lacks.
