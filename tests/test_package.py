@@ -135,7 +135,7 @@ def test_the_sdist_has_all_sources_and_no_generated_c(tmp_path):
                  "pyproject.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE"}:
         assert name in names, name
     assert {name for name in names if name.endswith(".c") and not name.startswith("tests/")} == {
-        "bench/_forth.c", "linmem/_commands/demo.c"}
+        "bench/_forth.c", "examples/mapped_input.c", "linmem/_commands/demo.c"}
     assert {"bench/_forth.fs", "bench/_forth.wasm"} <= names
     assert not [name for name in names if name.endswith((".so", ".pyd", ".pyc")) or "__pycache__" in name]
 

@@ -592,7 +592,7 @@ class Memory(LinearMemory):  # registered with the trait
             The range is not whole pages of this memory or of the source.
         TypeError
             The source has no pages that another memory can show, the pages of this memory are not its own, or the
-            system cannot map pages (Windows).
+            system cannot map pages (Windows), or allocates no space in a file that is open for update (macOS, BSD).
         OwnedError
             A wasmtime store owns the memory, and the source is a file that is open for update, or its memory.
         PageError
