@@ -27,7 +27,7 @@ import linmem
 import linmem.wasmtime
 from linmem import Image
 from linmem._core.memory import restore_all
-from linmem._files.sparse import pieces_of_file
+from linmem._files import sparse
 from linmem._os import pages
 
 file_requires("maps_images")
@@ -186,6 +186,20 @@ def test_a_file_that_is_open_for_update_can_be_shown_read_only(mem, path):
 
 
 @requires("real_pages", "file_memories")
+def test_a_map_that_is_refused_allocates_no_space_in_the_file(mem, tmp_path):
+    path = tmp_path / "sparse"
+    with path.open("w+b") as file:
+        file.truncate(2 * SIZE)
+        for offset, error in ((0, "byte_size"), (1, "host page")):
+            with pytest.raises(ValueError, match=error):
+                mem.map(offset, file)
+        mem.close()
+        with pytest.raises(ValueError, match="closed"):
+            mem.map(0, file, 0, PAGE)
+        assert os.stat(path).st_blocks == 0
+
+
+@requires("real_pages", "file_memories")
 def test_map_neither_moves_the_position_of_a_file_nor_changes_its_length(mem, path):
     with path.open("r+b") as file:
         file.seek(5)
@@ -251,7 +265,7 @@ def test_the_pieces_of_a_file_keep_its_position_and_end_with_the_file(tmp_path):
     (tmp_path / "short").write_bytes(b"x" * 10)
     with open(tmp_path / "short", "rb", buffering=0) as file:
         file.seek(3)
-        assert [(start, bytes(part)) for start, part in pieces_of_file(file.fileno(), 2, 8)] == [(0, b"x" * 8)]
+        assert [(start, bytes(part)) for start, part in sparse.pieces_of_file(file.fileno(), 2, 8)] == [(0, b"x" * 8)]
         assert file.tell() == 3
 
 
@@ -869,6 +883,14 @@ def test_a_file_is_copied_into_the_memory_of_a_guest_so_that_no_other_program_ca
     assert guest.mem[WASM_PAGE:2 * WASM_PAGE] == INPUT[:-5] + bytes(5)
     guest.call("fill", WASM_PAGE, 3, WASM_PAGE)
     assert guest.call("load", 2 * WASM_PAGE - 1) == 3
+    guest.store.close()
+
+
+def test_a_file_that_does_not_fit_is_not_copied_for_a_guest(path, monkeypatch):
+    guest = Guest()
+    monkeypatch.setattr(sparse, "pieces_of_file", None)     # a call raises TypeError
+    with path.open("rb") as file, pytest.raises(ValueError, match="byte_size"):
+        guest.mem.map(guest.mem.byte_size(), file)
     guest.store.close()
 
 

@@ -155,6 +155,19 @@ cdef int check_whole_pages(const char* name, size_t value, failure* why) noexcep
     return 0
 
 
+cdef int begin_map(memory* m, size_t offset, size_t size, failure* why) noexcept nogil:
+    """Take the memory's lock, and refuse a range that cannot become a window. A code: the lock is not taken."""
+    cdef int code = check_whole_pages("offset", offset, why) or check_whole_pages("size", size, why)
+    if code == 0:
+        code = begin_page_call(m, "map", offset, size, why)
+    if code == 0 and m.ops.pages_are_shared:
+        unlock(&m.lock)
+        code = fail(why, E_UNSUPPORTED, "map", size)
+        snprintf(why.detail, sizeof(why.detail), "into a memory of kind '%s', whose own pages are shown elsewhere: map"
+                 " it into a memory of linmem.create()", m.ops.kind)
+    return code
+
+
 cdef int memory_map(memory* m, size_t offset, const page_source* source, size_t size, int access,
                     failure* why) noexcept nogil:
     """The pages of a range show pages of the source, which are in the source. access: ACCESS_READ or
@@ -165,9 +178,7 @@ cdef int memory_map(memory* m, size_t offset, const page_source* source, size_t 
     cdef window_list* before = NULL
     cdef size_t most = pages.capabilities().mappings // 2
     cdef window new
-    cdef int code = check_whole_pages("offset", offset, why) or check_whole_pages("size", size, why)
-    if code == 0:
-        code = begin_page_call(m, "map", offset, size, why)
+    cdef int code = begin_map(m, offset, size, why)
     if code:
         return code
     new.offset, new.size, new.source = offset, size, source.of
@@ -175,11 +186,7 @@ cdef int memory_map(memory* m, size_t offset, const page_source* source, size_t 
     new.may_shrink = source.img == NULL and source.file.kind != pages.FILE_SEALED
     if source.img == NULL and source.file.writable and not source.is_constant:
         new.shows = WRITTEN_THROUGH
-    if m.ops.pages_are_shared:
-        code = fail(why, E_UNSUPPORTED, "map", size)
-        snprintf(why.detail, sizeof(why.detail), "into a memory of kind '%s', whose own pages are shown elsewhere: map"
-                 " it into a memory of linmem.create()", m.ops.kind)
-    elif load(&m.owner) == OWNER_WASMTIME:
+    if load(&m.owner) == OWNER_WASMTIME:
         if access == pages.ACCESS_READ:
             access = pages.ACCESS_READ_WRITE
             new.shows = COPIED_ON_WRITE
@@ -414,6 +421,21 @@ cdef int call_map(Memory mem, size_t offset, const page_source* source, size_t s
     return mem.finish(code, &why)
 
 
+cdef bint check_target(Memory mem, size_t offset, size_t size) except -1:
+    """Raise if the range cannot become a window. Returns whether a wasmtime store owns the memory."""
+    cdef failure why
+    cdef bint is_owned = False
+    cdef int code
+    cdef memory* m = mem.enter()
+    with nogil:
+        code = begin_map(m, offset, size, &why)
+        if code == 0:
+            is_owned = load(&m.owner) == OWNER_WASMTIME
+            unlock(&m.lock)
+    mem.finish(code, &why)
+    return is_owned
+
+
 cdef int map_file(Memory mem, size_t offset, int descriptor, size_t first, object size, int access) except -1:
     cdef page_source given
     cdef size_t length = 0, whole = 0, n = size or host_page()
@@ -424,8 +446,6 @@ cdef int map_file(Memory mem, size_t offset, int descriptor, size_t first, objec
     if not pages.capabilities().maps_images:
         raise TypeError("map of a file is not supported on this system: mem.write(offset, file.read()) copies the"
                         " bytes")
-    is_owned = load(&mem.enter().owner) == OWNER_WASMTIME
-    mem.leave()
     memset(&given, 0, sizeof(given))
     with nogil:
         code = fail_page_call(&why, pages.file_adopt(descriptor, False, &given.file), "file_adopt", n)
@@ -438,6 +458,7 @@ cdef int map_file(Memory mem, size_t offset, int descriptor, size_t first, objec
             raise_failure(&why)
         round_up(length, host_page(), &whole)
         n = size_in_source(length, whole, first, size)
+        is_owned = check_target(mem, offset, n)     # before the bytes of a file are copied, or its space is allocated
         is_plain = given.file.kind != pages.FILE_SEALED
         given.is_constant = is_sealed_against_writes(given.file.handle)
         given.position = first
