@@ -27,7 +27,15 @@ SETTLED = 2.1               # seconds after which linmem notes that a new file i
 
 # What the console script of linmem does.
 LINMEM = "import sys; from linmem.cli import main; sys.exit(main())"
-SCRIPT = """
+WITH_WASI = """
+wasi = wasmtime.WasiConfig()
+wasi.argv = sys.argv[1:]
+wasi.inherit_stdin()
+wasi.inherit_stdout()
+wasi.inherit_stderr()
+store.set_wasi(wasi)
+"""
+SCRIPT = f"""
 import sys
 import wasmtime
 engine = wasmtime.Engine()
@@ -35,12 +43,7 @@ module = wasmtime.Module.deserialize_file(engine, sys.argv[1])
 linker = wasmtime.Linker(engine)
 linker.define_wasi()
 store = wasmtime.Store(engine)
-wasi = wasmtime.WasiConfig()
-wasi.argv = sys.argv[1:]
-wasi.inherit_stdin()
-wasi.inherit_stdout()
-wasi.inherit_stderr()
-store.set_wasi(wasi)
+{WITH_WASI}
 linker.instantiate(store, module).exports(store)["_start"](store)
 """
 FUEL = 1_000_000
@@ -56,12 +59,7 @@ linker = component.Linker(engine)
 linker.add_wasip2()
 store = wasmtime.Store(engine)
 store.set_fuel({FUEL})
-wasi = wasmtime.WasiConfig()
-wasi.argv = sys.argv[1:]
-wasi.inherit_stdin()
-wasi.inherit_stdout()
-wasi.inherit_stderr()
-store.set_wasi(wasi)
+{WITH_WASI}
 instance = linker.instantiate(store, program)
 run = program.get_export_index("run", program.get_export_index("wasi:cli/run@0.2.0"))
 instance.get_func(store, run)(store)

@@ -231,7 +231,7 @@ def example() -> ModuleType:
     """The module of the example. A wheel does not have the folder of the examples."""
     path = Path(__file__).parents[1] / "examples" / "shared_ring.py"
     if not path.exists():
-        raise Unavailable("the ring is an example of a checkout, and this is no checkout")
+        raise Unavailable("examples/shared_ring.py is missing: a checkout of linmem has it")
     spec = importlib.util.spec_from_file_location("shared_ring", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -77,24 +77,17 @@ if TYPE_CHECKING:
         ScopeTotals,
     )
 else:
+    # These names and modules are imported at their first use. linmem.wasmtime needs wasmtime-py, linmem.records takes
+    # time to import `dataclasses`, and few programs need the others.
+    _MODULES = {"GrowableArray": "arrays", "empty": "arrays", "Lock": "locks", **dict.fromkeys(
+        ("Allocation", "DroppedInfo", "ImageInfo", "MemoryInfo", "MemoryType", "Place", "Refusal", "Refusals",
+         "ScopeTotals"), "records")}
+
     def __getattr__(name: str) -> object:
-        # These modules are imported at their first use. linmem.wasmtime needs wasmtime-py, linmem.records takes time to
-        # import `dataclasses`, and few programs need linmem.arrays.
+        from importlib import import_module
+
         if name in ("wasmtime", "metrics"):
-            from importlib import import_module
-
             return import_module(f"linmem.{name}")
-        if name == "Lock":
-            from linmem.locks import Lock
-
-            return globals().setdefault(name, Lock)
-        if name in ("Allocation", "DroppedInfo", "ImageInfo", "MemoryInfo", "MemoryType", "Place", "Refusal",
-                    "Refusals", "ScopeTotals"):
-            from linmem import records
-
-            return globals().setdefault(name, getattr(records, name))
-        if name in ("GrowableArray", "empty"):
-            from linmem import arrays
-
-            return globals().setdefault(name, getattr(arrays, name))
+        if name in _MODULES:
+            return globals().setdefault(name, getattr(import_module(f"linmem.{_MODULES[name]}"), name))
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["GrowableArray", "empty"]
 
 _MOST_BYTES = 1 << 63
+_PAGE = pages.describe()["page_size"]
 _ROWS_AT_ONCE = 1 << 14         # rows that extend() takes from an iterator before it converts them
 # NumPy's kinds of numbers, from the narrow to the wide. A value of a wider kind would lose something.
 _WIDTHS = {"b": 0, "u": 1, "i": 1, "f": 2, "c": 3}
@@ -66,8 +67,7 @@ def empty(shape: Any, dtype: Any = float, *, creator: MemoryCreator | None = Non
     element = check_dtype(dtype, "linmem.empty")
     lengths = _shape(shape, "shape")
     size = math.prod(lengths) * element.itemsize
-    page = pages.describe()["page_size"]
-    whole = -(-size // page) * page
+    whole = -(-size // _PAGE) * _PAGE
     if whole >= _MOST_BYTES:
         raise OverflowError(f"shape must be one of less than 2**63 bytes, got {shown(shape)} with {element.itemsize}"
                             " bytes for each element")

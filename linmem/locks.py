@@ -6,6 +6,7 @@ import os
 import threading
 import time
 import weakref
+from contextlib import suppress
 
 from linmem._core.arguments import check_flag, check_size, shown
 from linmem._core.memory import Memory, wait, wake
@@ -46,12 +47,16 @@ class Lock:
         self._offset = check_size(offset, "offset", "within byte_size()")
         if self._offset % 4:
             raise ValueError(f"offset must be a multiple of 4, got {shown(offset)}")
-        mem.handle()
+        try:
+            mem.handle()
+        except TypeError:
+            raise TypeError(f"mem must be a shared memory, got one of kind {mem.info().kind!r}") from None
         mem.read(self._offset, 4)
         self._mem = mem
         self._fd = -1
         self._threads = threading.Lock()        # the kernel's lock does not keep threads of one descriptor apart
         self._held = False
+        self._before = _FREE        # the word before this owner wrote to it
         _locks.add(self)
 
     def __del__(self) -> None:
@@ -101,13 +106,13 @@ class Lock:
         try:
             if self._fd < 0:    # a descriptor of its own: the kernel's lock belongs to what open(2) has opened
                 self._fd = os.open(f"/proc/self/fd/{self._mem.handle().fileno()}", os.O_RDWR | os.O_CLOEXEC)
-            self._held = self._wait(end, recover)
+            taken = self._wait(end, recover)
         except BaseException:
-            self._give_back()
+            self._give_back(self._before)
             raise
-        if not self._held:
+        if not taken:
             self._threads.release()
-        return self._held
+        return taken
 
     def _wait(self, end: float | None, recover: bool) -> bool:
         import fcntl
@@ -121,15 +126,20 @@ class Lock:
                 time.sleep(0)
             else:
                 wait(self._mem, self._offset, int.from_bytes(word, "little", signed=True), left)
-        if self._mem.read(self._offset, 4) != _FREE and not recover:
+        word = self._mem.read(self._offset, 4)
+        if word != _FREE and not recover:
             raise OwnerDied(f"the last owner of the lock at offset {self._offset} ended without a release: what the"
                             " lock protects may be half written. acquire(recover=True) takes the lock")
+        self._before, self._held = word, True
         self._mem.write(self._offset, (os.getpid() & 0x7fffffff).to_bytes(4, "little"))
         return True
 
-    def _give_back(self) -> None:
+    def _give_back(self, word: bytes) -> None:
+        """Give back what this thread has taken of the lock. The file is written, because the memory may be closed."""
         import fcntl
 
+        if self._held:
+            os.pwrite(self._fd, word, _HEAD + self._offset)
         self._held = False
         if self._fd >= 0:
             self._ask(fcntl.F_UNLCK)
@@ -145,9 +155,9 @@ class Lock:
         """
         if not self._held:
             raise RuntimeError("release() of a lock that this process does not hold")
-        self._mem.write(self._offset, _FREE)
-        self._give_back()
-        wake(self._mem, self._offset, 1)
+        self._give_back(_FREE)
+        with suppress(ValueError):      # the memory is closed, and the waiters look again soon
+            wake(self._mem, self._offset, 1)
 
     def __enter__(self) -> Lock:
         self.acquire()

@@ -96,7 +96,7 @@ MAY_LACK = {"pool/one": r"the control scales only \d\.\d\d x here",
                             "this wasmtime-py has no components: .+"),
             **dict.fromkeys([key for key in GOALS["arrays"] if "peak" in key], "no /proc/self/status to ask"),
             **dict.fromkeys(GOALS["share"], "(a (shared memory|memory of a file) cannot be made"
-                            "|the C library has no fallocate|the ring is an example of a checkout).+"),
+                            "|the C library has no fallocate|examples/shared_ring.py is missing).+"),
             **dict.fromkeys(GOALS["soak-pool"], "the system does not say what is resident: .+")}
 
 
@@ -167,7 +167,7 @@ def test_a_suite_measures_each_goals_contenders_unless_the_system_lacks_somethin
                for contender in group["contenders"] if contender["unavailable"]}
     for key, why in lacking.items():
         assert key.partition("/")[0] in ("pooling_scan", "mmap", "scan") or re.search(
-                "page cache|working set|LINMEM_BENCH_BASE|memory of a file|fallocate|an example of a checkout", why), (
+                "page cache|working set|LINMEM_BENCH_BASE|memory of a file|fallocate|shared_ring", why), (
             f"{key}: {why}")
 
 

@@ -978,3 +978,33 @@ mem.close()
 subprocess.run(["umount", place], check=True)
 print("whole")
 """, timeout=300) == "whole"
+
+
+@requires("fork")
+def test_a_child_forked_while_the_length_of_the_file_is_taken_over_has_the_length_and_does_not_grow_the_file(tmp_path):
+    assert answer(f"""
+        import os, linmem
+        path = {str(tmp_path / "bytes")!r}
+        statuses = []
+
+        def on_grow(mem, old, new):
+            pid = os.fork()
+            if pid:
+                statuses.append(os.waitpid(pid, 0)[1])
+
+        mem = linmem.create(4096, 1 << 20, creator=linmem.CallbackCreator(linmem.FileCreator(path), on_grow=on_grow))
+        parent = os.getpid()
+        with open(path, "ab") as other:
+            other.write(b"x" * 4096)
+        size, last = len(mem), mem[-1]
+        assert (size, last) == (8192, ord("x")), (size, last)
+        if os.getpid() != parent:
+            try:
+                mem.grow_to(3 * 4096)
+            except TypeError:
+                os._exit(7)
+            os._exit(1)
+        assert [os.waitstatus_to_exitcode(status) for status in statuses] == [7], statuses
+        assert os.stat(path).st_size == 8192
+        print("done")
+    """).strip() == "done"

@@ -843,7 +843,7 @@ def test_a_wait_ends_at_once_if_the_word_differs_and_in_time_if_it_does_not():
     (lambda mem: linmem.wait(None, 0, 0), TypeError, "mem must be a Memory, got NoneType"),
     (lambda mem: linmem.Lock(mem, 2), ValueError, "offset must be a multiple of 4, got 2"),
     (lambda mem: linmem.Lock(mem, KIB64), ValueError, r"offset \+ size must be <= byte_size\(\)"),
-    (lambda mem: linmem.Lock(linmem.create(8), 0), TypeError, "needs a shared memory"),
+    (lambda mem: linmem.Lock(linmem.create(8), 0), TypeError, "mem must be a shared memory, got one of kind 'mmap'"),
     (lambda mem: linmem.Lock(mem, 0).release(), RuntimeError, "does not hold"),
     (lambda mem: pickle.dumps(linmem.Lock(mem, 0)), TypeError, "a Lock cannot be pickled"),
 ])
@@ -948,3 +948,42 @@ def test_the_example_of_a_ring_passes_every_message_in_order():
     example = ROOT / "examples" / "shared_ring.py"
     done = subprocess.run([sys.executable, example, "20000"], capture_output=True, text=True, timeout=120)
     assert done.stdout.startswith("20000 messages in order"), done.stderr
+
+
+def test_a_lock_is_given_back_after_its_memory_was_closed():
+    mem = shared()
+    other = linmem.attach(mem.handle())
+    lock = linmem.Lock(mem, 0)
+    assert lock.acquire()
+    mem.close()
+    lock.release()
+    assert other.read(0, 4) == bytes(4)
+    assert linmem.Lock(other, 0).acquire(timeout=0)
+
+
+@pytest.mark.parametrize("left", [bytes(4), b"dead"])
+def test_an_acquire_that_is_interrupted_leaves_the_lock_as_it_was(left):
+    class Interrupted:
+        """The memory, for which Ctrl-C comes when the owner writes its number."""
+
+        def __init__(self, mem):
+            self.read, self.handle, self.real = mem.read, mem.handle, mem
+
+        def write(self, offset, data):
+            self.real.write(offset, data)
+            raise KeyboardInterrupt
+
+    mem = shared()
+    mem.write(0, left)
+    lock = linmem.Lock(mem, 0)
+    lock._mem = Interrupted(mem)
+    with pytest.raises(KeyboardInterrupt):
+        lock.acquire(recover=True)
+    assert mem.read(0, 4) == left
+    lock._mem = mem
+    if any(left):
+        with pytest.raises(linmem.OwnerDied):
+            lock.acquire(timeout=0)
+    assert lock.acquire(timeout=0, recover=True)
+    lock.release()
+    assert mem.read(0, 4) == bytes(4)

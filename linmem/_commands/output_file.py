@@ -14,8 +14,9 @@ from linmem._commands.parser import EXIT_USAGE, Refused, check_output, refuse_er
 class OutputFile:
     """The place of the file is fixed before the program runs.
 
-    The program may replace the file by a link, and each folder that it may write to by a link to another folder. So the
-    folder of the file is opened now, and no link is followed later. A pipe is refused, because nobody may read it.
+    The program may replace the file by a link, and each folder that it may write to by a link to another folder. So
+    linmem opens the folder of the file now, and follows no link later. linmem refuses a pipe, because a write to a pipe
+    that no process reads waits for ever.
     """
 
     _fd: int | None = None

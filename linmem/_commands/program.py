@@ -344,7 +344,7 @@ class Program:
                 from linmem._wasm.offered import from_description
 
                 self.prepared = from_description(self.module, images, description)
-        # The entry is of another version of wasmtime, or cannot be mapped; or there is no room for an image.
+        # Another version of wasmtime made the entry, or the OS refuses to map it or to make an image.
         except (self.wasmtime.WasmtimeError, ValueError, OSError, MemoryError):
             return False
         return True

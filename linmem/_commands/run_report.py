@@ -48,7 +48,7 @@ def names_of(program: Any, first_sizes: list[int]) -> list[str | None]:
         module = program.names_from
         imported, own = len(module.imports()[0]), module.memories()
         exports = {index: name for name, kind, index in reversed(module.exports()) if kind == 2}
-    except (AttributeError, ValueError):       # there is no program, or it is not known
+    except (AttributeError, ValueError):       # the program was not read, or its module cannot be parsed
         return [None] * len(first_sizes)
     named: list[tuple[str | None, int]] = [
         (exports.get(index, f"memory {index}"), limits.minimum) for index, limits in enumerate(own, start=imported)]

@@ -17,8 +17,8 @@ cdef struct file_memory:
     memory head
     pages.file_pages file
     long long opened_in         # the generation of the process that opened the file: forked children do not grow it
-    atomic_i64 unsynced         # 1: the length may have changed since the last flush
-    bint taking                 # the growth takes over the length that another program gave the file
+    atomic_i64 lengths          # how many lengths the file has had, and how many of them are durable
+    atomic_i64 durable
 
 
 cdef int file_make(const memory_spec* asked, pages.file_pages* file, memory** out, failure* why) noexcept nogil:
@@ -68,7 +68,7 @@ cdef int file_make(const memory_spec* asked, pages.file_pages* file, memory** ou
     m.is_shared = spec.is_shared
     (<file_memory*>m).file = file[0]
     (<file_memory*>m).opened_in = generation
-    (<file_memory*>m).unsynced = 1      # a writer that was killed may have changed the length
+    (<file_memory*>m).lengths = 1       # a writer that was killed may have changed the length
     if not file.writable:
         make_read_only(m)
     elif spec.image != NULL and length == 0:
@@ -110,14 +110,6 @@ cdef int file_grow(memory* m, size_t new_size, failure* why) noexcept nogil:
     cdef file_memory* f = <file_memory*>m
     cdef size_t size = memory_size(m), page = host_page(), need, length = 0, end = size
     cdef int code
-    if f.taking:
-        return open_pages(f, size, new_size, why)
-    if load(&m.protection) == PROTECTION_READ_ONLY:
-        return refuse_own(m, 0, 1, WRITABLE, E_PROTECTED, "grow_to", why)
-    if f.opened_in != generation:
-        fail(why, E_UNSUPPORTED, "grow_to", new_size)
-        explain(why, "in a forked child: the process that opened the file grows it, and the child sees the growth")
-        return why.code
     if round_up(new_size, page, &need):
         return fail(why, E_OVERFLOW, "new_size", new_size)
     if need > m.capacity:
@@ -125,10 +117,19 @@ cdef int file_grow(memory* m, size_t new_size, failure* why) noexcept nogil:
         explain(why, "a memory of a file never does: open it with a larger reserve= or maximum=")
         return why.code
     code = fail_page_call(why, pages.file_size(&f.file, &length), "file_size", 0)
-    if code == 0 and length != size:
-        code = fail(why, E_FILE, "grow_to", new_size, length, size)
     if code:
         return code
+    # Another program has made the file longer: see take_length(). New pages of a guest are zero, so the guest gets -1.
+    if length >= new_size and load(&m.owner) != OWNER_WASMTIME:
+        return open_pages(f, size, new_size, why)
+    if load(&m.protection) == PROTECTION_READ_ONLY:
+        return refuse_own(m, 0, 1, WRITABLE, E_PROTECTED, "grow_to", why)
+    if f.opened_in != generation:
+        fail(why, E_UNSUPPORTED, "grow_to", new_size)
+        explain(why, "in a forked child: the process that opened the file grows it, and the child sees the growth")
+        return why.code
+    if length != size:
+        return fail(why, E_FILE, "grow_to", new_size, length, size)
     # New bytes must read as zero. Native code may have written into the rest of the last accessible page.
     round_up(size, pages.capabilities().file_page, &end)
     zero_range(m, size, end)
@@ -141,7 +142,7 @@ cdef int file_grow(memory* m, size_t new_size, failure* why) noexcept nogil:
             pages.protect(m.base + m.accessible, need - m.accessible, pages.ACCESS_NONE)
             pages.file_cut(&f.file, size)
     if code == 0:
-        store(&f.unsynced, 1)
+        add(&f.lengths, 1)
         store_size(&m.accessible, need)
         store_release(&m.size, new_size)
     store_size(&m.opening, 0)
@@ -153,11 +154,11 @@ cdef int file_grow(memory* m, size_t new_size, failure* why) noexcept nogil:
 cdef int file_check(memory* m, failure* why) noexcept:
     cdef file_memory* f = <file_memory*>m
     cdef size_t length = 0, size = memory_size(m)
-    cdef int code = fail_page_call(why, pages.file_size(&f.file, &length), "file_size", 0)
-    if code or length == size:
-        return code
-    with nogil:
-        code = take_length(f, why)
+    cdef int code
+    with nogil:         # a file system of the network may let fstat() wait
+        code = fail_page_call(why, pages.file_size(&f.file, &length), "file_size", 0)
+        if code == 0 and length != size:
+            code = take_length(f, why)
     return code
 
 
@@ -182,11 +183,8 @@ cdef int take_length(file_memory* f, failure* why) noexcept nogil:
             explain(why, "the file has grown further: open it again, with a larger reserve= or maximum=")
             code = why.code
         else:
-            f.taking = True         # a growth like any other, because budgets and tracemalloc count the new bytes
+            # A growth like any other, because budgets and tracemalloc count the new bytes.
             code = grow_locked(m, length, False, why)
-            f.taking = False
-            if code == 0:
-                store(&f.unsynced, 1)
     unlock(&m.lock)
     return code
 
@@ -205,6 +203,7 @@ cdef int open_pages(file_memory* f, size_t size, size_t length, failure* why) no
                                                   pages.ACCESS_READ_WRITE if f.file.writable else pages.ACCESS_READ),
                               "file_map", end - m.accessible)
     if code == 0:
+        add(&f.lengths, 1)
         store_size(&m.accessible, end)
         store_release(&m.size, length)
     return code
@@ -226,6 +225,7 @@ cdef int memory_flush(memory* m, size_t offset, size_t size, failure* why) noexc
 cdef int file_flush(memory* m, size_t offset, size_t size, failure* why) noexcept nogil:
     cdef file_memory* f = <file_memory*>m
     cdef size_t first = round_down(offset, host_page()), end = 0
+    cdef long long length = load(&f.lengths), durable = load(&f.durable)
     cdef int code = 0
     if load(&m.protection) == PROTECTION_READ_ONLY:
         return refuse_own(m, 0, 1, WRITABLE, E_PROTECTED, "flush", why)
@@ -233,10 +233,11 @@ cdef int file_flush(memory* m, size_t offset, size_t size, failure* why) noexcep
     if size:
         code = fail_page_call(why, pages.file_flush(m.base + first, end - first), "flush", size)
     # msync() of a range writes that range. The length of the file is not durable before fdatasync().
-    if code == 0 and compare_exchange(&f.unsynced, 1, 0):
+    if code == 0 and durable < length:
         code = fail_page_call(why, pages.file_sync(&f.file), "flush", size)
-        if code:
-            store(&f.unsynced, 1)
+        # Only now, because a flush of another thread must not return before the length is durable.
+        while code == 0 and durable < length and not compare_exchange(&f.durable, durable, length):
+            durable = load(&f.durable)
     return code
 
 

@@ -24,7 +24,7 @@ ctypedef struct window:
     size_t offset, size             # whole host pages of the memory
     int shows                       # COPIED_ON_WRITE or WRITTEN_THROUGH
     bint may_shrink                 # another program may cut the source short; an access then ends the process
-    memory* source                  # a reference; NULL: the source is no memory
+    memory* source                  # the memory that is shown, a reference; NULL: an image or a file is shown
 
 cdef struct window_list:
     size_t n
@@ -494,7 +494,7 @@ cdef bint is_sealed_against_writes(int descriptor) except -1:
 
 cdef int map_copy(Memory mem, size_t offset, int descriptor, size_t first, size_t length, size_t size,
                   int access) except -1:
-    """Map an image of the file's bytes, which nobody can cut short."""
+    """Copy the file's bytes into an image, and map the image. Other programs cannot make an image shorter."""
     from linmem._files.sparse import pieces_of_file
     cdef Image copied = Image.from_pieces(pieces_of_file(descriptor, first, length), size)
     return map_image(mem, offset, copied, 0, None, access)

@@ -28,7 +28,7 @@ cdef struct failure:
     char detail[320]            # further text; may be empty
     char name[NAME_BYTES + 1]   # of the creator that refused; empty: it has none, or `code` tells of no refusal
     PyObject* exception         # E_PYTHON only: a reference; the code that handles the failure must drop it
-    bint counted                # a creator has counted it as a refusal, or it is no refusal (Ctrl-C)
+    bint counted                # no creator counts it: a creator has done so, or Ctrl-C ended the call
 
 cdef enum:
     CACHE_LINE = 64

@@ -964,7 +964,7 @@ class RowBuffer:
         TypeError, ValueError, OverflowError
             The row does not convert, or has another shape than `row_shape`. Nothing was added.
         GrowError, PageError
-            There is no room. Nothing was added.
+            The memory cannot grow. No row was added.
         """
     def resize(self, n: SupportsIndex) -> None:
         """Change the number of rows. Rows that are new, or that come back, are zero.
@@ -979,7 +979,7 @@ class RowBuffer:
         Raises
         ------
         GrowError, PageError
-            There is no room. Nothing has changed.
+            The memory cannot grow. Nothing has changed.
         """
     def clear(self) -> None:
         """Remove all rows. The bytes stay where they are until rows are added again."""

@@ -265,7 +265,7 @@ cdef class RowBuffer:
         TypeError, ValueError, OverflowError
             The row does not convert, or has another shape than `row_shape`. Nothing was added.
         GrowError, PageError
-            There is no room. Nothing was added.
+            The memory cannot grow. No row was added.
         """
         cdef char value[8]
         if pack(self.kind, row, value):
@@ -338,7 +338,7 @@ cdef class RowBuffer:
         Raises
         ------
         GrowError, PageError
-            There is no room. Nothing has changed.
+            The memory cannot grow. Nothing has changed.
         """
         cdef failure why
         cdef int code

@@ -25,7 +25,6 @@ close = os.close
 
 _DIRECTORY = "/dev/shm"
 _TOKEN_AT, _TOKEN_BYTES = 16, 32        # in the file: control_words in shared_memory.pxi
-_MAGIC = b"linmem shared 1\n"
 _LONGEST_WAIT = 10**18                  # nanoseconds
 
 

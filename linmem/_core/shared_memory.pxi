@@ -33,7 +33,7 @@ cdef struct shared_memory:
     pages.file_pages file
     control_words* words            # in a reservation of their own
     size_t file_length              # at least so many bytes has the file
-    bint taking                     # the growth takes over a size that another process gave the memory
+    long long taking                # the growth takes over a size that another process gave the memory: the generation
 
 cdef char[16] MAGIC = b"linmem shared 1\n"
 cdef int stop_growth_at = 0         # the step after which a growth ends the process; 0: none. Tests only
@@ -207,7 +207,7 @@ cdef int shared_grow(memory* m, size_t new_size, failure* why) noexcept nogil:
                                   need - m.accessible)
     if code == 0:
         step_done(2)
-        code = 0 if s.taking else publish(s, new_size, why)
+        code = 0 if s.taking == generation else publish(s, new_size, why)
         if code and need > m.accessible:
             pages.protect(m.base + m.accessible, need - m.accessible, pages.ACCESS_NONE)
     if code == 0:
@@ -292,9 +292,9 @@ cdef int take_size(shared_memory* s, failure* why) noexcept nogil:
         code = refuse_control_words(s, size, why)
     if code:
         return code
-    s.taking = True
+    s.taking = generation       # a child that is forked now must publish its own growths
     code = grow_locked(m, size, False, why)
-    s.taking = False
+    s.taking = 0
     return code
 
 

@@ -428,10 +428,6 @@ cdef int os_image_map(image_pages* img, size_t offset, char* addr, size_t size) 
     return ERROR_NOT_SUPPORTED
 
 
-cdef int os_window_map(char* addr, size_t size, details* more) noexcept nogil:
-    return ERROR_NOT_SUPPORTED
-
-
 cdef int os_image_renew(image_pages* img, size_t offset, char* addr, size_t size) noexcept nogil:
     return ERROR_NOT_SUPPORTED
 
@@ -451,51 +447,30 @@ cdef int os_blank(char* addr, size_t size) noexcept nogil:
 # A view of a section inside a reservation needs a placeholder, as for images, and a file that grows under its views
 # needs a section with SEC_RESERVE whose views the system commits. linmem has neither yet.
 
-cdef int os_file_begin(char* addr, size_t size, details* more) noexcept nogil:
+cdef int not_supported(char* addr, size_t size, details* more) noexcept nogil:
     return ERROR_NOT_SUPPORTED
 
 
-cdef int os_file_adopt(char* addr, size_t size, details* more) noexcept nogil:
-    return ERROR_NOT_SUPPORTED
-
-
-cdef int os_file_copy(char* addr, size_t size, details* more) noexcept nogil:
-    return ERROR_NOT_SUPPORTED
+cdef detailed_call os_file_begin = not_supported
+cdef detailed_call os_file_adopt = not_supported
+cdef detailed_call os_file_copy = not_supported
+cdef detailed_call os_file_size = not_supported
+cdef detailed_call os_file_extend = not_supported
+cdef detailed_call os_file_cut = not_supported
+cdef detailed_call os_file_allocate = not_supported
+cdef detailed_call os_file_map = not_supported
+cdef detailed_call os_file_show = not_supported
+cdef detailed_call os_file_discard = not_supported
+cdef detailed_call os_file_data = not_supported
+cdef detailed_call os_file_sync = not_supported
+cdef detailed_call os_window_map = not_supported
 
 
 cdef void file_drop(file_pages* file) noexcept nogil:
     pass
 
 
-cdef int os_file_size(char* addr, size_t size, details* more) noexcept nogil:
-    return ERROR_NOT_SUPPORTED
-
-
-cdef int os_file_extend(char* addr, size_t size, details* more) noexcept nogil:
-    return ERROR_NOT_SUPPORTED
-
-
-cdef int os_file_cut(char* addr, size_t size, details* more) noexcept nogil:
-    return ERROR_NOT_SUPPORTED
-
-
-cdef int os_file_allocate(char* addr, size_t size, details* more) noexcept nogil:
-    return ERROR_NOT_SUPPORTED
-
-
-cdef int os_file_map(char* addr, size_t size, details* more) noexcept nogil:
-    return ERROR_NOT_SUPPORTED
-
-
-cdef int os_file_show(char* addr, size_t size, details* more) noexcept nogil:
-    return ERROR_NOT_SUPPORTED
-
-
-cdef int os_file_discard(char* addr, size_t size, details* more) noexcept nogil:
-    return ERROR_NOT_SUPPORTED
-
-
-cdef int os_file_data(char* addr, size_t size, details* more) noexcept nogil:
+cdef int os_file_flush(char* addr, size_t size) noexcept nogil:
     return ERROR_NOT_SUPPORTED
 
 
@@ -504,14 +479,6 @@ cdef int wait_while_equal(int* word, int value, long long ns) noexcept nogil:
 
 
 cdef int wake_waiters(int* word, int n, int* woken) noexcept nogil:
-    return ERROR_NOT_SUPPORTED
-
-
-cdef int os_file_flush(char* addr, size_t size) noexcept nogil:
-    return ERROR_NOT_SUPPORTED
-
-
-cdef int os_file_sync(char* addr, size_t size, details* more) noexcept nogil:
     return ERROR_NOT_SUPPORTED
 
 
