@@ -50,7 +50,7 @@ class Lock:
         try:
             mem.handle()
         except TypeError:
-            raise TypeError(f"mem must be a shared memory, got one of kind {mem.info().kind!r}") from None
+            raise TypeError("mem must be a shared memory: linmem.creator('shared') makes one") from None
         mem.read(self._offset, 4)
         self._mem = mem
         self._fd = -1

@@ -843,7 +843,7 @@ def test_a_wait_ends_at_once_if_the_word_differs_and_in_time_if_it_does_not():
     (lambda mem: linmem.wait(None, 0, 0), TypeError, "mem must be a Memory, got NoneType"),
     (lambda mem: linmem.Lock(mem, 2), ValueError, "offset must be a multiple of 4, got 2"),
     (lambda mem: linmem.Lock(mem, KIB64), ValueError, r"offset \+ size must be <= byte_size\(\)"),
-    (lambda mem: linmem.Lock(linmem.create(8), 0), TypeError, "mem must be a shared memory, got one of kind 'mmap'"),
+    (lambda mem: linmem.Lock(linmem.create(8), 0), TypeError, "mem must be a shared memory: "),
     (lambda mem: linmem.Lock(mem, 0).release(), RuntimeError, "does not hold"),
     (lambda mem: pickle.dumps(linmem.Lock(mem, 0)), TypeError, "a Lock cannot be pickled"),
 ])
