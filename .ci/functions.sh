@@ -40,8 +40,8 @@ copy_source() {
 
 new_venv() { "${2:-python3}" -m venv "$1" && "$1/bin/python" -m pip install -q --upgrade pip; }
 
-# Makes $base/venv (linmem with its test and docs extras) and $base/src, once in a run. The first stage that needs them
-# makes them, and other stages wait.
+# Makes $base/venv (linmem with its test and docs extras), $base/wheel (with its wheel) and $base/src, once in a run. The
+# first stage that needs them makes them, and other stages wait.
 use_base() {
     base=$work/base
     local lock
@@ -51,7 +51,8 @@ use_base() {
         rm -rf "$base"
         copy_source "$base/src"
         new_venv "$base/venv"
-        "$base/venv/bin/pip" install -q "$base/src[test,docs]"
+        "$base/venv/bin/pip" wheel -q --no-deps -w "$base/wheel" "$base/src"
+        "$base/venv/bin/pip" install -q "$(echo "$base"/wheel/linmem-*.whl)[test,docs]"
         touch "$base/ready-$LINMEM_CI_RUN"
     fi
     exec {lock}>&-
@@ -75,6 +76,17 @@ build_over_base() {
     env "$@" venv/bin/pip install -q --no-deps --no-build-isolation ./src
 }
 
+# Installs the packages of the extra `test` that have a wheel for this Python, of an older version if necessary:
+# PYTHON PIP... The Python has tomllib, and reads `src`. Sets `missing` to the other packages. Their tests skip.
+install_test_packages() {
+    local requirement
+    missing=()
+    while IFS= read -r requirement; do
+        "${@:2}" install -q --only-binary :all: "$requirement" || missing+=("$requirement")
+    done < <("$1" -c 'import tomllib
+for line in tomllib.load(open("src/pyproject.toml", "rb"))["project"]["optional-dependencies"]["test"]: print(line)')
+}
+
 # Installs a program that pip does not have: its name, and the name of its package.
 from_apt() {
     type -P "$1" >/dev/null && return
@@ -86,6 +98,23 @@ has_headers() {
     "$1" -c 'import sysconfig, os, sys; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' 2>/dev/null
 }
 
+# Sets `versions` and `pythons` to the versions of CPython, of pyenv and in PATH, that can build extensions: [VERSION TO
+# LEAVE OUT].
+find_pythons() {
+    local version candidate
+    versions=() pythons=()
+    for version in 3.10 3.11 3.12 3.13 3.14; do
+        [[ $version == "${1:-}" ]] && continue
+        for candidate in "${PYENV_ROOT:-$HOME/.pyenv}/versions/$version".*/bin/python"$version" \
+            $(type -aP "python$version"); do
+            if has_headers "$candidate"; then
+                versions+=("$version") pythons+=("$candidate")
+                break
+            fi
+        done
+    done
+}
+
 # Prints the command that a README shows under "<!-- ci: NAME -->".
 readme_command() {
     awk -v mark="<!-- ci: $2 -->" '$0 == mark {found = 1; next} found && /^```$/ {exit} found && !/^```/ {print}' "$1" |
@@ -93,9 +122,11 @@ readme_command() {
 }
 
 # Runs pytest, or a command that ends with pytest, in a folder. Sets `passed` to pytest's closing line, without its
-# frame: "9 passed, 1 skipped in 2.3s".
+# frame: "9 passed, 1 skipped in 2.3s". Returns pytest's status, also where `set -e` has no effect: after `||`.
 CLOSING='^=+ .*[0-9]+ passed.* =+$'
 suite() {
-    (cd "$1" && "${@:2}")
+    local status=0
+    (cd "$1" && "${@:2}") || status=$?
     passed=$(grep -aE "$CLOSING" "$work/$stage/log" | tail -1 | sed 's/^=* *//; s/ *=*$//')
+    return "$status"
 }

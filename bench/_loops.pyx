@@ -1,4 +1,4 @@
-# cython: language_level=3
+# cython: language_level=3, binding=False
 """Loops over page calls, memories and instances. They run without Python and without the GIL, so the figures do not
 contain the time of Python.
 

@@ -13,13 +13,16 @@ from linmem._core.arguments import printable
 __all__ = ["add_arguments", "main"]
 
 SUITES = ("core", "wasm", "reset", "threads", "image", "soak-pool", "fair", "travel",
-          "component", "hooks", "share", "arrays")   # see module_of()
+          "component", "hooks", "share")   # see module_of()
 QUICK_ROUNDS = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options that `main` reads."""
-    parser.add_argument("--suite", choices=SUITES, default="core", help="the suite to measure (default: core)")
+    parser.add_argument("--suite", choices=SUITES, metavar="SUITE",
+                        help=f"the suite to measure: {', '.join(SUITES)} (default: core)")
+    parser.add_argument("--from", type=file_name, metavar="FILE", dest="source",
+                        help="measure nothing: read the figures from a file that --json wrote")
     parser.add_argument("--quick", action="store_true", help="short runs and few rounds, for a rough estimate")
     parser.add_argument("--rounds", type=at_least_two, metavar="N",
                         help=f"interleaved rounds (default: the suite's own, 25 or 40; with --quick {QUICK_ROUNDS});"
@@ -53,9 +56,44 @@ def main(args: argparse.Namespace) -> int:
         print(f"linmem bench needs {' and '.join(missing)}: pip install 'linmem[bench]'", file=sys.stderr)
         return 1
 
+    from linmem.bench import report
+
+    if args.source:
+        given = [f"--{name}" for name in ("suite", "quick", "rounds", "json") if getattr(args, name)]
+        if given:
+            print(f"linmem bench: --from reads a file, and takes no {' and no '.join(given)}", file=sys.stderr)
+            return 1
+        try:
+            results, about = report.read_json(args.source)
+        except (OSError, ValueError) as error:
+            complain(args.source, error)
+            return 1
+    else:
+        results, about = run(args)
+    report.show(results, about)
+    unwritten = 0
+    for path, write in ((args.json, report.write_json), (args.picture, report.draw),
+                        (args.markdown, report.write_markdown)):
+        try:
+            if path is not None:
+                write(path, results, about)
+        except (OSError, ValueError) as error:      # matplotlib raises ValueError for an unknown format
+            unwritten += 1
+            complain(path, error)
+    failed = any(row.goal is not None and not row.holds for result in results for row in result.rows)
+    return 1 if unwritten or (args.check and failed) else 0
+
+
+def complain(path: str, error: Exception) -> None:
+    print(printable(f"linmem bench: {path}: {getattr(error, 'strerror', None) or error}"), file=sys.stderr)
+
+
+def run(args: argparse.Namespace):
+    """Measure a suite. Returns its results, and what a report says about them."""
     from linmem.bench import harness, report
 
-    suite = module_of(args.suite)
+    name = args.suite or SUITES[0]
+    suite = module_of(name)
     groups = suite.groups(args.quick)
     rounds = run_ns = 0
     if any(group.contenders for group in groups):
@@ -74,19 +112,7 @@ def main(args: argparse.Namespace) -> int:
             results.append(harness.Result(group, series, list(harness.compare(group, series))))
     if hasattr(suite, "conclude"):
         results = suite.conclude(results)
-    about = report.About(args.suite, report.machine(), rounds, args.quick)
-    report.show(results, about)
-    unwritten = 0
-    for path, write in ((args.json, report.write_json), (args.picture, report.draw),
-                        (args.markdown, report.write_markdown)):
-        try:
-            if path is not None:
-                write(path, results, about)
-        except (OSError, ValueError) as error:      # matplotlib raises ValueError for an unknown format
-            unwritten += 1
-            print(printable(f"linmem bench: {path}: {getattr(error, 'strerror', None) or error}"), file=sys.stderr)
-    failed = any(row.goal is not None and not row.holds for result in results for row in result.rows)
-    return 1 if unwritten or (args.check and failed) else 0
+    return results, report.About(name, report.machine(), rounds, args.quick)
 
 
 def module_of(suite: str):

@@ -11,15 +11,17 @@ import platform
 import re
 import sys
 import sysconfig
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import linmem
 from linmem._files.atomic_file import replacing, write_figure
 from linmem._os import pages as _pages
-from linmem.bench.harness import EXACT, MORE, P10, RATE, SIZE, SPEED, TIME, Result, Row
+from linmem.bench.harness import EXACT, MORE, P10, RATE, SIZE, SPEED, TIME, Contender, Group, Result, Row, Series
 
 GOOD, BAD, PLAIN, INK, FAINT = "#1a7f5a", "#c0392b", "#5b6b7b", "#22303c", "#6b7785"      # colours of the picture
+GRID, BAND, LINES = "#e3e8ed", "#f5f7f9", "#c3ccd5"
 # A family of contenders has one hue: linmem is green, wasmtime's pooling purple. (color, shape, size)
 STYLES = {
     "linmem": ("#1a7f5a", "o", 11), "adaptive": ("#1a7f5a", "o", 11), "two threads": ("#1a7f5a", "o", 11),
@@ -29,7 +31,7 @@ STYLES = {
 }
 MORE_STYLES = tuple(zip(("#8e6fc0", "#6f7fd0", "#a85fb0", "#4f9fc9", "#b58ad6", "#7b93a8", "#c77fae", "#8a8f3c"),
                         "v^<>PpdH", strict=True))
-MANY = 20           # a picture with more rows leaves out rows without a goal
+MANY = 10           # a picture with more rows leaves out rows without a goal
 WIDE = 100          # columns of a terminal; a narrower table has no quartiles
 HEADINGS = {TIME: "linmem's time over the other's, less is better",
             SPEED: "times faster than the other, more is better",
@@ -208,6 +210,7 @@ def show(results: list[Result], about: About) -> None:
     """Print the tables."""
     from rich import box
     from rich.console import Console
+    from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
 
@@ -230,10 +233,11 @@ def show(results: list[Result], about: About) -> None:
     senses = [sense for sense in HEADINGS if any(row.sense == sense for row in rows)]
     for sense in senses:
         table = Table(title=f"linmem bench: {HEADINGS[sense]}", box=box.SIMPLE_HEAD, title_justify="left")
-        # A word that is longer than its column, such as the name of a method, goes on in the next line.
-        table.add_column("operation", ratio=3, overflow="fold")
-        table.add_column("against", ratio=3, overflow="fold")
         wide = console.width >= WIDE
+        # A word that is longer than its column, such as the name of a method, goes on in the next line. A narrow table
+        # has one column for both names, so that these words fit.
+        for heading in ("operation", "against") if wide else ("operation",):
+            table.add_column(heading, ratio=1, overflow="fold")
         for heading in ("ratio", *["quartiles"] * wide, "at best", "goal"):
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("verdict")
@@ -243,8 +247,13 @@ def show(results: list[Result], about: About) -> None:
                 style = {True: "green", False: "bold red", None: "dim"}[row.holds]
                 median, best = (Text(times(ratio), style if judged else "dim") for judged, ratio in two_ratios(row))
                 same = i > 0 and of_sense[i - 1].operation == row.operation
-                table.add_row(Text("" if same else row.operation), Text(row.against), median, *[spread(row)] * wide,
-                              best, bound(row), Text(in_a_row(row, told), style), end_section=row is of_sense[-1])
+                names = [Text("" if same else row.operation), Text(row.against)]
+                if not wide:
+                    if not same:
+                        table.add_row(names[0])
+                    names = [Padding(Text(f"vs {row.against}"), (0, 0, 0, 2))]
+                table.add_row(*names, median, *[spread(row)] * wide, best, bound(row),
+                              Text(in_a_row(row, told), style), end_section=row is of_sense[-1])
         console.print(table)
     for note, keys in notes(results).items():
         console.print(Text(f"{', '.join(keys)}: {note}", "dim"))
@@ -276,10 +285,11 @@ def write_json(path: str, results: list[Result], about: About) -> None:
         "quick": about.quick,
         "rounds": about.rounds,
         "machine": about.machine,
-        "rows": [asdict(row) for result in results for row in result.rows],
+        "rows": [{**asdict(row), "note": row.note or result.group.note} for result in results for row in result.rows],
         "groups": [{
             "key": result.group.key,
             "operation": result.group.operation,
+            "table": result.group.table,
             "contenders": [{
                 "key": s.contender.key,
                 "what": s.contender.what,
@@ -294,6 +304,58 @@ def write_json(path: str, results: list[Result], about: About) -> None:
         } for result in results if result.series],
     }
     save_text(path, json.dumps(figures, indent=1) + "\n")
+
+
+@dataclass
+class Stored(Series):
+    """A series of a file. Its figures are the file's, and cannot be computed again."""
+
+    ns_p10: float | None = None
+
+    def p10(self) -> float:
+        return 0 if self.ns_p10 is None else self.ns_p10
+
+
+def read_json(path: str) -> tuple[list[Result], About]:
+    """The results that `write_json` wrote, without the figures of the single rounds.
+
+    Raises
+    ------
+    ValueError
+        The file is not such a file.
+    """
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    try:
+        figures = json.loads(text)
+        about = About(figures["suite"], figures["machine"], figures["rounds"], figures["quick"])
+        rows: dict[str, list[Row]] = {}
+        for given in figures["rows"]:
+            row = Row(**given)
+            if row.sense not in HEADINGS:
+                raise ValueError(f"no sense {row.sense!r}")
+            rows.setdefault(row.key.partition("/")[0], []).append(row)
+        groups = {group["key"]: group for group in figures["groups"]}
+        results = []
+        for key in dict.fromkeys([*rows, *groups]):
+            of_group = rows.get(key, [])
+            group = groups.get(key) or {"operation": of_group[0].operation, "table": "", "contenders": []}
+            series = [Stored(Contender(s["key"], s["what"], _refuse_to_run, s["less"] or ""),
+                             unavailable=s["unavailable"], ns_p10=s["ns_p10"]) for s in group["contenders"]]
+            by_key = {s.contender.key: s for s in series}
+            for s in series:
+                s.base = by_key[s.contender.less] if s.contender.less else None
+            results.append(Result(Group(key, group["operation"], (), (), of_group[0].note if of_group else "",
+                                        table=group["table"]), series, of_group))
+        for _ in markdown(results, about):      # figures that are no numbers fail here
+            pass
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"not a file that `linmem bench --json` wrote ({type(error).__name__}: {error})") from None
+    return results, about
+
+
+def _refuse_to_run() -> Callable[[int], int]:
+    raise TypeError("the figures were read from a file, so their contenders cannot run")
 
 
 def save_text(path: str, text: str) -> None:
@@ -364,6 +426,11 @@ def lines(head: list[str], align: str, body: list[list[str]]) -> Iterator[str]:
 
 # -- the picture ---------------------------------------------------------------------------------------
 
+INCHES = 4.6        # the width of a picture; on a phone, where it is narrower, its text stays readable
+LINE = 0.18          # inches of a line of text
+LETTERS = 50        # letters of a line of text
+
+
 def draw(path: str, results: list[Result], about: About) -> None:
     """Draw the tables of times, if there are any, then each ratio with its quartiles and its goal."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -372,55 +439,91 @@ def draw(path: str, results: list[Result], about: About) -> None:
     rows = [row for result in results for row in result.rows if row.judged() is not None and row.drawn]
     if len(rows) > MANY:
         rows = [row for row in rows if row.goal is not None]
-    panels = [(0.9 + 0.42 * len({result.group.key for result in results if result.group.table == table.title}),
-               lambda axes, table=table: draw_times(axes, table.title, results)) for table in tables(results)]
-    for sense in HEADINGS:
-        of_sense = [row for row in rows if row.sense == sense]
-        if of_sense:
-            panels.append((0.9 + 0.5 * len(of_sense), lambda axes, rows=of_sense: draw_ratios(axes, rows)))
-    heights = [height for height, _ in panels] or [1.0]
-    figure = Figure(figsize=(11.5, 1.0 + sum(heights)), facecolor="white", layout="constrained")
+    panels = [panel_of_times(table.title, results) for table in tables(results)]
+    panels += [panel_of_ratios(of_sense) for sense in HEADINGS
+               if (of_sense := [row for row in rows if row.sense == sense])]
+    head = 0.75
+    height = head + sum(panel.height for panel in panels)
+    figure = Figure(figsize=(INCHES, height), facecolor="white")
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(h_pad=0.12, hspace=0.02)
-    all_axes = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for axes, (_, paint) in zip(all_axes, panels, strict=False):
+    top = height - head
+    for panel in panels:
+        # The text of a panel stands above and below its axes: a title, and the ticks with their legend.
+        bottom = top - panel.height + panel.below
+        axes = figure.add_axes((0.03, bottom / height, 0.94, (top - 0.35 - bottom) / height))
         for side in axes.spines.values():
             side.set_visible(False)
-        axes.tick_params(axis="x", labelsize=9, labelcolor="#44505c")
-        axes.tick_params(length=0, pad=6)
+        axes.tick_params(axis="x", labelsize=8.6, labelcolor=FAINT, length=0, pad=4)
+        axes.set_yticks([])
         axes.set_xscale("log")
         axes.set_axisbelow(True)
-        paint(axes)
-        axes.grid(axis="x", color="#e3e8ed", linewidth=0.8, zorder=0)
-    figure.suptitle(f"linmem bench, {about.suite}" + "  (--quick: not a measurement)" * about.quick, x=0.012, ha="left",
-                    fontsize=15, fontweight="bold", color=INK)
-    figure.text(0.988, 0.998, f"{in_short(about.machine)}\n{about.in_rounds('interleaved rounds')}", ha="right",
-                va="top", fontsize=8.2, color=FAINT, linespacing=1.4)
+        axes.set_ylim(panel.lines, 0)
+        axes.set_title(panel.title, loc="left", fontsize=10, color=INK, pad=8, fontweight="bold")
+        panel.paint(axes)
+        axes.grid(axis="x", color=GRID, linewidth=0.8, zorder=0)
+        top -= panel.height
+    title = f"linmem bench, {about.suite}" + "  (--quick: not a measurement)" * about.quick
+    figure.text(0.03, 1 - 0.12 / height, title, va="top", fontsize=13, fontweight="bold", color=INK)
+    facts = f"{in_short(about.machine)}; {about.in_rounds('interleaved rounds')}"
+    figure.text(0.03, 1 - 0.38 / height, in_lines(facts), va="top", fontsize=8.4, color=FAINT, linespacing=1.3)
     write_figure(figure, path, dpi=150)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A part of the picture. `lines` counts the lines of text and marks in its axes."""
+
+    title: str
+    lines: float
+    below: float            # inches below the axes
+    paint: Callable
+
+    @property
+    def height(self) -> float:
+        return 0.45 + self.lines * LINE + self.below
+
+
+def in_lines(text: str) -> str:
+    return "\n".join(textwrap.wrap(text, 66))
 
 
 def label_ticks(axes, left: float, right: float, unit: str) -> None:
     axes.set_xlim(left, right)
-    steps = (1, 2, 5) if right / left < 300 else (1,)
-    every = [step * 10.0**power for power in range(-4, 9) for step in steps]
-    ticks = [tick for tick in every if left <= tick <= right]
+    decades = math.log10(right / left)
+    steps = (1, 2, 5) if decades < 1.6 else (1, 3) if decades < 2.6 else (1,)
+    every = [step * 10.0**power for power in range(-5, 9, 2 if decades > 5 else 1) for step in steps]
+    ticks = [tick for tick in every if left * 1.1 <= tick <= right / 1.1]
     axes.set_xticks(ticks, [f"{tick:,.12g} {unit}" for tick in ticks])
     axes.set_xticks([], minor=True)
 
 
-def band(axes, at: int) -> None:
-    axes.axhspan(at - 0.5, at + 0.5, color="#f7f9fa", zorder=0, linewidth=0)
+def write(axes, y: float, text: str, **style) -> None:
+    """Write a line of text at the left side of the axes."""
+    axes.annotate(text, (0.0, y), xycoords=("axes fraction", "data"), va="center", **{"fontsize": 8.6, **style})
 
 
-def draw_times(axes, title: str, results: list[Result]) -> None:
-    """Draw a line for each group, with a mark for each contender."""
+def band(axes, top: float, bottom: float) -> None:
+    axes.axhspan(top, bottom, color=BAND, zorder=0, linewidth=0)
+
+
+def panel_of_times(title: str, results: list[Result]) -> Panel:
     of_groups = [result for result in results if result.group.table == title]
+    names = {s.contender.what for result in of_groups for s in result.series if not s.why_not()}
+    columns = 2 if all(len(name) < 28 for name in names) else 1
+    return Panel(f"{sentence(title)}, at best", 2 * len(of_groups), 0.6 + 0.18 * math.ceil(len(names) / columns),
+                 lambda axes: draw_times(axes, of_groups, columns))
+
+
+def draw_times(axes, of_groups: list[Result], columns: int) -> None:
+    """Draw a line for each group, with a mark for each contender."""
     more = iter(MORE_STYLES)
     styles: dict[str, tuple[str, str, float]] = {}
     low, high = math.inf, 0.0
     for at, result in enumerate(of_groups):
+        y = 2 * at + 1.5
         if at % 2 == 0:
-            band(axes, at)
+            band(axes, 2 * at, 2 * at + 2)
+        write(axes, 2 * at + 0.6, result.group.operation, color=INK)
         figures = []
         for s in result.series:
             key = s.contender.key
@@ -432,60 +535,80 @@ def draw_times(axes, title: str, results: list[Result]) -> None:
                 label = s.contender.what
             color, shape, size = styles[key]
             figures.append(s.p10() / 1000)
-            axes.plot(figures[-1], at, shape, color=color, markersize=size, markeredgecolor="white", label=label,
-                      markeredgewidth=1.2, zorder=5 + size / 20, linestyle="none")
+            axes.plot(figures[-1], y, shape, color=color, markersize=size * 0.8, markeredgecolor="white", label=label,
+                      markeredgewidth=0.8, zorder=5 + size / 20, linestyle="none")
         if figures:
-            axes.plot([min(figures), max(figures)], [at, at], color="#c3ccd5", linewidth=1.4, zorder=2)
+            axes.plot([min(figures), max(figures)], [y, y], color=LINES, linewidth=1.4, zorder=2)
             low, high = min(low, *figures), max(high, *figures)
     if not styles:
         low, high = 1.0, 10.0
     label_ticks(axes, low / 1.4, high * 1.4, "µs")
-    axes.set_ylim(len(of_groups) - 0.5, -0.5)
-    axes.set_yticks(range(len(of_groups)), [result.group.operation for result in of_groups], fontsize=9)
-    axes.set_title(f"{sentence(title)}  (at best, logarithmic, left is better)", loc="left", fontsize=10.5,
-                   color=INK, pad=10, fontweight="bold")
+    axes.set_xlabel("logarithmic, left is better", fontsize=8.6, color=FAINT, labelpad=4, loc="left")
     if styles:
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8.4, labelcolor=INK,
-                    handletextpad=0.3, borderaxespad=0.2)
+        axes.legend(loc="upper left", bbox_to_anchor=(-0.02, 0.0), bbox_transform=below(axes, 0.45), frameon=False,
+                    fontsize=8.4, labelcolor=INK, handletextpad=0.2, borderaxespad=0, ncols=columns, columnspacing=0.8,
+                    borderpad=0)
+
+
+def below(axes, inches: float):
+    """The coordinates of the axes, moved down."""
+    from matplotlib.transforms import ScaledTranslation
+
+    return axes.transAxes + ScaledTranslation(0, -inches, axes.figure.dpi_scale_trans)
+
+
+def panel_of_ratios(rows: list[Row]) -> Panel:
+    operations = {row.operation for row in rows}
+    return Panel(sentence(HEADINGS[rows[0].sense]), sum(map(lines_of, operations)) + 2 * len(rows), 0.5,
+                 lambda axes: draw_ratios(axes, rows))
+
+
+def lines_of(operation: str) -> float:
+    """The lines that the name of an operation takes, and a little space."""
+    return len(textwrap.wrap(operation, LETTERS)) + 0.2
 
 
 def draw_ratios(axes, rows: list[Row]) -> None:
     """Draw each ratio, its quartiles and its goal on a logarithmic axis. The bad side of a goal is shaded."""
     sense = rows[0].sense
-    spreads = [row.ratio_quartiles or (row.judged(), row.judged()) for row in rows]
-    others = [ratio for row in rows for ratio in (row.ratio_p10, row.goal) if ratio is not None]
+    rows = [row for operation in dict.fromkeys(row.operation for row in rows) for row in rows
+            if row.operation == operation]
+    # A ratio of zero has no place on the axis. It is drawn at the left end.
+    least = min([ratio for row in rows if (ratio := row.judged()) > 0] + [1.0]) / 2
+    spreads = [tuple(max(ratio, least) for ratio in row.ratio_quartiles or (row.judged(), row.judged()))
+               for row in rows]
+    others = [max(ratio, least) for row in rows for ratio in (row.ratio_p10, row.goal) if ratio is not None]
     left = min(0.8, *[low for low, _ in spreads], *others) / 1.6
     right = max(2.0, max([high for _, high in spreads] + others) * 1.25)
-    operations = list(dict.fromkeys(row.operation for row in rows))
-    for at, (row, (low, high)) in enumerate(zip(rows, spreads, strict=True)):
+    top, last, shaded = 0.0, "", False
+    for row, (low, high) in zip(rows, spreads, strict=True):
         color = {True: GOOD, False: BAD, None: PLAIN}[row.holds]
-        if operations.index(row.operation) % 2 == 0:
-            band(axes, at)
+        if row.operation != last:
+            shaded = not shaded
+            if shaded:
+                band(axes, top, top + lines_of(row.operation) + 2 * sum(o.operation == row.operation for o in rows))
+            for i, line in enumerate(textwrap.wrap(row.operation, LETTERS)):
+                write(axes, top + 0.7 + i, line, color=INK, fontweight="bold")
+            top, last = top + lines_of(row.operation), row.operation
+        y = top + 1.4
+        write(axes, top + 0.5, f"vs {row.against}", color=FAINT, fontsize=8.4)
+        axes.annotate(times(row.judged()), (1.0, top + 0.5), xycoords=("axes fraction", "data"), va="center",
+                      ha="right", color=color, fontsize=8.8,
+                      fontweight="normal" if row.goal is None else "bold")
         if row.goal is not None:
-            axes.plot([row.goal, row.goal], [at - 0.34, at + 0.34], color="#222222", linewidth=2.2, zorder=4,
+            axes.plot([row.goal, row.goal], [y - 0.42, y + 0.42], color=INK, linewidth=2.2, zorder=4,
                       solid_capstyle="butt")
             worse = (left, row.goal) if sense in MORE else (row.goal, right)
-            axes.barh(at, worse[1] - worse[0], left=worse[0], height=0.68, color=BAD, alpha=0.07, zorder=1, linewidth=0)
+            axes.barh(y, worse[1] - worse[0], left=worse[0], height=0.84, color=BAD, alpha=0.1, zorder=1, linewidth=0)
         # From 1 x on: to the left linmem takes less, to the right more.
-        axes.plot([1.0, row.judged()], [at, at], color=color, linewidth=1.6, alpha=0.5, zorder=2)
-        axes.plot([low, high], [at, at], color=color, linewidth=7, alpha=0.35, zorder=3, solid_capstyle="round")
-        median, best = row.ratio_median, row.ratio_p10
-        minor = median if row.by == P10 else best
-        if minor is not None:
-            axes.plot(minor, at + 0.27, "^", color=color, markersize=4.5, alpha=0.75, markeredgewidth=0, zorder=4)
-        axes.plot(row.judged(), at, "o", color=color, markersize=8.5, markeredgecolor="white", markeredgewidth=1.3,
-                  zorder=5)
-        text = times(row.judged()) + ("" if row.goal is None else f"  (goal {bound(row)})")
-        axes.annotate(text, (1.0, at), xycoords=("axes fraction", "data"), xytext=(8, 0), textcoords="offset points",
-                      va="center", color=color, fontsize=9.5, fontweight="normal" if row.goal is None else "bold")
-    axes.axvline(1.0, color="#9aa5b1", linewidth=1, linestyle=(0, (4, 3)), zorder=2)
+        judged = max(row.judged(), least)
+        axes.plot([1.0, judged], [y, y], color=color, linewidth=1.6, alpha=0.5, zorder=2)
+        axes.plot([low, high], [y, y], color=color, linewidth=6, alpha=0.35, zorder=3, solid_capstyle="round")
+        axes.plot(judged, y, "o", color=color, markersize=7.5, markeredgecolor="white", markeredgewidth=1.2, zorder=5)
+        top += 2
+    axes.axvline(1.0, color=LINES, linewidth=1, linestyle=(0, (4, 3)), zorder=2)
     label_ticks(axes, left, right, "x")
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_yticks(range(len(rows)), [f"{row.operation}\nvs {row.against}" for row in rows], fontsize=8.6,
-                    linespacing=1.25)
-    axes.set_title(sentence(HEADINGS[sense]), loc="left", fontsize=10.5, color=INK, pad=10,
-                   fontweight="bold")
     ways = {row.by for row in rows}
-    dot, triangle = ("ratio of p10", "median") if ways == {P10} else ("median", "ratio of p10")
-    legend = "dot: exact" if ways == {EXACT} else f"dot: {dot}, triangle: {triangle}, bar: quartiles of the rounds"
-    axes.set_xlabel(f"logarithmic  ·  {legend}, black: goal", fontsize=8.8, color="#44505c", labelpad=8)
+    dot = {P10: "ratio at best", EXACT: "exact"}.get(next(iter(ways)), "median") if len(ways) == 1 else "ratio"
+    axes.set_xlabel(f"logarithmic; dot: {dot}" + "; bar: quartiles" * (ways != {EXACT}) + "; black: goal", fontsize=8.6,
+                    color=FAINT, labelpad=4, loc="left")

@@ -1,12 +1,14 @@
-"""The suite "share": memories that processes share, that are files, and that show other pages.
+"""The suite "share": memories that processes share, that are files, and that show other pages; arrays that grow.
 
-The rows of shared memories are here. file_rows.py has those of files, and mapping.py has the row of `mem.map`.
+The rows of shared memories are here. file_rows.py has those of files, mapping.py has the row of `mem.map`, and
+array_rows.py has those of `linmem.GrowableArray`.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import multiprocessing
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 import linmem
-from linmem.bench import _loops, file_rows, mapping
+from linmem.bench import _loops, array_rows, file_rows, mapping
 from linmem.bench.engines import MIB
 from linmem.bench.harness import P10, Contender, Goal, Group, Run, Unavailable, clock
 
@@ -26,15 +28,17 @@ GROWTHS = 256
 WAKES = 64                          # wake-ups of one run
 MOST_WAKES = 1 << 18                # wake-ups of one process
 MESSAGES, MESSAGE = 4096, b"m" * 64
+PAUSE = 0.0005                      # seconds
 GROWTH, WAKE, ATTACH, RING = 1.5, 1.3, 1.0, 0.25
 ENDED = 60                          # seconds after which a process that does not answer counts as ended
 
 
 def groups(quick: bool) -> list[Group]:
-    """Rows of shared memories, of files, and of windows."""
-    return [growth(), wake(), attach(), ring(),
+    """Rows of shared memories, of files, of windows, and of arrays."""
+    return [growth(), wake(), attach(), attach_once(), ring(),
             *file_rows.groups(),
-            mapping.map_and_read()]
+            mapping.map_and_read(),
+            *array_rows.groups()]
 
 
 def create(size: int, maximum: int) -> linmem.Memory:
@@ -176,15 +180,40 @@ def sleep_in_c(pipe, words, grown) -> None:
 def attach() -> Group:
     return Group("share_attach", "attach, read a byte, close",
                  (Contender("linmem", "linmem.attach(handle)", make_attach),
+                  Contender("own", "linmem.attach(handle) in the process that made the memory", make_attach_own),
                   Contender("name", "SharedMemory(name=...)", make_attach_by_name)),
-                 (Goal("name", ATTACH, by=P10),), "64 KiB; the memory is one that this process has made", share=2)
+                 (Goal("name", ATTACH, by=P10), Goal("name", ours="own", by=P10)),
+                 "64 KiB; another process has made the memory of the first row", share=2)
 
 
-def make_attach() -> Run:
+def attach_once() -> Group:
+    return Group("share_attach_once", "attach, read a byte, close, after a pause",
+                 (Contender("linmem", "linmem.attach(handle)", lambda: make_attach(PAUSE)),
+                  Contender("name", "SharedMemory(name=...)", lambda: make_attach_by_name(PAUSE))),
+                 (Goal("name", ATTACH, by=P10),),
+                 "64 KiB, of another process; after 0.5 ms, so the resource tracker of SharedMemory sleeps", share=2)
+
+
+def make_attach(pause: float = 0) -> Run:
+    process = Process(keep_memory)
+    return attaching(process.answer(), process, pause)
+
+
+def keep_memory(pipe) -> None:
     made = create(STEP, 16 * MIB)
+    pipe.send("ready")
+    pipe.send(made.handle())
+    pipe.recv()
 
-    def run(n: int) -> int:
-        handle, attach = made.handle(), linmem.attach
+
+def make_attach_own() -> Run:
+    made = create(STEP, 16 * MIB)
+    return attaching(made.handle(), made)
+
+
+def attaching(handle, alive, pause: float = 0) -> Run:
+    def run(n: int, alive=alive) -> int:
+        attach = linmem.attach
         began = clock()
         for _ in repeat(None, n):
             mem = attach(handle)
@@ -192,10 +221,21 @@ def make_attach() -> Run:
             mem.close()
         return clock() - began
 
-    return run
+    return after_pauses(run, pause) if pause else run
 
 
-def make_attach_by_name() -> Run:
+def after_pauses(run: Run, pause: float) -> Run:
+    def paused(n: int) -> int:
+        took = 0
+        for _ in repeat(None, n):
+            time.sleep(pause)
+            took += run(1)
+        return took
+
+    return paused
+
+
+def make_attach_by_name(pause: float = 0) -> Run:
     from multiprocessing.shared_memory import SharedMemory
 
     made = SharedMemory(create=True, size=STEP)
@@ -210,7 +250,7 @@ def make_attach_by_name() -> Run:
         return clock() - began
 
     run.end = weakref.finalize(run, remove, made)
-    return run
+    return after_pauses(run, pause) if pause else run
 
 
 def remove(made) -> None:

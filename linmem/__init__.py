@@ -55,14 +55,15 @@ __all__ = ["Allocation", "CallbackCreator", "Delta", "DroppedInfo", "FileCreator
            "GrowableArray", "Image", "ImageInfo", "LimitError", "LimitingCreator", "LinearMemory", "Lock", "Memory",
            "MemoryCreator", "MemoryInfo", "MemoryType", "MmapCreator", "NativeCreator", "OwnedError", "OwnerDied",
            "PageError", "Place", "PoolError", "PoolingCreator", "PythonCreator", "Refusal", "Refusals",
-           "RoutingCreator", "ScopeTotals", "SharedCreator", "StatisticsCreator", "TrackingCreator", "attach", "create",
-           "creator", "describe", "disable_fault_report", "empty", "enable_fault_report", "find", "live", "open_file",
-           "set_pool_limits", "tracemalloc_domain", "wait", "wake"]
+           "RoutingCreator", "ScopeTotals", "SharedCreator", "SharedHandle", "StatisticsCreator", "TrackingCreator",
+           "attach", "create", "creator", "describe", "disable_fault_report", "empty", "enable_fault_report", "find",
+           "live", "open_file", "set_pool_limits", "tracemalloc_domain", "wait", "wake"]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from linmem import metrics as metrics
     from linmem import wasmtime as wasmtime
+    from linmem._core.shared_handles import SharedHandle
     from linmem.arrays import GrowableArray, empty
     from linmem.locks import Lock
     from linmem.records import (
@@ -79,9 +80,10 @@ if TYPE_CHECKING:
 else:
     # These names and modules are imported at their first use. linmem.wasmtime needs wasmtime-py, linmem.records takes
     # time to import `dataclasses`, and few programs need the others.
-    _MODULES = {"GrowableArray": "arrays", "empty": "arrays", "Lock": "locks", **dict.fromkeys(
-        ("Allocation", "DroppedInfo", "ImageInfo", "MemoryInfo", "MemoryType", "Place", "Refusal", "Refusals",
-         "ScopeTotals"), "records")}
+    _MODULES = {
+        "GrowableArray": "arrays", "empty": "arrays", "Lock": "locks", "SharedHandle": "_core.shared_handles",
+        **dict.fromkeys(("Allocation", "DroppedInfo", "ImageInfo", "MemoryInfo", "MemoryType", "Place", "Refusal",
+                         "Refusals", "ScopeTotals"), "records")}
 
     def __getattr__(name: str) -> object:
         from importlib import import_module
@@ -91,3 +93,7 @@ else:
         if name in _MODULES:
             return globals().setdefault(name, getattr(import_module(f"linmem.{_MODULES[name]}"), name))
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        """For help() and for the completion of names; without this, names that were not used yet are missing."""
+        return sorted({*globals(), *__all__})

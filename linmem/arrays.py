@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from contextlib import suppress
 from itertools import islice
+from operator import index
 
 from linmem._core.arguments import check_count, shown
 from linmem._core.element_formats import check_dtype, import_numpy
-from linmem._core.memory import Memory, RowBuffer
+from linmem._core.memory import FileCreator, Memory, RowBuffer, SharedCreator, _length_before, _remove_new_file
 from linmem._files.npy_head import MOST_HEAD_BYTES, make_head, read_head
 from linmem._os import pages
 from linmem.creators import attach, create
@@ -29,6 +30,7 @@ __all__ = ["GrowableArray", "empty"]
 
 _MOST_BYTES = 1 << 63
 _PAGE = pages.describe()["page_size"]
+_SHARES = pages.describe()["capabilities"]["shares"]
 _ROWS_AT_ONCE = 1 << 14         # rows that extend() takes from an iterator before it converts them
 # NumPy's kinds of numbers, from the narrow to the wide. A value of a wider kind would lose something.
 _WIDTHS = {"b": 0, "u": 1, "i": 1, "f": 2, "c": 3}
@@ -41,7 +43,8 @@ def empty(shape: Any, dtype: Any = float, *, creator: MemoryCreator | None = Non
     """A NumPy array of zeros on whole host pages of its own.
 
     No other object is on these pages, and the rest of the last page is zero. So the pages can be protected, discarded
-    and shown elsewhere: ``linmem.find(array.ctypes.data).memory`` is the `Memory` that has them.
+    and shown elsewhere: `Memory.map` takes the array as a source, and ``linmem.find(array.ctypes.data).memory`` is the
+    `Memory` that has the pages.
 
     Parameters
     ----------
@@ -49,7 +52,9 @@ def empty(shape: Any, dtype: Any = float, *, creator: MemoryCreator | None = Non
     dtype : dtype
         Or an argument of `numpy.dtype`, but no dtype that holds Python objects.
     creator : MemoryCreator, optional
-        The creator of the memory; by default an `MmapCreator`.
+        The creator of the memory; by default a `SharedCreator`, so the array takes a descriptor, and a forked child
+        shares its bytes. The arrays of an `MmapCreator` do neither, and cannot be shown elsewhere. Where no memory can
+        be shared, an `MmapCreator` is the default.
 
     Returns
     -------
@@ -71,6 +76,8 @@ def empty(shape: Any, dtype: Any = float, *, creator: MemoryCreator | None = Non
     if whole >= _MOST_BYTES:
         raise OverflowError(f"shape must be one of less than 2**63 bytes, got {shown(shape)} with {element.itemsize}"
                             " bytes for each element")
+    if creator is None and _SHARES:
+        creator = SharedCreator()
     return create(whole, whole, creator=creator, reserve=whole).array(element, 0, lengths)
 
 
@@ -90,7 +97,8 @@ class GrowableArray(RowBuffer):
     row_shape : int or tuple of int
         The shape of one row; ``()``: a row is one element.
     maximum : int, optional
-        The most rows. None: linmem chooses how much address space is reserved, as `linmem.create` does.
+        The most rows, at least those that are in the memory already. None: linmem chooses how much address space is
+        reserved, as `linmem.create` does.
     creator : MemoryCreator, optional
         The creator of the memory; by default an `MmapCreator`.
 
@@ -98,6 +106,8 @@ class GrowableArray(RowBuffer):
     ------
     ValueError, TypeError, OverflowError
         An argument is not valid; the message has its name, its value and the bound.
+    PageError, GrowError
+        The OS or the creator refused. A file that the call has made is removed again.
     ImportError
         NumPy is not installed.
 
@@ -132,15 +142,20 @@ class GrowableArray(RowBuffer):
             try:
                 head = make_head(element.base, shape)
             except ValueError as error:
+                if isinstance(_lowest(creator), (FileCreator, SharedCreator)):      # before it makes a file
+                    raise
                 wrong = str(error)
-        before = len(head.raw) if head else 0
+        most_bytes = None
+        if maximum is not None:
+            # A file may be longer than its rows, because it was grown ahead, or because rows were removed.
+            most_bytes = max((len(head.raw) if head else 0) + maximum * row_bytes, _length_before(_lowest(creator)))
         try:
-            memory = create(0, None if maximum is None else before + maximum * row_bytes, creator=creator)
+            memory = create(0, most_bytes, creator=creator)
         except ValueError as error:
             if maximum is None:
                 raise
-            raise ValueError(f"maximum must be enough for the rows that are there, and one that the creator takes, got"
-                             f" {maximum} rows of {row_bytes} bytes: {error}") from error
+            raise ValueError(f"maximum must be one that the creator takes, got {maximum} rows of {row_bytes} bytes:"
+                             f" {error}") from error
         try:
             if memory.info().kind not in _HEADED:
                 head = None
@@ -150,6 +165,7 @@ class GrowableArray(RowBuffer):
                 _begin_with(memory, head)
             self._begin(memory, head, element.base, shape, maximum)
         except BaseException:
+            _remove_new(memory, creator)
             memory.close()
             raise
 
@@ -252,7 +268,7 @@ class GrowableArray(RowBuffer):
         """The bytes of one row or of many, as an array of uint8."""
         numpy = import_numpy("GrowableArray")
         try:
-            wrong = self._loss(numpy, given)
+            wrong = _loss(numpy, given, self._dtype)
             found = numpy.asarray(given, self._dtype) if not wrong else None
         except (TypeError, ValueError, OverflowError) as error:
             raise _kind_of(error)(f"{name} must convert to {self._text()}, got {shown(given)}: {error}") from None
@@ -266,34 +282,6 @@ class GrowableArray(RowBuffer):
             wanted = str(("n", *self._row_shape)).replace("'", "") if many else self._row_shape
             raise ValueError(f"{name} must have the shape {wanted}, got {got}")
         return numpy.ascontiguousarray(found).reshape(-1).view(numpy.uint8)
-
-    def _loss(self, numpy: Any, given: Any) -> str:
-        """What of a value the conversion would lose, as the dtype that the value has; "" if nothing.
-
-        Raises
-        ------
-        OverflowError
-            The value has an integer that the dtype cannot hold. NumPy takes it modulo a power of two.
-        """
-        kind = getattr(given, "dtype", None)
-        if isinstance(kind, numpy.dtype) and not numpy.can_cast(kind, self._dtype, "same_kind"):
-            return str(kind)
-        if self._dtype.kind not in _WIDTHS:
-            return ""
-        found = numpy.asarray(given)
-        if found.size == 0:
-            return ""
-        if not isinstance(kind, numpy.dtype) and _WIDTHS.get(found.dtype.kind, 9) > _WIDTHS[self._dtype.kind]:
-            # NumPy makes floats or objects of integers that 64 bits cannot hold.
-            found = numpy.asarray(given, object)
-            if self._dtype.kind == "b" or not all(hasattr(each, "__index__") for each in found.flat):
-                return str(numpy.asarray(given).dtype)
-        if self._dtype.kind in "iu" and found.dtype.kind in "iuO" and not numpy.can_cast(found.dtype, self._dtype):
-            bounds = numpy.iinfo(self._dtype)
-            for n in (int(found.min()), int(found.max())):
-                if not bounds.min <= n <= bounds.max:
-                    raise OverflowError(f"an integer must be from {bounds.min} to {bounds.max}, got {n}")
-        return ""
 
     # -- rows are used
 
@@ -364,7 +352,11 @@ class GrowableArray(RowBuffer):
     def __repr__(self) -> str:
         if self.closed:
             return "<linmem.GrowableArray, closed>"
-        return f"<linmem.GrowableArray: {len(self)} rows of {self._text()}>"
+        try:
+            rows: object = len(self)
+        except (MemoryError, OSError, RuntimeError, ValueError):    # for example, its file was cut short
+            rows = "an unknown number of"
+        return f"<linmem.GrowableArray: {rows} rows of {self._text()}>"
 
     # -- lifetime
 
@@ -414,6 +406,66 @@ class GrowableArray(RowBuffer):
         return self.__copy__()
 
 
+def _loss(numpy: Any, given: Any, dtype: Any) -> str:
+    """What of a value the conversion would lose, as the dtype that the value has; "" if nothing.
+
+    Raises
+    ------
+    OverflowError
+        The value has an integer that the dtype cannot hold. NumPy takes it modulo a power of two.
+    """
+    kind = getattr(given, "dtype", None)
+    if isinstance(kind, numpy.dtype) and not numpy.can_cast(kind, dtype, "same_kind"):
+        return str(kind)
+    if dtype.names is not None and not isinstance(kind, numpy.dtype):
+        return _loss_of_fields(numpy, numpy.asarray(given, _of_objects(numpy, dtype)), dtype)
+    if dtype.kind not in _WIDTHS:
+        return ""
+    found = numpy.asarray(given)
+    if found.size == 0:
+        return ""
+    if not isinstance(kind, numpy.dtype) and _WIDTHS.get(found.dtype.kind, 9) > _WIDTHS[dtype.kind]:
+        # NumPy makes floats or objects of integers that 64 bits cannot hold.
+        found = numpy.asarray(given, object)
+        if dtype.kind == "b" or not all(map(_is_integer, found.flat)):
+            return str(numpy.asarray(given).dtype)
+    if dtype.kind in "iu" and found.dtype.kind in "iuO" and not numpy.can_cast(found.dtype, dtype):
+        bounds = numpy.iinfo(dtype)
+        for n in (int(found.min()), int(found.max())):
+            if not bounds.min <= n <= bounds.max:
+                raise OverflowError(f"an integer must be from {bounds.min} to {bounds.max}, got {n}")
+    return ""
+
+
+def _loss_of_fields(numpy: Any, records: Any, dtype: Any) -> str:
+    """`_loss` of each field of records whose values are objects."""
+    for name in dtype.names:
+        field = dtype[name].base
+        wrong = (_loss_of_fields(numpy, records[name], field) if field.names is not None
+                 else _loss(numpy, records[name].tolist(), field))
+        if wrong:
+            return f"{wrong} in the field {name!r}"
+    return ""
+
+
+def _of_objects(numpy: Any, dtype: Any) -> Any:
+    """The dtype with the same fields, all of them of Python objects."""
+    if dtype.subdtype is not None:
+        return numpy.dtype((_of_objects(numpy, dtype.base), dtype.shape))
+    if dtype.names is None:
+        return numpy.dtype(object)
+    return numpy.dtype([(name, _of_objects(numpy, dtype[name])) for name in dtype.names])
+
+
+def _is_integer(value: Any) -> bool:
+    """An array of floats has an __index__() too, which raises."""
+    try:
+        index(value)
+    except TypeError:
+        return False
+    return True
+
+
 def _copy(kind: type[GrowableArray], dtype: Any, row_shape: tuple[int, ...], maximum: int | None,
           rows: Any) -> GrowableArray:
     made = kind(dtype, row_shape, maximum=maximum)
@@ -444,6 +496,22 @@ def _begin_with(memory: Memory, head: Head) -> None:
     if found != head:
         raise ValueError(f"dtype and row_shape must be those of the rows that are there, {found.dtype} and"
                          f" {found.row_shape}, got {head.dtype} and {head.row_shape}")
+
+
+def _lowest(creator: Any) -> Any:
+    """The creator that makes the memories of a chain of creators."""
+    while (upstream := getattr(creator, "upstream", None)) is not None:
+        creator = upstream
+    return creator
+
+
+def _remove_new(memory: Memory, creator: Any) -> None:
+    """Remove the file or the name that was made with the memory. What existed before stays."""
+    _remove_new_file(memory)
+    lowest = _lowest(creator)
+    if isinstance(lowest, SharedCreator) and lowest.shm_name is not None:
+        with suppress(OSError, TypeError):      # on Windows the name goes with the memory
+            memory.unlink()
 
 
 def _kind_of(error: Exception) -> type[Exception]:

@@ -105,6 +105,8 @@ def whole_parser() -> Parser:
     parser, parsers = build_parser()
     for name, subparser in parsers.items():
         importlib.import_module(f"linmem._commands.{name}").add_arguments(subparser)
+        # argparse-manpage shows the description of a subcommand, and not its epilog.
+        subparser.description = "\n\n".join(filter(None, (subparser.description, subparser.epilog)))
     return parser
 
 

@@ -11,7 +11,15 @@ from linmem._core.adaptors import (
     as_native,
 )
 from linmem._core.arguments import check_choice, shown
-from linmem._core.memory import FileCreator, Memory, MmapCreator, NativeCreator, SharedCreator, open_for_reading
+from linmem._core.memory import (
+    FileCreator,
+    Memory,
+    MmapCreator,
+    NativeCreator,
+    SharedCreator,
+    _attach,
+    open_for_reading,
+)
 from linmem._core.pool import PoolingCreator
 from linmem.abc import MemoryCreator
 
@@ -27,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["as_native", "attach", "create", "creator", "open_file"]
 
-_KINDS: dict[str, type[NativeCreator]] = {
+KINDS: dict[str, type[NativeCreator]] = {
     "mmap": MmapCreator, "pool": PoolingCreator, "limiting": LimitingCreator, "statistics": StatisticsCreator,
     "tracking": TrackingCreator, "callback": CallbackCreator, "routing": RoutingCreator, "shared": SharedCreator,
     "file": FileCreator}
@@ -71,8 +79,10 @@ if TYPE_CHECKING:
                 attach: SharedHandle | str | int | None = None, name: str | None = None) -> SharedCreator: ...
     @overload
     def creator(kind: Literal["file"], *, path: AnyPath, name: str | None = None) -> FileCreator: ...
+    # Without **options: a call with an option of type Any would match two overloads, and type checkers would not know
+    # the class of the creator.
     @overload
-    def creator(kind: str, **options: Any) -> NativeCreator: ...
+    def creator(kind: str) -> NativeCreator: ...
 
 
 def creator(kind: str = "mmap", **options: Any) -> NativeCreator:
@@ -81,19 +91,21 @@ def creator(kind: str = "mmap", **options: Any) -> NativeCreator:
     Parameters
     ----------
     kind : str
-        "mmap": each memory is a mapping of its own (`MmapCreator`; options `prefault`, `huge_pages`).
-        "pool": memories are reset and handed out again (`PoolingCreator`; needs no option; options
-        `slots`, `keep_resident`, `max_unused_warm`, `max_resident`, `max_reserved`, `idle_seconds`,
-        `max_reset_seconds`, `reset`, `when_full`, `timeout`, `check`, `image`, `upstream`).
-        "limiting": one budget over all memories (`LimitingCreator`; options `limit_bytes`, `upstream`).
-        "statistics": counts and times what happens (`StatisticsCreator`; options `upstream`, `history`,
-        `timeline`).
-        "tracking": notes which lines and scopes made memories (`TrackingCreator`; options `upstream`, `frames`).
-        "callback": Python functions, or limits for each memory, decide (`CallbackCreator`; options `on_made`,
-        `on_grow`, `on_refused`, `on_dropped`, `limit_each`, `limit_growths`, `upstream`).
-        "shared": memories that processes share and that grow (`SharedCreator`; options `shm_name`, `attach`).
-        "routing": passes each request to one of several creators (`RoutingCreator`; option `rule`).
-        "file": the memory of a file (`FileCreator`; option `path`).
+        What the creator does:
+
+        - ``"mmap"``: each memory is a mapping of its own (`MmapCreator`; options `prefault`, `huge_pages`)
+        - ``"pool"``: memories are reset and handed out again (`PoolingCreator`; needs no option; options
+          `slots`, `keep_resident`, `max_unused_warm`, `max_resident`, `max_reserved`, `idle_seconds`,
+          `max_reset_seconds`, `reset`, `when_full`, `timeout`, `check`, `image`, `upstream`)
+        - ``"limiting"``: one budget over all memories (`LimitingCreator`; options `limit_bytes`, `upstream`)
+        - ``"statistics"``: counts and times what happens (`StatisticsCreator`; options `upstream`, `history`,
+          `timeline`)
+        - ``"tracking"``: notes which lines and scopes made memories (`TrackingCreator`; options `upstream`, `frames`)
+        - ``"callback"``: Python functions, or limits for each memory, decide (`CallbackCreator`; options `on_made`,
+          `on_grow`, `on_refused`, `on_dropped`, `limit_each`, `limit_growths`, `upstream`)
+        - ``"shared"``: memories that processes share and that grow (`SharedCreator`; options ``shm_name``, ``attach``)
+        - ``"routing"``: passes each request to one of several creators (`RoutingCreator`; option `rule`)
+        - ``"file"``: the memory of a file (`FileCreator`; option `path`)
     **options
         The options of the constructor; each has `name`, too. An `upstream` that is missing or None is an `MmapCreator`.
 
@@ -104,17 +116,17 @@ def creator(kind: str = "mmap", **options: Any) -> NativeCreator:
     TypeError
         If the kind does not have the option, if an option is missing, or if `upstream` is not a creator.
     """
-    if not isinstance(kind, str) or kind not in _KINDS:
-        raise ValueError(f"kind must be one of {', '.join(map(repr, _KINDS))}, got {shown(kind)}")
-    made = _KINDS[kind]
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {shown(kind)}")
+    made = KINDS[kind]
     if made not in _WITHOUT_UPSTREAM:
         upstream = options.get("upstream")
         options["upstream"] = _DEFAULT if upstream is None else as_native(upstream, "upstream")
     return made(**options)
 
 
-def create(minimum: int, maximum: int | None = None, *, creator: MemoryCreator | None = None,
-           reserve: int | None = None, guard: int | None = None, may_move: bool = False,
+def create(minimum: SupportsIndex, maximum: SupportsIndex | None = None, *, creator: MemoryCreator | None = None,
+           reserve: SupportsIndex | None = None, guard: SupportsIndex | None = None, may_move: bool = False,
            domain: str | None = None) -> Memory:
     """Make a linear memory.
 
@@ -189,7 +201,8 @@ def attach(handle_or_name: SharedHandle | str | int) -> Memory:
     PermissionError
         The memory belongs to another user.
     ValueError
-        The file is not a shared memory of linmem, or its control words are damaged.
+        The file is not a shared memory of linmem, or its control words are damaged, or the descriptor is not open for
+        reading and writing.
 
     Examples
     --------
@@ -201,11 +214,11 @@ def attach(handle_or_name: SharedHandle | str | int) -> Memory:
     """
     if handle_or_name is None:      # to SharedCreator this means a new memory
         raise TypeError("handle_or_name must be a handle, the name of a shared memory or a descriptor, got None")
-    return SharedCreator(attach=handle_or_name).create(0)
+    return _attach(handle_or_name)
 
 
-def open_file(path: AnyPath, access: Literal["r", "rw"] = "rw", *, minimum: int = 0,
-              maximum: int | None = None, reserve: int | None = None) -> Memory:
+def open_file(path: AnyPath, access: Literal["r", "rw"] = "rw", *, minimum: SupportsIndex = 0,
+              maximum: SupportsIndex | None = None, reserve: SupportsIndex | None = None) -> Memory:
     """Open a file as a linear memory: the bytes of the memory are the file's, and stay there.
 
     The file has no head, and its size is `byte_size`. It grows with the memory, under live views. If the process is

@@ -25,7 +25,7 @@ import pickle
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, SupportsIndex
 
 try:
     import dask.sizeof
@@ -170,7 +170,7 @@ def worker_pool(image: Image, **options: Any) -> NativeCreator:
 
 
 @contextlib.contextmanager
-def memory(image: Image, maximum: int | None = None, **options: Any) -> Iterator[Memory]:
+def memory(image: Image, maximum: SupportsIndex | None = None, **options: Any) -> Iterator[Memory]:
     """A memory for one task, which starts from `image` and goes back to the pool of this worker at the end.
 
     Parameters

@@ -81,7 +81,13 @@ def patch(creator: MemoryCreator | None = None) -> Patch:
     """
     creator = PoolingCreator() if creator is None else creator
     install(wasmtime.Config(), creator)     # refuses a wrong creator
-    return Patch(creator, install)
+    made = Patch(creator, install)
+    try:
+        made._begin()
+    except BaseException:       # a signal handler raised
+        made.undo()
+        raise
+    return made
 
 
 class use:

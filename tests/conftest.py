@@ -32,6 +32,10 @@ settings.register_profile("ci", parent=settings.get_profile("default"), max_exam
 settings.register_profile("few", parent=settings.get_profile("default"), max_examples=10, stateful_step_count=10)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
+# A process in the background starts with SIGINT ignored. Python keeps this setting, and children inherit it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # Each arena of glibc's malloc holds inaccessible address space, and the tests would count this space as a memory's.
 M_ARENA_MAX = -8
 if hasattr(ctypes.pythonapi, "mallopt"):
@@ -104,14 +108,6 @@ def older_objects_are_not_garbage():
     """gc.collect() in a test need not look through the objects that existed before the file's first test."""
     gc.collect()
     gc.freeze()
-
-
-@pytest.fixture
-def interruptible():
-    """A process in the background starts with SIGINT ignored. Python keeps this setting, and children inherit it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 FAILED = pytest.StashKey[bool]()

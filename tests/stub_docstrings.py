@@ -24,8 +24,8 @@ def public_part(stub: Path) -> object:
 
 def documented(stub: Path) -> str:
     """The text of the stub, in which every public name of linmem has its docstring,
-    and every method and property of such a class (of the base of GrowableArray, too), but for methods such as __len__,
-    and for attributes that the docstring of the class tells of."""
+    and every method and property of such a class (of the base of GrowableArray, too), but for methods such as __len__.
+    Attributes that Cython makes (`cdef readonly`) have no docstring at run time: theirs are written in the stub."""
     text = stub.read_text("utf-8")
     lines = text.splitlines()
     module = public_part(stub)

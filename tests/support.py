@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dis
 import functools
+import gc
 import importlib.util
 import mmap
 import multiprocessing
@@ -42,11 +44,14 @@ WORD = 2**64
 MAPS = Path("/proc/self/maps")
 SMAPS = Path("/proc/self/smaps")
 FDS = Path("/proc/self/fd")
+COMM = Path("/proc/self/comm")
 CORE_PATTERN = Path("/proc/sys/kernel/core_pattern")
 # Under Wine, /proc shows the mappings of the host system's kernel, and the tests ask kernel32 instead.
 HAS_KERNEL32 = hasattr(ctypes, "WinDLL")
 IN_WINE = HAS_KERNEL32 and hasattr(ctypes.WinDLL("ntdll"), "wine_get_version")
-HAS_PROC = MAPS.exists() and not HAS_KERNEL32
+# Under qemu, /proc/self/maps shows a range only if all of it belongs to the program, and mincore(2) does not work.
+IN_QEMU = COMM.exists() and COMM.read_text().startswith("qemu-")
+HAS_PROC = MAPS.exists() and not HAS_KERNEL32 and not IN_QEMU
 
 
 def _has_module(name: str) -> bool:
@@ -62,7 +67,7 @@ def _core_is_a_file() -> bool:
         pattern = CORE_PATTERN.read_text().strip()
     except OSError:
         return False
-    return bool(pattern) and "|" not in pattern and "/" not in pattern and "%" not in pattern
+    return not IN_QEMU and bool(pattern) and "|" not in pattern and "/" not in pattern and "%" not in pattern
 
 
 def _files_have_holes() -> bool:
@@ -120,7 +125,7 @@ def _wasm_tools() -> list[str]:
 SCAN_WAYS = _scan_ways()
 WASM_TOOLS = _wasm_tools()
 # The C library. PyDLL does not release the GIL during a call of a C function.
-LIBC = ctypes.PyDLL(None, use_errno=True) if HAS_PROC else None
+LIBC = ctypes.PyDLL(None, use_errno=True) if MAPS.exists() and not HAS_KERNEL32 else None
 
 
 def image_kinds() -> list[str]:
@@ -143,7 +148,7 @@ NEEDS = {
     "regions": (HAS_PROC or HAS_KERNEL32, "the OS does not say what is mapped, and how it may be touched"),
     "names": (HAS_PROC and FLOOR["capabilities"]["names"], "mappings carry no names here"),
     "smaps": (HAS_PROC and SMAPS.exists(), "no /proc/self/smaps to ask"),
-    "file_memories": (FLOOR["capabilities"]["shares"], "files are not mapped into memories here"),
+    "file_memories": (FLOOR["capabilities"]["adopts_files"], "files are not mapped into memories here"),
     "published": (hasattr(os, "memfd_create"), "files always have a path here"),
     "fault_reports": (FLOOR["capabilities"]["reports_faults"], "linmem cannot report faults here"),
     "moves": (FLOOR["capabilities"]["moves"], "this OS cannot move mappings"),
@@ -160,6 +165,11 @@ NEEDS = {
     "unnamed_files": ("file" in image_kinds(), "images are not kept in files here"),
     "maps_images": (FLOOR["capabilities"]["maps_images"], "images cannot be mapped into memories here"),
     "shared": (FLOOR["capabilities"]["shares"], "processes cannot share a memory that grows here"),
+    "shm_files": (FLOOR["capabilities"]["shares"] and not FLOOR["capabilities"]["names_files"],
+                  "shared memories are sections here, which have no descriptor and no path"),
+    "shared_faults": (not (FLOOR["capabilities"]["names_files"] and IN_WINE),
+                      "Wine lets a program access pages of a section that are not committed"),
+    "sections": (FLOOR["capabilities"]["names_files"], "shared memories are files here"),
     "descriptors": (HAS_PROC and FDS.exists(), "no /proc/self/fd to ask"),
     "mounts": (_can_mount(), "a process may not mount file systems of its own"),
     "disks": (_can_mount() and os.path.exists("/dev/loop-control") and shutil.which("mkfs.ext4") is not None,
@@ -175,6 +185,7 @@ NEEDS = {
                     and "LD_PRELOAD" not in os.environ, "addresses are short, limited, or taken by a sanitizer"),
     "sigaction": (not HAS_KERNEL32, "this OS has no sigaction(2)"),
     "stack_overflow": (not IN_WINE, "Wine ends a process with status 0 after a stack overflow"),
+    "wine": (IN_WINE, "this is not Wine"),
     "module_files": (not IN_WINE, "wasmtime cannot map the file of a module in Wine"),
     "rlimits": (_has_module("resource"), "this OS has no resource limits"),
     "fork": (hasattr(os, "fork"), "this OS has no fork"),
@@ -182,7 +193,7 @@ NEEDS = {
     "x86_64": (platform.machine() in ("x86_64", "AMD64"), "the machine code of the tests is for x86-64"),
     "root": (hasattr(os, "geteuid") and os.geteuid() == 0, "only root can give files to another user"),
     "owners": (hasattr(os, "geteuid"), "files have no owners and modes here"),
-    "core_files": (_core_is_a_file(), "core_pattern is not a plain file name"),
+    "core_files": (_core_is_a_file(), "core_pattern is not a plain file name, or qemu dumps itself"),
     "real_pages": ("LINMEM_PAGE_SIZE" not in os.environ, "the host page is overridden in this run"),
     "compiler": (any(map(shutil.which, ("cc", "gcc", "clang", "cl"))), "no C compiler"),
     # These packages exist for every platform but Wine, so their absence is a failure elsewhere.
@@ -203,10 +214,13 @@ NEEDS = {
     "failing_allocations": (_has_module("_testcapi"), "Python's allocations cannot be made to fail here"),
     # CPython 3.12 and 3.13 also crash in this way without linmem.
     "failing_generators": (sys.version_info < (3, 12), "CPython crashes where a generator gets no memory"),
+    "gil": (getattr(sys, "_is_gil_enabled", lambda: True)(), "this Python has no GIL"),
     "docstrings": (sysconfig.get_config_var("WITH_DOC_STRINGS") != 0, "this Python was built without docstrings"),
     "numpy": (_has_module("numpy"), "NumPy is not installed"),
     # find_spec() instead of an import, because the import takes longer than the rest of a test run's start.
     "dask": (all(map(importlib.util.find_spec, ("distributed", "numpy"))), "Dask's distributed is not installed"),
+    **{name: (importlib.util.find_spec(name) is not None, f"{name} is not installed")
+       for name in ("pandas", "pyarrow", "polars", "numba", "torch")},
     "service": (all(map(importlib.util.find_spec, ("wasmtime", "prometheus_client", "starlette", "uvicorn", "httpx"))),
                 "the web server and client of the example are not installed"),
 }
@@ -269,7 +283,7 @@ class Region(ctypes.Structure):
                 ("access", ctypes.c_uint32), ("type", ctypes.c_uint32)]
 
 
-MEM_COMMIT, MEM_RESERVE, MEM_FREE = 0x1000, 0x2000, 0x10000
+MEM_COMMIT, MEM_RESERVE, MEM_FREE, MEM_MAPPED = 0x1000, 0x2000, 0x10000, 0x40000
 PAGE_NOACCESS, PAGE_READONLY, PAGE_READWRITE, PAGE_EXECUTE_READ = 1, 2, 4, 0x20
 _AS_IN_MAPS = {(MEM_RESERVE, 0): "---p", (MEM_COMMIT, PAGE_NOACCESS): "---p", (MEM_COMMIT, PAGE_READONLY): "r--p",
                (MEM_COMMIT, PAGE_READWRITE): "rw-p", (MEM_COMMIT, PAGE_EXECUTE_READ): "r-xp"}
@@ -291,7 +305,8 @@ def _regions(start: int, end: int) -> list[Mapping]:
         stop = min(region.base + region.size, end)
         if region.state != MEM_FREE:
             access = region.access if region.state == MEM_COMMIT else 0
-            found.append(Mapping(start, stop, _AS_IN_MAPS[region.state, access], ""))
+            private = _AS_IN_MAPS[region.state, access]
+            found.append(Mapping(start, stop, private[:3] + "s" if region.type == MEM_MAPPED else private, ""))
         start = stop
     return found
 
@@ -380,6 +395,13 @@ SANITIZER_END = next((end for name, end in {"libasan": 0x640000000000, "libtsan"
                       if name in os.environ.get("LD_PRELOAD", "")), 0)
 
 
+def release_idle_slots() -> None:
+    """Releases the idle slots of all pools. Pools of earlier tests that were not collected yet would give theirs back
+    when a request is refused."""
+    linmem.set_pool_limits(max_resident=0, max_reserved=0)
+    linmem.set_pool_limits()
+
+
 def live_bytes() -> int:
     """Bytes of address space that memories keep inaccessible. Every memory has some.
 
@@ -402,6 +424,18 @@ def inaccessible(mem) -> int:
 def descriptors() -> int:
     """The number of open descriptors. The listing itself has one descriptor open."""
     return len(list(FDS.iterdir()))
+
+
+def held() -> tuple[int, int]:
+    """How much address space, and how many descriptors or handles, this process has."""
+    gc.collect()
+    if HAS_KERNEL32:
+        linmem.create(1).close()        # a release that succeeds also releases what was refused before
+        count = ctypes.c_uint32()
+        kernel32 = ctypes.WinDLL("kernel32")
+        assert kernel32.GetProcessHandleCount(ctypes.c_void_p(-1), ctypes.byref(count))
+        return pages.describe()["reserved"], count.value
+    return live_bytes(), descriptors()
 
 
 def is_mapped(address: int) -> bool:
@@ -544,6 +578,45 @@ def dies_at(setup: str, fatal: str) -> None:
 def os_code(error: OSError) -> int:
     """The OS's error code: the winerror on Windows, the errno elsewhere."""
     return error.errno if getattr(error, "winerror", None) is None else error.winerror
+
+
+class Interrupt(BaseException):
+    pass
+
+
+class Interrupting:
+    """Raises an `error` at the nth place in the code of some files where Python may run a signal handler: at the start
+    of a function, after a call, and before a loop's next turn. `place` is the function, and "call" if it is the start.
+    """
+
+    def __init__(self, nth: int, *files: str | None, error: type[BaseException] = Interrupt) -> None:
+        self.left, self.files, self.error = nth, files, error
+        self.place: tuple[str, str] | None = None
+        self.previous: dict[object, str] = {}      # by frame: the opcode before
+
+    def trace(self, frame, event, argument):
+        names = frame.f_code.co_name, frame.f_back.f_code.co_name
+        if frame.f_code.co_filename not in self.files or "__del__" in names:
+            return None
+        frame.f_trace_opcodes = True
+        opcode = dis.opname[frame.f_code.co_code[frame.f_lasti]] if event == "opcode" else ""
+        if event == "call" or self.previous.get(frame, "").startswith(("CALL", "JUMP_BACKWARD", "JUMP_ABSOLUTE")):
+            self.left -= 1
+            if self.left == 0:
+                sys.settrace(None)
+                self.place = names[0], event
+                raise self.error
+        self.previous[frame] = opcode
+        return self.trace
+
+    def __enter__(self):
+        self.before = sys.gettrace()
+        sys.settrace(self.trace)
+        return self
+
+    def __exit__(self, *_):
+        sys.settrace(self.before)
+        self.previous.clear()
 
 
 class failing:

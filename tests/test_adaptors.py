@@ -168,7 +168,7 @@ def test_threads_never_exceed_the_budget_and_its_final_use_is_zero():
 
 
 def test_a_budget_shows_its_figures():
-    assert repr(limiting(5)) == "LimitingCreator(MmapCreator(), limit_bytes=5, used_bytes=0)"
+    assert repr(limiting(5)) == "LimitingCreator(MmapCreator(), limit_bytes=5 bytes, used_bytes=0 bytes)"
 
 
 # -- statistics --------------------------------------------------------------------------------------

@@ -542,7 +542,7 @@ def test_the_factory_names_every_option_of_every_kind():
                "routing": ["rule"], "file": ["path"], "shared": ["shm_name", "attach"],
                "pool": ["upstream", "slots", "keep_resident", "max_unused_warm", "max_resident", "max_reserved",
                         "idle_seconds", "max_reset_seconds", "reset", "when_full", "timeout", "check", "image"]}
-    assert set(options) == set(creators._KINDS)
+    assert set(options) == set(creators.KINDS)
     for kind, names in options.items():
         paragraph = said[said.index(f'"{kind}"'):].partition('\n    "')[0]
         for name in names:

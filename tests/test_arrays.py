@@ -6,13 +6,15 @@ import ctypes
 import gc
 import io
 import itertools
+import os
 import pickle
+import re
 import threading
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import FORKING, PAGE, answer, file_requires, requires, resident
+from support import FORKING, PAGE, answer, file_requires, requires, resident, round_up
 
 import linmem
 
@@ -56,6 +58,46 @@ def test_a_number_that_floats_can_hold_is_a_row_of_floats(row):
     a = linmem.GrowableArray("f8")
     a.append(row)
     assert a[0] == float(row)
+
+
+NESTED = [("a", [("n", "i4"), ("x", "f4")]), ("v", "u1", (2,)), ("at", "M8[s]"), ("name", "S3")]
+
+
+@pytest.mark.parametrize(("dtype", "row", "wrong"), [
+    ([("n", "i4"), ("x", "f8")], (1.5, 2.0), "float64 in the field 'n'"),
+    ([("n", "i4"), ("x", "f8")], (np.float32(1), 2.0), "float32 in the field 'n'"),
+    ([("n", "i4"), ("x", "f8")], (np.array(1.5), 2.0), "float64 in the field 'n'"),
+    ([("n", "i4"), ("x", "f8")], np.array((1.5, 2.0), "f8,f8")[()], "f8"),
+    ([("n", "i4"), ("x", "f8")], (1, "2.5"), "<U3 in the field 'x'"),
+    ([("n", "i4"), ("x", "f8")], (1, None), "object in the field 'x'"),
+    (NESTED, ((1.5, 2), (3, 4), "2026-01-02", b"abc"), "float64 in the field 'n' in the field 'a'"),
+    (NESTED, ((1, 2), (3, 4.5), "2026-01-02", b"abc"), "float64 in the field 'v'"),
+    ("i8", np.float64(1.5), "float64"),
+])
+def test_a_value_of_a_field_converts_without_loss_or_is_refused(dtype, row, wrong):
+    a = linmem.GrowableArray(dtype)
+    for call in (lambda: a.append(row), lambda: a.extend([row]), lambda: a.extend(iter([row] * 20_000))):
+        with pytest.raises(TypeError, match=rf"must convert to .* without loss, got .*{re.escape(wrong)}"):
+            call()
+    assert len(a) == 0
+
+
+def test_an_array_of_one_float_is_no_integer():
+    a = linmem.GrowableArray("i8")
+    with pytest.raises(TypeError, match="without loss, got float64"):
+        a.extend([np.array(1.5), 2])
+    a.extend([np.array(1), 1 << 62])
+    assert a.array.tolist() == [1, 1 << 62]
+
+
+def test_a_field_takes_what_its_dtype_takes():
+    a = linmem.GrowableArray(NESTED)
+    a.extend([((True, 2), (3, np.uint8(4)), "2026-01-02", "abcd"),
+              ((1, 2.5), np.array([5, 6]), np.datetime64(7, "s"), 8)])
+    expected = np.array([((1, 2), (3, 4), "2026-01-02", b"abc"), ((1, 2.5), (5, 6), 7, b"8")], NESTED)
+    assert np.array_equal(a.array, expected)
+    with pytest.raises(OverflowError, match="an integer must be from 0 to 255, got 256"):
+        a.append(((1, 2), (3, 256), "NaT", b""))
 
 
 def test_records_are_rows_as_tuples_and_as_records():
@@ -622,16 +664,64 @@ def test_empty_keeps_its_pages_as_long_as_the_array_exists():
 
 
 @requires("shared", "maps_images")
-def test_the_pages_of_empty_on_a_shared_memory_are_shown_elsewhere_without_a_copy():
-    array = linmem.empty((3, 1000), "u2", creator=linmem.creator("shared"))
-    source = linmem.find(array.ctypes.data).memory
+@pytest.mark.parametrize("dtype", ["u2", "M8[s]", RECORD], ids=str)
+def test_an_array_of_empty_is_shown_elsewhere_without_a_copy(dtype):
+    array = linmem.empty((3, 1000), dtype)
+    size = round_up(array.nbytes)
+    with linmem.create(size + 2 * PAGE) as mem:
+        mem.map(PAGE, array)
+        array.view("u1")[:] = 7
+        assert mem.read(PAGE, size + PAGE) == array.tobytes() + bytes(size - array.nbytes + PAGE)
+        mem.write(PAGE, b"\2")
+        assert array.view("u1").flat[0] == 2
+        del array
+        gc.collect()
+        assert mem.read(PAGE, 2) == b"\2\7"
+
+
+@requires("shared", "maps_images")
+def test_a_part_of_an_array_is_shown_from_a_host_page_on():
+    array = linmem.empty(3 * PAGE, "u1")
+    array[PAGE:] = 5
     with linmem.create(4 * PAGE) as mem:
-        mem.map(PAGE, source)
-        array[:] = 0x0102
-        size = source.byte_size()
-        assert mem.read(PAGE, size) == array.tobytes() + bytes(size - array.nbytes)
-        mem.write(PAGE, b"\7\7")
-        assert array[0, 0] == 0x0707
+        mem.map(0, array[PAGE:])
+        assert mem.read(0, 3 * PAGE) == b"\5" * 2 * PAGE + bytes(PAGE)
+        mem.map(3 * PAGE, array, source_offset=PAGE, size=PAGE)
+        assert mem[3 * PAGE] == 5
+        with pytest.raises(ValueError, match=f"source must begin at a host page .* begins at byte {PAGE + 1} of its"):
+            mem.map(0, array[PAGE + 1:])
+        with pytest.raises(TypeError, match=r"linmem.empty\(shape, dtype\) makes a NumPy array whose"):
+            mem.map(0, array[::2])
+        with pytest.raises(ValueError, match="source_offset \\+ size must be <= the size of the source"):
+            mem.map(0, array[:PAGE], size=2 * PAGE)
+        array.flags.writeable = False
+        with pytest.raises(ValueError, match="access must be 'r' for a read-only ndarray"):
+            mem.map(0, array)
+        mem.map(0, array, access="r")
+
+
+@requires("maps_images")
+def test_arrays_on_private_pages_are_no_source():
+    with linmem.create(4 * PAGE) as mem:
+        for array in (np.zeros(PAGE, "u1"), np.zeros(0), b"bytes", memoryview(b"m")):
+            with pytest.raises(TypeError, match=r"which has no pages of its own .* linmem.empty\(shape, dtype\) makes"):
+                mem.map(0, array)
+        private = linmem.empty(PAGE, "u1", creator=linmem.MmapCreator())
+        with pytest.raises(TypeError, match=r"got one of kind 'mmap', .* linmem.empty\(\) makes NumPy arrays, whose"):
+            mem.map(0, private)
+        with pytest.raises(TypeError, match="got one of kind 'mmap'"):
+            mem.map(0, mem.array("u1"))
+
+
+@requires("fork", "shared")
+def test_a_forked_child_shares_an_array_of_empty_and_copies_one_on_private_pages():
+    shared, private = linmem.empty(3, "u1"), linmem.empty(3, "u1", creator=linmem.MmapCreator())
+    child = os.fork()
+    if child == 0:
+        shared[:] = private[:] = 7
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert (shared.tolist(), private.tolist()) == ([7, 7, 7], [0, 0, 0])
 
 
 @pytest.mark.parametrize(("shape", "dtype", "error", "text"), [

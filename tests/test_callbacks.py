@@ -298,6 +298,36 @@ def test_on_refused_may_raise_the_cause_of_the_refusal():
     assert chain[1].__context__ is None         # a cycle would be endless for contextlib.ExitStack
 
 
+@requires("rlimits")      # and so timers that send signals
+@pytest.mark.parametrize("error", ["KeyboardInterrupt()", "SystemExit(3)", "TimeoutError('late')"])
+def test_on_dropped_is_called_and_the_exception_arrives_if_a_signal_comes_while_the_pages_are_freed(error):
+    assert answer(f"""
+        import linmem, signal, time
+        error, made, dropped, came = {error}, [], [], 0
+        def handler(*_):
+            raise error
+        signal.signal(signal.SIGALRM, handler)
+        creator = linmem.CallbackCreator(linmem.MmapCreator(), on_dropped=dropped.append)
+        end = time.monotonic() + 20
+        # A function: CPython 3.13 may raise at the jump of a loop as if the jump were outside of its try.
+        def work(mem, i):
+            signal.setitimer(signal.ITIMER_REAL, 1e-6 * (1 + i % 40))
+            mem.close()
+            while time.monotonic() < end:
+                pass
+        for i in range(200):
+            mem = creator.create(1 << 20, 1 << 21)
+            mem.prefault()
+            try:
+                work(mem, i)
+            except BaseException as raised:
+                came += raised is error
+                raised.__traceback__ = None
+            mem.close()
+        print(len(dropped), came)
+        """) == "200 200"
+
+
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt(), SystemExit(3)])
 def test_an_interrupt_in_upstream_is_not_a_refusal(interrupt):
     class Interrupted(linmem.MemoryCreator):
@@ -650,7 +680,7 @@ def test_a_function_that_is_none_is_no_function_and_another_object_is_refused(na
 
 def test_the_factory_makes_a_callback_creator():
     creator = linmem.creator("callback", on_grow=print, limit_each=5)
-    assert repr(creator) == "CallbackCreator(MmapCreator(), on_grow=<built-in function print>, limit_each=5)"
+    assert repr(creator) == "CallbackCreator(MmapCreator(), on_grow=<built-in function print>, limit_each=5 bytes)"
     with pytest.raises(TypeError, match="takes at most 1 arguments without a name"):
         linmem.CallbackCreator(MMAP, print)
 

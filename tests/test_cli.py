@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import importlib
 import importlib.util
@@ -21,10 +22,11 @@ from support import NEEDS, requires
 
 import linmem
 from linmem import cli
-from linmem._commands import demo, info
+from linmem._commands import creator_option, demo, info
+from linmem._commands.creator_option import compose_creator, option_value
 from linmem._commands.parser import parse_size
-from linmem._commands.program import compose_creator, option_value
 
+MANUAL = pathlib.Path(__file__).parents[1] / "docs" / "linmem.1"
 SECONDS = 120
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(
     part for part in (str(pathlib.Path(linmem.__file__).parent.parent), os.environ.get("PYTHONPATH", "")) if part)}
@@ -318,7 +320,7 @@ def test_an_access_past_the_memory_is_a_trap_and_not_a_crash(wat):
 
 @requires("interrupts")
 @pytest.mark.parametrize(("source", "report"), [("wait", False), ("loop", False), ("loop", True)])
-def test_an_interrupt_ends_the_program_with_130(program, wat, source, report, interruptible):
+def test_an_interrupt_ends_the_program_with_130(program, wat, source, report):
     words = [str(program), "wait"] if source == "wait" else [str(wat(RUNS_ON))]
     process = subprocess.Popen([sys.executable, "-m", "linmem", "run", *(["--json"] if report else []), *words],
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
@@ -546,7 +548,7 @@ def test_a_wrong_size_is_named_in_one_line(text):
     (["run", "--env", "NOT_SET_ANYWHERE", "ok.wat"], 2, "NOT_SET_ANYWHERE: no such variable"),
     (["run", "--dir", "missing", "ok.wat"], 2, "'missing' does not exist"),
     (["run", "--dir", "ok.wat::/x", "ok.wat"], 2, "'ok.wat' is not a directory"),
-    (["run", "--creator", "paper", "ok.wat"], 2, "kind must be one of 'mmap'"),
+    (["run", "--creator", "paper", "ok.wat"], 2, "KIND must be one of mmap, pool, limiting"),
     (["run", "--creator", "limiting", "ok.wat"], 2, "--max-memory"),
     (["run", "--creator", "pool:", "ok.wat"], 2, "--creator pool:: '' is not an option, like idle_seconds=5"),
     (["run", "--creator", "pool:slots", "ok.wat"], 2, "'slots' is not an option"),
@@ -641,12 +643,106 @@ def test_the_help_names_the_exit_codes_that_all_commands_share():
     assert re.findall(r"\b(\d+) (?:if|on)\b", said) == ["0", "1", "2", "130"]
 
 
-def test_the_help_of_run_names_every_creator_that_it_takes():
-    from linmem.creators import _KINDS
+def test_the_help_of_run_names_every_creator():
+    from linmem.creators import KINDS
 
     said = linmem_process("run", "--help").stdout.decode()
-    for kind in _KINDS:
-        assert f'"{kind}"' in said, kind
+    for kind in KINDS:
+        assert re.search(rf"\b{kind}\b", said), kind
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
+def test_the_help_fits_the_terminal(command, columns):
+    said = linmem_process(*command.split(), "--help", env={"COLUMNS": str(columns)}).stdout.decode()
+    usage, _, rest = said.partition("\n\n")        # argparse breaks the lines of the usage
+    assert usage.startswith("usage: ")
+    # A line of one word cannot be broken.
+    assert [line for line in rest.splitlines() if len(line) > columns and " " in line.strip()] == []
+    assert len(said) > 200
+
+
+def test_the_manual_page_has_the_whole_help_of_each_command():
+    page = re.sub(r"\\f.|\\,|\\/", "", MANUAL.read_text("utf-8")).replace("\\", "")
+    head, *sections = re.split(r"^\.SH COMMAND 'linmem (?=\w+'$)", page, flags=re.MULTILINE)
+    assert "\nlinmem - " in head, "man -k needs a line that says what the command is for"
+    found = {section.partition("'")[0]: " ".join(section.split()) for section in sections}
+    assert list(found) == list(cli.COMMANDS)
+    _, parsers = cli.build_parser()
+    for command, text in found.items():
+        importlib.import_module(f"linmem._commands.{command}").add_arguments(parsers[command])
+        for part in (parsers[command].description, parsers[command].epilog):
+            assert part is None or " ".join(part.split()) in text, command
+
+
+def test_the_reference_has_each_option_in_the_section_of_its_command():
+    page = (MANUAL.parent / "reference" / "cli.md").read_text("utf-8")
+    _, parsers = cli.build_parser()
+    seen = []
+    for command, parser in parsers.items():
+        importlib.import_module(f"linmem._commands.{command}").add_arguments(parser)
+        section = page.partition(f"\n## linmem {command}\n")[2].partition("\n## ")[0]
+        waiting = [parser]
+        while waiting:
+            for action in waiting.pop()._actions:
+                if isinstance(action, argparse._SubParsersAction):
+                    waiting += action.choices.values()
+                seen += [(command, option, section) for option in action.option_strings
+                         if option.startswith("--") and option != "--help"]
+                if action.dest == "suite":
+                    seen += [(command, f"--suite {suite}", section) for suite in action.choices]
+    assert len(seen) > 50
+    assert [(command, option) for command, option, section in seen if option not in section] == []
+
+
+def test_info_breaks_its_lines_between_words_on_a_terminal(monkeypatch, capsys):
+    figures = {"linmem": "1", "python": "3", **linmem.describe(), "self_test": {"children": [], "passed": True},
+               "wasmtime": {"version": "1", "works": True, "detail": "a detail of many words " * 5}}
+    info.print_info(figures)
+    plain = capsys.readouterr().out
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    info.print_info(figures)
+    said = capsys.readouterr().out
+    assert max(map(len, plain.splitlines())) > 100
+    assert max(map(len, said.splitlines())) <= 60
+    assert said.split() == plain.split()
+
+
+@requires("docstrings")
+def test_creator_help_lists_the_kinds_with_their_options_and_needs_no_program():
+    done = linmem_process("run", "--creator", "help", env={"COLUMNS": "60"})
+    said = done.stdout.decode()
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert re.findall(r"^(\w+) ", said, re.MULTILINE) == [
+        "mmap", "pool", "limiting", "statistics", "tracking", "callback", "shared", "file"]
+    assert re.findall(r"\bpath=VALUE\b|\bslots=none\b|\bprefault=false\b", said) == [
+        "prefault=false", "slots=none", "path=VALUE"]
+    assert "upstream" not in said
+    assert "on_made" not in said
+    assert "keep_resident=64MiB" in said
+    assert max(map(len, said.splitlines())) <= 60
+
+
+def test_creator_help_lists_the_kinds_without_options_if_classes_have_no_signatures(monkeypatch):
+    def no_signature(thing):
+        raise ValueError(f"no signature found for builtin type {thing!r}")
+
+    monkeypatch.setattr(inspect, "signature", no_signature)
+    lines = creator_option.list_kinds().splitlines()
+    assert [line.split()[0] for line in lines if line[0] != " "] == [
+        "mmap", "pool", "limiting", "statistics", "tracking", "callback", "shared", "file"]
+
+
+@requires("docstrings")
+@pytest.mark.parametrize("kind", ["mmap", "pool", "statistics", "tracking", "callback", "shared"])
+def test_the_defaults_that_creator_help_shows_are_values_that_the_option_takes(kind):
+    said = linmem_process("run", "--creator=help").stdout.decode()
+    text = re.search(rf"^{kind} .*?(?=^\w|\Z)", said, re.MULTILINE | re.DOTALL)[0]
+    options = re.findall(r"\b\w+=\S+", text)
+    assert options
+    if kind != "shared" or NEEDS["shared"][0]:
+        compose_creator(f"{kind}:{','.join(options)}", None)
 
 
 def test_a_program_that_cannot_be_read_is_refused_and_reported_as_one_that_cannot_be_run(tmp_path):
@@ -850,6 +946,16 @@ def test_the_report_of_a_run_whose_results_do_not_fit_the_disk_is_the_last_line(
     reason, line = done.stderr.decode().splitlines()
     assert (done.returncode, reason) == (1, f"linmem run: standard output: {os.strerror(errno.ENOSPC)}")
     assert json.loads(line)["exit_code"] == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no device that is always full")
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["info", "--help"], ["run", "--creator", "help"]])
+def test_a_help_that_cannot_be_written_is_a_failure(words):
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, "-m", "linmem", *words], stdout=full, stderr=subprocess.PIPE,
+                              timeout=SECONDS, env=ENVIRONMENT)
+    assert (done.returncode, done.stderr.decode().splitlines()) == (
+        1, [f"linmem {words[0]}: standard output: {os.strerror(errno.ENOSPC)}"])
 
 
 # -- bench --------------------------------------------------------------------------------------------------

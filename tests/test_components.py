@@ -698,7 +698,7 @@ def test_a_component_without_imports_needs_no_linker_and_takes_a_creator_and_a_d
         prepared.instantiate(store)
 
 
-def test_an_interrupt_leaves_no_image_on_offer(monkeypatch, interruptible):
+def test_an_interrupt_leaves_no_image_on_offer(monkeypatch):
     prepared = prepare(MMAP, GREETING)
     with monkeypatch.context() as patch:
         patch.setattr(component.Linker, "instantiate", lambda *args: signal.raise_signal(signal.SIGINT))

@@ -299,7 +299,7 @@ def test_a_dump_that_does_not_fit_the_disk_is_one_line_and_leaves_nothing(here):
 
 
 @requires("owners")     # Windows removes no open file; the next dump in the folder removes the abandoned one
-def test_an_interrupt_while_a_dump_is_written_leaves_nothing(here, interruptible):
+def test_an_interrupt_while_a_dump_is_written_leaves_nothing(here):
     (here / "guest.wat").write_text(TRAPS)
     done = run_child("""
         import _thread, os, threading

@@ -47,7 +47,8 @@ def lines_of(code, status=None, **how):
     assert LINE.findall(without.stderr) == []
     assert with_report.returncode == without.returncode, with_report
     assert with_report.stdout == without.stdout
-    hide = re.compile(r"0x[0-9a-f]+")
+    # CPython 3.14 prints the C stack, in which linmem's handler stands.
+    hide = re.compile(r"0x[0-9a-f]+|  Binary file .*pages\..*\n")
     assert hide.sub("", LINE.sub("", with_report.stderr)) == hide.sub("", without.stderr)
     return [re.sub("0x[0-9a-f]+", "BASE", line.rstrip()) for line in LINE.findall(with_report.stderr)]
 
@@ -379,8 +380,8 @@ def test_a_fault_that_a_handler_of_python_repeats_for_ever_is_reported_once():
 @requires("stack_overflow")
 @pytest.mark.parametrize("thread", ["first", "second"])
 def test_a_stack_overflow_is_not_reported(thread):
-    if thread == "first" and sys.version_info >= (3, 12):
-        pytest.skip("CPython bounds its recursion in C, so only a small stack overflows")
+    if sys.version_info >= {"first": (3, 12), "second": (3, 14)}[thread]:
+        pytest.skip("CPython bounds its recursion in C")        # before 3.14, it did not know the size of a small stack
     run = "again(0, 0)" if thread == "first" else """threading.stack_size(1 << 17)
         other = threading.Thread(target=again, args=(0, 0))
         other.start()

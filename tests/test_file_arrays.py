@@ -9,6 +9,7 @@ import random
 import re
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from support import (
@@ -32,6 +33,7 @@ import numpy as np  # noqa: E402
 
 from linmem._files.npy_head import HEAD_UNIT, MOST_HEAD_BYTES, make_head  # noqa: E402
 
+TOO_MANY = "^maximum must be >= the number of rows that are there"
 TRADE = np.dtype([("at", "<M8[us]"), ("price", "<f8"), ("symbol", "S4")])
 
 
@@ -160,25 +162,106 @@ def test_a_file_that_numpy_wrote_is_refused_with_the_way_out(path, save):
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("kind", ["file", "shared"])
+@pytest.mark.parametrize(("longest", "n"), [(100, 100), (1_000_000, 100), (100, 0)], ids=["ahead", "removed", "empty"])
+def test_rows_within_the_maximum_open_whatever_the_length_of_the_file_is(path, kind, longest, n):
+    with linmem.GrowableArray("f8", creator=linmem.creator(kind, **({"path": path} if kind == "file" else {}))) as a:
+        a.resize(longest)
+        a.resize(n)
+        a[:] = np.arange(n)
+        size = len(a.memory)
+        assert size > HEAD_UNIT + 8 * (n + 1)
+
+        def again(maximum):
+            creator = linmem.creator("shared", attach=a.memory.handle()) if kind == "shared" else linmem.creator(
+                "file", path=path)
+            return linmem.GrowableArray("f8", maximum=maximum, creator=linmem.StatisticsCreator(creator))
+
+        if kind == "file":
+            a.close()
+        if n:
+            with pytest.raises(ValueError, match=rf"{TOO_MANY} \({n}\), got 99$"):
+                again(99)
+        for maximum in (n, n + 1):
+            with again(maximum) as b:
+                assert (len(b), b.maximum, len(b.memory)) == (n, maximum, size)
+                assert b.array.tolist() == list(range(n))
+                b.resize(maximum)
+                with pytest.raises(linmem.GrowError, match=f"has {maximum} rows of .* address space for {maximum},"):
+                    b.append(1.0)
+                b.resize(n)
+
+
 def test_a_maximum_that_is_smaller_than_the_rows_is_refused(path):
     with in_file(path, "u1") as a:
         a.resize(100_000)
-    with pytest.raises(ValueError, match=r"^maximum must be enough for the rows that are there, .* 99 rows of 1 "):
+    with pytest.raises(ValueError, match=rf"{TOO_MANY} \(100000\), got 99$"):
         in_file(path, "u1", maximum=99)
     with in_file(path, "u1", maximum=1_000_000) as a:
         with pytest.raises(linmem.GrowError, match=r"100000 rows of 1 bytes and address space for 1000000"):
             a.resize(1_000_001)
         a.resize(1_000_000)
         assert path.stat().st_size == HEAD_UNIT + 1_000_000
-    with pytest.raises(ValueError, match=r"^maximum must be enough for the rows"):
+    with pytest.raises(ValueError, match=rf"{TOO_MANY} \(1000000\), got 999999$"):
         in_file(path, "u1", maximum=999_999)
 
 
-def test_a_dtype_that_an_npy_file_cannot_store_is_refused_and_the_new_file_is_empty(path):
+@requires("rlimits")
+@pytest.mark.parametrize("there", [None, b""], ids=["new", "there"])
+@pytest.mark.parametrize("above", ["made", "linmem.StatisticsCreator(made)",
+                                   "linmem.creator('routing', rule=lambda kind, minimum: made)"])
+def test_a_constructor_that_fails_leaves_no_file_that_it_has_made(path, above, there):
+    if there is not None:
+        path.write_bytes(there)
+    assert answer(f"""
+        import ctypes, os, resource, linmem     # newer versions of libffi keep a descriptor for ctypes
+        linmem.describe()           # makes a file to find out what the machine can do
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+        before, made = len(os.listdir("/proc/self/fd")), linmem.creator("file", path={os.fspath(path)!r})
+        for make in (lambda: linmem.GrowableArray("f8", creator={above}),
+                     lambda: {above}.create(5000),
+                     lambda: linmem.open_file(made.path, minimum=5000)):
+            try:
+                make()
+            except linmem.PageError as error:
+                print(error.errno, os.path.exists(made.path))
+        assert len(os.listdir("/proc/self/fd")) == before
+        """, limits={"RLIMIT_FSIZE": 8 * PAGE}).splitlines() == [f"{errno.EFBIG} {there is not None}"] * 3
+    assert there is None or path.read_bytes() == there
+
+
+def test_a_constructor_that_fails_leaves_a_file_that_another_one_has_put_in_place_of_its_own(path, monkeypatch):
+    def fails(memory, head):
+        path.unlink()
+        path.write_bytes(b"other")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("linmem.arrays._begin_with", fails)
+    with pytest.raises(KeyboardInterrupt):
+        in_file(path)
+    assert path.read_bytes() == b"other"
+
+
+@requires("shm_files")
+def test_a_constructor_that_fails_leaves_no_name_that_it_has_made(monkeypatch):
+    def fails(memory, head):
+        assert path.exists()
+        raise KeyboardInterrupt
+
+    path = Path("/dev/shm", f"linmem-test-{os.getpid()}-new")
+    monkeypatch.setattr("linmem.arrays._begin_with", fails)
+    for above in (linmem.StatisticsCreator, lambda creator: creator):
+        with pytest.raises(KeyboardInterrupt):
+            linmem.GrowableArray("f8", creator=above(linmem.creator("shared", shm_name=path.name)))
+        assert not path.exists()
+
+
+@pytest.mark.parametrize("above", [lambda creator: creator, linmem.StatisticsCreator])
+def test_a_dtype_that_an_npy_file_cannot_store_is_refused_and_there_is_no_new_file(path, above):
     overlapping = np.dtype({"names": ["a", "b"], "formats": ["u4", "u4"], "offsets": [0, 2]})
     with pytest.raises(ValueError, match=r"^dtype must be one that an \.npy file can store"):
-        in_file(path, overlapping)
-    assert path.read_bytes() == b""
+        linmem.GrowableArray(overlapping, creator=above(linmem.creator("file", path=path)))
+    assert not path.exists()
 
 
 GOOD = make_head(np.dtype("f8"), ()).with_rows(7)

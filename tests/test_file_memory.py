@@ -189,8 +189,8 @@ def refused_path(path, kind):
 
 @pytest.mark.parametrize("access", ["rw", "r"])
 @pytest.mark.parametrize(("kind", "error", "words"), [
-    ("directory", IsADirectoryError, "directory"), ("fifo", OSError, "regular file"),
-    ("socket", OSError, "No such device"), ("device", OSError, "regular file"),
+    ("directory", IsADirectoryError, "path must be a regular file, not a directory"), ("fifo", OSError, "regular file"),
+    ("socket", OSError, "path must be a regular file, not a pipe, a socket"), ("device", OSError, "regular file"),
     ("symbolic link", OSError, "symbolic link: give the file"),
     ("dangling link", OSError, "symbolic link: give the file"), ("no folder", FileNotFoundError, "No such file")])
 def test_what_is_no_regular_file_is_refused_and_nothing_is_left_behind(path, kind, error, words, access):
@@ -447,6 +447,8 @@ CALLS = {
 def test_calls_raise_after_another_program_has_truncated_the_file(path, call):
     with linmem.open_file(path, minimum=SIZE) as mem:
         os.truncate(path, 10)
+        assert repr(mem) == "<linmem.Memory, lost>"
+        assert SIZE in [info.byte_size for info in linmem.live() if info.kind == "file"]
         with pytest.raises(OSError, match=f"the file has 10 bytes, and the memory {SIZE}"):
             CALLS[call](mem)
         assert path.stat().st_size == 10

@@ -173,7 +173,7 @@ STUBBED = ["linmem._core.memory", "linmem._core.pool", "linmem._core.adaptors",
            "linmem._core.bridge", "linmem._os.pages"]
 
 
-@requires("mypy")
+@requires("mypy", "docstrings")
 def test_the_stubs_agree_with_the_runtime(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "mypy.stubtest", *STUBBED, "--concise", "--ignore-unused-allowlist",

@@ -11,6 +11,7 @@ import pickle
 import random
 import re
 import signal
+import socket
 import struct
 import time
 import tracemalloc
@@ -189,7 +190,7 @@ def test_a_file_can_be_named_in_any_way_that_python_knows(tmp_path, image, delta
 
 @requires("sources")
 def test_the_header_is_the_one_that_the_page_describes(saved, image):
-    page = (ROOT / "docs" / "file-format.md").read_text("utf-8")
+    page = (ROOT / "docs" / "reference" / "file-format.md").read_text("utf-8")
     rows = re.findall(r"^\| (\d+) \| (\d+) \| `?(\w+)`? \|", page, flags=re.M)
     first, last = rows.index(("0", "8", "group")), rows.index(("0", "4", "version"))
     header = rows[:first]
@@ -528,11 +529,30 @@ def test_a_file_that_linmem_did_not_write_is_refused(tmp_path):
 
 
 @requires("fork")
-def test_a_file_that_is_not_regular_is_refused_immediately(tmp_path):
+def test_a_file_that_is_not_regular_is_refused_immediately(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
     assert refused(tmp_path / "pipe").field == "file"
+    with socket.socket(socket.AF_UNIX) as made:
+        monkeypatch.chdir(tmp_path)      # the path of a socket must be short
+        made.bind("socket")
+        assert refused(tmp_path / "socket").field == "file"
     with pytest.raises(IsADirectoryError):
         Image.open(tmp_path)
+
+
+@requires("descriptors")
+def test_a_descriptor_that_cannot_be_read_is_refused_by_name(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(1 << 16))          # a host page, whatever its size
+    for path, flags, wrong in ((os.devnull, os.O_RDONLY, "not a regular file"),
+                               (tmp_path, os.O_RDONLY, "not a regular file"),
+                               (tmp_path / "file", os.O_PATH, r"open without a right to read \(O_PATH\)")):
+        fd = os.open(path, flags)
+        message = f"^fd must be the descriptor of a regular file that can be read, got {fd}, which is "
+        with pytest.raises(ValueError, match=f"{message}{wrong}$"):
+            Image.from_fd(fd, PAGE)
+        os.close(fd)
+        with pytest.raises(ValueError, match=f"{message}not open$"):
+            Image.from_fd(fd, PAGE)
 
 
 def test_a_file_of_a_delta_is_refused_as_an_image_and_vice_versa(tmp_path, image, delta):

@@ -110,10 +110,10 @@ def test_the_time_counts_from_the_first_instruction_and_to_the_last(tmp_path, sl
             owner = getattr(owner, part)
         original = getattr(owner, last)
         def slow(*arguments, **options):
-            time.sleep(6)
+            time.sleep(2.5)
             return original(*arguments, **options)
         setattr(owner, last, slow)
-        sys.exit(cli.main(["run", "--timeout", "5", "--json", "--start", "snapshot", "program.wat"]))
+        sys.exit(cli.main(["run", "--timeout", "2", "--json", "--start", "snapshot", "program.wat"]))
         """, cwd=tmp_path)
     assert (done.returncode, json.loads(done.stderr)["exit_code"]) == (0, 0)
 
@@ -134,7 +134,7 @@ def test_a_clock_has_no_time_left_to_tell_while_the_program_does_not_run():
 
 
 @requires("interrupts")
-def test_an_interrupt_comes_before_the_timeout(wat, interruptible):
+def test_an_interrupt_comes_before_the_timeout(wat):
     process = subprocess.Popen([sys.executable, "-m", "linmem", "run", "--timeout", "1000", str(wat(RUNS_ON))],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
     try:
@@ -148,7 +148,7 @@ def test_an_interrupt_comes_before_the_timeout(wat, interruptible):
 
 
 @pytest.mark.parametrize("delay", [0, 0.1])
-def test_after_an_interrupt_it_is_known_that_the_program_still_runs(interruptible, delay):
+def test_after_an_interrupt_it_is_known_that_the_program_still_runs(delay):
     ended, clock = threading.Event(), Clock()
 
     def work():
@@ -159,6 +159,28 @@ def test_after_an_interrupt_it_is_known_that_the_program_still_runs(interruptibl
 
     try:
         assert in_a_thread(work, clock) == (130, True)
+    finally:
+        ended.set()
+
+
+def test_a_wait_that_ctrl_c_has_broken_is_an_interrupt_and_another_error_is_raised(monkeypatch):
+    ended, clock = threading.Event(), Clock()
+
+    def interrupted(timeout):       # what Event.wait() does if Ctrl-C comes while it takes its lock again
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("release unlocked lock")
+
+    def broken(timeout):
+        raise RuntimeError("release unlocked lock")
+
+    try:
+        monkeypatch.setattr(clock.begun, "wait", interrupted)
+        assert in_a_thread(ended.wait, clock) == (130, True)
+        monkeypatch.setattr(clock.begun, "wait", broken)
+        with pytest.raises(RuntimeError, match="release unlocked lock"):
+            in_a_thread(ended.wait, clock)
     finally:
         ended.set()
 

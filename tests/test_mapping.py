@@ -4,6 +4,7 @@ import importlib.util
 import io
 import itertools
 import os
+import re
 import threading
 
 import pytest
@@ -349,6 +350,12 @@ def test_a_memory_with_pages_of_its_own_is_refused_as_a_source_with_the_way_out(
 
 
 @requires("shared")
+def test_the_handle_of_a_shared_memory_is_no_source(mem, source):
+    with pytest.raises(TypeError, match=r"^source must be a memory, got its handle .*: linmem\.attach\(source\)"):
+        mem.map(0, source.handle(), 0, PAGE)
+
+
+@requires("shared")
 def test_a_shared_memory_has_no_windows(source, img):
     for one in (img, source):
         with pytest.raises(TypeError, match="map is not supported into a memory of kind 'shared'"):
@@ -435,10 +442,40 @@ def test_a_stream_and_a_pipe_have_no_pages_to_show(mem):
     with pytest.raises(TypeError, match=r"got BytesIO,"):
         mem.map(0, io.BytesIO(b"x"))
     reader, writer = os.pipe()
-    with open(reader, "rb") as pipe, open(writer, "wb"), pytest.raises(linmem.PageError, match="not a regular file"):
-        mem.map(0, pipe)
-    with open(os.devnull, "rb") as device, pytest.raises(linmem.PageError, match="not a regular file"):
-        mem.map(0, device)
+    with open(reader, "rb") as pipe, open(writer, "wb"), open(os.devnull, "rb") as device:
+        for source in pipe, device:
+            with pytest.raises(ValueError, match=_of(source, "not a regular file")):
+                mem.map(0, source)
+
+
+def _of(file, wrong):
+    return f"^source must be a regular file that can be read, got {re.escape(repr(file))}, which is {wrong}$"
+
+
+class Descriptor:
+    def __init__(self, fd):
+        self.fd = fd
+
+    def fileno(self):
+        return self.fd
+
+    def __repr__(self):
+        return f"<{self.fd}>"
+
+
+def test_a_file_that_cannot_be_read_is_refused_by_name(mem, tmp_path):
+    with open(tmp_path / "file", "wb") as file:
+        with pytest.raises(ValueError, match=_of(file, "open for writing only")):
+            mem.map(0, file, 0, PAGE)
+        closed = Descriptor(os.dup(file.fileno()))
+    os.close(closed.fd)
+    with pytest.raises(ValueError, match=_of(closed, "not open")):
+        mem.map(0, closed)
+    if hasattr(os, "O_PATH"):
+        path = Descriptor(os.open(tmp_path / "file", os.O_PATH))
+        with pytest.raises(ValueError, match=_of(path, r"open without a right to read \(O_PATH\)")):
+            mem.map(0, path)
+        os.close(path.fd)
 
 
 def test_offsets_and_sizes_are_whole_host_pages_within_the_memory_and_the_source(mem, img):

@@ -271,6 +271,33 @@ def test_an_array_shows_the_memorys_bytes_as_any_dtype(mem, dtype, offset):
 
 
 @requires("numpy")
+def test_dlpack_shares_the_bytes_and_counts_as_an_exported_buffer(mem):
+    taken = np.from_dlpack(mem)
+    assert (taken.dtype, taken.shape) == (np.dtype("u1"), (4 * PAGE,))
+    mem.grow_to(8 * PAGE)
+    (taken if taken.flags.writeable else mem)[5] = 7        # before NumPy 2.1 the array is read-only
+    assert mem[5] == taken[5] == 7
+    assert mem.__dlpack_device__() == taken.__dlpack_device__()
+    with pytest.raises(BufferError, match=r"1 exported buffer"):
+        mem.close()
+    del taken
+    mem.close()
+    with pytest.raises(ValueError, match=r"closed"):
+        mem.__dlpack__()
+
+
+@requires("numpy")
+def test_dlpack_of_a_read_only_memory_gives_no_writable_array(mem):
+    mem.protect(0, 4 * PAGE, "r")
+    try:
+        taken = np.from_dlpack(mem)
+    except BufferError:             # a NumPy that cannot pass on that an array is read-only
+        assert mem.info().exports == 0
+    else:
+        assert not taken.flags.writeable
+
+
+@requires("numpy")
 @pytest.mark.parametrize(("shape", "expected"), [
     (None, (25,)), (-1, (25,)), (3, (3,)), ((), ()), ((2, 3), (2, 3)), ([2, 3], (2, 3)), ((-1, 4), (6, 4)), (0, (0,)),
     ((5, 0), (5, 0)), ((3, -1, 2), (3, 4, 2)), ((-1,), (25,))])

@@ -1,7 +1,13 @@
 """Pages: guards, protection, discard, prefault, info, the kernel's own view of a memory."""
 
+import ctypes
+import mmap
+import os
+
 import pytest
 from support import (
+    FLOOR,
+    LIBC,
     NAME,
     NEEDS,
     PAGE,
@@ -92,6 +98,41 @@ def test_the_mappings_of_a_memory_carry_a_name():
     with linmem.create(PAGE, maximum=4 * PAGE) as mem:
         mem.grow_to(2 * PAGE)
         assert {m.name for m in mappings(*whole(mem))} == {NAME}
+
+
+# -- the kernel ------------------------------------------------------------------------------------
+
+def kernel_can():
+    """What the kernel of this machine can do, without linmem: the answers to Python's own calls."""
+    page = mmap.PAGESIZE
+    PR_SET_VMA, PR_SET_VMA_ANON_NAME, MADV_DONTNEED, MADV_POPULATE_WRITE = 0x53564D41, 0, 4, 23
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    with mmap.mmap(-1, page, private) as moved, mmap.mmap(-1, 3 * page, private) as region:
+        moved.resize(2 * page)      # mremap(2)
+        region[page] = 1
+        field = ctypes.c_char.from_buffer(region)
+        base = ctypes.addressof(field)
+        del field
+        with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+            pagemap.seek(base // page * 8)
+            untouched, touched = memoryview(pagemap.read(16)).cast("Q")
+        start, length = ctypes.c_void_p(base + 2 * page), ctypes.c_size_t(page)
+        return {"moves": len(moved) == 2 * page,
+                "scans": untouched >> 63 == 0 and touched >> 63 == 1,       # bit 63: the page is present
+                "names": LIBC.prctl(PR_SET_VMA, PR_SET_VMA_ANON_NAME, start, length, b"linmem") == 0,
+                "populates": LIBC.madvise(start, length, MADV_POPULATE_WRITE) == 0,
+                "discard_any_protection": (LIBC.mprotect(start, length, mmap.PROT_READ) == 0
+                                           and LIBC.madvise(start, length, MADV_DONTNEED) == 0)}
+
+
+@requires("maps")
+@pytest.mark.skipif(os.environ.get("LINMEM_TEST_WITHOUT") == "linux", reason="this build has not what only Linux has")
+def test_linmem_uses_what_the_kernel_has():
+    # Other tests skip if linmem says that the machine lacks a capability. So this test does not ask linmem.
+    expected = kernel_can()
+    assert {name: FLOOR["capabilities"][name] for name in expected} == expected
+    for name in ("maps_images", "shares", "adopts_files"):
+        assert FLOOR["capabilities"][name], name
 
 
 # -- protect ---------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import tempfile
 import threading
 
 import pytest
-from support import HAS_KERNEL32, NEEDS, PAGE, failing, requires
+from support import HAS_KERNEL32, NEEDS, PAGE, failing, release_idle_slots, requires
 
 import linmem
 from linmem._core.memory import NativeCreator
@@ -34,6 +34,7 @@ MAKE = {
 }
 if NEEDS["shared"][0]:
     MAKE["SharedCreator"] = lambda **name: linmem.SharedCreator(**name)
+if NEEDS["file_memories"][0]:
     FILES = tempfile.TemporaryDirectory()
     NUMBERS = itertools.count()
     MAKE["FileCreator"] = lambda **name: linmem.FileCreator(os.path.join(FILES.name, str(next(NUMBERS))), **name)
@@ -147,6 +148,7 @@ def test_a_refusal_of_a_creator_without_a_name_has_the_name_of_the_next_one_abov
     (linmem.LimitingCreator(linmem.MmapCreator(name="maps"), 1 << 30, name="limit"), "maps"),
     (linmem.LimitingCreator(MMAP, 1 << 30, name="limit"), "limit")])
 def test_a_page_error_names_the_creator(creator, name):
+    release_idle_slots()
     with failing(2, NO_MEMORY), pytest.raises(linmem.PageError, match=f"creator '{name}': commit of "):
         creator.create(PAGE)
     with creator.create(PAGE, maximum=2 * PAGE) as mem, failing(1, NO_MEMORY):

@@ -1,5 +1,7 @@
 """The shipped files: the installed package, the wheel, the sdist, and the C interface that the guide shows."""
 
+import ast
+import email
 import importlib.metadata
 import json
 import os
@@ -53,6 +55,66 @@ def test_a_type_checker_finds_the_types_of_the_installed_package(tmp_path):
     assert 'Revealed type is "linmem._core.memory.Memory"' in done.stdout, done.stdout + done.stderr
 
 
+TYPED_USER = """
+from argparse import Namespace
+from typing import Any, SupportsIndex
+from typing_extensions import assert_type
+
+import linmem
+import linmem.wasmtime
+
+
+def creators(args: Namespace, kind: str, options: dict[str, Any]) -> None:
+    pool = linmem.creator("pool", slots=args.slots)
+    assert_type(pool, linmem.PoolingCreator)
+    assert_type(linmem.creator("limiting", limit_bytes=args.limit, upstream=pool).used_bytes, int)
+    assert_type(linmem.creator("callback", on_made=lambda mem, size: print(size)), linmem.CallbackCreator)
+    assert_type(linmem.creator(kind), linmem.NativeCreator)
+    linmem.creator(kind, **options)
+
+
+def sizes(n: SupportsIndex, snapshot: linmem.wasmtime.Snapshot, prepared: linmem.wasmtime.Prepared) -> None:
+    mem = linmem.create(n, n, reserve=n, guard=n)
+    linmem.open_file("file", minimum=n, maximum=n, reserve=n)
+    linmem.Lock(mem, n)
+    linmem.Delta.open("file", max_size=n)
+    linmem.Image.open("file", max_size=n)
+    linmem.wasmtime.Snapshot.open("file", max_size=n)
+    linmem.wasmtime.Sessions(prepared, start=snapshot, size=n)
+
+
+def views(mem: linmem.Memory) -> None:
+    for integers in (mem.view(), mem.view("<I"), mem.view("=q"), mem.view("|u1"), mem.view("P"), mem.view("intc")):
+        assert_type(integers, memoryview[int])
+    for numbers in (mem.view("<d"), mem.view("=f8"), mem.view("!d"), mem.view("double")):
+        assert_type(numbers, memoryview[float])
+    assert_type(mem.view("|b1"), memoryview[bool])
+"""
+
+
+@requires("mypy")
+def test_a_type_checker_knows_the_types_of_what_a_program_makes(tmp_path):
+    (tmp_path / "user.py").write_text(TYPED_USER, "utf-8")
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MYPYPATH")}
+    if PACKAGE.parent == ROOT:          # mypy refuses a path of installed packages
+        environment["MYPYPATH"] = str(ROOT)
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--cache-dir", str(tmp_path / "cache"), "user.py"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_view_takes_each_format_that_its_types_name():
+    stub = ast.parse((PACKAGE / "_core" / "memory.pyi").read_text("utf-8"))
+    formats = [each.value for node in stub.body
+               if isinstance(node, ast.Assign) and node.targets[0].id in ("_Bool", "_Int", "_Float")
+               for each in ast.walk(node) if isinstance(each, ast.Constant)]
+    assert len(formats) > 100
+    with linmem.create(65536) as mem:
+        for format in formats:
+            assert mem.view(format).itemsize > 0
+
+
 def test_the_version_is_the_one_of_the_changelog():
     assert re.search(r"^## \[([^]]+)\]", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)[1] == \
         linmem.__version__
@@ -104,16 +166,16 @@ def test_an_import_error_of_another_module_is_raised_unchanged(tmp_path):
 
 def test_the_commands_of_the_readme_leave_a_clone_in_which_linmem_can_be_imported():
     readme = (ROOT / "README.md").read_text("utf-8")
-    commands = re.findall(r"^<!-- ci: (\w+) -->\n```sh\n(.*)\n```$", readme, re.MULTILINE)
-    assert [name for name, _ in commands] == ["demo", "test"]
-    for name, command in commands:
-        assert re.search(rf"pip install -e '\.\[{name}\]'", command)
+    commands = re.findall(r"^(?:<!-- ci: (\w+) -->\n)?```(?:sh|bat)\n(.*)\n```$", readme, re.MULTILINE)
+    assert [name for name, _ in commands] == ["demo", "test", "uv", ""]
+    for _, command in commands:
+        assert re.search(r"\bpip install -e '?\.\[(demo|test)\]", command)
 
 
 def build(kind: str, folder: Path) -> Path:
     source = folder / "source"
     # A copy without the output of earlier builds, because a stale build/ would get into the wheel.
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(
+    shutil.copytree(ROOT, source, copy_function=shutil.copyfile, ignore=shutil.ignore_patterns(
         ".git", ".venv", ".cache", "build", "dist", "*.egg-info", "*.so", "*.pyd", "__pycache__", ".*_cache"))
     subprocess.run([sys.executable, "-m", "build", "--no-isolation", f"--{kind}", "--outdir", str(folder), str(source)],
                    check=True, timeout=600, stdout=subprocess.DEVNULL,
@@ -141,15 +203,40 @@ def test_the_sdist_has_all_sources_and_no_generated_c(tmp_path):
 
 
 @needs_sources
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [pytest.param("wheel", marks=requires("compiler")), "sdist"])
+def test_two_builds_in_two_folders_give_the_same_bytes(tmp_path, kind):
+    pytest.importorskip("build")
+    pytest.importorskip("Cython")
+    archives = []
+    for name, umask in (("one", 0o022), ("the other", 0o077)):
+        before = os.umask(umask)
+        try:
+            (tmp_path / name).mkdir()
+            archives.append(build(kind, tmp_path / name).read_bytes())
+        finally:
+            os.umask(before)
+    assert archives[0] == archives[1]
+
+
+@needs_sources
 @requires("compiler")
 @pytest.mark.slow
 def test_the_wheel_has_types_the_c_face_and_the_license_and_no_sources(tmp_path):
     pytest.importorskip("build")
     pytest.importorskip("Cython")
     wheel = build("wheel", tmp_path)
-    assert wheel.stat().st_size <= 1_100_000, f"the wheel has {wheel.stat().st_size:,} bytes, may have 1,100,000"
+    assert wheel.stat().st_size <= 800_000, f"the wheel has {wheel.stat().st_size:,} bytes, may have 800,000"
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
+        described = email.message_from_bytes(archive.read(f"linmem-{linmem.__version__}.dist-info/METADATA"))
+    assert described["Author"] == "the linmem developers"
+    assert {label.partition(",")[0] for label in described.get_all("Project-URL")} == {
+        "Documentation", "Source", "Changelog", "Issues"}
+    # The package index shows the README, and has none of the files beside it.
+    links = re.findall(r"\]\(([^)]+)\)", described.get_payload())
+    assert len(links) >= 20
+    assert [link for link in links if not link.startswith("https://")] == []
     stubs = {path.relative_to(ROOT).as_posix() for path in (ROOT / "linmem").rglob("*.py[i]")}
     # Headers that a .pxd file names are shipped, too.
     headers = {path.relative_to(ROOT).as_posix() for pattern in ("**/*.pxd", "_core/*.h")
@@ -188,9 +275,9 @@ def test_each_stage_of_the_checks_is_a_file_of_its_own():
 def test_the_test_files_that_a_stage_chooses_or_leaves_out_exist():
     """pytest says nothing when a file to ignore is missing."""
     texts = [path.read_text("utf-8") for path in (CI / "stages").glob("*.sh")]
-    lists = re.findall(r"^(?:(?:only|all_but) |between=\()([a-z_\s]+)$", "\n".join(texts), re.MULTILINE)
-    names = set(" ".join(lists).split())
-    assert len(lists) == 5
+    lists = re.findall(r"^ *(?:(?:only|all_but) [a-z_ ]+$|depends=\([a-z_\s]+\))", "\n".join(texts), re.MULTILINE)
+    names = {name for each in lists for name in re.split(r"[ \n()]+", each.strip())[1:] if name}
+    assert len(lists) == 7
     assert [name for name in sorted(names) if not (ROOT / "tests" / f"test_{name}.py").exists()] == []
 
 
@@ -217,7 +304,7 @@ def test_a_deep_run_of_the_checks_leaves_no_test_out(deep, chosen):
 def test_the_cython_example_of_the_guide_compiles_against_the_package_and_works(tmp_path):
     pytest.importorskip("Cython")
     pytest.importorskip("setuptools")
-    code = re.search(r"^```cython\n(.*?)^```$", (ROOT / "docs" / "guide.md").read_text("utf-8"),
+    code = re.search(r"^```cython\n(.*?)^```$", (ROOT / "docs" / "howto" / "memories.md").read_text("utf-8"),
                      re.MULTILINE | re.DOTALL)[1]
     (tmp_path / "example.pyx").write_text(code, "utf-8")
     subprocess.run([sys.executable, "-m", "Cython.Build.Cythonize", "--inplace", "example.pyx"], cwd=tmp_path, env=ENV,
@@ -257,7 +344,7 @@ def extensions_of_setup(monkeypatch):
         monkeypatch.setattr(sysconfig, "get_config_var",
                             lambda name: without_gil if name == "Py_GIL_DISABLED" else None)
         monkeypatch.chdir(ROOT)
-        runpy.run_path("setup.py")
+        run.namespace = runpy.run_path("setup.py")
         command = given["cmdclass"]["build_ext"].__new__(given["cmdclass"]["build_ext"])
         command.compiler = types.SimpleNamespace(compiler_type=compiler)
         command.extensions = given["ext_modules"]
@@ -287,10 +374,13 @@ def test_an_edit_of_a_header_causes_a_rebuild_of_every_extension(platform, exten
         assert "." in extension.include_dirs, extension.name
 
 
+SMALL = ["-fno-plt", "-fno-unwind-tables", "-fno-asynchronous-unwind-tables", "-Wl,-s"]
+
+
 @pytest.mark.parametrize(("cflags", "compiler", "platform", "expected"), [
-    ("", "unix", "linux", ["-O3", "-g0", "-Wl,-s"]), ("-g0", "unix", "linux", ["-O3", "-g0", "-Wl,-s"]),
-    ("-O1", "unix", "linux", ["-g0", "-Wl,-s"]), ("-g", "unix", "linux", ["-O3"]), ("-O1 -g1", "unix", "linux", []),
-    ("", "unix", "darwin", ["-O3", "-g0"]), ("", "mingw32", "win32", ["-O3"]), ("", "msvc", "win32", [])])
+    ("", "unix", "linux", ["-O2", "-g0", *SMALL]), ("-g0", "unix", "linux", ["-O2", "-g0", *SMALL]),
+    ("-O1", "unix", "linux", ["-g0", *SMALL]), ("-g", "unix", "linux", ["-O2"]), ("-O1 -g1", "unix", "linux", []),
+    ("", "unix", "darwin", ["-O2", "-g0"]), ("", "mingw32", "win32", ["-Os"]), ("", "msvc", "win32", [])])
 @needs_sources
 def test_a_build_has_debug_information_and_symbols_only_when_cflags_asks_for_them(cflags, compiler, platform, expected,
                                                                                   extensions_of_setup, monkeypatch):
@@ -298,10 +388,28 @@ def test_a_build_has_debug_information_and_symbols_only_when_cflags_asks_for_the
     monkeypatch.delenv("LINMEM_STRICT", raising=False)
     for extension in extensions_of_setup(platform, compiler=compiler):
         flags = [*extension.extra_compile_args, *extension.extra_link_args]
-        seldom_called = extension.name in ("linmem._core.adaptors", "linmem.bench._loops")
-        level = "-O2" if seldom_called else "-O3"
-        assert [flag for flag in flags if re.match("-O|-g|-Wl", flag)] == [
-            level if flag == "-O3" else flag for flag in expected]
+        assert [flag for flag in flags if re.match("-O|-g|-Wl|-fno-plt|.*unwind", flag)] == [
+            flag for flag in expected if extension.name != "linmem._os.pages" or "unwind" not in flag]
+
+
+@needs_sources
+def test_all_generated_functions_are_marked_small_except_the_ones_that_must_be_fast(extensions_of_setup, tmp_path):
+    lines = ["/* Generated by Cython */", "static CYTHON_INLINE int __pyx_f_6memory_helper(int x) {",
+             "static int __pyx_f_6linmem_5_core_6memory_copy_bytes(memory *m); /*proto*/",
+             "static int __pyx_f_6linmem_5_core_6memory_copy_bytes(memory *m) {",
+             "static PyObject *__pyx_pw_6linmem_5_core_6memory_6Memory_31read(PyObject *self, ",
+             "static PyObject *__pyx_pw_6linmem_5_core_6memory_5Image_11from_fd(PyObject *self, ",
+             "static CYTHON_INLINE void __Pyx_Raise(PyObject *type) {", "static int __pyx_lineno = 0;"]
+    (tmp_path / "unit.c").write_text("\n".join(lines), "utf-8")
+    extensions_of_setup("linux")
+    mark = extensions_of_setup.namespace["optimize_for_size"]
+    for _ in range(2):      # a second build finds the marks of the first
+        mark(tmp_path / "unit.c")
+        first, include, *marked = (tmp_path / "unit.c").read_text("utf-8").split("\n")
+        assert (first, include) == (lines[0], '#include "linmem/_core/optimize.h"')
+        assert [line for line in marked if line.startswith("LINMEM_SMALL ")] == [
+            f"LINMEM_SMALL {line}" for line in (lines[5], lines[6])]
+        assert [line.removeprefix("LINMEM_SMALL ") for line in marked] == lines[1:]
 
 
 @requires("zig")

@@ -1,5 +1,6 @@
 """linmem.wasmtime.patch: engines that libraries make for themselves get linmem, and their modules get images."""
 
+import contextlib
 import functools
 import os
 import textwrap
@@ -10,12 +11,13 @@ import pytest
 pytest.importorskip("wasmtime")
 
 import wasmtime
-from support import FORKING, answer, requires, smaps, whole
+from support import FORKING, Interrupt, Interrupting, answer, requires, smaps, whole
 from test_prepare import with_pooling
 from wasmtime import Engine as EngineOfALibrary
 from wasmtime import _ffi as ffi
 
 import linmem.wasmtime
+from linmem._wasm import patch as source
 from linmem.wasmtime import patch
 
 try:
@@ -263,6 +265,40 @@ def test_a_method_that_another_library_wraps_meanwhile_stays_wrapped(monkeypatch
     monkeypatch.undo()
     with patch():       # takes the methods up again
         assert Guest(wasmtime.Engine()).memory is not None
+
+
+def test_an_interrupt_anywhere_in_a_patch_leaves_no_patch():
+    """A signal handler that raises at the very start of __enter__ or __exit__ leaves the patch to `undo`."""
+    nth, happened = 0, True
+    while happened:
+        nth += 1
+        patched = made = None
+        with Interrupting(nth, linmem.wasmtime.__file__, source.__file__) as interrupting:
+            try:
+                made = patch(linmem.MmapCreator())
+                with made as patched:
+                    assert patched is made
+            except Interrupt:
+                pass
+        happened = interrupting.place is not None
+        if interrupting.place in [("__enter__", "call"), ("__exit__", "call")]:
+            made.undo()
+        assert [vars(kind)[name] for kind, name in METHODS] == OWN, interrupting.place
+        assert not source._active
+    assert nth > 20
+
+
+def test_undo_may_be_called_again_after_an_interrupt():
+    nth, happened = 0, True
+    while happened:
+        nth += 1
+        made = patch(linmem.MmapCreator())
+        with Interrupting(nth, source.__file__) as interrupting, contextlib.suppress(Interrupt):
+            made.undo()
+        happened = interrupting.place is not None
+        made.undo()
+        assert [vars(kind)[name] for kind, name in METHODS] == OWN, interrupting.place
+    assert nth > 10
 
 
 def test_the_engines_of_all_threads_are_patched_as_long_as_one_patch_is_left():

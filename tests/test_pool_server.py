@@ -20,6 +20,7 @@ from support import (
     failing,
     live_bytes,
     load_extension,
+    release_idle_slots,
     requires,
     resident_within,
     whole,
@@ -35,6 +36,7 @@ SHAPE = {"maximum": 64 * PAGE, "reserve": 64 * PAGE, "guard": PAGE}
 
 @pytest.fixture(autouse=True)
 def _limits_of_the_process_stay():
+    release_idle_slots()
     yield
     linmem.set_pool_limits()
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
@@ -828,7 +830,7 @@ def test_a_full_pool_that_waits_hands_out_a_returned_slot_or_gives_up_after_its_
 
 
 @requires("interrupts")
-def test_a_wait_for_a_slot_answers_an_interrupt(interruptible):
+def test_a_wait_for_a_slot_answers_an_interrupt():
     assert answer(f"""
         import linmem, signal, threading, os
         pool = linmem.PoolingCreator(slots=1, when_full="wait")
@@ -839,6 +841,32 @@ def test_a_wait_for_a_slot_answers_an_interrupt(interruptible):
         except KeyboardInterrupt:
             print("interrupted", pool.stats()["live"])
         """) == "interrupted 1"
+
+
+@requires("rlimits")      # and so timers that send signals
+@pytest.mark.parametrize("error", ["KeyboardInterrupt('now')", "SystemExit(3)", "TimeoutError('late')"])
+def test_an_exception_of_a_signal_handler_ends_the_wait_of_a_store_for_a_slot(error):
+    pytest.importorskip("wasmtime")
+    assert answer(f"""
+        import linmem, linmem.wasmtime, signal, wasmtime
+        error, refused = {error}, []
+        def handler(*_):
+            raise error
+        signal.signal(signal.SIGALRM, handler)
+        pool = linmem.PoolingCreator(slots=1, when_full="wait")
+        told = linmem.CallbackCreator(pool, on_refused=lambda *refusal: refused.append(refusal))
+        config = wasmtime.Config()
+        linmem.wasmtime.install(config, told)
+        engine = wasmtime.Engine(config)
+        module = wasmtime.Module(engine, '(module (memory 1))')
+        first = wasmtime.Store(engine)
+        wasmtime.Instance(first, module, [])
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        try:
+            wasmtime.Instance(wasmtime.Store(engine), module, [])
+        except BaseException as raised:
+            print(raised is error, refused, pool.stats()["live"])
+        """) == "True [] 1"
 
 
 @requires("maps")
@@ -1054,8 +1082,6 @@ def idle_of(bound, *slots, domains=("a", "b"), reset="zero"):
     """Makes pools with idle slots of several domains and a memory outside the pools. Each list of `slots` belongs to a
     domain and gives its number of slots in each pool. The slots of the first domain have been idle for the longest
     time. If `bound` is "budget", the budget is then used up."""
-    linmem.set_pool_limits(max_resident=0, max_reserved=0)      # releases the idle slots of all other pools
-    linmem.set_pool_limits()
     budget = linmem.LimitingCreator(MMAP, sum(map(sum, slots)) * EACH + PAGE if bound == "budget" else 1 << 40)
     pools = [linmem.PoolingCreator(budget, reset="zero" if n else reset, max_unused_warm=1000) for n in slots[0]]
     for domain, each in zip(domains, slots, strict=True):

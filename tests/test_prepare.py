@@ -380,7 +380,7 @@ def test_a_prepared_instance_in_between_takes_its_own_images(monkeypatch):
     assert seen == [of(PAGE, filled={0: b"other"})]
 
 
-def test_an_interrupt_leaves_no_image_on_offer(monkeypatch, interruptible):
+def test_an_interrupt_leaves_no_image_on_offer(monkeypatch):
     prepared = prepare(MMAP, HELLO)
     with monkeypatch.context() as patch:
         patch.setattr(wasmtime.Instance, "__init__", lambda *args: signal.raise_signal(signal.SIGINT))

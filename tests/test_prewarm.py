@@ -20,7 +20,7 @@ from linmem import cli
 from linmem.wasmtime import Snapshot
 
 PAGE = 65536
-GUIDE = Path(__file__).resolve().parent.parent / "docs" / "wasmtime.md"
+GUIDE = Path(__file__).resolve().parent.parent / "docs" / "howto" / "wasmtime.md"
 # Most functions write their names to standard output. init grows the memory. The global is not exported. The start
 # function and the data would overwrite what init wrote.
 PROGRAM = """
@@ -261,7 +261,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(there):
 
 
 @requires("interrupts")
-def test_an_interrupt_ends_the_initialisation_with_130_and_leaves_no_file(there, interruptible):
+def test_an_interrupt_ends_the_initialisation_with_130_and_leaves_no_file(there):
     (there / "waits.wat").write_text(RUNS_ON.replace("_start", "wizer.initialize"))
     process = subprocess.Popen([sys.executable, "-m", "linmem", "prewarm", "waits.wat", "-o", "waits.snapshot"],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT, cwd=there)
@@ -511,7 +511,8 @@ def test_the_reactor_in_c_of_the_guide_does_what_the_guide_says(there):
         pytest.fail("ziglang is not installed: pip install 'linmem[test]'")
     guide = GUIDE.read_text("utf-8")
     (there / "words.c").write_text(re.search(r"^```c\n(.*?)^```$", guide, re.DOTALL | re.MULTILINE)[1])
-    commands = re.search(r"^```sh\n(.*?-o words\.snapshot\n.*?)^```$", guide, re.DOTALL | re.MULTILINE)[1]
+    commands = next(block for block in re.findall(r"^```sh\n(.*?)^```$", guide, re.DOTALL | re.MULTILINE)
+                    if "words.snapshot" in block)
     for name, file, text in ("dictionary", "words.txt", "all well"), ("requests", "request.txt", "l"):
         (there / name).mkdir()
         (there / name / file).write_text(text)

@@ -372,6 +372,10 @@ FACE = {
         "kind": (one_of("mmap", "pool"), "mmap"), "options": (lambda value: False, None)}),
     "linmem.attach": (lambda w: linmem.attach, {
         "handle_or_name": (either(of(SharedHandle), text), given_by("handle"))}),
+    "linmem.SharedHandle": (lambda w: linmem.SharedHandle, {
+        **dict.fromkeys(("pid", "fd", "device", "inode"), (
+            lambda value: type(value) is int and 0 <= value < 1 << 64, 1)),
+        "token": (lambda value: type(value) is bytes and len(value) == 32, bytes(32))}),
     "linmem.wait": (lambda w: linmem.wait, {
         "mem": (of(linmem.Memory), given_by("shared")), "offset": (size, 0),
         "value": (lambda value: is_size(value) or -1 <= getattr(value, "value", value) < 0, 1),
@@ -827,6 +831,30 @@ def test_the_docstrings_of_the_stubs_are_those_of_the_extension_modules():
     assert len(stub_docstrings.stubs()) == 5
     for path in stub_docstrings.stubs():
         assert stub_docstrings.documented(path) == path.read_text("utf-8"), "run python tests/stub_docstrings.py"
+
+
+def test_help_and_completion_know_each_public_name_before_its_first_use():
+    listed, helped = answer("""
+        import pydoc
+        import linmem
+        print(*dir(linmem), sep=" ", end="\\n\\0")
+        print(pydoc.plain(pydoc.render_doc(linmem)))
+        """).split("\0")
+    assert set(linmem.__all__) - set(listed.split()) == set()
+    assert [name for name in linmem.__all__ if not re.search(rf"^ *(class )?{name}\b", helped, re.MULTILINE)] == []
+
+
+def test_each_public_name_of_the_stubs_has_a_docstring():
+    """Editors show it."""
+    seen, without = 0, []
+    for path in stub_docstrings.stubs():
+        tree = ast.parse(path.read_text("utf-8"))
+        for node, owner in stub_docstrings.with_owners(tree, stub_docstrings.public_part(path)):
+            if not node.name.startswith("_"):
+                seen += 1
+                without += [f"{owner.__name__}.{node.name}"] if ast.get_docstring(node) is None else []
+    assert seen > 100
+    assert without == []
 
 
 def test_every_public_argument_has_its_row():

@@ -195,7 +195,7 @@ def test_a_run_that_fails_is_drawn_too(run, text, words, code, drawn):
 
 
 @requires("interrupts")
-def test_a_run_that_is_interrupted_is_drawn_too(tmp_path, interruptible):
+def test_a_run_that_is_interrupted_is_drawn_too(tmp_path):
     (tmp_path / "guest.wat").write_text(RUNS_ON)
     process = subprocess.Popen(
         [sys.executable, "-m", "linmem", "run", "--no-cache", "--report-file", "report.html", "guest.wat"],

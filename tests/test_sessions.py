@@ -3,21 +3,31 @@
 import asyncio
 import copy
 import ctypes
-import dis
 import functools
 import gc
 import importlib.metadata
 import itertools
 import os
 import pickle
-import sys
 import textwrap
 import threading
 import time
 
 import pytest
 import wasmtime
-from support import FORKING, LIBC, answer, counting, descriptors, failing, live_bytes, mappings, requires
+from support import (
+    FORKING,
+    LIBC,
+    Interrupt,
+    Interrupting,
+    answer,
+    counting,
+    descriptors,
+    failing,
+    live_bytes,
+    mappings,
+    requires,
+)
 from test_hoist import needs_gc
 from test_prepare import engine_of
 
@@ -224,8 +234,9 @@ def test_if_the_system_refuses_the_reset_the_instance_is_replaced():
 
 
 @pytest.mark.parametrize(("kind", "reason"), [
-    (MemoryError, "refused"), (RuntimeError, "refused"), (linmem.OwnedError, "refused"), (ValueError, "resized"),
-    (KeyboardInterrupt, "interrupted"), (SystemExit, "interrupted")])
+    (MemoryError, "refused"), (RuntimeError, "refused"), (linmem.OwnedError, "refused"), (linmem.PageError, "refused"),
+    (TypeError, "refused"), (wasmtime.WasmtimeError, "refused"), (ValueError, "resized"),
+    (KeyboardInterrupt, "interrupted"), (SystemExit, "interrupted"), (TimeoutError, "interrupted")])
 def test_if_the_reset_raises_the_instance_is_replaced_and_only_an_interrupt_is_passed_on(monkeypatch, kind, reason):
     sessions = sessions_of()
     mine = kind("of the reset")
@@ -604,7 +615,7 @@ def test_a_session_whose_block_never_ends_is_given_back_when_it_is_collected():
 
 
 @requires("interrupts")
-def test_ctrl_c_ends_a_wait(interruptible):
+def test_ctrl_c_ends_a_wait():
     assert answer("""
         import signal, sys, threading, time
         sys.path.insert(0, TESTS)
@@ -997,44 +1008,10 @@ def test_a_thousand_sessions_leave_nothing_behind(grow):
 # -- interrupts ----------------------------------------------------------------------------------------
 
 
-class Interrupt(BaseException):
-    pass
-
-
-class Interrupting:
-    """Raises an Interrupt at the nth place in the code of sessions where Python may run a signal handler: at the start
-    of a function, after a call, and before a loop's next turn."""
-
-    def __init__(self, nth):
-        self.left = nth
-        self.previous = {}      # by frame: the opcode before
-
-    def trace(self, frame, event, argument):
-        names = frame.f_code.co_name, frame.f_back.f_code.co_name
-        if frame.f_code.co_filename != source.__file__ or "__del__" in names:
-            return None
-        frame.f_trace_opcodes = True
-        opcode = dis.opname[frame.f_code.co_code[frame.f_lasti]] if event == "opcode" else ""
-        if event == "call" or self.previous.get(frame, "").startswith(("CALL", "JUMP")):
-            self.left -= 1
-            if self.left == 0:
-                sys.settrace(None)
-                raise Interrupt
-        self.previous[frame] = opcode
-        return self.trace
-
-    def __enter__(self):
-        self.before = sys.gettrace()
-        sys.settrace(self.trace)
-
-    def __exit__(self, *_):
-        sys.settrace(self.before)
-        self.previous.clear()
-
-
+@pytest.mark.parametrize("kind", [Interrupt, TimeoutError])
 @pytest.mark.parametrize("used", [False, True])
 @pytest.mark.parametrize("grow", [0, 1])
-def test_an_interrupt_anywhere_loses_no_session_and_spoils_no_session(used, grow):
+def test_an_interrupt_anywhere_loses_no_session_and_spoils_no_session(used, grow, kind):
     happened, nth = True, 0
     while happened:
         nth += 1
@@ -1043,11 +1020,13 @@ def test_an_interrupt_anywhere_loses_no_session_and_spoils_no_session(used, grow
             use(sessions)
         happened = False
         try:
-            with Interrupting(nth), sessions.get(timeout=1) as (store, instance):
+            with Interrupting(nth, source.__file__, error=kind) as interrupting, \
+                    sessions.get(timeout=1) as (store, instance):
                 exports = check(store, instance)
                 exports["grow"](store, grow)
-        except Interrupt:
+        except kind:
             happened = True
+        assert happened == (interrupting.place is not None)
         store = instance = exports = None
         gc.collect(0)
         assert sessions.stats()["in_use"] == 0, nth

@@ -81,7 +81,9 @@ def planted(wrong, *arguments, minutes="1"):       # minutes: the upper bound; t
 
 KINDS = ("create", "grow", "view", "protect", "discard", "close", "clone", "common")
 if NEEDS["shared"][0]:
-    KINDS += ("attach", "open_file", "show")
+    KINDS += ("attach",)
+if NEEDS["file_memories"][0]:
+    KINDS += ("open_file", "show")
 
 
 def test_a_short_soak_finds_nothing_and_says_what_it_did(tmp_path):

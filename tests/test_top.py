@@ -3,12 +3,14 @@
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
-from support import FORKING, answer, requires, start_child
+from support import FORKING, Interrupt, Interrupting, answer, descriptors, requires, start_child
 
 import linmem.metrics
 from linmem import cli
@@ -117,8 +119,16 @@ def test_the_table_is_printed_until_the_process_ends(monkeypatch, capsys):
             raise Refused("there is no process") from None
 
     monkeypatch.setattr(top, "look_at", look)
-    assert cli.main(["top", "1", "--interval", "0"]) == 0
+    assert cli.main(["top", "1", "--interval", "0.01"]) == 0
     assert capsys.readouterr().out.count("ADDRESS") == 2
+
+
+@pytest.mark.parametrize("seconds", ["0", "0.009", "86401", "-1", "x"])
+def test_an_interval_that_takes_a_whole_processor_or_never_ends_is_refused(seconds, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["top", "1", "--once", f"--interval={seconds}"])
+    assert ended.value.code == 2
+    assert re.search(r"argument --interval: must be (0\.01 to 86400|a number of) seconds, got", capsys.readouterr().err)
 
 
 @requires("smaps")
@@ -211,6 +221,46 @@ def test_a_publication_ends_with_close_with_its_block_and_with_its_last_referenc
     last = linmem.metrics.publish()
     del last
     assert publication.read_published(me) is None
+
+
+@requires("published")
+@pytest.mark.parametrize("kind", [Interrupt, TimeoutError])
+def test_close_of_a_publication_finishes_what_an_interrupt_left(kind):
+    nth, happened = 0, True
+    while happened:
+        nth += 1
+        before = descriptors()
+        published = linmem.metrics.publish(interval=86400)
+        interrupting = Interrupting(nth, publication.__file__, threading.__file__, error=kind)
+        try:
+            with interrupting:
+                published.close()
+        except kind:
+            pass
+        else:
+            happened = False
+        assert happened == (interrupting.place is not None)
+        again = threading.Thread(target=published.close, daemon=True)
+        again.start()
+        again.join(60)
+        assert not again.is_alive(), interrupting.place
+        assert publication.read_published(os.getpid()) is None, interrupting.place
+        assert descriptors() == before
+    assert nth > 5
+
+
+@requires("published")
+def test_an_interrupt_anywhere_in_publish_leaves_nothing_published():
+    nth, happened = 0, True
+    while happened:
+        nth += 1
+        before = descriptors()
+        with Interrupting(nth, publication.__file__) as interrupting, contextlib.suppress(Interrupt):
+            linmem.metrics.publish(interval=86400)
+        happened = interrupting.place is not None
+        assert publication.read_published(os.getpid()) is None, interrupting.place
+        assert descriptors() == before, interrupting.place
+    assert nth > 10
 
 
 @requires("published")

@@ -105,7 +105,7 @@ def test_a_stack_has_at_most_the_given_number_of_frames(frames):
 
 def test_equal_stacks_are_kept_once():
     tracker = tracking()
-    memories = [tracker.create(PAGE) for _ in range(100)]
+    memories = [tracker.create(PAGE, PAGE) for _ in range(100)]
     assert tracker.overhead()["stacks"] == 1
     assert len({found.stack for found in map(summary, tracker.outstanding())}) == 1
     assert len(memories) == 100
@@ -117,9 +117,11 @@ class summary:
 
 
 def lines_of_code(n, filename="<many>"):
-    """n functions that make memories, each on a line of its own."""
+    """n functions that make memories, each on a line of its own. Thousands of memories without a maximum would reserve
+    half of all addresses."""
     names = {}
-    exec(compile("\n".join(f"def f{i}(creator): return creator.create(1)" for i in range(n)), filename, "exec"), names)
+    code = "\n".join(f"def f{i}(creator): return creator.create(1, {PAGE})" for i in range(n))
+    exec(compile(code, filename, "exec"), names)
     return [names[f"f{i}"] for i in range(n)]
 
 
@@ -323,7 +325,7 @@ def test_a_memory_that_only_a_view_keeps_is_a_leak_and_one_with_a_handle_is_not(
 
 
 # Without a GIL, leaks() may see a memory between the end of its last handle and its own end.
-@pytest.mark.skipif(not getattr(sys, "_is_gil_enabled", lambda: True)(), reason="this Python has no GIL")
+@requires("gil")
 @pytest.mark.parametrize("above", [
     lambda tracker: tracker, lambda tracker: linmem.CallbackCreator(tracker, on_made=lambda mem, size: None)])
 def test_a_memory_that_is_being_made_is_no_leak(above):

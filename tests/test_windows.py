@@ -18,6 +18,7 @@ from support import (
     GRANULARITY,
     MEM_COMMIT,
     MEM_FREE,
+    MEM_MAPPED,
     MEM_RESERVE,
     PAGE,
     PAGE_NOACCESS,
@@ -36,7 +37,6 @@ pytestmark = requires("kernel32")
 GIB = 1 << 30
 ACCESS_VIOLATION = 0xC0000005
 ERROR_NOT_ENOUGH_MEMORY, ERROR_INVALID_ADDRESS = 8, 487
-MEM_MAPPED = 0x40000
 # Windows' error codes for exhausted commit charge and for exhausted addresses. Wine uses access denied (5) for the
 # charge.
 NO_CHARGE = {5, 8, 14, 1455}
@@ -51,6 +51,12 @@ class MemoryStatus(ctypes.Structure):
 
 class WorkingSetEntry(ctypes.Structure):
     _fields_ = [("address", ctypes.c_size_t), ("flags", ctypes.c_size_t)]
+
+
+class MemoryCounters(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_uint32), ("faults", ctypes.c_uint32)] + [
+        (name, ctypes.c_size_t) for name in ("peak", "now", "paged_peak", "paged", "other_peak", "other", "pagefile",
+                                             "pagefile_peak")]
 
 
 def kernel32():
@@ -100,6 +106,23 @@ def addresses_in_use():
         used += r.size if r.state != MEM_FREE else 0
         at = r.base + r.size
     return used
+
+
+def peak():
+    """The most bytes that this process has had in physical memory at a time."""
+    counters, k = MemoryCounters(ctypes.sizeof(MemoryCounters)), kernel32()
+    assert k.K32GetProcessMemoryInfo(ctypes.c_void_p(-1), ctypes.byref(counters), counters.length)
+    return counters.peak
+
+
+# -- the process of the suite -------------------------------------------------------------------------
+
+@requires("wine")
+def test_this_process_has_not_reserved_terabytes():
+    # Wine keeps a byte for each page that a process has ever reserved. When the machine has no memory left, Linux kills
+    # the processes of Wine first, and Wine gives them status 0. So a test that reserves terabytes does so in a child,
+    # and a test with thousands of memories gives them a maximum.
+    assert peak() < 2 * GIB
 
 
 # -- reserved and charged bytes ---------------------------------------------------------------------
@@ -534,3 +557,184 @@ def test_a_page_that_was_only_read_is_not_listed():
     with linmem.PoolingCreator().create(64 * PAGE) as mem:
         assert mem[::PAGE] == bytes(64)
         assert written(mem) == []
+
+
+# -- shared memories: sections
+
+def shared(size=65536, maximum=16 << 20, **options):
+    return linmem.create(size, maximum, creator=linmem.creator("shared", **options))
+
+
+def parts(mem):
+    """The reservation of a memory: (size, state, whether it is a view of a section) of each region."""
+    found, (start, end) = [], whole(mem)
+    while start < end:
+        r = query(start)
+        size = min(r.base + r.size, end) - start
+        found.append((size, r.state, r.type == MEM_MAPPED))
+        start += size
+    return found
+
+
+def test_a_shared_memory_is_a_view_of_a_section_between_reserved_pages():
+    mem = shared()
+    start, end = whole(mem)
+    info = mem.info()
+    # The view is longer than the capacity, by a unit of the granularity.
+    ends = [(info.pre_guard, MEM_RESERVE, False), (info.guard - GRANULARITY, MEM_RESERVE, False)]
+    shown = (16 << 20) + GRANULARITY
+    assert parts(mem) == [ends[0], (65536, MEM_COMMIT, True), (shown - 65536, MEM_RESERVE, True), ends[1]]
+    other = linmem.attach(mem.handle())
+    other.grow_to(1 << 20)
+    assert len(mem) == 1 << 20
+    assert parts(mem) == [ends[0], (1 << 20, MEM_COMMIT, True), (shown - (1 << 20), MEM_RESERVE, True), ends[1]]
+    mem.close()
+    assert (query(start).state, query(end - 1).state) == (MEM_FREE, MEM_FREE)
+    assert other.read((1 << 20) - 1, 1) == b"\0"
+
+
+def test_pages_that_were_hidden_are_accessible_again_with_their_bytes():
+    mem = shared()
+    mem.write(0, b"bytes")
+    other = linmem.attach(mem.handle())
+    other.protect(0, PAGE, "none")
+    assert query(other.as_ptr()).access == PAGE_NOACCESS
+    assert query(mem.as_ptr()).access == PAGE_READWRITE
+    other.protect(0, PAGE, "rw")
+    assert other.read(0, 5) == b"bytes"
+
+
+def test_each_place_that_another_thread_takes_is_given_up_for_another_one():
+    """Threads reserve and release addresses while memories are placed: each memory is whole, and none is lost."""
+    import threading
+
+    library, end = kernel32(), threading.Event()
+    library.VirtualAlloc.restype = ctypes.c_void_p
+
+    def reserve():
+        while not end.is_set():
+            places = [library.VirtualAlloc(None, ctypes.c_size_t(size), MEM_RESERVE, PAGE_NOACCESS)
+                      for size in (65536, 1 << 20, 17 << 20)]
+            for place in places:
+                assert library.VirtualFree(ctypes.c_void_p(place), ctypes.c_size_t(0), 0x8000)
+
+    threads = [threading.Thread(target=reserve) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    before = pages.describe()["reserved"]
+    try:
+        for _ in range(200):
+            with shared() as mem:
+                assert [mapped for _, _, mapped in parts(mem)] == [False, True, True, False]
+    finally:
+        end.set()
+        for thread in threads:
+            thread.join()
+    assert pages.describe()["reserved"] == before
+
+
+def test_a_named_memory_lives_as_long_as_a_process_has_it():
+    name = f"linmem-test-{os.getpid()}"
+    mem = shared(shm_name=name)
+    mem.write(0, b"named")
+    other = linmem.attach(name)
+    with pytest.raises(FileExistsError, match="a shared memory of this shm_name exists already"):
+        shared(shm_name=f"/{name}")
+    with pytest.raises(TypeError, match="the name is gone when no process has the memory"):
+        mem.unlink()
+    mem.close()
+    assert (linmem.attach(other.handle()).read(0, 5), linmem.attach(name).read(0, 5)) == (b"named", b"named")
+    other.close()
+    gc.collect()
+    with pytest.raises(FileNotFoundError, match=f"no process of this session has a shared memory of the name '{name}'"):
+        linmem.attach(name)
+    shared(shm_name=name)
+
+
+def test_a_forged_handle_attaches_no_section():
+    import mmap
+
+    from linmem._core.section_handles import SectionHandle
+
+    mem, named = shared(), shared(shm_name="linmem-test-forged")
+    tag = f"{pages.NAMES}name-linmem-test-other"
+    with mmap.mmap(-1, 1 << 17, tag):       # a section that linmem did not make
+        for forged in (SectionHandle(1, 2, bytes(32)), SectionHandle(1, 2, bytes(32), "linmem-test-forged"),
+                       SectionHandle(1, 2, mem.handle()._token, "linmem-test-forged"),
+                       SectionHandle(1, 2, mem.handle()._token, "linmem-test-other")):
+            with pytest.raises(FileNotFoundError, match="is gone"):
+                linmem.attach(forged)
+        with pytest.raises(ValueError, match="must be a shared memory of linmem, and the name is that of something"):
+            linmem.attach("linmem-test-other")
+    with pytest.raises(ValueError, match="name of a handle must be 1 to 255 bytes"):
+        SectionHandle(1, 2, bytes(32), "a\\b/c")
+    with pytest.raises(ValueError, match="fileno\\(\\) is not supported on this system"):
+        mem.handle().fileno()
+    named.close()
+
+
+def test_the_control_words_of_a_section_that_is_too_small_are_refused():
+    mem = shared(65536, 1 << 20)
+    library = kernel32()
+    library.OpenFileMappingW.restype = library.CreateFileMappingW.restype = ctypes.c_void_p
+    section = library.CreateFileMappingW(ctypes.c_void_p(-1), None, PAGE_READWRITE | 0x4000000, 0, 0x20000,
+                                         f"{pages.NAMES}name-linmem-test-small")
+    try:
+        with pytest.raises(ValueError, match="must be a shared memory of linmem, and the file does not begin as one"):
+            linmem.attach("linmem-test-small")
+        import mmap
+        with mmap.mmap(-1, 1 << 17, f"{pages.NAMES}name-linmem-test-small") as small, \
+                mmap.mmap(-1, 65536, f"{pages.NAMES}{mem.handle()._name}") as words:
+            small[:PAGE] = words[:PAGE]
+        with linmem.attach("linmem-test-small") as other:       # the words say 64 KiB, and the section has them
+            assert len(other) == 65536
+            with pytest.raises(linmem.PageError, match="the section has no more pages"):
+                other.grow_to(1 << 20)
+            assert len(other) == 65536
+    finally:
+        library.CloseHandle(ctypes.c_void_p(section))
+
+
+def test_processes_that_are_killed_while_they_grow_a_memory_leave_one_that_others_grow():
+    mem = shared(PAGE, 1 << 30)
+    code = """
+        import pickle, sys, linmem
+        mem = linmem.attach(pickle.loads(bytes.fromhex(sys.argv[1])))
+        print("growing", flush=True)
+        while True:
+            try:
+                mem.grow_to(len(mem) + 4096)
+                mem[len(mem) - 1] = 1
+            except ValueError:      # another process was faster
+                pass
+    """
+    for _ in range(4):
+        children = [support.start_child(code, pickle.dumps(mem.handle()).hex()) for _ in range(2)]
+        for child in children:
+            assert child.stdout.readline() == "growing\n"
+        for child in children:
+            child.kill()
+            child.communicate()
+        before = len(mem)
+        mem.grow_to(before + PAGE)
+        assert (mem[before], mem[before - 1] in (0, 1)) == (0, True)
+    assert len(linmem.attach(mem.handle())) == len(mem) > 4 * PAGE
+
+
+def test_a_window_of_a_section_is_refused_with_the_way_out():
+    mem = linmem.create(65536)
+    mem.write(0, b"before")
+    with pytest.raises(TypeError, match=r"map of a shared memory is not supported on this system.*mem\.write"):
+        mem.map(0, shared(), 0, 65536)
+    assert mem.read(0, 6) == b"before"
+    with pytest.raises(TypeError, match="a memory of a file is not supported on this system"):
+        linmem.open_file("linmem-test.bin")
+    assert not os.path.exists("linmem-test.bin")
+
+
+@pytest.mark.parametrize("bad", ["a\\b", "lone\ud800"])
+def test_a_name_that_no_section_can_have_is_refused(bad):
+    with pytest.raises(ValueError, match=r"shm_name must be 1 to 255 bytes without .* backslashes and lone surrogates"):
+        linmem.creator("shared", shm_name=bad)
+    with pytest.raises(ValueError, match="attach must be 1 to 255 bytes"):
+        linmem.attach(bad)

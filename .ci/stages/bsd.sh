@@ -5,6 +5,6 @@ build_over_base CFLAGS='-O1 -U__linux__'
 (cd / && "$work/bsd/venv/bin/python" -c 'from linmem._os import pages
 can = pages.describe()["capabilities"]
 assert not any(can[name] for name in ("moves", "names", "discard_any_protection", "populates", "scans")), can')
-all_but bench cli image_cli saving hoist prepare package house cimport readme demo_program dask layout reset_policy soak suite
-suite src ../venv/bin/pytest "${fast[@]}" "${chosen[@]}"
+all_but bench cli image_cli saving hoist prepare package house cimport readme demo_program dask layout reset_policy soak suite newcomer
+LINMEM_TEST_WITHOUT=linux suite src ../venv/bin/pytest "${fast[@]}" "${chosen[@]}"
 figures "without what Linux alone has: $passed"

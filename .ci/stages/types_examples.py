@@ -23,7 +23,7 @@ DASK = re.compile(r'"dashboard_address"|"chunks"|"CoroutineType\[')     # distri
 
 
 def extract(root: Path, folder: Path) -> int:
-    for page in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
+    for page in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
         text = page.read_text("utf-8")
         for block in BLOCK.finditer(text):
             line = text.count("\n", 0, block.start()) + 1

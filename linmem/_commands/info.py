@@ -15,7 +15,7 @@ from importlib import metadata
 from typing import Any
 
 import linmem
-from linmem._commands.parser import EXIT_REFUSED, Parser
+from linmem._commands.parser import EXIT_REFUSED, Parser, columns
 from linmem._commands.text import show_size
 
 # The byte is read by a getter of ctypes. On some systems a call of a foreign function would turn the fault into an
@@ -166,8 +166,20 @@ CAPABILITY_WORDS = {
     "scans": "a pool can ask which pages were touched",
     "maps_images": "memories share the pages of their image until they write them",
     "shares": "processes can share a memory that grows",
+    "names_files": "processes find a shared memory by a name that the system keeps",
+    "adopts_files": "a memory can have the bytes of a file",
     "reports_faults": "a report can name the memory before a memory fault ends the process",
 }
+
+
+def say(title: str, text: str, margin: int = 18) -> None:
+    """Print a line. A terminal gets it broken between words at its width, with the rest behind the margin."""
+    line = f"{title:18}{text}"
+    if sys.stdout.isatty():
+        import textwrap
+
+        line = textwrap.fill(line, max(columns(), 2 * margin), subsequent_indent=" " * margin, break_on_hyphens=False)
+    print(line)
 
 
 def print_info(figures: dict[str, Any]) -> None:
@@ -181,14 +193,15 @@ def print_info(figures: dict[str, Any]) -> None:
     for title in ("limits", "capabilities"):
         lines = [f"{'yes' if value else 'no':3}  {name}: {CAPABILITY_WORDS[name]}" if isinstance(value, bool)
                  else f"{name} = {value}" for name, value in figures[title].items()]
-        print(f"{title:18}" + f"\n{'':18}".join(lines or ["none"]))
+        for i, line in enumerate(lines or ["none"]):
+            say("" if i else title, line, 23 if title == "capabilities" else 18)
     wasmtime = figures["wasmtime"]
     version = wasmtime["version"] or "none"
     works = "linmem.wasmtime works" if wasmtime["works"] else "linmem.wasmtime does not work"
-    print(f"{'wasmtime':18}{version}, {works}: {wasmtime['detail']}")
+    say("wasmtime", f"{version}, {works}: {wasmtime['detail']}")
     if "components" in wasmtime:
         components = wasmtime["components"]
-        print(f"{'components':18}{'work' if components['works'] else 'do not work'}: {components['detail']}")
+        say("components", f"{'work' if components['works'] else 'do not work'}: {components['detail']}")
     print("\nself-test: each child process reads one byte")
     for child in figures["self_test"]["children"]:
         outcome = f"ended by {child['died_of']}" if child["died_of"] else f"ended with code {child['returncode']}"

@@ -23,6 +23,8 @@ EXIT_TRAP = 134             # 128 + SIGABRT, as `wasmtime run` does
 # The errors of a write if the disk is full or a quota or a size limit is reached.
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC))
 
+WIDEST = 100                # columns of the texts of --help on a wider terminal
+
 UNITS: dict[str, int] = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
     UNITS[_letter] = UNITS[_letter + "ib"] = 1024 ** _power
@@ -70,6 +72,14 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
         # takes long to import.
         super().__init__(prog, **{"width": columns() - 2, **options})
 
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Break the lines of each paragraph at the width of the terminal; argparse calls this method."""
+        import textwrap
+
+        wrap = textwrap.TextWrapper(min(width, WIDEST), initial_indent=indent, subsequent_indent=indent,
+                                    break_long_words=False, break_on_hyphens=False)
+        return "\n\n".join(wrap.fill(paragraph) for paragraph in text.strip().split("\n\n"))
+
 
 def columns() -> int:
     """The width of the terminal, as `shutil.get_terminal_size` finds it."""
@@ -86,13 +96,21 @@ def columns() -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """Keeps the line breaks of the help texts, and reports an error in one line with a reference to --help."""
+    """Keeps the paragraphs of the help texts, and reports an error in one line with a reference to --help."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=Formatter, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"{self.prog}: {printable(message)} (see {self.prog} --help)\n")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Raise OSError if --help or --version cannot be written. argparse would drop the error."""
+        if file is sys.stdout:
+            file.write(message)
+            file.flush()
+        else:
+            super()._print_message(message, file)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         found, unknown = super().parse_known_args(args, namespace)

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 
 from linmem._commands import compile_cache
+from linmem._commands.creator_option import compose_creator
 from linmem._commands.image import figures_of, report_to, say, show
 from linmem._commands.limits import Limits
 from linmem._commands.parser import (
@@ -25,7 +26,7 @@ from linmem._commands.parser import (
     function_name,
     refuse_errors_of,
 )
-from linmem._commands.program import Program, add_options, compose_creator, in_a_thread, leave_running
+from linmem._commands.program import Program, add_options, in_a_thread, leave_running
 
 DEFAULT_INIT = "wizer.initialize"
 

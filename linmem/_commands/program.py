@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO, TypeVar
 
-import linmem
 from linmem._commands import compile_cache
 from linmem._commands.limits import Clock, Limits
 from linmem._commands.parser import (
@@ -24,7 +23,7 @@ from linmem._commands.parser import (
     refuse_errors_of,
 )
 from linmem._commands.text import count, one_line
-from linmem._commands.values import parse_float, parse_integer, parse_number
+from linmem._commands.values import parse_number
 from linmem._core.arguments import printable
 from linmem.errors import FileFormatError
 
@@ -79,38 +78,6 @@ def split_dir(text: str) -> tuple[str, str, bool]:
     return host, guest or host, access != ":ro"
 
 
-def compose_creator(text: str, max_memory: int | None) -> Any:
-    """The creator that KIND[:OPTION=VALUE,...] describes, under the budget."""
-    kind, colon, rest = text.partition(":")
-    options: dict[str, Any] = {}
-    for option in rest.split(",") if colon else ():
-        name, _, value = option.partition("=")
-        if not name or not value or name in options:
-            what = f"{name} stands twice" if name in options else f"{option!r} is not an option, like idle_seconds=5"
-            raise Refused(f"--creator {text}: {what}", EXIT_USAGE)
-        options[name] = option_value(value)
-    try:
-        creator = linmem.creator(kind, **options)
-    except (TypeError, ValueError, OverflowError, OSError) as error:
-        hint = " (for a budget: --max-memory)" if kind == "limiting" else ""
-        raise Refused(f"--creator {text}: {error}{hint}", EXIT_USAGE) from None
-    return creator if max_memory is None else linmem.LimitingCreator(creator, max_memory)
-
-
-def option_value(text: str) -> bool | int | float | str | None:
-    """The value of an option of a creator: true, false, none, a number, a size (64MiB) or a word."""
-    if text in ("true", "false", "none"):
-        return {"true": True, "false": False}.get(text)
-    kinds: tuple[Callable[[str], int | float], ...] = (
-        lambda text: parse_integer(text, 64), lambda text: parse_float(text, 64), parse_size)
-    for parse in kinds:
-        try:
-            return parse(text)
-        except (ValueError, argparse.ArgumentTypeError):
-            continue
-    return text
-
-
 def in_a_thread(work: Callable[[], _T], clock: Clock | None = None) -> tuple[_T | int, bool]:
     """The result of `work`, or the exit code after Ctrl-C or a timeout; and whether `work` still runs.
 
@@ -143,7 +110,10 @@ def in_a_thread(work: Callable[[], _T], clock: Clock | None = None) -> tuple[_T 
             wait = thread.join if clock.begun.is_set() else clock.begun.wait
             # On some systems, a wait without a timeout cannot be interrupted.
             wait(_INTERRUPTIBLE if left is None else min(left, _INTERRUPTIBLE))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, RuntimeError) as error:
+        # Event.wait(), which start() calls too, raises RuntimeError if Ctrl-C comes while it takes its lock again.
+        if isinstance(error, RuntimeError) and not isinstance(error.__context__, KeyboardInterrupt):
+            raise
         # CPython before 3.13 takes a thread for ended if an exception ends join().
         return EXIT_INTERRUPTED, not results and not errors
     if errors:

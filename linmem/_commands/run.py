@@ -13,7 +13,7 @@ import time
 from typing import Any
 
 import linmem
-from linmem._commands import compile_cache
+from linmem._commands import compile_cache, creator_option
 from linmem._commands.limits import Limits, add_limits
 from linmem._commands.parser import (
     EXIT_REFUSED,
@@ -26,7 +26,7 @@ from linmem._commands.parser import (
     function_name,
     refuse_errors_of,
 )
-from linmem._commands.program import Program, add_options, compose_creator, in_a_thread, leave_running
+from linmem._commands.program import Program, add_options, in_a_thread, leave_running
 from linmem._core.arguments import printable
 
 USAGE = "linmem run [options] PROGRAM [ARGS ...]"
@@ -45,12 +45,10 @@ A component is a command if it exports wasi:cli/run of a version 0.2. --invoke c
 functions; a function of an exported interface is INTERFACE#FUNCTION. ARGS are texts, true and false,
 numbers, and JSON for all other types, as are the results. --start needs a module.
 
---creator takes "mmap" (each memory is a mapping of its own), "pool" (memories are reset and used
-again), "statistics" and "tracking". Options of linmem.creator() follow a colon:
-pool:idle_seconds=5,keep_resident=64KiB. --max-memory puts one budget over the creator, as
-linmem.creator("limiting", limit_bytes=...) does. "shared" with shm_name=NAME and "file" with path=FILE keep the
-bytes of the program's memory, if the program has one memory. The kinds "callback" and "routing" are for programs in
-Python.
+--creator takes the kinds of linmem.creator() whose options are texts and numbers, for example
+pool:idle_seconds=5,keep_resident=64KiB. "shared" with shm_name=NAME and "file" with path=FILE keep the bytes of the
+program's memory, if the program has one memory. --max-memory puts one budget over the creator, as
+linmem.creator("limiting", limit_bytes=...) does. "routing" is for programs in Python.
 
 The compiled program is kept in the user's cache directory, or in the DIR of --cache: `linmem cache info`
 shows it. A program that has not changed is neither read nor compiled again.
@@ -82,9 +80,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--coredump", type=file_name, metavar="FILE",
                         help="if the program traps, write its memories, globals and stack to FILE, a WebAssembly core"
                              " dump")
-    parser.add_argument("--creator", default="mmap", metavar="KIND[:OPTION=VALUE,...]",
-                        help="the creator of the memories: mmap (the default), pool, statistics or tracking, and its"
-                             " options; see below")
+    creator_option.add_option(parser)
     parser.add_argument("--report", action="store_true", help="at the end, report the sizes and growths of each memory")
     parser.add_argument("--json", action="store_true", help="the report as one line of JSON (implies --report)")
     parser.add_argument("--report-file", type=file_name, metavar="FILE",
@@ -131,7 +127,7 @@ def main(args: argparse.Namespace) -> int:
             others = {"PROGRAM": args.program, "the FILE of --start": args.start,
                       "the FILE of --coredump": args.coredump}
             file, timeline = run_report.ReportFile(args.report_file, others), run_report.CHANGES
-    creator = compose_creator(args.creator, args.max_memory)
+    creator = creator_option.compose_creator(args.creator, args.max_memory)
     # The statistics creator wraps the creator with the budget, so that it also counts the requests that the budget
     # refuses.
     began = time.perf_counter_ns()

@@ -81,6 +81,8 @@ def process_id(text: str) -> int:
 def interval(text: str) -> float:
     if not re.fullmatch(r"\d{1,5}(\.\d{1,9})?", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"must be a number of seconds, got {text!r:.40}")
+    if not 0.01 <= float(text) <= 86400:        # 0 would take a whole processor
+        raise argparse.ArgumentTypeError(f"must be 0.01 to 86400 seconds, got {text}")
     return float(text)
 
 

@@ -3,6 +3,7 @@
 from linmem._core.linked_list cimport link
 from linmem._core.memory cimport NativeCreator, failure, fork_lock, memory, memory_spec
 from linmem._core.units cimport atomic_i64
+from linmem._os cimport pages
 
 cdef struct budget
 
@@ -10,6 +11,7 @@ cdef struct budget
 cdef class LimitingCreator(NativeCreator):
     cdef readonly NativeCreator upstream
     cdef budget* budget
+    cdef const pages.file_pages* attached       # of a creator upstream that attaches one shared memory; else NULL
 
 
 # The sums over all memories of a StatisticsCreator, as statistics() returns them; sizes in bytes.

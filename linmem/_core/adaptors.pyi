@@ -15,8 +15,9 @@ class LimitingCreator(NativeCreator):
     """One budget of committed bytes over all memories that come through it.
 
     The budget is charged (in whole host pages) when a memory is made and when it grows, and refunded when the memory is
-    dropped. The sums are exact under threads. A request that exceeds the budget raises `LimitError`; in wasm,
-    ``memory.grow`` returns -1. Limits nest: each takes the next as its upstream. rmm has ``LimitingResourceAdaptor``.
+    dropped. The sums are exact under threads. Memories of this process that show the same shared memory count once,
+    with the size of the largest. A request that exceeds the budget raises `LimitError`; in wasm, ``memory.grow``
+    returns -1. Limits nest: each takes the next as its upstream. rmm has ``LimitingResourceAdaptor``.
 
     Parameters
     ----------
@@ -29,7 +30,8 @@ class LimitingCreator(NativeCreator):
     """
     def __new__(cls, upstream: NativeCreator, limit_bytes: SupportsIndex, *, name: str | None = None) -> Self: ...
     @property
-    def upstream(self) -> NativeCreator: ...
+    def upstream(self) -> NativeCreator:
+        """The creator that makes the memories."""
     @property
     def limit_bytes(self) -> int:
         """The budget in bytes."""
@@ -44,7 +46,8 @@ class LimitingCreator(NativeCreator):
 class StatisticsCreator(NativeCreator):
     """Counts and times what happens to the memories that come through it.
 
-    rmm's ``StatisticsResourceAdaptor`` has such sums. This creator also keeps a record of each memory.
+    rmm's ``StatisticsResourceAdaptor`` has such sums. This creator also keeps a record of each memory. Two memories
+    that show the same shared memory count as two.
 
     Parameters
     ----------
@@ -60,7 +63,8 @@ class StatisticsCreator(NativeCreator):
     def __new__(cls, upstream: NativeCreator, history: SupportsIndex = 256, timeline: SupportsIndex = 0, *,
                 name: str | None = None) -> Self: ...
     @property
-    def upstream(self) -> NativeCreator: ...
+    def upstream(self) -> NativeCreator:
+        """The creator that makes the memories."""
     def statistics(self) -> dict[str, int]:
         """The sums over all memories, as a dict. Bytes are byte_size. Failures are refused creations and growths."""
     def memories(self) -> list[dict[str, Any]]:
@@ -104,7 +108,8 @@ class TrackingCreator(NativeCreator):
     """
     def __new__(cls, upstream: NativeCreator, *, frames: SupportsIndex = 16, name: str | None = None) -> Self: ...
     @property
-    def upstream(self) -> NativeCreator: ...
+    def upstream(self) -> NativeCreator:
+        """The creator that makes the memories."""
     @property
     def frames(self) -> int:
         """The most frames of a stack."""
@@ -250,15 +255,20 @@ class CallbackCreator(NativeCreator):
                 on_dropped: Callable[[DroppedInfo], object] | None = None, limit_each: SupportsIndex | None = None,
                 limit_growths: SupportsIndex | None = None, name: str | None = None) -> Self: ...
     @property
-    def upstream(self) -> NativeCreator: ...
+    def upstream(self) -> NativeCreator:
+        """The creator that makes the memories."""
     @property
-    def on_made(self) -> Callable[[Memory, int], object] | None: ...
+    def on_made(self) -> Callable[[Memory, int], object] | None:
+        """The function that is called with each new memory, or None."""
     @property
-    def on_grow(self) -> Callable[[Memory, int, int], object] | None: ...
+    def on_grow(self) -> Callable[[Memory, int, int], object] | None:
+        """The function that is called before each growth, or None."""
     @property
-    def on_refused(self) -> Callable[[Memory | None, int, Exception], object] | None: ...
+    def on_refused(self) -> Callable[[Memory | None, int, Exception], object] | None:
+        """The function that is called after a refusal, or None."""
     @property
-    def on_dropped(self) -> Callable[[DroppedInfo], object] | None: ...
+    def on_dropped(self) -> Callable[[DroppedInfo], object] | None:
+        """The function that is called after a memory is gone, or None."""
     @property
     def limit_each(self) -> int | None:
         """The most bytes that a memory may have, or None."""
@@ -290,7 +300,8 @@ class RoutingCreator(NativeCreator):
     """
     def __new__(cls, rule: _Rule | _Table, *, name: str | None = None) -> Self: ...
     @property
-    def rule(self) -> _Rule | tuple[tuple[dict[str, int], NativeCreator], ...]: ...
+    def rule(self) -> _Rule | tuple[tuple[dict[str, int], NativeCreator], ...]:
+        """The function, or the rows of the table."""
 
 @final
 class PythonCreator(NativeCreator):
@@ -309,7 +320,8 @@ class PythonCreator(NativeCreator):
     """
     def __new__(cls, creator: Any, *, name: str | None = None) -> Self: ...
     @property
-    def creator(self) -> Any: ...
+    def creator(self) -> Any:
+        """The creator in Python."""
 
 def as_native(creator: MemoryCreator, name: str = "creator") -> NativeCreator: ...
 def check_trait(creator: object, name: str) -> None: ...

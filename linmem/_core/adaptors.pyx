@@ -7,6 +7,7 @@ the lines and scopes that made memories; `callback_creator.pxi`, Python function
 """
 
 cimport cython
+from cpython.exc cimport PyErr_CheckSignals
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport SIZE_MAX
@@ -20,15 +21,16 @@ from linmem._core.atomic cimport (
 from linmem._core.linked_list cimport link, list_add_first, list_init, list_remove
 from linmem._core.memory cimport (
     MOST_FRAMES, NAME_BYTES, NO_MAXIMUM, OWNER_CREATOR, OWNER_PYTHON, OWNER_WASMTIME, PROTECTION_NONE, RELIEF_BUDGET,
-    UNCHOSEN, Image, Memory, NativeCreator, add_live_memory, answer_request, begin_move, begin_own_growth,
-    call_in_each_child, capture_stack, check_bounded, check_count, check_flag, check_native, check_size, current_domain,
-    deferred_decref, domain, domain as domain_t, domain_name, domain_of, domain_release, domain_retain, drop_frames,
-    end_move, end_own_growth, exception_of, fail, fail_python, failure, finish_make, image_copy, image_detach, lock,
-    lock_memory, may_run_python, memory, memory_add_hook, memory_hook, memory_name, memory_ops, memory_release,
-    memory_resident, memory_retain, memory_size, memory_spec, name_option, next_live_memory, only_buffers_hold,
-    own_growth, python_is_ending, raise_failure, refusal_log, refusals_release, refusals_retain, refuse_foreign,
-    refuse_make, register_fork_lock, release_address_space, relieve, remove_live_memory, request, stack_frame, try_lock,
-    unlock, unregister_fork_lock, window_may_shrink, wrap,
+    UNCHOSEN, Image, Memory, NativeCreator, SharedCreator, add_live_memory, answer_request, begin_move,
+    begin_own_growth, call_in_each_child, capture_stack, check_bounded, check_count, check_flag, check_native,
+    check_size, current_domain, deferred_decref, domain, domain as domain_t, domain_name, domain_of, domain_release,
+    domain_retain, drop_frames, end_move, end_own_growth, exception_of, fail, fail_python, failure, finish_make,
+    image_copy, image_detach, lock, lock_memory, may_run_python, memory, memory_add_hook, memory_hook, memory_name,
+    memory_ops, memory_release, memory_resident, memory_retain, memory_size, memory_spec, name_option,
+    next_live_memory, only_buffers_hold, own_growth, python_is_ending, raise_failure, raise_later, refusal_log,
+    refusals_release, refusals_retain, refuse_foreign, refuse_make, register_fork_lock, release_address_space,
+    relieve, remove_live_memory, request, stack_frame, try_lock, unlock, unregister_fork_lock, window_may_shrink,
+    wrap,
 )
 from linmem._os cimport pages
 from linmem._core.units cimport (
@@ -37,7 +39,7 @@ from linmem._core.units cimport (
 
 from contextvars import ContextVar
 
-from linmem._core.arguments import given as _given, shown as _shown
+from linmem._core.arguments import given as _given, show_size as _show_size, shown as _shown
 
 
 cdef void* new_zeroed(size_t size, str purpose) except NULL:

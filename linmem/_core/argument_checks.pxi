@@ -7,9 +7,9 @@ from cpython.exc cimport PyErr_Clear
 
 from linmem._core import arguments as _checks
 from linmem._core.arguments import check_bytes as _check_bytes, check_choice as _check_choice, \
-    check_count as _check_count, check_flag as _check_flag, check_name as _check_name, check_pairs as _check_pairs, \
-    check_path as _check_path, check_size as _check_size, given as _given, \
-    show_size as _show_size, shown as _shown
+    check_count as _check_count, check_descriptor as _check_descriptor, check_flag as _check_flag, \
+    check_name as _check_name, check_pairs as _check_pairs, check_path as _check_path, check_size as _check_size, \
+    given as _given, show_size as _show_size, shown as _shown
 
 # Bounds, in the words of messages.
 cdef str _WITHIN = "within byte_size()"

@@ -47,7 +47,7 @@ def show_size(size: int) -> str:
         if value < 1024:
             break
         value, unit = value / 1024, larger
-    return f"{value:.1f}".removesuffix(".0") + f" {unit}"
+    return "1 byte" if size == 1 else f"{value:.1f}".removesuffix(".0") + f" {unit}"
 
 
 def check_flag(value: object, name: str) -> bool:
@@ -159,3 +159,32 @@ def check_path(path: object, name: str = "path") -> str | bytes:
     if b"\0" in raw:
         raise ValueError(f"{name} must have no NUL in it, got {shown(found)}")
     return found                        # type: ignore[no-any-return]
+
+
+def check_descriptor(fd: int, name: str, what: str, given: object, *, writes: bool = False) -> None:
+    """Refuse a descriptor that is closed, that is not of a regular file, or that cannot read (with `writes`: read and
+    write). `given` is the argument `name`, and `what` says what the argument must be.
+    """
+    import os
+    import stat
+
+    try:
+        import fcntl
+    except ImportError:         # the system has handles, not descriptors
+        return
+    wrong = ""
+    try:
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        mode = flags & os.O_ACCMODE
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            wrong = "not a regular file"
+        elif flags & getattr(os, "O_PATH", 0):
+            wrong = "open without a right to read (O_PATH)"
+        elif mode == os.O_WRONLY:
+            wrong = "open for writing only"
+        elif writes and mode != os.O_RDWR:
+            wrong = "open for reading only"
+    except (OSError, ValueError, OverflowError):
+        wrong = "not open"
+    if wrong:
+        raise ValueError(f"{name} must be {what}, got {shown(given)}, which is {wrong}")

@@ -54,7 +54,11 @@ static inline long long linmem_add(long long *w, long long v) { return __atomic_
 static inline int linmem_compare_exchange(long long *w, long long was, long long now) {
     return __atomic_compare_exchange_n(w, &was, now, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
 }
-static inline void linmem_touch(char *p) { (void)__atomic_fetch_or(p, 0, __ATOMIC_SEQ_CST); }
+static inline void linmem_touch(char *p) {
+    /* If LLVM knows that the operand is 0, it replaces the operation by a fence, which touches no page. */
+    volatile char zero = 0;
+    (void)__atomic_fetch_or(p, zero, __ATOMIC_SEQ_CST);
+}
 static inline size_t linmem_load_size(size_t *addr) { return __atomic_load_n(addr, __ATOMIC_ACQUIRE); }
 static inline void linmem_store_size(size_t *addr, size_t v) { __atomic_store_n(addr, v, __ATOMIC_RELEASE); }
 static inline char *linmem_load_address(char **addr) { return __atomic_load_n(addr, __ATOMIC_ACQUIRE); }

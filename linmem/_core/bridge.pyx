@@ -1,4 +1,4 @@
-# cython: language_level=3
+# cython: language_level=3, binding=False
 """linmem's creators as wasmtime's C callbacks.
 
 linmem does not link to wasmtime: the addresses of the C functions come from the library that wasmtime-py loaded. The
@@ -19,7 +19,7 @@ from linmem._core.memory cimport (
     OWNER_LEFT, OWNER_WASMTIME, PROTECTION_NONE, UNCHOSEN, Image, Memory, NativeCreator, current_domain,
     deferred_decref, domain as domain_t, domain_of, domain_release, exception_of, fail, failure, failure_text,
     fork_lock, image_of, image_release, image_retain, lock, lock_memory, memory, memory_grow_to, memory_release,
-    memory_retain, memory_spec, python_is_ending, refuse_make, register_fork_lock, set_domain, unlock,
+    memory_retain, memory_spec, python_is_ending, raise_later, refuse_make, register_fork_lock, set_domain, unlock,
     window_may_shrink, wrap,
 )
 from linmem._core.units cimport E_MAXIMUM, E_PYTHON, E_UNSUPPORTED, E_VALUE, atomic_i64
@@ -221,7 +221,7 @@ cdef wasmtime_error_t* python_error(failure* why, bint has_caller) noexcept with
         error = <object>why.exception
         Py_DECREF(error)
         text = text_of(error)
-        if not PyErr_GivenExceptionMatches(error, Exception):
+        if why.of_signal or not PyErr_GivenExceptionMatches(error, Exception):
             interrupt = error
     else:
         text = refusal_text(why)
@@ -236,8 +236,16 @@ cdef wasmtime_error_t* python_error(failure* why, bint has_caller) noexcept with
     except BaseException as raised:
         interrupt = raised
     if interrupt is not None:
-        raise_later(interrupt, has_caller)
+        tell_caller(interrupt, has_caller)
     return wasmtime.error_new(<const char*>text)
+
+
+cdef void tell_caller(object error, bint has_caller) noexcept:
+    """Raises in the caller of wasm what the guest must not handle: KeyboardInterrupt, SystemExit, and what the handler
+    of a signal raised. If wasm has no caller in Python, the error is printed."""
+    if not has_caller:
+        raise error             # Cython prints an exception that leaves a noexcept function
+    raise_later(error)
 
 
 cdef bytes text_of(object error):
@@ -259,30 +267,6 @@ cdef extern from *:
         const char* tp_name
     PyTypeObject* Py_TYPE(object object)
     int PyErr_GivenExceptionMatches(object error, object kind) noexcept
-
-
-cdef extern from *:
-    unsigned long PyThread_get_thread_ident() noexcept nogil
-    int PyThreadState_SetAsyncExc(unsigned long thread, PyObject* exception) except -1
-
-
-cdef void raise_later(object error, bint has_caller) noexcept:
-    """For KeyboardInterrupt, SystemExit and other exceptions that the guest must not handle: the next Python code that
-    this thread runs raises `error` itself. This code is the caller of wasm, or a host function or a creator that wasm
-    calls before it returns. An exception in such a function comes here again."""
-    if not has_caller:
-        raise error             # Cython prints an exception that leaves a noexcept function
-    # PyThreadState_SetAsyncExc takes a class, which CPython calls to get the exception. `except` must recognise the
-    # class, so the class is a subclass of the exception's class. Some builds without a GIL never free a class, so the
-    # class drops its reference on the exception. CPython 3.10 calls the class a second time, with the exception that
-    # the first call returned.
-    kept = [error]
-    members = {"__new__": lambda _, given=None: kept.pop() if kept else given}
-    try:
-        again = type(type(error).__name__, (type(error),), members)
-    except Exception:       # a class that refuses to be subclassed
-        again = type(type(error).__name__, (BaseException,), members)
-    PyThreadState_SetAsyncExc(PyThread_get_thread_ident(), <PyObject*>again)
 
 
 cdef uint8_t* get_memory(void* env, size_t* byte_size, size_t* byte_capacity) noexcept nogil:

@@ -12,6 +12,7 @@ cdef struct callback_hook:
     bint forbidden              # on_grow has refused the growth under way, so on_refused is not asked
     bint told                   # on_made has returned, so on_dropped will be called
     # Of a dropped memory:
+    bint in_store               # wasmtime drops it
     size_t base, size
     const char* kind
     domain_t* name              # a reference
@@ -31,15 +32,37 @@ cdef class MemoryCallbacks:
     cdef callback_hook* hook
 
     def __del__(self):
-        cdef callback_hook* hook = self.hook
-        if hook.told and self.on_dropped is not None:
-            from linmem.records import DroppedInfo
-            self.on_dropped(DroppedInfo(base=hook.base, byte_size=hook.size, growths=hook.growths,
-                                        kind=hook.kind.decode(), name=domain_name(hook.name)))
+        cdef object info = None, error = None
+        if not self.hook.told or self.on_dropped is None:
+            return
+        # No Python code ran while the pages were freed, so handlers of signals may be due. They run before on_dropped,
+        # which is also called if they raise.
+        for _ in range(3):
+            try:
+                PyErr_CheckSignals()
+                info = dropped_info(self.hook)
+                break
+            except BaseException as raised:
+                error = raised
+        if info is None:
+            raise error
+        try:
+            self.on_dropped(info)
+        finally:
+            if error is not None:
+                if self.hook.in_store:      # an exception in wasmtime-py's code would make it drop the store twice
+                    raise error
+                raise_later(error)
 
     def __dealloc__(self):
         with nogil:
             free_callback_hook(self.hook)
+
+
+cdef object dropped_info(callback_hook* hook):
+    from linmem.records import DroppedInfo
+    return DroppedInfo(base=hook.base, byte_size=hook.size, growths=hook.growths, kind=hook.kind.decode(),
+                       name=domain_name(hook.name))
 
 
 cdef object call_with_handle(object function, memory* m, tuple arguments):
@@ -69,6 +92,8 @@ cdef bint ask_again(object on_refused, memory* m, size_t requested, failure* why
     """Calls on_refused. False: *why holds the failure, or the exception that on_refused raised."""
     cdef bint again = False
     cdef object error = None
+    if why.of_signal:
+        return False
     try:
         error = exception_of(why)
         if isinstance(error, Exception):        # Ctrl-C is not a refusal
@@ -141,6 +166,7 @@ cdef int callback_resized(memory_hook* head, memory* m, size_t size, size_t acce
 cdef void callback_before_drop(memory_hook* head, memory* m) noexcept nogil:
     cdef callback_hook* hook = <callback_hook*>head
     hook.base, hook.size, hook.kind = <size_t>m.base, memory_size(m), m.ops.kind
+    hook.in_store = load(&m.owner) == OWNER_WASMTIME
     if hook.name == NULL:       # a forked child may come here a second time
         hook.name = memory_name(m)
         domain_retain(hook.name)
@@ -280,7 +306,7 @@ cdef class CallbackCreator(NativeCreator):
         for name in ("on_made", "on_grow", "on_refused", "on_dropped", "limit_each", "limit_growths", "name"):
             value = getattr(self, name)
             if value is not None:
-                options.append(f"{name}={value!r}")
+                options.append(f"{name}={_show_size(value) if name == 'limit_each' else repr(value)}")
         return f"CallbackCreator({', '.join(options)})"
 
 

@@ -7,7 +7,6 @@ cdef extern from *:
     #endif
     """
     bint python_is_finalizing "Py_IsFinalizing"() noexcept nogil
-    int PyErr_CheckSignals() except -1
     int Py_AddPendingCall(int (*call)(void*), void* argument) noexcept nogil
     void* PyGILState_GetThisThreadState() noexcept nogil
 

@@ -47,7 +47,7 @@ cdef int fail(failure* why, int code, const char* call, size_t size, size_t used
     why.limit = limit
     why.detail[0] = why.name[0] = 0
     why.exception = NULL
-    why.counted = False
+    why.counted = why.of_signal = False
     return code
 
 
@@ -78,6 +78,45 @@ cdef int fail_python(failure* why, object error) noexcept:
     Py_INCREF(error)
     why.exception = <PyObject*>error
     return E_PYTHON
+
+
+cdef int fail_interrupted(failure* why, object error) noexcept:
+    """The handler of a signal raised `error` while linmem waited."""
+    fail_python(why, error)
+    why.counted = why.of_signal = True
+    return E_PYTHON
+
+
+cdef extern from *:
+    int PyErr_CheckSignals() except -1
+    unsigned long PyThread_get_thread_ident() noexcept nogil
+    int PyThreadState_SetAsyncExc(unsigned long thread, PyObject* exception) except -1
+
+
+cdef void raise_later(object error) noexcept:
+    """The next Python code that this thread runs raises `error` itself. If wasm called linmem, this code is the caller
+    of wasm, or a host function or a creator that wasm calls before it returns. If another signal comes before that, the
+    next Python code is that signal's handler."""
+    # The handlers of signals that have come run now. CPython would raise `error` in the first of them.
+    while True:
+        try:
+            PyErr_CheckSignals()
+            break
+        except BaseException as newer:
+            if newer is not error:
+                newer.__context__ = error
+            error = newer
+    # PyThreadState_SetAsyncExc takes a class, which CPython calls to get the exception. `except` must recognise the
+    # class, so the class is a subclass of the exception's class. Some builds without a GIL never free a class, so the
+    # class drops its reference on the exception. CPython 3.10 calls the class a second time, with the exception that
+    # the first call returned.
+    kept = [error]
+    members = {"__new__": lambda _, given=None: kept.pop() if kept else given}
+    try:
+        again = type(type(error).__name__, (type(error),), members)
+    except Exception:       # a class that refuses to be subclassed
+        again = type(type(error).__name__, (BaseException,), members)
+    PyThreadState_SetAsyncExc(PyThread_get_thread_ident(), <PyObject*>again)
 
 
 cdef void failure_text(const failure* why, char* text, size_t room) noexcept nogil:

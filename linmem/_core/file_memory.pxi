@@ -19,6 +19,7 @@ cdef struct file_memory:
     long long opened_in         # the generation of the process that opened the file: forked children do not grow it
     atomic_i64 lengths          # how many lengths the file has had, and how many of them are durable
     atomic_i64 durable
+    bint is_new                 # the file did not exist before
 
 
 cdef int file_make(const memory_spec* asked, pages.file_pages* file, memory** out, failure* why) noexcept nogil:
@@ -281,7 +282,7 @@ cdef int open_and_make(object path, bint writable, const memory_spec* spec, memo
     cdef pages.file_pages file
     cdef bint is_new = False
     cdef int code, fd
-    if not pages.capabilities().shares:
+    if not pages.capabilities().adopts_files:
         fail(why, E_UNSUPPORTED, "a memory of a file", 0)
         explain(why, "on this system")
         return why.code
@@ -298,7 +299,9 @@ cdef int open_and_make(object path, bint writable, const memory_spec* spec, memo
                 code = file_make(spec, &file, out, why)
                 if code:
                     pages.file_drop(&file)
-        if code and is_new:
+        if code == 0:
+            (<file_memory*>out[0]).is_new = is_new
+        elif is_new:
             memory_file.remove_new(opened, path)
         return code
     finally:
@@ -345,17 +348,40 @@ cdef class FileCreator(NativeCreator):
         return f"FileCreator({self.path!r}{name_option(self)})"
 
 
+def _remove_new_file(Memory mem):
+    """Remove the file of the memory, if the file was made with the memory. Other memories stay as they are."""
+    cdef memory* m = mem.enter()
+    cdef long long fd = (<file_memory*>m).file.handle if m.ops == &file_ops and (<file_memory*>m).is_new else -1
+    try:
+        if fd >= 0:
+            from linmem._files import memory_file
+            memory_file.remove_new_open(fd)
+    finally:
+        mem.leave()
+
+
+def _length_before(creator):
+    """The length of the file that a memory of a FileCreator or a SharedCreator will have at its start; 0 for a new
+    file."""
+    cdef size_t length = 0
+    if isinstance(creator, FileCreator):
+        try:
+            return _os.stat(creator.path).st_size
+        except OSError:         # the file does not exist; if the path is wrong, the creator's create() raises
+            return 0
+    if isinstance(creator, SharedCreator) and (<SharedCreator>creator).file.kind:
+        pages.file_size(&(<SharedCreator>creator).file, &length)
+    return length
+
+
 def open_for_reading(path, maximum, reserve):
     """The memory of an existing file that another process may write; see `linmem.open_file`."""
     cdef memory_spec spec
     cdef memory* m = NULL
     cdef failure why
     path = _check_path(path)
+    fill_usual(&spec)
     fill_sizes(&spec, 0, maximum, reserve, "reserve")
-    spec.page_size = 1
-    spec.is_64 = True
-    spec.is_shared = spec.may_move = False
-    round_up(USUAL_GUARD, host_page(), &spec.guard)
     if open_and_make(path, False, &spec, &m, &why):
         raise_failure(&why)
     return wrap(m)

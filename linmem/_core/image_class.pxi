@@ -109,7 +109,8 @@ cdef class Image:
         Raises
         ------
         ValueError
-            The file is too short or can still be written to, or does not hold what the arguments claim.
+            The file is too short or can still be written to, cannot be read, is not a regular file, or does not hold
+            what the arguments claim.
         PageError
             The OS refused.
         """
@@ -151,6 +152,7 @@ cdef class Image:
             if code == pages.IMAGE_OPEN:
                 raise ValueError("fd must be sealed memory, or a file that is open for reading only: this one can"
                                  " be written to")
+            _check_descriptor(descriptor, "fd", "the descriptor of a regular file that can be read", fd)
             fail_page_call(&why, code, "image_open", stored)
             raise_failure(&why)
         made = (<Image>Image.__new__(Image)).adopt(img, start)

@@ -1,4 +1,7 @@
 # LimitingCreator: a budget of committed bytes. Part of adaptors.pyx.
+#
+# Several memories of one process may show the same file, because a shared memory was attached twice. A budget is
+# charged once for them, with the most that one of them is charged with. Their hooks are "twins": they form a ring.
 
 # Shared by a LimitingCreator and the hooks of its memories, because wasmtime may outlive the creator.
 cdef struct budget:
@@ -9,11 +12,15 @@ cdef struct budget:
     long long limit             # bytes
     long long smallest_limit    # of this budget and all budgets upstream of it
     refusal_log* refusals       # of the creator, a reference
+    link of_files               # the hooks of the memories that show a file
 
 cdef struct limit_hook:
     memory_hook head
     budget* budget
     size_t charged              # bytes, in whole host pages
+    limit_hook* twin            # the next of the ring; the hook itself: it is alone. NULL: the memory shows no file
+    link of_file                # in budget.of_files
+    unsigned long long device, inode    # of the file
     size_t charged_before       # the value of `charged` before the present growth
     limit_hook* outer           # while the memory is being made: the next hook in pending_hooks()
 
@@ -28,7 +35,7 @@ cdef extern from *:
 
 cdef link budgets
 list_init(&budgets)
-cdef fork_lock budgets_lock     # protects the list `budgets`
+cdef fork_lock budgets_lock     # protects the list `budgets`, the lists `of_files`, and all members of twins
 cdef atomic_i64 budgets_started
 
 
@@ -55,24 +62,87 @@ cdef void release_budget(budget* b) noexcept nogil:
 cdef void charge_anew() noexcept nogil:
     """In a forked child: computes the charges of all budgets again. A thread that the child does not have may have
     charged bytes for a memory that does not exist yet, or may not have refunded the bytes of a dropped memory. So each
-    budget is charged with the memories that exist, and with the memories that this thread is making."""
+    budget is charged with the memories that exist, and with the memories that this thread is making. Only these have
+    a twin afterwards."""
     cdef link* node = budgets.next
     cdef limit_hook* pending = <limit_hook*>pending_hooks()[0]
     cdef memory* m = next_live_memory(NULL)
     cdef memory_hook* hook
     while node.owner != NULL:
         store(&(<budget*>node.owner).used, 0)
+        list_init(&(<budget*>node.owner).of_files)
         node = node.next
     while pending != NULL:
-        add(&pending.budget.used, <long long>pending.charged)
+        charge_hook_anew(pending)
         pending = pending.outer
     while m != NULL:
         hook = m.hooks
         while hook != NULL:
             if hook.dropped == limit_dropped:
-                add(&(<limit_hook*>hook).budget.used, <long long>(<limit_hook*>hook).charged)
+                charge_hook_anew(<limit_hook*>hook)
             hook = hook.next
         m = next_live_memory(m)
+
+
+cdef void charge_hook_anew(limit_hook* hook) noexcept nogil:
+    add(&hook.budget.used, <long long>hook.charged)
+    if hook.twin != NULL:
+        join_twins(hook, hook.device, hook.inode)
+
+
+# -- twins
+
+cdef size_t charged_by_twins(limit_hook* hook) noexcept nogil:
+    """The most that another hook of the ring is charged with. The caller holds budgets_lock if there may be a ring."""
+    cdef size_t most = 0
+    cdef limit_hook* twin = hook.twin
+    while twin != NULL and twin != hook:
+        most = max(most, twin.charged)
+        twin = twin.twin
+    return most
+
+
+cdef void join_twins(limit_hook* hook, unsigned long long device, unsigned long long inode) noexcept nogil:
+    """The hook's memory shows this file. Refunds what the hook and its twins were both charged with."""
+    cdef budget* b = hook.budget
+    cdef link* node
+    cdef limit_hook* other
+    if device == 0 and inode == 0:
+        return
+    hook.device, hook.inode, hook.twin = device, inode, hook
+    lock(&budgets_lock.held)
+    node = b.of_files.next
+    while node.owner != NULL:
+        other = <limit_hook*>node.owner
+        if other.device == device and other.inode == inode:
+            hook.twin = other.twin
+            other.twin = hook
+            break
+        node = node.next
+    list_add_first(&b.of_files, &hook.of_file, hook)
+    add(&b.used, -<long long>min(hook.charged, charged_by_twins(hook)))
+    unlock(&budgets_lock.held)
+
+
+cdef void refund_all(limit_hook* hook) noexcept nogil:
+    """Refunds what the hook alone is charged with. The hook leaves the ring of its twins."""
+    cdef limit_hook* before = hook.twin
+    cdef size_t twins
+    if before == NULL:
+        add(&hook.budget.used, -<long long>hook.charged)
+        return
+    lock(&budgets_lock.held)
+    twins = charged_by_twins(hook)
+    if hook.charged > twins:
+        add(&hook.budget.used, -<long long>(hook.charged - twins))
+    while before.twin != hook:
+        before = before.twin
+    before.twin = hook.twin
+    list_remove(&hook.of_file)
+    unlock(&budgets_lock.held)
+
+
+# -- charges
 
 
 cdef inline size_t committed(size_t size) noexcept nogil:
@@ -81,37 +151,47 @@ cdef inline size_t committed(size_t size) noexcept nogil:
     return SIZE_MAX >> 1 if round_up(size, pages.capabilities().page_size, &out) else out
 
 
-cdef int charge(budget* b, size_t size, size_t total, failure* why) noexcept nogil:
-    """Charges `size` bytes or nothing; exact under threads. If the budget does not cover the bytes, idle slots of pools
-    over this budget give up the missing bytes first, unless the memory, which would have `total` bytes, exceeds some
-    limit anyway. The caller holds no fork_lock."""
-    cdef long long used, peak
-    cdef size_t left
+cdef bint charge(budget* b, size_t size, long long* used) noexcept nogil:
+    """Charges `size` bytes, or returns False and changes nothing; exact under threads. *used: what was charged."""
+    cdef long long peak
     while True:
-        used = load(&b.used)
-        left = <size_t>(b.limit - used)
-        if size <= left:
-            if compare_exchange(&b.used, used, used + <long long>size):
-                break
-        elif total > <size_t>b.smallest_limit or not relieve(RELIEF_BUDGET, b, size - left):
-            return fail(why, E_LIMIT, "limit", size, <size_t>used, <size_t>b.limit)
-    used += <long long>size
+        used[0] = load(&b.used)
+        if size > <size_t>(b.limit - used[0]):
+            return False
+        if compare_exchange(&b.used, used[0], used[0] + <long long>size):
+            break
     while True:
         peak = load(&b.peak)
-        if used <= peak or compare_exchange(&b.peak, peak, used):
-            return 0
+        if used[0] + <long long>size <= peak or compare_exchange(&b.peak, peak, used[0] + <long long>size):
+            return True
 
 
 cdef int limit_resized(memory_hook* head, memory* m, size_t size, size_t accessible, failure* why) noexcept nogil:
+    """Charges or refunds the difference. If the budget does not cover it, idle slots of pools over this budget give up
+    the missing bytes first, unless the memory exceeds some limit anyway. The caller holds no fork_lock."""
     cdef limit_hook* hook = <limit_hook*>head
-    cdef int code = 0
-    if accessible > hook.charged:
-        code = charge(hook.budget, accessible - hook.charged, accessible, why)
-    elif accessible < hook.charged:
-        add(&hook.budget.used, -<long long>(hook.charged - accessible))
-    if code == 0:
-        hook.charged = accessible
-    return code
+    cdef budget* b = hook.budget
+    cdef long long used = 0
+    cdef size_t twins, before, after
+    cdef bint has_twins = hook.twin != NULL, fits = True
+    while True:
+        if has_twins:
+            lock(&budgets_lock.held)
+        twins = charged_by_twins(hook)
+        before, after = max(hook.charged, twins), max(accessible, twins)
+        if after > before:
+            fits = charge(b, after - before, &used)
+        elif after < before:
+            add(&b.used, -<long long>(before - after))
+        if fits:
+            hook.charged = accessible
+        if has_twins:
+            unlock(&budgets_lock.held)
+        if fits:
+            return 0
+        if (accessible > <size_t>b.smallest_limit
+                or not relieve(RELIEF_BUDGET, b, after - before - <size_t>(b.limit - used))):
+            return fail(why, E_LIMIT, "limit", after - before, <size_t>used, <size_t>b.limit)
 
 
 cdef int limit_before_grow(memory_hook* head, memory* m, size_t new_size, failure* why) noexcept nogil:
@@ -129,7 +209,7 @@ cdef void limit_after_grow(memory_hook* head, memory* m, size_t old_size, size_t
 cdef void limit_dropped(memory_hook* head) noexcept nogil:
     # The bytes are refunded only now that the pages are gone, so the committed bytes never exceed the budget.
     cdef limit_hook* hook = <limit_hook*>head
-    add(&hook.budget.used, -<long long>hook.charged)
+    refund_all(hook)
     release_budget(hook.budget)
     free(hook)
 
@@ -140,8 +220,9 @@ cdef class LimitingCreator(NativeCreator):
     One budget of committed bytes over all memories that come through it.
 
     The budget is charged (in whole host pages) when a memory is made and when it grows, and refunded when the memory is
-    dropped. The sums are exact under threads. A request that exceeds the budget raises `LimitError`; in wasm,
-    ``memory.grow`` returns -1. Limits nest: each takes the next as its upstream. rmm has ``LimitingResourceAdaptor``.
+    dropped. The sums are exact under threads. Memories of this process that show the same shared memory count once,
+    with the size of the largest. A request that exceeds the budget raises `LimitError`; in wasm, ``memory.grow``
+    returns -1. Limits nest: each takes the next as its upstream. rmm has ``LimitingResourceAdaptor``.
 
     Parameters
     ----------
@@ -165,7 +246,10 @@ cdef class LimitingCreator(NativeCreator):
         self.budget.refs = 1
         self.budget.refusals = refusals_retain(self.refusal_log)
         self.budget.limit = self.budget.smallest_limit = <long long>limit
+        list_init(&self.budget.of_files)
         while upstream is not None:
+            if isinstance(upstream, SharedCreator) and (<SharedCreator>upstream).file.kind:
+                self.attached = &(<SharedCreator>upstream).file
             if isinstance(upstream, LimitingCreator):
                 self.budget.smallest_limit = min(self.budget.smallest_limit, <long long>upstream.limit_bytes)
             upstream = getattr(upstream, "upstream", None)
@@ -179,26 +263,32 @@ cdef class LimitingCreator(NativeCreator):
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
         cdef size_t size = committed(spec.minimum)
         cdef limit_hook* hook = <limit_hook*>calloc(1, sizeof(limit_hook))
+        cdef const pages.file_pages* file
+        cdef size_t position
         cdef int code
         if hook == NULL:
             return finish_make(self, spec, fail(why, E_NO_MEMORY, "calloc", sizeof(limit_hook)), out, why)
         hook.head.budget = hook.budget = self.budget
         hook.head.refusals = self.budget.refusals
-        hook.charged = size
-        code = charge(self.budget, size, size, why)
+        hook.outer = <limit_hook*>pending_hooks()[0]
+        pending_hooks()[0] = hook
+        if self.attached != NULL:       # then the budget may be charged for the bytes already
+            join_twins(hook, self.attached.device, self.attached.inode)
+        code = limit_resized(&hook.head, NULL, spec.minimum, size, why)
         if code == 0:
-            hook.outer = <limit_hook*>pending_hooks()[0]
-            pending_hooks()[0] = hook
             code = self.upstream.make(spec, out, why)
-            if code == 0 and committed(memory_size(out[0])) > size:     # of an old file, or of another process
-                code = limit_resized(&hook.head, out[0], memory_size(out[0]), committed(memory_size(out[0])), why)
-                if code:
-                    memory_release(out[0])
-                    out[0] = NULL
-            pending_hooks()[0] = hook.outer
+        if code == 0:
+            if hook.twin == NULL and out[0].ops.file_of != NULL:
+                file = out[0].ops.file_of(out[0], &position)
+                join_twins(hook, file.device, file.inode)
+            if committed(memory_size(out[0])) > size:       # of an old file, or of another process
+                code = limit_resized(&hook.head, NULL, spec.minimum, committed(memory_size(out[0])), why)
             if code:
-                add(&self.budget.used, -<long long>hook.charged)
+                memory_release(out[0])
+                out[0] = NULL
+        pending_hooks()[0] = hook.outer
         if code:
+            refund_all(hook)
             free(hook)
             return finish_make(self, spec, code, out, why)
         add(&self.budget.refs, 1)
@@ -226,5 +316,5 @@ cdef class LimitingCreator(NativeCreator):
         return max(load(&self.budget.used), load(&self.budget.peak))
 
     def __repr__(self):
-        return (f"LimitingCreator({self.upstream!r}, limit_bytes={self.limit_bytes},"
-                f" used_bytes={self.used_bytes}{name_option(self)})")
+        return (f"LimitingCreator({self.upstream!r}, limit_bytes={_show_size(self.limit_bytes)},"
+                f" used_bytes={_show_size(self.used_bytes)}{name_option(self)})")

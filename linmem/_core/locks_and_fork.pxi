@@ -34,7 +34,7 @@ cdef int interrupted(failure* why) noexcept with gil:
         PyErr_CheckSignals()
         return 0
     except BaseException as error:
-        return fail_python(why, error)
+        return fail_interrupted(why, error)
 
 
 cdef int wait_for_signals(int* looks, long long* since, failure* why) noexcept nogil:

@@ -163,8 +163,9 @@ cdef int begin_map(memory* m, size_t offset, size_t size, failure* why) noexcept
     if code == 0 and m.ops.pages_are_shared:
         unlock(&m.lock)
         code = fail(why, E_UNSUPPORTED, "map", size)
-        snprintf(why.detail, sizeof(why.detail), "into a memory of kind '%s', whose own pages are shown elsewhere: map"
-                 " it into a memory of linmem.create()", m.ops.kind)
+        snprintf(why.detail, sizeof(why.detail), "into a memory of kind '%s', because the pages of a window belong to"
+                 " one process, and those of this memory to all: map its pages into a memory of linmem.create(), as"
+                 " often as needed", m.ops.kind)
     return code
 
 
@@ -337,21 +338,57 @@ cdef int map_into(Memory mem, object offset, object source, object source_offset
         return map_image(mem, start, <Image>source, first, size, how)
     if isinstance(source, Memory):
         return map_memory(mem, start, <Memory>source, first, size, how)
-    return map_file(mem, start, descriptor_of(source), first, size, how)
+    if hasattr(source, "fileno"):
+        from linmem._core.shared_handles import SharedHandle
+        if isinstance(source, SharedHandle):        # the file of a shared memory begins with the control words
+            raise TypeError(f"source must be a memory, got its handle {source!r}: linmem.attach(source) gives the"
+                            " memory")
+    descriptor = descriptor_of(source)
+    if descriptor is None:
+        return map_buffer(mem, start, source, first, size, how)
+    return map_file(mem, start, source, descriptor, first, size, how)
 
 
-cdef int descriptor_of(object file) except? -1:
+cdef object descriptor_of(object file):
+    """The descriptor of a file. None if the object is not a file."""
     fileno = getattr(file, "fileno", None)
     try:
         descriptor = fileno() if callable(fileno) else None
     except _UnsupportedOperation:       # a file in memory
         descriptor = None
-    if isinstance(descriptor, int) and 0 <= descriptor < 1 << 31:
-        return descriptor
-    raise TypeError(f"source must be an Image, a memory or an open file, got {type(file).__name__}, which has no pages"
-                    " of its own that a memory can show: mem.write(offset, source) copies the bytes of a buffer, and"
-                    " linmem.Image.from_bytes(source) copies them once for many memories; linmem.empty(shape, dtype,"
-                    " creator=linmem.creator('shared')) makes a NumPy array whose memory can be shown")
+    return descriptor if isinstance(descriptor, int) and 0 <= descriptor < 1 << 31 else None
+
+
+cdef int map_buffer(Memory mem, size_t offset, object source, size_t first, object size, int access) except -1:
+    """Of an array on the pages of a memory, for example of linmem.empty()."""
+    cdef Py_buffer view
+    cdef size_t length, whole = 0
+    try:
+        PyObject_GetBuffer(source, &view, PyBUF_SIMPLE)
+    except (BufferError, TypeError, ValueError) as error:
+        raise TypeError(no_source(source)) from error
+    try:
+        length = view.len
+        place = find(<size_t>view.buf) if length else None
+        if place is None or place.memory is None:
+            raise TypeError(no_source(source))
+        if place.offset & (host_page() - 1):
+            raise ValueError(f"source must begin at a host page ({host_page()}), got a {type(source).__name__} that"
+                             f" begins at byte {place.offset} of its memory")
+        if view.readonly and access != pages.ACCESS_READ:
+            raise ValueError(f"access must be 'r' for a read-only {type(source).__name__}")
+        round_up(length, host_page(), &whole)
+        return map_memory(mem, offset, place.memory, place.offset + first, size_in_source(length, whole, first, size),
+                          access)
+    finally:
+        PyBuffer_Release(&view)
+
+
+cdef str no_source(object source):
+    return (f"source must be an Image, a memory, an open file or an array of linmem.empty(), got"
+            f" {type(source).__name__}, which has no pages of its own that a memory can show: mem.write(offset, source)"
+            " copies the bytes of a buffer, and linmem.Image.from_bytes(source) copies them once for many memories;"
+            " linmem.empty(shape, dtype) makes a NumPy array whose pages can be shown")
 
 
 cdef size_t size_in_source(size_t most, size_t whole, size_t first, object size) except? 0:
@@ -400,7 +437,11 @@ cdef int map_memory(Memory mem, size_t offset, Memory source, size_t first, obje
         if file == NULL:
             raise TypeError(f"source must be a memory that processes share or one of a file, got one of kind"
                             f" {m.ops.kind.decode()!r}, whose pages cannot be shown a second time:"
-                            " linmem.creator('shared') makes memories whose pages can")
+                            " linmem.creator('shared') makes memories, and linmem.empty() makes NumPy arrays, whose"
+                            " pages can")
+        if file.kind == pages.FILE_SECTION:
+            raise TypeError("map of a shared memory is not supported on this system, where its pages are a section:"
+                            " mem.write(offset, source.read(...)) copies the bytes")
         length = memory_size(m)
         round_up(length, host_page(), &whole)
         if whole >= length + kernel_page:       # with LINMEM_PAGE_SIZE, the file may end before its last host page
@@ -436,7 +477,8 @@ cdef bint check_target(Memory mem, size_t offset, size_t size) except -1:
     return is_owned
 
 
-cdef int map_file(Memory mem, size_t offset, int descriptor, size_t first, object size, int access) except -1:
+cdef int map_file(Memory mem, size_t offset, object source, int descriptor, size_t first, object size,
+                  int access) except -1:
     cdef page_source given
     cdef size_t length = 0, whole = 0, n = size or host_page()
     cdef bint is_plain, is_owned
@@ -446,6 +488,7 @@ cdef int map_file(Memory mem, size_t offset, int descriptor, size_t first, objec
     if not pages.capabilities().maps_images:
         raise TypeError("map of a file is not supported on this system: mem.write(offset, file.read()) copies the"
                         " bytes")
+    _check_descriptor(descriptor, "source", "a regular file that can be read", source)
     memset(&given, 0, sizeof(given))
     with nogil:
         code = fail_page_call(&why, pages.file_adopt(descriptor, False, &given.file), "file_adopt", n)
@@ -470,7 +513,7 @@ cdef int map_file(Memory mem, size_t offset, int descriptor, size_t first, objec
         if (is_owned and is_plain and not given.file.writable) or first + n >= length + kernel_page:
             return map_copy(mem, offset, given.file.handle, first, min(length - first, n), n, access)
         if n and given.file.writable and is_plain and not is_owned:
-            if not pages.capabilities().shares:
+            if not pages.capabilities().adopts_files:
                 raise TypeError("map of a file that is open for update is not supported on this system, which does not"
                                 " allocate space: open the file for reading, or write(offset, file.read()) copies the"
                                 " bytes")

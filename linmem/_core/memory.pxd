@@ -29,6 +29,7 @@ cdef struct failure:
     char name[NAME_BYTES + 1]   # of the creator that refused; empty: it has none, or `code` tells of no refusal
     PyObject* exception         # E_PYTHON only: a reference; the code that handles the failure must drop it
     bint counted                # no creator counts it: a creator has done so, or Ctrl-C ended the call
+    bint of_signal              # E_PYTHON only: the handler of a signal raised the exception while linmem waited
 
 cdef enum:
     CACHE_LINE = 64
@@ -425,6 +426,8 @@ cdef nogil:
     int fail(failure* why, int code, const char* call, size_t size, size_t used=*, size_t limit=*) noexcept
     void failure_text(const failure* why, char* text, size_t room) noexcept
 cdef int fail_python(failure* why, object error) noexcept
+cdef int fail_interrupted(failure* why, object error) noexcept
+cdef void raise_later(object error) noexcept
 cdef object exception_of(const failure* why)
 cdef int raise_failure(const failure* why) except -1
 
@@ -508,6 +511,8 @@ cdef class FileCreator(NativeCreator):
 cdef class SharedCreator(NativeCreator):
     cdef pages.file_pages file          # of the memory to attach; kind 0: none
     cdef readonly object shm_name
+    cdef object name_bytes              # of the file, where files have names; file_name points into it
+    cdef const char* file_name
     cdef char[16] token                 # the beginning of the tokens of its memories
     cdef atomic_i64 made
     cdef void fill_token(self, char* token) noexcept nogil

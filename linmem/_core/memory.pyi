@@ -22,13 +22,21 @@ class _Array(Protocol):
     def __array_interface__(self) -> dict[str, Any]: ...
 
 # The element formats whose elements are of one Python type. Every other format gives elements of Any.
-_Bool = Literal["?", "b1", "bool", "bool_"] | type[bool]
+_Bool = Literal[
+    "?", "@?", "=?", "<?", ">?", "!?", "b1", "=b1", "<b1", ">b1", "|b1", "bool", "bool_"] | type[bool]
 _Int = Literal[
-    "b", "B", "h", "H", "i", "I", "l", "L", "q", "Q", "n", "N", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "<i2",
-    "<i4", "<i8", "<u2", "<u4", "<u8", ">i2", ">i4", ">i8", ">u2", ">u4", ">u8", "int8", "int16", "int32", "int64",
-    "uint8", "uint16", "uint32", "uint64", "int", "uint", "intp", "uintp"] | type[int]
-_Float = Literal["e", "f", "d", "f2", "f4", "f8", "<f4", "<f8", ">f4", ">f8", "float16", "float32", "float64", "half",
-                 "single", "double", "float"] | type[float]
+    "b", "B", "h", "H", "i", "I", "l", "L", "q", "Q", "n", "N", "P", "@b", "@B", "@h", "@H", "@i", "@I", "@l", "@L",
+    "@q", "@Q", "@n", "@N", "@P", "=b", "=B", "=h", "=H", "=i", "=I", "=l", "=L", "=q", "=Q", "<b", "<B", "<h", "<H",
+    "<i", "<I", "<l", "<L", "<q", "<Q", ">b", ">B", ">h", ">H", ">i", ">I", ">l", ">L", ">q", ">Q", "!b", "!B", "!h",
+    "!H", "!i", "!I", "!l", "!L", "!q", "!Q", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "=i1", "=i2", "=i4",
+    "=i8", "=u1", "=u2", "=u4", "=u8", "<i1", "<i2", "<i4", "<i8", "<u1", "<u2", "<u4", "<u8", ">i1", ">i2", ">i4",
+    ">i8", ">u1", ">u2", ">u4", ">u8", "|i1", "|u1", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32",
+    "uint64", "int", "uint", "intp", "uintp", "byte", "ubyte", "short", "ushort", "intc", "uintc", "long", "ulong",
+    "longlong", "ulonglong"] | type[int]
+_Float = Literal[
+    "e", "f", "d", "@e", "@f", "@d", "=e", "=f", "=d", "<e", "<f", "<d", ">e", ">f", ">d", "!e", "!f", "!d", "f2", "f4",
+    "f8", "=f2", "=f4", "=f8", "<f2", "<f4", "<f8", ">f2", ">f4", ">f8", "float16", "float32", "float64", "half",
+    "single", "double", "float"] | type[float]
 
 class NativeCreator(MemoryCreator):  # registered with the trait
     """Base of the creators that wasmtime can call without the GIL. A subclass in Cython overrides `make`.
@@ -115,7 +123,8 @@ def live() -> list[MemoryInfo]:
     """All memories that Python code or a wasmtime store holds now, as a list of `MemoryInfo` in no particular order.
 
     Memories of Python creators are in the list, except broken ones, and except a memory whose own `grow_to` makes this
-    call. Idle slots of pools are not in the list.
+    call. Idle slots of pools are not in the list. If another program has damaged a memory, for example cut its file
+    short, the figures are those from before.
 
     Raises
     ------
@@ -175,9 +184,11 @@ class MmapCreator(NativeCreator):
     """
     def __new__(cls, *, prefault: bool = False, huge_pages: bool = False, name: str | None = None) -> Self: ...
     @property
-    def prefault(self) -> bool: ...
+    def prefault(self) -> bool:
+        """Whether each page is made resident when it becomes accessible."""
     @property
-    def huge_pages(self) -> bool: ...
+    def huge_pages(self) -> bool:
+        """Whether the memories ask for huge pages."""
 
 @final
 class FileCreator(NativeCreator):
@@ -199,7 +210,8 @@ class FileCreator(NativeCreator):
     """
     def __new__(cls, path: AnyPath, *, name: str | None = None) -> Self: ...
     @property
-    def path(self) -> str | bytes: ...
+    def path(self) -> str | bytes:
+        """The path of the file."""
 
 def open_for_reading(path: AnyPath, maximum: SupportsIndex | None,
                      reserve: SupportsIndex | None) -> Memory: ...
@@ -209,13 +221,15 @@ class SharedCreator(NativeCreator):
     """Makes memories that processes share and that grow: each process sees a growth at its next call.
 
     ``mem.handle()`` is what another process attaches, with `linmem.attach` or with ``attach=`` here. Without a name, a
-    memory exists while some process has it, and leaves nothing behind, however the processes end. Linux only.
+    memory exists while some process has it, and leaves nothing behind, however the processes end. On Linux and
+    Windows.
 
     Parameters
     ----------
     shm_name : str, optional
         A name of the OS, as of shm_open(3): the file ``/dev/shm/NAME``, mode 0600. The memory then exists until
-        `Memory.unlink`, also if no process has it. The creator makes one memory of this name; the next is
+        `Memory.unlink`, also if no process has it. On Windows: a section object of this name, which exists while a
+        process has it. The creator makes one memory of this name; the next is
         `FileExistsError`.
     attach : optional
         A handle, the name of a memory, or a descriptor. Each memory that the creator makes shows the bytes of that
@@ -227,8 +241,12 @@ class SharedCreator(NativeCreator):
     def __new__(cls, *, shm_name: str | None = None, attach: SharedHandle | str | int | None = None,
                 name: str | None = None) -> Self: ...
     @property
-    def shm_name(self) -> str | None: ...
+    def shm_name(self) -> str | None:
+        """The name that the OS knows, or None."""
 
+def _attach(handle_or_name: SharedHandle | str | int) -> Memory: ...
+def _remove_new_file(mem: Memory) -> None: ...
+def _length_before(creator: object) -> int: ...
 def _stop_growth_at(step: int) -> None: ...
 def wait(mem: Memory, offset: SupportsIndex, value: SupportsIndex, timeout: float | None = None) -> bool:
     """Wait while a word of a shared memory has a value; futex(2). `wake` ends the waits of other processes.
@@ -264,7 +282,7 @@ def wake(mem: Memory, offset: SupportsIndex, n: SupportsIndex | None = None) -> 
     Returns
     -------
     int
-        How many threads were woken.
+        How many threads were woken; on Windows, which does not say it, 0.
     """
 
 @final
@@ -341,6 +359,8 @@ class Memory(LinearMemory):  # registered with the trait
     def __contains__(self, item: SupportsIndex | Buffer | _Array, /) -> bool: ...
     def __iter__(self) -> Iterator[int]: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
+    def __dlpack__(self, **options: Any) -> Any: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
     # format: a struct format, a NumPy type string or name, bool, int, float, or a NumPy dtype or scalar type.
     @overload
     def view(self, format: _Bool, offset: SupportsIndex = 0,
@@ -354,6 +374,8 @@ class Memory(LinearMemory):  # registered with the trait
         format : str or type or dtype
             A `struct` format ("d", ">I"), a NumPy type string or name ("<f8", "float64"), a NumPy dtype or
             scalar type, or `bool`, `int` (64 bits), `float`. `array` takes the dtypes that have no such format.
+            ``view[0]`` is NotImplementedError for formats that `memoryview` does not know: those of another byte order
+            than the machine's, and "e" before Python 3.12. ``numpy.asarray(view)`` knows these formats.
         offset : int
             In bytes, of any alignment.
         count : int, optional
@@ -564,17 +586,19 @@ class Memory(LinearMemory):  # registered with the trait
         a file open for reading   changes only this memory     they show in pages that were not written
         a file open for update    changes the file             they show
         a shared memory           changes that memory          they show
+        a `linmem.empty` array    changes the array            they show
         ========================= ============================ =========================================
 
         Views stay valid and show the new pages. Offsets and sizes are multiples of the host page. The last page of a
-        source may be incomplete: its rest is zero. `docs/mapping.md` says what each other call does on such pages.
+        source may be incomplete: its rest is zero. `docs/howto/mapping.md` says what other calls do on such pages.
 
         Parameters
         ----------
         offset : int
             Where the pages appear in this memory.
-        source : Image, Memory or file
-            A memory that processes share, or the memory of a file. A file is an object with
+        source : Image, Memory, array or file
+            A memory that processes share, or the memory of a file; a contiguous array, or another buffer, that begins
+            at a host page of such a memory. A file is an object with
             ``fileno()``, of a regular file. Into a memory that a wasmtime store owns, the bytes of a file that other
             programs can cut short are copied. If such a file is open for update, it is refused, and so is the memory
             of such a file, because an access to a page past the end of a file ends the process.
@@ -589,7 +613,8 @@ class Memory(LinearMemory):  # registered with the trait
         Raises
         ------
         ValueError
-            The range is not whole pages of this memory or of the source.
+            The range is not whole pages of this memory or of the source, or the source is a file that cannot be read or
+            that is not a regular file.
         TypeError
             The source has no pages that another memory can show, the pages of this memory are not its own, or the
             system cannot map pages (Windows), or allocates no space in a file that is open for update (macOS, BSD).
@@ -721,7 +746,7 @@ class Memory(LinearMemory):  # registered with the trait
         FileNotFoundError
             The name has been removed already.
         TypeError
-            The memory is not a shared one.
+            The memory is not a shared one; or on Windows, where the name is gone with the last process.
         """
     def info(self) -> MemoryInfo:
         """The memory's present figures, as a `MemoryInfo`; asks the OS which pages are resident (mincore(2)).
@@ -800,14 +825,17 @@ class Image:
         Raises
         ------
         ValueError
-            The file is too short or can still be written to, or does not hold what the arguments claim.
+            The file is too short or can still be written to, cannot be read, is not a regular file, or does not hold
+            what the arguments claim.
         PageError
             The OS refused.
         """
     @property
-    def offset(self) -> int: ...
+    def offset(self) -> int:
+        """Where the bytes of the image lie in a memory, in bytes."""
     @property
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """How many bytes the image has."""
     @property
     def digest(self) -> str:
         """A hash of the image, as hexadecimal digits; the same on every machine.

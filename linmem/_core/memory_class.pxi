@@ -474,6 +474,8 @@ cdef class Memory:
         format : str or type or dtype
             A `struct` format ("d", ">I"), a NumPy type string or name ("<f8", "float64"), a NumPy dtype or
             scalar type, or `bool`, `int` (64 bits), `float`. `array` takes the dtypes that have no such format.
+            ``view[0]`` is NotImplementedError for formats that `memoryview` does not know: those of another byte order
+            than the machine's, and "e" before Python 3.12. ``numpy.asarray(view)`` knows these formats.
         offset : int
             In bytes, of any alignment.
         count : int, optional
@@ -534,6 +536,17 @@ cdef class Memory:
         """
         return _array_on(self, dtype, offset, shape)
 
+    def __dlpack__(self, **options):
+        """The bytes for ``from_dlpack`` of NumPy, PyTorch and others, without a copy. Needs NumPy.
+
+        What takes them counts as an exported buffer: the memory does not close while it exists.
+        """
+        return _array_on(self, "u1", 0, None).__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        """The device of the bytes, as DLPack names it: the CPU."""
+        return 1, 0
+
     # -- bytes
 
     def __len__(self):
@@ -547,8 +560,8 @@ cdef class Memory:
     def __contains__(self, item):
         """Whether the bytes of a buffer lie in the memory, one after the other; of an integer: whether the byte does.
 
-        Copies at most 1 MiB (or twice the length of the buffer) at a time. Bytes that other threads write meanwhile may
-        be found or not.
+        Copies the buffer, and at most 1 MiB (or twice the length of the buffer) of the memory at a time. Bytes that
+        other threads write meanwhile may be found or not.
         """
         cdef Py_ssize_t start, size = len(self), n, step
         try:
@@ -559,14 +572,18 @@ cdef class Memory:
             if not 0 <= byte <= 255:
                 raise ValueError(f"a byte must be in 0 .. 255, got {_shown(item)}")
             item = bytes((byte,))
-        with _check_bytes(item, "what is looked for") as wanted:
-            shows_protected(wanted)     # raises if a byte of it cannot be read
-            n = len(wanted)
-            step = max(n, SEARCH_STEP)
-            for start in range(0, size - n + 1, step):
-                if copy_out(self, start, min(step + n, size - start)).find(wanted) >= 0:
-                    return True
-                PyErr_CheckSignals()
+        with _check_bytes(item, "what is looked for") as view:
+            shows_protected(view)       # raises if a byte of it cannot be read
+            # A copy: find() of CPython 3.12 on Windows also reads the byte after the buffer that it looks for.
+            wanted = bytes(view) if len(view) <= size else None
+        if wanted is None:
+            return False
+        n = len(wanted)
+        step = max(n, SEARCH_STEP)
+        for start in range(0, size - n + 1, step):
+            if copy_out(self, start, min(step + n, size - start)).find(wanted) >= 0:
+                return True
+            PyErr_CheckSignals()
         return False
 
     def __getitem__(self, key):
@@ -862,17 +879,19 @@ cdef class Memory:
         a file open for reading   changes only this memory     they show in pages that were not written
         a file open for update    changes the file             they show
         a shared memory           changes that memory          they show
+        a `linmem.empty` array    changes the array            they show
         ========================= ============================ =========================================
 
         Views stay valid and show the new pages. Offsets and sizes are multiples of the host page. The last page of a
-        source may be incomplete: its rest is zero. `docs/mapping.md` says what each other call does on such pages.
+        source may be incomplete: its rest is zero. `docs/howto/mapping.md` says what other calls do on such pages.
 
         Parameters
         ----------
         offset : int
             Where the pages appear in this memory.
-        source : Image, Memory or file
-            A memory that processes share, or the memory of a file. A file is an object with
+        source : Image, Memory, array or file
+            A memory that processes share, or the memory of a file; a contiguous array, or another buffer, that begins
+            at a host page of such a memory. A file is an object with
             ``fileno()``, of a regular file. Into a memory that a wasmtime store owns, the bytes of a file that other
             programs can cut short are copied. If such a file is open for update, it is refused, and so is the memory
             of such a file, because an access to a page past the end of a file ends the process.
@@ -887,7 +906,8 @@ cdef class Memory:
         Raises
         ------
         ValueError
-            The range is not whole pages of this memory or of the source.
+            The range is not whole pages of this memory or of the source, or the source is a file that cannot be read or
+            that is not a regular file.
         TypeError
             The source has no pages that another memory can show, the pages of this memory are not its own, or the
             system cannot map pages (Windows), or allocates no space in a file that is open for update (macOS, BSD).
@@ -1037,7 +1057,7 @@ cdef class Memory:
         FileNotFoundError
             The name has been removed already.
         TypeError
-            The memory is not a shared one.
+            The memory is not a shared one; or on Windows, where the name is gone with the last process.
         """
         shared_unlink(self)
 
@@ -1046,36 +1066,11 @@ cdef class Memory:
 
         A page that was only read counts as resident, as the kernel's page of zeros is.
         """
-        from linmem.records import MemoryInfo
-        cdef size_t resident = 0, base, size, capacity, maximum, committed, pre_guard, guard, growths
-        cdef long long exports
-        cdef failure why
-        cdef int code = 0
         cdef memory* m = enter_access(self)
-        cdef const char* kind = m.ops.kind
-        cdef domain* name = memory_name(m)
-        cdef bint known = m.ops.resident != NULL, in_store = load(&m.owner) == OWNER_WASMTIME
-        with nogil:
-            if known:
-                code = memory_resident(m, &resident, &why)
-            exports = max(pins_now(m), 0)
-            base, capacity, maximum = <size_t>load_address(&m.base), load_size(&m.capacity), load_size(&m.maximum)
-            size, pre_guard, guard = memory_size(m), m.pre_guard, m.guard
-            committed, growths = load_size(&m.accessible), load_size(&m.growths)
-            domain_retain(name)
-            end_access(m)
-        self.leave()
-        name_text = domain_name(name)
-        with nogil:
-            domain_release(name)
-        if code:
-            raise_failure(&why)
-        return MemoryInfo(
-            base=base, byte_size=size, byte_capacity=capacity,
-            maximum_byte_size=None if maximum == NO_MAXIMUM else maximum,
-            reserved=pre_guard + capacity + guard, committed=committed, resident=resident if known else None,
-            pre_guard=pre_guard, guard=guard, page_size=host_page(), exports=exports, kind=kind.decode(),
-            owner="wasmtime" if in_store else "python", name=name_text, growths=growths)
+        try:
+            return info_of(m)
+        finally:
+            self.leave()
 
     def __repr__(self):
         if self.closed:
@@ -1083,11 +1078,43 @@ cdef class Memory:
         try:
             return (f"<linmem.Memory: {_show_size(self.byte_size())} at {self.as_ptr():#x},"
                     f" capacity {_show_size(self.byte_capacity())}>")
-        except RuntimeError:
-            return "<linmem.Memory, lost>"
+        except (MemoryError, OSError, RuntimeError, ValueError):    # for example, its file was cut short
+            return "<linmem.Memory, closed>" if self.closed else "<linmem.Memory, lost>"
 
     def __reduce__(self):
         raise TypeError("a Memory cannot be pickled or copied: it is an address in this process (mem.snapshot() can)")
+
+
+cdef object info_of(memory* m):
+    """The caller has begun an access, which ends here."""
+    cdef size_t resident = 0, base, size, capacity, maximum, committed, pre_guard, guard, growths
+    cdef long long exports
+    cdef failure why
+    cdef int code = 0
+    cdef const char* kind = m.ops.kind
+    cdef domain* name = memory_name(m)
+    cdef bint known = m.ops.resident != NULL, in_store = load(&m.owner) == OWNER_WASMTIME
+    with nogil:
+        if known:
+            code = memory_resident(m, &resident, &why)
+        exports = max(pins_now(m), 0)
+        base, capacity, maximum = <size_t>load_address(&m.base), load_size(&m.capacity), load_size(&m.maximum)
+        size, pre_guard, guard = memory_size(m), m.pre_guard, m.guard
+        committed, growths = load_size(&m.accessible), load_size(&m.growths)
+        domain_retain(name)
+        end_access(m)
+    name_text = domain_name(name)
+    with nogil:
+        domain_release(name)
+    if code:
+        raise_failure(&why)
+    from linmem.records import MemoryInfo
+    return MemoryInfo(
+        base=base, byte_size=size, byte_capacity=capacity,
+        maximum_byte_size=None if maximum == NO_MAXIMUM else maximum,
+        reserved=pre_guard + capacity + guard, committed=committed, resident=resident if known else None,
+        pre_guard=pre_guard, guard=guard, page_size=host_page(), exports=exports, kind=kind.decode(),
+        owner="wasmtime" if in_store else "python", name=name_text, growths=growths)
 
 
 ctypedef int (*range_function)(memory* m, size_t offset, size_t size, failure* why) noexcept nogil

@@ -194,19 +194,15 @@ cdef class NativeCreator:
         The memory starts with the bytes of the `image`, otherwise with zeros.
         """
         cdef memory_spec spec
+        fill_usual(&spec)
         fill_sizes(&spec, minimum, maximum, reserve, "reserve")
         check_flag(may_move, "may_move")
         spec.may_move = may_move
         if image is not None:
             check_type(image, Image, "image")
             spec.image = (<Image>image).img
-        if guard is None:
-            round_up(USUAL_GUARD, host_page(), &spec.guard)
-        else:
+        if guard is not None:
             check_extent(guard, "guard", &spec.guard)
-        spec.page_size = 1
-        spec.is_64 = True
-        spec.is_shared = False
         return self.make_checked(&spec, "guard", domain)
 
     cdef object make_checked(self, const memory_spec* spec, str guard_name, object domain=None):
@@ -234,6 +230,16 @@ cdef class NativeCreator:
         made = <Memory>wrap(m)
         made.is_new = 1
         return made
+
+
+cdef void fill_usual(memory_spec* spec) noexcept nogil:
+    """A request for Python, of a memory of any size."""
+    memset(spec, 0, sizeof(memory_spec))
+    spec.maximum = NO_MAXIMUM
+    spec.reservation = UNCHOSEN
+    spec.page_size = 1
+    spec.is_64 = True
+    round_up(USUAL_GUARD, host_page(), &spec.guard)
 
 
 cdef int fill_sizes(memory_spec* spec, minimum, maximum, reservation, str name) except -1:

@@ -253,6 +253,7 @@ def find(address):
     cdef bint held = False, is_stale = False
     check_size(address, "address", &given)
     at = <char*>given
+    memset(&r, 0, sizeof(r))        # GCC does not see that `r` is not used when there is neither `m` nor `dropped`
     lock(&live_lock.held)
     m = memory_at(at)
     if m != NULL:
@@ -275,7 +276,8 @@ def live():
     """All memories that Python code or a wasmtime store holds now, as a list of `MemoryInfo` in no particular order.
 
     Memories of Python creators are in the list, except broken ones, and except a memory whose own `grow_to` makes this
-    call. Idle slots of pools are not in the list.
+    call. Idle slots of pools are not in the list. If another program has damaged a memory, for example cut its file
+    short, the figures are those from before.
 
     Raises
     ------
@@ -285,6 +287,7 @@ def live():
     cdef memory** held = NULL
     cdef size_t n = 0, taken = 0
     cdef Memory mem
+    cdef failure why
     with nogil:
         held = retain_all(&n)
     if held == NULL:
@@ -296,10 +299,14 @@ def live():
             if not check_retained(held[taken - 1]):
                 continue
             mem = <Memory>wrap(held[taken - 1])
-            try:
-                found.append(mem.info())
-            except RuntimeError:        # its address is unknown: it is broken, or this call is in its grow_to()
-                pass
+            if mem.m.broken:
+                continue
+            if mem.m.ops.check != NULL and mem.m.ops.check(mem.m, &why):
+                raise_interrupt(&why)
+            if begin_access(mem.m, &why):       # this call is in its grow_to()
+                raise_interrupt(&why)
+                continue
+            found.append(info_of(mem.m))
         return found
     finally:
         with nogil:
@@ -307,6 +314,14 @@ def live():
                 memory_release(held[taken])
                 taken += 1
             free(held)
+
+
+cdef int raise_interrupt(const failure* why) except -1:
+    """Raises Ctrl-C, and no failure that is an Exception."""
+    error = exception_of(why)
+    if not isinstance(error, Exception):
+        raise error
+    return 0
 
 
 cdef memory** retain_all(size_t* n) noexcept nogil:

@@ -78,9 +78,11 @@ class PoolingCreator(NativeCreator):
                 when_full: Literal["fallback", "error", "wait"] = "fallback", timeout: float | None = None,
                 check: bool = False, image: Image | None = None, name: str | None = None) -> Self: ...
     @property
-    def upstream(self) -> NativeCreator: ...
+    def upstream(self) -> NativeCreator:
+        """The creator that makes the slots."""
     @property
-    def image(self) -> Image | None: ...
+    def image(self) -> Image | None:
+        """The start of each memory whose request names no image, or None."""
     def warm(self, n: SupportsIndex, ty: MemoryType, *, reserved_size_in_bytes: SupportsIndex | None = 4294967296,
              guard_size_in_bytes: SupportsIndex = 33554432, domain: str | None = None) -> int:
         """Make slots ahead, so that the next `n` requests of a type are hits.

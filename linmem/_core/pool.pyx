@@ -27,7 +27,7 @@ from linmem._core.memory cimport (
     CACHE_LINE, NO_MAXIMUM, OWNER_CREATOR, OWNER_LEFT, PROTECTION_NONE, RELIEF_BUDGET, RELIEF_PAGES, RELIEF_SPACE,
     RUNS, UNCHOSEN, FileCreator, Image, Memory, MmapCreator, NativeCreator, call_in_each_child, check_count, check_flag,
     check_native, check_size, commit_pages, count_refusal, current_domain, domain as domain_t, domain_name,
-    domain_of, domain_release, domain_retain, fail, fail_python, failure, finish_make, image as image_t,
+    domain_of, domain_release, domain_retain, fail, fail_interrupted, failure, finish_make, image as image_t,
     image_attach, image_begin_use, image_copy, image_fill, image_is_attached, image_is_copied, image_is_intact,
     image_of, image_pages_are_gone, image_rebind, image_release, image_reset, image_restore, image_retain,
     image_shares_pages, lock, memory, memory_add_hook, memory_close_windows,

@@ -214,7 +214,7 @@ cdef int wait_a_little(failure* why) noexcept nogil:
             _sleep(0.0005)
             return 0
         except BaseException as error:
-            return fail_python(why, error)
+            return fail_interrupted(why, error)
 
 
 # -- a new slot ---------------------------------------------------------------------------------------------

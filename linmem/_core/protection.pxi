@@ -181,8 +181,8 @@ cdef int refuse_own(memory* m, size_t offset, size_t size, int allowed, int code
         snprintf(why.detail, sizeof(why.detail), "%sthe access of the page at %zu is not known, because a protect() was"
                  " refused or did not end; protect(0, %zu, 'rw') gives all pages a known one", lead, first, whole)
     else:
-        snprintf(why.detail, sizeof(why.detail), "%sthe page at %zu has the access '%s'; protect(0, %zu, 'rw') gives"
-                 " all pages back theirs", lead, first, access_name(access), whole)
+        snprintf(why.detail, sizeof(why.detail), "%sthe page at %zu has the access '%s'; protect(0, %zu, 'rw') makes"
+                 " all pages writable", lead, first, access_name(access), whole)
     return code
 
 

@@ -8,6 +8,7 @@ ends.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -49,7 +50,10 @@ class Publication:
         self._figures, self._interval = figures, interval
         self._file: tuple[int, os.stat_result] | None = None
         self._lock = threading.Lock()
-        self._end = threading.Event()
+        # Released by close(). A signal handler that raises cannot leave a plain lock half released, as it can an Event.
+        end = threading.Lock()
+        end.acquire()
+        self._end = end
         self._update()
         _publications.add(self)
         threading.Thread(target=_update_until_the_end, args=(weakref.ref(self), self._end, interval), daemon=True,
@@ -66,31 +70,32 @@ class Publication:
             self.close()
 
     def close(self) -> None:
-        """Publish nothing from now on. A second call does nothing."""
-        self._end.set()
+        """Publish nothing from now on. A second call does nothing, or what an interrupt kept the first from."""
         with self._lock:
-            self._close_file()
+            if self._end.locked():
+                self._end.release()
+            _close_if_same(self._file)
+            self._file = None
 
     def _update(self) -> None:
         text = json.dumps({"pid": os.getpid(), "time": time.time(), **self._figures()}).encode()
-        fd = os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        made: list[int] = []
         try:
+            # One call in C, so that no signal handler raises before the list has the descriptor.
+            made.extend(map(os.memfd_create, [_NAME], [os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING]))
+            fd = made[0]
             rest = memoryview(text)
             while rest:
                 rest = rest[os.write(fd, rest):]
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
             with self._lock:
-                if not self._end.is_set():
+                if self._end.locked():
                     before, self._file = self._file, (fd, os.fstat(fd))
-                    fd = -1
+                    made.clear()
                     _close_if_same(before)
         finally:
-            if fd >= 0:
+            for fd in made:
                 os.close(fd)
-
-    def _close_file(self) -> None:
-        before, self._file = self._file, None
-        _close_if_same(before)
 
 
 def _close_if_same(file: tuple[int, os.stat_result] | None) -> None:
@@ -99,12 +104,13 @@ def _close_if_same(file: tuple[int, os.stat_result] | None) -> None:
         try:
             if os.path.samestat(os.fstat(file[0]), file[1]):
                 os.close(file[0])
-        except OSError:
-            pass
+        except OSError as error:
+            if error.errno != errno.EBADF:      # for example the TimeoutError of a signal handler
+                raise
 
 
-def _update_until_the_end(publication: weakref.ref[Publication], end: threading.Event, interval: float) -> None:
-    while not end.wait(interval):
+def _update_until_the_end(publication: weakref.ref[Publication], end: threading.Lock, interval: float) -> None:
+    while not end.acquire(timeout=interval):
         it = publication()
         if it is None:
             return
@@ -118,8 +124,7 @@ def _update_until_the_end(publication: weakref.ref[Publication], end: threading.
 def _forget_in_child() -> None:
     for each in list(_publications):
         each._lock = threading.Lock()       # the thread that held it is not in the child
-        each._end.set()
-        each._close_file()
+        each.close()
 
 
 if hasattr(os, "register_at_fork"):
@@ -129,13 +134,23 @@ if hasattr(os, "register_at_fork"):
 def read_published(pid: int) -> dict[str, Any] | None:
     """The newest figures that the process publishes, as JSON has them: the process may have written anything there.
     None: it publishes nothing, or nothing that can be read."""
+    for _ in range(10):
+        found, closed = _look_for_published(pid)
+        if found is not None or not closed:
+            break
+    return found
+
+
+def _look_for_published(pid: int) -> tuple[dict[str, Any] | None, bool]:
+    """The figures, and whether the process has closed a descriptor meanwhile: newer figures may be in a new one."""
     found: dict[str, Any] | None = None
+    closed = False
     try:
         with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as file:
             ids = re.findall(r"^NSpid:.*\t(\d+)$", file.read(), re.MULTILINE)
         fds = os.listdir(f"/proc/{pid}/fd")
     except OSError:
-        return None
+        return None, False
     for fd in fds:
         path = f"/proc/{pid}/fd/{fd}"
         try:
@@ -144,9 +159,11 @@ def read_published(pid: int) -> dict[str, Any] | None:
                 # A child that was forked behind Python's back has the descriptors of its parent.
                 if ids == [str(figures["pid"])] and (found is None or figures["time"] > found["time"]):
                     found = figures
+        except FileNotFoundError:
+            closed = True
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
-            pass        # closed meanwhile, or something else with this name
-    return found
+            pass        # something else with this name
+    return found, closed
 
 
 def _sealed_text(path: str) -> bytes:

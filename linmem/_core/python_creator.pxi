@@ -116,7 +116,7 @@ cdef int python_grow_with_gil(python_memory* p, size_t new_size, bint may_move, 
             made.grow_to(new_size)
         except BaseException as raised:
             error = raised
-        # If the first question raises, the memory is asked again: the exception may be a KeyboardInterrupt, which says
+        # If the first question raises, the memory is asked again: the handler of a signal may have raised, which says
         # nothing about the memory.
         for is_last in (False, True):
             try:
@@ -124,7 +124,7 @@ cdef int python_grow_with_gil(python_memory* p, size_t new_size, bint may_move, 
                 break
             except BaseException as raised:
                 error = raised if error is None else error
-                if is_last or isinstance(raised, Exception):
+                if is_last:
                     break_memory(m)
                     raise error
         if got.size < memory_size(m) or (got.base != <size_t>m.base and not may_move):

@@ -120,7 +120,36 @@ cdef class RowBuffer:
         return self._memory.enter()
 
     cdef int count(self, memory* m, size_t* rows, failure* why) noexcept nogil:
-        """The number of rows. All of them are within byte_size."""
+        """The number of rows. All of them are within byte_size. The caller holds the memory's lock."""
+        cdef int code = 0
+        if self.count_at and is_guarded(m):
+            code = refuse_access(m, self.count_at, COUNT_BYTES, READABLE, "read", why)
+        return code if code else self.count_unguarded(m, rows, why)
+
+    cdef int count_or_wait(self, memory* m, size_t* rows, failure* why) noexcept:
+        """As count(), by a caller that does not hold the memory's lock."""
+        cdef bint guarded = False
+        cdef int code = 0
+        if self.count_at:
+            code = begin_access(m, why)
+            if code:
+                return code
+            guarded = is_guarded(m)
+        if not guarded:
+            code = self.count_unguarded(m, rows, why)
+            if self.count_at:
+                end_access(m)
+            return code
+        end_access(m)
+        with nogil:
+            code = lock_memory(m, why)
+            if code == 0:
+                code = self.count(m, rows, why)
+                unlock(&m.lock)
+        return code
+
+    cdef int count_unguarded(self, memory* m, size_t* rows, failure* why) noexcept nogil:
+        """As count(). The head can be read."""
         cdef size_t room
         if self.count_at == 0:
             rows[0] = load_size(&self.rows)
@@ -166,13 +195,15 @@ cdef class RowBuffer:
         cdef bint fits
         if not compare_exchange(&m.lock, 0, generation):
             return False
-        if self.count_at:
+        if is_guarded(m):
+            fits = False
+        elif self.count_at:
             fits = count_from_text(m.base + self.count_at, &rows) == 0
         else:
             rows, fits = self.rows, True
         size = memory_size(m)
         # No overflow: a text has COUNT_BYTES digits at most, and `n` rows are in memory.
-        fits = (fits and not is_guarded(m) and rows + n <= self.most
+        fits = (fits and rows + n <= self.most
                 and self.start + (rows + n) * self.row_bytes <= size)
         if fits:
             if n == 1 and self.row_bytes == 8:
@@ -238,14 +269,14 @@ cdef class RowBuffer:
         cdef failure why
         cdef memory* m = self.enter()
         cdef size_t size = memory_size(m)
-        cdef int code = self.count(m, &rows, &why)
+        cdef int code = self.count_or_wait(m, &rows, &why)
         while code:     # another process may have grown the memory after enter() had looked at its size
             self._memory.leave()
             m = self.enter()
             if memory_size(m) == size:
                 break
             size = memory_size(m)
-            code = self.count(m, &rows, &why)
+            code = self.count_or_wait(m, &rows, &why)
         self._memory.finish(code, &why)
         return <Py_ssize_t>rows
 

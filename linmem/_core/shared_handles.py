@@ -9,10 +9,12 @@ has used again is never taken for the memory.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 
-from linmem._core.arguments import shown
+from linmem._core.arguments import check_descriptor, shown
+from linmem._os import pages
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ __all__ = ["SharedHandle"]
 close = os.close
 
 _DIRECTORY = "/dev/shm"
+HEAD = 65536                            # bytes of the file before those of the memory
 _TOKEN_AT, _TOKEN_BYTES = 16, 32        # in the file: control_words in shared_memory.pxi
 _LONGEST_WAIT = 10**18                  # nanoseconds
 
@@ -81,30 +84,22 @@ class SharedHandle:
     def _is_ours(self, about: os.stat_result) -> bool:
         return stat.S_ISREG(about.st_mode) and (about.st_dev, about.st_ino) == (self._device, self._inode)
 
-    def _open(self, path: str) -> int | None:
-        """A descriptor, if the path leads to the memory. A path to anything else is not opened: that may block, or do
-        something."""
-        if not self._is_ours(os.stat(path)):
-            return None
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-        try:
-            found = self._is_ours(os.fstat(fd)) and os.pread(fd, _TOKEN_BYTES, _TOKEN_AT) == self._token
-        except BaseException:
+    def _open(self, pid: int, number: int) -> int | None:
+        """A new descriptor, if the descriptor `number` of the process shows the memory."""
+        fd = pages.open_descriptor_of(pid, number, self._device, self._inode)
+        if fd is not None and os.pread(fd, _TOKEN_BYTES, _TOKEN_AT) != self._token:
             close(fd)
-            raise
-        if found:
-            return fd
-        close(fd)
-        return None
+            return None
+        return fd
 
     def open(self) -> int:
         """A new descriptor of the memory; the caller closes it."""
         refused: OSError | None = None
-        for path in self._paths():
+        for pid, number in self._places():
             try:
-                fd = self._open(path)
+                fd = self._open(pid, number)
             except PermissionError as error:
-                if path == f"/proc/{self._pid}/fd/{self._fd}":
+                if (pid, number) == (self._pid, self._fd):
                     refused = error
                 continue
             except OSError:         # the process has ended, or has closed the descriptor
@@ -119,15 +114,55 @@ class SharedHandle:
             f"the shared memory {self._token[:8].hex()} is gone: no process of this user that can be seen from here has"
             f" it any more (process {self._pid} made the handle)")
 
-    def _paths(self) -> Iterator[str]:
-        yield f"/proc/{self._pid}/fd/{self._fd}"
+    def _lock_of(self, offset: int) -> WordLock:
+        return WordLock(self.fileno(), offset)
+
+    def _places(self) -> Iterator[tuple[int, int]]:
+        """Processes, and descriptors of them."""
+        yield self._pid, self._fd
         user = os.geteuid()
         for process in filter(str.isdecimal, os.listdir("/proc")):
             try:
                 if os.stat(f"/proc/{process}").st_uid == user:
-                    yield from (f"/proc/{process}/fd/{fd}" for fd in os.listdir(f"/proc/{process}/fd"))
+                    yield from ((int(process), int(fd)) for fd in os.listdir(f"/proc/{process}/fd"))
             except OSError:         # the process has ended, or is another user's
                 continue
+
+
+class WordLock:
+    """The kernel's lock on a word of a shared memory. It has a descriptor of its own, because the lock belongs to what
+    open(2) has opened."""
+
+    def __init__(self, fd: int, offset: int) -> None:
+        self._at = HEAD + offset
+        self._fd = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+
+    def _ask(self, kind: int) -> bool:
+        import fcntl
+        from struct import pack
+
+        try:
+            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, pack("hhqqi4x", kind, os.SEEK_SET, self._at, 4, 0))
+            return True
+        except (BlockingIOError, PermissionError):
+            return False
+
+    def take(self) -> bool:
+        import fcntl
+
+        return self._ask(fcntl.F_WRLCK)
+
+    def write(self, word: bytes) -> None:
+        """Also when the memory is closed."""
+        os.pwrite(self._fd, word, self._at)
+
+    def give_back(self) -> None:
+        import fcntl
+
+        self._ask(fcntl.F_UNLCK)
+
+    def close(self) -> None:
+        close(self._fd)
 
 
 def handle_of(fd: int, token: bytes) -> SharedHandle:
@@ -142,23 +177,27 @@ def new_token() -> bytes:
 def open_shared(what: Any) -> int:
     """A new descriptor of the memory that a handle, a name or a descriptor stands for."""
     if not hasattr(os, "memfd_create"):
-        raise TypeError("attach is not supported on this system: shared memories need Linux")
+        raise TypeError("attach is not supported on this system: shared memories need Linux or Windows")
     if isinstance(what, SharedHandle):
         return what.open()
     if isinstance(what, str):
         return _owned(os.open(_path(check_shm_name(what, "attach")),
-                              os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY))
+                              os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY), what)
     if isinstance(what, int) and not isinstance(what, bool) and 0 <= what < 1 << 31:
-        return _owned(os.dup(what))
+        try:
+            return _owned(os.dup(what), what)
+        except OSError as error:
+            if error.errno != errno.EBADF:
+                raise
+            raise ValueError(f"attach must be an open descriptor, got {what}") from None
     raise TypeError(f"attach must be a handle, the name of a shared memory or a descriptor, got {shown(what)}")
 
 
-def _owned(fd: int) -> int:
+def _owned(fd: int, what: object) -> int:
     """Refuse a file that another user made. That user could make the file shorter, and each access would be fatal."""
     try:
+        check_descriptor(fd, "attach", "a shared memory of linmem, open for reading and writing", what, writes=True)
         about = os.fstat(fd)
-        if not stat.S_ISREG(about.st_mode):
-            raise ValueError("attach must be a shared memory of linmem, and this is not a regular file")
         if about.st_uid != os.geteuid() and not _is_sealed(fd):
             raise PermissionError(f"the shared memory belongs to the user {about.st_uid}")
         return fd
@@ -210,7 +249,11 @@ def link(fd: int, name: str) -> None:
     """Give the file of `open_nameless` a name; `FileExistsError` if the name is taken."""
     directory = os.open(_DIRECTORY, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:        # without dst_dir_fd, os.link() calls link(2), which does not follow the symbolic link in /proc
-        os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=directory, follow_symlinks=True)
+        try:
+            os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=directory, follow_symlinks=True)
+        except FileExistsError as error:
+            raise FileExistsError(error.errno, "a shared memory or a file of this shm_name exists already",
+                                  _path(name)) from None
         # The kernel does not know the name of a descriptor that was opened without one, and unlink() asks for the name.
         named = os.open(name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=directory)
         try:
@@ -227,8 +270,14 @@ def unlink(fd: int) -> None:
     path = os.readlink(f"/proc/self/fd/{fd}")
     if os.path.dirname(path) != _DIRECTORY:
         raise ValueError("the shared memory has no name: it was made without shm_name=, or the name has been removed")
-    if path.endswith(" (deleted)") or not os.path.samestat(os.lstat(path), os.fstat(fd)):
-        raise FileNotFoundError(f"the name of the shared memory has been removed already: {path}")
+    # The kernel appends " (deleted)" to the path of a file without a name; a name may also end so.
+    try:
+        is_there = os.path.samestat(os.lstat(path), os.fstat(fd))
+    except FileNotFoundError:
+        is_there = False
+    if not is_there:
+        raise FileNotFoundError("the name of the shared memory has been removed already:"
+                                f" {path.removesuffix(' (deleted)')}")
     os.unlink(path)
 
 

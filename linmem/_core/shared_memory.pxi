@@ -13,11 +13,17 @@
 #   4. Processes in wait_for_growth() are woken.
 # So a process that is killed between two steps leaves a memory of the old or of the new size, which others can use and
 # grow.
+#
+# A process that attaches a memory reads the control words from the file. It maps them when it needs to write them, or
+# when it has read the size LOOKS times: two changes of the mappings and a page fault take as long as 12 reads.
 
 cdef enum:
     HEAD_BYTES = 65536              # a multiple of every host page
     TOKEN_BYTES = 32
+    TOKEN_NAME_BYTES = 2 * TOKEN_BYTES + 1
     GROW_AHEAD = 1 << 24            # bytes by which the file of a sealed memory is longer than the growth asks for
+    LOOKS = 8
+    MOST_READS = 1000
 
 cdef struct control_words:
     char[16] magic
@@ -28,11 +34,22 @@ cdef struct control_words:
     atomic_i64 waiters              # threads in wait_for_growth(); a killed process leaves its threads counted
     int turn                        # changes with each growth; wait_for_growth() sleeps on it
 
+# What shared_make() makes a memory of.
+cdef struct shared_source:
+    bint attaches                   # the file has a memory already
+    pages.file_pages file           # of kind 0: a new file
+    const char* name                # of the new file
+    size_t length                   # of the file; 0: not known
+    char* token                     # of the memory; NULL: attach any
+
 cdef struct shared_memory:
     memory head
     pages.file_pages file
-    control_words* words            # in a reservation of their own
+    control_words* words            # in a reservation of their own; NULL: not mapped yet. Written once, under the lock
+    atomic_i64 looks                # how often the size was read from the file
+    char[TOKEN_BYTES] token         # the one that the control words had at first
     size_t file_length              # at least so many bytes has the file
+    size_t mapped                   # so many bytes show the file; the rest of the capacity does after the first growth
     long long taking                # the growth takes over a size that another process gave the memory: the generation
 
 cdef char[16] MAGIC = b"linmem shared 1\n"
@@ -53,28 +70,44 @@ def _stop_growth_at(int step):
     stop_growth_at = step
 
 
-cdef int shared_make(const memory_spec* asked, pages.file_pages* file, const char* token, memory** out,
-                     failure* why) noexcept nogil:
-    """token: of the new memory; NULL: the file holds a memory, which is attached. The memory owns the open file
-    afterwards. A code: the caller still does."""
+cdef int refuse_to_share(failure* why) noexcept nogil:
+    """A code if processes cannot share memories here."""
+    if pages.capabilities().shares:
+        return 0
+    fail(why, E_UNSUPPORTED, "a shared memory", 0)
+    explain(why, "on this system")
+    return why.code
+
+
+cdef int shared_make(const memory_spec* asked, shared_source* source, memory** out, failure* why) noexcept nogil:
+    """The memory owns the open file afterwards. A code: the caller still does, if source.file.kind is not 0.
+    FILE_FOREIGN: the file has a memory of another token."""
     cdef memory_spec spec = asked[0]
     cdef shared_memory* s
     cdef layout found
-    cdef char* region
-    cdef int code
-    if spec.image != NULL and token == NULL:
+    cdef char* region = NULL
+    cdef int code = 0
+    if spec.image != NULL and source.attaches:
         return fail_text(why, E_VALUE, "an attached memory has its bytes already, so it cannot start from an image")
     if spec.image != NULL and spec.image.end > spec.minimum:
         return fail(why, E_IMAGE, "new_memory", spec.minimum, 0, spec.image.end)
     s = <shared_memory*>calloc(1, sizeof(shared_memory))
     if s == NULL:
         return fail(why, E_NO_MEMORY, "calloc", sizeof(shared_memory))
-    s.file = file[0]
-    code = map_control_words(s, why)
-    if code == 0 and token == NULL:
-        code = read_control_words(s, &spec, why)
+    s.file = source.file
+    s.file_length = source.length
+    if s.file.kind:
+        code = begin_control_words(s, source.attaches, why)
+    if code == 0 and source.attaches:
+        code = believe_control_words(s, source.token, &spec, why)
     if code == 0:
-        code = reserve_for(&spec, 0, &found, &region, &s.head.chosen, why)
+        code = reserve_for(&spec, place_alignment(), &found, &region, &s.head.chosen, why)
+    if code == 0 and s.file.kind == 0:
+        code = begin_file(s, found.capacity, source, why)
+    if code == 0 and s.file.kind == pages.FILE_SECTION:        # it has its whole length at once
+        code = fail_page_call(why, pages.file_place(&s.file, HEAD_BYTES, &region, found.pre_guard, found.capacity,
+                                                    found.guard), "file_map", found.capacity)
+        s.mapped = found.capacity
     if code == 0:
         s.head.base = region + found.pre_guard
         s.head.capacity = found.capacity
@@ -82,13 +115,10 @@ cdef int shared_make(const memory_spec* asked, pages.file_pages* file, const cha
         s.head.guard = found.guard
         s.head.ops = &shared_ops
         s.head.maximum = min(spec.maximum, found.capacity)
-        code = fail_page_call(why, pages.file_map(&s.file, HEAD_BYTES, s.head.base, found.capacity, pages.ACCESS_NONE),
-                              "file_map", found.capacity)
-        if code == 0:
-            code = shared_open(s, &spec, found.accessible, token, why)
-        if code:
-            release_address_space(region, found.pre_guard + found.capacity + found.guard)
+        code = shared_open(s, &spec, found.accessible, NULL if source.attaches else source.token, why)
     if code:
+        if region != NULL:
+            release_address_space(region, found.pre_guard + found.capacity + found.guard)
         if s.words != NULL:
             release_address_space(<char*>s.words, host_page())
         free_struct(&s.head)
@@ -104,30 +134,122 @@ cdef int shared_make(const memory_spec* asked, pages.file_pages* file, const cha
     if asked.minimum > spec.minimum:
         code = memory_grow_to(out[0], asked.minimum, why)
         if code:
-            file.handle = -1            # the memory owns the file, and closes it here
+            source.file.kind = 0        # the memory owns the file, and closes it here
             memory_release(out[0])
             out[0] = NULL
     return code
 
 
-cdef int map_control_words(shared_memory* s, failure* why) noexcept nogil:
-    cdef char* addr = NULL
-    cdef int code = fail_page_call(why, pages.file_size(&s.file, &s.file_length), "file_size", HEAD_BYTES)
-    if code == 0 and s.file_length < HEAD_BYTES:
-        code = fail_text(why, E_VALUE, "attach must be a shared memory of linmem, and the file has only %zu bytes",
-                         s.file_length)
+cdef inline size_t place_alignment() noexcept nogil:
+    """Of the base of a memory that shows a file; for reserve_exactly()."""
+    cdef size_t granularity = pages.capabilities().granularity
+    return granularity if granularity > host_page() else 0
+
+
+cdef int begin_file(shared_memory* s, size_t capacity, shared_source* source, failure* why) noexcept nogil:
+    cdef size_t most = 0
+    cdef int code
+    if add_up(HEAD_BYTES, capacity, &most):
+        return fail(why, E_OVERFLOW, "reserve", capacity)
+    code = pages.file_begin(HEAD_BYTES, most, source.name, &s.file)
+    if code == pages.FILE_EXISTS:
+        return refuse_name(why)
+    code = fail_page_call(why, code, "file_begin", HEAD_BYTES)
     if code == 0:
-        code = fail_page_call(why, pages.file_show(&s.file, 0, host_page(), &addr), "file_show", host_page())
-    if code == 0:
-        s.words = <control_words*>addr
+        source.file = s.file
+        code = begin_control_words(s, False, why)
     return code
 
 
-cdef int read_control_words(shared_memory* s, memory_spec* spec, failure* why) noexcept nogil:
-    """-> what to reserve for a memory that is attached: its size and capacity."""
-    cdef size_t size = <size_t>load(&s.words.size), capacity = <size_t>load(&s.words.capacity)
-    cdef size_t maximum = <size_t>load(&s.words.maximum)
-    if memcmp(s.words.magic, MAGIC, sizeof(MAGIC)):
+cdef int refuse_name(failure* why) noexcept with gil:
+    from errno import EEXIST
+    return fail_python(why, FileExistsError(EEXIST, "a shared memory of this shm_name exists already"))
+
+
+cdef int measure_file(shared_memory* s, failure* why) noexcept nogil:
+    cdef int code = fail_page_call(why, pages.file_size(&s.file, &s.file_length), "file_size", HEAD_BYTES)
+    return code or check_length(s, why)
+
+
+cdef int check_length(shared_memory* s, failure* why) noexcept nogil:
+    if s.file_length < HEAD_BYTES:
+        return fail_text(why, E_VALUE, "attach must be a shared memory of linmem, and the file has only %zu bytes",
+                         s.file_length)
+    return 0
+
+
+cdef int begin_control_words(shared_memory* s, bint attaches, failure* why) noexcept nogil:
+    cdef int code = check_length(s, why) if s.file_length else measure_file(s, why)
+    if code == 0 and (not attaches or s.file.kind == pages.FILE_SECTION):
+        code = map_control_words(s, why)
+    return code
+
+
+cdef int map_control_words(shared_memory* s, failure* why) noexcept nogil:
+    cdef char* addr = NULL
+    cdef int code = fail_page_call(why, pages.file_show(&s.file, 0, host_page(), &addr), "file_show", host_page())
+    if code == 0:
+        store_address(<char**>&s.words, addr)
+    return code
+
+
+cdef int need_control_words(shared_memory* s, failure* why) noexcept nogil:
+    """s.words is mapped afterwards. The caller holds the memory's lock."""
+    cdef control_words found
+    cdef int code = 0
+    if s.words == NULL:
+        code = read_control_words(s, &found, why)
+        if code == 0 and memcmp(found.token, s.token, TOKEN_BYTES):
+            code = refuse_other_file(why)
+        if code == 0:
+            code = map_control_words(s, why)
+    return code
+
+
+cdef int refuse_other_file(failure* why) noexcept nogil:
+    return fail_text(why, E_VALUE, "the control words of the shared memory are damaged: another process has written"
+                     " over them, or this program has closed the memory's descriptor")
+
+
+cdef int read_control_words(shared_memory* s, control_words* out, failure* why) noexcept nogil:
+    """E_VALUE: this program has closed the descriptor."""
+    cdef control_words* words = <control_words*>load_address(<char**>&s.words)
+    cdef int code
+    if words == NULL:
+        code = pages.file_read(&s.file, 0, <char*>out, sizeof(control_words))
+        if code == pages.FILE_FOREIGN:
+            return refuse_other_file(why)
+        return fail_page_call(why, code, "file_read", sizeof(control_words))
+    memcpy(out, words, sizeof(control_words))
+    out.size = load(&words.size)
+    return 0
+
+
+cdef int believe_control_words(shared_memory* s, const char* token, memory_spec* spec, failure* why) noexcept nogil:
+    """-> what to reserve for a memory that is attached: its size and capacity. token: as in shared_source."""
+    cdef control_words words, again
+    cdef size_t size, capacity, maximum
+    cdef int reads = 0
+    cdef int code = read_control_words(s, &again, why)
+    # Until the size is the same twice: while another process grows the memory, a read may find a mixture of two sizes.
+    while code == 0 and (reads == 0 or words.size != again.size):
+        reads += 1
+        words = again
+        code = read_control_words(s, &again, why)
+        if code == 0 and reads == MOST_READS:
+            code = refuse_control_words(s, <size_t>words.size, why)
+    if code:
+        return code
+    size, capacity, maximum = <size_t>words.size, <size_t>words.capacity, <size_t>words.maximum
+    memcpy(s.token, words.token, TOKEN_BYTES)
+    s.head.maximum = min(maximum, capacity)
+    if size > s.file_length - HEAD_BYTES:       # another process may have extended the file since its length was read
+        code = measure_file(s, why)
+        if code:
+            return code
+    if token != NULL and memcmp(token, words.token, TOKEN_BYTES):
+        return pages.FILE_FOREIGN
+    if memcmp(words.magic, MAGIC, sizeof(MAGIC)):
         return fail_text(why, E_VALUE, "attach must be a shared memory of linmem, and the file does not begin as one")
     if size > s.file_length - HEAD_BYTES or size > capacity or size > maximum or capacity > SIZE_MAX >> 1:
         return refuse_control_words(s, size, why)
@@ -150,11 +272,15 @@ cdef int refuse_control_words(shared_memory* s, size_t size, failure* why) noexc
 
 cdef int shared_open(shared_memory* s, const memory_spec* spec, size_t accessible, const char* token,
                      failure* why) noexcept nogil:
-    """Makes the pages of the first spec.minimum bytes accessible; fills a new memory and its control words."""
+    """Maps the pages of the first spec.minimum bytes; fills a new memory and its control words."""
     cdef memory* m = &s.head
     cdef int code = extend_file(s, accessible, why)
-    if code == 0 and accessible:
-        code = fail_page_call(why, commit_pages(m.base, accessible), "commit", accessible)
+    if code == 0 and accessible and s.mapped:
+        code = fail_page_call(why, pages.commit(m.base, accessible), "commit", accessible)
+    elif code == 0 and accessible:
+        code = fail_page_call(why, pages.file_map(&s.file, HEAD_BYTES, m.base, accessible, pages.ACCESS_READ_WRITE),
+                              "file_map", accessible)
+        s.mapped = accessible
     if code:
         return code
     m.size = spec.minimum
@@ -163,6 +289,7 @@ cdef int shared_open(shared_memory* s, const memory_spec* spec, size_t accessibl
         return 0
     if spec.image != NULL:
         image_copy(spec.image, m.base)
+    memcpy(s.token, token, TOKEN_BYTES)
     memcpy(s.words.token, token, TOKEN_BYTES)
     store(&s.words.capacity, <long long>m.capacity)
     store(&s.words.maximum, <long long>spec.maximum)
@@ -195,10 +322,16 @@ cdef int shared_grow(memory* m, size_t new_size, failure* why) noexcept nogil:
     cdef int code
     if round_up(new_size, host_page(), &need):
         return fail(why, E_OVERFLOW, "new_size", new_size)
-    code = extend_file(s, need, why)
+    code = need_control_words(s, why) or extend_file(s, need, why)
     if code:
         return code
     step_done(1)
+    if need > s.mapped:             # the whole rest, so that each later growth is one commit()
+        code = fail_page_call(why, pages.file_map(&s.file, HEAD_BYTES + s.mapped, m.base + s.mapped,
+                                                  m.capacity - s.mapped, pages.ACCESS_NONE), "file_map", need)
+        if code:
+            return code
+        s.mapped = m.capacity
     if need > m.accessible:
         store_size(&m.opening, need)
         code = pages.commit(m.base + m.accessible, need - m.accessible)
@@ -242,13 +375,40 @@ cdef int publish(shared_memory* s, size_t new_size, failure* why) noexcept nogil
 
 # -- growth by other processes
 
+cdef int look_for_news(shared_memory* s, bint* news, failure* why) noexcept nogil:
+    """*news: another process may have grown the memory. A program that has closed the descriptor hears of nothing
+    before the control words are mapped."""
+    cdef control_words* words = <control_words*>load_address(<char**>&s.words)
+    cdef control_words found
+    cdef int code
+    if words != NULL:
+        news[0] = load(&words.size) > load(&s.head.size)
+        return 0
+    add(&s.looks, 1)
+    code = read_control_words(s, &found, why)
+    # A smaller size, too: during a growth, a read may find a mixture of two sizes.
+    news[0] = code == 0 and memcmp(found.token, s.token, TOKEN_BYTES) == 0 and found.size != load(&s.head.size)
+    return code if code != E_VALUE else 0
+
+
 cdef int shared_check(memory* m, failure* why) noexcept:
     """When a call of a handle begins. A memory that a store owns takes over a new size only in its own memory.grow, so
     that the guest traps at the end of the size that it knows."""
     cdef shared_memory* s = <shared_memory*>m
+    cdef bint news = False
     cdef int code
-    if load(&s.words.size) <= load(&m.size) or load(&m.owner) == OWNER_WASMTIME or is_own_growth(m):
+    if load_address(<char**>&s.words) != NULL:
+        code = look_for_news(s, &news, why)
+    else:
+        with nogil:             # for the page calls
+            code = look_for_news(s, &news, why)
+            if load(&s.looks) >= LOOKS and try_lock_if_free(m):
+                need_control_words(s, why)      # if this fails, the next call reads the file again
+                unlock(&m.lock)
+    if load(&m.owner) == OWNER_WASMTIME or is_own_growth(m):
         return 0
+    if code or not news:
+        return code
     with nogil:
         code = lock_memory(m, why)
         if code == 0:
@@ -266,9 +426,10 @@ cdef void shared_take_size(memory* m) noexcept nogil:
     If a wasmtime asks in its signal handler, nothing changes, because the handler must not wait for a lock.
     """
     cdef shared_memory* s = <shared_memory*>m
+    cdef bint news = False
     cdef failure why
     why.exception = NULL
-    if load(&s.words.size) <= load(&m.size) or pages.on_signal_stack() or not try_lock_if_free(m):
+    if look_for_news(s, &news, &why) or not news or pages.on_signal_stack() or not try_lock_if_free(m):
         return
     if take_size(s, &why) and why.exception != NULL:
         deferred_decref(why.exception)
@@ -282,13 +443,19 @@ cdef inline bint try_lock_if_free(memory* m) noexcept nogil:
 cdef int take_size(shared_memory* s, failure* why) noexcept nogil:
     """Takes over the size that other processes gave the memory. The caller holds the memory's lock."""
     cdef memory* m = &s.head
-    cdef size_t size = <size_t>load(&s.words.size)
-    cdef int code = 0
-    if size <= memory_size(m):
+    cdef size_t size
+    cdef int code = need_control_words(s, why)
+    if code:
+        return code
+    size = <size_t>load(&s.words.size)
+    if <long long>size <= load(&m.size):
         return 0
     if HEAD_BYTES + size > s.file_length:
-        code = fail_page_call(why, pages.file_size(&s.file, &s.file_length), "file_size", HEAD_BYTES)
+        code = measure_file(s, why)
     if code == 0 and (size > m.maximum or size > s.file_length - HEAD_BYTES):
+        if size <= min(s.file_length - HEAD_BYTES, <size_t>load(&s.words.maximum)):
+            return fail_text(why, E_VALUE, "another process has grown the shared memory to %zu bytes, and the maximum"
+                             " here is %zu: attach the memory again, with a larger maximum", size, m.maximum)
         code = refuse_control_words(s, size, why)
     if code:
         return code
@@ -304,10 +471,17 @@ cdef int shared_wait(shared_memory* s, size_t size, long long deadline, bint* re
     cdef memory* m = &s.head
     cdef long long left = SIGNALS_EACH
     cdef int turn, code = 0
+    if load_address(<char**>&s.words) == NULL:
+        code = lock_memory(m, why)
+        if code == 0:
+            code = need_control_words(s, why)
+            unlock(&m.lock)
+        if code:
+            return code
     add(&s.words.waiters, 1)
     while code == 0:
         turn = (<volatile int*>&s.words.turn)[0]
-        reached[0] = <size_t>load(&s.words.size) >= size or memory_size(m) >= size
+        reached[0] = load(&s.words.size) >= <long long>size or memory_size(m) >= size
         if deadline >= 0:
             left = min(<long long>SIGNALS_EACH, deadline - pages.clock_ns())
         if reached[0] or left <= 0:
@@ -350,7 +524,8 @@ cdef void shared_free(memory* m) noexcept nogil:
     if not (load(&held_bound) and try_hold(m)):
         leave_range(m, &m.range, False)
         release_address_space(m.base - m.pre_guard, m.pre_guard + m.capacity + m.guard)
-    release_address_space(<char*>s.words, host_page())
+    if s.words != NULL:
+        release_address_space(<char*>s.words, host_page())
     pages.file_drop(&s.file)
     free_struct(m)
 

@@ -190,7 +190,8 @@ cdef class StatisticsCreator(NativeCreator):
     """StatisticsCreator(upstream, history=256, timeline=0, *, name=None)\n--\n
     Counts and times what happens to the memories that come through it.
 
-    rmm's ``StatisticsResourceAdaptor`` has such sums. This creator also keeps a record of each memory.
+    rmm's ``StatisticsResourceAdaptor`` has such sums. This creator also keeps a record of each memory. Two memories
+    that show the same shared memory count as two.
 
     Parameters
     ----------

@@ -19,7 +19,6 @@ cdef extern from *:
     # version may be called while the interpreter shuts down.
     int PyTraceMalloc_Track(unsigned int domain, uintptr_t address, size_t size) noexcept
     int PyTraceMalloc_Untrack(unsigned int domain, uintptr_t address) noexcept
-    void PyErr_SetInterrupt() noexcept
 
 cdef unsigned int DOMAIN = 0x6c696e6d       # "linm"
 tracemalloc_domain = DOMAIN
@@ -74,20 +73,26 @@ cdef class Trace:
 
 
 cdef void begin_trace(memory* m) noexcept with gil:
-    cdef Trace trace
+    cdef Trace trace = None
+    cdef object error = None
     if not is_tracing():
         return
-    try:
-        trace = new_trace()
-        trace.record(m.accessible)
-    except KeyboardInterrupt:
-        PyErr_SetInterrupt()        # Python raises the exception again, in the code that called linmem
-        return
-    except (MemoryError, RecursionError):
-        return
-    Py_INCREF(trace)
-    m.trace = <PyObject*>trace
-    m.growth_is_watched = True
+    for _ in range(2):
+        try:
+            trace = new_trace()
+            trace.record(m.accessible)
+            break
+        except (MemoryError, RecursionError):
+            trace = None
+            break
+        except BaseException as raised:     # a signal handler ran in this Python code and raised
+            trace, error = None, raised
+    if trace is not None:
+        Py_INCREF(trace)
+        m.trace = <PyObject*>trace
+        m.growth_is_watched = True
+    if error is not None:
+        raise_later(error)
 
 
 cdef Trace new_trace():
@@ -113,15 +118,20 @@ cdef void trace_growth(memory* m) noexcept nogil:
 
 cdef void trace_growth_with_gil(memory* m) noexcept with gil:
     cdef Trace trace = <Trace>m.trace
-    try:
-        from _tracemalloc import _get_object_traceback
-        # tracemalloc knows the Trace object itself, unless tracing was stopped or cleared since the object was made.
-        if is_tracing() and _get_object_traceback(trace) is not None:
-            trace.record(m.accessible)
-    except KeyboardInterrupt:
-        PyErr_SetInterrupt()
-    except (MemoryError, RecursionError):
-        pass
+    cdef object error = None
+    for _ in range(2):
+        try:
+            from _tracemalloc import _get_object_traceback
+            # tracemalloc knows the Trace object itself, unless tracing was stopped or cleared since it was made.
+            if is_tracing() and _get_object_traceback(trace) is not None:
+                trace.record(m.accessible)
+            break
+        except (MemoryError, RecursionError):
+            break
+        except BaseException as raised:     # a signal handler ran in this Python code and raised
+            error = raised
+    if error is not None:
+        raise_later(error)
 
 
 cdef inline void end_trace(memory* m) noexcept nogil:

@@ -34,8 +34,9 @@ def text(outstanding: list[Allocation], scopes: dict[tuple[str, ...], ScopeTotal
     if len(by_size) > LINES:
         rest = [size for _, sizes in by_size[LINES:] for size in sizes]
         lines.append(f"{show_size(sum(rest)):>12} {len(rest):>9}  {len(by_size) - LINES} other lines")
-    lines += ["", f"The tracker keeps {overhead['stacks']} stacks and {overhead['scopes']} scopes in"
-                  f" {show_size(overhead['bytes'])}."]
+    kept = " and ".join(f"{overhead[what]} {what if overhead[what] != 1 else what[:-1]}"
+                        for what in ("stacks", "scopes"))
+    lines += ["", f"The tracker keeps {kept} in {show_size(overhead['bytes'])}."]
     for what in ("stacks", "scopes"):
         if overhead[f"lost_{what}"]:
             lines.append(f"There were too many {what} {overhead[f'lost_{what}']} times: some memories have none.")

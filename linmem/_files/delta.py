@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 from linmem._core import arguments
-from linmem._core.arguments import check_bytes, check_pairs, check_path, check_size
+from linmem._core.arguments import check_bytes, check_pairs, check_path, check_size, show_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -59,9 +59,10 @@ class Delta:
     data: memoryview
 
     # __new__ instead of __init__: a delta is complete as soon as it exists, and a call of __init__ cannot change it.
-    def __new__(cls, base: str, base_size: int, size: int, ranges: Iterable[tuple[int, int]],
-                zeros: Iterable[tuple[int, int]], data: Any, target: str | None = None,
-                offset: int = 0) -> Delta:
+    def __new__(cls, base: str, base_size: SupportsIndex, size: SupportsIndex,
+                ranges: Iterable[tuple[SupportsIndex, SupportsIndex]],
+                zeros: Iterable[tuple[SupportsIndex, SupportsIndex]], data: Any, target: str | None = None,
+                offset: SupportsIndex = 0) -> Delta:
         if not isinstance(base, str):
             raise TypeError(f"base must be a str, got {type(base).__name__}")
         if target is not None and not isinstance(target, str):
@@ -182,7 +183,7 @@ class Delta:
                            target_offset=self.offset), self.pieces)
 
     @staticmethod
-    def open(path: AnyPath, *, max_size: int | None = None) -> Delta:
+    def open(path: AnyPath, *, max_size: SupportsIndex | None = None) -> Delta:
         """Read the delta in a file and check it as a whole.
 
         Parameters
@@ -240,11 +241,13 @@ class Delta:
         return hash(self._key())
 
     def __repr__(self) -> str:
-        return (f"<linmem.Delta: {len(self.ranges) + len(self.zeros)} ranges, {self.nbytes} bytes, of a memory of"
-                f" {self.size} bytes>")
+        n = len(self.ranges) + len(self.zeros)
+        return (f"<linmem.Delta: {n} range{'s' * (n != 1)} of {show_size(self.nbytes)}, of a memory of"
+                f" {show_size(self.size)}>")
 
 
-def _checked(name: str, given: Iterable[tuple[int, int]], bound: int) -> tuple[tuple[int, int], ...]:
+def _checked(name: str, given: Iterable[tuple[SupportsIndex, SupportsIndex]],
+             bound: int) -> tuple[tuple[int, int], ...]:
     kept = tuple(check_pairs(given, name, f"within {bound} bytes"))
     end = 0
     for offset, size in kept:

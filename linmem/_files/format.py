@@ -1,6 +1,6 @@
 """The format of saved images, deltas and snapshots: the header and its rules, the table, the constants.
 
-docs/file-format.md describes the format::
+docs/reference/file-format.md describes the format::
 
     0          224          data_offset                           table_offset           end of file
     +----------+------------+-------------------------------------+----------------------+

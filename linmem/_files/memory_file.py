@@ -20,6 +20,8 @@ except ImportError:         # the system has no advisory locks
     fcntl = None            # type: ignore[assignment]
 
 _OWNER_ONLY = 0o600
+_NO_FILE = "path must be a regular file, not a pipe, a socket or a device"
+_A_DIRECTORY = "path must be a regular file, not a directory"
 # A pipe or a device must not block the call, and a terminal must not become the terminal of this process.
 _FLAGS = sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK", "O_NOCTTY"))
 
@@ -74,6 +76,12 @@ def remove_new(fd: int, path: str | bytes) -> None:
             os.unlink(path)
 
 
+def remove_new_open(fd: int) -> None:
+    """`remove_new` of the file that is open as `fd`."""
+    with contextlib.suppress(OSError):
+        remove_new(fd, os.readlink(f"/proc/self/fd/{fd}"))
+
+
 def is_at(fd: int, path: str | bytes) -> bool:
     """Whether the path leads to the open file."""
     try:
@@ -108,15 +116,19 @@ def _explain(error: OSError, path: str | bytes) -> NoReturn:
     if os.path.islink(path):
         raise OSError(errno.ELOOP, "path is a symbolic link: give the file that it leads to (os.path.realpath)",
                       path) from None
+    if error.errno == errno.EISDIR:
+        raise IsADirectoryError(errno.EISDIR, _A_DIRECTORY, path) from None
+    if error.errno in (errno.ENXIO, errno.EOPNOTSUPP):      # a socket
+        raise OSError(error.errno, _NO_FILE, path) from None
     raise error
 
 
 def _check_regular(fd: int, path: str | bytes) -> None:
     mode = os.fstat(fd).st_mode
     if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        raise IsADirectoryError(errno.EISDIR, _A_DIRECTORY, path)
     if not stat.S_ISREG(mode):
-        raise OSError(errno.ENODEV, "path must be a regular file, not a pipe, a socket or a device", path)
+        raise OSError(errno.ENODEV, _NO_FILE, path)
 
 
 def _lock(fd: int) -> bool:

@@ -6,6 +6,7 @@ Time and memory grow with the bytes that a file holds, not with the sizes that i
 from __future__ import annotations
 
 import bisect
+import errno
 import functools
 import os
 import stat
@@ -24,7 +25,17 @@ TABLE_STEP = 4096 * ENTRY.size
 def open_file(path: str | bytes | os.PathLike[str]) -> BinaryIO:
     """Open for reading. If the path names a pipe, do not wait for a writer."""
     # Without a buffer: a search for holes moves the position of the descriptor, and a buffer would not know.
-    return open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+    try:
+        return open(path, "rb", buffering=0,
+                    opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+    except OSError as error:
+        if error.errno in (errno.ENXIO, errno.EOPNOTSUPP):      # a socket
+            raise _not_regular(os.fsdecode(path)) from None
+        raise
+
+
+def _not_regular(name: str) -> FileFormatError:
+    return FileFormatError(name, "file", "not a regular file", "a regular file")
 
 
 def read(file: BinaryIO, path: str | bytes | os.PathLike[str], kind: int | None = None,
@@ -36,7 +47,7 @@ def read(file: BinaryIO, path: str | bytes | os.PathLike[str], kind: int | None 
     name = os.fsdecode(path)
     status = os.fstat(file.fileno())
     if not stat.S_ISREG(status.st_mode):
-        raise FileFormatError(name, "file", "not a regular file", "a regular file")
+        raise _not_regular(name)
     header = Header.read(file, name)
     header.check(name, status.st_size, kind, max_size)
     contents = Contents(name, status.st_size, header, b"")

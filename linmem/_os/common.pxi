@@ -50,6 +50,10 @@ cdef struct details:
     bint* emptied
     bint allocate           # file_extend()
     bint takes              # file_adopt() and file_take()
+    size_t most             # file_begin()
+    const char* name
+    size_t before           # file_place(), and `base`
+    size_t after
     size_t* start           # file_data()
     size_t* end
     char* new_addr          # move()
@@ -201,10 +205,11 @@ cdef inline int on_file(detailed_call call, const file_pages* file, size_t posit
     return with_details(call, addr, size, more)
 
 
-cdef int file_begin(size_t size, file_pages* out) noexcept nogil:
+cdef int file_begin(size_t size, size_t most, const char* name, file_pages* out) noexcept nogil:
     cdef details more
     memset(out, 0, sizeof(file_pages))
     out.handle = -1
+    more.most, more.name = most, name
     return on_file(os_file_begin, out, 0, NULL, size, &more)
 
 
@@ -215,10 +220,10 @@ cdef int file_adopt(int descriptor, bint only_writer, file_pages* out) noexcept 
     return on_file(os_file_adopt, out, 0, NULL, 0, &more)       # replaces the caller's descriptor, or fails
 
 
-cdef int file_take(int descriptor, file_pages* out) noexcept nogil:
+cdef int file_take(long long handle, file_pages* out) noexcept nogil:
     cdef details more
     memset(out, 0, sizeof(file_pages))
-    out.handle, more.takes = descriptor, True
+    out.handle, more.takes = handle, True
     return on_file(os_file_adopt, out, 0, NULL, 0, &more)
 
 
@@ -232,6 +237,11 @@ cdef int file_size(const file_pages* file, size_t* size) noexcept nogil:
     cdef details more
     more.bytes = size
     return on_file(os_file_size, file, 0, NULL, 0, &more)
+
+
+cdef int file_read(const file_pages* file, size_t position, char* bytes, size_t size) noexcept nogil:
+    cdef details more
+    return on_file(os_file_read, file, position, bytes, size, &more)
 
 
 cdef int file_extend(file_pages* file, size_t size, bint allocate) noexcept nogil:
@@ -254,6 +264,13 @@ cdef int file_map(const file_pages* file, size_t position, char* addr, size_t si
     cdef details more
     more.access = access
     return on_file(os_file_map, file, position, addr, size, &more)
+
+
+cdef int file_place(const file_pages* file, size_t position, char** region, size_t before, size_t size,
+                    size_t after) noexcept nogil:
+    cdef details more
+    more.base, more.before, more.after = region, before, after
+    return on_file(os_file_place, file, position, NULL, size, &more)
 
 
 cdef int file_show(const file_pages* file, size_t position, size_t size, char** addr) noexcept nogil:

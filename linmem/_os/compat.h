@@ -113,12 +113,11 @@ _set_thread_local_invalid_parameter_handler(_invalid_parameter_handler handler);
 #define PAGEMAP_SCAN _IOWR('f', 16, uint64_t[12])
 #endif
 
-/* An old C library may lack memfd_create() although the kernel has the system call. */
-#if !defined(MFD_CLOEXEC) || !LINMEM_LINUX
-#undef MFD_CLOEXEC
-#undef MFD_ALLOW_SEALING
+/* An old C library lacks memfd_create() although the kernel has the system call, and newer headers may hide it. */
+#ifndef MFD_CLOEXEC
 #define MFD_CLOEXEC 1
 #define MFD_ALLOW_SEALING 2
+#endif
 static inline int linmem_memfd_create(const char *name, unsigned int flags) {
 #if LINMEM_LINUX && defined(SYS_memfd_create)
     return (int)syscall(SYS_memfd_create, name, flags);
@@ -127,8 +126,6 @@ static inline int linmem_memfd_create(const char *name, unsigned int flags) {
     return -1;
 #endif
 }
-#define memfd_create linmem_memfd_create
-#endif
 
 /* What a signal handler reads from its context: where the instruction is, and how it accesses memory (FAULT_ in
    pages.pxd). */

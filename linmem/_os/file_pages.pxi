@@ -1,7 +1,8 @@
 # The pages of files that memories map and write through; a part of posix.pyx.
 
-from libc.errno cimport EDQUOT, EFBIG, EOPNOTSUPP, ETIMEDOUT
-from posix.fcntl cimport O_WRONLY
+from libc.errno cimport EBADF, EDQUOT, EFBIG, EOPNOTSUPP, ETIMEDOUT
+from posix.fcntl cimport O_NOCTTY, O_NONBLOCK, O_WRONLY
+from posix.stat cimport stat as status_of_path
 
 cdef size_t ALLOCATION_STEP = 1 << 26       # bytes in one fallocate(); a signal makes the kernel undo one call
 
@@ -9,6 +10,7 @@ cdef size_t ALLOCATION_STEP = 1 << 26       # bytes in one fallocate(); a signal
 cdef int os_file_begin(char* addr, size_t size, details* more) noexcept nogil:
     cdef file_pages* file = more.file
     cdef int fd = open_memory() if best_image_kind == IMAGE_SEALED else -1
+    cdef struct_stat about
     cdef int reader = -1, code
     file.kind = FILE_SEALED if fd >= 0 else FILE_PLAIN
     file.writable = True
@@ -18,19 +20,27 @@ cdef int os_file_begin(char* addr, size_t size, details* more) noexcept nogil:
     else:
         # F_SEAL_SEAL: no process can add a seal later, against growth or writing.
         code = errno if fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_SEAL) else extend_sealed(fd, 0, size, False)
+    if code == 0 and fstat(fd, &about):
+        code = errno
     if code == 0 and too_many_descriptors(fd):
         code = EMFILE
     if code:
         close_if_open(fd)
         return code
     file.handle = fd
+    set_identity(file, &about)
     return 0
+
+
+cdef inline void set_identity(file_pages* file, const struct_stat* about) noexcept nogil:
+    file.device = <unsigned long long>about.st_dev
+    file.inode = <unsigned long long>about.st_ino
 
 
 cdef int os_file_adopt(char* addr, size_t size, details* more) noexcept nogil:
     cdef file_pages* file = more.file
     cdef struct_stat about
-    cdef int flags, seals, code = 0
+    cdef int flags, code = 0
     cdef int given = <int>file.handle
     # A program may write to 0, 1 and 2 as its standard streams, so no memory keeps one of these descriptors.
     cdef int fd = given if more.takes and given > 2 else fcntl(given, F_DUPFD_CLOEXEC, 3)
@@ -38,7 +48,6 @@ cdef int os_file_adopt(char* addr, size_t size, details* more) noexcept nogil:
     if fd < 0:
         return errno
     flags = fcntl(fd, F_GETFL)
-    seals = fcntl(fd, F_GET_SEALS) if ON_LINUX else -1
     if flags < 0 or fstat(fd, &about):
         code = errno
     elif flags & O_ACCMODE == O_WRONLY:
@@ -52,9 +61,72 @@ cdef int os_file_adopt(char* addr, size_t size, details* more) noexcept nogil:
     if more.takes and fd != given:
         close(given)
     file.handle = fd
+    set_identity(file, &about)
     file.writable = flags & O_ACCMODE == O_RDWR
-    file.kind = FILE_SEALED if seals >= 0 and seals & F_SEAL_SHRINK else FILE_PLAIN
+    file.kind = kind_of_file(fd)
     return 0
+
+
+cdef int kind_of_file(int fd) noexcept nogil:
+    cdef int seals = fcntl(fd, F_GET_SEALS) if ON_LINUX else -1
+    return FILE_SEALED if seals >= 0 and seals & F_SEAL_SHRINK else FILE_PLAIN
+
+
+cdef int file_reach(unsigned long long pid, unsigned long long descriptor, file_pages* out,
+                    size_t* length) noexcept nogil:
+    cdef char path[64]
+    cdef struct_stat about
+    cdef int fd, code = 0
+    if descriptor > 0x7fffffff:
+        return EBADF
+    if pid == <unsigned long long>getpid():
+        fd = fcntl(<int>descriptor, F_DUPFD_CLOEXEC, 3)         # opens nothing, so it is faster
+    else:
+        snprintf(path, sizeof(path), "/proc/%llu/fd/%llu", pid, descriptor)
+        if status_of_path(path, &about):
+            return errno
+        if not has_identity(out, &about):
+            return FILE_FOREIGN
+        fd = open_file(path, O_RDWR | O_CLOEXEC | O_NONBLOCK | O_NOCTTY)
+    if fd < 0:
+        return errno
+    # The process may have closed the descriptor, and used its number again, since stat().
+    if fstat(fd, &about):
+        code = errno
+    elif not has_identity(out, &about):
+        code = FILE_FOREIGN
+    if code:
+        close(fd)
+        return code
+    out.handle, out.kind, out.writable, out.only_writer = fd, kind_of_file(fd), True, False
+    length[0] = <size_t>about.st_size
+    if fd <= 2:         # see os_file_adopt()
+        out.handle = fcntl(fd, F_DUPFD_CLOEXEC, 3)
+        code = errno if out.handle < 0 else 0
+        close(fd)
+    return code
+
+
+cdef inline bint has_identity(const file_pages* file, const struct_stat* about) noexcept nogil:
+    return (S_ISREG(about.st_mode) and <unsigned long long>about.st_dev == file.device
+            and <unsigned long long>about.st_ino == file.inode)
+
+
+def open_descriptor_of(pid, descriptor, device, inode):
+    """A new descriptor of the file that a descriptor of a process shows; None if that is not the file `inode` of
+    `device`."""
+    cdef file_pages file
+    cdef unsigned long long of = pid, number = descriptor
+    cdef size_t length
+    cdef int code
+    file.device, file.inode = device, inode
+    with nogil:
+        code = file_reach(of, number, &file, &length)
+    if code == FILE_FOREIGN:
+        return None
+    if code:
+        raise OSError(code, code_text(code).decode())
+    return file.handle
 
 
 cdef int os_file_copy(char* addr, size_t size, details* more) noexcept nogil:
@@ -73,6 +145,19 @@ cdef int os_file_size(char* addr, size_t size, details* more) noexcept nogil:
     if fstat(<int>file.handle, &about):
         return errno
     more.bytes[0] = <size_t>about.st_size
+    return 0
+
+
+cdef int os_file_read(char* addr, size_t size, details* more) noexcept nogil:
+    cdef size_t done = 0
+    cdef ssize_t n = 1
+    while done < size and n:
+        n = pread(<int>more.file.handle, addr + done, size - done, <off_t>(more.position + done))
+        if n >= 0:
+            done += <size_t>n
+        elif errno != EINTR:
+            return FILE_FOREIGN if errno == EBADF else errno
+    memset(addr + done, 0, size - done)
     return 0
 
 
@@ -204,6 +289,10 @@ cdef int os_file_map(char* addr, size_t size, details* more) noexcept nogil:
     return code
 
 
+cdef int os_file_place(char* addr, size_t size, details* more) noexcept nogil:
+    return ENOSYS       # there are no sections: file_map() maps files
+
+
 cdef int os_file_show(char* addr, size_t size, details* more) noexcept nogil:
     return map_anywhere(size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, <int>more.file.handle,
                         <off_t>more.position, more.base)
@@ -262,7 +351,7 @@ cdef bint can_share() noexcept nogil:
     cdef char* p = NULL
     cdef size_t page = caps.page_size
     cdef bint works = False
-    if not ON_LINUX or file_begin(page, &probe):
+    if not ON_LINUX or file_begin(page, 2 * page, NULL, &probe):
         return False
     if reserve(2 * page, False, &p) == 0:
         works = (file_map(&probe, 0, p, 2 * page, ACCESS_NONE) == 0 and file_extend(&probe, 2 * page, False) == 0

@@ -27,6 +27,8 @@ cdef struct capabilities_t:
     bint reports_faults             # watch_faults() works
     bint maps_images                # memories can map an image's pages; a page that is written is copied
     bint shares                     # file_begin() works, so processes can share the pages of a file that grows
+    bint names_files                # other processes find the file of file_begin() by its name
+    bint adopts_files               # file_adopt() works, so memories can map the files of the caller
     size_t huge_page                # bytes in a huge page that advise_huge() asks for; 0: the system has none
     size_t memory                   # bytes of physical memory that this process may use; 0: unknown
     size_t mappings                 # the most mappings that a process may have; 0: not limited, or unknown
@@ -129,8 +131,9 @@ cdef int image_renew(const image_pages* img, size_t offset, char* addr, size_t s
 # are not in physical memory. The call does not wait for the reads. No byte changes.
 cdef int image_fetch(char* addr, size_t size) noexcept nogil
 
-# Only where maps_images. [addr, addr+size) is committed. handle: a descriptor of a regular file that can be read, with
-# at least position + size bytes, except for less than a page of the kernel. access: ACCESS_READ or ACCESS_READ_WRITE.
+# Only where maps_images, and not of a FILE_SECTION. [addr, addr+size) is committed. handle: a descriptor of a regular
+# file that can be read, with at least position + size bytes, except for less than a page of the kernel. access:
+# ACCESS_READ or ACCESS_READ_WRITE.
 # -> the range shows the bytes of the file from `position` (a multiple of page_size) on, and zeros after the end of the
 # file, with this access. What is written there is written to the file (written_through), or the page is copied when it
 # is written. blank() and decommit() end the mapping. Do not call discard(), renew() or move() on such pages.
@@ -143,34 +146,56 @@ cdef int blank(char* addr, size_t size) noexcept nogil
 
 # The pages of a file that memories map and write through: of an own file without a name, which processes share, or of a
 # file of the caller. Positions and sizes in the file are multiples of page_size, unless the comment says otherwise.
-#   file_begin()    -> a new file of `size` bytes of zeros. No name leads to it, and it is gone when the last descriptor
-#                      and the last mapping of all processes are. The best kind that the OS grants.
+#   file_begin()    -> a new file of `size` bytes of zeros. It is gone when the last descriptor and the last mapping of
+#                      all processes are. The best kind that the OS grants. most: the file never gets larger. name: of
+#                      UTF-8; other processes open the file by it where names_files; elsewhere no name leads to it.
 #   file_adopt()    -> a duplicate of a descriptor of the caller, of a regular file that can be read. only_writer: the
 #                      caller has made sure that nothing else changes the file (a failed file_extend() then gives back
 #                      the space that it took).
 #   file_take()     -> as file_adopt(), of the descriptor itself. After a failure the caller still owns the descriptor.
+#                      Where names_files: of the handle of a file of file_begin().
+#   file_reach()    -> as file_adopt(), of a descriptor of the process `pid`, which is the same user's. out.device and
+#                      out.inode: of the file that the caller expects. FILE_FOREIGN: the descriptor shows something
+#                      else, which was not opened, because to open it may block or do something. -> *length: of the
+#                      file. Tests cannot make this call fail, because the caller has another way.
 #   file_copy()     -> the same file again, with a descriptor of its own.
 #   file_drop()     -> the descriptor is closed. The mappings stay until decommit(), blank() or release().
-# If one of these calls fails, nothing is left behind. A file system that cannot allocate space refuses.
+# If one of these calls fails, nothing is left behind. A file system that cannot allocate space refuses. file_begin()
+# returns FILE_EXISTS if a file has the name already, and file_take() FILE_FOREIGN if the handle is that of a section
+# which file_begin() did not make; neither is a code of the OS. file_reach() works where not names_files.
 cdef enum:
     FILE_SEALED = 1                 # memory of the kernel that no process can make smaller
     # A file. A process that may write to the file can make the file smaller, and pages past the end fault (SIGBUS).
     FILE_PLAIN = 2
+    # A section object of `most` bytes. Its length is fixed, and commit() gets pages for it from the system. Pages that
+    # another process has committed are accessible in each view at once.
+    FILE_SECTION = 3
+    FILE_EXISTS = -1002
+    FILE_FOREIGN = -1003
 
 ctypedef struct file_pages:
     int kind                        # a FILE_ constant
     bint writable                   # the descriptor can write
     bint only_writer
-    long long handle                # a descriptor of this process; -1: none
+    long long handle                # a descriptor or handle of this process; -1: none
+    # The same numbers for all descriptors of one file; no other open file has them. 0 and 0: not known.
+    unsigned long long device, inode
 
-cdef int file_begin(size_t size, file_pages* out) noexcept nogil
+cdef int file_begin(size_t size, size_t most, const char* name, file_pages* out) noexcept nogil
 cdef int file_adopt(int descriptor, bint only_writer, file_pages* out) noexcept nogil
-cdef int file_take(int descriptor, file_pages* out) noexcept nogil
+cdef int file_take(long long handle, file_pages* out) noexcept nogil
+cdef int file_reach(unsigned long long pid, unsigned long long descriptor, file_pages* out,
+                    size_t* length) noexcept nogil
 cdef int file_copy(const file_pages* file, file_pages* out) noexcept nogil
 cdef void file_drop(file_pages* file) noexcept nogil
 
 # -> size: the length of the file in bytes now; not necessarily a multiple of anything.
 cdef int file_size(const file_pages* file, size_t* size) noexcept nogil
+
+# Not of a FILE_SECTION. [position, position+size): any range. -> `bytes` holds the bytes of the file, and zeros after
+# the end of the file. While another process writes, the bytes may be a mixture of old and new ones. FILE_FOREIGN: the
+# program has closed the descriptor, which is linmem's.
+cdef int file_read(const file_pages* file, size_t position, char* bytes, size_t size) noexcept nogil
 
 # size: any number. -> the file has at least `size` bytes, the new ones are zero, and no process ever saw a part of the
 # change. The file never gets smaller, also if another process extends it meanwhile. allocate: the OS has space for each
@@ -192,12 +217,20 @@ cdef int file_allocate(file_pages* file, size_t position, size_t size) noexcept 
 # move() on such pages. If the OS refuses, the range may be inaccessible and hold nothing.
 cdef int file_map(const file_pages* file, size_t position, char* addr, size_t size, int access) noexcept nogil
 
+# Only of a FILE_SECTION, which file_map() does not map. [*region, *region + before + size + after) is a whole
+# reservation in which nothing was committed. position and *region + before: multiples of granularity. -> the `size`
+# bytes from *region + before on are inaccessible, and commit() makes them show the section. *region: the reservation
+# may have moved. If the OS refuses, the reservation may have been released: *region is NULL then.
+cdef int file_place(const file_pages* file, size_t position, char** region, size_t before, size_t size,
+                    size_t after) noexcept nogil
+
 # -> *addr: readable and writable pages at a place that the OS chooses, which show the bytes of the file from `position`
 # on. release() ends them.
 cdef int file_show(const file_pages* file, size_t position, size_t size, char** addr) noexcept nogil
 
 # [position, position+size) lies in the file. -> reads as zero in every mapping of every process, and the space is given
-# back. Pages that file_allocate() took may not be there afterwards: call it again where that matters.
+# back, except that of a FILE_SECTION. Pages that file_allocate() took may not be there afterwards: call it again where
+# that matters.
 cdef int file_discard(file_pages* file, size_t position, size_t size) noexcept nogil
 
 # [position, limit) lies in the file. -> *start .. *end, in whole pages of the kernel: the first run in the range that
@@ -213,7 +246,7 @@ cdef int file_sync(const file_pages* file) noexcept nogil
 # A word of 32 bits, at a multiple of 4, on which threads wait until another thread, maybe of another process that maps
 # the same file, calls wake_waiters(). wait_while_equal() sleeps while the word has the `value`, for about `ns`
 # nanoseconds at most. It may return early (signals): the caller checks its condition again. -> *woken: how many of at
-# most `n` waiters were woken. A word that is not readable is a code.
+# most `n` waiters were woken; 0 where the system does not tell. A word that is not readable is a code.
 cdef int wait_while_equal(int* word, int value, long long ns) noexcept nogil
 cdef int wake_waiters(int* word, int n, int* woken) noexcept nogil
 

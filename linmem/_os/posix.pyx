@@ -1,4 +1,4 @@
-# cython: language_level=3
+# cython: language_level=3, binding=False, embedsignature=True, embedsignature.format=clinic
 """The page floor on POSIX: mmap(2), mprotect(2), madvise(2), and on Linux mremap(2)."""
 
 from linmem._os cimport pages as _contract    # no-cython-lint: not used; makes an edit of pages.pxd rebuild this file
@@ -27,6 +27,7 @@ from posix.unistd cimport (
 
 # This header comes before all others, because it replaces the calls that the system lacks.
 cdef extern from "linmem/_os/compat.h" nogil:
+    int memfd_create "linmem_memfd_create"(const char* name, unsigned int flags)
     bint ON_LINUX "LINMEM_LINUX"
     enum: RLIMIT_AS, CLOCK_MONOTONIC_COARSE, _SC_PHYS_PAGES, SEEK_DATA, SEEK_HOLE
     enum: FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
@@ -64,7 +65,6 @@ cdef extern from "<sys/mman.h>" nogil:
     void* mremap(void* old_address, size_t old_size, size_t new_size, int flags, ...)
     int mincore(void* addr, size_t length, void* vec)
     int msync(void* addr, size_t length, int flags)
-    int memfd_create(const char* name, unsigned int flags)
 
 cdef extern from "<sys/ioctl.h>" nogil:
     int ioctl(int fd, unsigned long request, ...)
@@ -105,7 +105,7 @@ cdef int MAP_FRESH = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
 # By ACCESS_ constant.
 cdef int[4] PROTECTIONS = [PROT_NONE, PROT_READ, PROT_READ | PROT_WRITE, PROT_READ | PROT_EXEC]
 
-cdef coded_text[13] CODE_TEXTS = [
+cdef coded_text[14] CODE_TEXTS = [
     [ENOMEM, "the operating system has no memory or address space for it (ENOMEM)"],
     [EAGAIN, "the pages are locked or the lock limit is reached (EAGAIN)"],
     [EACCES, "access denied (EACCES)"],
@@ -119,6 +119,7 @@ cdef coded_text[13] CODE_TEXTS = [
     [EOPNOTSUPP, "the file system cannot do this, for example allocate space in advance (EOPNOTSUPP)"],
     [EFBIG, "a file cannot have this length (EFBIG)"],
     [ENODEV, "not a regular file (ENODEV)"],
+    [EMFILE, "the process has too many open descriptors (EMFILE)"],
 ]
 
 
@@ -398,6 +399,9 @@ cdef void limit_text(int code, size_t size, char* text, size_t room) noexcept no
     text[0] = 0
     if code == EFBIG and soft_limit(RLIMIT_FSIZE) != NO_LIMIT:
         snprintf(text, room, "RLIMIT_FSIZE (ulimit -f) is %llu bytes", soft_limit(RLIMIT_FSIZE))
+    if code == EMFILE:
+        snprintf(text, room, "RLIMIT_NOFILE (ulimit -n) is %llu, and linmem leaves a quarter of it to the program",
+                 soft_limit(RLIMIT_NOFILE))
     if code != ENOMEM:
         return
     if size >> caps.address_bits:
@@ -497,12 +501,14 @@ cdef _start():
     caps.address_bits = bits_of(<size_t>p) if ON_LINUX else 47
     caps.names = True
     caps.names = set_name(p, real_page) == 0
-    caps.populates = ON_LINUX and madvise(p, real_page, MADV_POPULATE_WRITE) == 0
+    # In qemu's user mode every advice succeeds, also one that no kernel knows (-1), and most have no effect.
+    caps.populates = (ON_LINUX and madvise(p, real_page, -1) != 0
+                      and madvise(p, real_page, MADV_POPULATE_WRITE) == 0)
     munmap(p, real_page)
     scan_way = best_scan_way = scan_start()
     caps.scans = scan_way != SCAN_NONE
     _start_images()
-    caps.shares = can_share()
+    caps.shares = caps.adopts_files = can_share()
     caps.huge_page = huge_page()
     caps.memory = physical_memory()
     caps.mappings = max(0, file_number("/proc/sys/vm/max_map_count", 0))

@@ -1,11 +1,13 @@
-# cython: language_level=3
+# cython: language_level=3, binding=False, embedsignature=True, embedsignature.format=clinic
 """The page floor on Windows: VirtualAlloc, VirtualProtect, VirtualFree and related calls."""
 
 from linmem._os cimport pages as _contract    # no-cython-lint: not used; makes an edit of pages.pxd rebuild this file
+from linmem._core.units cimport add_up, round_up
 from linmem._core.atomic cimport (
     add, atomic_i64, compare_exchange, load, load_address, load_size, store_address, store_size, touch,
 )
 
+from cpython.mem cimport PyMem_Free
 from libc.stddef cimport wchar_t
 from libc.stdint cimport intptr_t, uintptr_t
 from libc.stdio cimport snprintf
@@ -26,8 +28,10 @@ cdef extern from "<windows.h>" nogil:
     ctypedef struct FILETIME:
         DWORD dwLowDateTime, dwHighDateTime
     ctypedef struct MEMORY_BASIC_INFORMATION:
+        void* BaseAddress
         void* AllocationBase
-        DWORD State
+        size_t RegionSize
+        DWORD State, Protect, Type
     ctypedef struct MEMORYSTATUSEX:
         DWORD dwLength
         unsigned long long ullTotalPhys, ullTotalPageFile, ullAvailPageFile
@@ -46,6 +50,8 @@ cdef extern from "<windows.h>" nogil:
         size_t NumberOfBytes
 
     DWORD MEM_RESERVE, MEM_COMMIT, MEM_DECOMMIT, MEM_RELEASE, MEM_RESET, MEM_WRITE_WATCH, MEM_FREE
+    DWORD MEM_MAPPED, SEC_RESERVE, SEC_FILE, SEC_IMAGE, SECTION_QUERY
+    DWORD DUPLICATE_SAME_ACCESS, CP_UTF8, MB_ERR_INVALID_CHARS
     DWORD PAGE_NOACCESS, PAGE_READONLY, PAGE_READWRITE, PAGE_EXECUTE_READ
     DWORD FILE_MAP_READ, FILE_MAP_WRITE, FILE_TYPE_DISK
     DWORD SEM_FAILCRITICALERRORS, SEM_NOGPFAULTERRORBOX
@@ -55,6 +61,7 @@ cdef extern from "<windows.h>" nogil:
     int ERROR_ACCESS_DENIED, ERROR_NOT_ENOUGH_MEMORY, ERROR_OUTOFMEMORY, ERROR_GEN_FAILURE, ERROR_NOT_SUPPORTED
     int ERROR_INVALID_PARAMETER, ERROR_INVALID_ADDRESS, ERROR_NOACCESS, ERROR_NO_SYSTEM_RESOURCES
     int ERROR_WORKING_SET_QUOTA, ERROR_COMMITMENT_LIMIT, ERROR_NOT_ENOUGH_QUOTA, ERROR_INVALID_HANDLE
+    int ERROR_ALREADY_EXISTS, ERROR_DISK_FULL
 
     DWORD GetLastError()
     void SetLastError(DWORD code)
@@ -69,15 +76,22 @@ cdef extern from "<windows.h>" nogil:
     unsigned int ResetWriteWatch(void* addr, size_t size)
     bint FlushInstructionCache(HANDLE process, const void* addr, size_t size)
     HANDLE GetCurrentProcess()
+    bint ReadProcessMemory(HANDLE process, const void* addr, void* buffer, size_t size, size_t* done)
     void GetSystemInfo(SYSTEM_INFO* info)
     bint GlobalMemoryStatusEx(MEMORYSTATUSEX* status)
     HANDLE CreateFileMappingW(HANDLE file, void* attributes, DWORD protect, DWORD maximum_size_high,
                               DWORD maximum_size_low, const wchar_t* name)
+    HANDLE OpenFileMappingW(DWORD access, bint inherit, const wchar_t* name)
+    HANDLE CreateMutexW(void* attributes, bint owned, const wchar_t* name)
     void* MapViewOfFile(HANDLE section, DWORD access, DWORD offset_high, DWORD offset_low, size_t size)
+    void* MapViewOfFileEx(HANDLE section, DWORD access, DWORD offset_high, DWORD offset_low, size_t size, void* addr)
     bint UnmapViewOfFile(const void* addr)
     bint CloseHandle(HANDLE handle)
     bint DuplicateHandle(HANDLE process, HANDLE handle, HANDLE target_process, HANDLE* target_handle, DWORD access,
                          bint inherit, DWORD options)
+    HANDLE GetModuleHandleA(const char* name)
+    void* GetProcAddress(HANDLE module, const char* name)
+    int MultiByteToWideChar(unsigned int code_page, DWORD flags, const char* text, int size, wchar_t* out, int room)
     DWORD GetFileType(HANDLE file)
     bint GetFileSizeEx(HANDLE file, LARGE_INTEGER* size)
     bint CreatePipe(HANDLE* read_pipe, HANDLE* write_pipe, void* attributes, DWORD size)
@@ -104,6 +118,11 @@ cdef extern from "<psapi.h>" nogil:
         PSAPI_WORKING_SET_EX_BLOCK VirtualAttributes
     bint QueryWorkingSetEx(HANDLE process, void* asked, DWORD size)
 
+cdef extern from "Python.h":
+    wchar_t* PyUnicode_AsWideCharString(object text, Py_ssize_t* size) except NULL
+    object PyUnicode_FromWideChar(const wchar_t* text, Py_ssize_t size)
+    object PyErr_SetFromWindowsErr(int code)      # always raises
+
 cdef extern from "<io.h>" nogil:
     intptr_t _get_osfhandle(int descriptor)
 
@@ -119,6 +138,7 @@ IMAGE_KINDS = {IMAGE_FILE: "file", IMAGE_SECTION: "section", IMAGE_PRIVATE: "pri
 
 cdef tuple SCAN_WAYS = (None, "watch")  # "watch": reservations can be watched, and every write to them is seen
 cdef size_t real_granularity
+cdef atomic_i64 views               # views of sections that hold pages of memories
 cdef size_t DISCARD_STEP = 1 << 20      # bytes that discard() has in physical memory at a time
 
 cdef enum:
@@ -127,7 +147,7 @@ cdef enum:
 # By ACCESS_ constant.
 cdef DWORD[4] PROTECTIONS = [PAGE_NOACCESS, PAGE_READONLY, PAGE_READWRITE, PAGE_EXECUTE_READ]
 
-cdef coded_text[11] CODE_TEXTS = [
+cdef coded_text[12] CODE_TEXTS = [
     [ERROR_COMMITMENT_LIMIT, "the commit limit is reached; a larger paging file raises it (ERROR_COMMITMENT_LIMIT)"],
     [ERROR_NOT_ENOUGH_MEMORY,
      "the operating system has no memory or address space for it (ERROR_NOT_ENOUGH_MEMORY)"],
@@ -139,6 +159,7 @@ cdef coded_text[11] CODE_TEXTS = [
     [ERROR_INVALID_PARAMETER, "invalid parameter (ERROR_INVALID_PARAMETER)"],
     [ERROR_INVALID_ADDRESS, "not an address of this reservation (ERROR_INVALID_ADDRESS)"],
     [ERROR_NOACCESS, "a page in the range cannot be accessed (ERROR_NOACCESS)"],
+    [ERROR_DISK_FULL, "the section has no more pages (ERROR_DISK_FULL)"],
     [ERROR_NOT_SUPPORTED, "not supported by this operating system (ERROR_NOT_SUPPORTED)"],
 ]
 
@@ -180,7 +201,12 @@ cdef int os_reserve(char* unused, size_t size, details* more) noexcept nogil:
 
 cdef int os_commit(char* addr, size_t size) noexcept nogil:
     cdef int code
+    cdef DWORD before
     if VirtualAlloc(addr, size, MEM_COMMIT, PAGE_READWRITE) != NULL:
+        # The documentation does not promise that a page of a section which is committed already, but hidden, is
+        # accessible now.
+        if load(&views) and is_view(addr) and not VirtualProtect(addr, size, PAGE_READWRITE, &before):
+            return last_error()
         return 0
     # The documentation does not promise that a refused commit has committed no page.
     code = last_error()
@@ -312,16 +338,61 @@ cdef bint is_free(char* addr) noexcept nogil:
     return VirtualQuery(addr, &about, sizeof(about)) != 0 and about.State == MEM_FREE
 
 
+cdef inline bint is_view(char* addr) noexcept nogil:
+    cdef MEMORY_BASIC_INFORMATION about
+    return VirtualQuery(addr, &about, sizeof(about)) != 0 and about.Type == MEM_MAPPED
+
+
 cdef int os_release(char* addr, size_t size) noexcept nogil:
-    # MEM_RELEASE accepts only the base of the reservation.
+    cdef size_t extra = caps.granularity - real_granularity
+    cdef int code
+    if load(&views):
+        code = release_parts(addr, addr + size)
+    else:
+        code = release_allocation(addr)
+    if code == 0:
+        count_released(size + extra)
+    return code
+
+
+cdef int release_allocation(char* addr) noexcept nogil:
+    """Releases the whole allocation, or the whole view, in which `addr` lies."""
     cdef MEMORY_BASIC_INFORMATION about
     if VirtualQuery(addr, &about, sizeof(about)) == 0:
         return last_error()
     if about.State == MEM_FREE:
         return ERROR_INVALID_ADDRESS
-    if not VirtualFree(about.AllocationBase, 0, MEM_RELEASE):
+    # These two accept only the base.
+    if about.Type == MEM_MAPPED:
+        if not UnmapViewOfFile(about.AllocationBase):
+            return last_error()
+        add(&views, -1)
+    elif not VirtualFree(about.AllocationBase, 0, MEM_RELEASE):
         return last_error()
-    count_released(size + caps.granularity - real_granularity)
+    return 0
+
+
+cdef int release_parts(char* addr, char* end) noexcept nogil:
+    """A reservation with a view in it: os_file_place() has made it of up to three allocations."""
+    cdef MEMORY_BASIC_INFORMATION about
+    cdef void* part
+    cdef char* first = addr
+    cdef char* next = NULL
+    cdef int code
+    while addr < end:
+        # The end of the allocation, which is several regions if a part of it is committed. It belongs to linmem, so no
+        # other thread changes it meanwhile.
+        if VirtualQuery(addr, &about, sizeof(about)) == 0:
+            return last_error()
+        part, next = about.AllocationBase, addr
+        while VirtualQuery(next, &about, sizeof(about)) and about.State != MEM_FREE and about.AllocationBase == part:
+            next = <char*>about.BaseAddress + about.RegionSize
+        code = release_allocation(addr)
+        if code:
+            # After the first allocation, this would be a fault of linmem or of the system. The rest then stays
+            # reserved: nobody may release the first one again.
+            return code if addr == first else 0
+        addr = next
     return 0
 
 
@@ -442,45 +513,7 @@ cdef int os_blank(char* addr, size_t size) noexcept nogil:
     return ERROR_NOT_SUPPORTED
 
 
-# -- the pages of files: not implemented ----------------------------------------------------------
-#
-# A view of a section inside a reservation needs a placeholder, as for images, and a file that grows under its views
-# needs a section with SEC_RESERVE whose views the system commits. linmem has neither yet.
-
-cdef int not_supported(char* addr, size_t size, details* more) noexcept nogil:
-    return ERROR_NOT_SUPPORTED
-
-
-cdef detailed_call os_file_begin = not_supported
-cdef detailed_call os_file_adopt = not_supported
-cdef detailed_call os_file_copy = not_supported
-cdef detailed_call os_file_size = not_supported
-cdef detailed_call os_file_extend = not_supported
-cdef detailed_call os_file_cut = not_supported
-cdef detailed_call os_file_allocate = not_supported
-cdef detailed_call os_file_map = not_supported
-cdef detailed_call os_file_show = not_supported
-cdef detailed_call os_file_discard = not_supported
-cdef detailed_call os_file_data = not_supported
-cdef detailed_call os_file_sync = not_supported
-cdef detailed_call os_window_map = not_supported
-
-
-cdef void file_drop(file_pages* file) noexcept nogil:
-    pass
-
-
-cdef int os_file_flush(char* addr, size_t size) noexcept nogil:
-    return ERROR_NOT_SUPPORTED
-
-
-cdef int wait_while_equal(int* word, int value, long long ns) noexcept nogil:
-    return ERROR_NOT_SUPPORTED          # WaitOnAddress() waits only for threads of the same process
-
-
-cdef int wake_waiters(int* word, int n, int* woken) noexcept nogil:
-    return ERROR_NOT_SUPPORTED
-
+include "section_pages.pxi"
 
 # -- faults: a vectored exception handler, the last in the list -----------------------------------
 #
@@ -624,7 +657,9 @@ def _limits():
 
 cdef _start():
     global real_page, real_granularity, image_kind, best_image_kind, scan_way, best_scan_way
+    global query_section, query_object
     cdef SYSTEM_INFO info
+    cdef HANDLE ntdll
     GetSystemInfo(&info)
     real_page = info.dwPageSize
     real_granularity = info.dwAllocationGranularity
@@ -637,6 +672,10 @@ cdef _start():
     caps.reports_faults = True
     caps.memory = memory_status().ullTotalPhys
     image_kind = best_image_kind = IMAGE_SECTION
+    ntdll = GetModuleHandleA("ntdll.dll")
+    query_section = <query_section_call>GetProcAddress(ntdll, "NtQuerySection")
+    query_object = <query_object_call>GetProcAddress(ntdll, "NtQueryObject")
+    caps.shares = caps.names_files = query_section != NULL and query_object != NULL
 
 
 _start()

@@ -39,6 +39,9 @@ class Patch:
 
     def __init__(self, creator: MemoryCreator, install: Callable[[wasmtime.Config, MemoryCreator], object]) -> None:
         self.creator, self._install = creator, install
+
+    def _begin(self) -> None:
+        """If this raises, the caller calls `undo`."""
         with _lock:
             _active.append(self)
             if not _replaced:
@@ -60,7 +63,11 @@ class Patch:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        self.undo()
+        try:
+            self.undo()
+        except BaseException:       # a signal handler raised
+            self.undo()
+            raise
 
 
 def _replace() -> None:

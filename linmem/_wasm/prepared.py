@@ -78,8 +78,9 @@ class Prepared(Offered):
         Why data segments stayed in the module, or why `expose` did nothing; empty if all was done.
     added : frozenset of str
         The exports that ``expose=True`` added.
-    outline : linmem._wasm.outline.Outline or None
-        The state that instances have; None for a component, or if the module uses features that linmem does not know.
+    outline : object or None
+        What linmem knows of the state of instances, for its own use; None for a component, or if the module uses
+        features that linmem does not know.
     digest : str
         SHA-256 of the binary that `prepare` was given (or made from text), as hexadecimal digits.
     """

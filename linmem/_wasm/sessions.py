@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 import weakref
@@ -23,6 +24,8 @@ from linmem._wasm.snapshot import Snapshot
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import SupportsIndex
+
     from typing_extensions import Self
     from wasmtime._exportable import AsExtern
 
@@ -98,7 +101,7 @@ class Sessions:
 
     def __init__(self, prepared: Prepared,
                  imports: wasmtime.Linker | Callable[[wasmtime.Store], Any] | Sequence[AsExtern] = (), *,
-                 start: Snapshot, size: int, store: Callable[[], wasmtime.Store] | None = None,
+                 start: Snapshot, size: SupportsIndex, store: Callable[[], wasmtime.Store] | None = None,
                  begin: Callable[[wasmtime.Store], object] | None = None,
                  creator: MemoryCreator | None = None) -> None:
         if not isinstance(prepared, Prepared):
@@ -178,7 +181,7 @@ class Sessions:
         - "closed": the block closed the store
         - "configured": the block called a setter of the store, such as `set_limits`, that `begin` did not call
         - "refused": linmem or the operating system refused the reset
-        - "interrupted": an exception such as `KeyboardInterrupt` came during the reset
+        - "interrupted": an exception of a signal handler, such as `KeyboardInterrupt`, came during the reset
         - "unseen": the snapshot does not hold all state of its instances
         - "shared": the instance has a shared memory
         - "objects": the module has types of structures or arrays, so the GC heap of the store may have objects, and
@@ -330,7 +333,9 @@ class Sessions:
             self._start.restore(warm.store, warm.instance)
         except ValueError:
             return "resized"
-        except Exception:       # stats() shows the number, and the next session gets a new instance
+        # All that restore() raises if linmem (a PageError is a MemoryError) or wasmtime refuses. stats() shows the
+        # number. Another exception, such as the TimeoutError of a signal handler, goes to the program.
+        except (MemoryError, RuntimeError, TypeError, wasmtime.WasmtimeError):
             return "refused"
         return ""
 
@@ -374,8 +379,9 @@ class _Warm:
         self.memories.clear()
         self.store.close()
 
-    def __del__(self) -> None:
-        if hasattr(self, "store"):      # else an interrupt ended __init__()
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        # Without a store, an interrupt ended __init__(). While the interpreter ends, wasmtime-py cannot close a store.
+        if hasattr(self, "store") and not is_finalizing():
             self.close()
 
 

@@ -1,7 +1,8 @@
 """The state of an instance in a file, in a pickle and for another process: a description, and an image of each memory.
 
 A file is a container of kind SNAPSHOT. The content of the file is the description and then the images, each from a new
-group on. docs/file-format.md has every field. Pickles send the same description, and the images beside the description.
+group on. docs/reference/file-format.md has every field. Pickles send the same description, and the images beside the
+description.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import re
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, SupportsIndex
 
 from linmem._core.arguments import check_bytes, check_flag, check_path, check_size
 from linmem._core.memory import Image, fetch_pages, image_in_file
@@ -348,7 +349,7 @@ def read_state(file: BinaryIO, contents: Contents) -> tuple[State, list[Contents
 
 
 def open_state(path: AnyPath, verify: bool = False, *, map: bool = True,
-               max_size: int | None = None) -> State:
+               max_size: SupportsIndex | None = None) -> State:
     """The state that a file holds; with the arguments and exceptions of `Image.open`.
 
     The images are mappings of the file, and the OS begins to read the pages of the working set.
@@ -469,7 +470,7 @@ class StoredSnapshot(ABC):
 
     @classmethod
     def open(cls, path: AnyPath, verify: bool = False, *, map: bool = True,
-             max_size: int | None = None) -> Self:
+             max_size: SupportsIndex | None = None) -> Self:
         """The snapshot that a file holds. `Prepared.instantiate` starts instances from the snapshot.
 
         Parameters

@@ -1,5 +1,5 @@
 """Files of images and deltas: built, damaged and sealed again. A second reader, which follows
-docs/file-format.md alone, judges them."""
+docs/reference/file-format.md alone, judges them."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def need(truth) -> None:
 
 
 def judge(raw: bytes):
-    """Returns (fields, stored pages, zeroed pages) or raises Wrong, by the rules of docs/file-format.md alone. The
+    """Returns (fields, stored pages, zeroed pages) or raises Wrong, by docs/reference/file-format.md alone. The
     description of a snapshot is not judged."""
     need(len(raw) >= 224)
     f = dict(zip(NAMES, struct.unpack_from(FORMAT, raw), strict=True))

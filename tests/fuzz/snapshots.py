@@ -1,5 +1,5 @@
-"""Files of snapshots: built, damaged and sealed again. A second reader, which follows docs/file-format.md alone, judges
-them."""
+"""Files of snapshots: built, damaged and sealed again. A second reader, which follows
+docs/reference/file-format.md alone, judges them."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ class Parts:
 
 
 def state_in(raw: bytes):
-    """Returns (state as plain tuples, images) of a file, or raises Wrong, by the rules of docs/file-format.md alone."""
+    """Returns (state as plain tuples, images) of a file, or raises Wrong, by docs/reference/file-format.md alone."""
     f, pages, _ = judge(raw)
     need(f["kind"] == 3)
     length = f["base_size"]

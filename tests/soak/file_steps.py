@@ -13,6 +13,9 @@ MOST = 64 * PAGE        # bytes of a memory
 class FileSteps:
     """Steps of a `Worker`."""
 
+    # Capabilities. A window of a shared memory needs one that is a file.
+    NEEDS = {"attach": "shares", "open_file": "adopts_files", "show": "adopts_files"}
+
     def attach(self) -> None:
         """Each of two handles of a shared memory finds what the other one has written, and how far it has grown."""
         rng, model = self.rng, bytearray(self.rng.randrange(8 * PAGE))

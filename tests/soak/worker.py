@@ -52,7 +52,7 @@ class Worker(threading.Thread, MemorySteps, ImageSteps, CreatorSteps, FileSteps,
         self.counts: collections.Counter[str] = collections.Counter()
         self.doing, self.steps = "waiting", 0
         able = [name for name in self.WEIGHTS if (wasmtime or not name.startswith("guest"))
-                and (FLOOR["capabilities"]["shares"] or not hasattr(FileSteps, name))
+                and FLOOR["capabilities"].get(FileSteps.NEEDS.get(name, ""), True)
                 and (name != "fork" or (hasattr(os, "fork") and soak.forks))]
         self.able = able, [self.WEIGHTS[name] for name in able]
 
