@@ -87,10 +87,12 @@ install_test_packages() {
 for line in tomllib.load(open("src/pyproject.toml", "rb"))["project"]["optional-dependencies"]["test"]: print(line)')
 }
 
-# Installs a program that pip does not have: its name, and the name of its package.
+# Installs a program that pip does not have: its name, and the name of its package. apt fails if another apt runs, so
+# stages wait for each other.
 from_apt() {
     type -P "$1" >/dev/null && return
-    apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "$2" ||
+    flock "$work/apt.lock" sh -c 'apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get \
+        -o DPkg::Lock::Timeout=600 install -y -q --no-install-recommends "$1"' sh "$2" ||
         not_run "no $1, and apt cannot install it"
 }
 
