@@ -334,8 +334,8 @@ cdef class FileCreator(NativeCreator):
 
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
         cdef int code
-        if python_is_ending():
-            code = fail(why, E_UNSUPPORTED, "new_memory while the interpreter shuts down", spec.minimum)
+        if python_is_gone():
+            code = fail(why, E_UNSUPPORTED, "new_memory while the interpreter shuts down or after a fork by C code", spec.minimum)
         else:
             with gil:
                 try:

@@ -43,7 +43,7 @@ cdef int wait_for_signals(int* looks, long long* since, failure* why) noexcept n
     cdef long long now
     wait_a_moment(looks[0])
     looks[0] += 1
-    if looks[0] < SPINS + YIELDS or PyGILState_GetThisThreadState() == NULL or python_is_finalizing():
+    if looks[0] < SPINS + YIELDS or not may_run_python():
         return 0
     looks[0] = SPINS + 2 * YIELDS if looks[0] > SPINS + 2 * YIELDS else looks[0]
     now = pages.clock_ns()
@@ -216,10 +216,11 @@ cdef void after_fork() noexcept nogil:
 
 
 cdef void after_fork_in_child() noexcept nogil:
-    global generation, generation_tag
+    global forked_by_c, generation, generation_tag
     cdef own_growth* own = <own_growth*>own_growths()[0]
     cdef memory* m
     cdef int i
+    forked_by_c = True
     generation += 1
     generation_tag = 1 + (generation - 1) % GENERATION_TAGS
     while own != NULL:      # the thread that forked is in these growths, and goes on with them in the child

@@ -440,7 +440,7 @@ cdef nogil:
     void unregister_fork_lock(fork_lock* to_remove) noexcept
     void call_in_each_child(void (*call)() noexcept nogil) noexcept
     void deferred_decref(PyObject* object) noexcept
-    bint python_is_ending() noexcept
+    bint python_is_gone() noexcept
 
 # Python stacks.
 cdef bint may_run_python() noexcept nogil

@@ -93,8 +93,8 @@ cdef int python_grow(memory* m, size_t new_size, failure* why) noexcept nogil:
     cdef own_growth growth
     if m.broken:
         return fail(why, E_BROKEN, "grow_to", new_size)
-    if python_is_ending():
-        return fail(why, E_UNSUPPORTED, "grow_to while the interpreter shuts down", new_size)
+    if python_is_gone():
+        return fail(why, E_UNSUPPORTED, "grow_to while the interpreter shuts down or after a fork by C code", new_size)
     if may_move and begin_move(m, new_size, why):
         return why.code
     begin_own_growth(&growth, m)
@@ -179,8 +179,8 @@ cdef class PythonCreator(NativeCreator):
 
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
         cdef int code = 0
-        if python_is_ending():
-            code = fail(why, E_UNSUPPORTED, "new_memory while the interpreter shuts down", spec.minimum)
+        if python_is_gone():
+            code = fail(why, E_UNSUPPORTED, "new_memory while the interpreter shuts down or after a fork by C code", spec.minimum)
         else:
             with gil:
                 try:

@@ -84,6 +84,9 @@ cdef class SharedCreator(NativeCreator):
         source.attaches = self.file.kind != 0
         if code == 0 and source.attaches:
             code = fail_page_call(why, pages.file_copy(&self.file, &source.file), "file_copy", HEAD_BYTES)
+        elif code == 0 and links and python_is_gone():
+            code = fail(why, E_UNSUPPORTED, "new_memory while the interpreter shuts down or after a fork by C code",
+                        spec.minimum)
         elif code == 0 and links:
             code = open_named(&source.file, why)
         if code == 0:
@@ -182,8 +185,6 @@ cdef void write_token_name(const char* token, char* name) noexcept nogil:
 cdef int open_named(pages.file_pages* file, failure* why) noexcept with gil:
     """A file without a name in the directory of names. link_named() gives it the name when its content is complete."""
     cdef int fd, code
-    if python_is_ending():
-        return fail(why, E_UNSUPPORTED, "new_memory while the interpreter shuts down", 0)
     try:
         opened = handles().open_nameless(HEAD_BYTES)
         try:

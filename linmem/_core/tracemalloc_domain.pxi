@@ -45,7 +45,8 @@ cdef bint is_tracing() noexcept:
 
 cdef void trace_if_on(memory* m) noexcept nogil:
     """A memory with one reference, which the caller has, gets a new owner."""
-    if allocator_now() != load(&untraced) and m.trace == NULL and may_run_python():
+    # Since CPython 3.12, PyMem_GetAllocator() takes a lock of Python.
+    if not forked_by_c and allocator_now() != load(&untraced) and m.trace == NULL and may_run_python():
         begin_trace(m)
 
 
