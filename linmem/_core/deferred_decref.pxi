@@ -27,13 +27,23 @@ cdef fork_lock deferred_lock
 
 
 # In a child of fork(), until Python knows the child: threads that the child does not have may hold the GIL and other
-# locks of Python. os.fork() calls _python_knows_child(); a fork by C code does so with PyOS_AfterFork_Child(), or never.
+# locks of Python. os.fork() calls _python_knows_child(). After a fork by C code PyOS_AfterFork_Child() does so; without
+# that call, the child must not use Python.
 cdef bint forked_by_c = False
 
 
 cdef bint python_is_gone() noexcept nogil:
-    """Whether no thread may enter Python: the interpreter shuts down, or C code has forked this process."""
+    """Whether no thread may enter Python."""
     return forked_by_c or python_is_finalizing()
+
+
+cdef int refuse_without_python(const char* call, size_t size, failure* why) noexcept nogil:
+    """0, or E_UNSUPPORTED if python_is_gone()."""
+    if not python_is_gone():
+        return 0
+    fail(why, E_UNSUPPORTED, call, size)
+    snprintf(why.detail, sizeof(why.detail), "while the interpreter shuts down, or after a fork by C code")
+    return E_UNSUPPORTED
 
 
 def _python_knows_child():
@@ -75,7 +85,7 @@ cdef void deferred_decref(PyObject* object) noexcept nogil:
     deferred_objects = d
     unlock(&deferred_lock.held)
     if not forked_by_c:
-        Py_AddPendingCall(drop_deferred, NULL)      # if Python's queue is full, a call for a later object drops this one
+        Py_AddPendingCall(drop_deferred, NULL)      # if the queue is full, a later call drops the object
 
 
 cdef void drop_with_gil(PyObject* object) noexcept with gil:

@@ -441,6 +441,7 @@ cdef nogil:
     void call_in_each_child(void (*call)() noexcept nogil) noexcept
     void deferred_decref(PyObject* object) noexcept
     bint python_is_gone() noexcept
+    int refuse_without_python(const char* call, size_t size, failure* why) noexcept
 
 # Python stacks.
 cdef bint may_run_python() noexcept nogil

@@ -88,10 +88,8 @@ cdef class RoutingCreator(NativeCreator):
         cdef int code
         if self.routes != NULL:
             code = make_by_table(self, spec, out, why)
-        elif python_is_gone():
-            code = fail(why, E_UNSUPPORTED, "new_memory while the interpreter shuts down or after a fork by C code", spec.minimum)
         else:
-            code = make_by_function(self, spec, out, why)
+            code = refuse_without_python("new_memory", spec.minimum, why) or make_by_function(self, spec, out, why)
         return finish_make(self, spec, code, out, why)
 
     def __repr__(self):

@@ -152,10 +152,8 @@ cdef int begin_file(shared_memory* s, size_t capacity, shared_source* source, fa
     if add_up(HEAD_BYTES, capacity, &most):
         return fail(why, E_OVERFLOW, "reserve", capacity)
     code = pages.file_begin(HEAD_BYTES, most, source.name, &s.file)
-    if code == pages.FILE_EXISTS and python_is_gone():
-        return fail(why, E_UNSUPPORTED, "new_memory while the interpreter shuts down or after a fork by C code", capacity)
     if code == pages.FILE_EXISTS:
-        return refuse_name(why)
+        return refuse_without_python("new_memory", capacity, why) or refuse_name(why)
     code = fail_page_call(why, code, "file_begin", HEAD_BYTES)
     if code == 0:
         source.file = s.file
