@@ -826,15 +826,13 @@ cimport linmem
 cdef extern from "<unistd.h>" nogil:
     int c_fork "fork"()
     void _exit(int status)
-    int usleep(unsigned int us)
 
 
-def fork(linmem.NativeCreator creator not None, size_t page, linmem.Memory old=None):
-    # The child calls only C functions, and no Python. It also grows `old`, a memory of one page, and drops it.
+def fork(linmem.NativeCreator creator not None, size_t page):
+    # The child calls only C functions, and no Python.
     cdef linmem.memory_spec spec
     cdef linmem.failure why
     cdef linmem.memory* m
-    cdef linmem.memory* m_old = NULL if old is None else old.m
     cdef int n, pid
     spec.minimum = page
     spec.maximum = 99 * page
@@ -847,13 +845,8 @@ def fork(linmem.NativeCreator creator not None, size_t page, linmem.Memory old=N
     spec.watched = False
     spec.may_move = True
     with nogil:
-        usleep(2000 if m_old != NULL else 0)     # meanwhile a thread that runs Python takes the GIL
         pid = c_fork()
         if pid == 0:
-            if m_old != NULL:
-                if linmem.memory_grow_to(m_old, 2 * page, &why):
-                    _exit(3)
-                linmem.memory_release(m_old)
             for n in range(20):
                 if creator.make(&spec, &m, &why):
                     _exit(1)
@@ -876,44 +869,3 @@ def test_a_fork_by_c_code_without_pythons_handlers_leaves_no_lock_held(tmp_path)
     import forking
     fork = lambda: forking.fork(pool, P)
     """ + CHURN, timeout=300) == "whole"
-
-
-@requires("fork", "compiler")
-def test_a_child_of_a_fork_by_c_code_does_not_wait_for_a_thread_that_has_the_gil(tmp_path):
-    build_extension(tmp_path, "forking", FORKING)
-    assert answer(f"""
-    import os, sys, threading, time, tracemalloc
-    import linmem
-    sys.path.insert(0, {str(tmp_path)!r})
-    import forking
-    P = {PAGE}
-    pool = linmem.PoolingCreator(linmem.MmapCreator())
-    tracking = linmem.TrackingCreator(linmem.CallbackCreator(pool, limit_each=99 * P))
-    calls = []
-    told = linmem.CallbackCreator(tracking, on_dropped=calls.append)
-    tracemalloc.start()
-    stop = False
-    def spin():
-        while not stop:
-            pass
-    thread = threading.Thread(target=spin)
-    thread.start()
-    try:
-        for _ in range(20):
-            old = told.create(P, 99 * P)
-            pid = forking.fork(tracking, P, old)
-            until, ended = time.monotonic() + 20, 0
-            while not ended and time.monotonic() < until:
-                ended, status = os.waitpid(pid, os.WNOHANG)
-                time.sleep(0.0005)
-            if not ended:
-                os.kill(pid, 9)
-                os.waitpid(pid, 0)
-            assert ended, "the child waits for Python"
-            assert status == 0, status
-            old.close()
-    finally:
-        stop = True
-        thread.join()
-    print(len(calls))
-    """, timeout=300) == "20"

@@ -27,13 +27,15 @@ from linmem._core.memory cimport (
     domain_retain, drop_frames, end_move, end_own_growth, exception_of, fail, fail_python, failure, finish_make,
     image_copy, image_detach, lock, lock_memory, may_run_python, memory, memory_add_hook, memory_hook, memory_name,
     memory_ops, memory_release, memory_resident, memory_retain, memory_size, memory_spec, name_option,
-    next_live_memory, only_buffers_hold, own_growth, python_is_gone, raise_failure, raise_later, refusal_log,
-    refusals_release, refusals_retain, refuse_foreign, refuse_make, refuse_without_python, register_fork_lock,
-    release_address_space, relieve, remove_live_memory, request, stack_frame, try_lock, unlock, unregister_fork_lock,
-    window_may_shrink, wrap,
+    next_live_memory, only_buffers_hold, own_growth, python_is_ending, raise_failure, raise_later, refusal_log,
+    refusals_release, refusals_retain, refuse_foreign, refuse_make, register_fork_lock, release_address_space,
+    relieve, remove_live_memory, request, stack_frame, try_lock, unlock, unregister_fork_lock, window_may_shrink,
+    wrap,
 )
 from linmem._os cimport pages
-from linmem._core.units cimport E_BROKEN, E_GROWTHS, E_LIMIT, E_NO_MEMORY, E_PYTHON, E_VALUE, add_up, round_up
+from linmem._core.units cimport (
+    E_BROKEN, E_GROWTHS, E_LIMIT, E_NO_MEMORY, E_PYTHON, E_UNSUPPORTED, E_VALUE, add_up, round_up,
+)
 
 from contextvars import ContextVar
 

@@ -19,7 +19,7 @@ from linmem._core.memory cimport (
     OWNER_LEFT, OWNER_WASMTIME, PROTECTION_NONE, UNCHOSEN, Image, Memory, NativeCreator, current_domain,
     deferred_decref, domain as domain_t, domain_of, domain_release, exception_of, fail, failure, failure_text,
     fork_lock, image_of, image_release, image_retain, lock, lock_memory, memory, memory_grow_to, memory_release,
-    memory_retain, memory_spec, python_is_gone, raise_later, refuse_make, register_fork_lock, set_domain, unlock,
+    memory_retain, memory_spec, python_is_ending, raise_later, refuse_make, register_fork_lock, set_domain, unlock,
     window_may_shrink, wrap,
 )
 from linmem._core.units cimport E_MAXIMUM, E_PYTHON, E_UNSUPPORTED, E_VALUE, atomic_i64
@@ -204,7 +204,7 @@ cdef wasmtime_error_t* to_error(failure* why) noexcept nogil:
     cdef char text[512]
     # Only Python code that called wasmtime can ask for the cause, so other threads keep no exception.
     cdef bint has_caller = PyGILState_GetThisThreadState() != NULL
-    if why.code == E_PYTHON or (has_caller and not python_is_gone()):
+    if why.code == E_PYTHON or (has_caller and not python_is_ending()):
         return python_error(why, has_caller)
     failure_text(why, text, sizeof(text))
     return wasmtime.error_new(text)
@@ -317,7 +317,7 @@ cdef wasmtime_error_t* new_memory(void* env, const wasm_memorytype_t* ty, size_t
     spec.is_64 = wasmtime.is_64(ty)
     spec.is_shared = wasmtime.is_shared(ty)
     take_place(&spec, &call, &request)
-    if creator == NULL and creator_was_chosen and PyGILState_GetThisThreadState() != NULL and not python_is_gone():
+    if creator == NULL and creator_was_chosen and PyGILState_GetThisThreadState() != NULL and not python_is_ending():
         creator = in_context = creator_in_context()
     spec.watched = False
     spec.may_move = True        # wasmtime itself checks memory_may_move of its Config

@@ -78,6 +78,10 @@ cdef object call_with_handle(object function, memory* m, tuple arguments):
         handle.__exit__(None, None, None)
 
 
+cdef int refuse_if_ending(const char* call, size_t size, failure* why) noexcept nogil:
+    return fail(why, E_UNSUPPORTED, call, size) if python_is_ending() else 0
+
+
 cdef int fail_limit_each(size_t size, size_t new_size, size_t limit, failure* why) noexcept nogil:
     fail(why, E_LIMIT, "limit_each", new_size - size, size, limit)
     snprintf(why.detail, sizeof(why.detail), " for each memory")
@@ -120,7 +124,7 @@ cdef int callback_before_grow(memory_hook* head, memory* m, size_t new_size, fai
         return fail(why, E_GROWTHS, "grow_to", new_size, hook.growths, hook.most_growths)
     if not hook.calls_on_grow:
         return 0
-    code = refuse_without_python("on_grow", new_size, why)
+    code = refuse_if_ending("on_grow while the interpreter shuts down", new_size, why)
     if code == 0:
         begin_own_growth(&own, m)
         code = call_on_grow(hook, m, new_size, why)
@@ -145,7 +149,7 @@ cdef bint callback_refused(memory_hook* head, memory* m, size_t new_size, failur
     cdef callback_hook* hook = <callback_hook*>head
     cdef own_growth own
     cdef bint again
-    if hook.forbidden or python_is_gone():
+    if hook.forbidden or python_is_ending():
         return False
     begin_own_growth(&own, m)
     with gil:
@@ -259,7 +263,7 @@ cdef class CallbackCreator(NativeCreator):
         code = make_within_limit(self, spec, out, why)
         if code:
             refuse_make(self, spec, why)
-        if code and self.on_refused is not None and not python_is_gone():
+        if code and self.on_refused is not None and not python_is_ending():
             with gil:
                 again = ask_again(self.on_refused, NULL, spec.minimum, why)
             code = make_within_limit(self, spec, out, why) if again else why.code
@@ -323,7 +327,7 @@ cdef int tell_made(CallbackCreator creator, callback_hook* hook, memory* m, fail
     """Calls on_made, and prepares the other functions. The lock is held meanwhile, so that the memory keeps its size:
     the adaptors above do not know it yet."""
     cdef own_growth own
-    cdef int code = refuse_without_python("new_memory", memory_size(m), why)
+    cdef int code = refuse_if_ending("new_memory while the interpreter shuts down", memory_size(m), why)
     if code == 0:
         code = lock_memory(m, why)
     if code:

@@ -333,8 +333,10 @@ cdef class FileCreator(NativeCreator):
         self.path = _check_path(path)
 
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
-        cdef int code = refuse_without_python("new_memory", spec.minimum, why)
-        if code == 0:
+        cdef int code
+        if python_is_ending():
+            code = fail(why, E_UNSUPPORTED, "new_memory while the interpreter shuts down", spec.minimum)
+        else:
             with gil:
                 try:
                     code = open_and_make(self.path, True, spec, out, why)

@@ -43,7 +43,7 @@ cdef int wait_for_signals(int* looks, long long* since, failure* why) noexcept n
     cdef long long now
     wait_a_moment(looks[0])
     looks[0] += 1
-    if looks[0] < SPINS + YIELDS or not may_run_python():
+    if looks[0] < SPINS + YIELDS or PyGILState_GetThisThreadState() == NULL or python_is_finalizing():
         return 0
     looks[0] = SPINS + 2 * YIELDS if looks[0] > SPINS + 2 * YIELDS else looks[0]
     now = pages.clock_ns()
@@ -132,6 +132,7 @@ cdef fork_lock* fork_locks = NULL
 cdef atomic_i64 fork_locks_lock
 cdef fork_lock moving_lock      # a memory is being moved to another address
 cdef fork_lock orphans_lock     # the ranges that the OS refused to take back
+cdef fork_lock allocator_lock   # allocator_now()
 cdef fork_lock live_lock        # live_memories and the table of ranges; its holder waits for nothing
 cdef link live_memories         # all memories. A forked child repairs each of them
 list_init(&live_memories)
@@ -216,11 +217,10 @@ cdef void after_fork() noexcept nogil:
 
 
 cdef void after_fork_in_child() noexcept nogil:
-    global forked_by_c, generation, generation_tag
+    global generation, generation_tag
     cdef own_growth* own = <own_growth*>own_growths()[0]
     cdef memory* m
     cdef int i
-    forked_by_c = True
     generation += 1
     generation_tag = 1 + (generation - 1) % GENERATION_TAGS
     while own != NULL:      # the thread that forked is in these growths, and goes on with them in the child
@@ -285,6 +285,8 @@ cdef void end_lost_growth(memory* m) noexcept nogil:
 
 
 # moving_lock is taken first, because a thread that moves a memory may wait for orphans_lock and for live_lock.
+# allocator_lock is taken last, because its holder takes no other lock.
+register_fork_lock(&allocator_lock)
 register_fork_lock(&live_lock)
 register_fork_lock(&deferred_lock)
 register_fork_lock(&orphans_lock)

@@ -440,8 +440,7 @@ cdef nogil:
     void unregister_fork_lock(fork_lock* to_remove) noexcept
     void call_in_each_child(void (*call)() noexcept nogil) noexcept
     void deferred_decref(PyObject* object) noexcept
-    bint python_is_gone() noexcept
-    int refuse_without_python(const char* call, size_t size, failure* why) noexcept
+    bint python_is_ending() noexcept
 
 # Python stacks.
 cdef bint may_run_python() noexcept nogil

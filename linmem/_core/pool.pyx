@@ -33,7 +33,7 @@ from linmem._core.memory cimport (
     image_shares_pages, lock, memory, memory_add_hook, memory_close_windows,
     memory_forget_protection, memory_hook,
     memory_protection_becomes_unknown, memory_release, memory_spec, memory_unprotect, name_option, next_live_memory,
-    python_is_gone, raise_failure, refusals_count, register_fork_lock, release_address_space, set_domain,
+    python_is_ending, raise_failure, refusals_count, register_fork_lock, release_address_space, set_domain,
     set_forgotten_callback, set_relief, touched_begin, touched_next, touched_runs, trace_if_on, unlock,
     unregister_fork_lock,
 )

@@ -203,7 +203,7 @@ cdef bint make_upstream_room(pool* p) noexcept nogil:
 
 cdef int wait_a_little(failure* why) noexcept nogil:
     """Until a slot may have been given back. In a thread of Python, Ctrl-C ends the wait."""
-    if python_is_gone():
+    if python_is_ending():
         return fail(why, E_EXHAUSTED, "new_memory", why.size, why.used, why.limit)
     if PyGILState_GetThisThreadState() == NULL:
         pages.yield_processor()

@@ -93,7 +93,9 @@ cdef int python_grow(memory* m, size_t new_size, failure* why) noexcept nogil:
     cdef own_growth growth
     if m.broken:
         return fail(why, E_BROKEN, "grow_to", new_size)
-    if refuse_without_python("grow_to", new_size, why) or (may_move and begin_move(m, new_size, why)):
+    if python_is_ending():
+        return fail(why, E_UNSUPPORTED, "grow_to while the interpreter shuts down", new_size)
+    if may_move and begin_move(m, new_size, why):
         return why.code
     begin_own_growth(&growth, m)
     code = python_grow_with_gil(<python_memory*>m, new_size, may_move, why)
@@ -176,8 +178,10 @@ cdef class PythonCreator(NativeCreator):
         check_trait(self.creator, "creator")
 
     cdef int make(self, const memory_spec* spec, memory** out, failure* why) noexcept nogil:
-        cdef int code = refuse_without_python("new_memory", spec.minimum, why)
-        if code == 0:
+        cdef int code = 0
+        if python_is_ending():
+            code = fail(why, E_UNSUPPORTED, "new_memory while the interpreter shuts down", spec.minimum)
+        else:
             with gil:
                 try:
                     make_in_python(self.creator, spec, out)

@@ -21,8 +21,8 @@ cdef tuple LEFT_OUT = ("linmem.", "wasmtime.")
 
 
 cdef bint may_run_python() noexcept nogil:
-    """Whether this thread may take the GIL: Python knows the thread, and Python is not gone."""
-    return PyGILState_GetThisThreadState() != NULL and not python_is_gone()
+    """Whether this thread may take the GIL: Python knows the thread, and the interpreter is not shutting down."""
+    return PyGILState_GetThisThreadState() != NULL and not python_is_finalizing()
 
 
 cdef bint is_left_out(PyFrameObject* frame) noexcept:

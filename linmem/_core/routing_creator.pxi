@@ -88,8 +88,10 @@ cdef class RoutingCreator(NativeCreator):
         cdef int code
         if self.routes != NULL:
             code = make_by_table(self, spec, out, why)
+        elif python_is_ending():
+            code = fail(why, E_UNSUPPORTED, "new_memory while the interpreter shuts down", spec.minimum)
         else:
-            code = refuse_without_python("new_memory", spec.minimum, why) or make_by_function(self, spec, out, why)
+            code = make_by_function(self, spec, out, why)
         return finish_make(self, spec, code, out, why)
 
     def __repr__(self):

@@ -84,8 +84,10 @@ cdef class SharedCreator(NativeCreator):
         source.attaches = self.file.kind != 0
         if code == 0 and source.attaches:
             code = fail_page_call(why, pages.file_copy(&self.file, &source.file), "file_copy", HEAD_BYTES)
+        elif code == 0 and links and python_is_ending():
+            code = fail(why, E_UNSUPPORTED, "new_memory while the interpreter shuts down", spec.minimum)
         elif code == 0 and links:
-            code = refuse_without_python("new_memory", spec.minimum, why) or open_named(&source.file, why)
+            code = open_named(&source.file, why)
         if code == 0:
             if not source.attaches:
                 self.fill_token(token)

@@ -153,7 +153,7 @@ cdef int begin_file(shared_memory* s, size_t capacity, shared_source* source, fa
         return fail(why, E_OVERFLOW, "reserve", capacity)
     code = pages.file_begin(HEAD_BYTES, most, source.name, &s.file)
     if code == pages.FILE_EXISTS:
-        return refuse_without_python("new_memory", capacity, why) or refuse_name(why)
+        return refuse_name(why)
     code = fail_page_call(why, code, "file_begin", HEAD_BYTES)
     if code == 0:
         source.file = s.file

@@ -14,6 +14,7 @@ cdef extern from *:
         void* malloc
     enum:
         PYMEM_DOMAIN_RAW
+    bint getting_locks "(PY_VERSION_HEX >= 0x030c0000)"
     void PyMem_GetAllocator(int domain, PyMemAllocatorEx* out) noexcept nogil
     # 0, or -2 if tracemalloc is not tracing. Some versions of CPython need the GIL, others take the GIL themselves. No
     # version may be called while the interpreter shuts down.
@@ -29,8 +30,15 @@ cdef atomic_i64 untraced
 
 
 cdef inline long long allocator_now() noexcept nogil:
+    """PyMem_GetAllocator() takes a lock of Python since CPython 3.12. A child forked by C code would wait for ever if
+    another thread were in the call, so a fork waits for such a thread. The caller may have the GIL, because the holder
+    of allocator_lock waits for nothing."""
     cdef PyMemAllocatorEx allocator
+    if getting_locks:
+        lock(&allocator_lock.held)
     PyMem_GetAllocator(PYMEM_DOMAIN_RAW, &allocator)
+    if getting_locks:
+        unlock(&allocator_lock.held)
     return <long long>(<size_t>allocator.ctx * 31 + <size_t>allocator.malloc)
 
 
@@ -45,8 +53,7 @@ cdef bint is_tracing() noexcept:
 
 cdef void trace_if_on(memory* m) noexcept nogil:
     """A memory with one reference, which the caller has, gets a new owner."""
-    # Since CPython 3.12, PyMem_GetAllocator() takes a lock of Python.
-    if not forked_by_c and allocator_now() != load(&untraced) and m.trace == NULL and may_run_python():
+    if allocator_now() != load(&untraced) and m.trace == NULL and may_run_python():
         begin_trace(m)
 
 
