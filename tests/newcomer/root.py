@@ -81,9 +81,10 @@ def interpreter() -> Path:
 
 
 def libraries_of(*programs: Path) -> set[Path]:
-    """The shared libraries of the programs, and their loader. (For a static program, ldd ends with the status 1.)"""
+    """The shared libraries of the programs, and their loaders. (For a static program, ldd ends with the status 1. If a
+    program names a loader of its own, ldd shows it as "/its/ld.so => /lib64/ld.so (0x...)".)"""
     found = subprocess.run(["ldd", *programs], stdout=subprocess.PIPE, text=True).stdout
-    return {Path(path) for path in re.findall(r"(?:^|=>)\s*(/\S+) \(0x", found, re.MULTILINE)}
+    return {Path(path) for path in re.findall(r"(?:^|=>)\s*(/\S+)(?= \(0x| =>)", found, re.MULTILINE)}
 
 
 def flags_of(path: Path) -> str:
@@ -119,10 +120,11 @@ class Root:
 
         python = interpreter()
         programs = {Path(found) for name in PROGRAMS if (found := shutil.which(name, path=PATH))}
-        libraries = libraries_of(python, *programs, *Path(sysconfig.get_config_var("DESTSHARED")).glob("*.so"))
-        # The Python may have a C library of its own.
+        libraries = libraries_of(python, *programs, *Path(platstdlib, "lib-dynload").glob("*.so"))
+        # The Python may have a C library of its own, and other libraries beside it, which ldd does not look for.
         folders = {library.parent for library in libraries if library.name == "libc.so.6"}
-        libraries |= {folder / name for folder in folders for name in LIBRARIES if (folder / name).exists()}
+        names = {*LIBRARIES, *(library.name for library in libraries)}
+        libraries |= {folder / name for folder in folders for name in names if (folder / name).exists()}
         for file in sorted({python, *programs, *libraries}):
             if not self._shows(file):
                 target = path / file.relative_to("/")
