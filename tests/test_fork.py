@@ -391,26 +391,29 @@ def test_a_child_forked_in_the_middle_of_a_restore_may_restore_to_either_image(f
     """The memory's record of its content must match the pages."""
     assert scene(f"""
         images = [linmem.Image.from_bytes(mark * 4 * P) for mark in (b"a", b"b")]
-        mem = images[0].new_memory()
+        # A list: without a GIL, a thread that stores a global may hold the lock of the globals at the fork.
+        newest = [images[0].new_memory()]
         ready, done = threading.Event(), threading.Event()
         def turn():
-            global mem
             while not done.is_set():
                 if {fresh}:         # a memory without an image
-                    mem = linmem.create(4 * P)
+                    newest[0] = linmem.create(4 * P)
                 for img in images:
-                    mem.restore(img)
+                    newest[0].restore(img)
                     ready.set()
-        def either(n):
+        def either(mem, n):
             for img in (images[n % 2], images[1 - n % 2]):
                 mem.restore(img)
                 assert mem[:] == bytes(img), n
+        def fork_often():
+            for n in range(150):
+                mem = newest[0]
+                child(os.fork, lambda: either(mem, n))
         threads = [threading.Thread(target=turn, daemon=True) for _ in range(4 if {fresh} else 1)]
         for thread in threads:
             thread.start()
         ready.wait()
-        for n in range(150):
-            child(os.fork, lambda: either(n))
+        fork_often()
         done.set()
         for thread in threads:
             thread.join()
@@ -473,8 +476,9 @@ def exact(mem):
     whole = -(-info.byte_size // P) * P
     assert (accessible(mem), info.committed) == (whole, whole), (accessible(mem), info)
 
-def looping(work, forks, look):
-    # A thread repeats `work` while this thread forks. `look` must succeed in each child.
+def looping(work, forks, look, before=tuple):
+    # A thread repeats `work` while this thread forks. `look` must succeed in each child. Its arguments are those that
+    # `before` returns: without a GIL, `work` may hold the lock of a list or of the globals at the fork.
     stop, failed = threading.Event(), []
     def churn():
         try:
@@ -487,7 +491,8 @@ def looping(work, forks, look):
     try:
         for n in range(forks):
             time.sleep(n % 7 * 0.0001)
-            child(os.fork, look)
+            given = before()
+            child(os.fork, lambda: look(*given))
     finally:
         stop.set()
         thread.join()
@@ -511,28 +516,26 @@ def test_a_child_that_is_forked_in_the_middle_of_a_growth_has_exact_guards(kind)
     """The accessible range matches the memory's size before the child calls any method of the memory."""
     assert scene(f"""
         creator, how = {GROWTHS[kind]}
-        mem = creator.create(P, **how)
-        mem.info()
+        newest = [creator.create(P, **how)]
+        newest[0].info()
         def grow():
-            global mem
             fresh = creator.create(P, **how)
             fresh[0] = 7
-            old, mem = mem, fresh
+            old, newest[0] = newest[0], fresh
             old.close()
             for n in range(2, 40):
                 fresh.grow_to(n * P + n % 3)
-        def look():
-            it = mem
-            if it.closed:
+        def look(mem):
+            if mem.closed:
                 return
-            exact(it)
-            size = len(it)
-            assert not any(it.read(1, size - 1))
-            it.grow_to(size + 3 * P)
-            exact(it)
-            assert not any(it.read(size, 3 * P))
-            it.close()
-        looping(grow, 100, look)
+            exact(mem)
+            size = len(mem)
+            assert not any(mem.read(1, size - 1))
+            mem.grow_to(size + 3 * P)
+            exact(mem)
+            assert not any(mem.read(size, 3 * P))
+            mem.close()
+        looping(grow, 100, look, lambda: [newest[0]])
         print("exact")
         """, GUARDED) == "exact"
 

@@ -45,10 +45,7 @@ class Patch:
         with _lock:
             _active.append(self)
             if not _replaced:
-                # One step, so that a forked child finds all methods or none.
-                _replaced[:] = [(kind, name, own, _method(own, new))
-                                for kind, name, new in (*_METHODS, *_component_methods())
-                                for own in [vars(kind)[name]]]
+                _replaced[:] = _replacements()      # one step, so that a forked child finds all methods or none
             _replace()
 
     def undo(self) -> None:
@@ -68,6 +65,13 @@ class Patch:
         except BaseException:       # a signal handler raised
             self.undo()
             raise
+
+
+def _replacements() -> list[tuple[type, str, Any, Any]]:
+    """The rows of `_replaced`. A function: if a trace function of CPython 3.12 raises in a loop directly inside of a
+    ``with`` block, the block does not end."""
+    return [(kind, name, own, _method(own, new)) for kind, name, new in (*_METHODS, *_component_methods())
+            for own in [vars(kind)[name]]]
 
 
 def _replace() -> None:
