@@ -389,8 +389,8 @@ cdef int release_parts(char* addr, char* end) noexcept nogil:
             next = <char*>about.BaseAddress + about.RegionSize
         code = release_allocation(addr)
         if code:
-            # After the first allocation, this would be a fault of linmem or of the system. The rest then stays
-            # reserved: nobody may release the first one again.
+            # A failure after the first allocation is a fault of linmem or of the system. The rest then stays reserved,
+            # and the result is 0: after an error the caller would release the first allocation a second time.
             return code if addr == first else 0
         addr = next
     return 0
