@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import sys
 import textwrap
 import threading
 
@@ -249,6 +250,35 @@ def test_the_newest_patch_gives_its_creator_and_the_last_undo_restores_the_metho
         second.undo()
 
 
+def test_an_engine_that_is_made_while_the_newer_of_two_patches_ends_is_patched():
+    """The newer patch ends before the nth instruction of the function that makes the engine."""
+    nth, ended = 0, True
+    while ended:
+        nth += 1
+        left, ended = nth, False
+
+        def trace(frame, event, _):
+            nonlocal left, ended
+            if frame.f_code is not source._make_engine.__code__:
+                return None
+            frame.f_trace_opcodes = True
+            left -= event == "opcode"
+            if left == 0 and not ended:
+                newer.undo()
+                ended = True
+            return trace
+
+        with patch(), patch() as newer:
+            before = sys.gettrace()
+            sys.settrace(trace)
+            try:
+                engine = wasmtime.Engine()
+            finally:
+                sys.settrace(before)
+        assert engine._linmem_patched, nth
+    assert nth > 20
+
+
 def test_a_method_that_another_library_wraps_meanwhile_stays_wrapped(monkeypatch):
     patched = patch()
     below, seen = wasmtime.Engine.__init__, []
@@ -389,10 +419,10 @@ def work():
 with patch._lock:
     child(os.fork, work)
 outer = linmem.wasmtime.patch(linmem.creator("mmap"))
-patch._active.clear()           # as in the middle of undo()
+patch._active = ()              # as in the middle of undo()
 with patch._lock:
     child(os.fork, work)
-patch._active.append(outer)
+patch._active = (outer,)
 outer.undo()
 print("done")
 """) == "done"

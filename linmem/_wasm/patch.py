@@ -19,8 +19,8 @@ from linmem.abc import MemoryCreator
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_lock = threading.Lock()            # of both lists
-_active: list[Patch] = []           # the patches that are not undone; the newest is at the end
+_lock = threading.Lock()            # of changes to `_active` and `_replaced`
+_active: tuple[Patch, ...] = ()     # the patches that are not undone; the newest is at the end. Read without the lock
 _in_prepare = threading.local()     # `now` is True while prepare() runs on the thread: what it compiles is not prepared
 _replaced: list[tuple[type, str, Any, Any]] = []    # class, name of the method, wasmtime's own method, the new method
 
@@ -42,17 +42,18 @@ class Patch:
 
     def _begin(self) -> None:
         """If this raises, the caller calls `undo`."""
+        global _active
         with _lock:
-            _active.append(self)
+            _active = (*_active, self)
             if not _replaced:
                 _replaced[:] = _replacements()      # one step, so that a forked child finds all methods or none
             _replace()
 
     def undo(self) -> None:
         """End the patch. Engines and modules that were made under it stay as they are. May be called again."""
+        global _active
         with _lock:
-            if self in _active:
-                _active.remove(self)
+            _active = tuple(patch for patch in _active if patch is not self)
             _replace()
 
     def __enter__(self) -> Self:
@@ -173,7 +174,7 @@ def _prepared_component() -> type:
 
 
 def _make_engine(own: Callable[..., None], self: wasmtime.Engine, config: wasmtime.Config | None = None) -> None:
-    patch = next(reversed(_active), None)
+    patch = next(reversed(_active), None)       # of one tuple, so another thread's undo() cannot come between
     ours = patch is not None and (config is None or (
         isinstance(config, wasmtime.Config) and not getattr(config, "_linmem_installed", False)))
     if patch is not None and ours:
