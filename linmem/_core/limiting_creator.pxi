@@ -18,9 +18,9 @@ cdef struct limit_hook:
     memory_hook head
     budget* budget
     size_t charged              # bytes, in whole host pages
-    limit_hook* twin            # the next of the ring; the hook itself: it is alone. NULL: the memory shows no file
+    unsigned long long device, inode    # of the file that the memory shows; 0 and 0: it shows none
+    limit_hook* twin            # the next of the ring; the hook itself: it is alone
     link of_file                # in budget.of_files
-    unsigned long long device, inode    # of the file
     size_t charged_before       # the value of `charged` before the present growth
     limit_hook* outer           # while the memory is being made: the next hook in pending_hooks()
 
@@ -35,7 +35,7 @@ cdef extern from *:
 
 cdef link budgets
 list_init(&budgets)
-cdef fork_lock budgets_lock     # protects the list `budgets`, the lists `of_files`, and all members of twins
+cdef fork_lock budgets_lock     # protects the list `budgets`, the lists `of_files`, and the rings with their charges
 cdef atomic_i64 budgets_started
 
 
@@ -86,17 +86,22 @@ cdef void charge_anew() noexcept nogil:
 
 cdef void charge_hook_anew(limit_hook* hook) noexcept nogil:
     add(&hook.budget.used, <long long>hook.charged)
-    if hook.twin != NULL:
-        join_twins(hook, hook.device, hook.inode)
+    join_twins(hook, hook.device, hook.inode)
 
 
 # -- twins
+
+cdef inline bint shows_file(limit_hook* hook) noexcept nogil:
+    """Whether the hook may have twins. Then other threads change its ring, and `twin` and `charged` of each hook of the
+    ring are read only under budgets_lock. The answer is of this hook alone: its thread decides it once."""
+    return hook.device != 0 or hook.inode != 0
+
 
 cdef size_t charged_by_twins(limit_hook* hook) noexcept nogil:
     """The most that another hook of the ring is charged with. The caller holds budgets_lock if there may be a ring."""
     cdef size_t most = 0
     cdef limit_hook* twin = hook.twin
-    while twin != NULL and twin != hook:
+    while twin != hook:
         most = max(most, twin.charged)
         twin = twin.twin
     return most
@@ -107,10 +112,11 @@ cdef void join_twins(limit_hook* hook, unsigned long long device, unsigned long 
     cdef budget* b = hook.budget
     cdef link* node
     cdef limit_hook* other
-    if device == 0 and inode == 0:
+    hook.device, hook.inode = device, inode
+    if not shows_file(hook):
         return
-    hook.device, hook.inode, hook.twin = device, inode, hook
     lock(&budgets_lock.held)
+    hook.twin = hook
     node = b.of_files.next
     while node.owner != NULL:
         other = <limit_hook*>node.owner
@@ -126,15 +132,16 @@ cdef void join_twins(limit_hook* hook, unsigned long long device, unsigned long 
 
 cdef void refund_all(limit_hook* hook) noexcept nogil:
     """Refunds what the hook alone is charged with. The hook leaves the ring of its twins."""
-    cdef limit_hook* before = hook.twin
+    cdef limit_hook* before
     cdef size_t twins
-    if before == NULL:
+    if not shows_file(hook):
         add(&hook.budget.used, -<long long>hook.charged)
         return
     lock(&budgets_lock.held)
     twins = charged_by_twins(hook)
     if hook.charged > twins:
         add(&hook.budget.used, -<long long>(hook.charged - twins))
+    before = hook.twin      # not before the lock is held: until then another thread may free this twin
     while before.twin != hook:
         before = before.twin
     before.twin = hook.twin
@@ -173,7 +180,7 @@ cdef int limit_resized(memory_hook* head, memory* m, size_t size, size_t accessi
     cdef budget* b = hook.budget
     cdef long long used = 0
     cdef size_t twins, before, after
-    cdef bint has_twins = hook.twin != NULL, fits = True
+    cdef bint has_twins = shows_file(hook), fits = True
     while True:
         if has_twins:
             lock(&budgets_lock.held)
@@ -270,6 +277,7 @@ cdef class LimitingCreator(NativeCreator):
             return finish_make(self, spec, fail(why, E_NO_MEMORY, "calloc", sizeof(limit_hook)), out, why)
         hook.head.budget = hook.budget = self.budget
         hook.head.refusals = self.budget.refusals
+        hook.twin = hook
         hook.outer = <limit_hook*>pending_hooks()[0]
         pending_hooks()[0] = hook
         if self.attached != NULL:       # then the budget may be charged for the bytes already
@@ -278,7 +286,7 @@ cdef class LimitingCreator(NativeCreator):
         if code == 0:
             code = self.upstream.make(spec, out, why)
         if code == 0:
-            if hook.twin == NULL and out[0].ops.file_of != NULL:
+            if not shows_file(hook) and out[0].ops.file_of != NULL:
                 file = out[0].ops.file_of(out[0], &position)
                 join_twins(hook, file.device, file.inode)
             if committed(memory_size(out[0])) > size:       # of an old file, or of another process
