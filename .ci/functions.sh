@@ -123,12 +123,15 @@ readme_command() {
         grep . || { echo "$1 has no command marked $2" >&2; return 1; }
 }
 
-# Runs pytest, or a command that ends with pytest, in a folder. Sets `passed` to pytest's closing line, without its
-# frame: "9 passed, 1 skipped in 2.3s". Returns pytest's status, also where `set -e` has no effect: after `||`.
+# Prints pytest's closing line in a log, without its frame: "9 passed, 1 skipped in 2.3s".
 CLOSING='^=+ .*[0-9]+ passed.* =+$'
+closing() { grep -aE "$CLOSING" "$1" | tail -1 | sed 's/^=* *//; s/ *=*$//'; }
+
+# Runs pytest, or a command that ends with pytest, in a folder. Sets `passed` to pytest's closing line. Returns pytest's
+# status, also where `set -e` has no effect: after `||`.
 suite() {
     local status=0
     (cd "$1" && "${@:2}") || status=$?
-    passed=$(grep -aE "$CLOSING" "$work/$stage/log" | tail -1 | sed 's/^=* *//; s/ *=*$//')
+    passed=$(closing "$work/$stage/log")
     return "$status"
 }

@@ -6,8 +6,8 @@
 # which must give the same bytes. It runs the demo and tests where no compiler is in the PATH. A deep run, and a run of
 # this stage alone (`bash .ci/run wheels`), does so for all versions of CPython that this machine has and for Debian's
 # 3.14, and builds the other wheels. Only a deep run runs the whole suite. The wheels for Windows run the demo and the
-# same tests in the rig's CPython. One wheel for aarch64 runs the demo and a few test files in qemu. The wheels for
-# musl are not run. cibuildwheel builds the wheels for macOS, and those for Windows with MSVC.
+# same tests in the rig's CPython. One wheel for aarch64 runs the demo and some test files in qemu. The wheels for musl
+# are not run. cibuildwheel builds the wheels for macOS, and those for Windows with MSVC.
 whole=$deep
 [[ ${LINMEM_CI_ASKED:-} == wheels ]] && whole=1
 bound=800000
@@ -63,9 +63,8 @@ programs_but_compilers() {
 test_wheel() {
     copy_source "tests-$1"
     PATH=$PWD/path "$2" -m linmem demo
-    suite "tests-$1" env PATH="$work/$stage/path" "$2" -m pytest -q -p no:cacheprovider -v --no-header \
-        "${fast[@]}" -rfE --tb=short "${@:3}" || failed=1
-    results+="; $1: $passed"
+    cd "tests-$1"
+    PATH=$work/$stage/path "$2" -m pytest -q -p no:cacheprovider -v --no-header "${fast[@]}" -rfE --tb=short "${@:3}"
 }
 
 # Installs a wheel and tests it: VERSION PYTHON WHEEL
@@ -142,12 +141,26 @@ run_windows_wheel() {
     local without=() files=("${chosen[@]}")
     ((${#files[@]})) || files=(tests)
     [[ $1 == 3.13 ]] && without=(--deselect tests/test_memory_bytes.py::test_numpy_dtypes_are_formats_in_every_spelling)
-    suite "tests-windows-$1/elsewhere" run_rig "$1" pytest -q -v --no-header -m 'not slow' -rfE --tb=short \
-        "${files[@]/#/../}" "${without[@]}" || failed=1
-    results+="; Windows $1: $passed"
+    cd "tests-windows-$1/elsewhere"
+    run_rig "$1" pytest -q -v --no-header -m 'not slow' -rfE --tb=short "${files[@]/#/../}" "${without[@]}"
 }
 
-results= failed=0       # if the tests of one wheel fail, the others still run
+# Starts the run of one wheel's tests: NAME COMMAND... As many runs at a time as there are processors, or as
+# LINMEM_CI_LANES says. If one fails, the others still run.
+begin_run() {
+    while (($(jobs -rp | wc -l) >= ${LINMEM_CI_LANES:-$(nproc)})); do
+        sleep 1
+    done
+    runs+=("$1")
+    (
+        exec >"$1.log" 2>&1
+        ok=$PWD/$1.ok
+        "${@:2}"
+        touch "$ok"
+    ) &
+}
+
+runs=()
 programs_but_compilers
 find_pythons
 only memory_bytes memory_growth memory_pages leftovers fault_report pool adaptors image image_memory wasmtime
@@ -228,13 +241,21 @@ for wheel in "$out"/*.whl; do
 done
 for version in 3.11 3.12 3.13; do
     wheel=$(compgen -G "$out/*-cp${version/./}-win_amd64.whl") || continue
-    run_windows_wheel "$version" "$wheel"
+    begin_run "Windows $version" run_windows_wheel "$version" "$wheel"
 done
-if ((whole)); then run_arm64_wheel 3.11 "$arm64"; fi
+if ((whole)); then begin_run arm64 run_arm64_wheel 3.11 "$arm64"; fi
 for i in "${!versions[@]}"; do
     tag=$("${pythons[i]}" -c 'import sys, sysconfig; v = "cp%d%d" % sys.version_info[:2]
 print(v + "-" + v + ("t" if sysconfig.get_config_var("Py_GIL_DISABLED") else ""))')
-    run_wheel "${versions[i]}" "${pythons[i]}" "$(echo "$out"/linmem-*-"$tag"-manylinux_2_17_x86_64.whl)"
+    begin_run "${versions[i]}" run_wheel "${versions[i]}" "${pythons[i]}" \
+        "$(echo "$out"/linmem-*-"$tag"-manylinux_2_17_x86_64.whl)"
+done
+wait
+results= failed=0
+for run in "${runs[@]}"; do
+    cat "$run.log"
+    results+="; $run: $(closing "$run.log" || echo 'no result')"
+    [[ -e $run.ok ]] || failed=1
 done
 figures "$(ls "$out" | wc -l) wheels, at most $(stat -c %s "$out"/*.whl | sort -n | tail -1) bytes$results"
 ((!failed))
