@@ -503,6 +503,33 @@ def test_the_history_is_bounded_and_keeps_each_peak():
 
 # -- threads, forks, shutdown ------------------------------------------------------------------------
 
+def test_threads_that_make_handles_of_one_memory_at_once_raise_nothing(monkeypatch):
+    """The tracker has noted 16 handles, all but one of them dead. The next handle removes the dead ones."""
+    ignored, bases, barrier = [], [], threading.Barrier(4, timeout=60)
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+
+    def work():
+        for _ in range(300):
+            barrier.wait()
+            linmem.find(bases[-1])
+            barrier.wait()
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in range(300):
+        mem = linmem.TrackingCreator(linmem.creator("mmap")).create(PAGE)
+        bases.append(mem.info().base)
+        for _ in range(15):
+            linmem.find(bases[-1])
+        barrier.wait()
+        linmem.find(bases[-1])
+        barrier.wait()
+    for thread in threads:
+        thread.join()
+    assert ignored == []
+
+
 def test_events_are_complete_under_eight_threads():
     tracker = tracking()
     barrier = threading.Barrier(8)

@@ -182,7 +182,7 @@ cdef void take_place(memory_spec* spec, size_t* call, size_t* request) noexcept 
 
 # The creator of `linmem.wasmtime.use`, for the thread or task. Only threads with a Python state have one.
 cdef object chosen_creator = PyContextVar_New("linmem_creator", NULL)
-cdef bint creator_was_chosen        # a context may have a creator; never reset, because contexts are copied
+cdef atomic_i64 creator_was_chosen  # a context may have a creator; never reset, because contexts are copied
 
 
 cdef PyObject* creator_in_context() noexcept with gil:
@@ -317,7 +317,8 @@ cdef wasmtime_error_t* new_memory(void* env, const wasm_memorytype_t* ty, size_t
     spec.is_64 = wasmtime.is_64(ty)
     spec.is_shared = wasmtime.is_shared(ty)
     take_place(&spec, &call, &request)
-    if creator == NULL and creator_was_chosen and PyGILState_GetThisThreadState() != NULL and not python_is_ending():
+    if (creator == NULL and load(&creator_was_chosen) and PyGILState_GetThisThreadState() != NULL
+            and not python_is_ending()):
         creator = in_context = creator_in_context()
     spec.watched = False
     spec.may_move = True        # wasmtime itself checks memory_may_move of its Config
@@ -444,11 +445,10 @@ def references(Memory handle):
 def choose(creator):
     """Let memories come from `creator`, in this context, until release_choice() gets the result. None: from the
     engine's creator. The choice hides the creator of the making() that runs on this thread."""
-    global creator_was_chosen
     cdef queue* q = offered()
     cdef size_t before = <size_t>q.creator
     if creator is not None:     # else the creation of a memory need not take the GIL to look
-        creator_was_chosen = True
+        store(&creator_was_chosen, True)
     token = chosen_creator.set(creator)
     q.creator = NULL
     return token, <size_t>q, q.call, before

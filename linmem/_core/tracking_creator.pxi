@@ -419,7 +419,10 @@ cdef void tracking_wrapped(memory_hook* head, memory* m, PyObject* handle) noexc
     if len(handles) >= 16 and len(handles) & (len(handles) - 1) == 0:
         for ref in tuple(handles):
             if ref() is None:
-                handles.remove(ref)
+                try:
+                    handles.remove(ref)
+                except ValueError:      # another thread has removed it
+                    pass
     handles.append(PyWeakref_NewRef(handle, NULL))
 
 
