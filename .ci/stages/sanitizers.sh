@@ -15,7 +15,7 @@ export UBSAN_OPTIONS="print_stacktrace=1:log_path=$PWD/findings/ubsan" LSAN_OPTI
 export CHILD_ASAN_OPTIONS="detect_leaks=0:$options"
 shopt -s nullglob
 tests=(src/tests/test_{memory,adaptors,failures,pool,image_memory,image_wasmtime,image_files,touched,mmap}*.py
-       src/tests/test_{image,layout,arguments,stateful*,fuzz_corpus,mapping,shared,shared_budgets,file_memory}.py)
+       src/tests/test_{image,layout,arguments,stateful*,fuzz_corpus,mapping,shared,shared_budgets,words,file_memory}.py)
 suite src env HYPOTHESIS_PROFILE=few PYTHONMALLOC=malloc LD_PRELOAD="$asan" ASAN_OPTIONS="detect_leaks=1:$options" \
     ../venv/bin/python "$stages/sanitizers_pytest.py" "${fast[@]}" \
     -k 'not address_space and not a_limit_on and not huge_size and not (fork and (thread or guest or during or while))' "${tests[@]#src/}"
