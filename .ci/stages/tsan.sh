@@ -1,6 +1,6 @@
 # ThreadSanitizer, with the runtime of gcc. The first program runs threads in C that use the C API: they give no false
-# report. The second program runs test files in which several threads use linmem. Here .ci/tsan.supp silences the reports
-# about code outside linmem. Files whose threads access the same bytes on purpose are not among them.
+# report. The second program runs test files in which several threads use linmem, except those whose threads access the
+# same bytes on purpose. Here .ci/tsan.supp silences the reports about code outside linmem.
 gcc=${CC:-gcc}
 tsan=$("$gcc" -print-file-name=libtsan.so)
 [[ -e $tsan ]] || not_run "$gcc has no libtsan"
