@@ -3,6 +3,8 @@
 import hashlib
 import random
 import struct
+import sys
+import threading
 
 import pytest
 from hypothesis import given, settings
@@ -466,6 +468,30 @@ def test_a_delta_leads_from_an_image_to_a_memory(kind):
     again = base.diff(mem.snapshot())
     assert again.target == mem.snapshot().digest
     assert (again.ranges, again.zeros, again.data) == (delta.ranges, delta.zeros, delta.data)
+
+
+def test_a_delta_to_a_memory_that_another_thread_grows_leads_to_bytes_that_the_memory_had():
+    base, barrier = linmem.Image.from_bytes(b"a" * 64 * PAGE), threading.Barrier(2, timeout=60)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(200):
+            mem = linmem.create(PAGE, 64 * PAGE)
+            mem.write(0, b"a" * PAGE)           # a growth adds zeros, and nothing else is written
+
+            def grow(mem=mem):
+                barrier.wait()
+                for n in range(2, 65):
+                    mem.grow_to(n * PAGE)
+
+            thread = threading.Thread(target=grow)
+            thread.start()
+            barrier.wait()
+            while thread.is_alive():
+                assert bytes(base.apply(base.diff(mem))).strip(b"\0") == b"a" * PAGE
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_a_delta_cannot_be_changed():

@@ -545,7 +545,8 @@ def repeat(name, call):
     counts[name] = worked, refused
 
 calls = {{"read": lambda: mem.read(0, len(mem)), "few": lambda: mem.read({PAGE}, 8), "item": lambda: mem[{PAGE}],
-         "write": lambda: mem.write(0, source), "set": lambda: mem.__setitem__({PAGE}, 1)}}
+         "write": lambda: mem.write(0, source), "set": lambda: mem.__setitem__({PAGE}, 1), "steps": lambda: mem[::2],
+         "set steps": lambda: mem.__setitem__(slice(None, None, 2), source[::2])}}
 threads = [threading.Thread(target=repeat, args=item) for item in calls.items()]
 for thread in threads:
     thread.daemon = True

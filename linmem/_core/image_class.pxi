@@ -294,12 +294,12 @@ cdef class Image:
         finally:
             free(found.list)
         if image_ is None:
-            size, target, begin = len(other), None, 0
+            target, begin = None, 0
             data = b"".join([other.read(offset, n) for offset, n in ranges])
         else:
-            size, target, begin = image_.offset + image_.size, image_.digest, image_.offset
+            target, begin = image_.digest, image_.offset
             data = b"".join([bytes_at(image_, offset, n) for offset, n in ranges])
-        return _Delta(self.digest, self.offset + self.size, size, ranges, zeros, data, target, begin)
+        return _Delta(self.digest, self.offset + self.size, found.size, ranges, zeros, data, target, begin)
 
     def apply(self, delta not None):
         """The image that the delta leads to from this one.

@@ -87,6 +87,7 @@ ctypedef struct change:
 ctypedef struct changes:
     change* list
     size_t n, room
+    size_t size                 # of the memory, or the end of the image, when it was compared
 
 # A part of a delta: `size` bytes to write at `offset`.
 ctypedef struct delta_piece:

@@ -148,6 +148,30 @@ cdef int copy_in(Memory mem, size_t offset, const Py_buffer* given) except -1:
         mem.leave()
 
 
+cdef bint copy_steps(Memory mem, object items, char* out, const char* data) except -1:
+    """copy_bytes() of the bytes at a range of offsets. False: a page is protected, and nothing was copied."""
+    cdef size_t i, n = len(items)
+    cdef Py_ssize_t start = items.start, step = items.step, last = start + (<Py_ssize_t>n - 1) * step
+    cdef bint guarded
+    cdef failure why
+    cdef memory* m = mem.enter()
+    try:
+        check_span(m, <size_t>min(start, last), <size_t>(max(start, last) - min(start, last)) + 1)
+        if begin_access(m, &why):
+            raise_failure(&why)
+        guarded = is_guarded(m)
+        with nogil:
+            for i in range(0 if guarded else n):
+                if out != NULL:
+                    out[i] = m.base[start + <Py_ssize_t>i * step]
+                else:
+                    m.base[start + <Py_ssize_t>i * step] = data[i]
+            end_access(m)
+        return not guarded
+    finally:
+        mem.leave()
+
+
 cdef inline Py_ssize_t clipped_key(object key) except? -1:
     return clipped_index(key, "a memory is indexed by an integer or a slice")
 
@@ -588,15 +612,14 @@ cdef class Memory:
 
     def __getitem__(self, key):
         cdef unsigned char byte
-        cdef size_t start, stop
         if isinstance(key, slice):
-            if key.step is None or key.step == 1:
-                start, stop, _ = key.indices(len(self))
-                return copy_out(self, start, stop - start if stop > start else 0)
-            if is_protected(self):
-                return bytes([self[n] for n in range(*key.indices(len(self)))])
-            with memoryview(self) as whole:
-                return whole[key].tobytes()
+            items = range(*key.indices(len(self)))
+            if items.step == 1:
+                return copy_out(self, items.start, len(items))
+            out = PyBytes_FromStringAndSize(NULL, len(items))
+            if items and not copy_steps(self, items, PyBytes_AS_STRING(out), NULL):
+                return bytes([self[n] for n in items])
+            return out
         copy_byte(self, clipped_key(key), key, <char*>&byte, NULL)
         return byte
 
@@ -605,26 +628,21 @@ cdef class Memory:
         cdef char as_char
         cdef Py_buffer given
         if isinstance(key, slice):
-            start, stop, step = key.indices(len(self))
-            items = range(start, stop, step)
+            items = range(*key.indices(len(self)))
             n = len(items)
             take_bytes(value, "data", &given)
             try:        # the buffer is held, so its length cannot change after the comparison
                 if given.len != n:
                     raise ValueError(f"the slice has {n} bytes and the data {given.len}: a memory cannot be resized by"
                                      " assignment")
-                if step == 1:
-                    copy_in(self, start, &given)
+                if items.step == 1:
+                    copy_in(self, items.start, &given)
                 elif n:
                     values = PyBytes_FromStringAndSize(<char*>given.buf, given.len)
-                    if is_protected(self):
+                    if not copy_steps(self, items, NULL, PyBytes_AS_STRING(values)):
                         check_writable(self, items)
                         for i, byte in zip(items, values):
                             self[i] = byte
-                    else:
-                        with memoryview(self) as whole:
-                            # Not `key`: another thread may have grown the memory since its indices were computed.
-                            whole[start:stop if stop >= 0 else None:step] = values
             finally:
                 PyBuffer_Release(&given)
             return
@@ -1136,12 +1154,6 @@ cdef int call_on_range(Memory mem, range_function call, object offset, object si
     with nogil:
         code = call(m, start, n, &why)
     return mem.finish(code, &why)
-
-
-cdef bint is_protected(Memory mem) except -1:
-    cdef bint answer = is_guarded(mem.enter())
-    mem.leave()
-    return answer
 
 
 cdef int check_writable(Memory mem, items) except -1:

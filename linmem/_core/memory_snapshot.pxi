@@ -186,6 +186,7 @@ cdef int compare(memory* m, image* img, image* base, size_t size, bint for_delta
     cdef changes found
     cdef int code
     memset(out, 0, sizeof(changes))
+    out.size = size
     round_up(size, page, &end)
     code = find_ranges(m, img, base, end, &found, why)
     # If `base` goes on after `size` in the last page, a delta always contains this page. It is the last page, so the
