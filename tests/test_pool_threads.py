@@ -21,6 +21,7 @@ from support import (
 )
 
 import linmem
+import linmem.metrics
 
 SHAPE = {"maximum": 16 * PAGE, "reserve": 16 * PAGE, "guard": PAGE}
 WAYS = [*sorted(SCAN_WAYS), None]
@@ -97,6 +98,51 @@ def test_threads_never_see_each_others_bytes_and_the_figures_add_up(options):
     stats = pool.stats()
     assert (stats["warm"], stats["cold"], stats["resident"]) == (0, 0, 0)
     assert live() == start
+
+
+def test_a_slot_that_another_thread_cools_is_not_in_use():
+    pool, seen, done = linmem.creator("pool"), set(), threading.Event()
+    cooling = [None]                # the round, while purge() runs and no slot has a user
+
+    def cool():
+        for n in range(60):
+            for mem in [pool.create(PAGE, **SHAPE) for _ in range(20)]:
+                mem.close()
+            cooling[0] = n
+            pool.purge()
+            cooling[0] = None
+        done.set()
+
+    def look():
+        while not done.is_set():
+            before, figures, after = cooling[0], pool.stats(), cooling[0]
+            if before is not None and before == after:
+                seen.add(figures["live"])
+
+    run_threads(cool, look)
+    assert seen <= {0}
+
+
+def test_the_bounds_of_all_pools_are_those_of_one_call():
+    bounds = [(1 << 31, 1 << 40), (1 << 32, 1 << 41)]
+    seen, done = set(), threading.Event()
+
+    def bound():
+        for n in range(300000):
+            linmem.set_pool_limits(*bounds[n % 2])
+        done.set()
+
+    def look():
+        while not done.is_set():
+            totals = linmem.metrics.totals()
+            seen.add((totals["resident_bound"], totals["reserved_bound"]))
+
+    linmem.set_pool_limits(*bounds[0])
+    try:
+        run_threads(bound, look)
+    finally:
+        linmem.set_pool_limits()
+    assert seen <= set(bounds)
 
 
 def test_stats_trim_and_warm_may_be_called_while_others_use_the_pool():

@@ -503,6 +503,25 @@ def test_the_history_is_bounded_and_keeps_each_peak():
 
 # -- threads, forks, shutdown ------------------------------------------------------------------------
 
+def test_the_sums_of_all_scopes_are_of_one_moment():
+    tracker, done, different = tracking(frames=0), threading.Event(), []
+
+    def churn():
+        for _ in range(4000):
+            with tracker.scope("inner"):
+                tracker.create(PAGE).close()
+        done.set()
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    while not done.is_set():
+        sums = tracker.scopes()
+        if ("inner",) in sums and sums[()] != sums["inner",]:
+            different.append(sums)
+    thread.join()
+    assert different == []
+
+
 def test_threads_that_make_handles_of_one_memory_at_once_raise_nothing(monkeypatch):
     """The tracker has noted 16 handles, all but one of them dead. The next handle removes the dead ones."""
     ignored, bases, barrier = [], [], threading.Barrier(4, timeout=60)

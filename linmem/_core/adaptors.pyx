@@ -25,12 +25,11 @@ from linmem._core.memory cimport (
     begin_own_growth, call_in_each_child, capture_stack, check_bounded, check_count, check_flag, check_native,
     check_size, current_domain, deferred_decref, domain, domain as domain_t, domain_name, domain_of, domain_release,
     domain_retain, drop_frames, end_move, end_own_growth, exception_of, fail, fail_python, failure, finish_make,
-    image_copy, image_detach, lock, lock_memory, may_run_python, memory, memory_add_hook, memory_hook, memory_name,
-    memory_ops, memory_release, memory_resident, memory_retain, memory_size, memory_spec, name_option,
+    handle_on, image_copy, image_detach, lock, lock_memory, may_run_python, memory, memory_add_hook, memory_hook,
+    memory_name, memory_ops, memory_release, memory_resident, memory_retain, memory_size, memory_spec, name_option,
     next_live_memory, only_buffers_hold, own_growth, python_is_ending, raise_failure, raise_later, refusal_log,
-    refusals_release, refusals_retain, refuse_foreign, refuse_make, register_fork_lock, release_address_space,
-    relieve, remove_live_memory, request, stack_frame, try_lock, unlock, unregister_fork_lock, window_may_shrink,
-    wrap,
+    refusals_release, refusals_retain, refuse_foreign, refuse_make, register_fork_lock, release_address_space, relieve,
+    remove_live_memory, request, stack_frame, try_lock, unlock, unregister_fork_lock, window_may_shrink,
 )
 from linmem._os cimport pages
 from linmem._core.units cimport (

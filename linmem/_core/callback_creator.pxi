@@ -67,11 +67,8 @@ cdef object dropped_info(callback_hook* hook):
 
 cdef object call_with_handle(object function, memory* m, tuple arguments):
     """Calls the function with a handle on the memory, which is closed when the function returns."""
-    cdef bint is_new = load(&m.owner) == OWNER_CREATOR
     memory_retain(m)
-    cdef Memory handle = <Memory>wrap(m)
-    if is_new:          # the creators above do not know the memory yet, so find() and live() must not return it
-        store_release(&m.owner, OWNER_CREATOR)
+    cdef Memory handle = handle_on(m)       # the creators above may not know the memory yet
     try:
         return function(handle, *arguments)
     finally:

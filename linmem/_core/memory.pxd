@@ -488,6 +488,7 @@ cdef int check_flag(object value, str name) except -1
 cdef NativeCreator check_native(object value, str name)
 
 cdef object wrap(memory* m)
+cdef Memory handle_on(memory* m)
 
 
 cdef class NativeCreator:

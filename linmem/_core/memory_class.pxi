@@ -42,7 +42,18 @@ _ACCESSES = {"none": pages.ACCESS_NONE, "r": pages.ACCESS_READ, "rw": pages.ACCE
 
 
 cdef object wrap(memory* m):
-    """A handle that takes over one reference on the memory. If this raises, the reference has been dropped."""
+    """A handle that takes over one reference on the memory. If only its creator knew the memory, it is Python's from
+    now on. If this raises, the reference has been dropped."""
+    handle = handle_on(m)
+    if load(&m.owner) == OWNER_CREATOR:
+        store_release(&m.owner, OWNER_PYTHON)
+        if load(&reports_are_on):
+            note_maker(m)
+    return handle
+
+
+cdef Memory handle_on(memory* m):
+    """As wrap(). If only its creator knew the memory, find() and live() still do not return it."""
     cdef Memory handle
     try:
         handle = Memory.__new__(Memory)
@@ -54,10 +65,6 @@ cdef object wrap(memory* m):
     handle.users = generation_tag << TAG_SHIFT
     if m.growth_is_watched:
         tell_wrapped(m, handle)
-    if load(&m.owner) == OWNER_CREATOR:
-        store_release(&m.owner, OWNER_PYTHON)
-        if load(&reports_are_on):
-            note_maker(m)
     return handle
 
 

@@ -284,21 +284,23 @@ def live():
     PageError
         The OS did not say how much of a memory is resident.
     """
-    cdef memory** held = NULL
-    cdef size_t n = 0, taken = 0
+    cdef memory* each = NULL
+    cdef memory* following = NULL
     cdef Memory mem
     cdef failure why
-    with nogil:
-        held = retain_all(&n)
-    if held == NULL:
-        raise MemoryError("no memory for a list of all memories")
     found = []
+    # A reference on each memory only for the time of its turn: until it is dropped, a memory that is closed meanwhile
+    # stays in use, for example in a budget.
+    with nogil:
+        following = retained_after(NULL)
     try:
-        while taken < n:
-            taken += 1
-            if not check_retained(held[taken - 1]):
+        while following != NULL:
+            each, mem = following, None
+            with nogil:
+                following = retained_after(each)
+            if not check_retained(each):
                 continue
-            mem = <Memory>wrap(held[taken - 1])
+            mem = <Memory>wrap(each)
             if mem.m.broken:
                 continue
             if mem.m.ops.check != NULL and mem.m.ops.check(mem.m, &why):
@@ -309,11 +311,9 @@ def live():
             found.append(info_of(mem.m))
         return found
     finally:
-        with nogil:
-            while taken < n:
-                memory_release(held[taken])
-                taken += 1
-            free(held)
+        if following != NULL:
+            with nogil:
+                memory_release(following)
 
 
 cdef int raise_interrupt(const failure* why) except -1:
@@ -324,31 +324,17 @@ cdef int raise_interrupt(const failure* why) except -1:
     return 0
 
 
-cdef memory** retain_all(size_t* n) noexcept nogil:
-    """An array of the memories that try_retain() got. NULL: malloc() refused."""
-    cdef memory** held = NULL
-    cdef memory** larger
-    cdef link* each
-    cdef size_t room = 0, i
+cdef memory* retained_after(memory* m) noexcept nogil:
+    """The next memory after `m`, which the caller has a reference on, that try_retain() gets. NULL for `m`: the first;
+    as the result: the end."""
+    cdef link* node
+    cdef memory* after
+    lock(&live_lock.held)
+    node = &live_memories if m == NULL else &m.live
     while True:
-        n[0] = 0
-        lock(&live_lock.held)
-        each = live_memories.next
-        while each.owner != NULL:
-            if n[0] >= room:
-                n[0] += 1
-            elif try_retain(<memory*>each.owner):
-                held[n[0]] = <memory*>each.owner
-                n[0] += 1
-            each = each.next
-        unlock(&live_lock.held)
-        if held != NULL and n[0] <= room:
-            return held
-        for i in range(room):
-            memory_release(held[i])
-        room = n[0] + 16            # for memories that other threads make meanwhile
-        larger = <memory**>realloc(held, room * sizeof(memory*))
-        if larger == NULL:
-            free(held)
-            return NULL
-        held = larger
+        node = node.next
+        after = <memory*>node.owner
+        if after == NULL or try_retain(after):
+            break
+    unlock(&live_lock.held)
+    return after

@@ -9,6 +9,7 @@ list_init(&pools)
 cdef atomic_i64 start_lock          # held by start_pools() and need_costs(), which do their work once
 cdef bint pools_started = False
 cdef atomic_i64 process_held        # >= the bytes that idle slots keep, page tables included; see report_step
+cdef atomic_i64 bounds_lock         # held by who sets the bounds and by who reads several of them
 cdef atomic_i64 process_held_bound
 cdef atomic_i64 process_reserved    # bytes of address space of all slots
 cdef atomic_i64 process_reserved_bound
@@ -23,9 +24,11 @@ cdef inline size_t quarter_of_memory() noexcept nogil:
 
 
 cdef void set_bounds(size_t held, size_t reserved) noexcept nogil:
+    lock(&bounds_lock)
     store(&process_held_bound, <long long>min(held, NO_BOUND))
     store(&process_reserved_bound, <long long>min(reserved, NO_BOUND))
     store(&report_step, <long long>min(held >> 10, <size_t>1 << 20))
+    unlock(&bounds_lock)
 
 
 cdef void start_pools() noexcept nogil:
@@ -163,7 +166,11 @@ def set_pool_limits(max_resident=None, max_reserved=None):
 
 def pool_totals():
     """The bytes that all pools hold together, and the bounds."""
+    cdef long long held, held_bound, reserved, reserved_bound
     start_pools()
-    found = {"resident": load(&process_held), "resident_bound": load(&process_held_bound),
-             "reserved": load(&process_reserved), "reserved_bound": load(&process_reserved_bound)}
+    lock(&bounds_lock)
+    held, held_bound = load(&process_held), load(&process_held_bound)
+    reserved, reserved_bound = load(&process_reserved), load(&process_reserved_bound)
+    unlock(&bounds_lock)
+    found = {"resident": held, "resident_bound": held_bound, "reserved": reserved, "reserved_bound": reserved_bound}
     return {name: None if value == NO_BOUND else value for name, value in found.items()}

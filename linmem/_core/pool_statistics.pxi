@@ -41,7 +41,7 @@ cdef void count_slot(slot* s, report_row* row) noexcept nogil:
     row.reserved += s.reserved
     row.warm += state == WARM
     row.cold += state == COLD
-    row.live += state != WARM and state != COLD
+    row.live += s.has_guest
     row.pinned += state == LIVE and load(&s.m.refs) > 0 and load(&s.m.owner) == OWNER_LEFT
     if state == WARM:
         row.resident += s.resident

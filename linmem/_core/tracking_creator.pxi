@@ -689,18 +689,28 @@ cdef class TrackingCreator(NativeCreator):
         """
         from linmem.records import ScopeTotals
         cdef tracker* t = self.tracker
-        cdef scope_sums sums
         cdef scope* s
-        found = {}
+        cdef scope* newest
+        cdef size_t i = 0
+        cdef scope_sums* copy = <scope_sums*>malloc((MOST_SCOPES + 1) * sizeof(scope_sums))
+        if copy == NULL:
+            raise MemoryError("no memory for the sums of the scopes")
         lock(&t.lock.held)
-        s = t.scopes
-        unlock(&t.lock.held)
-        while s != NULL:        # scopes are only added, before the first one
-            lock(&t.lock.held)
-            sums = s.sums
-            unlock(&t.lock.held)
-            found[path_of(s)] = ScopeTotals(sums.size, sums.peak, sums.total, sums.memories, sums.made)
+        s = newest = t.scopes       # scopes are only added, before the newest one
+        while s != NULL:
+            copy[i] = s.sums
+            i += 1
             s = s.next
+        unlock(&t.lock.held)
+        found, s, i = {}, newest, 0
+        try:
+            while s != NULL:
+                found[path_of(s)] = ScopeTotals(copy[i].size, copy[i].peak, copy[i].total, copy[i].memories,
+                                                copy[i].made)
+                i += 1
+                s = s.next
+        finally:
+            free(copy)
         return dict(sorted(found.items()))
 
     def history(self):
@@ -720,7 +730,7 @@ cdef class TrackingCreator(NativeCreator):
         cdef int i, n
         cdef double seconds = 0
         cdef bint again = True
-        while again:            # the interval doubles, and all points change, if a thread notes a size meanwhile
+        while again:            # once more if a thread notes a size meanwhile, and the interval doubles
             points = {}
             lock(&t.lock.held)
             s = t.scopes
@@ -729,11 +739,12 @@ cdef class TrackingCreator(NativeCreator):
             seconds = t.interval_ns / 1e9
             unlock(&t.lock.held)
             again = False
-            while s != NULL:
+            while s != NULL and not again:
                 lock(&t.lock.held)
-                again = again or t.interval_ns / 1e9 != seconds
-                fill_history(s, max(n - 1, s.newest))
-                memcpy(copy, s.history, sizeof(copy))
+                again = t.interval_ns / 1e9 != seconds      # then all points have changed, and `n` is of the old ones
+                if not again:
+                    fill_history(s, max(n - 1, s.newest))
+                    memcpy(copy, s.history, sizeof(copy))
                 unlock(&t.lock.held)
                 points[path_of(s)] = [copy[i] for i in range(n)]
                 s = s.next
