@@ -253,6 +253,7 @@ def test_the_newest_patch_gives_its_creator_and_the_last_undo_restores_the_metho
 def test_an_engine_that_is_made_while_the_newer_of_two_patches_ends_is_patched():
     """The newer patch ends before the nth instruction of the function that makes the engine."""
     nth, ended = 0, True
+    sys._getframe().f_trace_opcodes = True      # CPython 3.12 looks for such a frame in settrace()
     while ended:
         nth += 1
         left, ended = nth, False
