@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import weakref
@@ -42,6 +43,15 @@ __all__ = ["Prepared", "Sessions", "Snapshot", "cause", "install", "linear_memor
 _MAX_MODULES = 8            # of an engine
 _modules: weakref.WeakKeyDictionary[wasmtime.Engine, dict[str, wasmtime.Module]] = weakref.WeakKeyDictionary()
 _modules_lock = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _modules_lock
+    _modules_lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):     # else a lock that another thread holds would stay locked in a forked child
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def patch(creator: MemoryCreator | None = None) -> Patch:

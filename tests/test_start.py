@@ -1066,6 +1066,33 @@ print("done")
 
 
 @requires("fork")
+def test_a_child_that_is_forked_while_another_thread_begins_its_first_start_starts_instances():
+    """The module needs no compilation for start=. The main thread holds the lock for the thread that the child lacks.
+    """
+    assert answer(FORKING + """
+import signal, wasmtime, linmem.wasmtime
+from linmem.wasmtime import Snapshot, prepare
+config = wasmtime.Config()
+linmem.wasmtime.install(config)
+engine = wasmtime.Engine(config)
+prepared = prepare(engine, '(module (memory (export "memory") 1) (data (i32.const 0) "x"))')
+assert prepared._compile is None
+store = wasmtime.Store(engine)
+snapshot = Snapshot.take(store, prepared.instantiate(store))
+
+def begin():
+    signal.alarm(30)            # ends a child that waits for the lock
+    prepared.instantiate(wasmtime.Store(engine), start=snapshot)
+    signal.alarm(0)
+
+with prepared._lock:
+    child(os.fork, begin)
+begin()
+print("done")
+""") == "done"
+
+
+@requires("fork")
 def test_a_forked_child_starts_instances_from_the_snapshot_of_its_parent():
     assert answer(FORKING + f"COUNTER = {COUNTER!r}" + """
 import wasmtime, linmem.wasmtime

@@ -4,7 +4,7 @@ import re
 import textwrap
 
 import pytest
-from support import died_of_a_fault, requires, run_child
+from support import FORKING, answer, died_of_a_fault, requires, run_child
 
 SETUP = """
 import sys, numpy as np, wasmtime
@@ -180,6 +180,28 @@ def test_a_forked_child_reads_writes_grows_and_drops_everything_independently():
         print("parent untouched")
     """, linmem=True))
     assert (result.returncode, result.stdout) == (0, "parent untouched\n"), result.stderr
+
+
+@requires("fork")
+def test_a_child_that_is_forked_while_another_thread_looks_for_a_module_makes_memories():
+    """The main thread holds the lock here for the thread that is not in the child."""
+    assert answer(FORKING + """
+import signal, wasmtime, linmem.wasmtime
+config = wasmtime.Config()
+linmem.wasmtime.install(config)
+engine = wasmtime.Engine(config)
+
+def make():
+    signal.alarm(30)            # ends a child that waits for the lock
+    memory = linmem.wasmtime.new_memory(wasmtime.Store(engine), wasmtime.MemoryType(wasmtime.Limits(1, 2)))
+    signal.alarm(0)
+
+make()
+with linmem.wasmtime._modules_lock:
+    child(os.fork, make)
+make()
+print("done")
+""") == "done"
 
 
 # -- the end of the interpreter ---------------------------------------------------------------------------------

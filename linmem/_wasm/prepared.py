@@ -51,7 +51,7 @@ NOT_OURS = ("linmem.wasmtime.install(config) was not called for this engine, or 
 _ASKS: weakref.WeakKeyDictionary[wasmtime.Engine, bool] = weakref.WeakKeyDictionary()
 _ImageEntry = tuple[Image | None, str | None]     # an image, and the entry of the cache that has it
 _NO_ROOM = PageError, OverflowError     # for an image, for example of segments that are very far apart
-_alive: weakref.WeakSet[Prepared] = weakref.WeakSet()       # each with a module that is still to be compiled
+_alive: weakref.WeakSet[Prepared] = weakref.WeakSet()       # all, because each has a lock
 
 
 class Prepared(Offered):
@@ -126,8 +126,7 @@ class Prepared(Offered):
         self._hoists, self._entry, self._image_entries = hoists, entry, [path for _, path in images]
         self._start_module = module
         self._compile, self._lock = compile_start, threading.Lock()
-        if compile_start is not None:
-            _alive.add(self)
+        _alive.add(self)
         return self
 
     if TYPE_CHECKING:
