@@ -11,7 +11,7 @@ import pytest
 import wasmtime
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from support import REAL_PAGE, fewer_examples, requires, smaps, start_child
+from support import FORKING, REAL_PAGE, answer, fewer_examples, requires, smaps, start_child
 from test_hoist import (
     EVERYTHING,
     STACK_SWITCHING,
@@ -274,6 +274,40 @@ def test_threads_make_instances_of_different_modules_at_once(kind):
         thread.join(60)
     assert not any(thread.is_alive() for thread in threads)
     assert wrong == []
+
+
+@requires("fork")
+def test_a_child_that_is_forked_while_another_thread_reads_a_module_prepares_modules():
+    assert answer(FORKING + """
+import signal, wasmtime, linmem.wasmtime
+from linmem._wasm.module import Module
+config = wasmtime.Config()
+config.parallel_compilation = False
+linmem.wasmtime.install(config)
+engine = wasmtime.Engine(config)
+wasm = bytes(wasmtime.wat2wasm('(module (memory 1) (data (i32.const 0) "x"))'))
+reading, forked, items = threading.Event(), threading.Event(), Module.items
+
+def slow(self, *what):
+    reading.set()
+    forked.wait(60)
+    return items(self, *what)
+
+def work():
+    signal.alarm(30)            # ends a child that waits for a lock
+    Module.items = items
+    assert linmem.wasmtime.prepare(engine, wasm).images[0]
+    signal.alarm(0)
+
+Module.items = slow
+thread = threading.Thread(target=lambda: Module(wasm).data)
+thread.start()
+assert reading.wait(60)
+child(os.fork, work)
+forked.set()
+thread.join()
+print("done")
+""") == "done"
 
 
 @requires("smaps", "real_pages")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from linmem._wasm.reader import GlobalType, Limits, Malformed, Reader, Unknown, leb128, malformed
 
@@ -96,6 +95,24 @@ class DataSegment(NamedTuple):
     is_constant: bool   # the offset is a single constant
 
 
+_T = TypeVar("_T")
+
+
+class _Lazy(Generic[_T]):
+    """A `functools.cached_property` without a lock, so two threads may both compute a value.
+
+    Before CPython 3.12, a cached_property has one lock for all objects of the class. The lock would stay locked in a
+    child that is forked while another thread computes a value.
+    """
+
+    def __init__(self, compute: Callable[[Any], _T]) -> None:
+        self._compute = compute
+
+    def __get__(self, module: Module, kind: object = None) -> _T:
+        found: _T = vars(module).setdefault(self._compute.__name__, self._compute(module))
+        return found
+
+
 class Module:
     """The places of the sections. The methods read a section at each call, the properties once."""
 
@@ -106,7 +123,7 @@ class Module:
     def of(cls, wasm: bytes | Module) -> Module:
         return wasm if isinstance(wasm, Module) else cls(wasm)
 
-    @functools.cached_property
+    @_Lazy
     def sections(self) -> dict[int, tuple[int, int, int]]:
         """From the kind of a section to where the section starts, where its content starts, and where both end."""
         wasm = self.wasm
@@ -366,12 +383,12 @@ class Module:
         return [(reader.name("export's name"), reader.byte("export's kind"), reader.u32("export's index"))
                 for reader in self.items(EXPORT, "exports")]
 
-    @functools.cached_property
+    @_Lazy
     def values(self) -> list[Value]:
         """The values of the globals, as `globals` gives them."""
         return self.globals(self.imports()[2])[0]
 
-    @functools.cached_property
+    @_Lazy
     def elements(self) -> list[ElementSegment]:
         found = []
         for reader in self.items(ELEMENT, "element segments"):
@@ -410,7 +427,7 @@ class Module:
                                         is_constant))
         return found
 
-    @functools.cached_property
+    @_Lazy
     def data(self) -> list[DataSegment]:
         found = []
         for number, reader in enumerate(self.items(DATA, "data segments")):
