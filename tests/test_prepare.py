@@ -303,8 +303,10 @@ Module.items = slow
 thread = threading.Thread(target=lambda: Module(wasm).data)
 thread.start()
 assert reading.wait(60)
-child(os.fork, work)
-forked.set()
+try:
+    child(os.fork, work)
+finally:
+    forked.set()
 thread.join()
 print("done")
 """) == "done"

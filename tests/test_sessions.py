@@ -1,6 +1,7 @@
 """Sessions: each user gets an instance in exactly the state of the snapshot, whatever the users before did."""
 
 import asyncio
+import contextlib
 import copy
 import ctypes
 import functools
@@ -9,6 +10,7 @@ import importlib.metadata
 import itertools
 import os
 import pickle
+import sys
 import textwrap
 import threading
 import time
@@ -105,6 +107,16 @@ def figures(sessions, **expected):
 def use(sessions):
     with sessions.get(timeout=60) as (store, instance):
         check(store, instance)
+
+
+@contextlib.contextmanager
+def tracing(trace):
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def wait_until(condition):
@@ -676,6 +688,33 @@ def test_closed_sessions_refuse_those_who_wait_and_close_stores_in_use_at_the_en
 
 
 @requires("maps")
+def test_two_threads_may_close_the_sessions_at_the_same_time():
+    """The other thread's close() happens before the nth instruction of close(), where close() does not have the lock.
+    """
+    nth, closed = 0, True
+    while closed:
+        nth += 1
+        left, closed = nth, False
+        sessions = sessions_of()
+        use(sessions)
+
+        def trace(frame, event, _, sessions=sessions):
+            nonlocal left, closed
+            if frame.f_code is not Sessions.close.__code__:
+                return None
+            frame.f_trace_opcodes = True
+            left -= event == "opcode" and not sessions._lock._is_owned()
+            if left == 0 and not closed:
+                closed = True
+                sessions.close()
+            return trace
+
+        with tracing(trace):
+            sessions.close()
+        figures(sessions, handed_out=1)
+    assert nth > 10
+
+
 def test_closed_and_collected_sessions_give_back_their_address_space():
     gc.collect()
     before = live_bytes()

@@ -196,10 +196,10 @@ class Sessions:
         """Close all idle stores now, and each store in use when its session ends. Each waiting `get` raises."""
         with self._lock:
             self._closed = True
-            while self._waiting:
-                self._waiting.popitem()[0].release()
-        while self._idle:
-            self._idle.pop().close()
+            self._refuse_waiting()
+            idle, self._idle = self._idle, []
+        for warm in idle:
+            warm.close()
 
     def __enter__(self) -> Self:
         return self
@@ -260,6 +260,11 @@ class Sessions:
             del self._waiting[permit]
             permit.release()
 
+    def _refuse_waiting(self) -> None:
+        """Let each wait end, and raise because the sessions are closed; under the lock."""
+        while self._waiting:
+            self._waiting.popitem()[0].release()
+
     def _check_open(self) -> None:
         if self._closed:
             raise ValueError("the sessions are closed")
@@ -268,10 +273,9 @@ class Sessions:
 
     def _instance(self) -> _Warm:
         """An idle instance, or a new one. The caller has a permit, so fewer than `size` others live."""
-        try:
-            return self._idle.pop()
-        except IndexError:
-            pass
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()
         store = self._make_store()
         if not isinstance(store, wasmtime.Store):
             raise TypeError(f"store must return a wasmtime.Store, got {type(store).__name__}")
