@@ -126,15 +126,17 @@ class use:
         If the same object is used for a second ``with`` block.
     """
 
-    __slots__ = ("_choice", "_native")
+    __slots__ = ("_choice", "_unused")
 
     def __init__(self, creator: MemoryCreator) -> None:
-        self._native = checked_creator(creator)
+        self._unused = [checked_creator(creator)]       # one pop() asks for the creator and takes it, on any thread
 
     def __enter__(self) -> None:
-        if hasattr(self, "_choice"):
-            raise RuntimeError("this object has begun a block already: call use() for each `with` block")
-        self._choice = _bridge.choose(self._native)
+        try:
+            native = self._unused.pop()
+        except IndexError:
+            raise RuntimeError("this object has begun a block already: call use() for each `with` block") from None
+        self._choice = _bridge.choose(native)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:

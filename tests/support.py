@@ -619,6 +619,46 @@ class Interrupting:
         self.previous.clear()
 
 
+class Meanwhile:
+    """``with meanwhile(act):`` calls act() before the nth instruction of some functions, as another thread might.
+
+    With `lock`, an RLock that act() takes, the instructions that run under this lock do not count.
+    """
+
+    def __init__(self, nth: int, functions: tuple[Callable, ...]) -> None:
+        self.left, self.codes, self.happened = nth, [each.__code__ for each in functions], False
+
+    @contextlib.contextmanager
+    def __call__(self, act: Callable[[], object], lock=None) -> Iterator[None]:
+        def trace(frame, event, _):
+            if frame.f_code not in self.codes:
+                return None
+            frame.f_trace_opcodes = True
+            self.left -= event == "opcode" and (lock is None or not lock._is_owned())
+            if self.left == 0 and not self.happened:
+                self.happened = True
+                act()
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            yield
+        finally:
+            sys.settrace(before)
+
+
+def each_instruction(*functions: Callable) -> Iterator[Meanwhile]:
+    """A `Meanwhile` for each instruction of the functions, and a last one that does not act."""
+    nth, happened = 0, True
+    while happened:
+        nth += 1
+        meanwhile = Meanwhile(nth, functions)
+        yield meanwhile
+        happened = meanwhile.happened
+    assert nth > 10
+
+
 class failing:
     """Makes `times` page calls fail with `code`, from the nth on. Afterwards `happened` says whether a call failed."""
 

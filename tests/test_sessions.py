@@ -1,7 +1,6 @@
 """Sessions: each user gets an instance in exactly the state of the snapshot, whatever the users before did."""
 
 import asyncio
-import contextlib
 import copy
 import ctypes
 import functools
@@ -10,7 +9,6 @@ import importlib.metadata
 import itertools
 import os
 import pickle
-import sys
 import textwrap
 import threading
 import time
@@ -25,6 +23,7 @@ from support import (
     answer,
     counting,
     descriptors,
+    each_instruction,
     failing,
     live_bytes,
     mappings,
@@ -107,16 +106,6 @@ def figures(sessions, **expected):
 def use(sessions):
     with sessions.get(timeout=60) as (store, instance):
         check(store, instance)
-
-
-@contextlib.contextmanager
-def tracing(trace):
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
 
 
 def wait_until(condition):
@@ -606,6 +595,35 @@ def test_a_session_object_begins_only_once():
     figures(sessions, live=1, idle=1, handed_out=1)
 
 
+def test_of_two_threads_that_begin_one_session_object_one_is_refused():
+    def begin():
+        try:
+            session.__enter__()
+        except RuntimeError:
+            return
+        begun.append(session)
+
+    for meanwhile in each_instruction(source._Session.__enter__):
+        sessions = sessions_of(2)
+        session, begun = sessions.get(), []
+        with meanwhile(begin):
+            begin()
+        assert begun == [session]
+        session.__exit__(None, None, None)
+        figures(sessions, live=1, idle=1, handed_out=1)
+        sessions.close()
+
+
+def test_a_session_object_whose_wait_was_in_vain_may_begin_later():
+    sessions = sessions_of()
+    session = sessions.get(timeout=0)
+    with sessions.get(), pytest.raises(TimeoutError):
+        session.__enter__()
+    with session as (store, instance):
+        check(store, instance)
+    figures(sessions, live=1, idle=1, handed_out=2, reused=1)
+
+
 def test_a_session_whose_block_never_ends_is_given_back_when_it_is_collected():
     sessions = sessions_of()
 
@@ -689,30 +707,12 @@ def test_closed_sessions_refuse_those_who_wait_and_close_stores_in_use_at_the_en
 
 @requires("maps")
 def test_two_threads_may_close_the_sessions_at_the_same_time():
-    """The other thread's close() happens before the nth instruction of close(), where close() does not have the lock.
-    """
-    nth, closed = 0, True
-    while closed:
-        nth += 1
-        left, closed = nth, False
+    for meanwhile in each_instruction(Sessions.close):
         sessions = sessions_of()
         use(sessions)
-
-        def trace(frame, event, _, sessions=sessions):
-            nonlocal left, closed
-            if frame.f_code is not Sessions.close.__code__:
-                return None
-            frame.f_trace_opcodes = True
-            left -= event == "opcode" and not sessions._lock._is_owned()
-            if left == 0 and not closed:
-                closed = True
-                sessions.close()
-            return trace
-
-        with tracing(trace):
+        with meanwhile(sessions.close, sessions._lock):
             sessions.close()
         figures(sessions, handed_out=1)
-    assert nth > 10
 
 
 def test_closed_and_collected_sessions_give_back_their_address_space():

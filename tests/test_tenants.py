@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("wasmtime")
 
 import wasmtime
-from support import FORKING, answer, requires, smaps, whole
+from support import FORKING, answer, each_instruction, requires, smaps, whole
 from test_prepare import engine_of
 
 import linmem.wasmtime
@@ -220,6 +220,23 @@ def test_a_block_in_a_host_function_wins_over_the_argument_of_the_outer_call(eng
     assert used == [(1, 0), (1, 1), (2, 1), (2, 1), (3, 1)]
     plain()
     assert used[-1] == (3, 1)
+
+
+def test_of_two_threads_that_begin_a_block_with_one_object_one_is_refused():
+    def begin():
+        try:
+            block.__enter__()
+        except RuntimeError:
+            return
+        begun.append(block)
+
+    creator = limited(9)
+    for meanwhile in each_instruction(use.__enter__):
+        block, begun = use(creator), []
+        with meanwhile(begin):
+            begin()
+        assert begun == [block]
+        block.__exit__(None, None, None)
 
 
 def test_a_block_that_ends_in_another_call_leaves_its_creator_alone(engine):

@@ -477,10 +477,13 @@ class _Session:
 
     def __init__(self, sessions: Sessions, timeout: float | None) -> None:
         self._sessions, self._timeout = sessions, timeout
+        self._unused = [True]       # empty: the session has begun. One pop() both asks and marks, on any thread.
 
     def __enter__(self) -> tuple[wasmtime.Store, wasmtime.Instance]:
-        if self._permit is not None or self._lent is not None:
-            raise RuntimeError("this session has begun already: call get() for each `with` block")
+        try:
+            self._unused.pop()
+        except IndexError:
+            raise RuntimeError("this session has begun already: call get() for each `with` block") from None
         sessions = self._sessions
         try:
             sessions._admit(self, self._timeout)
@@ -499,6 +502,8 @@ class _Session:
             return lent, instance
         except BaseException:
             self._end()
+            if self._lent is None:      # the block may be tried again, for example after a TimeoutError
+                self._unused.append(True)
             raise
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
