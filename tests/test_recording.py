@@ -9,14 +9,14 @@ import warnings
 
 import pytest
 import wasmtime
-from support import FORKING, PAGE, answer, failing, file_requires, requires, scanning
+from support import FORKING, PAGE, answer, each_instruction, failing, file_requires, requires, scanning
 from test_hoist import needs_page_sizes
 from test_prepare import engine_of
 from test_start import Guest
 
 import linmem.wasmtime
 from linmem._os import pages
-from linmem._wasm.recording import OPEN, Noted, _merging, union
+from linmem._wasm.recording import OPEN, Noted, Recording, _merging, union
 from linmem.wasmtime import Snapshot, prepare
 
 file_requires("maps_images", "scans", "real_pages")
@@ -236,6 +236,28 @@ def test_each_session_counts_and_is_reset_as_usual(filled):
 
 
 # -- blocks ----------------------------------------------------------------------------------------------
+
+
+def test_a_restore_on_another_thread_while_the_block_ends_loses_no_page(filled):
+    """The restore sets back so many pages that it gives them back to the OS."""
+    def served():
+        if done:
+            snapshot.restore(guest.store, guest.instance)
+
+    many = range(10, 1000, 2)
+    for meanwhile in each_instruction(Snapshot.record.__wrapped__, Recording.end):
+        guest = Guest(filled.prepared, filled.engine)
+        guest.call("fill")
+        snapshot, done = guest.take(), False
+        with meanwhile(served), snapshot.record():
+            guest = filled.start(snapshot)
+            for page in (1, 2):
+                guest.call("write", page * PAGE)
+            snapshot.restore(guest.store, guest.instance)
+            for page in many:
+                guest.call("write", page * PAGE)
+            done = True
+        assert working_set(snapshot) == [1, 2, *many]
 
 
 def test_overlapping_blocks_note_each_instance_and_the_working_set_is_their_union(filled):

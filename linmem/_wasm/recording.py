@@ -93,11 +93,15 @@ class Recording:
                 self._note(place, touched_pages(memory, self.state.memories[place].image))
 
     def end(self) -> RunsOfMemories:
-        """What was touched. The memories are not held any longer."""
-        while self._held:
-            place, memory = self._held.pop()
-            self._note(place, touched_pages(memory, self.state.memories[place].image))
-        return self._noted.all()
+        """What was touched. The memories are not held any longer.
+
+        Until then, they must be held and the recording must be in OPEN: a restore on another thread notes what it
+        resets.
+        """
+        self.note(memory for _, memory in list(self._held))
+        found = self._noted.all()
+        self._held.clear()
+        return found
 
 
 def union(runs: Iterable[tuple[int, int]]) -> Runs:

@@ -183,16 +183,17 @@ class Snapshot(StoredSnapshot):
             yield
             raised = False
         finally:
-            # A forked child has removed those of other threads. Without a GIL, `in` could miss the recording while
-            # another thread removes its own.
-            with contextlib.suppress(ValueError):
-                OPEN.remove(recording)
             try:
                 self._recorded.add(recording.end())
             except OSError as error:
                 if not raised:
                     raise
                 warnings.warn(f"no working set was recorded: {error}", RuntimeWarning, stacklevel=3)
+            finally:
+                # A forked child has removed those of other threads. Without a GIL, `in` could miss the recording while
+                # another thread removes its own.
+                with contextlib.suppress(ValueError):
+                    OPEN.remove(recording)
 
     @classmethod
     def take(cls, store: wasmtime.Store, instance: wasmtime.Instance, *, partial: bool = False) -> Snapshot:
