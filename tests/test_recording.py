@@ -235,6 +235,21 @@ def test_each_session_counts_and_is_reset_as_usual(filled):
         assert instance.exports(store)["m"].read(store, 70 * PAGE, 70 * PAGE + 1) == b"\1"
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_sessions_notice_a_kept_memory_and_no_other_when_the_block_ends(filled, keep):
+    sessions = linmem.wasmtime.Sessions(filled.prepared, start=filled.snapshot, size=1)
+    with contextlib.ExitStack() as block:
+        block.enter_context(filled.snapshot.record())
+        with sessions.get():
+            pass
+        with sessions.get() as (store, instance):
+            block.close()
+            exports = instance.exports(store)
+            kept = [linmem.wasmtime.linear_memory(store, exports[name]) for name in "mo" if keep]
+    assert sessions.stats()["replaced"] == ({"kept": 1} if keep else {})
+    del kept
+
+
 # -- blocks ----------------------------------------------------------------------------------------------
 
 

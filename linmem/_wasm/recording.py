@@ -122,6 +122,11 @@ def note(memories: Iterable[Memory]) -> None:
         recording.note(memories)
 
 
+def holds(memory: Memory) -> int:
+    """The number of handles on a memory that recordings have."""
+    return sum(memory == each for recording in list(OPEN) for _, each in list(recording._held))
+
+
 def _forget_other_threads() -> None:
     thread = threading.get_ident()
     OPEN[:] = [each for each in OPEN if each.thread == thread]

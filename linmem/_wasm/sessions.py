@@ -20,6 +20,7 @@ from linmem._core.memory import Memory
 from linmem._wasm.install import checked_creator
 from linmem._wasm.instance_state import behind, export
 from linmem._wasm.prepared import Prepared
+from linmem._wasm.recording import holds
 from linmem._wasm.snapshot import Snapshot
 
 TYPE_CHECKING = False
@@ -376,8 +377,12 @@ class _Warm:
         self.used = False       # whether a session had the instance
 
     def count(self) -> list[int]:
-        """The references on each memory. A session that keeps a handle or a view on a memory changes them."""
-        return [_bridge.references(memory) for memory in self.memories]
+        """The references on each memory. A session that keeps a handle or a view on a memory changes them.
+
+        Those of recordings do not count, since a recording may end between two counts. They are asked for last, so that
+        one that ends meanwhile does not make up for a handle that was kept.
+        """
+        return [_bridge.references(memory) - holds(memory) for memory in self.memories]
 
     def close(self) -> None:
         self.memories.clear()
