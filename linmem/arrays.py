@@ -121,6 +121,7 @@ class GrowableArray(RowBuffer):
     """
 
     _whole: Any = None          # an array of all rows that the memory had room for when it was last asked
+    _closing = False            # whether close() runs, which would be refused because of `_whole`
 
     def __init__(self, dtype: Any, row_shape: SupportsIndex | tuple[SupportsIndex, ...] = (), *,
                  maximum: SupportsIndex | None = None, creator: MemoryCreator | None = None) -> None:
@@ -312,6 +313,8 @@ class GrowableArray(RowBuffer):
         if whole is None or n > len(whole):
             whole = self.memory.array(self._dtype, self._start, (-1, *self._row_shape))
             self._whole = whole
+            if self._closing or self.memory.closed:     # on another thread: `_whole` would keep the pages
+                self._whole = None
         return whole[:n]
 
     def __getitem__(self, key: Any) -> Any:
@@ -368,8 +371,12 @@ class GrowableArray(RowBuffer):
         BufferError
             While arrays that were taken from this one exist.
         """
-        self._whole = None
-        self.memory.close()
+        self._closing = True
+        try:
+            self._whole = None
+            self.memory.close()
+        finally:
+            self._closing = False
 
     @property
     def closed(self) -> bool:
@@ -383,8 +390,8 @@ class GrowableArray(RowBuffer):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
         """Close the array, also while arrays that were taken from it exist: the pages then go with the last one."""
-        self._whole = None
         self.memory.__exit__(kind, error, trace)
+        self._whole = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of the rows, on a memory of an `MmapCreator`; of a shared array, its live handle."""

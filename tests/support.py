@@ -656,7 +656,7 @@ def each_instruction(*functions: Callable) -> Iterator[Meanwhile]:
         meanwhile = Meanwhile(nth, functions)
         yield meanwhile
         happened = meanwhile.happened
-    assert nth > 10
+    assert nth > 5
 
 
 class failing:

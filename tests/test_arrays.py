@@ -1,6 +1,7 @@
 """`linmem.GrowableArray` and `linmem.empty`: rows that never move, what converts to a row, what a failure leaves."""
 
 import array
+import contextlib
 import copy
 import ctypes
 import gc
@@ -14,7 +15,7 @@ import threading
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import FORKING, PAGE, answer, file_requires, requires, resident, round_up
+from support import FORKING, PAGE, answer, each_instruction, file_requires, live_bytes, requires, resident, round_up
 
 import linmem
 
@@ -194,6 +195,40 @@ def test_an_array_taken_from_a_growable_array_outlives_it():
     for call in (lambda: a.append(1), lambda: len(a), lambda: a.array, lambda: a.extend([1]), lambda: a.resize(0)):
         with pytest.raises(ValueError, match=r"closed"):
             call()
+
+
+def rows_of_three():
+    a = linmem.GrowableArray("f8")
+    a.extend([1.0, 2.0, 3.0])
+    return a
+
+
+def read_if_open(a):
+    with contextlib.suppress(ValueError):
+        assert a[0] == 1.0
+
+
+def test_a_reader_on_another_thread_that_keeps_no_array_does_not_stop_close():
+    for meanwhile in each_instruction(linmem.GrowableArray.close):
+        a = rows_of_three()
+        with meanwhile(lambda a=a: read_if_open(a)):
+            a.close()
+        assert a.closed
+
+
+def test_the_pages_go_at_the_end_of_the_block_while_a_reader_on_another_thread_comes_or_goes():
+    before = live_bytes()
+    for meanwhile in each_instruction(linmem.GrowableArray.__exit__):
+        a = rows_of_three()
+        with meanwhile(lambda a=a: read_if_open(a)):
+            a.__exit__(None, None, None)
+        assert live_bytes() == before
+    for meanwhile in each_instruction(linmem.GrowableArray.array.fget):
+        a = rows_of_three()
+        with meanwhile(lambda a=a: a.__exit__(None, None, None)):
+            read_if_open(a)
+        a.__exit__(None, None, None)
+        assert live_bytes() == before
 
 
 def test_rows_that_come_back_are_zero():
