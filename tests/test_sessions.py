@@ -706,6 +706,28 @@ def test_closed_sessions_refuse_those_who_wait_and_close_stores_in_use_at_the_en
 
 
 @requires("maps")
+@pytest.mark.parametrize(("size", "waits"), [(1, False), (2, False), (1, True)])
+def test_at_any_instruction_of_a_session_the_one_instance_is_either_idle_or_in_use(size, waits):
+    def ask():
+        found = sessions.stats()
+        if found["live"] != 1 or found["idle"] + found["in_use"] != 1:
+            wrong.append(found)
+
+    sessions, wrong = sessions_of(size), []
+    use(sessions)
+    every = [each for kind in (Sessions, source._Session) for each in vars(kind).values() if callable(each)]
+    for meanwhile in each_instruction(*every):
+        waiter = threading.Thread(target=use, args=[sessions])
+        with meanwhile(ask, sessions._lock), sessions.get() as (store, instance):
+            check(store, instance)
+            if waits:
+                waiter.start()
+                wait_until(lambda: len(sessions._waiting))
+        if waits:
+            waiter.join(60)
+    assert wrong == []
+
+
 def test_two_threads_may_close_the_sessions_at_the_same_time():
     for meanwhile in each_instruction(Sessions.close):
         sessions = sessions_of()

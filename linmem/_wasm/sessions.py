@@ -94,8 +94,8 @@ class Sessions:
     """
 
     __slots__ = ("__weakref__", "_begin", "_closed", "_creator", "_handed_out", "_idle", "_imports", "_lock",
-                 "_make_store", "_memories", "_prepared", "_replaced", "_reused", "_start", "_taken", "_waiting",
-                 "size")
+                 "_make_store", "_memories", "_prepared", "_replaced", "_reused", "_served", "_start", "_taken",
+                 "_waiting", "size")
 
     size: int
     _make_store: Callable[[], wasmtime.Store]
@@ -131,11 +131,14 @@ class Sessions:
         self._memories = [name for (kind, _), name in prepared.outline.exports.items() if kind == "memory"]
         self._make_store = (lambda: wasmtime.Store(prepared.engine)) if store is None else store
         # A permit is a lock that identifies a session. `_taken` has the permits of the sessions that have or make an
-        # instance, so len(_taken) <= size. A permit in `_waiting` is locked until the permit moves to `_taken`. The
-        # values are the threads. The lock is recursive, because a session may be collected while its thread holds it.
+        # instance, so len(_taken) <= size. `_served` has those of them that have looked for an idle instance. The
+        # others will, so some of the idle instances count as in use. A permit in `_waiting` is locked until the permit
+        # moves to `_taken`. The values are the threads. The lock is recursive, because a session may be collected while
+        # its thread holds it.
         self._lock = threading.RLock()
         self._taken: dict[threading.Lock, int] = {}
         self._waiting: dict[threading.Lock, int] = {}
+        self._served: set[threading.Lock] = set()
         self._idle: list[_Warm] = []        # the instance that was used last is at the end
         self._handed_out = self._reused = 0
         self._replaced: dict[str, int] = {}
@@ -189,9 +192,11 @@ class Sessions:
           wasmtime does not free circles of objects
         """
         with self._lock:
-            return {"size": self.size, "live": len(self._idle) + len(self._taken), "idle": len(self._idle),
-                    "in_use": len(self._taken), "waiting": len(self._waiting), "handed_out": self._handed_out,
-                    "reused": self._reused, "replaced": dict(self._replaced)}
+            in_use = len(self._taken)
+            live = max(in_use, len(self._served) + len(self._idle))
+            return {"size": self.size, "live": live, "idle": live - in_use, "in_use": in_use,
+                    "waiting": len(self._waiting), "handed_out": self._handed_out, "reused": self._reused,
+                    "replaced": dict(self._replaced)}
 
     def close(self) -> None:
         """Close all idle stores now, and each store in use when its session ends. Each waiting `get` raises."""
@@ -249,9 +254,14 @@ class Sessions:
     def _release(self, permit: threading.Lock) -> None:
         """Take a permit back, or end the wait for it. May be called again for the same permit."""
         with self._lock:
-            self._taken.pop(permit, None)
-            self._waiting.pop(permit, None)
+            self._forget(permit)
             self._pass_on()
+
+    def _forget(self, permit: threading.Lock) -> None:
+        """Under the lock."""
+        self._taken.pop(permit, None)
+        self._waiting.pop(permit, None)
+        self._served.discard(permit)
 
     def _pass_on(self) -> None:
         """Give permits to those who have waited longest; under the lock."""
@@ -272,9 +282,10 @@ class Sessions:
 
     # -- instances
 
-    def _instance(self) -> _Warm:
-        """An idle instance, or a new one. The caller has a permit, so fewer than `size` others live."""
+    def _instance(self, permit: threading.Lock) -> _Warm:
+        """An idle instance, or a new one. The caller has the permit, so fewer than `size` others live."""
         with self._lock:
+            self._served.add(permit)
             if self._idle:
                 return self._idle.pop()
         store = self._make_store()
@@ -313,8 +324,11 @@ class Sessions:
                 warm.memories.append(ours)
         warm.references = warm.count()
 
-    def _take_back(self, warm: _Warm, reason: str) -> None:
-        """Reset an instance for its next session. With a reason, or if that is impossible, close its store."""
+    def _take_back(self, warm: _Warm, reason: str, permit: threading.Lock) -> None:
+        """Reset an instance for its next session. With a reason, or if that is impossible, close its store.
+
+        The caller gives the permit back, which counts as long as the store is open and not idle.
+        """
         found = "interrupted"
         try:
             found = reason or self._reset(warm)
@@ -325,6 +339,7 @@ class Sessions:
                 reusable = not found and not self._closed
                 if reusable:
                     self._idle.append(warm)
+                    self._forget(permit)
             if not reusable:
                 warm.close()
 
@@ -350,6 +365,7 @@ class Sessions:
         self._lock = threading.RLock()
         self._waiting = {}
         self._taken = {permit: owner for permit, owner in self._taken.items() if owner == thread}
+        self._served.intersection_update(self._taken)
 
 
 def _start_over_in_child() -> None:
@@ -467,7 +483,7 @@ class _Running:
         if self.parts is not None:
             sessions, warm, permit = self.parts
             try:
-                sessions._take_back(warm, "running")
+                sessions._take_back(warm, "running", permit)
             finally:
                 sessions._release(permit)
 
@@ -492,7 +508,8 @@ class _Session:
         sessions = self._sessions
         try:
             sessions._admit(self, self._timeout)
-            warm = self._warm = sessions._instance()
+            assert self._permit is not None
+            warm = self._warm = sessions._instance(self._permit)
             # New objects for each session, so that nothing that an earlier user keeps or sets reaches this one.
             lent = self._lent = _Lent(warm.store)
             instance = self._instance = object.__new__(type(warm.instance))
@@ -542,7 +559,7 @@ class _Session:
         self._warm = None
         try:
             if warm is not None:
-                sessions._take_back(warm, reason)
+                sessions._take_back(warm, reason, permit)
         finally:
             sessions._release(permit)
             self._permit = None
