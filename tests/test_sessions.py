@@ -501,6 +501,28 @@ def test_a_session_that_ends_while_another_thread_runs_in_its_store_stays_in_use
     figures(sessions, live=1, idle=1, handed_out=2, replaced={"running": 1})
 
 
+def test_a_block_that_ends_on_another_thread_than_it_began_gives_its_instance_back():
+    """As in a generator that several threads continue. Without a GIL, objects of a thread that lives are freed later.
+    """
+    def begin(session):
+        check(*session.__enter__())
+        begun.set()
+        assert ended.wait(60)
+
+    sessions = sessions_of()
+    for _ in range(3):
+        session, begun, ended = sessions.get(), threading.Event(), threading.Event()
+        thread = threading.Thread(target=begin, args=[session])
+        thread.start()
+        assert begun.wait(60)
+        session.__exit__(None, None, None)
+        found = sessions.stats()
+        ended.set()
+        thread.join(60)
+        assert (found["idle"], found["in_use"], found["replaced"]) == (1, 0, {})
+    figures(sessions, live=1, idle=1, handed_out=3, reused=2)
+
+
 @pytest.mark.parametrize("close_store", [False, True])
 def test_a_session_that_ends_in_a_host_function_of_its_own_call_is_replaced_when_the_call_ends(close_store):
     def ends():

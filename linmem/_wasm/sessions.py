@@ -427,6 +427,14 @@ class _Context:
         return self._as_parameter_.contents
 
 
+def _references_of_one_name() -> int:
+    pointer = object()
+    return sys.getrefcount(pointer)
+
+
+_ALONE = _references_of_one_name()      # what sys.getrefcount tells of an object that only one local variable has
+
+
 class _Lent(wasmtime.Store):
     """The store that a session hands out: it reaches the instance's store until the session ends."""
 
@@ -458,8 +466,13 @@ class _Lent(wasmtime.Store):
 
     def close(self) -> None:
         self._lent_store = None
-        if self._lent_context is not None:
-            self._lent_context._as_parameter_ = None
+        if self._lent_context is None:
+            return
+        pointer, self._lent_context._as_parameter_ = self._lent_context._as_parameter_, None
+        # Without a GIL, the end of the last reference on another thread than the first does not free the pointer at
+        # once. So the references are counted.
+        if pointer is not None and sys.getrefcount(pointer) <= _ALONE:
+            self._call = _Lent._call
 
 
 def _noted(name: str) -> Callable[..., None]:
