@@ -266,7 +266,8 @@ def link(fd: int, name: str) -> None:
 
 
 def unlink(fd: int) -> None:
-    """Remove the name of the file, and no other file that has got the name meanwhile."""
+    """Remove the name of the file. If another file has the name by now, that one keeps it, unless it gets the name just
+    between the comparison and the removal: Linux has no call that does both."""
     path = os.readlink(f"/proc/self/fd/{fd}")
     if os.path.dirname(path) != _DIRECTORY:
         raise ValueError("the shared memory has no name: it was made without shm_name=, or the name has been removed")

@@ -108,7 +108,7 @@ class _Lazy(Generic[_T]):
     def __init__(self, compute: Callable[[Any], _T]) -> None:
         self._compute = compute
 
-    def __get__(self, module: Module, kind: object = None) -> _T:
+    def __get__(self, module: Module, kind: object) -> _T:
         found: _T = vars(module).setdefault(self._compute.__name__, self._compute(module))
         return found
 
