@@ -619,10 +619,12 @@ cdef class Memory:
 
     def __getitem__(self, key):
         cdef unsigned char byte
+        cdef size_t start, stop
         if isinstance(key, slice):
+            if key.step is None or key.step == 1:
+                start, stop, _ = key.indices(len(self))
+                return copy_out(self, start, stop - start if stop > start else 0)
             items = range(*key.indices(len(self)))
-            if items.step == 1:
-                return copy_out(self, items.start, len(items))
             out = PyBytes_FromStringAndSize(NULL, len(items))
             if items and not copy_steps(self, items, PyBytes_AS_STRING(out), NULL):
                 return bytes([self[n] for n in items])
@@ -635,15 +637,16 @@ cdef class Memory:
         cdef char as_char
         cdef Py_buffer given
         if isinstance(key, slice):
-            items = range(*key.indices(len(self)))
+            start, stop, step = key.indices(len(self))
+            items = range(start, stop, step)
             n = len(items)
             take_bytes(value, "data", &given)
             try:        # the buffer is held, so its length cannot change after the comparison
                 if given.len != n:
                     raise ValueError(f"the slice has {n} bytes and the data {given.len}: a memory cannot be resized by"
                                      " assignment")
-                if items.step == 1:
-                    copy_in(self, items.start, &given)
+                if step == 1:
+                    copy_in(self, start, &given)
                 elif n:
                     values = PyBytes_FromStringAndSize(<char*>given.buf, given.len)
                     if not copy_steps(self, items, NULL, PyBytes_AS_STRING(values)):
