@@ -641,6 +641,7 @@ class Meanwhile:
             return trace
 
         before = sys.gettrace()
+        sys._getframe().f_trace_opcodes = True      # CPython 3.12 traces instructions only if a frame asked before
         sys.settrace(trace)
         try:
             yield
