@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import os
-import sys
 import textwrap
 import threading
 
@@ -12,7 +11,7 @@ import pytest
 pytest.importorskip("wasmtime")
 
 import wasmtime
-from support import FORKING, Interrupt, Interrupting, answer, requires, smaps, whole
+from support import FORKING, Interrupt, Interrupting, answer, each_instruction, requires, smaps, whole
 from test_prepare import with_pooling
 from wasmtime import Engine as EngineOfALibrary
 from wasmtime import _ffi as ffi
@@ -251,33 +250,11 @@ def test_the_newest_patch_gives_its_creator_and_the_last_undo_restores_the_metho
 
 
 def test_an_engine_that_is_made_while_the_newer_of_two_patches_ends_is_patched():
-    """The newer patch ends before the nth instruction of the function that makes the engine."""
-    nth, ended = 0, True
-    sys._getframe().f_trace_opcodes = True      # CPython 3.12 looks for such a frame in settrace()
-    while ended:
-        nth += 1
-        left, ended = nth, False
-
-        def trace(frame, event, _):
-            nonlocal left, ended
-            if frame.f_code is not source._make_engine.__code__:
-                return None
-            frame.f_trace_opcodes = True
-            left -= event == "opcode"
-            if left == 0 and not ended:
-                newer.undo()
-                ended = True
-            return trace
-
+    for meanwhile in each_instruction(source._make_engine):
         with patch(), patch() as newer:
-            before = sys.gettrace()
-            sys.settrace(trace)
-            try:
+            with meanwhile(newer.undo):
                 engine = wasmtime.Engine()
-            finally:
-                sys.settrace(before)
-        assert engine._linmem_patched, nth
-    assert nth > 20
+            assert engine._linmem_patched
 
 
 def test_a_method_that_another_library_wraps_meanwhile_stays_wrapped(monkeypatch):
