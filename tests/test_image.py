@@ -475,7 +475,7 @@ def test_a_delta_to_a_memory_that_another_thread_grows_leads_to_bytes_that_the_m
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     try:
-        for _ in range(200):
+        for _ in range(50):
             mem = linmem.create(PAGE, 64 * PAGE)
             mem.write(0, b"a" * PAGE)           # a growth adds zeros, and nothing else is written
 

@@ -404,11 +404,12 @@ def test_in_lets_an_interrupt_through():
 def test_a_slice_with_a_step_takes_the_same_values_as_bytearray(mem):
     model = bytearray(mem)
     for key in (slice(None, None, -1), slice(5, 0, -2), slice(0, 100, 7), slice(-(2**70), None, -1), slice(9, 3, 2),
-                slice(-1, None, -5), slice(3, 3, -1)):
+                slice(-1, None, -5), slice(3, 3, -1), slice(3, None, 2**64), slice(3, None, -(10**30))):
         data = bytes(i % 250 for i in range(len(model[key])))
         model[key] = data
         mem[key] = data
         assert mem[:] == model
+        assert mem[key] == data
 
 
 def test_a_growth_while_a_slice_is_assigned_changes_neither_the_slice_nor_its_length(mem):

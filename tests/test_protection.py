@@ -545,8 +545,7 @@ def repeat(name, call):
     counts[name] = worked, refused
 
 calls = {{"read": lambda: mem.read(0, len(mem)), "few": lambda: mem.read({PAGE}, 8), "item": lambda: mem[{PAGE}],
-         "write": lambda: mem.write(0, source), "set": lambda: mem.__setitem__({PAGE}, 1), "steps": lambda: mem[::2],
-         "set steps": lambda: mem.__setitem__(slice(None, None, 2), source[::2])}}
+         "write": lambda: mem.write(0, source), "set": lambda: mem.__setitem__({PAGE}, 1)}}
 threads = [threading.Thread(target=repeat, args=item) for item in calls.items()]
 for thread in threads:
     thread.daemon = True
@@ -558,6 +557,34 @@ done.set()
 for thread in threads:
     thread.join()
 assert sorted(counts) == sorted(calls)
+print("alive")
+""") == "alive"
+
+
+@pytest.mark.parametrize("use", ["mem[::2]", "mem.__setitem__(slice(None, None, 2), half)"])
+def test_a_slice_with_a_step_raises_and_never_faults_while_another_thread_protects_pages(use):
+    assert answer(f"""
+import sys, threading, linmem
+sys.setswitchinterval(1e-5)
+mem, half = linmem.create(1 << 20), bytes(1 << 19)
+done = threading.Event()
+
+def protect():
+    while not done.is_set():
+        mem.protect(0, len(mem), "none")
+        mem.protect(0, len(mem), "rw")
+
+threads = [threading.Thread(target=protect, daemon=True) for _ in range(3)]
+for thread in threads:
+    thread.start()
+for _ in range(3000):
+    try:
+        {use}
+    except ValueError:
+        pass
+done.set()
+for thread in threads:
+    thread.join()
 print("alive")
 """) == "alive"
 

@@ -79,7 +79,6 @@ run_wheel() {
 # processes start too. qemu keeps data for each page of a reservation: with an address space of 8 GiB this stays below
 # 1 GiB. Without this bound one process took 23 GiB.
 run_arm64_wheel() {
-    from_apt qemu-aarch64-static qemu-user-static
     printf '#!/bin/sh\nulimit -v 12582912\nexec %q -R 0x200000000 -0 "$0" -L %q %q "$@"\n' \
         "$(type -P qemu-aarch64-static)" "$2" "$2/usr/bin/python3" >"$2/usr/bin/emulated"
     chmod +x "$2/usr/bin/emulated"
@@ -226,6 +225,7 @@ fi
 # advzip compresses better than Python's zlib, by 4 %. Without it some wheels have more than 800,000 bytes.
 if ((whole)); then
     from_apt advzip advancecomp
+    from_apt qemu-aarch64-static qemu-user-static
     advzip -q -z -4 "$out"/*.whl
 fi
 tools/bin/twine check --strict "$out"/*.whl

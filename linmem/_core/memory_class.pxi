@@ -155,10 +155,15 @@ cdef int copy_in(Memory mem, size_t offset, const Py_buffer* given) except -1:
         mem.leave()
 
 
+cdef inline Py_ssize_t step_of(object items) except? -1:
+    """The step of a range of offsets, which may be any integer if there is one offset."""
+    return items.step if len(items) > 1 else 1
+
+
 cdef bint copy_steps(Memory mem, object items, char* out, const char* data) except -1:
     """copy_bytes() of the bytes at a range of offsets. False: a page is protected, and nothing was copied."""
     cdef size_t i, n = len(items)
-    cdef Py_ssize_t start = items.start, step = items.step, last = start + (<Py_ssize_t>n - 1) * step
+    cdef Py_ssize_t start = items.start, step = step_of(items), last = start + (<Py_ssize_t>n - 1) * step
     cdef bint guarded
     cdef failure why
     cdef memory* m = mem.enter()
@@ -1169,7 +1174,7 @@ cdef int call_on_range(Memory mem, range_function call, object offset, object si
 cdef int check_writable(Memory mem, items) except -1:
     """Each byte of a range of offsets within byte_size can be written."""
     cdef size_t offset = items.start, n = len(items)
-    cdef Py_ssize_t step = items.step
+    cdef Py_ssize_t step = step_of(items)
     cdef failure why
     cdef int code = 0
     cdef memory* m = mem.enter_locked()
