@@ -102,8 +102,8 @@ run_arm64_wheel() {
 # Runs the rig of a version of CPython for Windows: VERSION ARGUMENTS... Each version has a rig of its own, which no
 # other stage uses at the same time.
 run_rig() {
-    WINRIG_PYTHON=$1 WINRIG_LINUX_PYTHON=${linux_python[$1]} timeout --kill-after=30 2000 \
-        python3 "$rig" --dir "$cache/winrig-$1" --timeout 1900 "${@:2}"
+    WINRIG_PYTHON=$1 WINRIG_LINUX_PYTHON=${linux_python[$1]} timeout --kill-after=30 5500 \
+        python3 "$rig" --dir "$cache/winrig-$1" --timeout 5400 "${@:2}"
 }
 
 # Builds a wheel for Windows: VERSION. The rig's pyconfig.h does not define WITH_DOC_STRINGS; the file of CPython's
