@@ -433,6 +433,36 @@ def test_threads_that_grow_one_memory_leave_it_at_the_largest_size():
         assert not any(mem[::PAGE])
 
 
+def test_a_handle_that_another_thread_closes_is_not_closed_while_a_view_of_it_exists():
+    mem, closed, done = linmem.create(PAGE), [], threading.Event()
+
+    def close():
+        nonlocal mem
+        while not done.is_set():
+            try:
+                mem.close()
+            except BufferError:
+                continue
+            mem = linmem.create(PAGE)
+
+    def view():
+        for _ in range(40000):
+            mine = mem
+            try:
+                with memoryview(mine):
+                    closed.append(mine.closed)
+            except ValueError:
+                pass
+        done.set()
+
+    threads = [threading.Thread(target=close), threading.Thread(target=view)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not any(closed)
+
+
 def test_one_grows_while_others_view_and_another_closes():
     ended = [0] * THREADS
 

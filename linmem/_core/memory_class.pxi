@@ -267,7 +267,9 @@ cdef int export_buffer(Memory mem, Py_buffer* buffer, object exporter, size_t of
                 unpin(m)
     if code:
         mem.finish(code, &why)
-    add_with_gil(&mem.users, ONE_EXPORT - ONE_CALL)
+    if add_with_gil(&mem.users, ONE_EXPORT - ONE_CALL) < 0:     # close() on another thread has not seen this export
+        end_export(mem)
+        raise ValueError("the memory is closed")
     if fill_buffer(buffer, exporter, m.base + offset, <Py_ssize_t>memory_size(m) if size < 0 else size, read_only,
                    flags):
         end_export(mem)
