@@ -35,7 +35,7 @@ fi
 TSAN_OPTIONS=$(options findings)
 export TSAN_OPTIONS
 trap 'cat findings/* || true' ERR
-"${python[@]}" -c 'import tsan_narrow, hammer; hammer.main(4, 20)' | tee hammered
+"${python[@]}" -c 'import tsan_narrow, hammer; hammer.main(4, 12)' | tee hammered
 suite src "${python[@]}" -X faulthandler "$stages/tsan_pytest.py" -m 'not slow' \
     tests/test_{adaptors,callbacks,cause,memories,memory_lifetime,patch,places,pool_threads,prepare,routing}.py \
     tests/test_{saving,sessions,shared_budgets,snapshot,tenants,threads,tracemalloc,tracking,waits,wasmtime}.py
