@@ -390,8 +390,10 @@ class GrowableArray(RowBuffer):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
         """Close the array, also while arrays that were taken from it exist: the pages then go with the last one."""
-        self.memory.__exit__(kind, error, trace)
-        self._whole = None
+        try:
+            self.memory.__exit__(kind, error, trace)
+        finally:
+            self._whole = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of the rows, on a memory of an `MmapCreator`; of a shared array, its live handle."""

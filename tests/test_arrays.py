@@ -15,7 +15,19 @@ import threading
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import FORKING, PAGE, answer, each_instruction, file_requires, live_bytes, requires, resident, round_up
+from support import (
+    FORKING,
+    PAGE,
+    Interrupt,
+    Interrupting,
+    answer,
+    each_instruction,
+    file_requires,
+    live_bytes,
+    requires,
+    resident,
+    round_up,
+)
 
 import linmem
 
@@ -216,6 +228,7 @@ def test_a_reader_on_another_thread_that_keeps_no_array_does_not_stop_close():
         assert a.closed
 
 
+@requires("maps")
 def test_the_pages_go_at_the_end_of_the_block_while_a_reader_on_another_thread_comes_or_goes():
     before = live_bytes()
     for meanwhile in each_instruction(linmem.GrowableArray.__exit__):
@@ -229,6 +242,21 @@ def test_the_pages_go_at_the_end_of_the_block_while_a_reader_on_another_thread_c
             read_if_open(a)
         a.__exit__(None, None, None)
         assert live_bytes() == before
+
+
+@requires("maps")
+def test_an_interrupt_at_the_end_of_a_block_keeps_no_pages_of_a_closed_array():
+    before, nth, happened = live_bytes(), 1, True
+    while happened:
+        nth += 1        # at the first place nothing is closed yet
+        a = rows_of_three()
+        assert a.array[0] == 1.0
+        with Interrupting(nth, linmem.arrays.__file__) as interrupting, contextlib.suppress(Interrupt):
+            a.__exit__(None, None, None)
+        happened = interrupting.place is not None
+        assert a.closed
+        assert live_bytes() == before
+    assert nth > 2
 
 
 def test_rows_that_come_back_are_zero():

@@ -1,6 +1,7 @@
 """Sessions: each user gets an instance in exactly the state of the snapshot, whatever the users before did."""
 
 import asyncio
+import contextlib
 import copy
 import ctypes
 import functools
@@ -727,7 +728,31 @@ def test_closed_sessions_refuse_those_who_wait_and_close_stores_in_use_at_the_en
     assert repr(sessions) == "<linmem.wasmtime.Sessions: closed>"
 
 
-@requires("maps")
+def test_no_wait_outlives_a_close_that_was_interrupted():
+    nth, happened = 0, True
+    while happened:
+        nth += 1
+        sessions, ended = sessions_of(size=1), []
+
+        def wait(sessions=sessions, ended=ended):
+            with pytest.raises(ValueError, match="the sessions are closed"), sessions.get():
+                pass
+            ended.append(True)
+
+        with sessions.get():
+            thread = threading.Thread(target=wait, daemon=True)
+            thread.start()
+            while not sessions.stats()["waiting"]:
+                time.sleep(0.001)
+            with Interrupting(nth, source.__file__) as interrupting, contextlib.suppress(Interrupt):
+                sessions.close()
+            happened = interrupting.place is not None
+            sessions.close()
+            thread.join(60)
+            assert ended, interrupting.place
+    assert nth > 5
+
+
 @pytest.mark.parametrize(("size", "waits"), [(1, False), (2, False), (1, True)])
 def test_at_any_instruction_of_a_session_the_one_instance_is_either_idle_or_in_use(size, waits):
     def ask():
@@ -759,6 +784,7 @@ def test_two_threads_may_close_the_sessions_at_the_same_time():
         figures(sessions, handed_out=1)
 
 
+@requires("maps")
 def test_closed_and_collected_sessions_give_back_their_address_space():
     gc.collect()
     before = live_bytes()

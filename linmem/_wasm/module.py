@@ -108,7 +108,9 @@ class _Lazy(Generic[_T]):
     def __init__(self, compute: Callable[[Any], _T]) -> None:
         self._compute = compute
 
-    def __get__(self, module: Module, kind: object) -> _T:
+    def __get__(self, module: Module | None, kind: object) -> Any:
+        if module is None:
+            return self
         found: _T = vars(module).setdefault(self._compute.__name__, self._compute(module))
         return found
 

@@ -206,6 +206,7 @@ class Prepared(Offered):
             plan.finish(store, instance)
             for recording in list(OPEN) if OPEN else ():
                 if recording.snapshot is start:
+                    instance._linmem_recorded = True
                     plan.watch(store, instance, recording)
         instance._linmem_prepared = self
         return instance

@@ -98,10 +98,11 @@ class Recording:
         Until then, they must be held and the recording must be in OPEN: a restore on another thread notes what it
         resets.
         """
-        self.note(memory for _, memory in list(self._held))
-        found = self._noted.all()
-        self._held.clear()
-        return found
+        try:
+            self.note(memory for _, memory in list(self._held))
+            return self._noted.all()
+        finally:
+            self._held.clear()
 
 
 def union(runs: Iterable[tuple[int, int]]) -> Runs:
@@ -120,11 +121,6 @@ def note(memories: Iterable[Memory]) -> None:
     """To be called before memories are set back to an image, because a reset may give their pages back to the OS."""
     for recording in list(OPEN):
         recording.note(memories)
-
-
-def holds(memory: Memory) -> int:
-    """The number of handles on a memory that recordings have."""
-    return sum(memory == each for recording in list(OPEN) for _, each in list(recording._held))
 
 
 def _forget_other_threads() -> None:

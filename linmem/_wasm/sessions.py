@@ -20,7 +20,6 @@ from linmem._core.memory import Memory
 from linmem._wasm.install import checked_creator
 from linmem._wasm.instance_state import behind, export
 from linmem._wasm.prepared import Prepared
-from linmem._wasm.recording import holds
 from linmem._wasm.snapshot import Snapshot
 
 TYPE_CHECKING = False
@@ -186,6 +185,7 @@ class Sessions:
         - "configured": the block called a setter of the store, such as `set_limits`, that `begin` did not call
         - "refused": linmem or the operating system refused the reset
         - "interrupted": an exception of a signal handler, such as `KeyboardInterrupt`, came during the reset
+        - "recorded": the instance was made in a block of `Snapshot.record`
         - "unseen": the snapshot does not hold all state of its instances
         - "shared": the instance has a shared memory
         - "objects": the module has types of structures or arrays, so the GC heap of the store may have objects, and
@@ -246,6 +246,8 @@ class Sessions:
                 break
             with self._lock:
                 self._pass_on()     # an interrupt may have ended this call on another thread
+                if self._closed:
+                    break           # an interrupt may have ended close() before it released the permit
                 if left < _LOOK_EACH and permit in self._waiting:
                     raise TimeoutError(f"all {self.size} sessions are in use, and none was given back within"
                                        f" timeout={timeout} seconds")
@@ -274,7 +276,9 @@ class Sessions:
     def _refuse_waiting(self) -> None:
         """Let each wait end, and raise because the sessions are closed; under the lock."""
         while self._waiting:
-            self._waiting.popitem()[0].release()
+            permit = next(iter(self._waiting))
+            del self._waiting[permit]
+            permit.release()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -315,6 +319,9 @@ class Sessions:
         assert self._prepared.outline is not None
         if self._prepared.outline.makes_objects:
             warm.once = "objects"
+        # The recording has handles, and gives them up at any moment. A kept handle could not be told from these.
+        if hasattr(warm.instance, "_linmem_recorded"):
+            warm.once = "recorded"
         for name in self._memories:
             memory: Any = export(store._context(), warm.instance, name)
             ours = behind(store, memory)
@@ -393,12 +400,8 @@ class _Warm:
         self.used = False       # whether a session had the instance
 
     def count(self) -> list[int]:
-        """The references on each memory. A session that keeps a handle or a view on a memory changes them.
-
-        Those of recordings do not count, since a recording may end between two counts. They are asked for last, so that
-        one that ends meanwhile does not make up for a handle that was kept.
-        """
-        return [_bridge.references(memory) - holds(memory) for memory in self.memories]
+        """The references on each memory. A session that keeps a handle or a view on a memory changes them."""
+        return [_bridge.references(memory) for memory in self.memories]
 
     def close(self) -> None:
         self.memories.clear()

@@ -192,8 +192,10 @@ class Snapshot(StoredSnapshot):
             finally:
                 # A forked child has removed those of other threads. Without a GIL, `in` could miss the recording while
                 # another thread removes its own.
-                with contextlib.suppress(ValueError):
+                try:
                     OPEN.remove(recording)
+                except ValueError:
+                    pass
 
     @classmethod
     def take(cls, store: wasmtime.Store, instance: wasmtime.Instance, *, partial: bool = False) -> Snapshot:
