@@ -105,13 +105,15 @@ def test_a_slot_that_another_thread_cools_is_not_in_use():
     cooling = [None]                # the round, while purge() runs and no slot has a user
 
     def cool():
-        for n in range(60):
-            for mem in [pool.create(PAGE, **SHAPE) for _ in range(20)]:
-                mem.close()
-            cooling[0] = n
-            pool.purge()
-            cooling[0] = None
-        done.set()
+        try:
+            for n in range(60):
+                for mem in [pool.create(PAGE, **SHAPE) for _ in range(20)]:
+                    mem.close()
+                cooling[0] = n
+                pool.purge()
+                cooling[0] = None
+        finally:
+            done.set()
 
     def look():
         while not done.is_set():
@@ -128,9 +130,11 @@ def test_the_bounds_of_all_pools_are_those_of_one_call():
     seen, done = set(), threading.Event()
 
     def bound():
-        for n in range(300000):
-            linmem.set_pool_limits(*bounds[n % 2])
-        done.set()
+        try:
+            for n in range(300000):
+                linmem.set_pool_limits(*bounds[n % 2])
+        finally:
+            done.set()
 
     def look():
         while not done.is_set():

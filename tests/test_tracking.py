@@ -504,17 +504,16 @@ def test_the_history_is_bounded_and_keeps_each_peak():
 # -- threads, forks, shutdown ------------------------------------------------------------------------
 
 def test_the_sums_of_all_scopes_are_of_one_moment():
-    tracker, done, different = tracking(frames=0), threading.Event(), []
+    tracker, different = tracking(frames=0), []
 
     def churn():
         for _ in range(4000):
             with tracker.scope("inner"):
                 tracker.create(PAGE).close()
-        done.set()
 
     thread = threading.Thread(target=churn)
     thread.start()
-    while not done.is_set():
+    while thread.is_alive():
         sums = tracker.scopes()
         if ("inner",) in sums and sums[()] != sums["inner",]:
             different.append(sums)

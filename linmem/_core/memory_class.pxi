@@ -4,6 +4,7 @@
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.ref cimport Py_REFCNT
+from cpython.slice cimport PySlice_AdjustIndices, PySlice_Unpack
 from linmem._core.atomic cimport add_with_gil
 
 from linmem._files.delta import Delta as _Delta
@@ -155,15 +156,19 @@ cdef int copy_in(Memory mem, size_t offset, const Py_buffer* given) except -1:
         mem.leave()
 
 
-cdef inline Py_ssize_t step_of(object items) except? -1:
-    """The step of a range of offsets, which may be any integer if there is one offset."""
-    return items.step if len(items) > 1 else 1
+cdef Py_ssize_t unpack_slice(Memory mem, object key, Py_ssize_t* start, Py_ssize_t* stop, Py_ssize_t* step) except -1:
+    """As range(*key.indices(len(mem))). Returns how many bytes the slice has. The size is read first, because an index
+    of the key may be an object that grows the memory."""
+    cdef Py_ssize_t size = len(mem)
+    PySlice_Unpack(key, start, stop, step)
+    return PySlice_AdjustIndices(size, start, stop, step[0])
 
 
-cdef bint copy_steps(Memory mem, object items, char* out, const char* data) except -1:
-    """copy_bytes() of the bytes at a range of offsets. False: a page is protected, and nothing was copied."""
-    cdef size_t i, n = len(items)
-    cdef Py_ssize_t start = items.start, step = step_of(items), last = start + (<Py_ssize_t>n - 1) * step
+cdef bint copy_steps(Memory mem, Py_ssize_t start, Py_ssize_t step, Py_ssize_t n, char* out,
+                     const char* data) except -1:
+    """copy_bytes() of the `n` > 0 bytes at start, start + step, ... False: a page is protected, and nothing was copied.
+    """
+    cdef Py_ssize_t i, last = start + (n - 1) * step
     cdef bint guarded
     cdef failure why
     cdef memory* m = mem.enter()
@@ -175,9 +180,9 @@ cdef bint copy_steps(Memory mem, object items, char* out, const char* data) exce
         with nogil:
             for i in range(0 if guarded else n):
                 if out != NULL:
-                    out[i] = m.base[start + <Py_ssize_t>i * step]
+                    out[i] = m.base[start + i * step]
                 else:
-                    m.base[start + <Py_ssize_t>i * step] = data[i]
+                    m.base[start + i * step] = data[i]
             end_access(m)
         return not guarded
     finally:
@@ -626,27 +631,24 @@ cdef class Memory:
 
     def __getitem__(self, key):
         cdef unsigned char byte
-        cdef size_t start, stop
+        cdef Py_ssize_t start, stop, step, n
         if isinstance(key, slice):
-            if key.step is None or key.step == 1:
-                start, stop, _ = key.indices(len(self))
-                return copy_out(self, start, stop - start if stop > start else 0)
-            items = range(*key.indices(len(self)))
-            out = PyBytes_FromStringAndSize(NULL, len(items))
-            if items and not copy_steps(self, items, PyBytes_AS_STRING(out), NULL):
-                return bytes([self[n] for n in items])
+            n = unpack_slice(self, key, &start, &stop, &step)
+            if step == 1:
+                return copy_out(self, start, n)
+            out = PyBytes_FromStringAndSize(NULL, n)
+            if n and not copy_steps(self, start, step, n, PyBytes_AS_STRING(out), NULL):
+                return bytes([self[i] for i in range(start, stop, step)])
             return out
         copy_byte(self, clipped_key(key), key, <char*>&byte, NULL)
         return byte
 
     def __setitem__(self, key, value):
-        cdef Py_ssize_t i, n, byte
+        cdef Py_ssize_t i, start, stop, step, n, byte
         cdef char as_char
         cdef Py_buffer given
         if isinstance(key, slice):
-            start, stop, step = key.indices(len(self))
-            items = range(start, stop, step)
-            n = len(items)
+            n = unpack_slice(self, key, &start, &stop, &step)
             take_bytes(value, "data", &given)
             try:        # the buffer is held, so its length cannot change after the comparison
                 if given.len != n:
@@ -656,9 +658,9 @@ cdef class Memory:
                     copy_in(self, start, &given)
                 elif n:
                     values = PyBytes_FromStringAndSize(<char*>given.buf, given.len)
-                    if not copy_steps(self, items, NULL, PyBytes_AS_STRING(values)):
-                        check_writable(self, items)
-                        for i, byte in zip(items, values):
+                    if not copy_steps(self, start, step, n, NULL, PyBytes_AS_STRING(values)):
+                        check_writable(self, start, step, n)
+                        for i, byte in zip(range(start, stop, step), values):
                             self[i] = byte
             finally:
                 PyBuffer_Release(&given)
@@ -1173,10 +1175,8 @@ cdef int call_on_range(Memory mem, range_function call, object offset, object si
     return mem.finish(code, &why)
 
 
-cdef int check_writable(Memory mem, items) except -1:
-    """Each byte of a range of offsets within byte_size can be written."""
-    cdef size_t offset = items.start, n = len(items)
-    cdef Py_ssize_t step = step_of(items)
+cdef int check_writable(Memory mem, size_t offset, Py_ssize_t step, Py_ssize_t n) except -1:
+    """Each of the `n` bytes at offset, offset + step, ... can be written. They are within byte_size."""
     cdef failure why
     cdef int code = 0
     cdef memory* m = mem.enter_locked()

@@ -9,7 +9,7 @@ list_init(&pools)
 cdef atomic_i64 start_lock          # held by start_pools() and need_costs(), which do their work once
 cdef bint pools_started = False
 cdef atomic_i64 process_held        # >= the bytes that idle slots keep, page tables included; see report_step
-cdef atomic_i64 bounds_lock         # held by who sets the bounds and by who reads several of them
+cdef atomic_i64 bounds_lock         # held while the bounds are set or read together. Its holder waits for nothing
 cdef atomic_i64 process_held_bound
 cdef atomic_i64 process_reserved    # bytes of address space of all slots
 cdef atomic_i64 process_reserved_bound

@@ -746,8 +746,9 @@ cdef class TrackingCreator(NativeCreator):
                     fill_history(s, max(n - 1, s.newest))
                     memcpy(copy, s.history, sizeof(copy))
                 unlock(&t.lock.held)
-                points[path_of(s)] = [copy[i] for i in range(n)]
-                s = s.next
+                if not again:
+                    points[path_of(s)] = [copy[i] for i in range(n)]
+                    s = s.next
         return seconds, points
 
     def overhead(self):

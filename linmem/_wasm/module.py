@@ -108,9 +108,9 @@ class _Lazy(Generic[_T]):
     def __init__(self, compute: Callable[[Any], _T]) -> None:
         self._compute = compute
 
-    def __get__(self, module: Module | None, kind: object) -> Any:
+    def __get__(self, module: Module | None, kind: object) -> _T:
         if module is None:
-            return self
+            return self         # type: ignore[return-value]
         found: _T = vars(module).setdefault(self._compute.__name__, self._compute(module))
         return found
 

@@ -99,7 +99,8 @@ class Recording:
         resets.
         """
         try:
-            self.note(memory for _, memory in list(self._held))
+            for place, memory in list(self._held):
+                self._note(place, touched_pages(memory, self.state.memories[place].image))
             return self._noted.all()
         finally:
             self._held.clear()

@@ -274,11 +274,10 @@ class Sessions:
             permit.release()
 
     def _refuse_waiting(self) -> None:
-        """Let each wait end, and raise because the sessions are closed; under the lock."""
+        """Let each wait end, and raise because the sessions are closed; under the lock. A function: if a trace function
+        of CPython 3.12 raises in a loop directly inside of a ``with`` block, the block does not end."""
         while self._waiting:
-            permit = next(iter(self._waiting))
-            del self._waiting[permit]
-            permit.release()
+            self._waiting.popitem()[0].release()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -472,8 +471,8 @@ class _Lent(wasmtime.Store):
         if self._lent_context is None:
             return
         pointer, self._lent_context._as_parameter_ = self._lent_context._as_parameter_, None
-        # Without a GIL, the end of the last reference on another thread than the first does not free the pointer at
-        # once. So the references are counted.
+        # Without a GIL, a pointer that another thread has made is freed later, and until then `_call` finds it, as if a
+        # call had it. If only this function has it, `_call` forgets it now.
         if pointer is not None and sys.getrefcount(pointer) <= _ALONE:
             self._call = _Lent._call
 
